@@ -1,0 +1,129 @@
+"""Where in a (possibly broken) JSON object each top-level key and value lies.
+
+The scan rides the standard library's C scanner, value by value, and never raises: what breaks it is reported in
+`ObjectScan.error`, and what was found before the break is kept. Stricter than `json.loads` in three ways, each
+because a model response is hostile input: `NaN` and `Infinity` are not JSON, integers of over 400 digits and nesting
+deeper than 64 levels are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple, NoReturn
+
+MAX_INTEGER_DIGITS = 400
+MAX_DEPTH = 64
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_BRACKET_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
+
+
+class Entry(NamedTuple):
+    """One `key: value` pair of an object; `[start, end)` is the extent of the value in the text."""
+
+    key: str
+    value: Any
+    start: int
+    end: int
+
+
+class ObjectScan(NamedTuple):
+    """The entries of one object in order, the position after it, and what broke it (None when it is valid JSON).
+
+    Of a broken object the last entry may be a value whose JSON is broken: its `value` is None and its extent ends
+    where its brackets close or, when they do not, at the end of the text.
+    """
+
+    entries: tuple[Entry, ...]
+    end: int
+    error: str | None
+
+
+def scan_object(text: str, start: int = 0) -> ObjectScan:
+    """Scan the object that opens at `text[start]`; linear in the length of the text.
+
+    Example: `scan_object('{"a": [1]}').entries == (Entry("a", [1], 6, 9),)`.
+    """
+    entries: list[Entry] = []
+    if not text.startswith("{", start):
+        return ObjectScan((), start, "expected '{'")
+    at = _skip_space(text, start + 1)
+    if text.startswith("}", at):
+        return ObjectScan((), at + 1, None)
+    while True:
+        if not text.startswith('"', at):
+            return ObjectScan(tuple(entries), at, "expected a key in double quotes")
+        key, colon = _decode(text, at)
+        if colon < 0:
+            return ObjectScan(tuple(entries), at, "a key that is not a JSON string")
+        colon = _skip_space(text, colon)
+        if not text.startswith(":", colon):
+            return ObjectScan(tuple(entries), colon, "expected ':' after a key")
+        value_start = _skip_space(text, colon + 1)
+        value, end = _decode(text, value_start)
+        if end < 0:
+            entries.append(Entry(key, None, value_start, _bracket_end(text, value_start)))
+            return ObjectScan(tuple(entries), value_start, f"the value of {_shorten(key)} is not JSON")
+        entries.append(Entry(key, value, value_start, end))
+        at = _skip_space(text, end)
+        if text.startswith("}", at):
+            return ObjectScan(tuple(entries), at + 1, None)
+        if not text.startswith(",", at):
+            return ObjectScan(tuple(entries), at, "expected ',' or '}' after a value")
+        at = _skip_space(text, at + 1)
+
+
+def _refuse_constant(literal: str) -> NoReturn:
+    raise ValueError(f"{literal} is not JSON")
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise ValueError("integer too long")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_bounded_int)
+
+
+def _decode(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value at `at` and the position after it; the position is -1 when there is no such value."""
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return None, -1
+    return (None, -1) if _too_deep(text, at, end) else (value, end)
+
+
+def _too_deep(text: str, start: int, end: int) -> bool:
+    if text.count("{", start, end) + text.count("[", start, end) <= MAX_DEPTH:
+        return False
+    depth = 0
+    for match in _BRACKET_OR_STRING.finditer(text, start, end):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match.group(), 0)
+        if depth > MAX_DEPTH:
+            return True
+    return False
+
+
+def _bracket_end(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` closes, strings skipped; the end of the text when it does not."""
+    if not text.startswith(("{", "["), start):
+        return len(text)
+    depth = 0
+    for match in _BRACKET_OR_STRING.finditer(text, start):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match.group(), 0)
+        if depth <= 0:
+            return match.end()
+    return len(text)
+
+
+def _skip_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None  # the pattern matches the empty string
+    return match.end()
+
+
+def _shorten(key: str) -> str:
+    return json.dumps(key if len(key) <= 40 else key[:40] + "...")

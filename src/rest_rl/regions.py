@@ -1,0 +1,315 @@
+"""Which region every sampled token lies in, found from the token ids' own bytes.
+
+Shapes: B responses, T completion tokens, R regions, V token ids. Text is never encoded again: the bytes of the sampled
+ids, joined, are the text that is parsed, and a token covers exactly its own bytes. For byte-level BPE and
+SentencePiece-style tokenizers these bytes are a table; a tokenizer whose decoder looks at its neighbours (a plain
+word-level one joins words by spaces) goes through the tokenizers library's incremental decoder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from rest_rl.response import NUM_REGIONS, Region, Span
+
+TIE_ORDER = (Region.NAME, Region.ARGUMENTS, Region.FORMAT, Region.REASONING, Region.ANSWER, Region.OTHER)
+"""A token with as many bytes in two regions takes the one that stands earlier here."""
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBytes:
+    """The bytes of every token id of one tokenizer.
+
+    `pieces_V[i]` are the bytes of id i; it is empty when the decoder depends on context and `stream` must be used.
+    `eos_id` never carries text; `special_ids` carry none at the end of a response.
+    """
+
+    tokenizer: Tokenizer
+    pieces_V: tuple[bytes, ...]
+    eos_id: int | None
+    special_ids: frozenset[int]
+
+    def split(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each id in turn; unknown ids have none."""
+        if self.pieces_V:
+            size = len(self.pieces_V)
+            return [self.pieces_V[i] if 0 <= i < size else b"" for i in ids]
+        return self._stream(ids)
+
+    def _stream(self, ids: Sequence[int]) -> list[bytes]:
+        stream, size = DecodeStream(skip_special_tokens=False), self.tokenizer.get_vocab_size()
+        pieces: list[bytes] = []
+        for i in ids:
+            if not 0 <= i < size:
+                pieces.append(b"")
+                continue
+            try:
+                chunk = stream.step(self.tokenizer, i)
+            except Exception:  # the library raises a bare Exception when a decoder rewrites what it has already emitted
+                stream = DecodeStream(skip_special_tokens=False)
+                chunk = self.tokenizer.decode([i], skip_special_tokens=False)
+            pieces.append((chunk or "").encode("utf-8", "surrogateescape"))
+        return pieces
+
+    def num_text_tokens(self, ids: Sequence[int], keep: Sequence[int] = ()) -> int:
+        """How many ids are left when the run of special tokens at the end is taken off (`keep` stops the run)."""
+        n = len(ids)
+        while n and ids[n - 1] in self.special_ids and ids[n - 1] not in keep:
+            n -= 1
+        return n
+
+
+def token_bytes(tokenizer: Any) -> TokenBytes:
+    """The byte table of a transformers fast tokenizer or a `tokenizers.Tokenizer`, built once per vocabulary.
+
+    ValueError for a tokenizer that is not backed by the tokenizers library.
+    """
+    if isinstance(tokenizer, TokenBytes):
+        return tokenizer
+    return _token_bytes(tokenizer, len(tokenizer) if hasattr(tokenizer, "__len__") else tokenizer.get_vocab_size())
+
+
+@lru_cache(maxsize=8)
+def _token_bytes(tokenizer: Any, size: int) -> TokenBytes:
+    backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ValueError(
+            f"got a tokenizer of type {type(tokenizer).__name__}, expected one backed by the tokenizers library; "
+            "load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+        )
+    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    special.update(getattr(tokenizer, "all_special_ids", ()))
+    return TokenBytes(
+        tokenizer=backend,
+        pieces_V=_byte_table(backend),
+        eos_id=getattr(tokenizer, "eos_token_id", None),
+        special_ids=frozenset(special),
+    )
+
+
+def _byte_table(backend: Tokenizer) -> tuple[bytes, ...]:
+    """The bytes of every id, or () when the decoder is not a function of one token at a time."""
+    steps = _decoder_steps(backend)
+    if steps is None:
+        return ()
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for token, i in vocabulary.items():
+        piece: str | bytes = token
+        for step in steps:
+            piece = step(piece) if isinstance(piece, str) else piece
+        pieces[i] = piece.encode("utf-8", "surrogateescape") if isinstance(piece, str) else piece
+    return tuple(pieces)
+
+
+def _decoder_steps(backend: Tokenizer) -> list[Callable[[str], str | bytes]] | None:
+    """The decoder as functions of a single token; None when it has a step that needs more than one."""
+    if backend.decoder is None:  # tokens are joined by spaces
+        return None
+    config = json.loads(backend.decoder.__getstate__())
+    parts = config["decoders"] if config["type"] == "Sequence" else [config]
+    steps: list[Callable[[str], str | bytes]] = []
+    for at, part in enumerate(parts):
+        if part["type"] == "ByteLevel":
+            steps.append(_byte_level)
+        elif part["type"] == "ByteFallback":
+            steps.append(_byte_fallback)
+        elif part["type"] == "Metaspace":
+            steps.append(_replacer(part["replacement"], " "))
+        elif part["type"] == "Replace" and "String" in part["pattern"]:
+            steps.append(_replacer(part["pattern"]["String"], part["content"]))
+        elif part["type"] == "Strip" and any(earlier["type"] == "Fuse" for earlier in parts[:at]):
+            continue  # takes a space off the start of the whole text, which is no start here: the prompt precedes it
+        elif part["type"] != "Fuse":
+            return None
+    return steps
+
+
+def _replacer(old: str, new: str) -> Callable[[str], str]:
+    return lambda token: token.replace(old, new)
+
+
+def _byte_fallback(token: str) -> str | bytes:
+    match = _BYTE_TOKEN.fullmatch(token)
+    return bytes([int(match.group(1), 16)]) if match else token
+
+
+@lru_cache(maxsize=1)
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes (https://github.com/openai/gpt-2, encoder.py)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _byte_level(token: str) -> bytes:
+    table = _byte_of_char()
+    try:
+        return bytes([table[char] for char in token])
+    except KeyError:  # an added token may hold characters that stand for no byte; the library keeps its text
+        return token.encode("utf-8", "surrogateescape")
+
+
+def decode_ids(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] = ()) -> str:
+    """The exact text of the sampled ids, special tokens included but for those that end the response.
+
+    A special token that is one of `tags` is text also at the end. Bytes that are not UTF-8 become U+FFFD.
+    """
+    table = token_bytes(tokenizer)
+    ids = list(ids)[: table.num_text_tokens(ids, _tag_ids(table, tags))]
+    return b"".join(table.split([i for i in ids if i != table.eos_id])).decode("utf-8", "replace")
+
+
+def _tag_ids(table: TokenBytes, tags: Sequence[str]) -> frozenset[int]:
+    ids = (table.tokenizer.token_to_id(tag) for tag in tags)
+    return frozenset(i for i in ids if i is not None)
+
+
+def tag_regions(
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    tokenizer: Any,
+    find_spans: Callable[[str], Sequence[Span]],
+    tags: Sequence[str] = (),
+) -> Tensor:
+    """The region of every token: int64 (B, T); tokens that the mask leaves out are OTHER.
+
+    `find_spans` maps the text of one response to its spans (`lambda text: format.parse(text).spans`). Only unmasked
+    tokens make up the text. A token that straddles regions takes the one that owns most of its bytes (ties:
+    `TIE_ORDER`); the end-of-sequence token and the special tokens after it are FORMAT; a token without bytes, such as
+    the first part of a character under an incremental decoder, takes the region at its position.
+    """
+    if ids_BT.shape != mask_BT.shape or ids_BT.ndim != 2:
+        raise ValueError(f"got ids of shape {tuple(ids_BT.shape)} and a mask of {tuple(mask_BT.shape)}, expected one (B, T)")
+    table = token_bytes(tokenizer)
+    tag_ids = _tag_ids(table, tags)
+    mask = mask_BT.detach().cpu().numpy().astype(bool)
+    ids = ids_BT.detach().cpu().numpy()
+    layout = _ByteLayout()
+    for row_ids, row_mask in zip(ids, mask, strict=True):
+        _lay_out_row(layout, row_ids[row_mask].tolist(), table, tag_ids, find_spans)
+    regions = np.full(ids.shape, int(Region.OTHER), dtype=np.int64)
+    regions[mask] = _regions_of_tokens(layout)
+    return torch.from_numpy(regions).to(ids_BT.device)
+
+
+@dataclass
+class _ByteLayout:
+    """All responses end to end in bytes, one byte of padding after each, so that an empty last token stays inside."""
+
+    run_starts: list[int] = field(default_factory=lambda: [0])
+    run_regions: list[int] = field(default_factory=lambda: [int(Region.OTHER)])
+    token_lengths: list[int] = field(default_factory=list)
+    ends: list[bool] = field(default_factory=list)
+    tokens_per_row: list[int] = field(default_factory=list)
+    total: int = 0
+
+
+def _lay_out_row(
+    layout: _ByteLayout,
+    ids: list[int],
+    table: TokenBytes,
+    tag_ids: frozenset[int],
+    find_spans: Callable[[str], Sequence[Span]],
+) -> None:
+    num_text = table.num_text_tokens(ids, tag_ids)
+    pieces = table.split(ids[:num_text])
+    if table.eos_id in ids[:num_text]:
+        pieces = [b"" if i == table.eos_id else piece for i, piece in zip(ids, pieces, strict=False)]
+        layout.ends.extend(i == table.eos_id for i in ids[:num_text])
+    else:
+        layout.ends.extend([False] * num_text)
+    layout.ends.extend([True] * (len(ids) - num_text))
+    layout.token_lengths.extend(map(len, pieces))
+    layout.token_lengths.extend([0] * (len(ids) - num_text))
+    layout.tokens_per_row.append(len(ids))
+    text = b"".join(pieces).decode("utf-8", "surrogateescape")
+    _lay_out_spans(layout, text, find_spans(text))
+
+
+def _lay_out_spans(layout: _ByteLayout, text: str, spans: Sequence[Span]) -> None:
+    """Append the runs of one response; characters become bytes on the way."""
+    starts, regions = layout.run_starts, layout.run_regions
+    ascii_only, char, byte = text.isascii(), 0, layout.total
+
+    def to_byte(position: int) -> int:
+        nonlocal char, byte
+        part = text[char:position]
+        byte += len(part) if ascii_only else len(part.encode("utf-8", "surrogateescape"))
+        char = position
+        return byte
+
+    for span in spans:
+        start = to_byte(span.start)
+        starts.append(start)
+        regions.append(span.region)
+        starts.append(to_byte(span.end))
+        regions.append(Region.OTHER)
+    layout.total = to_byte(len(text)) + 1
+    starts.append(layout.total)
+    regions.append(Region.OTHER)
+
+
+def _regions_of_tokens(layout: _ByteLayout) -> np.ndarray:
+    """The region of every token of the layout, in order: that of most of its bytes."""
+    run_starts, run_regions = np.array(layout.run_starts), np.array(layout.run_regions)
+    keep = np.append(run_starts[1:] > run_starts[:-1], True)  # of runs that start together only the last has bytes
+    run_starts, run_regions = run_starts[keep], run_regions[keep]
+    lengths = np.array(layout.token_lengths, dtype=np.int64)
+    padding = np.repeat(np.arange(len(layout.tokens_per_row)), layout.tokens_per_row)
+    ends = np.cumsum(lengths) + padding
+    starts = ends - lengths
+    first = np.searchsorted(run_starts, starts, side="right") - 1
+    last = np.searchsorted(run_starts, np.maximum(ends - 1, starts), side="right") - 1
+    regions = run_regions[first]
+    straddling = np.flatnonzero(run_regions[last] != regions)
+    straddling = np.union1d(straddling, np.flatnonzero(last - first > 1))
+    if len(straddling):
+        order = np.array(TIE_ORDER)
+        is_region = run_regions[:, None] == order
+        before = np.zeros((len(run_starts), NUM_REGIONS), dtype=np.int64)  # bytes of each region before each run
+        before[1:] = np.cumsum(np.diff(run_starts)[:, None] * is_region[:-1], axis=0)
+
+        def bytes_before(position: np.ndarray, run: np.ndarray) -> np.ndarray:
+            return before[run] + (position - run_starts[run])[:, None] * is_region[run]
+
+        owned = bytes_before(ends[straddling], last[straddling]) - bytes_before(starts[straddling], first[straddling])
+        regions[straddling] = order[np.argmax(owned, axis=1)]
+    regions[np.array(layout.ends, dtype=bool)] = int(Region.FORMAT)
+    return regions
+
+
+def region_sums(values_BT: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of any per-token values over each region, and its number of tokens: two float64 (R,) on the values' device.
+
+    Sums and counts add up over micro-batches and ranks; their quotient is the mean over the global batch.
+    """
+    if not values_BT.shape == regions_BT.shape == mask_BT.shape:
+        raise ValueError(
+            f"got values {tuple(values_BT.shape)}, regions {tuple(regions_BT.shape)} and mask {tuple(mask_BT.shape)}, "
+            "expected one shape"
+        )
+    mask = mask_BT.bool()
+    index = regions_BT[mask]
+    zeros = torch.zeros(NUM_REGIONS, dtype=torch.float64, device=values_BT.device)
+    sums_R = zeros.index_add(0, index, values_BT.detach()[mask].double())
+    return sums_R, torch.bincount(index, minlength=NUM_REGIONS).double()
+
+
+def region_means(values_BT: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean of any per-token values over each region: float64 (R,), NaN for a region without tokens."""
+    sums_R, counts_R = region_sums(values_BT, regions_BT, mask_BT)
+    return sums_R / counts_R

@@ -1,0 +1,86 @@
+"""The vocabulary of the method: regions of a response, tool calls, gold targets and parsed responses.
+
+Spans are half-open character intervals of the text that was parsed. Everything here is a plain value; nothing
+imports torch, so that a reward worker loads it in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+
+class Region(IntEnum):
+    """What a token of a response is for; every generated token has exactly one region."""
+
+    FORMAT = 0
+    """Tags, the JSON scaffolding of a call, white space between blocks, the end-of-sequence token."""
+    NAME = 1
+    """The characters of a tool name, without its quotes."""
+    ARGUMENTS = 2
+    """The arguments object of a call, braces included."""
+    REASONING = 3
+    """The text inside the think tags."""
+    ANSWER = 4
+    """The final reply to the user."""
+    OTHER = 5
+    """Whatever belongs to none of these: stray text, an incomplete block, all of an unparsable response."""
+
+    @property
+    def label(self) -> str:
+        """Lower-case name, the key used in metrics, configs and JSON."""
+        return self.name.lower()
+
+
+NUM_REGIONS = len(Region)
+
+
+class Span(NamedTuple):
+    """Half-open character interval `[start, end)` of a response that lies in one region."""
+
+    start: int
+    end: int
+    region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool: its name and its arguments as decoded JSON."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Gold:
+    """What a response is scored against: the calls that should be made and the answer that should be given.
+
+    `answer` is None when the turn should end in calls alone; its text is not compared, only its presence.
+    """
+
+    calls: tuple[ToolCall, ...] = ()
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedResponse:
+    """A model response, read once; malformed text is described here and never raised.
+
+    `spans` are sorted and disjoint; characters outside every span are OTHER. `well_formed` is True when the blocks
+    of the format stand in order, each complete and no more often than the format allows; it says nothing about the
+    JSON inside. `unreadable_calls` counts stretches inside call blocks that are not a call.
+    """
+
+    thought: str | None = None
+    calls: tuple[ToolCall, ...] = ()
+    answer: str | None = None
+    spans: tuple[Span, ...] = ()
+    problems: tuple[str, ...] = ()
+    well_formed: bool = False
+    attempted_call: bool = False
+    """A call block was opened, whatever it holds."""
+    unreadable_calls: int = 0
+    untagged_answer: bool = False
+    """The format writes its answer as plain text, so text beside calls is no violation."""
