@@ -16,7 +16,8 @@ MAX_INTEGER_DIGITS = 400
 MAX_DEPTH = 64
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_BRACKET_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
+# an unclosed string runs to the end: were it skipped, every quote in it would start a search of its own
+_BRACKET_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)
 
 
 class Entry(NamedTuple):

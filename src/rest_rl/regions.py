@@ -41,6 +41,8 @@ class TokenBytes:
     pieces_V: tuple[bytes, ...]
     eos_id: int | None
     special_ids: frozenset[int]
+    trims_offsets: bool = False
+    """The tokenizer's own character offsets leave out the spaces around a token."""
 
     def split(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes of each id in turn; unknown ids have none."""
@@ -48,6 +50,15 @@ class TokenBytes:
             size = len(self.pieces_V)
             return [self.pieces_V[i] if 0 <= i < size else b"" for i in ids]
         return self._stream(ids)
+
+    def text_pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each id within the tokenizer's own decoded text, which may lack a space put before the first."""
+        pieces = self.split(ids)
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        if pieces and b"".join(pieces).decode("utf-8", "replace") == " " + text:
+            first = next(i for i, piece in enumerate(pieces) if piece)
+            pieces[first] = pieces[first][1:]
+        return pieces
 
     def _stream(self, ids: Sequence[int]) -> list[bytes]:
         stream, size = DecodeStream(skip_special_tokens=False), self.tokenizer.get_vocab_size()
@@ -92,12 +103,22 @@ def _token_bytes(tokenizer: Any, size: int) -> TokenBytes:
         )
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     special.update(getattr(tokenizer, "all_special_ids", ()))
+    pieces_V = _byte_table(backend)
     return TokenBytes(
         tokenizer=backend,
-        pieces_V=_byte_table(backend),
+        pieces_V=pieces_V,
         eos_id=getattr(tokenizer, "eos_token_id", None),
         special_ids=frozenset(special),
+        trims_offsets=not pieces_V or _trims_offsets(backend),
     )
+
+
+def _trims_offsets(backend: Tokenizer) -> bool:
+    if backend.post_processor is None:
+        return False
+    config = json.loads(backend.post_processor.__getstate__())
+    parts = config["processors"] if config["type"] == "Sequence" else [config]
+    return any(part["type"] in ("ByteLevel", "Roberta") and part["trim_offsets"] for part in parts)
 
 
 def _byte_table(backend: Tokenizer) -> tuple[bytes, ...]:

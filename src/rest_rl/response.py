@@ -84,3 +84,31 @@ class ParsedResponse:
     unreadable_calls: int = 0
     untagged_answer: bool = False
     """The format writes its answer as plain text, so text beside calls is no violation."""
+
+
+def gold_from_json(value: Any) -> Gold:
+    """Read `{"calls": [{"name": str, "arguments": object}], "answer": str | null}`; ValueError says what is wrong."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f'got gold of type {type(value).__name__}, expected {{"calls": [...], "answer": ...}}')
+    unknown = set(value) - {"calls", "answer"}
+    if unknown or not value:
+        raise ValueError(f"got gold with the keys {sorted(map(str, value))}, expected calls, answer")
+    calls, answer = value.get("calls", []), value.get("answer")
+    if not isinstance(calls, (list, tuple)):
+        raise ValueError(f"got gold calls of type {type(calls).__name__}, expected a list")
+    if answer is not None and not isinstance(answer, str):
+        raise ValueError(f"got a gold answer of type {type(answer).__name__}, expected a string or null")
+    return Gold(tuple(_call_from_json(call, number) for number, call in enumerate(calls, 1)), answer)
+
+
+def _call_from_json(call: Any, number: int) -> ToolCall:
+    if isinstance(call, ToolCall):
+        return call
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        raise ValueError(f'got {type(call).__name__} as gold call {number}, expected {{"name": str, "arguments": object}}')
+    arguments = call.get("arguments")
+    if not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"got arguments of type {type(arguments).__name__} in gold call {number} ({call['name']!r}), expected an object"
+        )
+    return ToolCall(call["name"], arguments)

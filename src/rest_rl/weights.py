@@ -134,7 +134,8 @@ def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -
     """Move weight from structure to reasoning as training goes on (ResT's curriculum): float64 (R,).
 
     NAME and OTHER constant; FORMAT max(w_min, w - a_f nu); ARGUMENTS min(w_max, w + a_p nu); REASONING and ANSWER
-    min(w_max, w + a_t nu). ValueError for a progress outside [0, 1].
+    min(w_max, w + a_t nu). The shifts are scaled by `strength`, so that strength 0 is GRPO throughout. ValueError for a
+    progress outside [0, 1].
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"got progress {progress}, expected a number in [0, 1]: step / (total steps - 1)")
@@ -145,7 +146,7 @@ def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -
     shift_R[Region.FORMAT] = -config.decay_format * progress
     shift_R[Region.ARGUMENTS] = config.gain_arguments * progress
     shift_R[Region.REASONING] = shift_R[Region.ANSWER] = config.gain_reasoning * progress
-    return torch.minimum(torch.maximum(weights_R + shift_R, lowest), highest)
+    return torch.minimum(torch.maximum(weights_R + config.strength * shift_R, lowest), highest)
 
 
 def assign_weights(weights_R: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -1,0 +1,167 @@
+"""The method put together: the named presets, and one call that weighs the tokens of a batch for any engine.
+
+Shapes: B responses, T completion tokens, R regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rest_rl.advantages import AdvantageKind
+from rest_rl.authors_code import authors_normalise, authors_weights
+from rest_rl.formats import ToolFormat, get_format
+from rest_rl.regions import region_sums, tag_regions, token_bytes
+from rest_rl.response import NUM_REGIONS, Region
+from rest_rl.rewards import RewardConfig
+from rest_rl.scoring import PRESET_REWARDS, authors_step
+from rest_rl.weights import (
+    RegionStatistics,
+    WeightConfig,
+    apply_curriculum,
+    assign_weights,
+    keep_top_entropy,
+    normalise,
+    region_weights,
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A training method: how tokens are weighed, how responses are rewarded and compared, where ratios are clipped.
+
+    `weights` is None where the published code's own token weights apply, `reward` where its own reward does.
+    """
+
+    name: str
+    weights: WeightConfig | None
+    reward: RewardConfig | None
+    advantage: AdvantageKind = "grpo"
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+
+
+_UNIFORM = WeightConfig(rule="uniform")
+# a_f = a_p = a_t = 0.3: the published code moves its weights by 0.002 a step over a schedule of 150 steps
+_REST = WeightConfig(
+    strength=0.5, w_min=0.25, w_max=4.0, decay_format=0.3, gain_arguments=0.3, gain_reasoning=0.3
+)
+_PAPER = WeightConfig(w_min=0.001, w_max=8.0, decay_format=0.3, gain_arguments=0.3, gain_reasoning=0.3)
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("rest", _REST, PRESET_REWARDS["rest"]),
+        Preset("paper", _PAPER, PRESET_REWARDS["paper"]),
+        Preset("authors-code", None, PRESET_REWARDS["authors-code"]),
+        Preset("grpo", _UNIFORM, PRESET_REWARDS["grpo"]),
+        Preset("dr_grpo", _UNIFORM, PRESET_REWARDS["dr_grpo"], advantage="dr_grpo"),
+        Preset("dapo", _UNIFORM, PRESET_REWARDS["dapo"], advantage="dapo", epsilon_high=0.28),
+    )
+}
+
+
+def get_preset(preset: str | Preset) -> Preset:
+    """The preset of that name, or the object itself; ValueError for an unknown name."""
+    if isinstance(preset, Preset):
+        return preset
+    if preset not in PRESETS:
+        raise ValueError(f"got preset {preset!r}, expected one of {', '.join(PRESETS)}, or a Preset object")
+    return PRESETS[preset]
+
+
+def token_weights(
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    tokenizer: Any,
+    *,
+    format: str | ToolFormat = "toolrl",  # noqa: A002 - the word users know
+    preset: str | Preset = "rest",
+    progress: float = 0.0,
+    entropies: Tensor | Mapping[str, float] | None = None,
+    collisions: Tensor | Mapping[str, float] | None = None,
+) -> Tensor:
+    """The gradient weight of every sampled token: float32 (B, T), mean 1 over each response, 0 where masked.
+
+    Multiply them into the advantages (`rest_rl.advantages.reshape`) and leave the engine's loss as it is.
+
+    Args:
+        ids_BT: sampled token ids of the completions, end-of-sequence token included.
+        mask_BT: 1 for tokens that take part in the loss, 0 for padding and tool results.
+        tokenizer: a transformers fast tokenizer or a `tokenizers.Tokenizer`.
+        format: "toolrl", "hermes" or a `ToolFormat` object.
+        preset: a name out of `PRESETS` or a `Preset` of your own.
+        progress: training progress nu in [0, 1]. The preset authors-code reads it as step / 150.
+        entropies: policy entropies in nats: one per token (B, T), from which the region means are taken, or a mapping
+            from region label to its mean ("format", "name", ...). A region that the mapping leaves out weighs 1.
+        collisions: 1 - sum_v p_v^2 in the same two forms, for the rule `collision`.
+
+    Raises:
+        ValueError: the shapes differ, a name is unknown, progress is out of range, or the rule reads entropies and got
+            none.
+    """
+    preset, tool_format = get_preset(preset), get_format(format)
+    if preset.weights is None:
+        return _authors_token_weights(ids_BT, mask_BT, tokenizer, tool_format, progress)
+    regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, lambda text: tool_format.parse(text).spans, tool_format.tags)
+    config = preset.weights
+    if config.rule == "top_entropy":
+        if not isinstance(entropies, Tensor):
+            raise ValueError("the rule 'top_entropy' chooses single tokens; pass entropies as a (B, T) tensor")
+        return normalise(keep_top_entropy(entropies, mask_BT, config.quantile), mask_BT)
+    statistics = None
+    if config.needs_statistics:
+        if entropies is None and (config.rule != "collision" or collisions is None):
+            raise ValueError(
+                f"the rule {config.rule!r} of preset {preset.name!r} needs entropies; pass a (B, T) tensor or region "
+                "means, or choose a preset that measures nothing (grpo, dr_grpo, dapo, authors-code)"
+            )
+        statistics = _statistics(regions_BT, mask_BT, entropies, collisions)
+    weights_R = apply_curriculum(region_weights(statistics, config), progress, config)
+    return assign_weights(weights_R, regions_BT, mask_BT)
+
+
+def _statistics(
+    regions_BT: Tensor,
+    mask_BT: Tensor,
+    entropies: Tensor | Mapping[str, float] | None,
+    collisions: Tensor | Mapping[str, float] | None,
+) -> RegionStatistics:
+    ones_BT = torch.ones(regions_BT.shape)
+    _, counts_R = region_sums(ones_BT.to(regions_BT.device), regions_BT, mask_BT)
+    entropies_R = _means(entropies, regions_BT, mask_BT)
+    collisions_R = None if collisions is None else _means(collisions, regions_BT, mask_BT)
+    return RegionStatistics(counts_R.cpu(), entropies_R, collisions_R)
+
+
+def _means(values: Tensor | Mapping[str, float] | None, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Region means of per-token values, or the given ones in the order of `Region`: float64 (R,), NaN where unknown."""
+    if values is None:
+        return torch.full((NUM_REGIONS,), float("nan"), dtype=torch.float64)
+    if isinstance(values, Tensor):
+        sums_R, counts_R = region_sums(values, regions_BT, mask_BT)
+        return (sums_R / counts_R).cpu()
+    labels = [region.label for region in Region]
+    unknown = set(values) - set(labels)
+    if unknown:
+        raise ValueError(f"got values for the regions {sorted(unknown)}, expected some of {', '.join(labels)}")
+    return torch.tensor([float(values.get(label, float("nan"))) for label in labels], dtype=torch.float64)
+
+
+def _authors_token_weights(
+    ids_BT: Tensor, mask_BT: Tensor, tokenizer: Any, tool_format: ToolFormat, progress: float
+) -> Tensor:
+    """The published code's weights, which know the tags of one format: float32 (B, T)."""
+    if tool_format.name not in ("toolrl", "hermes"):
+        raise ValueError(f"preset 'authors-code' got format {tool_format.name!r}, expected toolrl or hermes")
+    table, step = token_bytes(tokenizer), authors_step(progress)
+    weights_BT = torch.zeros(ids_BT.shape, dtype=torch.float32)
+    for row, (ids, mask) in enumerate(zip(ids_BT.tolist(), mask_BT.bool().cpu(), strict=True)):
+        length = int(mask.nonzero().max()) + 1 if mask.any() else 0
+        raw = authors_weights(table.text_pieces(ids[:length]), step, trim_spaces=table.trims_offsets)
+        weights_BT[row, :length] = torch.from_numpy(authors_normalise(raw, mask[:length].numpy()))
+    return weights_BT.to(ids_BT.device)
