@@ -15,7 +15,7 @@ from torch import Tensor
 from rest_rl.advantages import AdvantageKind
 from rest_rl.authors_code import authors_normalise, authors_weights
 from rest_rl.formats import ToolFormat, get_format
-from rest_rl.regions import region_sums, tag_regions, token_bytes
+from rest_rl.regions import region_means, tag_regions, token_bytes
 from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.rewards import RewardConfig
 from rest_rl.scoring import PRESET_REWARDS, authors_step
@@ -131,11 +131,9 @@ def _statistics(
     entropies: Tensor | Mapping[str, float] | None,
     collisions: Tensor | Mapping[str, float] | None,
 ) -> RegionStatistics:
-    ones_BT = torch.ones(regions_BT.shape)
-    _, counts_R = region_sums(ones_BT.to(regions_BT.device), regions_BT, mask_BT)
-    entropies_R = _means(entropies, regions_BT, mask_BT)
+    counts_R = torch.bincount(regions_BT[mask_BT.bool()], minlength=NUM_REGIONS).double()
     collisions_R = None if collisions is None else _means(collisions, regions_BT, mask_BT)
-    return RegionStatistics(counts_R.cpu(), entropies_R, collisions_R)
+    return RegionStatistics(counts_R.cpu(), _means(entropies, regions_BT, mask_BT), collisions_R)
 
 
 def _means(values: Tensor | Mapping[str, float] | None, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -143,8 +141,7 @@ def _means(values: Tensor | Mapping[str, float] | None, regions_BT: Tensor, mask
     if values is None:
         return torch.full((NUM_REGIONS,), float("nan"), dtype=torch.float64)
     if isinstance(values, Tensor):
-        sums_R, counts_R = region_sums(values, regions_BT, mask_BT)
-        return (sums_R / counts_R).cpu()
+        return region_means(values, regions_BT, mask_BT).cpu()
     labels = [region.label for region in Region]
     unknown = set(values) - set(labels)
     if unknown:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -33,29 +34,37 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class TokenBytes:
     """The bytes of every token id of one tokenizer.
 
-    `pieces_V[i]` are the bytes of id i; it is empty when the decoder depends on context and `stream` must be used.
-    `eos_id` never carries text; `special_ids` carry none at the end of a response.
+    `pieces_V[i]` are the bytes of id i; the end-of-sequence id and the last place, which stands for every unknown id,
+    have none. `pieces_V` is empty when the decoder depends on context and the incremental one must be used.
     """
 
     tokenizer: Tokenizer
     pieces_V: tuple[bytes, ...]
+    lengths_V: np.ndarray
     eos_id: int | None
     special_ids: frozenset[int]
-    trims_offsets: bool = False
+    """Ids of special tokens; a run of them at the end of a response carries no text."""
+    trims_offsets: bool
     """The tokenizer's own character offsets leave out the spaces around a token."""
 
-    def split(self, ids: Sequence[int]) -> list[bytes]:
-        """The bytes of each id in turn; unknown ids have none."""
-        if self.pieces_V:
-            size = len(self.pieces_V)
-            return [self.pieces_V[i] if 0 <= i < size else b"" for i in ids]
-        return self._stream(ids)
+    def known(self, ids_BT: np.ndarray) -> np.ndarray:
+        """The ids with the unknown ones (beyond the vocabulary, as a padded embedding allows) mapped to the last place."""
+        unknown = len(self.pieces_V) - 1 if self.pieces_V else self.tokenizer.get_vocab_size()
+        return np.where((ids_BT >= 0) & (ids_BT < unknown), ids_BT, unknown)
+
+    def split(self, known_ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each known id in turn."""
+        if not self.pieces_V:
+            return self._stream(known_ids)
+        if len(known_ids) < 2:  # itemgetter of one item returns no tuple
+            return [self.pieces_V[i] for i in known_ids]
+        return list(itemgetter(*known_ids)(self.pieces_V))
 
     def text_pieces(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes of each id within the tokenizer's own decoded text, which may lack a space put before the first."""
-        pieces = self.split(ids)
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
-        if pieces and b"".join(pieces).decode("utf-8", "replace") == " " + text:
+        pieces = self.split(self.known(np.array(ids, dtype=np.int64)).tolist())
+        text = self.tokenizer.decode([i for i in ids if i != self.eos_id], skip_special_tokens=False)
+        if b"".join(pieces).decode("utf-8", "replace") == " " + text:
             first = next(i for i, piece in enumerate(pieces) if piece)
             pieces[first] = pieces[first][1:]
         return pieces
@@ -64,7 +73,7 @@ class TokenBytes:
         stream, size = DecodeStream(skip_special_tokens=False), self.tokenizer.get_vocab_size()
         pieces: list[bytes] = []
         for i in ids:
-            if not 0 <= i < size:
+            if i >= size or i == self.eos_id:
                 pieces.append(b"")
                 continue
             try:
@@ -75,7 +84,7 @@ class TokenBytes:
             pieces.append((chunk or "").encode("utf-8", "surrogateescape"))
         return pieces
 
-    def num_text_tokens(self, ids: Sequence[int], keep: Sequence[int] = ()) -> int:
+    def num_text_tokens(self, ids: Sequence[int], keep: frozenset[int] = frozenset()) -> int:
         """How many ids are left when the run of special tokens at the end is taken off (`keep` stops the run)."""
         n = len(ids)
         while n and ids[n - 1] in self.special_ids and ids[n - 1] not in keep:
@@ -103,13 +112,16 @@ def _token_bytes(tokenizer: Any, size: int) -> TokenBytes:
         )
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     special.update(getattr(tokenizer, "all_special_ids", ()))
-    pieces_V = _byte_table(backend)
+    pieces, eos_id = _byte_table(backend), getattr(tokenizer, "eos_token_id", None)
+    if pieces and eos_id is not None:
+        pieces[eos_id] = b""
     return TokenBytes(
         tokenizer=backend,
-        pieces_V=pieces_V,
-        eos_id=getattr(tokenizer, "eos_token_id", None),
+        pieces_V=tuple(pieces),
+        lengths_V=np.array([len(piece) for piece in pieces], dtype=np.int64),
+        eos_id=eos_id,
         special_ids=frozenset(special),
-        trims_offsets=not pieces_V or _trims_offsets(backend),
+        trims_offsets=not pieces or _trims_offsets(backend),
     )
 
 
@@ -121,19 +133,19 @@ def _trims_offsets(backend: Tokenizer) -> bool:
     return any(part["type"] in ("ByteLevel", "Roberta") and part["trim_offsets"] for part in parts)
 
 
-def _byte_table(backend: Tokenizer) -> tuple[bytes, ...]:
-    """The bytes of every id, or () when the decoder is not a function of one token at a time."""
+def _byte_table(backend: Tokenizer) -> list[bytes]:
+    """The bytes of every id and none for an unknown one; [] when the decoder needs more than one token at a time."""
     steps = _decoder_steps(backend)
     if steps is None:
-        return ()
+        return []
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    pieces = [b""] * (max(vocabulary.values(), default=-1) + 2)
     for token, i in vocabulary.items():
         piece: str | bytes = token
         for step in steps:
             piece = step(piece) if isinstance(piece, str) else piece
         pieces[i] = piece.encode("utf-8", "surrogateescape") if isinstance(piece, str) else piece
-    return tuple(pieces)
+    return pieces
 
 
 def _decoder_steps(backend: Tokenizer) -> list[Callable[[str], str | bytes]] | None:
@@ -190,8 +202,9 @@ def decode_ids(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] = ()) -> 
     A special token that is one of `tags` is text also at the end. Bytes that are not UTF-8 become U+FFFD.
     """
     table = token_bytes(tokenizer)
-    ids = list(ids)[: table.num_text_tokens(ids, _tag_ids(table, tags))]
-    return b"".join(table.split([i for i in ids if i != table.eos_id])).decode("utf-8", "replace")
+    known_ids = table.known(np.array(ids, dtype=np.int64)).tolist()
+    known_ids = known_ids[: table.num_text_tokens(known_ids, _tag_ids(table, tags))]
+    return b"".join(table.split(known_ids)).decode("utf-8", "replace")
 
 
 def _tag_ids(table: TokenBytes, tags: Sequence[str]) -> frozenset[int]:
@@ -218,12 +231,17 @@ def tag_regions(
     table = token_bytes(tokenizer)
     tag_ids = _tag_ids(table, tags)
     mask = mask_BT.detach().cpu().numpy().astype(bool)
-    ids = ids_BT.detach().cpu().numpy()
+    ids = table.known(ids_BT.detach().cpu().numpy())
     layout = _ByteLayout()
     for row_ids, row_mask in zip(ids, mask, strict=True):
         _lay_out_row(layout, row_ids[row_mask].tolist(), table, tag_ids, find_spans)
+    if table.pieces_V:
+        layout.token_lengths = [table.lengths_V[ids[mask]]]
+    regions_N = _regions_of_tokens(layout)
+    if table.eos_id is not None:
+        regions_N[ids[mask] == table.eos_id] = int(Region.FORMAT)
     regions = np.full(ids.shape, int(Region.OTHER), dtype=np.int64)
-    regions[mask] = _regions_of_tokens(layout)
+    regions[mask] = regions_N
     return torch.from_numpy(regions).to(ids_BT.device)
 
 
@@ -233,9 +251,9 @@ class _ByteLayout:
 
     run_starts: list[int] = field(default_factory=lambda: [0])
     run_regions: list[int] = field(default_factory=lambda: [int(Region.OTHER)])
-    token_lengths: list[int] = field(default_factory=list)
-    ends: list[bool] = field(default_factory=list)
-    tokens_per_row: list[int] = field(default_factory=list)
+    token_lengths: list[np.ndarray] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    num_text_tokens: list[int] = field(default_factory=list)
     total: int = 0
 
 
@@ -248,15 +266,10 @@ def _lay_out_row(
 ) -> None:
     num_text = table.num_text_tokens(ids, tag_ids)
     pieces = table.split(ids[:num_text])
-    if table.eos_id in ids[:num_text]:
-        pieces = [b"" if i == table.eos_id else piece for i, piece in zip(ids, pieces, strict=False)]
-        layout.ends.extend(i == table.eos_id for i in ids[:num_text])
-    else:
-        layout.ends.extend([False] * num_text)
-    layout.ends.extend([True] * (len(ids) - num_text))
-    layout.token_lengths.extend(map(len, pieces))
-    layout.token_lengths.extend([0] * (len(ids) - num_text))
-    layout.tokens_per_row.append(len(ids))
+    if not table.pieces_V:
+        layout.token_lengths.append(np.array([*map(len, pieces)] + [0] * (len(ids) - num_text), dtype=np.int64))
+    layout.num_tokens.append(len(ids))
+    layout.num_text_tokens.append(num_text)
     text = b"".join(pieces).decode("utf-8", "surrogateescape")
     _lay_out_spans(layout, text, find_spans(text))
 
@@ -289,12 +302,17 @@ def _regions_of_tokens(layout: _ByteLayout) -> np.ndarray:
     run_starts, run_regions = np.array(layout.run_starts), np.array(layout.run_regions)
     keep = np.append(run_starts[1:] > run_starts[:-1], True)  # of runs that start together only the last has bytes
     run_starts, run_regions = run_starts[keep], run_regions[keep]
-    lengths = np.array(layout.token_lengths, dtype=np.int64)
-    padding = np.repeat(np.arange(len(layout.tokens_per_row)), layout.tokens_per_row)
-    ends = np.cumsum(lengths) + padding
+    row_starts = np.cumsum([0, *layout.num_tokens])
+    tails = [
+        slice(row_starts[row] + num_text, row_starts[row + 1]) for row, num_text in enumerate(layout.num_text_tokens)
+    ]
+    lengths = np.concatenate([*layout.token_lengths, np.zeros(0, dtype=np.int64)])
+    for tail in tails:
+        lengths[tail] = 0
+    ends = np.cumsum(lengths) + np.repeat(np.arange(len(layout.num_tokens)), layout.num_tokens)
     starts = ends - lengths
-    first = np.searchsorted(run_starts, starts, side="right") - 1
-    last = np.searchsorted(run_starts, np.maximum(ends - 1, starts), side="right") - 1
+    first = _runs_at(starts, run_starts)
+    last = _runs_at(np.maximum(ends - 1, starts), run_starts)
     regions = run_regions[first]
     straddling = np.flatnonzero(run_regions[last] != regions)
     straddling = np.union1d(straddling, np.flatnonzero(last - first > 1))
@@ -309,8 +327,15 @@ def _regions_of_tokens(layout: _ByteLayout) -> np.ndarray:
 
         owned = bytes_before(ends[straddling], last[straddling]) - bytes_before(starts[straddling], first[straddling])
         regions[straddling] = order[np.argmax(owned, axis=1)]
-    regions[np.array(layout.ends, dtype=bool)] = int(Region.FORMAT)
+    for tail in tails:
+        regions[tail] = int(Region.FORMAT)
     return regions
+
+
+def _runs_at(positions: np.ndarray, run_starts: np.ndarray) -> np.ndarray:
+    """The run that holds each position; both ascend, so the few runs are looked up among the many positions."""
+    entered = np.bincount(np.searchsorted(positions, run_starts, side="left"), minlength=len(positions) + 1)
+    return np.cumsum(entered)[: len(positions)] - 1
 
 
 def region_sums(values_BT: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,8 +350,7 @@ def region_sums(values_BT: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> tuple
         )
     mask = mask_BT.bool()
     index = regions_BT[mask]
-    zeros = torch.zeros(NUM_REGIONS, dtype=torch.float64, device=values_BT.device)
-    sums_R = zeros.index_add(0, index, values_BT.detach()[mask].double())
+    sums_R = torch.bincount(index, weights=values_BT.detach()[mask].double(), minlength=NUM_REGIONS)
     return sums_R, torch.bincount(index, minlength=NUM_REGIONS).double()
 
 
