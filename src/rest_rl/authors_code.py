@@ -24,7 +24,7 @@ SCHEDULE_STEPS = 150
 
 def authors_reward(response: str, gold: Gold, step: float) -> tuple[float, float]:
     """(format score, correctness score) of a response at an absolute training step; the reward is their sum."""
-    text = response.split("<|im_start|>assistant")[-1].split("<|im_end|>")[0].strip()
+    text = response.rsplit("<|im_start|>assistant", maxsplit=1)[-1].split("<|im_end|>", maxsplit=1)[0].strip()
     return _format_score(text, gold, step), _correctness_score(text, gold, step)
 
 
@@ -37,7 +37,7 @@ def _format_score(text: str, gold: Gold, step: float) -> float:
     positions = [text.find(tag) for tag in tags]
     fits = min(positions) >= 0 and all(text.count(tag) == 1 for tag in once)
     if len(order) > 1:  # a lone think block may even close before it opens
-        fits = fits and all(a < b for a, b in zip(positions, positions[1:], strict=False))
+        fits = fits and positions == sorted(set(positions))
     if order == ["think", "tool_call"]:
         fits = fits and "<response>" not in text and "</response>" not in text
     return highest if fits else lowest
@@ -51,7 +51,7 @@ def _correctness_score(text: str, gold: Gold, step: float) -> float:
     if "<tool_call>" not in text or "</tool_call>" not in text:
         return lowest
     wanted = [{"name": call.name, "parameters": dict(call.arguments)} for call in gold.calls]
-    lines = text.split("<tool_call>")[1].split("</tool_call>")[0].strip().split("\n")
+    lines = text.split("<tool_call>")[1].split("</tool_call>", maxsplit=1)[0].strip().split("\n")
     try:
         made = [json.loads(line) for line in lines]
         if wanted == made:
@@ -174,7 +174,7 @@ def _character_offsets(text: str, pieces: Sequence[bytes], trim_spaces: bool) ->
 
 def authors_normalise(weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Clip the positive weights of unmasked tokens, divide by the mean of those alone, drop the rest: float32 (T,)."""
-    import torch  # only here: the reward is read by workers that need no torch, and numpy's float32 mean differs from it
+    import torch  # only here: a reward worker needs none; numpy's float32 mean differs
 
     raw = torch.from_numpy(weights)
     valid = torch.from_numpy(mask.astype(bool))

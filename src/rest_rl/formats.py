@@ -23,7 +23,9 @@ class ToolFormat(Protocol):
     """How a model writes its reasoning, its calls and its answer; pass your own object wherever a name is accepted."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """How configs call the format."""
+        ...
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -48,7 +50,9 @@ def get_format(tool_format: str | ToolFormat) -> ToolFormat:
     if not isinstance(tool_format, str):
         return tool_format
     if tool_format not in FORMATS:
-        raise ValueError(f"unknown format {tool_format!r}; expected one of {', '.join(FORMATS)}, or a ToolFormat object")
+        raise ValueError(
+            f"unknown format {tool_format!r}; expected one of {', '.join(FORMATS)}, or a ToolFormat object"
+        )
     return FORMATS[tool_format]
 
 
@@ -162,7 +166,9 @@ def _dump_call(call: ToolCall, arguments_key: str) -> str:
     try:
         line = json.dumps({"name": call.name, arguments_key: dict(call.arguments)}, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the call of {call.name!r} cannot be written as JSON: {error}; use JSON values only") from None
+        raise ValueError(
+            f"the call of {call.name!r} cannot be written as JSON: {error}; use JSON values only"
+        ) from None
     return line.replace("</", "<\\/")
 
 
@@ -192,6 +198,7 @@ class ToolRLFormat:
     _layouts = (("think",), ("think", "tool_call"), ("think", "response"), ("think", "tool_call", "response"))
 
     def parse(self, text: str) -> ParsedResponse:
+        """Read a response; never raises."""
         blocks, strays = _find_blocks(text, self._pattern)
         reading = _Reading()
         at = 0
@@ -207,7 +214,9 @@ class ToolRLFormat:
             reading.complain(f"unmatched {tag} at character {position}")
         layout = tuple(block.tag for block in blocks)
         if layout not in self._layouts:
-            reading.complain(f"expected the blocks think, tool_call, response once and in order, got {list(layout)[:9]}")
+            reading.complain(
+                f"expected the blocks think, tool_call, response once and in order, got {list(layout)[:9]}"
+            )
         inner = {block.tag: text[block.inner_start : block.inner_end].strip() for block in reversed(blocks)}
         return ParsedResponse(
             thought=inner.get("think"),
@@ -244,12 +253,15 @@ class ToolRLFormat:
         """A missing thought is written as an empty think block, because the format requires one."""
         parts = [f"<think> {_checked(thought or '', ('</think>',), 'thought')} </think>"]
         if calls:
-            parts.append("\n".join(["<tool_call>", *(_dump_call(call, "parameters") for call in calls), "</tool_call>"]))
+            parts.append(
+                "\n".join(["<tool_call>", *(_dump_call(call, "parameters") for call in calls), "</tool_call>"])
+            )
         if answer is not None:
             parts.append(f"<response> {_checked(answer, ('</response>',), 'answer')} </response>")
         return "\n".join(parts)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """A system message that describes the tools and the format."""
         return (
             "You can call these tools, one JSON description per line:\n"
             f"{_describe_tools(tools)}\n\n"
@@ -272,6 +284,7 @@ class HermesFormat:
     _pattern = re.compile(r"<(/?)(think|tool_call)>")
 
     def parse(self, text: str) -> ParsedResponse:
+        """Read a response; never raises."""
         blocks, strays = _find_blocks(text, self._pattern)
         first_stray = strays[0][0] if strays else len(text)
         reading = _Reading()
@@ -325,12 +338,14 @@ class HermesFormat:
             reading.mark(end, block.inner_end, Region.FORMAT)
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
+        """Thought, then answer, then calls, each where there is one; an empty answer counts as none."""
         head = "" if thought is None else f"<think>\n{_checked(thought, ('</think>',), 'thought')}\n</think>\n\n"
         blocks = [f"<tool_call>\n{_dump_call(call, 'arguments')}\n</tool_call>" for call in calls]
         text = [] if not answer else [_checked(answer, self.tags, "answer")]
         return head + "\n".join(text + blocks)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """A system message that describes the tools and the format."""
         return (
             f"You can call these tools:\n<tools>\n{_describe_tools(tools)}\n</tools>\n\n"
             "For each call write one JSON object in a block of its own:\n"

@@ -47,9 +47,7 @@ class Preset:
 
 _UNIFORM = WeightConfig(rule="uniform")
 # a_f = a_p = a_t = 0.3: the published code moves its weights by 0.002 a step over a schedule of 150 steps
-_REST = WeightConfig(
-    strength=0.5, w_min=0.25, w_max=4.0, decay_format=0.3, gain_arguments=0.3, gain_reasoning=0.3
-)
+_REST = WeightConfig(strength=0.5, w_min=0.25, w_max=4.0, decay_format=0.3, gain_arguments=0.3, gain_reasoning=0.3)
 _PAPER = WeightConfig(w_min=0.001, w_max=8.0, decay_format=0.3, gain_arguments=0.3, gain_reasoning=0.3)
 
 PRESETS: dict[str, Preset] = {
@@ -79,7 +77,7 @@ def token_weights(
     mask_BT: Tensor,
     tokenizer: Any,
     *,
-    format: str | ToolFormat = "toolrl",  # noqa: A002 - the word users know
+    format: str | ToolFormat = "toolrl",
     preset: str | Preset = "rest",
     progress: float = 0.0,
     entropies: Tensor | Mapping[str, float] | None = None,

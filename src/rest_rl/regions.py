@@ -48,7 +48,7 @@ class TokenBytes:
     """The tokenizer's own character offsets leave out the spaces around a token."""
 
     def known(self, ids_BT: np.ndarray) -> np.ndarray:
-        """The ids with the unknown ones (beyond the vocabulary, as a padded embedding allows) mapped to the last place."""
+        """The ids, those beyond the vocabulary (a padded embedding samples them) mapped to the last place."""
         unknown = len(self.pieces_V) - 1 if self.pieces_V else self.tokenizer.get_vocab_size()
         return np.where((ids_BT >= 0) & (ids_BT < unknown), ids_BT, unknown)
 
@@ -227,7 +227,9 @@ def tag_regions(
     the first part of a character under an incremental decoder, takes the region at its position.
     """
     if ids_BT.shape != mask_BT.shape or ids_BT.ndim != 2:
-        raise ValueError(f"got ids of shape {tuple(ids_BT.shape)} and a mask of {tuple(mask_BT.shape)}, expected one (B, T)")
+        raise ValueError(
+            f"got ids of shape {tuple(ids_BT.shape)} and a mask of {tuple(mask_BT.shape)}, expected one (B, T)"
+        )
     table = token_bytes(tokenizer)
     tag_ids = _tag_ids(table, tags)
     mask = mask_BT.detach().cpu().numpy().astype(bool)

@@ -105,10 +105,11 @@ def _call_from_json(call: Any, number: int) -> ToolCall:
     if isinstance(call, ToolCall):
         return call
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-        raise ValueError(f'got {type(call).__name__} as gold call {number}, expected {{"name": str, "arguments": object}}')
+        raise ValueError(
+            f'got {type(call).__name__} as gold call {number}, expected {{"name": str, "arguments": object}}'
+        )
     arguments = call.get("arguments")
     if not isinstance(arguments, Mapping):
-        raise ValueError(
-            f"got arguments of type {type(arguments).__name__} in gold call {number} ({call['name']!r}), expected an object"
-        )
+        got = type(arguments).__name__
+        raise ValueError(f"got arguments of type {got} in gold call {number} ({call['name']!r}), expected an object")
     return ToolCall(call["name"], arguments)

@@ -33,13 +33,11 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.accuracy_share_start <= self.accuracy_share_end <= 1:
             raise ValueError(
-                f"got accuracy_share_start {self.accuracy_share_start} and accuracy_share_end {self.accuracy_share_end}, "
+                f"got accuracy_share_start {self.accuracy_share_start}, accuracy_share_end {self.accuracy_share_end}; "
                 "expected 0 <= start <= end <= 1"
             )
         if not (0 <= self.accuracy_scale < float("inf") and 0 <= self.format_scale < float("inf")):
-            raise ValueError(
-                f"got scales {self.accuracy_scale} and {self.format_scale}, expected finite numbers >= 0"
-            )
+            raise ValueError(f"got scales {self.accuracy_scale} and {self.format_scale}, expected finite numbers >= 0")
 
 
 class Finding(NamedTuple):

@@ -23,7 +23,7 @@ def score_response(
     text: str,
     gold: Gold,
     *,
-    format: str | ToolFormat = "toolrl",  # noqa: A002 - the word users know
+    format: str | ToolFormat = "toolrl",
     preset: str = "rest",
     progress: float = 0.0,
     step: float | None = None,
