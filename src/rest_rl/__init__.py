@@ -1,0 +1,87 @@
+"""ResT: token-level policy gradients, reshaped by region, for language models that call tools.
+
+Public names load their module when first used; `import rest_rl` imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rest_rl.advantages import group_advantages, reshape
+    from rest_rl.data.samples import Dialogue, ToolSample, decompose
+    from rest_rl.formats import FORMATS, ToolFormat, get_format
+    from rest_rl.loss import clipped_surrogate, token_entropy
+    from rest_rl.presets import PRESETS, Preset, get_preset, token_weights
+    from rest_rl.regions import decode_ids, region_means, tag_regions
+    from rest_rl.response import Gold, ParsedResponse, Region, Span, ToolCall
+    from rest_rl.rewards import Reward, RewardConfig, exact_match, score
+    from rest_rl.scoring import score_response
+    from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+    from rest_rl.weights import RegionStatistics, WeightConfig, apply_curriculum, assign_weights, region_weights
+
+_HOMES = {
+    "advantages": ("group_advantages", "reshape"),
+    "data.samples": ("Dialogue", "ToolSample", "decompose"),
+    "formats": ("FORMATS", "ToolFormat", "get_format"),
+    "loss": ("clipped_surrogate", "token_entropy"),
+    "presets": ("PRESETS", "Preset", "get_preset", "token_weights"),
+    "regions": ("decode_ids", "region_means", "tag_regions"),
+    "response": ("Gold", "ParsedResponse", "Region", "Span", "ToolCall"),
+    "rewards": ("Reward", "RewardConfig", "exact_match", "score"),
+    "scoring": ("score_response",),
+    "train.trl_trainer": ("ResTConfig", "ResTTrainer"),
+    "weights": ("RegionStatistics", "WeightConfig", "apply_curriculum", "assign_weights", "region_weights"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "FORMATS",
+    "PRESETS",
+    "Dialogue",
+    "Gold",
+    "ParsedResponse",
+    "Preset",
+    "Region",
+    "RegionStatistics",
+    "ResTConfig",
+    "ResTTrainer",
+    "Reward",
+    "RewardConfig",
+    "Span",
+    "ToolCall",
+    "ToolFormat",
+    "ToolSample",
+    "WeightConfig",
+    "apply_curriculum",
+    "assign_weights",
+    "clipped_surrogate",
+    "decode_ids",
+    "decompose",
+    "exact_match",
+    "get_format",
+    "get_preset",
+    "group_advantages",
+    "region_means",
+    "region_weights",
+    "reshape",
+    "score",
+    "score_response",
+    "tag_regions",
+    "token_entropy",
+    "token_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("rest-rl")
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f"rest_rl.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module 'rest_rl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])

@@ -1,0 +1,19 @@
+"""One colour per region, the same in the terminal and in every plot; told apart by colour-blind readers too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rest_rl.response import Region
+
+REGION_COLOURS: Mapping[str, str] = {
+    Region.FORMAT.label: "#8c6bb1",
+    Region.NAME.label: "#d6401f",
+    Region.ARGUMENTS.label: "#e69f00",
+    Region.REASONING.label: "#2b7bba",
+    Region.ANSWER.label: "#1a9e6c",
+    Region.OTHER.label: "#8f8f8f",
+}
+
+SERIES_COLOURS = ("#2b7bba", "#d6401f", "#1a9e6c", "#e69f00", "#8c6bb1", "#5c5c5c", "#c2438a", "#6b8e23")
+"""Colours of runs and of reward parts, in order."""

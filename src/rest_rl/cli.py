@@ -1,0 +1,172 @@
+"""The command `rest-rl`: one verb per job; a verb's code is imported when the verb is called.
+
+A mistake of the user's is one line, `error: got ..., expected ..., what to do`, and exit code 2; `--debug` shows where
+it was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+EPILOG = """\
+examples:
+  rest-rl train                                      the embedded small model in its tool world
+  rest-rl train run.toml --set rest.preset=grpo --set run.seed=1 --out runs/grpo-1
+  rest-rl train --resume --out runs/grpo-1           go on after Ctrl-C, a crash or kill -9
+  rest-rl report runs/grpo-* runs/rest-*             curves with mean and spread over seeds
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and where to read more, then exit with code 2."""
+        self.exit(EXIT_USER_ERROR, f"error: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = Parser(
+        prog="rest-rl",
+        description="Train language models to call tools with ResT: token-level policy gradients, reshaped by region.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    _add_train(verbs)
+    _add_sft(verbs)
+    _add_score(verbs)
+    _add_inspect(verbs)
+    _add_report(verbs)
+    verbs.add_parser("presets", help="every preset, resolved, as TOML", description="Print every preset as TOML.")
+    return parser
+
+
+def _add_train(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser("train", help="train a model with ResT", description="Train a model with ResT.")
+    verb.add_argument("run", nargs="?", metavar="RUN.toml", help="the run; without it the embedded one")
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="set one key of the run; C is a TOML value"
+    )
+    verb.add_argument("--out", metavar="DIR", help="the run folder (run.out)")
+    verb.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
+
+
+def _add_sft(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "sft",
+        help="make the embedded warm-start model from nothing",
+        description="Train the small model of the tool world from nothing by supervised steps.",
+    )
+    verb.add_argument("--out", metavar="DIR", default="runs/sft", help="where the model goes (default: %(default)s)")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=C", help="set one field of SftConfig")
+
+
+def _add_score(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "score",
+        help="score responses against gold calls, with the reasons",
+        description='Score rows {"response", "gold": {"calls": [{"name", "arguments"}], "answer"}, "step"?}, one JSON '
+        "line per row, in order. A row that cannot be scored becomes a line with its number and an error.",
+    )
+    verb.add_argument("file", metavar="FILE.jsonl", help="the rows; - for standard input")
+    _add_method_options(verb)
+
+
+def _add_inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "inspect",
+        help="show each token of a response with its region and weight",
+        description='Show the tokens of rows {"response": text} or {"ids": [...]} with region and weight.',
+    )
+    verb.add_argument("file", metavar="FILE.jsonl", help="the rows; - for standard input")
+    verb.add_argument("--tokenizer", required=True, metavar="DIR", help="directory or hub name of the tokenizer")
+    _add_method_options(verb)
+    verb.add_argument(
+        "--entropies",
+        metavar="JSON",
+        help='nats by region, {"name": 0.3, ...}, or a file that holds them; without them no region is known better',
+    )
+    verb.add_argument("--json", action="store_true", help="print one JSON object per row")
+
+
+def _add_method_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--format", default="toolrl", metavar="F", help="tool-call format (default: %(default)s)")
+    verb.add_argument("--preset", default="rest", metavar="P", help="preset (default: %(default)s); see presets")
+    verb.add_argument(
+        "--progress", type=float, default=None, metavar="X", help="training progress in [0, 1] (default: 0)"
+    )
+
+
+def _add_report(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "report",
+        help="Markdown and plots from run folders",
+        description="Write report.md and plots from run folders; runs that differ in their seed alone are one curve "
+        "with its spread.",
+    )
+    verb.add_argument("folders", nargs="+", metavar="DIR", help="run folders")
+    verb.add_argument("--out", metavar="DIR", help="where to (default: the run folder of one run, else ./report)")
+
+
+def run_verb(arguments: argparse.Namespace) -> int:
+    """Call the verb; the heavy imports happen here."""
+    if arguments.verb in {"train", "sft"}:
+        from rest_rl import cli_train
+
+        return cli_train.train(arguments) if arguments.verb == "train" else cli_train.sft(arguments)
+    if arguments.verb == "report":
+        from rest_rl.analyze.report import write_report
+
+        print(write_report(arguments.folders, arguments.out))
+        return 0
+    if arguments.verb == "score":
+        from rest_rl.cli_score import score
+
+        return score(arguments)
+    from rest_rl import cli_inspect
+
+    return cli_inspect.inspect(arguments) if arguments.verb == "inspect" else cli_inspect.presets(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.version:
+        from rest_rl import __version__
+
+        print(f"rest-rl {__version__}")
+        return 0
+    if arguments.verb is None:
+        parser.print_help()
+        return EXIT_USER_ERROR
+    try:
+        return run_verb(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"error: {one_line(str(error) or repr(error))}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def one_line(text: str) -> str:
+    """A message without its line breaks."""
+    return " ".join(text.split())

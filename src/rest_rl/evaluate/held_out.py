@@ -1,0 +1,114 @@
+"""Exact match, S_acc and S_format on held-out prompts: sampled at temperature 1 and greedy, per kind and per split.
+
+Every score carries its number of responses `n` and the standard error of its exact match over prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rest_rl.config import EvalTable
+from rest_rl.data.samples import ToolSample
+from rest_rl.evaluate.generate import generate
+from rest_rl.formats import ToolFormat
+from rest_rl.regions import decode_ids
+from rest_rl.rewards import accuracy_score, exact_match, format_score
+
+
+class Prompt(NamedTuple):
+    """A held-out sample and the text the model is asked to go on from."""
+
+    text: str
+    sample: ToolSample
+    split: str
+
+
+class Outcome(NamedTuple):
+    """What one response to a prompt was worth."""
+
+    kind: str
+    split: str
+    prompt: int
+    exact_match: float
+    s_acc: float
+    s_format: float
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    tool_format: ToolFormat,
+    config: EvalTable,
+    on_pass: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Scores sampled at temperature 1, with `kinds` and `splits`, and the same greedy under `greedy`."""
+    texts = [prompt.text for prompt in prompts]
+    settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    sampled: list[Outcome] = []
+    for draw in range(config.samples):
+        on_pass("sampled")
+        ids = generate(model, tokenizer, texts, **settings, seed=config.seed + draw)
+        sampled += judge(ids, prompts, tokenizer, tool_format)
+    on_pass("greedy")
+    greedy = judge(generate(model, tokenizer, texts, **settings, greedy=True), prompts, tokenizer, tool_format)
+    return {**summarise(sampled), "greedy": summarise(greedy)}
+
+
+def judge(
+    responses: Sequence[Sequence[int]], prompts: Sequence[Prompt], tokenizer: Any, tool_format: ToolFormat
+) -> list[Outcome]:
+    """The worth of one response per prompt, read from its sampled ids."""
+    outcomes: list[Outcome] = []
+    for index, (ids, prompt) in enumerate(zip(responses, prompts, strict=True)):
+        parsed, gold = tool_format.parse(decode_ids(ids, tokenizer, tool_format.tags)), prompt.sample.gold
+        scores = float(exact_match(parsed, gold)), accuracy_score(parsed, gold)[0], format_score(parsed, gold)[0]
+        outcomes.append(Outcome(prompt.sample.kind, prompt.split, index, *scores))
+    return outcomes
+
+
+def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Means over all outcomes, per kind of task and per split."""
+    return {
+        **means(outcomes),
+        "kinds": {kind: means(group) for kind, group in grouped(outcomes, "kind").items()},
+        "splits": {split: means(group) for split, group in grouped(outcomes, "split").items()},
+    }
+
+
+def grouped(outcomes: Sequence[Outcome], name: str) -> dict[str, list[Outcome]]:
+    """Outcomes by one of their fields, in alphabetical order."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in sorted(outcomes, key=lambda outcome: str(getattr(outcome, name))):
+        groups.setdefault(str(getattr(outcome, name)), []).append(outcome)
+    return groups
+
+
+def means(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Mean scores, the number of responses and the standard error of the exact match over prompts."""
+    n = len(outcomes)
+    if n == 0:
+        return {"n": 0}
+    return {
+        "exact_match": sum(outcome.exact_match for outcome in outcomes) / n,
+        "s_acc": sum(outcome.s_acc for outcome in outcomes) / n,
+        "s_format": sum(outcome.s_format for outcome in outcomes) / n,
+        "exact_match_error": standard_error(outcomes),
+        "n": n,
+    }
+
+
+def standard_error(outcomes: Sequence[Outcome]) -> float:
+    """Standard error of the mean exact match: sd over prompts / sqrt(prompts), draws of one prompt averaged first.
+
+    0 for fewer than two prompts.
+    """
+    by_prompt: Mapping[str, list[Outcome]] = grouped(outcomes, "prompt")
+    values = [sum(outcome.exact_match for outcome in group) / len(group) for group in by_prompt.values()]
+    n = len(values)
+    if n < 2:
+        return 0.0
+    mean = sum(values) / n
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)

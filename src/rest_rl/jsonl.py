@@ -1,0 +1,73 @@
+"""JSONL as the command reads and writes it: one object per line, numbered when read, fit for all when written."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO, Any
+
+
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """The numbered non-blank lines of a file or of standard input."""
+    try:
+        with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as file:
+            yield from numbered(file)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ValueError(f"got {path} ({reason(error)}), expected a readable JSONL file; check the path") from error
+
+
+def numbered(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The non-blank lines of an open file, counted from 1."""
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield number, line
+
+
+def parse_row(line: bytes) -> Mapping[str, Any]:
+    """One JSON object; ValueError if the line is something else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"got a line that is not JSON ({error}), expected an object; mend the row") from error
+    if not isinstance(row, Mapping):
+        raise ValueError(f"got {type(row).__name__}, expected an object per line; mend the row")
+    return row
+
+
+def text_field(row: Mapping[str, Any], name: str) -> str:
+    """A field of a row that must be text."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"got {name} of type {type(value).__name__}, expected text; add {name!r} to the row")
+    return value
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader accepts: NaN and infinities become null, lone surrogates are escaped."""
+    text = json.dumps(finite(value), ensure_ascii=False, indent=indent)
+    return text if text.isascii() or not has_surrogates(text) else json.dumps(finite(value), indent=indent)
+
+
+def finite(value: Any) -> Any:
+    """`value` with every float that JSON cannot hold replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether a text cannot be encoded as UTF-8."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def reason(error: Exception) -> str:
+    """Why an operation of the system failed, without its number."""
+    return getattr(error, "strerror", None) or str(error)

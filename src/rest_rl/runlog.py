@@ -1,0 +1,258 @@
+"""A run folder: what was asked, where it ran, what happened at each step, and how it ended.
+
+    config.toml        the resolved run                  summary.json   evaluation before and after
+    environment.json   versions, platform, command       timing.jsonl   seconds per step
+    metrics.jsonl      one object per step               checkpoints/   what `--resume` starts from
+    responses.jsonl    some responses of each step       plots/
+
+Every line is written and flushed whole. A process killed in mid-line leaves a last line that readers skip and a resumed
+run removes. Wall-clock times stand apart from the metrics: a resumed run's metrics equal an uninterrupted run's.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rest_rl.jsonl import as_json, reason
+
+CONFIG, ENVIRONMENT, SUMMARY = "config.toml", "environment.json", "summary.json"
+METRICS, RESPONSES, TIMING = "metrics.jsonl", "responses.jsonl", "timing.jsonl"
+CHECKPOINTS, PLOTS = "checkpoints", "plots"
+LIBRARIES = ("rest-rl", "torch", "transformers", "trl", "accelerate", "tokenizers", "numpy", "peft", "vllm")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read back; `metrics` and `responses` are in step order."""
+
+    folder: Path
+    config: str
+    environment: Row
+    metrics: tuple[Row, ...]
+    responses: tuple[Row, ...]
+    timing: tuple[Row, ...]
+    summary: Row
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+
+class RunLog:
+    """The writing side of a run folder; with `enabled=False` (a rank other than the first) it writes nothing."""
+
+    def __init__(self, folder: str | Path, *, enabled: bool = True) -> None:
+        """Use `create` or `resume`; this only binds the folder."""
+        self.folder = Path(folder)
+        self.enabled = enabled
+
+    @classmethod
+    def create(cls, folder: str | Path, config: str, command: Iterable[str], *, enabled: bool = True) -> RunLog:
+        """Start a run in an empty or new folder; ValueError if it holds a run already or cannot be written."""
+        log = cls(folder, enabled=enabled)
+        if (log.folder / CONFIG).exists() and enabled:
+            raise ValueError(
+                f"got {folder}, which holds a run already, expected a new folder; add --resume to go on with it, or "
+                "pass another --out"
+            )
+        log._make_folders()
+        log._write(CONFIG, config)
+        log._write(ENVIRONMENT, as_json(describe_environment(command), indent=2) + "\n")
+        return log
+
+    @classmethod
+    def resume(cls, folder: str | Path, step: int, *, enabled: bool = True) -> RunLog:
+        """Go on with the run in `folder` from a checkpoint at `step`: later rows and a torn last line are removed."""
+        log = cls(folder, enabled=enabled)
+        if not (log.folder / CONFIG).is_file():
+            raise ValueError(f"got {folder}, which holds no run, expected a run folder; start one without --resume")
+        log._make_folders()
+        for name in (METRICS, RESPONSES, TIMING):
+            log._keep_until(name, step)
+        return log
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the trainer's checkpoints lie."""
+        return self.folder / CHECKPOINTS
+
+    @property
+    def plots(self) -> Path:
+        """Where the plots lie."""
+        return self.folder / PLOTS
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one step's metrics; `row["step"]` is the number of finished steps."""
+        self._append(METRICS, [row])
+
+    def add_responses(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append responses; each row has its `step`."""
+        self._append(RESPONSES, rows)
+
+    def add_timing(self, row: Mapping[str, Any]) -> None:
+        """Append one step's wall-clock times."""
+        self._append(TIMING, [row])
+
+    def read_summary(self) -> Row:
+        """The summary so far, empty if there is none."""
+        return read_object(self.folder / SUMMARY)
+
+    def update_summary(self, **entries: Any) -> None:
+        """Merge entries into summary.json, atomically."""
+        self._write(SUMMARY, as_json({**self.read_summary(), **entries}, indent=2) + "\n")
+
+    def _make_folders(self) -> None:
+        if not self.enabled:
+            return
+        try:
+            for folder in (self.folder, self.checkpoints, self.plots):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(as_json(row) + "\n" for row in rows)
+        if not self.enabled or not text:
+            return
+        path = self.folder / name
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            cut_back(path, size)
+            raise unwritable(self.folder, error) from error
+
+    def _keep_until(self, name: str, step: int) -> None:
+        kept = [row for row in read_rows(self.folder / name) if row.get("step", 0) <= step]
+        if (self.folder / name).exists():
+            self._write(name, "".join(as_json(row) + "\n" for row in kept))
+
+    def _write(self, name: str, text: str) -> None:
+        if not self.enabled:
+            return
+        part = self.folder / f".{name}.part"
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.folder / name)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise unwritable(self.folder, error) from error
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder, finished or not; ValueError if it is none."""
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"got {folder}, which holds no {CONFIG}, expected a run folder; pass what --out was")
+    return Run(
+        folder=path,
+        config=(path / CONFIG).read_text(encoding="utf-8"),
+        environment=read_object(path / ENVIRONMENT),
+        metrics=tuple(read_rows(path / METRICS)),
+        responses=tuple(read_rows(path / RESPONSES)),
+        timing=tuple(read_rows(path / TIMING)),
+        summary=read_object(path / SUMMARY),
+    )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The objects of a JSONL file up to its first broken line; a missing file has none."""
+    rows: list[Row] = []
+    if not path.exists():
+        return rows
+    # Not splitlines: JSON leaves U+2028 and its kin as they are.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def read_object(path: Path) -> Row:
+    """The object of a JSON file; empty if it is missing."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"got {path}, not JSON ({error}), expected an object; restore or delete it") from error
+
+
+def cut_back(path: Path, size: int) -> None:
+    """Remove what a failed write left behind, as far as the folder lets us."""
+    try:
+        os.truncate(path, size)
+    except OSError:
+        return
+
+
+def unwritable(folder: Path, error: OSError) -> ValueError:
+    """The error for a folder that is full, read-only or no folder."""
+    return ValueError(
+        f"got run folder {folder} ({reason(error)}), expected a writable folder with free space; make room and go on "
+        "with --resume (what was written is whole), or pass another --out"
+    )
+
+
+def describe_environment(command: Iterable[str]) -> Row:
+    """Versions, platform, commit and command line; nothing that changes the numbers is left out."""
+    return {
+        "command": list(command),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "libraries": {name: version for name in LIBRARIES if (version := version_of(name))},
+        "commit": commit_of(Path(__file__).parent),
+    }
+
+
+def version_of(library: str) -> str | None:
+    """Version of an installed distribution, None if it is not installed."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit_of(folder: Path) -> str | None:
+    """Commit of the source tree that holds `folder`, marked when it has changes; None outside a repository."""
+    # An installed package may lie inside somebody else's repository: only a tracked file has a commit.
+    if git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    return git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """What git prints, None if it fails or is not there."""
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(folder), *arguments],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
