@@ -1,0 +1,439 @@
+"""ResT on TRL's `GRPOTrainer`: token weights folded into the advantages, everything else is TRL.
+
+Shapes: B responses, T completion tokens, R regions. TRL's loss takes advantages of shape (B, T), and for w >= 0
+min(r w A, clip(r) w A) = w min(r A, clip(r) A), so weighting the advantage is weighting the clipped surrogate.
+
+Region statistics. The weights of optimizer step k come from a moving average over the steps up to k - 1 of the global
+sums of entropies by region (all micro-batches, all processes; `EntropyTracker`). So they cost no extra forward pass and
+are the same in every micro-batch and on every process: gradient accumulation equals the full batch and two processes
+equal one. In step 0 nothing has been measured yet and regions count as equally uncertain. How far the lagged average is
+from the exact mean of the step is measured in benchmarks/entropy_estimate.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers.utils import logging
+from trl import GRPOConfig, GRPOTrainer
+
+from rest_rl.advantages import AdvantageKind, reshape
+from rest_rl.authors_code import SCHEDULE_STEPS
+from rest_rl.config import overridden
+from rest_rl.data.samples import ToolSample, to_json
+from rest_rl.formats import ToolFormat, get_format
+from rest_rl.presets import Preset, get_preset, token_weights
+from rest_rl.regions import decode_ids, region_sums, tag_regions
+from rest_rl.response import NUM_REGIONS, Gold, Region, gold_from_json
+from rest_rl.rewards import score
+from rest_rl.scoring import score_response
+from rest_rl.train.entropy_tracker import EntropyTracker
+from rest_rl.train.policy import load_tokenizer
+from rest_rl.weights import apply_curriculum, assign_weights, keep_top_entropy, normalise, region_weights
+
+logger = logging.get_logger(__name__)
+
+FROM_PRESET = "preset"
+"""Value of a setting that the preset decides."""
+
+TRL_SETTINGS: Mapping[AdvantageKind, Mapping[str, str]] = {
+    "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "dapo": {"loss_type": "dapo", "scale_rewards": "group"},
+}
+"""What each kind of advantage is called in TRL."""
+
+
+@dataclass
+class ResTConfig(GRPOConfig):
+    """`GRPOConfig` with a preset of ResT; the preset decides `loss_type`, `scale_rewards` and the clip range.
+
+    A setting of TRL that is given explicitly and differs from the preset's is kept, and a warning names it. ValueError
+    for unknown names and for settings of TRL that would leave part of the objective unweighted.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "weights", "reward"]  # noqa: RUF012, SLF001 - HF's own pattern
+
+    preset: str = field(
+        default="rest",
+        metadata={"help": "Training method: 'rest', 'paper', 'authors-code', 'grpo', 'dr_grpo' or 'dapo'."},
+    )
+    tool_format: str = field(
+        default="toolrl", metadata={"help": "How the model writes tool calls: 'toolrl' or 'hermes'."}
+    )
+    weights: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Fields of `rest_rl.WeightConfig` to set differently from the preset: {'strength': 0.5}."},
+    )
+    reward: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of `rest_rl.RewardConfig` to set differently from the preset."}
+    )
+    advantage: str | None = field(
+        default=None,
+        metadata={"help": "Advantage to use instead of the preset's: 'grpo', 'dr_grpo' or 'dapo'."},
+    )
+    entropy_decay: float = field(
+        default=0.5,
+        metadata={"help": "Decay per step of the moving average of region entropies; 0 is the last step alone."},
+    )
+    loss_type: str = field(
+        default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) takes the preset's."}
+    )
+    scale_rewards: str = field(
+        default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) takes the preset's."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.preset, Preset):
+            self._flatten(self.preset)
+        method = self.method()
+        get_format(self.tool_format)
+        if not 0 <= self.entropy_decay < 1:
+            raise ValueError(f"got entropy_decay {self.entropy_decay}, expected a number in [0, 1)")
+        for name, value in TRL_SETTINGS[method.advantage].items():
+            self._fill(name, value, FROM_PRESET)
+        if method.epsilon_low != 0.2:
+            self._fill("epsilon", method.epsilon_low, 0.2)
+        if method.epsilon_high != method.epsilon_low:
+            self._fill("epsilon_high", method.epsilon_high, None)
+        if reshapes(method):
+            self._check_weights_apply(method)
+
+    def method(self) -> Preset:
+        """The preset with the overrides applied."""
+        if not isinstance(self.preset, str) or not isinstance(self.tool_format, str):
+            raise ValueError(
+                "got an object as preset or tool_format, expected names, which a checkpoint can record; add it to "
+                "rest_rl.PRESETS or rest_rl.FORMATS under a name of its own"
+            )
+        preset = get_preset(self.preset)
+        if self.advantage is not None and self.advantage not in TRL_SETTINGS:
+            raise ValueError(f"got advantage {self.advantage!r}, expected one of {', '.join(TRL_SETTINGS)}")
+        return replace(
+            preset,
+            weights=_with_changes(preset.weights, self.weights, f"weights of preset {preset.name!r}"),
+            reward=_with_changes(preset.reward, self.reward, f"reward of preset {preset.name!r}"),
+            advantage=self.advantage or preset.advantage,
+        )
+
+    def _flatten(self, preset: Preset) -> None:
+        """Write a preset object as its name and what it has different, which a checkpoint can record."""
+        named = get_preset(preset.name)
+        self.preset = preset.name
+        self.weights = self.weights or _changes(named.weights, preset.weights)
+        self.reward = self.reward or _changes(named.reward, preset.reward)
+        self.advantage = self.advantage or preset.advantage
+        self.epsilon = preset.epsilon_low if self.epsilon == 0.2 else self.epsilon
+        self.epsilon_high = preset.epsilon_high if self.epsilon_high is None else self.epsilon_high
+
+    def _fill(self, name: str, value: Any, unset: Any) -> None:
+        given = getattr(self, name)
+        if given == unset:
+            setattr(self, name, value)
+        elif given != value:
+            logger.warning("preset %r has %s=%r; %r was given and is kept", self.preset, name, value, given)
+
+    def _check_weights_apply(self, method: Preset) -> None:
+        refused = {
+            f"beta={self.beta}": self.beta != 0,
+            f"entropy_coef={self.entropy_coef}": self.entropy_coef != 0,
+            "use_adaptive_entropy=True": self.use_adaptive_entropy,
+            f"top_entropy_quantile={self.top_entropy_quantile}": self.top_entropy_quantile < 1,
+        }
+        for setting, is_set in refused.items():
+            if is_set:
+                raise ValueError(
+                    f"got {setting} with preset {self.preset!r}, whose token weights would not apply to that term or "
+                    "no longer have mean 1; leave it at its default, or use preset 'grpo', 'dr_grpo' or 'dapo'"
+                )
+        truncated = self.top_p < 1 or self.top_k > 0 or self.min_p is not None
+        if method.weights is not None and method.weights.rule == "collision" and truncated:
+            raise ValueError(
+                "got the rule 'collision' with top_p, top_k or min_p: its estimate needs tokens sampled from the whole "
+                "distribution; leave these at their defaults, or use the rule 'one_minus_exp'"
+            )
+
+
+def _changes(named: Any, given: Any) -> dict[str, Any] | None:
+    """The fields of `given` that differ from those of the named preset; None if none does."""
+    if named is None or given is None or named == given:
+        return None
+    return {name: value for name, value in asdict(given).items() if asdict(named)[name] != value}
+
+
+def _with_changes(config: Any, changes: Any, where: str) -> Any:
+    if not changes:
+        return config
+    if config is None:
+        raise ValueError(f"got {changes} for the {where}, which are the published code's own and have no settings")
+    return overridden(config, changes, where)
+
+
+def reshapes(method: Preset) -> bool:
+    """Whether the preset ever gives two tokens of a response different weights."""
+    config = method.weights
+    if config is None or config.rule == "top_entropy":
+        return True
+    moves = config.decay_format != 0 or config.gain_arguments != 0 or config.gain_reasoning != 0
+    return config.strength > 0 and (config.rule != "uniform" or moves)
+
+
+def progress_of(state: Any) -> float:
+    """Training progress nu in [0, 1] of a `TrainerState`: 0 in the first optimizer step, 1 in the last."""
+    return min(1.0, state.global_step / max(1, state.max_steps - 1))
+
+
+class ResTTrainer(GRPOTrainer):
+    """`GRPOTrainer` whose advantages are reshaped by region; with weights of 1 it is stock GRPO bit for bit.
+
+    Without `reward_funcs` the preset's rule reward is used, which reads the dataset's `gold` column
+    (`training_dataset`). Logged from the first step on, besides what TRL logs: rest/entropy/<region>,
+    rest/collision/<region>, rest/weight/<region> (means over the region's tokens, None for a region without any),
+    rest/share/<region> (of all tokens), and by the reward rest/format, rest/accuracy, rest/exact_match, rest/call_rate.
+    """
+
+    _tag_names = ["trl", "grpo", "rest"]  # noqa: RUF012 - HF's own pattern
+    _name = "ResT"
+    _paper = {  # noqa: RUF012
+        "title": "ResT: Reshaping Token-Level Policy Gradients for Tool-Use Large Language Models",
+        "id": "2509.21826",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: ResTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else ResTConfig("rest-output")
+        if not isinstance(args, ResTConfig):
+            raise ValueError(f"got args of type {type(args).__name__}, expected ResTConfig; it takes the same settings")
+        if processing_class is None:
+            processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)  # noqa: SLF001
+            processing_class.padding_side = processing_class.truncation_side = "left"
+        self._method = args.method()
+        self._format = get_format(args.tool_format)
+        self._text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if reward_funcs is None:
+            _check_gold_column(train_dataset)
+            reward_funcs = make_tool_reward(self._text_tokenizer, self._format, self._method)
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.add_callback(EntropyTracker(args.entropy_decay))
+        self._unweighed: dict[str, Any] | None = None
+        self._advantages_B = torch.empty(0)
+        self._sums_4R = torch.zeros(4, NUM_REGIONS, dtype=torch.float64)
+
+    @property
+    def tracker(self) -> EntropyTracker:
+        """The region statistics; looked up each time because `Trainer` may put a restored one in its place."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, EntropyTracker))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss of advantages reshaped by region; the buffered batch keeps its own (B,) advantages."""
+        # The batch gets its advantages back once the weights are known, in the forward pass below: if TRL ever read
+        # them before it, this would be a KeyError and not an unweighted loss.
+        batch = dict(inputs)
+        self._advantages_B, self._unweighed = batch.pop("advantages"), batch
+        try:
+            loss = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
+            if self._unweighed is not None:
+                raise RuntimeError("TRL's loss made no forward pass that the weights could enter; use trl>=1.14,<1.17")
+        finally:
+            self._unweighed = None
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's forward pass, unchanged; inside `compute_loss` its entropies are recorded and the weights applied."""
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._unweighed is not None:
+            batch, self._unweighed = self._unweighed, None
+            with torch.no_grad():
+                weights_BT = self._weigh(batch, result[0].detach(), result[1].detach())
+                batch["advantages"] = reshape(self._advantages_B, weights_BT)
+        return result
+
+    def _weigh(self, batch: Mapping[str, Any], logps_BT: Tensor, entropies_BT: Tensor) -> Tensor:
+        """Weights of one micro-batch, float32 (B, T); its sums by region join those of the step."""
+        mask_BT = batch["completion_mask"]
+        if "tool_mask" in batch:
+            mask_BT = mask_BT * batch["tool_mask"]
+        # On the CPU: the tagging runs there, and sums in float64 are not to be had on every device.
+        ids_BT, mask_BT = batch["completion_ids"].cpu(), mask_BT.cpu()
+        logps_BT, entropies_BT = logps_BT.float().cpu(), entropies_BT.float().cpu()
+        parse, tags = self._format.parse, self._format.tags
+        regions_BT = tag_regions(ids_BT, mask_BT, self._text_tokenizer, lambda text: parse(text).spans, tags)
+        weights_BT = self._token_weights(ids_BT, mask_BT, regions_BT, entropies_BT)
+        # E[1 - p(sampled token)] = 1 - sum_v p_v^2 for tokens sampled from p itself.
+        quantities = (entropies_BT, -torch.expm1(logps_BT), weights_BT)
+        sums = [region_sums(values_BT, regions_BT, mask_BT) for values_BT in quantities]
+        self._sums_4R += torch.stack([sums[0][1], *(sums_R for sums_R, _ in sums)])
+        if self.accelerator.sync_gradients or not self.model.training:
+            self._close_step()
+        return weights_BT
+
+    def _token_weights(self, ids_BT: Tensor, mask_BT: Tensor, regions_BT: Tensor, entropies_BT: Tensor) -> Tensor:
+        config = self._method.weights
+        if config is None:  # the published schedule counts steps, whatever the length of the run
+            progress = min(1.0, self.state.global_step / SCHEDULE_STEPS)
+            return token_weights(
+                ids_BT, mask_BT, self._text_tokenizer, format=self._format, preset=self._method, progress=progress
+            )
+        if config.rule == "top_entropy":
+            return normalise(self._top_tokens(entropies_BT, mask_BT, config.quantile), mask_BT)
+        weights_R = region_weights(self.tracker.statistics(), config)
+        return assign_weights(apply_curriculum(weights_R, progress_of(self.state), config), regions_BT, mask_BT)
+
+    def _top_tokens(self, entropies_BT: Tensor, mask_BT: Tensor, quantile: float) -> Tensor:
+        """The most uncertain tokens of the micro-batches of all processes together, as TRL's own quantile does it."""
+        (rows, width), both = entropies_BT.shape, torch.stack([entropies_BT, mask_BT.float()])
+        if self.accelerator.num_processes > 1:
+            padded = self.accelerator.pad_across_processes(both.transpose(0, 1).to(self.accelerator.device), dim=2)
+            both = self.accelerator.gather(padded).transpose(0, 1).cpu()
+        first = self.accelerator.process_index * rows
+        return keep_top_entropy(both[0], both[1], quantile)[first : first + rows, :width]
+
+    def _close_step(self) -> None:
+        """Sum over processes, log, and in training move the average on for the next step."""
+        sums_4R, self._sums_4R = self._sums_4R, torch.zeros_like(self._sums_4R)
+        if self.accelerator.num_processes > 1:
+            sums_4R = self.accelerator.reduce(sums_4R.to(self.accelerator.device), reduction="sum").cpu()
+        counts_R = sums_4R[0]
+        shares_R = counts_R / counts_R.sum().clamp_min(1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        rows = (sums_4R[1] / counts_R, sums_4R[2] / counts_R, sums_4R[3] / counts_R, shares_R)
+        for quantity, values_R in zip(("entropy", "collision", "weight", "share"), rows, strict=True):
+            for region, value in zip(Region, values_R.tolist(), strict=True):
+                metrics[f"rest/{quantity}/{region.label}"].append(value)
+        if self.model.training:
+            self.tracker.update(sums_4R[:3])
+
+
+def make_tool_reward(
+    tokenizer: Any, tool_format: str | ToolFormat = "toolrl", preset: str | Preset = "rest"
+) -> Callable[..., list[float]]:
+    """The preset's rule reward as a reward function for TRL, also for its stock trainers.
+
+    It reads the sampled ids, not the text that TRL decodes without special tokens, and the dataset column `gold`: a
+    JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}.
+    """
+    chosen_format, method = get_format(tool_format), get_preset(preset)
+
+    def tool_reward(
+        completion_ids: list[list[int]],
+        gold: list[Any],
+        trainer_state: Any = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **_: Any,
+    ) -> list[float]:
+        rows = []
+        for ids, target in zip(completion_ids, gold, strict=True):
+            text = decode_ids(ids, tokenizer, chosen_format.tags)
+            rows.append(_score(text, _read_gold(target), chosen_format, method, trainer_state))
+        for position, name in enumerate(("format", "accuracy", "exact_match", "call_rate"), start=1):
+            if log_metric is not None:
+                log_metric(f"rest/{name}", sum(row[position] for row in rows) / len(rows))
+        return [row[0] for row in rows]
+
+    return tool_reward
+
+
+def _score(
+    text: str, gold: Gold, tool_format: ToolFormat, method: Preset, state: Any
+) -> tuple[float, float, float, float, float]:
+    """(reward, S_format, S_acc, exact match, called) of one response."""
+    parsed, progress = tool_format.parse(text), 0.0 if state is None else progress_of(state)
+    reward = score(parsed, gold, progress, method.reward)
+    total = reward.total
+    if method.reward is None:  # the published schedule counts steps, whatever the length of the run
+        step = 0 if state is None else state.global_step
+        total = score_response(text, gold, format=tool_format, preset=method.name, step=step).total
+    exact = reward.format == 1 and reward.accuracy == 1
+    return total, reward.format, reward.accuracy, float(exact), float(parsed.attempted_call)
+
+
+def _read_gold(value: Any) -> Gold:
+    try:
+        return gold_from_json(json.loads(value) if isinstance(value, str) else value)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"got gold {value!r} ({error}), expected JSON; build the dataset with training_dataset(samples, tokenizer)"
+        ) from None
+
+
+def _check_gold_column(dataset: Any) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and not {"prompt", "gold"} <= set(columns):
+        raise ValueError(
+            f"got a training dataset with the columns {sorted(columns)}, expected prompt and gold; build it with "
+            "training_dataset(samples, tokenizer), or pass reward_funcs"
+        )
+
+
+def training_dataset(
+    samples: Iterable[ToolSample], tokenizer: Any, tool_format: str | ToolFormat = "toolrl"
+) -> Dataset:
+    """The dataset that `ResTTrainer` reads: columns prompt (text), gold (JSON text), id and kind.
+
+    Prompts are laid out here because GRPOTrainer ignores a `tools` column. `gold` is text because Arrow would give
+    every row the argument names of all rows. ValueError for no samples and for a tokenizer without a chat template.
+    """
+    rows = [
+        {
+            "prompt": _without_second_bos(render_prompt(sample, tokenizer, tool_format), tokenizer),
+            "gold": json.dumps(to_json(sample)["gold"], ensure_ascii=False),
+            "id": sample.id,
+            "kind": sample.kind,
+        }
+        for sample in samples
+    ]
+    if not rows:
+        raise ValueError("got no samples, expected at least one; check the data file")
+    return Dataset.from_list(rows)
+
+
+def render_prompt(sample: ToolSample, tokenizer: Any, tool_format: str | ToolFormat = "toolrl") -> str:
+    """The prompt text of a sample up to where the response begins, by the tokenizer's chat template.
+
+    A template that leaves the tools out gets them, and the format, as a system message. ValueError without a template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "got a tokenizer without a chat template, expected one that lays out tools and messages; use an instruct "
+            "model, or set tokenizer.chat_template"
+        )
+    messages, tools = list(sample.messages), list(sample.tools)
+    settings: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
+    text = tokenizer.apply_chat_template(messages, tools=tools or None, **settings)
+    if tools and text == tokenizer.apply_chat_template(messages, **settings):
+        instructions = {"role": "system", "content": get_format(tool_format).instructions(tools)}
+        text = tokenizer.apply_chat_template([instructions, *messages], **settings)
+    return text
+
+
+def _without_second_bos(text: str, tokenizer: Any) -> str:
+    """Drop the template's beginning-of-sequence token where the tokenizer adds its own: TRL tokenises the text."""
+    bos = tokenizer.bos_token
+    if not bos or not text.startswith(bos) or tokenizer(text)["input_ids"][:2] != [tokenizer.bos_token_id] * 2:
+        return text
+    return text.removeprefix(bos)

@@ -1,0 +1,107 @@
+"""A policy that calls tools without having learnt it: a Qwen3 whose logits start as a table of next pieces.
+
+Its responses are well-formed often enough that every region but OTHER has tokens, and vary enough that groups have
+spread. Everything about it is random-free but for the small noise in its attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rest_rl.data.samples import ToolSample
+from rest_rl.response import Gold, ToolCall
+
+EOS, PAD = "<|im_end|>", "<|endoftext|>"
+ASK, CALL, ANSWER, ENDED = "assistant:", "</think>\n<tool_call>\n", "</think>\n<response>", "\n</tool_call>"
+NAME, KEY, VALUE, CLOSE, NEXT = '{"name": "', '", "parameters": {"', '": ', "}}", "}}\n"
+CHAIN: dict[str, dict[str, float]] = {
+    ASK: {"<think>": 0.97, " a": 0.03},
+    "<think>": {" a": 0.5, " b": 0.3, " c": 0.2},
+    **{word: {" a": 0.2, " b": 0.2, " c": 0.1, CALL: 0.4, ANSWER: 0.1} for word in (" a", " b", " c")},
+    CALL: {NAME: 1.0},
+    NAME: {"f": 0.7, "g": 0.3},
+    **{name: {KEY: 1.0} for name in "fg"},
+    KEY: {"x": 0.6, "y": 0.4},
+    **{key: {VALUE: 1.0} for key in "xy"},
+    VALUE: {"1": 0.5, "2": 0.25, "3": 0.25},
+    **{value: {CLOSE: 0.8, NEXT: 0.2} for value in "123"},
+    NEXT: {NAME: 1.0},
+    CLOSE: {ENDED: 1.0},
+    ENDED: {EOS: 1.0},
+    ANSWER: {" a": 0.1, " ok": 0.9},
+    " ok": {" ok": 0.3, "</response>": 0.7},
+    "</response>": {EOS: 1.0},
+}
+TEMPLATE = """\
+{%- for tool in tools or [] %}{{ tool.function.name }} {% endfor %}
+{%- for message in messages %}{{ message.content }};{% endfor %}
+{%- if add_generation_prompt %}assistant:{% endif %}"""
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    pieces = sorted({*CHAIN, *(piece for row in CHAIN.values() for piece in row)} - {EOS}, key=len, reverse=True)
+    pattern = "|".join(piece.translate(str.maketrans({c: f"\\{c}" for c in "{}|"})) for piece in pieces if len(piece) > 1)
+    split = pre_tokenizers.Split(Regex(pattern + r"|[\s\S]"), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    encoded = {to_bytes.pre_tokenize_str(piece)[0][0] for piece in pieces}
+    vocabulary = [*alphabet, *sorted(encoded - set(alphabet))]
+    backend = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(vocabulary)}, merges=[], ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([PAD, EOS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=EOS, pad_token=PAD, padding_side="left", chat_template=TEMPLATE
+    )
+
+
+def tiny_model(tokenizer: Any) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    size = len(tokenizer)
+    config = Qwen3Config(
+        vocab_size=size,
+        hidden_size=size,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.02,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        dtype="float32",
+    )
+    model = Qwen3ForCausalLM(config)
+    logits_VV = torch.full((size, size), -12.0)
+    logits_VV[:, tokenizer.eos_token_id] = 0.0
+    for piece, row in CHAIN.items():
+        at = one_id(tokenizer, piece)
+        logits_VV[at] = -9.0
+        for successor, probability in row.items():
+            logits_VV[at, one_id(tokenizer, successor)] = torch.log(torch.tensor(probability))
+        logits_VV[at] -= logits_VV[at].logsumexp(0)
+    with torch.no_grad():  # the norm scales a one-hot vector to length sqrt(V)
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
+        model.lm_head.weight.copy_(logits_VV.T / size**0.5)
+    return model
+
+
+def one_id(tokenizer: Any, piece: str) -> int:
+    ids = tokenizer(piece)["input_ids"]
+    assert len(ids) == 1, (piece, ids)
+    return ids[0]
+
+
+def tiny_samples(n: int = 8) -> list[ToolSample]:
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+    call = ToolCall("f", {"x": 1})
+    return [
+        ToolSample(f"s{i}", ({"role": "user", "content": f"do {i}"},), (tool,), Gold((call,), None)) for i in range(n)
+    ]
