@@ -1,0 +1,190 @@
+"""Training samples: a dialogue becomes one single-turn sample per assistant turn.
+
+A `Dialogue` is what public data sets hold (OpenAI messages with `tool_calls` and tool results, tools as JSON schemas).
+`decompose` cuts it into `ToolSample`s: the full history before one assistant turn, and that turn's gold. ResT trains
+on single turns; a multi-turn task enters it through its histories.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rest_rl.response import Gold, ToolCall
+
+ROLES = ("system", "user", "assistant", "tool")
+_THINK = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A whole conversation in OpenAI shape; assistant turns carry `content`, `tool_calls`, `reasoning_content`."""
+
+    id: str
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...]
+    kind: str = "dialogue"
+
+
+@dataclass(frozen=True)
+class ToolSample:
+    """One assistant turn to learn: the history before it, the tools on offer and what the turn should contain.
+
+    `messages` never hold the turn itself. `thought` is the demonstration's reasoning, if it has one. `kind` names the
+    sort of task and is the row of every result table.
+    """
+
+    id: str
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...]
+    gold: Gold
+    thought: str | None = None
+    kind: str = "single"
+
+
+def decompose(dialogue: Dialogue) -> list[ToolSample]:
+    """One sample per assistant turn, each with the full history before it; K assistant turns give K samples.
+
+    Text beside tool calls is that turn's reasoning and no answer: a turn that calls tools waits for their results.
+    Reasoning (`reasoning_content` or a leading `<think>` block) is left out of the histories, as Qwen3's chat template
+    does. ValueError on messages that are not a dialogue. A dialogue without assistant turns gives no sample.
+    """
+    where = f"dialogue {dialogue.id!r}"
+    if not dialogue.messages:
+        raise ValueError(f"{where}: got no messages; expected at least a user message; remove the row")
+    history: list[dict[str, Any]] = []
+    samples: list[ToolSample] = []
+    for index, raw in enumerate(dialogue.messages):
+        message = _checked_message(raw, f"{where}, message {index}")
+        if message["role"] == "assistant":
+            thought, answer, calls = _split_turn(message)
+            gold = Gold(calls=calls, answer=answer)
+            turn = len(samples)
+            identity = f"{dialogue.id}/{turn}"
+            samples.append(ToolSample(identity, tuple(history), dialogue.tools, gold, thought, dialogue.kind))
+            message = _without_reasoning(message, answer)
+        history.append(message)
+    return samples
+
+
+def _checked_message(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    role = raw.get("role") if isinstance(raw, Mapping) else None
+    if role not in ROLES:
+        raise ValueError(f"{where}: got role {role!r}; expected one of {', '.join(ROLES)}; rename the role")
+    message = dict(raw)
+    content, calls = message.get("content"), message.get("tool_calls")
+    if content is not None and not isinstance(content, str):
+        got = type(content).__name__
+        raise ValueError(f"{where}: got content of type {got}; expected text; join the text parts into one string")
+    if calls is not None and not isinstance(calls, Sequence):
+        raise ValueError(f"{where}: got tool_calls {calls!r}; expected a list of calls; wrap the call in a list")
+    if role == "assistant" and calls:
+        message["tool_calls"] = [_checked_call(call, where) for call in calls]
+    elif content is None:
+        raise ValueError(f"{where}: got neither content nor tool_calls; expected one of them; remove the message")
+    return message
+
+
+def _checked_call(raw: Any, where: str) -> dict[str, Any]:
+    """The call in OpenAI shape with its arguments as an object (chat templates want objects, not JSON text)."""
+    function = raw.get("function", raw) if isinstance(raw, Mapping) else {}
+    name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: got arguments {arguments!r}; expected JSON ({error}); repair the row") from None
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"{where}: got tool call {raw!r}; expected {{'function': {{'name': text, 'arguments': object}}}}; "
+            "give every call a name and an arguments object ({} if it takes none)"
+        )
+    extra = {key: raw[key] for key in ("id",) if key in raw}
+    return {**extra, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+
+
+def _split_turn(message: Mapping[str, Any]) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:
+    """(thought, answer, calls) of an assistant message."""
+    text = (message.get("content") or "").strip()
+    thought = (message.get("reasoning_content") or "").strip()
+    if match := _THINK.match(text):
+        thought, text = thought or match.group(1).strip(), text[match.end() :].strip()
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    calls = tuple(ToolCall(function["name"], function["arguments"]) for function in functions)
+    if calls:
+        return thought or text or None, None, calls
+    return thought or None, text, calls
+
+
+def _without_reasoning(message: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
+    kept = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return {**kept, "content": answer or ""}
+
+
+def to_json(sample: ToolSample) -> dict[str, Any]:
+    """The sample as a JSON object, one row of a JSONL file; `from_json` is its inverse."""
+    calls = [{"name": call.name, "arguments": dict(call.arguments)} for call in sample.gold.calls]
+    return {
+        "id": sample.id,
+        "kind": sample.kind,
+        "messages": list(sample.messages),
+        "tools": list(sample.tools),
+        "gold": {"calls": calls, "answer": sample.gold.answer},
+        "thought": sample.thought,
+    }
+
+
+def from_json(row: Mapping[str, Any]) -> ToolSample:
+    """The sample of one JSONL row; ValueError names the field that is missing or of the wrong type."""
+    where = f"sample {row.get('id')!r}" if isinstance(row, Mapping) else "sample"
+    messages, tools = _field(row, "messages", list, where), _field(row, "tools", list, where)
+    gold = _field(row, "gold", Mapping, where)
+    calls = [_checked_call(call, f"{where}, gold")["function"] for call in _field(gold, "calls", list, where)]
+    return ToolSample(
+        id=_field(row, "id", str, where),
+        messages=tuple(_checked_message(message, f"{where}, message {i}") for i, message in enumerate(messages)),
+        tools=tuple(tools),
+        gold=Gold(tuple(ToolCall(call["name"], call["arguments"]) for call in calls), gold.get("answer")),
+        thought=row.get("thought"),
+        kind=row.get("kind", "single"),
+    )
+
+
+def _field(row: Any, name: str, kind: type, where: str) -> Any:
+    value = row.get(name) if isinstance(row, Mapping) else row
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{where}: got {name} = {value!r}; expected {kind.__name__.lower()}; "
+            "write rows with rest_rl.data.samples.to_json or save_samples"
+        )
+    return value
+
+
+def save_samples(samples: Iterable[ToolSample], path: str | Path) -> Path:
+    """Write one JSON object per line (UTF-8); returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(to_json(sample), ensure_ascii=False) + "\n")
+    return path
+
+
+def load_samples(path: str | Path) -> list[ToolSample]:
+    """Read a JSONL file of samples; a bad line raises ValueError with its line number, blank lines are skipped."""
+    return list(_read(Path(path)))
+
+
+def _read(path: Path) -> Iterator[ToolSample]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield from_json(json.loads(line))
+            except ValueError as error:  # json.JSONDecodeError is one
+                raise ValueError(f"{path}, line {number}: {error}") from None

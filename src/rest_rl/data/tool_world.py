@@ -1,0 +1,331 @@
+"""A small world of executable tools: seeded requests, gold calls and results for learning on a laptop.
+
+A tool is a template (verb, noun, slots) under a random name with random argument names, drawn anew for every dialogue,
+so a model cannot remember names and must read them in its prompt (name masking as in Hammer, arXiv 2410.04587).
+
+Kinds: `single` one call · `parallel` two calls in one turn · `dependent` two turns, the second call takes a value from
+the first call's result · `none` no tool serves and the turn should answer.
+Splits: `train` · `unseen_tools` templates and tool names that `train` never uses · `unseen_values` argument values
+that `train` never uses. Each held-out split differs from `train` in that one respect only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+from rest_rl.data.samples import Dialogue, ToolSample, decompose
+from rest_rl.formats import get_format
+from rest_rl.response import ToolCall
+
+Split = Literal["train", "unseen_tools", "unseen_values"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+KINDS = ("single", "parallel", "dependent", "none")
+REFUSAL = "no tool fits"
+NO_TOOL = "none"
+
+VERBS = ("check", "book", "find", "order", "cancel", "rate", "send", "track", "open", "share")
+YIELDS = {
+    "weather": "date", "hotel": "city", "flight": "city", "train": "date", "taxi": "person", "dinner": "dish",
+    "recipe": "dish", "concert": "music", "album": "music", "ticket": "code", "parcel": "code", "invoice": "code",
+    "paint": "color", "shirt": "color", "furniture": "item", "catalog": "item", "meeting": "date", "contact": "person",
+    "doctor": "person", "lesson": "music", "museum": "city", "garden": "color", "laptop": "item", "menu": "dish",
+}  # fmt: skip
+"""Every noun with the slot that its tool's result fills."""
+SLOTS = {
+    "city": ("lima", "oslo", "rome", "cairo", "tokyo", "paris", "delhi", "quito"),
+    "person": ("anna", "boris", "carla", "david", "elena", "felix", "greta", "hugo"),
+    "date": ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "today"),
+    "item": ("lamp", "chair", "mirror", "clock", "carpet", "sofa", "shelf", "desk"),
+    "code": ("alpha", "beta", "gamma", "delta", "sigma", "omega", "theta", "kappa"),
+    "color": ("red", "blue", "green", "black", "white", "pink", "brown", "grey"),
+    "dish": ("soup", "pasta", "salad", "curry", "pizza", "bread", "rice", "stew"),
+    "music": ("jazz", "rock", "folk", "blues", "opera", "techno", "swing", "soul"),
+}
+NUMBERS = range(10, 60)
+OPENINGS = ("please", "kindly", "now", "hello")
+NAME_PARTS = tuple(c + v for c in "kstnmrvbdg" for v in "aeio")
+KEY_PARTS = tuple(c + v for c in "pzfljhwc" for v in "aeio")
+_NOUNS = tuple(YIELDS)
+_FIFTH = 5
+"""Every fifth combination is held out."""
+_CYCLE = ("single",) * 4 + ("parallel",) * 2 + ("none",) * 2 + ("dependent",)
+"""Kinds of nine dialogues = ten samples; a balanced order keeps the share of refusals exact."""
+
+
+class WorldTool(NamedTuple):
+    """A template under its masked names: `keys[i]` is the argument name of `slots[i]`."""
+
+    verb: str
+    noun: str
+    slots: tuple[str, ...]
+    name: str
+    keys: tuple[str, ...]
+
+    @property
+    def description(self) -> str:
+        return f"{self.verb} {self.noun}"
+
+    def schema(self) -> dict[str, Any]:
+        """The OpenAI JSON schema of the tool."""
+        properties = {k: {"type": "string", "description": s} for k, s in zip(self.keys, self.slots, strict=True)}
+        parameters = {"type": "object", "properties": properties, "required": list(self.keys)}
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+
+def is_held_out_template(verb: str, noun: str) -> bool:
+    """Whether the pair belongs to `unseen_tools`; every verb and every noun occurs in `train` in other pairs."""
+    return (VERBS.index(verb) + 2 * _NOUNS.index(noun)) % _FIFTH == 0
+
+
+def is_held_out_name(name: str) -> bool:
+    """Whether the two-part tool name belongs to `unseen_tools`; both parts occur in `train` in other names."""
+    first, second = name.split("_")
+    return (NAME_PARTS.index(first) + 3 * NAME_PARTS.index(second)) % _FIFTH == 0
+
+
+def is_held_out_value(value: str) -> bool:
+    """Whether the value belongs to `unseen_values`; word and number occur in `train` in other values."""
+    word, number = value.rsplit("-", 1)
+    words = next(words for words in SLOTS.values() if word in words)
+    return (words.index(word) + int(number)) % _FIFTH == 0
+
+
+def tool_world(
+    seed: int, n: int, split: Split = "train", *, num_tools: int = 3, kinds: Sequence[str] | None = None
+) -> list[ToolSample]:
+    """The first `n` samples of the endless sequence of that seed and split (so a shorter list is a prefix).
+
+    `kinds` keeps only the dialogues of those kinds. Shares are .4 single, .2 each of parallel, dependent (both turns)
+    and none. ValueError for an unknown split or kind, or fewer than two tools per prompt.
+    """
+    samples: list[ToolSample] = []
+    if n <= 0:
+        return samples
+    for dialogue in dialogues(seed, split, num_tools=num_tools, kinds=kinds):
+        samples += decompose(dialogue)
+        if len(samples) >= n:
+            break
+    return samples[:n]
+
+
+def dialogues(
+    seed: int, split: Split = "train", *, num_tools: int = 3, kinds: Sequence[str] | None = None
+) -> Iterator[Dialogue]:
+    """The endless sequence of dialogues of that seed and split; see `tool_world`."""
+    if split not in SPLITS:
+        raise ValueError(f"got split {split!r}; expected one of {', '.join(SPLITS)}")
+    if not set(kinds or ()) <= set(KINDS):
+        raise ValueError(f"got kinds {kinds!r}; expected some of {', '.join(KINDS)}")
+    if not 2 <= num_tools <= len(_NOUNS) - 2:
+        raise ValueError(f"got num_tools {num_tools}; expected 2 to {len(_NOUNS) - 2}")
+    return _dialogues(random.Random(f"{split} {seed}"), seed, split, num_tools, frozenset(kinds or KINDS))
+
+
+def _dialogues(
+    rng: random.Random, seed: int, split: Split, num_tools: int, kinds: frozenset[str]
+) -> Iterator[Dialogue]:
+    index = 0
+    while True:
+        for kind in rng.sample(_CYCLE, len(_CYCLE)):
+            if kind in kinds:
+                yield _dialogue(rng, f"{split}-{seed}-{index}", kind, split, num_tools)
+                index += 1
+
+
+def _dialogue(rng: random.Random, identity: str, kind: str, split: Split, num_tools: int) -> Dialogue:
+    tools = _draw_tools(rng, kind, split, num_tools + (kind == "none"))
+    asked = tools[:2] if kind in ("parallel", "dependent") else tools[:1]
+    values = [[_draw_value(rng, slot, split) for slot in tool.slots] for tool in asked]
+    offered = tools[1:] if kind == "none" else tools
+    schemas = [tool.schema() for tool in rng.sample(offered, len(offered))]
+    calls = [ToolCall(t.name, dict(zip(t.keys, v, strict=True))) for t, v in zip(asked, values, strict=True)]
+    wishes = [_wish(rng, tool, value) for tool, value in zip(asked, values, strict=True)]
+    if kind == "none":
+        turns = [_assistant((), schemas, f"{asked[0].description}: {NO_TOOL}")]
+    elif kind == "dependent":
+        result = execute(calls[0], schemas)
+        filled = {**calls[1].arguments, asked[1].keys[_slot_of_result(asked)]: json.loads(result)["result"]}
+        wishes = [wishes[0], _wish(rng, asked[1], values[1], reference=_slot_of_result(asked))]
+        second = ToolCall(calls[1].name, filled)
+        turns = [_assistant(calls[:1], schemas), {"role": "tool", "content": result}, _assistant([second], schemas)]
+    else:
+        turns = [_assistant(calls, schemas)]
+    joint = " then " if kind == "dependent" else " and "
+    user = {"role": "user", "content": f"{rng.choice(OPENINGS)} {joint.join(wishes)}"}
+    return Dialogue(identity, (user, *turns), tuple(schemas), kind)
+
+
+def _draw_tools(rng: random.Random, kind: str, split: Split, count: int) -> list[WorldTool]:
+    """Tools with pairwise different nouns, names and keys; for `dependent` the first one's result fits the second."""
+    nouns = rng.sample(_NOUNS, count)
+    limit = 1 if kind == "parallel" else 2
+    tools: list[WorldTool] = []
+    keys = rng.sample(KEY_PARTS, 2 * count)
+    names: list[str] = []
+    for index, noun in enumerate(nouns):
+        verb = _draw_until(rng, VERBS, lambda v, n=noun: is_held_out_template(v, n) == (split == "unseen_tools"))
+        slots = rng.sample(tuple(SLOTS), 2 if limit == 2 and rng.random() < 0.4 else 1)
+        if kind == "dependent" and index == 1 and YIELDS[nouns[0]] not in slots:
+            slots[-1] = YIELDS[nouns[0]]
+        names.append(_draw_name(rng, split, names))
+        tools.append(WorldTool(verb, noun, tuple(slots), names[-1], tuple(keys[2 * index :][: len(slots)])))
+    return tools
+
+
+def _draw_name(rng: random.Random, split: Split, taken: Sequence[str]) -> str:
+    while True:
+        name = f"{rng.choice(NAME_PARTS)}_{rng.choice(NAME_PARTS)}"
+        if name not in taken and is_held_out_name(name) == (split == "unseen_tools"):
+            return name
+
+
+def _draw_until(rng: random.Random, items: Sequence[str], accept: Any) -> str:
+    while True:
+        if accept(item := rng.choice(items)):
+            return item
+
+
+def _draw_value(rng: random.Random, slot: str, split: Split) -> str:
+    while True:
+        value = f"{rng.choice(SLOTS[slot])}-{rng.choice(NUMBERS)}"
+        if is_held_out_value(value) == (split == "unseen_values"):
+            return value
+
+
+def _slot_of_result(asked: Sequence[WorldTool]) -> int:
+    return asked[1].slots.index(YIELDS[asked[0].noun])
+
+
+def _wish(rng: random.Random, tool: WorldTool, values: Sequence[str], reference: int | None = None) -> str:
+    """The request for one call; the slots stand in random order and `reference` is asked for as `it`."""
+    parts = [f'{slot} "{value}"' for slot, value in zip(tool.slots, values, strict=True)]
+    if reference is not None:
+        parts[reference] = f"{tool.slots[reference]} it"
+    return " ".join([tool.description, *rng.sample(parts, len(parts))])
+
+
+def _assistant(
+    calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]], thought: str | None = None
+) -> dict[str, Any]:
+    if not calls:
+        return {"role": "assistant", "reasoning_content": thought, "content": REFUSAL}
+    functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
+    tool_calls = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "reasoning_content": explain(calls, tools), "content": "", "tool_calls": tool_calls}
+
+
+def explain(calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]]) -> str:
+    """The demonstration's reasoning: for each call its tool's description and name, then slot, key and value.
+
+    A name or key that no tool has is written down as it stands, so defective calls have a reasoning as well.
+    """
+    by_name = {tool["function"]["name"]: tool["function"] for tool in tools}
+    slots = {k: p["description"] for f in by_name.values() for k, p in f["parameters"]["properties"].items()}
+    parts = []
+    for call in calls:
+        head = f'{by_name[call.name]["description"] if call.name in by_name else NO_TOOL}: "{call.name}"'
+        body = [f'{slots.get(key, NO_TOOL)}: "{key}" "{value}"' for key, value in call.arguments.items()]
+        parts.append(" ".join([head, *body]))
+    return " and ".join(parts)
+
+
+def execute(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str:
+    """Run a call and return its result as JSON text, `{"result": "oslo-17"}`; the same call has the same result.
+
+    The result depends on the template and the values, not on the masked names; it is held out exactly if one of the
+    argument values is. ValueError for an unknown tool, a missing or unknown argument, or a value that is not text.
+    """
+    function = next((tool["function"] for tool in tools if tool["function"]["name"] == call.name), None)
+    if function is None:
+        offered = ", ".join(tool["function"]["name"] for tool in tools)
+        raise ValueError(f"got a call of {call.name!r}; expected one of {offered}")
+    properties = function["parameters"]["properties"]
+    if set(call.arguments) != set(properties) or not all(isinstance(v, str) for v in call.arguments.values()):
+        raise ValueError(f"got arguments {dict(call.arguments)!r}; expected texts for {', '.join(properties)}")
+    values = {properties[key]["description"]: value for key, value in call.arguments.items()}
+    text = json.dumps([function["description"], values], sort_keys=True)
+    slot = YIELDS[function["description"].split()[1]]
+    split: Split = "unseen_values" if any(map(_is_held_out_text, values.values())) else "train"
+    result = _draw_value(random.Random(hashlib.sha256(text.encode()).hexdigest()), slot, split)
+    return json.dumps({"result": result})
+
+
+def _is_held_out_text(value: str) -> bool:
+    try:
+        return is_held_out_value(value)
+    except (ValueError, StopIteration):  # not a value of this world
+        return False
+
+
+Defect = Literal["wrong_tool", "wrong_value", "wrong_key", "dropped_argument", "missing_call", "broken_tag"]
+DEFECTS: tuple[Defect, ...] = get_args(Defect)
+
+
+def demonstration(sample: ToolSample, tool_format: str = "toolrl") -> str:
+    """The clean response text of a sample."""
+    return get_format(tool_format).render(sample.thought, sample.gold.calls, sample.gold.answer)
+
+
+def corrupted_demonstration(
+    sample: ToolSample, rng: random.Random, defect: Defect | None = None, tool_format: str = "toolrl"
+) -> str:
+    """A response text with exactly one defect, drawn at random unless named; never fully correct.
+
+    `missing_call` leaves out one of two calls, refuses where one call is due and calls a tool where none serves; a
+    sample without calls has no argument to spoil and knows `missing_call` and `broken_tag` only.
+    """
+    defect = defect or rng.choice(DEFECTS)
+    calls = list(sample.gold.calls)
+    if defect == "broken_tag":
+        return _broken(demonstration(sample, tool_format), rng)
+    if not calls:
+        calls = [_needless_call(sample, rng)]
+    elif defect == "missing_call":
+        calls.pop(rng.randrange(len(calls)))
+    else:
+        at = rng.randrange(len(calls))
+        calls[at] = _spoil(calls[at], sample, rng, defect)
+    render = get_format(tool_format).render
+    if calls:
+        return render(explain(calls, sample.tools), calls, None)
+    return render(f"{(sample.thought or '').split(':')[0]}: {NO_TOOL}", (), REFUSAL)
+
+
+def _needless_call(sample: ToolSample, rng: random.Random) -> ToolCall:
+    tool = rng.choice(sample.tools)["function"]
+    values = {k: _draw_value(rng, p["description"], "train") for k, p in tool["parameters"]["properties"].items()}
+    return ToolCall(tool["name"], values)
+
+
+def _spoil(call: ToolCall, sample: ToolSample, rng: random.Random, defect: str) -> ToolCall:
+    arguments = dict(call.arguments)
+    key = rng.choice(list(arguments))
+    if defect == "wrong_tool":
+        others = [t["function"]["name"] for t in sample.tools if t["function"]["name"] != call.name]
+        return ToolCall(rng.choice(others), arguments)
+    if defect == "wrong_value":
+        slot = next(slot for slot, words in SLOTS.items() if arguments[key].split("-")[0] in words)
+        return ToolCall(call.name, {**arguments, key: _other_value(rng, slot, arguments[key])})
+    if defect == "wrong_key":
+        keys = [k for tool in sample.tools for k in tool["function"]["parameters"]["properties"] if k not in arguments]
+        swapped = rng.choice(keys)
+        return ToolCall(call.name, {swapped if k == key else k: v for k, v in arguments.items()})
+    return ToolCall(call.name, {k: v for k, v in arguments.items() if k != key})
+
+
+def _other_value(rng: random.Random, slot: str, value: str) -> str:
+    while (other := _draw_value(rng, slot, "train")) == value:
+        pass
+    return other
+
+
+def _broken(text: str, rng: random.Random) -> str:
+    """The text without one of its tags or without its last bracket."""
+    parts = [part for part in ("</think>", "<tool_call>", "</tool_call>", "</response>", "}\n</") if part in text]
+    part = rng.choice(parts)
+    return text.replace(part, "\n</" if part.startswith("}") else "", 1)

@@ -1,0 +1,159 @@
+"""The tokenizer and the small stock Qwen3 model that learn the tool world from nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rest_rl.data.samples import ToolSample
+from rest_rl.data.tool_world import KEY_PARTS, NAME_PARTS, SLOTS, SPLITS, YIELDS, demonstration, tool_world
+
+EOS, PAD = "<|im_end|>", "<|endoftext|>"
+_TURN = "<|im_start|>"
+
+PIECES = "|".join(
+    [
+        r"[ \n]?</?(?:think|tool_call|response)>\n?",
+        r"(?:system|user|assistant|tool)\n",
+        r'\{"name": "|", "parameters": |\{"result": "',
+        r'": "|", "|" "|: "| "|\{"|"\}|\{\}',
+        r" ?[A-Za-z]+|_[a-z]+|-\d\d|\n?-(?= )",
+        r"[\s\S]",
+    ]
+)
+"""Pre-tokens. A name or value is the same ids wherever it stands in quotes: the model has to copy it."""
+
+CHAT_TEMPLATE = """\
+{%- if tools or messages[0].role == 'system' %}<|im_start|>system
+{% if messages[0].role == 'system' %}{{ messages[0].content }}{% if tools %}{{ '\\n' }}{% endif %}{% endif %}
+{%- for tool in tools or [] %}{% set f = tool.function if tool.function else tool %}
+{%- if not loop.first %}{{ '\\n' }}{% endif %}- {{ f.description }}: "{{ f.name }}"
+{%- for key, p in f.parameters.properties.items() %} {{ p.description }}: "{{ key }}"{% endfor %}
+{%- endfor %}<|im_end|>{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}<|im_start|>assistant
+{% if m.tool_calls %}<tool_call>
+{% for c in m.tool_calls %}{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}
+{% endfor %}</tool_call>{% else %}<response> {{ m.content }} </response>{% endif %}<|im_end|>
+{%- elif m.role != 'system' %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""Tools one per line, description before name; earlier turns without their reasoning."""
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer in which every piece of the world is one token and any other text falls to its bytes.
+
+    `decode(encode(text)) == text` for every text.
+    """
+    split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    steps = pre_tokenizers.Sequence([split, to_bytes])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    wrapped = _wrap(_backend(alphabet, steps))
+    seen = {piece for text in _corpus(wrapped) for piece, _ in steps.pre_tokenize_str(text)}
+    return _wrap(_backend(alphabet + sorted(seen - set(alphabet)), steps))
+
+
+def _backend(vocabulary: Sequence[str], steps: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    ids = {piece: i for i, piece in enumerate(vocabulary)}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
+    backend.pre_tokenizer = steps
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([PAD, _TURN, EOS])
+    return backend
+
+
+def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _corpus(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    samples = [sample for split in SPLITS for sample in tool_world(0, 2000, split)]
+    texts = [render_prompt(sample, tokenizer) for sample in samples] + [demonstration(sample) for sample in samples]
+    return [part for text in texts for part in text.replace(_TURN, EOS).split(EOS)]
+
+
+def render_prompt(sample: ToolSample, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The prompt text of a sample, tools included, up to where the response begins."""
+    text = tokenizer.apply_chat_template(
+        list(sample.messages), tools=list(sample.tools), add_generation_prompt=True, tokenize=False
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def build_model(vocab_size: int, eos_id: int, pad_id: int, *, hidden: int = 128, layers: int = 3) -> Qwen3ForCausalLM:
+    """A stock Qwen3 model of about half a million parameters, tied embeddings, fp32."""
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=hidden // 4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+        dtype="float32",
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config.eos_token_id = eos_id
+    model.generation_config.pad_token_id = pad_id
+    return model
+
+
+def recall_batch(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch: int, pairs: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of a word and a quoted text, then the same pairs in another order; (ids_BT, labels_BT).
+
+    Only the second mention of the quoted texts is labelled (-100 elsewhere): the model can know it from the first
+    mention alone, which forces the copy circuit that plain attention is slow to find on the task itself.
+    """
+    rows = [_recall_row(tokenizer, rng, pairs) for _ in range(batch)]
+    width = max(len(ids) for ids, _ in rows)
+    ids_BT = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
+    labels_BT = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+    return ids_BT, labels_BT
+
+
+def _recall_row(tokenizer: PreTrainedTokenizerFast, rng: random.Random, pairs: int) -> tuple[list[int], list[int]]:
+    separator = rng.choice([': "', ' "'])
+    words = rng.sample([*YIELDS, *SLOTS], pairs)
+    table = [(word, _quoted(rng)) for word in words]
+    ids: list[int] = []
+    labels: list[int] = []
+    for mention in (table, rng.sample(table, pairs)):
+        for word, pieces in mention:
+            text_ids = tokenizer.convert_tokens_to_ids([f"Ġ{word}", separator.replace(" ", "Ġ"), *pieces, '"'])
+            copied = [-100, -100, *text_ids[2:-1], -100]
+            ids += text_ids
+            labels += copied if mention is not table else [-100] * len(text_ids)
+    return ids, labels
+
+
+def _quoted(rng: random.Random) -> list[str]:
+    kind = rng.randrange(3)
+    if kind == 0:
+        return [rng.choice(NAME_PARTS), f"_{rng.choice(NAME_PARTS)}"]
+    if kind == 1:
+        return [rng.choice(KEY_PARTS)]
+    return [rng.choice(SLOTS[rng.choice(list(SLOTS))]), f"-{rng.randrange(10, 60)}"]
