@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rest_rl.authors_code import authors_normalise, authors_weights
+from rest_rl.formats import FORMATS
+from rest_rl.presets import PRESETS, get_preset, token_weights
+from rest_rl.regions import region_means, tag_regions
+from rest_rl.response import Gold, Region, ToolCall, gold_from_json
+from rest_rl.scoring import PRESET_REWARDS, authors_step, score_response
+from rest_rl.weights import WeightConfig
+from tests.tokenizers_in_memory import KINDS, byte_level
+
+TOKENIZER = byte_level()
+AUTHORS = [
+    json.loads(line) for line in (Path(__file__).parent / "golden" / "authors_code.jsonl").read_text().splitlines()
+]
+TOOLRL = FORMATS["toolrl"]
+
+
+def batch(*texts, tokenizer=TOKENIZER, eos=False):
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * eos for text in texts]
+    width = max(map(len, rows))
+    ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids_BT, mask_BT
+
+
+TEXTS = [
+    TOOLRL.render("I should call", [ToolCall("get_weather", {"city": "Paris"}), ToolCall("f", {"n": 1})], None),
+    TOOLRL.render("I should call", [], "Done: Paris"),
+    "<think> I should call the tool",
+]
+
+
+@pytest.mark.parametrize("row", AUTHORS)
+def test_authors_code_gives_the_published_numbers(row):
+    """Recorded from the published files at d6c29b5 (https://github.com/1229095296/ResT_Tool_use_LLM), Apache-2.0."""
+    reward = score_response(row["text"], gold_from_json(row["gold"]), preset="authors-code", step=row["step"])
+    assert reward[:3] == (row["reward"], row["format"], row["correctness"])
+    by_progress = score_response(
+        row["text"], gold_from_json(row["gold"]), preset="authors-code", progress=row["step"] / 150
+    )
+    assert by_progress.total == row["reward"]
+    pieces = [bytes.fromhex(piece) for piece in row["token_bytes"]]
+    weights = authors_normalise(authors_weights(pieces, row["step"]), np.ones(len(pieces)))
+    assert weights.tolist() == row["weights"]
+
+
+def test_authors_code_in_one_call_leaves_the_published_gaps():
+    ids_BT, mask_BT = batch(TEXTS[0], TEXTS[2], eos=True)
+    weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, preset="authors-code", progress=0.5)
+    tokens = TOKENIZER.convert_ids_to_tokens(ids_BT[0])
+    weight_of = dict(zip(tokens, weights_BT[0].tolist(), strict=True))
+    assert weight_of[TOKENIZER.eos_token] == 0  # no gradient for the end of sequence
+    second_call = TEXTS[0].index('"f"')
+    covered = np.cumsum([len(token) for token in tokens])
+    assert weights_BT[0][: len(tokens)][torch.tensor((covered > second_call) & (covered < second_call + 10))].sum() == 0
+    assert weights_BT[1].sum() == 0  # nor for an unparsable response
+
+
+@pytest.mark.parametrize("preset", ["rest", "paper"])
+def test_our_presets_do_not_repeat_the_published_gaps(preset):
+    ids_BT, mask_BT = batch(*TEXTS, eos=True)
+    weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, preset=preset, entropies=torch.rand(ids_BT.shape) + 0.1)
+    assert (weights_BT[mask_BT.bool()] > 0).all()  # all calls, last tokens, end of sequence, unparsable responses
+    regions_BT = tag_regions(ids_BT, mask_BT, TOKENIZER, lambda text: TOOLRL.parse(text).spans)
+    names = [weights_BT[0][regions_BT[0] == Region.NAME].unique().tolist()]
+    assert len(names[0]) == 1  # both names, to their last token, weigh the same
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "authors-code"])
+def test_weights_have_mean_one_and_are_zero_where_masked(kind, preset):
+    tokenizer = KINDS[kind]()
+    ids_BT, mask_BT = batch(*TEXTS, tokenizer=tokenizer, eos=True)
+    entropies_BT = torch.rand(ids_BT.shape, generator=torch.Generator().manual_seed(0)) * 3
+    weights_BT = token_weights(ids_BT, mask_BT, tokenizer, preset=preset, progress=0.3, entropies=entropies_BT)
+    assert weights_BT.dtype == torch.float32
+    assert (weights_BT[mask_BT == 0] == 0).all()
+    assert torch.allclose(weights_BT.sum(-1) / mask_BT.sum(-1), torch.ones(3), atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "dapo"])
+def test_the_baselines_weigh_all_tokens_alike(preset):
+    ids_BT, mask_BT = batch(*TEXTS)
+    assert torch.equal(token_weights(ids_BT, mask_BT, TOKENIZER, preset=preset, progress=0.7), mask_BT.float())
+
+
+def test_region_means_may_stand_in_for_token_entropies():
+    ids_BT, mask_BT = batch(*TEXTS[:2])
+    entropies_BT = torch.rand(ids_BT.shape)
+    regions_BT = tag_regions(ids_BT, mask_BT, TOKENIZER, lambda text: TOOLRL.parse(text).spans)
+    means_R = region_means(entropies_BT, regions_BT, mask_BT)
+    mapping = {region.label: means_R[region].item() for region in Region if not means_R[region].isnan()}
+    from_tokens, from_means = (
+        token_weights(ids_BT, mask_BT, TOKENIZER, entropies=entropies) for entropies in (entropies_BT, mapping)
+    )
+    assert torch.allclose(from_tokens, from_means, atol=1e-6)
+
+
+def test_structure_outweighs_reasoning_early_and_reasoning_gains_later():
+    ids_BT, mask_BT = batch(TEXTS[0])
+    regions_T = tag_regions(ids_BT, mask_BT, TOKENIZER, lambda text: TOOLRL.parse(text).spans)[0]
+    measured = {"format": 0.1, "name": 0.2, "arguments": 0.5, "reasoning": 2.0, "other": 1.0}
+
+    def weight(region, progress):
+        weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, progress=progress, entropies=measured)
+        return weights_BT[0][regions_T == region][0].item()
+
+    assert weight(Region.FORMAT, 0) > weight(Region.NAME, 0) > weight(Region.ARGUMENTS, 0) > weight(Region.REASONING, 0)
+    assert weight(Region.REASONING, 1) > weight(Region.REASONING, 0)
+    assert weight(Region.FORMAT, 1) < weight(Region.FORMAT, 0)
+
+
+def test_top_entropy_and_collision_through_the_one_call():
+    ids_BT, mask_BT = batch(*TEXTS[:2])
+    values_BT = torch.rand(ids_BT.shape)
+    top = replace(PRESETS["rest"], weights=WeightConfig(rule="top_entropy", quantile=0.25))
+    weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, preset=top, entropies=values_BT)
+    assert (weights_BT > 0).sum() == round(0.25 * int(mask_BT.sum()))
+    collision = replace(PRESETS["rest"], weights=WeightConfig(rule="collision"))
+    assert token_weights(ids_BT, mask_BT, TOKENIZER, preset=collision, collisions=values_BT).isfinite().all()
+    with pytest.raises(ValueError, match=r"\(B, T\) tensor"):
+        token_weights(ids_BT, mask_BT, TOKENIZER, preset=top, entropies={"name": 1.0})
+
+
+def test_missing_or_wrong_entropies_and_names_are_refused():
+    ids_BT, mask_BT = batch(TEXTS[0])
+    with pytest.raises(ValueError, match="needs entropies"):
+        token_weights(ids_BT, mask_BT, TOKENIZER)
+    with pytest.raises(ValueError, match="some of format, name"):
+        token_weights(ids_BT, mask_BT, TOKENIZER, entropies={"nmae": 1.0})
+    with pytest.raises(ValueError, match="authors-code"):
+        get_preset("best")
+    with pytest.raises(ValueError, match="authors-code"):
+        score_response("", Gold(), preset="best")
+    with pytest.raises(ValueError, match="step"):
+        score_response("", Gold(), preset="authors-code", step=-1)
+    with pytest.raises(ValueError, match="progress"):
+        authors_step(1.5)
+
+
+@pytest.mark.parametrize("preset", PRESET_REWARDS)
+def test_gold_scores_the_maximum_under_every_preset(preset):
+    calls = (ToolCall("f", {"a": 1}),)
+    reward = score_response(TOOLRL.render("a", calls, None), Gold(calls), preset=preset, progress=0.5)
+    # the published bounds at step 75: format 2 - 75/150 = 1.5, correctness 2 + 75/150 = 2.5
+    assert reward.total == pytest.approx(4.0 if preset == "authors-code" else 1.0)
+
+
+def test_scoring_imports_no_torch():
+    code = (
+        "import sys, rest_rl.scoring as s; from rest_rl.response import Gold; s.score_response('', Gold());"
+        "sys.exit('torch' in sys.modules or 'numpy.random' in sys.modules and 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rest_rl.response import Region
+from rest_rl.weights import (
+    RegionStatistics,
+    Rule,
+    WeightConfig,
+    apply_curriculum,
+    assign_weights,
+    keep_top_entropy,
+    normalise,
+    region_weights,
+)
+
+NAN = float("nan")
+WIDE = WeightConfig(w_min=1e-6, w_max=1e6)
+
+
+def statistics(entropies, counts=(1, 1, 1, 1, 1, 1), collisions=None):
+    def tensor(values):
+        return torch.tensor(values, dtype=torch.float64)
+
+    return RegionStatistics(tensor(counts), tensor(entropies), None if collisions is None else tensor(collisions))
+
+
+LN2 = math.log(2)  # 1 - exp(-ln 2) = 1/2; 1 - exp(-ln 4) = 3/4
+TWO_REGIONS = ([LN2, NAN, NAN, 2 * LN2, NAN, NAN], (3, 0, 0, 1, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("rule", "format_weight", "reasoning_weight"),
+    [
+        # raw 1/(1/2) = 2 and 1/(3/4) = 4/3; token mean (3 * 2 + 4/3) / 4 = 11/6; 2 / (11/6) = 12/11, (4/3) / (11/6) = 8/11
+        ("one_minus_exp", 12 / 11, 8 / 11),
+        # raw 1/ln2 and 1/(2 ln2), in units of 1/ln2: 1 and 1/2; token mean 3.5/4 = 7/8; 8/7 and 4/7
+        ("inverse", 8 / 7, 4 / 7),
+        # raw 1/2 and 3/4; token mean (3/2 + 3/4) / 4 = 9/16; 8/9 and 4/3
+        ("inverted", 8 / 9, 4 / 3),
+        ("uniform", 1.0, 1.0),
+        ("top_entropy", 1.0, 1.0),
+    ],
+)
+def test_rules_by_hand(rule, format_weight, reasoning_weight):
+    weights_R = region_weights(statistics(*TWO_REGIONS), replace(WIDE, rule=rule))
+    assert weights_R[Region.FORMAT].item() == pytest.approx(format_weight, abs=1e-12)
+    assert weights_R[Region.REASONING].item() == pytest.approx(reasoning_weight, abs=1e-12)
+    assert weights_R[[1, 2, 4, 5]].tolist() == [1.0] * 4  # a region that was not seen weighs 1
+
+
+def test_collision_reads_the_collision_mass():
+    # raw 1/0.25 = 4 and 1/0.5 = 2; token mean (4 + 2) / 2 = 3; 4/3 and 2/3
+    given_statistics = statistics([1.0] * 6, (1, 0, 0, 1, 0, 0), [0.25, NAN, NAN, 0.5, NAN, NAN])
+    weights_R = region_weights(given_statistics, replace(WIDE, rule="collision"))
+    assert weights_R[[0, 3]].tolist() == pytest.approx([4 / 3, 2 / 3])
+    with pytest.raises(ValueError, match="collision"):
+        region_weights(statistics([1.0] * 6), replace(WIDE, rule="collision"))
+
+
+def test_strength_interpolates_geometrically_down_to_grpo():
+    # strength 1/2: raw sqrt(2) and sqrt(4/3); token mean (3 sqrt(2) + sqrt(4/3)) / 4
+    mean = (3 * math.sqrt(2) + math.sqrt(4 / 3)) / 4
+    half_R = region_weights(statistics(*TWO_REGIONS), replace(WIDE, strength=0.5))
+    assert half_R[[0, 3]].tolist() == pytest.approx([math.sqrt(2) / mean, math.sqrt(4 / 3) / mean])
+    for rule in get_args(Rule):
+        config = WeightConfig(rule=rule, strength=0.0, decay_format=0.5, gain_arguments=0.5, gain_reasoning=0.5)
+        weights_R = apply_curriculum(region_weights(statistics(*TWO_REGIONS, [0.5] * 6), config), 1.0, config)
+        assert weights_R.tolist() == [1.0] * 6, rule
+
+
+def test_constants_are_taken_as_they_are():
+    weights_R = region_weights(None, WeightConfig(rule="constant"))
+    assert weights_R.tolist() == [1.0, 1.2, 0.6, 0.6, 0.6, 0.6]
+
+
+def test_permuted_deals_the_same_weights_to_shuffled_regions_by_seed():
+    seen = statistics([0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
+    ordered = region_weights(seen, WIDE)
+    first, again = (region_weights(seen, replace(WIDE, rule="permuted", seed=1)) for _ in range(2))
+    assert first.tolist() == again.tolist() != ordered.tolist()
+    assert sorted(first.tolist()) == sorted(ordered.tolist())
+    assert first.tolist() != region_weights(seen, replace(WIDE, rule="permuted", seed=2)).tolist()
+
+
+def test_weights_are_clipped_after_division_by_the_token_mean():
+    weights_R = region_weights(statistics([1e-9, 0.5, 1, 2, 4, 8]), WeightConfig(w_min=0.5, w_max=2.0))
+    assert weights_R.min() == 0.5
+    assert weights_R.max() == 2.0
+
+
+def test_nothing_measured_yet_means_equal_weights():
+    assert region_weights(None, WeightConfig()).tolist() == [1.0] * 6
+    assert region_weights(statistics([NAN] * 6, [0] * 6), WeightConfig()).tolist() == [1.0] * 6
+
+
+def test_curriculum_by_hand():
+    config = WeightConfig(w_min=0.5, w_max=1.4, decay_format=0.8, gain_arguments=0.3, gain_reasoning=0.6)
+    # at nu = 1/2: FORMAT 1 - .4 = .6, NAME 1, ARGUMENTS 1 + .15, REASONING and ANSWER 1 + .3, OTHER 1
+    ones_R = torch.ones(6, dtype=torch.float64)
+    assert apply_curriculum(ones_R, 0.5, config).tolist() == pytest.approx([0.6, 1, 1.15, 1.3, 1.3, 1])
+    # at nu = 1: FORMAT max(.5, .2), ARGUMENTS 1.3, REASONING and ANSWER min(1.4, 1.6)
+    assert apply_curriculum(ones_R, 1.0, config).tolist() == pytest.approx([0.5, 1, 1.3, 1.4, 1.4, 1])
+    assert apply_curriculum(ones_R, 0.0, config).tolist() == [1.0] * 6
+
+
+def test_tokens_get_their_regions_weight_with_mean_one_per_response():
+    # response 1: weights 2, 2, 1 -> mean 5/3 -> 1.2, 1.2, 0.6; response 2: one token; response 3: nothing unmasked
+    weights_R = torch.tensor([2.0, 1.0, 1, 1, 1, 5], dtype=torch.float64)
+    regions_BT = torch.tensor([[0, 0, 1], [5, 5, 5], [0, 1, 2]])
+    mask_BT = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    weights_BT = assign_weights(weights_R, regions_BT, mask_BT)
+    assert weights_BT.dtype == torch.float32
+    expected = torch.tensor([[1.2, 1.2, 0.6], [1, 0, 0], [0, 0, 0]])
+    assert torch.allclose(weights_BT, expected, atol=1e-7)
+
+
+entropies = st.one_of(st.floats(0, 20), st.just(0.0), st.just(NAN), st.just(math.inf))
+
+
+@given(
+    st.sampled_from(get_args(Rule)),
+    st.lists(entropies, min_size=6, max_size=6),
+    st.lists(st.integers(0, 10**6), min_size=6, max_size=6),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.lists(st.lists(st.integers(0, 5), min_size=7, max_size=7), min_size=1, max_size=4),
+)
+def test_weights_are_finite_non_negative_and_of_mean_one_whatever_was_measured(rule, h, counts, strength, nu, rows):
+    config = WeightConfig(rule=rule, strength=strength, decay_format=0.9, gain_arguments=3.0, gain_reasoning=9.0)
+    weights_R = apply_curriculum(region_weights(statistics(h, counts, h), config), nu, config)
+    regions_BT = torch.tensor(rows)
+    weights_BT = assign_weights(weights_R, regions_BT, torch.ones_like(regions_BT))
+    assert torch.isfinite(weights_BT).all()
+    assert (weights_BT >= 0).all()
+    assert torch.allclose(weights_BT.mean(-1), torch.ones(len(rows)), atol=1e-5)
+
+
+def test_top_entropy_keeps_the_most_uncertain_tokens_and_one_of_every_response():
+    entropies_BT = torch.tensor([[5.0, 4.0, 1.0, 9.0], [0.1, 0.3, 0.2, 0.0]])
+    mask_BT = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0]])
+    # 6 unmasked tokens, 1/3 of them kept: 5 and 4; the second response has none of these and keeps its own 0.3
+    kept_BT = keep_top_entropy(entropies_BT, mask_BT, 1 / 3)
+    assert kept_BT.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0]]
+    assert normalise(kept_BT, mask_BT)[0].tolist() == [1.5, 1.5, 0, 0]
+    assert keep_top_entropy(entropies_BT, torch.zeros_like(mask_BT), 0.2).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "entropy"}, "one_minus_exp"),
+        ({"strength": 1.5}, r"\[0, 1\]"),
+        ({"w_min": 0.0}, "w_min"),
+        ({"w_max": math.inf}, "w_max"),
+        ({"quantile": 0.0}, "quantile"),
+        ({"uncertainty_floor": 0.0}, "positive"),
+        ({"constants": {"format": 1.0}}, "reasoning"),
+    ],
+)
+def test_bad_settings_are_refused_with_what_is_expected(settings, message):
+    with pytest.raises(ValueError, match=message):
+        WeightConfig(**settings)
+
+
+def test_progress_outside_zero_to_one_is_refused():
+    with pytest.raises(ValueError, match="progress"):
+        apply_curriculum(torch.ones(6), 1.01, WeightConfig())
