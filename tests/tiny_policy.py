@@ -6,6 +6,7 @@ spread. Everything about it is random-free but for the small noise in its attent
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ TEMPLATE = """\
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     pieces = sorted({*CHAIN, *(piece for row in CHAIN.values() for piece in row)} - {EOS}, key=len, reverse=True)
-    pattern = "|".join(piece.translate(str.maketrans({c: f"\\{c}" for c in "{}|"})) for piece in pieces if len(piece) > 1)
+    pattern = "|".join(
+        piece.translate(str.maketrans({c: f"\\{c}" for c in "{}|"})) for piece in pieces if len(piece) > 1
+    )
     split = pre_tokenizers.Split(Regex(pattern + r"|[\s\S]"), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -105,3 +108,47 @@ def tiny_samples(n: int = 8) -> list[ToolSample]:
     return [
         ToolSample(f"s{i}", ({"role": "user", "content": f"do {i}"},), (tool,), Gold((call,), None)) for i in range(n)
     ]
+
+
+def tiny_settings(folder: Any, **changes: Any) -> dict[str, Any]:
+    """Settings of a run of a few steps that is quick, deterministic and logs every step."""
+    settings = {
+        "output_dir": str(folder),
+        "bf16": False,
+        "use_cpu": True,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 20,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 2e-3,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "activation_checkpointing": False,
+    }
+    return settings | changes
+
+
+def history(trainer: Any) -> list[dict[str, Any]]:
+    """What was logged per step, without wall-clock times and the closing line."""
+    rows = [row for row in trainer.state.log_history if "train_runtime" not in row]
+    return [{key: value for key, value in row.items() if key != "step_time"} for row in rows]
+
+
+def parameters(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def scripted_completions(prompts, trainer):
+    """Completions that depend on the prompt and its place in the group alone, not on the process."""
+    tokenizer, seen = trainer.processing_class, {}
+    rows = []
+    for prompt in prompts:
+        seen[prompt] = seen.get(prompt, -1) + 1
+        rng, piece, ids = random.Random(f"{prompt} {seen[prompt]}"), ASK, []
+        while piece != EOS and len(ids) < 20:
+            piece = rng.choices(list(CHAIN[piece]), list(CHAIN[piece].values()))[0]
+            ids.append(tokenizer.eos_token_id if piece == EOS else one_id(tokenizer, piece))
+        rows.append(ids)
+    return {"prompt_ids": tokenizer(list(prompts))["input_ids"], "completion_ids": rows, "logprobs": None}

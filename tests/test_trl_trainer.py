@@ -1,0 +1,495 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from rest_rl.advantages import reshape
+from rest_rl.formats import FORMATS
+from rest_rl.loss import clipped_surrogate
+from rest_rl.presets import PRESETS, Preset
+from rest_rl.regions import tag_regions
+from rest_rl.response import NUM_REGIONS, Region
+from rest_rl.rewards import RewardConfig
+from rest_rl.train.entropy_tracker import EntropyTracker
+from rest_rl.train.trl_trainer import (
+    ResTConfig,
+    ResTTrainer,
+    make_tool_reward,
+    progress_of,
+    render_prompt,
+    reshapes,
+    training_dataset,
+)
+from rest_rl.weights import WeightConfig, apply_curriculum, assign_weights, region_weights
+from tests.tiny_policy import (
+    history,
+    parameters,
+    scripted_completions,
+    tiny_model,
+    tiny_samples,
+    tiny_settings,
+    tiny_tokenizer,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def rest_trainer(tokenizer, folder, samples=8, **changes):
+    """A trainer whose model starts the same every time; the seed is set when it is built."""
+    return ResTTrainer(
+        tiny_model(tokenizer),
+        args=ResTConfig(**tiny_settings(folder, **changes)),
+        train_dataset=training_dataset(tiny_samples(samples), tokenizer),
+        processing_class=tokenizer,
+    )
+
+
+def trained(trainer):
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def same_parameters(left, right, **tolerance):
+    left, right = parameters(left.model), parameters(right.model)
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+# The weights enter the loss; weights of 1 are stock GRPO
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_iterations": 2, "max_steps": 4},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"loss_type": "dapo", "mask_truncated_completions": True, "max_completion_length": 12},
+    ],
+    ids=["plain", "two_iterations", "accumulated", "dapo_truncated"],
+)
+def test_weights_of_one_are_stock_grpo_bit_for_bit(tokenizer, tmp_path, changes):
+    dataset = training_dataset(tiny_samples(), tokenizer)
+    stock = trained(
+        GRPOTrainer(
+            tiny_model(tokenizer),
+            reward_funcs=make_tool_reward(tokenizer, preset="grpo"),
+            args=GRPOConfig(**tiny_settings(tmp_path, **{"loss_type": "grpo", **changes})),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+    )
+    ours = trained(rest_trainer(tokenizer, tmp_path, preset="grpo", **changes))
+    assert any(row["grad_norm"] > 0 for row in history(stock))
+    for stock_row, our_row in zip(history(stock), history(ours), strict=True):
+        assert {key: our_row[key] for key in stock_row} == stock_row
+    same_parameters(stock, ours, rtol=0, atol=0)
+
+
+def test_reshaping_changes_the_run(tokenizer, tmp_path):
+    plain = trained(rest_trainer(tokenizer, tmp_path, preset="grpo"))
+    reshaped = trained(rest_trainer(tokenizer, tmp_path, preset="rest"))
+    # Nothing has been measured before the first step and the curriculum starts at 0: equal weights.
+    assert history(plain)[0]["grad_norm"] == history(reshaped)[0]["grad_norm"]
+    assert history(plain)[1]["grad_norm"] != history(reshaped)[1]["grad_norm"]
+
+
+def test_the_loss_is_the_clipped_surrogate_of_the_weighed_advantages(tokenizer, tmp_path):
+    trainer = rest_trainer(tokenizer, tmp_path, preset="paper")
+    totals_3R = torch.rand(3, NUM_REGIONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    trainer.tracker.update(totals_3R * torch.tensor([[1.0], [2.0], [1.0]]))
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.state.max_steps, trainer.state.global_step = 3, 1
+    inputs, logps_BT = batch_far_from_its_policy(trainer, tokenizer)
+    mask_BT, advantages_B = inputs["completion_mask"], inputs["advantages"]
+    statistics = trainer.tracker.statistics()
+    loss = trainer.compute_loss(trainer.model, inputs)
+
+    config, parse = PRESETS["paper"].weights, FORMATS["toolrl"].parse
+    regions_BT = tag_regions(inputs["completion_ids"], mask_BT, tokenizer, lambda text: parse(text).spans)
+    weights_R = apply_curriculum(region_weights(statistics, config), 0.5, config)
+    weights_BT = assign_weights(weights_R, regions_BT, mask_BT)
+    assert (weights_BT[mask_BT > 0] - 1).abs().max() > 0.2
+    expected = clipped_surrogate(logps_BT, inputs["old_per_token_logps"], reshape(advantages_B, weights_BT), mask_BT)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    unweighed_BT = reshape(advantages_B, torch.ones_like(weights_BT))
+    unweighed = clipped_surrogate(logps_BT, inputs["old_per_token_logps"], unweighed_BT, mask_BT)
+    assert abs(unweighed.item() - loss.item()) > 1e-3
+    assert inputs["advantages"] is advantages_B
+    assert advantages_B.shape == (8,)
+
+
+def batch_far_from_its_policy(trainer, tokenizer):
+    """A scored batch whose old log-probabilities put most ratios outside the clip range, and its own."""
+    generator = torch.Generator().manual_seed(0)
+    rows = scripted_completions(["f do 0;assistant:"] * 8, trainer)["completion_ids"]
+    width = max(map(len, rows))
+    completion_ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    completion_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    prompt_ids = torch.tensor(tokenizer(["f do 0;assistant:"] * 8)["input_ids"])
+    input_ids = torch.cat([prompt_ids, completion_ids], 1)
+    attention_mask = torch.cat([torch.ones_like(prompt_ids), completion_mask], 1)
+    with torch.no_grad():
+        logits = trainer.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -width - 1 : -1]
+    logps_BT = logits.log_softmax(-1).gather(-1, completion_ids[..., None])[..., 0]
+    old_BT = logps_BT + torch.randn(logps_BT.shape, generator=generator)
+    assert ((logps_BT - old_BT).exp() - 1).abs()[completion_mask > 0].gt(0.2).float().mean() > 0.6
+    inputs = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": torch.ones_like(prompt_ids),
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "advantages": torch.randn(8, generator=generator),
+        "old_per_token_logps": old_BT,
+        "num_items_in_batch": completion_mask.sum(),
+    }
+    return inputs, logps_BT
+
+
+def test_tokens_that_the_model_did_not_write_have_no_weight_and_no_statistics(tokenizer, tmp_path):
+    trainer = rest_trainer(tokenizer, tmp_path)
+    trainer.current_gradient_accumulation_steps = 1
+    inputs, _ = batch_far_from_its_policy(trainer, tokenizer)
+    inputs["tool_mask"] = inputs["completion_mask"].clone()
+    inputs["tool_mask"][:, 4:7] = 0
+    trainer.compute_loss(trainer.model, inputs)
+    assert trainer.tracker.totals_3R[0].sum() == (inputs["tool_mask"] * inputs["completion_mask"]).sum()
+
+
+# The statistics belong to the step, not to the micro-batch or the process
+
+
+def test_gradient_accumulation_equals_the_full_batch(tokenizer, tmp_path):
+    settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4}
+    full = trained(rest_trainer(tokenizer, tmp_path, **settings))
+    split = trained(
+        rest_trainer(tokenizer, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
+    )
+    for full_row, split_row in zip(history(full), history(split), strict=True):
+        for key, value in full_row.items():
+            if key.startswith("rest/") or key in ("grad_norm", "reward"):
+                assert split_row[key] == (value and pytest.approx(value, rel=2e-4, abs=1e-6)), key
+    same_parameters(full, split, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(full.tracker.totals_3R, split.tracker.totals_3R, rtol=1e-4, atol=1e-5)
+
+
+def run_worker(*arguments, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.trl_worker", *map(str, arguments)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    for processes in (1, 2):
+        done = run_worker("scripted", tmp_path / f"{processes}.pt", 8 // processes, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
+    assert one["totals"][0].count_nonzero() >= 4
+    torch.testing.assert_close(one["totals"], two["totals"], rtol=1e-5, atol=1e-6)
+    for one_row, two_row in zip(one["history"], two["history"], strict=True):
+        for key, value in one_row.items():
+            if key.startswith("rest/") or key == "grad_norm":
+                assert two_row[key] == (value and pytest.approx(value, rel=1e-4, abs=1e-6)), key
+    for name, value in one["parameters"].items():
+        torch.testing.assert_close(two["parameters"][name], value, rtol=1e-5, atol=2e-6)
+
+
+# Resume
+
+
+@pytest.mark.parametrize("restored_by_trainer", [False, True])
+def test_resume_goes_on_bit_for_bit(tokenizer, tmp_path, restored_by_trainer):
+    settings = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "entropy_decay": 0.9,
+        "restore_callback_states_from_checkpoint": restored_by_trainer,
+    }
+    whole = trained(rest_trainer(tokenizer, tmp_path, **settings))
+    resumed = rest_trainer(tokenizer, tmp_path, **settings)
+    resumed.remove_callback(PrinterCallback)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert history(resumed) == history(whole)
+    same_parameters(whole, resumed, rtol=0, atol=0)
+    assert torch.equal(whole.tracker.totals_3R, resumed.tracker.totals_3R)
+
+
+def test_a_killed_run_is_resumed_bit_for_bit(tokenizer, tmp_path):
+    killed = run_worker("killed", tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert (tmp_path / "checkpoint-2").is_dir()
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    resumed = rest_trainer(tokenizer, tmp_path, **settings)
+    resumed.remove_callback(PrinterCallback)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    whole = trained(rest_trainer(tokenizer, tmp_path / "whole", **settings))
+    assert history(resumed) == history(whole)
+    same_parameters(whole, resumed, rtol=0, atol=0)
+
+
+def test_the_tracker_forgets_by_its_decay_and_survives_json():
+    tracker = EntropyTracker(0.5)
+    assert tracker.statistics() is None
+    first, second = torch.zeros(3, NUM_REGIONS, dtype=torch.float64), torch.zeros(3, NUM_REGIONS, dtype=torch.float64)
+    first[:, Region.NAME] = torch.tensor([4.0, 8.0, 2.0])
+    second[:, Region.NAME] = torch.tensor([2.0, 1.0, 0.5])
+    tracker.update(first)
+    tracker.update(second)
+    tracker.update(second * float("nan"))
+    statistics = tracker.statistics()
+    assert statistics.counts_R[Region.NAME] == 4.0  # 0.5 * 4 + 2
+    assert statistics.entropies_R[Region.NAME] == 1.25  # (0.5 * 8 + 1) / 4
+    assert statistics.collisions_R[Region.NAME] == 0.375  # (0.5 * 2 + 0.5) / 4
+    assert torch.isnan(statistics.entropies_R[Region.ANSWER])
+    restored = EntropyTracker.from_state(json.loads(json.dumps(tracker.state())))
+    assert restored.decay == 0.5
+    assert torch.equal(restored.totals_3R, tracker.totals_3R)
+
+
+# Metrics
+
+
+def test_metrics_are_there_from_the_first_step(tokenizer, tmp_path):
+    trainer = trained(rest_trainer(tokenizer, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2))
+    for row in history(trainer):
+        for quantity in ("entropy", "collision", "weight", "share"):
+            assert {f"rest/{quantity}/{region.label}" for region in Region} <= set(row)
+        for name in ("format", "accuracy", "exact_match", "call_rate"):
+            assert 0 <= row[f"rest/{name}"] <= 1
+        assert {"reward", "frac_reward_zero_std", "completions/clipped_ratio"} <= set(row)
+        shares = [row[f"rest/share/{region.label}"] for region in Region]
+        assert sum(shares) == pytest.approx(1)
+        # The token mean of the weights is 1: each response's is.
+        weights = [row[f"rest/weight/{region.label}"] for region in Region]
+        assert sum(s * w for s, w in zip(shares, weights, strict=True) if s) == pytest.approx(1, abs=1e-6)
+    first = history(trainer)[0]
+    assert all(first[f"rest/weight/{region.label}"] in (None, pytest.approx(1)) for region in Region)
+
+
+def test_region_entropies_add_up_to_trls_own(tokenizer, tmp_path):
+    for row in history(trained(rest_trainer(tokenizer, tmp_path))):
+        parts = [(row[f"rest/share/{r.label}"], row[f"rest/entropy/{r.label}"]) for r in Region]
+        assert sum(share * entropy for share, entropy in parts if share) == pytest.approx(row["entropy"], rel=1e-4)
+
+
+def test_evaluation_logs_regions_and_leaves_the_statistics_alone(tokenizer, tmp_path):
+    trainer = rest_trainer(tokenizer, tmp_path, max_steps=2)
+    trainer.eval_dataset = training_dataset(tiny_samples(2), tokenizer)
+    trained(trainer)
+    before = trainer.tracker.totals_3R.clone()
+    metrics = trainer.evaluate()
+    assert metrics["eval_rest/share/format"] > 0
+    assert torch.equal(trainer.tracker.totals_3R, before)
+
+
+# Other rules and kinds of advantage
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_trains(tokenizer, tmp_path, preset):
+    trainer = trained(rest_trainer(tokenizer, tmp_path, preset=preset, max_steps=2))
+    assert all(row["grad_norm"] < 1e4 for row in history(trainer))
+
+
+@pytest.mark.parametrize("rule", ["inverse", "collision", "constant", "inverted", "top_entropy", "permuted"])
+def test_every_rule_trains(tokenizer, tmp_path, rule):
+    trainer = trained(rest_trainer(tokenizer, tmp_path, weights={"rule": rule}, max_steps=2))
+    row = history(trainer)[-1]
+    assert row["grad_norm"] < 1e4
+    parts = [(row[f"rest/share/{r.label}"], row[f"rest/weight/{r.label}"]) for r in Region]
+    assert sum(share * weight for share, weight in parts if share) == pytest.approx(1, abs=1e-6)
+
+
+def test_lora_trains(tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    trainer = ResTTrainer(
+        tiny_model(tokenizer),
+        args=ResTConfig(**tiny_settings(tmp_path, max_steps=2)),
+        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    )
+    before = parameters(trainer.model)
+    trained(trainer)
+    changed = [name for name, value in parameters(trainer.model).items() if not torch.equal(value, before[name])]
+    assert changed
+    assert all("lora" in name for name in changed)
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("rest", ("grpo", "group", 0.2, None)),
+        ("dr_grpo", ("dr_grpo", "none", 0.2, None)),
+        ("dapo", ("dapo", "group", 0.2, 0.28)),
+    ],
+)
+def test_the_preset_decides_trl_settings(tmp_path, preset, expected):
+    args = ResTConfig(**tiny_settings(tmp_path, preset=preset))
+    assert (args.loss_type, args.scale_rewards, args.epsilon, args.epsilon_high) == expected
+    assert args.beta == 0.0
+
+
+def test_a_setting_given_explicitly_is_kept(tmp_path):
+    args = ResTConfig(**tiny_settings(tmp_path, preset="dapo", loss_type="bnpo", epsilon_high=0.3))
+    assert (args.loss_type, args.epsilon_high) == ("bnpo", 0.3)
+
+
+def test_the_configuration_survives_json(tmp_path):
+    changes = {"weights": {"strength": 0.25, "constants": {"name": 2.0}}, "reward": {"format_scale": 0.5}}
+    args = ResTConfig(**tiny_settings(tmp_path, preset="paper", advantage="dr_grpo", **changes))
+    written = json.loads(args.to_json_string())
+    names = ("preset", "tool_format", "weights", "reward", "advantage", "entropy_decay", "loss_type", "scale_rewards")
+    again = ResTConfig(**tiny_settings(tmp_path, **{name: written[name] for name in names}))
+    assert again.method() == args.method()
+    assert again.loss_type == "dr_grpo"
+    assert args.method().weights.constants["name"] == 2.0
+    assert args.method().weights.constants["format"] == 1.0
+
+
+def test_a_preset_object_becomes_its_name_and_its_changes(tmp_path):
+    preset = Preset("rest", WeightConfig(rule="inverse"), RewardConfig(), advantage="dapo", epsilon_high=0.3)
+    args = ResTConfig(**tiny_settings(tmp_path, preset=preset))
+    assert args.preset == "rest"
+    assert args.method().weights == preset.weights
+    assert (args.loss_type, args.epsilon_high) == ("dapo", 0.3)
+    json.loads(args.to_json_string())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"preset": "best"}, ["'best'", "expected", "rest"]),
+        ({"tool_format": "xml"}, ["'xml'", "expected", "toolrl"]),
+        ({"advantage": "ppo"}, ["'ppo'", "dr_grpo"]),
+        ({"entropy_decay": 1.0}, ["1.0", "[0, 1)"]),
+        ({"weights": {"strenght": 1.0}}, ["strenght", "strength"]),
+        ({"weights": {"strength": 2.0}}, ["2.0", "[0, 1]"]),
+        ({"preset": "authors-code", "weights": {"strength": 0.5}}, ["authors-code"]),
+        ({"beta": 0.04}, ["beta=0.04", "'grpo'"]),
+        ({"entropy_coef": 0.01}, ["entropy_coef=0.01", "'grpo'"]),
+        ({"use_adaptive_entropy": True}, ["use_adaptive_entropy", "'grpo'"]),
+        ({"top_entropy_quantile": 0.2}, ["top_entropy_quantile=0.2", "'grpo'"]),
+        ({"weights": {"rule": "collision"}, "top_p": 0.9}, ["collision", "top_p", "one_minus_exp"]),
+        ({"preset": "grpo", "weights": {"gain_reasoning": 0.3}, "beta": 0.1}, ["beta=0.1"]),
+    ],
+)
+def test_refused_settings(tmp_path, changes, words):
+    with pytest.raises(ValueError, match="got|expected") as error:
+        ResTConfig(**tiny_settings(tmp_path, **changes))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "dapo"])
+def test_uniform_weights_allow_every_setting_of_trl(tmp_path, preset):
+    assert not reshapes(PRESETS[preset])
+    args = ResTConfig(**tiny_settings(tmp_path, preset=preset, beta=0.04, top_entropy_quantile=0.2))
+    assert args.beta == 0.04
+
+
+def test_refused_arguments(tokenizer, tmp_path):
+    dataset = training_dataset(tiny_samples(), tokenizer)
+    with pytest.raises(ValueError, match="GRPOConfig, expected ResTConfig"):
+        ResTTrainer(tiny_model(tokenizer), args=GRPOConfig(**tiny_settings(tmp_path)), train_dataset=dataset)
+    with pytest.raises(ValueError, match="expected prompt and gold"):
+        ResTTrainer(
+            tiny_model(tokenizer),
+            args=ResTConfig(**tiny_settings(tmp_path)),
+            train_dataset=dataset.remove_columns("gold"),
+            processing_class=tokenizer,
+        )
+
+
+# Data and reward
+
+
+def test_the_dataset_holds_prompts_with_tools_and_gold(tokenizer):
+    row = training_dataset(tiny_samples(1), tokenizer)[0]
+    assert row["prompt"] == "f do 0;assistant:"
+    assert json.loads(row["gold"]) == {"calls": [{"name": "f", "arguments": {"x": 1}}], "answer": None}
+    assert (row["id"], row["kind"]) == ("s0", "single")
+    with pytest.raises(ValueError, match="no samples"):
+        training_dataset([], tokenizer)
+
+
+def test_a_template_without_tools_gets_them_as_a_system_message():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    text = render_prompt(tiny_samples(1)[0], tokenizer, "hermes")
+    assert text.startswith("system: ")
+    assert '"name": "f"' in text
+    assert "<tool_call>" in text
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"without a chat template.*instruct"):
+        training_dataset(tiny_samples(1), tokenizer)
+
+
+def test_the_beginning_of_sequence_token_comes_once():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = "<s>" + tokenizer.chat_template
+    assert training_dataset(tiny_samples(1), tokenizer)[0]["prompt"].startswith("<s>f do")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    prompt = training_dataset(tiny_samples(1), tokenizer)[0]["prompt"]
+    assert tokenizer(prompt)["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+def test_the_reward_reads_ids_and_follows_progress(tokenizer):
+    class State:
+        global_step, max_steps = 0, 3
+
+    text = '<think> a</think>\n<tool_call>\n{"name": "f", "parameters": {"x": 2}}\n</tool_call>'
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    logged = {}
+    arguments = {"completion_ids": [ids], "gold": [json.dumps({"calls": [{"name": "f", "arguments": {"x": 1}}]})]}
+    reward = make_tool_reward(tokenizer, "toolrl", "rest")
+    # S_format = 1, S_acc = (1 name + 1 keys + 0 values) / (1 + 1 + 1) = 2/3; the accuracy share goes from .3 to .8.
+    start = reward(**arguments, trainer_state=State, log_metric=logged.__setitem__)
+    assert start == [pytest.approx(0.3 * 2 / 3 + 0.7)]
+    assert logged == {
+        "rest/format": 1.0,
+        "rest/accuracy": pytest.approx(2 / 3),
+        "rest/exact_match": 0.0,
+        "rest/call_rate": 1.0,
+    }
+    State.global_step = 2
+    assert reward(**arguments, trainer_state=State) == [pytest.approx(0.8 * 2 / 3 + 0.2)]
+    State.global_step = 3  # an evaluation after the last step
+    assert progress_of(State) == 1.0
+    with pytest.raises(ValueError, match="expected JSON"):
+        reward(completion_ids=[ids], gold=["{"])

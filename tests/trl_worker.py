@@ -1,0 +1,66 @@
+"""What the tests run in processes of its own: a run that is killed, a run on one or two processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, training_dataset
+from tests.tiny_policy import (
+    history,
+    parameters,
+    scripted_completions,
+    tiny_model,
+    tiny_samples,
+    tiny_settings,
+    tiny_tokenizer,
+)
+
+
+class KillAfterThreeSteps(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(folder: str) -> None:
+    tokenizer = tiny_tokenizer()
+    trainer = ResTTrainer(
+        tiny_model(tokenizer),
+        args=ResTConfig(**tiny_settings(folder, max_steps=5, save_strategy="steps", save_steps=2)),
+        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        processing_class=tokenizer,
+        callbacks=[KillAfterThreeSteps()],
+    )
+    trainer.train()
+
+
+def scripted(path: str, batch_size: str) -> None:
+    tokenizer = tiny_tokenizer()
+    settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, "max_grad_norm": 0.0}
+    trainer = ResTTrainer(
+        tiny_model(tokenizer),
+        args=ResTConfig(**tiny_settings(f"{path}.out", per_device_train_batch_size=int(batch_size), **settings)),
+        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        processing_class=tokenizer,
+        rollout_func=scripted_completions,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        result = {
+            "parameters": parameters(trainer.accelerator.unwrap_model(trainer.model)),
+            "history": history(trainer),
+            "totals": trainer.tracker.totals_3R,
+        }
+        torch.save(result, path)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    {"killed": killed, "scripted": scripted}[sys.argv[1]](*sys.argv[2:])
