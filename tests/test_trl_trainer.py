@@ -197,7 +197,7 @@ def run_worker(*arguments, processes=1):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
     )
 
 
@@ -402,7 +402,7 @@ def test_a_preset_object_becomes_its_name_and_its_changes(tmp_path):
     ],
 )
 def test_refused_settings(tmp_path, changes, words):
-    with pytest.raises(ValueError, match="got|expected") as error:
+    with pytest.raises(ValueError, match=r"got|expected") as error:
         ResTConfig(**tiny_settings(tmp_path, **changes))
     assert all(word in str(error.value) for word in words), error.value
 
