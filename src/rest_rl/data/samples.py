@@ -142,23 +142,28 @@ def from_json(row: Mapping[str, Any]) -> ToolSample:
     """The sample of one JSONL row; ValueError names the field that is missing or of the wrong type."""
     where = f"sample {row.get('id')!r}" if isinstance(row, Mapping) else "sample"
     messages, tools = _field(row, "messages", list, where), _field(row, "tools", list, where)
-    gold = _field(row, "gold", Mapping, where)
-    calls = [_checked_call(call, f"{where}, gold")["function"] for call in _field(gold, "calls", list, where)]
     return ToolSample(
         id=_field(row, "id", str, where),
         messages=tuple(_checked_message(message, f"{where}, message {i}") for i, message in enumerate(messages)),
         tools=tuple(tools),
-        gold=Gold(tuple(ToolCall(call["name"], call["arguments"]) for call in calls), gold.get("answer")),
-        thought=row.get("thought"),
-        kind=row.get("kind", "single"),
+        gold=_gold(_field(row, "gold", Mapping, where), f"{where}, gold"),
+        thought=_field(row, "thought", (str, type(None)), where),
+        kind=_field({"kind": "single", **row}, "kind", str, where),
     )
 
 
-def _field(row: Any, name: str, kind: type, where: str) -> Any:
+def _gold(row: Mapping[str, Any], where: str) -> Gold:
+    calls = [_checked_call(call, where)["function"] for call in _field(row, "calls", list, where)]
+    answer = _field(row, "answer", (str, type(None)), where)
+    return Gold(tuple(ToolCall(call["name"], call["arguments"]) for call in calls), answer)
+
+
+def _field(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
     value = row.get(name) if isinstance(row, Mapping) else row
     if not isinstance(value, kind):
+        expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise ValueError(
-            f"{where}: got {name} = {value!r}; expected {kind.__name__.lower()}; "
+            f"{where}: got {name} = {value!r}; expected {expected}; "
             "write rows with rest_rl.data.samples.to_json or save_samples"
         )
     return value

@@ -67,6 +67,7 @@ class WorldTool(NamedTuple):
 
     @property
     def description(self) -> str:
+        """What the tool does, the words of a request for it."""
         return f"{self.verb} {self.noun}"
 
     def schema(self) -> dict[str, Any]:

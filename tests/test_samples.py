@@ -1,0 +1,130 @@
+"""Dialogues become single-turn samples, and samples survive JSONL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rest_rl.data.samples import Dialogue, ToolSample, decompose, from_json, load_samples, save_samples, to_json
+from rest_rl.response import Gold, ToolCall
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "add two numbers", "parameters": {}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": [2, "é"]}'}}
+MESSAGES = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 and 2?"},
+    {"role": "assistant", "content": None, "reasoning_content": "I add them.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "3", "tool_call_id": "c1"},
+    {"role": "assistant", "content": "<think> now I know </think>\nThree."},
+    {"role": "user", "content": "Thanks."},
+    {"role": "assistant", "content": "Welcome."},
+)
+DIALOGUE = Dialogue("d", MESSAGES, (TOOL,), "chat")
+
+
+def test_k_assistant_turns_give_k_samples() -> None:
+    samples = decompose(DIALOGUE)
+    assert [sample.id for sample in samples] == ["d/0", "d/1", "d/2"]
+    assert [len(sample.messages) for sample in samples] == [2, 4, 6]
+    assert {sample.kind for sample in samples} == {"chat"}
+
+
+def test_gold_is_the_turn_itself() -> None:
+    first, second, third = decompose(DIALOGUE)
+    assert first.gold == Gold((ToolCall("add", {"a": 1, "b": [2, "é"]}),), None)
+    assert (second.gold, third.gold) == (Gold((), "Three."), Gold((), "Welcome."))
+    assert (first.thought, second.thought, third.thought) == ("I add them.", "now I know", None)
+
+
+def test_no_turn_leaks_into_its_own_history() -> None:
+    for turn, sample in enumerate(decompose(DIALOGUE)):
+        history = json.dumps(sample.messages)
+        assert sum(message["role"] == "assistant" for message in sample.messages) == turn
+        assert sample.gold.answer is None or sample.gold.answer not in history
+        assert sample.thought is None or sample.thought not in history
+
+
+def test_histories_hold_calls_as_objects_and_no_reasoning() -> None:
+    last = decompose(DIALOGUE)[-1]
+    assert last.messages[2]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": [2, "é"]}
+    assert last.messages[4]["content"] == "Three."
+    assert all("reasoning_content" not in message for message in last.messages)
+
+
+def test_text_beside_calls_is_reasoning() -> None:
+    turn = {"role": "assistant", "content": "Let me add.", "tool_calls": [CALL]}
+    sample = decompose(Dialogue("d", (MESSAGES[1], turn), (TOOL,)))[0]
+    assert (sample.thought, sample.gold.answer) == ("Let me add.", None)
+
+
+def test_a_dialogue_without_assistant_turns_gives_no_sample() -> None:
+    assert decompose(Dialogue("d", MESSAGES[:2], ())) == []
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"role": "robot", "content": "x"}, "role 'robot'"),
+        ({"role": "user"}, "neither content nor tool_calls"),
+        ({"role": "user", "content": [{"type": "text"}]}, "content of type list"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "{}"}}]}, "tool call"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+            "expected JSON",
+        ),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]},
+            "arguments object",
+        ),
+        ({"role": "assistant", "content": "", "tool_calls": 3}, "expected a list of calls"),
+    ],
+)
+def test_bad_messages_are_named(message: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match="message 1") as error:
+        decompose(Dialogue("d", (MESSAGES[1], message), ()))
+    assert expected in str(error.value)
+
+
+def test_an_empty_dialogue_is_refused() -> None:
+    with pytest.raises(ValueError, match="no messages"):
+        decompose(Dialogue("d", (), ()))
+
+
+def test_jsonl_round_trip(tmp_path: Path) -> None:
+    samples = decompose(DIALOGUE)
+    path = save_samples(samples, tmp_path / "deep" / "samples.jsonl")
+    assert load_samples(path) == samples
+
+
+def test_json_of_a_sample_is_plain() -> None:
+    sample = ToolSample("s", ({"role": "user", "content": "hi"},), (), Gold((ToolCall("f", {"x": None}),), "done"))
+    assert from_json(json.loads(json.dumps(to_json(sample)))) == sample
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"messages": "hi"}, "messages = 'hi'"),
+        ({"gold": None}, "gold = None"),
+        ({"gold": {"calls": [{"name": "f"}]}}, "gold"),
+        ({"gold": {"calls": [], "answer": 3}}, "answer"),
+        ({"id": 3}, "id = 3"),
+        ({"thought": 1}, "thought"),
+    ],
+)
+def test_bad_rows_are_named_with_their_line(change: dict, expected: str, tmp_path: Path) -> None:
+    row = {**to_json(decompose(DIALOGUE)[0]), **change}
+    path = tmp_path / "samples.jsonl"
+    path.write_text(f"\n{json.dumps(row)}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2") as error:
+        load_samples(path)
+    assert expected in str(error.value)
+
+
+def test_a_line_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text("{\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1"):
+        load_samples(path)
