@@ -6,7 +6,6 @@ Public names load their module when first used; `import rest_rl` imports no torc
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from rest_rl.scoring import score_response
     from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
     from rest_rl.weights import RegionStatistics, WeightConfig, apply_curriculum, assign_weights, region_weights
+
+__version__ = "0.1.0"
 
 _HOMES = {
     "advantages": ("group_advantages", "reshape"),
@@ -76,12 +77,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return importlib.metadata.version("rest-rl")
     if name in _HOME_OF:
         return getattr(importlib.import_module(f"rest_rl.{_HOME_OF[name]}"), name)
     raise AttributeError(f"module 'rest_rl' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, "__version__"])
+    return sorted({*globals(), *__all__})

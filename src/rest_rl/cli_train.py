@@ -18,8 +18,8 @@ from rich.progress import Progress, TaskID
 
 from rest_rl.analyze.palette import REGION_COLOURS
 from rest_rl.analyze.plots import draw_all
-from rest_rl.analyze.tables import COMPARISON_HEADER, comparison_rows, flatten, group_runs
-from rest_rl.config import EMBEDDED, RunConfig, parse_toml, read_run_file
+from rest_rl.analyze.tables import COMPARISON_HEADER, comparison_rows, flatten, group_runs, is_number
+from rest_rl.config import EMBEDDED, RunConfig, apply_overrides, overridden, parse_toml, read_run_file
 from rest_rl.data.samples import ToolSample, load_samples
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.evaluate.held_out import Prompt, evaluate
@@ -29,7 +29,7 @@ from rest_rl.response import Region, Span
 from rest_rl.runlog import CONFIG, RunLog, read_run, unwritable
 from rest_rl.terminal import coloured, legend, progress_bar, show_table
 from rest_rl.train.policy import load_policy
-from rest_rl.train.run import Checkpoint, Recorder, build_trainer, find_checkpoint, trainer_config
+from rest_rl.train.run import Checkpoint, Recorder, build_trainer, find_checkpoint, quiet_libraries, trainer_config
 from rest_rl.train.run import train as train_steps
 from rest_rl.train.trl_trainer import ResTConfig, render_prompt
 
@@ -50,14 +50,15 @@ class Screen:
     def bar(self, done: int, total: int) -> Iterator[None]:
         """The progress bar of the training steps."""
         with progress_bar(self.console) as progress:
-            self._task = progress.add_task("training", total=total, completed=done, note="")
+            self._task = progress.add_task("", total=total, completed=done, note="")
             self._progress = progress
             yield
         self._progress = None
 
     def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """Move the bar."""
-        self.weights = {label: metrics[key] for label in REGION_COLOURS if (key := f"rest/weight/{label}") in metrics}
+        weights = {label: metrics.get(f"rest/weight/{label}") for label in REGION_COLOURS}
+        self.weights = {label: float(weight) for label, weight in weights.items() if is_number(weight)}
         if self._progress is not None and self._task is not None:
             note = "  ".join(f"{name} {metrics[key]:.3f}" for key, name in SHOWN.items() if key in metrics)
             self._progress.update(self._task, completed=step, total=total, note=note)
@@ -104,6 +105,8 @@ def train(arguments: argparse.Namespace) -> int:
     Whatever a user can have got wrong is found before the run folder is made.
     """
     config = run_config(arguments)
+    if not arguments.debug:
+        quiet_libraries()
     is_first = int(os.environ.get("RANK", "0")) == 0
     screen = Screen(Console(quiet=not is_first), get_format(config.rest.format), config.run.show_every)
     args = trainer_config(config)
@@ -126,6 +129,18 @@ def train(arguments: argparse.Namespace) -> int:
     bench.measure("after", log, screen)
     if is_first:
         finish(log, screen)
+    return 0
+
+
+def sft(arguments: argparse.Namespace) -> int:
+    """Train the small model of the tool world from nothing and save it."""
+    from rest_rl.train.sft import SftConfig
+    from rest_rl.train.sft import sft as warm_start
+
+    if not arguments.debug:
+        quiet_libraries()
+    changes = apply_overrides({}, arguments.set)
+    warm_start(overridden(SftConfig(), changes, "sft"), Path(arguments.out), Console().print)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from rest_rl.config import parse_toml
 from rest_rl.runlog import Run
@@ -95,40 +95,44 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a JSON value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-COMPARISON_HEADER = ("", "n", "exact match", "S_acc", "S_format")
+COMPARISON_HEADER = ("percent", "n", "exact match", "gain", "S_acc", "S_format")
 
 
 def comparison_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Before -> after, one row each for sampled and greedy, every kind of task and every split."""
+    """Before → after in percent, a row each for sampled and greedy and, sampled, for every kind of task and split."""
     before, after = summary.get("before") or {}, summary.get("after") or {}
     rows = [comparison_row("sampled, T = 1", before, after)]
-    rows.append(comparison_row("greedy", before.get("greedy"), after.get("greedy")))
     for group in ("kinds", "splits"):
         for name in {**(before.get(group) or {}), **(after.get(group) or {})}:
             pair = ((scores.get(group) or {}).get(name) for scores in (before, after))
             rows.append(comparison_row(f"  {name.replace('_', ' ')}", *pair))
-    return rows
+    return [*rows, comparison_row("greedy", before.get("greedy"), after.get("greedy"))]
 
 
 def comparison_row(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """One line of the before/after table."""
+    """One line of the before/after table; the gain comes with the standard error of its two sides."""
     before, after = before or {}, after or {}
-    count = after.get("n", before.get("n", 0))
-    return (name, str(count), *(change(before.get(score), after.get(score)) for score in SCORES))
+    exact, s_acc, s_format = (f"{percent(before.get(score))} → {percent(after.get(score))}" for score in SCORES)
+    gain = "–"
+    if is_number(before.get("exact_match")) and is_number(after.get("exact_match")):
+        error = math.hypot(before.get("exact_match_error", 0.0), after.get("exact_match_error", 0.0))
+        gain = f"{100 * (after['exact_match'] - before['exact_match']):+.1f} ± {100 * error:.1f}"
+    return (name, str(after.get("n", before.get("n", 0))), exact, gain, s_acc, s_format)
+
+
+def percent(value: float | None) -> str:
+    """A share in percent, a dash if it was not measured."""
+    return f"{100 * value:.1f}" if value is not None else "–"
 
 
 def change(before: float | None, after: float | None) -> str:
-    """`0.26 -> 0.41 (+0.15)`; a side that was not measured is a dash."""
-    if not is_number(before) or not is_number(after):
-        return " → ".join("–" if value is None else f"{value:.3f}" for value in (before, after))
-    assert before is not None
-    assert after is not None
-    return f"{before:.3f} → {after:.3f} ({after - before:+.3f})"
+    """`0.263 → 0.412`; a side that was not measured is a dash."""
+    return " → ".join("–" if value is None else f"{value:.3f}" for value in (before, after))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from rest_rl.config import RunConfig, unknown_key
 from rest_rl.data.samples import ToolSample
@@ -75,6 +77,13 @@ class Recorder(TrainerCallback):
         """Save and stop if asked, once every response generated so far has been learnt from."""
         if self.stop_requested and state.global_step % steps_per_generation(args) == 0:
             control.should_save = control.should_training_stop = True
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the command: no progress bars, hints and deprecation warnings of the libraries."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def steps_per_generation(args: Any) -> int:

@@ -1,0 +1,117 @@
+"""The shape of the package: sizes, one address per third-party library, what an import costs, the layers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "rest_rl"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MAX_FILE, MAX_FUNCTION = 450, 60
+ADDRESSES = {
+    "trl": ["train/*.py"],
+    "datasets": ["data/loaders.py", "train/*.py"],
+    "matplotlib": ["analyze/plots.py"],
+    "rich": ["terminal.py", "cli_train.py"],
+    "transformers": ["train/*.py", "evaluate/generate.py"],
+    "safetensors": ["train/*.py"],
+    "tokenizers": ["regions.py", "train/*.py"],
+    "scipy": ["rewards.py"],
+    "tqdm": ["train/sft.py"],
+    "tomli_w": ["config.py", "cli_inspect.py"],
+    "verl": ["train/verl_plugin.py"],
+}
+"""Where each library may be imported; torch and numpy are at home wherever tensors are."""
+ANYWHERE = {"torch", "numpy", "tomli", "rest_rl", *sys.stdlib_module_names}
+TORCH_FREE = [
+    "rest_rl",
+    "rest_rl.cli",
+    "rest_rl.cli_score",
+    "rest_rl.response",
+    "rest_rl.json_spans",
+    "rest_rl.formats",
+]
+TORCH_FREE += ["rest_rl.rewards", "rest_rl.scoring", "rest_rl.authors_code", "rest_rl.runlog", "rest_rl.data.samples"]
+VAGUE_NAMES = {"utils", "util", "common", "base", "core", "helpers", "manager", "misc"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def test_files_and_functions_are_small() -> None:
+    too_long = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if (lines := len(text.splitlines())) > MAX_FILE:
+            too_long.append(f"{relative(path)}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                if (size := node.end_lineno - node.lineno + 1) > MAX_FUNCTION:
+                    too_long.append(f"{relative(path)}:{node.lineno} {node.name}: {size} lines")
+    assert too_long == []
+
+
+def test_each_library_has_its_address() -> None:
+    strays = []
+    for path in SOURCES:
+        for library in set(imported(path)) - ANYWHERE:
+            homes = ADDRESSES.get(library, [])
+            if not any(path.relative_to(PACKAGE).match(home) for home in homes):
+                strays.append(f"{relative(path)} imports {library}, whose address is {homes or 'none'}")
+    assert strays == []
+
+
+def test_no_file_has_a_vague_name() -> None:
+    assert [relative(path) for path in SOURCES if path.stem in VAGUE_NAMES or path.parent.name in VAGUE_NAMES] == []
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_import_leaves_torch_out(module: str) -> None:
+    code = (
+        f"import sys, {module}; print([m for m in ('torch', 'transformers', 'trl', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_loads() -> None:
+    import rest_rl
+
+    assert all(getattr(rest_rl, name) is not None for name in rest_rl.__all__)
+    assert sorted(rest_rl.__all__) == sorted(rest_rl._HOME_OF)
+    assert rest_rl.__version__
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = rest_rl.nonsense
+
+
+def test_imports_run_one_way() -> None:
+    from importlinter.cli import lint_imports
+
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+def test_source_names_no_machine() -> None:
+    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("no git checkout")
+    registry = "pypi" + ".org"
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in {".py", ".toml", ".md", ".txt", ""} and path.is_file() and path.stat().st_size < 500_000:
+            assert registry not in path.read_text(encoding="utf-8", errors="replace"), name

@@ -1,0 +1,437 @@
+"""The command as its users meet it: every verb end to end on a tiny policy, and every mistake as one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rest_rl.cli import main
+from rest_rl.config import RunConfig
+from rest_rl.data.samples import save_samples
+from rest_rl.runlog import read_run
+from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
+
+GOLD = {"calls": [{"name": "f", "arguments": {"x": 1}}], "answer": None}
+RIGHT = '<think> a </think>\n<tool_call>\n{"name": "f", "parameters": {"x": 1}}\n</tool_call>'
+STEPS = 4
+RUN = """
+[run]
+responses_per_step = 2
+[model]
+path = "{model}"
+[data]
+path = "{data}"
+held_out = "{data}"
+[eval]
+max_new_tokens = 20
+[trl]
+max_steps = {steps}
+per_device_train_batch_size = 8
+num_generations = 4
+max_completion_length = 20
+learning_rate = 2e-3
+logging_steps = 1
+save_steps = 2
+bf16 = false
+use_cpu = true
+"""
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_file(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    data = save_samples(tiny_samples(8), folder / "samples.jsonl")
+    (folder / "run.toml").write_text(RUN.format(model=policy, data=data, steps=STEPS))
+    return folder / "run.toml"
+
+
+@pytest.fixture(scope="module")
+def finished(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["train", str(run_file), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(list(argv)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "expected" in error
+    assert error.count("\n") == 1
+    return error
+
+
+# train
+
+
+def test_train_leaves_a_whole_run_folder(finished: Path) -> None:
+    run = read_run(finished)
+    assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
+    assert {row["step"] for row in run.responses} == {1, 2, 3, 4}
+    assert run.responses[0].keys() == {"step", "progress", "id", "response", "ids", "gold", "reward"}
+    assert "rest/entropy/name" in run.metrics[0]
+    assert run.metrics[0]["rest/weight/name"] > 0
+    assert not any("time" in key or "per_second" in key for row in run.metrics for key in row)
+    for when in ("before", "after"):
+        scores = run.summary[when]
+        assert {"exact_match", "s_acc", "s_format", "n", "greedy", "kinds", "splits"} <= scores.keys()
+        assert scores["n"] == 8
+    assert RunConfig.from_toml(run.config).trl["max_steps"] == STEPS
+    assert {path.name for path in (finished / "plots").iterdir()} >= {"learning.png", "entropy.png", "weights.png"}
+    assert (finished / "checkpoints" / f"checkpoint-{STEPS}" / "model.safetensors").is_file()
+
+
+def test_the_recorded_run_is_reproduced_by_its_config(finished: Path, tmp_path: Path) -> None:
+    assert main(["train", str(finished / "config.toml"), "--out", str(tmp_path / "again")]) == 0
+    for name in ("metrics.jsonl", "summary.json", "responses.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_evaluation_leaves_training_untouched(finished: Path, run_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert main(["train", str(run_file), "--out", str(folder), "--set", 'data.held_out=""']) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert "before" not in read_run(folder).summary
+
+
+def test_resume_from_each_checkpoint_ends_the_same(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    newest = folder / "checkpoints" / f"checkpoint-{STEPS}"
+    (newest / "model.safetensors").write_bytes(b"torn")
+    assert main(["train", "--resume", "--out", str(folder)]) == 0
+    for name in ("metrics.jsonl", "summary.json", "responses.jsonl"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes()
+    assert (newest / "model.safetensors").stat().st_size > 100
+
+
+def test_resume_without_a_whole_checkpoint_loses_nothing(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints")
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert "without a whole checkpoint (none there) after 4 steps" in error_of(
+        capsys, "train", "--resume", "--out", str(folder)
+    )
+    (folder / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    assert "broken: checkpoint-4" in error_of(capsys, "train", "--resume", "--out", str(folder))
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_refuses_another_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", str(finished / "config.toml"), "--resume", "--out", str(finished)]
+    assert "another run.seed, expected the run as it was recorded" in error_of(
+        capsys, *arguments, "--set", "run.seed=5"
+    )
+
+
+def test_existing_run_is_refused(finished: Path, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds a run already" in error_of(capsys, "train", str(run_file), "--out", str(finished))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.sed=1", "did you mean seed?"),
+        ("trl.lerning_rate=1.0", "did you mean learning_rate?"),
+        ("trl.seed=1", "unknown key trl.seed"),
+        ("trl.save_steps=3", "expected a multiple of 2"),
+        ("trl.beta=0.1", "got beta=0.1"),
+        ("rest.format=xml", "format 'xml'; expected one of toolrl, hermes"),
+        ("model.path=nowhere/at/all", "got tokenizer nowhere/at/all"),
+        ("data.path=nowhere.jsonl", "No such file or directory"),
+    ],
+)
+def test_mistakes_in_a_run_are_found_before_its_folder_is_made(
+    override: str, message: str, run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", str(run_file), "--out", str(tmp_path / "run"), "--set", override]
+    arguments += ["--set", "trl.num_iterations=2"] if "save_steps" in override else []
+    assert message in error_of(capsys, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_row_without_gold_is_named(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = save_samples(tiny_samples(2), tmp_path / "rows.jsonl").read_text().splitlines()
+    row = json.loads(rows[1])
+    del row["gold"]
+    (tmp_path / "rows.jsonl").write_text(rows[0] + "\n" + json.dumps(row) + "\n")
+    error = error_of(capsys, "train", str(run_file), "--set", f'data.path="{tmp_path}/rows.jsonl"', "--out", "never")
+    assert "rows.jsonl, line 2" in error
+    assert "gold" in error
+
+
+def test_model_without_a_chat_template_is_named(
+    policy: Path, run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(policy, tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    error = error_of(capsys, "train", str(run_file), "--set", f'model.path="{tmp_path}/bare"', "--out", "never")
+    assert "no chat template" in error
+
+
+def test_corrupt_model_is_named(
+    policy: Path, run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(policy, tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"torn")
+    error = error_of(capsys, "train", str(run_file), "--set", f'model.path="{tmp_path}/torn"', "--out", "never")
+    assert "got model" in error
+
+
+def test_unwritable_folder_is_named(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "expected a writable folder" in error_of(capsys, "train", str(run_file), "--out", f"{tmp_path}/file/run")
+
+
+# killed runs, in processes of their own
+
+
+def start(run_file: Path, folder: Path, steps: int = 12) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "rest_rl", "train", str(run_file), "--out", str(folder)]
+    return subprocess.Popen([*command, "--set", f"trl.max_steps={steps}"], stdout=subprocess.DEVNULL)
+
+
+def wait_for_steps(folder: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.exists() and len(path.read_bytes().splitlines()) >= steps:
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"no {steps} steps in {folder}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_run_resumes_to_the_same_end(number: signal.Signals, run_file: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(run_file, whole).wait(300) == 0
+    process = start(run_file, broken)
+    wait_for_steps(broken, 5)
+    process.send_signal(number)
+    assert process.wait(120) == (130 if number is signal.SIGINT else -signal.SIGKILL)
+    assert len(read_run(broken).metrics) < 12
+    assert main(["train", "--resume", "--out", str(broken)]) == 0
+    for name in ("metrics.jsonl", "summary.json", "responses.jsonl"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+# score
+
+
+def score(capsys: pytest.CaptureFixture[str], path: Path, rows: list[object], *options: str) -> list[dict]:
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text(text + "\n")
+    assert main(["score", str(path), *options]) == 0
+    return lines(capsys.readouterr().out)
+
+
+def test_score_gives_one_line_per_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = RIGHT.replace('"x": 1', '"x": 2')
+    rows = [{"response": text, "gold": GOLD} for text in (RIGHT, wrong, "nothing")]
+    scored = score(capsys, tmp_path / "rows.jsonl", rows)
+    assert [row["accuracy"] for row in scored][0] == 1.0
+    assert scored[0]["reward"] == 1.0
+    assert scored[0]["explanation"] == []
+    # names 1, keys 1, values 0 of 1 + 1 + 1 points
+    assert scored[1]["accuracy"] == pytest.approx(2 / 3)
+    assert scored[1]["explanation"][0]["kind"] == "value"
+    assert scored[2]["reward"] == 0.0
+
+
+def test_score_follows_progress_and_the_rows_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"response": RIGHT.replace('"x": 1', '"x": 2'), "gold": GOLD}
+    early, late = (
+        score(capsys, tmp_path / "rows.jsonl", [row], "--progress", progress)[0]["reward"] for progress in ("0", "1")
+    )
+    # accuracy 2/3 with share 0.3 at first and 0.8 at last, format 1 with the rest
+    assert early == pytest.approx(2 / 3 * 0.3 + 0.7)
+    assert late == pytest.approx(2 / 3 * 0.8 + 0.2)
+    assert score(capsys, tmp_path / "rows.jsonl", [{**row, "step": 150}])[0]["reward"] == pytest.approx(late)
+
+
+def test_score_of_the_published_code_counts_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"response": RIGHT, "gold": GOLD, "step": step} for step in (0, 75, 150)]
+    scored = score(capsys, tmp_path / "rows.jsonl", rows, "--preset", "authors-code")
+    # format 2 - step/150, correctness 2 + step/150: 4 throughout
+    assert [(row["format"], row["accuracy"]) for row in scored] == [(2.0, 2.0), (1.5, 2.5), (1.0, 3.0)]
+
+
+BAD_ROWS = [
+    "{",
+    "3",
+    "[" * 100_000,
+    {"response": RIGHT},
+    {"gold": GOLD},
+    {"response": 3, "gold": GOLD},
+    {"response": RIGHT, "gold": {"calls": "f"}},
+    {"response": RIGHT, "gold": {"calls": [{"name": "f"}]}},
+    {"response": RIGHT, "gold": {"calls": [], "answer": 3}},
+    {"response": RIGHT, "gold": GOLD, "step": "late"},
+    {"response": RIGHT, "gold": GOLD, "step": -1},
+    {"response": RIGHT, "gold": GOLD, "step": True},
+]
+
+
+def test_score_turns_bad_rows_into_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"response": "\ud800 \u2028" + RIGHT, "gold": GOLD}
+    scored = score(capsys, tmp_path / "rows.jsonl", [*BAD_ROWS, good])
+    assert [row["row"] for row in scored[:-1]] == list(range(1, len(BAD_ROWS) + 1))
+    assert all("expected" in row["error"] for row in scored[:-1])
+    assert scored[-1]["accuracy"] == 1.0
+
+
+def test_score_reads_bytes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"response": "\xff"}\n\n')
+    assert main(["score", str(tmp_path / "rows.jsonl")]) == 0
+    assert lines(capsys.readouterr().out)[0]["row"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preset", "best"], "preset 'best'"),
+        (["--format", "xml"], "format 'xml'"),
+        (["--progress", "2"], "--progress 2.0"),
+        ([], "nowhere.jsonl (No such file or directory)"),
+    ],
+)
+def test_score_mistakes_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of(capsys, "score", "nowhere.jsonl", *options)
+
+
+# inspect, presets, report
+
+
+def test_inspect_gives_every_token_region_and_weight(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = '<think> a</think>\n<tool_call>\n{"name": "f", "parameters": {"x": 1}}\n</tool_call>'
+    ids = tiny_tokenizer()(text)["input_ids"]
+    rows = [{"response": text}, {"response": "ignored", "ids": ids}, {"ids": [10**9]}, {"ids": "x"}, {"ids": []}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["inspect", str(tmp_path / "rows.jsonl"), "--tokenizer", str(policy), "--progress", "0"]
+    assert main([*arguments, "--entropies", '{"name": 0.1, "reasoning": 2.0}', "--json"]) == 0
+    by_text, by_ids, unknown, wrong, empty = lines(capsys.readouterr().out)
+    assert by_text == by_ids
+    assert "".join(token["text"] for token in by_text["tokens"]) == text
+    weight = {token["region"]: token["weight"] for token in by_text["tokens"]}
+    assert weight["name"] > weight["reasoning"]
+    assert sum(token["weight"] for token in by_text["tokens"]) == pytest.approx(len(ids), rel=1e-5)
+    assert "expected ids below" in unknown["error"]
+    assert wrong["row"] == 4
+    assert empty == {"tokens": []}
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "mean weight" in shown
+    assert '"parameters"' in shown
+
+
+def test_inspect_reads_entropies_from_a_file_and_refuses_others(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"response": RIGHT}))
+    (tmp_path / "entropies.json").write_text('{"name": 0.5}')
+    arguments = ["inspect", str(tmp_path / "rows.jsonl"), "--tokenizer", str(policy)]
+    assert main([*arguments, "--entropies", str(tmp_path / "entropies.json"), "--json"]) == 0
+    capsys.readouterr()
+    for wrong in ('{"nome": 1}', '{"name": -1}', "{", "nowhere.json"):
+        assert "--entropies" in error_of(capsys, *arguments, "--entropies", wrong)
+
+
+def test_presets_are_run_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    out = capsys.readouterr().out
+    for name in ("rest", "paper", "authors-code", "grpo", "dr_grpo", "dapo"):
+        assert f"[{name}]" in out
+
+
+def test_report_prints_where_it_is(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(finished), "--out", str(tmp_path / "report")]) == 0
+    page = Path(capsys.readouterr().out.strip())
+    assert page.read_text().startswith("# Report")
+
+
+# the command itself
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = "import sys; from rest_rl.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 1.0
+    assert done.stdout.rstrip().endswith("False")
+    assert "rest-rl train" in done.stdout
+
+
+def test_score_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"response": RIGHT, "gold": GOLD}))
+    code = f"import sys; from rest_rl.cli import main; main(['score', {str(tmp_path / 'rows.jsonl')!r}]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--nonsense"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_version_and_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("rest-rl ")
+    assert main([]) == 2
+
+
+@pytest.mark.slow
+def test_wheel_in_an_empty_environment_trains(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    environment = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+
+    def run(*command: object) -> str:
+        return subprocess.run(
+            [str(part) for part in command], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+        ).stdout
+
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, root)
+    (wheel,) = tmp_path.glob("*.whl")
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "-c", root / "constraints.txt", wheel)
+    options = ["trl.max_steps=2", "eval.prompts=8", "trl.per_device_train_batch_size=16"]
+    run(tmp_path / "venv/bin/rest-rl", "train", "--out", "run", *(part for o in options for part in ("--set", o)))
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["n"] == 16

@@ -1,0 +1,84 @@
+"""Run files: what is read, what is refused and how, and that what is written reads back the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from rest_rl.config import RunConfig, embedded_run, read_run_file
+from rest_rl.presets import PRESETS
+
+
+def test_embedded_run_reads_and_writes_back_the_same() -> None:
+    config = read_run_file(None)
+    again = RunConfig.from_toml(config.to_toml())
+    assert again.to_toml() == config.to_toml()
+    assert again.rest.resolve() == config.rest.resolve()
+    assert again.trl == config.trl
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_resolved_run_of_every_preset_reads_back(preset: str) -> None:
+    config = RunConfig.from_toml("", [f"rest.preset={preset}"])
+    again = RunConfig.from_toml(config.to_toml())
+    assert again.rest.resolve() == config.rest.resolve() == PRESETS[preset]
+
+
+def test_set_takes_toml_values_and_bare_words() -> None:
+    overrides = ["run.seed=7", "rest.preset=grpo", 'run.out="a b"', "trl.learning_rate=3e-4", "trl.bf16=false"]
+    config = RunConfig.from_toml(embedded_run(), [*overrides, "rest.weights.strength=0.25"])
+    assert (config.run.seed, config.rest.preset, config.run.out) == (7, "grpo", "a b")
+    assert (config.trl["learning_rate"], config.trl["bf16"]) == (3e-4, False)
+    assert config.rest.resolve().weights.strength == 0.25
+
+
+def test_one_constant_is_changed_and_the_others_stay() -> None:
+    weights = (
+        RunConfig.from_toml("", ["rest.weights.rule=constant", "rest.weights.constants.name=2"]).rest.resolve().weights
+    )
+    assert weights.constants["name"] == 2.0
+    assert set(weights.constants) == set(PRESETS["rest"].weights.constants)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[run]\nsed = 1", r"unknown key run\.sed, expected one of out, .*seed.*; did you mean seed\?"),
+        (
+            "[runs]\nseed = 1",
+            r"unknown key runs, expected one of data, eval, model, rest, run, trl; did you mean run\?",
+        ),
+        ("[rest.weights]\nstrenght = 1", r"unknown key rest\.weights\.strenght.*did you mean strength\?"),
+        ("[rest.weights]\nrule = 'best'", r"rest\.weights\.rule = 'best', expected one of 'one_minus_exp'"),
+        ("[run]\nseed = 'a'", r"run\.seed = 'a', expected int"),
+        ("[run]\nseed = true", r"run\.seed = True, expected int"),
+        ("run = 3", r"run = 3, expected a table; write \[run\]"),
+        ("[rest]\npreset = 'best'", r"preset 'best', expected one of rest, paper"),
+        ("[rest]\npreset = 'authors-code'\n[rest.weights]\nstrength = 1.0", r"published code's own; remove the table"),
+        ("[rest]\nadvantage = 'ppo'", r"rest\.advantage = 'ppo', expected one of 'grpo', 'dr_grpo', 'dapo'; change"),
+        ("[run", r"that is not TOML .*; mend it"),
+    ],
+)
+def test_mistakes_say_what_was_expected(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_toml(text).rest.resolve()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.seed", "expected --set table.key=value"),
+        ("=3", "expected --set table.key=value"),
+        ("run.seed=", "expected a TOML value"),
+        ("run.seed=1\nmore=2", "expected one value"),
+        ("run.seed.deeper=1", "expected seed to be a table"),
+        ("run.out=a b", "quote strings"),
+    ],
+)
+def test_mistakes_in_set_say_what_was_expected(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_toml("[run]\nseed = 0", [override])
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(ValueError, match=r"got nowhere\.toml \(No such file or directory\)"):
+        read_run_file("nowhere.toml")

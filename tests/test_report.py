@@ -1,0 +1,96 @@
+"""Reports: groups of runs, curves with spread by hand-computed numbers, a page whose pictures exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rest_rl.analyze.palette import REGION_COLOURS
+from rest_rl.analyze.report import write_report
+from rest_rl.analyze.tables import comparison_rows, curve, group_runs, markdown_table, mean_and_sd, smoothed
+from rest_rl.config import RunConfig
+from rest_rl.response import Region
+from rest_rl.runlog import RunLog, read_run
+
+
+def make_run(folder: Path, seed: int, preset: str = "rest", steps: int = 20, strength: float = 0.5) -> Path:
+    overrides = [f"run.seed={seed}", f"rest.preset={preset}", f"rest.weights.strength={strength}"]
+    log = RunLog.create(folder, RunConfig.from_toml("", overrides).to_toml(), [])
+    for step in range(1, steps + 1):
+        row = {"step": step, "reward": seed + step / 100, "rest/accuracy": 0.5, "frac_reward_zero_std": 0.1}
+        for region in Region:
+            value = None if region is Region.OTHER else 1.0 + region / 10
+            row |= {f"rest/{quantity}/{region.label}": value for quantity in ("entropy", "weight", "share")}
+        log.add_metrics(row)
+    log.add_responses([{"step": 1, "response": "```{|}", "reward": 0.5}])
+    scores = {"exact_match": 0.25, "s_acc": 0.5, "s_format": 1.0, "exact_match_error": 0.03, "n": 100}
+    better = {**scores, "exact_match": 0.5, "exact_match_error": 0.04}
+    log.update_summary(
+        before={**scores, "kinds": {"single": scores}, "greedy": scores},
+        after={**better, "kinds": {"single": better}, "greedy": better},
+    )
+    return folder
+
+
+def test_every_region_has_its_colour() -> None:
+    assert list(REGION_COLOURS) == [region.label for region in Region]
+    assert len(set(REGION_COLOURS.values())) == len(Region)
+
+
+def test_one_run_gives_a_page_in_its_folder(tmp_path: Path) -> None:
+    page = write_report([make_run(tmp_path / "run", seed=0)])
+    text = page.read_text()
+    assert page == tmp_path / "run" / "report.md"
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert {Path(picture).name for picture in pictures} >= {"learning.png", "entropy.png", "weights.png", "reward.png"}
+    for picture in pictures:
+        assert (page.parent / picture).read_bytes().startswith(b"\x89PNG")
+        assert (page.parent / picture).stat().st_size < 150_000
+    # 0.25 -> 0.5 with errors 0.03 and 0.04: +25 points, sqrt(3^2 + 4^2) = 5
+    assert "| sampled, T = 1 | 100 | 25.0 → 50.0 | +25.0 ± 5.0 | 50.0 → 50.0 | 100.0 → 100.0 |" in text
+
+
+def test_seeds_of_one_configuration_are_one_curve(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / f"rest-{seed}", seed) for seed in (0, 1, 2)]
+    folders += [make_run(tmp_path / "grpo", 0, "grpo"), make_run(tmp_path / "weak", 0, strength=0.1)]
+    groups = group_runs([read_run(folder) for folder in folders])
+    assert [(group.label, len(group.runs)) for group in groups] == [
+        ("rest strength=0.5", 3),
+        ("grpo", 1),
+        ("rest strength=0.1", 1),
+    ]
+    line = curve(groups[0].runs, "reward")
+    # step 1 of seeds 0, 1, 2: 0.01, 1.01, 2.01, so mean 1.01 and sample deviation 1
+    assert (line.steps[0], line.mean[0]) == (1, pytest.approx(1.01))
+    assert (line.low[0], line.high[0]) == (pytest.approx(0.01), pytest.approx(2.01))
+    page = write_report(folders, tmp_path / "report")
+    assert "| rest strength=0.5 | 3 | 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 |" in page.read_text()
+
+
+def test_numbers_that_are_missing_are_left_out(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", seed=0))
+    assert curve([run], "rest/entropy/other").steps == []
+    assert curve([run], "nonsense").steps == []
+
+
+def test_unfinished_runs_compare_to_nothing() -> None:
+    rows = comparison_rows({"before": {"exact_match": 0.25, "s_acc": 0.5, "s_format": 1.0, "n": 4}})
+    assert rows[0] == ("sampled, T = 1", "4", "25.0 → –", "–", "50.0 → –", "100.0 → –")
+
+
+def test_mean_spread_and_smoothing_by_hand() -> None:
+    assert mean_and_sd([2.0, 4.0, 6.0]) == (4.0, 2.0)
+    assert mean_and_sd([2.0]) == (2.0, 0.0)
+    assert smoothed([0.0, 3.0, 6.0], 3) == [1.5, 3.0, 4.5]
+
+
+def test_cells_cannot_break_a_table() -> None:
+    assert markdown_table(("a", "b"), [("x|y", "1\n2")]).splitlines()[2] == "| x\\|y | 1 2 |"
+
+
+@pytest.mark.parametrize("make", [lambda path: path, lambda path: RunLog.create(path, "", []).folder])
+def test_folders_without_a_run_are_named(tmp_path: Path, make) -> None:
+    with pytest.raises(ValueError, match=r"holds no config\.toml|without a finished step"):
+        write_report([make(tmp_path)])

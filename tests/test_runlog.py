@@ -1,0 +1,123 @@
+"""Run folders: nothing written is lost, a torn line costs one line, resuming drops what the checkpoint does not know."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rest_rl.jsonl import as_json
+from rest_rl.runlog import METRICS, RESPONSES, SUMMARY, RunLog, read_run
+
+
+def start(folder: Path, steps: int = 0) -> RunLog:
+    log = RunLog.create(folder, "[run]\nseed = 0\n", ["rest-rl", "train"])
+    for step in range(1, steps + 1):
+        log.add_metrics({"step": step, "reward": step / 10})
+        log.add_responses([{"step": step, "response": f"r{step}"}])
+        log.add_timing({"step": step, "step_time": 0.1})
+    return log
+
+
+def test_folder_holds_what_was_written(tmp_path: Path) -> None:
+    log = start(tmp_path / "run", steps=3)
+    log.update_summary(before={"exact_match": 0.25})
+    log.update_summary(after={"exact_match": 0.5})
+    run = read_run(tmp_path / "run")
+    assert [row["reward"] for row in run.metrics] == [0.1, 0.2, 0.3]
+    assert run.summary == {"before": {"exact_match": 0.25}, "after": {"exact_match": 0.5}}
+    assert run.environment["command"] == ["rest-rl", "train"]
+    assert run.environment["libraries"]["torch"]
+    assert log.checkpoints.is_dir()
+    assert log.plots.is_dir()
+
+
+def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
+    start(tmp_path, steps=2)
+    with pytest.raises(ValueError, match=r"holds a run already.*--resume"):
+        start(tmp_path)
+    assert len(read_run(tmp_path).metrics) == 2
+
+
+def test_resume_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
+    start(tmp_path, steps=5)
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 6, "rew')
+    with (tmp_path / RESPONSES).open("ab") as file:
+        file.write('{"step": 6, "response": "é'.encode()[:-1])
+    assert len(read_run(tmp_path).metrics) == 5
+    log = RunLog.resume(tmp_path, step=3)
+    log.add_metrics({"step": 4, "reward": 0.4})
+    run = read_run(tmp_path)
+    assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
+    assert [row["step"] for row in run.responses] == [1, 2, 3]
+    # byte for byte what an uninterrupted run would have written
+    assert (tmp_path / METRICS).read_text() == "".join(
+        as_json({"step": step, "reward": step / 10}) + "\n" for step in range(1, 5)
+    )
+
+
+def test_resume_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no run.*without --resume"):
+        RunLog.resume(tmp_path, 0)
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match=r"\(Not a directory\)|\(File exists\)"):
+        start(tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+LIMITED = """
+import resource, signal, sys
+from rest_rl.runlog import RunLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = RunLog.resume(sys.argv[1], 2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+try:
+    log.add_responses([{"step": 3, "response": "x" * 1000}])
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX")
+def test_no_room_leaves_what_was_written_whole(tmp_path: Path) -> None:
+    start(tmp_path, steps=2)
+    before = (tmp_path / RESPONSES).read_bytes()
+    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True)
+    assert "File too large" in done.stdout
+    assert "with --resume (what was written is whole)" in done.stdout
+    assert (tmp_path / RESPONSES).read_bytes() == before
+
+
+def test_summary_survives_a_failed_update(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    log.update_summary(before={"exact_match": 0.25})
+    (tmp_path / f".{SUMMARY}.part").mkdir()
+    with pytest.raises((ValueError, OSError)):
+        log.update_summary(after={"exact_match": 0.5})
+    assert log.read_summary() == {"before": {"exact_match": 0.25}}
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = RunLog.create(tmp_path / "run", "", [], enabled=False)
+    log.add_metrics({"step": 1})
+    log.update_summary(steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["é", "\u2028\x85\n", "\ud800", "\x00", "😀"])
+def test_any_text_is_one_line_that_reads_back(tmp_path: Path, value: str) -> None:
+    log = start(tmp_path)
+    log.add_responses([{"step": 1, "response": value}, {"step": 1, "response": "next"}])
+    assert [row["response"] for row in read_run(tmp_path).responses] == [value, "next"]
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    assert json.loads(as_json({"a": math.nan, "b": [math.inf, 1.5]})) == {"a": None, "b": [None, 1.5]}
