@@ -85,7 +85,6 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert main(list(argv)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "expected" in error
     assert error.count("\n") == 1
     return error
 
@@ -262,7 +261,7 @@ def test_score_gives_one_line_per_row(tmp_path: Path, capsys: pytest.CaptureFixt
     wrong = RIGHT.replace('"x": 1', '"x": 2')
     rows = [{"response": text, "gold": GOLD} for text in (RIGHT, wrong, "nothing")]
     scored = score(capsys, tmp_path / "rows.jsonl", rows)
-    assert [row["accuracy"] for row in scored][0] == 1.0
+    assert scored[0]["accuracy"] == 1.0
     assert scored[0]["reward"] == 1.0
     assert scored[0]["explanation"] == []
     # names 1, keys 1, values 0 of 1 + 1 + 1 points
@@ -309,7 +308,7 @@ def test_score_turns_bad_rows_into_lines(tmp_path: Path, capsys: pytest.CaptureF
     good = {"response": "\ud800 \u2028" + RIGHT, "gold": GOLD}
     scored = score(capsys, tmp_path / "rows.jsonl", [*BAD_ROWS, good])
     assert [row["row"] for row in scored[:-1]] == list(range(1, len(BAD_ROWS) + 1))
-    assert all("expected" in row["error"] for row in scored[:-1])
+    assert all(row["error"].startswith("got ") for row in scored[:-1])
     assert scored[-1]["accuracy"] == 1.0
 
 
@@ -387,19 +386,29 @@ def test_report_prints_where_it_is(finished: Path, tmp_path: Path, capsys: pytes
 # the command itself
 
 
+RUN_MAIN = """
+import sys
+from rest_rl.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print("torch" in sys.modules)
+"""
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
-    code = "import sys; from rest_rl.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", RUN_MAIN, "--help"], capture_output=True, text=True, check=True)
     assert time.monotonic() - started < 1.0
     assert done.stdout.rstrip().endswith("False")
     assert "rest-rl train" in done.stdout
 
 
 def test_score_imports_no_torch(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"response": RIGHT, "gold": GOLD}))
-    code = f"import sys; from rest_rl.cli import main; main(['score', {str(tmp_path / 'rows.jsonl')!r}]); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"response": RIGHT, "gold": GOLD}))
+    done = subprocess.run([sys.executable, "-c", RUN_MAIN, "score", rows], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
 

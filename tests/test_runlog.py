@@ -1,4 +1,4 @@
-"""Run folders: nothing written is lost, a torn line costs one line, resuming drops what the checkpoint does not know."""
+"""Run folders: nothing written is lost, a torn line costs one line, resuming drops what the checkpoint has not seen."""
 
 from __future__ import annotations
 

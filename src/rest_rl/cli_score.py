@@ -10,7 +10,7 @@ from typing import Any
 from rest_rl.authors_code import SCHEDULE_STEPS
 from rest_rl.formats import get_format
 from rest_rl.jsonl import as_json, parse_row, read_lines, text_field
-from rest_rl.response import Gold, ToolCall
+from rest_rl.response import Gold, gold_from_json
 from rest_rl.scoring import PRESET_REWARDS, score_response
 
 
@@ -51,27 +51,7 @@ def scored_row(row: Mapping[str, Any]) -> tuple[str, Gold, float | None]:
     step = row.get("step")
     if step is not None and (isinstance(step, bool) or not isinstance(step, (int, float)) or not 0 <= step < math.inf):
         raise ValueError(f"got step {step!r}, expected a number >= 0; mend or leave out the step")
-    return text_field(row, "response"), read_gold(row.get("gold")), step
-
-
-def read_gold(gold: Any) -> Gold:
-    """The gold of a row: calls with name and arguments, and the answer or null."""
-    if not isinstance(gold, Mapping) or not isinstance(gold.get("calls"), list):
-        got = "no gold" if gold is None else "gold without a list of calls"
-        raise ValueError(f'got {got}, expected "gold": {{"calls": [...], "answer": text or null}}; add it to the row')
-    answer = gold.get("answer")
-    if answer is not None and not isinstance(answer, str):
-        raise ValueError(f"got gold answer of type {type(answer).__name__}, expected text or null; mend the row")
-    return Gold(tuple(read_call(call, i) for i, call in enumerate(gold["calls"])), answer)
-
-
-def read_call(call: Any, index: int) -> ToolCall:
-    """One gold call."""
-    name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, Mapping) else (None, None)
-    if not isinstance(name, str) or not isinstance(arguments, Mapping):
-        expected = '{"name": text, "arguments": object}'
-        raise ValueError(f"got gold call {index} = {call!r:.80}, expected {expected}; mend it")
-    return ToolCall(name, arguments)
+    return text_field(row, "response"), gold_from_json(row.get("gold")), step
 
 
 def check_progress(progress: float | None) -> None:
