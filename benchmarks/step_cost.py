@@ -1,0 +1,86 @@
+"""What a ResT step costs over a GRPO step: one run, the two alternating, in CPU seconds of this process.
+
+python benchmarks/step_cost.py --pairs 12 --batch 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOTrainer
+
+from rest_rl.config import EMBEDDED, ModelTable
+from rest_rl.data.tool_world import tool_world
+from rest_rl.train.policy import load_policy
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, training_dataset
+
+
+class Alternating(ResTTrainer):
+    """Stock GRPO in even steps, ResT in odd ones; the reward is the same in both."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss_of = GRPOTrainer if self.state.global_step % 2 == 0 else ResTTrainer
+        return loss_of.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def _weigh(self, *args: Any) -> Any:
+        start = time.process_time()
+        weights_BT = super()._weigh(*args)
+        self.weighing.append(time.process_time() - start)
+        return weights_BT
+
+    weighing: list[float] = []  # noqa: RUF012
+
+
+class Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(time.process_time() - self.start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMBEDDED, help="model folder; the packaged one by default")
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, tokenizer = load_policy(ModelTable(path=options.model))
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        args = ResTConfig(
+            folder, max_steps=2 * options.pairs + 2, per_device_train_batch_size=options.batch, num_generations=8,
+            learning_rate=0.0, max_completion_length=128, bf16=False, use_cpu=True, report_to=[], save_strategy="no",
+            logging_steps=1, activation_checkpointing=False, disable_tqdm=True,
+        )  # fmt: skip
+        samples = tool_world(0, (2 * options.pairs + 2) * options.batch // 8 + 8)
+        trainer = Alternating(
+            model, args=args, train_dataset=training_dataset(samples, tokenizer), processing_class=tokenizer,
+            callbacks=[clock],
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    stock, ours, weighing = clock.steps[2::2], clock.steps[3::2], trainer.weighing[1:]
+    ratios = [b / a for a, b in zip(stock, ours, strict=True)]
+    print(f"{options.pairs} pairs of steps, {options.batch} responses each, {options.threads} thread(s), CPU seconds\n")
+    print("| GRPO step | ResT step | ratio of medians | median of paired ratios | weighing | weighing / GRPO step |")
+    print("|---|---|---|---|---|---|")
+    a, b, w = map(statistics.median, (stock, ours, weighing))
+    print(f"| {a:.3f} | {b:.3f} | {b / a:.3f} | {statistics.median(ratios):.3f} | {w:.4f} | {w / a:.2%} |")
+
+
+if __name__ == "__main__":
+    main()
