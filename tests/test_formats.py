@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def test_parse_reads_back_what_render_wrote(name, thought, made, answer):
 )
 def test_any_text_parses_into_sorted_disjoint_spans(name, text):
     parsed = FORMATS[name].parse(text)
+    quick = FORMATS[name].parse(text, spans=False)
+    assert quick == replace(parsed, spans=())
     at = 0
     for span in parsed.spans:
         assert at <= span.start < span.end <= len(text)

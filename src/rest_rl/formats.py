@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from rest_rl.json_spans import Entry, scan_object
+from rest_rl.json_spans import Entry, decode_at, scan_object
 from rest_rl.response import ParsedResponse, Region, Span, ToolCall
 
 MAX_PROBLEMS = 20
@@ -32,8 +32,8 @@ class ToolFormat(Protocol):
         """The literal tags; they are kept when token ids are decoded, also where a tokenizer calls them special."""
         ...
 
-    def parse(self, text: str) -> ParsedResponse:
-        """Read a response; never raises."""
+    def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
+        """Read a response; never raises. Without `spans` they are left empty, which is quicker and enough to score."""
         ...
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
@@ -66,10 +66,14 @@ class _Block(NamedTuple):
     end: int
 
 
+_NO_SPAN = Span(-1, -1, Region.OTHER)
+
+
 @dataclass(slots=True)
 class _Reading:
     """What has been read so far, in text order."""
 
+    wants_spans: bool
     spans: list[Span] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -77,10 +81,11 @@ class _Reading:
 
     def mark(self, start: int, end: int, region: Region) -> None:
         """Add a span, joined to its neighbour when that has the same region; OTHER is left as a gap."""
-        if start >= end or region is Region.OTHER:
+        if start >= end or region is Region.OTHER or not self.wants_spans:
             return
-        if self.spans and self.spans[-1].end == start and self.spans[-1].region is region:
-            self.spans[-1] = Span(self.spans[-1].start, end, region)
+        last = self.spans[-1] if self.spans else _NO_SPAN
+        if last.end == start and last.region is region:
+            self.spans[-1] = Span(last.start, end, region)
         else:
             self.spans.append(Span(start, end, region))
 
@@ -91,6 +96,11 @@ class _Reading:
     def read_call(self, text: str, start: int, end: int, arguments_key: str) -> None:
         """Read the one JSON object in `text[start:end]` as a call, or count it as unreadable."""
         line = text[start:end]
+        if plain := _read_plain_call(line, arguments_key):
+            call, parts = plain
+            self.calls.append(call)
+            self._mark_call(start, end, parts, Region.FORMAT)
+            return
         scan = scan_object(line)
         entries = {entry.key: entry for entry in scan.entries}  # the last of equal keys wins, as in json.loads
         name, arguments = entries.get("name"), entries.get(arguments_key)
@@ -100,21 +110,49 @@ class _Reading:
         else:
             self.unreadable_calls += 1
             self.complain(f"call at character {start}: {error}")
-        self._mark_call(line, start, name, arguments, Region.OTHER if error else Region.FORMAT)
+        self._mark_call(start, end, _parts(line, name, arguments), Region.OTHER if error else Region.FORMAT)
 
-    def _mark_call(self, line: str, start: int, name: Entry | None, arguments: Entry | None, rest: Region) -> None:
-        parts: list[tuple[int, int, Region]] = []
-        if name is not None and line.startswith('"', name.start):
-            closed = line.endswith('"', name.start + 1, name.end)
-            parts.append((name.start + 1, name.end - 1 if closed else name.end, Region.NAME))
-        if arguments is not None:
-            parts.append((arguments.start, arguments.end, Region.ARGUMENTS))
-        at = 0
-        for part_start, part_end, region in sorted(parts):
-            self.mark(start + at, start + part_start, rest)
-            self.mark(start + part_start, start + part_end, region)
-            at = part_end
-        self.mark(start + at, start + len(line), rest)
+    def _mark_call(self, start: int, end: int, parts: Sequence[Span], rest: Region) -> None:
+        """Mark the parts, which count from `start`, and what lies between them up to `end`."""
+        at = start
+        for part in parts if self.wants_spans else ():
+            self.mark(at, start + part.start, rest)
+            self.mark(start + part.start, start + part.end, part.region)
+            at = start + part.end
+        self.mark(at, end, rest)
+
+
+def _read_plain_call(line: str, arguments_key: str) -> tuple[ToolCall, tuple[Span, Span]] | None:
+    """The call and its name and arguments if the line is laid out as most are: name first, then arguments, no more."""
+    head = _PLAIN_CALL[arguments_key].match(line)
+    if head is None:
+        return None
+    arguments, end = decode_at(line, head.end())
+    if end < 0 or line[end:].strip(" \t\n\r") != "}":
+        return None
+    return ToolCall(head.group(1), arguments), (
+        Span(*head.span(1), Region.NAME),
+        Span(head.end(), end, Region.ARGUMENTS),
+    )
+
+
+_PLAIN_CALL = {
+    key: re.compile(
+        r'\{_"name"_:_"([^"\\\x00-\x1f]*)"_,_"KEY"_:_(?=\{)'.replace("_", r"[ \t\n\r]*").replace("KEY", key)
+    )
+    for key in ("parameters", "arguments")
+}
+
+
+def _parts(line: str, name: Entry | None, arguments: Entry | None) -> list[Span]:
+    """The characters of the name, without quotes, and of the arguments, as far as they were located, in text order."""
+    parts: list[Span] = []
+    if name is not None and line.startswith('"', name.start):
+        closed = line.endswith('"', name.start + 1, name.end)
+        parts.append(Span(name.start + 1, name.end - 1 if closed else name.end, Region.NAME))
+    if arguments is not None:
+        parts.append(Span(arguments.start, arguments.end, Region.ARGUMENTS))
+    return sorted(parts)
 
 
 def _call_error(line: str, end: int, name: Entry | None, arguments: Entry | None, arguments_key: str) -> str | None:
@@ -197,10 +235,10 @@ class ToolRLFormat:
     _pattern = re.compile(r"<(/?)(think|tool_call|response)>")
     _layouts = (("think",), ("think", "tool_call"), ("think", "response"), ("think", "tool_call", "response"))
 
-    def parse(self, text: str) -> ParsedResponse:
+    def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
         """Read a response; never raises."""
         blocks, strays = _find_blocks(text, self._pattern)
-        reading = _Reading()
+        reading = _Reading(wants_spans=spans)
         at = 0
         for block in blocks:
             self._read_gap(reading, text, at, block.start)
@@ -283,11 +321,11 @@ class HermesFormat:
 
     _pattern = re.compile(r"<(/?)(think|tool_call)>")
 
-    def parse(self, text: str) -> ParsedResponse:
+    def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
         """Read a response; never raises."""
         blocks, strays = _find_blocks(text, self._pattern)
         first_stray = strays[0][0] if strays else len(text)
-        reading = _Reading()
+        reading = _Reading(wants_spans=spans)
         answers: list[str] = []
         at = 0
         for block in [*blocks, _Block("end", len(text), len(text), len(text), len(text))]:

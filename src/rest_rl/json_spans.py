@@ -55,14 +55,14 @@ def scan_object(text: str, start: int = 0) -> ObjectScan:
     while True:
         if not text.startswith('"', at):
             return ObjectScan(tuple(entries), at, "expected a key in double quotes")
-        key, colon = _decode(text, at)
+        key, colon = decode_at(text, at)
         if colon < 0:
             return ObjectScan(tuple(entries), at, "a key that is not a JSON string")
         colon = _skip_space(text, colon)
         if not text.startswith(":", colon):
             return ObjectScan(tuple(entries), colon, "expected ':' after a key")
         value_start = _skip_space(text, colon + 1)
-        value, end = _decode(text, value_start)
+        value, end = decode_at(text, value_start)
         if end < 0:
             entries.append(Entry(key, None, value_start, _bracket_end(text, value_start)))
             return ObjectScan(tuple(entries), value_start, f"the value of {_shorten(key)} is not JSON")
@@ -73,6 +73,15 @@ def scan_object(text: str, start: int = 0) -> ObjectScan:
         if not text.startswith(",", at):
             return ObjectScan(tuple(entries), at, "expected ',' or '}' after a value")
         at = _skip_space(text, at + 1)
+
+
+def decode_at(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value at `text[at]` and the position after it; the position is -1 when there is no such value."""
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return None, -1
+    return (None, -1) if _too_deep(text, at, end) else (value, end)
 
 
 def _refuse_constant(literal: str) -> NoReturn:
@@ -86,15 +95,6 @@ def _bounded_int(digits: str) -> int:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_bounded_int)
-
-
-def _decode(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value at `at` and the position after it; the position is -1 when there is no such value."""
-    try:
-        value, end = _DECODER.raw_decode(text, at)
-    except (ValueError, RecursionError):
-        return None, -1
-    return (None, -1) if _too_deep(text, at, end) else (value, end)
 
 
 def _too_deep(text: str, start: int, end: int) -> bool:

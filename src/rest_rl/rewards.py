@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple
 
 from rest_rl.response import Gold, ParsedResponse, ToolCall
@@ -127,12 +128,12 @@ def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Fin
 
 
 def _name_score(parsed: ParsedResponse, gold: Gold, points: int, findings: list[Finding]) -> float:
-    wanted = Counter(call.name for call in gold.calls)
-    made = Counter(call.name for call in parsed.calls)
+    wanted, made = [call.name for call in gold.calls], [call.name for call in parsed.calls]
+    if not parsed.unreadable_calls and sorted(wanted) == sorted(made):
+        return 1.0
+    wanted, made = Counter(wanted), Counter(made)
     common = sum((wanted & made).values())
     union = len(gold.calls) + len(parsed.calls) + parsed.unreadable_calls - common
-    if common == union:
-        return 1.0
     parts = _differences(list((wanted - made).elements()), list((made - wanted).elements()))
     parts += [f"{parsed.unreadable_calls} unreadable"] * bool(parsed.unreadable_calls)
     findings.append(Finding("names", "tool names: " + ", ".join(parts), (1 - common / union) / points))
@@ -142,19 +143,25 @@ def _name_score(parsed: ParsedResponse, gold: Gold, points: int, findings: list[
 def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[Finding]) -> float:
     """Jaccard of the argument names plus the number of equal values, each loss recorded."""
     wanted, given = gold.arguments, made.arguments
+    keys = 1.0
     if wanted.keys() != given.keys():
+        keys = _jaccard(wanted, given)
         missing = [key for key in wanted if key not in given]
         parts = _differences(missing, [key for key in given if key not in wanted])
-        cost = (1 - _jaccard(wanted, given)) / points
-        findings.append(Finding("keys", f"arguments of {_show(gold.name)}: " + ", ".join(parts), cost))
+        findings.append(Finding("keys", f"arguments of {_show(gold.name)}: " + ", ".join(parts), (1 - keys) / points))
         for key in missing:
             message = f"{_show(gold.name)}: no value for {_show(key)}, expected {_show(wanted[key])}"
             findings.append(Finding("missing_argument", message, 1 / points))
+    values = 0
     for key, value in wanted.items():
-        if key in given and not json_equal(value, given[key]):
+        if key not in given:
+            continue
+        if json_equal(value, given[key]):
+            values += 1
+        else:
             message = f"{_show(gold.name)}: {_show(key)} got {_show(given[key])}, expected {_show(value)}"
             findings.append(Finding("value", message, 1 / points))
-    return _similarity(gold, made)
+    return keys + values
 
 
 def _similarity(gold: ToolCall, made: ToolCall) -> float:
@@ -172,17 +179,23 @@ def _jaccard(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
 def _assign(gold: Sequence[ToolCall], made: Sequence[ToolCall]) -> list[ToolCall | None]:
     """For each gold call its partner among the calls of the same name: the assignment of the highest total score."""
     partners: list[ToolCall | None] = [None] * len(gold)
-    for name in {call.name for call in gold}:
-        rows = [i for i, call in enumerate(gold) if call.name == name]
-        columns = [call for call in made if call.name == name]
-        for row, column in _best_pairs([[_similarity(gold[i], call) for call in columns] for i in rows]):
-            partners[rows[row]] = columns[column]
+    rows_of: dict[str, list[int]] = {}
+    columns_of: dict[str, list[ToolCall]] = {}
+    for row, call in enumerate(gold):
+        rows_of.setdefault(call.name, []).append(row)
+    for call in made:
+        columns_of.setdefault(call.name, []).append(call)
+    for name, rows in rows_of.items():
+        columns = columns_of.get(name, ())
+        if len(rows) == len(columns) == 1:
+            partners[rows[0]] = columns[0]
+        elif columns:
+            for row, column in _best_pairs([[_similarity(gold[i], call) for call in columns] for i in rows]):
+                partners[rows[row]] = columns[column]
     return partners
 
 
 def _best_pairs(scores: list[list[float]]) -> list[tuple[int, int]]:
-    if not scores[0]:
-        return []
     if len(scores) == 1:
         return [(0, max(range(len(scores[0])), key=scores[0].__getitem__))]
     from scipy.optimize import linear_sum_assignment  # only here: its import costs more than a thousand scores
@@ -195,6 +208,8 @@ def json_equal(left: Any, right: Any) -> bool:
     """Equality of JSON values: 1 == 1.0, true != 1, the order of keys is irrelevant, that of lists is not."""
     if left != right:  # equal JSON values are equal Python values, but not the other way round: True == 1
         return False
+    if isinstance(left, str):
+        return True
     if isinstance(left, bool) or isinstance(right, bool):
         return isinstance(left, bool) and isinstance(right, bool)
     if isinstance(left, Mapping):
@@ -209,5 +224,7 @@ def _differences(missing: list[str], extra: list[str]) -> list[str]:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = (
+        encode_basestring(value[:80]) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    )
     return text if len(text) <= 80 else text[:77] + "..."

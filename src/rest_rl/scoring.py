@@ -38,7 +38,7 @@ def score_response(
         raise ValueError(f"got preset {preset!r}, expected one of {', '.join(PRESET_REWARDS)}")
     config = reward or PRESET_REWARDS[preset]
     if config is not None:
-        return score(get_format(format).parse(text), gold, progress, config)
+        return score(get_format(format).parse(text, spans=False), gold, progress, config)
     return _authors_score(text, gold, authors_step(progress) if step is None else step)
 
 

@@ -362,7 +362,7 @@ def _score(
     text: str, gold: Gold, tool_format: ToolFormat, method: Preset, state: Any
 ) -> tuple[float, float, float, float, float]:
     """(reward, S_format, S_acc, exact match, called) of one response."""
-    parsed, progress = tool_format.parse(text), 0.0 if state is None else progress_of(state)
+    parsed, progress = tool_format.parse(text, spans=False), 0.0 if state is None else progress_of(state)
     reward = score(parsed, gold, progress, method.reward)
     total = reward.total
     if method.reward is None:  # the published schedule counts steps, whatever the length of the run
