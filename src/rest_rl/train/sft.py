@@ -1,10 +1,10 @@
-"""The warm start: a small stock Qwen3 model learns the tool world from nothing by supervised steps.
+"""Supervised training: the warm start of the tool world from nothing, or a given model on given samples.
 
-Three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean: right demonstrations.
-Noisy: a share of the demonstrations has one defect, so that sampling at temperature 1 errs in ways a reward can see
-and reinforcement learning has something to do, while the most likely response stays right.
+The warm start has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean:
+right demonstrations. Noisy: a share of the demonstrations has one defect, so that sampling at temperature 1 errs in
+ways a reward can see and reinforcement learning has something to do, while the most likely response stays right.
 
-The loop is our own and short: the data are endless and drawn on the way, three stages share one optimizer, and the
+Its loop is our own and short: the data are endless and drawn on the way, three stages share one optimizer, and the
 head is applied to labelled positions only; a Trainer would add its bookkeeping to steps of a tenth of a second.
 """
 
@@ -14,8 +14,8 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,19 +24,32 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from rest_rl.data.samples import ToolSample, decompose
+from rest_rl.config import ModelTable
+from rest_rl.data.samples import ToolSample, decompose, load_samples
 from rest_rl.data.tool_world import corrupted_demonstration, demonstration, dialogues
+from rest_rl.train.policy import load_policy
 from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
 from rest_rl.train.trl_trainer import render_prompt
 
 RECORD = "warm_start.json"
 IGNORED = -100
+FINE_TUNING = ("model", "data", "format", "region_weights", "trl")
+"""Fields that the warm start does not read."""
 
 
 @dataclass(frozen=True)
 class SftConfig:
-    """The recipe of the shipped model; all numbers are ours, found by trial."""
+    """The recipe of the shipped model (all numbers ours, found by trial), or with `model` set a fine-tuning."""
 
+    model: str = ""
+    """Model to fine-tune, a directory or hub name; empty for the warm start from nothing."""
+    data: str = ""
+    """JSONL file of samples to fine-tune on."""
+    format: str = "toolrl"
+    region_weights: Mapping[str, float] = field(default_factory=dict)
+    """Loss weight by region of a fine-tuning, such as `name = 2.0`; 1 where absent."""
+    trl: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of TRL's SFTConfig for a fine-tuning."""
     seed: int = 0
     hidden: int = 128
     layers: int = 3
@@ -55,6 +68,10 @@ class SftConfig:
 
     def __post_init__(self) -> None:
         """ValueError for numbers outside their range."""
+        if bool(self.model) != bool(self.data):
+            raise ValueError(
+                f"got model {self.model!r} and data {self.data!r}; expected both or neither; set the other"
+            )
         steps = (self.recall_steps, self.clean_steps, self.noisy_steps)
         if min(steps) < 0 or min(self.layers, self.recall_pairs, self.recall_batch, self.batch_size) < 1:
             raise ValueError(f"got {self}; expected steps >= 0 and sizes >= 1; mend the field that is not")
@@ -87,11 +104,26 @@ class Stage(NamedTuple):
 
 
 def sft(config: SftConfig | None = None, out: str | Path = "runs/sft", say: Callable[[str], Any] = print) -> Path:
-    """Train the warm start from nothing and save model, tokenizer and record in `out`; returns `out`.
+    """Train and save model and tokenizer in `out`; returns `out`.
 
     Deterministic for a seed on one machine and number of threads. A progress bar shows stage, loss and accuracy.
     """
     config, out = config or SftConfig(), Path(out)
+    if not config.model:
+        return warm_start(config, out, say)
+    from rest_rl.train.fine_tune import fine_tune  # TRL's SFTTrainer takes seconds to import
+
+    samples = load_samples(config.data)
+    model, tokenizer = load_policy(ModelTable(path=config.model))
+    say(f"{config.model}: {len(samples)} samples from {config.data}")
+    trl = {"seed": config.seed, **config.trl}
+    return fine_tune(
+        model, tokenizer, samples, out, tool_format=config.format, region_weights=config.region_weights, trl=trl
+    )
+
+
+def warm_start(config: SftConfig, out: Path, say: Callable[[str], Any]) -> Path:
+    """Train the small model from nothing; its folder also holds the recipe and what each stage reached."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
@@ -108,7 +140,9 @@ def sft(config: SftConfig | None = None, out: str | Path = "runs/sft", say: Call
         (Stage("clean", config.clean_steps, config.learning_rate, 0.5), clean),
         (Stage("noisy", config.noisy_steps, config.noisy_learning_rate, 0.5), noisy),
     )
-    record: dict[str, Any] = {"recipe": dataclasses.asdict(config)}
+    record: dict[str, Any] = {
+        "recipe": {name: value for name, value in dataclasses.asdict(config).items() if name not in FINE_TUNING}
+    }
     for stage, batches in stages:
         record[stage.name] = done = run_stage(model, optimizer, batches, stage)
         say(f"{stage.name}: {done['steps']} steps, loss {done['loss']:.3f}, accuracy {done['accuracy']:.3f}")
