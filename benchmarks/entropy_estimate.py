@@ -13,6 +13,7 @@ import argparse
 import math
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class StepSums(TrainerCallback):
         self.trainer: ResTTrainer | None = None
         self.sums: list[Tensor] = []
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
         self.sums.append(self.trainer.tracker.totals_3R.clone())
 

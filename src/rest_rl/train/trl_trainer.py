@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -247,6 +247,11 @@ class ResTTrainer(GRPOTrainer):
         """The region statistics; looked up each time because `Trainer` may put a restored one in its place."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, EntropyTracker))
 
+    @property
+    def _training(self) -> bool:
+        assert self.model is not None
+        return self.model.training
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -288,7 +293,7 @@ class ResTTrainer(GRPOTrainer):
         quantities = (entropies_BT, -torch.expm1(logps_BT), weights_BT)
         sums = [region_sums(values_BT, regions_BT, mask_BT) for values_BT in quantities]
         self._sums_4R += torch.stack([sums[0][1], *(sums_R for sums_R, _ in sums)])
-        if self.accelerator.sync_gradients or not self.model.training:
+        if self.accelerator.sync_gradients or not self._training:
             self._close_step()
         return weights_BT
 
@@ -309,7 +314,7 @@ class ResTTrainer(GRPOTrainer):
         (rows, width), both = entropies_BT.shape, torch.stack([entropies_BT, mask_BT.float()])
         if self.accelerator.num_processes > 1:
             padded = self.accelerator.pad_across_processes(both.transpose(0, 1).to(self.accelerator.device), dim=2)
-            both = self.accelerator.gather(padded).transpose(0, 1).cpu()
+            both = cast(Tensor, self.accelerator.gather(padded)).transpose(0, 1).cpu()
         first = self.accelerator.process_index * rows
         return keep_top_entropy(both[0], both[1], quantile)[first : first + rows, :width]
 
@@ -317,15 +322,15 @@ class ResTTrainer(GRPOTrainer):
         """Sum over processes, log, and in training move the average on for the next step."""
         sums_4R, self._sums_4R = self._sums_4R, torch.zeros_like(self._sums_4R)
         if self.accelerator.num_processes > 1:
-            sums_4R = self.accelerator.reduce(sums_4R.to(self.accelerator.device), reduction="sum").cpu()
+            sums_4R = cast(Tensor, self.accelerator.reduce(sums_4R.to(self.accelerator.device), reduction="sum")).cpu()
         counts_R = sums_4R[0]
         shares_R = counts_R / counts_R.sum().clamp_min(1)
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics["train" if self._training else "eval"]
         rows = (sums_4R[1] / counts_R, sums_4R[2] / counts_R, sums_4R[3] / counts_R, shares_R)
         for quantity, values_R in zip(("entropy", "collision", "weight", "share"), rows, strict=True):
             for region, value in zip(Region, values_R.tolist(), strict=True):
                 metrics[f"rest/{quantity}/{region.label}"].append(value)
-        if self.model.training:
+        if self._training:
             self.tracker.update(sums_4R[:3])
 
 
