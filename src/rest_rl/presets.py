@@ -102,15 +102,17 @@ def token_weights(
         ValueError: the shapes differ, a name is unknown, progress is out of range, or the rule reads entropies and got
             none.
     """
-    preset, tool_format = get_preset(preset), get_format(format)
+    preset, tool_format, device = get_preset(preset), get_format(format), ids_BT.device
+    ids_BT, mask_BT = ids_BT.cpu(), mask_BT.cpu()  # tagging runs there, and not every device has float64
+    entropies, collisions = (x.cpu() if isinstance(x, Tensor) else x for x in (entropies, collisions))
     if preset.weights is None:
-        return _authors_token_weights(ids_BT, mask_BT, tokenizer, tool_format, progress)
+        return _authors_token_weights(ids_BT, mask_BT, tokenizer, tool_format, progress).to(device)
     regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, lambda text: tool_format.parse(text).spans, tool_format.tags)
     config = preset.weights
     if config.rule == "top_entropy":
         if not isinstance(entropies, Tensor):
             raise ValueError("the rule 'top_entropy' chooses single tokens; pass entropies as a (B, T) tensor")
-        return normalise(keep_top_entropy(entropies, mask_BT, config.quantile), mask_BT)
+        return normalise(keep_top_entropy(entropies, mask_BT, config.quantile), mask_BT).to(device)
     statistics = None
     if config.needs_statistics:
         if entropies is None and (config.rule != "collision" or collisions is None):
@@ -120,7 +122,7 @@ def token_weights(
             )
         statistics = _statistics(regions_BT, mask_BT, entropies, collisions)
     weights_R = apply_curriculum(region_weights(statistics, config), progress, config)
-    return assign_weights(weights_R, regions_BT, mask_BT)
+    return assign_weights(weights_R, regions_BT, mask_BT).to(device)
 
 
 def _statistics(
@@ -131,7 +133,7 @@ def _statistics(
 ) -> RegionStatistics:
     counts_R = torch.bincount(regions_BT[mask_BT.bool()], minlength=NUM_REGIONS).double()
     collisions_R = None if collisions is None else _means(collisions, regions_BT, mask_BT)
-    return RegionStatistics(counts_R.cpu(), _means(entropies, regions_BT, mask_BT), collisions_R)
+    return RegionStatistics(counts_R, _means(entropies, regions_BT, mask_BT), collisions_R)
 
 
 def _means(values: Tensor | Mapping[str, float] | None, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ def _means(values: Tensor | Mapping[str, float] | None, regions_BT: Tensor, mask
     if values is None:
         return torch.full((NUM_REGIONS,), float("nan"), dtype=torch.float64)
     if isinstance(values, Tensor):
-        return region_means(values, regions_BT, mask_BT).cpu()
+        return region_means(values, regions_BT, mask_BT)
     labels = [region.label for region in Region]
     unknown = set(values) - set(labels)
     if unknown:
@@ -155,8 +157,8 @@ def _authors_token_weights(
         raise ValueError(f"preset 'authors-code' got format {tool_format.name!r}, expected toolrl or hermes")
     table, step = token_bytes(tokenizer), authors_step(progress)
     weights_BT = torch.zeros(ids_BT.shape, dtype=torch.float32)
-    for row, (ids, mask) in enumerate(zip(ids_BT.tolist(), mask_BT.bool().cpu(), strict=True)):
+    for row, (ids, mask) in enumerate(zip(ids_BT.tolist(), mask_BT.bool(), strict=True)):
         length = int(mask.nonzero().max()) + 1 if mask.any() else 0
         raw = authors_weights(table.text_pieces(ids[:length]), step, trim_spaces=table.trims_offsets)
         weights_BT[row, :length] = torch.from_numpy(authors_normalise(raw, mask[:length].numpy()))
-    return weights_BT.to(ids_BT.device)
+    return weights_BT
