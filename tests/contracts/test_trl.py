@@ -52,9 +52,8 @@ def test_signatures():
     assert list(inspect.signature(GRPOTrainer.compute_loss).parameters) == [
         "self", "model", "inputs", "return_outputs", "num_items_in_batch",
     ]  # fmt: skip
-    parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
-    assert "compute_entropy" in parameters
     assert callable(GRPOTrainer._compute_loss)
+    assert callable(GRPOTrainer._get_per_token_logps_and_entropies)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
