@@ -1,5 +1,5 @@
 # `make train` and `make test` set everything up by themselves; both are quick the second time.
-PYTHON ?= python3.11
+PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.10; do python$$v -c "" 2>/dev/null && echo python$$v && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

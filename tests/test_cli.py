@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from rest_rl.cli import main
+from rest_rl.cli_train import free_folder
 from rest_rl.config import RunConfig
 from rest_rl.data.samples import save_samples
 from rest_rl.runlog import read_run
@@ -157,6 +158,14 @@ def test_resume_refuses_another_run(finished: Path, capsys: pytest.CaptureFixtur
 
 def test_existing_run_is_refused(finished: Path, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds a run already" in error_of(capsys, "train", str(run_file), "--out", str(finished))
+
+
+def test_runs_whose_folder_nobody_chose_are_numbered(tmp_path: Path) -> None:
+    for name in ("run", "run-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").touch()
+    assert free_folder(f"{tmp_path}/run") == f"{tmp_path}/run-3"
+    assert free_folder(f"{tmp_path}/other") == f"{tmp_path}/other"
 
 
 @pytest.mark.parametrize(
@@ -398,9 +407,10 @@ print("torch" in sys.modules)
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:
-    started = time.monotonic()
+    started = os.times()
     done = subprocess.run([sys.executable, "-c", RUN_MAIN, "--help"], capture_output=True, text=True, check=True)
-    assert time.monotonic() - started < 1.0
+    ended = os.times()  # processor time: the machine may be busy
+    assert ended.children_user + ended.children_system - started.children_user - started.children_system < 1.0
     assert done.stdout.rstrip().endswith("False")
     assert "rest-rl train" in done.stdout
 

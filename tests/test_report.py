@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from rest_rl.analyze.palette import REGION_COLOURS
+from rest_rl.analyze.plots import gaps, with_gaps
 from rest_rl.analyze.report import write_report
 from rest_rl.analyze.tables import comparison_rows, curve, group_runs, markdown_table, mean_and_sd, smoothed
 from rest_rl.config import RunConfig
@@ -84,6 +86,13 @@ def test_mean_spread_and_smoothing_by_hand() -> None:
     assert mean_and_sd([2.0, 4.0, 6.0]) == (4.0, 2.0)
     assert mean_and_sd([2.0]) == (2.0, 0.0)
     assert smoothed([0.0, 3.0, 6.0], 3) == [1.5, 3.0, 4.5]
+
+
+def test_missing_steps_are_gaps_and_not_lines() -> None:
+    steps = [1, 2, 4, 20, 21]  # every step but two, then sixteen without a number
+    assert gaps(steps) == [3]
+    assert [value for value in with_gaps(steps, gaps(steps)) if value == value] == steps
+    assert math.isnan(with_gaps(steps, gaps(steps))[3])
 
 
 def test_cells_cannot_break_a_table() -> None:

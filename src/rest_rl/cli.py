@@ -58,7 +58,7 @@ def _add_train(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument(
         "--set", action="append", default=[], metavar="A.B=C", help="set one key of the run; C is a TOML value"
     )
-    verb.add_argument("--out", metavar="DIR", help="the run folder (run.out)")
+    verb.add_argument("--out", metavar="DIR", help="the run folder (default: run.out)")
     verb.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
 
 

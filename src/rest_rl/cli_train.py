@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +149,28 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
     """The run that was asked for; with `--resume` the one in the run folder, which the arguments may repeat."""
     asked = read_run_file(arguments.run, arguments.set)
     if arguments.out:
-        asked = replace(asked, run=replace(asked.run, out=arguments.out))
+        asked = placed(asked, arguments.out)
     if not arguments.resume:
-        return asked
+        is_default = not (arguments.run or arguments.out)
+        return placed(asked, free_folder(asked.run.out)) if is_default else asked
     recorded = Path(asked.run.out) / CONFIG
     if not recorded.is_file():
         raise ValueError(f"got --resume and {asked.run.out}, which holds no run, expected a run folder; pass its --out")
-    config = read_run_file(recorded)
-    config = replace(config, run=replace(config.run, out=asked.run.out))
+    config = placed(read_run_file(recorded), asked.run.out)
     if arguments.run or arguments.set:
         refuse_changes(parse_toml(asked.to_toml(), "the run"), parse_toml(config.to_toml(), "the run"))
     return config
+
+
+def placed(config: RunConfig, out: str) -> RunConfig:
+    """The same run in another folder."""
+    return replace(config, run=replace(config.run, out=out))
+
+
+def free_folder(out: str) -> str:
+    """`out`, or `out-2`, `out-3`, ... if it holds a run already; for runs whose folder nobody chose."""
+    names = chain([out], (f"{out}-{number}" for number in count(2)))
+    return next(name for name in names if not (Path(name) / CONFIG).exists())
 
 
 def refuse_changes(asked: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
@@ -174,11 +186,11 @@ def refuse_changes(asked: Mapping[str, Any], recorded: Mapping[str, Any]) -> Non
 
 def read_samples(config: RunConfig) -> tuple[list[ToolSample], list[tuple[str, ToolSample]]]:
     """(training samples, held-out samples with the name of their split)."""
-    data, count = config.data, config.eval.prompts
+    data, number = config.data, config.eval.prompts
     if data.path == EMBEDDED:
-        unseen = {split: tool_world(config.eval.seed, count, split) for split in SPLITS if split != "train"}
+        unseen = {split: tool_world(config.eval.seed, number, split) for split in SPLITS if split != "train"}
         return tool_world(data.seed, data.samples), [(split, s) for split, group in unseen.items() for s in group]
-    held_out = read_file(data.held_out)[:count] if data.held_out else []
+    held_out = read_file(data.held_out)[:number] if data.held_out else []
     return read_file(data.path), [("held out", sample) for sample in held_out]
 
 

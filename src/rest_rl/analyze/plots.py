@@ -5,7 +5,9 @@ One group of runs gives one line with its spread. Region plots of several groups
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +107,31 @@ def new_figure(panels: int, *, share: bool = False) -> tuple[Figure, list[Axes]]
 
 
 def draw_curve(axes: Axes, line: Curve, colour: str, label: str) -> None:
-    """The smoothed mean over the raw one, with the spread over runs."""
+    """The smoothed mean over the raw one, with the spread over runs; steps without a number leave a gap."""
     if not line.steps:
         return
-    window = max(1, len(line.steps) // 15)
+    window = len(line.steps) // 8 | 1
+    breaks = gaps(line.steps)
+    steps = with_gaps(line.steps, breaks)
     if window > 1:
-        axes.plot(line.steps, line.mean, color=colour, linewidth=0.7, alpha=0.25)
-    axes.plot(line.steps, smoothed(line.mean, window), color=colour, linewidth=1.8, label=label)
+        axes.plot(steps, with_gaps(line.mean, breaks), color=colour, linewidth=0.7, alpha=0.25)
+    mean = with_gaps(smoothed(line.mean, window), breaks)
+    axes.plot(steps, mean, color=colour, linewidth=1.8, label=label, marker="." if len(line.steps) == 1 else "")
     if line.low != line.high:
-        low, high = smoothed(line.low, window), smoothed(line.high, window)
-        axes.fill_between(line.steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        low, high = (with_gaps(smoothed(side, window), breaks) for side in (line.low, line.high))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def gaps(steps: Sequence[int]) -> list[int]:
+    """Where steps are missing: positions of the steps that follow a gap of more than four times the usual distance."""
+    distances = [after - before for before, after in pairwise(steps)]
+    usual = min(distances, default=1)
+    return [i for i, distance in enumerate(distances, start=1) if distance > 4 * usual]
+
+
+def with_gaps(values: Sequence[float], breaks: Sequence[int]) -> list[float]:
+    """The values with a NaN before each break, where a plotted line stops."""
+    return [item for i, value in enumerate(values) for item in ((math.nan, value) if i in breaks else (value,))]
 
 
 def style(axes: Axes, title: str) -> None:
