@@ -202,9 +202,10 @@ def run_worker(*arguments, processes=1):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("rule", ["one_minus_exp", "top_entropy"])
+def test_two_processes_equal_one(tmp_path, rule):
     for processes in (1, 2):
-        done = run_worker("scripted", tmp_path / f"{processes}.pt", 8 // processes, processes=processes)
+        done = run_worker("scripted", tmp_path / f"{processes}.pt", 8 // processes, rule, processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
     assert one["totals"][0].count_nonzero() >= 4

@@ -39,9 +39,9 @@ def killed(folder: str) -> None:
     trainer.train()
 
 
-def scripted(path: str, batch_size: str) -> None:
+def scripted(path: str, batch_size: str, rule: str) -> None:
     tokenizer = tiny_tokenizer()
-    settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, "max_grad_norm": 0.0}
+    settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, "max_grad_norm": 0.0, "weights": {"rule": rule}}
     trainer = ResTTrainer(
         tiny_model(tokenizer),
         args=ResTConfig(**tiny_settings(f"{path}.out", per_device_train_batch_size=int(batch_size), **settings)),
