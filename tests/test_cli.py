@@ -349,15 +349,18 @@ def test_inspect_gives_every_token_region_and_weight(
     text = '<think> a</think>\n<tool_call>\n{"name": "f", "parameters": {"x": 1}}\n</tool_call>'
     ids = tiny_tokenizer()(text)["input_ids"]
     rows = [{"response": text}, {"response": "ignored", "ids": ids}, {"ids": [10**9]}, {"ids": "x"}, {"ids": []}]
+    end = tiny_tokenizer().eos_token_id
+    rows.append({"ids": [end]})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["inspect", str(tmp_path / "rows.jsonl"), "--tokenizer", str(policy), "--progress", "0"]
     assert main([*arguments, "--entropies", '{"name": 0.1, "reasoning": 2.0}', "--json"]) == 0
-    by_text, by_ids, unknown, wrong, empty = lines(capsys.readouterr().out)
+    by_text, by_ids, unknown, wrong, empty, ended = lines(capsys.readouterr().out)
     assert by_text == by_ids
     assert "".join(token["text"] for token in by_text["tokens"]) == text
     weight = {token["region"]: token["weight"] for token in by_text["tokens"]}
     assert weight["name"] > weight["reasoning"]
     assert sum(token["weight"] for token in by_text["tokens"]) == pytest.approx(len(ids), rel=1e-5)
+    assert ended["tokens"][-1] == {"id": end, "text": "<|im_end|>", "region": "format", "weight": 1.0}
     assert "expected ids below" in unknown["error"]
     assert wrong["row"] == 4
     assert empty == {"tokens": []}
@@ -402,16 +405,13 @@ try:
     main(sys.argv[1:])
 except SystemExit:
     pass
-print("torch" in sys.modules)
+print([name for name in ("torch", "transformers", "trl", "numpy", "rich") if name in sys.modules])
 """
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
-    started = os.times()
+def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", RUN_MAIN, "--help"], capture_output=True, text=True, check=True)
-    ended = os.times()  # processor time: the machine may be busy
-    assert ended.children_user + ended.children_system - started.children_user - started.children_system < 1.0
-    assert done.stdout.rstrip().endswith("False")
+    assert done.stdout.rstrip().endswith("[]")
     assert "rest-rl train" in done.stdout
 
 
@@ -419,7 +419,7 @@ def test_score_imports_no_torch(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"response": RIGHT, "gold": GOLD}))
     done = subprocess.run([sys.executable, "-c", RUN_MAIN, "score", rows], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    assert "torch" not in done.stdout.splitlines()[-1]
 
 
 def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,13 @@ def inspect_ids(ids: Sequence[int], tokenizer: Any, settings: Mapping[str, Any])
     weights_BT = token_weights(ids_BT, mask_BT, tokenizer, **settings)
     pieces = token_bytes(tokenizer).split(ids)
     return [
-        Token(int(i), piece.decode("utf-8", errors="replace"), Region(int(region)).label, float(weight))
+        # the end of a sequence carries no text of its own: show its name
+        Token(
+            int(i),
+            piece.decode("utf-8", errors="replace") or tokenizer.decode([i]),
+            Region(int(region)).label,
+            float(weight),
+        )
         for i, piece, region, weight in zip(ids, pieces, regions_BT[0], weights_BT[0], strict=True)
     ]
 
