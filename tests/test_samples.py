@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_a_dialogue_without_assistant_turns_gives_no_sample() -> None:
         ({"role": "assistant", "content": "", "tool_calls": 3}, "expected a list of calls"),
     ],
 )
-def test_bad_messages_are_named(message: dict, expected: str) -> None:
+def test_bad_messages_are_named(message: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match="message 1") as error:
         decompose(Dialogue("d", (MESSAGES[1], message), ()))
     assert expected in str(error.value)
@@ -114,7 +115,7 @@ def test_json_of_a_sample_is_plain() -> None:
         ({"thought": 1}, "thought"),
     ],
 )
-def test_bad_rows_are_named_with_their_line(change: dict, expected: str, tmp_path: Path) -> None:
+def test_bad_rows_are_named_with_their_line(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
     row = {**to_json(decompose(DIALOGUE)[0]), **change}
     path = tmp_path / "samples.jsonl"
     path.write_text(f"\n{json.dumps(row)}\n", encoding="utf-8")

@@ -8,6 +8,7 @@ import random
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from rest_rl.train.sft import IGNORED, RECORD, SftConfig, demonstration_batches,
 from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
 from rest_rl.train.trl_trainer import render_prompt
 
-TOKENIZER = build_tokenizer()
+TOKENIZER: Any = build_tokenizer()
 SAMPLES = [sample for split in SPLITS for sample in tool_world(9, 60, split)]
 
 
@@ -126,7 +127,7 @@ def test_the_recipe_is_deterministic_and_its_folder_loads(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "wrong", [{"clean_steps": -1}, {"hidden": 60}, {"corruption": 1.5}, {"learning_rate": 0.0}, {"layers": 0}]
 )
-def test_wrong_recipes_are_named(wrong: dict) -> None:
+def test_wrong_recipes_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         SftConfig(**wrong)
 

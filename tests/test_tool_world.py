@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import pytest
 
@@ -32,7 +34,7 @@ N = 600
 TRAIN = tool_world(0, N)
 
 
-def functions(sample: ToolSample) -> list[dict]:
+def functions(sample: ToolSample) -> list[dict[str, Any]]:
     return [tool["function"] for tool in sample.tools]
 
 
@@ -85,7 +87,7 @@ def test_the_second_call_of_a_dependent_dialogue_takes_the_result_of_the_first()
         (lambda f: ToolCall(f["name"], dict.fromkeys(f["parameters"]["properties"], 3)), "arguments"),
     ],
 )
-def test_a_call_that_fits_no_tool_is_refused(call, expected: str) -> None:
+def test_a_call_that_fits_no_tool_is_refused(call: Callable[[dict[str, Any]], ToolCall], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         execute(call(functions(TRAIN[0])[0]), TRAIN[0].tools)
 
@@ -147,6 +149,6 @@ def test_a_corrupted_demonstration_is_never_fully_right(defect: Defect) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"split": "test"}, {"kinds": ["triple"]}, {"num_tools": 1}, {"num_tools": 99}])
-def test_wrong_settings_are_named(settings: dict) -> None:
+def test_wrong_settings_are_named(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         tool_world(0, 1, **settings)

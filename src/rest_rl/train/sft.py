@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from rest_rl.config import ModelTable
 from rest_rl.data.samples import ToolSample, decompose, load_samples
@@ -161,7 +160,7 @@ def endless_samples(seed: int) -> Iterator[ToolSample]:
 
 def demonstration_batches(
     samples: Iterator[ToolSample],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Any,
     rng: random.Random,
     batch_size: int,
     corruption: float = 0.0,
@@ -179,7 +178,7 @@ def demonstration_batches(
         yield pad(rows, tokenizer.pad_token_id)
 
 
-def encode(prompt: str, response: str, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+def encode(prompt: str, response: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     """(ids, labels) of a prompt and its response, which ends with the end-of-sequence token."""
     prompt_ids, response_ids = tokenizer([prompt, response], add_special_tokens=False)["input_ids"]
     response_ids = [*response_ids, tokenizer.eos_token_id]
@@ -194,9 +193,7 @@ def pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
     return Batch(ids_BT, labels_BT)
 
 
-def run_stage(
-    model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], stage: Stage
-) -> dict[str, float]:
+def run_stage(model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], stage: Stage) -> dict[str, float]:
     """Take the steps of a stage; returns their number and moving averages of loss and accuracy."""
     averages = {"loss": 0.0, "accuracy": 0.0}
     step = 0
@@ -215,7 +212,7 @@ def run_stage(
     return {"steps": step, **averages}
 
 
-def train_step(model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
+def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
     """One step on the mean cross entropy of the labelled tokens, gradient norm clipped to 1."""
     is_labelled = batch.labels[:, 1:] != IGNORED
     labels_N = batch.labels[:, 1:][is_labelled]

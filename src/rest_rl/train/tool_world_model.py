@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -79,13 +80,13 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def _corpus(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def _corpus(tokenizer: Any) -> list[str]:
     samples = [sample for split in SPLITS for sample in tool_world(0, 2000, split)]
     texts = [render_prompt(sample, tokenizer) for sample in samples] + [demonstration(sample) for sample in samples]
     return [part for text in texts for part in text.replace(_TURN, EOS).split(EOS)]
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, *, hidden: int = 128, layers: int = 3) -> Qwen3ForCausalLM:
+def build_model(tokenizer: Any, *, hidden: int = 128, layers: int = 3) -> Qwen3ForCausalLM:
     """A stock Qwen3 model of about half a million parameters, tied embeddings, fp32; see `shift_heads`."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -111,7 +112,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, hidden: int = 128, layers
 
 
 @torch.no_grad()
-def shift_heads(model: Qwen3ForCausalLM, offsets: Sequence[int] = (1, 2, 3), gain: float = 3.0) -> None:
+def shift_heads(model: Any, offsets: Sequence[int] = (1, 2, 3), gain: float = 3.0) -> None:
     """Start head h of the first layer as "look `offsets[h]` tokens back"; everything stays trainable.
 
     Copying needs to know what stood before a token; plain Qwen3 finds that only after thousands of steps (measured:
@@ -139,9 +140,7 @@ def shift_heads(model: Qwen3ForCausalLM, offsets: Sequence[int] = (1, 2, 3), gai
         projection.weight.normal_(0.0, config.hidden_size**-0.5)
 
 
-def recall_batch(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch: int, pairs: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def recall_batch(tokenizer: Any, rng: random.Random, batch: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs of a word and a quoted text, then the same pairs in another order; (ids_BT, labels_BT).
 
     Only the second mention of the quoted texts is labelled (-100 elsewhere): the model can know it from the first
@@ -154,7 +153,7 @@ def recall_batch(
     return ids_BT, labels_BT
 
 
-def _recall_row(tokenizer: PreTrainedTokenizerFast, rng: random.Random, pairs: int) -> tuple[list[int], list[int]]:
+def _recall_row(tokenizer: Any, rng: random.Random, pairs: int) -> tuple[list[int], list[int]]:
     separator = rng.choice([': "', ' "'])
     words = rng.sample([*YIELDS, *SLOTS], pairs)
     table = [(word, _quoted(rng)) for word in words]
