@@ -169,7 +169,7 @@ def _draw_tools(rng: random.Random, kind: str, split: Split, count: int) -> list
     keys = rng.sample(KEY_PARTS, 2 * count)
     names: list[str] = []
     for index, noun in enumerate(nouns):
-        verb = _draw_until(rng, VERBS, lambda v, n=noun: is_held_out_template(v, n) == (split == "unseen_tools"))
+        verb = rng.choice([v for v in VERBS if is_held_out_template(v, noun) == (split == "unseen_tools")])
         slots = rng.sample(tuple(SLOTS), 2 if limit == 2 and rng.random() < 0.4 else 1)
         if kind == "dependent" and index == 1 and YIELDS[nouns[0]] not in slots:
             slots[-1] = YIELDS[nouns[0]]
@@ -183,12 +183,6 @@ def _draw_name(rng: random.Random, split: Split, taken: Sequence[str]) -> str:
         name = f"{rng.choice(NAME_PARTS)}_{rng.choice(NAME_PARTS)}"
         if name not in taken and is_held_out_name(name) == (split == "unseen_tools"):
             return name
-
-
-def _draw_until(rng: random.Random, items: Sequence[str], accept: Any) -> str:
-    while True:
-        if accept(item := rng.choice(items)):
-            return item
 
 
 def _draw_value(rng: random.Random, slot: str, split: Split) -> str:

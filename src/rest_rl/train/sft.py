@@ -57,7 +57,7 @@ class SftConfig:
     recall_accuracy: float = 0.95
     recall_pairs: int = 6
     recall_batch: int = 16
-    clean_steps: int = 1500
+    clean_steps: int = 1200
     noisy_steps: int = 300
     batch_size: int = 32
     learning_rate: float = 2e-3

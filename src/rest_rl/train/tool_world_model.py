@@ -81,7 +81,7 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _corpus(tokenizer: Any) -> list[str]:
-    samples = [sample for split in SPLITS for sample in tool_world(0, 2000, split)]
+    samples = [sample for split in SPLITS for sample in tool_world(0, 600, split)]
     texts = [render_prompt(sample, tokenizer) for sample in samples] + [demonstration(sample) for sample in samples]
     return [part for text in texts for part in text.replace(_TURN, EOS).split(EOS)]
 
