@@ -134,6 +134,17 @@ def test_resume_from_each_checkpoint_ends_the_same(finished: Path, tmp_path: Pat
     assert (newest / "model.safetensors").stat().st_size > 100
 
 
+def test_resume_after_the_last_step_only_evaluates(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    after = summary.pop("after")
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert main(["train", "--resume", "--out", str(folder)]) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert read_run(folder).summary == {**summary, "after": after}
+
+
 def test_resume_without_a_whole_checkpoint_loses_nothing(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,13 +120,16 @@ def train(arguments: argparse.Namespace) -> int:
     screen.say(f"run folder {log.folder}, preset {config.rest.preset}, {len(samples)} prompts, {len(prompts)} held out")
     bench = Bench(model, tokenizer, prompts, config)
     bench.measure("before", log, screen)
-    trainer, recorder = build_trainer(config, args, model, tokenizer, samples, log, screen)
-    with screen.bar(checkpoint.step, args.max_steps), stopping(recorder, screen):
-        step = train_steps(trainer, checkpoint, log)
-    if recorder.stop_requested and step < trainer.state.max_steps:
-        screen.say(f"stopped after step {step}; go on with: rest-rl train --resume --out {log.folder}")
-        return EXIT_INTERRUPTED
-    log.update_summary(steps=step, preset=config.rest.preset, seed=config.run.seed)
+    if checkpoint.is_last:
+        bench.model, _ = load_policy(replace(config.model, path=str(checkpoint.folder)))
+    else:
+        trainer, recorder = build_trainer(config, args, model, tokenizer, samples, log, screen)
+        with screen.bar(checkpoint.step, args.max_steps), stopping(recorder, screen):
+            step = train_steps(trainer, checkpoint, log)
+        if recorder.stop_requested and step < trainer.state.max_steps:
+            screen.say(f"stopped after step {step}; go on with: rest-rl train --resume --out {log.folder}")
+            return EXIT_INTERRUPTED
+        log.update_summary(steps=step, preset=config.rest.preset, seed=config.run.seed)
     bench.measure("after", log, screen)
     if is_first:
         finish(log, screen)

@@ -45,7 +45,9 @@ class Checkpoint(NamedTuple):
     """Where a run can go on from; without a folder it is the beginning."""
 
     step: int
-    folder: Path | None
+    folder: Path | None = None
+    is_last: bool = False
+    """The run has finished its steps; the trainer would do one more if it was asked to go on from here."""
 
 
 class Recorder(TrainerCallback):
@@ -197,8 +199,8 @@ def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[st
     """
     broken: list[str] = []
     for folder in sorted(log.checkpoints.glob("checkpoint-*"), key=checkpoint_step, reverse=True):
-        if is_whole(folder):
-            return Checkpoint(checkpoint_step(folder), folder), broken
+        if state := checkpoint_state(folder):
+            return Checkpoint(state["global_step"], folder, state["global_step"] >= state["max_steps"]), broken
         broken.append(folder.name)
     finished = max((row.get("step", 0) for row in read_rows(log.folder / METRICS)), default=0)
     if finished > save_steps:
@@ -207,7 +209,7 @@ def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[st
             f"got {log.checkpoints} without a whole checkpoint ({found}) after {finished} steps, expected one to go on "
             "from; restore it from a copy or start anew with another --out"
         )
-    return Checkpoint(0, None), broken
+    return Checkpoint(0), broken
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -216,15 +218,15 @@ def checkpoint_step(folder: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether every file of a checkpoint can be opened and its state belongs to its step."""
+def checkpoint_state(folder: Path) -> dict[str, Any] | None:
+    """The trainer's state in a checkpoint; None unless every file can be opened and the state belongs to its step."""
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         for weights in folder.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):
                 pass
         tensors = [*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]
-        zipped = all(zipfile.is_zipfile(path) for path in tensors if path.name != "training_args.bin")
+        whole = bool(tensors) and all(zipfile.is_zipfile(path) for path in tensors)
     except (OSError, ValueError, SafetensorError):
-        return False
-    return zipped and bool(tensors) and state.get("global_step") == checkpoint_step(folder)
+        return None
+    return state if whole and state.get("global_step") == checkpoint_step(folder) and "max_steps" in state else None
