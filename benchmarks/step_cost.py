@@ -1,5 +1,8 @@
 """What a ResT step costs over a GRPO step: one run, the two alternating, in CPU seconds of this process.
 
+The two steps of a pair have the same prompts, the same random state and, at learning rate 0, the same policy, so they
+sample and score the same responses; which of them comes first alternates too.
+
 python benchmarks/step_cost.py --pairs 12 --batch 64
 """
 
@@ -21,13 +24,17 @@ from rest_rl.train.policy import load_policy
 from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, training_dataset
 
 
+def is_stock(step: int) -> bool:
+    return step % 4 in (0, 3)
+
+
 class Alternating(ResTTrainer):
-    """Stock GRPO in even steps, ResT in odd ones; the reward is the same in both."""
+    """Stock GRPO in one step of a pair, ResT in the other; the reward is the same in both."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss_of = GRPOTrainer if self.state.global_step % 2 == 0 else ResTTrainer
+        loss_of = GRPOTrainer if is_stock(self.state.global_step) else ResTTrainer
         return loss_of.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def _weigh(self, *args: Any) -> Any:
@@ -44,6 +51,7 @@ class Clock(TrainerCallback):
         self.steps: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.manual_seed(state.global_step // 2)
         self.start = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -64,16 +72,22 @@ def main() -> None:
         args = ResTConfig(
             folder, max_steps=2 * options.pairs + 2, per_device_train_batch_size=options.batch, num_generations=8,
             learning_rate=0.0, max_completion_length=128, bf16=False, use_cpu=True, report_to=[], save_strategy="no",
-            logging_steps=1, activation_checkpointing=False, disable_tqdm=True,
+            logging_steps=1, activation_checkpointing=False, disable_tqdm=True, shuffle_dataset=False,
         )  # fmt: skip
-        samples = tool_world(0, (2 * options.pairs + 2) * options.batch // 8 + 8)
+        size = options.batch // 8
+        drawn = tool_world(0, (options.pairs + 1) * size)
+        samples = [s for pair in range(options.pairs + 1) for s in drawn[pair * size : (pair + 1) * size] * 2]
         trainer = Alternating(
             model, args=args, train_dataset=training_dataset(samples, tokenizer), processing_class=tokenizer,
             callbacks=[clock],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    stock, ours, weighing = clock.steps[2::2], clock.steps[3::2], trainer.weighing[1:]
+    stock = [seconds for step, seconds in enumerate(clock.steps) if is_stock(step)][1:]
+    ours, weighing = (
+        [seconds for step, seconds in enumerate(clock.steps) if not is_stock(step)][1:],
+        trainer.weighing[1:],
+    )
     ratios = [b / a for a, b in zip(stock, ours, strict=True)]
     print(f"{options.pairs} pairs of steps, {options.batch} responses each, {options.threads} thread(s), CPU seconds\n")
     print("| GRPO step | ResT step | ratio of medians | median of paired ratios | weighing | weighing / GRPO step |")

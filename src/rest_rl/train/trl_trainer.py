@@ -6,8 +6,12 @@ min(r w A, clip(r) w A) = w min(r A, clip(r) A), so weighting the advantage is w
 Region statistics. The weights of optimizer step k come from a moving average over the steps up to k - 1 of the global
 sums of entropies by region (all micro-batches, all processes; `EntropyTracker`). So they cost no extra forward pass and
 are the same in every micro-batch and on every process: gradient accumulation equals the full batch and two processes
-equal one. In step 0 nothing has been measured yet and regions count as equally uncertain. How far the lagged average is
-from the exact mean of the step is measured in benchmarks/entropy_estimate.py.
+equal one. In step 0 nothing has been measured yet and regions count as equally uncertain. With num_iterations > 1 every
+optimizer step is a step, also one over responses seen before.
+
+The lag costs little: in three runs of 60 steps on the tool world (batches of 32 and 64, learning rates 3e-4 and 1e-3)
+the average at decay 0.7 was 0.07 to 0.12 nats (RMS by token) from the exact mean of the step it weighed, within 2 % of
+the best decay in each run; the last step alone was 0.09 to 0.16 nats off (benchmarks/entropy_estimate.py).
 """
 
 from __future__ import annotations
@@ -79,7 +83,7 @@ class ResTConfig(GRPOConfig):
         metadata={"help": "Advantage to use instead of the preset's: 'grpo', 'dr_grpo' or 'dapo'."},
     )
     entropy_decay: float = field(
-        default=0.5,
+        default=0.7,
         metadata={"help": "Decay per step of the moving average of region entropies; 0 is the last step alone."},
     )
     loss_type: str = field(
