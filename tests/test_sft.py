@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rest_rl.data.samples import save_samples
-from rest_rl.data.tool_world import SPLITS, demonstration, tool_world
+from rest_rl.data.tool_world import SPLITS, demonstration, is_held_out_name, is_held_out_value, tool_world
 from rest_rl.evaluate.generate import generate
 from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids, tag_regions
@@ -103,6 +103,16 @@ def test_recall_labels_only_the_second_mention() -> None:
         first = next(i for i, label in enumerate(labels) if label != IGNORED)
         assert all(ids[i] == label for i, label in enumerate(labels) if label != IGNORED)
         assert {label for label in labels if label != IGNORED} <= set(ids[:first])
+
+
+def test_recall_shows_no_held_out_name_or_value() -> None:
+    text = TOKENIZER.decode(recall_batch(TOKENIZER, random.Random(1), batch=64, pairs=6)[0].flatten().tolist())
+    quoted = set(text.split('"')[1::2])
+    names, values = {t for t in quoted if "_" in t}, {t for t in quoted if "-" in t}
+    assert len(names) > 50
+    assert len(values) > 50
+    assert not any(map(is_held_out_name, names))
+    assert not any(map(is_held_out_value, values))
 
 
 def test_batches_learn_the_response_alone() -> None:

@@ -141,7 +141,7 @@ def _dialogues(
 def _dialogue(rng: random.Random, identity: str, kind: str, split: Split, num_tools: int) -> Dialogue:
     tools = _draw_tools(rng, kind, split, num_tools + (kind == "none"))
     asked = tools[:2] if kind in ("parallel", "dependent") else tools[:1]
-    values = [[_draw_value(rng, slot, split) for slot in tool.slots] for tool in asked]
+    values = [[draw_value(rng, slot, split) for slot in tool.slots] for tool in asked]
     offered = tools[1:] if kind == "none" else tools
     schemas = [tool.schema() for tool in rng.sample(offered, len(offered))]
     calls = [ToolCall(t.name, dict(zip(t.keys, v, strict=True))) for t, v in zip(asked, values, strict=True)]
@@ -173,19 +173,21 @@ def _draw_tools(rng: random.Random, kind: str, split: Split, count: int) -> list
         slots = rng.sample(tuple(SLOTS), 2 if limit == 2 and rng.random() < 0.4 else 1)
         if kind == "dependent" and index == 1 and YIELDS[nouns[0]] not in slots:
             slots[-1] = YIELDS[nouns[0]]
-        names.append(_draw_name(rng, split, names))
+        names.append(draw_name(rng, split, names))
         tools.append(WorldTool(verb, noun, tuple(slots), names[-1], tuple(keys[2 * index :][: len(slots)])))
     return tools
 
 
-def _draw_name(rng: random.Random, split: Split, taken: Sequence[str]) -> str:
+def draw_name(rng: random.Random, split: Split, taken: Sequence[str] = ()) -> str:
+    """A random tool name of the split that is not taken."""
     while True:
         name = f"{rng.choice(NAME_PARTS)}_{rng.choice(NAME_PARTS)}"
         if name not in taken and is_held_out_name(name) == (split == "unseen_tools"):
             return name
 
 
-def _draw_value(rng: random.Random, slot: str, split: Split) -> str:
+def draw_value(rng: random.Random, slot: str, split: Split) -> str:
+    """A random value of the slot that the split may use."""
     while True:
         value = f"{rng.choice(SLOTS[slot])}-{rng.choice(NUMBERS)}"
         if is_held_out_value(value) == (split == "unseen_values"):
@@ -246,7 +248,7 @@ def execute(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str:
     text = json.dumps([function["description"], values], sort_keys=True)
     slot = YIELDS[function["description"].split()[1]]
     split: Split = "unseen_values" if any(map(_is_held_out_text, values.values())) else "train"
-    result = _draw_value(random.Random(hashlib.sha256(text.encode()).hexdigest()), slot, split)
+    result = draw_value(random.Random(hashlib.sha256(text.encode()).hexdigest()), slot, split)
     return json.dumps({"result": result})
 
 
@@ -293,7 +295,7 @@ def corrupted_demonstration(
 
 def _needless_call(sample: ToolSample, rng: random.Random) -> ToolCall:
     tool = rng.choice(sample.tools)["function"]
-    values = {k: _draw_value(rng, p["description"], "train") for k, p in tool["parameters"]["properties"].items()}
+    values = {k: draw_value(rng, p["description"], "train") for k, p in tool["parameters"]["properties"].items()}
     return ToolCall(tool["name"], values)
 
 
@@ -314,7 +316,7 @@ def _spoil(call: ToolCall, sample: ToolSample, rng: random.Random, defect: str) 
 
 
 def _other_value(rng: random.Random, slot: str, value: str) -> str:
-    while (other := _draw_value(rng, slot, "train")) == value:
+    while (other := draw_value(rng, slot, "train")) == value:
         pass
     return other
 

@@ -10,7 +10,16 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rest_rl.data.tool_world import KEY_PARTS, NAME_PARTS, SLOTS, SPLITS, YIELDS, demonstration, tool_world
+from rest_rl.data.tool_world import (
+    KEY_PARTS,
+    SLOTS,
+    SPLITS,
+    YIELDS,
+    demonstration,
+    draw_name,
+    draw_value,
+    tool_world,
+)
 from rest_rl.train.trl_trainer import render_prompt
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
@@ -169,9 +178,12 @@ def _recall_row(tokenizer: Any, rng: random.Random, pairs: int) -> tuple[list[in
 
 
 def _quoted(rng: random.Random) -> list[str]:
+    """The pieces of a tool name, an argument name or a value of the training split, so held-out texts stay unseen."""
     kind = rng.randrange(3)
     if kind == 0:
-        return [rng.choice(NAME_PARTS), f"_{rng.choice(NAME_PARTS)}"]
+        first, second = draw_name(rng, "train").split("_")
+        return [first, f"_{second}"]
     if kind == 1:
         return [rng.choice(KEY_PARTS)]
-    return [rng.choice(SLOTS[rng.choice(list(SLOTS))]), f"-{rng.randrange(10, 60)}"]
+    word, number = draw_value(rng, rng.choice(list(SLOTS)), "train").split("-")
+    return [word, f"-{number}"]
