@@ -54,12 +54,12 @@ def coloured(tokens: Iterable[tuple[str, str]]) -> Text:
 
 
 def legend(weights: Mapping[str, float] | None = None) -> Text:
-    """The regions in their colours, with their weights if given."""
+    """The regions in their colours, with their weights if given; one line of 80 columns."""
     text = Text()
     for label, colour in REGION_COLOURS.items():
         weight = (weights or {}).get(label)
-        text.append("■ ", style=colour)
-        text.append(label + (f" {weight:.2f}" if weight is not None else "") + "  ")
+        text.append(" ■" if text else "■", style=colour)
+        text.append(label + (f" {weight:.2f}" if weight is not None else ""))
     return text
 
 
