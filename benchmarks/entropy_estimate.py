@@ -25,7 +25,8 @@ from rest_rl.presets import PRESETS
 from rest_rl.response import Region
 from rest_rl.train.entropy_tracker import COUNTS, ENTROPIES, EntropyTracker
 from rest_rl.train.policy import load_policy
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, training_dataset
+from rest_rl.train.prompts import training_dataset
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
 from rest_rl.weights import WeightConfig, region_weights
 
 DECAYS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)

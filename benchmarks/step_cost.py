@@ -21,7 +21,8 @@ from trl import GRPOTrainer
 from rest_rl.config import EMBEDDED, ModelTable
 from rest_rl.data.tool_world import tool_world
 from rest_rl.train.policy import load_policy
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, training_dataset
+from rest_rl.train.prompts import training_dataset
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
 
 
 def is_stock(step: int) -> bool:

@@ -15,21 +15,17 @@ from trl import GRPOConfig, GRPOTrainer
 from rest_rl.advantages import reshape
 from rest_rl.formats import FORMATS
 from rest_rl.loss import clipped_surrogate
-from rest_rl.presets import PRESETS, Preset
+from rest_rl.presets import PRESETS
 from rest_rl.regions import tag_regions
 from rest_rl.response import NUM_REGIONS, Region
-from rest_rl.rewards import RewardConfig
 from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.trl_trainer import (
     ResTConfig,
     ResTTrainer,
     make_tool_reward,
-    progress_of,
-    render_prompt,
-    reshapes,
     training_dataset,
 )
-from rest_rl.weights import WeightConfig, apply_curriculum, assign_weights, region_weights
+from rest_rl.weights import apply_curriculum, assign_weights, region_weights
 from tests.tiny_policy import (
     history,
     parameters,
@@ -339,158 +335,3 @@ def test_lora_trains(tokenizer, tmp_path):
     changed = [name for name, value in parameters(trainer.model).items() if not torch.equal(value, before[name])]
     assert changed
     assert all("lora" in name for name in changed)
-
-
-# Configuration
-
-
-@pytest.mark.parametrize(
-    ("preset", "expected"),
-    [
-        ("rest", ("grpo", "group", 0.2, None)),
-        ("dr_grpo", ("dr_grpo", "none", 0.2, None)),
-        ("dapo", ("dapo", "group", 0.2, 0.28)),
-    ],
-)
-def test_the_preset_decides_trl_settings(tmp_path, preset, expected):
-    args = ResTConfig(**tiny_settings(tmp_path, preset=preset))
-    assert (args.loss_type, args.scale_rewards, args.epsilon, args.epsilon_high) == expected
-    assert args.beta == 0.0
-
-
-def test_a_setting_given_explicitly_is_kept(tmp_path):
-    args = ResTConfig(**tiny_settings(tmp_path, preset="dapo", loss_type="bnpo", epsilon_high=0.3))
-    assert (args.loss_type, args.epsilon_high) == ("bnpo", 0.3)
-
-
-def test_the_configuration_survives_json(tmp_path):
-    changes = {"weights": {"strength": 0.25, "constants": {"name": 2.0}}, "reward": {"format_scale": 0.5}}
-    args = ResTConfig(**tiny_settings(tmp_path, preset="paper", advantage="dr_grpo", **changes))
-    written = json.loads(args.to_json_string())
-    names = ("preset", "tool_format", "weights", "reward", "advantage", "entropy_decay", "loss_type", "scale_rewards")
-    again = ResTConfig(**tiny_settings(tmp_path, **{name: written[name] for name in names}))
-    assert again.method() == args.method()
-    assert again.loss_type == "dr_grpo"
-    assert args.method().weights.constants["name"] == 2.0
-    assert args.method().weights.constants["format"] == 1.0
-
-
-def test_a_preset_object_becomes_its_name_and_its_changes(tmp_path):
-    preset = Preset("rest", WeightConfig(rule="inverse"), RewardConfig(), advantage="dapo", epsilon_high=0.3)
-    args = ResTConfig(**tiny_settings(tmp_path, preset=preset))
-    assert args.preset == "rest"
-    assert args.method().weights == preset.weights
-    assert (args.loss_type, args.epsilon_high) == ("dapo", 0.3)
-    json.loads(args.to_json_string())
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"preset": "best"}, ["'best'", "expected", "rest"]),
-        ({"tool_format": "xml"}, ["'xml'", "expected", "toolrl"]),
-        ({"advantage": "ppo"}, ["'ppo'", "dr_grpo"]),
-        ({"entropy_decay": 1.0}, ["1.0", "[0, 1)"]),
-        ({"weights": {"strenght": 1.0}}, ["strenght", "strength"]),
-        ({"weights": {"strength": 2.0}}, ["2.0", "[0, 1]"]),
-        ({"preset": "authors-code", "weights": {"strength": 0.5}}, ["authors-code"]),
-        ({"beta": 0.04}, ["beta=0.04", "'grpo'"]),
-        ({"entropy_coef": 0.01}, ["entropy_coef=0.01", "'grpo'"]),
-        ({"use_adaptive_entropy": True}, ["use_adaptive_entropy", "'grpo'"]),
-        ({"top_entropy_quantile": 0.2}, ["top_entropy_quantile=0.2", "'grpo'"]),
-        ({"weights": {"rule": "collision"}, "top_p": 0.9}, ["collision", "top_p", "one_minus_exp"]),
-        ({"preset": "grpo", "weights": {"gain_reasoning": 0.3}, "beta": 0.1}, ["beta=0.1"]),
-    ],
-)
-def test_refused_settings(tmp_path, changes, words):
-    with pytest.raises(ValueError, match=r"got|expected") as error:
-        ResTConfig(**tiny_settings(tmp_path, **changes))
-    assert all(word in str(error.value) for word in words), error.value
-
-
-@pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "dapo"])
-def test_uniform_weights_allow_every_setting_of_trl(tmp_path, preset):
-    assert not reshapes(PRESETS[preset])
-    args = ResTConfig(**tiny_settings(tmp_path, preset=preset, beta=0.04, top_entropy_quantile=0.2))
-    assert args.beta == 0.04
-
-
-def test_refused_arguments(tokenizer, tmp_path):
-    dataset = training_dataset(tiny_samples(), tokenizer)
-    with pytest.raises(ValueError, match="GRPOConfig, expected ResTConfig"):
-        ResTTrainer(tiny_model(tokenizer), args=GRPOConfig(**tiny_settings(tmp_path)), train_dataset=dataset)
-    with pytest.raises(ValueError, match="expected prompt and gold"):
-        ResTTrainer(
-            tiny_model(tokenizer),
-            args=ResTConfig(**tiny_settings(tmp_path)),
-            train_dataset=dataset.remove_columns("gold"),
-            processing_class=tokenizer,
-        )
-
-
-# Data and reward
-
-
-def test_the_dataset_holds_prompts_with_tools_and_gold(tokenizer):
-    row = training_dataset(tiny_samples(1), tokenizer)[0]
-    assert row["prompt"] == "f do 0;assistant:"
-    assert json.loads(row["gold"]) == {"calls": [{"name": "f", "arguments": {"x": 1}}], "answer": None}
-    assert (row["id"], row["kind"]) == ("s0", "single")
-    with pytest.raises(ValueError, match="no samples"):
-        training_dataset([], tokenizer)
-
-
-def test_a_template_without_tools_gets_them_as_a_system_message():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    text = render_prompt(tiny_samples(1)[0], tokenizer, "hermes")
-    assert text.startswith("system: ")
-    assert '"name": "f"' in text
-    assert "<tool_call>" in text
-
-
-def test_a_tokenizer_without_a_template_is_refused():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"without a chat template.*instruct"):
-        training_dataset(tiny_samples(1), tokenizer)
-
-
-def test_the_beginning_of_sequence_token_comes_once():
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
-    tokenizer.chat_template = "<s>" + tokenizer.chat_template
-    assert training_dataset(tiny_samples(1), tokenizer)[0]["prompt"].startswith("<s>f do")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    prompt = training_dataset(tiny_samples(1), tokenizer)[0]["prompt"]
-    assert tokenizer(prompt)["input_ids"].count(tokenizer.bos_token_id) == 1
-
-
-def test_the_reward_reads_ids_and_follows_progress(tokenizer):
-    class State:
-        global_step, max_steps = 0, 3
-
-    text = '<think> a</think>\n<tool_call>\n{"name": "f", "parameters": {"x": 2}}\n</tool_call>'
-    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    logged = {}
-    arguments = {"completion_ids": [ids], "gold": [json.dumps({"calls": [{"name": "f", "arguments": {"x": 1}}]})]}
-    reward = make_tool_reward(tokenizer, "toolrl", "rest")
-    # S_format = 1, S_acc = (1 name + 1 keys + 0 values) / (1 + 1 + 1) = 2/3; the accuracy share goes from .3 to .8.
-    start = reward(**arguments, trainer_state=State, log_metric=logged.__setitem__)
-    assert start == [pytest.approx(0.3 * 2 / 3 + 0.7)]
-    assert logged == {
-        "rest/format": 1.0,
-        "rest/accuracy": pytest.approx(2 / 3),
-        "rest/exact_match": 0.0,
-        "rest/call_rate": 1.0,
-    }
-    State.global_step = 2
-    assert reward(**arguments, trainer_state=State) == [pytest.approx(0.8 * 2 / 3 + 0.2)]
-    State.global_step = 3  # an evaluation after the last step
-    assert progress_of(State) == 1.0
-    with pytest.raises(ValueError, match="expected JSON"):
-        reward(completion_ids=[ids], gold=["{"])

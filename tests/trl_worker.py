@@ -9,7 +9,8 @@ import sys
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, training_dataset
+from rest_rl.train.prompts import training_dataset
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
 from tests.tiny_policy import (
     history,
     parameters,

@@ -16,32 +16,29 @@ the best decay in each run; the last step alone was 0.09 to 0.16 nats off (bench
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from rest_rl.advantages import AdvantageKind, reshape
 from rest_rl.authors_code import SCHEDULE_STEPS
 from rest_rl.config import overridden
-from rest_rl.data.samples import ToolSample, to_json
-from rest_rl.formats import ToolFormat, get_format
+from rest_rl.formats import get_format
 from rest_rl.presets import Preset, get_preset, token_weights
-from rest_rl.regions import decode_ids, region_sums, tag_regions
-from rest_rl.response import NUM_REGIONS, Gold, Region, gold_from_json
-from rest_rl.rewards import score
-from rest_rl.scoring import score_response
+from rest_rl.regions import region_sums, tag_regions
+from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.policy import load_tokenizer
+from rest_rl.train.prompts import render_prompt, training_dataset
+from rest_rl.train.tool_reward import make_tool_reward, progress_of
 from rest_rl.weights import apply_curriculum, assign_weights, keep_top_entropy, normalise, region_weights
 
-logger = logging.get_logger(__name__)
+__all__ = ["ResTConfig", "ResTTrainer", "make_tool_reward", "progress_of", "render_prompt", "training_dataset"]
 
 FROM_PRESET = "preset"
 """Value of a setting that the preset decides."""
@@ -142,7 +139,8 @@ class ResTConfig(GRPOConfig):
         if given == unset:
             setattr(self, name, value)
         elif given != value:
-            logger.warning("preset %r has %s=%r; %r was given and is kept", self.preset, name, value, given)
+            message = f"preset {self.preset!r} has {name}={value!r}; {given!r} was given and is kept"
+            warnings.warn(message, stacklevel=4)  # the caller of the dataclass's __init__
 
     def _check_weights_apply(self, method: Preset) -> None:
         refused = {
@@ -187,11 +185,6 @@ def reshapes(method: Preset) -> bool:
         return True
     moves = config.decay_format != 0 or config.gain_arguments != 0 or config.gain_reasoning != 0
     return config.strength > 0 and (config.rule != "uniform" or moves)
-
-
-def progress_of(state: Any) -> float:
-    """Training progress nu in [0, 1] of a `TrainerState`: 0 in the first optimizer step, 1 in the last."""
-    return min(1.0, state.global_step / max(1, state.max_steps - 1))
 
 
 class ResTTrainer(GRPOTrainer):
@@ -266,7 +259,7 @@ class ResTTrainer(GRPOTrainer):
         self._advantages_B, self._unweighed = batch.pop("advantages"), batch
         try:
             loss = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
-            if self._unweighed is not None:
+            if self._unweighed is batch:
                 raise RuntimeError("TRL's loss made no forward pass that the weights could enter; use trl>=1.14,<1.17")
         finally:
             self._unweighed = None
@@ -338,58 +331,6 @@ class ResTTrainer(GRPOTrainer):
             self.tracker.update(sums_4R[:3])
 
 
-def make_tool_reward(
-    tokenizer: Any, tool_format: str | ToolFormat = "toolrl", preset: str | Preset = "rest"
-) -> Callable[..., list[float]]:
-    """The preset's rule reward as a reward function for TRL, also for its stock trainers.
-
-    It reads the sampled ids, not the text that TRL decodes without special tokens, and the dataset column `gold`: a
-    JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}.
-    """
-    chosen_format, method = get_format(tool_format), get_preset(preset)
-
-    def tool_reward(
-        completion_ids: list[list[int]],
-        gold: list[Any],
-        trainer_state: Any = None,
-        log_metric: Callable[[str, float], None] | None = None,
-        **_: Any,
-    ) -> list[float]:
-        rows = []
-        for ids, target in zip(completion_ids, gold, strict=True):
-            text = decode_ids(ids, tokenizer, chosen_format.tags)
-            rows.append(_score(text, _read_gold(target), chosen_format, method, trainer_state))
-        for position, name in enumerate(("format", "accuracy", "exact_match", "call_rate"), start=1):
-            if log_metric is not None:
-                log_metric(f"rest/{name}", sum(row[position] for row in rows) / len(rows))
-        return [row[0] for row in rows]
-
-    return tool_reward
-
-
-def _score(
-    text: str, gold: Gold, tool_format: ToolFormat, method: Preset, state: Any
-) -> tuple[float, float, float, float, float]:
-    """(reward, S_format, S_acc, exact match, called) of one response."""
-    parsed, progress = tool_format.parse(text, spans=False), 0.0 if state is None else progress_of(state)
-    reward = score(parsed, gold, progress, method.reward)
-    total = reward.total
-    if method.reward is None:  # the published schedule counts steps, whatever the length of the run
-        step = 0 if state is None else state.global_step
-        total = score_response(text, gold, format=tool_format, preset=method.name, step=step).total
-    exact = reward.format == 1 and reward.accuracy == 1
-    return total, reward.format, reward.accuracy, float(exact), float(parsed.attempted_call)
-
-
-def _read_gold(value: Any) -> Gold:
-    try:
-        return gold_from_json(json.loads(value) if isinstance(value, str) else value)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"got gold {value!r} ({error}), expected JSON; build the dataset with training_dataset(samples, tokenizer)"
-        ) from None
-
-
 def _check_gold_column(dataset: Any) -> None:
     columns = getattr(dataset, "column_names", None)
     if columns is not None and not {"prompt", "gold"} <= set(columns):
@@ -397,52 +338,3 @@ def _check_gold_column(dataset: Any) -> None:
             f"got a training dataset with the columns {sorted(columns)}, expected prompt and gold; build it with "
             "training_dataset(samples, tokenizer), or pass reward_funcs"
         )
-
-
-def training_dataset(
-    samples: Iterable[ToolSample], tokenizer: Any, tool_format: str | ToolFormat = "toolrl"
-) -> Dataset:
-    """The dataset that `ResTTrainer` reads: columns prompt (text), gold (JSON text), id and kind.
-
-    Prompts are laid out here because GRPOTrainer ignores a `tools` column. `gold` is text because Arrow would give
-    every row the argument names of all rows. ValueError for no samples and for a tokenizer without a chat template.
-    """
-    rows = [
-        {
-            "prompt": _without_second_bos(render_prompt(sample, tokenizer, tool_format), tokenizer),
-            "gold": json.dumps(to_json(sample)["gold"], ensure_ascii=False),
-            "id": sample.id,
-            "kind": sample.kind,
-        }
-        for sample in samples
-    ]
-    if not rows:
-        raise ValueError("got no samples, expected at least one; check the data file")
-    return Dataset.from_list(rows)
-
-
-def render_prompt(sample: ToolSample, tokenizer: Any, tool_format: str | ToolFormat = "toolrl") -> str:
-    """The prompt text of a sample up to where the response begins, by the tokenizer's chat template.
-
-    A template that leaves the tools out gets them, and the format, as a system message. ValueError without a template.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "got a tokenizer without a chat template, expected one that lays out tools and messages; use an instruct "
-            "model, or set tokenizer.chat_template"
-        )
-    messages, tools = list(sample.messages), list(sample.tools)
-    settings: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
-    text = tokenizer.apply_chat_template(messages, tools=tools or None, **settings)
-    if tools and text == tokenizer.apply_chat_template(messages, **settings):
-        instructions = {"role": "system", "content": get_format(tool_format).instructions(tools)}
-        text = tokenizer.apply_chat_template([instructions, *messages], **settings)
-    return text
-
-
-def _without_second_bos(text: str, tokenizer: Any) -> str:
-    """Drop the template's beginning-of-sequence token where the tokenizer adds its own: TRL tokenises the text."""
-    bos = tokenizer.bos_token
-    if not bos or not text.startswith(bos) or tokenizer(text)["input_ids"][:2] != [tokenizer.bos_token_id] * 2:
-        return text
-    return text.removeprefix(bos)

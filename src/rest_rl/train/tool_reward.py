@@ -1,0 +1,71 @@
+"""The rule reward as TRL calls it: sampled ids and a gold column in, one number per response out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from rest_rl.formats import ToolFormat, get_format
+from rest_rl.presets import Preset, get_preset
+from rest_rl.regions import decode_ids
+from rest_rl.response import Gold, gold_from_json
+from rest_rl.rewards import score
+from rest_rl.scoring import score_response
+
+
+def progress_of(state: Any) -> float:
+    """Training progress nu in [0, 1] of a `TrainerState`: 0 in the first optimizer step, 1 in the last."""
+    return min(1.0, state.global_step / max(1, state.max_steps - 1))
+
+
+def make_tool_reward(
+    tokenizer: Any, tool_format: str | ToolFormat = "toolrl", preset: str | Preset = "rest"
+) -> Callable[..., list[float]]:
+    """The preset's rule reward as a reward function for TRL, also for its stock trainers.
+
+    It reads the sampled ids, not the text that TRL decodes without special tokens, and the dataset column `gold`: a
+    JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}.
+    """
+    chosen_format, method = get_format(tool_format), get_preset(preset)
+
+    def tool_reward(
+        completion_ids: list[list[int]],
+        gold: list[Any],
+        trainer_state: Any = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **_: Any,
+    ) -> list[float]:
+        rows = []
+        for ids, target in zip(completion_ids, gold, strict=True):
+            text = decode_ids(ids, tokenizer, chosen_format.tags)
+            rows.append(_score(text, _read_gold(target), chosen_format, method, trainer_state))
+        for position, name in enumerate(("format", "accuracy", "exact_match", "call_rate"), start=1):
+            if log_metric is not None:
+                log_metric(f"rest/{name}", sum(row[position] for row in rows) / len(rows))
+        return [row[0] for row in rows]
+
+    return tool_reward
+
+
+def _score(
+    text: str, gold: Gold, tool_format: ToolFormat, method: Preset, state: Any
+) -> tuple[float, float, float, float, float]:
+    """(reward, S_format, S_acc, exact match, called) of one response."""
+    parsed, progress = tool_format.parse(text, spans=False), 0.0 if state is None else progress_of(state)
+    reward = score(parsed, gold, progress, method.reward)
+    total = reward.total
+    if method.reward is None:  # the published schedule counts steps, whatever the length of the run
+        step = 0 if state is None else state.global_step
+        total = score_response(text, gold, format=tool_format, preset=method.name, step=step).total
+    exact = reward.format == 1 and reward.accuracy == 1
+    return total, reward.format, reward.accuracy, float(exact), float(parsed.attempted_call)
+
+
+def _read_gold(value: Any) -> Gold:
+    try:
+        return gold_from_json(json.loads(value) if isinstance(value, str) else value)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"got gold {value!r} ({error}), expected JSON; build the dataset with training_dataset(samples, tokenizer)"
+        ) from None

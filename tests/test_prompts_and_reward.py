@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rest_rl.train.prompts import render_prompt, training_dataset
+from rest_rl.train.tool_reward import make_tool_reward, progress_of
+from tests.tiny_policy import tiny_samples, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def test_the_dataset_holds_prompts_with_tools_and_gold(tokenizer):
+    row = training_dataset(tiny_samples(1), tokenizer)[0]
+    assert row["prompt"] == "f do 0;assistant:"
+    assert json.loads(row["gold"]) == {"calls": [{"name": "f", "arguments": {"x": 1}}], "answer": None}
+    assert (row["id"], row["kind"]) == ("s0", "single")
+    with pytest.raises(ValueError, match="no samples"):
+        training_dataset([], tokenizer)
+
+
+def test_a_template_without_tools_gets_them_as_a_system_message():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    text = render_prompt(tiny_samples(1)[0], tokenizer, "hermes")
+    assert text.startswith("system: ")
+    assert '"name": "f"' in text
+    assert "<tool_call>" in text
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"without a chat template.*instruct"):
+        training_dataset(tiny_samples(1), tokenizer)
+
+
+def test_the_beginning_of_sequence_token_comes_once():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = "<s>" + tokenizer.chat_template
+    assert training_dataset(tiny_samples(1), tokenizer)[0]["prompt"].startswith("<s>f do")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    prompt = training_dataset(tiny_samples(1), tokenizer)[0]["prompt"]
+    assert tokenizer(prompt)["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+def test_the_reward_reads_ids_and_follows_progress(tokenizer):
+    class State:
+        global_step, max_steps = 0, 3
+
+    text = '<think> a</think>\n<tool_call>\n{"name": "f", "parameters": {"x": 2}}\n</tool_call>'
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    logged = {}
+    arguments = {"completion_ids": [ids], "gold": [json.dumps({"calls": [{"name": "f", "arguments": {"x": 1}}]})]}
+    reward = make_tool_reward(tokenizer, "toolrl", "rest")
+    # S_format = 1, S_acc = (1 name + 1 keys + 0 values) / (1 + 1 + 1) = 2/3; the accuracy share goes from .3 to .8.
+    start = reward(**arguments, trainer_state=State, log_metric=logged.__setitem__)
+    assert start == [pytest.approx(0.3 * 2 / 3 + 0.7)]
+    assert logged == {
+        "rest/format": 1.0,
+        "rest/accuracy": pytest.approx(2 / 3),
+        "rest/exact_match": 0.0,
+        "rest/call_rate": 1.0,
+    }
+    State.global_step = 2
+    assert reward(**arguments, trainer_state=State) == [pytest.approx(0.8 * 2 / 3 + 0.2)]
+    State.global_step = 3  # an evaluation after the last step
+    assert progress_of(State) == 1.0
+    with pytest.raises(ValueError, match="expected JSON"):
+        reward(completion_ids=[ids], gold=["{"])
