@@ -48,7 +48,8 @@ TRL_SETTINGS: Mapping[AdvantageKind, Mapping[str, str]] = {
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "dapo": {"loss_type": "dapo", "scale_rewards": "group"},
 }
-"""What each kind of advantage is called in TRL."""
+"""What each kind of advantage is called in TRL. A departure from DAPO: TRL does not sample groups without spread anew;
+they have no gradient, but their tokens stay in the token mean."""
 
 
 @dataclass
