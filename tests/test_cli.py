@@ -23,7 +23,8 @@ from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 GOLD = {"calls": [{"name": "f", "arguments": {"x": 1}}], "answer": None}
 RIGHT = '<think> a </think>\n<tool_call>\n{"name": "f", "parameters": {"x": 1}}\n</tool_call>'
-STEPS = 4
+STEPS = 6
+"""One epoch is four steps, so a run resumed from the checkpoint before the last one begins with the second."""
 RUN = """
 [run]
 responses_per_step = 2
@@ -95,8 +96,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_train_leaves_a_whole_run_folder(finished: Path) -> None:
     run = read_run(finished)
-    assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
-    assert {row["step"] for row in run.responses} == {1, 2, 3, 4}
+    assert [row["step"] for row in run.metrics] == [*range(1, STEPS + 1)]
+    assert {row["step"] for row in run.responses} == {*range(1, STEPS + 1)}
     assert run.responses[0].keys() == {"step", "progress", "id", "response", "ids", "gold", "reward"}
     assert "rest/entropy/name" in run.metrics[0]
     assert run.metrics[0]["rest/weight/name"] > 0
@@ -152,7 +153,7 @@ def test_resume_without_a_whole_checkpoint_loses_nothing(
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "checkpoints")
     before = (folder / "metrics.jsonl").read_bytes()
-    assert "without a whole checkpoint (none there) after 4 steps" in error_of(
+    assert "without a whole checkpoint (none there) after 6 steps" in error_of(
         capsys, "train", "--resume", "--out", str(folder)
     )
     (folder / "checkpoints" / "checkpoint-4").mkdir(parents=True)

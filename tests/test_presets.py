@@ -16,7 +16,7 @@ from rest_rl.presets import PRESETS, get_preset, token_weights
 from rest_rl.regions import region_means, tag_regions
 from rest_rl.response import Gold, Region, ToolCall, gold_from_json
 from rest_rl.scoring import PRESET_REWARDS, authors_step, score_response
-from rest_rl.weights import WeightConfig
+from rest_rl.weights import RegionStatistics, WeightConfig
 from tests.tokenizers_in_memory import KINDS, byte_level
 
 TOKENIZER = byte_level()
@@ -58,6 +58,7 @@ def test_authors_code_gives_the_published_numbers(row):
 def test_authors_code_in_one_call_leaves_the_published_gaps():
     ids_BT, mask_BT = batch(TEXTS[0], TEXTS[2], eos=True)
     weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, preset="authors-code", progress=0.5)
+    assert torch.equal(weights_BT, token_weights(ids_BT, mask_BT, TOKENIZER, preset="authors-code", step=75))
     tokens = TOKENIZER.convert_ids_to_tokens(ids_BT[0])
     weight_of = dict(zip(tokens, weights_BT[0].tolist(), strict=True))
     assert weight_of[TOKENIZER.eos_token] == 0  # no gradient for the end of sequence
@@ -105,6 +106,15 @@ def test_region_means_may_stand_in_for_token_entropies():
         token_weights(ids_BT, mask_BT, TOKENIZER, entropies=entropies) for entropies in (entropies_BT, mapping)
     )
     assert torch.allclose(from_tokens, from_means, atol=1e-6)
+
+
+def test_statistics_of_the_global_batch_weigh_every_micro_batch_alike():
+    ids_BT, mask_BT = batch(*TEXTS, eos=True)
+    measured = RegionStatistics(torch.ones(6), torch.tensor([0.1, 0.2, 0.5, 2.0, 1.0, 1.5]))
+    whole = token_weights(ids_BT, mask_BT, TOKENIZER, entropies=measured)
+    for row in range(len(TEXTS)):
+        part = token_weights(ids_BT[row : row + 1], mask_BT[row : row + 1], TOKENIZER, entropies=measured)
+        assert torch.equal(part[0], whole[row])
 
 
 def test_structure_outweighs_reasoning_early_and_reasoning_gains_later():

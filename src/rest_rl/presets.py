@@ -80,7 +80,8 @@ def token_weights(
     format: str | ToolFormat = "toolrl",
     preset: str | Preset = "rest",
     progress: float = 0.0,
-    entropies: Tensor | Mapping[str, float] | None = None,
+    step: float | None = None,
+    entropies: Tensor | Mapping[str, float] | RegionStatistics | None = None,
     collisions: Tensor | Mapping[str, float] | None = None,
 ) -> Tensor:
     """The gradient weight of every sampled token: float32 (B, T), mean 1 over each response, 0 where masked.
@@ -94,8 +95,10 @@ def token_weights(
         format: "toolrl", "hermes" or a `ToolFormat` object.
         preset: a name out of `PRESETS` or a `Preset` of your own.
         progress: training progress nu in [0, 1]. The preset authors-code reads it as step / 150.
-        entropies: policy entropies in nats: one per token (B, T), from which the region means are taken, or a mapping
-            from region label to its mean ("format", "name", ...). A region that the mapping leaves out weighs 1.
+        step: absolute training step, for the preset authors-code alone, instead of progress.
+        entropies: policy entropies in nats: one per token (B, T), from which the region means are taken; a mapping from
+            region label to its mean ("format", "name", ...), where a region that is left out weighs 1; or whole
+            `RegionStatistics`, such as those of the global batch, so that every micro-batch is weighed alike.
         collisions: 1 - sum_v p_v^2 in the same two forms, for the rule `collision`.
 
     Raises:
@@ -106,7 +109,9 @@ def token_weights(
     ids_BT, mask_BT = ids_BT.cpu(), mask_BT.cpu()  # tagging runs there, and not every device has float64
     entropies, collisions = (x.cpu() if isinstance(x, Tensor) else x for x in (entropies, collisions))
     if preset.weights is None:
-        return _authors_token_weights(ids_BT, mask_BT, tokenizer, tool_format, progress).to(device)
+        return _authors_token_weights(
+            ids_BT, mask_BT, tokenizer, tool_format, authors_step(progress) if step is None else step
+        ).to(device)
     regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, lambda text: tool_format.parse(text).spans, tool_format.tags)
     config = preset.weights
     if config.rule == "top_entropy":
@@ -120,7 +125,8 @@ def token_weights(
                 f"the rule {config.rule!r} of preset {preset.name!r} needs entropies; pass a (B, T) tensor or region "
                 "means, or choose a preset that measures nothing (grpo, dr_grpo, dapo, authors-code)"
             )
-        statistics = _statistics(regions_BT, mask_BT, entropies, collisions)
+        known = isinstance(entropies, RegionStatistics)
+        statistics = entropies if known else _statistics(regions_BT, mask_BT, entropies, collisions)
     weights_R = apply_curriculum(region_weights(statistics, config), progress, config)
     return assign_weights(weights_R, regions_BT, mask_BT).to(device)
 
@@ -150,12 +156,12 @@ def _means(values: Tensor | Mapping[str, float] | None, regions_BT: Tensor, mask
 
 
 def _authors_token_weights(
-    ids_BT: Tensor, mask_BT: Tensor, tokenizer: Any, tool_format: ToolFormat, progress: float
+    ids_BT: Tensor, mask_BT: Tensor, tokenizer: Any, tool_format: ToolFormat, step: float
 ) -> Tensor:
     """The published code's weights, which know the tags of one format: float32 (B, T)."""
     if tool_format.name not in ("toolrl", "hermes"):
         raise ValueError(f"preset 'authors-code' got format {tool_format.name!r}, expected toolrl or hermes")
-    table, step = token_bytes(tokenizer), authors_step(progress)
+    table = token_bytes(tokenizer)
     weights_BT = torch.zeros(ids_BT.shape, dtype=torch.float32)
     for row, (ids, mask) in enumerate(zip(ids_BT.tolist(), mask_BT.bool(), strict=True)):
         length = int(mask.nonzero().max()) + 1 if mask.any() else 0

@@ -34,7 +34,7 @@ def score_response(
     `reward` replaces the preset's reward settings. For the preset `authors-code` the schedule counts absolute steps:
     `step`, or progress * 150; its format and accuracy are the published code's raw scores, which add up to the reward.
     """
-    if preset not in PRESET_REWARDS:
+    if reward is None and preset not in PRESET_REWARDS:
         raise ValueError(f"got preset {preset!r}, expected one of {', '.join(PRESET_REWARDS)}")
     config = reward or PRESET_REWARDS[preset]
     if config is not None:

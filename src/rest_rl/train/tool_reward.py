@@ -55,8 +55,8 @@ def _score(
     parsed, progress = tool_format.parse(text, spans=False), 0.0 if state is None else progress_of(state)
     reward = score(parsed, gold, progress, method.reward)
     total = reward.total
-    if method.reward is None:  # the published schedule counts steps, whatever the length of the run
-        step = 0 if state is None else state.global_step
+    if method.reward is None:  # the published schedule counts steps from 1, whatever the length of the run
+        step = 0 if state is None else state.global_step + 1
         total = score_response(text, gold, format=tool_format, preset=method.name, step=step).total
     exact = reward.format == 1 and reward.accuracy == 1
     return total, reward.format, reward.accuracy, float(exact), float(parsed.attempted_call)

@@ -26,13 +26,13 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from rest_rl.advantages import AdvantageKind, reshape
-from rest_rl.authors_code import SCHEDULE_STEPS
 from rest_rl.config import overridden
 from rest_rl.formats import get_format
 from rest_rl.presets import Preset, get_preset, token_weights
 from rest_rl.regions import region_sums, tag_regions
 from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.train.entropy_tracker import EntropyTracker
+from rest_rl.train.epoch_order import EpochOrder
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.prompts import render_prompt, training_dataset
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
@@ -250,6 +250,10 @@ class ResTTrainer(GRPOTrainer):
         assert self.model is not None
         return self.model.training
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochOrder:
+        """TRL's order of the prompts, also in a run that resumes after its first epoch."""
+        return EpochOrder(super()._get_train_sampler(*args, **kwargs))
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -297,10 +301,10 @@ class ResTTrainer(GRPOTrainer):
 
     def _token_weights(self, ids_BT: Tensor, mask_BT: Tensor, regions_BT: Tensor, entropies_BT: Tensor) -> Tensor:
         config = self._method.weights
-        if config is None:  # the published schedule counts steps, whatever the length of the run
-            progress = min(1.0, self.state.global_step / SCHEDULE_STEPS)
+        if config is None:  # the published schedule counts steps from 1, whatever the length of the run
+            step = self.state.global_step + 1
             return token_weights(
-                ids_BT, mask_BT, self._text_tokenizer, format=self._format, preset=self._method, progress=progress
+                ids_BT, mask_BT, self._text_tokenizer, format=self._format, preset=self._method, step=step
             )
         if config.rule == "top_entropy":
             return normalise(self._top_tokens(entropies_BT, mask_BT, config.quantile), mask_BT)

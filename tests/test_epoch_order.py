@@ -1,0 +1,25 @@
+"""Every epoch's order is the stock sampler's, whichever epoch a process begins with."""
+
+from __future__ import annotations
+
+import pytest
+from trl.trainer.utils import RepeatSampler
+
+from rest_rl.train.epoch_order import EpochOrder
+
+
+def stock() -> RepeatSampler:
+    return RepeatSampler(range(10), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=7)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_order_is_the_stock_samplers_from_any_epoch_on(first: int) -> None:
+    sampler = stock()
+    orders = [list(sampler) for _ in range(5)]
+    resumed = EpochOrder(stock())
+    assert len(resumed) == len(orders[0])
+    for epoch in range(first, 5):
+        resumed.set_epoch(epoch)
+        resumed.set_epoch(epoch)  # some versions of the trainer call it twice
+        assert list(resumed) == orders[epoch]
+    assert orders[0] != orders[1]
