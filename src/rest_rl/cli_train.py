@@ -30,9 +30,10 @@ from rest_rl.response import Region, Span
 from rest_rl.runlog import CONFIG, RunLog, read_run, unwritable
 from rest_rl.terminal import coloured, legend, progress_bar, show_table
 from rest_rl.train.policy import load_policy
+from rest_rl.train.prompts import render_prompt
 from rest_rl.train.run import Checkpoint, Recorder, build_trainer, find_checkpoint, quiet_libraries, trainer_config
 from rest_rl.train.run import train as train_steps
-from rest_rl.train.trl_trainer import ResTConfig, render_prompt
+from rest_rl.train.trl_trainer import ResTConfig
 
 EXIT_INTERRUPTED = 130
 

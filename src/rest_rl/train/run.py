@@ -21,7 +21,9 @@ from rest_rl.formats import get_format
 from rest_rl.presets import Preset
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import CHECKPOINTS, METRICS, RunLog, read_rows, unwritable
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, make_tool_reward, progress_of, training_dataset
+from rest_rl.train.prompts import training_dataset
+from rest_rl.train.tool_reward import make_tool_reward, progress_of
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
 
 WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/")
 """Parts of the names of what differs from run to run and so stays out of the metrics."""
