@@ -1,4 +1,4 @@
-"""Random, truncated, mutated and adversarial responses: no exception, one region a token, sound weights, bounded scores."""
+"""Random, truncated, mutated, adversarial responses: no exception, one region a token, sound weights, bounded scores."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ def test_the_three_aggregations_by_hand():
     advantages_BT = torch.tensor([[1.0, 1.0], [-2.0, 3.0]])
     mask_BT = torch.tensor([[1, 1], [1, 0]])
     arguments = (logprobs_BT, old_BT, advantages_BT, mask_BT)
-    # grpo: -((1.2 + 0.5) / 2 + (-2) / 1) / 2 = 0.575;  dapo: -(1.7 - 2) / 3 = 0.1;  dr_grpo: -(1.7 - 2) / (2 * 10) = 0.015
+    # grpo gives -((1.2 + 0.5) / 2 + (-2) / 1) / 2 = 0.575, dapo -(1.7 - 2) / 3 = 0.1 and
+    # dr_grpo -(1.7 - 2) / (2 * 10) = 0.015
     assert clipped_surrogate(*arguments).item() == pytest.approx(0.575)
     assert clipped_surrogate(*arguments, aggregation="dapo").item() == pytest.approx(0.1)
     assert clipped_surrogate(*arguments, aggregation="dr_grpo", max_length=10).item() == pytest.approx(0.015)

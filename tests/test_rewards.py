@@ -49,7 +49,7 @@ def test_accuracy_by_hand():
 def test_the_best_assignment_is_taken_where_a_greedy_one_loses():
     gold = [call("f", a=1, b=2), call("f", a=1, b=3)]
     made = [call("f", a=1, b=3), call("f", a=5, b=2)]
-    # greedy pairs gold 1 with made 1 (keys 1, values 1: a) on a tie with made 2 (b), leaving gold 2 with made 2: 0 values
+    # greedy pairs gold 1 with made 1 (value a) on a tie with made 2 (value b), leaving gold 2 with made 2: no value
     # best: gold 1 - made 2 (1 value), gold 2 - made 1 (2 values): names 1 + keys 2 + values 3 = 6 of 1 + 2 + 4 = 7
     assert accuracy(gold, made) == pytest.approx(6 / 7)
 

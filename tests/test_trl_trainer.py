@@ -306,10 +306,20 @@ def test_evaluation_logs_regions_and_leaves_the_statistics_alone(tokenizer, tmp_
 # Other rules and kinds of advantage
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(tokenizer, tmp_path, preset):
-    trainer = trained(rest_trainer(tokenizer, tmp_path, preset=preset, max_steps=2))
-    assert all(row["grad_norm"] < 1e4 for row in history(trainer))
+    trainer = rest_trainer(tokenizer, tmp_path, preset=preset, max_steps=2)
+    before = parameters(trainer.model)
+    trainer.train()
+    assert any(not torch.equal(before[name], value) for name, value in parameters(trainer.model).items())
+    first = history(trainer)[0]
+    if preset == "authors-code":  # step 1: arguments 0.602 against name 1.2, before normalisation
+        assert first["rest/weight/arguments"] < first["rest/weight/name"]
+    elif preset in ("rest", "paper"):  # nothing has been measured before step 0, and nu is 0
+        assert first["rest/weight/name"] == pytest.approx(1.0)
+        assert history(trainer)[1]["rest/weight/name"] != pytest.approx(1.0)
+    else:
+        assert first["rest/weight/name"] == history(trainer)[1]["rest/weight/name"] == 1.0
 
 
 @pytest.mark.parametrize("rule", ["inverse", "collision", "constant", "inverted", "top_entropy", "permuted"])
@@ -335,19 +345,3 @@ def test_lora_trains(tokenizer, tmp_path):
     changed = [name for name, value in parameters(trainer.model).items() if not torch.equal(value, before[name])]
     assert changed
     assert all("lora" in name for name in changed)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_trains(tokenizer, tmp_path, preset):
-    trainer = rest_trainer(tokenizer, tmp_path, preset=preset, max_steps=2)
-    before = parameters(trainer.model)
-    trainer.train()
-    assert any(not torch.equal(before[name], value) for name, value in parameters(trainer.model).items())
-    first = history(trainer)[0]
-    if preset == "authors-code":  # step 1: arguments 0.602 against name 1.2, before normalisation
-        assert first["rest/weight/arguments"] < first["rest/weight/name"]
-    elif preset in ("rest", "paper"):  # nothing has been measured before step 0, and nu is 0
-        assert first["rest/weight/name"] == pytest.approx(1.0)
-        assert history(trainer)[1]["rest/weight/name"] != pytest.approx(1.0)
-    else:
-        assert first["rest/weight/name"] == history(trainer)[1]["rest/weight/name"] == 1.0

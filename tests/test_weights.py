@@ -39,7 +39,7 @@ TWO_REGIONS = ([LN2, NAN, NAN, 2 * LN2, NAN, NAN], (3, 0, 0, 1, 0, 0))
 @pytest.mark.parametrize(
     ("rule", "format_weight", "reasoning_weight"),
     [
-        # raw 1/(1/2) = 2 and 1/(3/4) = 4/3; token mean (3 * 2 + 4/3) / 4 = 11/6; 2 / (11/6) = 12/11, (4/3) / (11/6) = 8/11
+        # raw 1/(1/2) = 2 and 1/(3/4) = 4/3; token mean (3 * 2 + 4/3) / 4 = 11/6; 12/11 and 8/11
         ("one_minus_exp", 12 / 11, 8 / 11),
         # raw 1/ln2 and 1/(2 ln2), in units of 1/ln2: 1 and 1/2; token mean 3.5/4 = 7/8; 8/7 and 4/7
         ("inverse", 8 / 7, 4 / 7),

@@ -53,7 +53,9 @@ def reshape(advantages_B: Tensor, weights_BT: Tensor) -> Tensor:
 
 def _grouped(rewards_B: Tensor, group_size: int) -> Tensor:
     if rewards_B.ndim != 1 or group_size < 1 or len(rewards_B) % group_size:
-        raise ValueError(f"got rewards of shape {tuple(rewards_B.shape)}, expected (B,) with B a multiple of {group_size}")
+        raise ValueError(
+            f"got rewards of shape {tuple(rewards_B.shape)}, expected (B,) with B a multiple of {group_size}"
+        )
     return rewards_B.reshape(-1, group_size)
 
 
