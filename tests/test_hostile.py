@@ -1,4 +1,4 @@
-"""Random, truncated, mutated, adversarial responses: no exception, one region a token, sound weights, bounded scores."""
+"""Random, truncated, mutated, adversarial responses: no exception, one region a token, sound weights and scores."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def reshape(advantages_B: Tensor, weights_BT: Tensor) -> Tensor:
     """
     if weights_BT.ndim != 2 or advantages_B.shape != weights_BT.shape[:1]:
         raise ValueError(
-            f"got advantages {tuple(advantages_B.shape)} and weights {tuple(weights_BT.shape)}, expected (B,) and (B, T)"
+            f"got advantages {tuple(advantages_B.shape)}, weights {tuple(weights_BT.shape)}; expected (B,) and (B, T)"
         )
     return advantages_B[:, None] * weights_BT.to(advantages_B)
 

@@ -85,7 +85,8 @@ def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
     """The token ids of a row to inspect: its `ids`, else its `response` as the tokenizer reads it."""
     ids = row.get("ids")
     if ids is None:
-        return list(tokenizer(text_field(row, "response"), add_special_tokens=False)["input_ids"])
+        text = text_field(row, "response").encode("utf-8", "replace").decode("utf-8")  # JSON can hold lone surrogates
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ValueError(f"got ids {ids!r:.80}, expected a list of integers; mend the row")
     bad = [i for i in ids if not 0 <= i < len(tokenizer)]

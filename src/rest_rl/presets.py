@@ -107,7 +107,8 @@ def token_weights(
     """
     preset, tool_format, device = get_preset(preset), get_format(format), ids_BT.device
     ids_BT, mask_BT = ids_BT.cpu(), mask_BT.cpu()  # tagging runs there, and not every device has float64
-    entropies, collisions = (x.cpu() if isinstance(x, Tensor) else x for x in (entropies, collisions))
+    entropies = entropies.cpu() if isinstance(entropies, Tensor) else entropies
+    collisions = collisions.cpu() if isinstance(collisions, Tensor) else collisions
     if preset.weights is None:
         return _authors_token_weights(
             ids_BT, mask_BT, tokenizer, tool_format, authors_step(progress) if step is None else step
@@ -125,8 +126,10 @@ def token_weights(
                 f"the rule {config.rule!r} of preset {preset.name!r} needs entropies; pass a (B, T) tensor or region "
                 "means, or choose a preset that measures nothing (grpo, dr_grpo, dapo, authors-code)"
             )
-        known = isinstance(entropies, RegionStatistics)
-        statistics = entropies if known else _statistics(regions_BT, mask_BT, entropies, collisions)
+        if isinstance(entropies, RegionStatistics):
+            statistics = entropies
+        else:
+            statistics = _statistics(regions_BT, mask_BT, entropies, collisions)
     weights_R = apply_curriculum(region_weights(statistics, config), progress, config)
     return assign_weights(weights_R, regions_BT, mask_BT).to(device)
 

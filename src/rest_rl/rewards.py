@@ -186,7 +186,7 @@ def _assign(gold: Sequence[ToolCall], made: Sequence[ToolCall]) -> list[ToolCall
     for call in made:
         columns_of.setdefault(call.name, []).append(call)
     for name, rows in rows_of.items():
-        columns = columns_of.get(name, ())
+        columns = columns_of.get(name, [])
         if len(rows) == len(columns) == 1:
             partners[rows[0]] = columns[0]
         elif columns:
