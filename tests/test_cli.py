@@ -362,12 +362,13 @@ def test_inspect_gives_every_token_region_and_weight(
     ids = tiny_tokenizer()(text)["input_ids"]
     rows = [{"response": text}, {"response": "ignored", "ids": ids}, {"ids": [10**9]}, {"ids": "x"}, {"ids": []}]
     end = tiny_tokenizer().eos_token_id
-    rows.append({"ids": [end]})
+    rows += [{"ids": [end]}, {"response": "\ud800"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["inspect", str(tmp_path / "rows.jsonl"), "--tokenizer", str(policy), "--progress", "0"]
     assert main([*arguments, "--entropies", '{"name": 0.1, "reasoning": 2.0}', "--json"]) == 0
-    by_text, by_ids, unknown, wrong, empty, ended = lines(capsys.readouterr().out)
+    by_text, by_ids, unknown, wrong, empty, ended, surrogate = lines(capsys.readouterr().out)
     assert by_text == by_ids
+    assert [token["text"] for token in surrogate["tokens"]] == ["?"]
     assert "".join(token["text"] for token in by_text["tokens"]) == text
     weight = {token["region"]: token["weight"] for token in by_text["tokens"]}
     assert weight["name"] > weight["reasoning"]
