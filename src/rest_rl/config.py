@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import tomli_w
 
+from rest_rl.advantages import AdvantageKind
 from rest_rl.jsonl import reason
 from rest_rl.presets import Preset, get_preset
 
@@ -87,16 +88,21 @@ class RestTable:
     format: str = "toolrl"
     weights: Mapping[str, Any] = field(default_factory=dict)
     reward: Mapping[str, Any] = field(default_factory=dict)
-    advantage: Literal["grpo", "dr_grpo", "dapo"] | None = None
+    advantage: AdvantageKind | None = None
     entropy_decay: float | None = None
     """Of the moving average of region entropies; without it the trainer's default."""
 
     def resolve(self) -> Preset:
         """The preset with the overrides of this table applied; a wrong key or value is a ValueError."""
-        preset = get_preset(self.preset)
+        preset, kinds = get_preset(self.preset), typing.get_args(AdvantageKind)
+        if self.advantage not in (None, *kinds):
+            raise ValueError(f"got advantage {self.advantage!r}, expected one of {', '.join(kinds)}")
         changes: dict[str, Any] = {} if self.advantage is None else {"advantage": self.advantage}
         for name in ("weights", "reward"):
             if table := getattr(self, name):
+                if getattr(preset, name) is None:
+                    own = f"preset {preset.name!r}, whose {name} are the published code's own"
+                    raise ValueError(f"got {name} {dict(table)} for {own}, expected none; remove rest.{name}")
                 changes[name] = overridden(getattr(preset, name), table, f"rest.{name}")
         return dataclasses.replace(preset, **changes)
 
@@ -187,10 +193,8 @@ def toml_value(text: str, override: str) -> Any:
     return parsed["value"]
 
 
-def overridden(config: T | None, changes: Mapping[str, Any], where: str) -> T:
+def overridden(config: T, changes: Mapping[str, Any], where: str) -> T:
     """A frozen dataclass with some fields changed, each checked against its declared type."""
-    if config is None:
-        raise ValueError(f"got [{where}], expected none: this preset's are the published code's own; remove the table")
     merged = {name: merge(getattr(config, name, None), value) for name, value in changes.items()}
     return dataclasses.replace(cast(Any, config), **checked_fields(type(config), merged, where))
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from rest_rl.advantages import AdvantageKind, reshape
-from rest_rl.config import overridden
+from rest_rl.config import RestTable
 from rest_rl.formats import get_format
 from rest_rl.presets import Preset, get_preset, token_weights
 from rest_rl.regions import region_sums, tag_regions
@@ -115,15 +115,12 @@ class ResTConfig(GRPOConfig):
                 "got an object as preset or tool_format, expected names, which a checkpoint can record; add it to "
                 "rest_rl.PRESETS or rest_rl.FORMATS under a name of its own"
             )
-        preset = get_preset(self.preset)
-        if self.advantage is not None and self.advantage not in TRL_SETTINGS:
-            raise ValueError(f"got advantage {self.advantage!r}, expected one of {', '.join(TRL_SETTINGS)}")
-        return replace(
-            preset,
-            weights=_with_changes(preset.weights, self.weights, f"weights of preset {preset.name!r}"),
-            reward=_with_changes(preset.reward, self.reward, f"reward of preset {preset.name!r}"),
-            advantage=self.advantage or preset.advantage,
-        )
+        table: dict[str, Any] = {
+            "weights": self.weights or {},
+            "reward": self.reward or {},
+            "advantage": self.advantage,
+        }
+        return RestTable(preset=self.preset, **table).resolve()
 
     def _flatten(self, preset: Preset) -> None:
         """Write a preset object as its name and what it has different, which a checkpoint can record."""
@@ -169,14 +166,6 @@ def _changes(named: Any, given: Any) -> dict[str, Any] | None:
     if named is None or given is None or named == given:
         return None
     return {name: value for name, value in asdict(given).items() if asdict(named)[name] != value}
-
-
-def _with_changes(config: Any, changes: Any, where: str) -> Any:
-    if not changes:
-        return config
-    if config is None:
-        raise ValueError(f"got {changes} for the {where}, which are the published code's own and have no settings")
-    return overridden(config, changes, where)
 
 
 def reshapes(method: Preset) -> bool:
