@@ -2,7 +2,7 @@
 
 The warm start has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean:
 right demonstrations. Noisy: a share of the demonstrations has one defect, so that sampling at temperature 1 errs in
-ways a reward can see and reinforcement learning has something to do, while the most likely response stays right.
+ways a reward can see and reinforcement learning has something to do, while the most likely response stays right more often.
 
 Its loop is our own and short: the data are endless and drawn on the way, three stages share one optimizer, and the
 head is applied to labelled positions only; a Trainer would add its bookkeeping to steps of a tenth of a second.
@@ -167,7 +167,7 @@ def demonstration_batches(
 ) -> Iterator[Batch]:
     """Batches of prompt and demonstration, labels on the demonstration.
 
-    Rows are not sorted by length: lengths go with kinds, and batches of one kind teach in circles (measured).
+    Rows are not sorted by length: lengths go with kinds, and every batch should hold all kinds.
     """
     while True:
         rows = []
