@@ -2,7 +2,7 @@
 
 The warm start has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean:
 right demonstrations. Noisy: a share of the demonstrations has one defect, so that sampling at temperature 1 errs in
-ways a reward can see and reinforcement learning has something to do, while the most likely response stays right more often.
+ways a reward can see and reinforcement learning has something to do, while greedy decoding errs much less.
 
 Its loop is our own and short: the data are endless and drawn on the way, three stages share one optimizer, and the
 head is applied to labelled positions only; a Trainer would add its bookkeeping to steps of a tenth of a second.

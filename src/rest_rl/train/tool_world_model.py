@@ -125,9 +125,10 @@ def shift_heads(model: Any, offsets: Sequence[int] = (1, 2, 3), gain: float = 3.
     """Start head h of the first layer as "look `offsets[h]` tokens back"; everything stays trainable.
 
     Copying needs to know what stood before a token; from a plain start no binding of words to names had been learnt
-    after 2,200 recall steps (one seed, 3 pairs), with this one it came within 1,500. All embeddings get the same first coordinate (one constant added to all
-    logits of the tied head: no effect there), the projections read it alone, so query and key are constants u, v and
-    the rotary score is sum_j |u_j| |v_j| cos(theta_j (distance - offset)), largest at the offset.
+    after 2,200 recall steps (one seed, 3 pairs), with this one it came within 1,500. All embeddings get the same first
+    coordinate (one constant added to all logits of the tied head: no effect there), the projections read it alone, so
+    query and key are constants u, v and the rotary score is sum_j |u_j| |v_j| cos(theta_j (distance - offset)),
+    largest at the offset.
     """
     config, layer = model.config, model.model.layers[0].self_attn
     size, frequencies = config.head_dim, 4
