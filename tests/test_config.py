@@ -53,7 +53,10 @@ def test_one_constant_is_changed_and_the_others_stay() -> None:
         ("[run]\nseed = true", r"run\.seed = True, expected int"),
         ("run = 3", r"run = 3, expected a table; write \[run\]"),
         ("[rest]\npreset = 'best'", r"preset 'best', expected one of rest, paper"),
-        ("[rest]\npreset = 'authors-code'\n[rest.weights]\nstrength = 1.0", r"published code's own, expected none; remove rest.weights"),
+        (
+            "[rest]\npreset = 'authors-code'\n[rest.weights]\nstrength = 1.0",
+            r"published code's own, expected none; remove rest.weights",
+        ),
         ("[rest]\nadvantage = 'ppo'", r"rest\.advantage = 'ppo', expected one of 'grpo', 'dr_grpo', 'dapo'; change"),
         ("[run", r"that is not TOML .*; mend it"),
     ],

@@ -25,9 +25,9 @@ from rest_rl.response import Region
 from rest_rl.rewards import exact_match
 from rest_rl.train.fine_tune import region_loss
 from rest_rl.train.policy import embedded_model
+from rest_rl.train.prompts import render_prompt
 from rest_rl.train.sft import IGNORED, RECORD, SftConfig, demonstration_batches, encode, sft
 from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
-from rest_rl.train.trl_trainer import render_prompt
 
 TOKENIZER: Any = build_tokenizer()
 SAMPLES = [sample for split in SPLITS for sample in tool_world(9, 60, split)]

@@ -19,12 +19,9 @@ from rest_rl.presets import PRESETS
 from rest_rl.regions import tag_regions
 from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.train.entropy_tracker import EntropyTracker
-from rest_rl.train.trl_trainer import (
-    ResTConfig,
-    ResTTrainer,
-    make_tool_reward,
-    training_dataset,
-)
+from rest_rl.train.prompts import training_dataset
+from rest_rl.train.tool_reward import make_tool_reward
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
 from rest_rl.weights import apply_curriculum, assign_weights, region_weights
 from tests.tiny_policy import (
     history,

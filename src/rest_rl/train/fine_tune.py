@@ -21,8 +21,8 @@ from rest_rl.data.samples import ToolSample
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region
+from rest_rl.train.prompts import render_prompt
 from rest_rl.train.sft import IGNORED, encode
-from rest_rl.train.trl_trainer import render_prompt
 from rest_rl.weights import assign_weights
 
 

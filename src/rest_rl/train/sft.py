@@ -27,8 +27,8 @@ from rest_rl.config import ModelTable
 from rest_rl.data.samples import ToolSample, decompose, load_samples
 from rest_rl.data.tool_world import corrupted_demonstration, demonstration, dialogues
 from rest_rl.train.policy import load_policy
+from rest_rl.train.prompts import render_prompt
 from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
-from rest_rl.train.trl_trainer import render_prompt
 
 RECORD = "warm_start.json"
 IGNORED = -100

@@ -20,7 +20,7 @@ from rest_rl.data.tool_world import (
     draw_value,
     tool_world,
 )
-from rest_rl.train.trl_trainer import render_prompt
+from rest_rl.train.prompts import render_prompt
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 _TURN = "<|im_start|>"

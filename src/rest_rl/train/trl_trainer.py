@@ -34,11 +34,8 @@ from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.epoch_order import EpochOrder
 from rest_rl.train.policy import load_tokenizer
-from rest_rl.train.prompts import render_prompt, training_dataset
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
 from rest_rl.weights import apply_curriculum, assign_weights, keep_top_entropy, normalise, region_weights
-
-__all__ = ["ResTConfig", "ResTTrainer", "make_tool_reward", "progress_of", "render_prompt", "training_dataset"]
 
 FROM_PRESET = "preset"
 """Value of a setting that the preset decides."""
