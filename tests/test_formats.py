@@ -75,7 +75,26 @@ def test_every_prefix_of_a_response_parses(name):
 def test_a_tag_inside_an_argument_cannot_close_the_block():
     call = ToolCall("say", {"text": "</tool_call> </think> <response>"})
     for tool_format in FORMATS.values():
-        assert tool_format.parse(tool_format.render("x", [call], None)).calls == (call,)
+        parsed = tool_format.parse(tool_format.render("x", [call], None))
+        assert parsed.calls == (call,)
+        assert parsed.well_formed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>x</think>\n<response> hi <response> </response>",
+        "<think><think>x</think>\n<response> hi </response>",
+        "<think>x</think>\n<response> hi </think> </response>",
+        "<think> <tool_call> </think>\n<response> hi </response>",
+        '<think>x</think>\n<tool_call>\n<tool_call>\n{"name": "f", "parameters": {}}\n</tool_call>',
+    ],
+)
+def test_a_tag_more_than_the_blocks_have_is_a_violation(text):
+    parsed = FORMATS["toolrl"].parse(text)
+    assert not parsed.well_formed
+    assert any("inside a block" in problem for problem in parsed.problems)
+    assert parsed.attempted_call is ("</tool_call>" in text)
 
 
 def test_text_that_cannot_be_written_is_refused_by_name():

@@ -93,6 +93,11 @@ class _Reading:
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(problem)
 
+    def complain_of_tags(self, strays: Sequence[_Tag], nested: Sequence[_Tag]) -> None:
+        for word, tags in (("unmatched", strays), ("inside a block:", nested)):
+            for tag in tags[:MAX_PROBLEMS]:
+                self.complain(f"{word} {tag.text} at character {tag.position}")
+
     def read_call(self, text: str, start: int, end: int, arguments_key: str) -> None:
         """Read the one JSON object in `text[start:end]` as a call, or count it as unreadable."""
         line = text[start:end]
@@ -165,10 +170,18 @@ def _call_error(line: str, end: int, name: Entry | None, arguments: Entry | None
     return None
 
 
-def _find_blocks(text: str, pattern: re.Pattern[str]) -> tuple[list[_Block], list[tuple[int, str]]]:
-    """The complete blocks in order, and every tag that opens or closes none, with its position. Linear time."""
+class _Tag(NamedTuple):
+    """A tag that neither opens nor closes a block."""
+
+    position: int
+    text: str
+
+
+def _find_blocks(text: str, pattern: re.Pattern[str]) -> tuple[list[_Block], list[_Tag], list[_Tag]]:
+    """The complete blocks in order, the unmatched tags outside them, the tags inside them. Linear time."""
     blocks: list[_Block] = []
-    strays: list[tuple[int, str]] = []
+    strays: list[_Tag] = []
+    nested: list[_Tag] = []
     last_close: dict[str, int] = {}
     opened: re.Match[str] | None = None
     for match in pattern.finditer(text):
@@ -177,13 +190,15 @@ def _find_blocks(text: str, pattern: re.Pattern[str]) -> tuple[list[_Block], lis
             if tag not in last_close:
                 last_close[tag] = text.rfind(f"</{tag}>")
             if closes or last_close[tag] < match.end():
-                strays.append((match.start(), match.group()))
+                strays.append(_Tag(match.start(), match.group()))
             else:
                 opened = match
         elif closes and tag == opened.group(2):
             blocks.append(_Block(tag, opened.start(), opened.end(), match.start(), match.end()))
             opened = None
-    return blocks, strays
+        else:
+            nested.append(_Tag(match.start(), match.group()))
+    return blocks, strays, nested
 
 
 def _call_lines(text: str, start: int, end: int) -> list[tuple[int, int]]:
@@ -199,15 +214,15 @@ def _call_lines(text: str, start: int, end: int) -> list[tuple[int, int]]:
     return lines
 
 
-def _dump_call(call: ToolCall, arguments_key: str) -> str:
-    """One call as one line of JSON; `</` is written `<\\/` so that no argument can close the block."""
+def _dump_call(call: ToolCall, arguments_key: str, tags: re.Pattern[str]) -> str:
+    """One call as one line of JSON; the `<` of a tag is written as an escape, so that no argument can end the block."""
     try:
         line = json.dumps({"name": call.name, arguments_key: dict(call.arguments)}, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the call of {call.name!r} cannot be written as JSON: {error}; use JSON values only"
         ) from None
-    return line.replace("</", "<\\/")
+    return tags.sub(lambda tag: "\\u003c" + tag.group()[1:], line)
 
 
 def _checked(text: str, forbidden: Sequence[str], what: str) -> str:
@@ -237,7 +252,7 @@ class ToolRLFormat:
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
         """Read a response; never raises."""
-        blocks, strays = _find_blocks(text, self._pattern)
+        blocks, strays, nested = _find_blocks(text, self._pattern)
         reading = _Reading(wants_spans=spans)
         at = 0
         for block in blocks:
@@ -248,8 +263,7 @@ class ToolRLFormat:
             at = block.end
         if blocks:
             self._read_gap(reading, text, at, len(text))
-        for position, tag in strays:
-            reading.complain(f"unmatched {tag} at character {position}")
+        reading.complain_of_tags(strays, nested)
         layout = tuple(block.tag for block in blocks)
         if layout not in self._layouts:
             reading.complain(
@@ -262,8 +276,8 @@ class ToolRLFormat:
             answer=inner.get("response"),
             spans=tuple(reading.spans),
             problems=tuple(reading.problems),
-            well_formed=layout in self._layouts and not strays,
-            attempted_call="tool_call" in inner or any(tag == "<tool_call>" for _, tag in strays),
+            well_formed=layout in self._layouts and not strays and not nested,
+            attempted_call="tool_call" in inner or any(tag.text == "<tool_call>" for tag in strays),
             unreadable_calls=reading.unreadable_calls,
         )
 
@@ -289,13 +303,15 @@ class ToolRLFormat:
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
         """A missing thought is written as an empty think block, because the format requires one."""
-        parts = [f"<think> {_checked(thought or '', ('</think>',), 'thought')} </think>"]
+        parts = [f"<think> {_checked(thought or '', self.tags, 'thought')} </think>"]
         if calls:
             parts.append(
-                "\n".join(["<tool_call>", *(_dump_call(call, "parameters") for call in calls), "</tool_call>"])
+                "\n".join(
+                    ["<tool_call>", *(_dump_call(call, "parameters", self._pattern) for call in calls), "</tool_call>"]
+                )
             )
         if answer is not None:
-            parts.append(f"<response> {_checked(answer, ('</response>',), 'answer')} </response>")
+            parts.append(f"<response> {_checked(answer, self.tags, 'answer')} </response>")
         return "\n".join(parts)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
@@ -323,8 +339,8 @@ class HermesFormat:
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
         """Read a response; never raises."""
-        blocks, strays = _find_blocks(text, self._pattern)
-        first_stray = strays[0][0] if strays else len(text)
+        blocks, strays, nested = _find_blocks(text, self._pattern)
+        first_stray = strays[0].position if strays else len(text)
         reading = _Reading(wants_spans=spans)
         answers: list[str] = []
         at = 0
@@ -334,8 +350,7 @@ class HermesFormat:
             self._read_block(reading, text, block)
             reading.mark(block.inner_end, block.end, Region.FORMAT)
             at = block.end
-        for position, tag in strays:
-            reading.complain(f"unmatched {tag} at character {position}")
+        reading.complain_of_tags(strays, nested)
         thoughts = [block for block in blocks if block.tag == "think"]
         in_order = not thoughts or (len(thoughts) == 1 and not text[: thoughts[0].start].strip())
         if not in_order:
@@ -346,8 +361,8 @@ class HermesFormat:
             answer="\n".join(filter(None, answers)) or None,
             spans=tuple(reading.spans),
             problems=tuple(reading.problems),
-            well_formed=in_order and not strays,
-            attempted_call=len(blocks) > len(thoughts) or any(tag == "<tool_call>" for _, tag in strays),
+            well_formed=in_order and not strays and not nested,
+            attempted_call=len(blocks) > len(thoughts) or any(tag.text == "<tool_call>" for tag in strays),
             unreadable_calls=reading.unreadable_calls,
             untagged_answer=True,
         )
@@ -377,8 +392,8 @@ class HermesFormat:
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
         """Thought, then answer, then calls, each where there is one; an empty answer counts as none."""
-        head = "" if thought is None else f"<think>\n{_checked(thought, ('</think>',), 'thought')}\n</think>\n\n"
-        blocks = [f"<tool_call>\n{_dump_call(call, 'arguments')}\n</tool_call>" for call in calls]
+        head = "" if thought is None else f"<think>\n{_checked(thought, self.tags, 'thought')}\n</think>\n\n"
+        blocks = [f"<tool_call>\n{_dump_call(call, 'arguments', self._pattern)}\n</tool_call>" for call in calls]
         text = [] if not answer else [_checked(answer, self.tags, "answer")]
         return head + "\n".join(text + blocks)
 
