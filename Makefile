@@ -1,5 +1,7 @@
 # `make train` and `make test` set everything up by themselves; both are quick the second time.
-PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.10; do python$$v -c "" 2>/dev/null && echo python$$v && break; done)
+CANDIDATES := python3.11 python3.12 python3.13 python3.10 python3
+FITS := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -16,6 +18,7 @@ help:
 	@echo "make clean   remove $(VENV), dist and caches (runs/ stays)"
 
 $(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "got none of $(CANDIDATES) in versions 3.10 to 3.13; install one or pass PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

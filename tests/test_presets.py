@@ -147,6 +147,9 @@ def test_missing_or_wrong_entropies_and_names_are_refused():
     ids_BT, mask_BT = batch(TEXTS[0])
     with pytest.raises(ValueError, match="needs entropies"):
         token_weights(ids_BT, mask_BT, TOKENIZER)
+    for preset, step in (("rest", 3), ("authors-code", -1)):
+        with pytest.raises(ValueError, match="step"):
+            token_weights(ids_BT, mask_BT, TOKENIZER, preset=preset, step=step, entropies={"name": 1.0})
     with pytest.raises(ValueError, match="some of format, name"):
         token_weights(ids_BT, mask_BT, TOKENIZER, entropies={"nmae": 1.0})
     with pytest.raises(ValueError, match="authors-code"):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 
+from rest_rl.response import Gold, ToolCall
 from rest_rl.train.prompts import render_prompt, training_dataset
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
@@ -77,3 +80,27 @@ def test_the_reward_reads_ids_and_follows_progress(tokenizer):
     assert progress_of(State) == 1.0
     with pytest.raises(ValueError, match="expected JSON"):
         reward(completion_ids=[ids], gold=["{"])
+
+
+@pytest.mark.parametrize(
+    ("gold", "words"),
+    [
+        (Gold((ToolCall("f", {"x": float("nan")}),)), "cannot be written as JSON"),
+        (Gold((ToolCall("f", {"x": 10**500}),)), "less than full marks"),
+        (Gold((), "see <tool_call>"), "contains '<tool_call>'"),
+    ],
+)
+def test_gold_that_no_response_can_match_is_refused_by_its_id(tokenizer, gold, words):
+    sample = replace(tiny_samples(1)[0], gold=gold)
+    with pytest.raises(ValueError, match=words) as error:
+        training_dataset([sample], tokenizer)
+    assert "s0" in str(error.value)
+
+
+def test_a_failing_chat_template_names_the_sample(tokenizer):
+    sample = replace(tiny_samples(1)[0], tools=({"type": "function", "function": {"name": "f"}},))
+    template = "{{ tools[0].function.parameters.properties.items() }}"
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = template
+    with pytest.raises(ValueError, match="sample 's0': the model's chat template failed"):
+        render_prompt(sample, broken)

@@ -229,3 +229,5 @@ def test_wrong_shapes_and_wrong_tokenizers_are_refused():
         region_sums(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(2, 2))
     with pytest.raises(ValueError, match="use_fast=True"):
         token_bytes("gpt2")
+    with pytest.raises(ValueError, match="use_fast=True"):
+        token_bytes({})

@@ -223,6 +223,7 @@ def test_gold_that_cannot_be_read_is_refused(value, message):
 def test_gold_reads_its_json_form():
     assert gold_from_json({"calls": [{"name": "f", "arguments": {"a": 1}}]}) == Gold((call("f", a=1),), None)
     assert gold_from_json({"answer": "x"}) == Gold((), "x")
+    assert gold_from_json({"calls": [], "answer": " "}) == Gold()  # no format can tell a blank answer from none
 
 
 def test_bad_reward_settings_and_progress_are_refused():

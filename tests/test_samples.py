@@ -99,6 +99,13 @@ def test_jsonl_round_trip(tmp_path: Path) -> None:
     assert load_samples(path) == samples
 
 
+def test_a_blank_answer_is_none() -> None:
+    turn = {"role": "assistant", "content": "  "}
+    (sample,) = decompose(Dialogue("d", ({"role": "user", "content": "hi"}, turn), ()))
+    assert sample.gold == Gold()
+    assert from_json({**to_json(sample), "gold": {"calls": [], "answer": " "}}).gold == Gold()
+
+
 def test_json_of_a_sample_is_plain() -> None:
     sample = ToolSample("s", ({"role": "user", "content": "hi"},), (), Gold((ToolCall("f", {"x": None}),), "done"))
     assert from_json(json.loads(json.dumps(to_json(sample)))) == sample
@@ -113,6 +120,9 @@ def test_json_of_a_sample_is_plain() -> None:
         ({"gold": {"calls": [], "answer": 3}}, "answer"),
         ({"id": 3}, "id = 3"),
         ({"thought": 1}, "thought"),
+        ({"messages": []}, "no messages"),
+        ({"tools": ["f"]}, "write each tool as an object"),
+        ({"gold": {"calls": [{"function": None}], "answer": None}}, "tool call"),
     ],
 )
 def test_bad_rows_are_named_with_their_line(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
@@ -124,8 +134,9 @@ def test_bad_rows_are_named_with_their_line(change: dict[str, Any], expected: st
     assert expected in str(error.value)
 
 
-def test_a_line_that_is_no_json_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b"{\n", b"\xff\n", b"[" * 100_000, b"[]"])
+def test_a_line_that_is_no_object_is_refused(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
-    path.write_text("{\n", encoding="utf-8")
+    path.write_bytes(line)
     with pytest.raises(ValueError, match="line 1"):
         load_samples(path)

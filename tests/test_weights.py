@@ -151,6 +151,9 @@ def test_top_entropy_keeps_the_most_uncertain_tokens_and_one_of_every_response()
     assert kept_BT.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0]]
     assert normalise(kept_BT, mask_BT)[0].tolist() == [1.5, 1.5, 0, 0]
     assert keep_top_entropy(entropies_BT, torch.zeros_like(mask_BT), 0.2).sum() == 0
+    assert keep_top_entropy(entropies_BT * NAN, mask_BT, 0.2).sum(-1).min() >= 1
+    with pytest.raises(ValueError, match="one shape"):
+        keep_top_entropy(entropies_BT[:1], mask_BT, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,7 @@ def test_top_entropy_keeps_the_most_uncertain_tokens_and_one_of_every_response()
         ({"quantile": 0.0}, "quantile"),
         ({"uncertainty_floor": 0.0}, "positive"),
         ({"constants": {"format": 1.0}}, "reasoning"),
+        ({"constants": dict.fromkeys(WeightConfig().constants, 0.0)}, "not all of them 0"),
     ],
 )
 def test_bad_settings_are_refused_with_what_is_expected(settings, message):

@@ -109,16 +109,30 @@ def token_weights(
     ids_BT, mask_BT = ids_BT.cpu(), mask_BT.cpu()  # tagging runs there, and not every device has float64
     entropies = entropies.cpu() if isinstance(entropies, Tensor) else entropies
     collisions = collisions.cpu() if isinstance(collisions, Tensor) else collisions
+    if step is not None and (preset.weights is not None or not 0 <= step < float("inf")):
+        raise ValueError(f"got step {step} for preset {preset.name!r}; expected step >= 0, and for authors-code alone")
     if preset.weights is None:
         return _authors_token_weights(
             ids_BT, mask_BT, tokenizer, tool_format, authors_step(progress) if step is None else step
         ).to(device)
     regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, lambda text: tool_format.parse(text).spans, tool_format.tags)
+    return _weigh_regions(regions_BT, mask_BT, preset, progress, entropies, collisions).to(device)
+
+
+def _weigh_regions(
+    regions_BT: Tensor,
+    mask_BT: Tensor,
+    preset: Preset,
+    progress: float,
+    entropies: Tensor | Mapping[str, float] | RegionStatistics | None,
+    collisions: Tensor | Mapping[str, float] | None,
+) -> Tensor:
     config = preset.weights
+    assert config is not None
     if config.rule == "top_entropy":
         if not isinstance(entropies, Tensor):
             raise ValueError("the rule 'top_entropy' chooses single tokens; pass entropies as a (B, T) tensor")
-        return normalise(keep_top_entropy(entropies, mask_BT, config.quantile), mask_BT).to(device)
+        return normalise(keep_top_entropy(entropies, mask_BT, config.quantile), mask_BT)
     statistics = None
     if config.needs_statistics:
         if entropies is None and (config.rule != "collision" or collisions is None):
@@ -131,7 +145,7 @@ def token_weights(
         else:
             statistics = _statistics(regions_BT, mask_BT, entropies, collisions)
     weights_R = apply_curriculum(region_weights(statistics, config), progress, config)
-    return assign_weights(weights_R, regions_BT, mask_BT).to(device)
+    return assign_weights(weights_R, regions_BT, mask_BT)
 
 
 def _statistics(

@@ -99,17 +99,18 @@ def token_bytes(tokenizer: Any) -> TokenBytes:
     """
     if isinstance(tokenizer, TokenBytes):
         return tokenizer
-    return _token_bytes(tokenizer, len(tokenizer) if hasattr(tokenizer, "__len__") else tokenizer.get_vocab_size())
-
-
-@lru_cache(maxsize=8)
-def _token_bytes(tokenizer: Any, size: int) -> TokenBytes:
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ValueError(
             f"got a tokenizer of type {type(tokenizer).__name__}, expected one backed by the tokenizers library; "
             "load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
+    return _token_bytes(tokenizer, backend, backend.get_vocab_size())
+
+
+@lru_cache(maxsize=8)
+def _token_bytes(tokenizer: Any, backend: Tokenizer, size: int) -> TokenBytes:
+    del size  # part of the key alone: a tokenizer that has gained tokens needs a new table
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     special.update(getattr(tokenizer, "all_special_ids", ()))
     pieces, eos_id = _byte_table(backend), getattr(tokenizer, "eos_token_id", None)

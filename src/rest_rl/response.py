@@ -87,7 +87,10 @@ class ParsedResponse:
 
 
 def gold_from_json(value: Any) -> Gold:
-    """Read `{"calls": [{"name": str, "arguments": object}], "answer": str | null}`; ValueError says what is wrong."""
+    """Read `{"calls": [{"name": str, "arguments": object}], "answer": str | null}`; ValueError says what is wrong.
+
+    A blank answer is none: no format can tell the two apart.
+    """
     if not isinstance(value, Mapping):
         raise ValueError(f'got gold of type {type(value).__name__}, expected {{"calls": [...], "answer": ...}}')
     unknown = set(value) - {"calls", "answer"}
@@ -98,7 +101,9 @@ def gold_from_json(value: Any) -> Gold:
         raise ValueError(f"got gold calls of type {type(calls).__name__}, expected a list")
     if answer is not None and not isinstance(answer, str):
         raise ValueError(f"got a gold answer of type {type(answer).__name__}, expected a string or null")
-    return Gold(tuple(_call_from_json(call, number) for number, call in enumerate(calls, 1)), answer)
+    return Gold(
+        tuple(_call_from_json(call, number) for number, call in enumerate(calls, 1)), (answer or "").strip() or None
+    )
 
 
 def _call_from_json(call: Any, number: int) -> ToolCall:

@@ -34,7 +34,8 @@ class WeightConfig:
 
     rule: Rule = "one_minus_exp"
     """one_minus_exp 1/(1-exp(-H)), inverse 1/H, collision 1/mean(1-sum p^2), constant, uniform (GRPO); rivals: inverted
-    (1-exp(-H)), top_entropy (only the most uncertain tokens), permuted (one_minus_exp dealt to shuffled regions)."""
+    (1-exp(-H)), top_entropy (only the most uncertain tokens), permuted (one_minus_exp dealt to shuffled regions, unseen
+    ones included)."""
     strength: float = 1.0
     """Exponent of the rule in [0, 1]: 0 is GRPO, 1 the rule itself (ours)."""
     w_min: float = 0.2
@@ -68,11 +69,11 @@ class WeightConfig:
             raise ValueError(f"got quantile {self.quantile}, expected a number in (0, 1]")
         if not self.uncertainty_floor > 0:
             raise ValueError(f"got uncertainty_floor {self.uncertainty_floor}, expected a positive number")
-        if set(self.constants) != {region.label for region in Region} or not all(
-            0 <= value < float("inf") for value in self.constants.values()
-        ):
+        numbers = self.constants.values()
+        known = set(self.constants) == {region.label for region in Region}
+        if not known or not all(0 <= value < float("inf") for value in numbers) or not any(numbers):
             raise ValueError(
-                f"got constants {dict(self.constants)}, expected a finite number >= 0 for each of "
+                f"got constants {dict(self.constants)}, expected a finite number >= 0, not all of them 0, for each of "
                 f"{', '.join(region.label for region in Region)}"
             )
 
@@ -96,11 +97,12 @@ class RegionStatistics:
 
 
 def region_weights(statistics: RegionStatistics | None, config: WeightConfig) -> Tensor:
-    """The rule's weight of each region, before the curriculum: float64 (R,), within [w_min, w_max].
+    """The rule's weight of each region, before the curriculum: float64 (R,), within [w_min, w_max] but for `constant`.
 
     rule(region) ** strength, divided by its token mean, clipped (ResT's region weights; Lemma 2: the second moment of a
     token's score is 1 - sum p^2 <= 1 - exp(-H)). A region without statistics weighs 1, and so do all of them when
-    `statistics` is None: nothing has been measured yet. Equal statistics give equal weights.
+    `statistics` is None: nothing has been measured yet. Equal statistics give equal weights. The numbers of the rule
+    `constant` are taken as they stand.
     """
     if config.rule == "constant":
         constants_R = torch.tensor([config.constants[region.label] for region in Region], dtype=torch.float64)
@@ -176,7 +178,11 @@ def keep_top_entropy(entropies_BT: Tensor, mask_BT: Tensor, quantile: float) -> 
     A response below the batch's threshold throughout keeps its own most uncertain token, so that it has a gradient.
     """
     mask_BT = mask_BT.bool()
-    values_BT = entropies_BT.double().masked_fill(~mask_BT, -1.0)
+    if entropies_BT.shape != mask_BT.shape:
+        raise ValueError(
+            f"got entropies {tuple(entropies_BT.shape)} and mask {tuple(mask_BT.shape)}, expected one shape"
+        )
+    values_BT = entropies_BT.double().nan_to_num().masked_fill(~mask_BT, -1.0)
     if not mask_BT.any():
         return torch.zeros_like(values_BT)
     ordered = values_BT[mask_BT].sort(descending=True).values

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rest_rl.jsonl import parse_row, read_lines
 from rest_rl.response import Gold, ToolCall
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -91,7 +92,9 @@ def _checked_message(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _checked_call(raw: Any, where: str) -> dict[str, Any]:
     """The call in OpenAI shape with its arguments as an object (chat templates want objects, not JSON text)."""
-    function = raw.get("function", raw) if isinstance(raw, Mapping) else {}
+    function = raw.get("function", raw) if isinstance(raw, Mapping) else None
+    if not isinstance(function, Mapping):
+        function = {}
     name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         try:
@@ -117,7 +120,7 @@ def _split_turn(message: Mapping[str, Any]) -> tuple[str | None, str | None, tup
     calls = tuple(ToolCall(function["name"], function["arguments"]) for function in functions)
     if calls:
         return thought or text or None, None, calls
-    return thought or None, text, calls
+    return thought or None, text or None, calls
 
 
 def _without_reasoning(message: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
@@ -142,20 +145,32 @@ def from_json(row: Mapping[str, Any]) -> ToolSample:
     """The sample of one JSONL row; ValueError names the field that is missing or of the wrong type."""
     where = f"sample {row.get('id')!r}" if isinstance(row, Mapping) else "sample"
     messages, tools = _field(row, "messages", list, where), _field(row, "tools", list, where)
+    if not messages:
+        raise ValueError(f"{where}: got no messages; expected at least a user message; remove the row")
     return ToolSample(
         id=_field(row, "id", str, where),
         messages=tuple(_checked_message(message, f"{where}, message {i}") for i, message in enumerate(messages)),
-        tools=tuple(tools),
+        tools=tuple(_checked_tool(tool, f"{where}, tool {i}") for i, tool in enumerate(tools)),
         gold=_gold(_field(row, "gold", Mapping, where), f"{where}, gold"),
         thought=_field(row, "thought", (str, type(None)), where),
         kind=_field({"kind": "single", **row}, "kind", str, where),
     )
 
 
+def _checked_tool(raw: Any, where: str) -> dict[str, Any]:
+    function = raw.get("function", raw) if isinstance(raw, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(
+            f"{where}: got {repr(raw)[:80]}; expected {{'type': 'function', 'function': {{'name': text, 'description': "
+            "text, 'parameters': JSON schema}}; write each tool as an object"
+        )
+    return dict(raw)
+
+
 def _gold(row: Mapping[str, Any], where: str) -> Gold:
     calls = [_checked_call(call, where)["function"] for call in _field(row, "calls", list, where)]
     answer = _field(row, "answer", (str, type(None)), where)
-    return Gold(tuple(ToolCall(call["name"], call["arguments"]) for call in calls), answer)
+    return Gold(tuple(ToolCall(call["name"], call["arguments"]) for call in calls), (answer or "").strip() or None)
 
 
 def _field(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -185,11 +200,12 @@ def load_samples(path: str | Path) -> list[ToolSample]:
 
 
 def _read(path: Path) -> Iterator[ToolSample]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield from_json(json.loads(line))
-            except ValueError as error:  # json.JSONDecodeError is one
-                raise ValueError(f"{path}, line {number}: {error}") from None
+    for number, line in read_lines(str(path)):
+        yield _from_line(line, f"{path}, line {number}")
+
+
+def _from_line(line: bytes, where: str) -> ToolSample:
+    try:
+        return from_json(parse_row(line))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

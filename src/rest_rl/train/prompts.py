@@ -6,8 +6,11 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.formats import ToolFormat, get_format
+from rest_rl.rewards import exact_match
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,10 +22,14 @@ def training_dataset(
     """The dataset that `ResTTrainer` reads: columns prompt (text), gold (JSON text), id and kind.
 
     Prompts are laid out here because GRPOTrainer ignores a `tools` column. `gold` is text because Arrow would give
-    every row the argument names of all rows. ValueError for no samples and for a tokenizer without a chat template.
+    every row the argument names of all rows. ValueError for no samples, for a tokenizer without a chat template, and
+    for gold that no response in the format could match (NaN, tags of the format in the answer).
     """
     from datasets import Dataset  # only here: rendering a prompt needs no more than a tokenizer
 
+    samples = list(samples)
+    for sample in samples:
+        _check_gold(sample, get_format(tool_format))
     rows = [
         {
             "prompt": _without_second_bos(render_prompt(sample, tokenizer, tool_format), tokenizer),
@@ -37,6 +44,18 @@ def training_dataset(
     return Dataset.from_list(rows)
 
 
+def _check_gold(sample: ToolSample, tool_format: ToolFormat) -> None:
+    try:
+        text = tool_format.render(None, sample.gold.calls, sample.gold.answer)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id!r}: its gold has no response in the format: {error}") from None
+    if not exact_match(tool_format.parse(text, spans=False), sample.gold):
+        raise ValueError(
+            f"sample {sample.id!r}: got gold that scores less than full marks when written in format "
+            f"{tool_format.name!r} ({text!r:.200}); expected JSON within the limits of rest_rl.json_spans; mend the row"
+        )
+
+
 def render_prompt(sample: ToolSample, tokenizer: Any, tool_format: str | ToolFormat = "toolrl") -> str:
     """The prompt text of a sample up to where the response begins, by the tokenizer's chat template.
 
@@ -47,6 +66,16 @@ def render_prompt(sample: ToolSample, tokenizer: Any, tool_format: str | ToolFor
             "got a tokenizer without a chat template, expected one that lays out tools and messages; use an instruct "
             "model, or set tokenizer.chat_template"
         )
+    try:
+        return _apply_template(sample, tokenizer, tool_format)
+    except (TemplateError, TypeError, KeyError, AttributeError) as error:  # a template is a program of its own
+        raise ValueError(
+            f"sample {sample.id!r}: the model's chat template failed ({type(error).__name__}: {error}); expected "
+            "messages and tools that it can lay out; complete the row (tools need name, description and parameters)"
+        ) from error
+
+
+def _apply_template(sample: ToolSample, tokenizer: Any, tool_format: str | ToolFormat) -> str:
     messages, tools = list(sample.messages), list(sample.tools)
     settings: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
     text = tokenizer.apply_chat_template(messages, tools=tools or None, **settings)

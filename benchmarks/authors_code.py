@@ -1,0 +1,89 @@
+"""`authors-code` beside the published files: rewards and weights of mutated responses, equal to the last bit.
+
+    python benchmarks/authors_code.py --published DIR --responses 400
+
+DIR is a checkout of https://github.com/1229095296/ResT_Tool_use_LLM at d6c29b5. Every difference is printed; the exit
+status is 1 if there is one. A response on which the published code raises is counted and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from method_cost import FORMAT, byte_level, load, responses
+
+from rest_rl.presets import token_weights
+from rest_rl.response import Gold
+from rest_rl.scoring import score_response
+
+FRAGMENTS = ['"', "{", "}", "\n", "</think>", "<tool_call>", "<response>", "</response>", "\\", " ", "1.0", "true"]
+
+
+def mutated(text: str, rng: random.Random) -> str:
+    """The text cut, spliced or left as it is."""
+    at, end = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+    match rng.randrange(5):
+        case 0:
+            return text[:end]
+        case 1:
+            return text[:at] + rng.choice(FRAGMENTS) + text[at:]
+        case 2:
+            return text[:at] + text[min(at + 6, end) :]
+        case 3:
+            return mutated(mutated(text, rng), rng)
+        case _:
+            return text
+
+
+def same_weights(text: str, step: int, tokenizer: Any, weighting: Any) -> bool | None:
+    """Whether both sides weigh the canonical tokens of the text alike; None if the published code raises."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    mask_BT = torch.ones(1, len(ids))
+    try:
+        batch = {"loss_mask": mask_BT, "response_text": [text], "step": step}
+        published_BT = weighting.build_token_weight(batch, tokenizer)
+    except (StopIteration, RuntimeError):
+        return None
+    ours_BT = token_weights(torch.tensor([ids]), mask_BT, tokenizer, preset="authors-code", step=step)
+    return torch.equal(ours_BT, published_BT)
+
+
+def same_reward(text: str, gold: Gold, step: int, reward: Any) -> bool:
+    """Whether both sides give the same reward and the same two parts."""
+    total, well_formatted, correctness, _ = reward.compute_score(
+        text, FORMAT.render("a", gold.calls, gold.answer), step
+    )
+    return score_response(text, gold, preset="authors-code", step=step)[:3] == (total, well_formatted, correctness)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--published", type=Path, required=True, help="a checkout of the published code")
+    parser.add_argument("--responses", type=int, default=400)
+    args = parser.parse_args()
+    os.environ["SCHEDULEREWARD"] = "1"  # the published training script sets it
+    weighting = load(args.published / "recipe/custom/token_weighting.py")
+    reward = load(args.published / "verl/utils/reward_score/rlla.py")
+    rng = random.Random(0)
+    rows = responses(args.responses, rng)
+    tokenizer = byte_level([text for text, _ in rows])
+    different = raised = 0
+    for text, gold in rows:
+        changed, step = mutated(text, rng), rng.randrange(300)
+        weights_agree = same_weights(changed, step, tokenizer, weighting) if changed else None
+        raised += weights_agree is None
+        if weights_agree is False or not same_reward(changed, gold, step, reward):
+            different += 1
+            print(f"step {step}: {changed!r}")
+    print(f"{args.responses} responses, {different} different, {raised} on which the published weights raise")
+    return int(different > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
