@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rest_rl.advantages import group_advantages, reshape
+from rest_rl.advantages import group_advantages, reshape, zero_spread
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import tool_world
 from rest_rl.formats import get_format
@@ -144,12 +144,13 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
         samples = prompts[step * args.prompts : (step + 1) * args.prompts]
         rollout = sample(model, tokenizer, samples, args.group, args.max_tokens)
         rewards = rewards_of(rollout, tokenizer, samples, preset, progress)
+        rewards_B = torch.tensor([reward.total for reward in rewards])
         logprobs_BT, entropies_BT = forward(model, rollout)
         loss, weights_BT, measured = rest_loss(
             logprobs_BT,
             logprobs_BT.detach(),  # one update per batch: the old policy is the current one
             entropies_BT,
-            group_advantages(torch.tensor([reward.total for reward in rewards]), args.group, preset.advantage),
+            group_advantages(rewards_B, args.group, preset.advantage),
             rollout,
             tokenizer,
             preset,
@@ -162,17 +163,21 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
         optimizer.step()
         known = smooth(known, measured)
         history.append(sum(reward.accuracy for reward in rewards) / len(rewards))
-        report(step, history[-1], rewards, measured, weights_BT)
+        flat = zero_spread(rewards_B, args.group).float().mean().item()
+        report(step, history[-1], flat, rewards, measured, weights_BT)
     return history
 
 
-def report(step: int, accuracy: float, rewards: list[Reward], measured: RegionStatistics, weights_BT: Tensor) -> None:
-    """One line: scores, the entropy of each region, the spread of the weights."""
+def report(
+    step: int, accuracy: float, flat: float, rewards: list[Reward], measured: RegionStatistics, weights_BT: Tensor
+) -> None:
+    """One line: scores, the share of groups that teach nothing, the entropy of each region, the spread of the weights."""
     exact = sum(reward.format == 1 == reward.accuracy for reward in rewards) / len(rewards)
     entropies = " ".join(f"{Region(r).label} {measured.entropies_R[r]:.2f}" for r in range(NUM_REGIONS - 1))
     low, high = weights_BT[weights_BT > 0].min(), weights_BT.max()
     print(
-        f"step {step:3d}  S_acc {accuracy:.3f}  exact {exact:.3f}  H: {entropies}  w: {low:.2f}..{high:.2f}", flush=True
+        f"step {step:3d}  S_acc {accuracy:.3f}  exact {exact:.3f}  flat {flat:.2f}  H: {entropies}  w: {low:.2f}..{high:.2f}",
+        flush=True,
     )
 
 

@@ -20,8 +20,8 @@ def group_advantages(rewards_B: Tensor, group_size: int, kind: AdvantageKind = "
     """The advantage of each response within its group: (B,).
 
     grpo and dapo: (R - mean) / (std + 1e-4), the standard deviation unbiased (arXiv 2402.03300; the two differ in the
-    aggregation of the loss, and dapo drops the groups that `zero_spread` marks, arXiv 2503.14476). dr_grpo: R - mean
-    (arXiv 2503.20783). A group without spread has advantage 0, and so has a group of one.
+    aggregation of the loss, arXiv 2503.14476). dr_grpo: R - mean (arXiv 2503.20783). A group without spread has
+    advantage 0, and so has a group of one; `zero_spread` marks them for an engine that can draw others instead.
     """
     if kind not in get_args(AdvantageKind):
         raise ValueError(f"got advantage {kind!r}, expected one of {', '.join(get_args(AdvantageKind))}")
