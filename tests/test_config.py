@@ -82,6 +82,37 @@ def test_mistakes_in_set_say_what_was_expected(override: str, message: str) -> N
         RunConfig.from_toml("[run]\nseed = 0", [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "least"),
+    [
+        ("run.seed=-1", 0),
+        ("run.show_every=-1", 0),
+        ("run.responses_per_step=-1", 0),
+        ("data.samples=0", 1),
+        ("eval.prompts=-1", 0),
+        ("eval.samples=0", 1),
+        ("eval.batch_size=0", 1),
+        ("eval.max_new_tokens=0", 1),
+    ],
+)
+def test_numbers_have_a_least_value(override: str, least: int) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(ValueError, match=rf"got {key} = {value}, expected at least {least}; raise it"):
+        RunConfig.from_toml("", [override])
+    RunConfig.from_toml("", [f"{key}={least}"])
+
+
+def test_seed_has_32_bits() -> None:
+    with pytest.raises(ValueError, match=r"got run\.seed = 4294967296, expected less than 2\*\*32"):
+        RunConfig.from_toml("", [f"run.seed={2**32}"])
+
+
+def test_held_out_file_beside_the_tool_world_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.held_out = 'a\.jsonl' with data\.path = 'embedded'"):
+        RunConfig.from_toml("", ["data.held_out=a.jsonl"])
+    RunConfig.from_toml("", ["data.held_out=a.jsonl", "data.path=b.jsonl"])
+
+
 def test_missing_file_is_named() -> None:
     with pytest.raises(ValueError, match=r"got nowhere\.toml \(No such file or directory\)"):
         read_run_file("nowhere.toml")

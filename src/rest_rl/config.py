@@ -46,6 +46,12 @@ class RunTable:
     responses_per_step: int = 8
     """Responses kept in responses.jsonl per step."""
 
+    def __post_init__(self) -> None:
+        """ValueError for numbers outside their range."""
+        check_least("run", self, seed=0, show_every=0, responses_per_step=0)
+        if self.seed >= 2**32:
+            raise ValueError(f"got run.seed = {self.seed}, expected less than 2**32; lower it")
+
 
 @dataclass(frozen=True)
 class ModelTable:
@@ -66,6 +72,15 @@ class DataTable:
     held_out: str = ""
     """JSONL file of evaluation samples when `path` is a file; without it nothing is evaluated."""
 
+    def __post_init__(self) -> None:
+        """ValueError for a number outside its range or a file that would not be read."""
+        check_least("data", self, samples=1)
+        if self.held_out and self.path == EMBEDDED:
+            raise ValueError(
+                f"got data.held_out = {self.held_out!r} with data.path = {EMBEDDED!r}, whose held-out prompts are its "
+                "own, expected a JSONL file as data.path; set it, or remove data.held_out"
+            )
+
 
 @dataclass(frozen=True)
 class EvalTable:
@@ -78,6 +93,10 @@ class EvalTable:
     batch_size: int = 128
     max_new_tokens: int = 160
     seed: int = 20_000
+
+    def __post_init__(self) -> None:
+        """ValueError for numbers outside their range."""
+        check_least("eval", self, prompts=0, samples=1, batch_size=1, max_new_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -129,6 +148,13 @@ class RunConfig:
         method = {name: preset[name] for name in ("advantage", "weights", "reward") if name in preset}
         plain = dataclasses.asdict(self)
         return tomli_w.dumps(without_none({**plain, "rest": {**plain["rest"], **method}}))
+
+
+def check_least(where: str, table: Any, **least: int) -> None:
+    """ValueError for the first field below its least value."""
+    for name, value in least.items():
+        if getattr(table, name) < value:
+            raise ValueError(f"got {where}.{name} = {getattr(table, name)}, expected at least {value}; raise it")
 
 
 def preset_table(preset: Preset) -> dict[str, Any]:
