@@ -71,6 +71,12 @@ def test_seeds_of_one_configuration_are_one_curve(tmp_path: Path) -> None:
     assert "| rest strength=0.5 | 3 | 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 |" in page.read_text()
 
 
+def test_a_run_twice_is_no_spread(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, seed=1) for name in ("once", "twice")]
+    with pytest.raises(ValueError, match=r"once and .*twice, the same configuration with the same seed"):
+        write_report(folders, tmp_path / "report")
+
+
 def test_numbers_that_are_missing_are_left_out(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", seed=0))
     assert curve([run], "rest/entropy/other").steps == []

@@ -25,7 +25,7 @@ from rest_rl.runlog import PLOTS, Row, Run, read_run, unwritable
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write `report.md` and its plots; returns the page. ValueError for a folder without a run or without steps."""
     runs = [read_run(folder) for folder in folders]
-    empty = [str(run.folder) for run in runs if not run.metrics]
+    empty = [str(run.folder) for run in runs if not finished_steps(run)]
     if empty:
         raise ValueError(f"got {', '.join(empty)} without a finished step, expected metrics; train it or leave it out")
     target = Path(out) if out else runs[0].folder if len(runs) == 1 else Path("report")
@@ -39,13 +39,20 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     return page
 
 
+def finished_steps(run: Run) -> int:
+    """Steps that a run has finished; one that logged no metrics has them in its times and its summary."""
+    return max([row.get("step", 0) for row in (*run.metrics, *run.timing)] + [run.summary.get("steps", 0)])
+
+
 def report_text(groups: Sequence[Group], plots: dict[str, Path], base: Path) -> str:
     """The whole page."""
     runs = [run for group in groups for run in group.runs]
     parts = ["# Report", results(groups) if len(runs) > 1 else single_result(runs[0])]
     for title, path in plots.items():
         parts.append(f"## {title}\n\n![{title}]({Path(os.path.relpath(path, base)).as_posix()})")
-    parts.append("## Regions, first and last tenth of the run\n\n" + region_table(groups))
+    if rows := region_rows(groups):
+        header = ("region", "entropy (nats)", "weight", "share of tokens")
+        parts.append("## Regions, first and last tenth of the run\n\n" + markdown_table(header, rows))
     parts += [part for run in runs[:1] if (part := shown_responses(run))]
     parts.append("## Runs\n\n" + run_table(groups))
     return "\n\n".join(parts) + "\n"
@@ -89,7 +96,7 @@ def measured(*scores: Row | None) -> bool:
     return all(is_number((score or {}).get("exact_match")) for score in scores)
 
 
-def region_table(groups: Sequence[Group]) -> str:
+def region_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
     """Entropy, weight and token share of every region, early and late."""
     rows = []
     for group in groups:
@@ -97,7 +104,7 @@ def region_table(groups: Sequence[Group]) -> str:
             cells = [early_and_late(group, quantity, region) for quantity in ("entropy", "weight", "share")]
             if any(cell != "–" for cell in cells):
                 rows.append((f"{group.label}: {region}" if len(groups) > 1 else region, *cells))
-    return markdown_table(("region", "entropy (nats)", "weight", "share of tokens"), rows)
+    return rows
 
 
 def early_and_late(group: Group, quantity: str, region: str) -> str:
@@ -127,8 +134,7 @@ def run_table(groups: Sequence[Group]) -> str:
     for group in groups:
         for run in group.runs:
             pair = [(run.summary.get(when) or {}).get("exact_match") for when in ("before", "after")]
-            steps = run.metrics[-1]["step"]
             libraries = run.environment.get("libraries") or {}
             versions = [libraries.get(library, "–") for library in ("torch", "trl")]
-            rows.append((run.name, group.label, steps, change(*pair), *versions))
+            rows.append((run.name, group.label, finished_steps(run), change(*pair), *versions))
     return markdown_table(("run", "curve", "steps", "exact match", "torch", "trl"), rows)

@@ -33,11 +33,21 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs by configuration without its seeds, each group named by its preset and by what else sets it apart."""
+    """Runs by configuration without its seeds, each group named by its preset and by what else sets it apart.
+
+    ValueError for two runs of one configuration and seed, which would count as spread.
+    """
     settings: dict[str, dict[str, str]] = {}
     members: dict[str, list[Run]] = {}
+    seen: dict[str, Run] = {}
     for run in runs:
         flat = {key: str(value) for key, value in flatten(parse_toml(run.config, str(run.folder))).items()}
+        twin = seen.setdefault(str(sorted((key, value) for key, value in flat.items() if key != "run.out")), run)
+        if twin is not run:
+            raise ValueError(
+                f"got {twin.folder} and {run.folder}, the same configuration with the same seed, expected runs that "
+                "differ: their spread would say nothing; leave one out"
+            )
         kept = {key: value for key, value in flat.items() if key not in SEED_KEYS}
         identity = str(sorted(kept.items()))
         settings[identity] = kept
