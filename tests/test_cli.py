@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 
-from rest_rl.cli import main
+from rest_rl.cli import main, missing_package
 from rest_rl.cli_train import free_folder
 from rest_rl.config import RunConfig
 from rest_rl.data.samples import save_samples
-from rest_rl.runlog import read_run
+from rest_rl.jsonl import as_json
+from rest_rl.presets import PRESETS
+from rest_rl.runlog import RunLog, read_run
+from rest_rl.train.run import check_trl, checkpoint_state, find_checkpoint, trainer_config
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 GOLD = {"calls": [{"name": "f", "arguments": {"x": 1}}], "answer": None}
@@ -124,15 +131,69 @@ def test_evaluation_leaves_training_untouched(finished: Path, run_file: Path, tm
     assert "before" not in read_run(folder).summary
 
 
-def test_resume_from_each_checkpoint_ends_the_same(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [2, 4, 6])
+def test_resume_from_each_checkpoint_ends_the_same(last: int, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    newest = folder / "checkpoints" / f"checkpoint-{STEPS}"
-    (newest / "model.safetensors").write_bytes(b"torn")
+    assert len([*folder.glob("checkpoints/checkpoint-*")]) == STEPS / 2
+    for later in range(last + 2, STEPS + 1, 2):
+        shutil.rmtree(folder / "checkpoints" / f"checkpoint-{later}")
+    # only what the run computes anew can match again
+    rows = [{**row, "reward": -1.0} if row["step"] > last else row for row in read_run(folder).metrics]
+    (folder / "metrics.jsonl").write_text("".join(as_json(row) + "\n" for row in rows))
+    summary = json.loads((folder / "summary.json").read_text())
+    stale = {**summary["after"], "exact_match": -1.0}
+    kept = {"before": summary["before"]} if last == STEPS else {**summary, "after": stale, "steps": -1}
+    (folder / "summary.json").write_text(json.dumps(kept))
     assert main(["train", "--resume", "--out", str(folder)]) == 0
     for name in ("metrics.jsonl", "summary.json", "responses.jsonl"):
         assert (folder / name).read_bytes() == (finished / name).read_bytes()
-    assert (newest / "model.safetensors").stat().st_size > 100
+
+
+@pytest.mark.parametrize(
+    "missing", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+@pytest.mark.parametrize("torn", [False, True])
+def test_checkpoint_without_one_of_its_parts_is_left_aside(
+    missing: str, torn: bool, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    part = folder / "checkpoints" / f"checkpoint-{STEPS}" / missing
+    part.write_bytes(part.read_bytes()[:-9]) if torn else part.unlink()
+    checkpoint, broken = find_checkpoint(RunLog(folder), 2)
+    assert (checkpoint.step, checkpoint.is_last, broken) == (STEPS - 2, False, [f"checkpoint-{STEPS}"])
+
+
+@pytest.mark.parametrize(
+    ("replaced", "by", "whole"),
+    [
+        (["model.safetensors"], ["adapter_model.safetensors"], True),
+        (["model.safetensors", "optimizer.pt", "scheduler.pt"], ["global_step6/rank_0.pt"], True),
+        (["model.safetensors", "optimizer.pt", "scheduler.pt"], ["global_step6"], False),
+        (["model.safetensors", "optimizer.pt"], ["pytorch_model_fsdp_0/a.distcp", "optimizer_0/a.distcp"], True),
+        (["rng_state.pth"], ["rng_state_0.pth"], True),
+    ],
+)
+def test_checkpoints_in_other_layouts(
+    replaced: list[str], by: list[str], whole: bool, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(finished / "checkpoints" / "checkpoint-6", folder)
+    for old, new in zip_longest(replaced, by):
+        if new:
+            (folder / new).parent.mkdir(exist_ok=True)
+            shutil.copy(folder / old, folder / new) if "." in new else (folder / new).mkdir()
+        (folder / old).unlink()
+    assert bool(checkpoint_state(folder)) is whole
+
+
+@pytest.mark.parametrize("shards", [{"a": "model.safetensors"}, {"a": "model-00002-of-00002.safetensors"}])
+def test_checkpoint_needs_every_shard(shards: dict[str, str], finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(finished / "checkpoints" / "checkpoint-6", folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert bool(checkpoint_state(folder)) is ("model.safetensors" in shards.values())
 
 
 def test_resume_after_the_last_step_only_evaluates(finished: Path, tmp_path: Path) -> None:
@@ -168,6 +229,27 @@ def test_resume_refuses_another_run(finished: Path, capsys: pytest.CaptureFixtur
     )
 
 
+def test_run_without_metrics_resumes_and_is_reported(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    overrides = ["--set", "trl.logging_steps=100", "--set", "trl.max_steps=3"]
+    assert main(["train", str(run_file), "--out", str(folder), *overrides]) == 0
+    assert read_run(folder).metrics == ()
+    capsys.readouterr()
+    assert main(["report", str(folder)]) == 0
+    text = Path(capsys.readouterr().out.strip()).read_text()
+    assert "| sampled, T = 1 |" in text
+    assert "| run | rest | 3 |" in text
+    assert main(["train", "--resume", "--out", str(folder)]) == 0
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ValueError, match=r"none there.* after 3 steps"):
+        find_checkpoint(RunLog(folder), 2)
+    (folder / "timing.jsonl").unlink()
+    (folder / "responses.jsonl").unlink()
+    assert find_checkpoint(RunLog(folder), 2)[0].step == 0
+
+
 def test_existing_run_is_refused(finished: Path, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds a run already" in error_of(capsys, "train", str(run_file), "--out", str(finished))
 
@@ -180,6 +262,13 @@ def test_runs_whose_folder_nobody_chose_are_numbered(tmp_path: Path) -> None:
     assert free_folder(f"{tmp_path}/other") == f"{tmp_path}/other"
 
 
+def test_processes_of_one_launch_need_a_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "got 2 processes without --out" in error_of(capsys, "train")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -189,6 +278,12 @@ def test_runs_whose_folder_nobody_chose_are_numbered(tmp_path: Path) -> None:
         ("trl.save_steps=3", "expected a multiple of 2"),
         ("trl.beta=0.1", "got beta=0.1"),
         ("rest.format=xml", "format 'xml'; expected one of toolrl, hermes"),
+        ("trl.learning_rate=fast", "got trl.learning_rate = 'fast', expected float"),
+        ("trl.max_steps=1.5", "got trl.max_steps = 1.5, expected int"),
+        ("trl.bf16=1", "got trl.bf16 = 1, expected bool"),
+        ("trl.save_only_model=true", "expected checkpoints that a run can go on from"),
+        ("trl.deepspeed=x.json", "pip install deepspeed"),
+        ("eval.batch_size=0", "got eval.batch_size = 0, expected at least 1"),
         ("model.path=nowhere/at/all", "got tokenizer nowhere/at/all"),
         ("data.path=nowhere.jsonl", "No such file or directory"),
     ],
@@ -200,6 +295,34 @@ def test_mistakes_in_a_run_are_found_before_its_folder_is_made(
     arguments += ["--set", "trl.num_iterations=2"] if "save_steps" in override else []
     assert message in error_of(capsys, *arguments)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is here")
+def test_missing_vllm_is_found_before_the_folder_is_made(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(capsys, "train", str(run_file), "--out", str(tmp_path / "run"), "--set", "trl.use_vllm=true")
+    assert "pip install 'rest-rl[vllm]'" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "package"),
+    [
+        (ImportError("vLLM is not available. Please install it with `pip install trl[vllm]`."), "'rest-rl[vllm]'"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), "'rest-rl[peft]'"),
+        (ModuleNotFoundError("No module named 'a.b'", name="a.b"), "a"),
+        (ImportError("please `pip install -U bitsandbytes`"), "bitsandbytes"),
+        (ImportError("The 'deepspeed>=0.9.3' distribution was not found"), "deepspeed"),
+    ],
+)
+def test_missing_packages_are_named(error: ImportError, package: str) -> None:
+    assert missing_package(error).endswith(f"install it: pip install {package}")
+
+
+def test_values_of_the_trainer_that_fit_are_kept() -> None:
+    check_trl({"learning_rate": 1, "scale_rewards": False, "lr_scheduler_kwargs": {"a": 1}, "report_to": ["none"]})
+    check_trl({"max_steps": 5, "bf16": True, "save_total_limit": 2, "optim": "sgd", "delta": 2.0})
 
 
 def test_data_row_without_gold_is_named(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -395,11 +518,38 @@ def test_inspect_reads_entropies_from_a_file_and_refuses_others(
         assert "--entropies" in error_of(capsys, *arguments, "--entropies", wrong)
 
 
+def test_inspect_shows_characters_that_several_tokens_share(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "<think> 😀 語é </think>"
+    cut = tiny_tokenizer()("<think> 😀")["input_ids"][:-1]
+    rows = [{"response": text}, {"ids": cut}, {"ids": [*cut, tiny_tokenizer().eos_token_id]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["inspect", str(tmp_path / "rows.jsonl"), "--tokenizer", str(policy), "--preset", "grpo"]
+    assert main([*arguments, "--json"]) == 0
+    assert "\ufffd" in capsys.readouterr().out  # a token by itself has no character
+    assert main(arguments) == 0
+    whole, torn, ended = re.split("row [23]", capsys.readouterr().out)
+    assert text in whole
+    assert "\ufffd" not in whole
+    assert torn.count("\ufffd") == ended.count("\ufffd") == 1
+    assert "<|im_end|>" in ended
+
+
 def test_presets_are_run_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     out = capsys.readouterr().out
-    for name in ("rest", "paper", "authors-code", "grpo", "dr_grpo", "dapo"):
-        assert f"[{name}]" in out
+    for name, preset in PRESETS.items():
+        own = [part for part in re.split(r"\n(?=\[)", out) if part.startswith(f"[{name}.")]
+        expected = {f"[{name}.rest]", f"[{name}.trl]"}
+        expected |= {f"[{name}.rest.{table}]" for table in ("weights", "reward") if getattr(preset, table)}
+        expected |= {f"[{name}.rest.weights.constants]"} if preset.weights and preset.weights.constants else set()
+        assert {part.splitlines()[0] for part in own} == expected
+        config = RunConfig.from_toml("\n".join(own).replace(f"[{name}.", "["))
+        assert config.rest.resolve() == preset
+        args = trainer_config(replace(config, trl={**config.trl, "use_cpu": True, "bf16": False}))
+        assert (args.epsilon, args.epsilon_high or args.epsilon) == (preset.epsilon_low, preset.epsilon_high)
+        assert args.method() == preset
 
 
 def test_report_prints_where_it_is(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -440,6 +590,14 @@ def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> Non
         main(["train", "--nonsense"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_help_of_sft_says_that_it_fine_tunes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    shown = capsys.readouterr().out
+    for option in ("--set model=", "--set data=", "--set region_weights.name=2.0"):
+        assert option in shown
 
 
 def test_version_and_no_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,21 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+def test_resume_before_the_end_drops_the_evaluation_after_it(tmp_path: Path, is_last: bool) -> None:
+    whole = {"before": {"n": 1}, "steps": 5, "after": {"n": 2}}
+    start(tmp_path, steps=5).update_summary(**whole)
+    log = RunLog.resume(tmp_path, step=5 if is_last else 3, is_last=is_last)
+    assert log.read_summary() == (whole if is_last else {"before": {"n": 1}})
+
+
+def test_summary_that_is_no_object_is_named(tmp_path: Path) -> None:
+    start(tmp_path)
+    (tmp_path / SUMMARY).write_text("[]")
+    with pytest.raises(ValueError, match=r"summary\.json, which holds a list, expected an object"):
+        read_run(tmp_path)
+
+
 def test_resume_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no run.*without --resume"):
         RunLog.resume(tmp_path, 0)

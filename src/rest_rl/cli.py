@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -21,6 +22,15 @@ examples:
   rest-rl train run.toml --set rest.preset=grpo --set run.seed=1 --out runs/grpo-1
   rest-rl train --resume --out runs/grpo-1           go on after Ctrl-C, a crash or kill -9
   rest-rl report runs/grpo-* runs/rest-*             curves with mean and spread over seeds
+"""
+
+
+SFT_EPILOG = """\
+examples:
+  rest-rl sft --out runs/sft --set seed=1            the warm start from nothing
+  rest-rl sft --set model=DIR_OR_HUB_NAME --set data=samples.jsonl --set region_weights.name=2.0
+                                                     a given model on given samples, names weighed twice
+other fields: format (toolrl, hermes), trl.NAME (any field of TRL's SFTConfig, such as trl.max_steps=100)
 """
 
 
@@ -65,8 +75,11 @@ def _add_train(verbs: argparse._SubParsersAction[Parser]) -> None:
 def _add_sft(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb = verbs.add_parser(
         "sft",
-        help="make the embedded warm-start model from nothing",
-        description="Train the small model of the tool world from nothing by supervised steps.",
+        help="make the embedded warm-start model from nothing, or fine-tune a given model",
+        description="Train the small model of the tool world from nothing by supervised steps; or, with model and "
+        "data set, fine-tune that model on those samples with a loss weight per region.",
+        epilog=SFT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument("--out", metavar="DIR", default="runs/sft", help="where the model goes (default: %(default)s)")
     verb.add_argument("--set", action="append", default=[], metavar="KEY=C", help="set one field of SftConfig")
@@ -160,11 +173,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`| head`); Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
-        if arguments.debug:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        # Some integrations of the trainer report a missing package as a RuntimeError.
+        is_missing = isinstance(error, ImportError) or "pip install" in str(error)
+        if arguments.debug or (isinstance(error, RuntimeError) and not is_missing):
             raise
-        print(f"error: {one_line(str(error) or repr(error))}", file=sys.stderr)
+        message = missing_package(error) if is_missing and not isinstance(error, ValueError) else str(error)
+        print(f"error: {one_line(message or repr(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def missing_package(error: Exception) -> str:
+    """What to install after an import that failed."""
+    text = str(error)
+    patterns = (r"pip install (?:-\S+ )*['\"]?([\w.-]+)", r"'([\w-]+)[<>=]", r"No module named '(\w+)")
+    named = next((match[1].rstrip(".") for pattern in patterns if (match := re.search(pattern, text))), None)
+    extra = next((extra for extra in ("vllm", "peft") if extra in f"{named} {text}".lower()), None)
+    package = f"'rest-rl[{extra}]'" if extra else named
+    remedy = f"install it: pip install {package}" if package else "install it, or see --debug"
+    return f"got an import that failed ({text}), expected the package it needs; {remedy}"
 
 
 def one_line(text: str) -> str:

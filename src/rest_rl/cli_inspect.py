@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from rest_rl.cli_score import check_progress
 from rest_rl.config import preset_table
 from rest_rl.formats import get_format
 from rest_rl.jsonl import as_json, parse_row, read_lines, text_field
-from rest_rl.presets import PRESETS, get_preset, token_weights
+from rest_rl.presets import PRESETS, Preset, get_preset, token_weights
 from rest_rl.regions import tag_regions, token_bytes
 from rest_rl.response import Region
 from rest_rl.terminal import show_tokens
@@ -32,11 +33,17 @@ class Token(NamedTuple):
 
 
 def presets(arguments: argparse.Namespace) -> int:
-    """Print every preset as TOML, each table ready for a run file's `[rest]`."""
+    """Print every preset as the tables of a run file, `[NAME.rest]` and so on, ready to paste without `NAME.`."""
     del arguments
-    tables = {name: {"preset": name, **preset_table(preset)} for name, preset in PRESETS.items()}
-    print(tomli_w.dumps(tables).rstrip())
+    print(tomli_w.dumps({name: run_tables(preset) for name, preset in PRESETS.items()}).rstrip())
     return 0
+
+
+def run_tables(preset: Preset) -> dict[str, Any]:
+    """A preset as tables of a run file; the clip range is the trainer's."""
+    table = preset_table(preset)
+    clip = {"epsilon": table.pop("epsilon_low"), "epsilon_high": table.pop("epsilon_high")}
+    return {"rest": {"preset": preset.name, **table}, "trl": clip}
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -55,7 +62,7 @@ def inspect(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(as_json({"tokens": [token._asdict() for token in tokens]}))
         else:
-            show_tokens(f"row {number}", tokens)
+            show_tokens(f"row {number}", with_whole_characters(tokens, tokenizer))
     return 0
 
 
@@ -79,6 +86,16 @@ def inspect_ids(ids: Sequence[int], tokenizer: Any, settings: Mapping[str, Any])
         )
         for i, piece, region, weight in zip(ids, pieces, regions_BT[0], weights_BT[0], strict=True)
     ]
+
+
+def with_whole_characters(tokens: Sequence[Token], tokenizer: Any) -> list[Token]:
+    """The tokens with each character at the one that completes it, for characters cut into several tokens."""
+    pieces = token_bytes(tokenizer).split([token.id for token in tokens])
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    texts = [decoder.decode(piece) if piece else token.text for token, piece in zip(tokens, pieces, strict=True)]
+    if texts:
+        texts[-1] += decoder.decode(b"", final=True)
+    return [token._replace(text=text) for token, text in zip(tokens, texts, strict=True)]
 
 
 def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:

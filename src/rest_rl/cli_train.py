@@ -122,7 +122,7 @@ def train(arguments: argparse.Namespace) -> int:
     bench = Bench(model, tokenizer, prompts, config)
     bench.measure("before", log, screen)
     if checkpoint.is_last:
-        bench.model, _ = load_policy(replace(config.model, path=str(checkpoint.folder)))
+        step, (bench.model, _) = checkpoint.step, load_policy(replace(config.model, path=str(checkpoint.folder)))
     else:
         trainer, recorder = build_trainer(config, args, model, tokenizer, samples, log, screen)
         with screen.bar(checkpoint.step, args.max_steps), stopping(recorder, screen):
@@ -130,7 +130,7 @@ def train(arguments: argparse.Namespace) -> int:
         if recorder.stop_requested and step < trainer.state.max_steps:
             screen.say(f"stopped after step {step}; go on with: rest-rl train --resume --out {log.folder}")
             return EXIT_INTERRUPTED
-        log.update_summary(steps=step, preset=config.rest.preset, seed=config.run.seed)
+    log.update_summary(steps=step, preset=config.rest.preset, seed=config.run.seed)
     bench.measure("after", log, screen)
     if is_first:
         finish(log, screen)
@@ -155,8 +155,7 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
     if arguments.out:
         asked = placed(asked, arguments.out)
     if not arguments.resume:
-        is_default = not (arguments.run or arguments.out)
-        return placed(asked, free_folder(asked.run.out)) if is_default else asked
+        return asked if arguments.run or arguments.out else placed(asked, free_folder(asked.run.out))
     recorded = Path(asked.run.out) / CONFIG
     if not recorded.is_file():
         raise ValueError(f"got --resume and {asked.run.out}, which holds no run, expected a run folder; pass its --out")
@@ -172,7 +171,12 @@ def placed(config: RunConfig, out: str) -> RunConfig:
 
 
 def free_folder(out: str) -> str:
-    """`out`, or `out-2`, `out-3`, ... if it holds a run already; for runs whose folder nobody chose."""
+    """`out`, or `out-2`, `out-3`, ... if it holds a run already; for runs whose folder nobody chose.
+
+    ValueError in a launch of several processes.
+    """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # each would look for a folder of its own
+        raise ValueError(f"got {processes} processes without --out, expected one folder for all; pass --out DIR")
     names = chain([out], (f"{out}-{number}" for number in count(2)))
     return next(name for name in names if not (Path(name) / CONFIG).exists())
 
@@ -218,7 +222,8 @@ def open_run(
     if broken:
         screen.say(f"{', '.join(broken)} is not whole and is left aside")
     screen.say(f"resuming after step {checkpoint.step}")
-    return RunLog.resume(config.run.out, checkpoint.step, enabled=enabled), checkpoint
+    log = RunLog.resume(config.run.out, checkpoint.step, is_last=checkpoint.is_last, enabled=enabled)
+    return log, checkpoint
 
 
 @contextmanager

@@ -73,14 +73,19 @@ class RunLog:
         return log
 
     @classmethod
-    def resume(cls, folder: str | Path, step: int, *, enabled: bool = True) -> RunLog:
-        """Go on with the run in `folder` from a checkpoint at `step`: later rows and a torn last line are removed."""
+    def resume(cls, folder: str | Path, step: int, *, is_last: bool = False, enabled: bool = True) -> RunLog:
+        """Go on with the run in `folder` from a checkpoint at `step`: later rows and a torn last line are removed.
+
+        Unless `step` is the run's last one, the summary keeps the evaluation before training alone.
+        """
         log = cls(folder, enabled=enabled)
         if not (log.folder / CONFIG).is_file():
             raise ValueError(f"got {folder}, which holds no run, expected a run folder; start one without --resume")
         log._make_folders()
         for name in (METRICS, RESPONSES, TIMING):
             log._keep_until(name, step)
+        if not is_last and (summary := log.read_summary()):
+            log._write(SUMMARY, as_json({key: summary[key] for key in ("before",) if key in summary}, indent=2) + "\n")
         return log
 
     @property
@@ -192,9 +197,12 @@ def read_object(path: Path) -> Row:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"got {path}, not JSON ({error}), expected an object; restore or delete it") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"got {path}, which holds a {type(value).__name__}, expected an object; restore or delete it")
+    return value
 
 
 def cut_back(path: Path, size: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
+import typing
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +16,14 @@ from typing import Any, NamedTuple, Protocol
 from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+from trl import GRPOConfig
 
-from rest_rl.config import RunConfig, unknown_key
+from rest_rl.config import RunConfig, describe, fits, options, unknown_key
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import get_format
 from rest_rl.presets import Preset
 from rest_rl.regions import decode_ids
-from rest_rl.runlog import CHECKPOINTS, METRICS, RunLog, read_rows, unwritable
+from rest_rl.runlog import CHECKPOINTS, METRICS, RESPONSES, TIMING, RunLog, read_rows, unwritable
 from rest_rl.train.prompts import training_dataset
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
 from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
@@ -98,10 +101,7 @@ def steps_per_generation(args: Any) -> int:
 
 def trainer_config(config: RunConfig) -> ResTConfig:
     """The trainer's configuration: `[trl]` as it stands, the rest from the other tables."""
-    fields = {field.name for field in dataclasses.fields(ResTConfig) if field.init}
-    for name in config.trl:
-        if name not in fields or name in OWNED:
-            raise ValueError(unknown_key(f"trl.{name}", name, fields - set(OWNED)))
+    check_trl(config.trl)
     rest = dataclasses.asdict(config.rest)
     if rest["entropy_decay"] is None:
         del rest["entropy_decay"]
@@ -124,6 +124,29 @@ def trainer_config(config: RunConfig) -> ResTConfig:
             "that share one batch of responses, or a resumed run would differ; change save_steps"
         )
     return args
+
+
+def check_trl(table: Mapping[str, Any]) -> None:
+    """ValueError for a key or value of `[trl]` that the trainer would not take, or could not resume from."""
+    fields = {field.name for field in dataclasses.fields(ResTConfig) if field.init} - set(OWNED)
+    hints = {**typing.get_type_hints(ResTConfig), **typing.get_type_hints(GRPOConfig)}
+    for name, value in table.items():
+        if name not in fields:
+            raise ValueError(unknown_key(f"trl.{name}", name, fields))
+        # Others are left to the trainer; some of its texts (scale_rewards) may be true or false as well.
+        is_plain = all(option in (int, float, bool, str, type(None)) for option in options(hints[name]))
+        is_switch = isinstance(value, bool) and str in options(hints[name])
+        if is_plain and not is_switch and not fits(value, hints[name]):
+            raise ValueError(f"got trl.{name} = {value!r}, expected {describe(hints[name])}; change the value")
+    if table.get("save_only_model"):
+        raise ValueError(
+            "got trl.save_only_model = true, expected checkpoints that a run can go on from; remove it (the weights "
+            "alone are in each checkpoint's model.safetensors)"
+        )
+    if table.get("use_vllm") and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            "got trl.use_vllm = true without the package vllm, expected it; pip install 'rest-rl[vllm]', or remove it"
+        )
 
 
 def build_trainer(
@@ -204,7 +227,7 @@ def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[st
         if state := checkpoint_state(folder):
             return Checkpoint(state["global_step"], folder, state["global_step"] >= state["max_steps"]), broken
         broken.append(folder.name)
-    finished = max((row.get("step", 0) for row in read_rows(log.folder / METRICS)), default=0)
+    finished = finished_steps(log)
     if finished > save_steps:
         found = f"broken: {', '.join(broken)}" if broken else "none there"
         raise ValueError(
@@ -214,6 +237,13 @@ def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[st
     return Checkpoint(0), broken
 
 
+def finished_steps(log: RunLog) -> int:
+    """The steps that a run has certainly finished; the metrics alone may lag by `logging_steps`."""
+    logged = [row.get("step", 0) for name in (METRICS, TIMING) for row in read_rows(log.folder / name)]
+    begun = [row.get("step", 1) - 1 for row in read_rows(log.folder / RESPONSES)]
+    return max([*logged, *begun], default=0)
+
+
 def checkpoint_step(folder: Path) -> int:
     """The step in a checkpoint's name, -1 if there is none."""
     number = folder.name.rpartition("-")[2]
@@ -221,14 +251,38 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def checkpoint_state(folder: Path) -> dict[str, Any] | None:
-    """The trainer's state in a checkpoint; None unless every file can be opened and the state belongs to its step."""
+    """The trainer's state in a checkpoint.
+
+    None unless every part is there, every file can be opened and the state belongs to its step.
+    """
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         for weights in folder.glob("*.safetensors"):
             with safe_open(weights, framework="pt"):
                 pass
         tensors = [*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]
-        whole = bool(tensors) and all(zipfile.is_zipfile(path) for path in tensors)
-    except (OSError, ValueError, SafetensorError):
+        whole = has_all_parts(folder) and all(zipfile.is_zipfile(path) for path in tensors)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError):
         return None
-    return state if whole and state.get("global_step") == checkpoint_step(folder) and "max_steps" in state else None
+    if not whole or not isinstance(state, dict) or not isinstance(state.get("max_steps"), int):
+        return None
+    return state if state.get("global_step") == checkpoint_step(folder) else None
+
+
+def has_all_parts(folder: Path) -> bool:
+    """Whether a checkpoint holds weights, optimizer, schedule and random state, in whole or in shards.
+
+    The trainer loads what it finds: without its file an optimizer would silently start anew.
+    """
+    is_deepspeed = any(folder.glob("global_step*/*"))  # holds weights, optimizer and schedule; not looked into
+    indices = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.safetensors.index.json")]
+    shards = {shard for index in indices for shard in index["weight_map"].values()} if indices else set()
+    if not all((folder / shard).is_file() for shard in shards):
+        return False
+    parts = {
+        "weights": ("*.safetensors", "pytorch_model_fsdp*"),
+        "optimizer": ("optimizer.pt", "optimizer.bin", "optimizer_*/*"),
+        "schedule": ("scheduler.pt",),
+    }
+    found = {part: any(any(folder.glob(pattern)) for pattern in patterns) for part, patterns in parts.items()}
+    return any(folder.glob("rng_state*.pth")) and (is_deepspeed or all(found.values()))
