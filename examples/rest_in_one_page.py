@@ -125,7 +125,7 @@ def rewards_of(
     ]
 
 
-def smooth(old: RegionStatistics | None, new: RegionStatistics, decay: float = 0.5) -> RegionStatistics:
+def smooth(old: RegionStatistics | None, new: RegionStatistics, decay: float = 0.7) -> RegionStatistics:
     """Moving average over steps, by token counts: sums and counts decay alike (`EntropyTracker` in the trainer)."""
     if old is None:
         return new
@@ -171,14 +171,12 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
 def report(
     step: int, accuracy: float, flat: float, rewards: list[Reward], measured: RegionStatistics, weights_BT: Tensor
 ) -> None:
-    """One line: scores, the share of groups that teach nothing, the entropy of each region, the spread of the weights."""
+    """One line: scores, share of groups that teach nothing, entropy of each region, spread of the weights."""
     exact = sum(reward.format == 1 == reward.accuracy for reward in rewards) / len(rewards)
     entropies = " ".join(f"{Region(r).label} {measured.entropies_R[r]:.2f}" for r in range(NUM_REGIONS - 1))
     low, high = weights_BT[weights_BT > 0].min(), weights_BT.max()
-    print(
-        f"step {step:3d}  S_acc {accuracy:.3f}  exact {exact:.3f}  flat {flat:.2f}  H: {entropies}  w: {low:.2f}..{high:.2f}",
-        flush=True,
-    )
+    scores = f"S_acc {accuracy:.3f}  exact {exact:.3f}  flat {flat:.2f}"
+    print(f"step {step:3d}  {scores}  H: {entropies}  w: {low:.2f}..{high:.2f}", flush=True)
 
 
 if __name__ == "__main__":
