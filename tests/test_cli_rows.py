@@ -1,0 +1,199 @@
+"""The verbs that train nothing: score, inspect and presets; every bad row and missing package is one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rest_rl.cli import main, missing_package
+from rest_rl.config import RunConfig
+from rest_rl.presets import PRESETS
+from rest_rl.train.run import trainer_config
+from tests.test_cli import GOLD, RIGHT, error_of, lines
+from tests.tiny_policy import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+# score
+
+
+def score(capsys: pytest.CaptureFixture[str], path: Path, rows: list[object], *options: str) -> list[dict]:
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text(text + "\n")
+    assert main(["score", str(path), *options]) == 0
+    return lines(capsys.readouterr().out)
+
+
+def test_score_gives_one_line_per_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = RIGHT.replace('"x": 1', '"x": 2')
+    rows = [{"response": text, "gold": GOLD} for text in (RIGHT, wrong, "nothing")]
+    scored = score(capsys, tmp_path / "rows.jsonl", rows)
+    assert scored[0]["accuracy"] == 1.0
+    assert scored[0]["reward"] == 1.0
+    assert scored[0]["explanation"] == []
+    # names 1, keys 1, values 0 of 1 + 1 + 1 points
+    assert scored[1]["accuracy"] == pytest.approx(2 / 3)
+    assert scored[1]["explanation"][0]["kind"] == "value"
+    assert scored[2]["reward"] == 0.0
+
+
+def test_score_follows_progress_and_the_rows_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"response": RIGHT.replace('"x": 1', '"x": 2'), "gold": GOLD}
+    early, late = (
+        score(capsys, tmp_path / "rows.jsonl", [row], "--progress", progress)[0]["reward"] for progress in ("0", "1")
+    )
+    # accuracy 2/3 with share 0.3 at first and 0.8 at last, format 1 with the rest
+    assert early == pytest.approx(2 / 3 * 0.3 + 0.7)
+    assert late == pytest.approx(2 / 3 * 0.8 + 0.2)
+    assert score(capsys, tmp_path / "rows.jsonl", [{**row, "step": 150}])[0]["reward"] == pytest.approx(late)
+
+
+def test_score_of_the_published_code_counts_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"response": RIGHT, "gold": GOLD, "step": step} for step in (0, 75, 150)]
+    scored = score(capsys, tmp_path / "rows.jsonl", rows, "--preset", "authors-code")
+    # format 2 - step/150, correctness 2 + step/150: 4 throughout
+    assert [(row["format"], row["accuracy"]) for row in scored] == [(2.0, 2.0), (1.5, 2.5), (1.0, 3.0)]
+
+
+BAD_ROWS = [
+    "{",
+    "3",
+    "[" * 100_000,
+    {"response": RIGHT},
+    {"gold": GOLD},
+    {"response": 3, "gold": GOLD},
+    {"response": RIGHT, "gold": {"calls": "f"}},
+    {"response": RIGHT, "gold": {"calls": [{"name": "f"}]}},
+    {"response": RIGHT, "gold": {"calls": [], "answer": 3}},
+    {"response": RIGHT, "gold": GOLD, "step": "late"},
+    {"response": RIGHT, "gold": GOLD, "step": -1},
+    {"response": RIGHT, "gold": GOLD, "step": True},
+]
+
+
+def test_score_turns_bad_rows_into_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"response": "\ud800 \u2028" + RIGHT, "gold": GOLD}
+    scored = score(capsys, tmp_path / "rows.jsonl", [*BAD_ROWS, good])
+    assert [row["row"] for row in scored[:-1]] == list(range(1, len(BAD_ROWS) + 1))
+    assert all(row["error"].startswith("got ") for row in scored[:-1])
+    assert scored[-1]["accuracy"] == 1.0
+
+
+def test_score_reads_bytes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"response": "\xff"}\n\n')
+    assert main(["score", str(tmp_path / "rows.jsonl")]) == 0
+    assert lines(capsys.readouterr().out)[0]["row"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--preset", "best"], "preset 'best'"),
+        (["--format", "xml"], "format 'xml'"),
+        (["--progress", "2"], "--progress 2.0"),
+        ([], "nowhere.jsonl (No such file or directory)"),
+    ],
+)
+def test_score_mistakes_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of(capsys, "score", "nowhere.jsonl", *options)
+
+
+# inspect, presets, report
+
+
+def test_inspect_gives_every_token_region_and_weight(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = '<think> a</think>\n<tool_call>\n{"name": "f", "parameters": {"x": 1}}\n</tool_call>'
+    ids = tiny_tokenizer()(text)["input_ids"]
+    rows = [{"response": text}, {"response": "ignored", "ids": ids}, {"ids": [10**9]}, {"ids": "x"}, {"ids": []}]
+    end = tiny_tokenizer().eos_token_id
+    rows += [{"ids": [end]}, {"response": "\ud800"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["inspect", str(tmp_path / "rows.jsonl"), "--tokenizer", str(policy), "--progress", "0"]
+    assert main([*arguments, "--entropies", '{"name": 0.1, "reasoning": 2.0}', "--json"]) == 0
+    by_text, by_ids, unknown, wrong, empty, ended, surrogate = lines(capsys.readouterr().out)
+    assert by_text == by_ids
+    assert [token["text"] for token in surrogate["tokens"]] == ["?"]
+    assert "".join(token["text"] for token in by_text["tokens"]) == text
+    weight = {token["region"]: token["weight"] for token in by_text["tokens"]}
+    assert weight["name"] > weight["reasoning"]
+    assert sum(token["weight"] for token in by_text["tokens"]) == pytest.approx(len(ids), rel=1e-5)
+    assert ended["tokens"][-1] == {"id": end, "text": "<|im_end|>", "region": "format", "weight": 1.0}
+    assert "expected ids below" in unknown["error"]
+    assert wrong["row"] == 4
+    assert empty == {"tokens": []}
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "mean weight" in shown
+    assert '"parameters"' in shown
+
+
+def test_inspect_reads_entropies_from_a_file_and_refuses_others(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"response": RIGHT}))
+    (tmp_path / "entropies.json").write_text('{"name": 0.5}')
+    arguments = ["inspect", str(tmp_path / "rows.jsonl"), "--tokenizer", str(policy)]
+    assert main([*arguments, "--entropies", str(tmp_path / "entropies.json"), "--json"]) == 0
+    capsys.readouterr()
+    for wrong in ('{"nome": 1}', '{"name": -1}', "{", "nowhere.json"):
+        assert "--entropies" in error_of(capsys, *arguments, "--entropies", wrong)
+
+
+def test_inspect_shows_characters_that_several_tokens_share(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "<think> 😀 語é </think>"
+    cut = tiny_tokenizer()("<think> 😀")["input_ids"][:-1]
+    rows = [{"response": text}, {"ids": cut}, {"ids": [*cut, tiny_tokenizer().eos_token_id]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["inspect", str(tmp_path / "rows.jsonl"), "--tokenizer", str(policy), "--preset", "grpo"]
+    assert main([*arguments, "--json"]) == 0
+    assert "\ufffd" in capsys.readouterr().out  # a token by itself has no character
+    assert main(arguments) == 0
+    whole, torn, ended = re.split("row [23]", capsys.readouterr().out)
+    assert text in whole
+    assert "\ufffd" not in whole
+    assert torn.count("\ufffd") == ended.count("\ufffd") == 1
+    assert "<|im_end|>" in ended
+
+
+def test_presets_are_run_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    out = capsys.readouterr().out
+    for name, preset in PRESETS.items():
+        own = [part for part in re.split(r"\n(?=\[)", out) if part.startswith(f"[{name}.")]
+        expected = {f"[{name}.rest]", f"[{name}.trl]"}
+        expected |= {f"[{name}.rest.{table}]" for table in ("weights", "reward") if getattr(preset, table)}
+        expected |= {f"[{name}.rest.weights.constants]"} if preset.weights and preset.weights.constants else set()
+        assert {part.splitlines()[0] for part in own} == expected
+        config = RunConfig.from_toml("\n".join(own).replace(f"[{name}.", "["))
+        assert config.rest.resolve() == preset
+        args = trainer_config(replace(config, trl={**config.trl, "use_cpu": True, "bf16": False}))
+        assert (args.epsilon, args.epsilon_high or args.epsilon) == (preset.epsilon_low, preset.epsilon_high)
+        assert args.method() == preset
+
+
+@pytest.mark.parametrize(
+    ("error", "package"),
+    [
+        (ImportError("vLLM is not available. Please install it with `pip install trl[vllm]`."), "'rest-rl[vllm]'"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), "'rest-rl[peft]'"),
+        (ModuleNotFoundError("No module named 'a.b'", name="a.b"), "a"),
+        (ImportError("please `pip install -U bitsandbytes`"), "bitsandbytes"),
+        (ImportError("The 'deepspeed>=0.9.3' distribution was not found"), "deepspeed"),
+    ],
+)
+def test_missing_packages_are_named(error: ImportError, package: str) -> None:
+    assert missing_package(error).endswith(f"install it: pip install {package}")
