@@ -35,7 +35,7 @@ def load_policy(config: ModelTable) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), use_safetensors=True)
     except Exception as error:  # the loaders raise a dozen types: OSError, SafetensorError, KeyError, ...
         raise unreadable("model", path, error) from error
     return model, tokenizer
