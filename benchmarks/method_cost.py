@@ -40,7 +40,7 @@ def responses(count: int, rng: random.Random) -> list[tuple[str, Gold]]:
     """Responses of about 400 tokens with one to three calls, most of them not quite their gold."""
     rows = []
     for _ in range(count):
-        thought = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(180, 320)))
+        thought = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(250, 410)))
         gold = [
             ToolCall(
                 f"get_{rng.choice(WORDS)}_{n}", {f"key_{k}": rng.choice(WORDS) for k in range(rng.randrange(1, 4))}

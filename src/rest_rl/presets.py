@@ -15,7 +15,7 @@ from torch import Tensor
 from rest_rl.advantages import AdvantageKind
 from rest_rl.authors_code import authors_normalise, authors_weights
 from rest_rl.formats import ToolFormat, get_format
-from rest_rl.regions import region_means, tag_regions, token_bytes
+from rest_rl.regions import region_means, region_sums, tag_regions, token_bytes
 from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.rewards import RewardConfig
 from rest_rl.scoring import PRESET_REWARDS, authors_step
@@ -154,7 +154,7 @@ def _statistics(
     entropies: Tensor | Mapping[str, float] | None,
     collisions: Tensor | Mapping[str, float] | None,
 ) -> RegionStatistics:
-    counts_R = torch.bincount(regions_BT[mask_BT.bool()], minlength=NUM_REGIONS).double()
+    _, counts_R = region_sums(torch.zeros(regions_BT.shape), regions_BT, mask_BT)
     collisions_R = None if collisions is None else _means(collisions, regions_BT, mask_BT)
     return RegionStatistics(counts_R, _means(entropies, regions_BT, mask_BT), collisions_R)
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from operator import itemgetter
 from typing import Any
 
@@ -235,14 +236,16 @@ def tag_regions(
     tag_ids = _tag_ids(table, tags)
     mask = mask_BT.detach().cpu().numpy().astype(bool)
     ids = table.known(ids_BT.detach().cpu().numpy())
-    layout = _ByteLayout()
-    for row_ids, row_mask in zip(ids, mask, strict=True):
-        _lay_out_row(layout, row_ids[row_mask].tolist(), table, tag_ids, find_spans)
+    ids_N = ids[mask]  # the unmasked tokens of all responses, one after the other
+    layout, tokens, at = _ByteLayout(), ids_N.tolist(), 0
+    for end in np.cumsum(mask.sum(-1)).tolist():
+        _lay_out_row(layout, tokens[at:end], table, tag_ids, find_spans)
+        at = end
     if table.pieces_V:
-        layout.token_lengths = [table.lengths_V[ids[mask]]]
+        layout.token_lengths = [table.lengths_V[ids_N]]
     regions_N = _regions_of_tokens(layout)
     if table.eos_id is not None:
-        regions_N[ids[mask] == table.eos_id] = int(Region.FORMAT)
+        regions_N[ids_N == table.eos_id] = int(Region.FORMAT)
     regions = np.full(ids.shape, int(Region.OTHER), dtype=np.int64)
     regions[mask] = regions_N
     return torch.from_numpy(regions).to(ids_BT.device)
@@ -279,30 +282,22 @@ def _lay_out_row(
 
 def _lay_out_spans(layout: _ByteLayout, text: str, spans: Sequence[Span]) -> None:
     """Append the runs of one response; characters become bytes on the way."""
-    starts, regions = layout.run_starts, layout.run_regions
-    ascii_only, char, byte = text.isascii(), 0, layout.total
-
-    def to_byte(position: int) -> int:
-        nonlocal char, byte
-        part = text[char:position]
-        byte += len(part) if ascii_only else len(part.encode("utf-8", "surrogateescape"))
-        char = position
-        return byte
-
-    for span in spans:
-        start = to_byte(span.start)
-        starts.append(start)
-        regions.append(span.region)
-        starts.append(to_byte(span.end))
-        regions.append(Region.OTHER)
-    layout.total = to_byte(len(text)) + 1
-    starts.append(layout.total)
-    regions.append(Region.OTHER)
+    bounds = [bound for span in spans for bound in (span.start, span.end)] + [len(text)]
+    if not text.isascii():
+        parts = [text[a:b].encode("utf-8", "surrogateescape") for a, b in zip([0, *bounds], bounds, strict=False)]
+        bounds = list(accumulate(map(len, parts)))
+    base = layout.total
+    layout.total += bounds[-1] + 1
+    layout.run_starts.extend([base + bound for bound in bounds[:-1]])
+    layout.run_regions.extend([region for span in spans for region in (span.region, Region.OTHER)])
+    layout.run_starts.append(layout.total)
+    layout.run_regions.append(Region.OTHER)
 
 
 def _regions_of_tokens(layout: _ByteLayout) -> np.ndarray:
     """The region of every token of the layout, in order: that of most of its bytes."""
-    run_starts, run_regions = np.array(layout.run_starts), np.array(layout.run_regions)
+    run_starts = np.array(layout.run_starts, dtype=np.int64)
+    run_regions = np.array(layout.run_regions, dtype=np.int64)
     keep = np.append(run_starts[1:] > run_starts[:-1], True)  # of runs that start together only the last has bytes
     run_starts, run_regions = run_starts[keep], run_regions[keep]
     row_starts = np.cumsum([0, *layout.num_tokens])
@@ -317,8 +312,7 @@ def _regions_of_tokens(layout: _ByteLayout) -> np.ndarray:
     first = _runs_at(starts, run_starts)
     last = _runs_at(np.maximum(ends - 1, starts), run_starts)
     regions = run_regions[first]
-    straddling = np.flatnonzero(run_regions[last] != regions)
-    straddling = np.union1d(straddling, np.flatnonzero(last - first > 1))
+    straddling = np.flatnonzero((run_regions[last] != regions) | (last - first > 1))
     if len(straddling):
         order = np.array(TIE_ORDER)
         is_region = run_regions[:, None] == order
@@ -351,10 +345,12 @@ def region_sums(values_BT: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> tuple
             f"got values {tuple(values_BT.shape)}, regions {tuple(regions_BT.shape)} and mask {tuple(mask_BT.shape)}, "
             "expected one shape"
         )
-    mask = mask_BT.bool()
-    index = regions_BT[mask]
-    sums_R = torch.bincount(index, weights=values_BT.detach()[mask].double(), minlength=NUM_REGIONS)
-    return sums_R, torch.bincount(index, minlength=NUM_REGIONS).double()
+    bins_N = torch.where(
+        mask_BT.bool(), regions_BT, NUM_REGIONS
+    ).flatten()  # masked tokens fall into a bin of their own
+    sums = torch.bincount(bins_N, weights=values_BT.detach().double().flatten(), minlength=NUM_REGIONS + 1)
+    counts = torch.bincount(bins_N, minlength=NUM_REGIONS + 1)
+    return sums[:NUM_REGIONS], counts[:NUM_REGIONS].double()
 
 
 def region_means(values_BT: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
