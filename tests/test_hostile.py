@@ -104,7 +104,7 @@ def check_weights(rows: list[list[int]], kind: str, rng: random.Random) -> None:
                 assert torch.allclose(means_B, (mask_BT.sum(-1) > 0).float(), atol=1e-5)
 
 
-def campaign(num_responses: int, seed: int) -> None:
+def check_campaign(num_responses: int, seed: int) -> None:
     rng = random.Random(seed)
     for start in range(0, num_responses, 64):
         kind = rng.choice(list(KINDS))
@@ -122,12 +122,12 @@ def campaign(num_responses: int, seed: int) -> None:
 
 
 def test_two_thousand_hostile_responses():
-    campaign(2_048, seed=0)
+    check_campaign(2_048, seed=0)
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_hostile_responses():
-    campaign(100_000, seed=1)
+    check_campaign(100_000, seed=1)
 
 
 def huge_texts(megabytes: float) -> dict[str, str]:
