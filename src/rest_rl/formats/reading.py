@@ -1,0 +1,111 @@
+"""What the parsers of the formats share: the running reading of one response, blocks between tags, checked text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rest_rl.response import Region, Span, ToolCall
+
+MAX_PROBLEMS = 20
+
+
+class Block(NamedTuple):
+    """A complete block `<tag>inner</tag>`: `[start, end)` with its tags, `[inner_start, inner_end)` without."""
+
+    tag: str
+    start: int
+    inner_start: int
+    inner_end: int
+    end: int
+
+
+_NO_SPAN = Span(-1, -1, Region.OTHER)
+
+
+class Tag(NamedTuple):
+    """A tag that neither opens nor closes a block."""
+
+    position: int
+    text: str
+
+
+@dataclass(slots=True)
+class Reading:
+    """What has been read so far, in text order."""
+
+    wants_spans: bool
+    spans: list[Span] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unreadable_calls: int = 0
+
+    def mark(self, start: int, end: int, region: Region) -> None:
+        """Add a span, joined to its neighbour when that has the same region; OTHER is left as a gap."""
+        if start >= end or region is Region.OTHER or not self.wants_spans:
+            return
+        last = self.spans[-1] if self.spans else _NO_SPAN
+        if last.end == start and last.region is region:
+            self.spans[-1] = Span(last.start, end, region)
+        else:
+            self.spans.append(Span(start, end, region))
+
+    def complain(self, problem: str) -> None:
+        """Keep a problem, the first `MAX_PROBLEMS` of them."""
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(problem)
+
+    def complain_of_tags(self, strays: Sequence[Tag], nested: Sequence[Tag]) -> None:
+        """Keep the positions of tags that belong to no block and of tags inside blocks."""
+        for word, tags in (("unmatched", strays), ("inside a block:", nested)):
+            for tag in tags[:MAX_PROBLEMS]:
+                self.complain(f"{word} {tag.text} at character {tag.position}")
+
+    def mark_parts(self, start: int, end: int, parts: Sequence[Span], rest: Region) -> None:
+        """Mark the parts, which count from `start`, and what lies between them up to `end`."""
+        at = start
+        for part in parts if self.wants_spans else ():
+            self.mark(at, start + part.start, rest)
+            self.mark(start + part.start, start + part.end, part.region)
+            at = start + part.end
+        self.mark(at, end, rest)
+
+
+def find_blocks(text: str, pattern: re.Pattern[str]) -> tuple[list[Block], list[Tag], list[Tag]]:
+    """The complete blocks in order, the unmatched tags outside them, the tags inside them. Linear time."""
+    blocks: list[Block] = []
+    strays: list[Tag] = []
+    nested: list[Tag] = []
+    last_close: dict[str, int] = {}
+    opened: re.Match[str] | None = None
+    for match in pattern.finditer(text):
+        closes, tag = match.group(1) == "/", match.group(2)
+        if opened is None:
+            if tag not in last_close:
+                last_close[tag] = text.rfind(f"</{tag}>")
+            if closes or last_close[tag] < match.end():
+                strays.append(Tag(match.start(), match.group()))
+            else:
+                opened = match
+        elif closes and tag == opened.group(2):
+            blocks.append(Block(tag, opened.start(), opened.end(), match.start(), match.end()))
+            opened = None
+        else:
+            nested.append(Tag(match.start(), match.group()))
+    return blocks, strays, nested
+
+
+def checked(text: str, forbidden: Sequence[str], what: str) -> str:
+    """The text without its outer white space; ValueError when it contains one of the forbidden strings."""
+    for tag in forbidden:
+        if tag in text:
+            raise ValueError(f"the {what} contains {tag!r}, which ends or opens a block of the format; remove it")
+    return text.strip()
+
+
+def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
+    """One JSON description per line."""
+    return "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)

@@ -1,0 +1,101 @@
+"""The format of ToolRL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rest_rl.formats.json_calls import call_lines, dump_call, read_call
+from rest_rl.formats.reading import Block, Reading, checked, describe_tools, find_blocks
+from rest_rl.response import ParsedResponse, Region, ToolCall
+
+
+@dataclass(frozen=True)
+class ToolRLFormat:
+    """ToolRL's tags (https://github.com/qiancheng0/ToolRL): one think block, one call block, one response block.
+
+    Each line of the call block is one JSON object keyed `name` and `parameters`. The think block is required; a
+    call block and a response block follow as needed, in this order.
+    """
+
+    name: str = "toolrl"
+    tags: tuple[str, ...] = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<response>", "</response>")
+
+    _pattern = re.compile(r"<(/?)(think|tool_call|response)>")
+    _layouts = (("think",), ("think", "tool_call"), ("think", "response"), ("think", "tool_call", "response"))
+
+    def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
+        """Read a response; never raises."""
+        blocks, strays, nested = find_blocks(text, self._pattern)
+        reading = Reading(wants_spans=spans)
+        at = 0
+        for block in blocks:
+            self._read_gap(reading, text, at, block.start)
+            reading.mark(block.start, block.inner_start, Region.FORMAT)
+            self._read_block(reading, text, block)
+            reading.mark(block.inner_end, block.end, Region.FORMAT)
+            at = block.end
+        if blocks:
+            self._read_gap(reading, text, at, len(text))
+        reading.complain_of_tags(strays, nested)
+        layout = tuple(block.tag for block in blocks)
+        if layout not in self._layouts:
+            reading.complain(
+                f"expected the blocks think, tool_call, response once and in order, got {list(layout)[:9]}"
+            )
+        inner = {block.tag: text[block.inner_start : block.inner_end].strip() for block in reversed(blocks)}
+        return ParsedResponse(
+            thought=inner.get("think"),
+            calls=tuple(reading.calls),
+            answer=inner.get("response"),
+            spans=tuple(reading.spans),
+            problems=tuple(reading.problems),
+            well_formed=layout in self._layouts and not strays and not nested,
+            attempted_call="tool_call" in inner or any(tag.text == "<tool_call>" for tag in strays),
+            unreadable_calls=reading.unreadable_calls,
+        )
+
+    @staticmethod
+    def _read_gap(reading: Reading, text: str, start: int, end: int) -> None:
+        if text[start:end].isspace():
+            reading.mark(start, end, Region.FORMAT)
+        elif start < end:
+            reading.complain(f"text outside the blocks at character {start}")
+
+    @staticmethod
+    def _read_block(reading: Reading, text: str, block: Block) -> None:
+        if block.tag != "tool_call":
+            region = Region.REASONING if block.tag == "think" else Region.ANSWER
+            reading.mark(block.inner_start, block.inner_end, region)
+            return
+        at = block.inner_start
+        for start, end in call_lines(text, block.inner_start, block.inner_end):
+            reading.mark(at, start, Region.FORMAT)
+            read_call(reading, text, start, end, "parameters")
+            at = end
+        reading.mark(at, block.inner_end, Region.FORMAT)
+
+    def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
+        """A missing thought is written as an empty think block, because the format requires one."""
+        parts = [f"<think> {checked(thought or '', self.tags, 'thought')} </think>"]
+        if calls:
+            parts.append(
+                "\n".join(
+                    ["<tool_call>", *(dump_call(call, "parameters", self._pattern) for call in calls), "</tool_call>"]
+                )
+            )
+        if answer is not None:
+            parts.append(f"<response> {checked(answer, self.tags, 'answer')} </response>")
+        return "\n".join(parts)
+
+    def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """A system message that describes the tools and the format."""
+        return (
+            "You can call these tools, one JSON description per line:\n"
+            f"{describe_tools(tools)}\n\n"
+            "First reason inside <think> </think>. To call tools, add one block with one JSON object per line:\n"
+            '<tool_call>\n{"name": "tool name", "parameters": {"argument": "value"}}\n</tool_call>\n'
+            "To answer the user, add <response> your answer </response> after it."
+        )
