@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rest_rl.jsonl import parse_row, read_lines
 from rest_rl.response import Gold, ToolCall
@@ -36,7 +36,8 @@ class ToolSample:
     """One assistant turn to learn: the history before it, the tools on offer and what the turn should contain.
 
     `messages` never hold the turn itself. `thought` is the demonstration's reasoning, if it has one. `kind` names the
-    sort of task and is the row of every result table.
+    sort of task and is the row of every result table. With `tools_in_prompt` the messages describe the tools in their
+    own words: `tools` then serve the checks and are not given to a chat template.
     """
 
     id: str
@@ -45,6 +46,15 @@ class ToolSample:
     gold: Gold
     thought: str | None = None
     kind: str = "single"
+    tools_in_prompt: bool = False
+
+
+class BadTurn(NamedTuple):
+    """A message that cannot be read, or (`follows`) an assistant turn that comes after one."""
+
+    index: int
+    problem: str
+    follows: bool = False
 
 
 def decompose(dialogue: Dialogue) -> list[ToolSample]:
@@ -54,22 +64,41 @@ def decompose(dialogue: Dialogue) -> list[ToolSample]:
     Reasoning (`reasoning_content` or a leading `<think>` block) is left out of the histories, as Qwen3's chat template
     does. ValueError on messages that are not a dialogue. A dialogue without assistant turns gives no sample.
     """
-    where = f"dialogue {dialogue.id!r}"
+    samples, bad = decompose_around(dialogue)
+    if bad:
+        raise ValueError(f"dialogue {dialogue.id!r}, {bad[0].problem}")
+    return samples
+
+
+def decompose_around(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn]]:
+    """`decompose` that stops at a message it cannot read: (samples of the turns before it, what gave none).
+
+    The history of every later turn would have a hole, so each of them is named as well. ValueError for no messages.
+    """
     if not dialogue.messages:
+        where = f"dialogue {dialogue.id!r}"
         raise ValueError(f"{where}: got no messages; expected at least a user message; remove the row")
     history: list[dict[str, Any]] = []
     samples: list[ToolSample] = []
     for index, raw in enumerate(dialogue.messages):
-        message = _checked_message(raw, f"{where}, message {index}")
+        try:
+            message = _checked_message(raw, f"message {index}")
+        except ValueError as error:
+            return samples, [BadTurn(index, str(error)), *_turns_after(dialogue, index)]
         if message["role"] == "assistant":
             thought, answer, calls = _split_turn(message)
             gold = Gold(calls=calls, answer=answer)
-            turn = len(samples)
-            identity = f"{dialogue.id}/{turn}"
+            identity = f"{dialogue.id}/{len(samples)}"
             samples.append(ToolSample(identity, tuple(history), dialogue.tools, gold, thought, dialogue.kind))
             message = _without_reasoning(message, answer)
         history.append(message)
-    return samples
+    return samples, []
+
+
+def _turns_after(dialogue: Dialogue, index: int) -> Iterator[BadTurn]:
+    for at, raw in enumerate(dialogue.messages):
+        if at > index and isinstance(raw, Mapping) and raw.get("role") == "assistant":
+            yield BadTurn(at, f"message {at}: got a turn after message {index}, which cannot be read", follows=True)
 
 
 def _checked_message(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -131,7 +160,7 @@ def _without_reasoning(message: Mapping[str, Any], answer: str | None) -> dict[s
 def to_json(sample: ToolSample) -> dict[str, Any]:
     """The sample as a JSON object, one row of a JSONL file; `from_json` is its inverse."""
     calls = [{"name": call.name, "arguments": dict(call.arguments)} for call in sample.gold.calls]
-    return {
+    row = {
         "id": sample.id,
         "kind": sample.kind,
         "messages": list(sample.messages),
@@ -139,6 +168,7 @@ def to_json(sample: ToolSample) -> dict[str, Any]:
         "gold": {"calls": calls, "answer": sample.gold.answer},
         "thought": sample.thought,
     }
+    return {**row, "tools_in_prompt": True} if sample.tools_in_prompt else row
 
 
 def from_json(row: Mapping[str, Any]) -> ToolSample:
@@ -154,6 +184,7 @@ def from_json(row: Mapping[str, Any]) -> ToolSample:
         gold=_gold(_field(row, "gold", Mapping, where), f"{where}, gold"),
         thought=_field(row, "thought", (str, type(None)), where),
         kind=_field({"kind": "single", **row}, "kind", str, where),
+        tools_in_prompt=_field({"tools_in_prompt": False, **row}, "tools_in_prompt", bool, where),
     )
 
 
