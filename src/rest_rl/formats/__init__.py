@@ -1,28 +1,75 @@
 """The tool-call formats: text of a response -> ParsedResponse, and back.
 
 Parsing is total: any string gives a ParsedResponse. A complete block is read; what lies outside complete blocks
-belongs to no region (OTHER). Of a call whose JSON is broken, the name and the arguments keep their regions as far
-as they can be located and the rest of that call is OTHER.
+belongs to no region (OTHER). Of a call whose arguments are broken, the name and the arguments keep their regions as
+far as they can be located and the rest of that call is OTHER.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
+from rest_rl.formats.chat_template import format_of_template
 from rest_rl.formats.hermes import HermesFormat
+from rest_rl.formats.opened_think import SUFFIX, OpenedThinkFormat
 from rest_rl.formats.protocol import ToolFormat
 from rest_rl.formats.toolrl import ToolRLFormat
 
-__all__ = ["FORMATS", "HermesFormat", "ToolFormat", "ToolRLFormat", "get_format"]
+__all__ = [
+    "FORMATS",
+    "HermesFormat",
+    "OpenedThinkFormat",
+    "ToolFormat",
+    "ToolRLFormat",
+    "format_of_template",
+    "get_format",
+]
 
 FORMATS: dict[str, ToolFormat] = {"toolrl": ToolRLFormat(), "hermes": HermesFormat()}
 """The built-in formats by name; a table, not a registry."""
 
 
 def get_format(tool_format: str | ToolFormat) -> ToolFormat:
-    """The format of that name, or the object itself; ValueError for an unknown name."""
+    """The format of that name; an object is checked for the parts of a ToolFormat and passes through.
+
+    `NAME+think` is the format for prompts that end with the opening think tag, `package.module:OBJECT` imports an
+    object of your own. ValueError for an unknown name.
+    """
     if not isinstance(tool_format, str):
-        return tool_format
-    if tool_format not in FORMATS:
+        return _checked_object(tool_format, f"a format object of type {type(tool_format).__name__}")
+    name = tool_format.removesuffix(SUFFIX)
+    if name in FORMATS:
+        found = FORMATS[name]
+    elif ":" in name:
+        found = _imported(name)
+    else:
         raise ValueError(
-            f"unknown format {tool_format!r}; expected one of {', '.join(FORMATS)}, or a ToolFormat object"
+            f"unknown format {tool_format!r}; expected one of {', '.join(FORMATS)}, one of these with {SUFFIX} when "
+            "the prompt ends with the opening think tag, package.module:OBJECT, or a ToolFormat object"
         )
-    return FORMATS[tool_format]
+    return found if name == tool_format else OpenedThinkFormat(found)
+
+
+def _imported(address: str) -> ToolFormat:
+    module, _, path = address.partition(":")
+    try:
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"got format {address!r}, which cannot be imported ({error}); "
+            "expected package.module:OBJECT of a module on the Python path"
+        ) from error
+    return _checked_object(found, f"format {address!r}")
+
+
+def _checked_object(found: Any, what: str) -> ToolFormat:
+    parts = ("name", "tags", "parse", "render", "instructions")
+    missing = [part for part in parts if not hasattr(found, part)]
+    if isinstance(found, type):
+        raise ValueError(f"got {what}, which is a class, expected an object: make one with {found.__name__}()")
+    if missing:
+        raise ValueError(f"got {what} without {', '.join(missing)}, expected an object with {', '.join(parts)}")
+    return found
