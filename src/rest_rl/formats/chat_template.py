@@ -15,6 +15,7 @@ _OTHER_FORMATS = re.compile(
 _MARKS = (
     ("qwen3_coder", r"<tool_call>.*<function=.*<parameter="),
     ("hermes", r'<tool_call>.*\\?"arguments\\?"\s*:'),
+    ("toolrl", r'<tool_call>.*\\?"parameters\\?"\s*:'),
     ("mistral_v11", r"\[TOOL_CALLS\].*\[ARGS\]"),
     ("mistral", r"\[TOOL_CALLS\]"),
     ("pythonic", r"\[\w+\(\w+=\w+"),
