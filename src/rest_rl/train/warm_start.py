@@ -1,0 +1,186 @@
+"""Supervised training of the tool world's small model from nothing: the warm start that RL begins with.
+
+It has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean:
+right demonstrations. Noisy: a share of the demonstrations has one defect, so that sampling at temperature 1 errs in
+ways a reward can see and reinforcement learning has something to do, while greedy decoding errs much less.
+
+Its loop is our own and short: the data are endless and drawn on the way, three stages share one optimizer, and the
+head is applied to labelled positions only; a Trainer would add its bookkeeping to steps of a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rest_rl.data.samples import ToolSample, decompose
+from rest_rl.data.tool_world import corrupted_demonstration, demonstration, dialogues
+from rest_rl.train.prompts import IGNORED, PromptLayout, encode
+from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
+
+RECORD = "warm_start.json"
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """The recipe of the shipped model; all numbers are ours, found by trial."""
+
+    seed: int = 0
+    hidden: int = 128
+    layers: int = 3
+    recall_steps: int = 2000
+    """At most; the stage ends when `recall_accuracy` is reached. The circuit appears all at once, early or late."""
+    recall_accuracy: float = 0.95
+    recall_pairs: int = 6
+    recall_batch: int = 16
+    clean_steps: int = 1200
+    noisy_steps: int = 300
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    noisy_learning_rate: float = 1e-3
+    corruption: float = 0.5
+    """Share of the noisy stage's demonstrations that have a defect."""
+
+    def __post_init__(self) -> None:
+        """ValueError for numbers outside their range."""
+        steps = (self.recall_steps, self.clean_steps, self.noisy_steps)
+        if min(steps) < 0 or min(self.layers, self.recall_pairs, self.recall_batch, self.batch_size) < 1:
+            raise ValueError(f"got {self}; expected steps >= 0 and sizes >= 1; mend the field that is not")
+        if self.hidden < 64 or self.hidden % 8:
+            raise ValueError(f"got hidden {self.hidden}; expected a multiple of 8 from 64 on; try 128")
+        if not (0 <= self.corruption <= 1 and self.learning_rate > 0 and self.noisy_learning_rate > 0):
+            raise ValueError(f"got {self}; expected corruption in [0, 1] and learning rates > 0")
+
+
+class Batch(NamedTuple):
+    """Token ids and labels, both (B, T), right padded; labels are -100 where nothing is learnt."""
+
+    ids: Tensor
+    labels: Tensor
+
+
+class Stage(NamedTuple):
+    """A stretch of training: at most `steps` steps, ended early by a moving average of the accuracy above `until`."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    decay: float
+    until: float = 1.0
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate rises over 50 steps and falls to a twentieth over the last `decay` of the stage."""
+        left = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
+        return self.learning_rate * min(1.0, step / 50) * max(0.05, min(1.0, left))
+
+
+def warm_start(
+    config: WarmStartConfig | None = None, out: str | Path = "runs/sft", say: Callable[[str], Any] = print
+) -> Path:
+    """Train the small model and save it with its tokenizer in `out`, beside the recipe and what each stage reached.
+
+    Deterministic for a seed on one machine and number of threads. A progress bar shows stage, loss and accuracy.
+    """
+    config, out = config or WarmStartConfig(), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    rng = random.Random(config.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, hidden=config.hidden, layers=config.layers)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    recall = (Batch(*recall_batch(tokenizer, rng, config.recall_batch, config.recall_pairs)) for _ in iter(int, 1))
+    world, layout = endless_samples(config.seed), PromptLayout(tokenizer)
+    clean = demonstration_batches(world, layout, rng, config.batch_size)
+    noisy = demonstration_batches(world, layout, rng, config.batch_size, config.corruption)
+    stages = (
+        (Stage("recall", config.recall_steps, config.learning_rate, 0.0, config.recall_accuracy), recall),
+        (Stage("clean", config.clean_steps, config.learning_rate, 0.5), clean),
+        (Stage("noisy", config.noisy_steps, config.noisy_learning_rate, 0.5), noisy),
+    )
+    record: dict[str, Any] = {"recipe": dataclasses.asdict(config)}
+    for stage, batches in stages:
+        record[stage.name] = done = run_stage(model, optimizer, batches, stage)
+        say(f"{stage.name}: {done['steps']} steps, loss {done['loss']:.3f}, accuracy {done['accuracy']:.3f}")
+    model.eval()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+def endless_samples(seed: int) -> Iterator[ToolSample]:
+    """Training samples without end; far from the seeds a run is likely to draw its prompts from."""
+    for dialogue in dialogues(1_000_000 + seed):
+        yield from decompose(dialogue)
+
+
+def demonstration_batches(
+    samples: Iterator[ToolSample],
+    layout: PromptLayout,
+    rng: random.Random,
+    batch_size: int,
+    corruption: float = 0.0,
+) -> Iterator[Batch]:
+    """Batches of prompt and demonstration, labels on the demonstration.
+
+    Rows are not sorted by length: lengths go with kinds, and every batch should hold all kinds.
+    """
+    while True:
+        rows = []
+        for sample in itertools.islice(samples, batch_size):
+            is_spoilt = rng.random() < corruption
+            response = corrupted_demonstration(sample, rng) if is_spoilt else demonstration(sample)
+            rows.append(encode(layout.render(sample), response, layout.tokenizer))
+        yield pad(rows, layout.tokenizer.pad_token_id)
+
+
+def pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
+    """Rows of (ids, labels) as one batch, padded on the right, where a causal model needs no mask."""
+    width = max(len(ids) for ids, _ in rows)
+    ids_BT = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows])
+    labels_BT = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
+    return Batch(ids_BT, labels_BT)
+
+
+def run_stage(model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], stage: Stage) -> dict[str, float]:
+    """Take the steps of a stage; returns their number and moving averages of loss and accuracy."""
+    averages = {"loss": 0.0, "accuracy": 0.0}
+    step = 0
+    model.train()
+    with tqdm(total=stage.steps, desc=stage.name, mininterval=1.0) as bar:
+        for step in range(1, stage.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = stage.rate_at(step)
+            measured = train_step(model, optimizer, next(batches))
+            keep = min(0.95, (step - 1) / step)
+            averages = {key: keep * old + (1 - keep) * measured[key] for key, old in averages.items()}
+            bar.update()
+            bar.set_postfix(averages, refresh=False)
+            if averages["accuracy"] > stage.until:
+                break
+    return {"steps": step, **averages}
+
+
+def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
+    """One step on the mean cross entropy of the labelled tokens, gradient norm clipped to 1."""
+    is_labelled = batch.labels[:, 1:] != IGNORED
+    labels_N = batch.labels[:, 1:][is_labelled]
+    hidden_BTH = model.model(batch.ids, use_cache=False).last_hidden_state
+    logits_NV = model.lm_head(hidden_BTH[:, :-1][is_labelled])
+    loss = torch.nn.functional.cross_entropy(logits_NV, labels_N)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return {"loss": loss.item(), "accuracy": (logits_NV.argmax(-1) == labels_N).float().mean().item()}
