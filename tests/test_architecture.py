@@ -15,10 +15,11 @@ PACKAGE = ROOT / "src" / "rest_rl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 450, 60
 ADDRESSES = {
-    "trl": ["train/trl_trainer.py", "train/fine_tune.py", "train/epoch_order.py", "train/run.py"],
-    "datasets": ["train/prompts.py", "train/fine_tune.py"],
+    "trl": ["train/trl_trainer.py", "train/sft.py", "train/epoch_order.py", "train/run.py"],
+    "datasets": ["data/rows.py", "train/prompts.py", "train/sft.py"],
     "matplotlib": ["analyze/plots.py"],
-    "rich": ["terminal.py", "cli_train.py"],
+    "rich": ["terminal.py", "cli_train.py", "cli_data_tables.py"],
+    "pyarrow": ["data/rows.py", "data/writing.py"],
     "transformers": [
         "train/entropy_tracker.py",
         "train/policy.py",
@@ -26,11 +27,11 @@ ADDRESSES = {
         "train/tool_world_model.py",
         "evaluate/generate.py",
     ],
-    "safetensors": ["train/run.py"],
+    "safetensors": ["train/run.py", "train/checkpoints.py"],
     "tokenizers": ["regions.py", "train/tool_world_model.py"],
     "scipy": ["rewards.py"],
     "jinja2": ["train/prompts.py"],
-    "tqdm": ["train/sft.py"],
+    "tqdm": ["train/warm_start.py"],
     "tomli_w": ["config.py", "cli_inspect.py"],
 }
 """Where each library may be imported; torch and numpy are at home wherever tensors are."""
@@ -44,6 +45,7 @@ TORCH_FREE = [
     "rest_rl.formats",
 ]
 TORCH_FREE += ["rest_rl.rewards", "rest_rl.scoring", "rest_rl.authors_code", "rest_rl.runlog", "rest_rl.data.samples"]
+TORCH_FREE += ["rest_rl.data.check", "rest_rl.data.loaders", "rest_rl.data.writing", "rest_rl.cli_data"]
 VAGUE_NAMES = {"utils", "util", "common", "base", "core", "helpers", "manager", "misc"}
 
 

@@ -22,7 +22,8 @@ from rest_rl.config import RunConfig
 from rest_rl.data.samples import save_samples
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import RunLog, read_run
-from rest_rl.train.run import check_trl, checkpoint_state, find_checkpoint
+from rest_rl.train.checkpoints import checkpoint_state, find_checkpoint
+from rest_rl.train.run import check_trl
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 GOLD = {"calls": [{"name": "f", "arguments": {"x": 1}}], "answer": None}
@@ -140,7 +141,9 @@ def test_resume_from_each_checkpoint_ends_the_same(last: int, finished: Path, tm
     (folder / "metrics.jsonl").write_text("".join(as_json(row) + "\n" for row in rows))
     summary = json.loads((folder / "summary.json").read_text())
     stale = {**summary["after"], "exact_match": -1.0}
-    kept = {"before": summary["before"]} if last == STEPS else {**summary, "after": stale, "steps": -1}
+    kept = (
+        {key: summary[key] for key in ("data", "before")} if last == STEPS else {**summary, "after": stale, "steps": -1}
+    )
     (folder / "summary.json").write_text(json.dumps(kept))
     assert main(["train", "--resume", "--out", str(folder)]) == 0
     for name in ("metrics.jsonl", "summary.json", "responses.jsonl"):
@@ -418,7 +421,7 @@ def test_help_of_sft_says_that_it_fine_tunes(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["sft", "--help"])
     shown = capsys.readouterr().out
-    for option in ("--set model=", "--set data=", "--set region_weights.name=2.0"):
+    for option in ("--model", "--data", "--preset", "--lora"):
         assert option in shown
 
 

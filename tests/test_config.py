@@ -45,7 +45,7 @@ def test_one_constant_is_changed_and_the_others_stay() -> None:
         ("[run]\nsed = 1", r"unknown key run\.sed, expected one of out, .*seed.*; did you mean seed\?"),
         (
             "[runs]\nseed = 1",
-            r"unknown key runs, expected one of data, eval, model, rest, run, trl; did you mean run\?",
+            r"unknown key runs, expected one of data, eval, model, peft, rest, run, trl; did you mean run\?",
         ),
         ("[rest.weights]\nstrenght = 1", r"unknown key rest\.weights\.strenght.*did you mean strength\?"),
         ("[rest.weights]\nrule = 'best'", r"rest\.weights\.rule = 'best', expected one of 'one_minus_exp'"),

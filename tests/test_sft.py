@@ -1,204 +1,193 @@
-"""The warm start's tokenizer, model, recipe, and the checkpoint that the package ships."""
+"""Supervised baselines in the harness of the RL presets: loss weights by region, run folder, resume, SFT then RL."""
 
 from __future__ import annotations
 
-import json
-import math
-import random
-from itertools import islice
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 
+from rest_rl.cli import main
+from rest_rl.config import RunConfig
 from rest_rl.data.samples import save_samples
-from rest_rl.data.tool_world import SPLITS, demonstration, is_held_out_name, is_held_out_value, tool_world
-from rest_rl.evaluate.generate import generate
-from rest_rl.formats import get_format
-from rest_rl.regions import decode_ids, tag_regions
+from rest_rl.presets import SUPERVISED
+from rest_rl.regions import tag_regions
 from rest_rl.response import Region
-from rest_rl.rewards import exact_match
-from rest_rl.train.fine_tune import region_loss
-from rest_rl.train.policy import embedded_model
-from rest_rl.train.prompts import render_prompt
-from rest_rl.train.sft import IGNORED, RECORD, SftConfig, demonstration_batches, encode, sft
-from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
+from rest_rl.runlog import read_run
+from rest_rl.train.prompts import IGNORED, PromptLayout
+from rest_rl.train.sft import RegionSFTTrainer, labelled_dataset, region_trainer, token_loss_weights, weights_by_region
+from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
-TOKENIZER: Any = build_tokenizer()
-SAMPLES = [sample for split in SPLITS for sample in tool_world(9, 60, split)]
-
-
-def test_the_tokenizer_is_the_same_every_time() -> None:
-    assert build_tokenizer().get_vocab() == TOKENIZER.get_vocab()
-
-
-def test_world_texts_round_trip_in_few_tokens() -> None:
-    for sample in SAMPLES:
-        text = render_prompt(sample, TOKENIZER) + demonstration(sample) + TOKENIZER.eos_token
-        ids = TOKENIZER(text)["input_ids"]
-        assert TOKENIZER.decode(ids) == text
-        assert len(ids) <= 170
+TOKENIZER = tiny_tokenizer()
+LAYOUT = PromptLayout(TOKENIZER, "toolrl")
+SAMPLES = [replace(sample, thought=" a b a") for sample in tiny_samples(4)]
+ARGS: dict[str, Any] = {
+    "bf16": False,
+    "use_cpu": True,
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "logging_steps": 1,
+}
 
 
-@given(st.text())
-def test_any_text_round_trips(text: str) -> None:
-    assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
-
-
-def test_a_name_or_value_is_the_same_ids_in_prompt_and_call() -> None:
-    for sample in tool_world(9, 40, kinds=["single"]):
-        prompt, response = render_prompt(sample, TOKENIZER), demonstration(sample)
-        for call in sample.gold.calls:
-            for text in (call.name, *call.arguments, *call.arguments.values()):
-                ids = TOKENIZER(text)["input_ids"]
-                for where in (prompt, response):
-                    every = TOKENIZER(where)["input_ids"]
-                    assert any(every[i : i + len(ids)] == ids for i in range(len(every)))
-
-
-def test_tools_are_described_before_they_are_named() -> None:
-    prompt = render_prompt(SAMPLES[0], TOKENIZER)
-    for tool in SAMPLES[0].tools:
-        f = tool["function"]
-        assert f'{f["description"]}: "{f["name"]}"' in prompt
-    assert prompt.endswith("<|im_start|>assistant\n")
-
-
-def test_histories_are_laid_out_without_reasoning() -> None:
-    second = tool_world(9, 2, kinds=["dependent"])[1]
-    prompt = render_prompt(second, TOKENIZER)
-    assert "<think>" not in prompt
-    assert '<tool_call>\n{"name": "' in prompt
-    assert '<|im_start|>tool\n{"result": "' in prompt
-
-
-def test_every_region_of_a_demonstration_is_found() -> None:
-    rows = [TOKENIZER(demonstration(s))["input_ids"] + [TOKENIZER.eos_token_id] for s in SAMPLES[:20]]
-    tool_format = get_format("toolrl")
-    found = set()
-    for row in rows:
-        ids_BT = torch.tensor([row])
-        regions = tag_regions(ids_BT, torch.ones_like(ids_BT), TOKENIZER, lambda t: tool_format.parse(t).spans)
-        found |= set(regions.flatten().tolist())
-    assert found == {int(r) for r in Region} - {int(Region.OTHER)}
-
-
-def test_first_layer_starts_as_a_look_at_the_tokens_before() -> None:
-    torch.manual_seed(0)
-    model = build_model(TOKENIZER)
-    model.set_attn_implementation("eager")
-    attentions = model(torch.randint(0, 500, (1, 20)), output_attentions=True).attentions[0][0]
-    for head, offset in enumerate((1, 2, 3)):
-        assert attentions[head, 15, 15 - offset] > 0.95
-
-
-def test_recall_labels_only_the_second_mention() -> None:
-    ids_BT, labels_BT = recall_batch(TOKENIZER, random.Random(0), batch=4, pairs=3)
-    for ids, labels in zip(ids_BT.tolist(), labels_BT.tolist(), strict=True):
-        first = next(i for i, label in enumerate(labels) if label != IGNORED)
-        assert all(ids[i] == label for i, label in enumerate(labels) if label != IGNORED)
-        assert {label for label in labels if label != IGNORED} <= set(ids[:first])
-
-
-def test_recall_shows_no_held_out_name_or_value() -> None:
-    text = TOKENIZER.decode(recall_batch(TOKENIZER, random.Random(1), batch=64, pairs=6)[0].flatten().tolist())
-    quoted = set(text.split('"')[1::2])
-    names, values = {t for t in quoted if "_" in t}, {t for t in quoted if "-" in t}
-    assert len(names) > 50
-    assert len(values) > 50
-    assert not any(map(is_held_out_name, names))
-    assert not any(map(is_held_out_value, values))
-
-
-def test_batches_learn_the_response_alone() -> None:
-    batch = next(demonstration_batches(iter(SAMPLES), TOKENIZER, random.Random(0), 8))
-    for sample, ids, labels in zip(SAMPLES, batch.ids.tolist(), batch.labels.tolist(), strict=False):
-        learnt = [label for label in labels if label != IGNORED]
-        assert TOKENIZER.decode(learnt) == demonstration(sample) + TOKENIZER.eos_token
-        assert TOKENIZER.decode(ids).startswith(render_prompt(sample, TOKENIZER))
-
-
-def test_the_recipe_is_deterministic_and_its_folder_loads(tmp_path: Path) -> None:
-    config = SftConfig(hidden=64, layers=1, recall_steps=2, clean_steps=2, noisy_steps=2, batch_size=4)
-    said: list[str] = []
-    one, two = sft(config, tmp_path / "one", said.append), sft(config, tmp_path / "two", said.append)
-    first, second = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (one, two))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert json.loads((one / RECORD).read_text())["recipe"]["clean_steps"] == 2
-    assert AutoTokenizer.from_pretrained(one).chat_template == TOKENIZER.chat_template
-    assert [line.split(":")[0] for line in said[1:4]] == ["recall", "clean", "noisy"]
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"clean_steps": -1}, {"hidden": 60}, {"corruption": 1.5}, {"learning_rate": 0.0}, {"layers": 0}]
-)
-def test_wrong_recipes_are_named(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        SftConfig(**wrong)
-
-
-def test_the_shipped_model_is_small_stock_and_its_tokenizer_is_the_recipe_s() -> None:
-    folder = embedded_model()
-    assert (folder / "model.safetensors").stat().st_size <= 10_000_000
-    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.get_vocab() == TOKENIZER.get_vocab()
-    assert tokenizer.chat_template == TOKENIZER.chat_template
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (TOKENIZER.eos_token_id, TOKENIZER.pad_token_id)
-
-
-def test_the_shipped_model_calls_tools_it_has_never_seen() -> None:
-    folder = embedded_model()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert (model.generation_config.eos_token_id, model.dtype) == (tokenizer.eos_token_id, torch.float32)
-    samples = list(islice(tool_world(8, 64, "unseen_tools"), 64))
-    prompts = [render_prompt(sample, tokenizer) for sample in samples]
-    responses = generate(model, tokenizer, prompts, max_new_tokens=80, batch_size=64, greedy=True)
-    tool_format = get_format("toolrl")
-    right = [
-        exact_match(tool_format.parse(decode_ids(ids, tokenizer, tool_format.tags)), sample.gold)
-        for ids, sample in zip(responses, samples, strict=True)
-    ]
-    assert sum(right) / len(right) > 0.5
-
-
-def test_a_saved_model_can_be_fine_tuned_on_samples(tmp_path: Path) -> None:
-    tiny = SftConfig(hidden=64, layers=1, recall_steps=0, clean_steps=0, noisy_steps=0)
-    start = sft(tiny, tmp_path / "start", lambda _: None)
-    data = save_samples(SAMPLES[:8], tmp_path / "samples.jsonl")
-    trl = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "bf16": False,
-        "use_cpu": True,
-        "learning_rate": 0.1,
-        "optim": "sgd",
+def trained(tmp_path: Path, weights: dict[str, float], **changes: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
+    settings = {
+        "model": tiny_model(TOKENIZER),
+        "args": SFTConfig(str(tmp_path), **ARGS | changes),
+        "processing_class": TOKENIZER,
     }
-    losses = {}
-    for name, region_weights in {"all": {}, "ones": {"name": 1.0}, "calls": {"name": 3.0, "reasoning": 0.0}}.items():
-        config = SftConfig(model=str(start), data=str(data), trl=trl, region_weights=region_weights)
-        folder = sft(config, tmp_path / name, lambda _: None)
-        losses[name] = AutoModelForCausalLM.from_pretrained(folder).state_dict()["model.norm.weight"]
-    begin = AutoModelForCausalLM.from_pretrained(start).state_dict()["model.norm.weight"]
-    assert not torch.equal(losses["all"], begin)
-    assert torch.allclose(losses["all"], losses["ones"], atol=1e-5)
-    assert not torch.allclose(losses["all"], losses["calls"], atol=1e-4)
+    trainer = region_trainer(layout=LAYOUT, samples=SAMPLES, region_weights=weights, **settings)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}, losses
 
 
-def test_region_weights_are_checked() -> None:
+def test_weights_of_one_are_the_stock_trainer_bit_for_bit(tmp_path: Path) -> None:
+    stock = SFTTrainer(
+        model=tiny_model(TOKENIZER),
+        args=SFTConfig(str(tmp_path), **ARGS),
+        train_dataset=labelled_dataset(SAMPLES, LAYOUT),
+        processing_class=TOKENIZER,
+    )
+    stock.train()
+    ours = RegionSFTTrainer(
+        layout=LAYOUT,
+        region_weights={},
+        model=tiny_model(TOKENIZER),
+        args=SFTConfig(str(tmp_path), **ARGS),
+        train_dataset=labelled_dataset(SAMPLES, LAYOUT),
+        processing_class=TOKENIZER,
+    )
+    ours.train()
+    for (name, one), other in zip(stock.model.named_parameters(), ours.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("preset", ["tsft", "rsft"])
+def test_the_first_loss_is_the_weighted_mean_of_token_losses(preset: str, tmp_path: Path) -> None:
+    # by the definition: sum_t w_t (-log p_t) / sum_t 1 over the labelled tokens of the batch, from full logits
+    rows = [labelled_dataset([sample], LAYOUT)[0] for sample in SAMPLES]
+    model, total, count = tiny_model(TOKENIZER).eval(), 0.0, 0
+    for row in rows:
+        ids_BT, labels_BT = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        with torch.no_grad():
+            log_probs_BTV = model(ids_BT).logits[:, :-1].log_softmax(-1)
+        targets_BT = labels_BT[:, 1:]
+        mask_BT = targets_BT != IGNORED
+        regions_BT = tag_regions(
+            targets_BT.clamp(min=0),
+            mask_BT,
+            TOKENIZER,
+            lambda text: LAYOUT.format.parse(text).spans,
+            LAYOUT.format.tags,
+        )
+        raw_BT = weights_by_region(SUPERVISED[preset])[regions_BT] * mask_BT
+        weights_BT = raw_BT / (raw_BT.sum() / mask_BT.sum())
+        nll_BT = -log_probs_BTV.gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]
+        total, count = total + float((weights_BT * nll_BT).sum()), count + int(mask_BT.sum())
+    _, losses = trained(tmp_path, SUPERVISED[preset])
+    assert losses[0] == pytest.approx(total / count, rel=1e-4)
+    _, plain = trained(tmp_path, {"name": 1.0})
+    assert abs(plain[0] - losses[0]) > 1e-3
+
+
+def test_gradient_accumulation_is_the_full_batch(tmp_path: Path) -> None:
+    full, _ = trained(tmp_path, SUPERVISED["tsft"], max_steps=1)
+    parts, _ = trained(
+        tmp_path, SUPERVISED["tsft"], max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
+    assert all(torch.allclose(full[name], parts[name], atol=2e-4) for name in full)
+
+
+def test_tsft_weighs_calls_twice_and_has_mean_one() -> None:
+    row = labelled_dataset(SAMPLES[:1], LAYOUT)[0]
+    labels_BT = torch.tensor([row["labels"]])[:, 1:]
+    weights_BT = token_loss_weights(labels_BT, LAYOUT, weights_by_region(SUPERVISED["tsft"]))
+    mask_BT = labels_BT != IGNORED
+    assert weights_BT[mask_BT].mean().item() == pytest.approx(1.0)
+    regions_BT = tag_regions(
+        labels_BT.clamp(min=0), mask_BT, TOKENIZER, lambda text: LAYOUT.format.parse(text).spans, LAYOUT.format.tags
+    )
+    reasoning = weights_BT[mask_BT & (regions_BT == Region.REASONING)]
+    name = weights_BT[mask_BT & (regions_BT == Region.NAME)]
+    assert len(reasoning) > 0
+    assert name[0].item() == pytest.approx(2 * reasoning[0].item())
+
+
+def test_wrong_region_weights_and_packing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected >= 0 for one of format, name"):
-        region_loss(TOKENIZER, get_format("toolrl"), {"nam": 1.0})
+        weights_by_region({"nam": 1.0})
+    with pytest.raises(ValueError, match="packing or padding_free"):
+        trained(tmp_path, SUPERVISED["tsft"], packing=True)
+    with pytest.raises(ValueError, match=r"rest\.region_weights .* with preset 'rest', which is no supervised one"):
+        RunConfig.from_toml("[rest]\nregion_weights = {name = 2.0}")
+    with pytest.raises(ValueError, match=r"rest\.weights .* with preset 'tsft', which is supervised"):
+        RunConfig.from_toml("[rest]\npreset = 'tsft'\nweights = {strength = 1.0}")
 
 
-def test_region_loss_by_hand() -> None:
-    # One response of n tokens under uniform logits: nll = log V for each, weights of mean 1, so the loss is log V.
-    ids, labels = encode("hello", demonstration(SAMPLES[0]), TOKENIZER)
-    logits = torch.zeros(1, len(ids), len(TOKENIZER))
-    loss = region_loss(TOKENIZER, get_format("toolrl"), {"name": 5.0, "format": 0.5})
-    outputs = SimpleNamespace(logits=logits)
-    assert loss(outputs, torch.tensor([labels])).item() == pytest.approx(math.log(len(TOKENIZER)), rel=1e-5)
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    tiny_model(TOKENIZER).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    data = save_samples(SAMPLES, tmp_path_factory.mktemp("data") / "samples.jsonl")
+    changes = ["trl.max_steps=4", "trl.per_device_train_batch_size=4", "trl.save_steps=2", "trl.max_length=200"]
+    changes += [f"data.held_out={str(data)!r}", "eval.max_new_tokens=20", "trl.gradient_accumulation_steps=1"]
+    changes += ["trl.learning_rate=1e-3", "trl.lr_scheduler_type=constant"]
+    return ["--model", str(policy), "--data", str(data), *(part for change in changes for part in ("--set", change))]
+
+
+@pytest.mark.parametrize("preset", ["sft", "rsft"])
+def test_a_supervised_run_leaves_a_whole_run_folder(preset: str, options: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert main(["train", "--preset", preset, *options, "--out", str(folder)]) == 0
+    run = read_run(folder)
+    assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
+    assert run.metrics[-1]["loss"] < run.metrics[0]["loss"]
+    assert {"before", "after", "steps"} <= run.summary.keys()
+    assert RunConfig.from_toml(run.config).rest.format == "toolrl"
+    assert RunConfig.from_toml(run.config).rest.region_weights == SUPERVISED[preset]
+    AutoModelForCausalLM.from_pretrained(folder / "model")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    before = [row["loss"] for row in run.metrics]
+    assert main(["train", "--resume", "--out", str(folder)]) == 0
+    assert [row["loss"] for row in read_run(folder).metrics] == before
+
+
+def test_sft_then_rl_is_two_commands(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft, rl = tmp_path / "sft", tmp_path / "rl"
+    assert main(["sft", *options, "--out", str(sft)]) == 0
+    data = options[3]
+    changes = ["trl.max_steps=1", "trl.num_generations=4", "trl.max_completion_length=20", "eval.prompts=0"]
+    command = ["train", "--model", str(sft / "model"), "--data", data]
+    command += [part for change in changes for part in ("--set", change)]
+    assert main([*command, "--out", str(tmp_path / "few")]) == 2
+    assert "got 4 training prompts" in capsys.readouterr().err
+    assert main([*command, "--set", "trl.gradient_accumulation_steps=2", "--out", str(rl)]) == 0
+    assert read_run(rl).metrics[0]["step"] == 1
+
+
+def test_one_run_file_serves_all_presets(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run.toml"
+    run.write_text("[trl]\nnum_generations = 4\nmax_completion_length = 20\nlogging_steps = 1\nsave_steps = 2\n")
+    changes = [*options, "--set", "eval.prompts=0", "--set", "trl.max_steps=2"]
+    for preset in ("grpo", "tsft"):
+        assert main(["train", str(run), "--preset", preset, *changes, "--out", str(tmp_path / preset)]) == 0
+    assert "does not read trl.num_generations, trl.max_completion_length" in capsys.readouterr().out
+    assert len(read_run(tmp_path / "tsft").metrics) == 2

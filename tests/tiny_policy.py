@@ -38,6 +38,7 @@ CHAIN: dict[str, dict[str, float]] = {
     "</response>": {EOS: 1.0},
 }
 TEMPLATE = """\
+{#- writes calls as <tool_call> {"name": ..., "parameters": ...} </tool_call> -#}
 {%- for tool in tools or [] %}{{ tool.function.name }} {% endfor %}
 {%- for message in messages %}{{ message.content }};{% endfor %}
 {%- if add_generation_prompt %}assistant:{% endif %}"""

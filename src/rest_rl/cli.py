@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from rest_rl.cli_data import add_data, data
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -25,12 +27,21 @@ examples:
 """
 
 
+TRAIN_EPILOG = """\
+examples:
+  rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --dry-run
+  rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --out runs/mine
+  rest-rl train run.toml --set rest.preset=grpo --set run.seed=1 --out runs/grpo-1
+  rest-rl train --preset tsft --model DIR --data dialogues.jsonl     supervised, calls weighed twice
+  rest-rl train --resume --out runs/mine                             go on after Ctrl-C, a crash or kill -9
+  accelerate launch --num_processes 8 -m rest_rl train run.toml --out runs/mine
+rest-rl data check FILE says what a run would make of each row
+"""
+
 SFT_EPILOG = """\
 examples:
-  rest-rl sft --out runs/sft --set seed=1            the warm start from nothing
-  rest-rl sft --set model=DIR_OR_HUB_NAME --set data=samples.jsonl --set region_weights.name=2.0
-                                                     a given model on given samples, names weighed twice
-other fields: format (toolrl, hermes), trl.NAME (any field of TRL's SFTConfig, such as trl.max_steps=100)
+  rest-rl sft --model DIR_OR_HUB_NAME --data dialogues.jsonl         a given model on given dialogues
+  rest-rl sft --out runs/sft --set seed=1                            the embedded model, from nothing
 """
 
 
@@ -58,31 +69,48 @@ def build_parser() -> argparse.ArgumentParser:
     _add_score(verbs)
     _add_inspect(verbs)
     _add_report(verbs)
+    add_data(verbs)
     verbs.add_parser("presets", help="every preset, resolved, as TOML", description="Print every preset as TOML.")
     return parser
 
 
 def _add_train(verbs: argparse._SubParsersAction[Parser]) -> None:
-    verb = verbs.add_parser("train", help="train a model with ResT", description="Train a model with ResT.")
-    verb.add_argument("run", nargs="?", metavar="RUN.toml", help="the run; without it the embedded one")
-    verb.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="set one key of the run; C is a TOML value"
+    verb = verbs.add_parser(
+        "train",
+        help="train a model with ResT or a baseline",
+        description="Train a model: your own on your own dialogues, or the embedded one in its tool world.",
+        epilog=TRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_run_options(verb)
     verb.add_argument("--out", metavar="DIR", help="the run folder (default: run.out)")
-    verb.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
 
 
 def _add_sft(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb = verbs.add_parser(
         "sft",
-        help="make the embedded warm-start model from nothing, or fine-tune a given model",
-        description="Train the small model of the tool world from nothing by supervised steps; or, with model and "
-        "data set, fine-tune that model on those samples with a loss weight per region.",
+        help="fine-tune a model on demonstrations, or make the embedded model from nothing",
+        description="With a model, data or a run file: supervised fine-tuning, the same as train --preset sft. Without "
+        "them: make the small model of the tool world from nothing.",
         epilog=SFT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_run_options(verb)
     verb.add_argument("--out", metavar="DIR", default="runs/sft", help="where the model goes (default: %(default)s)")
-    verb.add_argument("--set", action="append", default=[], metavar="KEY=C", help="set one field of SftConfig")
+
+
+def _add_run_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", nargs="?", metavar="RUN.toml", help="the run; without it the embedded one")
+    verb.add_argument("--model", metavar="DIR_OR_ID", help="model.path: a directory, an adapter's folder or a hub name")
+    verb.add_argument("--data", metavar="FILE", help="data.path: dialogues in a file, a folder or a hub dataset")
+    verb.add_argument("--preset", metavar="P", help="rest.preset: rest, paper, grpo, ..., sft, tsft, rsft; see presets")
+    verb.add_argument("--format", metavar="F", help="rest.format (default: auto, from the model's chat template)")
+    verb.add_argument("--lora", metavar="R", type=int, help="peft.r: train adapters of rank R instead of all weights")
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="set one key of the run; C is a TOML value"
+    )
+    verb.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
+    verb.add_argument("--dry-run", action="store_true", help="print memory and size of the run, train nothing")
 
 
 def _add_score(verbs: argparse._SubParsersAction[Parser]) -> None:
@@ -143,6 +171,8 @@ def run_verb(arguments: argparse.Namespace) -> int:
 
         print(write_report(arguments.folders, arguments.out))
         return 0
+    if arguments.verb == "data":
+        return data(arguments)
     if arguments.verb == "score":
         from rest_rl.cli_score import score
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -14,90 +15,50 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.progress import Progress, TaskID
 
-from rest_rl.analyze.palette import REGION_COLOURS
 from rest_rl.analyze.plots import draw_all
-from rest_rl.analyze.tables import COMPARISON_HEADER, comparison_rows, flatten, group_runs, is_number
-from rest_rl.config import EMBEDDED, RunConfig, apply_overrides, overridden, parse_toml, read_run_file
-from rest_rl.data.samples import ToolSample, load_samples
-from rest_rl.data.tool_world import SPLITS, tool_world
+from rest_rl.analyze.tables import COMPARISON_HEADER, comparison_rows, flatten, group_runs
+from rest_rl.config import AUTO, RunConfig, apply_overrides, overridden, parse_toml, read_run_file
+from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.held_out import Prompt, evaluate
-from rest_rl.formats import ToolFormat, get_format
-from rest_rl.jsonl import reason
-from rest_rl.response import Region, Span
 from rest_rl.runlog import CONFIG, RunLog, read_run, unwritable
-from rest_rl.terminal import coloured, legend, progress_bar, show_table
-from rest_rl.train.policy import load_policy
-from rest_rl.train.prompts import render_prompt
-from rest_rl.train.run import Checkpoint, Recorder, build_trainer, find_checkpoint, quiet_libraries, trainer_config
+from rest_rl.terminal import Screen, show_table
+from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
+from rest_rl.train.policy import load_policy, policy_tokenizer
+from rest_rl.train.prompts import PromptLayout, resolve_format
+from rest_rl.train.run import (
+    Recorder,
+    build_trainer,
+    is_sharded,
+    quiet_libraries,
+    save_policy,
+    trainer_config,
+    unread_keys,
+    with_machine_defaults,
+)
 from rest_rl.train.run import train as train_steps
-from rest_rl.train.trl_trainer import ResTConfig
+from rest_rl.train.training_data import TrainingData, read_data
 
 EXIT_INTERRUPTED = 130
-
-
-class Screen:
-    """Shows a run in the terminal: the bar with time left, sample responses, tables."""
-
-    def __init__(self, console: Console, tool_format: ToolFormat, show_every: int) -> None:
-        """Nothing is printed before `bar` is entered."""
-        self.console, self.tool_format, self.show_every = console, tool_format, show_every
-        self.weights: dict[str, float] = {}
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-
-    @contextmanager
-    def bar(self, done: int, total: int) -> Iterator[None]:
-        """The progress bar of the training steps."""
-        with progress_bar(self.console) as progress:
-            self._task = progress.add_task("", total=total, completed=done, note="")
-            self._progress = progress
-            yield
-        self._progress = None
-
-    def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
-        """Move the bar."""
-        weights = {label: metrics.get(f"rest/weight/{label}") for label in REGION_COLOURS}
-        self.weights = {label: float(weight) for label, weight in weights.items() if is_number(weight)}
-        if self._progress is not None and self._task is not None:
-            note = "  ".join(f"{name} {metrics[key]:.3f}" for key, name in SHOWN.items() if key in metrics)
-            self._progress.update(self._task, completed=step, total=total, note=note)
-
-    def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show the first response of a step now and then."""
-        if not self.show_every or (step - 1) % self.show_every or not rows:
-            return
-        row = rows[0]
-        text = str(row["response"])
-        self.console.rule(f"step {step}, reward {row['reward']:.2f}", align="left", style="dim")
-        self.console.print(coloured(pieces(text, self.tool_format.parse(text).spans)), soft_wrap=True)
-        self.console.print(legend(self.weights))
-
-    def say(self, text: str) -> None:
-        """One line."""
-        self.console.print(text, highlight=False)
-
-
-SHOWN = {"reward": "reward", "rest/accuracy": "S_acc", "rest/format": "S_format"}
-"""Metrics beside the bar."""
+SFT_OUT = "runs/sft"
 
 
 class Bench:
     """The policy and the held-out prompts it is measured on."""
 
-    def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[Prompt], config: RunConfig) -> None:
-        """Bind them."""
-        self.model, self.tokenizer, self.prompts, self.config = model, tokenizer, prompts, config
+    def __init__(self, model: Any, layout: PromptLayout, held_out: Sequence[tuple[str, ToolSample]], config: RunConfig):
+        """Lay the held-out prompts out."""
+        self.model, self.layout, self.config = model, layout, config
+        self.prompts = [Prompt(layout.render(sample), sample, split) for split, sample in held_out]
 
     def measure(self, when: str, log: RunLog, screen: Screen) -> None:
         """Evaluate once and keep the scores in the summary; a resumed run does not repeat what is there."""
         if not self.prompts or when in log.read_summary():
             return
         with screen.console.status(f"evaluating {when} training on {len(self.prompts)} held-out prompts"):
-            tool_format = get_format(self.config.rest.format)
-            scores = evaluate(self.model, self.tokenizer, self.prompts, tool_format, self.config.eval)
+            scores = evaluate(self.model, self.layout.tokenizer, self.prompts, self.layout.format, self.config.eval)
         log.update_summary(**{when: scores})
 
 
@@ -106,30 +67,40 @@ def train(arguments: argparse.Namespace) -> int:
 
     Whatever a user can have got wrong is found before the run folder is made.
     """
-    config = run_config(arguments)
     if not arguments.debug:
         quiet_libraries()
     is_first = int(os.environ.get("RANK", "0")) == 0
-    screen = Screen(Console(quiet=not is_first), get_format(config.rest.format), config.run.show_every)
+    console = Console(quiet=not is_first)
+    config, layout = laid_out(run_config(arguments), console)
+    screen = Screen(console, config.run.show_every, layout.format.parse)
     args = trainer_config(config)
-    samples, held_out = read_samples(config)
-    model, tokenizer = load_policy(config.model)
-    prompts = [
-        Prompt(render_prompt(sample, tokenizer, config.rest.format), sample, split) for split, sample in held_out
-    ]
+    data = read_data(config, layout, screen.say)
+    if arguments.dry_run:
+        return dry_run(config, args, layout, data, console)
+    model, _ = load_policy(replace(config.model, dtype=config.weights_dtype))
+    bench = Bench(model, layout, data.held_out, config)
     log, checkpoint = open_run(config, arguments, args, screen, enabled=is_first)
-    screen.say(f"run folder {log.folder}, preset {config.rest.preset}, {len(samples)} prompts, {len(prompts)} held out")
-    bench = Bench(model, tokenizer, prompts, config)
-    bench.measure("before", log, screen)
+    what = f"preset {config.rest.preset}, {len(data.samples)} prompts, {len(bench.prompts)} held out"
+    screen.say(f"run folder {log.folder}, {what}")
     if checkpoint.is_last:
-        step, (bench.model, _) = checkpoint.step, load_policy(replace(config.model, path=str(checkpoint.folder)))
+        step = keep_last(checkpoint, bench, log)
     else:
-        trainer, recorder = build_trainer(config, args, model, tokenizer, samples, log, screen)
+        trainer, recorder = build_trainer(config, args, model, layout, data.samples, log, screen, data.refuse)
+        log.write_rejected(data.rejected)
+        log.update_summary(data=data.report)
+        if is_sharded(trainer):
+            screen.say(
+                "the model is sharded: it is not evaluated in the run; evaluate its model folder when it is done"
+            )
+            bench.prompts = []
+        bench.model = trainer.model
+        bench.measure("before", log, screen)
         with screen.bar(checkpoint.step, args.max_steps), stopping(recorder, screen):
             step = train_steps(trainer, checkpoint, log)
         if recorder.stop_requested and step < trainer.state.max_steps:
             screen.say(f"stopped after step {step}; go on with: rest-rl train --resume --out {log.folder}")
             return EXIT_INTERRUPTED
+        save_policy(trainer, log)
     log.update_summary(steps=step, preset=config.rest.preset, seed=config.run.seed)
     bench.measure("after", log, screen)
     if is_first:
@@ -137,32 +108,68 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def laid_out(config: RunConfig, console: Console) -> tuple[RunConfig, PromptLayout]:
+    """The run with its format resolved, which is said aloud, and how prompts are laid out."""
+    tokenizer = policy_tokenizer(config.model)
+    variables = config.model.chat_template_kwargs
+    name, why = resolve_format(config.rest.format, tokenizer, variables)
+    console.print(f"format {name}: {why}", highlight=False)
+    if unread := unread_keys(config):
+        console.print(f"preset {config.rest.preset} does not read trl.{', trl.'.join(unread)}", highlight=False)
+    return replace(config, rest=replace(config.rest, format=name)), PromptLayout(tokenizer, name, variables)
+
+
+def keep_last(checkpoint: Checkpoint, bench: Bench, log: RunLog) -> int:
+    """Finish a run that was killed after its last step: keep its model and measure that; returns the step."""
+    assert checkpoint.folder is not None
+    model, _ = load_policy(replace(bench.config.model, path=str(checkpoint.folder), load_in_4bit=False))
+    bench.model = model.to(torch.accelerator.current_accelerator() or "cpu")
+    log.keep_model(checkpoint.folder)
+    return checkpoint.step
+
+
 def sft(arguments: argparse.Namespace) -> int:
-    """Train the small model of the tool world from nothing and save it."""
-    from rest_rl.train.sft import SftConfig
-    from rest_rl.train.sft import sft as warm_start
+    """Train the small model of the tool world from nothing; with a model or data, fine-tune as `train --preset sft`."""
+    if arguments.run or arguments.model or arguments.data or arguments.resume or arguments.dry_run:
+        arguments.preset = arguments.preset or "sft"
+        arguments.out = None if arguments.out == SFT_OUT else arguments.out
+        return train(arguments)
+    from rest_rl.train.warm_start import WarmStartConfig, warm_start
 
     if not arguments.debug:
         quiet_libraries()
     changes = apply_overrides({}, arguments.set)
-    warm_start(overridden(SftConfig(), changes, "sft"), Path(arguments.out), Console().print)
+    warm_start(overridden(WarmStartConfig(), changes, "sft"), Path(arguments.out), Console().print)
     return 0
 
 
 def run_config(arguments: argparse.Namespace) -> RunConfig:
     """The run that was asked for; with `--resume` the one in the run folder, which the arguments may repeat."""
-    asked = read_run_file(arguments.run, arguments.set)
+    overrides = [*shorthands(arguments), *arguments.set]
+    asked = with_machine_defaults(read_run_file(arguments.run, overrides))
     if arguments.out:
         asked = placed(asked, arguments.out)
     if not arguments.resume:
-        return asked if arguments.run or arguments.out else placed(asked, free_folder(asked.run.out))
+        return (
+            asked if arguments.run or arguments.out or arguments.dry_run else placed(asked, free_folder(asked.run.out))
+        )
     recorded = Path(asked.run.out) / CONFIG
     if not recorded.is_file():
         raise ValueError(f"got --resume and {asked.run.out}, which holds no run, expected a run folder; pass its --out")
     config = placed(read_run_file(recorded), asked.run.out)
-    if arguments.run or arguments.set:
+    if arguments.run or overrides:
+        if asked.rest.format == AUTO:
+            asked = replace(asked, rest=replace(asked.rest, format=config.rest.format))
         refuse_changes(parse_toml(asked.to_toml(), "the run"), parse_toml(config.to_toml(), "the run"))
     return config
+
+
+def shorthands(arguments: argparse.Namespace) -> list[str]:
+    """The options that stand for a `--set`."""
+    keys = {"model": "model.path", "data": "data.path", "preset": "rest.preset", "format": "rest.format"}
+    given = [(key, getattr(arguments, name)) for name, key in keys.items()]
+    texts = [f"{key}={json.dumps(str(value))}" for key, value in given if value is not None]
+    return texts if arguments.lora is None else [*texts, f"peft.r={arguments.lora}"]
 
 
 def placed(config: RunConfig, out: str) -> RunConfig:
@@ -192,28 +199,13 @@ def refuse_changes(asked: Mapping[str, Any], recorded: Mapping[str, Any]) -> Non
         )
 
 
-def read_samples(config: RunConfig) -> tuple[list[ToolSample], list[tuple[str, ToolSample]]]:
-    """(training samples, held-out samples with the name of their split)."""
-    data, number = config.data, config.eval.prompts
-    if data.path == EMBEDDED:
-        unseen = {split: tool_world(config.eval.seed, number, split) for split in SPLITS if split != "train"}
-        return tool_world(data.seed, data.samples), [(split, s) for split, group in unseen.items() for s in group]
-    held_out = read_file(data.held_out)[:number] if data.held_out else []
-    return read_file(data.path), [("held out", sample) for sample in held_out]
-
-
-def read_file(path: str) -> list[ToolSample]:
-    """The samples of a JSONL file; ValueError if it cannot be read."""
-    try:
-        return load_samples(path)
-    except OSError as error:
-        raise ValueError(
-            f"got data {path} ({reason(error)}), expected a JSONL file of samples; check [data]"
-        ) from error
+def dry_run(config: RunConfig, args: Any, layout: PromptLayout, data: TrainingData, console: Console) -> int:
+    """What the run would need and do, without loading weights."""
+    raise NotImplementedError
 
 
 def open_run(
-    config: RunConfig, arguments: argparse.Namespace, args: ResTConfig, screen: Screen, *, enabled: bool
+    config: RunConfig, arguments: argparse.Namespace, args: Any, screen: Screen, *, enabled: bool
 ) -> tuple[RunLog, Checkpoint]:
     """A new run folder, or an old one cut back to its newest whole checkpoint."""
     if not arguments.resume:
@@ -254,13 +246,3 @@ def finish(log: RunLog, screen: Screen) -> None:
     if run.summary.get("after"):
         show_table("before → after training", COMPARISON_HEADER, comparison_rows(run.summary), screen.console)
     screen.say(f"plots in {log.plots}; rest-rl report {log.folder} writes a page")
-
-
-def pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, str]]:
-    """The text cut at its spans, each piece with the label of its region."""
-    end = 0
-    for span in spans:
-        yield text[end : span.start], Region.OTHER.label
-        yield text[span.start : span.end], span.region.label
-        end = span.end
-    yield text[end:], Region.OTHER.label

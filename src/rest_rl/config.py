@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -22,7 +22,7 @@ import tomli_w
 
 from rest_rl.advantages import AdvantageKind
 from rest_rl.jsonl import reason
-from rest_rl.presets import Preset, get_preset
+from rest_rl.presets import SUPERVISED, Preset, get_preset
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,6 +31,11 @@ else:
 
 EMBEDDED = "embedded"
 """The value of `model.path` and `data.path` that means what the package ships."""
+AUTO = "auto"
+"""The value of `rest.format` and `data.source` that means what the model and the file show."""
+
+MANY = 40
+"""Keys beyond which an error does not list them all."""
 
 T = TypeVar("T")
 
@@ -58,27 +63,50 @@ class ModelTable:
     """`[model]`: a directory or hub name, and the type its weights are loaded in."""
 
     path: str = EMBEDDED
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Also the folder of an adapter, which is merged into its base model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the loaded weights; `auto` is float32 for weights that are trained, bfloat16 for those beneath `[peft]`."""
+    load_in_4bit: bool = False
+    """Frozen weights in 4 bits (bitsandbytes, CUDA); trained through `[peft]` only (QLoRA)."""
+    attn_implementation: str = ""
+    """Such as flash_attention_2; empty for the library's choice."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking = false."""
 
 
 @dataclass(frozen=True)
 class DataTable:
-    """`[data]`: the tool world (`embedded`) or a JSONL file of single-turn samples."""
+    """`[data]`: the tool world (`embedded`), or dialogues in a file, a folder or a hub dataset (docs/data.md)."""
 
     path: str = EMBEDDED
+    source: str = "auto"
+    """Shape of the rows; `auto` tells it by their keys."""
     samples: int = 2000
     """Training prompts drawn from the tool world; a file is read whole."""
     seed: int = 0
+    """Of the tool world and of the masking."""
     held_out: str = ""
-    """JSONL file of evaluation samples when `path` is a file; without it nothing is evaluated."""
+    """Evaluation data when `path` is not the tool world; without it nothing is evaluated."""
+    max_prompt_tokens: int = 0
+    """Longer prompts are rejected; 0 for no limit."""
+    keep: Sequence[str] = ()
+    """Reasons of `rest-rl data check` that do not reject a sample."""
+    keep_prompts: bool = False
+    """Take the prompts of ToolRL and API-Bank rows as they were published instead of laying them out anew."""
+    mask_names: float = 0.0
+    """Share of the samples whose tool and argument names are replaced by random ones (Hammer, arXiv 2410.04587)."""
 
     def __post_init__(self) -> None:
         """ValueError for a number outside its range or a file that would not be read."""
-        check_least("data", self, samples=1)
+        check_least("data", self, samples=1, max_prompt_tokens=0)
+        if not 0 <= self.mask_names <= 1:
+            raise ValueError(f"got data.mask_names = {self.mask_names}, expected a share in [0, 1]; change it")
         if self.held_out and self.path == EMBEDDED:
             raise ValueError(
                 f"got data.held_out = {self.held_out!r} with data.path = {EMBEDDED!r}, whose held-out prompts are its "
-                "own, expected a JSONL file as data.path; set it, or remove data.held_out"
+                "own, expected a file as data.path; set it, or remove data.held_out"
             )
 
 
@@ -104,15 +132,42 @@ class RestTable:
     """`[rest]`: preset and format, and any field of the preset to set differently."""
 
     preset: str = "rest"
-    format: str = "toolrl"
+    format: str = AUTO
+    """How the model writes calls; `auto` takes what its chat template shows."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     reward: Mapping[str, Any] = field(default_factory=dict)
     advantage: AdvantageKind | None = None
     entropy_decay: float | None = None
     """Of the moving average of region entropies; without it the trainer's default."""
+    region_weights: Mapping[str, float] = field(default_factory=dict)
+    """Loss weight by region of a supervised preset, such as `name = 2.0`, 1 where absent."""
+
+    def __post_init__(self) -> None:
+        """ValueError for fields that the preset would not read."""
+        unread = ("weights", "reward", "advantage", "entropy_decay") if self.is_supervised else ("region_weights",)
+        for name in unread:
+            if value := getattr(self, name):
+                kind = "supervised" if self.is_supervised else "no supervised one"
+                raise ValueError(
+                    f"got rest.{name} = {value} with preset {self.preset!r}, which is {kind}, expected none; remove it"
+                )
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the preset learns from demonstrations instead of rewards."""
+        return self.preset in SUPERVISED
+
+    def loss_weights(self) -> dict[str, float]:
+        """Loss weight by region of a supervised preset, with the overrides of this table."""
+        return {**SUPERVISED[self.preset], **self.region_weights}
 
     def resolve(self) -> Preset:
         """The preset with the overrides of this table applied; a wrong key or value is a ValueError."""
+        if self.is_supervised:
+            raise ValueError(
+                f"got preset {self.preset!r}, which is supervised, expected one of reinforcement learning; "
+                f"use rest-rl train --preset {self.preset}"
+            )
         preset, kinds = get_preset(self.preset), typing.get_args(AdvantageKind)
         if self.advantage not in (None, *kinds):
             raise ValueError(f"got advantage {self.advantage!r}, expected one of {', '.join(kinds)}")
@@ -128,24 +183,43 @@ class RestTable:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run; `trl` holds whatever the trainer's own configuration takes."""
+    """A whole run; `trl` and `peft` hold whatever the trainer's own configuration and peft's LoraConfig take."""
 
     run: RunTable = field(default_factory=RunTable)
     model: ModelTable = field(default_factory=ModelTable)
     data: DataTable = field(default_factory=DataTable)
     rest: RestTable = field(default_factory=RestTable)
     eval: EvalTable = field(default_factory=EvalTable)
+    peft: Mapping[str, Any] = field(default_factory=dict)
     trl: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """ValueError for tables that contradict each other."""
+        if self.model.load_in_4bit and not self.peft:
+            raise ValueError(
+                "got model.load_in_4bit = true without [peft], expected adapters to train, because 4-bit weights cannot "
+                "be; add [peft] with r = 16"
+            )
 
     @classmethod
     def from_toml(cls, text: str, overrides: Iterable[str] = (), *, origin: str = "run file") -> RunConfig:
         """Read a run from TOML text and `a.b=c` overrides; unknown keys and wrong types are ValueErrors."""
         return from_mapping(cls, apply_overrides(parse_toml(text, origin), overrides), "")
 
+    @property
+    def weights_dtype(self) -> str:
+        """The type that the model's weights are loaded in."""
+        if self.model.dtype != AUTO:
+            return self.model.dtype
+        return "bfloat16" if self.peft else "float32"
+
     def to_toml(self) -> str:
         """The run with every default and every field of its preset written out; reading it back gives the same run."""
-        preset = preset_table(self.rest.resolve())
-        method = {name: preset[name] for name in ("advantage", "weights", "reward") if name in preset}
+        if self.rest.is_supervised:
+            method: dict[str, Any] = {"region_weights": self.rest.loss_weights()}
+        else:
+            preset = preset_table(self.rest.resolve())
+            method = {name: preset[name] for name in ("advantage", "weights", "reward") if name in preset}
         plain = dataclasses.asdict(self)
         return tomli_w.dumps(without_none({**plain, "rest": {**plain["rest"], **method}}))
 
@@ -165,9 +239,14 @@ def preset_table(preset: Preset) -> dict[str, Any]:
 
 
 def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
-    """The run in a TOML file, or the embedded default without one."""
+    """The run in a TOML file; without one the tool world's, or with a model or data set, that of one's own model."""
     if path is None:
-        return RunConfig.from_toml(embedded_run(), overrides, origin="the embedded run")
+        overrides = list(overrides)
+        asked = apply_overrides({}, overrides)
+        is_own = any("path" in asked.get(table, {}) for table in ("model", "data"))
+        is_supervised = asked.get("rest", {}).get("preset") in SUPERVISED
+        name = "own_model_sft.toml" if is_supervised else "own_model.toml" if is_own else "tool_world.toml"
+        return RunConfig.from_toml(embedded_run(name), overrides, origin="the embedded run")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -175,9 +254,9 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
     return RunConfig.from_toml(text, overrides, origin=str(path))
 
 
-def embedded_run() -> str:
-    """The text of the run that `rest-rl train` does without arguments."""
-    return resources.files("rest_rl").joinpath("assets/tool_world.toml").read_text(encoding="utf-8")
+def embedded_run(name: str = "tool_world.toml") -> str:
+    """The text of a run file of the package, by default of what `rest-rl train` does without arguments."""
+    return resources.files("rest_rl").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def parse_toml(text: str, origin: str) -> dict[str, Any]:
@@ -246,11 +325,12 @@ def checked_fields(cls: type, values: Mapping[str, Any], where: str) -> dict[str
 
 
 def unknown_key(path: str, name: str, known: Iterable[str]) -> str:
-    """The message for a key nobody reads: the nearest known one and all of them."""
+    """The message for a key nobody reads: the nearest known one, and all of them if they are few."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
+    expected = f"one of {', '.join(known)}" if len(known) <= MANY else f"one of {len(known)} keys of the library"
     hint = f"did you mean {near[0]}?" if near else "remove it or pick one of these."
-    return f"got unknown key {path}, expected one of {', '.join(known)}; {hint}"
+    return f"got unknown key {path}, expected {expected}; {hint}"
 
 
 def checked(value: Any, hint: Any, path: str) -> Any:

@@ -62,13 +62,23 @@ PRESETS: dict[str, Preset] = {
     )
 }
 
+SUPERVISED: dict[str, dict[str, float]] = {
+    "sft": {},
+    "tsft": {"format": 2.0, "name": 2.0, "arguments": 2.0},
+    "rsft": {"reasoning": 2.0},
+}
+"""The supervised baselines: loss weight by region, 1 where absent (the factor 2 is ours), of mean 1 over each response."""
+
 
 def get_preset(preset: str | Preset) -> Preset:
     """The preset of that name, or the object itself; ValueError for an unknown name."""
     if isinstance(preset, Preset):
         return preset
     if preset not in PRESETS:
-        raise ValueError(f"got preset {preset!r}, expected one of {', '.join(PRESETS)}, or a Preset object")
+        raise ValueError(
+            f"got preset {preset!r}, expected one of {', '.join(PRESETS)} (for training also {', '.join(SUPERVISED)}), "
+            "or a Preset object"
+        )
     return PRESETS[preset]
 
 

@@ -3,7 +3,8 @@
     config.toml        the resolved run                  summary.json   evaluation before and after
     environment.json   versions, platform, command       timing.jsonl   seconds per step
     metrics.jsonl      one object per step               checkpoints/   what `--resume` starts from
-    responses.jsonl    some responses of each step       plots/
+    responses.jsonl    some responses of each step       model/         what was trained, and its tokenizer
+    rejected.jsonl     rows that were left out, and why  plots/
 
 Every line is written and flushed whole. A process killed in mid-line leaves a last line that readers skip and a resumed
 run removes. Wall-clock times stand apart from the metrics: a resumed run's metrics equal an uninterrupted run's.
@@ -15,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -26,7 +28,10 @@ from rest_rl.jsonl import as_json, reason
 
 CONFIG, ENVIRONMENT, SUMMARY = "config.toml", "environment.json", "summary.json"
 METRICS, RESPONSES, TIMING = "metrics.jsonl", "responses.jsonl", "timing.jsonl"
-CHECKPOINTS, PLOTS = "checkpoints", "plots"
+REJECTED = "rejected.jsonl"
+CHECKPOINTS, PLOTS, MODEL = "checkpoints", "plots", "model"
+TRAINER_FILES = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "global_step*", "optimizer_*")
+"""What of a checkpoint is for the trainer alone."""
 LIBRARIES = ("rest-rl", "torch", "transformers", "trl", "accelerate", "tokenizers", "numpy", "peft", "vllm")
 
 Row = dict[str, Any]
@@ -85,7 +90,10 @@ class RunLog:
         for name in (METRICS, RESPONSES, TIMING):
             log._keep_until(name, step)
         if not is_last and (summary := log.read_summary()):
-            log._write(SUMMARY, as_json({key: summary[key] for key in ("before",) if key in summary}, indent=2) + "\n")
+            log._write(
+                SUMMARY,
+                as_json({key: value for key, value in summary.items() if key in ("data", "before")}, indent=2) + "\n",
+            )
         return log
 
     @property
@@ -97,6 +105,25 @@ class RunLog:
     def plots(self) -> Path:
         """Where the plots lie."""
         return self.folder / PLOTS
+
+    @property
+    def model(self) -> Path:
+        """Where the trained model lies once the run has finished."""
+        return self.folder / MODEL
+
+    def keep_model(self, checkpoint: Path) -> None:
+        """Copy what a checkpoint holds besides the trainer's state to `model`."""
+        if not self.enabled or self.model.exists():
+            return
+        try:
+            shutil.copytree(checkpoint, self.model, ignore=shutil.ignore_patterns(*TRAINER_FILES))
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+
+    def write_rejected(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the rows that training leaves out; without any there is no file."""
+        if text := "".join(as_json(row) + "\n" for row in rows):
+            self._write(REJECTED, text)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one step's metrics; `row["step"]` is the number of finished steps."""

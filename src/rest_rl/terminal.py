@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from rest_rl.analyze.palette import REGION_COLOURS
+from rest_rl.analyze.tables import is_number
+from rest_rl.response import ParsedResponse, Region, Span
 
 
 class ShownToken(Protocol):
@@ -85,3 +88,65 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]],
     for row in rows:
         table.add_row(*map(str, row), style=None if str(row[0]).startswith(" ") else "bold")
     console.print(table)
+
+
+def pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, str]]:
+    """The text cut at its spans, each piece with the label of its region."""
+    end = 0
+    for span in spans:
+        yield text[end : span.start], Region.OTHER.label
+        yield text[span.start : span.end], span.region.label
+        end = span.end
+    yield text[end:], Region.OTHER.label
+
+
+class Screen:
+    """Shows a run in the terminal: the bar with time left, sample responses, tables."""
+
+    def __init__(self, console: Console, show_every: int, parse: Callable[[str], ParsedResponse]) -> None:
+        """`parse` reads the responses that are shown, every `show_every` steps."""
+        self.console, self.show_every, self.parse = console, show_every, parse
+        self.weights: dict[str, float] = {}
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    @contextmanager
+    def bar(self, done: int, total: int) -> Iterator[None]:
+        """The progress bar of the training steps; a `total` below 1 is not known yet."""
+        with progress_bar(self.console) as progress:
+            self._task = progress.add_task("", total=total if total > 0 else None, completed=done, note="")
+            self._progress = progress
+            yield
+        self._progress = None
+
+    def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """Move the bar."""
+        weights = {label: metrics.get(f"rest/weight/{label}") for label in REGION_COLOURS}
+        self.weights = {label: float(weight) for label, weight in weights.items() if is_number(weight)}
+        if self._progress is not None and self._task is not None:
+            note = "  ".join(f"{name} {metrics[key]:.3f}" for key, name in SHOWN.items() if key in metrics)
+            self._progress.update(self._task, completed=step, total=total, note=note)
+
+    def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show the first response of a step now and then."""
+        if not self.show_every or (step - 1) % self.show_every or not rows:
+            return
+        row = rows[0]
+        text = str(row["response"])
+        self.console.rule(f"step {step}, reward {row['reward']:.2f}", align="left", style="dim")
+        self.console.print(coloured(pieces(text, self.parse(text).spans)), soft_wrap=True)
+        self.console.print(legend(self.weights))
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, highlight=False)
+
+
+SHOWN = {
+    "reward": "reward",
+    "rest/accuracy": "S_acc",
+    "rest/format": "S_format",
+    "loss": "loss",
+    "mean_token_accuracy": "token accuracy",
+}
+"""Metrics beside the bar."""

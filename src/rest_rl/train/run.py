@@ -8,23 +8,27 @@ import importlib.util
 import json
 import typing
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
-from trl import GRPOConfig
+from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from rest_rl.config import RunConfig, describe, fits, options, unknown_key
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import get_format
 from rest_rl.presets import Preset
 from rest_rl.regions import decode_ids
-from rest_rl.runlog import CHECKPOINTS, METRICS, RESPONSES, TIMING, RunLog, read_rows, unwritable
-from rest_rl.train.prompts import training_dataset
+from rest_rl.runlog import CHECKPOINTS, RunLog, unwritable
+from rest_rl.train.checkpoints import Checkpoint
+from rest_rl.train.policy import lora_config
+from rest_rl.train.prompts import PromptLayout, training_dataset
+from rest_rl.train.sft import region_trainer
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
 from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
 
@@ -44,15 +48,6 @@ class Observer(Protocol):
     def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Some responses that `step`, counted from 1, learns from; `rows` are as in responses.jsonl."""
         ...
-
-
-class Checkpoint(NamedTuple):
-    """Where a run can go on from; without a folder it is the beginning."""
-
-    step: int
-    folder: Path | None = None
-    is_last: bool = False
-    """The run has finished its steps; the trainer would do one more if it was asked to go on from here."""
 
 
 class Recorder(TrainerCallback):
@@ -95,41 +90,72 @@ def quiet_libraries() -> None:
 
 def steps_per_generation(args: Any) -> int:
     """Optimizer steps that share one batch of responses; only between batches does a resumed run go on exactly."""
+    if not isinstance(args, GRPOConfig):
+        return 1
     shared = args.steps_per_generation * args.num_iterations
     return max(1, -(-shared // args.gradient_accumulation_steps))
 
 
-def trainer_config(config: RunConfig) -> ResTConfig:
+def with_machine_defaults(config: RunConfig) -> RunConfig:
+    """The run with `use_cpu` and `bf16 = false` filled in where there is no accelerator and `[trl]` does not say."""
+    if torch.accelerator.is_available():
+        return config
+    return dataclasses.replace(config, trl={"use_cpu": True, "bf16": False, **config.trl})
+
+
+def trainer_config(config: RunConfig) -> ResTConfig | SFTConfig:
     """The trainer's configuration: `[trl]` as it stands, the rest from the other tables."""
-    check_trl(config.trl)
-    rest = dataclasses.asdict(config.rest)
-    if rest["entropy_decay"] is None:
-        del rest["entropy_decay"]
+    kind = SFTConfig if config.rest.is_supervised else ResTConfig
+    table = {name: value for name, value in config.trl.items() if name not in unread_keys(config)}
+    check_trl(table, kind)
     given: dict[str, Any] = {
         "output_dir": str(Path(config.run.out) / CHECKPOINTS),
         "seed": config.run.seed,
-        "tool_format": rest.pop("format"),
         "disable_tqdm": True,
         "report_to": [],
-        **rest,
-        **config.trl,
+        **method_fields(config),
+        **table,
     }
     try:
-        args = ResTConfig(**given)
+        args = kind(**given)
     except TypeError as error:
-        raise ValueError(f"got [trl] {dict(config.trl)} ({error}), expected fields of ResTConfig; mend it") from error
+        raise ValueError(f"got [trl] {table} ({error}), expected fields of {kind.__name__}; mend it") from error
     if args.save_strategy == "steps" and args.save_steps % steps_per_generation(args) != 0:
         raise ValueError(
             f"got trl.save_steps = {args.save_steps}, expected a multiple of {steps_per_generation(args)}, the steps "
             "that share one batch of responses, or a resumed run would differ; change save_steps"
         )
+    check_trackers(args.report_to)
     return args
 
 
-def check_trl(table: Mapping[str, Any]) -> None:
+def method_fields(config: RunConfig) -> dict[str, Any]:
+    """`[rest]` as fields of the trainer's configuration; a supervised trainer reads none of them."""
+    if config.rest.is_supervised:
+        return {}
+    rest = dataclasses.asdict(config.rest)
+    for name in ("region_weights", *(["entropy_decay"] if config.rest.entropy_decay is None else [])):
+        del rest[name]
+    return {"tool_format": rest.pop("format"), **rest}
+
+
+def unread_keys(config: RunConfig) -> list[str]:
+    """Keys of `[trl]` for the other kind of training, left out so that one run file serves all presets."""
+    reinforced, supervised = field_names(GRPOConfig), field_names(SFTConfig)
+    only = reinforced - supervised if config.rest.is_supervised else supervised - reinforced
+    return [name for name in config.trl if name in only]
+
+
+def field_names(kind: type) -> set[str]:
+    """What a trainer's configuration can be given."""
+    return {field.name for field in dataclasses.fields(kind) if field.init}
+
+
+def check_trl(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
     """ValueError for a key or value of `[trl]` that the trainer would not take, or could not resume from."""
-    fields = {field.name for field in dataclasses.fields(ResTConfig) if field.init} - set(OWNED)
-    hints = {**typing.get_type_hints(ResTConfig), **typing.get_type_hints(GRPOConfig)}
+    fields = field_names(kind) - set(OWNED)
+    stock = SFTConfig if kind is SFTConfig else GRPOConfig
+    hints = {**typing.get_type_hints(kind), **typing.get_type_hints(stock)}
     for name, value in table.items():
         if name not in fields:
             raise ValueError(unknown_key(f"trl.{name}", name, fields))
@@ -141,38 +167,76 @@ def check_trl(table: Mapping[str, Any]) -> None:
     if table.get("save_only_model"):
         raise ValueError(
             "got trl.save_only_model = true, expected checkpoints that a run can go on from; remove it (the weights "
-            "alone are in each checkpoint's model.safetensors)"
+            "alone are in the run folder's model/)"
         )
+    if "chat_template_kwargs" in table:
+        raise ValueError("got trl.chat_template_kwargs, expected model.chat_template_kwargs; move it to [model]")
     if table.get("use_vllm") and importlib.util.find_spec("vllm") is None:
         raise ValueError(
             "got trl.use_vllm = true without the package vllm, expected it; pip install 'rest-rl[vllm]', or remove it"
         )
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """ValueError for a tracker whose package is not there: the trainer would find out after the run has begun."""
+    missing = [name for name in names if name not in ("none", "all", *get_available_reporting_integrations())]
+    if missing:
+        raise ValueError(
+            f"got trl.report_to = {list(names)}, expected trackers that are installed; pip install {missing[0]}, or "
+            "remove it"
+        )
+
+
 def build_trainer(
     config: RunConfig,
-    args: ResTConfig,
+    args: ResTConfig | SFTConfig,
     model: Any,
-    tokenizer: Any,
+    layout: PromptLayout,
     samples: Sequence[ToolSample],
     log: RunLog,
     observer: Observer,
-) -> tuple[ResTTrainer, Recorder]:
-    """The trainer and the callback that writes its run folder."""
+    on_refused: Callable[[ToolSample, ValueError], None] | None = None,
+) -> tuple[ResTTrainer | SFTTrainer, Recorder]:
+    """The trainer and the callback that writes its run folder; `on_refused` as in `training_dataset`."""
     if not samples:
         raise ValueError(f"got no training sample from {config.data.path}, expected at least one; check [data]")
     recorder = Recorder(log, observer)
-    trainer = ResTTrainer(
-        model=model,
-        args=args,
-        reward_funcs=recorded_reward(config, tokenizer, args.method(), log, observer),
-        train_dataset=training_dataset(samples, tokenizer, tool_format=config.rest.format),
-        processing_class=tokenizer,
-        callbacks=[recorder],
-    )
+    shared: dict[str, Any] = {
+        "model": model,
+        "processing_class": layout.tokenizer,
+        "peft_config": lora_config(config.peft),
+        "callbacks": [recorder],
+    }
+    trainer: ResTTrainer | SFTTrainer
+    if isinstance(args, ResTConfig):
+        trainer = ResTTrainer(
+            args=args,
+            reward_funcs=recorded_reward(config, layout.tokenizer, args.method(), log, observer),
+            train_dataset=training_dataset(
+                samples, layout.tokenizer, layout.format, layout.variables, on_refused=on_refused
+            ),
+            **shared,
+        )
+    else:
+        trainer = region_trainer(args, layout, samples, config.rest.loss_weights(), on_refused=on_refused, **shared)
+    check_size(trainer, config)
     # Progress and metrics are shown and kept by the recorder.
     trainer.remove_callback(PrinterCallback)
     return trainer, recorder
+
+
+def check_size(trainer: ResTTrainer | SFTTrainer, config: RunConfig) -> None:
+    """ValueError for fewer prompts than one step takes: the trainer would silently do nothing."""
+    if not isinstance(trainer, ResTTrainer):
+        return
+    args = trainer.args
+    size, needed = len(trainer.train_dataset), args.generation_batch_size // args.num_generations
+    if size < needed:
+        raise ValueError(
+            f"got {size} training prompts from {config.data.path}, expected at least {needed}, which one batch of "
+            f"{args.generation_batch_size} responses takes; lower trl.gradient_accumulation_steps or "
+            "trl.per_device_train_batch_size, or add data"
+        )
 
 
 def recorded_reward(
@@ -206,7 +270,7 @@ def recorded_reward(
     return recorded
 
 
-def train(trainer: ResTTrainer, checkpoint: Checkpoint, log: RunLog) -> int:
+def train(trainer: ResTTrainer | SFTTrainer, checkpoint: Checkpoint, log: RunLog) -> int:
     """Train from a checkpoint; returns the number of finished steps. A full disk is a ValueError."""
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint.folder else None)
@@ -217,72 +281,14 @@ def train(trainer: ResTTrainer, checkpoint: Checkpoint, log: RunLog) -> int:
     return int(trainer.state.global_step)
 
 
-def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[str]]:
-    """The newest whole checkpoint of a run folder and the names of newer broken ones.
-
-    A run killed before its first checkpoint goes on from the beginning. ValueError if there should be one by now.
-    """
-    broken: list[str] = []
-    for folder in sorted(log.checkpoints.glob("checkpoint-*"), key=checkpoint_step, reverse=True):
-        if state := checkpoint_state(folder):
-            return Checkpoint(state["global_step"], folder, state["global_step"] >= state["max_steps"]), broken
-        broken.append(folder.name)
-    finished = finished_steps(log)
-    if finished > save_steps:
-        found = f"broken: {', '.join(broken)}" if broken else "none there"
-        raise ValueError(
-            f"got {log.checkpoints} without a whole checkpoint ({found}) after {finished} steps, expected one to go on "
-            "from; restore it from a copy or start anew with another --out"
-        )
-    return Checkpoint(0), broken
-
-
-def finished_steps(log: RunLog) -> int:
-    """The steps that a run has certainly finished; the metrics alone may lag by `logging_steps`."""
-    logged = [row.get("step", 0) for name in (METRICS, TIMING) for row in read_rows(log.folder / name)]
-    begun = [row.get("step", 1) - 1 for row in read_rows(log.folder / RESPONSES)]
-    return max([*logged, *begun], default=0)
-
-
-def checkpoint_step(folder: Path) -> int:
-    """The step in a checkpoint's name, -1 if there is none."""
-    number = folder.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
-
-
-def checkpoint_state(folder: Path) -> dict[str, Any] | None:
-    """The trainer's state in a checkpoint.
-
-    None unless every part is there, every file can be opened and the state belongs to its step.
-    """
+def save_policy(trainer: ResTTrainer | SFTTrainer, log: RunLog) -> None:
+    """The trained model, or its adapter, with the tokenizer in the run folder's `model`; all processes take part."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        for weights in folder.glob("*.safetensors"):
-            with safe_open(weights, framework="pt"):
-                pass
-        tensors = [*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]
-        whole = has_all_parts(folder) and all(zipfile.is_zipfile(path) for path in tensors)
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError):
-        return None
-    if not whole or not isinstance(state, dict) or not isinstance(state.get("max_steps"), int):
-        return None
-    return state if state.get("global_step") == checkpoint_step(folder) else None
+        trainer.save_model(str(log.model))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise unwritable(log.folder, OSError(None, str(error))) from error
 
 
-def has_all_parts(folder: Path) -> bool:
-    """Whether a checkpoint holds weights, optimizer, schedule and random state, in whole or in shards.
-
-    The trainer loads what it finds: without its file an optimizer would silently start anew.
-    """
-    is_deepspeed = any(folder.glob("global_step*/*"))  # holds weights, optimizer and schedule; not looked into
-    indices = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.safetensors.index.json")]
-    shards = {shard for index in indices for shard in index["weight_map"].values()} if indices else set()
-    if not all((folder / shard).is_file() for shard in shards):
-        return False
-    parts = {
-        "weights": ("*.safetensors", "pytorch_model_fsdp*"),
-        "optimizer": ("optimizer.pt", "optimizer.bin", "optimizer_*/*"),
-        "schedule": ("scheduler.pt",),
-    }
-    found = {part: any(any(folder.glob(pattern)) for pattern in patterns) for part, patterns in parts.items()}
-    return any(folder.glob("rng_state*.pth")) and (is_deepspeed or all(found.values()))
+def is_sharded(trainer: ResTTrainer | SFTTrainer) -> bool:
+    """Whether no process holds the whole model (FSDP, DeepSpeed), so that it cannot generate by itself."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
