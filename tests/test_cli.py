@@ -285,7 +285,7 @@ def test_processes_of_one_launch_need_a_folder(
         ("trl.deepspeed=x.json", "pip install deepspeed"),
         ("eval.batch_size=0", "got eval.batch_size = 0, expected at least 1"),
         ("model.path=nowhere/at/all", "got tokenizer nowhere/at/all"),
-        ("data.path=nowhere.jsonl", "No such file or directory"),
+        ("data.path=nowhere.jsonl", "got nowhere.jsonl, which does not exist"),
     ],
 )
 def test_mistakes_in_a_run_are_found_before_its_folder_is_made(
@@ -311,14 +311,31 @@ def test_values_of_the_trainer_that_fit_are_kept() -> None:
     check_trl({"max_steps": 5, "bf16": True, "save_total_limit": 2, "optim": "sgd", "delta": 2.0})
 
 
-def test_data_row_without_gold_is_named(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = save_samples(tiny_samples(2), tmp_path / "rows.jsonl").read_text().splitlines()
-    row = json.loads(rows[1])
-    del row["gold"]
-    (tmp_path / "rows.jsonl").write_text(rows[0] + "\n" + json.dumps(row) + "\n")
-    error = error_of(capsys, "train", str(run_file), "--set", f'data.path="{tmp_path}/rows.jsonl"', "--out", "never")
-    assert "rows.jsonl, line 2" in error
-    assert "gold" in error
+def test_rows_that_are_left_out_are_accounted_for(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        json.loads(line) for line in save_samples(tiny_samples(9), tmp_path / "rows.jsonl").read_text().split("\n")[:9]
+    ]
+    del rows[1]["gold"]
+    rows[3]["gold"]["calls"][0]["name"] = "elsewhere"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{torn")
+    options = [f'data.path="{tmp_path}/rows.jsonl"', 'data.held_out=""', "trl.max_steps=2"]
+    options = [part for option in options for part in ("--set", option)]
+    assert main(["train", str(run_file), *options, "--out", str(tmp_path / "run")]) == 0
+    rejected = lines((tmp_path / "run" / "rejected.jsonl").read_text())
+    assert [row["row"] for row in rejected] == [2, 4, 10]
+    assert "unknown_tool" in rejected[1]["reasons"][0]
+    counts = read_run(tmp_path / "run").summary["data"]
+    assert {name: counts[name] for name in ("rows", "kept", "rejected", "samples")} == {
+        "rows": 10,
+        "kept": 7,
+        "rejected": 3,
+        "samples": 7,
+    }
+    assert "10 rows, 7 kept, 0 repaired, 3 rejected" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "rows.jsonl").write_text("{torn")
+    assert "none of whose 1 rows gives a sample" in error_of(capsys, "train", str(run_file), *options, "--out", "never")
 
 
 def test_model_without_a_chat_template_is_named(

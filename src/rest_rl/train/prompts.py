@@ -77,6 +77,13 @@ class PromptLayout:
         text = self.render(sample)
         return text.removeprefix(self.tokenizer.bos_token) if self.doubles_bos else text
 
+    def count_tokens(self, sample: ToolSample) -> int:
+        """How many tokens the prompt has; 0 where the template fails, which is found again when it is laid out."""
+        try:
+            return len(self.tokenizer(self.render(sample), add_special_tokens=False)["input_ids"])
+        except ValueError:
+            return 0
+
     @cached_property
     def is_native(self) -> bool:
         """Whether the template itself describes tools and writes calls in this layout's format."""
