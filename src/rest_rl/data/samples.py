@@ -52,7 +52,7 @@ class ToolSample:
 class BadTurn(NamedTuple):
     """A message that cannot be read, or (`follows`) an assistant turn that comes after one."""
 
-    index: int
+    position: int
     problem: str
     follows: bool = False
 

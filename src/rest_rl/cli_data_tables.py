@@ -1,0 +1,130 @@
+"""What the verb `data` shows: the progress of reading, the table of reasons, one row as training sees it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rest_rl.data.check import CheckedRow, Report
+from rest_rl.data.reasons import REASONS
+from rest_rl.data.samples import ToolSample
+from rest_rl.formats import get_format
+from rest_rl.response import Region, Span
+from rest_rl.terminal import coloured, legend
+
+STYLES = {"rejected": "red", "repaired": "yellow", "noted": "dim"}
+
+
+@contextmanager
+def reading_bar(total_bytes: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar over the bytes of the input with rows and rows per second; call it with (rows, bytes)."""
+    columns = (BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total_bytes or None, note="")
+
+        def advance(rows: int, read: int) -> None:
+            seconds = progress.tasks[task].elapsed or 1e-9
+            progress.update(task, completed=min(read, total_bytes), note=f"{rows} rows, {rows / seconds:.0f}/s")
+
+        yield advance
+
+
+def show_report(report: Report, per_reason: int, console: Console | None = None) -> None:
+    """Counts, the table of reasons, and the first findings of each."""
+    console = console or Console()
+    shapes = ", ".join(f"{name} ({count} rows)" for name, count in report.sources.items()) or "unknown"
+    console.print(f"shape: {shapes}", highlight=False)
+    counts = f"{report.rows} rows: {report.kept} kept, {report.repaired} repaired, {report.rejected} rejected"
+    console.print(f"{counts}; {report.samples} samples", highlight=False)
+    if not report.reasons:
+        return
+    table = Table("reason", "", "rows", "first rows", "meaning", box=None, header_style="bold", padding=(0, 1, 0, 0))
+    known = [reason for reason in REASONS if reason in report.reasons]
+    for reason in known:
+        severity = "/".join(sorted(report.severities[reason]))
+        first = ", ".join(map(str, report.first_rows[reason]))
+        style = STYLES.get(severity, "red")
+        table.add_row(reason, severity, str(report.reasons[reason]), first, REASONS[reason].meaning, style=style)
+    console.print(table)
+    for reason in known if per_reason else ():
+        console.print(f"\n{reason}: {REASONS[reason].remedy}", style="bold", highlight=False)
+        shown = [located for located in report.findings if located.finding.reason == reason][:per_reason]
+        for file, row, found in shown:
+            name = f"{file}, row {row}" if len(report.files) > 1 else f"row {row}"
+            console.print(f"  {name}: {escape(found.detail)}", highlight=False, soft_wrap=True)
+        if (left := report.occurrences[reason] - len(shown)) > 0:
+            console.print(f"  and {left} more; --all or --json list them", highlight=False)
+
+
+def show_row(row: CheckedRow, tokenizer: str | None, tool_format: str, console: Console | None = None) -> None:
+    """A row: what was found, then for each sample its prompt and its gold in colours."""
+    console = console or Console()
+    console.print(f"row {row.number} of {row.file}: {row.status}, shape {row.source or 'unknown'}", highlight=False)
+    for found in row.findings:
+        remedy = REASONS[found.reason].remedy
+        line = f"{found.severity}: {found.reason}: {found.detail}; {remedy}"
+        console.print(escape(line), style=STYLES[found.severity], highlight=False, soft_wrap=True)
+    if not row.samples:
+        console.print(escape(_plain(row.raw)), highlight=False, soft_wrap=True)
+    render = _renderer(tokenizer, tool_format) if row.samples else None
+    for sample in row.samples if render else ():
+        console.rule(escape(f"{sample.id} ({sample.kind}): prompt"), align="left", style="dim")
+        console.print(escape(render(sample)), highlight=False, soft_wrap=True)  # type: ignore[misc]
+        console.rule(f"gold in format {tool_format}", align="left", style="dim")
+        _show_gold(sample, tool_format, console)
+    if row.samples:
+        console.print(legend())
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2, default=str)
+
+
+def _renderer(tokenizer: str | None, tool_format: str) -> Callable[[ToolSample], str]:
+    """How a prompt is shown: by the chat template of a tokenizer, or else tools and messages as they are."""
+    if not tokenizer:
+        return _plain_prompt
+    from rest_rl.train.policy import load_tokenizer
+    from rest_rl.train.prompts import render_prompt
+
+    loaded = load_tokenizer(tokenizer)
+    return lambda sample: render_prompt(sample, loaded, tool_format)
+
+
+def _plain_prompt(sample: ToolSample) -> str:
+    tools = [json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in sample.tools]
+    lines = [] if sample.tools_in_prompt else [f"tool: {tool}" for tool in tools]
+    return "\n".join([*lines, *map(_plain_message, sample.messages)])
+
+
+def _plain_message(message: Mapping[str, Any]) -> str:
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join(
+        [f"{message['role']}: {message.get('content') or ''}".rstrip(), *(f"  calls {call}" for call in calls)]
+    )
+
+
+def _show_gold(sample: ToolSample, tool_format: str, console: Console) -> None:
+    chosen = get_format(tool_format)
+    try:
+        text = chosen.render(sample.thought, sample.gold.calls, sample.gold.answer)
+    except ValueError as error:  # a thought that quotes the tags
+        console.print(escape(f"without its thought: {error}"), style="dim", highlight=False, soft_wrap=True)
+        text = chosen.render(None, sample.gold.calls, sample.gold.answer)
+    console.print(coloured(_pieces(text, chosen.parse(text).spans)), soft_wrap=True)
+
+
+def _pieces(text: str, spans: tuple[Span, ...]) -> Iterator[tuple[str, str]]:
+    end = 0
+    for span in spans:
+        yield text[end : span.start], Region.OTHER.label
+        yield text[span.start : span.end], span.region.label
+        end = span.end
+    yield text[end:], Region.OTHER.label

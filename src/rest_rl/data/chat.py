@@ -1,0 +1,143 @@
+"""Chat rows as OpenAI, Hugging Face and ShareGPT write them -> dialogues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rest_rl.data.flattened import read_literal
+from rest_rl.data.reasons import Finding, RowRejectedError, finding
+from rest_rl.data.samples import Dialogue, ToolSample, decompose_around
+from rest_rl.data.tool_schemas import read_tools
+from rest_rl.formats import get_format
+
+ROLE_NAMES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "tool": "tool", "function": "tool", "ipython": "tool", "observation": "tool", "tool_response": "tool",
+    "function_response": "tool", "function_call": "call", "tool_call": "call",
+}  # fmt: skip
+"""Roles as they are written; `call` is an assistant turn whose text is the call."""
+_KEPT = ("name", "tool_call_id")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def load_messages(row: Mapping[str, Any], identity: str, keep_prompts: bool) -> tuple[list[ToolSample], list[Finding]]:
+    """The samples of a row with `messages` (or `conversations`) and `tools` (or `functions`)."""
+    del keep_prompts
+    raw = next((row[key] for key in ("messages", "conversations", "conversation") if row.get(key) is not None), None)
+    raw = read_literal(raw) if isinstance(raw, str) else raw
+    if not isinstance(raw, Sequence) or isinstance(raw, str):
+        raise RowRejectedError("bad_row", f"got messages of type {type(raw).__name__}, expected a list")
+    tools = read_tools(next((row[key] for key in ("tools", "functions") if row.get(key) is not None), None))
+    found: list[Finding] = []
+    messages = [chat_message(message, found) for message in raw]
+    if (
+        isinstance(row.get("system"), str)
+        and row["system"].strip()
+        and messages[:1]
+        and messages[0]["role"] != "system"
+    ):
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return samples_of(Dialogue(identity, tuple(messages), tools, "dialogue"), found)
+
+
+def samples_of(dialogue: Dialogue, found: list[Finding]) -> tuple[list[ToolSample], list[Finding]]:
+    """One sample per assistant turn, and a finding for every turn that gives none."""
+    if not dialogue.messages:
+        raise RowRejectedError("no_assistant_turn", "got no messages")
+    samples, bad = decompose_around(dialogue)
+    found += [finding("broken_history" if turn.follows else "bad_turn", turn.problem) for turn in bad]
+    if not samples and not bad:
+        raise RowRejectedError("no_assistant_turn", f"got {len(dialogue.messages)} messages, none of the assistant")
+    return samples, found
+
+
+def chat_message(raw: Any, found: list[Finding]) -> dict[str, Any]:
+    """One message under our names; what cannot be read is left for `decompose_around` to name."""
+    if not isinstance(raw, Mapping):
+        return {"role": None}
+    given = raw.get("role", raw.get("from"))
+    role = ROLE_NAMES.get(given.lower(), given) if isinstance(given, str) else given
+    content = _joined(raw.get("content", raw.get("value")))
+    message: dict[str, Any] = {"role": role, "content": content}
+    message |= {key: raw[key] for key in _KEPT if isinstance(raw.get(key), str)}
+    if role == "call":
+        return {"role": "assistant", "content": "", "tool_calls": _read_calls(content, found)}
+    if role == "assistant":
+        return _assistant(message, raw, found)
+    if content is None or (isinstance(content, (Mapping, list)) and role == "tool"):
+        message["content"] = "" if content is None else json.dumps(content, ensure_ascii=False)
+    return message
+
+
+def _joined(content: Any) -> Any:
+    """Content parts that are all text as one text."""
+    if not isinstance(content, (list, tuple)) or not content:
+        return "" if content == [] else content
+    texts = [
+        part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None for part in content
+    ]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content  # type: ignore[arg-type]
+
+
+def _assistant(message: dict[str, Any], raw: Mapping[str, Any], found: list[Finding]) -> dict[str, Any]:
+    message.pop("tool_call_id", None)
+    reasoning = next((raw[key] for key in _REASONING if isinstance(raw.get(key), str)), None)
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    calls = raw.get("tool_calls") or raw.get("function_call")
+    content = message["content"]
+    if calls:
+        message["tool_calls"] = _read_calls(calls, found)
+    elif isinstance(content, str) and "<tool_call>" in content:
+        message |= _written_out(content)
+    elif content is None:
+        message["content"] = ""
+    return message
+
+
+def _written_out(content: str) -> dict[str, Any]:
+    """A turn whose calls stand in its text as Hermes writes them."""
+    parsed = get_format("hermes").parse(content, spans=False)
+    if parsed.unreadable_calls or not parsed.well_formed or not parsed.calls:
+        return {"tool_calls": content[:200]}
+    calls = [{"function": {"name": call.name, "arguments": dict(call.arguments)}} for call in parsed.calls]
+    thought = {"reasoning_content": parsed.thought} if parsed.thought else {}
+    return {**thought, "content": parsed.answer or "", "tool_calls": calls}
+
+
+def _read_calls(value: Any, found: list[Finding]) -> Any:
+    """A list of calls from one call, a list, or the text of either."""
+    if isinstance(value, str):
+        value = _read_text(value, found)
+    if isinstance(value, Mapping):
+        value = [value]
+    return [_read_call(call, found) for call in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read_call(call: Any, found: list[Finding]) -> Any:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        return call
+    key = "arguments" if "arguments" in function else "parameters"
+    arguments = function.get(key)
+    if isinstance(arguments, str) and arguments.strip():
+        arguments = _read_text(arguments, found)
+    elif arguments is None:
+        arguments = {}
+    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**identity, "type": "function", "function": {"name": function.get("name"), "arguments": arguments}}
+
+
+def _read_text(text: str, found: list[Finding]) -> Any:
+    """The value of a text; a Python literal is a repair, and what is neither stays text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        value = read_literal(text)
+        if not isinstance(value, (Mapping, list)):
+            return text
+        found.append(finding("arguments_as_python", f"got {text[:80]!r}"))
+        return value

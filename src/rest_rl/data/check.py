@@ -1,0 +1,271 @@
+"""Every row of a data file accounted for: kept, repaired or rejected, with its number and the reasons.
+
+`checked_rows` streams; memory holds one row and 16 to 32 bytes per sample seen (digests that find duplicates).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rest_rl.data.digests import DigestSet, digest_of, gold_digest, leak_digest, prompt_digest
+from rest_rl.data.gold_checks import checked_gold
+from rest_rl.data.loaders import BENCHMARKS, SOURCES, get_loader, source_of
+from rest_rl.data.masking import masked
+from rest_rl.data.reasons import KEEPABLE, REASONS, Finding, RowRejectedError, check_keep, finding
+from rest_rl.data.rows import Row, RowError, RowReader
+from rest_rl.data.samples import ToolSample
+
+Status = Literal["kept", "repaired", "rejected"]
+MAX_FINDINGS = 1000
+FIRST_ROWS = 5
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """How a file is read and checked."""
+
+    source: str = "auto"
+    """Shape of the rows, one of SOURCES; `auto` tells it from the keys of each row."""
+    keep_prompts: bool = False
+    """Published prompts stay word for word, with the tools they describe (ToolRL, API-Bank, ToolACE)."""
+    keep: tuple[str, ...] = ()
+    """Reasons that are only noted: nothing is rejected or repaired for them."""
+    mask_names: float = 0.0
+    """Share of the samples whose tool and argument names become random strings (Hammer, arXiv 2410.04587)."""
+    seed: int = 0
+    """Seed of the masking."""
+    max_prompt_tokens: int = 0
+    """Longer prompts are rejected; 0 for no limit."""
+
+    def __post_init__(self) -> None:
+        """ValueError for values that no run can use."""
+        if self.source != "auto":
+            get_loader(self.source)
+        check_keep(self.keep)
+        if not 0 <= self.mask_names <= 1:
+            raise ValueError(f"got mask_names {self.mask_names}, expected a share in [0, 1]; 0 masks nothing")
+        if self.mask_names and self.keep_prompts:
+            raise ValueError("got mask_names with keep_prompts, expected one of them; kept texts hold the names")
+        if self.max_prompt_tokens < 0:
+            raise ValueError(f"got max_prompt_tokens {self.max_prompt_tokens}, expected a number >= 0; 0 is no limit")
+
+
+class CheckedRow(NamedTuple):
+    """A row, the samples it gives and what was found; `raw` is the row as read, or the beginning of its text."""
+
+    file: str
+    number: int
+    status: Status
+    source: str
+    samples: tuple[ToolSample, ...]
+    findings: tuple[Finding, ...]
+    raw: Any
+
+
+class Located(NamedTuple):
+    """A finding with its file and row."""
+
+    file: str
+    row: int
+    finding: Finding
+
+
+@dataclass
+class Report:
+    """Counts over a file; `reasons` counts rows, each once per reason, and rows == kept + repaired + rejected."""
+
+    rows: int = 0
+    kept: int = 0
+    repaired: int = 0
+    rejected: int = 0
+    samples: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    occurrences: dict[str, int] = field(default_factory=dict)
+    first_rows: dict[str, list[int]] = field(default_factory=dict)
+    severities: dict[str, set[str]] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
+    files: set[str] = field(default_factory=set)
+    findings: list[Located] = field(default_factory=list)
+    findings_left_off: int = 0
+
+    def add(self, row: CheckedRow) -> None:
+        """Count one row."""
+        self.rows += 1
+        setattr(self, row.status, getattr(self, row.status) + 1)
+        self.samples += len(row.samples)
+        self.files.add(row.file)
+        if row.source:
+            self.sources[row.source] = self.sources.get(row.source, 0) + 1
+        for found in row.findings:
+            self.severities.setdefault(found.reason, set()).add(found.severity)
+            self.occurrences[found.reason] = self.occurrences.get(found.reason, 0) + 1
+            if len(self.findings) < MAX_FINDINGS:
+                self.findings.append(Located(row.file, row.number, found))
+            else:
+                self.findings_left_off += 1
+        for reason in {found.reason for found in row.findings}:
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+            first = self.first_rows.setdefault(reason, [])
+            first += [row.number] if len(first) < FIRST_ROWS else []
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as one JSON object."""
+        return {
+            "rows": self.rows,
+            "kept": self.kept,
+            "repaired": self.repaired,
+            "rejected": self.rejected,
+            "samples": self.samples,
+            "reasons": {reason: self.reasons[reason] for reason in REASONS if reason in self.reasons},
+            "occurrences": {reason: self.occurrences[reason] for reason in REASONS if reason in self.occurrences},
+            "first_rows": {reason: self.first_rows[reason] for reason in REASONS if reason in self.first_rows},
+            "source": self.sources,
+            "findings": [
+                {"file": file, "row": row, **found._asdict(), "remedy": REASONS[found.reason].remedy}
+                for file, row, found in self.findings
+            ],
+            "findings_left_off": self.findings_left_off,
+        }
+
+
+def read_checked(
+    path: str,
+    config: CheckConfig | None = None,
+    *,
+    prompt_tokens: Callable[[ToolSample], int] | None = None,
+    test_prompts: Collection[int] | DigestSet = frozenset(),
+) -> tuple[list[ToolSample], Report]:
+    """All samples of a file, and the report; see `checked_rows`."""
+    report, samples = Report(), []
+    for row in checked_rows(path, config, prompt_tokens=prompt_tokens, test_prompts=test_prompts):
+        report.add(row)
+        samples += row.samples
+    return samples, report
+
+
+def prompts_of(path: str, config: CheckConfig | None = None) -> DigestSet:
+    """Digests of all prompts of a test file, for `test_prompts`."""
+    prompts = DigestSet()
+    everything = replace(config or CheckConfig(), keep=KEEPABLE, mask_names=0.0, max_prompt_tokens=0, source="auto")
+    for row in checked_rows(path, everything):
+        for sample in row.samples:
+            prompts.add(leak_digest(sample))
+    return prompts
+
+
+def checked_rows(
+    path: str | RowReader,
+    config: CheckConfig | None = None,
+    *,
+    prompt_tokens: Callable[[ToolSample], int] | None = None,
+    test_prompts: Collection[int] | DigestSet = frozenset(),
+) -> Iterator[CheckedRow]:
+    """Each row of a file with its samples and findings, in order.
+
+    `prompt_tokens` counts the tokens of a prompt (needed for `max_prompt_tokens`), `test_prompts` are the digests of
+    `prompts_of`. ValueError for an input that does not exist; a row that cannot be read is a finding.
+    """
+    config = config or CheckConfig()
+    if config.max_prompt_tokens and prompt_tokens is None:
+        raise ValueError("got max_prompt_tokens without a tokenizer, expected both; name a model or --tokenizer")
+    checker = _Checker(config, prompt_tokens, test_prompts)
+    for row in path if isinstance(path, RowReader) else RowReader(path):
+        yield checker.check(row)
+
+
+class _Checker:
+    """What is remembered from row to row."""
+
+    def __init__(
+        self,
+        config: CheckConfig,
+        prompt_tokens: Callable[[ToolSample], int] | None,
+        test_prompts: Collection[int] | DigestSet,
+    ) -> None:
+        self.config, self.prompt_tokens, self.test_prompts = config, prompt_tokens, test_prompts
+        self.seen = DigestSet()
+        self.first_source = ""
+
+    def check(self, row: Row) -> CheckedRow:
+        if isinstance(row.value, RowError):
+            found = finding(row.value.reason, row.value.detail)
+            return CheckedRow(row.file, row.number, "rejected", "", (), (found,), row.value.raw)
+        value, padded = _without_padding(row.value) if row.is_columnar else (row.value, False)
+        source = self.config.source if self.config.source != "auto" else source_of(value) or ""
+        try:
+            loaded, found = self._loaded(value, row, source)
+        except RowRejectedError as error:
+            found = finding(error.reason, error.detail)
+            return CheckedRow(row.file, row.number, "rejected", source, (), (found,), row.value)
+        if padded:
+            found.insert(0, finding("null_padding", "got null arguments or schema fields and left them out"))
+        self.first_source = self.first_source or source
+        if source != self.first_source:
+            found.append(finding("mixed_shapes", f"got shape {source}, the first row has shape {self.first_source}"))
+        samples: list[ToolSample] = []
+        for sample in loaded:
+            checked, problems = self._checked(sample, source)
+            found += problems
+            samples += [] if any(problem.severity == "rejected" for problem in problems) else [checked]
+        changed = any(problem.severity != "noted" for problem in found)
+        status: Status = ("repaired" if changed else "kept") if samples else "rejected"
+        return CheckedRow(row.file, row.number, status, source, tuple(samples), tuple(found), row.value)
+
+    def _loaded(self, value: Mapping[str, Any], row: Row, source: str) -> tuple[list[ToolSample], list[Finding]]:
+        if not source:
+            keys = ", ".join(map(str, value)) or "no keys"
+            raise RowRejectedError("unknown_shape", f"got the keys {keys:.200}, expected one of {', '.join(SOURCES)}")
+        given = value.get("id")
+        identity = str(given) if isinstance(given, (str, int)) and str(given) else f"{Path(row.file).stem}-{row.number}"
+        return get_loader(source)(value, identity, self.config.keep_prompts)
+
+    def _checked(self, sample: ToolSample, source: str) -> tuple[ToolSample, list[Finding]]:
+        keep = KEEPABLE if source in BENCHMARKS else self.config.keep
+        sample, found = checked_gold(sample, keep)
+        if not sample.messages:
+            found.append(finding("empty_prompt", "got no message before the turn", sample.id))
+        found += [finding(reason, detail, sample.id, keep) for reason, detail in self._among_others(sample)]
+        if self.config.mask_names:
+            sample = masked(sample, self.config.mask_names, self.config.seed)
+        return sample, found
+
+    def _among_others(self, sample: ToolSample) -> Iterator[tuple[str, str]]:
+        prompt = prompt_digest(sample)
+        is_new_prompt = self.seen.add(prompt)
+        if not self.seen.add(digest_of([prompt, gold_digest(sample)])):
+            yield "duplicate", "got a sample that has been there before"
+        elif not is_new_prompt:
+            yield "other_gold", "got a prompt that has been there before with another gold"
+        if self.test_prompts and leak_digest(sample) in self.test_prompts:
+            yield "leak", "got a prompt that the test file has as well"
+        if self.config.max_prompt_tokens and self.prompt_tokens is not None:
+            count = self.prompt_tokens(sample)
+            if count > self.config.max_prompt_tokens:
+                yield "prompt_too_long", f"got {count} tokens, the limit is {self.config.max_prompt_tokens}"
+
+
+def _without_padding(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The row without the nulls that Arrow gives to objects of different keys, and whether it held any in its calls."""
+    cleaned = {key: _without_nulls(value) for key, value in row.items() if value is not None}
+    inside = ("messages", "conversations", "conversation", "tools", "functions", "gold", "answers")
+    return cleaned, any(_has_padded_call(row.get(key)) for key in inside)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _has_padded_call(value: Any, *, inside: bool = False) -> bool:
+    """Whether there is a null below `arguments`, `parameters` or `properties`."""
+    if isinstance(value, Mapping):
+        below = ("arguments", "parameters", "properties")
+        return any(
+            (item is None and inside) or _has_padded_call(item, inside=inside or key in below)
+            for key, item in value.items()
+        )
+    return isinstance(value, list) and any(_has_padded_call(item, inside=inside) for item in value)

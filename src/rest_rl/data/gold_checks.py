@@ -1,0 +1,132 @@
+"""The gold of a sample against the tools of its prompt: what no answer could match, and what is stored as text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from rest_rl.data.flattened import read_literal
+from rest_rl.data.reasons import Finding, finding
+from rest_rl.data.samples import ToolSample
+from rest_rl.response import Gold, ToolCall
+
+_PYTHON_WORDS = {"True": True, "False": False}
+
+
+def checked_gold(sample: ToolSample, keep: Iterable[str]) -> tuple[ToolSample, list[Finding]]:
+    """The sample, its values of the schema's types where text spelt them exactly, and what was found.
+
+    Reasons in `keep` are noted and change nothing.
+    """
+    if not sample.gold.calls:
+        problems = [] if sample.gold.answer else [finding("empty_turn", "got neither calls nor text", sample.id, keep)]
+        return sample, problems
+    schemas = {function["name"]: function.get("parameters") for function in map(_function, sample.tools)}
+    found: list[Finding] = []
+    calls = []
+    for call in sample.gold.calls:
+        if call.name not in schemas:
+            offered = ", ".join(schemas) or "none"
+            found.append(finding("unknown_tool", f"got {call.name!r}, offered are {offered}", sample.id, keep))
+            calls.append(call)
+            continue
+        arguments, problems = _checked_arguments(call, schemas[call.name] or {}, frozenset(keep))
+        found += [finding(reason, f"{call.name}: {detail}", sample.id, keep) for reason, detail in problems]
+        calls.append(ToolCall(call.name, arguments))
+    return replace(sample, gold=Gold(tuple(calls), sample.gold.answer)), found
+
+
+def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    return tool.get("function", tool)
+
+
+def _checked_arguments(
+    call: ToolCall, schema: Mapping[str, Any], keep: frozenset[str]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    problems: list[tuple[str, str]] = []
+    arguments = dict(call.arguments)
+    properties = schema.get("properties")
+    if isinstance(properties, Mapping):
+        for name, value in arguments.items():
+            if name in properties:
+                arguments[name], problem = _checked_value(value, properties[name], name, keep)
+                problems += problem
+            elif not schema.get("additionalProperties"):
+                known = ", ".join(properties) or "none"
+                problems.append(("undocumented_argument", f"got {name!r}, documented are {known}"))
+    problems += [
+        ("missing_argument", f"got no {name!r}, which is required")
+        for name in schema.get("required") or ()
+        if name not in arguments
+    ]
+    if not all(map(_is_finite, arguments.values())):
+        problems.append(("not_a_number", "got NaN or an infinity as a value"))
+    return arguments, problems
+
+
+def _checked_value(value: Any, schema: Any, name: str, keep: frozenset[str]) -> tuple[Any, list[tuple[str, str]]]:
+    schema = schema if isinstance(schema, Mapping) else {}
+    if _has_type(value, schema):
+        return value, list(_outside_enum(value, schema, name))
+    shown = f"got {name} = {value!r:.80}, the schema says {schema.get('type')}"
+    spelt = _spelt(value) if isinstance(value, str) else None
+    if spelt is None or not _has_type(spelt, schema):
+        return value, [("broken_value" if _is_fragment(value, spelt) else "wrong_type", shown)]
+    reason = "json_as_string" if isinstance(spelt, (list, dict)) else "number_as_string"
+    return (value if reason in keep else spelt), [(reason, shown), *_outside_enum(spelt, schema, name)]
+
+
+def _outside_enum(value: Any, schema: Mapping[str, Any], name: str) -> Iterator[tuple[str, str]]:
+    enum = schema.get("enum")
+    if isinstance(enum, list) and enum and value not in enum:
+        yield "not_in_enum", f"got {name} = {value!r:.80}, the enum has {', '.join(map(str, enum))}"
+
+
+def _spelt(text: str) -> Any:
+    """The number, boolean, array or object that a text spells, with no white space around it; None for another.
+
+    Arrays and objects may be written as Python's.
+    """
+    if text in _PYTHON_WORDS:
+        return _PYTHON_WORDS[text]
+    try:
+        value = json.loads(text) if text == text.strip() else None
+    except (ValueError, RecursionError):
+        value = read_literal(text) if text.startswith(("[", "{", "(")) else None
+    value = list(value) if isinstance(value, tuple) else value
+    return None if isinstance(value, (str, set)) or not _is_finite(value) else value
+
+
+def _is_fragment(value: Any, spelt: Any) -> bool:
+    """Whether a value is text that begins as an array or object and does not end as one."""
+    return isinstance(value, str) and spelt is None and value.lstrip().startswith(("[", "{"))
+
+
+def _has_type(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a value has one of the schema's types; a schema without types takes all, and so does null."""
+    names = schema.get("type")
+    names = [names] if isinstance(names, str) else names
+    if not names or value is None or (schema.get("nullable") is True and value is None):
+        return True
+    return any(_is(value, name) for name in names)
+
+
+def _is(value: Any, name: str) -> bool:
+    if name in ("integer", "number"):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and (name == "number" or isinstance(value, int) or value.is_integer())
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "string": str, "boolean": bool, "array": (list, tuple), "object": Mapping, "null": type(None)
+    }  # fmt: skip
+    return isinstance(value, kinds[name]) if name in kinds else True
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    return all(map(_is_finite, value)) if isinstance(value, (list, tuple)) else True

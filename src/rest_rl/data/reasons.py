@@ -1,0 +1,116 @@
+"""Everything that can be said of a row: one table of reasons, each with what it does to the row and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+Severity = Literal["rejected", "repaired", "noted"]
+
+
+class Reason(NamedTuple):
+    """What a finding means: `rejected` costs a sample, `repaired` has changed one, `noted` leaves it as it is."""
+
+    severity: Severity
+    meaning: str
+    remedy: str
+
+
+class Finding(NamedTuple):
+    """One thing found in a row; `sample` is the id of the sample that it concerns, if it concerns one."""
+
+    reason: str
+    detail: str
+    severity: Severity
+    sample: str | None = None
+
+
+REASONS: dict[str, Reason] = {
+    # the row itself
+    "not_json": Reason("rejected", "text that is not JSON", "mend the row; JSONL holds one whole object per line"),
+    "not_an_object": Reason("rejected", "JSON that is no object", "write each row as an object"),
+    "not_a_number": Reason("rejected", "NaN or an infinity", "write null or a number"),
+    "encoding": Reason("rejected", "bytes that are not UTF-8", "convert the file: iconv -f ENCODING -t UTF-8 FILE"),
+    "row_too_long": Reason("rejected", "a row of over 8 MiB", "shorten or split the row"),
+    "truncated": Reason("rejected", "a file that breaks off or is damaged", "download or write the file again"),
+    "unknown_shape": Reason("rejected", "a row of no known shape", "rename the keys, or name the shape with --source"),
+    "mixed_shapes": Reason(
+        "noted", "a row of another shape than the first one", "name one shape with --source if the row is a stray"
+    ),
+    "null_padding": Reason(
+        "repaired", "nulls that a columnar file adds to every object", "keep arguments and tools as JSON text columns"
+    ),
+    # what a loader reads in it
+    "bad_row": Reason("rejected", "a field that is missing or of the wrong type", "mend the field"),
+    "bad_tool_schema": Reason(
+        "rejected",
+        "a tool schema that is no schema",
+        'write {"name", "description", "parameters": {"type": "object", "properties": {...}}}',
+    ),
+    "bad_gold": Reason("rejected", "a demonstration whose calls cannot be read", "mend the calls of the demonstration"),
+    "bad_history": Reason("rejected", "earlier turns that cannot be told apart", "mend the turns, or --keep-prompts"),
+    "bad_turn": Reason("rejected", "a message that cannot be read", "mend the message"),
+    "broken_history": Reason("rejected", "a turn after a message that cannot be read", "mend the earlier message"),
+    "no_assistant_turn": Reason("rejected", "a dialogue without an assistant turn", "add the turn to learn"),
+    "empty_prompt": Reason("rejected", "an assistant turn with nothing before it", "start with a user message"),
+    "empty_turn": Reason("rejected", "an assistant turn with neither calls nor text", "add what should be said"),
+    "arguments_as_python": Reason(
+        "repaired", "arguments written as a Python dict", "write them as JSON; single quotes and True are no JSON"
+    ),
+    "thought_quotes_tags": Reason(
+        "noted", "a thought that quotes the tags of the format", "rephrase it before supervised fine-tuning"
+    ),
+    # the gold against the tools
+    "unknown_tool": Reason("rejected", "a call of a tool that is not offered", "add the tool or correct the name"),
+    "undocumented_argument": Reason(
+        "rejected", "an argument that the tool's schema does not have", "add it to the schema or correct its name"
+    ),
+    "missing_argument": Reason(
+        "rejected", "a required argument that the call leaves out", "add it, or take it off the required ones"
+    ),
+    "number_as_string": Reason(
+        "repaired", "a number or boolean stored as text against the schema", "store it as the schema says"
+    ),
+    "json_as_string": Reason(
+        "repaired", "an array or object stored as text against the schema", "store it as the schema says"
+    ),
+    "broken_value": Reason(
+        "rejected", "the beginning of an array or object as text, where one is due", "complete the value"
+    ),
+    "wrong_type": Reason("noted", "a value of another type than the schema's", "correct the value or the schema"),
+    "not_in_enum": Reason("rejected", "a value that the schema's enum does not have", "correct the value or the enum"),
+    # the sample among the others
+    "duplicate": Reason("rejected", "the same prompt and gold as an earlier sample", "remove one of them"),
+    "other_gold": Reason("noted", "the same prompt as an earlier sample with another gold", "decide for one of them"),
+    "leak": Reason("rejected", "a prompt that the test file holds as well", "take it out of one of the files"),
+    "prompt_too_long": Reason("rejected", "a prompt over the limit", "raise --max-prompt or shorten the prompt"),
+}
+"""Rejected is what no answer to the prompt could match (a tool, argument or value that the prompt rules out) or what
+would mislead a measurement (duplicates, leaks). A value of the wrong type is only noted: the types of public sets are
+loose (`str` for numbers, `dict` for lists), and the rest of such a call still teaches."""
+
+
+class RowRejectedError(ValueError):
+    """A loader finds no sample in a row."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        """`reason` is a key of REASONS."""
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+def finding(reason: str, detail: str, sample: str | None = None, keep: Iterable[str] = ()) -> Finding:
+    """A finding with the severity of its reason, or `noted` for a reason in `keep`."""
+    severity: Severity = "noted" if reason in keep else REASONS[reason].severity
+    return Finding(reason, " ".join(detail.split())[:400], severity, sample)
+
+
+def check_keep(keep: Iterable[str]) -> None:
+    """ValueError for a reason that is not in the table or without which there is nothing to keep."""
+    for name in keep:
+        if name not in KEEPABLE:
+            raise ValueError(f"got keep reason {name!r}, expected one of {', '.join(KEEPABLE)}; see rest-rl data check")
+
+
+KEEPABLE = tuple(REASONS)[tuple(REASONS).index("unknown_tool") :]
+"""Reasons about a sample that exists: these can be kept."""

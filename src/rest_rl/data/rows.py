@@ -1,0 +1,243 @@
+"""Numbered raw rows of a data file, streamed: JSONL, JSON, Parquet, a folder of them, a dataset of the hub.
+
+A row that cannot be read is a `RowError` with its number; what stands after it is read all the same wherever the file
+says where that begins. At most one row (up to `MAX_ROW_BYTES`) or one batch is held in memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple, NoReturn
+
+from rest_rl.data.json_stream import JsonArray
+from rest_rl.jsonl import reason
+
+MAX_ROW_BYTES = 8 * 2**20
+"""A longer row is no training sample: 8 MiB are about two million tokens."""
+BATCH_ROWS = 256
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+_UTF8_BOM = codecs.BOM_UTF8
+_WIDE_BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"} | {
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class RowError(NamedTuple):
+    """Why a row cannot be read: a key of `rest_rl.data.reasons.REASONS` and what was got; `raw` is its beginning."""
+
+    reason: str
+    detail: str
+    raw: str = ""
+
+
+class Row(NamedTuple):
+    """A row by its file and its number there, counted from 1."""
+
+    file: str
+    number: int
+    value: Mapping[str, Any] | RowError
+    is_columnar: bool = False
+    """Read from Arrow, which gives every object the keys of all others, with nulls."""
+
+
+class RowReader:
+    """The rows of inputs; `read_bytes` of `total_bytes` tell how far it is (both 0 where nobody knows)."""
+
+    def __init__(self, *paths: str) -> None:
+        """ValueError if there is no such input; reading starts with the iteration."""
+        self.inputs = [_Input.find(path) for path in paths]
+        self.total_bytes = sum(file.stat().st_size for each in self.inputs for file in each.files)
+        self._done_bytes = 0
+        self._file: IO[bytes] | None = None
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the inputs that have been read."""
+        if self._file is None or self._file.closed:
+            return self._done_bytes
+        return self._done_bytes + self._file.tell()
+
+    def __iter__(self) -> Iterator[Row]:
+        """Every row once, in order."""
+        self._done_bytes = 0
+        for each in self.inputs:
+            for file in each.files:
+                for number, (value, is_columnar) in enumerate(self._values(file), 1):
+                    yield Row(str(file), number, value, is_columnar)
+                self._done_bytes += file.stat().st_size
+                self._file = None
+            if not each.files:
+                for number, value in enumerate(_dataset_rows(each.name, each.split), 1):
+                    yield Row(each.name, number, value, is_columnar=True)
+
+    def _values(self, path: Path) -> Iterator[tuple[Mapping[str, Any] | RowError, bool]]:
+        try:
+            with path.open("rb") as file:
+                self._file = file
+                if _suffix(path) == ".parquet":
+                    yield from ((value, True) for value in _parquet_rows(file))
+                else:
+                    yield from ((value, False) for value in _text_rows(file, path))
+        except OSError as error:
+            raise ValueError(f"got {path} ({reason(error)}), expected a readable data file; check the path") from error
+
+
+class _Input(NamedTuple):
+    """A path or hub id, the split of it, and its data files; none for what `datasets` reads."""
+
+    name: str
+    split: str
+    files: list[Path]
+
+    @classmethod
+    def find(cls, path: str) -> _Input:
+        """`name:split` names a split unless such a file exists."""
+        name, split = _located(path)
+        return cls(name, split, _files(Path(name)) if Path(name).exists() else [])
+
+
+def _located(path: str) -> tuple[str, str]:
+    if Path(path).exists():
+        return path, "train"
+    name, _, split = path.partition(":")
+    if Path(name).is_dir() or (_HUB.fullmatch(name) and Path(name).suffix not in (*SUFFIXES, ".gz")):
+        return name, split or "train"
+    raise ValueError(
+        f"got {path}, which does not exist, expected a file ({', '.join(SUFFIXES)}, .gz), a folder, or a dataset of "
+        "the hub as OWNER/NAME or OWNER/NAME:SPLIT; check the path"
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    """The data files of a path; none for a folder that `datasets` has saved."""
+    if path.is_file():
+        if _suffix(path) not in SUFFIXES:
+            raise ValueError(
+                f"got {path}, whose ending says nothing, expected one of {', '.join(SUFFIXES)} (or with .gz); rename it"
+            )
+        return [path]
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return []
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
+    if not files:
+        raise ValueError(f"got {path}, a folder without {', '.join(SUFFIXES)} files; name the folder that has them")
+    return files
+
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+
+
+def _text_rows(file: IO[bytes], path: Path) -> Iterator[Mapping[str, Any] | RowError]:
+    text: IO[bytes] = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file  # type: ignore[assignment]
+    try:
+        head = text.read(4)
+        text.seek(0)
+        wide = next((name for bom, name in _WIDE_BOMS.items() if head.startswith(bom)), None)
+        if wide:
+            yield from _wide_rows(text, wide)
+            return
+        text.seek(len(_UTF8_BOM) if head.startswith(_UTF8_BOM) else 0)
+        if _suffix(path) == ".json":
+            for element in JsonArray(text, MAX_ROW_BYTES):
+                yield _element(element)
+        else:
+            yield from _lines(text)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield RowError("truncated", f"got a compressed file that breaks off or is damaged ({error})")
+
+
+def _element(text: str) -> Mapping[str, Any] | RowError:
+    if len(text) > MAX_ROW_BYTES:
+        return RowError("row_too_long", f"got a row of over {MAX_ROW_BYTES / 2**20:.0f} MiB", text[:200])
+    return decoded(text)
+
+
+def _wide_rows(file: IO[bytes], encoding: str) -> Iterator[RowError]:
+    """Each line of a UTF-16 or UTF-32 file is refused: nobody else who reads JSONL could read it."""
+    for line in io.TextIOWrapper(file, encoding, errors="replace"):
+        if line.strip():
+            yield RowError("encoding", f"got {encoding.upper()}, expected UTF-8", line[:200])
+
+
+def _lines(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
+    """The non-blank lines; a line beyond the limit is passed over in pieces."""
+    while line := file.readline(MAX_ROW_BYTES):
+        if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+            size = len(line)
+            head = line[:200].decode(errors="replace")
+            while (rest := file.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
+                size += len(rest)
+            yield RowError("row_too_long", f"got a row of {(size + len(rest)) / 2**20:.1f} MiB", head)
+        elif line.strip():
+            yield decoded(line)
+
+
+def decoded(text: bytes | str) -> Mapping[str, Any] | RowError:
+    """One JSON object, or why it is none."""
+    try:
+        text = text.decode() if isinstance(text, bytes) else _without_stray_bytes(text)
+        row = json.loads(text, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        found = f"got byte 0x{error.object[error.start]:02x} at position {error.start}, which is not UTF-8"
+        return RowError("encoding", found, error.object[:200].decode("latin-1"))
+    except _ConstantError as error:
+        return RowError("not_a_number", f"got {error}, which JSON does not have", str(text)[:200])
+    except (ValueError, RecursionError) as error:
+        return RowError("not_json", f"got text that is not JSON ({error})", str(text)[:200])
+    if not isinstance(row, Mapping):
+        return RowError("not_an_object", f"got {type(row).__name__}, expected an object", str(text)[:200])
+    return row
+
+
+def _without_stray_bytes(text: str) -> str:
+    """The same text; UnicodeDecodeError if `surrogateescape` has kept bytes in it that are not UTF-8."""
+    return text if text.isascii() else text.encode(errors="surrogateescape").decode()
+
+
+class _ConstantError(ValueError):
+    """NaN or an infinity, which Python's reader would accept."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _ConstantError(name)
+
+
+def _parquet_rows(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        for batch in ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        yield RowError("truncated", f"got a Parquet file that cannot be read on ({' '.join(str(error).split())})")
+
+
+def _dataset_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
+    """Rows through `datasets`: a folder that it saved, or a dataset of the hub as a stream."""
+    import datasets
+
+    expected = "expected a folder written by save_to_disk, or a dataset of the hub that can be reached"
+    try:
+        if Path(name).is_dir():
+            saved: Any = datasets.load_from_disk(name)
+            yield from saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            stream: Any = datasets.load_dataset(name, split=split, streaming=True)
+            yield from stream
+    except Exception as error:  # the hub, its file systems and its readers raise whatever they like
+        told = " ".join(str(error).split())[:300]
+        remedy = "check the name, the split (NAME:SPLIT) and the network, or download the file and name that"
+        raise ValueError(
+            f"got dataset {name}, split {split} ({type(error).__name__}: {told}), {expected}; {remedy}"
+        ) from error

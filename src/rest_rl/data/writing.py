@@ -1,0 +1,111 @@
+"""Files of samples, written whole or not at all: JSONL, or Parquet with the nested fields as JSON text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rest_rl.data.check import CheckedRow
+from rest_rl.data.samples import ToolSample, to_json
+from rest_rl.jsonl import as_json, reason
+
+BATCH_ROWS = 1000
+_NESTED = ("messages", "tools", "gold")
+
+
+def rejected_path(out: Path) -> Path:
+    """Where the rows go that give no sample or lose a turn: beside the samples."""
+    return out.with_name(f"{out.stem}.rejected.jsonl")
+
+
+def check_output(out: Path, inputs: Iterable[str]) -> None:
+    """ValueError if an output has a strange ending or would overwrite an input."""
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"got --out {out}, expected a name that ends in .jsonl or .parquet; rename it")
+    outputs = {out.resolve(), rejected_path(out).resolve()}
+    if taken := [path for path in inputs if Path(path).resolve() in outputs]:
+        raise ValueError(f"got --out {out}, which would overwrite the input {taken[0]}; choose another name")
+
+
+def as_rejected(row: CheckedRow) -> dict[str, Any]:
+    """A row that gives fewer samples than it has turns: where it stands, why, and the row as it was read."""
+    lost = [found for found in row.findings if found.severity == "rejected"]
+    reasons = [{"reason": found.reason, "detail": found.detail, "sample": found.sample} for found in lost]
+    return {"file": row.file, "row": row.number, "status": row.status, "reasons": reasons, "raw": row.raw}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place when all is well and goes away when not."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except OSError as error:
+        told = reason(error)
+        raise ValueError(f"got {path} ({told}), expected a place to write to; choose another --out") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def jsonl_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Write objects as lines."""
+    with path.open("w", encoding="utf-8") as file:
+
+        def write(row: Mapping[str, Any]) -> None:
+            file.write(as_json(row) + "\n")
+
+        yield write
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def parquet_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Write rows of samples in batches.
+
+    Nested fields are JSON text: Arrow would give every call the argument names of all others.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    text = pa.string()
+    columns = {"id": text, "kind": text, "messages": text, "tools": text, "gold": text, "thought": text}
+    schema = pa.schema({**columns, "tools_in_prompt": pa.bool_()})
+    batch: list[dict[str, Any]] = []
+
+    def flush() -> None:
+        writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+        batch.clear()
+
+    def write(row: Mapping[str, Any]) -> None:
+        batch.append({**row, **{name: as_json(row[name]) for name in _NESTED}})
+        if len(batch) >= BATCH_ROWS:
+            flush()
+
+    with parquet.ParquetWriter(path, schema) as writer:
+        yield write
+        flush()
+
+
+@contextmanager
+def sample_writer(out: Path) -> Iterator[Callable[[ToolSample], None]]:
+    """Write samples to a file that stands in its place once all is well; its ending chooses the kind."""
+    kind = parquet_writer if out.suffix == ".parquet" else jsonl_writer
+    with replacing(out) as part, kind(part) as write:
+        yield lambda sample: write(to_json(sample))
+
+
+@contextmanager
+def rejected_writer(out: Path) -> Iterator[Callable[[CheckedRow], None]]:
+    """Write rows that lose samples beside `out`; no file remains if there are none."""
+    path = rejected_path(out)
+    with replacing(path) as part, jsonl_writer(part) as write:
+        yield lambda row: write(as_rejected(row))
+    if not path.stat().st_size:
+        path.unlink()
