@@ -4,13 +4,13 @@ import math
 from itertools import permutations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rest_rl.formats import FORMATS
 from rest_rl.response import Gold, ToolCall, gold_from_json
 from rest_rl.rewards import RewardConfig, accuracy_score, exact_match, format_score, json_equal, score
-from tests.test_formats import calls, plain_text
+from tests.test_formats import calls, calls_for, plain_text, writable
 from tests.test_json_spans import json_values
 
 TOOLRL, HERMES = FORMATS["toolrl"], FORMATS["hermes"]
@@ -139,11 +139,13 @@ def test_rescaling_by_hand():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@given(thought=plain_text, made=calls, answer=st.none() | plain_text, progress=st.floats(0, 1))
-def test_gold_scores_full_marks_in_every_format(name, thought, made, answer, progress):
+@given(data=st.data(), thought=plain_text, answer=st.none() | plain_text, progress=st.floats(0, 1))
+def test_gold_scores_full_marks_in_every_format(name, data, thought, answer, progress):
+    made = data.draw(calls_for(name))
+    assume(writable(name, answer))
     tool_format, gold = FORMATS[name], Gold(tuple(made), answer)
     parsed = tool_format.parse(tool_format.render(thought, made, answer))
-    if name == "hermes" and not made and answer is None:
+    if name != "toolrl" and not made and answer is None:
         return  # an empty response is no answer
     reward = score(parsed, gold, progress)
     assert (reward.format, reward.accuracy, reward.explanation) == (1.0, 1.0, ())
@@ -152,8 +154,10 @@ def test_gold_scores_full_marks_in_every_format(name, thought, made, answer, pro
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@given(wanted=calls, made=calls, answer=st.none() | plain_text, progress=st.floats(0, 1))
-def test_scores_stay_in_their_bounds_and_explain_what_they_lost(name, wanted, made, answer, progress):
+@given(data=st.data(), wanted=calls, answer=st.none() | plain_text, progress=st.floats(0, 1))
+def test_scores_stay_in_their_bounds_and_explain_what_they_lost(name, data, wanted, answer, progress):
+    made = data.draw(calls_for(name))
+    assume(writable(name, answer))
     tool_format = FORMATS[name]
     reward = score(tool_format.parse(tool_format.render("a", made, answer)), Gold(tuple(wanted)), progress)
     assert 0 <= reward.total <= 1
@@ -162,6 +166,60 @@ def test_scores_stay_in_their_bounds_and_explain_what_they_lost(name, wanted, ma
     assert sum(f.cost for f in reward.explanation if f.kind == "format") == 1 - reward.format
     lost = sum(finding.cost for finding in reward.explanation if finding.kind != "format")
     assert lost == pytest.approx(1 - reward.accuracy, abs=1e-9)
+
+
+QWEN = FORMATS["qwen3_coder"]
+
+
+def in_tags(**values: str):
+    inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    return QWEN.parse(f"<tool_call>\n<function=f>\n{inner}</function>\n</tool_call>")
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "equal"),
+    [
+        ("12345", "12345", True),  # a string that looks like a number, written without quotes
+        ("12345", '"12345"', True),
+        ("00501", "00501", True),
+        (12345, "12345", True),
+        (12345, '"12345"', False),
+        (12345, "12345.0", True),  # 1 == 1.0
+        ("12345", "12345.0", True),  # both texts spell the same number
+        ("12345", "12346", False),
+        (True, "True", True),
+        (True, "true", True),
+        (True, "1", False),  # true != 1
+        ("True", "True", True),
+        ("True", "1", False),
+        ("None", "None", True),
+        (None, "None", True),
+        ("[1, 2]", "[1, 2]", True),
+        ([1, 2], "[1, 2]", True),
+        (["1"], "[1]", False),  # inside a list strings have quotes
+        ("hello", "hello", True),
+        ("hello", '"hello"', False),
+    ],
+)
+def test_a_value_written_as_text_equals_the_string_and_the_value_that_it_spells(gold, text, equal):
+    wanted = Gold((call("f", a=gold),))
+    parsed = in_tags(a=text)
+    # points 1 + 1 call + 1 key = 3: the name, the key and, where equal, the value
+    assert accuracy_score(parsed, wanted)[0] == pytest.approx(3 / 3 if equal else 2 / 3)
+    assert exact_match(parsed, wanted) is equal
+
+
+def test_texts_are_equal_to_what_they_spell_only_where_values_are_text():
+    gold = Gold((call("f", a="5"),))
+    made = FORMATS["hermes"].parse('<tool_call>\n{"name": "f", "arguments": {"a": 5}}\n</tool_call>')
+    assert accuracy_score(made, gold)[0] == pytest.approx(2 / 3)
+
+
+def test_the_assignment_knows_that_values_are_text():
+    gold = Gold((call("f", a="1", b="2"), call("f", a="1", b="3")))
+    text = "".join(QWEN.render(None, [call("f", a=1, b=b)], None) for b in (3, 2))
+    # written in the other order and without quotes; points 1 + 2 calls + 4 keys, nothing is lost
+    assert accuracy_score(QWEN.parse(text), gold)[0] == 1.0
 
 
 def test_an_explanation_names_what_cost_what():

@@ -11,6 +11,9 @@ from rest_rl.formats import FORMATS
 from rest_rl.response import ToolCall
 
 _CORPUS = [
+    "f; g, (h)",  # what stands between several calls
+]
+_CORPUS += [
     tool_format.render(
         f"I should call the {name} tool with 😀 and 東京.",
         [ToolCall(name, {"city": city, "count": n})],

@@ -49,7 +49,7 @@ def scan_object(text: str, start: int = 0) -> ObjectScan:
     entries: list[Entry] = []
     if not text.startswith("{", start):
         return ObjectScan((), start, "expected '{'")
-    at = _skip_space(text, start + 1)
+    at = skip_space(text, start + 1)
     if text.startswith("}", at):
         return ObjectScan((), at + 1, None)
     while True:
@@ -58,21 +58,22 @@ def scan_object(text: str, start: int = 0) -> ObjectScan:
         key, colon = decode_at(text, at)
         if colon < 0:
             return ObjectScan(tuple(entries), at, "a key that is not a JSON string")
-        colon = _skip_space(text, colon)
+        colon = skip_space(text, colon)
         if not text.startswith(":", colon):
             return ObjectScan(tuple(entries), colon, "expected ':' after a key")
-        value_start = _skip_space(text, colon + 1)
+        value_start = skip_space(text, colon + 1)
         value, end = decode_at(text, value_start)
         if end < 0:
-            entries.append(Entry(key, None, value_start, _bracket_end(text, value_start)))
+            closed = bracket_end(text, value_start)
+            entries.append(Entry(key, None, value_start, len(text) if closed < 0 else closed))
             return ObjectScan(tuple(entries), value_start, f"the value of {_shorten(key)} is not JSON")
         entries.append(Entry(key, value, value_start, end))
-        at = _skip_space(text, end)
+        at = skip_space(text, end)
         if text.startswith("}", at):
             return ObjectScan(tuple(entries), at + 1, None)
         if not text.startswith(",", at):
             return ObjectScan(tuple(entries), at, "expected ',' or '}' after a value")
-        at = _skip_space(text, at + 1)
+        at = skip_space(text, at + 1)
 
 
 def decode_at(text: str, at: int) -> tuple[Any, int]:
@@ -108,19 +109,38 @@ def _too_deep(text: str, start: int, end: int) -> bool:
     return False
 
 
-def _bracket_end(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes, strings skipped; the end of the text when it does not."""
+def bracket_end(text: str, start: int) -> int:
+    """The position after the bracket that closes the one at `start`, strings skipped; -1 when there is none."""
     if not text.startswith(("{", "["), start):
-        return len(text)
+        return -1
     depth = 0
     for match in _BRACKET_OR_STRING.finditer(text, start):
         depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match.group(), 0)
         if depth <= 0:
             return match.end()
-    return len(text)
+    return -1
 
 
-def _skip_space(text: str, at: int) -> int:
+def bare_value(text: str) -> Any:
+    """The value that a text without quotes spells: a JSON value that is no string, or else the text itself.
+
+    `True`, `False` and `None` are read as Python writes them. White space around a value is ignored.
+    Example: `bare_value(" 12") == 12` and `bare_value("012") == "012"`.
+    """
+    stripped = text.strip(" \t\n\r")
+    if stripped in _PYTHON_WORDS:
+        return _PYTHON_WORDS[stripped]
+    if stripped.startswith('"'):
+        return text
+    value, end = decode_at(stripped, 0)
+    return value if end == len(stripped) else text
+
+
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+
+
+def skip_space(text: str, at: int) -> int:
+    """The position of the first character from `at` on that is not JSON's white space."""
     match = _SPACE.match(text, at)
     assert match is not None  # the pattern matches the empty string
     return match.end()

@@ -84,6 +84,8 @@ class ParsedResponse:
     unreadable_calls: int = 0
     untagged_answer: bool = False
     """The format writes its answer as plain text, so text beside calls is no violation."""
+    text_values: bool = False
+    """The format writes argument values as text: `12` may stand for a string or a number."""
 
 
 def gold_from_json(value: Any) -> Gold:

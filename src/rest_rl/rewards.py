@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple
 
+from rest_rl.json_spans import bare_value
 from rest_rl.response import Gold, ParsedResponse, ToolCall
 
+_Equality = Callable[[Any, Any], bool]
 FindingKind = Literal["format", "unneeded_call", "names", "missing_call", "keys", "missing_argument", "value"]
 
 
@@ -107,8 +109,8 @@ def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Fin
 
     r_name is the multiset Jaccard of tool names, r_keys the sum of Jaccards of argument names, r_values the number of
     equal argument values, under the best one-to-one assignment of predicted to gold calls of the same name. Stretches
-    of a call block that are not a call count as calls of no known name. Without gold calls: 1 if no call was
-    attempted, else 0.
+    of a call block that are not a call count as calls of no known name. Where the format writes values as text, a gold
+    string also equals the value that its text spells. Without gold calls: 1 if no call was attempted, else 0.
     """
     if not gold.calls:
         if not parsed.attempted_call:
@@ -117,13 +119,14 @@ def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Fin
     points = 1 + len(gold.calls) + sum(len(call.arguments) for call in gold.calls)
     findings: list[Finding] = []
     names = _name_score(parsed, gold, points, findings)
+    equal = text_equal if parsed.text_values else json_equal
     matched = 0.0
-    for call, partner in zip(gold.calls, _assign(gold.calls, parsed.calls), strict=True):
+    for call, partner in zip(gold.calls, _assign(gold.calls, parsed.calls, equal), strict=True):
         if partner is None:
             cost = (1 + len(call.arguments)) / points
             findings.append(Finding("missing_call", f"no call of {_show(call.name)} was made for a gold call", cost))
         else:
-            matched += _call_score(call, partner, points, findings)
+            matched += _call_score(call, partner, points, findings, equal)
     return (names + matched) / points, tuple(findings)
 
 
@@ -140,7 +143,7 @@ def _name_score(parsed: ParsedResponse, gold: Gold, points: int, findings: list[
     return common / union
 
 
-def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[Finding]) -> float:
+def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[Finding], equal: _Equality) -> float:
     """Jaccard of the argument names plus the number of equal values, each loss recorded."""
     wanted, given = gold.arguments, made.arguments
     keys = 1.0
@@ -156,7 +159,7 @@ def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[Find
     for key, value in wanted.items():
         if key not in given:
             continue
-        if json_equal(value, given[key]):
+        if equal(value, given[key]):
             values += 1
         else:
             message = f"{_show(gold.name)}: {_show(key)} got {_show(given[key])}, expected {_show(value)}"
@@ -164,9 +167,9 @@ def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[Find
     return keys + values
 
 
-def _similarity(gold: ToolCall, made: ToolCall) -> float:
+def _similarity(gold: ToolCall, made: ToolCall, equal: _Equality) -> float:
     wanted, given = gold.arguments, made.arguments
-    values = sum(key in given and json_equal(value, given[key]) for key, value in wanted.items())
+    values = sum(key in given and equal(value, given[key]) for key, value in wanted.items())
     return _jaccard(wanted, given) + values
 
 
@@ -176,7 +179,7 @@ def _jaccard(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
     return common / union if union else 1.0
 
 
-def _assign(gold: Sequence[ToolCall], made: Sequence[ToolCall]) -> list[ToolCall | None]:
+def _assign(gold: Sequence[ToolCall], made: Sequence[ToolCall], equal: _Equality) -> list[ToolCall | None]:
     """For each gold call its partner among the calls of the same name: the assignment of the highest total score."""
     partners: list[ToolCall | None] = [None] * len(gold)
     rows_of: dict[str, list[int]] = {}
@@ -190,7 +193,7 @@ def _assign(gold: Sequence[ToolCall], made: Sequence[ToolCall]) -> list[ToolCall
         if len(rows) == len(columns) == 1:
             partners[rows[0]] = columns[0]
         elif columns:
-            for row, column in _best_pairs([[_similarity(gold[i], call) for call in columns] for i in rows]):
+            for row, column in _best_pairs([[_similarity(gold[i], call, equal) for call in columns] for i in rows]):
                 partners[rows[row]] = columns[column]
     return partners
 
@@ -217,6 +220,16 @@ def json_equal(left: Any, right: Any) -> bool:
     if isinstance(left, (list, tuple)):
         return all(json_equal(a, b) for a, b in zip(left, right, strict=True))
     return True
+
+
+def text_equal(wanted: Any, given: Any) -> bool:
+    """`json_equal`, or `wanted` is a string that spells the value `given`, for formats that write all values as text.
+
+    Example: wanted `"12345"` equals given `12345`, for `<parameter=zip>12345` may mean either.
+    """
+    if json_equal(wanted, given):
+        return True
+    return isinstance(wanted, str) and not isinstance(given, str) and json_equal(bare_value(wanted), given)
 
 
 def _differences(missing: list[str], extra: list[str]) -> list[str]:

@@ -12,21 +12,34 @@ from typing import Any
 
 from rest_rl.formats.chat_template import format_of_template
 from rest_rl.formats.hermes import HermesFormat
+from rest_rl.formats.llama3 import Llama3Format
+from rest_rl.formats.mistral import MistralFormat, MistralV11Format
 from rest_rl.formats.opened_think import SUFFIX, OpenedThinkFormat
 from rest_rl.formats.protocol import ToolFormat
+from rest_rl.formats.pythonic import PythonicFormat
+from rest_rl.formats.qwen3_coder import Qwen3CoderFormat
 from rest_rl.formats.toolrl import ToolRLFormat
 
 __all__ = [
     "FORMATS",
     "HermesFormat",
+    "Llama3Format",
+    "MistralFormat",
+    "MistralV11Format",
     "OpenedThinkFormat",
+    "PythonicFormat",
+    "Qwen3CoderFormat",
     "ToolFormat",
     "ToolRLFormat",
     "format_of_template",
     "get_format",
 ]
 
-FORMATS: dict[str, ToolFormat] = {"toolrl": ToolRLFormat(), "hermes": HermesFormat()}
+_ALL: tuple[ToolFormat, ...] = (
+    *(ToolRLFormat(), HermesFormat(), Llama3Format(), MistralFormat(), MistralV11Format()),
+    *(Qwen3CoderFormat(), PythonicFormat()),
+)
+FORMATS: dict[str, ToolFormat] = {tool_format.name: tool_format for tool_format in _ALL}
 """The built-in formats by name; a table, not a registry."""
 
 

@@ -6,18 +6,41 @@ import json
 import re
 
 from rest_rl.formats.reading import Reading
-from rest_rl.json_spans import Entry, decode_at, scan_object
+from rest_rl.json_spans import Entry, bracket_end, decode_at, scan_object, skip_space
 from rest_rl.response import Region, Span, ToolCall
+
+
+def read_object(reading: Reading, text: str, start: int, arguments_key: str) -> int:
+    """Read the JSON object that opens at `text[start]` as a call, or count it as unreadable; the position after it.
+
+    A broken object ends where its brackets close; -1 when they do not, and then it is read to the end of the text.
+    """
+    if plain := _plain_call(text, start, arguments_key):
+        end, call, parts = plain
+        reading.calls.append(call)
+        reading.mark_parts(start, end, parts, Region.FORMAT)
+        return end
+    end = decode_at(text, start)[1]
+    if end < 0:
+        end = bracket_end(text, start)
+    _read_any_call(reading, text, start, len(text) if end < 0 else end, arguments_key)
+    return end
 
 
 def read_call(reading: Reading, text: str, start: int, end: int, arguments_key: str) -> None:
     """Read the one JSON object in `text[start:end]` as a call, or count it as unreadable."""
     line = text[start:end]
-    if plain := _read_plain_call(line, arguments_key):
-        call, parts = plain
+    plain = _plain_call(line, 0, arguments_key)
+    if plain and not line[plain[0] :].strip():
+        _, call, (name, arguments) = plain
         reading.calls.append(call)
-        reading.mark_parts(start, end, parts, Region.FORMAT)
-        return
+        reading.mark_parts(start, end, (_shifted(name, start), _shifted(arguments, start)), Region.FORMAT)
+    else:
+        _read_any_call(reading, text, start, end, arguments_key)
+
+
+def _read_any_call(reading: Reading, text: str, start: int, end: int, arguments_key: str) -> None:
+    line = text[start:end]
     scan = scan_object(line)
     entries = {entry.key: entry for entry in scan.entries}  # the last of equal keys wins, as in json.loads
     name, arguments = entries.get("name"), entries.get(arguments_key)
@@ -25,23 +48,26 @@ def read_call(reading: Reading, text: str, start: int, end: int, arguments_key: 
     if error is None and name is not None and arguments is not None:
         reading.calls.append(ToolCall(name.value, arguments.value))
     else:
-        reading.unreadable_calls += 1
-        reading.complain(f"call at character {start}: {error}")
-    reading.mark_parts(start, end, _parts(line, name, arguments), Region.OTHER if error else Region.FORMAT)
+        reading.refuse_call(start, error or "not a call")
+    parts = [_shifted(part, start) for part in _parts(line, name, arguments)]
+    reading.mark_parts(start, end, parts, Region.OTHER if error else Region.FORMAT)
 
 
-def _read_plain_call(line: str, arguments_key: str) -> tuple[ToolCall, tuple[Span, Span]] | None:
-    """The call and its name and arguments if the line is laid out as most are: name first, then arguments, no more."""
-    head = _PLAIN_CALL[arguments_key].match(line)
+def _shifted(span: Span, by: int) -> Span:
+    return Span(span.start + by, span.end + by, span.region)
+
+
+def _plain_call(text: str, start: int, arguments_key: str) -> tuple[int, ToolCall, tuple[Span, Span]] | None:
+    """A call laid out as most are, name first, then arguments, no more: where it ends, and where its parts lie."""
+    head = _PLAIN_CALL[arguments_key].match(text, start)
     if head is None:
         return None
-    arguments, end = decode_at(line, head.end())
-    if end < 0 or line[end:].strip(" \t\n\r") != "}":
+    arguments, end = decode_at(text, head.end())
+    close = skip_space(text, end) if end >= 0 else len(text)
+    if not text.startswith("}", close):
         return None
-    return ToolCall(head.group(1), arguments), (
-        Span(*head.span(1), Region.NAME),
-        Span(head.end(), end, Region.ARGUMENTS),
-    )
+    parts = Span(*head.span(1), Region.NAME), Span(head.end(), end, Region.ARGUMENTS)
+    return close + 1, ToolCall(head.group(1), arguments), parts
 
 
 _PLAIN_CALL = {
@@ -88,10 +114,19 @@ def call_lines(text: str, start: int, end: int) -> list[tuple[int, int]]:
 
 def dump_call(call: ToolCall, arguments_key: str, tags: re.Pattern[str]) -> str:
     """One call as one line of JSON; the `<` of a tag is written as an escape, so that no argument can end the block."""
+    return escape_tags(dump_json(call, {"name": call.name, arguments_key: dict(call.arguments)}), tags)
+
+
+def dump_json(call: ToolCall, value: object) -> str:
+    """The value, which is or belongs to `call`, as JSON; ValueError when JSON cannot write it."""
     try:
-        line = json.dumps({"name": call.name, arguments_key: dict(call.arguments)}, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"the call of {call.name!r} cannot be written as JSON: {error}; use JSON values only"
         ) from None
-    return tags.sub(lambda tag: "\\u003c" + tag.group()[1:], line)
+
+
+def escape_tags(line: str, tags: re.Pattern[str]) -> str:
+    r"""JSON in which the first character of every tag is written as `\uXXXX`; tags stand in strings alone."""
+    return tags.sub(lambda tag: f"\\u{ord(tag.group()[0]):04x}" + tag.group()[1:], line)

@@ -42,11 +42,14 @@ class Reading:
     calls: list[ToolCall] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     unreadable_calls: int = 0
+    offset: int = 0
+    """Where the text that is being read starts in the response; positions count from there."""
 
     def mark(self, start: int, end: int, region: Region) -> None:
         """Add a span, joined to its neighbour when that has the same region; OTHER is left as a gap."""
         if start >= end or region is Region.OTHER or not self.wants_spans:
             return
+        start, end = start + self.offset, end + self.offset
         last = self.spans[-1] if self.spans else _NO_SPAN
         if last.end == start and last.region is region:
             self.spans[-1] = Span(last.start, end, region)
@@ -58,6 +61,11 @@ class Reading:
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(problem)
 
+    def refuse_call(self, start: int, error: str) -> None:
+        """Count the stretch that begins at `start` as an unreadable call."""
+        self.unreadable_calls += 1
+        self.complain(f"call at character {start + self.offset}: {error}")
+
     def complain_of_tags(self, strays: Sequence[Tag], nested: Sequence[Tag]) -> None:
         """Keep the positions of tags that belong to no block and of tags inside blocks."""
         for word, tags in (("unmatched", strays), ("inside a block:", nested)):
@@ -65,12 +73,12 @@ class Reading:
                 self.complain(f"{word} {tag.text} at character {tag.position}")
 
     def mark_parts(self, start: int, end: int, parts: Sequence[Span], rest: Region) -> None:
-        """Mark the parts, which count from `start`, and what lies between them up to `end`."""
+        """Mark the parts, which stand in order between `start` and `end`, and what lies between them."""
         at = start
         for part in parts if self.wants_spans else ():
-            self.mark(at, start + part.start, rest)
-            self.mark(start + part.start, start + part.end, part.region)
-            at = start + part.end
+            self.mark(at, part.start, rest)
+            self.mark(*part)
+            at = part.end
         self.mark(at, end, rest)
 
 

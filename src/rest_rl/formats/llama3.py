@@ -1,0 +1,77 @@
+"""The format of Llama 3.1 to 3.3: bare JSON objects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rest_rl.formats.json_calls import dump_call, read_object
+from rest_rl.formats.plain_answer import PlainReading, write_plain
+from rest_rl.formats.reading import describe_tools
+from rest_rl.response import ParsedResponse, Region, ToolCall
+
+
+@dataclass(frozen=True)
+class Llama3Format:
+    """Llama 3: each call is one JSON object keyed `name` and `parameters`; several are joined by `; `.
+
+    The calls begin at `<|python_tag|>`, at a `{` that opens the response (after its think block), or at a line that
+    begins with `{"name":`, and go on to the end. They may also stand on lines of their own or side by side. What
+    precedes them is the answer, plain text.
+    """
+
+    name: str = "llama3"
+    tags: tuple[str, ...] = ("<think>", "</think>", "<|python_tag|>")
+
+    _pattern = re.compile(r"</?think>|<\|python_tag\|>")
+    _begin = re.compile(r'<\|python_tag\|>|^[ \t]*(?=\{[ \t\n\r]*"name"[ \t\n\r]*:)', re.MULTILINE)
+    _between = re.compile(r"[ \t\n\r]*(?:;[ \t\n\r]*)?(?:<\|python_tag\|>[ \t\n\r]*)?")
+
+    def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
+        """Read a response; never raises."""
+        reading = PlainReading(wants_spans=spans, tags=self._pattern)
+        at = reading.read_thought(text)
+        start = self._calls_start(text, at)
+        reading.read_text(text, at, start)
+        if start < len(text):
+            self._read_calls(reading, text, start)
+        return reading.response()
+
+    def _calls_start(self, text: str, at: int) -> int:
+        first = at + len(text[at:]) - len(text[at:].lstrip())
+        if text.startswith("{", first):
+            return first
+        begin = self._begin.search(text, at)
+        return begin.start() if begin else len(text)
+
+    def _read_calls(self, reading: PlainReading, text: str, start: int) -> None:
+        reading.attempted_call = True
+        at, count = start, 0
+        while (between := self._between.match(text, at)) and text.startswith("{", between.end()):
+            count += 1
+            reading.mark(at, between.end(), Region.FORMAT)
+            end = read_object(reading, text, between.end(), "parameters")
+            if end < 0:
+                reading.violate(f"the call at character {between.end()} is cut off")
+                return
+            at = end
+        if count:
+            reading.read_gap(text, at, len(text))
+        else:
+            reading.refuse_call(start, "expected a JSON object")
+
+    def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
+        """Thought, then answer, then calls, each where there is one; an answer that looks like a call is refused."""
+        written = "; ".join(dump_call(call, "parameters", self._pattern) for call in calls)
+        return write_plain(self, thought, calls, answer, written)
+
+    def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """A system message that describes the tools and the format."""
+        return (
+            f"You can call these functions, one JSON description per line:\n{describe_tools(tools)}\n\n"
+            "To call a function, respond with one JSON object and nothing else:\n"
+            '{"name": "function name", "parameters": {"argument": "value"}}\n'
+            "Join several calls by `; `. Otherwise answer in plain text."
+        )

@@ -1,0 +1,204 @@
+"""The formats of Mistral's models: calls behind `[TOOL_CALLS]`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rest_rl.formats.json_calls import dump_call, dump_json, escape_tags, read_object
+from rest_rl.formats.plain_answer import THINK, PlainReading, write_plain
+from rest_rl.formats.reading import describe_tools
+from rest_rl.json_spans import bracket_end, decode_at, skip_space
+from rest_rl.response import ParsedResponse, Region, Span, ToolCall
+
+_MARKER = "[TOOL_CALLS]"
+_BRACKET_THINK = ("[THINK]", "[/THINK]")
+_TAGS = ("<think>", "</think>", "[THINK]", "[/THINK]", _MARKER, "[ARGS]", "[CALL_ID]")
+_PATTERN = re.compile("|".join(map(re.escape, _TAGS)))
+_WORD = re.compile(r"[^\[{\n]*")
+"""A tool name or the id of a call."""
+
+
+@dataclass(frozen=True)
+class MistralFormat:
+    """Mistral up to tokenizer v7: `[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`; further keys are allowed.
+
+    Reads the later generation too. The answer is plain text before the calls. After a call that is no JSON every
+    `[TOOL_CALLS]` begins a call, also one inside a string.
+    """
+
+    name: str = "mistral"
+    tags: tuple[str, ...] = _TAGS
+
+    def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
+        """Read a response; never raises."""
+        reading = PlainReading(wants_spans=spans, tags=_PATTERN)
+        at = reading.read_thought(text, (THINK, _BRACKET_THINK))
+        start = text.find(_MARKER, at)
+        reading.read_text(text, at, len(text) if start < 0 else start)
+        all_json = True
+        while start >= 0:
+            reading.attempted_call = True
+            body = start + len(_MARKER)
+            reading.mark(start, body, Region.FORMAT)
+            end = _json_end(text, body) if all_json else -1
+            if end < 0:  # from here on each call is looked for up to the next marker, or the time would be quadratic
+                all_json = False
+                following = text.find(_MARKER, body)
+                end = len(text) if following < 0 else following
+            reading.offset = body
+            end = body + _read_calls(reading, text[body:end])
+            reading.offset = 0
+            start = text.find(_MARKER, end)
+            reading.read_gap(text, end, len(text) if start < 0 else start)
+        return reading.response()
+
+    def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
+        """Thought, then answer, then calls, each where there is one."""
+        objects = ", ".join(dump_call(call, "arguments", _PATTERN) for call in calls)
+        return write_plain(self, thought, calls, answer, f"{_MARKER} [{objects}]" if calls else "")
+
+    def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """A system message that describes the tools and the format."""
+        return (
+            f"You can call these tools, one JSON description per line:\n{describe_tools(tools)}\n\n"
+            "To call tools, write one JSON list of all calls:\n"
+            f'{_MARKER} [{{"name": "tool name", "arguments": {{"argument": "value"}}}}]\n'
+            "Otherwise answer in plain text."
+        )
+
+
+@dataclass(frozen=True)
+class MistralV11Format(MistralFormat):
+    """Mistral from tokenizer v11 on: `[TOOL_CALLS]name[ARGS]{...}` for each call, `[THINK]` for thoughts.
+
+    Reads the earlier generation too, and `[CALL_ID]id` before `[ARGS]`.
+    """
+
+    name: str = "mistral_v11"
+    tags: tuple[str, ...] = (*_BRACKET_THINK, *(tag for tag in _TAGS if tag not in _BRACKET_THINK))
+
+    def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
+        """Thought, then answer, then calls, each where there is one; a name with a bracket or brace is refused."""
+        for call in calls:
+            if not call.name.strip() or call.name != call.name.strip() or re.search(r"[\[{\n]", call.name):
+                raise ValueError(
+                    f"the format {self.name!r} cannot write the tool name {call.name!r}; "
+                    "expected a name without `[`, `{`, line breaks and outer spaces"
+                )
+        written = "".join(
+            f"{_MARKER}{call.name}[ARGS]{escape_tags(dump_json(call, dict(call.arguments)), _PATTERN)}"
+            for call in calls
+        )
+        return write_plain(self, thought, calls, answer, written, _BRACKET_THINK)
+
+    def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """A system message that describes the tools and the format."""
+        return (
+            f"You can call these tools, one JSON description per line:\n{describe_tools(tools)}\n\n"
+            f'Write each call as {_MARKER}tool name[ARGS]{{"argument": "value"}}\n'
+            "Otherwise answer in plain text."
+        )
+
+
+def _json_end(text: str, body: int) -> int:
+    """The position after the JSON of the call or list of calls at `body`; -1 when it is none."""
+    at = skip_space(text, body)
+    if _opens_list(text, at):
+        return decode_at(text, at)[1]
+    head = _read_head(text, at)
+    return decode_at(text, head.arguments)[1] if head else -1
+
+
+def _opens_list(text: str, at: int) -> bool:
+    return text.startswith("[", at) and not text.startswith(("[ARGS]", "[CALL_ID]"), at)
+
+
+class _Head(NamedTuple):
+    """What stands before the arguments of a named call."""
+
+    name: Span
+    marked: bool
+    """`[ARGS]` stands before the arguments."""
+    arguments: int
+    """Where the arguments begin."""
+
+
+def _read_head(text: str, at: int) -> _Head | None:
+    start, end = _word(text, at)
+    name, at = text[start:end].strip(), end
+    if text.startswith("[CALL_ID]", at):
+        _, at = _word(text, at + len("[CALL_ID]"))
+    marked = text.startswith("[ARGS]", at)
+    at = skip_space(text, at + len("[ARGS]") * marked)
+    return _Head(Span(start, start + len(name), Region.NAME), marked, at) if text.startswith("{", at) else None
+
+
+def _word(text: str, at: int) -> tuple[int, int]:
+    match = _WORD.match(text, skip_space(text, at))
+    assert match is not None  # the pattern matches the empty string
+    return match.span()
+
+
+def _read_calls(reading: PlainReading, text: str) -> int:
+    """Read the list of calls or the one call at the start of `text`; the position after it."""
+    at = skip_space(text, 0)
+    if _opens_list(text, at):
+        reading.mark(0, at + 1, Region.FORMAT)
+        return _read_list(reading, text, at + 1)
+    head = _read_head(text, at)
+    if head is None:
+        reading.refuse_call(0, "expected a JSON list of calls, or name[ARGS]{...}")
+        return len(text)
+    return _read_named_call(reading, text, head)
+
+
+def _read_named_call(reading: PlainReading, text: str, head: _Head) -> int:
+    if not head.marked:
+        reading.violate(f"no [ARGS] at character {head.arguments + reading.offset}")
+    name = text[head.name.start : head.name.end]
+    arguments, end = decode_at(text, head.arguments)
+    readable = bool(name) and end >= 0
+    if readable:
+        reading.calls.append(ToolCall(name, arguments))
+    else:
+        reading.refuse_call(0, "the arguments are not a JSON object" if name else "no name")
+    if end < 0:
+        end = _end_or_cut_off(reading, text, head.arguments, bracket_end(text, head.arguments))
+    parts = [head.name] * bool(name) + [Span(head.arguments, end, Region.ARGUMENTS)]
+    reading.mark_parts(0, end, parts, Region.FORMAT if readable else Region.OTHER)
+    return end
+
+
+def _read_list(reading: PlainReading, text: str, at: int) -> int:
+    """Read the items of a list of calls from after its `[` on; the position after its `]`."""
+    begin, comma = skip_space(text, at), -1
+    while not text.startswith("]", begin):
+        reading.mark(at, begin, Region.FORMAT)
+        at = _read_item(reading, text, begin)
+        begin = comma = skip_space(text, at)
+        if text.startswith(",", comma):
+            begin = skip_space(text, comma + 1)
+        elif not text.startswith("]", comma):
+            reading.violate(f"expected ',' or ']' at character {comma + reading.offset}")
+            return at
+    if comma >= 0 and begin > comma:
+        reading.violate(f"a comma without a call at character {comma + reading.offset}")
+    reading.mark(at, begin + 1, Region.FORMAT)
+    return begin + 1
+
+
+def _read_item(reading: PlainReading, text: str, at: int) -> int:
+    if text.startswith("{", at):
+        return _end_or_cut_off(reading, text, at, read_object(reading, text, at, "arguments"))
+    reading.refuse_call(at, "expected a JSON object")
+    return _end_or_cut_off(reading, text, at, decode_at(text, at)[1])
+
+
+def _end_or_cut_off(reading: PlainReading, text: str, start: int, end: int) -> int:
+    if end >= 0:
+        return end
+    reading.violate(f"the call at character {start + reading.offset} is cut off")
+    return len(text)

@@ -1,0 +1,129 @@
+"""What the formats share whose answer is plain text: an optional think block first, calls, text beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rest_rl.formats.protocol import ToolFormat
+from rest_rl.formats.reading import Reading, checked
+from rest_rl.response import ParsedResponse, Region, ToolCall
+
+THINK = ("<think>", "</think>")
+
+
+@dataclass(slots=True, kw_only=True)
+class PlainReading(Reading):
+    """The reading of a response whose text outside calls is its answer; a tag in that text is a violation."""
+
+    tags: re.Pattern[str]
+    well_formed: bool = True
+    attempted_call: bool = False
+    thought: str | None = None
+    answers: list[str] = field(default_factory=list)
+    broken: bool = False
+    """A tag that belongs to no block was met: text from there on is no answer."""
+
+    def violate(self, problem: str) -> None:
+        """The blocks of the format do not stand as they should."""
+        self.well_formed = False
+        self.complain(problem)
+
+    def read_thought(self, text: str, think: Sequence[tuple[str, str]] = (THINK,)) -> int:
+        """Read the think block if the response starts with one; the position after it."""
+        begin = len(text) - len(text.lstrip())
+        for opening, closing in think:
+            if not text.startswith(opening, begin):
+                continue
+            start = begin + len(opening)
+            end = text.find(closing, start)
+            if end < 0:
+                self.broken = True
+                self.violate(f"unmatched {opening} at character {begin}")
+                return start
+            self.thought = text[start:end].strip()
+            self.mark(0, start, Region.FORMAT)
+            self.mark(start, end, Region.REASONING)
+            self.mark(end, end + len(closing), Region.FORMAT)
+            for tag in self.tags.finditer(text, start, end):
+                self.violate(f"inside a block: {tag.group()} at character {tag.start()}")
+            return end + len(closing)
+        return 0
+
+    def read_text(self, text: str, start: int, end: int) -> None:
+        """Mark the text up to the first tag as the answer, its outer white space as format."""
+        first_tag = end
+        for tag in self.tags.finditer(text, start, end):
+            first_tag = min(first_tag, tag.start())
+            self.violate(f"unmatched {tag.group()} at character {tag.start()}")
+        if not self.broken:
+            gap = text[start:first_tag]
+            answer = gap.strip()
+            begin = start + len(gap) - len(gap.lstrip())
+            self.mark(start, begin, Region.FORMAT)
+            self.mark(begin, begin + len(answer), Region.ANSWER)
+            self.mark(begin + len(answer), first_tag, Region.FORMAT)
+            self.answers.append(answer)
+        self.broken = self.broken or first_tag < end
+
+    def read_gap(self, text: str, start: int, end: int, after: str = "the calls") -> None:
+        """White space is format; anything else here is a violation and belongs to no region."""
+        if not text[start:end].strip():
+            self.mark(start, end, Region.FORMAT)
+        else:
+            self.violate(f"text after {after} at character {start + self.offset}")
+
+    def response(self, *, text_values: bool = False) -> ParsedResponse:
+        """What was read."""
+        return ParsedResponse(
+            thought=self.thought,
+            calls=tuple(self.calls),
+            answer="\n".join(filter(None, self.answers)) or None,
+            spans=tuple(self.spans),
+            problems=tuple(self.problems),
+            well_formed=self.well_formed,
+            attempted_call=self.attempted_call,
+            unreadable_calls=self.unreadable_calls,
+            untagged_answer=True,
+            text_values=text_values,
+        )
+
+
+def write_plain(
+    tool_format: ToolFormat,
+    thought: str | None,
+    calls: Sequence[ToolCall],
+    answer: str | None,
+    written: str,
+    think: tuple[str, str] = THINK,
+) -> str:
+    """Thought, then answer, then the calls as `written`; ValueError when the format would read them differently."""
+    head = ""
+    if thought is not None:
+        head = f"{think[0]}\n{checked(thought, tool_format.tags, 'thought')}\n{think[1]}\n\n"
+    said = checked(answer or "", tool_format.tags, "answer")
+    text = head + "\n\n".join(filter(None, [said, written]))
+    parsed = tool_format.parse(text, spans=False)
+    if parsed.answer != (said or None) or len(parsed.calls) + parsed.unreadable_calls != len(calls):
+        raise ValueError(f"the format {tool_format.name!r} would read a part of the answer as a call; reword it")
+    for call, read in zip(calls, parsed.calls, strict=False):
+        if (call.name, _as_json(call.arguments)) != (read.name, read.arguments):
+            raise ValueError(
+                f"the format {tool_format.name!r} cannot write the call of {call.name!r}: {read.name!r} with other "
+                "arguments would be read; integers of over 400 digits and nesting beyond 64 levels are refused"
+            )
+    if len(parsed.calls) != len(calls) or not parsed.well_formed:
+        names = ", ".join(repr(call.name) for call in calls)
+        raise ValueError(
+            f"the format {tool_format.name!r} cannot write the calls of {names}: {'; '.join(parsed.problems[:2])}"
+        )
+    return text
+
+
+def _as_json(value: Any) -> Any:
+    """The value with tuples as lists and keys as strings, as JSON reads it back."""
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value

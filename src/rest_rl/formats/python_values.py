@@ -1,0 +1,186 @@
+"""Python's literals and keyword arguments, read from text that may hold anything; nothing is evaluated.
+
+Strings, numbers, `True`, `False`, `None` (and JSON's `true`, `false`, `null`), lists and dicts with string keys. Each
+character is read once, so the time is linear; integers of over 400 digits and nesting deeper than 64 levels are
+refused, as in `json_spans`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rest_rl.json_spans import MAX_DEPTH, MAX_INTEGER_DIGITS
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_STRING = re.compile(
+    r'"""(?P<long_double>[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*)"""'
+    r"|'''(?P<long_single>[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*)'''"
+    r'|"(?P<double>[^"\\\n]*(?:\\.[^"\\\n]*)*)"'
+    r"|'(?P<single>[^'\\\n]*(?:\\.[^'\\\n]*)*)'",
+    re.DOTALL,
+)
+_BRACKET_OR_STRING = re.compile(
+    r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*(?:"""|\\?\Z)'
+    r"|'''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*(?:'''|\\?\Z)"
+    r'|"[^"\\\n]*(?:\\.[^"\\\n]*)*(?:"|(?=\n)|\\?\Z)'
+    r"|'[^'\\\n]*(?:\\.[^'\\\n]*)*(?:'|(?=\n)|\\?\Z)"
+    r"|[()\[\]{}]",
+    re.DOTALL,
+)
+"""An unclosed string runs to the end of its line: were it skipped, every quote in it would start its own search."""
+_NUMBER = re.compile(r"[+-]?(?:(?P<integer>\d+)(?![\d.eE])|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
+_WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
+_WORD = re.compile(r"[^\W\d]\w*")
+_KEY = re.compile(r"""[^\s=,()\[\]{}"'*:]+""")
+_ESCAPE = re.compile(r"\\(?:([0-7]{1,3})|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
+_ESCAPED = {
+    "\n": "", "\\": "\\", "'": "'", '"': '"',
+    "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v",
+}  # fmt: skip
+
+
+class NotLiteralError(ValueError):
+    """The text is no literal; the message says what was expected and where."""
+
+
+def read_arguments(text: str, start: int) -> tuple[dict[str, Any], int]:
+    """The keyword arguments in the parentheses that open at `start`, and the position after them.
+
+    `**{...}` adds the entries of a dict. NotLiteralError for positional arguments and for anything but literals.
+    """
+    arguments: dict[str, Any] = {}
+    at = skip_space(text, start + 1)
+    while not text.startswith(")", at):
+        if text.startswith("**", at):
+            more, at = _read_value(text, skip_space(text, at + 2), 1)
+            if not isinstance(more, dict):
+                raise NotLiteralError(f"expected a dict after ** before character {at}")
+            arguments.update(more)
+        else:
+            key = _KEY.match(text, at)
+            equals = skip_space(text, key.end()) if key else at
+            if key is None or not text.startswith("=", equals):
+                raise NotLiteralError(f"expected a keyword argument at character {at}")
+            arguments[key.group()], at = _read_value(text, skip_space(text, equals + 1), 1)
+        at = _after_item(text, at, ")")
+    return arguments, at + 1
+
+
+def closing_end(text: str, start: int) -> int:
+    """The position after the bracket that closes the one at `start`, Python strings skipped; -1 when there is none."""
+    depth = 0
+    for match in _BRACKET_OR_STRING.finditer(text, start):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(match.group(), 0)
+        if depth <= 0:
+            return match.end()
+    return -1
+
+
+def write_arguments(arguments: Mapping[str, Any]) -> str:
+    """The arguments in parentheses, keys that are no identifiers in a `**{...}` at the end; ValueError for no JSON."""
+    plain = [f"{key}={write_value(value)}" for key, value in arguments.items() if key.isidentifier()]
+    others = {key: value for key, value in arguments.items() if not key.isidentifier()}
+    return f"({', '.join([*plain, f'**{write_value(others)}'] if others else plain)})"
+
+
+def write_value(value: Any) -> str:
+    """A JSON value as a Python literal; ValueError for anything else."""
+    if value is None or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_write_key(key)}: {write_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(write_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _write_key(key: Any) -> str:
+    if not isinstance(key, str):
+        raise ValueError(f"got a key of type {type(key).__name__}, expected a string")
+    return json.dumps(key, ensure_ascii=False)
+
+
+def skip_space(text: str, at: int) -> int:
+    """The position of the first character from `at` on that is no white space between tokens."""
+    match = _SPACE.match(text, at)
+    assert match is not None  # the pattern matches the empty string
+    return match.end()
+
+
+def _after_item(text: str, at: int, close: str) -> int:
+    """Past the comma after an item, or at the closing bracket."""
+    at = skip_space(text, at)
+    if text.startswith(",", at):
+        return skip_space(text, at + 1)
+    if not text.startswith(close, at):
+        raise NotLiteralError(f"expected ',' or {close!r} at character {at}")
+    return at
+
+
+def _read_value(text: str, at: int, depth: int) -> tuple[Any, int]:
+    first = text[at : at + 1]
+    if first in ("[", "{"):
+        if depth > MAX_DEPTH:
+            raise NotLiteralError(f"nesting deeper than {MAX_DEPTH} levels at character {at}")
+        return (_read_list if first == "[" else _read_dict)(text, at, depth)
+    if first in ('"', "'") and first:
+        return _read_string(text, at)
+    if number := _NUMBER.match(text, at):
+        return _number(number), number.end()
+    word = _WORD.match(text, at)
+    if word is None or word.group() not in _WORDS:
+        raise NotLiteralError(f"expected a literal at character {at}")
+    return _WORDS[word.group()], word.end()
+
+
+def _number(match: re.Match[str]) -> int | float:
+    digits = match.group("integer")
+    if digits is None:
+        return float(match.group())
+    if len(digits) > MAX_INTEGER_DIGITS or (digits[0] == "0" and digits.strip("0")):
+        raise NotLiteralError(f"no integer literal at character {match.start()}")
+    return int(match.group())
+
+
+def _read_list(text: str, at: int, depth: int) -> tuple[list[Any], int]:
+    items: list[Any] = []
+    at = skip_space(text, at + 1)
+    while not text.startswith("]", at):
+        item, at = _read_value(text, at, depth + 1)
+        items.append(item)
+        at = _after_item(text, at, "]")
+    return items, at + 1
+
+
+def _read_dict(text: str, at: int, depth: int) -> tuple[dict[str, Any], int]:
+    items: dict[str, Any] = {}
+    at = skip_space(text, at + 1)
+    while not text.startswith("}", at):
+        key, at = _read_string(text, at)
+        colon = skip_space(text, at)
+        if not text.startswith(":", colon):
+            raise NotLiteralError(f"expected ':' at character {colon}")
+        items[key], at = _read_value(text, skip_space(text, colon + 1), depth + 1)
+        at = _after_item(text, at, "}")
+    return items, at + 1
+
+
+def _read_string(text: str, at: int) -> tuple[str, int]:
+    match = _STRING.match(text, at)
+    if match is None or match.lastgroup is None:
+        raise NotLiteralError(f"expected a string at character {at}")
+    inner = match.group(match.lastgroup)
+    return (_ESCAPE.sub(_unescape, inner) if "\\" in inner else inner), match.end()
+
+
+def _unescape(match: re.Match[str]) -> str:
+    octal, *hexadecimal, other = match.groups()
+    if other is not None:
+        return _ESCAPED.get(other, match.group())
+    code = int(octal, 8) if octal is not None else int(next(filter(None, hexadecimal)), 16)
+    if code > 0x10FFFF:
+        raise NotLiteralError("no character has the code of an escape")
+    return chr(code)

@@ -1,0 +1,122 @@
+"""The format of Llama 4 and of many function-calling prompts: a Python list of calls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rest_rl.formats.json_calls import dump_json, escape_tags
+from rest_rl.formats.plain_answer import PlainReading, write_plain
+from rest_rl.formats.python_values import NotLiteralError, closing_end, read_arguments, skip_space, write_arguments
+from rest_rl.formats.reading import describe_tools
+from rest_rl.response import ParsedResponse, Region, Span, ToolCall
+
+_START, _END = "<|python_start|>", "<|python_end|>"
+_NAME = r"""[^\s()\[\]=,"'][^()\[\]=,"'\n]*"""
+
+
+@dataclass(frozen=True)
+class PythonicFormat:
+    """A Python list of calls with keyword arguments, `[f(a=1), g(b="x")]`; nothing is evaluated.
+
+    The list begins at `<|python_start|>` or at a line that begins with `[name(`, and nothing but `<|python_end|>`
+    follows it; what precedes it is the answer, plain text. A name is anything without brackets, quotes, commas, `=`
+    and line breaks. Positional arguments and expressions make a call unreadable.
+    """
+
+    name: str = "pythonic"
+    tags: tuple[str, ...] = ("<think>", "</think>", _START, _END)
+
+    _pattern = re.compile(r"</?think>|<\|python_(?:start|end)\|>")
+    _on_line = re.compile(rf"[ \t]*(?=\[[ \t\n\r]*{_NAME}\()")
+    _begin = re.compile(rf"<\|python_start\|>|^{_on_line.pattern}", re.MULTILINE)
+    _call = re.compile(rf"({_NAME})\(")
+    _written_name = re.compile(_NAME)
+
+    def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
+        """Read a response; never raises."""
+        reading = PlainReading(wants_spans=spans, tags=self._pattern)
+        at = reading.read_thought(text)
+        begin = self._on_line.match(text, at) or self._begin.search(text, at)
+        start = begin.start() if begin else len(text)
+        reading.read_text(text, at, start)
+        if begin:
+            reading.attempted_call = True
+            self._read_list(reading, text, start)
+        return reading.response()
+
+    def _read_list(self, reading: PlainReading, text: str, start: int) -> None:
+        at = skip_space(text, start)
+        if text.startswith(_START, at):
+            at = skip_space(text, at + len(_START))
+        if not text.startswith("[", at):
+            reading.refuse_call(start, f"expected a list of calls after {_START}")
+            return
+        reading.mark(start, at + 1, Region.FORMAT)
+        at += 1
+        while True:
+            begin = skip_space(text, at)
+            if text.startswith("]", begin):
+                break
+            reading.mark(at, begin, Region.FORMAT)
+            at = self._read_call(reading, text, begin)
+            comma = skip_space(text, at)
+            if text.startswith(",", comma):
+                reading.mark(at, comma + 1, Region.FORMAT)
+                at = comma + 1
+            elif not text.startswith("]", comma):
+                reading.violate(f"expected ',' or ']' at character {comma}")
+                return
+        end = skip_space(text, begin + 1)
+        end = end + len(_END) if text.startswith(_END, end) else begin + 1
+        reading.mark(at, end, Region.FORMAT)
+        reading.read_gap(text, end, len(text))
+
+    def _read_call(self, reading: PlainReading, text: str, start: int) -> int:
+        """Read the call that begins at `start`; the position after it."""
+        head = self._call.match(text, start)
+        if head is None:
+            reading.refuse_call(start, "expected name(")
+            return len(text)
+        name, opening = head.group(1).rstrip(), head.end() - 1
+        try:
+            arguments, end = read_arguments(text, opening)
+        except NotLiteralError as error:
+            reading.refuse_call(start, str(error))
+            rest, end = Region.OTHER, closing_end(text, opening)
+        else:
+            reading.calls.append(ToolCall(name, arguments))
+            rest = Region.FORMAT
+        if end < 0:
+            reading.violate(f"the call at character {start} is cut off")
+            end = len(text)
+        parts = Span(start, start + len(name), Region.NAME), Span(opening, end, Region.ARGUMENTS)
+        reading.mark_parts(start, end, parts, rest)
+        return end
+
+    def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
+        """Thought, then answer, then calls, each where there is one; an answer that looks like a call is refused."""
+        written = ", ".join(map(self._write_call, calls))
+        return write_plain(self, thought, calls, answer, f"[{written}]" if calls else "")
+
+    def _write_call(self, call: ToolCall) -> str:
+        if not self._written_name.fullmatch(call.name) or call.name != call.name.rstrip():
+            raise ValueError(
+                f"the format {self.name!r} cannot write the tool name {call.name!r}; "
+                "expected a name without brackets, quotes, commas, `=`, line breaks and outer spaces"
+            )
+        if any(tag in call.name for tag in self.tags):
+            raise ValueError(f"the tool name {call.name!r} contains a tag of the format {self.name!r}")
+        dump_json(call, dict(call.arguments))  # refuses what is not JSON
+        return call.name + escape_tags(write_arguments(call.arguments), self._pattern)
+
+    def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """A system message that describes the tools and the format."""
+        return (
+            f"You can call these functions, one JSON description per line:\n{describe_tools(tools)}\n\n"
+            "To call functions, respond with a Python list of calls with keyword arguments and nothing else:\n"
+            '[function_name(argument="value"), other_function(number=1)]\n'
+            "Otherwise answer in plain text."
+        )

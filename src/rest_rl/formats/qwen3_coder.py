@@ -1,0 +1,212 @@
+"""The format of Qwen3-Coder, Qwen3.5 and later, and Nemotron 3: calls in tags, values as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from rest_rl.formats.json_calls import dump_json
+from rest_rl.formats.plain_answer import PlainReading, write_plain
+from rest_rl.formats.reading import describe_tools
+from rest_rl.json_spans import bare_value, decode_at
+from rest_rl.response import ParsedResponse, Region, Span, ToolCall
+
+_PATTERN = re.compile(r"</?(?:tool_call|think|function|parameter)>|<(?:function|parameter)=[^<>\n]*>")
+_KINDS = {"<tool_call>": "T", "</tool_call>": "t", "</function>": "f", "</parameter>": "p"}
+_CALL = re.compile("F(?:Pp)*f")
+_BLOCK = re.compile("TF(?:Pp)*ft")
+_NAME = re.compile(r"[^\s<>](?:[^<>\n]*[^\s<>])?")
+"""What can be written as the name of a tool or of an argument."""
+
+
+class _Mark(NamedTuple):
+    """A tag: T and t open and close a call block, F and f a function, P and p a parameter, x is any other."""
+
+    kind: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Qwen3CoderFormat:
+    r"""Qwen3-Coder: each call is a `<tool_call>` block of one `<function=NAME>` with a `<parameter=KEY>` a value.
+
+    A value is text, without the line breaks next to its tags. Text that spells a JSON value other than a string (or
+    `True`, `False`, `None`) is that value; `"5"` is the string 5, for a string is quoted as in JSON if it would be read
+    as something else without the quotes, and only then. A value cannot hold a tag of the format unless it is quoted,
+    with `<` as `\u003c`. A function without `<tool_call>` is read as a call, but the response is not well formed.
+    """
+
+    name: str = "qwen3_coder"
+    tags: tuple[str, ...] = (
+        *("<think>", "</think>", "<tool_call>", "</tool_call>"),
+        *("<function=", "</function>", "<parameter=", "</parameter>"),
+    )
+
+    def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
+        """Read a response; never raises."""
+        reading = PlainReading(wants_spans=spans, tags=_PATTERN)
+        at = reading.read_thought(text)
+        marks = [_Mark(_kind(tag.group()), *tag.span()) for tag in _PATTERN.finditer(text, at)]
+        for first, last, end in _stretches(marks, len(text)):
+            start = marks[first].start
+            reading.read_text(text, at, start)
+            reading.attempted_call = True
+            _read_stretch(reading, text, marks[first:last], end)
+            at = end
+        reading.read_text(text, at, len(text))
+        return reading.response(text_values=True)
+
+    def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
+        """Thought, then answer, then calls, each where there is one."""
+        return write_plain(self, thought, calls, answer, "\n".join(map(self._write_call, calls)))
+
+    def _write_call(self, call: ToolCall) -> str:
+        dump_json(call, dict(call.arguments))  # refuses what is not JSON
+        for name in (call.name, *call.arguments):
+            if not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"the format {self.name!r} cannot write the name {name!r} in the call of {call.name!r}; "
+                    "expected names without `<`, `>`, line breaks and outer spaces"
+                )
+        parameters = "".join(
+            f"<parameter={key}>\n{_write_value(call, value)}\n</parameter>\n" for key, value in call.arguments.items()
+        )
+        return f"<tool_call>\n<function={call.name}>\n{parameters}</function>\n</tool_call>"
+
+    def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """A system message that describes the tools and the format."""
+        return (
+            f"You can call these functions:\n<tools>\n{describe_tools(tools)}\n</tools>\n\n"
+            "Write each call in a block of its own, strings as they are and other values as JSON:\n"
+            "<tool_call>\n<function=function_name>\n<parameter=argument>\nvalue\n</parameter>\n</function>\n</tool_call>\n"
+            "Otherwise answer in plain text."
+        )
+
+
+def _kind(tag: str) -> str:
+    if tag.startswith(("<function=", "<parameter=")):
+        return "F" if tag[1] == "f" else "P"
+    return _KINDS.get(tag, "x")
+
+
+def _stretches(marks: Sequence[_Mark], length: int) -> list[tuple[int, int, int]]:
+    """The tags of each call block or lone function, from the first up to the last, and where it ends in the text.
+
+    A block goes up to its closing tag or, without one, up to the next block or the end of the text.
+    """
+    found: list[tuple[int, int, int]] = []
+    at = 0
+    while at < len(marks):
+        if marks[at].kind not in "TF":
+            at += 1
+            continue
+        stops = "tT" if marks[at].kind == "T" else "fFtT"
+        last = next((n for n in range(at + 1, len(marks)) if marks[n].kind in stops), len(marks))
+        end = marks[last].start if last < len(marks) else length
+        if last < len(marks) and marks[last].kind == stops[0]:
+            end = marks[last].end
+            last += 1
+        found.append((at, last, end))
+        at = last
+    return found
+
+
+def _read_stretch(reading: PlainReading, text: str, marks: Sequence[_Mark], end: int) -> None:
+    kinds = "".join(mark.kind for mark in marks)
+    start, complete = marks[0].start, _BLOCK.fullmatch(kinds) is not None
+    if not complete:
+        wrong = "no <tool_call>" if kinds[0] == "F" else "expected one complete function in the block"
+        reading.violate(f"{wrong} at character {start}")
+    scaffold = Region.FORMAT if complete or _CALL.fullmatch(kinds) else Region.OTHER
+    functions = [n for n, kind in enumerate(kinds) if kind == "F"]
+    if not functions:
+        reading.refuse_call(start, "expected <function=name>")
+        return
+    at = start
+    for n, following in zip(functions, [*functions[1:], len(marks)], strict=True):
+        _mark_scaffold(reading, text, at, marks[n].start, scaffold)
+        closed = kinds.find("f", n, following)
+        last = closed + 1 if closed >= 0 else following - (kinds[following - 1] == "t")
+        at = marks[closed].end if closed >= 0 else marks[last].start if last < len(marks) else end
+        _read_function(reading, text, marks[n:last], at)
+    _mark_scaffold(reading, text, at, end, scaffold)
+
+
+def _mark_scaffold(reading: PlainReading, text: str, start: int, end: int, region: Region) -> None:
+    """Mark what stands around a function inside its block; text that is no tag there is a violation."""
+    if _PATTERN.sub("", text[start:end]).strip():
+        reading.violate(f"text inside a block at character {start}")
+        region = Region.OTHER
+    reading.mark(start, end, region)
+
+
+def _read_function(reading: PlainReading, text: str, marks: Sequence[_Mark], end: int) -> None:
+    """Read a function that ends at `end` as a call, or count it as unreadable."""
+    head, inner = marks[0], marks[1:]
+    name = Span(*_trimmed(text, head.start + len("<function="), head.end - 1), Region.NAME)
+    error = _function_error(text, marks)
+    if error is None and name.start < name.end:
+        pairs = list(zip(inner[:-1:2], inner[1:-1:2], strict=True))
+        arguments = {_key(text, opened): _read_value(text[opened.end : closed.start]) for opened, closed in pairs}
+        reading.calls.append(ToolCall(text[name.start : name.end], arguments))
+    else:
+        reading.refuse_call(head.start, error or "no name")
+    parts = [name] * (name.start < name.end)
+    opened = [mark.start for mark in inner if mark.kind == "P"]
+    if opened:
+        closed = [mark.end for mark in inner if mark.kind == "p" and mark.start > opened[-1]]
+        whole = inner[-1].start if inner[-1].kind == "f" else end
+        parts.append(Span(opened[0], closed[-1] if closed else whole, Region.ARGUMENTS))
+    reading.mark_parts(head.start, end, parts, Region.OTHER if error else Region.FORMAT)
+
+
+def _function_error(text: str, marks: Sequence[_Mark]) -> str | None:
+    if not _CALL.fullmatch("".join(mark.kind for mark in marks)):
+        return "expected <parameter=...>, </parameter> in turn and </function> at the end"
+    for left, right in pairwise(marks):
+        if left.kind != "P" and text[left.end : right.start].strip():
+            return f"text between the parameters at character {left.end}"
+    return None
+
+
+def _key(text: str, mark: _Mark) -> str:
+    start, end = _trimmed(text, mark.start + len("<parameter="), mark.end - 1)
+    return text[start:end]
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    inner = text[start:end]
+    return start + len(inner) - len(inner.lstrip()), start + len(inner.rstrip()) if inner.strip() else start
+
+
+def _read_value(raw: str) -> Any:
+    return _spelled_value(raw.removeprefix("\n").removesuffix("\n"))
+
+
+def _spelled_value(text: str) -> Any:
+    value = bare_value(text)
+    stripped = text.strip(" \t\n\r")
+    if stripped.startswith('"'):
+        string, end = decode_at(stripped, 0)
+        if end == len(stripped) and _needs_quotes(string):
+            return string
+    return value
+
+
+def _needs_quotes(string: str) -> bool:
+    return _PATTERN.search(string) is not None or _spelled_value(string) != string
+
+
+def _write_value(call: ToolCall, value: Any) -> str:
+    """Strings as they are and True, False, None as Python writes them, as the models' templates do; others as JSON."""
+    if value is None or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and not _needs_quotes(value):
+        return value
+    line = dump_json(call, value)
+    # every `<`, for between what is left of two tags a third may stand
+    return line.replace("<", "\\u003c") if _PATTERN.search(line) else line
