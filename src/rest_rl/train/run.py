@@ -126,6 +126,7 @@ def trainer_config(config: RunConfig) -> ResTConfig | SFTConfig:
             "that share one batch of responses, or a resumed run would differ; change save_steps"
         )
     check_trackers(args.report_to)
+    lora_config(config.peft)  # refused here, before there is a run folder
     return args
 
 

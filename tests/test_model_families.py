@@ -1,0 +1,224 @@
+"""Models as users bring them: their own chat templates, special tokens and architectures, trained from the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rest_rl.cli import main
+from rest_rl.config import RunConfig
+from rest_rl.data.check import read_checked
+from rest_rl.data.samples import ToolSample
+from rest_rl.regions import decode_ids, tag_regions
+from rest_rl.response import Region
+from rest_rl.rewards import exact_match
+from rest_rl.runlog import read_run
+from rest_rl.train.prompts import PromptLayout, encode, resolve_format, training_dataset
+from tests.model_families import DIALOGUES, FAMILIES, family_tokenizer, save_dialogues, save_family
+
+RL = ["trl.max_steps=2", "trl.num_generations=2", "trl.per_device_train_batch_size=4", "trl.max_completion_length=12"]
+RL += ["trl.gradient_accumulation_steps=1", "trl.save_steps=1", "eval.max_new_tokens=8"]
+SFT = ["trl.max_steps=6", "trl.per_device_train_batch_size=4", "trl.gradient_accumulation_steps=1", "eval.prompts=0"]
+SFT += ["trl.learning_rate=1e-2", "trl.warmup_steps=0", "trl.save_steps=3"]
+
+
+def options(changes: list[str]) -> list[str]:
+    return [part for change in changes for part in ("--set", change)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dialogues(tmp_path_factory.mktemp("data") / "dialogues.jsonl")
+
+
+@pytest.fixture(scope="module")
+def samples(data: Path) -> list[ToolSample]:
+    return read_checked(str(data))[0]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: save_family(name, root / name) for name in FAMILIES}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_format_is_what_the_template_shows(name: str) -> None:
+    resolved, why = resolve_format("auto", family_tokenizer(name))
+    assert resolved == FAMILIES[name].tool_format
+    assert "from the chat template" in why
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_hold_tools_and_history_and_one_first_token(name: str, samples: list[ToolSample]) -> None:
+    tokenizer = family_tokenizer(name)
+    layout = PromptLayout(tokenizer, FAMILIES[name].tool_format)
+    assert layout.is_native
+    assert layout.doubles_bos is (FAMILIES[name].bos is not None)
+    for sample in samples:
+        text = layout.render(sample)
+        assert text.count("Flights to a city") == 1
+        assert text.count("sky") == sum(message["role"] == "tool" for message in sample.messages)
+        sampled = tokenizer(layout.training_text(sample))["input_ids"]  # as TRL tokenises it
+        assert sampled == tokenizer(text, add_special_tokens=False)["input_ids"]  # as evaluation does
+        assert sampled.count(tokenizer.bos_token_id) == (FAMILIES[name].bos is not None)
+    second = next(sample for sample in samples if len(sample.messages) == 4)
+    assert "get_weather" in layout.render(second).partition("What is the weather")[2]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_demonstrations_are_read_back_from_their_ids(name: str, samples: list[ToolSample]) -> None:
+    tokenizer, found = family_tokenizer(name), set()
+    layout = PromptLayout(tokenizer, FAMILIES[name].tool_format)
+    tags, parse = layout.format.tags, layout.format.parse
+    for sample in samples:
+        response = layout.format.render("I look.", sample.gold.calls, sample.gold.answer)
+        ids, labels = encode(layout.render(sample), response, tokenizer)
+        learnt = [label for label in labels if label != -100]
+        assert len(ids) > len(learnt) > 0
+        parsed = parse(decode_ids(learnt, tokenizer, tags))
+        assert exact_match(parsed, sample.gold)
+        assert parsed.thought == "I look."
+        ids_BT = torch.tensor([learnt])
+        regions_BT = tag_regions(ids_BT, torch.ones_like(ids_BT), tokenizer, lambda text: parse(text).spans, tags)
+        assert regions_BT[0, -1] == Region.FORMAT  # the end of the sequence
+        found |= set(regions_BT.flatten().tolist())
+    assert found == set(Region) - {Region.OTHER}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_needs_a_model_and_dialogues_only(
+    name: str, folders: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = ["train", "--model", str(folders[name]), "--data", str(data), *options(RL), "--out", str(run)]
+    assert main([*command, "--set", f"data.held_out={str(data)!r}", "--set", "eval.prompts=2"]) == 0
+    finished = read_run(run)
+    assert len(finished.metrics) == 2
+    assert RunConfig.from_toml(finished.config).rest.format == FAMILIES[name].tool_format
+    assert finished.summary["data"]["samples"] == 3 * len(DIALOGUES)
+    assert finished.summary["after"]["n"] == 2
+    AutoModelForCausalLM.from_pretrained(run / "model")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_demonstrations_are_learnt(name: str, folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    command = ["sft", "--model", str(folders[name]), "--data", str(data), *options(SFT), "--preset", "tsft"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    losses = [row["loss"] for row in read_run(tmp_path).metrics]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_lora_trains_resumes_and_goes_on_into_reinforcement_learning(
+    folders: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    sft, rl = tmp_path / "sft", tmp_path / "rl"
+    command = ["--data", str(data), "--lora", "4", "--set", "model.dtype=float32"]
+    assert main(["sft", "--model", str(folders["llama3_2"]), *command, *options(SFT), "--out", str(sft)]) == 0
+    losses = [row["loss"] for row in read_run(sft).metrics]
+    assert losses[-1] < losses[0]
+    assert (sft / "model" / "adapter_model.safetensors").is_file()
+    adapter = json.loads((sft / "model" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (4, 8)
+    for last in (sft / "checkpoints").glob("checkpoint-6"):
+        (last / "trainer_state.json").unlink()
+    assert main(["train", "--resume", "--out", str(sft)]) == 0
+    assert [row["loss"] for row in read_run(sft).metrics] == losses
+    assert main(["train", "--model", str(sft / "model"), *command, *options(RL), "--out", str(rl)]) == 0
+    assert (rl / "model" / "adapter_model.safetensors").is_file()
+
+
+def test_a_run_killed_after_its_last_step_keeps_its_adapter(
+    folders: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = ["--model", str(folders["qwen3"]), "--data", str(data), "--lora", "2", *options(RL)]
+    assert main(["train", *command, "--out", str(run)]) == 0
+    weights = (run / "model" / "adapter_model.safetensors").read_bytes()
+    for path in (run / "model").iterdir():
+        path.unlink()
+    (run / "model").rmdir()
+    assert main(["train", "--resume", "--out", str(run)]) == 0
+    assert (run / "model" / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_another_format_than_the_template_s_is_described_in_words(samples: list[ToolSample]) -> None:
+    tokenizer = family_tokenizer("llama3_2")
+    name, why = resolve_format("toolrl", tokenizer)
+    assert (name, "described in a system message" in why) == ("toolrl", True)
+    layout = PromptLayout(tokenizer, name)
+    second = next(sample for sample in samples if len(sample.messages) == 4)
+    text = layout.render(second)
+    assert text.count('"name": "find_flight"') == 1
+    assert "You help with travel." in text
+    assert '<tool_call>\n{"name": "get_weather", "parameters": {"city": "Rome", "days": 1}}\n</tool_call>' in text
+    assert '<obs> {"sky": "clear"} </obs>' in text
+    assert "Respond in the format" not in text  # Llama's own words
+    assert len(training_dataset(samples, tokenizer, name)) == len(samples)
+
+
+def test_a_template_that_opens_the_think_block_is_told_by_its_prompt() -> None:
+    tokenizer = family_tokenizer("qwen3_5")
+    assert resolve_format("qwen3_coder", tokenizer)[0] == "qwen3_coder+think"
+    assert resolve_format("toolrl", tokenizer)[0] == "toolrl+think"
+    assert resolve_format("auto", tokenizer, {"enable_thinking": False})[0] == "qwen3_coder"
+    with pytest.raises(ValueError, match=r"got format 'hermes\+think', .* does not open a think block"):
+        resolve_format("hermes+think", family_tokenizer("qwen3"))
+
+
+def test_a_template_of_no_known_format_gets_one_in_words(samples: list[ToolSample]) -> None:
+    tokenizer = family_tokenizer("qwen3")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    name, why = resolve_format("auto", tokenizer)
+    assert name == "hermes"
+    assert "shows no known one" in why
+    text = PromptLayout(tokenizer, name).render(samples[0])
+    assert text.startswith("system: You can call these tools")
+    assert "You help with travel." in text
+    assert text.count("system: ") == 1
+
+
+def test_prompts_that_describe_their_tools_are_left_as_they_are(samples: list[ToolSample]) -> None:
+    tokenizer = family_tokenizer("qwen3")
+    messages = ({"role": "system", "content": "Tools: f"}, {"role": "user", "content": "go"})
+    sample = ToolSample("s", messages, samples[0].tools, samples[0].gold, tools_in_prompt=True)
+    for name in ("hermes", "toolrl"):
+        text = PromptLayout(tokenizer, name).render(sample)
+        assert "find_flight" not in text
+        assert "<|im_start|>system\nTools: f<|im_end|>" in text
+
+
+def test_trackers_that_are_not_there_are_named_before_the_run_begins(
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--model", str(folders["qwen3"]), "--data", str(data), *options(RL)]
+    assert main([*command, "--set", 'trl.report_to=["swanlab"]', "--out", str(tmp_path / "run")]) == 2
+    assert "pip install swanlab" in capsys.readouterr().err
+    assert main([*command, "--set", "model.load_in_4bit=true", "--out", str(tmp_path / "run")]) == 2
+    assert "without [peft]" in capsys.readouterr().err
+    assert main([*command, "--lora", "2", "--set", "peft.rank=3", "--out", str(tmp_path / "run")]) == 2
+    assert "unknown key peft.rank" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_under_accelerate_train_and_resume(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "rest_rl"]
+    command = ["train", "--model", str(folders["qwen3"]), "--data", str(data), *options(RL)]
+    command += ["--set", "trl.per_device_train_batch_size=2", "--out", str(run)]
+    done = subprocess.run([*launch, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_run(run).metrics] == [1, 2]
+    for part in (run / "checkpoints" / "checkpoint-2").glob("trainer_state.json"):
+        part.unlink()
+    before = (run / "metrics.jsonl").read_bytes()
+    done = subprocess.run([*launch, "train", "--resume", "--out", str(run)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (run / "metrics.jsonl").read_bytes() == before
