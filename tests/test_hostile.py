@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from rest_rl.formats import FORMATS
+from rest_rl.formats import FORMATS, get_format
 from rest_rl.presets import token_weights
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Gold, ToolCall
@@ -15,14 +15,31 @@ from rest_rl.scoring import score_response
 from tests.tokenizers_in_memory import KINDS
 
 TOKENIZERS = {name: build() for name, build in KINDS.items()}
+NAMES = [*FORMATS, *(f"{name}+think" for name in FORMATS)]
 GOLDS = [
     Gold((ToolCall("get_weather", {"city": "東京", "count": 1}), ToolCall("f", {}))),
     Gold((), "Done"),
     Gold((ToolCall("f", {"a": [1, {"b": None}]}),), "ok"),
 ]
 FRAGMENTS = [
-    *FORMATS["toolrl"].tags,
+    *dict.fromkeys(tag for tool_format in FORMATS.values() for tag in tool_format.tags),
     '{"name": "f", "parameters": {}}',
+    '[TOOL_CALLS] [{"name": "f", "arguments": {}}]',
+    '[TOOL_CALLS]f[ARGS]{"a": ',
+    "<function=f>\n",
+    "<parameter=a>\n",
+    '[f(a=1, b="x"), ',
+    "f(**{'a-b': [1]})",
+    "[f(",
+    "'" * 3,
+    '"' * 3,
+    "(",
+    ")",
+    ",",
+    ";",
+    "=",
+    "True",
+    "\\N{BULLET}",
     '{"name": "f", "arguments": {"a": NaN}}',
     '"name"',
     '"parameters": ',
@@ -48,7 +65,7 @@ FRAGMENTS = [
 
 def hostile_text(rng: random.Random) -> str:
     """A response to one of the golds, cut, spliced and mutated, or plain noise."""
-    gold, tool_format = rng.choice(GOLDS), rng.choice(list(FORMATS.values()))
+    gold, tool_format = rng.choice(GOLDS), get_format(rng.choice(NAMES))
     text = tool_format.render("I should call", gold.calls, gold.answer)
     for _ in range(rng.randrange(5)):
         at, end = sorted(rng.randrange(len(text) + 1) for _ in range(2))
@@ -68,7 +85,7 @@ def hostile_text(rng: random.Random) -> str:
 
 def check_scores(text: str, rng: random.Random) -> None:
     gold, progress = rng.choice(GOLDS), rng.random()
-    for name in FORMATS:
+    for name in [*FORMATS, rng.choice(NAMES)]:
         reward = score_response(text, gold, format=name, progress=progress)
         assert 0 <= reward.total <= 1
         assert 0 <= reward.accuracy <= 1
@@ -82,12 +99,13 @@ def check_weights(rows: list[list[int]], kind: str, rng: random.Random) -> None:
     ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     entropies_BT = torch.rand(ids_BT.shape) * rng.choice([0.0, 1e-9, 1.0, 12.0])
-    for name, tool_format in FORMATS.items():
+    for name in rng.sample(NAMES, 3):
+        tool_format = get_format(name)
         regions_BT = tag_regions(
             ids_BT, mask_BT, TOKENIZERS[kind], lambda text, f=tool_format: f.parse(text).spans, tool_format.tags
         )
         assert ((regions_BT >= 0) & (regions_BT < 6)).all()
-        for preset in ("rest", "paper", "authors-code"):
+        for preset in ("rest", "paper", *["authors-code"] * (name in ("toolrl", "hermes"))):
             weights_BT = token_weights(
                 ids_BT,
                 mask_BT,
@@ -134,6 +152,7 @@ def huge_texts(megabytes: float) -> dict[str, str]:
     """Texts on which quadratic work would take hours at 5 MB."""
     head, n = "<think> a </think>\n<tool_call>\n", int(megabytes * 1_000_000)
     call = '{"name": "f", "parameters": {"a": 1}}\n'
+    function = "<tool_call>\n<function=f>\n"
     return {
         "long argument": head + '{"name": "f", "parameters": {"a": "' + "x" * n + '"}}\n</tool_call>',
         "opening tags": "<think>" * (n // 7),
@@ -145,6 +164,32 @@ def huge_texts(megabytes: float) -> dict[str, str]:
         "long integer": head + '{"name": "f", "parameters": {"a": ' + "9" * n + "}}\n</tool_call>",
         "unclosed string of quotes": head + '{"name": "f", "parameters": {"a": "' + '\\"' * (n // 2) + "\n</tool_call>",
         "blanks": head + '{"name"' + " " * n + ': "f"}\n</tool_call>',
+        "calls of Llama": call * (n // len(call)),
+        "broken calls of Llama": '{"name": "f", "parameters": {"a": }}\n' * (n // 36),
+        "starts of calls of Llama": '\n{"name": ' * (n // 10),
+        "markers of Mistral": "[TOOL_CALLS]" * (n // 12),
+        "calls of Mistral": '[TOOL_CALLS]f[ARGS]{"a": 1}' * (n // 27),
+        "cut-off calls of Mistral": '[TOOL_CALLS]f[ARGS]{"a": "' * (n // 26),
+        "cut-off lists of Mistral": '[TOOL_CALLS] [{"a":"","":"' * (n // 26),
+        "long name of Mistral": "[TOOL_CALLS]" + " x" * (n // 2),
+        "functions of Qwen": (function + "</function>\n</tool_call>") * (n // 48),
+        "functions of Qwen that stay open": function * (n // 25),
+        "parameters of Qwen": function + "<parameter=a>" * (n // 13) + "</function></tool_call>",
+        "quotes in a value of Qwen": function
+        + "<parameter=a>"
+        + '"\\"' * (n // 3)
+        + "</parameter></function></tool_call>",
+        "names of Qwen": "<function=" * (n // 10),
+        "Python calls": "[" + "f(a=1)," * (n // 7) + "]",
+        "Python calls that stay open": "[f(" * (n // 3),
+        "starts of Python lists": "\n[f" * (n // 3),
+        "deep Python lists": "[f(a=" + "[" * n,
+        "deep Python dicts": "[f(a=" + '{"a":' * (n // 5),
+        "Python quotes": "[f(a=" + "\"'" * (n // 2),
+        "escaped Python quotes": "[f(a='" + "\\'" * (n // 2),
+        "triple quotes": "[f(a=" + '"' * 3 + '"" ' * (n // 3),
+        "long Python integer": "[f(a=" + "9" * n,
+        "blanks in a Python list": "[" + " " * n + "f()]",
     }
 
 
@@ -153,10 +198,10 @@ TITLES = list(huge_texts(0.0))
 
 @pytest.mark.parametrize("title", TITLES)
 def test_long_responses_take_linear_time(title):
-    text = huge_texts(0.2)[title]
+    text = huge_texts(0.1)[title]
     check_scores(text, random.Random(0))
-    for tool_format in FORMATS.values():
-        assert len(tool_format.parse(text).problems) <= 20
+    for name in NAMES:
+        assert len(get_format(name).parse(text).problems) <= 20
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def _imported(address: str) -> ToolFormat:
         found: Any = import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"got format {address!r}, which cannot be imported ({error}); "
             "expected package.module:OBJECT of a module on the Python path"
