@@ -1,0 +1,181 @@
+"""The memory estimate against real training steps on the CPU: bytes of live tensors, counted allocation by allocation.
+
+Each row trains a model of some tens of millions of parameters for two optimizer steps with TRL's GRPOTrainer (two
+micro-batches a step, `model.generate`) and prints the peak of the update and of generation as shares of the estimate.
+Counted are the storages of all tensors, not the process's memory: no allocator, no library buffers, no fragmentation.
+
+python benchmarks/footprint.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import tempfile
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from trl import GRPOTrainer
+
+from rest_rl.config import RunConfig
+from rest_rl.train.footprint import estimate
+from rest_rl.train.trl_trainer import ResTConfig
+
+VOCABULARY = 8192
+SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
+MODELS = {"qwen3": Qwen3Config, "llama": LlamaConfig}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that an operation returns, until it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor):
+                self.add(value)
+        return result
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()  # noqa: SLF001
+        if key not in self.seen and tensor.device.type == "cpu":
+            self.seen.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+class Measured(GRPOTrainer):
+    """Notes the peak of generation and of everything from a loss to the end of its step."""
+
+    live: LiveBytes
+    peaks: dict[str, int]
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.live.peak = self.live.now
+        yield
+        self.peaks[name] = max(self.peaks.get(name, 0), self.live.peak)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self.phase("generation"):
+            return super()._generate(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().training_step(*args, **kwargs)
+        self.peaks["update"] = max(self.peaks.get("update", 0), self.live.peak)
+        return result
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.live.peak = self.live.now
+        return super().compute_loss(*args, **kwargs)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+
+
+def measure(row: dict[str, Any], prompt: int, completion: int, batch: int, layers: int, folder: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model_config = MODELS[row["model"]](
+        **SIZES, vocab_size=VOCABULARY, num_hidden_layers=layers, head_dim=64, eos_token_id=1, pad_token_id=0
+    )
+    model_config.tie_word_embeddings = row["tied"]
+    args = ResTConfig(
+        output_dir=folder,
+        preset="grpo",
+        max_steps=2,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=2,
+        num_generations=batch,
+        max_completion_length=completion,
+        generation_kwargs={"min_new_tokens": completion},
+        gradient_checkpointing=row["checkpointing"],
+        bf16=row["autocast"],
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        optim="adamw_torch",
+        optim_args="foreach=False",
+    )
+    lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if row["lora"] else None
+    live = LiveBytes()
+    with live:
+        model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, row["dtype"]))
+        for tensor in [*model.parameters(), *model.buffers()]:
+            live.add(tensor)
+        text = " ".join(f"w{i + 2}" for i in range(prompt))
+        trainer = Measured(
+            model=model,
+            args=args,
+            reward_funcs=lambda completions, **_: [float(i % 3) for i in range(len(completions))],
+            train_dataset=Dataset.from_list([{"prompt": text}] * 8),
+            processing_class=tokenizer(),
+            peft_config=lora,
+        )
+        trainer.live, trainer.peaks = live, {}
+        trainer.train()
+    config = RunConfig.from_toml(f'[model]\ndtype = "{row["dtype"]}"\n[eval]\nprompts = 0\n')
+    estimated = estimate(config, model_config, args, lora=lora, prompt_tokens=[prompt] * 8, device=None)
+    return {"measured": trainer.peaks, "estimated": estimated}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"prompt": 448, "completion": 64, "batch": 4, "layers": 12}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    switches = dict.fromkeys(("autocast", "lora", "checkpointing"), False)
+    base = {"model": "qwen3", "tied": True, "dtype": "float32", **switches}
+    variants: list[dict[str, Any]] = [
+        {},
+        {"checkpointing": True},
+        {"autocast": True},
+        {"autocast": True, "checkpointing": True},
+        {"dtype": "bfloat16", "autocast": True, "lora": True},
+        {"dtype": "bfloat16", "autocast": True, "lora": True, "checkpointing": True},
+        {"lora": True},
+        {"model": "llama", "tied": False},
+        {"model": "llama", "tied": False, "autocast": True, "checkpointing": True},
+        {"model": "llama", "dtype": "bfloat16", "autocast": True, "lora": True},
+    ]
+    print(f"{'model':<64} {'update: measured / estimated':>34} {'generation':>34}")
+    with tempfile.TemporaryDirectory() as folder:
+        for variant in variants:
+            row = {**base, **variant}
+            done = measure(row, options.prompt, options.completion, options.batch, options.layers, folder)
+            gc.collect()
+            cells = []
+            for phase in ("update", "generation"):
+                real, guess = done["measured"][phase], done["estimated"].phase_bytes(phase)
+                cells.append(f"{real / 2**20:8.0f} / {guess / 2**20:6.0f} MiB = {real / guess:5.2f}")
+            name = " ".join(f"{k}={v}" if not isinstance(v, bool) else k * v for k, v in row.items())
+            print(f"{' '.join(name.split()):<64} {cells[0]:>34} {cells[1]:>34}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

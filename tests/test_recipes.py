@@ -1,0 +1,114 @@
+"""Every recipe of configs/: parses, is accepted by the trainer, says where each line is from, adds up, and fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from trl import SFTConfig
+
+from rest_rl.config import RunConfig, read_run_file
+from rest_rl.train.footprint import Footprint, estimate
+from rest_rl.train.memory_shares import GIB, Device, Sharding
+from rest_rl.train.policy import lora_config
+from rest_rl.train.run import trainer_config
+from rest_rl.train.trl_trainer import ResTConfig
+from tests.architectures import architecture
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(CONFIGS.glob("*.toml"))
+PAPER = [path for path in RECIPES if not path.stem.startswith(("sft-", "own-"))]
+COLD_START = [path for path in RECIPES if path.stem.startswith("sft-")]
+SOURCES = ("published script", "published code", "paper", "TRL default", "ours")
+A100 = Device("NVIDIA A100-SXM4-80GB", int(79.1 * GIB))
+HERE = ("trl.use_vllm=false", "trl.use_cpu=true")
+"""What a machine without GPUs and vLLM cannot be asked for."""
+SHOWN = {"own-tools": ("rest.format=hermes",)}
+"""What the model's chat template shows for `auto`."""
+
+pytestmark = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def processes_of(path: Path) -> int:
+    return 8 if path.stem.endswith("8gpu") else 1
+
+
+def model_of(config: RunConfig) -> str:
+    if config.model.path.startswith("runs/"):  # what another recipe leaves behind
+        before = next(p for p in COLD_START if read_run_file(p).run.out + "/model" == config.model.path)
+        return read_run_file(before).model.path
+    return config.model.path
+
+
+def test_parses_and_the_trainer_takes_it(path: Path) -> None:
+    config = read_run_file(path)
+    args = trainer_config(read_run_file(path, [*HERE, *SHOWN.get(path.stem, ())]))
+    assert isinstance(args, SFTConfig if config.rest.is_supervised else ResTConfig)
+    known = {field.name for field in dataclasses.fields(type(args))}
+    assert set(config.trl) <= known
+    if not config.rest.is_supervised:
+        config.rest.resolve()
+    assert RunConfig.from_toml(config.to_toml()) is not None
+
+
+def test_every_value_has_its_source(path: Path) -> None:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if re.match(r"\w+ = ", line):
+            _, _, comment = line.partition("  # ")
+            assert comment.startswith(SOURCES), line
+
+
+def test_head_says_how_to_start_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert f"train configs/{path.name}" in text
+    for named in re.findall(r"configs/[\w./-]+\.(?:toml|yaml)", text):
+        assert (CONFIGS.parent / named).is_file(), named
+    assert ("accelerate launch" in text) == (processes_of(path) > 1)
+
+
+def test_batches_are_the_published_ones(path: Path) -> None:
+    trl, processes = read_run_file(path).trl, processes_of(path)
+    together = trl["per_device_train_batch_size"] * processes
+    if path in PAPER:
+        # train_ResT.sh: 512 prompts x 4 responses a batch, 64 x 4 an optimizer step, 15 epochs of 3,920 // 512 batches
+        assert together * trl["steps_per_generation"] == 512 * trl["num_generations"] == 2048
+        assert together * trl["gradient_accumulation_steps"] == 64 * 4
+        work = estimated(path, prompts=3920).work
+        assert (work.prompts, work.updates, work.steps) == (512, 8, 105 * 8)
+        assert trl["save_steps"] == 15 * work.updates
+    elif path in COLD_START:
+        # train_node_0.sh: 1 x 4 x 8 GPUs, 3 epochs of 400 demonstrations
+        assert together * trl["gradient_accumulation_steps"] == 32
+        assert estimated(path, prompts=400).work.steps == 3 * 13
+    else:
+        work = estimated(path, prompts=1000).work
+        assert (work.prompts, work.responses, work.per_step, work.steps) == (2, 16, 64, 125)
+
+
+def estimated(path: Path, prompts: int = 3920, device: Device = A100) -> Footprint:
+    config, processes = read_run_file(path), processes_of(path)
+    sharding: Sharding = "none"
+    if processes > 1:
+        sharding = "zero2" if path in COLD_START else "fsdp"
+    args = trainer_config(read_run_file(path, [*HERE, *SHOWN.get(path.stem, ())]))
+    args.use_vllm = config.trl.get("use_vllm", False)
+    longest = config.trl.get("max_length") or config.data.max_prompt_tokens
+    return estimate(
+        config,
+        architecture(model_of(config)),
+        args,
+        lora=lora_config(config.peft),
+        prompt_tokens=[*[700] * (prompts - 1), longest],
+        processes=processes,
+        sharding=sharding,
+        device=device,
+    )
+
+
+def test_fits_the_gpu_it_is_for(path: Path) -> None:
+    device = Device("NVIDIA GeForce RTX 3090", int(23.6 * GIB)) if path.stem == "own-tools" else A100
+    footprint = estimated(path, device=device)
+    assert footprint.fits, footprint.verdict
+    assert device.bytes - footprint.total > device.bytes / 20, footprint.verdict
