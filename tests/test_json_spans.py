@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rest_rl.json_spans import MAX_DEPTH, scan_object
+from rest_rl.json_spans import MAX_DEPTH, bare_value, scan_object
 
 json_values = st.recursive(
     st.none()
@@ -81,3 +81,31 @@ def test_an_unclosed_string_full_of_quotes_is_linear():
     text = '{"a": {"' + '\\"' * 2_000_000  # quadratic scanning would take hours
     (entry,) = scan_object(text).entries
     assert entry.end == len(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", 12),
+        (" 12\n", 12),
+        ("-1.5e3", -1500.0),
+        ("true", True),
+        ("True", True),
+        ("None", None),
+        ("null", None),
+        ('{"a": [1, "x"]}', {"a": [1, "x"]}),
+        ("012", "012"),  # no number of JSON
+        ("+1", "+1"),
+        ("1 2", "1 2"),
+        ("NaN", "NaN"),
+        ("TRUE", "TRUE"),
+        ("{'a': 1}", "{'a': 1}"),
+        ('"12"', '"12"'),  # a string is no value other than a string
+        ("", ""),
+        (" ", " "),
+        ("[" * 100 + "]" * 100, "[" * 100 + "]" * 100),
+        ("9" * 500, "9" * 500),
+    ],
+)
+def test_what_a_text_without_quotes_spells(text, value):
+    assert repr(bare_value(text)) == repr(value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from rest_rl.formats import FORMATS, get_format
 from rest_rl.regions import TIE_ORDER, decode_ids, region_means, region_sums, tag_regions, token_bytes
@@ -139,6 +139,49 @@ def test_a_special_tag_at_the_end_is_text_and_not_the_end_of_the_sequence():
     assert tokenizer.decode(ids, skip_special_tokens=True) == " a"  # why a plain decode will not do
     assert tag(ids, tokenizer)[0] == tag(ids, tokenizer)[-1] == Region.FORMAT
     assert decode_ids(ids, tokenizer, TOOLRL.tags) == "<think> a</think>"
+
+
+def with_special(*tokens):
+    """A byte-level tokenizer in which these tokens are special, as in Mistral's and Llama's tokenizers."""
+    tokenizer = byte_level(tags_added=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(token, special=True) for token in tokens]})
+    return tokenizer
+
+
+MADE = [ToolCall("get_weather", {"city": "東京"}), ToolCall("f", {"n": 1})]
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "hermes+think", "mistral_v11+think", "llama3+think"])
+def test_several_calls_are_tagged_where_the_markers_are_special_tokens(name):
+    tool_format = get_format(name)
+    tokenizer = with_special(*tool_format.tags, "<|eom_id|>", "<|eot_id|>")
+    answer = "I look." if name == "toolrl" else None  # elsewhere the calls end the response
+    text = tool_format.render("find 東京", MADE, answer)
+    ids = ids_of(text, tokenizer)
+    assert any(tag in tokenizer.convert_ids_to_tokens(ids) for tag in tool_format.tags)
+    assert decode_ids(ids, tokenizer, tool_format.tags) == text
+    end = [tokenizer.convert_tokens_to_ids(token) for token in ("<|eom_id|>", "<|eot_id|>")]
+    regions = tag([*ids, *end], tokenizer, tool_format)
+    assert regions[-2:] == [Region.FORMAT, Region.FORMAT]
+    assert decode_ids([*ids, *end], tokenizer, tool_format.tags) == text
+    # the naive tagger knows the pieces of the byte-level vocabulary and of the added tokens
+    pieces = list(token_bytes(tokenizer).split(ids))
+    assert b"".join(pieces).decode() == text
+    assert regions[:-2] == naive_regions(pieces, list(tool_format.parse(text).spans), text)
+    assert Region.OTHER not in regions
+    named = "".join(
+        piece.decode("utf-8", "replace")
+        for piece, region in zip(pieces, regions, strict=False)
+        if region == Region.NAME
+    )
+    assert "get_weather" in named
+
+
+def test_a_marker_of_llama_at_the_end_is_text_and_the_end_of_the_message_is_not():
+    tokenizer = with_special("<|python_tag|>", "<|eom_id|>")
+    ids = ids_of("<|python_tag|><|eom_id|>", tokenizer)
+    assert decode_ids(ids, tokenizer, FORMATS["llama3"].tags) == "<|python_tag|>"
+    assert tag(ids, tokenizer, FORMATS["llama3"]) == [Region.OTHER, Region.FORMAT]  # the tag opens no call
 
 
 def test_ids_that_are_not_the_canonical_tokenisation_keep_their_own_offsets():

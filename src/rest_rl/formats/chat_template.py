@@ -7,7 +7,7 @@ import re
 _TOOLS = re.compile(r"\btools\b")
 
 _OTHER_FORMATS = re.compile(
-    r"""<arg_key>|<tool_calls>|<function_calls>|<\|tool_call|tool▁call|<\|channel\|>|<function=(?!.*<parameter=)""",
+    r"""<arg_key>|<tool_calls>|<function_calls>|<\|tool_call|tool▁call|<\|channel\|>|\A(?!.*<parameter=).*<function=""",
     re.DOTALL,
 )
 """Marks of formats that are not ours, some of which share a tag with one that is."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Any
 
 from rest_rl.json_spans import MAX_DEPTH, MAX_INTEGER_DIGITS
@@ -81,9 +82,10 @@ def closing_end(text: str, start: int) -> int:
 
 def write_arguments(arguments: Mapping[str, Any]) -> str:
     """The arguments in parentheses, keys that are no identifiers in a `**{...}` at the end; ValueError for no JSON."""
-    plain = [f"{key}={write_value(value)}" for key, value in arguments.items() if key.isidentifier()]
-    others = {key: value for key, value in arguments.items() if not key.isidentifier()}
-    return f"({', '.join([*plain, f'**{write_value(others)}'] if others else plain)})"
+    plain = {key: value for key, value in arguments.items() if key.isidentifier() and not iskeyword(key)}
+    items = [f"{key}={write_value(value)}" for key, value in plain.items()]
+    others = {key: value for key, value in arguments.items() if key not in plain}
+    return f"({', '.join([*items, f'**{write_value(others)}'] if others else items)})"
 
 
 def write_value(value: Any) -> str:
