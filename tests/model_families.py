@@ -33,7 +33,8 @@ MISTRAL = """\
 {%- if not loop.last %}, {% endif %}{% endfor %}]{{ eos_token }}
 {%- elif message.role == "tool" %}
 {%- if message.tool_call_id | length != 9 %}{{ raise_exception("call ids have nine characters") }}{% endif %}
-{{- '[TOOL_RESULTS] {"content": ' }}{{ message.content | tojson }}, "call_id": "{{ message.tool_call_id }}"}[/TOOL_RESULTS]
+{{- '[TOOL_RESULTS] {"content": ' }}{{ message.content | tojson }}, "call_id": "{{ message.tool_call_id }}"}
+{{- "[/TOOL_RESULTS]" }}
 {%- else %} {{ message.content }}{{ eos_token }}{% endif %}
 {%- endfor %}"""
 

@@ -19,7 +19,8 @@ from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Region
 from rest_rl.rewards import exact_match
 from rest_rl.runlog import read_run
-from rest_rl.train.prompts import PromptLayout, encode, resolve_format, training_dataset
+from rest_rl.train.prompt_layout import PromptLayout, resolve_format
+from rest_rl.train.prompts import encode, training_dataset
 from tests.model_families import DIALOGUES, FAMILIES, family_tokenizer, save_dialogues, save_family
 
 RL = ["trl.max_steps=2", "trl.num_generations=2", "trl.per_device_train_batch_size=4", "trl.max_completion_length=12"]

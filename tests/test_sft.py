@@ -19,7 +19,8 @@ from rest_rl.presets import SUPERVISED
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region
 from rest_rl.runlog import read_run
-from rest_rl.train.prompts import IGNORED, PromptLayout
+from rest_rl.train.prompt_layout import PromptLayout
+from rest_rl.train.prompts import IGNORED
 from rest_rl.train.sft import RegionSFTTrainer, labelled_dataset, region_trainer, token_loss_weights, weights_by_region
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 

@@ -21,9 +21,10 @@ from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Region
 from rest_rl.rewards import exact_match
 from rest_rl.train.policy import embedded_model
-from rest_rl.train.prompts import IGNORED, PromptLayout, render_prompt
-from rest_rl.train.warm_start import RECORD, WarmStartConfig, demonstration_batches, warm_start
+from rest_rl.train.prompt_layout import PromptLayout
+from rest_rl.train.prompts import IGNORED, render_prompt
 from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
+from rest_rl.train.warm_start import RECORD, WarmStartConfig, demonstration_batches, warm_start
 
 TOKENIZER: Any = build_tokenizer()
 SAMPLES = [sample for split in SPLITS for sample in tool_world(9, 60, split)]

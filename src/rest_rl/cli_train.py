@@ -27,7 +27,7 @@ from rest_rl.runlog import CONFIG, RunLog, read_run, unwritable
 from rest_rl.terminal import Screen, show_table
 from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
 from rest_rl.train.policy import load_policy, policy_tokenizer
-from rest_rl.train.prompts import PromptLayout, resolve_format
+from rest_rl.train.prompt_layout import PromptLayout, resolve_format
 from rest_rl.train.run import (
     Recorder,
     build_trainer,
@@ -48,7 +48,9 @@ SFT_OUT = "runs/sft"
 class Bench:
     """The policy and the held-out prompts it is measured on."""
 
-    def __init__(self, model: Any, layout: PromptLayout, held_out: Sequence[tuple[str, ToolSample]], config: RunConfig):
+    def __init__(
+        self, model: Any, layout: PromptLayout, held_out: Sequence[tuple[str, ToolSample]], config: RunConfig
+    ) -> None:
         """Lay the held-out prompts out."""
         self.model, self.layout, self.config = model, layout, config
         self.prompts = [Prompt(layout.render(sample), sample, split) for split, sample in held_out]

@@ -197,8 +197,8 @@ class RunConfig:
         """ValueError for tables that contradict each other."""
         if self.model.load_in_4bit and not self.peft:
             raise ValueError(
-                "got model.load_in_4bit = true without [peft], expected adapters to train, because 4-bit weights cannot "
-                "be; add [peft] with r = 16"
+                "got model.load_in_4bit = true without [peft], expected adapters to train, because 4-bit weights "
+                "cannot be; add [peft] with r = 16"
             )
 
     @classmethod

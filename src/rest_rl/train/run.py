@@ -10,7 +10,7 @@ import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,8 @@ from rest_rl.regions import decode_ids
 from rest_rl.runlog import CHECKPOINTS, RunLog, unwritable
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import lora_config
-from rest_rl.train.prompts import PromptLayout, training_dataset
+from rest_rl.train.prompt_layout import PromptLayout
+from rest_rl.train.prompts import OnRefused, training_dataset
 from rest_rl.train.sft import region_trainer
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
 from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
@@ -92,7 +93,7 @@ def steps_per_generation(args: Any) -> int:
     """Optimizer steps that share one batch of responses; only between batches does a resumed run go on exactly."""
     if not isinstance(args, GRPOConfig):
         return 1
-    shared = args.steps_per_generation * args.num_iterations
+    shared = cast(int, args.steps_per_generation) * args.num_iterations
     return max(1, -(-shared // args.gradient_accumulation_steps))
 
 
@@ -125,7 +126,7 @@ def trainer_config(config: RunConfig) -> ResTConfig | SFTConfig:
             f"got trl.save_steps = {args.save_steps}, expected a multiple of {steps_per_generation(args)}, the steps "
             "that share one batch of responses, or a resumed run would differ; change save_steps"
         )
-    check_trackers(args.report_to)
+    check_trackers(cast(list[str], args.report_to))
     lora_config(config.peft)  # refused here, before there is a run folder
     return args
 
@@ -196,7 +197,7 @@ def build_trainer(
     samples: Sequence[ToolSample],
     log: RunLog,
     observer: Observer,
-    on_refused: Callable[[ToolSample, ValueError], None] | None = None,
+    on_refused: OnRefused | None = None,
 ) -> tuple[ResTTrainer | SFTTrainer, Recorder]:
     """The trainer and the callback that writes its run folder; `on_refused` as in `training_dataset`."""
     if not samples:
@@ -228,10 +229,10 @@ def build_trainer(
 
 def check_size(trainer: ResTTrainer | SFTTrainer, config: RunConfig) -> None:
     """ValueError for fewer prompts than one step takes: the trainer would silently do nothing."""
+    args = cast(Any, trainer.args)
     if not isinstance(trainer, ResTTrainer):
         return
-    args = trainer.args
-    size, needed = len(trainer.train_dataset), args.generation_batch_size // args.num_generations
+    size, needed = len(cast(Any, trainer.train_dataset)), args.generation_batch_size // args.num_generations
     if size < needed:
         raise ValueError(
             f"got {size} training prompts from {config.data.path}, expected at least {needed}, which one batch of "

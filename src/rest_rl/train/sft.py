@@ -7,11 +7,10 @@ reasoning instead of all tokens alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
@@ -19,8 +18,12 @@ from rest_rl.data.samples import ToolSample
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region
-from rest_rl.train.prompts import IGNORED, PromptLayout, encode
+from rest_rl.train.prompt_layout import PromptLayout
+from rest_rl.train.prompts import IGNORED, OnRefused, dataset_of, encode
 from rest_rl.weights import assign_weights
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class RegionSFTTrainer(SFTTrainer):
@@ -35,13 +38,14 @@ class RegionSFTTrainer(SFTTrainer):
     ) -> None:
         if args.packing or args.padding_free:
             raise ValueError(
-                "got packing or padding_free with region weights, which are normalised per row of a batch, expected one "
-                "response a row; set both false"
+                "got packing or padding_free with region weights, which are normalised per row of a batch, expected "
+                "one response a row; set both false"
             )
         self._layout, self._weights_R = layout, weights_by_region(region_weights)
         self._labels_BT: Tensor | None = None
         super().__init__(args=args, **kwargs)
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        policy: Any = self.model
+        model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         model.register_forward_hook(self._weigh)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +72,7 @@ def region_trainer(
     layout: PromptLayout,
     samples: Iterable[ToolSample],
     region_weights: Mapping[str, float],
-    on_refused: Callable[[ToolSample, ValueError], None] | None = None,
+    on_refused: OnRefused | None = None,
     **settings: Any,
 ) -> SFTTrainer:
     """A trainer on the samples' demonstrations; stock where all regions weigh alike.
@@ -85,25 +89,16 @@ def region_trainer(
 def labelled_dataset(
     samples: Iterable[ToolSample],
     layout: PromptLayout,
-    on_refused: Callable[[ToolSample, ValueError], None] | None = None,
+    on_refused: OnRefused | None = None,
 ) -> Dataset:
     """Columns input_ids and labels (-100 on the prompt); ValueError for no samples."""
-    rows: list[dict[str, Any]] = []
-    first: ValueError | None = None
-    for sample in samples:
-        try:
-            response = layout.format.render(sample.thought, sample.gold.calls, sample.gold.answer)
-            ids, labels = encode(layout.render(sample), response, layout.tokenizer)
-        except ValueError as error:
-            if on_refused is None:
-                raise
-            first = first or error
-            on_refused(sample, error)
-        else:
-            rows.append({"input_ids": ids, "labels": labels})
-    if not rows:
-        raise first or ValueError("got no samples; expected at least one; check the data file")
-    return Dataset.from_list(rows)
+
+    def row(sample: ToolSample) -> dict[str, Any]:
+        response = layout.format.render(sample.thought, sample.gold.calls, sample.gold.answer)
+        ids, labels = encode(layout.render(sample), response, layout.tokenizer)
+        return {"input_ids": ids, "labels": labels}
+
+    return dataset_of(samples, row, on_refused)
 
 
 def weights_by_region(region_weights: Mapping[str, float]) -> Tensor:

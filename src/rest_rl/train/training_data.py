@@ -11,7 +11,7 @@ from rest_rl.config import EMBEDDED, RunConfig
 from rest_rl.data.check import CheckConfig, CheckedRow, Report, checked_rows, prompts_of
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import SPLITS, tool_world
-from rest_rl.train.prompts import PromptLayout
+from rest_rl.train.prompt_layout import PromptLayout
 
 COUNTS = ("rows", "kept", "repaired", "rejected", "samples", "reasons")
 
@@ -85,4 +85,6 @@ def account(path: str, report: dict[str, Any]) -> str:
     """One line on a file: what was kept, and why the rest was not."""
     counts = ", ".join(f"{report[name]} {name}" for name in ("kept", "repaired", "rejected"))
     reasons = ", ".join(f"{reason} {count}" for reason, count in report["reasons"].items())
-    return f"{path}: {report['rows']} rows, {counts}, {report['samples']} samples" + (f" ({reasons})" if reasons else "")
+    return f"{path}: {report['rows']} rows, {counts}, {report['samples']} samples" + (
+        f" ({reasons})" if reasons else ""
+    )

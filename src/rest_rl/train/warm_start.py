@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from rest_rl.data.samples import ToolSample, decompose
 from rest_rl.data.tool_world import corrupted_demonstration, demonstration, dialogues
-from rest_rl.train.prompts import IGNORED, PromptLayout, encode
+from rest_rl.train.prompt_layout import PromptLayout
+from rest_rl.train.prompts import IGNORED, encode
 from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
 
 RECORD = "warm_start.json"
