@@ -29,9 +29,11 @@ def test_what_is_written_is_read_by_us_and_by_python(arguments):
     assert read(text) == arguments
     keywords = ast.parse("f" + text, mode="eval").body.keywords
     from_python = {}
-    for keyword in keywords if all(key.isidentifier() and key.isascii() for key in arguments) else []:
-        from_python[keyword.arg] = ast.literal_eval(keyword.value)
-        assert from_python[keyword.arg] == arguments[keyword.arg]
+    for keyword in keywords:
+        value = ast.literal_eval(keyword.value)
+        from_python.update(value if keyword.arg is None else {keyword.arg: value})
+    if all(key.isascii() for key in arguments):  # Python normalises other identifiers
+        assert from_python == arguments
 
 
 @given(st.text(alphabet="'\"\\\n\tabnrxuU01234567{}é😀", max_size=20))
