@@ -223,3 +223,18 @@ def test_two_processes_under_accelerate_train_and_resume(folders: dict[str, Path
     done = subprocess.run([*launch, "train", "--resume", "--out", str(run)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("preset", ["rest", "sft"])
+def test_a_dry_run_prints_the_estimate_and_leaves_nothing(
+    preset: str, folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--model", str(folders["llama3_2"]), "--data", str(data), "--preset", preset, "--lora", "2"]
+    assert main([*command, "--dry-run", "--out", str(tmp_path / "run")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folders["llama3_2"]).parameters())
+    assert f"parameters {parameters:,}" in shown
+    assert "12 samples" in shown
+    assert "optimizer states" in shown
+    assert ("cache of keys and values" in shown) is (preset == "rest")
+    assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from rest_rl.cli_data import add_data, data
 
+AUTO = "auto"  # as in rest_rl.config, which takes a while to import
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -132,7 +133,7 @@ def _add_inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
     )
     verb.add_argument("file", metavar="FILE.jsonl", help="the rows; - for standard input")
     verb.add_argument("--tokenizer", required=True, metavar="DIR", help="directory or hub name of the tokenizer")
-    _add_method_options(verb)
+    _add_method_options(verb, AUTO)
     verb.add_argument(
         "--entropies",
         metavar="JSON",
@@ -141,8 +142,8 @@ def _add_inspect(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument("--json", action="store_true", help="print one JSON object per row")
 
 
-def _add_method_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--format", default="toolrl", metavar="F", help="tool-call format (default: %(default)s)")
+def _add_method_options(verb: argparse.ArgumentParser, tool_format: str = "toolrl") -> None:
+    verb.add_argument("--format", default=tool_format, metavar="F", help="tool-call format (default: %(default)s)")
     verb.add_argument("--preset", default="rest", metavar="P", help="preset (default: %(default)s); see presets")
     verb.add_argument(
         "--progress", type=float, default=None, metavar="X", help="training progress in [0, 1] (default: 0)"

@@ -13,7 +13,7 @@ import tomli_w
 import torch
 
 from rest_rl.cli_score import check_progress
-from rest_rl.config import preset_table
+from rest_rl.config import AUTO, preset_table
 from rest_rl.formats import get_format
 from rest_rl.jsonl import as_json, parse_row, read_lines, text_field
 from rest_rl.presets import PRESETS, Preset, get_preset, token_weights
@@ -21,6 +21,7 @@ from rest_rl.regions import tag_regions, token_bytes
 from rest_rl.response import Region
 from rest_rl.terminal import show_tokens
 from rest_rl.train.policy import load_tokenizer
+from rest_rl.train.prompt_layout import resolve_format
 
 
 class Token(NamedTuple):
@@ -48,10 +49,11 @@ def run_tables(preset: Preset) -> dict[str, Any]:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """Print the tokens of each row with region and weight, coloured or as JSON."""
-    tool_format, preset = get_format(arguments.format), get_preset(arguments.preset)
+    preset = get_preset(arguments.preset)
     check_progress(arguments.progress)
     entropies = read_entropies(arguments.entropies)
     tokenizer = load_tokenizer(arguments.tokenizer)
+    tool_format = get_format(format_for(arguments.format, tokenizer))
     settings = {"format": tool_format, "preset": preset, "progress": arguments.progress or 0.0, "entropies": entropies}
     for number, line in read_lines(arguments.file):
         try:
@@ -64,6 +66,13 @@ def inspect(arguments: argparse.Namespace) -> int:
         else:
             show_tokens(f"row {number}", with_whole_characters(tokens, tokenizer))
     return 0
+
+
+def format_for(name: str, tokenizer: Any) -> str:
+    """The format of that name; `auto` is what the tokenizer's chat template writes, toolrl where it has none."""
+    if name != AUTO:
+        return name
+    return resolve_format(AUTO, tokenizer)[0] if getattr(tokenizer, "chat_template", None) else "toolrl"
 
 
 def inspect_ids(ids: Sequence[int], tokenizer: Any, settings: Mapping[str, Any]) -> list[Token]:

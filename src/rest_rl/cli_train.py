@@ -24,9 +24,10 @@ from rest_rl.config import AUTO, RunConfig, apply_overrides, overridden, parse_t
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.held_out import Prompt, evaluate
 from rest_rl.runlog import CONFIG, RunLog, read_run, unwritable
-from rest_rl.terminal import Screen, show_table
+from rest_rl.terminal import Screen, show_estimate, show_table
 from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
-from rest_rl.train.policy import load_policy, policy_tokenizer
+from rest_rl.train.footprint import estimate, footprint_rows, this_device
+from rest_rl.train.policy import load_policy, lora_config, policy_config, policy_tokenizer
 from rest_rl.train.prompt_layout import PromptLayout, resolve_format
 from rest_rl.train.run import (
     Recorder,
@@ -39,10 +40,13 @@ from rest_rl.train.run import (
     with_machine_defaults,
 )
 from rest_rl.train.run import train as train_steps
+from rest_rl.train.sft import labelled_dataset
 from rest_rl.train.training_data import TrainingData, read_data
 
 EXIT_INTERRUPTED = 130
 SFT_OUT = "runs/sft"
+MEASURED = 2000
+"""Samples whose tokens a dry run counts."""
 
 
 class Bench:
@@ -203,7 +207,24 @@ def refuse_changes(asked: Mapping[str, Any], recorded: Mapping[str, Any]) -> Non
 
 def dry_run(config: RunConfig, args: Any, layout: PromptLayout, data: TrainingData, console: Console) -> int:
     """What the run would need and do, without loading weights."""
-    raise NotImplementedError
+    footprint = estimate(
+        config,
+        policy_config(config.model),
+        args,
+        lora=lora_config(config.peft),
+        prompt_tokens=token_counts(config, layout, data.samples[:MEASURED]),
+        device=this_device(),
+    )
+    title = f"{config.model.path}, preset {config.rest.preset}, {len(data.samples)} samples"
+    show_estimate(title, footprint_rows(footprint), console)
+    return 0
+
+
+def token_counts(config: RunConfig, layout: PromptLayout, samples: Sequence[ToolSample]) -> list[int]:
+    """Tokens of each prompt, in supervised training with its demonstration."""
+    if not config.rest.is_supervised:
+        return [layout.count_tokens(sample) for sample in samples]
+    return [len(row) for row in labelled_dataset(samples, layout, lambda sample, error: None)["input_ids"]]
 
 
 def open_run(

@@ -100,6 +100,16 @@ def pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, str]]:
     yield text[end:], Region.OTHER.label
 
 
+def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Console) -> None:
+    """Quantities, their values and how each was reckoned; the last column wraps."""
+    table = Table("", "", "", title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table.columns[1].justify = "right"
+    for quantity, value, how in rows:
+        table.add_row(quantity, value, Text(how, style="dim"))
+    console.print(table)
+
+
 class Screen:
     """Shows a run in the terminal: the bar with time left, sample responses, tables."""
 
