@@ -171,6 +171,9 @@ def huge_texts(megabytes: float) -> dict[str, str]:
         "calls of Mistral": '[TOOL_CALLS]f[ARGS]{"a": 1}' * (n // 27),
         "cut-off calls of Mistral": '[TOOL_CALLS]f[ARGS]{"a": "' * (n // 26),
         "cut-off lists of Mistral": '[TOOL_CALLS] [{"a":"","":"' * (n // 26),
+        "broken items of a list of Mistral": "[TOOL_CALLS] ["
+        + '{"name": "f", "arguments": {"a": }},' * (n // 36)
+        + "]",
         "long name of Mistral": "[TOOL_CALLS]" + " x" * (n // 2),
         "functions of Qwen": (function + "</function>\n</tool_call>") * (n // 48),
         "functions of Qwen that stay open": function * (n // 25),

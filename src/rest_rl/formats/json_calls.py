@@ -15,15 +15,17 @@ def read_object(reading: Reading, text: str, start: int, arguments_key: str) -> 
 
     A broken object ends where its brackets close; -1 when they do not, and then it is read to the end of the text.
     """
-    if plain := _plain_call(text, start, arguments_key):
-        end, call, parts = plain
-        reading.calls.append(call)
-        reading.mark_parts(start, end, parts, Region.FORMAT)
-        return end
-    end = decode_at(text, start)[1]
-    if end < 0:
+    end = -1
+    if not reading.unreadable_calls:
+        if plain := _plain_call(text, start, arguments_key):
+            end, call, parts = plain
+            reading.calls.append(call)
+            reading.mark_parts(start, end, parts, Region.FORMAT)
+            return end
+        end = decode_at(text, start)[1]
+    if end < 0:  # after a broken call objects are cut out first: a JSON error takes time in proportion to its position
         end = bracket_end(text, start)
-    _read_any_call(reading, text, start, len(text) if end < 0 else end, arguments_key)
+    read_call(reading, text, start, len(text) if end < 0 else end, arguments_key)
     return end
 
 
