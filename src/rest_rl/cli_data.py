@@ -91,7 +91,7 @@ def _add_show(actions: Any) -> None:
     verb.add_argument("file", metavar="FILE", help="the data file")
     verb.add_argument("number", type=int, metavar="N", help="the row, counted from 1")
     _add_reading(verb)
-    verb.add_argument("--format", default="hermes", metavar="F", help="format of the gold (default: %(default)s)")
+    verb.add_argument("--format", default="auto", metavar="F", help="format of the gold (default: the template's)")
 
 
 def _add_split(actions: Any) -> None:
@@ -286,7 +286,7 @@ def token_counter(tokenizer: str | None) -> Callable[[ToolSample], int]:
             "got --max-prompt without --tokenizer, expected the tokenizer that counts; add --tokenizer DIR"
         )
     from rest_rl.train.policy import load_tokenizer
-    from rest_rl.train.prompts import render_prompt
+    from rest_rl.train.prompt_layout import PromptLayout, resolve_format
 
     loaded = load_tokenizer(tokenizer)
-    return lambda sample: len(loaded(render_prompt(sample, loaded))["input_ids"])
+    return PromptLayout(loaded, resolve_format("auto", loaded)[0]).count_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -15,9 +16,8 @@ from rich.table import Table
 from rest_rl.data.check import CheckedRow, Report
 from rest_rl.data.reasons import REASONS
 from rest_rl.data.samples import ToolSample
-from rest_rl.formats import get_format
-from rest_rl.response import Region, Span
-from rest_rl.terminal import coloured, legend
+from rest_rl.formats import ToolFormat, get_format
+from rest_rl.terminal import coloured, legend, pieces
 
 STYLES = {"rejected": "red", "repaired": "yellow", "noted": "dim"}
 
@@ -66,36 +66,37 @@ def show_report(report: Report, per_reason: int, console: Console | None = None)
 def show_row(row: CheckedRow, tokenizer: str | None, tool_format: str, console: Console | None = None) -> None:
     """A row: what was found, then for each sample its prompt and its gold in colours."""
     console = console or Console()
-    console.print(f"row {row.number} of {row.file}: {row.status}, shape {row.source or 'unknown'}", highlight=False)
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    say(f"row {row.number} of {row.file}: {row.status}, shape {row.source or 'unknown'}")
     for found in row.findings:
-        remedy = REASONS[found.reason].remedy
-        line = f"{found.severity}: {found.reason}: {found.detail}; {remedy}"
-        console.print(escape(line), style=STYLES[found.severity], highlight=False, soft_wrap=True)
+        line = f"{found.severity}: {found.reason}: {found.detail}; {REASONS[found.reason].remedy}"
+        say(line, style=STYLES[found.severity])
     if not row.samples:
-        console.print(escape(_plain(row.raw)), highlight=False, soft_wrap=True)
-    render = _renderer(tokenizer, tool_format) if row.samples else None
-    for sample in row.samples if render else ():
+        say(row.raw if isinstance(row.raw, str) else json.dumps(row.raw, ensure_ascii=False, indent=2, default=str))
+        return
+    render, name, how = prompt_renderer(tokenizer, tool_format)
+    for sample in row.samples:
         console.rule(escape(f"{sample.id} ({sample.kind}): prompt"), align="left", style="dim")
-        console.print(escape(render(sample)), highlight=False, soft_wrap=True)  # type: ignore[misc]
-        console.rule(f"gold in format {tool_format}", align="left", style="dim")
-        _show_gold(sample, tool_format, console)
-    if row.samples:
-        console.print(legend())
+        say(render(sample))
+        console.rule(f"gold in format {name}{how}", align="left", style="dim")
+        _show_gold(sample, get_format(name), console)
+    console.print(legend())
 
 
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2, default=str)
+def prompt_renderer(tokenizer: str | None, tool_format: str) -> tuple[Callable[[ToolSample], str], str, str]:
+    """How prompts are laid out, the name of the format, and whence it is known.
 
-
-def _renderer(tokenizer: str | None, tool_format: str) -> Callable[[ToolSample], str]:
-    """How a prompt is shown: by the chat template of a tokenizer, or else tools and messages as they are."""
+    By the chat template of a tokenizer, or else tools and messages as they are.
+    """
     if not tokenizer:
-        return _plain_prompt
+        is_open = tool_format == "auto"
+        return _plain_prompt, "hermes" if is_open else tool_format, " (no tokenizer named)" if is_open else ""
     from rest_rl.train.policy import load_tokenizer
-    from rest_rl.train.prompts import render_prompt
+    from rest_rl.train.prompt_layout import PromptLayout, resolve_format
 
     loaded = load_tokenizer(tokenizer)
-    return lambda sample: render_prompt(sample, loaded, tool_format)
+    name, how = resolve_format(tool_format, loaded)
+    return PromptLayout(loaded, name).render, name, f" ({how})" if how else ""
 
 
 def _plain_prompt(sample: ToolSample) -> str:
@@ -106,25 +107,14 @@ def _plain_prompt(sample: ToolSample) -> str:
 
 def _plain_message(message: Mapping[str, Any]) -> str:
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or ()]
-    return "\n".join(
-        [f"{message['role']}: {message.get('content') or ''}".rstrip(), *(f"  calls {call}" for call in calls)]
-    )
+    head = f"{message['role']}: {message.get('content') or ''}".rstrip()
+    return "\n".join([head, *(f"  calls {call}" for call in calls)])
 
 
-def _show_gold(sample: ToolSample, tool_format: str, console: Console) -> None:
-    chosen = get_format(tool_format)
+def _show_gold(sample: ToolSample, chosen: ToolFormat, console: Console) -> None:
     try:
         text = chosen.render(sample.thought, sample.gold.calls, sample.gold.answer)
     except ValueError as error:  # a thought that quotes the tags
-        console.print(escape(f"without its thought: {error}"), style="dim", highlight=False, soft_wrap=True)
+        console.print(f"without its thought: {error}", style="dim", highlight=False, soft_wrap=True, markup=False)
         text = chosen.render(None, sample.gold.calls, sample.gold.answer)
-    console.print(coloured(_pieces(text, chosen.parse(text).spans)), soft_wrap=True)
-
-
-def _pieces(text: str, spans: tuple[Span, ...]) -> Iterator[tuple[str, str]]:
-    end = 0
-    for span in spans:
-        yield text[end : span.start], Region.OTHER.label
-        yield text[span.start : span.end], span.region.label
-        end = span.end
-    yield text[end:], Region.OTHER.label
+    console.print(coloured(pieces(text, chosen.parse(text).spans)), soft_wrap=True)

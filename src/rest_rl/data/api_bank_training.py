@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rest_rl.data.flattened import read_literal
-from rest_rl.data.reasons import Finding, RowRejectedError
+from rest_rl.data.reasons import Finding, RowRejectedError, finding
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_schemas import argument_table
 from rest_rl.data.toolrl import kind_of
@@ -18,23 +18,29 @@ _SPEAKER = re.compile(
     r"^(User|AI|API-Request|Generate (?:API Request|AI Response|next response)[^:\n]*): ?", re.MULTILINE
 )
 
+_REQUEST = re.compile(r"\[([^()\[\]=,\n]+)\((.*)\)\]", re.DOTALL)
+_KEY = re.compile(r"(?:^|(?<=,))\s*(\w+)\s*=")
+
 
 def load_api_bank_training(
     row: Mapping[str, Any], identity: str, keep_prompts: bool
 ) -> tuple[list[ToolSample], list[Finding]]:
     """The sample of a row; tools that a `ToolSearcher` result describes are on offer from then on."""
-    texts = [row.get(key) for key in ("instruction", "input", "output")]
+    texts = [row.get("instruction"), row.get("input"), row.get("output", row.get("expected_output"))]
     if not all(isinstance(text, str) for text in texts):
         raise RowRejectedError("bad_row", "got an instruction, input or output that is no text")
     instruction, given, output = (str(text) for text in texts)
     descriptions = instruction[instruction.rfind("API descriptions:") :] + "\n" + given
     tools = _described(descriptions)
-    messages = _history(given, tools)
-    gold = _gold(output)
+    requests = _Requests(identity)
+    messages = _history(given, tools, requests)
+    gold = _gold(output, requests)
     if keep_prompts:
         published = {"role": "user", "content": f"{instruction}{given}"}
-        return [ToolSample(identity, (published,), tuple(tools.values()), gold, None, kind_of(gold), True)], []
-    return [ToolSample(identity, tuple(messages), tuple(tools.values()), gold, None, kind_of(gold))], []
+        return [
+            ToolSample(identity, (published,), tuple(tools.values()), gold, None, kind_of(gold), True)
+        ], requests.found
+    return [ToolSample(identity, tuple(messages), tuple(tools.values()), gold, None, kind_of(gold))], requests.found
 
 
 def _described(text: str) -> dict[str, dict[str, Any]]:
@@ -56,14 +62,14 @@ def _add_tool(tools: dict[str, dict[str, Any]], value: Any) -> None:
             tools[name] = {"type": "function", "function": function}
 
 
-def _history(text: str, tools: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _history(text: str, tools: dict[str, dict[str, Any]], requests: _Requests) -> list[dict[str, Any]]:
     parts = _SPEAKER.split(text)[1:]
     messages: list[dict[str, Any]] = []
     calls = 0
     for speaker, said in zip(parts[::2], (part.strip() for part in parts[1::2]), strict=True):
         if speaker == "API-Request":
             request, _, result = said.partition("]->")
-            call = _one_call(f"{request}]")
+            call = requests.read(f"{request}]")
             identity = f"call{calls:05d}"
             calls += 1
             function = {"name": call.name, "arguments": dict(call.arguments)}
@@ -86,16 +92,39 @@ def _history(text: str, tools: dict[str, dict[str, Any]]) -> list[dict[str, Any]
     return messages
 
 
-def _gold(output: str) -> Gold:
+def _gold(output: str, requests: _Requests) -> Gold:
     text = output.strip()
     if text.startswith("API-Request:"):
-        return Gold((_one_call(text.removeprefix("API-Request:").strip(), "bad_gold"),))
+        return Gold((requests.read(text.removeprefix("API-Request:").strip(), "bad_gold"),))
     answer = text.removeprefix("AI:").strip()
     return Gold((), answer or None)
 
 
-def _one_call(text: str, reason: str = "bad_history") -> ToolCall:
-    parsed = get_format("pythonic").parse(text, spans=False)
-    if len(parsed.calls) != 1 or parsed.unreadable_calls:
-        raise RowRejectedError(reason, f"got the request {text[:120]!r}, expected [Name(key='value', ...)]")
-    return parsed.calls[0]
+class _Requests:
+    """Reads `[Name(key='value', ...)]`; values that stand without quotes are text, and that is a repair."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.found: list[Finding] = []
+
+    def read(self, text: str, reason: str = "bad_history") -> ToolCall:
+        parsed = get_format("pythonic").parse(text, spans=False)
+        if len(parsed.calls) == 1 and not parsed.unreadable_calls:
+            return parsed.calls[0]
+        match = _REQUEST.fullmatch(text.strip())
+        parts = _KEY.split(match[2])[1:] if match else []
+        if match is None or (match[2].strip() and not parts):
+            raise RowRejectedError(reason, f"got the request {text[:120]!r}, expected [Name(key='value', ...)]")
+        if not self.found:
+            self.found.append(finding("unquoted_value", f"got the request {text[:120]!r}", self.identity))
+        texts = [part.strip().removesuffix(",").strip() for part in parts[1::2]]
+        return ToolCall(match[1], dict(zip(parts[::2], map(_value, texts), strict=True)))
+
+
+def _value(text: str) -> Any:
+    """A literal, or else the text without the quotes around it."""
+    value = read_literal(text)
+    if value is not None or text == "None":
+        return value
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if is_quoted else text

@@ -68,9 +68,8 @@ def source_of(row: Mapping[str, Any]) -> str | None:
         return "xlam"
     if {"system", "user", "answer"} <= keys:
         return "api_bank"
-    if {"instruction", "input", "output"} <= keys:
-        is_request = "API-Request" in f"{row['instruction']}{row['output']}"
-        return "api_bank_train" if is_request or str(row["output"]).startswith("AI:") else "toolrl"
+    if {"instruction", "input"} <= keys and keys & {"output", "expected_output"}:
+        return "api_bank_train" if "API-Request" in str(row["instruction"]) else "toolrl"
     return None
 
 

@@ -57,6 +57,7 @@ REASONS: dict[str, Reason] = {
     "arguments_as_python": Reason(
         "repaired", "arguments written as a Python dict", "write them as JSON; single quotes and True are no JSON"
     ),
+    "unquoted_value": Reason("repaired", "a call whose values stand without quotes", "quote the values"),
     "thought_quotes_tags": Reason(
         "noted", "a thought that quotes the tags of the format", "rephrase it before supervised fine-tuning"
     ),

@@ -128,7 +128,7 @@ def _types(value: Any, where: str) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, str):
-        return json_type(value)
+        return {"type": _TYPE_NAMES[value]} if value in _TYPE_NAMES else json_type(value)
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
         return {"type": [_TYPE_NAMES.get(item.lower(), item) for item in value]}
     raise RowRejectedError("bad_tool_schema", f"got type = {value!r:.80} in {where}, expected the name of a type")

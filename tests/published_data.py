@@ -1,0 +1,18 @@
+"""Where published data lie that the project does not ship: $REST_RL_DATA, or shared/data beside the checkout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def published(name: str) -> Path:
+    """The file; the test is skipped, with the reason, where it is not there."""
+    folders = [Path(folder) for folder in [os.environ.get("REST_RL_DATA", "")] if folder]
+    folders.append(Path(__file__).parents[2] / "shared" / "data")
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    pytest.skip(f"{name} is not in {' or '.join(map(str, folders))}; set REST_RL_DATA to the folder that has it")

@@ -1,0 +1,308 @@
+"""The verb `data` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rest_rl.cli import main
+from rest_rl.data.check import read_checked
+from rest_rl.data.samples import load_samples, save_samples
+from rest_rl.data.tool_world import tool_world
+
+ASKED = {"role": "user", "content": "Weather in [Oslo]?"}
+TOOL = {"name": "w", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}
+
+
+def dialogue(number: int, value: Any = 1, tool: str = "w") -> dict[str, Any]:
+    call = {"function": {"name": tool, "arguments": {"n": value}}}
+    turns = [{**ASKED, "content": f"{ASKED['content']} {number}"}, {"role": "assistant", "tool_calls": [call]}]
+    return {
+        "id": number,
+        "messages": [*turns, {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "Rain."}],
+        "tools": [TOOL],
+    }
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Six rows: kept, repaired, a turn lost, not JSON, unknown shape, kept; 2 + 2 + 1 + 0 + 0 + 2 samples."""
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        json.dumps(dialogue(1)),
+        json.dumps(dialogue(2, "5")),
+        json.dumps(dialogue(3, tool="x")),
+        "{oops",
+        '{"q": 1}',
+    ]
+    path.write_text("\n".join([*lines, json.dumps(dialogue(6))]) + "\n")
+    return path
+
+
+COUNTS = {"rows": 6, "kept": 2, "repaired": 2, "rejected": 2, "samples": 7}
+REASONS = {"not_json": 1, "unknown_shape": 1, "unknown_tool": 1, "number_as_string": 1}
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    code = main(["data", *map(str, arguments)])
+    return code, capsys.readouterr().out
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["data", *map(str, arguments)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: got ")
+    assert told.count("\n") == 1
+    return told
+
+
+def test_check_prints_one_json_object(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = run(capsys, "check", rows, "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert {key: told[key] for key in COUNTS} == COUNTS
+    assert told["reasons"] == REASONS
+    assert told["source"] == {"messages": 4}
+    assert [(found["row"], found["reason"], found["severity"]) for found in told["findings"]] == [
+        (2, "number_as_string", "repaired"),
+        (3, "unknown_tool", "rejected"),
+        (4, "not_json", "rejected"),
+        (5, "unknown_shape", "rejected"),
+    ]
+    assert all(found["remedy"] and found["detail"].startswith(("got", "w:")) for found in told["findings"])
+
+
+def test_check_tells_it_to_people(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = run(capsys, "check", rows)
+    assert code == 0
+    assert "shape: messages (4 rows)" in out
+    assert "6 rows: 2 kept, 2 repaired, 2 rejected; 7 samples" in out
+    assert "row 4: got text that is not JSON" in out
+    assert "mend the row" in out
+
+
+def test_check_lists_ten_of_each_reason_or_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{\n" * 14)
+    assert "and 4 more; --all or --json list them" in run(capsys, "check", path)[1]
+    assert run(capsys, "check", path, "--all")[1].count("row 14:") == 1
+
+
+def test_strict_is_an_exit_status(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "check", rows, "--strict")[0] == 1
+    assert run(capsys, "check", rows, "--strict", "--limit", 3)[0] == 0
+    assert run(capsys, "convert", rows, "--strict", "--out", tmp_path / "out.jsonl")[0] == 1
+
+
+def test_check_of_several_files(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "more.jsonl"
+    other.write_text(json.dumps(dialogue(1)) + "\n{")
+    told = json.loads(run(capsys, "check", rows, other, "--json")[1])
+    assert (told["rows"], told["reasons"]["duplicate"], told["reasons"]["not_json"]) == (8, 1, 2)
+    assert (told["findings"][-1]["file"], told["findings"][-1]["row"]) == (str(other), 2)
+    assert f"{other}, row 2" in run(capsys, "check", rows, other)[1].replace("\n", "")
+
+
+def test_check_against_a_test_file(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads(run(capsys, "check", rows, "--test", rows, "--json")[1])
+    assert (told["samples"], told["reasons"]["leak"]) == (0, 4)
+
+
+def test_keep_turns_a_rejection_into_a_note(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads(run(capsys, "check", rows, "--keep", "unknown_tool", "--keep", "number_as_string", "--json")[1])
+    assert (told["kept"], told["repaired"], told["samples"], told["reasons"]) == (4, 0, 8, REASONS)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_convert_round_trip(rows: Path, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / f"out.{ending}"
+    code, told = run(capsys, "convert", rows, "--out", out, "--json")
+    assert (code, json.loads(told)["samples"], json.loads(told)["out"]) == (0, 7, str(out))
+    samples, _ = read_checked(str(rows))
+    again, report = read_checked(str(out))
+    assert again == samples
+    assert (report.kept, report.reasons) == (7, {})
+    rejected = [json.loads(line) for line in (tmp_path / "deep" / "out.rejected.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["status"], row["reasons"][0]["reason"]) for row in rejected] == [
+        (3, "repaired", "unknown_tool"),
+        (4, "rejected", "not_json"),
+        (5, "rejected", "unknown_shape"),
+    ]
+    assert (rejected[0]["raw"], rejected[1]["raw"].strip()) == (dialogue(3, tool="x"), "{oops")
+    run(capsys, "convert", out, "--out", tmp_path / "deep" / "last.jsonl")
+    assert load_samples(tmp_path / "deep" / "last.jsonl") == samples
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == [
+        "last.jsonl",
+        f"out.{ending}",
+        "out.rejected.jsonl",
+    ]
+
+
+def test_convert_removes_what_an_earlier_one_rejected(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, rejected = tmp_path / "out.jsonl", tmp_path / "out.rejected.jsonl"
+    run(capsys, "convert", rows, "--out", out)
+    assert rejected.exists()
+    run(capsys, "convert", rows, "--out", out, "--limit", 2)
+    assert not rejected.exists()
+
+
+def test_convert_never_overwrites_its_input(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = rows.read_bytes()
+    assert "would overwrite the input" in error_of(capsys, "convert", rows, "--out", rows)
+    bad = tmp_path / "x.rejected.jsonl"
+    bad.write_bytes(before)
+    assert "would overwrite the input" in error_of(capsys, "convert", bad, "--out", tmp_path / "x.jsonl")
+    assert "ends in .jsonl or .parquet" in error_of(capsys, "convert", rows, "--out", tmp_path / "x.csv")
+    assert rows.read_bytes() == bad.read_bytes() == before
+
+
+def test_convert_that_fails_leaves_the_old_file(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+    error_of(capsys, "convert", rows, tmp_path / "nowhere.jsonl", "--out", out)
+    error_of(capsys, "convert", rows, "--out", out, "--max-prompt", 3)
+    error_of(capsys, "convert", rows, "--out", out, "--keep", "nonsense")
+    assert out.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
+
+
+def test_convert_can_mask(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 0, 1):
+        run(capsys, "convert", rows, "--out", tmp_path / f"{seed}.jsonl", "--mask", 1, "--seed", seed)
+    zero, one = load_samples(tmp_path / "0.jsonl"), load_samples(tmp_path / "1.jsonl")
+    assert zero != one
+    assert all(tool["function"]["name"] != "w" for sample in zero for tool in sample.tools)
+    assert read_checked(str(tmp_path / "0.jsonl"))[1].kept == 7
+
+
+def test_show_a_row(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = run(capsys, "show", rows, 2)
+    assert code == 0
+    assert "row 2" in out
+    assert "repaired: number_as_string" in out
+    assert "user: Weather in [Oslo]? 2" in out
+    assert '<tool_call>\n{"name": "w", "arguments": {"n": 5}}\n</tool_call>' in out
+    assert "<response> Rain. </response>" in run(capsys, "show", rows, 2, "--format", "toolrl")[1]
+    assert "{oops" in run(capsys, "show", rows, 4)[1]
+
+
+def test_show_a_row_as_a_model_sees_it(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.tiny_policy import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(tmp_path / "policy")
+    _, out = run(capsys, "show", rows, 1, "--model", tmp_path / "policy", "--format", "toolrl")
+    assert out.count("assistant:") >= 1
+    counts = [
+        json.loads(run(capsys, "check", rows, "--json", "--tokenizer", tmp_path / "policy", "--max-prompt", limit)[1])
+        for limit in (1, 10**6)
+    ]
+    assert [told["reasons"].get("prompt_too_long", 0) for told in counts] == [4, 0]
+
+
+@pytest.mark.parametrize(("number", "told"), [(0, "from 1"), (7, "which has 6")])
+def test_show_a_row_that_is_none(rows: Path, number: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told in error_of(capsys, "show", rows, number)
+
+
+def test_split_keeps_dialogues_and_equal_prompts_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(dialogue(n)) for n in range(50)) + "\n{\n" + json.dumps(dialogue(7, 2)))
+    code, out = run(capsys, "split", path, "--test", 0.2, "--seed", 3)
+    assert code == 0
+    assert "1 rows rejected" in out
+    train, test = load_samples(tmp_path / "rows.train.jsonl"), load_samples(tmp_path / "rows.test.jsonl")
+    assert len(train) + len(test) == 102
+    assert abs(len(test) - 20.4) <= 2  # the largest group has four samples
+    assert not {s.messages[0]["content"] for s in train} & {s.messages[0]["content"] for s in test}
+    assert not {s.id.split("/")[0] for s in train} & {s.id.split("/")[0] for s in test}
+    told = json.loads(
+        run(capsys, "check", tmp_path / "rows.train.jsonl", "--test", tmp_path / "rows.test.jsonl", "--json")[1]
+    )
+    assert "leak" not in told["reasons"]
+    run(capsys, "split", path, "--test", 0.2, "--seed", 3, "--out", tmp_path / "again")
+    assert load_samples(tmp_path / "again" / "rows.test.jsonl") == test
+    run(capsys, "split", path, "--test", 0.2, "--seed", 4, "--out", tmp_path / "other")
+    assert load_samples(tmp_path / "other" / "rows.test.jsonl") != test
+
+
+def test_split_keeps_our_own_samples_of_one_dialogue_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = tool_world(0, 300)
+    save_samples(samples, tmp_path / "world.jsonl")
+    run(capsys, "split", tmp_path / "world.jsonl", "--test", 0.5)
+    sides = [load_samples(tmp_path / f"world.{side}.jsonl") for side in ("train", "test")]
+    assert sorted(sample.id for side in sides for sample in side) == sorted(sample.id for sample in samples)
+    first, second = ({sample.id.split("/")[0] for sample in side} for side in sides)
+    assert not first & second
+    assert all(len(side) > 100 for side in sides)
+
+
+@pytest.mark.parametrize("share", [0, 1, -1])
+def test_split_needs_a_share(rows: Path, share: float, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "share" in error_of(capsys, "split", rows, "--test", share)
+
+
+def test_split_of_too_little(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(dialogue(1)))
+    assert "take a larger file" in error_of(capsys, "split", tmp_path / "rows.jsonl", "--test", 0.5)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_world_writes_the_tool_world(tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / f"world.{ending}"
+    code, told = run(capsys, "world", "--out", out, "-n", 40, "--seed", 5, "--split", "unseen_tools")
+    assert (code, f"wrote {out}: 40 samples" in told) == (0, True)
+    samples, report = read_checked(str(out))
+    assert samples == tool_world(5, 40, "unseen_tools")
+    assert report.kept == 40
+    assert "expected a number of samples" in error_of(capsys, "world", "--out", out, "-n", 0)
+
+
+def test_the_command_is_quick_and_torch_free(rows: Path) -> None:
+    code = (
+        "import sys; from rest_rl.cli import main; main(sys.argv[1:]); print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "data", "check", str(rows), "--json"], capture_output=True, text=True
+    )
+    assert (done.stderr.strip(), json.loads(done.stdout)["rows"]) == ("False", 6)
+
+
+@pytest.mark.parametrize("action", ["", "check", "convert", "show", "split", "world"])
+def test_help_has_an_example(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["data", *([action] if action else []), "--help"])
+    assert done.value.code == 0
+    assert "rest-rl data " in capsys.readouterr().out.split("example", 1)[1]
+
+
+def peak_memory_of_check(path: Path) -> float:
+    """Peak resident MiB of `data check` in a process of its own."""
+    code = (
+        "import resource, sys; from rest_rl.cli import main; main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "data", "check", str(path), "--json"], capture_output=True, text=True, check=True
+    )
+    return float(done.stderr)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    peaks = []
+    for count in (20_000, 200_000):
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as file:
+            file.writelines(json.dumps(dialogue(n)) + "\n" for n in range(count))
+        peaks.append(peak_memory_of_check(path))
+    # 400,000 samples leave 800,000 digests of 8 bytes in a table of up to four times that, and its predecessor
+    assert peaks[1] - peaks[0] < 40

@@ -1,0 +1,261 @@
+"""What is said of a row: the gold against the tools, duplicates, leaks, lengths, and the sums."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rest_rl.data.check import MAX_FINDINGS, CheckConfig, Report, checked_rows, prompts_of, read_checked
+from rest_rl.data.digests import DigestSet, leak_digest
+from rest_rl.data.reasons import KEEPABLE, REASONS
+from rest_rl.data.samples import ToolSample, save_samples, to_json
+from rest_rl.data.tool_world import tool_world
+from rest_rl.response import Gold, ToolCall
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "n": {"type": "integer"},
+        "x": {"type": "number"},
+        "yes": {"type": "boolean"},
+        "s": {"type": "string"},
+        "l": {"type": "array"},
+        "o": {"type": "object"},
+        "e": {"type": "string", "enum": ["a", "b"]},
+        "any": {"description": "no type"},
+        "two": {"type": ["string", "integer"]},
+    },
+}
+TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": SCHEMA}}
+STRICT = {"type": "function", "function": {"name": "g", "description": "", "parameters": {**SCHEMA, "required": ["n"]}}}
+FREE = {"type": "function", "function": {"name": "h", "description": "", "parameters": {"type": "object"}}}
+
+
+def sample(name: str, arguments: dict[str, Any], identity: str = "s", user: str = "?") -> ToolSample:
+    message = {"role": "user", "content": user}
+    return ToolSample(identity, (message,), (TOOL, STRICT, FREE), Gold((ToolCall(name, arguments),)))
+
+
+def check(tmp_path: Path, *samples: ToolSample, **settings: Any) -> tuple[list[ToolSample], Report]:
+    return read_checked(str(save_samples(samples, tmp_path / "rows.jsonl")), CheckConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("f", {"n": 1, "x": 1, "yes": True, "s": "1", "l": [], "o": {}, "e": "a", "any": 3, "two": "1"}),
+        ("f", {"n": 2.0, "x": 0.5, "two": 1, "s": None}),
+        ("f", {}),
+        ("g", {"n": 1}),
+        ("h", {"whatever": 1}),
+    ],
+)
+def test_a_good_call_is_kept(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
+    (read,), report = check(tmp_path, sample(name, arguments))
+    assert read.gold.calls[0].arguments == arguments
+    assert (report.kept, report.reasons) == (1, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("nosuch", {}, "unknown_tool"),
+        ("f", {"z": 1}, "undocumented_argument"),
+        ("g", {"x": 1}, "missing_argument"),
+        ("f", {"e": "c"}, "not_in_enum"),
+        ("f", {"l": '[{"a": 1'}, "broken_value"),
+        ("f", {"o": '{"a": [1'}, "broken_value"),
+    ],
+)
+def test_gold_that_no_answer_could_match_is_rejected(
+    tmp_path: Path, name: str, arguments: dict[str, Any], reason: str
+) -> None:
+    bad, good = sample(name, arguments), sample("f", {}, "t", "other")
+    samples, report = check(tmp_path, bad, good)
+    assert samples == [good]
+    assert (report.rows, report.kept, report.rejected, report.reasons) == (2, 1, 1, {reason: 1})
+    samples, report = check(tmp_path, bad, good, keep=(reason,))
+    assert (samples, report.kept, report.reasons) == ([bad, good], 2, {reason: 1})
+    assert report.findings[0].finding.severity == "noted"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value", "reason"),
+    [
+        ("n", "12", 12, "number_as_string"),
+        ("n", "-3", -3, "number_as_string"),
+        ("n", "1.0", 1.0, "number_as_string"),
+        ("x", "1e3", 1000.0, "number_as_string"),
+        ("yes", "true", True, "number_as_string"),
+        ("yes", "False", False, "number_as_string"),
+        ("l", "[1, 2]", [1, 2], "json_as_string"),
+        ("l", "['a', 'b']", ["a", "b"], "json_as_string"),
+        ("l", "(1, 2)", [1, 2], "json_as_string"),
+        ("o", '{"a": null}', {"a": None}, "json_as_string"),
+    ],
+)
+def test_values_stored_as_text_are_repaired(tmp_path: Path, key: str, text: str, value: Any, reason: str) -> None:
+    given_sample = sample("f", {key: text})
+    (read,), report = check(tmp_path, given_sample)
+    assert read.gold.calls[0].arguments == {key: value}
+    assert type(read.gold.calls[0].arguments[key]) is type(value)
+    assert (report.repaired, report.reasons) == (1, {reason: 1})
+    (read,), report = check(tmp_path, given_sample, keep=(reason,))
+    assert (read, report.kept, report.reasons) == (given_sample, 1, {reason: 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("n", "1.5"),
+        ("n", " 1"),
+        ("n", "one"),
+        ("n", ""),
+        ("n", True),
+        ("x", "0x1"),
+        ("x", "NaN"),
+        ("yes", "1"),
+        ("yes", 1),
+        ("s", 5),
+        ("l", "a"),
+        ("l", {}),
+        ("o", []),
+    ],
+)
+def test_other_values_of_the_wrong_type_are_noted(tmp_path: Path, key: str, value: Any) -> None:
+    given_sample = sample("f", {key: value})
+    (read,), report = check(tmp_path, given_sample)
+    assert read == given_sample
+    assert (report.kept, report.reasons) == (1, {"wrong_type": 1})
+
+
+def test_a_value_that_is_no_number_is_rejected(tmp_path: Path) -> None:
+    from rest_rl.data.gold_checks import checked_gold
+
+    _, found = checked_gold(sample("f", {"x": {"deep": [float("nan")]}}), ())
+    assert [each.reason for each in found if each.severity == "rejected"] == ["not_a_number"]
+
+
+def test_turns_that_say_nothing_or_follow_nothing(tmp_path: Path) -> None:
+    turns = [
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": " "},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": turns}))
+    samples, report = read_checked(str(path))
+    assert (samples, report.reasons) == ([], {"empty_prompt": 1, "empty_turn": 1})
+
+
+# among the others
+
+
+def test_duplicates_and_other_golds(tmp_path: Path) -> None:
+    one = sample("f", {"n": 1}, "one")
+    rows = [one, sample("f", {"n": 2}, "two"), sample("f", {"n": 1}, "three"), sample("f", {"n": 1}, "four", "else")]
+    samples, report = check(tmp_path, *rows)
+    assert [each.id for each in samples] == ["one", "two", "four"]
+    assert report.reasons == {"duplicate": 1, "other_gold": 1}
+    assert report.first_rows == {"other_gold": [2], "duplicate": [3]}
+    assert check(tmp_path, *rows, keep=("duplicate",))[1].kept == 4
+
+
+def test_prompts_that_the_test_file_has_are_leaks(tmp_path: Path) -> None:
+    test = save_samples(tool_world(1, 10), tmp_path / "test.jsonl")
+    train = save_samples([*tool_world(0, 10), *tool_world(1, 4)], tmp_path / "train.jsonl")
+    samples, report = read_checked(str(train), test_prompts=prompts_of(str(test)))
+    assert (len(samples), report.reasons) == (10, {"leak": 4})
+    assert report.first_rows["leak"] == [11, 12, 13, 14]
+
+
+def test_a_leak_is_found_in_another_layout(tmp_path: Path) -> None:
+    plain = sample("f", {"n": 1})
+    spaced = ToolSample(
+        "x", ({"role": "system", "content": "Hi"}, {"role": "user", "content": " ?\n"}), plain.tools, Gold((), "no")
+    )
+    assert leak_digest(plain) == leak_digest(spaced)
+    assert leak_digest(plain) != leak_digest(sample("f", {}, user="!"))
+
+
+def test_prompts_over_the_limit(tmp_path: Path) -> None:
+    path = save_samples([sample("f", {}), sample("f", {}, user="a b c")], tmp_path / "rows.jsonl")
+    config = CheckConfig(max_prompt_tokens=2)
+
+    def count(each: ToolSample) -> int:
+        return len(each.messages[0]["content"].split())
+
+    samples, report = read_checked(str(path), config, prompt_tokens=count)
+    assert (len(samples), report.reasons) == (1, {"prompt_too_long": 1})
+    assert "3 tokens, the limit is 2" in report.findings[0].finding.detail
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        list(checked_rows(str(path), config))
+
+
+@given(st.lists(st.integers(1, 2**64 - 1), max_size=3000))
+def test_a_set_of_digests_is_a_set(digests: list[int]) -> None:
+    ours, theirs = DigestSet(), set()
+    for digest in digests + digests[::2]:
+        assert ours.add(digest) == (digest not in theirs)
+        theirs.add(digest)
+    assert len(ours) == len(theirs)
+    assert all(digest in ours for digest in theirs)
+    assert random.Random(0).getrandbits(64) not in ours
+
+
+# the report
+
+
+def test_rows_are_kept_repaired_or_rejected(tmp_path: Path) -> None:
+    rows = [sample("f", {"n": str(n)} if n % 3 else {"z": 1} if n % 2 else {}, f"s{n}", f"{n}") for n in range(30)]
+    _, report = check(tmp_path, *rows)
+    # of 30, 10 are divisible by 3: 5 odd ones have an undocumented argument, 5 are good; 20 hold a number as text
+    assert (report.rows, report.kept, report.repaired, report.rejected, report.samples) == (30, 5, 20, 5, 25)
+    told = report.to_json()
+    assert set(told) >= {"rows", "kept", "repaired", "rejected", "samples", "reasons"}
+    assert told["reasons"] == {"undocumented_argument": 5, "number_as_string": 20}
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_findings_are_bounded(tmp_path: Path) -> None:
+    rows = [sample("f", {"n": "1"}, f"s{n}", f"{n}") for n in range(MAX_FINDINGS + 7)]
+    _, report = check(tmp_path, *rows)
+    told = report.to_json()
+    assert (len(told["findings"]), told["findings_left_off"]) == (MAX_FINDINGS, 7)
+    assert told["occurrences"]["number_as_string"] == MAX_FINDINGS + 7
+
+
+def test_rows_of_several_shapes_are_noted(tmp_path: Path) -> None:
+    other = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, [to_json(sample("f", {})), other, {"question": "?"}])))
+    samples, report = read_checked(str(path))
+    assert len(samples) == 2
+    assert report.reasons == {"mixed_shapes": 1, "unknown_shape": 1}
+    assert (report.kept, report.rejected, report.sources) == (2, 1, {"samples": 1, "messages": 1})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep": ("not_json",)},
+        {"keep": ("nonsense",)},
+        {"mask_names": 2},
+        {"mask_names": 0.5, "keep_prompts": True},
+        {"max_prompt_tokens": -1},
+    ],
+)
+def test_settings_that_no_run_can_use(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"got .*expected"):
+        CheckConfig(**settings)
+
+
+def test_every_reason_has_a_remedy() -> None:
+    assert set(KEEPABLE) <= set(REASONS)
+    assert all(reason.meaning and reason.remedy for reason in REASONS.values())

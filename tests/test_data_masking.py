@@ -1,0 +1,115 @@
+"""Random names in place of the real ones: the same everywhere in a sample, and reversible."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rest_rl.data.gold_checks import checked_gold
+from rest_rl.data.masking import draw_names, masked, renamed
+from rest_rl.data.samples import Dialogue, ToolSample, decompose
+from rest_rl.data.tool_world import tool_world
+
+PROPERTY = st.fixed_dictionaries({"type": st.just("string"), "description": st.text()})
+NAMES = st.text("abcdefgh_.- /", min_size=1, max_size=6)
+SCHEMAS = st.dictionaries(NAMES, PROPERTY, max_size=3)
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> ToolSample:
+    """The last turn of a dialogue of calls and results, with names that occur in its texts as well."""
+    schemas = draw(st.dictionaries(NAMES, SCHEMAS, min_size=1, max_size=3))
+    tools = tuple(
+        {
+            "type": "function",
+            "function": {
+                "name": name,
+                "description": name,
+                "parameters": {"type": "object", "properties": p, "required": list(p)[:1]},
+            },
+        }
+        for name, p in schemas.items()
+    )
+    messages: list[dict[str, Any]] = [{"role": "user", "content": " ".join(schemas)}]
+    for name in draw(st.lists(st.sampled_from(sorted(schemas)), min_size=1, max_size=3)):
+        call = {"function": {"name": name, "arguments": dict.fromkeys(schemas[name], "v")}}
+        thought = f'I call {name} with "{next(iter(schemas[name]), "")}".'
+        messages += [
+            {"role": "assistant", "content": "", "reasoning_content": thought, "tool_calls": [call]},
+            {"role": "tool", "name": name, "content": name},
+        ]
+    return decompose(Dialogue(draw(st.text(min_size=1)), tuple(messages), tools))[-1]
+
+
+def names_in(sample: ToolSample) -> Iterator[str]:
+    for tool in sample.tools:
+        yield tool["function"]["name"]
+        yield from tool["function"]["parameters"]["properties"]
+        yield from tool["function"]["parameters"]["required"]
+    for call in sample.gold.calls:
+        yield call.name
+        yield from call.arguments
+    for message in sample.messages:
+        yield from [message["name"]] if "name" in message else []
+        for call in message.get("tool_calls", ()):
+            yield call["function"]["name"]
+            yield from call["function"]["arguments"]
+
+
+@given(samples(), st.integers())
+def test_the_inverse_map_restores(sample: ToolSample, seed: int) -> None:
+    sample = replace(sample, thought=None)
+    names = draw_names(sample, random.Random(seed))
+    new = renamed(sample, names)
+    assert renamed(new, names.inverse()) == sample
+    assert not set(names_in(new)) & set(names_in(sample))
+    assert len(set(names.tools.values())) == len(names.tools)
+
+
+@given(samples(), st.integers())
+def test_a_masked_sample_is_as_good_as_before(sample: ToolSample, seed: int) -> None:
+    """Its gold fits its tools as it did, and nothing but names has changed."""
+    new = masked(sample, 1.0, seed)
+    assert [found.reason for found in checked_gold(new, ())[1]] == [
+        found.reason for found in checked_gold(sample, ())[1]
+    ]
+    assert [tool["function"]["description"] for tool in new.tools] == [
+        tool["function"]["description"] for tool in sample.tools
+    ]
+    assert [message["content"] for message in new.messages] == [message["content"] for message in sample.messages]
+    assert [list(call.arguments.values()) for call in new.gold.calls] == [
+        list(call.arguments.values()) for call in sample.gold.calls
+    ]
+
+
+def test_the_share_is_kept_and_drawn_by_seed_and_id() -> None:
+    world = tool_world(0, 2000)
+    new = [masked(sample, 0.3, 0) for sample in world]
+    count = sum(a != b for a, b in zip(world, new, strict=True))
+    # 0.3 * 2000 = 600 with a standard deviation of sqrt(2000 * 0.3 * 0.7) = 20.5; five of them
+    assert abs(count - 600) < 103
+    assert [masked(sample, 0.3, 0) for sample in reversed(world)][::-1] == new
+    assert [masked(sample, 0.3, 1) for sample in world] != new
+    assert [masked(sample, 0.0, 0) for sample in world] == world
+    assert all(a != b for a, b in zip(world, (masked(sample, 1.0, 0) for sample in world), strict=True))
+
+
+def test_the_thought_names_the_tools_by_their_new_names() -> None:
+    sample = next(each for each in tool_world(0, 20) if each.gold.calls and each.thought)
+    new = masked(sample, 1.0, 0)
+    (call, *_), (old, *_) = new.gold.calls, sample.gold.calls
+    assert new.thought is not None
+    assert f'"{call.name}"' in new.thought
+    assert all(f'"{key}"' in new.thought for key in call.arguments)
+    assert old.name not in json.dumps([new.thought, new.tools])
+
+
+def test_a_prompt_that_holds_the_names_is_left_as_it_is() -> None:
+    sample = replace(tool_world(0, 1)[0], tools_in_prompt=True)
+    assert masked(sample, 1.0, 0) == sample
