@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 450, 60
 ADDRESSES = {
     "trl": ["train/trl_trainer.py", "train/sft.py", "train/epoch_order.py", "train/run.py"],
-    "datasets": ["data/rows.py", "train/prompts.py", "train/sft.py"],
+    "datasets": ["data/rows.py", "train/prompts.py", "train/sft.py", "train/run.py"],
     "matplotlib": ["analyze/plots.py"],
     "rich": ["terminal.py", "cli_train.py", "cli_data_tables.py"],
     "pyarrow": ["data/rows.py", "data/writing.py"],

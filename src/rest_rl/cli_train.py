@@ -92,8 +92,7 @@ def train(arguments: argparse.Namespace) -> int:
         step = keep_last(checkpoint, bench, log)
     else:
         trainer, recorder = build_trainer(config, args, model, layout, data.samples, log, screen, data.refuse)
-        log.write_rejected(data.rejected)
-        log.update_summary(data=data.report)
+        keep_account(data, log, screen)
         if is_sharded(trainer):
             screen.say(
                 "the model is sharded: it is not evaluated in the run; evaluate its model folder when it is done"
@@ -203,6 +202,15 @@ def refuse_changes(asked: Mapping[str, Any], recorded: Mapping[str, Any]) -> Non
             f"got --resume with another {', '.join(changed)}, expected the run as it was recorded; leave RUN.toml and "
             "--set out to go on with it, or pass another --out to start the changed run"
         )
+
+
+def keep_account(data: TrainingData, log: RunLog, screen: Screen) -> None:
+    """What training was given and what not, in the run folder; what the model cannot hold is said aloud."""
+    if refused := [row for row in data.rejected if "sample" in row]:
+        first = f"{refused[0]['sample']}: {refused[0]['reason']:.200}"
+        screen.say(f"{len(refused)} of these samples cannot be laid out and are left out; the first, {first}")
+    log.write_rejected(data.rejected)
+    log.update_summary(data={**data.report, "refused": len(refused)})
 
 
 def dry_run(config: RunConfig, args: Any, layout: PromptLayout, data: TrainingData, console: Console) -> int:

@@ -22,6 +22,7 @@ PROBE_TOOL = {
     "type": "function",
     "function": {"name": "probe", "description": "?", "parameters": {"type": "object", "properties": {}}},
 }
+IN_WORDS = "it is described in a system message, unless the prompts do so themselves"
 TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)
 """What a chat template, a program of its own, may fail with."""
 
@@ -83,7 +84,7 @@ class PromptLayout:
     def opens_think(self) -> bool:
         """Whether a prompt ends in an open think block."""
         try:
-            return self._apply([PROBE], []).rstrip().endswith("<think>")
+            return self._apply([PROBE], []).rstrip().endswith(("<think>", "[THINK]"))
         except TEMPLATE_ERRORS:
             return False
 
@@ -189,12 +190,10 @@ def resolve_format(name: str, tokenizer: Any, variables: Mapping[str, Any] | Non
     base, asks_think = name.removesuffix(THINK_SUFFIX), name.endswith(THINK_SUFFIX)
     if base == AUTO:
         base = found or FALLBACK
-        why = (
-            "from the chat template" if found else "the chat template shows no known one: described in a system message"
-        )
+        why = "from the chat template" if found else f"the chat template shows no known one, so {IN_WORDS}"
     elif base in FORMATS and found != base:
         shows = f"writes {found}" if found else "shows no known format"
-        why = f"as asked; the chat template {shows}: described in a system message"
+        why = f"as asked; the chat template {shows}, so {IN_WORDS}"
     else:
         why = "as asked"
     opens = PromptLayout(tokenizer, base, variables).opens_think

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from datasets import disable_progress_bars
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -85,6 +86,7 @@ class Recorder(TrainerCallback):
 def quiet_libraries() -> None:
     """Leave the terminal to the command: no progress bars, hints and deprecation warnings of the libraries."""
     logging.disable_progress_bar()
+    disable_progress_bars()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -64,7 +64,8 @@ class ResTConfig(GRPOConfig):
         metadata={"help": "Training method: 'rest', 'paper', 'authors-code', 'grpo', 'dr_grpo' or 'dapo'."},
     )
     tool_format: str = field(
-        default="toolrl", metadata={"help": "How the model writes tool calls: 'toolrl' or 'hermes'."}
+        default="toolrl",
+        metadata={"help": "How the model writes tool calls: a name out of `rest_rl.FORMATS`, or 'module:OBJECT'."},
     )
     weights: dict[str, Any] | str | None = field(
         default=None,
@@ -94,6 +95,11 @@ class ResTConfig(GRPOConfig):
             self._flatten(self.preset)
         method = self.method()
         get_format(self.tool_format)
+        if method.weights is None and self.tool_format not in ("toolrl", "hermes"):
+            raise ValueError(
+                f"got format {self.tool_format!r} with preset {self.preset!r}, whose published code knows the tags of "
+                "toolrl and hermes alone; choose one of them, or another preset"
+            )
         if not 0 <= self.entropy_decay < 1:
             raise ValueError(f"got entropy_decay {self.entropy_decay}, expected a number in [0, 1)")
         for name, value in TRL_SETTINGS[method.advantage].items():
