@@ -3,8 +3,11 @@
 Each row trains a model of some tens of millions of parameters for two optimizer steps with TRL's GRPOTrainer (two
 micro-batches a step, `model.generate`) and prints the peak of the update and of generation as shares of the estimate.
 Counted are the storages of all tensors, not the process's memory: no allocator, no library buffers, no fragmentation.
+With --published it does the same for the forward and backward pass of the published architectures, with tensors that
+have no storage (optimizer states are left out on both sides): what torch would hold on a CPU, in seconds.
 
 python benchmarks/footprint.py
+python benchmarks/footprint.py --published
 """
 
 from __future__ import annotations
@@ -12,23 +15,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from rest_rl.config import RunConfig
 from rest_rl.train.footprint import estimate
 from rest_rl.train.trl_trainer import ResTConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.architectures import PARAMETERS, architecture
 
 VOCABULARY = 8192
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -144,11 +155,74 @@ def measure(row: dict[str, Any], prompt: int, completion: int, batch: int, layer
     return {"measured": trainer.peaks, "estimated": estimated}
 
 
+@contextlib.contextmanager
+def without_storage(model: Any) -> Iterator[LiveBytes]:
+    """Give a model on the meta device fake tensors on the CPU, and count."""
+    with FakeTensorMode(), LiveBytes() as live:
+        for module in model.modules():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:  # noqa: SLF001
+                if tensor is not None:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = name in module._parameters  # noqa: SLF001
+                    kept = torch.nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                    (module._parameters if is_parameter else module._buffers)[name] = kept  # noqa: SLF001
+        yield live
+
+
+def count_published(name: str, *, lora: Any, checkpointing: bool, batch: int, tokens: int) -> tuple[int, int]:
+    """(counted, estimated) bytes of two forward and backward passes, autocast to bfloat16."""
+    dtype = "bfloat16" if lora else "float32"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture(name), dtype=getattr(torch, dtype))
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    model = get_peft_model(model, lora) if lora else model
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    with without_storage(model) as live:
+        model.get_base_model().tie_weights() if lora else model.tie_weights()
+        ids = torch.zeros(batch, tokens, dtype=torch.long)
+        for _ in range(2):
+            live.peak = live.now
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True).loss
+            loss.backward()
+            del loss
+    args = ResTConfig(
+        output_dir="unused",
+        per_device_train_batch_size=batch,
+        num_generations=batch,
+        max_completion_length=tokens // 2,
+        gradient_checkpointing=checkpointing,
+        use_cpu=True,
+        report_to=[],
+    )
+    config = RunConfig.from_toml(f'[model]\ndtype = "{dtype}"\n[eval]\nprompts = 0\n')
+    guess = estimate(config, architecture(name), args, lora=lora, prompt_tokens=[tokens - tokens // 2] * batch)
+    states = sum(share.bytes for share in guess.shares if share.name == "optimizer states")
+    return live.peak, guess.phase_bytes("update") - states
+
+
+def print_published(batch: int, tokens: int) -> None:
+    print(f"{batch} sequences of {tokens} tokens, GiB counted / estimated")
+    for name in PARAMETERS:
+        for is_adapter, checkpointing in itertools.product((True, False), (True, False)):
+            lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if is_adapter else None
+            real, guess = count_published(name, lora=lora, checkpointing=checkpointing, batch=batch, tokens=tokens)
+            kind = f"{'LoRA on bfloat16' if lora else 'all, float32'}{', checkpointing' * checkpointing}"
+            print(f"{name:<36} {kind:<32} {real / 2**30:6.1f} / {guess / 2**30:6.1f} = {real / guess:.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"prompt": 448, "completion": 64, "batch": 4, "layers": 12}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--published", action="store_true")
     options = parser.parse_args()
+    if options.published:
+        print_published(options.batch, options.prompt + options.completion)
+        return
     switches = dict.fromkeys(("autocast", "lora", "checkpointing"), False)
     base = {"model": "qwen3", "tied": True, "dtype": "float32", **switches}
     variants: list[dict[str, Any]] = [

@@ -2,10 +2,11 @@
 
 The parts that stay (weights, optimizer states, the cache of a sequence) are exact for the optimizers and models named
 below. The parts that come and go (activations, the head's tiles, generation's work) are reckoned at the longest prompt
-with the longest response, and follow what torch, transformers 5, accelerate 1 and TRL 1.16 do: on small models on a CPU
-their sum is within a few tenths of what was counted (`benchmarks/footprint.py`; figures in the documents). On a GPU
-nothing has been measured; allocator, NCCL and compiled kernels are a flat allowance. So: an estimate that says a run
-does not fit is to be believed; one that says it fits with less than a tenth to spare is not.
+with the longest response, and follow what torch, transformers 5, accelerate 1 and TRL 1.16 do. On a CPU the sum is
+within a tenth of the bytes that were counted, for small models in whole training steps and for Qwen3-1.7B to 14B and
+Llama-3.2-3B in passes without storage (`benchmarks/footprint.py`). On a GPU nothing has been measured: allocator, NCCL,
+vLLM and compiled kernels are flat allowances, FSDP and DeepSpeed are reckoned from their rules. So an estimate that
+says a run does not fit is to be believed; one that leaves less than a tenth to spare is not.
 
 Left out: mixtures of experts count as if every expert were active, linear attention as if it kept activations like full
 attention, images not at all. `paged_` optimizers count as if they stayed on the device.
