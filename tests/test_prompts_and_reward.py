@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,3 +105,17 @@ def test_a_failing_chat_template_names_the_sample(tokenizer):
     broken.chat_template = template
     with pytest.raises(ValueError, match="sample 's0': the model's chat template failed"):
         render_prompt(sample, broken)
+
+
+def test_the_published_schedule_counts_batches_and_not_optimizer_steps():
+    # its argument and think weights and its reward move by batch; 8 optimizer steps learn from one batch of responses
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer('<think> a</think>\n<tool_call>\n{"name": "f", "parameters": {"x": 2}}\n</tool_call>')["input_ids"]
+    gold = [json.dumps({"calls": [{"name": "f", "arguments": {"x": 1}}], "answer": None})]
+
+    def total(step, steps_per_batch):
+        reward = make_tool_reward(tokenizer, "toolrl", "authors-code", steps_per_batch)
+        return reward(completion_ids=[ids], gold=gold, trainer_state=SimpleNamespace(global_step=step, max_steps=800))[0]
+
+    assert [total(step, 8) for step in (0, 7, 8, 15, 16)] == [total(batch, 1) for batch in (0, 0, 1, 1, 2)]
+    assert total(0, 1) != total(60, 1)

@@ -23,7 +23,6 @@ from trl import GRPOConfig, SFTConfig, SFTTrainer
 from rest_rl.config import RunConfig, describe, fits, options, unknown_key
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import get_format
-from rest_rl.presets import Preset
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import CHECKPOINTS, RunLog, unwritable
 from rest_rl.train.checkpoints import Checkpoint
@@ -32,7 +31,7 @@ from rest_rl.train.prompt_layout import PromptLayout
 from rest_rl.train.prompts import OnRefused, training_dataset
 from rest_rl.train.sft import region_trainer
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, steps_per_generation
 
 WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/")
 """Parts of the names of what differs from run to run and so stays out of the metrics."""
@@ -89,14 +88,6 @@ def quiet_libraries() -> None:
     disable_progress_bars()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def steps_per_generation(args: Any) -> int:
-    """Optimizer steps that share one batch of responses; only between batches does a resumed run go on exactly."""
-    if not isinstance(args, GRPOConfig):
-        return 1
-    shared = cast(int, args.steps_per_generation) * args.num_iterations
-    return max(1, -(-shared // args.gradient_accumulation_steps))
 
 
 def with_machine_defaults(config: RunConfig) -> RunConfig:
@@ -215,7 +206,7 @@ def build_trainer(
     if isinstance(args, ResTConfig):
         trainer = ResTTrainer(
             args=args,
-            reward_funcs=recorded_reward(config, layout.tokenizer, args.method(), log, observer),
+            reward_funcs=recorded_reward(config, layout.tokenizer, args, log, observer),
             train_dataset=training_dataset(
                 samples, layout.tokenizer, layout.format, layout.variables, on_refused=on_refused
             ),
@@ -244,10 +235,11 @@ def check_size(trainer: ResTTrainer | SFTTrainer, config: RunConfig) -> None:
 
 
 def recorded_reward(
-    config: RunConfig, tokenizer: Any, method: Preset, log: RunLog, observer: Observer
+    config: RunConfig, tokenizer: Any, args: ResTConfig, log: RunLog, observer: Observer
 ) -> Callable[..., list[float]]:
     """The preset's reward, which also writes the first responses of every step to the run folder."""
-    reward, tool_format = make_tool_reward(tokenizer, config.rest.format, method), get_format(config.rest.format)
+    tool_format = get_format(config.rest.format)
+    reward = make_tool_reward(tokenizer, tool_format, args.method(), steps_per_generation(args))
 
     @functools.wraps(reward)  # TRL names its metrics after the function
     def recorded(

@@ -20,12 +20,16 @@ def progress_of(state: Any) -> float:
 
 
 def make_tool_reward(
-    tokenizer: Any, tool_format: str | ToolFormat = "toolrl", preset: str | Preset = "rest"
+    tokenizer: Any,
+    tool_format: str | ToolFormat = "toolrl",
+    preset: str | Preset = "rest",
+    steps_per_batch: int = 1,
 ) -> Callable[..., list[float]]:
     """The preset's rule reward as a reward function for TRL, also for its stock trainers.
 
     It reads the sampled ids, not the text that TRL decodes without special tokens, and the dataset column `gold`: a
-    JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}.
+    JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}. `steps_per_batch` are the optimizer steps that
+    learn from one batch of responses: the published schedule of `authors-code` counts batches.
     """
     chosen_format, method = get_format(tool_format), get_preset(preset)
 
@@ -39,7 +43,7 @@ def make_tool_reward(
         rows = []
         for ids, target in zip(completion_ids, gold, strict=True):
             text = decode_ids(ids, tokenizer, chosen_format.tags)
-            rows.append(_score(text, _read_gold(target), chosen_format, method, trainer_state))
+            rows.append(_score(text, _read_gold(target), chosen_format, method, trainer_state, steps_per_batch))
         for position, name in enumerate(("format", "accuracy", "exact_match", "call_rate"), start=1):
             if log_metric is not None:
                 log_metric(f"rest/{name}", sum(row[position] for row in rows) / len(rows))
@@ -49,14 +53,14 @@ def make_tool_reward(
 
 
 def _score(
-    text: str, gold: Gold, tool_format: ToolFormat, method: Preset, state: Any
+    text: str, gold: Gold, tool_format: ToolFormat, method: Preset, state: Any, steps_per_batch: int
 ) -> tuple[float, float, float, float, float]:
     """(reward, S_format, S_acc, exact match, called) of one response."""
     parsed, progress = tool_format.parse(text, spans=False), 0.0 if state is None else progress_of(state)
     reward = score(parsed, gold, progress, method.reward)
     total = reward.total
-    if method.reward is None:  # the published schedule counts steps from 1, whatever the length of the run
-        step = 0 if state is None else state.global_step + 1
+    if method.reward is None:  # the published schedule counts batches from 1, whatever the length of the run
+        step = 0 if state is None else state.global_step // steps_per_batch + 1
         total = score_response(text, gold, format=tool_format, preset=method.name, step=step).total
     exact = reward.format == 1 and reward.accuracy == 1
     return total, reward.format, reward.accuracy, float(exact), float(parsed.attempted_call)

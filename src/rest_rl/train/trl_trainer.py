@@ -180,6 +180,14 @@ def reshapes(method: Preset) -> bool:
     return config.strength > 0 and (config.rule != "uniform" or moves)
 
 
+def steps_per_generation(args: Any) -> int:
+    """Optimizer steps that share one batch of responses; only between batches does a resumed run go on exactly."""
+    if not isinstance(args, GRPOConfig):
+        return 1
+    shared = cast(int, args.steps_per_generation) * args.num_iterations
+    return max(1, -(-shared // args.gradient_accumulation_steps))
+
+
 class ResTTrainer(GRPOTrainer):
     """`GRPOTrainer` whose advantages are reshaped by region; with weights of 1 it is stock GRPO bit for bit.
 
@@ -217,7 +225,9 @@ class ResTTrainer(GRPOTrainer):
         self._text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if reward_funcs is None:
             _check_gold_column(train_dataset)
-            reward_funcs = make_tool_reward(self._text_tokenizer, self._format, self._method)
+            reward_funcs = make_tool_reward(
+                self._text_tokenizer, self._format, self._method, steps_per_generation(args)
+            )
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -293,8 +303,8 @@ class ResTTrainer(GRPOTrainer):
 
     def _token_weights(self, ids_BT: Tensor, mask_BT: Tensor, regions_BT: Tensor, entropies_BT: Tensor) -> Tensor:
         config = self._method.weights
-        if config is None:  # the published schedule counts steps from 1, whatever the length of the run
-            step = self.state.global_step + 1
+        if config is None:  # the published schedule counts batches from 1, whatever the length of the run
+            step = self.state.global_step // steps_per_generation(self.args) + 1
             return token_weights(
                 ids_BT, mask_BT, self._text_tokenizer, format=self._format, preset=self._method, step=step
             )
