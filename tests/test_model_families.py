@@ -209,20 +209,26 @@ def test_trackers_that_are_not_there_are_named_before_the_run_begins(
 
 
 @pytest.mark.slow
-def test_two_processes_under_accelerate_train_and_resume(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("preset", "changes"), [("rest", RL), ("rsft", SFT)])
+def test_two_processes_train_and_resume(
+    preset: str, changes: list[str], folders: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "rest_rl"]
-    command = ["train", "--model", str(folders["qwen3"]), "--data", str(data), *options(RL)]
-    command += ["--set", "trl.per_device_train_batch_size=2", "--out", str(run)]
-    done = subprocess.run([*launch, *command], capture_output=True, text=True)
+    # accelerate's own launcher starts several processes on CPUs through MPI alone
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "rest_rl"]
+    command = ["train", "--model", str(folders["qwen3"]), "--data", str(data), "--preset", preset, *options(changes)]
+    command += ["--set", "trl.per_device_train_batch_size=2", "--set", "trl.max_steps=2", "--set", "trl.save_steps=1"]
+    done = subprocess.run([*launch, *command, "--out", str(run)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in read_run(run).metrics] == [1, 2]
-    for part in (run / "checkpoints" / "checkpoint-2").glob("trainer_state.json"):
-        part.unlink()
+    last = run / "checkpoints" / "checkpoint-2"
+    assert {path.name for path in last.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    (last / "trainer_state.json").unlink()
     before = (run / "metrics.jsonl").read_bytes()
     done = subprocess.run([*launch, "train", "--resume", "--out", str(run)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (run / "metrics.jsonl").read_bytes() == before
+    AutoModelForCausalLM.from_pretrained(run / "model")
 
 
 @pytest.mark.parametrize("preset", ["rest", "sft"])
