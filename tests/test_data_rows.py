@@ -167,6 +167,7 @@ def test_objects_one_after_the_other_are_rows(tmp_path: Path) -> None:
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=6,
 )
 
 
@@ -192,7 +193,7 @@ def test_parquet_in_the_ecosystems_own_shape(tmp_path: Path) -> None:
     """Arrow gives every call the arguments of all others; the nulls are no arguments."""
     tools = [
         {"name": name, "parameters": {"type": "object", "properties": {key: {"type": "string"}}}}
-        for name, key in ("fx", "gy")
+        for name, key in (("f", "x"), ("g", "y"))
     ]
     turns = [
         {"role": "user", "content": "?"},
@@ -201,10 +202,7 @@ def test_parquet_in_the_ecosystems_own_shape(tmp_path: Path) -> None:
         {"role": "assistant", "tool_calls": [{"function": {"name": "g", "arguments": {"y": "2"}}}]},
     ]
     path = tmp_path / "rows.parquet"
-    parquet.write_table(
-        pa.Table.from_pylist([{"messages": turns, "tools": json.dumps([{**t, "name": t["name"][0]} for t in tools])}]),
-        path,
-    )
+    parquet.write_table(pa.Table.from_pylist([{"messages": turns, "tools": json.dumps(tools)}]), path)
     samples, report = read_checked(str(path))
     assert [sample.gold.calls[0].arguments for sample in samples] == [{"x": "1"}, {"y": "2"}]
     assert report.reasons == {"null_padding": 1}
@@ -236,6 +234,16 @@ def test_a_folder_is_read_file_by_file(tmp_path: Path) -> None:
     assert report.reasons == {"mixed_shapes": 4}
     assert report.findings[0].file.endswith("c.json")
     assert report.findings[0].row == 1
+
+
+def test_a_split_of_a_folder_is_the_files_that_name_it(tmp_path: Path) -> None:
+    for name in ("train-0.jsonl", "train_1.jsonl", "trainer.jsonl", "test/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(LINES[0])
+    for split, names in (("train", ["train-0.jsonl", "train_1.jsonl"]), ("test", ["a.jsonl"])):
+        assert [Path(row.file).name for row in RowReader(f"{tmp_path}:{split}")] == names
+    with pytest.raises(ValueError, match="that name the split dev"):
+        RowReader(f"{tmp_path}:dev")
 
 
 def test_a_folder_of_datasets_is_read(tmp_path: Path) -> None:

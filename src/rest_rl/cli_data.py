@@ -30,7 +30,7 @@ examples:
   rest-rl data split train.jsonl --test 0.1 --seed 0
   rest-rl data world --out world.jsonl -n 1000
 files: .jsonl .ndjson .json .parquet (text also as .gz), a folder of them, a folder of datasets.save_to_disk, or
-OWNER/NAME:SPLIT of the hub
+OWNER/NAME:SPLIT or OWNER/NAME:CONFIG/SPLIT of the hub
 """
 SHOWN_PER_REASON = 10
 PROGRESS_EVERY = 256

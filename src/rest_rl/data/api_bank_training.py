@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rest_rl.data.flattened import read_literal
+from rest_rl.data.json_text import read_literal
 from rest_rl.data.reasons import Finding, RowRejectedError, finding
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_schemas import argument_table

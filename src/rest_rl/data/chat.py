@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rest_rl.data.flattened import read_literal
+from rest_rl.data.json_text import load_json, read_literal
 from rest_rl.data.reasons import Finding, RowRejectedError, finding
 from rest_rl.data.samples import Dialogue, ToolSample, decompose_around
 from rest_rl.data.tool_schemas import read_tools
@@ -134,8 +134,8 @@ def _read_call(call: Any, found: list[Finding]) -> Any:
 def _read_text(text: str, found: list[Finding]) -> Any:
     """The value of a text; a Python literal is a repair, and what is neither stays text."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return load_json(text)
+    except ValueError:
         value = read_literal(text)
         if not isinstance(value, (Mapping, list)):
             return text

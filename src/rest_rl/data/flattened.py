@@ -6,12 +6,12 @@ are laid out the same way (there the parameters are Python dicts, and level 3 na
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rest_rl.data.json_text import read_literal
 from rest_rl.data.reasons import RowRejectedError
 from rest_rl.data.tool_schemas import argument_table
 
@@ -46,18 +46,6 @@ def tools_of(system: str) -> tuple[dict[str, Any], ...]:
     if len(tools) != len(re.findall(r"^Parameters: ", text, re.MULTILINE)) or not tools:
         raise RowRejectedError("bad_tool_schema", f"got a list of tools that cannot be read ({text[:60]!r})")
     return tuple(tools)
-
-
-def read_literal(text: str) -> Any:
-    """JSON, or else a Python literal (never executed); None for neither."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
 
 
 def history_of(text: str) -> list[dict[str, Any]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from rest_rl.data.flattened import read_literal
+from rest_rl.data.json_text import load_json, read_literal
 from rest_rl.data.reasons import Finding, finding
 from rest_rl.data.samples import ToolSample
 from rest_rl.response import Gold, ToolCall
@@ -59,12 +58,16 @@ def _checked_arguments(
                 problems.append(("undocumented_argument", f"got {name!r}, documented are {known}"))
     problems += [
         ("missing_argument", f"got no {name!r}, which is required")
-        for name in schema.get("required") or ()
+        for name in _list(schema.get("required"))
         if name not in arguments
     ]
     if not all(map(_is_finite, arguments.values())):
         problems.append(("not_a_number", "got NaN or an infinity as a value"))
     return arguments, problems
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _checked_value(value: Any, schema: Any, name: str, keep: frozenset[str]) -> tuple[Any, list[tuple[str, str]]]:
@@ -93,11 +96,10 @@ def _spelt(text: str) -> Any:
     if text in _PYTHON_WORDS:
         return _PYTHON_WORDS[text]
     try:
-        value = json.loads(text) if text == text.strip() else None
-    except (ValueError, RecursionError):
+        value = load_json(text) if text == text.strip() else None
+    except ValueError:
         value = read_literal(text) if text.startswith(("[", "{", "(")) else None
-    value = list(value) if isinstance(value, tuple) else value
-    return None if isinstance(value, (str, set)) or not _is_finite(value) else value
+    return None if isinstance(value, str) or not _is_finite(value) else value
 
 
 def _is_fragment(value: Any, spelt: Any) -> bool:

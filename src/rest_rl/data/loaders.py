@@ -6,14 +6,15 @@ samples with what it found on the way, or raises `RowRejectedError`. Dialogues b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rest_rl.data.api_bank_training import load_api_bank_training
 from rest_rl.data.chat import load_messages
+from rest_rl.data.json_text import load_json
 from rest_rl.data.reasons import Finding, RowRejectedError
 from rest_rl.data.samples import ToolSample, from_json
+from rest_rl.data.tool_schemas import read_tools
 from rest_rl.data.toolace import load_toolace, load_xlam
 from rest_rl.data.toolrl import load_api_bank, load_toolrl
 
@@ -24,6 +25,7 @@ def load_sample(row: Mapping[str, Any], identity: str, keep_prompts: bool) -> tu
     """One of our own rows; in Parquet its nested fields are JSON text."""
     del keep_prompts
     row = {key: _decoded(row[key], key) for key in row}
+    read_tools(row.get("tools"))
     try:
         return [from_json({"id": identity, **row})], []
     except ValueError as error:
@@ -34,8 +36,8 @@ def _decoded(value: Any, key: str) -> Any:
     if key not in ("messages", "tools", "gold") or not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return load_json(value)
+    except ValueError as error:
         raise RowRejectedError("bad_row", f"got {key} as text that is not JSON ({error})") from error
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from rest_rl.data.digests import digest_of
 from rest_rl.data.samples import ToolSample
 from rest_rl.response import Gold, ToolCall
 
@@ -37,7 +38,7 @@ def masked(sample: ToolSample, share: float, seed: int) -> ToolSample:
 
     A sample whose messages describe its tools is left as it is.
     """
-    rng = random.Random(f"{seed} {sample.id}")
+    rng = random.Random(digest_of([seed, sample.id]))
     if rng.random() >= share or sample.tools_in_prompt:
         return sample
     return renamed(sample, draw_names(sample, rng))

@@ -103,7 +103,8 @@ class RowRejectedError(ValueError):
 def finding(reason: str, detail: str, sample: str | None = None, keep: Iterable[str] = ()) -> Finding:
     """A finding with the severity of its reason, or `noted` for a reason in `keep`."""
     severity: Severity = "noted" if reason in keep else REASONS[reason].severity
-    return Finding(reason, " ".join(detail.split())[:400], severity, sample)
+    shown = " ".join(detail.split())[:400].encode(errors="replace").decode()  # lone surrogates cannot be printed
+    return Finding(reason, shown, severity, sample)
 
 
 def check_keep(keep: Iterable[str]) -> None:

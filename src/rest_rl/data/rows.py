@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
 from rest_rl.data.json_stream import JsonArray
+from rest_rl.data.json_text import load_json
 from rest_rl.jsonl import reason
 
 MAX_ROW_BYTES = 8 * 2**20
@@ -102,22 +102,22 @@ class _Input(NamedTuple):
     def find(cls, path: str) -> _Input:
         """`name:split` names a split unless such a file exists."""
         name, split = _located(path)
-        return cls(name, split, _files(Path(name)) if Path(name).exists() else [])
+        return cls(name, split or "train", _files(Path(name), split) if Path(name).exists() else [])
 
 
 def _located(path: str) -> tuple[str, str]:
     if Path(path).exists():
-        return path, "train"
+        return path, ""
     name, _, split = path.partition(":")
     if Path(name).is_dir() or (_HUB.fullmatch(name) and Path(name).suffix not in (*SUFFIXES, ".gz")):
-        return name, split or "train"
+        return name, split
     raise ValueError(
         f"got {path}, which does not exist, expected a file ({', '.join(SUFFIXES)}, .gz), a folder, or a dataset of "
         "the hub as OWNER/NAME or OWNER/NAME:SPLIT; check the path"
     )
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, split: str) -> list[Path]:
     """The data files of a path; none for a folder that `datasets` has saved."""
     if path.is_file():
         if _suffix(path) not in SUFFIXES:
@@ -128,8 +128,12 @@ def _files(path: Path) -> list[Path]:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return []
     files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
+    if split:
+        word = re.compile(rf"(?<![^\W_]){re.escape(split)}(?![^\W_])")
+        files = [file for file in files if word.search(file.relative_to(path).as_posix())]
     if not files:
-        raise ValueError(f"got {path}, a folder without {', '.join(SUFFIXES)} files; name the folder that has them")
+        named = f" that name the split {split}" if split else ""
+        raise ValueError(f"got {path}, a folder without {', '.join(SUFFIXES)} files{named}; name the one that has them")
     return files
 
 
@@ -186,13 +190,13 @@ def decoded(text: bytes | str) -> Mapping[str, Any] | RowError:
     """One JSON object, or why it is none."""
     try:
         text = text.decode() if isinstance(text, bytes) else _without_stray_bytes(text)
-        row = json.loads(text, parse_constant=_refuse_constant)
+        row = load_json(text, _refuse_constant)
     except UnicodeDecodeError as error:
         found = f"got byte 0x{error.object[error.start]:02x} at position {error.start}, which is not UTF-8"
         return RowError("encoding", found, error.object[:200].decode("latin-1"))
     except _ConstantError as error:
         return RowError("not_a_number", f"got {error}, which JSON does not have", str(text)[:200])
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return RowError("not_json", f"got text that is not JSON ({error})", str(text)[:200])
     if not isinstance(row, Mapping):
         return RowError("not_an_object", f"got {type(row).__name__}, expected an object", str(text)[:200])
@@ -223,7 +227,7 @@ def _parquet_rows(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
         yield RowError("truncated", f"got a Parquet file that cannot be read on ({' '.join(str(error).split())})")
 
 
-def _dataset_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
+def _dataset_rows(name: str, split: str) -> Iterator[Any]:
     """Rows through `datasets`: a folder that it saved, or a dataset of the hub as a stream."""
     import datasets
 
@@ -233,11 +237,11 @@ def _dataset_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
             saved: Any = datasets.load_from_disk(name)
             yield from saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
-            stream: Any = datasets.load_dataset(name, split=split, streaming=True)
-            yield from stream
+            config, _, part = split.rpartition("/")
+            yield from datasets.load_dataset(name, config or None, split=part, streaming=True)
     except Exception as error:  # the hub, its file systems and its readers raise whatever they like
         told = " ".join(str(error).split())[:300]
-        remedy = "check the name, the split (NAME:SPLIT) and the network, or download the file and name that"
+        remedy = "check the name, the split (NAME:SPLIT, NAME:CONFIG/SPLIT) and the network, or download the file"
         raise ValueError(
             f"got dataset {name}, split {split} ({type(error).__name__}: {told}), {expected}; {remedy}"
         ) from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rest_rl.data.json_text import load_json
 from rest_rl.jsonl import parse_row, read_lines
 from rest_rl.response import Gold, ToolCall
 
@@ -127,8 +128,8 @@ def _checked_call(raw: Any, where: str) -> dict[str, Any]:
     name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except json.JSONDecodeError as error:
+            arguments = load_json(arguments) if arguments.strip() else {}
+        except ValueError as error:
             raise ValueError(f"{where}: got arguments {arguments!r}; expected JSON ({error}); repair the row") from None
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise ValueError(

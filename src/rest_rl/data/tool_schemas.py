@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rest_rl.data.json_text import load_json
 from rest_rl.data.reasons import RowRejectedError
 
 JSON_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
@@ -38,8 +38,8 @@ def _json_text(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
+        return load_json(value) if value.strip() else None
+    except ValueError as error:
         raise RowRejectedError(
             "bad_tool_schema", f"got {where} as text {value[:80]!r} that is not JSON ({error})"
         ) from error
@@ -57,7 +57,8 @@ def read_tool(raw: Any, where: str) -> dict[str, Any]:
     named = ("parameters", "arguments", "input_schema", "input_parameters")
     given = next((function[key] for key in named if function.get(key) is not None), None)
     schema = _parameters(_json_text(given, f"the parameters of {name!r}"), f"tool {name!r}", function.get("required"))
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+    other = {key: value for key, value in function.items() if key not in (*named, "required") and value is not None}
+    return {"type": "function", "function": {**other, "name": name, "description": description, "parameters": schema}}
 
 
 def _parameters(value: Any, where: str, required: Any) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _schema(value: Mapping[str, Any], where: str) -> dict[str, Any]:
     if isinstance(value.get("items"), Mapping):
         schema["items"] = _schema(value["items"], f"{where}[]")
     required = value.get("required")
-    if isinstance(required, Sequence) and not isinstance(required, str):
+    if isinstance(required, (list, tuple)) and all(isinstance(name, str) for name in required):
         schema["required"] = list(required)
     elif required is not None and not isinstance(required, bool):
         raise RowRejectedError("bad_tool_schema", f"got required = {required!r:.80} in {where}")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rest_rl.data.chat import chat_message, samples_of
-from rest_rl.data.flattened import read_literal, results
+from rest_rl.data.flattened import results
+from rest_rl.data.json_text import load_json, read_literal
 from rest_rl.data.reasons import Finding, RowRejectedError
 from rest_rl.data.samples import Dialogue, ToolSample
 from rest_rl.data.tool_schemas import read_tools
 from rest_rl.data.toolrl import kind_of
 from rest_rl.formats import get_format
 from rest_rl.response import Gold, ToolCall
+
+_LIST = re.compile(r"\[\s*\{")
 
 
 def load_toolace(row: Mapping[str, Any], identity: str, keep_prompts: bool) -> tuple[list[ToolSample], list[Finding]]:
@@ -64,15 +68,14 @@ def _called(text: str, count: int) -> dict[str, Any]:
 
 def tools_in(system: str) -> Any:
     """The first JSON list of objects with names that stands in a text; RowRejectedError without one."""
-    at = system.find("[")
-    while at >= 0:
+    for match in _LIST.finditer(system):
         try:
-            value, _ = json.JSONDecoder().raw_decode(system, at)
+            _, end = json.JSONDecoder().raw_decode(system, match.start())
+            value = load_json(system[match.start() : end])
         except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, list) and value and all(isinstance(tool, Mapping) and "name" in tool for tool in value):
+            continue
+        if all(isinstance(tool, Mapping) and "name" in tool for tool in value):
             return value
-        at = system.find("[", at + 1)
     raise RowRejectedError("bad_tool_schema", f"got a system text without a JSON list of tools ({system[-80:]!r})")
 
 

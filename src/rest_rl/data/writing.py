@@ -65,6 +65,11 @@ def jsonl_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         os.fsync(file.fileno())
 
 
+def _encodable(text: str | None) -> str | None:
+    """The text with lone surrogates as question marks: Arrow holds UTF-8 only."""
+    return None if text is None else text.encode(errors="replace").decode()
+
+
 @contextmanager
 def parquet_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Write rows of samples in batches.
@@ -84,7 +89,8 @@ def parquet_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         batch.clear()
 
     def write(row: Mapping[str, Any]) -> None:
-        batch.append({**row, **{name: as_json(row[name]) for name in _NESTED}})
+        texts = {name: _encodable(row[name]) for name in ("id", "kind", "thought")}
+        batch.append({**row, **texts, **{name: as_json(row[name]) for name in _NESTED}})
         if len(batch) >= BATCH_ROWS:
             flush()
 

@@ -1,0 +1,129 @@
+"""Whatever stands in a row, checking it never raises, and every row is kept, repaired or rejected."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rest_rl.data.check import CheckConfig, read_checked
+from rest_rl.data.loaders import SOURCES
+from rest_rl.data.samples import from_json, to_json
+from rest_rl.data.tool_world import tool_world
+from rest_rl.data.writing import sample_writer
+from tests.test_data_loaders import ASKED, HISTORY, OUTPUT, RAW, ROWS, SYSTEM, TURNS, WEATHER
+
+TOOLACE = {
+    "system": f"Functions: {json.dumps([WEATHER])}",
+    "conversations": [{"from": "user", "value": "?"}, {"from": "assistant", "value": '[get_weather(city="Oslo")]'}],
+}
+REQUEST = {
+    "instruction": 'API-Request: ...\nAPI descriptions:\n{"name": "f", "parameters": {"x": {"type": "str"}}}\n',
+    "input": "User: ?\nAPI-Request: [f(x='1')]->2\nGenerate API Request: ",
+    "output": "API-Request: [f(x='3')]",
+}
+ROWS_OF = {
+    "samples": to_json(tool_world(0, 1)[0]),
+    "messages": {"messages": [ASKED, {"role": "assistant", **TURNS["text arguments"]}, ASKED], "tools": [WEATHER]},
+    "toolrl": RAW,
+    "toolace": TOOLACE,
+    "xlam": {
+        "query": "?",
+        "tools": json.dumps([WEATHER]),
+        "answers": '[{"name": "get_weather", "arguments": {"city": "Oslo"}}]',
+    },
+    "api_bank": {"system": SYSTEM, "user": HISTORY, "answer": [{"name": "stop", "parameters": {}}]},
+    "api_bank_train": REQUEST,
+}
+SHREDS = [
+    "",
+    " ",
+    "{",
+    "[",
+    "[{",
+    '{"name"',
+    "<user>",
+    "</think>",
+    "\ud800",
+    "[" * 200 + "]" * 200,
+    '{"a": NaN}',
+    OUTPUT,
+]
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(SHREDS),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "name", "arguments", "parameters", "type", "properties", "required", "enum", "from"]
+            )
+            | st.text(max_size=3),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value inside a value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(deeper for key, item in items for deeper in places(item, (*path, key)))][1 if not path else 0 :]
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, source: str) -> Any:
+    """A row of that shape with one or two of its values replaced or cut short."""
+    row = copy.deepcopy(ROWS_OF[source])
+    for _ in range(draw(st.integers(1, 2))):
+        *path, last = draw(st.sampled_from(places(row)))
+        holder = row
+        for key in path:
+            holder = holder[key]
+        old = holder[last]
+        cut = draw(st.integers(0, len(old))) if isinstance(old, str) else None
+        holder[last] = (
+            draw(JUNK) if cut is None or draw(st.booleans()) else old[:cut] + draw(st.sampled_from(SHREDS)) + old[cut:]
+        )
+    return row
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("source", SOURCES)
+@settings(max_examples=20)
+@given(st.data())
+def test_no_row_crashes_the_check(
+    tmp_path_factory: pytest.TempPathFactory, source: str, named: bool, data: st.DataObject
+) -> None:
+    rows = data.draw(st.lists(spoiled(source), min_size=4, max_size=8))
+    folder = tmp_path_factory.mktemp("rows")
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keep_prompts = data.draw(st.booleans())
+    config = CheckConfig(source if named else "auto", keep_prompts, mask_names=0.0 if keep_prompts else 0.5)
+    samples, report = read_checked(str(path), config)
+    assert report.rows == len(rows) == report.kept + report.repaired + report.rejected
+    assert len(samples) == report.samples
+    assert all(located.finding.detail for located in report.findings)
+    json.dumps(report.to_json()).encode()
+    assert [from_json(json.loads(json.dumps(to_json(sample)))) for sample in samples] == samples
+    for ending in ("jsonl", "parquet"):
+        with sample_writer(folder / f"out.{ending}") as write:
+            for sample in samples:
+                write(sample)
+
+
+def test_the_rows_are_good_before_they_are_spoiled(tmp_path: Path) -> None:
+    for source, row in ROWS_OF.items():
+        path = tmp_path / f"{source}.jsonl"
+        path.write_text(json.dumps(row))
+        _, report = read_checked(str(path))
+        assert (report.sources, report.rejected) == ({source: 1}, 0), (source, report.findings)
+    assert set(ROWS_OF) == set(SOURCES)
+    assert ROWS["raw"] == RAW
