@@ -178,7 +178,7 @@ def test_presets_are_run_files(capsys: pytest.CaptureFixture[str]) -> None:
         expected |= {f"[{name}.rest.{table}]" for table in ("weights", "reward") if getattr(preset, table)}
         expected |= {f"[{name}.rest.weights.constants]"} if preset.weights and preset.weights.constants else set()
         assert {part.splitlines()[0] for part in own} == expected
-        config = RunConfig.from_toml("\n".join(own).replace(f"[{name}.", "["))
+        config = RunConfig.from_toml("\n".join(own).replace(f"[{name}.", "["), ["rest.format=toolrl"])
         assert config.rest.resolve() == preset
         args = trainer_config(replace(config, trl={**config.trl, "use_cpu": True, "bf16": False}))
         assert (args.epsilon, args.epsilon_high or args.epsilon) == (preset.epsilon_low, preset.epsilon_high)

@@ -115,7 +115,8 @@ def test_the_published_schedule_counts_batches_and_not_optimizer_steps():
 
     def total(step, steps_per_batch):
         reward = make_tool_reward(tokenizer, "toolrl", "authors-code", steps_per_batch)
-        return reward(completion_ids=[ids], gold=gold, trainer_state=SimpleNamespace(global_step=step, max_steps=800))[0]
+        state = SimpleNamespace(global_step=step, max_steps=800)
+        return reward(completion_ids=[ids], gold=gold, trainer_state=state)[0]
 
     assert [total(step, 8) for step in (0, 7, 8, 15, 16)] == [total(batch, 1) for batch in (0, 0, 1, 1, 2)]
     assert total(0, 1) != total(60, 1)

@@ -105,7 +105,7 @@ def test_refused_arguments(tokenizer, tmp_path):
         )
 
 
-def test_the_published_code_s_preset_knows_two_formats(tmp_path: Any) -> None:
+def test_the_published_code_s_preset_knows_two_formats(tmp_path):
     with pytest.raises(ValueError, match="knows the tags of toolrl and hermes alone"):
         ResTConfig(**tiny_settings(tmp_path, preset="authors-code", tool_format="llama3"))
     assert ResTConfig(**tiny_settings(tmp_path, preset="rest", tool_format="qwen3_coder+think"))

@@ -67,7 +67,7 @@ SUPERVISED: dict[str, dict[str, float]] = {
     "tsft": {"format": 2.0, "name": 2.0, "arguments": 2.0},
     "rsft": {"reasoning": 2.0},
 }
-"""The supervised baselines: loss weight by region, 1 where absent (the factor 2 is ours), of mean 1 over each response."""
+"""The supervised baselines: loss weight by region, 1 where absent, of mean 1 over each response; the factor is ours."""
 
 
 def get_preset(preset: str | Preset) -> Preset:

@@ -28,8 +28,8 @@ def make_tool_reward(
     """The preset's rule reward as a reward function for TRL, also for its stock trainers.
 
     It reads the sampled ids, not the text that TRL decodes without special tokens, and the dataset column `gold`: a
-    JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}. `steps_per_batch` are the optimizer steps that
-    learn from one batch of responses: the published schedule of `authors-code` counts batches.
+    JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}. `steps_per_batch` are the optimizer steps
+    that learn from one batch of responses: the published schedule of `authors-code` counts batches.
     """
     chosen_format, method = get_format(tool_format), get_preset(preset)
 
