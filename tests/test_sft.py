@@ -15,9 +15,11 @@ from trl import SFTConfig, SFTTrainer
 from rest_rl.cli import main
 from rest_rl.config import RunConfig
 from rest_rl.data.samples import save_samples
+from rest_rl.formats import as_demonstrated, get_format
 from rest_rl.presets import SUPERVISED
 from rest_rl.regions import tag_regions
-from rest_rl.response import Region
+from rest_rl.response import Gold, Region, ToolCall
+from rest_rl.rewards import exact_match
 from rest_rl.runlog import read_run
 from rest_rl.train.prompt_layout import PromptLayout
 from rest_rl.train.prompts import IGNORED
@@ -192,3 +194,18 @@ def test_one_run_file_serves_all_presets(
         assert main(["train", str(run), "--preset", preset, *changes, "--out", str(tmp_path / preset)]) == 0
     assert "does not read trl.num_generations, trl.max_completion_length" in capsys.readouterr().out
     assert len(read_run(tmp_path / "tsft").metrics) == 2
+
+
+def test_demonstrations_are_written_as_the_models_write_them() -> None:
+    # a number as text is quoted by qwen3_coder's render, so that it reads back, but never by the models themselves
+    call = ToolCall("send", {"zip": "12345", "note": "true", "n": 5, "tags": "a <function=x> b"})
+    for name in ("qwen3_coder", "qwen3_coder+think"):
+        tool_format = get_format(name)
+        text = as_demonstrated(tool_format).render("hm", [call], None)
+        assert "<parameter=zip>\n12345\n" in text
+        assert "<parameter=note>\ntrue\n" in text
+        assert '"12345"' in tool_format.render("hm", [call], None)
+        parsed = tool_format.parse(text)
+        assert exact_match(parsed, Gold((call,)))
+        assert parsed.well_formed
+    assert as_demonstrated(get_format("hermes")) is get_format("hermes")

@@ -7,6 +7,7 @@ far as they can be located and the rest of that call is OTHER.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "Qwen3CoderFormat",
     "ToolFormat",
     "ToolRLFormat",
+    "as_demonstrated",
     "format_of_template",
     "get_format",
 ]
@@ -62,6 +64,18 @@ def get_format(tool_format: str | ToolFormat) -> ToolFormat:
             "the prompt ends with the opening think tag, package.module:OBJECT, or a ToolFormat object"
         )
     return found if name == tool_format else OpenedThinkFormat(found)
+
+
+def as_demonstrated(tool_format: ToolFormat) -> ToolFormat:
+    """The format as its models write it themselves, for demonstrations to learn from.
+
+    Only qwen3_coder differs: its `render` quotes strings that `parse` would take for a number, its models do not.
+    """
+    if isinstance(tool_format, OpenedThinkFormat):
+        return OpenedThinkFormat(as_demonstrated(tool_format.inner))
+    if isinstance(tool_format, Qwen3CoderFormat):
+        return replace(tool_format, quotes_strings=False)
+    return tool_format
 
 
 def _imported(address: str) -> ToolFormat:

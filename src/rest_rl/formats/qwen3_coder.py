@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -38,9 +38,13 @@ class Qwen3CoderFormat:
     `True`, `False`, `None`) is that value; `"5"` is the string 5, for a string is quoted as in JSON if it would be read
     as something else without the quotes, and only then. A value cannot hold a tag of the format unless it is quoted,
     with `<` as `\u003c`. A function without `<tool_call>` is read as a call, but the response is not well formed.
+
+    Without `quotes_strings` no string is quoted that need not be for its tags: so the models' own templates write them,
+    who leave it to the tool's schema what `5` is.
     """
 
     name: str = "qwen3_coder"
+    quotes_strings: bool = True
     tags: tuple[str, ...] = (
         *("<think>", "</think>", "<tool_call>", "</tool_call>"),
         *("<function=", "</function>", "<parameter=", "</parameter>"),
@@ -62,7 +66,12 @@ class Qwen3CoderFormat:
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
         """Thought, then answer, then calls, each where there is one."""
-        return write_plain(self, thought, calls, answer, "\n".join(map(self._write_call, calls)))
+        written = "\n".join(map(self._write_call, calls))
+        if self.quotes_strings:
+            return write_plain(self, thought, calls, answer, written)
+        exact = replace(self, quotes_strings=True)  # what would not read back is refused as ever
+        quoted = "\n".join(map(exact._write_call, calls))  # noqa: SLF001 - its own kind
+        return exact.render(thought, calls, answer).removesuffix(quoted) + written
 
     def _write_call(self, call: ToolCall) -> str:
         dump_json(call, dict(call.arguments))  # refuses what is not JSON
@@ -73,9 +82,21 @@ class Qwen3CoderFormat:
                     "expected names without `<`, `>`, line breaks and outer spaces"
                 )
         parameters = "".join(
-            f"<parameter={key}>\n{_write_value(call, value)}\n</parameter>\n" for key, value in call.arguments.items()
+            f"<parameter={key}>\n{self._write_value(call, value)}\n</parameter>\n"
+            for key, value in call.arguments.items()
         )
         return f"<tool_call>\n<function={call.name}>\n{parameters}</function>\n</tool_call>"
+
+    def _write_value(self, call: ToolCall, value: Any) -> str:
+        """Strings as they are and True, False, None as Python writes them, as the templates do; others as JSON."""
+        if value is None or isinstance(value, bool):
+            return str(value)
+        must_quote = _needs_quotes if self.quotes_strings else _PATTERN.search
+        if isinstance(value, str) and not must_quote(value):
+            return value
+        line = dump_json(call, value)
+        # every `<`, for between what is left of two tags a third may stand
+        return line.replace("<", "\\u003c") if _PATTERN.search(line) else line
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
         """A system message that describes the tools and the format."""
@@ -199,14 +220,3 @@ def _spelled_value(text: str) -> Any:
 
 def _needs_quotes(string: str) -> bool:
     return _PATTERN.search(string) is not None or _spelled_value(string) != string
-
-
-def _write_value(call: ToolCall, value: Any) -> str:
-    """Strings as they are and True, False, None as Python writes them, as the models' templates do; others as JSON."""
-    if value is None or isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str) and not _needs_quotes(value):
-        return value
-    line = dump_json(call, value)
-    # every `<`, for between what is left of two tags a third may stand
-    return line.replace("<", "\\u003c") if _PATTERN.search(line) else line

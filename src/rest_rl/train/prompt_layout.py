@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 
 from rest_rl.config import AUTO
 from rest_rl.data.samples import ToolSample
-from rest_rl.formats import FORMATS, ToolFormat, format_of_template, get_format
+from rest_rl.formats import FORMATS, OpenedThinkFormat, ToolFormat, as_demonstrated, format_of_template, get_format
 from rest_rl.response import ToolCall
 
 THINK_SUFFIX = "+think"
@@ -148,7 +148,8 @@ def call_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
     functions = [call["function"] for call in message.get("tool_calls") or ()]
     calls, content = [ToolCall(f["name"], f["arguments"]) for f in functions], message.get("content") or ""
     try:
-        return get_format(tool_format.name.removesuffix(THINK_SUFFIX)).render(None, calls, content or None)
+        inner = tool_format.inner if isinstance(tool_format, OpenedThinkFormat) else tool_format
+        return as_demonstrated(inner).render(None, calls, content or None)
     except ValueError:  # a text with tags in it: there is no better way to write it than as it is
         return content
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from rest_rl.data.samples import ToolSample
-from rest_rl.formats import ToolFormat
+from rest_rl.formats import ToolFormat, as_demonstrated
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region
 from rest_rl.train.prompt_layout import PromptLayout
@@ -93,8 +93,10 @@ def labelled_dataset(
 ) -> Dataset:
     """Columns input_ids and labels (-100 on the prompt); ValueError for no samples."""
 
+    written = as_demonstrated(layout.format)
+
     def row(sample: ToolSample) -> dict[str, Any]:
-        response = layout.format.render(sample.thought, sample.gold.calls, sample.gold.answer)
+        response = written.render(sample.thought, sample.gold.calls, sample.gold.answer)
         ids, labels = encode(layout.render(sample), response, layout.tokenizer)
         return {"input_ids": ids, "labels": labels}
 
