@@ -94,7 +94,7 @@ def parquet_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         if len(batch) >= BATCH_ROWS:
             flush()
 
-    with parquet.ParquetWriter(path, schema) as writer:
+    with parquet.ParquetWriter(path, schema, write_statistics=False) as writer:
         yield write
         flush()
 
