@@ -67,7 +67,11 @@ SUPERVISED: dict[str, dict[str, float]] = {
     "tsft": {"format": 2.0, "name": 2.0, "arguments": 2.0},
     "rsft": {"reasoning": 2.0},
 }
-"""The supervised baselines: loss weight by region, 1 where absent, of mean 1 over each response; the factor is ours."""
+"""The supervised baselines: loss weight by region, 1 where absent, of mean 1 over each response.
+
+The factor of tsft is that of ms-swift's loss scale `hermes` on call blocks (https://github.com/modelscope/ms-swift), which
+the published code carries; that of rsft is ours.
+"""
 
 
 def get_preset(preset: str | Preset) -> Preset:
