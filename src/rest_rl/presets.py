@@ -69,8 +69,8 @@ SUPERVISED: dict[str, dict[str, float]] = {
 }
 """The supervised baselines: loss weight by region, 1 where absent, of mean 1 over each response.
 
-The factor of tsft is that of ms-swift's loss scale `hermes` on call blocks (https://github.com/modelscope/ms-swift), which
-the published code carries; that of rsft is ours.
+The factor of tsft is that of ms-swift's loss scale `hermes` on call blocks (https://github.com/modelscope/ms-swift),
+which the published code carries; that of rsft is ours.
 """
 
 
