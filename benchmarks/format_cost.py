@@ -16,7 +16,10 @@ from rest_rl.formats import FORMATS
 from rest_rl.response import ToolCall
 
 ROUNDS = 15
-WORDS = [
+WORDS = (
+    *("the", "user", "wants", "to", "know", "whether", "this", "tool", "can", "look", "up", "a", "city", "and", "its"),
+    *("weather", "so", "I", "should", "call", "it", "with"),
+)
     "the",
     "user",
     "wants",
