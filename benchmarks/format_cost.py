@@ -20,29 +20,6 @@ WORDS = (
     *("the", "user", "wants", "to", "know", "whether", "this", "tool", "can", "look", "up", "a", "city", "and", "its"),
     *("weather", "so", "I", "should", "call", "it", "with"),
 )
-    "the",
-    "user",
-    "wants",
-    "to",
-    "know",
-    "whether",
-    "this",
-    "tool",
-    "can",
-    "look",
-    "up",
-    "a",
-    "city",
-    "and",
-    "its",
-    "weather",
-    "so",
-    "I",
-    "should",
-    "call",
-    "it",
-    "with",
-]
 
 
 def main() -> None:
