@@ -21,7 +21,10 @@ TOOL = {"name": "w", "parameters": {"type": "object", "properties": {"n": {"type
 
 def dialogue(number: int, value: Any = 1, tool: str = "w") -> dict[str, Any]:
     call = {"function": {"name": tool, "arguments": {"n": value}}}
-    turns = [{**ASKED, "content": f"{ASKED['content']} {number}"}, {"role": "assistant", "tool_calls": [call]}]
+    turns = [
+        {**ASKED, "content": f"{ASKED['content']} {number}"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+    ]
     return {
         "id": number,
         "messages": [*turns, {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "Rain."}],
@@ -126,6 +129,7 @@ def test_convert_round_trip(rows: Path, tmp_path: Path, ending: str, capsys: pyt
     samples, _ = read_checked(str(rows))
     again, report = read_checked(str(out))
     assert again == samples
+    assert {sample.preamble for sample in again if sample.gold.calls} == {"I look."}
     assert (report.kept, report.reasons) == (7, {})
     rejected = [json.loads(line) for line in (tmp_path / "deep" / "out.rejected.jsonl").read_text().splitlines()]
     assert [(row["row"], row["status"], row["reasons"][0]["reason"]) for row in rejected] == [
@@ -188,6 +192,7 @@ def test_show_a_row(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "row 2" in out
     assert "repaired: number_as_string" in out
     assert "user: Weather in [Oslo]? 2" in out
+    assert "before its calls it says: I look." in out
     assert '<tool_call>\n{"name": "w", "arguments": {"n": 5}}\n</tool_call>' in out
     assert "<response> Rain. </response>" in run(capsys, "show", rows, 2, "--format", "toolrl")[1]
     assert "{oops" in run(capsys, "show", rows, 4)[1]

@@ -110,6 +110,12 @@ def test_the_thought_names_the_tools_by_their_new_names() -> None:
     assert old.name not in json.dumps([new.thought, new.tools])
 
 
+def test_what_is_said_before_the_calls_names_the_tools_by_their_new_names() -> None:
+    sample = next(each for each in tool_world(0, 20) if each.gold.calls)
+    new = masked(replace(sample, thought=None, preamble=f"I use `{sample.gold.calls[0].name}`."), 1.0, 0)
+    assert (new.thought, new.preamble) == (None, f"I use `{new.gold.calls[0].name}`.")
+
+
 def test_a_prompt_that_holds_the_names_is_left_as_it_is() -> None:
     sample = replace(tool_world(0, 1)[0], tools_in_prompt=True)
     assert masked(sample, 1.0, 0) == sample

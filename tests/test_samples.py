@@ -54,10 +54,28 @@ def test_histories_hold_calls_as_objects_and_no_reasoning() -> None:
     assert all("reasoning_content" not in message for message in last.messages)
 
 
-def test_text_beside_calls_is_reasoning() -> None:
-    turn = {"role": "assistant", "content": "Let me add.", "tool_calls": [CALL]}
-    sample = decompose(Dialogue("d", (MESSAGES[1], turn), (TOOL,)))[0]
-    assert (sample.thought, sample.gold.answer) == ("Let me add.", None)
+@pytest.mark.parametrize(
+    ("turn", "thought", "preamble"),
+    [
+        ({"content": "Let me add."}, None, "Let me add."),
+        ({"content": "Let me add.", "reasoning_content": "A sum."}, "A sum.", "Let me add."),
+        ({"content": "<think> A sum. </think>\nLet me add."}, "A sum.", "Let me add."),
+        ({"content": " ", "reasoning_content": "A sum."}, "A sum.", None),
+    ],
+)
+def test_text_beside_calls_is_said_before_them(turn: dict[str, Any], thought: str | None, preamble: str | None) -> None:
+    """No reasoning and no answer; later histories have it, as the user saw it."""
+    result = {"role": "tool", "content": "3", "tool_call_id": "c1"}
+    turns = (MESSAGES[1], {"role": "assistant", **turn, "tool_calls": [CALL]}, result, MESSAGES[-1])
+    sample, last = decompose(Dialogue("d", turns, (TOOL,)))
+    assert (sample.thought, sample.preamble, sample.gold.answer) == (thought, preamble, None)
+    assert (last.preamble, last.gold.answer) == (None, "Welcome.")
+    told = last.messages[1]
+    assert (told["content"], len(told["tool_calls"]), "reasoning_content" in told) == (preamble or "", 1, False)
+    row = to_json(sample)
+    assert row.get("preamble") == preamble
+    assert ("preamble" in row) == (preamble is not None)
+    assert from_json(json.loads(json.dumps(row))) == sample
 
 
 def test_a_dialogue_without_assistant_turns_gives_no_sample() -> None:
@@ -120,6 +138,7 @@ def test_json_of_a_sample_is_plain() -> None:
         ({"gold": {"calls": [], "answer": 3}}, "answer"),
         ({"id": 3}, "id = 3"),
         ({"thought": 1}, "thought"),
+        ({"preamble": 1}, "preamble"),
         ({"messages": []}, "no messages"),
         ({"tools": ["f"]}, "write each tool as an object"),
         ({"gold": {"calls": [{"function": None}], "answer": None}}, "tool call"),

@@ -117,4 +117,6 @@ def _show_gold(sample: ToolSample, chosen: ToolFormat, console: Console) -> None
     except ValueError as error:  # a thought that quotes the tags
         console.print(f"without its thought: {error}", style="dim", highlight=False, soft_wrap=True, markup=False)
         text = chosen.render(None, sample.gold.calls, sample.gold.answer)
+    if sample.preamble:
+        console.print(f"before its calls it says: {sample.preamble}", highlight=False, soft_wrap=True, markup=False)
     console.print(coloured(pieces(text, chosen.parse(text).spans)), soft_wrap=True)

@@ -74,6 +74,7 @@ def renamed(sample: ToolSample, names: Names) -> ToolSample:
         tools=tuple(_renamed_tool(tool, names) for tool in sample.tools),
         gold=Gold(calls, sample.gold.answer),
         thought=None if sample.thought is None else _renamed_text(sample.thought, names),
+        preamble=None if sample.preamble is None else _renamed_text(sample.preamble, names),
     )
 
 

@@ -38,7 +38,8 @@ class ToolSample:
 
     `messages` never hold the turn itself. `thought` is the demonstration's reasoning, if it has one. `kind` names the
     sort of task and is the row of every result table. With `tools_in_prompt` the messages describe the tools in their
-    own words: `tools` then serve the checks and are not given to a chat template.
+    own words: `tools` then serve the checks and are not given to a chat template. `preamble` is what the turn says
+    before its calls; it is no answer, since the turn waits for results.
     """
 
     id: str
@@ -48,6 +49,7 @@ class ToolSample:
     thought: str | None = None
     kind: str = "single"
     tools_in_prompt: bool = False
+    preamble: str | None = None
 
 
 class BadTurn(NamedTuple):
@@ -61,9 +63,10 @@ class BadTurn(NamedTuple):
 def decompose(dialogue: Dialogue) -> list[ToolSample]:
     """One sample per assistant turn, each with the full history before it; K assistant turns give K samples.
 
-    Text beside tool calls is that turn's reasoning and no answer: a turn that calls tools waits for their results.
+    Text beside tool calls is that turn's preamble and no answer: a turn that calls tools waits for their results.
     Reasoning (`reasoning_content` or a leading `<think>` block) is left out of the histories, as Qwen3's chat template
-    does. ValueError on messages that are not a dialogue. A dialogue without assistant turns gives no sample.
+    does; what was said stays. ValueError on messages that are not a dialogue. A dialogue without assistant turns gives
+    no sample.
     """
     samples, bad = decompose_around(dialogue)
     if bad:
@@ -87,11 +90,11 @@ def decompose_around(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn
         except ValueError as error:
             return samples, [BadTurn(index, str(error)), *_turns_after(dialogue, index)]
         if message["role"] == "assistant":
-            thought, answer, calls = _split_turn(message)
-            gold = Gold(calls=calls, answer=answer)
-            identity = f"{dialogue.id}/{len(samples)}"
-            samples.append(ToolSample(identity, tuple(history), dialogue.tools, gold, thought, dialogue.kind))
-            message = _without_reasoning(message, answer)
+            thought, said, calls = _split_turn(message)
+            gold, preamble = (Gold(calls), said) if calls else (Gold((), said), None)
+            identity, shown = f"{dialogue.id}/{len(samples)}", tuple(history)
+            samples.append(ToolSample(identity, shown, dialogue.tools, gold, thought, dialogue.kind, preamble=preamble))
+            message = _without_reasoning(message, said)
         history.append(message)
     return samples, []
 
@@ -141,21 +144,19 @@ def _checked_call(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _split_turn(message: Mapping[str, Any]) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:
-    """(thought, answer, calls) of an assistant message."""
+    """(thought, text, calls) of an assistant message; the text is its answer, or stands beside its calls."""
     text = (message.get("content") or "").strip()
     thought = (message.get("reasoning_content") or "").strip()
     if match := _THINK.match(text):
         thought, text = thought or match.group(1).strip(), text[match.end() :].strip()
     functions = [call["function"] for call in message.get("tool_calls") or ()]
     calls = tuple(ToolCall(function["name"], function["arguments"]) for function in functions)
-    if calls:
-        return thought or text or None, None, calls
     return thought or None, text or None, calls
 
 
-def _without_reasoning(message: Mapping[str, Any], answer: str | None) -> dict[str, Any]:
+def _without_reasoning(message: Mapping[str, Any], said: str | None) -> dict[str, Any]:
     kept = {key: value for key, value in message.items() if key != "reasoning_content"}
-    return {**kept, "content": answer or ""}
+    return {**kept, "content": said or ""}
 
 
 def to_json(sample: ToolSample) -> dict[str, Any]:
@@ -169,7 +170,8 @@ def to_json(sample: ToolSample) -> dict[str, Any]:
         "gold": {"calls": calls, "answer": sample.gold.answer},
         "thought": sample.thought,
     }
-    return {**row, "tools_in_prompt": True} if sample.tools_in_prompt else row
+    present = {"tools_in_prompt": sample.tools_in_prompt, "preamble": sample.preamble}
+    return {**row, **{name: value for name, value in present.items() if value}}
 
 
 def from_json(row: Mapping[str, Any]) -> ToolSample:
@@ -186,6 +188,7 @@ def from_json(row: Mapping[str, Any]) -> ToolSample:
         thought=_field(row, "thought", (str, type(None)), where),
         kind=_field({"kind": "single", **row}, "kind", str, where),
         tools_in_prompt=_field({"tools_in_prompt": False, **row}, "tools_in_prompt", bool, where),
+        preamble=(_field(row, "preamble", (str, type(None)), where) or "").strip() or None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rest_rl.data.chat import chat_message, samples_of
@@ -39,12 +40,8 @@ def load_toolace(row: Mapping[str, Any], identity: str, keep_prompts: bool) -> t
         messages.insert(0, {"role": "system", "content": system})
     samples, found = samples_of(Dialogue(identity, tuple(messages), tools), found)
     if keep_prompts:
-        samples = [ToolSample(*_fields(sample), tools_in_prompt=True) for sample in samples]
+        samples = [replace(sample, tools_in_prompt=True) for sample in samples]
     return samples, found
-
-
-def _fields(sample: ToolSample) -> tuple[Any, ...]:
-    return sample.id, sample.messages, sample.tools, sample.gold, sample.thought, sample.kind
 
 
 def _called(text: str, count: int) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def parquet_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
     text = pa.string()
     columns = {"id": text, "kind": text, "messages": text, "tools": text, "gold": text, "thought": text}
-    schema = pa.schema({**columns, "tools_in_prompt": pa.bool_()})
+    schema = pa.schema({**columns, "preamble": text, "tools_in_prompt": pa.bool_()})
     batch: list[dict[str, Any]] = []
 
     def flush() -> None:
@@ -89,7 +89,7 @@ def parquet_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         batch.clear()
 
     def write(row: Mapping[str, Any]) -> None:
-        texts = {name: _encodable(row[name]) for name in ("id", "kind", "thought")}
+        texts = {name: _encodable(row.get(name)) for name in ("id", "kind", "thought", "preamble")}
         batch.append({**row, **texts, **{name: as_json(row[name]) for name in _NESTED}})
         if len(batch) >= BATCH_ROWS:
             flush()
