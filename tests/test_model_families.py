@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rest_rl.cli import main
-from rest_rl.config import RunConfig
+from rest_rl.config import ModelTable, RunConfig
 from rest_rl.data.check import read_checked
 from rest_rl.data.samples import ToolSample
+from rest_rl.formats import Qwen3CoderFormat
 from rest_rl.regions import decode_ids, tag_regions
-from rest_rl.response import Region
+from rest_rl.response import Gold, Region
 from rest_rl.rewards import exact_match
 from rest_rl.runlog import read_run
+from rest_rl.train.policy import load_policy
 from rest_rl.train.prompt_layout import PromptLayout, resolve_format
 from rest_rl.train.prompts import encode, training_dataset
+from rest_rl.train.sft import labelled_dataset
 from tests.model_families import DIALOGUES, FAMILIES, family_tokenizer, save_dialogues, save_family
 
 RL = ["trl.max_steps=2", "trl.num_generations=2", "trl.per_device_train_batch_size=4", "trl.max_completion_length=12"]
@@ -62,7 +66,7 @@ def test_prompts_hold_tools_and_history_and_one_first_token(name: str, samples: 
     tokenizer = family_tokenizer(name)
     layout = PromptLayout(tokenizer, FAMILIES[name].tool_format)
     assert layout.is_native
-    assert layout.doubles_bos is (FAMILIES[name].bos is not None)
+    assert layout.first_token == (FAMILIES[name].bos or "")
     for sample in samples:
         text = layout.render(sample)
         assert text.count("Flights to a city") == 1
@@ -117,23 +121,42 @@ def test_demonstrations_are_learnt(name: str, folders: dict[str, Path], data: Pa
     assert losses[-1] < losses[0] - 0.5
 
 
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(40)[None]).logits
+
+
 def test_lora_trains_resumes_and_goes_on_into_reinforcement_learning(
-    folders: dict[str, Path], data: Path, tmp_path: Path
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sft, rl = tmp_path / "sft", tmp_path / "rl"
+    sft, rl, still = tmp_path / "sft", tmp_path / "rl", tmp_path / "still"
     command = ["--data", str(data), "--lora", "4", "--set", "model.dtype=float32"]
     assert main(["sft", "--model", str(folders["llama3_2"]), *command, *options(SFT), "--out", str(sft)]) == 0
     losses = [row["loss"] for row in read_run(sft).metrics]
     assert losses[-1] < losses[0]
-    assert (sft / "model" / "adapter_model.safetensors").is_file()
     adapter = json.loads((sft / "model" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (4, 8)
     for last in (sft / "checkpoints").glob("checkpoint-6"):
         (last / "trainer_state.json").unlink()
     assert main(["train", "--resume", "--out", str(sft)]) == 0
     assert [row["loss"] for row in read_run(sft).metrics] == losses
-    assert main(["train", "--model", str(sft / "model"), *command, *options(RL), "--out", str(rl)]) == 0
-    assert (rl / "model" / "adapter_model.safetensors").is_file()
+
+    # the second run goes on with the first one's adapter: at a learning rate of 0 it ends where that one ended
+    chain = ["train", "--model", str(sft / "model"), *command, *options(RL)]
+    assert main([*chain, "--set", "trl.learning_rate=0.0", "--out", str(still)]) == 0
+    assert main([*chain, "--set", "trl.learning_rate=1e-2", "--out", str(rl)]) == 0
+    base = AutoModelForCausalLM.from_pretrained(folders["llama3_2"])
+    warm, same = (load_policy(ModelTable(path=str(run / "model")), {"r": 4})[0] for run in (sft, still))
+    assert torch.equal(logits_of(warm), logits_of(same))
+    assert not torch.allclose(logits_of(warm), logits_of(base), atol=1e-2)
+    assert json.loads((rl / "model" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        folders["llama3_2"]
+    )
+    merged = load_policy(ModelTable(path=str(sft / "model")))[0]
+    assert torch.allclose(logits_of(warm), logits_of(merged), atol=1e-4)
+
+    assert main([*chain, "--set", "peft.r=8", "--out", str(tmp_path / "other")]) == 2
+    assert "got peft.r = 8 for the adapter" in capsys.readouterr().err
 
 
 def test_a_run_killed_after_its_last_step_keeps_its_adapter(
@@ -163,6 +186,127 @@ def test_another_format_than_the_template_s_is_described_in_words(samples: list[
     assert '<obs> {"sky": "clear"} </obs>' in text
     assert "Respond in the format" not in text  # Llama's own words
     assert len(training_dataset(samples, tokenizer, name)) == len(samples)
+
+
+def test_a_format_of_one_s_own_is_described_in_words_unless_it_says_it_is_native(samples: list[ToolSample]) -> None:
+    class Own(Qwen3CoderFormat):
+        """A user's format."""
+
+    own = Own(name="own")
+    text = PromptLayout(family_tokenizer("qwen3"), own).render(samples[0])
+    assert own.instructions(samples[0].tools)[:40] in text
+    assert "return a json object" not in text  # Hermes' own words
+    object.__setattr__(own, "is_native", True)
+    assert "return a json object" in PromptLayout(family_tokenizer("qwen3"), own).render(samples[0])
+
+
+def test_a_format_that_needs_its_tags_is_described_without_tools_too() -> None:
+    sample = ToolSample("s", ({"role": "user", "content": "hi"},), (), Gold((), "hello"))
+    assert "<response>" in PromptLayout(family_tokenizer("qwen3"), "toolrl").render(sample)
+    assert "system" not in PromptLayout(family_tokenizer("qwen3"), "llama3").render(sample)
+
+
+def test_a_first_token_that_only_the_tokenizer_adds_is_in_every_prompt_once(samples: list[ToolSample]) -> None:
+    tokenizer = family_tokenizer("llama3_2")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{- bos_token }}", "")
+    layout = PromptLayout(tokenizer, "llama3")
+    text = layout.render(samples[0])
+    assert text.count("<|begin_of_text|>") == 1
+    sampled = tokenizer(layout.training_text(samples[0]))["input_ids"]
+    assert sampled == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_without_thinking_demonstrations_do_not_think(samples: list[ToolSample]) -> None:
+    tokenizer = family_tokenizer("qwen3")
+    thoughtful = [replace(sample, thought="I should look.") for sample in samples]
+    for variables, thinks in (({"enable_thinking": False}, False), ({}, True)):
+        layout = PromptLayout(tokenizer, "hermes", variables)
+        row = labelled_dataset(thoughtful, layout)[0]
+        assert layout.closes_think is not thinks
+        learnt = tokenizer.decode([label for label in row["labels"] if label != -100])
+        assert ("I should look." in learnt) is thinks
+        assert tokenizer.decode(row["input_ids"]).count("</think>") == 1
+
+
+def test_text_before_calls_is_learnt_as_text_where_the_format_has_room_for_it(samples: list[ToolSample]) -> None:
+    said = [replace(samples[0], preamble="Let me check.", thought=None)]
+    for family, name, expected in (
+        ("llama3_2", "llama3", 'Let me check.\n\n{"name"'),
+        ("qwen3", "hermes", "Let me check.\n<tool_call>"),
+        ("qwen3", "toolrl", "<think> Let me check. </think>\n<tool_call>"),
+    ):
+        tokenizer = family_tokenizer(family)
+        row = labelled_dataset(said, PromptLayout(tokenizer, name))[0]
+        assert expected in tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def test_demonstrations_that_are_too_long_are_accounted_for(
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = PromptLayout(family_tokenizer("qwen3"), "hermes")
+    sizes = sorted(len(row) for row in labelled_dataset(read_checked(str(data))[0], layout)["input_ids"])
+    limit = sizes[len(sizes) // 2]
+    command = ["sft", "--model", str(folders["qwen3"]), "--data", str(data), *options(SFT)]
+    assert main([*command, "--set", f"trl.max_length={limit}", "--out", str(tmp_path)]) == 0
+    left_out = sum(size > limit for size in sizes)
+    assert f"{left_out} of these samples cannot be laid out" in " ".join(capsys.readouterr().out.split())
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert len(rejected) == left_out == read_run(tmp_path).summary["data"]["refused"]
+    assert all("trl.max_length" in row["reason"] for row in rejected)
+
+
+def test_held_out_samples_are_accounted_for(
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parallel = json.loads(json.dumps(DIALOGUES[0]))
+    parallel["messages"][2]["tool_calls"] *= 2  # Llama's template takes one call at a time
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps(parallel) + "\n{torn\n")
+    command = ["train", "--model", str(folders["llama3_2"]), "--data", str(data), *options(RL)]
+    command += ["--set", f"data.held_out={str(held_out)!r}"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 rows, 1 kept, 0 repaired, 1 rejected" in shown
+    assert "2 cannot be laid out" in shown  # the turns after the two calls
+    assert read_run(tmp_path / "run").summary["after"]["n"] == 1
+    held_out.write_text("{torn\n")
+    assert main([*command, "--out", str(tmp_path / "never")]) == 2
+    assert "none of whose 1 rows gives a sample" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_resumed_run_goes_on_with_the_same_data(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = save_dialogues(tmp_path / "data.jsonl"), tmp_path / "run"
+    command = ["train", "--model", str(folders["qwen3"]), "--data", str(data), *options(RL), "--out", str(run)]
+    assert main(command) == 0
+    (run / "checkpoints" / "checkpoint-2" / "trainer_state.json").unlink()
+    whole = data.read_text()
+    data.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    assert main(["train", "--resume", "--out", str(run)]) == 2
+    assert "got --resume with other training data" in capsys.readouterr().err
+    data.write_text(whole)
+    assert main([*command, "--resume"]) == 0
+
+
+def test_kept_prompts_need_their_format(
+    folders: dict[str, Path], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--model", str(folders["qwen3"]), "--data", str(data), "--set", "data.keep_prompts=true"]
+    assert main([*command, "--out", "never"]) == 2
+    assert "toolrl for ToolRL and API-Bank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_sft_takes_what_train_takes(resume: bool, folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text('[rest]\npreset = "rsft"\n')
+    command = ["sft", str(run_file), "--model", str(folders["qwen3"]), "--data", str(data), *options(SFT)]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    if resume:
+        assert main(["sft", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert RunConfig.from_toml(read_run(tmp_path / "run").config).rest.preset == "rsft"
 
 
 def test_a_template_that_opens_the_think_block_is_told_by_its_prompt() -> None:

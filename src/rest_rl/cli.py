@@ -97,7 +97,7 @@ def _add_sft(verbs: argparse._SubParsersAction[Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_run_options(verb)
-    verb.add_argument("--out", metavar="DIR", default="runs/sft", help="where the model goes (default: %(default)s)")
+    verb.add_argument("--out", metavar="DIR", help="the run folder, or where the embedded model goes (runs/sft)")
 
 
 def _add_run_options(verb: argparse.ArgumentParser) -> None:

@@ -83,7 +83,9 @@ def train(arguments: argparse.Namespace) -> int:
     data = read_data(config, layout, screen.say)
     if arguments.dry_run:
         return dry_run(config, args, layout, data, console)
-    model, _ = load_policy(replace(config.model, dtype=config.weights_dtype))
+    if arguments.resume:
+        check_same_data(data, RunLog(config.run.out))
+    model, _ = load_policy(replace(config.model, dtype=config.weights_dtype), config.peft)
     bench = Bench(model, layout, data.held_out, config)
     log, checkpoint = open_run(config, arguments, args, screen, enabled=is_first)
     what = f"preset {config.rest.preset}, {len(data.samples)} prompts, {len(bench.prompts)} held out"
@@ -117,6 +119,11 @@ def laid_out(config: RunConfig, console: Console) -> tuple[RunConfig, PromptLayo
     """The run with its format resolved, which is said aloud, and how prompts are laid out."""
     tokenizer = policy_tokenizer(config.model)
     variables = config.model.chat_template_kwargs
+    if config.data.keep_prompts and config.rest.format == AUTO:
+        raise ValueError(
+            "got data.keep_prompts without a format, expected the one that the kept prompts ask for; set rest.format: "
+            "toolrl for ToolRL and API-Bank, pythonic for ToolACE"
+        )
     name, why = resolve_format(config.rest.format, tokenizer, variables)
     console.print(f"format {name}: {why}", highlight=False)
     if unread := unread_keys(config):
@@ -127,24 +134,28 @@ def laid_out(config: RunConfig, console: Console) -> tuple[RunConfig, PromptLayo
 def keep_last(checkpoint: Checkpoint, bench: Bench, log: RunLog) -> int:
     """Finish a run that was killed after its last step: keep its model and measure that; returns the step."""
     assert checkpoint.folder is not None
-    model, _ = load_policy(replace(bench.config.model, path=str(checkpoint.folder), load_in_4bit=False))
-    bench.model = model.to(torch.accelerator.current_accelerator() or "cpu")
     log.keep_model(checkpoint.folder)
+    if bench.prompts:
+        table = replace(bench.config.model, path=str(checkpoint.folder), dtype=bench.config.weights_dtype)
+        model, _ = load_policy(table, bench.config.peft)
+        bench.model = model.to(torch.accelerator.current_accelerator() or "cpu")
     return checkpoint.step
 
 
 def sft(arguments: argparse.Namespace) -> int:
-    """Train the small model of the tool world from nothing; with a model or data, fine-tune as `train --preset sft`."""
-    if arguments.run or arguments.model or arguments.data or arguments.resume or arguments.dry_run:
-        arguments.preset = arguments.preset or "sft"
-        arguments.out = None if arguments.out == SFT_OUT else arguments.out
+    """Train the small model of the tool world from nothing; asked for anything of a run, `train --preset sft`."""
+    asked = (arguments.run, arguments.model, arguments.data, arguments.preset, arguments.format, arguments.lora)
+    if any(asked) or arguments.resume or arguments.dry_run:
+        in_file = arguments.run and read_run_file(arguments.run, arguments.set).rest.is_supervised
+        if not (arguments.preset or in_file or arguments.resume):
+            arguments.preset = "sft"
         return train(arguments)
     from rest_rl.train.warm_start import WarmStartConfig, warm_start
 
     if not arguments.debug:
         quiet_libraries()
     changes = apply_overrides({}, arguments.set)
-    warm_start(overridden(WarmStartConfig(), changes, "sft"), Path(arguments.out), Console().print)
+    warm_start(overridden(WarmStartConfig(), changes, "sft"), Path(arguments.out or SFT_OUT), Console().print)
     return 0
 
 
@@ -204,13 +215,24 @@ def refuse_changes(asked: Mapping[str, Any], recorded: Mapping[str, Any]) -> Non
         )
 
 
+def check_same_data(data: TrainingData, log: RunLog) -> None:
+    """ValueError if a resumed run would go on with other samples than it began with."""
+    recorded = log.read_summary().get("data", {})
+    if recorded.get("digest", data.digest) != data.digest:
+        raise ValueError(
+            f"got --resume with other training data than the run in {log.folder} began with (then "
+            f"{recorded.get('samples')} samples, now {len(data.samples)}), expected the same; restore the file, or "
+            "start anew with another --out"
+        )
+
+
 def keep_account(data: TrainingData, log: RunLog, screen: Screen) -> None:
     """What training was given and what not, in the run folder; what the model cannot hold is said aloud."""
     if refused := [row for row in data.rejected if "sample" in row]:
         first = f"{refused[0]['sample']}: {refused[0]['reason']:.200}"
         screen.say(f"{len(refused)} of these samples cannot be laid out and are left out; the first, {first}")
     log.write_rejected(data.rejected)
-    log.update_summary(data={**data.report, "refused": len(refused)})
+    log.update_summary(data={**data.report, "refused": len(refused), "digest": data.digest})
 
 
 def dry_run(config: RunConfig, args: Any, layout: PromptLayout, data: TrainingData, console: Console) -> int:

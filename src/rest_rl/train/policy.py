@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers.utils import find_adapter_config_file
 
-from rest_rl.config import AUTO, EMBEDDED, ModelTable, unknown_key
+from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key
 
 ADAPTER = "adapter_config.json"
 
@@ -26,10 +28,11 @@ def embedded_model() -> Path:
     return folder
 
 
-def load_policy(config: ModelTable) -> tuple[Any, Any]:
+def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """(model, tokenizer), left padded; ValueError if either cannot be read or the tokenizer has no chat template.
 
-    The folder of an adapter gives its base model with the adapter merged in.
+    An adapter's folder gives its base model with the adapter: to be trained on with `[peft]`, which must not differ
+    from it, and else merged in, in float32, for all weights to be trained.
     """
     tokenizer = policy_tokenizer(config)
     path, adapter = base_and_adapter(config)
@@ -38,21 +41,35 @@ def load_policy(config: ModelTable) -> tuple[Any, Any]:
     if config.attn_implementation:
         settings["attn_implementation"] = config.attn_implementation
     if config.load_in_4bit:
-        settings["quantization_config"] = four_bits(adapter)
+        settings["quantization_config"] = four_bits()
+    if adapter is not None and not peft:
+        settings["dtype"] = torch.float32  # a merge in 16 bits would round most of a small adapter away
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **settings)
         if adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+            model = with_adapter(model, adapter, peft, dtype)
     except Exception as error:  # the loaders raise a dozen types: OSError, SafetensorError, KeyError, ...
         raise unreadable("model", path, error) from error
     return model, tokenizer
 
 
+def with_adapter(model: Any, adapter: str, peft: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
+    """The model with its adapter, to be trained on or merged in."""
+    from peft import PeftModel
+
+    if peft:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().to(dtype)
+
+
 def policy_tokenizer(config: ModelTable) -> Any:
-    """The tokenizer of a policy: fast, left padded, with a chat template and an end of sequence, or a ValueError."""
+    """The tokenizer of a policy: fast, left padded, with a chat template and an end of sequence, or a ValueError.
+
+    An adapter without a tokenizer of its own has its base model's.
+    """
     path = embedded_model() if config.path == EMBEDDED else config.path
+    if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
+        path, _ = base_and_adapter(config)
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     if not tokenizer.chat_template:
         raise ValueError(
@@ -76,32 +93,45 @@ def policy_config(config: ModelTable) -> Any:
         raise unreadable("model", path, error) from error
 
 
-def base_and_adapter(config: ModelTable) -> tuple[str | Path, Path | None]:
-    """(where the weights are, the adapter to merge into them or None)."""
+def base_and_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
+    """(where the weights are, the adapter that goes with them or None), for a folder as for a hub name."""
     if config.path == EMBEDDED:
         return embedded_model(), None
-    folder = Path(config.path)
-    if not (folder / ADAPTER).is_file():
+    recorded = adapter_record(config.path)
+    if recorded is None:
         return config.path, None
     if importlib.util.find_spec("peft") is None:
         raise ValueError(
-            f"got {folder}, the folder of an adapter, without the package peft; pip install 'rest-rl[peft]'"
+            f"got {config.path}, an adapter, without the package peft, expected it; pip install 'rest-rl[peft]'"
         )
-    try:
-        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable("adapter", folder, error) from error
+    base = recorded.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"got the adapter {config.path} without base_model_name_or_path, expected it; add it")
     # The embedded model lies in the package, which may have moved since the adapter was trained.
-    return (embedded_model() if Path(base).name == embedded_model().name and not Path(base).exists() else base), folder
+    moved = Path(base).name == embedded_model().name and not Path(base).exists()
+    return (embedded_model() if moved else base), config.path
 
 
-def four_bits(adapter: Path | None) -> BitsAndBytesConfig:
+def adapter_record(path: str) -> dict[str, Any] | None:
+    """The configuration of an adapter, None for a whole model; ValueError if it cannot be read."""
+    file = str(Path(path) / ADAPTER) if Path(path).is_dir() else hub_adapter(path)
+    if file is None or not Path(file).is_file():
+        return None
+    try:
+        recorded = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable("adapter", path, error) from error
+    return recorded if isinstance(recorded, dict) else {}
+
+
+@functools.cache
+def hub_adapter(name: str) -> str | None:
+    """The configuration file of an adapter on the hub; None for a whole model, or where the hub cannot be reached."""
+    return find_adapter_config_file(name)
+
+
+def four_bits() -> BitsAndBytesConfig:
     """Weights in NF4, computed in bfloat16; ValueError where this cannot be."""
-    if adapter is not None:
-        raise ValueError(
-            f"got load_in_4bit with the adapter {adapter}, expected a whole model; an adapter is merged into its base, "
-            "which 4-bit weights would round: merge it once in 16 bits (load_policy, save_pretrained) and load that"
-        )
     if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             "got model.load_in_4bit = true, expected a CUDA device and the package bitsandbytes; "
@@ -113,6 +143,26 @@ def four_bits(adapter: Path | None) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def new_adapter(config: RunConfig) -> Any | None:
+    """The LoraConfig of the adapter that a run adds; None without `[peft]` and where the model brings its own.
+
+    ValueError for a `[peft]` that differs from the adapter it is to go on with.
+    """
+    asked = lora_config(config.peft)
+    recorded = None if config.model.path == EMBEDDED or asked is None else adapter_record(config.model.path)
+    if recorded is None:
+        return asked
+    differing = [name for name, value in config.peft.items() if recorded.get(name) != value]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"got peft.{name} = {config.peft[name]!r} for the adapter {config.model.path}, whose own is "
+            f"{recorded.get(name)!r}, expected the same, because the run goes on with that adapter; change it, or "
+            "leave [peft] out to merge the adapter and train all weights"
+        )
+    return None
 
 
 def lora_config(table: Mapping[str, Any]) -> Any | None:

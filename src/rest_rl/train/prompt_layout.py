@@ -11,10 +11,9 @@ from jinja2 import TemplateError
 from rest_rl.config import AUTO
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import FORMATS, OpenedThinkFormat, ToolFormat, as_demonstrated, format_of_template, get_format
+from rest_rl.formats.opened_think import OPENINGS, SUFFIX
 from rest_rl.response import ToolCall
 
-THINK_SUFFIX = "+think"
-"""Of a format's name: the prompt has opened the think block already."""
 FALLBACK = "hermes"
 """The format described in a system message to a model whose template shows no known one."""
 PROBE = {"role": "user", "content": "?"}
@@ -46,25 +45,28 @@ class PromptLayout:
         self.tokenizer, self.format, self.variables = tokenizer, get_format(tool_format), dict(variables or {})
 
     def render(self, sample: ToolSample) -> str:
-        """The prompt text up to where the response begins; ValueError when the template fails on the sample."""
+        """The prompt text up to where the response begins; ValueError when the template fails on the sample.
+
+        A beginning-of-sequence token that the tokenizer adds by itself stands in it, also where the template has none.
+        """
         messages, tools = [dict(message) for message in sample.messages], list(sample.tools)
         if sample.tools_in_prompt:
             tools = []
-        elif not self.is_native and (tools or any(message["role"] in CALLING for message in messages)):
+        elif not self.is_native:
             messages, tools = as_text(messages, tools, self.format), []
         try:
-            return self._apply_either(messages, tools)
+            text = self._apply_either(messages, tools)
         except TEMPLATE_ERRORS as error:
             raise ValueError(
                 f"sample {sample.id!r}: the model's chat template failed ({type(error).__name__}: {error}); expected "
                 "messages and tools that it can lay out; complete the row (tools need name, description and "
                 "parameters)"
             ) from error
+        return self.first_token + text.removeprefix(self.first_token)
 
     def training_text(self, sample: ToolSample) -> str:
-        """As `render`, but without the beginning-of-sequence token that TRL's tokenising adds once more."""
-        text = self.render(sample)
-        return text.removeprefix(self.tokenizer.bos_token) if self.doubles_bos else text
+        """As `render`, but without the first token that TRL's tokenising adds once more."""
+        return self.render(sample).removeprefix(self.first_token)
 
     def count_tokens(self, sample: ToolSample) -> int:
         """How many tokens the prompt has; 0 where the template fails, which is found again when it is laid out."""
@@ -75,33 +77,41 @@ class PromptLayout:
 
     @cached_property
     def is_native(self) -> bool:
-        """Whether the template itself describes tools and writes calls in this layout's format."""
-        base = self.format.name.removesuffix(THINK_SUFFIX)
-        is_known = base not in FORMATS or template_format(self.tokenizer) == base
+        """Whether the template itself describes tools and writes calls in this layout's format.
+
+        A format of one's own says so by an attribute `is_native`.
+        """
+        inner = self.format.inner if isinstance(self.format, OpenedThinkFormat) else self.format
+        is_known = template_format(self.tokenizer) == inner.name or getattr(inner, "is_native", False)
         return is_known and self._renders_tools
 
     @cached_property
     def opens_think(self) -> bool:
         """Whether a prompt ends in an open think block."""
-        try:
-            return self._apply([PROBE], []).rstrip().endswith(("<think>", "[THINK]"))
-        except TEMPLATE_ERRORS:
-            return False
+        return self._probe.rstrip().endswith(OPENINGS)
 
     @cached_property
-    def doubles_bos(self) -> bool:
-        """Whether tokenising a prompt's text would add a second beginning-of-sequence token."""
+    def closes_think(self) -> bool:
+        """Whether a prompt ends in a think block that is closed already: the model is not to think."""
+        return self._probe.rstrip().endswith(("</think>", "[/THINK]"))
+
+    @cached_property
+    def first_token(self) -> str:
+        """The beginning-of-sequence token where the tokenizer adds it by itself, else nothing."""
         bos = self.tokenizer.bos_token
+        return bos if bos and self.tokenizer("x")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
+
+    @cached_property
+    def _probe(self) -> str:
         try:
-            begins = bool(bos) and self._apply([PROBE], []).startswith(bos)
+            return self._apply([PROBE], [])
         except TEMPLATE_ERRORS:
-            return False
-        return begins and self.tokenizer(bos + "x")["input_ids"][:2] == [self.tokenizer.bos_token_id] * 2
+            return ""
 
     @cached_property
     def _renders_tools(self) -> bool:
         try:
-            return self._apply([PROBE], [PROBE_TOOL]) != self._apply([PROBE], [])
+            return self._apply([PROBE], [PROBE_TOOL]) != self._probe
         except TEMPLATE_ERRORS:
             return False
 
@@ -120,16 +130,13 @@ class PromptLayout:
         )
 
 
-CALLING = ("assistant", "tool")
-"""Roles whose messages may hold calls or their results."""
-
-
 def as_text(messages: list[dict[str, Any]], tools: list[Any], tool_format: ToolFormat) -> list[dict[str, Any]]:
     """Messages without tool roles: tools described in the system message, calls and results written out.
 
     Neighbours of one role become one message, since some templates insist on alternation.
     """
-    texts = [{"role": "system", "content": tool_format.instructions(tools)}] if tools else []
+    needs_words = tools or not tool_format.parse("", spans=False).untagged_answer
+    texts = [{"role": "system", "content": tool_format.instructions(tools)}] if needs_words else []
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
@@ -144,14 +151,14 @@ def as_text(messages: list[dict[str, Any]], tools: list[Any], tool_format: ToolF
 
 
 def call_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
-    """An assistant message as the model would have written it, without reasoning."""
+    """An assistant message as the model would have written it, without reasoning; ValueError for unwritable calls."""
     functions = [call["function"] for call in message.get("tool_calls") or ()]
     calls, content = [ToolCall(f["name"], f["arguments"]) for f in functions], message.get("content") or ""
+    written = as_demonstrated(tool_format.inner if isinstance(tool_format, OpenedThinkFormat) else tool_format)
     try:
-        inner = tool_format.inner if isinstance(tool_format, OpenedThinkFormat) else tool_format
-        return as_demonstrated(inner).render(None, calls, content or None)
-    except ValueError:  # a text with tags in it: there is no better way to write it than as it is
-        return content
+        return written.render(None, calls, content or None)
+    except ValueError:  # a text with tags in it: it is left as it is, or out where there are calls
+        return written.render(None, calls, None) if calls else content
 
 
 def with_call_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -188,7 +195,7 @@ def resolve_format(name: str, tokenizer: Any, variables: Mapping[str, Any] | Non
     `+think` is added where the template opens the think block. ValueError for `+think` where it does not.
     """
     found = template_format(tokenizer)
-    base, asks_think = name.removesuffix(THINK_SUFFIX), name.endswith(THINK_SUFFIX)
+    base, asks_think = name.removesuffix(SUFFIX), name.endswith(SUFFIX)
     if base == AUTO:
         base = found or FALLBACK
         why = "from the chat template" if found else f"the chat template shows no known one, so {IN_WORDS}"
@@ -203,4 +210,4 @@ def resolve_format(name: str, tokenizer: Any, variables: Mapping[str, Any] | Non
             f"got format {name!r}, but the model's chat template does not open a think block, expected {base!r}; "
             "leave out +think, or set model.chat_template_kwargs so that it does"
         )
-    return (base + THINK_SUFFIX, f"{why}; it opens the think block") if opens else (base, why)
+    return (base + SUFFIX, f"{why}; it opens the think block") if opens else (base, why)

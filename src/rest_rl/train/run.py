@@ -26,7 +26,7 @@ from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import CHECKPOINTS, RunLog, unwritable
 from rest_rl.train.checkpoints import Checkpoint
-from rest_rl.train.policy import lora_config
+from rest_rl.train.policy import new_adapter
 from rest_rl.train.prompt_layout import PromptLayout
 from rest_rl.train.prompts import OnRefused, training_dataset
 from rest_rl.train.sft import region_trainer
@@ -120,7 +120,7 @@ def trainer_config(config: RunConfig) -> ResTConfig | SFTConfig:
             "that share one batch of responses, or a resumed run would differ; change save_steps"
         )
     check_trackers(cast(list[str], args.report_to))
-    lora_config(config.peft)  # refused here, before there is a run folder
+    new_adapter(config)  # refused here, before there is a run folder
     return args
 
 
@@ -199,7 +199,7 @@ def build_trainer(
     shared: dict[str, Any] = {
         "model": model,
         "processing_class": layout.tokenizer,
-        "peft_config": lora_config(config.peft),
+        "peft_config": new_adapter(config),
         "callbacks": [recorder],
     }
     trainer: ResTTrainer | SFTTrainer

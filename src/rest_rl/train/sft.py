@@ -80,7 +80,7 @@ def region_trainer(
     `region_weights` maps region labels (`name`, `reasoning`, ...) to loss weights, 1 where absent; ValueError for
     another label or a negative weight. Samples that the format cannot write are told to `on_refused`, or raise.
     """
-    dataset = labelled_dataset(samples, layout, on_refused)
+    dataset = labelled_dataset(samples, layout, on_refused, args.max_length)
     if set(weights_by_region(region_weights).tolist()) == {1.0}:
         return SFTTrainer(args=args, train_dataset=dataset, **settings)
     return RegionSFTTrainer(layout=layout, region_weights=region_weights, args=args, train_dataset=dataset, **settings)
@@ -90,14 +90,27 @@ def labelled_dataset(
     samples: Iterable[ToolSample],
     layout: PromptLayout,
     on_refused: OnRefused | None = None,
+    max_length: int | None = None,
 ) -> Dataset:
-    """Columns input_ids and labels (-100 on the prompt); ValueError for no samples."""
+    """Columns input_ids and labels (-100 on the prompt); ValueError for no samples.
 
-    written = as_demonstrated(layout.format)
+    A sample of more than `max_length` tokens is refused: cut off, it would teach a response without its end. Where the
+    prompt ends in a closed think block, the demonstration does not think either.
+    """
+
+    written, writes_plain = as_demonstrated(layout.format), layout.format.parse("", spans=False).untagged_answer
 
     def row(sample: ToolSample) -> dict[str, Any]:
-        response = written.render(sample.thought, sample.gold.calls, sample.gold.answer)
+        thought, said = (None if layout.closes_think else sample.thought), sample.gold.answer
+        if sample.preamble and said is None:  # plain text beside calls, where the format has room for it
+            said, thought = (sample.preamble, thought) if writes_plain else (said, thought or sample.preamble)
+        response = written.render(thought, sample.gold.calls, said)
         ids, labels = encode(layout.render(sample), response, layout.tokenizer)
+        if max_length is not None and len(ids) > max_length:
+            raise ValueError(
+                f"sample {sample.id!r}: got {len(ids)} tokens of prompt and demonstration, expected at most "
+                f"trl.max_length = {max_length}; raise it, or shorten the row"
+            )
         return {"input_ids": ids, "labels": labels}
 
     return dataset_of(samples, row, on_refused)

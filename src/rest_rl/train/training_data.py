@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from rest_rl.config import EMBEDDED, RunConfig
 from rest_rl.data.check import CheckConfig, CheckedRow, Report, checked_rows, prompts_of
-from rest_rl.data.samples import ToolSample
+from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.data.tool_world import SPLITS, tool_world
+from rest_rl.formats import FORMATS
 from rest_rl.train.prompt_layout import PromptLayout
+from rest_rl.train.prompts import check_gold
 
 COUNTS = ("rows", "kept", "repaired", "rejected", "samples", "reasons")
 
@@ -27,6 +31,15 @@ class TrainingData:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     """Rows of the training file that gave fewer samples than they hold, and samples that the model cannot be given."""
 
+    @cached_property
+    def digest(self) -> str:
+        """Of all training samples in their order: a resumed run must go on with the same."""
+        rows = (json.dumps(to_json(sample), ensure_ascii=False, sort_keys=True) for sample in self.samples)
+        sha = hashlib.sha256()
+        for row in rows:
+            sha.update(row.encode("utf-8", "surrogatepass"))
+        return sha.hexdigest()[:16]
+
     def refuse(self, sample: ToolSample, error: ValueError) -> None:
         """Leave out a sample that the model's format or chat template cannot hold."""
         self.rejected.append({"sample": sample.id, "reason": str(error)})
@@ -36,6 +49,8 @@ def read_data(config: RunConfig, layout: PromptLayout, say: Callable[[str], Any]
     """The data of a run; a ValueError if a file gives no sample. What was left out of it is said aloud."""
     data, number = config.data, config.eval.prompts
     if data.path == EMBEDDED:
+        if config.model.path != EMBEDDED:
+            say("no data given: the prompts are the tool world's")
         unseen = {split: tool_world(config.eval.seed, number, split) for split in SPLITS if split != "train"}
         held_out = [(split, sample) for split, group in unseen.items() for sample in group]
         return TrainingData(tool_world(data.seed, data.samples), held_out)
@@ -47,9 +62,12 @@ def read_data(config: RunConfig, layout: PromptLayout, say: Callable[[str], Any]
         seed=data.seed,
         max_prompt_tokens=data.max_prompt_tokens,
     )
-    training = TrainingData([], held_out_samples(config, check, layout))
+    training = TrainingData([], held_out_samples(config, check, layout, say))
     report = Report()
-    unseen_prompts = prompts_of(data.held_out, check) if data.held_out and data.held_out != data.path else frozenset()
+    if data.held_out == data.path:
+        say(f"{data.path} is both data.path and data.held_out: what is measured was trained on")
+    elsewhere = bool(data.held_out) and data.held_out != data.path
+    unseen_prompts = prompts_of(data.held_out, check) if elsewhere else frozenset()
     for row in checked_rows(data.path, check, prompt_tokens=layout.count_tokens, test_prompts=unseen_prompts):
         report.add(row)
         training.samples += row.samples
@@ -58,21 +76,58 @@ def read_data(config: RunConfig, layout: PromptLayout, say: Callable[[str], Any]
     say(account(data.path, training.report))
     if not training.samples:
         first = training.rejected[0]["reasons"] if training.rejected else "the file has no rows"
-        raise ValueError(
-            f"got {data.path}, none of whose {report.rows} rows gives a sample ({first}), expected dialogues; "
-            f"see rest-rl data check {data.path}"
-        )
+        raise empty(data.path, report.rows, first)
+    if config.rest.format in FORMATS and any(sample.tools_in_prompt for sample in training.samples):
+        say(f"some prompts describe their own tools and format; {config.rest.format} must be the one they ask for")
     return training
 
 
-def held_out_samples(config: RunConfig, check: CheckConfig, layout: PromptLayout) -> list[tuple[str, ToolSample]]:
-    """The first samples of the evaluation file, checked as the training file is but never masked."""
-    if not config.data.held_out or not config.eval.prompts:
+def held_out_samples(
+    config: RunConfig, check: CheckConfig, layout: PromptLayout, say: Callable[[str], Any]
+) -> list[tuple[str, ToolSample]]:
+    """The first samples of the evaluation file that the model can be given, checked as the training file is.
+
+    They are never masked. What was left out is said aloud; ValueError if nothing is left.
+    """
+    path, number = config.data.held_out, config.eval.prompts
+    if not path or not number:
         return []
-    plain = CheckConfig(check.source, check.keep_prompts, check.keep, max_prompt_tokens=check.max_prompt_tokens)
-    rows = checked_rows(config.data.held_out, plain, prompt_tokens=layout.count_tokens)
-    samples = (sample for row in rows for sample in row.samples)
-    return [("held out", sample) for sample in islice(samples, config.eval.prompts)]
+    plain, report = replace(check, mask_names=0.0), Report()
+    samples: list[ToolSample] = []
+    refused: list[str] = []
+    for row in checked_rows(path, plain, prompt_tokens=layout.count_tokens):
+        report.add(row)
+        for sample in row.samples:
+            problem = refusal(sample, layout)
+            if problem is None:
+                samples.append(sample)
+            else:
+                refused.append(problem)
+        if len(samples) >= number:
+            break
+    counts = {name: value for name, value in report.to_json().items() if name in COUNTS}
+    say(f"held out, {account(path, counts)}" + (f"; {len(refused)} cannot be laid out" if refused else ""))
+    if not samples:
+        raise empty(path, report.rows, refused[0] if refused else ", ".join(counts["reasons"]) or "no rows")
+    return [("held out", sample) for sample in samples[:number]]
+
+
+def refusal(sample: ToolSample, layout: PromptLayout) -> str | None:
+    """Why a model cannot be given a sample, or None."""
+    try:
+        check_gold(sample, layout.format)
+        layout.render(sample)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def empty(path: str, rows: int, first: object) -> ValueError:
+    """The error for a file without a usable sample."""
+    return ValueError(
+        f"got {path}, none of whose {rows} rows gives a sample ({first}), expected dialogues; "
+        f"see rest-rl data check {path}"
+    )
 
 
 def rejection(row: CheckedRow) -> list[dict[str, Any]]:
