@@ -126,8 +126,11 @@ def adapter_record(path: str) -> dict[str, Any] | None:
 
 @functools.cache
 def hub_adapter(name: str) -> str | None:
-    """The configuration file of an adapter on the hub; None for a whole model, or where the hub cannot be reached."""
-    return find_adapter_config_file(name)
+    """The configuration file of an adapter on the hub; None for a whole model, or where there is no such name."""
+    try:
+        return find_adapter_config_file(name)
+    except (OSError, ValueError):  # whoever loads the model says what is wrong with the name
+        return None
 
 
 def four_bits() -> BitsAndBytesConfig:
