@@ -16,7 +16,7 @@ from rest_rl.data.loaders import SOURCES
 from rest_rl.data.samples import from_json, to_json
 from rest_rl.data.tool_world import tool_world
 from rest_rl.data.writing import sample_writer
-from tests.test_data_loaders import ASKED, HISTORY, OUTPUT, RAW, ROWS, SYSTEM, TURNS, WEATHER
+from tests.made_up_rows import ASKED, HISTORY, OUTPUT, RAW, ROWS, SYSTEM, TURNS, WEATHER
 
 TOOLACE = {
     "system": f"Functions: {json.dumps([WEATHER])}",

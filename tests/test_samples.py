@@ -98,6 +98,8 @@ def test_a_dialogue_without_assistant_turns_gives_no_sample() -> None:
             "arguments object",
         ),
         ({"role": "assistant", "content": "", "tool_calls": 3}, "expected a list of calls"),
+        ({"role": "assistant", "content": "", "tool_calls": "f()"}, "tool_calls 'f()'; expected a list of calls"),
+        ({"role": "user", "content": "hi", "tool_calls": ["f"]}, "expected role assistant"),
     ],
 )
 def test_bad_messages_are_named(message: dict[str, Any], expected: str) -> None:

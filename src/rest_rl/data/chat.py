@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from rest_rl.data.calls_in_text import written_calls
 from rest_rl.data.json_text import load_json, read_literal
 from rest_rl.data.reasons import Finding, RowRejectedError, finding
-from rest_rl.data.samples import Dialogue, ToolSample, decompose_around
+from rest_rl.data.samples import THINK, Dialogue, ToolSample, decompose_around
 from rest_rl.data.tool_schemas import read_tools
-from rest_rl.formats import get_format
+from rest_rl.data.tools_in_system import tool_text
 
 ROLE_NAMES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
@@ -19,13 +21,13 @@ ROLE_NAMES = {
     "function_response": "tool", "function_call": "call", "tool_call": "call",
 }  # fmt: skip
 """Roles as they are written; `call` is an assistant turn whose text is the call."""
+Tools = tuple[dict[str, Any], ...]
 _KEPT = ("name", "tool_call_id")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def load_messages(row: Mapping[str, Any], identity: str, keep_prompts: bool) -> tuple[list[ToolSample], list[Finding]]:
     """The samples of a row with `messages` (or `conversations`) and `tools` (or `functions`)."""
-    del keep_prompts
     raw = next((row[key] for key in ("messages", "conversations", "conversation") if row.get(key) is not None), None)
     raw = read_literal(raw) if isinstance(raw, str) else raw
     if not isinstance(raw, Sequence) or isinstance(raw, str):
@@ -33,14 +35,54 @@ def load_messages(row: Mapping[str, Any], identity: str, keep_prompts: bool) -> 
     tools = read_tools(next((row[key] for key in ("tools", "functions") if row.get(key) is not None), None))
     found: list[Finding] = []
     messages = [chat_message(message, found) for message in raw]
-    if (
-        isinstance(row.get("system"), str)
-        and row["system"].strip()
-        and messages[:1]
-        and messages[0]["role"] != "system"
-    ):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return samples_of(Dialogue(identity, tuple(messages), tools, "dialogue"), found)
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    messages, tools, in_prompt = _without_tool_text(messages, tools, keep_prompts, found)
+    messages = [_with_calls(message, tools, found) for message in messages]
+    samples, found = samples_of(Dialogue(identity, tuple(messages), tools), found)
+    return ([replace(sample, tools_in_prompt=True) for sample in samples] if in_prompt else samples), found
+
+
+def _without_tool_text(
+    messages: list[dict[str, Any]], tools: Tools, keep_prompts: bool, found: list[Finding]
+) -> tuple[list[dict[str, Any]], Tools, bool]:
+    """(messages, tools, whether a message describes them): tools are described once, by the chat template.
+
+    With `keep_prompts` the system text stays and is the one that describes them.
+    """
+    first: dict[str, Any] = messages[0] if messages else {"role": None}
+    described = tool_text(first["content"]) if first["role"] == "system" and isinstance(first["content"], str) else None
+    if described is None or not (tools or described.tools):
+        return messages, tools, False
+    if described.rest is None:
+        if tools:
+            found.append(finding("tools_twice", f"got the system text {first['content']!r:.120}"))
+        return messages, tools, False
+    tools = tools or read_tools(described.tools)
+    if keep_prompts:
+        return messages, tools, True
+    found.append(finding("tools_in_system", f"got the system text {first['content']!r:.120}"))
+    kept = [{**first, "content": described.rest}] if described.rest else []
+    return [*kept, *messages[1:]], tools, False
+
+
+def _with_calls(message: dict[str, Any], tools: Tools, found: list[Finding]) -> dict[str, Any]:
+    """An assistant's message with the calls that its text writes out; what cannot be read is left to be refused."""
+    content = message.get("content")
+    if message["role"] != "assistant" or message.get("tool_calls") or not isinstance(content, str):
+        return message
+    thought = THINK.match(content)
+    head = thought.group() if thought else ""
+    try:
+        written = written_calls(content[len(head) :], tools)
+    except ValueError:
+        return {**message, "tool_calls": content[len(head) :][:200]}
+    if written is None:
+        return message
+    found.append(finding("call_as_text", f"got {content[len(head) :]!r:.120}"))
+    calls = [{"type": "function", "function": {"name": c.name, "arguments": dict(c.arguments)}} for c in written.calls]
+    return {**message, "content": head + written.said, "tool_calls": calls}
 
 
 def samples_of(dialogue: Dialogue, found: list[Finding]) -> tuple[list[ToolSample], list[Finding]]:
@@ -50,7 +92,8 @@ def samples_of(dialogue: Dialogue, found: list[Finding]) -> tuple[list[ToolSampl
     samples, bad = decompose_around(dialogue)
     found += [finding("broken_history" if turn.follows else "bad_turn", turn.problem) for turn in bad]
     if not samples and not bad:
-        raise RowRejectedError("no_assistant_turn", f"got {len(dialogue.messages)} messages, none of the assistant")
+        told = f"got {len(dialogue.messages)} messages, none of the assistant to learn"
+        raise RowRejectedError("no_assistant_turn", told)
     return samples, found
 
 
@@ -63,8 +106,11 @@ def chat_message(raw: Any, found: list[Finding]) -> dict[str, Any]:
     content = _joined(raw.get("content", raw.get("value")))
     message: dict[str, Any] = {"role": role, "content": content}
     message |= {key: raw[key] for key in _KEPT if isinstance(raw.get(key), str)}
+    if role in ("call", "assistant") and raw.get("weight") == 0:
+        found.append(finding("weight_zero", f"got an assistant turn of weight 0: {content!r:.80}"))
+        message["weight"] = 0
     if role == "call":
-        return {"role": "assistant", "content": "", "tool_calls": _read_calls(content, found)}
+        return {**message, "role": "assistant", "content": "", "tool_calls": _read_calls(content, found)}
     if role == "assistant":
         return _assistant(message, raw, found)
     if content is None or (isinstance(content, (Mapping, list)) and role == "tool"):
@@ -91,21 +137,9 @@ def _assistant(message: dict[str, Any], raw: Mapping[str, Any], found: list[Find
     content = message["content"]
     if calls:
         message["tool_calls"] = _read_calls(calls, found)
-    elif isinstance(content, str) and "<tool_call>" in content:
-        message |= _written_out(content)
     elif content is None:
         message["content"] = ""
     return message
-
-
-def _written_out(content: str) -> dict[str, Any]:
-    """A turn whose calls stand in its text as Hermes writes them."""
-    parsed = get_format("hermes").parse(content, spans=False)
-    if parsed.unreadable_calls or not parsed.well_formed or not parsed.calls:
-        return {"tool_calls": content[:200]}
-    calls = [{"function": {"name": call.name, "arguments": dict(call.arguments)}} for call in parsed.calls]
-    thought = {"reasoning_content": parsed.thought} if parsed.thought else {}
-    return {**thought, "content": parsed.answer or "", "tool_calls": calls}
 
 
 def _read_calls(value: Any, found: list[Finding]) -> Any:

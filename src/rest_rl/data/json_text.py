@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
-from rest_rl.json_spans import MAX_DEPTH
+from rest_rl.json_spans import MAX_DEPTH, decode_at
+
+_BETWEEN = re.compile(r"[\s;,]*")
 
 
 def load_json(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
@@ -50,3 +53,27 @@ def read_literal(text: str) -> Any:
         return load_json(json.dumps(value))  # tuples become lists, and sets, bytes and the like are no JSON
     except (ValueError, TypeError, RecursionError):
         return None
+
+
+def read_literals(text: str) -> list[Any] | None:
+    """All values of a text: one literal, JSON values in a row, or a literal per line; None for anything else."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    if (value := read_literal(text)) is not None:
+        return [value]
+    values: list[Any] = []
+    at, end = 0, len(text.rstrip())
+    while at < end:
+        value, at = decode_at(text, _end_of(_BETWEEN, text, at))
+        if at < 0:
+            break
+        values.append(value)
+    if at >= end:
+        return values
+    values = [read_literal(line) for line in text.split("\n") if line.strip()]
+    return None if None in values else values
+
+
+def _end_of(pattern: re.Pattern[str], text: str, at: int) -> int:
+    match = pattern.match(text, at)
+    return match.end() if match else at

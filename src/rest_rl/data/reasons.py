@@ -57,6 +57,16 @@ REASONS: dict[str, Reason] = {
     "arguments_as_python": Reason(
         "repaired", "arguments written as a Python dict", "write them as JSON; single quotes and True are no JSON"
     ),
+    "call_as_text": Reason(
+        "repaired", "a turn that writes its calls into its text", "write calls as tool_calls, and only text as content"
+    ),
+    "tools_in_system": Reason(
+        "repaired", "a system text that describes the tools as Hermes or Qwen do", "leave it to the chat template"
+    ),
+    "tools_twice": Reason(
+        "noted", "a system text that lists tools in <tools> besides the tools of the row", "take one of them out"
+    ),
+    "weight_zero": Reason("noted", "an assistant turn of weight 0, which is not to be learnt", "raise its weight"),
     "unquoted_value": Reason("repaired", "a call whose values stand without quotes", "quote the values"),
     "thought_quotes_tags": Reason(
         "noted", "a thought that quotes the tags of the format", "rephrase it before supervised fine-tuning"

@@ -19,12 +19,16 @@ from rest_rl.jsonl import parse_row, read_lines
 from rest_rl.response import Gold, ToolCall
 
 ROLES = ("system", "user", "assistant", "tool")
-_THINK = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
+THINK = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
+"""A think block at the start of a text."""
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A whole conversation in OpenAI shape; assistant turns carry `content`, `tool_calls`, `reasoning_content`."""
+    """A whole conversation in OpenAI shape; assistant turns carry `content`, `tool_calls`, `reasoning_content`.
+
+    A turn of `weight` 0 (OpenAI's fine-tuning shape) is not to be learnt: it gives no sample and stays in histories.
+    """
 
     id: str
     messages: tuple[dict[str, Any], ...]
@@ -89,11 +93,13 @@ def decompose_around(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn
             message = _checked_message(raw, f"message {index}")
         except ValueError as error:
             return samples, [BadTurn(index, str(error)), *_turns_after(dialogue, index)]
+        is_learnt = message.pop("weight", 1) != 0
         if message["role"] == "assistant":
             thought, said, calls = _split_turn(message)
             gold, preamble = (Gold(calls), said) if calls else (Gold((), said), None)
             identity, shown = f"{dialogue.id}/{len(samples)}", tuple(history)
-            samples.append(ToolSample(identity, shown, dialogue.tools, gold, thought, dialogue.kind, preamble=preamble))
+            sample = ToolSample(identity, shown, dialogue.tools, gold, thought, dialogue.kind, preamble=preamble)
+            samples += [sample] if is_learnt else []
             message = _without_reasoning(message, said)
         history.append(message)
     return samples, []
@@ -101,7 +107,7 @@ def decompose_around(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn
 
 def _turns_after(dialogue: Dialogue, index: int) -> Iterator[BadTurn]:
     for at, raw in enumerate(dialogue.messages):
-        if at > index and isinstance(raw, Mapping) and raw.get("role") == "assistant":
+        if at > index and isinstance(raw, Mapping) and raw.get("role") == "assistant" and raw.get("weight", 1) != 0:
             yield BadTurn(at, f"message {at}: got a turn after message {index}, which cannot be read", follows=True)
 
 
@@ -114,11 +120,15 @@ def _checked_message(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if content is not None and not isinstance(content, str):
         got = type(content).__name__
         raise ValueError(f"{where}: got content of type {got}; expected text; join the text parts into one string")
-    if calls is not None and not isinstance(calls, Sequence):
-        raise ValueError(f"{where}: got tool_calls {calls!r}; expected a list of calls; wrap the call in a list")
-    if role == "assistant" and calls:
+    if calls is not None and (isinstance(calls, str) or not isinstance(calls, Sequence)):
+        raise ValueError(f"{where}: got tool_calls {calls!r}; expected a list of calls; write each call as an object")
+    if calls and role != "assistant":
+        raise ValueError(f"{where}: got tool_calls in a message of role {role}; expected role assistant; mend the role")
+    if calls:
         message["tool_calls"] = [_checked_call(call, where) for call in calls]
-    elif content is None:
+    else:
+        message.pop("tool_calls", None)
+    if content is None and not calls:
         raise ValueError(f"{where}: got neither content nor tool_calls; expected one of them; remove the message")
     return message
 
@@ -147,7 +157,7 @@ def _split_turn(message: Mapping[str, Any]) -> tuple[str | None, str | None, tup
     """(thought, text, calls) of an assistant message; the text is its answer, or stands beside its calls."""
     text = (message.get("content") or "").strip()
     thought = (message.get("reasoning_content") or "").strip()
-    if match := _THINK.match(text):
+    if match := THINK.match(text):
         thought, text = thought or match.group(1).strip(), text[match.end() :].strip()
     functions = [call["function"] for call in message.get("tool_calls") or ()]
     calls = tuple(ToolCall(function["name"], function["arguments"]) for function in functions)
