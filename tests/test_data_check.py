@@ -37,6 +37,24 @@ STRICT = {"type": "function", "function": {"name": "g", "description": "", "para
 FREE = {"type": "function", "function": {"name": "h", "description": "", "parameters": {"type": "object"}}}
 
 
+ODD = {
+    "type": "object",
+    "properties": {
+        "i": {"type": "integer", "enum": ["1", "2"]},
+        "n": {"type": ["integer", "null"], "enum": [1, 2]},
+        "many": {"type": "array", "items": {"type": "string", "enum": ["a", "b"]}},
+        "deep": {"type": "object", "properties": {"e": {"enum": ["a"]}}},
+    },
+}
+
+
+def odd(arguments: dict[str, Any], **more: Any) -> ToolSample:
+    """A call of a tool with the schema ODD and these further keys of JSON schema."""
+    function = {"name": "odd", "description": "", "parameters": {**ODD, **more}}
+    tools = ({"type": "function", "function": function},)
+    return ToolSample("s", ({"role": "user", "content": "?"},), tools, Gold((ToolCall("odd", arguments),)))
+
+
 def sample(name: str, arguments: dict[str, Any], identity: str = "s", user: str = "?") -> ToolSample:
     message = {"role": "user", "content": user}
     return ToolSample(identity, (message,), (TOOL, STRICT, FREE), Gold((ToolCall(name, arguments),)))
@@ -60,6 +78,46 @@ def test_a_good_call_is_kept(tmp_path: Path, name: str, arguments: dict[str, Any
     (read,), report = check(tmp_path, sample(name, arguments))
     assert read.gold.calls[0].arguments == arguments
     assert (report.kept, report.reasons) == (1, {})
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        odd({"i": "1"}),
+        odd({"n": None, "many": ["a", "b"], "deep": {"e": "a", "more": 1}}),
+        odd({"i": None, "many": None}),
+        odd({"x_1": 1}, patternProperties={"^x_": {}}),
+        odd({"z": 1}, anyOf=[{"properties": {"z": {}}}]),
+        odd({"z": 1}, oneOf=[{"properties": {"z": {}}}]),
+        odd({"z": 1}, allOf=[{"properties": {"z": {}}}]),
+        odd({"z": 1}, **{"$ref": "#/$defs/z"}),
+        odd({"z": 1}, additionalProperties={}),
+    ],
+)
+def test_what_a_schema_allows_in_other_ways_is_kept(tmp_path: Path, good: ToolSample) -> None:
+    (read,), report = check(tmp_path, good)
+    assert (read, report.kept, report.reasons) == (good, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (odd({"i": "3"}), "i = 3"),
+        (odd({"n": "3"}), "n = 3"),
+        (odd({"many": ["a", "c"]}), "many[1] = 'c'"),
+        (odd({"many": '["c"]'}), "many[0] = 'c'"),
+        (odd({"deep": {"e": "b"}}), "deep.e = 'b'"),
+    ],
+)
+def test_values_inside_values_are_in_their_enum(tmp_path: Path, bad: ToolSample, told: str) -> None:
+    samples, report = check(tmp_path, bad)
+    assert (samples, report.reasons.get("not_in_enum")) == ([], 1)
+    assert any(told in located.finding.detail for located in report.findings)
+
+
+def test_a_number_stored_as_text_may_be_in_the_enum(tmp_path: Path) -> None:
+    (read,), report = check(tmp_path, odd({"n": "2"}))
+    assert (read.gold.calls[0].arguments, report.reasons) == ({"n": 2}, {"number_as_string": 1})
 
 
 @pytest.mark.parametrize(

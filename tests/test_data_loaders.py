@@ -111,6 +111,16 @@ def test_toolace(tmp_path: Path) -> None:
     assert (samples, report.reasons) == ([], {"bad_turn": 1, "broken_history": 1})
 
 
+def test_a_system_text_without_tools_is_sharegpt(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Salve."}]
+    sample = one(tmp_path, {"system": "Speak Latin [always].", "conversations": turns})
+    assert sample.messages[0] == {"role": "system", "content": "Speak Latin [always]."}
+    assert source_of({"system": "Speak Latin.", "conversations": turns}) == "messages"
+    assert source_of({"system": 'Use [{"name": "f"}].', "conversations": turns}) == "toolace"
+    _, report = read(tmp_path, {"system": "Speak Latin.", "conversations": turns}, source="toolace")
+    assert report.reasons == {"bad_tool_schema": 1}
+
+
 def test_toolace_with_its_own_prompts(tmp_path: Path) -> None:
     system = 'Functions: [{"name": "f", "parameters": {"type": "dict", "properties": {}}}]'
     turns = [{"from": "user", "value": "?"}, {"from": "assistant", "value": "[f()]"}]

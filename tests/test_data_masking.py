@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rest_rl.data.gold_checks import checked_gold
-from rest_rl.data.masking import draw_names, masked, renamed
+from rest_rl.data.masking import Names, draw_names, masked, renamed
 from rest_rl.data.samples import Dialogue, ToolSample, decompose
 from rest_rl.data.tool_world import tool_world
+from rest_rl.response import Gold, ToolCall
 
 PROPERTY = st.fixed_dictionaries({"type": st.just("string"), "description": st.text()})
 NAMES = st.text("abcdefgh_.- /", min_size=1, max_size=6)
@@ -67,7 +69,8 @@ def test_the_inverse_map_restores(sample: ToolSample, seed: int) -> None:
     sample = replace(sample, thought=None)
     names = draw_names(sample, random.Random(seed))
     new = renamed(sample, names)
-    assert renamed(new, names.inverse()) == sample
+    back = {names.tools[tool]: {new: old for old, new in keys.items()} for tool, keys in names.arguments.items()}
+    assert renamed(new, Names({new: old for old, new in names.tools.items()}, back)) == sample
     assert not set(names_in(new)) & set(names_in(sample))
     assert len(set(names.tools.values())) == len(names.tools)
 
@@ -114,6 +117,80 @@ def test_what_is_said_before_the_calls_names_the_tools_by_their_new_names() -> N
     sample = next(each for each in tool_world(0, 20) if each.gold.calls)
     new = masked(replace(sample, thought=None, preamble=f"I use `{sample.gold.calls[0].name}`."), 1.0, 0)
     assert (new.thought, new.preamble) == (None, f"I use `{new.gold.calls[0].name}`.")
+
+
+def tool(name: str, *arguments: str) -> dict[str, Any]:
+    properties = {argument: {"type": "string"} for argument in arguments}
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+
+TOOLS = (tool("weather", "city", "day"), tool("trains", "city", "from_time"), tool("search", "city", "search"))
+NEW_NAMES = Names(
+    {"weather": "T1", "trains": "T2", "search": "T3"},
+    {
+        "weather": {"city": "A1", "day": "A2"},
+        "trains": {"city": "B1", "from_time": "B2"},
+        "search": {"city": "C1", "search": "C2"},
+    },
+)
+
+
+def thought_of(text: str, *called: str) -> str | None:
+    calls = tuple(ToolCall(name, {"city": "Oslo"}) for name in called)
+    sample = ToolSample("s", ({"role": "user", "content": "?"},), TOOLS, Gold(calls), text)
+    new = renamed(sample, NEW_NAMES)
+    assert [call.arguments for call in new.gold.calls] == [
+        {NEW_NAMES.arguments[name]["city"]: "Oslo"} for name in called
+    ]
+    return new.thought
+
+
+@pytest.mark.parametrize(
+    ("called", "old", "new"),
+    [
+        (["weather"], "I give `city` and `day`.", "I give `A1` and `A2`."),
+        (["trains"], "I give `city` and `day`.", "I give `B1` and `A2`."),  # only weather has a day
+        (["weather", "trains"], "I give 'city' and 'day'.", "I give 'city' and 'A2'."),
+        ([], 'No "city" for "day".', 'No "city" for "A2".'),
+        (["search"], 'I "search" for "city".', 'I "search" for "C1".'),  # the tool or its argument
+        (["weather"], 'The "trains" tool.', 'The "T2" tool.'),
+    ],
+)
+def test_an_argument_is_renamed_as_the_called_tool_names_it(called: list[str], old: str, new: str) -> None:
+    assert thought_of(old, *called) == new
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("I search for the weather of the day in the city.", None),
+        ("It trains, weather or not; don't search.", None),
+        ("The from_time is 9, not my_from_time or from_times.", "The B2 is 9, not my_from_time or from_times."),
+        ("First from_time. Then `weather`.", "First B2. Then `T1`."),
+    ],
+)
+def test_words_of_the_prose_stay(old: str, new: str | None) -> None:
+    assert thought_of(old, "trains") == (new or old)
+
+
+@pytest.mark.parametrize("name", ["getWeather", "get_weather", "api.get", "GetWeather2"])
+def test_names_like_no_word_are_renamed_without_quotes(name: str) -> None:
+    sample = ToolSample("s", ({"role": "user", "content": "?"},), (tool(name),), Gold(), f"I use {name}.")
+    assert renamed(sample, Names({name: "T"}, {name: {}})).thought == "I use T."
+
+
+@pytest.mark.parametrize("name", ["weather", "Weather", "API", "get weather", "get-weather", "a."])
+def test_names_like_words_are_not(name: str) -> None:
+    sample = ToolSample("s", ({"role": "user", "content": "?"},), (tool(name),), Gold(), f"I use {name} and `{name}`.")
+    assert renamed(sample, Names({name: "T"}, {name: {}})).thought == f"I use {name} and `T`."
+
+
+def test_what_was_said_beside_earlier_calls_is_renamed() -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    said = {"role": "assistant", "content": "I give `city` to `weather`.", "tool_calls": [call]}
+    answer = {"role": "assistant", "content": "The `city` is wet."}
+    new = renamed(ToolSample("s", (said, answer), TOOLS, Gold((), "y")), NEW_NAMES)
+    assert [message["content"] for message in new.messages] == ["I give `A1` to `T1`.", "The `city` is wet."]
 
 
 def test_a_prompt_that_holds_the_names_is_left_as_it_is() -> None:

@@ -12,6 +12,11 @@ from rest_rl.data.reasons import Finding, finding
 from rest_rl.data.samples import ToolSample
 from rest_rl.response import Gold, ToolCall
 
+_OTHER_KEYS = {
+    "patternProperties", "propertyNames", "unevaluatedProperties", "dependentSchemas",
+    "anyOf", "oneOf", "allOf", "if", "then", "else", "$ref", "$dynamicRef",
+}  # fmt: skip
+"""Words of JSON schema that may allow arguments beside `properties`."""
 _PYTHON_WORDS = {"True": True, "False": False}
 
 
@@ -53,7 +58,7 @@ def _checked_arguments(
             if name in properties:
                 arguments[name], problem = _checked_value(value, properties[name], name, keep)
                 problems += problem
-            elif not schema.get("additionalProperties"):
+            elif schema.get("additionalProperties") in (None, False) and not _OTHER_KEYS & set(schema):
                 known = ", ".join(properties) or "none"
                 problems.append(("undocumented_argument", f"got {name!r}, documented are {known}"))
     problems += [
@@ -72,7 +77,7 @@ def _list(value: Any) -> list[Any]:
 
 def _checked_value(value: Any, schema: Any, name: str, keep: frozenset[str]) -> tuple[Any, list[tuple[str, str]]]:
     schema = schema if isinstance(schema, Mapping) else {}
-    if _has_type(value, schema):
+    if _has_type(value, schema) or value in _list(schema.get("enum")):
         return value, list(_outside_enum(value, schema, name))
     shown = f"got {name} = {value!r:.80}, the schema says {schema.get('type')}"
     spelt = _spelt(value) if isinstance(value, str) else None
@@ -83,9 +88,17 @@ def _checked_value(value: Any, schema: Any, name: str, keep: frozenset[str]) -> 
 
 
 def _outside_enum(value: Any, schema: Mapping[str, Any], name: str) -> Iterator[tuple[str, str]]:
-    enum = schema.get("enum")
-    if isinstance(enum, list) and enum and value not in enum:
+    """For a value, and each one inside it, that its enum does not have; null is left out and fits every schema."""
+    enum, items, properties = (schema.get(key) for key in ("enum", "items", "properties"))
+    if value is not None and isinstance(enum, list) and enum and value not in enum:
         yield "not_in_enum", f"got {name} = {value!r:.80}, the enum has {', '.join(map(str, enum))}"
+    if isinstance(value, (list, tuple)) and isinstance(items, Mapping):
+        for number, item in enumerate(value):
+            yield from _outside_enum(item, items, f"{name}[{number}]")
+    if isinstance(value, Mapping) and isinstance(properties, Mapping):
+        for key in value:
+            if isinstance(properties.get(key), Mapping):
+                yield from _outside_enum(value[key], properties[key], f"{name}.{key}")
 
 
 def _spelt(text: str) -> Any:
@@ -111,7 +124,7 @@ def _has_type(value: Any, schema: Mapping[str, Any]) -> bool:
     """Whether a value has one of the schema's types; a schema without types takes all, and so does null."""
     names = schema.get("type")
     names = [names] if isinstance(names, str) else names
-    if not names or value is None or (schema.get("nullable") is True and value is None):
+    if not names or value is None:
         return True
     return any(_is(value, name) for name in names)
 

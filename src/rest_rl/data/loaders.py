@@ -15,7 +15,7 @@ from rest_rl.data.json_text import load_json
 from rest_rl.data.reasons import Finding, RowRejectedError
 from rest_rl.data.samples import ToolSample, from_json
 from rest_rl.data.tool_schemas import read_tools
-from rest_rl.data.toolace import load_toolace, load_xlam
+from rest_rl.data.toolace import load_toolace, load_xlam, tools_in
 from rest_rl.data.toolrl import load_api_bank, load_toolrl
 
 Loader = Callable[[Mapping[str, Any], str, bool], tuple[list[ToolSample], list[Finding]]]
@@ -62,7 +62,7 @@ def source_of(row: Mapping[str, Any]) -> str | None:
         return "samples"
     if {"prompt", "reward_model"} <= keys:
         return "toolrl"
-    if {"system", "conversations"} <= keys and not row.get("tools"):
+    if {"system", "conversations"} <= keys and not row.get("tools") and tools_in(str(row["system"])):
         return "toolace"
     if keys & {"messages", "conversations", "conversation"}:
         return "messages"

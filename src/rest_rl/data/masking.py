@@ -1,7 +1,7 @@
 """Function masking (Hammer, arXiv 2410.04587): random names, so that a model must read the descriptions.
 
 A share of the samples gets its tool and argument names replaced, the same everywhere in the sample: tools, history,
-gold, and the thought where it quotes them. Descriptions and texts of the dialogue stay.
+gold, and what is thought and said beside calls. Descriptions and other texts of the dialogue stay.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rest_rl.response import Gold, ToolCall
 
 _FIRST = string.ascii_letters + "_"
 _REST = string.ascii_letters + string.digits + "_"
+_LIKE_NO_WORD = re.compile(r"\w[_.]\w|[a-z0-9][A-Z]")
 
 
 class Names(NamedTuple):
@@ -26,11 +27,6 @@ class Names(NamedTuple):
 
     tools: dict[str, str]
     arguments: dict[str, dict[str, str]]
-
-    def inverse(self) -> Names:
-        """The map back."""
-        arguments = {self.tools[tool]: _swapped(names) for tool, names in self.arguments.items()}
-        return Names(_swapped(self.tools), arguments)
 
 
 def masked(sample: ToolSample, share: float, seed: int) -> ToolSample:
@@ -68,13 +64,14 @@ def _draw(rng: random.Random, taken: set[str]) -> str:
 def renamed(sample: ToolSample, names: Names) -> ToolSample:
     """The sample under other names; a name that the map does not have stays."""
     calls = tuple(_renamed_call(call, names) for call in sample.gold.calls)
+    called = [call.name for call in sample.gold.calls]
     return replace(
         sample,
         messages=tuple(_renamed_message(message, names) for message in sample.messages),
         tools=tuple(_renamed_tool(tool, names) for tool in sample.tools),
         gold=Gold(calls, sample.gold.answer),
-        thought=None if sample.thought is None else _renamed_text(sample.thought, names),
-        preamble=None if sample.preamble is None else _renamed_text(sample.preamble, names),
+        thought=None if sample.thought is None else _renamed_text(sample.thought, called, names),
+        preamble=None if sample.preamble is None else _renamed_text(sample.preamble, called, names),
     )
 
 
@@ -86,9 +83,12 @@ def _renamed_call(call: ToolCall, names: Names) -> ToolCall:
 
 def _renamed_message(message: Mapping[str, Any], names: Names) -> dict[str, Any]:
     new = dict(message)
-    if message["role"] == "tool" and message.get("name") in names.tools:
-        new["name"] = names.tools[message["name"]]
+    if message["role"] == "tool" and isinstance(message.get("name"), str):
+        new["name"] = names.tools.get(message["name"], message["name"])
     if message.get("tool_calls"):
+        called = [call["function"]["name"] for call in message["tool_calls"]]
+        if message.get("content"):
+            new["content"] = _renamed_text(message["content"], called, names)
         new["tool_calls"] = [
             {**call, "function": _renamed_function(call["function"], names)} for call in message["tool_calls"]
         ]
@@ -116,14 +116,35 @@ def _renamed_tool(tool: Mapping[str, Any], names: Names) -> dict[str, Any]:
     return new
 
 
-def _renamed_text(text: str, names: Names) -> str:
-    """Names of tools as whole words, names of arguments in quotes or backticks (many are plain words elsewhere)."""
-    arguments = {key: new for keys in names.arguments.values() for key, new in keys.items()}
-    quoted = _any_of(arguments)
-    if quoted:
-        text = re.sub(rf"""(["'`])({quoted})\1""", lambda m: f"{m[1]}{arguments[m[2]]}{m[1]}", text)
-    whole = _any_of(names.tools)
-    return re.sub(rf"(?<!\w)({whole})(?!\w)", lambda m: names.tools[m[1]], text) if whole else text
+def _renamed_text(text: str, called: Iterable[str], names: Names) -> str:
+    """Free text under new names, where a name cannot be taken for a word and has one new name only.
+
+    A name is one in quotes or backticks, or one that no word is written like (`get_weather`, `api.get`, `getWeather`).
+    The tools that are called come first: `city` is theirs, whatever another tool calls `city`; a name of several of
+    them stays.
+    """
+    own = [names.arguments.get(tool, {}) for tool in called]
+    new = _unambiguous(names.tools, *names.arguments.values()) | _unambiguous(names.tools, *own)
+    for name in {key for each in own for key in each} - set(_unambiguous(names.tools, *own)):
+        new.pop(name, None)
+    if not new:
+        return text
+    bare = _any_of(filter(_LIKE_NO_WORD.search, new)) or "(?!)"
+    pattern = rf"""(["'`])(?P<quoted>{_any_of(new)})\1|(?<![\w.])(?P<bare>{bare})(?!\w|\.\w)"""
+
+    def put(match: re.Match[str]) -> str:
+        return new[match["bare"]] if match["bare"] else f"{match[1]}{new[match['quoted']]}{match[1]}"
+
+    return re.sub(pattern, put, text)
+
+
+def _unambiguous(*maps: Mapping[str, str]) -> dict[str, str]:
+    """The old names that have one new name in all maps."""
+    news: dict[str, set[str]] = {}
+    for names in maps:
+        for old, new in names.items():
+            news.setdefault(old, set()).add(new)
+    return {old: min(new) for old, new in news.items() if len(new) == 1}
 
 
 def _any_of(words: Iterable[str]) -> str:
@@ -143,7 +164,3 @@ def _properties(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     schema = tool.get("function", tool).get("parameters")
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
     return properties if isinstance(properties, Mapping) else {}
-
-
-def _swapped(names: Mapping[str, str]) -> dict[str, str]:
-    return {new: old for old, new in names.items()}

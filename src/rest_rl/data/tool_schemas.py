@@ -9,7 +9,6 @@ from typing import Any
 from rest_rl.data.json_text import load_json
 from rest_rl.data.reasons import RowRejectedError
 
-JSON_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
 _TYPE_NAMES = {
     "str": "string", "string": "string", "text": "string", "int": "integer", "integer": "integer", "long": "integer",
     "float": "number", "double": "number", "number": "number", "bool": "boolean", "boolean": "boolean",

@@ -35,7 +35,11 @@ def load_toolace(row: Mapping[str, Any], identity: str, keep_prompts: bool) -> t
             message |= _called(str(message["content"]), sum(len(m.get("tool_calls", ())) for m in messages))
         is_result = message["role"] == "tool" and isinstance(last.get("tool_calls"), list)
         messages += results(message["content"], last) if is_result else [message]
-    tools = read_tools(tools_in(system))
+    tools = tools_in(system)
+    if tools is None:
+        told = f"got a system text without a JSON list of tools ({system[-80:]!r})"
+        raise RowRejectedError("bad_tool_schema", told)
+    tools = read_tools(tools)
     if keep_prompts:
         messages.insert(0, {"role": "system", "content": system})
     samples, found = samples_of(Dialogue(identity, tuple(messages), tools), found)
@@ -63,8 +67,8 @@ def _called(text: str, count: int) -> dict[str, Any]:
     return {"content": parsed.answer or "", "tool_calls": calls}
 
 
-def tools_in(system: str) -> Any:
-    """The first JSON list of objects with names that stands in a text; RowRejectedError without one."""
+def tools_in(system: str) -> list[Any] | None:
+    """The first JSON list of objects with names that stands in a text; None without one."""
     for match in _LIST.finditer(system):
         try:
             _, end = json.JSONDecoder().raw_decode(system, match.start())
@@ -73,7 +77,7 @@ def tools_in(system: str) -> Any:
             continue
         if all(isinstance(tool, Mapping) and "name" in tool for tool in value):
             return value
-    raise RowRejectedError("bad_tool_schema", f"got a system text without a JSON list of tools ({system[-80:]!r})")
+    return None
 
 
 def load_xlam(row: Mapping[str, Any], identity: str, keep_prompts: bool) -> tuple[list[ToolSample], list[Finding]]:
