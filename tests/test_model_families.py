@@ -23,7 +23,7 @@ from rest_rl.response import Gold, Region
 from rest_rl.rewards import exact_match
 from rest_rl.runlog import read_run
 from rest_rl.train.policy import load_policy
-from rest_rl.train.prompt_layout import PromptLayout, resolve_format
+from rest_rl.train.prompt_layout import PromptLayout, resolve_format, with_call_ids
 from rest_rl.train.prompts import encode, training_dataset
 from rest_rl.train.sft import labelled_dataset
 from tests.model_families import DIALOGUES, FAMILIES, family_tokenizer, save_dialogues, save_family
@@ -394,3 +394,31 @@ def test_a_dry_run_prints_the_estimate_and_leaves_nothing(
     assert "optimizer states" in shown
     assert ("cache of keys and values" in shown) is (preset == "rest")
     assert not (tmp_path / "run").exists()
+
+
+def test_results_of_calls_with_one_id_go_to_the_calls_in_order() -> None:
+    call = {"type": "function", "id": "x", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        {"role": "assistant", "content": "", "tool_calls": [call, {**call, "id": "x"}, {**call, "id": "y"}]},
+        {"role": "tool", "tool_call_id": "y", "content": "third"},
+        {"role": "tool", "tool_call_id": "x", "content": "first"},
+        {"role": "tool", "tool_call_id": "x", "content": "second"},
+    ]
+    named = with_call_ids(messages)
+    assert [c["id"] for c in named[0]["tool_calls"]] == ["call00000", "call00001", "call00002"]
+    assert [m["tool_call_id"] for m in named[1:]] == ["call00002", "call00000", "call00001"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trl.per_device_train_batch_size=0", "got trl.per_device_train_batch_size = 0, expected at least 1"),
+        ("trl.logging_steps=2", "got trl.save_steps = 1 and trl.logging_steps = 2"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_named_also_in_a_dry_run(
+    change: str, message: str, folders: dict[str, Path], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--model", str(folders["qwen3"]), "--data", str(data), *options([*RL, change]), "--dry-run"]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err

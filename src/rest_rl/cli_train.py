@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -173,10 +174,11 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
     if not recorded.is_file():
         raise ValueError(f"got --resume and {asked.run.out}, which holds no run, expected a run folder; pass its --out")
     config = placed(read_run_file(recorded), asked.run.out)
-    if arguments.run or overrides:
-        if asked.rest.format == AUTO:
-            asked = replace(asked, rest=replace(asked.rest, format=config.rest.format))
-        refuse_changes(parse_toml(asked.to_toml(), "the run"), parse_toml(config.to_toml(), "the run"))
+    if not arguments.run:  # options alone stand for changes of the recorded run
+        asked = placed(read_run_file(recorded, overrides), asked.run.out)
+    if asked.rest.format == AUTO:
+        asked = replace(asked, rest=replace(asked.rest, format=config.rest.format))
+    refuse_changes(parse_toml(asked.to_toml(), "the run"), parse_toml(config.to_toml(), "the run"))
     return config
 
 
@@ -229,7 +231,7 @@ def check_same_data(data: TrainingData, log: RunLog) -> None:
 def keep_account(data: TrainingData, log: RunLog, screen: Screen) -> None:
     """What training was given and what not, in the run folder; what the model cannot hold is said aloud."""
     if refused := [row for row in data.rejected if "sample" in row]:
-        first = f"{refused[0]['sample']}: {refused[0]['reason']:.200}"
+        first = shorten(f"{refused[0]['sample']}: {refused[0]['reason']}", 250, placeholder=" ...")
         screen.say(f"{len(refused)} of these samples cannot be laid out and are left out; the first, {first}")
     log.write_rejected(data.rejected)
     log.update_summary(data={**data.report, "refused": len(refused), "digest": data.digest})

@@ -95,7 +95,7 @@ def format_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Findi
 def _format_problem(parsed: ParsedResponse, gold: Gold) -> str | None:
     if not parsed.well_formed:
         return "; ".join(parsed.problems[:3]) or "the blocks are not complete and in order"
-    if parsed.attempted_call != bool(gold.calls):
+    if (parsed.attempted_call or bool(parsed.calls)) != bool(gold.calls):
         return "a call block is missing" if gold.calls else "a call block is not needed"
     if gold.answer is not None and parsed.answer is None:
         return "the answer is missing"

@@ -148,6 +148,10 @@ def _read_calls(reading: PlainReading, text: str) -> int:
     if _opens_list(text, at):
         reading.mark(0, at + 1, Region.FORMAT)
         return _read_list(reading, text, at + 1)
+    if text.startswith("{", at):
+        reading.violate(f"expected a JSON list at character {at + reading.offset}")
+        reading.mark(0, at, Region.FORMAT)
+        return _read_item(reading, text, at)
     head = _read_head(text, at)
     if head is None:
         reading.refuse_call(0, "expected a JSON list of calls, or name[ARGS]{...}")

@@ -164,19 +164,19 @@ def call_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
 def with_call_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages whose calls have ids of nine letters and digits, as Mistral's templates demand; results name them."""
     named: list[dict[str, Any]] = []
-    waiting: list[str] = []
-    made: dict[str, str] = {}
+    waiting: list[tuple[str, str]] = []  # (id as given, new id) of the calls without a result yet
+    made = 0
     for message in messages:
         changes: dict[str, Any] = {}
         if calls := message.get("tool_calls"):
-            waiting = [f"call{len(made) + i:05d}" for i in range(len(calls))]
-            made |= {str(call.get("id", new)): new for call, new in zip(calls, waiting, strict=True)}
-            changes = {"tool_calls": [{**call, "id": new} for call, new in zip(calls, waiting, strict=True)]}
+            waiting = [(str(call.get("id")), f"call{made + i:05d}") for i, call in enumerate(calls)]
+            made += len(calls)
+            changes = {"tool_calls": [{**call, "id": new} for call, (_, new) in zip(calls, waiting, strict=True)]}
         elif message["role"] == "tool":
-            known = made.get(str(message.get("tool_call_id")))
-            new = known if known in waiting else next(iter(waiting), "call00000")
-            waiting = [other for other in waiting if other != new]
-            changes = {"tool_call_id": new}
+            given = str(message.get("tool_call_id"))
+            answered = next((pair for pair in waiting if pair[0] == given), next(iter(waiting), ("", "call00000")))
+            waiting = [pair for pair in waiting if pair is not answered]
+            changes = {"tool_call_id": answered[1]}
         named.append({**message, **changes})
     return named
 

@@ -33,10 +33,19 @@ from rest_rl.train.sft import region_trainer
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
 from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, steps_per_generation
 
-WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/")
-"""Parts of the names of what differs from run to run and so stays out of the metrics."""
+WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
+"""Parts of the names of what differs from run to run, or after a resume, and so stays out of the metrics."""
 OWNED = ("output_dir", "seed", "preset", "tool_format", "weights", "reward", "advantage", "entropy_decay")
 """Fields of the trainer's configuration that other tables of a run set."""
+LEAST_ONE = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_generations",
+    "max_completion_length",
+    "save_steps",
+    "logging_steps",
+)
+"""Fields of which less would mean nothing."""
 
 
 class Observer(Protocol):
@@ -107,9 +116,13 @@ def trainer_config(config: RunConfig) -> ResTConfig | SFTConfig:
         "seed": config.run.seed,
         "disable_tqdm": True,
         "report_to": [],
+        "logging_steps": 1,
         **method_fields(config),
         **table,
     }
+    for name in LEAST_ONE:
+        if isinstance(number := table.get(name, 1), int) and number < 1:
+            raise ValueError(f"got trl.{name} = {number}, expected at least 1; raise it")
     try:
         args = kind(**given)
     except TypeError as error:
@@ -118,6 +131,12 @@ def trainer_config(config: RunConfig) -> ResTConfig | SFTConfig:
         raise ValueError(
             f"got trl.save_steps = {args.save_steps}, expected a multiple of {steps_per_generation(args)}, the steps "
             "that share one batch of responses, or a resumed run would differ; change save_steps"
+        )
+    if "steps" == args.save_strategy == args.logging_strategy and args.save_steps % args.logging_steps:
+        raise ValueError(
+            f"got trl.save_steps = {args.save_steps} and trl.logging_steps = {args.logging_steps}, expected a "
+            "multiple: metrics are averaged since the last line, and a resumed run knows of none before its "
+            "checkpoint; change one of them"
         )
     check_trackers(cast(list[str], args.report_to))
     new_adapter(config)  # refused here, before there is a run folder
