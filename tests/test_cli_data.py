@@ -250,6 +250,33 @@ def test_split_keeps_our_own_samples_of_one_dialogue_together(
     assert all(len(side) > 100 for side in sides)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_split_groups_dialogues_not_prefixes_of_ids(
+    tmp_path: Path, own: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ids such as `toolbench/7` name a source; turns share a dialogue, also where the assistant speaks first."""
+    turns = [
+        [
+            {"role": "system", "content": "Be brief."},
+            *([{"role": "assistant", "content": "Hello!"}] if number % 2 else []),
+            {"role": "user", "content": f"{number}?"},
+            {"role": "assistant", "content": f"{number}!"},
+        ]
+        for number in range(40)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"id": f"toolbench/{n}", "messages": t}) for n, t in enumerate(turns)))
+    if own:
+        run(capsys, "convert", path, "--out", tmp_path / "samples.jsonl", "--keep", "duplicate")
+        path = tmp_path / "samples.jsonl"
+    run(capsys, "split", path, "--test", 0.3, "--keep", "duplicate")
+    sides = [load_samples(tmp_path / f"{path.stem}.{side}.jsonl") for side in ("train", "test")]
+    dialogues = [{sample.id.rpartition("/")[0] for sample in side} for side in sides]
+    assert not dialogues[0] & dialogues[1]
+    # 20 dialogues of two turns and 20 of one: 60 samples, 0.3 of them are 18, met up to one group of two
+    assert [len(side) for side in sides] == pytest.approx([42, 18], abs=1)
+
+
 @pytest.mark.parametrize("share", [0, 1, -1])
 def test_split_needs_a_share(rows: Path, share: float, capsys: pytest.CaptureFixture[str]) -> None:
     assert "share" in error_of(capsys, "split", rows, "--test", share)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rest_rl.data.check import CheckConfig, read_checked
+from rest_rl.cli import main
+from rest_rl.data.check import CheckConfig, prompts_of, read_checked
 from rest_rl.data.loaders import SOURCES
+from rest_rl.data.reasons import KEEPABLE
 from rest_rl.data.samples import from_json, to_json
 from rest_rl.data.tool_world import tool_world
 from rest_rl.data.writing import sample_writer
+from rest_rl.formats import FORMATS
 from tests.made_up_rows import ASKED, HISTORY, OUTPUT, RAW, ROWS, SYSTEM, TURNS, WEATHER
 
 TOOLACE = {
@@ -71,21 +77,46 @@ JUNK = st.recursive(
 )
 
 
+CALL = {"function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+MORE_KEYS = [
+    *("tool_calls", "function_call", "weight", "name", "role", "content", "reasoning_content", "preamble", "thought"),
+    *("tools_in_prompt", "system", "id", "kind", "enum", "items", "anyOf", "nullable", "additionalProperties"),
+]
+MORE_VALUES: list[Any] = [
+    *([CALL], ["str"], [CALL, "str"], CALL, [{}], "f()", 0, ["a"], {"a": 1}, "<tool_call>{'name': 'f'}</tool_call>"),
+    *(
+        "[TOOL_CALLS] [",
+        "<function=f>",
+        '{"name": "get_weather", "parameters": {',
+        "You are a function calling AI model",
+    ),
+    *("# Tools\n<tools>{}</tools>", '# Tools\n<tools>[{"name": 3}]</tools>', "<think>", "assistant"),
+]
+
+
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The path of every value inside a value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(deeper for key, item in items for deeper in places(item, (*path, key)))][1 if not path else 0 :]
 
 
+def value_at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
 @st.composite
 def spoiled(draw: st.DrawFn, source: str) -> Any:
-    """A row of that shape with one or two of its values replaced or cut short."""
+    """A row of that shape with one or two of its values replaced or cut short, or given to an object without them."""
     row = copy.deepcopy(ROWS_OF[source])
-    for _ in range(draw(st.integers(1, 2))):
+    for _ in range(draw(st.integers(0, 2))):
+        objects = [path for path in [(), *places(row)] if isinstance(value_at(row, path), dict)]
+        key = draw(st.sampled_from(MORE_KEYS))
+        value_at(row, draw(st.sampled_from(objects)))[key] = copy.deepcopy(draw(JUNK | st.sampled_from(MORE_VALUES)))
+    for _ in range(draw(st.integers(0, 2))):
         *path, last = draw(st.sampled_from(places(row)))
-        holder = row
-        for key in path:
-            holder = holder[key]
+        holder = value_at(row, tuple(path))
         old = holder[last]
         cut = draw(st.integers(0, len(old))) if isinstance(old, str) else None
         holder[last] = (
@@ -107,7 +138,9 @@ def test_no_row_crashes_the_check(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     keep_prompts = data.draw(st.booleans())
     config = CheckConfig(source if named else "auto", keep_prompts, mask_names=0.0 if keep_prompts else 0.5)
-    samples, report = read_checked(str(path), config)
+    read_checked(str(path), config, test_prompts=prompts_of(str(path)))
+    config = replace(config, keep=KEEPABLE)
+    samples, report = read_checked(str(path), config, test_prompts=prompts_of(str(path)))
     assert report.rows == len(rows) == report.kept + report.repaired + report.rejected
     assert len(samples) == report.samples
     assert all(located.finding.detail for located in report.findings)
@@ -117,6 +150,36 @@ def test_no_row_crashes_the_check(
         with sample_writer(folder / f"out.{ending}") as write:
             for sample in samples:
                 write(sample)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@settings(max_examples=10)
+@given(st.data())
+def test_no_row_crashes_a_command(tmp_path_factory: pytest.TempPathFactory, source: str, data: st.DataObject) -> None:
+    """Each ends with a status, whatever the rows and options; an error is one line."""
+    folder = tmp_path_factory.mktemp("rows")
+    for name in ("rows", "test"):
+        rows = data.draw(st.lists(spoiled(source), min_size=2, max_size=5))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"--mask": ["1.0", "0.5"], "--keep": ["unknown_tool", "duplicate"], "--source": ["auto", source]}
+    chosen = [
+        part for key in options if data.draw(st.booleans()) for part in (key, data.draw(st.sampled_from(options[key])))
+    ]
+    chosen += ["--keep-prompts"] if data.draw(st.booleans()) else []
+    path = str(folder / "rows.jsonl")
+    test = ["--test", str(folder / "test.jsonl")]
+    for command in (
+        ["check", path, "--json", *test],
+        ["check", path, "--max-prompt", "1"],
+        ["convert", path, "--out", str(folder / "out.parquet"), *test],
+        ["show", path, "1", "--format", data.draw(st.sampled_from(["auto", *FORMATS]))],
+        ["split", path, "--test", "0.5", "--out", str(folder / "split")],
+    ):
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
+            status = main(["data", *command, *chosen])
+        told = errors.getvalue()
+        assert status == (2 if told else 0)
+        assert not told or (told.startswith("error: got ") and told.count("\n") == 1)
 
 
 def test_the_rows_are_good_before_they_are_spoiled(tmp_path: Path) -> None:

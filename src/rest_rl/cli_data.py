@@ -213,7 +213,7 @@ def split(arguments: argparse.Namespace) -> int:
         check_output(out, [arguments.file])
     rejected = 0
     with reading(arguments, [arguments.file]) as rows:
-        sides = Split((sample for row in rows for sample in row.samples), share, arguments.seed)
+        sides = Split(rows, share, arguments.seed)
     counts = dict.fromkeys(outs, 0)
     with ExitStack() as stack:
         rows = stack.enter_context(reading(arguments, [arguments.file]))
@@ -221,7 +221,7 @@ def split(arguments: argparse.Namespace) -> int:
         for row in rows:
             rejected += row.status == "rejected"
             for sample in row.samples:
-                side = "test" if sides.is_test(sample) else "train"
+                side = "test" if sides.is_test(row, sample) else "train"
                 writers[side](sample)
                 counts[side] += 1
     for side, out in outs.items():

@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from rest_rl.data.check import CheckedRow
 from rest_rl.data.digests import digest_of
 from rest_rl.data.samples import ToolSample
 
@@ -18,13 +19,12 @@ from rest_rl.data.samples import ToolSample
 class Split:
     """Which side each sample belongs to."""
 
-    def __init__(self, groups: Iterable[ToolSample], share: float, seed: int) -> None:
-        """Read all samples once; ValueError for a share that leaves a side without any."""
+    def __init__(self, rows: Iterable[CheckedRow], share: float, seed: int) -> None:
+        """Read all rows once; ValueError for a share that leaves a side without any."""
         if not 0 < share < 1:
             raise ValueError(f"got --test {share}, expected a share between 0 and 1, such as 0.1")
         self._joined: dict[int, int] = {}
-        self._of_dialogue: dict[int, int] = {}
-        opening = array("Q", (self._opened(sample) for sample in groups))
+        opening = array("Q", (self._opened(row, sample) for row in rows for sample in row.samples))
         self._salt: Callable[[int], int] = lambda group: _salted(group, seed)
         sizes = Counter(self._root(group) for group in opening)
         self._test = _first_groups(sizes, self._salt, share * len(opening))
@@ -34,19 +34,19 @@ class Split:
                 "take a larger file"
             )
 
-    def is_test(self, sample: ToolSample) -> bool:
-        """Whether the sample belongs to the test side."""
-        return self._root(opening_of(sample)) in self._test
+    def is_test(self, row: CheckedRow, sample: ToolSample) -> bool:
+        """Whether a sample of a row belongs to the test side."""
+        question, start = _opening_of(row, sample)
+        return self._root(start if question is None else question) in self._test
 
-    def _opened(self, sample: ToolSample) -> int:
-        """The sample's group; a dialogue of several openings joins them."""
-        group = opening_of(sample)
-        dialogue, slash, _ = sample.id.rpartition("/")
-        if slash:
-            other = self._of_dialogue.setdefault(digest_of(dialogue), group)
-            if other != group and self._root(other) != self._root(group):
-                self._joined[self._root(group)] = self._root(other)
-        return group
+    def _opened(self, row: CheckedRow, sample: ToolSample) -> int:
+        """The sample's group; where the assistant speaks first, its dialogue joins the question that follows."""
+        question, start = _opening_of(row, sample)
+        if question is None:
+            return start
+        if start and self._root(start) != self._root(question):
+            self._joined[self._root(start)] = self._root(question)
+        return question
 
     def _root(self, group: int) -> int:
         while (parent := self._joined.get(group)) is not None:
@@ -54,13 +54,24 @@ class Split:
         return group
 
 
-def opening_of(sample: ToolSample) -> int:
-    """Digest of how the dialogue begins: its first user message, which all its turns and all equal prompts share."""
-    texts = [str(m.get("content")) for m in sample.messages if m["role"] == "user"] or [
-        str(m.get("content")) for m in sample.messages
-    ]
-    first = texts[0] if texts else ""
-    return digest_of((first.partition("</user>")[0] if sample.tools_in_prompt else first).strip())
+def _opening_of(row: CheckedRow, sample: ToolSample) -> tuple[int | None, int]:
+    """Digests of how a dialogue begins: (its first user message, what precedes any user).
+
+    All turns of a dialogue and all equal prompts share the first user message. Turns before it are told by their
+    dialogue: the row, or in a file of samples the id up to its last `/` together with what precedes the first turn of
+    the assistant. The second digest is 0 where the user speaks first.
+    """
+    roles = [message["role"] for message in sample.messages]
+    asked = roles.index("user") if "user" in roles else None
+    spoke = roles.index("assistant") if "assistant" in roles else len(roles)
+    question = None if asked is None else str(sample.messages[asked].get("content"))
+    if question is not None and sample.tools_in_prompt:
+        question = question.partition("</user>")[0]
+    start = 0
+    if asked is None or spoke < asked:
+        name = sample.id.rpartition("/")[0] or sample.id if row.source == "samples" else [row.file, row.number]
+        start = digest_of([name, sample.messages[:spoke]])
+    return None if question is None else digest_of(question.strip()), start
 
 
 def _salted(group: int, seed: int) -> int:
