@@ -18,6 +18,7 @@ MAX_DEPTH = 64
 _SPACE = re.compile(r"[ \t\n\r]*")
 # an unclosed string runs to the end: were it skipped, every quote in it would start a search of its own
 _BRACKET_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)
+_DEPTHS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
 
 class Entry(NamedTuple):
@@ -103,19 +104,23 @@ def _too_deep(text: str, start: int, end: int) -> bool:
         return False
     depth = 0
     for match in _BRACKET_OR_STRING.finditer(text, start, end):
-        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match.group(), 0)
+        depth += _DEPTHS.get(match.group(), 0)
         if depth > MAX_DEPTH:
             return True
     return False
 
 
-def bracket_end(text: str, start: int) -> int:
-    """The position after the bracket that closes the one at `start`, strings skipped; -1 when there is none."""
-    if not text.startswith(("{", "["), start):
+def bracket_end(text: str, start: int, pattern: re.Pattern[str] = _BRACKET_OR_STRING) -> int:
+    """The position after the bracket that closes the one at `start`, strings skipped; -1 when there is none.
+
+    `pattern` matches brackets and strings; JSON's, unless it is another language's.
+    """
+    opening = pattern.match(text, start)
+    if opening is None or _DEPTHS.get(opening.group()) != 1:
         return -1
     depth = 0
-    for match in _BRACKET_OR_STRING.finditer(text, start):
-        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match.group(), 0)
+    for match in pattern.finditer(text, start):
+        depth += _DEPTHS.get(match.group(), 0)
         if depth <= 0:
             return match.end()
     return -1
@@ -140,7 +145,7 @@ _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 
 def skip_space(text: str, at: int) -> int:
-    """The position of the first character from `at` on that is not JSON's white space."""
+    """The position of the first character from `at` on that is not JSON's white space (nor Python's in brackets)."""
     match = _SPACE.match(text, at)
     assert match is not None  # the pattern matches the empty string
     return match.end()

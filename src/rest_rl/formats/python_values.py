@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from keyword import iskeyword
 from typing import Any
 
-from rest_rl.json_spans import MAX_DEPTH, MAX_INTEGER_DIGITS
+from rest_rl.json_spans import MAX_DEPTH, MAX_INTEGER_DIGITS, skip_space
 
-_SPACE = re.compile(r"[ \t\n\r]*")
 _STRING = re.compile(
     r'"""(?P<long_double>[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*)"""'
     r"|'''(?P<long_single>[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*)'''"
@@ -23,7 +22,7 @@ _STRING = re.compile(
     r"|'(?P<single>[^'\\\n]*(?:\\.[^'\\\n]*)*)'",
     re.DOTALL,
 )
-_BRACKET_OR_STRING = re.compile(
+BRACKET_OR_STRING = re.compile(
     r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*(?:"""|\\?\Z)'
     r"|'''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*(?:'''|\\?\Z)"
     r'|"[^"\\\n]*(?:\\.[^"\\\n]*)*(?:"|(?=\n)|\\?\Z)'
@@ -31,7 +30,10 @@ _BRACKET_OR_STRING = re.compile(
     r"|[()\[\]{}]",
     re.DOTALL,
 )
-"""An unclosed string runs to the end of its line: were it skipped, every quote in it would start its own search."""
+"""Python's brackets and strings, for `bracket_end`.
+
+An unclosed string runs to the end of its line: were it skipped, every quote in it would start its own search.
+"""
 _NUMBER = re.compile(r"[+-]?(?:(?P<integer>\d+)(?![\d.eE])|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
 _WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
 _WORD = re.compile(r"[^\W\d]\w*")
@@ -70,16 +72,6 @@ def read_arguments(text: str, start: int) -> tuple[dict[str, Any], int]:
     return arguments, at + 1
 
 
-def closing_end(text: str, start: int) -> int:
-    """The position after the bracket that closes the one at `start`, Python strings skipped; -1 when there is none."""
-    depth = 0
-    for match in _BRACKET_OR_STRING.finditer(text, start):
-        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(match.group(), 0)
-        if depth <= 0:
-            return match.end()
-    return -1
-
-
 def write_arguments(arguments: Mapping[str, Any]) -> str:
     """The arguments in parentheses, keys that are no identifiers in a `**{...}` at the end; ValueError for no JSON."""
     plain = {key: value for key, value in arguments.items() if key.isidentifier() and not iskeyword(key)}
@@ -103,13 +95,6 @@ def _write_key(key: Any) -> str:
     if not isinstance(key, str):
         raise ValueError(f"got a key of type {type(key).__name__}, expected a string")
     return json.dumps(key, ensure_ascii=False)
-
-
-def skip_space(text: str, at: int) -> int:
-    """The position of the first character from `at` on that is no white space between tokens."""
-    match = _SPACE.match(text, at)
-    assert match is not None  # the pattern matches the empty string
-    return match.end()
 
 
 def _after_item(text: str, at: int, close: str) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 
 from rest_rl.formats.json_calls import dump_json, escape_tags
 from rest_rl.formats.plain_answer import PlainReading, write_plain
-from rest_rl.formats.python_values import NotLiteralError, closing_end, read_arguments, skip_space, write_arguments
+from rest_rl.formats.python_values import BRACKET_OR_STRING, NotLiteralError, read_arguments, write_arguments
 from rest_rl.formats.reading import describe_tools
+from rest_rl.json_spans import bracket_end, skip_space
 from rest_rl.response import ParsedResponse, Region, Span, ToolCall
 
 _START, _END = "<|python_start|>", "<|python_end|>"
@@ -85,7 +86,7 @@ class PythonicFormat:
             arguments, end = read_arguments(text, opening)
         except NotLiteralError as error:
             reading.refuse_call(start, str(error))
-            rest, end = Region.OTHER, closing_end(text, opening)
+            rest, end = Region.OTHER, bracket_end(text, opening, BRACKET_OR_STRING)
         else:
             reading.calls.append(ToolCall(name, arguments))
             rest = Region.FORMAT
