@@ -12,8 +12,8 @@ import pytest
 
 from rest_rl.cli import main
 from rest_rl.data.check import read_checked
-from rest_rl.data.samples import load_samples, save_samples
 from rest_rl.data.tool_world import tool_world
+from tests.sample_files import load_samples, save_samples
 
 ASKED = {"role": "user", "content": "Weather in [Oslo]?"}
 TOOL = {"name": "w", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}
@@ -209,6 +209,14 @@ def test_show_a_row_as_a_model_sees_it(rows: Path, tmp_path: Path, capsys: pytes
         for limit in (1, 10**6)
     ]
     assert [told["reasons"].get("prompt_too_long", 0) for told in counts] == [4, 0]
+
+
+def test_show_a_gold_that_the_format_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [ASKED, {"role": "assistant", "content": "[f(x=1)]"}]}))
+    code, out = run(capsys, "show", path, 1, "--format", "pythonic")
+    assert code == 0
+    assert '{"calls": [], "answer": "[f(x=1)]"}' in out
 
 
 @pytest.mark.parametrize(("number", "told"), [(0, "from 1"), (7, "which has 6")])

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from rest_rl.data.check import MAX_FINDINGS, CheckConfig, Report, checked_rows, prompts_of, read_checked
 from rest_rl.data.digests import DigestSet, leak_digest
 from rest_rl.data.reasons import KEEPABLE, REASONS
-from rest_rl.data.samples import ToolSample, save_samples, to_json
+from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Gold, ToolCall
+from tests.sample_files import save_samples
 
 SCHEMA = {
     "type": "object",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rest_rl.data.samples import Dialogue, ToolSample, decompose, from_json, load_samples, save_samples, to_json
+from rest_rl.data.samples import Dialogue, ToolSample, decompose, from_json, to_json
 from rest_rl.response import Gold, ToolCall
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "add two numbers", "parameters": {}}}
@@ -113,10 +112,9 @@ def test_an_empty_dialogue_is_refused() -> None:
         decompose(Dialogue("d", (), ()))
 
 
-def test_jsonl_round_trip(tmp_path: Path) -> None:
+def test_json_round_trip() -> None:
     samples = decompose(DIALOGUE)
-    path = save_samples(samples, tmp_path / "deep" / "samples.jsonl")
-    assert load_samples(path) == samples
+    assert [from_json(json.loads(json.dumps(to_json(sample)))) for sample in samples] == samples
 
 
 def test_a_blank_answer_is_none() -> None:
@@ -146,18 +144,7 @@ def test_json_of_a_sample_is_plain() -> None:
         ({"gold": {"calls": [{"function": None}], "answer": None}}, "tool call"),
     ],
 )
-def test_bad_rows_are_named_with_their_line(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
-    row = {**to_json(decompose(DIALOGUE)[0]), **change}
-    path = tmp_path / "samples.jsonl"
-    path.write_text(f"\n{json.dumps(row)}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 2") as error:
-        load_samples(path)
+def test_bad_rows_are_named(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match="sample") as error:
+        from_json({**to_json(decompose(DIALOGUE)[0]), **change})
     assert expected in str(error.value)
-
-
-@pytest.mark.parametrize("line", [b"{\n", b"\xff\n", b"[" * 100_000, b"[]"])
-def test_a_line_that_is_no_object_is_refused(line: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "samples.jsonl"
-    path.write_bytes(line)
-    with pytest.raises(ValueError, match="line 1"):
-        load_samples(path)

@@ -14,7 +14,6 @@ from trl import SFTConfig, SFTTrainer
 
 from rest_rl.cli import main
 from rest_rl.config import RunConfig
-from rest_rl.data.samples import save_samples
 from rest_rl.formats import as_demonstrated, get_format
 from rest_rl.presets import SUPERVISED
 from rest_rl.regions import tag_regions
@@ -24,6 +23,7 @@ from rest_rl.runlog import read_run
 from rest_rl.train.prompt_layout import PromptLayout
 from rest_rl.train.prompts import IGNORED
 from rest_rl.train.sft import RegionSFTTrainer, labelled_dataset, region_trainer, token_loss_weights, weights_by_region
+from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

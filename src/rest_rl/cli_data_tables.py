@@ -15,7 +15,7 @@ from rich.table import Table
 
 from rest_rl.data.check import CheckedRow, Report
 from rest_rl.data.reasons import REASONS
-from rest_rl.data.samples import ToolSample
+from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.terminal import coloured, legend, pieces
 
@@ -112,11 +112,17 @@ def _plain_message(message: Mapping[str, Any]) -> str:
 
 
 def _show_gold(sample: ToolSample, chosen: ToolFormat, console: Console) -> None:
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     try:
         text = chosen.render(sample.thought, sample.gold.calls, sample.gold.answer)
     except ValueError as error:  # a thought that quotes the tags
-        console.print(f"without its thought: {error}", style="dim", highlight=False, soft_wrap=True, markup=False)
-        text = chosen.render(None, sample.gold.calls, sample.gold.answer)
+        say(f"without its thought: {error}", style="dim")
+        try:
+            text = chosen.render(None, sample.gold.calls, sample.gold.answer)
+        except ValueError as other:
+            say(f"as JSON, for the format cannot write it: {other}", style="dim")
+            say(json.dumps(to_json(sample)["gold"], ensure_ascii=False))
+            return
     if sample.preamble:
-        console.print(f"before its calls it says: {sample.preamble}", highlight=False, soft_wrap=True, markup=False)
+        say(f"before its calls it says: {sample.preamble}")
     console.print(coloured(pieces(text, chosen.parse(text).spans)), soft_wrap=True)

@@ -7,15 +7,12 @@ on single turns; a multi-turn task enters it through its histories.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rest_rl.data.json_text import load_json
-from rest_rl.jsonl import parse_row, read_lines
 from rest_rl.response import Gold, ToolCall
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -223,34 +220,6 @@ def _field(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> An
     if not isinstance(value, kind):
         expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise ValueError(
-            f"{where}: got {name} = {value!r}; expected {expected}; "
-            "write rows with rest_rl.data.samples.to_json or save_samples"
+            f"{where}: got {name} = {value!r}; expected {expected}; write rows with rest_rl.data.samples.to_json"
         )
     return value
-
-
-def save_samples(samples: Iterable[ToolSample], path: str | Path) -> Path:
-    """Write one JSON object per line (UTF-8); returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(to_json(sample), ensure_ascii=False) + "\n")
-    return path
-
-
-def load_samples(path: str | Path) -> list[ToolSample]:
-    """Read a JSONL file of samples; a bad line raises ValueError with its line number, blank lines are skipped."""
-    return list(_read(Path(path)))
-
-
-def _read(path: Path) -> Iterator[ToolSample]:
-    for number, line in read_lines(str(path)):
-        yield _from_line(line, f"{path}, line {number}")
-
-
-def _from_line(line: bytes, where: str) -> ToolSample:
-    try:
-        return from_json(parse_row(line))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
