@@ -21,7 +21,7 @@ _MARKED = re.compile(
 )
 """Text that only a call begins with; a tag in quotes is spoken of."""
 _STOPS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>")
-_OBJECT_BEGINS = re.compile(r"""\A(?=[\[{])|^[ \t]*(?=\[?\s*\{\s*["'](?:name|type)["']\s*:)""", re.MULTILINE)
+_OBJECT_BEGINS = re.compile(r"""\A(?=[\[{])|^[ \t]*(?=(?:\[\s*)?\{\s*["'](?:name|type)["']\s*:)""", re.MULTILINE)
 _BEGUN = re.compile(
     r"""\[?\s*\{\s*["']name["']\s*:\s*["'](?P<object>[^"'\n]+)["']\s*,\s*["'](?:arguments|parameters)["']"""
     r"""|\[\s*(?P<pythonic>[^\s()\[\]=,"'][^()\[\]=,"'\n]*)\(""",
@@ -46,13 +46,13 @@ def written_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> WrittenCalls
     """
     body = _without_stop(text.strip())
     schemas = {function["name"]: function.get("parameters") for function in (tool["function"] for tool in tools)}
-    if _MARKED.search(body):
+    if ("<" in body or "[TOOL_CALLS]" in body) and _MARKED.search(body):
         found = _tagged(body) or _llama_functions(body) or _by_format(body, schemas)
         if found is None:
             raise ValueError(f"got a call as text that cannot be read: {body[:120]!r}")
         return found
     found = _bare_objects(body, schemas) if schemas else None
-    if found is None and schemas and "(" in body:
+    if found is None and schemas and "[" in body and "(" in body:
         found = _of_tools(_clean(get_format("pythonic").parse(body, spans=False)), schemas)
     if found is None and _has_begun(body, schemas):
         raise ValueError(f"got a call as text that cannot be read: {body[:120]!r}")
@@ -60,9 +60,12 @@ def written_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> WrittenCalls
 
 
 def _without_stop(text: str) -> str:
-    while stop := next(filter(text.endswith, _STOPS), None):
-        text = text.removesuffix(stop).rstrip()
-    return text
+    end = len(text)
+    while stop := next((stop for stop in _STOPS if text.endswith(stop, 0, end)), None):
+        end -= len(stop)
+        while end and text[end - 1].isspace():
+            end -= 1
+    return text[:end]
 
 
 def _tagged(body: str) -> WrittenCalls | None:
@@ -130,7 +133,7 @@ def _with_texts(found: WrittenCalls, body: str, schemas: Mapping[str, Any]) -> W
 
 
 def _bare_objects(body: str, schemas: Mapping[str, Any]) -> WrittenCalls | None:
-    begin = _OBJECT_BEGINS.search(body)
+    begin = _OBJECT_BEGINS.search(body) if "{" in body else None
     calls = _calls_of(body[begin.end() :], needs_arguments=True) if begin else None
     return _of_tools(WrittenCalls(body[: begin.start()].strip(), calls), schemas) if begin and calls else None
 
@@ -169,6 +172,7 @@ def _call_of(value: Any, needs_arguments: bool) -> ToolCall | None:
     arguments = read_literal(arguments) if isinstance(arguments, str) and arguments.strip() else arguments
     if arguments in (None, "") and not needs_arguments:
         arguments = {}
-    is_schema = isinstance(arguments, Mapping) and isinstance(arguments.get("properties"), Mapping)
-    is_call = isinstance(name, str) and isinstance(arguments, Mapping) and not (is_schema and "type" in arguments)
-    return ToolCall(name, arguments) if is_call else None
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        return None
+    is_schema = "type" in arguments and isinstance(arguments.get("properties"), Mapping)
+    return None if is_schema else ToolCall(name, arguments)

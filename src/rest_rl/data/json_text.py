@@ -70,8 +70,12 @@ def read_literals(text: str) -> list[Any] | None:
         values.append(value)
     if at >= end:
         return values
-    values = [read_literal(line) for line in text.split("\n") if line.strip()]
-    return None if None in values else values
+    values = []
+    for line in filter(str.strip, text.split("\n")):
+        if (value := read_literal(line)) is None:
+            return None
+        values.append(value)
+    return values
 
 
 def _end_of(pattern: re.Pattern[str], text: str, at: int) -> int:
