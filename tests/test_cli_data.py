@@ -12,7 +12,9 @@ import pytest
 
 from rest_rl.cli import main
 from rest_rl.data.check import read_checked
+from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import tool_world
+from rest_rl.response import Gold
 from tests.sample_files import load_samples, save_samples
 
 ASKED = {"role": "user", "content": "Weather in [Oslo]?"}
@@ -283,6 +285,14 @@ def test_split_groups_dialogues_not_prefixes_of_ids(
     assert not dialogues[0] & dialogues[1]
     # 20 dialogues of two turns and 20 of one: 60 samples, 0.3 of them are 18, met up to one group of two
     assert [len(side) for side in sides] == pytest.approx([42, 18], abs=1)
+
+
+def test_split_of_samples_whose_ids_name_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [
+        ToolSample(f"toolbench/{n}", ({"role": "user", "content": f"{n}?"},), (), Gold((), f"{n}!")) for n in range(20)
+    ]
+    run(capsys, "split", save_samples(samples, tmp_path / "rows.jsonl"), "--test", 0.5)
+    assert [len(load_samples(tmp_path / f"rows.{side}.jsonl")) for side in ("train", "test")] == [10, 10]
 
 
 @pytest.mark.parametrize("share", [0, 1, -1])
