@@ -24,6 +24,7 @@ from rest_rl.analyze.tables import COMPARISON_HEADER, comparison_rows, flatten, 
 from rest_rl.config import AUTO, RunConfig, apply_overrides, overridden, parse_toml, read_run_file
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.held_out import Prompt, evaluate
+from rest_rl.presets import SUPERVISED
 from rest_rl.runlog import CONFIG, RunLog, read_run, unwritable
 from rest_rl.terminal import Screen, show_estimate, show_table
 from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
@@ -187,7 +188,12 @@ def shorthands(arguments: argparse.Namespace) -> list[str]:
     keys = {"model": "model.path", "data": "data.path", "preset": "rest.preset", "format": "rest.format"}
     given = [(key, getattr(arguments, name)) for name, key in keys.items()]
     texts = [f"{key}={json.dumps(str(value))}" for key, value in given if value is not None]
-    return texts if arguments.lora is None else [*texts, f"peft.r={arguments.lora}"]
+    if arguments.lora is None:
+        return texts
+    # adapters take about ten times the rate of full fine-tuning, which the embedded run files are for
+    rate = "1e-4" if arguments.preset in SUPERVISED else "1e-5"
+    own = [] if arguments.run or arguments.resume else [f"trl.learning_rate={rate}"]
+    return [*texts, f"peft.r={arguments.lora}", *own]
 
 
 def placed(config: RunConfig, out: str) -> RunConfig:
