@@ -190,10 +190,10 @@ def shorthands(arguments: argparse.Namespace) -> list[str]:
     texts = [f"{key}={json.dumps(str(value))}" for key, value in given if value is not None]
     if arguments.lora is None:
         return texts
-    # adapters take about ten times the rate of full fine-tuning, which the embedded run files are for
+    # adapters take about ten times the rate of full fine-tuning, which the run files of one's own model are for
     rate = "1e-4" if arguments.preset in SUPERVISED else "1e-5"
-    own = [] if arguments.run or arguments.resume else [f"trl.learning_rate={rate}"]
-    return [*texts, f"peft.r={arguments.lora}", *own]
+    is_own = (arguments.model or arguments.data) and not (arguments.run or arguments.resume)
+    return [*texts, f"peft.r={arguments.lora}", *([f"trl.learning_rate={rate}"] if is_own else [])]
 
 
 def placed(config: RunConfig, out: str) -> RunConfig:
