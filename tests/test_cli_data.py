@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from rest_rl.data.check import read_checked
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Gold
+from tests.model_families import DIALOGUES, family_tokenizer
 from tests.sample_files import load_samples, save_samples
 
 ASKED = {"role": "user", "content": "Weather in [Oslo]?"}
@@ -211,6 +213,50 @@ def test_show_a_row_as_a_model_sees_it(rows: Path, tmp_path: Path, capsys: pytes
         for limit in (1, 10**6)
     ]
     assert [told["reasons"].get("prompt_too_long", 0) for told in counts] == [4, 0]
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """The tokenizer of a family whose template takes one call at a time."""
+    family_tokenizer("llama3_2").save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def two_calls_at_once(path: Path) -> Path:
+    """Two dialogues of three turns; the first turn of the second one makes two calls."""
+    doubled = copy.deepcopy(DIALOGUES[1])
+    doubled["messages"][2]["tool_calls"] *= 2
+    path.write_text("".join(json.dumps(row) + "\n" for row in (DIALOGUES[0], doubled)))
+    return path
+
+
+def test_check_with_a_model_tells_what_it_cannot_be_given(
+    tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first turn stays: its calls are the gold, which the format can write; the later two have it as history."""
+    path = two_calls_at_once(tmp_path / "rows.jsonl")
+    assert json.loads(run(capsys, "check", path, "--json")[1])["samples"] == 6
+    assert main(["data", "check", str(path), "--json", "--model", str(llama)]) == 0
+    out, aloud = capsys.readouterr()
+    told = json.loads(out)
+    assert (told["samples"], told["reasons"]["not_laid_out"], told["occurrences"]["not_laid_out"]) == (4, 1, 2)
+    refused = [found for found in told["findings"] if found["reason"] == "not_laid_out"]
+    assert [(found["row"], found["sample"], found["severity"]) for found in refused] == [
+        (2, "d1/1", "rejected"),
+        (2, "d1/2", "rejected"),
+    ]
+    assert "chat template failed" in refused[0]["detail"]
+    assert aloud.startswith("format llama3: from the chat template")
+    out_file = tmp_path / "out.jsonl"
+    run(capsys, "convert", path, "--out", out_file, "--model", llama)
+    assert [sample.id for sample in load_samples(out_file)] == ["d0/0", "d0/1", "d0/2", "d1/0"]
+    run(capsys, "split", path, "--test", 0.5, "--model", llama)
+    sides = [load_samples(tmp_path / f"rows.{side}.jsonl") for side in ("train", "test")]
+    assert sorted(len(side) for side in sides) == [1, 3]
+    # with the format in words every call is text, so all can be laid out
+    told = json.loads(run(capsys, "check", path, "--json", "--model", llama, "--format", "hermes")[1])
+    assert told["samples"] == 6
+    assert "expected the one that" in error_of(capsys, "check", path, "--model", llama, "--keep-prompts")
 
 
 def test_show_a_gold_that_the_format_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

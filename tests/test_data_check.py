@@ -318,3 +318,14 @@ def test_settings_that_no_run_can_use(settings: dict[str, Any]) -> None:
 def test_every_reason_has_a_remedy() -> None:
     assert set(KEEPABLE) <= set(REASONS)
     assert all(reason.meaning and reason.remedy for reason in REASONS.values())
+
+
+def test_a_refused_sample_costs_itself_only(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "!"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "?"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"id": "x", "messages": [*turns, {"role": "assistant", "content": "b"}]}) + "\n")
+    samples, report = read_checked(str(path), refusal=lambda s: "got x, expected y" if s.id == "x/1" else None)
+    assert [sample.id for sample in samples] == ["x/0"]
+    assert (report.reasons, report.findings[0].finding.detail) == ({"not_laid_out": 1}, "got x, expected y")
+    with pytest.raises(ValueError, match="keep reason 'not_laid_out'"):
+        CheckConfig(keep=("not_laid_out",))

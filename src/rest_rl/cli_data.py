@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rest_rl.data.check import CheckConfig, CheckedRow, Report, checked_rows, prompts_of
 from rest_rl.data.loaders import SOURCES
@@ -19,6 +19,9 @@ from rest_rl.data.splitting import Split
 from rest_rl.data.tool_world import SPLITS, dialogues
 from rest_rl.data.writing import check_output, rejected_path, rejected_writer, sample_writer
 from rest_rl.jsonl import as_json
+
+if TYPE_CHECKING:
+    from rest_rl.train.prompt_layout import PromptLayout
 
 EPILOG = """\
 examples:
@@ -91,7 +94,6 @@ def _add_show(actions: Any) -> None:
     verb.add_argument("file", metavar="FILE", help="the data file")
     verb.add_argument("number", type=int, metavar="N", help="the row, counted from 1")
     _add_reading(verb)
-    verb.add_argument("--format", default="auto", metavar="F", help="format of the gold (default: the template's)")
 
 
 def _add_split(actions: Any) -> None:
@@ -129,8 +131,9 @@ def _add_reading(verb: argparse.ArgumentParser, *, test: bool = True) -> None:
     )
     group.add_argument("--max-prompt", type=int, default=0, metavar="N", help="reject longer prompts, in tokens")
     group.add_argument(
-        "--tokenizer", "--model", dest="tokenizer", metavar="DIR", help="its chat template lays out the prompts"
+        "--model", "--tokenizer", dest="tokenizer", metavar="DIR", help="reject what its chat template cannot lay out"
     )
+    group.add_argument("--format", default="auto", metavar="F", help="format of the calls (default: the template's)")
     group.add_argument("--limit", type=int, default=0, metavar="N", help="read the first N rows only")
     group.add_argument("--mask", type=float, default=0.0, metavar="SHARE", help="share of samples with random names")
     group.add_argument("--seed", type=int, default=0, metavar="S", help="seed (default: %(default)s)")
@@ -149,7 +152,7 @@ def data(arguments: argparse.Namespace) -> int:
 def check(arguments: argparse.Namespace) -> int:
     """Count and list what was found."""
     report = Report()
-    with reading(arguments, arguments.files) as rows:
+    with reading(arguments, arguments.files, asked_layout(arguments)) as rows:
         for row in rows:
             report.add(row)
     if arguments.json:
@@ -167,7 +170,7 @@ def convert(arguments: argparse.Namespace) -> int:
     check_output(out, arguments.files)
     rejected = rejected_path(out)
     with (
-        reading(arguments, arguments.files) as rows,
+        reading(arguments, arguments.files, asked_layout(arguments)) as rows,
         rejected_writer(out) as write_rejected,
         sample_writer(out) as write,
     ):
@@ -193,11 +196,11 @@ def show(arguments: argparse.Namespace) -> int:
 
     if arguments.number < 1:
         raise ValueError(f"got row {arguments.number}, expected a number from 1; rows are counted from 1")
-    last = 0
-    with reading(arguments, [arguments.file]) as rows:
+    last, layout = 0, asked_layout(arguments)
+    with reading(arguments, [arguments.file], layout) as rows:
         for last, row in enumerate(rows, 1):
             if last == arguments.number:
-                show_row(row, arguments.tokenizer, arguments.format)
+                show_row(row, layout, arguments.format)
                 return 0
     raise ValueError(f"got row {arguments.number} of {arguments.file}, which has {last}; choose a smaller number")
 
@@ -211,12 +214,12 @@ def split(arguments: argparse.Namespace) -> int:
     outs = {side: folder / f"{Path(stem).stem or stem}.{side}.jsonl" for side in ("train", "test")}
     for out in outs.values():
         check_output(out, [arguments.file])
-    rejected = 0
-    with reading(arguments, [arguments.file]) as rows:
+    rejected, layout = 0, asked_layout(arguments)
+    with reading(arguments, [arguments.file], layout) as rows:
         sides = Split(rows, share, arguments.seed)
     counts = dict.fromkeys(outs, 0)
     with ExitStack() as stack:
-        rows = stack.enter_context(reading(arguments, [arguments.file]))
+        rows = stack.enter_context(reading(arguments, [arguments.file], layout))
         writers = {side: stack.enter_context(sample_writer(out)) for side, out in outs.items()}
         for row in rows:
             rejected += row.status == "rejected"
@@ -246,8 +249,10 @@ def world(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def reading(arguments: argparse.Namespace, files: list[str]) -> Iterator[Iterator[CheckedRow]]:
-    """The checked rows of the files, with a progress bar on a terminal."""
+def reading(
+    arguments: argparse.Namespace, files: list[str], layout: PromptLayout | None
+) -> Iterator[Iterator[CheckedRow]]:
+    """The checked rows of the files, with a progress bar on a terminal; `layout` refuses what it cannot hold."""
     config = CheckConfig(
         source=arguments.source,
         keep_prompts=arguments.keep_prompts,
@@ -257,9 +262,8 @@ def reading(arguments: argparse.Namespace, files: list[str]) -> Iterator[Iterato
         max_prompt_tokens=arguments.max_prompt,
     )
     reader = RowReader(*files)
-    counter = token_counter(arguments.tokenizer) if arguments.max_prompt else None
     test_prompts = prompts_of(arguments.test) if getattr(arguments, "test", None) else frozenset()
-    rows = checked_rows(reader, config, prompt_tokens=counter, test_prompts=test_prompts)
+    rows = checked_rows(reader, config, test_prompts=test_prompts, **_asked_of(layout))
     rows = islice(rows, arguments.limit) if arguments.limit else rows
     if not sys.stderr.isatty():
         yield rows
@@ -279,14 +283,33 @@ def _advancing(
         yield row
 
 
-def token_counter(tokenizer: str | None) -> Callable[[ToolSample], int]:
-    """How many tokens a prompt has by the chat template of a tokenizer."""
-    if not tokenizer:
-        raise ValueError(
-            "got --max-prompt without --tokenizer, expected the tokenizer that counts; add --tokenizer DIR"
-        )
+def asked_layout(arguments: argparse.Namespace) -> PromptLayout | None:
+    """How the model that was named lays out prompts, in the format that a run would take; None without a model.
+
+    The format is said aloud on stderr.
+    """
+    if not arguments.tokenizer:
+        if arguments.max_prompt:
+            raise ValueError("got --max-prompt without --model, expected the model that counts; add --model DIR")
+        return None
     from rest_rl.train.policy import load_tokenizer
     from rest_rl.train.prompt_layout import PromptLayout, resolve_format
 
-    loaded = load_tokenizer(tokenizer)
-    return PromptLayout(loaded, resolve_format("auto", loaded)[0]).count_tokens
+    if arguments.keep_prompts and arguments.format == "auto":
+        raise ValueError(
+            "got --keep-prompts with --model and no format, expected the one that the kept prompts ask for; add "
+            "--format: toolrl for ToolRL and API-Bank, pythonic for ToolACE"
+        )
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    name, why = resolve_format(arguments.format, tokenizer)
+    print(f"format {name}: {why}", file=sys.stderr)
+    return PromptLayout(tokenizer, name)
+
+
+def _asked_of(layout: PromptLayout | None) -> dict[str, Any]:
+    """What `checked_rows` asks a model for."""
+    if layout is None:
+        return {}
+    from rest_rl.train.training_data import refusal
+
+    return {"prompt_tokens": layout.count_tokens, "refusal": lambda sample: refusal(sample, layout)}

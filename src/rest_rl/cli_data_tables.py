@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +18,9 @@ from rest_rl.data.reasons import REASONS
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.terminal import coloured, legend, pieces
+
+if TYPE_CHECKING:
+    from rest_rl.train.prompt_layout import PromptLayout
 
 STYLES = {"rejected": "red", "repaired": "yellow", "noted": "dim"}
 
@@ -63,8 +66,11 @@ def show_report(report: Report, per_reason: int, console: Console | None = None)
             console.print(f"  and {left} more; --all or --json list them", highlight=False)
 
 
-def show_row(row: CheckedRow, tokenizer: str | None, tool_format: str, console: Console | None = None) -> None:
-    """A row: what was found, then for each sample its prompt and its gold in colours."""
+def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str, console: Console | None = None) -> None:
+    """A row: what was found, then for each sample its prompt and its gold in colours.
+
+    Without a layout, which a model gives, tools and messages stand there as they are.
+    """
     console = console or Console()
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(f"row {row.number} of {row.file}: {row.status}, shape {row.source or 'unknown'}")
@@ -74,29 +80,14 @@ def show_row(row: CheckedRow, tokenizer: str | None, tool_format: str, console: 
     if not row.samples:
         say(row.raw if isinstance(row.raw, str) else json.dumps(row.raw, ensure_ascii=False, indent=2, default=str))
         return
-    render, name, how = prompt_renderer(tokenizer, tool_format)
+    chosen = layout.format if layout else get_format("hermes" if tool_format == "auto" else tool_format)
+    how = "" if layout or tool_format != "auto" else " (no model named)"
     for sample in row.samples:
         console.rule(escape(f"{sample.id} ({sample.kind}): prompt"), align="left", style="dim")
-        say(render(sample))
-        console.rule(f"gold in format {name}{how}", align="left", style="dim")
-        _show_gold(sample, get_format(name), console)
+        say(layout.render(sample) if layout else _plain_prompt(sample))
+        console.rule(f"gold in format {chosen.name}{how}", align="left", style="dim")
+        _show_gold(sample, chosen, console)
     console.print(legend())
-
-
-def prompt_renderer(tokenizer: str | None, tool_format: str) -> tuple[Callable[[ToolSample], str], str, str]:
-    """How prompts are laid out, the name of the format, and whence it is known.
-
-    By the chat template of a tokenizer, or else tools and messages as they are.
-    """
-    if not tokenizer:
-        is_open = tool_format == "auto"
-        return _plain_prompt, "hermes" if is_open else tool_format, " (no tokenizer named)" if is_open else ""
-    from rest_rl.train.policy import load_tokenizer
-    from rest_rl.train.prompt_layout import PromptLayout, resolve_format
-
-    loaded = load_tokenizer(tokenizer)
-    name, how = resolve_format(tool_format, loaded)
-    return PromptLayout(loaded, name).render, name, f" ({how})" if how else ""
 
 
 def _plain_prompt(sample: ToolSample) -> str:

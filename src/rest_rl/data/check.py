@@ -136,11 +136,12 @@ def read_checked(
     config: CheckConfig | None = None,
     *,
     prompt_tokens: Callable[[ToolSample], int] | None = None,
+    refusal: Callable[[ToolSample], str | None] | None = None,
     test_prompts: Collection[int] | DigestSet = frozenset(),
 ) -> tuple[list[ToolSample], Report]:
     """All samples of a file, and the report; see `checked_rows`."""
     report, samples = Report(), []
-    for row in checked_rows(path, config, prompt_tokens=prompt_tokens, test_prompts=test_prompts):
+    for row in checked_rows(path, config, prompt_tokens=prompt_tokens, refusal=refusal, test_prompts=test_prompts):
         report.add(row)
         samples += row.samples
     return samples, report
@@ -161,17 +162,18 @@ def checked_rows(
     config: CheckConfig | None = None,
     *,
     prompt_tokens: Callable[[ToolSample], int] | None = None,
+    refusal: Callable[[ToolSample], str | None] | None = None,
     test_prompts: Collection[int] | DigestSet = frozenset(),
 ) -> Iterator[CheckedRow]:
     """Each row of a file with its samples and findings, in order.
 
-    `prompt_tokens` counts the tokens of a prompt (needed for `max_prompt_tokens`), `test_prompts` are the digests of
-    `prompts_of`. ValueError for an input that does not exist; a row that cannot be read is a finding.
+    `prompt_tokens` counts the tokens of a prompt (needed for `max_prompt_tokens`), `refusal` tells why a model cannot be
+    given a sample (None if it can), and `test_prompts` are the digests of `prompts_of`. ValueError for an input that does not exist; a row that cannot be read is a finding.
     """
     config = config or CheckConfig()
     if config.max_prompt_tokens and prompt_tokens is None:
         raise ValueError("got max_prompt_tokens without a tokenizer, expected both; name a model or --tokenizer")
-    checker = _Checker(config, prompt_tokens, test_prompts)
+    checker = _Checker(config, prompt_tokens, refusal, test_prompts)
     for row in path if isinstance(path, RowReader) else RowReader(path):
         yield checker.check(row)
 
@@ -183,9 +185,11 @@ class _Checker:
         self,
         config: CheckConfig,
         prompt_tokens: Callable[[ToolSample], int] | None,
+        refusal: Callable[[ToolSample], str | None] | None,
         test_prompts: Collection[int] | DigestSet,
     ) -> None:
-        self.config, self.prompt_tokens, self.test_prompts = config, prompt_tokens, test_prompts
+        self.config, self.test_prompts = config, test_prompts
+        self.prompt_tokens, self.refusal = prompt_tokens, refusal
         self.seen = DigestSet()
         self.first_source = ""
 
@@ -230,6 +234,9 @@ class _Checker:
         found += [finding(reason, detail, sample.id, keep) for reason, detail in self._among_others(sample)]
         if self.config.mask_names:
             sample = masked(sample, self.config.mask_names, self.config.seed)
+        if self.refusal is not None and not any(problem.severity == "rejected" for problem in found):
+            problem = self.refusal(sample)
+            found += [] if problem is None else [finding("not_laid_out", problem, sample.id)]
         return sample, found
 
     def _among_others(self, sample: ToolSample) -> Iterator[tuple[str, str]]:

@@ -71,6 +71,11 @@ REASONS: dict[str, Reason] = {
     "thought_quotes_tags": Reason(
         "noted", "a thought that quotes the tags of the format", "rephrase it before supervised fine-tuning"
     ),
+    "not_laid_out": Reason(
+        "rejected",
+        "a sample that the model's chat template or format cannot hold",
+        "mend the row, or take a model or format that can",
+    ),
     # the gold against the tools
     "unknown_tool": Reason("rejected", "a call of a tool that is not offered", "add the tool or correct the name"),
     "undocumented_argument": Reason(
