@@ -16,6 +16,9 @@ from rest_rl.data.check import read_checked
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Gold
+from rest_rl.train.prompt_layout import PromptLayout
+from rest_rl.train.prompts import IGNORED
+from rest_rl.train.sft import labelled_dataset
 from tests.model_families import DIALOGUES, family_tokenizer
 from tests.sample_files import load_samples, save_samples
 
@@ -196,9 +199,10 @@ def test_show_a_row(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "row 2" in out
     assert "repaired: number_as_string" in out
     assert "user: Weather in [Oslo]? 2" in out
-    assert "before its calls it says: I look." in out
-    assert '<tool_call>\n{"name": "w", "arguments": {"n": 5}}\n</tool_call>' in out
-    assert "<response> Rain. </response>" in run(capsys, "show", rows, 2, "--format", "toolrl")[1]
+    assert 'I look.\n<tool_call>\n{"name": "w", "arguments": {"n": 5}}\n</tool_call>' in out
+    in_tags = run(capsys, "show", rows, 2, "--format", "toolrl")[1]
+    assert "<think> I look. </think>\n<tool_call>" in in_tags
+    assert "<response> Rain. </response>" in in_tags
     assert "{oops" in run(capsys, "show", rows, 4)[1]
 
 
@@ -257,6 +261,30 @@ def test_check_with_a_model_tells_what_it_cannot_be_given(
     told = json.loads(run(capsys, "check", path, "--json", "--model", llama, "--format", "hermes")[1])
     assert told["samples"] == 6
     assert "expected the one that" in error_of(capsys, "check", path, "--model", llama, "--keep-prompts")
+
+
+def test_show_what_supervised_training_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text that spells a number without quotes, as the family's models write it; no thought behind a closed block."""
+    tokenizer = family_tokenizer("qwen3_5")
+    turn = {"role": "assistant", "content": "Sure.", "reasoning_content": "Hm."}
+    call = {"function": {"name": "w", "arguments": {"city": "5"}}}
+    tools = [{"name": "w", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [ASKED, {**turn, "tool_calls": [call]}], "tools": tools}))
+    for thinks in (True, False):
+        if not thinks:
+            opened, closed = r"{{- '<think>\n' }}", r"{{- '<think>\n\n</think>\n\n' }}"
+            assert opened in tokenizer.chat_template
+            tokenizer.chat_template = tokenizer.chat_template.replace(opened, closed)
+        tokenizer.save_pretrained(tmp_path / "model")
+        layout = PromptLayout(tokenizer, "qwen3_coder+think" if thinks else "qwen3_coder")
+        out = run(capsys, "show", path, 1, "--model", tmp_path / "model")[1]
+        (sample,), _ = read_checked(str(path))
+        (row,) = labelled_dataset([sample], layout)
+        written = tokenizer.decode([token for token in row["labels"] if token != IGNORED][:-1])
+        assert ("Hm." in written) == thinks
+        assert "\n5\n" in written
+        assert written.strip() in out.replace(layout.render(sample), "")
 
 
 def test_show_a_gold_that_the_format_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

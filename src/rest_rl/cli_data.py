@@ -14,7 +14,7 @@ from rest_rl.data.check import CheckConfig, CheckedRow, Report, checked_rows, pr
 from rest_rl.data.loaders import SOURCES
 from rest_rl.data.reasons import KEEPABLE
 from rest_rl.data.rows import RowReader
-from rest_rl.data.samples import ToolSample, decompose
+from rest_rl.data.samples import decompose
 from rest_rl.data.splitting import Split
 from rest_rl.data.tool_world import SPLITS, dialogues
 from rest_rl.data.writing import check_output, rejected_path, rejected_writer, sample_writer

@@ -16,7 +16,7 @@ from rich.table import Table
 from rest_rl.data.check import CheckedRow, Report
 from rest_rl.data.reasons import REASONS
 from rest_rl.data.samples import ToolSample, to_json
-from rest_rl.formats import ToolFormat, get_format
+from rest_rl.formats import ToolFormat, as_demonstrated, get_format
 from rest_rl.terminal import coloured, legend, pieces
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def show_report(report: Report, per_reason: int, console: Console | None = None)
 
 
 def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str, console: Console | None = None) -> None:
-    """A row: what was found, then for each sample its prompt and its gold in colours.
+    """A row: what was found, then for each sample its prompt and its demonstration in colours.
 
     Without a layout, which a model gives, tools and messages stand there as they are.
     """
@@ -85,8 +85,8 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str, con
     for sample in row.samples:
         console.rule(escape(f"{sample.id} ({sample.kind}): prompt"), align="left", style="dim")
         say(layout.render(sample) if layout else _plain_prompt(sample))
-        console.rule(f"gold in format {chosen.name}{how}", align="left", style="dim")
-        _show_gold(sample, chosen, console)
+        console.rule(f"demonstration in format {chosen.name}{how}", align="left", style="dim")
+        _show_demonstration(sample, layout, chosen, console)
     console.print(legend())
 
 
@@ -102,18 +102,20 @@ def _plain_message(message: Mapping[str, Any]) -> str:
     return "\n".join([head, *(f"  calls {call}" for call in calls)])
 
 
-def _show_gold(sample: ToolSample, chosen: ToolFormat, console: Console) -> None:
+def _show_demonstration(sample: ToolSample, layout: PromptLayout | None, chosen: ToolFormat, console: Console) -> None:
+    """As supervised training writes it; where the format cannot, what the reward compares with."""
+    from rest_rl.train.prompts import demonstration_text
+
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     try:
-        text = chosen.render(sample.thought, sample.gold.calls, sample.gold.answer)
-    except ValueError as error:  # a thought that quotes the tags
-        say(f"without its thought: {error}", style="dim")
+        text = demonstration_text(sample, chosen, thinks=not (layout and layout.closes_think))
+    except ValueError as error:
+        say(f"not for supervised training, whose format cannot write it: {error}", style="dim")
         try:
-            text = chosen.render(None, sample.gold.calls, sample.gold.answer)
-        except ValueError as other:
-            say(f"as JSON, for the format cannot write it: {other}", style="dim")
+            text = as_demonstrated(chosen).render(None, sample.gold.calls, sample.gold.answer)
+        except ValueError:
             say(json.dumps(to_json(sample)["gold"], ensure_ascii=False))
             return
-    if sample.preamble:
-        say(f"before its calls it says: {sample.preamble}")
+    if sample.preamble and sample.preamble not in text:
+        say(f"left out, for the format has no room for it, is what it says before its calls: {sample.preamble}")
     console.print(coloured(pieces(text, chosen.parse(text).spans)), soft_wrap=True)

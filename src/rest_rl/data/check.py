@@ -167,8 +167,9 @@ def checked_rows(
 ) -> Iterator[CheckedRow]:
     """Each row of a file with its samples and findings, in order.
 
-    `prompt_tokens` counts the tokens of a prompt (needed for `max_prompt_tokens`), `refusal` tells why a model cannot be
-    given a sample (None if it can), and `test_prompts` are the digests of `prompts_of`. ValueError for an input that does not exist; a row that cannot be read is a finding.
+    `prompt_tokens` counts the tokens of a prompt (needed for `max_prompt_tokens`), `refusal` tells why a model cannot
+    be given a sample (None if it can), and `test_prompts` are the digests of `prompts_of`. ValueError for an input
+    that does not exist; a row that cannot be read is a finding.
     """
     config = config or CheckConfig()
     if config.max_prompt_tokens and prompt_tokens is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rest_rl.data.samples import ToolSample, to_json
-from rest_rl.formats import ToolFormat
+from rest_rl.formats import ToolFormat, as_demonstrated
 from rest_rl.rewards import exact_match
 from rest_rl.train.prompt_layout import PromptLayout
 
@@ -86,6 +86,19 @@ def render_prompt(
 ) -> str:
     """The prompt text of one sample up to where the response begins; see `PromptLayout`."""
     return PromptLayout(tokenizer, tool_format, variables).render(sample)
+
+
+def demonstration_text(sample: ToolSample, tool_format: ToolFormat, *, thinks: bool = True) -> str:
+    """What supervised training has a model say to a sample; ValueError for what the format cannot write.
+
+    What a turn says before its calls stands there as text where the format has room for it, and else as its thought if
+    it has no other. Without `thinks` there is no thought, for prompts that end in a closed think block.
+    """
+    thought, said = (sample.thought if thinks else None), sample.gold.answer
+    if sample.preamble and said is None:
+        has_room = tool_format.parse("", spans=False).untagged_answer
+        said, thought = (sample.preamble, thought) if has_room else (said, thought or sample.preamble)
+    return as_demonstrated(tool_format).render(thought, sample.gold.calls, said)
 
 
 def encode(prompt: str, response: str, tokenizer: Any) -> tuple[list[int], list[int]]:

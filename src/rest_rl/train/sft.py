@@ -15,11 +15,11 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from rest_rl.data.samples import ToolSample
-from rest_rl.formats import ToolFormat, as_demonstrated
+from rest_rl.formats import ToolFormat
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region
 from rest_rl.train.prompt_layout import PromptLayout
-from rest_rl.train.prompts import IGNORED, OnRefused, dataset_of, encode
+from rest_rl.train.prompts import IGNORED, OnRefused, dataset_of, demonstration_text, encode
 from rest_rl.weights import assign_weights
 
 if TYPE_CHECKING:
@@ -98,13 +98,8 @@ def labelled_dataset(
     prompt ends in a closed think block, the demonstration does not think either.
     """
 
-    written, writes_plain = as_demonstrated(layout.format), layout.format.parse("", spans=False).untagged_answer
-
     def row(sample: ToolSample) -> dict[str, Any]:
-        thought, said = (None if layout.closes_think else sample.thought), sample.gold.answer
-        if sample.preamble and said is None:  # plain text beside calls, where the format has room for it
-            said, thought = (sample.preamble, thought) if writes_plain else (said, thought or sample.preamble)
-        response = written.render(thought, sample.gold.calls, said)
+        response = demonstration_text(sample, layout.format, thinks=not layout.closes_think)
         ids, labels = encode(layout.render(sample), response, layout.tokenizer)
         if max_length is not None and len(ids) > max_length:
             raise ValueError(
