@@ -266,8 +266,8 @@ def test_held_out_samples_are_accounted_for(
     command += ["--set", f"data.held_out={str(held_out)!r}"]
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "2 rows, 1 kept, 0 repaired, 1 rejected" in shown
-    assert "2 cannot be laid out" in shown  # the turns after the two calls
+    assert "2 rows, 0 kept, 1 repaired, 1 rejected" in shown
+    assert "not_laid_out 1" in shown  # a row whose turns after the two calls are left out
     assert read_run(tmp_path / "run").summary["after"]["n"] == 1
     held_out.write_text("{torn\n")
     assert main([*command, "--out", str(tmp_path / "never")]) == 2

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from rest_rl.config import EMBEDDED, RunConfig
@@ -41,7 +41,7 @@ class TrainingData:
         return sha.hexdigest()[:16]
 
     def refuse(self, sample: ToolSample, error: ValueError) -> None:
-        """Leave out a sample that the model's format or chat template cannot hold."""
+        """Leave out a sample whose demonstration is too long, or has a thought that the format cannot hold."""
         self.rejected.append({"sample": sample.id, "reason": str(error)})
 
 
@@ -68,7 +68,8 @@ def read_data(config: RunConfig, layout: PromptLayout, say: Callable[[str], Any]
         say(f"{data.path} is both data.path and data.held_out: what is measured was trained on")
     elsewhere = bool(data.held_out) and data.held_out != data.path
     unseen_prompts = prompts_of(data.held_out, check) if elsewhere else frozenset()
-    for row in checked_rows(data.path, check, prompt_tokens=layout.count_tokens, test_prompts=unseen_prompts):
+    asked = {"prompt_tokens": layout.count_tokens, "refusal": partial(refusal, layout=layout)}
+    for row in checked_rows(data.path, check, test_prompts=unseen_prompts, **asked):
         report.add(row)
         training.samples += row.samples
         training.rejected += rejection(row)
@@ -94,21 +95,15 @@ def held_out_samples(
         return []
     plain, report = replace(check, mask_names=0.0), Report()
     samples: list[ToolSample] = []
-    refused: list[str] = []
-    for row in checked_rows(path, plain, prompt_tokens=layout.count_tokens):
+    for row in checked_rows(path, plain, prompt_tokens=layout.count_tokens, refusal=partial(refusal, layout=layout)):
         report.add(row)
-        for sample in row.samples:
-            problem = refusal(sample, layout)
-            if problem is None:
-                samples.append(sample)
-            else:
-                refused.append(problem)
+        samples += row.samples
         if len(samples) >= number:
             break
     counts = {name: value for name, value in report.to_json().items() if name in COUNTS}
-    say(f"held out, {account(path, counts)}" + (f"; {len(refused)} cannot be laid out" if refused else ""))
+    say(f"held out, {account(path, counts)}")
     if not samples:
-        raise empty(path, report.rows, refused[0] if refused else ", ".join(counts["reasons"]) or "no rows")
+        raise empty(path, report.rows, ", ".join(counts["reasons"]) or "no rows")
     return [("held out", sample) for sample in samples[:number]]
 
 
