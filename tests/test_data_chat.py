@@ -48,7 +48,7 @@ def test_sharegpt_roles(tmp_path: Path) -> None:
 )
 def test_roles_have_one_name(tmp_path: Path, given_role: str, role: str) -> None:
     first = {"role": given_role, "content": "x", "name": "n", "tool_call_id": "c"}
-    sample = one(tmp_path, {"messages": [first, {"role": "assistant", "content": "y"}]})
+    (sample,), _ = read(tmp_path, {"messages": [first, {"role": "assistant", "content": "y"}]})
     assert sample.messages == ({"role": role, "content": "x", "name": "n", "tool_call_id": "c"},)
 
 

@@ -92,5 +92,5 @@ def test_a_turn_of_weight_zero_is_history_only(tmp_path: Path) -> None:
     assert (samples, report.reasons) == ([], {"no_assistant_turn": 1})
     call = {"role": "assistant", "weight": 0, "function_call": {"name": "w", "arguments": "{}"}}
     _, report = read(tmp_path, {"messages": [ASKED, {"role": "robot", "content": ""}, call, turns[3]]})
-    assert report.reasons == {"bad_turn": 1, "broken_history": 1, "weight_zero": 1}
+    assert report.reasons == {"bad_turn": 1, "broken_history": 1, "weight_zero": 1, "missing_result": 1}
     assert len([found for found in report.findings if found.finding.reason == "broken_history"]) == 1

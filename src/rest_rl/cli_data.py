@@ -262,7 +262,7 @@ def reading(
         max_prompt_tokens=arguments.max_prompt,
     )
     reader = RowReader(*files)
-    test_prompts = prompts_of(arguments.test) if getattr(arguments, "test", None) else frozenset()
+    test_prompts = prompts_of(arguments.test, config) if getattr(arguments, "test", None) else frozenset()
     rows = checked_rows(reader, config, test_prompts=test_prompts, **_asked_of(layout))
     rows = islice(rows, arguments.limit) if arguments.limit else rows
     if not sys.stderr.isatty():

@@ -11,6 +11,7 @@ from rest_rl.data.calls_in_text import written_calls
 from rest_rl.data.json_text import load_json, read_literal
 from rest_rl.data.reasons import Finding, RowRejectedError, finding
 from rest_rl.data.samples import THINK, Dialogue, ToolSample, decompose_around
+from rest_rl.data.tool_results import in_order_of_calls
 from rest_rl.data.tool_schemas import read_tools
 from rest_rl.data.tools_in_system import tool_text
 
@@ -22,7 +23,7 @@ ROLE_NAMES = {
 }  # fmt: skip
 """Roles as they are written; `call` is an assistant turn whose text is the call."""
 Tools = tuple[dict[str, Any], ...]
-_KEPT = ("name", "tool_call_id")
+_KEPT = ("name",)
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -39,7 +40,8 @@ def load_messages(row: Mapping[str, Any], identity: str, keep_prompts: bool) -> 
     if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     messages, tools, in_prompt = _without_tool_text(messages, tools, keep_prompts, found)
-    messages = [_with_calls(message, tools, found) for message in messages]
+    messages, problems = in_order_of_calls([_with_calls(message, tools, found) for message in messages])
+    found += problems
     samples, found = samples_of(Dialogue(identity, tuple(messages), tools), found)
     return ([replace(sample, tools_in_prompt=True) for sample in samples] if in_prompt else samples), found
 
@@ -106,6 +108,7 @@ def chat_message(raw: Any, found: list[Finding]) -> dict[str, Any]:
     content = _joined(raw.get("content", raw.get("value")))
     message: dict[str, Any] = {"role": role, "content": content}
     message |= {key: raw[key] for key in _KEPT if isinstance(raw.get(key), str)}
+    message |= _identity(raw, "tool_call_id")
     if role in ("call", "assistant") and raw.get("weight") == 0:
         found.append(finding("weight_zero", f"got an assistant turn of weight 0: {content!r:.80}"))
         message["weight"] = 0
@@ -161,8 +164,17 @@ def _read_call(call: Any, found: list[Finding]) -> Any:
         arguments = _read_text(arguments, found)
     elif arguments is None:
         arguments = {}
-    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {**identity, "type": "function", "function": {"name": function.get("name"), "arguments": arguments}}
+    return {
+        **_identity(call, "id"),
+        "type": "function",
+        "function": {"name": function.get("name"), "arguments": arguments},
+    }
+
+
+def _identity(raw: Mapping[str, Any], key: str) -> dict[str, str]:
+    """An id as text: a number is the same id on both sides; nothing for none."""
+    value = raw.get(key)
+    return {key: str(value)} if isinstance(value, (str, int)) and not isinstance(value, bool) else {}
 
 
 def _read_text(text: str, found: list[Finding]) -> Any:

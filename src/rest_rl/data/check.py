@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rest_rl.data.digests import DigestSet, digest_of, gold_digest, leak_digest, prompt_digest
-from rest_rl.data.gold_checks import checked_gold
+from rest_rl.data.gold_checks import checked_gold, with_repaired_history
 from rest_rl.data.loaders import BENCHMARKS, SOURCES, get_loader, source_of
 from rest_rl.data.masking import masked
 from rest_rl.data.reasons import KEEPABLE, REASONS, Finding, RowRejectedError, check_keep, finding
 from rest_rl.data.rows import Row, RowError, RowReader
 from rest_rl.data.samples import ToolSample
+from rest_rl.response import Gold
 
 Status = Literal["kept", "repaired", "rejected"]
 MAX_FINDINGS = 1000
@@ -148,9 +149,11 @@ def read_checked(
 
 
 def prompts_of(path: str, config: CheckConfig | None = None) -> DigestSet:
-    """Digests of all prompts of a test file, for `test_prompts`."""
+    """Digests of all prompts of a test file, for `test_prompts`; its histories are repaired as the config says."""
     prompts = DigestSet()
-    everything = replace(config or CheckConfig(), keep=KEEPABLE, mask_names=0.0, max_prompt_tokens=0, source="auto")
+    config = config or CheckConfig()
+    keep = tuple(reason for reason in KEEPABLE if reason in config.keep or REASONS[reason].severity != "repaired")
+    everything = replace(config, keep=keep, mask_names=0.0, max_prompt_tokens=0, source="auto")
     for row in checked_rows(path, everything):
         for sample in row.samples:
             prompts.add(leak_digest(sample))
@@ -211,8 +214,9 @@ class _Checker:
         if source != self.first_source:
             found.append(finding("mixed_shapes", f"got shape {source}, the first row has shape {self.first_source}"))
         samples: list[ToolSample] = []
+        repaired: dict[int, Gold] = {}
         for sample in loaded:
-            checked, problems = self._checked(sample, source)
+            checked, problems = self._checked(sample, source, repaired)
             found += problems
             samples += [] if any(problem.severity == "rejected" for problem in problems) else [checked]
         changed = any(problem.severity != "noted" for problem in found)
@@ -227,9 +231,13 @@ class _Checker:
         identity = str(given) if isinstance(given, (str, int)) and str(given) else f"{Path(row.file).stem}-{row.number}"
         return get_loader(source)(value, identity, self.config.keep_prompts)
 
-    def _checked(self, sample: ToolSample, source: str) -> tuple[ToolSample, list[Finding]]:
+    def _checked(self, sample: ToolSample, source: str, repaired: dict[int, Gold]) -> tuple[ToolSample, list[Finding]]:
+        """The sample, and what was found; `repaired` are the golds of its dialogue by the position of their turn."""
         keep = KEEPABLE if source in BENCHMARKS else self.config.keep
-        sample, found = checked_gold(sample, keep)
+        published = sample.gold
+        sample, found = checked_gold(with_repaired_history(sample, repaired), keep)
+        if sample.gold != published:
+            repaired[len(sample.messages)] = sample.gold
         if not sample.messages:
             found.append(finding("empty_prompt", "got no message before the turn", sample.id))
         found += [finding(reason, detail, sample.id, keep) for reason, detail in self._among_others(sample)]

@@ -43,6 +43,24 @@ def checked_gold(sample: ToolSample, keep: Iterable[str]) -> tuple[ToolSample, l
     return replace(sample, gold=Gold(tuple(calls), sample.gold.answer)), found
 
 
+def with_repaired_history(sample: ToolSample, repaired: Mapping[int, Gold]) -> ToolSample:
+    """The sample with the repaired golds of earlier turns, by their position, in its history too.
+
+    Otherwise its prompt would show calls in the form that was repaired.
+    """
+    changed = {
+        at: _with_calls_of(sample.messages[at], gold) for at, gold in repaired.items() if at < len(sample.messages)
+    }
+    messages = tuple(changed.get(at, message) for at, message in enumerate(sample.messages))
+    return replace(sample, messages=messages) if changed else sample
+
+
+def _with_calls_of(message: Mapping[str, Any], gold: Gold) -> dict[str, Any]:
+    pairs = zip(message["tool_calls"], gold.calls, strict=True)
+    calls = [{**call, "function": {"name": new.name, "arguments": dict(new.arguments)}} for call, new in pairs]
+    return {**message, "tool_calls": calls}
+
+
 def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     return tool.get("function", tool)
 

@@ -7,6 +7,7 @@ samples with what it found on the way, or raises `RowRejectedError`. Dialogues b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from rest_rl.data.api_bank_training import load_api_bank_training
@@ -14,6 +15,7 @@ from rest_rl.data.chat import load_messages
 from rest_rl.data.json_text import load_json
 from rest_rl.data.reasons import Finding, RowRejectedError
 from rest_rl.data.samples import ToolSample, from_json
+from rest_rl.data.tool_results import in_order_of_calls
 from rest_rl.data.tool_schemas import read_tools
 from rest_rl.data.toolace import load_toolace, load_xlam, tools_in
 from rest_rl.data.toolrl import load_api_bank, load_toolrl
@@ -27,9 +29,11 @@ def load_sample(row: Mapping[str, Any], identity: str, keep_prompts: bool) -> tu
     row = {key: _decoded(row[key], key) for key in row}
     read_tools(row.get("tools"))
     try:
-        return [from_json({"id": identity, **row})], []
+        sample = from_json({"id": identity, **row})
     except ValueError as error:
         raise RowRejectedError("bad_row", str(error)) from error
+    messages, found = in_order_of_calls(sample.messages)
+    return [replace(sample, messages=tuple(messages))], found
 
 
 def _decoded(value: Any, key: str) -> Any:

@@ -66,6 +66,11 @@ REASONS: dict[str, Reason] = {
     "tools_twice": Reason(
         "noted", "a system text that lists tools in <tools> besides the tools of the row", "take one of them out"
     ),
+    "results_reordered": Reason(
+        "repaired", "tool results whose ids show another order than their calls", "write them in the order of the calls"
+    ),
+    "orphan_result": Reason("noted", "a tool result that answers no call of the turn before it", "correct its id"),
+    "missing_result": Reason("noted", "a call without a result in a dialogue that goes on", "add the result"),
     "weight_zero": Reason("noted", "an assistant turn of weight 0, which is not to be learnt", "raise its weight"),
     "unquoted_value": Reason("repaired", "a call whose values stand without quotes", "quote the values"),
     "thought_quotes_tags": Reason(
