@@ -329,3 +329,11 @@ def test_a_refused_sample_costs_itself_only(tmp_path: Path) -> None:
     assert (report.reasons, report.findings[0].finding.detail) == ({"not_laid_out": 1}, "got x, expected y")
     with pytest.raises(ValueError, match="keep reason 'not_laid_out'"):
         CheckConfig(keep=("not_laid_out",))
+
+
+def test_a_tool_without_parameters_takes_no_arguments(tmp_path: Path) -> None:
+    call = {"function": {"name": "stop", "arguments": {"n": 1}}}
+    row = {"messages": [{"role": "user", "content": "!"}, {"role": "assistant", "tool_calls": [call]}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({**row, "tools": [{"name": "stop", **p}]}) for p in ({}, {"parameters": {}})))
+    assert read_checked(str(path))[1].first_rows == {"undocumented_argument": [1]}

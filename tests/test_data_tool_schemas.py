@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,35 @@ def test_types_as_people_write_them(text: str, schema: dict[str, Any]) -> None:
 def test_a_type_that_json_lacks_is_said_in_words() -> None:
     (tool,) = read_tools([{"name": "f", "parameters": {"g": {"type": "Callable", "description": "a function"}}}])
     assert tool["function"]["parameters"]["properties"]["g"] == {"description": "a function (Callable)"}
+
+
+ARRAY = {"type": "array", "items": {"type": "string"}, "description": "names"}
+ENUM = {"description": "kind", "enum": ["b", "a"], "type": ["string", "null"], "default": None}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        {"name": "f", "parameters": {"type": "object", "properties": {"a": ARRAY, "k": ENUM}, "required": ["a"]}},
+        {"parameters": {"required": [], "properties": {"o": {"items": ARRAY, "type": "array"}}}, "name": "f"},
+        {"description": "d", "name": "f", "strict": None},
+        {"name": "f", "description": "", "strict": True, "parameters": {}},
+        {"name": "f", "parameters": {"$defs": {"x": {"type": "int"}}, "type": "object", "additionalProperties": False}},
+    ],
+)
+def test_a_schema_that_needs_no_translation_stays_byte_for_byte(function: dict[str, Any]) -> None:
+    written = json.dumps({"type": "function", "function": function})
+    assert json.dumps(read_tools([json.loads(written)])[0]) == written
+    assert json.dumps(read_tools([function])[0]) == written
+    assert json.dumps(read_tools([{"type": "function", **function}])[0]) == written
+    turned = {"function": function, "type": "function", "cache": 1}
+    assert json.dumps(read_tools([turned])[0]) == json.dumps(turned)
+
+
+def test_a_translation_leaves_the_order_as_it_is() -> None:
+    """Only the words for types change, and the place where a list of required names stands."""
+    given = {"input_schema": {"properties": {"a": {"items": {"type": "int"}, "type": "list"}}, "type": "dict"}}
+    read_one = read_tools([{**given, "name": "f", "required": ["a"], "description": None}])[0]["function"]
+    properties = {"a": {"items": {"type": "integer"}, "type": "array"}}
+    parameters = {"properties": properties, "type": "object", "required": ["a"]}
+    assert json.dumps(read_one) == json.dumps({"parameters": parameters, "name": "f", "description": ""})

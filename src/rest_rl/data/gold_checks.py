@@ -17,6 +17,8 @@ _OTHER_KEYS = {
     "anyOf", "oneOf", "allOf", "if", "then", "else", "$ref", "$dynamicRef",
 }  # fmt: skip
 """Words of JSON schema that may allow arguments beside `properties`."""
+_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
+"""What a tool without parameters takes."""
 _PYTHON_WORDS = {"True": True, "False": False}
 
 
@@ -28,7 +30,8 @@ def checked_gold(sample: ToolSample, keep: Iterable[str]) -> tuple[ToolSample, l
     if not sample.gold.calls:
         problems = [] if sample.gold.answer else [finding("empty_turn", "got neither calls nor text", sample.id, keep)]
         return sample, problems
-    schemas = {function["name"]: function.get("parameters") for function in map(_function, sample.tools)}
+    functions = map(_function, sample.tools)
+    schemas = {function["name"]: function.get("parameters", _NO_ARGUMENTS) or {} for function in functions}
     found: list[Finding] = []
     calls = []
     for call in sample.gold.calls:
@@ -37,7 +40,7 @@ def checked_gold(sample: ToolSample, keep: Iterable[str]) -> tuple[ToolSample, l
             found.append(finding("unknown_tool", f"got {call.name!r}, offered are {offered}", sample.id, keep))
             calls.append(call)
             continue
-        arguments, problems = _checked_arguments(call, schemas[call.name] or {}, frozenset(keep))
+        arguments, problems = _checked_arguments(call, schemas[call.name], frozenset(keep))
         found += [finding(reason, f"{call.name}: {detail}", sample.id, keep) for reason, detail in problems]
         calls.append(ToolCall(call.name, arguments))
     return replace(sample, gold=Gold(tuple(calls), sample.gold.answer)), found

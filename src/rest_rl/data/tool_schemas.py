@@ -45,7 +45,11 @@ def _json_text(value: Any, where: str) -> Any:
 
 
 def read_tool(raw: Any, where: str) -> dict[str, Any]:
-    """One tool, bare or wrapped in {"type": "function"}, its types in JSON schema's words."""
+    """One tool, bare or wrapped in {"type": "function"}, its types in JSON schema's words.
+
+    What needs no translation stays as it is, key order and missing descriptions included: a chat template shows it as
+    it stands, and serving will show it so.
+    """
     function = raw.get("function", raw) if isinstance(raw, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name.strip():
@@ -53,17 +57,34 @@ def read_tool(raw: Any, where: str) -> dict[str, Any]:
     description = function.get("description") or ""
     if not isinstance(description, str):
         raise RowRejectedError("bad_tool_schema", f"got a description of type {type(description).__name__} in {where}")
+    if function is raw:
+        function = {key: value for key, value in raw.items() if (key, value) != ("type", "function")}
+        return {"type": "function", "function": _read_function(function, f"tool {name!r}")}
+    kept = raw if "type" in raw else {"type": "function", **raw}
+    return {**kept, "type": "function", "function": _read_function(function, f"tool {name!r}")}
+
+
+def _read_function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The function with its parameters as a schema, in its own order of keys."""
     named = ("parameters", "arguments", "input_schema", "input_parameters")
-    given = next((function[key] for key in named if function.get(key) is not None), None)
-    schema = _parameters(_json_text(given, f"the parameters of {name!r}"), f"tool {name!r}", function.get("required"))
-    other = {key: value for key, value in function.items() if key not in (*named, "required") and value is not None}
-    return {"type": "function", "function": {**other, "name": name, "description": description, "parameters": schema}}
+    given = next((key for key in named if function.get(key) is not None), None)
+    value = _json_text(function[given], f"the parameters of {where}") if given else None
+    schema = _parameters(value, where, function.get("required"))
+    read: dict[str, Any] = {}
+    for key, item in function.items():
+        if key == given:
+            read["parameters"] = schema
+        elif key == "description":
+            read[key] = item or ""
+        elif key not in (*named, "required"):
+            read[key] = item
+    return read if given or "required" not in schema else {**read, "parameters": schema}
 
 
 def _parameters(value: Any, where: str, required: Any) -> dict[str, Any]:
     """A schema of an object, from one or from a bare table of arguments."""
     if value is None or value == {}:
-        return {"type": "object", "properties": {}} if value is None else {"type": "object"}
+        return {}
     if not isinstance(value, Mapping):
         raise RowRejectedError("bad_tool_schema", f"got parameters of type {type(value).__name__} in {where}")
     is_schema = isinstance(value.get("properties"), Mapping) or value.get("type") in ("object", "dict")
@@ -97,31 +118,40 @@ def argument_table(arguments: Mapping[str, Any], where: str, *, required: bool =
 
 
 def _schema(value: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A (nested) schema with its types in JSON schema's words and all else as it stands."""
-    schema = {key: item for key, item in value.items() if key not in ("type", "required")}
-    found = _types(value.get("type"), where)
-    schema = {**found, **schema} if "items" not in schema else {**schema, **found, "items": schema["items"]}
-    if not found and isinstance(value.get("type"), str):  # JSON has no such type: say it in words
-        schema["description"] = f"{value.get('description') or ''} ({value['type']})".strip()
-    properties = value.get("properties")
-    if properties is not None:
-        if not isinstance(properties, Mapping) or not all(isinstance(item, Mapping) for item in properties.values()):
-            raise RowRejectedError(
-                "bad_tool_schema", f"got properties {properties!r:.80} in {where}, expected schemas by name"
-            )
-        schema["properties"] = {name: _schema(item, f"{where}.{name}") for name, item in properties.items()}
-    if isinstance(value.get("items"), Mapping):
-        schema["items"] = _schema(value["items"], f"{where}[]")
-    required = value.get("required")
-    if isinstance(required, (list, tuple)) and all(isinstance(name, str) for name in required):
-        schema["required"] = list(required)
-    elif required is not None and not isinstance(required, bool):
-        raise RowRejectedError("bad_tool_schema", f"got required = {required!r:.80} in {where}")
-    if "enum" in value and not isinstance(value["enum"], (list, tuple)):
-        if value["enum"] is not None:
-            raise RowRejectedError("bad_tool_schema", f"got enum = {value['enum']!r:.80} in {where}, expected a list")
-        del schema["enum"]
+    """A (nested) schema with its types in JSON schema's words and all else as it stands, in its order of keys."""
+    schema: dict[str, Any] = {}
+    for key, item in value.items():
+        if key == "type":
+            found = _types(item, where)
+            schema |= {name: part for name, part in found.items() if name == "type" or name not in value}
+        elif key == "properties" and item is not None:
+            schema[key] = _properties(item, where)
+        elif key == "items" and isinstance(item, Mapping):
+            schema[key] = _schema(item, f"{where}[]")
+        elif key in ("required", "enum"):
+            schema |= _names_or_values(key, item, where)
+        else:
+            schema[key] = item
+    kind = value.get("type")
+    if isinstance(kind, str) and "type" not in schema:  # JSON has no such type: say it in words
+        schema["description"] = f"{value.get('description') or ''} ({kind})".strip()
     return schema
+
+
+def _properties(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(item, Mapping) for item in value.values()):
+        raise RowRejectedError("bad_tool_schema", f"got properties {value!r:.80} in {where}, expected schemas by name")
+    return {name: _schema(item, f"{where}.{name}") for name, item in value.items()}
+
+
+def _names_or_values(key: str, value: Any, where: str) -> dict[str, Any]:
+    """The list of a `required` or `enum`; nothing for null, and for the `required` of an argument that is a boolean."""
+    is_list = isinstance(value, (list, tuple))
+    if is_list and (key == "enum" or all(isinstance(name, str) for name in value)):
+        return {key: list(value)}
+    if value is None or (key == "required" and isinstance(value, bool)):
+        return {}
+    raise RowRejectedError("bad_tool_schema", f"got {key} = {value!r:.80} in {where}, expected a list")
 
 
 def _types(value: Any, where: str) -> dict[str, Any]:
