@@ -91,7 +91,7 @@ def test_check_tells_it_to_people(rows: Path, capsys: pytest.CaptureFixture[str]
     code, out = run(capsys, "check", rows)
     assert code == 0
     assert "shape: messages (4 rows)" in out
-    assert "6 rows: 2 kept, 2 repaired, 2 rejected; 7 samples" in out
+    assert "6 rows: 2 kept, 2 repaired (1 of them lost turns), 2 rejected; 7 samples" in out
     assert "row 4: got text that is not JSON" in out
     assert "mend the row" in out
 
@@ -105,8 +105,37 @@ def test_check_lists_ten_of_each_reason_or_all(tmp_path: Path, capsys: pytest.Ca
 
 def test_strict_is_an_exit_status(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "check", rows, "--strict")[0] == 1
-    assert run(capsys, "check", rows, "--strict", "--limit", 3)[0] == 0
+    assert run(capsys, "check", rows, "--strict", "--limit", 3)[0] == 1  # the third row lost a turn
+    assert run(capsys, "check", rows, "--strict", "--limit", 2)[0] == 0
     assert run(capsys, "convert", rows, "--strict", "--out", tmp_path / "out.jsonl")[0] == 1
+
+
+def test_strict_wants_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for action in (["check", empty], ["convert", empty, "--out", tmp_path / "out.jsonl"]):
+        assert main(["data", *map(str, action), "--strict"]) == 1
+        assert "0 rows give no sample" in capsys.readouterr().err
+        assert main(["data", *map(str, action)]) == 0
+
+
+def test_a_row_that_lost_a_turn_is_told_from_a_rejected_one(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "check", rows)[1]
+    assert "2 repaired (1 of them lost turns), 2 rejected" in out
+    lines = {line.split()[0]: line for line in out.splitlines() if line.split()}
+    assert "turn rejected" in lines["unknown_tool"]
+    assert "row rejected" in lines["not_json"]
+    assert "repaired" in lines["number_as_string"]
+    assert json.loads(run(capsys, "check", rows, "--json")[1])["lost_turns"] == 1
+    assert "turn rejected: unknown_tool" in run(capsys, "show", rows, 3)[1]
+    assert "row rejected: not_json" in run(capsys, "show", rows, 4)[1]
+
+
+def test_each_output_has_its_own_rejected_rows(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for ending in ("jsonl", "parquet"):
+        run(capsys, "convert", rows, "--out", tmp_path / "o" / f"s.{ending}")
+    names = [f"s.{ending}{more}" for ending in ("jsonl", "parquet") for more in ("", ".rejected.jsonl")]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == names
 
 
 def test_check_of_several_files(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +167,9 @@ def test_convert_round_trip(rows: Path, tmp_path: Path, ending: str, capsys: pyt
     assert again == samples
     assert {sample.preamble for sample in again if sample.gold.calls} == {"I look."}
     assert (report.kept, report.reasons) == (7, {})
-    rejected = [json.loads(line) for line in (tmp_path / "deep" / "out.rejected.jsonl").read_text().splitlines()]
+    rejected = [
+        json.loads(line) for line in (tmp_path / "deep" / f"out.{ending}.rejected.jsonl").read_text().splitlines()
+    ]
     assert [(row["row"], row["status"], row["reasons"][0]["reason"]) for row in rejected] == [
         (3, "repaired", "unknown_tool"),
         (4, "rejected", "not_json"),
@@ -150,14 +181,14 @@ def test_convert_round_trip(rows: Path, tmp_path: Path, ending: str, capsys: pyt
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == [
         "last.jsonl",
         f"out.{ending}",
-        "out.rejected.jsonl",
+        f"out.{ending}.rejected.jsonl",
     ]
 
 
 def test_convert_removes_what_an_earlier_one_rejected(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, rejected = tmp_path / "out.jsonl", tmp_path / "out.rejected.jsonl"
+    out, rejected = tmp_path / "out.jsonl", tmp_path / "out.jsonl.rejected.jsonl"
     run(capsys, "convert", rows, "--out", out)
     assert rejected.exists()
     run(capsys, "convert", rows, "--out", out, "--limit", 2)
@@ -167,7 +198,7 @@ def test_convert_removes_what_an_earlier_one_rejected(
 def test_convert_never_overwrites_its_input(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = rows.read_bytes()
     assert "would overwrite the input" in error_of(capsys, "convert", rows, "--out", rows)
-    bad = tmp_path / "x.rejected.jsonl"
+    bad = tmp_path / "x.jsonl.rejected.jsonl"
     bad.write_bytes(before)
     assert "would overwrite the input" in error_of(capsys, "convert", bad, "--out", tmp_path / "x.jsonl")
     assert "ends in .jsonl or .parquet" in error_of(capsys, "convert", rows, "--out", tmp_path / "x.csv")

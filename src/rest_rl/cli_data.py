@@ -71,7 +71,9 @@ def _add_check(actions: Any) -> None:
     verb.add_argument("files", nargs="+", metavar="FILE", help="data files, folders or hub names")
     _add_reading(verb)
     verb.add_argument("--json", action="store_true", help="print one JSON object with the counts and findings")
-    verb.add_argument("--strict", action="store_true", help="exit with 1 if any row is rejected")
+    verb.add_argument(
+        "--strict", action="store_true", help="exit with 1 if any row or turn is rejected, or without samples"
+    )
     verb.add_argument("--all", action="store_true", help="list every finding, not the first ten of each reason")
 
 
@@ -86,7 +88,9 @@ def _add_convert(actions: Any) -> None:
     verb.add_argument("--out", required=True, metavar="OUT", help="the samples: NAME.jsonl or NAME.parquet")
     _add_reading(verb)
     verb.add_argument("--json", action="store_true", help="print the report as JSON")
-    verb.add_argument("--strict", action="store_true", help="exit with 1 if any row is rejected")
+    verb.add_argument(
+        "--strict", action="store_true", help="exit with 1 if any row or turn is rejected, or without samples"
+    )
 
 
 def _add_show(actions: Any) -> None:
@@ -161,7 +165,14 @@ def check(arguments: argparse.Namespace) -> int:
         from rest_rl.cli_data_tables import show_report
 
         show_report(report, len(report.findings) if arguments.all else SHOWN_PER_REASON)
-    return int(arguments.strict and report.rejected > 0)
+    return int(arguments.strict and not is_clean(report))
+
+
+def is_clean(report: Report) -> bool:
+    """Whether there are samples and nothing was rejected, no turn either; the lack of samples is said on stderr."""
+    if not report.samples:
+        print(f"{report.rows} rows give no sample", file=sys.stderr)
+    return report.samples > 0 and not report.rejected and not report.lost_turns
 
 
 def convert(arguments: argparse.Namespace) -> int:
@@ -187,7 +198,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
         show_report(report, 0)
         print(f"wrote {out}" + (f" and {rejected}" if rejected.exists() else ""))
-    return int(arguments.strict and report.rejected > 0)
+    return int(arguments.strict and not is_clean(report))
 
 
 def show(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rest_rl.data.check import CheckedRow, Report
+from rest_rl.data.check import CheckedRow, Report, outcome
 from rest_rl.data.reasons import REASONS
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.formats import ToolFormat, as_demonstrated, get_format
@@ -44,17 +44,20 @@ def show_report(report: Report, per_reason: int, console: Console | None = None)
     console = console or Console()
     shapes = ", ".join(f"{name} ({count} rows)" for name, count in report.sources.items()) or "unknown"
     console.print(f"shape: {shapes}", highlight=False)
-    counts = f"{report.rows} rows: {report.kept} kept, {report.repaired} repaired, {report.rejected} rejected"
+    lost = f" ({report.lost_turns} of them lost turns)" if report.lost_turns else ""
+    counts = f"{report.rows} rows: {report.kept} kept, {report.repaired} repaired{lost}, {report.rejected} rejected"
     console.print(f"{counts}; {report.samples} samples", highlight=False)
     if not report.reasons:
         return
-    table = Table("reason", "", "rows", "first rows", "meaning", box=None, header_style="bold", padding=(0, 1, 0, 0))
+    table = Table(
+        "reason", "what happened", "rows", "first rows", "meaning", box=None, header_style="bold", padding=(0, 1, 0, 0)
+    )
     known = [reason for reason in REASONS if reason in report.reasons]
     for reason in known:
-        severity = "/".join(sorted(report.severities[reason]))
+        happened = ", ".join(sorted(report.outcomes[reason]))
         first = ", ".join(map(str, report.first_rows[reason]))
-        style = STYLES.get(severity, "red")
-        table.add_row(reason, severity, str(report.reasons[reason]), first, REASONS[reason].meaning, style=style)
+        style = STYLES.get(happened, "red")
+        table.add_row(reason, happened, str(report.reasons[reason]), first, REASONS[reason].meaning, style=style)
     console.print(table)
     for reason in known if per_reason else ():
         console.print(f"\n{reason}: {REASONS[reason].remedy}", style="bold", highlight=False)
@@ -75,7 +78,7 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str, con
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(f"row {row.number} of {row.file}: {row.status}, shape {row.source or 'unknown'}")
     for found in row.findings:
-        line = f"{found.severity}: {found.reason}: {found.detail}; {REASONS[found.reason].remedy}"
+        line = f"{outcome(row, found)}: {found.reason}: {found.detail}; {REASONS[found.reason].remedy}"
         say(line, style=STYLES[found.severity])
     if not row.samples:
         say(row.raw if isinstance(row.raw, str) else json.dumps(row.raw, ensure_ascii=False, indent=2, default=str))

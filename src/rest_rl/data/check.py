@@ -66,6 +66,13 @@ class CheckedRow(NamedTuple):
     raw: Any
 
 
+def outcome(row: CheckedRow, found: Finding) -> str:
+    """What a finding did: `row rejected`, `turn rejected` (the row keeps others), `repaired` or `noted`."""
+    if found.severity != "rejected":
+        return found.severity
+    return "row rejected" if row.status == "rejected" else "turn rejected"
+
+
 class Located(NamedTuple):
     """A finding with its file and row."""
 
@@ -83,10 +90,13 @@ class Report:
     repaired: int = 0
     rejected: int = 0
     samples: int = 0
+    lost_turns: int = 0
+    """Rows that give samples and lost a turn; they count as repaired."""
     reasons: dict[str, int] = field(default_factory=dict)
     occurrences: dict[str, int] = field(default_factory=dict)
     first_rows: dict[str, list[int]] = field(default_factory=dict)
-    severities: dict[str, set[str]] = field(default_factory=dict)
+    outcomes: dict[str, set[str]] = field(default_factory=dict)
+    """What became of rows or turns for a reason, in the words of `outcome`."""
     sources: dict[str, int] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
     findings: list[Located] = field(default_factory=list)
@@ -97,11 +107,12 @@ class Report:
         self.rows += 1
         setattr(self, row.status, getattr(self, row.status) + 1)
         self.samples += len(row.samples)
+        self.lost_turns += bool(row.samples) and any(found.severity == "rejected" for found in row.findings)
         self.files.add(row.file)
         if row.source:
             self.sources[row.source] = self.sources.get(row.source, 0) + 1
         for found in row.findings:
-            self.severities.setdefault(found.reason, set()).add(found.severity)
+            self.outcomes.setdefault(found.reason, set()).add(outcome(row, found))
             self.occurrences[found.reason] = self.occurrences.get(found.reason, 0) + 1
             if len(self.findings) < MAX_FINDINGS:
                 self.findings.append(Located(row.file, row.number, found))
@@ -120,6 +131,7 @@ class Report:
             "repaired": self.repaired,
             "rejected": self.rejected,
             "samples": self.samples,
+            "lost_turns": self.lost_turns,
             "reasons": {reason: self.reasons[reason] for reason in REASONS if reason in self.reasons},
             "occurrences": {reason: self.occurrences[reason] for reason in REASONS if reason in self.occurrences},
             "first_rows": {reason: self.first_rows[reason] for reason in REASONS if reason in self.first_rows},

@@ -18,7 +18,7 @@ _NESTED = ("messages", "tools", "gold")
 
 def rejected_path(out: Path) -> Path:
     """Where the rows go that give no sample or lose a turn: beside the samples."""
-    return out.with_name(f"{out.stem}.rejected.jsonl")
+    return out.with_name(f"{out.name}.rejected.jsonl")
 
 
 def check_output(out: Path, inputs: Iterable[str]) -> None:
