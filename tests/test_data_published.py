@@ -150,7 +150,7 @@ def test_kept_prompts_are_the_published_texts(name: str) -> None:
         assert sample.tools == tuple(sample.tools)
         assert [message["content"] for message in sample.messages] == [
             system,
-            user.replace("***Dialogue", "**Dialogue"),
+            str(user).replace("***Dialogue", "**Dialogue"),
         ]
 
 
