@@ -26,7 +26,7 @@ from rest_rl.train.policy import load_policy
 from rest_rl.train.prompt_layout import PromptLayout, resolve_format, with_call_ids
 from rest_rl.train.prompts import encode, training_dataset
 from rest_rl.train.sft import labelled_dataset
-from tests.model_families import DIALOGUES, FAMILIES, family_tokenizer, save_dialogues, save_family
+from tests.model_families import DIALOGUES, FAMILIES, TEMPLATES, family_tokenizer, save_dialogues, save_family
 
 RL = ["trl.max_steps=2", "trl.num_generations=2", "trl.per_device_train_batch_size=4", "trl.max_completion_length=12"]
 RL += ["trl.gradient_accumulation_steps=1", "trl.save_steps=1", "eval.max_new_tokens=8"]
@@ -394,6 +394,27 @@ def test_a_dry_run_prints_the_estimate_and_leaves_nothing(
     assert "optimizer states" in shown
     assert ("cache of keys and values" in shown) is (preset == "rest")
     assert not (tmp_path / "run").exists()
+
+
+SHIPPED = sorted(path.name for path in TEMPLATES.glob("*.jinja") if not path.stem.endswith("_training"))
+FOR_IMAGES = ("idefics3.jinja", "llava_next.jinja", "smolvlm.jinja")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_template_that_trl_ships_gets_tools_history_and_system_text(name: str, samples: list[ToolSample]) -> None:
+    tokenizer = family_tokenizer("llama3_2")
+    tokenizer.chat_template = (TEMPLATES / name).read_text(encoding="utf-8")
+    if name in FOR_IMAGES:
+        with pytest.raises(ValueError, match="leaves the text of messages out"):
+            resolve_format("auto", tokenizer)
+        return
+    layout = PromptLayout(tokenizer, resolve_format("auto", tokenizer)[0])
+    for turn, sample in enumerate(samples[:3]):
+        text = layout.render(sample)
+        assert all(part in text for part in ("find_flight", "What is the weather in Rome", "You help with travel."))
+        assert (text.count("get_weather") > 1) is (turn > 0)
+        assert ("clear" in text) is (turn > 0)
+        assert text.count("You help with travel.") == 1
 
 
 def test_results_of_calls_with_one_id_go_to_the_calls_in_order() -> None:

@@ -16,7 +16,8 @@ from rest_rl.response import ToolCall
 
 FALLBACK = "hermes"
 """The format described in a system message to a model whose template shows no known one."""
-PROBE = {"role": "user", "content": "?"}
+PROBE = {"role": "user", "content": "probe of the user message"}
+SYSTEM_PROBE = {"role": "system", "content": "probe of the system message"}
 PROBE_TOOL = {
     "type": "function",
     "function": {"name": "probe", "description": "?", "parameters": {"type": "object", "properties": {}}},
@@ -43,6 +44,11 @@ class PromptLayout:
                 "instruct model, or set tokenizer.chat_template"
             )
         self.tokenizer, self.format, self.variables = tokenizer, get_format(tool_format), dict(variables or {})
+        if self._probe and PROBE["content"] not in self._probe:
+            raise ValueError(
+                "got a chat template that leaves the text of messages out (some of models for images do), expected one "
+                "that writes it; set tokenizer.chat_template to a template for text"
+            )
 
     def render(self, sample: ToolSample) -> str:
         """The prompt text up to where the response begins; ValueError when the template fails on the sample.
@@ -54,6 +60,8 @@ class PromptLayout:
             tools = []
         elif not self.is_native:
             messages, tools = as_text(messages, tools, self.format), []
+        if not self._takes_system:
+            messages = with_system_in_user(messages)
         try:
             text = self._apply_either(messages, tools)
         except TEMPLATE_ERRORS as error:
@@ -109,6 +117,14 @@ class PromptLayout:
             return ""
 
     @cached_property
+    def _takes_system(self) -> bool:
+        """Whether the template lays out system messages; Gemma's refuses them, others leave them out."""
+        try:
+            return SYSTEM_PROBE["content"] in self._apply([SYSTEM_PROBE, PROBE], [])
+        except TEMPLATE_ERRORS:
+            return False
+
+    @cached_property
     def _renders_tools(self) -> bool:
         try:
             return self._apply([PROBE], [PROBE_TOOL]) != self._probe
@@ -159,6 +175,16 @@ def call_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
         return written.render(None, calls, content or None)
     except ValueError:  # a text with tags in it: it is left as it is, or out where there are calls
         return written.render(None, calls, None) if calls else content
+
+
+def with_system_in_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages without a system message: what it says opens the first user message, or is one."""
+    said = [message["content"] for message in messages if message["role"] == "system"]
+    others = [message for message in messages if message["role"] != "system"]
+    if not said:
+        return messages
+    first = others.pop(0)["content"] if others and others[0]["role"] == "user" else None
+    return [{"role": "user", "content": "\n\n".join([*said, *([] if first is None else [first])])}, *others]
 
 
 def with_call_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
