@@ -381,6 +381,28 @@ def test_two_processes_train_and_resume(
     AutoModelForCausalLM.from_pretrained(run / "model")
 
 
+@pytest.mark.slow
+def test_two_supervised_processes_are_one_of_twice_the_batch(
+    folders: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    weights = {}
+    for processes, batch in ((1, 4), (2, 2)):
+        run = tmp_path / str(processes)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "rest_rl"]
+        changes = [*SFT, "trl.max_steps=1", "trl.save_steps=1", f"trl.per_device_train_batch_size={batch}"]
+        command = ["train", "--model", str(folders["qwen3"]), "--data", str(data), "--preset", "tsft"]
+        done = subprocess.run(
+            [*launch, *command, *options([*changes, "trl.optim=sgd"]), "--out", str(run)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        weights[processes] = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(folders["qwen3"]).state_dict()
+    assert any(not torch.equal(before[name], weights[1][name]) for name in before)
+    assert all(torch.allclose(weights[1][name], weights[2][name], atol=1e-6) for name in before)
+
+
 @pytest.mark.parametrize("preset", ["rest", "sft"])
 def test_a_dry_run_prints_the_estimate_and_leaves_nothing(
     preset: str, folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
