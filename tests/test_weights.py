@@ -99,6 +99,8 @@ def test_weights_are_clipped_after_division_by_the_token_mean():
 def test_nothing_measured_yet_means_equal_weights():
     assert region_weights(None, WeightConfig()).tolist() == [1.0] * 6
     assert region_weights(statistics([NAN] * 6, [0] * 6), WeightConfig()).tolist() == [1.0] * 6
+    overflown = statistics([math.inf, 1.0, 0.5, 1.0, 1.0, 1.0], [1] * 6)
+    assert region_weights(overflown, WeightConfig(rule="inverse"))[0] == 1.0  # 1 / inf would weigh nothing
 
 
 def test_curriculum_by_hand():

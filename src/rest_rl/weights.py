@@ -100,9 +100,9 @@ def region_weights(statistics: RegionStatistics | None, config: WeightConfig) ->
     """The rule's weight of each region, before the curriculum: float64 (R,), within [w_min, w_max] but for `constant`.
 
     rule(region) ** strength, divided by its token mean, clipped (ResT's region weights; Lemma 2: the second moment of a
-    token's score is 1 - sum p^2 <= 1 - exp(-H)). A region without statistics weighs 1, and so do all of them when
-    `statistics` is None: nothing has been measured yet. Equal statistics give equal weights. The numbers of the rule
-    `constant` are taken as they stand.
+    token's score is 1 - sum p^2 <= 1 - exp(-H)). A region without finite statistics weighs 1, and so do all of them
+    when `statistics` is None: nothing has been measured yet. Equal statistics give equal weights. The numbers of the
+    rule `constant` are taken as they stand.
     """
     if config.rule == "constant":
         constants_R = torch.tensor([config.constants[region.label] for region in Region], dtype=torch.float64)
@@ -112,7 +112,7 @@ def region_weights(statistics: RegionStatistics | None, config: WeightConfig) ->
     uncertainty_R = _uncertainty(statistics, config).clamp_min(config.uncertainty_floor)
     exponent = config.strength if config.rule == "inverted" else -config.strength
     raw_R = uncertainty_R**exponent
-    seen_R = torch.isfinite(raw_R) & (statistics.counts_R > 0)
+    seen_R = torch.isfinite(uncertainty_R) & torch.isfinite(raw_R) & (statistics.counts_R > 0)
     if not seen_R.any():
         return torch.ones(NUM_REGIONS, dtype=torch.float64)
     mean = (raw_R * statistics.counts_R)[seen_R].sum() / statistics.counts_R[seen_R].sum()
