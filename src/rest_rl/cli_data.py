@@ -306,13 +306,8 @@ def asked_layout(arguments: argparse.Namespace) -> PromptLayout | None:
     from rest_rl.train.policy import load_tokenizer
     from rest_rl.train.prompt_layout import PromptLayout, resolve_format
 
-    if arguments.keep_prompts and arguments.format == "auto":
-        raise ValueError(
-            "got --keep-prompts with --model and no format, expected the one that the kept prompts ask for; add "
-            "--format: toolrl for ToolRL and API-Bank, pythonic for ToolACE"
-        )
     tokenizer = load_tokenizer(arguments.tokenizer)
-    name, why = resolve_format(arguments.format, tokenizer)
+    name, why = resolve_format(arguments.format, tokenizer, keeps_prompts=arguments.keep_prompts)
     print(f"format {name}: {why}", file=sys.stderr)
     return PromptLayout(tokenizer, name)
 
@@ -321,6 +316,6 @@ def _asked_of(layout: PromptLayout | None) -> dict[str, Any]:
     """What `checked_rows` asks a model for."""
     if layout is None:
         return {}
-    from rest_rl.train.training_data import refusal
+    from rest_rl.train.training_data import model_checks
 
-    return {"prompt_tokens": layout.count_tokens, "refusal": lambda sample: refusal(sample, layout)}
+    return model_checks(layout)

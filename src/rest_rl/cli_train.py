@@ -121,12 +121,7 @@ def laid_out(config: RunConfig, console: Console) -> tuple[RunConfig, PromptLayo
     """The run with its format resolved, which is said aloud, and how prompts are laid out."""
     tokenizer = policy_tokenizer(config.model)
     variables = config.model.chat_template_kwargs
-    if config.data.keep_prompts and config.rest.format == AUTO:
-        raise ValueError(
-            "got data.keep_prompts without a format, expected the one that the kept prompts ask for; set rest.format: "
-            "toolrl for ToolRL and API-Bank, pythonic for ToolACE"
-        )
-    name, why = resolve_format(config.rest.format, tokenizer, variables)
+    name, why = resolve_format(config.rest.format, tokenizer, variables, keeps_prompts=config.data.keep_prompts)
     console.print(f"format {name}: {why}", highlight=False)
     if unread := unread_keys(config):
         console.print(f"preset {config.rest.preset} does not read trl.{', trl.'.join(unread)}", highlight=False)

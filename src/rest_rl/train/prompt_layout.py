@@ -215,11 +215,19 @@ def template_format(tokenizer: Any) -> str | None:
     return format_of_template(template or "")
 
 
-def resolve_format(name: str, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> tuple[str, str]:
+def resolve_format(
+    name: str, tokenizer: Any, variables: Mapping[str, Any] | None = None, *, keeps_prompts: bool = False
+) -> tuple[str, str]:
     """(name of the format, why) for a `[rest] format`: `auto` becomes what the chat template shows.
 
-    `+think` is added where the template opens the think block. ValueError for `+think` where it does not.
+    `+think` is added where the template opens the think block. ValueError for `+think` where it does not, and for
+    `auto` with prompts that are kept as published, which ask for a format of their own.
     """
+    if keeps_prompts and name == AUTO:
+        raise ValueError(
+            "got kept prompts without a format, expected the one that they ask for; pass --format (rest.format): "
+            "toolrl for ToolRL and API-Bank, pythonic for ToolACE"
+        )
     found = template_format(tokenizer)
     base, asks_think = name.removesuffix(SUFFIX), name.endswith(SUFFIX)
     if base == AUTO:

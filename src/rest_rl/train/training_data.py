@@ -68,8 +68,7 @@ def read_data(config: RunConfig, layout: PromptLayout, say: Callable[[str], Any]
         say(f"{data.path} is both data.path and data.held_out: what is measured was trained on")
     elsewhere = bool(data.held_out) and data.held_out != data.path
     unseen_prompts = prompts_of(data.held_out, check) if elsewhere else frozenset()
-    asked = {"prompt_tokens": layout.count_tokens, "refusal": partial(refusal, layout=layout)}
-    for row in checked_rows(data.path, check, test_prompts=unseen_prompts, **asked):
+    for row in checked_rows(data.path, check, test_prompts=unseen_prompts, **model_checks(layout)):
         report.add(row)
         training.samples += row.samples
         training.rejected += rejection(row)
@@ -95,7 +94,7 @@ def held_out_samples(
         return []
     plain, report = replace(check, mask_names=0.0), Report()
     samples: list[ToolSample] = []
-    for row in checked_rows(path, plain, prompt_tokens=layout.count_tokens, refusal=partial(refusal, layout=layout)):
+    for row in checked_rows(path, plain, **model_checks(layout)):
         report.add(row)
         samples += row.samples
         if len(samples) >= number:
@@ -105,6 +104,11 @@ def held_out_samples(
     if not samples:
         raise empty(path, report.rows, ", ".join(counts["reasons"]) or "no rows")
     return [("held out", sample) for sample in samples[:number]]
+
+
+def model_checks(layout: PromptLayout) -> dict[str, Any]:
+    """What `checked_rows` asks the model for, by the names of its arguments."""
+    return {"prompt_tokens": layout.count_tokens, "refusal": partial(refusal, layout=layout)}
 
 
 def refusal(sample: ToolSample, layout: PromptLayout) -> str | None:
