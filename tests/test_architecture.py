@@ -32,7 +32,7 @@ ADDRESSES = {
     "safetensors": ["train/run.py", "train/checkpoints.py"],
     "tokenizers": ["regions.py", "train/tool_world_model.py"],
     "scipy": ["rewards.py"],
-    "jinja2": ["train/prompt_layout.py"],
+    "jinja2": ["data/prompt_layout.py"],
     "tqdm": ["train/warm_start.py"],
     "tomli_w": ["config.py", "cli_inspect.py"],
 }

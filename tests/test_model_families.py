@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from rest_rl.cli import main
 from rest_rl.config import ModelTable, RunConfig
 from rest_rl.data.check import read_checked
+from rest_rl.data.prompt_layout import PromptLayout, resolve_format, with_call_ids
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import Qwen3CoderFormat
 from rest_rl.regions import decode_ids, tag_regions
@@ -23,7 +24,6 @@ from rest_rl.response import Gold, Region
 from rest_rl.rewards import exact_match
 from rest_rl.runlog import read_run
 from rest_rl.train.policy import load_policy
-from rest_rl.train.prompt_layout import PromptLayout, resolve_format, with_call_ids
 from rest_rl.train.prompts import encode, training_dataset
 from rest_rl.train.sft import labelled_dataset
 from tests.model_families import DIALOGUES, FAMILIES, TEMPLATES, family_tokenizer, save_dialogues, save_family

@@ -14,13 +14,13 @@ from trl import SFTConfig, SFTTrainer
 
 from rest_rl.cli import main
 from rest_rl.config import RunConfig
+from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.formats import as_demonstrated, get_format
 from rest_rl.presets import SUPERVISED
 from rest_rl.regions import tag_regions
 from rest_rl.response import Gold, Region, ToolCall
 from rest_rl.rewards import exact_match
 from rest_rl.runlog import read_run
-from rest_rl.train.prompt_layout import PromptLayout
 from rest_rl.train.prompts import IGNORED
 from rest_rl.train.sft import RegionSFTTrainer, labelled_dataset, region_trainer, token_loss_weights, weights_by_region
 from tests.sample_files import save_samples

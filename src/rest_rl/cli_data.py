@@ -21,7 +21,7 @@ from rest_rl.data.writing import check_output, rejected_path, rejected_writer, s
 from rest_rl.jsonl import as_json
 
 if TYPE_CHECKING:
-    from rest_rl.train.prompt_layout import PromptLayout
+    from rest_rl.data.prompt_layout import PromptLayout
 
 EPILOG = """\
 examples:
@@ -303,8 +303,8 @@ def asked_layout(arguments: argparse.Namespace) -> PromptLayout | None:
         if arguments.max_prompt:
             raise ValueError("got --max-prompt without --model, expected the model that counts; add --model DIR")
         return None
+    from rest_rl.data.prompt_layout import PromptLayout, resolve_format
     from rest_rl.train.policy import load_tokenizer
-    from rest_rl.train.prompt_layout import PromptLayout, resolve_format
 
     tokenizer = load_tokenizer(arguments.tokenizer)
     name, why = resolve_format(arguments.format, tokenizer, keeps_prompts=arguments.keep_prompts)

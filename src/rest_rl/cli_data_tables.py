@@ -20,7 +20,7 @@ from rest_rl.formats import ToolFormat, as_demonstrated, get_format
 from rest_rl.terminal import coloured, legend, pieces
 
 if TYPE_CHECKING:
-    from rest_rl.train.prompt_layout import PromptLayout
+    from rest_rl.data.prompt_layout import PromptLayout
 
 STYLES = {"rejected": "red", "repaired": "yellow", "noted": "dim"}
 

@@ -14,6 +14,7 @@ import torch
 
 from rest_rl.cli_score import check_progress
 from rest_rl.config import AUTO, preset_table
+from rest_rl.data.prompt_layout import resolve_format
 from rest_rl.formats import get_format
 from rest_rl.jsonl import as_json, parse_row, read_lines, text_field
 from rest_rl.presets import PRESETS, Preset, get_preset, token_weights
@@ -21,7 +22,6 @@ from rest_rl.regions import tag_regions, token_bytes
 from rest_rl.response import Region
 from rest_rl.terminal import show_tokens
 from rest_rl.train.policy import load_tokenizer
-from rest_rl.train.prompt_layout import resolve_format
 
 
 class Token(NamedTuple):

@@ -22,6 +22,7 @@ from rich.console import Console
 from rest_rl.analyze.plots import draw_all
 from rest_rl.analyze.tables import COMPARISON_HEADER, comparison_rows, flatten, group_runs
 from rest_rl.config import AUTO, RunConfig, apply_overrides, overridden, parse_toml, read_run_file
+from rest_rl.data.prompt_layout import PromptLayout, resolve_format
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.held_out import Prompt, evaluate
 from rest_rl.presets import SUPERVISED
@@ -30,7 +31,6 @@ from rest_rl.terminal import Screen, show_estimate, show_table
 from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
 from rest_rl.train.footprint import estimate, footprint_rows, this_device
 from rest_rl.train.policy import load_policy, lora_config, policy_config, policy_tokenizer
-from rest_rl.train.prompt_layout import PromptLayout, resolve_format
 from rest_rl.train.run import (
     Recorder,
     build_trainer,

@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.formats import ToolFormat, as_demonstrated
 from rest_rl.rewards import exact_match
-from rest_rl.train.prompt_layout import PromptLayout
 
 if TYPE_CHECKING:
     from datasets import Dataset

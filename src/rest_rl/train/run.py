@@ -21,13 +21,13 @@ from transformers.utils import logging
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from rest_rl.config import RunConfig, describe, fits, options, unknown_key
+from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import CHECKPOINTS, RunLog, unwritable
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import new_adapter
-from rest_rl.train.prompt_layout import PromptLayout
 from rest_rl.train.prompts import OnRefused, training_dataset
 from rest_rl.train.sft import region_trainer
 from rest_rl.train.tool_reward import make_tool_reward, progress_of

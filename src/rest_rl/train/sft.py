@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
+from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region
-from rest_rl.train.prompt_layout import PromptLayout
 from rest_rl.train.prompts import IGNORED, OnRefused, dataset_of, demonstration_text, encode
 from rest_rl.weights import assign_weights
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from rest_rl.config import EMBEDDED, RunConfig
 from rest_rl.data.check import CheckConfig, CheckedRow, Report, checked_rows, prompts_of
+from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.formats import FORMATS
-from rest_rl.train.prompt_layout import PromptLayout
 from rest_rl.train.prompts import check_gold
 
 COUNTS = ("rows", "kept", "repaired", "rejected", "samples", "reasons")

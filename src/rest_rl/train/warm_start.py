@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.data.samples import ToolSample, decompose
 from rest_rl.data.tool_world import corrupted_demonstration, demonstration, dialogues
-from rest_rl.train.prompt_layout import PromptLayout
 from rest_rl.train.prompts import IGNORED, encode
 from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
 

@@ -1,0 +1,133 @@
+"""What an evaluation is made of: benchmarks hold conversations, models answer their requests.
+
+A benchmark knows its samples and judges; a model knows how to write; neither knows the other. A single-turn sample is
+a conversation of one request, a multi-turn one of as many as it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from rest_rl.data.samples import ToolSample
+from rest_rl.formats import ToolFormat
+from rest_rl.response import ParsedResponse, ToolCall
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing a model is asked: the history and the tools as a sample, whose `gold` is what an oracle would say.
+
+    `step` counts the responses within one turn of the user; both count from 0.
+    """
+
+    sample: ToolSample
+    turn: int = 0
+    step: int = 0
+
+
+class Reply(NamedTuple):
+    """What came back for a request; exactly one of `text`, `overflow`, `error` tells what happened."""
+
+    text: str = ""
+    calls: tuple[ToolCall, ...] | None = None
+    """Calls that a server has read out already; None when they stand in the text."""
+    prompt_tokens: int | None = None
+    tokens: int | None = None
+    is_truncated: bool = False
+    """The response ran into the limit of its length."""
+    overflow: str = ""
+    """Why the prompt did not fit the model; the sample counts as wrong."""
+    error: str = ""
+    """Why there is no response (a server that fails); the sample is not scored and is tried again on resume."""
+
+
+class Conversation(Protocol):
+    """One sample under way."""
+
+    def request(self) -> Request | None:
+        """What the model is asked next; None when the conversation is over."""
+        ...
+
+    def receive(self, reply: Reply) -> None:
+        """Take the reply to the last request; only replies with a text arrive here."""
+        ...
+
+    def outcome(self) -> Mapping[str, Any]:
+        """Fields of the sample's row once it is over: `response`, `calls`, one boolean per metric, `reason`."""
+        ...
+
+    def close(self) -> None:
+        """Release what the conversation holds; called once, also for one that was given up."""
+        ...
+
+
+class Benchmark(Protocol):
+    """Samples with their judge."""
+
+    @property
+    def name(self) -> str:
+        """Such as `bfcl`."""
+        ...
+
+    @property
+    def pin(self) -> str:
+        """Which edition of data and checker, printed on every table."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Booleans of each row, the headline first."""
+        ...
+
+    @property
+    def group_field(self) -> str:
+        """What a row calls its group: `category` or `level`."""
+        ...
+
+    @property
+    def groups(self) -> Mapping[str, str | int]:
+        """The group of every sample by its id, in the order in which they are asked."""
+        ...
+
+    def start(self, identity: str, tool_format: ToolFormat) -> Conversation:
+        """Begin a sample; responses are read in the given format."""
+        ...
+
+    def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What the summary says besides the groups: ceilings, official averages where they are complete."""
+        ...
+
+    def close(self) -> None:
+        """Release what the benchmark holds."""
+        ...
+
+
+class Model(Protocol):
+    """Whoever answers: a checkpoint, a server, recorded responses, the gold itself."""
+
+    @property
+    def batch_size(self) -> int:
+        """How many requests one call of `respond` is given at most."""
+        ...
+
+    @property
+    def concurrency(self) -> int:
+        """How many threads may call `respond` at once."""
+        ...
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """One reply per request, in order; never raises for what a single request can cause."""
+        ...
+
+    def room(self, request: Request) -> tuple[int, int] | None:
+        """(tokens that prompt and response would take, tokens the model holds); None where it cannot be known."""
+        ...
+
+
+def read_reply(reply: Reply, tool_format: ToolFormat) -> ParsedResponse:
+    """The calls and the answer of a reply, from its text unless a server has read them out."""
+    if reply.calls is None:
+        return tool_format.parse(reply.text, spans=False)
+    return ParsedResponse(calls=reply.calls, answer=reply.text.strip() or None, well_formed=True)
