@@ -17,7 +17,7 @@ MAX_FILE, MAX_FUNCTION = 450, 60
 ADDRESSES = {
     "trl": ["train/trl_trainer.py", "train/sft.py", "train/epoch_order.py", "train/run.py"],
     "datasets": ["data/rows.py", "train/prompts.py", "train/sft.py", "train/run.py"],
-    "matplotlib": ["analyze/plots.py"],
+    "matplotlib": ["analyze/plots.py", "analyze/radar.py"],
     "rich": ["terminal.py", "cli_train.py", "cli_data_tables.py"],
     "pyarrow": ["data/rows.py", "data/writing.py"],
     "transformers": [
@@ -31,7 +31,7 @@ ADDRESSES = {
     "peft": ["train/policy.py", "train/model_size.py"],
     "safetensors": ["train/run.py", "train/checkpoints.py"],
     "tokenizers": ["regions.py", "train/tool_world_model.py"],
-    "scipy": ["rewards.py"],
+    "scipy": ["rewards.py", "evaluate/intervals.py"],
     "jinja2": ["data/prompt_layout.py"],
     "tqdm": ["train/warm_start.py"],
     "tomli_w": ["config.py", "cli_inspect.py"],

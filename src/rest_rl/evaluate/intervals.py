@@ -1,0 +1,76 @@
+"""How sure an accuracy is, and the difference of two models on the same samples: two intervals and a test.
+
+All are of 95 % and take counts. Samples count as independent, and the benchmark as a draw from all that it could hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from scipy.stats import binomtest, false_discovery_control, norm
+
+CONFIDENCE = 0.95
+
+
+class Difference(NamedTuple):
+    """A difference of two shares in [-1, 1] and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a share, which stays in [0, 1] and has a width at 0 and 1 too.
+
+    Wilson, E. B. (1927), https://doi.org/10.1080/01621459.1927.10502953. Nothing is known of a share of no samples:
+    `wilson(0, 0) == (0.0, 1.0)`. ValueError unless 0 <= correct <= n.
+    """
+    check_counts(correct, n)
+    if n == 0:
+        return 0.0, 1.0
+    interval = binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """The p-value of McNemar's exact test, two-sided: how often a fair coin splits the flipped samples as unevenly.
+
+    McNemar, Q. (1947), https://doi.org/10.1007/BF02295996. Samples that both models answer alike say nothing; without
+    a flipped sample p is 1. ValueError for negative counts.
+    """
+    check_counts(lost, lost + gained)
+    return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
+
+
+def paired_difference(lost: int, gained: int, n: int) -> Difference:
+    """The change (gained - lost) / n of accuracy on the same n samples, with Bonett and Price's adjusted Wald interval.
+
+    With p = (lost + 1) / (n + 2) and q = (gained + 1) / (n + 2) the interval is q - p ± z sqrt((p + q - (q - p)²) /
+    (n + 2)), cut to [-1, 1]. Bonett, D. G. and Price, R. M. (2012), https://doi.org/10.3102/1076998611411915. Without
+    samples the change is 0 in [-1, 1]. ValueError unless lost + gained <= n.
+    """
+    check_counts(lost, n)
+    check_counts(gained, n - lost)
+    if n == 0:
+        return Difference(0.0, -1.0, 1.0)
+    p, q = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
+    half = float(norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt((p + q - (q - p) ** 2) / (n + 2))
+    return Difference((gained - lost) / n, max(-1.0, q - p - half), min(1.0, q - p + half))
+
+
+def false_discovery(p_values: Sequence[float]) -> list[float]:
+    """Benjamini and Hochberg's q-values: among the tests with q <= 0.05 at most 5 % are expected to be chance.
+
+    Benjamini, Y. and Hochberg, Y. (1995), https://doi.org/10.1111/j.2517-6161.1995.tb02031.x, for independent tests:
+    groups without a common sample are. No test has none.
+    """
+    return [float(q) for q in false_discovery_control(list(p_values))] if p_values else []
+
+
+def check_counts(part: int, whole: int) -> None:
+    """ValueError unless 0 <= part <= whole."""
+    if not 0 <= part <= whole:
+        raise ValueError(f"got {part} of {whole} samples, expected a count from 0 to the whole; check the counts")

@@ -1,0 +1,102 @@
+"""Intervals and tests of accuracies: numbers by hand, and what must hold of all of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rest_rl.evaluate.intervals import false_discovery, mcnemar, paired_difference, wilson
+
+COUNTS = st.integers(0, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+FLIPS = st.integers(0, 500).flatmap(
+    lambda n: st.integers(0, n).flatmap(lambda lost: st.tuples(st.just(lost), st.integers(0, n - lost), st.just(n)))
+)
+Z = 1.959963984540054
+
+
+def test_wilson_by_hand() -> None:
+    # z² = 3.8415; centre (8 + 1.9207) / 13.8415 = 0.7167, half = 1.96 sqrt(8 * 2 / 10 + 0.9604) / 13.8415 = 0.2266
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
+    # none of 10: [0, z² / (10 + z²)] = [0, 3.8415 / 13.8415]
+    assert wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=5e-6)
+    # 200 samples at one half: the 6.9 points that the noise floor of a multi-turn category is
+    low, high = wilson(100, 200)
+    assert (high - low) / 2 == pytest.approx(0.0686, abs=5e-5)
+
+
+def test_nothing_is_known_of_no_samples() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert mcnemar(0, 0) == 1.0
+    assert paired_difference(0, 0, 0) == (0.0, -1.0, 1.0)
+    assert false_discovery([]) == []
+
+
+def test_mcnemar_by_hand() -> None:
+    # 1 lost and 7 gained: both tails of a fair coin, 2 * (C(8,0) + C(8,1)) / 2^8 = 18 / 256
+    assert mcnemar(1, 7) == pytest.approx(18 / 256)
+    assert mcnemar(0, 5) == pytest.approx(2 / 32)
+    assert mcnemar(3, 3) == 1.0
+
+
+def test_paired_difference_by_hand() -> None:
+    # n = 98, 4 lost and 9 gained: p = 5 / 100, q = 10 / 100, half = z sqrt((0.15 - 0.05²) / 100) = z sqrt(0.001475)
+    value, low, high = paired_difference(4, 9, 98)
+    half = Z * math.sqrt(0.001475)
+    assert value == pytest.approx(5 / 98)
+    assert (low, high) == pytest.approx((0.05 - half, 0.05 + half))
+    # the one sample there is was gained: q - p = 1/3, half = z sqrt((1 - 1/9) / 3) = 1.067, cut at 1
+    assert paired_difference(0, 1, 1) == pytest.approx((1.0, 1 / 3 - Z * math.sqrt(8 / 27), 1.0))
+
+
+def test_false_discovery_by_hand() -> None:
+    # sorted 0.01, 0.02, 0.03 times 3 / rank: 0.03, 0.03, 0.03; then 0.5 as it is among four: 0.04, 0.04, 0.04, 0.5
+    assert false_discovery([0.03, 0.01, 0.02]) == pytest.approx([0.03] * 3)
+    assert false_discovery([0.01, 0.5, 0.02, 0.03]) == pytest.approx([0.04, 0.5, 0.04, 0.04])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: wilson(3, 2),
+        lambda: wilson(-1, 2),
+        lambda: mcnemar(-1, 2),
+        lambda: mcnemar(2, -1),
+        lambda: paired_difference(2, 2, 3),
+        lambda: paired_difference(0, -1, 3),
+    ],
+)
+def test_impossible_counts_are_refused(call) -> None:
+    with pytest.raises(ValueError, match="expected a count from 0 to the whole"):
+        call()
+
+
+@given(COUNTS)
+def test_wilson_holds_the_share_and_mirrors(counts: tuple[int, int]) -> None:
+    correct, n = counts
+    low, high = wilson(correct, n)
+    assert 0 <= low <= high <= 1
+    if n:
+        assert low - 1e-12 <= correct / n <= high + 1e-12
+        assert low < high
+    mirrored = wilson(n - correct, n)
+    assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=1e-9)
+
+
+@given(FLIPS)
+def test_a_difference_holds_its_estimate_and_changes_sign(flips: tuple[int, int, int]) -> None:
+    lost, gained, n = flips
+    value, low, high = paired_difference(lost, gained, n)
+    assert -1 <= low <= value <= high <= 1
+    back = paired_difference(gained, lost, n)
+    assert (-back.value, -back.high, -back.low) == pytest.approx((value, low, high), abs=1e-12)
+
+
+@given(st.integers(0, 400), st.integers(0, 400))
+def test_mcnemar_is_a_probability_of_either_order(lost: int, gained: int) -> None:
+    p = mcnemar(lost, gained)
+    assert 0 <= p <= 1 + 1e-12
+    assert p == pytest.approx(mcnemar(gained, lost))
+    assert p == pytest.approx(1.0) or lost != gained
