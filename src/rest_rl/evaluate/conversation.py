@@ -6,7 +6,7 @@ a conversation of one request, a multi-turn one of as many as it takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -124,6 +124,38 @@ class Model(Protocol):
     def room(self, request: Request) -> tuple[int, int] | None:
         """(tokens that prompt and response would take, tokens the model holds); None where it cannot be known."""
         ...
+
+
+class SingleTurn:
+    """A conversation of one request, whose response `judge` reads: metrics, reason and what else its row holds."""
+
+    def __init__(
+        self,
+        sample: ToolSample,
+        tool_format: ToolFormat,
+        judge: Callable[[Reply, ParsedResponse], Mapping[str, Any]],
+    ) -> None:
+        """Bind the sample, the format of its response and its judge."""
+        self.sample, self.format, self.judge = sample, tool_format, judge
+        self._reply: Reply | None = None
+
+    def request(self) -> Request | None:
+        """The prompt, once."""
+        return None if self._reply else Request(self.sample)
+
+    def receive(self, reply: Reply) -> None:
+        """Take the response."""
+        self._reply = reply
+
+    def outcome(self) -> Mapping[str, Any]:
+        """Response and calls, then what the judge says."""
+        assert self._reply is not None
+        parsed = read_reply(self._reply, self.format)
+        calls = [{"name": call.name, "arguments": dict(call.arguments)} for call in parsed.calls]
+        return {"response": self._reply.text, "calls": calls, **self.judge(self._reply, parsed)}
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def read_reply(reply: Reply, tool_format: ToolFormat) -> ParsedResponse:

@@ -1,0 +1,105 @@
+"""An evaluation folder: how it was asked, one line per sample as it finishes, the summary.
+
+    settings.json   what was asked of whom, and how      summary.json    scores by group, with 95 % Wilson intervals
+    samples.jsonl   one object per sample                environment.json  versions, platform, command
+
+Lines are written whole: a killed evaluation loses what was in flight, and `--resume` asks for that and for what failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rest_rl.jsonl import as_json, reason
+from rest_rl.runlog import cut_back, describe_environment, read_object, read_rows
+
+SETTINGS, SAMPLES, SUMMARY, ENVIRONMENT = "settings.json", "samples.jsonl", "summary.json", "environment.json"
+
+Row = dict[str, Any]
+
+
+class EvalLog:
+    """The writing side of an evaluation folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Use `create` or `resume`; this only binds the folder."""
+        self.folder = Path(folder)
+
+    @classmethod
+    def create(cls, folder: str | Path, settings: Mapping[str, Any], command: Iterable[str]) -> EvalLog:
+        """Start in a new folder; ValueError if it holds an evaluation already or cannot be written."""
+        log = cls(folder)
+        if (log.folder / SETTINGS).exists():
+            raise ValueError(
+                f"got {folder}, which holds an evaluation already, expected a new folder; add --resume to go on with "
+                "it, or pass another --out"
+            )
+        try:
+            log.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(log.folder, error) from error
+        log.write(ENVIRONMENT, as_json(describe_environment(command), indent=2) + "\n")
+        log.write(SETTINGS, as_json(settings, indent=2) + "\n")
+        return log
+
+    @classmethod
+    def resume(cls, folder: str | Path, settings: Mapping[str, Any]) -> EvalLog:
+        """Go on in a folder: failed samples and a torn last line are removed. ValueError for other settings."""
+        log = cls(folder)
+        recorded = read_object(log.folder / SETTINGS)
+        if not recorded:
+            raise ValueError(f"got --resume and {folder}, which holds no evaluation, expected one; leave --resume out")
+        asked = json.loads(as_json(settings))
+        changed = sorted(key for key in {*asked, *recorded} if asked.get(key) != recorded.get(key))
+        if changed:
+            old = ", ".join(f"{key} = {recorded.get(key)!r:.80}" for key in changed)
+            raise ValueError(
+                f"got --resume with another {', '.join(changed)} than the evaluation in {folder} ({old}), expected the "
+                "same; ask for the same, or pass another --out"
+            )
+        log.write_rows(row for row in log.read_rows() if "error" not in row)
+        return log
+
+    def read_rows(self) -> list[Row]:
+        """The samples so far, up to a torn last line."""
+        return read_rows(self.folder / SAMPLES)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a sample, flushed; ValueError for a folder that is full, which is left as it was."""
+        path = self.folder / SAMPLES
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(as_json(row) + "\n")
+        except OSError as error:
+            cut_back(path, size)
+            raise unwritable(self.folder, error) from error
+
+    def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replace the samples, atomically."""
+        self.write(SAMPLES, "".join(as_json(row) + "\n" for row in rows))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file of the folder, atomically."""
+        part = self.folder / f".{name}.part"
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.folder / name)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise unwritable(self.folder, error) from error
+
+
+def unwritable(folder: Path, error: OSError) -> ValueError:
+    """The error for a folder that is full, read-only or no folder."""
+    return ValueError(
+        f"got evaluation folder {folder} ({reason(error)}), expected a writable folder with free space; make room and "
+        "go on with --resume (what was written is whole), or pass another --out"
+    )

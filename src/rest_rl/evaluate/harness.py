@@ -1,0 +1,173 @@
+"""The loop of an evaluation: conversations in batches, a row per sample as it finishes, the summary.
+
+Batches are cut from the whole list in its order, and a batch of which anything is missing is asked for again whole: on
+one machine a resumed evaluation gives the same texts as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from threading import Event, Lock
+from typing import Any
+
+from rest_rl.evaluate.conversation import Benchmark, Conversation, Model, Reply
+from rest_rl.evaluate.eval_log import EvalLog, Row
+from rest_rl.evaluate.intervals import wilson
+from rest_rl.formats import ToolFormat
+
+OVERALL = "overall"
+
+
+def evaluate_all(
+    benchmark: Benchmark,
+    model: Model,
+    tool_format: ToolFormat,
+    identities: Sequence[str],
+    log: EvalLog,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Ask for every sample that the folder does not hold yet; all rows, in the order of `identities`.
+
+    `on_row` is told of each row that is written. An exception of the model (a wrong key, an unknown name) stops the
+    evaluation; what was written stays.
+    """
+    done = {row["id"]: row for row in log.read_rows()}
+    batches = [batch for batch in cut(identities, model.batch_size) if not done.keys() >= set(batch)]
+    lock, stopped = Lock(), Event()
+
+    def ask(batch: Sequence[str]) -> None:
+        for row in batch_rows(benchmark, model, tool_format, batch, stopped):
+            with lock:
+                if row["id"] not in done:
+                    log.add(row)
+                    done[row["id"]] = row
+                    on_row(row)
+
+    with ThreadPoolExecutor(max(1, model.concurrency)) as pool:
+        running = [pool.submit(ask, batch) for batch in batches]
+        try:
+            for future in as_completed(running):
+                future.result()
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    rows = [done[identity] for identity in identities]
+    log.write_rows(rows)
+    return rows
+
+
+def cut(identities: Sequence[str], size: int) -> list[Sequence[str]]:
+    """The list in batches of `size`."""
+    size = max(1, size)
+    return [identities[start : start + size] for start in range(0, len(identities), size)]
+
+
+def batch_rows(
+    benchmark: Benchmark, model: Model, tool_format: ToolFormat, batch: Sequence[str], stopped: Event
+) -> Iterator[Row]:
+    """The rows of one batch, each as soon as its conversation is over; all conversations go one step at a time."""
+    talks = [Talk(benchmark, identity, tool_format) for identity in batch]
+    try:
+        while talks and not stopped.is_set():
+            requests = [talk.conversation.request() for talk in talks]
+            waiting = [(talk, request) for talk, request in zip(talks, requests, strict=True) if request is not None]
+            yield from (talk.finished() for talk, request in zip(talks, requests, strict=True) if request is None)
+            talks = [talk for talk, _ in waiting]
+            replies = model.respond([request for _, request in waiting]) if waiting else []
+            for talk, reply in zip(list(talks), replies, strict=True):
+                if row := talk.receive(reply):
+                    yield row
+                    talks.remove(talk)
+    finally:
+        for talk in talks:
+            talk.conversation.close()
+
+
+class Talk:
+    """A conversation under way, and what its row says besides the verdict."""
+
+    def __init__(self, benchmark: Benchmark, identity: str, tool_format: ToolFormat) -> None:
+        """Begin the sample."""
+        self.conversation: Conversation = benchmark.start(identity, tool_format)
+        self.metrics = benchmark.metrics
+        self.head: Row = {"id": identity, benchmark.group_field: benchmark.groups[identity]}
+        self.notes: Row = {}
+
+    def receive(self, reply: Reply) -> Row | None:
+        """Pass a reply on; the row of a sample that ends here because no text came."""
+        if reply.tokens is not None:
+            self.notes["tokens"] = self.notes.get("tokens", 0) + reply.tokens
+        if reply.prompt_tokens is not None:
+            self.notes["prompt_tokens"] = max(self.notes.get("prompt_tokens", 0), reply.prompt_tokens)
+        if reply.is_truncated:
+            self.notes["truncated"] = True
+        if not (reply.overflow or reply.error):
+            self.conversation.receive(reply)
+            return None
+        self.conversation.close()
+        if reply.error:
+            return {**self.head, **dict.fromkeys(self.metrics), "error": reply.error}
+        verdicts = dict.fromkeys(self.metrics, False)
+        why = {"reason": f"overflow: {reply.overflow}", "overflow": reply.overflow}
+        return {**self.head, "response": "", "calls": [], **verdicts, **why, **self.notes}
+
+    def finished(self) -> Row:
+        """The row of a conversation that is over."""
+        try:
+            return {**self.head, **self.conversation.outcome(), **self.notes}
+        finally:
+            self.conversation.close()
+
+
+def summarise(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
+    """The scores by group, over all where the benchmark has no averages of its own, and what is missing."""
+    members: dict[str, list[Row]] = {}
+    sizes: dict[str, int] = {}
+    for group in benchmark.groups.values():
+        sizes[label(benchmark, group)] = sizes.get(label(benchmark, group), 0) + 1
+    for row in rows:
+        members.setdefault(label(benchmark, row[benchmark.group_field]), []).append(row)
+    groups = {
+        name: group_scores(members[name], benchmark.metrics, size) for name, size in sizes.items() if name in members
+    }
+    extras = dict(benchmark.extras(rows))
+    if "official" not in extras:
+        groups[OVERALL] = group_scores(rows, benchmark.metrics, len(benchmark.groups))
+    scored = sum("error" not in row for row in rows)
+    return {
+        "benchmark": benchmark.name,
+        "pin": benchmark.pin,
+        "metrics": list(benchmark.metrics),
+        "groups": groups,
+        "complete": scored == len(benchmark.groups),
+        **extras,
+    }
+
+
+def label(benchmark: Benchmark, group: str | int) -> str:
+    """A group's name in the summary: a number gets the name of its field, `Level1`."""
+    return group if isinstance(group, str) else f"{benchmark.group_field.title()}{group}"
+
+
+def group_scores(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict[str, Any]:
+    """Scores of one group; samples without a response are not scored but named."""
+    scored = [row for row in rows if "error" not in row]
+    headline, *others = (scores(scored, metric) for metric in metrics)
+    return {
+        "n": len(scored),
+        "of": size,
+        **headline,
+        **dict(zip(metrics[1:], others, strict=True)),
+        "overflow": sum("overflow" in row for row in scored),
+        "truncated": sum(bool(row.get("truncated")) for row in scored),
+        "errors": [row["id"] for row in rows if "error" in row],
+    }
+
+
+def scores(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """How many are correct, the share, and its 95 % Wilson interval; the share of nothing is null."""
+    correct = sum(bool(row[metric]) for row in rows)
+    low, high = wilson(correct, len(rows))
+    return {"correct": correct, "accuracy": correct / len(rows) if rows else None, "low": low, "high": high}

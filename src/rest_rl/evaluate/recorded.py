@@ -1,0 +1,103 @@
+"""Models that need no weights: responses recorded in a file, and the gold itself (a self-test of the whole path)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rest_rl.evaluate.conversation import Reply, Request
+from rest_rl.formats import ToolFormat
+from rest_rl.jsonl import parse_row, read_lines
+
+Recording = str | list[list[str]]
+
+
+class Recorded:
+    """Responses by the id of their sample: a text, or for several turns a list of lists of step texts."""
+
+    batch_size = 1
+    concurrency = 1
+
+    def __init__(self, responses: Mapping[str, Recording]) -> None:
+        """Bind the responses; see `read_responses`."""
+        self.responses = responses
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """What was recorded; nothing where a recording ends, which ends the turn."""
+        return [Reply(text=self._text(request)) for request in requests]
+
+    def _text(self, request: Request) -> str:
+        recording = self.responses[request.sample.id]
+        if isinstance(recording, str):
+            return recording if request.turn == request.step == 0 else ""
+        steps = recording[request.turn] if request.turn < len(recording) else []
+        return steps[request.step] if request.step < len(steps) else ""
+
+    def room(self, request: Request) -> tuple[int, int] | None:
+        """Nothing has to fit."""
+        return None
+
+
+class Oracle:
+    """Answers with the gold, written in a format: what does not pass then cannot be passed, or we are wrong."""
+
+    batch_size = 1
+    concurrency = 1
+
+    def __init__(self, tool_format: ToolFormat) -> None:
+        """Bind the format."""
+        self.format = tool_format
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """The gold; a reply that says why where the format cannot hold it."""
+        return [self._reply(request) for request in requests]
+
+    def _reply(self, request: Request) -> Reply:
+        gold = request.sample.gold
+        try:
+            return Reply(text=self.format.render(None, gold.calls, gold.answer))
+        except ValueError as error:
+            return Reply(text=f"this format cannot hold the gold: {error}")
+
+    def room(self, request: Request) -> tuple[int, int] | None:
+        """Nothing has to fit."""
+        return None
+
+
+def read_responses(path: str, groups: Mapping[str, Any]) -> dict[str, Recording]:
+    """The recorded responses of a JSONL file of `{"id", "response"}`; rows of samples.jsonl will do as they are.
+
+    ValueError for a row that is something else, an id that the benchmark does not have or that comes twice.
+    """
+    responses: dict[str, Recording] = {}
+    for number, line in read_lines(path):
+        try:
+            row = parse_row(line)
+            identity, recording = row.get("id"), row.get("response")
+            if not isinstance(identity, str) or identity not in groups:
+                raise ValueError(
+                    f"got id {identity!r:.80}, expected one of the benchmark's, such as {next(iter(groups))!r}"
+                )
+            if identity in responses:
+                raise ValueError(f"got id {identity!r} a second time, expected one response per sample; remove one")
+            responses[identity] = checked_recording(recording)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not responses:
+        raise ValueError(f'got {path} without rows, expected JSONL of {{"id": ..., "response": ...}}; check the path')
+    return responses
+
+
+def checked_recording(value: Any) -> Recording:
+    """A text, or a list of turns, each a list of texts; ValueError for anything else."""
+    if isinstance(value, str):
+        return value
+    is_nested = isinstance(value, list) and all(
+        isinstance(turn, list) and all(isinstance(step, str) for step in turn) for turn in value
+    )
+    if not is_nested:
+        raise ValueError(
+            f"got a response of type {type(value).__name__} ({value!r:.60}), expected text, or for several turns a list "
+            "of turns, each a list of step texts"
+        )
+    return value
