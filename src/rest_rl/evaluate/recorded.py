@@ -7,7 +7,7 @@ from typing import Any
 
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.formats import ToolFormat
-from rest_rl.jsonl import parse_row, read_lines
+from rest_rl.jsonl import parse_row, read_lines, text_field
 
 Recording = str | list[list[str]]
 
@@ -64,28 +64,35 @@ class Oracle:
         return None
 
 
-def read_responses(path: str, groups: Mapping[str, Any]) -> dict[str, Recording]:
-    """The recorded responses of a JSONL file of `{"id", "response"}`; rows of samples.jsonl will do as they are.
+def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Recording], list[str]]:
+    """(responses to samples of the benchmark, ids of others) in a JSONL file of `{"id", "response"}`.
 
-    ValueError for a row that is something else, an id that the benchmark does not have or that comes twice.
+    The rows of samples.jsonl will do as they are. ValueError for a row that is something else, for an id that comes
+    twice, and for a file without a response to any sample.
     """
     responses: dict[str, Recording] = {}
     for number, line in read_lines(path):
         try:
-            row = parse_row(line)
-            identity, recording = row.get("id"), row.get("response")
-            if not isinstance(identity, str) or identity not in groups:
-                raise ValueError(
-                    f"got id {identity!r:.80}, expected one of the benchmark's, such as {next(iter(groups))!r}"
-                )
+            identity, recording = recorded_response(parse_row(line))
             if identity in responses:
                 raise ValueError(f"got id {identity!r} a second time, expected one response per sample; remove one")
-            responses[identity] = checked_recording(recording)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-    if not responses:
-        raise ValueError(f'got {path} without rows, expected JSONL of {{"id": ..., "response": ...}}; check the path')
-    return responses
+        if recording is not None:
+            responses[identity] = recording
+    strangers = [identity for identity in responses if identity not in groups]
+    if len(strangers) == len(responses):
+        raise ValueError(
+            f"got {path} with {len(responses)} responses, none to a sample that is asked for, expected ids such as "
+            f"{next(iter(groups), None)!r}; check the file, the version and the categories"
+        )
+    return {identity: responses[identity] for identity in responses if identity in groups}, strangers
+
+
+def recorded_response(row: Mapping[str, Any]) -> tuple[str, Recording | None]:
+    """(id, response) of a row; no response where one was never given."""
+    identity = text_field(row, "id")
+    return identity, None if "error" in row else checked_recording(row.get("response"))
 
 
 def checked_recording(value: Any) -> Recording:
@@ -97,7 +104,7 @@ def checked_recording(value: Any) -> Recording:
     )
     if not is_nested:
         raise ValueError(
-            f"got a response of type {type(value).__name__} ({value!r:.60}), expected text, or for several turns a list "
-            "of turns, each a list of step texts"
+            f"got a response of type {type(value).__name__} ({value!r:.60}), expected text, or for several turns a "
+            "list of turns, each a list of step texts"
         )
     return value
