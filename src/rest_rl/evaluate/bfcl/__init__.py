@@ -1,0 +1,1 @@
+"""The Berkeley function-calling leaderboard, judged by its own package in a process apart."""
