@@ -33,6 +33,8 @@ ADDRESSES = {
     "tokenizers": ["regions.py", "train/tool_world_model.py"],
     "scipy": ["rewards.py", "evaluate/intervals.py"],
     "jinja2": ["data/prompt_layout.py"],
+    "openai": ["evaluate/endpoint.py"],
+    "vllm": ["evaluate/vllm_model.py"],
     "tqdm": ["train/warm_start.py"],
     "tomli_w": ["config.py", "cli_inspect.py"],
 }

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+NO_PENALTIES: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0}
+"""Qwen2.5's generation_config.json has a repetition penalty of 1.05, which would count in greedy decoding, too."""
+NO_FILTERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+
 
 def generate(
     model: Any,
@@ -38,28 +42,35 @@ def generate(
 
 
 def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, *, greedy: bool) -> GenerationConfig:
-    """Decoding settings with every sampling filter off."""
+    """Decoding settings with every filter off, also those that `generate` would take over from the model's own."""
+    ends = end_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    filters = NO_PENALTIES if greedy else {**NO_PENALTIES, **NO_FILTERS}
+    return GenerationConfig(
+        do_sample=not greedy, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **filters
+    )
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a response: the model's own and the tokenizer's."""
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(
-        do_sample=not greedy, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **sampling
-    )
+    return ends
 
 
 def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[str], settings: GenerationConfig) -> list[list[int]]:
     """One response per prompt of a single batch."""
-    inputs = tokenizer(
-        list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    ).to(model.device)
+    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    width = max(map(len, rows))  # padded here: Llama's and Mistral's tokenizers have no padding token
+    padded = torch.tensor([[settings.pad_token_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     output = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
+        input_ids=padded.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
     )
     ends = set(settings.eos_token_id or [])
-    return [until_end(row.tolist(), ends) for row in output[:, inputs["input_ids"].shape[1] :]]
+    return [until_end(row.tolist(), ends) for row in output[:, width:]]
 
 
 def until_end(ids: list[int], ends: set[int]) -> list[int]:

@@ -1,0 +1,294 @@
+"""Any OpenAI-compatible chat-completions server as a model: greedy, in parallel, patient with servers that fail."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from threading import Lock
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from rest_rl.data.json_text import load_json
+from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.evaluate.chat_messages import OVERFLOW, GarbledError, chat_body, read_answer
+from rest_rl.evaluate.conversation import Reply, Request
+from rest_rl.formats import ToolFormat
+
+API_KEY = "OPENAI_API_KEY"
+"""The environment variable that holds the key unless another is named."""
+NO_KEY = "none"
+MAX_BYTES = 32 << 20
+MAX_BACKOFF, MAX_WAIT = 60.0, 300.0
+"""Seconds between two attempts at most, and how long a server may ask us to wait."""
+AGAIN = (408, 409, 425, 429)
+"""Statuses, besides those from 500 on, after which the same request may succeed."""
+
+
+class Failure(NamedTuple):
+    """An attempt that gave nothing: why, and how long the server asks us to wait."""
+
+    problem: str
+    wait: float = 0.0
+
+
+class Pace:
+    """When the next request may go out, for all threads together."""
+
+    def __init__(self, per_minute: int | None) -> None:
+        """No more than `per_minute` requests, evenly spread; None for no limit."""
+        self._gap = 60.0 / per_minute if per_minute else 0.0
+        self._next, self._lock = 0.0, Lock()
+
+    def wait(self) -> None:
+        """Sleep until it is this request's turn."""
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + self._gap
+        time.sleep(turn - now)
+
+    def hold(self, seconds: float) -> None:
+        """Let nobody begin for a while: the server has asked for it."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible server; safe to ask from `concurrency` threads.
+
+    `native` gives the server messages and tools as they are, and takes the calls that it reads out; without it tools
+    and format are described in a system message, as in training, and the calls stand in the text.
+    """
+
+    batch_size = 1
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        tool_format: ToolFormat,
+        *,
+        native: bool,
+        max_new_tokens: int,
+        concurrency: int = 8,
+        timeout: float = 300.0,
+        retries: int = 8,
+        backoff: float = 1.0,
+        requests_per_minute: int | None = None,
+        api_key_env: str = API_KEY,
+        extra_body: Mapping[str, Any] | None = None,
+        layout: PromptLayout | None = None,
+    ) -> None:
+        """`backoff` is the first pause in seconds, doubled each time; `extra_body` goes into every request as it is.
+
+        With a `layout`, and a server that states its context, `room` can tell what a prompt takes. ValueError without
+        the package openai, for an unusable URL or key, and for numbers outside their range.
+        """
+        try:
+            import openai
+        except ImportError:
+            raise ValueError(
+                "got an endpoint without the package openai, expected it; pip install 'rest-rl[endpoint]'"
+            ) from None
+        check_ranges(max_new_tokens, concurrency, timeout, retries, requests_per_minute)
+        self.url, self.model, self.tool_format, self.native = base_url(url), model, tool_format, native
+        self.max_new_tokens, self.concurrency, self.timeout = max_new_tokens, concurrency, timeout
+        self.retries, self.backoff, self.extra_body = retries, backoff, dict(extra_body or {})
+        self.layout, self.context = layout, None
+        self._openai, self._key, self._pace = openai, api_key(api_key_env), Pace(requests_per_minute)
+        self._client = openai.OpenAI(base_url=self.url, api_key=self._key, timeout=timeout, max_retries=0)
+
+    def check(self) -> None:
+        """Ask the server what it serves; ValueError if it does not answer, refuses the key or lacks the model.
+
+        A server that does not list its models passes.
+        """
+        problem = ""
+        for attempt in range(min(self.retries, 2) + 1):
+            self._pause(attempt)
+            client = self._client.with_options(timeout=min(self.timeout, 30.0))
+            try:
+                with client.models.with_streaming_response.list() as response:
+                    return self._check_served(self._read(response))
+            except self._openai.APIConnectionError as error:
+                problem = self._problem_of(error)
+            except self._openai.APIStatusError as error:
+                if error.status_code in (401, 403):
+                    raise self._mistake(error) from None
+                return None
+            except GarbledError:
+                return None
+        raise ValueError(
+            f"got no answer from {self.url} ({problem}), expected an OpenAI-compatible server; start it, or mend "
+            "the URL"
+        )
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """One reply per request, in order; ValueError for what no repetition mends: key, model name, URL."""
+        return [self._respond(request) for request in requests]
+
+    def room(self, request: Request) -> tuple[int, int] | None:
+        """(tokens of the prompt and of the longest response, tokens the server says it holds), where both are known."""
+        if self.layout is None or self.context is None:
+            return None
+        return self.layout.count_tokens(request.sample) + self.max_new_tokens, self.context
+
+    def _respond(self, request: Request) -> Reply:
+        body = {
+            "model": self.model,
+            **chat_body(request.sample, self.tool_format, native=self.native),
+            "temperature": 0,
+            "max_tokens": self.max_new_tokens,
+            "extra_body": self.extra_body or None,
+        }
+        outcome = Failure("")
+        for attempt in range(self.retries + 1):
+            self._pause(attempt)
+            self._pace.wait()
+            outcome = self._attempt(body, request)
+            if isinstance(outcome, Reply):
+                return outcome
+            if outcome.wait > MAX_WAIT:
+                return Reply(error=f"{outcome.problem}; the server asks to wait {outcome.wait:.0f} s")
+            if outcome.wait > 0:
+                self._pace.hold(outcome.wait)
+        return Reply(error=f"{outcome.problem}, {self.retries + 1} times in a row" if self.retries else outcome.problem)
+
+    def _pause(self, attempt: int) -> None:
+        """Twice as long each time, and shortened at random, so that threads do not come back all at once."""
+        if attempt:
+            time.sleep(min(self.backoff * 2.0 ** (attempt - 1), MAX_BACKOFF) * random.uniform(0.5, 1.0))
+
+    def _attempt(self, body: Mapping[str, Any], request: Request) -> Reply | Failure:
+        try:
+            with self._client.chat.completions.with_streaming_response.create(**body) as response:
+                data = self._read(response)
+            return read_answer(data, request.sample, self.tool_format)
+        except self._openai.APIConnectionError as error:
+            return Failure(self._problem_of(error))
+        except self._openai.APIStatusError as error:
+            return self._refusal(error)
+        except UnicodeError as error:  # half of a surrogate pair in the prompt
+            return Reply(error=f"got a prompt that is no Unicode text ({error})")
+        except GarbledError as error:
+            return Failure(self._scrubbed(f"got {error}, expected a chat completion"))
+
+    def _read(self, response: Any) -> bytes:
+        """The body; GarbledError for one that takes or is too long: a server may go on for ever, a byte at a time."""
+        deadline, chunks, size = time.monotonic() + self.timeout, [], 0
+        try:
+            for chunk in response.iter_bytes():
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > MAX_BYTES:
+                    raise GarbledError(f"an answer of more than {MAX_BYTES} bytes")
+                if time.monotonic() > deadline:
+                    raise GarbledError(f"no end of the answer within {self.timeout:g} s")
+        except GarbledError:
+            raise
+        except Exception as error:  # the HTTP library's own types, which differ between releases of openai
+            raise GarbledError(f"an answer that breaks off ({type(error).__name__}: {error})") from None
+        return b"".join(chunks)
+
+    def _refusal(self, error: Any) -> Reply | Failure:
+        """What a status from 400 on means: too long a prompt, a user's mistake, a bad moment, a bad request."""
+        status, said = error.status_code, str(error.message)
+        if status in (401, 402, 403, 404, 405) or getattr(error, "code", None) == "insufficient_quota":
+            raise self._mistake(error) from None
+        if status == 413 or (status in (400, 422) and OVERFLOW.search(said)):
+            return Reply(overflow=self._scrubbed(f"the server says: {said:.400}"))
+        if status == 400 and "completion tokens" in said:
+            raise self._mistake(error) from None
+        if status in AGAIN or status >= 500:
+            return Failure(self._scrubbed(f"the server answers {status}: {said:.200}"), retry_after(error.response))
+        return Reply(error=self._scrubbed(f"the server refuses the request with {status}: {said:.400}"))
+
+    def _mistake(self, error: Any) -> ValueError:
+        remedy = {
+            400: "expected fewer tokens per response; lower --max-new-tokens",
+            401: f"expected a key that it takes; set {API_KEY}, or name another variable with --api-key-env",
+            403: "expected a key that may use this model; use another key or model",
+            404: f"expected it to serve {self.model!r}; mend the model's name, or the URL (most end in /v1)",
+            405: "expected a chat-completions server; mend the URL (most end in /v1)",
+        }.get(error.status_code, "expected an account that may go on; see to the quota")
+        return ValueError(self._scrubbed(f"got {error.status_code} from {self.url} ({error.message:.200}), {remedy}"))
+
+    def _problem_of(self, error: Any) -> str:
+        if isinstance(error, self._openai.APITimeoutError):
+            return f"no answer within {self.timeout:g} s"
+        return self._scrubbed(f"no connection ({type(error.__cause__).__name__}: {error.__cause__})")
+
+    def _scrubbed(self, text: str) -> str:
+        """Text without the key, which servers like to repeat."""
+        return text if self._key == NO_KEY else text.replace(self._key, "***")
+
+    def _check_served(self, data: bytes) -> None:
+        try:
+            listed = load_json(data.decode("utf-8"))["data"]
+            served = {str(entry["id"]): entry for entry in listed}
+        except (ValueError, TypeError, KeyError):
+            return
+        if served and self.model not in served:
+            near = difflib.get_close_matches(self.model, served, n=20, cutoff=0.4) or list(served)[:20]
+            raise ValueError(
+                f"got the model {self.model!r}, expected one that {self.url} serves: {', '.join(near)}; change --model"
+            )
+        length = served.get(self.model, {}).get("max_model_len")  # vLLM says it
+        self.context = length if isinstance(length, int) and length > 0 else None
+
+
+def base_url(url: str) -> str:
+    """The address under which `/chat/completions` lies, from one with or without it, and with or without `/v1`."""
+    try:
+        parts = urlsplit(url.strip())
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        is_usable = False
+    if not is_usable:
+        raise ValueError(f"got the endpoint {url!r}, expected a URL; write http://HOST:PORT/v1")
+    short = url.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    return short if urlsplit(short).path else f"{short}/v1"
+
+
+def api_key(variable: str) -> str:
+    """The key out of an environment variable; `none` where the usual one is not set. ValueError for an unusable one."""
+    key = os.environ.get(variable, "").strip()
+    if not key and variable != API_KEY:
+        raise ValueError(f"got no key in the environment variable {variable}, expected one; set it")
+    if not key.isascii() or not key.isprintable():
+        raise ValueError(f"got a key with unusual characters in {variable}, expected plain ASCII; copy it again")
+    return key or NO_KEY
+
+
+def retry_after(response: Any) -> float:
+    """Seconds that the server asks us to wait, as a number or as a date; 0 where it does not say."""
+    value = response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return seconds if seconds > 0 else 0.0  # also for nan
+
+
+def check_ranges(
+    max_new_tokens: int, concurrency: int, timeout: float, retries: int, requests_per_minute: int | None
+) -> None:
+    """ValueError for a number outside its range."""
+    limits = {
+        "max_new_tokens": (max_new_tokens, 1),
+        "concurrency": (concurrency, 1),
+        "retries": (retries, 0),
+        "requests_per_minute": (1 if requests_per_minute is None else requests_per_minute, 1),
+    }
+    for name, (value, least) in limits.items():
+        if value < least:
+            raise ValueError(f"got {name} = {value}, expected at least {least}; raise it")
+    if not timeout > 0:
+        raise ValueError(f"got timeout = {timeout}, expected a number of seconds above 0; raise it")
