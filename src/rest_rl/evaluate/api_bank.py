@@ -204,6 +204,8 @@ def arguments_problem(call: ToolCall, gold: Mapping[str, Any]) -> str:
 
 def spells(value: Any, gold: Any) -> bool:
     """Whether a value equals the gold, or the JSON (or Python literal) that the gold's text spells."""
-    if json_equal(value, gold):
-        return True
-    return isinstance(gold, str) and not isinstance(value, str) and json_equal(value, read_literal(gold))
+    if json_equal(value, gold) or isinstance(value, str) or not isinstance(gold, str):
+        return json_equal(value, gold)
+    if value is None:  # which `read_literal` also gives for what is no literal
+        return gold.strip() in ("null", "None")
+    return json_equal(value, read_literal(gold))

@@ -1,0 +1,183 @@
+"""Our `soft` verdict on API-Bank against the published evaluation, run unchanged, on mutated predictions.
+
+The published `generate.py` is run with a stand-in for vLLM that hands out our texts, then its `evaluate.py`; both are
+scripts of the folder API-Bank of ToolRL or of the published ResT code.
+
+    python benchmarks/api_bank_soft.py --published PUBLISHED/API-Bank --data DIR -n 10000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rest_rl.evaluate.api_bank import LEVELS, published_calls, soft_match
+
+PER_RUN = 150
+STAND_IN = """
+import json
+TEXTS = iter(json.load(open("texts.json")))
+class SamplingParams:
+    def __init__(self, **settings): pass
+class Output:
+    def __init__(self, text): self.text = text
+class Result:
+    def __init__(self, text): self.outputs = [Output(text)]
+class LLM:
+    def __init__(self, **settings): pass
+    def chat(self, messages, sampling_params=None): return [Result(next(TEXTS))]
+"""
+Mutation = Callable[[dict[str, Any], random.Random], str]
+
+
+def line(name: Any, arguments: Any, **more: Any) -> str:
+    """A call as the format writes it."""
+    return json.dumps({"name": name, "parameters": arguments, **more}, ensure_ascii=False)
+
+
+def tagged(*lines: str) -> str:
+    """A whole response."""
+    return "\n".join(["<think> a thought </think>", "<tool_call>", *lines, "</tool_call>"])
+
+
+def changed(arguments: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """Arguments with one thing different, perhaps in the type alone."""
+    result = dict(arguments)
+    key = rng.choice(sorted(result)) if result else "x"
+    kind = rng.randrange(7)
+    if kind == 0:
+        result.pop(key, None)
+    elif kind == 1:
+        result[rng.choice(["extra", key.upper(), key + " "])] = "1"
+    else:
+        value = result.get(key, "")
+        result[key] = [None, [value], {"v": value}, f"{value} ", int(value) if str(value).isdigit() else True][kind - 2]
+    return result
+
+
+JUNK = (
+    *(
+        "null",
+        "5",
+        "true",
+        '"text"',
+        '"name parameters"',
+        "[]",
+        "{}",
+        "[1]",
+        '["name", "parameters"]',
+        "NaN",
+        "{broken",
+        "prose",
+    ),
+    *(
+        '{"name": "x"}',
+        '{"parameters": {}}',
+        '{"name": null, "parameters": null}',
+        "1e999",
+        '"{\\"a\\": 1}"',
+        '"\\"name\\""',
+    ),
+    *(
+        "[" * 3000,
+        "9" * 5000,
+        '{"name": "A", "name": "B", "parameters": {}}',
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+    ),
+)
+
+
+def mutated(answer: dict[str, Any], rng: random.Random) -> str:
+    """A text near the right response, or far from it."""
+    name, arguments = answer["name"], answer["parameters"]
+    gold, junk = line(name, arguments), rng.choices(JUNK, k=rng.randrange(1, 4))
+    shuffled = dict(rng.sample(sorted(arguments.items()), len(arguments)))
+    choices = (
+        lambda: tagged(gold),
+        lambda: tagged(line(name, shuffled)),
+        lambda: tagged(line(name, changed(arguments, rng))),
+        lambda: tagged(*rng.sample([gold, *junk], len(junk) + 1)),
+        lambda: "\n".join(rng.sample([gold, *junk], len(junk) + 1)),
+        lambda: tagged(json.dumps(gold)),
+        lambda: tagged(json.dumps(arguments)),
+        lambda: tagged(json.dumps(json.dumps(arguments))),
+        lambda: tagged(json.dumps({"name": name, "arguments": arguments})),
+        lambda: tagged(line(name, arguments, extra=1)),
+        lambda: tagged(line(name.lower() + rng.choice(["", "x"]), arguments)),
+        lambda: tagged(json.dumps([{"name": name, "parameters": arguments}])),
+        lambda: tagged(line(name, json.dumps(arguments))),
+        lambda: tagged(gold + rng.choice([",", " ", "\t", ";", "\r", "\u2028", "\x0b"])),
+        lambda: gold,
+        lambda: f"<tool_call>{gold}</tool_call>",
+        lambda: tagged(*junk) + "\n" + tagged(gold),
+        lambda: tagged(gold) + "\n" + tagged(*junk),
+        lambda: tagged(gold)[: rng.randrange(len(tagged(gold)))],
+        lambda: "".join(c for c in tagged(gold) if rng.random() > 0.01),
+        lambda: tagged(json.dumps({"name": name, "parameters": arguments}, indent=1)),
+        lambda: rng.choice(["", " ", "\n", "no call", *junk]),
+        lambda: tagged(gold, line(name, changed(arguments, rng))),
+        lambda: tagged(line(name, changed(arguments, rng)), gold),
+    )
+    return rng.choice(choices)()
+
+
+def published_scores(rows: list[dict[str, Any]], texts: list[str], scripts: Path) -> list[int]:
+    """The verdicts of the published scripts on one batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "vllm.py").write_text(STAND_IN, encoding="utf-8")
+        (place / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+        for level in LEVELS:
+            content = json.dumps(rows if level == 1 else [])
+            (place / f"level-{level}-api_processed.json").write_text(content, encoding="utf-8")
+        for script in ("generate.py", "evaluate.py"):
+            (place / script).write_bytes((scripts / script).read_bytes())
+            command = [sys.executable, script, "--model_paths", "m"]
+            subprocess.run(command, cwd=place, check=True, capture_output=True, env={"PYTHONPATH": folder})
+        scores = json.loads((place / "PATH_TO_YOUR_SCORE_ROOT/m/score.json").read_text(encoding="utf-8"))
+    return [scores[f"Level1_{index}"]["score"] for index in range(len(rows))]
+
+
+def main() -> int:
+    """Compare, and print what differs; 1 if anything does."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--published", required=True, type=Path, help="folder with generate.py and evaluate.py")
+    parser.add_argument("--data", required=True, type=Path, help="folder of level-{1,2,3}-api_processed.json")
+    parser.add_argument("-n", type=int, default=10_000, help="predictions")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    rows = [
+        row
+        for level in LEVELS
+        for row in json.loads((arguments.data / f"level-{level}-api_processed.json").read_text(encoding="utf-8"))
+    ]
+    verdicts: Counter[tuple[bool, bool]] = Counter()
+    for start in range(0, arguments.n, PER_RUN):
+        batch = rng.choices(rows, k=min(PER_RUN, arguments.n - start))
+        answers = [row["answer"][0] if isinstance(row["answer"], list) else row["answer"] for row in batch]
+        texts = [mutated(answer, rng) for answer in answers]
+        theirs = published_scores(batch, texts, arguments.published)
+        for answer, text, score in zip(answers, texts, theirs, strict=True):
+            ours = soft_match(published_calls(text), answer)
+            verdicts[ours, bool(score)] += 1
+            if ours != bool(score):
+                print(f"published {score}, ours {ours}: {answer} {text[:300]!r}")
+        print(f"\r{sum(verdicts.values())} of {arguments.n}", end="", file=sys.stderr)
+    equal = verdicts[True, True] + verdicts[False, False]
+    print(f"\n{equal} of {sum(verdicts.values())} equal: {verdicts[True, True]} right, {verdicts[False, False]} wrong")
+    return int(equal != sum(verdicts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
