@@ -6,7 +6,7 @@ import difflib
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from threading import Lock
 from typing import Any, NamedTuple
@@ -38,23 +38,29 @@ class Failure(NamedTuple):
 class Pace:
     """When the next request may go out, for all threads together."""
 
-    def __init__(self, per_minute: int | None) -> None:
+    def __init__(
+        self,
+        per_minute: int | None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         """No more than `per_minute` requests, evenly spread; None for no limit."""
         self._gap = 60.0 / per_minute if per_minute else 0.0
+        self._clock, self._sleep = clock, sleep
         self._next, self._lock = 0.0, Lock()
 
     def wait(self) -> None:
         """Sleep until it is this request's turn."""
         with self._lock:
-            now = time.monotonic()
+            now = self._clock()
             turn = max(now, self._next)
             self._next = turn + self._gap
-        time.sleep(turn - now)
+        self._sleep(turn - now)
 
     def hold(self, seconds: float) -> None:
         """Let nobody begin for a while: the server has asked for it."""
         with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
+            self._next = max(self._next, self._clock() + seconds)
 
 
 class Endpoint:

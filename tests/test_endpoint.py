@@ -1,0 +1,547 @@
+"""Endpoints against a real server in a thread: right answers, failures of every kind, users' mistakes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.samples import ToolSample
+from rest_rl.evaluate.chat_messages import wire_names
+from rest_rl.evaluate.conversation import Reply, Request, read_reply
+from rest_rl.evaluate.endpoint import Endpoint, Pace, base_url
+from rest_rl.formats import get_format
+from rest_rl.response import Gold, ToolCall
+from tests.tiny_policy import tiny_tokenizer
+
+KEY = "sk-very-secret-4711"
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "?", "parameters": {"type": "object", "properties": {}}},
+}
+Step = Callable[["Handler"], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the server's `steps` say, one per chat request; the listing of models by `models`."""
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        self.server.models(self)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append((self.path, self.headers["Authorization"], body))
+            step = next(self.server.steps)
+        self.body = body
+        try:
+            step(self)
+        except (BrokenPipeError, ConnectionResetError):  # the client has given up
+            self.close_connection = True
+
+    def send(self, data: bytes | str, status: int = 200, length: int | None = None, **headers: str) -> None:
+        data = data.encode() if isinstance(data, str) else data
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+    models: Any
+    steps: Iterator[Step]
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[tuple[str, str, dict[str, Any]]] = []
+        self.lock, self.over = threading.Lock(), threading.Event()
+        self.models = serve_models("m", "other")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+def serve_models(*names: str, **more: Any) -> Step:
+    return lambda handler: handler.send(json.dumps({"data": [{"id": name, **more} for name in names]}))
+
+
+def completion(content: Any, *, finish: str = "stop", **message: Any) -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
+    return {"id": "c", "choices": [choice], "usage": {"prompt_tokens": 11, "completion_tokens": 3}}
+
+
+def says(content: Any, **more: Any) -> Step:
+    return lambda handler: handler.send(json.dumps(completion(content, **more)))
+
+
+def sends(data: Any, status: int = 200, **headers: str) -> Step:
+    return lambda handler: handler.send(data if isinstance(data, (bytes, str)) else json.dumps(data), status, **headers)
+
+
+def hangs(handler: Handler) -> None:
+    handler.server.over.wait(30)
+    handler.close_connection = True
+
+
+def drips(handler: Handler) -> None:
+    """A byte now and then, so that no single read is late."""
+    handler.send(b"", length=100_000)
+    while not handler.server.over.wait(0.02):
+        handler.wfile.write(b" ")
+
+
+def hangs_up(handler: Handler) -> None:
+    handler.close_connection = True
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def breaks_off(handler: Handler) -> None:
+    handler.send(b'{"choices": [', length=5000)
+    hangs_up(handler)
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def endpoint(server: Server, *steps: Step, then: Step | None = None, **changes: Any) -> Endpoint:
+    last = says(CALL) if then is None else then
+    server.steps = itertools.chain(steps, itertools.repeat(last))
+    settings = {"native": False, "max_new_tokens": 64, "timeout": 10.0, "retries": 3, "backoff": 0.001, **changes}
+    return Endpoint(server.url, "m", get_format(settings.pop("tool_format", "hermes")), **settings)
+
+
+def asked(*messages: dict[str, Any], tools: tuple[dict[str, Any], ...] = (TOOL,), **more: Any) -> Request:
+    messages = messages or ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "go"})
+    return Request(ToolSample("s", messages, tools, Gold((), None), **more))
+
+
+def one(model: Endpoint, request: Request | None = None) -> Reply:
+    return model.respond([request or asked()])[0]
+
+
+def test_the_training_prompt_describes_the_tools(server) -> None:
+    model = endpoint(server)
+    reply = one(model)
+    assert reply == Reply(CALL, None, 11, 3)
+    assert read_reply(reply, model.tool_format).calls == (ToolCall("f", {"x": 1}),)
+    path, key, body = server.requests[0]
+    assert path == "/v1/chat/completions"
+    assert key == "Bearer none"
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0, 64)
+    assert "tools" not in body
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    assert body["messages"][0]["content"].startswith(get_format("hermes").instructions([TOOL]))
+    assert body["messages"][0]["content"].endswith("Be brief.")
+
+
+def test_kept_prompts_are_sent_as_they_are(server) -> None:
+    for native in (False, True):
+        one(endpoint(server, native=native), asked(tools_in_prompt=True))
+        _, _, body = server.requests[-1]
+        assert "tools" not in body
+        assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "go"}]
+
+
+def test_native_mode_sends_tools_and_history_in_openai_shape(server) -> None:
+    function = {"name": "a.b", "arguments": {"q": "ü"}}
+    history = (
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "name": "a.b", "content": "[1]", "other": 3},
+        {"role": "user", "content": "on"},
+    )
+    dotted = {"type": "function", "function": {**TOOL["function"], "name": "a.b"}}
+    answered = completion(None, tool_calls=[{"id": "1", "function": {"name": "a_b", "arguments": '{"q": 2}'}}])
+    reply = one(endpoint(server, then=sends(answered), native=True), asked(*history, tools=(dotted, TOOL)))
+    assert reply == Reply("", (ToolCall("a.b", {"q": 2}),), 11, 3)
+    _, _, body = server.requests[0]
+    assert [tool["function"]["name"] for tool in body["tools"]] == ["a_b", "f"]
+    call = body["messages"][1]["tool_calls"][0]
+    assert (call["function"], call["type"]) == ({"name": "a_b", "arguments": '{"q": "ü"}'}, "function")
+    assert body["messages"][2] == {"role": "tool", "name": "a_b", "content": "[1]", "tool_call_id": call["id"]}
+
+
+def test_names_stay_apart_when_they_are_made_plain() -> None:
+    tools = tuple({"type": "function", "function": {"name": name}} for name in ("a.b", "a_b", "a/b", "x" * 80, ""))
+    names = wire_names(asked(tools=tools).sample)
+    assert list(names) == ["a.b", "a_b", "a/b", "x" * 80, ""]
+    assert len(set(names.values())) == 5
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) for name in names.values())
+
+
+def test_structured_calls_that_cannot_be_read_are_no_calls(server) -> None:
+    good = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    bad = [
+        {"function": {"name": "f", "arguments": '{"x": '}},
+        {"function": {"name": "f", "arguments": "[1]"}},
+        {"function": {"name": 3, "arguments": "{}"}},
+        {"function": {"name": "f", "arguments": "[" * 10_000}},
+        {"function": None},
+        "f(x=1)",
+        None,
+    ]
+    empty = [{"function": {"name": "f", "arguments": ""}}, {"function": {"name": "f"}}]
+    objects = [{"function": {"name": "f", "arguments": {"x": [1]}}}]
+    model = endpoint(server, says("I look.", tool_calls=[good, *bad]), says(None, tool_calls=bad[:1]), native=True)
+    reply = one(model)
+    assert reply.calls == (ToolCall("f", {"x": 1}),)
+    assert reply.text.startswith("I look.\n")
+    assert all(json.dumps(raw) in reply.text for raw in bad)
+    nothing = one(model)
+    assert nothing.calls == ()
+    assert json.dumps(bad[0]) in nothing.text
+    assert read_reply(nothing, model.tool_format).calls == ()
+    reply = one(endpoint(server, says("", tool_calls=[*empty, *objects]), native=True))
+    assert [call.arguments for call in reply.calls or ()] == [{}, {}, {"x": [1]}]
+
+
+def test_calls_in_the_text_count_where_the_server_reads_none(server) -> None:
+    model = endpoint(server, says(CALL, tool_calls=[]), says(CALL, tool_calls=None), native=True)
+    for _ in range(2):
+        reply = one(model)
+        assert reply.calls is None
+        assert read_reply(reply, model.tool_format).calls == (ToolCall("f", {"x": 1}),)
+
+
+def test_length_parts_reasoning_and_odd_usage(server) -> None:
+    odd = completion("ok") | {"usage": {"prompt_tokens": "many", "completion_tokens": True}}
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "image"}]
+    model = endpoint(
+        server,
+        says("cut of", finish="length"),
+        says(None, finish="length", reasoning_content="hm"),
+        says(parts),
+        sends(odd),
+        says("yes", reasoning_content="hm"),
+        says(""),
+        sends(completion("x") | {"error": None, "usage": None}),
+        sends(json.dumps(completion("half \ud800 pair"))),
+    )
+    replies = model.respond([asked()] * 8)
+    assert [reply.text for reply in replies] == ["cut of", "", "ab", "ok", "yes", "", "x", "half ? pair"]
+    assert [reply.is_truncated for reply in replies] == [True, True] + [False] * 6
+    assert not any(reply.error or reply.overflow for reply in replies)
+    assert (replies[3].prompt_tokens, replies[3].tokens) == (None, None)
+    assert len(server.requests) == 8
+
+
+def test_reasoning_that_the_server_cuts_off_belongs_to_a_format_that_opens_it(server) -> None:
+    model = endpoint(server, then=says(CALL, reasoning_content="I look."), tool_format="hermes+think")
+    parsed = read_reply(one(model), model.tool_format)
+    assert (parsed.thought, parsed.calls) == ("I look.", (ToolCall("f", {"x": 1}),))
+
+
+FAILURES: dict[str, Step] = {
+    "500": sends({"error": {"message": "broken"}}, 500),
+    "503 in HTML": sends("<html>busy</html>", 503),
+    "408": sends("", 408),
+    "409": sends("", 409),
+    "429": sends({"error": {"message": "slow down"}}, 429),
+    "429 until a moment": sends("", 429, Retry_After="0.01"),
+    "429 until a past date": sends("", 429, Retry_After=formatdate(0, usegmt=True)),
+    "429 until nonsense": sends("", 429, Retry_After="soon"),
+    "HTML": sends("<!doctype html><p>Log in"),
+    "no text": sends(""),
+    "no UTF-8": sends(b"\xff\xfe{}"),
+    "no compression": sends("plain", Content_Encoding="gzip"),
+    "broken JSON": sends('{"choices": [{"mess'),
+    "deep JSON": sends("[" * 100_000),
+    "null": sends("null"),
+    "a list": sends("[]"),
+    "a number": sends("7"),
+    "no choices": sends({"id": "c"}),
+    "empty choices": sends({"choices": []}),
+    "choices of text": sends({"choices": ["hi"]}),
+    "choices as text": sends({"choices": "hi"}),
+    "no message": sends({"choices": [{"text": "hi"}]}),
+    "message as text": sends({"choices": [{"message": "hi"}]}),
+    "null content": says(None),
+    "content as number": says(5),
+    "content of texts": says(["a"]),
+    "tool_calls as text": says("a", tool_calls="f"),
+    "an error with 200": sends({"error": {"message": "upstream is down", "code": 502}}),
+    "hangs up": hangs_up,
+    "breaks off": breaks_off,
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_an_attempt_that_fails_is_made_again(server, kind: str) -> None:
+    model = endpoint(server, FAILURES[kind], FAILURES[kind])
+    assert one(model).text == CALL
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("kind", ["500", "HTML", "empty choices", "null content", "hangs up", "breaks off"])
+def test_what_always_fails_becomes_an_error_of_the_sample(server, kind: str) -> None:
+    reply = one(endpoint(server, then=FAILURES[kind]))
+    assert reply.error.endswith(", 4 times in a row")
+    assert (reply.text, reply.overflow) == ("", "")
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("kind", [hangs, drips])
+def test_a_server_that_hangs_is_left(server, kind: Step) -> None:
+    model = endpoint(server, kind, timeout=0.3, retries=1)
+    assert one(model).text == CALL
+    assert "within 0.1 s" in one(endpoint(server, then=kind, timeout=0.1, retries=0)).error
+
+
+def test_every_sample_is_answered_or_reported(server) -> None:
+    """One request in five fails, each time in another way; two samples always do."""
+    numbers, failures = itertools.count(), itertools.cycle([*FAILURES.values(), hangs])
+
+    def step(handler: Handler) -> None:
+        text = handler.body["messages"][-1]["content"]
+        with handler.server.lock:
+            number = next(numbers)
+            failure = next(failures) if number % 5 == 0 else None
+        if text in ("13", "77"):
+            FAILURES["500"](handler)
+        elif failure is not None:
+            failure(handler)
+        else:
+            says(f"answer {text}")(handler)
+
+    model = endpoint(server, then=step, concurrency=8, retries=7, timeout=1.0)
+    requests = [asked({"role": "user", "content": str(number)}, tools=()) for number in range(120)]
+    with ThreadPoolExecutor(model.concurrency) as pool:
+        replies = list(pool.map(lambda request: model.respond([request])[0], requests))
+    failed = [number for number, reply in enumerate(replies) if reply.error]
+    assert failed == [13, 77]
+    assert all(reply.text == f"answer {n}" for n, reply in enumerate(replies) if n not in failed)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "This model's maximum context length is 4096 tokens. However, you requested 9000 (8000 in the messages).",
+        "The decoder prompt (length 5000) is longer than the maximum model length of 4096.",
+        "the request exceeds the available context size",
+        "max_tokens must be at least 1, got -186.",
+        "Input is too long for requested model.",
+        "prompt is too long: 210000 tokens > 200000 maximum",
+        "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000 `inputs` tokens",
+        "The input token count (9) exceeds the maximum number of tokens allowed (8).",
+    ],
+)
+@pytest.mark.parametrize("status", [400, 422, 200])
+def test_a_prompt_that_does_not_fit_is_an_overflow(server, said: str, status: int) -> None:
+    reply = one(endpoint(server, then=sends({"error": {"message": said}}, status)))
+    assert said[:40] in reply.overflow
+    assert (reply.text, reply.error) == ("", "")
+    assert len(server.requests) == 1
+
+
+def test_a_request_that_is_refused_is_an_error_at_once(server) -> None:
+    reply = one(endpoint(server, then=sends({"error": {"message": "tools[0].name is odd"}}, 400)))
+    assert "with 400" in reply.error
+    assert "tools[0].name is odd" in reply.error
+    assert one(endpoint(server, then=sends({"detail": "no"}, 422))).error
+    assert one(endpoint(server, then=sends("", 413))).overflow
+    assert len(server.requests) == 3
+
+
+def test_half_a_surrogate_pair_in_a_prompt_is_an_error_of_its_sample(server) -> None:
+    assert "no Unicode" in one(endpoint(server), asked({"role": "user", "content": "\ud800"})).error
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "remedy"),
+    [
+        (401, "bad key", "set OPENAI_API_KEY"),
+        (402, "no funds", "see to the quota"),
+        (403, "not yours", "another key or model"),
+        (404, "The model `m` does not exist", "most end in /v1"),
+        (405, "no", "most end in /v1"),
+        (400, "max_tokens is too large. This model supports at most 9 completion tokens", "lower --max-new-tokens"),
+    ],
+)
+def test_users_mistakes_stop_the_run(server, status: int, said: str, remedy: str) -> None:
+    model = endpoint(server, then=sends({"error": {"message": said}}, status))
+    with pytest.raises(ValueError, match=f"got {status} from .*, expected .*; .*{re.escape(remedy)}"):
+        one(model)
+    assert len(server.requests) == 1
+
+
+def test_a_quota_that_is_used_up_stops_the_run(server) -> None:
+    said = {"error": {"message": "you exceeded your quota", "code": "insufficient_quota"}}
+    with pytest.raises(ValueError, match="see to the quota"):
+        one(endpoint(server, then=sends(said, 429)))
+
+
+def test_the_key_stays_out_of_every_message(server, monkeypatch) -> None:
+    monkeypatch.setenv("MY_KEY", f"{KEY}\n")
+    model = endpoint(server, then=sends({"error": {"message": f"wrong key {KEY}"}}, 401), api_key_env="MY_KEY")
+    with pytest.raises(ValueError, match=r"wrong key \*\*\*") as caught:
+        one(model)
+    assert server.requests[0][1] == f"Bearer {KEY}"
+    replies = [
+        one(endpoint(server, then=sends(data, status), api_key_env="MY_KEY", retries=1))
+        for data, status in ((f"<p>{KEY}", 200), (f"{KEY}", 500), (json.dumps({"error": {"message": KEY}}), 400))
+    ]
+    assert all(reply.error for reply in replies)
+    assert KEY not in f"{caught.value} {replies} {model!r}"
+
+
+def test_keys_come_from_the_environment(server, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    one(endpoint(server))
+    assert server.requests[0][1] == f"Bearer {KEY}"
+    with pytest.raises(ValueError, match="got no key in the environment variable MY_KEY"):
+        endpoint(server, api_key_env="MY_KEY")
+    monkeypatch.setenv("MY_KEY", f"{KEY}ü")
+    with pytest.raises(ValueError, match="unusual characters in MY_KEY") as caught:
+        endpoint(server, api_key_env="MY_KEY")
+    assert KEY not in str(caught.value)
+
+
+class Clock:
+    """A time that passes by sleeping alone."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_the_rate_is_limited(server) -> None:
+    clock, model = Clock(), endpoint(server)
+    model._pace = Pace(30, clock, clock.sleep)
+    model.respond([asked()] * 4)
+    assert clock.now == 106.0  # one every two seconds, the first at once
+    clock.now += 60.0
+    model.respond([asked()] * 2)
+    assert clock.now == 168.0  # time that nobody used is not made up for
+
+
+def test_a_server_that_asks_to_wait_is_left_alone_by_all_threads(server) -> None:
+    clock, model = Clock(), endpoint(server, sends("", 429, Retry_After="50"))
+    model._pace = Pace(None, clock, clock.sleep)
+    assert one(model).text == CALL
+    assert clock.now == 150.0
+    model._pace.hold(7)
+    model._pace.hold(3)  # the longer wait counts
+    assert one(model).text == CALL
+    assert clock.now == 157.0
+
+
+def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for(server) -> None:
+    for wait, said in (("3600", "3600 s"), ("inf", "inf s")):
+        assert one(endpoint(server, then=sends("", 429, Retry_After=wait))).error.endswith(f"asks to wait {said}")
+    assert len(server.requests) == 2
+
+
+def test_the_server_is_asked_what_it_serves(server) -> None:
+    model = endpoint(server)
+    model.check()
+    server.models = serve_models("mm", "other")
+    with pytest.raises(ValueError, match=r"got the model 'm', expected one that .* serves: mm"):
+        model.check()
+
+
+@pytest.mark.parametrize("answer", [("", 404), ("<html>", 200), ("[]", 200), ('{"data": 3}', 200), ("", 500)])
+def test_servers_that_do_not_list_their_models_pass(server, answer) -> None:
+    server.models = sends(*answer)
+    endpoint(server).check()
+    server.models = serve_models()
+    endpoint(server).check()
+
+
+def test_a_check_finds_a_wrong_key_and_a_server_that_is_not_there(server) -> None:
+    server.models = sends({"error": {"message": "no"}}, 401)
+    with pytest.raises(ValueError, match="got 401 from"):
+        endpoint(server).check()
+    server.models = hangs
+    with pytest.raises(ValueError, match=r"got no answer from .*no answer within"):
+        endpoint(server, timeout=0.1, retries=0).check()
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        absent = Endpoint(url, "m", get_format("hermes"), native=False, max_new_tokens=4, retries=1, backoff=0.001)
+        with pytest.raises(ValueError, match=r"got no answer from .*expected an OpenAI-compatible server"):
+            absent.check()
+
+
+def test_room_is_known_with_a_tokenizer_and_a_server_that_states_its_context(server) -> None:
+    layout = PromptLayout(tiny_tokenizer())
+    model = endpoint(server, layout=layout)
+    assert model.room(asked()) is None
+    server.models = serve_models("m", max_model_len=512)
+    model.check()
+    assert model.room(asked()) == (layout.count_tokens(asked().sample) + 64, 512)
+    bare = endpoint(server)
+    bare.check()
+    assert bare.room(asked()) is None
+
+
+def test_extra_fields_go_into_every_request(server) -> None:
+    one(endpoint(server, extra_body={"chat_template_kwargs": {"enable_thinking": False}, "max_tokens": 7}))
+    assert server.requests[0][2]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert server.requests[0][2]["max_tokens"] == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("http://h:8000", "http://h:8000/v1"),
+        ("http://h:8000/", "http://h:8000/v1"),
+        ("http://h:8000/v1", "http://h:8000/v1"),
+        ("https://h/v1/", "https://h/v1"),
+        ("https://h/api/v3", "https://h/api/v3"),
+        (" https://h/v1/chat/completions ", "https://h/v1"),
+    ],
+)
+def test_urls_in_any_form(given: str, meant: str) -> None:
+    assert base_url(given) == meant
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://h/v1", "http://", "h/v1", "http://[::1"])
+def test_urls_that_are_none(url: str) -> None:
+    with pytest.raises(ValueError, match="expected a URL; write http://HOST:PORT/v1"):
+        base_url(url)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_new_tokens": 0}, {"concurrency": 0}, {"retries": -1}, {"requests_per_minute": 0}, {"timeout": 0}]
+)
+def test_numbers_are_checked(server, wrong) -> None:
+    with pytest.raises(ValueError, match=f"got {next(iter(wrong))} = "):
+        endpoint(server, **wrong)
