@@ -58,8 +58,9 @@ def test_soft_is_the_published_metric(text: str, is_right: bool) -> None:
     ("value", "gold", "is_equal"),
     [
         ("5", "5", True), (5, "5", True), (5.0, "5", True), ("5.0", "5", False), (True, "True", True),
-        (True, "true", True), (True, "1", False), ([1, "a"], "[1, 'a']", True), ({"k": 1}, '{"k": 1}', True), ("", "", True),
-        ([], "5", False), (None, "None", True), (None, "five", False), (5, "five", False), ("meeting", "Meeting", False),
+        (True, "true", True), (True, "1", False), ([1, "a"], "[1, 'a']", True), ({"k": 1}, '{"k": 1}', True),
+        ("", "", True), ([], "5", False), (None, "None", True), (None, "five", False), (5, "five", False),
+        ("meeting", "Meeting", False),
     ],
 )  # fmt: skip
 def test_a_value_equals_the_text_that_spells_it(value: Any, gold: str, is_equal: bool) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rest_rl.cli_data import add_data, data
+from rest_rl.cli_eval import add_eval, run_eval
 
 AUTO = "auto"  # as in rest_rl.config, which takes a while to import
 EXIT_USER_ERROR = 2
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(verbs)
     _add_report(verbs)
     add_data(verbs)
+    add_eval(verbs)
     verbs.add_parser("presets", help="every preset, resolved, as TOML", description="Print every preset as TOML.")
     return parser
 
@@ -174,6 +176,8 @@ def run_verb(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.verb == "data":
         return data(arguments)
+    if arguments.verb == "eval":
+        return run_eval(arguments)
     if arguments.verb == "score":
         from rest_rl.cli_score import score
 

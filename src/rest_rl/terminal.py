@@ -48,6 +48,27 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
+@contextmanager
+def eval_bar(console: Console, done: int, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar over samples with their rate and the time left; call it with (samples done, note)."""
+    columns = (
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=total, completed=done, note="", rate="")
+
+        def advance(now: int, note: str) -> None:
+            seconds = progress.tasks[task].elapsed or 1e-9
+            progress.update(task, completed=now, note=note, rate=f"{(now - done) / seconds:.1f}/s")
+
+        yield advance
+
+
 def coloured(tokens: Iterable[tuple[str, str]]) -> Text:
     """Pieces of text, each in the colour of its region."""
     text = Text(overflow="fold")

@@ -26,25 +26,27 @@ class EvalLog:
     """The writing side of an evaluation folder."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Use `create` or `resume`; this only binds the folder."""
+        """Use `unused` or `resume`; this only binds the folder."""
         self.folder = Path(folder)
 
     @classmethod
-    def create(cls, folder: str | Path, settings: Mapping[str, Any], command: Iterable[str]) -> EvalLog:
-        """Start in a new folder; ValueError if it holds an evaluation already or cannot be written."""
-        log = cls(folder)
-        if (log.folder / SETTINGS).exists():
+    def unused(cls, folder: str | Path) -> EvalLog:
+        """A folder to begin in; ValueError if it holds an evaluation already. Nothing is written yet."""
+        if (Path(folder) / SETTINGS).exists():
             raise ValueError(
                 f"got {folder}, which holds an evaluation already, expected a new folder; add --resume to go on with "
                 "it, or pass another --out"
             )
+        return cls(folder)
+
+    def begin(self, settings: Mapping[str, Any], command: Iterable[str]) -> None:
+        """Make the folder and record what is asked; ValueError if it cannot be written."""
         try:
-            log.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise unwritable(log.folder, error) from error
-        log.write(ENVIRONMENT, as_json(describe_environment(command), indent=2) + "\n")
-        log.write(SETTINGS, as_json(settings, indent=2) + "\n")
-        return log
+            raise unwritable(self.folder, error) from error
+        self.write(ENVIRONMENT, as_json(describe_environment(command), indent=2) + "\n")
+        self.write(SETTINGS, as_json(settings, indent=2) + "\n")
 
     @classmethod
     def resume(cls, folder: str | Path, settings: Mapping[str, Any]) -> EvalLog:

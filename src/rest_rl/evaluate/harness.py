@@ -37,12 +37,16 @@ def evaluate_all(
     lock, stopped = Lock(), Event()
 
     def ask(batch: Sequence[str]) -> None:
-        for row in batch_rows(benchmark, model, tool_format, batch, stopped):
-            with lock:
-                if row["id"] not in done:
-                    log.add(row)
-                    done[row["id"]] = row
-                    on_row(row)
+        try:
+            for row in batch_rows(benchmark, model, tool_format, batch, stopped):
+                with lock:
+                    if row["id"] not in done:
+                        log.add(row)
+                        done[row["id"]] = row
+                        on_row(row)
+        except BaseException:
+            stopped.set()  # here, before this thread begins another batch
+            raise
 
     with ThreadPoolExecutor(max(1, model.concurrency)) as pool:
         running = [pool.submit(ask, batch) for batch in batches]

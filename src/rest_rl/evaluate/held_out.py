@@ -6,7 +6,9 @@ Every score carries its number of responses `n` and the standard error of its ex
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from rest_rl.config import EvalTable
@@ -55,6 +57,20 @@ def evaluate(
     on_pass("greedy")
     greedy = judge(generate(model, tokenizer, texts, **settings, greedy=True), prompts, tokenizer, tool_format)
     return {**summarise(sampled), "greedy": summarise(greedy)}
+
+
+def fixed_slice(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
+    """At most `number` of the prompts in their order: as many of each split and kind as there are, the same every time.
+
+    Those of one split and kind are taken at even distances, because neighbours often come from one dialogue.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault((prompt.split, prompt.sample.kind), []).append(index)
+    rounds = zip_longest(*([key] * len(group) for key, group in groups.items()))
+    quotas = Counter([key for dealt in rounds for key in dealt if key][:number])
+    chosen = [group[i * len(group) // quotas[key]] for key, group in groups.items() for i in range(quotas[key])]
+    return [prompts[index] for index in sorted(chosen)]
 
 
 def judge(

@@ -21,7 +21,7 @@ import resource
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ class Bfcl:
             part(f"eval_checker.multi_turn_eval.func_source_code.{backend}")
         for lazily_imported in ("_strptime", "unicodedata"):
             importlib.import_module(lazily_imported)
-        self.loaded: dict[str, dict[str, dict[str, Any]]] = {}
+        self.loaded: dict[str, dict[str, bytes]] = {}
 
     def constants(self) -> dict[str, Any]:
         """What the loop over a conversation must know."""
@@ -127,24 +127,27 @@ class Bfcl:
         named = self.categories
         return [*named.NON_LIVE_CATEGORY, *named.LIVE_CATEGORY, *named.MULTI_TURN_CATEGORY]
 
-    def samples(self, category: str) -> dict[str, dict[str, Any]]:
-        """The samples of a category by id."""
+    def samples(self, category: str) -> dict[str, bytes]:
+        """What is needed to judge the samples of a category, as JSON by id.
+
+        Bytes rather than objects: a fork costs what this process holds in memory, and every sample is a fork.
+        """
+        if category not in self.loaded:
+            kept = ("id", "category", "ground_truth", "involved_classes", "initial_config", "checked")
+            rows = ({key: entry[key] for key in kept if key in entry} for entry in self.entries(category))
+            self.loaded[category] = {row["id"]: json.dumps(row).encode() for row in rows}
+            gc.collect()
+            gc.freeze()  # what a fork's collector never touches is never copied
+        return self.loaded[category]
+
+    def entries(self, category: str) -> Iterator[dict[str, Any]]:
+        """The samples of a category, with the docs as a model is shown them and, for one turn, as they are checked."""
         if category not in self.known():
             raise UnusableError(f"got category {category!r}, expected one of {', '.join(self.known())}")
-        if category not in self.loaded:
-            load = self.samples_v3 if self.version == "v3" else self.samples_v4
-            answers = self.answers(category)
-            self.loaded[category] = {
-                shown["id"]: {
-                    "category": category,
-                    **shown,
-                    "checked": checked["function"],
-                    "ground_truth": answers.get(shown["id"]),
-                }
-                for shown, checked in load(category)
-            }
-            gc.freeze()  # a fork that never walks these objects never copies their pages
-        return self.loaded[category]
+        answers = self.answers(category)
+        for shown, checked in (self.samples_v3 if self.version == "v3" else self.samples_v4)(category):
+            docs = {} if "involved_classes" in shown else {"checked": checked["function"]}
+            yield {"category": category, **shown, **docs, "ground_truth": answers.get(shown["id"])}
 
     def answers(self, category: str) -> dict[str, Any]:
         """The ground truth by id; relevance has none."""
@@ -184,7 +187,7 @@ class Bfcl:
         samples = self.samples(identity.rpartition("_")[0])
         if identity not in samples:
             raise UnusableError(f"got id {identity!r}, expected one of the {len(samples)} of its category")
-        return samples[identity]
+        return json.loads(samples[identity])
 
     def conversation(self, identity: str) -> dict[str, Any]:
         """One sample of several turns."""
@@ -211,7 +214,7 @@ class Bfcl:
 
     def check_calls(self, identity: str, category: str, calls: list[dict[str, Any]]) -> list[Any]:
         """The checker's verdict on the calls of a sample with one turn; odd calls make it raise, which is a verdict."""
-        sample = self.samples(category)[identity]
+        sample = json.loads(self.samples(category)[identity])
         language = "Java" if category.endswith("java") else "JavaScript" if "javascript" in category else "Python"
         if self.version == "v4":
             language = part("constants.enums").Language[language.upper()]
@@ -403,7 +406,7 @@ class Server:
     def look_up(self, request: dict[str, Any]) -> Any:
         """Answer what concerns the release alone."""
         if request["do"] == "entries":
-            return list(self.bfcl.samples(request["category"]).values())
+            return list(self.bfcl.entries(request["category"]))
         if request["do"] == "gold_calls":
             return self.bfcl.gold_calls(request["id"])
         return self.bfcl.constants()
@@ -419,8 +422,8 @@ class Server:
 
     def needs(self, request: dict[str, Any]) -> None:
         """Load a sample with one turn, which must have an answer."""
-        sample = self.bfcl.samples(request["category"]).get(request["id"])
-        if sample is None or sample["ground_truth"] is None or "involved_classes" in sample:
+        sample = json.loads(self.bfcl.samples(request["category"]).get(request["id"], b"{}"))
+        if sample.get("ground_truth") is None or "involved_classes" in sample:
             raise UnusableError(f"got {request['id']!r}, expected a single-turn sample with an answer")
 
     def fork(self, request: dict[str, Any]) -> None:

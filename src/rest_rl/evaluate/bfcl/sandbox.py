@@ -123,7 +123,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         """Load the release; its import makes folders, in a place that is gone when it is done."""
         limits = [str(math.ceil(self._seconds)), str(self._memory_mb)]
         options = ["-I", "-B", "-X", "utf8"]
-        arguments = [str(CHILD), self._package.version, str(self._package.folder), *limits]
+        arguments = [str(CHILD), self._package.version, str(self._package.folder.resolve()), *limits]
         with tempfile.TemporaryDirectory(prefix="rest-rl-") as folder:
             process = subprocess.Popen(  # noqa: S603
                 [sys.executable, *options, *arguments],
@@ -177,8 +177,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
     def close(self) -> None:
         """Drop the instances."""
         if self.is_open:
-            with self._watched():
-                self.is_open = False
+            self.is_open = False
+            with contextlib.suppress(SandboxError):  # they are gone all the same
                 self._ask({"do": "end"})
 
     @contextlib.contextmanager
@@ -197,7 +197,7 @@ def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, 
     """
     assert process.stdin is not None
     assert process.stdout is not None
-    line = b"" if request is None else json.dumps(request).encode() + b"\n"
+    line = b"" if request is None else json.dumps(request, default=dict).encode() + b"\n"
     is_late = threading.Event()
 
     def stop() -> None:

@@ -1,0 +1,264 @@
+"""Who answers an evaluation, and how it is asked: read off the options and the run that the model comes from."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, apply_overrides, from_mapping, read_run_file
+from rest_rl.data.prompt_layout import PromptLayout, resolve_format, template_format
+from rest_rl.evaluate.conversation import Model
+from rest_rl.evaluate.recorded import Oracle, Recorded, read_responses
+from rest_rl.formats import ToolFormat, get_format
+from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
+
+DEFAULT_FORMAT = "toolrl"
+"""Of recorded responses and of the oracle."""
+VLLM_CONTEXT = 65_536
+"""Tokens of context that vLLM is asked to make room for at most; the longest prompts of BFCL take about half of it."""
+SAMPLED_BYTES = 1 << 20
+"""Of each end of a file of weights, for the digest that tells one checkpoint from another."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the model is asked, settled before any weights are loaded."""
+
+    prompt: str
+    format: str
+    why: str
+    keep_prompts: bool = False
+    table: ModelTable | None = None
+    """Of a local model."""
+    layout: PromptLayout | None = None
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """The format that responses are read in."""
+        return self.layout.format if self.layout else get_format(self.format)
+
+
+def make_plan(arguments: argparse.Namespace) -> Plan:
+    """Prompt and format for the options; ValueError for options that contradict each other or leave it open."""
+    check_who(arguments)
+    if arguments.oracle or arguments.responses:
+        name = arguments.format or DEFAULT_FORMAT
+        get_format(name)
+        why = "as asked" if arguments.format else "the default without a model"
+        return Plan(arguments.prompt, name, why, arguments.prompt == "published")
+    if arguments.endpoint:
+        return endpoint_plan(arguments)
+    return local_plan(arguments)
+
+
+def check_who(arguments: argparse.Namespace) -> None:
+    """ValueError unless exactly one answers."""
+    chosen = [name for name in ("oracle", "responses", "endpoint") if getattr(arguments, name)]
+    if len(chosen) > 1 or (arguments.model and chosen not in ([], ["endpoint"])):
+        given = " and ".join(f"--{name}" for name in [*chosen, *(["model"] if arguments.model else [])])
+        raise ValueError(f"got {given}, expected one that answers; leave the others out")
+    if not chosen and not arguments.model:
+        if arguments.action == "tool-world":
+            arguments.model = EMBEDDED
+            return
+        raise ValueError("got nobody who answers, expected --model, --endpoint with --model, --responses or --oracle")
+    if chosen == ["endpoint"] and not arguments.model:
+        raise ValueError("got --endpoint without --model, expected the name that the server holds; pass --model NAME")
+
+
+def local_plan(arguments: argparse.Namespace) -> Plan:
+    """Of a checkpoint: in the format and by the template variables of the run it comes from, if it comes from one."""
+    from rest_rl.train.policy import policy_tokenizer
+
+    path, run = recorded_run(arguments.model)
+    recorded = {"path": path, "chat_template_kwargs": dict(run.model.chat_template_kwargs) if run else {}}
+    changes = apply_overrides({"model": recorded}, arguments.set)
+    if set(changes) != {"model"}:
+        raise ValueError(f"got --set of {', '.join(sorted(set(changes) - {'model'}))}, expected keys of [model] alone")
+    table = from_mapping(ModelTable, changes["model"], "model")
+    tokenizer = policy_tokenizer(table)
+    keeps = arguments.prompt == "published" or bool(arguments.prompt == "training" and run and run.data.keep_prompts)
+    asked = arguments.format or (run.rest.format if run and arguments.prompt == "training" else None)
+    if arguments.prompt == "native":
+        asked = asked or native_format(tokenizer, arguments.model)
+    elif asked is None:
+        asked = DEFAULT_FORMAT if keeps else AUTO
+    name, why = resolve_format(asked, tokenizer, table.chat_template_kwargs)
+    why = f"as in {Path(path).parent}" if run and not arguments.format and arguments.prompt == "training" else why
+    layout = PromptLayout(tokenizer, name, table.chat_template_kwargs)
+    return Plan(arguments.prompt, name, why, keeps and arguments.action == "api-bank", table, layout)
+
+
+def native_format(tokenizer: Any, model: str) -> str:
+    """The format of the template; ValueError where it shows none."""
+    if found := template_format(tokenizer):
+        return found
+    raise ValueError(
+        f"got --prompt native and {model}, whose chat template shows no known format of calls, expected one that does; "
+        "leave --prompt out"
+    )
+
+
+def endpoint_plan(arguments: argparse.Namespace) -> Plan:
+    """Of a server: its own tool calling, or the tools described in words in a format that must be named."""
+    from rest_rl.train.policy import policy_tokenizer
+
+    layout = None
+    if arguments.tokenizer:
+        tokenizer = policy_tokenizer(ModelTable(path=arguments.tokenizer))
+        name, why = resolve_format(arguments.format or AUTO, tokenizer)
+        layout = PromptLayout(tokenizer, name)
+    elif arguments.format or arguments.prompt == "native":
+        name, why = arguments.format or "hermes", "as asked" if arguments.format else "where the server reads out none"
+        get_format(name)
+    elif arguments.prompt == "published":
+        name, why = DEFAULT_FORMAT, "the published texts ask for it"
+    else:
+        raise ValueError(
+            "got --endpoint without --format, expected the format that the model writes calls in; pass --format "
+            "hermes (or toolrl, llama3, ...), --tokenizer DIR_OR_ID to tell it from, or --prompt native for the "
+            "server's own function calling"
+        )
+    return Plan(arguments.prompt, name, why, arguments.prompt == "published", layout=layout)
+
+
+def recorded_run(path: str) -> tuple[str, RunConfig | None]:
+    """(where the model lies, the run it comes from): a run folder stands for its model, a model may lie in one."""
+    folder = Path(path)
+    if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
+        return str(folder / MODEL), run_of(folder)
+    if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():
+        raise ValueError(
+            f"got {path}, a run folder without {MODEL}/, expected a finished run; finish it with rest-rl train "
+            f"--resume --out {path}, or pass one of its {CHECKPOINTS}/"
+        )
+    for parent in (folder.parent, folder.parent.parent) if folder.is_dir() else ():
+        if (folder.name == MODEL or folder.parent.name == CHECKPOINTS) and (run := run_of(parent)):
+            return path, run
+    return path, None
+
+
+def run_of(folder: Path) -> RunConfig | None:
+    """The run that a folder records; None if it records none."""
+    try:
+        return read_run_file(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    except ValueError:  # somebody else's config.toml
+        return None
+
+
+def make_model(arguments: argparse.Namespace, plan: Plan, groups: Mapping[str, Any]) -> tuple[Model, list[str]]:
+    """(whoever answers, what to say about it): weights are loaded here."""
+    if arguments.oracle:
+        return Oracle(plan.tool_format), []
+    if arguments.responses:
+        responses, strangers = read_responses(arguments.responses, groups)
+        notes = [f"{len(responses)} responses in {arguments.responses} to {len(groups)} samples"]
+        if strangers:
+            notes.append(f"{len(strangers)} of others are left aside, the first of {strangers[0]!r}")
+        return Recorded(responses), notes
+    if arguments.endpoint:
+        return endpoint_model(arguments, plan)
+    return local_model(arguments, plan)
+
+
+def local_model(arguments: argparse.Namespace, plan: Plan) -> tuple[Model, list[str]]:
+    """A checkpoint by transformers or vLLM."""
+    import torch
+
+    from rest_rl.evaluate.local_model import LocalModel, context_length
+    from rest_rl.train.policy import load_policy, policy_config
+
+    assert plan.table is not None
+    assert plan.layout is not None
+    if arguments.vllm:
+        from rest_rl.evaluate.vllm_model import VllmModel
+
+        holds = context_length(policy_config(plan.table), plan.layout.tokenizer) or VLLM_CONTEXT
+        context = min(holds, VLLM_CONTEXT)
+        model = VllmModel(plan.table.path, plan.layout, max_new_tokens=arguments.max_new_tokens, context=context)
+        return model, [f"vLLM, {context} tokens of context"]
+    device = torch.accelerator.current_accelerator()
+    dtype = "bfloat16" if device and plan.table.dtype == AUTO else plan.table.dtype
+    weights, _ = load_policy(replace(plan.table, dtype=dtype))
+    weights = weights if plan.table.load_in_4bit else weights.to(device or "cpu")
+    sizes = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+    return LocalModel(weights, plan.layout, **sizes), [f"transformers on {device or 'the CPU'}"]
+
+
+def endpoint_model(arguments: argparse.Namespace, plan: Plan) -> tuple[Model, list[str]]:
+    """A server, after it was asked for its models."""
+    from rest_rl.evaluate.endpoint import Endpoint
+
+    server = Endpoint(
+        arguments.endpoint,
+        arguments.model,
+        plan.tool_format,
+        native=plan.prompt == "native",
+        max_new_tokens=arguments.max_new_tokens,
+        concurrency=arguments.concurrency,
+        timeout=arguments.timeout,
+        retries=arguments.retries,
+        requests_per_minute=arguments.requests_per_minute,
+        api_key_env=arguments.api_key_env,
+        extra_body=server_body(arguments.set),
+        layout=plan.layout,
+    )
+    server.check()
+    return server, [f"{arguments.concurrency} requests at once to {arguments.endpoint}"]
+
+
+def server_body(changes: Sequence[str]) -> dict[str, Any]:
+    """What `--set model.chat_template_kwargs.X=...` adds to every request; other keys are a ValueError."""
+    table = apply_overrides({"model": {}}, changes)
+    if set(table) != {"model"} or set(table["model"]) - {"chat_template_kwargs"}:
+        raise ValueError(
+            f"got --set {' '.join(changes)} with --endpoint, expected keys of model.chat_template_kwargs alone, which "
+            "are sent with every request; leave the others out"
+        )
+    return table["model"]
+
+
+def model_settings(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    """What tells one model and way of asking from another, for `--resume`."""
+    settings: dict[str, Any] = {"prompt": plan.prompt, "format": plan.format, "model": arguments.model}
+    if arguments.oracle:
+        return {**settings, "model": "oracle"}
+    if arguments.responses:
+        return {**settings, "model": "recorded", "responses": digest_of_file(Path(arguments.responses))}
+    settings["max_new_tokens"] = arguments.max_new_tokens
+    if arguments.endpoint:
+        return {**settings, "backend": "endpoint", "endpoint": arguments.endpoint, "body": server_body(arguments.set)}
+    assert plan.table is not None
+    template = str(plan.layout.tokenizer.chat_template if plan.layout else "")
+    return {
+        **settings,
+        "backend": "vllm" if arguments.vllm else "transformers",
+        "batch_size": arguments.batch_size,
+        "weights": weights_digest(plan.table.path),
+        "chat_template": hashlib.sha256(template.encode()).hexdigest()[:12],
+        "chat_template_kwargs": dict(plan.table.chat_template_kwargs),
+        "dtype": plan.table.dtype,
+    }
+
+
+def weights_digest(path: str) -> str | None:
+    """A digest of both ends of every file of weights in a folder; None for a hub name."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    return hashlib.sha256("".join(map(digest_of_file, files)).encode()).hexdigest()[:12] if files else None
+
+
+def digest_of_file(path: Path) -> str:
+    """Of its length and both its ends; ValueError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest = hashlib.sha256(str(size).encode() + file.read(SAMPLED_BYTES))
+            file.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(file.read())
+    except OSError as error:
+        raise ValueError(f"got {path} ({error.strerror}), expected a readable file; check the path") from error
+    return digest.hexdigest()[:12]

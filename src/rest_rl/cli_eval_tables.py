@@ -1,0 +1,78 @@
+"""What the verb `eval` shows and writes of evaluations: tables, a radar figure, comparisons."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rest_rl.analyze.eval_tables import (
+    TerminalTable,
+    comparison_markdown,
+    comparison_tables,
+    terminal_table,
+    write_tables,
+)
+from rest_rl.evaluate.comparison import FLIPS, read_evaluation
+from rest_rl.evaluate.comparison import compare as compare_folders
+from rest_rl.evaluate.eval_log import EvalLog
+from rest_rl.jsonl import as_json
+from rest_rl.terminal import show_table
+
+SHOWN_FLIPS = 10
+TABLES = "tables"
+RADAR = "radar.png"
+
+
+def show_summary(summary: Mapping[str, Any], console: Console) -> None:
+    """The groups of one evaluation, and what went wrong in them."""
+    show(terminal_table(summary), console)
+
+
+def show(table: TerminalTable, console: Console) -> None:
+    """A table and its notes."""
+    show_table(table.title, table.header, table.rows, console)
+    for note in table.notes:
+        console.print(note, highlight=False, markup=False)
+
+
+def table(arguments: argparse.Namespace) -> int:
+    """Tables of several evaluations, side by side, and their radar figure."""
+    from rest_rl.analyze.radar import draw_radar
+
+    summaries = [read_evaluation(folder).summary for folder in arguments.folders]
+    out = Path(arguments.out or (arguments.folders[0] if len(summaries) == 1 else TABLES))
+    console = Console()
+    for path in write_tables(summaries, out):
+        console.print(str(path), highlight=False, markup=False)
+    console.print(str(draw_radar(summaries, out / RADAR)), highlight=False, markup=False)
+    for summary in summaries:
+        show_summary(summary, console)
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Paired differences of two evaluations, and the samples that flipped."""
+    found = compare_folders(arguments.base, arguments.tuned)
+    content = found.to_json()
+    if arguments.out:
+        log = EvalLog(arguments.out)
+        found.write_flips(log.folder / FLIPS)
+        log.write("comparison.json", as_json(content, indent=2) + "\n")
+        log.write("comparison.md", comparison_markdown(content))
+    if arguments.json:
+        print(as_json(content, indent=2))
+        return 0
+    console = Console()
+    for one in comparison_tables(content):
+        show(one, console)
+    for flip in found.flips[:SHOWN_FLIPS]:
+        console.print(
+            f"{flip.direction} {flip.id}: {flip.base_reason} → {flip.tuned_reason}", highlight=False, markup=False
+        )
+    if len(found.flips) > SHOWN_FLIPS:
+        console.print(f"{len(found.flips)} samples flipped in all; --out DIR writes them to {FLIPS}", highlight=False)
+    return 0

@@ -1,0 +1,221 @@
+"""The loop of an evaluation: rows, resume at any byte, errors and overflows, threads; on the tool world."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rest_rl.evaluate.conversation import Reply, Request
+from rest_rl.evaluate.eval_log import SAMPLES, EvalLog
+from rest_rl.evaluate.harness import cut, evaluate_all, summarise
+from rest_rl.evaluate.recorded import Oracle, Recorded, read_responses
+from rest_rl.evaluate.tool_world_tasks import ToolWorldTasks
+from rest_rl.formats import get_format
+
+FORMAT = get_format("toolrl")
+TASKS = ToolWorldTasks(seed=1, prompts=9)
+IDS = list(TASKS.groups)
+SETTINGS = {"model": "x"}
+
+
+@dataclass
+class Faulty:
+    """Answers with the gold; of the named samples some fail, do not fit, are cut or stop everything."""
+
+    errors: frozenset[str] = frozenset()
+    overflows: frozenset[str] = frozenset()
+    cuts: frozenset[str] = frozenset()
+    fatal: frozenset[str] = frozenset()
+    batch_size: int = 4
+    concurrency: int = 1
+    asked: list[tuple[str, ...]] = field(default_factory=list)
+    lock: Lock = field(default_factory=Lock)
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        with self.lock:
+            self.asked.append(tuple(request.sample.id for request in requests))
+        return [self.reply(request) for request in requests]
+
+    def reply(self, request: Request) -> Reply:
+        identity = request.sample.id
+        if identity in self.fatal:
+            raise ValueError("got a wrong key")
+        if identity in self.errors:
+            return Reply(error="the server fails")
+        if identity in self.overflows:
+            return Reply(overflow="too long", prompt_tokens=9000)
+        right = Oracle(FORMAT).respond([request])[0]
+        return right._replace(tokens=7, prompt_tokens=70, is_truncated=identity in self.cuts)
+
+    def room(self, request: Request) -> None:
+        return None
+
+
+def new_log(folder: Path) -> EvalLog:
+    log = EvalLog.unused(folder)
+    log.begin(SETTINGS, ["test"])
+    return log
+
+
+def test_oracle_is_right_everywhere(tmp_path: Path) -> None:
+    log = new_log(tmp_path / "a")
+    rows = evaluate_all(TASKS, Oracle(FORMAT), FORMAT, IDS, log)
+    assert [row["id"] for row in rows] == IDS
+    assert all(row["correct"] and not row["reason"] for row in rows)
+    summary = summarise(TASKS, rows)
+    assert summary["complete"] is True
+    assert {name: (group["n"], group["of"], group["correct"]) for name, group in summary["groups"].items()} == {
+        "unseen_tools": (9, 9, 9),
+        "unseen_values": (9, 9, 9),
+        "overall": (18, 18, 18),
+    }
+    # Wilson, z = 1.96, 18 of 18: low = 1 / (1 + 1.96**2 / 18) = 0.8241
+    assert summary["groups"]["overall"]["low"] == pytest.approx(0.8241, abs=1e-3)
+    assert summary["groups"]["overall"]["high"] == 1.0
+    assert log.read_rows() == rows
+
+
+def test_what_does_not_come_back_is_told_and_asked_again(tmp_path: Path) -> None:
+    log = new_log(tmp_path / "a")
+    faulty = Faulty(errors=frozenset({IDS[2]}), overflows=frozenset({IDS[3]}), cuts=frozenset({IDS[4]}))
+    summary = summarise(TASKS, evaluate_all(TASKS, faulty, FORMAT, IDS, log))
+    group = summary["groups"]["unseen_tools"]
+    assert (group["n"], group["correct"], group["errors"]) == (8, 7, [IDS[2]])
+    assert (group["overflow"], group["truncated"], summary["complete"]) == (1, 1, False)
+    by_id = {row["id"]: row for row in log.read_rows()}
+    assert by_id[IDS[2]] == {"id": IDS[2], "category": "unseen_tools", "correct": None, "error": "the server fails"}
+    assert by_id[IDS[3]]["correct"] is False
+    assert by_id[IDS[3]]["overflow"] == "too long"
+    assert by_id[IDS[4]]["truncated"] is True
+    again = EvalLog.resume(tmp_path / "a", SETTINGS)
+    healthy = Faulty()
+    rows = evaluate_all(TASKS, healthy, FORMAT, IDS, again)
+    assert healthy.asked == [tuple(IDS[:4])]  # the batch of the one that failed, whole
+    assert [row["id"] for row in rows] == IDS
+    assert (rows[2]["correct"], rows[3]["correct"]) == (True, False)  # an overflow is a verdict and stays
+
+
+def test_a_mistake_of_the_user_stops_and_loses_nothing(tmp_path: Path) -> None:
+    log = new_log(tmp_path / "a")
+    with pytest.raises(ValueError, match="wrong key"):
+        evaluate_all(TASKS, Faulty(fatal=frozenset({IDS[9]})), FORMAT, IDS, log)
+    assert [row["id"] for row in log.read_rows()] == IDS[:8]
+    rows = evaluate_all(TASKS, Faulty(), FORMAT, IDS, EvalLog.resume(tmp_path / "a", SETTINGS))
+    assert len(rows) == len(IDS)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "a"
+    model = Faulty(overflows=frozenset({IDS[5]}), cuts=frozenset({IDS[6]}))
+    evaluate_all(TASKS, model, FORMAT, IDS, new_log(folder))
+    return folder
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0, 1))
+def test_cut_off_at_any_byte_it_resumes_to_the_same(whole: Path, share: float) -> None:
+    content = (whole / SAMPLES).read_bytes()
+    torn = whole.parent / "torn"
+    shutil.rmtree(torn, ignore_errors=True)
+    shutil.copytree(whole, torn)
+    (torn / SAMPLES).write_bytes(content[: int(share * len(content))])
+    model = Faulty(overflows=frozenset({IDS[5]}), cuts=frozenset({IDS[6]}))
+    evaluate_all(TASKS, model, FORMAT, IDS, EvalLog.resume(torn, SETTINGS))
+    assert (torn / SAMPLES).read_bytes() == content
+
+
+def test_threads_write_every_row_once(tmp_path: Path) -> None:
+    log, told = new_log(tmp_path / "a"), []
+    rows = evaluate_all(
+        TASKS, Faulty(batch_size=1, concurrency=8), FORMAT, IDS, log, lambda row: told.append(row["id"])
+    )
+    assert sorted(told) == sorted(IDS)
+    assert [row["id"] for row in rows] == IDS
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    new_log(tmp_path / "a")
+    with pytest.raises(ValueError, match="another model than"):
+        EvalLog.resume(tmp_path / "a", {"model": "y"})
+    with pytest.raises(ValueError, match="holds an evaluation already"):
+        EvalLog.unused(tmp_path / "a")
+    with pytest.raises(ValueError, match="holds no evaluation"):
+        EvalLog.resume(tmp_path / "b", SETTINGS)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="expected a writable folder"):
+        EvalLog(tmp_path / "file").begin(SETTINGS, [])
+
+
+def test_batches_are_cut_in_order() -> None:
+    assert cut(["a", "b", "c"], 2) == [["a", "b"], ["c"]]
+    assert cut([], 2) == []
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_recorded_responses_are_scored_as_they_are(tmp_path: Path) -> None:
+    gold = {identity: FORMAT.render(None, s.gold.calls, s.gold.answer) for identity, s in TASKS.samples.items()}
+    rows = [
+        {"id": IDS[0], "response": gold[IDS[0]]},
+        {"id": IDS[1], "response": "nothing"},
+        {"id": "x", "response": ""},
+    ]
+    responses, strangers = read_responses(write(tmp_path / "r.jsonl", *rows), TASKS.groups)
+    assert strangers == ["x"]
+    scored = evaluate_all(TASKS, Recorded(responses), FORMAT, IDS[:2], new_log(tmp_path / "a"))
+    assert [row["correct"] for row in scored] == [True, False]
+    assert scored[1]["response"] == "nothing"
+
+
+def test_samples_of_an_evaluation_are_responses(whole: Path) -> None:
+    responses, strangers = read_responses(str(whole / SAMPLES), TASKS.groups)
+    assert list(responses) == IDS
+    assert strangers == []
+
+
+def test_turns_and_steps_of_a_recording() -> None:
+    model = Recorded({"m": [["a", "b"], ["c"]], "s": "text"})
+    sample = TASKS.samples[IDS[0]]
+
+    def said(identity: str, turn: int, step: int) -> str:
+        from dataclasses import replace
+
+        return model.respond([Request(replace(sample, id=identity), turn, step)])[0].text
+
+    assert [said("m", 0, 0), said("m", 0, 1), said("m", 0, 2), said("m", 1, 0), said("m", 2, 0)] == [
+        "a",
+        "b",
+        "",
+        "c",
+        "",
+    ]
+    assert [said("s", 0, 0), said("s", 0, 1)] == ["text", ""]
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        ([{"id": 3, "response": "a"}], "line 1: got id of type int"),
+        ([{"id": IDS[0], "response": 3}], "response of type int"),
+        ([{"id": IDS[0], "response": [["a"], "b"]}], "response of type list"),
+        ([{"id": IDS[0]}], "response of type NoneType"),
+        ([{"id": IDS[0], "response": ""}, {"id": IDS[0], "response": ""}], "line 2: .* a second time"),
+        ([{"id": "nobody", "response": ""}], "none to a sample that is asked for"),
+        ([], "none to a sample"),
+    ],
+)
+def test_responses_that_cannot_be_scored_are_named(tmp_path: Path, rows: list[object], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        read_responses(write(tmp_path / "r.jsonl", *rows), TASKS.groups)
