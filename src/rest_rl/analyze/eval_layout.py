@@ -57,7 +57,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class EvalTable:
-    """One table; `span` stands over its columns; `rows` holds a model's name and a cell per column, None where there is no number."""
+    """One table; `span` stands over its columns, `rows` holds a name and a cell per column, None for no number."""
 
     title: str
     span: str
@@ -232,7 +232,7 @@ def cell_of(summary: Mapping[str, Any], column: Column, metric: str) -> Cell | N
 def table_notes(section: Section, models: Models, *, tell_asked: bool) -> Iterator[str]:
     """What must be known to read the numbers: what is missing, what went wrong, what an average takes, ceilings."""
     if any(cell and cell.is_partial for _, summary in models for cell in cells(section, summary)):
-        yield "* a part of the group only."
+        yield "Cells with * hold a part of their group."
     for name, summary in models:
         said = [how_asked(summary)] if tell_asked else []
         said += [

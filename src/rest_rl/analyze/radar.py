@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,8 +40,9 @@ def draw_radar(summaries: Sequence[Mapping[str, Any]], path: str | Path) -> Path
     axes = draw(figure, labels, models)
     ways = list(dict.fromkeys(how_asked(summary) for summary in summaries))
     partial = "; a part of the samples only" if any(cell.is_partial for own in models.values() for cell in own) else ""
-    title = f"{summaries[0].get('pin')}\n{'; '.join(ways) if len(ways) == 1 else 'prompts and formats differ'}; {metric} in per cent"
-    figure.suptitle(title + partial, fontsize=9, color=INK)
+    asked = ways[0] if len(ways) == 1 else "prompts and formats differ"
+    title = f"{summaries[0].get('pin')}\n{asked}; {metric} in per cent{partial}"
+    figure.suptitle(plain(title), fontsize=9, color=INK)
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(2, len(models)), fontsize=9, frameon=False,
         labelcolor=INK,
@@ -102,7 +103,7 @@ def in_lines(label: str) -> str:
     return label.replace(" ", "\n", 1) if len(label) > LONG_LABEL else label
 
 
-def side_of(angle: float) -> str:
+def side_of(angle: float) -> Literal["left", "center", "right"]:
     """How a label beside the circle is aligned, so that it grows away from it."""
     across = math.sin(angle)
     return "center" if abs(across) < 0.1 else "left" if across > 0 else "right"

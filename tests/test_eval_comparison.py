@@ -1,0 +1,188 @@
+"""Comparisons of two evaluation folders: paired counts by hand, flips, warnings, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rest_rl.evaluate.comparison import Change, change, compare
+from rest_rl.evaluate.intervals import mcnemar, paired_difference
+from rest_rl.jsonl import as_json
+
+SUMMARY: dict[str, Any] = {
+    "benchmark": "bfcl",
+    "version": "v3",
+    "pin": "bfcl-eval 2025.6.14 (BFCL v3)",
+    "model": "base",
+    "prompt": "training",
+    "format": "toolrl",
+    "metrics": ["correct"],
+    "groups": {"simple": {}, "java": {}},
+    "settings": {"model": "base", "max_new_tokens": 512},
+}
+
+
+def write_folder(folder: Path, rows: list[dict[str, Any]], **summary: Any) -> Path:
+    folder.mkdir()
+    (folder / "samples.jsonl").write_text("".join(as_json(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "summary.json").write_text(as_json({**SUMMARY, **summary}), encoding="utf-8")
+    return folder
+
+
+def row(category: str, index: int, correct: bool | None, **more: Any) -> dict[str, Any]:
+    return {"id": f"{category}_{index}", "category": category, "response": "", "calls": [], "correct": correct, **more}
+
+
+def rows(simple: str, java: str) -> list[dict[str, Any]]:
+    """Verdicts as text: `1` correct, `0` wrong, `?` not scored."""
+    verdicts = {"1": True, "0": False, "?": None}
+    return [
+        row(category, index, verdicts[letter], reason=f"{category} says {letter}")
+        for category, text in (("java", java), ("simple", simple))
+        for index, letter in enumerate(text)
+    ]
+
+
+def test_changes_are_paired_and_in_the_order_of_the_summary(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", rows("1100000000", "111"))
+    tuned = write_folder(tmp_path / "tuned", rows("1011111110", "110"), model="tuned")
+    result = compare(base, tuned)
+    simple, java, everything = result.metrics["correct"]
+    assert [simple.group, java.group, everything.group] == ["simple", "java", "all"]
+    # simple: right 2 and 8 of 10; sample 1 lost, samples 2 to 8 gained; exact p = 2 (1 + 8) / 2^8 = 18 / 256
+    assert (simple.n, simple.base, simple.tuned, simple.lost, simple.gained) == (10, 0.2, 0.8, 1, 7)
+    assert simple.difference == pytest.approx(0.6)
+    assert simple.p == pytest.approx(18 / 256)
+    # one flipped sample says nothing: p = 1; q = p times 2 groups / rank, and never above 1
+    assert (java.lost, java.gained, java.p) == (1, 0, 1.0)
+    assert (simple.q, java.q, everything.q) == (pytest.approx(36 / 256), 1.0, None)
+    # all: 2 lost and 7 gained of 13; p = 2 (C(9,0) + C(9,1) + C(9,2)) / 2^9 = 92 / 512
+    assert (everything.n, everything.lost, everything.gained) == (13, 2, 7)
+    assert everything.p == pytest.approx(92 / 512)
+    assert (everything.low, everything.high) == paired_difference(2, 7, 13)[1:]
+    assert result.warnings == ()
+
+
+def test_flips_name_their_samples_and_both_reasons(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", rows("10", "1"))
+    overflown = [row("simple", 0, False, overflow="too long"), row("simple", 1, True), row("java", 0, True)]
+    result = compare(base, write_folder(tmp_path / "tuned", overflown))
+    told = {flip.id: (flip.group, flip.direction, flip.base_reason, flip.tuned_reason) for flip in result.flips}
+    assert told == {
+        "simple_0": ("simple", "lost", "simple says 1", "too long"),
+        "simple_1": ("simple", "gained", "simple says 0", ""),
+    }
+    path = result.write_flips(tmp_path / "new" / "flips.jsonl")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert lines == json.loads(json.dumps(result.to_json()["flips"]))
+    assert lines[0]["metric"] == "correct"
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(ValueError, match="expected a path to write to"):
+        result.write_flips(path / "below-a-file" / "flips.jsonl")
+
+
+def test_both_metrics_of_api_bank_are_compared(tmp_path: Path) -> None:
+    def levels(soft: str, strict: str) -> list[dict[str, Any]]:
+        pairs = enumerate(zip(soft, strict, strict=True))
+        return [{"id": f"L{i}", "level": 1 + i % 2, "soft": a == "1", "strict": b == "1"} for i, (a, b) in pairs]
+
+    how = {
+        "benchmark": "api_bank",
+        "metrics": ["soft", "strict"],
+        "groups": {"Level1": {}, "Level2": {}, "overall": {}},
+    }
+    base = write_folder(tmp_path / "base", levels("1100", "0000"), **how)
+    tuned = write_folder(tmp_path / "tuned", levels("1111", "0001"), **how)
+    result = compare(base, tuned)
+    found = {metric: [(c.group, c.n, c.gained) for c in table] for metric, table in result.metrics.items()}
+    assert found == {
+        "soft": [("Level1", 2, 1), ("Level2", 2, 1), ("all", 4, 2)],
+        "strict": [("Level1", 2, 0), ("Level2", 2, 1), ("all", 4, 1)],
+    }
+    assert json.loads(as_json(result.to_json()))["metrics"]["soft"][2]["q"] is None
+
+
+def test_only_samples_scored_on_both_sides_count(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", rows("11?1", ""))
+    tuned = write_folder(tmp_path / "tuned", [*rows("0?1", ""), row("simple", 9, True)])
+    result = compare(base, tuned)
+    assert [(change.group, change.n, change.lost) for change in result.metrics["correct"]] == [
+        ("simple", 1, 1),
+        ("all", 1, 1),
+    ]
+    assert result.warnings == ("scored on one side only and left out: 2 of the base, 2 of the tuned model",)
+
+
+def test_what_else_may_explain_a_difference_is_told(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", rows("11", ""))
+    settings = {"model": "tuned", "max_new_tokens": 1024, "note": "x" * 500}
+    tuned = write_folder(
+        tmp_path / "tuned", rows("111", ""), model="tuned", prompt="native", format="hermes", settings=settings
+    )
+    warnings = compare(base, tuned).warnings
+    assert warnings[:4] == (
+        "prompt differs: 'training' and 'native'",
+        "format differs: 'toolrl' and 'hermes'",
+        "number of samples differs: 2 and 3",
+        "scored on one side only and left out: 0 of the base, 1 of the tuned model",
+    )
+    assert warnings[4] == "max_new_tokens differs: 512 and 1024"
+    assert warnings[5].startswith("note differs: None and 'xxx")
+    assert len(warnings[5]) < 220
+    assert len(warnings) == 6
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("benchmark", "api_bank"), ("version", "v4"), ("pin", "bfcl-eval 2026.3.23 (BFCL v4)")]
+)
+def test_other_editions_are_refused(tmp_path: Path, key: str, value: str) -> None:
+    base, tuned = (
+        write_folder(tmp_path / "a", rows("1", "")),
+        write_folder(tmp_path / "b", rows("1", ""), **{key: value}),
+    )
+    with pytest.raises(ValueError, match=rf"got {key} .* expected the same: .* evaluate one of them again"):
+        compare(base, tuned)
+
+
+def test_folders_without_an_evaluation_are_refused(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", rows("1", ""))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "summary.json").write_text('{"before": {}}', encoding="utf-8")
+    for other in (run, tmp_path / "nothing"):
+        with pytest.raises(ValueError, match=r"holds no summary.json of an evaluation, expected .* --resume"):
+            compare(base, other)
+    with pytest.raises(ValueError, match=r"holds no samples.jsonl"):
+        compare(write_folder(tmp_path / "empty", []), base)
+
+
+def test_nothing_shared_is_refused(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", rows("1?", ""))
+    for name, others in (("other", rows("", "1")), ("failed", rows("?1", ""))):
+        with pytest.raises(ValueError, match="share no scored sample"):
+            compare(base, write_folder(tmp_path / name, others))
+
+
+def test_a_torn_last_line_and_earlier_attempts_are_left_out(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", rows("10", ""))
+    tuned = write_folder(tmp_path / "tuned", [row("simple", 0, None, error="503"), row("simple", 0, True)])
+    with (tuned / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"id": "simple_1", "correct": tr')
+    simple = compare(base, tuned).metrics["correct"][0]
+    assert (simple.n, simple.tuned) == (1, 1.0)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
+def test_the_change_is_the_difference_of_the_accuracies(pairs: list[tuple[bool, bool]]) -> None:
+    found = change("any", pairs, None)
+    assert found.difference == pytest.approx(found.tuned - found.base)
+    assert found.low <= found.difference <= found.high
+    assert found.p == mcnemar(found.lost, found.gained)
+    swapped = change("any", [(new, old) for old, new in pairs], None)
+    assert (swapped.lost, swapped.gained, swapped.base) == (found.gained, found.lost, found.tuned)
+    assert isinstance(swapped, Change)

@@ -1,0 +1,335 @@
+"""Tables and pictures of evaluations: the paper's layout, what is missing marked, names that are hard to print."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from rest_rl.analyze.eval_layout import eval_tables, model_names
+from rest_rl.analyze.eval_tables import (
+    comparison_markdown,
+    comparison_tables,
+    csv_tables,
+    latex_tables,
+    markdown_tables,
+    terminal_table,
+    write_tables,
+)
+from rest_rl.analyze.latex import escaped
+from rest_rl.analyze.radar import draw_radar
+from rest_rl.terminal import show_table
+
+PIN = "bfcl-eval 2025.6.14 (BFCL v3)"
+MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
+NON_LIVE = ("simple", "java", "javascript", "multiple", "parallel", "parallel_multiple", "irrelevance")
+LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")
+
+
+def group(accuracy: float = 0.95, n: int = 200, of: int | None = None, **more: Any) -> dict[str, Any]:
+    scores = {"correct": round(n * accuracy), "accuracy": accuracy, "low": accuracy - 0.03, "high": accuracy + 0.02}
+    return {"n": n, "of": of or n, **scores, "overflow": 0, "truncated": 0, "errors": [], **more}
+
+
+def bfcl(groups: dict[str, Any], official: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    about = {
+        "benchmark": "bfcl",
+        "version": "v3",
+        "pin": PIN,
+        "model": "base",
+        "prompt": "training",
+        "format": "toolrl",
+    }
+    return {**about, "metrics": ["correct"], "groups": groups, "official": official or {}, **more}
+
+
+def api_bank(**more: Any) -> dict[str, Any]:
+    strict = {"strict": {"correct": 1, "accuracy": 0.5, "low": 0.4, "high": 0.6}}
+    groups = {name: group(0.75, 100, **strict) for name in ("Level1", "Level2", "Level3", "overall")}
+    about = {
+        "benchmark": "api_bank",
+        "pin": "API-Bank (597)",
+        "model": "base",
+        "prompt": "published",
+        "format": "toolrl",
+    }
+    ceilings = {"Level1": {"accuracy": 0.98, "ids": {"Level1_3": "why", "Level1_4": "why"}}, "Level2": {"ids": {}}}
+    return {**about, "metrics": ["soft", "strict"], "groups": groups, "ceilings": ceilings, **more}
+
+
+def whole_bfcl(**more: Any) -> dict[str, Any]:
+    official = {
+        "Non-Live": {"accuracy": 0.8, "of": list(NON_LIVE)},
+        "Live": {"accuracy": 0.7, "of": list(LIVE)},
+        "Multi-Turn": {"accuracy": 0.15, "of": list(MULTI_TURN)},
+        "Overall": {"accuracy": 0.55, "of": [*NON_LIVE, *LIVE, *MULTI_TURN]},
+    }
+    return bfcl({name: group() for name in (*NON_LIVE, *LIVE, *MULTI_TURN)}, official, **more)
+
+
+def test_the_layout_is_that_of_the_paper() -> None:
+    tables = {table.title: table for table in eval_tables([whole_bfcl()])}
+    assert {title: table.columns for title, table in tables.items()} == {
+        "BFCL v3, Averages": ("Overall", "Non-Live", "Live", "Multi-Turn"),
+        "BFCL v3, Multi-Turn": ("Overall", "Base", "Miss Func", "Miss Param", "Long Context"),
+        "BFCL v3, Non-Live": (
+            *("Overall", "Simple Python", "Simple Java", "Simple JavaScript"),
+            *("Multiple", "Parallel", "Parallel Multiple", "Irrelevance"),
+        ),
+        "BFCL v3, Live": (
+            *("Overall", "Simple", "Multiple", "Parallel", "Parallel Multiple", "Irrelevance", "Relevance"),
+        ),
+    }
+    (name, cells) = tables["BFCL v3, Multi-Turn"].rows[0]
+    assert name == "base"
+    assert cells[0] is not None
+    assert (cells[0].accuracy, cells[0].low) == (0.15, None)
+    assert "Overall is over all 17 categories." in tables["BFCL v3, Averages"].notes
+    assert all(cell is not None for table in tables.values() for _, row in table.rows for cell in row)
+
+
+def test_the_names_of_v4_fill_the_same_columns() -> None:
+    summary = bfcl({"simple_python": group(0.5), "simple_java": group(0.25)}, version="v4", pin="bfcl-eval 2026.3.23")
+    (table,) = eval_tables([summary])
+    assert table.title == "BFCL v4, Non-Live"
+    assert [cell and cell.accuracy for cell in table.rows[0][1]] == [None, 0.5, 0.25, None, None, None, None, None]
+
+
+def test_every_table_says_pin_prompt_and_format() -> None:
+    text = markdown_tables([whole_bfcl(), api_bank()])
+    blocks = text.split("### ")[1:]
+    assert len(blocks) == 6
+    for block in blocks:
+        assert ("API-Bank (597)" if block.startswith("API-Bank") else PIN) in block
+        assert re.search(r"prompt (training|published), format toolrl", block)
+    assert all(f"{PIN}; prompt training" in part for part in latex_tables([whole_bfcl()]).split(r"\end{table}")[:-1])
+
+
+def test_cells_in_markdown() -> None:
+    groups = {
+        "multi_turn_base": group(0.95, 40, 200),
+        "multi_turn_miss_func": group(0.5),
+        "multi_turn_miss_param": {**group(0.5, 0, 200, errors=["a", "b"]), "accuracy": None},
+    }
+    text = markdown_tables([bfcl(groups)])
+    assert "| base | – | 95.0* [92.0, 97.0] (n = 40 of 200) | 50.0 [47.0, 52.0] | – | – |" in text
+    assert "- Cells with * hold a part of their group.\n- base: 2 not scored; Base 40 of 200." in text
+    assert "Averages" not in text
+
+
+def test_trouble_is_counted_per_table_and_once() -> None:
+    groups = {"simple": group(overflow=2, truncated=3), "live_simple": group(truncated=1), "java": group(errors=["x"])}
+    notes = {table.title: table.notes for table in eval_tables([bfcl(groups)])}
+    assert notes == {
+        "BFCL v3, Non-Live": ("base: 2 overflowed, 3 truncated, 1 not scored.",),
+        "BFCL v3, Live": ("base: 1 truncated.",),
+    }
+    overall = api_bank(groups={"Level1": group(truncated=4), "overall": group(truncated=4)})
+    assert all("base: 4 truncated." in table.notes for table in eval_tables([overall]))
+
+
+def test_api_bank_has_a_table_per_metric_with_the_ceilings() -> None:
+    soft, strict = eval_tables([api_bank()])
+    assert soft.title == "API-Bank, soft (the published metric)"
+    assert soft.columns == strict.columns == ("Overall", "Level 1", "Level 2", "Level 3")
+    assert [cell and cell.accuracy for cell in soft.rows[0][1]] == [0.75] * 4
+    assert [cell and cell.accuracy for cell in strict.rows[0][1]] == [0.5] * 4
+    assert soft.notes == ("Level 1: correct answers reach 98.0 (2 samples cannot be passed).",)
+
+
+def test_other_benchmarks_show_their_groups() -> None:
+    summary = {"benchmark": "tool_world", "pin": "tool world", "model": "m", "prompt": "training", "format": "toolrl"}
+    groups = {"held_out": group(0.5), "unseen_tools": group(0.25), "overall": group(0.4)}
+    (table,) = eval_tables([{**summary, "metrics": ["correct"], "groups": groups}])
+    assert (table.title, table.columns) == ("Tool world", ("Overall", "Held out", "Unseen tools"))
+    assert [cell and cell.accuracy for cell in table.rows[0][1]] == [0.4, 0.5, 0.25]
+
+
+def test_pins_share_no_table() -> None:
+    tables = eval_tables(
+        [bfcl({"simple": group()}), bfcl({"simple": group()}, pin="another"), bfcl({"simple": group()})]
+    )
+    assert [len(table.rows) for table in tables] == [2, 1]
+    assert eval_tables([]) == []
+    assert markdown_tables([]) == "\n"
+
+
+def test_models_asked_differently_are_told_apart() -> None:
+    pair = [bfcl({"simple": group()}), bfcl({"simple": group()}, prompt="native", format="hermes")]
+    (table,) = eval_tables(pair)
+    assert [name for name, _ in table.rows] == [
+        "base (prompt training, format toolrl)",
+        "base (prompt native, format hermes)",
+    ]
+    assert "prompt and format differ" in table.caption
+    assert table.notes[0].endswith(": prompt training, format toolrl.")
+    assert model_names([pair[0], pair[0]]) == [f"base (prompt training, format toolrl) #{i}" for i in (1, 2)]
+    assert model_names([pair[0], api_bank(), {"name": "n", "model": "m"}]) == ["base", "base", "n"]
+
+
+def test_csv_has_a_line_per_model_and_column() -> None:
+    summaries = [bfcl({"simple": group(0.95, 40, 200, truncated=3)}, model='a,"b"'), whole_bfcl()]
+    lines = list(csv.DictReader(io.StringIO(csv_tables(summaries))))
+    # both models in each column: 4 averages, 5 of multi-turn, 8 of non-live, 7 of live
+    assert len(lines) == 2 * (4 + 5 + 8 + 7)
+    (line,) = [one for one in lines if one["model"] == 'a,"b"' and one["column"] == "Simple Python"]
+    assert [line[key] for key in ("table", "n", "of", "correct", "accuracy", "truncated", "errors")] == [
+        *("Non-Live", "40", "200", "38", "0.95", "3", "0")
+    ]
+    (missing,) = [one for one in lines if one["model"] == 'a,"b"' and one["column"] == "Base"]
+    assert (missing["pin"], missing["n"], missing["accuracy"]) == (PIN, "", "")
+
+
+def test_latex_is_escaped_and_its_columns_agree() -> None:
+    name = r"[x]*run_50% & co #1 ~^\{$}<|>"
+    text = latex_tables([whole_bfcl(model=name), bfcl({"simple": group(0.9, 40, 200)}, model="other")])
+    assert r"\begin{tabular}{@{}lcccccccc@{}}" in text
+    shown = r"{[}x{]}{*}run\_50\% \& co \#1 \textasciitilde{}\textasciicircum{}\textbackslash{}\{\$\}"
+    assert shown + r"\textless{}\textbar{}\textgreater{} & 80.0 & \withinterval{95.0}{[92.0, 97.0]} &" in text
+    assert r"other & -- & \withinterval{90.0$^{*}$}{[87.0, 92.0]} & --" in text
+    assert r"Wilson intervals.}" in text
+    assert r"95 \% Wilson" in text
+    for block in re.findall(r"\\begin\{tabular\}\{@\{\}l(c+)@\{\}\}(.*?)\\bottomrule", text, flags=re.DOTALL):
+        rows = block[1].split(r"\midrule")[1].strip().splitlines()
+        assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [len(block[0])] * 2
+        assert all(row.endswith(r" \\") for row in rows)
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 4
+
+
+@given(st.text(alphabet=r"a_&%$#{}~^\<>|[]*" + "\n"))
+def test_nothing_special_is_left_in_escaped_text(text: str) -> None:
+    commands = r"\\text(backslash|asciitilde|asciicircum|less|greater|bar)\{\}|\\[_&%$#{}]|\{[\[\]*]\}"
+    assert set(re.sub(commands, "", escaped(text))) <= {"a", " "}
+
+
+def shown(table: Any, width: int) -> list[str]:
+    console = Console(width=width, record=True, file=io.StringIO())
+    show_table(table.title, table.header, table.rows, console)
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def test_a_terminal_of_80_columns_holds_an_evaluation() -> None:
+    summary = whole_bfcl(model="base")
+    summary["groups"]["multi_turn_long_context"] = group(0.2, 123, 200, overflow=77)
+    del summary["official"]["Multi-Turn"], summary["official"]["Overall"]
+    table = terminal_table(summary)
+    lines = shown(table, 80)
+    assert not any("…" in line for line in lines)
+    assert [line.split() for line in lines if "multi_turn_long" in line or "Multi-Turn" in line] == [
+        ["Multi-Turn", "–"],
+        ["multi_turn_long_context", "123", "of", "200", "20.0", "[17.0,", "22.0]"],
+    ]
+    assert PIN in table.title
+    assert "prompt training, format toolrl" in table.title
+    assert table.notes == ["multi_turn_long_context: 77 overflowed."]
+    assert {len(row) for row in table.rows} == {len(table.header)}
+
+
+def test_both_metrics_stand_side_by_side_in_the_terminal() -> None:
+    table = terminal_table(api_bank())
+    assert table.header == ("", "n", "soft", "95 %", "strict", "95 %")
+    assert table.rows[0] == (" Level1", "100", "75.0", "[72.0, 77.0]", "50.0", "[40.0, 60.0]")
+    assert table.rows[-1][0] == "overall"
+    assert table.notes == ["Level 1: correct answers reach 98.0 (2 samples cannot be passed)."]
+
+
+COMPARISON = {
+    "pin": PIN,
+    "base": {"model": "base", "prompt": "training", "format": "toolrl"},
+    "tuned": {"model": "tuned", "prompt": "native", "format": "toolrl"},
+    "warnings": ["prompt differs: 'training' and 'native'"],
+    "metrics": {
+        "correct": [
+            {"group": "multi_turn_long_context", "n": 200, "base": 0.1, "tuned": 0.2, "difference": 0.1, "low": 0.05,
+             "high": 0.15, "lost": 2, "gained": 22, "p": 0.00004, "q": 0.00008},
+            {"group": "java", "n": 100, "base": 0.5, "tuned": 0.48, "difference": -0.02, "low": -0.1, "high": 0.06,
+             "lost": 5, "gained": 3, "p": 0.727, "q": 0.727},
+            {"group": "all", "n": 300, "base": 0.2, "tuned": 0.29, "difference": 0.06, "low": 0.02, "high": 0.1,
+             "lost": 7, "gained": 25, "p": 0.002, "q": None},
+        ]
+    },
+}  # fmt: skip
+
+
+def test_a_comparison_in_the_terminal() -> None:
+    (table,) = comparison_tables(COMPARISON)
+    assert table.title == f"base → tuned: {PIN}"
+    assert [row[0] for row in table.rows] == [" multi_turn_long_context", " java", "all"]
+    assert table.rows[0][1:] == ("200", "10.0", "20.0", "+10.0", "[5.0, 15.0]", "2", "22", "<0.001*")
+    assert [row[-1] for row in table.rows[1:]] == ["0.727 ", "0.002 "]
+    assert table.notes[0] == "warning: prompt differs: 'training' and 'native'"
+    assert not any("…" in line for line in shown(table, 90))
+    nothing = {"metrics": {"soft": [{"group": "all", "n": 0}], "strict": []}}
+    tables = comparison_tables({**COMPARISON, **nothing})
+    assert [table.title.rsplit(", ")[-1] for table in tables] == ["soft", "strict"]
+    assert tables[0].rows == [("all", "0", *["–"] * 7)]
+
+
+def test_a_comparison_as_markdown() -> None:
+    text = comparison_markdown(COMPARISON)
+    assert "| &nbsp;java | 100 | 50.0 | 48.0 | -2.0 | [-10.0, 6.0] | 5 | 3 | 0.727 | 0.727 |" in text
+    assert "| all | 300 | 20.0 | 29.0 | +6.0 | [2.0, 10.0] | 7 | 25 | 0.002 | – |" in text
+    assert "- tuned: prompt native, format toolrl" in text
+    assert "- **warning**: prompt differs" in text
+
+
+def test_tables_are_written(tmp_path: Path) -> None:
+    paths = write_tables([whole_bfcl()], tmp_path / "new")
+    assert [path.name for path in paths] == ["tables.md", "tables.csv", "tables.tex"]
+    assert paths[0].read_text(encoding="utf-8") == markdown_tables([whole_bfcl()])
+    with pytest.raises(ValueError, match="expected a writable folder"):
+        write_tables([whole_bfcl()], paths[0])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 17])
+def test_a_picture_is_drawn(tmp_path: Path, number: int) -> None:
+    names = (*MULTI_TURN, *NON_LIVE, *LIVE)[:number]
+    pair = [
+        bfcl({name: group(level) for name in names}, model=model) for level, model in ((0.3, "_a$b"), (0.9, "tuned"))
+    ]
+    path = draw_radar(pair, tmp_path / "new" / "radar.png")
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    alone = draw_radar(pair[:1], tmp_path / "alone.png").read_bytes()
+    assert alone != content
+
+
+def test_bars_are_told_from_polygons() -> None:
+    from matplotlib.figure import Figure
+
+    from rest_rl.analyze.eval_layout import Cell
+    from rest_rl.analyze.radar import draw_bars, draw_polygons
+
+    axes = draw_polygons(Figure(), ["a", "b", "c"], {"m": [Cell(0.5), Cell(1.0), Cell(0.0)]})
+    (line,) = axes.lines
+    assert list(line.get_ydata()) == [50.0, 100.0, 0.0, 50.0]
+    steps = {round(float(after - before), 6) for before, after in pairwise(line.get_xdata()[:-1])}
+    assert steps == {round(2 * 3.14159265358979 / 3, 6)}
+    bars = draw_bars(Figure(), ["a"], {"m": [Cell(0.5, 0.4, 0.7)], "o": [Cell(0.25)]})
+    assert [bar.get_height() for bar in bars.patches] == [50.0, 25.0]
+
+
+@pytest.mark.parametrize(
+    ("summaries", "message"),
+    [
+        ([], "expected at least one"),
+        (
+            [bfcl({"simple": group()}), bfcl({"simple": group()}, pin="another")],
+            "numbers of different pins do not compare",
+        ),
+        ([bfcl({"simple": group()}), bfcl({"java": group()})], "share no group"),
+        ([api_bank(groups={"overall": group()})], "share no group"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(tmp_path: Path, summaries: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_radar(summaries, tmp_path / "radar.png")
+    assert list(tmp_path.iterdir()) == []
