@@ -1,0 +1,526 @@
+"""BFCL as conversations: what is asked, the gold that passes, and what must not; both releases of bfcl-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rest_rl.evaluate.bfcl import groups
+from rest_rl.evaluate.bfcl.benchmark import Bfcl
+from rest_rl.evaluate.bfcl.entries import call_problem, properties_of, tools_of, typed
+from rest_rl.evaluate.bfcl.gold import gold_of, java_literal, javascript_literal, plausible_call
+from rest_rl.evaluate.bfcl.groups import Score, Version, official_averages, select_categories
+from rest_rl.evaluate.conversation import Conversation, Reply, Request
+from rest_rl.formats import get_format
+from rest_rl.response import Gold, ToolCall
+
+FORMATS = ["toolrl", "hermes", "qwen3_coder"]
+LIVE_IMPOSSIBLE = ["live_simple_106-63-0", "live_simple_112-68-0", "live_multiple_862-181-3", "live_multiple_964-207-0"]
+IMPOSSIBLE: Mapping[Version, set[str]] = {
+    "v3": {*LIVE_IMPOSSIBLE, "java_36", "java_64", "java_65"},
+    "v4": {*LIVE_IMPOSSIBLE, "simple_java_36", "simple_java_64", "simple_java_65"},
+}
+"""No correct answer passes: arguments that are required and have no answer, or that the checker cannot read."""
+TYPES = {"dict": "object", "float": "number", "string": "string", "integer": "integer", "array": "array",
+         "tuple": "array", "any": "string", "boolean": "boolean"}  # fmt: skip
+READ = {"name": "cat", "arguments": {"file_name": "x"}}
+
+
+def opened(version: Version, categories: Sequence[str] | None = None, **limits: Any) -> Bfcl:
+    try:
+        return Bfcl(version, categories, **limits)
+    except ValueError as error:
+        if "install it with" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", params=["v3", "v4"])
+def bfcl(request: pytest.FixtureRequest) -> Iterator[Bfcl]:
+    benchmark = opened(request.param)
+    yield benchmark
+    benchmark.close()
+
+
+@pytest.fixture(scope="module")
+def v4() -> Iterator[Bfcl]:
+    benchmark = opened("v4", ["multi_turn_base", "multi_turn_miss_func", "simple_python", "parallel", "irrelevance"])
+    yield benchmark
+    benchmark.close()
+
+
+def started(benchmark: Bfcl, identity: str, tool_format: str = "toolrl") -> Conversation:
+    return benchmark.start(identity, get_format(tool_format))
+
+
+def oracle(benchmark: Bfcl, identity: str, tool_format: str = "toolrl") -> Mapping[str, Any]:
+    """The outcome of a sample whose every request is answered with its gold, as text."""
+    talk = started(benchmark, identity, tool_format)
+    while (request := talk.request()) is not None:
+        talk.receive(Reply(text=written(request.sample.gold, tool_format)))
+    try:
+        return talk.outcome()
+    finally:
+        talk.close()
+
+
+def written(gold: Gold, tool_format: str = "toolrl") -> str:
+    return get_format(tool_format).render(None, gold.calls, gold.answer)
+
+
+def calling(*calls: Mapping[str, Any]) -> Reply:
+    return Reply(text=written(Gold(tuple(ToolCall(call["name"], call["arguments"]) for call in calls))))
+
+
+def asked(talk: Conversation) -> Request:
+    request = talk.request()
+    assert request is not None
+    return request
+
+
+def answered(benchmark: Bfcl, identity: str, text: str) -> Mapping[str, Any]:
+    """The outcome when every request is answered with one text."""
+    talk = started(benchmark, identity)
+    while talk.request() is not None:
+        talk.receive(Reply(text=text))
+    try:
+        return talk.outcome()
+    finally:
+        talk.close()
+
+
+def subset(benchmark: Bfcl, number: int) -> list[str]:
+    """The first samples of every category, and those that cannot pass."""
+    by_category = groupby(benchmark.groups, lambda identity: benchmark.groups[identity])
+    firsts = [identity for _, members in by_category for identity in list(members)[:number]]
+    return [*firsts, *sorted(IMPOSSIBLE[benchmark.version] - set(firsts)), "multi_turn_miss_func_49"]
+
+
+@pytest.mark.parametrize("tool_format", FORMATS)
+def test_the_gold_passes(bfcl: Bfcl, tool_format: str) -> None:
+    names = subset(bfcl, 3)
+    failed = {name for name in names if not oracle(bfcl, name, tool_format)["correct"]}
+    assert len(names) == 17 * 3 + 7 + 1
+    assert failed == IMPOSSIBLE[bfcl.version]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool_format", FORMATS)
+def test_the_whole_gold_passes_but_for_what_cannot(bfcl: Bfcl, tool_format: str) -> None:
+    rows = [
+        {"category": category, **oracle(bfcl, name, tool_format), "id": name} for name, category in bfcl.groups.items()
+    ]
+    assert len(rows) == 4441
+    assert {row["id"] for row in rows if not row["correct"]} == IMPOSSIBLE[bfcl.version]
+    assert bfcl.extras(rows)["official"]["Multi-Turn"]["accuracy"] == 1.0
+
+
+def test_calls_that_differ_from_the_gold_are_wrong(bfcl: Bfcl) -> None:
+    for category in ("multiple", "parallel", "live_simple", "live_parallel_multiple"):
+        name = next(name for name, group in bfcl.groups.items() if group == category)
+        gold = asked(started(bfcl, name)).sample.gold
+        first, rest = gold.calls[0], gold.calls[1:]
+        changed = dict.fromkeys(first.arguments, "quite another")
+        renamed = ToolCall(first.name + "_", first.arguments)
+        for calls in ([ToolCall(first.name, changed), *rest], [renamed, *rest], gold.calls[:-1], [*gold.calls, first]):
+            assert calls != list(gold.calls)
+            outcome = answered(bfcl, name, written(Gold(tuple(calls), None if calls else "Nothing.")))
+            assert outcome["correct"] is False
+            assert 0 < len(outcome["reason"]) <= 300
+
+
+def test_relevance_is_a_matter_of_any_call(bfcl: Bfcl) -> None:
+    call, prose = written(Gold((ToolCall("whatever", {}),))), "<think></think>\n<response>No.</response>"
+    broken = "<think></think>\n<tool_call>\n{broken\n</tool_call>"
+    verdicts = {
+        "irrelevance": (False, True, True),
+        "live_irrelevance": (False, True, True),
+        "live_relevance": (True, False, False),
+    }
+    for category, expected in verdicts.items():
+        name = next(name for name, group in bfcl.groups.items() if group == category)
+        assert tuple(answered(bfcl, name, text)["correct"] for text in (call, prose, broken)) == expected
+
+
+def test_the_outcome_of_one_turn(v4: Bfcl) -> None:
+    outcome = oracle(v4, "parallel_0")
+    assert set(outcome) == {"response", "calls", "correct", "reason"}
+    assert outcome["response"].startswith("<think>")
+    assert [set(call) for call in outcome["calls"]] == [{"name", "arguments"}] * 2
+    assert (outcome["correct"], outcome["reason"]) == (True, "")
+    talk = started(v4, "parallel_0")
+    calls = asked(talk).sample.gold.calls
+    talk.receive(Reply(text="", calls=calls))  # read by a server
+    assert talk.outcome()["correct"] is True
+    assert answered(v4, "parallel_0", "no call")["reason"].startswith("no_call")
+
+
+def test_every_sample_is_listed_by_its_category(bfcl: Bfcl) -> None:
+    assert len(bfcl.groups) == 4441
+    assert list(dict.fromkeys(bfcl.groups.values())) == list(groups.categories(bfcl.version))
+    assert ("live_relevance_3-3-0#2" in bfcl.groups) == (bfcl.version == "v3")  # two samples have this id there
+    with pytest.raises(ValueError, match=r"got id 'simple_python_0x', expected one of the 4441"):
+        started(bfcl, "simple_python_0x")
+
+
+def test_questions_keep_their_system_message_and_their_history(bfcl: Bfcl) -> None:
+    live = [asked(started(bfcl, name)).sample for name, group in bfcl.groups.items() if str(group).startswith("live")]
+    roles = [tuple(message["role"] for message in sample.messages) for sample in live]
+    assert sum(each[0] == "system" for each in roles) == 92
+    assert sum("assistant" in each for each in roles) == 8
+    assert all(
+        message["content"].strip() for sample in live for message in sample.messages if message["role"] == "system"
+    )
+
+
+def test_every_tool_is_a_json_schema(bfcl: Bfcl) -> None:
+    known = {"string", "integer", "number", "boolean", "array", "object"}
+    dotted = lists_required = 0
+    for name in subset(bfcl, 20):
+        for tool in asked(started(bfcl, name)).sample.tools:
+            function = tool["function"]
+            assert function["parameters"]["type"] == "object"
+            assert set(kinds(function["parameters"])) <= known
+            dotted += "." in function["name"]
+            lists_required += bool(function["parameters"].get("required"))
+    assert dotted > 20
+    assert lists_required > 300
+
+
+def kinds(schema: Mapping[str, Any]) -> Iterator[str]:
+    if "type" in schema:
+        yield schema["type"]
+    for part in (schema.get("properties") or {}).values():
+        yield from kinds(part)
+    if isinstance(schema.get("items"), Mapping):
+        yield from kinds(schema["items"])
+
+
+def test_tools_of_function_documents() -> None:
+    doc = {
+        "name": "trip.plan",
+        "description": "Plan.",
+        "parameters": {
+            "type": "dict",
+            "properties": {
+                "stops": {
+                    "type": "array",
+                    "items": {"type": "dict", "properties": {"at": {"type": "float"}}, "required": ["at"]},
+                },
+                "mode": {"type": "any", "description": "How.", "default": "car"},
+            },
+            "required": ["stops"],
+        },
+        "response": {"type": "dict"},
+    }
+    stops = {"type": "array", "items": {"type": "object", "properties": {"at": {"type": "number"}}, "required": ["at"]}}
+    mode = {"type": "string", "description": "How.", "default": "car"}
+    parameters = {"type": "object", "properties": {"stops": stops, "mode": mode}, "required": ["stops"]}
+    function = {"name": "trip.plan", "description": "Plan.", "parameters": parameters, "response": {"type": "dict"}}
+    assert tools_of([doc], TYPES) == ({"type": "function", "function": function},)
+    assert properties_of(tools_of([doc], TYPES)) == {"trip.plan": {"stops": stops, "mode": mode}}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "meant"),
+    [
+        (5, "string", "5"), (True, "string", "true"), ([1], "string", "[1]"), ("5", "string", "5"), ("5", "integer", 5),
+        ("2.5", "integer", "2.5"), ("2.5", "number", 2.5), ("true", "integer", "true"), ("true", "boolean", True),
+        ("True", "boolean", True), ("['a']", "array", ["a"]), ("{'a': 1}", "object", {"a": 1}), ("x", "array", "x"),
+        (7, "number", 7), ("7", None, "7"), ("__import__('os')", "object", "__import__('os')"),
+    ],
+)  # fmt: skip
+def test_text_becomes_a_value_of_the_schema(value: Any, kind: str | None, meant: Any) -> None:
+    found = typed(value, {"type": kind} if kind else {})
+    assert (found, type(found)) == (meant, type(meant))
+
+
+def test_what_is_wrong_with_a_call_is_said() -> None:
+    tools = {"cat": {"file_name": {"type": "string"}}, "pwd": {}}
+    assert call_problem(ToolCall("cat", {"file_name": "x"}), tools) == ""
+    assert call_problem(ToolCall("dog", {}), tools) == "there is no tool named 'dog'"
+    assert (
+        call_problem(ToolCall("cat", {"name": 1}), tools) == "cat has no argument 'name'; its arguments are file_name"
+    )
+    assert call_problem(ToolCall("pwd", {"x": 1}), tools) == "pwd has no argument 'x'; its arguments are none"
+    assert "too large" in call_problem(ToolCall("cat", {"file_name": "x" * 1_000_001}), tools)
+
+
+def test_the_first_alternative_is_the_gold() -> None:
+    properties = {name: {"type": "string"} for name in "abcde"}
+    doc = {"name": "f", "parameters": {"type": "dict", "properties": properties, "required": ["a"]}}
+    answer = {
+        "a": ["", "needed"],
+        "b": ["one", ""],
+        "c": [{"x": ["", 1], "y": [2, 3]}],
+        "d": [[{"x": [1, 2]}, {"x": [3]}]],
+        "e": ["first", "second"],
+    }
+    entry = {"category": "multiple", "checked": [doc], "ground_truth": [{"f": answer}]}
+    expected = {"a": "needed", "c": {"y": 2}, "d": [{"x": 1}, {"x": 3}], "e": "first"}
+    assert gold_of(entry) == Gold((ToolCall("f", expected),))
+    assert gold_of({**entry, "category": "irrelevance"}).calls == ()
+    assert gold_of({**entry, "category": "live_relevance"}).calls == (ToolCall("f", {"a": "text"}),)
+    numbers = {"type": "dict", "properties": {"n": {"type": "integer"}, "l": {"type": "array"}}, "required": ["n", "l"]}
+    assert plausible_call({"name": "g", "parameters": numbers}).arguments == {"n": 1, "l": []}
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "literal"),
+    [
+        (42, {"type": "long"}, "42L"),
+        (42, {"type": "integer"}, "42"),
+        (0.5, {"type": "double"}, "0.5"),
+        (0.5, {"type": "float"}, "0.5f"),
+        (True, {"type": "boolean"}, "true"),
+        ("name", {"type": "String"}, "name"),
+        ([1, 2], {"type": "Array", "items": {"type": "integer"}}, "new int[]{1, 2}"),
+        (["a", "b"], {"type": "Array", "items": {"type": "String"}}, "new String[]{a, b}"),
+        (["a"], {"type": "ArrayList", "items": {"type": "String"}}, 'new ArrayList<>(Arrays.asList("a"))'),
+        ([5], {"type": "ArrayList", "items": {"type": "long"}}, "new ArrayList<>(Arrays.asList(5L))"),
+        ({"k": "v", "n": 1}, {"type": "HashMap"}, 'new HashMap<String, Object>() {{ put("k", "v"); put("n", 1); }}'),
+    ],
+)  # fmt: skip
+def test_values_as_java_writes_them(value: Any, schema: Mapping[str, Any], literal: str) -> None:
+    assert java_literal(value, schema) == literal
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "literal"),
+    [
+        (5, {"type": "Bigint"}, "5n"),
+        (5.0, {"type": "float"}, "5.0"),
+        (True, {"type": "Boolean"}, "true"),
+        ("x", {"type": "String"}, "x"),
+        (["a", 1], {"type": "array"}, '["a", 1]'),
+        ({"a": [True]}, {"type": "dict"}, '{"a": [true]}'),
+        ({}, {"type": "dict"}, "{}"),
+    ],
+)
+def test_values_as_javascript_writes_them(value: Any, schema: Mapping[str, Any], literal: str) -> None:
+    assert javascript_literal(value, schema) == literal
+
+
+def test_a_step_stands_in_the_history(v4: Bfcl) -> None:
+    talk = started(v4, "multi_turn_base_0")
+    first = asked(talk)
+    assert (first.turn, first.step, len(first.sample.messages)) == (0, 0, 1)
+    talk.receive(calling({"name": "pwd", "arguments": {}}, {"name": "ls", "arguments": {"a": True}}))
+    second = asked(talk)
+    said, *results = second.sample.messages[1:]
+    assert (second.turn, second.step) == (0, 1)
+    assert [call["function"]["name"] for call in said["tool_calls"]] == ["pwd", "ls"]
+    assert [(result["role"], result["name"]) for result in results] == [("tool", "pwd"), ("tool", "ls")]
+    assert [result["tool_call_id"] for result in results] == [call["id"] for call in said["tool_calls"]]
+    assert "current_working_directory" in results[0]["content"]
+    talk.receive(Reply(text="<think>secret</think>\n<response>Done.</response>"))
+    third = asked(talk)
+    assert (third.turn, third.step) == (1, 0)
+    assert [message["role"] for message in third.sample.messages[-2:]] == ["assistant", "user"]
+    assert third.sample.messages[-2]["content"] == "Done."
+    talk.close()
+    assert first.sample.messages[0]["role"] == "user"  # what was asked before has not changed
+    assert len(first.sample.messages) == 1
+
+
+def test_calls_that_do_not_fit_the_tools_are_not_executed(v4: Bfcl) -> None:
+    talk = started(v4, "multi_turn_base_0")
+    offered = {tool["function"]["name"] for tool in asked(talk).sample.tools}
+    assert "pwd" in offered
+    assert "add_to_watchlist" not in offered
+    talk.receive(
+        calling(
+            {"name": "add_to_watchlist", "arguments": {"stock": "X"}},
+            {"name": "pwd", "arguments": {"where": 1}},
+            {"name": "pwd", "arguments": {}},
+        )
+    )
+    *_, stranger, odd, good = asked(talk).sample.messages
+    assert stranger["content"] == "Error: there is no tool named 'add_to_watchlist'; the call was not executed."
+    assert odd["content"].startswith("Error: pwd has no argument 'where'; its arguments are none")
+    assert "current_working_directory" in good["content"]
+    talk.close()
+
+
+def test_a_call_that_does_not_fit_leaves_a_right_conversation_right(v4: Bfcl) -> None:
+    talk = started(v4, "multi_turn_base_0")
+    talk.receive(calling({"name": "no_such_tool", "arguments": {}}))
+    assert asked(talk).step == 1
+    gold = [asked(started(v4, "multi_turn_base_0")).sample.gold]
+    talk.receive(Reply(text=written(gold[0])))
+    talk.receive(Reply(text="That was the first turn."))
+    while (request := talk.request()) is not None:
+        talk.receive(Reply(text=written(request.sample.gold)))
+    outcome = talk.outcome()
+    talk.close()
+    assert outcome["correct"] is True
+    assert outcome["calls"][0][0] == [{"name": "no_such_tool", "arguments": {}}]
+    assert [len(turn) for turn in outcome["calls"]] == [len(turn) - 1 for turn in outcome["response"]]
+
+
+def test_functions_held_out_are_shown_in_their_turn(bfcl: Bfcl) -> None:
+    talk = started(bfcl, "multi_turn_miss_func_0")
+    tools_by_turn: list[set[str]] = []
+    spoken = []
+    while (request := talk.request()) is not None:
+        tools_by_turn.append({tool["function"]["name"] for tool in request.sample.tools})
+        spoken.append(request.sample.messages[-1]["content"])
+        talk.receive(Reply(text="Nothing."))
+    talk.close()
+    turn = next(turn for turn, names in enumerate(tools_by_turn) if names != tools_by_turn[0])
+    assert turn > 0
+    assert all(names == tools_by_turn[0] for names in tools_by_turn[:turn])
+    assert all(names == tools_by_turn[turn] > tools_by_turn[0] for names in tools_by_turn[turn:])
+    assert "updated some more functions" in spoken[turn]
+    assert spoken[turn] not in spoken[:turn]
+    assert talk.outcome()["reason"].startswith("multi_turn:empty_turn_model_response")
+    talk.close()
+
+
+def test_a_turn_without_end_is_given_up_after_the_official_steps(v4: Bfcl) -> None:
+    talk = started(v4, "multi_turn_base_0")
+    requests = 0
+    while talk.request() is not None:
+        talk.receive(calling({"name": "pwd", "arguments": {}}))
+        requests += 1
+    outcome = talk.outcome()
+    talk.close()
+    assert requests == 21  # upstream counts to more than 20
+    assert (len(outcome["response"]), outcome["correct"]) == (1, False)
+    assert outcome["reason"].startswith("multi_turn:force_terminated")
+
+
+def test_a_wrong_conversation_leaves_nothing_behind(v4: Bfcl) -> None:
+    talk = started(v4, "multi_turn_base_0")
+    talk.receive(calling({"name": "mkdir", "arguments": {"dir_name": "left_over"}}))
+    while talk.request() is not None:
+        talk.receive(Reply(text="Nothing."))
+    assert talk.outcome()["correct"] is False
+    talk.close()
+    abandoned = started(v4, "multi_turn_base_0")
+    abandoned.receive(calling({"name": "cd", "arguments": {"folder": "document"}}))
+    abandoned.close()
+    abandoned.close()
+    assert oracle(v4, "multi_turn_base_0")["correct"] is True
+
+
+def test_conversations_at_once_do_not_touch_one_another(v4: Bfcl) -> None:
+    names = ["multi_turn_base_0", "parallel_0", "multi_turn_base_1", "multi_turn_base_0", "simple_python_3"] * 3
+    with ThreadPoolExecutor(5) as threads:
+        outcomes = list(threads.map(lambda name: oracle(v4, name), names))
+    assert [outcome["correct"] for outcome in outcomes] == [True] * len(names)
+
+
+def hostile(folder: Path) -> dict[str, str]:
+    """Responses that want to do harm by what they say or by how long it is."""
+    touch = f"__import__('os').system('touch {folder}/touched')"
+    write = f"open('{folder}/touched', 'w').write('x')"
+
+    def call(name: str, arguments: str) -> str:
+        return f'<think></think>\n<tool_call>\n{{"name": "{name}", "parameters": {arguments}}}\n</tool_call>'
+
+    return {
+        "name": call(touch, "{}"),
+        "dotted name": call("pwd.__globals__", "{}"),
+        "argument name": call("cat", f"{{\"file_name='x', y={touch}\": 1}}"),
+        "value": call("cat", f'{{"file_name": "{touch}"}}'),
+        "quoted value": call("cat", f'{{"file_name": "\') or {write} or (\'"}}'),
+        "long value": call("cat", f'{{"file_name": "{"x" * 5_000_000}"}}'),
+        "long name": call("x" * 5_000_000, "{}"),
+        "deep value": call("cat", '{"file_name": ' + "[" * 60 + "]" * 60 + "}"),
+        "too deep value": call("cat", '{"file_name": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+        "long number": call("cat", '{"file_name": ' + "9" * 5000 + "}"),
+        "half a character": call("cat", '{"file_name": "\\ud800"}'),
+        "tags": "<tool_call>" * 20_000,
+        "nothing": "",
+    }
+
+
+@pytest.mark.parametrize("kind", list(hostile(Path())))
+def test_hostile_responses_are_wrong_and_touch_nothing(v4: Bfcl, tmp_path: Path, kind: str) -> None:
+    text = hostile(tmp_path)[kind]
+    for name in ("simple_python_0", "parallel_0", "multi_turn_base_0"):
+        outcome = answered(v4, name, text)
+        assert outcome["correct"] is False
+        assert 0 < len(outcome["reason"]) <= 300
+    assert list(tmp_path.iterdir()) == []
+    assert oracle(v4, "multi_turn_base_0")["correct"] is True
+
+
+def test_a_call_without_end_makes_its_sample_wrong() -> None:
+    benchmark = opened("v4", ["multi_turn_base"], seconds=1.0)
+    starts = {name: started(benchmark, name) for name in benchmark.groups}
+    name = next(n for n, talk in starts.items() if "power" in properties_of(asked(talk).sample.tools))
+    talk = starts[name]
+    talk.receive(calling({"name": "power", "arguments": {"base": 7, "exponent": 10**9}}))
+    assert talk.request() is None
+    outcome = talk.outcome()
+    talk.close()
+    assert outcome["correct"] is False
+    assert outcome["reason"].startswith("multi_turn:sandbox: ")
+    assert oracle(benchmark, name)["correct"] is True
+    benchmark.close()
+
+
+def test_categories_are_chosen_by_name_or_group() -> None:
+    assert len(select_categories("v3", None)) == len(select_categories("v4", ["all"])) == 17
+    assert select_categories("v3", ["live_simple", "java"]) == ("java", "live_simple")
+    assert select_categories("v4", ["multi_turn"]) == groups.MULTI_TURN
+    assert len(select_categories("v4", ["non_live", "multiple"])) == 7
+    with pytest.raises(ValueError, match=r"'simple_pyton' of BFCL v4.*did you mean simple_python\?"):
+        select_categories("v4", ["simple_pyton"])
+    with pytest.raises(ValueError, match="got no category"):
+        select_categories("v4", [])
+
+
+NON_LIVE_CORRECT = [(380, 400), (60, 100), (25, 50), (180, 200), (160, 200), (140, 200), (120, 240)]
+LIVE_CORRECT = [(200, 258), (800, 1053), (8, 16), (12, 24), (221, 884), (9, 16)]
+MULTI_TURN_CORRECT = [(100, 200), (80, 200), (60, 200), (40, 200)]
+
+
+def scores_of(version: Version) -> dict[str, Score]:
+    pairs = [*NON_LIVE_CORRECT, *LIVE_CORRECT, *MULTI_TURN_CORRECT]
+    return {name: Score(*pair) for name, pair in zip(groups.categories(version), pairs, strict=True)}
+
+
+def test_official_averages_of_v3() -> None:
+    # Simple (0.95 + 0.6 + 0.5) / 3 = 0.683333; Non-Live (0.683333 + 0.9 + 0.8 + 0.7 + 0.5) / 5 = 0.716667
+    # Live (200 + 800 + 8 + 12 + 221 + 9) / (258 + 1053 + 16 + 24 + 884 + 16) = 1250 / 2251 = 0.555309
+    # Multi-Turn (0.5 + 0.4 + 0.3 + 0.2) / 4 = 0.35; Overall (0.716667 + 0.555309 + 0.35) / 3 = 0.540658
+    found = official_averages("v3", scores_of("v3"))
+    expected = {"Non-Live": 0.716667, "Live": 0.555309, "Multi-Turn": 0.35, "Overall": 0.540658}
+    assert {name: average["accuracy"] for name, average in found.items()} == pytest.approx(expected, abs=1e-6)
+    assert [len(average["of"]) for average in found.values()] == [7, 6, 4, 17]
+
+
+def test_official_averages_of_v4() -> None:
+    # Non-Live (0.683333 + 0.9 + 0.8 + 0.7) / 4 = 0.770833; Live (200 + 800 + 8 + 12) / 1351 = 0.754996
+    # Irrelevance (120 / 240 + 221 / 884) / 2 = 0.375
+    found = official_averages("v4", scores_of("v4"))
+    expected = {"Non-Live": 0.770833, "Live": 0.754996, "Irrelevance": 0.375, "Multi-Turn": 0.35}
+    assert {name: average["accuracy"] for name, average in found.items()} == pytest.approx(expected, abs=1e-6)
+    assert "irrelevance" not in found["Non-Live"]["of"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "gone"), [("java", "Non-Live"), ("live_relevance", "Live"), ("multi_turn_base", "Multi-Turn")]
+)
+def test_averages_of_what_is_incomplete_are_not_given(missing: str, gone: str) -> None:
+    scores = {name: score for name, score in scores_of("v3").items() if name != missing}
+    assert {"Non-Live", "Live", "Multi-Turn", "Overall"} - set(official_averages("v3", scores)) == {gone, "Overall"}
+
+
+def test_only_categories_scored_whole_count(v4: Bfcl) -> None:
+    rows = [{"id": name, "category": group, "correct": True} for name, group in v4.groups.items()]
+    more = opened("v4", ["multi_turn"])
+    rows = [{"id": name, "category": group, "correct": True} for name, group in more.groups.items()]
+    assert more.extras(rows)["official"] == {"Multi-Turn": {"accuracy": 1.0, "of": list(groups.MULTI_TURN)}}
+    assert more.extras(rows[1:])["official"] == {}
+    assert more.extras([{**rows[0], "correct": None, "error": "down"}, *rows[1:]])["official"] == {}
+    assert more.pin == "bfcl-eval 2026.3.23 (BFCL v4)"
+    more.close()
