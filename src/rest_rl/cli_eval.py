@@ -69,6 +69,7 @@ def _add_bfcl(actions: Any) -> None:
     verb = _add(actions, "bfcl", text, "bfcl --version v3 --categories multi_turn --model runs/mine")
     verb.add_argument(
         "--version",
+        dest="edition",
         choices=("v3", "v4"),
         default="v3",
         help="v3: bfcl-eval 2025.6.14, the paper's; v4: 2026.3.23, other multi-turn data (default: %(default)s)",

@@ -79,7 +79,7 @@ def make_benchmark(arguments: argparse.Namespace, plan: Plan) -> Benchmark:
         return ToolWorldTasks(seed=arguments.seed, prompts=arguments.prompts)
     from rest_rl.evaluate.bfcl.benchmark import Bfcl
 
-    return Bfcl(arguments.version, listed(arguments.categories) or None)
+    return Bfcl(arguments.edition, listed(arguments.categories) or None)
 
 
 def listed(text: str | None) -> list[str]:
@@ -126,7 +126,7 @@ def all_settings(arguments: argparse.Namespace, plan: Plan, benchmark: Benchmark
 def default_folder(arguments: argparse.Namespace) -> str:
     """`runs/eval-BENCHMARK-MODEL`."""
     who = "oracle" if arguments.oracle else "responses" if arguments.responses else Path(arguments.model).name
-    edition = f"-{arguments.version}" if arguments.action == "bfcl" else ""
+    edition = f"-{arguments.edition}" if arguments.action == "bfcl" else ""
     return f"runs/eval-{arguments.action}{edition}-{who}"
 
 
@@ -205,7 +205,7 @@ def finish(
 ) -> int:
     """Summary, tables, and the samples without a response by their ids."""
     name = arguments.name or str(settings["model"])
-    version = {"version": arguments.version} if arguments.action == "bfcl" else {}
+    version = {"version": arguments.edition} if arguments.action == "bfcl" else {}
     about = {"model": name, "prompt": plan.prompt, "format": plan.format, "settings": settings}
     summary = {**summarise(benchmark, list(rows)), **version, **about}
     log.write(SUMMARY, as_json(summary, indent=2) + "\n")
