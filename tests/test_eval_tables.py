@@ -263,19 +263,26 @@ def test_a_comparison_in_the_terminal() -> None:
     (table,) = comparison_tables(COMPARISON)
     assert table.title == f"base → tuned: {PIN}"
     assert [row[0] for row in table.rows] == [" multi_turn_long_context", " java", "all"]
-    assert table.rows[0][1:] == ("200", "10.0", "20.0", "+10.0", "[5.0, 15.0]", "2", "22", "<0.001*")
+    assert table.rows[0][1:] == ("200", "10.0", "20.0", "+10.0 [5.0, 15.0]", "-2 +22", "<.001*")
     assert [row[-1] for row in table.rows[1:]] == ["0.727 ", "0.002 "]
     assert table.notes[0] == "warning: prompt differs: 'training' and 'native'"
-    assert not any("…" in line for line in shown(table, 90))
+    lines = shown(table, 80)
+    assert not any("…" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+    (line,) = [line for line in lines if "multi_turn_long" in line]
+    assert line.endswith(" 200  10.0   20.0  +10.0 [5.0, 15.0]  -2 +22  <.001*")
+    folded = shown(table, 60)
+    assert any(line.endswith("20.0  +10.0 [5.0, 15.0]  -2 +22  <.001*") for line in folded)
     nothing = {"metrics": {"soft": [{"group": "all", "n": 0}], "strict": []}}
     tables = comparison_tables({**COMPARISON, **nothing})
     assert [table.title.rsplit(", ")[-1] for table in tables] == ["soft", "strict"]
-    assert tables[0].rows == [("all", "0", *["–"] * 7)]
+    assert tables[0].rows == [("all", "0", *["–"] * 5)]
 
 
 def test_a_comparison_as_markdown() -> None:
     text = comparison_markdown(COMPARISON)
     assert "| &nbsp;java | 100 | 50.0 | 48.0 | -2.0 | [-10.0, 6.0] | 5 | 3 | 0.727 | 0.727 |" in text
+    assert "| 2 | 22 | <.001 | <.001* |" in text
     assert "| all | 300 | 20.0 | 29.0 | +6.0 | [2.0, 10.0] | 7 | 25 | 0.002 | – |" in text
     assert "- tuned: prompt native, format toolrl" in text
     assert "- **warning**: prompt differs" in text

@@ -102,10 +102,10 @@ def show_tokens(title: str, tokens: Sequence[ShownToken], console: Console | Non
 
 
 def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]], console: Console) -> None:
-    """A table whose first column is text and whose others are numbers."""
+    """A table whose first column is text, which folds where room is short, and whose others are numbers."""
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
     for row in rows:
         table.add_row(*map(str, row), style=None if str(row[0]).startswith(" ") else "bold")
     console.print(table)

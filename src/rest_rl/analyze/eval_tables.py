@@ -35,11 +35,14 @@ from rest_rl.jsonl import reason
 
 DASH = "–"
 SIGNIFICANT = 0.05
-STARRED = "p: McNemar's exact test; * q <= 0.05 among the groups (Benjamini-Hochberg). Change: Bonett-Price interval."
+STARRED = (
+    "change: percentage points, with 95 % interval (Bonett-Price); flips: samples lost and gained; "
+    "p: McNemar's exact test, * where q <= 0.05 among the groups (Benjamini-Hochberg)"
+)
 EXPLAINED = (
     "Samples scored on both sides; change in percentage points with the 95 % interval of Bonett and Price (2012); "
     "lost and gained: right at the base or at the tuned model alone; p: McNemar's exact test; q: p among the groups "
-    "after Benjamini and Hochberg (1995)."
+    "after Benjamini and Hochberg (1995), * where it is at most 0.05."
 )
 CSV_HEADER = (
     "benchmark", "version", "pin", "model", "prompt", "format", "metric", "table", "column", "n", "of", "correct",
@@ -196,8 +199,8 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[TerminalTable]:
     return [
         TerminalTable(
             comparison_title(comparison, metric if len(metrics) > 1 else ""),
-            ("", "n", "base", "tuned", "change", "95 %", "lost", "gained", "p"),
-            [comparison_row(change) for change in changes],
+            ("", "n", "base", "tuned", "change", "flips", "p"),
+            [terminal_row(comparison_row(change)) for change in changes],
             [f"warning: {warning}" for warning in comparison.get("warnings", [])] + [STARRED],
         )
         for metric, changes in metrics.items()
@@ -211,14 +214,12 @@ def comparison_title(comparison: Mapping[str, Any], metric: str) -> str:
 
 
 def comparison_row(change: Mapping[str, Any]) -> tuple[str, ...]:
-    """One group; a p-value gets a star where its q-value among the groups is at most 0.05."""
-    group = str(change["group"])
+    """Group, n, base, tuned, change, interval, lost, gained, p and q of one group, dashes for one without samples."""
+    label = str(change["group"]) if change.get("q") is None else f" {change['group']}"
     if not change["n"]:
-        return (group, "0", *[DASH] * 7)
-    q = change.get("q")
-    star = "*" if is_number(q) and q <= SIGNIFICANT else " "
+        return (label, "0", *[DASH] * 8)
     return (
-        group if q is None else f" {group}",
+        label,
         str(change["n"]),
         percent(change["base"]),
         percent(change["tuned"]),
@@ -226,25 +227,32 @@ def comparison_row(change: Mapping[str, Any]) -> tuple[str, ...]:
         f"[{100 * change['low']:.1f}, {100 * change['high']:.1f}]",
         str(change["lost"]),
         str(change["gained"]),
-        probability_text(change["p"]) + star,
+        probability_text(change["p"]),
+        probability_text(change.get("q")) + ("*" if is_number(change.get("q")) and change["q"] <= SIGNIFICANT else ""),
     )
 
 
+def terminal_row(row: Sequence[str]) -> tuple[str, ...]:
+    """The cells of a comparison drawn together, so that narrow terminals hold them; p takes the star of q."""
+    group, n, base, tuned, change, interval, lost, gained, p, q = row
+    if n == "0":
+        return (group, n, *[DASH] * 5)
+    return (group, n, base, tuned, f"{change} {interval}", f"-{lost} +{gained}", p + ("*" if q.endswith("*") else " "))
+
+
 def probability_text(p: float | None) -> str:
-    """`0.012`, `<0.001` where three places would read zero."""
-    return DASH if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+    """`0.012`, `<.001` where three places would read zero."""
+    return DASH if p is None else "<.001" if p < 0.001 else f"{p:.3f}"
 
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """A comparison as Markdown: a table per metric with p- and q-values, the warnings, how to read it."""
     header = ("group", "n", "base", "tuned", "change", "95 % interval", "lost", "gained", "p", "q")
     parts = []
-    for table, changes in zip(comparison_tables(comparison), comparison["metrics"].values(), strict=True):
-        rows = [
-            (*row[:-1], row[-1].strip(" *"), probability_text(change.get("q")))
-            for row, change in zip(table.rows, changes, strict=True)
-        ]
-        parts += [f"### {table.title}", markdown_table(header, rows)]
+    metrics = comparison["metrics"]
+    for metric, changes in metrics.items():
+        title = comparison_title(comparison, metric if len(metrics) > 1 else "")
+        parts += [f"### {title}", markdown_table(header, [comparison_row(change) for change in changes])]
     asked = [f"- {side}: {how_asked(comparison[side])}" for side in ("base", "tuned")]
     said = [f"- **warning**: {warning}" for warning in comparison.get("warnings", [])]
     return "\n\n".join([*parts, "\n".join([*asked, *said, f"- {EXPLAINED}"])]) + "\n"
