@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from textwrap import shorten
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from rest_rl.analyze.tables import COMPARISON_HEADER, comparison_rows, flatten, 
 from rest_rl.config import AUTO, RunConfig, apply_overrides, overridden, parse_toml, read_run_file
 from rest_rl.data.prompt_layout import PromptLayout, resolve_format
 from rest_rl.data.samples import ToolSample
-from rest_rl.evaluate.held_out import Prompt, evaluate
+from rest_rl.evaluate.held_out import Prompt, evaluate, fixed_slice
 from rest_rl.presets import SUPERVISED
 from rest_rl.runlog import CONFIG, RunLog, read_run, unwritable
 from rest_rl.terminal import Screen, show_estimate, show_table
@@ -32,6 +33,7 @@ from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
 from rest_rl.train.footprint import estimate, footprint_rows, this_device
 from rest_rl.train.policy import load_policy, lora_config, policy_config, policy_tokenizer
 from rest_rl.train.run import (
+    EveryNSteps,
     Recorder,
     build_trainer,
     is_sharded,
@@ -69,6 +71,25 @@ class Bench:
             scores = evaluate(self.model, self.layout.tokenizer, self.prompts, self.layout.format, self.config.eval)
         log.update_summary(**{when: scores})
 
+    def measure_slice(self, step: int, log: RunLog, screen: Screen) -> None:
+        """Evaluate on the slice during training: a row in the run folder, a line in the terminal."""
+        if not (prompts := fixed_slice(self.prompts, self.config.eval.slice)):
+            return
+        begin = perf_counter()
+        scores = evaluate(self.model, self.layout.tokenizer, prompts, self.layout.format, self.config.eval)
+        log.add_evaluation({"step": step, **scores})
+        log.add_timing({"step": step, "evaluation_time": perf_counter() - begin})
+        parts = ((scores, "sampled"), (scores["greedy"], "greedy"))
+        shown = (f"{100 * s['exact_match']:.1f} ± {100 * s['exact_match_error']:.1f} % {name}" for s, name in parts)
+        screen.say(f"step {step}: exact match {', '.join(shown)}, on {len(prompts)} held-out prompts")
+
+    def watch(self, steps: int, log: RunLog, screen: Screen) -> list[EveryNSteps]:
+        """The callbacks that measure during a training of `steps`, if known; none unless `[eval] every` asks for it."""
+        every = self.config.eval.every
+        if 0 < steps < every:
+            screen.say(f"eval.every = {every} is more than the run's {steps} steps: nothing is measured in between")
+        return [EveryNSteps(every, lambda step: self.measure_slice(step, log, screen))] if every else []
+
 
 def train(arguments: argparse.Namespace) -> int:
     """Evaluate, train, evaluate again; everything lands in the run folder. Returns the exit code.
@@ -95,7 +116,8 @@ def train(arguments: argparse.Namespace) -> int:
     if checkpoint.is_last:
         step = keep_last(checkpoint, bench, log)
     else:
-        trainer, recorder = build_trainer(config, args, model, layout, data.samples, log, screen, data.refuse)
+        watching = bench.watch(args.max_steps, log, screen)
+        trainer, recorder = build_trainer(config, args, model, layout, data.samples, log, screen, data.refuse, watching)
         keep_account(data, log, screen)
         if is_sharded(trainer):
             screen.say(

@@ -112,7 +112,7 @@ class DataTable:
 
 @dataclass(frozen=True)
 class EvalTable:
-    """`[eval]`: the measurement before and after training, sampled at temperature 1 and greedy."""
+    """`[eval]`: the measurement before, during and after training, sampled at temperature 1 and greedy."""
 
     prompts: int = 256
     """Held-out prompts per split; 0 switches the evaluation off."""
@@ -121,10 +121,19 @@ class EvalTable:
     batch_size: int = 128
     max_new_tokens: int = 160
     seed: int = 20_000
+    every: int = 0
+    """Steps between two measurements during training; 0 for none."""
+    slice: int = 64
+    """Held-out prompts that are measured during training, as many of each split and kind; always the same ones."""
 
     def __post_init__(self) -> None:
         """ValueError for numbers outside their range."""
-        check_least("eval", self, prompts=0, samples=1, batch_size=1, max_new_tokens=1)
+        check_least("eval", self, prompts=0, samples=1, batch_size=1, max_new_tokens=1, every=0, slice=1)
+        if self.every and not self.prompts:
+            raise ValueError(
+                f"got eval.every = {self.every} with eval.prompts = 0, expected held-out prompts to measure; raise "
+                "eval.prompts, or set eval.every = 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,11 @@ class RunConfig:
             raise ValueError(
                 "got model.load_in_4bit = true without [peft], expected adapters to train, because 4-bit weights "
                 "cannot be; add [peft] with r = 16"
+            )
+        if self.eval.every and self.data.path != EMBEDDED and not self.data.held_out:
+            raise ValueError(
+                f"got eval.every = {self.eval.every} without data.held_out, expected a file of held-out dialogues to "
+                "measure; set it, or set eval.every = 0"
             )
 
     @classmethod

@@ -5,6 +5,7 @@
     metrics.jsonl      one object per step               checkpoints/   what `--resume` starts from
     responses.jsonl    some responses of each step       model/         what was trained, and its tokenizer
     rejected.jsonl     rows that were left out, and why  plots/
+    evaluations.jsonl  scores on the slice, during training
 
 Every line is written and flushed whole. A process killed in mid-line leaves a last line that readers skip and a resumed
 run removes. Wall-clock times stand apart from the metrics: a resumed run's metrics equal an uninterrupted run's.
@@ -28,6 +29,7 @@ from rest_rl.jsonl import as_json, reason
 
 CONFIG, ENVIRONMENT, SUMMARY = "config.toml", "environment.json", "summary.json"
 METRICS, RESPONSES, TIMING = "metrics.jsonl", "responses.jsonl", "timing.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 REJECTED = "rejected.jsonl"
 CHECKPOINTS, PLOTS, MODEL = "checkpoints", "plots", "model"
 TRAINER_FILES = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "global_step*", "optimizer_*")
@@ -39,7 +41,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as read back; `metrics` and `responses` are in step order."""
+    """A run folder as read back; `metrics`, `responses` and `evaluations` are in step order."""
 
     folder: Path
     config: str
@@ -47,6 +49,7 @@ class Run:
     metrics: tuple[Row, ...]
     responses: tuple[Row, ...]
     timing: tuple[Row, ...]
+    evaluations: tuple[Row, ...]
     summary: Row
 
     @property
@@ -87,7 +90,7 @@ class RunLog:
         if not (log.folder / CONFIG).is_file():
             raise ValueError(f"got {folder}, which holds no run, expected a run folder; start one without --resume")
         log._make_folders()
-        for name in (METRICS, RESPONSES, TIMING):
+        for name in (METRICS, RESPONSES, TIMING, EVALUATIONS):
             log._keep_until(name, step)
         if not is_last and (summary := log.read_summary()):
             log._write(
@@ -132,6 +135,10 @@ class RunLog:
     def add_responses(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append responses; each row has its `step`."""
         self._append(RESPONSES, rows)
+
+    def add_evaluation(self, row: Mapping[str, Any]) -> None:
+        """Append the scores of one evaluation during training; the row has its `step`."""
+        self._append(EVALUATIONS, [row])
 
     def add_timing(self, row: Mapping[str, Any]) -> None:
         """Append one step's wall-clock times."""
@@ -199,6 +206,7 @@ def read_run(folder: str | Path) -> Run:
         metrics=tuple(read_rows(path / METRICS)),
         responses=tuple(read_rows(path / RESPONSES)),
         timing=tuple(read_rows(path / TIMING)),
+        evaluations=tuple(read_rows(path / EVALUATIONS)),
         summary=read_object(path / SUMMARY),
     )
 

@@ -1,4 +1,4 @@
-"""Plots of runs as small PNG files: learning curves, entropy and weight by region, parts of the reward.
+"""Plots of runs as small PNG files: learning curves, evaluations, entropy and weight by region, parts of the reward.
 
 One group of runs gives one line with its spread. Region plots of several groups stand side by side on one scale.
 """
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rest_rl.analyze.palette import REGION_COLOURS, SERIES_COLOURS
-from rest_rl.analyze.tables import Curve, Group, curve, smoothed
+from rest_rl.analyze.tables import Curve, Group, curve, evaluation_curve, smoothed
 
 REGION_KEY = "rest/{quantity}/{region}"
 LEARNING = {"reward": "reward", "rest/accuracy": "S_acc", "rest/format": "S_format", "rest/exact_match": "exact match"}
@@ -30,6 +30,7 @@ def draw_all(groups: Sequence[Group], folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         "Learning": draw_learning(groups, folder / "learning.png"),
+        "Held-out slice during training": draw_evaluations(groups, folder / "evaluations.png"),
         "Entropy by region": draw_regions(groups, "entropy", "entropy in nats", folder / "entropy.png"),
         "Weight by region": draw_regions(groups, "weight", "gradient weight", folder / "weights.png"),
         "Share of tokens by region": draw_regions(groups, "share", "share of tokens", folder / "shares.png"),
@@ -48,6 +49,23 @@ def draw_learning(groups: Sequence[Group], path: Path) -> Path | None:
         for group, colour in zip(groups, colours(len(groups)), strict=True):
             draw_curve(axes, curve(group.runs, key), colour, group.label)
         style(axes, LEARNING[key])
+    if len(groups) > 1:
+        panels[0].legend(**legend_style())
+    return save(figure, path)
+
+
+def draw_evaluations(groups: Sequence[Group], path: Path) -> Path | None:
+    """Exact match on the held-out slice, a panel for sampled and one for greedy, one line per group.
+
+    The band is the spread over the runs of a group, and for a single run its standard error.
+    """
+    if not any(run.evaluations for group in groups for run in group.runs):
+        return None
+    figure, panels = new_figure(2, share=True)
+    for axes, greedy in zip(panels, (False, True), strict=True):
+        for group, colour in zip(groups, colours(len(groups)), strict=True):
+            draw_curve(axes, evaluation_curve(group.runs, greedy=greedy), colour, group.label, smooth=False)
+        style(axes, f"exact match, {'greedy' if greedy else 'sampled at T = 1'}")
     if len(groups) > 1:
         panels[0].legend(**legend_style())
     return save(figure, path)
@@ -106,17 +124,21 @@ def new_figure(panels: int, *, share: bool = False) -> tuple[Figure, list[Axes]]
     return figure, list(grid[0])
 
 
-def draw_curve(axes: Axes, line: Curve, colour: str, label: str) -> None:
-    """The smoothed mean over the raw one, with the spread over runs; steps without a number leave a gap."""
+def draw_curve(axes: Axes, line: Curve, colour: str, label: str, *, smooth: bool = True) -> None:
+    """The smoothed mean over the raw one, with the spread over runs; steps without a number leave a gap.
+
+    A curve that is not smoothed has a mark at every step instead.
+    """
     if not line.steps:
         return
-    window = len(line.steps) // 8 | 1
+    window = len(line.steps) // 8 | 1 if smooth else 1
     breaks = gaps(line.steps)
     steps = with_gaps(line.steps, breaks)
     if window > 1:
         axes.plot(steps, with_gaps(line.mean, breaks), color=colour, linewidth=0.7, alpha=0.25)
     mean = with_gaps(smoothed(line.mean, window), breaks)
-    axes.plot(steps, mean, color=colour, linewidth=1.8, label=label, marker="." if len(line.steps) == 1 else "")
+    marker = "." if len(line.steps) == 1 or not smooth else ""
+    axes.plot(steps, mean, color=colour, linewidth=1.8, label=label, marker=marker)
     if line.low != line.high:
         low, high = (with_gaps(smoothed(side, window), breaks) for side in (line.low, line.high))
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)

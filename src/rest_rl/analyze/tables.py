@@ -13,6 +13,8 @@ from rest_rl.runlog import Run
 SCORES = ("exact_match", "s_acc", "s_format")
 SEED_KEYS = ("run.seed", "run.out", "trl.seed", "trl.data_seed", "data.seed", "eval.seed")
 """What may differ between the runs of one group."""
+WATCHING_KEYS = ("eval.every", "eval.slice")
+"""What watches a run and leaves it the same: it sets no runs apart, neither groups nor twins."""
 
 
 class Curve(NamedTuple):
@@ -41,7 +43,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     members: dict[str, list[Run]] = {}
     seen: dict[str, Run] = {}
     for run in runs:
-        flat = {key: str(value) for key, value in flatten(parse_toml(run.config, str(run.folder))).items()}
+        table = flatten(parse_toml(run.config, str(run.folder)))
+        flat = {key: str(value) for key, value in table.items() if key not in WATCHING_KEYS}
         twin = seen.setdefault(str(sorted((key, value) for key, value in flat.items() if key != "run.out")), run)
         if twin is not run:
             raise ValueError(
@@ -83,11 +86,30 @@ def curve(runs: Iterable[Run], key: str) -> Curve:
         for row in run.metrics:
             if is_number(row.get(key)):
                 by_step.setdefault(int(row["step"]), []).append(float(row[key]))
-    steps = sorted(by_step)
-    spread = [mean_and_sd(by_step[step]) for step in steps]
+    return curve_of({step: mean_and_sd(values) for step, values in by_step.items()})
+
+
+def curve_of(points: Mapping[int, tuple[float, float]]) -> Curve:
+    """The curve through a mean and a spread per step."""
+    steps = sorted(points)
+    spread = [points[step] for step in steps]
     return Curve(
         steps, [mean for mean, _ in spread], [mean - sd for mean, sd in spread], [mean + sd for mean, sd in spread]
     )
+
+
+def evaluation_curve(runs: Sequence[Run], *, greedy: bool) -> Curve:
+    """Exact match during training, mean and spread over runs; the spread of a single run is its standard error."""
+    by_step: dict[int, list[tuple[float, float]]] = {}
+    measured = [run for run in runs if run.evaluations]
+    for run in measured:
+        for row in run.evaluations:
+            scores = (row.get("greedy") or {}) if greedy else row
+            if is_number(value := scores.get("exact_match")):
+                by_step.setdefault(int(row["step"]), []).append((value, scores.get("exact_match_error") or 0.0))
+    if len(measured) == 1:
+        return curve_of({step: pairs[0] for step, pairs in by_step.items()})
+    return curve_of({step: mean_and_sd([value for value, _ in pairs]) for step, pairs in by_step.items()})
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:

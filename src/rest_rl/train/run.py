@@ -91,6 +91,22 @@ class Recorder(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+class EveryNSteps(TrainerCallback):
+    """Calls a function with the step after every n-th finished step.
+
+    The call comes before the step is logged and saved: what it writes is there whenever the step's checkpoint is.
+    """
+
+    def __init__(self, every: int, call: Callable[[int], None]) -> None:
+        """`call` must leave the model and every random state as they were."""
+        self.every, self.call = every, call
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Call if the step is due."""
+        if state.global_step % self.every == 0:
+            self.call(state.global_step)
+
+
 def quiet_libraries() -> None:
     """Leave the terminal to the command: no progress bars, hints and deprecation warnings of the libraries."""
     logging.disable_progress_bar()
@@ -210,8 +226,9 @@ def build_trainer(
     log: RunLog,
     observer: Observer,
     on_refused: OnRefused | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[ResTTrainer | SFTTrainer, Recorder]:
-    """The trainer and the callback that writes its run folder; `on_refused` as in `training_dataset`."""
+    """The trainer, with `callbacks`, and the one that writes its run folder; `on_refused` as in `training_dataset`."""
     if not samples:
         raise ValueError(f"got no training sample from {config.data.path}, expected at least one; check [data]")
     recorder = Recorder(log, observer)
@@ -219,7 +236,7 @@ def build_trainer(
         "model": model,
         "processing_class": layout.tokenizer,
         "peft_config": new_adapter(config),
-        "callbacks": [recorder],
+        "callbacks": [recorder, *callbacks],
     }
     trainer: ResTTrainer | SFTTrainer
     if isinstance(args, ResTConfig):
