@@ -155,11 +155,16 @@ class OneTurn:
         self._reply = reply
 
     def outcome(self) -> Mapping[str, Any]:
-        """The response, its calls and the verdict."""
+        """The response, its calls and the verdict.
+
+        Text that may be a string or a number is right if either is: some answers contradict their function's schema.
+        """
         assert self._reply is not None
         parsed = read_reply(self._reply, self._format)
         calls = typed_calls(parsed, properties_of(self._sample.tools))
         verdict = self._verdict(parsed, calls)
+        if not verdict.valid and calls != parsed.calls and (other := self._verdict(parsed, parsed.calls)).valid:
+            calls, verdict = parsed.calls, other
         return {"response": self._reply.text, "calls": [recorded(call) for call in calls], **as_fields(verdict)}
 
     def close(self) -> None:
