@@ -358,12 +358,12 @@ def test_every_sample_is_answered_or_reported(server) -> None:
         "The input token count (9) exceeds the maximum number of tokens allowed (8).",
     ],
 )
-@pytest.mark.parametrize("status", [400, 422, 200])
-def test_a_prompt_that_does_not_fit_is_an_overflow(server, said: str, status: int) -> None:
-    reply = one(endpoint(server, then=sends({"error": {"message": said}}, status)))
-    assert said[:40] in reply.overflow
-    assert (reply.text, reply.error) == ("", "")
-    assert len(server.requests) == 1
+def test_a_prompt_that_does_not_fit_is_an_overflow(server, said: str) -> None:
+    model = endpoint(server, *(sends({"error": {"message": said}}, status) for status in (400, 422, 200)))
+    for reply in model.respond([asked()] * 3):
+        assert said[:40] in reply.overflow
+        assert (reply.text, reply.error) == ("", "")
+    assert len(server.requests) == 3
 
 
 def test_a_request_that_is_refused_is_an_error_at_once(server) -> None:
