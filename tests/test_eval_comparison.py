@@ -120,7 +120,7 @@ def test_only_samples_scored_on_both_sides_count(tmp_path: Path) -> None:
 
 def test_what_else_may_explain_a_difference_is_told(tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", rows("11", ""))
-    settings = {"model": "tuned", "max_new_tokens": 1024, "note": "x" * 500}
+    settings = {"model": "tuned", "weights": "abc", "max_new_tokens": 1024, "note": "x" * 500}
     tuned = write_folder(
         tmp_path / "tuned", rows("111", ""), model="tuned", prompt="native", format="hermes", settings=settings
     )
@@ -135,6 +135,13 @@ def test_what_else_may_explain_a_difference_is_told(tmp_path: Path) -> None:
     assert warnings[5].startswith("note differs: None and 'xxx")
     assert len(warnings[5]) < 220
     assert len(warnings) == 6
+
+
+def test_a_model_compared_with_itself_is_told(tmp_path: Path) -> None:
+    pair = [write_folder(tmp_path / name, rows("10", ""), settings={"weights": "abc"}) for name in ("one", "other")]
+    result = compare(*pair)
+    assert result.warnings == ("both sides have the same weights",)
+    assert (result.flips, result.metrics["correct"][-1].p) == ((), 1.0)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from rest_rl.jsonl import reason
 MIN_AXES = 3
 """Fewer make no polygon; they become bars."""
 TICKS = (20, 40, 60, 80, 100)
-LONG_LABEL = 10
+LONG_LABEL, WIDE_LEGEND = 10, 70
 
 
 def draw_radar(summaries: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
@@ -43,10 +43,9 @@ def draw_radar(summaries: Sequence[Mapping[str, Any]], path: str | Path) -> Path
     asked = ways[0] if len(ways) == 1 else "prompts and formats differ"
     title = f"{summaries[0].get('pin')}\n{asked}; {metric} in per cent{partial}"
     figure.suptitle(plain(title), fontsize=9, color=INK)
-    axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(2, len(models)), fontsize=9, frameon=False,
-        labelcolor=INK,
-    )  # fmt: skip
+    columns = 2 if sum(map(len, models)) < WIDE_LEGEND else 1
+    style = {"fontsize": 9, "frameon": False, "labelcolor": INK}
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=columns, **style)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return save(figure, Path(path))
@@ -85,7 +84,7 @@ def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Se
         axes.plot(
             [*angles, angles[0]], [*values, values[0]], color=colour, linewidth=1.6, marker=".", label=plain(name)
         )
-        axes.fill(angles, values, color=colour, alpha=0.08)
+        axes.fill(angles, values, color=colour, alpha=0.16 / len(models))
     axes.set_ylim(0, 100)
     axes.set_yticks(TICKS, [str(tick) if tick < 100 else "" for tick in TICKS], fontsize=7, color=INK)
     axes.set_rlabel_position(180 / len(labels))

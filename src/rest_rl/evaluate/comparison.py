@@ -18,7 +18,7 @@ from rest_rl.runlog import read_object, read_rows
 
 FLIPS = "flips.jsonl"
 ALL = "all"
-NAMES_THE_MODEL = {"model", "name", "out", "endpoint", "revision", "responses"}
+NAMES_THE_MODEL = {"model", "name", "out", "endpoint", "revision", "responses", "weights"}
 """Settings that say who answered, not how; they are expected to differ."""
 MAX_SHOWN = 160
 
@@ -225,13 +225,16 @@ def warnings(first: Evaluation, second: Evaluation, metrics: Sequence[str]) -> l
 
 
 def setting_warnings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Settings that differ, but for those that say who answered and those that are told already."""
+    """Settings that differ, but for those told already and those that say who answered, which are told when equal."""
     keys = sorted({*first, *second} - NAMES_THE_MODEL - {"prompt", "format"})
-    return [
+    found = [
         f"{key} differs: {shown(first.get(key))} and {shown(second.get(key))}"
         for key in keys
         if first.get(key) != second.get(key)
     ]
+    if first.get("weights") and first.get("weights") == second.get("weights"):
+        found.append("both sides have the same weights")
+    return found
 
 
 def shown(value: Any) -> str:
