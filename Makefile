@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(FITS)' 2>/dev/null && ech
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BFCL_PINS := 2025.6.14 2026.3.23
 
 .PHONY: train test slow lint wheel clean help
 .DEFAULT_GOAL := help
@@ -21,6 +22,8 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "got none of $(CANDIDATES) in versions 3.10 to 3.13; install one or pass PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@for pin in $(BFCL_PINS); do $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/share/rest-rl/bfcl-eval-$$pin bfcl-eval==$$pin || exit 1; done
 	@touch $@
 
 train: $(READY)
