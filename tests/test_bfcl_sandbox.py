@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rest_rl.evaluate.bfcl import child as child_script
+from rest_rl.evaluate.bfcl import walls
 from rest_rl.evaluate.bfcl.package import PINS, BfclPackage, Version, find_package
 from rest_rl.evaluate.bfcl.sandbox import Sandbox, SandboxError, Session, Verdict
 
@@ -356,7 +356,7 @@ class TestWalls:
         (tmp_path / "readable" / "file").write_text("inside")
         (tmp_path / "file").write_text("outside")
         done = subprocess.run(
-            [sys.executable, "-c", ATTEMPTS, str(child_script.__file__), str(tmp_path)], capture_output=True, text=True
+            [sys.executable, "-c", ATTEMPTS, str(walls.__file__), str(tmp_path)], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["inside", "imported", "refused:16"]
@@ -368,7 +368,7 @@ class TestWalls:
             "print(*(resource.getrlimit(getattr(resource, 'RLIMIT_' + name)) for name in "
             "('AS', 'CPU', 'FSIZE', 'CORE', 'NPROC')))"
         )
-        done = subprocess.run([sys.executable, "-c", code, str(child_script.__file__)], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, str(walls.__file__)], capture_output=True, text=True)
         assert done.stdout.split("\n")[0].startswith("(1048576000, 1048576000) (3, 5) (0, 0) (0, 0)"), done.stderr
 
 

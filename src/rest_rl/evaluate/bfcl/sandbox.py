@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 from rest_rl.evaluate.bfcl.package import BfclPackage
 
-CHILD = Path(__file__).with_name("child.py")
+ROOT = Path(__file__).parents[3]
+CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); from rest_rl.evaluate.bfcl.child import main; main()"
+"""The process ignores the environment's PYTHONPATH, so it is told where this package is."""
 LOADING_SECONDS = 120.0
 """For what only reads the release: no model has a hand in it, but a disk may be slow."""
 MAX_DEPTH = 100
@@ -122,8 +124,8 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
     def _start(self) -> subprocess.Popen[bytes]:
         """Load the release; its import makes folders, in a place that is gone when it is done."""
         limits = [str(math.ceil(self._seconds)), str(self._memory_mb)]
-        options = ["-I", "-B", "-X", "utf8"]
-        arguments = [str(CHILD), self._package.version, str(self._package.folder.resolve()), *limits]
+        options = ["-I", "-B", "-X", "utf8", "-c", CHILD]
+        arguments = [str(ROOT), self._package.version, str(self._package.folder.resolve()), *limits]
         with tempfile.TemporaryDirectory(prefix="rest-rl-") as folder:
             process = subprocess.Popen(  # noqa: S603
                 [sys.executable, *options, *arguments],

@@ -1,0 +1,291 @@
+"""bfcl_eval itself: its samples, its executor and its checkers; loaded only in the process that `sandbox` starts.
+
+What a model has written comes here as JSON and becomes text for the executor's `eval` in one place, `write_call`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import gc
+import importlib
+import inspect
+import json
+import keyword
+import math
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = "restrl"
+"""The model, for the checkers: without `_`, which they take for a `/`, and listed in the stub of their models."""
+BACKENDS = [
+    *("gorilla_file_system", "math_api", "message_api", "posting_api"),
+    *("ticket_api", "trading_bot", "travel_booking", "vehicle_control"),
+]
+MAX_MESSAGE = 2000
+
+
+class UnusableError(ValueError):
+    """The request asks for something that is not there; the other side raises a ValueError."""
+
+
+def stub(name: str, **attributes: Any) -> None:
+    """Put an empty module in the place of one that is not needed, with the names others import from it."""
+    module = types.ModuleType(name)
+    vars(module).update(attributes)
+    sys.modules[name] = module
+
+
+def stub_what_is_not_needed() -> None:
+    """Leave out the vendors' libraries, retries, parsers of Java and JavaScript, and locks on files only read."""
+    model = types.SimpleNamespace(underscore_to_dot=False, is_fc_model=False)
+    stub("bfcl_eval.constants.model_config", MODEL_CONFIG_MAPPING={NAME: model})
+    stub("filelock", FileLock=contextlib.nullcontext)
+    names = ["retry", "retry_if_exception_message", "retry_if_exception_type", "wait_random_exponential"]
+    stub("tenacity", **dict.fromkeys(names, lambda *_, **__: lambda function: function))
+    stub("bfcl_eval.model_handler.parser.java_parser", parse_java_function_call=None)
+    stub("bfcl_eval.model_handler.parser.js_parser", parse_javascript_function_call=None)
+
+
+def part(name: str) -> Any:
+    """A module of bfcl_eval."""
+    return importlib.import_module(f"bfcl_eval.{name}")
+
+
+class Bfcl:
+    """The loaded release, with the samples asked for so far."""
+
+    def __init__(self, version: str) -> None:
+        stub_what_is_not_needed()
+        self.version = version
+        self.config = part("constants.eval_config")
+        self.categories = part("constants.category_mapping")
+        self.checker = part("eval_checker.ast_eval.ast_checker")
+        self.turns = part("eval_checker.multi_turn_eval.multi_turn_checker")
+        self.executor = part("eval_checker.multi_turn_eval.multi_turn_utils")
+        # Once a sample is under way, nothing may have to be imported.
+        for backend in BACKENDS:
+            part(f"eval_checker.multi_turn_eval.func_source_code.{backend}")
+        for lazily_imported in ("_strptime", "unicodedata"):
+            importlib.import_module(lazily_imported)
+        self.loaded: dict[str, dict[str, bytes]] = {}
+
+    def constants(self) -> dict[str, Any]:
+        """What the loop over a conversation must know."""
+        prompts = part("constants.default_prompts")
+        return {
+            "updated_functions": prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC,
+            "max_steps": prompts.MAXIMUM_STEP_LIMIT,
+            "types": part("constants.type_mappings").GORILLA_TO_OPENAPI,
+        }
+
+    def known(self) -> list[str]:
+        """The categories that need no network."""
+        if self.version == "v3":
+            return list(self.categories.TEST_FILE_MAPPING)
+        named = self.categories
+        return [*named.NON_LIVE_CATEGORY, *named.LIVE_CATEGORY, *named.MULTI_TURN_CATEGORY]
+
+    def samples(self, category: str) -> dict[str, bytes]:
+        """What is needed to judge the samples of a category, as JSON by id.
+
+        Bytes rather than objects: a fork costs what this process holds in memory, and every sample is a fork.
+        """
+        if category not in self.loaded:
+            kept = ("id", "category", "ground_truth", "involved_classes", "initial_config", "checked")
+            rows = ({key: entry[key] for key in kept if key in entry} for entry in self.entries(category))
+            self.loaded[category] = {row["id"]: json.dumps(row).encode() for row in rows}
+            gc.collect()
+            gc.freeze()  # what a fork's collector never touches is never copied
+        return self.loaded[category]
+
+    def entries(self, category: str) -> Iterator[dict[str, Any]]:
+        """The samples of a category, with the docs as a model is shown them and, for one turn, as they are checked."""
+        if category not in self.known():
+            raise UnusableError(f"got category {category!r}, expected one of {', '.join(self.known())}")
+        answers = self.answers(category)
+        for shown, checked in (self.samples_v3 if self.version == "v3" else self.samples_v4)(category):
+            docs = {} if "involved_classes" in shown else {"checked": checked["function"]}
+            yield {"category": category, **shown, **docs, "ground_truth": answers.get(shown["id"])}
+
+    def answers(self, category: str) -> dict[str, Any]:
+        """The ground truth by id; relevance has none."""
+        path = self.config.POSSIBLE_ANSWER_PATH / f"{self.categories.VERSION_PREFIX}_{category}.json"
+        return {row["id"]: row["ground_truth"] for row in read_lines(path)} if path.exists() else {}
+
+    def samples_v4(self, category: str) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+        """Each sample as a model sees it, and as the checker does."""
+        load = part("utils").load_dataset_entry
+        shown = load(category)
+        if "involved_classes" in shown[0]:
+            return zip(shown, shown, strict=True)  # docs play no part in what is checked, and are slow to load
+        return zip(shown, load(category, include_language_specific_hint=False), strict=True)
+
+    def samples_v3(self, category: str) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+        """As `samples_v4`; this release puts its samples together inside its handlers."""
+        hinted = part("model_handler.utils").func_doc_language_specific_pre_processing
+        for sample in read_lines(self.config.PROMPT_PATH / self.categories.TEST_FILE_MAPPING[category]):
+            if "involved_classes" in sample:
+                self.add_functions(sample)
+                shown = sample
+            else:
+                shown = copy.deepcopy(sample)
+            hinted(shown["function"], category)
+            for functions in shown.get("missed_function", {}).values():
+                hinted(functions, category)
+            yield shown, sample
+
+    def add_functions(self, sample: dict[str, Any]) -> None:
+        """Give a conversation the docs of its classes, and set apart those that are held out at first."""
+        files = self.categories.MULTI_TURN_FUNC_DOC_FILE_MAPPING
+        folder = self.config.MULTI_TURN_FUNC_DOC_PATH
+        docs = [doc for name in sample["involved_classes"] for doc in read_lines(folder / files[name])]
+        for turn, names in sample.get("missed_function", {}).items():
+            held_out = [next(doc for doc in docs if doc["name"] == name) for name in names]
+            sample["missed_function"][turn] = held_out
+            docs = [doc for doc in docs if not any(doc is other for other in held_out)]
+        sample["function"] = docs
+
+    def sample(self, identity: str) -> dict[str, Any]:
+        """One sample; UnusableError for an id that is not there."""
+        samples = self.samples(identity.rpartition("_")[0])
+        if identity not in samples:
+            raise UnusableError(f"got id {identity!r}, expected one of the {len(samples)} of its category")
+        return json.loads(samples[identity])
+
+    def conversation(self, identity: str) -> dict[str, Any]:
+        """One sample of several turns."""
+        sample = self.sample(identity)
+        if "involved_classes" not in sample:
+            raise UnusableError(f"got {identity}, which has a single turn, expected one of multi_turn_*")
+        return sample
+
+    def methods(self, sample: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+        """The methods a sample may call by name; where two classes share a name the last has it, as upstream."""
+        classes = [self.backend(name) for name in sample["involved_classes"]]
+        found = [pair for each in classes for pair in inspect.getmembers(each, inspect.isfunction)]
+        return {name: function for name, function in found if not name.startswith("_")}
+
+    def backend(self, name: str) -> type:
+        """The class of a name in `involved_classes`."""
+        return getattr(importlib.import_module(self.executor.CLASS_FILE_PATH_MAPPING[name]), name)
+
+    def gold_calls(self, identity: str) -> list[list[dict[str, Any]]]:
+        """Per turn the calls of the ground truth, their positional arguments named by the method's signature."""
+        sample = self.conversation(identity)
+        methods = self.methods(sample)
+        return [[read_call(text, methods) for text in turn] for turn in sample["ground_truth"]]
+
+    def check_calls(self, identity: str, category: str, calls: list[dict[str, Any]]) -> list[Any]:
+        """The checker's verdict on the calls of a sample with one turn; odd calls make it raise, which is a verdict."""
+        sample = json.loads(self.samples(category)[identity])
+        language = "Java" if category.endswith("java") else "JavaScript" if "javascript" in category else "Python"
+        if self.version == "v4":
+            language = part("constants.enums").Language[language.upper()]
+        arguments = (sample["checked"], calls, sample["ground_truth"], language, category, NAME)
+        return verdict(self.checker.ast_checker, *arguments)
+
+    def check_turns(self, identity: str, turns: list[list[list[dict[str, Any]]]]) -> list[Any]:
+        """The checker's verdict on a whole conversation, which it executes again."""
+        sample = self.conversation(identity)
+        if len(turns) != len(sample["ground_truth"]):
+            message = f"got {len(turns)} turns of {len(sample['ground_truth'])}"
+            return [False, "multi_turn:force_terminated", message]
+        methods = self.methods(sample)
+        texts = [[[text for text, why in map_calls(step, methods) if not why] for step in turn] for turn in turns]
+        decoded = [[step for step in turn if step] for turn in texts]
+        arguments = (decoded, sample["ground_truth"], sample, sample["category"], NAME)
+        return verdict(self.turns.multi_turn_checker, *arguments)
+
+    def execute(self, identity: str, calls: list[dict[str, Any]]) -> list[str]:
+        """What each call returned, in the words of the official executor, also for those that are refused."""
+        sample = self.conversation(identity)
+        written = map_calls(calls, self.methods(sample))
+        results, _ = self.executor.execute_multi_turn_func_call(
+            [text for text, why in written if not why],
+            sample["initial_config"],
+            sample["involved_classes"],
+            NAME,
+            identity,
+            long_context="long_context" in identity,
+        )
+        done = iter(results)
+        return [f"Error during execution: {why}" if why else next(done) for _, why in written]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def verdict(check: Callable[..., dict[str, Any]], *arguments: Any) -> list[Any]:
+    """[valid, kind of error, message] of a checker, whatever it does."""
+    try:
+        result = check(*arguments)
+    except Exception as error:
+        return [False, f"checker_error: {type(error).__name__}", str(error)[:MAX_MESSAGE]]
+    message = result.get("error_message", result.get("error", ""))
+    if isinstance(message, list):
+        message = "; ".join(map(str, message))
+    return [bool(result["valid"]), str(result.get("error_type") or ""), str(message)[:MAX_MESSAGE]]
+
+
+def read_call(text: str, methods: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+    """A call as the ground truth writes it, of literals only."""
+    call = ast.parse(text.strip(), mode="eval").body
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise UnusableError(f"got {text!r}, expected a call by name")
+    positional = [ast.literal_eval(argument) for argument in call.args]
+    named = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+    parameters = list(inspect.signature(methods[call.func.id]).parameters)[1:]
+    bound = dict(zip(parameters, positional, strict=False))
+    return {"name": call.func.id, "arguments": {**bound, **named}}
+
+
+def map_calls(calls: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Per call its text, or why there is none.
+
+    The executor evaluates the text: a name that is a method, keywords that are identifiers and literals are all that
+    may stand in it. It also drops blanks before a bracket, in the gold's strings too, so nothing is escaped here.
+    """
+    return [write_or_refuse(call, methods) for call in calls]
+
+
+def write_or_refuse(call: dict[str, Any], methods: Mapping[str, Any]) -> tuple[str, str]:
+    """The text of a call and "", or "" and why there is none."""
+    try:
+        return write_call(call, methods), ""
+    except ValueError as error:
+        return "", str(error)
+
+
+def write_call(call: dict[str, Any], methods: Mapping[str, Any]) -> str:
+    """The text of a call; ValueError for anything but a method with arguments that are JSON."""
+    if "refused" in call:
+        raise ValueError(call["refused"])
+    name, arguments = call.get("name"), call.get("arguments")
+    if not isinstance(name, str) or not name.isidentifier() or name not in methods:
+        raise ValueError(f"{str(name)[:80]!r} is not a function of this sample")
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments are not an object")
+    for key in arguments:
+        if not key.isidentifier() or keyword.iskeyword(key):
+            raise ValueError(f"{key[:80]!r} is not the name of an argument")
+    return f"{name}({', '.join(f'{key}={literal(value)}' for key, value in arguments.items())})"
+
+
+def literal(value: Any) -> str:
+    """A JSON value as Python writes it; infinities and NaN, which it writes as names, are refused."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number is not finite")
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    raise ValueError(f"a {type(value).__name__} is no JSON value")

@@ -1,0 +1,82 @@
+"""What keeps a process in that handles text of a model: limits, no files, no network, no other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+REFUSED = (
+    *("ctypes.", "fcntl.", "mmap.", "msvcrt.", "os.", "pty.", "resource.", "shutil.", "signal.", "socket."),
+    *("sqlite3.", "subprocess.", "syslog.", "tempfile.", "webbrowser.", "winreg."),
+)
+"""Beginnings of the audit events that end in a PermissionError: the outside world."""
+READS = {"os.listdir", "os.scandir"}
+
+
+def leave_the_network() -> bool:
+    """Move into an empty network of one's own, where the kernel lets its users do so."""
+    new_user_and_network = 0x10000000 | 0x40000000
+    try:
+        if sys.version_info >= (3, 12):
+            os.unshare(new_user_and_network)
+            return True
+        ctypes = importlib.import_module("ctypes")
+        return ctypes.CDLL(None).unshare(new_user_and_network) == 0
+    except (OSError, AttributeError, ImportError):
+        return False
+
+
+def limit(kind: int, value: int, grace: int = 0) -> None:
+    """Lower one limit of the process; some systems refuse some (macOS: memory)."""
+    _, most = resource.getrlimit(kind)
+    hard = value + grace if most == resource.RLIM_INFINITY else min(value + grace, most)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(kind, (min(value, hard), hard))
+
+
+def confine(seconds: int, memory_mb: int) -> None:
+    """From here on this process can compute, within limits, and nothing else."""
+    limit(resource.RLIMIT_AS, memory_mb << 20)
+    limit(resource.RLIMIT_CPU, seconds, grace=2)
+    for nothing in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
+        limit(nothing, 0)
+    guard([os.path.abspath(folder) for folder in sys.path if folder])  # noqa: PTH100
+
+
+def guard(readable: list[str]) -> None:
+    """Refuse the outside world to this process for good; only files below the given folders can be read."""
+    folders = tuple(folder.rstrip(os.sep) + os.sep for folder in readable)
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            writes = (mode and set(mode) & set("wax+")) or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writes or not below(path, folders):
+                raise PermissionError("no files here")
+        elif event in READS and arguments and below(arguments[0], folders):
+            return
+        elif event.startswith(REFUSED):
+            raise PermissionError(f"not here: {event}")
+
+    sys.addaudithook(refuse)
+
+
+def below(path: Any, folders: tuple[str, ...]) -> bool:
+    """Whether a path lies in one of the folders."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        return False
+    # Not Path.resolve: the guard calls this, and what it opens or reads would call the guard.
+    return (os.path.abspath(os.fsdecode(path)) + os.sep).startswith(folders)  # noqa: PTH100
+
+
+def cause(status: int) -> str:
+    """Why a process ended, in words."""
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGXCPU:
+        return "it ran out of processor time"
+    return f"signal {-code} ended it" if code < 0 else "it ended early, probably out of memory"
