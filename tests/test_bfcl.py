@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -12,9 +12,8 @@ import pytest
 
 from rest_rl.evaluate.bfcl import groups
 from rest_rl.evaluate.bfcl.benchmark import Bfcl
-from rest_rl.evaluate.bfcl.entries import call_problem, properties_of, tools_of, typed
-from rest_rl.evaluate.bfcl.gold import gold_of, java_literal, javascript_literal, plausible_call
-from rest_rl.evaluate.bfcl.groups import Score, Version, official_averages, select_categories
+from rest_rl.evaluate.bfcl.entries import properties_of
+from rest_rl.evaluate.bfcl.groups import Version
 from rest_rl.evaluate.conversation import Conversation, Reply, Request
 from rest_rl.formats import get_format
 from rest_rl.response import Gold, ToolCall
@@ -28,9 +27,6 @@ IMPOSSIBLE: Mapping[Version, set[str]] = {
 """No correct answer passes: arguments that are required and have no answer, or that the checker cannot read."""
 ODD = ["multi_turn_miss_func_49", "live_multiple_552-153-1", "live_multiple_595-158-1", "live_multiple_1038-265-0"]
 """A gold that needs a function before its turn; golds that are no strings where their schemas say so."""
-TYPES = {"dict": "object", "float": "number", "string": "string", "integer": "integer", "array": "array",
-         "tuple": "array", "any": "string", "boolean": "boolean"}  # fmt: skip
-READ = {"name": "cat", "arguments": {"file_name": "x"}}
 
 
 def opened(version: Version, categories: Sequence[str] | None = None, **limits: Any) -> Bfcl:
@@ -42,18 +38,29 @@ def opened(version: Version, categories: Sequence[str] | None = None, **limits: 
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module", params=["v3", "v4"])
-def bfcl(request: pytest.FixtureRequest) -> Iterator[Bfcl]:
-    benchmark = opened(request.param)
-    yield benchmark
-    benchmark.close()
-
-
 @pytest.fixture(scope="module")
-def v4() -> Iterator[Bfcl]:
-    benchmark = opened("v4", ["multi_turn_base", "multi_turn_miss_func", "simple_python", "parallel", "irrelevance"])
-    yield benchmark
-    benchmark.close()
+def loaded() -> Iterator[Callable[[Version], Bfcl]]:
+    """All samples of an edition, read once."""
+    found: dict[Version, Bfcl] = {}
+
+    def load(version: Version) -> Bfcl:
+        if version not in found:
+            found[version] = opened(version)
+        return found[version]
+
+    yield load
+    for benchmark in found.values():
+        benchmark.close()
+
+
+@pytest.fixture(params=["v3", "v4"])
+def bfcl(request: pytest.FixtureRequest, loaded: Callable[[Version], Bfcl]) -> Bfcl:
+    return loaded(request.param)
+
+
+@pytest.fixture
+def v4(loaded: Callable[[Version], Bfcl]) -> Bfcl:
+    return loaded("v4")
 
 
 def started(benchmark: Bfcl, identity: str, tool_format: str = "toolrl") -> Conversation:
@@ -203,111 +210,6 @@ def kinds(schema: Mapping[str, Any]) -> Iterator[str]:
         yield from kinds(schema["items"])
 
 
-def test_tools_of_function_documents() -> None:
-    doc = {
-        "name": "trip.plan",
-        "description": "Plan.",
-        "parameters": {
-            "type": "dict",
-            "properties": {
-                "stops": {
-                    "type": "array",
-                    "items": {"type": "dict", "properties": {"at": {"type": "float"}}, "required": ["at"]},
-                },
-                "mode": {"type": "any", "description": "How.", "default": "car"},
-            },
-            "required": ["stops"],
-        },
-        "response": {"type": "dict"},
-    }
-    stops = {"type": "array", "items": {"type": "object", "properties": {"at": {"type": "number"}}, "required": ["at"]}}
-    mode = {"type": "string", "description": "How.", "default": "car"}
-    parameters = {"type": "object", "properties": {"stops": stops, "mode": mode}, "required": ["stops"]}
-    function = {"name": "trip.plan", "description": "Plan.", "parameters": parameters, "response": {"type": "dict"}}
-    assert tools_of([doc], TYPES) == ({"type": "function", "function": function},)
-    assert properties_of(tools_of([doc], TYPES)) == {"trip.plan": {"stops": stops, "mode": mode}}
-
-
-@pytest.mark.parametrize(
-    ("value", "kind", "meant"),
-    [
-        (5, "string", "5"), (True, "string", "true"), ([1], "string", "[1]"), ("5", "string", "5"), ("5", "integer", 5),
-        ("2.5", "integer", "2.5"), ("2.5", "number", 2.5), ("true", "integer", "true"), ("true", "boolean", True),
-        ("True", "boolean", True), ("['a']", "array", ["a"]), ("{'a': 1}", "object", {"a": 1}), ("x", "array", "x"),
-        (7, "number", 7), ("7", None, "7"), ("__import__('os')", "object", "__import__('os')"),
-    ],
-)  # fmt: skip
-def test_text_becomes_a_value_of_the_schema(value: Any, kind: str | None, meant: Any) -> None:
-    found = typed(value, {"type": kind} if kind else {})
-    assert (found, type(found)) == (meant, type(meant))
-
-
-def test_what_is_wrong_with_a_call_is_said() -> None:
-    tools = {"cat": {"file_name": {"type": "string"}}, "pwd": {}}
-    assert call_problem(ToolCall("cat", {"file_name": "x"}), tools) == ""
-    assert call_problem(ToolCall("dog", {}), tools) == "there is no tool named 'dog'"
-    assert (
-        call_problem(ToolCall("cat", {"name": 1}), tools) == "cat has no argument 'name'; its arguments are file_name"
-    )
-    assert call_problem(ToolCall("pwd", {"x": 1}), tools) == "pwd has no argument 'x'; its arguments are none"
-    assert "too large" in call_problem(ToolCall("cat", {"file_name": "x" * 1_000_001}), tools)
-
-
-def test_the_first_alternative_is_the_gold() -> None:
-    properties = {name: {"type": "string"} for name in "abcde"}
-    doc = {"name": "f", "parameters": {"type": "dict", "properties": properties, "required": ["a"]}}
-    answer = {
-        "a": ["", "needed"],
-        "b": ["one", ""],
-        "c": [{"x": ["", 1], "y": [2, 3]}],
-        "d": [[{"x": [1, 2]}, {"x": [3]}]],
-        "e": ["first", "second"],
-    }
-    entry = {"category": "multiple", "checked": [doc], "ground_truth": [{"f": answer}]}
-    expected = {"a": "needed", "c": {"y": 2}, "d": [{"x": 1}, {"x": 3}], "e": "first"}
-    assert gold_of(entry) == Gold((ToolCall("f", expected),))
-    assert gold_of({**entry, "category": "irrelevance"}).calls == ()
-    assert gold_of({**entry, "category": "live_relevance"}).calls == (ToolCall("f", {"a": "text"}),)
-    numbers = {"type": "dict", "properties": {"n": {"type": "integer"}, "l": {"type": "array"}}, "required": ["n", "l"]}
-    assert plausible_call({"name": "g", "parameters": numbers}).arguments == {"n": 1, "l": []}
-
-
-@pytest.mark.parametrize(
-    ("value", "schema", "literal"),
-    [
-        (42, {"type": "long"}, "42L"),
-        (42, {"type": "integer"}, "42"),
-        (0.5, {"type": "double"}, "0.5"),
-        (0.5, {"type": "float"}, "0.5f"),
-        (True, {"type": "boolean"}, "true"),
-        ("name", {"type": "String"}, "name"),
-        ([1, 2], {"type": "Array", "items": {"type": "integer"}}, "new int[]{1, 2}"),
-        (["a", "b"], {"type": "Array", "items": {"type": "String"}}, "new String[]{a, b}"),
-        (["a"], {"type": "ArrayList", "items": {"type": "String"}}, 'new ArrayList<>(Arrays.asList("a"))'),
-        ([5], {"type": "ArrayList", "items": {"type": "long"}}, "new ArrayList<>(Arrays.asList(5L))"),
-        ({"k": "v", "n": 1}, {"type": "HashMap"}, 'new HashMap<String, Object>() {{ put("k", "v"); put("n", 1); }}'),
-    ],
-)  # fmt: skip
-def test_values_as_java_writes_them(value: Any, schema: Mapping[str, Any], literal: str) -> None:
-    assert java_literal(value, schema) == literal
-
-
-@pytest.mark.parametrize(
-    ("value", "schema", "literal"),
-    [
-        (5, {"type": "Bigint"}, "5n"),
-        (5.0, {"type": "float"}, "5.0"),
-        (True, {"type": "Boolean"}, "true"),
-        ("x", {"type": "String"}, "x"),
-        (["a", 1], {"type": "array"}, '["a", 1]'),
-        ({"a": [True]}, {"type": "dict"}, '{"a": [true]}'),
-        ({}, {"type": "dict"}, "{}"),
-    ],
-)
-def test_values_as_javascript_writes_them(value: Any, schema: Mapping[str, Any], literal: str) -> None:
-    assert javascript_literal(value, schema) == literal
-
-
 def test_a_step_stands_in_the_history(v4: Bfcl) -> None:
     talk = started(v4, "multi_turn_base_0")
     first = asked(talk)
@@ -353,8 +255,7 @@ def test_a_call_that_does_not_fit_leaves_a_right_conversation_right(v4: Bfcl) ->
     talk = started(v4, "multi_turn_base_0")
     talk.receive(calling({"name": "no_such_tool", "arguments": {}}))
     assert asked(talk).step == 1
-    gold = [asked(started(v4, "multi_turn_base_0")).sample.gold]
-    talk.receive(Reply(text=written(gold[0])))
+    talk.receive(Reply(text=written(asked(started(v4, "multi_turn_base_0")).sample.gold)))
     talk.receive(Reply(text="That was the first turn."))
     while (request := talk.request()) is not None:
         talk.receive(Reply(text=written(request.sample.gold)))
@@ -456,9 +357,8 @@ def test_hostile_responses_are_wrong_and_touch_nothing(v4: Bfcl, tmp_path: Path,
 
 def test_a_call_without_end_makes_its_sample_wrong() -> None:
     benchmark = opened("v4", ["multi_turn_base"], seconds=1.0)
-    starts = {name: started(benchmark, name) for name in benchmark.groups}
-    name = next(n for n, talk in starts.items() if "power" in properties_of(asked(talk).sample.tools))
-    talk = starts[name]
+    talks = ((name, started(benchmark, name)) for name in benchmark.groups)
+    name, talk = next((name, talk) for name, talk in talks if "power" in properties_of(asked(talk).sample.tools))
     talk.receive(calling({"name": "power", "arguments": {"base": 7, "exponent": 10**9}}))
     assert talk.request() is None
     outcome = talk.outcome()
@@ -467,54 +367,6 @@ def test_a_call_without_end_makes_its_sample_wrong() -> None:
     assert outcome["reason"].startswith("multi_turn:sandbox: ")
     assert oracle(benchmark, name)["correct"] is True
     benchmark.close()
-
-
-def test_categories_are_chosen_by_name_or_group() -> None:
-    assert len(select_categories("v3", None)) == len(select_categories("v4", ["all"])) == 17
-    assert select_categories("v3", ["live_simple", "java"]) == ("java", "live_simple")
-    assert select_categories("v4", ["multi_turn"]) == groups.MULTI_TURN
-    assert len(select_categories("v4", ["non_live", "multiple"])) == 7
-    with pytest.raises(ValueError, match=r"'simple_pyton' of BFCL v4.*did you mean simple_python\?"):
-        select_categories("v4", ["simple_pyton"])
-    with pytest.raises(ValueError, match="got no category"):
-        select_categories("v4", [])
-
-
-NON_LIVE_CORRECT = [(380, 400), (60, 100), (25, 50), (180, 200), (160, 200), (140, 200), (120, 240)]
-LIVE_CORRECT = [(200, 258), (800, 1053), (8, 16), (12, 24), (221, 884), (9, 16)]
-MULTI_TURN_CORRECT = [(100, 200), (80, 200), (60, 200), (40, 200)]
-
-
-def scores_of(version: Version) -> dict[str, Score]:
-    pairs = [*NON_LIVE_CORRECT, *LIVE_CORRECT, *MULTI_TURN_CORRECT]
-    return {name: Score(*pair) for name, pair in zip(groups.categories(version), pairs, strict=True)}
-
-
-def test_official_averages_of_v3() -> None:
-    # Simple (0.95 + 0.6 + 0.5) / 3 = 0.683333; Non-Live (0.683333 + 0.9 + 0.8 + 0.7 + 0.5) / 5 = 0.716667
-    # Live (200 + 800 + 8 + 12 + 221 + 9) / (258 + 1053 + 16 + 24 + 884 + 16) = 1250 / 2251 = 0.555309
-    # Multi-Turn (0.5 + 0.4 + 0.3 + 0.2) / 4 = 0.35; Overall (0.716667 + 0.555309 + 0.35) / 3 = 0.540658
-    found = official_averages("v3", scores_of("v3"))
-    expected = {"Non-Live": 0.716667, "Live": 0.555309, "Multi-Turn": 0.35, "Overall": 0.540658}
-    assert {name: average["accuracy"] for name, average in found.items()} == pytest.approx(expected, abs=1e-6)
-    assert [len(average["of"]) for average in found.values()] == [7, 6, 4, 17]
-
-
-def test_official_averages_of_v4() -> None:
-    # Non-Live (0.683333 + 0.9 + 0.8 + 0.7) / 4 = 0.770833; Live (200 + 800 + 8 + 12) / 1351 = 0.754996
-    # Irrelevance (120 / 240 + 221 / 884) / 2 = 0.375
-    found = official_averages("v4", scores_of("v4"))
-    expected = {"Non-Live": 0.770833, "Live": 0.754996, "Irrelevance": 0.375, "Multi-Turn": 0.35}
-    assert {name: average["accuracy"] for name, average in found.items()} == pytest.approx(expected, abs=1e-6)
-    assert "irrelevance" not in found["Non-Live"]["of"]
-
-
-@pytest.mark.parametrize(
-    ("missing", "gone"), [("java", "Non-Live"), ("live_relevance", "Live"), ("multi_turn_base", "Multi-Turn")]
-)
-def test_averages_of_what_is_incomplete_are_not_given(missing: str, gone: str) -> None:
-    scores = {name: score for name, score in scores_of("v3").items() if name != missing}
-    assert {"Non-Live", "Live", "Multi-Turn", "Overall"} - set(official_averages("v3", scores)) == {gone, "Overall"}
 
 
 def test_only_categories_scored_whole_count() -> None:
