@@ -232,6 +232,23 @@ def test_a_step_stands_in_the_history(v4: Bfcl) -> None:
     assert len(first.sample.messages) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<think>secret</think>\n<response>Done.</response>", "Done."),
+        ("<think>secret</think>\nDone without a block.", "Done without a block."),
+        ("No block at all.", "No block at all."),
+        ("<think>secret without an end", ""),
+        ("", ""),
+    ],
+)
+def test_thoughts_do_not_stand_in_the_history(v4: Bfcl, text: str, said: str) -> None:
+    talk = started(v4, "multi_turn_base_0")
+    talk.receive(Reply(text=text))
+    assert asked(talk).sample.messages[-2] == {"role": "assistant", "content": said}
+    talk.close()
+
+
 def test_calls_that_do_not_fit_the_tools_are_not_executed(v4: Bfcl) -> None:
     talk = started(v4, "multi_turn_base_0")
     offered = {tool["function"]["name"] for tool in asked(talk).sample.tools}

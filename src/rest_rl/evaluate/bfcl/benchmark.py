@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rest_rl.data.samples import THINK, ToolSample
+from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.bfcl.entries import (
     call_problem,
     messages_of,
@@ -286,10 +286,9 @@ class SeveralTurns:
 
     def _said(self, parsed: ParsedResponse, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
         """The response as a message of the history, without its thought."""
-        said = parsed.answer or ""
-        if not said and not calls:
-            said = THINK.sub("", text).strip()
-        message: dict[str, Any] = {"role": "assistant", "content": said}
+        rest = text.rpartition("</think>")[2].strip()  # what a response that the format cannot read came to say
+        is_unread = not parsed.answer and not calls and not rest.startswith("<think>")
+        message: dict[str, Any] = {"role": "assistant", "content": rest if is_unread else parsed.answer or ""}
         if calls:
             message["tool_calls"] = [
                 {"id": self._call_id(number), "type": "function", "function": recorded(call)}
