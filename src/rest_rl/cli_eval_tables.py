@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from rest_rl.analyze.eval_tables import (
     TerminalTable,
@@ -34,13 +36,13 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
 
 def show(table: TerminalTable, console: Console) -> None:
     """A table and its notes."""
-    show_table(table.title, table.header, table.rows, console)
+    show_table(escape(table.title), table.header, table.rows, console)
     for note in table.notes:
         console.print(note, highlight=False, markup=False)
 
 
 def table(arguments: argparse.Namespace) -> int:
-    """Tables of several evaluations, side by side, and their radar figure."""
+    """Tables of several evaluations, side by side, and a radar figure for each benchmark."""
     from rest_rl.analyze.radar import draw_radar
 
     summaries = [read_evaluation(folder).summary for folder in arguments.folders]
@@ -48,10 +50,25 @@ def table(arguments: argparse.Namespace) -> int:
     console = Console()
     for path in write_tables(summaries, out):
         console.print(str(path), highlight=False, markup=False)
-    console.print(str(draw_radar(summaries, out / RADAR)), highlight=False, markup=False)
+    for pin, same in by_pin(summaries).items():
+        name = RADAR if len(by_pin(summaries)) == 1 else f"radar-{same[0]['benchmark']}-{slug(pin)}.png"
+        console.print(str(draw_radar(same, out / name)), highlight=False, markup=False)
     for summary in summaries:
         show_summary(summary, console)
     return 0
+
+
+def by_pin(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The evaluations of each edition, whose numbers can be compared."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for summary in summaries:
+        groups.setdefault(str(summary.get("pin")), []).append(summary)
+    return groups
+
+
+def slug(text: str) -> str:
+    """A text as a part of a file's name."""
+    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:60]
 
 
 def compare(arguments: argparse.Namespace) -> int:
