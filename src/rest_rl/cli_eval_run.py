@@ -30,6 +30,10 @@ DEFAULT_NEW_TOKENS = 4096
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Ask, judge, write and show; returns 1 if a sample was left without a response."""
+    if not (arguments.oracle or arguments.responses or arguments.debug):
+        from rest_rl.train.policy import quiet_loading
+
+        quiet_loading()
     console = Console()
     arguments.max_new_tokens = arguments.max_new_tokens or NEW_TOKENS.get(arguments.action, DEFAULT_NEW_TOKENS)
     check_numbers(arguments)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
-from transformers.utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file, logging
 
 from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key
 
@@ -26,6 +26,12 @@ def embedded_model() -> Path:
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"got no model in {folder}, expected the embedded one; rest-rl sft --out {folder} makes it")
     return folder
+
+
+def quiet_loading() -> None:
+    """Leave the terminal to the command while transformers loads: no bars, hints and warnings of its own."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tuple[Any, Any]:

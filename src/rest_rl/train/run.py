@@ -17,7 +17,6 @@ from datasets import disable_progress_bars
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.utils import logging
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from rest_rl.config import RunConfig, describe, fits, options, unknown_key
@@ -27,7 +26,7 @@ from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import CHECKPOINTS, RunLog, unwritable
 from rest_rl.train.checkpoints import Checkpoint
-from rest_rl.train.policy import new_adapter
+from rest_rl.train.policy import new_adapter, quiet_loading
 from rest_rl.train.prompts import OnRefused, training_dataset
 from rest_rl.train.sft import region_trainer
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
@@ -109,9 +108,8 @@ class EveryNSteps(TrainerCallback):
 
 def quiet_libraries() -> None:
     """Leave the terminal to the command: no progress bars, hints and deprecation warnings of the libraries."""
-    logging.disable_progress_bar()
+    quiet_loading()
     disable_progress_bars()
-    logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
