@@ -71,9 +71,13 @@ class Server:
         """Answer what concerns the release alone."""
         if request["do"] == "entries":
             return list(self.bfcl.entries(request["category"]))
+        if request["do"] == "load":
+            return len(self.bfcl.samples(request["category"]))
         if request["do"] == "gold_calls":
             return self.bfcl.gold_calls(request["id"])
-        return self.bfcl.constants()
+        if request["do"] == "constants":
+            return self.bfcl.constants()
+        raise UnusableError(f"got {request['do']!r} outside of a session")
 
     def prepare(self, request: dict[str, Any]) -> None:
         """Read what the fork will need, then fork."""

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         self._memory_mb = memory_mb
         self._process: subprocess.Popen[bytes] | None = None
         self._session: Session | None = None
+        self._loaded: set[str] = set()
 
     def __exit__(self, *raised: object) -> None:
         self.close()
@@ -76,22 +78,28 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         if problem := _problem(calls):
             return Verdict(False, "checker_error: ValueError", problem)
         self._end_session()
-        return Verdict(*self._ask({"do": "check_calls", "id": identity, "category": category, "calls": calls}))
+        request = {"do": "check_calls", "id": identity, "category": category, "calls": calls}
+        return Verdict(*self._ask_of(category, request))
 
     def session(self, identity: str) -> Session:
         """A conversation's own instances of the backends; a session that was open before it is over."""
         self._end_session()
-        self._session = Session(self._ask, identity)
+        self._session = Session(partial(self._ask_of, identity.rpartition("_")[0]), identity)
         return self._session
 
     def close(self) -> None:
         """End the process."""
-        process, self._process, self._session = self._process, None, None
-        if process is not None:
-            _end(process, patience=1.0)
+        self._drop(patience=1.0)
 
     def _look_up(self, request: dict[str, Any]) -> Any:
         return self._ask(request, LOADING_SECONDS)
+
+    def _ask_of(self, category: str, request: dict[str, Any]) -> Any:
+        """The answer to a request about a sample, whose category is loaded before time counts."""
+        if self._process is None or category not in self._loaded:
+            self._look_up({"do": "load", "category": category})
+            self._loaded.add(category)
+        return self._ask(request)
 
     def _end_session(self) -> None:
         session, self._session = self._session, None
@@ -106,23 +114,28 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             answer = _exchange(self._process, request, self._seconds if seconds is None else seconds)
         except BaseException:
             # Also a KeyboardInterrupt: an answer left in the pipe would be read as that to another request.
-            self._kill()
+            self._drop(patience=0.0)
             raise
         if "invalid" in answer:
             raise ValueError(answer["invalid"])
         if "ok" in answer:
             return answer["ok"]
-        self._kill()
-        why = answer.get("died") or answer.get("failed")
+        self._drop(patience=0.0)
+        limits = f"limits: {self._seconds:g} s, {self._memory_mb} MB"
+        why = f"{answer['died']} ({limits})" if "died" in answer else answer.get("failed")
         raise SandboxError(f"the process that works with {self._package.pin} failed: {why}")
 
-    def _kill(self) -> None:
+    def _drop(self, patience: float) -> None:
+        """End the process, and with it the session that lives in it."""
         process, self._process = self._process, None
+        if self._session is not None and self._session.is_open:
+            self._session.is_lost, self._session = True, None
         if process is not None:
-            _end(process, patience=0.0)
+            _end(process, patience)
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Load the release; its import makes folders, in a place that is gone when it is done."""
+        self._loaded.clear()
         limits = [str(math.ceil(self._seconds)), str(self._memory_mb)]
         options = ["-I", "-B", "-X", "utf8", "-c", CHILD]
         arguments = [str(ROOT), self._package.version, str(self._package.folder.resolve()), *limits]
@@ -154,21 +167,21 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self._ask = ask
         self._identity = identity
         self.is_open = False
-        """Whether instances exist; the first `execute` makes them."""
-        self._is_broken = False
+        """Whether instances were made; the first `execute` does so."""
+        self.is_lost = False
+        """Whether the process that held them has ended."""
 
     def __exit__(self, *raised: object) -> None:
         self.close()
 
     def execute(self, calls: Sequence[Mapping[str, Any]]) -> list[str]:
         """What each call {"name", "arguments"} returned, in the official words; an error text where it cannot be."""
-        if self._is_broken:
-            raise SandboxError("an earlier step of this conversation ended its process")
-        with self._watched():
-            if not self.is_open:
-                self._ask({"do": "open", "id": self._identity})
-                self.is_open = True
-            return self._ask({"do": "execute", "calls": [_sendable(call) for call in calls]})
+        if not self.is_open:
+            self._ask({"do": "open", "id": self._identity})
+            self.is_open = True
+        if self.is_lost:
+            raise SandboxError("the process that held this conversation has ended")
+        return self._ask({"do": "execute", "calls": [_sendable(call) for call in calls]})
 
     def check(self, turns: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> Verdict:
         """The official verdict on all turns, each a list of steps, each a list of calls; it ends the instances."""
@@ -178,18 +191,10 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
     def close(self) -> None:
         """Drop the instances."""
-        if self.is_open:
-            self.is_open = False
+        if self.is_open and not self.is_lost:
+            self.is_lost = True
             with contextlib.suppress(SandboxError):  # they are gone all the same
                 self._ask({"do": "end"})
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.is_open, self._is_broken = False, True
-            raise
 
 
 def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
@@ -223,14 +228,14 @@ def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, 
 
 def _end(process: subprocess.Popen[bytes], patience: float) -> None:
     """Close the pipes, and end the process and its forks if they do not end at that within `patience` seconds."""
+    if patience <= 0:
+        _signal_group(process)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with contextlib.suppress(OSError):
                 pipe.close()
     try:
-        if patience <= 0:
-            raise subprocess.TimeoutExpired(process.args, patience)
-        process.wait(patience)
+        process.wait(patience or None)
     except subprocess.TimeoutExpired:
         _signal_group(process)
         process.wait()

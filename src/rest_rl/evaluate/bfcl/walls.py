@@ -55,7 +55,7 @@ def guard(readable: list[str]) -> None:
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, mode, flags = arguments
-            writes = (mode and set(mode) & set("wax+")) or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            writes = (mode and set(mode) & set("wax+")) or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             if writes or not below(path, folders):
                 raise PermissionError("no files here")
         elif event in READS and arguments and below(arguments[0], folders):
