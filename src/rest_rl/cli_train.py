@@ -81,7 +81,7 @@ class Bench:
         log.add_timing({"step": step, "evaluation_time": perf_counter() - begin})
         parts = ((scores, "sampled"), (scores["greedy"], "greedy"))
         shown = (f"{100 * s['exact_match']:.1f} ± {100 * s['exact_match_error']:.1f} % {name}" for s, name in parts)
-        screen.say(f"step {step}: exact match {', '.join(shown)}, on {len(prompts)} held-out prompts")
+        screen.say(f"step {step}: exact match {', '.join(shown)} ({len(prompts)} held out)")
 
     def watch(self, steps: int, log: RunLog, screen: Screen) -> list[EveryNSteps]:
         """The callbacks that measure during a training of `steps`, if known; none unless `[eval] every` asks for it."""
