@@ -283,6 +283,6 @@ def ceiling_notes(summary: Mapping[str, Any]) -> Iterator[str]:
     for name, ceiling in (summary.get("ceilings") or {}).items():
         if ceiling.get("ids"):
             yield (
-                f"{group_label(str(name))}: correct answers reach {percent(ceiling.get('accuracy'))} "
-                f"({len(ceiling['ids'])} samples cannot be passed)."
+                f"{group_label(str(name))}: correct answers reach {percent(ceiling.get('accuracy'))}, because "
+                f"{', '.join(ceiling['ids'])} cannot be passed by one."
             )
