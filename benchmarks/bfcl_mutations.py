@@ -1,0 +1,233 @@
+"""Mutated predictions for the samples of BFCL, near the right ones or far from them; see `bfcl_official.py`.
+
+What is made here is evaluated by the official executor, so no mutation may name a function that does harm.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rest_rl.response import Gold
+
+Call = dict[str, Any]
+Sample = dict[str, Any]
+PLAUSIBLE = {"integer": 1, "number": 1.5, "float": 1.5, "boolean": True, "array": [], "object": {}, "dict": {}}
+
+
+def line(call: Call) -> str:
+    """A call as the format writes it."""
+    return json.dumps({"name": call["name"], "parameters": call["arguments"]}, ensure_ascii=False)
+
+
+def tagged(lines: Sequence[str]) -> str:
+    """A whole response."""
+    return "\n".join(["<think> a thought </think>", "<tool_call>", *lines, "</tool_call>"])
+
+
+def other_value(value: Any, rng: random.Random) -> Any:
+    """A value near the given one: another type, other case or marks, another length."""
+    wrapped = [[value], {"v": value}, None, str(value), "", [], True]
+    if isinstance(value, bool):
+        near = [not value, int(value), str(value), str(value).lower()]
+    elif isinstance(value, int):
+        near = [float(value), str(value), value + 1, -value, value + 0.5, 10**5]
+    elif isinstance(value, float):
+        near = [int(value), str(value), value + 1e-9, round(value), -value, 1e300, float("nan"), float("inf")]
+    elif isinstance(value, str):
+        marks = value.replace(" ", rng.choice("-_,./^* "))
+        near = [value.upper(), value.lower(), f" {value}. ", marks, value.replace("'", '"'), value[1:], f"{value} x"]
+        near += [f"'{value}'", value.replace('"', "'"), value + "\u2019", "sort (" + value, value + "\n"]
+        near += [int(value)] if value.isdecimal() and value.isascii() else []
+    elif isinstance(value, list):
+        near = [value[1:], value[::-1], [*value, *value[:1]], [value], tuple(value), [*value, "x"]]
+        near += [changed_at(value, rng)] * 4 if value else []
+    elif isinstance(value, dict):
+        near = [{**value, "extra": 1}, list(value), {str(key).upper(): item for key, item in value.items()}]
+        near += [changed_at(value, rng), dict(list(value.items())[1:])] * 2 if value else []
+    else:
+        near = ["x", 0]
+    return rng.choice(near if rng.random() < 0.8 else wrapped)
+
+
+def changed_at(value: Any, rng: random.Random) -> Any:
+    """A list or object with one other value."""
+    other = dict(value) if isinstance(value, dict) else list(value)
+    key = rng.choice(list(other)) if isinstance(other, dict) else rng.randrange(len(other))
+    other[key] = other_value(other[key], rng)
+    return other
+
+
+def change_arguments(call: Call, tools: dict[str, Any], rng: random.Random) -> tuple[str, Call]:
+    """The call with other arguments, and what was done."""
+    arguments = dict(call["arguments"])
+    unused = sorted(set(tools.get(call["name"], {})) - set(arguments))
+    kind = rng.choice(["value", "value", "value", "missing argument", "extra argument", "unknown argument", "order"])
+    if kind in ("value", "missing argument") and arguments:
+        key = rng.choice(list(arguments))
+        value = other_value(arguments.pop(key), rng)
+        arguments = {**arguments, key: value} if kind == "value" else arguments
+    elif kind == "extra argument" and unused:
+        key = rng.choice(unused)
+        arguments[key] = PLAUSIBLE.get(tools[call["name"]][key].get("type"), "text")
+    elif kind == "order":
+        arguments = dict(rng.sample(list(arguments.items()), len(arguments)))
+    else:
+        kind, key = "unknown argument", rng.choice(["extra", "self", "kwargs", "not a name", "class", "", "Äpfel"])
+        arguments[key] = rng.choice([1, "text", None])
+    return kind, {"name": call["name"], "arguments": arguments}
+
+
+def change_name(call: Call, tools: dict[str, Any], rng: random.Random) -> Call:
+    """The call under another name; none that evaluates to more than nothing."""
+    name = call["name"]
+    names = [name.upper(), name.replace(".", "_"), name + "x", "no_such_tool", "dict", "None", "", "self.x", "kill"]
+    return {"name": rng.choice([*names, *list(tools)[:3]]), "arguments": call["arguments"]}
+
+
+def plausible_call(tools: dict[str, Any], rng: random.Random) -> Call:
+    """Some call of some tool."""
+    name = rng.choice([*tools] or ["no_such_tool"])
+    chosen = [key for key in tools.get(name, {}) if rng.random() < 0.7]
+    return {"name": name, "arguments": {key: PLAUSIBLE.get(tools[name][key].get("type"), "text") for key in chosen}}
+
+
+def change_calls(calls: list[Call], tools: dict[str, Any], rng: random.Random) -> tuple[str, list[Call]]:
+    """A list of calls with one thing different."""
+    kind = rng.choice(["arguments"] * 5 + ["name", "missing call", "extra call", "copy", "order"])
+    at = rng.randrange(len(calls)) if calls else 0
+    if not calls or kind == "extra call":
+        return "extra call", [*calls, plausible_call(tools, rng)]
+    if kind == "order":
+        return kind, rng.sample(calls, len(calls))
+    if kind == "copy":
+        return kind, [*calls, calls[at]]
+    if kind == "missing call":
+        return kind, calls[:at] + calls[at + 1 :]
+    if kind == "name":
+        return kind, [*calls[:at], change_name(calls[at], tools, rng), *calls[at + 1 :]]
+    kind, changed = change_arguments(calls[at], tools, rng)
+    return kind, [*calls[:at], changed, *calls[at + 1 :]]
+
+
+JUNK = ("{broken", "null", "5", "[]", "{}", '"text"', "prose", '{"name": "x"}', '{"parameters": {}}', "[" * 500)
+
+
+def written(calls: list[Call], rng: random.Random) -> tuple[str, str]:
+    """The calls as text, now and then odd, and in which way."""
+    lines = [line(call) for call in calls]
+    if rng.random() < 0.7:
+        return "", tagged(lines) if calls else "<think> a thought </think>\n<response> no </response>"
+    first = calls[0] if calls else {"name": "x", "arguments": {}}
+    choices: dict[str, Callable[[], str]] = {
+        "no call": lambda: rng.choice(["", "no call", "<think> a </think>\n<response> b </response>", tagged([])]),
+        "broken lines": lambda: tagged(rng.sample([*lines, *rng.choices(JUNK, k=2)], len(lines) + 2)),
+        "broken call": lambda: tagged([*lines[1:], line(first)[: -rng.randrange(1, 6)]]),
+        "nested": lambda: tagged([json.dumps([json.loads(line(first))])]),
+        "one list": lambda: tagged(["[" + ", ".join(lines) + "]"]),
+        "other key": lambda: tagged([json.dumps(first)]),
+        "arguments as text": lambda: tagged([json.dumps({**first, "parameters": json.dumps(first["arguments"])})]),
+        "extra key": lambda: tagged([json.dumps({"id": 1, "parameters": first["arguments"], "name": first["name"]})]),
+        "two blocks": lambda: tagged(lines) + "\n" + tagged(lines[:1]),
+        "no end": lambda: tagged(lines).removesuffix("</tool_call>"),
+        "no thought": lambda: tagged(lines).partition("\n")[2],
+        "answer too": lambda: tagged(lines) + "\n<response> done </response>",
+    }
+    kind = rng.choice(list(choices))
+    return kind, choices[kind]()
+
+
+def alternatives(entry: Sample, gold: list[Call], rng: random.Random) -> list[Call]:
+    """The right calls, in any of the spellings that the answers allow."""
+    if "java" in entry["category"] or not entry.get("ground_truth"):
+        return gold
+    calls = []
+    for answer, call in zip(entry["ground_truth"], gold, strict=True):
+        [choices] = answer.values()
+        arguments = {}
+        for name, values in choices.items():
+            value = rng.choice(values) if values else None
+            is_plain = not isinstance(value, (dict, list))  # the values of an object have alternatives of their own
+            if value != "" and values:
+                arguments[name] = value if is_plain else call["arguments"].get(name, value)
+            elif name in call["arguments"] and rng.random() < 0.8:
+                arguments[name] = call["arguments"][name]
+        calls.append({"name": call["name"], "arguments": arguments})
+    return calls
+
+
+def one_turn(entry: Sample, gold: Gold, rng: random.Random) -> Sample:
+    """A mutated prediction for a sample with one turn."""
+    right = [{"name": call.name, "arguments": dict(call.arguments)} for call in gold.calls]
+    tools = {doc["name"]: doc["parameters"]["properties"] for doc in entry["function"]}
+    calls, kinds = alternatives(entry, right, rng), []
+    for _ in range(rng.choice([0, 1, 1, 1, 1, 2])):
+        kind, calls = change_calls(calls, tools, rng)
+        kinds.append(kind)
+    kind, text = written(calls, rng)
+    kinds += [kind] if kind else []
+    return {"id": entry["id"], "category": entry["category"], "response": text, "kinds": kinds or ["right"]}
+
+
+def held_out_early(turns: list[list[list[Call]]], held_out: set[str], rng: random.Random) -> str:
+    """Say the first call of a held-out function in the first turn already."""
+    calls = [(turn, step, call) for turn in turns for step in turn for call in step if call["name"] in held_out]
+    turn, step, call = calls[0]
+    if rng.random() < 0.5:
+        step.remove(call)
+        turn[:] = [step for step in turn if step]
+    turns[0].append([call])
+    return "held-out function in the first turn"
+
+
+def change_turns(turns: list[list[list[Call]]], tools: dict[str, Any], rng: random.Random) -> str:
+    """Change a conversation, turns of steps of calls, in one place; what was done."""
+    kind = rng.choice(["call", "call", "call", "call", "empty turn", "other turn", "extra step", "forever", "early"])
+    turn = rng.choice(turns)
+    everything = [call for other in turns for step in other for call in step]
+    if kind == "call" and turn:
+        at = rng.randrange(len(turn))
+        kind, turn[at] = change_calls(turn[at], tools, rng)
+    elif kind == "empty turn":
+        turn.clear()
+    elif kind == "other turn" and turn:
+        rng.choice(turns).insert(0, turn.pop(rng.randrange(len(turn))))
+    elif kind == "forever":
+        harmless = [
+            {"name": name, "arguments": {}} for name in tools if name in ("pwd", "get_zipcode", "view_watchlist")
+        ]
+        call = rng.choice(harmless or everything or [plausible_call(tools, rng)])
+        number = rng.choice([18, 19, 20, 21, 25])
+        turn += [[call] for _ in range(number - len(turn))]
+        return f"{number} steps in the {'last' if turn is turns[-1] else 'a'} turn"
+    elif kind == "early" and len(turn) > 1:
+        turn.insert(rng.randrange(1, len(turn)), [])
+    else:
+        kind = "extra step"
+        call = rng.choice(everything) if everything and rng.random() < 0.6 else plausible_call(tools, rng)
+        turn.insert(rng.randrange(len(turn) + 1), [call])
+    return kind
+
+
+def several_turns(entry: Sample, gold: list[list[Call]], rng: random.Random) -> Sample:
+    """A mutated recording of a conversation."""
+    one_step = rng.random() < 0.5
+    turns = [([calls] if calls else []) if one_step else [[call] for call in calls] for calls in copy.deepcopy(gold)]
+    later = [doc for docs in entry.get("missed_function", {}).values() for doc in docs]
+    held_out = {doc["name"] for doc in later}
+    tools = {doc["name"]: doc["parameters"]["properties"] for doc in [*entry["function"], *later]}
+    kinds = []
+    if rng.random() < 0.2 and any(call["name"] in held_out for turn in gold for call in turn):
+        kinds.append(held_out_early(turns, held_out, rng))
+    kinds += [change_turns(turns, tools, rng) for _ in range(rng.choice([0, 1, 1, 1, 2, 3]))]
+    response = []
+    for turn in turns:
+        response.append([])
+        for step in turn:
+            kind, text = written(step, rng) if rng.random() < 0.15 else ("", tagged([line(call) for call in step]))
+            response[-1].append(text if step else "prose")
+            kinds += [kind] if kind else []
+    return {"id": entry["id"], "category": entry["category"], "response": response, "kinds": kinds or ["right"]}

@@ -1,0 +1,235 @@
+"""Our verdicts on BFCL against those of the package itself, on mutated predictions; status 1 if one is unexplained.
+
+The package's own loop (`BaseHandler.inference`) and its own runners judge the same texts in a process, and an
+environment, of their own: python 3.10 to 3.12 with
+
+    pip install overrides tqdm python-dotenv tenacity numpy pandas filelock mpmath==1.3.0 \
+        tree_sitter==0.21.3 tree-sitter-java==0.21.0 tree-sitter-javascript==0.21.4
+    python benchmarks/bfcl_official.py --version v3 --official-python OTHER/bin/python --single 3000 --multi 400
+
+A difference is explained where the texts are read differently (ToolRL's reader keeps the last block alone, and no call
+named none), and where we did not execute a call: then the package judges the recording once more without that call,
+and must come to our verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from bfcl_mutations import Call, Sample, one_turn, several_turns
+
+from rest_rl.evaluate.bfcl.benchmark import Bfcl
+from rest_rl.evaluate.bfcl.gold import gold_of
+from rest_rl.evaluate.bfcl.groups import MULTI_TURN, categories
+from rest_rl.evaluate.bfcl.package import Version, find_package
+from rest_rl.evaluate.bfcl.sandbox import Sandbox
+from rest_rl.evaluate.conversation import Reply, Request
+from rest_rl.evaluate.harness import batch_rows
+from rest_rl.evaluate.recorded import Recorded
+from rest_rl.formats import get_format
+
+REFUSED = "the call was not executed."
+
+
+class Watched(Recorded):
+    """Responses from a file that keeps the last request it was asked."""
+
+    last: Request
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """What was recorded."""
+        self.last = requests[-1]
+        return super().respond(requests)
+
+
+def judged(benchmark: Bfcl, sample: Sample) -> Sample:
+    """Our verdict, what the tools said, and the time it took."""
+    model = Watched({sample["id"]: sample["response"]})
+    start = time.perf_counter()
+    [row] = batch_rows(benchmark, model, get_format("toolrl"), [sample["id"]], Event())
+    seconds = time.perf_counter() - start
+    said = [message["content"] for message in model.last.sample.messages if message["role"] == "tool"]
+    return {**row, "results": said, "seconds": seconds}
+
+
+def official(samples: list[Sample], version: Version, python: str) -> list[Sample]:
+    """The verdicts of the package, in a process of its own."""
+    side = Path(__file__).with_name("bfcl_official_side.py")
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "samples.json", Path(folder) / "verdicts.json"
+        source.write_text(json.dumps(samples), encoding="utf-8")
+        command = [python, str(side), version, str(find_package(version).folder), str(source), str(target)]
+        subprocess.run(command, check=True, env={"PATH": "", "PYTHONUTF8": "1", "HOME": folder})
+        return json.loads(target.read_text(encoding="utf-8"))
+
+
+def as_we_took_it(ours: Sample) -> Any:
+    """The recording as the calls that we read and executed; a turn ends where it ended."""
+    if not isinstance(ours["response"], list):
+        return json.dumps(ours["calls"])
+    results = iter(ours["results"])
+    turns = []
+    for turn in ours["calls"]:
+        steps = [[call for call in step if not next(results, "").endswith(REFUSED)] for step in turn]
+        turns.append([json.dumps(step) for step in steps if step])
+    return turns
+
+
+def read_by_us(sample: Sample) -> Any:
+    """The calls of our reading in the shape of theirs, from the whole recording."""
+    parse = get_format("toolrl").parse
+
+    def calls(text: str) -> list[Call]:
+        return [{"name": call.name, "arguments": dict(call.arguments)} for call in parse(text, spans=False).calls]
+
+    response = sample["response"]
+    return calls(response) if isinstance(response, str) else [[calls(text) for text in turn] for turn in response]
+
+
+def reading_causes(response: Any) -> list[str]:
+    """What in a recording the two readers are known to take differently."""
+    texts = [response] if isinstance(response, str) else [text for turn in response for text in turn]
+    found = {
+        "no end": any("</tool_call>" not in text.rpartition("<tool_call>")[2] for text in texts if "<tool" in text),
+        "two blocks": any(text.count("<tool_call>") > 1 for text in texts),
+        "named None": any('"name": "None"' in text for text in texts),
+        "NaN or Infinity": any("NaN" in text or "Infinity" in text for text in texts),
+    }
+    return [cause for cause, is_so in found.items() if is_so]
+
+
+def different_results(ours: Sample, theirs: Sample) -> list[tuple[str, str]]:
+    """What the tools said to us and to them where both executed the call, or they could and we did not."""
+    pairs = zip(ours["results"], theirs["results"], strict=False)  # we do not see the results of a last step
+    return [(a, b) for a, b in pairs if a != b and not a.endswith(REFUSED)]
+
+
+class Tally:
+    """What the comparison has found so far."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.counts: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.differing: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.unexplained = 0
+
+    def add(self, sample: Sample, ours: Sample, theirs: Sample, on_ours: Sample) -> None:
+        """Two verdicts on a sample, and theirs on the calls that we took; what has no reason is printed."""
+        kinds = set(sample["kinds"])
+        self.kinds.update(kinds)
+        is_equal = ours["correct"] == theirs["valid"]
+        self.counts["equal" if is_equal else "differing"] += 1
+        self.counts["equal on the calls we took"] += on_ours["valid"] == ours["correct"]
+        self.counts["right for both"] += ours["correct"] and theirs["valid"]
+        self.counts["the package raises"] += bool(theirs["raised"])
+        why = self.reason(sample, ours, theirs)
+        self.counts[f"all that are {why}"] += bool(why)
+        results = different_results(ours, theirs) if not why.startswith("read") else []
+        for mine, other in [] if why.startswith("read") else zip(ours["results"], theirs["results"], strict=False):
+            fate = "refused" if other.startswith("Error during execution") else "executed"
+            self.counts[f"calls that we refused and the package {fate}"] += mine.endswith(REFUSED)
+        if is_equal and not results and on_ours["valid"] == ours["correct"]:
+            self.same_verdict(why, ours, theirs)
+            return
+        self.differing.update(kinds)
+        if on_ours["valid"] != ours["correct"] or results:
+            why = "UNEXPLAINED"
+        self.unexplained += not why or "UNEXPLAINED" in why
+        self.counts[f"differing, {why or 'UNEXPLAINED'}"] += 1
+        if not why.startswith("read") or "UNEXPLAINED" in why:
+            show(why, sample, ours, theirs, on_ours, results)
+
+    def reason(self, sample: Sample, ours: Sample, theirs: Sample) -> str:
+        """Why the verdicts may differ, if those on the calls that we took are equal; empty where they may not."""
+        mine, other = (json.dumps(read, sort_keys=True) for read in (read_by_us(sample), theirs["decoded"]))
+        if mine != other:
+            return f"read differently ({', '.join(reading_causes(sample['response'])) or 'UNEXPLAINED'})"
+        return "not executed" if any(result.endswith(REFUSED) for result in ours["results"]) else ""
+
+    def same_verdict(self, why: str, ours: Sample, theirs: Sample) -> None:
+        """Note where a wrong sample is wrong for another reason."""
+        self.counts["equal words of all tools"] += bool(ours["results"]) and not why
+        error = ours["reason"].partition(": ")[0]
+        if not why and not theirs["raised"] and error != theirs["error"]:
+            self.errors[f"{error} for {theirs['error']}"] += 1
+
+    def report(self, name: str) -> None:
+        """Print all of it."""
+        print(f"\n{name}: {self.counts['equal']} of {self.counts['equal'] + self.counts['differing']} verdicts equal")
+        listed = {
+            "counts": self.counts,
+            "other reasons of equal verdicts, ours for theirs": self.errors,
+            "mutations": {kind: f"{number}, {self.differing[kind]} differ" for kind, number in self.kinds.items()},
+        }
+        for title, found in listed.items():
+            print(f"  {title}: " + "; ".join(f"{key}: {value}" for key, value in sorted(found.items()) if value))
+
+
+def show(why: str, sample: Sample, ours: Sample, theirs: Sample, on_ours: Sample, results: Sequence[Any]) -> None:
+    """Print one difference."""
+    print(f"\n{why or 'UNEXPLAINED'}: {sample['id']} {sample['kinds']}")
+    print(f"  ours {ours['correct']} {ours['reason'][:200]!r}; results that differ: {results[:2]}")
+    for name, verdict in (("theirs", theirs), ("theirs on the calls we took", on_ours)):
+        print(f"  {name} {verdict['valid']} {verdict['error']} {verdict['raised']}")
+    print(f"  {sample['response']!r:.1500}")
+
+
+def compare(name: str, samples: list[Sample], benchmark: Bfcl, version: Version, python: str) -> int:
+    """Judge all samples and print what differs; how many differences are not explained."""
+    ours = [judged(benchmark, sample) for sample in samples]
+    theirs = official(samples, version, python)
+    responses = [as_we_took_it(row) for row in ours]
+    taken = [{**sample, "response": each, "is_json": True} for sample, each in zip(samples, responses, strict=True)]
+    tally = Tally()
+    for rows in zip(samples, ours, theirs, official(taken, version, python), strict=True):
+        tally.add(*rows)
+    tally.report(f"{version} {name}")
+    mine, other = (1e3 * sum(row["seconds"] for row in rows) / len(rows) for rows in (ours, theirs))
+    print(f"  ms per sample: ours {mine:.2f}, theirs {other:.2f}, ratio {mine / other:.1f}")
+    return tally.unexplained
+
+
+def main() -> int:
+    """Compare on both kinds of samples; 1 if anything differs for no known reason."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", required=True, choices=["v3", "v4"])
+    parser.add_argument("--official-python", required=True, help="interpreter that can import bfcl_eval's eval_runner")
+    parser.add_argument("--single", type=int, default=3000, help="predictions for samples with one turn")
+    parser.add_argument("--multi", type=int, default=400, help="predictions for conversations")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    benchmark = Bfcl(options.version)
+    names = categories(options.version)
+    with Sandbox(find_package(options.version)) as sandbox:
+        entries = {name: sandbox.entries(name) for name in names}
+        singles = [name for name in names if name not in MULTI_TURN]
+        asked = [rng.choice(entries[rng.choice(singles)]) for _ in range(options.single)]
+        samples = [one_turn(entry, gold_of(entry), rng) for entry in asked]
+        talks = []
+        for _ in range(options.multi):
+            entry = rng.choice(entries[rng.choice(MULTI_TURN)])
+            talks.append(several_turns(entry, sandbox.gold_calls(entry["id"]), rng))
+    unexplained = 0
+    for name, chosen in (("single turn", samples), ("multi-turn", talks)):
+        if chosen:
+            unexplained += compare(name, chosen, benchmark, options.version, options.official_python)
+    benchmark.close()
+    return int(unexplained > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The official verdicts for `bfcl_official.py`: bfcl-eval's own inference loop and its own runners, in its own process.
+
+Runs in an environment that has what `bfcl_eval.eval_checker.eval_runner` imports (see `bfcl_official.py`); needs
+nothing of rest_rl. The official executor evaluates what it is given: feed it harmless texts only.
+
+    python benchmarks/bfcl_official_side.py VERSION FOLDER SAMPLES.json VERDICTS.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+NAME = "restrl"
+"""Also what our sandbox calls the model: upstream puts it into texts that look like calls."""
+KINDS = ("irrelevance", "live_irrelevance", "live_relevance")
+
+
+def tool_lines(text: str) -> list[dict[str, Any]]:
+    """The calls of a text as ToolRL's evaluation reads them: after the last tag, one per line, bad lines left out."""
+    if "<tool_call>" not in text:
+        raise ValueError("no call")
+    block = text.rsplit("<tool_call>", maxsplit=1)[-1].split("</tool_call>", maxsplit=1)[0]
+    calls = []
+    for line in block.strip().split("\n"):
+        try:
+            read = json.loads(line)
+            name, arguments = read["name"], read["parameters"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(name, str) and isinstance(arguments, dict) and name.lower() != "none":
+            calls.append({"name": name, "arguments": arguments})
+    return calls
+
+
+def json_calls(text: str) -> list[dict[str, Any]]:
+    """The calls of a text that is a JSON list of them; an empty text ends a turn."""
+    return json.loads(text) if text else []
+
+
+class Replay:
+    """What a handler of the package says and reads: the recording, turn by turn and step by step."""
+
+    def begin(self, sample: dict[str, Any]) -> None:
+        self.is_fc_model = True
+        self.recording, self.turn, self.step, self.results = sample["response"], 0, 0, []
+        self.read = json_calls if sample.get("is_json") else tool_lines
+
+    def said(self) -> str:
+        if isinstance(self.recording, str):
+            return self.recording if self.turn == self.step == 0 else ""
+        steps = self.recording[self.turn] if self.turn < len(self.recording) else []
+        return steps[self.step] if self.step < len(steps) else ""
+
+    def decode_ast(self, result: str, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        return [{call["name"]: call["arguments"]} for call in self.read(result)]
+
+    def decode_execute(self, result: str, *_: Any, **__: Any) -> list[str]:
+        calls = self.read(result)
+        return [
+            f"{call['name']}({', '.join(f'{key}={value!r}' for key, value in call['arguments'].items())})"
+            for call in calls
+        ]
+
+    def _query_FC(self, inference_data: dict[str, Any]) -> tuple[str, float]:  # noqa: N802
+        text = self.said()
+        self.step += 1
+        return text, 0.0
+
+    def _pre_query_processing_FC(self, inference_data: dict[str, Any], test_entry: Any) -> dict[str, Any]:  # noqa: N802
+        return inference_data
+
+    def _compile_tools(self, inference_data: dict[str, Any], test_entry: Any) -> dict[str, Any]:
+        return inference_data
+
+    def _parse_query_response_FC(self, api_response: str) -> dict[str, Any]:  # noqa: N802
+        return {"model_responses": api_response, "input_token": 0, "output_token": 0}
+
+    def add_first_turn_message_FC(self, inference_data: dict[str, Any], messages: Any) -> dict[str, Any]:  # noqa: N802
+        return inference_data
+
+    def _add_next_turn_user_message_FC(self, inference_data: dict[str, Any], messages: Any) -> dict[str, Any]:  # noqa: N802
+        self.turn, self.step = self.turn + 1, 0
+        return inference_data
+
+    def _add_assistant_message_FC(self, inference_data: dict[str, Any], said: Any) -> dict[str, Any]:  # noqa: N802
+        return inference_data
+
+    def _add_execution_results_FC(  # noqa: N802
+        self, inference_data: dict[str, Any], execution_results: list[str], said: Any
+    ) -> dict[str, Any]:
+        self.results += execution_results
+        return inference_data
+
+
+def part(name: str) -> Any:
+    """A module of bfcl_eval."""
+    return importlib.import_module(f"bfcl_eval.{name}")
+
+
+class Official:
+    """One release, its samples by category, and its runners with their score files kept in memory."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        models = types.ModuleType("bfcl_eval.constants.model_config")
+        config = types.SimpleNamespace(underscore_to_dot=False, is_fc_model=True)
+        vars(models)["MODEL_CONFIG_MAPPING"] = {NAME: config}
+        sys.modules[models.__name__] = models
+        self.runner = part("eval_checker.eval_runner")
+        self.written: list[dict[str, Any]] = []
+        for module in (self.runner, part("eval_checker.eval_runner_helper")):
+            vars(module)["write_list_of_dicts_to_file"] = self.keep
+        named = {"registry_name": NAME, "is_fc_model": True} if version == "v4" else {}
+        handler = type("Handler", (Replay, part("model_handler.base_handler").BaseHandler), {})
+        self.handler = handler(NAME, 0, **named)
+        self.loaded: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
+
+    def keep(self, filename: str, data: list[dict[str, Any]], *_: Any, **__: Any) -> None:
+        """The rows of a score file: a head, then those that failed."""
+        self.written = data
+
+    def load(self, category: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """(samples for the loop, samples for the runner, answers) of a category, by id, as the package loads them."""
+        utils = part("utils")
+        config = part("constants.eval_config")
+        if self.version == "v4":
+            asked = utils.load_dataset_entry(category)
+            judged = utils.load_dataset_entry(category, include_prereq=False, include_language_specific_hint=False)
+            answers = [] if category in KINDS else utils.load_ground_truth_entry(category)
+        else:
+            path = utils.find_file_with_suffix(config.PROMPT_PATH, category)
+            asked, judged = utils.load_file(path, sort_by_id=True), utils.load_file(path, sort_by_id=True)
+            asked = part("_llm_response_generation").process_multi_turn_test_case(asked)
+            answers = []
+            if category not in KINDS:
+                path = utils.find_file_with_suffix(config.POSSIBLE_ANSWER_PATH, category)
+                answers = utils.load_file(path, sort_by_id=True)
+        by_id = {row["id"]: row for row in reversed(asked)}, {row["id"]: row for row in reversed(judged)}
+        pairs = zip(reversed(judged), reversed(answers), strict=True) if answers else ()
+        return *by_id, {row["id"]: answer for row, answer in pairs}
+
+    def verdict(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """What the loop and the runner of the category make of one recording."""
+        category, identity = sample["category"], sample["id"].partition("#")[0]
+        if category not in self.loaded:
+            self.loaded[category] = self.load(category)
+        asked, judged, answers = self.loaded[category]
+        start = time.perf_counter()
+        entry, checked = copy.deepcopy(asked[identity]), copy.deepcopy(judged[identity])
+        self.handler.begin(sample)
+        try:
+            result, _ = self.handler.inference(entry, include_input_log=False, exclude_state_log=False)
+            self.run(category, {"id": identity, "result": result}, checked, answers.get(identity))
+            failed = self.written[1:]
+            error = failed[0].get("error_type") or failed[0].get("error", {}).get("error_type") if failed else ""
+            found = {"valid": not failed, "error": error, "raised": ""}
+        except Exception as problem:  # a run of the package would end here
+            found = {"valid": False, "error": "", "raised": f"{type(problem).__name__}: {problem}"[:200]}
+        seconds = time.perf_counter() - start
+        executor = vars(part("eval_checker.multi_turn_eval.multi_turn_utils"))
+        for name in [name for name in executor if name.endswith("_instance")]:
+            del executor[name]  # or the next recording for this sample goes on from here
+        return {**found, "results": self.handler.results, "seconds": seconds}
+
+    def run(self, category: str, result: dict[str, Any], prompt: Any, answer: Any) -> None:
+        """The runner that `evaluate_task` takes for the category, on one sample."""
+        results, prompts, answers, folder = [result], [prompt], [answer], Path()
+        if category in KINDS:
+            self.runner.relevance_file_runner(self.handler, results, prompts, NAME, category, folder)
+        elif category.startswith("multi_turn"):
+            self.runner.multi_turn_runner(self.handler, results, prompts, answers, NAME, category, folder)
+        else:
+            language = "JavaScript" if "javascript" in category else "Java" if "java" in category else "Python"
+            languages = [] if self.version == "v4" else [language]
+            self.runner.ast_file_runner(self.handler, results, prompts, answers, *languages, category, NAME, folder)
+
+
+def decoded(response: Any) -> Any:
+    """The calls of a recording by turn and step, as the handler reads them."""
+    if not isinstance(response, str):
+        return [[decoded(step) for step in turn] for turn in response]
+    try:
+        return tool_lines(response)
+    except ValueError:
+        return []
+
+
+def main() -> None:
+    """Judge every sample of the first file into the second."""
+    version, folder, source, target = sys.argv[1:]
+    samples = json.loads(Path(source).read_text(encoding="utf-8"))
+    output = Path(target).resolve()
+    sys.path.insert(0, str(Path(folder).resolve()))
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+        os.environ["BFCL_PROJECT_ROOT"] = place
+        os.chdir(place)
+        official = Official(version)
+        verdicts = [{**official.verdict(sample), "decoded": decoded(sample["response"])} for sample in samples]
+        os.chdir("/")
+    output.write_text(json.dumps(verdicts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
