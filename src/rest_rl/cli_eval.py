@@ -119,14 +119,20 @@ def _add_who(verb: argparse.ArgumentParser) -> None:
 
 def _add_how(verb: argparse.ArgumentParser, *, published: bool) -> None:
     how = verb.add_argument_group("how it is asked")
-    extra = "; published: the benchmark's own texts" if published else ""
+    texts = "the benchmark's own texts" if published else "ToolRL's prompts, with the texts of --prompt-from"
     how.add_argument(
         "--prompt",
-        choices=("training", "native", *(["published"] if published else [])),
+        choices=("training", "native", "published"),
         default="training",
         help="training: laid out as in the model's run, or in --format; native: the model's (server's) own function "
-        f"calling{extra} (default: %(default)s)",
+        f"calling; published: {texts} (default: %(default)s)",
     )
+    if not published:
+        how.add_argument(
+            "--prompt-from",
+            metavar="FILE",
+            help="rows as ToolRL published them, such as rlla_sft.json (default: what a run that kept prompts read)",
+        )
     how.add_argument(
         "--format", metavar="F", help="how the model writes calls (default: as its run, else its template)"
     )

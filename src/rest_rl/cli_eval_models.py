@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, apply_overrides, from_mapping, read_run_file
+from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of
 from rest_rl.data.prompt_layout import PromptLayout, resolve_format, template_format
 from rest_rl.evaluate.conversation import Model
+from rest_rl.evaluate.flattened_requests import FlattenedRequests
 from rest_rl.evaluate.recorded import Oracle, Recorded, read_responses
 from rest_rl.formats import ToolFormat, get_format
+from rest_rl.formats.opened_think import SUFFIX
 from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
 
 DEFAULT_FORMAT = "toolrl"
@@ -35,6 +38,8 @@ class Plan:
     table: ModelTable | None = None
     """Of a local model."""
     layout: PromptLayout | None = None
+    frame: Frame | None = None
+    """ToolRL's texts, where the model is asked by its published prompts."""
 
     @property
     def tool_format(self) -> ToolFormat:
@@ -49,7 +54,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         name = arguments.format or DEFAULT_FORMAT
         get_format(name)
         why = "as asked" if arguments.format else "the default without a model"
-        return Plan(arguments.prompt, name, why, arguments.prompt == "published")
+        frame, why = published_frame(arguments, name, why)
+        return Plan(arguments.prompt, name, why, arguments.prompt == "published", frame=frame)
     if arguments.endpoint:
         return endpoint_plan(arguments)
     return local_plan(arguments)
@@ -89,8 +95,52 @@ def local_plan(arguments: argparse.Namespace) -> Plan:
         asked = DEFAULT_FORMAT if keeps else AUTO
     name, why = resolve_format(asked, tokenizer, table.chat_template_kwargs)
     why = f"as in {Path(path).parent}" if run and not arguments.format and arguments.prompt == "training" else why
-    layout = PromptLayout(tokenizer, name, table.chat_template_kwargs)
-    return Plan(arguments.prompt, name, why, keeps and arguments.action == "api-bank", table, layout)
+    frame, why = published_frame(arguments, name, why, run)
+    layout = layout_of(tokenizer, name, frame, table.chat_template_kwargs)
+    return Plan(arguments.prompt, name, why, keeps and arguments.action == "api-bank", table, layout, frame)
+
+
+def layout_of(
+    tokenizer: Any, name: str, frame: Frame | None, variables: Mapping[str, Any] | None = None
+) -> PromptLayout:
+    """How prompts are laid out in a format; around the texts of a frame where there is one."""
+    return FlattenedLayout(tokenizer, frame, name, variables) if frame else PromptLayout(tokenizer, name, variables)
+
+
+def published_frame(
+    arguments: argparse.Namespace, name: str, why: str, run: RunConfig | None = None
+) -> tuple[Frame | None, str]:
+    """(ToolRL's texts, why with the file they come from) if the model is asked by its prompts; (None, why) if not.
+
+    So it is asked where the options say so, and where its run has trained on them. API-Bank brings its own texts.
+    ValueError for a contradiction, and without a file that has the texts.
+    """
+    given = getattr(arguments, "prompt_from", None)
+    is_toolrl = name.removesuffix(SUFFIX) == DEFAULT_FORMAT
+    kept = run.data.path if run and run.data.keep_prompts and is_toolrl else None
+    is_asked = arguments.prompt == "published" or (arguments.prompt == "training" and kept is not None)
+    if arguments.action == "api-bank" or not is_asked:
+        if given:
+            raise ValueError(
+                f"got --prompt-from with --prompt {arguments.prompt}, expected --prompt published, or the folder of a "
+                f"run that kept its prompts in {DEFAULT_FORMAT}; leave it out"
+            )
+        return None, why
+    if not is_toolrl:
+        raise ValueError(
+            f"got --prompt published and format {name}, expected {DEFAULT_FORMAT}, which those prompts ask for; leave "
+            "--format out"
+        )
+    if not (path := given or kept):
+        raise ValueError(
+            "got --prompt published without --prompt-from, expected a file of ToolRL's rows, whose texts are no part "
+            "of this package; pass --prompt-from rlla_sft.json"
+        )
+    try:
+        return frame_of(path), f"{why}; texts from {path}"
+    except ValueError as error:
+        told = str(error) if given else f"{error}; --prompt-from names another file than the run's data.path"
+        raise ValueError(told) from error
 
 
 def native_format(tokenizer: Any, model: str) -> str:
@@ -107,11 +157,11 @@ def endpoint_plan(arguments: argparse.Namespace) -> Plan:
     """Of a server: its own tool calling, or the tools described in words in a format that must be named."""
     from rest_rl.train.policy import policy_tokenizer
 
-    layout = None
+    tokenizer = None
     if arguments.tokenizer:
         tokenizer = policy_tokenizer(ModelTable(path=arguments.tokenizer))
-        name, why = resolve_format(arguments.format or AUTO, tokenizer)
-        layout = PromptLayout(tokenizer, name)
+        default = DEFAULT_FORMAT if arguments.prompt == "published" else AUTO
+        name, why = resolve_format(arguments.format or default, tokenizer)
     elif arguments.format or arguments.prompt == "native":
         name, why = arguments.format or "hermes", "as asked" if arguments.format else "where the server reads out none"
         get_format(name)
@@ -123,7 +173,9 @@ def endpoint_plan(arguments: argparse.Namespace) -> Plan:
             "hermes (or toolrl, llama3, ...), --tokenizer DIR_OR_ID to tell it from, or --prompt native for the "
             "server's own function calling"
         )
-    return Plan(arguments.prompt, name, why, arguments.prompt == "published", layout=layout)
+    frame, why = published_frame(arguments, name, why)
+    layout = layout_of(tokenizer, name, frame) if tokenizer is not None else None
+    return Plan(arguments.prompt, name, why, arguments.prompt == "published", layout=layout, frame=frame)
 
 
 def recorded_run(path: str) -> tuple[str, RunConfig | None]:
@@ -208,7 +260,8 @@ def endpoint_model(arguments: argparse.Namespace, plan: Plan) -> tuple[Model, li
         layout=plan.layout,
     )
     server.check()
-    return server, [f"{arguments.concurrency} requests at once to {arguments.endpoint}"]
+    model = FlattenedRequests(server, plan.frame) if plan.frame else server
+    return model, [f"{arguments.concurrency} requests at once to {arguments.endpoint}"]
 
 
 def server_body(changes: Sequence[str]) -> dict[str, Any]:
@@ -225,6 +278,8 @@ def server_body(changes: Sequence[str]) -> dict[str, Any]:
 def model_settings(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """What tells one model and way of asking from another, for `--resume`."""
     settings: dict[str, Any] = {"prompt": plan.prompt, "format": plan.format, "model": arguments.model}
+    if plan.frame:
+        settings["prompt_texts"] = plan.frame.digest
     if arguments.oracle:
         return {**settings, "model": "oracle"}
     if arguments.responses:

@@ -62,8 +62,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def say(console: Console, text: str) -> None:
-    """One line, without colours of its own."""
-    console.print(text, highlight=False, markup=False)
+    """Text without colours of its own, and without breaks that it does not have: a prompt is shown as it is."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
@@ -143,6 +143,10 @@ def show_prompt(benchmark: Benchmark, plan: Plan, identity: str, console: Consol
     if plan.layout:
         say(console, plan.layout.render(request.sample))
         say(console, f"{plan.layout.count_tokens(request.sample)} tokens")
+    elif plan.frame:
+        for message in plan.frame.flatten(request.sample).messages:
+            console.rule(message["role"], align="left", style="dim")
+            say(console, message["content"])
     else:
         say(
             console, as_json({"messages": list(request.sample.messages), "tools": list(request.sample.tools)}, indent=2)

@@ -26,12 +26,18 @@ _BLOCK = re.compile(r"\s*<(user|think|tool_call|obs|response)>(.*?)</\1>", re.DO
 _TAG = re.compile(r"</?(?:user|think|tool_call|obs|response)>")
 
 
-def tools_of(system: str) -> tuple[dict[str, Any], ...]:
-    """The tools that a system text lists; RowRejectedError `bad_tool_schema` if an entry cannot be read."""
+def tool_list_span(system: str) -> tuple[int, int]:
+    """Where the list of tools begins and ends in a system text; RowRejectedError `bad_tool_schema` without one."""
     begin, end = system.find(_TOOLS_BEGIN), system.find(_TOOLS_END)
     if begin < 0 or end < begin:
         raise RowRejectedError("bad_tool_schema", f"got a system text without a list of tools ({system[:60]!r})")
-    text = system[begin + len(_TOOLS_BEGIN) : end]
+    return begin + len(_TOOLS_BEGIN), end
+
+
+def tools_of(system: str) -> tuple[dict[str, Any], ...]:
+    """The tools that a system text lists; RowRejectedError `bad_tool_schema` if an entry cannot be read."""
+    begin, end = tool_list_span(system)
+    text = system[begin:end]
     tools = []
     for match in _TOOL.finditer(text):
         name = match["name"] if match["name"] is not None else match["short"]

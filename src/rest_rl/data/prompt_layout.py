@@ -55,7 +55,7 @@ class PromptLayout:
 
         A beginning-of-sequence token that the tokenizer adds by itself stands in it, also where the template has none.
         """
-        messages, tools = [dict(message) for message in sample.messages], list(sample.tools)
+        messages, tools = [without_thought(message) for message in sample.messages], list(sample.tools)
         if sample.tools_in_prompt:
             tools = []
         elif not self.is_native:
@@ -144,6 +144,11 @@ class PromptLayout:
         return self.tokenizer.apply_chat_template(
             messages, tools=tools or None, add_generation_prompt=True, tokenize=False, **self.variables
         )
+
+
+def without_thought(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of the history as training shows it: what was thought before is not shown again."""
+    return {key: value for key, value in message.items() if key != "reasoning_content"}
 
 
 def as_text(messages: list[dict[str, Any]], tools: list[Any], tool_format: ToolFormat) -> list[dict[str, Any]]:

@@ -285,10 +285,11 @@ class SeveralTurns:
         self._failure, self._is_over = Verdict(False, error_type, message), True
 
     def _said(self, parsed: ParsedResponse, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
-        """The response as a message of the history, without its thought."""
+        """The response as a message of the history; its thought stands apart, and most layouts do not show it."""
         rest = text.rpartition("</think>")[2].strip()  # what a response that the format cannot read came to say
         is_unread = not parsed.answer and not calls and not rest.startswith("<think>")
         message: dict[str, Any] = {"role": "assistant", "content": rest if is_unread else parsed.answer or ""}
+        message |= {"reasoning_content": parsed.thought} if parsed.thought else {}
         if calls:
             message["tool_calls"] = [
                 {"id": self._call_id(number), "type": "function", "function": recorded(call)}
