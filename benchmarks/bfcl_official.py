@@ -70,7 +70,7 @@ def official(samples: list[Sample], version: Version, python: str) -> list[Sampl
         source, target = Path(folder) / "samples.json", Path(folder) / "verdicts.json"
         source.write_text(json.dumps(samples), encoding="utf-8")
         command = [python, str(side), version, str(find_package(version).folder), str(source), str(target)]
-        subprocess.run(command, check=True, env={"PATH": "", "PYTHONUTF8": "1", "HOME": folder})
+        subprocess.run(command, check=True, env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "HOME": folder})
         return json.loads(target.read_text(encoding="utf-8"))
 
 
@@ -139,7 +139,7 @@ class Tally:
         self.counts[f"all that are {why}"] += bool(why)
         results = different_results(ours, theirs) if not why.startswith("read") else []
         for mine, other in [] if why.startswith("read") else zip(ours["results"], theirs["results"], strict=False):
-            fate = "refused" if other.startswith("Error during execution") else "executed"
+            fate = "refused too" if other.startswith("Error during execution") else f"executed: {mine[:40]}"
             self.counts[f"calls that we refused and the package {fate}"] += mine.endswith(REFUSED)
         if is_equal and not results and on_ours["valid"] == ours["correct"]:
             self.same_verdict(why, ours, theirs)
