@@ -6,134 +6,47 @@ import itertools
 import json
 import re
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from rest_rl.data.prompt_layout import PromptLayout
-from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.chat_messages import wire_names
 from rest_rl.evaluate.conversation import Reply, Request, read_reply
-from rest_rl.evaluate.endpoint import Endpoint, Pace, base_url
+from rest_rl.evaluate.endpoint import Endpoint, Pace
 from rest_rl.formats import get_format
-from rest_rl.response import Gold, ToolCall
+from rest_rl.response import ToolCall
+from tests.model_server import (
+    CALL,
+    TOOL,
+    Handler,
+    Server,
+    Step,
+    asked,
+    breaks_off,
+    completion,
+    drips,
+    hangs,
+    hangs_up,
+    running_server,
+    says,
+    sends,
+    serve_models,
+)
 from tests.tiny_policy import tiny_tokenizer
 
 KEY = "sk-very-secret-4711"
-CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
-TOOL = {
-    "type": "function",
-    "function": {"name": "f", "description": "?", "parameters": {"type": "object", "properties": {}}},
-}
-Step = Callable[["Handler"], None]
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers as the server's `steps` say, one per chat request; the listing of models by `models`."""
-
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def log_message(self, *_: Any) -> None: ...
-
-    def do_GET(self) -> None:
-        self.server.models(self)
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append((self.path, self.headers["Authorization"], body))
-            step = next(self.server.steps)
-        self.body = body
-        try:
-            step(self)
-        except (BrokenPipeError, ConnectionResetError):  # the client has given up
-            self.close_connection = True
-
-    def send(self, data: bytes | str, status: int = 200, length: int | None = None, **headers: str) -> None:
-        data = data.encode() if isinstance(data, str) else data
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data) if length is None else length))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(data)
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-    models: Any
-    steps: Iterator[Step]
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests: list[tuple[str, str, dict[str, Any]]] = []
-        self.lock, self.over = threading.Lock(), threading.Event()
-        self.models = serve_models("m", "other")
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-def serve_models(*names: str, **more: Any) -> Step:
-    return lambda handler: handler.send(json.dumps({"data": [{"id": name, **more} for name in names]}))
-
-
-def completion(content: Any, *, finish: str = "stop", **message: Any) -> dict[str, Any]:
-    choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
-    return {"id": "c", "choices": [choice], "usage": {"prompt_tokens": 11, "completion_tokens": 3}}
-
-
-def says(content: Any, **more: Any) -> Step:
-    return lambda handler: handler.send(json.dumps(completion(content, **more)))
-
-
-def sends(data: Any, status: int = 200, **headers: str) -> Step:
-    return lambda handler: handler.send(data if isinstance(data, (bytes, str)) else json.dumps(data), status, **headers)
-
-
-def hangs(handler: Handler) -> None:
-    handler.server.over.wait(30)
-    handler.close_connection = True
-
-
-def drips(handler: Handler) -> None:
-    """A byte now and then, so that no single read is late."""
-    handler.send(b"", length=100_000)
-    while not handler.server.over.wait(0.02):
-        handler.wfile.write(b" ")
-
-
-def hangs_up(handler: Handler) -> None:
-    handler.close_connection = True
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def breaks_off(handler: Handler) -> None:
-    handler.send(b'{"choices": [', length=5000)
-    hangs_up(handler)
 
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[Server]:
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.over.set()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with running_server() as server:
+        yield server
 
 
 def endpoint(server: Server, *steps: Step, then: Step | None = None, **changes: Any) -> Endpoint:
@@ -141,11 +54,6 @@ def endpoint(server: Server, *steps: Step, then: Step | None = None, **changes: 
     server.steps = itertools.chain(steps, itertools.repeat(last))
     settings = {"native": False, "max_new_tokens": 64, "timeout": 10.0, "retries": 3, "backoff": 0.001, **changes}
     return Endpoint(server.url, "m", get_format(settings.pop("tool_format", "hermes")), **settings)
-
-
-def asked(*messages: dict[str, Any], tools: tuple[dict[str, Any], ...] = (TOOL,), **more: Any) -> Request:
-    messages = messages or ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "go"})
-    return Request(ToolSample("s", messages, tools, Gold((), None), **more))
 
 
 def one(model: Endpoint, request: Request | None = None) -> Reply:
@@ -516,27 +424,6 @@ def test_extra_fields_go_into_every_request(server) -> None:
     one(endpoint(server, extra_body={"chat_template_kwargs": {"enable_thinking": False}, "max_tokens": 7}))
     assert server.requests[0][2]["chat_template_kwargs"] == {"enable_thinking": False}
     assert server.requests[0][2]["max_tokens"] == 7
-
-
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        ("http://h:8000", "http://h:8000/v1"),
-        ("http://h:8000/", "http://h:8000/v1"),
-        ("http://h:8000/v1", "http://h:8000/v1"),
-        ("https://h/v1/", "https://h/v1"),
-        ("https://h/api/v3", "https://h/api/v3"),
-        (" https://h/v1/chat/completions ", "https://h/v1"),
-    ],
-)
-def test_urls_in_any_form(given: str, meant: str) -> None:
-    assert base_url(given) == meant
-
-
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://h/v1", "http://", "h/v1", "http://[::1"])
-def test_urls_that_are_none(url: str) -> None:
-    with pytest.raises(ValueError, match="expected a URL; write http://HOST:PORT/v1"):
-        base_url(url)
 
 
 @pytest.mark.parametrize(

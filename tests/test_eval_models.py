@@ -6,13 +6,13 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, OPTConfig, Qwen3ForCausalLM
 
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.data.samples import Dialogue, ToolSample, decompose
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.generate import generate
-from rest_rl.evaluate.local_model import LocalModel, context_length
+from rest_rl.evaluate.local_model import LocalModel, context_length, may_overrun
 from rest_rl.evaluate.vllm_model import VllmModel
 from rest_rl.regions import decode_ids
 from rest_rl.response import Gold
@@ -101,6 +101,63 @@ def test_the_context_limits_a_response_whoever_shares_its_batch(tiny) -> None:
     assert (together[2].text, together[2].tokens) == ("", None)
     assert together[2].overflow == f"got a prompt of {prompt + 20} tokens, the model holds {prompt + 3}"
     assert tight.room(request) == (prompt + 60, prompt + 3)
+
+
+class Counted(Qwen3ForCausalLM):
+    """Keeps the number of rows of every pass."""
+
+    def forward(self, input_ids=None, **others):
+        self.rows = [*getattr(self, "rows", []), input_ids.shape[0]]
+        return super().forward(input_ids=input_ids, **others)
+
+
+@pytest.mark.parametrize("has_end", [True, False])
+def test_prompts_with_different_room_share_a_batch(has_end: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    counted = Counted(tiny_model(tokenizer).config).eval()
+    torch.manual_seed(2)
+    for parameter in counted.parameters():  # texts without end, one for each prompt
+        torch.nn.init.normal_(parameter, std=0.5)
+    if not has_end:
+        tokenizer.eos_token = counted.generation_config.eos_token_id = None
+    layout = PromptLayout(tokenizer, "toolrl")
+    requests = [asked("xyz" * n) for n in (9, 1, 5, 2, 12, 7)]
+    context = layout.count_tokens(requests[4].sample) + 2
+    together = LocalModel(counted, layout, batch_size=6, max_new_tokens=500, context=context)
+    replies = together.respond(requests)
+    assert set(counted.rows) == {6}
+    for request, reply in zip(requests, replies, strict=True):
+        assert together.respond([request])[0] == reply
+        assert reply.tokens
+        limit = context - layout.count_tokens(request.sample)
+        assert (reply.tokens == limit) == reply.is_truncated
+        assert reply.tokens <= limit
+    assert sum(reply.is_truncated for reply in replies) > 3
+    assert len({reply.tokens for reply in replies}) > 3
+    assert len({reply.text[:2] for reply in replies}) > 1
+
+
+def test_a_table_of_positions_is_never_overrun() -> None:
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"n_positions": 40, "n_embd": 8, "n_layer": 1, "n_head": 1, "eos_token_id": None}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+    asker = LocalModel(model, PromptLayout(tokenizer), batch_size=3, max_new_tokens=100)
+    replies = asker.respond([asked("x" * n) for n in (1, 18, 9)])
+    assert [(reply.prompt_tokens or 0) + (reply.tokens or 0) for reply in replies if reply.is_truncated] == [40] * 3
+
+
+def test_only_angles_that_stay_the_same_may_go_on() -> None:
+    tiny_rope = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    assert may_overrun(LlamaConfig())
+    assert may_overrun(LlamaConfig(rope_parameters={"rope_type": "yarn", **tiny_rope}))
+    assert not may_overrun(LlamaConfig(rope_parameters={"rope_type": "dynamic", **tiny_rope}))
+    by_layer = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+    config = LlamaConfig()
+    config.rope_parameters = by_layer
+    assert may_overrun(config)
+    assert not may_overrun(GPT2Config())
+    assert not may_overrun(OPTConfig())
 
 
 def test_a_prompt_as_long_as_the_context_is_an_overflow(tiny) -> None:

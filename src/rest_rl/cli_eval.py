@@ -137,6 +137,7 @@ def _add_how(verb: argparse.ArgumentParser, *, published: bool) -> None:
         "--format", metavar="F", help="how the model writes calls (default: as its run, else its template)"
     )
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="per response (default: 4096; tool world: 160)")
+    how.add_argument("--context", type=int, metavar="N", help="tokens that the model holds (default: what it says)")
     how.add_argument("--batch-size", type=int, default=16, metavar="N", help="of a local model (default: %(default)s)")
     server = verb.add_argument_group("a server")
     server.add_argument(
@@ -146,7 +147,13 @@ def _add_how(verb: argparse.ArgumentParser, *, published: bool) -> None:
     server.add_argument("--retries", type=int, default=5, metavar="N", help="per request (default: %(default)s)")
     server.add_argument("--requests-per-minute", type=int, metavar="N", help="at most (default: no limit)")
     server.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="default: %(default)s")
-    server.add_argument("--tokenizer", metavar="DIR_OR_ID", help="to check what fits, and for --format auto")
+    server.add_argument(
+        "--tokenizer",
+        metavar="DIR_OR_ID",
+        help="the model's: prompts exactly as in training are sent to /completions as token ids, instead of messages "
+        "to /chat/completions; also tells the format and what fits",
+    )
+    server.add_argument("--extra-body", metavar="JSON", help="an object whose fields go into every request")
 
 
 def _add_compare(actions: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, apply_overrides, from_mapping, read_run_file
 from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of
+from rest_rl.data.json_text import load_json
 from rest_rl.data.prompt_layout import PromptLayout, resolve_format, template_format
 from rest_rl.evaluate.conversation import Model
 from rest_rl.evaluate.flattened_requests import FlattenedRequests
@@ -64,6 +65,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 def check_who(arguments: argparse.Namespace) -> None:
     """ValueError unless exactly one answers."""
     chosen = [name for name in ("oracle", "responses", "endpoint") if getattr(arguments, name)]
+    if arguments.extra_body and not arguments.endpoint:
+        raise ValueError("got --extra-body without --endpoint, expected a server to send it to; leave it out")
     if len(chosen) > 1 or (arguments.model and chosen not in ([], ["endpoint"])):
         given = " and ".join(f"--{name}" for name in [*chosen, *(["model"] if arguments.model else [])])
         raise ValueError(f"got {given}, expected one that answers; leave the others out")
@@ -157,11 +160,11 @@ def endpoint_plan(arguments: argparse.Namespace) -> Plan:
     """Of a server: its own tool calling, or the tools described in words in a format that must be named."""
     from rest_rl.train.policy import policy_tokenizer
 
-    tokenizer = None
+    tokenizer, variables = None, server_body(arguments).get("chat_template_kwargs")
     if arguments.tokenizer:
         tokenizer = policy_tokenizer(ModelTable(path=arguments.tokenizer))
         default = DEFAULT_FORMAT if arguments.prompt == "published" else AUTO
-        name, why = resolve_format(arguments.format or default, tokenizer)
+        name, why = resolve_format(arguments.format or default, tokenizer, variables)
     elif arguments.format or arguments.prompt == "native":
         name, why = arguments.format or "hermes", "as asked" if arguments.format else "where the server reads out none"
         get_format(name)
@@ -174,7 +177,7 @@ def endpoint_plan(arguments: argparse.Namespace) -> Plan:
             "server's own function calling"
         )
     frame, why = published_frame(arguments, name, why)
-    layout = layout_of(tokenizer, name, frame) if tokenizer is not None else None
+    layout = layout_of(tokenizer, name, frame, variables) if tokenizer is not None else None
     return Plan(arguments.prompt, name, why, arguments.prompt == "published", layout=layout, frame=frame)
 
 
@@ -230,7 +233,7 @@ def local_model(arguments: argparse.Namespace, plan: Plan) -> tuple[Model, list[
         from rest_rl.evaluate.vllm_model import VllmModel
 
         holds = context_length(policy_config(plan.table), plan.layout.tokenizer) or VLLM_CONTEXT
-        context = min(holds, VLLM_CONTEXT)
+        context = min(holds, VLLM_CONTEXT) if arguments.context is None else arguments.context
         model = VllmModel(plan.table.path, plan.layout, max_new_tokens=arguments.max_new_tokens, context=context)
         return model, [f"vLLM, {context} tokens of context"]
     device = torch.accelerator.current_accelerator()
@@ -238,6 +241,7 @@ def local_model(arguments: argparse.Namespace, plan: Plan) -> tuple[Model, list[
     weights, _ = load_policy(replace(plan.table, dtype=dtype))
     weights = weights if plan.table.load_in_4bit else weights.to(device or "cpu")
     sizes = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+    sizes["context"] = arguments.context
     return LocalModel(weights, plan.layout, **sizes), [f"transformers on {device or 'the CPU'}"]
 
 
@@ -256,23 +260,44 @@ def endpoint_model(arguments: argparse.Namespace, plan: Plan) -> tuple[Model, li
         retries=arguments.retries,
         requests_per_minute=arguments.requests_per_minute,
         api_key_env=arguments.api_key_env,
-        extra_body=server_body(arguments.set),
+        extra_body=server_body(arguments),
         layout=plan.layout,
+        context=arguments.context,
     )
     server.check()
     model = FlattenedRequests(server, plan.frame) if plan.frame else server
-    return model, [f"{arguments.concurrency} requests at once to {arguments.endpoint}"]
+    return model, [f"{arguments.concurrency} requests at once to {server.url}"]
 
 
-def server_body(changes: Sequence[str]) -> dict[str, Any]:
-    """What `--set model.chat_template_kwargs.X=...` adds to every request; other keys are a ValueError."""
+def server_body(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `--extra-body` and `--set model.chat_template_kwargs.X=...` add to every request.
+
+    ValueError for other keys in `--set`, and for an extra body that is no object.
+    """
+    changes = arguments.set
     table = apply_overrides({"model": {}}, changes)
     if set(table) != {"model"} or set(table["model"]) - {"chat_template_kwargs"}:
         raise ValueError(
             f"got --set {' '.join(changes)} with --endpoint, expected keys of model.chat_template_kwargs alone, which "
             "are sent with every request; leave the others out"
         )
-    return table["model"]
+    body = extra_body(arguments.extra_body) if arguments.extra_body else {}
+    variables = {**body.get("chat_template_kwargs", {}), **table["model"].get("chat_template_kwargs", {})}
+    return {**body, "chat_template_kwargs": variables} if variables else body
+
+
+def extra_body(text: str) -> dict[str, Any]:
+    """The object of `--extra-body`; ValueError for anything else."""
+    try:
+        body = load_json(text)
+    except ValueError as error:
+        body = str(error)
+    if not isinstance(body, dict) or not isinstance(body.get("chat_template_kwargs", {}), dict):
+        raise ValueError(
+            f"got --extra-body {text:.80}, expected a JSON object (and so its chat_template_kwargs); "
+            "write --extra-body '{\"repetition_penalty\": 1.0}'"
+        )
+    return body
 
 
 def model_settings(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
@@ -285,10 +310,12 @@ def model_settings(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     if arguments.responses:
         return {**settings, "model": "recorded", "responses": digest_of_file(Path(arguments.responses))}
     settings["max_new_tokens"] = arguments.max_new_tokens
-    if arguments.endpoint:
-        return {**settings, "backend": "endpoint", "endpoint": arguments.endpoint, "body": server_body(arguments.set)}
-    assert plan.table is not None
+    if arguments.context is not None:
+        settings["context"] = arguments.context
     template = str(plan.layout.tokenizer.chat_template if plan.layout else "")
+    if arguments.endpoint:
+        return {**settings, **endpoint_settings(arguments, template)}
+    assert plan.table is not None
     return {
         **settings,
         "backend": "vllm" if arguments.vllm else "transformers",
@@ -298,6 +325,24 @@ def model_settings(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "chat_template_kwargs": dict(plan.table.chat_template_kwargs),
         "dtype": plan.table.dtype,
     }
+
+
+def endpoint_settings(arguments: argparse.Namespace, template: str) -> dict[str, Any]:
+    """Of a server; without the user and the password that its URL may hold."""
+    from rest_rl.evaluate.endpoint import public_url
+
+    settings = {"backend": "endpoint", "endpoint": public_url(arguments.endpoint), "body": server_body(arguments)}
+    if arguments.tokenizer:
+        settings["chat_template"] = hashlib.sha256(template.encode()).hexdigest()[:12]
+    return settings
+
+
+def shown_command(arguments: argparse.Namespace, command: Sequence[str]) -> list[str]:
+    """A command line without the user and the password that the server's URL may hold."""
+    from rest_rl.evaluate.endpoint import public_url
+
+    url = arguments.endpoint
+    return [part.replace(url, public_url(url)) for part in command] if url else list(command)
 
 
 def weights_digest(path: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rest_rl.cli_eval_models import Plan, make_model, make_plan, model_settings
+from rest_rl.cli_eval_models import Plan, make_model, make_plan, model_settings, shown_command
 from rest_rl.cli_eval_tables import show_summary, write_tables
 from rest_rl.evaluate.api_bank import ApiBank
 from rest_rl.evaluate.conversation import Benchmark, Model, Request
@@ -55,7 +55,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             identities = [identity for identity in identities if identity in model.responses]
         check_room(benchmark, model, plan, identities, console)
         if not arguments.resume:
-            log.begin(settings, sys.argv)
+            log.begin(settings, shown_command(arguments, sys.argv))
         with shown_rows(benchmark, log, len(identities), console) as on_row:
             rows = evaluate_all(benchmark, model, plan.tool_format, identities, log, on_row)
         return finish(arguments, plan, benchmark, rows, log, settings, console)

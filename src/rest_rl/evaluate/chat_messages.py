@@ -93,14 +93,9 @@ def read_answer(data: bytes, sample: ToolSample, tool_format: ToolFormat) -> Rep
     Calls that the server has read out are the reply's calls; one whose arguments are no JSON object is none, and
     stands in the text as it came.
     """
-    try:
-        body = load_json(data.decode("utf-8"))
-    except ValueError as error:
-        raise GarbledError(f"no JSON ({error}): {data[:80]!r}") from None
-    if isinstance(body, dict) and body.get("error"):  # with status 200, as routers do
-        if OVERFLOW.search(said := str(body["error"])[:2000]):
-            return Reply(overflow=f"the server says: {said:.400}")
-        raise GarbledError(f"an error: {said:.200}")
+    body = read_body(data)
+    if isinstance(body, Reply):
+        return body
     choice = first(field(body, "choices", list), "choices")
     message, is_truncated = field(choice, "message", dict), choice.get("finish_reason") == "length"
     text, calls = text_of(message, tool_format), message.get("tool_calls") or []
@@ -114,6 +109,19 @@ def read_answer(data: bytes, sample: ToolSample, tool_format: ToolFormat) -> Rep
     usage = body.get("usage")
     prompt_tokens, tokens = (count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
     return Reply(text, structured, prompt_tokens, tokens, is_truncated=is_truncated)
+
+
+def read_body(data: bytes) -> Any:
+    """The JSON of an answer, an overflow that it reports as a Reply; GarbledError for no JSON and for other errors."""
+    try:
+        body = load_json(data.decode("utf-8"))
+    except ValueError as error:
+        raise GarbledError(f"no JSON ({error}): {data[:80]!r}") from None
+    if isinstance(body, dict) and body.get("error"):  # with status 200, as routers do
+        if OVERFLOW.search(said := str(body["error"])[:2000]):
+            return Reply(overflow=f"the server says: {said:.400}")
+        raise GarbledError(f"an error: {said:.200}")
+    return body
 
 
 def text_of(message: Mapping[str, Any], tool_format: ToolFormat) -> str | None:

@@ -1,21 +1,24 @@
-"""Any OpenAI-compatible chat-completions server as a model: greedy, in parallel, patient with servers that fail."""
+"""Any OpenAI-compatible server as a model: greedy, in parallel, patient with servers that fail."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from rest_rl.data.json_text import load_json
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.evaluate.chat_messages import OVERFLOW, GarbledError, chat_body, read_answer
 from rest_rl.evaluate.conversation import Reply, Request
+from rest_rl.evaluate.token_prompts import check_sizes, completion_body, prepare, read_completion
 from rest_rl.formats import ToolFormat
 
 API_KEY = "OPENAI_API_KEY"
@@ -26,6 +29,10 @@ MAX_BACKOFF, MAX_WAIT = 60.0, 300.0
 """Seconds between two attempts at most, and how long a server may ask us to wait."""
 AGAIN = (408, 409, 425, 429)
 """Statuses, besides those from 500 on, after which the same request may succeed."""
+OWN_FIELDS = ("model", "messages", "prompt", "tools", "stream", "n")
+"""What `extra_body` must leave alone."""
+NO_IDS = re.compile(r"\bprompt\b.*\b(string|str|variant|type)\b|\bvariant\b.*\bprompt\b", re.IGNORECASE | re.DOTALL)
+"""How servers say that they take a prompt as text alone."""
 
 
 class Failure(NamedTuple):
@@ -33,6 +40,13 @@ class Failure(NamedTuple):
 
     problem: str
     wait: float = 0.0
+
+
+class Question(NamedTuple):
+    """What a request becomes: the fields that are sent, and how the answer is read."""
+
+    body: Mapping[str, Any]
+    read: Callable[[bytes], Reply]
 
 
 class Pace:
@@ -66,8 +80,9 @@ class Pace:
 class Endpoint:
     """A model behind an OpenAI-compatible server; safe to ask from `concurrency` threads.
 
-    `native` gives the server messages and tools as they are, and takes the calls that it reads out; without it tools
-    and format are described in a system message, as in training, and the calls stand in the text.
+    `native` gives the server messages and tools as they are, and takes the calls that it reads out. Without it a
+    `layout` makes the very prompt of training, which `/completions` goes on from as token ids; without either, tools
+    and format are described in a system message, which the server lays out. The calls stand in the text then.
     """
 
     batch_size = 1
@@ -88,11 +103,13 @@ class Endpoint:
         api_key_env: str = API_KEY,
         extra_body: Mapping[str, Any] | None = None,
         layout: PromptLayout | None = None,
+        context: int | None = None,
     ) -> None:
         """`backoff` is the first pause in seconds, doubled each time; `extra_body` goes into every request as it is.
 
-        With a `layout`, and a server that states its context, `room` can tell what a prompt takes. ValueError without
-        the package openai, for an unusable URL or key, and for numbers outside their range.
+        `context` is what the server holds, where it does not state that itself; with it and a `layout`, `room` can tell
+        what a prompt takes, and responses are given what it leaves. ValueError without the package openai, for an
+        unusable URL, key or `extra_body`, and for numbers outside their range.
         """
         try:
             import openai
@@ -101,12 +118,20 @@ class Endpoint:
                 "got an endpoint without the package openai, expected it; pip install 'rest-rl[endpoint]'"
             ) from None
         check_ranges(max_new_tokens, concurrency, timeout, retries, requests_per_minute)
-        self.url, self.model, self.tool_format, self.native = base_url(url), model, tool_format, native
+        check_sizes(context=1 if context is None else context)
+        if taken := sorted(set(extra_body or {}) & {*OWN_FIELDS}):
+            raise ValueError(f"got {', '.join(taken)} in the extra body, which the evaluation sets; leave it out")
+        address = base_url(url)
+        self.url, self.model, self.tool_format, self.native = public_url(address), model, tool_format, native
         self.max_new_tokens, self.concurrency, self.timeout = max_new_tokens, concurrency, timeout
         self.retries, self.backoff, self.extra_body = retries, backoff, dict(extra_body or {})
-        self.layout, self.context = layout, None
-        self._openai, self._key, self._pace = openai, api_key(api_key_env), Pace(requests_per_minute)
-        self._client = openai.OpenAI(base_url=self.url, api_key=self._key, timeout=timeout, max_retries=0)
+        self.layout, self.context, self._states_context = layout, context, context is None
+        self._openai, self._pace, self._tokenizing = openai, Pace(requests_per_minute), Lock()
+        key = api_key(api_key_env)
+        self._secrets = [*secrets_of(address), *([] if key == NO_KEY else [key])]
+        self._client = openai.OpenAI(base_url=address, api_key=key, timeout=timeout, max_retries=0)
+        self._chats = native or layout is None
+        self._route = self._client.chat.completions if self._chats else self._client.completions
 
     def check(self) -> None:
         """Ask the server what it serves; ValueError if it does not answer, refuses the key or lacks the model.
@@ -138,24 +163,44 @@ class Endpoint:
         return [self._respond(request) for request in requests]
 
     def room(self, request: Request) -> tuple[int, int] | None:
-        """(tokens of the prompt and of the longest response, tokens the server says it holds), where both are known."""
+        """(tokens of the prompt and of the longest response, tokens the server holds), where both are known.
+
+        An estimate where the server lays out the prompt itself.
+        """
         if self.layout is None or self.context is None:
             return None
-        return self.layout.count_tokens(request.sample) + self.max_new_tokens, self.context
+        with self._tokenizing:
+            return self.layout.count_tokens(request.sample) + self.max_new_tokens, self.context
+
+    def _question(self, request: Request) -> Question | Reply:
+        """What is asked on this server's route; a prompt that cannot be made or does not fit is a reply already."""
+        extra = dict(self.extra_body)
+        if self.layout is None or self._chats:
+            room = self.room(request)
+            over = max(room[0] - room[1], 0) if room else 0
+            body = chat_body(request.sample, self.tool_format, native=self.native)
+            body["max_tokens"] = max(self.max_new_tokens - over, 1)  # whether the prompt fits is for the server to say
+            read = partial(read_answer, sample=request.sample, tool_format=self.tool_format)
+        else:
+            with self._tokenizing:  # tokenizers may not be used by several threads at once
+                prompt = prepare(request, self.layout, self.max_new_tokens, self.context)
+            if isinstance(prompt, Reply):
+                return prompt
+            body = completion_body(prompt, self.layout)
+            extra.pop("chat_template_kwargs", None)  # the layout has them
+            extra = {**body.pop("extra_body", {}), **extra}
+            read = partial(read_completion, prompt=prompt, layout=self.layout)
+        return Question({"model": self.model, **body, "temperature": 0, "extra_body": extra or None}, read)
 
     def _respond(self, request: Request) -> Reply:
-        body = {
-            "model": self.model,
-            **chat_body(request.sample, self.tool_format, native=self.native),
-            "temperature": 0,
-            "max_tokens": self.max_new_tokens,
-            "extra_body": self.extra_body or None,
-        }
+        question = self._question(request)
+        if isinstance(question, Reply):
+            return question
         outcome = Failure("")
         for attempt in range(self.retries + 1):
             self._pause(attempt)
             self._pace.wait()
-            outcome = self._attempt(body, request)
+            outcome = self._attempt(question)
             if isinstance(outcome, Reply):
                 return outcome
             if outcome.wait > MAX_WAIT:
@@ -169,19 +214,19 @@ class Endpoint:
         if attempt:
             time.sleep(min(self.backoff * 2.0 ** (attempt - 1), MAX_BACKOFF) * random.uniform(0.5, 1.0))
 
-    def _attempt(self, body: Mapping[str, Any], request: Request) -> Reply | Failure:
+    def _attempt(self, question: Question) -> Reply | Failure:
         try:
-            with self._client.chat.completions.with_streaming_response.create(**body) as response:
+            with self._route.with_streaming_response.create(**question.body) as response:
                 data = self._read(response)
-            return read_answer(data, request.sample, self.tool_format)
+            return question.read(data)
         except self._openai.APIConnectionError as error:
             return Failure(self._problem_of(error))
         except self._openai.APIStatusError as error:
-            return self._refusal(error)
+            return self._refusal(error, question)
         except UnicodeError as error:  # half of a surrogate pair in the prompt
             return Reply(error=f"got a prompt that is no Unicode text ({error})")
         except GarbledError as error:
-            return Failure(self._scrubbed(f"got {error}, expected a chat completion"))
+            return Failure(self._scrubbed(f"got {error}, expected {'a chat' if self._chats else 'a text'} completion"))
 
     def _read(self, response: Any) -> bytes:
         """The body; GarbledError for one that takes or is too long: a server may go on for ever, a byte at a time."""
@@ -200,28 +245,49 @@ class Endpoint:
             raise GarbledError(f"an answer that breaks off ({type(error).__name__}: {error})") from None
         return b"".join(chunks)
 
-    def _refusal(self, error: Any) -> Reply | Failure:
+    def _refusal(self, error: Any, question: Question) -> Reply | Failure:
         """What a status from 400 on means: too long a prompt, a user's mistake, a bad moment, a bad request."""
         status, said = error.status_code, str(error.message)
-        if status in (401, 402, 403, 404, 405) or getattr(error, "code", None) == "insufficient_quota":
+        if status in (401, 402, 403, 404, 405, 501) or getattr(error, "code", None) == "insufficient_quota":
             raise self._mistake(error) from None
         if status == 413 or (status in (400, 422) and OVERFLOW.search(said)):
             return Reply(overflow=self._scrubbed(f"the server says: {said:.400}"))
         if status == 400 and "completion tokens" in said:
             raise self._mistake(error) from None
+        if status in (400, 422):
+            self._refuse_fields(error, question)
         if status in AGAIN or status >= 500:
             return Failure(self._scrubbed(f"the server answers {status}: {said:.200}"), retry_after(error.response))
         return Reply(error=self._scrubbed(f"the server refuses the request with {status}: {said:.400}"))
 
-    def _mistake(self, error: Any) -> ValueError:
+    def _refuse_fields(self, error: Any, question: Question) -> None:
+        """ValueError where the server says that it does not know a field, or takes no token ids."""
+        said, extra = str(error.message), question.body["extra_body"] or {}
+        named = [name for name in extra if re.search(rf"\b{re.escape(name)}\b", said)]
+        if named:
+            own = "leave it out of --extra-body" if named[0] in self.extra_body else self._other_route()
+            raise self._mistake(error, f"expected a server that takes {', '.join(named)}; {own}") from None
+        if not self._chats and NO_IDS.search(said):
+            raise self._mistake(error, f"expected a server that takes token ids; {self._other_route()}") from None
+
+    def _other_route(self) -> str:
+        return "use vLLM or SGLang, leave --tokenizer out to ask for chat completions, or use --prompt native"
+
+    def _mistake(self, error: Any, told: str = "") -> ValueError:
+        missing = f"expected it to serve {self.model!r}; mend the model's name, or the URL (most end in /v1)"
+        if not self._chats:
+            missing = (
+                f"expected {self.model!r} at {self.url}/completions; mend the model's name or the URL (most end in "
+                "/v1), or leave --tokenizer out to ask for chat completions, or use --prompt native"
+            )
         remedy = {
             400: "expected fewer tokens per response; lower --max-new-tokens",
             401: f"expected a key that it takes; set {API_KEY}, or name another variable with --api-key-env",
             403: "expected a key that may use this model; use another key or model",
-            404: f"expected it to serve {self.model!r}; mend the model's name, or the URL (most end in /v1)",
-            405: "expected a chat-completions server; mend the URL (most end in /v1)",
+            **dict.fromkeys((404, 405, 501), missing),
         }.get(error.status_code, "expected an account that may go on; see to the quota")
-        return ValueError(self._scrubbed(f"got {error.status_code} from {self.url} ({error.message:.200}), {remedy}"))
+        said = self._scrubbed(f"got {error.status_code} from {self.url} ({error.message:.200})")
+        return ValueError(f"{said}, {told or remedy}")
 
     def _problem_of(self, error: Any) -> str:
         if isinstance(error, self._openai.APITimeoutError):
@@ -229,8 +295,10 @@ class Endpoint:
         return self._scrubbed(f"no connection ({type(error.__cause__).__name__}: {error.__cause__})")
 
     def _scrubbed(self, text: str) -> str:
-        """Text without the key, which servers like to repeat."""
-        return text if self._key == NO_KEY else text.replace(self._key, "***")
+        """Text without key and password, which servers like to repeat."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
     def _check_served(self, data: bytes) -> None:
         try:
@@ -243,21 +311,38 @@ class Endpoint:
             raise ValueError(
                 f"got the model {self.model!r}, expected one that {self.url} serves: {', '.join(near)}; change --model"
             )
-        length = served.get(self.model, {}).get("max_model_len")  # vLLM says it
-        self.context = length if isinstance(length, int) and length > 0 else None
+        length = served.get(self.model, {}).get("max_model_len")  # vLLM and SGLang say it
+        if self._states_context:
+            self.context = length if isinstance(length, int) and length > 0 else None
 
 
 def base_url(url: str) -> str:
-    """The address under which `/chat/completions` lies, from one with or without it, and with or without `/v1`."""
+    """The address under which `/completions` and `/chat/completions` lie, from one with or without them and `/v1`."""
     try:
         parts = urlsplit(url.strip())
         is_usable = parts.scheme in ("http", "https") and bool(parts.hostname)
     except ValueError:
         is_usable = False
     if not is_usable:
-        raise ValueError(f"got the endpoint {url!r}, expected a URL; write http://HOST:PORT/v1")
-    short = url.strip().rstrip("/").removesuffix("/chat/completions").rstrip("/")
+        raise ValueError(f"got the endpoint {url.rpartition('@')[2]!r}, expected a URL; write http://HOST:PORT/v1")
+    short = url.strip().rstrip("/").removesuffix("/completions").removesuffix("/chat").rstrip("/")
     return short if urlsplit(short).path else f"{short}/v1"
+
+
+def public_url(url: str) -> str:
+    """A URL without the user and password that it may hold."""
+    try:
+        parts = urlsplit(url.strip())
+    except ValueError:
+        return re.sub(r"//.*@", "//", url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def secrets_of(url: str) -> list[str]:
+    """The password in a URL with its user, as written and as meant."""
+    account, _, _ = urlsplit(url).netloc.rpartition("@")
+    password = account.partition(":")[2]
+    return [secret for secret in (account, password, unquote(password)) if secret]
 
 
 def api_key(variable: str) -> str:

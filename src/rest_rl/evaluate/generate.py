@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 NO_PENALTIES: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0}
 """Qwen2.5's generation_config.json has a repetition penalty of 1.05, which would count in greedy decoding, too."""
@@ -19,7 +19,7 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     batch_size: int,
     greedy: bool = False,
     seed: int = 0,
@@ -28,14 +28,17 @@ def generate(
 
     Sampling is from the whole distribution at temperature 1, whatever the model's own generation settings say. The
     global random state and the model's mode are as before afterwards. Prompts of like length share a batch.
+    `max_new_tokens` is one limit for all, or one per prompt.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[list[int]] = [[] for _ in prompts]
-    settings = generation_settings(model, tokenizer, max_new_tokens, greedy=greedy)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     with undisturbed(model, seed):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            ids = generate_batch(model, tokenizer, [prompts[i] for i in batch], settings)
+            batch_limits = [limits[i] for i in batch]
+            settings = generation_settings(model, tokenizer, max(batch_limits), greedy=greedy)
+            ids = generate_batch(model, tokenizer, [prompts[i] for i in batch], settings, batch_limits)
             for i, response in zip(batch, ids, strict=True):
                 responses[i] = response
     return responses
@@ -60,17 +63,38 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     return ends
 
 
-def generate_batch(model: Any, tokenizer: Any, prompts: Sequence[str], settings: GenerationConfig) -> list[list[int]]:
-    """One response per prompt of a single batch."""
+class OwnLimits(StoppingCriteria):
+    """Ends each row of a batch at a length of its own, so that one with little room stops and the others go on."""
+
+    def __init__(self, lengths_B: torch.Tensor) -> None:
+        """`lengths_B` are the rows' lengths with padding and prompt."""
+        self.lengths_B = lengths_B
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Which rows are done: bool (B,)."""
+        return input_ids.shape[1] >= self.lengths_B
+
+
+def generate_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[str], settings: GenerationConfig, limits: Sequence[int]
+) -> list[list[int]]:
+    """One response per prompt of a single batch, each of as many tokens as its own limit at most."""
     rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     width = max(map(len, rows))  # padded here: Llama's and Mistral's tokenizers have no padding token
     padded = torch.tensor([[settings.pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    stops = StoppingCriteriaList()
+    if len(set(limits)) > 1:
+        stops.append(OwnLimits(torch.tensor(limits, device=model.device) + width))
     output = model.generate(
-        input_ids=padded.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+        input_ids=padded.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=settings,
+        stopping_criteria=stops,
     )
-    ends = set(settings.eos_token_id or [])
-    return [until_end(row.tolist(), ends) for row in output[:, width:]]
+    ends = set(settings.eos_token_id or [])  # a row at its limit goes on as padding, or as text in a model without ends
+    rows = (row[:limit].tolist() for row, limit in zip(output[:, width:], limits, strict=True))
+    return [until_end(row, ends) for row in rows]
 
 
 def until_end(ids: list[int], ends: set[int]) -> list[int]:

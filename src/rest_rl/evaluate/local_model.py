@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.generate import end_ids, generate
+from rest_rl.evaluate.token_prompts import Prompt, check_sizes, prepare
 from rest_rl.regions import decode_ids
 
-
-class Prompt(NamedTuple):
-    """What a model is to go on from: the text, its ids, and how many tokens there is room for."""
-
-    text: str
-    ids: list[int]
-    limit: int
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Rotary positions whose angles do not depend on how long the longest row of a batch is."""
 
 
 class LocalModel:
@@ -36,18 +32,19 @@ class LocalModel:
         check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, context=1 if context is None else context)
         self.model, self.layout, self.batch_size, self.max_new_tokens = model, layout, batch_size, max_new_tokens
         self.context = context if context is not None else context_length(model.config, layout.tokenizer)
+        self._may_overrun = may_overrun(model.config)
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         """One reply per request, in order; a prompt that does not fit is an overflow."""
         prompts = [prepare(request, self.layout, self.max_new_tokens, self.context) for request in requests]
         replies = [prompt if isinstance(prompt, Reply) else Reply() for prompt in prompts]
-        by_limit: dict[int, list[int]] = {}  # nobody is given more tokens than a neighbour in the batch leaves room for
+        together: dict[int, list[int]] = {}
         for position, prompt in enumerate(prompts):
             if isinstance(prompt, Prompt):
-                by_limit.setdefault(prompt.limit, []).append(position)
-        for limit, positions in by_limit.items():
+                together.setdefault(0 if self._may_overrun else prompt.limit, []).append(position)
+        for positions in together.values():
             chosen = [prompt for position in positions if isinstance(prompt := prompts[position], Prompt)]
-            for position, reply in zip(positions, self._replies(chosen, limit), strict=True):
+            for position, reply in zip(positions, self._replies(chosen), strict=True):
                 replies[position] = reply
         return replies
 
@@ -57,7 +54,7 @@ class LocalModel:
             return None
         return self.layout.count_tokens(request.sample) + self.max_new_tokens, self.context
 
-    def _replies(self, prompts: list[Prompt], limit: int) -> list[Reply]:
+    def _replies(self, prompts: list[Prompt]) -> list[Reply]:
         """Halves of a batch that the memory does not hold, by and by; a prompt too large by itself is an overflow."""
         responses: list[list[int]] | None = None
         size = min(self.batch_size, len(prompts))
@@ -66,7 +63,7 @@ class LocalModel:
                 self.model,
                 self.layout.tokenizer,
                 [prompt.text for prompt in prompts],
-                max_new_tokens=limit,
+                max_new_tokens=[prompt.limit for prompt in prompts],
                 batch_size=size,
                 greedy=True,
             )
@@ -86,7 +83,7 @@ class LocalModel:
         half = len(prompts) // 2
         replies = [Reply()] * len(prompts)
         for part in (by_length[:half], by_length[half:]):
-            for position, reply in zip(part, self._replies([prompts[i] for i in part], limit), strict=True):
+            for position, reply in zip(part, self._replies([prompts[i] for i in part]), strict=True):
                 replies[position] = reply
         return replies
 
@@ -100,19 +97,6 @@ class LocalModel:
         )
 
 
-def prepare(request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None) -> Prompt | Reply:
-    """The prompt of a request with its share of the context, or the overflow that says why there is none."""
-    try:
-        text = layout.render(request.sample)
-    except ValueError as error:
-        return Reply(overflow=str(error))
-    ids = layout.tokenizer(text, add_special_tokens=False)["input_ids"]
-    limit = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
-    if limit < 1:
-        return Reply(overflow=f"got a prompt of {len(ids)} tokens, the model holds {context}", prompt_tokens=len(ids))
-    return Prompt(text, ids, limit)
-
-
 def context_length(config: Any, tokenizer: Any) -> int | None:
     """How many tokens a model holds: its positions, or what its tokenizer says if that is less; None if unlimited."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -121,8 +105,11 @@ def context_length(config: Any, tokenizer: Any) -> int | None:
     return min(known, default=None)
 
 
-def check_sizes(**sizes: int) -> None:
-    """ValueError for a size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"got {name} = {size}, expected at least 1; raise it")
+def may_overrun(config: Any) -> bool:
+    """Whether a finished row may stay in a batch beyond the context: where positions are angles, not rows of a table.
+
+    Not with angles that change with the longest row (`dynamic`, `longrope`), which would change the others' texts.
+    """
+    settings = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [settings] if "rope_type" in settings else [*settings.values()]  # one for all layers, or one per type
+    return bool(kinds) and all(isinstance(kind, dict) and kind.get("rope_type") in FIXED_ROTATIONS for kind in kinds)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.evaluate.conversation import Reply, Request
-from rest_rl.evaluate.local_model import Prompt, check_sizes, prepare
+from rest_rl.evaluate.token_prompts import Prompt, check_sizes, prepare
 from rest_rl.regions import decode_ids
 
 

@@ -1,0 +1,176 @@
+"""`eval --endpoint` as a user types it, against a server that fails, hangs and writes nonsense; then `--resume`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rest_rl.cli import main
+from rest_rl.config import ModelTable
+from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.evaluate.tool_world_tasks import ToolWorldTasks
+from rest_rl.formats import get_format
+from rest_rl.train.policy import embedded_model, policy_tokenizer
+from tests.model_server import Handler, Server, hangs, running_server, says, sends, serve_models
+
+PROMPTS = 10
+TASKS = ToolWorldTasks(seed=20_000, prompts=PROMPTS)
+GARBAGE = "<tool_call>\n{not json}\n</tool_call><tool_call>"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with running_server() as server:
+        server.steps = itertools.repeat(answers)
+        yield server
+
+
+def gold_text(identity: str) -> str:
+    gold = TASKS.samples[identity].gold
+    return get_format("toolrl").render("I look.", gold.calls, gold.answer)
+
+
+def identity_of(text: str) -> str:
+    """The sample whose question a prompt ends with."""
+    found = [one for one, sample in TASKS.samples.items() if sample.messages[-1]["content"] in text]
+    return max(found, key=lambda one: len(TASKS.samples[one].messages[-1]["content"]))
+
+
+def answers(handler: Handler) -> None:
+    says(gold_text(identity_of(handler.body["messages"][-1]["content"])))(handler)
+
+
+def evaluate(server: Server, *more: str, url: str = "") -> int:
+    options = ["--model", "m", "--prompts", str(PROMPTS), "--retries", "1", "--out", "out", *more]
+    return main(["eval", "tool-world", "--endpoint", url or f"{server.url}/v1", *options])
+
+
+def rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("out/samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def written() -> str:
+    return "".join(path.read_text(encoding="utf-8", errors="replace") for path in Path("out").iterdir())
+
+
+def test_every_question_is_told_from_the_others() -> None:
+    assert [identity_of(sample.messages[-1]["content"]) for sample in TASKS.samples.values()] == [*TASKS.samples]
+
+
+def test_failures_are_left_out_and_asked_for_again(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    identities = [*TASKS.samples]
+    broken, garbled, hanging = set(identities[::5]), identities[1], itertools.chain([hangs], itertools.repeat(answers))
+
+    def step(handler: Handler) -> None:
+        identity = identity_of(handler.body["messages"][-1]["content"])
+        if identity in broken:
+            sends("<html>busy</html>", 503)(handler)
+        elif identity == garbled:
+            says(GARBAGE)(handler)
+        elif identity == identities[2]:
+            with handler.server.lock:
+                chosen = next(hanging)
+            chosen(handler)
+        else:
+            answers(handler)
+
+    server.steps = itertools.repeat(step)
+    assert evaluate(server, "--format", "toolrl", "--timeout", "1") == 1
+    out = capsys.readouterr().out
+    assert "4 samples are not scored" in out
+    assert "the server answers 503" in out
+    assert {row["id"] for row in rows() if "error" in row} == broken
+    assert {row["id"] for row in rows() if row["correct"]} == {*identities} - broken - {garbled}
+    assert next(row for row in rows() if row["id"] == garbled)["response"] == GARBAGE
+
+    asked = len(server.requests)
+    server.steps = itertools.repeat(answers)
+    assert evaluate(server, "--format", "toolrl", "--timeout", "1", "--resume") == 0
+    assert len(server.requests) == asked + len(broken)
+    assert {row["id"] for row in rows() if not row["correct"]} == {garbled}
+    assert sorted(row["id"] for row in rows()) == sorted(identities)
+    assert evaluate(server, "--format", "hermes", "--timeout", "1", "--resume") == 2
+    assert "another format" in capsys.readouterr().err
+
+
+def test_with_the_tokenizer_the_prompt_is_that_of_training(server: Server) -> None:
+    server.models = serve_models("m", max_model_len=2000)
+    tokenizer = policy_tokenizer(ModelTable(path=str(embedded_model())))
+    layout = PromptLayout(tokenizer, "toolrl")
+    prompts = {layout.render(sample): identity for identity, sample in TASKS.samples.items()}
+
+    def completes(handler: Handler) -> None:
+        identity = prompts[tokenizer.decode(handler.body["prompt"])]
+        sends({"choices": [{"text": gold_text(identity), "finish_reason": "stop"}]})(handler)
+
+    server.steps = itertools.repeat(completes)
+    assert evaluate(server, "--tokenizer", str(embedded_model()), "--context", "120", "--max-new-tokens", "90") == 0
+    assert all(row["correct"] for row in rows())
+    assert {path for path, _, _ in server.requests} == {"/v1/completions"}
+    assert {tokenizer.decode(body["prompt"]) for _, _, body in server.requests} == {*prompts}
+    assert all(len(body["prompt"]) + body["max_tokens"] == 120 for _, _, body in server.requests)
+    settings = json.loads(Path("out/settings.json").read_text(encoding="utf-8"))
+    assert settings["context"] == 120
+    assert re.fullmatch("[0-9a-f]{12}", settings["chat_template"])
+
+
+def test_extra_fields_are_sent_and_recorded(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    extra = {"repetition_penalty": 1.0, "chat_template_kwargs": {"a": 1, "b": 2}}
+    more = ("--format", "toolrl", "--limit", "1", "--extra-body", json.dumps(extra))
+    assert evaluate(server, *more, "--set", "model.chat_template_kwargs.b=3") == 0
+    body = json.loads(Path("out/settings.json").read_text(encoding="utf-8"))["body"]
+    assert body == {"repetition_penalty": 1.0, "chat_template_kwargs": {"a": 1, "b": 3}}
+    for _, _, sent in server.requests:
+        assert {name: sent[name] for name in body} == body
+    assert evaluate(server, "--format", "toolrl", "--limit", "1", "--resume") == 2
+    assert "another body" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", '{"chat_template_kwargs": 1}'])
+def test_an_extra_body_is_an_object(server: Server, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    assert evaluate(server, "--format", "toolrl", "--extra-body", text) == 2
+    assert f"got --extra-body {text}, expected a JSON object" in capsys.readouterr().err
+    assert server.requests == []
+
+
+def test_an_extra_body_needs_a_server(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "tool-world", "--extra-body", "{}"]) == 2
+    assert "--extra-body without --endpoint" in capsys.readouterr().err
+    assert main(["eval", "tool-world", "--context", "0", "--prompts", "2"]) == 2
+    assert "got context = 0" in capsys.readouterr().err
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_password_in_the_url_is_written_nowhere(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, joined: bool
+) -> None:
+    url = server.url.replace("http://", "http://me:secret-4711@")
+    options = [f"--endpoint={url}"] if joined else ["--endpoint", url]
+    command = ["eval", "tool-world", *options, "--model", "m", "--format", "toolrl", "--limit", "1", "--out", "out"]
+    monkeypatch.setattr("sys.argv", ["rest-rl", *command])
+    assert main(command) == 0
+    assert all(key.startswith("Basic ") for _, key, _ in server.requests)
+    assert server.url in written()
+    assert "4711" not in written()
+    assert main([*command, "--resume"]) == 0
+    captured = capsys.readouterr()
+    assert "4711" not in captured.out + captured.err
+
+
+def test_the_context_of_a_local_model(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--prompts", "2", "--out", "out", "--context", "70"]
+    assert main(["eval", "tool-world", *options]) == 0
+    assert "exceed the 70 tokens" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert all(row["prompt_tokens"] + row["tokens"] <= 70 for row in rows() if "overflow" not in row)
+    assert any(row.get("truncated") or "overflow" in row for row in rows())
+    assert server.requests == []
