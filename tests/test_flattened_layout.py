@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -29,8 +28,8 @@ from rest_rl.response import Gold
 from rest_rl.train.policy import embedded_model
 from tests.made_up_rows import ASKED, HISTORY, RAW, ROWS, SYSTEM, WRAPPED
 from tests.model_families import FAMILIES, family_tokenizer
+from tests.model_server import Server, running_server, says
 from tests.published_data import published
-from tests.test_endpoint import Server, says
 
 FRAME = Frame("Use the following tools:\n", "\n\n**Steps** one, two.")
 OPEN = {
@@ -339,12 +338,8 @@ def test_mistakes_are_told(
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with running_server() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_a_server_is_sent_the_published_prompt(
