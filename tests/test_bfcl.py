@@ -317,6 +317,23 @@ def test_a_turn_without_end_is_given_up_after_the_official_steps(v4: Bfcl) -> No
     assert outcome["reason"].startswith("multi_turn:force_terminated")
 
 
+@pytest.mark.parametrize("idle", ["pwd", "rm_everything"])
+def test_a_last_turn_without_end_is_judged_as_it_stands(v4: Bfcl, idle: str) -> None:
+    talk = started(v4, "multi_turn_base_1")
+    while (request := talk.request()) is not None and request.turn < 3:
+        gold = request.sample.gold
+        talk.receive(Reply(text=get_format("toolrl").render(None, gold.calls, gold.answer)))
+    requests = 0
+    while (request := talk.request()) is not None:
+        gold = request.sample.gold
+        right = get_format("toolrl").render(None, gold.calls, None) if request.step == 0 else None
+        talk.receive(Reply(text=right) if right else calling({"name": idle, "arguments": {}}))
+        requests += 1
+    outcome = talk.outcome()
+    talk.close()
+    assert (requests, outcome["correct"], outcome["reason"]) == (21, True, "")  # as upstream's runner judges it
+
+
 def test_a_wrong_conversation_leaves_nothing_behind(v4: Bfcl) -> None:
     talk = started(v4, "multi_turn_base_0")
     talk.receive(calling({"name": "mkdir", "arguments": {"dir_name": "left_over"}}))

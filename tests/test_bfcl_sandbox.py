@@ -10,8 +10,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rest_rl.evaluate.bfcl import walls
@@ -80,11 +82,22 @@ def math_sample(sandbox: Sandbox) -> str:
     return next(entry["id"] for entry in entries(sandbox, "multi_turn_base") if "MathAPI" in entry["involved_classes"])
 
 
-def still_running(group: int) -> list[str]:
+def still_running(group: int) -> list[int]:
     """Processes of a group but for those that are dead and merely not waited for, as orphans may be in containers."""
-    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
-    return [" ".join(row) for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def are_gone(group: int) -> bool:
+    """Whether the processes of a group end; one that was killed may still be seen for a moment on a busy machine."""
+    deadline = time.monotonic() + 60
+    while still_running(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not still_running(group)
 
 
 def oracle(session: Session, gold: list[list[dict]]) -> Verdict:
@@ -294,7 +307,7 @@ class TestHostileCalls:
         assert len(still_running(group)) == 2
         with pytest.raises(SandboxError, match=r"no answer within 1 s|out of processor time"):
             session.execute([POWER])
-        assert still_running(group) == []
+        assert are_gone(group)
         with pytest.raises(SandboxError, match="has ended"):
             session.execute([])
         session.close()
@@ -357,10 +370,7 @@ class TestWalls:
         arguments = [sys.executable, "-c", code, package.version, str(package.folder)]
         done = subprocess.run(arguments, capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        deadline = time.monotonic() + 30
-        while still_running(int(done.stdout)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert still_running(int(done.stdout)) == []
+        assert are_gone(int(done.stdout))
 
     def test_no_secret_is_inherited(self, package: BfclPackage, monkeypatch: pytest.MonkeyPatch) -> None:
         environment = Path("/proc/self/environ")
@@ -531,3 +541,16 @@ def escape(self, a, b):
 
 MathAPI.add = escape
 """
+
+
+def test_what_a_backend_says_is_the_same_in_every_process() -> None:
+    package, said = package_of("v4"), set()
+    flight = {"travel_class": "none", "travel_from": "a", "travel_to": "b", "travel_date": "2024-11-10"}
+    call = {"name": "book_flight", "arguments": {"access_token": "t", "card_id": "c", **flight}}
+    for _ in range(4):
+        with Sandbox(package) as opened:
+            entry = next(e for e in opened.entries("multi_turn_base") if "TravelAPI" in e["involved_classes"])
+            with opened.session(entry["id"]) as session:
+                said.update(session.execute([call]))
+    assert len(said) == 1
+    assert next(iter(said)).count("{") > 0

@@ -240,7 +240,11 @@ class SeveralTurns:
             self._give_up("multi_turn:sandbox", str(error))
             return
         self._step += 1
-        if self._step > self._constants["max_steps"]:
+        if self._step <= self._constants["max_steps"]:
+            return
+        if self._turn + 1 == len(self._entry["question"]):
+            self._is_over = True  # upstream tells a forced end by the turns that never came: the last one is judged
+        else:
             self._give_up("multi_turn:force_terminated", f"turn {self._turn} was not over after {self._step} steps")
 
     def outcome(self) -> Mapping[str, Any]:

@@ -24,7 +24,9 @@ from rest_rl.evaluate.bfcl.package import BfclPackage
 
 ROOT = Path(__file__).parents[3]
 CHILD = "import sys; sys.path.insert(0, sys.argv.pop(1)); from rest_rl.evaluate.bfcl.child import main; main()"
-"""The process ignores the environment's PYTHONPATH, so it is told where this package is."""
+"""The process has an environment of its own, without PYTHONPATH, so it is told where this package is."""
+FIXED = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "TZ": "UTC"}
+"""The backends print sets and local times: what a model is told must not change from run to run."""
 LOADING_SECONDS = 120.0
 """For what only reads the release: no model has a hand in it, but a disk may be slow."""
 MAX_DEPTH = 100
@@ -137,7 +139,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         """Load the release; its import makes folders, in a place that is gone when it is done."""
         self._loaded.clear()
         limits = [str(math.ceil(self._seconds)), str(self._memory_mb)]
-        options = ["-I", "-B", "-X", "utf8", "-c", CHILD]
+        options = ["-s", "-B", "-X", "utf8", "-c", CHILD]
         arguments = [str(ROOT), self._package.version, str(self._package.folder.resolve()), *limits]
         with tempfile.TemporaryDirectory(prefix="rest-rl-") as folder:
             process = subprocess.Popen(  # noqa: S603
@@ -146,7 +148,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 cwd=self._package.folder,
-                env={"BFCL_PROJECT_ROOT": folder, "HOME": folder, "PATH": os.defpath, "LC_ALL": "C.UTF-8"},
+                env={**FIXED, "BFCL_PROJECT_ROOT": folder, "HOME": folder, "PATH": os.defpath},
                 start_new_session=True,
             )
             try:
