@@ -267,11 +267,19 @@ def test_every_sample_is_answered_or_reported(server) -> None:
     ],
 )
 def test_a_prompt_that_does_not_fit_is_an_overflow(server, said: str) -> None:
-    model = endpoint(server, *(sends({"error": {"message": said}}, status) for status in (400, 422, 200)))
+    statuses = (400, 400, 422, 422, 200, 200)
+    model = endpoint(server, *(sends({"error": {"message": said}}, status) for status in statuses))
     for reply in model.respond([asked()] * 3):
         assert said[:40] in reply.overflow
         assert (reply.text, reply.error) == ("", "")
-    assert len(server.requests) == 3
+    assert ["max_tokens" in body for _, _, body in server.requests] == [True, False] * 3
+
+
+def test_a_prompt_that_fits_without_the_longest_response_gets_what_is_left(server) -> None:
+    too_long = sends({"error": {"message": "This model's maximum context length is 4096 tokens."}}, 400)
+    reply = one(endpoint(server, too_long, sends("", 503), then=says("cut", finish="length")))
+    assert (reply.text, reply.is_truncated, reply.overflow, reply.error) == ("cut", True, "", "")
+    assert ["max_tokens" in body for _, _, body in server.requests] == [True, False, False]
 
 
 def test_a_request_that_is_refused_is_an_error_at_once(server) -> None:
@@ -280,7 +288,7 @@ def test_a_request_that_is_refused_is_an_error_at_once(server) -> None:
     assert "tools[0].name is odd" in reply.error
     assert one(endpoint(server, then=sends({"detail": "no"}, 422))).error
     assert one(endpoint(server, then=sends("", 413))).overflow
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
 
 
 def test_half_a_surrogate_pair_in_a_prompt_is_an_error_of_its_sample(server) -> None:

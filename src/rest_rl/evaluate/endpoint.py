@@ -201,6 +201,11 @@ class Endpoint:
             self._pause(attempt)
             self._pace.wait()
             outcome = self._attempt(question)
+            if self._chats and isinstance(outcome, Reply) and outcome.overflow and "max_tokens" in question.body:
+                # the prompt may fit where prompt and longest response do not: then the server gives what is left
+                body = {name: value for name, value in question.body.items() if name != "max_tokens"}
+                question = question._replace(body=body)
+                outcome = self._attempt(question)
             if isinstance(outcome, Reply):
                 return outcome
             if outcome.wait > MAX_WAIT:
