@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.eval_log import SAMPLES, EvalLog
 from rest_rl.evaluate.harness import cut, evaluate_all, summarise
-from rest_rl.evaluate.recorded import Oracle, Recorded, read_responses
+from rest_rl.evaluate.recorded import Oracle, Recorded, Recording, read_responses
 from rest_rl.evaluate.tool_world_tasks import ToolWorldTasks
 from rest_rl.formats import get_format
 
@@ -37,6 +37,8 @@ class Faulty:
     batch_size: int = 4
     concurrency: int = 1
     asked: list[tuple[str, ...]] = field(default_factory=list)
+    refusals: frozenset[str] = frozenset()
+    is_stopped: bool = False
     lock: Lock = field(default_factory=Lock)
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
@@ -52,11 +54,16 @@ class Faulty:
             return Reply(error="the server fails")
         if identity in self.overflows:
             return Reply(overflow="too long", prompt_tokens=9000)
+        if identity in self.refusals:
+            return Reply(refusal="the template fails")
         right = Oracle(FORMAT).respond([request])[0]
         return right._replace(tokens=7, prompt_tokens=70, is_truncated=identity in self.cuts)
 
     def room(self, request: Request) -> None:
         return None
+
+    def stop(self) -> None:
+        self.is_stopped = True
 
 
 def new_log(folder: Path) -> EvalLog:
@@ -71,7 +78,6 @@ def test_oracle_is_right_everywhere(tmp_path: Path) -> None:
     assert [row["id"] for row in rows] == IDS
     assert all(row["correct"] and not row["reason"] for row in rows)
     summary = summarise(TASKS, rows)
-    assert summary["complete"] is True
     assert {name: (group["n"], group["of"], group["correct"]) for name, group in summary["groups"].items()} == {
         "unseen_tools": (9, 9, 9),
         "unseen_values": (9, 9, 9),
@@ -85,16 +91,18 @@ def test_oracle_is_right_everywhere(tmp_path: Path) -> None:
 
 def test_what_does_not_come_back_is_told_and_asked_again(tmp_path: Path) -> None:
     log = new_log(tmp_path / "a")
-    faulty = Faulty(errors=frozenset({IDS[2]}), overflows=frozenset({IDS[3]}), cuts=frozenset({IDS[4]}))
+    faulty = Faulty(frozenset({IDS[2]}), frozenset({IDS[3]}), frozenset({IDS[4]}), refusals=frozenset({IDS[5]}))
     summary = summarise(TASKS, evaluate_all(TASKS, faulty, FORMAT, IDS, log))
     group = summary["groups"]["unseen_tools"]
-    assert (group["n"], group["correct"], group["errors"]) == (8, 7, [IDS[2]])
-    assert (group["overflow"], group["truncated"], summary["complete"]) == (1, 1, False)
+    assert (group["n"], group["correct"], group["errors"]) == (8, 6, [IDS[2]])
+    assert (group["overflow"], group["truncated"], group["refused"]) == (1, 1, 1)
     by_id = {row["id"]: row for row in log.read_rows()}
-    assert by_id[IDS[2]] == {"id": IDS[2], "category": "unseen_tools", "correct": None, "error": "the server fails"}
+    failed = {"category": "unseen_tools", "response": "", "calls": [], "correct": None, "error": "the server fails"}
+    assert by_id[IDS[2]] == {"id": IDS[2], **failed}
     assert by_id[IDS[3]]["correct"] is False
     assert by_id[IDS[3]]["overflow"] == "too long"
     assert by_id[IDS[4]]["truncated"] is True
+    assert (by_id[IDS[5]]["correct"], by_id[IDS[5]]["reason"]) == (False, "refused: the template fails")
     again = EvalLog.resume(tmp_path / "a", SETTINGS)
     healthy = Faulty()
     rows = evaluate_all(TASKS, healthy, FORMAT, IDS, again)
@@ -104,9 +112,10 @@ def test_what_does_not_come_back_is_told_and_asked_again(tmp_path: Path) -> None
 
 
 def test_a_mistake_of_the_user_stops_and_loses_nothing(tmp_path: Path) -> None:
-    log = new_log(tmp_path / "a")
+    log, faulty = new_log(tmp_path / "a"), Faulty(fatal=frozenset({IDS[9]}))
     with pytest.raises(ValueError, match="wrong key"):
-        evaluate_all(TASKS, Faulty(fatal=frozenset({IDS[9]})), FORMAT, IDS, log)
+        evaluate_all(TASKS, faulty, FORMAT, IDS, log)
+    assert faulty.is_stopped
     assert [row["id"] for row in log.read_rows()] == IDS[:8]
     rows = evaluate_all(TASKS, Faulty(), FORMAT, IDS, EvalLog.resume(tmp_path / "a", SETTINGS))
     assert len(rows) == len(IDS)
@@ -133,6 +142,18 @@ def test_cut_off_at_any_byte_it_resumes_to_the_same(whole: Path, share: float) -
     assert (torn / SAMPLES).read_bytes() == content
 
 
+def test_a_damaged_line_costs_its_own_sample_alone(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "a")
+    lines = (whole / SAMPLES).read_bytes().split(b"\n")
+    (tmp_path / "a" / SAMPLES).write_bytes(b"\n".join([lines[0], lines[1][:30], b"[1]", *lines[2:]]))
+    model = Faulty(overflows=frozenset({IDS[5]}), cuts=frozenset({IDS[6]}))
+    log = EvalLog.resume(tmp_path / "a", SETTINGS)
+    assert len(log.read_rows()) == len(IDS) - 1
+    evaluate_all(TASKS, model, FORMAT, IDS, log)
+    assert model.asked == [tuple(IDS[:4])]
+    assert (tmp_path / "a" / SAMPLES).read_bytes() == (whole / SAMPLES).read_bytes()
+
+
 def test_threads_write_every_row_once(tmp_path: Path) -> None:
     log, told = new_log(tmp_path / "a"), []
     rows = evaluate_all(
@@ -148,6 +169,10 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         EvalLog.resume(tmp_path / "a", {"model": "y"})
     with pytest.raises(ValueError, match="holds an evaluation already"):
         EvalLog.unused(tmp_path / "a")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / SAMPLES).write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds an evaluation already"):
+        EvalLog.unused(tmp_path / "c")  # rows of who knows what
     with pytest.raises(ValueError, match="holds no evaluation"):
         EvalLog.resume(tmp_path / "b", SETTINGS)
     (tmp_path / "file").write_text("", encoding="utf-8")
@@ -183,10 +208,30 @@ def test_samples_of_an_evaluation_are_responses(whole: Path) -> None:
     responses, strangers = read_responses(str(whole / SAMPLES), TASKS.groups)
     assert list(responses) == IDS
     assert strangers == []
+    log = EvalLog.unused(whole.parent / "again")
+    log.begin(SETTINGS, [])
+    rows = evaluate_all(TASKS, Recorded(responses), FORMAT, IDS, log)
+    before = EvalLog(whole).read_rows()
+    assert [row["correct"] for row in rows] == [row["correct"] for row in before]
+    assert rows[5]["overflow"] == before[5]["overflow"]
+
+
+def test_calls_that_a_server_read_out_are_replayed(tmp_path: Path) -> None:
+    class Native(Faulty):
+        def reply(self, request: Request) -> Reply:
+            return Reply(text="", calls=request.sample.gold.calls)
+
+    first = evaluate_all(TASKS, Native(), FORMAT, IDS, new_log(tmp_path / "a"))
+    kinds = [row["kind"] for row in first]
+    assert [row["correct"] for row in first] == [kind != "none" for kind in kinds]
+    assert all(row["native"] for row in first)
+    responses, _ = read_responses(str(tmp_path / "a" / SAMPLES), TASKS.groups)
+    again = evaluate_all(TASKS, Recorded(responses), FORMAT, IDS, new_log(tmp_path / "b"))
+    assert [(row["correct"], row["calls"]) for row in again] == [(row["correct"], row["calls"]) for row in first]
 
 
 def test_turns_and_steps_of_a_recording() -> None:
-    model = Recorded({"m": [["a", "b"], ["c"]], "s": "text"})
+    model = Recorded({"m": Recording([["a", "b"], ["c"]]), "s": Recording("text")})
     sample = TASKS.samples[IDS[0]]
 
     def said(identity: str, turn: int, step: int) -> str:

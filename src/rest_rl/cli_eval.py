@@ -138,7 +138,7 @@ def _add_how(verb: argparse.ArgumentParser, *, published: bool) -> None:
     )
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="per response (default: 4096; tool world: 160)")
     how.add_argument("--context", type=int, metavar="N", help="tokens that the model holds (default: what it says)")
-    how.add_argument("--batch-size", type=int, default=16, metavar="N", help="of a local model (default: %(default)s)")
+    how.add_argument("--batch-size", type=int, metavar="N", help="of a local model (default: 16)")
     server = verb.add_argument_group("a server")
     server.add_argument(
         "--concurrency", type=int, default=8, metavar="N", help="requests at once (default: %(default)s)"

@@ -15,7 +15,7 @@ from rich.console import Console
 from rest_rl.cli_eval_models import Plan, make_model, make_plan, model_settings, shown_command
 from rest_rl.cli_eval_tables import show_summary, write_tables
 from rest_rl.evaluate.api_bank import ApiBank
-from rest_rl.evaluate.conversation import Benchmark, Model, Request
+from rest_rl.evaluate.conversation import Benchmark, Request
 from rest_rl.evaluate.eval_log import SUMMARY, EvalLog, Row
 from rest_rl.evaluate.harness import evaluate_all, label, summarise
 from rest_rl.evaluate.recorded import Recorded
@@ -26,6 +26,7 @@ from rest_rl.terminal import eval_bar
 NEW_TOKENS = {"tool-world": 160}
 """Length of a response where `--max-new-tokens` does not say; else 4096, with which API-Bank was published."""
 DEFAULT_NEW_TOKENS = 4096
+Room = Callable[[Request], tuple[int, int] | None]
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -35,15 +36,16 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
         quiet_loading()
     console = Console()
-    arguments.max_new_tokens = arguments.max_new_tokens or NEW_TOKENS.get(arguments.action, DEFAULT_NEW_TOKENS)
     check_numbers(arguments)
     plan = make_plan(arguments)
+    if arguments.max_new_tokens is None:
+        arguments.max_new_tokens = NEW_TOKENS.get(arguments.action, DEFAULT_NEW_TOKENS)
     with closing(make_benchmark(arguments, plan)) as benchmark:
         identities = chosen(benchmark, arguments)
         say(console, f"{benchmark.pin}: {len(identities)} of {len(benchmark.groups)} samples")
         say(console, f"prompt {plan.prompt}, format {plan.format} ({plan.why})")
         if arguments.dry_run:
-            return show_prompt(benchmark, plan, identities[0], console)
+            return dry_run(arguments, plan, benchmark, identities, console)
         settings = all_settings(arguments, plan, benchmark)
         out = Path(arguments.out or default_folder(arguments))
         log = EvalLog.resume(out, settings) if arguments.resume else EvalLog.unused(out)
@@ -53,7 +55,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             say(console, note)
         if isinstance(model, Recorded):
             identities = [identity for identity in identities if identity in model.responses]
-        check_room(benchmark, model, plan, identities, console)
+        say_what_fits(benchmark, model.room, plan, identities, console)
         if not arguments.resume:
             log.begin(settings, shown_command(arguments, sys.argv))
         with shown_rows(benchmark, log, len(identities), console) as on_row:
@@ -67,11 +69,11 @@ def say(console: Console, text: str) -> None:
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
-    """ValueError for a number below 1."""
+    """ValueError for a number that is not above 0."""
     names = ("max_new_tokens", "batch_size", "concurrency", "limit", "requests_per_minute", "prompts", "timeout")
     for name in names:
         value = getattr(arguments, name, None)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ValueError(f"got --{name.replace('_', '-')} {value}, expected more than 0; raise it")
 
 
@@ -134,37 +136,55 @@ def default_folder(arguments: argparse.Namespace) -> str:
     return f"runs/eval-{arguments.action}{edition}-{who}"
 
 
-def show_prompt(benchmark: Benchmark, plan: Plan, identity: str, console: Console) -> int:
-    """The first request, as the model would be given it."""
-    with closing(benchmark.start(identity, plan.tool_format)) as conversation:
-        request = conversation.request()
-    assert request is not None
-    console.rule(identity, align="left", style="dim")
+def dry_run(
+    arguments: argparse.Namespace, plan: Plan, benchmark: Benchmark, identities: Sequence[str], console: Console
+) -> int:
+    """The first prompt as the model would be given it, and what fits; nothing is asked."""
+    request = opening(benchmark, plan, identities[0])
+    console.rule(identities[0], align="left", style="dim")
     if plan.layout:
         say(console, plan.layout.render(request.sample))
-        say(console, f"{plan.layout.count_tokens(request.sample)} tokens")
+        console.rule(f"{plan.layout.count_tokens(request.sample)} tokens", align="left", style="dim")
     elif plan.frame:
         for message in plan.frame.flatten(request.sample).messages:
             console.rule(message["role"], align="left", style="dim")
             say(console, message["content"])
+    elif arguments.endpoint:
+        from rest_rl.evaluate.chat_messages import chat_body
+
+        body = chat_body(request.sample, plan.tool_format, native=plan.prompt == "native")
+        say(console, as_json(body, indent=2))
     else:
-        say(
-            console, as_json({"messages": list(request.sample.messages), "tools": list(request.sample.tools)}, indent=2)
-        )
+        say(console, "nobody is shown a prompt: the responses are there")
+    if plan.layout and plan.table:
+        say_what_fits(benchmark, planned_room(arguments, plan), plan, identities, console)
     return 0
 
 
-def check_room(benchmark: Benchmark, model: Model, plan: Plan, identities: Sequence[str], console: Console) -> None:
-    """Say per category what does not fit the model, before anything is asked; later turns are longer still."""
+def planned_room(arguments: argparse.Namespace, plan: Plan) -> Room:
+    """What `Model.room` will say of a checkpoint, from its configuration alone."""
+    from rest_rl.evaluate.local_model import context_length
+    from rest_rl.train.policy import policy_config
+
+    assert plan.table is not None
+    layout = plan.layout
+    assert layout is not None
+    context = arguments.context or context_length(policy_config(plan.table), layout.tokenizer)
+    if context is None:
+        return lambda request: None
+    return lambda request: (layout.count_tokens(request.sample) + arguments.max_new_tokens, context)
+
+
+def say_what_fits(benchmark: Benchmark, room: Room, plan: Plan, identities: Sequence[str], console: Console) -> None:
+    """Per category what does not fit the model, before anything is asked; later turns are longer still."""
     longest: dict[str, tuple[int, int, int]] = {}
     context = 0
     with console.status("measuring the prompts"):
         for identity in identities:
-            with closing(benchmark.start(identity, plan.tool_format)) as conversation:
-                room = model.room(first_request(conversation.request()))
-            if room is None:
+            taken = room(opening(benchmark, plan, identity))
+            if taken is None:
                 return
-            needed, context = room
+            needed, context = taken
             group = label(benchmark, benchmark.groups[identity])
             most, tight, count = longest.get(group, (0, 0, 0))
             longest[group] = max(most, needed), tight + (needed > context), count + 1
@@ -176,10 +196,15 @@ def check_room(benchmark: Benchmark, model: Model, plan: Plan, identities: Seque
                 f"that the model holds (the longest take {most}); responses end there, and a prompt that leaves no "
                 "room counts as wrong",
             )
+    if longest and not any(tight for _, tight, _ in longest.values()):
+        most = max(most for most, _, _ in longest.values())
+        say(console, f"all first prompts fit: the longest takes {most} of {context} tokens with its response")
 
 
-def first_request(request: Request | None) -> Request:
-    """The request of a conversation that has not begun."""
+def opening(benchmark: Benchmark, plan: Plan, identity: str) -> Request:
+    """The first request of a sample."""
+    with closing(benchmark.start(identity, plan.tool_format)) as conversation:
+        request = conversation.request()
     assert request is not None
     return request
 
@@ -190,6 +215,7 @@ def shown_rows(benchmark: Benchmark, log: EvalLog, total: int, console: Console)
     headline = benchmark.metrics[0]
     rows = log.read_rows()
     counts = {"done": len(rows), "correct": sum(bool(row.get(headline)) for row in rows), "errors": 0}
+    # of what is there already nothing has failed: that is asked for again
     with eval_bar(console, counts["done"], total) as advance:
 
         def on_row(row: Mapping[str, Any]) -> None:
@@ -197,7 +223,8 @@ def shown_rows(benchmark: Benchmark, log: EvalLog, total: int, console: Console)
             counts["correct"] += bool(row.get(headline))
             counts["errors"] += "error" in row
             failed = f", {counts['errors']} failed" if counts["errors"] else ""
-            advance(counts["done"], f"{headline} {counts['correct'] / counts['done']:.1%}{failed}")
+            scored = counts["done"] - counts["errors"]
+            advance(counts["done"], f"{headline} {counts['correct'] / max(scored, 1):.1%}{failed}")
 
         yield on_row
 

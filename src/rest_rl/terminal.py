@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +17,9 @@ from rich.text import Text
 from rest_rl.analyze.palette import REGION_COLOURS
 from rest_rl.analyze.tables import is_number
 from rest_rl.response import ParsedResponse, Region, Span
+
+LINE_EVERY = 60.0
+"""Seconds between two lines of progress where there is no terminal."""
 
 
 class ShownToken(Protocol):
@@ -50,7 +55,10 @@ def progress_bar(console: Console) -> Progress:
 
 @contextmanager
 def eval_bar(console: Console, done: int, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar over samples with their rate and the time left; call it with (samples done, note)."""
+    """A bar over samples with their rate and the time left; call it with (samples done, note).
+
+    Where the output is no terminal, a line a minute instead.
+    """
     columns = (
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
@@ -59,12 +67,19 @@ def eval_bar(console: Console, done: int, total: int) -> Iterator[Callable[[int,
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total, completed=done, note="", rate="")
+        begun = told = time.monotonic()
 
         def advance(now: int, note: str) -> None:
-            seconds = progress.tasks[task].elapsed or 1e-9
-            progress.update(task, completed=now, note=note, rate=f"{(now - done) / seconds:.1f}/s")
+            nonlocal told
+            seconds = time.monotonic() - begun or 1e-9
+            rate = f"{(now - done) / seconds:.1f}/s"
+            progress.update(task, completed=now, note=note, rate=rate)
+            if not console.is_terminal and (now == total or time.monotonic() - told >= LINE_EVERY):
+                told = time.monotonic()
+                left = timedelta(seconds=round((total - now) * seconds / max(now - done, 1)))
+                console.print(f"{now}/{total} {rate} {note} {left} left", highlight=False)
 
         yield advance
 

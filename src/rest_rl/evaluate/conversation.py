@@ -28,7 +28,7 @@ class Request:
 
 
 class Reply(NamedTuple):
-    """What came back for a request; exactly one of `text`, `overflow`, `error` tells what happened."""
+    """What came back for a request: a text, or in one of the last three why there is none."""
 
     text: str = ""
     calls: tuple[ToolCall, ...] | None = None
@@ -39,6 +39,8 @@ class Reply(NamedTuple):
     """The response ran into the limit of its length."""
     overflow: str = ""
     """Why the prompt did not fit the model; the sample counts as wrong."""
+    refusal: str = ""
+    """Why the model cannot be given the prompt at all, such as a template that fails; the sample counts as wrong."""
     error: str = ""
     """Why there is no response (a server that fails); the sample is not scored and is tried again on resume."""
 
@@ -54,8 +56,12 @@ class Conversation(Protocol):
         """Take the reply to the last request; only replies with a text arrive here."""
         ...
 
+    def record(self) -> Mapping[str, Any]:
+        """`response` and `calls` so far, also of a conversation that was given up."""
+        ...
+
     def outcome(self) -> Mapping[str, Any]:
-        """Fields of the sample's row once it is over: `response`, `calls`, one boolean per metric, `reason`."""
+        """The record and the verdict once it is over: one boolean per metric, `reason`."""
         ...
 
     def close(self) -> None:
@@ -125,6 +131,10 @@ class Model(Protocol):
         """(tokens that prompt and response would take, tokens the model holds); None where it cannot be known."""
         ...
 
+    def stop(self) -> None:
+        """Give up what is under way, from any thread; later requests end with an error."""
+        ...
+
 
 class SingleTurn:
     """A conversation of one request, whose response `judge` reads: metrics, reason and what else its row holds."""
@@ -147,12 +157,18 @@ class SingleTurn:
         """Take the response."""
         self._reply = reply
 
+    def record(self) -> Mapping[str, Any]:
+        """The response and its calls; empty before there is one."""
+        if self._reply is None:
+            return {"response": "", "calls": []}
+        calls = read_reply(self._reply, self.format).calls
+        plain = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
+        return {"response": self._reply.text, "calls": plain}
+
     def outcome(self) -> Mapping[str, Any]:
         """Response and calls, then what the judge says."""
         assert self._reply is not None
-        parsed = read_reply(self._reply, self.format)
-        calls = [{"name": call.name, "arguments": dict(call.arguments)} for call in parsed.calls]
-        return {"response": self._reply.text, "calls": calls, **self.judge(self._reply, parsed)}
+        return {**self.record(), **self.judge(self._reply, read_reply(self._reply, self.format))}
 
     def close(self) -> None:
         """Nothing is held."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rest_rl.jsonl import as_json, reason
-from rest_rl.runlog import cut_back, describe_environment, read_object, read_rows
+from rest_rl.runlog import cut_back, describe_environment, read_object
 
 SETTINGS, SAMPLES, SUMMARY, ENVIRONMENT = "settings.json", "samples.jsonl", "summary.json", "environment.json"
 
@@ -32,7 +32,7 @@ class EvalLog:
     @classmethod
     def unused(cls, folder: str | Path) -> EvalLog:
         """A folder to begin in; ValueError if it holds an evaluation already. Nothing is written yet."""
-        if (Path(folder) / SETTINGS).exists():
+        if any((Path(folder) / name).exists() for name in (SETTINGS, SAMPLES)):
             raise ValueError(
                 f"got {folder}, which holds an evaluation already, expected a new folder; add --resume to go on with "
                 "it, or pass another --out"
@@ -67,8 +67,10 @@ class EvalLog:
         return log
 
     def read_rows(self) -> list[Row]:
-        """The samples so far, up to a torn last line."""
-        return read_rows(self.folder / SAMPLES)
+        """The samples so far; a line that is torn or damaged is passed over, and its sample asked for again."""
+        path = self.folder / SAMPLES
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        return [row for row in map(sample_row, lines) if row]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a sample, flushed; ValueError for a folder that is full, which is left as it was."""
@@ -97,6 +99,15 @@ class EvalLog:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise unwritable(self.folder, error) from error
+
+
+def sample_row(line: str) -> Row | None:
+    """The row of a line; None for what is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("id"), str) else None
 
 
 def unwritable(folder: Path, error: OSError) -> ValueError:

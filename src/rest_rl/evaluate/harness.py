@@ -56,6 +56,7 @@ def evaluate_all(
         except BaseException:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            model.stop()  # or leaving this block would wait for every request under way, and for its repetitions
             raise
     rows = [done[identity] for identity in identities]
     log.write_rows(rows)
@@ -107,15 +108,19 @@ class Talk:
             self.notes["prompt_tokens"] = max(self.notes.get("prompt_tokens", 0), reply.prompt_tokens)
         if reply.is_truncated:
             self.notes["truncated"] = True
-        if not (reply.overflow or reply.error):
+        if reply.calls is not None:
+            self.notes["native"] = True
+        ends = {"overflow": reply.overflow, "refused": reply.refusal, "error": reply.error}
+        kind = next((name for name, why in ends.items() if why), None)
+        if kind is None:
             self.conversation.receive(reply)
             return None
+        record = self.conversation.record()
         self.conversation.close()
-        if reply.error:
-            return {**self.head, **dict.fromkeys(self.metrics), "error": reply.error}
+        if kind == "error":
+            return {**self.head, **record, **dict.fromkeys(self.metrics), "error": reply.error, **self.notes}
         verdicts = dict.fromkeys(self.metrics, False)
-        why = {"reason": f"overflow: {reply.overflow}", "overflow": reply.overflow}
-        return {**self.head, "response": "", "calls": [], **verdicts, **why, **self.notes}
+        return {**self.head, **record, **verdicts, "reason": f"{kind}: {ends[kind]}", kind: ends[kind], **self.notes}
 
     def finished(self) -> Row:
         """The row of a conversation that is over."""
@@ -139,13 +144,11 @@ def summarise(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
     extras = dict(benchmark.extras(rows))
     if "official" not in extras:
         groups[OVERALL] = group_scores(rows, benchmark.metrics, len(benchmark.groups))
-    scored = sum("error" not in row for row in rows)
     return {
         "benchmark": benchmark.name,
         "pin": benchmark.pin,
         "metrics": list(benchmark.metrics),
         "groups": groups,
-        "complete": scored == len(benchmark.groups),
         **extras,
     }
 
@@ -165,6 +168,7 @@ def group_scores(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict
         **headline,
         **dict(zip(metrics[1:], others, strict=True)),
         "overflow": sum("overflow" in row for row in scored),
+        "refused": sum("refused" in row for row in scored),
         "truncated": sum(bool(row.get("truncated")) for row in scored),
         "errors": [row["id"] for row in rows if "error" in row],
     }

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.formats import ToolFormat
 from rest_rl.jsonl import parse_row, read_lines, text_field
+from rest_rl.response import ToolCall
 
-Recording = str | list[list[str]]
+Texts = str | list[list[str]]
+
+
+class Recording(NamedTuple):
+    """What was recorded of a sample: a text, or for several turns a list of lists of step texts; or why there is none.
+
+    `calls` are those that a server had read out, in the shape of the texts.
+    """
+
+    texts: Texts = ""
+    calls: list[Any] | None = None
+    overflow: str = ""
+    refusal: str = ""
 
 
 class Recorded:
-    """Responses by the id of their sample: a text, or for several turns a list of lists of step texts."""
+    """Recorded responses by the id of their sample."""
 
     batch_size = 1
     concurrency = 1
@@ -24,18 +37,35 @@ class Recorded:
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         """What was recorded; nothing where a recording ends, which ends the turn."""
-        return [Reply(text=self._text(request)) for request in requests]
+        return [self._reply(request) for request in requests]
 
-    def _text(self, request: Request) -> str:
+    def _reply(self, request: Request) -> Reply:
         recording = self.responses[request.sample.id]
-        if isinstance(recording, str):
-            return recording if request.turn == request.step == 0 else ""
-        steps = recording[request.turn] if request.turn < len(recording) else []
-        return steps[request.step] if request.step < len(steps) else ""
+        if isinstance(recording.texts, str):
+            is_first = request.turn == request.step == 0
+            text, calls = (recording.texts, recording.calls) if is_first else ("", None)
+        else:
+            text, calls = (at(nested, request.turn, request.step) for nested in (recording.texts, recording.calls))
+        read_out = None if recording.calls is None else tuple(map(read_call, calls or ()))
+        return Reply(text or "", read_out, overflow=recording.overflow, refusal=recording.refusal)
 
     def room(self, request: Request) -> tuple[int, int] | None:
         """Nothing has to fit."""
         return None
+
+    def stop(self) -> None:
+        """Nothing is under way."""
+
+
+def at(nested: Sequence[Sequence[Any]] | None, turn: int, step: int) -> Any:
+    """The item of a step; None where there is none."""
+    steps = nested[turn] if nested is not None and turn < len(nested) else ()
+    return steps[step] if step < len(steps) else None
+
+
+def read_call(call: Mapping[str, Any]) -> ToolCall:
+    """A call as rows keep it."""
+    return ToolCall(str(call["name"]), dict(call["arguments"]))
 
 
 class Oracle:
@@ -62,6 +92,9 @@ class Oracle:
     def room(self, request: Request) -> tuple[int, int] | None:
         """Nothing has to fit."""
         return None
+
+    def stop(self) -> None:
+        """Nothing is under way."""
 
 
 def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Recording], list[str]]:
@@ -92,10 +125,15 @@ def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Reco
 def recorded_response(row: Mapping[str, Any]) -> tuple[str, Recording | None]:
     """(id, response) of a row; no response where one was never given."""
     identity = text_field(row, "id")
-    return identity, None if "error" in row else checked_recording(row.get("response"))
+    if "error" in row:
+        return identity, None
+    ends = {name: str(row.get(key, "")) for name, key in (("overflow", "overflow"), ("refusal", "refused"))}
+    return identity, Recording(
+        checked_texts(row.get("response")), row.get("calls") if row.get("native") else None, **ends
+    )
 
 
-def checked_recording(value: Any) -> Recording:
+def checked_texts(value: Any) -> Texts:
     """A text, or a list of turns, each a list of texts; ValueError for anything else."""
     if isinstance(value, str):
         return value

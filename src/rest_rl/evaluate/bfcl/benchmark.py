@@ -154,6 +154,13 @@ class OneTurn:
         """Take the response."""
         self._reply = reply
 
+    def record(self) -> Mapping[str, Any]:
+        """The response and its calls as they were read; empty before there is one."""
+        if self._reply is None:
+            return {"response": "", "calls": []}
+        calls = read_reply(self._reply, self._format).calls
+        return {"response": self._reply.text, "calls": [recorded(call) for call in calls]}
+
     def outcome(self) -> Mapping[str, Any]:
         """The response, its calls and the verdict.
 
@@ -247,10 +254,13 @@ class SeveralTurns:
         else:
             self._give_up("multi_turn:force_terminated", f"turn {self._turn} was not over after {self._step} steps")
 
+    def record(self) -> Mapping[str, Any]:
+        """All responses and calls by turn and step."""
+        return {"response": self._responses, "calls": self._calls}
+
     def outcome(self) -> Mapping[str, Any]:
-        """All responses and calls by turn and step, and the verdict on the calls that could be executed."""
-        verdict = self._failure or self._verdict()
-        return {"response": self._responses, "calls": self._calls, **as_fields(verdict)}
+        """The record, and the verdict on the calls that could be executed."""
+        return {**self.record(), **as_fields(self._failure or self._verdict())}
 
     def close(self) -> None:
         """Give the sandbox back, without what this conversation did in it."""

@@ -32,6 +32,11 @@ class BfclPackage:
         """Such as `bfcl-eval 2025.6.14 (BFCL v3)`, printed on every table."""
         return f"bfcl-eval {self.release} (BFCL {self.version})"
 
+    @property
+    def command(self) -> str:
+        """What installs it where it is looked for."""
+        return _command(self.version, _share(self.version))
+
 
 def find_package(version: Version) -> BfclPackage:
     """The release of an edition: in $REST_RL_BFCL_V3 (or _V4), in the environment's share folder, or installed.

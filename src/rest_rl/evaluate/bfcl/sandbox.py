@@ -131,7 +131,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         """End the process, and with it the session that lives in it."""
         process, self._process = self._process, None
         if self._session is not None and self._session.is_open:
-            self._session.is_lost, self._session = True, None
+            self._session.is_over, self._session = True, None
         if process is not None:
             _end(process, patience)
 
@@ -158,7 +158,11 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
                 raise
         if "ok" not in answer:
             _end(process, patience=0.0)
-            raise SandboxError(f"{self._package.pin} in {self._package.folder} does not load: {answer.get('failed')}")
+            raise ValueError(
+                f"got {self._package.pin} in {self._package.folder}, which does not load ({answer.get('failed')}), "
+                f"expected it whole; pip install 'rest-rl[bfcl]' has what it needs, and {self._package.command} puts "
+                "it there"
+            )
         return process
 
 
@@ -170,8 +174,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
         self._identity = identity
         self.is_open = False
         """Whether instances were made; the first `execute` does so."""
-        self.is_lost = False
-        """Whether the process that held them has ended."""
+        self.is_over = False
+        """Whether they are gone: closed, or the process that held them has ended."""
 
     def __exit__(self, *raised: object) -> None:
         self.close()
@@ -181,8 +185,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
         if not self.is_open:
             self._ask({"do": "open", "id": self._identity})
             self.is_open = True
-        if self.is_lost:
-            raise SandboxError("the process that held this conversation has ended")
+        if self.is_over:
+            raise SandboxError("this conversation has ended")
         return self._ask({"do": "execute", "calls": [_sendable(call) for call in calls]})
 
     def check(self, turns: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> Verdict:
@@ -193,8 +197,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
     def close(self) -> None:
         """Drop the instances."""
-        if self.is_open and not self.is_lost:
-            self.is_lost = True
+        if self.is_open and not self.is_over:
+            self.is_over = True
             with contextlib.suppress(SandboxError):  # they are gone all the same
                 self._ask({"do": "end"})
 
