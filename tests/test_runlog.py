@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rest_rl.jsonl import as_json
-from rest_rl.runlog import METRICS, RESPONSES, SUMMARY, RunLog, read_run
+from rest_rl.runlog import METRICS, RESPONSES, SUMMARY, RunLog, read_run, replace_file
 
 
 def start(folder: Path, steps: int = 0) -> RunLog:
@@ -118,6 +118,22 @@ def test_summary_survives_a_failed_update(tmp_path: Path) -> None:
     with pytest.raises((ValueError, OSError)):
         log.update_summary(after={"exact_match": 0.5})
     assert log.read_summary() == {"before": {"exact_match": 0.25}}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    replace_file(path, "é")
+    replace_file(path, "new")
+    with pytest.raises(UnicodeEncodeError):
+        replace_file(path, "half of it\ud800")
+    assert {one.name: one.read_text(encoding="utf-8") for one in tmp_path.iterdir()} == {"file.json": "new"}
+    for unwritable in (path / "below-a-file", tmp_path / "missing" / "file"):
+        with pytest.raises(OSError, match=r"Not a directory|No such file"):
+            replace_file(unwritable, "")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"Is a directory"):
+        replace_file(tmp_path / "folder", "")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["file.json", "folder"]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

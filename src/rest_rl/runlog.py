@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,16 +183,25 @@ class RunLog:
     def _write(self, name: str, text: str) -> None:
         if not self.enabled:
             return
-        part = self.folder / f".{name}.part"
         try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.folder / name)
+            replace_file(self.folder / name, text)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise unwritable(self.folder, error) from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all: whoever reads it finds the old text or the new one. OSError if it fails."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def read_run(folder: str | Path) -> Run:
