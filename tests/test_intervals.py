@@ -7,8 +7,9 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 
-from rest_rl.evaluate.intervals import false_discovery, mcnemar, paired_difference, wilson
+from rest_rl.evaluate.intervals import Estimate, false_discovery, mcnemar, paired_difference, weighted_mean, wilson
 
 COUNTS = st.integers(0, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 FLIPS = st.integers(0, 500).flatmap(
@@ -57,6 +58,40 @@ def test_false_discovery_by_hand() -> None:
     assert false_discovery([0.01, 0.5, 0.02, 0.03]) == pytest.approx([0.04, 0.5, 0.04, 0.04])
 
 
+def share(correct: int, n: int) -> Estimate:
+    return Estimate(correct / n, *wilson(correct, n))
+
+
+def test_a_weighted_mean_by_hand() -> None:
+    # 0.25 * 0.8 + 0.75 * 0.2 = 0.35; sqrt((0.25 * 0.3)² + (0.75 * 0.1)²) = 0.075 sqrt(2) = 0.10607 to the low side,
+    # sqrt((0.25 * 0.1)² + (0.75 * 0.2)²) = sqrt(0.000625 + 0.0225) = 0.15207 to the high side
+    parts = [(0.25, Estimate(0.8, 0.5, 0.9)), (0.75, Estimate(0.2, 0.1, 0.4))]
+    assert weighted_mean(parts) == pytest.approx((0.35, 0.24393, 0.50207), abs=5e-6)
+    # weights count by their shares
+    assert weighted_mean([(3 * weight, part) for weight, part in parts]) == pytest.approx(weighted_mean(parts))
+    # two halves of 8 of 10, whose distances of Wilson are 0.3098 and 0.1433, each over sqrt(2)
+    assert weighted_mean([(1, share(8, 10))] * 2) == pytest.approx((0.8, 0.58094, 0.90133), abs=5e-5)
+    # none of 10 twice: 0.27753 / sqrt(2)
+    assert weighted_mean([(1, share(0, 10))] * 2) == pytest.approx((0.0, 0.0, 0.19625), abs=1e-5)
+    assert weighted_mean([(0.1, share(10, 10))] * 3).value == 1.0
+    assert weighted_mean([(0.2, share(3, 9))]) == pytest.approx(share(3, 9))
+    for weights in ([], [0.0], [1.0, -1.0], [2.0, -1.0]):
+        with pytest.raises(ValueError, match="expected some above 0 and none below"):
+            weighted_mean([(weight, share(1, 2)) for weight in weights])
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.05, 0.02), (0.5, 0.5), (0.9, 0.3), (0.97, 0.6), (0.99, 0.99)])
+def test_a_weighted_mean_covers_the_truth_as_often_as_it_says(first: float, second: float) -> None:
+    # Over all outcomes of two groups of 40 and 16 samples, weighed as an official average weighs its categories.
+    truth = 0.5 * (first + second)
+    covered = 0.0
+    for i in range(41):
+        for j in range(17):
+            _, low, high = weighted_mean([(1, share(i, 40)), (1, share(j, 16))])
+            covered += binom.pmf(i, 40, first) * binom.pmf(j, 16, second) * (low <= truth <= high)
+    assert 0.93 < covered < 0.995
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -83,6 +118,15 @@ def test_wilson_holds_the_share_and_mirrors(counts: tuple[int, int]) -> None:
         assert low < high
     mirrored = wilson(n - correct, n)
     assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.floats(0.001, 1), COUNTS.filter(lambda counts: counts[1] > 0)), min_size=1, max_size=8))
+def test_a_weighted_mean_stays_between_the_means_of_the_limits(parts: list[tuple[float, tuple[int, int]]]) -> None:
+    found = weighted_mean((weight, share(*counts)) for weight, counts in parts)
+    assert 0 <= found.low <= found.value + 1e-12
+    assert found.value - 1e-12 <= found.high <= 1
+    mirrored = weighted_mean((weight, share(n - correct, n)) for weight, (correct, n) in parts)
+    assert (1 - mirrored.high, 1 - mirrored.low) == pytest.approx((found.low, found.high), abs=1e-9)
 
 
 @given(FLIPS)

@@ -1,4 +1,4 @@
-"""How sure an accuracy is, and the difference of two models on the same samples: two intervals and a test.
+"""How sure an accuracy is, a difference of two models on the same samples, and a mean of either: intervals and tests.
 
 All are of 95 % and take counts. Samples count as independent, and the benchmark as a draw from all that it could hold.
 """
@@ -6,7 +6,7 @@ All are of 95 % and take counts. Samples count as independent, and the benchmark
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from scipy.stats import binomtest, false_discovery_control, norm
@@ -14,8 +14,8 @@ from scipy.stats import binomtest, false_discovery_control, norm
 CONFIDENCE = 0.95
 
 
-class Difference(NamedTuple):
-    """A difference of two shares in [-1, 1] and its interval."""
+class Estimate(NamedTuple):
+    """A share, or a difference of two, and its interval, which holds it."""
 
     value: float
     low: float
@@ -45,7 +45,7 @@ def mcnemar(lost: int, gained: int) -> float:
     return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
-def paired_difference(lost: int, gained: int, n: int) -> Difference:
+def paired_difference(lost: int, gained: int, n: int) -> Estimate:
     """The change (gained - lost) / n of accuracy on the same n samples, with Bonett and Price's adjusted Wald interval.
 
     With p = (lost + 1) / (n + 2) and q = (gained + 1) / (n + 2) the interval is q - p ± z sqrt((p + q - (q - p)²) /
@@ -55,10 +55,30 @@ def paired_difference(lost: int, gained: int, n: int) -> Difference:
     check_counts(lost, n)
     check_counts(gained, n - lost)
     if n == 0:
-        return Difference(0.0, -1.0, 1.0)
+        return Estimate(0.0, -1.0, 1.0)
     p, q = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
     half = float(norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt((p + q - (q - p) ** 2) / (n + 2))
-    return Difference((gained - lost) / n, max(-1.0, q - p - half), min(1.0, q - p + half))
+    return Estimate((gained - lost) / n, max(-1.0, q - p - half), min(1.0, q - p + half))
+
+
+def weighted_mean(parts: Iterable[tuple[float, Estimate]]) -> Estimate:
+    """The mean of (weight, estimate) pairs of separate samples, with the interval of the method MOVER.
+
+    The distances from the mean to its limits are the roots of the sums of squares of the parts' own distances, times
+    their weights: low = mean - sqrt(sum w² (value - low)²), high likewise. So the interval is asymmetric where those of
+    the parts are, and never beyond the mean of their limits. Zou, G. Y. and Donner, A. (2008), https://doi.org/10.1002/sim.3095; of
+    Wilson's intervals: Zou, G. Y. et al. (2009), https://doi.org/10.1016/j.csda.2008.09.033. Weights count by their
+    shares; ValueError for a negative one and without a positive one.
+    """
+    pairs = list(parts)
+    total = math.fsum(weight for weight, _ in pairs)
+    if not total > 0 or any(weight < 0 for weight, _ in pairs):
+        weights = [weight for weight, _ in pairs]
+        raise ValueError(f"got weights {weights}, expected some above 0 and none below; check the weights")
+    value, least, most = (math.fsum(weight * part[i] for weight, part in pairs) / total for i in range(3))
+    below, above = (math.hypot(*(weight * (part[i] - part.value) for weight, part in pairs)) / total for i in (1, 2))
+    # The mean of the limits bounds them anyway; rounding is kept from passing 0 or 1.
+    return Estimate(value, max(least, value - below), min(most, value + above))
 
 
 def false_discovery(p_values: Sequence[float]) -> list[float]:
