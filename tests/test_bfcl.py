@@ -408,7 +408,9 @@ def test_a_call_without_end_makes_its_sample_wrong() -> None:
 def test_only_categories_scored_whole_count() -> None:
     live = opened("v4", ["live"])
     rows = [{"id": name, "category": group, "correct": True} for name, group in live.groups.items()]
-    assert live.extras(rows)["official"] == {"Live": {"accuracy": 1.0, "of": list(groups.LIVE[:4])}}
+    official = live.extras(rows)["official"]
+    assert list(official) == ["Live"]
+    assert (official["Live"]["accuracy"], official["Live"]["of"]) == (1.0, list(groups.LIVE[:4]))
     assert live.extras(rows[1:])["official"] == {}
     assert live.extras([{**rows[0], "correct": None, "error": "down"}, *rows[1:]])["official"] == {}
     assert live.pin == "bfcl-eval 2026.3.23 (BFCL v4)"

@@ -162,6 +162,41 @@ def test_official_averages_of_v4() -> None:
     assert "irrelevance" not in found["Non-Live"]["of"]
 
 
+def test_weights_of_the_official_averages() -> None:
+    weights = {name: average["weights"] for name, average in official_averages("v3", scores_of("v3")).items()}
+    # a fifth, Simple's in three; samples of all; a quarter; then a third of each
+    single, simple = dict.fromkeys(groups.NON_LIVE["v3"], 1 / 5), ("simple", "java", "javascript")
+    assert weights["Non-Live"] == pytest.approx({**single, **dict.fromkeys(simple, 1 / 15)})
+    assert weights["Live"]["live_multiple"] == pytest.approx(1053 / 2251)
+    assert set(weights["Multi-Turn"].values()) == {0.25}
+    overall = {"java": 1 / 45, "irrelevance": 1 / 15, "live_multiple": 1053 / 6753, "multi_turn_base": 1 / 12}
+    assert {name: weights["Overall"][name] for name in overall} == pytest.approx(overall)
+    fourth = {name: average["weights"] for name, average in official_averages("v4", scores_of("v4")).items()}
+    names = groups.NON_LIVE["v4"]
+    assert fourth["Non-Live"] == pytest.approx({**dict.fromkeys(names[:3], 1 / 12), **dict.fromkeys(names[3:6], 1 / 4)})
+    assert fourth["Live"]["live_multiple"] == pytest.approx(1053 / 1351)
+    assert fourth["Irrelevance"] == {"irrelevance": 0.5, "live_irrelevance": 0.5}
+    for own in (*weights.values(), *fourth.values()):
+        assert sum(own.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("right", [0.0, 1.0, None])
+def test_official_averages_have_intervals(right: float | None) -> None:
+    scores = scores_of("v3")
+    if right is not None:
+        scores = {name: Score(round(right * score.number), score.number) for name, score in scores.items()}
+    found = official_averages("v3", scores)
+    for average in found.values():
+        assert 0 <= average["low"] <= average["accuracy"] <= average["high"] <= 1
+        assert average["low"] < average["high"]
+        assert right is None or average["accuracy"] == right
+    # Wilson's limits of 100, 80, 60, 40 of 200 lie 0.0686, 0.0654, 0.0593, 0.0495 below and 0.0686, 0.0692, 0.0668, 0.0609
+    # above the shares; a quarter of the roots of the sums of squares: 0.0306 and 0.0332
+    if right is None:
+        limits = (found["Multi-Turn"]["low"], found["Multi-Turn"]["high"])
+        assert limits == pytest.approx((0.35 - 0.0306, 0.35 + 0.0332), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("missing", "gone"), [("java", "Non-Live"), ("live_relevance", "Live"), ("multi_turn_base", "Multi-Turn")]
 )

@@ -66,9 +66,10 @@ def weighted_mean(parts: Iterable[tuple[float, Estimate]]) -> Estimate:
 
     The distances from the mean to its limits are the roots of the sums of squares of the parts' own distances, times
     their weights: low = mean - sqrt(sum w² (value - low)²), high likewise. So the interval is asymmetric where those of
-    the parts are, and never beyond the mean of their limits. Zou, G. Y. and Donner, A. (2008), https://doi.org/10.1002/sim.3095; of
-    Wilson's intervals: Zou, G. Y. et al. (2009), https://doi.org/10.1016/j.csda.2008.09.033. Weights count by their
-    shares; ValueError for a negative one and without a positive one.
+    the parts are, and never beyond the mean of their limits. Zou, G. Y. and Donner, A. (2008),
+    https://doi.org/10.1002/sim.3095; over Wilson's intervals: Zou, G. Y., Huang, W. and Zhang, X. (2009),
+    https://doi.org/10.1016/j.csda.2008.09.033. Weights count by their shares; ValueError for a negative one and without
+    a positive one.
     """
     pairs = list(parts)
     total = math.fsum(weight for weight, _ in pairs)

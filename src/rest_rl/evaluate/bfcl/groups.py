@@ -11,6 +11,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from rest_rl.evaluate.intervals import Estimate, weighted_mean, wilson
+
 Version = Literal["v3", "v4"]
 NON_LIVE: Mapping[Version, tuple[str, ...]] = {
     "v3": ("simple", "java", "javascript", "multiple", "parallel", "parallel_multiple", "irrelevance"),
@@ -35,9 +37,9 @@ class Score(NamedTuple):
     number: int
 
     @property
-    def accuracy(self) -> float:
-        """The share."""
-        return self.correct / self.number
+    def estimate(self) -> Estimate:
+        """The share with its Wilson interval."""
+        return Estimate(self.correct / self.number, *wilson(self.correct, self.number))
 
 
 def categories(version: Version) -> tuple[str, ...]:
@@ -80,42 +82,46 @@ def select_categories(version: Version, names: Sequence[str] | None) -> tuple[st
 def official_averages(version: Version, complete: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
     """The group averages of the official table, of those groups whose categories are all `complete`.
 
-    v3: Non-Live is the mean of Simple (itself a mean of three), multiple, parallel, parallel_multiple and irrelevance;
-    Live the share over the samples of its six categories; Multi-Turn the mean of four; Overall the mean of the three.
-    v4 takes the two (ir)relevance categories out of Non-Live and Live, and gives the mean of the two irrelevance ones
-    as a part of its own. Each has `accuracy` (a share) and `of` (its categories).
+    Each has `accuracy` (a share), its 95 % interval `low` and `high` over the categories' Wilson intervals (see
+    `weighted_mean`), `of` (its categories) and their `weights`.
     """
-    simple, plain = NON_LIVE[version][:3], NON_LIVE[version][3:]
-    live = LIVE
-    if version == "v4":
-        plain, live = plain[:-1], LIVE[:4]
-    averages = {
-        "Non-Live": ((*simple, *plain), lambda: mean([_mean_of(complete, simple), *_each(complete, plain)])),
-        "Live": (live, lambda: sum(complete[c].correct for c in live) / sum(complete[c].number for c in live)),
-        "Irrelevance": (UNANSWERED, lambda: _mean_of(complete, UNANSWERED)),
-        "Multi-Turn": (MULTI_TURN, lambda: _mean_of(complete, MULTI_TURN)),
-    }
-    if version == "v3":
-        del averages["Irrelevance"]
-    found = {
-        name: {"accuracy": average(), "of": list(parts)}
-        for name, (parts, average) in averages.items()
-        if all(part in complete for part in parts)
-    }
-    if version == "v3" and len(found) == len(averages):
-        overall = mean([average["accuracy"] for average in found.values()])
-        found["Overall"] = {"accuracy": overall, "of": list(categories(version))}
+    found: dict[str, dict[str, Any]] = {}
+    for name, weights in average_weights(version, {name: score.number for name, score in complete.items()}).items():
+        if all(category in complete for category in weights):
+            share = weighted_mean((weight, complete[category].estimate) for category, weight in weights.items())
+            numbers = {"accuracy": share.value, "low": share.low, "high": share.high}
+            found[name] = {**numbers, "of": list(weights), "weights": dict(weights)}
     return found
 
 
-def mean(shares: Sequence[float]) -> float:
-    """Unweighted."""
-    return sum(shares) / len(shares)
+def average_weights(version: Version, numbers: Mapping[str, int]) -> dict[str, Mapping[str, float]]:
+    """What each category counts in the averages of the official table; `numbers` holds the categories' samples.
+
+    v3: Non-Live is the mean of Simple (itself a mean of three), multiple, parallel, parallel_multiple and irrelevance;
+    Live the share over the samples of its six categories; Multi-Turn the mean of four; Overall the mean of the three.
+    v4 takes the two (ir)relevance categories out of Non-Live and Live, and gives the mean of the two irrelevance ones
+    as a part of its own.
+    """
+    first, *plain = mean(*each(NON_LIVE[version][:3])), *each(NON_LIVE[version][3:])
+    if version == "v4":
+        non_live, live = mean(first, *plain[:-1]), by_samples(LIVE[:4], numbers)
+        irrelevance = mean(*each(UNANSWERED))
+        return {"Non-Live": non_live, "Live": live, "Irrelevance": irrelevance, "Multi-Turn": mean(*each(MULTI_TURN))}
+    parts = {"Non-Live": mean(first, *plain), "Live": by_samples(LIVE, numbers), "Multi-Turn": mean(*each(MULTI_TURN))}
+    return {**parts, "Overall": mean(*parts.values())}
 
 
-def _each(complete: Mapping[str, Score], names: Sequence[str]) -> list[float]:
-    return [complete[name].accuracy for name in names]
+def each(names: Sequence[str]) -> list[Mapping[str, float]]:
+    """The weights of single categories."""
+    return [{name: 1.0} for name in names]
 
 
-def _mean_of(complete: Mapping[str, Score], names: Sequence[str]) -> float:
-    return mean(_each(complete, names))
+def mean(*parts: Mapping[str, float]) -> Mapping[str, float]:
+    """The weights in the unweighted mean of parts that share no category."""
+    return {name: weight / len(parts) for part in parts for name, weight in part.items()}
+
+
+def by_samples(names: Sequence[str], numbers: Mapping[str, int]) -> Mapping[str, float]:
+    """The weights in the share over all samples; 0 for categories without any."""
+    total = sum(numbers.get(name, 0) for name in names) or 1
+    return {name: numbers.get(name, 0) / total for name in names}
