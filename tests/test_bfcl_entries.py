@@ -190,8 +190,8 @@ def test_official_averages_have_intervals(right: float | None) -> None:
         assert 0 <= average["low"] <= average["accuracy"] <= average["high"] <= 1
         assert average["low"] < average["high"]
         assert right is None or average["accuracy"] == right
-    # Wilson's limits of 100, 80, 60, 40 of 200 lie 0.0686, 0.0654, 0.0593, 0.0495 below and 0.0686, 0.0692, 0.0668, 0.0609
-    # above the shares; a quarter of the roots of the sums of squares: 0.0306 and 0.0332
+    # Wilson's limits of 100, 80, 60, 40 of 200 lie 0.0686, 0.0654, 0.0593, 0.0495 below the shares and 0.0686, 0.0692,
+    # 0.0668, 0.0609 above; a quarter of the roots of the sums of squares: 0.0306 and 0.0332
     if right is None:
         limits = (found["Multi-Turn"]["low"], found["Multi-Turn"]["high"])
         assert limits == pytest.approx((0.35 - 0.0306, 0.35 + 0.0332), abs=1e-4)

@@ -68,14 +68,45 @@ def test_changes_are_paired_and_in_the_order_of_the_summary(tmp_path: Path) -> N
     assert result.warnings == ()
 
 
+def test_official_averages_are_compared_by_their_weights(tmp_path: Path) -> None:
+    weights = {"simple": 0.75, "java": 0.25}
+    official = {
+        "Overall": {"accuracy": 0.4, "of": [*weights], "weights": weights},
+        "Live": {"accuracy": 0.4, "weights": {"live_simple": 1.0}},
+        "Multi-Turn": {"accuracy": 0.4, "of": ["simple"]},
+    }
+    base = write_folder(tmp_path / "base", rows("1100000000", "11110"), official=official)
+    tuned = write_folder(tmp_path / "tuned", rows("1011111110", "11011"), official=official)
+    table = {found.group: found for found in compare(base, tuned).metrics["correct"]}
+    # neither what was not asked nor what says no weights
+    assert list(table) == ["simple", "java", "Overall", "all"]
+    overall = table["Overall"]
+    # simple 2 and 8 of 10, java 4 and 4 of 5: 0.75 * 0.2 + 0.25 * 0.8 = 0.35 and 0.75 * 0.8 + 0.25 * 0.8 = 0.8
+    assert (overall.base, overall.tuned, overall.difference) == pytest.approx((0.35, 0.8, 0.45))
+    assert (overall.n, overall.lost, overall.gained, overall.p, overall.q) == (15, 2, 8, None, None)
+    # simple: p = 2 / 12, q = 8 / 12, q - p = 0.5, half = z sqrt((10 / 12 - 0.25) / 12) = 0.4321: [0.0679, 0.9321]
+    # java: p = q = 2 / 7, half = z sqrt((4 / 7) / 7) = 0.5600: [-0.5600, 0.5600]
+    # low = 0.45 - sqrt((0.75 * 0.5321)² + (0.25 * 0.56)²), high = 0.45 + sqrt((0.75 * 0.3321)² + (0.25 * 0.56)²)
+    assert (overall.low, overall.high) == pytest.approx((0.0270, 0.7357), abs=1e-4)
+    other = {"Overall": {"accuracy": 0.4, "weights": {"simple": 0.5, "java": 0.5}}}
+    for name, others in (("none", {}), ("other", other)):
+        side = write_folder(tmp_path / name, rows("1011111110", "11011"), official=others)
+        assert [found.group for found in compare(base, side).metrics["correct"]] == ["simple", "java", "all"]
+
+
 def test_flips_name_their_samples_and_both_reasons(tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", rows("10", "1"))
-    overflown = [row("simple", 0, False, overflow="too long"), row("simple", 1, True), row("java", 0, True)]
+    overflown = [
+        row("simple", 0, False, overflow="too long"),
+        row("simple", 1, True),
+        row("java", 0, False, refused="no such role"),
+    ]
     result = compare(base, write_folder(tmp_path / "tuned", overflown))
     told = {flip.id: (flip.group, flip.direction, flip.base_reason, flip.tuned_reason) for flip in result.flips}
     assert told == {
         "simple_0": ("simple", "lost", "simple says 1", "too long"),
         "simple_1": ("simple", "gained", "simple says 0", ""),
+        "java_0": ("java", "lost", "java says 1", "no such role"),
     }
     path = result.write_flips(tmp_path / "new" / "flips.jsonl")
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -140,7 +171,7 @@ def test_what_else_may_explain_a_difference_is_told(tmp_path: Path) -> None:
 def test_a_model_compared_with_itself_is_told(tmp_path: Path) -> None:
     pair = [write_folder(tmp_path / name, rows("10", ""), settings={"weights": "abc"}) for name in ("one", "other")]
     result = compare(*pair)
-    assert result.warnings == ("both sides have the same weights",)
+    assert result.warnings == ("both sides have the same weights: what differs is how they were asked, or chance",)
     assert (result.flips, result.metrics["correct"][-1].p) == ((), 1.0)
 
 

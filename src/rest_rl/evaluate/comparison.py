@@ -1,7 +1,8 @@
 """`rest-rl eval compare`: two evaluations of one benchmark, sample by sample.
 
 Only samples that both sides scored count, so every difference is paired: what one model loses and the other gains.
-The test of all samples stands alone; those of the groups are a family of tests and carry q-values too.
+The test of all samples stands alone; those of the groups are a family of tests and carry q-values too. An official
+average whose categories were scored whole on both sides has its change and an interval, but no test.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rest_rl.evaluate.eval_log import SAMPLES, SUMMARY, Row
-from rest_rl.evaluate.intervals import false_discovery, mcnemar, paired_difference
+from rest_rl.evaluate.intervals import Estimate, false_discovery, mcnemar, paired_difference, weighted_mean
 from rest_rl.jsonl import as_json, reason
-from rest_rl.runlog import read_object, read_rows
+from rest_rl.runlog import read_object, read_rows, replace_file
 
 FLIPS = "flips.jsonl"
 ALL = "all"
-NAMES_THE_MODEL = {"model", "name", "out", "endpoint", "revision", "responses", "weights"}
+NAMES_THE_MODEL = {"model", "endpoint", "responses", "weights"}
 """Settings that say who answered, not how; they are expected to differ."""
 MAX_SHOWN = 160
 
@@ -35,8 +36,8 @@ class Evaluation(NamedTuple):
 class Change:
     """The paired change of one group: accuracies and their difference as shares, with a 95 % interval.
 
-    `lost` samples were right at the base alone, `gained` ones at the tuned model alone. `p` is of McNemar's exact test;
-    `q` is it among the groups of the table, None for all samples together.
+    `lost` samples were right at the base alone, `gained` ones at the tuned model alone. `p` is of McNemar's exact test,
+    None for an official average; `q` is it among the groups of the table, None for what spans several.
     """
 
     group: str
@@ -48,7 +49,7 @@ class Change:
     high: float
     lost: int
     gained: int
-    p: float
+    p: float | None
     q: float | None = None
 
 
@@ -66,7 +67,10 @@ class Flip:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What changed from a base to a tuned model; `metrics` holds a table per metric, its last row all samples."""
+    """What changed from a base to a tuned model; `metrics` holds a table per metric.
+
+    A table's rows are groups, then the official averages that both sides have, then all samples.
+    """
 
     benchmark: str
     version: str | None
@@ -84,11 +88,9 @@ class Comparison:
     def write_flips(self, path: str | Path) -> Path:
         """Write one line per flipped sample, atomically; ValueError for a path that cannot be written."""
         target = Path(path)
-        part = target.with_name(f".{target.name}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text("".join(as_json(asdict(flip)) + "\n" for flip in self.flips), encoding="utf-8")
-            part.replace(target)
+            replace_file(target, "".join(as_json(asdict(flip)) + "\n" for flip in self.flips))
         except OSError as error:
             raise ValueError(f"got {path} ({reason(error)}), expected a path to write to; pass another") from error
         return target
@@ -153,7 +155,7 @@ def scored(evaluation: Evaluation, metric: str) -> list[str]:
 
 
 def changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> tuple[Change, ...]:
-    """A change per group in the order of the summary, then one of all samples."""
+    """A change per group in the order of the summary, then of official averages, then one of all samples."""
     members: dict[str, list[str]] = {str(name): [] for name in first.summary.get("groups", {})}
     for identity in ids:
         members.setdefault(group_of(first.rows[identity]), []).append(identity)
@@ -163,7 +165,33 @@ def changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[st
     tests = [mcnemar(*flipped(own)) for own in pairs.values()]
     q_values = false_discovery(tests)
     groups = [change(name, own, q) for (name, own), q in zip(pairs.items(), q_values, strict=True)]
-    return (*groups, change(ALL, [pair for own in pairs.values() for pair in own], None))
+    averages = average_changes(first, second, groups) if metric == first.summary["metrics"][0] else []
+    return (*groups, *averages, change(ALL, [pair for own in pairs.values() for pair in own], None))
+
+
+def average_changes(first: Evaluation, second: Evaluation, groups: Sequence[Change]) -> list[Change]:
+    """The changes of the official averages that both summaries have, by the weights that these record.
+
+    The paired intervals of the categories are put together as those of single averages are (see `weighted_mean`). The
+    interval is all that is said: lost and gained samples of different weights make no exact test.
+    """
+    own = {group.group: group for group in groups}
+    sides = [evaluation.summary.get("official") or {} for evaluation in (first, second)]
+    found: list[Change] = []
+    for name in sides[0]:
+        weights, others = ((side.get(name) or {}).get("weights") for side in sides)
+        if weights and weights == others and own.keys() >= weights.keys():
+            found.append(average_change(name, [(weight, own[category]) for category, weight in weights.items()]))
+    return found
+
+
+def average_change(name: str, parts: Sequence[tuple[float, Change]]) -> Change:
+    """The change of the average of weighted groups."""
+    total = sum(weight for weight, _ in parts)
+    base, tuned = (sum(weight * getattr(part, side) for weight, part in parts) / total for side in ("base", "tuned"))
+    value, low, high = weighted_mean((weight, Estimate(part.difference, part.low, part.high)) for weight, part in parts)
+    n, lost, gained = (sum(getattr(part, count) for _, part in parts) for count in ("n", "lost", "gained"))
+    return Change(name, n, base, tuned, value, low, high, lost, gained, None)
 
 
 def change(group: str, pairs: Sequence[tuple[bool, bool]], q: float | None) -> Change:
@@ -198,7 +226,7 @@ def group_of(row: Mapping[str, Any]) -> str:
 
 def reason_of(row: Mapping[str, Any]) -> str:
     """What the row says of its verdict."""
-    return str(row.get("overflow") or row.get("reason") or "")
+    return str(row.get("overflow") or row.get("refused") or row.get("reason") or "")
 
 
 def who(evaluation: Evaluation) -> Row:
@@ -233,7 +261,7 @@ def setting_warnings(first: Mapping[str, Any], second: Mapping[str, Any]) -> lis
         if first.get(key) != second.get(key)
     ]
     if first.get("weights") and first.get("weights") == second.get("weights"):
-        found.append("both sides have the same weights")
+        found.append("both sides have the same weights: what differs is how they were asked, or chance")
     return found
 
 
