@@ -68,10 +68,10 @@ def api_bank(**more: Any) -> dict[str, Any]:
 
 def whole_bfcl(**more: Any) -> dict[str, Any]:
     official = {
-        "Non-Live": {"accuracy": 0.8, "of": list(NON_LIVE)},
-        "Live": {"accuracy": 0.7, "of": list(LIVE)},
-        "Multi-Turn": {"accuracy": 0.15, "of": list(MULTI_TURN)},
-        "Overall": {"accuracy": 0.55, "of": [*NON_LIVE, *LIVE, *MULTI_TURN]},
+        "Non-Live": {"accuracy": 0.8, "low": 0.78, "high": 0.82, "of": list(NON_LIVE)},
+        "Live": {"accuracy": 0.7, "low": 0.68, "high": 0.72, "of": list(LIVE)},
+        "Multi-Turn": {"accuracy": 0.15, "low": 0.13, "high": 0.18, "of": list(MULTI_TURN)},
+        "Overall": {"accuracy": 0.55, "low": 0.54, "high": 0.57, "of": [*NON_LIVE, *LIVE, *MULTI_TURN]},
     }
     return bfcl({name: group() for name in (*NON_LIVE, *LIVE, *MULTI_TURN)}, official, **more)
 
@@ -92,7 +92,7 @@ def test_the_layout_is_that_of_the_paper() -> None:
     (name, cells) = tables["BFCL v3, Multi-Turn"].rows[0]
     assert name == "base"
     assert cells[0] is not None
-    assert (cells[0].accuracy, cells[0].low) == (0.15, None)
+    assert (cells[0].accuracy, cells[0].low, cells[0].high, cells[0].n) == (0.15, 0.13, 0.18, None)
     assert "Overall is over all 17 categories." in tables["BFCL v3, Averages"].notes
     assert all(cell is not None for table in tables.values() for _, row in table.rows for cell in row)
 
@@ -126,11 +126,32 @@ def test_cells_in_markdown() -> None:
     assert "Averages" not in text
 
 
+def test_official_averages_have_their_interval_everywhere() -> None:
+    text = markdown_tables([whole_bfcl()])
+    row = "| base | 55.0 [54.0, 57.0] | 80.0 [78.0, 82.0] | 70.0 [68.0, 72.0] | 15.0 [13.0, 18.0] |"
+    assert row in text
+    assert text.count("95 % Wilson intervals, combined by MOVER for averages.") == 4
+    lines = [line for line in csv.DictReader(io.StringIO(csv_tables([whole_bfcl()]))) if line["table"] == "Averages"]
+    numbers = [(line["column"], line["accuracy"], line["low"], line["high"], line["n"]) for line in lines]
+    assert numbers[0] == ("Overall", "0.55", "0.54", "0.57", "")
+    assert numbers[3] == ("Multi-Turn", "0.15", "0.13", "0.18", "")
+    assert r"base & \withinterval{55.0}{[54.0, 57.0]} & \withinterval{80.0}{" in latex_tables([whole_bfcl()])
+    table = terminal_table(whole_bfcl())
+    assert ("Multi-Turn", "", "15.0", "[13.0, 18.0]") in table.rows
+    assert table.rows[-1] == ("Overall", "", "55.0", "[54.0, 57.0]")
+    assert table.title.endswith("95 % Wilson intervals, combined by MOVER for averages")
+    assert all("MOVER" not in other for other in (markdown_tables([api_bank()]), terminal_table(api_bank()).title))
+
+
 def test_trouble_is_counted_per_table_and_once() -> None:
-    groups = {"simple": group(overflow=2, truncated=3), "live_simple": group(truncated=1), "java": group(errors=["x"])}
+    groups = {
+        "simple": group(overflow=2, refused=4, truncated=3),
+        "live_simple": group(truncated=1),
+        "java": group(errors=["x"]),
+    }
     notes = {table.title: table.notes for table in eval_tables([bfcl(groups)])}
     assert notes == {
-        "BFCL v3, Non-Live": ("base: 2 overflowed, 3 truncated, 1 not scored.",),
+        "BFCL v3, Non-Live": ("base: 2 overflowed, 4 refused, 3 truncated, 1 not scored.",),
         "BFCL v3, Live": ("base: 1 truncated.",),
     }
     overall = api_bank(groups={"Level1": group(truncated=4), "overall": group(truncated=4)})
@@ -173,17 +194,17 @@ def test_models_asked_differently_are_told_apart() -> None:
     assert "prompt and format differ" in table.caption
     assert table.notes[0].endswith(": prompt training, format toolrl.")
     assert model_names([pair[0], pair[0]]) == [f"base (prompt training, format toolrl) #{i}" for i in (1, 2)]
-    assert model_names([pair[0], api_bank(), {"name": "n", "model": "m"}]) == ["base", "base", "n"]
+    assert model_names([pair[0], api_bank(), {}]) == ["base", "base", "model"]
 
 
 def test_csv_has_a_line_per_model_and_column() -> None:
-    summaries = [bfcl({"simple": group(0.95, 40, 200, truncated=3)}, model='a,"b"'), whole_bfcl()]
+    summaries = [bfcl({"simple": group(0.95, 40, 200, truncated=3, refused=1)}, model='a,"b"'), whole_bfcl()]
     lines = list(csv.DictReader(io.StringIO(csv_tables(summaries))))
     # both models in each column: 4 averages, 5 of multi-turn, 8 of non-live, 7 of live
     assert len(lines) == 2 * (4 + 5 + 8 + 7)
     (line,) = [one for one in lines if one["model"] == 'a,"b"' and one["column"] == "Simple Python"]
-    assert [line[key] for key in ("table", "n", "of", "correct", "accuracy", "truncated", "errors")] == [
-        *("Non-Live", "40", "200", "38", "0.95", "3", "0")
+    assert [line[key] for key in ("table", "n", "of", "correct", "accuracy", "refused", "truncated", "errors")] == [
+        *("Non-Live", "40", "200", "38", "0.95", "1", "3", "0")
     ]
     (missing,) = [one for one in lines if one["model"] == 'a,"b"' and one["column"] == "Base"]
     assert (missing["pin"], missing["n"], missing["accuracy"]) == (PIN, "", "")
@@ -194,9 +215,12 @@ def test_latex_is_escaped_and_its_columns_agree() -> None:
     text = latex_tables([whole_bfcl(model=name), bfcl({"simple": group(0.9, 40, 200)}, model="other")])
     assert r"\begin{tabular}{@{}lcccccccc@{}}" in text
     shown = r"{[}x{]}{*}run\_50\% \& co \#1 \textasciitilde{}\textasciicircum{}\textbackslash{}\{\$\}"
-    assert shown + r"\textless{}\textbar{}\textgreater{} & 80.0 & \withinterval{95.0}{[92.0, 97.0]} &" in text
+    assert (
+        shown + r"\textless{}\textbar{}\textgreater{} & \withinterval{80.0}{[78.0, 82.0]} & \withinterval{95.0}{"
+        in text
+    )
     assert r"other & -- & \withinterval{90.0$^{*}$}{[87.0, 92.0]} & --" in text
-    assert r"Wilson intervals.}" in text
+    assert r"for averages.}" in text
     assert r"95 \% Wilson" in text
     for block in re.findall(r"\\begin\{tabular\}\{@\{\}l(c+)@\{\}\}(.*?)\\bottomrule", text, flags=re.DOTALL):
         rows = block[1].split(r"\midrule")[1].strip().splitlines()
@@ -253,6 +277,8 @@ COMPARISON = {
              "high": 0.15, "lost": 2, "gained": 22, "p": 0.00004, "q": 0.00008},
             {"group": "java", "n": 100, "base": 0.5, "tuned": 0.48, "difference": -0.02, "low": -0.1, "high": 0.06,
              "lost": 5, "gained": 3, "p": 0.727, "q": 0.727},
+            {"group": "Multi-Turn", "n": 300, "base": 0.3, "tuned": 0.34, "difference": 0.04, "low": 0.01, "high": 0.09,
+             "lost": 7, "gained": 25, "p": None, "q": None},
             {"group": "all", "n": 300, "base": 0.2, "tuned": 0.29, "difference": 0.06, "low": 0.02, "high": 0.1,
              "lost": 7, "gained": 25, "p": 0.002, "q": None},
         ]
@@ -263,9 +289,11 @@ COMPARISON = {
 def test_a_comparison_in_the_terminal() -> None:
     (table,) = comparison_tables(COMPARISON)
     assert table.title == f"base → tuned: {PIN}"
-    assert [row[0] for row in table.rows] == [" multi_turn_long_context", " java", "all"]
+    assert [row[0] for row in table.rows] == [" multi_turn_long_context", " java", "Multi-Turn", "all"]
+    assert table.rows[2][1:] == ("300", "30.0", "34.0", "+4.0 [1.0, 9.0]", "-7 +25", "– ")
     assert table.rows[0][1:] == ("200", "10.0", "20.0", "+10.0 [5.0, 15.0]", "-2 +22", "<.001*")
-    assert [row[-1] for row in table.rows[1:]] == ["0.727 ", "0.002 "]
+    assert [row[-1] for row in table.rows[1:]] == ["0.727 ", "– ", "0.002 "]
+    assert table.notes[-1].startswith("official averages: ")
     assert table.notes[0] == "warning: prompt differs: 'training' and 'native'"
     lines = shown(table, 80)
     assert not any("…" in line for line in lines)
@@ -278,12 +306,15 @@ def test_a_comparison_in_the_terminal() -> None:
     tables = comparison_tables({**COMPARISON, **nothing})
     assert [table.title.rsplit(", ")[-1] for table in tables] == ["soft", "strict"]
     assert tables[0].rows == [("all", "0", *["–"] * 5)]
+    assert not any("official averages" in note for table in tables for note in table.notes)
 
 
 def test_a_comparison_as_markdown() -> None:
     text = comparison_markdown(COMPARISON)
     assert "| &nbsp;java | 100 | 50.0 | 48.0 | -2.0 | [-10.0, 6.0] | 5 | 3 | 0.727 | 0.727 |" in text
     assert "| 2 | 22 | <.001 | <.001* |" in text
+    assert "| Multi-Turn | 300 | 30.0 | 34.0 | +4.0 | [1.0, 9.0] | 7 | 25 | – | – |" in text
+    assert "- official averages: " in text
     assert "| all | 300 | 20.0 | 29.0 | +6.0 | [2.0, 10.0] | 7 | 25 | 0.002 | – |" in text
     assert "- tuned: prompt native, format toolrl" in text
     assert "- **warning**: prompt differs" in text
@@ -293,6 +324,7 @@ def test_tables_are_written(tmp_path: Path) -> None:
     paths = write_tables([whole_bfcl()], tmp_path / "new")
     assert [path.name for path in paths] == ["tables.md", "tables.csv", "tables.tex"]
     assert paths[0].read_text(encoding="utf-8") == markdown_tables([whole_bfcl()])
+    assert sorted(paths[0].parent.iterdir()) == sorted(paths)
     with pytest.raises(ValueError, match="expected a writable folder"):
         write_tables([whole_bfcl()], paths[0])
 

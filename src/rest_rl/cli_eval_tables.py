@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from rest_rl.analyze.eval_layout import editions
 from rest_rl.analyze.eval_tables import (
     TerminalTable,
     comparison_markdown,
@@ -43,27 +44,29 @@ def show(table: TerminalTable, console: Console) -> None:
 
 def table(arguments: argparse.Namespace) -> int:
     """Tables of several evaluations, side by side, and a radar figure for each benchmark."""
-    from rest_rl.analyze.radar import draw_radar
-
     summaries = [read_evaluation(folder).summary for folder in arguments.folders]
     out = Path(arguments.out or (arguments.folders[0] if len(summaries) == 1 else TABLES))
     console = Console()
-    for path in write_tables(summaries, out):
-        console.print(str(path), highlight=False, markup=False)
-    for pin, same in by_pin(summaries).items():
-        name = RADAR if len(by_pin(summaries)) == 1 else f"radar-{same[0]['benchmark']}-{slug(pin)}.png"
-        console.print(str(draw_radar(same, out / name)), highlight=False, markup=False)
     for summary in summaries:
         show_summary(summary, console)
+    for path in write_tables(summaries, out):
+        console.print(str(path), highlight=False, markup=False)
+    kinds = [[summary for _, summary in models] for models in editions(summaries)]
+    for same in kinds:
+        pin = str(same[0].get("pin"))
+        name = RADAR if len(kinds) == 1 else f"radar-{same[0]['benchmark']}-{slug(pin)}.png"
+        console.print(radar(same, out / name), highlight=False, markup=False)
     return 0
 
 
-def by_pin(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The evaluations of each edition, whose numbers can be compared."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for summary in summaries:
-        groups.setdefault(str(summary.get("pin")), []).append(summary)
-    return groups
+def radar(summaries: Sequence[Mapping[str, Any]], path: Path) -> str:
+    """Draw the figure of comparable evaluations; its path, or why there is none."""
+    from rest_rl.analyze.radar import draw_radar, shared_groups
+
+    if shared_groups(summaries):
+        return str(draw_radar(summaries, path))
+    who = "the evaluations share no group with a scored sample" if len(summaries) > 1 else "no sample was scored"
+    return f"no radar figure: {who} ({summaries[0].get('pin')})"
 
 
 def slug(text: str) -> str:

@@ -18,7 +18,7 @@ OVERALL, AVERAGES = "overall", "Averages"
 BENCHMARKS = {"bfcl": "BFCL", "api_bank": "API-Bank", "tool_world": "Tool world"}
 METRICS = {"soft": "soft (the published metric)", "strict": "strict (exactly the one right call)"}
 MANY = 10
-TROUBLES = {"overflow": "overflowed", "truncated": "truncated", "errors": "not scored"}
+TROUBLES = {"overflow": "overflowed", "refused": "refused", "truncated": "truncated", "errors": "not scored"}
 """What a group counts besides its verdicts, and how tables call it."""
 
 
@@ -40,7 +40,7 @@ class Section(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """What a model reached in a group, as shares; an average has neither interval nor counts."""
+    """What a model reached in a group, as shares; an average has no counts."""
 
     accuracy: float
     low: float | None = None
@@ -56,7 +56,7 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EvalTable:
+class ResultTable:
     """One table; `span` stands over its columns, `rows` holds a name and a cell per column, None for no number."""
 
     title: str
@@ -106,7 +106,7 @@ BFCL = (
 )
 
 
-def eval_tables(summaries: Sequence[Mapping[str, Any]]) -> list[EvalTable]:
+def eval_tables(summaries: Sequence[Mapping[str, Any]]) -> list[ResultTable]:
     """The tables of one or several evaluations, those of one pin together; none without summaries."""
     return [section_table(section, models) for models in editions(summaries) for section in sections(models)]
 
@@ -126,7 +126,7 @@ def edition(summary: Mapping[str, Any]) -> str:
 
 def model_names(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name per summary; namesakes on one benchmark are told apart by prompt and format, then by number."""
-    names = [str(summary.get("name") or summary.get("model") or "model") for summary in summaries]
+    names = [str(summary.get("model") or "model") for summary in summaries]
     kinds = [edition(summary) for summary in summaries]
     asked = [f"{name} ({how_asked(summary)})" for name, summary in zip(names, summaries, strict=True)]
     twins = list(zip(names, kinds, strict=True))
@@ -147,7 +147,7 @@ def sections(models: Models) -> list[Section]:
     """The tables of one edition, those without any number left out."""
     first = models[0][1]
     groups = list(dict.fromkeys(str(name) for _, summary in models for name in summary.get("groups", {})))
-    if benchmark_of(first) == "bfcl":
+    if first.get("benchmark") == "bfcl":
         return bfcl_sections(models, groups)
     groups = [name for name in (OVERALL, *groups) if name in groups]
     columns = tuple(Column(group_label(name), (name,)) for name in dict.fromkeys(groups))
@@ -171,14 +171,9 @@ def bfcl_sections(models: Models, groups: Sequence[str]) -> list[Section]:
     return [section for section in found if section.columns]
 
 
-def benchmark_of(summary: Mapping[str, Any]) -> str:
-    """The benchmark's name with underscores."""
-    return str(summary.get("benchmark", "")).replace("-", "_")
-
-
 def column_labels(summary: Mapping[str, Any], groups: Sequence[str]) -> list[str]:
     """What a picture calls the groups: columns of BFCL with the table they stand in."""
-    if benchmark_of(summary) != "bfcl":
+    if summary.get("benchmark") != "bfcl":
         return [group_label(name) for name in groups]
     labels = {name: f"{section.title} {column.label}" for section in BFCL for column in section.columns
               for name in column.names}  # fmt: skip
@@ -192,26 +187,32 @@ def group_label(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-def section_table(section: Section, models: Models) -> EvalTable:
+def section_table(section: Section, models: Models) -> ResultTable:
     """The table of one section, a row per model."""
     rows = tuple((name, tuple(cell_of(summary, column, section.metric) for column in section.columns))
                  for name, summary in models)  # fmt: skip
     ways = {how_asked(summary) for _, summary in models}
     asked = ways.pop() if len(ways) == 1 else "prompt and format differ, see the notes"
     head = heading(models[0][1])
-    return EvalTable(
+    intervals = interval_words(has_averages=any(column.is_average for column in section.columns))
+    return ResultTable(
         title=f"{head}, {section.title}" if section.title else head,
         span=section.title,
-        caption=f"{models[0][1].get('pin')}; {asked}; accuracy in per cent with 95 % Wilson intervals.",
+        caption=f"{models[0][1].get('pin')}; {asked}; accuracy in per cent with {intervals}.",
         columns=tuple(column.label for column in section.columns),
         rows=rows,
         notes=tuple(table_notes(section, models, tell_asked=bool(ways))),
     )
 
 
+def interval_words(*, has_averages: bool) -> str:
+    """Whose intervals a table shows."""
+    return "95 % Wilson intervals" + (", combined by MOVER for averages" if has_averages else "")
+
+
 def heading(summary: Mapping[str, Any]) -> str:
     """Benchmark and version, such as `BFCL v3`."""
-    name = BENCHMARKS.get(benchmark_of(summary), str(summary.get("benchmark")))
+    name = BENCHMARKS.get(str(summary.get("benchmark")), str(summary.get("benchmark")))
     return f"{name} {summary['version']}" if summary.get("version") else name
 
 
@@ -222,7 +223,8 @@ def cell_of(summary: Mapping[str, Any], column: Column, metric: str) -> Cell | N
     if not isinstance(found, Mapping):
         return None
     if column.is_average:
-        return Cell(float(found["accuracy"])) if is_number(found.get("accuracy")) else None
+        share = found.get("accuracy")
+        return Cell(float(share), found.get("low"), found.get("high")) if is_number(share) else None
     own = found[metric] if isinstance(found.get(metric), Mapping) else found
     if not found.get("n") or not is_number(own.get("accuracy")):
         return None

@@ -18,13 +18,13 @@ from rest_rl.analyze.eval_layout import (
     Cell,
     Column,
     Section,
-    benchmark_of,
     ceiling_notes,
     cell_of,
     count,
     editions,
     eval_tables,
     how_asked,
+    interval_words,
     model_names,
     sections,
     trouble_text,
@@ -32,6 +32,7 @@ from rest_rl.analyze.eval_layout import (
 from rest_rl.analyze.latex import latex_table, with_interval
 from rest_rl.analyze.tables import is_number, markdown_table, percent
 from rest_rl.jsonl import reason
+from rest_rl.runlog import replace_file
 
 DASH = "–"
 SIGNIFICANT = 0.05
@@ -44,9 +45,10 @@ EXPLAINED = (
     "lost and gained: right at the base or at the tuned model alone; p: McNemar's exact test; q: p among the groups "
     "after Benjamini and Hochberg (1995), * where it is at most 0.05."
 )
+AVERAGED = "official averages: intervals of the groups combined by MOVER (Zou and Donner, 2008); no test"
 CSV_HEADER = (
     "benchmark", "version", "pin", "model", "prompt", "format", "metric", "table", "column", "n", "of", "correct",
-    "accuracy", "low", "high", "overflow", "truncated", "errors",
+    "accuracy", "low", "high", *TROUBLES,
 )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def write_tables(summaries: Sequence[Mapping[str, Any]], folder: str | Path) -> 
     try:
         target.mkdir(parents=True, exist_ok=True)
         for ending, text in texts.items():
-            (target / f"tables.{ending}").write_text(text, encoding="utf-8")
+            replace_file(target / f"tables.{ending}", text)
     except OSError as error:
         raise ValueError(
             f"got {folder} ({reason(error)}), expected a writable folder with free space; make room or pass another"
@@ -154,14 +156,15 @@ def terminal_table(summary: Mapping[str, Any]) -> TerminalTable:
     header = ("", "n", *(title for name in titles for title in (name, "95 %")))
     told = {name: trouble_text([group]) for name, group in (summary.get("groups") or {}).items() if name != OVERALL}
     troubles = [f"{name}: {text}." for name, text in told.items() if text]
-    title = f"{model_names([summary])[0]}: {summary.get('pin')}; {how_asked(summary)}; 95 % Wilson intervals"
+    intervals = interval_words(has_averages=bool(summary.get("official")))
+    title = f"{model_names([summary])[0]}: {summary.get('pin')}; {how_asked(summary)}; {intervals}"
     return TerminalTable(title, header, list(group_rows(summary, metrics)), [*troubles, *ceiling_notes(summary)])
 
 
 def group_rows(summary: Mapping[str, Any], metrics: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Groups indented below the part they belong to, or above what sums them up."""
     groups, official = summary.get("groups") or {}, summary.get("official") or {}
-    if benchmark_of(summary) != "bfcl":
+    if summary.get("benchmark") != "bfcl":
         for name in sorted(groups, key=lambda name: name == OVERALL):
             yield group_row(name if name == OVERALL else f" {name}", name, summary, metrics)
         return
@@ -188,9 +191,10 @@ def group_row(label: str, name: str, summary: Mapping[str, Any], metrics: Sequen
 
 
 def average_row(label: str, name: str, summary: Mapping[str, Any], metrics: Sequence[str]) -> tuple[str, ...]:
-    """An official average; a dash where groups of it are missing."""
+    """An official average and its interval; a dash where groups of it are missing."""
     cell = cell_of(summary, Column(label, (name,), is_average=True), metrics[0])
-    return (label, "", percent(cell.accuracy) if cell else DASH, *[""] * (2 * len(metrics) - 1))
+    numbers = (percent(cell.accuracy), interval_text(cell)) if cell else (DASH, "")
+    return (label, "", *numbers, *[""] * (2 * len(metrics) - 2))
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[TerminalTable]:
@@ -201,10 +205,15 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[TerminalTable]:
             comparison_title(comparison, metric if len(metrics) > 1 else ""),
             ("", "n", "base", "tuned", "change", "flips", "p"),
             [terminal_row(comparison_row(change)) for change in changes],
-            [f"warning: {warning}" for warning in comparison.get("warnings", [])] + [STARRED],
+            [*(f"warning: {warning}" for warning in comparison.get("warnings", [])), STARRED, *averaged(changes)],
         )
         for metric, changes in metrics.items()
     ]
+
+
+def averaged(changes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How to read official averages, if there are any."""
+    return [AVERAGED] if any(change["n"] and change["p"] is None for change in changes) else []
 
 
 def comparison_title(comparison: Mapping[str, Any], metric: str) -> str:
@@ -255,4 +264,7 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
         parts += [f"### {title}", markdown_table(header, [comparison_row(change) for change in changes])]
     asked = [f"- {side}: {how_asked(comparison[side])}" for side in ("base", "tuned")]
     said = [f"- **warning**: {warning}" for warning in comparison.get("warnings", [])]
-    return "\n\n".join([*parts, "\n".join([*asked, *said, f"- {EXPLAINED}"])]) + "\n"
+    read = [
+        f"- {text}" for text in (EXPLAINED, *averaged([change for changes in metrics.values() for change in changes]))
+    ]
+    return "\n\n".join([*parts, "\n".join([*asked, *said, *read])]) + "\n"

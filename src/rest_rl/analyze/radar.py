@@ -28,6 +28,8 @@ def draw_radar(summaries: Sequence[Mapping[str, Any]], path: str | Path) -> Path
     ValueError without summaries, for several pins, or when the models share no group.
     """
     groups = shared_groups(summaries)
+    if not groups:
+        raise ValueError("got evaluations that share no group, expected at least one; evaluate the same categories")
     labels = column_labels(summaries[0], groups)
     metric = str((summaries[0].get("metrics") or ["correct"])[0])
     models = {
@@ -54,7 +56,10 @@ def draw_radar(summaries: Sequence[Mapping[str, Any]], path: str | Path) -> Path
 
 
 def shared_groups(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The groups with a score in every summary, in the order of the first; not what sums them up."""
+    """The groups with a score in every summary, in the order of the first; not what sums them up.
+
+    ValueError without summaries and for several pins.
+    """
     if not summaries:
         raise ValueError("got no evaluation, expected at least one; pass the folders of finished evaluations")
     if len(editions := {edition(summary): summary.get("pin") for summary in summaries}) > 1:
@@ -62,14 +67,11 @@ def shared_groups(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
             f"got evaluations of {', '.join(map(str, editions.values()))}, expected one: numbers of different pins do "
             "not compare; draw them one by one"
         )
-    groups = [
+    return [
         str(name)
         for name in summaries[0].get("groups") or {}
         if name != OVERALL and all((summary.get("groups") or {}).get(name, {}).get("n") for summary in summaries)
     ]
-    if not groups:
-        raise ValueError("got evaluations that share no group, expected at least one; evaluate the same categories")
-    return groups
 
 
 def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Cell]]) -> Axes:
