@@ -16,6 +16,8 @@ import pytest
 
 from rest_rl.cli import main
 from rest_rl.data.toolrl import load_api_bank
+from rest_rl.evaluate.harness import summarise
+from rest_rl.evaluate.tool_world_tasks import ToolWorldTasks
 from rest_rl.formats import get_format
 from tests.test_api_bank import GOLD, ROW
 
@@ -126,6 +128,29 @@ def test_comparing_and_tabulating(here: Path, bank: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert "expected" in refused(capsys, "compare", "base", "o")
     assert "expected" in refused(capsys, "table", "nothing")
+
+
+def test_tables_without_a_figure(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, category in (("a", "unseen_tools"), ("b", "unseen_values")):
+        assert run("tool-world", *SMALL, "--oracle", "--out", folder, "--categories", category) == 0
+    capsys.readouterr()
+    assert run("table", "a", "b", "--out", "t") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (why,) = [line for line in lines if "no radar figure: the evaluations share no group with a scored" in line]
+    shown = [index for index, line in enumerate(lines) if "overall" in line]
+    assert len(shown) == 2
+    assert max(shown) < lines.index(next(line for line in lines if "tables.md" in line)) < lines.index(why)
+    assert sorted(path.name for path in (here / "t").iterdir()) == ["tables.csv", "tables.md", "tables.tex"]
+    failed = [{**row, "correct": None, "error": "503"} for row in rows_of(here / "a")]
+    (here / "a" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in failed), encoding="utf-8")
+    summary = {**summary_of(here / "a"), **summarise(ToolWorldTasks(seed=0, prompts=4), failed)}
+    (here / "a" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    assert run("table", "a") == 0
+    out = capsys.readouterr().out
+    assert "no radar figure: no sample was scored" in out
+    assert "4 not scored" in out
+    (here / "b" / "radar.png").mkdir()
+    assert "radar.png (Is a directory), expected a path to write to" in refused(capsys, "table", "b")
 
 
 def test_a_dry_run_shows_the_prompt_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

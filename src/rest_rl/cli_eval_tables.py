@@ -50,12 +50,12 @@ def table(arguments: argparse.Namespace) -> int:
     for summary in summaries:
         show_summary(summary, console)
     for path in write_tables(summaries, out):
-        console.print(str(path), highlight=False, markup=False)
+        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
     kinds = [[summary for _, summary in models] for models in editions(summaries)]
     for same in kinds:
         pin = str(same[0].get("pin"))
         name = RADAR if len(kinds) == 1 else f"radar-{same[0]['benchmark']}-{slug(pin)}.png"
-        console.print(radar(same, out / name), highlight=False, markup=False)
+        console.print(radar(same, out / name), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
