@@ -23,9 +23,12 @@ def test_wilson_by_hand() -> None:
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
     # none of 10: [0, z² / (10 + z²)] = [0, 3.8415 / 13.8415]
     assert wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=5e-6)
-    # 200 samples at one half: the 6.9 points that the noise floor of a multi-turn category is
-    low, high = wilson(100, 200)
-    assert (high - low) / 2 == pytest.approx(0.0686, abs=5e-5)
+
+
+@pytest.mark.parametrize(("n", "points"), [(200, 6.9), (1053, 3.0), (16, 22.0)])
+def test_half_widths_that_the_documents_name(n: int, points: float) -> None:
+    low, high = wilson(n // 2, n)
+    assert round(50 * (high - low), 1) == points
 
 
 def test_nothing_is_known_of_no_samples() -> None:
