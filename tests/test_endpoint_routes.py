@@ -13,7 +13,8 @@ import pytest
 
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.evaluate.conversation import Reply, Request, read_reply
-from rest_rl.evaluate.endpoint import Endpoint, base_url, public_url
+from rest_rl.evaluate.endpoint import Endpoint
+from rest_rl.evaluate.endpoint_url import base_url, public_url
 from rest_rl.evaluate.token_prompts import without_end
 from rest_rl.regions import decode_ids
 from rest_rl.response import ToolCall
@@ -170,7 +171,7 @@ def test_prompts_that_cannot_be_made_are_told_of_and_not_sent(server: Server) ->
         "{{ message.content }}", "{{ raise_exception('no!') if message.content == 'bad' else message.content }}"
     )
     model = endpoint(server, PromptLayout(tokenizer, "hermes"))
-    assert "chat template failed" in one(model, asked({"role": "user", "content": "bad"}, tools=())).overflow
+    assert "chat template failed" in one(model, asked({"role": "user", "content": "bad"}, tools=())).refusal
     assert "no Unicode" in one(model, asked({"role": "user", "content": "\ud800"})).error
     assert server.requests == []
 

@@ -181,16 +181,17 @@ def test_the_context_is_the_least_that_is_stated(tiny) -> None:
     assert LocalModel(model, layout, batch_size=1, max_new_tokens=4, context=9).context == 9
 
 
-def test_a_sample_that_the_template_refuses_is_an_overflow() -> None:
+def test_a_sample_that_the_template_refuses_is_a_refusal() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{{ message.content }}", "{{ raise_exception('no!') if message.content == 'bad' else message.content }}"
     )
     model = LocalModel(tiny_model(tokenizer).eval(), PromptLayout(tokenizer), batch_size=4, max_new_tokens=30)
     refused, answered = model.respond([asked("bad", "s7"), asked("good")])
-    assert refused.overflow.startswith("sample 's7': the model's chat template failed")
+    assert refused.refusal.startswith("sample 's7': the model's chat template failed")
     assert answered.text
-    assert not answered.overflow
+    assert not (refused.overflow or answered.refusal)
+    assert model.room(asked("bad")) == (0, model.context)
 
 
 def test_random_state_and_mode_are_as_before(tiny) -> None:
@@ -243,7 +244,8 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved() -> None:
     small.columns = layout.count_tokens(requests[1].sample) - 1
     replies = asker.respond(requests)
     assert [replies[i] for i in (0, 2, 3, 4)] == [expected[i] for i in (0, 2, 3, 4)]
-    assert "ran out of memory" in replies[1].overflow
+    assert "ran out of memory" in replies[1].error
+    assert not replies[1].overflow
 
 
 def test_other_errors_of_the_device_are_not_hidden() -> None:

@@ -329,7 +329,7 @@ def model_settings(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
 
 def endpoint_settings(arguments: argparse.Namespace, template: str) -> dict[str, Any]:
     """Of a server; without the user and the password that its URL may hold."""
-    from rest_rl.evaluate.endpoint import public_url
+    from rest_rl.evaluate.endpoint_url import public_url
 
     settings = {"backend": "endpoint", "endpoint": public_url(arguments.endpoint), "body": server_body(arguments)}
     if arguments.tokenizer:
@@ -339,7 +339,7 @@ def endpoint_settings(arguments: argparse.Namespace, template: str) -> dict[str,
 
 def shown_command(arguments: argparse.Namespace, command: Sequence[str]) -> list[str]:
     """A command line without the user and the password that the server's URL may hold."""
-    from rest_rl.evaluate.endpoint import public_url
+    from rest_rl.evaluate.endpoint_url import public_url
 
     url = arguments.endpoint
     return [part.replace(url, public_url(url)) for part in command] if url else list(command)

@@ -12,13 +12,14 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 from rest_rl.data.json_text import load_json
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.evaluate.chat_messages import OVERFLOW, GarbledError, chat_body, read_answer
 from rest_rl.evaluate.conversation import Reply, Request
-from rest_rl.evaluate.token_prompts import check_sizes, completion_body, prepare, read_completion
+from rest_rl.evaluate.endpoint_url import base_url, public_url, query_of, secrets_of
+from rest_rl.evaluate.pace import Halt, Pace, StoppedError
+from rest_rl.evaluate.token_prompts import check_sizes, completion_body, prepare, read_completion, room_of
 from rest_rl.formats import ToolFormat
 
 API_KEY = "OPENAI_API_KEY"
@@ -29,6 +30,7 @@ MAX_BACKOFF, MAX_WAIT = 60.0, 300.0
 """Seconds between two attempts at most, and how long a server may ask us to wait."""
 AGAIN = (408, 409, 425, 429)
 """Statuses, besides those from 500 on, after which the same request may succeed."""
+STOPPED = Reply(error="stopped")
 OWN_FIELDS = ("model", "messages", "prompt", "tools", "stream", "n")
 """What `extra_body` must leave alone."""
 NO_IDS = re.compile(r"\bprompt\b.*\b(string|str|variant|type)\b|\bvariant\b.*\bprompt\b", re.IGNORECASE | re.DOTALL)
@@ -47,34 +49,6 @@ class Question(NamedTuple):
 
     body: Mapping[str, Any]
     read: Callable[[bytes], Reply]
-
-
-class Pace:
-    """When the next request may go out, for all threads together."""
-
-    def __init__(
-        self,
-        per_minute: int | None,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        """No more than `per_minute` requests, evenly spread; None for no limit."""
-        self._gap = 60.0 / per_minute if per_minute else 0.0
-        self._clock, self._sleep = clock, sleep
-        self._next, self._lock = 0.0, Lock()
-
-    def wait(self) -> None:
-        """Sleep until it is this request's turn."""
-        with self._lock:
-            now = self._clock()
-            turn = max(now, self._next)
-            self._next = turn + self._gap
-        self._sleep(turn - now)
-
-    def hold(self, seconds: float) -> None:
-        """Let nobody begin for a while: the server has asked for it."""
-        with self._lock:
-            self._next = max(self._next, self._clock() + seconds)
 
 
 class Endpoint:
@@ -126,10 +100,13 @@ class Endpoint:
         self.max_new_tokens, self.concurrency, self.timeout = max_new_tokens, concurrency, timeout
         self.retries, self.backoff, self.extra_body = retries, backoff, dict(extra_body or {})
         self.layout, self.context, self._states_context = layout, context, context is None
-        self._openai, self._pace, self._tokenizing = openai, Pace(requests_per_minute), Lock()
-        key = api_key(api_key_env)
-        self._secrets = [*secrets_of(address), *([] if key == NO_KEY else [key])]
-        self._client = openai.OpenAI(base_url=address, api_key=key, timeout=timeout, max_retries=0)
+        self._openai, self._tokenizing, self._halt = openai, Lock(), Halt()
+        self._pace = Pace(requests_per_minute, sleep=self._halt.pause)
+        key, query = api_key(api_key_env), query_of(url)
+        self._secrets = [*secrets_of(url), *([] if key == NO_KEY else [key])]
+        self._client = openai.OpenAI(
+            base_url=address, api_key=key, timeout=timeout, max_retries=0, default_query=query or None
+        )
         self._chats = native or layout is None
         self._route = self._client.chat.completions if self._chats else self._client.completions
 
@@ -167,10 +144,14 @@ class Endpoint:
 
         An estimate where the server lays out the prompt itself.
         """
-        if self.layout is None or self.context is None:
+        if self.layout is None:
             return None
         with self._tokenizing:
-            return self.layout.count_tokens(request.sample) + self.max_new_tokens, self.context
+            return room_of(request, self.layout, self.max_new_tokens, self.context)
+
+    def stop(self) -> None:
+        """End requests and pauses in all threads at once; they and all later ones are replies with an error."""
+        self._halt.stop()
 
     def _question(self, request: Request) -> Question | Reply:
         """What is asked on this server's route; a prompt that cannot be made or does not fit is a reply already."""
@@ -193,19 +174,28 @@ class Endpoint:
         return Question({"model": self.model, **body, "temperature": 0, "extra_body": extra or None}, read)
 
     def _respond(self, request: Request) -> Reply:
+        if self._halt.is_set:
+            return STOPPED
         question = self._question(request)
         if isinstance(question, Reply):
             return question
+        try:
+            return self._answer(question)
+        except StoppedError:
+            return STOPPED
+
+    def _answer(self, question: Question) -> Reply:
+        """The reply to a question, however many attempts it takes; StoppedError where they are given up."""
         outcome = Failure("")
         for attempt in range(self.retries + 1):
             self._pause(attempt)
             self._pace.wait()
-            outcome = self._attempt(question)
+            outcome = self._halt.call(partial(self._attempt, question))
             if self._chats and isinstance(outcome, Reply) and outcome.overflow and "max_tokens" in question.body:
                 # the prompt may fit where prompt and longest response do not: then the server gives what is left
                 body = {name: value for name, value in question.body.items() if name != "max_tokens"}
                 question = question._replace(body=body)
-                outcome = self._attempt(question)
+                outcome = self._halt.call(partial(self._attempt, question))
             if isinstance(outcome, Reply):
                 return outcome
             if outcome.wait > MAX_WAIT:
@@ -217,7 +207,7 @@ class Endpoint:
     def _pause(self, attempt: int) -> None:
         """Twice as long each time, and shortened at random, so that threads do not come back all at once."""
         if attempt:
-            time.sleep(min(self.backoff * 2.0 ** (attempt - 1), MAX_BACKOFF) * random.uniform(0.5, 1.0))
+            self._halt.pause(min(self.backoff * 2.0 ** (attempt - 1), MAX_BACKOFF) * random.uniform(0.5, 1.0))
 
     def _attempt(self, question: Question) -> Reply | Failure:
         try:
@@ -242,9 +232,11 @@ class Endpoint:
                 size += len(chunk)
                 if size > MAX_BYTES:
                     raise GarbledError(f"an answer of more than {MAX_BYTES} bytes")
+                if self._halt.is_set:
+                    raise StoppedError
                 if time.monotonic() > deadline:
                     raise GarbledError(f"no end of the answer within {self.timeout:g} s")
-        except GarbledError:
+        except (GarbledError, StoppedError):
             raise
         except Exception as error:  # the HTTP library's own types, which differ between releases of openai
             raise GarbledError(f"an answer that breaks off ({type(error).__name__}: {error})") from None
@@ -319,35 +311,6 @@ class Endpoint:
         length = served.get(self.model, {}).get("max_model_len")  # vLLM and SGLang say it
         if self._states_context:
             self.context = length if isinstance(length, int) and length > 0 else None
-
-
-def base_url(url: str) -> str:
-    """The address under which `/completions` and `/chat/completions` lie, from one with or without them and `/v1`."""
-    try:
-        parts = urlsplit(url.strip())
-        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname)
-    except ValueError:
-        is_usable = False
-    if not is_usable:
-        raise ValueError(f"got the endpoint {url.rpartition('@')[2]!r}, expected a URL; write http://HOST:PORT/v1")
-    short = url.strip().rstrip("/").removesuffix("/completions").removesuffix("/chat").rstrip("/")
-    return short if urlsplit(short).path else f"{short}/v1"
-
-
-def public_url(url: str) -> str:
-    """A URL without the user and password that it may hold."""
-    try:
-        parts = urlsplit(url.strip())
-    except ValueError:
-        return re.sub(r"//.*@", "//", url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
-def secrets_of(url: str) -> list[str]:
-    """The password in a URL with its user, as written and as meant."""
-    account, _, _ = urlsplit(url).netloc.rpartition("@")
-    password = account.partition(":")[2]
-    return [secret for secret in (account, password, unquote(password)) if secret]
 
 
 def api_key(variable: str) -> str:

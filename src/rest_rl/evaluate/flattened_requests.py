@@ -34,5 +34,9 @@ class FlattenedRequests:
         """What the flattened request takes."""
         return self._model.room(self._flattened(request))
 
+    def stop(self) -> None:
+        """The model's."""
+        self._model.stop()
+
     def _flattened(self, request: Request) -> Request:
         return replace(request, sample=self._frame.flatten(request.sample))

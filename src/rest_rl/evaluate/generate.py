@@ -70,7 +70,9 @@ class OwnLimits(StoppingCriteria):
         """`lengths_B` are the rows' lengths with padding and prompt."""
         self.lengths_B = lengths_B
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: torch.Tensor, scores: Any, **_: Any
+    ) -> torch.Tensor:
         """Which rows are done: bool (B,)."""
         return input_ids.shape[1] >= self.lengths_B
 

@@ -10,7 +10,7 @@ import torch
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.generate import end_ids, generate
-from rest_rl.evaluate.token_prompts import Prompt, check_sizes, prepare
+from rest_rl.evaluate.token_prompts import Prompt, check_sizes, prepare, room_of
 from rest_rl.regions import decode_ids
 
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -35,7 +35,7 @@ class LocalModel:
         self._may_overrun = may_overrun(model.config)
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """One reply per request, in order; a prompt that does not fit is an overflow."""
+        """One reply per request, in order; a prompt that does not fit is an overflow, one without a text a refusal."""
         prompts = [prepare(request, self.layout, self.max_new_tokens, self.context) for request in requests]
         replies = [prompt if isinstance(prompt, Reply) else Reply() for prompt in prompts]
         together: dict[int, list[int]] = {}
@@ -50,12 +50,16 @@ class LocalModel:
 
     def room(self, request: Request) -> tuple[int, int] | None:
         """(tokens of the prompt and of the longest response, tokens the model holds); None for a model without end."""
-        if self.context is None:
-            return None
-        return self.layout.count_tokens(request.sample) + self.max_new_tokens, self.context
+        return room_of(request, self.layout, self.max_new_tokens, self.context)
+
+    def stop(self) -> None:
+        """Nothing: one thread asks, which the exception that ends an evaluation has ended already."""
 
     def _replies(self, prompts: list[Prompt]) -> list[Reply]:
-        """Halves of a batch that the memory does not hold, by and by; a prompt too large by itself is an overflow."""
+        """Halves of a batch that the memory does not hold, by and by.
+
+        A prompt too large by itself is an error, because another process may hold the memory for a while.
+        """
         responses: list[list[int]] | None = None
         size = min(self.batch_size, len(prompts))
         try:
@@ -76,9 +80,7 @@ class LocalModel:
             torch.cuda.empty_cache()
         if len(prompts) == 1:
             tokens = len(prompts[0].ids)
-            return [
-                Reply(overflow=f"got a prompt of {tokens} tokens, the device ran out of memory", prompt_tokens=tokens)
-            ]
+            return [Reply(error=f"the device ran out of memory on a prompt of {tokens} tokens", prompt_tokens=tokens)]
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         half = len(prompts) // 2
         replies = [Reply()] * len(prompts)

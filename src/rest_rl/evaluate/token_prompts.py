@@ -22,7 +22,7 @@ def prepare(request: Request, layout: PromptLayout, max_new_tokens: int, context
     try:
         text = layout.render(request.sample)
     except ValueError as error:
-        return Reply(overflow=str(error))
+        return Reply(refusal=str(error))
     try:
         text.encode()
     except UnicodeError as error:  # half of a surrogate pair
@@ -32,6 +32,17 @@ def prepare(request: Request, layout: PromptLayout, max_new_tokens: int, context
     if limit < 1:
         return Reply(overflow=f"got a prompt of {len(ids)} tokens, the model holds {context}", prompt_tokens=len(ids))
     return Prompt(text, ids, limit)
+
+
+def room_of(request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None) -> tuple[int, int] | None:
+    """(tokens of the prompt and of the longest response, tokens the model holds); None for a model without end.
+
+    A prompt that cannot be made takes nothing: its reply says why there is none.
+    """
+    if context is None:
+        return None
+    prompt = prepare(request, layout, max_new_tokens, None)
+    return (len(prompt.ids) + max_new_tokens if isinstance(prompt, Prompt) else 0), context
 
 
 def check_sizes(**sizes: int) -> None:

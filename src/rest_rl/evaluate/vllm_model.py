@@ -8,7 +8,7 @@ from typing import Any
 
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.evaluate.conversation import Reply, Request
-from rest_rl.evaluate.token_prompts import Prompt, check_sizes, prepare
+from rest_rl.evaluate.token_prompts import Prompt, check_sizes, prepare, room_of
 from rest_rl.regions import decode_ids
 
 
@@ -24,7 +24,7 @@ class VllmModel:
         *,
         max_new_tokens: int,
         context: int,
-        batch_size: int = 512,
+        batch_size: int = 256,
         **engine: Any,
     ) -> None:
         """`context` is what vLLM makes room for (`max_model_len`); `engine` goes to `vllm.LLM` as it is.
@@ -49,15 +49,18 @@ class VllmModel:
         self._engine = vllm.LLM(model=str(path), max_model_len=context, **engine)
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """One reply per request, in order; a prompt that does not fit is an overflow."""
+        """One reply per request, in order; a prompt that does not fit is an overflow, one without a text a refusal."""
         prompts = [prepare(request, self.layout, self.max_new_tokens, self.context) for request in requests]
         fitting = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
         replies = iter(self._replies(fitting) if fitting else [])
         return [prompt if isinstance(prompt, Reply) else next(replies) for prompt in prompts]
 
-    def room(self, request: Request) -> tuple[int, int]:
+    def room(self, request: Request) -> tuple[int, int] | None:
         """(tokens of the prompt and of the longest response, tokens the model holds)."""
-        return self.layout.count_tokens(request.sample) + self.max_new_tokens, self.context
+        return room_of(request, self.layout, self.max_new_tokens, self.context)
+
+    def stop(self) -> None:
+        """Nothing: one thread asks, which the exception that ends an evaluation has ended already."""
 
     def _replies(self, prompts: Sequence[Prompt]) -> list[Reply]:
         tokenizer, tags = self.layout.tokenizer, self.layout.format.tags

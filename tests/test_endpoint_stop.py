@@ -1,0 +1,143 @@
+"""An endpoint that is stopped gives up at once whatever its threads wait for; keys in a URL's query stay secret."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from rest_rl.data.flattened_layout import Frame
+from rest_rl.evaluate.conversation import Reply
+from rest_rl.evaluate.endpoint import Endpoint
+from rest_rl.evaluate.endpoint_url import public_url, query_of, secrets_of
+from rest_rl.evaluate.flattened_requests import FlattenedRequests
+from rest_rl.evaluate.pace import Halt, StoppedError
+from rest_rl.formats import get_format
+from tests.model_server import CALL, Server, Step, asked, drips, hangs, running_server, says, sends
+
+LONG = 10_000.0
+"""Seconds that no test waits for."""
+SOON = 25.0
+"""Seconds after which a request that was not stopped fails the test; `hangs` takes 30."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with running_server() as server:
+        yield server
+
+
+def endpoint(server: Server, step: Step, **changes: Any) -> Endpoint:
+    server.steps = itertools.repeat(step)
+    settings: dict[str, Any] = {
+        "native": False,
+        "max_new_tokens": 8,
+        "timeout": LONG,
+        "retries": 6,
+        "backoff": LONG,
+        **changes,
+    }
+    return Endpoint(settings.pop("url", server.url), "m", get_format("hermes"), **settings)
+
+
+def until_asked(server: Server, number: int) -> None:
+    while len(server.requests) < number:
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        (hangs, {}),
+        (drips, {}),
+        (sends("", 503), {}),
+        (sends("", 429, Retry_After="200"), {"backoff": 0.001}),
+    ],
+    ids=["hangs", "drips", "pause", "retry-after"],
+)
+def test_whatever_is_under_way_is_given_up(server: Server, step: Step, changes: dict[str, Any]) -> None:
+    model = endpoint(server, step, **changes)
+    pool = ThreadPoolExecutor(3)
+    replies = [pool.submit(model.respond, [asked()]) for _ in range(3)]
+    until_asked(server, 3)
+    model.stop()
+    assert [reply.result(SOON) for reply in replies] == [[Reply(error="stopped")]] * 3
+    pool.shutdown()
+    asked_before = len(server.requests)
+    assert model.respond([asked()] * 2) == [Reply(error="stopped")] * 2
+    assert len(server.requests) == asked_before
+
+
+def test_a_limited_rate_is_not_waited_for(server: Server) -> None:
+    model = endpoint(server, says(CALL), requests_per_minute=1)
+    assert model.respond([asked()])[0].text == CALL
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(model.respond, [asked()])
+        model.stop()
+        assert waiting.result(SOON) == [Reply(error="stopped")]
+    assert len(server.requests) == 1
+
+
+def test_a_stop_reaches_the_server_through_published_prompts(server: Server) -> None:
+    model = FlattenedRequests(endpoint(server, says(CALL)), Frame("before ", " after"))
+    assert model.respond([asked()])[0].text == CALL
+    model.stop()
+    assert model.respond([asked()]) == [Reply(error="stopped")]
+
+
+def test_work_keeps_its_result_and_its_exception() -> None:
+    halt = Halt()
+    assert halt.call(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        halt.call(lambda: 1 // 0)
+    assert not halt.is_set
+    halt.stop()
+    halt.pause(LONG)
+    with pytest.raises(StoppedError):
+        halt.call(lambda: 3)
+    assert halt.is_set
+
+
+KEYED = "?api-key=q%2B-4711&v=2#frag-4711"
+
+
+def test_a_key_in_the_query_is_sent_and_never_told(server: Server) -> None:
+    told = "no entry for q+-4711 (q%2B-4711) in v=2"
+    model = endpoint(server, sends({"error": {"message": told}}, 401), url=f"{server.url}/v1/{KEYED}")
+    with pytest.raises(ValueError, match=r"no entry for \*\*\* \(\*\*\*\) in v=2") as caught:
+        model.respond([asked()])
+    assert [path for path, _, _ in server.requests] == ["/v1/chat/completions?api-key=q%2B-4711&v=2"]
+    refused = endpoint(server, sends({"error": {"message": told}}, 400), url=f"{server.url}{KEYED}").respond([asked()])
+    absent = endpoint(server, says(CALL), url=f"http://127.0.0.1:1{KEYED}", retries=0).respond([asked()])
+    with pytest.raises(ValueError, match="expected a URL") as wrong:
+        endpoint(server, says(CALL), url=f"ftp://me:s-4711@host/v1{KEYED}")
+    assert "no connection" in absent[0].error
+    assert "4711" not in f"{caught.value} {refused} {absent} {wrong.value} {model.url}"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (f"https://h/v1{KEYED}", "https://h/v1"),
+        (f"https://me:p@h:1/v1{KEYED}", "https://h:1/v1"),
+        ("https://h/v1#k", "https://h/v1"),
+        ("https://[::1/v1?key=k", "https://[::1/v1"),
+        ("https://me:ab#cd@h/v1", "https://h/v1"),
+        ("https://me:ab?cd@h/v1", "https://h/v1"),
+    ],
+)
+def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
+    assert public_url(url) == shown
+
+
+def test_the_parts_of_a_url_that_are_secret() -> None:
+    assert query_of("http://h/v1") == {}
+    assert query_of(f"http://h/v1{KEYED}") == {"api-key": "q+-4711", "v": "2"}
+    assert secrets_of("http://h/v1?a=1&b=12345") == ["12345"]
+    assert set(secrets_of("http://me:x%40y@h/v1?a=k+4711")) == {"me:x%40y", "x%40y", "x@y", "k+4711", "k 4711"}
