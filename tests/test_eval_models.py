@@ -190,7 +190,8 @@ def test_a_sample_that_the_template_refuses_is_a_refusal() -> None:
     refused, answered = model.respond([asked("bad", "s7"), asked("good")])
     assert refused.refusal.startswith("sample 's7': the model's chat template failed")
     assert answered.text
-    assert not (refused.overflow or answered.refusal)
+    assert not refused.overflow
+    assert not answered.refusal
     assert model.room(asked("bad")) == (0, model.context)
 
 
