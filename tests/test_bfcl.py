@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -13,7 +15,7 @@ import pytest
 from rest_rl.evaluate.bfcl import groups
 from rest_rl.evaluate.bfcl.benchmark import Bfcl
 from rest_rl.evaluate.bfcl.entries import properties_of
-from rest_rl.evaluate.bfcl.groups import Version
+from rest_rl.evaluate.bfcl.package import Version
 from rest_rl.evaluate.conversation import Conversation, Reply, Request
 from rest_rl.formats import get_format
 from rest_rl.response import Gold, ToolCall
@@ -143,17 +145,20 @@ def test_calls_that_differ_from_the_gold_are_wrong(bfcl: Bfcl) -> None:
             assert 0 < len(outcome["reason"]) <= 300
 
 
-def test_relevance_is_a_matter_of_any_call(bfcl: Bfcl) -> None:
+def test_relevance_is_a_matter_of_any_call_to_a_tool_of_the_sample(bfcl: Bfcl) -> None:
     call, prose = written(Gold((ToolCall("whatever", {}),))), "<think></think>\n<response>No.</response>"
     broken = "<think></think>\n<tool_call>\n{broken\n</tool_call>"
     verdicts = {
         "irrelevance": (False, True, True),
         "live_irrelevance": (False, True, True),
-        "live_relevance": (True, False, False),
+        "live_relevance": (False, False, False),
     }
     for category, expected in verdicts.items():
         name = next(name for name, group in bfcl.groups.items() if group == category)
         assert tuple(answered(bfcl, name, text)["correct"] for text in (call, prose, broken)) == expected
+    name = next(name for name, group in bfcl.groups.items() if group == "live_relevance")
+    gold = asked(started(bfcl, name)).sample.gold
+    assert answered(bfcl, name, written(Gold((ToolCall("whatever", {}), *gold.calls))))["correct"] is True
 
 
 def test_the_outcome_of_one_turn(v4: Bfcl) -> None:
@@ -332,6 +337,26 @@ def test_a_last_turn_without_end_is_judged_as_it_stands(v4: Bfcl, idle: str) -> 
     outcome = talk.outcome()
     talk.close()
     assert (requests, outcome["correct"], outcome["reason"]) == (21, True, "")  # as upstream's runner judges it
+
+
+def test_a_process_that_is_ended_from_outside_costs_no_verdict(v4: Bfcl) -> None:
+    talk = started(v4, "multi_turn_base_1")
+    while (request := talk.request()) is not None:
+        talk.receive(Reply(text=written(request.sample.gold)))
+        if request.step == 0 and request.turn in (0, 2):
+            os.kill(talk._sandbox._process.pid, signal.SIGKILL)
+    os.kill(talk._sandbox._process.pid, signal.SIGKILL)
+    outcome = talk.outcome()
+    talk.close()
+    assert (outcome["correct"], outcome["reason"]) == (True, "")
+    with v4._pool.lent() as sandbox:
+        sandbox.constants()
+        os.kill(sandbox._process.pid, signal.SIGKILL)
+        assert len(sandbox.gold_calls("multi_turn_base_1")) == 4
+        os.kill(sandbox._process.pid, signal.SIGKILL)
+        assert sandbox.check_calls("multiple_0", "multiple", [{"f": {}}]).error_type.startswith(
+            "simple_function_checker"
+        )
 
 
 def test_a_wrong_conversation_leaves_nothing_behind(v4: Bfcl) -> None:

@@ -305,7 +305,7 @@ class TestHostileCalls:
         session.execute([])
         group = hasty._process.pid
         assert len(still_running(group)) == 2
-        with pytest.raises(SandboxError, match=r"no answer within 1 s|out of processor time"):
+        with pytest.raises(SandboxError, match=r"no answer within 3 s|out of processor time"):
             session.execute([POWER])
         assert are_gone(group)
         with pytest.raises(SandboxError, match="has ended"):
@@ -316,7 +316,7 @@ class TestHostileCalls:
     def test_an_endless_check_ends(self, hasty: Sandbox) -> None:
         identity = math_sample(hasty)
         turns = [[[POWER]], *[[] for _ in hasty.gold_calls(identity)[1:]]]
-        with pytest.raises(SandboxError, match=r"no answer within 1 s|out of processor time"):
+        with pytest.raises(SandboxError, match=r"no answer within 3 s|out of processor time"):
             hasty.session(identity).check(turns)
         assert hasty.constants()["max_steps"] == 20
 

@@ -102,7 +102,9 @@ def _add_run_options(verb: argparse.ArgumentParser, categories: str, *, publishe
 def _add_who(verb: argparse.ArgumentParser) -> None:
     who = verb.add_argument_group("who answers")
     who.add_argument(
-        "--model", metavar="DIR_OR_ID", help="a run folder, a model or adapter folder, a hub name; a server's model"
+        "--model",
+        metavar="DIR_OR_ID",
+        help="a run folder, a model or adapter folder, a hub name; a server's model (tool-world: the embedded one)",
     )
     who.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server that holds --model")
     who.add_argument("--vllm", action="store_true", help="generate with vLLM instead of transformers")

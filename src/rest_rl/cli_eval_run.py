@@ -96,7 +96,7 @@ def listed(text: str | None) -> list[str]:
 def chosen(benchmark: Benchmark, arguments: argparse.Namespace) -> list[str]:
     """The samples to ask for, in the benchmark's order; ValueError for names it does not have, and for none."""
     groups = benchmark.groups
-    names = {str(group) for group in groups.values()}
+    names = {name for group in groups.values() for name in (str(group), label(benchmark, group))}
     wanted = set(listed(arguments.categories)) if arguments.action != "bfcl" else set()  # BFCL has chosen itself
     refuse_unknown("categories", wanted, names)
     ids = set(listed(arguments.ids))
@@ -104,7 +104,8 @@ def chosen(benchmark: Benchmark, arguments: argparse.Namespace) -> list[str]:
     taken: dict[str, int] = {}
     found = []
     for identity, group in groups.items():
-        if (wanted and str(group) not in wanted) or (ids and identity not in ids):
+        is_wanted = not wanted or str(group) in wanted or label(benchmark, group) in wanted
+        if not is_wanted or (ids and identity not in ids):
             continue
         taken[str(group)] = taken.get(str(group), 0) + 1
         if not arguments.limit or taken[str(group)] <= arguments.limit:

@@ -9,13 +9,12 @@ Lines are written whole: a killed evaluation loses what was in flight, and `--re
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rest_rl.jsonl import as_json, reason
-from rest_rl.runlog import cut_back, describe_environment, read_object
+from rest_rl.runlog import cut_back, describe_environment, read_object, replace_file
 
 SETTINGS, SAMPLES, SUMMARY, ENVIRONMENT = "settings.json", "samples.jsonl", "summary.json", "environment.json"
 
@@ -89,15 +88,9 @@ class EvalLog:
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the folder, atomically."""
-        part = self.folder / f".{name}.part"
         try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.folder / name)
+            replace_file(self.folder / name, text)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise unwritable(self.folder, error) from error
 
 

@@ -184,7 +184,9 @@ class OneTurn:
         if not calls:
             return Verdict(False, "no_call", "; ".join(parsed.problems))
         if category == RELEVANCE:
-            return Verdict(True)
+            offered = properties_of(self._sample.tools)
+            is_offered = any(call.name in offered and sendable(call) for call in calls)
+            return Verdict(is_offered, "" if is_offered else "relevance_error:no_tool_of_the_sample")
         written = [sendable(call) for call in calls]
         if None in written:
             return Verdict(False, "too_large", "the arguments of a call are too large or no JSON")
@@ -317,13 +319,25 @@ class SeveralTurns:
     def _execute(self, calls: Sequence[ToolCall], problems: Sequence[str]) -> None:
         """Execute the calls without a problem, and tell the model what came of each."""
         good = [recorded(call) for call, problem in zip(calls, problems, strict=True) if not problem]
-        results = iter(self._opened().execute(good) if good else [])
+        results = iter(self._results(good) if good else [])
         if good:
             self._executed[-1].append(good)
         for number, (call, problem) in enumerate(zip(calls, problems, strict=True)):
             content = f"Error: {problem}; the call was not executed." if problem else next(results)
             message = {"role": "tool", "name": call.name[:200], "tool_call_id": self._call_id(number)}
             self._messages.append({**message, "content": content})
+
+    def _results(self, calls: Sequence[dict[str, Any]]) -> list[str]:
+        """What calls return; where the process was ended from outside, in a new one that has made the earlier calls."""
+        try:
+            return self._opened().execute(calls)
+        except SandboxError as error:
+            if error.is_limit:
+                raise
+        self._session = None
+        for earlier in (step for turn in self._executed for step in turn):
+            self._opened().execute(earlier)
+        return self._opened().execute(calls)
 
     def _opened(self) -> Session:
         """The instances of this conversation; a sandbox is taken when the first call wants one."""

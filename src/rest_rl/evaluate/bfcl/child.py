@@ -107,7 +107,8 @@ class Server:
                 os._exit(status)  # no clean-up of the parent's
         _, status = os.waitpid(process, 0)
         if status:
-            self.pipes.write({"died": cause(status)})
+            why, is_limit = cause(status)
+            self.pipes.write({"died": why, "limit": is_limit})
 
     def serve_apart(self, request: dict[str, Any]) -> None:
         """In the fork: one check, or a conversation until its end."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from rest_rl.evaluate.bfcl.package import Version
 from rest_rl.evaluate.intervals import Estimate, weighted_mean, wilson
 
-Version = Literal["v3", "v4"]
 NON_LIVE: Mapping[Version, tuple[str, ...]] = {
     "v3": ("simple", "java", "javascript", "multiple", "parallel", "parallel_multiple", "irrelevance"),
     "v4": (

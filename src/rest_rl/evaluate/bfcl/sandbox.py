@@ -29,6 +29,8 @@ FIXED = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "TZ": "UTC"}
 """The backends print sets and local times: what a model is told must not change from run to run."""
 LOADING_SECONDS = 120.0
 """For what only reads the release: no model has a hand in it, but a disk may be slow."""
+PATIENCE = 3.0
+"""Seconds to wait for one of processor time: a machine may be busy, and the processor's clock is to judge."""
 MAX_DEPTH = 100
 MAX_INTEGER_BITS = 14_000
 """Below the 4300 digits that Python reads."""
@@ -43,14 +45,19 @@ class Verdict(NamedTuple):
 
 
 class SandboxError(RuntimeError):
-    """The process ended, or had to be ended, on this request; the message says by which limit."""
+    """The process ended, or had to be ended, on this request; the message says why."""
+
+    def __init__(self, message: str, *, is_limit: bool = False) -> None:
+        """`is_limit`: it ran into a limit, and would again; anything else may have come from outside."""
+        super().__init__(message)
+        self.is_limit = is_limit
 
 
 class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
     """One process with one release; it is started when first needed, and again after it has ended."""
 
     def __init__(self, package: BfclPackage, *, seconds: float = 20.0, memory_mb: int = 2048) -> None:
-        """Limits for each request on what a model wrote: seconds to wait, memory of the fork."""
+        """Limits on what a model wrote: seconds of processor time of a sample, memory of the fork."""
         if not hasattr(os, "fork"):
             raise ValueError(f"got the platform {sys.platform}, expected one that can fork; use Linux, macOS or WSL")
         self._package = package
@@ -81,7 +88,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             return Verdict(False, "checker_error: ValueError", problem)
         self._end_session()
         request = {"do": "check_calls", "id": identity, "category": category, "calls": calls}
-        return Verdict(*self._ask_of(category, request))
+        return Verdict(*again_if_ended(partial(self._ask_of, category, request)))
 
     def session(self, identity: str) -> Session:
         """A conversation's own instances of the backends; a session that was open before it is over."""
@@ -94,7 +101,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         self._drop(patience=1.0)
 
     def _look_up(self, request: dict[str, Any]) -> Any:
-        return self._ask(request, LOADING_SECONDS)
+        return again_if_ended(lambda: self._ask(request, LOADING_SECONDS))
 
     def _ask_of(self, category: str, request: dict[str, Any]) -> Any:
         """The answer to a request about a sample, whose category is loaded before time counts."""
@@ -113,7 +120,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         if self._process is None:
             self._process = self._start()
         try:
-            answer = _exchange(self._process, request, self._seconds if seconds is None else seconds)
+            answer = _exchange(self._process, request, PATIENCE * self._seconds if seconds is None else seconds)
         except BaseException:
             # Also a KeyboardInterrupt: an answer left in the pipe would be read as that to another request.
             self._drop(patience=0.0)
@@ -125,7 +132,8 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         self._drop(patience=0.0)
         limits = f"limits: {self._seconds:g} s, {self._memory_mb} MB"
         why = f"{answer['died']} ({limits})" if "died" in answer else answer.get("failed")
-        raise SandboxError(f"the process that works with {self._package.pin} failed: {why}")
+        is_limit = bool(answer.get("limit"))
+        raise SandboxError(f"the process that works with {self._package.pin} failed: {why}", is_limit=is_limit)
 
     def _drop(self, patience: float) -> None:
         """End the process, and with it the session that lives in it."""
@@ -193,7 +201,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
         """The official verdict on all turns, each a list of steps, each a list of calls; it ends the instances."""
         self.close()
         sendable = [[[_sendable(call) for call in step] for step in turn] for turn in turns]
-        return Verdict(*self._ask({"do": "check_turns", "id": self._identity, "turns": sendable}))
+        request = {"do": "check_turns", "id": self._identity, "turns": sendable}
+        return Verdict(*again_if_ended(partial(self._ask, request)))
 
     def close(self) -> None:
         """Drop the instances."""
@@ -201,6 +210,16 @@ class Session(contextlib.AbstractContextManager["Session"]):
             self.is_over = True
             with contextlib.suppress(SandboxError):  # they are gone all the same
                 self._ask({"do": "end"})
+
+
+def again_if_ended(ask: Callable[[], Any]) -> Any:
+    """What `ask` gives, asked twice where the process ended by no limit: it may have been ended from outside."""
+    try:
+        return ask()
+    except SandboxError as error:
+        if error.is_limit:
+            raise
+    return ask()
 
 
 def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
@@ -226,7 +245,7 @@ def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, 
         return json.loads(process.stdout.readline())
     except (OSError, ValueError) as error:
         why = f"no answer within {seconds:g} s" if is_late.is_set() else "it ended without an answer"
-        raise SandboxError(f"the process that works with bfcl-eval failed: {why}") from error
+        raise SandboxError(f"the process that works with bfcl-eval failed: {why}", is_limit=is_late.is_set()) from error
     finally:
         timer.cancel()
         timer.join()

@@ -74,9 +74,9 @@ def below(path: Any, folders: tuple[str, ...]) -> bool:
     return (os.path.abspath(os.fsdecode(path)) + os.sep).startswith(folders)  # noqa: PTH100
 
 
-def cause(status: int) -> str:
-    """Why a process ended, in words."""
+def cause(status: int) -> tuple[str, bool]:
+    """Why a process ended, in words, and whether that was a limit."""
     code = os.waitstatus_to_exitcode(status)
     if code == -signal.SIGXCPU:
-        return "it ran out of processor time"
-    return f"signal {-code} ended it" if code < 0 else "it ended early, probably out of memory"
+        return "it ran out of processor time", True
+    return (f"signal {-code} ended it", False) if code < 0 else ("it ended early, probably out of memory", True)
