@@ -119,7 +119,7 @@ def test_with_the_tokenizer_the_prompt_is_that_of_training(server: Server) -> No
     assert {tokenizer.decode(body["prompt"]) for _, _, body in server.requests} == {*prompts}
     assert all(len(body["prompt"]) + body["max_tokens"] == 120 for _, _, body in server.requests)
     settings = json.loads(Path("out/settings.json").read_text(encoding="utf-8"))
-    assert settings["context"] == 120
+    assert (settings["context"], settings["route"]) == (120, "completions")
     assert re.fullmatch("[0-9a-f]{12}", settings["chat_template"])
 
 
@@ -129,6 +129,7 @@ def test_extra_fields_are_sent_and_recorded(server: Server, capsys: pytest.Captu
     assert evaluate(server, *more, "--set", "model.chat_template_kwargs.b=3") == 0
     body = json.loads(Path("out/settings.json").read_text(encoding="utf-8"))["body"]
     assert body == {"repetition_penalty": 1.0, "chat_template_kwargs": {"a": 1, "b": 3}}
+    assert json.loads(Path("out/settings.json").read_text(encoding="utf-8"))["route"] == "chat"
     for _, _, sent in server.requests:
         assert {name: sent[name] for name in body} == body
     assert evaluate(server, "--format", "toolrl", "--limit", "1", "--resume") == 2
@@ -154,17 +155,37 @@ def test_an_extra_body_needs_a_server(server: Server, capsys: pytest.CaptureFixt
 def test_a_password_in_the_url_is_written_nowhere(
     server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, joined: bool
 ) -> None:
-    url = server.url.replace("http://", "http://me:secret-4711@")
+    url = server.url.replace("http://", "http://me:secret-4711@") + "/v1?api-key=key-4711#part-4711"
     options = [f"--endpoint={url}"] if joined else ["--endpoint", url]
     command = ["eval", "tool-world", *options, "--model", "m", "--format", "toolrl", "--limit", "1", "--out", "out"]
     monkeypatch.setattr("sys.argv", ["rest-rl", *command])
     assert main(command) == 0
     assert all(key.startswith("Basic ") for _, key, _ in server.requests)
+    assert {path for path, _, _ in server.requests} == {"/v1/chat/completions?api-key=key-4711"}
     assert server.url in written()
     assert "4711" not in written()
     assert main([*command, "--resume"]) == 0
     captured = capsys.readouterr()
     assert "4711" not in captured.out + captured.err
+
+
+def test_a_wrong_key_waits_for_no_other_request(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three requests hang, for longer than any test takes, and a fourth is refused."""
+    steps = itertools.chain([hangs] * 3, itertools.repeat(sends({"error": {"message": "bad key"}}, 401)))
+    over: list[bool] = []
+
+    def step(handler: Handler) -> None:
+        with handler.server.lock:
+            chosen = next(steps)
+        chosen(handler)
+        if chosen is hangs:
+            over.append(True)
+
+    server.steps = itertools.repeat(step)
+    assert evaluate(server, "--format", "toolrl", "--concurrency", "4", "--timeout", "10000") == 2
+    assert over == []
+    assert "got 401 from" in capsys.readouterr().err
+    assert all(row["error"] == "stopped" for row in rows())
 
 
 def test_the_context_of_a_local_model(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, apply_overrides, from_mapping, read_run_file
-from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of
+from rest_rl.cli_eval_origin import digest_of, recorded_run, weights_digest
+from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, apply_overrides, from_mapping
+from rest_rl.data.flattened_layout import FORMAT, FlattenedLayout, Frame, frame_of
 from rest_rl.data.json_text import load_json
 from rest_rl.data.prompt_layout import PromptLayout, resolve_format, template_format
 from rest_rl.evaluate.conversation import Model
@@ -18,14 +19,19 @@ from rest_rl.evaluate.flattened_requests import FlattenedRequests
 from rest_rl.evaluate.recorded import Oracle, Recorded, read_responses
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.formats.opened_think import SUFFIX
-from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
 
-DEFAULT_FORMAT = "toolrl"
+DEFAULT_FORMAT = FORMAT
 """Of recorded responses and of the oracle."""
 VLLM_CONTEXT = 65_536
 """Tokens of context that vLLM is asked to make room for at most; the longest prompts of BFCL take about half of it."""
-SAMPLED_BYTES = 1 << 20
-"""Of each end of a file of weights, for the digest that tells one checkpoint from another."""
+BATCH_SIZE, VLLM_BATCH_SIZE = 16, 256
+"""Where `--batch-size` does not say; vLLM makes batches of its own out of what it is given."""
+BFCL_BATCH_SIZE = 64
+"""At most of BFCL where `--batch-size` does not say: each of its conversations of several turns holds a process."""
+NOT_RECORDED = ("set", "context", "max_new_tokens", "tokenizer", "requests_per_minute", "extra_body")
+"""Options that mean nothing where no model is asked."""
+OF_A_SERVER = ("tokenizer", "requests_per_minute", "extra_body")
+OF_A_CHECKPOINT = ("vllm", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Plan:
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """Prompt and format for the options; ValueError for options that contradict each other or leave it open."""
     check_who(arguments)
+    refuse_idle(arguments)
     if arguments.oracle or arguments.responses:
         name = arguments.format or DEFAULT_FORMAT
         get_format(name)
@@ -65,8 +72,6 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 def check_who(arguments: argparse.Namespace) -> None:
     """ValueError unless exactly one answers."""
     chosen = [name for name in ("oracle", "responses", "endpoint") if getattr(arguments, name)]
-    if arguments.extra_body and not arguments.endpoint:
-        raise ValueError("got --extra-body without --endpoint, expected a server to send it to; leave it out")
     if len(chosen) > 1 or (arguments.model and chosen not in ([], ["endpoint"])):
         given = " and ".join(f"--{name}" for name in [*chosen, *(["model"] if arguments.model else [])])
         raise ValueError(f"got {given}, expected one that answers; leave the others out")
@@ -79,11 +84,26 @@ def check_who(arguments: argparse.Namespace) -> None:
         raise ValueError("got --endpoint without --model, expected the name that the server holds; pass --model NAME")
 
 
+def refuse_idle(arguments: argparse.Namespace) -> None:
+    """ValueError for an option that would change nothing, because it is of another kind of model."""
+    if arguments.oracle or arguments.responses:
+        chosen, idle = "--oracle" if arguments.oracle else "--responses", (*OF_A_CHECKPOINT, *NOT_RECORDED)
+        told = f"with {chosen}, expected it with --model alone"
+    elif arguments.endpoint:
+        idle, told = OF_A_CHECKPOINT, "with --endpoint, expected it with a checkpoint as --model"
+    else:
+        idle, told = OF_A_SERVER, "without --endpoint, expected a server that it is for"
+    for name in idle:
+        value = getattr(arguments, name)
+        if value not in (None, False, []):
+            raise ValueError(f"got --{name.replace('_', '-')} {told}; leave it out")
+
+
 def local_plan(arguments: argparse.Namespace) -> Plan:
     """Of a checkpoint: in the format and by the template variables of the run it comes from, if it comes from one."""
     from rest_rl.train.policy import policy_tokenizer
 
-    path, run = recorded_run(arguments.model)
+    path, run, folder = recorded_run(arguments.model)
     recorded = {"path": path, "chat_template_kwargs": dict(run.model.chat_template_kwargs) if run else {}}
     changes = apply_overrides({"model": recorded}, arguments.set)
     if set(changes) != {"model"}:
@@ -95,9 +115,9 @@ def local_plan(arguments: argparse.Namespace) -> Plan:
     if arguments.prompt == "native":
         asked = asked or native_format(tokenizer, arguments.model)
     elif asked is None:
-        asked = DEFAULT_FORMAT if keeps else AUTO
+        asked = FORMAT if keeps else AUTO
     name, why = resolve_format(asked, tokenizer, table.chat_template_kwargs)
-    why = f"as in {Path(path).parent}" if run and not arguments.format and arguments.prompt == "training" else why
+    why = f"as in {folder}" if run and not arguments.format and arguments.prompt == "training" else why
     frame, why = published_frame(arguments, name, why, run)
     layout = layout_of(tokenizer, name, frame, table.chat_template_kwargs)
     return Plan(arguments.prompt, name, why, keeps and arguments.action == "api-bank", table, layout, frame)
@@ -119,19 +139,19 @@ def published_frame(
     ValueError for a contradiction, and without a file that has the texts.
     """
     given = getattr(arguments, "prompt_from", None)
-    is_toolrl = name.removesuffix(SUFFIX) == DEFAULT_FORMAT
+    is_toolrl = name.removesuffix(SUFFIX) == FORMAT
     kept = run.data.path if run and run.data.keep_prompts and is_toolrl else None
     is_asked = arguments.prompt == "published" or (arguments.prompt == "training" and kept is not None)
     if arguments.action == "api-bank" or not is_asked:
         if given:
             raise ValueError(
                 f"got --prompt-from with --prompt {arguments.prompt}, expected --prompt published, or the folder of a "
-                f"run that kept its prompts in {DEFAULT_FORMAT}; leave it out"
+                f"run that kept its prompts in {FORMAT}; leave it out"
             )
         return None, why
     if not is_toolrl:
         raise ValueError(
-            f"got --prompt published and format {name}, expected {DEFAULT_FORMAT}, which those prompts ask for; leave "
+            f"got --prompt published and format {name}, expected {FORMAT}, which those prompts ask for; leave "
             "--format out"
         )
     if not (path := given or kept):
@@ -163,13 +183,13 @@ def endpoint_plan(arguments: argparse.Namespace) -> Plan:
     tokenizer, variables = None, server_body(arguments).get("chat_template_kwargs")
     if arguments.tokenizer:
         tokenizer = policy_tokenizer(ModelTable(path=arguments.tokenizer))
-        default = DEFAULT_FORMAT if arguments.prompt == "published" else AUTO
+        default = FORMAT if arguments.prompt == "published" else AUTO
         name, why = resolve_format(arguments.format or default, tokenizer, variables)
     elif arguments.format or arguments.prompt == "native":
         name, why = arguments.format or "hermes", "as asked" if arguments.format else "where the server reads out none"
         get_format(name)
     elif arguments.prompt == "published":
-        name, why = DEFAULT_FORMAT, "the published texts ask for it"
+        name, why = FORMAT, "the published texts ask for it"
     else:
         raise ValueError(
             "got --endpoint without --format, expected the format that the model writes calls in; pass --format "
@@ -179,30 +199,6 @@ def endpoint_plan(arguments: argparse.Namespace) -> Plan:
     frame, why = published_frame(arguments, name, why)
     layout = layout_of(tokenizer, name, frame, variables) if tokenizer is not None else None
     return Plan(arguments.prompt, name, why, arguments.prompt == "published", layout=layout, frame=frame)
-
-
-def recorded_run(path: str) -> tuple[str, RunConfig | None]:
-    """(where the model lies, the run it comes from): a run folder stands for its model, a model may lie in one."""
-    folder = Path(path)
-    if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
-        return str(folder / MODEL), run_of(folder)
-    if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():
-        raise ValueError(
-            f"got {path}, a run folder without {MODEL}/, expected a finished run; finish it with rest-rl train "
-            f"--resume --out {path}, or pass one of its {CHECKPOINTS}/"
-        )
-    for parent in (folder.parent, folder.parent.parent) if folder.is_dir() else ():
-        if (folder.name == MODEL or folder.parent.name == CHECKPOINTS) and (run := run_of(parent)):
-            return path, run
-    return path, None
-
-
-def run_of(folder: Path) -> RunConfig | None:
-    """The run that a folder records; None if it records none."""
-    try:
-        return read_run_file(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    except ValueError:  # somebody else's config.toml
-        return None
 
 
 def make_model(arguments: argparse.Namespace, plan: Plan, groups: Mapping[str, Any]) -> tuple[Model, list[str]]:
@@ -234,15 +230,24 @@ def local_model(arguments: argparse.Namespace, plan: Plan) -> tuple[Model, list[
 
         holds = context_length(policy_config(plan.table), plan.layout.tokenizer) or VLLM_CONTEXT
         context = min(holds, VLLM_CONTEXT) if arguments.context is None else arguments.context
-        model = VllmModel(plan.table.path, plan.layout, max_new_tokens=arguments.max_new_tokens, context=context)
+        sizes = {"batch_size": batch_size(arguments), "max_new_tokens": arguments.max_new_tokens, "context": context}
+        model = VllmModel(plan.table.path, plan.layout, **sizes)
         return model, [f"vLLM, {context} tokens of context"]
     device = torch.accelerator.current_accelerator()
     dtype = "bfloat16" if device and plan.table.dtype == AUTO else plan.table.dtype
     weights, _ = load_policy(replace(plan.table, dtype=dtype))
     weights = weights if plan.table.load_in_4bit else weights.to(device or "cpu")
-    sizes = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+    sizes = {"batch_size": batch_size(arguments), "max_new_tokens": arguments.max_new_tokens}
     sizes["context"] = arguments.context
     return LocalModel(weights, plan.layout, **sizes), [f"transformers on {device or 'the CPU'}"]
+
+
+def batch_size(arguments: argparse.Namespace) -> int:
+    """How many conversations a checkpoint goes on with at once."""
+    if arguments.batch_size is not None:
+        return arguments.batch_size
+    size = VLLM_BATCH_SIZE if arguments.vllm else BATCH_SIZE
+    return min(size, BFCL_BATCH_SIZE) if arguments.action == "bfcl" else size
 
 
 def endpoint_model(arguments: argparse.Namespace, plan: Plan) -> tuple[Model, list[str]]:
@@ -308,57 +313,41 @@ def model_settings(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     if arguments.oracle:
         return {**settings, "model": "oracle"}
     if arguments.responses:
-        return {**settings, "model": "recorded", "responses": digest_of_file(Path(arguments.responses))}
+        return {**settings, "model": "recorded", "responses": digest_of(Path(arguments.responses))}
     settings["max_new_tokens"] = arguments.max_new_tokens
     if arguments.context is not None:
         settings["context"] = arguments.context
     template = str(plan.layout.tokenizer.chat_template if plan.layout else "")
     if arguments.endpoint:
-        return {**settings, **endpoint_settings(arguments, template)}
+        return {**settings, **endpoint_settings(arguments, plan, template)}
     assert plan.table is not None
     return {
         **settings,
         "backend": "vllm" if arguments.vllm else "transformers",
-        "batch_size": arguments.batch_size,
-        "weights": weights_digest(plan.table.path),
+        "batch_size": batch_size(arguments),
+        "weights": weights_digest(plan.table),
         "chat_template": hashlib.sha256(template.encode()).hexdigest()[:12],
         "chat_template_kwargs": dict(plan.table.chat_template_kwargs),
         "dtype": plan.table.dtype,
     }
 
 
-def endpoint_settings(arguments: argparse.Namespace, template: str) -> dict[str, Any]:
-    """Of a server; without the user and the password that its URL may hold."""
+def endpoint_settings(arguments: argparse.Namespace, plan: Plan, template: str) -> dict[str, Any]:
+    """Of a server; without what its URL may hold in secret."""
     from rest_rl.evaluate.endpoint_url import public_url
 
-    settings = {"backend": "endpoint", "endpoint": public_url(arguments.endpoint), "body": server_body(arguments)}
+    route = "chat" if plan.layout is None or plan.prompt == "native" else "completions"
+    endpoint = public_url(arguments.endpoint)
+    settings: dict[str, Any] = {"backend": "endpoint", "endpoint": endpoint, "route": route}
+    settings["body"] = server_body(arguments)
     if arguments.tokenizer:
         settings["chat_template"] = hashlib.sha256(template.encode()).hexdigest()[:12]
     return settings
 
 
 def shown_command(arguments: argparse.Namespace, command: Sequence[str]) -> list[str]:
-    """A command line without the user and the password that the server's URL may hold."""
+    """A command line without what the server's URL may hold in secret."""
     from rest_rl.evaluate.endpoint_url import public_url
 
     url = arguments.endpoint
     return [part.replace(url, public_url(url)) for part in command] if url else list(command)
-
-
-def weights_digest(path: str) -> str | None:
-    """A digest of both ends of every file of weights in a folder; None for a hub name."""
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
-    return hashlib.sha256("".join(map(digest_of_file, files)).encode()).hexdigest()[:12] if files else None
-
-
-def digest_of_file(path: Path) -> str:
-    """Of its length and both its ends; ValueError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            digest = hashlib.sha256(str(size).encode() + file.read(SAMPLED_BYTES))
-            file.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(file.read())
-    except OSError as error:
-        raise ValueError(f"got {path} ({error.strerror}), expected a readable file; check the path") from error
-    return digest.hexdigest()[:12]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file, logging
 
 from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key
 
@@ -137,6 +137,15 @@ def hub_adapter(name: str) -> str | None:
         return find_adapter_config_file(name)
     except (OSError, ValueError):  # whoever loads the model says what is wrong with the name
         return None
+
+
+def hub_commit(name: str, *, is_adapter: bool = False) -> str | None:
+    """The commit that a name on the hub stands for here; None where there is no such name."""
+    try:
+        file = hub_adapter(name) if is_adapter else cached_file(name, "config.json")
+    except (OSError, ValueError):  # as above
+        return None
+    return extract_commit_hash(file, None)
 
 
 def four_bits() -> BitsAndBytesConfig:

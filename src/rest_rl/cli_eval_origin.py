@@ -1,0 +1,127 @@
+"""Where an evaluated model comes from: the run that its folder belongs to, its name, what tells its weights apart."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from rest_rl.config import ModelTable, RunConfig, read_run_file
+from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
+
+BLOCK, STRIDE = 64 << 10, 16 << 20
+"""Of a file of weights, a block at every stride and one at its end are read: any training changes all of them."""
+
+
+class Origin(NamedTuple):
+    """Where the weights lie, and the run that they come from, if they come from one."""
+
+    path: str
+    run: RunConfig | None = None
+    folder: Path | None = None
+    """The run's."""
+
+
+def recorded_run(path: str) -> Origin:
+    """The origin of a model: a run folder stands for its model, a model may lie in one."""
+    folder = Path(path)
+    if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
+        return Origin(str(folder / MODEL), run_of(folder), shown(folder))
+    if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():
+        raise ValueError(
+            f"got {path}, a run folder without {MODEL}/, expected a finished run; finish it with rest-rl train "
+            f"--resume --out {path}, or pass one of its {CHECKPOINTS}/"
+        )
+    for home, _ in homes(path):
+        if run := run_of(home):
+            return Origin(path, run, shown(home))
+    return Origin(path)
+
+
+def homes(path: str) -> Iterator[tuple[Path, Path]]:
+    """(run folder, model in it) as far as the names of folders tell: of the path as given, then of what it links to.
+
+    In that order, because a run's model may be a link itself.
+    """
+    if not Path(path).is_dir():
+        return
+    for place in (Path(os.path.abspath(path)), Path(path).resolve()):  # noqa: PTH100 - Path.absolute keeps `..`
+        if place.name == MODEL and (place.parent / CONFIG).is_file():
+            yield place.parent, place
+        if place.parent.name == CHECKPOINTS and (place.parent.parent / CONFIG).is_file():
+            yield place.parent.parent, place
+
+
+def run_of(folder: Path) -> RunConfig | None:
+    """The run that a folder records; None if it records none."""
+    try:
+        return read_run_file(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    except ValueError:  # somebody else's config.toml
+        return None
+
+
+def shown(folder: Path) -> Path:
+    """A folder as one would type it here; its whole path where that is `.` or lies elsewhere."""
+    place, here = Path(os.path.abspath(folder)), Path.cwd()  # noqa: PTH100
+    return place.relative_to(here) if place != here and place.is_relative_to(here) else place
+
+
+def model_label(path: str) -> str:
+    """What a model is called where nobody names it: by its run and checkpoint, its folder, or its name on the hub."""
+    if not Path(path).is_dir():
+        return path.rstrip("/").rpartition("/")[2]
+    for home, model in homes(path):
+        return home.name if model.name == MODEL else f"{home.name}-{model.name}"
+    return Path(os.path.abspath(path)).name  # noqa: PTH100
+
+
+def weights_digest(table: ModelTable) -> str | None:
+    """What tells a model's weights from others': of its folder and of its base model's, where it is an adapter.
+
+    The commit stands for a name on the hub. None where nothing is known.
+    """
+    from rest_rl.train.policy import base_and_adapter, hub_commit
+
+    base, adapter = base_and_adapter(table)
+    parts = [
+        folder_digest(Path(path)) if Path(path).is_dir() else hub_commit(str(path), is_adapter=path == adapter)
+        for path in (adapter, base)
+        if path is not None
+    ]
+    return "+".join(part or "unknown" for part in parts) if any(parts) else None
+
+
+def folder_digest(folder: Path) -> str | None:
+    """Of names, sizes and blocks of all files of weights in a folder; None without any."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    text = "".join(f"{path.name}\0{digest_of(path, weights_blocks)}\0" for path in files)
+    return hashlib.sha256(text.encode()).hexdigest()[:12] if files else None
+
+
+def weights_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """The size of a file and blocks all over it, for gigabytes would take minutes."""
+    size = file.seek(0, os.SEEK_END)
+    yield str(size).encode()
+    for start in (*range(0, size, STRIDE), max(0, size - BLOCK)):
+        file.seek(start)
+        yield file.read(BLOCK)
+
+
+def whole_file(file: BinaryIO) -> Iterator[bytes]:
+    """All of a file, in pieces."""
+    while piece := file.read(1 << 20):
+        yield piece
+
+
+def digest_of(path: Path, pieces: Callable[[BinaryIO], Iterator[bytes]] = whole_file) -> str:
+    """Of pieces of a file, all of it unless told; ValueError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for piece in pieces(file):
+                digest.update(piece)
+    except OSError as error:
+        raise ValueError(f"got {path} ({error.strerror}), expected a readable file; check the path") from error
+    return digest.hexdigest()[:12]

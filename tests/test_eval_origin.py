@@ -1,0 +1,193 @@
+"""Where an evaluated model comes from: its run, its name, the digest of its weights, and options that mean nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import pytest
+
+from rest_rl.cli_eval import add_eval
+from rest_rl.cli_eval_models import BATCH_SIZE, BFCL_BATCH_SIZE, VLLM_BATCH_SIZE, batch_size, make_plan
+from rest_rl.cli_eval_origin import STRIDE, digest_of, model_label, recorded_run, weights_digest
+from rest_rl.config import EMBEDDED, ModelTable, RunConfig
+from rest_rl.train.policy import embedded_model, hub_commit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with a model, that is a link, and a checkpoint; links to both lie elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "mine"
+    (folder / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    text = RunConfig.from_toml('[rest]\nformat = "hermes"').to_toml()
+    (folder / "config.toml").write_text(text, encoding="utf-8")
+    (folder / "model").symlink_to(embedded_model())
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "five").symlink_to(folder / "checkpoints" / "checkpoint-5")
+    (tmp_path / "links" / "whole").symlink_to(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("here", "path", "weights", "label"),
+    [
+        (".", "runs/mine", "runs/mine/model", "mine"),
+        (".", "runs/mine/", "runs/mine/model", "mine"),
+        (".", "runs/mine/model", "runs/mine/model", "mine"),
+        (".", "runs/mine/checkpoints/checkpoint-5", "runs/mine/checkpoints/checkpoint-5", "mine-checkpoint-5"),
+        (".", "links/five", "links/five", "mine-checkpoint-5"),
+        (".", "links/whole", "links/whole/model", "whole"),
+        ("runs/mine", ".", "model", "mine"),
+        ("runs/mine", "model", "model", "mine"),
+        ("runs/mine/checkpoints", "..", "../model", "mine"),
+        ("runs/mine/checkpoints", "checkpoint-5", "checkpoint-5", "mine-checkpoint-5"),
+        ("runs/mine/checkpoints/checkpoint-5", ".", ".", "mine-checkpoint-5"),
+        ("runs/mine/checkpoints/checkpoint-5", "../../model", "../../model", "mine"),
+    ],
+)
+def test_a_run_is_recognised_however_its_model_is_named(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, here: str, path: str, weights: str, label: str
+) -> None:
+    monkeypatch.chdir(here)
+    origin = recorded_run(path)
+    assert origin.run is not None
+    assert origin.run.rest.format == "hermes"
+    assert origin.path == weights
+    assert origin.folder is not None
+    assert os.path.realpath(origin.folder) == os.path.realpath(run_folder)
+    assert model_label(path) == label
+
+
+def test_models_without_a_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = run_folder.parent.parent / "plain" / "model"
+    other.mkdir(parents=True)
+    (other.parent / "checkpoints" / "step").mkdir(parents=True)
+    for path, label in ((str(other), "model"), ("plain/checkpoints/step", "step"), ("Qwen/Qwen3-1.7B", "Qwen3-1.7B")):
+        assert recorded_run(path) == (path, None, None)
+        assert model_label(path) == label
+    monkeypatch.chdir(other)
+    assert model_label(".") == "model"
+    assert model_label(EMBEDDED) == EMBEDDED
+    (other.parent / "config.toml").write_text("[server]\nport = 1\n", encoding="utf-8")  # somebody else's
+    assert recorded_run(".").run is None
+
+
+def weights(folder: Path, name: str = "model.safetensors", size: int = 2 * STRIDE + 100_000) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_bytes(bytes(size))
+    return path
+
+
+def change(path: Path, position: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(b"x")
+
+
+@pytest.mark.parametrize("position", [0, STRIDE + 5, 2 * STRIDE + 7, 2 * STRIDE + 99_999])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_are_told_apart_all_over(tmp_path: Path, name: str, position: int) -> None:
+    path = weights(tmp_path, name)
+    table = ModelTable(path=str(tmp_path))
+    before = weights_digest(table)
+    assert weights_digest(table) == before
+    change(path, position)
+    assert weights_digest(table) not in (before, None)
+    weights(tmp_path, name)
+    assert weights_digest(table) == before
+    path.rename(tmp_path / f"other-{name}")
+    assert weights_digest(table) != before
+
+
+def test_an_adapter_is_told_apart_by_its_base_model_too(tmp_path: Path) -> None:
+    base, adapter = weights(tmp_path / "base", size=100), weights(tmp_path / "adapter", "adapter_model.safetensors", 9)
+    (adapter.parent / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base.parent)}))
+    table = ModelTable(path=str(adapter.parent))
+    digests = {weights_digest(table)}
+    for path in (base, adapter):
+        change(path, 3)
+        digests.add(weights_digest(table))
+    assert len(digests) == 3
+    assert weights_digest(ModelTable(path=str(base.parent))) in str(weights_digest(table))
+    assert weights_digest(ModelTable(path=EMBEDDED)) == weights_digest(ModelTable(path=str(embedded_model())))
+
+
+def test_a_hub_name_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "hub" / "models--who--what" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}", encoding="utf-8")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    offline(monkeypatch, tmp_path / "hub")
+    assert hub_commit("who/what") == COMMIT
+    assert weights_digest(ModelTable(path="who/what")) == COMMIT
+    assert hub_commit("who/else") is None
+    assert weights_digest(ModelTable(path="who/else")) is None
+
+
+def offline(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
+def test_recorded_responses_are_digested_whole(tmp_path: Path) -> None:
+    path = weights(tmp_path, "r.jsonl", 3 << 20)
+    before = digest_of(path)
+    change(path, (3 << 19) + 1)
+    assert digest_of(path) != before
+    with pytest.raises(ValueError, match="expected a readable file"):
+        digest_of(tmp_path / "none")
+
+
+def options(*words: str) -> Namespace:
+    parser = ArgumentParser()
+    add_eval(parser.add_subparsers())
+    return parser.parse_args(["eval", *words])
+
+
+ORACLE, SERVER = ("--oracle",), ("--endpoint", "http://h", "--model", "m", "--format", "hermes")
+
+
+@pytest.mark.parametrize(
+    ("who", "option", "told"),
+    [
+        *((ORACLE, option, "with --oracle") for option in ("--vllm", "--batch-size 2", "--tokenizer x", "--context 9")),
+        *((ORACLE, option, "with --oracle") for option in ("--set model.dtype=float32", "--max-new-tokens 9")),
+        *((ORACLE, option, "with --oracle") for option in ("--requests-per-minute 9", "--extra-body {}")),
+        (("--responses", "r.jsonl"), "--vllm", "with --responses"),
+        (SERVER, "--vllm", "with --endpoint"),
+        (SERVER, "--batch-size 2", "with --endpoint"),
+        ((), "--tokenizer x", "without --endpoint"),
+        ((), "--requests-per-minute 9", "without --endpoint"),
+        ((), "--extra-body {}", "without --endpoint"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(who: tuple[str, ...], option: str, told: str) -> None:
+    make_plan(options("tool-world", *who))
+    name, *_ = option.split()
+    with pytest.raises(ValueError, match=f"got {name} {told}, expected .*; leave it out") as caught:
+        make_plan(options("tool-world", *who, *option.split()))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (("tool-world",), BATCH_SIZE),
+        (("bfcl",), BATCH_SIZE),
+        (("tool-world", "--vllm"), VLLM_BATCH_SIZE),
+        (("bfcl", "--vllm"), BFCL_BATCH_SIZE),
+        (("tool-world", "--vllm", "--batch-size", "5"), 5),
+        (("bfcl", "--vllm", "--batch-size", "500"), 500),
+    ],
+)
+def test_the_number_of_conversations_at_once(words: tuple[str, ...], size: int) -> None:
+    assert batch_size(options(*words)) == size
