@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +190,23 @@ def test_a_wrong_key_waits_for_no_other_request(server: Server, capsys: pytest.C
     assert over == []
     assert "got 401 from" in capsys.readouterr().err
     assert all(row["error"] == "stopped" for row in rows())
+
+
+def test_an_interrupt_waits_for_no_request(server: Server) -> None:
+    server.steps = itertools.repeat(hangs)
+    who = ["--endpoint", server.url, "--model", "m", "--format", "toolrl", "--timeout", "10000", "--out", "out"]
+    command = [sys.executable, "-m", "rest_rl", "eval", "tool-world", "--prompts", "5", *who]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        while len(server.requests) < 8 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=25)  # `hangs` takes 30 seconds, and is tried again
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert b"Traceback" not in told
 
 
 def test_the_context_of_a_local_model(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

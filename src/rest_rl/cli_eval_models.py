@@ -11,7 +11,8 @@ from typing import Any
 
 from rest_rl.cli_eval_origin import digest_of, recorded_run, weights_digest
 from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, apply_overrides, from_mapping
-from rest_rl.data.flattened_layout import FORMAT, FlattenedLayout, Frame, frame_of
+from rest_rl.data.flattened import FORMAT
+from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of
 from rest_rl.data.json_text import load_json
 from rest_rl.data.prompt_layout import PromptLayout, resolve_format, template_format
 from rest_rl.evaluate.conversation import Model

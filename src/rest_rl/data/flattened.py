@@ -15,6 +15,8 @@ from rest_rl.data.json_text import read_literal
 from rest_rl.data.reasons import RowRejectedError
 from rest_rl.data.tool_schemas import argument_table
 
+FORMAT = "toolrl"
+"""The format that the published texts ask for, and that the published metric of API-Bank reads."""
 HEADING = "**Dialogue Records History**"
 _TOOLS_BEGIN, _TOOLS_END = "following tools:\n", "\n\n**Steps"
 _TOOL = re.compile(

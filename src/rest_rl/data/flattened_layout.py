@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rest_rl.data.flattened import HEADING, tool_list_span
+from rest_rl.data.flattened import FORMAT, HEADING, tool_list_span
 from rest_rl.data.json_text import load_json
 from rest_rl.data.loaders import get_loader, source_of
 from rest_rl.data.prompt_layout import PromptLayout
@@ -21,8 +21,6 @@ from rest_rl.data.rows import Row, RowError, RowReader
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import OpenedThinkFormat, ToolFormat
 
-FORMAT = "toolrl"
-"""The format that the published texts ask for."""
 SOURCES = ("toolrl", "samples")
 """Shapes of rows that may hold a published system text: ToolRL's own, and ours where prompts were kept."""
 Message = Mapping[str, Any]

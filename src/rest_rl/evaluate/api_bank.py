@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rest_rl.data.flattened import FORMAT
 from rest_rl.data.gold_checks import checked_gold
 from rest_rl.data.json_text import read_literal
 from rest_rl.data.reasons import RowRejectedError
@@ -28,8 +29,6 @@ from rest_rl.rewards import json_equal
 
 LEVELS = {1: 399, 2: 67, 3: 131}
 """Samples per level as published; ten of level 1 are exact duplicates of others."""
-PUBLISHED = "toolrl"
-"""The format whose text the published metric reads."""
 UNPASSABLE = ("unknown_tool", "undocumented_argument")
 """Defects of a gold that an answer by the prompt's own tools cannot match."""
 
@@ -76,7 +75,7 @@ class ApiBank:
     def start(self, identity: str, tool_format: ToolFormat) -> SingleTurn:
         """Begin a sample."""
         item = self.items[identity]
-        is_published = tool_format.name.removesuffix(SUFFIX) == PUBLISHED
+        is_published = tool_format.name.removesuffix(SUFFIX) == FORMAT
         return SingleTurn(item.sample, tool_format, lambda reply, parsed: verdicts(reply, parsed, item, is_published))
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
