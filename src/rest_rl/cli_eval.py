@@ -125,9 +125,8 @@ def _add_how(verb: argparse.ArgumentParser, *, published: bool) -> None:
     how.add_argument(
         "--prompt",
         choices=("training", "native", "published"),
-        default="training",
-        help="training: laid out as in the model's run, or in --format; native: the model's (server's) own function "
-        f"calling; published: {texts} (default: %(default)s)",
+        help="training (the default): laid out as in the model's run, or in --format; native: the model's (server's) "
+        f"own function calling; published: {texts}",
     )
     if not published:
         how.add_argument(
@@ -140,7 +139,7 @@ def _add_how(verb: argparse.ArgumentParser, *, published: bool) -> None:
     )
     how.add_argument("--max-new-tokens", type=int, metavar="N", help="per response (default: 4096; tool world: 160)")
     how.add_argument("--context", type=int, metavar="N", help="tokens that the model holds (default: what it says)")
-    how.add_argument("--batch-size", type=int, metavar="N", help="of a local model (default: 16)")
+    how.add_argument("--batch-size", type=int, metavar="N", help="of a local model (default: 16; vLLM 256, BFCL 64)")
     server = verb.add_argument_group("a server")
     server.add_argument(
         "--concurrency", type=int, default=8, metavar="N", help="requests at once (default: %(default)s)"

@@ -59,12 +59,14 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     """Prompt and format for the options; ValueError for options that contradict each other or leave it open."""
     check_who(arguments)
     refuse_idle(arguments)
+    told = arguments.prompt or ("as recorded" if arguments.responses else "not asked")
+    arguments.prompt = arguments.prompt or "training"
     if arguments.oracle or arguments.responses:
         name = arguments.format or DEFAULT_FORMAT
         get_format(name)
         why = "as asked" if arguments.format else "the default without a model"
         frame, why = published_frame(arguments, name, why)
-        return Plan(arguments.prompt, name, why, arguments.prompt == "published", frame=frame)
+        return Plan(told, name, why, arguments.prompt == "published", frame=frame)
     if arguments.endpoint:
         return endpoint_plan(arguments)
     return local_plan(arguments)
@@ -114,7 +116,13 @@ def local_plan(arguments: argparse.Namespace) -> Plan:
     keeps = arguments.prompt == "published" or bool(arguments.prompt == "training" and run and run.data.keep_prompts)
     asked = arguments.format or (run.rest.format if run and arguments.prompt == "training" else None)
     if arguments.prompt == "native":
-        asked = asked or native_format(tokenizer, arguments.model)
+        own = native_format(tokenizer, arguments.model)
+        if asked not in (None, own):
+            raise ValueError(
+                f"got --prompt native and format {asked}, expected {own}, which the model's template writes; leave "
+                "--format out, or --prompt"
+            )
+        asked = own
     elif asked is None:
         asked = FORMAT if keeps else AUTO
     name, why = resolve_format(asked, tokenizer, table.chat_template_kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from rest_rl.cli_eval_models import Plan, make_model, make_plan, model_settings, shown_command
+from rest_rl.cli_eval_origin import model_label
 from rest_rl.cli_eval_tables import show_summary, write_tables
 from rest_rl.evaluate.api_bank import ApiBank
 from rest_rl.evaluate.conversation import Benchmark, Request
@@ -132,7 +133,7 @@ def all_settings(arguments: argparse.Namespace, plan: Plan, benchmark: Benchmark
 
 def default_folder(arguments: argparse.Namespace) -> str:
     """`runs/eval-BENCHMARK-MODEL`."""
-    who = "oracle" if arguments.oracle else "responses" if arguments.responses else Path(arguments.model).name
+    who = "oracle" if arguments.oracle else "responses" if arguments.responses else model_label(arguments.model)
     edition = f"-{arguments.edition}" if arguments.action == "bfcl" else ""
     return f"runs/eval-{arguments.action}{edition}-{who}"
 
@@ -165,15 +166,14 @@ def dry_run(
 def planned_room(arguments: argparse.Namespace, plan: Plan) -> Room:
     """What `Model.room` will say of a checkpoint, from its configuration alone."""
     from rest_rl.evaluate.local_model import context_length
+    from rest_rl.evaluate.token_prompts import room_of
     from rest_rl.train.policy import policy_config
 
     assert plan.table is not None
     layout = plan.layout
     assert layout is not None
     context = arguments.context or context_length(policy_config(plan.table), layout.tokenizer)
-    if context is None:
-        return lambda request: None
-    return lambda request: (layout.count_tokens(request.sample) + arguments.max_new_tokens, context)
+    return lambda request: room_of(request, layout, arguments.max_new_tokens, context)
 
 
 def say_what_fits(benchmark: Benchmark, room: Room, plan: Plan, identities: Sequence[str], console: Console) -> None:

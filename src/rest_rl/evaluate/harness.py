@@ -40,7 +40,7 @@ def evaluate_all(
         try:
             for row in batch_rows(benchmark, model, tool_format, batch, stopped):
                 with lock:
-                    if row["id"] not in done:
+                    if row["id"] not in done and not ("error" in row and stopped.is_set()):
                         log.add(row)
                         done[row["id"]] = row
                         on_row(row)
