@@ -8,8 +8,8 @@ environment, of their own: python 3.10 to 3.12 with
     python benchmarks/bfcl_official.py --version v3 --official-python OTHER/bin/python --single 3000 --multi 400
 
 A difference is explained where the texts are read differently (ToolRL's reader keeps the last block alone, and no call
-named none), and where we did not execute a call: then the package judges the recording once more without that call,
-and must come to our verdict.
+named none), where we did not execute a call, and where relevance is claimed by calls of no tool of the sample: then the
+package judges the recording once more without that call, and must come to our verdict.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from rest_rl.evaluate.recorded import Recorded
 from rest_rl.formats import get_format
 
 REFUSED = "the call was not executed."
+UNKNOWN = "relevance_error:no_tool_of_the_sample"
 
 
 class Watched(Recorded):
@@ -77,7 +78,7 @@ def official(samples: list[Sample], version: Version, python: str) -> list[Sampl
 def as_we_took_it(ours: Sample) -> Any:
     """The recording as the calls that we read and executed; a turn ends where it ended."""
     if not isinstance(ours["response"], list):
-        return json.dumps(ours["calls"])
+        return json.dumps([] if ours["reason"].startswith(UNKNOWN) else ours["calls"])
     results = iter(ours["results"])
     turns = []
     for turn in ours["calls"]:
@@ -157,6 +158,8 @@ class Tally:
         mine, other = (json.dumps(read, sort_keys=True) for read in (read_by_us(sample), theirs["decoded"]))
         if mine != other:
             return f"read differently ({', '.join(reading_causes(sample['response'])) or 'UNEXPLAINED'})"
+        if ours["reason"].startswith(UNKNOWN):
+            return "calls of no tool of the sample, for relevance"
         return "not executed" if any(result.endswith(REFUSED) for result in ours["results"]) else ""
 
     def same_verdict(self, why: str, ours: Sample, theirs: Sample) -> None:

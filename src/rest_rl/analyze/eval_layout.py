@@ -281,10 +281,10 @@ def partial_text(section: Section, summary: Mapping[str, Any]) -> str:
 
 
 def ceiling_notes(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Where correct answers cannot reach 100."""
+    """Where answers by what the prompts offer cannot reach 100, in the groups that were asked."""
     for name, ceiling in (summary.get("ceilings") or {}).items():
-        if ceiling.get("ids"):
+        if ceiling.get("ids") and name in (summary.get("groups") or {}):
             yield (
-                f"{group_label(str(name))}: correct answers reach {percent(ceiling.get('accuracy'))}, because "
-                f"{', '.join(ceiling['ids'])} cannot be passed by one."
+                f"{group_label(str(name))}: answers by the tools on offer reach {percent(ceiling.get('accuracy'))}; "
+                f"the gold of {', '.join(ceiling['ids'])} lies outside them."
             )

@@ -139,7 +139,7 @@ def check_comparable(first: Evaluation, second: Evaluation) -> None:
         if one != other:
             raise ValueError(
                 f"got {key} {one!r} in {first.folder} and {other!r} in {second.folder}, expected the same: their "
-                f"samples or their judges differ; evaluate one of them again with the {key} of the other"
+                "samples or their judges differ; compare evaluations of one benchmark and release"
             )
 
 
