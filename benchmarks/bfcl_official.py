@@ -36,7 +36,7 @@ from rest_rl.evaluate.bfcl.package import Version, find_package
 from rest_rl.evaluate.bfcl.sandbox import Sandbox
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.harness import batch_rows
-from rest_rl.evaluate.recorded import Recorded
+from rest_rl.evaluate.recorded import Recorded, Recording
 from rest_rl.formats import get_format
 
 REFUSED = "the call was not executed."
@@ -56,7 +56,7 @@ class Watched(Recorded):
 
 def judged(benchmark: Bfcl, sample: Sample) -> Sample:
     """Our verdict, what the tools said, and the time it took."""
-    model = Watched({sample["id"]: sample["response"]})
+    model = Watched({sample["id"]: Recording(sample["response"])})
     start = time.perf_counter()
     [row] = batch_rows(benchmark, model, get_format("toolrl"), [sample["id"]], Event())
     seconds = time.perf_counter() - start
