@@ -204,6 +204,12 @@ def test_recorded_responses_are_scored_as_they_are(tmp_path: Path) -> None:
     assert scored[1]["response"] == "nothing"
 
 
+def test_a_second_response_to_an_id_that_two_samples_share_is_the_second_samples(tmp_path: Path) -> None:
+    rows = [{"id": "a", "response": "first"}, {"id": "a", "response": "second"}]
+    responses, _ = read_responses(write(tmp_path / "r.jsonl", *rows), {"a": 1, "a#2": 1})
+    assert {identity: recording.texts for identity, recording in responses.items()} == {"a": "first", "a#2": "second"}
+
+
 def test_samples_of_an_evaluation_are_responses(whole: Path) -> None:
     responses, strangers = read_responses(str(whole / SAMPLES), TASKS.groups)
     assert list(responses) == IDS
