@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rest_rl.evaluate.bfcl import groups
+from rest_rl.evaluate.bfcl import sandbox as sandbox_module
 from rest_rl.evaluate.bfcl.benchmark import Bfcl
 from rest_rl.evaluate.bfcl.entries import properties_of
 from rest_rl.evaluate.bfcl.package import Version
@@ -159,6 +160,8 @@ def test_relevance_is_a_matter_of_any_call_to_a_tool_of_the_sample(bfcl: Bfcl) -
     name = next(name for name, group in bfcl.groups.items() if group == "live_relevance")
     gold = asked(started(bfcl, name)).sample.gold
     assert answered(bfcl, name, written(Gold((ToolCall("whatever", {}), *gold.calls))))["correct"] is True
+    odd = ToolCall(gold.calls[0].name, {"__import__('os').system('true')": 1})
+    assert answered(bfcl, name, written(Gold((odd,))))["correct"] is False
 
 
 def test_the_outcome_of_one_turn(v4: Bfcl) -> None:
@@ -357,6 +360,26 @@ def test_a_process_that_is_ended_from_outside_costs_no_verdict(v4: Bfcl) -> None
         assert sandbox.check_calls("multiple_0", "multiple", [{"f": {}}]).error_type.startswith(
             "simple_function_checker"
         )
+
+
+def test_a_process_that_keeps_being_ended_is_an_error_and_no_verdict(v4: Bfcl, monkeypatch) -> None:
+    def killed(process: Any, request: Any, seconds: float) -> Any:
+        if request is not None:
+            os.kill(process.pid, signal.SIGKILL)
+        return exchange(process, request, seconds)
+
+    exchange = sandbox_module._exchange
+    talk, single = started(v4, "multi_turn_base_0"), started(v4, "multiple_0")
+    gold = asked(talk).sample.gold
+    monkeypatch.setattr(sandbox_module, "_exchange", killed)
+    talk.receive(Reply(text=written(gold)))
+    single.receive(Reply(text=written(asked(started(v4, "multiple_1")).sample.gold)))
+    for outcome in (talk.outcome(), single.outcome()):
+        assert "ended without an answer" in outcome["error"]
+        assert "correct" not in outcome
+    talk.close()
+    with pytest.raises(ValueError, match="go on with --resume"):
+        v4.start("multi_turn_base_1", get_format("toolrl"))
 
 
 def test_a_wrong_conversation_leaves_nothing_behind(v4: Bfcl) -> None:

@@ -113,6 +113,13 @@ def test_recorded_responses_of_some_samples(here: Path, bank: Path, capsys: pyte
     assert (change["n"], change["gained"], change["lost"]) == (1, 1, 0)
 
 
+def test_an_earlier_evaluation_says_what_its_responses_are_written_in(here: Path) -> None:
+    assert run("tool-world", "--prompts", "3", "--oracle", "--format", "hermes", "--out", "a") == 0
+    assert run("tool-world", "--prompts", "3", "--responses", "a/samples.jsonl", "--out", "b") == 0
+    assert [row["correct"] for row in rows_of(here / "b")] == [True] * 6
+    assert (summary_of(here / "b")["format"], summary_of(here / "b")["prompt"]) == ("hermes", "as recorded")
+
+
 def test_comparing_and_tabulating(here: Path, bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tool-world", *SMALL, "--out", "base", "--name", "before") == 0
     assert run("tool-world", *SMALL[:2], "--oracle", "--out", "gold") == 0
@@ -165,9 +172,11 @@ def test_a_dry_run_shows_the_prompt_and_writes_nothing(here: Path, capsys: pytes
     ("arguments", "told"),
     [
         (("tool-world", "--categories", "unseen_tool"), "such as unseen_tools"),
-        (("tool-world", "--ids", "unseen_tools/999"), "expected names of the benchmark"),
+        (("tool-world", "--ids", "unseen_tools/999"), "expected names of what is asked for"),
         (("tool-world", "--ids", "unseen_tools/0", "--categories", "unseen_values"), "share no sample"),
         (("tool-world", "--limit", "0"), "--limit 0, expected more than 0"),
+        (("tool-world", "--retries", "-1"), "--retries -1, expected 0 or more"),
+        (("tool-world", "--categories", ","), "--categories without a name"),
         (("tool-world", "--oracle", "--model", "x"), "--oracle and --model"),
         (("tool-world", "--oracle", "--responses", "x"), "--oracle and --responses"),
         (("tool-world", "--model", "no/such/folder"), "no/such/folder"),

@@ -16,10 +16,12 @@ from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of
 from rest_rl.data.json_text import load_json
 from rest_rl.data.prompt_layout import PromptLayout, resolve_format, template_format
 from rest_rl.evaluate.conversation import Model
+from rest_rl.evaluate.eval_log import SETTINGS
 from rest_rl.evaluate.flattened_requests import FlattenedRequests
 from rest_rl.evaluate.recorded import Oracle, Recorded, read_responses
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.formats.opened_think import SUFFIX
+from rest_rl.runlog import read_object
 
 DEFAULT_FORMAT = FORMAT
 """Of recorded responses and of the oracle."""
@@ -62,14 +64,24 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     told = arguments.prompt or ("as recorded" if arguments.responses else "not asked")
     arguments.prompt = arguments.prompt or "training"
     if arguments.oracle or arguments.responses:
-        name = arguments.format or DEFAULT_FORMAT
+        name, why = recorded_format(arguments)
         get_format(name)
-        why = "as asked" if arguments.format else "the default without a model"
         frame, why = published_frame(arguments, name, why)
         return Plan(told, name, why, arguments.prompt == "published", frame=frame)
     if arguments.endpoint:
         return endpoint_plan(arguments)
     return local_plan(arguments)
+
+
+def recorded_format(arguments: argparse.Namespace) -> tuple[str, str]:
+    """(format, why) where no model is asked: an earlier evaluation says what its responses are written in."""
+    if arguments.format:
+        return arguments.format, "as asked"
+    if arguments.responses:
+        beside = read_object(Path(arguments.responses).with_name(SETTINGS))
+        if isinstance(beside.get("format"), str):
+            return beside["format"], f"as in the {SETTINGS} beside the responses"
+    return DEFAULT_FORMAT, "the default without a model"
 
 
 def check_who(arguments: argparse.Namespace) -> None:

@@ -76,6 +76,13 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name, None)
         if value is not None and not value > 0:
             raise ValueError(f"got --{name.replace('_', '-')} {value}, expected more than 0; raise it")
+    if arguments.retries < 0:
+        raise ValueError(f"got --retries {arguments.retries}, expected 0 or more; raise it")
+    for name in ("categories", "ids"):
+        if getattr(arguments, name) is not None and not listed(getattr(arguments, name)):
+            raise ValueError(
+                f"got --{name} without a name, expected some with commas between them; leave it out for all"
+            )
 
 
 def make_benchmark(arguments: argparse.Namespace, plan: Plan) -> Benchmark:
@@ -122,7 +129,7 @@ def refuse_unknown(option: str, wanted: set[str], known: set[str]) -> None:
     """ValueError for names that the benchmark does not have."""
     if unknown := sorted(wanted - known):
         near = difflib.get_close_matches(unknown[0], known, n=1) or sorted(known)[:1]
-        raise ValueError(f"got --{option} {', '.join(unknown)}, expected names of the benchmark, such as {near[0]}")
+        raise ValueError(f"got --{option} {', '.join(unknown)}, expected names of what is asked for, such as {near[0]}")
 
 
 def all_settings(arguments: argparse.Namespace, plan: Plan, benchmark: Benchmark) -> dict[str, Any]:
@@ -240,7 +247,8 @@ def finish(
     console: Console,
 ) -> int:
     """Summary, tables, and the samples without a response by their ids."""
-    name = arguments.name or str(settings["model"])
+    model = str(settings["model"])
+    name = arguments.name or (model_label(model) if Path(model).is_dir() else model)
     version = {"version": arguments.edition} if arguments.action == "bfcl" else {}
     about = {"model": name, "prompt": plan.prompt, "format": plan.format, "settings": settings}
     summary = {**summarise(benchmark, list(rows)), **version, **about}

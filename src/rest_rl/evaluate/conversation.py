@@ -61,7 +61,7 @@ class Conversation(Protocol):
         ...
 
     def outcome(self) -> Mapping[str, Any]:
-        """The record and the verdict once it is over: one boolean per metric, `reason`."""
+        """The record and the verdict: one boolean per metric and `reason`; or `error`, why there is none."""
         ...
 
     def close(self) -> None:

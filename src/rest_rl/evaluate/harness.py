@@ -125,7 +125,9 @@ class Talk:
     def finished(self) -> Row:
         """The row of a conversation that is over."""
         try:
-            return {**self.head, **self.conversation.outcome(), **self.notes}
+            outcome = self.conversation.outcome()
+            verdicts = dict.fromkeys(self.metrics) if "error" in outcome else {}
+            return {**self.head, **outcome, **verdicts, **self.notes}
         finally:
             self.conversation.close()
 

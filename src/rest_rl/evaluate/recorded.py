@@ -130,9 +130,25 @@ def recorded_response(row: Mapping[str, Any]) -> tuple[str, Recording | None]:
     if "error" in row:
         return identity, None
     ends = {name: str(row.get(key, "")) for name, key in (("overflow", "overflow"), ("refusal", "refused"))}
-    return identity, Recording(
-        checked_texts(row.get("response")), row.get("calls") if row.get("native") else None, **ends
-    )
+    texts = checked_texts(row.get("response"))
+    calls = checked_calls(row.get("calls"), isinstance(texts, str)) if row.get("native") else None
+    return identity, Recording(texts, calls, **ends)
+
+
+def checked_calls(value: Any, is_single: bool) -> list[Any]:
+    """The calls that a server had read out, in the shape of the texts; ValueError for anything else."""
+    steps = [value] if is_single else [step for turn in listed(value) for step in listed(turn)]
+    for call in (call for step in steps for call in listed(step)):
+        if not (isinstance(call, Mapping) and "name" in call and isinstance(call.get("arguments"), Mapping)):
+            raise ValueError(f'got the call {call!r:.80}, expected {{"name": ..., "arguments": {{...}}}}; mend the row')
+    return value
+
+
+def listed(value: Any) -> list[Any]:
+    """A list; ValueError for anything else."""
+    if not isinstance(value, list):
+        raise ValueError(f"got calls of type {type(value).__name__}, expected a list of calls; mend the row")
+    return value
 
 
 def checked_texts(value: Any) -> Texts:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import warnings
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -29,9 +30,10 @@ def embedded_model() -> Path:
 
 
 def quiet_loading() -> None:
-    """Leave the terminal to the command while transformers loads: no bars, hints and warnings of its own."""
+    """Leave the terminal to the command: no bars, hints and deprecation warnings of transformers."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tuple[Any, Any]:

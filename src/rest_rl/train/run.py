@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import json
 import typing
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -110,7 +109,6 @@ def quiet_libraries() -> None:
     """Leave the terminal to the command: no progress bars, hints and deprecation warnings of the libraries."""
     quiet_loading()
     disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def with_machine_defaults(config: RunConfig) -> RunConfig:

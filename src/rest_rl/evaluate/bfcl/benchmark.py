@@ -26,12 +26,13 @@ from rest_rl.evaluate.bfcl.entries import (
 from rest_rl.evaluate.bfcl.gold import DONE, gold_of
 from rest_rl.evaluate.bfcl.groups import MULTI_TURN, RELEVANCE, UNANSWERED, Score, official_averages, select_categories
 from rest_rl.evaluate.bfcl.package import BfclPackage, Version, find_package
-from rest_rl.evaluate.bfcl.sandbox import Sandbox, SandboxError, Session, Verdict
+from rest_rl.evaluate.bfcl.sandbox import Sandbox, SandboxError, Session, Verdict, again_if_ended
 from rest_rl.evaluate.conversation import Conversation, Reply, Request, read_reply
 from rest_rl.formats import ToolFormat
 from rest_rl.response import Gold, ParsedResponse, ToolCall
 
 MAX_REASON = 300
+ENDED = "sandbox_ended"
 Entry = Mapping[str, Any]
 
 
@@ -118,7 +119,10 @@ class Bfcl:
                 f"got id {identity!r}, expected one of the {len(self._entries)} samples of {', '.join(self.categories)}"
             )
         kind = SeveralTurns if entry["category"] in MULTI_TURN else OneTurn
-        return kind(entry, tool_format, self._pool, self._constants)
+        try:
+            return kind(entry, tool_format, self._pool, self._constants)
+        except SandboxError as error:
+            raise ValueError(f"got {error}, expected it to last; see to the memory, and go on with --resume") from error
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """`official`: the group averages of the official table whose categories were scored whole."""
@@ -185,7 +189,7 @@ class OneTurn:
             return Verdict(False, "no_call", "; ".join(parsed.problems))
         if category == RELEVANCE:
             offered = properties_of(self._sample.tools)
-            is_offered = any(call.name in offered and sendable(call) for call in calls)
+            is_offered = any(not call_problem(call, offered) for call in calls)
             return Verdict(is_offered, "" if is_offered else "relevance_error:no_tool_of_the_sample")
         written = [sendable(call) for call in calls]
         if None in written:
@@ -195,7 +199,7 @@ class OneTurn:
             with self._pool.lent() as sandbox:
                 return sandbox.check_calls(self._entry["id"], category, named)
         except SandboxError as error:
-            return Verdict(False, "sandbox", str(error))
+            return Verdict(False, "sandbox" if error.is_limit else ENDED, str(error))
 
 
 class SeveralTurns:
@@ -246,7 +250,7 @@ class SeveralTurns:
         try:
             self._execute(calls, problems)
         except SandboxError as error:
-            self._give_up("multi_turn:sandbox", str(error))
+            self._give_up("multi_turn:sandbox" if error.is_limit else ENDED, str(error))
             return
         self._step += 1
         if self._step <= self._constants["max_steps"]:
@@ -334,6 +338,10 @@ class SeveralTurns:
         except SandboxError as error:
             if error.is_limit:
                 raise
+        return again_if_ended(lambda: self._made_again(calls))
+
+    def _made_again(self, calls: Sequence[dict[str, Any]]) -> list[str]:
+        """What calls return in a new session that has made all calls of earlier steps."""
         self._session = None
         for earlier in (step for turn in self._executed for step in turn):
             self._opened().execute(earlier)
@@ -351,7 +359,7 @@ class SeveralTurns:
         try:
             return self._opened().check(self._executed)
         except SandboxError as error:
-            return Verdict(False, "multi_turn:sandbox", str(error))
+            return Verdict(False, "multi_turn:sandbox" if error.is_limit else ENDED, str(error))
 
 
 def by_identity(entries: Sequence[dict[str, Any]]) -> dict[str, Entry]:
@@ -375,7 +383,9 @@ def typed_calls(parsed: ParsedResponse, properties: Mapping[str, Mapping[str, An
 
 
 def as_fields(verdict: Verdict) -> dict[str, Any]:
-    """The verdict as fields of a row."""
+    """The verdict as fields of a row; `error` where there is none, because the process kept ending."""
+    if verdict.error_type == ENDED:
+        return {"error": verdict.message[:MAX_REASON]}
     if verdict.valid:
         return {"correct": True, "reason": ""}
     return {"correct": False, "reason": f"{verdict.error_type}: {verdict.message}"[:MAX_REASON]}

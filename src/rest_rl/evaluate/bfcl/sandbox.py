@@ -29,6 +29,7 @@ FIXED = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "TZ": "UTC"}
 """The backends print sets and local times: what a model is told must not change from run to run."""
 LOADING_SECONDS = 120.0
 """For what only reads the release: no model has a hand in it, but a disk may be slow."""
+TRIES = 3
 PATIENCE = 3.0
 """Seconds to wait for one of processor time: a machine may be busy, and the processor's clock is to judge."""
 MAX_DEPTH = 100
@@ -213,12 +214,13 @@ class Session(contextlib.AbstractContextManager["Session"]):
 
 
 def again_if_ended(ask: Callable[[], Any]) -> Any:
-    """What `ask` gives, asked twice where the process ended by no limit: it may have been ended from outside."""
-    try:
-        return ask()
-    except SandboxError as error:
-        if error.is_limit:
-            raise
+    """What `ask` gives, asked again where the process ended by no limit: it may have been ended from outside."""
+    for _ in range(TRIES - 1):
+        try:
+            return ask()
+        except SandboxError as error:  # noqa: PERF203 - a process is started anew
+            if error.is_limit:
+                raise
     return ask()
 
 

@@ -75,8 +75,10 @@ def below(path: Any, folders: tuple[str, ...]) -> bool:
 
 
 def cause(status: int) -> tuple[str, bool]:
-    """Why a process ended, in words, and whether that was a limit."""
+    """Why a process ended, in words, and whether that was its own doing: only SIGKILL comes from outside."""
     code = os.waitstatus_to_exitcode(status)
     if code == -signal.SIGXCPU:
         return "it ran out of processor time", True
-    return (f"signal {-code} ended it", False) if code < 0 else ("it ended early, probably out of memory", True)
+    if code < 0:
+        return f"signal {-code} ended it", code != -signal.SIGKILL
+    return "it ended early, probably out of memory", True
