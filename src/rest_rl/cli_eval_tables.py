@@ -91,7 +91,9 @@ def compare(arguments: argparse.Namespace) -> int:
         show(one, console)
     for flip in found.flips[:SHOWN_FLIPS]:
         console.print(
-            f"{flip.direction} {flip.id}: {flip.base_reason} → {flip.tuned_reason}", highlight=False, markup=False
+            f"{flip.direction} {flip.id}: {flip.base_reason or 'right'} → {flip.tuned_reason or 'right'}",
+            highlight=False,
+            markup=False,
         )
     if len(found.flips) > SHOWN_FLIPS:
         console.print(f"{len(found.flips)} samples flipped in all; --out DIR writes them to {FLIPS}", highlight=False)
