@@ -134,8 +134,10 @@ def refuse_unknown(option: str, wanted: set[str], known: set[str]) -> None:
 
 def all_settings(arguments: argparse.Namespace, plan: Plan, benchmark: Benchmark) -> dict[str, Any]:
     """Everything that the numbers depend on, as the folder records it."""
-    selection = {name: getattr(arguments, name) for name in ("categories", "limit", "ids")}
-    return {"benchmark": benchmark.name, "pin": benchmark.pin, **model_settings(arguments, plan), **selection}
+    # sorted: samples are asked for in the benchmark's order, whatever that of the options is
+    selection = {name: sorted(set(listed(getattr(arguments, name)))) for name in ("categories", "ids")}
+    about = {"benchmark": benchmark.name, "pin": benchmark.pin, **model_settings(arguments, plan)}
+    return {**about, **selection, "limit": arguments.limit}
 
 
 def default_folder(arguments: argparse.Namespace) -> str:
