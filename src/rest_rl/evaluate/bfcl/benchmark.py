@@ -27,7 +27,7 @@ from rest_rl.evaluate.bfcl.gold import DONE, gold_of
 from rest_rl.evaluate.bfcl.groups import MULTI_TURN, RELEVANCE, UNANSWERED, Score, official_averages, select_categories
 from rest_rl.evaluate.bfcl.package import BfclPackage, Version, find_package
 from rest_rl.evaluate.bfcl.sandbox import Sandbox, SandboxError, Session, Verdict, again_if_ended
-from rest_rl.evaluate.conversation import Conversation, Reply, Request, read_reply
+from rest_rl.evaluate.conversation import Conversation, Reply, Request, SingleTurn, read_reply
 from rest_rl.formats import ToolFormat
 from rest_rl.response import Gold, ParsedResponse, ToolCall
 
@@ -139,47 +139,27 @@ class Bfcl:
         self._pool.close()
 
 
-class OneTurn:
+class OneTurn(SingleTurn):
     """A conversation of one request, judged by its calls alone."""
 
     def __init__(self, entry: Entry, tool_format: ToolFormat, pool: SandboxPool, constants: Mapping[str, Any]) -> None:
         """Lay the question out."""
-        self._entry, self._format, self._pool = entry, tool_format, pool
+        self._entry, self._pool = entry, pool
         tools = tools_of(entry["function"], constants["types"])
         messages = tuple(messages_of(entry["question"][0]))
-        self._sample = ToolSample(entry["id"], messages, tools, gold_of(entry), kind=entry["category"])
-        self._reply: Reply | None = None
+        sample = ToolSample(entry["id"], messages, tools, gold_of(entry), kind=entry["category"])
+        super().__init__(sample, tool_format, lambda _, parsed: self._judged(parsed))
 
-    def request(self) -> Request | None:
-        """The question, once."""
-        return None if self._reply else Request(self._sample)
-
-    def receive(self, reply: Reply) -> None:
-        """Take the response."""
-        self._reply = reply
-
-    def record(self) -> Mapping[str, Any]:
-        """The response and its calls as they were read; empty before there is one."""
-        if self._reply is None:
-            return {"response": "", "calls": []}
-        calls = read_reply(self._reply, self._format).calls
-        return {"response": self._reply.text, "calls": [recorded(call) for call in calls]}
-
-    def outcome(self) -> Mapping[str, Any]:
-        """The response, its calls and the verdict.
+    def _judged(self, parsed: ParsedResponse) -> Mapping[str, Any]:
+        """The calls as they were judged, and the verdict.
 
         Text that may be a string or a number is right if either is: some answers contradict their function's schema.
         """
-        assert self._reply is not None
-        parsed = read_reply(self._reply, self._format)
-        calls = typed_calls(parsed, properties_of(self._sample.tools))
+        calls = typed_calls(parsed, properties_of(self.sample.tools))
         verdict = self._verdict(parsed, calls)
         if not verdict.valid and calls != parsed.calls and (other := self._verdict(parsed, parsed.calls)).valid:
             calls, verdict = parsed.calls, other
-        return {"response": self._reply.text, "calls": [recorded(call) for call in calls], **as_fields(verdict)}
-
-    def close(self) -> None:
-        """Nothing is held."""
+        return {"calls": [recorded(call) for call in calls], **as_fields(verdict)}
 
     def _verdict(self, parsed: ParsedResponse, calls: Sequence[ToolCall]) -> Verdict:
         category: str = self._entry["category"]
@@ -188,7 +168,7 @@ class OneTurn:
         if not calls:
             return Verdict(False, "no_call", "; ".join(parsed.problems))
         if category == RELEVANCE:
-            offered = properties_of(self._sample.tools)
+            offered = properties_of(self.sample.tools)
             is_offered = any(not call_problem(call, offered) for call in calls)
             return Verdict(is_offered, "" if is_offered else "relevance_error:no_tool_of_the_sample")
         written = [sendable(call) for call in calls]
