@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,17 @@ from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.evaluate.tool_world_tasks import ToolWorldTasks
 from rest_rl.formats import get_format
 from rest_rl.train.policy import embedded_model, policy_tokenizer
-from tests.model_server import Handler, Server, hangs, running_server, says, sends, serve_models
+from tests.model_server import Handler, Server, hangs, says, sends, serve_models
 
 PROMPTS = 10
 TASKS = ToolWorldTasks(seed=20_000, prompts=PROMPTS)
 GARBAGE = "<tool_call>\n{not json}\n</tool_call><tool_call>"
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+@pytest.fixture(autouse=True)
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with running_server() as server:
-        server.steps = itertools.repeat(answers)
-        yield server
+    server.steps = itertools.repeat(answers)
 
 
 def gold_text(identity: str) -> str:

@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from typing import Any
@@ -32,7 +31,6 @@ from tests.model_server import (
     drips,
     hangs,
     hangs_up,
-    running_server,
     says,
     sends,
     serve_models,
@@ -40,14 +38,6 @@ from tests.model_server import (
 from tests.tiny_policy import tiny_tokenizer
 
 KEY = "sk-very-secret-4711"
-
-
-@pytest.fixture
-def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with running_server() as server:
-        yield server
 
 
 def endpoint(server: Server, *steps: Step, then: Step | None = None, **changes: Any) -> Endpoint:

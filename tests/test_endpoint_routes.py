@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from base64 import b64encode
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,19 +18,11 @@ from rest_rl.evaluate.token_prompts import without_end
 from rest_rl.regions import decode_ids
 from rest_rl.response import ToolCall
 from tests.model_families import FAMILIES, family_tokenizer
-from tests.model_server import CALL, Handler, Server, Step, asked, hangs, running_server, says, sends, serve_models
+from tests.model_server import CALL, Handler, Server, Step, asked, hangs, says, sends, serve_models
 from tests.tiny_policy import tiny_tokenizer
 
 PASSWORD = "p%40ss-4711"
 LEFT = "leave --tokenizer out"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with running_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,20 +16,12 @@ from rest_rl.evaluate.endpoint_url import public_url, query_of, secrets_of
 from rest_rl.evaluate.flattened_requests import FlattenedRequests
 from rest_rl.evaluate.pace import Halt, StoppedError
 from rest_rl.formats import get_format
-from tests.model_server import CALL, Server, Step, asked, drips, hangs, running_server, says, sends
+from tests.model_server import CALL, Server, Step, asked, drips, hangs, says, sends
 
 LONG = 10_000.0
 """Seconds that no test waits for."""
 SOON = 25.0
 """Seconds after which a request that was not stopped fails the test; `hangs` takes 30."""
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with running_server() as server:
-        yield server
 
 
 def endpoint(server: Server, step: Step, **changes: Any) -> Endpoint:

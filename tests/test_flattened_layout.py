@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -28,7 +27,7 @@ from rest_rl.response import Gold
 from rest_rl.train.policy import embedded_model
 from tests.made_up_rows import ASKED, HISTORY, RAW, ROWS, SYSTEM, WRAPPED
 from tests.model_families import FAMILIES, family_tokenizer
-from tests.model_server import Server, running_server, says
+from tests.model_server import Server, says
 from tests.published_data import published
 
 FRAME = Frame("Use the following tools:\n", "\n\n**Steps** one, two.")
@@ -332,14 +331,6 @@ def test_mistakes_are_told(
         message = capsys.readouterr().err
         assert told in message
         assert message.count("\n") == 1
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with running_server() as server:
-        yield server
 
 
 def test_a_server_is_sent_the_published_prompt(
