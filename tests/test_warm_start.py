@@ -113,7 +113,9 @@ def test_recall_shows_no_held_out_name_or_value() -> None:
 
 
 def test_batches_learn_the_response_alone() -> None:
-    batch = next(demonstration_batches(iter(SAMPLES), PromptLayout(TOKENIZER), random.Random(0), 8))
+    batch = next(
+        demonstration_batches(iter(SAMPLES), PromptLayout(TOKENIZER), random.Random(0), WarmStartConfig(batch_size=8))
+    )
     for sample, ids, labels in zip(SAMPLES, batch.ids.tolist(), batch.labels.tolist(), strict=False):
         learnt = [label for label in labels if label != IGNORED]
         assert TOKENIZER.decode(learnt) == demonstration(sample) + TOKENIZER.eos_token

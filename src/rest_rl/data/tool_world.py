@@ -5,6 +5,8 @@ so a model cannot remember names and must read them in its prompt (name masking 
 
 Kinds: `single` one call · `parallel` two calls in one turn · `dependent` two turns, the second call takes a value from
 the first call's result · `none` no tool serves and the turn should answer.
+Thoughts: `plan` names the tools, keys and values that the calls then use, so the reasoning decides · `ramble` is random
+filler, so the call decides.
 Splits: `train` · `unseen_tools` templates and tool names that `train` never uses · `unseen_values` argument values
 that `train` never uses. Each held-out split differs from `train` in that one respect only.
 """
@@ -15,6 +17,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from rest_rl.data.samples import Dialogue, ToolSample, decompose
@@ -23,6 +26,7 @@ from rest_rl.response import ToolCall
 
 Split = Literal["train", "unseen_tools", "unseen_values"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+Thoughts = Literal["plan", "ramble"]
 KINDS = ("single", "parallel", "dependent", "none")
 REFUSAL = "no tool fits"
 NO_TOOL = "none"
@@ -46,6 +50,14 @@ SLOTS = {
     "music": ("jazz", "rock", "folk", "blues", "opera", "techno", "swing", "soul"),
 }
 NUMBERS = range(10, 60)
+FILLER = tuple(  # noqa: SIM905 - words
+    "well so maybe then let me think hmm okay right again first next after this that here there one two some more most "
+    "other same good fine sure wait look see try use need want could would should might just only also still yet now "
+    "back over under about into from with what which how why when where who could be is it we you they all any".split()
+)
+"""Words of a thought that decides nothing."""
+RAMBLE = range(24, 41)
+"""Words of such a thought."""
 OPENINGS = ("please", "kindly", "now", "hello")
 NAME_PARTS = tuple(c + v for c in "kstnmrvbdg" for v in "aeio")
 KEY_PARTS = tuple(c + v for c in "pzfljhwc" for v in "aeio")
@@ -268,18 +280,29 @@ def demonstration(sample: ToolSample, tool_format: str = "toolrl") -> str:
     return get_format(tool_format).render(sample.thought, sample.gold.calls, sample.gold.answer)
 
 
+def ramble(rng: random.Random) -> str:
+    """A thought of random filler."""
+    return " ".join(rng.choice(FILLER) for _ in range(rng.choice(RAMBLE)))
+
+
 def corrupted_demonstration(
-    sample: ToolSample, rng: random.Random, defect: Defect | None = None, tool_format: str = "toolrl"
+    sample: ToolSample,
+    rng: random.Random,
+    defect: Defect | None = None,
+    tool_format: str = "toolrl",
+    thought: str | None = None,
 ) -> str:
     """A response text with exactly one defect, drawn at random unless named; never fully correct.
 
-    `missing_call` leaves out one of two calls, refuses where one call is due and calls a tool where none serves; a
-    sample without calls has no argument to spoil and knows `missing_call` and `broken_tag` only.
+    Its thought explains the defective calls, unless another is given. `missing_call` leaves out one of two calls,
+    refuses where one call is due and calls a tool where none serves; a sample without calls has no argument to spoil
+    and knows `missing_call` and `broken_tag` only.
     """
     defect = defect or rng.choice(DEFECTS)
     calls = list(sample.gold.calls)
     if defect == "broken_tag":
-        return _broken(demonstration(sample, tool_format), rng)
+        spoken = sample if thought is None else replace(sample, thought=thought)
+        return _broken(demonstration(spoken, tool_format), rng)
     if not calls:
         calls = [_needless_call(sample, rng)]
     elif defect == "missing_call":
@@ -289,8 +312,8 @@ def corrupted_demonstration(
         calls[at] = _spoil(calls[at], sample, rng, defect)
     render = get_format(tool_format).render
     if calls:
-        return render(explain(calls, sample.tools), calls, None)
-    return render(f"{(sample.thought or '').split(':')[0]}: {NO_TOOL}", (), REFUSAL)
+        return render(thought or explain(calls, sample.tools), calls, None)
+    return render(thought or f"{(sample.thought or '').split(':')[0]}: {NO_TOOL}", (), REFUSAL)
 
 
 def _needless_call(sample: ToolSample, rng: random.Random) -> ToolCall:

@@ -11,10 +11,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rest_rl.data.tool_world import (
+    FILLER,
     KEY_PARTS,
     SLOTS,
     SPLITS,
     YIELDS,
+    Thoughts,
     demonstration,
     draw_name,
     draw_value,
@@ -55,17 +57,18 @@ CHAT_TEMPLATE = """\
 """Tools one per line, description before name; earlier turns without their reasoning."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(thoughts: Thoughts = "plan") -> PreTrainedTokenizerFast:
     """A byte-level tokenizer in which every piece of the world is one token and any other text falls to its bytes.
 
-    `decode(encode(text)) == text` for every text.
+    `decode(encode(text)) == text` for every text. With `ramble` the filler's words are pieces, too.
     """
     split = pre_tokenizers.Split(Regex("|".join(_PIECES)), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     steps = pre_tokenizers.Sequence([split, to_bytes])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     wrapped = _wrap(_backend(alphabet, steps))
-    seen = {piece for text in _corpus(wrapped) for piece, _ in steps.pre_tokenize_str(text)}
+    texts = [*_corpus(wrapped), *([f" {' '.join(FILLER)}"] if thoughts == "ramble" else [])]
+    seen = {piece for text in texts for piece, _ in steps.pre_tokenize_str(text)}
     return _wrap(_backend(alphabet + sorted(seen - set(alphabet)), steps))
 
 

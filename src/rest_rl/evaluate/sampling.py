@@ -1,0 +1,65 @@
+"""Groups of sampled responses as training would see them, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from rest_rl.data.groups import Group, Response
+from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.samples import ToolSample
+from rest_rl.evaluate.generate import generate
+from rest_rl.regions import decode_ids, tag_regions
+from rest_rl.rewards import RewardConfig, score
+
+
+def sample_groups(
+    model: Any,
+    layout: PromptLayout,
+    samples: Sequence[ToolSample],
+    *,
+    group_size: int = 8,
+    max_new_tokens: int = 160,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: float = 0.0,
+    reward: RewardConfig | None = None,
+) -> Iterator[Group]:
+    """`group_size` responses per prompt at temperature 1, scored at training progress `progress`, in order.
+
+    Groups come as their batch is done, so that a caller can show how far it is; equal arguments give equal groups.
+    """
+    per_batch = max(1, batch_size // group_size)
+    for first in range(0, len(samples), per_batch):
+        chunk = samples[first : first + per_batch]
+        prompts = [layout.render(sample) for sample in chunk]
+        ids = generate(
+            model,
+            layout.tokenizer,
+            [prompt for prompt in prompts for _ in range(group_size)],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed + first,
+        )
+        for index, (sample, prompt) in enumerate(zip(chunk, prompts, strict=True)):
+            own = ids[index * group_size : (index + 1) * group_size]
+            prompt_ids = layout.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            responses = tuple(judged(response, sample, layout, progress, reward) for response in own)
+            yield Group(sample, list(prompt_ids), responses)
+
+
+def judged(
+    ids: list[int], sample: ToolSample, layout: PromptLayout, progress: float, reward: RewardConfig | None
+) -> Response:
+    """A response with its regions and scores."""
+    tool_format, tokenizer = layout.format, layout.tokenizer
+    parsed = tool_format.parse(decode_ids(ids, tokenizer, tool_format.tags))
+    row = torch.tensor([ids], dtype=torch.long)
+    regions_BT = tag_regions(
+        row, torch.ones_like(row), tokenizer, lambda text: tool_format.parse(text).spans, tool_format.tags
+    )
+    judgement = score(parsed, sample.gold, progress, reward)
+    exact = judgement.format == 1 and judgement.accuracy == 1
+    return Response(list(ids), regions_BT[0].tolist(), judgement.total, judgement.format, judgement.accuracy, exact)
