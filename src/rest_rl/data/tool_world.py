@@ -50,11 +50,13 @@ SLOTS = {
     "music": ("jazz", "rock", "folk", "blues", "opera", "techno", "swing", "soul"),
 }
 NUMBERS = range(10, 60)
-FILLER = tuple(  # noqa: SIM905 - words
-    "well so maybe then let me think hmm okay right again first next after this that here there one two some more most "
-    "other same good fine sure wait look see try use need want could would should might just only also still yet now "
-    "back over under about into from with what which how why when where who could be is it we you they all any".split()
-)
+FILLER = (
+    "well", "so", "maybe", "then", "let", "me", "think", "hmm", "okay", "right", "again", "first", "next", "after",
+    "this", "that", "here", "there", "one", "two", "some", "more", "most", "other", "same", "good", "fine", "sure",
+    "wait", "look", "see", "try", "use", "need", "want", "could", "would", "should", "might", "just", "only", "also",
+    "still", "yet", "now", "back", "over", "under", "about", "into", "from", "with", "what", "which", "how", "why",
+    "when", "where", "who", "could", "be", "is", "it", "we", "you", "they", "all", "any",
+)  # fmt: skip
 """Words of a thought that decides nothing."""
 RAMBLE = range(24, 41)
 """Words of such a thought."""
