@@ -1,0 +1,178 @@
+import pytest
+import torch
+
+from rest_rl.analyze.gradients import (
+    Coordinates,
+    draw_distinct,
+    padded,
+    response_logits,
+    token_statistics,
+    weighted_gradients,
+)
+from rest_rl.loss import clipped_surrogate
+from tests.tiny_policy import tiny_model, tiny_tokenizer
+
+PROMPT = [5, 9, 2]
+RESPONSES = [[4, 4, 7, 1], [3], [8, 2]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(tiny_tokenizer()).double()
+
+
+def row_by_row_logps(model, prompt, responses):
+    """log pi of each token without padding or batching: the definition."""
+    rows = []
+    for response in responses:
+        logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+        rows.append(logits.log_softmax(-1)[range(len(response)), response])
+    return rows
+
+
+def flat_gradient(value, model):
+    grads = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    return torch.cat(
+        [torch.zeros(p.numel()) if g is None else g.flatten() for g, p in zip(grads, model.parameters(), strict=True)]
+    )
+
+
+def test_gradients_are_those_of_the_reference_loss(model):
+    weights_BT = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    advantages_B = torch.tensor([1.5, -0.5, -1.0], dtype=torch.float64)
+    _, mask_BT = padded(RESPONSES)
+    lengths_B1 = mask_BT.sum(-1, keepdim=True)
+    logps_BT = torch.zeros(3, 4, dtype=torch.float64)
+    for row, logps in enumerate(row_by_row_logps(model, PROMPT, RESPONSES)):
+        logps_BT = logps_BT.index_put(
+            (torch.full((len(logps),), row), torch.arange(len(logps))), logps, accumulate=True
+        )
+    loss = clipped_surrogate(logps_BT, logps_BT.detach(), advantages_B[:, None] * weights_BT, mask_BT)
+    expected = -flat_gradient(loss, model).float()
+    ours = weighted_gradients(
+        model,
+        PROMPT,
+        RESPONSES,
+        (advantages_B[:, None] * weights_BT / (3 * lengths_B1))[None],
+        Coordinates.choose(model, None),
+    )
+    assert ours.shape == (1, sum(p.numel() for p in model.parameters()))
+    assert expected.norm() > 0.01
+    torch.testing.assert_close(ours[0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_linear_in_the_weights_and_ignore_padding(model):
+    coordinates = Coordinates.choose(model, None)
+    weights_BT = torch.arange(12.0).reshape(3, 4) - 5
+    doubled, at_padding = 2 * weights_BT, weights_BT.clone()
+    at_padding[1, 1:] = 99
+    one, two, three, none = weighted_gradients(
+        model,
+        PROMPT,
+        RESPONSES,
+        torch.stack([weights_BT, doubled, at_padding, torch.zeros(3, 4)]),
+        coordinates,
+    )
+    torch.testing.assert_close(two, 2 * one)
+    torch.testing.assert_close(three, one)
+    assert not none.any()
+    parts = sum(
+        weighted_gradients(model, PROMPT, [row], weights_BT[None, i : i + 1, : len(row)], coordinates)
+        for i, row in enumerate(RESPONSES)
+    )
+    torch.testing.assert_close(parts[0], one, rtol=1e-5, atol=1e-5)  # added up in float32
+
+
+def test_the_model_stays_as_it_was(model):
+    model.train()
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates.choose(model))
+    token_statistics(model, PROMPT, RESPONSES)
+    assert model.training
+    assert model.lm_head.weight.grad.eq(1).all()
+    assert model.model.embed_tokens.weight.grad is None
+    model.lm_head.weight.grad = None
+
+
+def test_kept_coordinates_are_entries_of_the_whole_vector(model):
+    whole = weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates.choose(model, None))
+    some = Coordinates.choose(model, 1000, seed=3)
+    part = weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), some)
+    assert some.size == 1000
+    assert some.scale == whole.shape[1] / 1000
+    assert torch.equal(part[0], whole[0, some.kept_N])
+
+
+def test_inner_products_of_kept_coordinates_are_unbiased():
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(2, 4, bias=False))  # 15 + 5 + 8 = 28 entries
+    a, b = torch.arange(28.0) - 9, torch.arange(28.0) ** 2
+    products = []
+    for seed in range(4000):
+        chosen = Coordinates.choose(layer, 7, seed)
+        split = [part.reshape(-1) for part in a.split([15, 5, 8])], [part.reshape(-1) for part in b.split([15, 5, 8])]
+        products.append(float(chosen.scale * chosen.gather(split[0]) @ chosen.gather(split[1])))
+    values = torch.tensor(products, dtype=torch.float64)
+    assert abs(values.mean() - a @ b) < 4 * values.std() / len(values) ** 0.5
+
+
+def test_draws_are_distinct_and_even():
+    for total, count in ((10, 4), (1000, 200)):
+        counts = torch.zeros(total)
+        for seed in range(500):
+            drawn = draw_distinct(total, count, torch.Generator().manual_seed(seed))
+            assert len(drawn.unique()) == count
+            counts[drawn] += 1
+        share = count / total
+        assert (counts / 500 - share).abs().max() < 5 * (share * (1 - share) / 500) ** 0.5
+
+
+def test_statistics_are_those_of_each_response_alone(model):
+    logps_BT, entropies_BT, collisions_BT = token_statistics(model, PROMPT, RESPONSES)
+    for row, (response, expected) in enumerate(zip(RESPONSES, row_by_row_logps(model, PROMPT, RESPONSES), strict=True)):
+        length = len(response)
+        torch.testing.assert_close(logps_BT[row, :length], expected.detach())
+        p = model(torch.tensor([[*PROMPT, *response]])).logits[0, len(PROMPT) - 1 : -1].softmax(-1)
+        torch.testing.assert_close(entropies_BT[row, :length], -(p * p.log()).sum(-1).detach())
+        torch.testing.assert_close(collisions_BT[row, :length], 1 - p.square().sum(-1).detach())
+        assert not logps_BT[row, length:].any()
+        assert not entropies_BT[row, length:].any()
+
+
+def test_a_score_is_e_y_minus_p_on_the_logits(model):
+    # The head of the tiny model is untied: its gradient is (e_y - p) h^T, whose squared norm is |e_y - p|^2 |h|^2.
+    ids_BT, mask_BT = padded([[4]])
+    p = response_logits(model, PROMPT, ids_BT, mask_BT)[0, 0].softmax(-1).detach()
+    hidden = model.model(torch.tensor([PROMPT])).last_hidden_state[0, -1].detach()
+    others = [q for q in model.parameters() if q is not model.lm_head.weight]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        vector = weighted_gradients(model, PROMPT, [[4]], torch.ones(1, 1, 1), Coordinates.choose(model, None))
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+    score = -p
+    score[4] += 1
+    expected = score.square().sum() * hidden.square().sum()
+    torch.testing.assert_close(vector.double().square().sum(), expected, rtol=1e-5, atol=0)
+
+
+def test_responses_without_tokens_have_no_gradient(model):
+    assert not weighted_gradients(model, PROMPT, [[], []], torch.ones(2, 2, 0), Coordinates.choose(model)).any()
+    assert token_statistics(model, PROMPT, [[]]).logps_BT.shape == (1, 0)
+
+
+def test_errors_name_what_was_got(model):
+    coordinates = Coordinates.choose(model)
+    with pytest.raises(ValueError, match=r"got weights \(1, 3, 5\)"):
+        weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 5), coordinates)
+    with pytest.raises(ValueError, match="another model"):
+        weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates((3,)))
+    with pytest.raises(ValueError, match="empty prompt"):
+        token_statistics(model, [], RESPONSES)
+    with pytest.raises(ValueError, match="no responses"):
+        padded([])
+    with pytest.raises(ValueError, match="limit of 0"):
+        Coordinates.choose(model, 0)
+    with pytest.raises(ValueError, match="without trainable"):
+        Coordinates.choose(torch.nn.Identity())
