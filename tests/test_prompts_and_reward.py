@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from rest_rl.presets import PRESETS
 from rest_rl.response import Gold, ToolCall
+from rest_rl.rewards import RewardConfig, random_rewards
 from rest_rl.train.prompts import render_prompt, training_dataset
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
@@ -81,6 +83,32 @@ def test_the_reward_reads_ids_and_follows_progress(tokenizer):
     assert progress_of(State) == 1.0
     with pytest.raises(ValueError, match="expected JSON"):
         reward(completion_ids=[ids], gold=["{"])
+
+
+def test_random_rewards_know_nothing_of_the_responses_and_the_scores_are_still_logged(tokenizer):
+    text = '<think> a</think>\n<tool_call>\n{"name": "f", "parameters": {"x": 1}}\n</tool_call>'
+    right, wrong = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id], tokenizer("<think>")["input_ids"]
+    preset = replace(PRESETS["grpo"], reward=RewardConfig(random=True))
+    reward = make_tool_reward(tokenizer, "toolrl", preset, seed=3)
+    state, gold = (
+        SimpleNamespace(global_step=5, max_steps=10),
+        [json.dumps({"calls": [{"name": "f", "arguments": {"x": 1}}]})],
+    )
+
+    def rewards(ids, **changes):
+        state.__dict__.update(changes)
+        return reward(completion_ids=ids, gold=gold * len(ids), trainer_state=state, log_metric=logged.__setitem__)
+
+    logged = {}
+    drawn = rewards([right, wrong])
+    assert drawn == rewards([wrong, right]) == random_rewards(2, 3, 5)
+    assert logged["rest/exact_match"] == 0.5
+    assert drawn != rewards([right, wrong], global_step=6)
+    assert drawn != random_rewards(2, 4, 5)
+    # another process of the same step draws the numbers of its own positions
+    assert random_rewards(1, 3, 5, first=1) == drawn[1:]
+    # 1,000 uniform draws have mean 1/2 and sd sqrt(1/12/1000) = 0.009
+    assert abs(sum(random_rewards(1000, 0, 0)) / 1000 - 0.5) < 0.05
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_a_preset_object_becomes_its_name_and_its_changes(tmp_path):
         ({"weights": {"strength": 2.0}}, ["2.0", "[0, 1]"]),
         ({"preset": "authors-code", "weights": {"strength": 0.5}}, ["authors-code"]),
         ({"beta": 0.04}, ["beta=0.04", "'grpo'"]),
+        ({"preset": "grpo", "weights": {"dropped": ["reasoning"]}, "beta": 0.1}, ["beta=0.1"]),
         ({"entropy_coef": 0.01}, ["entropy_coef=0.01", "'grpo'"]),
         ({"use_adaptive_entropy": True}, ["use_adaptive_entropy", "'grpo'"]),
         ({"top_entropy_quantile": 0.2}, ["top_entropy_quantile=0.2", "'grpo'"]),

@@ -328,6 +328,27 @@ def test_every_rule_trains(tokenizer, tmp_path, rule):
     assert sum(share * weight for share, weight in parts if share) == pytest.approx(1, abs=1e-6)
 
 
+def test_a_dropped_region_has_no_gradient(tokenizer, tmp_path):
+    trainer = trained(rest_trainer(tokenizer, tmp_path, preset="grpo", weights={"dropped": ["reasoning"]}, max_steps=1))
+    row = history(trainer)[0]
+    assert row["rest/share/reasoning"] > 0
+    assert row["rest/weight/reasoning"] == 0.0
+    parts = [(row[f"rest/share/{r.label}"], row[f"rest/weight/{r.label}"]) for r in Region]
+    assert sum(share * weight for share, weight in parts if share) == pytest.approx(1, abs=1e-6)
+
+
+def test_random_rewards_are_drawn_from_the_run_s_seed(tokenizer, tmp_path):
+    rewards = [
+        history(
+            trained(
+                rest_trainer(tokenizer, tmp_path / name, preset="grpo", reward={"random": True}, seed=seed, max_steps=1)
+            )
+        )[0]["reward"]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert rewards[0] == rewards[1] != rewards[2]
+
+
 def test_lora_trains(tokenizer, tmp_path):
     peft = pytest.importorskip("peft")
     trainer = ResTTrainer(

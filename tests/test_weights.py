@@ -90,6 +90,30 @@ def test_permuted_deals_the_same_weights_to_shuffled_regions_by_seed():
     assert first.tolist() != region_weights(seen, replace(WIDE, rule="permuted", seed=2)).tolist()
 
 
+def test_permuted_deals_the_curriculum_with_the_weights():
+    config = WeightConfig(decay_format=0.4, gain_arguments=0.3, gain_reasoning=0.2, rule="permuted", seed=1)
+    dealing = [1, 5, 2, 0, 3, 4]  # torch's shuffle of seed 1: FORMAT gets what NAME would have, NAME that of OTHER, ...
+    plain_R = apply_curriculum(torch.ones(6, dtype=torch.float64), 1.0, replace(config, rule="one_minus_exp"))
+    assert plain_R.tolist() == pytest.approx([0.6, 1.0, 1.3, 1.2, 1.2, 1.0])
+    dealt_R = apply_curriculum(torch.ones(6, dtype=torch.float64), 1.0, config)
+    assert dealt_R.tolist() == pytest.approx(plain_R[dealing].tolist())
+    seen = statistics([0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
+    whole_R, whole_dealt_R = (apply_curriculum(region_weights(seen, c), 0.5, c) for c in (
+        replace(config, rule="one_minus_exp"), config))  # fmt: skip
+    assert whole_dealt_R.tolist() == pytest.approx(whole_R[dealing].tolist())
+
+
+def test_dropped_regions_weigh_nothing_and_the_mean_stays_one():
+    config = WeightConfig(rule="uniform", dropped=("reasoning",), gain_reasoning=0.5)
+    weights_R = apply_curriculum(region_weights(None, config), 1.0, config)
+    assert weights_R.tolist() == [1.0, 1.0, 1.0, 0.0, 1.5, 1.0]
+    # FORMAT 1, REASONING 0, 0, 0: mean 1/4, so FORMAT gets 4; a response of reasoning alone has no gradient
+    regions_BT = torch.tensor([[0, 3, 3, 3], [3, 3, 3, 3]])
+    weights_BT = assign_weights(weights_R, regions_BT, torch.ones_like(regions_BT))
+    assert weights_BT.tolist() == [[4, 0, 0, 0], [0, 0, 0, 0]]
+    assert WeightConfig(dropped=["name"]) == WeightConfig(dropped=("name",))  # as TOML has it
+
+
 def test_weights_are_clipped_after_division_by_the_token_mean():
     weights_R = region_weights(statistics([1e-9, 0.5, 1, 2, 4, 8]), WeightConfig(w_min=0.5, w_max=2.0))
     assert weights_R.min() == 0.5
@@ -168,6 +192,9 @@ def test_top_entropy_keeps_the_most_uncertain_tokens_and_one_of_every_response()
         ({"quantile": 0.0}, "quantile"),
         ({"uncertainty_floor": 0.0}, "positive"),
         ({"constants": {"format": 1.0}}, "reasoning"),
+        ({"dropped": ("think",)}, "'think'.*reasoning"),
+        ({"dropped": tuple(WeightConfig().constants)}, "every region"),
+        ({"dropped": ("name",), "rule": "top_entropy"}, "top_entropy"),
         ({"constants": dict.fromkeys(WeightConfig().constants, 0.0)}, "not all of them 0"),
     ],
 )

@@ -7,6 +7,7 @@ judged here: the text of an answer, the truth of the reasoning, argument types a
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ class RewardConfig:
     """nu' at progress 0 (ours: some accuracy from the start, or a group that all formats well has no spread)."""
     accuracy_share_end: float = 0.8
     """nu' at progress 1 (ours: format stays worth something)."""
+    random: bool = False
+    """Train on `random_rewards` instead (a control: what is learnt without a signal). The two scores stay the rule's,
+    and `score` knows nothing of it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.accuracy_share_start <= self.accuracy_share_end <= 1:
@@ -76,6 +80,16 @@ def score(parsed: ParsedResponse, gold: Gold, progress: float = 0.0, config: Rew
     accuracy, accuracy_findings = accuracy_score(parsed, gold)
     total = config.accuracy_scale * accuracy * share + config.format_scale * well_formatted * (1 - share)
     return Reward(total, well_formatted, accuracy, format_findings + accuracy_findings)
+
+
+def random_rewards(count: int, seed: int, step: int, first: int = 0) -> list[float]:
+    """Rewards in [0, 1) that know nothing of the responses: positions `first` to `first + count` of a batch.
+
+    They depend on the seed, the step and the position alone, so a resumed run draws the same ones:
+    `random_rewards(2, s, k, first=3) == random_rewards(5, s, k)[3:]`.
+    """
+    draws = random.Random(f"{seed} {step}")
+    return [draws.random() for _ in range(first + count)][first:]
 
 
 def exact_match(parsed: ParsedResponse, gold: Gold) -> bool:

@@ -54,6 +54,8 @@ class WeightConfig:
     """Share of tokens that the rule `top_entropy` keeps (arXiv 2506.01939)."""
     seed: int = 0
     """Shuffle of the rule `permuted`."""
+    dropped: tuple[str, ...] = ()
+    """Labels of regions whose tokens get no gradient, whatever the rule (an ablation of the paper: no reasoning)."""
     uncertainty_floor: float = 1e-3
     """Smallest H, 1-exp(-H) or collision mass that a rule divides by (ours): a region that has become deterministic
     would otherwise weigh infinitely much."""
@@ -69,12 +71,26 @@ class WeightConfig:
             raise ValueError(f"got quantile {self.quantile}, expected a number in (0, 1]")
         if not self.uncertainty_floor > 0:
             raise ValueError(f"got uncertainty_floor {self.uncertainty_floor}, expected a positive number")
+        self._check_dropped()
         numbers = self.constants.values()
         known = set(self.constants) == {region.label for region in Region}
         if not known or not all(0 <= value < float("inf") for value in numbers) or not any(numbers):
             raise ValueError(
                 f"got constants {dict(self.constants)}, expected a finite number >= 0, not all of them 0, for each of "
                 f"{', '.join(region.label for region in Region)}"
+            )
+
+    def _check_dropped(self) -> None:
+        object.__setattr__(self, "dropped", tuple(self.dropped))  # TOML and JSON have lists
+        labels = [region.label for region in Region]
+        if unknown := sorted(set(self.dropped) - set(labels)):
+            raise ValueError(f"got dropped {unknown}, expected some of {', '.join(labels)}; mend the label")
+        if set(self.dropped) == set(labels):
+            raise ValueError("got every region in dropped, expected one to learn from; leave one out")
+        if self.dropped and self.rule == "top_entropy":
+            raise ValueError(
+                f"got dropped {list(self.dropped)} with the rule 'top_entropy', which weighs tokens and no regions; "
+                "remove one of them"
             )
 
     @property
@@ -117,9 +133,12 @@ def region_weights(statistics: RegionStatistics | None, config: WeightConfig) ->
         return torch.ones(NUM_REGIONS, dtype=torch.float64)
     mean = (raw_R * statistics.counts_R)[seen_R].sum() / statistics.counts_R[seen_R].sum()
     weights_R = torch.where(seen_R, raw_R / mean, torch.ones_like(raw_R)).clamp(config.w_min, config.w_max)
-    if config.rule == "permuted":
-        weights_R = weights_R[torch.randperm(NUM_REGIONS, generator=torch.Generator().manual_seed(config.seed))]
-    return weights_R
+    return weights_R[_dealing(config)] if config.rule == "permuted" else weights_R
+
+
+def _dealing(config: WeightConfig) -> Tensor:
+    """Which region's weight each region gets under the rule `permuted`."""
+    return torch.randperm(NUM_REGIONS, generator=torch.Generator().manual_seed(config.seed))
 
 
 def _uncertainty(statistics: RegionStatistics, config: WeightConfig) -> Tensor:
@@ -136,8 +155,9 @@ def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -
     """Move weight from structure to reasoning as training goes on (ResT's curriculum): float64 (R,).
 
     NAME and OTHER constant; FORMAT max(w_min, w - a_f nu); ARGUMENTS min(w_max, w + a_p nu); REASONING and ANSWER
-    min(w_max, w + a_t nu). The shifts are scaled by `strength`, so that strength 0 is GRPO throughout. ValueError for a
-    progress outside [0, 1].
+    min(w_max, w + a_t nu). The shifts are scaled by `strength`, so that strength 0 is GRPO throughout; the rule
+    `permuted` deals them as it deals the weights. Regions in `dropped` then weigh 0. ValueError for a progress outside
+    [0, 1].
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"got progress {progress}, expected a number in [0, 1]: step / (total steps - 1)")
@@ -148,7 +168,11 @@ def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -
     shift_R[Region.FORMAT] = -config.decay_format * progress
     shift_R[Region.ARGUMENTS] = config.gain_arguments * progress
     shift_R[Region.REASONING] = shift_R[Region.ANSWER] = config.gain_reasoning * progress
-    return torch.minimum(torch.maximum(weights_R + config.strength * shift_R, lowest), highest)
+    if config.rule == "permuted":
+        shift_R = shift_R[_dealing(config)]
+    weights_R = torch.minimum(torch.maximum(weights_R + config.strength * shift_R, lowest), highest)
+    weights_R[[region for region in Region if region.label in config.dropped]] = 0.0
+    return weights_R
 
 
 def assign_weights(weights_R: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ def recorded_reward(
 ) -> Callable[..., list[float]]:
     """The preset's reward, which also writes the first responses of every step to the run folder."""
     tool_format = get_format(config.rest.format)
-    reward = make_tool_reward(tokenizer, tool_format, args.method(), steps_per_generation(args))
+    reward = make_tool_reward(tokenizer, tool_format, args.method(), steps_per_generation(args), args.seed)
 
     @functools.wraps(reward)  # TRL names its metrics after the function
     def recorded(

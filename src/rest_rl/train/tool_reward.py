@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed
+
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.presets import Preset, get_preset
 from rest_rl.regions import decode_ids
 from rest_rl.response import Gold, gold_from_json
-from rest_rl.rewards import score
+from rest_rl.rewards import random_rewards, score
 from rest_rl.scoring import score_response
 
 
@@ -24,12 +26,14 @@ def make_tool_reward(
     tool_format: str | ToolFormat = "toolrl",
     preset: str | Preset = "rest",
     steps_per_batch: int = 1,
+    seed: int = 0,
 ) -> Callable[..., list[float]]:
     """The preset's rule reward as a reward function for TRL, also for its stock trainers.
 
     It reads the sampled ids, not the text that TRL decodes without special tokens, and the dataset column `gold`: a
     JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}. `steps_per_batch` are the optimizer steps
-    that learn from one batch of responses: the published schedule of `authors-code` counts batches.
+    that learn from one batch of responses: the published schedule of `authors-code` counts batches. `seed` is that of
+    the run, for rewards that are `random`.
     """
     chosen_format, method = get_format(tool_format), get_preset(preset)
 
@@ -47,9 +51,16 @@ def make_tool_reward(
         for position, name in enumerate(("format", "accuracy", "exact_match", "call_rate"), start=1):
             if log_metric is not None:
                 log_metric(f"rest/{name}", sum(row[position] for row in rows) / len(rows))
+        if method.reward is not None and method.reward.random:
+            step = 0 if trainer_state is None else trainer_state.global_step
+            return random_rewards(len(rows), seed, step, first=_rank() * len(rows))
         return [row[0] for row in rows]
 
     return tool_reward
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _score(

@@ -177,7 +177,7 @@ def reshapes(method: Preset) -> bool:
     if config is None or config.rule == "top_entropy":
         return True
     moves = config.decay_format != 0 or config.gain_arguments != 0 or config.gain_reasoning != 0
-    return config.strength > 0 and (config.rule != "uniform" or moves)
+    return bool(config.dropped) or (config.strength > 0 and (config.rule != "uniform" or moves))
 
 
 def steps_per_generation(args: Any) -> int:
@@ -226,7 +226,7 @@ class ResTTrainer(GRPOTrainer):
         if reward_funcs is None:
             _check_gold_column(train_dataset)
             reward_funcs = make_tool_reward(
-                self._text_tokenizer, self._format, self._method, steps_per_generation(args)
+                self._text_tokenizer, self._format, self._method, steps_per_generation(args), args.seed
             )
         super().__init__(
             model=model,
