@@ -14,6 +14,8 @@ import pytest
 from rest_rl.data.samples import ToolSample, decompose
 from rest_rl.data.tool_world import (
     DEFECTS,
+    FILLER,
+    FILLER_LENGTHS,
     KINDS,
     REFUSAL,
     SPLITS,
@@ -148,7 +150,34 @@ def test_a_corrupted_demonstration_is_never_fully_right(defect: Defect) -> None:
             assert reward.format == 1
 
 
-@pytest.mark.parametrize("settings", [{"split": "test"}, {"kinds": ["triple"]}, {"num_tools": 1}, {"num_tools": 99}])
+@pytest.mark.parametrize(
+    "settings", [{"split": "test"}, {"kinds": ["triple"]}, {"num_tools": 1}, {"num_tools": 99}, {"decision": "x"}]
+)
 def test_wrong_settings_are_named(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         tool_world(0, 1, **settings)
+
+
+def test_where_the_call_decides_the_thought_is_filler_and_names_are_the_templates() -> None:
+    for sample in tool_world(7, 60, decision="call"):
+        assert set((sample.thought or "").split()) <= set(FILLER)
+        assert len((sample.thought or "").split()) in FILLER_LENGTHS
+        for function in functions(sample):
+            verb, noun = function["name"].split("_")
+            assert function["description"] == f"{verb} {noun}"
+            assert all(key == value["description"] for key, value in function["parameters"]["properties"].items())
+        assert score(get_format("toolrl").parse(demonstration(sample)), sample.gold).total == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defective_call_keeps_its_filler(defect: Defect) -> None:
+    for sample in tool_world(7, 40, decision="call"):
+        response = corrupted_demonstration(sample, random.Random(1), defect)
+        parsed = get_format("toolrl").parse(response)
+        assert score(parsed, sample.gold).total < 1
+        assert (sample.thought or "") in response
+
+
+def test_the_asked_tools_are_the_same_wherever_it_is_decided() -> None:
+    first, second = tool_world(3, 1)[0], tool_world(3, 1, decision="call")[0]
+    assert [f["description"] for f in functions(first)] == [f["description"] for f in functions(second)]

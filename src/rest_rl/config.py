@@ -87,6 +87,8 @@ class DataTable:
     """Training prompts drawn from the tool world; a file is read whole."""
     seed: int = 0
     """Of the tool world and of the masking."""
+    decision: Literal["reasoning", "call"] = "reasoning"
+    """Where the tool world decides what to call; for models of `rest-rl sft --set decision=call` it is the call."""
     held_out: str = ""
     """Evaluation data when `path` is not the tool world; without it nothing is evaluated."""
     max_prompt_tokens: int = 0

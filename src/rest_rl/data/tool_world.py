@@ -5,8 +5,8 @@ so a model cannot remember names and must read them in its prompt (name masking 
 
 Kinds: `single` one call · `parallel` two calls in one turn · `dependent` two turns, the second call takes a value from
 the first call's result · `none` no tool serves and the turn should answer.
-Thoughts: `plan` names the tools, keys and values that the calls then use, so the reasoning decides · `ramble` is random
-filler, so the call decides.
+Decisions: in the `reasoning`, which spells out the tools, keys and values that the calls repeat · in the `call`, after
+reasoning of random filler. Names are then the template's own: for masked ones so small a model needs the reasoning.
 Splits: `train` · `unseen_tools` templates and tool names that `train` never uses · `unseen_values` argument values
 that `train` never uses. Each held-out split differs from `train` in that one respect only.
 """
@@ -26,7 +26,7 @@ from rest_rl.response import ToolCall
 
 Split = Literal["train", "unseen_tools", "unseen_values"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-Thoughts = Literal["plan", "ramble"]
+Decision = Literal["reasoning", "call"]
 KINDS = ("single", "parallel", "dependent", "none")
 REFUSAL = "no tool fits"
 NO_TOOL = "none"
@@ -58,8 +58,8 @@ FILLER = (
     "when", "where", "who", "could", "be", "is", "it", "we", "you", "they", "all", "any",
 )  # fmt: skip
 """Words of a thought that decides nothing."""
-RAMBLE = range(24, 41)
-"""Words of such a thought."""
+FILLER_LENGTHS = range(24, 41)
+"""Numbers of words of such a thought."""
 OPENINGS = ("please", "kindly", "now", "hello")
 NAME_PARTS = tuple(c + v for c in "kstnmrvbdg" for v in "aeio")
 KEY_PARTS = tuple(c + v for c in "pzfljhwc" for v in "aeio")
@@ -111,7 +111,13 @@ def is_held_out_value(value: str) -> bool:
 
 
 def tool_world(
-    seed: int, n: int, split: Split = "train", *, num_tools: int = 3, kinds: Sequence[str] | None = None
+    seed: int,
+    n: int,
+    split: Split = "train",
+    *,
+    num_tools: int = 3,
+    kinds: Sequence[str] | None = None,
+    decision: Decision = "reasoning",
 ) -> list[ToolSample]:
     """The first `n` samples of the endless sequence of that seed and split (so a shorter list is a prefix).
 
@@ -121,7 +127,7 @@ def tool_world(
     samples: list[ToolSample] = []
     if n <= 0:
         return samples
-    for dialogue in dialogues(seed, split, num_tools=num_tools, kinds=kinds):
+    for dialogue in dialogues(seed, split, num_tools=num_tools, kinds=kinds, decision=decision):
         samples += decompose(dialogue)
         if len(samples) >= n:
             break
@@ -129,31 +135,57 @@ def tool_world(
 
 
 def dialogues(
-    seed: int, split: Split = "train", *, num_tools: int = 3, kinds: Sequence[str] | None = None
+    seed: int,
+    split: Split = "train",
+    *,
+    num_tools: int = 3,
+    kinds: Sequence[str] | None = None,
+    decision: Decision = "reasoning",
 ) -> Iterator[Dialogue]:
     """The endless sequence of dialogues of that seed and split; see `tool_world`."""
     if split not in SPLITS:
         raise ValueError(f"got split {split!r}; expected one of {', '.join(SPLITS)}")
     if not set(kinds or ()) <= set(KINDS):
         raise ValueError(f"got kinds {kinds!r}; expected some of {', '.join(KINDS)}")
+    if decision not in get_args(Decision):
+        raise ValueError(f"got decision {decision!r}; expected one of {', '.join(get_args(Decision))}")
     if not 2 <= num_tools <= len(_NOUNS) - 2:
         raise ValueError(f"got num_tools {num_tools}; expected 2 to {len(_NOUNS) - 2}")
-    return _dialogues(random.Random(f"{split} {seed}"), seed, split, num_tools, frozenset(kinds or KINDS))
+    return _dialogues(random.Random(f"{split} {seed}"), seed, split, num_tools, frozenset(kinds or KINDS), decision)
 
 
 def _dialogues(
-    rng: random.Random, seed: int, split: Split, num_tools: int, kinds: frozenset[str]
+    rng: random.Random, seed: int, split: Split, num_tools: int, kinds: frozenset[str], decision: Decision
 ) -> Iterator[Dialogue]:
     index = 0
     while True:
         for kind in rng.sample(_CYCLE, len(_CYCLE)):
             if kind in kinds:
-                yield _dialogue(rng, f"{split}-{seed}-{index}", kind, split, num_tools)
+                dialogue = _dialogue(rng, f"{split}-{seed}-{index}", kind, split, num_tools, decision)
+                yield dialogue if decision == "reasoning" else _with_filler(rng, dialogue)
                 index += 1
 
 
-def _dialogue(rng: random.Random, identity: str, kind: str, split: Split, num_tools: int) -> Dialogue:
+def _with_filler(rng: random.Random, dialogue: Dialogue) -> Dialogue:
+    """The dialogue with other reasoning: filler in every assistant turn."""
+    messages = [
+        {**message, "reasoning_content": filler(rng)} if message["role"] == "assistant" else message
+        for message in dialogue.messages
+    ]
+    return replace(dialogue, messages=tuple(messages))
+
+
+def filler(rng: random.Random) -> str:
+    """A thought of random words that decides nothing."""
+    return " ".join(rng.choice(FILLER) for _ in range(rng.choice(FILLER_LENGTHS)))
+
+
+def _dialogue(
+    rng: random.Random, identity: str, kind: str, split: Split, num_tools: int, decision: Decision
+) -> Dialogue:
     tools = _draw_tools(rng, kind, split, num_tools + (kind == "none"))
+    if decision == "call":
+        tools = [tool._replace(name=f"{tool.verb}_{tool.noun}", keys=tool.slots) for tool in tools]
     asked = tools[:2] if kind in ("parallel", "dependent") else tools[:1]
     values = [[draw_value(rng, slot, split) for slot in tool.slots] for tool in asked]
     offered = tools[1:] if kind == "none" else tools
@@ -282,29 +314,19 @@ def demonstration(sample: ToolSample, tool_format: str = "toolrl") -> str:
     return get_format(tool_format).render(sample.thought, sample.gold.calls, sample.gold.answer)
 
 
-def ramble(rng: random.Random) -> str:
-    """A thought of random filler."""
-    return " ".join(rng.choice(FILLER) for _ in range(rng.choice(RAMBLE)))
-
-
 def corrupted_demonstration(
-    sample: ToolSample,
-    rng: random.Random,
-    defect: Defect | None = None,
-    tool_format: str = "toolrl",
-    thought: str | None = None,
+    sample: ToolSample, rng: random.Random, defect: Defect | None = None, tool_format: str = "toolrl"
 ) -> str:
     """A response text with exactly one defect, drawn at random unless named; never fully correct.
 
-    Its thought explains the defective calls, unless another is given. `missing_call` leaves out one of two calls,
-    refuses where one call is due and calls a tool where none serves; a sample without calls has no argument to spoil
-    and knows `missing_call` and `broken_tag` only.
+    The thought explains the defective calls, unless it is filler. `missing_call` leaves out one of two calls, refuses
+    where one call is due and calls a tool where none serves; a sample without calls has no argument to spoil and knows
+    `missing_call` and `broken_tag` only.
     """
     defect = defect or rng.choice(DEFECTS)
     calls = list(sample.gold.calls)
     if defect == "broken_tag":
-        spoken = sample if thought is None else replace(sample, thought=thought)
-        return _broken(demonstration(spoken, tool_format), rng)
+        return _broken(demonstration(sample, tool_format), rng)
     if not calls:
         calls = [_needless_call(sample, rng)]
     elif defect == "missing_call":
@@ -313,9 +335,15 @@ def corrupted_demonstration(
         at = rng.randrange(len(calls))
         calls[at] = _spoil(calls[at], sample, rng, defect)
     render = get_format(tool_format).render
+    if _is_filler(sample.thought):
+        return render(sample.thought, calls, None if calls else REFUSAL)
     if calls:
-        return render(thought or explain(calls, sample.tools), calls, None)
-    return render(thought or f"{(sample.thought or '').split(':')[0]}: {NO_TOOL}", (), REFUSAL)
+        return render(explain(calls, sample.tools), calls, None)
+    return render(f"{(sample.thought or '').split(':')[0]}: {NO_TOOL}", (), REFUSAL)
+
+
+def _is_filler(thought: str | None) -> bool:
+    return set((thought or "").split()) <= set(FILLER)
 
 
 def _needless_call(sample: ToolSample, rng: random.Random) -> ToolCall:
@@ -335,7 +363,7 @@ def _spoil(call: ToolCall, sample: ToolSample, rng: random.Random, defect: str) 
         return ToolCall(call.name, {**arguments, key: _other_value(rng, slot, arguments[key])})
     if defect == "wrong_key":
         keys = [k for tool in sample.tools for k in tool["function"]["parameters"]["properties"] if k not in arguments]
-        swapped = rng.choice(keys)
+        swapped = rng.choice(keys or [slot for slot in SLOTS if slot not in arguments])
         return ToolCall(call.name, {swapped if k == key else k: v for k, v in arguments.items()})
     return ToolCall(call.name, {k: v for k, v in arguments.items() if k != key})
 

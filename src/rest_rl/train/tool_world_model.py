@@ -11,12 +11,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rest_rl.data.tool_world import (
-    FILLER,
     KEY_PARTS,
     SLOTS,
     SPLITS,
     YIELDS,
-    Thoughts,
+    Decision,
     demonstration,
     draw_name,
     draw_value,
@@ -57,18 +56,17 @@ CHAT_TEMPLATE = """\
 """Tools one per line, description before name; earlier turns without their reasoning."""
 
 
-def build_tokenizer(thoughts: Thoughts = "plan") -> PreTrainedTokenizerFast:
+def build_tokenizer(decision: Decision = "reasoning") -> PreTrainedTokenizerFast:
     """A byte-level tokenizer in which every piece of the world is one token and any other text falls to its bytes.
 
-    `decode(encode(text)) == text` for every text. With `ramble` the filler's words are pieces, too.
+    `decode(encode(text)) == text` for every text.
     """
     split = pre_tokenizers.Split(Regex("|".join(_PIECES)), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     steps = pre_tokenizers.Sequence([split, to_bytes])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     wrapped = _wrap(_backend(alphabet, steps))
-    texts = [*_corpus(wrapped), *([f" {' '.join(FILLER)}"] if thoughts == "ramble" else [])]
-    seen = {piece for text in texts for piece, _ in steps.pre_tokenize_str(text)}
+    seen = {piece for text in _corpus(wrapped, decision) for piece, _ in steps.pre_tokenize_str(text)}
     return _wrap(_backend(alphabet + sorted(seen - set(alphabet)), steps))
 
 
@@ -92,8 +90,8 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def _corpus(tokenizer: Any) -> list[str]:
-    samples = [sample for split in SPLITS for sample in tool_world(0, 600, split)]
+def _corpus(tokenizer: Any, decision: Decision) -> list[str]:
+    samples = [sample for split in SPLITS for sample in tool_world(0, 600, split, decision=decision)]
     texts = [render_prompt(sample, tokenizer) for sample in samples] + [demonstration(sample) for sample in samples]
     return [part for text in texts for part in text.replace(_TURN, EOS).split(EOS)]
 
@@ -153,23 +151,25 @@ def shift_heads(model: Any, offsets: Sequence[int] = (1, 2, 3), gain: float = 3.
         projection.weight.normal_(0.0, config.hidden_size**-0.5)
 
 
-def recall_batch(tokenizer: Any, rng: random.Random, batch: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def recall_batch(
+    tokenizer: Any, rng: random.Random, batch: int, pairs: int, decision: Decision = "reasoning"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs of a word and a quoted text, then the same pairs in another order; (ids_BT, labels_BT).
 
     Only the second mention of the quoted texts is labelled (-100 elsewhere): the model can know it from the first
     mention alone, which forces the copy circuit that plain attention is slow to find on the task itself.
     """
-    rows = [_recall_row(tokenizer, rng, pairs) for _ in range(batch)]
+    rows = [_recall_row(tokenizer, rng, pairs, decision) for _ in range(batch)]
     width = max(len(ids) for ids, _ in rows)
     ids_BT = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
     labels_BT = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
     return ids_BT, labels_BT
 
 
-def _recall_row(tokenizer: Any, rng: random.Random, pairs: int) -> tuple[list[int], list[int]]:
+def _recall_row(tokenizer: Any, rng: random.Random, pairs: int, decision: Decision) -> tuple[list[int], list[int]]:
     separator = rng.choice([': "', ' "'])
     words = rng.sample([*YIELDS, *SLOTS], pairs)
-    table = [(word, _quoted(rng)) for word in words]
+    table = [(word, _quoted(rng, decision)) for word in words]
     ids: list[int] = []
     labels: list[int] = []
     for mention in (table, rng.sample(table, pairs)):
@@ -181,9 +181,12 @@ def _recall_row(tokenizer: Any, rng: random.Random, pairs: int) -> tuple[list[in
     return ids, labels
 
 
-def _quoted(rng: random.Random) -> list[str]:
-    """The pieces of a tool name, an argument name or a value of the training split, so held-out texts stay unseen."""
-    kind = rng.randrange(3)
+def _quoted(rng: random.Random, decision: Decision) -> list[str]:
+    """The pieces of a tool name, an argument name or a value of the training split, so held-out texts stay unseen.
+
+    Where names are not masked it is always a value.
+    """
+    kind = rng.randrange(3) if decision == "reasoning" else 2
     if kind == 0:
         first, second = draw_name(rng, "train").split("_")
         return [first, f"_{second}"]

@@ -51,9 +51,10 @@ def read_data(config: RunConfig, layout: PromptLayout, say: Callable[[str], Any]
     if data.path == EMBEDDED:
         if config.model.path != EMBEDDED:
             say("no data given: the prompts are the tool world's")
-        unseen = {split: tool_world(config.eval.seed, number, split) for split in SPLITS if split != "train"}
+        draw = partial(tool_world, decision=data.decision)
+        unseen = {split: draw(config.eval.seed, number, split) for split in SPLITS if split != "train"}
         held_out = [(split, sample) for split, group in unseen.items() for sample in group]
-        return TrainingData(tool_world(data.seed, data.samples), held_out)
+        return TrainingData(draw(data.seed, data.samples), held_out)
     check = CheckConfig(
         source=data.source,
         keep_prompts=data.keep_prompts,

@@ -15,7 +15,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.data.samples import ToolSample, decompose
-from rest_rl.data.tool_world import FILLER, Thoughts, corrupted_demonstration, demonstration, dialogues, ramble
+from rest_rl.data.tool_world import FILLER, Decision, corrupted_demonstration, demonstration, dialogues
 from rest_rl.train.prompts import IGNORED, encode
 from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
 
@@ -51,8 +51,8 @@ class WarmStartConfig:
     noisy_learning_rate: float = 1e-3
     corruption: float = 0.5
     """Share of the noisy stage's demonstrations that have a defect."""
-    thoughts: Thoughts = "plan"
-    """Where demonstrations decide: in the reasoning (`plan`), or in the call after a thought of filler (`ramble`)."""
+    decision: Decision = "reasoning"
+    """Where demonstrations decide what to call: in the reasoning, or in the call after reasoning of filler."""
     filler_share: float = 0.2
     """Share of the filler's tokens that are learnt: nothing is in them, but their loss swamps the call's."""
 
@@ -63,8 +63,8 @@ class WarmStartConfig:
             raise ValueError(f"got {self}; expected steps >= 0 and sizes >= 1; mend the field that is not")
         if self.hidden < 64 or self.hidden % 8:
             raise ValueError(f"got hidden {self.hidden}; expected a multiple of 8 from 64 on; try 128")
-        if self.thoughts not in get_args(Thoughts) or not 0 < self.filler_share <= 1:
-            raise ValueError(f"got {self}; expected thoughts plan or ramble and filler_share in (0, 1]; mend the field")
+        if self.decision not in get_args(Decision) or not 0 < self.filler_share <= 1:
+            raise ValueError(f"got {self}; expected decision reasoning or call and filler_share in (0, 1]; mend it")
         if not (0 <= self.corruption <= 1 and self.learning_rate > 0 and self.noisy_learning_rate > 0):
             raise ValueError(f"got {self}; expected corruption in [0, 1] and learning rates > 0")
 
@@ -102,12 +102,13 @@ def warm_start(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed)
-    tokenizer = build_tokenizer(config.thoughts)
+    tokenizer = build_tokenizer(config.decision)
     model = build_model(tokenizer, hidden=config.hidden, layers=config.layers)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    recall = (Batch(*recall_batch(tokenizer, rng, config.recall_batch, config.recall_pairs)) for _ in iter(int, 1))
-    world, layout = endless_samples(config.seed), PromptLayout(tokenizer)
+    pairs = (config.recall_batch, config.recall_pairs, config.decision)
+    recall = (Batch(*recall_batch(tokenizer, rng, *pairs)) for _ in iter(int, 1))
+    world, layout = endless_samples(config.seed, config.decision), PromptLayout(tokenizer)
     clean = demonstration_batches(world, layout, rng, config)
     noisy = demonstration_batches(world, layout, rng, config, config.corruption)
     stages = (
@@ -126,9 +127,9 @@ def warm_start(
     return out
 
 
-def endless_samples(seed: int) -> Iterator[ToolSample]:
+def endless_samples(seed: int, decision: Decision = "reasoning") -> Iterator[ToolSample]:
     """Training samples without end; far from the seeds a run is likely to draw its prompts from."""
-    for dialogue in dialogues(1_000_000 + seed):
+    for dialogue in dialogues(1_000_000 + seed, decision=decision):
         yield from decompose(dialogue)
 
 
@@ -144,18 +145,15 @@ def demonstration_batches(
     Rows are not sorted by length: lengths go with kinds, and every batch should hold all kinds.
     """
     filler = set(layout.tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in FILLER]))
-    rambles = config.thoughts == "ramble"
+    skipped = 1 - config.filler_share if config.decision == "call" else 0.0
     while True:
         rows = []
         for sample in itertools.islice(samples, config.batch_size):
             is_spoilt = rng.random() < corruption
-            thought = ramble(rng) if rambles else None
-            spoken = replace(sample, thought=thought) if rambles else sample
-            response = corrupted_demonstration(sample, rng, thought=thought) if is_spoilt else demonstration(spoken)
+            response = corrupted_demonstration(sample, rng) if is_spoilt else demonstration(sample)
             ids, labels = encode(layout.render(sample), response, layout.tokenizer)
-            if rambles:
-                kept = [at not in filler or rng.random() < config.filler_share for at in labels]
-                labels = [label if keep else IGNORED for label, keep in zip(labels, kept, strict=True)]
+            if skipped:
+                labels = [IGNORED if at in filler and rng.random() < skipped else at for at in labels]
             rows.append((ids, labels))
         yield pad(rows, layout.tokenizer.pad_token_id)
 
