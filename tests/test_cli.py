@@ -103,7 +103,8 @@ def test_train_leaves_a_whole_run_folder(finished: Path) -> None:
     run = read_run(finished)
     assert [row["step"] for row in run.metrics] == [*range(1, STEPS + 1)]
     assert {row["step"] for row in run.responses} == {*range(1, STEPS + 1)}
-    assert run.responses[0].keys() == {"step", "progress", "id", "response", "ids", "gold", "reward"}
+    scored = {"step", "progress", "id", "prompt", "response", "ids", "lengths", "gold", "reward", "truncated"}
+    assert run.responses[0].keys() == scored | {"advantage", "regions", "weights", "entropies", "logps"}
     assert "rest/entropy/name" in run.metrics[0]
     assert run.metrics[0]["rest/weight/name"] > 0
     assert not any("time" in key or "per_second" in key for row in run.metrics for key in row)

@@ -8,6 +8,7 @@ word-level one joins words by spaces) goes through the tokenizers library's incr
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -207,6 +208,22 @@ def decode_ids(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] = ()) -> 
     known_ids = table.known(np.array(ids, dtype=np.int64)).tolist()
     known_ids = known_ids[: table.num_text_tokens(known_ids, _tag_ids(table, tags))]
     return b"".join(table.split(known_ids)).decode("utf-8", "replace")
+
+
+def token_lengths(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] = ()) -> list[int]:
+    """How many characters of `decode_ids` each id adds; they sum to its length.
+
+    A character belongs to the id that completes it, an incomplete last one to the last id; an id that adds none, such
+    as the end of sequence, has 0.
+    """
+    table = token_bytes(tokenizer)
+    known_ids = table.known(np.array(ids, dtype=np.int64)).tolist()
+    num_text = table.num_text_tokens(known_ids, _tag_ids(table, tags))
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    lengths = [len(decoder.decode(piece)) for piece in table.split(known_ids[:num_text])]
+    if lengths:
+        lengths[-1] += len(decoder.decode(b"", final=True))
+    return lengths + [0] * (len(ids) - num_text)
 
 
 def _tag_ids(table: TokenBytes, tags: Sequence[str]) -> frozenset[int]:

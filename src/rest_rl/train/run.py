@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,13 +21,13 @@ from rest_rl.config import RunConfig, describe, fits, options, unknown_key
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import get_format
-from rest_rl.regions import decode_ids
 from rest_rl.runlog import CHECKPOINTS, RunLog, unwritable
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import new_adapter, quiet_loading
 from rest_rl.train.prompts import OnRefused, training_dataset
+from rest_rl.train.response_record import ResponseRecord, recorded_reward
 from rest_rl.train.sft import region_trainer
-from rest_rl.train.tool_reward import make_tool_reward, progress_of
+from rest_rl.train.tool_reward import make_tool_reward
 from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, steps_per_generation
 
 WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
@@ -236,14 +235,16 @@ def build_trainer(
     }
     trainer: ResTTrainer | SFTTrainer
     if isinstance(args, ResTConfig):
+        record = ResponseRecord(functools.partial(keep_responses, log, observer))
         trainer = ResTTrainer(
             args=args,
-            reward_funcs=recorded_reward(config, layout.tokenizer, args, log, observer),
+            reward_funcs=recorded_tool_reward(config, layout.tokenizer, args, record),
             train_dataset=training_dataset(
                 samples, layout.tokenizer, layout.format, layout.variables, on_refused=on_refused
             ),
             **shared,
         )
+        trainer.on_weighed = record.fill
     else:
         trainer = region_trainer(args, layout, samples, config.rest.loss_weights(), on_refused=on_refused, **shared)
     check_size(trainer, config)
@@ -266,36 +267,19 @@ def check_size(trainer: ResTTrainer | SFTTrainer, config: RunConfig) -> None:
         )
 
 
-def recorded_reward(
-    config: RunConfig, tokenizer: Any, args: ResTConfig, log: RunLog, observer: Observer
+def recorded_tool_reward(
+    config: RunConfig, tokenizer: Any, args: ResTConfig, record: ResponseRecord
 ) -> Callable[..., list[float]]:
-    """The preset's reward, which also writes the first responses of every step to the run folder."""
+    """The preset's reward, which also records the first responses of every batch."""
     tool_format = get_format(config.rest.format)
     reward = make_tool_reward(tokenizer, tool_format, args.method(), steps_per_generation(args), args.seed)
+    return recorded_reward(reward, tokenizer, tool_format, config.run.responses_per_step, record)
 
-    @functools.wraps(reward)  # TRL names its metrics after the function
-    def recorded(
-        completion_ids: list[list[int]], gold: list[Any], trainer_state: Any = None, **rest: Any
-    ) -> list[float]:
-        totals = reward(completion_ids=completion_ids, gold=gold, trainer_state=trainer_state, **rest)
-        step = trainer_state.global_step + 1
-        rows = [
-            {
-                "step": step,
-                "progress": progress_of(trainer_state),
-                "id": rest["id"][i],
-                "response": decode_ids(completion_ids[i], tokenizer, tool_format.tags),
-                "ids": list(completion_ids[i]),
-                "gold": json.loads(gold[i]),
-                "reward": totals[i],
-            }
-            for i in range(min(config.run.responses_per_step, len(totals)))
-        ]
-        log.add_responses(rows)
-        observer.on_responses(step, rows)
-        return totals
 
-    return recorded
+def keep_responses(log: RunLog, observer: Observer, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Responses into the run folder and to the observer."""
+    log.add_responses(rows)
+    observer.on_responses(step, rows)
 
 
 def train(trainer: ResTTrainer | SFTTrainer, checkpoint: Checkpoint, log: RunLog) -> int:

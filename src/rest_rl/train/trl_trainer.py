@@ -17,7 +17,7 @@ the best decay in each run; the last step alone was 0.09 to 0.16 nats off (bench
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.epoch_order import EpochOrder
 from rest_rl.train.policy import load_tokenizer
+from rest_rl.train.response_record import PLACE, WeighedBatch
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
 from rest_rl.weights import apply_curriculum, assign_weights, keep_top_entropy, normalise, region_weights
 
@@ -238,6 +239,7 @@ class ResTTrainer(GRPOTrainer):
             **kwargs,
         )
         self.add_callback(EntropyTracker(args.entropy_decay))
+        self.on_weighed: Callable[[WeighedBatch], None] | None = None
         self._unweighed: dict[str, Any] | None = None
         self._advantages_B = torch.empty(0)
         self._sums_4R = torch.zeros(4, NUM_REGIONS, dtype=torch.float64)
@@ -255,6 +257,11 @@ class ResTTrainer(GRPOTrainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochOrder:
         """TRL's order of the prompts, also in a run that resumes after its first epoch."""
         return EpochOrder(super()._get_train_sampler(*args, **kwargs))
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's batch of scored responses, each with its number in it."""
+        batch = super()._generate_and_score_completions(inputs)
+        return {**batch, PLACE: torch.arange(len(batch["completion_ids"]))}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -299,6 +306,9 @@ class ResTTrainer(GRPOTrainer):
         self._sums_4R += torch.stack([sums[0][1], *(sums_R for sums_R, _ in sums)])
         if self.accelerator.sync_gradients or not self._training:
             self._close_step()
+        if self.on_weighed is not None and PLACE in batch:
+            advantages_B = self._advantages_B.cpu()
+            self.on_weighed(WeighedBatch(batch[PLACE], regions_BT, weights_BT, entropies_BT, logps_BT, advantages_B))
         return weights_BT
 
     def _token_weights(self, ids_BT: Tensor, mask_BT: Tensor, regions_BT: Tensor, entropies_BT: Tensor) -> Tensor:

@@ -1,0 +1,164 @@
+"""What a run folder keeps of each response: the loss's own numbers, and nothing that would change the run."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PrinterCallback
+
+from rest_rl.formats import FORMATS
+from rest_rl.regions import decode_ids, tag_regions, token_lengths
+from rest_rl.response import Region
+from rest_rl.train.prompts import training_dataset
+from rest_rl.train.response_record import PLACE, ResponseRecord, WeighedBatch, recorded_reward
+from rest_rl.train.tool_reward import make_tool_reward
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from tests.tiny_policy import history, parameters, tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def run(tokenizer: Any, folder: Any, limit: int | None, **changes: Any) -> tuple[ResTTrainer, list[dict[str, Any]]]:
+    """A short run that keeps `limit` responses of a batch; None for one without a record."""
+    kept: list[dict[str, Any]] = []
+    args = ResTConfig(**tiny_settings(folder, **changes))
+    reward = make_tool_reward(tokenizer, "toolrl", args.method())
+    record = ResponseRecord(lambda step, rows: kept.extend(rows))
+    trainer = ResTTrainer(
+        tiny_model(tokenizer),
+        reward_funcs=reward if limit is None else recorded_reward(reward, tokenizer, FORMATS["toolrl"], limit, record),
+        args=args,
+        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        processing_class=tokenizer,
+    )
+    trainer.on_weighed = None if limit is None else record.fill
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer, kept
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 4, "steps_per_generation": 2, "max_steps": 4},
+        {"num_iterations": 2, "max_steps": 4},
+    ],
+    ids=["plain", "micro-batches", "two steps a batch", "seen twice"],
+)
+def test_recorded_numbers_are_those_of_the_metrics(tokenizer, tmp_path, changes):
+    trainer, rows = run(tokenizer, tmp_path, 8, **changes)
+    spans = FORMATS["toolrl"].parse
+    for row in rows:
+        ids = torch.tensor([row["ids"]])
+        regions = tag_regions(ids, torch.ones_like(ids), tokenizer, lambda text: spans(text).spans)[0].tolist()
+        assert row["regions"] == regions
+        assert len(row["weights"]) == len(row["entropies"]) == len(row["logps"]) == len(regions)
+        assert sum(row["lengths"]) == len(row["response"])
+        assert sum(row["weights"]) == pytest.approx(len(regions), abs=1e-3 * len(regions))  # their mean is 1
+        assert all(value <= 0 for value in row["logps"])
+        assert row["truncated"] is (row["ids"][-1] != tokenizer.eos_token_id)
+        assert "advantage" in row
+    if changes.keys() <= {"per_device_train_batch_size", "gradient_accumulation_steps"}:
+        for logged in history(trainer):  # every response of the step was recorded
+            own = [row for row in rows if row["step"] == logged["step"]]
+            for region in Region:
+                values = [
+                    (entropy, weight)
+                    for row in own
+                    for at, entropy, weight in zip(row["regions"], row["entropies"], row["weights"], strict=True)
+                    if at == region
+                ]
+                for name, column in zip(("entropy", "weight"), zip(*values, strict=True), strict=False):
+                    mean = sum(column) / len(column)
+                    assert mean == pytest.approx(logged[f"rest/{name}/{region.label}"], abs=2e-4)
+
+
+def test_advantages_are_the_groups_own(tokenizer, tmp_path):
+    _, rows = run(tokenizer, tmp_path, 8, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert any(row["advantage"] for row in rows)
+    for at in range(0, len(rows), 4):
+        group = rows[at : at + 4]
+        assert len({row["id"] for row in group}) == 1
+        assert ["prompt" in row for row in group] == [True, False, False, False]
+        assert sum(row["advantage"] for row in group) == pytest.approx(0, abs=1e-3)
+        rewards = torch.tensor([row["reward"] for row in group])
+        expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        assert [row["advantage"] for row in group] == pytest.approx(expected.tolist(), abs=2e-4)
+
+
+def test_recording_leaves_the_run_as_it_is(tokenizer, tmp_path):
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    plain, _ = run(tokenizer, tmp_path, None, **settings)
+    recorded, rows = run(tokenizer, tmp_path, 3, **settings)
+    assert history(plain) == history(recorded)
+    assert len(rows) == 3 * 3
+    for name, value in parameters(plain.model).items():
+        assert torch.equal(value, parameters(recorded.model)[name])
+
+
+def weighed(places: list[int], weight: float) -> WeighedBatch:
+    numbers_BT = torch.full((len(places), 2), weight)
+    regions_BT = torch.full((len(places), 2), int(Region.NAME))
+    return WeighedBatch(torch.tensor(places), regions_BT, numbers_BT, numbers_BT, -numbers_BT, torch.tensor([0.5]))
+
+
+def test_rows_wait_for_the_loss_and_are_never_lost():
+    kept: list[tuple[int, list[dict[str, Any]]]] = []
+    record = ResponseRecord(lambda step, rows: kept.append((step, list(rows))))
+    record.begin([{"step": 1, "ids": [7]}, {"step": 1, "ids": [8, 9]}])
+    record.fill(weighed([1], 2.0))
+    record.fill(weighed([1], 3.0))  # seen again: the first numbers stay
+    record.fill(weighed([5], 3.0))  # not recorded
+    assert kept == []
+    record.fill(weighed([0], 4.0))
+    second = {
+        "advantage": 0.5,
+        "regions": [1, 1],
+        "weights": [2.0, 2.0],
+        "entropies": [2.0, 2.0],
+        "logps": [-2.0, -2.0],
+    }
+    first = {"advantage": 0.5, "regions": [1], "weights": [4.0], "entropies": [4.0], "logps": [-4.0]}
+    assert kept == [(1, [{"step": 1, "ids": [7], **first}, {"step": 1, "ids": [8, 9], **second}])]
+    record.begin([{"step": 2, "ids": [7]}])
+    record.begin([{"step": 3, "ids": [7]}])
+    assert kept[1:] == [(2, [{"step": 2, "ids": [7]}])]
+
+
+def test_places_travel_through_trls_shuffle(tokenizer, tmp_path):
+    trainer, rows = run(tokenizer, tmp_path, 8, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    batches = trainer._buffered_inputs
+    places = [place for batch in batches for place in batch[PLACE].tolist()]
+    assert sorted(places) == list(range(8))
+    assert places != sorted(places)
+    last = rows[-8:]
+    for batch in batches:
+        for ids, mask, place in zip(batch["completion_ids"], batch["completion_mask"], batch[PLACE], strict=True):
+            assert ids[mask.bool()].tolist() == last[int(place)]["ids"]
+
+
+def test_lengths_give_a_character_to_the_token_that_completes_it():
+    pieces = ["<0xE2>", "<0x82>", "<0xAC>", "ab", "<0xFF>", "<0xF0>"]
+    backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    # the euro sign is E2 82 AC; FF is no UTF-8, and F0 begins a character that never ends
+    assert decode_ids([0, 1, 2, 3, 4, 5], backend) == "\u20acab\ufffd\ufffd"
+    assert token_lengths([0, 1, 2, 3, 4, 5], backend) == [0, 0, 1, 2, 1, 1]
+    assert token_lengths([0, 3], backend) == [0, 3]  # the broken start shows with the token that breaks it
+    assert token_lengths([3, 99, 3], backend) == [2, 0, 2]
+    assert token_lengths([], backend) == []
+
+
+def test_lengths_leave_out_what_ends_a_response(tokenizer):
+    ids = [*tokenizer("<think> a")["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert token_lengths(ids, tokenizer) == [7, 2, 0, 0]
+    assert json.dumps(decode_ids(ids, tokenizer)) == '"<think> a"'
