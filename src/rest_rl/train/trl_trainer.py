@@ -35,6 +35,7 @@ from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.epoch_order import EpochOrder
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.response_record import PLACE, WeighedBatch
+from rest_rl.train.surprise import SUMS, surprise_metrics, surprise_sums
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
 from rest_rl.weights import apply_curriculum, assign_weights, keep_top_entropy, normalise, region_weights
 
@@ -195,7 +196,9 @@ class ResTTrainer(GRPOTrainer):
     Without `reward_funcs` the preset's rule reward is used, which reads the dataset's `gold` column
     (`training_dataset`). Logged from the first step on, besides what TRL logs: rest/entropy/<region>,
     rest/collision/<region>, rest/weight/<region> (means over the region's tokens, None for a region without any),
-    rest/share/<region> (of all tokens), and by the reward rest/format, rest/accuracy, rest/exact_match, rest/call_rate.
+    rest/share/<region> (of all tokens), rest/rule_weight/<region> (the weight before responses are normalised, where
+    the rule measures something), rest/surprise/<figure> (`train/surprise.py`, on the first step over a batch), and by
+    the reward rest/format, rest/accuracy, rest/exact_match, rest/call_rate.
     """
 
     _tag_names = ["trl", "grpo", "rest"]  # noqa: RUF012 - HF's own pattern
@@ -243,6 +246,8 @@ class ResTTrainer(GRPOTrainer):
         self._unweighed: dict[str, Any] | None = None
         self._advantages_B = torch.empty(0)
         self._sums_4R = torch.zeros(4, NUM_REGIONS, dtype=torch.float64)
+        self._surprise_4 = torch.zeros(SUMS, dtype=torch.float64)
+        self._rule_weights_R: Tensor | None = None
 
     @property
     def tracker(self) -> EntropyTracker:
@@ -304,6 +309,7 @@ class ResTTrainer(GRPOTrainer):
         quantities = (entropies_BT, -torch.expm1(logps_BT), weights_BT)
         sums = [region_sums(values_BT, regions_BT, mask_BT) for values_BT in quantities]
         self._sums_4R += torch.stack([sums[0][1], *(sums_R for sums_R, _ in sums)])
+        self._surprise_4 += surprise_sums(logps_BT, entropies_BT, mask_BT)
         if self.accelerator.sync_gradients or not self._training:
             self._close_step()
         if self.on_weighed is not None and PLACE in batch:
@@ -320,8 +326,9 @@ class ResTTrainer(GRPOTrainer):
             )
         if config.rule == "top_entropy":
             return normalise(self._top_tokens(entropies_BT, mask_BT, config.quantile), mask_BT)
-        weights_R = region_weights(self.tracker.statistics(), config)
-        return assign_weights(apply_curriculum(weights_R, progress_of(self.state), config), regions_BT, mask_BT)
+        weights_R = apply_curriculum(region_weights(self.tracker.statistics(), config), progress_of(self.state), config)
+        self._rule_weights_R = weights_R if config.needs_statistics else None
+        return assign_weights(weights_R, regions_BT, mask_BT)
 
     def _top_tokens(self, entropies_BT: Tensor, mask_BT: Tensor, quantile: float) -> Tensor:
         """The most uncertain tokens of the micro-batches of all processes together, as TRL's own quantile does it."""
@@ -334,9 +341,8 @@ class ResTTrainer(GRPOTrainer):
 
     def _close_step(self) -> None:
         """Sum over processes, log, and in training move the average on for the next step."""
-        sums_4R, self._sums_4R = self._sums_4R, torch.zeros_like(self._sums_4R)
-        if self.accelerator.num_processes > 1:
-            sums_4R = cast(Tensor, self.accelerator.reduce(sums_4R.to(self.accelerator.device), reduction="sum")).cpu()
+        sums_4R, self._sums_4R = self._summed(self._sums_4R), torch.zeros_like(self._sums_4R)
+        surprise_4, self._surprise_4 = self._summed(self._surprise_4), torch.zeros_like(self._surprise_4)
         counts_R = sums_4R[0]
         shares_R = counts_R / counts_R.sum().clamp_min(1)
         metrics = self._metrics["train" if self._training else "eval"]
@@ -344,8 +350,26 @@ class ResTTrainer(GRPOTrainer):
         for quantity, values_R in zip(("entropy", "collision", "weight", "share"), rows, strict=True):
             for region, value in zip(Region, values_R.tolist(), strict=True):
                 metrics[f"rest/{quantity}/{region.label}"].append(value)
+        if self._rule_weights_R is not None:
+            for region, value in zip(Region, self._rule_weights_R.tolist(), strict=True):
+                metrics[f"rest/rule_weight/{region.label}"].append(value)
+        if self._is_on_policy:
+            for name, value in surprise_metrics(surprise_4).items():
+                metrics[name].append(value)
         if self._training:
             self.tracker.update(sums_4R[:3])
+
+    @property
+    def _is_on_policy(self) -> bool:
+        """Whether the step is the first one to learn from its responses, none of which was masked for its length."""
+        is_first = not self._training or self.state.global_step % steps_per_generation(self.args) == 0
+        return is_first and not cast(ResTConfig, self.args).mask_truncated_completions
+
+    def _summed(self, sums: Tensor) -> Tensor:
+        """Sums over all processes."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        return cast(Tensor, self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")).cpu()
 
 
 def _check_gold_column(dataset: Any) -> None:
