@@ -1,0 +1,175 @@
+"""The metrics of a run so far, as means over windows with their standard errors.
+
+A metric of one step is a mean over a batch of responses to prompts that were drawn anew, so steps scatter independently
+about a slow trend. Half the mean square of successive differences estimates that scatter whatever the trend (von
+Neumann, J. (1941), https://doi.org/10.1214/aoms/1177731677), and a window's error is the scatter over the square root
+of its rows.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeGuard
+
+WINDOW = 10
+"""Rows of metrics in a window: few enough to warn early, and the error of a mean is a third of one row's scatter."""
+MEMORY = 10 * WINDOW
+"""Rows that the scatter is estimated from."""
+
+
+class Mean(NamedTuple):
+    """A metric's mean over some steps, `error` its standard error."""
+
+    value: float
+    error: float
+    first: int
+    last: int
+
+    def exceeds(self, limit: float, errors: float) -> bool:
+        """Whether it lies above the limit by more than so many standard errors."""
+        return self.value - errors * self.error > limit
+
+    def above(self, other: Mean, errors: float, least: float = 0.0) -> bool:
+        """Whether it is larger by more than `least` and by more than so many standard errors of the difference."""
+        return self.value - other.value > max(least, errors * math.hypot(self.error, other.error))
+
+
+class Column:
+    """The finite numbers of one metric, in step order."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.values: list[float] = []
+        self._best, self._sum, self._moment = 0, 0.0, 0.0
+        self._squares: deque[float] = deque(maxlen=MEMORY)
+
+    def add(self, step: int, value: float) -> None:
+        """Append a number; keep track of the highest window that does not overlap the newest."""
+        if self.values:
+            self._squares.append((value - self.values[-1]) ** 2)
+        self._sum += value
+        self._moment += len(self.values) * value
+        self.steps.append(step)
+        self.values.append(value)
+        end = len(self.values) - WINDOW
+        if end >= WINDOW and (not self._best or self._window(end) > self._window(self._best)):
+            self._best = end
+
+    def mean(self, end: int) -> Mean:
+        """Mean over the window that ends before row `end`."""
+        steps = self.steps[end - WINDOW : end]
+        return Mean(self._window(end) / WINDOW, self.scatter() / math.sqrt(WINDOW), steps[0], steps[-1])
+
+    def scatter(self) -> float:
+        """Standard deviation of single rows about their trend."""
+        return math.sqrt(math.fsum(self._squares) / (2 * len(self._squares))) if self._squares else 0.0
+
+    def best(self) -> Mean | None:
+        """The highest window apart from the newest; None while there is no other."""
+        return self.mean(self._best) if self._best else None
+
+    def gain(self) -> tuple[float, float]:
+        """What the least squares line through two rows or more has gained from first to last, and its error."""
+        rows = len(self.values)
+        squares = rows * (rows**2 - 1) / 12  # sum of (row - middle)^2
+        slope = (self._moment - (rows - 1) / 2 * self._sum) / squares
+        return slope * (rows - 1), self.scatter() / math.sqrt(squares) * (rows - 1)
+
+    def _window(self, end: int) -> float:
+        return math.fsum(self.values[end - WINDOW : end])
+
+
+class SecondMoment:
+    """Adam's average of squared gradient norms, up to a factor, and the step that holds most of it."""
+
+    def __init__(self, decay: float, max_norm: float) -> None:
+        """`decay` is Adam's beta2; norms are clipped to `max_norm` first, unless it is 0."""
+        self.decay, self.max_norm = decay, max_norm
+        self.step, self.norm = 0, 0.0
+        self._total, self._peak = 0.0, 0.0
+
+    def add(self, step: int, norm: float) -> None:
+        """Take in the gradient norm of a step."""
+        square = min(norm, self.max_norm or math.inf) ** 2
+        self._total, self._peak = self.decay * self._total + square, self.decay * self._peak
+        if square > self._peak:
+            self._peak, self.step, self.norm = square, step, norm
+
+    @property
+    def share(self) -> float:
+        """What the largest step holds of the whole."""
+        return self._peak / self._total if self._total > 0 else 0.0
+
+
+class History:
+    """Rows of metrics and of evaluations, in step order."""
+
+    def __init__(self, second_moment: SecondMoment) -> None:
+        self.row: Mapping[str, Any] = {}
+        self.second_moment = second_moment
+        self.evaluations: list[Mapping[str, Any]] = []
+        self._columns: dict[str, Column] = {}
+
+    @property
+    def step(self) -> int:
+        """The newest step."""
+        return step_of(self.row)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take in one row of metrics; what is no finite number is left out."""
+        self.row = row
+        for key, value in row.items():
+            if is_number(value):
+                self._columns.setdefault(key, Column()).add(self.step, float(value))
+        if is_number(norm := row.get("grad_norm")):
+            self.second_moment.add(self.step, float(norm))
+
+    def column(self, key: str) -> Column | None:
+        """A metric with a full window and a number in the newest row."""
+        column = self._columns.get(key)
+        is_current = column is not None and len(column.values) >= WINDOW and column.steps[-1] == self.step
+        return column if is_current else None
+
+    def now(self, key: str) -> Mean | None:
+        """The newest window."""
+        column = self.column(key)
+        return column.mean(len(column.values)) if column else None
+
+    def start(self, key: str) -> Mean | None:
+        """The first window, if the newest does not overlap it."""
+        column = self.column(key)
+        return column.mean(WINDOW) if column and len(column.values) >= 2 * WINDOW else None
+
+    def best(self, key: str) -> Mean | None:
+        """The highest window that does not overlap the newest."""
+        column = self.column(key)
+        return column.best() if column else None
+
+    def until(self, key: str, step: int) -> Mean | None:
+        """The window that ended with `step`."""
+        column = self.column(key)
+        end = bisect_right(column.steps, step) if column else 0
+        return column.mean(end) if column and end >= WINDOW else None
+
+    def latest(self, key: str) -> list[float]:
+        """The numbers of the newest window; none if it is not full."""
+        column = self.column(key)
+        return column.values[-WINDOW:] if column else []
+
+    def labels(self, prefix: str) -> list[str]:
+        """What follows the prefix in the names of metrics."""
+        return [key.removeprefix(prefix) for key in self._columns if key.startswith(prefix)]
+
+
+def step_of(row: Mapping[str, Any]) -> int:
+    """The step of a row, 0 where it has none."""
+    step = row.get("step")
+    return int(step) if is_number(step) else 0
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

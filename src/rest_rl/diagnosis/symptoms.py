@@ -1,0 +1,415 @@
+"""What can be wrong with a run: each symptom a function of its history that says figure, cause and remedy, or nothing.
+
+A limit is either beyond noise, by `SURE` standard errors, or a size at which harm begins, or both; docs/diagnosis.md
+derives every one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from rest_rl.diagnosis.history import WINDOW, History, Mean, is_number
+
+Kind = Literal[
+    "not_finite",
+    "no_spread",
+    "truncated",
+    "format_falls",
+    "calls_fall",
+    "entropy_collapses",
+    "sampler_disagrees",
+    "weight_at_its_clip",
+    "gradient_spike",
+    "exact_match_falls",
+    "held_out_falls",
+    "format_alone",
+    "no_progress",
+]
+SURE = 4.0
+"""Standard errors by which a figure must pass its limit."""
+SPENT = 0.9
+"""Share of the first entropy whose loss is a collapse: what is left can buy a ninth of what was gained."""
+CLOSED = 0.5
+"""Share of the gap to full accuracy that a spent entropy must have closed."""
+MISMATCH = 0.05
+"""Excess surprise as a share of the entropy: about what a temperature of 0.95 or 1.05 does."""
+SEEN_NATS = 1000.0
+"""Entropy of all tokens of a window from which its excess surprise can be judged: rare tokens bring some ten nats each,
+so about a hundred of them were due."""
+MATERIAL = 0.1
+"""Share of the tokens from which a region's weight matters."""
+DOMINANT = 0.75
+"""Share of the second moment that one step holds when it doubles Adam's denominator: 1 / sqrt(1 - 0.75) = 2."""
+ENOUGH_ROWS = 5 * WINDOW
+"""Rows without progress that are worth a word."""
+SKIPPED_STEPS = 16
+"""Steps that float16 may skip while its loss scale falls from 2**16."""
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong, first seen at `step` and last at `last`."""
+
+    kind: Kind
+    figure: str
+    cause: str
+    remedy: str
+    step: int
+    last: int
+
+
+class Told(NamedTuple):
+    """What a symptom says."""
+
+    figure: str
+    cause: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a run's configuration the symptoms read."""
+
+    group: int = 8
+    """Responses to a prompt."""
+    max_length: int | None = None
+    """Tokens of a response at most."""
+    learning_rate: float | None = None
+    max_norm: float = 1.0
+    """Gradient norm that is clipped to; 0 for no clip."""
+    beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    is_half_precision: bool = False
+    """Whether a loss scale may skip steps (float16)."""
+    clip: tuple[float, float] | None = None
+    """Least and largest weight of a region."""
+    strength: float | None = None
+    sampling: Mapping[str, float] | None = None
+    """Settings that sample from another distribution than the policy's own, with their values."""
+    total: int = 0
+    """Steps of the whole run; 0 if unknown."""
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> Settings:
+        """Read from config.toml's table; what is missing or of another type counts as the default."""
+        trl, rest = table_at(table, "trl"), table_at(table, "rest")
+        weights = table_at(rest, "weights")
+        bounds = (number_at(weights, "w_min"), number_at(weights, "w_max"))
+        length = number_at(trl, "max_completion_length")
+        neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+        altered = {f"trl.{name}": trl[name] for name, value in neutral.items() if trl.get(name, value) != value}
+        return cls(
+            group=max(2, int(number_at(trl, "num_generations") or 8)),
+            max_length=None if length is None else int(length),
+            learning_rate=number_at(trl, "learning_rate"),
+            max_norm=1.0 if (norm := number_at(trl, "max_grad_norm")) is None else norm,
+            beta2=number_at(trl, "adam_beta2") or 0.999,
+            is_half_precision=trl.get("fp16") is True,
+            clip=None if None in bounds else (bounds[0] or 0.0, bounds[1] or 0.0),
+            strength=number_at(weights, "strength"),
+            sampling=altered,
+            total=int(number_at(trl, "max_steps") or 0),
+        )
+
+    def lasting(self, total: int) -> Settings:
+        """The same of a run whose number of steps is now known."""
+        return replace(self, total=total) if total > 0 else self
+
+    @property
+    def most_groups(self) -> float:
+        """The share of responses that leaves a mark on most groups: 1 - (1 - s)^G > 1/2; 0.083 for groups of 8."""
+        return 1 - 0.5 ** (1 / self.group)
+
+    @property
+    def slower(self) -> str:
+        """The advice to take smaller steps."""
+        now = "" if self.learning_rate is None else f" (now {self.learning_rate:g})"
+        return f"lower trl.learning_rate{now} and begin anew"
+
+
+def not_finite(history: History, settings: Settings) -> Told | None:
+    """A loss or gradient norm that is NaN or infinite."""
+    broken = [key for key in ("loss", "grad_norm") if key in history.row and not is_number(history.row[key])]
+    if not broken or (settings.is_half_precision and history.step <= SKIPPED_STEPS):
+        return None
+    return Told(
+        f"{' and '.join(broken)} of step {history.step} is not finite",
+        "numbers that overflow: steps that are too large, float16, or a model whose weights are broken already",
+        f"{settings.slower}; use bf16 instead of fp16; the last checkpoint may hold the broken weights already",
+    )
+
+
+def no_spread(history: History, settings: Settings) -> Told | None:
+    """Most groups have equal rewards throughout: they have no advantage and no gradient."""
+    flat = history.now("frac_reward_zero_std")
+    if flat is None or not flat.exceeds(0.5, SURE):
+        return None
+    exact, well_formed = history.now("rest/exact_match"), history.now("rest/format")
+    if exact and exact.value >= flat.value:
+        cause = f"the policy answers nearly all of these prompts right every time (exact match {percent(exact)})"
+        remedy = "take harder prompts or more kinds of them, or end here"
+    elif well_formed and well_formed.value < 0.5:
+        cause = f"most responses break the format and so score alike (format {percent(well_formed)})"
+        remedy = "begin with demonstrations (rest-rl sft); check that rest.format is how this model writes calls"
+    else:
+        cause = "responses to one prompt hardly differ, or the prompts are beyond the policy"
+        remedy = (
+            f"raise trl.num_generations (now {settings.group}); begin with demonstrations (rest-rl sft); leave out "
+            "prompts that are never or always answered right"
+        )
+    return Told(f"{percent(flat)} of the groups have equal rewards and so no gradient ({steps(flat)})", cause, remedy)
+
+
+def truncated(history: History, settings: Settings) -> Told | None:
+    """Responses hit the length limit in most groups."""
+    cut = history.now("completions/clipped_ratio")
+    if cut is None or not cut.exceeds(settings.most_groups, SURE):
+        return None
+    limit = settings.max_length
+    at = f" of {limit} tokens" if limit else ""
+    ended = history.now("completions/mean_terminated_length")
+    if limit and ended and 0 < ended.value < limit / 2 and cut.value < 1:
+        cause = f"those that end do so after {ended.value:.0f} tokens: the others run on and would not end"
+        remedy = f"{settings.slower}, or begin with demonstrations (rest-rl sft), which teach the end"
+    else:
+        cause = "the limit is shorter than what the policy has to say; what is cut off fails the format"
+        remedy = f"raise trl.max_completion_length{f' (now {limit})' if limit else ''}"
+    return Told(f"{percent(cut)} of the responses hit the length limit{at} ({steps(cut)})", cause, remedy)
+
+
+def format_falls(history: History, settings: Settings) -> Told | None:
+    """Fewer responses keep the format than did before, by enough to show in most groups."""
+    now, best = history.now("rest/format"), history.best("rest/format")
+    if now is None or best is None or not best.above(now, SURE, settings.most_groups):
+        return None
+    cut, was_cut = (window(history, "completions/clipped_ratio", mean) for mean in (now, best))
+    if cut and was_cut and cut.above(was_cut, SURE, (best.value - now.value) / 2):
+        cause = f"responses have grown past the length limit ({percent(was_cut)} → {percent(cut)} of them are cut off)"
+        remedy = "raise trl.max_completion_length"
+    else:
+        cause = "updates so large that the policy forgets what it knew, or a reward that no longer asks for format"
+        remedy = f"{settings.slower}; lower rest.reward.accuracy_share_end, so that format stays worth something"
+    return Told(f"format rate {change(best, now)}", cause, remedy)
+
+
+def calls_fall(history: History, settings: Settings) -> Told | None:
+    """Fewer responses attempt a call, and accuracy has not gained by it."""
+    now, best = history.now("rest/call_rate"), history.best("rest/call_rate")
+    if now is None or best is None or not best.above(now, SURE, settings.most_groups):
+        return None
+    accuracy, before = (window(history, "rest/accuracy", mean) for mean in (now, best))
+    if accuracy and before and accuracy.above(before, SURE):
+        return None
+    gained = f", S_acc {change(before, accuracy)}" if accuracy and before else ""
+    return Told(
+        f"share of responses with a call {change(best, now)}{gained}",
+        "a call costs more in bad format than it earns, or prompts that need none outweigh those that do",
+        f"{settings.slower}; raise rest.reward.accuracy_share_start; check the share of prompts whose gold has no call "
+        "(rest-rl data check)",
+    )
+
+
+def entropy_collapses(history: History, settings: Settings) -> Told | None:
+    """Nearly all entropy is spent, and accuracy has little to show for it."""
+    now, start = history.now("entropy"), history.start("entropy")
+    if now is None or start is None or start.value <= 0 or now.value + SURE * now.error > (1 - SPENT) * start.value:
+        return None
+    accuracy, before = history.now("rest/accuracy"), history.start("rest/accuracy")
+    if accuracy is None or before is None or before.value >= 1:
+        return None
+    closed = (accuracy.value - before.value) / (1 - before.value)
+    if closed >= CLOSED:
+        return None
+    return Told(
+        f"entropy fell {start.value:.3f} → {now.value:.3f} nats a token, while S_acc went {before.value:.2f} → "
+        f"{accuracy.value:.2f} ({steps(start)} → {steps(now)})",
+        "the policy has settled on its answers before they were right; it no longer tries others",
+        f"{settings.slower}; raise trl.epsilon_high (0.28 as in dapo) or trl.num_generations (now {settings.group}); "
+        "keep trl.temperature at 1",
+    )
+
+
+def sampler_disagrees(history: History, settings: Settings) -> Told | None:
+    """The trained policy finds the responses more or less surprising than its own samples are."""
+    excess, entropy = history.now("rest/surprise/excess"), history.now("entropy")
+    errors, nats = history.latest("rest/surprise/error"), history.latest("rest/surprise/nats")
+    if excess is None or entropy is None or entropy.value <= 0 or not errors or sum(nats) < SEEN_NATS:
+        return None
+    error = math.hypot(*errors) / len(errors)
+    if abs(excess.value) - SURE * error < MISMATCH * entropy.value:
+        return None
+    side, share = ("less", -excess.value) if excess.value < 0 else ("more", excess.value)
+    figure = (
+        f"the responses are {100 * share / entropy.value:.0f} ± {100 * error / entropy.value:.0f} % {side} surprising "
+        f"than the trained policy's own samples would be ({steps(excess)})"
+    )
+    if settings.sampling:
+        changed = ", ".join(f"{name} = {value}" for name, value in settings.sampling.items())
+        return Told(
+            figure,
+            f"{changed}: responses come from another distribution than the loss has gradients for",
+            f"remove {', '.join(settings.sampling)}",
+        )
+    cause = "responses are sampled by other weights, in another precision, or from a changed distribution"
+    remedy = "take top_p, top_k and penalties out of the model's generation_config.json; give vLLM the trainer's dtype"
+    return Told(figure, cause, f"{remedy}; switch dropout off")
+
+
+def weight_at_its_clip(history: History, settings: Settings) -> Told | None:
+    """A region's weight has been at its clip for a whole window: it no longer follows the entropies."""
+    if settings.clip is None:
+        return None
+    w_min, w_max = settings.clip
+    stuck = []
+    for region in history.labels("rest/rule_weight/"):
+        weights, share = history.latest(f"rest/rule_weight/{region}"), history.now(f"rest/share/{region}")
+        if not weights or share is None or share.value < MATERIAL or w_min == w_max:
+            continue
+        for name, bound, is_out in (("w_min", w_min, max(weights) <= w_min), ("w_max", w_max, min(weights) >= w_max)):
+            if is_out and min(weights) > 0:
+                stuck.append(f"{region} at {name} = {bound:g} ({100 * share.value:.0f} % of the tokens)")
+    if not stuck:
+        return None
+    strength = "" if settings.strength is None else f" (now {settings.strength:g})"
+    return Told(
+        f"the weight of {', '.join(stuck)} throughout the last {WINDOW} rows",
+        "its entropy lies so far from that of the other tokens that the rule asks for more than the clip allows",
+        f"widen rest.weights.w_min and rest.weights.w_max, or lower rest.weights.strength{strength}",
+    )
+
+
+def gradient_spike(history: History, settings: Settings) -> Told | None:
+    """One step holds so much of Adam's second moment that the steps after it are halved."""
+    column, moment = history.column("grad_norm"), history.second_moment
+    if column is None or moment.share <= DOMINANT:
+        return None
+    median = sorted(column.values)[len(column.values) // 2]
+    now = f" (now {settings.max_norm:g})" if settings.max_norm else ""
+    return Told(
+        f"step {moment.step} holds {100 * moment.share:.0f} % of all squared gradient norms in Adam's average (norm "
+        f"{moment.norm:.2g}, median {median:.2g})",
+        "one batch with a very unlikely or very long response; Adam's steps after it are less than half as long",
+        f"set trl.max_grad_norm{now} to about {3 * median:.1g}, three times the median norm",
+    )
+
+
+def exact_match_falls(history: History, settings: Settings) -> Told | None:
+    """The reward rises while exact match falls: what is paid for is not what is wanted."""
+    best, now = history.best("rest/exact_match"), history.now("rest/exact_match")
+    if best is None or now is None or not best.above(now, SURE):
+        return None
+    reward, before = (window(history, "reward", mean) for mean in (now, best))
+    if reward is None or before is None or not reward.above(before, SURE):
+        return None
+    return Told(
+        f"exact match {change(best, now)}, while the reward rose {before.value:.3f} → {reward.value:.3f}",
+        "the reward pays for something else than right calls, such as format or a part of the arguments",
+        "read what is rewarded (rest-rl report, rest-rl score); raise rest.reward.accuracy_share_start and "
+        "accuracy_share_end",
+    )
+
+
+def held_out_falls(history: History, settings: Settings) -> Told | None:
+    """Exact match on held-out prompts falls while that of training does not: the policy learns its prompts by heart."""
+    scores = [
+        (row["exact_match"], row["exact_match_error"], row.get("step"))
+        for row in history.evaluations
+        if is_number(row.get("exact_match")) and is_number(row.get("exact_match_error"))
+    ]
+    training, start = history.now("rest/exact_match"), history.start("rest/exact_match")
+    if len(scores) < 2 or training is None or start is None or start.above(training, SURE):
+        return None
+    best, last = max(scores), scores[-1]
+    if best[0] - last[0] <= SURE * math.hypot(best[1], last[1]):
+        return None
+    return Told(
+        f"held-out exact match {100 * best[0]:.0f} ± {100 * best[1]:.0f} % (step {best[2]}) → {100 * last[0]:.0f} ± "
+        f"{100 * last[1]:.0f} % (step {last[2]}), while that of training went {percent(start)} → {percent(training)}",
+        "the policy learns its training prompts by heart",
+        f"more prompts or fewer epochs; take the checkpoint of step {best[2]}",
+    )
+
+
+def format_alone(history: History, settings: Settings) -> Told | None:
+    """The reward rose by format alone, and there is no more of it to gain."""
+    pairs = {key: (history.start(key), history.now(key)) for key in ("reward", "rest/format", "rest/accuracy")}
+    (reward, paid), (rough, formed), (before, accuracy) = pairs.values()
+    if not (reward and paid and rough and formed and before and accuracy):
+        return None
+    if not (paid.above(reward, SURE) and formed.above(rough, SURE)) or formed.value < 1 - settings.most_groups:
+        return None
+    gain, error = accuracy.value - before.value, math.hypot(accuracy.error, before.error)
+    if gain + SURE * error > (formed.value - rough.value) / 2:
+        return None
+    return Told(
+        f"the reward rose {reward.value:.3f} → {paid.value:.3f} by format ({percent(rough)} → {percent(formed)}); "
+        f"S_acc changed by {100 * gain:+.1f} ± {100 * error:.1f} points ({steps(before)} → {steps(accuracy)})",
+        "format is learnt, and is no longer a reason for spread; accuracy weighs too little to be learnt",
+        "raise rest.reward.accuracy_share_start; begin with demonstrations (rest-rl sft) if S_acc is near 0",
+    )
+
+
+def no_progress(history: History, settings: Settings) -> Told | None:
+    """Half of the run is over, and the slope of accuracy over it is not distinguishable from none."""
+    column = history.column("rest/accuracy")
+    if column is None or len(column.values) < ENOUGH_ROWS or 2 * history.step < settings.total:
+        return None
+    gain, error = column.gain()
+    if gain > 2 * error:
+        return None
+    return Told(
+        f"S_acc changed by {100 * gain:+.1f} ± {100 * error:.1f} points in {history.step} steps",
+        "too small a learning rate or batch, a reward that does not tell better from worse, or nothing left to learn",
+        "see the other findings and the responses in the report; raise trl.learning_rate or the responses per step",
+    )
+
+
+SYMPTOMS: Mapping[Kind, Callable[[History, Settings], Told | None]] = {
+    "not_finite": not_finite,
+    "no_spread": no_spread,
+    "truncated": truncated,
+    "format_falls": format_falls,
+    "calls_fall": calls_fall,
+    "entropy_collapses": entropy_collapses,
+    "sampler_disagrees": sampler_disagrees,
+    "weight_at_its_clip": weight_at_its_clip,
+    "gradient_spike": gradient_spike,
+    "exact_match_falls": exact_match_falls,
+    "held_out_falls": held_out_falls,
+    "format_alone": format_alone,
+    "no_progress": no_progress,
+}
+
+
+def window(history: History, key: str, mean: Mean) -> Mean | None:
+    """Another metric over the window of a mean."""
+    return history.until(key, mean.last)
+
+
+def percent(mean: Mean) -> str:
+    """`62.0 ± 3.1 %`."""
+    return f"{100 * mean.value:.1f} ± {100 * mean.error:.1f} %"
+
+
+def change(before: Mean, now: Mean) -> str:
+    """Two shares and their steps."""
+    return f"{percent(before)} → {percent(now)} ({steps(before)} → {steps(now)})"
+
+
+def steps(mean: Mean) -> str:
+    """The steps of a window."""
+    return f"steps {mean.first}-{mean.last}"
+
+
+def table_at(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A table within a table, empty if it is none."""
+    value = table.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def number_at(table: Mapping[str, Any], key: str) -> float | None:
+    """A number in a table."""
+    value = table.get(key)
+    return float(value) if is_number(value) else None
