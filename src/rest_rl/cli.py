@@ -155,12 +155,21 @@ def _add_method_options(verb: argparse.ArgumentParser, tool_format: str = "toolr
 def _add_report(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb = verbs.add_parser(
         "report",
-        help="Markdown and plots from run folders",
+        help="a page from run folders: Markdown and plots, or one HTML file to look into",
         description="Write report.md and plots from run folders; runs that differ in their seed alone are one curve "
-        "with its spread.",
+        "with its spread. With --html one file report.html instead: curves, and every recorded response with its "
+        "tokens in colours; it opens from disk and asks no network.",
     )
     verb.add_argument("folders", nargs="+", metavar="DIR", help="run folders")
     verb.add_argument("--out", metavar="DIR", help="where to (default: the run folder of one run, else ./report)")
+    verb.add_argument("--html", action="store_true", help="one HTML file; --out may name it")
+    verb.add_argument(
+        "--responses",
+        metavar="N",
+        type=int,
+        default=5000,
+        help="with --html: about how many responses the page holds, of evenly spaced steps (default: %(default)s)",
+    )
 
 
 def run_verb(arguments: argparse.Namespace) -> int:
@@ -170,10 +179,7 @@ def run_verb(arguments: argparse.Namespace) -> int:
 
         return cli_train.train(arguments) if arguments.verb == "train" else cli_train.sft(arguments)
     if arguments.verb == "report":
-        from rest_rl.analyze.report import write_report
-
-        print(write_report(arguments.folders, arguments.out))
-        return 0
+        return report(arguments)
     if arguments.verb == "data":
         return data(arguments)
     if arguments.verb == "eval":
@@ -185,6 +191,19 @@ def run_verb(arguments: argparse.Namespace) -> int:
     from rest_rl import cli_inspect
 
     return cli_inspect.inspect(arguments) if arguments.verb == "inspect" else cli_inspect.presets(arguments)
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write the page and say where it is."""
+    if arguments.html:
+        from rest_rl.analyze.html_report import write_html_report
+
+        print(write_html_report(arguments.folders, arguments.out, arguments.responses))
+        return 0
+    from rest_rl.analyze.report import write_report
+
+    print(write_report(arguments.folders, arguments.out))
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
