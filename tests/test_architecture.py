@@ -17,8 +17,8 @@ MAX_FILE, MAX_FUNCTION = 450, 60
 ADDRESSES = {
     "trl": ["train/trl_trainer.py", "train/sft.py", "train/epoch_order.py", "train/run.py"],
     "datasets": ["data/rows.py", "train/prompts.py", "train/sft.py", "train/run.py"],
-    "matplotlib": ["analyze/plots.py", "analyze/radar.py"],
-    "rich": ["terminal.py", "cli_train.py", "cli_data_tables.py", "cli_eval_run.py", "cli_eval_tables.py"],
+    "matplotlib": ["analyze/plots.py", "analyze/compare_plots.py", "analyze/radar.py"],
+    "rich": ["terminal.py", "cli_compare.py", "cli_grid.py", "cli_train.py", "cli_data_tables.py", "cli_eval_run.py", "cli_eval_tables.py"],
     "pyarrow": ["data/rows.py", "data/writing.py"],
     "transformers": [
         "train/entropy_tracker.py",
@@ -31,12 +31,12 @@ ADDRESSES = {
     "peft": ["train/policy.py", "train/model_size.py"],
     "safetensors": ["train/run.py", "train/checkpoints.py"],
     "tokenizers": ["regions.py", "train/tool_world_model.py"],
-    "scipy": ["rewards.py", "evaluate/intervals.py"],
+    "scipy": ["rewards.py", "evaluate/intervals.py", "analyze/seed_statistics.py"],
     "jinja2": ["data/prompt_layout.py"],
     "openai": ["evaluate/endpoint.py"],
     "vllm": ["evaluate/vllm_model.py"],
     "tqdm": ["train/warm_start.py"],
-    "tomli_w": ["config.py", "cli_inspect.py"],
+    "tomli_w": ["config.py", "grid.py", "cli_inspect.py"],
 }
 """Where each library may be imported; torch and numpy are at home wherever tensors are."""
 ANYWHERE = {"torch", "numpy", "tomli", "rest_rl", *sys.stdlib_module_names}
