@@ -17,8 +17,8 @@ MAX_FILE, MAX_FUNCTION = 450, 60
 ADDRESSES = {
     "trl": ["train/trl_trainer.py", "train/sft.py", "train/epoch_order.py", "train/run.py"],
     "datasets": ["data/rows.py", "train/prompts.py", "train/sft.py", "train/run.py"],
-    "matplotlib": ["analyze/plots.py", "analyze/compare_plots.py", "analyze/radar.py"],
-    "rich": ["terminal.py", "cli_compare.py", "cli_grid.py", "cli_train.py", "cli_data_tables.py", "cli_eval_run.py", "cli_eval_tables.py"],
+    "matplotlib": ["analyze/plots.py", "analyze/compare_plots.py", "analyze/probe_plots.py", "analyze/radar.py"],
+    "rich": ["terminal.py", "cli_compare.py", "cli_grid.py", "cli_train.py", "cli_data_tables.py", "cli_eval_run.py", "cli_eval_tables.py", "cli_probe.py"],
     "pyarrow": ["data/rows.py", "data/writing.py"],
     "transformers": [
         "train/entropy_tracker.py",
@@ -49,6 +49,7 @@ TORCH_FREE = [
     "rest_rl.formats",
 ]
 TORCH_FREE += ["rest_rl.rewards", "rest_rl.scoring", "rest_rl.authors_code", "rest_rl.runlog", "rest_rl.data.samples"]
+TORCH_FREE += ["rest_rl.diagnosis"]
 TORCH_FREE += ["rest_rl.evaluate.api_bank", "rest_rl.evaluate.bfcl.benchmark"]
 TORCH_FREE += ["rest_rl.data.check", "rest_rl.data.loaders", "rest_rl.data.writing", "rest_rl.cli_data"]
 VAGUE_NAMES = {"utils", "util", "common", "base", "core", "helpers", "manager", "misc"}

@@ -47,6 +47,15 @@ examples:
 """
 
 
+PROBE_EPILOG = """\
+examples:
+  rest-rl probe                                                      the embedded model in its tool world
+  rest-rl probe --model Qwen/Qwen3-0.6B --data dialogues.jsonl --prompts 128 --out probes/base
+  rest-rl probe --model runs/mine --progress 0.5                     a trained model on its run's own data
+  rest-rl probe --model DIR --data FILE --format hermes --format toolrl
+"""
+
+
 COMPARE_EPILOG = """\
 examples:
   rest-rl compare --methods grpo,rest,permuted --seeds 0,1,2 --out runs/grid          the embedded model
@@ -82,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(verbs)
     _add_report(verbs)
     _add_compare(verbs)
+    _add_probe(verbs)
     add_data(verbs)
     add_eval(verbs)
     verbs.add_parser("presets", help="every preset, resolved, as TOML", description="Print every preset as TOML.")
@@ -205,6 +215,41 @@ def _add_report(verbs: argparse._SubParsersAction[Parser]) -> None:
     )
 
 
+def _add_probe(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "probe",
+        help="before training: where the reward signal lies, and whether weights would help",
+        description="Sample responses and measure, without training, what each region of them means for reward and "
+        "gradient and what each weight rule would do; ends with a recommendation.",
+        epilog=PROBE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("--model", metavar="DIR_OR_ID", help="a run folder, a model, an adapter or a hub name")
+    verb.add_argument("--data", metavar="FILE", help="dialogues, as in train (default: the model's run's own)")
+    verb.add_argument(
+        "--format", action="append", default=[], metavar="F", help="tool-call format, once for each section (auto)"
+    )
+    verb.add_argument("--prompts", type=int, default=96, metavar="N", help="prompts (default: %(default)s)")
+    verb.add_argument("--group", type=int, default=8, metavar="G", help="responses per prompt (default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and sampling (default: %(default)s)")
+    verb.add_argument(
+        "--progress", type=float, default=0.0, metavar="X", help="training progress of reward and curriculum (0)"
+    )
+    verb.add_argument("--step", type=int, metavar="P", help="prompts of the training step to predict (the run's)")
+    verb.add_argument(
+        "--norm-cap",
+        type=float,
+        default=0.0,
+        metavar="C",
+        help="scale prompts above C median gradient norms down (off)",
+    )
+    verb.add_argument("--max-new-tokens", type=int, metavar="N", help="per response (default: the run's)")
+    verb.add_argument("--batch-size", type=int, metavar="N", help="responses in one pass (default: eval.batch_size)")
+    verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set one key of the run")
+    verb.add_argument("--out", metavar="DIR", help="where to (default: runs/probe-MODEL)")
+    verb.add_argument("--json", action="store_true", help="print one JSON object per format instead of tables")
+
+
 def run_verb(arguments: argparse.Namespace) -> int:
     """Call the verb; the heavy imports happen here."""
     if arguments.verb in {"train", "sft"}:
@@ -213,6 +258,10 @@ def run_verb(arguments: argparse.Namespace) -> int:
         return cli_train.train(arguments) if arguments.verb == "train" else cli_train.sft(arguments)
     if arguments.verb == "report":
         return report(arguments)
+    if arguments.verb == "probe":
+        from rest_rl.cli_probe import probe
+
+        return probe(arguments)
     if arguments.verb == "compare":
         from rest_rl.cli_compare import compare
 

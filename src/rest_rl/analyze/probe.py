@@ -9,7 +9,7 @@ Products of gradients are averaged over pairs of different prompts, so that no s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ import numpy as np
 from rest_rl.data.groups import Group, Response
 from rest_rl.response import NUM_REGIONS, Region
 
-LEAST_PROMPTS = 3
-"""A pair must be left when one is left out."""
+LEAST_PROMPTS = 8
+"""Fewer leave no pairs to speak of when some are left out."""
 
 
 class Estimate(NamedTuple):
@@ -54,7 +54,7 @@ class GroupTokens(NamedTuple):
 class TokenFacts(NamedTuple):
     """What the tokens of a region are like."""
 
-    count: int
+    number: int
     share: Estimate
     entropy: Estimate
     """Mean, in nats."""
@@ -105,6 +105,8 @@ class RuleFacts(NamedTuple):
     """Expected improvement per step of given length, relative to uniform weights: 0.05 is 5 % more."""
     adam_gain: Estimate
     """The same after Adam's scaling of every parameter by its own root mean square."""
+    adam_over_shuffled: Estimate
+    """How far `adam_gain` is above the mean of the rules with shuffled weights."""
 
 
 class Sampled(NamedTuple):
@@ -121,6 +123,15 @@ class Sampled(NamedTuple):
     mean_tokens: float
 
 
+class SureTokens(NamedTuple):
+    """The regions whose mean entropy is below that of all tokens, taken together."""
+
+    regions: tuple[str, ...]
+    share: Estimate
+    """Of the tokens."""
+    signal_share: Estimate
+
+
 @dataclass(frozen=True)
 class Probe:
     """All figures of one model, format and set of prompts."""
@@ -129,10 +140,13 @@ class Probe:
     sampled: Sampled
     regions: Mapping[str, RegionFacts]
     rules: tuple[RuleFacts, ...]
+    sure: SureTokens
     signal: Estimate
-    """<E g, t>: first-order improvement by the unweighted gradient; not above 0, nothing else about gradients holds."""
+    """<E g, t>: first-order improvement by the unweighted gradient; shares of it mean nothing unless it is above 0."""
     snr: Estimate
     """Of the unweighted gradient of one prompt."""
+    heaviest: float
+    """Share of the most extreme prompt in the sum of |g|²."""
     prompts_per_step: int
     """Of the training step that the rules are judged for."""
     progress: float
@@ -164,27 +178,26 @@ def token_facts(groups: Sequence[GroupTokens]) -> dict[str, TokenFacts]:
     return facts
 
 
-def difference_facts(groups: Sequence[Group]) -> dict[str, DifferenceFacts]:
-    """How telling a difference in each region is about a difference in reward.
+def region_difference(groups: Sequence[Group], region: Region) -> DifferenceFacts:
+    """How telling a difference in a region is about a difference in reward.
 
     Over all pairs of responses of a group: AUC = 1/2 + (P(region differs | reward differs) - P(region differs | reward
     equal)) / 2, which is the area under the curve of a predictor with two values. NaN if all pairs or none differ in
     reward. A region differs if its sampled ids do.
     """
-    return {region.label: region_difference(groups, region) for region in Region}
-
-
-def region_difference(groups: Sequence[Group], region: Region) -> DifferenceFacts:
-    """As `difference_facts`, of one region."""
     rows_M6 = np.array([pair_counts(group.responses, region) for group in groups], dtype=float)
     told_1M, unequal_1M, false_1M, equal_1M, differing_1M, extremes_1M = left_out(rows_M6).T
     hits_1M, alarms_1M = quotient(told_1M, unequal_1M), quotient(false_1M, equal_1M)
-    return DifferenceFacts(Estimate.of(quotient(differing_1M, extremes_1M)), Estimate.of(0.5 + (hits_1M - alarms_1M) / 2))
+    return DifferenceFacts(
+        Estimate.of(quotient(differing_1M, extremes_1M)), Estimate.of(0.5 + (hits_1M - alarms_1M) / 2)
+    )
 
 
 def pair_counts(responses: Sequence[Response], region: Region) -> tuple[float, ...]:
     """(differing, all) pairs of unequal reward, of equal reward, and of a best with a worst response as shares of 1."""
-    parts = [tuple(i for i, r in zip(response.ids, response.regions, strict=True) if r == region) for response in responses]
+    parts = [
+        tuple(i for i, r in zip(response.ids, response.regions, strict=True) if r == region) for response in responses
+    ]
     rewards = [response.reward for response in responses]
     counts = {True: [0, 0], False: [0, 0]}
     for first in range(len(parts)):
@@ -200,27 +213,26 @@ def pair_counts(responses: Sequence[Response], region: Region) -> tuple[float, .
     return (*counts[True], *counts[False], differing, 1)
 
 
-def gradient_facts(gram_KMKM: np.ndarray) -> tuple[dict[str, GradientFacts], Estimate, Estimate]:
-    """(figures by region, signal, SNR of the whole) from inner products of gradients.
+def gradient_facts(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> GradientFacts:
+    """Figures of some regions together, from inner products of gradients.
 
     K = R + 1: the gradients g_r of every region in the order of `Region`, then t, that of the expected reward; M
     prompts each. g = sum_r g_r is the unweighted gradient.
     """
-    parts = range(NUM_REGIONS)
-    whole_MKM = gram_KMKM[:NUM_REGIONS].sum(0)
-    square = Products.of(whole_MKM[:, :NUM_REGIONS].sum(1))
-    signal = Products.of(whole_MKM[:, NUM_REGIONS])
-    facts = {}
-    for region in Region:
-        own = Products.of(gram_KMKM[region, :, region])
-        overlap = Products.of(gram_KMKM[region][:, list(parts)].sum(1))
-        along = Products.of(gram_KMKM[region, :, NUM_REGIONS])
-        facts[region.label] = GradientFacts(
-            Estimate.of(quotient(overlap.within_1M, square.within_1M)),
-            Estimate.of(quotient(along.across_1M, signal.across_1M)),
-            Estimate.of(quotient(own.across_1M, own.within_1M - own.across_1M)),
-        )
-    return facts, Estimate.of(signal.across_1M), Estimate.of(quotient(square.across_1M, square.noise_1M))
+    every, some = list(Region), list(regions)
+    own = Products.of(summed(gram_KMKM, some, some))
+    overlap, square = Products.of(summed(gram_KMKM, some, every)), Products.of(summed(gram_KMKM, every, every))
+    along, signal = (Products.of(summed(gram_KMKM, part, [NUM_REGIONS])) for part in (some, every))
+    return GradientFacts(
+        Estimate.of(quotient(overlap.within_1M, square.within_1M)),
+        Estimate.of(quotient(along.across_1M, signal.across_1M)),
+        Estimate.of(quotient(own.across_1M, own.noise())),
+    )
+
+
+def summed(gram_KMKM: np.ndarray, left: Sequence[int], right: Sequence[int]) -> np.ndarray:
+    """Products of one sum of gradients with another: (M, M)."""
+    return gram_KMKM[left][:, :, right].sum((0, 2))
 
 
 class Products(NamedTuple):
@@ -242,58 +254,45 @@ class Products(NamedTuple):
         within_1M = np.concatenate([[own_M.mean()], (own_M.sum() - own_M) / (count - 1)])
         return cls(across_1M, within_1M)
 
-    @property
-    def noise_1M(self) -> np.ndarray:
-        """E<a, b> - <E a, E b>: the variance of one prompt where a is b."""
+    def noise(self) -> np.ndarray:
+        """E<a, b> - <E a, E b>, the variance of one prompt where a is b: (1+M,)."""
         return self.within_1M - self.across_1M
 
-    def square_of_step(self, prompts: int) -> np.ndarray:
-        """E|mean of a over `prompts` prompts|²: (1+M,)."""
-        return self.across_1M + self.noise_1M / prompts
 
-
-class RuleProducts(NamedTuple):
-    """What `rule_facts` needs of a rule's gradients, a row per prompt."""
+class RuleSeries(NamedTuple):
+    """A rule's figures of a step, from all prompts and with each of J blocks of them left out."""
 
     name: str
     weights: Mapping[str, float]
-    own_MM: np.ndarray
-    """<g, g> over pairs of prompts."""
-    true_MM: np.ndarray
-    """<g, t>."""
-    adam_1J: np.ndarray
-    """Improvement per step of Adam, of all prompts and with each of J blocks of them left out."""
+    noise_ratio_1J: np.ndarray
+    cosine_1J: np.ndarray
+    eff_1J: np.ndarray
+    """Expected improvement per unit step."""
+    eff_adam_1J: np.ndarray
 
 
-def rule_facts(
-    rules: Sequence[RuleProducts], true_MM: np.ndarray, prompts_per_step: int
-) -> tuple[RuleFacts, ...]:
-    """Figures of every rule against the first one, which has uniform weights; `true_MM` are products of t with itself.
-
-    Improvement per step of given length: eff = <E g, t> / sqrt(E|g_step|²), g_step the mean over the prompts of a step.
-    """
-    length_1M = Products.of(true_MM).across_1M
-    efficiencies = [efficiency(rule, prompts_per_step) for rule in rules]
-    facts = []
-    for rule, efficiency_1M in zip(rules, efficiencies, strict=True):
-        own, along = Products.of(rule.own_MM), Products.of(rule.true_MM)
-        facts.append(
-            RuleFacts(
-                rule.name,
-                rule.weights,
-                Estimate.of(quotient(own.noise_1M / prompts_per_step, own.across_1M)),
-                Estimate.of(quotient(along.across_1M, root(own.across_1M * length_1M))),
-                Estimate.of(quotient(efficiency_1M, efficiencies[0]) - 1),
-                Estimate.of(quotient(rule.adam_1J, rules[0].adam_1J) - 1),
-            )
+def rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> tuple[RuleFacts, ...]:
+    """Figures of every rule against the first one, which has uniform weights, and the mean of the shuffled ones."""
+    gains = [quotient(rule.eff_adam_1J, above_zero(rules[0].eff_adam_1J)) - 1 for rule in rules]
+    plain_gains = [quotient(rule.eff_1J, above_zero(rules[0].eff_1J)) - 1 for rule in rules]
+    control_1J = np.mean([gain for gain, rule in zip(gains, rules, strict=True) if rule.name in shuffled], axis=0)
+    return tuple(
+        RuleFacts(
+            rule.name,
+            rule.weights,
+            noise_ratio=Estimate.of(rule.noise_ratio_1J),
+            cosine=Estimate.of(rule.cosine_1J),
+            gain=Estimate.of(plain_1J),
+            adam_gain=Estimate.of(gain_1J),
+            adam_over_shuffled=Estimate.of(gain_1J - control_1J),
         )
-    return tuple(facts)
+        for rule, plain_1J, gain_1J in zip(rules, plain_gains, gains, strict=True)
+    )
 
 
-def efficiency(rule: RuleProducts, prompts_per_step: int) -> np.ndarray:
-    """<E g, t> / sqrt(E|g_step|²), times the length of t, which all rules share: (1+M,)."""
-    square_1M = Products.of(rule.own_MM).square_of_step(prompts_per_step)
-    return quotient(Products.of(rule.true_MM).across_1M, root(square_1M))
+def above_zero(values: np.ndarray) -> np.ndarray:
+    """NaN in the place of numbers that are not positive, to which nothing can be compared."""
+    return np.where(values > 0, values, math.nan)
 
 
 def left_out(sums_M: np.ndarray) -> np.ndarray:
@@ -307,11 +306,55 @@ def quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, math.nan), where=below != 0)
 
 
-def root(values: np.ndarray) -> np.ndarray:
-    """The square root, NaN of a negative number: noise may leave an unbiased estimate of a square below 0."""
-    return np.sqrt(np.where(values >= 0, values, math.nan))
-
-
 def region_sums(regions_T: np.ndarray, values_T: np.ndarray) -> np.ndarray:
     """Sums by region: float64 (R,)."""
     return np.bincount(regions_T, weights=values_T, minlength=NUM_REGIONS)
+
+
+def sampled_facts(groups: Sequence[Group], ends: Collection[int]) -> Sampled:
+    """Scores and lengths; a response whose last token is none of `ends` was cut off."""
+    responses = [response for group in groups for response in group.responses]
+    rewards = [{response.reward for response in group.responses} for group in groups]
+    return Sampled(
+        prompts=len(groups),
+        group_size=len(groups[0].responses),
+        no_spread=mean(len(values) == 1 for values in rewards),
+        exact_match=mean(response.is_exact for response in responses),
+        s_format=mean(response.s_format for response in responses),
+        s_acc=mean(response.s_acc for response in responses),
+        reward=mean(response.reward for response in responses),
+        truncated=mean(not response.ids or response.ids[-1] not in ends for response in responses),
+        mean_tokens=mean(len(response.ids) for response in responses),
+    )
+
+
+def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean."""
+    return float(np.mean(list(values)))
+
+
+def region_facts(
+    groups: Sequence[Group], tokens: Sequence[GroupTokens], gram_KMKM: np.ndarray
+) -> tuple[dict[str, RegionFacts], SureTokens]:
+    """Figures of every region that has tokens, and of those that are surer than all tokens together."""
+    seen = token_facts(tokens)
+    regions = {region.label: region for region in Region if region.label in seen}
+    facts = {
+        label: RegionFacts(seen[label], region_difference(groups, region), gradient_facts(gram_KMKM, [region]))
+        for label, region in regions.items()
+    }
+    overall = mean(np.concatenate([group.entropies_T for group in tokens]))
+    sure = [region for label, region in regions.items() if seen[label].entropy.value < overall]
+    shares_1M = left_out(np.stack([[np.isin(group.regions_T, sure).sum(), len(group.regions_T)] for group in tokens]))
+    share = Estimate.of(quotient(shares_1M[:, 0], shares_1M[:, 1]))
+    return facts, SureTokens(tuple(r.label for r in sure), share, gradient_facts(gram_KMKM, sure).signal_share)
+
+
+def signal_and_noise(gram_KMKM: np.ndarray) -> tuple[Estimate, Estimate, float]:
+    """(signal <E g, t>, SNR of one prompt, share of the heaviest prompt in |g|²) of the unweighted gradient."""
+    every = list(Region)
+    whole_MM = summed(gram_KMKM, every, every)
+    square, along = Products.of(whole_MM), Products.of(summed(gram_KMKM, every, [NUM_REGIONS]))
+    squares_M = np.diagonal(whole_MM)
+    heaviest = float(squares_M.max() / squares_M.sum()) if squares_M.any() else 0.0
+    return Estimate.of(along.across_1M), Estimate.of(quotient(square.across_1M, square.noise())), heaviest

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rest_rl.analyze.gradient_variance import block_sums, norm_cap, quotient, total
 from rest_rl.analyze.gradients import Coordinates, padded, token_statistics, weighted_gradients
-from rest_rl.analyze.probe import GroupTokens, RuleProducts
+from rest_rl.analyze.probe import GroupTokens, RuleSeries
 from rest_rl.data.groups import Group
 from rest_rl.formats import ToolFormat
 from rest_rl.presets import PRESETS, Preset, token_weights
@@ -32,21 +33,25 @@ from rest_rl.weights import (
 
 ROUND = 3
 """Rules whose gradients are in memory at a time."""
-MEMORY = 3 * 2**29
-"""Bytes of gradients in memory, 1.5 GiB; beyond it a random subset of the coordinates is kept."""
-ADAM_BLOCKS = 16
+MEMORY = 2**31
+"""Bytes of gradients in memory; beyond it a random subset of the coordinates is kept."""
+BLOCKS = 16
+"""Of prompts, for the errors of a rule's figures."""
 CHUNK = 2**16
 UNIFORM = "uniform"
+SHUFFLED = ("permuted 1", "permuted 2", "permuted 3")
+"""The controls: weights of `rest`, dealt to regions by chance."""
 Advance = Callable[[], None]
 
 
 def probe_rules() -> dict[str, Preset]:
     """The rules that a probe compares, uniform weights first; all but the presets have the clip range of `rest`."""
     rest = PRESETS["rest"]
-    assert rest.weights is not None
+    own = rest.weights
+    assert own is not None
 
     def variant(**changes: Any) -> Preset:
-        return replace(rest, weights=replace(rest.weights, **changes))
+        return replace(rest, weights=replace(own, **changes))
 
     return {
         UNIFORM: PRESETS["grpo"],
@@ -60,7 +65,7 @@ def probe_rules() -> dict[str, Preset]:
         "inverted": variant(rule="inverted"),
         "top_entropy": variant(rule="top_entropy"),
         "no reasoning": variant(rule="uniform", dropped=("reasoning",)),
-        **{f"permuted {seed}": variant(rule="permuted", seed=seed) for seed in (1, 2, 3)},
+        **{name: variant(rule="permuted", seed=seed) for seed, name in enumerate(SHUFFLED, start=1)},
     }
 
 
@@ -69,13 +74,8 @@ class ProbeGradients(NamedTuple):
 
     gram_KMKM: np.ndarray
     """Of the regions' gradients and, last, that of the expected reward; K = R + 1."""
-    rules: tuple[RuleProducts, ...]
+    rules: tuple[RuleSeries, ...]
     coordinates: Coordinates
-
-    @property
-    def true_MM(self) -> np.ndarray:
-        """Of the gradient of the expected reward with itself."""
-        return self.gram_KMKM[-1, :, -1]
 
 
 def sampled_tokens(groups: Sequence[Group], model: Any, pad_id: int, advance: Advance) -> list[GroupTokens]:
@@ -133,9 +133,7 @@ class Weigher:
 
     def _published(self, preset: Preset, group: Group) -> Tensor:
         ids_BT, mask_BT = padded([response.ids for response in group.responses])
-        return token_weights(
-            ids_BT, mask_BT, self.tokenizer, format=self.format, preset=preset, progress=self.progress
-        )
+        return token_weights(ids_BT, mask_BT, self.tokenizer, format=self.format, preset=preset, progress=self.progress)
 
     def _top_entropy(self, config: WeightConfig) -> list[Tensor]:
         lengths = [len(response.ids) for group in self.groups for response in group.responses]
@@ -173,6 +171,7 @@ def probe_gradients(
     pad_id: int = 0,
     batch_size: int = 128,
     seed: int = 0,
+    cap: float = 0.0,
     advance: Advance = lambda: None,
 ) -> ProbeGradients:
     """Gradients of every region, of the expected reward and of every rule; `advance` is called per group and round.
@@ -181,31 +180,39 @@ def probe_gradients(
     tokens. `batch_size` responses share a forward pass. The first of `rules` is uniform.
     """
     groups = weigher.groups
-    limit = max(1, MEMORY // (4 * len(groups) * (NUM_REGIONS + 1 + ROUND)))
+    limit = max(1, MEMORY // (4 * len(groups) * (NUM_REGIONS + ROUND)))
     coordinates = Coordinates.choose(model, limit, seed)
 
     def vectors(weights: Sequence[Tensor]) -> Tensor:
         return gradients_of(model, groups, weights, coordinates, pad_id, batch_size, advance)
 
     parts_KMN = vectors([region_and_true_weights(group) for group in groups])
-    gram_KMKM = gram_of(parts_KMN, coordinates.scale)
     true_MN, uniform_MN = parts_KMN[-1].clone(), parts_KMN[:-1].sum(0)
+    scales_M = norm_cap(uniform_MN, cap) if cap else torch.ones(len(groups), dtype=torch.float64)
+    gram_KMKM = (
+        gram_of(parts_KMN, coordinates.scale) * np.multiply.outer(scales_M.numpy(), scales_M.numpy())[:, None, :]
+    )
     del parts_KMN
-    products = Judge(true_MN, coordinates.scale, prompts_per_step)
-    found = [products.of(UNIFORM, mean_weights(weigher.weights(rules[UNIFORM]), groups), uniform_MN)]
+    judge = Judge(true_MN, scales_M, prompts_per_step)
+    found = [judge.series(UNIFORM, mean_weights(weigher.weights(rules[UNIFORM]), groups), uniform_MN)]
     for names in rounds([name for name in rules if name != UNIFORM]):
         weights = {name: weigher.weights(rules[name]) for name in names}
         scaled = [
             torch.stack([weights[name][m] * grpo_weights(group) for name in names]) for m, group in enumerate(groups)
         ]
         for name, vectors_MN in zip(names, vectors(scaled), strict=True):
-            found.append(products.of(name, mean_weights(weights[name], groups), vectors_MN))
+            found.append(judge.series(name, mean_weights(weights[name], groups), vectors_MN))
     return ProbeGradients(gram_KMKM, tuple(found), coordinates)
 
 
 def passes(groups: int, rules: int) -> int:
     """How often `probe_gradients` calls `advance`."""
     return groups * (1 + -(-(rules - 1) // ROUND))
+
+
+def most_per_step(groups: int) -> int:
+    """The largest step that can be predicted from so many groups: as many as are left when a block is left out."""
+    return groups - -(-groups // min(BLOCKS, groups - 2))
 
 
 def rounds(names: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -266,44 +273,23 @@ def gram_of(vectors_KMN: Tensor, scale: float) -> np.ndarray:
 
 
 class Judge(NamedTuple):
-    """Turns a rule's gradients into the products by which it is judged."""
+    """What the gradients of all rules are judged by."""
 
     true_MN: Tensor
-    scale: float
+    scales_M: Tensor
     prompts_per_step: int
 
-    def of(self, name: str, weights: Mapping[str, float], vectors_MN: Tensor) -> RuleProducts:
-        """Products with themselves and with the gradient of the expected reward, and the improvement under Adam."""
-        both = gram_of(torch.stack([vectors_MN, self.true_MN]), self.scale)
-        adam_1J = adam_improvement(vectors_MN, self.true_MN, self.prompts_per_step)
-        return RuleProducts(name, weights, both[0, :, 0], both[0, :, 1], self.scale * adam_1J)
-
-
-def adam_improvement(vectors_MN: Tensor, true_MN: Tensor, prompts_per_step: int) -> np.ndarray:
-    """sum_n E[g_n] t_n / sqrt(v_n) from all prompts, and with each block of them left out: float64 (1+J,).
-
-    v_n is the mean square of coordinate n of a step's gradient, E[g_n²] / P + (1 - 1/P) E[g_n]², as Adam's moving
-    average approaches it; every coordinate then moves by 1 in the root mean square. E[g_n] t_n and E[g_n]² are taken
-    over pairs of different prompts, the latter not below 0. Coordinates without any gradient count 0.
-    """
-    prompts = len(vectors_MN)
-    blocks = torch.arange(prompts) * min(ADAM_BLOCKS, prompts // 2) // prompts
-    sizes_J = torch.bincount(blocks).double()
-    counts_L = torch.cat([torch.tensor([float(prompts)], dtype=torch.float64), prompts - sizes_J])[:, None]
-    total_L = torch.zeros(len(counts_L), dtype=torch.float64)
-
-    def left_out_sums(values_MN: Tensor) -> Tensor:
-        sums_JN = torch.zeros(len(sizes_J), values_MN.shape[1], dtype=torch.float64).index_add_(0, blocks, values_MN)
-        whole_1N = sums_JN.sum(0, keepdim=True)
-        return torch.cat([whole_1N, whole_1N - sums_JN])
-
-    for some_MN, target_MN in zip(vectors_MN.split(CHUNK, 1), true_MN.split(CHUNK, 1), strict=True):
-        own_MN, aim_MN = some_MN.double(), target_MN.double()
-        sum_LN, aim_LN = left_out_sums(own_MN), left_out_sums(aim_MN)
-        square_LN, along_LN = left_out_sums(own_MN**2), left_out_sums(own_MN * aim_MN)
-        pairs_L = counts_L * (counts_L - 1)
-        mean_square_LN = ((sum_LN**2 - square_LN) / pairs_L).clamp_min(0)
-        step_LN = square_LN / counts_L / prompts_per_step + (1 - 1 / prompts_per_step) * mean_square_LN
-        improvement_LN = (sum_LN * aim_LN - along_LN) / pairs_L * step_LN.rsqrt()
-        total_L += torch.where(step_LN > 0, improvement_LN, 0.0).sum(-1)
-    return total_L.numpy()
+    def series(self, name: str, weights: Mapping[str, float], vectors_MN: Tensor) -> RuleSeries:
+        """A rule's figures, from all prompts and with each block of them left out."""
+        batch, blocks = self.prompts_per_step, min(BLOCKS, len(vectors_MN) - 2)
+        sums = block_sums(vectors_MN, self.true_MN, blocks, self.scales_M)
+        whole = total(sums)
+        parts = [whole, *(whole.without(block) for block in sums)]
+        return RuleSeries(
+            name,
+            weights,
+            noise_ratio_1J=np.array([quotient(part.variance / batch, max(part.mean_square, 0.0)) for part in parts]),
+            cosine_1J=np.array([part.cosine() for part in parts]),
+            eff_1J=np.array([part.eff(batch) for part in parts]),
+            eff_adam_1J=np.array([part.eff_adam(batch) for part in parts]),
+        )

@@ -1,0 +1,180 @@
+"""What a probe says in plain words, and what it recommends: weights only where their predicted gain is not chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
+
+from rest_rl.analyze.probe import Estimate, Probe, RuleFacts
+
+SURE = 2.0
+"""Standard errors that a figure must be from 0 to be read."""
+SURE_OF_BEST = 2.5
+"""The same for the best of several candidates: 2.24 would be Bonferroni's for 4 at a one-sided 5 %."""
+MATTERS = 0.05
+"""A gain per step of 5 % is what a 5 % larger learning rate gives as well; runs of this project could not tell less."""
+CANDIDATES = {"rest, strength 0.25": 0.25, "rest": 0.5, "rest, strength 1": 1.0}
+"""Rules that can be recommended, with their strength."""
+NAMED = 3
+"""Regions that the verdict names."""
+MANY, CUT_OFF, EXTREME = 0.5, 0.1, 0.25
+"""Shares from which on a lack of spread, cut responses and a single prompt's gradient are worth a word."""
+PHRASES = {
+    "format": "the format",
+    "name": "the tool name",
+    "arguments": "the arguments",
+    "reasoning": "the reasoning",
+    "answer": "the answer",
+    "other": "text that belongs to no region",
+}
+Sureness = Literal["likely", "unsure", "not measurable"]
+
+
+class Advice(NamedTuple):
+    """What to train with. `strength`, `w_min` and `w_max` are settings of `rest`, None for grpo."""
+
+    preset: Literal["rest", "grpo"]
+    strength: float | None
+    w_min: float | None
+    w_max: float | None
+    sureness: Sureness
+    what: str
+    why: str
+
+
+def verdict(probe: Probe) -> list[str]:
+    """Plain sentences on what stands in the way, where the signal is, and which region decides over the reward."""
+    return [*obstacles(probe), *signal_sentences(probe), *telling_sentence(probe)]
+
+
+def obstacles(probe: Probe) -> Iterator[str]:
+    """What keeps any weights from working."""
+    own = probe.sampled
+    if own.no_spread >= MANY:
+        yield (
+            f"{own.no_spread:.0%} of the groups have no spread of rewards and teach nothing: prompts of fitting "
+            "difficulty matter more than weights"
+        )
+    if own.truncated >= CUT_OFF:
+        yield f"{own.truncated:.0%} of the responses are cut off: allow more tokens (--max-new-tokens)"
+    if probe.heaviest >= EXTREME:
+        yield (
+            f"one prompt makes {probe.heaviest:.0%} of the squared gradient norm, and the gradient figures lean on it; "
+            "--norm-cap 2 shows them without such prompts' weight"
+        )
+
+
+def signal_sentences(probe: Probe) -> Iterator[str]:
+    """Which regions carry the signal, against their share of the tokens and of the gradient."""
+    if not has_signal(probe):
+        yield (
+            f"the signal cannot be told from noise with {probe.sampled.prompts} prompts, so its shares mean nothing "
+            "yet; take more --prompts"
+        )
+        return
+    ranked = sorted(probe.regions.items(), key=lambda item: -item[1].gradient.signal_share.value)
+    for label, facts in ranked[:NAMED]:
+        if facts.gradient.signal_share.is_above(0, SURE):
+            yield (
+                f"{PHRASES[label]} {verb(label, 'carry')} {percent(facts.gradient.signal_share)} of the reward signal "
+                f"in {facts.tokens.share.value:.0%} of the tokens, and {percent(facts.gradient.norm_share)} of the "
+                "squared gradient norm"
+            )
+    if probe.sure.regions:
+        yield sure_sentence(probe)
+
+
+def sure_sentence(probe: Probe) -> str:
+    """Whether the regions of low entropy carry more signal than tokens, which is what ResT builds on."""
+    sure = probe.sure
+    error = math.hypot(sure.signal_share.error, sure.share.error)
+    surplus = Estimate(sure.signal_share.value - sure.share.value, error)
+    if surplus.is_above(0, SURE):
+        against = "more than their share, as ResT supposes"
+    elif Estimate(-surplus.value, error).is_above(0, SURE):
+        against = "less than their share, against what ResT supposes"
+    else:
+        against = "which may well be their share"
+    names = ", ".join(sure.regions)
+    return (
+        f"the regions of low entropy ({names}) carry {percent(sure.signal_share)} of the signal in "
+        f"{sure.share.value:.0%} of the tokens, {against}"
+    )
+
+
+def telling_sentence(probe: Probe) -> Iterator[str]:
+    """Which region's differences go with differences in reward."""
+    known = {label: facts.differences.auc for label, facts in probe.regions.items()}
+    known = {label: auc for label, auc in known.items() if math.isfinite(auc.value)}
+    if known:
+        label = max(known, key=lambda name: known[name].value)
+        auc = known[label]
+        yield (
+            f"whether {PHRASES[label]} {verb(label, 'differ')} tells best whether the reward differs (AUC "
+            f"{auc.value:.2f} ± {auc.error:.2f})"
+        )
+
+
+def has_signal(probe: Probe) -> bool:
+    """Whether the first-order improvement is above 0 beyond its error."""
+    return probe.signal.is_above(0, SURE)
+
+
+def advice_on(probe: Probe) -> Advice:
+    """Weights of `rest` where their gain is beyond chance and beyond that of shuffled weights, else grpo."""
+    rules = {rule.name: rule for rule in probe.rules}
+    if not has_signal(probe):
+        return uniform_advice(
+            "not measurable", f"with {probe.sampled.prompts} prompts the signal cannot be told from noise; take more"
+        )
+    best = max((rules[name] for name in CANDIDATES), key=lambda rule: rule.adam_gain.value)
+    found = f"under Adam, {best.name} changes the predicted improvement per step by {percent(best.adam_gain, '+.1f')}"
+    shuffled = f"{percent(best.adam_over_shuffled, '+.1f')} against shuffled weights"
+    if not math.isfinite(best.adam_gain.error):
+        return uniform_advice(
+            "not measurable", "the improvement under Adam cannot be told from none; take more --prompts"
+        )
+    if best.adam_gain.is_above(MATTERS, SURE_OF_BEST):
+        if best.adam_over_shuffled.is_above(0, SURE):
+            return rest_advice(best, f"{found}, {shuffled}")
+        return uniform_advice("unsure", f"{found}, but only {shuffled}: which region weighs more may not matter")
+    if best.adam_gain.value + SURE * best.adam_gain.error < MATTERS:
+        why = (
+            f"weights are unlikely to help: {found}, the best of {len(CANDIDATES)} strengths, where a gain below "
+            f"{MATTERS:.0%} is not worth a setting{harm(rules)}"
+        )
+        return uniform_advice("likely", why)
+    return uniform_advice("unsure", f"{found}, which may be chance; more --prompts, or `rest-rl compare`, can tell")
+
+
+def harm(rules: Mapping[str, RuleFacts]) -> str:
+    """The strength that would cost most, if one certainly costs something."""
+    worst = min((rules[name] for name in CANDIDATES), key=lambda rule: rule.adam_gain.value)
+    loss = Estimate(-worst.adam_gain.value, worst.adam_gain.error)
+    return f"; {worst.name} would cost {percent(loss)}" if loss.is_above(0, SURE) else ""
+
+
+def uniform_advice(sureness: Sureness, why: str) -> Advice:
+    """Uniform weights."""
+    return Advice("grpo", None, None, None, sureness, "preset grpo", f"{why[0].upper()}{why[1:]}.")
+
+
+def rest_advice(rule: RuleFacts, why: str) -> Advice:
+    """Preset `rest` with the strength of a rule, clipped to the weights that it gives here: it holds for no others."""
+    weights = [1.0, *(weight for weight in rule.weights.values() if weight > 0)]
+    w_min, w_max = max(0.1, math.floor(10 * min(weights)) / 10), math.ceil(10 * max(weights)) / 10
+    strength = CANDIDATES[rule.name]
+    what = f"preset rest, strength {strength:g}, w_min {w_min:g}, w_max {w_max:g}"
+    later = "it is a prediction for the next step; `rest-rl compare` shows whether it lasts"
+    return Advice("rest", strength, w_min, w_max, "likely", what, f"{why[0].upper()}{why[1:]}; {later}.")
+
+
+def percent(estimate: Estimate, digits: str = ".0f") -> str:
+    """`62 ± 5 %`; with digits `+.1f` as `+6.2 ± 0.7 %`."""
+    return f"{100 * estimate.value:{digits}} ± {100 * estimate.error:{digits.removeprefix('+')}} %"
+
+
+def verb(label: str, plural: str) -> str:
+    """The verb that fits a region's phrase."""
+    return plural if label == "arguments" else {"carry": "carries", "differ": "differs"}[plural]
