@@ -16,6 +16,7 @@ from rich.text import Text
 
 from rest_rl.analyze.palette import REGION_COLOURS
 from rest_rl.analyze.tables import is_number
+from rest_rl.diagnosis import Finding
 from rest_rl.response import ParsedResponse, Region, Span
 
 LINE_EVERY = 60.0
@@ -182,6 +183,12 @@ class Screen:
         self.console.rule(f"step {step}, reward {row['reward']:.2f}", align="left", style="dim")
         self.console.print(coloured(pieces(text, self.parse(text).spans)), soft_wrap=True)
         self.console.print(legend(self.weights))
+
+    def on_finding(self, finding: Finding) -> None:
+        """A warning: the figure, then cause and remedy."""
+        self.console.print(Text(f"step {finding.step}: {finding.figure}", style="yellow"), soft_wrap=True)
+        self.console.print(Text(f"  likely cause: {finding.cause}"), soft_wrap=True)
+        self.console.print(Text(f"  remedy: {finding.remedy}"), soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One line."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rest_rl.analyze.findings import findings_text
 from rest_rl.analyze.palette import REGION_COLOURS
 from rest_rl.analyze.plots import REGION_KEY, draw_all
 from rest_rl.analyze.tables import (
@@ -48,6 +49,8 @@ def report_text(groups: Sequence[Group], plots: dict[str, Path], base: Path) -> 
     """The whole page."""
     runs = [run for group in groups for run in group.runs]
     parts = ["# Report", results(groups) if len(runs) > 1 else single_result(runs[0])]
+    if findings := findings_text(runs):
+        parts.append(findings)
     for title, path in plots.items():
         parts.append(f"## {title}\n\n![{title}]({Path(os.path.relpath(path, base)).as_posix()})")
     if rows := region_rows(groups):

@@ -1,7 +1,7 @@
 """What can be wrong with a run: each symptom a function of its history that says figure, cause and remedy, or nothing.
 
-A limit is either beyond noise, by `SURE` standard errors, or a size at which harm begins, or both; docs/diagnosis.md
-derives every one.
+A limit is either beyond noise, by `History.sure` standard errors, or a size at which harm begins, or both;
+docs/diagnosis.md derives every one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ Kind = Literal[
     "format_alone",
     "no_progress",
 ]
-SURE = 4.0
-"""Standard errors by which a figure must pass its limit."""
 SPENT = 0.9
 """Share of the first entropy whose loss is a collapse: what is left can buy a ninth of what was gained."""
 CLOSED = 0.5
@@ -144,7 +142,7 @@ def not_finite(history: History, settings: Settings) -> Told | None:
 def no_spread(history: History, settings: Settings) -> Told | None:
     """Most groups have equal rewards throughout: they have no advantage and no gradient."""
     flat = history.now("frac_reward_zero_std")
-    if flat is None or not flat.exceeds(0.5, SURE):
+    if flat is None or not flat.exceeds(0.5, history.sure):
         return None
     exact, well_formed = history.now("rest/exact_match"), history.now("rest/format")
     if exact and exact.value >= flat.value:
@@ -165,7 +163,7 @@ def no_spread(history: History, settings: Settings) -> Told | None:
 def truncated(history: History, settings: Settings) -> Told | None:
     """Responses hit the length limit in most groups."""
     cut = history.now("completions/clipped_ratio")
-    if cut is None or not cut.exceeds(settings.most_groups, SURE):
+    if cut is None or not cut.exceeds(settings.most_groups, history.sure):
         return None
     limit = settings.max_length
     at = f" of {limit} tokens" if limit else ""
@@ -182,10 +180,10 @@ def truncated(history: History, settings: Settings) -> Told | None:
 def format_falls(history: History, settings: Settings) -> Told | None:
     """Fewer responses keep the format than did before, by enough to show in most groups."""
     now, best = history.now("rest/format"), history.best("rest/format")
-    if now is None or best is None or not best.above(now, SURE, settings.most_groups):
+    if now is None or best is None or not best.above(now, history.sure, settings.most_groups):
         return None
     cut, was_cut = (window(history, "completions/clipped_ratio", mean) for mean in (now, best))
-    if cut and was_cut and cut.above(was_cut, SURE, (best.value - now.value) / 2):
+    if cut and was_cut and cut.above(was_cut, history.sure, (best.value - now.value) / 2):
         cause = f"responses have grown past the length limit ({percent(was_cut)} → {percent(cut)} of them are cut off)"
         remedy = "raise trl.max_completion_length"
     else:
@@ -197,10 +195,10 @@ def format_falls(history: History, settings: Settings) -> Told | None:
 def calls_fall(history: History, settings: Settings) -> Told | None:
     """Fewer responses attempt a call, and accuracy has not gained by it."""
     now, best = history.now("rest/call_rate"), history.best("rest/call_rate")
-    if now is None or best is None or not best.above(now, SURE, settings.most_groups):
+    if now is None or best is None or not best.above(now, history.sure, settings.most_groups):
         return None
     accuracy, before = (window(history, "rest/accuracy", mean) for mean in (now, best))
-    if accuracy and before and accuracy.above(before, SURE):
+    if accuracy and before and accuracy.above(before, history.sure):
         return None
     gained = f", S_acc {change(before, accuracy)}" if accuracy and before else ""
     return Told(
@@ -214,7 +212,9 @@ def calls_fall(history: History, settings: Settings) -> Told | None:
 def entropy_collapses(history: History, settings: Settings) -> Told | None:
     """Nearly all entropy is spent, and accuracy has little to show for it."""
     now, start = history.now("entropy"), history.start("entropy")
-    if now is None or start is None or start.value <= 0 or now.value + SURE * now.error > (1 - SPENT) * start.value:
+    if now is None or start is None or start.value <= 0:
+        return None
+    if now.value + history.sure * now.error > (1 - SPENT) * start.value:
         return None
     accuracy, before = history.now("rest/accuracy"), history.start("rest/accuracy")
     if accuracy is None or before is None or before.value >= 1:
@@ -238,7 +238,7 @@ def sampler_disagrees(history: History, settings: Settings) -> Told | None:
     if excess is None or entropy is None or entropy.value <= 0 or not errors or sum(nats) < SEEN_NATS:
         return None
     error = math.hypot(*errors) / len(errors)
-    if abs(excess.value) - SURE * error < MISMATCH * entropy.value:
+    if abs(excess.value) - history.sure * error < MISMATCH * entropy.value:
         return None
     side, share = ("less", -excess.value) if excess.value < 0 else ("more", excess.value)
     figure = (
@@ -298,10 +298,10 @@ def gradient_spike(history: History, settings: Settings) -> Told | None:
 def exact_match_falls(history: History, settings: Settings) -> Told | None:
     """The reward rises while exact match falls: what is paid for is not what is wanted."""
     best, now = history.best("rest/exact_match"), history.now("rest/exact_match")
-    if best is None or now is None or not best.above(now, SURE):
+    if best is None or now is None or not best.above(now, history.sure):
         return None
     reward, before = (window(history, "reward", mean) for mean in (now, best))
-    if reward is None or before is None or not reward.above(before, SURE):
+    if reward is None or before is None or not reward.above(before, history.sure):
         return None
     return Told(
         f"exact match {change(best, now)}, while the reward rose {before.value:.3f} → {reward.value:.3f}",
@@ -319,10 +319,10 @@ def held_out_falls(history: History, settings: Settings) -> Told | None:
         if is_number(row.get("exact_match")) and is_number(row.get("exact_match_error"))
     ]
     training, start = history.now("rest/exact_match"), history.start("rest/exact_match")
-    if len(scores) < 2 or training is None or start is None or start.above(training, SURE):
+    if len(scores) < 2 or training is None or start is None or start.above(training, history.sure):
         return None
-    best, last = max(scores), scores[-1]
-    if best[0] - last[0] <= SURE * math.hypot(best[1], last[1]):
+    best, last = max(scores, key=lambda score: score[0]), scores[-1]
+    if best[0] - last[0] <= history.sure * math.hypot(best[1], last[1]):
         return None
     return Told(
         f"held-out exact match {100 * best[0]:.0f} ± {100 * best[1]:.0f} % (step {best[2]}) → {100 * last[0]:.0f} ± "
@@ -338,10 +338,11 @@ def format_alone(history: History, settings: Settings) -> Told | None:
     (reward, paid), (rough, formed), (before, accuracy) = pairs.values()
     if not (reward and paid and rough and formed and before and accuracy):
         return None
-    if not (paid.above(reward, SURE) and formed.above(rough, SURE)) or formed.value < 1 - settings.most_groups:
+    rose = paid.above(reward, history.sure) and formed.above(rough, history.sure)
+    if not rose or formed.value < 1 - settings.most_groups:
         return None
     gain, error = accuracy.value - before.value, math.hypot(accuracy.error, before.error)
-    if gain + SURE * error > (formed.value - rough.value) / 2:
+    if gain + history.sure * error > (formed.value - rough.value) / 2:
         return None
     return Told(
         f"the reward rose {reward.value:.3f} → {paid.value:.3f} by format ({percent(rough)} → {percent(formed)}); "

@@ -17,11 +17,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
-from rest_rl.config import RunConfig, describe, fits, options, unknown_key
+from rest_rl.config import RunConfig, describe, fits, options, parse_toml, unknown_key
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.data.samples import ToolSample
+from rest_rl.diagnosis import Diagnosis, Finding
 from rest_rl.formats import get_format
-from rest_rl.runlog import CHECKPOINTS, RunLog, unwritable
+from rest_rl.runlog import CHECKPOINTS, EVALUATIONS, METRICS, RunLog, read_rows, unwritable
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import new_adapter, quiet_loading
 from rest_rl.train.prompts import OnRefused, training_dataset
@@ -56,14 +57,24 @@ class Observer(Protocol):
         """Some responses that `step`, counted from 1, learns from; `rows` are as in responses.jsonl."""
         ...
 
+    def on_finding(self, finding: Finding) -> None:
+        """Something is wrong with the run that was not before."""
+        ...
+
 
 class Recorder(TrainerCallback):
     """Writes each step to the run folder, tells the observer, and stops in an orderly way when asked."""
 
-    def __init__(self, log: RunLog, observer: Observer) -> None:
-        """Bind the run folder and who is told."""
+    def __init__(self, log: RunLog, observer: Observer, table: Mapping[str, Any]) -> None:
+        """Bind the run folder and who is told; `table` is the run's configuration, for its diagnosis."""
         self.log, self.observer = log, observer
         self.stop_requested = False
+        self._diagnosis, self._evaluations = Diagnosis(table), 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What a resumed run has shown before is not told again."""
+        for row in read_rows(self.log.folder / METRICS) if self.log.enabled else []:
+            self._diagnose(row, state.max_steps)
 
     def on_log(
         self,
@@ -80,7 +91,18 @@ class Recorder(TrainerCallback):
         if "train_loss" not in metrics:  # the closing line of the trainer repeats what is known
             self.log.add_metrics(row | metrics)
             self.observer.on_step(state.global_step, state.max_steps, metrics)
+            for finding in self._diagnose(row | metrics, state.max_steps):
+                self.observer.on_finding(finding)
         self.log.add_timing(row | timing)
+
+    def _diagnose(self, row: Mapping[str, Any], total: int) -> list[Finding]:
+        """What a row of metrics shows for the first time."""
+        evaluations = read_rows(self.log.folder / EVALUATIONS)
+        due = [seen for seen in evaluations[self._evaluations :] if seen.get("step", 0) <= row["step"]]
+        self._evaluations += len(due)
+        for seen in due:
+            self._diagnosis.add_evaluation(seen)
+        return self._diagnosis.add(row, total)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop if asked, once every response generated so far has been learnt from."""
@@ -226,7 +248,7 @@ def build_trainer(
     """The trainer, with `callbacks`, and the one that writes its run folder; `on_refused` as in `training_dataset`."""
     if not samples:
         raise ValueError(f"got no training sample from {config.data.path}, expected at least one; check [data]")
-    recorder = Recorder(log, observer)
+    recorder = Recorder(log, observer, parse_toml(config.to_toml(), "the run"))
     shared: dict[str, Any] = {
         "model": model,
         "processing_class": layout.tokenizer,
