@@ -4,6 +4,7 @@ import torch
 from rest_rl.analyze.gradients import (
     Coordinates,
     draw_distinct,
+    expected_squares,
     padded,
     response_logits,
     token_statistics,
@@ -176,3 +177,22 @@ def test_errors_name_what_was_got(model):
         Coordinates.choose(model, 0)
     with pytest.raises(ValueError, match="without trainable"):
         Coordinates.choose(torch.nn.Identity())
+
+
+def test_expected_squares_are_means_over_all_next_tokens(model):
+    # Exactly: sum over the vocabulary of p_y |grad log p_y|^2, at both positions of a response.
+    coordinates = Coordinates.choose(model, None)
+    response, exact = [4, 7], torch.zeros(2, dtype=torch.float64)
+    for t in (0, 1):
+        logits = model(torch.tensor([[*PROMPT, *response[:t]]])).logits[0, -1].detach()
+        for y, p in enumerate(logits.softmax(-1).tolist()):
+            if p > 1e-4:
+                weights = torch.zeros(1, 1, t + 1)
+                weights[0, 0, t] = 1
+                vector = weighted_gradients(model, PROMPT, [[*response[:t], y]], weights, coordinates)[0].double()
+                exact[t] += p * vector.square().sum()
+    draws = torch.stack([expected_squares(model, PROMPT, response, coordinates, seed) for seed in range(40)])
+    error = draws.std(0) / 40**0.5
+    assert ((draws.mean(0) - exact).abs() < 4 * error + 0.02 * exact).all()
+    assert (draws >= 0).all()
+    assert expected_squares(model, PROMPT, [], coordinates).shape == (0,)

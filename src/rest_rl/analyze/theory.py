@@ -1,0 +1,348 @@
+"""The theory behind ResT, measured on a real model: its lemmas and theorems, and what each weight rule does.
+
+Shapes: M prompts with G responses each, T tokens, N kept coordinates. Two sets of prompts: a pilot (many responses
+each) gives region statistics, Lemma 1, Lemma 2, Theorem 1 and Theorem 2; the rules are judged on the other prompts, so
+that no weight is judged on what it was made from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rest_rl.analyze.gradient_variance import GradientFigures, gradient_figures, norm_cap
+from rest_rl.analyze.gradients import Coordinates, expected_squares, padded, token_statistics, weighted_gradients
+from rest_rl.analyze.group_size import GroupSizeCurve, PromptResponses, group_size_curves
+from rest_rl.analyze.optimal_weights import NO_SPREAD, ClosedFormCheck, RegionOptimum, check_closed_form, region_optimum
+from rest_rl.analyze.token_bounds import (
+    BoundChain,
+    LemmaTwo,
+    RegionTokens,
+    ResponseTokens,
+    bound_chain,
+    lemma_two,
+    rank_correlation,
+    region_tokens,
+)
+from rest_rl.data.groups import Group
+from rest_rl.presets import PRESETS
+from rest_rl.regions import region_sums
+from rest_rl.response import Region
+from rest_rl.weights import (
+    AUTHORS_CONSTANTS,
+    RegionStatistics,
+    WeightConfig,
+    apply_curriculum,
+    assign_weights,
+    keep_top_entropy,
+    normalise,
+    region_weights,
+)
+
+UNIFORM = "uniform"
+THEOREM = "Theorem 2"
+Advance = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class TheorySettings:
+    """How much is measured."""
+
+    token_responses: int = 8
+    """Responses of each pilot prompt, as one group, whose tokens get a gradient each."""
+    batch: int = 16
+    """Prompts of a training step, for which the rules' figures hold."""
+    progress: float = 0.0
+    """Where in training the curriculum stands."""
+    cap: float = 3.0
+    """Norm beyond which a prompt's gradient is scaled down, in medians, for the second set of figures."""
+    blocks: int = 16
+    """Blocks of prompts of the jackknife."""
+    coordinates: int | None = 2**20
+    """Parameter entries kept of a larger model."""
+    seed: int = 0
+
+
+class RuleFigures(NamedTuple):
+    """What one weight rule does on the same prompts as uniform weights."""
+
+    name: str
+    weights: dict[str, float]
+    """Mean weight of each region's tokens."""
+    plain: GradientFigures
+    capped: GradientFigures
+
+
+class Theory(NamedTuple):
+    """Everything measured."""
+
+    group_size: tuple[GroupSizeCurve, ...]
+    lemma_two: LemmaTwo
+    regions: tuple[RegionTokens, ...]
+    rank_correlation: float
+    """Spearman's, of a token's 1 - exp(-H) with E_y |s_t|²."""
+    bounds: dict[str, BoundChain]
+    """Theorem 1, by rule."""
+    closed_form: ClosedFormCheck
+    optimum: RegionOptimum
+    rules: tuple[RuleFigures, ...]
+    live_groups: float
+    """Share of the judged groups with any spread of rewards."""
+    coordinate_share: float
+
+
+def measure(
+    model: Any,
+    pilot: Sequence[Group],
+    groups: Sequence[Group],
+    settings: TheorySettings,
+    pad_id: int = 0,
+    advance: Advance = lambda: None,
+) -> Theory:
+    """Measure everything; `advance` is called `steps` times. ValueError, before all else, for too little spread."""
+    check_spread(pilot, settings)
+    coordinates = Coordinates.choose(model, settings.coordinates, settings.seed)
+    statistics, lemma = pilot_statistics(model, pilot, pad_id)
+    prompts = []
+    tokens: list[ResponseTokens] = []
+    for number, group in enumerate(pilot):
+        prompts.append(response_products(model, group, coordinates, pad_id))
+        tokens += token_products(model, group, number, settings.token_responses, coordinates, pad_id)
+        advance()
+    optimum = region_optimum(tokens)
+    rules = {**theory_rules(), THEOREM: constant_rule(optimum.weights["closed form"])}
+    figures = judged_rules(model, groups, rules, statistics, coordinates, settings, pad_id, advance)
+    return Theory(
+        group_size=tuple(group_size_curves(prompts, seed=settings.seed)),
+        lemma_two=lemma,
+        regions=tuple(region_tokens(tokens)),
+        rank_correlation=rank_correlation(tokens),
+        bounds=theorem_one(tokens, rules, statistics, settings),
+        closed_form=check_closed_form(tokens),
+        optimum=optimum,
+        rules=tuple(figures),
+        live_groups=float(np.mean([bool(group.advantages().any()) for group in groups])),
+        coordinate_share=1 / coordinates.scale,
+    )
+
+
+def check_spread(pilot: Sequence[Group], settings: TheorySettings) -> None:
+    """ValueError unless two prompts of either half of the pilot have rewards that differ."""
+    firsts = [group._replace(responses=group.responses[: settings.token_responses]) for group in pilot]
+    live = [bool(group.advantages().any()) for group in firsts]
+    if min(sum(live[::2]), sum(live[1::2])) < 2:
+        raise ValueError(NO_SPREAD)
+
+
+def steps(pilot: int, groups: int) -> int:
+    """How often `measure` calls `advance`."""
+    return pilot + groups * (len(theory_rules()) + 2)
+
+
+def theory_rules() -> dict[str, WeightConfig]:
+    """The rules that are compared, uniform first; those without a preset have the paper's clip range and curriculum."""
+    rest, paper = PRESETS["rest"].weights, PRESETS["paper"].weights
+    assert rest is not None
+    assert paper is not None
+    return {
+        UNIFORM: WeightConfig(rule="uniform"),
+        "rest": rest,
+        "paper": paper,
+        "inverse": replace(paper, rule="inverse"),
+        "collision": replace(paper, rule="collision"),
+        "authors' constants": replace(paper, rule="constant", constants=dict(AUTHORS_CONSTANTS)),
+        "inverted": replace(paper, rule="inverted", decay_format=0.0, gain_arguments=0.0, gain_reasoning=0.0),
+        "permuted": replace(paper, rule="permuted"),
+        "top_entropy": WeightConfig(rule="top_entropy"),
+        "no reasoning": WeightConfig(rule="uniform", dropped=(Region.REASONING.label,)),
+    }
+
+
+def constant_rule(weights: Mapping[str, float]) -> WeightConfig:
+    """Fixed weights by region label; a region that is left out weighs 1."""
+    return WeightConfig(rule="constant", constants={region.label: weights.get(region.label, 1.0) for region in Region})
+
+
+def pilot_statistics(model: Any, pilot: Sequence[Group], pad_id: int) -> tuple[RegionStatistics, LemmaTwo]:
+    """Mean entropy and collision mass by region over all pilot tokens, and Lemma 2 on each of them."""
+    sums = [torch.zeros(len(Region), dtype=torch.float64) for _ in range(3)]
+    rows = []
+    for group in pilot:
+        found = token_statistics(model, group.prompt_ids, [one.ids for one in group.responses], pad_id)
+        regions_BT, mask_BT = regions_of(group)
+        for at, values_BT in ((0, found.entropies_BT), (1, found.collisions_BT)):
+            sums_R, counts_R = region_sums(values_BT, regions_BT, mask_BT)
+            sums[at] += sums_R
+        sums[2] += counts_R
+        rows.append(torch.stack([values_BT[mask_BT] for values_BT in found]))
+    logps_S, entropies_S, collisions_S = torch.cat(rows, dim=1).numpy()
+    statistics = RegionStatistics(sums[2], sums[0] / sums[2], sums[1] / sums[2])
+    return statistics, lemma_two(logps_S, entropies_S, collisions_S)
+
+
+def response_products(model: Any, group: Group, coordinates: Coordinates, pad_id: int) -> PromptResponses:
+    """Inner products of the gradients 1 / T sum_t grad log pi(y_t) of the responses to a prompt."""
+    vectors_nN = torch.zeros(len(group.responses), coordinates.size)
+    for i, response in enumerate(group.responses):
+        if length := len(response.ids):  # one by one: a backward pass through all of them for each would cost n times
+            weights_111 = torch.full((1, 1, length), 1 / length)
+            vectors_nN[i] = weighted_gradients(
+                model, group.prompt_ids, [response.ids], weights_111, coordinates, pad_id
+            )[0]
+    rewards_n = np.array([response.reward for response in group.responses])
+    return PromptResponses(rewards_n, products(vectors_nN, coordinates))
+
+
+def token_products(
+    model: Any, group: Group, number: int, count: int, coordinates: Coordinates, pad_id: int
+) -> list[ResponseTokens]:
+    """The tokens of the first `count` responses, which form a group, with the products of their gradients."""
+    some = group._replace(responses=group.responses[:count])
+    rows = []
+    for response, advantage in zip(some.responses, some.advantages().tolist(), strict=True):
+        if not (length := len(response.ids)):
+            continue
+        logps_BT, entropies_BT, collisions_BT = token_statistics(model, group.prompt_ids, [response.ids], pad_id)
+        each_T1T = torch.eye(length)[:, None]
+        vectors_TN = weighted_gradients(model, group.prompt_ids, [response.ids], each_T1T, coordinates, pad_id)
+        expected_T = expected_squares(model, group.prompt_ids, response.ids, coordinates, seed=len(rows))
+        rows.append(
+            ResponseTokens(
+                number,
+                advantage,
+                np.array(response.regions),
+                logps_BT[0].numpy(),
+                entropies_BT[0].numpy(),
+                collisions_BT[0].numpy(),
+                expected_T.numpy(),
+                products(vectors_TN, coordinates),
+            )
+        )
+    return rows
+
+
+def products(vectors_nN: Tensor, coordinates: Coordinates) -> np.ndarray:
+    """Inner products of all pairs over the whole model, estimated from the kept coordinates: float64 (n, n)."""
+    return coordinates.scale * (vectors_nN @ vectors_nN.T).double().numpy()
+
+
+def theorem_one(
+    tokens: Sequence[ResponseTokens],
+    rules: Mapping[str, WeightConfig],
+    statistics: RegionStatistics,
+    settings: TheorySettings,
+) -> dict[str, BoundChain]:
+    """The bound and its assumptions under the weights of each rule."""
+    chains = {}
+    for name, config in rules.items():
+        weights = [
+            token_weights(
+                torch.from_numpy(one.regions_T)[None],
+                torch.from_numpy(one.entropies_T)[None],
+                torch.ones(1, len(one.regions_T), dtype=torch.bool),
+                config,
+                statistics,
+                settings.progress,
+            )[0].numpy()
+            for one in tokens
+        ]
+        chains[name] = bound_chain(tokens, weights, settings.token_responses)
+    return chains
+
+
+def token_weights(
+    regions_BT: Tensor,
+    entropies_BT: Tensor,
+    mask_BT: Tensor,
+    config: WeightConfig,
+    statistics: RegionStatistics,
+    progress: float,
+) -> Tensor:
+    """The weights that a rule gives to tokens under given region statistics: float64 (B, T), mean 1 per response.
+
+    The rule top_entropy takes its threshold from the tokens it is given, as it does from a batch in training.
+    """
+    if config.rule == "top_entropy":
+        return normalise(keep_top_entropy(entropies_BT, mask_BT, config.quantile), mask_BT).double()
+    weights_R = apply_curriculum(region_weights(statistics, config), progress, config)
+    return assign_weights(weights_R, regions_BT, mask_BT).double()
+
+
+def judged_rules(
+    model: Any,
+    groups: Sequence[Group],
+    rules: Mapping[str, WeightConfig],
+    statistics: RegionStatistics,
+    coordinates: Coordinates,
+    settings: TheorySettings,
+    pad_id: int,
+    advance: Advance,
+) -> Iterator[RuleFigures]:
+    """Every rule on the same groups; three stacks of M gradients are in memory at a time."""
+    entropies = [
+        token_statistics(model, group.prompt_ids, [one.ids for one in group.responses], pad_id).entropies_BT
+        for group in groups
+    ]
+
+    def weights_of(config: WeightConfig) -> list[Tensor]:
+        return [
+            token_weights(*pair, config, statistics, settings.progress)
+            for pair in ((regions_of(g)[0], e, regions_of(g)[1]) for g, e in zip(groups, entropies, strict=True))
+        ]
+
+    def stack(weights: Sequence[Tensor]) -> Tensor:
+        vectors_MN = torch.zeros(len(groups), coordinates.size)
+        for m, (group, weights_BT) in enumerate(zip(groups, weights, strict=True)):
+            ids = [one.ids for one in group.responses]
+            vectors_MN[m] = weighted_gradients(model, group.prompt_ids, ids, weights_BT[None], coordinates, pad_id)[0]
+            advance()
+        return vectors_MN * math.sqrt(coordinates.scale)
+
+    true_MN = stack([reward_weights(group) for group in groups])
+    scaled = [grpo_weights(group) for group in groups]
+    baseline_MN = stack(scaled)
+    caps_M = norm_cap(baseline_MN, settings.cap)
+    for name, config in rules.items():
+        weights = weights_of(config)
+        weighted = [scale_BT * own_BT for scale_BT, own_BT in zip(scaled, weights, strict=True)]
+        own_MN = baseline_MN if name == UNIFORM else stack(weighted)
+        plain, capped = (
+            gradient_figures(
+                own_MN, baseline_MN, true_MN, batch=settings.batch, blocks=settings.blocks, scales_M=scales_M
+            )
+            for scales_M in (None, caps_M)
+        )
+        yield RuleFigures(name, mean_weights(weights, groups), plain, capped)
+
+
+def regions_of(group: Group) -> tuple[Tensor, Tensor]:
+    """(regions_BT, mask_BT) of a group's tokens, right padded."""
+    return padded([one.regions for one in group.responses], int(Region.OTHER))
+
+
+def grpo_weights(group: Group) -> Tensor:
+    """What multiplies each token's gradient in the GRPO objective: A_i / (G T_i), float64 (G, T)."""
+    mask_BT = regions_of(group)[1]
+    lengths_B = mask_BT.sum(-1).clamp_min(1)
+    return (group.advantages() / (len(mask_BT) * lengths_B))[:, None] * mask_BT
+
+
+def reward_weights(group: Group) -> Tensor:
+    """The same in an unbiased estimate of the gradient of the expected reward: (R_i - mean_-i) / G, float64 (G, T)."""
+    mask_BT = regions_of(group)[1]
+    return (group.advantages("dr_grpo") / max(1, len(mask_BT) - 1))[:, None] * mask_BT
+
+
+def mean_weights(weights: Sequence[Tensor], groups: Sequence[Group]) -> dict[str, float]:
+    """The mean weight of each region's tokens; regions without tokens are left out."""
+    sums_R, counts_R = torch.zeros(len(Region), dtype=torch.float64), torch.zeros(len(Region), dtype=torch.float64)
+    for weights_BT, group in zip(weights, groups, strict=True):
+        own_R, number_R = region_sums(weights_BT, *regions_of(group))
+        sums_R, counts_R = sums_R + own_R, counts_R + number_R
+    return {region.label: float(sums_R[region] / counts_R[region]) for region in Region if counts_R[region] > 0}
