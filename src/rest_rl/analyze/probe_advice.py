@@ -53,15 +53,15 @@ def obstacles(probe: Probe) -> Iterator[str]:
     own = probe.sampled
     if own.no_spread >= MANY:
         yield (
-            f"{own.no_spread:.0%} of the groups have no spread of rewards and teach nothing: prompts of fitting "
+            f"{whole(own.no_spread)} of the groups have no spread of rewards and teach nothing: prompts of fitting "
             "difficulty matter more than weights"
         )
     if own.truncated >= CUT_OFF:
-        yield f"{own.truncated:.0%} of the responses are cut off: allow more tokens (--max-new-tokens)"
+        yield f"{whole(own.truncated)} of the responses are cut off: allow more tokens (--max-new-tokens)"
     if probe.heaviest >= EXTREME:
         yield (
-            f"one prompt makes {probe.heaviest:.0%} of the squared gradient norm, and the gradient figures lean on it; "
-            "--norm-cap 2 shows them without such prompts' weight"
+            f"one prompt makes {whole(probe.heaviest)} of the squared gradient norm, and the gradient figures lean on "
+            "it; --norm-cap 2 scales such prompts down"
         )
 
 
@@ -78,7 +78,7 @@ def signal_sentences(probe: Probe) -> Iterator[str]:
         if facts.gradient.signal_share.is_above(0, SURE):
             yield (
                 f"{PHRASES[label]} {verb(label, 'carry')} {percent(facts.gradient.signal_share)} of the reward signal "
-                f"in {facts.tokens.share.value:.0%} of the tokens, and {percent(facts.gradient.norm_share)} of the "
+                f"in {whole(facts.tokens.share.value)} of the tokens, and {percent(facts.gradient.norm_share)} of the "
                 "squared gradient norm"
             )
     if probe.sure.regions:
@@ -99,7 +99,7 @@ def sure_sentence(probe: Probe) -> str:
     names = ", ".join(sure.regions)
     return (
         f"the regions of low entropy ({names}) carry {percent(sure.signal_share)} of the signal in "
-        f"{sure.share.value:.0%} of the tokens, {against}"
+        f"{whole(sure.share.value)} of the tokens, {against}"
     )
 
 
@@ -142,7 +142,7 @@ def advice_on(probe: Probe) -> Advice:
     if best.adam_gain.value + SURE * best.adam_gain.error < MATTERS:
         why = (
             f"weights are unlikely to help: {found}, the best of {len(CANDIDATES)} strengths, where a gain below "
-            f"{MATTERS:.0%} is not worth a setting{harm(rules)}"
+            f"{whole(MATTERS)} is not worth a setting{harm(rules)}"
         )
         return uniform_advice("likely", why)
     return uniform_advice("unsure", f"{found}, which may be chance; more --prompts, or `rest-rl compare`, can tell")
@@ -173,6 +173,11 @@ def rest_advice(rule: RuleFacts, why: str) -> Advice:
 def percent(estimate: Estimate, digits: str = ".0f") -> str:
     """`62 ± 5 %`; with digits `+.1f` as `+6.2 ± 0.7 %`."""
     return f"{100 * estimate.value:{digits}} ± {100 * estimate.error:{digits.removeprefix('+')}} %"
+
+
+def whole(share: float) -> str:
+    """`14 %`."""
+    return f"{100 * share:.0f} %"
 
 
 def verb(label: str, plural: str) -> str:

@@ -1,0 +1,306 @@
+"""The figures of a probe: hand-computed numbers, unbiased estimators, what the verdict makes of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from rest_rl.analyze.probe import (
+    DifferenceFacts,
+    Estimate,
+    GradientFacts,
+    GroupTokens,
+    Probe,
+    Products,
+    RegionFacts,
+    RuleFacts,
+    Sampled,
+    SureTokens,
+    TokenFacts,
+    gradient_facts,
+    left_out,
+    region_difference,
+    region_facts,
+    rule_facts,
+    sampled_facts,
+    signal_and_noise,
+    token_facts,
+)
+from rest_rl.analyze.probe_advice import advice_on, verdict
+from rest_rl.analyze.probe_gradients import SHUFFLED, UNIFORM, Judge, grpo_weights, probe_rules, region_and_true_weights
+from rest_rl.analyze.probe_text import as_mapping, page, probe_tables
+from rest_rl.data.groups import Group, Response
+from rest_rl.data.samples import ToolSample
+from rest_rl.jsonl import as_json
+from rest_rl.response import NUM_REGIONS, Gold, Region
+
+FORMAT, NAME, REASONING = Region.FORMAT, Region.NAME, Region.REASONING
+SAMPLE = ToolSample("s", ({"role": "user", "content": "do"},), (), Gold())
+
+
+def group(*responses: tuple[list[int], list[Region], float]) -> Group:
+    """Responses as (ids, regions, reward)."""
+    return Group(SAMPLE, [1], tuple(Response(i, [int(r) for r in rs], x, 1.0, x, x == 1) for i, rs, x in responses))
+
+
+def test_jackknife_error_of_a_mean_is_the_textbook_one() -> None:
+    values = np.array([1.0, 2.0, 3.0, 6.0])  # mean 3, s² = (4 + 1 + 0 + 9) / 3 = 14/3, se = sqrt(14/3 / 4)
+    counts = left_out(np.ones(4))
+    found = Estimate.of(left_out(values) / counts)
+    assert found.value == 3.0
+    assert found.error == pytest.approx(math.sqrt(14 / 12))
+
+
+def test_products_leave_each_prompt_out() -> None:
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(2, 6, 5))
+    found = Products.of(left @ right.T)
+    for dropped in range(6):
+        kept = [m for m in range(6) if m != dropped]
+        smaller = Products.of(left[kept] @ right[kept].T)
+        assert found.across_1M[1 + dropped] == pytest.approx(smaller.across_1M[0])
+        assert found.within_1M[1 + dropped] == pytest.approx(smaller.within_1M[0])
+
+
+def test_products_of_different_prompts_are_free_of_noise() -> None:
+    # mean e1, noise ±e2 twice each: |sum|² = 4² + 0, sum |.|² = 8, so across = (16 - 8) / (4 * 3) = 2/3
+    vectors = np.array([[1, 1], [1, 1], [1, -1], [1, -1]], dtype=float)
+    found = Products.of(vectors @ vectors.T)
+    assert found.across_1M[0] == pytest.approx(2 / 3)
+    assert found.noise()[0] == pytest.approx(2 - 2 / 3)
+    many = np.random.default_rng(1).normal(size=(4000, 2)) + np.array([0.5, 0.0])
+    assert Products.of(many @ many.T).across_1M[0] == pytest.approx(0.25, abs=0.03)  # while within is 2.25
+
+
+def gram(vectors_KMN: np.ndarray) -> np.ndarray:
+    return np.einsum("kmn,lpn->kmlp", vectors_KMN, vectors_KMN)
+
+
+def test_shares_of_norm_and_signal_add_up() -> None:
+    # format 3 e1, name 4 e2, t = e1 + e2, for every prompt: |g|² = 25, <g, t> = 7
+    vectors = np.zeros((NUM_REGIONS + 1, 5, 2))
+    vectors[FORMAT, :, 0], vectors[NAME, :, 1], vectors[-1] = 3, 4, 1
+    products = gram(vectors)
+    form, name = gradient_facts(products, [FORMAT]), gradient_facts(products, [NAME])
+    assert (form.norm_share.value, name.norm_share.value) == pytest.approx((9 / 25, 16 / 25))
+    assert (form.signal_share.value, name.signal_share.value) == pytest.approx((3 / 7, 4 / 7))
+    assert form.signal_share.error == pytest.approx(0, abs=1e-12)
+    assert math.isnan(form.snr.value)  # no noise to divide by
+    assert gradient_facts(products, [FORMAT, NAME]).signal_share.value == pytest.approx(1)
+    noisy = vectors + np.random.default_rng(2).normal(size=vectors.shape)
+    facts = [gradient_facts(gram(noisy), [region]) for region in Region]
+    assert sum(one.norm_share.value for one in facts) == pytest.approx(1)
+    assert sum(one.signal_share.value for one in facts) == pytest.approx(1)
+
+
+def test_signal_snr_and_the_heaviest_prompt() -> None:
+    vectors = np.zeros((NUM_REGIONS + 1, 4, 2))
+    vectors[NAME] = [[1, 1], [1, 1], [1, -1], [1, -1]]
+    vectors[-1] = [1, 0]
+    signal, snr, heaviest = signal_and_noise(gram(vectors))
+    assert (signal.value, signal.error) == pytest.approx((1, 0))
+    assert snr.value == pytest.approx((2 / 3) / (4 / 3))
+    assert heaviest == pytest.approx(1 / 4)
+    assert signal_and_noise(np.zeros((7, 4, 7, 4)))[2] == 0
+
+
+def test_a_region_tells_the_reward() -> None:
+    names = [
+        group(([5, 7], [FORMAT, NAME], 1), ([5, 7], [FORMAT, NAME], 1), ([5, 8], [FORMAT, NAME], 0)) for _ in "abcd"
+    ]
+    # pairs: two of unequal reward, the names differ in both; one of equal reward, the names are equal
+    assert region_difference(names, NAME) == DifferenceFacts(Estimate(1, 0), Estimate(1, 0))
+    assert region_difference(names, FORMAT).auc.value == 0.5  # never differs: 0.5 + (0 - 0) / 2
+    always = [group(([5], [REASONING], 1), ([6], [REASONING], 1), ([7], [REASONING], 0)) for _ in "abcd"]
+    assert region_difference(always, REASONING).auc.value == 0.5  # always differs: 0.5 + (1 - 1) / 2
+    # one more group with a name that makes no difference: 8 of 9 unequal pairs and 0 of 4 + 0 equal ones differ
+    mixed = [*names, group(([5, 7], [FORMAT, NAME], 1), ([5, 7], [FORMAT, NAME], 0))]
+    assert region_difference(mixed, NAME).auc.value == pytest.approx(0.5 + (8 / 9) / 2)
+    assert region_difference(mixed, NAME).best_worst.value == pytest.approx(4 / 5)
+
+
+def test_nothing_is_told_without_spread() -> None:
+    flat = [group(([5], [NAME], 1), ([6], [NAME], 1)) for _ in "abc"]
+    facts = region_difference(flat, NAME)
+    assert math.isnan(facts.auc.value)
+    assert math.isnan(facts.best_worst.value)
+    assert sampled_facts(flat, {5}) == Sampled(3, 2, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.0)
+
+
+def tokens(regions: list[Region], entropies: list[float]) -> GroupTokens:
+    own = np.array(entropies)
+    return GroupTokens(np.array([int(region) for region in regions]), own, own / 10)
+
+
+def test_token_figures() -> None:
+    groups = [tokens([NAME, REASONING, REASONING, REASONING], [0.1, 1, 2, 3]), tokens([NAME, REASONING], [0.3, 2])]
+    facts = token_facts(groups)
+    assert set(facts) == {"name", "reasoning"}
+    name, reasoning = facts["name"], facts["reasoning"]
+    assert (name.number, reasoning.number) == (2, 4)
+    assert name.share.value == pytest.approx(2 / 6)
+    assert (name.entropy.value, reasoning.entropy.value) == pytest.approx((0.2, 2.0))
+    assert name.collision.value == pytest.approx(0.02)
+    assert reasoning.entropy_p90 == pytest.approx(2.7)  # between 2 and 3: rank 0.9 * 3 = 2.7
+    # left out: shares 1/2 and 1/4, mean 3/8, se² = 1/2 * 2 * (1/8)²
+    assert name.share.error == pytest.approx(1 / 8)
+
+
+def test_the_sure_regions_together() -> None:
+    vectors = np.zeros((NUM_REGIONS + 1, 3, 2))
+    vectors[NAME, :, 0], vectors[REASONING, :, 1], vectors[-1] = 3, 1, 1
+    sampled = [group(([5, 6], [NAME, REASONING], 1), ([5, 7], [NAME, REASONING], 0)) for _ in range(3)]
+    own = [tokens([NAME, REASONING] * 2, [0.1, 2, 0.1, 2]) for _ in range(3)]
+    facts, sure = region_facts(sampled, own, gram(vectors))
+    assert list(facts) == ["name", "reasoning"]
+    assert sure.regions == ("name",)
+    assert (sure.share.value, sure.signal_share.value) == pytest.approx((0.5, 0.75))
+
+
+def test_weights_of_the_grpo_objective() -> None:
+    own = group(([5, 6], [NAME, REASONING], 1), ([5], [NAME], 0))
+    # rewards 1, 0: mean 1/2, sd 0.7071; A = ±0.5 / (0.7071 + 1e-4); divided by G T_i = 4 and 2
+    advantage = 0.5 / (math.sqrt(0.5) + 1e-4)
+    assert grpo_weights(own).tolist() == [pytest.approx([advantage / 4] * 2), pytest.approx([-advantage / 2, 0])]
+    parts = region_and_true_weights(own)
+    assert parts.shape == (NUM_REGIONS + 1, 2, 2)
+    assert torch.equal(parts[:-1].sum(0), grpo_weights(own))
+    assert parts[NAME].tolist() == [pytest.approx([advantage / 4, 0]), pytest.approx([-advantage / 2, 0])]
+    assert parts[-1].tolist() == [[0.5, 0.5], [-0.5, 0]]  # (1 - 1/2) / (2 - 1)
+
+
+def test_the_true_gradient_is_unbiased() -> None:
+    logits = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
+    rewards = [1.0, 0.25, 0.0]
+    p = logits.softmax(0)
+    wanted = torch.autograd.grad((p * torch.tensor(rewards, dtype=torch.float64)).sum(), logits)[0]
+    expected = torch.zeros(3, dtype=torch.float64)
+    for ids in product(range(3), repeat=3):  # every group of three one-token responses, by its probability
+        weights = region_and_true_weights(group(*(([i], [NAME], rewards[i]) for i in ids)))[-1][:, 0]
+        scores = torch.stack([torch.eye(3, dtype=torch.float64)[i] - p for i in ids]).detach()
+        expected += p[list(ids)].prod().item() * (weights[:, None] * scores).sum(0)
+    assert torch.allclose(expected, wanted)
+
+
+def test_gains_are_free_of_scale_and_see_noise_that_a_rule_removes() -> None:
+    rng = torch.Generator().manual_seed(0)
+    true = torch.tensor([[1.0, 0.0]]).expand(400, 2)
+    noise = torch.randn(400, 2, generator=rng) * torch.tensor([0.0, 2.0])
+    judge = Judge(true, torch.ones(400, dtype=torch.float64), prompts_per_step=4)
+    names = [UNIFORM, "twice", "quiet", *SHUFFLED]
+    stacks = [true + noise, 2 * (true + noise), true + 0.5 * noise, *[true + noise] * 3]
+    facts = rule_facts([judge.series(n, {}, v) for n, v in zip(names, stacks, strict=True)], SHUFFLED)
+    twice, quiet = facts[1], facts[2]
+    assert (twice.gain.value, twice.adam_gain.value) == pytest.approx((0, 0), abs=1e-9)
+    # |mean|² = 1, variance 4 and 1 of a prompt, 1 and 1/4 of a step: eff 1/sqrt(2) and 1/sqrt(1.25)
+    assert quiet.gain.value == pytest.approx(math.sqrt(2 / 1.25) - 1, abs=0.05)
+    assert quiet.adam_gain.value == pytest.approx(0, abs=0.01)  # Adam scales the noisy coordinate by itself
+    assert quiet.noise_ratio.value == pytest.approx(0.25, abs=0.05)
+    assert quiet.cosine.value == pytest.approx(1, abs=0.02)
+    assert quiet.adam_over_shuffled.value == pytest.approx(quiet.adam_gain.value)
+
+
+def test_the_rules_begin_with_uniform_weights() -> None:
+    rules = probe_rules()
+    assert next(iter(rules)) == UNIFORM
+    assert set(SHUFFLED) < set(rules)
+    own = rules["rest"].weights
+    assert own is not None
+    assert all(rules[name].weights == replace(own, rule="permuted", seed=i) for i, name in enumerate(SHUFFLED, 1))
+
+
+def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, signal: float = 1.0) -> Probe:
+    """A probe with reasoning of high and names of low entropy, the gain of the default strength as asked."""
+
+    def region(share: float, entropy: float, signal_share: float, auc: float) -> RegionFacts:
+        return RegionFacts(
+            TokenFacts(100, Estimate(share, 0.01), Estimate(entropy, 0.1), entropy, Estimate(0.1, 0.01)),
+            DifferenceFacts(Estimate(0.9, 0.05), Estimate(auc, 0.05)),
+            GradientFacts(Estimate(0.5, 0.1), Estimate(signal_share, 0.05), Estimate(0.01, 0.004)),
+        )
+
+    def rule(name: str, gain: float) -> RuleFacts:
+        figures = (Estimate(5, 1), Estimate(0.9, 0.1), Estimate(0, 0.1))
+        difference = Estimate(gain - shuffled, error)
+        return RuleFacts(name, {"name": 1.73, "reasoning": 0.62}, *figures, Estimate(gain, error), difference)
+
+    gains = {"rest": adam, "rest, strength 0.25": adam / 2 - 0.01, "rest, strength 1": -0.3}
+    return Probe(
+        format="toolrl",
+        sampled=Sampled(64, 8, 0.1, 0.4, 0.8, 0.6, 0.7, 0.0, 40.0),
+        regions={"name": region(0.2, 0.1, 0.7, 0.8), "reasoning": region(0.8, 2.0, 0.3, 0.6)},
+        rules=(rule(UNIFORM, 0.0), *(rule(name, gain) for name, gain in gains.items())),
+        sure=SureTokens(("name",), Estimate(0.2, 0.01), Estimate(0.7, 0.05)),
+        signal=Estimate(signal, 0.2),
+        snr=Estimate(0.01, 0.002),
+        heaviest=0.1,
+        prompts_per_step=16,
+        progress=0.0,
+        coordinates=10,
+        parameters=10,
+    )
+
+
+def test_weights_are_recommended_where_they_help_beyond_chance_and_shuffling() -> None:
+    found = advice_on(made_probe(adam=0.2))
+    assert (found.preset, found.strength, found.w_min, found.w_max) == ("rest", 0.5, 0.6, 1.8)
+    assert found.sureness == "likely"
+    assert "+20.0 ± 1.0 %" in found.why
+
+
+@pytest.mark.parametrize(
+    ("probe", "sureness", "why"),
+    [
+        (made_probe(adam=0.2, shuffled=0.2), "unsure", "shuffled"),
+        (made_probe(adam=0.2, error=0.1), "unsure", "chance"),
+        (made_probe(adam=0.01), "likely", "unlikely to help"),
+        (made_probe(adam=-0.1), "likely", "rest, strength 1 would cost 30 ± 1 %"),
+        (made_probe(adam=0.2, signal=0.3), "not measurable", "told from noise"),
+        (made_probe(adam=0.2, signal=math.nan), "not measurable", "told from noise"),
+        (made_probe(adam=math.nan, error=math.nan), "not measurable", "more --prompts"),
+    ],
+)
+def test_uniform_weights_are_recommended_otherwise(probe: Probe, sureness: str, why: str) -> None:
+    found = advice_on(probe)
+    assert (found.preset, found.strength) == ("grpo", None)
+    assert found.sureness == sureness
+    assert why in found.why
+
+
+def test_the_verdict_names_where_the_signal_is() -> None:
+    first, second, *_ = verdict(made_probe())
+    assert first == (
+        "the tool name carries 70 ± 5 % of the reward signal in 20 % of the tokens, and 50 ± 10 % of the squared "
+        "gradient norm"
+    )
+    assert second.startswith("the reasoning carries 30 ± 5 %")
+    assert any("more than their share" in line for line in verdict(made_probe()))
+    assert any("tool name differs tells best" in line and "0.80 ± 0.05" in line for line in verdict(made_probe()))
+
+
+def test_the_verdict_names_what_stands_in_the_way() -> None:
+    own = made_probe(signal=0.1)
+    hampered = replace(own, sampled=own.sampled._replace(no_spread=0.9, truncated=0.4), heaviest=0.8)
+    text = " ".join(verdict(hampered))
+    assert "90 % of the groups have no spread" in text
+    assert "40 % of the responses are cut off" in text
+    assert "one prompt makes 80 %" in text
+    assert "told from noise" in text
+    assert "carries" not in text
+
+
+def test_what_is_written_can_be_read() -> None:
+    own = made_probe(adam=math.nan, error=math.nan)
+    rows = json.loads(as_json(as_mapping([own])))
+    assert rows[0]["regions"]["name"]["gradient"]["signal_share"] == [0.7, 0.05]
+    assert rows[0]["rules"][1]["adam_gain"] == [None, None]
+    assert rows[0]["recommendation"]["preset"] == "grpo"
+    text = page("Probe of a model", [own], {"toolrl": []})
+    assert "| rest | – | +0 ± 10 | 0.90 ± 0.10 | 5.0 ± 1.0 |" in text
+    assert all(len(row) == len(table.header) for table in probe_tables(own) for row in table.rows)
