@@ -105,7 +105,11 @@ def test_a_random_model_of_another_format(
     assert all(one["sampled"]["no_spread"] == 1 for one in found)  # nothing it says is worth anything
     assert all(one["signal"] == [0, 0] for one in found)
     assert all(one["recommendation"]["sureness"] == "not measurable" for one in found)
-    assert "have no spread of rewards" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "have no spread of rewards" in shown
+    assert "how sure" in shown
+    text = (here / "out" / "probe.md").read_text(encoding="utf-8")
+    assert "| hermes | 0.0 | 0.0 | 100.0 |" in text
     assert (here / "out" / "hermes-rules.png").is_file()
 
 

@@ -36,7 +36,15 @@ from rest_rl.analyze.probe_gradients import (
     sampled_tokens,
 )
 from rest_rl.analyze.probe_plots import draw_probe
-from rest_rl.analyze.probe_text import as_mapping, gradient_line, page, plain_advice_text, probe_tables, sampled_line
+from rest_rl.analyze.probe_text import (
+    as_mapping,
+    format_table,
+    gradient_line,
+    page,
+    plain_advice_text,
+    probe_tables,
+    sampled_line,
+)
 from rest_rl.cli_eval_origin import model_label, recorded_run
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.data.groups import Group
@@ -200,7 +208,7 @@ def prompts_per_step(config: RunConfig) -> int:
     responses, parts, group = (
         int(config.trl.get(name, default)) for name, default in zip(names, (8, 1, 8), strict=True)
     )
-    return max(1, responses * parts // group)
+    return max(1, responses * parts // max(1, group))
 
 
 @contextmanager
@@ -251,3 +259,6 @@ def show(probes: Sequence[Probe], console: Console) -> None:
         console.print()
         console.print(plain_advice_text(advice_on(one)), highlight=False, markup=False, style="bold")
         console.print()
+    if len(probes) > 1:
+        formats = format_table(probes)
+        show_table(formats.title, formats.header, formats.rows, console)

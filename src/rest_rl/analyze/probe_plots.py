@@ -54,7 +54,7 @@ def draw_violin(axes: Axes, at: float, values_T: np.ndarray, colour: str) -> Non
     if np.ptp(values_T) == 0:
         axes.plot([at - 0.35, at + 0.35], [values_T[0]] * 2, color=colour, linewidth=2)
         return
-    drawn = axes.violinplot(values_T, positions=[at], widths=0.8, showextrema=False, points=200)
+    drawn = axes.violinplot(values_T, positions=[at], widths=0.8, showextrema=False, points=200, bw_method=0.15)
     for body in cast(list[Any], drawn["bodies"]):
         body.set(facecolor=colour, alpha=0.75, edgecolor="none")
 
@@ -95,9 +95,7 @@ def draw_rules(probe: Probe) -> Figure:
     axes.set_yticks(range(len(rules)), [rule.name for rule in rules])
     axes.invert_yaxis()
     axes.legend(**{**legend_style(), "loc": "best"})
-    style(
-        axes, f"{probe.format}: predicted improvement per step against uniform weights, per cent (± 2 standard errors)"
-    )
+    style(axes, f"{probe.format}: predicted gain per step over uniform weights, per cent (± 2 standard errors)")
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.grid(visible=False, axis="y")
     return figure

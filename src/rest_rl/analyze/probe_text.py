@@ -38,6 +38,19 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
+def format_table(probes: Sequence[Probe]) -> Table:
+    """The formats side by side."""
+    rows = []
+    for probe in probes:
+        own, advice = probe.sampled, advice_on(probe)
+        rest = next(rule for rule in probe.rules if rule.name == "rest")
+        scores = (f"{100 * own.exact_match:.1f}", f"{100 * own.s_format:.1f}", f"{100 * own.no_spread:.1f}")
+        cut = f"{100 * own.truncated:.1f}"
+        rows.append((probe.format, *scores, cut, in_percent(rest.adam_gain, sign="+"), advice.preset, advice.sureness))
+    header = ("format", "exact %", "S_format %", "no spread %", "cut off %", "rest, Adam %", "preset", "how sure")
+    return Table("formats", header, rows)
+
+
 def probe_tables(probe: Probe) -> list[Table]:
     """Tokens, signal, weights and rules of one format."""
     labels = list(probe.regions)
@@ -122,6 +135,9 @@ def gradient_line(probe: Probe) -> str:
 def page(title: str, probes: Sequence[Probe], pictures: Mapping[str, Sequence[Path]]) -> str:
     """The Markdown page; `pictures` by format, as paths relative to it."""
     parts = [f"# {title}"]
+    if len(probes) > 1:
+        formats = format_table(probes)
+        parts.append(markdown_table(formats.header, formats.rows))
     for probe in probes:
         parts += [
             f"## {probe.format}",
