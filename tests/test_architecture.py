@@ -17,7 +17,13 @@ MAX_FILE, MAX_FUNCTION = 450, 60
 ADDRESSES = {
     "trl": ["train/trl_trainer.py", "train/sft.py", "train/epoch_order.py", "train/run.py"],
     "datasets": ["data/rows.py", "train/prompts.py", "train/sft.py", "train/run.py"],
-    "matplotlib": ["analyze/plots.py", "analyze/compare_plots.py", "analyze/probe_plots.py", "analyze/radar.py"],
+    "matplotlib": [
+        "analyze/plots.py",
+        "analyze/compare_plots.py",
+        "analyze/probe_plots.py",
+        "analyze/theory_plots.py",
+        "analyze/radar.py",
+    ],
     "rich": [
         "terminal.py",
         "cli_compare.py",
@@ -27,6 +33,7 @@ ADDRESSES = {
         "cli_eval_run.py",
         "cli_eval_tables.py",
         "cli_probe.py",
+        "cli_theory.py",
     ],
     "pyarrow": ["data/rows.py", "data/writing.py"],
     "transformers": [

@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(verbs)
     _add_compare(verbs)
     _add_probe(verbs)
+    _add_theory(verbs)
     add_data(verbs)
     add_eval(verbs)
     verbs.add_parser("presets", help="every preset, resolved, as TOML", description="Print every preset as TOML.")
@@ -250,6 +251,35 @@ def _add_probe(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument("--json", action="store_true", help="print one JSON object per format instead of tables")
 
 
+def _add_theory(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "theory",
+        help="for researchers: the lemmas and theorems behind the weights, measured on a model",
+        description="Measure, without training, where the variance theory of ResT holds and where it does not: Lemmas "
+        "1 and 2, Theorems 1 and 2, and for each weight rule variance, direction and expected improvement.",
+    )
+    verb.add_argument("--model", metavar="DIR_OR_ID", help="a run folder, a model, an adapter or a hub name")
+    verb.add_argument("--data", metavar="FILE", help="dialogues, as in train (default: the model's run's own)")
+    verb.add_argument("--format", action="append", default=[], metavar="F", help="tool-call format (default: auto)")
+    verb.add_argument("--prompts", type=int, default=96, metavar="N", help="prompts for the rules (%(default)s)")
+    verb.add_argument("--group", type=int, default=8, metavar="G", help="responses per prompt (%(default)s)")
+    verb.add_argument(
+        "--pilot", type=int, default=12, metavar="N", help="prompts for lemmas and theorems (%(default)s)"
+    )
+    verb.add_argument("--pilot-group", type=int, default=16, metavar="G", help="responses to each (%(default)s)")
+    verb.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and sampling (%(default)s)")
+    verb.add_argument(
+        "--progress", type=float, default=0.0, metavar="X", help="training progress of reward and curriculum (0)"
+    )
+    verb.add_argument("--step", type=int, metavar="P", help="prompts of the training step to predict (the run's)")
+    verb.add_argument("--cap", type=float, default=3.0, metavar="C", help="norm cap in medians (%(default)s)")
+    verb.add_argument("--max-new-tokens", type=int, metavar="N", help="per response (default: the run's)")
+    verb.add_argument("--batch-size", type=int, metavar="N", help="responses sampled at once (eval.batch_size)")
+    verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set one key of the run")
+    verb.add_argument("--out", metavar="DIR", help="where to (default: runs/theory-MODEL)")
+    verb.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
 def run_verb(arguments: argparse.Namespace) -> int:
     """Call the verb; the heavy imports happen here."""
     if arguments.verb in {"train", "sft"}:
@@ -266,6 +296,10 @@ def run_verb(arguments: argparse.Namespace) -> int:
         from rest_rl.cli_compare import compare
 
         return compare(arguments)
+    if arguments.verb == "theory":
+        from rest_rl.cli_theory import theory
+
+        return theory(arguments)
     if arguments.verb == "data":
         return data(arguments)
     if arguments.verb == "eval":

@@ -20,35 +20,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rest_rl.analyze.probe import Estimate
+
 DOMINANT = 0.5
 """A unit with more than this share of the summed squared norms decides the second moment."""
-
-
-class Measured(NamedTuple):
-    """A figure and its standard error; NaN where the data do not determine it."""
-
-    value: float
-    error: float
 
 
 class GradientFigures(NamedTuple):
     """What a weighting does to the gradient of a batch of `batch` units; relative figures are against the baseline."""
 
-    variance: Measured
+    variance: Estimate
     """tr Cov of the batch's gradient."""
-    mean_square: Measured
+    mean_square: Estimate
     """|E g|²; an unbiased estimate, so it may be negative where there is no signal."""
-    ratio: Measured
+    ratio: Estimate
     """variance / |E g|²"""
-    cosine: Measured
+    cosine: Estimate
     """Between E g and the true gradient: what reweighting costs in direction."""
-    eff: Measured
+    eff: Estimate
     """<E g, t> / sqrt(E|g|² |t|²): expected improvement per unit step, in [-1, 1]."""
-    eff_adam: Measured
+    eff_adam: Estimate
     """sum_j t_j E g_j / sqrt(E g_j²) / (sqrt(N) |t|): the same after Adam's scaling, in [-1, 1]."""
-    eff_gain: Measured
+    eff_gain: Estimate
     """eff over the baseline's, minus 1."""
-    eff_adam_gain: Measured
+    eff_adam_gain: Estimate
     """eff_adam over the baseline's, minus 1."""
     largest_share: float
     """The largest unit's share of the summed squared norms."""
@@ -135,7 +130,7 @@ def efficiency(
     batch: int = 1,
     blocks: int = 8,
     scales_M: Tensor | None = None,
-) -> Measured:
+) -> Estimate:
     """Expected improvement per unit step of a batch of `batch` units: <E g, t> / sqrt(E|g|² |t|²), or after Adam.
 
     Scaling all gradients leaves it as it is; two rules are compared by `efficiency_gain`, whose error is the paired
@@ -154,7 +149,7 @@ def efficiency_gain(
     batch: int = 1,
     blocks: int = 8,
     scales_M: Tensor | None = None,
-) -> Measured:
+) -> Estimate:
     """How much more a weighting improves per unit step than the baseline on the same units: eff / eff_baseline - 1."""
     sums = [block_sums(stack, true_MN, blocks, scales_M) for stack in (gradients_MN, baseline_MN)]
     return jackknifed(sums, lambda parts: gain(parts, batch, adam=adam), batch)
@@ -172,7 +167,7 @@ def gradient_figures(
     """All figures of one weighting against the baseline, on the same units."""
     sums = [block_sums(stack, true_MN, blocks, scales_M) for stack in (gradients_MN, baseline_MN)]
 
-    def measured(statistic: Callable[[Sums], float]) -> Measured:
+    def measured(statistic: Callable[[Sums], float]) -> Estimate:
         return jackknifed(sums, lambda parts: statistic(parts[0]), batch)
 
     return GradientFigures(
@@ -251,7 +246,7 @@ def total(sums: list[Sums]) -> Sums:
     return Sums(sum(one.units for one in sums), g_N, t_N, gg_N, gt_N, math.fsum(one.tt for one in sums))
 
 
-def jackknifed(sums: list[list[Sums]], statistic: Callable[[list[Sums]], float], batch: int) -> Measured:
+def jackknifed(sums: list[list[Sums]], statistic: Callable[[list[Sums]], float], batch: int) -> Estimate:
     """The statistic of all units and its standard error, sqrt((K - 1) / K sum_k (leave-block-k-out - their mean)²).
 
     `sums` are the block sums of each estimator on the same units. Efron and Stein (1981),
@@ -267,7 +262,7 @@ def jackknifed(sums: list[list[Sums]], statistic: Callable[[list[Sums]], float],
         statistic([whole.without(blocks[k]) for whole, blocks in zip(wholes, sums, strict=True)])
         for k in range(len(sums[0]))
     ]
-    return Measured(statistic(wholes), jackknife_error(left_out))
+    return Estimate(statistic(wholes), jackknife_error(left_out))
 
 
 def jackknife_error(left_out: list[float]) -> float:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from rest_rl.advantages import group_advantages
-from rest_rl.analyze.gradient_variance import Measured, jackknife_error
+from rest_rl.analyze.gradient_variance import jackknife_error
+from rest_rl.analyze.probe import Estimate
 
 
 class PromptResponses(NamedTuple):
@@ -33,8 +34,8 @@ class GroupSizeCurve(NamedTuple):
 
     advantage: str
     sizes: tuple[int, ...]
-    variances: tuple[Measured, ...]
-    slope: Measured
+    variances: tuple[Estimate, ...]
+    slope: Estimate
 
 
 Advantages = Callable[[np.ndarray, float], np.ndarray]
@@ -117,11 +118,11 @@ def curve_of(name: str, sizes: tuple[int, ...], variances_PK: np.ndarray) -> Gro
     left_out_PK = np.array([np.delete(variances_PK, i, axis=0).mean(0) for i in range(len(variances_PK))])
     means_K = variances_PK.mean(0)
     measured = tuple(
-        Measured(float(mean), jackknife_error(list(map(float, left_P))))
+        Estimate(float(mean), jackknife_error(list(map(float, left_P))))
         for mean, left_P in zip(means_K, left_out_PK.T, strict=True)
     )
     slopes = [slope(sizes, row_K) for row_K in left_out_PK]
-    return GroupSizeCurve(name, sizes, measured, Measured(slope(sizes, means_K), jackknife_error(slopes)))
+    return GroupSizeCurve(name, sizes, measured, Estimate(slope(sizes, means_K), jackknife_error(slopes)))
 
 
 def slope(sizes: Sequence[int], variances_K: np.ndarray) -> float:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
-from rest_rl.analyze.gradient_variance import Measured, jackknife_error, quotient
+from rest_rl.analyze.gradient_variance import jackknife_error, quotient
+from rest_rl.analyze.probe import Estimate
 from rest_rl.analyze.token_bounds import ResponseTokens
 from rest_rl.response import NUM_REGIONS, Region
 
@@ -32,9 +33,9 @@ class RegionOptimum(NamedTuple):
     """From all prompts, by name of the solution and region."""
     predicted: dict[str, float]
     """What the theorem, which leaves advantages and cross terms out, expects of them, relative to uniform weights."""
-    second_moment: dict[str, Measured]
-    """Measured on the other half, advantages and cross terms included, relative to uniform weights."""
-    cross_share: Measured
+    second_moment: dict[str, Estimate]
+    """Estimate on the other half, advantages and cross terms included, relative to uniform weights."""
+    cross_share: Estimate
     """Share of the cross terms between regions in the second moment under uniform weights."""
 
 
@@ -125,7 +126,7 @@ class Moments(NamedTuple):
     """Mean second moments of the regions' parts of a gradient, token shares, and what the theorem makes of them."""
 
     moments_RR: np.ndarray
-    """Measured, with advantages and cross terms."""
+    """Estimate, with advantages and cross terms."""
     shares_R: np.ndarray
     betas_R: np.ndarray
     """sum_{t in r} E_y |s_t|² / T²: neither advantages nor cross terms."""
@@ -207,7 +208,7 @@ class MomentTable(NamedTuple):
         halves = [self.mean(kept[kept % 2 == parity]) for parity in (0, 1)]
         return sum(halves[1 - i].relative(SOLUTIONS[name](halves[i])) for i in (0, 1)) / 2
 
-    def jackknifed(self, statistic: Callable[[np.ndarray], float]) -> Measured:
+    def jackknifed(self, statistic: Callable[[np.ndarray], float]) -> Estimate:
         """The statistic of all prompts and its error by leaving each of them out."""
         left_out = [statistic(np.delete(self.prompts, i)) for i in range(len(self.prompts))]
-        return Measured(statistic(self.prompts), jackknife_error(left_out))
+        return Estimate(statistic(self.prompts), jackknife_error(left_out))

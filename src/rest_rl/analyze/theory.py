@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from rest_rl.analyze.gradient_variance import GradientFigures, gradient_figures, norm_cap
-from rest_rl.analyze.gradients import Coordinates, expected_squares, padded, token_statistics, weighted_gradients
+from rest_rl.analyze.gradients import Coordinates, expected_squares, token_statistics, weighted_gradients
 from rest_rl.analyze.group_size import GroupSizeCurve, PromptResponses, group_size_curves
 from rest_rl.analyze.optimal_weights import NO_SPREAD, ClosedFormCheck, RegionOptimum, check_closed_form, region_optimum
+from rest_rl.analyze.probe_gradients import grpo_weights, mean_weights, region_and_true_weights, regions_of
 from rest_rl.analyze.token_bounds import (
     BoundChain,
     LemmaTwo,
@@ -304,7 +305,7 @@ def judged_rules(
             advance()
         return vectors_MN * math.sqrt(coordinates.scale)
 
-    true_MN = stack([reward_weights(group) for group in groups])
+    true_MN = stack([region_and_true_weights(group)[-1] for group in groups])
     scaled = [grpo_weights(group) for group in groups]
     baseline_MN = stack(scaled)
     caps_M = norm_cap(baseline_MN, settings.cap)
@@ -319,30 +320,3 @@ def judged_rules(
             for scales_M in (None, caps_M)
         )
         yield RuleFigures(name, mean_weights(weights, groups), plain, capped)
-
-
-def regions_of(group: Group) -> tuple[Tensor, Tensor]:
-    """(regions_BT, mask_BT) of a group's tokens, right padded."""
-    return padded([one.regions for one in group.responses], int(Region.OTHER))
-
-
-def grpo_weights(group: Group) -> Tensor:
-    """What multiplies each token's gradient in the GRPO objective: A_i / (G T_i), float64 (G, T)."""
-    mask_BT = regions_of(group)[1]
-    lengths_B = mask_BT.sum(-1).clamp_min(1)
-    return (group.advantages() / (len(mask_BT) * lengths_B))[:, None] * mask_BT
-
-
-def reward_weights(group: Group) -> Tensor:
-    """The same in an unbiased estimate of the gradient of the expected reward: (R_i - mean_-i) / G, float64 (G, T)."""
-    mask_BT = regions_of(group)[1]
-    return (group.advantages("dr_grpo") / max(1, len(mask_BT) - 1))[:, None] * mask_BT
-
-
-def mean_weights(weights: Sequence[Tensor], groups: Sequence[Group]) -> dict[str, float]:
-    """The mean weight of each region's tokens; regions without tokens are left out."""
-    sums_R, counts_R = torch.zeros(len(Region), dtype=torch.float64), torch.zeros(len(Region), dtype=torch.float64)
-    for weights_BT, group in zip(weights, groups, strict=True):
-        own_R, number_R = region_sums(weights_BT, *regions_of(group))
-        sums_R, counts_R = sums_R + own_R, counts_R + number_R
-    return {region.label: float(sums_R[region] / counts_R[region]) for region in Region if counts_R[region] > 0}

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from rest_rl.analyze.gradient_variance import Measured, jackknife_error, quotient
+from rest_rl.analyze.gradient_variance import jackknife_error, quotient
+from rest_rl.analyze.probe import Estimate
 from rest_rl.response import NUM_REGIONS, Region
 
 SLACK = 1e-9
@@ -75,29 +76,29 @@ class RegionTokens(NamedTuple):
     region: str
     tokens: int
     share: float
-    entropy: Measured
-    collision: Measured
-    bound: Measured
-    square: Measured
+    entropy: Estimate
+    collision: Estimate
+    bound: Estimate
+    square: Estimate
     """Mean E_y |s_t|²: what Theorem 2 calls beta."""
-    square_per_bound: Measured
+    square_per_bound: Estimate
     """Its mean over that of 1 - exp(-H): alike in all regions if uncertainty alone made gradients large."""
 
 
 class BoundChain(NamedTuple):
     """From the measured second moment of a response's gradient to its bound, one assumption at a time; ratios."""
 
-    measured: Measured
+    measured: Estimate
     """E|g|²"""
-    bound: Measured
+    bound: Estimate
     """Theorem 1's right side."""
-    advantage: Measured
+    advantage: Estimate
     """A_max² instead of each response's A²."""
-    cross_terms: Measured
+    cross_terms: Estimate
     """Tokens taken as uncorrelated, each with its expected square; 1 in expectation at weights fixed beforehand."""
-    gain: Measured
+    gain: Estimate
     """The largest gain L² times 1 - sum p² instead of each token's E_y |s_t|²."""
-    entropy: Measured
+    entropy: Estimate
     """1 - exp(-H) instead of 1 - sum p² (Lemma 2)."""
 
     @property
@@ -125,7 +126,7 @@ def region_tokens(responses: Sequence[ResponseTokens]) -> list[RegionTokens]:
     rows = []
     for region in (region for region in Region if counts_R[region]):
 
-        def mean(values: Callable[[ResponseTokens], np.ndarray], region: Region = region) -> Measured:
+        def mean(values: Callable[[ResponseTokens], np.ndarray], region: Region = region) -> Estimate:
             return over_prompts(responses, lambda some: region_mean(some, values, region))
 
         def per_bound(some: Sequence[ResponseTokens], region: Region = region) -> float:
@@ -166,7 +167,12 @@ def region_mean(
 def rank_correlation(responses: Sequence[ResponseTokens]) -> float:
     """Spearman's correlation of 1 - exp(-H_t) with E_y |s_t|² over all tokens."""
     bounds, squares = (np.concatenate([pick(one) for one in responses]) for pick in (_bounds, _expected))
-    return float(np.corrcoef(rankdata(bounds), rankdata(squares))[0, 1])
+    return ranks(bounds, squares)
+
+
+def ranks(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> float:
+    """Spearman's rank correlation."""
+    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
 def largest_advantage(group_size: int) -> float:
@@ -195,7 +201,7 @@ def bound_chain(responses: Sequence[ResponseTokens], weights: Sequence[np.ndarra
     )
     prompts = [one.prompt for one in responses]
 
-    def ratio(above: int, below: int) -> Measured:
+    def ratio(above: int, below: int) -> Estimate:
         return jackknife_rows(terms, prompts, lambda mean: quotient(mean[above], mean[below]))
 
     return BoundChain(
@@ -225,16 +231,16 @@ def chain_terms(one: ResponseTokens, weights_T: np.ndarray, largest: float, gain
 
 def over_prompts(
     responses: Sequence[ResponseTokens], statistic: Callable[[Sequence[ResponseTokens]], float]
-) -> Measured:
+) -> Estimate:
     """A statistic and its error by leaving each prompt out in turn."""
     left_out = [
         statistic([one for one in responses if one.prompt != prompt]) for prompt in {one.prompt for one in responses}
     ]
-    return Measured(statistic(responses), jackknife_error([value for value in left_out if math.isfinite(value)]))
+    return Estimate(statistic(responses), jackknife_error([value for value in left_out if math.isfinite(value)]))
 
 
-def jackknife_rows(rows: np.ndarray, prompts: Sequence[int], statistic: Callable[[np.ndarray], float]) -> Measured:
+def jackknife_rows(rows: np.ndarray, prompts: Sequence[int], statistic: Callable[[np.ndarray], float]) -> Estimate:
     """A statistic of the mean row and its error by leaving out the rows of each prompt in turn."""
     of = np.array(prompts)
     left_out = [statistic(rows[of != prompt].mean(0)) for prompt in sorted(set(prompts))]
-    return Measured(float(statistic(rows.mean(0))), jackknife_error([float(value) for value in left_out]))
+    return Estimate(float(statistic(rows.mean(0))), jackknife_error([float(value) for value in left_out]))

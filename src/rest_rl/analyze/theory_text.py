@@ -1,0 +1,276 @@
+"""The measured theory in words: tables for the terminal and for Markdown, findings, the page, the JSON object."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rest_rl.analyze.gradient_variance import GradientFigures
+from rest_rl.analyze.probe import Estimate
+from rest_rl.analyze.probe_text import Table, bullets, in_digits, in_percent, plain
+from rest_rl.analyze.tables import markdown_table
+from rest_rl.analyze.theory import UNIFORM, RuleFigures, Theory
+from rest_rl.analyze.token_bounds import ranks
+
+SURE = 2.0
+"""Standard errors beyond which a difference is called one."""
+COMMON = 0.01
+"""Share of the tokens below which a region is not spoken of."""
+READING = {
+    "Lemma 1": "Trace of the covariance of one prompt's gradient, within prompts, for groups of G responses. The "
+    "lemma's slope is -1. ± is one standard error over prompts (jackknife), here as everywhere.",
+    "Lemma 2": "E|s|²: the expected squared norm of a token's gradient over all tokens that could have come, in all "
+    "parameters.",
+    "Theorem 1": "E|g|² of one response's gradient A / T Σ w s, and its bound A_max² L² Σ w² (1 - exp(-H)) / T². The "
+    "factors, whose product is the looseness: the largest advantage for each one's own, tokens taken as uncorrelated, "
+    "the largest gain L² for each token's, and 1 - exp(-H) for 1 - Σp².",
+    "Theorem 2": "Second moment of the gradient relative to uniform weights: what the theorem expects, and what is "
+    "measured on prompts that the weights were not computed from.",
+    "Rules": "For a step of {batch} prompts. eff: expected improvement per step of given length, <E g, t> / sqrt(E|g|² "
+    "|t|²), t the gradient of the expected reward; Adam: after its scaling by coordinate. Gains are against uniform "
+    "weights on the same responses. Largest: the heaviest prompt's share of the squared norms.",
+}
+
+
+def theory_tables(theory: Theory) -> list[Table]:
+    """One table or two for each part of the theory."""
+    return [
+        lemma_one_table(theory),
+        Table(
+            "Lemma 2: uncertainty and gradient by region",
+            ("region", "tokens", "entropy (nats)", "1 - Σp²", "1 - exp(-H)", "E|s|²", "E|s|² / (1 - exp(-H))"),
+            [
+                (
+                    row.region,
+                    str(row.tokens),
+                    *(in_digits(x, 4) for x in (row.entropy, row.collision, row.bound)),
+                    *(significant(x) for x in (row.square, row.square_per_bound)),
+                )
+                for row in theory.regions
+            ],
+        ),
+        Table(
+            "Theorem 1: bound over measured second moment",
+            ("rule", "E|g|²", "bound", "looseness", "advantage", "uncorrelated", "gain", "entropy"),
+            [
+                (
+                    name,
+                    *(significant(x) for x in (chain.measured, chain.bound)),
+                    f"{chain.looseness:.3g}",
+                    *(significant(x) for x in (chain.advantage, chain.cross_terms, chain.gain, chain.entropy)),
+                )
+                for name, chain in theory.bounds.items()
+            ],
+        ),
+        optimum_table(theory),
+        *rule_tables(theory.rules),
+    ]
+
+
+def lemma_one_table(theory: Theory) -> Table:
+    """Variance by group size."""
+    sizes = theory.group_size[0].sizes
+    return Table(
+        "Lemma 1: variance within prompts by group size",
+        ("advantage", *(f"G = {size}" for size in sizes), "slope"),
+        [
+            (curve.advantage, *(significant(x) for x in curve.variances), in_digits(curve.slope, 2))
+            for curve in theory.group_size
+        ],
+    )
+
+
+def optimum_table(theory: Theory) -> Table:
+    """The solutions of Theorem 2 by region."""
+    optimum = theory.optimum
+    regions = list(next(iter(optimum.weights.values())))
+    return Table(
+        "Theorem 2: second moment relative to uniform weights",
+        ("solution", *regions, "expected", "measured"),
+        [
+            (
+                name,
+                *(f"{weights[region] / mean_weight(theory, weights):.3g}" for region in regions),
+                f"{optimum.predicted[name]:.3g}",
+                significant(optimum.second_moment[name]),
+            )
+            for name, weights in optimum.weights.items()
+        ],
+    )
+
+
+def mean_weight(theory: Theory, weights: dict[str, float]) -> float:
+    """The token mean of region weights."""
+    shares = {row.region: row.share for row in theory.regions}
+    return sum(shares[region] * weight for region, weight in weights.items()) / sum(shares[r] for r in weights)
+
+
+def rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
+    """Figures of every rule, and the gains with and without the norm cap."""
+    labels = list(rules[0].weights)
+    return [
+        Table(
+            "Rules: mean weight by region", ("rule", *labels),
+            [(rule.name, *(f"{rule.weights[label]:.2f}" for label in labels)) for rule in rules],
+        ),
+        Table(
+            "Rules: variance and direction",
+            ("rule", "variance", "|mean|²", "var/|mean|²", "cosine", "eff", "eff, Adam", "largest %"),
+            [(rule.name, *direction_cells(rule.plain)) for rule in rules],
+        ),
+        Table(
+            "Rules: expected improvement per step against uniform weights, %",
+            ("rule", "plain", "Adam", "plain, norms capped", "Adam, norms capped"),
+            [
+                (
+                    rule.name,
+                    *(
+                        in_percent(x, sign="+")
+                        for own in (rule.plain, rule.capped)
+                        for x in (own.eff_gain, own.eff_adam_gain)
+                    ),
+                )
+                for rule in rules
+                if rule.name != UNIFORM
+            ],
+        ),
+    ]  # fmt: skip
+
+
+def direction_cells(own: GradientFigures) -> tuple[str, ...]:
+    """Size, noise and direction of one rule's gradient."""
+    sizes = (significant(own.variance), significant(own.mean_square), in_digits(own.ratio, 1))
+    return (*sizes, in_digits(own.cosine, 2), in_digits(own.eff, 3), in_digits(own.eff_adam, 3),
+            f"{100 * own.largest_share:.0f}")  # fmt: skip
+
+
+def significant(estimate: Estimate) -> str:
+    """`0.0123 ± 0.0004`, in three significant digits; a dash where it is not defined."""
+    if not math.isfinite(estimate.value) or not math.isfinite(estimate.error):
+        return in_digits(estimate, 0)
+    return f"{estimate.value:.3g} ± {estimate.error:.2g}"
+
+
+def findings(theory: Theory) -> list[str]:
+    """Where theory and measurement agree and where they part, in sentences."""
+    return [
+        *lemma_findings(theory),
+        *theorem_one_findings(theory),
+        *theorem_two_findings(theory),
+        *rule_findings(theory.rules),
+    ]
+
+
+def lemma_findings(theory: Theory) -> list[str]:
+    """Lemmas 1 and 2."""
+    lines = []
+    for curve in theory.group_size:
+        off = abs(curve.slope.value + 1)
+        word = "parts from" if off > max(SURE * curve.slope.error, 0.05) else "agrees with"
+        lines.append(f"Lemma 1 {word} the measurement for the advantage {curve.advantage}: "
+                     f"slope {in_digits(curve.slope, 2)}, expected -1")  # fmt: skip
+    own = theory.lemma_two
+    state = "holds on all" if own.violations == 0 else f"fails on {own.violations} of"
+    lines.append(
+        f"Lemma 2 {state} {own.tokens} tokens; 1 - Σp² is {own.tightness:.0%} of 1 - exp(-H). The sampled tokens' mean "
+        f"|e_y - p|² is {own.z:+.1f} standard errors from 1 - Σp²"
+        + ("" if abs(own.z) < 4 else ": they were not drawn from this policy at temperature 1")
+    )
+    rows = [row for row in theory.regions if row.share >= COMMON and row.square_per_bound.value > 0]
+    if len(rows) > 1:
+        low, high = (pick(rows, key=lambda row: row.square_per_bound.value) for pick in (min, max))
+        lines.append(
+            f"A token's gradient is not its uncertainty times a constant: E|s|² per unit of 1 - exp(-H) is "
+            f"{high.square_per_bound.value / low.square_per_bound.value:.2g} times as large in {high.region} as in "
+            f"{low.region}. In ranks they go together (Spearman {theory.rank_correlation:.2f} over tokens)"
+        )
+    return lines
+
+
+def theorem_one_findings(theory: Theory) -> list[str]:
+    """Whether the bound holds, how loose it is, and whether it orders the rules."""
+    chains = list(theory.bounds.values())
+    broken = [name for name, chain in theory.bounds.items() if chain.looseness < 1]
+    loosest = [chain.looseness for chain in chains]
+    held = f"is broken for {', '.join(broken)}" if broken else f"holds for all {len(chains)} rules"
+    measured, bound = ([getattr(chain, name).value for chain in chains] for name in ("measured", "bound"))
+    uniform = theory.bounds[UNIFORM]
+    parts = {"advantages": uniform.advantage, "the gain": uniform.gain, "entropy": uniform.entropy}
+    costs = ", ".join(f"{estimate.value:.2g} from {name}" for name, estimate in parts.items())
+    line = (
+        f"Theorem 1's bound {held} and is {min(loosest):.2g} to {max(loosest):.2g} times the measured second moment "
+        f"(uniform weights: {costs}; cross terms {uniform.cross_terms.value:.2f}). It orders the rules with a rank "
+        f"correlation of {ranks(measured, bound):.2f}"
+    )
+    return [line]
+
+
+def theorem_two_findings(theory: Theory) -> list[str]:
+    """The closed form against the minimiser, and its promise against the measurement."""
+    check, optimum = theory.closed_form, theory.optimum
+    worst = max(abs(check.entropy_excess), abs(check.gradient_excess))
+    closed = optimum.second_moment["closed form"]
+    promised = optimum.predicted["closed form"]
+    parts = abs(closed.value - promised) > SURE * closed.error
+    promise = (
+        f"By region it promises {promised:.3g} of the second moment under uniform weights; on other prompts it is "
+        f"{significant(closed)}{' – theory and measurement part' if parts else ''}. Cross terms between regions make "
+        f"{in_percent(optimum.cross_share)} % of it"
+    )
+    return [f"Theorem 2's closed form is scipy's minimum to {worst:.0e} on {check.responses} responses", promise]
+
+
+def rule_findings(rules: Sequence[RuleFigures]) -> list[str]:
+    """Whether low variance is progress, which gains are resolved, which figures one prompt decides."""
+    lines = []
+    known = [rule for rule in rules if math.isfinite(rule.plain.ratio.value)]
+    if known:
+        calmest = min(known, key=lambda rule: rule.plain.ratio.value)
+        best = max(rules, key=lambda rule: number(rule.plain.eff_adam))
+        lines.append(
+            f"The least variance / |mean|² has {calmest.name} (eff under Adam {in_digits(calmest.plain.eff_adam, 3)}); "
+            f"the best eff under Adam has {best.name} ({in_digits(best.plain.eff_adam, 3)})"
+        )
+    for kind, field in (("under Adam", "eff_adam_gain"), ("for plain steps", "eff_gain")):
+        for word, sign in (("gain", 1), ("lose", -1)):
+            sure = [rule.name for rule in rules if resolved(rule, field, sign)]
+            lines.append(f"{', '.join(sure) or 'No rule'}: {word} against uniform weights {kind} by more than "
+                         f"{SURE:g} standard errors, with and without the norm cap")  # fmt: skip
+    if dominated := [rule.name for rule in rules if rule.plain.is_dominated]:
+        lines.append(
+            f"WARNING: one prompt makes more than half of the squared norm under {', '.join(dominated)}; their plain "
+            "figures say little, read those with capped norms or measure more prompts"
+        )
+    return lines
+
+
+def resolved(rule: RuleFigures, field: str, sign: int) -> bool:
+    """Whether a gain has this sign beyond `SURE` standard errors, with and without the cap."""
+    gains: list[Estimate] = [getattr(own, field) for own in (rule.plain, rule.capped)]
+    return rule.name != UNIFORM and all(sign * gain.value > SURE * gain.error for gain in gains)
+
+
+def number(estimate: Estimate) -> float:
+    """Its value, or less than any where it is not defined."""
+    return estimate.value if math.isfinite(estimate.value) else -math.inf
+
+
+def page(title: str, what: str, theory: Theory, batch: int, pictures: Sequence[Path]) -> str:
+    """The Markdown page; `pictures` are paths relative to it."""
+    parts = [f"# {title}", what, bullets([f"{line}." for line in findings(theory)])]
+    parts += [f"![]({path.as_posix()})" for path in pictures]
+    tables = theory_tables(theory)
+    for name, reading in READING.items():
+        parts += [f"## {name}", reading.format(batch=batch)]
+        for table in tables:
+            part, _, caption = table.title.partition(": ")
+            if part == name:
+                parts += [f"**{caption.capitalize()}**", markdown_table(table.header, table.rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_mapping(theory: Theory, settings: Any) -> dict[str, Any]:
+    """The JSON object: an estimate is [value, error]."""
+    return {"settings": plain(settings), **plain(theory), "findings": findings(theory)}
