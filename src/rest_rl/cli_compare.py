@@ -31,16 +31,16 @@ def compare(arguments: argparse.Namespace) -> int:
         return 0
     keep_grid(grid, out)
     kept = sum(job.state == "kept" for job in jobs)
-    console.print(f"{len(jobs)} runs in {out / RUNS}, {kept} of them finished", highlight=False)
+    console.print(f"{len(jobs)} runs in {out / RUNS}, {kept} of them finished", highlight=False, soft_wrap=True)
     is_whole = run_jobs(jobs, arguments.jobs, console)
     failed = [job for job in jobs if job.state == "failed"]
     code = EXIT_FAILED if failed else 0
     if any(job.state in ("done", "kept") and job.name.method == grid.reference for job in jobs):
         report(out, arguments.reference or grid.reference, console)
     for job in failed:
-        console.print(f"{job.name} {job.note}; see {job.log}", highlight=False, style="bold")
+        console.print(f"{job.name} {job.note}; see {job.log}", highlight=False, soft_wrap=True, style="bold")
     if not is_whole:
-        console.print(f"go on with: rest-rl compare {out}", highlight=False)
+        console.print(f"go on with: rest-rl compare {out}", highlight=False, soft_wrap=True)
         return EXIT_INTERRUPTED
     return code
 
@@ -124,7 +124,7 @@ def report(out: Path, reference: str, console: Console) -> int:
     show_table(*final_table(comparison), console)
     for sentence in verdict(comparison):
         console.print("• " + sentence.replace("**", "").replace("`", ""), highlight=False, markup=False)
-    console.print(f"page: {page}", highlight=False)
+    console.print(f"page: {page}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -157,7 +157,7 @@ def start_some(waiting: Sequence[Job], room: int, at_a_time: int, console: Conso
             log.close()
             if not job.note:
                 job.note = "is being trained by another process: waiting for it"
-                console.print(f"{job.name} {job.note}", highlight=False)
+                console.print(f"{job.name} {job.note}", highlight=False, soft_wrap=True)
             continue
         with log:
             if is_kept(job):  # somebody else has finished it
@@ -165,7 +165,7 @@ def start_some(waiting: Sequence[Job], room: int, at_a_time: int, console: Conso
                 room += 1
                 continue
             start(job, log, at_a_time)
-        console.print(f"{job.name} {job.note}", highlight=False)
+        console.print(f"{job.name} {job.note}", highlight=False, soft_wrap=True)
 
 
 def is_locked(log: IO[bytes]) -> bool:
@@ -208,19 +208,19 @@ def collect(job: Job, console: Console, is_stopping: bool) -> None:
         return
     if code == 0 and is_kept(job):
         job.state, job.note = "done", "is done"
-        console.print(f"{job.name} is done{exact_text(job)}", highlight=False)
+        console.print(f"{job.name} is done{exact_text(job)}", highlight=False, soft_wrap=True)
         return
     job.state = "stopped" if is_stopping else "failed"
     step = job.last_metrics().get("step", 0)
     if is_stopping:
         job.note = f"stopped after step {step}"
-        console.print(f"{job.name} {job.note}", highlight=False)
+        console.print(f"{job.name} {job.note}", highlight=False, soft_wrap=True)
         return
     how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
     job.note = f"{how} after step {step}"
-    console.print(f"{job.name} {job.note}; the end of {job.log}:", highlight=False, style="bold")
+    console.print(f"{job.name} {job.note}; the end of {job.log}:", highlight=False, soft_wrap=True, style="bold")
     end = tail(job.log, job.begun).rstrip().split("\n")[-TAIL_LINES:]
-    console.print("\n".join(f"  {line}" for line in end), highlight=False, markup=False, style="dim")
+    console.print("\n".join(f"  {line}" for line in end), highlight=False, markup=False, soft_wrap=True, style="dim")
 
 
 def exact_text(job: Job) -> str:
@@ -258,7 +258,9 @@ def stopping(jobs: Sequence[Job], console: Console) -> Iterator[Stop]:
     def request(number: int, frame: types.FrameType | None) -> None:
         end_all(jobs, signal.SIGKILL if stop.requested else signal.SIGINT)
         if not stop.requested:
-            console.print("stopping every run after its step; once more to stop at once", highlight=False)
+            console.print(
+                "stopping every run after its step; once more to stop at once", highlight=False, soft_wrap=True
+            )
         stop.requested = True
 
     old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -178,7 +178,10 @@ class Grid:
         if weights.get("rule") == "permuted" and "seed" not in weights:
             tables = merged(tables, {"rest": {"weights": {"seed": seed}}})
         try:
-            return from_mapping(RunConfig, tables, "")
+            config = from_mapping(RunConfig, tables, "")
+            if not config.rest.is_supervised:
+                config.rest.resolve()
+            return config
         except ValueError as error:
             raise ValueError(f"method {method}: {error}") from error
 
@@ -193,9 +196,9 @@ class Grid:
 class GridTable:
     """`[grid]` of a grid file."""
 
-    methods: Sequence[str] = ()
+    methods: tuple[str, ...] = ()
     """Names of the package's methods or of `[methods]`; without any the file's own and `grpo`, or the default ones."""
-    seeds: Sequence[int] = SEEDS
+    seeds: tuple[int, ...] = SEEDS
     reference: str = REFERENCE
     """What every method is compared with."""
     base: str = ""

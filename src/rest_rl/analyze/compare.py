@@ -34,6 +34,7 @@ from rest_rl.runlog import Row, Run, read_run
 EXACT, REWARDED = "rest/exact_match", "rest/accuracy"
 LENGTH = "completions/mean_length"
 TENTH, FIFTH = 10, 5
+RANDOM = "random"
 FEWEST_MEASURED = 4
 """Measurements during training from which on steps are counted on them instead of on the training samples."""
 
@@ -154,7 +155,7 @@ class Comparison:
 
 def compare(folder: str | Path, reference: str = REFERENCE) -> Comparison:
     """Read a grid's run folders and compare every method with the reference from the same start."""
-    cells, unfinished = read_cells(Path(folder))
+    cells, unfinished = read_cells(Path(folder), reference)
     if not cells:
         raise ValueError(
             f"got {folder} without a finished run, expected folders {RUNS}/METHOD-SEED of rest-rl train; "
@@ -179,8 +180,8 @@ def compare(folder: str | Path, reference: str = REFERENCE) -> Comparison:
     )
 
 
-def read_cells(folder: Path) -> tuple[list[Cell], dict[str, str]]:
-    """The finished runs below `folder/runs`, and why each of the others is left out."""
+def read_cells(folder: Path, reference: str) -> tuple[list[Cell], dict[str, str]]:
+    """The finished runs below `folder/runs`, the reference's first, and why each of the others is left out."""
     cells: list[Cell] = []
     unfinished: dict[str, str] = {}
     places = sorted(path for path in (folder / RUNS).glob("*") if path.is_dir() and not path.name.startswith("."))
@@ -197,8 +198,8 @@ def read_cells(folder: Path) -> tuple[list[Cell], dict[str, str]]:
             unfinished[place.name] = f"has {max((row.get('step', 0) for row in run.metrics), default=0)} steps"
         else:
             cells.append(Cell(name, run, figures(run)))
-    order = {name: index for index, name in enumerate(METHODS)}
-    cells.sort(key=lambda cell: (cell.name.start, order.get(cell.name.method, -1), cell.name))
+    order = {name: index for index, name in enumerate((reference, *(name for name in METHODS if name != reference)))}
+    cells.sort(key=lambda cell: (cell.name.start, order.get(cell.name.method, 0.5), cell.name))
     return cells, unfinished
 
 
@@ -266,7 +267,7 @@ def step_curves(cells: Sequence[Cell]) -> tuple[dict[str, dict[int, float]], str
 def compared_lines(
     cells: Sequence[Cell], reference: str, curves: Mapping[str, Mapping[int, float]]
 ) -> tuple[Line, ...]:
-    """The cells by method and start, each compared with the reference of its start; q-values over all of them."""
+    """The cells by method and start, each compared with the reference of its start; q-values over all but `random`."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.name.method, cell.name.start), []).append(cell)
@@ -278,7 +279,8 @@ def compared_lines(
                 tests[method, start] |= {metric: test} if test.n else {}
     q: dict[tuple[str, str, str], float] = {}
     for metric in METRICS:
-        tested = [key for key in groups if metric in tests[key]]
+        # What certainly differs would make the others' q smaller: rewards that know nothing stand alone.
+        tested = [key for key in groups if metric in tests[key] and key[0] != RANDOM]
         adjusted = q_values([tests[key][metric].p_t for key in tested])
         q |= {(*key, metric): value for key, value in zip(tested, adjusted, strict=True)}
     return tuple(
@@ -347,7 +349,8 @@ def differing(settings: Mapping[str, Mapping[str, str]]) -> list[str]:
         for name, table in settings.items():
             by_value.setdefault(table.get(key, "unset"), []).append(name)
         if len(by_value) > 1:
-            found.append(f"{key}: " + "; ".join(f"{value} in {named(names)}" for value, names in by_value.items()))
+            rarest_first = sorted(by_value.items(), key=lambda item: len(item[1]))
+            found.append(f"{key}: " + "; ".join(f"{value} in {named(names)}" for value, names in rarest_first))
     return found
 
 

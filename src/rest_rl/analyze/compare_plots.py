@@ -117,6 +117,7 @@ def draw_beside(comparison: Comparison, curve_of_cell: CurveOf, path: Path) -> P
         style(axes, line.label)
         if index < len(lines) - across:
             axes.set_xlabel("")
+        axes.tick_params(labelbottom=index >= len(lines) - across)
     for index in range(len(lines), across * down):
         panels[index // across][index % across].set_visible(False)
     return save(figure, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rest_rl.analyze.compare import METRICS, Comparison, Line, difference
+from rest_rl.analyze.compare import METRICS, RANDOM, Comparison, Line, difference
 from rest_rl.analyze.seed_statistics import LEVEL, Interval, Paired, seeds_needed
 
 FEW_SEEDS = 3
@@ -29,7 +29,7 @@ def verdict(comparison: Comparison) -> list[str]:
 def verdict_of_start(comparison: Comparison, reference: Line) -> list[str]:
     """The findings of one warm start."""
     rivals = [line for line in comparison.rivals(reference.start) if comparison.primary in line.versus]
-    judged = [line for line in rivals if line.method != "random"]
+    judged = [line for line in rivals if line.method != RANDOM]
     noticed = [line for line in judged if is_noticed(comparison, line)]
     found = [headline(comparison, judged, noticed)] if judged else []
     found += [one_difference(comparison, line) for line in noticed]
@@ -55,7 +55,12 @@ def headline(comparison: Comparison, judged: list[Line], noticed: list[Line]) ->
         known = [q for q in known if not math.isnan(q)]
         smallest = f"smallest q {min(known):.2f}" if known else "too few seeds for a test"
         whom = "The one method does not differ" if len(judged) == 1 else f"None of {len(judged)} methods differs"
-        return f"**No difference beyond seed noise.** {whom} from `{reference}` in {label} ({smallest})."
+        far = max(judged, key=lambda line: abs(sign(comparison, line)))
+        test = far.versus[comparison.primary].paired
+        largest = (
+            f" The largest difference is that of `{far.label}`, {points_text(test.difference)} points." if test else ""
+        )
+        return f"**No difference beyond seed noise.** {whom} from `{reference}` in {label} ({smallest}).{largest}"
     above = sum(sign(comparison, line) > 0 for line in noticed)
     counts = f"{above} above `{reference}` and {len(noticed) - above} below it"
     return f"**Of {len(judged)} methods, {counts} beyond seed noise** ({label}, q ≤ {LEVEL:g})."
@@ -113,11 +118,11 @@ def random_sentences(comparison: Comparison, reference: Line) -> list[str]:
                 f"`{reference.label}` itself did not gain beyond seed noise ({points_text(gain.mean)} points): where "
                 "nothing is learnt, methods cannot differ. Train longer, or take another start."
             )
-    drawn = comparison.line("random", reference.start)
+    drawn = comparison.line(RANDOM, reference.start)
     if drawn and (gain := drawn.versus.get("gain")):
         found.append(
             f"Rewards that know nothing (`random`) change exact match by {points_text(gain.mean)} points: "
-            + ("**part of every gain here needs no reward.**" if gain.mean.low > 0 else "they teach nothing.")
+            + ("**part of every gain here needs no reward.**" if gain.mean.low > 0 else "no gain without a signal.")
         )
     return found
 

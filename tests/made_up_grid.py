@@ -1,0 +1,61 @@
+"""Run folders of a grid without training: a method's level and speed are given, seeds shift all methods alike."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from rest_rl.config import RunConfig
+from rest_rl.grid import Grid, RunName, read_grid
+
+KINDS = ("single", "parallel", "none")
+
+
+class Effect(NamedTuple):
+    """What a made-up method does: exact match at the end above the base's, steps per step of the base."""
+
+    lead: float = 0.0
+    speed: float = 1.0
+    noise: float = 0.0
+
+
+def make_grid(folder: Path, effects: Mapping[str, Effect], seeds: int = 5, steps: int = 60, every: int = 0) -> Grid:
+    """Finished runs of every method and seed, as `rest-rl train` would leave them."""
+    names = list(dict.fromkeys(name.split("@")[0] for name in effects))
+    grid = read_grid(None, methods=names, seeds=range(seeds), overrides=[f"trl.max_steps={steps}"])
+    for label, effect in effects.items():
+        method, _, start = label.partition("@")
+        for seed in range(seeds):
+            make_run(folder, RunName(method, start, seed), grid.run(method, "", seed), effect, steps, every)
+    return grid
+
+
+def make_run(folder: Path, name: RunName, config: RunConfig, effect: Effect, steps: int = 60, every: int = 0) -> Path:
+    place = folder / "runs" / str(name)
+    place.mkdir(parents=True)
+    (place / "config.toml").write_text(replace(config, run=replace(config.run, out=str(place))).to_toml())
+    of_seed, own = random.Random(name.seed), random.Random(f"a {name}")
+    shift = of_seed.gauss(0, 0.05)
+    end = 0.6 + shift + effect.lead + own.gauss(0, effect.noise)
+    metrics, evaluations = [], []
+    for step in range(1, steps + 1):
+        reached = 0.4 + (end - 0.4) * (1 - math.exp(-4 * effect.speed * step / steps))
+        row = {"rest/exact_match": reached + own.gauss(0, effect.noise / 2), "rest/accuracy": reached + 0.1}
+        row |= {"completions/mean_length": 40.0, "entropy": 0.5 - 0.3 * effect.speed * step / steps, "grad_norm": 0.4}
+        metrics.append({"step": step, **row})
+        if every and step % every == 0:
+            evaluations.append({"step": step, "exact_match": reached, "greedy": {"exact_match": reached}})
+    for file, rows in (("metrics.jsonl", metrics), ("evaluations.jsonl", evaluations)):
+        (place / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = {"s_acc": 0.8, "s_format": 1.0, "n": 100, "exact_match_error": 0.01}
+    summary = {"steps": steps, "data": {"digest": "abc"}}
+    for when, exact in (("before", 0.4), ("after", end)):
+        kinds = {kind: {"exact_match": exact + 0.01 * index} for index, kind in enumerate(KINDS)}
+        summary[when] = {**scores, "exact_match": exact, "kinds": kinds, "greedy": {"exact_match": exact + 0.1}}
+    (place / "summary.json").write_text(json.dumps(summary))
+    return place

@@ -1,0 +1,245 @@
+"""`rest-rl compare` as its users meet it: real grids of a tiny policy, kept, resumed, killed, and every mistake."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rest_rl.cli import main
+from rest_rl.cli_grid import Job, tail
+from rest_rl.config import RunConfig
+from rest_rl.grid import RunName
+from rest_rl.runlog import read_run
+from tests.made_up_grid import Effect, make_grid
+from tests.sample_files import save_samples
+from tests.test_cli import RUN, error_of, wait_for_steps
+from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
+
+Files = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    data = save_samples(tiny_samples(8), folder / "samples.jsonl")
+    (folder / "run.toml").write_text(RUN.format(model=folder / "model", data=data, steps=2))
+    return folder / "run.toml"
+
+
+def grid(base: Path, out: Path, *more: str, methods: str = "grpo,random", steps: int = 2) -> list[str]:
+    settings = ["--base", str(base), "--methods", methods, "--seeds", "0", "--set", f"trl.max_steps={steps}"]
+    return ["compare", *settings, *more, "--out", str(out)]
+
+
+def recorded(out: Path, *names: str) -> Files:
+    return {
+        f"{name}/{file}": (out / "runs" / name / file).read_bytes()
+        for name in names
+        for file in ("metrics.jsonl", "summary.json")
+    }
+
+
+def test_a_grid_is_trained_once_and_kept(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "grid"
+    assert main(grid(base, out)) == 0
+    first = capsys.readouterr().out
+    assert "2 runs in" in first
+    assert "grpo-0 is done: exact match" in first
+    for name in ("grpo-0", "random-0"):
+        run = read_run(out / "runs" / name)
+        assert [row["step"] for row in run.metrics] == [1, 2]
+        assert "after" in run.summary
+    # random is grpo with other rewards: the same prompts and, before anything was learnt, the same responses
+    of_first_step = [read_run(out / "runs" / name).responses[0] for name in ("grpo-0", "random-0")]
+    assert of_first_step[0]["ids"] == of_first_step[1]["ids"]
+    assert of_first_step[0]["reward"] != of_first_step[1]["reward"]
+    assert {"compare.md", "compare.json", "grid.toml", "base.toml"} <= {path.name for path in out.iterdir()}
+    before = recorded(out, "grpo-0", "random-0")
+    assert main(["compare", str(out)]) == 0  # the folder says what the grid is
+    assert "2 runs in" in (again := capsys.readouterr().out)
+    assert "2 of them finished" in again
+    assert "begins" not in again
+    assert recorded(out, "grpo-0", "random-0") == before
+    assert main([*grid(base, out, methods="grpo,random,dapo"), "--dry-run"]) == 0
+    assert not (out / "runs" / "dapo-0").exists()
+    error = error_of(capsys, *grid(base, out, steps=3))
+    assert "runs/grpo-0, which holds another run (trl.max_steps was 2, now 3)" in error
+    assert main(["compare", str(out), "--only-report"]) == 0
+    assert "page: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_does_not_stop_the_others(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # no such key of the trainer: found by the run itself
+    (tmp_path / "grid.toml").write_text("[methods.broken]\ntrl.no_such_key = 1\n")
+    out = tmp_path / "out"
+    command = ["compare", str(tmp_path / "grid.toml"), "--base", str(base), "--seeds", "0", "--out", str(out)]
+    assert main([*command, "--jobs", "1"]) == 1
+    text = capsys.readouterr().out
+    assert "broken-0 failed with exit code 2 after step 0; the end of" in text
+    assert "error: got unknown key trl.no_such_key" in text
+    assert "grpo-0 is done" in text
+    assert "exact match" in (out / "compare.md").read_text()
+
+
+def test_only_report_reads_folders_that_another_loop_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(noise=0.02)}, seeds=3)
+    assert main(["compare", str(tmp_path), "--only-report"]) == 0
+    out = capsys.readouterr().out
+    assert "No difference beyond seed noise" in out
+    assert main(["compare", str(tmp_path), "--only-report", "--reference", "rest"]) == 0
+    assert "from rest" in capsys.readouterr().out
+    assert "without grid.toml" in error_of(capsys, "compare", str(tmp_path))
+    assert "without a finished run" in error_of(capsys, "compare", "--only-report", "--out", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare"], "no --out"),
+        (["compare", "--out", "x", "--seeds", "0,a"], "the seed 'a'"),
+        (["compare", "--out", "x", "--jobs", "0"], "--jobs 0"),
+        (["compare", "--out", "x", "--methods", "rest"], "without the reference"),
+        (["compare", "--out", "x", "--methods", "grpo,best"], "'best'"),
+        (["compare", "--out", "x", "--set", "trl.max_stepz"], "--set trl.max_stepz"),
+        (["compare", "absent.toml", "--out", "x"], "absent.toml"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in error_of(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_tells_it_from_eval_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Train every method under every seed" in text
+    assert "rest-rl eval compare" in text
+
+
+def test_the_last_metrics_of_a_run_that_is_being_written(tmp_path: Path) -> None:
+    job = Job(RunName("grpo", "", 0), RunConfig(trl={"max_steps": 4}), tmp_path, tmp_path / "log")
+    assert job.last_metrics() == {}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "rew')
+    assert job.last_metrics() == {"step": 2}
+    assert job.share_done() == 0.5
+    path.write_text("x" * 40_000 + '\n{"step": 3}\nno json\n')
+    assert job.last_metrics() == {"step": 3}
+    assert tail(path, since=path.stat().st_size - 8) == "no json\n"
+    assert tail(tmp_path / "absent") == ""
+
+
+# killed grids, in processes of their own
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as file:
+        return subprocess.Popen([sys.executable, "-m", "rest_rl", *arguments], stdout=file, stderr=subprocess.STDOUT)
+
+
+def pid_of(folder: Path) -> int:
+    """The process that trains in a folder."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (place / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"train" in command and str(folder).encode() in command:
+            return int(place.name)
+    raise LookupError(f"no process trains in {folder}")
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    assert main(grid(base, out, methods="grpo,rest", steps=12)) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_when_the_grid_is_asked_for_again(base: Path, whole: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "grid", tmp_path / "log"
+    process = start(grid(base, out, methods="grpo,rest", steps=12), log)
+    wait_for_steps(out / "runs" / "rest-0", 5)
+    os.kill(pid_of(out / "runs" / "rest-0"), signal.SIGKILL)
+    assert process.wait(300) == 1
+    assert "rest-0 was ended by signal 9 after step" in log.read_text()
+    assert "`rest-0` has" in (out / "compare.md").read_text()  # the page of what there is
+    assert main(["compare", str(out)]) == 0
+    assert recorded(out, "grpo-0", "rest-0") == recorded(whole, "grpo-0", "rest-0")
+    assert "`rest-0` has" not in (out / "compare.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_grid_leaves_runs_that_nobody_trains_twice(base: Path, whole: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "grid", tmp_path / "log"
+    arguments = grid(base, out, methods="grpo,rest", steps=12)
+    process = start(arguments, log)
+    wait_for_steps(out / "runs" / "rest-0", 2)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert pid_of(out / "runs" / "rest-0")  # goes on without us
+    assert start(arguments, log).wait(300) == 0
+    assert "is being trained by another process: waiting for it" in log.read_text()
+    assert recorded(out, "grpo-0", "rest-0") == recorded(whole, "grpo-0", "rest-0")
+    assert (out / "compare.md").is_file()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_every_run_in_order(base: Path, whole: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "grid", tmp_path / "log"
+    process = start(grid(base, out, methods="grpo,rest", steps=12), log)
+    for name in ("grpo-0", "rest-0"):
+        wait_for_steps(out / "runs" / name, 3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(300) == 130
+    text = log.read_text()
+    assert "stopping every run after its step" in text
+    assert "rest-0 stopped after step" in text
+    assert f"go on with: rest-rl compare {out}" in text
+    assert main(["compare", str(out)]) == 0
+    assert recorded(out, "grpo-0", "rest-0") == recorded(whole, "grpo-0", "rest-0")
+
+
+@pytest.mark.slow
+def test_a_locked_run_is_waited_for(base: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "grid", tmp_path / "log"
+    (out / "logs").mkdir(parents=True)
+    with (out / "logs" / "grpo-0.log").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(grid(base, out, methods="grpo", steps=1), log)
+        wait_until(lambda: "waiting for it" in log.read_text())
+        assert not (out / "runs" / "grpo-0").exists()
+    assert process.wait(300) == 0
+    assert (out / "runs" / "grpo-0" / "model").is_dir()

@@ -1,0 +1,245 @@
+"""Comparisons: figures of made-up runs by hand, the verdicts that a grid can end in, the page and its pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rest_rl.analyze.compare import area_under, compare, figures, step_curves
+from rest_rl.analyze.compare_text import write_comparison
+from rest_rl.analyze.compare_verdict import verdict
+from rest_rl.grid import METHODS, RunName, is_finished, read_grid
+from rest_rl.runlog import RunLog, read_run
+from tests.made_up_grid import Effect, make_grid, make_run
+
+
+def said(folder: Path) -> str:
+    return "\n".join(verdict(compare(folder)))
+
+
+def test_figures_of_a_run_by_hand(tmp_path: Path) -> None:
+    log = RunLog.create(tmp_path / "run", "", [])
+    for step, exact in enumerate((0.0, 0.2, 0.4, 0.4, 0.6), start=1):
+        log.add_metrics(
+            {"step": step, "rest/exact_match": exact, "rest/accuracy": 0.5, "completions/mean_length": 30.0}
+        )
+    for step, exact in ((2, 0.2), (4, 0.4), (8, 0.6)):
+        log.add_evaluation({"step": step, "exact_match": exact})
+    log.update_summary(
+        before={"exact_match": 0.25}, after={"exact_match": 0.5, "s_acc": None, "greedy": {"exact_match": 1}}
+    )
+    found = figures(read_run(tmp_path / "run"))
+    # mean of five steps 1.6 / 5; the last fifth is the last step; trapezoids 2 * .3 + 4 * .5 over 6 steps
+    assert found == {
+        "exact": 0.5,
+        "exact_greedy": 1.0,
+        "train_exact": pytest.approx(0.32),
+        "train_s_acc": 0.5,
+        "train_exact_end": 0.6,
+        "slice_exact": pytest.approx((2 * 0.3 + 4 * 0.5) / 6),
+        "gain": 0.25,
+        "tokens": 30.0,
+    }
+    assert area_under({3: 0.5}) is None
+
+
+def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
+    make_grid(tmp_path, {"grpo": Effect(), "rest": Effect(lead=0.05)}, seeds=3)
+    rest = compare(tmp_path).line("rest")
+    assert rest is not None
+    test = rest.versus["exact"].paired
+    assert test is not None
+    # seeds shift both methods alike, so the paired difference is .05 although the means spread by far more
+    assert test.difference.value == pytest.approx(0.05)
+    assert test.sd < 1e-12
+    assert rest.versus["exact"].mean.half > 0.03
+    assert rest.seeds == [0, 1, 2]
+
+
+def test_no_difference_beyond_seed_noise(tmp_path: Path) -> None:
+    noisy = Effect(noise=0.03)
+    make_grid(tmp_path, {"grpo": noisy, "rest": noisy, "permuted": noisy, "inverted": noisy})
+    text = said(tmp_path)
+    assert text.startswith("**No difference beyond seed noise.** None of 3 methods differs from `grpo`")
+    assert re.search(
+        r"With 5 seeds the grid would have seen a difference of \d+\.\d points four times out of five", text
+    )
+    assert "for 3 points it takes" in text
+    assert "shuffled" not in text
+
+
+def test_a_lead_that_shuffled_weights_do_not_have(tmp_path: Path) -> None:
+    make_grid(tmp_path, {"grpo": Effect(noise=0.004), "rest": Effect(0.08, 2, 0.004), "permuted": Effect(noise=0.004)})
+    text = said(tmp_path)
+    assert text.startswith("**Of 2 methods, 1 above `grpo` and 0 below it beyond seed noise**")
+    assert "points above shuffled weights: which region gets the weight matters" in text
+    assert re.search(r"`rest`: \+\d.*It gets to where `grpo` ends in 0\.\d\d of its steps", text)
+
+
+def test_a_lead_that_shuffled_weights_have_too(tmp_path: Path) -> None:
+    better = Effect(0.08, noise=0.004)
+    make_grid(tmp_path, {"grpo": Effect(noise=0.004), "rest": better, "permuted": better})
+    text = said(tmp_path)
+    assert "**Weights matter, but shuffled ones do as well**" in text
+
+
+def test_a_lead_without_the_control_is_left_open(tmp_path: Path) -> None:
+    make_grid(tmp_path, {"grpo": Effect(noise=0.004), "rest": Effect(0.08, noise=0.004)})
+    assert "Without `permuted` in the grid it is open" in said(tmp_path)
+
+
+def test_only_the_control_leads(tmp_path: Path) -> None:
+    make_grid(
+        tmp_path, {"grpo": Effect(noise=0.004), "rest": Effect(noise=0.004), "permuted": Effect(0.1, noise=0.004)}
+    )
+    assert "Only `permuted` does better" in said(tmp_path)
+
+
+def test_a_reference_that_learns_nothing_and_random_rewards_that_teach(tmp_path: Path) -> None:
+    make_grid(tmp_path, {"grpo": Effect(-0.2, noise=0.05), "random": Effect(noise=0.01)})
+    text = said(tmp_path)
+    assert "`grpo` itself did not gain beyond seed noise" in text
+    assert "part of every gain here needs no reward" in text
+    assert "None of" not in text  # `random` is no rival
+
+
+def test_one_seed_is_no_test(tmp_path: Path) -> None:
+    make_grid(tmp_path, {"grpo": Effect(), "rest": Effect(0.2)}, seeds=1)
+    text = said(tmp_path)
+    assert "too few seeds for a test" in text
+    assert "One seed has no spread" in text
+
+
+def test_q_corrects_for_the_number_of_methods(tmp_path: Path) -> None:
+    noisy = Effect(noise=0.03)
+    make_grid(tmp_path, dict.fromkeys(("grpo", "rest", "paper", "dapo", "dr_grpo", "inverted"), noisy), seeds=4)
+    for line in compare(tmp_path).rivals():
+        versus = line.versus["exact"]
+        assert versus.paired is not None
+        assert versus.q >= versus.paired.p_t
+
+
+def test_steps_are_counted_on_the_held_out_slice_where_there_is_one(tmp_path: Path) -> None:
+    make_grid(tmp_path / "a", {"grpo": Effect(), "rest": Effect(speed=2)}, every=10)
+    found = compare(tmp_path / "a")
+    assert found.counted_on.startswith("the held-out slice")
+    rest, grpo = found.line("rest"), found.line("grpo")
+    assert rest is not None
+    assert grpo is not None
+    assert rest.to_final is not None
+    # twice the speed: grpo is at step 60 where rest is at 30
+    assert rest.to_final.share == rest.to_final.by_seed.value == pytest.approx(0.5)
+    assert grpo.to_final is not None
+    assert grpo.to_final.share == 1.0
+    make_grid(tmp_path / "b", {"grpo": Effect(), "rest": Effect(speed=2)})
+    found = compare(tmp_path / "b")
+    assert found.counted_on.startswith("the training samples")
+    # windows of 6 steps: the curves begin at step 6
+    curves, _ = step_curves([cell for line in found.lines for cell in line.cells])
+    assert min(curves["rest-0"]) == 6
+
+
+def test_runs_that_are_not_alike_are_named(tmp_path: Path) -> None:
+    grid = make_grid(tmp_path, {"grpo": Effect(), "rest": Effect()}, seeds=2)
+    assert compare(tmp_path).unequal == ()
+    other = read_grid(None, methods=["grpo", "dapo"], overrides=["trl.max_steps=30", "data.samples=100"])
+    make_run(tmp_path, RunName("dapo", "", 0), other.run("dapo", "", 0), Effect(), steps=30)
+    make_run(tmp_path, RunName("rest", "", 2), grid.run("grpo", "", 2), Effect())
+    text = "\n".join(compare(tmp_path).unequal)
+    assert "trl.max_steps: 30 in dapo-0; 60 in grpo-0, grpo-1, rest-0 and 2 more" in text
+    assert "data.samples: 100 in dapo-0" in text
+    assert "rest is not the same method under each of its seeds: rest.preset" in text
+
+
+def test_runs_that_are_not_there_are_named(tmp_path: Path) -> None:
+    make_grid(tmp_path, {"grpo": Effect(), "rest": Effect()}, seeds=2)
+    log = RunLog.create(tmp_path / "runs" / "dapo-0", "", [])
+    log.update_summary(before={"exact_match": 0.1})
+    log.add_metrics({"step": 7})
+    (tmp_path / "runs" / "notes").mkdir()
+    (tmp_path / "runs" / "grpo-0.log").write_text("a log beside the runs")
+    RunLog.create(tmp_path / "runs" / "mine", "", []).update_summary(steps=3)
+    found = compare(tmp_path)
+    assert found.unfinished == {"dapo-0": "has 7 steps", "mine": "is not called METHOD-SEED", "notes": "holds no run"}
+    with pytest.raises(ValueError, match=r"no finished run of the reference 'paper'.*rest, grpo"):
+        compare(tmp_path, "paper")
+    with pytest.raises(ValueError, match="without a finished run"):
+        compare(tmp_path / "runs")
+
+
+def test_finished_is_measured_after_training_if_it_was_before() -> None:
+    assert is_finished({"steps": 3, "before": {}, "after": {}})
+    assert is_finished({"steps": 3})
+    assert not is_finished({"steps": 3, "before": {}})
+    assert not is_finished({"before": {}})
+
+
+@pytest.fixture(scope="module")
+def whole_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grid")
+    effects = {name: Effect(0.004 * index, 1 + index / 20, 0.01) for index, name in enumerate(METHODS)}
+    make_grid(folder, effects, seeds=3, every=10)
+    page, _ = write_comparison(folder)
+    return page
+
+
+def test_the_page_has_every_part_and_every_run(whole_page: Path) -> None:
+    text = whole_page.read_text()
+    for title in ("After training", "During training", "Steps", "Entropy and gradient norm", "Ablations", "Every run"):
+        assert f"\n## {title}\n" in text
+    assert "nan" not in text.lower()
+    for method in METHODS:
+        for seed in range(3):
+            assert f"\n| {method}-{seed} |" in text
+    # Table 3: `rest` first, then without each of its parts, a column a kind
+    table = text.split("## Ablations")[1]
+    assert table.split("\n")[2].startswith("| percent | single | parallel | none | all | – rest |")
+    assert table.split("\n")[4].startswith("| rest |")
+    assert "| rest, no gradient on reasoning |" in table
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert [Path(picture).name for picture in pictures] == [
+        "differences.png",
+        "learning.png",
+        "slice.png",
+        "dynamics.png",
+    ]
+    for picture in pictures:
+        assert (whole_page.parent / picture).read_bytes().startswith(b"\x89PNG")
+        assert (whole_page.parent / picture).stat().st_size < 250_000
+
+
+def test_the_figures_are_there_as_json(whole_page: Path) -> None:
+    figures = json.loads((whole_page.parent / "compare.json").read_text())
+    rest = figures["methods"]["rest"]["figures"]["exact"]
+    assert set(rest) >= {"mean", "by_seed", "difference", "sd", "p_t", "p_flip", "q", "n"}
+    grpo = figures["methods"]["grpo"]["figures"]["exact"]
+    differences = [rest["by_seed"][seed] - grpo["by_seed"][seed] for seed in ("0", "1", "2")]
+    assert rest["difference"]["value"] == pytest.approx(sum(differences) / 3)
+    assert figures["verdict"]
+
+
+def test_warm_starts_have_a_table_of_their_own(tmp_path: Path) -> None:
+    effects = {"grpo@cold": Effect(-0.1), "rest@cold": Effect(-0.1), "grpo@sft": Effect(), "rest@sft": Effect(0.02)}
+    make_grid(tmp_path, effects, seeds=2)
+    page, found = write_comparison(tmp_path)
+    table = page.read_text().split("## Warm starts")[1].split("##")[0]
+    rows = [line.split(" | ")[0] for line in table.split("\n") if line.startswith("| ")][1:]
+    indented = ["| &nbsp;&nbsp;+ grpo", "| &nbsp;&nbsp;+ rest"]
+    assert rows[1:] == ["| cold", *indented, "| sft", *indented]
+    rest = found.line("rest", "sft")
+    assert rest is not None
+    assert rest.versus["exact"].paired is not None
+    assert rest.versus["exact"].paired.difference.value == pytest.approx(0.02)  # over grpo from the same start
+
+
+def test_runs_without_held_out_data_are_compared_by_their_training(tmp_path: Path) -> None:
+    make_grid(tmp_path, {"grpo": Effect(noise=0.01), "rest": Effect(0.1, noise=0.01)}, seeds=3)
+    for place in (tmp_path / "runs").iterdir():
+        (place / "summary.json").write_text('{"steps": 60}')
+    page, found = write_comparison(tmp_path)
+    assert found.primary == "train_exact_end"
+    assert "exact match, last fifth" in verdict(found)[0]
+    assert "nan" not in page.read_text().lower()

@@ -1,0 +1,145 @@
+"""Grids: names of runs, what a method changes and what it leaves, and grids that compare nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rest_rl.analyze.tables import flatten
+from rest_rl.config import parse_toml
+from rest_rl.grid import DEFAULT_METHODS, METHODS, Grid, RunName, read_grid
+
+
+def settings(grid: Grid, method: str, seed: int = 0, start: str = "") -> dict:
+    return flatten(parse_toml(grid.run(method, start, seed).to_toml(), ""))
+
+
+def changed(grid: Grid, ours: str, theirs: str) -> dict:
+    new, old = settings(grid, ours), settings(grid, theirs)
+    return {key: new.get(key) for key in sorted({*new, *old}) if new.get(key) != old.get(key)}
+
+
+def test_names_of_runs() -> None:
+    assert str(RunName("rest", "", 3)) == "rest-3"
+    assert str(RunName("rest-no-reasoning", "sft", 0)) == "rest-no-reasoning@sft-0"
+    for name in (RunName("rest-0.5", "", 1), RunName("grpo", "cold", 12)):
+        assert RunName.parse(str(name)) == name
+    assert RunName.parse("rest") is RunName.parse("rest-x") is RunName.parse("-1") is None
+
+
+def test_every_method_is_a_run_and_no_two_are_the_same() -> None:
+    grid = read_grid(None, methods=list(METHODS))
+    assert len(grid.runs()) == len(METHODS) * 3
+    assert [name.seed for name, _ in grid.runs()[: len(METHODS)]] == [0] * len(METHODS)
+    assert all(METHODS[name].role != "ablation" for name in DEFAULT_METHODS)
+
+
+def test_methods_differ_from_rest_in_one_thing() -> None:
+    grid = read_grid(None, methods=list(METHODS))
+    assert changed(grid, "inverted", "rest") == {"rest.weights.rule": "inverted"}
+    assert changed(grid, "permuted", "rest") == {"rest.weights.rule": "permuted"}
+    assert changed(grid, "rest-no-reasoning", "rest") == {"rest.weights.dropped": ["reasoning"]}
+    assert set(changed(grid, "rest-no-curriculum", "rest")) <= {
+        "rest.weights.decay_format",
+        "rest.weights.gain_arguments",
+        "rest.weights.gain_reasoning",
+    }
+    static = changed(grid, "rest-no-dynamic-reward", "rest")  # (.3 + .8) / 2
+    assert static == {"rest.reward.accuracy_share_start": 0.55, "rest.reward.accuracy_share_end": 0.55}
+    assert changed(grid, "random", "grpo") == {"rest.reward.random": True}
+    assert changed(grid, "top_entropy", "grpo") == {"rest.weights.rule": "top_entropy"}
+    # the baselines have the reward of rest: a comparison with them is one of weights alone
+    for name in ("grpo", "dr_grpo", "dapo", "top_entropy"):
+        assert not [key for key in changed(grid, name, "rest") if key.startswith("rest.reward")]
+
+
+def test_seeds_change_the_seed_alone_and_the_shuffle_of_permuted() -> None:
+    grid = read_grid(None)
+    for method in grid.methods:
+        first, second = settings(grid, method, 0), settings(grid, method, 2)
+        differing = {key for key in first if first[key] != second[key]}
+        assert differing == {"run.seed"} | ({"rest.weights.seed"} if method == "permuted" else set())
+    assert settings(grid, "permuted", 2)["rest.weights.seed"] == 2
+
+
+def test_the_base_s_weights_are_not_those_of_other_presets() -> None:
+    overrides = ["rest.weights.gain_reasoning=0.9", "rest.reward.accuracy_share_end=1.0", "rest.advantage=dapo"]
+    grid = read_grid(None, methods=["grpo", "rest", "paper", "authors-code", "permuted"], overrides=overrides)
+    for name in ("rest", "permuted"):
+        assert settings(grid, name)["rest.weights.gain_reasoning"] == 0.9
+        assert settings(grid, name)["rest.advantage"] == "dapo"
+    assert settings(grid, "grpo")["rest.weights.gain_reasoning"] == 0.0
+    assert settings(grid, "grpo")["rest.advantage"] == "grpo"
+    assert settings(grid, "grpo")["rest.reward.accuracy_share_end"] == 1.0  # one reward for both
+    assert (
+        settings(grid, "paper")["rest.weights.gain_reasoning"]
+        == settings(read_grid(None), "paper")["rest.weights.gain_reasoning"]
+    )
+    assert "rest.reward.accuracy_share_end" not in settings(grid, "authors-code")
+
+
+GRID = """
+[grid]
+methods = ["grpo", "mine", "rest"]
+seeds = [5, 6]
+base = "run.toml"
+[base]
+trl.max_steps = 7
+[methods.mine]
+rest.weights.strength = 0.25
+data.samples = 50
+[starts.cold]
+model.path = "models/cold"
+[starts.sft]
+model.path = "models/sft"
+"""
+
+
+def test_a_grid_file(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[data]\nsamples = 100\n[trl]\nmax_steps = 3\nlearning_rate = 1e-3\n")
+    (tmp_path / "grid.toml").write_text(GRID)
+    grid = read_grid(tmp_path / "grid.toml", overrides=["trl.logging_steps=1"])
+    names = [str(name) for name, _ in grid.runs()]
+    assert names[:4] == ["grpo@cold-5", "mine@cold-5", "rest@cold-5", "grpo@sft-5"]
+    assert len(names) == 12
+    mine = settings(grid, "mine", 6, "sft")
+    assert mine["rest.weights.strength"] == 0.25
+    assert (mine["data.samples"], mine["model.path"], mine["run.seed"]) == (50, "models/sft", 6)
+    assert (mine["trl.max_steps"], mine["trl.learning_rate"], mine["trl.logging_steps"]) == (7, 1e-3, 1)
+    # written down and read back it is the same grid, wherever it lies
+    (tmp_path / "kept").mkdir()
+    for name, text in grid.files().items():
+        (tmp_path / "kept" / name).write_text(text)
+    assert read_grid(tmp_path / "kept" / "grid.toml") == grid
+    # arguments go before the file
+    assert list(read_grid(tmp_path / "grid.toml", methods=["grpo"], seeds=[1]).methods) == ["grpo"]
+
+
+def test_own_methods_alone_are_compared_with_grpo(tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text("[methods.weak]\nrest.weights.strength = 0.1\n")
+    assert list(read_grid(tmp_path / "grid.toml").methods) == ["grpo", "weak"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[grid]\nmethods = ['rest']", "without the reference 'grpo'"),
+        ("[grid]\nmethods = ['grpo', 'best']", r"method 'best'.*\[methods.best\]"),
+        ("[grid]\nmethods = 'grpo'", "grid.methods"),
+        ("[grid]\nseeds = [0, 0]", "each once"),
+        ("[grid]\nseed = [0]", "did you mean seeds"),
+        ("[grids]\n", "did you mean grid"),
+        ("[methods]\nmine = 3", r"write \[methods.mine\]"),
+        ("[methods.'a/b']\nrest.preset = 'rest'", "'a/b'"),
+        ("[methods.mine]\nrest.weights.strenght = 0.1", "method mine: .*did you mean strength"),
+        ("[methods.mine]\nrest.preset = 'best'", "method mine: .*'best'"),
+        ("[methods.mine]\nrest.preset = 'grpo'", "grpo and mine, which are the same run"),
+        ("[grid]\nbase = 'absent.toml'", "absent.toml"),
+        ("[base]\ntrl = 3", "trl"),
+    ],
+)
+def test_mistakes_are_named(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_grid(tmp_path / "grid.toml")

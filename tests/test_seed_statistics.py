@@ -1,0 +1,155 @@
+"""What a few seeds say, by hand-computed numbers."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import nct, t, ttest_rel
+
+from rest_rl.analyze.seed_statistics import (
+    DRAWS,
+    Interval,
+    detectable,
+    first_at,
+    mean_interval,
+    paired,
+    pooled_sd,
+    power_of,
+    q_values,
+    reach,
+    seeds_needed,
+    share_of_steps,
+    sign_flip_test,
+    t_test,
+    trailing_mean,
+)
+
+NAN = float("nan")
+OURS, THEIRS = {0: 0.5, 1: 0.6, 2: 0.7, 9: 0.1}, {0: 0.4, 1: 0.45, 2: 0.65, 8: 0.9}
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    # mean 2, s = 1, t(0.975, 2) = 4.302653, half = 4.302653 / sqrt(3) = 2.484138
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 2.484138, 2 + 2.484138), abs=1e-6)
+    assert mean_interval([0.4])[0] == 0.4
+    assert math.isnan(mean_interval([0.4]).low)
+    assert not mean_interval([0.4]).excludes_zero
+    assert Interval(1.0, 0.5, 1.5).excludes_zero
+    assert math.isnan(mean_interval([]).value)
+
+
+def test_paired_differences_by_hand() -> None:
+    test = paired(OURS, THEIRS)
+    # common seeds 0, 1, 2: differences .1, .15, .05; mean .1, s = .05, half = 4.302653 * .05 / sqrt(3) = .124207
+    assert (test.n, test.sd) == (3, pytest.approx(0.05))
+    assert test.difference == pytest.approx((0.1, 0.1 - 0.124207, 0.1 + 0.124207), abs=1e-6)
+    # t = .1 / (.05 / sqrt(3)), t² = 12; with 2 degrees of freedom p = 1 - t / sqrt(t² + 2) = 1 - sqrt(12 / 14)
+    assert test.p_t == pytest.approx(1 - math.sqrt(12 / 14))
+    # of 8 assignments of signs only +++ and --- are as far from 0
+    assert test.p_flip == 0.25
+    assert paired({0: 1.0}, {1: 1.0}).n == 0
+
+
+def test_sign_flips_by_hand() -> None:
+    # .1, .15, -.05: sum .2; the sums of ±.1 ±.15 ±.05 are ±.3, ±.2, ±.1, 0, 0: four of eight reach .2
+    assert sign_flip_test([0.1, 0.15, -0.05]) == 0.5
+    assert sign_flip_test([0.3] * 5) == 2 / 32
+    assert sign_flip_test([0.0, 0.0]) == 1.0
+    assert math.isnan(sign_flip_test([]))
+    # beyond 16 seeds by drawing: 17 equal signs happen 2 times in 2**17, so of 20,000 draws almost none
+    assert 1 / (DRAWS + 1) <= sign_flip_test([0.1] * 17) < 0.001
+    noise = [random.Random(i).gauss(0, 1) for i in range(20)]
+    assert sign_flip_test(noise) == pytest.approx(t_test(noise), abs=0.03)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=8))
+def test_both_tests_do_not_mind_the_sign_and_stay_in_0_to_1(differences: list[float]) -> None:
+    for test in (t_test, sign_flip_test):
+        p, mirrored = test(differences), test([-value for value in differences])
+        assert p == pytest.approx(mirrored, nan_ok=True)
+        assert math.isnan(p) or 0 <= p <= 1
+    assert sign_flip_test(differences) >= 2 / 2 ** len(differences)
+
+
+def test_the_t_test_is_scipys() -> None:
+    ours, theirs = [0.1, 0.5, 0.3, 0.9], [0.2, 0.1, 0.4, 0.5]
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    assert t_test(differences) == pytest.approx(ttest_rel(ours, theirs).pvalue)
+
+
+def test_differences_without_spread_say_nothing_of_the_noise() -> None:
+    assert t_test([0.0, 0.0, 0.0]) == 1.0
+    assert math.isnan(t_test([0.5, 0.5]))
+    assert math.isnan(t_test([0.1]))
+    assert mean_interval([0.0, 0.0]) == (0, 0, 0)
+    assert math.isnan(mean_interval([0.5, 0.5]).low)
+
+
+def test_q_values_by_hand() -> None:
+    # .01 * 3 / 1 = .03; .03 * 3 / 2 = .045 and .04 * 3 / 3 = .04, of which the smaller counts for both
+    assert q_values([0.01, 0.04, NAN, 0.03]) == pytest.approx([0.03, 0.04, NAN, 0.04], nan_ok=True)
+    assert q_values([]) == []
+    assert math.isnan(q_values([NAN])[0])
+
+
+def test_power_is_that_of_the_noncentral_t() -> None:
+    critical, shift = t.ppf(0.975, 4), 1.5 * math.sqrt(5)
+    expected = nct.sf(critical, 4, shift) + nct.cdf(-critical, 4, shift)
+    assert power_of(0.03, 0.02, 5) == power_of(-0.03, 0.02, 5) == pytest.approx(expected, abs=1e-6)
+    assert power_of(0.0, 0.02, 5) == pytest.approx(0.05, abs=1e-6)
+    assert power_of(5.0, 0.02, 3) == pytest.approx(1.0, abs=1e-6)
+    rng = random.Random(0)
+    drawn = [t_test([rng.gauss(1.5, 1) for _ in range(5)]) <= 0.05 for _ in range(2000)]
+    assert statistics.fmean(drawn) == pytest.approx(expected, abs=0.04)  # 4 standard errors
+
+
+def test_what_a_grid_can_see() -> None:
+    for n in (2, 3, 5, 12):
+        assert power_of(detectable(0.02, n), 0.02, n) == pytest.approx(0.8, abs=1e-6)
+    assert detectable(0.02, 3) > detectable(0.02, 5) > 0
+    assert math.isnan(detectable(0.02, 1))
+    assert math.isnan(detectable(NAN, 5))
+    needed = seeds_needed(0.03, 0.02)
+    assert needed is not None
+    assert power_of(0.03, 0.02, needed) >= 0.8 > power_of(0.03, 0.02, needed - 1)
+    assert seeds_needed(1.0, 0.001) == 2
+    assert seeds_needed(1e-6, 1.0) is None
+    assert seeds_needed(0.0, 1.0) is None
+    # variances 1 and 4 with 2 and 1 degrees of freedom: (2 * 1 + 1 * 4) / 3 = 2
+    assert pooled_sd([(1.0, 3), (2.0, 2), (NAN, 1)]) == pytest.approx(math.sqrt(2))
+    assert math.isnan(pooled_sd([]))
+
+
+def test_steps_by_hand() -> None:
+    assert trailing_mean([1.0, 2.0, 3.0, 6.0], 2) == [1.0, 1.5, 2.5, 4.5]
+    theirs = {10: 0.1, 20: 0.4, 30: 0.5, 40: 0.4}
+    assert first_at(theirs, 0.4) == 20
+    assert first_at(theirs, 0.6) is None
+    ours = {10: 0.4, 20: 0.45, 30: 0.5, 40: 0.5}
+    # the other ends at .4, where it first was at 20, and we were at 10; its best .5 both reach at 30
+    assert share_of_steps(ours, theirs, best=False) == 0.5
+    assert share_of_steps(ours, theirs, best=True) == 1.0
+    assert share_of_steps({10: 0.1}, theirs, best=False) is None
+    assert share_of_steps(theirs, theirs, best=True) == share_of_steps(theirs, theirs, best=False) == 1.0
+
+
+def test_reach_over_seeds_by_hand() -> None:
+    theirs = {seed: {10: 0.1, 20: 0.2, 40: 0.4} for seed in (0, 1)}
+    # each has its own target .4 at 40: we get there at 10 and at 40, so 1/4 and 1, geometric mean 1/2
+    ours = {0: {10: 0.4, 20: 0.4, 40: 0.4}, 1: {10: 0.1, 20: 0.2, 40: 0.4}, 2: {10: 1.0}}
+    found = reach(ours, theirs, best=False)
+    assert found is not None
+    assert (found.reached, found.n) == (2, 2)
+    assert found.by_seed.value == pytest.approx(0.5)
+    # the mean curves: ours .25, .3, .4 against .4 at 40
+    assert found.share == 1.0
+    never = reach({0: {10: 0.0}, 1: {10: 0.9}}, theirs, best=False)
+    assert never is not None
+    assert (never.reached, never.n) == (1, 2)
+    assert math.isnan(never.by_seed.value)
+    assert reach({5: {1: 0.0}}, theirs, best=True) is None
