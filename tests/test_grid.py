@@ -10,6 +10,8 @@ from rest_rl.analyze.tables import flatten
 from rest_rl.config import parse_toml
 from rest_rl.grid import DEFAULT_METHODS, METHODS, Grid, RunName, read_grid
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+
 
 def settings(grid: Grid, method: str, seed: int = 0, start: str = "") -> dict:
     return flatten(parse_toml(grid.run(method, start, seed).to_toml(), ""))
@@ -119,6 +121,13 @@ def test_a_grid_file(tmp_path: Path) -> None:
 def test_own_methods_alone_are_compared_with_grpo(tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text("[methods.weak]\nrest.weights.strength = 0.1\n")
     assert list(read_grid(tmp_path / "grid.toml").methods) == ["grpo", "weak"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("compare-*.toml")), ids=lambda path: path.stem)
+def test_every_grid_of_configs_can_be_run(path: Path) -> None:
+    text = path.read_text()
+    assert f"rest-rl compare configs/{path.name}" in text
+    assert len(read_grid(path).runs()) >= 15
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from rest_rl.train.trl_trainer import ResTConfig
 from tests.architectures import architecture
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = sorted(CONFIGS.glob("*.toml"))
+RECIPES = sorted(path for path in CONFIGS.glob("*.toml") if not path.name.startswith("compare-"))
 PAPER = [path for path in RECIPES if not path.stem.startswith(("sft-", "own-"))]
 COLD_START = [path for path in RECIPES if path.stem.startswith("sft-")]
 SOURCES = ("published script", "published code", "paper", "TRL default", "ours")

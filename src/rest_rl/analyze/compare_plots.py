@@ -142,7 +142,8 @@ def draw_dynamics(comparison: Comparison, path: Path) -> Path | None:
     figure, panels = new_figure(len(keys))
     figure.set_size_inches(4.2 * len(keys) + 1.8, 3.4)
     for axes, key in zip(panels, keys, strict=True):
-        for index, (line, colour) in enumerate(zip(comparison.lines, colours(len(comparison.lines)), strict=True)):
+        for index, (line, own) in enumerate(zip(comparison.lines, colours(len(comparison.lines)), strict=True)):
+            colour = REFERENCE_COLOUR if line.method == comparison.reference else own
             whole = curve([cell.run for cell in line.cells], key)
             # Bands of ten methods hide each other: the means alone.
             draw_curve(axes, Curve(whole.steps, whole.mean, whole.mean, whole.mean), colour, line.label)
