@@ -30,7 +30,7 @@ class Diagnosis:
         return list(self._found.values())
 
     def add(self, row: Mapping[str, Any], total: int = 0) -> list[Finding]:
-        """Take in one step's metrics, of a run of `total` steps if known; returns the kinds not found before."""
+        """Take in one step's metrics; returns what is found for the first time. `total` steps unless the table says."""
         self._history.add(row)
         settings = self._settings.lasting(total)
         new = []

@@ -65,17 +65,22 @@ class Column:
             self._best = end
 
     def mean(self, end: int) -> Mean:
-        """Mean over the window that ends before row `end`."""
-        steps = self.steps[end - WINDOW : end]
-        return Mean(self._window(end) / WINDOW, self.scatter() / math.sqrt(WINDOW), steps[0], steps[-1])
+        """Mean over the window that ends before row `end`, a shorter one among the first rows."""
+        steps = self.steps[max(0, end - WINDOW) : end]
+        return Mean(self._window(end) / len(steps), self.scatter() / math.sqrt(len(steps)), steps[0], steps[-1])
 
     def scatter(self) -> float:
         """Standard deviation of single rows about their trend."""
         return math.sqrt(math.fsum(self._squares) / (2 * len(self._squares))) if self._squares else 0.0
 
     def best(self) -> Mean | None:
-        """The highest window apart from the newest; None while there is no other."""
-        return self.mean(self._best) if self._best else None
+        """The highest window apart from the newest, the first rows while there is none; None without any."""
+        return self.mean(self._best) if self._best else self.first()
+
+    def first(self) -> Mean | None:
+        """The first window, or as many of its rows as are not in the newest; None without any."""
+        end = min(WINDOW, len(self.values) - WINDOW)
+        return self.mean(end) if end > 0 else None
 
     def gain(self) -> tuple[float, float]:
         """What the least squares line through two rows or more has gained from first to last, and its error."""
@@ -85,7 +90,7 @@ class Column:
         return slope * (rows - 1), self.scatter() / math.sqrt(squares) * (rows - 1)
 
     def _window(self, end: int) -> float:
-        return math.fsum(self.values[end - WINDOW : end])
+        return math.fsum(self.values[max(0, end - WINDOW) : end])
 
 
 class SecondMoment:
@@ -156,9 +161,9 @@ class History:
         return column.mean(len(column.values)) if column else None
 
     def start(self, key: str) -> Mean | None:
-        """The first window, if the newest does not overlap it."""
+        """The first window, as far as the newest does not overlap it."""
         column = self.column(key)
-        return column.mean(WINDOW) if column and len(column.values) >= 2 * WINDOW else None
+        return column.first() if column else None
 
     def best(self, key: str) -> Mean | None:
         """The highest window that does not overlap the newest."""
@@ -169,7 +174,11 @@ class History:
         """The window that ended with `step`."""
         column = self.column(key)
         end = bisect_right(column.steps, step) if column else 0
-        return column.mean(end) if column and end >= WINDOW else None
+        return column.mean(end) if column and end else None
+
+    def values(self, key: str) -> list[float]:
+        """All numbers of a metric so far."""
+        return self._columns[key].values if key in self._columns else []
 
     def latest(self, key: str) -> list[float]:
         """The numbers of the newest window; none if it is not full."""

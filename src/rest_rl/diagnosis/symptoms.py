@@ -41,6 +41,9 @@ MATERIAL = 0.1
 """Share of the tokens from which a region's weight matters."""
 DOMINANT = 0.75
 """Share of the second moment that one step holds when it doubles Adam's denominator: 1 / sqrt(1 - 0.75) = 2."""
+ENDLESS = 0.25
+"""Mean length of the responses that end, as a share of the limit, below which the others do not end: with a constant
+chance to end at every token it would be 0.31 where most groups hold one that is cut off, and more where more are."""
 ENOUGH_ROWS = 5 * WINDOW
 """Rows without progress that are worth a word."""
 SKIPPED_STEPS = 16
@@ -112,8 +115,8 @@ class Settings:
         )
 
     def lasting(self, total: int) -> Settings:
-        """The same of a run whose number of steps is now known."""
-        return replace(self, total=total) if total > 0 else self
+        """The same of a run of `total` steps, unless its configuration says how many."""
+        return self if self.total > 0 else replace(self, total=total)
 
     @property
     def most_groups(self) -> float:
@@ -125,6 +128,11 @@ class Settings:
         """The advice to take smaller steps."""
         now = "" if self.learning_rate is None else f" (now {self.learning_rate:g})"
         return f"lower trl.learning_rate{now} and begin anew"
+
+    @property
+    def longer_or_slower(self) -> str:
+        """The advice for responses that have grown."""
+        return f"read those that are cut off: if they make sense raise trl.max_completion_length, else {self.slower}"
 
 
 def not_finite(history: History, settings: Settings) -> Told | None:
@@ -150,7 +158,12 @@ def no_spread(history: History, settings: Settings) -> Told | None:
         remedy = "take harder prompts or more kinds of them, or end here"
     elif well_formed and well_formed.value < 0.5:
         cause = f"most responses break the format and so score alike (format {percent(well_formed)})"
-        remedy = "begin with demonstrations (rest-rl sft); check that rest.format is how this model writes calls"
+        was = max(history.values("rest/format"))
+        if was >= 0.5:
+            cause += f", which {100 * was:.0f} % of them kept in the best step: the policy has forgotten it"
+            remedy = settings.slower
+        else:
+            remedy = "begin with demonstrations (rest-rl sft); check that rest.format is how this model writes calls"
     else:
         cause = "responses to one prompt hardly differ, or the prompts are beyond the policy"
         remedy = (
@@ -167,10 +180,17 @@ def truncated(history: History, settings: Settings) -> Told | None:
         return None
     limit = settings.max_length
     at = f" of {limit} tokens" if limit else ""
-    ended = history.now("completions/mean_terminated_length")
-    if limit and ended and 0 < ended.value < limit / 2 and cut.value < 1:
+    ended, least = history.now("completions/mean_terminated_length"), min(history.values("completions/clipped_ratio"))
+    if least < settings.most_groups:
+        cause = (
+            f"they fitted before ({100 * least:.0f} % cut off in the best step): the policy rambles or forgets to end"
+        )
+        remedy = settings.longer_or_slower
+    elif limit and ended and 0 < ended.value < ENDLESS * limit:
         cause = f"those that end do so after {ended.value:.0f} tokens: the others run on and would not end"
-        remedy = f"{settings.slower}, or begin with demonstrations (rest-rl sft), which teach the end"
+        remedy = (
+            "begin with demonstrations (rest-rl sft), which teach the end; check that the end-of-turn token is right"
+        )
     else:
         cause = "the limit is shorter than what the policy has to say; what is cut off fails the format"
         remedy = f"raise trl.max_completion_length{f' (now {limit})' if limit else ''}"
@@ -184,8 +204,8 @@ def format_falls(history: History, settings: Settings) -> Told | None:
         return None
     cut, was_cut = (window(history, "completions/clipped_ratio", mean) for mean in (now, best))
     if cut and was_cut and cut.above(was_cut, history.sure, (best.value - now.value) / 2):
-        cause = f"responses have grown past the length limit ({percent(was_cut)} → {percent(cut)} of them are cut off)"
-        remedy = "raise trl.max_completion_length"
+        cause = f"more of them hit the length limit ({percent(was_cut)} → {percent(cut)}), and what is cut off fails it"
+        remedy = settings.longer_or_slower
     else:
         cause = "updates so large that the policy forgets what it knew, or a reward that no longer asks for format"
         remedy = f"{settings.slower}; lower rest.reward.accuracy_share_end, so that format stays worth something"
@@ -193,12 +213,12 @@ def format_falls(history: History, settings: Settings) -> Told | None:
 
 
 def calls_fall(history: History, settings: Settings) -> Told | None:
-    """Fewer responses attempt a call, and accuracy has not gained by it."""
+    """Fewer responses attempt a call, accuracy has not gained by it, and broken format is not why."""
     now, best = history.now("rest/call_rate"), history.best("rest/call_rate")
     if now is None or best is None or not best.above(now, history.sure, settings.most_groups):
         return None
     accuracy, before = (window(history, "rest/accuracy", mean) for mean in (now, best))
-    if accuracy and before and accuracy.above(before, history.sure):
+    if (accuracy and before and accuracy.above(before, history.sure)) or format_falls(history, settings):
         return None
     gained = f", S_acc {change(before, accuracy)}" if accuracy and before else ""
     return Told(
@@ -286,6 +306,8 @@ def gradient_spike(history: History, settings: Settings) -> Told | None:
     if column is None or moment.share <= DOMINANT:
         return None
     median = sorted(column.values)[len(column.values) // 2]
+    if not median > 0:
+        return None
     now = f" (now {settings.max_norm:g})" if settings.max_norm else ""
     return Told(
         f"step {moment.step} holds {100 * moment.share:.0f} % of all squared gradient norms in Adam's average (norm "

@@ -1,0 +1,376 @@
+"""Why a run is not learning: every symptom from rows that show it alone, none from rows that are well, sums by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rest_rl.diagnosis import Diagnosis, Finding, diagnose
+from rest_rl.diagnosis.history import WINDOW, Column, History, Mean, SecondMoment
+from rest_rl.diagnosis.symptoms import SYMPTOMS, Settings
+from rest_rl.rewards import RewardConfig
+from rest_rl.runlog import Row
+from rest_rl.train.trl_trainer import ResTConfig
+from rest_rl.weights import WeightConfig
+
+TABLE: dict[str, Any] = {
+    "trl": {"num_generations": 8, "max_completion_length": 96, "learning_rate": 3e-4, "max_steps": 60},
+    "rest": {"weights": {"w_min": 0.25, "w_max": 4.0, "strength": 0.5}},
+}
+Columns = Mapping[str, Callable[[int], Any]]
+
+
+def line(start: float, end: float) -> Callable[[int], float]:
+    """From start to end in 60 steps, 0.03 to either side of it in turn."""
+    return lambda step: start + (end - start) * (step - 1) / 59 + 0.03 * (-1) ** step
+
+
+def falls(before: float, after: float, at: int = 31) -> Callable[[int], float]:
+    return lambda step: line(before, before)(step) if step < at else line(after, after)(step)
+
+
+HEALTHY: Columns = {
+    "loss": lambda step: 0.0,
+    "grad_norm": line(0.3, 0.3),
+    "reward": line(0.6, 0.8),
+    "frac_reward_zero_std": line(0.1, 0.2),
+    "entropy": lambda step: 0.25 * 0.98**step,
+    "completions/clipped_ratio": lambda step: 0.01,
+    "completions/mean_terminated_length": line(35, 38),
+    "rest/format": line(0.7, 0.95),
+    "rest/accuracy": line(0.5, 0.8),
+    "rest/exact_match": line(0.4, 0.7),
+    "rest/call_rate": line(0.8, 0.8),
+    "rest/surprise/excess": lambda step: 0.001 * (-1) ** step,
+    "rest/surprise/error": lambda step: 0.002,
+    "rest/surprise/nats": lambda step: 200.0,
+    "rest/rule_weight/format": lambda step: 1.3,
+    "rest/rule_weight/reasoning": lambda step: 0.6,
+    "rest/rule_weight/answer": lambda step: 4.0,
+    "rest/share/format": lambda step: 0.3,
+    "rest/share/reasoning": lambda step: 0.6,
+    "rest/share/answer": lambda step: 0.02,
+}
+
+
+def rows_of(changes: Columns, steps: int = 60) -> list[Row]:
+    columns = {**HEALTHY, **changes}
+    return [{"step": step, **{key: make(step) for key, make in columns.items()}} for step in range(1, steps + 1)]
+
+
+def evaluations_of(*shares: float) -> list[Row]:
+    """One every ten steps, of 400 prompts: their error is that of a coin, sqrt(p (1 - p) / 400)."""
+    return [
+        {"step": 10 * (i + 1), "exact_match": share, "exact_match_error": math.sqrt(share * (1 - share) / 400)}
+        for i, share in enumerate(shares)
+    ]
+
+
+def constant(value: Any) -> Callable[[int], Any]:
+    return lambda step: value
+
+
+STEADY: Columns = {"rest/format": line(0.9, 0.9)}
+ILL: list[tuple[str, Columns, str]] = [
+    ("not_finite", {"grad_norm": lambda step: None if step == 33 else 0.3}, "grad_norm of step 33 is not finite"),
+    ("not_finite", {"loss": lambda step: math.nan if step > 50 else 0.0}, "loss of step 60 is not finite"),
+    ("no_spread", {"frac_reward_zero_std": line(0.8, 0.8)}, "80.0 ± 1.3 % of the groups have equal rewards"),
+    ("truncated", {"completions/clipped_ratio": constant(0.2)}, "20.0 ± 0.0 % of the responses hit the length limit"),
+    ("format_falls", {"rest/format": falls(0.95, 0.5)}, "format rate 95.0 ± "),
+    ("calls_fall", {"rest/call_rate": falls(0.8, 0.2), "rest/accuracy": falls(0.5, 0.3, 11), **STEADY}, "80.0 ± "),
+    (
+        "entropy_collapses",
+        {"entropy": lambda step: 0.25 * 0.93**step, "rest/accuracy": line(0.5, 0.65)},
+        "entropy fell",
+    ),
+    ("sampler_disagrees", {"rest/surprise/excess": constant(-0.05)}, "less surprising"),
+    ("weight_at_its_clip", {"rest/rule_weight/reasoning": constant(0.25)}, "reasoning at w_min = 0.25 (60 % of the"),
+    ("weight_at_its_clip", {"rest/rule_weight/format": constant(4.0)}, "format at w_max = 4 (30 % of the tokens)"),
+    ("gradient_spike", {"grad_norm": lambda step: 5.0 if step == 40 else 0.02}, "step 40 holds "),
+    ("exact_match_falls", {"rest/exact_match": line(0.7, 0.4)}, ", while the reward rose "),
+    ("format_alone", {"rest/accuracy": line(0.5, 0.5), "rest/exact_match": line(0.4, 0.4)}, "the reward rose "),
+    ("no_progress", {"rest/accuracy": line(0.5, 0.5), **STEADY}, "S_acc changed by "),
+]
+EXPECTED_BESIDE = {"calls_fall": {"no_progress"}, "format_alone": {"no_progress"}}
+"""Where accuracy does not rise at all, that is said too."""
+
+
+# Well and ill
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 20, 59, 60])
+def test_a_run_that_is_well_is_left_alone(steps: int) -> None:
+    evaluations = evaluations_of(0.4, 0.45, 0.5, 0.55, 0.6, 0.6)
+    assert diagnose(rows_of({}, steps), evaluations, TABLE) == []
+
+
+@pytest.mark.parametrize(("kind", "changes", "figure"), ILL, ids=[f"{kind}-{i}" for i, (kind, _, _) in enumerate(ILL)])
+def test_each_symptom_is_told_by_its_figure_and_alone(kind: str, changes: Columns, figure: str) -> None:
+    findings = {finding.kind: finding for finding in diagnose(rows_of(changes), (), TABLE)}
+    assert kind in findings
+    assert findings.keys() - {kind} <= EXPECTED_BESIDE.get(kind, set())
+    assert figure in findings[kind].figure
+    assert findings[kind].cause
+    assert findings[kind].remedy
+
+
+def test_held_out_prompts_are_forgotten_while_the_training_prompts_are_learnt() -> None:
+    # 0.6 -> 0.4: errors sqrt(.24 / 400) = 0.0245 each, of the difference 0.0346; 0.2 is 5.8 of them, at 60 rows 4.4 do
+    (finding,) = diagnose(rows_of({}), evaluations_of(0.5, 0.6, 0.55, 0.5, 0.45, 0.4), TABLE)
+    assert finding.kind == "held_out_falls"
+    assert (finding.step, finding.last) == (60, 60)
+    assert finding.figure.startswith("held-out exact match 60 ± 2 % (step 20) → 40 ± 2 % (step 60), while that of")
+    assert "checkpoint of step 20" in finding.remedy
+    assert diagnose(rows_of({}), evaluations_of(0.5, 0.6, 0.55, 0.5, 0.5, 0.5), TABLE) == []
+
+
+def test_every_symptom_is_triggered_here_and_documented() -> None:
+    assert {kind for kind, _, _ in ILL} | {"held_out_falls"} == set(SYMPTOMS)
+    page = (Path(__file__).parents[1] / "docs" / "diagnosis.md").read_text(encoding="utf-8")
+    assert [kind for kind in SYMPTOMS if f"\n### `{kind}`" not in page] == []
+
+
+def test_what_is_told_while_a_run_goes_on_is_what_its_report_says() -> None:
+    rows = rows_of({"rest/format": falls(0.95, 0.5), "frac_reward_zero_std": line(0.8, 0.8)})
+    diagnosis = Diagnosis(TABLE)
+    told = [finding for row in rows for finding in diagnosis.add(row, 60)]
+    assert [finding.kind for finding in told] == ["no_spread", "format_falls"]
+    assert [finding.last for finding in told] == [finding.step for finding in told]
+    assert diagnosis.findings == diagnose(rows, (), TABLE)
+    assert [(finding.kind, finding.step) for finding in diagnosis.findings] == [(f.kind, f.step) for f in told]
+
+
+def test_a_symptom_that_passes_has_an_end() -> None:
+    (finding,) = diagnose(rows_of({"completions/clipped_ratio": lambda step: 0.4 if step <= 20 else 0.0}), (), TABLE)
+    # Row 26: a window of four rows of 0.4 has mean 0.16; one difference of 0.4 in 25 makes a scatter of sqrt(0.16 / 50)
+    # = 0.057 and an error of 0.018; 4.03 of them (2.6 windows) leave 0.088, above 0.083. Row 27: 0.12 - 0.07 = 0.05.
+    assert (finding.step, finding.last) == (10, 26)
+
+
+def test_chance_alone_is_rarely_an_alarm() -> None:
+    """Rates of 200 responses a step that stay what they are, in 20 runs of 300 steps."""
+    alarms: list[Finding] = []
+    for seed in range(20):
+        rng = random.Random(seed)
+        rows = [
+            {"step": step, **{key: rng.gauss(mean, 0.08) for key, mean in steady.items()}} for step in range(1, 301)
+        ]
+        alarms += diagnose(rows, (), {"trl": {"num_generations": 8, "max_steps": 10_000}})
+    assert alarms == []
+
+
+steady = {
+    "reward": 0.6,
+    "frac_reward_zero_std": 0.4,
+    "completions/clipped_ratio": 0.05,
+    "rest/format": 0.8,
+    "rest/accuracy": 0.5,
+    "rest/exact_match": 0.4,
+    "rest/call_rate": 0.7,
+}
+
+
+# Causes
+
+
+def cause_of(kind: str, changes: Columns) -> Finding:
+    return next(finding for finding in diagnose(rows_of(changes), (), TABLE) if finding.kind == kind)
+
+
+def test_groups_without_spread_are_solved_unreadable_or_alike() -> None:
+    flat: Columns = {"frac_reward_zero_std": line(0.8, 0.8)}
+    solved = cause_of("no_spread", {**flat, "rest/exact_match": line(0.9, 0.9), "rest/accuracy": line(0.9, 0.95)})
+    assert "right every time (exact match 90.0 ± 1.3 %)" in solved.cause
+    unreadable = cause_of("no_spread", {**flat, "rest/format": line(0.1, 0.2)})
+    assert "break the format" in unreadable.cause
+    assert "hardly differ" in cause_of("no_spread", flat).cause
+
+
+def test_a_limit_that_is_short_and_a_policy_that_does_not_end() -> None:
+    cut: Columns = {"completions/clipped_ratio": constant(0.5), "completions/mean_terminated_length": constant(20.0)}
+    endless = cause_of("truncated", cut)  # of 96 tokens
+    assert "run on" in endless.cause
+    assert "demonstrations" in endless.remedy
+    short = cause_of("truncated", {**cut, "completions/mean_terminated_length": constant(80.0)})
+    assert short.remedy == "raise trl.max_completion_length (now 96)"
+    none_ends = cause_of(
+        "truncated", {"completions/clipped_ratio": constant(1.0), "completions/mean_terminated_length": constant(0.0)}
+    )
+    assert none_ends.remedy == short.remedy
+    grown = cause_of("truncated", {"completions/clipped_ratio": falls(0.0, 0.5)})
+    assert "they fitted before (-3 % cut off" in grown.cause  # the noise of these rows goes below 0
+    assert "(now 0.0003)" in grown.remedy
+
+
+def test_format_that_falls_because_responses_grow() -> None:
+    grown = cause_of("format_falls", {"rest/format": falls(0.9, 0.5), "completions/clipped_ratio": falls(0.0, 0.4)})
+    assert "more of them hit the length limit" in grown.cause
+    assert "if they make sense raise trl.max_completion_length" in grown.remedy
+    assert "updates so large" in cause_of("format_falls", {"rest/format": falls(0.9, 0.5)}).cause
+
+
+def test_calls_that_fall_with_the_format_are_told_once() -> None:
+    lost: Columns = {
+        "rest/call_rate": falls(0.8, 0.2),
+        "rest/format": falls(0.9, 0.3),
+        "rest/accuracy": falls(0.5, 0.1),
+    }
+    assert "calls_fall" not in {finding.kind for finding in diagnose(rows_of(lost), (), TABLE)}
+
+
+def test_fewer_calls_are_no_symptom_where_accuracy_gains() -> None:
+    assert diagnose(rows_of({"rest/call_rate": falls(0.9, 0.6)}), (), TABLE) == []
+
+
+def test_a_distribution_that_the_run_asked_to_change_is_named() -> None:
+    rows = rows_of({"rest/surprise/excess": constant(-0.05)})
+    (finding,) = diagnose(rows, (), {**TABLE, "trl": {**TABLE["trl"], "top_p": 0.9, "top_k": 0}})
+    assert finding.cause.startswith("trl.top_p = 0.9: ")
+    assert finding.remedy == "remove trl.top_p"
+
+
+def test_too_few_nats_say_nothing_about_the_sampler() -> None:
+    few: Columns = {"rest/surprise/excess": constant(-0.05), "rest/surprise/nats": constant(99.0)}
+    assert diagnose(rows_of(few), (), TABLE) == []
+
+
+def test_float16_may_skip_its_first_steps() -> None:
+    rows = rows_of({"grad_norm": lambda step: None if step <= 3 else 0.3})
+    assert diagnose(rows, (), {**TABLE, "trl": {**TABLE["trl"], "fp16": True}}) == []
+    assert [finding.kind for finding in diagnose(rows, (), TABLE)] == ["not_finite"]
+
+
+def test_supervised_training_has_no_entropy_to_keep() -> None:
+    rows = [{"step": step, "loss": 1 / step, "grad_norm": 1.0, "entropy": 2.0 * 0.8**step} for step in range(1, 61)]
+    assert diagnose(rows, (), TABLE) == []
+
+
+# Messages
+
+
+def words_of_all_findings() -> Iterator[str]:
+    for _, changes, _ in ILL:
+        for finding in diagnose(rows_of(changes), (), TABLE):
+            yield f"{finding.figure} {finding.cause} {finding.remedy}"
+
+
+def test_remedies_name_settings_that_there_are() -> None:
+    text = " ".join(words_of_all_findings())
+    named = {prefix: set(re.findall(rf"\b{prefix}\.(\w+)", text)) for prefix in ("trl", "rest.reward", "rest.weights")}
+    homes: dict[str, type] = {"trl": ResTConfig, "rest.reward": RewardConfig, "rest.weights": WeightConfig}
+    for prefix, names in named.items():
+        assert names
+        assert names <= {field.name for field in dataclasses.fields(homes[prefix])}
+
+
+def test_messages_are_single_lines_without_a_full_stop() -> None:
+    for _, changes, _ in ILL:
+        for finding in diagnose(rows_of(changes), (), TABLE):
+            for text in (finding.figure, finding.cause, finding.remedy):
+                assert text == text.strip().rstrip(".")
+                assert "\n" not in text
+
+
+# Sums by hand
+
+
+def column_of(*values: float) -> Column:
+    column = Column()
+    for step, value in enumerate(values, 1):
+        column.add(step, value)
+    return column
+
+
+def test_scatter_is_that_of_single_rows_whatever_the_trend() -> None:
+    # differences 1 + 0.2, 1 - 0.2, ...: half their mean square is (1 + 0.04) / 2
+    trend = column_of(*(row + 0.1 * (-1) ** (row + 1) for row in range(11)))
+    assert trend.scatter() == pytest.approx(math.sqrt(1.04 / 2))
+    # without a trend 0.2^2 / 2 = 0.02, so the error of ten rows is sqrt(0.02 / 10)
+    level = column_of(*(0.1 * (-1) ** row for row in range(11)))
+    mean = level.mean(11)
+    assert (mean.value, mean.error) == (pytest.approx(0.0), pytest.approx(math.sqrt(0.002)))
+    assert (mean.first, mean.last) == (2, 11)
+
+
+def test_the_best_window_does_not_overlap_the_newest() -> None:
+    peak = column_of(*[0.0] * 5, *[1.0] * WINDOW, *[0.5] * WINDOW)
+    best = peak.best()
+    assert best is not None
+    assert (best.value, best.first, best.last) == (1.0, 6, 15)
+    assert column_of(*range(10)).best() is None
+    (first,) = [column_of(3.0, 1.0, *[0.0] * WINDOW).best()]  # rows 1 and 2 are all that is before the newest window
+    assert first is not None
+    assert (first.value, first.first, first.last) == (2.0, 1, 2)
+
+
+def test_the_gain_of_a_straight_line_is_its_rise() -> None:
+    gain, error = column_of(*(0.5 + 0.01 * row for row in range(60))).gain()
+    assert gain == pytest.approx(0.59)
+    # scatter 0.01 / sqrt(2); over sqrt(60 (60^2 - 1) / 12) = 134.14 rows, times 59
+    assert error == pytest.approx(0.01 / math.sqrt(2) * 59 / math.sqrt(60 * 3599 / 12))
+
+
+def test_most_groups_hold_a_response_that_one_in_twelve_is() -> None:
+    # 1 - (1 - s)^8 = 1/2 at s = 1 - 2^(-1/8) = 0.0830
+    assert Settings(group=8).most_groups == pytest.approx(0.0830, abs=5e-5)
+    assert 1 - (1 - Settings(group=4).most_groups) ** 4 == pytest.approx(0.5)
+
+
+def test_errors_asked_for_grow_with_the_looks_taken() -> None:
+    history = History(SecondMoment(0.999, 1.0))
+    # one pair of windows: sqrt(2 ln 1000) = 3.72; six windows, 18 pairs: sqrt(2 ln 18000) = 4.43
+    assert history.sure == pytest.approx(math.sqrt(2 * math.log(1000)))
+    for step in range(1, 61):
+        history.add({"step": step})
+    assert history.sure == pytest.approx(math.sqrt(2 * math.log(18_000)))
+
+
+def test_the_share_of_one_step_in_adams_average() -> None:
+    moment = SecondMoment(decay=0.5, max_norm=2.0)
+    for step, norm in enumerate((1.0, 8.0, 1.0), 1):
+        moment.add(step, norm)
+    # squares 1, 2^2 after the clip, 1, halved every step: 1/4 + 4/2 + 1 = 3.25
+    assert moment.share == pytest.approx(2 / 3.25)
+    assert (moment.step, moment.norm) == (2, 8.0)
+
+
+def test_a_difference_passes_its_errors_and_its_least() -> None:
+    high, low = Mean(0.5, 0.03, 1, 10), Mean(0.3, 0.04, 11, 20)  # 0.2 apart, error of the difference 0.05
+    assert high.above(low, errors=3.9)
+    assert not high.above(low, errors=4.1)
+    assert not high.above(low, errors=1, least=0.21)
+    assert high.exceeds(0.4, errors=3)
+    assert not high.exceeds(0.42, errors=3)
+
+
+# Hostile input
+
+
+NASTY = [None, True, "x", math.nan, math.inf, -math.inf, 1e308, 10**400, -1e-320, [], {}]
+
+
+def test_no_value_of_a_row_or_table_is_an_error() -> None:
+    rng = random.Random(0)
+    rows = [
+        {key: rng.choice([*NASTY, make(step)]) for key, make in {**HEALTHY, "step": lambda step: step}.items()}
+        for step in range(1, 120)
+    ]
+    tables = [
+        {"trl": value, "rest": {"weights": {"w_min": value, "w_max": value}}} for value in [*NASTY, {"top_p": "x"}]
+    ]
+    tables += [
+        {"trl": dict.fromkeys(("num_generations", "adam_beta2", "max_steps", "max_grad_norm"), value)}
+        for value in NASTY
+    ]
+    for table in tables:
+        for finding in diagnose(rows, [dict.fromkeys(("step", "exact_match", "exact_match_error"), 0.1)] * 3, table):
+            assert isinstance(finding.figure, str)
+    evaluations = [{"step": value, "exact_match": value, "exact_match_error": value} for value in NASTY]
+    assert isinstance(diagnose(rows, evaluations), list)

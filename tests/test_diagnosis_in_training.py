@@ -1,0 +1,114 @@
+"""Runs that go wrong on purpose say so, while they train and in their report; one that is well says nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rest_rl.analyze.findings import findings_of
+from rest_rl.cli import main
+from rest_rl.runlog import read_run
+from tests.sample_files import save_samples
+from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
+
+RUN = """
+[run]
+show_every = 0
+responses_per_step = 0
+[model]
+path = "{folder}"
+[data]
+path = "{folder}/samples.jsonl"
+[eval]
+prompts = 0
+[trl]
+max_steps = 12
+per_device_train_batch_size = 16
+num_generations = 4
+max_completion_length = 20
+learning_rate = 1e-4
+save_steps = 6
+bf16 = false
+use_cpu = true
+"""
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_samples(tiny_samples(32), folder / "samples.jsonl")
+    (folder / "run.toml").write_text(RUN.format(folder=folder))
+    return folder / "run.toml"
+
+
+def found(run_file: Path, out: Path, *settings: str) -> dict[str, str]:
+    """The kinds that a run's report has, with their causes."""
+    assert (
+        main(["train", str(run_file), "--out", str(out), *(word for each in settings for word in ("--set", each))]) == 0
+    )
+    return {finding.kind: finding.cause for finding in findings_of(read_run(out))}
+
+
+def test_a_run_that_is_well_says_nothing(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert found(run_file, tmp_path / "run") == {}
+    assert "likely cause" not in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "Why is it not learning?" not in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_limit_that_is_too_short(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = found(run_file, tmp_path / "run", "trl.max_completion_length=4")
+    assert set(kinds) == {"truncated", "no_spread"}
+    assert "shorter than what the policy has to say" in kinds["truncated"]
+    said = capsys.readouterr().out
+    assert said.count("of the responses hit the length limit of 4 tokens") == 1
+    assert "remedy: raise trl.max_completion_length (now 4)" in said
+    main(["report", str(tmp_path / "run")])
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "## Why is it not learning?" in page
+    assert "- from step 10 on: **" in page
+
+
+def test_a_resumed_run_does_not_say_it_again(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("trl.max_completion_length=4", "trl.save_steps=11")
+    kinds = found(run_file, tmp_path / "run", *settings)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-12")
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "resuming after step 11" in said
+    assert "hit the length limit" not in said
+    assert set(kinds) == {finding.kind for finding in findings_of(read_run(tmp_path / "run"))}
+
+
+def test_steps_that_are_too_large(run_file: Path, tmp_path: Path) -> None:
+    kinds = found(run_file, tmp_path / "run", "trl.learning_rate=0.3")
+    assert {"format_falls", "no_spread", "truncated"} <= set(kinds)
+    assert "the policy has forgotten it" in kinds["no_spread"]
+    assert "they fitted before" in kinds["truncated"]
+
+
+def test_responses_from_another_distribution(run_file: Path, tmp_path: Path) -> None:
+    settings = ("rest.preset=grpo", "trl.top_p=0.6", "trl.learning_rate=1e-6", "trl.max_steps=10")
+    kinds = found(run_file, tmp_path / "run", *settings)
+    assert set(kinds) == {"sampler_disagrees"}
+    assert kinds["sampler_disagrees"].startswith("trl.top_p = 0.6: ")
+
+
+def test_a_clip_that_is_too_narrow(run_file: Path, tmp_path: Path) -> None:
+    kinds = found(run_file, tmp_path / "run", "rest.weights.w_min=0.99", "rest.weights.w_max=1.01")
+    assert set(kinds) == {"weight_at_its_clip"}
+
+
+@pytest.mark.slow
+def test_rewards_that_know_nothing(run_file: Path, tmp_path: Path) -> None:
+    kinds = found(run_file, tmp_path / "run", "rest.reward.random=true", "trl.max_steps=50", "rest.preset=grpo")
+    assert "no_progress" in kinds
