@@ -109,7 +109,7 @@ def test_a_reference_that_learns_nothing_and_random_rewards_that_teach(tmp_path:
 def test_one_seed_is_no_test(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(), "rest": Effect(0.2)}, seeds=1)
     text = said(tmp_path)
-    assert "too few seeds for a test" in text
+    assert text.startswith("**No verdict**: too few seeds for a test")
     assert "One seed has no spread" in text
 
 
@@ -132,6 +132,7 @@ def test_steps_are_counted_on_the_held_out_slice_where_there_is_one(tmp_path: Pa
     assert rest.to_final is not None
     # twice the speed: grpo is at step 60 where rest is at 30
     assert rest.to_final.share == rest.to_final.by_seed.value == pytest.approx(0.5)
+    assert "Sooner where" not in said(tmp_path / "a")  # as fast under every seed alike: no spread, no interval
     assert grpo.to_final is not None
     assert grpo.to_final.share == 1.0
     make_grid(tmp_path / "b", {"grpo": Effect(), "rest": Effect(speed=2)})
@@ -140,6 +141,16 @@ def test_steps_are_counted_on_the_held_out_slice_where_there_is_one(tmp_path: Pa
     # windows of 6 steps: the curves begin at step 6
     curves, _ = step_curves([cell for line in found.lines for cell in line.cells])
     assert min(curves["rest-0"]) == 6
+
+
+def test_a_method_that_is_sooner_and_ends_alike(tmp_path: Path) -> None:
+    noisy = Effect(noise=0.004)
+    make_grid(tmp_path, {"grpo": noisy, "rest": Effect(0.01, 2, 0.004), "permuted": noisy}, every=2)
+    text = said(tmp_path)
+    assert re.search(
+        r"Sooner where `grpo` ends, on every seed: `rest` in 0\.\d\d \[0\.\d\d, 0\.\d\d\] of its steps \(", text
+    )
+    assert "`permuted` in" not in text
 
 
 def test_runs_that_are_not_alike_are_named(tmp_path: Path) -> None:

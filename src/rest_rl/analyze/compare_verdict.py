@@ -33,6 +33,7 @@ def verdict_of_start(comparison: Comparison, reference: Line) -> list[str]:
     noticed = [line for line in judged if is_noticed(comparison, line)]
     found = [headline(comparison, judged, noticed)] if judged else []
     found += [one_difference(comparison, line) for line in noticed]
+    found += speed_sentences(comparison, judged)
     found += control_sentences(comparison, reference.start, noticed)
     found += random_sentences(comparison, reference)
     if any(line.method in OWN_REWARD for line in noticed):
@@ -53,14 +54,16 @@ def headline(comparison: Comparison, judged: list[Line], noticed: list[Line]) ->
     if not noticed:
         known = [line.versus[comparison.primary].q for line in judged]
         known = [q for q in known if not math.isnan(q)]
-        smallest = f"smallest q {min(known):.2f}" if known else "too few seeds for a test"
+        if not known:
+            return f"**No verdict**: too few seeds for a test of {label}."
         whom = "The one method does not differ" if len(judged) == 1 else f"None of {len(judged)} methods differs"
         far = max(judged, key=lambda line: abs(sign(comparison, line)))
         test = far.versus[comparison.primary].paired
         largest = (
             f" The largest difference is that of `{far.label}`, {points_text(test.difference)} points." if test else ""
         )
-        return f"**No difference beyond seed noise.** {whom} from `{reference}` in {label} ({smallest}).{largest}"
+        text = f"{whom} from `{reference}` in {label} (smallest q {min(known):.2f}).{largest}"
+        return f"**No difference beyond seed noise.** {text}"
     above = sum(sign(comparison, line) > 0 for line in noticed)
     counts = f"{above} above `{reference}` and {len(noticed) - above} below it"
     return f"**Of {len(judged)} methods, {counts} beyond seed noise** ({label}, q ≤ {LEVEL:g})."
@@ -75,6 +78,21 @@ def one_difference(comparison: Comparison, line: Line) -> str:
     if final and not math.isnan(final.share):
         text += f" It gets to where `{comparison.reference}` ends in {final.share:.2f} of its steps."
     return text
+
+
+def speed_sentences(comparison: Comparison, judged: list[Line]) -> list[str]:
+    """Who gets to where the reference ends in fewer steps under every seed, the interval below 1."""
+    sooner = [line for line in judged if line.to_final and line.to_final.by_seed.high < 1]
+    parts = [
+        f"`{line.label}` in {line.to_final.by_seed.value:.2f} [{line.to_final.by_seed.low:.2f}, "
+        f"{line.to_final.by_seed.high:.2f}] of its steps"
+        for line in sooner
+        if line.to_final
+    ]
+    if not parts:
+        return []
+    where = f"Sooner where `{comparison.reference}` ends, on every seed"
+    return [f"{where}: {'; '.join(parts)} (not corrected for the number of methods)."]
 
 
 def control_sentences(comparison: Comparison, start: str, noticed: list[Line]) -> list[str]:
