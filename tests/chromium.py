@@ -6,7 +6,7 @@ import base64
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+if sys.platform != "win32":
+    import fcntl
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 VIRTUAL_KEYS = {"ArrowDown": 40, "ArrowUp": 38, "ArrowLeft": 37, "ArrowRight": 39, "Escape": 27, "End": 35, "Home": 36}
@@ -28,6 +31,7 @@ def browser() -> str:
     if found is None:
         pytest.skip("no Chromium on the PATH (Debian: apt-get install chromium)")
     return found
+
 
 IS_READY = """location.protocol === "file:" && document.readyState === "complete"
     && (document.documentElement.dataset.ready === "yes" || document.getElementById("failure")?.hidden === false)"""
@@ -103,7 +107,10 @@ class Page:
     def press(self, *keys: str) -> None:
         """Real key presses."""
         for key in keys:
-            event = {"key": key, "windowsVirtualKeyCode": VIRTUAL_KEYS.get(key, ord(key.upper()) if len(key) == 1 else 0)}
+            event = {
+                "key": key,
+                "windowsVirtualKeyCode": VIRTUAL_KEYS.get(key, ord(key.upper()) if len(key) == 1 else 0),
+            }
             text = {"text": key} if len(key) == 1 else {}
             self.call("Input.dispatchKeyEvent", type="keyDown", **event, **text)
             self.call("Input.dispatchKeyEvent", type="keyUp", **event)
@@ -117,30 +124,36 @@ class Page:
 def open_browser(profile: Path) -> Iterator[Page]:
     """A browser with one tab, ended at the end."""
     command, (to_read, to_write), (from_read, from_write) = browser(), os.pipe(), os.pipe()
-
-    def place() -> None:  # the protocol's pipe is file descriptors 3 and 4; copies out of the way first
-        copies = os.dup2(to_read, 50), os.dup2(from_write, 51)
-        os.dup2(copies[0], 3)
-        os.dup2(copies[1], 4)
-
+    # The protocol's pipe is file descriptors 3 and 4: ours are moved out of their way first.
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_read, from_write)]
     arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
-    arguments += ["--no-first-run", "--disable-background-networking", "--disable-dev-shm-usage", "--force-color-profile=srgb"]
-    process = subprocess.Popen(
+    arguments += ["--no-first-run", "--disable-background-networking", "--disable-dev-shm-usage"]
+    process = os.posix_spawn(
+        command,
         [command, *arguments, "about:blank"],
-        close_fds=False,
-        preexec_fn=place,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, high[0], 3),
+            (os.POSIX_SPAWN_DUP2, high[1], 4),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+        ],
     )
-    os.close(to_read)
-    os.close(from_write)
+    for end in (to_read, from_write, *high):
+        os.close(end)
     try:
         yield Page(to_write, from_read)
     finally:
         os.close(to_write)  # the browser ends when its pipe does
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process)
+
+
+def end_process(process: int) -> None:
+    """Wait for a process to end, at most twenty seconds, then end it."""
+    deadline = time.monotonic() + 20
+    while os.waitpid(process, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return
+        time.sleep(0.05)

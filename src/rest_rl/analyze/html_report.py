@@ -1,6 +1,6 @@
 """`rest-rl report --html`: run folders as one file to look at, which opens from disk and asks no network.
 
-The page is its style, its script and its data. The data are JSON, compressed, as base64 letters: whatever a model
+The page is its style, its script and its data. The data are compressed, as base64 letters: whatever a model
 wrote, it cannot end the element that holds it. A content security policy names the hashes of the page's own style and
 script and allows nothing else.
 """
@@ -23,6 +23,7 @@ from rest_rl.analyze.palette import REGION_COLOURS, SERIES_COLOURS
 from rest_rl.analyze.report import finished_steps
 from rest_rl.analyze.tables import Curve, Group, curve, evaluation_curve, flatten, group_runs, is_number
 from rest_rl.config import parse_toml
+from rest_rl.diagnosis import diagnose
 from rest_rl.jsonl import finite
 from rest_rl.runlog import Row, Run, read_run, replace_file, unwritable
 
@@ -79,7 +80,7 @@ def write_html_report(
         raise ValueError(f"got {', '.join(empty)} without a finished step, expected metrics; train it or leave it out")
     target = Path(out) if out else runs[0].folder if len(runs) == 1 else Path("report")
     page = target if target.suffix == ".html" else target / PAGE
-    text = page_text(page_data(runs, responses))
+    text = page_text(*page_data(runs, responses))
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         replace_file(page, text)
@@ -88,12 +89,12 @@ def write_html_report(
     return page
 
 
-def page_data(runs: Sequence[Run], limit: int = MOST_RESPONSES) -> Row:
-    """Everything the page shows, as JSON values."""
+def page_data(runs: Sequence[Run], limit: int = MOST_RESPONSES) -> tuple[Row, bytes]:
+    """Everything the page shows: JSON values, and the columns of tokens."""
     groups = group_runs(runs)
     order = [run for group in groups for run in group.runs]
-    packed = pack_responses(order, limit)
-    return {
+    packed, tokens = pack_responses(order, limit)
+    data = {
         "regions": dict(REGION_COLOURS),
         "series": list(SERIES_COLOURS),
         "flags": dict(FLAGS),
@@ -101,9 +102,10 @@ def page_data(runs: Sequence[Run], limit: int = MOST_RESPONSES) -> Row:
         "runs": [run_facts(run, at) for at, group in enumerate(groups) for run in group.runs],
         "charts": list(charts(groups)),
         "config": config_table(order),
-        "findings": [],
+        "findings": [finding for at, run in enumerate(order) for finding in findings_of(run, at)],
         **packed,
     }
+    return data, tokens
 
 
 def run_facts(run: Run, group: int) -> Row:
@@ -132,6 +134,12 @@ def scores_of(scores: Any) -> Row | None:
     names = ("exact_match", "exact_match_error", "s_acc", "s_format", "n")
     kept = {name: scores[name] for name in names if is_number(scores.get(name))}
     return {**kept, "greedy": scores_of({**greedy, "greedy": None}) if isinstance(greedy, Mapping) else None}
+
+
+def findings_of(run: Run, at: int) -> list[Row]:
+    """Why the run is not learning, as far as its metrics tell."""
+    found = diagnose(run.metrics, run.evaluations, parse_toml(run.config, str(run.folder)))
+    return [{"run": at, **finding._asdict()} for finding in found]
 
 
 def charts(groups: Sequence[Group]) -> Iterator[Row]:
@@ -210,11 +218,11 @@ def config_table(runs: Sequence[Run]) -> list[Row]:
     rows = []
     for key in keys:
         values = [json.dumps(table[key], default=str) if key in table else None for table in tables]
-        rows.append({"key": key, "values": values, "differs": len(set(values)) > 1})
+        rows.append({"key": key, "values": values, "differs": key != "run.out" and len(set(values)) > 1})
     return rows
 
 
-def page_text(data: Row) -> str:
+def page_text(data: Row, tokens: bytes) -> str:
     """The whole file."""
     style, script = asset("page.css"), "\n".join(asset(name) for name in SCRIPTS)
     script = f'(() => {{\n"use strict";\n{script}\n}})();\n'
@@ -225,15 +233,15 @@ def page_text(data: Row) -> str:
         "base-uri 'none'; form-action 'none'",
         "style": style,
         "script": script,
-        "data": compressed(data),
+        "data": compressed(json.dumps(finite(data), separators=(",", ":")).encode("ascii")),
+        "tokens": compressed(tokens),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("page.html"))
 
 
-def compressed(data: Row) -> str:
-    """JSON as base64 of gzip; the same data give the same letters."""
-    text = json.dumps(finite(data), separators=(",", ":"))
-    return base64.b64encode(gzip.compress(text.encode("ascii"), 6, mtime=0)).decode()
+def compressed(content: bytes) -> str:
+    """Base64 of gzip; the same content gives the same letters."""
+    return base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
 
 
 def source_hash(text: str) -> str:

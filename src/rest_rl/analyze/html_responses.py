@@ -1,15 +1,13 @@
 """Recorded responses as the HTML report holds them: pieces of text with a region and numbers each, and what cost what.
 
 A row of a run that recorded no tokens becomes words coloured by the regions that its text parses into. Rows are read
-with mistrust: a field of the wrong type or length counts as missing. A column of numbers is base64 of little-endian
-uint16, thousandths, 65535 for a number that is missing.
+with mistrust: a field of the wrong type or length counts as missing. The tokens of all responses stand in columns, one
+response after the other: thousands of small arrays would take the browser long to make.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-import math
 import re
 import sys
 from array import array
@@ -59,6 +57,39 @@ class Pieces(NamedTuple):
         return Pieces(self.texts[:count], self.regions[:count], *numbers)
 
 
+class Columns:
+    """The tokens of all responses: place of the text in the table of words, thousandths of each number, region."""
+
+    def __init__(self) -> None:
+        self.words = array("I")
+        self.weights, self.entropies, self.surprises = array("H"), array("H"), array("H")
+        self.regions = bytearray()
+
+    def add(self, pieces: Pieces, words: Tables) -> int:
+        """Append a response; returns where it begins."""
+        start, count = len(self.words), len(pieces.texts)
+        self.words.extend(words.place(text) for text in pieces.texts)
+        surprises = [None if value is None else -value for value in pieces.logps]
+        for column, values in zip(self.numbers, (pieces.weights, pieces.entropies, surprises), strict=True):
+            column.extend(thousandths(value) for value in values or [None] * count)
+        self.regions.extend(pieces.regions)
+        return start
+
+    @property
+    def numbers(self) -> tuple[array[int], array[int], array[int]]:
+        """The columns of numbers."""
+        return self.weights, self.entropies, self.surprises
+
+    def as_bytes(self) -> bytes:
+        """All columns, one after the other, little-endian: uint32, three times uint16, uint8."""
+        columns = (self.words, *self.numbers)
+        assert [column.itemsize for column in columns] == [4, 2, 2, 2]
+        if sys.byteorder == "big":
+            for column in columns:
+                column.byteswap()
+        return b"".join([*(column.tobytes() for column in columns), self.regions])
+
+
 class Tables:
     """Texts that many responses share, each kept once."""
 
@@ -75,9 +106,9 @@ class Tables:
         return list(self.places)
 
 
-def pack_responses(runs: Sequence[Run], limit: int) -> Row:
-    """The responses of all runs, at most about `limit`, with the tables of texts that they point into."""
-    words, prompts, golds = Tables(), Tables(), Tables()
+def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
+    """The responses of all runs, at most about `limit`, with the tables of texts that they point into; the tokens."""
+    words, prompts, golds, columns = Tables(), Tables(), Tables(), Columns()
     packed: list[Row] = []
     for index, run in enumerate(runs):
         tool_format = format_of(run)
@@ -87,29 +118,25 @@ def pack_responses(runs: Sequence[Run], limit: int) -> Row:
             if isinstance(prompt := row.get("prompt"), str):
                 asked[key] = prompts.place(shortened(prompt, MAX_PROMPT))
             one = {"r": index, "p": asked.get(key, -1)}
-            packed.append(one | pack_response(row, tool_format, words, golds))
-    return {"responses": packed, "words": words.texts, "prompts": prompts.texts, "golds": golds.texts}
+            facts, pieces = pack_response(row, tool_format, golds)
+            packed.append(one | facts | {"o": columns.add(pieces, words)})
+    tables = {"words": words.texts, "prompts": prompts.texts, "golds": golds.texts}
+    return {"responses": packed, **tables}, columns.as_bytes()
 
 
 def thinned(rows: Sequence[Row], limit: int) -> list[Row]:
-    """All rows of evenly spaced steps, the first and the last among them, so that about `limit` rows are left."""
+    """Rows of evenly spaced steps, the first and the last among them, whole steps as far as `limit` allows."""
     if len(rows) <= limit:
         return list(rows)
     steps = sorted({step_of(row) for row in rows})
-    stride = math.ceil(len(rows) / max(limit, 1))
-    kept = {*steps[::stride], steps[-1]}
-    left = [row for row in rows if step_of(row) in kept]
-    per_step = max(1, limit // len(kept))
-    seen: Counter[int] = Counter()
-    for row in left:
-        seen[step_of(row)] += 1
-    if len(left) <= limit * 1.1 + max(seen.values()):
-        return left
+    count = max(1, min(limit, len(steps) * limit // len(rows)))
+    kept = {steps[(len(steps) - 1) * i // max(count - 1, 1)] for i in range(count)}
+    per_step = limit // count
     taken: Counter[int] = Counter()
     chosen: list[Row] = []
-    for row in left:
-        taken[step_of(row)] += 1
-        if taken[step_of(row)] <= per_step:
+    for row in rows:
+        if step_of(row) in kept and taken[step_of(row)] < per_step:
+            taken[step_of(row)] += 1
             chosen.append(row)
     return chosen
 
@@ -127,8 +154,8 @@ def format_of(run: Run) -> ToolFormat | None:
         return None
 
 
-def pack_response(row: Row, tool_format: ToolFormat | None, words: Tables, golds: Tables) -> Row:
-    """One response as the page reads it; its keys are short because there are thousands."""
+def pack_response(row: Row, tool_format: ToolFormat | None, golds: Tables) -> tuple[Row, Pieces]:
+    """One response as the page reads it, and its tokens; its keys are short because there are thousands."""
     text = row.get("response")
     text = text if isinstance(text, str) else ""
     parsed = tool_format.parse(text) if tool_format else None
@@ -136,10 +163,10 @@ def pack_response(row: Row, tool_format: ToolFormat | None, words: Tables, golds
     pieces = pieces_of(row, text, parsed)
     flags, findings, scores = judged(row, parsed, gold)
     shown = cut(pieces)
-    return {
+    facts = {
         "s": step_of(row),
         "i": str(row.get("id", "")),
-        "g": golds.place(json.dumps(row.get("gold"), indent=1, ensure_ascii=False, default=str)) if gold else -1,
+        "g": golds.place(target_text(gold)) if gold else -1,
         "R": number(row.get("reward")),
         "A": number(row.get("advantage")),
         "F": scores,
@@ -148,12 +175,8 @@ def pack_response(row: Row, tool_format: ToolFormat | None, words: Tables, golds
         "n": len(pieces.texts),
         "m": len(shown.texts),
         "u": int(bool(shown.weights)),
-        "t": packed_words(shown.texts, words),
-        "z": base64.b64encode(bytes(shown.regions)).decode(),
-        "w": thousandths(shown.weights),
-        "h": thousandths(shown.entropies),
-        "l": thousandths([None if value is None else -value for value in shown.logps]),
     }
+    return facts, shown
 
 
 def number(value: Any) -> float | None:
@@ -167,6 +190,13 @@ def gold_of(row: Row) -> Gold | None:
         return gold_from_json(row.get("gold"))
     except ValueError:
         return None
+
+
+def target_text(gold: Gold) -> str:
+    """The calls that should be made, a line each, then the answer that should be given."""
+    calls = [{"name": call.name, "arguments": call.arguments} for call in gold.calls]
+    lines = [json.dumps(call, ensure_ascii=False, default=str) for call in calls] or ["no call"]
+    return "\n".join([*lines, *([f"answer: {gold.answer}"] if gold.answer is not None else [])])
 
 
 def judged(
@@ -265,23 +295,9 @@ def cut(pieces: Pieces) -> Pieces:
     return shown
 
 
-def packed_words(texts: Sequence[str], words: Tables) -> str:
-    """Places in the table of words, base64 of little-endian uint32."""
-    return packed("I", [words.place(text) for text in texts])
-
-
-def thousandths(values: Sequence[float | None]) -> str:
-    """A column of numbers >= 0 as the module says; what is out of range becomes its nearest end."""
-    return packed("H", [MISSING if value is None else min(max(round(1000 * value), 0), MOST) for value in values])
-
-
-def packed(kind: str, values: Sequence[int]) -> str:
-    """Base64 of little-endian numbers, `kind` as in `array`."""
-    numbers = array(kind, values)
-    assert numbers.itemsize == {"H": 2, "I": 4}[kind]
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return base64.b64encode(numbers.tobytes()).decode()
+def thousandths(value: float | None) -> int:
+    """A number >= 0 as uint16; what is out of range becomes its nearest end."""
+    return MISSING if value is None else min(max(round(1000 * value), 0), MOST)
 
 
 def shortened(text: str, most: int) -> str:

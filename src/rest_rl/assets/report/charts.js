@@ -53,6 +53,7 @@ function addChart(chart, parent) {
   holder.addEventListener("pointermove", (event) => pointAt(stepUnder(one, event)));
   holder.addEventListener("pointerleave", () => pointAt(null));
   holder.addEventListener("click", (event) => setStep(stepUnder(one, event)));
+  redraw(one);
   new ResizeObserver(() => {
     if (holder.clientWidth && holder.clientWidth !== one.width) redraw(one);
   }).observe(holder);

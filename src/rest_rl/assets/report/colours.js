@@ -35,7 +35,7 @@ function setScales(responses) {
 }
 
 // What the loss multiplies a token's log-probability by: weight times advantage.
-const credit = (response, tokens, i) => (tokens.weights.length && isNumber(response.A) ? tokens.weights[i] * response.A : NaN);
+const credit = (response, tokens, i) => (response.A === null ? NaN : tokens.weights[i] * response.A);
 
 const blended = (hue, strength) => [...hue, Math.min(1, Math.max(0, strength))];
 
@@ -55,7 +55,7 @@ function colourOf(mode, response, tokens, i) {
   return isNumber(value) ? blended(VIOLET, Math.sqrt(value / scale[mode])) : [...GREY, 0.1];
 }
 
-const css = ([red, green, blue, strength], most = 1) => `rgb(${red} ${green} ${blue} / ${(strength * most).toFixed(3)})`;
+const css = ([red, green, blue, strength], most = 1) => `rgb(${red} ${green} ${blue} / ${Math.round(100 * strength * most)}%)`;
 
 // The legend of a mode: a swatch per region, or a ramp with its ends.
 function legendOf(mode) {

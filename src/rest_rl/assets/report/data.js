@@ -13,51 +13,45 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-async function unpacked(letters) {
-  const bytes = decoded(letters.trim());
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return JSON.parse(await new Response(stream).text());
-}
-
-function decoded(letters) {
-  const text = atob(letters);
+// The content of a data element, which is emptied: base64 letters of a gzip stream.
+async function unpacked(element) {
+  const text = atob(element.textContent.trim());
+  element.textContent = "";
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i += 1) bytes[i] = text.charCodeAt(i);
-  return bytes;
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip")));
 }
 
 const MISSING = 65535;
+const columns = {};
 
-function thousandths(letters) {
-  const { buffer } = decoded(letters);
-  const view = new DataView(buffer);
-  return Float32Array.from({ length: buffer.byteLength / 2 }, (_, i) => {
-    const value = view.getUint16(2 * i, true);
-    return value === MISSING ? NaN : value / 1000;
+// Columns over the tokens of all responses, as the writer puts them one after the other.
+function readColumns(buffer) {
+  const count = buffer.byteLength / 11, view = new DataView(buffer);
+  columns.words = new Uint32Array(count);
+  for (let i = 0; i < count; i += 1) columns.words[i] = view.getUint32(4 * i, true);
+  ["weights", "entropies", "surprises"].forEach((name, place) => {
+    const values = new Float32Array(count), start = (4 + 2 * place) * count;
+    for (let i = 0; i < count; i += 1) {
+      const value = view.getUint16(start + 2 * i, true);
+      values[i] = value === MISSING ? NaN : value / 1000;
+    }
+    columns[name] = values;
   });
+  columns.regions = new Uint8Array(buffer, 10 * count, count);
 }
 
-function places(letters) {
-  const { buffer } = decoded(letters);
-  const view = new DataView(buffer);
-  return Uint32Array.from({ length: buffer.byteLength / 4 }, (_, i) => view.getUint32(4 * i, true));
-}
-
-// The tokens of a response: texts and regions always, numbers where the run recorded them.
+// The tokens of a response: places in the table of words, regions, and numbers, NaN where the run recorded none.
 function tokensOf(response) {
-  if (!response.tokens) {
-    response.tokens = {
-      words: places(response.t),
-      regions: decoded(response.z),
-      weights: thousandths(response.w),
-      entropies: thousandths(response.h),
-      surprises: thousandths(response.l),
-    };
-  }
+  response.tokens ??= Object.fromEntries(Object.entries(columns).map(([name, column]) => [name, column.subarray(response.o, response.o + response.m)]));
   return response.tokens;
 }
 
-const textOf = (response) => Array.from(tokensOf(response).words, (place) => data.words[place]).join("");
+function textOf(response) {
+  let text = "";
+  for (let i = response.o; i < response.o + response.m; i += 1) text += data.words[columns.words[i]];
+  return text;
+}
 
 // Lower-case text that a search looks into, made when first searched.
 function haystack(response) {
@@ -68,30 +62,34 @@ function haystack(response) {
   return response.hay;
 }
 
-const NAMED = { 9: "⇥\t", 10: "↵\n", 13: "␍", 127: "␡" };
+const NAMED = { 9: "⇥\t", 10: "↵\n", 13: "\\r" };
+const PLAIN = { 9: "\t", 10: "\n" };
 const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff0-\uffff\ud800-\udfff]/u;
 
 // Text with everything in it to be seen: controls, marks of direction, lone surrogates. In pieces: [text, is a stand-in].
-function visible(text) {
+function visible(text, named) {
   const pieces = [];
   let plain = "";
   for (const character of text) {
     const code = character.codePointAt(0);
-    if (!UNSEEN.test(character) && code !== 0xfffd) {
+    if (named[code] === character || (!UNSEEN.test(character) && code !== 0xfffd)) {
       plain += character;
       continue;
     }
     if (plain) pieces.push([plain, false]);
     plain = "";
-    const stand = NAMED[code] ?? (code < 32 ? String.fromCodePoint(0x2400 + code) : code === 0xfffd ? "\ufffd" : `‹U+${code.toString(16).toUpperCase().padStart(4, "0")}›`);
+    const stand = named[code] ?? (code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : code === 0xfffd ? "\ufffd" : `‹U+${code.toString(16).toUpperCase().padStart(4, "0")}›`);
     pieces.push([stand, true]);
   }
   if (plain) pieces.push([plain, false]);
   return pieces;
 }
 
-// Plain text as nodes, with what is not to be seen made visible.
-const seen = (text) => visible(text).map(([piece, stands]) => (stands ? make("span", { className: "unseen" }, piece) : piece));
+const nodes = (pieces) => pieces.map(([piece, stands]) => (stands ? make("span", { className: "unseen" }, piece) : piece));
+
+// Text as nodes, with what is not to be seen made visible: in tokens line breaks too, in passages they stay as they are.
+const seen = (text) => nodes(visible(text, NAMED));
+const passage = (text) => nodes(visible(text, PLAIN));
 
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
@@ -104,4 +102,4 @@ function shown(value, unit = "") {
   return unit ? `${text} ${unit}` : text;
 }
 
-const signed = (value) => (isNumber(value) ? `${value > 0 ? "+" : ""}${value.toFixed(2)}`.replace("-", "−") : "–");
+const signed = (value, digits = 2) => (isNumber(value) ? `${value > 0 ? "+" : ""}${value.toFixed(digits)}`.replace("-", "−") : "–");

@@ -2,6 +2,14 @@
 
 const FIRST_TOKENS = 3000, LONG_TOKEN = 4000;
 let cursor = -1;
+const samePrompt = new Map();
+
+function indexPrompts() {
+  for (const response of data.responses) {
+    if (samePrompt.has(response.i)) samePrompt.get(response.i).push(response);
+    else samePrompt.set(response.i, [response]);
+  }
+}
 
 function showDetail() {
   const response = state.selected, detail = byId("detail");
@@ -20,9 +28,9 @@ function showDetail() {
     tokenBlock(response),
     make("div", { className: "readout", id: "readout", role: "status" }, "Point at a token, or use ← and →."),
     losses(response),
-    regionTable(response) ?? "",
+    response.g >= 0 ? make("div", {}, make("h3", {}, "Target"), make("pre", { className: "target" }, ...passage(data.golds[response.g]))) : "",
     group(response) ?? "",
-    folded("Target", response.g >= 0 ? data.golds[response.g] : ""),
+    regionTable(response) ?? "",
     folded("Prompt", response.p >= 0 ? data.prompts[response.p] : ""),
   );
 }
@@ -174,7 +182,7 @@ function regionTable(response) {
 
 // Other responses to the same prompt: the group first, then other steps and runs.
 function group(response) {
-  const same = data.responses.filter((other) => other.i === response.i);
+  const same = samePrompt.get(response.i);
   const own = same.filter((other) => other.s === response.s && other.r === response.r);
   const others = same.filter((other) => !own.includes(other)).slice(0, 60);
   if (same.length < 2) return null;
@@ -198,7 +206,7 @@ function siblings(list, response, label) {
 
 function folded(title, text) {
   if (!text) return "";
-  const details = make("details", { open: state.open.has(title) }, make("summary", {}, title), make("pre", {}, ...seen(text)));
+  const details = make("details", { open: state.open.has(title) }, make("summary", {}, title), make("pre", {}, ...passage(text)));
   details.addEventListener("toggle", () => (details.open ? state.open.add(title) : state.open.delete(title)));
   return details;
 }

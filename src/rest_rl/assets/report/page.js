@@ -1,7 +1,7 @@
 // The page as a whole: its state, its address, its keys.
 
 let data = null, lastStep = 0, recordedSteps = [], total = 0;
-const state = { step: null, run: -1, group: 0, mode: "region", query: "", flags: new Set(), order: "step", selected: null, open: new Set(["Target"]) };
+const state = { step: null, run: -1, group: 0, mode: "region", query: "", flags: new Set(), order: "step", selected: null, open: new Set() };
 
 function select(response) {
   state.selected = response;
@@ -120,10 +120,10 @@ function showResults() {
     const dot = make("i", { className: "swatch dot" });
     dot.style.backgroundColor = data.series[run.group % data.series.length];
     const { before, after } = run;
-    const gain = isNumber(before?.exact_match) && isNumber(after?.exact_match) ? signed(100 * (after.exact_match - before.exact_match)).replace(/\d$/, "") : "–";
-    return [[dot, ...seen(run.name)], data.groups[run.group], run.seed ?? "–", run.steps, withError(before), withError(after), gain, withError(before?.greedy), withError(after?.greedy), shown(after?.s_acc ?? before?.s_acc), shown(after?.s_format ?? before?.s_format)];
+    const gain = isNumber(before?.exact_match) && isNumber(after?.exact_match) ? signed(100 * (after.exact_match - before.exact_match), 1) : "–";
+    return [[dot, ...seen(run.name)], data.groups[run.group], run.seed ?? "–", run.steps, withError(before), withError(after), gain, withError(before?.greedy), withError(after?.greedy), shown(after?.s_acc), shown(after?.s_format)];
   });
-  const head = ["run", "curve", "seed", "steps", "exact match before, %", "after, %", "gain", "greedy before", "greedy after", "S_acc", "S_format"];
+  const head = ["run", "curve", "seed", "steps", "exact match before, %", "after, %", "gain", "greedy before", "greedy after", "S_acc after", "S_format after"];
   byId("result-table").replaceChildren(table(head, rows), make("p", { className: "faint" }, "Held-out prompts, sampled at temperature 1, ± one standard error over prompts; greedy beside it."));
 }
 
@@ -131,16 +131,17 @@ function showConfig() {
   const all = byId("config-all").checked || data.runs.length === 1;
   const rows = data.config.filter((row) => all || row.differs).map((row) => [[row.differs ? make("b", {}, row.key) : row.key], ...row.values.map((value) => [make("code", {}, ...(value === null ? ["–"] : seen(value)))])]);
   const nothing = make("p", { className: "faint" }, "The runs have one configuration.");
-  const environment = data.runs.map((run) => make("details", {}, make("summary", {}, ...seen(run.name), ": versions and command"), make("pre", {}, ...seen([run.command, run.commit ?? "", ...Object.entries(run.libraries).map(([name, version]) => `${name} ${version}`)].filter(Boolean).join("\n")))));
+  const environment = data.runs.map((run) => make("details", {}, make("summary", {}, ...seen(run.name), ": versions and command"), make("pre", {}, ...passage([run.command, run.commit ?? "", ...Object.entries(run.libraries).map(([name, version]) => `${name} ${version}`)].filter(Boolean).join("\n")))));
   byId("config-table").replaceChildren(rows.length ? table(["key", ...data.runs.map((run) => run.name)], rows) : nothing, ...environment);
 }
 
 function showFindings() {
   byId("findings").hidden = !data.findings.length;
   byId("finding-list").replaceChildren(...data.findings.map((finding) => {
-    const where = make("button", { type: "button" }, `step ${finding.step}`);
-    where.addEventListener("click", () => setStep(finding.step));
-    return make("li", {}, make("b", {}, ...(data.runs.length > 1 ? seen(`${data.runs[finding.run].name}: `) : []), ...seen(finding.figure)), " ", isNumber(finding.step) ? where : "", make("p", {}, ...seen(finding.cause)), make("p", {}, "→ ", ...seen(finding.remedy)));
+    const at = make("button", { type: "button", title: "Go to this step" }, `since step ${finding.step}`);
+    at.addEventListener("click", () => setStep(finding.step));
+    const run = data.runs.length > 1 ? seen(`${data.runs[finding.run].name}: `) : [];
+    return make("li", {}, make("div", {}, make("b", {}, ...run, ...seen(finding.figure)), " ", at), make("p", {}, ...seen(finding.cause)), make("p", {}, make("b", {}, "Remedy: "), ...seen(finding.remedy)));
   }));
 }
 
@@ -271,8 +272,9 @@ function moveAmongModes(event) {
 
 async function start() {
   startTheme();
-  data = await unpacked(byId("data").textContent);
-  byId("data").textContent = "";
+  data = await (await unpacked(byId("data"))).json();
+  readColumns(await (await unpacked(byId("token-data"))).arrayBuffer());
+  indexPrompts();
   data.responses.forEach((response, at) => (response.at = at));
   recordedSteps = [...new Set(data.responses.map((response) => response.s))].sort((a, b) => a - b);
   lastStep = Math.max(0, ...data.runs.map((run) => run.steps), ...recordedSteps.slice(-1));
