@@ -17,7 +17,8 @@ from rest_rl.analyze.html_report import MOST_POINTS, condensed, page_data, sourc
 from rest_rl.analyze.html_responses import MAX_CHARACTERS, MISSING, thinned
 from rest_rl.analyze.tables import Curve
 from rest_rl.cli import main
-from rest_rl.config import RunConfig
+from rest_rl.config import RunConfig, parse_toml
+from rest_rl.diagnosis import diagnose
 from rest_rl.response import Region
 from rest_rl.runlog import RunLog, read_run
 from tests.chromium import Page, open_browser
@@ -195,11 +196,28 @@ def test_curves_differences_and_findings_are_in_the_page(tmp_path: Path) -> None
     titles = {chart["title"]: chart for chart in data["charts"]}
     assert [line["y"] for line in titles["Reward"]["series"]] == [[0.1, 0.2, 0.3]] * 2
     assert titles["Entropy by region"]["series"][0]["region"] == "name"
-    assert titles["own"]["kind"] == "other"
+    assert titles["own"]["aside"]
     differing = {row["key"]: row["values"] for row in data["config"] if row["differs"]}
     assert differing["rest.preset"] == ['"rest"', '"grpo"']
     assert not differing.keys() & {"run.out", "trl.max_steps"}
-    assert isinstance(data["findings"], list)
+
+
+def truncated_run(folder: Path) -> Path:
+    """A run whose responses hit the length limit in every step."""
+    log = RunLog.resume(make_run(folder, [], 0), 0)
+    for step in range(1, 31):
+        log.add_metrics({"step": step, "reward": 0.1, "completions/clipped_ratio": 0.9})
+    return folder
+
+
+def test_findings_are_those_of_the_diagnosis(tmp_path: Path) -> None:
+    run = read_run(truncated_run(tmp_path / "run"))
+    data, _ = page_data([read_run(make_run(tmp_path / "well", [], **{"run.seed": 7})), run])
+    expected = diagnose(run.metrics, run.evaluations, parse_toml(run.config, "run"))
+    assert expected
+    at = [facts["name"] for facts in data["runs"]].index("run")
+    found = [finding for finding in data["findings"] if finding["run"] == at]
+    assert found == [{"run": at, **finding._asdict()} for finding in expected]
 
 
 def test_the_page_is_one_file_that_asks_nobody(tmp_path: Path) -> None:
@@ -383,6 +401,21 @@ def test_the_theme_follows_the_system(tab: Page, many: Path, dark: bool) -> None
     )
     assert (ink > paper) is dark
     assert abs(ink - paper) > 500  # of 765: far apart in both
+
+
+def test_findings_stand_at_the_top_and_lead_to_their_step(tab: Page, tmp_path: Path) -> None:
+    folder = truncated_run(tmp_path / "run")
+    finding = page_data([read_run(folder)])[0]["findings"][0]
+    tab.open(write_html_report([folder]))
+    for part in (finding["figure"], finding["cause"], finding["remedy"]):
+        assert part in text_of(tab, "#finding-list li")
+    tab.evaluate("document.querySelector('#finding-list button').click()")
+    assert text_of(tab, "#step-shown") == f"{finding['step']} / 30"
+
+
+def test_it_fits_a_narrow_screen(tab: Page, many: Path) -> None:
+    tab.open(many, width=390, height=844)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_run_without_responses_has_its_curves(tab: Page, tmp_path: Path) -> None:

@@ -157,9 +157,9 @@ def charts(groups: Sequence[Group]) -> Iterator[Row]:
         )
         drawn = [line_of(line, at) | {"region": region} for at, region, line in series if line.steps]
         if drawn:
-            yield {"title": title, "unit": unit, "kind": "region", "series": drawn}
+            yield {"title": title, "unit": unit, "kind": "region", "aside": quantity == "collision", "series": drawn}
     for key in other_keys(groups):
-        yield from chart(Chart(key, key), group_curves(groups, key), kind="other")
+        yield from chart(Chart(key, key), group_curves(groups, key), aside=True)
 
 
 def other_keys(groups: Sequence[Group]) -> list[str]:
@@ -176,11 +176,11 @@ def group_curves(groups: Sequence[Group], key: str) -> Iterator[tuple[int, Curve
         yield at, curve(group.runs, key)
 
 
-def chart(one: Chart, lines: Iterable[tuple[int, Curve]], *, kind: str = "main", dots: bool = False) -> Iterator[Row]:
-    """A chart with a line per group, if there is any."""
+def chart(one: Chart, lines: Iterable[tuple[int, Curve]], *, aside: bool = False, dots: bool = False) -> Iterator[Row]:
+    """A chart with a line per group, if there is any; `aside` shows it on demand."""
     drawn = [line_of(line, at) for at, line in lines if line.steps]
     if drawn:
-        yield {"title": one.title, "unit": one.unit, "kind": kind, "dots": dots, "series": drawn}
+        yield {"title": one.title, "unit": one.unit, "kind": "group", "aside": aside, "dots": dots, "series": drawn}
 
 
 def line_of(line: Curve, group: int) -> Row:

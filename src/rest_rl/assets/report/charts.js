@@ -150,7 +150,7 @@ function markChart(one) {
   const entries = lines.map((line) => {
     const { colour, name } = lineOf(one.chart, line);
     const at = step === null ? line.y.length - 1 : nearest(line.x, step);
-    const key = make("span", { className: "key" }, make("i", { className: "swatch" }), `${name} `, make("b", {}, shown(line.y[at], one.chart.unit)));
+    const key = make("span", { className: "key" }, make("i", { className: "swatch" }), `${name} `, make("b", {}, shown(line.y[at], one.chart.unit === "%" ? "%" : "")));
     key.firstChild.style.backgroundColor = colour;
     return { key, line, at, colour };
   });

@@ -289,8 +289,8 @@ async function start() {
   showResults();
   showConfig();
   startControls();
-  for (const chart of data.charts.filter((one) => one.kind !== "other")) addChart(chart, byId("main-charts"));
-  startOthers(data.charts.filter((one) => one.kind === "other"));
+  for (const chart of data.charts.filter((one) => !one.aside)) addChart(chart, byId("main-charts"));
+  startOthers(data.charts.filter((one) => one.aside));
   byId("key-table").append(...KEYS.map(([keys, text]) => make("tr", {}, make("td", {}, ...keys.map((key) => make("kbd", {}, SHOWN_KEYS[key] ?? key))), make("td", {}, text))));
   document.addEventListener("keydown", onKey);
   setMode(state.mode);
