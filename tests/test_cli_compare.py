@@ -207,11 +207,14 @@ def test_a_killed_grid_leaves_runs_that_nobody_trains_twice(base: Path, whole: P
     arguments = grid(base, out, methods="grpo,rest", steps=12)
     process = start(arguments, log)
     wait_for_steps(out / "runs" / "rest-0", 2)
+    left_behind = pid_of(out / "runs" / "rest-0")
+    os.kill(left_behind, signal.SIGSTOP)  # so that it is still there when we come back
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
-    assert pid_of(out / "runs" / "rest-0")  # goes on without us
-    assert start(arguments, log).wait(300) == 0
-    assert "is being trained by another process: waiting for it" in log.read_text()
+    again = start(arguments, log)
+    wait_until(lambda: "rest-0 is being trained by another process: waiting for it" in log.read_text())
+    os.kill(left_behind, signal.SIGCONT)
+    assert again.wait(300) == 0
     assert recorded(out, "grpo-0", "rest-0") == recorded(whole, "grpo-0", "rest-0")
     assert (out / "compare.md").is_file()
 
