@@ -97,6 +97,8 @@ class RuleFacts(NamedTuple):
     name: str
     weights: Mapping[str, float]
     """Mean weight of each region's tokens."""
+    bounds: tuple[float, float]
+    """Least and greatest region weight before it is normalised; NaN for a rule that has none."""
     noise_ratio: Estimate
     """Variance / |mean|² of the gradient of a step; less is not by itself better."""
     cosine: Estimate
@@ -264,6 +266,7 @@ class RuleSeries(NamedTuple):
 
     name: str
     weights: Mapping[str, float]
+    bounds: tuple[float, float]
     noise_ratio_1J: np.ndarray
     cosine_1J: np.ndarray
     eff_1J: np.ndarray
@@ -280,6 +283,7 @@ def rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> tuple[Ru
         RuleFacts(
             rule.name,
             rule.weights,
+            rule.bounds,
             noise_ratio=Estimate.of(rule.noise_ratio_1J),
             cosine=Estimate.of(rule.cosine_1J),
             gain=Estimate.of(plain_1J),

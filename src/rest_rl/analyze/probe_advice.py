@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from rest_rl.analyze.probe import Estimate, Probe, RuleFacts
+from rest_rl.analyze.probe_gradients import NO_REASONING, candidates
 
 SURE = 2.0
 """Standard errors that a figure must be from 0 to be read."""
 SURE_OF_BEST = 2.5
-"""The same for the best of several candidates: 2.24 would be Bonferroni's for 4 at a one-sided 5 %."""
+"""The same for the best of several candidates: 2.33 would be Bonferroni's for 5 at a one-sided 5 %."""
 MATTERS = 0.05
 """A gain per step of 5 % is what a 5 % larger learning rate gives as well; runs of this project could not tell less."""
-CANDIDATES = {"rest, strength 0.25": 0.25, "rest": 0.5, "rest, strength 1": 1.0}
-"""Rules that can be recommended, with their strength."""
 NAMED = 3
 """Regions that the verdict names."""
 MANY, CUT_OFF, EXTREME = 0.5, 0.1, 0.25
@@ -32,9 +31,10 @@ Sureness = Literal["likely", "unsure", "not measurable"]
 
 
 class Advice(NamedTuple):
-    """What to train with. `strength`, `w_min` and `w_max` are settings of `rest`, None for grpo."""
+    """What to train with; rule, strength and clip range are settings of `[rest] weights`, None for grpo."""
 
     preset: Literal["rest", "grpo"]
+    rule: str | None
     strength: float | None
     w_min: float | None
     w_max: float | None
@@ -44,7 +44,7 @@ class Advice(NamedTuple):
 
 
 def verdict(probe: Probe) -> list[str]:
-    """Plain sentences on what stands in the way, where the signal is, and which region decides over the reward."""
+    """Plain sentences: what stands in the way, where signal and noise are, which region decides over the reward."""
     return [*obstacles(probe), *signal_sentences(probe), *telling_sentence(probe)]
 
 
@@ -81,8 +81,33 @@ def signal_sentences(probe: Probe) -> Iterator[str]:
                 f"in {whole(facts.tokens.share.value)} of the tokens, and {percent(facts.gradient.norm_share)} of the "
                 "squared gradient norm"
             )
+    yield from noise_sentences(probe)
     if probe.sure.regions:
         yield sure_sentence(probe)
+
+
+def noise_sentences(probe: Probe) -> Iterator[str]:
+    """The region whose gradient is noise above all, and what the step would be without that of the reasoning."""
+    surplus = {
+        label: Estimate(
+            facts.gradient.norm_share.value - facts.gradient.signal_share.value,
+            math.hypot(facts.gradient.norm_share.error, facts.gradient.signal_share.error),
+        )
+        for label, facts in probe.regions.items()
+    }
+    label = max(surplus, key=lambda name: surplus[name].value)
+    if surplus[label].is_above(0, SURE):
+        own = probe.regions[label].gradient
+        yield (
+            f"more noise than signal comes from {PHRASES[label]}: {percent(own.norm_share)} of the squared gradient "
+            f"norm, {percent(own.signal_share)} of the signal"
+        )
+    gain = next((rule.adam_gain for rule in probe.rules if rule.name == NO_REASONING), Estimate(math.nan, math.nan))
+    if gain.is_above(0, SURE):
+        yield (
+            f"without the gradient of the reasoning the next step would improve by {percent(gain, '+.0f')} under Adam; "
+            "a longer run may need it all the same"
+        )
 
 
 def sure_sentence(probe: Probe) -> str:
@@ -128,7 +153,8 @@ def advice_on(probe: Probe) -> Advice:
         return uniform_advice(
             "not measurable", f"with {probe.sampled.prompts} prompts the signal cannot be told from noise; take more"
         )
-    best = max((rules[name] for name in CANDIDATES), key=lambda rule: rule.adam_gain.value)
+    named = [rules[name] for name in candidates() if name in rules]
+    best = max(named, key=lambda rule: rule.adam_gain.value)
     found = f"under Adam, {best.name} changes the predicted improvement per step by {percent(best.adam_gain, '+.1f')}"
     shuffled = f"{percent(best.adam_over_shuffled, '+.1f')} against shuffled weights"
     if not math.isfinite(best.adam_gain.error):
@@ -139,35 +165,36 @@ def advice_on(probe: Probe) -> Advice:
         if best.adam_over_shuffled.is_above(0, SURE):
             return rest_advice(best, f"{found}, {shuffled}")
         return uniform_advice("unsure", f"{found}, but only {shuffled}: which region weighs more may not matter")
-    if best.adam_gain.value + SURE * best.adam_gain.error < MATTERS:
+    if all(rule.adam_gain.value + SURE * rule.adam_gain.error < MATTERS for rule in named):
         why = (
-            f"weights are unlikely to help: {found}, the best of {len(CANDIDATES)} strengths, where a gain below "
-            f"{whole(MATTERS)} is not worth a setting{harm(rules)}"
+            f"weights are unlikely to help: {found}, the best of {len(named)} ways to set rest, and a gain below "
+            f"{whole(MATTERS)} is not worth a setting{harm(named)}"
         )
         return uniform_advice("likely", why)
     return uniform_advice("unsure", f"{found}, which may be chance; more --prompts, or `rest-rl compare`, can tell")
 
 
-def harm(rules: Mapping[str, RuleFacts]) -> str:
-    """The strength that would cost most, if one certainly costs something."""
-    worst = min((rules[name] for name in CANDIDATES), key=lambda rule: rule.adam_gain.value)
+def harm(rules: Sequence[RuleFacts]) -> str:
+    """The rule that would cost most, if one certainly costs something."""
+    worst = min(rules, key=lambda rule: rule.adam_gain.value)
     loss = Estimate(-worst.adam_gain.value, worst.adam_gain.error)
     return f"; {worst.name} would cost {percent(loss)}" if loss.is_above(0, SURE) else ""
 
 
 def uniform_advice(sureness: Sureness, why: str) -> Advice:
     """Uniform weights."""
-    return Advice("grpo", None, None, None, sureness, "preset grpo", f"{why[0].upper()}{why[1:]}.")
+    return Advice("grpo", None, None, None, None, sureness, "preset grpo", f"{why[0].upper()}{why[1:]}.")
 
 
 def rest_advice(rule: RuleFacts, why: str) -> Advice:
-    """Preset `rest` with the strength of a rule, clipped to the weights that it gives here: it holds for no others."""
-    weights = [1.0, *(weight for weight in rule.weights.values() if weight > 0)]
-    w_min, w_max = max(0.1, math.floor(10 * min(weights)) / 10), math.ceil(10 * max(weights)) / 10
-    strength = CANDIDATES[rule.name]
-    what = f"preset rest, strength {strength:g}, w_min {w_min:g}, w_max {w_max:g}"
+    """Preset `rest` by a rule, clipped to the region weights that it gives here: the prediction holds for no others."""
+    config = candidates()[rule.name]
+    w_min = max(0.1, math.floor(10 * min(rule.bounds[0], 1)) / 10)
+    w_max = math.ceil(10 * max(rule.bounds[1], 1)) / 10
+    what = f"preset rest, rule {config.rule}, strength {config.strength:g}, w_min {w_min:g}, w_max {w_max:g}"
     later = "it is a prediction for the next step; `rest-rl compare` shows whether it lasts"
-    return Advice("rest", strength, w_min, w_max, "likely", what, f"{why[0].upper()}{why[1:]}; {later}.")
+    why = f"{why[0].upper()}{why[1:]}; {later}."
+    return Advice("rest", config.rule, config.strength, w_min, w_max, "likely", what, why)
 
 
 def percent(estimate: Estimate, digits: str = ".0f") -> str:

@@ -6,6 +6,7 @@ prompts. The rules follow each other in rounds, so that memory holds the gradien
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from rest_rl.presets import PRESETS, Preset, token_weights
 from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.weights import (
     RegionStatistics,
+    Rule,
     WeightConfig,
     apply_curriculum,
     assign_weights,
@@ -38,7 +40,8 @@ MEMORY = 2**31
 BLOCKS = 16
 """Of prompts, for the errors of a rule's figures."""
 CHUNK = 2**16
-UNIFORM = "uniform"
+UNIFORM, NO_REASONING = "uniform", "no reasoning"
+ENTROPY_RULES: tuple[Rule, ...] = ("one_minus_exp", "inverse", "collision")
 SHUFFLED = ("permuted 1", "permuted 2", "permuted 3")
 """The controls: weights of `rest`, dealt to regions by chance."""
 Advance = Callable[[], None]
@@ -46,27 +49,43 @@ Advance = Callable[[], None]
 
 def probe_rules() -> dict[str, Preset]:
     """The rules that a probe compares, uniform weights first; all but the presets have the clip range of `rest`."""
-    rest = PRESETS["rest"]
-    own = rest.weights
-    assert own is not None
-
-    def variant(**changes: Any) -> Preset:
-        return replace(rest, weights=replace(own, **changes))
-
     return {
         UNIFORM: PRESETS["grpo"],
-        "rest": rest,
-        "rest, strength 0.25": variant(strength=0.25),
-        "rest, strength 1": variant(strength=1.0),
+        **{name: with_weights(config) for name, config in candidates().items()},
         "paper": PRESETS["paper"],
         "authors-code": PRESETS["authors-code"],
-        "inverse": variant(rule="inverse"),
-        "collision": variant(rule="collision"),
-        "inverted": variant(rule="inverted"),
-        "top_entropy": variant(rule="top_entropy"),
-        "no reasoning": variant(rule="uniform", dropped=("reasoning",)),
-        **{name: variant(rule="permuted", seed=seed) for seed, name in enumerate(SHUFFLED, start=1)},
+        "inverted": with_weights(replace(rest_weights(), rule="inverted")),
+        "top_entropy": with_weights(replace(rest_weights(), rule="top_entropy")),
+        NO_REASONING: with_weights(replace(rest_weights(), rule="uniform", dropped=("reasoning",))),
+        **{
+            name: with_weights(replace(rest_weights(), rule="permuted", seed=seed))
+            for seed, name in enumerate(SHUFFLED, start=1)
+        },
     }
+
+
+def candidates() -> dict[str, WeightConfig]:
+    """The weights that a probe may recommend: those of `rest`, at other strengths, and by other rules of entropy."""
+    own = rest_weights()
+    strengths = [strength for strength in (0.25, 0.5, 1.0) if strength != own.strength]
+    others: list[Rule] = [rule for rule in ENTROPY_RULES if rule != own.rule]
+    return {
+        "rest": own,
+        **{f"rest, strength {strength:g}": replace(own, strength=strength) for strength in strengths},
+        **{f"rest, {rule}": replace(own, rule=rule) for rule in others},
+    }
+
+
+def rest_weights() -> WeightConfig:
+    """The weights of the preset `rest`."""
+    own = PRESETS["rest"].weights
+    assert own is not None
+    return own
+
+
+def with_weights(config: WeightConfig) -> Preset:
+    """The preset `rest` with other weights."""
+    return replace(PRESETS["rest"], weights=config)
 
 
 class ProbeGradients(NamedTuple):
@@ -131,6 +150,15 @@ class Weigher:
         weights_R = apply_curriculum(region_weights(self.statistics, config), self.progress, config)
         return [assign_weights(weights_R, *regions_of(group)) for group in self.groups]
 
+    def bounds(self, preset: Preset) -> tuple[float, float]:
+        """The least and the greatest weight of a region that has tokens, before normalisation; NaN without such."""
+        config = preset.weights
+        if config is None or config.rule == "top_entropy":
+            return math.nan, math.nan
+        weights_R = apply_curriculum(region_weights(self.statistics, config), self.progress, config)
+        seen = weights_R[self.statistics.counts_R > 0]
+        return float(seen.min()), float(seen.max())
+
     def _published(self, preset: Preset, group: Group) -> Tensor:
         ids_BT, mask_BT = padded([response.ids for response in group.responses])
         return token_weights(ids_BT, mask_BT, self.tokenizer, format=self.format, preset=preset, progress=self.progress)
@@ -194,14 +222,16 @@ def probe_gradients(
     )
     del parts_KMN
     judge = Judge(true_MN, scales_M, prompts_per_step)
-    found = [judge.series(UNIFORM, mean_weights(weigher.weights(rules[UNIFORM]), groups), uniform_MN)]
+    described = (mean_weights(weigher.weights(rules[UNIFORM]), groups), (1.0, 1.0))
+    found = [judge.series(UNIFORM, *described, uniform_MN)]
     for names in rounds([name for name in rules if name != UNIFORM]):
         weights = {name: weigher.weights(rules[name]) for name in names}
         scaled = [
             torch.stack([weights[name][m] * grpo_weights(group) for name in names]) for m, group in enumerate(groups)
         ]
         for name, vectors_MN in zip(names, vectors(scaled), strict=True):
-            found.append(judge.series(name, mean_weights(weights[name], groups), vectors_MN))
+            described = (mean_weights(weights[name], groups), weigher.bounds(rules[name]))
+            found.append(judge.series(name, *described, vectors_MN))
     return ProbeGradients(gram_KMKM, tuple(found), coordinates)
 
 
@@ -279,7 +309,9 @@ class Judge(NamedTuple):
     scales_M: Tensor
     prompts_per_step: int
 
-    def series(self, name: str, weights: Mapping[str, float], vectors_MN: Tensor) -> RuleSeries:
+    def series(
+        self, name: str, weights: Mapping[str, float], bounds: tuple[float, float], vectors_MN: Tensor
+    ) -> RuleSeries:
         """A rule's figures, from all prompts and with each block of them left out."""
         batch, blocks = self.prompts_per_step, min(BLOCKS, len(vectors_MN) - 2)
         sums = block_sums(vectors_MN, self.true_MN, blocks, self.scales_M)
@@ -288,6 +320,7 @@ class Judge(NamedTuple):
         return RuleSeries(
             name,
             weights,
+            bounds,
             noise_ratio_1J=np.array([quotient(part.variance / batch, max(part.mean_square, 0.0)) for part in parts]),
             cosine_1J=np.array([part.cosine() for part in parts]),
             eff_1J=np.array([part.eff(batch) for part in parts]),

@@ -95,7 +95,7 @@ def draw_rules(probe: Probe) -> Figure:
     axes.set_yticks(range(len(rules)), [rule.name for rule in rules])
     axes.invert_yaxis()
     axes.legend(**{**legend_style(), "loc": "best"})
-    style(axes, f"{probe.format}: predicted gain per step over uniform weights, per cent (± 2 standard errors)")
+    style(axes, f"{probe.format}: predicted gain over uniform weights, per cent (± 2 standard errors)")
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.grid(visible=False, axis="y")
     return figure

@@ -102,7 +102,8 @@ def in_digits(estimate: Estimate, digits: int, sign: str = "") -> str:
     """`0.42 ± 0.03`; a dash where the data do not determine it or its error."""
     if not math.isfinite(estimate.value) or not math.isfinite(estimate.error):
         return DASH
-    return f"{estimate.value:{sign}.{digits}f} ± {estimate.error:.{digits}f}"
+    value = round(estimate.value, digits) + 0.0  # no -0.0
+    return f"{value:{sign}.{digits}f} ± {estimate.error:.{digits}f}"
 
 
 def in_percent(estimate: Estimate, sign: str = "") -> str:
