@@ -37,7 +37,7 @@ def test_sums_by_hand():
     assert sums.eff(2) == pytest.approx((32 / 12) / math.sqrt(17 / 3))
     # signal per coordinate: (8 * 4 - (1 + 3 + 2)) / 12 = 26/12 and (4 * 2 - 2) / 12 = 6/12
     expected = (26 / 12 / math.sqrt(13 / 3) + 6 / 12 / math.sqrt(4 / 3)) / math.sqrt(2)
-    assert sums.eff_adam(2) == pytest.approx(expected)
+    assert sums.eff(2, adam=True) == pytest.approx(expected)
     assert sums.cosine() == pytest.approx((32 / 12) / math.sqrt(52 / 12))
 
 
@@ -87,6 +87,17 @@ def test_scale_and_direction():
     assert figures.variance.value == pytest.approx(4 * gradient_figures(g, g, t, batch=4).variance.value)
     assert figures.variance.value == pytest.approx(4 * float(g.var(0).sum()) / 4)
     assert figures.eff == pytest.approx(efficiency(g, t, batch=4))
+    assert figures.lead == pytest.approx((0, 0), abs=1e-12)
+
+
+def test_a_lead_is_a_gain_without_the_quotient():
+    g, base, t = normal(40, 5) + 1, normal(40, 5, seed=1) + 1, normal(40, 5, seed=2) + 1
+    figures = gradient_figures(g, base, t, batch=2)
+    of_base = gradient_figures(base, base, t, batch=2)
+    size = total(block_sums(g, t, 8)).true_square ** 0.5
+    assert figures.lead.value == pytest.approx((figures.eff.value - of_base.eff.value) * size)
+    assert figures.adam_lead.value == pytest.approx((figures.eff_adam.value - of_base.eff_adam.value) * size)
+    assert figures.eff_gain.value == pytest.approx(figures.eff.value / of_base.eff.value - 1)
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():

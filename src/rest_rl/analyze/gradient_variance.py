@@ -45,6 +45,10 @@ class GradientFigures(NamedTuple):
     """eff over the baseline's, minus 1."""
     eff_adam_gain: Estimate
     """eff_adam over the baseline's, minus 1."""
+    lead: Estimate
+    """<E g, t> / sqrt(E|g|²) minus the baseline's: what tells the sign of a gain where |t| or a quotient is noise."""
+    adam_lead: Estimate
+    """The same after Adam's scaling."""
     largest_share: float
     """The largest unit's share of the summed squared norms."""
 
@@ -107,15 +111,17 @@ class Sums:
         spread_N = (self.gg_N / self.units - mean_N.square()).clamp_min(0) * self.units / (self.units - 1)
         return mean_N.square() + spread_N * (1 / batch - 1 / self.units)
 
-    def eff(self, batch: int) -> float:
-        """See `GradientFigures.eff`."""
-        return quotient(self.signal, root(float(self.second_moments(batch).sum())) * root(self.true_square))
+    def progress(self, batch: int, *, adam: bool) -> float:
+        """Expected improvement of a step of length 1, or of root mean square 1 in every coordinate over sqrt(N)."""
+        moments_N = self.second_moments(batch)
+        if not adam:
+            return quotient(self.signal, math.sqrt(float(moments_N.sum())))
+        scales_N = moments_N.sqrt()
+        return float((self.signals / scales_N)[scales_N > 0].sum()) / math.sqrt(len(scales_N))
 
-    def eff_adam(self, batch: int) -> float:
-        """See `GradientFigures.eff_adam`."""
-        scales_N = self.second_moments(batch).sqrt()
-        progress = float((self.signals / scales_N)[scales_N > 0].sum())
-        return quotient(progress, math.sqrt(len(scales_N)) * root(self.true_square))
+    def eff(self, batch: int, *, adam: bool = False) -> float:
+        """See `GradientFigures.eff` and `eff_adam`."""
+        return quotient(self.progress(batch, adam=adam), root(self.true_square))
 
     def cosine(self) -> float:
         """See `GradientFigures.cosine`."""
@@ -137,7 +143,7 @@ def efficiency(
     one. `scales_M` multiplies each unit's two vectors (see `norm_cap`).
     """
     sums = [block_sums(gradients_MN, true_MN, blocks, scales_M)]
-    return jackknifed(sums, lambda parts: parts[0].eff_adam(batch) if adam else parts[0].eff(batch), batch)
+    return jackknifed(sums, lambda parts: parts[0].eff(batch, adam=adam), batch)
 
 
 def efficiency_gain(
@@ -176,17 +182,25 @@ def gradient_figures(
         ratio=measured(lambda own: quotient(own.variance / batch, max(own.mean_square, 0.0))),
         cosine=measured(Sums.cosine),
         eff=measured(lambda own: own.eff(batch)),
-        eff_adam=measured(lambda own: own.eff_adam(batch)),
+        eff_adam=measured(lambda own: own.eff(batch, adam=True)),
         eff_gain=jackknifed(sums, lambda parts: gain(parts, batch, adam=False), batch),
         eff_adam_gain=jackknifed(sums, lambda parts: gain(parts, batch, adam=True), batch),
+        lead=jackknifed(sums, lambda parts: lead(parts, batch, adam=False), batch),
+        adam_lead=jackknifed(sums, lambda parts: lead(parts, batch, adam=True), batch),
         largest_share=largest_share(gradients_MN, scales_M),
     )
 
 
 def gain(parts: list[Sums], batch: int, *, adam: bool) -> float:
     """Eff of the first over that of the second, minus 1; |t| cancels."""
-    own, base = (part.eff_adam(batch) if adam else part.eff(batch) for part in parts)
+    own, base = (part.progress(batch, adam=adam) for part in parts)
     return own / base - 1 if base > 0 else math.nan
+
+
+def lead(parts: list[Sums], batch: int, *, adam: bool) -> float:
+    """The first's progress minus the second's."""
+    own, base = (part.progress(batch, adam=adam) for part in parts)
+    return own - base
 
 
 def norm_cap(baseline_MN: Tensor, cap: float) -> Tensor:

@@ -81,14 +81,11 @@ def closed_form(betas_T: np.ndarray, shares_T: np.ndarray | None = None) -> np.n
     return raw_T / (shares_T @ raw_T)
 
 
-def exact_optimum(moments_RR: np.ndarray, shares_R: np.ndarray) -> np.ndarray:
-    """The weights with the least w'Cw under sum share w = 1, cross terms and all: C^-1 share / (share' C^-1 share)."""
-    raw_R = np.linalg.solve(moments_RR, shares_R)
-    return raw_R / (shares_R @ raw_R)
-
-
 def numerical_optimum(moments_RR: np.ndarray, shares_R: np.ndarray) -> np.ndarray:
-    """The same by scipy's SLSQP from uniform weights, w >= 0: what the closed forms are held against."""
+    """The weights with the least w'Cw under sum share w = 1 and w >= 0, cross terms and all, by scipy's SLSQP.
+
+    What the closed form, which is its case of a diagonal C, is held against.
+    """
     scale = float(np.trace(moments_RR)) or 1.0
     found = minimize(
         lambda w: float(w @ moments_RR @ w) / scale,

@@ -30,7 +30,8 @@ READING = {
     "measured on prompts that the weights were not computed from.",
     "Rules": "For a step of {batch} prompts. eff: expected improvement per step of given length, <E g, t> / sqrt(E|g|² "
     "|t|²), t the gradient of the expected reward; Adam: after its scaling by coordinate. Gains are against uniform "
-    "weights on the same responses. Largest: the heaviest prompt's share of the squared norms.",
+    "weights on the same responses, with the norms of prompts as they are and capped. Largest: the heaviest prompt's "
+    "share of the squared norms.",
 }
 
 
@@ -39,28 +40,34 @@ def theory_tables(theory: Theory) -> list[Table]:
     return [
         lemma_one_table(theory),
         Table(
-            "Lemma 2: uncertainty and gradient by region",
-            ("region", "tokens", "entropy (nats)", "1 - Σp²", "1 - exp(-H)", "E|s|²", "E|s|² / (1 - exp(-H))"),
+            "Lemma 2: uncertainty by region",
+            ("region", "tokens", "entropy (nats)", "1 - Σp²", "1 - exp(-H)"),
             [
-                (
-                    row.region,
-                    str(row.tokens),
-                    *(in_digits(x, 4) for x in (row.entropy, row.collision, row.bound)),
-                    *(significant(x) for x in (row.square, row.square_per_bound)),
-                )
+                (row.region, str(row.tokens), *(in_digits(x, 4) for x in (row.entropy, row.collision, row.bound)))
                 for row in theory.regions
             ],
         ),
         Table(
-            "Theorem 1: bound over measured second moment",
-            ("rule", "E|g|²", "bound", "looseness", "advantage", "uncorrelated", "gain", "entropy"),
+            "Lemma 2: squared gradient of a token by region",
+            ("region", "share %", "E|s|²", "E|s|² / (1 - exp(-H))"),
             [
-                (
-                    name,
-                    *(significant(x) for x in (chain.measured, chain.bound)),
-                    f"{chain.looseness:.3g}",
-                    *(significant(x) for x in (chain.advantage, chain.cross_terms, chain.gain, chain.entropy)),
-                )
+                (row.region, f"{100 * row.share:.1f}", significant(row.square), significant(row.square_per_bound))
+                for row in theory.regions
+            ],
+        ),
+        Table(
+            "Theorem 1: bound and measured second moment",
+            ("rule", "E|g|²", "bound", "looseness"),
+            [
+                (name, significant(chain.measured), significant(chain.bound), f"{chain.looseness:.3g}")
+                for name, chain in theory.bounds.items()
+            ],
+        ),
+        Table(
+            "Theorem 1: the factors of the looseness",
+            ("rule", "advantage", "uncorrelated", "gain", "entropy"),
+            [
+                (name, *(significant(x) for x in (chain.advantage, chain.cross_terms, chain.gain, chain.entropy)))
                 for name, chain in theory.bounds.items()
             ],
         ),
@@ -117,12 +124,34 @@ def rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
         ),
         Table(
             "Rules: variance and direction",
-            ("rule", "variance", "|mean|²", "var/|mean|²", "cosine", "eff", "eff, Adam", "largest %"),
+            ("rule", "variance", "|mean|²", "var/|mean|²", "cosine"),
             [(rule.name, *direction_cells(rule.plain)) for rule in rules],
         ),
         Table(
-            "Rules: expected improvement per step against uniform weights, %",
-            ("rule", "plain", "Adam", "plain, norms capped", "Adam, norms capped"),
+            "Rules: expected improvement per step",
+            ("rule", "eff", "eff, Adam", "largest %"),
+            [
+                (
+                    rule.name,
+                    in_digits(rule.plain.eff, 3),
+                    in_digits(rule.plain.eff_adam, 4),
+                    f"{100 * rule.plain.largest_share:.0f}",
+                )
+                for rule in rules
+            ],
+        ),
+        Table(
+            "Rules: lead over uniform weights in standard errors",
+            ("rule", "plain", "Adam", "plain, capped", "Adam, capped"),
+            [
+                (rule.name, *(in_errors(x) for own in (rule.plain, rule.capped) for x in (own.lead, own.adam_lead)))
+                for rule in rules
+                if rule.name != UNIFORM
+            ],
+        ),
+        Table(
+            "Rules: the same in % of uniform weights",
+            ("rule", "plain", "Adam", "plain, capped", "Adam, capped"),
             [
                 (
                     rule.name,
@@ -141,16 +170,19 @@ def rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
 
 def direction_cells(own: GradientFigures) -> tuple[str, ...]:
     """Size, noise and direction of one rule's gradient."""
-    sizes = (significant(own.variance), significant(own.mean_square), in_digits(own.ratio, 1))
-    return (*sizes, in_digits(own.cosine, 2), in_digits(own.eff, 3), in_digits(own.eff_adam, 3),
-            f"{100 * own.largest_share:.0f}")  # fmt: skip
+    return (*(significant(x) for x in (own.variance, own.mean_square, own.ratio)), in_digits(own.cosine, 2))
 
 
 def significant(estimate: Estimate) -> str:
-    """`0.0123 ± 0.0004`, in three significant digits; a dash where it is not defined."""
-    if not math.isfinite(estimate.value) or not math.isfinite(estimate.error):
-        return in_digits(estimate, 0)
-    return f"{estimate.value:.3g} ± {estimate.error:.2g}"
+    """`0.0123 ± 0.0045`, to the second digit of the error; a dash where it is not defined."""
+    if not math.isfinite(estimate.value) or not estimate.error > 0 or math.isinf(estimate.error):
+        return in_digits(estimate, 3)
+    return in_digits(estimate, min(6, max(0, 1 - math.floor(math.log10(estimate.error)))))
+
+
+def in_errors(lead: Estimate) -> str:
+    """A difference in its standard errors; a dash where it has none."""
+    return f"{lead.value / lead.error:+.1f}" if lead.error > 0 else in_digits(Estimate(math.nan, math.nan), 1)
 
 
 def findings(theory: Theory) -> list[str]:
@@ -225,15 +257,19 @@ def theorem_two_findings(theory: Theory) -> list[str]:
 def rule_findings(rules: Sequence[RuleFigures]) -> list[str]:
     """Whether low variance is progress, which gains are resolved, which figures one prompt decides."""
     lines = []
-    known = [rule for rule in rules if math.isfinite(rule.plain.ratio.value)]
+    known = [rule for rule in rules if 0 < rule.plain.ratio.error < rule.plain.ratio.value]
     if known:
-        calmest = min(known, key=lambda rule: rule.plain.ratio.value)
-        best = max(rules, key=lambda rule: number(rule.plain.eff_adam))
+        calmest, best = (min(known, key=key) for key in (lambda r: r.plain.ratio.value, lambda r: -number(r)))
         lines.append(
             f"The least variance / |mean|² has {calmest.name} (eff under Adam {in_digits(calmest.plain.eff_adam, 3)}); "
             f"the best eff under Adam has {best.name} ({in_digits(best.plain.eff_adam, 3)})"
         )
-    for kind, field in (("under Adam", "eff_adam_gain"), ("for plain steps", "eff_gain")):
+    if len(known) < len(rules):
+        lines.append(
+            f"The mean gradient is lost in the noise under {len(rules) - len(known)} of {len(rules)} rules; more "
+            "prompts would tell"
+        )
+    for kind, field in (("under Adam", "adam_lead"), ("for plain steps", "lead")):
         for word, sign in (("gain", 1), ("lose", -1)):
             sure = [rule.name for rule in rules if resolved(rule, field, sign)]
             lines.append(f"{', '.join(sure) or 'No rule'}: {word} against uniform weights {kind} by more than "
@@ -247,14 +283,15 @@ def rule_findings(rules: Sequence[RuleFigures]) -> list[str]:
 
 
 def resolved(rule: RuleFigures, field: str, sign: int) -> bool:
-    """Whether a gain has this sign beyond `SURE` standard errors, with and without the cap."""
-    gains: list[Estimate] = [getattr(own, field) for own in (rule.plain, rule.capped)]
-    return rule.name != UNIFORM and all(sign * gain.value > SURE * gain.error for gain in gains)
+    """Whether a lead has this sign beyond `SURE` standard errors, with and without the cap."""
+    leads: list[Estimate] = [getattr(own, field) for own in (rule.plain, rule.capped)]
+    return rule.name != UNIFORM and all(sign * lead.value > SURE * lead.error for lead in leads)
 
 
-def number(estimate: Estimate) -> float:
-    """Its value, or less than any where it is not defined."""
-    return estimate.value if math.isfinite(estimate.value) else -math.inf
+def number(rule: RuleFigures) -> float:
+    """Its eff under Adam, or less than any where that is not defined."""
+    value = rule.plain.eff_adam.value
+    return value if math.isfinite(value) else -math.inf
 
 
 def page(title: str, what: str, theory: Theory, batch: int, pictures: Sequence[Path]) -> str:

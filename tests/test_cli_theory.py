@@ -1,0 +1,171 @@
+"""The verb `theory` on a small policy, and its parts against the trainer's own weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rest_rl.analyze.gradients import Coordinates, token_statistics
+from rest_rl.analyze.probe import Estimate
+from rest_rl.analyze.probe_gradients import regions_of
+from rest_rl.analyze.theory import (
+    UNIFORM,
+    TheorySettings,
+    check_spread,
+    measure,
+    pilot_statistics,
+    response_products,
+    steps,
+    theory_rules,
+    token_products,
+    token_weights,
+)
+from rest_rl.analyze.theory_plots import draw_theory
+from rest_rl.analyze.theory_text import as_mapping, findings, page, significant, theory_tables
+from rest_rl.cli import main
+from rest_rl.data.groups import Group
+from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.evaluate.sampling import sample_groups
+from rest_rl.jsonl import as_json
+from rest_rl.presets import PRESETS, Preset
+from rest_rl.presets import token_weights as trained_weights
+from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
+
+SETTINGS = TheorySettings(token_responses=4, batch=4, blocks=4, coordinates=20_000)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    tokenizer = tiny_tokenizer()
+    return tiny_model(tokenizer), tokenizer
+
+
+@pytest.fixture(scope="module")
+def sampled(policy):
+    model, tokenizer = policy
+    groups = list(
+        sample_groups(model, PromptLayout(tokenizer), tiny_samples(16), group_size=8, max_new_tokens=20, seed=3)
+    )
+    return groups[:6], groups[6:]
+
+
+@pytest.fixture(scope="module")
+def measured(policy, sampled):
+    model, tokenizer = policy
+    calls: list[int] = []
+    found = measure(model, *sampled, SETTINGS, tokenizer.pad_token_id, lambda: calls.append(1))
+    return found, len(calls)
+
+
+def test_products_are_those_of_sums_of_token_gradients(policy, sampled):
+    # The gram of the tokens adds up to the squared norm of the response's gradient, from another pass.
+    model, _ = policy
+    group: Group = sampled[0][0]
+    coordinates = Coordinates.choose(model, 20_000)
+    by_response = response_products(model, group, coordinates, 0)
+    for i, one in enumerate(token_products(model, group, 0, 4, coordinates, 0)):
+        length = len(one.regions_T)
+        assert one.gram_TT.sum() / length**2 == pytest.approx(by_response.gram_nn[i, i], rel=1e-3)
+        assert one.advantage == pytest.approx(
+            float(group._replace(responses=group.responses[:4]).advantages()[i]), abs=1e-9
+        )
+
+
+def test_statistics_and_weights_are_those_of_training(policy, sampled):
+    model, tokenizer = policy
+    statistics, lemma = pilot_statistics(model, sampled[0], 0)
+    assert lemma.violations == 0
+    assert lemma.tokens == int(statistics.counts_R.sum()) == sum(len(r.ids) for g in sampled[0] for r in g.responses)
+    group = sampled[1][0]
+    regions_BT, mask_BT = regions_of(group)
+    ids = [response.ids for response in group.responses]
+    entropies_BT = token_statistics(model, group.prompt_ids, ids).entropies_BT
+    ids_BT = torch.zeros(mask_BT.shape, dtype=torch.long)
+    for row, own in enumerate(ids):
+        ids_BT[row, : len(own)] = torch.tensor(own)
+    for name, config in theory_rules().items():
+        preset = Preset(name, config, PRESETS["rest"].reward)
+        reads = entropies_BT if config.rule == "top_entropy" else statistics
+        expected = trained_weights(ids_BT, mask_BT, tokenizer, preset=preset, progress=0.5, entropies=reads)
+        ours = token_weights(regions_BT, entropies_BT, mask_BT, config, statistics, 0.5)
+        torch.testing.assert_close(ours.float(), expected, msg=name)
+
+
+def test_everything_is_measured(measured):
+    found, calls = measured
+    assert calls == steps(6, 10)
+    rules = {rule.name: rule for rule in found.rules}
+    assert list(rules) == [*theory_rules(), "Theorem 2"]
+    assert rules[UNIFORM].plain.lead == (0, 0)
+    assert set(rules[UNIFORM].weights.values()) == {1.0}
+    assert rules["no reasoning"].weights["reasoning"] == 0
+    assert all(rule.plain.variance.value > 0 for rule in found.rules)
+    assert all(chain.looseness > 1 for chain in found.bounds.values())
+    assert abs(found.closed_form.entropy_excess) < 1e-6
+    assert found.coordinate_share == pytest.approx(20_000 / Coordinates.choose(tiny_model(tiny_tokenizer()), None).size)
+
+
+def test_what_is_written_can_be_read(measured, tmp_path: Path):
+    found, _ = measured
+    text = page("Title", "what.", found, 4, draw_theory(found, tmp_path))
+    assert "nan" not in text.lower().replace("finance", "")
+    for name in ("Lemma 1", "Lemma 2", "Theorem 1", "Theorem 2", "Rules"):
+        assert f"## {name}" in text
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("group-size.png", "rules.png", "bound.png"))
+    content = json.loads(as_json(as_mapping(found, SETTINGS)))
+    assert content["settings"]["batch"] == 4
+    assert len(content["findings"]) == len(findings(found))
+    assert all(len(row) == len(table.header) for table in theory_tables(found) for row in table.rows)
+
+
+def test_figures_end_with_the_second_digit_of_their_error():
+    assert significant(Estimate(0.123456, 0.0123)) == "0.123 ± 0.012"
+    assert significant(Estimate(6012.3, 4900.0)) == "6012 ± 4900"
+    assert significant(Estimate(math.nan, 1.0)) == "–"
+    assert significant(Estimate(1.0, 0.0)) == "1.000 ± 0.000"
+
+
+def test_a_pilot_without_spread_is_an_error(sampled):
+    flat = [
+        group._replace(responses=tuple(response._replace(reward=1.0) for response in group.responses))
+        for group in sampled[0]
+    ]
+    with pytest.raises(ValueError, match="rewards differ"):
+        check_spread(flat, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompts", "2"), "got --prompts 2, expected at least 8"),
+        (("--pilot-group", "8", "--group", "9"), "got --pilot-group 8 with --group 9"),
+        (("--progress", "2"), "got --progress 2"),
+        (("--cap", "0"), "got --cap 0"),
+        (("--prompts", "8", "--pilot", "1996", "--set", "data.samples=2000"), "of which --pilot takes 1996"),
+        (("--format", "nonsense"), "nonsense"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["theory", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_embedded_model_from_the_command(tmp_path, capsys):
+    out = tmp_path / "out"
+    small = ["--prompts", "8", "--pilot", "6", "--pilot-group", "8", "--group", "4", "--step", "2", "--out", str(out)]
+    assert main(["theory", *small, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "theory.json").read_text())
+    assert printed["lemma_two"]["violations"] == 0
+    assert main(["theory", *small]) == 2
+    assert "holds a measurement already" in capsys.readouterr().err
