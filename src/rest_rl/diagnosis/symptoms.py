@@ -153,9 +153,11 @@ def no_spread(history: History, settings: Settings) -> Told | None:
     if flat is None or not flat.exceeds(0.5, history.sure):
         return None
     exact, well_formed = history.now("rest/exact_match"), history.now("rest/format")
-    if exact and exact.value >= flat.value:
-        cause = f"the policy answers nearly all of these prompts right every time (exact match {percent(exact)})"
-        remedy = "take harder prompts or more kinds of them, or end here"
+    solved = exact.value - (1 - flat.value) if exact else 0.0  # were every response of the other groups right
+    if exact and solved >= flat.value / 2:
+        share = min(1.0, solved / flat.value)
+        cause = f"at least {100 * share:.0f} % of them are right throughout (exact match {percent(exact)})"
+        remedy = "little is left to learn here: take harder prompts or more kinds of them, or end"
     elif well_formed and well_formed.value < 0.5:
         cause = f"most responses break the format and so score alike (format {percent(well_formed)})"
         was = max(history.values("rest/format"))
