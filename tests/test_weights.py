@@ -114,6 +114,14 @@ def test_dropped_regions_weigh_nothing_and_the_mean_stays_one():
     assert WeightConfig(dropped=["name"]) == WeightConfig(dropped=("name",))  # as TOML has it
 
 
+def test_regions_out_of_scope_weigh_one():
+    config = WeightConfig(rule="inverse", scope=("format", "name"))
+    weights_R = region_weights(statistics([1.0, 0.5, 9, 9, 9, 9]), config)
+    # 1/1 and 1/0.5 over one token each: mean 1.5
+    assert weights_R.tolist() == pytest.approx([1 / 1.5, 2 / 1.5, 1, 1, 1, 1])
+    assert region_weights(statistics([1.0] * 6), WeightConfig(scope=())).tolist() == [1.0] * 6
+
+
 def test_weights_are_clipped_after_division_by_the_token_mean():
     weights_R = region_weights(statistics([1e-9, 0.5, 1, 2, 4, 8]), WeightConfig(w_min=0.5, w_max=2.0))
     assert weights_R.min() == 0.5
@@ -193,6 +201,7 @@ def test_top_entropy_keeps_the_most_uncertain_tokens_and_one_of_every_response()
         ({"uncertainty_floor": 0.0}, "positive"),
         ({"constants": {"format": 1.0}}, "reasoning"),
         ({"dropped": ("think",)}, "'think'.*reasoning"),
+        ({"scope": ("call",)}, "'call'.*reasoning"),
         ({"dropped": tuple(WeightConfig().constants)}, "every region"),
         ({"dropped": ("name",), "rule": "top_entropy"}, "top_entropy"),
         ({"constants": dict.fromkeys(WeightConfig().constants, 0.0)}, "not all of them 0"),

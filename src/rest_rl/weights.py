@@ -17,6 +17,7 @@ from rest_rl.response import NUM_REGIONS, Region
 
 Rule = Literal["one_minus_exp", "inverse", "collision", "constant", "uniform", "inverted", "top_entropy", "permuted"]
 
+REGIONS = tuple(region.label for region in Region)
 AUTHORS_CONSTANTS: Mapping[str, float] = {
     "format": 1.0,
     "name": 1.2,
@@ -54,6 +55,8 @@ class WeightConfig:
     """Share of tokens that the rule `top_entropy` keeps (arXiv 2506.01939)."""
     seed: int = 0
     """Shuffle of the rule `permuted`."""
+    scope: tuple[str, ...] = REGIONS
+    """Labels of the regions that the rule weighs; the others weigh 1 (ours)."""
     dropped: tuple[str, ...] = ()
     """Labels of regions whose tokens get no gradient, whatever the rule (an ablation of the paper: no reasoning)."""
     uncertainty_floor: float = 1e-3
@@ -71,21 +74,21 @@ class WeightConfig:
             raise ValueError(f"got quantile {self.quantile}, expected a number in (0, 1]")
         if not self.uncertainty_floor > 0:
             raise ValueError(f"got uncertainty_floor {self.uncertainty_floor}, expected a positive number")
-        self._check_dropped()
+        self._check_regions()
         numbers = self.constants.values()
-        known = set(self.constants) == {region.label for region in Region}
+        known = set(self.constants) == set(REGIONS)
         if not known or not all(0 <= value < float("inf") for value in numbers) or not any(numbers):
             raise ValueError(
                 f"got constants {dict(self.constants)}, expected a finite number >= 0, not all of them 0, for each of "
-                f"{', '.join(region.label for region in Region)}"
+                f"{', '.join(REGIONS)}"
             )
 
-    def _check_dropped(self) -> None:
-        object.__setattr__(self, "dropped", tuple(self.dropped))  # TOML and JSON have lists
-        labels = [region.label for region in Region]
-        if unknown := sorted(set(self.dropped) - set(labels)):
-            raise ValueError(f"got dropped {unknown}, expected some of {', '.join(labels)}; mend the label")
-        if set(self.dropped) == set(labels):
+    def _check_regions(self) -> None:
+        for name in ("scope", "dropped"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # TOML and JSON have lists
+            if unknown := sorted(set(getattr(self, name)) - set(REGIONS)):
+                raise ValueError(f"got {name} {unknown}, expected some of {', '.join(REGIONS)}; mend the label")
+        if set(self.dropped) == set(REGIONS):
             raise ValueError("got every region in dropped, expected one to learn from; leave one out")
         if self.dropped and self.rule == "top_entropy":
             raise ValueError(
@@ -116,9 +119,9 @@ def region_weights(statistics: RegionStatistics | None, config: WeightConfig) ->
     """The rule's weight of each region, before the curriculum: float64 (R,), within [w_min, w_max] but for `constant`.
 
     rule(region) ** strength, divided by its token mean, clipped (ResT's region weights; Lemma 2: the second moment of a
-    token's score is 1 - sum p^2 <= 1 - exp(-H)). A region without finite statistics weighs 1, and so do all of them
-    when `statistics` is None: nothing has been measured yet. Equal statistics give equal weights. The numbers of the
-    rule `constant` are taken as they stand.
+    token's score is 1 - sum p^2 <= 1 - exp(-H)). A region out of scope or without finite statistics weighs 1, and so do
+    all of them when `statistics` is None: nothing has been measured yet. Equal statistics give equal weights. The
+    numbers of the rule `constant` are taken as they stand, in every region.
     """
     if config.rule == "constant":
         constants_R = torch.tensor([config.constants[region.label] for region in Region], dtype=torch.float64)
@@ -128,7 +131,8 @@ def region_weights(statistics: RegionStatistics | None, config: WeightConfig) ->
     uncertainty_R = _uncertainty(statistics, config).clamp_min(config.uncertainty_floor)
     exponent = config.strength if config.rule == "inverted" else -config.strength
     raw_R = uncertainty_R**exponent
-    seen_R = torch.isfinite(uncertainty_R) & torch.isfinite(raw_R) & (statistics.counts_R > 0)
+    scope_R = torch.tensor([label in config.scope for label in REGIONS])
+    seen_R = scope_R & torch.isfinite(uncertainty_R) & torch.isfinite(raw_R) & (statistics.counts_R > 0)
     if not seen_R.any():
         return torch.ones(NUM_REGIONS, dtype=torch.float64)
     mean = (raw_R * statistics.counts_R)[seen_R].sum() / statistics.counts_R[seen_R].sum()
