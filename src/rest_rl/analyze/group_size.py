@@ -66,7 +66,7 @@ ADVANTAGES: dict[str, Advantages] = {
 }
 
 
-def group_size_curves(prompts: Sequence[PromptResponses], *, repeats: int = 32, seed: int = 0) -> list[GroupSizeCurve]:
+def group_size_curves(prompts: Sequence[PromptResponses], *, repeats: int = 128, seed: int = 0) -> list[GroupSizeCurve]:
     """The curve of each advantage over G = 2, 4, ... up to half the responses; errors by leaving out prompts.
 
     Each size averages over `repeats` random divisions of the responses into groups. ValueError for fewer than 3 prompts

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import NullLocator
 
 from rest_rl.analyze.palette import REGION_COLOURS, SERIES_COLOURS
 from rest_rl.analyze.plots import FAINT, INK, legend_style, save
-from rest_rl.analyze.probe_plots import new_axes, readable_percent, style
+from rest_rl.analyze.probe_plots import new_axes, style
 from rest_rl.analyze.theory import UNIFORM, Theory
 
 
@@ -39,7 +40,10 @@ def draw_group_size(theory: Theory) -> Figure:
     )
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(sizes, [f"G = {size}" for size in sizes])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    halves = [2.0**-k for k in range(len(sizes) + 1)]
+    axes.set_yticks(halves, [f"{half:g}" for half in halves])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
     axes.legend(**{**legend_style(), "loc": "best"})
     style(axes, f"Lemma 1: variance within prompts, over that at G = {sizes[0]}")
     return figure
@@ -56,46 +60,49 @@ def draw_regions(theory: Theory) -> Figure:
              ecolor=INK, error_kw={"elinewidth": 0.9, "capsize": 2})  # fmt: skip
     axes.set_yscale("log")
     axes.set_xticks(range(len(rows)), [f"{row.region}\n{row.tokens:,}" for row in rows])
-    style(axes, "E|s|² of a token per unit of 1 - exp(-H) (± one standard error; tokens below)")
+    style(axes, "a token's E|s|² per unit of 1 - exp(-H) (tokens below)")
     return figure
 
 
 def draw_bound(theory: Theory) -> Figure:
-    """Theorem 1: measured second moment and bound, a point per rule, on logarithmic axes."""
-    figure, axes = new_axes(5.6, 3.4)
+    """Theorem 1: measured second moment and bound of each rule, on a logarithmic axis."""
+    figure, axes = new_axes(6.4, 1.0 + 0.26 * len(theory.bounds))
+    places = range(len(theory.bounds))
     measured = [chain.measured.value for chain in theory.bounds.values()]
     bounds = [chain.bound.value for chain in theory.bounds.values()]
-    axes.scatter(measured, bounds, color=SERIES_COLOURS[0], s=18, zorder=3)
-    for name, chain in theory.bounds.items():
-        axes.annotate(name, (chain.measured.value, chain.bound.value), xytext=(5, 2), textcoords="offset points",
-                      fontsize=7, color=INK)  # fmt: skip
-    axes.set(xscale="log", yscale="log")
-    ends = [min(measured), max(measured)]
-    axes.plot(ends, ends, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(ScalarFormatter())
-    axes.set_xlabel("measured E|g|² of a response (dashed: bound = measured)", fontsize=8, color=INK)
-    axes.margins(x=0.15)
-    style(axes, "Theorem 1: bound against measured second moment, by rule")
+    axes.hlines(places, measured, bounds, color=FAINT, linewidth=2, zorder=1)
+    for name, values, colour in (("measured", measured, SERIES_COLOURS[0]), ("bound", bounds, SERIES_COLOURS[1])):
+        axes.plot(values, places, "o", color=colour, label=name, markersize=5)
+    axes.set_xscale("log")
+    axes.set_yticks(places, list(theory.bounds))
+    axes.invert_yaxis()
+    axes.legend(**{**legend_style(), "loc": "best"})
+    style(axes, "Theorem 1: second moment of a response's gradient")
+    axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    axes.grid(visible=False, axis="y")
     return figure
 
 
 def draw_rules(theory: Theory) -> Figure:
-    """Gains against uniform weights under Adam and for plain steps, norms capped."""
+    """Leads over uniform weights in standard errors, under Adam and for plain steps, norms as they are and capped."""
     rules = [rule for rule in theory.rules if rule.name != UNIFORM]
-    figure, axes = new_axes(7.2, 1.0 + 0.28 * len(rules))
-    kinds = (("under Adam", "eff_adam_gain", SERIES_COLOURS[0], -0.12), ("plain", "eff_gain", SERIES_COLOURS[3], 0.12))
-    for name, field, colour, shift in kinds:
-        readable = [readable_percent(getattr(rule.capped, field)) for rule in rules]
-        axes.errorbar(
-            [value for value, _ in readable], [at + shift for at in range(len(rules))],
-            xerr=[2 * error for _, error in readable], fmt="o", color=colour, label=name, markersize=4, elinewidth=1.4,
-        )  # fmt: skip
+    figure, axes = new_axes(6.8, 1.2 + 0.3 * len(rules))
+    axes.axvspan(-2, 2, color=FAINT, alpha=0.5, linewidth=0)
+    kinds = (
+        ("under Adam", SERIES_COLOURS[0], "o", [rule.plain.adam_lead for rule in rules]),
+        ("under Adam, norms capped", SERIES_COLOURS[0], "x", [rule.capped.adam_lead for rule in rules]),
+        ("plain", SERIES_COLOURS[3], "o", [rule.plain.lead for rule in rules]),
+        ("plain, norms capped", SERIES_COLOURS[3], "x", [rule.capped.lead for rule in rules]),
+    )
+    for row, (name, colour, marker, leads) in enumerate(kinds):
+        values = [one.value / one.error if one.error > 0 else math.nan for one in leads]
+        places = [at + 0.15 * (row - 1.5) for at in range(len(rules))]
+        axes.plot(values, places, marker, color=colour, label=name, markersize=4)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(rules)), [rule.name for rule in rules])
     axes.invert_yaxis()
-    axes.legend(**{**legend_style(), "loc": "best"})
-    style(axes, "expected improvement per step against uniform weights, norms capped, per cent (± 2 errors)")
+    axes.legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
+    style(axes, "expected improvement per step: lead over uniform, in errors")
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.grid(visible=False, axis="y")
     return figure
