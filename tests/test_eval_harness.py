@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rest_rl.data.tool_world import tool_world
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.eval_log import SAMPLES, EvalLog
 from rest_rl.evaluate.harness import cut, evaluate_all, summarise
@@ -273,3 +274,13 @@ def test_turns_and_steps_of_a_recording() -> None:
 def test_responses_that_cannot_be_scored_are_named(tmp_path: Path, rows: list[object], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         read_responses(write(tmp_path / "r.jsonl", *rows), TASKS.groups)
+
+
+def test_the_tasks_of_the_other_tool_world_say_so() -> None:
+    tasks = ToolWorldTasks(seed=1, prompts=4, decision="call")
+    assert tasks.pin == "tool world (seed 1, 4 prompts per split, decided in the call)"
+    assert [sample.gold for sample in tasks.samples.values()] == [
+        sample.gold
+        for split in ("unseen_tools", "unseen_values")
+        for sample in tool_world(1, 4, split, decision="call")
+    ]

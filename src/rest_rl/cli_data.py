@@ -123,6 +123,10 @@ def _add_world(actions: Any) -> None:
     verb.add_argument("-n", type=int, default=1000, metavar="N", help="samples (default: %(default)s)")
     verb.add_argument("--seed", type=int, default=0, metavar="S", help="seed (default: %(default)s)")
     verb.add_argument("--split", default="train", choices=SPLITS, help="split (default: %(default)s)")
+    decisions = ("reasoning", "call")
+    verb.add_argument(
+        "--decision", default="reasoning", choices=decisions, help="where it is decided what to call (%(default)s)"
+    )
 
 
 def _add_reading(verb: argparse.ArgumentParser, *, test: bool = True) -> None:
@@ -251,7 +255,8 @@ def world(arguments: argparse.Namespace) -> int:
     check_output(out, [])
     if arguments.n < 1:
         raise ValueError(f"got -n {arguments.n}, expected a number of samples from 1")
-    endless = (sample for dialogue in dialogues(arguments.seed, arguments.split) for sample in decompose(dialogue))
+    drawn = dialogues(arguments.seed, arguments.split, decision=arguments.decision)
+    endless = (sample for dialogue in drawn for sample in decompose(dialogue))
     with sample_writer(out) as write:
         for sample in islice(endless, arguments.n):
             write(sample)

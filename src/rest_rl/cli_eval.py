@@ -82,6 +82,12 @@ def _add_tool_world(actions: Any) -> None:
     verb = _add(actions, "tool-world", text, "tool-world --model runs/tool-world")
     verb.add_argument("--prompts", type=int, default=256, metavar="N", help="per split (default: %(default)s)")
     verb.add_argument("--seed", type=int, default=20_000, metavar="S", help="of the prompts (default: %(default)s)")
+    verb.add_argument(
+        "--decision",
+        choices=("reasoning", "call"),
+        default="reasoning",
+        help="where it is decided what to call, as in [data] (default: %(default)s)",
+    )
     _add_run_options(verb, "splits: unseen_tools, unseen_values")
 
 

@@ -90,7 +90,7 @@ def make_benchmark(arguments: argparse.Namespace, plan: Plan) -> Benchmark:
     if arguments.action == "api-bank":
         return ApiBank(arguments.data, keep_prompts=plan.keep_prompts)
     if arguments.action == "tool-world":
-        return ToolWorldTasks(seed=arguments.seed, prompts=arguments.prompts)
+        return ToolWorldTasks(seed=arguments.seed, prompts=arguments.prompts, decision=arguments.decision)
     from rest_rl.evaluate.bfcl.benchmark import Bfcl
 
     return Bfcl(arguments.edition, listed(arguments.categories) or None)

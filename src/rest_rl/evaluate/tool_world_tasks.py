@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rest_rl.data.samples import ToolSample
-from rest_rl.data.tool_world import SPLITS, tool_world
+from rest_rl.data.tool_world import SPLITS, Decision, tool_world
 from rest_rl.evaluate.conversation import SingleTurn
 from rest_rl.formats import ToolFormat
 from rest_rl.response import ParsedResponse
@@ -21,20 +21,22 @@ class ToolWorldTasks:
     metrics = ("correct",)
     group_field = "category"
 
-    def __init__(self, *, seed: int, prompts: int) -> None:
+    def __init__(self, *, seed: int, prompts: int, decision: Decision = "reasoning") -> None:
         """`prompts` per split, as `[eval]` of a run counts them."""
-        self.seed, self.prompts = seed, prompts
+        self.seed, self.prompts, self.decision = seed, prompts, decision
         self.samples: dict[str, ToolSample] = {}
         self.groups: dict[str, str | int] = {}
         for split in SPLITS:
-            for index, sample in enumerate(tool_world(seed, prompts, split) if split != "train" else ()):
+            drawn = tool_world(seed, prompts, split, decision=decision) if split != "train" else ()
+            for index, sample in enumerate(drawn):
                 identity = f"{split}/{index}"
                 self.samples[identity], self.groups[identity] = replace(sample, id=identity), split
 
     @property
     def pin(self) -> str:
         """What the prompts are drawn with."""
-        return f"tool world (seed {self.seed}, {self.prompts} prompts per split)"
+        decided = "" if self.decision == "reasoning" else f", decided in the {self.decision}"
+        return f"tool world (seed {self.seed}, {self.prompts} prompts per split{decided})"
 
     def start(self, identity: str, tool_format: ToolFormat) -> SingleTurn:
         """Begin a sample."""
