@@ -324,5 +324,5 @@ class Judge(NamedTuple):
             noise_ratio_1J=np.array([quotient(part.variance / batch, max(part.mean_square, 0.0)) for part in parts]),
             cosine_1J=np.array([part.cosine() for part in parts]),
             eff_1J=np.array([part.eff(batch) for part in parts]),
-            eff_adam_1J=np.array([part.eff_adam(batch) for part in parts]),
+            eff_adam_1J=np.array([part.eff(batch, adam=True) for part in parts]),
         )
