@@ -117,17 +117,22 @@ def test_statistics_of_the_global_batch_weigh_every_micro_batch_alike():
         assert torch.equal(part[0], whole[row])
 
 
-def test_structure_outweighs_reasoning_early_and_reasoning_gains_later():
+def test_structure_outweighs_reasoning_and_reasoning_gains_with_progress_or_as_it_becomes_sure():
     ids_BT, mask_BT = batch(TEXTS[0])
     regions_T = tag_regions(ids_BT, mask_BT, TOKENIZER, lambda text: TOOLRL.parse(text).spans)[0]
     measured = {"format": 0.1, "name": 0.2, "arguments": 0.5, "reasoning": 2.0, "other": 1.0}
 
-    def weight(region, progress):
-        weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, progress=progress, entropies=measured)
+    def weight(region, progress, preset="rest", entropies=measured):
+        weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, progress=progress, entropies=entropies, preset=preset)
         return weights_BT[0][regions_T == region][0].item()
 
-    assert weight(Region.FORMAT, 0) > weight(Region.NAME, 0) > weight(Region.ARGUMENTS, 0) > weight(Region.REASONING, 0)
-    assert weight(Region.REASONING, 1) > weight(Region.REASONING, 0)
+    for preset in ("rest", "paper"):
+        at_first = [weight(region, 0, preset) for region in list(Region)[:4]]
+        assert at_first == sorted(at_first, reverse=True)
+        sure = weight(Region.REASONING, 0, preset, {**measured, "reasoning": 0.5})
+        assert sure > weight(Region.REASONING, 0, preset)
+    assert weight(Region.REASONING, 1, "paper") > weight(Region.REASONING, 0, "paper")
+    assert weight(Region.REASONING, 1) == weight(Region.REASONING, 0)  # `rest` has no schedule
     assert weight(Region.FORMAT, 1) < weight(Region.FORMAT, 0)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Literal, get_args
 
 import torch
@@ -35,8 +36,7 @@ class WeightConfig:
 
     rule: Rule = "one_minus_exp"
     """one_minus_exp 1/(1-exp(-H)), inverse 1/H, collision 1/mean(1-sum p^2), constant, uniform (GRPO); rivals: inverted
-    (1-exp(-H)), top_entropy (only the most uncertain tokens), permuted (one_minus_exp dealt to shuffled regions, unseen
-    ones included)."""
+    (1-exp(-H)), top_entropy (only the most uncertain tokens), permuted (one_minus_exp dealt to shuffled regions)."""
     strength: float = 1.0
     """Exponent of the rule in [0, 1]: 0 is GRPO, 1 the rule itself (ours)."""
     w_min: float = 0.2
@@ -141,8 +141,16 @@ def region_weights(statistics: RegionStatistics | None, config: WeightConfig) ->
 
 
 def _dealing(config: WeightConfig) -> Tensor:
-    """Which region's weight each region gets under the rule `permuted`."""
-    return torch.randperm(NUM_REGIONS, generator=torch.Generator().manual_seed(config.seed))
+    """Which region's weight each region gets under the rule `permuted`: int64 (R,).
+
+    The four regions of a call are dealt so that none keeps its own weight; nine seeds give all nine ways. ANSWER and
+    OTHER, of which there may be few tokens, keep theirs.
+    """
+    shuffled = (Region.FORMAT, Region.NAME, Region.ARGUMENTS, Region.REASONING)
+    ways = [way for way in permutations(shuffled) if all(new != own for new, own in zip(way, shuffled, strict=True))]
+    dealing_R = torch.arange(NUM_REGIONS)
+    dealing_R[list(shuffled)] = torch.tensor([int(region) for region in ways[4 * config.seed % len(ways)]])
+    return dealing_R
 
 
 def _uncertainty(statistics: RegionStatistics, config: WeightConfig) -> Tensor:
