@@ -49,6 +49,7 @@ ADDRESSES = {
     "tokenizers": ["regions.py", "train/tool_world_model.py"],
     "scipy": [
         "rewards.py",
+        "significance.py",
         "evaluate/intervals.py",
         "analyze/optimal_weights.py",
         "analyze/token_bounds.py",

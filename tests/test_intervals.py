@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from rest_rl.evaluate.intervals import Estimate, false_discovery, mcnemar, paired_difference, weighted_mean, wilson
+from rest_rl.evaluate.intervals import mcnemar, paired_difference, weighted_mean, wilson
+from rest_rl.significance import Interval
 
 COUNTS = st.integers(0, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 FLIPS = st.integers(0, 500).flatmap(
@@ -35,7 +36,6 @@ def test_nothing_is_known_of_no_samples() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
     assert mcnemar(0, 0) == 1.0
     assert paired_difference(0, 0, 0) == (0.0, -1.0, 1.0)
-    assert false_discovery([]) == []
 
 
 def test_mcnemar_by_hand() -> None:
@@ -55,20 +55,14 @@ def test_paired_difference_by_hand() -> None:
     assert paired_difference(0, 1, 1) == pytest.approx((1.0, 1 / 3 - Z * math.sqrt(8 / 27), 1.0))
 
 
-def test_false_discovery_by_hand() -> None:
-    # sorted 0.01, 0.02, 0.03 times 3 / rank: 0.03, 0.03, 0.03; then 0.5 as it is among four: 0.04, 0.04, 0.04, 0.5
-    assert false_discovery([0.03, 0.01, 0.02]) == pytest.approx([0.03] * 3)
-    assert false_discovery([0.01, 0.5, 0.02, 0.03]) == pytest.approx([0.04, 0.5, 0.04, 0.04])
-
-
-def share(correct: int, n: int) -> Estimate:
-    return Estimate(correct / n, *wilson(correct, n))
+def share(correct: int, n: int) -> Interval:
+    return Interval(correct / n, *wilson(correct, n))
 
 
 def test_a_weighted_mean_by_hand() -> None:
     # 0.25 * 0.8 + 0.75 * 0.2 = 0.35; sqrt((0.25 * 0.3)² + (0.75 * 0.1)²) = 0.075 sqrt(2) = 0.10607 to the low side,
     # sqrt((0.25 * 0.1)² + (0.75 * 0.2)²) = sqrt(0.000625 + 0.0225) = 0.15207 to the high side
-    parts = [(0.25, Estimate(0.8, 0.5, 0.9)), (0.75, Estimate(0.2, 0.1, 0.4))]
+    parts = [(0.25, Interval(0.8, 0.5, 0.9)), (0.75, Interval(0.2, 0.1, 0.4))]
     assert weighted_mean(parts) == pytest.approx((0.35, 0.24393, 0.50207), abs=5e-6)
     # weights count by their shares
     assert weighted_mean([(3 * weight, part) for weight, part in parts]) == pytest.approx(weighted_mean(parts))

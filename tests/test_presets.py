@@ -133,7 +133,7 @@ def test_structure_outweighs_reasoning_and_reasoning_gains_with_progress_or_as_i
         assert sure > weight(Region.REASONING, 0, preset)
     assert weight(Region.REASONING, 1, "paper") > weight(Region.REASONING, 0, "paper")
     assert weight(Region.REASONING, 1) == weight(Region.REASONING, 0)  # `rest` has no schedule
-    assert weight(Region.FORMAT, 1) < weight(Region.FORMAT, 0)
+    assert weight(Region.FORMAT, 1, "paper") < weight(Region.FORMAT, 0, "paper")
 
 
 def test_top_entropy_and_collision_through_the_one_call():

@@ -13,14 +13,12 @@ from scipy.stats import nct, t, ttest_rel
 
 from rest_rl.analyze.seed_statistics import (
     DRAWS,
-    Interval,
     detectable,
     first_at,
     mean_interval,
     paired,
     pooled_sd,
     power_of,
-    q_values,
     reach,
     seeds_needed,
     share_of_steps,
@@ -39,7 +37,6 @@ def test_the_interval_of_a_mean_is_students() -> None:
     assert mean_interval([0.4])[0] == 0.4
     assert math.isnan(mean_interval([0.4]).low)
     assert not mean_interval([0.4]).excludes_zero
-    assert Interval(1.0, 0.5, 1.5).excludes_zero
     assert math.isnan(mean_interval([]).value)
 
 
@@ -88,13 +85,15 @@ def test_differences_without_spread_say_nothing_of_the_noise() -> None:
     assert math.isnan(t_test([0.1]))
     assert mean_interval([0.0, 0.0]) == (0, 0, 0)
     assert math.isnan(mean_interval([0.5, 0.5]).low)
-
-
-def test_q_values_by_hand() -> None:
-    # .01 * 3 / 1 = .03; .03 * 3 / 2 = .045 and .04 * 3 / 3 = .04, of which the smaller counts for both
-    assert q_values([0.01, 0.04, NAN, 0.03]) == pytest.approx([0.03, 0.04, NAN, 0.04], nan_ok=True)
-    assert q_values([]) == []
-    assert math.isnan(q_values([NAN])[0])
+    # .53 - .5, .43 - .4 and .63 - .6 are 0.03 but for rounding, of which there is 3e-17
+    alike = paired({0: 0.53, 1: 0.43, 2: 0.63}, {0: 0.5, 1: 0.4, 2: 0.6})
+    assert (alike.n, alike.sd) == (3, 0.0)
+    assert alike.difference.value == pytest.approx(0.03)
+    assert math.isnan(alike.p_t)
+    assert math.isnan(alike.difference.low)
+    # 0.1 + 0.2 is not quite 0.3: no difference, and not one of 1e-17 points
+    none = paired({0: 0.1 + 0.2, 1: 0.5}, {0: 0.3, 1: 0.5})
+    assert (none.difference, none.p_t) == ((0, 0, 0), 1.0)
 
 
 def test_power_is_that_of_the_noncentral_t() -> None:

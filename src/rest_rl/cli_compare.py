@@ -92,7 +92,9 @@ def whole_number(text: str) -> int:
 
 
 def keep_grid(grid: Grid, out: Path) -> None:
-    """Write the grid down, so that its folder alone suffices to go on."""
+    """Write the grid down, so that its folder alone suffices to go on; what was asked there before stays in it."""
+    if (out / GRID).is_file():
+        grid = grid.joined(read_grid(out / GRID))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in grid.files().items():

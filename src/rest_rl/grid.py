@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,12 +24,15 @@ from rest_rl.config import (
     without_none,
 )
 from rest_rl.jsonl import reason
+from rest_rl.presets import PRESETS
 from rest_rl.rewards import RewardConfig
 from rest_rl.scoring import PRESET_REWARDS
+from rest_rl.weights import WeightConfig
 
 Role = Literal["method", "baseline", "rival", "control", "ablation"]
 REFERENCE = "grpo"
 SEEDS = (0, 1, 2)
+TUNED_CURRICULUM = "rest-tuned-curriculum"
 RUNS, LOGS, GRID, BASE = "runs", "logs", "grid.toml", "base.toml"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
@@ -44,7 +47,9 @@ class Method(NamedTuple):
     changes: tuple[str, ...]
 
 
-_MEAN_SHARE = (RewardConfig().accuracy_share_start + RewardConfig().accuracy_share_end) / 2
+_REWARD, _PUBLISHED = PRESET_REWARDS["rest"] or RewardConfig(), PRESETS["paper"].weights or WeightConfig()
+_MEAN_SHARE = (_REWARD.accuracy_share_start + _REWARD.accuracy_share_end) / 2
+_CURRICULUM = {name: getattr(_PUBLISHED, name) for name in ("decay_format", "gain_arguments", "gain_reasoning")}
 
 METHODS: dict[str, Method] = {
     "rest": Method("method", "ResT, our default", ("rest.preset=rest",)),
@@ -75,25 +80,11 @@ METHODS: dict[str, Method] = {
     "rest-no-reasoning": Method(
         "ablation", "rest, no gradient on reasoning", ("rest.preset=rest", 'rest.weights.dropped=["reasoning"]')
     ),
-    "rest-no-curriculum": Method(
+    TUNED_CURRICULUM: Method(
         "ablation",
-        "rest, weights by entropy alone",
-        (
-            "rest.preset=rest",
-            "rest.weights.decay_format=0.0",
-            "rest.weights.gain_arguments=0.0",
-            "rest.weights.gain_reasoning=0.0",
-        ),
-    ),
-    "rest-tuned-curriculum": Method(
-        "ablation",
-        "rest, a curriculum twice as steep (a_f = a_p = a_t = 0.6)",
-        (
-            "rest.preset=rest",
-            "rest.weights.decay_format=0.6",
-            "rest.weights.gain_arguments=0.6",
-            "rest.weights.gain_reasoning=0.6",
-        ),
+        "rest with the curriculum of the published schedule "
+        f"(a_f = a_p = a_t = {'/'.join(f'{value:g}' for value in dict.fromkeys(_CURRICULUM.values()))})",
+        ("rest.preset=rest", *(f"rest.weights.{name}={value}" for name, value in _CURRICULUM.items())),
     ),
 }
 """What `rest-rl compare` knows by name. `inverted`, `permuted` and the ablations change one thing of `rest`."""
@@ -184,6 +175,30 @@ class Grid:
             return config
         except ValueError as error:
             raise ValueError(f"method {method}: {error}") from error
+
+    def joined(self, older: Grid) -> Grid:
+        """This grid with the methods, starts and seeds of an older one of the same runs.
+
+        ValueError if the two grids mean other runs by the same names.
+        """
+        ours, theirs = self._parts(), older._parts()  # noqa: SLF001
+        changed = [key for key, table in theirs.items() if key in ours and ours[key] != table]
+        if bool(self.starts) != bool(older.starts):
+            changed.append("[starts]")
+        if changed:
+            raise ValueError(
+                f"got a grid that differs in {', '.join(changed[:3])} from the one that was begun in this folder, "
+                "expected the same runs, or more methods, starts or seeds; pass another --out"
+            )
+        methods, starts = {**older.methods, **self.methods}, {**older.starts, **self.starts}
+        return replace(self, methods=methods, starts=starts, seeds=tuple(sorted({*older.seeds, *self.seeds})))
+
+    def _parts(self) -> dict[str, Any]:
+        """What the names in the grid stand for, as it is written down."""
+        parts = {f"[base.{table.name}]": self.base.get(table.name, {}) for table in fields(RunConfig)}
+        parts |= {f"[methods.{name}]": table for name, table in self.methods.items()}
+        parts |= {f"[starts.{name}]": table for name, table in self.starts.items()}
+        return {key: without_none(table) for key, table in parts.items()}
 
     def files(self) -> dict[str, str]:
         """The grid as the files `grid.toml` and, beside it, `base.toml`; `read_grid` gives the same grid back."""

@@ -15,21 +15,20 @@ from typing import Any, NamedTuple
 
 from rest_rl.analyze.seed_statistics import (
     NAN,
-    Interval,
     Paired,
     Reach,
     detectable,
     mean_interval,
     paired,
     pooled_sd,
-    q_values,
     reach,
     trailing_mean,
 )
-from rest_rl.analyze.tables import SEED_KEYS, WATCHING_KEYS, flatten, is_number
+from rest_rl.analyze.tables import SEED_KEYS, WATCHING_KEYS, finished_steps, flatten, is_number
 from rest_rl.config import parse_toml
 from rest_rl.grid import METHODS, REFERENCE, RUNS, RunName, is_finished
 from rest_rl.runlog import Row, Run, read_run
+from rest_rl.significance import Interval, q_values
 
 EXACT, REWARDED = "rest/exact_match", "rest/accuracy"
 LENGTH = "completions/mean_length"
@@ -135,21 +134,29 @@ class Comparison:
         """The lines that are compared with the reference."""
         return [line for line in self.lines if line.method != self.reference and start in (None, line.start)]
 
+    def judged(self, start: str | None = None) -> list[Line]:
+        """The rivals that the verdict is about: those with the primary figure, without rewards that know nothing."""
+        return [line for line in self.rivals(start) if self.primary in line.versus and line.method != RANDOM]
+
+    def shared_seeds(self, start: str | None = None) -> dict[str, int]:
+        """How many seeds with the primary figure each judged method shares with the reference."""
+        tests = {line.label: line.versus[self.primary].paired for line in self.judged(start)}
+        return {label: test.n if test else 0 for label, test in tests.items()}
+
     @property
     def sd(self) -> float:
         """Common standard deviation of the paired differences of the primary figure."""
-        tests = [line.versus[self.primary].paired for line in self.rivals() if self.primary in line.versus]
+        tests = [line.versus[self.primary].paired for line in self.judged()]
         return pooled_sd([(test.sd, test.n) for test in tests if test])
 
     @property
     def seeds(self) -> int:
-        """The fewest seeds that a method shares with the reference."""
-        tests = [line.versus[self.primary].paired for line in self.rivals() if self.primary in line.versus]
-        return min((test.n for test in tests if test), default=0)
+        """The most seeds that a judged method shares with the reference."""
+        return max(self.shared_seeds().values(), default=0)
 
     @property
     def detectable(self) -> float:
-        """The smallest difference that the grid would have seen four times out of five."""
+        """The smallest difference that the grid would have seen four times out of five, with all of its seeds."""
         return detectable(self.sd, self.seeds)
 
 
@@ -195,7 +202,7 @@ def read_cells(folder: Path, reference: str) -> tuple[list[Cell], dict[str, str]
         if name is None:
             unfinished[place.name] = "is not called METHOD-SEED"
         elif not is_finished(run.summary):
-            unfinished[place.name] = f"has {max((row.get('step', 0) for row in run.metrics), default=0)} steps"
+            unfinished[place.name] = f"has {finished_steps(run)} steps"
         else:
             cells.append(Cell(name, run, figures(run)))
     order = {name: index for index, name in enumerate((reference, *(name for name in METHODS if name != reference)))}

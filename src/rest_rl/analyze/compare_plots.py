@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from rest_rl.analyze.compare import EXACT, METRICS, Cell, Comparison, Line, metric_curve, slice_curve
 from rest_rl.analyze.palette import SERIES_COLOURS
 from rest_rl.analyze.plots import FAINT, INK, colours, draw_curve, legend_style, new_figure, save, style
-from rest_rl.analyze.seed_statistics import Interval
 from rest_rl.analyze.tables import Curve, curve, curve_of, mean_and_sd
+from rest_rl.significance import Interval
 
 ROLE_COLOURS: Mapping[str, str] = {
     "method": SERIES_COLOURS[0],

@@ -12,11 +12,12 @@ from typing import Any
 from rest_rl.analyze.compare import METRICS, Comparison, Line, compare, difference
 from rest_rl.analyze.compare_plots import draw_comparison
 from rest_rl.analyze.compare_verdict import p_text, points_text, verdict
-from rest_rl.analyze.seed_statistics import Interval, Reach
+from rest_rl.analyze.seed_statistics import Reach
 from rest_rl.analyze.tables import is_number, markdown_table
-from rest_rl.grid import METHODS, REFERENCE
+from rest_rl.grid import METHODS, REFERENCE, TUNED_CURRICULUM
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import PLOTS, replace_file, unwritable
+from rest_rl.significance import Interval
 
 PAGE, FIGURES = "compare.md", "compare.json"
 FINAL = ("exact", "exact_greedy", "s_acc")
@@ -40,11 +41,11 @@ def write_comparison(folder: str | Path, reference: str = REFERENCE) -> tuple[Pa
 def page_text(comparison: Comparison, pictures: Mapping[str, Path]) -> str:
     """The whole page."""
 
-    def picture(title: str, text: str) -> str:
+    def picture(title: str, text: str, heading: str = "") -> str:
         if title not in pictures:
             return ""
         place = Path(os.path.relpath(pictures[title], comparison.folder)).as_posix()
-        return f"![{title}]({place})\n\n{text}"
+        return f"{heading}\n\n![{title}]({place})\n\n{text}"
 
     parts = [
         "# Comparison",
@@ -57,7 +58,7 @@ def page_text(comparison: Comparison, pictures: Mapping[str, Path]) -> str:
                 "standard deviation over seeds."),
         picture("Held-out slice", "Exact match on the held-out slice, sampled."),
         steps_section(comparison),
-        "## Entropy and gradient norm\n\n" + picture("Dynamics", "Means over seeds, smoothed (the paper's Fig. 3)."),
+        picture("Dynamics", "Means over seeds, smoothed (the paper's Fig. 3).", "## Entropy and gradient norm"),
         ablation_section(comparison),
         start_section(comparison),
         kind_section(comparison),
@@ -144,7 +145,7 @@ def reach_cells(found: Reach | None) -> tuple[str, str, str]:
 
 
 def ablation_section(comparison: Comparison) -> str:
-    """What `rest` loses without each of its parts, in the layout of the paper's Table 3."""
+    """What a change of one part of `rest` does, in the layout of the paper's Table 3."""
     parts = []
     for start in comparison.starts:
         whole = comparison.line("rest", start)
@@ -160,7 +161,10 @@ def ablation_section(comparison: Comparison) -> str:
             text = "rest" if line is whole else METHODS[line.method].text
             rows.append((text, *(kind_text(line, kind) for kind in kinds), mean_text(line, comparison.primary), *cells))
         parts.append(markdown_table(header, rows))
-    return "## Ablations\n\n" + "\n\n".join(parts) if parts else ""
+    note = "Each row changes one thing of `rest`; below 0, `rest` loses by the change."
+    if any(line.method == TUNED_CURRICULUM for line in comparison.lines):
+        note += f" {NO_CURRICULUM}"
+    return "\n\n".join([f"## Ablations\n\n{note}", *parts]) if parts else ""
 
 
 def start_section(comparison: Comparison) -> str:
@@ -292,6 +296,12 @@ def paired_figures(test: Any) -> dict[str, Any]:
     """A paired difference as plain values."""
     return {**test._asdict(), "difference": test.difference._asdict()}
 
+
+NO_CURRICULUM = (
+    "The paper's row without a curriculum is `rest` itself, which has none: the last row adds the published one, and a "
+    "difference above 0 is what it is worth. The paper takes it from its own whole method, so the two figures are of "
+    "one question and not of one experiment."
+)
 
 HOW = """## How it is reckoned
 

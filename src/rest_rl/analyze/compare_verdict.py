@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from rest_rl.analyze.compare import METRICS, RANDOM, Comparison, Line, difference
-from rest_rl.analyze.seed_statistics import LEVEL, Interval, Paired, seeds_needed
+from rest_rl.analyze.seed_statistics import Paired, seeds_needed
+from rest_rl.significance import LEVEL, Interval
 
 FEW_SEEDS = 3
 WORTH = 0.03
@@ -28,14 +29,13 @@ def verdict(comparison: Comparison) -> list[str]:
 
 def verdict_of_start(comparison: Comparison, reference: Line) -> list[str]:
     """The findings of one warm start."""
-    rivals = [line for line in comparison.rivals(reference.start) if comparison.primary in line.versus]
-    judged = [line for line in rivals if line.method != RANDOM]
+    judged = comparison.judged(reference.start)
     noticed = [line for line in judged if is_noticed(comparison, line)]
     found = [headline(comparison, judged, noticed)] if judged else []
     found += [one_difference(comparison, line) for line in noticed]
     found += speed_sentences(comparison, judged)
     found += control_sentences(comparison, reference.start, noticed)
-    found += random_sentences(comparison, reference)
+    found += gain_sentences(comparison, reference)
     if any(line.method in OWN_REWARD for line in noticed):
         found.append(
             "`paper` and `authors-code` have rewards of their own: a difference of theirs is not one of weights alone."
@@ -51,22 +51,33 @@ def is_noticed(comparison: Comparison, line: Line) -> bool:
 def headline(comparison: Comparison, judged: list[Line], noticed: list[Line]) -> str:
     """The first sentence."""
     label, reference = METRICS[comparison.primary].label, comparison.reference
+    known = [q for line in judged if not math.isnan(q := line.versus[comparison.primary].q)]
+    if not known:
+        alike = any(count > 1 for count in comparison.shared_seeds(judged[0].start).values())
+        why = "differences that are alike under every seed leave nothing for" if alike else "too few seeds for"
+        return f"**No verdict**: {why} a test of {label}."
     if not noticed:
-        known = [line.versus[comparison.primary].q for line in judged]
-        known = [q for q in known if not math.isnan(q)]
-        if not known:
-            return f"**No verdict**: too few seeds for a test of {label}."
-        whom = "The one method does not differ" if len(judged) == 1 else f"None of {len(judged)} methods differs"
-        far = max(judged, key=lambda line: abs(sign(comparison, line)))
-        test = far.versus[comparison.primary].paired
-        largest = (
-            f" The largest difference is that of `{far.label}`, {points_text(test.difference)} points." if test else ""
-        )
-        text = f"{whom} from `{reference}` in {label} (smallest q {min(known):.2f}).{largest}"
-        return f"**No difference beyond seed noise.** {text}"
-    above = sum(sign(comparison, line) > 0 for line in noticed)
-    counts = f"{above} above `{reference}` and {len(noticed) - above} below it"
+        return f"**No difference beyond seed noise.** {unnoticed_text(comparison, judged, min(known))}"
+    above = [line for line in noticed if sign(comparison, line) > 0]
+    if len(judged) == 1:
+        side = "above" if above else "below"
+        return f"**`{judged[0].label}` is {side} `{reference}` beyond seed noise** ({label}, p ≤ {LEVEL:g})."
+    counts = f"{len(above)} above `{reference}` and {len(noticed) - len(above)} below it"
     return f"**Of {len(judged)} methods, {counts} beyond seed noise** ({label}, q ≤ {LEVEL:g})."
+
+
+def unnoticed_text(comparison: Comparison, judged: list[Line], smallest: float) -> str:
+    """How far from the reference methods are that do not differ from it beyond noise."""
+    label, reference = METRICS[comparison.primary].label, comparison.reference
+    far = max(judged, key=lambda line: abs(sign(comparison, line)))
+    test = far.versus[comparison.primary].paired
+    points = points_text(test.difference) if test else "–"
+    if len(judged) == 1:
+        return f"`{far.label}` is {points} points from `{reference}` in {label} (p {p_text(smallest)})."
+    return (
+        f"None of {len(judged)} methods differs from `{reference}` in {label} (smallest q {p_text(smallest)}). The "
+        f"largest difference is that of `{far.label}`, {points} points."
+    )
 
 
 def one_difference(comparison: Comparison, line: Line) -> str:
@@ -81,7 +92,7 @@ def one_difference(comparison: Comparison, line: Line) -> str:
 
 
 def speed_sentences(comparison: Comparison, judged: list[Line]) -> list[str]:
-    """Who gets to where the reference ends in fewer steps under every seed, the interval below 1."""
+    """Who gets to where the reference ends in fewer steps: the interval of the mean over seeds is below 1."""
     sooner = [line for line in judged if line.to_final and line.to_final.by_seed.high < 1]
     parts = [
         f"`{line.label}` in {line.to_final.by_seed.value:.2f} [{line.to_final.by_seed.low:.2f}, "
@@ -91,76 +102,119 @@ def speed_sentences(comparison: Comparison, judged: list[Line]) -> list[str]:
     ]
     if not parts:
         return []
-    where = f"Sooner where `{comparison.reference}` ends, on every seed"
-    return [f"{where}: {'; '.join(parts)} (not corrected for the number of methods)."]
+    many = ", not corrected for the number of methods" if len(judged) > 1 else ""
+    return [f"Sooner where `{comparison.reference}` ends: {'; '.join(parts)} (geometric mean over seeds{many})."]
 
 
 def control_sentences(comparison: Comparison, start: str, noticed: list[Line]) -> list[str]:
     """Whether shuffled or inverted weights do as well as those that did better."""
     better = [line for line in noticed if sign(comparison, line) > 0 and line.role in ("method", "ablation")]
-    found = []
+    if not better:
+        return only_controls(comparison, start)
     shuffled = comparison.line("permuted", start)
-    for line in better:
-        if shuffled is None:
-            break
-        test = difference(line, shuffled, comparison.primary)
-        if test.difference.low > 0:
-            found.append(
-                f"`{line.label}` is {points_text(test.difference)} points above shuffled weights: which region gets "
-                "the weight matters."
-            )
-        else:
-            found.append(
-                f"**Weights matter, but shuffled ones do as well**: `{line.label}` is {points_text(test.difference)} "
-                "points above `permuted`, so the regions do not explain its lead."
-            )
-    for control in ("permuted", "inverted"):
-        line = comparison.line(control, start)
-        if line is not None and is_noticed(comparison, line) and sign(comparison, line) > 0 and not better:
-            found.append(f"Only `{control}` does better, and no method with ResT's own weights does.")
-    if better and shuffled is None:
-        found.append("Without `permuted` in the grid it is open whether the regions or any uneven weights do it.")
-    return found
+    if shuffled is None:
+        return ["Without `permuted` in the grid it is open whether the regions or any uneven weights do it."]
+    tests = [(line, difference(line, shuffled, comparison.primary)) for line in better]
+    return [control_sentence(line, test, sign(comparison, line)) for line, test in tests]
 
 
-def random_sentences(comparison: Comparison, reference: Line) -> list[str]:
+def control_sentence(line: Line, test: Paired, lead: float) -> str:
+    """What a lead over shuffled weights says of a lead over the reference."""
+    if test.n < 2:
+        return (
+            f"`{line.label}` and `permuted` have {seeds_text(test.n)} in common: whether the regions explain the lead "
+            "cannot be told."
+        )
+    points = f"`{line.label}` is {points_text(test.difference)} points above shuffled weights"
+    if test.difference.low > 0:
+        return f"{points}: which region gets the weight matters."
+    if test.difference.high < min(WORTH, lead / 2):
+        return (
+            f"**Weights matter, but shuffled ones do as well**: {points}, less than half of its lead, so the regions "
+            "do not explain it."
+        )
+    return f"{points}: whether the regions explain its lead or any uneven weights would do cannot be told."
+
+
+def only_controls(comparison: Comparison, start: str) -> list[str]:
+    """Whether shuffled or inverted weights are better where no method was seen to be."""
+    if not any(line.role == "method" for line in comparison.judged(start)):
+        return []
+    lines = [comparison.line(control, start) for control in ("permuted", "inverted")]
+    leading = [line for line in lines if line and is_noticed(comparison, line) and sign(comparison, line) > 0]
+    return [
+        f"`{line.method}` does better beyond seed noise, and no method with ResT's own weights was seen to."
+        for line in leading
+    ]
+
+
+def gain_sentences(comparison: Comparison, reference: Line) -> list[str]:
     """Whether the reference learnt at all, and what rewards that know nothing did."""
     found = []
     if gain := reference.versus.get("gain"):
-        if math.isnan(gain.mean.low):
-            found.append(f"`{reference.label}` gained {points_text(gain.mean)} points over its start.")
-        elif gain.mean.low > 0:
-            found.append(f"`{reference.label}` learnt: {points_text(gain.mean)} points over its start.")
-        else:
-            found.append(
-                f"`{reference.label}` itself did not gain beyond seed noise ({points_text(gain.mean)} points): where "
-                "nothing is learnt, methods cannot differ. Train longer, or take another start."
-            )
+        found.append(reference_text(reference, gain.mean))
     drawn = comparison.line(RANDOM, reference.start)
     if drawn and (gain := drawn.versus.get("gain")):
         found.append(
             f"Rewards that know nothing (`random`) change exact match by {points_text(gain.mean)} points: "
-            + ("**part of every gain here needs no reward.**" if gain.mean.low > 0 else "no gain without a signal.")
+            + without_signal(gain.mean)
         )
     return found
 
 
+def reference_text(reference: Line, gain: Interval) -> str:
+    """What the reference gained over its start."""
+    points = f"{points_text(gain)} points over its start"
+    if math.isnan(gain.low):
+        return f"`{reference.label}` gained {points}."
+    if gain.low > 0:
+        return f"`{reference.label}` learnt: {points}."
+    if gain.high < WORTH:
+        return (
+            f"`{reference.label}` itself gained nothing to speak of ({points}): a grid in which so little is learnt "
+            "says little about methods. Train longer, or take another start."
+        )
+    return f"Whether `{reference.label}` itself learnt cannot be told ({points}): more seeds or longer runs would."
+
+
+def without_signal(gain: Interval) -> str:
+    """What a gain under random rewards says."""
+    if gain.low > 0:
+        return "**part of every gain here needs no reward.**"
+    if gain.high < WORTH:
+        return f"less than {100 * WORTH:.0f} points come without a signal."
+    return "whether something is gained without a signal cannot be told."
+
+
 def power_sentences(comparison: Comparison) -> list[str]:
     """What this grid could not have seen."""
-    if comparison.seeds < 2:
-        return ["One seed has no spread: nothing here can be told from noise. Run at least 3 seeds, better 5."]
-    if math.isnan(comparison.detectable):
+    shared, most = comparison.shared_seeds(), comparison.seeds
+    if not shared:
         return []
-    needed = seeds_needed(WORTH, comparison.sd)
-    text = (
-        f"With {comparison.seeds} seeds the grid would have seen a difference of {100 * comparison.detectable:.1f} "
-        "points four times out of five, before correction for the number of methods"
-    )
-    more = f"; for {100 * WORTH:.0f} points it takes {needed} seeds" if needed and needed > comparison.seeds else ""
-    found = [f"{text}{more}."]
-    if comparison.seeds < FEW_SEEDS:
-        found.append(f"{comparison.seeds} seeds hardly allow a test: run at least 3, better 5.")
+    if most < 2:
+        return ["One seed has no spread: nothing here can be told from noise. Run at least 3 seeds, better 5."]
+    found = []
+    if not math.isnan(comparison.detectable):
+        needed = seeds_needed(WORTH, comparison.sd)
+        many = ", before correction for the number of methods" if len(shared) > 1 else ""
+        more = f"; for {100 * WORTH:.0f} points it takes {needed} seeds" if needed and needed > most else ""
+        found.append(
+            f"With {most} seeds the grid would have seen a difference of {100 * comparison.detectable:.1f} points four "
+            f"times out of five{many}{more}."
+        )
+    short = [f"`{label}` {count}" for label, count in shared.items() if count < most]
+    if short:
+        found.append(
+            f"Fewer seeds in common with `{comparison.reference}`, so less was to be seen of them: {', '.join(short)}."
+        )
+    if most < FEW_SEEDS:
+        found.append(f"{most} seeds hardly allow a test: run at least 3, better 5.")
     return found
+
+
+def seeds_text(count: int) -> str:
+    """`no seed`, `one seed`, `3 seeds`."""
+    return {0: "no seed", 1: "one seed"}.get(count, f"{count} seeds")
 
 
 def sign(comparison: Comparison, line: Line) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from rest_rl.config import parse_toml
 from rest_rl.diagnosis import Finding, diagnose
+from rest_rl.diagnosis.history import step_of
 from rest_rl.runlog import Run
 
 
@@ -28,7 +29,7 @@ def findings_text(runs: Iterable[Run]) -> str:
 
 def when(finding: Finding, run: Run) -> str:
     """The steps in which a finding showed."""
-    is_last = finding.last >= max((row.get("step", 0) for row in run.metrics), default=0)
+    is_last = finding.last >= max(map(step_of, run.metrics), default=0)
     if finding.step == finding.last:
         return f"step {finding.step}"
     return f"from step {finding.step} on" if is_last else f"steps {finding.step} to {finding.last}"

@@ -1,29 +1,59 @@
 """How good a gradient estimator is: variance, |mean|², cosine with the true gradient, expected progress per unit step.
 
-Shapes: M independent units (prompts with their group of responses, or whole batches), N coordinates. Every function
-takes stacked vectors: `gradients_MN[m]` is what one unit contributes under a token weighting, `true_MN[m]` an unbiased
-estimate of the true gradient t from the same unit, such as REINFORCE with a leave-one-out baseline.
+Shapes: M independent units (prompts with their group of responses, or whole batches), N coordinates, K blocks of units.
+Every function takes stacked vectors: `gradients_MN[m]` is what one unit contributes under a token weighting,
+`true_MN[m]` an unbiased estimate of the true gradient t from the same unit, such as REINFORCE with a leave-one-out
+baseline.
 
 No product pairs a unit with itself: <E g, t>, |E g|² and |t|² are means over pairs of different units, so the noise
 that g and t share cannot pose as signal. What a batch of P units would do follows exactly: E|g_P|² = |E g|² + Var / P.
-Errors are those of the jackknife over blocks of units; a difference to a baseline is one of the same units, so that
-what they share cancels.
+Adam divides every coordinate by a root mean square; that comes from units other than those of the signal which it
+divides (cross-fitting), or a unit that makes both large would pull the figure down. Errors are those of the jackknife
+over blocks of units; a difference to a baseline is one of the same units, so that what they share cancels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rest_rl.analyze.probe import Estimate
+from rest_rl.analyze.estimates import Estimate, above_zero, quotient
 
+BLOCKS = 16
+"""Of units, where there are enough of them; a power of two, see `halvings`."""
 DOMINANT = 0.5
 """A unit with more than this share of the summed squared norms decides the second moment."""
+
+
+class GradientSeries(NamedTuple):
+    """A weighting's figures in a batch of `batch` units: from all units, then with each of K blocks of them left out."""
+
+    variance_1K: np.ndarray
+    """tr Cov of the batch's gradient."""
+    mean_square_1K: np.ndarray
+    """|E g|²; an unbiased estimate, so it may be negative where there is no signal."""
+    cosine_1K: np.ndarray
+    """Between E g and the true gradient."""
+    true_norm_1K: np.ndarray
+    """|t|"""
+    progress_1K: np.ndarray
+    """<E g, t> / sqrt(E|g|²): expected improvement of a step of length 1."""
+    adam_1K: np.ndarray
+    """sum_j t_j E g_j / sqrt(E g_j²) / sqrt(N): that of a step of root mean square 1 / sqrt(N) in every coordinate."""
+    largest_share: float
+    """The largest unit's share of the summed squared norms."""
+
+    @property
+    def ratio_1K(self) -> np.ndarray:
+        """Variance / |E g|²"""
+        return quotient(self.variance_1K, np.maximum(self.mean_square_1K, 0.0))
 
 
 class GradientFigures(NamedTuple):
@@ -57,6 +87,28 @@ class GradientFigures(NamedTuple):
         """Whether a single unit decides the second moment, so that the figures say little about others."""
         return self.largest_share > DOMINANT
 
+    @classmethod
+    def of(cls, own: GradientSeries, baseline: GradientSeries) -> GradientFigures:
+        """All figures of one weighting against the baseline, on the same units."""
+        return cls(
+            variance=Estimate.of(own.variance_1K),
+            mean_square=Estimate.of(own.mean_square_1K),
+            ratio=Estimate.of(own.ratio_1K),
+            cosine=Estimate.of(own.cosine_1K),
+            eff=Estimate.of(quotient(own.progress_1K, own.true_norm_1K)),
+            eff_adam=Estimate.of(quotient(own.adam_1K, own.true_norm_1K)),
+            eff_gain=Estimate.of(gain(own.progress_1K, baseline.progress_1K)),
+            eff_adam_gain=Estimate.of(gain(own.adam_1K, baseline.adam_1K)),
+            lead=Estimate.of(own.progress_1K - baseline.progress_1K),
+            adam_lead=Estimate.of(own.adam_1K - baseline.adam_1K),
+            largest_share=own.largest_share,
+        )
+
+
+def gain(own: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """Own over baseline, minus 1; NaN where the baseline makes no progress."""
+    return quotient(own, above_zero(baseline)) - 1
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -68,6 +120,17 @@ class Sums:
     gg_N: Tensor
     gt_N: Tensor
     tt: float
+
+    def plus(self, other: Sums) -> Sums:
+        """The sums of the units of both."""
+        return Sums(
+            self.units + other.units,
+            self.g_N + other.g_N,
+            self.t_N + other.t_N,
+            self.gg_N + other.gg_N,
+            self.gt_N + other.gt_N,
+            self.tt + other.tt,
+        )
 
     def without(self, other: Sums) -> Sums:
         """The sums of the units that are not in `other`."""
@@ -111,96 +174,103 @@ class Sums:
         spread_N = (self.gg_N / self.units - mean_N.square()).clamp_min(0) * self.units / (self.units - 1)
         return mean_N.square() + spread_N * (1 / batch - 1 / self.units)
 
-    def progress(self, batch: int, *, adam: bool) -> float:
-        """Expected improvement of a step of length 1, or of root mean square 1 in every coordinate over sqrt(N)."""
-        moments_N = self.second_moments(batch)
-        if not adam:
-            return quotient(self.signal, math.sqrt(float(moments_N.sum())))
-        scales_N = moments_N.sqrt()
-        return float((self.signals / scales_N)[scales_N > 0].sum()) / math.sqrt(len(scales_N))
-
-    def eff(self, batch: int, *, adam: bool = False) -> float:
-        """See `GradientFigures.eff` and `eff_adam`."""
-        return quotient(self.progress(batch, adam=adam), root(self.true_square))
+    def progress(self, batch: int) -> float:
+        """Expected improvement of a step of length 1 that a batch of units makes."""
+        return quotient(self.signal, math.sqrt(float(self.second_moments(batch).sum())))
 
     def cosine(self) -> float:
-        """See `GradientFigures.cosine`."""
+        """Between E g and t."""
         return quotient(self.signal, root(self.mean_square) * root(self.true_square))
 
 
-def efficiency(
+class Half(NamedTuple):
+    """What one half of the units has to say about every coordinate."""
+
+    signals_N: Tensor
+    """E g_j t_j"""
+    inverse_N: Tensor
+    """1 / sqrt(E g_j²) of a batch; 0 for a coordinate without gradient, which is left out."""
+
+    @classmethod
+    def of(cls, sums: Sums, batch: int) -> Half:
+        """From the half's sums."""
+        moments_N = sums.second_moments(batch)
+        return cls(sums.signals, torch.where(moments_N > 0, moments_N.rsqrt(), 0.0))
+
+    def progress(self, other: Half) -> float:
+        """The signals of either half over the scales of the other, averaged."""
+        both = self.signals_N @ other.inverse_N + other.signals_N @ self.inverse_N
+        return float(both) / 2 / math.sqrt(len(self.signals_N))
+
+
+def gradient_series(
     gradients_MN: Tensor,
     true_MN: Tensor,
     *,
-    adam: bool = False,
     batch: int = 1,
-    blocks: int = 8,
+    blocks: int = BLOCKS,
     scales_M: Tensor | None = None,
-) -> Estimate:
-    """Expected improvement per unit step of a batch of `batch` units: <E g, t> / sqrt(E|g|² |t|²), or after Adam.
-
-    Scaling all gradients leaves it as it is; two rules are compared by `efficiency_gain`, whose error is the paired
-    one. `scales_M` multiplies each unit's two vectors (see `norm_cap`).
-    """
-    sums = [block_sums(gradients_MN, true_MN, blocks, scales_M)]
-    return jackknifed(sums, lambda parts: parts[0].eff(batch, adam=adam), batch)
-
-
-def efficiency_gain(
-    gradients_MN: Tensor,
-    baseline_MN: Tensor,
-    true_MN: Tensor,
-    *,
-    adam: bool = False,
-    batch: int = 1,
-    blocks: int = 8,
-    scales_M: Tensor | None = None,
-) -> Estimate:
-    """How much more a weighting improves per unit step than the baseline on the same units: eff / eff_baseline - 1."""
-    sums = [block_sums(stack, true_MN, blocks, scales_M) for stack in (gradients_MN, baseline_MN)]
-    return jackknifed(sums, lambda parts: gain(parts, batch, adam=adam), batch)
-
-
-def gradient_figures(
-    gradients_MN: Tensor,
-    baseline_MN: Tensor,
-    true_MN: Tensor,
-    *,
-    batch: int = 1,
-    blocks: int = 8,
-    scales_M: Tensor | None = None,
-) -> GradientFigures:
-    """All figures of one weighting against the baseline, on the same units."""
-    sums = [block_sums(stack, true_MN, blocks, scales_M) for stack in (gradients_MN, baseline_MN)]
-
-    def measured(statistic: Callable[[Sums], float]) -> Estimate:
-        return jackknifed(sums, lambda parts: statistic(parts[0]), batch)
-
-    return GradientFigures(
-        variance=measured(lambda own: own.variance / batch),
-        mean_square=measured(lambda own: own.mean_square),
-        ratio=measured(lambda own: quotient(own.variance / batch, max(own.mean_square, 0.0))),
-        cosine=measured(Sums.cosine),
-        eff=measured(lambda own: own.eff(batch)),
-        eff_adam=measured(lambda own: own.eff(batch, adam=True)),
-        eff_gain=jackknifed(sums, lambda parts: gain(parts, batch, adam=False), batch),
-        eff_adam_gain=jackknifed(sums, lambda parts: gain(parts, batch, adam=True), batch),
-        lead=jackknifed(sums, lambda parts: lead(parts, batch, adam=False), batch),
-        adam_lead=jackknifed(sums, lambda parts: lead(parts, batch, adam=True), batch),
+) -> GradientSeries:
+    """The figures of one weighting; `scales_M` multiplies each unit's two vectors (see `norm_cap`)."""
+    sums = block_sums(gradients_MN, true_MN, blocks, scales_M)
+    most = most_per_batch([one.units for one in sums])
+    if not 1 <= batch <= most:
+        raise ValueError(f"got a batch of {batch} units, expected 1 to {most} of {len(true_MN)}; measure more prompts")
+    whole = total(sums)
+    parts = [whole, *(whole.without(one) for one in sums)]
+    return GradientSeries(
+        variance_1K=np.array([one.variance / batch for one in parts]),
+        mean_square_1K=np.array([one.mean_square for one in parts]),
+        cosine_1K=np.array([one.cosine() for one in parts]),
+        true_norm_1K=np.array([root(one.true_square) for one in parts]),
+        progress_1K=np.array([one.progress(batch) for one in parts]),
+        adam_1K=adam_series(sums, batch),
         largest_share=largest_share(gradients_MN, scales_M),
     )
 
 
-def gain(parts: list[Sums], batch: int, *, adam: bool) -> float:
-    """Eff of the first over that of the second, minus 1; |t| cancels."""
-    own, base = (part.progress(batch, adam=adam) for part in parts)
-    return own / base - 1 if base > 0 else math.nan
+def adam_series(sums: Sequence[Sums], batch: int) -> np.ndarray:
+    """See `GradientSeries.adam_1K`: cross-fitted between halves of the blocks, averaged over the ways to halve them."""
+    found = []
+    for sides in halvings(len(sums)):
+        halves = [total([one for one, side in zip(sums, sides, strict=True) if side == own]) for own in (0, 1)]
+        first, second = (Half.of(half, batch) for half in halves)
+        own = [first.progress(second)]
+        for one, side in zip(sums, sides, strict=True):
+            left = Half.of(halves[side].without(one), batch)
+            own.append(left.progress(first if side else second))
+        found.append(own)
+    return np.mean(found, axis=0)
 
 
-def lead(parts: list[Sums], batch: int, *, adam: bool) -> float:
-    """The first's progress minus the second's."""
-    own, base = (part.progress(batch, adam=adam) for part in parts)
-    return own - base
+def halvings(blocks: int) -> Iterator[list[int]]:
+    """The side, 0 or 1, of each of 2^k blocks in k ways: by the bits of their numbers, so that most pairs meet."""
+    for bit in range(blocks.bit_length() - 1):
+        yield [number >> bit & 1 for number in range(blocks)]
+
+
+def blocks_for(units: int) -> int:
+    """The largest power of two of blocks, 16 at most, that so many units can be put into."""
+    return 2 ** (min(BLOCKS, max(4, units - 2)).bit_length() - 1)
+
+
+def most_per_step(units: int) -> int:
+    """The largest step that can be predicted from so many units, in `blocks_for` blocks."""
+    return most_per_batch([len(own) for own in np.array_split(np.arange(units), blocks_for(units))])
+
+
+def most_per_batch(sizes: Sequence[int]) -> int:
+    """The largest batch that can be predicted from blocks of these sizes.
+
+    A quarter of the units, and fewer than there are in half of the blocks when one is left out: else the variance of a
+    batch would be taken for nearly 0 and the squared mean, which is noise above all, would be all that Adam divides by.
+    """
+    halves = [
+        [size for size, side in zip(sizes, sides, strict=True) if side == own]
+        for sides in halvings(len(sizes))
+        for own in (0, 1)
+    ]
+    return max(1, min(sum(sizes) // 4, min(sum(half) - max(half) for half in halves) - 1))
 
 
 def norm_cap(baseline_MN: Tensor, cap: float) -> Tensor:
@@ -236,10 +306,10 @@ def block_sums(gradients_MN: Tensor, true_MN: Tensor, blocks: int, scales_M: Ten
     if gradients_MN.ndim != 2 or gradients_MN.shape != true_MN.shape:
         shapes = tuple(gradients_MN.shape), tuple(true_MN.shape)
         raise ValueError(f"got gradients {shapes[0]} and true gradients {shapes[1]}, expected one (M, N) for both")
-    if blocks < 2 or len(gradients_MN) < blocks + 2:
+    if blocks < 4 or blocks.bit_count() != 1 or len(gradients_MN) < max(8, blocks + 2):
         raise ValueError(
-            f"got {len(gradients_MN)} units for {blocks} blocks, expected at least 2 blocks and 2 units more than "
-            "blocks; measure more prompts"
+            f"got {len(gradients_MN)} units for {blocks} blocks, expected blocks in a power of two from 4 on, 8 units and "
+            "2 more than blocks; measure more prompts"
         )
     sums = []
     for index in torch.arange(len(gradients_MN)).tensor_split(blocks):
@@ -252,44 +322,11 @@ def block_sums(gradients_MN: Tensor, true_MN: Tensor, blocks: int, scales_M: Ten
     return sums
 
 
-def total(sums: list[Sums]) -> Sums:
+def total(sums: Sequence[Sums]) -> Sums:
     """The sums of all blocks."""
-    g_N, t_N, gg_N, gt_N = (
-        torch.stack([getattr(one, name) for one in sums]).sum(0) for name in ("g_N", "t_N", "gg_N", "gt_N")
-    )
-    return Sums(sum(one.units for one in sums), g_N, t_N, gg_N, gt_N, math.fsum(one.tt for one in sums))
-
-
-def jackknifed(sums: list[list[Sums]], statistic: Callable[[list[Sums]], float], batch: int) -> Estimate:
-    """The statistic of all units and its standard error, sqrt((K - 1) / K sum_k (leave-block-k-out - their mean)²).
-
-    `sums` are the block sums of each estimator on the same units. Efron and Stein (1981),
-    https://doi.org/10.1214/aos/1176345462.
-    """
-    wholes = [total(blocks) for blocks in sums]
-    fewest = wholes[0].units - max(block.units for block in sums[0])
-    if not 1 <= batch <= fewest:
-        raise ValueError(
-            f"got a batch of {batch} units, expected 1 to {fewest}, what is left when a block is; measure more prompts"
-        )
-    left_out = [
-        statistic([whole.without(blocks[k]) for whole, blocks in zip(wholes, sums, strict=True)])
-        for k in range(len(sums[0]))
-    ]
-    return Estimate(statistic(wholes), jackknife_error(left_out))
-
-
-def jackknife_error(left_out: list[float]) -> float:
-    """The standard error from the K estimates that leave one block out each."""
-    values = torch.tensor(left_out, dtype=torch.float64)
-    return float(((len(values) - 1) * (values - values.mean()).square().mean()).sqrt())
+    return reduce(Sums.plus, sums)
 
 
 def root(square: float) -> float:
     """The square root; NaN for an estimate of a square that came out negative."""
     return math.sqrt(square) if square >= 0 else math.nan
-
-
-def quotient(above: float, below: float) -> float:
-    """The quotient; NaN over 0."""
-    return above / below if below != 0 else math.nan

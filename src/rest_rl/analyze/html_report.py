@@ -18,12 +18,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rest_rl.analyze.findings import findings_of
 from rest_rl.analyze.html_responses import FLAGS, pack_responses
 from rest_rl.analyze.palette import REGION_COLOURS, SERIES_COLOURS
-from rest_rl.analyze.report import finished_steps
-from rest_rl.analyze.tables import Curve, Group, curve, evaluation_curve, flatten, group_runs, is_number
+from rest_rl.analyze.tables import (
+    Curve,
+    Group,
+    curve,
+    evaluation_curve,
+    finished_steps,
+    flatten,
+    group_runs,
+    is_number,
+)
 from rest_rl.config import parse_toml
-from rest_rl.diagnosis import diagnose
 from rest_rl.jsonl import finite
 from rest_rl.runlog import Row, Run, read_run, replace_file, unwritable
 
@@ -102,7 +110,7 @@ def page_data(runs: Sequence[Run], limit: int = MOST_RESPONSES) -> tuple[Row, by
         "runs": [run_facts(run, at) for at, group in enumerate(groups) for run in group.runs],
         "charts": list(charts(groups)),
         "config": config_table(order),
-        "findings": [finding for at, run in enumerate(order) for finding in findings_of(run, at)],
+        "findings": [{"run": at, **found._asdict()} for at, run in enumerate(order) for found in findings_of(run)],
         **packed,
     }
     return data, tokens
@@ -134,12 +142,6 @@ def scores_of(scores: Any) -> Row | None:
     names = ("exact_match", "exact_match_error", "s_acc", "s_format", "n")
     kept = {name: scores[name] for name in names if is_number(scores.get(name))}
     return {**kept, "greedy": scores_of({**greedy, "greedy": None}) if isinstance(greedy, Mapping) else None}
-
-
-def findings_of(run: Run, at: int) -> list[Row]:
-    """Why the run is not learning, as far as its metrics tell."""
-    found = diagnose(run.metrics, run.evaluations, parse_toml(run.config, str(run.folder)))
-    return [{"run": at, **finding._asdict()} for finding in found]
 
 
 def charts(groups: Sequence[Group]) -> Iterator[Row]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from rest_rl.analyze.tables import is_number
 from rest_rl.config import parse_toml
+from rest_rl.diagnosis.history import step_of
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.response import NUM_REGIONS, Gold, ParsedResponse, Region, gold_from_json
 from rest_rl.rewards import Finding, accuracy_score, format_score
@@ -139,11 +140,6 @@ def thinned(rows: Sequence[Row], limit: int) -> list[Row]:
             taken[step_of(row)] += 1
             chosen.append(row)
     return chosen
-
-
-def step_of(row: Mapping[str, Any]) -> int:
-    """The step that a row was made in; 0 if it does not say."""
-    return int(step) if is_number(step := row.get("step")) else 0
 
 
 def format_of(run: Run) -> ToolFormat | None:

@@ -1,44 +1,25 @@
 """Where the reward signal of a model lies: figures per region and per weight rule from sampled groups, no training.
 
 Shapes: M prompts with a group of responses each, R regions, T sampled tokens. A leading axis "1+M" holds a statistic of
-all prompts and then that with each prompt left out, from which `Estimate.of` takes the jackknife error: whatever is
-computed from such arrays element by element keeps its error, differences of two rules on the same prompts included.
-Products of gradients are averaged over pairs of different prompts, so that no sample's noise is taken for signal.
+all prompts and then that with each prompt left out (`rest_rl.analyze.estimates`). Products of gradients are averaged
+over pairs of different prompts, so that no sample's noise is taken for signal.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from rest_rl.analyze.estimates import Estimate, left_out, quotient
+from rest_rl.analyze.gradient_variance import GradientSeries, gain
 from rest_rl.data.groups import Group, Response
 from rest_rl.response import NUM_REGIONS, Region
 
 LEAST_PROMPTS = 8
 """Fewer leave no pairs to speak of when some are left out."""
-
-
-class Estimate(NamedTuple):
-    """A figure and its standard error over prompts; NaN where it is not defined."""
-
-    value: float
-    error: float
-
-    @classmethod
-    def of(cls, values_1M: np.ndarray) -> Estimate:
-        """From a statistic of all prompts and of all but one: se² = (M-1)/M sum_m (x_-m - mean)² (jackknife)."""
-        left_out_M = values_1M[1:]
-        count = len(left_out_M)
-        spread = float(((left_out_M - left_out_M.mean()) ** 2).sum())
-        return cls(float(values_1M[0]), math.sqrt((count - 1) / count * spread))
-
-    def is_above(self, least: float, errors: float) -> bool:
-        """Whether it is more than so many errors above `least`; False where it is not defined."""
-        return self.value - errors * self.error > least
 
 
 class GroupTokens(NamedTuple):
@@ -79,6 +60,8 @@ class GradientFacts(NamedTuple):
     """E<g_r, g> / E|g|²: with its share of the overlaps, so that regions add up to 1."""
     signal_share: Estimate
     """<E g_r, t> / <E g, t>, t the gradient of the expected reward; regions add up to 1."""
+    surplus: Estimate
+    """norm_share - signal_share: above 0 where there is more noise than signal."""
     snr: Estimate
     """|E g_r|² / E|g_r - E g_r|² of one prompt; of a step of P prompts it is P times as much."""
 
@@ -132,6 +115,8 @@ class SureTokens(NamedTuple):
     share: Estimate
     """Of the tokens."""
     signal_share: Estimate
+    surplus: Estimate
+    """signal_share - share"""
 
 
 @dataclass(frozen=True)
@@ -215,20 +200,39 @@ def pair_counts(responses: Sequence[Response], region: Region) -> tuple[float, .
     return (*counts[True], *counts[False], differing, 1)
 
 
-def gradient_facts(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> GradientFacts:
-    """Figures of some regions together, from inner products of gradients.
+class RegionSeries(NamedTuple):
+    """The gradient's figures of some regions together, see `GradientFacts`."""
 
-    K = R + 1: the gradients g_r of every region in the order of `Region`, then t, that of the expected reward; M
-    prompts each. g = sum_r g_r is the unweighted gradient.
-    """
-    every, some = list(Region), list(regions)
-    own = Products.of(summed(gram_KMKM, some, some))
-    overlap, square = Products.of(summed(gram_KMKM, some, every)), Products.of(summed(gram_KMKM, every, every))
-    along, signal = (Products.of(summed(gram_KMKM, part, [NUM_REGIONS])) for part in (some, every))
+    norm_share_1M: np.ndarray
+    signal_share_1M: np.ndarray
+    snr_1M: np.ndarray
+
+    @classmethod
+    def of(cls, gram_KMKM: np.ndarray, regions: Sequence[Region]) -> RegionSeries:
+        """From inner products of gradients.
+
+        K = R + 1: the gradients g_r of every region in the order of `Region`, then t, that of the expected reward; M
+        prompts each. g = sum_r g_r is the unweighted gradient.
+        """
+        every, some = list(Region), list(regions)
+        own = Products.of(summed(gram_KMKM, some, some))
+        overlap, square = Products.of(summed(gram_KMKM, some, every)), Products.of(summed(gram_KMKM, every, every))
+        along, signal = (Products.of(summed(gram_KMKM, part, [NUM_REGIONS])) for part in (some, every))
+        return cls(
+            quotient(overlap.within_1M, square.within_1M),
+            quotient(along.across_1M, signal.across_1M),
+            quotient(own.across_1M, own.noise()),
+        )
+
+
+def gradient_facts(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> GradientFacts:
+    """Figures of some regions together, from inner products of gradients (`RegionSeries.of`)."""
+    own = RegionSeries.of(gram_KMKM, regions)
     return GradientFacts(
-        Estimate.of(quotient(overlap.within_1M, square.within_1M)),
-        Estimate.of(quotient(along.across_1M, signal.across_1M)),
-        Estimate.of(quotient(own.across_1M, own.noise())),
+        norm_share=Estimate.of(own.norm_share_1M),
+        signal_share=Estimate.of(own.signal_share_1M),
+        surplus=Estimate.of(own.norm_share_1M - own.signal_share_1M),
+        snr=Estimate.of(own.snr_1M),
     )
 
 
@@ -262,52 +266,32 @@ class Products(NamedTuple):
 
 
 class RuleSeries(NamedTuple):
-    """A rule's figures of a step, from all prompts and with each of J blocks of them left out."""
+    """A rule, its weights, and its figures of a step."""
 
     name: str
     weights: Mapping[str, float]
     bounds: tuple[float, float]
-    noise_ratio_1J: np.ndarray
-    cosine_1J: np.ndarray
-    eff_1J: np.ndarray
-    """Expected improvement per unit step."""
-    eff_adam_1J: np.ndarray
+    series: GradientSeries
 
 
 def rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> tuple[RuleFacts, ...]:
     """Figures of every rule against the first one, which has uniform weights, and the mean of the shuffled ones."""
-    gains = [quotient(rule.eff_adam_1J, above_zero(rules[0].eff_adam_1J)) - 1 for rule in rules]
-    plain_gains = [quotient(rule.eff_1J, above_zero(rules[0].eff_1J)) - 1 for rule in rules]
-    control_1J = np.mean([gain for gain, rule in zip(gains, rules, strict=True) if rule.name in shuffled], axis=0)
+    base = rules[0].series
+    gains = [gain(rule.series.adam_1K, base.adam_1K) for rule in rules]
+    control_1K = np.mean([own for own, rule in zip(gains, rules, strict=True) if rule.name in shuffled], axis=0)
     return tuple(
         RuleFacts(
             rule.name,
             rule.weights,
             rule.bounds,
-            noise_ratio=Estimate.of(rule.noise_ratio_1J),
-            cosine=Estimate.of(rule.cosine_1J),
-            gain=Estimate.of(plain_1J),
-            adam_gain=Estimate.of(gain_1J),
-            adam_over_shuffled=Estimate.of(gain_1J - control_1J),
+            noise_ratio=Estimate.of(rule.series.ratio_1K),
+            cosine=Estimate.of(rule.series.cosine_1K),
+            gain=Estimate.of(gain(rule.series.progress_1K, base.progress_1K)),
+            adam_gain=Estimate.of(gain_1K),
+            adam_over_shuffled=Estimate.of(gain_1K - control_1K),
         )
-        for rule, plain_1J, gain_1J in zip(rules, plain_gains, gains, strict=True)
+        for rule, gain_1K in zip(rules, gains, strict=True)
     )
-
-
-def above_zero(values: np.ndarray) -> np.ndarray:
-    """NaN in the place of numbers that are not positive, to which nothing can be compared."""
-    return np.where(values > 0, values, math.nan)
-
-
-def left_out(sums_M: np.ndarray) -> np.ndarray:
-    """The sum over prompts, then the sums without each of them: (1+M, ...)."""
-    total = sums_M.sum(0, keepdims=True)
-    return np.concatenate([total, total - sums_M])
-
-
-def quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Element by element, NaN where the divisor is 0."""
-    return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, math.nan), where=below != 0)
 
 
 def region_sums(regions_T: np.ndarray, values_T: np.ndarray) -> np.ndarray:
@@ -350,8 +334,9 @@ def region_facts(
     overall = mean(np.concatenate([group.entropies_T for group in tokens]))
     sure = [region for label, region in regions.items() if seen[label].entropy.value < overall]
     shares_1M = left_out(np.stack([[np.isin(group.regions_T, sure).sum(), len(group.regions_T)] for group in tokens]))
-    share = Estimate.of(quotient(shares_1M[:, 0], shares_1M[:, 1]))
-    return facts, SureTokens(tuple(r.label for r in sure), share, gradient_facts(gram_KMKM, sure).signal_share)
+    share_1M, signal_1M = quotient(shares_1M[:, 0], shares_1M[:, 1]), RegionSeries.of(gram_KMKM, sure).signal_share_1M
+    estimates = (Estimate.of(values_1M) for values_1M in (share_1M, signal_1M, signal_1M - share_1M))
+    return facts, SureTokens(tuple(region.label for region in sure), *estimates)
 
 
 def signal_and_noise(gram_KMKM: np.ndarray) -> tuple[Estimate, Estimate, float]:

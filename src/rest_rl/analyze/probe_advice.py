@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from rest_rl.analyze.probe import Estimate, Probe, RuleFacts
-from rest_rl.analyze.probe_gradients import NO_REASONING, candidates
+from rest_rl.analyze.estimates import Estimate
+from rest_rl.analyze.probe import Probe, RuleFacts
+from rest_rl.analyze.rivals import NO_REASONING, candidates
 
 SURE = 2.0
 """Standard errors that a figure must be from 0 to be read."""
 SURE_OF_BEST = 2.5
-"""The same for the best of several candidates: 2.33 would be Bonferroni's for 5 at a one-sided 5 %."""
+"""The same for the most striking of several: at a one-sided 5 % Bonferroni's would be 2.33 for 5, 2.39 for 6."""
 MATTERS = 0.05
 """A gain per step of 5 % is what a 5 % larger learning rate gives as well; runs of this project could not tell less."""
 NAMED = 3
@@ -88,16 +89,9 @@ def signal_sentences(probe: Probe) -> Iterator[str]:
 
 def noise_sentences(probe: Probe) -> Iterator[str]:
     """The region whose gradient is noise above all, and what the step would be without that of the reasoning."""
-    surplus = {
-        label: Estimate(
-            facts.gradient.norm_share.value - facts.gradient.signal_share.value,
-            math.hypot(facts.gradient.norm_share.error, facts.gradient.signal_share.error),
-        )
-        for label, facts in probe.regions.items()
-    }
-    label = max(surplus, key=lambda name: surplus[name].value)
-    if surplus[label].is_above(0, SURE):
-        own = probe.regions[label].gradient
+    label = max(probe.regions, key=lambda name: probe.regions[name].gradient.surplus.value)
+    own = probe.regions[label].gradient
+    if own.surplus.is_above(0, SURE_OF_BEST):
         yield (
             f"more noise than signal comes from {PHRASES[label]}: {percent(own.norm_share)} of the squared gradient "
             f"norm, {percent(own.signal_share)} of the signal"
@@ -113,11 +107,9 @@ def noise_sentences(probe: Probe) -> Iterator[str]:
 def sure_sentence(probe: Probe) -> str:
     """Whether the regions of low entropy carry more signal than tokens, which is what ResT builds on."""
     sure = probe.sure
-    error = math.hypot(sure.signal_share.error, sure.share.error)
-    surplus = Estimate(sure.signal_share.value - sure.share.value, error)
-    if surplus.is_above(0, SURE):
+    if sure.surplus.is_above(0, SURE):
         against = "more than their share, as ResT supposes"
-    elif Estimate(-surplus.value, error).is_above(0, SURE):
+    elif Estimate(-sure.surplus.value, sure.surplus.error).is_above(0, SURE):
         against = "less than their share, against what ResT supposes"
     else:
         against = "which may well be their share"

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rest_rl.analyze.gradient_variance import block_sums, norm_cap, quotient, total
+from rest_rl.analyze.gradient_variance import blocks_for, gradient_series, norm_cap
 from rest_rl.analyze.gradients import Coordinates, padded, token_statistics, weighted_gradients
 from rest_rl.analyze.probe import GroupTokens, RuleSeries
+from rest_rl.analyze.rivals import UNIFORM
 from rest_rl.data.groups import Group
 from rest_rl.formats import ToolFormat
-from rest_rl.presets import PRESETS, Preset, token_weights
+from rest_rl.presets import Preset, token_weights
 from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.weights import (
     RegionStatistics,
-    Rule,
     WeightConfig,
     apply_curriculum,
     assign_weights,
@@ -37,55 +36,8 @@ ROUND = 3
 """Rules whose gradients are in memory at a time."""
 MEMORY = 2**31
 """Bytes of gradients in memory; beyond it a random subset of the coordinates is kept."""
-BLOCKS = 16
-"""Of prompts, for the errors of a rule's figures."""
 CHUNK = 2**16
-UNIFORM, NO_REASONING = "uniform", "no reasoning"
-ENTROPY_RULES: tuple[Rule, ...] = ("one_minus_exp", "inverse", "collision")
-SHUFFLED = ("permuted 1", "permuted 2", "permuted 3")
-"""The controls: weights of `rest`, dealt to regions by chance."""
 Advance = Callable[[], None]
-
-
-def probe_rules() -> dict[str, Preset]:
-    """The rules that a probe compares, uniform weights first; all but the presets have the clip range of `rest`."""
-    return {
-        UNIFORM: PRESETS["grpo"],
-        **{name: with_weights(config) for name, config in candidates().items()},
-        "paper": PRESETS["paper"],
-        "authors-code": PRESETS["authors-code"],
-        "inverted": with_weights(replace(rest_weights(), rule="inverted")),
-        "top_entropy": with_weights(replace(rest_weights(), rule="top_entropy")),
-        NO_REASONING: with_weights(replace(rest_weights(), rule="uniform", dropped=("reasoning",))),
-        **{
-            name: with_weights(replace(rest_weights(), rule="permuted", seed=seed))
-            for seed, name in enumerate(SHUFFLED, start=1)
-        },
-    }
-
-
-def candidates() -> dict[str, WeightConfig]:
-    """The weights that a probe may recommend: those of `rest`, at other strengths, and by other rules of entropy."""
-    own = rest_weights()
-    strengths = [strength for strength in (0.25, 0.5, 1.0) if strength != own.strength]
-    others: list[Rule] = [rule for rule in ENTROPY_RULES if rule != own.rule]
-    return {
-        "rest": own,
-        **{f"rest, strength {strength:g}": replace(own, strength=strength) for strength in strengths},
-        **{f"rest, {rule}": replace(own, rule=rule) for rule in others},
-    }
-
-
-def rest_weights() -> WeightConfig:
-    """The weights of the preset `rest`."""
-    own = PRESETS["rest"].weights
-    assert own is not None
-    return own
-
-
-def with_weights(config: WeightConfig) -> Preset:
-    """The preset `rest` with other weights."""
-    return replace(PRESETS["rest"], weights=config)
 
 
 class ProbeGradients(NamedTuple):
@@ -147,7 +99,7 @@ class Weigher:
             return [self._published(preset, group) for group in self.groups]
         if config.rule == "top_entropy":
             return self._top_entropy(config)
-        weights_R = apply_curriculum(region_weights(self.statistics, config), self.progress, config)
+        weights_R = self._region_weights(config)
         return [assign_weights(weights_R, *regions_of(group)) for group in self.groups]
 
     def bounds(self, preset: Preset) -> tuple[float, float]:
@@ -155,9 +107,12 @@ class Weigher:
         config = preset.weights
         if config is None or config.rule == "top_entropy":
             return math.nan, math.nan
-        weights_R = apply_curriculum(region_weights(self.statistics, config), self.progress, config)
+        weights_R = self._region_weights(config)
         seen = weights_R[self.statistics.counts_R > 0]
         return float(seen.min()), float(seen.max())
+
+    def _region_weights(self, config: WeightConfig) -> Tensor:
+        return apply_curriculum(region_weights(self.statistics, config), self.progress, config)
 
     def _published(self, preset: Preset, group: Group) -> Tensor:
         ids_BT, mask_BT = padded([response.ids for response in group.responses])
@@ -240,11 +195,6 @@ def passes(groups: int, rules: int) -> int:
     return groups * (1 + -(-(rules - 1) // ROUND))
 
 
-def most_per_step(groups: int) -> int:
-    """The largest step that can be predicted from so many groups: as many as are left when a block is left out."""
-    return groups - -(-groups // min(BLOCKS, groups - 2))
-
-
 def rounds(names: Sequence[str]) -> Iterator[Sequence[str]]:
     """The rules that share a forward pass."""
     for first in range(0, len(names), ROUND):
@@ -313,16 +263,8 @@ class Judge(NamedTuple):
         self, name: str, weights: Mapping[str, float], bounds: tuple[float, float], vectors_MN: Tensor
     ) -> RuleSeries:
         """A rule's figures, from all prompts and with each block of them left out."""
-        batch, blocks = self.prompts_per_step, min(BLOCKS, len(vectors_MN) - 2)
-        sums = block_sums(vectors_MN, self.true_MN, blocks, self.scales_M)
-        whole = total(sums)
-        parts = [whole, *(whole.without(block) for block in sums)]
-        return RuleSeries(
-            name,
-            weights,
-            bounds,
-            noise_ratio_1J=np.array([quotient(part.variance / batch, max(part.mean_square, 0.0)) for part in parts]),
-            cosine_1J=np.array([part.cosine() for part in parts]),
-            eff_1J=np.array([part.eff(batch) for part in parts]),
-            eff_adam_1J=np.array([part.eff(batch, adam=True) for part in parts]),
-        )
+        series = gradient_series(
+            vectors_MN, self.true_MN, batch=self.prompts_per_step, blocks=blocks_for(len(vectors_MN)),
+            scales_M=self.scales_M,
+        )  # fmt: skip
+        return RuleSeries(name, weights, bounds, series)

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rest_rl.analyze.probe import Estimate, Probe, RegionFacts, RuleFacts
+from rest_rl.analyze.estimates import Estimate
+from rest_rl.analyze.probe import Probe, RegionFacts, RuleFacts
 from rest_rl.analyze.probe_advice import Advice, advice_on, verdict
 from rest_rl.analyze.tables import markdown_table
 

@@ -15,6 +15,7 @@ from rest_rl.analyze.tables import (
     change,
     comparison_rows,
     curve,
+    finished_steps,
     group_runs,
     is_number,
     markdown_table,
@@ -38,11 +39,6 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     except OSError as error:
         raise unwritable(target, error) from error
     return page
-
-
-def finished_steps(run: Run) -> int:
-    """Steps that a run has finished; one that logged no metrics has them in its times and its summary."""
-    return max([row.get("step", 0) for row in (*run.metrics, *run.timing)] + [run.summary.get("steps", 0)])
 
 
 def report_text(groups: Sequence[Group], plots: dict[str, Path], base: Path) -> str:

@@ -15,33 +15,18 @@ from typing import NamedTuple, cast
 import numpy as np
 from scipy.integrate import quad
 from scipy.optimize import brentq
-from scipy.stats import chi, false_discovery_control, norm, t
+from scipy.stats import chi, norm, t
 
-LEVEL = 0.05
+from rest_rl.significance import LEVEL, Interval
+
 POWER = 0.8
 EXACT_SEEDS = 16
 """Seeds up to which every assignment of signs is tried."""
 DRAWS = 20_000
 MOST_SEEDS = 10_000
 NAN = float("nan")
-
-
-class Interval(NamedTuple):
-    """A mean, or a difference of two, with its 95 % interval; NaN limits where there is no spread to tell from."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def half(self) -> float:
-        """Half its width."""
-        return (self.high - self.low) / 2
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 lies outside; an unknown interval excludes nothing."""
-        return self.low > 0 or self.high < 0
+ROUNDING = 1e-9
+"""Share of a value, or of the largest of several, below which a difference counts as none: shares are not exact."""
 
 
 class Paired(NamedTuple):
@@ -81,10 +66,18 @@ def half_width(values: Sequence[float]) -> float:
     """t(0.975, n - 1) s / sqrt(n), NaN for fewer than two values and for values without any spread but not all 0."""
     if len(values) < 2:
         return NAN
-    sd = statistics.stdev(values)
+    sd = spread(values)
     if sd == 0:
         return NAN if any(values) else 0.0
     return float(t.ppf(1 - LEVEL / 2, len(values) - 1)) * sd / math.sqrt(len(values))
+
+
+def spread(values: Sequence[float]) -> float:
+    """The sample standard deviation, 0 where it is rounding alone; NaN for fewer than two values."""
+    if len(values) < 2:
+        return NAN
+    sd = statistics.stdev(values)
+    return sd if sd > ROUNDING * max(abs(value) for value in values) else 0.0
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paired:
@@ -93,16 +86,26 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paired:
     Differences that are all 0 have p = 1; differences that are all alike but not 0 say nothing of the noise, and their
     p is NaN.
     """
-    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    sd = statistics.stdev(differences) if len(differences) > 1 else NAN
-    return Paired(len(differences), mean_interval(differences), sd, t_test(differences), sign_flip_test(differences))
+    differences = [without_rounding(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    return Paired(
+        len(differences),
+        mean_interval(differences),
+        spread(differences),
+        t_test(differences),
+        sign_flip_test(differences),
+    )
+
+
+def without_rounding(ours: float, theirs: float) -> float:
+    """The difference, 0 if it is rounding alone."""
+    return 0.0 if math.isclose(ours, theirs, rel_tol=ROUNDING) else ours - theirs
 
 
 def t_test(differences: Sequence[float]) -> float:
     """Student's one-sample t test against 0, two-sided; NaN without spread, but 1 if nothing differs at all."""
     if len(differences) < 2:
         return NAN
-    sd = statistics.stdev(differences)
+    sd = spread(differences)
     if sd == 0:
         return NAN if any(differences) else 1.0
     score = statistics.fmean(differences) / (sd / math.sqrt(len(differences)))
@@ -127,17 +130,6 @@ def sign_flip_test(differences: Sequence[float], seed: int = 0) -> float:
         signs = np.random.default_rng(seed).choice((1, -1), size=(DRAWS, n))
         hits, draws = int((np.abs(signs @ values) >= observed - 1e-12).sum()) + 1, DRAWS + 1
     return hits / draws
-
-
-def q_values(p_values: Sequence[float]) -> list[float]:
-    """Benjamini and Hochberg's q-values of the tests that have a p, NaN for the others.
-
-    https://doi.org/10.1111/j.2517-6161.1995.tb02031.x. The tests share their reference and so depend on each other
-    positively, under which the bound is known to hold for one-sided tests and taken to hold for these.
-    """
-    known = [p for p in p_values if not math.isnan(p)]
-    adjusted = iter(false_discovery_control(known) if known else [])
-    return [NAN if math.isnan(p) else float(next(adjusted)) for p in p_values]
 
 
 def power_of(difference: float, sd: float, n: int) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 from rest_rl.config import parse_toml
+from rest_rl.diagnosis.history import step_of
 from rest_rl.runlog import Run
 
 SCORES = ("exact_match", "s_acc", "s_format")
@@ -79,13 +80,19 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def finished_steps(run: Run) -> int:
+    """Steps that a run has finished; one that logged no metrics has them in its times and its summary."""
+    rows = (*run.metrics, *run.timing, {"step": run.summary.get("steps")})
+    return max(step_of(row) for row in rows)
+
+
 def curve(runs: Iterable[Run], key: str) -> Curve:
     """A metric over steps, mean and spread over runs; steps where no run has a number are left out."""
     by_step: dict[int, list[float]] = {}
     for run in runs:
         for row in run.metrics:
-            if is_number(row.get(key)):
-                by_step.setdefault(int(row["step"]), []).append(float(row[key]))
+            if is_number(row.get(key)) and is_number(row.get("step")):
+                by_step.setdefault(step_of(row), []).append(float(row[key]))
     return curve_of({step: mean_and_sd(values) for step, values in by_step.items()})
 
 
@@ -105,8 +112,8 @@ def evaluation_curve(runs: Sequence[Run], *, greedy: bool) -> Curve:
     for run in measured:
         for row in run.evaluations:
             scores = (row.get("greedy") or {}) if greedy else row
-            if is_number(value := scores.get("exact_match")):
-                by_step.setdefault(int(row["step"]), []).append((value, scores.get("exact_match_error") or 0.0))
+            if is_number(value := scores.get("exact_match")) and is_number(row.get("step")):
+                by_step.setdefault(step_of(row), []).append((value, scores.get("exact_match_error") or 0.0))
     if len(measured) == 1:
         return curve_of({step: pairs[0] for step, pairs in by_step.items()})
     return curve_of({step: mean_and_sd([value for value, _ in pairs]) for step, pairs in by_step.items()})

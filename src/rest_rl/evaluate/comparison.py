@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rest_rl.evaluate.eval_log import SAMPLES, SUMMARY, Row
-from rest_rl.evaluate.intervals import Estimate, false_discovery, mcnemar, paired_difference, weighted_mean
+from rest_rl.evaluate.intervals import mcnemar, paired_difference, weighted_mean
 from rest_rl.jsonl import as_json, reason
 from rest_rl.runlog import read_object, read_rows, replace_file
+from rest_rl.significance import Interval, q_values
 
 FLIPS = "flips.jsonl"
 ALL = "all"
@@ -163,8 +164,7 @@ def changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[st
         name: [(first.rows[i][metric], second.rows[i][metric]) for i in own] for name, own in members.items() if own
     }
     tests = [mcnemar(*flipped(own)) for own in pairs.values()]
-    q_values = false_discovery(tests)
-    groups = [change(name, own, q) for (name, own), q in zip(pairs.items(), q_values, strict=True)]
+    groups = [change(name, own, q) for (name, own), q in zip(pairs.items(), q_values(tests), strict=True)]
     averages = average_changes(first, second, groups) if metric == first.summary["metrics"][0] else []
     return (*groups, *averages, change(ALL, [pair for own in pairs.values() for pair in own], None))
 
@@ -189,7 +189,7 @@ def average_change(name: str, parts: Sequence[tuple[float, Change]]) -> Change:
     """The change of the average of weighted groups."""
     total = sum(weight for weight, _ in parts)
     base, tuned = (sum(weight * getattr(part, side) for weight, part in parts) / total for side in ("base", "tuned"))
-    value, low, high = weighted_mean((weight, Estimate(part.difference, part.low, part.high)) for weight, part in parts)
+    value, low, high = weighted_mean((weight, Interval(part.difference, part.low, part.high)) for weight, part in parts)
     n, lost, gained = (sum(getattr(part, count) for _, part in parts) for count in ("n", "lost", "gained"))
     return Change(name, n, base, tuned, value, low, high, lost, gained, None)
 

@@ -6,20 +6,13 @@ All are of 95 % and take counts. Samples count as independent, and the benchmark
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
 
-from scipy.stats import binomtest, false_discovery_control, norm
+from scipy.stats import binomtest, norm
+
+from rest_rl.significance import Interval
 
 CONFIDENCE = 0.95
-
-
-class Estimate(NamedTuple):
-    """A share, or a difference of two, and its interval, which holds it."""
-
-    value: float
-    low: float
-    high: float
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -45,7 +38,7 @@ def mcnemar(lost: int, gained: int) -> float:
     return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
-def paired_difference(lost: int, gained: int, n: int) -> Estimate:
+def paired_difference(lost: int, gained: int, n: int) -> Interval:
     """The change (gained - lost) / n of accuracy on the same n samples, with Bonett and Price's adjusted Wald interval.
 
     With p = (lost + 1) / (n + 2) and q = (gained + 1) / (n + 2) the interval is q - p ± z sqrt((p + q - (q - p)²) /
@@ -55,13 +48,13 @@ def paired_difference(lost: int, gained: int, n: int) -> Estimate:
     check_counts(lost, n)
     check_counts(gained, n - lost)
     if n == 0:
-        return Estimate(0.0, -1.0, 1.0)
+        return Interval(0.0, -1.0, 1.0)
     p, q = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
     half = float(norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt((p + q - (q - p) ** 2) / (n + 2))
-    return Estimate((gained - lost) / n, max(-1.0, q - p - half), min(1.0, q - p + half))
+    return Interval((gained - lost) / n, max(-1.0, q - p - half), min(1.0, q - p + half))
 
 
-def weighted_mean(parts: Iterable[tuple[float, Estimate]]) -> Estimate:
+def weighted_mean(parts: Iterable[tuple[float, Interval]]) -> Interval:
     """The mean of (weight, estimate) pairs of separate samples, with the interval of the method MOVER.
 
     The distances from the mean to its limits are the roots of the sums of squares of the parts' own distances, times
@@ -79,16 +72,7 @@ def weighted_mean(parts: Iterable[tuple[float, Estimate]]) -> Estimate:
     value, least, most = (math.fsum(weight * part[i] for weight, part in pairs) / total for i in range(3))
     below, above = (math.hypot(*(weight * (part[i] - part.value) for weight, part in pairs)) / total for i in (1, 2))
     # The mean of the limits bounds them anyway; rounding is kept from passing 0 or 1.
-    return Estimate(value, max(least, value - below), min(most, value + above))
-
-
-def false_discovery(p_values: Sequence[float]) -> list[float]:
-    """Benjamini and Hochberg's q-values: among the tests with q <= 0.05 at most 5 % are expected to be chance.
-
-    Benjamini, Y. and Hochberg, Y. (1995), https://doi.org/10.1111/j.2517-6161.1995.tb02031.x, for independent tests:
-    groups without a common sample are. No test has none.
-    """
-    return [float(q) for q in false_discovery_control(list(p_values))] if p_values else []
+    return Interval(value, max(least, value - below), min(most, value + above))
 
 
 def check_counts(part: int, whole: int) -> None:

@@ -21,6 +21,7 @@ from rest_rl.config import RunConfig, describe, fits, options, parse_toml, unkno
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.data.samples import ToolSample
 from rest_rl.diagnosis import Diagnosis, Finding
+from rest_rl.diagnosis.history import step_of
 from rest_rl.formats import get_format
 from rest_rl.runlog import CHECKPOINTS, EVALUATIONS, METRICS, RunLog, read_rows, unwritable
 from rest_rl.train.checkpoints import Checkpoint
@@ -98,7 +99,7 @@ class Recorder(TrainerCallback):
     def _diagnose(self, row: Mapping[str, Any], total: int) -> list[Finding]:
         """What a row of metrics shows for the first time."""
         evaluations = read_rows(self.log.folder / EVALUATIONS)
-        due = [seen for seen in evaluations[self._evaluations :] if seen.get("step", 0) <= row["step"]]
+        due = [seen for seen in evaluations[self._evaluations :] if step_of(seen) <= step_of(row)]
         self._evaluations += len(due)
         for seen in due:
             self._diagnosis.add_evaluation(seen)

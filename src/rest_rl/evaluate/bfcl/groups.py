@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rest_rl.evaluate.bfcl.package import Version
-from rest_rl.evaluate.intervals import Estimate, weighted_mean, wilson
+from rest_rl.evaluate.intervals import weighted_mean, wilson
+from rest_rl.significance import Interval
 
 NON_LIVE: Mapping[Version, tuple[str, ...]] = {
     "v3": ("simple", "java", "javascript", "multiple", "parallel", "parallel_multiple", "irrelevance"),
@@ -37,9 +38,9 @@ class Score(NamedTuple):
     number: int
 
     @property
-    def estimate(self) -> Estimate:
+    def estimate(self) -> Interval:
         """The share with its Wilson interval."""
-        return Estimate(self.correct / self.number, *wilson(self.correct, self.number))
+        return Interval(self.correct / self.number, *wilson(self.correct, self.number))
 
 
 def categories(version: Version) -> tuple[str, ...]:
