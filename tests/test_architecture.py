@@ -39,6 +39,7 @@ ADDRESSES = {
     "transformers": [
         "train/entropy_tracker.py",
         "train/policy.py",
+        "train/response_record.py",
         "train/run.py",
         "train/tool_world_model.py",
         "train/model_size.py",
@@ -51,6 +52,7 @@ ADDRESSES = {
         "rewards.py",
         "significance.py",
         "evaluate/intervals.py",
+        "analyze/estimates.py",
         "analyze/optimal_weights.py",
         "analyze/token_bounds.py",
         "analyze/seed_statistics.py",
