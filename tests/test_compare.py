@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import pytest
 from rest_rl.analyze.compare import area_under, compare, figures, step_curves
 from rest_rl.analyze.compare_text import write_comparison
 from rest_rl.analyze.compare_verdict import verdict
-from rest_rl.grid import METHODS, RunName, is_finished, read_grid
+from rest_rl.config import RunConfig
+from rest_rl.grid import METHODS, Grid, RunName, is_finished, read_grid
 from rest_rl.runlog import RunLog, read_run
 from tests.made_up_grid import Effect, make_grid, make_run
 
@@ -84,6 +87,35 @@ def test_a_lead_that_shuffled_weights_have_too(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.004), "rest": better, "permuted": better})
     text = said(tmp_path)
     assert "**Weights matter, but shuffled ones do as well**" in text
+    assert "less than half of its lead, so the regions do not explain it" in text
+
+
+LEADING = {"grpo": Effect(noise=0.004), "rest": Effect(0.08, noise=0.004)}
+
+
+@pytest.mark.parametrize(("seeds", "words"), [((7, 8), "no seed"), ((0,), "one seed")])
+def test_shuffled_weights_under_other_seeds_say_nothing(tmp_path: Path, seeds: tuple[int, ...], words: str) -> None:
+    grid = make_grid(tmp_path, LEADING)
+    for seed in seeds:
+        make_run(tmp_path, RunName("permuted", "", seed), permuted_run(grid, seed), Effect(0.08, noise=0.004))
+    text = said(tmp_path)
+    assert f"`rest` and `permuted` have {words} in common: whether the regions explain the lead cannot be told." in text
+    assert "nan" not in text
+    assert "do as well" not in text
+
+
+def test_shuffled_weights_that_scatter_leave_it_open(tmp_path: Path) -> None:
+    make_grid(tmp_path, {**LEADING, "permuted": Effect(0.06, noise=0.06)})
+    text = said(tmp_path)
+    assert re.search(r"`rest` is .*\[-.*\] points above shuffled weights: whether the regions .* cannot be told", text)
+    assert "do as well" not in text
+
+
+def permuted_run(grid: Grid, seed: int) -> RunConfig:
+    return replace(grid, methods={**grid.methods, "permuted": METHODS_AS_TABLES["permuted"]}).run("permuted", "", seed)
+
+
+METHODS_AS_TABLES = read_grid(None, methods=list(METHODS)).methods
 
 
 def test_a_lead_without_the_control_is_left_open(tmp_path: Path) -> None:
@@ -95,15 +127,89 @@ def test_only_the_control_leads(tmp_path: Path) -> None:
     make_grid(
         tmp_path, {"grpo": Effect(noise=0.004), "rest": Effect(noise=0.004), "permuted": Effect(0.1, noise=0.004)}
     )
-    assert "Only `permuted` does better" in said(tmp_path)
+    assert "`permuted` does better beyond seed noise, and no method with ResT's own weights was seen to" in said(
+        tmp_path
+    )
 
 
-def test_a_reference_that_learns_nothing_and_random_rewards_that_teach(tmp_path: Path) -> None:
-    make_grid(tmp_path, {"grpo": Effect(-0.2, noise=0.05), "random": Effect(noise=0.01)})
+def with_gains(folder: Path, gains: dict[str, tuple[float, ...]]) -> str:
+    """The verdict on runs that gained so much over their start, seed by seed."""
+    make_grid(folder, dict.fromkeys(gains, Effect()), seeds=max(map(len, gains.values())))
+    for method, own in gains.items():
+        for seed in range(max(map(len, gains.values()))):
+            place = folder / "runs" / f"{method}-{seed}"
+            if seed < len(own):
+                scores = {"before": {"exact_match": 0.4}, "after": {"exact_match": 0.4 + own[seed]}}
+                (place / "summary.json").write_text(json.dumps({"steps": 60, **scores}))
+            else:
+                shutil.rmtree(place)
+    return said(folder)
+
+
+def test_whether_the_reference_learnt_has_three_answers(tmp_path: Path) -> None:
+    # five gains of .0 ± .002: half = 2.776 * .0016 / sqrt(5) = .002, so below 3 points for sure
+    flat = with_gains(tmp_path / "a", {"grpo": (0.002, -0.002, 0.0, 0.001, -0.001)})
+    assert "`grpo` itself gained nothing to speak of (" in flat
+    learnt = with_gains(tmp_path / "b", {"grpo": (0.2, 0.25, 0.21)})
+    assert "`grpo` learnt: +22.0 [" in learnt
+    # .4, -.3, .2: mean .1 and a half of .9
+    unknown = with_gains(tmp_path / "c", {"grpo": (0.4, -0.3, 0.2)})
+    assert "Whether `grpo` itself learnt cannot be told (+10.0 [" in unknown
+    assert "grid in which so little is learnt" not in unknown
+    assert "`grpo` gained +20.0 points over its start." in with_gains(tmp_path / "d", {"grpo": (0.2,)})
+
+
+def test_whether_random_rewards_teach_has_three_answers(tmp_path: Path) -> None:
+    grpo = (0.2, 0.25, 0.21)
+    taught = with_gains(tmp_path / "a", {"grpo": grpo, "random": (0.1, 0.12, 0.11)})
+    assert "change exact match by +11.0 [+8.5, +13.5] points: **part of every gain here needs no reward.**" in taught
+    assert "None of" not in taught  # `random` is no rival
+    assert "less than 3 points come without a signal" in with_gains(
+        tmp_path / "b", {"grpo": grpo, "random": (0.001, -0.001, 0.0)}
+    )
+    for name, gains in (("c", (0.2,)), ("d", (0.4, -0.3, 0.2))):
+        text = with_gains(tmp_path / name, {"grpo": grpo, "random": gains})
+        assert "whether something is gained without a signal cannot be told" in text
+        assert "no gain without" not in text
+
+
+def test_methods_short_of_seeds_are_named_and_random_is_none(tmp_path: Path) -> None:
+    noisy = Effect(noise=0.02)
+    grid = make_grid(tmp_path, {"grpo": noisy, "rest": noisy, "dapo": noisy})
+    make_run(tmp_path, RunName("random", "", 0), grid.run("grpo", "", 0), noisy)
     text = said(tmp_path)
-    assert "`grpo` itself did not gain beyond seed noise" in text
-    assert "part of every gain here needs no reward" in text
-    assert "None of" not in text  # `random` is no rival
+    assert "With 5 seeds the grid would have seen" in text
+    assert "One seed has no spread" not in text
+    assert "Fewer seeds" not in text
+    for seed in (1, 2, 3, 4):
+        shutil.rmtree(tmp_path / "runs" / f"dapo-{seed}")
+    text = said(tmp_path)
+    assert "With 5 seeds the grid would have seen" in text
+    assert "Fewer seeds in common with `grpo`, so less was to be seen of them: `dapo` 1." in text
+
+
+@pytest.mark.parametrize(
+    ("lead", "headline"),
+    [
+        (0.0, "**No difference beyond seed noise.** `rest` is "),
+        (0.1, "**`rest` is above `grpo` beyond seed noise** (exact match, p ≤ 0.05)."),
+        (-0.1, "**`rest` is below `grpo` beyond seed noise** (exact match, p ≤ 0.05)."),
+    ],
+)
+def test_two_arms_are_one_comparison(tmp_path: Path, lead: float, headline: str) -> None:
+    make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(lead, noise=0.02)})
+    page, found = write_comparison(tmp_path)
+    assert verdict(found)[0].startswith(headline)
+    text = page.read_text()
+    assert "number of methods" not in text
+    assert " q " not in text
+    section = text.split("## Seed by seed")[1].split("##")[0]
+    figures = [[float(cell) for cell in line.split("|")[2:5]] for line in section.split("\n") if "| seed" in line]
+    assert len(figures) == 5
+    for theirs, ours, difference in figures:
+        assert difference == pytest.approx(ours - theirs, abs=0.11)
+    assert "nan" not in text.lower()
+    assert "## Ablations" not in text
 
 
 def test_one_seed_is_no_test(tmp_path: Path) -> None:
@@ -148,8 +254,9 @@ def test_a_method_that_is_sooner_and_ends_alike(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": noisy, "rest": Effect(0.01, 2, 0.004), "permuted": noisy}, every=2)
     text = said(tmp_path)
     assert re.search(
-        r"Sooner where `grpo` ends, on every seed: `rest` in 0\.\d\d \[0\.\d\d, 0\.\d\d\] of its steps \(", text
+        r"Sooner where `grpo` ends: `rest` in 0\.\d\d \[0\.\d\d, 0\.\d\d\] of its steps \(geometric mean", text
     )
+    assert "every seed" not in text
     assert "`permuted` in" not in text
 
 
@@ -173,6 +280,7 @@ def test_runs_that_are_not_there_are_named(tmp_path: Path) -> None:
     (tmp_path / "runs" / "notes").mkdir()
     (tmp_path / "runs" / "grpo-0.log").write_text("a log beside the runs")
     RunLog.create(tmp_path / "runs" / "mine", "", []).update_summary(steps=3)
+    log.add_metrics({"step": None, "loss": 1.0})
     found = compare(tmp_path)
     assert found.unfinished == {"dapo-0": "has 7 steps", "mine": "is not called METHOD-SEED", "notes": "holds no run"}
     with pytest.raises(ValueError, match=r"no finished run of the reference 'paper'.*rest, grpo"):
@@ -207,9 +315,13 @@ def test_the_page_has_every_part_and_every_run(whole_page: Path) -> None:
             assert f"\n| {method}-{seed} |" in text
     # Table 3: `rest` first, then without each of its parts, a column a kind
     table = text.split("## Ablations")[1]
-    assert table.split("\n")[2].startswith("| percent | single | parallel | none | all | – rest |")
-    assert table.split("\n")[4].startswith("| rest |")
+    assert table.split("\n")[4].startswith("| percent | single | parallel | none | all | – rest |")
+    assert table.split("\n")[6].startswith("| rest |")
     assert "| rest, no gradient on reasoning |" in table
+    # the paper's "no curriculum" is rest itself: the row that adds one is the last, its difference to rest
+    rows = [line for line in table.split("\n## ")[0].split("\n") if line.startswith("| rest")]
+    assert rows[-1].startswith("| rest with the curriculum of the published schedule (a_f = a_p = a_t = 0.3) |")
+    assert "row without a curriculum is `rest` itself" in table
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert [Path(picture).name for picture in pictures] == [
         "differences.png",
@@ -254,3 +366,11 @@ def test_runs_without_held_out_data_are_compared_by_their_training(tmp_path: Pat
     assert found.primary == "train_exact_end"
     assert "exact match, last fifth" in verdict(found)[0]
     assert "nan" not in page.read_text().lower()
+
+
+def test_no_heading_stands_over_a_picture_that_is_not_there(tmp_path: Path) -> None:
+    make_grid(tmp_path, {"grpo": Effect(noise=0.01), "rest": Effect(0.1, noise=0.01)}, seeds=3)
+    for place in (tmp_path / "runs").iterdir():
+        (place / "metrics.jsonl").write_text('{"step": 60, "rest/exact_match": 0.5}\n')
+    page, _ = write_comparison(tmp_path)
+    assert "Entropy and gradient norm" not in page.read_text()

@@ -14,7 +14,8 @@ import pytest
 
 from rest_rl.diagnosis import Diagnosis, Finding, diagnose
 from rest_rl.diagnosis.history import WINDOW, Column, History, Mean, SecondMoment
-from rest_rl.diagnosis.symptoms import SYMPTOMS, Settings
+from rest_rl.diagnosis.settings import Settings
+from rest_rl.diagnosis.symptoms import SYMPTOMS
 from rest_rl.rewards import RewardConfig
 from rest_rl.runlog import Row
 from rest_rl.train.trl_trainer import ResTConfig
@@ -251,6 +252,34 @@ def test_float16_may_skip_its_first_steps() -> None:
 def test_supervised_training_has_no_entropy_to_keep() -> None:
     rows = [{"step": step, "loss": 1 / step, "grad_norm": 1.0, "entropy": 2.0 * 0.8**step} for step in range(1, 61)]
     assert diagnose(rows, (), TABLE) == []
+
+
+def test_a_weight_that_the_curriculum_pushed_to_its_clip_is_not_the_entropy_s() -> None:
+    # 60 steps, strength 0.5, gain 0.6: shifts 0.5 * 0.6 * (step - 1) / 59; a rule that asks for 3.9 is at 4 from step 21
+    weights = {**TABLE["rest"]["weights"], "gain_reasoning": 0.6, "decay_format": 0.6}
+    table = {**TABLE, "rest": {"weights": weights}}
+
+    def told(region: str, weight: Callable[[int], float], changes: Mapping[str, Any] | None = None) -> Finding:
+        rows = rows_of({f"rest/rule_weight/{region}": weight})
+        rested = {**weights, **(changes or {})}
+        return next(
+            f for f in diagnose(rows, (), {**table, "rest": {"weights": rested}}) if f.kind == "weight_at_its_clip"
+        )
+
+    pushed = told("reasoning", lambda step: min(4.0, 3.9 + 0.3 * (step - 1) / 59))
+    assert (
+        pushed.cause
+        == "the curriculum has moved it there: reasoning by +0.30 so far, from 3.90 by its entropy in step 20"
+    )
+    assert pushed.remedy.startswith("lower rest.weights.gain_reasoning, or widen")
+    down = told("format", lambda step: max(0.25, 0.3 - 0.3 * (step - 1) / 59))
+    assert "format by -0.30 so far, from 0.30 by its entropy" in down.cause
+    # at the clip from the first row, where the curriculum had moved nothing; or moved the other way; or dealt
+    for region, weight in (("reasoning", 4.0), ("reasoning", 0.25), ("format", 4.0)):
+        assert told(region, constant(weight)).cause.startswith("its entropy lies so far")
+    late = told("reasoning", lambda step: max(0.25, 0.6 - 0.02 * step))
+    assert late.cause.startswith("its entropy lies so far")
+    assert told("reasoning", constant(4.0), {"rule": "permuted"}).cause.startswith("it was dealt the weight of another")
 
 
 # Messages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,16 @@ def test_methods_differ_from_rest_in_one_thing() -> None:
     assert changed(grid, "inverted", "rest") == {"rest.weights.rule": "inverted"}
     assert changed(grid, "permuted", "rest") == {"rest.weights.rule": "permuted"}
     assert changed(grid, "rest-no-reasoning", "rest") == {"rest.weights.dropped": ["reasoning"]}
-    assert set(changed(grid, "rest-no-curriculum", "rest")) <= {
-        "rest.weights.decay_format",
-        "rest.weights.gain_arguments",
-        "rest.weights.gain_reasoning",
-    }
+    # the curriculum of the published schedule: that of the preset paper, and no part of rest
+    curriculum = ("rest.weights.decay_format", "rest.weights.gain_arguments", "rest.weights.gain_reasoning")
+    paper = settings(grid, "paper")
+    assert changed(grid, "rest-tuned-curriculum", "rest") == {key: paper[key] for key in curriculum}
+    assert {paper[key] for key in curriculum} == {0.3}
+    assert "(a_f = a_p = a_t = 0.3)" in METHODS["rest-tuned-curriculum"].text
+    assert {settings(grid, "rest")[key] for key in curriculum} == {0.0}
+    assert (
+        settings(grid, "rest")["rest.weights.rule"] == "one_minus_exp"
+    )  # what permuted deals and inverted turns round
     static = changed(grid, "rest-no-dynamic-reward", "rest")  # (.3 + .8) / 2
     assert static == {"rest.reward.accuracy_share_start": 0.55, "rest.reward.accuracy_share_end": 0.55}
     assert changed(grid, "random", "grpo") == {"rest.reward.random": True}
@@ -116,6 +122,38 @@ def test_a_grid_file(tmp_path: Path) -> None:
     assert read_grid(tmp_path / "kept" / "grid.toml") == grid
     # arguments go before the file
     assert list(read_grid(tmp_path / "grid.toml", methods=["grpo"], seeds=[1]).methods) == ["grpo"]
+
+
+def kept(folder: Path, grid: Grid) -> Grid:
+    """The grid as a folder would keep it."""
+    folder.mkdir(exist_ok=True)
+    for name, text in grid.files().items():
+        (folder / name).write_text(text)
+    return read_grid(folder / "grid.toml")
+
+
+def test_a_grid_grows_by_what_is_asked_later(tmp_path: Path) -> None:
+    older = kept(tmp_path, read_grid(None, methods=["grpo", "rest"], seeds=[0, 1]))
+    newer = read_grid(None, methods=["grpo", "permuted"], seeds=[5, 1])
+    joined = newer.joined(older)
+    assert list(joined.methods) == ["grpo", "rest", "permuted"]
+    assert joined.seeds == (0, 1, 5)
+    assert kept(tmp_path, joined) == joined
+    assert joined.joined(joined) == joined
+    cold = replace(older, starts={"cold": {"model": {"path": "a"}}})
+    sft = replace(older, starts={"sft": {"model": {"path": "b"}}})
+    assert list(sft.joined(cold).starts) == ["cold", "sft"]
+
+
+def test_a_grid_of_other_runs_is_not_joined(tmp_path: Path) -> None:
+    older = kept(tmp_path, read_grid(None, methods=["grpo", "rest"]))
+    longer = read_grid(None, methods=["grpo", "rest"], overrides=["trl.max_steps=7"])
+    with pytest.raises(ValueError, match=r"differs in \[base.trl\] from the one that was begun"):
+        longer.joined(older)
+    with pytest.raises(ValueError, match=r"\[methods.rest\]"):
+        replace(older, methods={**older.methods, "rest": {"rest": {"weights": {"strength": 1.0}}}}).joined(older)
+    with pytest.raises(ValueError, match=r"\[starts\]"):
+        replace(older, starts={"sft": {"model": {"path": "b"}}}).joined(older)
 
 
 def test_own_methods_alone_are_compared_with_grpo(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rest_rl.analyze.compare_verdict import verdict
 from rest_rl.cli_grid import Job, grid_jobs, run_jobs
 from rest_rl.grid import GRID, REFERENCE, RUNS, Grid, RunName, read_grid
 from rest_rl.runlog import replace_file, unwritable
-from rest_rl.terminal import show_table
+from rest_rl.terminal import say, show_table
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
@@ -31,16 +31,16 @@ def compare(arguments: argparse.Namespace) -> int:
         return 0
     keep_grid(grid, out)
     kept = sum(job.state == "kept" for job in jobs)
-    console.print(f"{len(jobs)} runs in {out / RUNS}, {kept} of them finished", highlight=False, soft_wrap=True)
+    say(console, f"{len(jobs)} runs in {out / RUNS}, {kept} of them finished")
     is_whole = run_jobs(jobs, arguments.jobs, console)
     failed = [job for job in jobs if job.state == "failed"]
     code = EXIT_FAILED if failed else 0
     if any(job.state in ("done", "kept") and job.name.method == grid.reference for job in jobs):
         report(out, arguments.reference or grid.reference, console)
     for job in failed:
-        console.print(f"{job.name} {job.note}; see {job.log}", highlight=False, soft_wrap=True, style="bold")
+        say(console, f"{job.name} {job.note}; see {job.log}", style="bold")
     if not is_whole:
-        console.print(f"go on with: rest-rl compare {out}", highlight=False, soft_wrap=True)
+        say(console, f"go on with: rest-rl compare {out}")
         return EXIT_INTERRUPTED
     return code
 
@@ -126,14 +126,14 @@ def report(out: Path, reference: str, console: Console) -> int:
     show_table(*final_table(comparison), console)
     for sentence in verdict(comparison):
         console.print("• " + sentence.replace("**", "").replace("`", ""), highlight=False, markup=False)
-    console.print(f"page: {page}", highlight=False, soft_wrap=True)
+    say(console, f"page: {page}")
     return 0
 
 
 def final_table(comparison: Comparison) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
     """Title, header and rows of the primary figure by method."""
     key = comparison.primary
-    header = ("percent", "seeds", METRICS[key].label, f"- {comparison.reference}", "q")
+    header = ("percent", "seeds", METRICS[key].label, f"- {comparison.reference}", "p" if comparison.is_single else "q")
     rows = []
     for line in comparison.lines:
         test = tested(line, key)

@@ -27,6 +27,7 @@ from rest_rl.config import AUTO, RunConfig, parse_toml, read_run_file
 from rest_rl.grid import LOGS, RUNS, Grid, RunName, is_finished
 from rest_rl.jsonl import parse_row
 from rest_rl.runlog import CONFIG, METRICS, SUMMARY, read_object, replace_file, unwritable
+from rest_rl.terminal import say
 
 State = Literal["waiting", "running", "done", "kept", "failed", "stopped"]
 POLL = 0.5
@@ -48,6 +49,8 @@ class Job:
     begun: int = 0
     """Size of the log when this attempt began."""
     note: str = field(default="")
+    is_stopping: bool = False
+    """Whether we have asked it to stop after its step: asked twice it would stop at once."""
 
     @property
     def total(self) -> int:
@@ -122,13 +125,12 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int, console: Console) -> bool:
         prepare(job)
     with grid_display(jobs, console) as display, stopping(jobs, console) as stop:
         while True:
+            if stop.requested:
+                end_all(jobs, at_once=stop.at_once)
             for job in jobs:
                 if job.state == "running":
                     collect(job, console, stop.requested)
-            waiting = [job for job in jobs if job.state == "waiting"]
-            room = at_a_time - sum(job.state == "running" for job in jobs)
-            if not stop.requested:
-                start_some(waiting, room, at_a_time, console)
+            start_some(jobs, at_a_time, console, stop)
             display.show()
             is_idle = not any(job.state == "running" for job in jobs)
             if is_idle and (stop.requested or not any(job.state == "waiting" for job in jobs)):
@@ -146,10 +148,11 @@ def prepare(job: Job) -> None:
         raise unwritable(job.log.parent, error) from error
 
 
-def start_some(waiting: Sequence[Job], room: int, at_a_time: int, console: Console) -> None:
-    """Start up to `room` runs; one that somebody else is training takes up room and waits."""
-    for job in waiting:
-        if room <= 0:
+def start_some(jobs: Sequence[Job], at_a_time: int, console: Console, stop: Stop) -> None:
+    """Start as many runs as there is room for; one that somebody else is training takes up room and waits."""
+    room = at_a_time - sum(job.state == "running" for job in jobs)
+    for job in [job for job in jobs if job.state == "waiting"]:
+        if room <= 0 or stop.requested:
             return
         room -= 1
         log = job.log.open("ab")
@@ -157,7 +160,7 @@ def start_some(waiting: Sequence[Job], room: int, at_a_time: int, console: Conso
             log.close()
             if not job.note:
                 job.note = "is being trained by another process: waiting for it"
-                console.print(f"{job.name} {job.note}", highlight=False, soft_wrap=True)
+                say(console, f"{job.name} {job.note}")
             continue
         with log:
             if is_kept(job):  # somebody else has finished it
@@ -165,7 +168,7 @@ def start_some(waiting: Sequence[Job], room: int, at_a_time: int, console: Conso
                 room += 1
                 continue
             start(job, log, at_a_time)
-        console.print(f"{job.name} {job.note}", highlight=False, soft_wrap=True)
+        say(console, f"{job.name} {job.note}")
 
 
 def is_locked(log: IO[bytes]) -> bool:
@@ -208,19 +211,19 @@ def collect(job: Job, console: Console, is_stopping: bool) -> None:
         return
     if code == 0 and is_kept(job):
         job.state, job.note = "done", "is done"
-        console.print(f"{job.name} is done{exact_text(job)}", highlight=False, soft_wrap=True)
+        say(console, f"{job.name} is done{exact_text(job)}")
         return
     job.state = "stopped" if is_stopping else "failed"
     step = job.last_metrics().get("step", 0)
     if is_stopping:
         job.note = f"stopped after step {step}"
-        console.print(f"{job.name} {job.note}", highlight=False, soft_wrap=True)
+        say(console, f"{job.name} {job.note}")
         return
     how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
     job.note = f"{how} after step {step}"
-    console.print(f"{job.name} {job.note}; the end of {job.log}:", highlight=False, soft_wrap=True, style="bold")
+    say(console, f"{job.name} {job.note}; the end of {job.log}:", style="bold")
     end = tail(job.log, job.begun).rstrip().split("\n")[-TAIL_LINES:]
-    console.print("\n".join(f"  {line}" for line in end), highlight=False, markup=False, soft_wrap=True, style="dim")
+    say(console, "\n".join(f"  {line}" for line in end), style="dim")
 
 
 def exact_text(job: Job) -> str:
@@ -248,38 +251,40 @@ class Stop:
     """Whether the user has asked for an end."""
 
     requested: bool = False
+    at_once: bool = False
 
 
 @contextmanager
 def stopping(jobs: Sequence[Job], console: Console) -> Iterator[Stop]:
-    """The first Ctrl-C (or SIGTERM) ends every run after its step, with a checkpoint; the second one at once."""
+    """The first Ctrl-C (or SIGTERM) ends every run after its step, with a checkpoint; the second one at once.
+
+    The handler only notes that; whoever starts runs tells them, so that none is missed that is just being started.
+    """
     stop = Stop()
 
     def request(number: int, frame: types.FrameType | None) -> None:
-        end_all(jobs, signal.SIGKILL if stop.requested else signal.SIGINT)
         if not stop.requested:
-            console.print(
-                "stopping every run after its step; once more to stop at once", highlight=False, soft_wrap=True
-            )
-        stop.requested = True
+            say(console, "stopping every run after its step; once more to stop at once")
+        stop.requested, stop.at_once = True, stop.requested
 
     old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     except BaseException:
-        end_all(jobs, signal.SIGINT)
+        end_all(jobs)
         raise
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
-def end_all(jobs: Sequence[Job], number: int) -> None:
-    """Send a signal to every run of ours."""
+def end_all(jobs: Sequence[Job], *, at_once: bool = False) -> None:
+    """Ask every run of ours to stop after its step, once, or kill it."""
     for job in jobs:
-        if job.state == "running" and job.process is not None:
+        if job.state == "running" and job.process is not None and (at_once or not job.is_stopping):
+            job.is_stopping = True
             with suppress(ProcessLookupError):
-                job.process.send_signal(number)
+                job.process.send_signal(signal.SIGKILL if at_once else signal.SIGINT)
 
 
 class GridDisplay:

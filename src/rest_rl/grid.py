@@ -181,7 +181,7 @@ class Grid:
 
         ValueError if the two grids mean other runs by the same names.
         """
-        ours, theirs = self._parts(), older._parts()  # noqa: SLF001
+        ours, theirs = self._parts(), older._parts()
         changed = [key for key, table in theirs.items() if key in ours and ours[key] != table]
         if bool(self.starts) != bool(older.starts):
             changed.append("[starts]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from rest_rl.response import ParsedResponse, Region, Span
 
 LINE_EVERY = 60.0
 """Seconds between two lines of progress where there is no terminal."""
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Controls but line feed and tab, which a terminal would obey, and lone surrogates, which no output takes."""
 
 
 class ShownToken(Protocol):
@@ -85,11 +88,26 @@ def eval_bar(console: Console, done: int, total: int) -> Iterator[Callable[[int,
         yield advance
 
 
+def printable(text: str) -> str:
+    """The text with a picture of each control in its place, such as ␛: what a model wrote commands no terminal."""
+    return UNPRINTABLE.sub(lambda found: pictured(ord(found[0])), text)
+
+
+def pictured(code: int) -> str:
+    """The picture of a control, or the mark of what has none."""
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """A line as it stands: no markup, no colours of its own, not wrapped."""
+    console.print(printable(text), highlight=False, markup=False, soft_wrap=True, style=style)
+
+
 def coloured(tokens: Iterable[tuple[str, str]]) -> Text:
     """Pieces of text, each in the colour of its region."""
     text = Text(overflow="fold")
     for piece, region in tokens:
-        text.append(piece, style=REGION_COLOURS[region])
+        text.append(printable(piece), style=REGION_COLOURS[region])
     return text
 
 
@@ -192,7 +210,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, highlight=False)
+        self.console.print(printable(text), highlight=False, markup=False)
 
 
 SHOWN = {

@@ -138,6 +138,11 @@ class Comparison:
         """The rivals that the verdict is about: those with the primary figure, without rewards that know nothing."""
         return [line for line in self.rivals(start) if self.primary in line.versus and line.method != RANDOM]
 
+    @property
+    def is_single(self) -> bool:
+        """Whether one method alone is judged, whose p needs no correction."""
+        return len(self.judged()) == 1
+
     def shared_seeds(self, start: str | None = None) -> dict[str, int]:
         """How many seeds with the primary figure each judged method shares with the reference."""
         tests = {line.label: line.versus[self.primary].paired for line in self.judged(start)}

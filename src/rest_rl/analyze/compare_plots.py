@@ -118,6 +118,8 @@ def draw_beside(comparison: Comparison, curve_of_cell: CurveOf, path: Path) -> P
         if index < len(lines) - across:
             axes.set_xlabel("")
         axes.tick_params(labelbottom=index >= len(lines) - across)
+        if len(lines) == 1:
+            axes.legend(**legend_style())
     for index in range(len(lines), across * down):
         panels[index // across][index % across].set_visible(False)
     return save(figure, path)

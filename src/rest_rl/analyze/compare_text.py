@@ -53,6 +53,7 @@ def page_text(comparison: Comparison, pictures: Mapping[str, Path]) -> str:
         warnings_text(comparison),
         picture("Differences", ""),
         final_section(comparison),
+        pairs_section(comparison),
         training_section(comparison),
         picture("Learning", f"Exact match on the training samples, over `{comparison.reference}` in grey; ± one "
                 "standard deviation over seeds."),
@@ -63,7 +64,7 @@ def page_text(comparison: Comparison, pictures: Mapping[str, Path]) -> str:
         start_section(comparison),
         kind_section(comparison),
         runs_section(comparison),
-        HOW,
+        how_text(comparison),
     ]  # fmt: skip
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
@@ -88,13 +89,13 @@ def final_section(comparison: Comparison) -> str:
         f"– {comparison.reference}",
         "p (t)",
         "p (flips)",
-        "q",
+        *q_column(comparison),
         *(column for key in others for column in (METRICS[key].label, f"– {comparison.reference}")),
     )
     rows = []
     for line in comparison.lines:
         tests = tested(line, first)
-        cells = [mean_text(line, first), tests[0], *tests[1:]]
+        cells = [mean_text(line, first), *(tests[:3] if comparison.is_single else tests)]
         for key in others:
             cells += [mean_text(line, key), tested(line, key)[0]]
         rows.append((line.label, len(line.cells), *cells))
@@ -102,12 +103,36 @@ def final_section(comparison: Comparison) -> str:
     return f"## After training\n\n{note}\n\n{markdown_table(header, rows)}"
 
 
+def q_column(comparison: Comparison) -> tuple[str, ...]:
+    """The column of what p is after correction; none where there is nothing to correct for."""
+    return () if comparison.is_single else ("q",)
+
+
+def pairs_section(comparison: Comparison) -> str:
+    """The one method beside the reference, seed by seed."""
+    key = comparison.primary
+    lines = comparison.judged() if comparison.is_single else []
+    rows = []
+    for line in lines:
+        reference = comparison.line(comparison.reference, line.start)
+        theirs = reference.by_seed(key) if reference else {}
+        for seed, value in sorted(line.by_seed(key).items()):
+            if seed in theirs:
+                pair = (f"{100 * number:.1f}" for number in (theirs[seed], value))
+                rows.append((f"seed {seed}", *pair, f"{100 * (value - theirs[seed]):+.1f}"))
+    if not rows:
+        return ""
+    header = (f"{METRICS[key].label}, percent", comparison.reference, lines[0].label, "difference")
+    return f"## Seed by seed\n\n{markdown_table(header, rows)}"
+
+
 def training_section(comparison: Comparison) -> str:
     """The areas under the curves."""
     keys = [key for key in OVERALL if any(key in line.versus for line in comparison.lines)]
     if not keys:
         return ""
-    columns = [column for key in keys for column in (METRICS[key].label, f"– {comparison.reference}", "q")]
+    letter = "p" if comparison.is_single else "q"
+    columns = [column for key in keys for column in (METRICS[key].label, f"– {comparison.reference}", letter)]
     rows = []
     for line in comparison.lines:
         cells: list[str] = []
@@ -307,6 +332,12 @@ HOW = """## How it is reckoned
 
 Intervals are of 95 %, Student's over seeds: they hold for new seeds on this data, not for new data. A difference is
 paired by seed: the same samples in the same order. p (t) is the paired t test's; p (flips) that of random signs, which
-assumes no normal distribution and with n seeds is never below 2/2ⁿ (0.25 for 3, 0.06 for 5). q corrects p (t) for the
-number of methods (Benjamini and Hochberg): of those with q ≤ 0.05 at most 5 % are expected to be chance. The verdict is
-about the first figure of the first table and about nothing else."""
+assumes no normal distribution and with n seeds is never below 2/2ⁿ (0.25 for 3, 0.06 for 5).{many} The verdict is about
+the first figure of the first table and about nothing else."""
+MANY = """ q corrects p (t) for
+the number of methods (Benjamini and Hochberg): of those with q ≤ 0.05 at most 5 % are expected to be chance."""
+
+
+def how_text(comparison: Comparison) -> str:
+    """How each figure is reckoned."""
+    return HOW.format(many="" if comparison.is_single else MANY)

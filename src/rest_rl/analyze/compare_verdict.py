@@ -61,7 +61,7 @@ def headline(comparison: Comparison, judged: list[Line], noticed: list[Line]) ->
     above = [line for line in noticed if sign(comparison, line) > 0]
     if len(judged) == 1:
         side = "above" if above else "below"
-        return f"**`{judged[0].label}` is {side} `{reference}` beyond seed noise** ({label}, p ≤ {LEVEL:g})."
+        return f"**`{judged[0].label}` is {side} `{reference}` beyond seed noise** ({label}, {letter(comparison)} ≤ {LEVEL:g})."
     counts = f"{len(above)} above `{reference}` and {len(noticed) - len(above)} below it"
     return f"**Of {len(judged)} methods, {counts} beyond seed noise** ({label}, q ≤ {LEVEL:g})."
 
@@ -73,7 +73,9 @@ def unnoticed_text(comparison: Comparison, judged: list[Line], smallest: float) 
     test = far.versus[comparison.primary].paired
     points = points_text(test.difference) if test else "–"
     if len(judged) == 1:
-        return f"`{far.label}` is {points} points from `{reference}` in {label} (p {p_text(smallest)})."
+        return (
+            f"`{far.label}` is {points} points from `{reference}` in {label} ({letter(comparison)} {p_text(smallest)})."
+        )
     return (
         f"None of {len(judged)} methods differs from `{reference}` in {label} (smallest q {p_text(smallest)}). The "
         f"largest difference is that of `{far.label}`, {points} points."
@@ -84,7 +86,7 @@ def one_difference(comparison: Comparison, line: Line) -> str:
     """How far a method is from the reference, and whether it gets there sooner."""
     versus = line.versus[comparison.primary]
     assert versus.paired is not None
-    text = f"`{line.label}`: {points_text(versus.paired.difference)} points (q {p_text(versus.q)})."
+    text = f"`{line.label}`: {points_text(versus.paired.difference)} points ({letter(comparison)} {p_text(versus.q)})."
     final = line.to_final
     if final and not math.isnan(final.share):
         text += f" It gets to where `{comparison.reference}` ends in {final.share:.2f} of its steps."
@@ -102,7 +104,7 @@ def speed_sentences(comparison: Comparison, judged: list[Line]) -> list[str]:
     ]
     if not parts:
         return []
-    many = ", not corrected for the number of methods" if len(judged) > 1 else ""
+    many = "" if comparison.is_single else ", not corrected for the number of methods"
     return [f"Sooner where `{comparison.reference}` ends: {'; '.join(parts)} (geometric mean over seeds{many})."]
 
 
@@ -196,7 +198,7 @@ def power_sentences(comparison: Comparison) -> list[str]:
     found = []
     if not math.isnan(comparison.detectable):
         needed = seeds_needed(WORTH, comparison.sd)
-        many = ", before correction for the number of methods" if len(shared) > 1 else ""
+        many = "" if comparison.is_single else ", before correction for the number of methods"
         more = f"; for {100 * WORTH:.0f} points it takes {needed} seeds" if needed and needed > most else ""
         found.append(
             f"With {most} seeds the grid would have seen a difference of {100 * comparison.detectable:.1f} points four "
@@ -210,6 +212,11 @@ def power_sentences(comparison: Comparison) -> list[str]:
     if most < FEW_SEEDS:
         found.append(f"{most} seeds hardly allow a test: run at least 3, better 5.")
     return found
+
+
+def letter(comparison: Comparison) -> str:
+    """What a test is called: the p of one method is its q."""
+    return "p" if comparison.is_single else "q"
 
 
 def seeds_text(count: int) -> str:

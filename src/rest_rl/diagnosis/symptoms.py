@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from rest_rl.diagnosis.history import WINDOW, History, Mean, is_number
+from rest_rl.diagnosis.settings import CURRICULUM, Settings
 
 Kind = Literal[
     "not_finite",
@@ -67,72 +67,6 @@ class Told(NamedTuple):
     figure: str
     cause: str
     remedy: str
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What of a run's configuration the symptoms read."""
-
-    group: int = 8
-    """Responses to a prompt."""
-    max_length: int | None = None
-    """Tokens of a response at most."""
-    learning_rate: float | None = None
-    max_norm: float = 1.0
-    """Gradient norm that is clipped to; 0 for no clip."""
-    beta2: float = 0.999
-    """Decay of Adam's second moment."""
-    is_half_precision: bool = False
-    """Whether a loss scale may skip steps (float16)."""
-    clip: tuple[float, float] | None = None
-    """Least and largest weight of a region."""
-    strength: float | None = None
-    sampling: Mapping[str, float] | None = None
-    """Settings that sample from another distribution than the policy's own, with their values."""
-    total: int = 0
-    """Steps of the whole run; 0 if unknown."""
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> Settings:
-        """Read from config.toml's table; what is missing or of another type counts as the default."""
-        trl, rest = table_at(table, "trl"), table_at(table, "rest")
-        weights = table_at(rest, "weights")
-        bounds = (number_at(weights, "w_min"), number_at(weights, "w_max"))
-        length = number_at(trl, "max_completion_length")
-        neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-        altered = {f"trl.{name}": trl[name] for name, value in neutral.items() if trl.get(name, value) != value}
-        return cls(
-            group=max(2, int(number_at(trl, "num_generations") or 8)),
-            max_length=None if length is None else int(length),
-            learning_rate=number_at(trl, "learning_rate"),
-            max_norm=1.0 if (norm := number_at(trl, "max_grad_norm")) is None else norm,
-            beta2=number_at(trl, "adam_beta2") or 0.999,
-            is_half_precision=trl.get("fp16") is True,
-            clip=None if None in bounds else (bounds[0] or 0.0, bounds[1] or 0.0),
-            strength=number_at(weights, "strength"),
-            sampling=altered,
-            total=int(number_at(trl, "max_steps") or 0),
-        )
-
-    def lasting(self, total: int) -> Settings:
-        """The same of a run of `total` steps, unless its configuration says how many."""
-        return self if self.total > 0 else replace(self, total=total)
-
-    @property
-    def most_groups(self) -> float:
-        """The share of responses that leaves a mark on most groups: 1 - (1 - s)^G > 1/2; 0.083 for groups of 8."""
-        return 1 - 0.5 ** (1 / self.group)
-
-    @property
-    def slower(self) -> str:
-        """The advice to take smaller steps."""
-        now = "" if self.learning_rate is None else f" (now {self.learning_rate:g})"
-        return f"lower trl.learning_rate{now} and begin anew"
-
-    @property
-    def longer_or_slower(self) -> str:
-        """The advice for responses that have grown."""
-        return f"read those that are cut off: if they make sense raise trl.max_completion_length, else {self.slower}"
 
 
 def not_finite(history: History, settings: Settings) -> Told | None:
@@ -281,24 +215,62 @@ def sampler_disagrees(history: History, settings: Settings) -> Told | None:
 
 def weight_at_its_clip(history: History, settings: Settings) -> Told | None:
     """A region's weight has been at its clip for a whole window: it no longer follows the entropies."""
-    if settings.clip is None:
+    stuck = clipped_weights(history, settings)
+    if not stuck:
         return None
+    figures = [
+        f"{region} at {name} = {bound:g} ({100 * share:.0f} % of the tokens)" for region, name, bound, share in stuck
+    ]
+    figure = f"the weight of {', '.join(figures)} throughout the last {WINDOW} rows"
+    strength = "" if settings.strength is None else f" (now {settings.strength:g})"
+    widen = f"widen rest.weights.w_min and rest.weights.w_max, or lower rest.weights.strength{strength}"
+    if settings.is_shuffled:
+        return Told(
+            figure, "it was dealt the weight of another region, which asks for more than the clip allows", widen
+        )
+    pushed = [push for region, name, _, _ in stuck if (push := curriculum_push(history, settings, region, name))]
+    if pushed:
+        keys = dict.fromkeys(f"rest.weights.{CURRICULUM[region][0]}" for region, _ in pushed)
+        moved = ", ".join(text for _, text in pushed)
+        return Told(figure, f"the curriculum has moved it there: {moved}", f"lower {' and '.join(keys)}, or {widen}")
+    cause = "its entropy lies so far from that of the other tokens that the rule asks for more than the clip allows"
+    return Told(figure, cause, widen)
+
+
+def clipped_weights(history: History, settings: Settings) -> list[tuple[str, str, float, float]]:
+    """Regions of some size whose weight was at an end of the clip for a window: label, which end, its value, share."""
+    if settings.clip is None or settings.clip[0] == settings.clip[1]:
+        return []
     w_min, w_max = settings.clip
     stuck = []
     for region in history.labels("rest/rule_weight/"):
         weights, share = history.latest(f"rest/rule_weight/{region}"), history.now(f"rest/share/{region}")
-        if not weights or share is None or share.value < MATERIAL or w_min == w_max:
+        if not weights or share is None or share.value < MATERIAL or min(weights) <= 0:
             continue
-        for name, bound, is_out in (("w_min", w_min, max(weights) <= w_min), ("w_max", w_max, min(weights) >= w_max)):
-            if is_out and min(weights) > 0:
-                stuck.append(f"{region} at {name} = {bound:g} ({100 * share.value:.0f} % of the tokens)")
-    if not stuck:
+        if max(weights) <= w_min:
+            stuck.append((region, "w_min", w_min, share.value))
+        if min(weights) >= w_max:
+            stuck.append((region, "w_max", w_max, share.value))
+    return stuck
+
+
+def curriculum_push(history: History, settings: Settings, region: str, end: str) -> tuple[str, str] | None:
+    """The region and how far the curriculum has moved its weight, if without it the weight was last inside the clip.
+
+    What the rule asks for shows only where the clip does not cut it: in the last row inside, less the shift of then.
+    """
+    column = history.column(f"rest/rule_weight/{region}")
+    shift = settings.shift(region, history.step)
+    if column is None or settings.clip is None or shift * (1 if end == "w_max" else -1) <= 0:
         return None
-    strength = "" if settings.strength is None else f" (now {settings.strength:g})"
-    return Told(
-        f"the weight of {', '.join(stuck)} throughout the last {WINDOW} rows",
-        "its entropy lies so far from that of the other tokens that the rule asks for more than the clip allows",
-        f"widen rest.weights.w_min and rest.weights.w_max, or lower rest.weights.strength{strength}",
+    w_min, w_max = settings.clip
+    inside = [at for at, weight in enumerate(column.values) if w_min < weight < w_max]
+    if not inside:
+        return None
+    ruled = column.values[inside[-1]] - settings.shift(region, column.steps[inside[-1]])
+    return (
+        region,
+        f"{region} by {shift:+.2f} so far, from {ruled:.2f} by its entropy in step {column.steps[inside[-1]]}",
     )
 
 
@@ -426,15 +398,3 @@ def change(before: Mean, now: Mean) -> str:
 def steps(mean: Mean) -> str:
     """The steps of a window."""
     return f"steps {mean.first}-{mean.last}"
-
-
-def table_at(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A table within a table, empty if it is none."""
-    value = table.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
-def number_at(table: Mapping[str, Any], key: str) -> float | None:
-    """A number in a table."""
-    value = table.get(key)
-    return float(value) if is_number(value) else None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import decode_ids, token_lengths
@@ -79,6 +80,18 @@ class ResponseRecord:
         rows, self._rows, self._waiting = list(self._rows.values()), {}, set()
         if rows:
             self.keep(rows[0]["step"], rows)
+
+
+class KeepLast(TrainerCallback):
+    """Hands on the last batch's responses when training ends, where it ends before the loss has seen them all."""
+
+    def __init__(self, record: ResponseRecord) -> None:
+        """Bind the record."""
+        self.record = record
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Nothing more is to come."""
+        self.record.flush()
 
 
 def recorded_reward(

@@ -27,7 +27,7 @@ from rest_rl.runlog import CHECKPOINTS, EVALUATIONS, METRICS, RunLog, read_rows,
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import new_adapter, quiet_loading
 from rest_rl.train.prompts import OnRefused, training_dataset
-from rest_rl.train.response_record import ResponseRecord, recorded_reward
+from rest_rl.train.response_record import KeepLast, ResponseRecord, recorded_reward
 from rest_rl.train.sft import region_trainer
 from rest_rl.train.tool_reward import make_tool_reward
 from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, steps_per_generation
@@ -268,6 +268,7 @@ def build_trainer(
             **shared,
         )
         trainer.on_weighed = record.fill
+        trainer.add_callback(KeepLast(record))
     else:
         trainer = region_trainer(args, layout, samples, config.rest.loss_weights(), on_refused=on_refused, **shared)
     check_size(trainer, config)

@@ -64,7 +64,7 @@ function haystack(response) {
 
 const NAMED = { 9: "⇥\t", 10: "↵\n", 13: "\\r" };
 const PLAIN = { 9: "\t", 10: "\n" };
-const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff0-\uffff\ud800-\udfff]/u;
+const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202f\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff\u{1d173}-\u{1d17a}\u{e0000}-\u{e0fff}]/u;
 
 // Text with everything in it to be seen: controls, marks of direction, lone surrogates. In pieces: [text, is a stand-in].
 function visible(text, named) {
