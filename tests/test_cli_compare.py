@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import signal
 import subprocess
@@ -12,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rest_rl.cli import main
-from rest_rl.cli_grid import Job, tail
+from rest_rl.cli_compare import keep_grid
+from rest_rl.cli_grid import Job, collect, run_jobs, tail
 from rest_rl.config import RunConfig
-from rest_rl.grid import RunName
+from rest_rl.grid import RunName, read_grid
 from rest_rl.runlog import read_run
 from tests.made_up_grid import Effect, make_grid
 from tests.sample_files import save_samples
@@ -130,6 +133,62 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     assert words in error_of(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_grows_in_its_folder(tmp_path: Path) -> None:
+    small = read_grid(None, methods=["grpo", "rest"], seeds=[0, 1])
+    keep_grid(small, tmp_path)
+    keep_grid(read_grid(None, methods=["grpo", "permuted"], seeds=[5]), tmp_path)
+    kept = read_grid(tmp_path / "grid.toml")
+    assert list(kept.methods) == ["grpo", "rest", "permuted"]
+    assert kept.seeds == (0, 1, 5)
+    with pytest.raises(ValueError, match=r"differs in \[base.trl\]"):
+        keep_grid(read_grid(None, methods=["grpo", "rest"], overrides=["trl.max_steps=7"]), tmp_path)
+    assert read_grid(tmp_path / "grid.toml") == kept
+
+
+def test_names_in_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "[v2]"
+    make_grid(out, {"grpo": Effect(noise=0.02), "rest": Effect(noise=0.02)}, seeds=2)
+    assert main(["compare", str(out), "--only-report"]) == 0
+    assert f"page: {out / 'compare.md'}" in capsys.readouterr().out
+
+
+class AskingToStop(io.StringIO):
+    """An output during whose first line the user presses Ctrl-C."""
+
+    def write(self, text: str) -> int:
+        if "begins" in text and "begins" not in self.getvalue():
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
+
+
+def test_ctrl_c_between_two_starts_stops_the_first_and_starts_no_second(tmp_path: Path) -> None:
+    config = RunConfig(trl={"max_steps": 4})
+    jobs = [
+        Job(RunName("grpo", "", seed), config, tmp_path / "runs" / str(seed), tmp_path / "logs" / f"{seed}.log")
+        for seed in range(2)
+    ]
+    out = AskingToStop()
+    assert run_jobs(jobs, 2, Console(file=out, width=200)) is False
+    assert [job.state for job in jobs] == ["stopped", "waiting"]
+    assert jobs[0].process is not None
+    assert jobs[0].process.poll() is not None
+    assert "grpo-1 begins" not in out.getvalue()
+    assert not (tmp_path / "runs" / "1").exists()
+
+
+def test_the_end_of_a_log_commands_no_terminal(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"\x1b]0;owned\x07 [bold]end[/bold]\n")
+    job = Job(RunName("grpo", "", 0), RunConfig(), tmp_path / "none", log, state="running")
+    job.process = subprocess.Popen(["/bin/false"])
+    job.process.wait()
+    out = io.StringIO()
+    collect(job, Console(file=out, width=200), is_stopping=False)
+    assert job.state == "failed"
+    assert "  ␛]0;owned␇ [bold]end[/bold]" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
 
 
 def test_the_help_tells_it_from_eval_compare(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from rest_rl.analyze.html_report import MOST_POINTS, condensed, page_data, source_hash, write_html_report
 from rest_rl.analyze.html_responses import MAX_CHARACTERS, MISSING, thinned
+from rest_rl.analyze.report import write_report
 from rest_rl.analyze.tables import Curve
 from rest_rl.cli import main
 from rest_rl.config import RunConfig, parse_toml
@@ -37,6 +38,7 @@ HOSTILE = [
     "שלום عالم",
     "x" * 100_000,
     "]]><!-- `${document.title='owned'}`",
+    "a\u034f\u3164\uffa0\u2800\U000e0041\U000e0fff",
 ]
 
 
@@ -210,6 +212,18 @@ def truncated_run(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("row", [{"loss": 2.0}, {"step": None, "loss": 2.0}, {"step": "x", "loss": 2.0}])
+def test_metrics_without_a_step_are_left_out(tmp_path: Path, row: dict[str, Any]) -> None:
+    folder = make_run(tmp_path / "run", [{"step": 1, "id": "a", "response": RIGHT}])
+    log = RunLog(folder)
+    log.add_metrics(row)
+    log.add_evaluation({**row, "exact_match": 0.5})
+    data, _ = contents(write_html_report([folder]))
+    assert data["runs"][0]["steps"] == 3
+    assert not [chart for chart in data["charts"] if chart["title"] == "Loss"]
+    assert "Loss" not in write_report([folder]).read_text()
+
+
 def test_findings_are_those_of_the_diagnosis(tmp_path: Path) -> None:
     run = read_run(truncated_run(tmp_path / "run"))
     data, _ = page_data([read_run(make_run(tmp_path / "well", [], **{"run.seed": 7})), run])
@@ -311,8 +325,9 @@ def test_hostile_text_is_text(tab: Page, tmp_path: Path) -> None:
     assert shown[5] == "<think>‹U+2028›‹U+2029›\\x85"
     assert shown[7] == "<think>שלום عالم"
     assert shown[8] == "<think>" + "x" * 4000 + "… 96,000 more characters"
-    assert shown[10] == HOSTILE[0]
-    assert shown[18] == "x" * 100_000
+    assert shown[10] == "<think>a‹U+034F›‹U+3164›‹U+FFA0›‹U+2800›‹U+E0041›‹U+E0FFF›"
+    assert shown[11] == HOSTILE[0]
+    assert shown[19] == "x" * 100_000
 
 
 def test_the_list_holds_only_the_rows_in_sight(tab: Page, many: Path) -> None:

@@ -10,13 +10,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PrinterCallback
 
+from rest_rl.cli import main
 from rest_rl.formats import FORMATS
 from rest_rl.regions import decode_ids, tag_regions, token_lengths
 from rest_rl.response import Region
+from rest_rl.runlog import read_run
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.response_record import PLACE, ResponseRecord, WeighedBatch, recorded_reward
+from rest_rl.train.response_record import PLACE, KeepLast, ResponseRecord, WeighedBatch, recorded_reward
 from rest_rl.train.tool_reward import make_tool_reward
 from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from tests.sample_files import save_samples
+from tests.test_cli import RUN
 from tests.tiny_policy import history, parameters, tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
 
 
@@ -39,6 +43,7 @@ def run(tokenizer: Any, folder: Any, limit: int | None, **changes: Any) -> tuple
         processing_class=tokenizer,
     )
     trainer.on_weighed = None if limit is None else record.fill
+    trainer.add_callback(KeepLast(record))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer, kept
@@ -132,6 +137,40 @@ def test_rows_wait_for_the_loss_and_are_never_lost():
     record.begin([{"step": 2, "ids": [7]}])
     record.begin([{"step": 3, "ids": [7]}])
     assert kept[1:] == [(2, [{"step": 2, "ids": [7]}])]
+
+
+def test_the_last_batch_is_recorded_where_training_ends_within_it(tokenizer, tmp_path):
+    # two steps a batch, three steps: the loss sees half of the second batch
+    changes = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "max_steps": 3}
+    _, rows = run(tokenizer, tmp_path, 8, **changes)
+    assert [row["step"] for row in rows] == [1] * 8 + [3] * 8
+    assert ["weights" in row for row in rows].count(True) == 8 + 4
+
+
+def test_the_command_records_them_too(tokenizer, tmp_path):
+    tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = save_samples(tiny_samples(8), tmp_path / "samples.jsonl")
+    (tmp_path / "run.toml").write_text(RUN.format(model=tmp_path / "model", data=data, steps=3))
+    changes = (
+        "trl.steps_per_generation=2",
+        "trl.per_device_train_batch_size=4",
+        "trl.save_steps=4",
+        'data.held_out=""',
+    )
+    assert (
+        main(
+            [
+                "train",
+                str(tmp_path / "run.toml"),
+                "--out",
+                str(tmp_path / "run"),
+                *(f"--set={text}" for text in changes),
+            ]
+        )
+        == 0
+    )
+    assert [row["step"] for row in read_run(tmp_path / "run").responses] == [1, 1, 3, 3]
 
 
 def test_places_travel_through_trls_shuffle(tokenizer, tmp_path):

@@ -123,10 +123,9 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int, console: Console) -> bool:
     """Train what is not finished, at most `at_a_time` runs at once; returns False if it was interrupted."""
     for job in jobs:
         prepare(job)
-    with grid_display(jobs, console) as display, stopping(jobs, console) as stop:
+    with grid_display(jobs, console) as display, stopping(jobs) as stop:
         while True:
-            if stop.requested:
-                end_all(jobs, at_once=stop.at_once)
+            obey(stop, jobs, console)
             for job in jobs:
                 if job.state == "running":
                     collect(job, console, stop.requested)
@@ -252,19 +251,20 @@ class Stop:
 
     requested: bool = False
     at_once: bool = False
+    is_told: bool = False
+    """Whether the user knows that we know."""
 
 
 @contextmanager
-def stopping(jobs: Sequence[Job], console: Console) -> Iterator[Stop]:
+def stopping(jobs: Sequence[Job]) -> Iterator[Stop]:
     """The first Ctrl-C (or SIGTERM) ends every run after its step, with a checkpoint; the second one at once.
 
-    The handler only notes that; whoever starts runs tells them, so that none is missed that is just being started.
+    The handler only notes that, and `obey` tells the runs: none is missed that is just being started, and no line is
+    printed within another.
     """
     stop = Stop()
 
     def request(number: int, frame: types.FrameType | None) -> None:
-        if not stop.requested:
-            say(console, "stopping every run after its step; once more to stop at once")
         stop.requested, stop.at_once = True, stop.requested
 
     old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -276,6 +276,16 @@ def stopping(jobs: Sequence[Job], console: Console) -> Iterator[Stop]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def obey(stop: Stop, jobs: Sequence[Job], console: Console) -> None:
+    """Tell the runs of ours, and the user, what was asked for."""
+    if not stop.requested:
+        return
+    if not stop.is_told:
+        say(console, "stopping every run after its step; once more to stop at once")
+        stop.is_told = True
+    end_all(jobs, at_once=stop.at_once)
 
 
 def end_all(jobs: Sequence[Job], *, at_once: bool = False) -> None:
