@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from rest_rl.analyze.probe_gradients import Weigher, probe_gradients, probe_rules, sampled_tokens
+from rest_rl.analyze.probe_gradients import Weigher, probe_gradients, sampled_tokens
+from rest_rl.analyze.rivals import rivals
 from rest_rl.cli import main
 from rest_rl.data.groups import Group
 from rest_rl.data.prompt_layout import PromptLayout
@@ -90,7 +91,7 @@ def test_a_policy_with_spread(here: Path, policy: Path, dialogues: Path, capsys:
     assert run(*options, "--json") == 0  # into a folder of its own, the same figures again
     assert json.loads(capsys.readouterr().out) == [found]
     assert run(*options, "--out", "first") == 2
-    assert "holds a probe already" in capsys.readouterr().err
+    assert "holds a probe.json already" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -118,6 +119,8 @@ def test_a_random_model_of_another_format(
     [
         (("--prompts", "7"), "expected at least 8"),
         (("--group", "1"), "expected at least 2"),
+        (("--step", "0"), "got --step 0, expected at least 1"),
+        (("--set", "rest.preset=grpo", "--set", "rest.reward.random=true"), "expected a reward that reads"),
         (("--progress", "1.5"), "[0, 1]"),
         (("--norm-cap", "-1"), "0 for none"),
         (("--format", "nonsense"), "unknown format"),
@@ -154,7 +157,7 @@ def test_rules_weigh_as_training_does(sampled: tuple[Any, PromptLayout, list[Gro
     entropies_BT[mask_BT] = torch.cat([torch.from_numpy(one.entropies_T) for one in tokens])
     collisions_BT = torch.zeros(mask_BT.shape, dtype=torch.float64)
     collisions_BT[mask_BT] = torch.cat([torch.from_numpy(one.collisions_T) for one in tokens])
-    for preset in probe_rules().values():
+    for preset in rivals().values():
         wanted_BT = token_weights(
             ids_BT, mask_BT, layout.tokenizer, format=layout.format, preset=preset, progress=0.5,
             entropies=entropies_BT, collisions=collisions_BT,
@@ -169,15 +172,15 @@ def test_a_rule_of_uniform_weights_gains_nothing(sampled: tuple[Any, PromptLayou
     pad_id = layout.tokenizer.pad_token_id
     tokens = sampled_tokens(groups, model, pad_id, lambda: None)
     weigher = Weigher(groups, tokens, layout.tokenizer, layout.format, progress=0.0)
-    rules = probe_rules()
+    rules = rivals()
     calls: list[int] = []
     found = probe_gradients(
-        model, weigher, {"uniform": rules["uniform"], "again": rules["uniform"]}, prompts_per_step=4, pad_id=pad_id,
+        model, weigher, {"uniform": rules["uniform"], "again": rules["uniform"]}, prompts_per_step=1, pad_id=pad_id,
         batch_size=3, advance=lambda: calls.append(1),
     )  # fmt: skip
     first, again = found.rules  # the sum of the regions' gradients against one backward pass of its own
-    assert first.eff_1J == pytest.approx(again.eff_1J, rel=1e-4)
-    assert first.eff_adam_1J == pytest.approx(again.eff_adam_1J, rel=1e-3)
+    assert first.series.progress_1K == pytest.approx(again.series.progress_1K, rel=1e-4)
+    assert first.series.adam_1K == pytest.approx(again.series.adam_1K, rel=1e-3)
     assert len(calls) == 2 * len(groups)
     assert found.gram_KMKM.shape == (7, 8, 7, 8)
     assert found.coordinates.size == found.coordinates.total

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rest_rl.analyze.estimates import Estimate
 from rest_rl.analyze.gradients import Coordinates, token_statistics
-from rest_rl.analyze.probe import Estimate
 from rest_rl.analyze.probe_gradients import regions_of
+from rest_rl.analyze.rivals import UNIFORM
 from rest_rl.analyze.theory import (
-    UNIFORM,
     TheorySettings,
     check_spread,
     measure,
@@ -35,7 +35,7 @@ from rest_rl.presets import PRESETS, Preset
 from rest_rl.presets import token_weights as trained_weights
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
-SETTINGS = TheorySettings(token_responses=4, batch=4, blocks=4, coordinates=20_000)
+SETTINGS = TheorySettings(token_responses=4, batch=1, blocks=4, coordinates=20_000)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_statistics_and_weights_are_those_of_training(policy, sampled):
         preset = Preset(name, config, PRESETS["rest"].reward)
         reads = entropies_BT if config.rule == "top_entropy" else statistics
         expected = trained_weights(ids_BT, mask_BT, tokenizer, preset=preset, progress=0.5, entropies=reads)
-        ours = token_weights(regions_BT, entropies_BT, mask_BT, config, statistics, 0.5)
+        ours = token_weights(regions_BT, mask_BT, entropies_BT, config, statistics, 0.5)
         torch.testing.assert_close(ours.float(), expected, msg=name)
 
 
@@ -111,13 +111,13 @@ def test_everything_is_measured(measured):
 
 def test_what_is_written_can_be_read(measured, tmp_path: Path):
     found, _ = measured
-    text = page("Title", "what.", found, 4, draw_theory(found, tmp_path))
+    text = page("Title", "what.", found, 1, draw_theory(found, tmp_path))
     assert "nan" not in text.lower().replace("finance", "")
     for name in ("Lemma 1", "Lemma 2", "Theorem 1", "Theorem 2", "Rules"):
         assert f"## {name}" in text
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("group-size.png", "rules.png", "bound.png"))
     content = json.loads(as_json(as_mapping(found, SETTINGS)))
-    assert content["settings"]["batch"] == 4
+    assert content["settings"]["batch"] == 1
     assert len(content["findings"]) == len(findings(found))
     assert all(len(row) == len(table.header) for table in theory_tables(found) for row in table.rows)
 
@@ -143,9 +143,14 @@ def test_a_pilot_without_spread_is_an_error(sampled):
     [
         (("--prompts", "2"), "got --prompts 2, expected at least 8"),
         (("--pilot-group", "8", "--group", "9"), "got --pilot-group 8 with --group 9"),
+        (("--step", "-3"), "got --step -3, expected at least 1"),
+        (("--format", "toolrl", "--format", "hermes"), "got 2 times --format"),
         (("--progress", "2"), "got --progress 2"),
         (("--cap", "0"), "got --cap 0"),
-        (("--prompts", "8", "--pilot", "1996", "--set", "data.samples=2000"), "of which --pilot takes 1996"),
+        (
+            ("--prompts", "8", "--pilot", "1996", "--set", "data.samples=2000"),
+            "got 2000 samples, expected at least 2004",
+        ),
         (("--format", "nonsense"), "nonsense"),
     ],
 )
@@ -162,10 +167,10 @@ def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_embedded_model_from_the_command(tmp_path, capsys):
     out = tmp_path / "out"
-    small = ["--prompts", "8", "--pilot", "6", "--pilot-group", "8", "--group", "4", "--step", "2", "--out", str(out)]
+    small = ["--prompts", "8", "--pilot", "6", "--pilot-group", "8", "--group", "4", "--step", "1", "--out", str(out)]
     assert main(["theory", *small, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out / "theory.json").read_text())
     assert printed["lemma_two"]["violations"] == 0
     assert main(["theory", *small]) == 2
-    assert "holds a measurement already" in capsys.readouterr().err
+    assert "holds a theory.json already" in capsys.readouterr().err

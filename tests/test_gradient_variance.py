@@ -3,26 +3,46 @@ import math
 import pytest
 import torch
 
+from rest_rl.analyze.estimates import Estimate
 from rest_rl.analyze.gradient_variance import (
+    GradientFigures,
+    Half,
+    Sums,
+    adam_series,
     block_sums,
-    efficiency,
-    efficiency_gain,
-    gradient_figures,
-    jackknife_error,
+    blocks_for,
+    gradient_series,
+    halvings,
     largest_share,
+    most_per_step,
     norm_cap,
     total,
 )
+
+
+def gradient_figures(g, base, t, *, batch=1, blocks=8, scales_M=None):
+    own, baseline = (gradient_series(x, t, batch=batch, blocks=blocks, scales_M=scales_M) for x in (g, base))
+    return GradientFigures.of(own, baseline)
+
+
+def efficiency(g, t, *, adam=False, batch=1, blocks=8):
+    figures = gradient_figures(g, g, t, batch=batch, blocks=blocks)
+    return figures.eff_adam if adam else figures.eff
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def sums_of(g, t):
+    return Sums(len(g), g.sum(0), t.sum(0), g.square().sum(0), (g * t).sum(0), float(t.square().sum()))
+
+
 def test_sums_by_hand():
     g = torch.tensor([[1.0, 0.0], [3.0, 2.0], [1.0, 0.0], [3.0, 2.0]])
     t = torch.tensor([[1.0, 1.0], [1.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
-    sums = total(block_sums(g, t, 2))
+    first, second = sums_of(g[:2], t[:2]), sums_of(g[2:], t[2:])
+    sums = total([first, second])
     # sum g = (8, 4), sum t = (4, 2); sum_m <g_m, t_m> = 1 + 5 + 2 + 0 = 8; pairs of different units: 4 * 3 = 12
     assert sums.signal == pytest.approx((8 * 4 + 4 * 2 - 8) / 12)
     # sum |g_m|^2 = 1 + 13 + 1 + 13 = 28; |sum g|^2 = 80: (80 - 28) / 12
@@ -34,18 +54,66 @@ def test_sums_by_hand():
     # E g_j^2 of batches of 2: mean^2 + s^2 (1/2 - 1/4) = 4 + 1/3 and 1 + 1/3
     assert sums.second_moments(2).tolist() == pytest.approx([13 / 3, 4 / 3])
     assert sums.second_moments(1).sum() == pytest.approx(sums.variance + sums.mean_square)
-    assert sums.eff(2) == pytest.approx((32 / 12) / math.sqrt(17 / 3))
-    # signal per coordinate: (8 * 4 - (1 + 3 + 2)) / 12 = 26/12 and (4 * 2 - 2) / 12 = 6/12
-    expected = (26 / 12 / math.sqrt(13 / 3) + 6 / 12 / math.sqrt(4 / 3)) / math.sqrt(2)
-    assert sums.eff(2, adam=True) == pytest.approx(expected)
+    assert sums.progress(2) == pytest.approx((32 / 12) / math.sqrt(17 / 3))
     assert sums.cosine() == pytest.approx((32 / 12) / math.sqrt(52 / 12))
+
+
+def test_adam_divides_the_signal_of_one_half_by_the_scales_of_the_other():
+    first = sums_of(torch.tensor([[1.0, 0.0], [3.0, 2.0]]), torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
+    second = sums_of(torch.tensor([[1.0, 0.0], [5.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+    # signals: pairs of different units over 2: (1 + 3) / 2 and (0 + 2) / 2; (1 * 0 + 5 * 2) / 2 and 0
+    # E g_j^2 of single units: mean^2 + s^2 / 2: 4 + 1 and 1 + 1; 9 + 4 and 0, a coordinate that is left out
+    expected = ((2 / math.sqrt(13) + 0) + (5 / math.sqrt(5) + 0)) / 2 / math.sqrt(2)
+    halves = Half.of(first, 1), Half.of(second, 1)
+    assert halves[0].progress(halves[1]) == pytest.approx(expected)
+    assert halves[1].progress(halves[0]) == pytest.approx(expected)
+
+
+def test_blocks_are_halved_so_that_most_meet():
+    assert list(halvings(4)) == [[0, 1, 0, 1], [0, 0, 1, 1]]
+    sixteen = list(halvings(16))
+    assert all(sum(sides) == 8 for sides in sixteen)
+    apart = [(i, k) for i in range(16) for k in range(i) if all(sides[i] != sides[k] for sides in sixteen)]
+    assert apart == [(i, 15 - i) for i in range(8, 16)]
+    assert [blocks_for(units) for units in (8, 9, 10, 17, 18, 500)] == [4, 4, 8, 8, 16, 16]
+    # 8 units in 4 blocks: halves of 4, 2 of which are left; 64 in 16: a quarter
+    assert [most_per_step(units) for units in (8, 12, 64, 96)] == [1, 2, 16, 24]
+
+
+def test_no_signal_is_no_progress_under_adam():
+    # Each unit's g and t are alike but for noise and turned by a sign of its own, so E g = E t = 0.
+    crossed, same_units = [], []
+    for seed in range(12):
+        rng = torch.Generator().manual_seed(seed)
+        signs = 2 * torch.randint(0, 2, (96, 1), generator=rng) - 1
+        g = signs * (torch.randn(96, 1000, generator=rng) + 0.1)
+        t = 0.8 * g + 0.6 * torch.randn(96, 1000, generator=rng)
+        sums = block_sums(g, t, 16)
+        crossed.append(Estimate.of(adam_series(sums, 16)))
+        whole = Half.of(total(sums), 16)
+        same_units.append(whole.progress(whole))
+    values = torch.tensor([one.value for one in crossed])
+    assert abs(values.mean()) < 3 * values.std() / 12**0.5
+    assert sum(abs(one.value) < 2 * one.error for one in crossed) >= 10
+    same = torch.tensor(same_units)
+    assert same.mean() < -10 * same.std() / 12**0.5  # what signals over scales of the same units would say
+
+
+def test_progress_under_adam_is_found_where_there_is_some():
+    rng = torch.Generator().manual_seed(0)
+    g = torch.randn(96, 5000, generator=rng)
+    t = 0.8 * g + 0.6 * torch.randn(96, 5000, generator=rng)
+    found = Estimate.of(adam_series(block_sums(g + 0.1, t + 0.1, 16), 8))
+    # sqrt(N) mu^2 / sqrt(mu^2 + 1 / P); the noise of the scales adds a few per cent
+    assert found.value == pytest.approx(math.sqrt(5000) * 0.01 / math.sqrt(0.01 + 1 / 8), rel=0.1)
+    assert found.error < 0.2
 
 
 def test_without_a_block_is_the_rest():
     g, t = normal(10, 3), normal(10, 3, seed=1)
     blocks = block_sums(g, t, 4)
     rest = total(blocks).without(blocks[0])
-    again = total(block_sums(g[3:], t[3:], 2))
+    again = sums_of(g[3:], t[3:])
     assert rest.units == 7
     torch.testing.assert_close(vars(rest), vars(again))
 
@@ -55,7 +123,7 @@ def test_shared_noise_is_no_signal():
     values = []
     for seed in range(200):
         noise = normal(12, 4, seed=seed)
-        values.append(total(block_sums(noise, noise, 2)).signal)
+        values.append(total(block_sums(noise, noise, 4)).signal)
     values = torch.tensor(values)
     assert abs(values.mean()) < 4 * values.std() / 200**0.5
     naive = normal(12, 4).mean(0).square().sum()
@@ -81,7 +149,7 @@ def test_scale_and_direction():
     one, seven = efficiency(g, t, batch=3), efficiency(7 * g, t, batch=3)
     assert one == pytest.approx(seven)
     assert efficiency(-g, t, batch=3).value == pytest.approx(-one.value)
-    assert efficiency_gain(7 * g, g, t, adam=True) == pytest.approx((0, 0), abs=1e-12)
+    assert gradient_figures(7 * g, g, t).eff_adam_gain == pytest.approx((0, 0), abs=1e-12)
     figures = gradient_figures(2 * g, g, t, batch=4)
     assert figures.eff_gain == pytest.approx((0, 0), abs=1e-12)
     assert figures.variance.value == pytest.approx(4 * gradient_figures(g, g, t, batch=4).variance.value)
@@ -100,11 +168,6 @@ def test_a_lead_is_a_gain_without_the_quotient():
     assert figures.eff_gain.value == pytest.approx(figures.eff.value / of_base.eff.value - 1)
 
 
-def test_jackknife_of_a_mean_is_its_standard_error():
-    # leave-one-out means of (1, 2, 6): 4, 3.5, 1.5; the standard error of the mean is s / sqrt(3) with s^2 = 7
-    assert jackknife_error([4.0, 3.5, 1.5]) == pytest.approx(math.sqrt(7 / 3))
-
-
 def test_errors_cover_the_spread_over_repeats():
     mean = torch.tensor([1.0, 0.4, 0.0], dtype=torch.float64)
     found = [efficiency(mean + normal(80, 3, seed=s), mean + normal(80, 3, seed=s + 999), batch=4) for s in range(200)]
@@ -116,7 +179,7 @@ def test_errors_cover_the_spread_over_repeats():
 def test_paired_errors_are_smaller_where_the_noise_is_shared():
     g, t = normal(60, 4) + 0.5, normal(60, 4, seed=1) + 0.5
     nearly = g + 0.05 * normal(60, 4, seed=2)
-    paired = efficiency_gain(nearly, g, t, batch=4)
+    paired = gradient_figures(nearly, g, t, batch=4).eff_gain
     alone = efficiency(nearly, t, batch=4)
     assert paired.error < 0.3 * alone.error / alone.value
 
@@ -140,7 +203,7 @@ def test_one_unit_that_dominates_is_said_and_capped():
 
 def test_no_gradient_at_all_is_no_number():
     nothing = torch.zeros(8, 3)
-    figures = gradient_figures(nothing, nothing, nothing, blocks=2)
+    figures = gradient_figures(nothing, nothing, nothing, blocks=4)
     assert math.isnan(figures.eff.value)
     assert math.isnan(figures.eff_gain.value)
     assert figures.variance.value == 0
@@ -152,7 +215,9 @@ def test_errors_name_what_was_got():
         efficiency(torch.ones(4, 2), torch.ones(4, 3))
     with pytest.raises(ValueError, match="9 units for 8 blocks"):
         efficiency(torch.ones(9, 2), torch.ones(9, 2))
-    with pytest.raises(ValueError, match="a batch of 10 units, expected 1 to 9"):
+    with pytest.raises(ValueError, match="12 units for 6 blocks"):
+        efficiency(normal(12, 2), normal(12, 2), blocks=6)
+    with pytest.raises(ValueError, match="a batch of 10 units, expected 1 to 2 of 12"):
         efficiency(normal(12, 2), normal(12, 2), batch=10, blocks=4)
     with pytest.raises(ValueError, match="norm cap of 0"):
         norm_cap(torch.ones(4, 2), 0)

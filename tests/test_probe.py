@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from rest_rl.analyze.estimates import Estimate
 from rest_rl.analyze.probe import (
     DifferenceFacts,
-    Estimate,
     GradientFacts,
     GroupTokens,
     Probe,
@@ -24,7 +24,6 @@ from rest_rl.analyze.probe import (
     SureTokens,
     TokenFacts,
     gradient_facts,
-    left_out,
     region_difference,
     region_facts,
     rule_facts,
@@ -33,8 +32,9 @@ from rest_rl.analyze.probe import (
     token_facts,
 )
 from rest_rl.analyze.probe_advice import advice_on, verdict
-from rest_rl.analyze.probe_gradients import SHUFFLED, UNIFORM, Judge, grpo_weights, probe_rules, region_and_true_weights
+from rest_rl.analyze.probe_gradients import Judge, grpo_weights, region_and_true_weights
 from rest_rl.analyze.probe_text import as_mapping, page, probe_tables
+from rest_rl.analyze.rivals import SHUFFLED, UNIFORM, rivals
 from rest_rl.data.groups import Group, Response
 from rest_rl.data.samples import ToolSample
 from rest_rl.jsonl import as_json
@@ -47,14 +47,6 @@ SAMPLE = ToolSample("s", ({"role": "user", "content": "do"},), (), Gold())
 def group(*responses: tuple[list[int], list[Region], float]) -> Group:
     """Responses as (ids, regions, reward)."""
     return Group(SAMPLE, [1], tuple(Response(i, [int(r) for r in rs], x, 1.0, x, x == 1) for i, rs, x in responses))
-
-
-def test_jackknife_error_of_a_mean_is_the_textbook_one() -> None:
-    values = np.array([1.0, 2.0, 3.0, 6.0])  # mean 3, s² = (4 + 1 + 0 + 9) / 3 = 14/3, se = sqrt(14/3 / 4)
-    counts = left_out(np.ones(4))
-    found = Estimate.of(left_out(values) / counts)
-    assert found.value == 3.0
-    assert found.error == pytest.approx(math.sqrt(14 / 12))
 
 
 def test_products_leave_each_prompt_out() -> None:
@@ -90,6 +82,7 @@ def test_shares_of_norm_and_signal_add_up() -> None:
     form, name = gradient_facts(products, [FORMAT]), gradient_facts(products, [NAME])
     assert (form.norm_share.value, name.norm_share.value) == pytest.approx((9 / 25, 16 / 25))
     assert (form.signal_share.value, name.signal_share.value) == pytest.approx((3 / 7, 4 / 7))
+    assert form.surplus.value == pytest.approx(9 / 25 - 3 / 7)
     assert form.signal_share.error == pytest.approx(0, abs=1e-12)
     assert math.isnan(form.snr.value)  # no noise to divide by
     assert gradient_facts(products, [FORMAT, NAME]).signal_share.value == pytest.approx(1)
@@ -160,7 +153,7 @@ def test_the_sure_regions_together() -> None:
     facts, sure = region_facts(sampled, own, gram(vectors))
     assert list(facts) == ["name", "reasoning"]
     assert sure.regions == ("name",)
-    assert (sure.share.value, sure.signal_share.value) == pytest.approx((0.5, 0.75))
+    assert (sure.share.value, sure.signal_share.value, sure.surplus.value) == pytest.approx((0.5, 0.75, 0.25))
 
 
 def test_weights_of_the_grpo_objective() -> None:
@@ -207,7 +200,7 @@ def test_gains_are_free_of_scale_and_see_noise_that_a_rule_removes() -> None:
 
 
 def test_the_rules_begin_with_uniform_weights() -> None:
-    rules = probe_rules()
+    rules = rivals()
     assert next(iter(rules)) == UNIFORM
     assert set(SHUFFLED) < set(rules)
     own = rules["rest"].weights
@@ -222,7 +215,9 @@ def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, si
         return RegionFacts(
             TokenFacts(100, Estimate(share, 0.01), Estimate(entropy, 0.1), entropy, Estimate(0.1, 0.01)),
             DifferenceFacts(Estimate(0.9, 0.05), Estimate(auc, 0.05)),
-            GradientFacts(Estimate(0.5, 0.05), Estimate(signal_share, 0.05), Estimate(0.01, 0.004)),
+            GradientFacts(
+                Estimate(0.5, 0.05), Estimate(signal_share, 0.05), Estimate(0.5 - signal_share, 0.05), Estimate(0.01, 0)
+            ),
         )
 
     def rule(name: str, gain: float) -> RuleFacts:
@@ -238,7 +233,7 @@ def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, si
         sampled=Sampled(64, 8, 0.1, 0.4, 0.8, 0.6, 0.7, 0.0, 40.0),
         regions={"name": region(0.2, 0.1, 0.7, 0.8), "reasoning": region(0.8, 2.0, 0.3, 0.6)},
         rules=(rule(UNIFORM, 0.0), *(rule(name, gain) for name, gain in gains.items())),
-        sure=SureTokens(("name",), Estimate(0.2, 0.01), Estimate(0.7, 0.05)),
+        sure=SureTokens(("name",), Estimate(0.2, 0.01), Estimate(0.7, 0.05), Estimate(0.5, 0.05)),
         signal=Estimate(signal, 0.2),
         snr=Estimate(0.01, 0.002),
         heaviest=0.1,
@@ -251,7 +246,7 @@ def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, si
 
 def test_weights_are_recommended_where_they_help_beyond_chance_and_shuffling() -> None:
     found = advice_on(made_probe(adam=0.2))
-    own = probe_rules()["rest"].weights
+    own = rivals()["rest"].weights
     assert own is not None
     assert (found.preset, found.rule, found.strength) == ("rest", own.rule, own.strength)
     assert (found.w_min, found.w_max) == (0.6, 1.8)  # 0.62 and 1.73, rounded outward

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from rest_rl.analyze.gradient_variance import most_per_step
 from rest_rl.analyze.probe import (
     LEAST_PROMPTS,
     GroupTokens,
@@ -27,12 +28,9 @@ from rest_rl.analyze.probe import (
 )
 from rest_rl.analyze.probe_advice import advice_on, verdict
 from rest_rl.analyze.probe_gradients import (
-    SHUFFLED,
     Weigher,
-    most_per_step,
     passes,
     probe_gradients,
-    probe_rules,
     sampled_tokens,
 )
 from rest_rl.analyze.probe_plots import draw_probe
@@ -45,13 +43,14 @@ from rest_rl.analyze.probe_text import (
     probe_tables,
     sampled_line,
 )
+from rest_rl.analyze.rivals import SHUFFLED, rivals
 from rest_rl.cli_eval_origin import model_label, recorded_run
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.data.groups import Group
 from rest_rl.data.prompt_layout import PromptLayout, resolve_format
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.generate import end_ids
-from rest_rl.evaluate.sampling import sample_groups
+from rest_rl.evaluate.sampling import Scoring, sample_groups
 from rest_rl.jsonl import as_json
 from rest_rl.presets import Preset
 from rest_rl.runlog import replace_file, unwritable
@@ -60,6 +59,7 @@ from rest_rl.train.policy import load_policy, policy_tokenizer, quiet_loading
 from rest_rl.train.training_data import read_data
 
 JSON, PAGE = "probe.json", "probe.md"
+LEAST = {"max_new_tokens": 1, "batch_size": 1, "seed": 0, "step": 1}
 NO_TAGS = ("authors-code",)
 """Rules of the published code, which knows the tags of toolrl and hermes alone."""
 
@@ -77,9 +77,9 @@ def probe(arguments: argparse.Namespace) -> int:
         quiet_loading()
     console = Console(stderr=arguments.json)
     check_numbers(arguments)
-    out = checked_folder(arguments)
+    out = fresh_folder(arguments, JSON)
     config = run_of(arguments)
-    asked = [ask(config, name, arguments, console) for name in formats_of(config, arguments)]
+    asked = [ask(config, name, arguments, arguments.prompts, console) for name in formats_of(config, arguments)]
     with console.status("loading"):
         model, _ = load_policy(replace(config.model, dtype=config.weights_dtype))
         model.to(torch.accelerator.current_accelerator() or "cpu")
@@ -96,11 +96,7 @@ def probe(arguments: argparse.Namespace) -> int:
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     """ValueError for numbers with which nothing can be estimated."""
-    least = {"prompts": LEAST_PROMPTS, "group": 2, "max_new_tokens": 1, "batch_size": 1, "seed": 0, "step": 1}
-    for name, number in least.items():
-        value = getattr(arguments, name)
-        if value is not None and value < number:
-            raise ValueError(f"got --{name.replace('_', '-')} {value}, expected at least {number}; raise it")
+    check_least(arguments, {**LEAST, "prompts": LEAST_PROMPTS, "group": 2})
     if not 0 <= arguments.norm_cap < float("inf"):
         raise ValueError(
             f"got --norm-cap {arguments.norm_cap}, expected a multiple of the median, 0 for none; change it"
@@ -109,15 +105,24 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         raise ValueError(f"got --progress {arguments.progress}, expected training progress in [0, 1]; change it")
 
 
-def checked_folder(arguments: argparse.Namespace) -> Path:
-    """Where the probe goes; ValueError for a folder that holds one already."""
+def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None:
+    """ValueError for an option below its least value."""
+    for name, number in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < number:
+            raise ValueError(f"got --{name.replace('_', '-')} {value}, expected at least {number}; raise it")
+
+
+def fresh_folder(arguments: argparse.Namespace, file: str) -> Path:
+    """Where the results of the verb go, `file` among them; ValueError for a folder that holds one already."""
     if arguments.out is None:
-        base = f"runs/probe-{model_label(arguments.model)}" if arguments.model else "runs/probe"
+        verb = arguments.verb
+        base = f"runs/{verb}-{model_label(arguments.model)}" if arguments.model else f"runs/{verb}"
         names = chain([base], (f"{base}-{number}" for number in count(2)))
-        return next(Path(name) for name in names if not (Path(name) / JSON).exists())
+        return next(Path(name) for name in names if not (Path(name) / file).exists())
     out = Path(arguments.out)
-    if (out / JSON).exists():
-        raise ValueError(f"got --out {out}, which holds a probe already, expected another folder; pass a new one")
+    if (out / file).exists():
+        raise ValueError(f"got --out {out}, which holds a {file} already, expected another folder; pass a new one")
     return out
 
 
@@ -142,16 +147,28 @@ def formats_of(config: RunConfig, arguments: argparse.Namespace) -> list[str]:
     )
 
 
-def ask(config: RunConfig, name: str, arguments: argparse.Namespace, console: Console) -> Asked:
-    """The prompts of one format: a random part of what training would see."""
+def ask(
+    config: RunConfig,
+    name: str,
+    arguments: argparse.Namespace,
+    prompts: int,
+    console: Console,
+    least: int = LEAST_PROMPTS,
+) -> Asked:
+    """So many prompts of one format, or all there are: a random part of what training would see."""
     layout = PromptLayout(policy_tokenizer(config.model), name, config.model.chat_template_kwargs)
     unmeasured = replace(config, rest=replace(config.rest, format=name), eval=replace(config.eval, prompts=0, every=0))
     samples = read_data(unmeasured, layout, lambda text: say(console, text)).samples
-    if len(samples) < arguments.prompts:
-        say(console, f"{len(samples)} samples, fewer than --prompts {arguments.prompts}: all are taken")
-    if len(samples) < LEAST_PROMPTS:
-        raise ValueError(f"got {len(samples)} samples, expected at least {LEAST_PROMPTS}; add data")
-    return Asked(layout, random.Random(arguments.seed).sample(samples, min(arguments.prompts, len(samples))))
+    if len(samples) < least:
+        raise ValueError(f"got {len(samples)} samples, expected at least {least}; add data, or ask for fewer prompts")
+    if len(samples) < prompts:
+        say(console, f"{len(samples)} samples, fewer than the {prompts} prompts asked for: all are taken")
+    return Asked(layout, random.Random(arguments.seed).sample(samples, min(prompts, len(samples))))
+
+
+def scoring_of(config: RunConfig) -> Scoring:
+    """The reward that training by this run would use."""
+    return config.rest.resolve().reward or "authors-code"
 
 
 def measure(
@@ -168,12 +185,13 @@ def measure(
         for group in sample_groups(
             model, layout, asked.samples, group_size=arguments.group, max_new_tokens=limit,
             batch_size=batch_size, seed=arguments.seed, progress=arguments.progress,
+            reward=scoring_of(config),
         ):  # fmt: skip
             groups.append(group)
             advance("sampling")
         tokens = sampled_tokens(groups, model, pad_id, lambda: advance("entropies"))
         weigher = Weigher(groups, tokens, layout.tokenizer, layout.format, arguments.progress)
-        step = min(arguments.step or prompts_per_step(config), most_per_step(number))
+        step = step_of(config, arguments, number, console)
         found = probe_gradients(
             model, weigher, rules, prompts_per_step=step, pad_id=pad_id, batch_size=batch_size,
             seed=arguments.seed, cap=arguments.norm_cap, advance=lambda: advance("gradients"),
@@ -196,10 +214,18 @@ def measure(
     ), tokens
 
 
+def step_of(config: RunConfig, arguments: argparse.Namespace, prompts: int, console: Console) -> int:
+    """Prompts of the step to predict: as many as asked for, or the run's, as far as so many prompts can tell."""
+    wanted = prompts_per_step(config) if arguments.step is None else arguments.step
+    if wanted > (most := most_per_step(prompts)):
+        say(console, f"{prompts} prompts can predict steps of {most} prompts at most, not {wanted}: taken for {most}")
+    return min(wanted, most)
+
+
 def rules_for(tool_format: str) -> dict[str, Preset]:
     """The rules that know a format."""
     is_known = tool_format in ("toolrl", "hermes")
-    return {name: preset for name, preset in probe_rules().items() if is_known or name not in NO_TAGS}
+    return {name: preset for name, preset in rivals().items() if is_known or name not in NO_TAGS}
 
 
 def prompts_per_step(config: RunConfig) -> int:

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, count
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
-from rest_rl.analyze.theory import Theory, TheorySettings, check_spread, measure, steps
+from rest_rl.analyze.gradient_variance import blocks_for
+from rest_rl.analyze.gradients import Coordinates, expected_squares
+from rest_rl.analyze.theory import (
+    Theory,
+    TheorySettings,
+    affordable_coordinates,
+    check_spread,
+    measure,
+    steps,
+    token_passes,
+)
 from rest_rl.analyze.theory_plots import draw_theory
 from rest_rl.analyze.theory_text import as_mapping, findings, page, theory_tables
 from rest_rl.cli_eval_origin import model_label
-from rest_rl.cli_probe import Asked, ask, bar, formats_of, prompts_per_step, run_of, say
+from rest_rl.cli_probe import (
+    LEAST,
+    Asked,
+    ask,
+    bar,
+    check_least,
+    formats_of,
+    fresh_folder,
+    run_of,
+    say,
+    scoring_of,
+    step_of,
+)
 from rest_rl.config import RunConfig
 from rest_rl.data.groups import Group
 from rest_rl.evaluate.sampling import sample_groups
@@ -25,9 +48,9 @@ from rest_rl.terminal import show_table
 from rest_rl.train.policy import load_policy, quiet_loading
 
 JSON, PAGE = "theory.json", "theory.md"
-BLOCKS = 16
-"""Blocks of the jackknife over prompts."""
-LEAST = {"prompts": 8, "pilot": 4, "group": 2, "pilot_group": 8, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
+FEWEST = {"prompts": 8, "pilot": 4, "group": 2, "pilot_group": 8}
+LONG = 600.0
+"""Seconds of a pilot from which on a user is warned."""
 
 
 def theory(arguments: argparse.Namespace) -> int:
@@ -36,17 +59,13 @@ def theory(arguments: argparse.Namespace) -> int:
         quiet_loading()
     console = Console(stderr=arguments.json)
     check_numbers(arguments)
-    out = checked_folder(arguments)
+    out = fresh_folder(arguments, JSON)
     config = run_of(arguments)
-    wanted = argparse.Namespace(**{**vars(arguments), "prompts": arguments.prompts + arguments.pilot})
-    asked = ask(config, formats_of(config, arguments)[0], wanted, console)
-    number = len(asked.samples) - arguments.pilot
-    if number < LEAST["prompts"]:
-        raise ValueError(
-            f"got {len(asked.samples)} samples, of which --pilot takes {arguments.pilot}, expected at least "
-            f"{LEAST['prompts']} more; add data, or lower --pilot"
-        )
-    settings = settings_of(arguments, config, number)
+    asked = ask(
+        config, formats_of(config, arguments)[0], arguments, arguments.prompts + arguments.pilot, console,
+        FEWEST["prompts"] + arguments.pilot,
+    )  # fmt: skip
+    settings = settings_of(arguments, config, len(asked.samples) - arguments.pilot, console)
     with console.status("loading"):
         model, _ = load_policy(replace(config.model, dtype=config.weights_dtype))
         model.to(torch.accelerator.current_accelerator() or "cpu")
@@ -58,10 +77,9 @@ def theory(arguments: argparse.Namespace) -> int:
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     """ValueError for numbers with which nothing can be estimated."""
-    for name, least in LEAST.items():
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ValueError(f"got --{name.replace('_', '-')} {value}, expected at least {least}; raise it")
+    check_least(arguments, {**LEAST, **FEWEST})
+    if len(arguments.format) > 1:
+        raise ValueError(f"got {len(arguments.format)} times --format, expected one; measure them one by one")
     if arguments.pilot_group < arguments.group:
         raise ValueError(
             f"got --pilot-group {arguments.pilot_group} with --group {arguments.group}, expected at least as many; "
@@ -73,30 +91,37 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         raise ValueError(f"got --cap {arguments.cap}, expected a positive multiple of the median norm; raise it")
 
 
-def checked_folder(arguments: argparse.Namespace) -> Path:
-    """Where the measurement goes; ValueError for a folder that holds one already."""
-    if arguments.out is None:
-        base = f"runs/theory-{model_label(arguments.model)}" if arguments.model else "runs/theory"
-        names = chain([base], (f"{base}-{number}" for number in count(2)))
-        return next(Path(name) for name in names if not (Path(name) / JSON).exists())
-    out = Path(arguments.out)
-    if (out / JSON).exists():
-        raise ValueError(f"got --out {out}, which holds a measurement already, expected another folder; pass a new one")
-    return out
-
-
-def settings_of(arguments: argparse.Namespace, config: RunConfig, prompts: int) -> TheorySettings:
-    """How much is measured: a step as large as the run's, if so many prompts are left when a block is."""
-    blocks = max(2, min(BLOCKS, prompts // 4))
-    most = prompts - -(-prompts // blocks)
+def settings_of(arguments: argparse.Namespace, config: RunConfig, prompts: int, console: Console) -> TheorySettings:
+    """How much is measured on so many prompts."""
     return TheorySettings(
         token_responses=arguments.group,
-        batch=min(arguments.step or prompts_per_step(config), most),
+        batch=step_of(config, arguments, prompts, console),
         progress=arguments.progress,
         cap=arguments.cap,
-        blocks=blocks,
+        blocks=blocks_for(prompts),
+        batch_size=arguments.batch_size or config.eval.batch_size,
         seed=arguments.seed,
     )
+
+
+def within_reach(
+    model: torch.nn.Module, pilot: Sequence[Group], groups: int, settings: TheorySettings, console: Console
+) -> TheorySettings:
+    """The settings with as many coordinates as memory has room for; says how long a long pilot will take."""
+    longest = max((one for group in pilot for one in group.responses), key=lambda one: len(one.ids))
+    settings = replace(settings, coordinates=affordable_coordinates(len(longest.ids), groups))
+    coordinates = Coordinates.choose(model, settings.coordinates, settings.seed)
+    begun = time.monotonic()
+    expected_squares(model, pilot[0].prompt_ids, longest.ids[:4], coordinates)
+    passes = token_passes(pilot, settings.token_responses)
+    seconds = passes * (time.monotonic() - begun) / max(1, len(longest.ids[:4]))
+    if seconds > LONG:
+        say(
+            console,
+            f"{passes:,} backward passes through single tokens: about {seconds / 60:.0f} minutes before the rules are "
+            "judged; fewer --pilot prompts, a smaller --group or --max-new-tokens take less",
+        )
+    return settings
 
 
 def measured(
@@ -118,11 +143,12 @@ def measured(
             parts.append([])
             for group in sample_groups(
                 model, layout, samples, group_size=size, max_new_tokens=limit, seed=seed,
-                batch_size=arguments.batch_size or config.eval.batch_size, progress=arguments.progress,
+                batch_size=settings.batch_size, progress=arguments.progress, reward=scoring_of(config),
             ):  # fmt: skip
                 parts[-1].append(group)
                 advance("sampling")
             check_spread(parts[0], settings)
+        settings = within_reach(model, parts[0], len(parts[1]), settings, console)
         pad_id = layout.tokenizer.pad_token_id
         found = measure(model, parts[0], parts[1], settings, pad_id, lambda: advance("gradients"))
     pilot, groups = parts

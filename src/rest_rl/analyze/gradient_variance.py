@@ -33,7 +33,7 @@ DOMINANT = 0.5
 
 
 class GradientSeries(NamedTuple):
-    """A weighting's figures in a batch of `batch` units: from all units, then with each of K blocks of them left out."""
+    """A weighting's figures in a batch of units: from all that were measured, then with each of K blocks left out."""
 
     variance_1K: np.ndarray
     """tr Cov of the batch's gradient."""
@@ -51,7 +51,7 @@ class GradientSeries(NamedTuple):
     """The largest unit's share of the summed squared norms."""
 
     @property
-    def ratio_1K(self) -> np.ndarray:
+    def noise_ratio(self) -> np.ndarray:
         """Variance / |E g|²"""
         return quotient(self.variance_1K, np.maximum(self.mean_square_1K, 0.0))
 
@@ -93,7 +93,7 @@ class GradientFigures(NamedTuple):
         return cls(
             variance=Estimate.of(own.variance_1K),
             mean_square=Estimate.of(own.mean_square_1K),
-            ratio=Estimate.of(own.ratio_1K),
+            ratio=Estimate.of(own.noise_ratio),
             cosine=Estimate.of(own.cosine_1K),
             eff=Estimate.of(quotient(own.progress_1K, own.true_norm_1K)),
             eff_adam=Estimate.of(quotient(own.adam_1K, own.true_norm_1K)),
@@ -308,8 +308,8 @@ def block_sums(gradients_MN: Tensor, true_MN: Tensor, blocks: int, scales_M: Ten
         raise ValueError(f"got gradients {shapes[0]} and true gradients {shapes[1]}, expected one (M, N) for both")
     if blocks < 4 or blocks.bit_count() != 1 or len(gradients_MN) < max(8, blocks + 2):
         raise ValueError(
-            f"got {len(gradients_MN)} units for {blocks} blocks, expected blocks in a power of two from 4 on, 8 units and "
-            "2 more than blocks; measure more prompts"
+            f"got {len(gradients_MN)} units for {blocks} blocks, expected a power of two of blocks from 4 on, 8 units "
+            "and 2 more than blocks; measure more prompts"
         )
     sums = []
     for index in torch.arange(len(gradients_MN)).tensor_split(blocks):

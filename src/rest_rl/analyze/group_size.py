@@ -4,9 +4,10 @@ Shapes: n responses to one prompt (many more than a group), sizes of groups K. `
 responses' gradients 1 / T_i sum_t grad log pi(y_it), so sum_i c_i g_i has the squared norm c'Kc: disjoint groups drawn
 from the n responses give as many independent gradients of the same prompt, and their sample variance is unbiased.
 
-The form that is tested: Var(1/G sum_i A_i g_i) = Var(A_1 g_1) / G. It is exact for advantages that do not depend on
-the group's other responses (a fixed baseline). A group's own mean and standard deviation make it an approximation,
-which is what is measured.
+The form that is tested: Var(1/G sum_i A_i g_i) = Var(A_1 g_1) / G. For advantages that do not depend on the group's
+other responses (a fixed baseline) it is an identity, and so is its estimate from random divisions: that curve is 1 / G
+by construction and stands there as the reference. A group's own mean and standard deviation make the lemma an
+approximation, which is what is measured.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import numpy as np
 import torch
 
 from rest_rl.advantages import group_advantages
-from rest_rl.analyze.gradient_variance import jackknife_error
-from rest_rl.analyze.probe import Estimate
+from rest_rl.analyze.estimates import Estimate, jackknife
 
 
 class PromptResponses(NamedTuple):
@@ -38,6 +38,8 @@ class GroupSizeCurve(NamedTuple):
     slope: Estimate
 
 
+REFERENCE = "fixed baseline"
+"""The advantage whose curve is 1 / G by construction."""
 Advantages = Callable[[np.ndarray, float], np.ndarray]
 """(rewards (groups, G), mean reward of the other prompts) -> advantages (groups, G)."""
 
@@ -60,7 +62,7 @@ def standardised(rewards_kG: np.ndarray, _elsewhere: float) -> np.ndarray:
 
 
 ADVANTAGES: dict[str, Advantages] = {
-    "fixed baseline": fixed_baseline,
+    REFERENCE: fixed_baseline,
     "leave-one-out": leave_one_out,
     "grpo": standardised,
 }
@@ -115,14 +117,13 @@ def within_variance(
 
 def curve_of(name: str, sizes: tuple[int, ...], variances_PK: np.ndarray) -> GroupSizeCurve:
     """Means over prompts, and the slope of their logarithms."""
-    left_out_PK = np.array([np.delete(variances_PK, i, axis=0).mean(0) for i in range(len(variances_PK))])
-    means_K = variances_PK.mean(0)
+    prompts = len(variances_PK)
     measured = tuple(
-        Estimate(float(mean), jackknife_error(list(map(float, left_P))))
-        for mean, left_P in zip(means_K, left_out_PK.T, strict=True)
+        jackknife(prompts, lambda kept, k=k: float(variances_PK[kept, k].mean())) for k in range(len(sizes))
     )
-    slopes = [slope(sizes, row_K) for row_K in left_out_PK]
-    return GroupSizeCurve(name, sizes, measured, Estimate(slope(sizes, means_K), jackknife_error(slopes)))
+    return GroupSizeCurve(
+        name, sizes, measured, jackknife(prompts, lambda kept: slope(sizes, variances_PK[kept].mean(0)))
+    )
 
 
 def slope(sizes: Sequence[int], variances_K: np.ndarray) -> float:

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
-from rest_rl.analyze.gradient_variance import jackknife_error, quotient
-from rest_rl.analyze.probe import Estimate
+from rest_rl.analyze.estimates import Estimate, jackknife, quotient
 from rest_rl.analyze.token_bounds import ResponseTokens
 from rest_rl.response import NUM_REGIONS, Region
 
@@ -153,6 +152,7 @@ class MomentTable(NamedTuple):
     """Sums over the responses to each prompt, for the regions that both halves of the prompts have gradients in."""
 
     prompts: np.ndarray
+    """Their positions, 0 to P - 1."""
     regions: np.ndarray
     sums_PRR: np.ndarray
     shares_PR: np.ndarray
@@ -168,7 +168,7 @@ class MomentTable(NamedTuple):
         prompts = sorted({one.prompt for one in responses})
         own = [[one for one in responses if one.prompt == prompt] for prompt in prompts]
         sums_PRR = np.array([sum(one.second_moments() for one in some) for some in own])
-        odd_P = np.array(prompts) % 2 == 1
+        odd_P = np.arange(len(prompts)) % 2 == 1  # by position, as in `cross_fitted`
         live_PR = np.diagonal(sums_PRR, axis1=1, axis2=2) > 0
         # two prompts of each half, so that one is left when one is left out
         regions = np.flatnonzero((live_PR[odd_P].sum(0) >= 2) & (live_PR[~odd_P].sum(0) >= 2))
@@ -207,5 +207,4 @@ class MomentTable(NamedTuple):
 
     def jackknifed(self, statistic: Callable[[np.ndarray], float]) -> Estimate:
         """The statistic of all prompts and its error by leaving each of them out."""
-        left_out = [statistic(np.delete(self.prompts, i)) for i in range(len(self.prompts))]
-        return Estimate(statistic(self.prompts), jackknife_error(left_out))
+        return jackknife(len(self.prompts), statistic)

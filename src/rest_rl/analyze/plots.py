@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -118,10 +118,22 @@ def draw_reward(groups: Sequence[Group], path: Path) -> Path | None:
 
 def new_figure(panels: int, *, share: bool = False) -> tuple[Figure, list[Axes]]:
     """A white figure with panels in a row; no global state of matplotlib is touched."""
-    figure = Figure(figsize=(max(5.2, 3.1 * panels + 1.0), 3.0), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = white_figure(max(5.2, 3.1 * panels + 1.0), 3.0)
     grid = figure.subplots(1, panels, squeeze=False, sharey=share)
     return figure, list(grid[0])
+
+
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A white figure with one panel."""
+    figure = white_figure(width, height)
+    return figure, figure.subplots()
+
+
+def white_figure(width: float, height: float) -> Figure:
+    """A figure that can be saved, in inches."""
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def draw_curve(axes: Axes, line: Curve, colour: str, label: str, *, smooth: bool = True) -> None:
@@ -157,14 +169,19 @@ def with_gaps(values: Sequence[float], breaks: Sequence[int]) -> list[float]:
 
 
 def style(axes: Axes, title: str) -> None:
-    """Title to the left, light grid, no box."""
-    axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
+    """A panel over training steps."""
+    bare_style(axes, title, grid="both")
     axes.set_xlabel("step", fontsize=8, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.grid(color=FAINT, linewidth=0.6)
+    axes.margins(x=0.02)
+
+
+def bare_style(axes: Axes, title: str, grid: Literal["x", "y", "both"] = "y") -> None:
+    """Title to the left, light grid, no box."""
+    axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
+    axes.grid(axis=grid, color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, colors=INK, length=0)
-    axes.margins(x=0.02)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(FAINT)

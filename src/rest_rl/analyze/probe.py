@@ -284,7 +284,7 @@ def rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> tuple[Ru
             rule.name,
             rule.weights,
             rule.bounds,
-            noise_ratio=Estimate.of(rule.series.ratio_1K),
+            noise_ratio=Estimate.of(rule.series.noise_ratio),
             cosine=Estimate.of(rule.series.cosine_1K),
             gain=Estimate.of(gain(rule.series.progress_1K, base.progress_1K)),
             adam_gain=Estimate.of(gain_1K),

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rest_rl.analyze.estimates import Estimate
 from rest_rl.analyze.palette import REGION_COLOURS, SERIES_COLOURS
-from rest_rl.analyze.plots import FAINT, INK, legend_style, save
-from rest_rl.analyze.probe import Estimate, GroupTokens, Probe
+from rest_rl.analyze.plots import INK, bare_style, legend_style, new_axes, save
+from rest_rl.analyze.probe import GroupTokens, Probe
 from rest_rl.response import Region
 
 DRAWN_TOKENS = 20_000
@@ -45,7 +45,7 @@ def draw_entropies(probe: Probe, tokens: Sequence[GroupTokens]) -> Figure:
         axes.plot([at], [mean], marker="o", color=INK, markersize=4, zorder=4)
         axes.plot([at], [np.quantile(own_T, 0.9)], marker="_", color=INK, markersize=10, zorder=4)
     axes.set_xticks(range(len(labels)), [f"{label}\n{probe.regions[label].tokens.number:,}" for label in labels])
-    style(axes, f"{probe.format}: token entropy by region, nats (● mean, – 90th percentile; tokens below)")
+    bare_style(axes, f"{probe.format}: token entropy by region, nats (● mean, – 90th percentile; tokens below)")
     return figure
 
 
@@ -77,7 +77,7 @@ def draw_shares(probe: Probe) -> Figure:
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xticks(range(len(labels)), labels)
     axes.legend(**{**legend_style(), "loc": "best"})
-    style(axes, f"{probe.format}: share by region, per cent (± one standard error)")
+    bare_style(axes, f"{probe.format}: share by region, per cent (± one standard error)")
     return figure
 
 
@@ -95,9 +95,7 @@ def draw_rules(probe: Probe) -> Figure:
     axes.set_yticks(range(len(rules)), [rule.name for rule in rules])
     axes.invert_yaxis()
     axes.legend(**{**legend_style(), "loc": "best"})
-    style(axes, f"{probe.format}: predicted gain over uniform weights, per cent (± 2 standard errors)")
-    axes.grid(axis="x", color=FAINT, linewidth=0.6)
-    axes.grid(visible=False, axis="y")
+    bare_style(axes, f"{probe.format}: predicted gain over uniform weights, per cent (± 2 standard errors)", grid="x")
     return figure
 
 
@@ -107,21 +105,3 @@ def readable_percent(estimate: Estimate) -> tuple[float, float]:
     if not abs(value) < UNREADABLE or not error < UNREADABLE:
         return math.nan, math.nan
     return 100 * value, 100 * error
-
-
-def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """A white figure with one panel."""
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
-def style(axes: Axes, title: str) -> None:
-    """Title to the left, light grid, no box."""
-    axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, colors=INK, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(FAINT)

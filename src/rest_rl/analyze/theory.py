@@ -9,30 +9,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rest_rl.analyze.gradient_variance import GradientFigures, gradient_figures, norm_cap
+from rest_rl.analyze.gradient_variance import BLOCKS, GradientFigures, GradientSeries, gradient_series, norm_cap
 from rest_rl.analyze.gradients import Coordinates, expected_squares, token_statistics, weighted_gradients
 from rest_rl.analyze.group_size import GroupSizeCurve, PromptResponses, group_size_curves
 from rest_rl.analyze.optimal_weights import NO_SPREAD, ClosedFormCheck, RegionOptimum, check_closed_form, region_optimum
-from rest_rl.analyze.probe_gradients import grpo_weights, mean_weights, region_and_true_weights, regions_of
+from rest_rl.analyze.probe_gradients import (
+    MEMORY,
+    ROUND,
+    gradients_of,
+    grpo_weights,
+    mean_weights,
+    region_and_true_weights,
+    regions_of,
+    rounds,
+)
+from rest_rl.analyze.rivals import ENTROPY_RULES, NO_REASONING, SHUFFLED, UNIFORM, rivals
 from rest_rl.analyze.token_bounds import (
     BoundChain,
     LemmaTwo,
+    RegionContrast,
     RegionTokens,
     ResponseTokens,
     bound_chain,
     lemma_two,
     rank_correlation,
+    region_contrast,
     region_tokens,
 )
 from rest_rl.data.groups import Group
-from rest_rl.presets import PRESETS
 from rest_rl.regions import region_sums
 from rest_rl.response import Region
 from rest_rl.weights import (
@@ -46,8 +57,9 @@ from rest_rl.weights import (
     region_weights,
 )
 
-UNIFORM = "uniform"
-THEOREM = "Theorem 2"
+THEOREM, CONSTANTS = "Theorem 2", "authors' constants"
+MOST = 2**20
+"""Parameter entries kept of a larger model, memory permitting."""
 Advance = Callable[[], None]
 
 
@@ -63,10 +75,12 @@ class TheorySettings:
     """Where in training the curriculum stands."""
     cap: float = 3.0
     """Norm beyond which a prompt's gradient is scaled down, in medians, for the second set of figures."""
-    blocks: int = 16
-    """Blocks of prompts of the jackknife."""
-    coordinates: int | None = 2**20
+    blocks: int = BLOCKS
+    """Blocks of prompts of the jackknife, a power of two."""
+    coordinates: int | None = MOST
     """Parameter entries kept of a larger model."""
+    batch_size: int = 128
+    """Responses that share a forward pass."""
     seed: int = 0
 
 
@@ -86,6 +100,7 @@ class Theory(NamedTuple):
     group_size: tuple[GroupSizeCurve, ...]
     lemma_two: LemmaTwo
     regions: tuple[RegionTokens, ...]
+    contrast: RegionContrast | None
     rank_correlation: float
     """Spearman's, of a token's 1 - exp(-H) with E_y |s_t|²."""
     bounds: dict[str, BoundChain]
@@ -93,6 +108,10 @@ class Theory(NamedTuple):
     closed_form: ClosedFormCheck
     optimum: RegionOptimum
     rules: tuple[RuleFigures, ...]
+    pilot: int
+    """Prompts of the pilot."""
+    blocks: int
+    """Blocks of the judged prompts."""
     live_groups: float
     """Share of the judged groups with any spread of rewards."""
     coordinate_share: float
@@ -119,15 +138,19 @@ def measure(
     optimum = region_optimum(tokens)
     rules = {**theory_rules(), THEOREM: constant_rule(optimum.weights["closed form"])}
     figures = judged_rules(model, groups, rules, statistics, coordinates, settings, pad_id, advance)
+    regions = region_tokens(tokens)
     return Theory(
         group_size=tuple(group_size_curves(prompts, seed=settings.seed)),
         lemma_two=lemma,
-        regions=tuple(region_tokens(tokens)),
+        regions=tuple(regions),
+        contrast=region_contrast(tokens, regions),
         rank_correlation=rank_correlation(tokens),
         bounds=theorem_one(tokens, rules, statistics, settings),
         closed_form=check_closed_form(tokens),
         optimum=optimum,
         rules=tuple(figures),
+        pilot=len(pilot),
+        blocks=settings.blocks,
         live_groups=float(np.mean([bool(group.advantages().any()) for group in groups])),
         coordinate_share=1 / coordinates.scale,
     )
@@ -143,26 +166,29 @@ def check_spread(pilot: Sequence[Group], settings: TheorySettings) -> None:
 
 def steps(pilot: int, groups: int) -> int:
     """How often `measure` calls `advance`."""
-    return pilot + groups * (len(theory_rules()) + 2)
+    return pilot + groups * (1 + -(-len(theory_rules()) // ROUND))
+
+
+def affordable_coordinates(longest: int, groups: int) -> int:
+    """Entries to keep so that the gradients of a response's tokens, or those of all groups, stay within `MEMORY`.
+
+    `longest` is the number of tokens of the longest pilot response.
+    """
+    return max(1, min(MOST, MEMORY // (4 * max(longest, groups * (ROUND + 2)))))
+
+
+def token_passes(pilot: Sequence[Group], count: int) -> int:
+    """Backward passes through a single token's log-probability that the pilot needs: two per token."""
+    return 2 * sum(len(response.ids) for group in pilot for response in group.responses[:count])
 
 
 def theory_rules() -> dict[str, WeightConfig]:
-    """The rules that are compared, uniform first; those without a preset have the paper's clip range and curriculum."""
-    rest, paper = PRESETS["rest"].weights, PRESETS["paper"].weights
-    assert rest is not None
-    assert paper is not None
-    return {
-        UNIFORM: WeightConfig(rule="uniform"),
-        "rest": rest,
-        "paper": paper,
-        "inverse": replace(paper, rule="inverse"),
-        "collision": replace(paper, rule="collision"),
-        "authors' constants": replace(paper, rule="constant", constants=dict(AUTHORS_CONSTANTS)),
-        "inverted": replace(paper, rule="inverted", decay_format=0.0, gain_arguments=0.0, gain_reasoning=0.0),
-        "permuted": replace(paper, rule="permuted"),
-        "top_entropy": WeightConfig(rule="top_entropy"),
-        "no reasoning": WeightConfig(rule="uniform", dropped=(Region.REASONING.label,)),
-    }
+    """The rules that are compared, uniform first: `rivals` with one control, and the published code's constants."""
+    every = {name: preset.weights for name, preset in rivals().items()}
+    names = (UNIFORM, "rest", *(f"rest, {rule}" for rule in ENTROPY_RULES), "paper", "inverted", "top_entropy")
+    names += (NO_REASONING, SHUFFLED[0])
+    found = {name: config for name in names if (config := every.get(name)) is not None}
+    return {**found, CONSTANTS: WeightConfig(rule="constant", constants=dict(AUTHORS_CONSTANTS))}
 
 
 def constant_rule(weights: Mapping[str, float]) -> WeightConfig:
@@ -212,7 +238,9 @@ def token_products(
         logps_BT, entropies_BT, collisions_BT = token_statistics(model, group.prompt_ids, [response.ids], pad_id)
         each_T1T = torch.eye(length)[:, None]
         vectors_TN = weighted_gradients(model, group.prompt_ids, [response.ids], each_T1T, coordinates, pad_id)
-        expected_T = expected_squares(model, group.prompt_ids, response.ids, coordinates, seed=len(rows))
+        expected_T = expected_squares(
+            model, group.prompt_ids, response.ids, coordinates, seed=number * count + len(rows)
+        )
         rows.append(
             ResponseTokens(
                 number,
@@ -245,8 +273,8 @@ def theorem_one(
         weights = [
             token_weights(
                 torch.from_numpy(one.regions_T)[None],
-                torch.from_numpy(one.entropies_T)[None],
                 torch.ones(1, len(one.regions_T), dtype=torch.bool),
+                torch.from_numpy(one.entropies_T)[None],
                 config,
                 statistics,
                 settings.progress,
@@ -259,8 +287,8 @@ def theorem_one(
 
 def token_weights(
     regions_BT: Tensor,
-    entropies_BT: Tensor,
     mask_BT: Tensor,
+    entropies_BT: Tensor,
     config: WeightConfig,
     statistics: RegionStatistics,
     progress: float,
@@ -285,38 +313,55 @@ def judged_rules(
     pad_id: int,
     advance: Advance,
 ) -> Iterator[RuleFigures]:
-    """Every rule on the same groups; three stacks of M gradients are in memory at a time."""
+    """Every rule on the same groups, uniform weights first; those of a round share a forward pass."""
     entropies = [
         token_statistics(model, group.prompt_ids, [one.ids for one in group.responses], pad_id).entropies_BT
         for group in groups
     ]
+    scaled = [grpo_weights(group) for group in groups]
 
-    def weights_of(config: WeightConfig) -> list[Tensor]:
+    def stacks(weights: Sequence[Tensor]) -> Tensor:
+        vectors_KMN = gradients_of(model, groups, weights, coordinates, pad_id, settings.batch_size, advance)
+        return vectors_KMN.mul_(math.sqrt(coordinates.scale))
+
+    true_MN, uniform_MN = stacks(
+        [torch.stack([region_and_true_weights(group)[-1], own]) for group, own in zip(groups, scaled, strict=True)]
+    )
+    judge = RuleJudge(true_MN, (None, norm_cap(uniform_MN, settings.cap)), settings)
+    baseline = judge.series(uniform_MN)
+    yield judge.figures(UNIFORM, mean_weights([torch.ones_like(own) for own in scaled], groups), baseline, baseline)
+    for names in rounds([name for name in rules if name != UNIFORM]):
+        weights = {
+            name: [
+                token_weights(*regions_of(group), own, rules[name], statistics, settings.progress)
+                for group, own in zip(groups, entropies, strict=True)
+            ]
+            for name in names
+        }
+        weighted = [torch.stack([weights[name][m] * own for name in names]) for m, own in enumerate(scaled)]
+        for name, vectors_MN in zip(names, stacks(weighted), strict=True):
+            yield judge.figures(name, mean_weights(weights[name], groups), judge.series(vectors_MN), baseline)
+
+
+class RuleJudge(NamedTuple):
+    """What the gradients of all rules are judged by: the true gradient, with norms as they are and capped."""
+
+    true_MN: Tensor
+    caps: tuple[None, Tensor]
+    settings: TheorySettings
+
+    def series(self, vectors_MN: Tensor) -> list[GradientSeries]:
+        """The figures of a rule without and with the cap."""
+        own = self.settings
         return [
-            token_weights(*pair, config, statistics, settings.progress)
-            for pair in ((regions_of(g)[0], e, regions_of(g)[1]) for g, e in zip(groups, entropies, strict=True))
+            gradient_series(vectors_MN, self.true_MN, batch=own.batch, blocks=own.blocks, scales_M=scales_M)
+            for scales_M in self.caps
         ]
 
-    def stack(weights: Sequence[Tensor]) -> Tensor:
-        vectors_MN = torch.zeros(len(groups), coordinates.size)
-        for m, (group, weights_BT) in enumerate(zip(groups, weights, strict=True)):
-            ids = [one.ids for one in group.responses]
-            vectors_MN[m] = weighted_gradients(model, group.prompt_ids, ids, weights_BT[None], coordinates, pad_id)[0]
-            advance()
-        return vectors_MN * math.sqrt(coordinates.scale)
-
-    true_MN = stack([region_and_true_weights(group)[-1] for group in groups])
-    scaled = [grpo_weights(group) for group in groups]
-    baseline_MN = stack(scaled)
-    caps_M = norm_cap(baseline_MN, settings.cap)
-    for name, config in rules.items():
-        weights = weights_of(config)
-        weighted = [scale_BT * own_BT for scale_BT, own_BT in zip(scaled, weights, strict=True)]
-        own_MN = baseline_MN if name == UNIFORM else stack(weighted)
-        plain, capped = (
-            gradient_figures(
-                own_MN, baseline_MN, true_MN, batch=settings.batch, blocks=settings.blocks, scales_M=scales_M
-            )
-            for scales_M in (None, caps_M)
-        )
-        yield RuleFigures(name, mean_weights(weights, groups), plain, capped)
+    @staticmethod
+    def figures(
+        name: str, weights: dict[str, float], own: Sequence[GradientSeries], baseline: Sequence[GradientSeries]
+    ) -> RuleFigures:
+        """The same against uniform weights."""
+        plain, capped = (GradientFigures.of(mine, base) for mine, base in zip(own, baseline, strict=True))
+        return RuleFigures(name, weights, plain, capped)

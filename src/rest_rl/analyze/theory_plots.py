@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from rest_rl.analyze.palette import REGION_COLOURS, SERIES_COLOURS
-from rest_rl.analyze.plots import FAINT, INK, legend_style, save
-from rest_rl.analyze.probe_plots import new_axes, style
-from rest_rl.analyze.theory import UNIFORM, Theory
+from rest_rl.analyze.plots import FAINT, INK, bare_style, legend_style, new_axes, save
+from rest_rl.analyze.rivals import UNIFORM
+from rest_rl.analyze.theory import Theory
 
 
 def draw_theory(theory: Theory, folder: Path) -> list[Path]:
@@ -45,7 +45,7 @@ def draw_group_size(theory: Theory) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
     axes.legend(**{**legend_style(), "loc": "best"})
-    style(axes, f"Lemma 1: variance within prompts, over that at G = {sizes[0]}")
+    bare_style(axes, f"Lemma 1: variance within prompts, over that at G = {sizes[0]}")
     return figure
 
 
@@ -60,7 +60,7 @@ def draw_regions(theory: Theory) -> Figure:
              ecolor=INK, error_kw={"elinewidth": 0.9, "capsize": 2})  # fmt: skip
     axes.set_yscale("log")
     axes.set_xticks(range(len(rows)), [f"{row.region}\n{row.tokens:,}" for row in rows])
-    style(axes, "a token's E|s|² per unit of 1 - exp(-H) (tokens below)")
+    bare_style(axes, "a token's E|s|² per unit of 1 - exp(-H) (tokens below)")
     return figure
 
 
@@ -77,9 +77,7 @@ def draw_bound(theory: Theory) -> Figure:
     axes.set_yticks(places, list(theory.bounds))
     axes.invert_yaxis()
     axes.legend(**{**legend_style(), "loc": "best"})
-    style(axes, "Theorem 1: second moment of a response's gradient")
-    axes.grid(axis="x", color=FAINT, linewidth=0.6)
-    axes.grid(visible=False, axis="y")
+    bare_style(axes, "Theorem 1: second moment of a response's gradient", grid="x")
     return figure
 
 
@@ -102,7 +100,5 @@ def draw_rules(theory: Theory) -> Figure:
     axes.set_yticks(range(len(rules)), [rule.name for rule in rules])
     axes.invert_yaxis()
     axes.legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
-    style(axes, "expected improvement per step: lead over uniform, in errors")
-    axes.grid(axis="x", color=FAINT, linewidth=0.6)
-    axes.grid(visible=False, axis="y")
+    bare_style(axes, "expected improvement per step: lead over uniform, in errors", grid="x")
     return figure

@@ -7,25 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rest_rl.analyze.estimates import Estimate, sure_errors
 from rest_rl.analyze.gradient_variance import GradientFigures
-from rest_rl.analyze.probe import Estimate
+from rest_rl.analyze.group_size import REFERENCE
 from rest_rl.analyze.probe_text import Table, bullets, in_digits, in_percent, plain
+from rest_rl.analyze.rivals import UNIFORM
 from rest_rl.analyze.tables import markdown_table
-from rest_rl.analyze.theory import UNIFORM, RuleFigures, Theory
+from rest_rl.analyze.theory import RuleFigures, Theory
 from rest_rl.analyze.token_bounds import ranks
 
-SURE = 2.0
-"""Standard errors beyond which a difference is called one."""
-COMMON = 0.01
-"""Share of the tokens below which a region is not spoken of."""
+FLAT, CLOSE = 0.05, 0.1
+"""How far a slope may be from -1, and how large its error may be, to be called -1."""
 READING = {
     "Lemma 1": "Trace of the covariance of one prompt's gradient, within prompts, for groups of G responses. The "
-    "lemma's slope is -1. ± is one standard error over prompts (jackknife), here as everywhere.",
+    f"lemma's slope is -1, which the {REFERENCE} has by construction. ± is one standard error over prompts "
+    "(jackknife), here as everywhere.",
     "Lemma 2": "E|s|²: the expected squared norm of a token's gradient over all tokens that could have come, in all "
     "parameters.",
     "Theorem 1": "E|g|² of one response's gradient A / T Σ w s, and its bound A_max² L² Σ w² (1 - exp(-H)) / T². The "
     "factors, whose product is the looseness: the largest advantage for each one's own, tokens taken as uncorrelated, "
-    "the largest gain L² for each token's, and 1 - exp(-H) for 1 - Σp².",
+    "the largest gain L² for each token's, and 1 - exp(-H) for 1 - Σp². The errors hold L² fixed.",
     "Theorem 2": "Second moment of the gradient relative to uniform weights: what the theorem expects, and what is "
     "measured on prompts that the weights were not computed from.",
     "Rules": "For a step of {batch} prompts. eff: expected improvement per step of given length, <E g, t> / sqrt(E|g|² "
@@ -191,18 +192,19 @@ def findings(theory: Theory) -> list[str]:
         *lemma_findings(theory),
         *theorem_one_findings(theory),
         *theorem_two_findings(theory),
-        *rule_findings(theory.rules),
+        *rule_findings(theory.rules, sure_errors(theory.blocks)),
     ]
 
 
 def lemma_findings(theory: Theory) -> list[str]:
     """Lemmas 1 and 2."""
-    lines = []
-    for curve in theory.group_size:
-        off = abs(curve.slope.value + 1)
-        word = "parts from" if off > max(SURE * curve.slope.error, 0.05) else "agrees with"
-        lines.append(f"Lemma 1 {word} the measurement for the advantage {curve.advantage}: "
-                     f"slope {in_digits(curve.slope, 2)}, expected -1")  # fmt: skip
+    errors = sure_errors(theory.pilot)
+    lines = [
+        f"Lemma 1 {lemma_one_word(curve.slope, errors)} the measurement for the advantage {curve.advantage}: slope "
+        f"{in_digits(curve.slope, 2)}, expected -1"
+        for curve in theory.group_size
+        if curve.advantage != REFERENCE
+    ]
     own = theory.lemma_two
     state = "holds on all" if own.violations == 0 else f"fails on {own.violations} of"
     lines.append(
@@ -210,15 +212,25 @@ def lemma_findings(theory: Theory) -> list[str]:
         f"|e_y - p|² is {own.z:+.1f} standard errors from 1 - Σp²"
         + ("" if abs(own.z) < 4 else ": they were not drawn from this policy at temperature 1")
     )
-    rows = [row for row in theory.regions if row.share >= COMMON and row.square_per_bound.value > 0]
-    if len(rows) > 1:
-        low, high = (pick(rows, key=lambda row: row.square_per_bound.value) for pick in (min, max))
+    if (found := theory.contrast) is not None:
+        times = f"{math.exp(found.log_ratio.value):.2g} times"
         lines.append(
-            f"A token's gradient is not its uncertainty times a constant: E|s|² per unit of 1 - exp(-H) is "
-            f"{high.square_per_bound.value / low.square_per_bound.value:.2g} times as large in {high.region} as in "
-            f"{low.region}. In ranks they go together (Spearman {theory.rank_correlation:.2f} over tokens)"
+            f"A token's gradient is not its uncertainty times a constant: E|s|² per unit of 1 - exp(-H) is {times} as "
+            f"large in {found.high} as in {found.low}"
+            if found.is_sure
+            else f"Whether a token's gradient is its uncertainty times a constant cannot be told: E|s|² per unit of "
+            f"1 - exp(-H) is {times} as large in {found.high} as in {found.low}, which may be chance"
         )
+        lines[-1] += f". In ranks they go together (Spearman {theory.rank_correlation:.2f} over tokens)"
     return lines
+
+
+def lemma_one_word(slope: Estimate, errors: float) -> str:
+    """What a slope says about the lemma's -1; a large error says nothing."""
+    off = abs(slope.value + 1)
+    if off > max(errors * slope.error, FLAT):
+        return "parts from"
+    return "agrees with" if slope.error < CLOSE else "is not decided by"
 
 
 def theorem_one_findings(theory: Theory) -> list[str]:
@@ -245,7 +257,7 @@ def theorem_two_findings(theory: Theory) -> list[str]:
     worst = max(abs(check.entropy_excess), abs(check.gradient_excess))
     closed = optimum.second_moment["closed form"]
     promised = optimum.predicted["closed form"]
-    parts = abs(closed.value - promised) > SURE * closed.error
+    parts = abs(closed.value - promised) > sure_errors(theory.pilot) * closed.error
     promise = (
         f"By region it promises {promised:.3g} of the second moment under uniform weights; on other prompts it is "
         f"{significant(closed)}{' – theory and measurement part' if parts else ''}. Cross terms between regions make "
@@ -254,7 +266,7 @@ def theorem_two_findings(theory: Theory) -> list[str]:
     return [f"Theorem 2's closed form is scipy's minimum to {worst:.0e} on {check.responses} responses", promise]
 
 
-def rule_findings(rules: Sequence[RuleFigures]) -> list[str]:
+def rule_findings(rules: Sequence[RuleFigures], errors: float) -> list[str]:
     """Whether low variance is progress, which gains are resolved, which figures one prompt decides."""
     lines = []
     known = [rule for rule in rules if 0 < rule.plain.ratio.error < rule.plain.ratio.value]
@@ -271,9 +283,9 @@ def rule_findings(rules: Sequence[RuleFigures]) -> list[str]:
         )
     for kind, field in (("under Adam", "adam_lead"), ("for plain steps", "lead")):
         for word, sign in (("gain", 1), ("lose", -1)):
-            sure = [rule.name for rule in rules if resolved(rule, field, sign)]
+            sure = [rule.name for rule in rules if resolved(rule, field, sign, errors)]
             lines.append(f"{', '.join(sure) or 'No rule'}: {word} against uniform weights {kind} by more than "
-                         f"{SURE:g} standard errors, with and without the norm cap")  # fmt: skip
+                         f"{errors:.1f} standard errors, with and without the norm cap")  # fmt: skip
     if dominated := [rule.name for rule in rules if rule.plain.is_dominated]:
         lines.append(
             f"WARNING: one prompt makes more than half of the squared norm under {', '.join(dominated)}; their plain "
@@ -282,10 +294,10 @@ def rule_findings(rules: Sequence[RuleFigures]) -> list[str]:
     return lines
 
 
-def resolved(rule: RuleFigures, field: str, sign: int) -> bool:
-    """Whether a lead has this sign beyond `SURE` standard errors, with and without the cap."""
+def resolved(rule: RuleFigures, field: str, sign: int, errors: float) -> bool:
+    """Whether a lead has this sign beyond so many standard errors, with and without the cap."""
     leads: list[Estimate] = [getattr(own, field) for own in (rule.plain, rule.capped)]
-    return rule.name != UNIFORM and all(sign * lead.value > SURE * lead.error for lead in leads)
+    return rule.name != UNIFORM and all(sign * lead.value > errors * lead.error for lead in leads)
 
 
 def number(rule: RuleFigures) -> float:

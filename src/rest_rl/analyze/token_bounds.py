@@ -20,12 +20,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from rest_rl.analyze.gradient_variance import jackknife_error, quotient
-from rest_rl.analyze.probe import Estimate
+from rest_rl.analyze.estimates import Estimate, jackknife, quotient, sure_errors
 from rest_rl.response import NUM_REGIONS, Region
 
 SLACK = 1e-9
 """What rounding may cost the inequality of Lemma 2."""
+COMMON = 0.01
+"""Share of the tokens below which a region is not spoken of."""
 CERTAIN = 1e-6
 """Tokens with a smaller 1 - sum p² say nothing about a gain: both its sides are rounding."""
 
@@ -83,6 +84,17 @@ class RegionTokens(NamedTuple):
     """Mean E_y |s_t|²: what Theorem 2 calls beta."""
     square_per_bound: Estimate
     """Its mean over that of 1 - exp(-H): alike in all regions if uncertainty alone made gradients large."""
+
+
+class RegionContrast(NamedTuple):
+    """How far apart regions are in gradient per uncertainty."""
+
+    high: str
+    low: str
+    log_ratio: Estimate
+    """Natural logarithm of the quotient of their E|s|² / (1 - exp(-H))."""
+    is_sure: bool
+    """Whether it is beyond chance, as the most striking of all pairs."""
 
 
 class BoundChain(NamedTuple):
@@ -147,6 +159,29 @@ def region_tokens(responses: Sequence[ResponseTokens]) -> list[RegionTokens]:
     return rows
 
 
+def region_contrast(responses: Sequence[ResponseTokens], rows: Sequence[RegionTokens]) -> RegionContrast | None:
+    """The regions of the largest and the smallest E|s|² per unit of 1 - exp(-H); None without two to compare."""
+    known = [row for row in rows if row.share >= COMMON and row.square_per_bound.value > 0]
+    if len(known) < 2:
+        return None
+    low, high = (pick(known, key=lambda row: row.square_per_bound.value) for pick in (min, max))
+    by_label = {region.label: region for region in Region}
+
+    def log_ratio(some: Sequence[ResponseTokens]) -> float:
+        pair = [
+            quotient(
+                region_mean(some, _expected, by_label[row.region]), region_mean(some, _bounds, by_label[row.region])
+            )
+            for row in (high, low)
+        ]
+        return math.log(pair[0] / pair[1]) if min(pair) > 0 else math.nan
+
+    pairs = len(known) * (len(known) - 1) // 2
+    least = sure_errors(len({one.prompt for one in responses}), pairs)
+    found = over_prompts(responses, log_ratio)
+    return RegionContrast(high.region, low.region, found, found.is_above(0, least))
+
+
 def _bounds(one: ResponseTokens) -> np.ndarray:
     return one.bounds
 
@@ -192,7 +227,7 @@ def bound_chain(responses: Sequence[ResponseTokens], weights: Sequence[np.ndarra
     """Theorem 1 on measured gradients: the bound, and what each of its assumptions costs.
 
     L is the largest gain among the prompts of the other half (even against odd numbers), so that a response does not
-    set the bound that it is held against.
+    set the bound that it is held against. The errors hold L fixed: a maximum has no jackknife error.
     """
     halves = [gain_square([one for one in responses if one.prompt % 2 != parity]) for parity in (0, 1)]
     largest = largest_advantage(group_size) ** 2
@@ -232,15 +267,17 @@ def chain_terms(one: ResponseTokens, weights_T: np.ndarray, largest: float, gain
 def over_prompts(
     responses: Sequence[ResponseTokens], statistic: Callable[[Sequence[ResponseTokens]], float]
 ) -> Estimate:
-    """A statistic and its error by leaving each prompt out in turn."""
-    left_out = [
-        statistic([one for one in responses if one.prompt != prompt]) for prompt in {one.prompt for one in responses}
-    ]
-    return Estimate(statistic(responses), jackknife_error([value for value in left_out if math.isfinite(value)]))
+    """A statistic and its error by leaving each prompt out in turn; no error where a single prompt determines it."""
+    prompts = sorted({one.prompt for one in responses})
+
+    def of(kept: np.ndarray) -> float:
+        some = {prompts[i] for i in kept}
+        return statistic([one for one in responses if one.prompt in some])
+
+    return jackknife(len(prompts), of)
 
 
 def jackknife_rows(rows: np.ndarray, prompts: Sequence[int], statistic: Callable[[np.ndarray], float]) -> Estimate:
     """A statistic of the mean row and its error by leaving out the rows of each prompt in turn."""
-    of = np.array(prompts)
-    left_out = [statistic(rows[of != prompt].mean(0)) for prompt in sorted(set(prompts))]
-    return Estimate(float(statistic(rows.mean(0))), jackknife_error([float(value) for value in left_out]))
+    numbers, positions = np.unique(prompts, return_inverse=True)
+    return jackknife(len(numbers), lambda kept: float(statistic(rows[np.isin(positions, kept)].mean(0))))

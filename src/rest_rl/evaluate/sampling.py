@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,10 @@ from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.generate import generate
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.rewards import RewardConfig, score
+from rest_rl.scoring import score_response
+
+Scoring = RewardConfig | Literal["authors-code"]
+"""How responses are rewarded: settings of the reward, or the published code's own."""
 
 
 def sample_groups(
@@ -25,12 +29,17 @@ def sample_groups(
     batch_size: int = 128,
     seed: int = 0,
     progress: float = 0.0,
-    reward: RewardConfig | None = None,
+    reward: Scoring | None = None,
 ) -> Iterator[Group]:
     """`group_size` responses per prompt at temperature 1, scored at training progress `progress`, in order.
 
-    Groups come as their batch is done, so that a caller can show how far it is; equal arguments give equal groups.
+    Groups come as their batch is done, so that a caller can show how far it is; equal arguments give equal groups. The
+    default reward is that of `RewardConfig()`. ValueError for one that is random.
     """
+    if isinstance(reward, RewardConfig) and reward.random:
+        raise ValueError(
+            "got reward.random = true, expected a reward that reads the responses; pass --set rest.reward.random=false"
+        )
     per_batch = max(1, batch_size // group_size)
     for first in range(0, len(samples), per_batch):
         chunk = samples[first : first + per_batch]
@@ -51,15 +60,20 @@ def sample_groups(
 
 
 def judged(
-    ids: list[int], sample: ToolSample, layout: PromptLayout, progress: float, reward: RewardConfig | None
+    ids: list[int], sample: ToolSample, layout: PromptLayout, progress: float, reward: Scoring | None
 ) -> Response:
     """A response with its regions and scores."""
     tool_format, tokenizer = layout.format, layout.tokenizer
-    parsed = tool_format.parse(decode_ids(ids, tokenizer, tool_format.tags))
+    text = decode_ids(ids, tokenizer, tool_format.tags)
+    parsed = tool_format.parse(text)
     row = torch.tensor([ids], dtype=torch.long)
     regions_BT = tag_regions(
         row, torch.ones_like(row), tokenizer, lambda text: tool_format.parse(text).spans, tool_format.tags
     )
-    judgement = score(parsed, sample.gold, progress, reward)
+    published = reward == "authors-code"
+    judgement = score(parsed, sample.gold, progress, None if published else reward)
+    total = judgement.total
+    if published:
+        total = score_response(text, sample.gold, format=tool_format, preset="authors-code", progress=progress).total
     exact = judgement.format == 1 and judgement.accuracy == 1
-    return Response(list(ids), regions_BT[0].tolist(), judgement.total, judgement.format, judgement.accuracy, exact)
+    return Response(list(ids), regions_BT[0].tolist(), total, judgement.format, judgement.accuracy, exact)

@@ -1,0 +1,48 @@
+"""Jackknife errors, quotients and thresholds, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import norm, t
+
+from rest_rl.analyze.estimates import Estimate, above_zero, jackknife, left_out, quotient, sure_errors
+
+
+def test_jackknife_error_of_a_mean_is_the_textbook_one() -> None:
+    values = np.array([1.0, 2.0, 3.0, 6.0])  # mean 3, s² = (4 + 1 + 0 + 9) / 3 = 14/3, se = sqrt(14/3 / 4)
+    found = Estimate.of(left_out(values) / left_out(np.ones(4)))
+    assert found.value == 3.0
+    assert found.error == pytest.approx(math.sqrt(14 / 12))
+    assert jackknife(4, lambda kept: float(values[kept].mean())) == pytest.approx(found)
+
+
+def test_a_figure_that_one_unit_determines_has_no_error() -> None:
+    values = np.array([math.nan, 5.0, math.nan])
+
+    def mean_of_known(kept: np.ndarray) -> float:
+        known = values[kept][~np.isnan(values[kept])]
+        return float(known.mean()) if len(known) else math.nan
+
+    found = jackknife(3, mean_of_known)
+    assert found.value == 5.0
+    assert math.isnan(found.error)
+    assert not found.is_above(0, 2)
+
+
+def test_quotients_over_zero_are_nothing() -> None:
+    assert quotient(3.0, 2.0) == 1.5
+    assert math.isnan(quotient(3.0, 0.0))
+    assert quotient(np.array([1.0, 2.0]), np.array([4.0, 0.0])).tolist() == pytest.approx([0.25, math.nan], nan_ok=True)
+    assert above_zero(np.array([2.0, 0.0, -1.0])).tolist() == pytest.approx([2, math.nan, math.nan], nan_ok=True)
+
+
+def test_few_units_ask_for_more_errors() -> None:
+    # two errors of a normal figure; Student's quantile of the same certainty; a tenth of it for each of ten
+    assert sure_errors(10**7) == pytest.approx(2, abs=1e-3)
+    assert sure_errors(2) == pytest.approx(t.isf(0.02275, 1), rel=1e-3)
+    assert sure_errors(2) > 13
+    assert sure_errors(16) == pytest.approx(2.18, abs=0.01)
+    assert sure_errors(10**7, comparisons=10) == pytest.approx(norm.isf(0.002275), abs=1e-3)
