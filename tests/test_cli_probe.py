@@ -12,10 +12,14 @@ import torch
 from rest_rl.analyze.probe_gradients import Weigher, probe_gradients, sampled_tokens
 from rest_rl.analyze.rivals import rivals
 from rest_rl.cli import main
+from rest_rl.cli_probe import scoring_of
+from rest_rl.config import read_run_file
 from rest_rl.data.groups import Group
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.evaluate.sampling import sample_groups
 from rest_rl.presets import token_weights
+from rest_rl.regions import decode_ids
+from rest_rl.scoring import score_response
 from tests.model_families import save_family
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
@@ -143,6 +147,22 @@ def sampled() -> tuple[Any, PromptLayout, list[Group]]:
     model, layout = tiny_model(tokenizer), PromptLayout(tokenizer, "toolrl")
     groups = list(sample_groups(model, layout, tiny_samples(8), group_size=4, max_new_tokens=20, seed=1))
     return model, layout, groups
+
+
+@pytest.mark.parametrize("preset", ["rest", "paper", "authors-code"])
+def test_responses_are_rewarded_as_the_run_would(preset: str) -> None:
+    tokenizer, samples = tiny_tokenizer(), tiny_samples(4)
+    layout = PromptLayout(tokenizer, "toolrl")
+    reward = scoring_of(read_run_file(None, [f"rest.preset={preset}"]))
+    groups = sample_groups(
+        tiny_model(tokenizer), layout, samples, group_size=4, max_new_tokens=20, seed=1, progress=0.25, reward=reward
+    )
+    for group in groups:
+        for one in group.responses:
+            text = decode_ids(one.ids, tokenizer, layout.format.tags)
+            wanted = score_response(text, group.sample.gold, format=layout.format, preset=preset, progress=0.25)
+            assert one.reward == wanted.total
+            assert 0 <= one.s_format <= 1  # and not the published code's own scores
 
 
 def test_rules_weigh_as_training_does(sampled: tuple[Any, PromptLayout, list[Group]]) -> None:

@@ -15,6 +15,7 @@ from rest_rl.analyze.probe_gradients import regions_of
 from rest_rl.analyze.rivals import UNIFORM
 from rest_rl.analyze.theory import (
     TheorySettings,
+    affordable_coordinates,
     check_spread,
     measure,
     pilot_statistics,
@@ -25,7 +26,7 @@ from rest_rl.analyze.theory import (
     token_weights,
 )
 from rest_rl.analyze.theory_plots import draw_theory
-from rest_rl.analyze.theory_text import as_mapping, findings, page, significant, theory_tables
+from rest_rl.analyze.theory_text import as_mapping, findings, lemma_one_word, page, significant, theory_tables
 from rest_rl.cli import main
 from rest_rl.data.groups import Group
 from rest_rl.data.prompt_layout import PromptLayout
@@ -120,6 +121,34 @@ def test_what_is_written_can_be_read(measured, tmp_path: Path):
     assert content["settings"]["batch"] == 1
     assert len(content["findings"]) == len(findings(found))
     assert all(len(row) == len(table.header) for table in theory_tables(found) for row in table.rows)
+
+
+@pytest.mark.parametrize(
+    ("slope", "word"),
+    [
+        (Estimate(-1.02, 0.01), "agrees with"),
+        (Estimate(-0.8, 0.05), "parts from"),
+        (Estimate(-0.8, 0.5), "is not decided by"),
+        (Estimate(math.nan, math.nan), "is not decided by"),
+    ],
+)
+def test_a_large_error_is_no_agreement(slope, word):
+    assert lemma_one_word(slope, 2.0) == word
+
+
+def test_random_signs_differ_from_prompt_to_prompt(policy, sampled):
+    model, _ = policy
+    coordinates = Coordinates.choose(model, 20_000)
+    first, second = (token_products(model, sampled[0][0], number, 1, coordinates, 0)[0] for number in (0, 1))
+    assert not (first.expected_T == second.expected_T).all()
+    assert (first.gram_TT == second.gram_TT).all()
+
+
+def test_gradients_stay_within_memory():
+    # 2 GiB of float32 are 2^29 numbers: 2^19 of 1024 tokens, or 2^29 / (5 * 2000) of 2000 groups
+    assert affordable_coordinates(1024, 8) == 2**19
+    assert affordable_coordinates(10, 2000) == 2**29 // 10_000
+    assert affordable_coordinates(10, 8) == 2**20
 
 
 def test_figures_end_with_the_second_digit_of_their_error():

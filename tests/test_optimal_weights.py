@@ -104,6 +104,13 @@ def test_solutions_are_judged_on_the_other_half():
     assert region_optimum(some).second_moment["closed form"].value == pytest.approx(2.92)
 
 
+def test_halves_are_taken_by_position():
+    # Prompts 0, 2, 4, 6 alone: all of them even, but every other one is of the second half.
+    name, reasoning = int(Region.NAME), int(Region.REASONING)
+    some = [response(2 * p, [9, 1] if p % 2 else [1, 9], [name, reasoning]) for p in range(4)]
+    assert region_optimum(some).second_moment["closed form"].value == pytest.approx(2.92)
+
+
 def test_every_response_is_checked():
     found = check_closed_form([response(p, [1, 3, 9], [0, 1, 2]) for p in range(3)])
     assert found.responses == 3

@@ -10,6 +10,7 @@ from rest_rl.analyze.token_bounds import (
     largest_advantage,
     lemma_two,
     ranks,
+    region_contrast,
     region_tokens,
 )
 from rest_rl.response import Region
@@ -132,3 +133,31 @@ def test_region_tokens_by_hand():
 def test_ranks_ignore_scale():
     assert ranks([1, 2, 3], [1, 10, 1000]) == pytest.approx(1)
     assert ranks([1, 2, 3], [5, 2, 1]) == pytest.approx(-1)
+
+
+def test_a_region_of_one_prompt_has_no_error():
+    rows = region_tokens(
+        [
+            response(0, 1.0, [2, 4], [0.5, 0.5], regions=[int(Region.NAME), int(Region.ANSWER)]),
+            response(1, 1.0, [4], [0.5], regions=[int(Region.NAME)]),
+        ]
+    )
+    assert [(row.region, row.square.value) for row in rows] == [("name", 3), ("answer", 4)]
+    assert rows[0].square.error == pytest.approx(1)
+    assert math.isnan(rows[1].square.error)
+
+
+def test_regions_are_apart_only_beyond_their_errors():
+    name, reasoning = int(Region.NAME), int(Region.REASONING)
+
+    def contrast(squares):
+        some = [response(p, 1.0, [own, 4], [0.5, 0.5], regions=[name, reasoning]) for p, own in enumerate(squares)]
+        return region_contrast(some, region_tokens(some))
+
+    sure = contrast([1.0, 1.1, 0.9, 1.0, 1.0])
+    assert (sure.high, sure.low, sure.is_sure) == ("reasoning", "name", True)
+    assert sure.log_ratio.value == pytest.approx(math.log(4))
+    unsure = contrast([0.1, 0.1, 0.1, 0.1, 12.0])  # mean 2.48, that of a single prompt
+    assert (unsure.high, unsure.is_sure) == ("reasoning", False)
+    alone = [response(p, 1.0, [1], [0.5], regions=[name]) for p in range(3)]
+    assert region_contrast(alone, region_tokens(alone)) is None

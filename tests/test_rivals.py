@@ -1,0 +1,44 @@
+"""The rules of probe and theory are those that a grid trains."""
+
+from __future__ import annotations
+
+import pytest
+
+from rest_rl.analyze.rivals import NO_REASONING, SHUFFLED, UNIFORM, candidates, rivals
+from rest_rl.analyze.theory import CONSTANTS, theory_rules
+from rest_rl.config import read_run_file
+from rest_rl.grid import METHODS
+
+
+@pytest.mark.parametrize(
+    ("rival", "method", "changes"),
+    [
+        (UNIFORM, "grpo", ()),
+        ("rest", "rest", ()),
+        ("paper", "paper", ()),
+        ("authors-code", "authors-code", ()),
+        ("inverted", "inverted", ()),
+        ("top_entropy", "top_entropy", ()),
+        (SHUFFLED[1], "permuted", ("rest.weights.seed=2",)),
+    ],
+)
+def test_a_rule_is_what_a_grid_trains(rival: str, method: str, changes: tuple[str, ...]) -> None:
+    trained = read_run_file(None, [*METHODS[method].changes, *changes]).rest.resolve()
+    assert rivals()[rival].weights == trained.weights
+
+
+def test_no_reasoning_is_uniform_but_for_the_reasoning() -> None:
+    weights = rivals()[NO_REASONING].weights
+    assert weights is not None
+    assert (weights.rule, weights.dropped) == ("uniform", ("reasoning",))
+    assert (weights.decay_format, weights.gain_arguments, weights.gain_reasoning) == (0, 0, 0)
+
+
+def test_probe_and_theory_read_one_table() -> None:
+    every = {name: preset.weights for name, preset in rivals().items()}
+    assert next(iter(every)) == UNIFORM
+    assert set(candidates()) < set(every)
+    own = theory_rules()
+    assert next(iter(own)) == UNIFORM
+    assert {name: config for name, config in own.items() if name != CONSTANTS}.items() <= every.items()
+    assert {"rest", "rest, collision", "paper", "inverted", NO_REASONING, SHUFFLED[0]} < set(own)
