@@ -72,7 +72,7 @@ def theory_tables(theory: Theory) -> list[Table]:
                 for name, chain in theory.bounds.items()
             ],
         ),
-        optimum_table(theory),
+        *optimum_tables(theory),
         *rule_tables(theory.rules),
     ]
 
@@ -90,23 +90,28 @@ def lemma_one_table(theory: Theory) -> Table:
     )
 
 
-def optimum_table(theory: Theory) -> Table:
-    """The solutions of Theorem 2 by region."""
+def optimum_tables(theory: Theory) -> list[Table]:
+    """The solutions of Theorem 2: their weights by region, and what they make of the second moment."""
     optimum = theory.optimum
     regions = list(next(iter(optimum.weights.values())))
-    return Table(
-        "Theorem 2: second moment relative to uniform weights",
-        ("solution", *regions, "expected", "measured"),
-        [
-            (
-                name,
-                *(f"{weights[region] / mean_weight(theory, weights):.3g}" for region in regions),
-                f"{optimum.predicted[name]:.3g}",
-                significant(optimum.second_moment[name]),
-            )
-            for name, weights in optimum.weights.items()
-        ],
-    )
+    return [
+        Table(
+            "Theorem 2: region weights of mean 1",
+            ("solution", *regions),
+            [
+                (name, *(f"{weights[region] / mean_weight(theory, weights):.3g}" for region in regions))
+                for name, weights in optimum.weights.items()
+            ],
+        ),
+        Table(
+            "Theorem 2: second moment relative to uniform weights",
+            ("solution", "expected", "measured"),
+            [
+                (name, f"{optimum.predicted[name]:.3g}", significant(optimum.second_moment[name]))
+                for name in optimum.weights
+            ],
+        ),
+    ]
 
 
 def mean_weight(theory: Theory, weights: dict[str, float]) -> float:
@@ -271,7 +276,7 @@ def rule_findings(rules: Sequence[RuleFigures], errors: float) -> list[str]:
     lines = []
     known = [rule for rule in rules if 0 < rule.plain.ratio.error < rule.plain.ratio.value]
     if known:
-        calmest, best = (min(known, key=key) for key in (lambda r: r.plain.ratio.value, lambda r: -number(r)))
+        calmest, best = min(known, key=lambda rule: rule.plain.ratio.value), max(rules, key=number)
         lines.append(
             f"The least variance / |mean|² has {calmest.name} (eff under Adam {in_digits(calmest.plain.eff_adam, 3)}); "
             f"the best eff under Adam has {best.name} ({in_digits(best.plain.eff_adam, 3)})"
