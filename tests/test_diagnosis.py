@@ -255,7 +255,7 @@ def test_supervised_training_has_no_entropy_to_keep() -> None:
 
 
 def test_a_weight_that_the_curriculum_pushed_to_its_clip_is_not_the_entropy_s() -> None:
-    # 60 steps, strength 0.5, gain 0.6: shifts 0.5 * 0.6 * (step - 1) / 59; a rule that asks for 3.9 is at 4 from step 21
+    # strength 0.5, gain 0.6: shifts of 0.3 * (step - 1) / 59; what the rule puts at 3.9 is at 4 from step 21 on
     weights = {**TABLE["rest"]["weights"], "gain_reasoning": 0.6, "decay_format": 0.6}
     table = {**TABLE, "rest": {"weights": weights}}
 

@@ -17,7 +17,7 @@ from rest_rl.data.check import CheckedRow, Report, outcome
 from rest_rl.data.reasons import REASONS
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.formats import ToolFormat, as_demonstrated, get_format
-from rest_rl.terminal import coloured, legend, pieces
+from rest_rl.terminal import coloured, legend, pieces, printable
 
 if TYPE_CHECKING:
     from rest_rl.data.prompt_layout import PromptLayout
@@ -64,7 +64,7 @@ def show_report(report: Report, per_reason: int, console: Console | None = None)
         shown = [located for located in report.findings if located.finding.reason == reason][:per_reason]
         for file, row, found in shown:
             name = f"{file}, row {row}" if len(report.files) > 1 else f"row {row}"
-            console.print(f"  {name}: {escape(found.detail)}", highlight=False, soft_wrap=True)
+            console.print(f"  {name}: {escape(printable(found.detail))}", highlight=False, soft_wrap=True)
         if (left := report.occurrences[reason] - len(shown)) > 0:
             console.print(f"  and {left} more; --all or --json list them", highlight=False)
 

@@ -145,10 +145,12 @@ def draw_dynamics(comparison: Comparison, path: Path) -> Path | None:
     figure.set_size_inches(4.2 * len(keys) + 1.8, 3.4)
     for axes, key in zip(panels, keys, strict=True):
         for index, (line, own) in enumerate(zip(comparison.lines, colours(len(comparison.lines)), strict=True)):
-            colour = REFERENCE_COLOUR if line.method == comparison.reference else own
+            colour = ROLE_COLOURS[line.role] if len(comparison.lines) == 2 else own
+            colour = REFERENCE_COLOUR if line.method == comparison.reference else colour
             whole = curve([cell.run for cell in line.cells], key)
-            # Bands of ten methods hide each other: the means alone.
-            draw_curve(axes, Curve(whole.steps, whole.mean, whole.mean, whole.mean), colour, line.label)
+            if len(comparison.lines) > 2:  # bands of ten methods hide each other: the means alone
+                whole = Curve(whole.steps, whole.mean, whole.mean, whole.mean)
+            draw_curve(axes, whole, colour, line.label)
             if axes.lines:
                 axes.lines[-1].set_linestyle(("-", (0, (4, 2)), (0, (1, 1.5)))[index // len(SERIES_COLOURS) % 3])
         style(axes, DYNAMICS[key])

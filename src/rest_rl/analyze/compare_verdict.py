@@ -61,7 +61,8 @@ def headline(comparison: Comparison, judged: list[Line], noticed: list[Line]) ->
     above = [line for line in noticed if sign(comparison, line) > 0]
     if len(judged) == 1:
         side = "above" if above else "below"
-        return f"**`{judged[0].label}` is {side} `{reference}` beyond seed noise** ({label}, {letter(comparison)} ≤ {LEVEL:g})."
+        test = f"{label}, {letter(comparison)} ≤ {LEVEL:g}"
+        return f"**`{judged[0].label}` is {side} `{reference}` beyond seed noise** ({test})."
     counts = f"{len(above)} above `{reference}` and {len(noticed) - len(above)} below it"
     return f"**Of {len(judged)} methods, {counts} beyond seed noise** ({label}, q ≤ {LEVEL:g})."
 

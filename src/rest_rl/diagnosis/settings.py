@@ -36,7 +36,7 @@ class Settings:
     """Least and largest weight of a region."""
     strength: float | None = None
     shifts: Mapping[str, float] = field(default_factory=dict)
-    """Where the curriculum has moved the weight of a region by the end, by label; those that it leaves are not there."""
+    """How far the curriculum moves the weight of a region by the end, by label; those that it leaves are not there."""
     is_shuffled: bool = False
     """Whether regions get one another's weights."""
     sampling: Mapping[str, float] | None = None
