@@ -28,6 +28,9 @@ from rest_rl.analyze.estimates import Estimate, above_zero, quotient
 
 BLOCKS = 16
 """Of units, where there are enough of them; a power of two, see `halvings`."""
+FLOOR = 1e-3
+"""Of the mean over coordinates: no coordinate's second moment is taken for less. Where half of the units barely have a
+gradient, its estimate from them is chance, and a signal over it would drown all others."""
 DOMINANT = 0.5
 """A unit with more than this share of the summed squared norms decides the second moment."""
 
@@ -189,12 +192,13 @@ class Half(NamedTuple):
     signals_N: Tensor
     """E g_j t_j"""
     inverse_N: Tensor
-    """1 / sqrt(E g_j²) of a batch; 0 for a coordinate without gradient, which is left out."""
+    """1 / sqrt(E g_j²) of a batch, see `FLOOR`; 0 where there is no gradient at all."""
 
     @classmethod
     def of(cls, sums: Sums, batch: int) -> Half:
         """From the half's sums."""
         moments_N = sums.second_moments(batch)
+        moments_N = moments_N.clamp_min(FLOOR * float(moments_N.mean()))
         return cls(sums.signals, torch.where(moments_N > 0, moments_N.rsqrt(), 0.0))
 
     def progress(self, other: Half) -> float:
