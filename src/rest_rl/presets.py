@@ -46,8 +46,8 @@ class Preset:
 
 
 _UNIFORM = WeightConfig(rule="uniform")
-# No schedule: the weights follow the running entropies, so reasoning gains weight as its entropy falls. The strength is
-# gentle because twice as much costs accuracy where the reasoning decides (docs/results.md).
+# No schedule: the weights follow the running entropies. The strength is gentle because twice as much costs accuracy
+# where the reasoning decides (docs/results.md).
 _REST = WeightConfig(strength=0.25, w_min=0.25, w_max=4.0)
 # a_f = a_p = a_t = 0.3: the published code moves its weights by 0.002 a step over a schedule of 150 steps
 _PAPER = WeightConfig(w_min=0.001, w_max=8.0, decay_format=0.3, gain_arguments=0.3, gain_reasoning=0.3)
