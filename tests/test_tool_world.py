@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -181,3 +182,9 @@ def test_a_defective_call_keeps_its_filler(defect: Defect) -> None:
 def test_the_asked_tools_are_the_same_wherever_it_is_decided() -> None:
     first, second = tool_world(3, 1)[0], tool_world(3, 1, decision="call")[0]
     assert [f["description"] for f in functions(first)] == [f["description"] for f in functions(second)]
+
+
+def test_a_defective_call_without_a_thought_is_explained() -> None:
+    sample = next(sample for sample in TRAIN if sample.gold.calls)
+    response = corrupted_demonstration(replace(sample, thought=None), random.Random(1), "wrong_tool")
+    assert response == corrupted_demonstration(sample, random.Random(1), "wrong_tool")

@@ -343,7 +343,7 @@ def corrupted_demonstration(
 
 
 def _is_filler(thought: str | None) -> bool:
-    return set((thought or "").split()) <= set(FILLER)
+    return bool(thought) and set(thought.split()) <= set(FILLER)
 
 
 def _needless_call(sample: ToolSample, rng: random.Random) -> ToolCall:
