@@ -50,6 +50,8 @@ class RunTable:
     """Steps between two sample responses in the terminal; 0 for none."""
     responses_per_step: int = 8
     """Responses kept in responses.jsonl per step."""
+    engine: Literal["trl", "verl"] = "trl"
+    """What trains: TRL on one machine or a few, verl on a Ray cluster (docs/cluster.md)."""
 
     def __post_init__(self) -> None:
         """ValueError for numbers outside their range."""
@@ -194,7 +196,7 @@ class RestTable:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run; `trl` and `peft` hold whatever the trainer's own configuration and peft's LoraConfig take."""
+    """A whole run; `trl`, `peft` and `verl` hold what the trainer, peft's LoraConfig and verl's YAML take."""
 
     run: RunTable = field(default_factory=RunTable)
     model: ModelTable = field(default_factory=ModelTable)
@@ -203,6 +205,8 @@ class RunConfig:
     eval: EvalTable = field(default_factory=EvalTable)
     peft: Mapping[str, Any] = field(default_factory=dict)
     trl: Mapping[str, Any] = field(default_factory=dict)
+    verl: Mapping[str, Any] = field(default_factory=dict)
+    """Read by the engine verl alone: its own settings, over those that the other tables give it."""
 
     def __post_init__(self) -> None:
         """ValueError for tables that contradict each other."""
