@@ -5,9 +5,8 @@ Every score carries its number of responses `n` and the standard error of its ex
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from rest_rl.config import EvalTable
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.generate import generate
 from rest_rl.formats import ToolFormat
+from rest_rl.outcomes import Outcome, summarise
 from rest_rl.regions import decode_ids
 from rest_rl.rewards import accuracy_score, exact_match, format_score
 
@@ -25,17 +25,6 @@ class Prompt(NamedTuple):
     text: str
     sample: ToolSample
     split: str
-
-
-class Outcome(NamedTuple):
-    """What one response to a prompt was worth."""
-
-    kind: str
-    split: str
-    prompt: int
-    exact_match: float
-    s_acc: float
-    s_format: float
 
 
 def evaluate(
@@ -83,48 +72,3 @@ def judge(
         scores = float(exact_match(parsed, gold)), accuracy_score(parsed, gold)[0], format_score(parsed, gold)[0]
         outcomes.append(Outcome(prompt.sample.kind, prompt.split, index, *scores))
     return outcomes
-
-
-def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Means over all outcomes, per kind of task and per split."""
-    return {
-        **means(outcomes),
-        "kinds": {kind: means(group) for kind, group in grouped(outcomes, "kind").items()},
-        "splits": {split: means(group) for split, group in grouped(outcomes, "split").items()},
-    }
-
-
-def grouped(outcomes: Sequence[Outcome], name: str) -> dict[str, list[Outcome]]:
-    """Outcomes by one of their fields, in alphabetical order."""
-    groups: dict[str, list[Outcome]] = {}
-    for outcome in sorted(outcomes, key=lambda outcome: str(getattr(outcome, name))):
-        groups.setdefault(str(getattr(outcome, name)), []).append(outcome)
-    return groups
-
-
-def means(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Mean scores, the number of responses and the standard error of the exact match over prompts."""
-    n = len(outcomes)
-    if n == 0:
-        return {"n": 0}
-    return {
-        "exact_match": sum(outcome.exact_match for outcome in outcomes) / n,
-        "s_acc": sum(outcome.s_acc for outcome in outcomes) / n,
-        "s_format": sum(outcome.s_format for outcome in outcomes) / n,
-        "exact_match_error": standard_error(outcomes),
-        "n": n,
-    }
-
-
-def standard_error(outcomes: Sequence[Outcome]) -> float:
-    """Standard error of the mean exact match: sd over prompts / sqrt(prompts), draws of one prompt averaged first.
-
-    0 for fewer than two prompts.
-    """
-    by_prompt: Mapping[str, list[Outcome]] = grouped(outcomes, "prompt")
-    values = [sum(outcome.exact_match for outcome in group) / len(group) for group in by_prompt.values()]
-    n = len(values)
-    if n < 2:
-        return 0.0
-    mean = sum(values) / n
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)

@@ -1,10 +1,10 @@
-"""The rule reward as TRL calls it: sampled ids and a gold column in, one number per response out."""
+"""The rule reward of a response, and the same as TRL calls it: sampled ids and a gold column in, numbers out."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed
 
@@ -14,6 +14,16 @@ from rest_rl.regions import decode_ids
 from rest_rl.response import Gold, gold_from_json
 from rest_rl.rewards import random_rewards, score
 from rest_rl.scoring import score_response
+
+
+class Scored(NamedTuple):
+    """What a response is worth; all but `total` are in [0, 1] and independent of progress."""
+
+    total: float
+    format: float
+    accuracy: float
+    exact_match: float
+    call_rate: float
 
 
 def progress_of(state: Any) -> float:
@@ -44,17 +54,20 @@ def make_tool_reward(
         log_metric: Callable[[str, float], None] | None = None,
         **_: Any,
     ) -> list[float]:
+        step = 0 if trainer_state is None else trainer_state.global_step
+        progress = 0.0 if trainer_state is None else progress_of(trainer_state)
         rows = []
         for ids, target in zip(completion_ids, gold, strict=True):
             text = decode_ids(ids, tokenizer, chosen_format.tags)
-            rows.append(_score(text, _read_gold(target), chosen_format, method, trainer_state, steps_per_batch))
-        for position, name in enumerate(("format", "accuracy", "exact_match", "call_rate"), start=1):
+            rows.append(
+                score_text(text, read_gold(target), chosen_format, method, progress, step // steps_per_batch + 1)
+            )
+        for name in Scored._fields[1:]:
             if log_metric is not None:
-                log_metric(f"rest/{name}", sum(row[position] for row in rows) / len(rows))
+                log_metric(f"rest/{name}", sum(getattr(row, name) for row in rows) / len(rows))
         if method.reward is not None and method.reward.random:
-            step = 0 if trainer_state is None else trainer_state.global_step
             return random_rewards(len(rows), seed, step, first=_rank() * len(rows))
-        return [row[0] for row in rows]
+        return [row.total for row in rows]
 
     return tool_reward
 
@@ -63,21 +76,19 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def _score(
-    text: str, gold: Gold, tool_format: ToolFormat, method: Preset, state: Any, steps_per_batch: int
-) -> tuple[float, float, float, float, float]:
-    """(reward, S_format, S_acc, exact match, called) of one response."""
-    parsed, progress = tool_format.parse(text, spans=False), 0.0 if state is None else progress_of(state)
+def score_text(text: str, gold: Gold, tool_format: ToolFormat, method: Preset, progress: float, batch: int) -> Scored:
+    """Score one response; `batch` is the number of its batch of responses, counted from 1, for authors-code alone."""
+    parsed = tool_format.parse(text, spans=False)
     reward = score(parsed, gold, progress, method.reward)
     total = reward.total
-    if method.reward is None:  # the published schedule counts batches from 1, whatever the length of the run
-        step = 0 if state is None else state.global_step // steps_per_batch + 1
-        total = score_response(text, gold, format=tool_format, preset=method.name, step=step).total
+    if method.reward is None:  # the published schedule counts batches, whatever the length of the run
+        total = score_response(text, gold, format=tool_format, preset=method.name, step=batch).total
     exact = reward.format == 1 and reward.accuracy == 1
-    return total, reward.format, reward.accuracy, float(exact), float(parsed.attempted_call)
+    return Scored(total, reward.format, reward.accuracy, float(exact), float(parsed.attempted_call))
 
 
-def _read_gold(value: Any) -> Gold:
+def read_gold(value: Any) -> Gold:
+    """Gold as a dataset holds it: JSON text, or the object itself. ValueError for anything else."""
     try:
         return gold_from_json(json.loads(value) if isinstance(value, str) else value)
     except json.JSONDecodeError as error:

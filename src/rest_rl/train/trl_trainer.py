@@ -28,16 +28,16 @@ from trl import GRPOConfig, GRPOTrainer
 from rest_rl.advantages import AdvantageKind, reshape
 from rest_rl.config import RestTable
 from rest_rl.formats import get_format
-from rest_rl.presets import Preset, get_preset, token_weights
-from rest_rl.regions import region_sums, tag_regions
-from rest_rl.response import NUM_REGIONS, Region
+from rest_rl.presets import Preset, get_preset
+from rest_rl.response import NUM_REGIONS
 from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.epoch_order import EpochOrder
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.response_record import PLACE, WeighedBatch
 from rest_rl.train.surprise import SUMS, surprise_metrics, surprise_sums
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
-from rest_rl.weights import apply_curriculum, assign_weights, keep_top_entropy, normalise, region_weights
+from rest_rl.train.weighing import Weigher, region_metrics, sums_by_region
+from rest_rl.weights import keep_top_entropy
 
 FROM_PRESET = "preset"
 """Value of a setting that the preset decides."""
@@ -227,6 +227,7 @@ class ResTTrainer(GRPOTrainer):
         self._method = args.method()
         self._format = get_format(args.tool_format)
         self._text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._weigher = Weigher(self._text_tokenizer, self._format, self._method, self._top_tokens)
         if reward_funcs is None:
             _check_gold_column(train_dataset)
             reward_funcs = make_tool_reward(
@@ -299,36 +300,22 @@ class ResTTrainer(GRPOTrainer):
         mask_BT = batch["completion_mask"]
         if "tool_mask" in batch:
             mask_BT = mask_BT * batch["tool_mask"]
-        # On the CPU: the tagging runs there, and sums in float64 are not to be had on every device.
         ids_BT, mask_BT = batch["completion_ids"].cpu(), mask_BT.cpu()
         logps_BT, entropies_BT = logps_BT.float().cpu(), entropies_BT.float().cpu()
-        parse, tags = self._format.parse, self._format.tags
-        regions_BT = tag_regions(ids_BT, mask_BT, self._text_tokenizer, lambda text: parse(text).spans, tags)
-        weights_BT = self._token_weights(ids_BT, mask_BT, regions_BT, entropies_BT)
-        # E[1 - p(sampled token)] = 1 - sum_v p_v^2 for tokens sampled from p itself.
-        quantities = (entropies_BT, -torch.expm1(logps_BT), weights_BT)
-        sums = [region_sums(values_BT, regions_BT, mask_BT) for values_BT in quantities]
-        self._sums_4R += torch.stack([sums[0][1], *(sums_R for sums_R, _ in sums)])
+        batch_number = self.state.global_step // steps_per_generation(self.args) + 1
+        weighed = self._weigher.weigh(
+            ids_BT, mask_BT, entropies_BT, self.tracker.statistics(), progress_of(self.state), batch_number
+        )
+        self._rule_weights_R = weighed.rule_weights_R
+        self._sums_4R += sums_by_region(weighed, mask_BT, entropies_BT, logps_BT)
         self._surprise_4 += surprise_sums(logps_BT, entropies_BT, mask_BT)
         if self.accelerator.sync_gradients or not self._training:
             self._close_step()
         if self.on_weighed is not None and PLACE in batch:
             advantages_B = self._advantages_B.cpu()
-            self.on_weighed(WeighedBatch(batch[PLACE], regions_BT, weights_BT, entropies_BT, logps_BT, advantages_B))
-        return weights_BT
-
-    def _token_weights(self, ids_BT: Tensor, mask_BT: Tensor, regions_BT: Tensor, entropies_BT: Tensor) -> Tensor:
-        config = self._method.weights
-        if config is None:  # the published schedule counts batches from 1, whatever the length of the run
-            step = self.state.global_step // steps_per_generation(self.args) + 1
-            return token_weights(
-                ids_BT, mask_BT, self._text_tokenizer, format=self._format, preset=self._method, step=step
-            )
-        if config.rule == "top_entropy":
-            return normalise(self._top_tokens(entropies_BT, mask_BT, config.quantile), mask_BT)
-        weights_R = apply_curriculum(region_weights(self.tracker.statistics(), config), progress_of(self.state), config)
-        self._rule_weights_R = weights_R if config.needs_statistics else None
-        return assign_weights(weights_R, regions_BT, mask_BT)
+            kept = (weighed.regions_BT, weighed.weights_BT, entropies_BT, logps_BT, advantages_B)
+            self.on_weighed(WeighedBatch(batch[PLACE], *kept))
+        return weighed.weights_BT
 
     def _top_tokens(self, entropies_BT: Tensor, mask_BT: Tensor, quantile: float) -> Tensor:
         """The most uncertain tokens of the micro-batches of all processes together, as TRL's own quantile does it."""
@@ -343,19 +330,12 @@ class ResTTrainer(GRPOTrainer):
         """Sum over processes, log, and in training move the average on for the next step."""
         sums_4R, self._sums_4R = self._summed(self._sums_4R), torch.zeros_like(self._sums_4R)
         surprise_4, self._surprise_4 = self._summed(self._surprise_4), torch.zeros_like(self._surprise_4)
-        counts_R = sums_4R[0]
-        shares_R = counts_R / counts_R.sum().clamp_min(1)
         metrics = self._metrics["train" if self._training else "eval"]
-        rows = (sums_4R[1] / counts_R, sums_4R[2] / counts_R, sums_4R[3] / counts_R, shares_R)
-        for quantity, values_R in zip(("entropy", "collision", "weight", "share"), rows, strict=True):
-            for region, value in zip(Region, values_R.tolist(), strict=True):
-                metrics[f"rest/{quantity}/{region.label}"].append(value)
-        if self._rule_weights_R is not None:
-            for region, value in zip(Region, self._rule_weights_R.tolist(), strict=True):
-                metrics[f"rest/rule_weight/{region.label}"].append(value)
+        figures = region_metrics(sums_4R, self._rule_weights_R)
         if self._is_on_policy:
-            for name, value in surprise_metrics(surprise_4).items():
-                metrics[name].append(value)
+            figures |= surprise_metrics(surprise_4)
+        for name, value in figures.items():
+            metrics[name].append(value)
         if self._training:
             self.tracker.update(sums_4R[:3])
 

@@ -1,0 +1,109 @@
+"""What every engine does with a batch of sampled responses: find regions, weigh tokens, sum up, name the figures.
+
+Shapes: B responses, T completion tokens, R regions. Everything is on the CPU: the tagging runs there, and sums in
+float64 are not to be had on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rest_rl.formats import ToolFormat
+from rest_rl.presets import Preset, token_weights
+from rest_rl.regions import region_sums, tag_regions
+from rest_rl.response import Region
+from rest_rl.weights import (
+    RegionStatistics,
+    apply_curriculum,
+    assign_weights,
+    keep_top_entropy,
+    normalise,
+    region_weights,
+)
+
+
+class Weighed(NamedTuple):
+    """The weights of one batch and where they come from."""
+
+    regions_BT: Tensor
+    weights_BT: Tensor
+    """float32, mean 1 over each response's unmasked tokens."""
+    rule_weights_R: Tensor | None
+    """Region weights before responses are normalised; None where the rule measures nothing."""
+
+
+@dataclass(frozen=True)
+class Weigher:
+    """A method bound to a tokenizer and a format."""
+
+    tokenizer: Any
+    format: ToolFormat
+    method: Preset
+    keep_top: Callable[[Tensor, Tensor, float], Tensor] = keep_top_entropy
+    """The rule `top_entropy` for a batch that is part of a larger one."""
+
+    def weigh(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor,
+        entropies_BT: Tensor,
+        statistics: RegionStatistics | None,
+        progress: float,
+        batch: int,
+    ) -> Weighed:
+        """Weigh the tokens of a batch; `statistics` are those of the steps before, None in the first.
+
+        `batch` is the number of the batch of responses, counted from 1 (for the preset authors-code, whose schedule
+        counts batches whatever the length of the run).
+        """
+        parse, tags = self.format.parse, self.format.tags
+        regions_BT = tag_regions(ids_BT, mask_BT, self.tokenizer, lambda text: parse(text).spans, tags)
+        config = self.method.weights
+        if config is None:
+            published_BT = token_weights(
+                ids_BT, mask_BT, self.tokenizer, format=self.format, preset=self.method, step=batch
+            )
+            return Weighed(regions_BT, published_BT, None)
+        if config.rule == "top_entropy":
+            kept_BT = self.keep_top(entropies_BT, mask_BT, config.quantile)
+            return Weighed(regions_BT, normalise(kept_BT, mask_BT), None)
+        weights_R = apply_curriculum(region_weights(statistics, config), progress, config)
+        weights_BT = assign_weights(weights_R, regions_BT, mask_BT)
+        return Weighed(regions_BT, weights_BT, weights_R if config.needs_statistics else None)
+
+
+def sums_by_region(weighed: Weighed, mask_BT: Tensor, entropies_BT: Tensor, logps_BT: Tensor) -> Tensor:
+    """Tokens, entropies, collision estimates and weights, summed by region: float64 (4, R); they add up over batches.
+
+    E[1 - p(sampled token)] = 1 - sum_v p_v^2 for tokens sampled from p itself.
+    """
+    quantities = (entropies_BT, -torch.expm1(logps_BT), weighed.weights_BT)
+    sums = [region_sums(values_BT, weighed.regions_BT, mask_BT) for values_BT in quantities]
+    return torch.stack([sums[0][1], *(sums_R for sums_R, _ in sums)])
+
+
+def region_metrics(sums_4R: Tensor, rule_weights_R: Tensor | None) -> dict[str, float]:
+    """A step's figures by name from its `sums_by_region`: means over a region's tokens, NaN for a region without any.
+
+    rest/entropy/<region>, rest/collision/<region>, rest/weight/<region>, rest/share/<region> (of all tokens), and
+    rest/rule_weight/<region> where the rule measures something.
+    """
+    counts_R = sums_4R[0]
+    rows = {
+        "entropy": sums_4R[1] / counts_R,
+        "collision": sums_4R[2] / counts_R,
+        "weight": sums_4R[3] / counts_R,
+        "share": counts_R / counts_R.sum().clamp_min(1),
+    }
+    if rule_weights_R is not None:
+        rows["rule_weight"] = rule_weights_R
+    return {
+        f"rest/{quantity}/{region.label}": value
+        for quantity, values_R in rows.items()
+        for region, value in zip(Region, values_R.tolist(), strict=True)
+    }
