@@ -37,6 +37,7 @@ examples:
   rest-rl train --preset tsft --model DIR --data dialogues.jsonl     supervised, calls weighed twice
   rest-rl train --resume --out runs/mine                             go on after Ctrl-C, a crash or kill -9
   accelerate launch --num_processes 8 -m rest_rl train run.toml --out runs/mine
+  rest-rl train run.toml --engine verl --nodes 2 --gpus-per-node 8 --out runs/mine
 rest-rl data check FILE says what a run would make of each row
 """
 
@@ -136,6 +137,13 @@ def _add_run_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
     verb.add_argument("--dry-run", action="store_true", help="print memory and size of the run, train nothing")
+    what = "With the engine verl; settings of verl's own stand after --: actor_rollout_ref.rollout.name=sglang"
+    cluster = verb.add_argument_group("on a cluster (docs/cluster.md)", what)
+    cluster.add_argument("--engine", choices=("trl", "verl"), help="run.engine: what trains (default: trl)")
+    cluster.add_argument("--nodes", metavar="N", type=int, help="machines of the Ray cluster, with the engine verl")
+    cluster.add_argument("--gpus-per-node", metavar="K", type=int, help="GPUs of each of them")
+    cluster.add_argument("--print-config", action="store_true", help="print what verl will get, train nothing")
+    verb.set_defaults(overrides=[])
 
 
 def _add_compare(verbs: argparse._SubParsersAction[Parser]) -> None:
@@ -329,7 +337,12 @@ def report(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    given, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(given)
+    if overrides:
+        if not hasattr(arguments, "overrides"):
+            parser.error(f"unrecognized arguments: -- {' '.join(overrides)}")
+        arguments.overrides = overrides
     if arguments.version:
         from rest_rl import __version__
 
@@ -355,6 +368,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = missing_package(error) if is_missing and not isinstance(error, ValueError) else str(error)
         print(f"error: {one_line(message or repr(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what stands before `--`, what stands after it); argparse would mix the two."""
+    given = list(argv)
+    at = given.index("--") if "--" in given else len(given)
+    return given[:at], given[at + 1 :]
 
 
 def missing_package(error: Exception) -> str:

@@ -13,22 +13,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from textwrap import shorten
 from time import perf_counter
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from rest_rl.analyze.plots import draw_all
-from rest_rl.analyze.tables import COMPARISON_HEADER, comparison_rows, flatten, group_runs
+from rest_rl.analyze.tables import flatten
+from rest_rl.cli_run import EXIT_INTERRUPTED, check_same_data, finish, keep_account
 from rest_rl.config import AUTO, RunConfig, apply_overrides, overridden, parse_toml, read_run_file
 from rest_rl.data.prompt_layout import PromptLayout, resolve_format
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.held_out import Prompt, evaluate, fixed_slice
 from rest_rl.presets import SUPERVISED
-from rest_rl.runlog import CONFIG, RunLog, read_run, unwritable
-from rest_rl.terminal import Screen, show_estimate, show_table
+from rest_rl.runlog import CONFIG, RunLog
+from rest_rl.terminal import Screen, show_estimate
 from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
 from rest_rl.train.footprint import estimate, footprint_rows, this_device
 from rest_rl.train.policy import load_policy, lora_config, policy_config, policy_tokenizer
@@ -47,7 +46,6 @@ from rest_rl.train.run import train as train_steps
 from rest_rl.train.sft import labelled_dataset
 from rest_rl.train.training_data import TrainingData, read_data
 
-EXIT_INTERRUPTED = 130
 SFT_OUT = "runs/sft"
 MEASURED = 2000
 """Samples whose tokens a dry run counts."""
@@ -102,6 +100,15 @@ def train(arguments: argparse.Namespace) -> int:
     console = Console(quiet=not is_first)
     config, layout = laid_out(run_config(arguments), console)
     screen = Screen(console, config.run.show_every, layout.format.parse)
+    if config.run.engine == "verl":
+        from rest_rl.cli_verl import train_on_verl
+
+        return train_on_verl(arguments, config, layout, screen)
+    if arguments.nodes or arguments.gpus_per_node or arguments.overrides or arguments.print_config:
+        raise ValueError(
+            "got --nodes, --gpus-per-node, --print-config or settings after -- with the engine trl, expected "
+            "--engine verl with them; on several GPUs TRL runs under accelerate launch (docs/training.md)"
+        )
     args = trainer_config(config)
     data = read_data(config, layout, screen.say)
     if arguments.dry_run:
@@ -181,7 +188,8 @@ def sft(arguments: argparse.Namespace) -> int:
 def run_config(arguments: argparse.Namespace) -> RunConfig:
     """The run that was asked for; with `--resume` the one in the run folder, which the arguments may repeat."""
     overrides = [*shorthands(arguments), *arguments.set]
-    asked = with_machine_defaults(read_run_file(arguments.run, overrides))
+    asked = read_run_file(arguments.run, overrides)
+    asked = with_machine_defaults(asked) if asked.run.engine == "trl" else asked  # verl trains elsewhere
     if arguments.out:
         asked = placed(asked, arguments.out)
     if not arguments.resume:
@@ -202,15 +210,39 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
 
 def shorthands(arguments: argparse.Namespace) -> list[str]:
     """The options that stand for a `--set`."""
-    keys = {"model": "model.path", "data": "data.path", "preset": "rest.preset", "format": "rest.format"}
+    keys = {
+        "model": "model.path",
+        "data": "data.path",
+        "preset": "rest.preset",
+        "format": "rest.format",
+        "engine": "run.engine",
+    }
     given = [(key, getattr(arguments, name)) for name, key in keys.items()]
     texts = [f"{key}={json.dumps(str(value))}" for key, value in given if value is not None]
+    texts += verl_overrides(arguments)
     if arguments.lora is None:
         return texts
     # adapters take about ten times the rate of full fine-tuning, which the run files of one's own model are for
     rate = "1e-4" if arguments.preset in SUPERVISED else "1e-5"
     is_own = (arguments.model or arguments.data) and not (arguments.run or arguments.resume)
     return [*texts, f"peft.r={arguments.lora}", *([f"trl.learning_rate={rate}"] if is_own else [])]
+
+
+def verl_overrides(arguments: argparse.Namespace) -> list[str]:
+    """`--nodes`, `--gpus-per-node` and what stands after `--`, as changes of `[verl]`."""
+    sizes = {"nnodes": arguments.nodes, "n_gpus_per_node": arguments.gpus_per_node}
+    texts = [f"verl.trainer.{key}={value}" for key, value in sizes.items() if value is not None]
+    for override in arguments.overrides:
+        path, separator, value = override.partition("=")
+        *tables, key = path.removeprefix("+").split(".")
+        if not separator or not tables or path.startswith("~"):
+            raise ValueError(
+                f"got {override!r} after --, expected settings of verl, table.key=value, such as "
+                "actor_rollout_ref.rollout.tensor_model_parallel_size=2; see --print-config"
+            )
+        key = f"+{key}" if path.startswith("+") else key
+        texts.append(f"verl.{'.'.join([*tables, key])}={value}")
+    return texts
 
 
 def placed(config: RunConfig, out: str) -> RunConfig:
@@ -238,26 +270,6 @@ def refuse_changes(asked: Mapping[str, Any], recorded: Mapping[str, Any]) -> Non
             f"got --resume with another {', '.join(changed)}, expected the run as it was recorded; leave RUN.toml and "
             "--set out to go on with it, or pass another --out to start the changed run"
         )
-
-
-def check_same_data(data: TrainingData, log: RunLog) -> None:
-    """ValueError if a resumed run would go on with other samples than it began with."""
-    recorded = log.read_summary().get("data", {})
-    if recorded.get("digest", data.digest) != data.digest:
-        raise ValueError(
-            f"got --resume with other training data than the run in {log.folder} began with (then "
-            f"{recorded.get('samples')} samples, now {len(data.samples)}), expected the same; restore the file, or "
-            "start anew with another --out"
-        )
-
-
-def keep_account(data: TrainingData, log: RunLog, screen: Screen) -> None:
-    """What training was given and what not, in the run folder; what the model cannot hold is said aloud."""
-    if refused := [row for row in data.rejected if "sample" in row]:
-        first = shorten(f"{refused[0]['sample']}: {refused[0]['reason']}", 250, placeholder=" ...")
-        screen.say(f"{len(refused)} of these samples cannot be laid out and are left out; the first, {first}")
-    log.write_rejected(data.rejected)
-    log.update_summary(data={**data.report, "refused": len(refused), "digest": data.digest})
 
 
 def dry_run(config: RunConfig, args: Any, layout: PromptLayout, data: TrainingData, console: Console) -> int:
@@ -312,15 +324,3 @@ def stopping(recorder: Recorder, screen: Screen) -> Iterator[None]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def finish(log: RunLog, screen: Screen) -> None:
-    """Plots and the before/after table."""
-    run = read_run(log.folder)
-    try:
-        draw_all(group_runs([run]), log.plots)
-    except OSError as error:
-        raise unwritable(log.folder, error) from error
-    if run.summary.get("after"):
-        show_table("before → after training", COMPARISON_HEADER, comparison_rows(run.summary), screen.console)
-    screen.say(f"plots in {log.plots}; rest-rl report {log.folder} writes a page")

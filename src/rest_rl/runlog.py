@@ -35,7 +35,19 @@ REJECTED = "rejected.jsonl"
 CHECKPOINTS, PLOTS, MODEL = "checkpoints", "plots", "model"
 TRAINER_FILES = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "global_step*", "optimizer_*")
 """What of a checkpoint is for the trainer alone."""
-LIBRARIES = ("rest-rl", "torch", "transformers", "trl", "accelerate", "tokenizers", "numpy", "peft", "vllm")
+LIBRARIES = (
+    "rest-rl",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "tokenizers",
+    "numpy",
+    "peft",
+    "vllm",
+    "verl",
+    "ray",
+)
 
 Row = dict[str, Any]
 

@@ -98,26 +98,17 @@ def recorded_reward(
     reward: Callable[..., list[float]], tokenizer: Any, tool_format: ToolFormat, limit: int, record: ResponseRecord
 ) -> Callable[..., list[float]]:
     """The reward, which also begins a record of the first `limit` responses of every batch."""
-    endings = {tokenizer.eos_token_id, tokenizer.pad_token_id}
 
     @functools.wraps(reward)  # TRL names its metrics after the function
     def recorded(
         completion_ids: list[list[int]], gold: list[Any], trainer_state: Any = None, **rest: Any
     ) -> list[float]:
         totals = reward(completion_ids=completion_ids, gold=gold, trainer_state=trainer_state, **rest)
+        step, progress = trainer_state.global_step + 1, progress_of(trainer_state)
         rows = []
         for i, ids in enumerate(completion_ids[:limit]):
-            row = {
-                "step": trainer_state.global_step + 1,
-                "progress": progress_of(trainer_state),
-                "id": rest["id"][i],
-                "response": decode_ids(ids, tokenizer, tool_format.tags),
-                "ids": list(ids),
-                "gold": json.loads(gold[i]),
-                "reward": totals[i],
-                "truncated": not ids or ids[-1] not in endings,
-                "lengths": token_lengths(ids, tokenizer, tool_format.tags),
-            }
+            row = {"step": step, "progress": progress, "id": rest["id"][i]}
+            row |= response_row(ids, json.loads(gold[i]), totals[i], tokenizer, tool_format)
             if i == 0 or rest["id"][i - 1] != row["id"]:  # a group shares its prompt
                 row |= prompt_of(rest, i)
             rows.append(row)
@@ -125,6 +116,19 @@ def recorded_reward(
         return totals
 
     return recorded
+
+
+def response_row(ids: Sequence[int], gold: Any, reward: float, tokenizer: Any, tool_format: ToolFormat) -> Row:
+    """The recorded fields of a response that are known before the loss has weighed it."""
+    endings = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return {
+        "response": decode_ids(ids, tokenizer, tool_format.tags),
+        "ids": list(ids),
+        "gold": gold,
+        "reward": reward,
+        "truncated": not ids or ids[-1] not in endings,
+        "lengths": token_lengths(ids, tokenizer, tool_format.tags),
+    }
 
 
 def prompt_of(rest: Mapping[str, Any], i: int) -> Row:

@@ -1,0 +1,156 @@
+"""A run on verl from the side of the command: its files, the checkpoint it goes on from, Ray, the model at the end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.samples import ToolSample, to_json
+from rest_rl.jsonl import as_json
+from rest_rl.runlog import RunLog, replace_file, unwritable
+from rest_rl.train.checkpoints import Checkpoint
+from rest_rl.train.prompts import OnRefused, check_gold, dataset_of
+
+FILES, TRAIN_FILE, HELD_OUT_FILE, LOOPS_FILE = "verl", "train.parquet", "held_out.parquet", "agent_loops.yaml"
+"""The folder in a run folder that holds what verl reads, and its files."""
+STATE = "rest.json"
+"""The file of a checkpoint that holds the moving average of region entropies."""
+LOOP = "rendered_prompt"
+"""The agent loop's name."""
+STEP = re.compile(r"global_step_(\d+)")
+
+
+class PromptFile(NamedTuple):
+    """A Parquet file of prompts as verl reads it."""
+
+    path: Path
+    rows: int
+    tokens: int
+    """Of the longest prompt."""
+
+
+def require_verl() -> None:
+    """ValueError unless verl and what its trainer needs are installed."""
+    for package, extra in (("verl", ""), ("transfer_queue", " (verl[verl-core])")):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"got --engine verl without the package {package}{extra}, expected it; pip install 'rest-rl[verl]', in "
+                "an environment of its own (docs/cluster.md)"
+            )
+
+
+def write_prompts(
+    samples: Iterable[tuple[str, ToolSample]], layout: PromptLayout, path: Path, on_refused: OnRefused | None = None
+) -> PromptFile:
+    """Write prompts, each with its split, as verl reads them; `on_refused` as in `training_dataset`.
+
+    Columns: `prompt`, one message whose content is the text that the model is given; `data_source`, the split;
+    `reward_model`, with the gold as JSON text; `extra_info`, with index, id, kind and split of the sample.
+    """
+    pairs = list(samples)
+    splits = {id(sample): split for split, sample in pairs}
+    longest = 0
+
+    def row(sample: ToolSample) -> dict[str, Any]:
+        nonlocal longest
+        check_gold(sample, layout.format)
+        text, split = layout.render(sample), splits[id(sample)]
+        longest = max(longest, len(layout.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        gold = json.dumps(to_json(sample)["gold"], ensure_ascii=False)
+        return {
+            "prompt": [{"role": "user", "content": text}],
+            "data_source": split,
+            "reward_model": {"style": "rule", "ground_truth": gold},
+            "extra_info": {"id": sample.id, "kind": sample.kind},
+        }
+
+    dataset = dataset_of((sample for _, sample in pairs), row, on_refused)
+    dataset = dataset.map(lambda row, index: {"extra_info": {**row["extra_info"], "index": index}}, with_indices=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dataset.to_parquet(str(path))
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+    return PromptFile(path, len(dataset), longest)
+
+
+def write_agent_loops(log: RunLog) -> Path:
+    """The file that names the agent loop of this package."""
+    path = log.folder.absolute() / FILES / LOOPS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # JSON is YAML.
+    replace_file(path, as_json([{"name": LOOP, "_target_": "rest_rl.train.verl_plugin.RenderedPromptLoop"}], indent=2))
+    return path
+
+
+def find_verl_checkpoint(log: RunLog) -> tuple[Checkpoint, list[str]]:
+    """The newest whole checkpoint of a run on verl and the names of newer broken ones; the beginning without any."""
+    broken: list[str] = []
+    folders = {int(match[1]): folder for folder in log.checkpoints.glob("*") if (match := STEP.fullmatch(folder.name))}
+    for step, folder in sorted(folders.items(), reverse=True):
+        if is_whole(folder):
+            return Checkpoint(step, folder), broken
+        broken.append(folder.name)
+    return Checkpoint(0), broken
+
+
+def total_steps(verl: Any, prompts: int) -> int:
+    """The steps of a run as verl counts them: whole batches of responses."""
+    if verl.trainer.total_training_steps is not None:
+        return int(verl.trainer.total_training_steps)
+    return prompts // int(verl.data.train_batch_size) * int(verl.trainer.total_epochs)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint holds region statistics, weights and, written last, the place in the data."""
+    try:
+        table = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    weights = any(path.is_file() for path in (folder / "actor").rglob("*"))
+    return isinstance(table, list) and weights and zipfile.is_zipfile(folder / "data.pt")
+
+
+def run_on_ray(config: Any) -> None:
+    """Run verl's trainer with this package's plugin on the Ray that is there, or on one of this machine's own.
+
+    Returns when the run has finished; whatever stops it is raised.
+    """
+    import ray
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+
+    class ReSTRunner(TaskRunnerV1.__ray_metadata__.modified_class):
+        """The driver of a run, in a process that knows the trainer."""
+
+        def run(self, config: Any) -> None:
+            import rest_rl.train.verl_plugin  # noqa: F401 - registers the trainer where it is looked up
+
+            super().run(config)
+
+    try:
+        run_ppo(config, ray.remote(ReSTRunner))
+    finally:
+        ray.shutdown()
+
+
+def merge_model(checkpoint: Path, strategy: str, target: Path) -> None:
+    """Put the shards of a checkpoint together as a Hugging Face model in bfloat16, by verl's own merger."""
+    backend = "megatron" if strategy == "megatron" else "fsdp"
+    command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", backend]
+    part = target.with_name(f".{target.name}.part")
+    command += ["--local_dir", str(checkpoint / "actor"), "--target_dir", str(part)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise ValueError(
+            f"got a checkpoint {checkpoint} that verl's merger does not put together, expected a Hugging Face model; "
+            f"the run itself is finished; repeat it to see why: {' '.join(command)}"
+        )
+    part.replace(target)

@@ -1,0 +1,155 @@
+"""What the verl engine computes from a batch in verl's own layout, without verl."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rest_rl.advantages import group_advantages
+from rest_rl.formats import FORMATS
+from rest_rl.presets import PRESETS
+from rest_rl.train.entropy_tracker import EntropyTracker
+from rest_rl.train.prompts import training_dataset
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from rest_rl.train.verl_responses import (
+    PER_TOKEN,
+    Responses,
+    TokenBatch,
+    advantages_of_groups,
+    dense,
+    jagged_like,
+    share_without_spread,
+)
+from rest_rl.train.weighing import Weigher
+from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
+
+
+def test_advantages_of_scattered_groups_by_hand():
+    # Group a: 0, 1, mean 0.5, unbiased deviation sqrt(0.5) = 0.70711; b: 1, 2, 3, mean 2, deviation 1; c alone: 0.
+    rewards_B = torch.tensor([0.0, 1.0, 5.0, 1.0, 2.0, 3.0])
+    groups = ["a", "b", "c", "a", "b", "b"]
+    half = 0.5 / (math.sqrt(0.5) + 1e-4)
+    whole = 1 / (1 + 1e-4)
+    expected = torch.tensor([-half, -whole, 0.0, half, 0.0, whole])
+    torch.testing.assert_close(advantages_of_groups(rewards_B, groups, "grpo"), expected)
+    assert advantages_of_groups(rewards_B, groups, "dr_grpo").tolist() == [-0.5, -1.0, 0.0, 0.5, 0.0, 1.0]
+    assert share_without_spread(rewards_B, groups) == pytest.approx(1 / 3)
+
+
+@given(st.permutations(range(12)))
+def test_advantages_do_not_depend_on_the_order_of_the_batch(order):
+    rewards_B = torch.linspace(0, 1, 12).square()
+    in_order_B = group_advantages(rewards_B, 4)
+    scattered_B = advantages_of_groups(rewards_B[list(order)], [f"prompt-{i // 4}" for i in order], "grpo")
+    torch.testing.assert_close(scattered_B, in_order_B[list(order)])
+
+
+def test_jagged_tensors_there_and_back():
+    rows = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])]
+    jagged = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    assert dense(jagged).tolist() == [[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]
+    back = jagged_like(2 * dense(jagged), jagged)
+    assert [row.tolist() for row in back.unbind()] == [[2.0, 4.0, 6.0], [8.0]]
+
+
+@pytest.mark.parametrize("preset", ["rest", "paper", "authors-code", "grpo"])
+def test_weights_and_figures_equal_those_of_trl_on_the_same_responses(tmp_path, preset):
+    """Three steps on TRL, each of its batches replayed in another order and with a padding row."""
+    tokenizer, seen = tiny_tokenizer(), []
+    trainer = ResTTrainer(
+        tiny_model(tokenizer),
+        args=ResTConfig(**tiny_settings(tmp_path, preset=preset)),
+        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        processing_class=tokenizer,
+    )
+    batches = recorded_batches(trainer)
+    trainer.on_weighed = seen.append
+    trainer.train()
+    assert len(seen) == len(batches) == trainer.state.max_steps == 3
+    tracker = EntropyTracker(trainer.args.entropy_decay)
+    weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS[preset])
+    figures = [row for row in trainer.state.log_history if "rest/format" in row]
+    for step, (weighed, (ids_BT, mask_BT), logged) in enumerate(zip(seen, batches, figures, strict=True), start=1):
+        order = torch.randperm(len(ids_BT), generator=torch.Generator().manual_seed(step))
+        columns = dict(
+            zip(
+                PER_TOKEN,
+                (
+                    ids_BT,
+                    mask_BT,
+                    weighed.entropies_BT,
+                    weighed.logps_BT,
+                    weighed.advantages_B[:, None].expand(ids_BT.shape),
+                ),
+                strict=True,
+            )
+        )
+        padded = {name: torch.cat([values[order], torch.zeros_like(values[:1])]) for name, values in columns.items()}
+        replayed, ours = TokenBatch.of(padded).reshape(weigher, tracker, (step - 1) / 2, step)
+        torch.testing.assert_close(replayed.weights_BT[:-1], weighed.weights_BT[order], rtol=0, atol=1e-6)
+        assert replayed.weights_BT[-1].sum() == 0
+        for name in [name for name in ours if name.startswith("rest/")]:
+            expected = math.nan if logged[name] is None else logged[name]  # a region without tokens
+            assert ours[name] == pytest.approx(expected, abs=1e-6, nan_ok=True), name
+    assert preset == "grpo" or any((weighed.weights_BT > 1.001).any() for weighed in seen)
+
+
+def recorded_batches(trainer):
+    """(ids, mask) of each batch that the trainer's loss sees, filled while it trains."""
+    batches, compute_loss = [], trainer.compute_loss
+
+    def recording(model, inputs, *args, **kwargs):
+        batches.append((inputs["completion_ids"], inputs["completion_mask"]))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = recording
+    return batches
+
+
+def test_figures_and_rows_of_responses_by_hand():
+    tokenizer = tiny_tokenizer()
+    eos = tokenizer.eos_token_id
+    words = tokenizer("<think> a </think>", add_special_tokens=False)["input_ids"]
+    ids = [[*words, eos], words[:2], [*words, eos], words]
+    golds = [json.dumps({"calls": [], "answer": "yes"})] * 4
+    scores = [{"format": f, "accuracy": 0.5, "exact_match": 0.0, "call_rate": 1.0} for f in (1.0, 0.0, 1.0, 0.0)]
+    responses = Responses(
+        places=[3, 0, 2, 1],
+        ids=ids,
+        rewards_B=torch.tensor([1.0, 0.0, 2.0, 2.0]),
+        groups=["x", "x", "y", "y"],
+        golds=golds,
+        origins=[{"index": index, "id": f"sample {index}"} for index in (7, 7, 4, 4)],
+        scores=scores,
+        prompts=["p", "p", "q", "q"],
+        tokenizer=tokenizer,
+        tool_format=FORMATS["toolrl"],
+    )
+    figures = responses.figures()
+    assert figures["reward"] == 1.25
+    assert figures["frac_reward_zero_std"] == 0.5  # group y
+    assert figures["completions/clipped_ratio"] == 0.5
+    assert figures["completions/max_length"] == len(words) + 1
+    assert figures["completions/min_length"] == 2
+    assert figures["completions/mean_terminated_length"] == len(words) + 1
+    assert figures["rest/format"] == 0.5
+    assert figures["rest/accuracy"] == 0.5
+    mask_BT = torch.zeros(4, len(words) + 1, dtype=torch.long)
+    ids_BT = torch.zeros_like(mask_BT)
+    for place, row in zip(responses.places, ids, strict=True):
+        ids_BT[place, : len(row)], mask_BT[place, : len(row)] = torch.tensor(row), 1
+    zeros_BT = torch.zeros(mask_BT.shape)
+    tokens = TokenBatch(ids_BT, mask_BT, zeros_BT, zeros_BT, torch.arange(4.0)[:, None] * mask_BT)
+    assert [tokens.response(place) for place in responses.places] == ids
+    weighed, _ = tokens.reshape(Weigher(tokenizer, FORMATS["toolrl"], PRESETS["grpo"]), EntropyTracker(), 0.0, 1)
+    rows = responses.rows(weighed, step=1, progress=0.0, limit=3)
+    assert [row["id"] for row in rows] == ["sample 4", "sample 4", "sample 7"]  # in the order of the data
+    assert [row.get("prompt") for row in rows] == ["q", None, "p"]
+    assert [row["advantage"] for row in rows] == [2.0, 1.0, 3.0]  # those of places 2, 1 and 3
+    assert [row["truncated"] for row in rows] == [False, True, False]
+    assert all(len(row["weights"]) == len(row["ids"]) == len(row["regions"]) for row in rows)

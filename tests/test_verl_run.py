@@ -1,0 +1,225 @@
+"""The command's side of a run on verl, without verl: files, checkpoints, what it shows, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+
+from rest_rl.cli import main, split_overrides
+from rest_rl.cli_train import verl_overrides
+from rest_rl.config import RunConfig, apply_overrides
+from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.samples import ToolSample
+from rest_rl.outcomes import Outcome
+from rest_rl.response import Gold
+from rest_rl.runlog import RunLog, read_run
+from rest_rl.train.verl_follow import Follower, following
+from rest_rl.train.verl_log import VerlLog
+from rest_rl.train.verl_run import (
+    STATE,
+    find_verl_checkpoint,
+    total_steps,
+    write_agent_loops,
+    write_prompts,
+)
+from tests.tiny_policy import tiny_samples, tiny_tokenizer
+
+# Files
+
+
+def test_prompts_are_the_texts_that_trl_trains_on(tmp_path):
+    layout, samples = PromptLayout(tiny_tokenizer(), "toolrl"), tiny_samples(3)
+    written = write_prompts([("train", sample) for sample in samples], layout, tmp_path / "new" / "train.parquet")
+    rows = parquet.read_table(written.path).to_pylist()
+    assert [row["prompt"] for row in rows] == [[{"role": "user", "content": layout.render(s)}] for s in samples]
+    assert [row["extra_info"]["index"] for row in rows] == [0, 1, 2]
+    assert [row["extra_info"]["id"] for row in rows] == [sample.id for sample in samples]
+    assert {row["data_source"] for row in rows} == {"train"}
+    golds = [json.loads(row["reward_model"]["ground_truth"]) for row in rows]
+    assert [gold["calls"][0]["name"] for gold in golds] == [sample.gold.calls[0].name for sample in samples]
+    assert written.rows == 3
+    assert written.tokens == max(layout.count_tokens(sample) for sample in samples)
+
+
+def test_a_sample_that_cannot_be_laid_out_is_told_of_and_left_out(tmp_path):
+    layout, refused = PromptLayout(tiny_tokenizer(), "toolrl"), []
+    good, bad = tiny_samples(1)[0], broken_sample()
+    path = tmp_path / "train.parquet"
+    written = write_prompts(
+        [("train", good), ("train", bad)], layout, path, lambda sample, error: refused.append((sample.id, str(error)))
+    )
+    assert written.rows == 1
+    assert [name for name, _ in refused] == ["bad"]
+    with pytest.raises(ValueError, match="bad"):
+        write_prompts([("train", bad)], layout, path)
+
+
+def broken_sample() -> ToolSample:
+    good = tiny_samples(1)[0]
+    return ToolSample(**{**vars_of(good), "id": "bad", "gold": Gold((), "</response> <response>")})
+
+
+def vars_of(sample: ToolSample) -> dict[str, object]:
+    return {name: getattr(sample, name) for name in sample.__dataclass_fields__}
+
+
+# Checkpoints
+
+
+def checkpoint(log: RunLog, step: int, *, whole: bool = True) -> Path:
+    folder = log.checkpoints / f"global_step_{step}"
+    (folder / "actor").mkdir(parents=True)
+    (folder / STATE).write_text("[[1.0], [2.0], [0.5]]")
+    torch.save({}, folder / "actor" / "model_world_size_1_rank_0.pt")
+    if whole:
+        torch.save({}, folder / "data.pt")  # what verl writes last
+    return folder
+
+
+def test_a_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
+    log = RunLog.create(tmp_path / "run", "", [])
+    assert find_verl_checkpoint(log) == ((0, None, False), [])
+    second = checkpoint(log, 2)
+    checkpoint(log, 10, whole=False)
+    (log.checkpoints / "latest_checkpointed_iteration.txt").write_text("")  # killed while it was written
+    assert find_verl_checkpoint(log) == ((2, second, False), ["global_step_10"])
+    tenth = log.checkpoints / "global_step_10"
+    torch.save({}, tenth / "data.pt")
+    assert find_verl_checkpoint(log)[0].folder == tenth
+    (tenth / STATE).write_text("[[1.0")
+    assert find_verl_checkpoint(log)[0].folder == second
+    for path in (second / "actor").iterdir():  # verl removes the weights of old checkpoints, not their folders
+        path.unlink()
+    assert find_verl_checkpoint(log)[0].step == 0
+
+
+def test_total_steps_are_whole_batches_or_what_is_asked_for():
+    trainer = SimpleNamespace(total_training_steps=None, total_epochs=15)
+    config = SimpleNamespace(trainer=trainer, data=SimpleNamespace(train_batch_size=512))
+    assert total_steps(config, 3920) == 7 * 15
+    trainer.total_training_steps = 12
+    assert total_steps(config, 3920) == 12
+
+
+def test_the_agent_loop_is_named_where_verl_reads_it(tmp_path):
+    path = write_agent_loops(RunLog(tmp_path))
+    assert json.loads(path.read_text())[0]["_target_"] == "rest_rl.train.verl_plugin.RenderedPromptLoop"
+
+
+# The run folder, and what is shown of it
+
+
+def test_figures_get_the_names_that_they_have_on_trl(tmp_path):
+    log = VerlLog(str(RunLog.create(tmp_path / "run", "", []).folder))
+    figures = {
+        "actor/pg_loss": torch.tensor(0.5),
+        "actor/grad_norm": 2.0,
+        "actor/lr": 1e-6,
+        "rest/weight/name": float("nan"),
+        "critic/score/mean": 1.0,
+        "timing_s/step": 3.0,
+        "perf/throughput": 9.0,
+        "val-aux/x/reward/mean@1": 1.0,
+        "a table": [1, 2],
+        "a flag": True,
+    }
+    log.add_step(4, figures)
+    run = read_run(tmp_path / "run")
+    row = {"step": 4, "loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-6, "rest/weight/name": None}
+    assert run.metrics == (row,)
+    assert run.timing == ({"step": 4, "timing_s/step": 3.0, "perf/throughput": 9.0},)
+
+
+def test_measurements_before_during_and_after(tmp_path):
+    log = VerlLog(str(RunLog.create(tmp_path / "run", "", []).folder))
+    for step, exact in ((0, 0.0), (5, 0.5), (10, 1.0)):
+        log.add_outcomes(step, 10, [Outcome("single", "held out", prompt, exact, exact, 1.0) for prompt in range(2)])
+    run = read_run(tmp_path / "run")
+    assert run.summary["before"]["exact_match"] == 0.0
+    assert run.summary["after"]["exact_match"] == 1.0
+    assert [(row["step"], row["exact_match"]) for row in run.evaluations] == [(5, 0.5), (10, 1.0)]
+
+
+class Listener:
+    """An observer that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.steps, self.responses, self.findings = [], [], []
+
+    def on_step(self, step, total, metrics):
+        self.steps.append((step, total, metrics["reward"]))
+
+    def on_responses(self, step, rows):
+        self.responses.append((step, [row["id"] for row in rows]))
+
+    def on_finding(self, finding):
+        self.findings.append(finding.kind)
+
+
+def test_a_follower_tells_of_each_row_once_and_waits_for_whole_lines(tmp_path):
+    log = RunLog.create(tmp_path / "run", "", [])
+    log.add_metrics({"step": 1, "reward": 0.1})
+    told = Listener()
+    follower = Follower(log, told, {}, total=3)  # what is there when it begins was told before
+    log.add_metrics({"step": 2, "reward": 0.2})
+    log.add_responses([{"step": 2, "id": "a"}, {"step": 2, "id": "b"}, {"step": 3, "id": "c"}])
+    metrics = log.folder / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"step": 3, "rew')
+    follower.look()
+    assert told.steps == [(2, 3, 0.2)]
+    assert told.responses == [(2, ["a", "b"]), (3, ["c"])]
+    with metrics.open("a") as file:
+        file.write('ard": 0.3}\n')
+    with following(follower.look):
+        pass
+    assert told.steps == [(2, 3, 0.2), (3, 3, 0.3)]
+
+
+def test_a_follower_says_why_a_run_is_not_learning(tmp_path):
+    log = RunLog.create(tmp_path / "run", "", [])
+    told = Listener()
+    follower = Follower(log, told, {}, total=100)
+    for step in range(1, 40):
+        log.add_metrics({"step": step, "reward": 0.1, "frac_reward_zero_std": 1.0})
+    follower.look()
+    assert "spread" in " ".join(told.findings)
+
+
+# The command
+
+
+def test_settings_of_verl_after_two_dashes():
+    assert split_overrides(["train", "a.toml", "--", "a.b=1", "+c.d=x"]) == (["train", "a.toml"], ["a.b=1", "+c.d=x"])
+    assert split_overrides(["presets"]) == (["presets"], [])
+    arguments = SimpleNamespace(nodes=2, gpus_per_node=8, overrides=["data.seed=3", "+ray_kwargs.ray_init.num_gpus=1"])
+    tables = apply_overrides({}, verl_overrides(arguments))
+    assert tables["verl"]["trainer"] == {"nnodes": 2, "n_gpus_per_node": 8}
+    assert tables["verl"]["data"] == {"seed": 3}
+    assert tables["verl"]["ray_kwargs"] == {"ray_init": {"+num_gpus": 1}}
+    again = RunConfig.from_toml(RunConfig.from_toml("", verl_overrides(arguments)).to_toml())  # a resumed run
+    assert again.verl == tables["verl"]
+
+
+@pytest.mark.parametrize("override", ["data.seed", "seed=1", "~data.seed=1"])
+def test_other_settings_after_two_dashes_are_refused(override):
+    with pytest.raises(ValueError, match="settings of verl"):
+        verl_overrides(SimpleNamespace(nodes=None, gpus_per_node=None, overrides=[override]))
+
+
+@pytest.mark.parametrize("extra", [["--nodes", "2"], ["--print-config"], ["--", "data.seed=1"]])
+def test_options_of_verl_without_verl_are_refused(tmp_path, capsys, extra):
+    assert main(["train", "--out", str(tmp_path / "run"), *extra]) == 2
+    assert "--engine verl" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_dashes_belong_to_train_alone(capsys):
+    with pytest.raises(SystemExit):
+        main(["presets", "--", "a.b=1"])
+    assert "unrecognized" in capsys.readouterr().err
