@@ -104,7 +104,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         places = [place for place, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
         fields = {"keys": [batch.keys[place] for place in places], "partition_id": batch.partition_id}
         data = tq.kv_batch_get(**fields, select_fields=list(PER_RESPONSE))
-        columns = {name: data[name].tolist() for name in PER_RESPONSE if name != "rm_scores"}
+        columns = {name: listed(data[name]) for name in PER_RESPONSE if name != "rm_scores"}
         return Responses(
             places=places,
             ids=[tokens.response(place) for place in places],
@@ -153,6 +153,11 @@ class ReSTPPOTrainer(PPOTrainerSync):
         if self.global_steps:
             folder = Path(self.config.trainer.resume_from_path)
             self.tracker.table = json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def listed(column: Any) -> list[Any]:
+    """A column of the TransferQueue as a list: tensordict gives back lists of lists as they are, others in a stack."""
+    return list(column) if isinstance(column, list) else column.tolist()
 
 
 class ReSTRewardManager(RewardManagerBase):
