@@ -1,0 +1,112 @@
+"""The composed configuration: verl's own check takes it, every key of ours is one of verl's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rest_rl.config import RunConfig, read_run_file
+from rest_rl.train.verl_config import compose_config, leaves, verl_settings
+from tests.test_verl_config import ACTOR, MODEL, RECIPES, ROLLOUT, RUN, SMALL, gpus_of, shown
+
+pytestmark = pytest.mark.verl
+OmegaConf = pytest.importorskip("omegaconf").OmegaConf
+
+BIG = replace(SMALL, num_train=3920, prompt_tokens=2048)
+
+
+def composed(*overrides: str, text: str = RUN) -> Any:
+    return compose_config(RunConfig.from_toml(text, overrides), SMALL)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_verl_takes_every_recipe(path: Path) -> None:
+    config = read_run_file(path, [*gpus_of(path), *shown(path)])
+    verl = compose_config(config, BIG)
+    given = {".".join(parts).replace("+", "") for parts, _ in leaves(config.verl)}
+    for key, value in verl_settings(config, BIG).items():
+        path_in_verl = key.replace("+", "")
+        if path_in_verl not in given:
+            assert OmegaConf.select(verl, path_in_verl, throw_on_missing=True) == value, key
+    assert RunConfig.from_toml(verl.rest.run).to_toml() == config.to_toml()
+    assert verl.rest.folder == "/runs/mine"
+
+
+@pytest.mark.parametrize("preset", ["rest", "paper", "authors-code", "grpo", "dr_grpo", "dapo"])
+def test_every_preset(preset: str) -> None:
+    assert composed(f"rest.preset={preset}", "rest.format=hermes").algorithm.adv_estimator == "rest_group"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("peft.r=8",),
+        ("trl.bf16=false", "model.attn_implementation=eager"),
+        ("trl.use_vllm=true",),
+        ("rest.preset=grpo", "trl.beta=0.01", "trl.use_bias_correction_kl=false"),
+        ("trl.adam_epsilon=1e-6", "trl.optim=adamw_bnb_8bit"),
+        (f"verl.{ROLLOUT}.name=sglang",),
+    ],
+)
+def test_what_else_a_run_can_ask_for(overrides: tuple[str, ...]) -> None:
+    composed(*overrides)
+
+
+def test_megatron_is_chosen_among_verl_s_files() -> None:
+    verl = composed("verl.model_engine=megatron", f"verl.{ACTOR}.megatron.tensor_model_parallel_size=2")
+    assert verl.actor_rollout_ref.actor.strategy == "megatron"
+    assert verl.actor_rollout_ref.actor.optim.lr_decay_style == "constant"
+    assert verl.actor_rollout_ref.actor.megatron.tensor_model_parallel_size == 2
+    assert verl.actor_rollout_ref.actor.megatron.override_transformer_config.recompute_num_layers == 1
+
+
+def test_verl_s_table_comes_last() -> None:
+    verl = composed(
+        *("verl.trainer.nnodes=2", "verl.trainer.project_name=mine", "verl.trainer.rollout_data_dir=null"),
+        *("verl.ray_kwargs.ray_init.+num_gpus=1", f"verl.{ROLLOUT}.engine_kwargs.vllm.+max_num_seqs=64"),
+        f"verl.{ACTOR}.fsdp_config.mixed_precision.+param_dtype=fp32",
+    )
+    assert (verl.trainer.nnodes, verl.trainer.project_name, verl.trainer.rollout_data_dir) == (2, "mine", None)
+    assert verl.ray_kwargs.ray_init.num_gpus == 1
+    assert verl.actor_rollout_ref.rollout.engine_kwargs.vllm.max_num_seqs == 64
+    assert verl.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype == "fp32"
+    assert verl.data.train_batch_size == 64  # 16 GPUs
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("verl.trainer.nnode=2", "unknown key verl.trainer.nnode, .*did you mean nnodes"),
+        ("verl.trainr.nnodes=2", "unknown key verl.trainr, .*did you mean trainer"),
+        (f"verl.{ROLLOUT}.engine_kwargs.vllm.max_num_seqs=64", "unknown key"),
+        ("verl.trainer.nnodes.x=2", r"a table \[verl.trainer.nnodes\]"),
+        ("verl.trainer.v1=2", "expected a table"),
+        ("verl.colour=blue", r"got \[verl\] colour=blue"),
+        (f"verl.{ACTOR}.loss_agg_mode=mean", "Invalid loss_agg_mode"),
+        (f"verl.{ROLLOUT}.mode=sync", "sync"),
+        (f"verl.{ROLLOUT}.+colour=blue", "colour"),
+        ("verl.algorithm.+colour=blue", "colour"),
+        (f"verl.{MODEL}.path=x", "model.path"),
+    ],
+)
+def test_refusals(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        composed(override)
+    assert str(caught.value).startswith("got "), caught.value
+
+
+def test_a_group_chosen_for_verl_does_not_get_round_the_checks() -> None:
+    with pytest.raises(ValueError, match="adv_estimator"):
+        composed("rest.preset=grpo", "verl.algorithm.+adv_estimator=gae")
+
+
+def test_text_that_looks_like_an_interpolation_stays_text() -> None:
+    verl = composed('model.chat_template_kwargs.home="${HOME}"', 'verl.trainer.project_name="${oc.env:HOME}"')
+    resolved = OmegaConf.to_container(verl, resolve=True)
+    again = RunConfig.from_toml(resolved["rest"]["run"])
+    assert again.model.chat_template_kwargs["home"] == "${HOME}"
+    assert again.verl["trainer"]["project_name"] == "${oc.env:HOME}"
+    assert resolved["trainer"]["project_name"] not in ("", "${oc.env:HOME}")
