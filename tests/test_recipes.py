@@ -32,7 +32,8 @@ pytestmark = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem
 
 
 def processes_of(path: Path) -> int:
-    return 8 if path.stem.endswith("8gpu") else 1
+    nodes = re.search(r"-(\d)nodes$", path.stem)
+    return 8 * int(nodes[1]) if nodes else 8 if path.stem.endswith("8gpu") else 1
 
 
 def model_of(config: RunConfig) -> str:
@@ -65,7 +66,9 @@ def test_head_says_how_to_start_it(path: Path) -> None:
     assert f"train configs/{path.name}" in text
     for named in re.findall(r"configs/[\w./-]+\.(?:toml|yaml)", text):
         assert (CONFIGS.parent / named).is_file(), named
-    assert ("accelerate launch" in text) == (processes_of(path) > 1)
+    on_cluster = path.stem.startswith("verl-")
+    assert ("accelerate launch" in text) == (processes_of(path) > 1 and not on_cluster)
+    assert ("ray start" in text) == on_cluster == (read_run_file(path).run.engine == "verl")
 
 
 def test_batches_are_the_published_ones(path: Path) -> None:

@@ -1,0 +1,169 @@
+"""Memory and time of a run on verl by arithmetic, for docs/cluster.md: nothing here is measured.
+
+    python benchmarks/cluster_estimate.py            # the tables of docs/cluster.md
+    python benchmarks/cluster_estimate.py 8B 32      # one model on 32 GPUs, term by term
+
+The batch is the paper's: 512 prompts x 4 responses, learnt from in 8 optimizer steps. Change the constants for yours.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+PROMPTS, GROUP, UPDATES = 512, 4, 8
+PROMPT, RESPONSE, LONGEST = 700, 512, 2048
+"""Tokens of a prompt, of a response on average, of the longest one (assumed; a first run tells)."""
+MFU = 0.35
+"""Share of the peak that forward and backward reach (assumed)."""
+BANDWIDTH_SHARE = 0.5
+"""Share of the memory's bandwidth that decoding reaches (assumed)."""
+GPUS = {"A100": (312e12, 2.04e12), "H100": (989e12, 3.35e12)}
+"""Dense bfloat16 FLOP/s and bytes/s of the 80 GB models, from the vendor's data sheets."""
+GPU_BYTES = 79.1 * 2**30
+ALLOWANCE = 4 * 2**30
+"""CUDA, NCCL, fragmentation and a sleeping vLLM (assumed)."""
+ROLLOUT_SHARE = 0.5
+"""gpu_memory_utilization of the recipes."""
+VOCABULARY = 151_936
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen3 model; `tokens` and `tensor_parallel` are the recipe's."""
+
+    layers: int
+    hidden: int
+    queries: int
+    inner: int
+    tied: bool
+    tokens: int
+    tensor_parallel: int
+    kv: int = 2 * 8 * 128
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer."""
+        return self.hidden * (2 * self.queries + self.kv + 3 * self.inner)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, without norms."""
+        return self.layers * self.layer + VOCABULARY * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the key-value cache per token in bfloat16."""
+        return 2 * self.layers * self.kv
+
+
+SHAPES = {
+    "1.7B": Shape(28, 2048, 2048, 6144, True, 8 * 4096, 1),
+    "4B": Shape(36, 2560, 4096, 9728, True, 8 * 4096, 1),
+    "8B": Shape(36, 4096, 4096, 12288, False, 4 * 4096, 1),
+    "14B": Shape(40, 5120, 5120, 17408, False, 4 * 4096, 2),
+}
+
+
+def memory(shape: Shape, gpus: int) -> dict[str, float]:
+    """Bytes of one GPU by part; FSDP2 over all GPUs, products in bfloat16, activations checkpointed."""
+    n, tokens = shape.parameters, shape.tokens
+    return {
+        "weights, gradients, Adam (4 + 4 + 8 bytes a parameter / GPUs)": 16 * n / gpus,
+        "two layers and the embedding gathered (2 bytes)": 2 * (2 * shape.layer + VOCABULARY * shape.hidden),
+        "checkpoints: an input a layer (2 bytes x hidden x layers x tokens)": 2 * shape.hidden * shape.layers * tokens,
+        "one layer run again": 2 * tokens * (8 * shape.hidden + 4 * shape.inner),
+        "logits and their gradient (2 + 2 bytes x vocabulary x tokens)": 4 * VOCABULARY * tokens,
+        "allowance": ALLOWANCE,
+    }
+
+
+def update_bytes(shape: Shape, gpus: int) -> float:
+    """The height of an optimizer step."""
+    return sum(memory(shape, gpus).values())
+
+
+def generation_bytes(shape: Shape, gpus: int) -> float:
+    """The height of sampling: weights and Adam stay (without offload), vLLM takes its share."""
+    return 12 * shape.parameters / gpus + ROLLOUT_SHARE * GPU_BYTES + ALLOWANCE
+
+
+def cached_responses(shape: Shape, tokens: int) -> int:
+    """Responses of a length, prompt included, that the cache of one vLLM engine holds at once; at most max_num_seqs."""
+    kept = 2 * shape.parameters + 2 * 2**30 * shape.tensor_parallel
+    room = shape.tensor_parallel * ROLLOUT_SHARE * GPU_BYTES - kept
+    return min(256, int(room / (shape.cache * tokens)))
+
+
+def seconds(shape: Shape, gpus: int, gpu: str) -> dict[str, float]:
+    """Seconds of one batch of responses by part, without communication."""
+    peak, bandwidth = GPUS[gpu]
+    n, responses = shape.parameters, PROMPTS * GROUP
+    tokens = responses * (PROMPT + RESPONSE)
+    engine = shape.tensor_parallel * bandwidth * BANDWIDTH_SHARE
+    a_share = responses / (gpus / shape.tensor_parallel)
+    steps = max(LONGEST, a_share * RESPONSE / cached_responses(shape, PROMPT + RESPONSE))
+    cache_read = a_share * RESPONSE * (PROMPT + RESPONSE / 2) * shape.cache
+    return {
+        "prefill (2 N a prompt token)": 2 * n * PROMPTS * PROMPT / (gpus * peak * MFU),
+        "decode (2 N bytes a step, at least as many as the longest response has tokens; cache)": (
+            steps * 2 * n + cache_read
+        )
+        / engine,
+        "old log-probabilities (2 N a token)": 2 * n * tokens / (gpus * peak * MFU),
+        "update (6 N a token + 2 N for checkpointing)": 8 * n * tokens / (gpus * peak * MFU),
+    }
+
+
+def network_seconds(shape: Shape, gpus: int, node_bytes: float) -> float:
+    """Seconds of FSDP's traffic between nodes a batch, if none of it were hidden; 0 on one node.
+
+    A micro-batch gathers the weights twice (2 bytes) and reduces gradients once (4 bytes), old log-probabilities gather
+    once more; each node takes in all but its own part.
+    """
+    nodes = gpus // 8
+    tokens = PROMPTS * GROUP * (PROMPT + RESPONSE)
+    micro = UPDATES * max(1.0, tokens / UPDATES / gpus / shape.tokens)
+    passes = max(1.0, tokens / gpus / shape.tokens)
+    return shape.parameters * (8 * micro + 2 * passes) * (nodes - 1) / nodes / node_bytes
+
+
+def table() -> None:
+    """The two tables of docs/cluster.md."""
+    print("| model | GPUs | update | sampling | of 79.1 GiB | responses in one cache |\n|---|---|---|---|---|---|")
+    for name, shape in SHAPES.items():
+        for gpus in (8, 16, 32, 64):
+            heights = update_bytes(shape, gpus), generation_bytes(shape, gpus)
+            fits = (
+                "fits" if max(heights) < 0.95 * GPU_BYTES else "tight" if max(heights) < GPU_BYTES else "does not fit"
+            )
+            shown = " | ".join(f"{height / 2**30:.0f} GiB" for height in heights)
+            print(f"| {name} | {gpus} | {shown} | {fits} | {cached_responses(shape, PROMPT + LONGEST)} |")
+    print(
+        "\n| model | GPUs | A100: sampling + log-probs + update | H100 | network 8 x 400 Gb/s | 100 Gb/s | run (H100) |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, shape in SHAPES.items():
+        for gpus in (8, 16, 32, 64):
+            columns = []
+            for gpu in GPUS:
+                prefill, decode, old, update = seconds(shape, gpus, gpu).values()
+                columns.append(f"{prefill + decode:.0f} + {old:.0f} + {update:.0f} s")
+            columns += [f"{network_seconds(shape, gpus, speed):.0f} s" for speed in (400e9, 12.5e9)]
+            hours = 105 * sum(seconds(shape, gpus, "H100").values()) / 3600
+            print(f"| {name} | {gpus} | {' | '.join(columns)} | {hours:.1f} h |")
+
+
+def terms(name: str, gpus: int) -> None:
+    """One model on one cluster, term by term."""
+    shape = SHAPES[name]
+    print(f"Qwen3-{name}, {shape.parameters / 1e9:.2f} billion parameters, {gpus} GPUs, {shape.tokens} tokens a GPU")
+    for what, size in memory(shape, gpus).items():
+        print(f"{size / 2**30:8.1f} GiB  {what}")
+    for gpu in GPUS:
+        for what, time in seconds(shape, gpus, gpu).items():
+            print(f"{time:8.1f} s {gpu}  {what}")
+
+
+if __name__ == "__main__":
+    terms(sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 2 else table()
