@@ -76,6 +76,15 @@ def test_verl_s_table_comes_last() -> None:
     assert verl.data.train_batch_size == 64  # 16 GPUs
 
 
+def test_workers_import_our_module_and_those_of_the_run() -> None:
+    ours = "rest_rl.train.verl_beside_trl"
+    assert composed().actor_rollout_ref.model.external_lib == [ours]
+    assert composed(f"verl.{MODEL}.external_lib=my.library").actor_rollout_ref.model.external_lib == [
+        ours,
+        "my.library",
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

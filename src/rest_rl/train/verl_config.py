@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rest_rl.config import RunConfig, unknown_key
 from rest_rl.train.trl_trainer import reshapes
 from rest_rl.train.verl_refusals import check_refused
-from rest_rl.train.verl_settings import VerlJob, flat_verl, verl_settings
+from rest_rl.train.verl_settings import EXTERNAL, VerlJob, flat_verl, verl_settings
 from rest_rl.train.verl_trl_keys import unread_trl
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
     for path, value in settings.items():
         put(composed, path.split("."), value)
     for parts, value in leaves(config.verl):
-        if len(parts) > 1 or not isinstance(value, str):
+        is_choice = len(parts) == 1 and isinstance(value, str)
+        if not is_choice and ".".join(parts) != EXTERNAL:  # the latter is part of ours
             put(composed, parts, value)
     # TOML's own way to write a dollar, so that OmegaConf finds nothing to fill in.
     run = config.to_toml().replace("${", "\\u0024{")

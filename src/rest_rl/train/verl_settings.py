@@ -38,6 +38,8 @@ OPTIMIZERS = {
     "adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"),
     "adamw_bnb_8bit": ("bitsandbytes.optim", "AdamW8bit"),
 }
+EXTERNAL, BESIDE_TRL = f"{MODEL}.external_lib", "rest_rl.train.verl_beside_trl"
+"""verl's key for modules that every worker imports, and ours."""
 
 ALWAYS: Mapping[str, Any] = {
     "trainer.use_v1": True,
@@ -106,7 +108,7 @@ def verl_settings(config: RunConfig, job: VerlJob) -> dict[str, Any]:
         **schedule.settings(measures=job.held_out_file is not None, resumes=job.resume_from is not None),
         **folder_settings(config, table, job),
         **data_settings(config, table, job),
-        **model_settings(config, job),
+        **model_settings(config, given, job),
         **loss_settings(table, method),
         **optimizer_settings(table, engine),
         **engine_settings(config, table, engine),
@@ -215,11 +217,12 @@ def data_settings(config: RunConfig, table: Mapping[str, Any], job: VerlJob) -> 
     }
 
 
-def model_settings(config: RunConfig, job: VerlJob) -> dict[str, Any]:
-    """The model, how it attends, its adapter."""
-    attention = config.model.attn_implementation
+def model_settings(config: RunConfig, given: Mapping[str, Any], job: VerlJob) -> dict[str, Any]:
+    """The model, how it attends, its adapter, and modules that its workers import, those of `[verl]` after ours."""
+    attention, asked = config.model.attn_implementation, given.get(EXTERNAL) or []
     settings: dict[str, Any] = {
         f"{MODEL}.path": job.model,
+        EXTERNAL: [BESIDE_TRL, *([asked] if isinstance(asked, str) else asked)],
         f"{MODEL}.trust_remote_code": config.model.trust_remote_code,
         # Rows are packed without padding, which takes flash attention: verl's choice unless the run names another.
         f"{MODEL}.use_remove_padding": not attention or "flash" in attention,
