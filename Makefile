@@ -5,25 +5,35 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(FITS)' 2>/dev/null && ech
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VENV_VERL ?= .venv-verl
+READY_VERL := $(VENV_VERL)/.ready
+NEEDS_PYTHON = @test -n "$(PYTHON)" || { echo "got none of $(CANDIDATES) in versions 3.10 to 3.13; install one or pass PYTHON=..."; exit 2; }
 BFCL_PINS := 2025.6.14 2026.3.23
 
-.PHONY: train test slow lint wheel clean help
+.PHONY: train test slow test-verl lint wheel clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   set up, then train the embedded model with ResT (ARGS='--set run.seed=1' and the like pass through)"
 	@echo "make test    set up, then run the default tests (ARGS='-k formats' and the like pass through)"
 	@echo "make slow    the slow tests: wheel in an empty environment, kill and resume, ..."
+	@echo "make test-verl  set up $(VENV_VERL), then the tests on verl: whole runs on a CPU, a minute or two each"
 	@echo "make lint    ruff, pyright, import contract"
 	@echo "make wheel   build dist/*.whl"
-	@echo "make clean   remove $(VENV), dist and caches (runs/ stays)"
+	@echo "make clean   remove $(VENV), $(VENV_VERL), dist and caches (runs/ stays)"
 
 $(READY): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "got none of $(CANDIDATES) in versions 3.10 to 3.13; install one or pass PYTHON=..."; exit 2; }
+	$(NEEDS_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@for pin in $(BFCL_PINS); do $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	  --target $(VENV)/share/rest-rl/bfcl-eval-$$pin bfcl-eval==$$pin || exit 1; done
+	@touch $@
+
+$(READY_VERL): pyproject.toml constraints-verl.txt
+	$(NEEDS_PYTHON)
+	$(PYTHON) -m venv $(VENV_VERL)
+	$(VENV_VERL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt -e '.[verl]' hypothesis psutil pytest
 	@touch $@
 
 train: $(READY)
@@ -35,6 +45,9 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+test-verl: $(READY_VERL)
+	$(VENV_VERL)/bin/python -m pytest -m verl tests/verl_cpu $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +58,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV_VERL) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

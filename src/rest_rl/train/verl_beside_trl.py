@@ -1,0 +1,17 @@
+"""verl's FSDP engine beside the trl of this package: imported by every worker through `model.external_lib`.
+
+The engine imports `AutoModelForCausalLMWithValueHead` wherever trl is installed, to patch the critics of old; trl has
+dropped it, and no model of ours has a value head. It gets an empty class under the name that it asks for first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+GONE = "trl.experimental.ppo"
+
+if importlib.util.find_spec(GONE) is None:
+    sys.modules[GONE] = ModuleType(GONE)
+    sys.modules[GONE].__dict__["AutoModelForCausalLMWithValueHead"] = type("AutoModelForCausalLMWithValueHead", (), {})
