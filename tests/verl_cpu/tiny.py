@@ -5,7 +5,7 @@
 
 `CPU_SETTINGS` is also a `[verl]` table: run_cpu(["-m", "rest_rl", "train", "run.toml", "--engine", "verl"], folder).
 `started` gives the process to a test that kills it; `run_cpu` raises with the end of the log if the run fails.
-A step is the same in every run if one replica samples it and it is one mini-batch: verl's order of rows is random.
+Runs agree but for rounding if one replica samples and a step is one mini-batch: verl's order of rows is random.
 """
 
 from __future__ import annotations
