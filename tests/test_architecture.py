@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "rest_rl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 450, 60
 ADDRESSES = {
-    "trl": ["train/trl_trainer.py", "train/sft.py", "train/epoch_order.py", "train/run.py"],
+    "trl": ["train/trl_trainer.py", "train/sft.py", "train/epoch_order.py", "train/run.py", "train/verl_trl_keys.py"],
     "datasets": ["data/rows.py", "train/prompts.py", "train/sft.py", "train/run.py"],
     "matplotlib": [
         "analyze/plots.py",
@@ -34,6 +34,7 @@ ADDRESSES = {
         "cli_eval_tables.py",
         "cli_probe.py",
         "cli_theory.py",
+        "cli_verl.py",
     ],
     "pyarrow": ["data/rows.py", "data/writing.py"],
     "transformers": [
@@ -61,6 +62,12 @@ ADDRESSES = {
     "openai": ["evaluate/endpoint.py"],
     "vllm": ["evaluate/vllm_model.py"],
     "tqdm": ["train/warm_start.py"],
+    "verl": ["train/verl_plugin.py", "train/verl_config.py", "train/verl_run.py"],
+    "hydra": ["train/verl_config.py"],
+    "omegaconf": ["train/verl_config.py"],
+    "ray": ["train/verl_run.py"],
+    "transfer_queue": ["train/verl_plugin.py"],
+    "tensordict": ["train/verl_plugin.py"],
     "tomli_w": ["config.py", "grid.py", "cli_inspect.py"],
 }
 """Where each library may be imported; torch and numpy are at home wherever tensors are."""

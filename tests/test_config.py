@@ -42,10 +42,10 @@ def test_one_constant_is_changed_and_the_others_stay() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[run]\nsed = 1", r"unknown key run\.sed, expected one of out, .*seed.*; did you mean seed\?"),
+        ("[run]\nsed = 1", r"unknown key run\.sed, expected one of engine, .*seed.*; did you mean seed\?"),
         (
             "[runs]\nseed = 1",
-            r"unknown key runs, expected one of data, eval, model, peft, rest, run, trl; did you mean run\?",
+            r"unknown key runs, expected one of data, eval, model, peft, rest, run, trl, verl; did you mean run\?",
         ),
         ("[rest.weights]\nstrenght = 1", r"unknown key rest\.weights\.strenght.*did you mean strength\?"),
         ("[rest.weights]\nrule = 'best'", r"rest\.weights\.rule = 'best', expected one of 'one_minus_exp'"),

@@ -23,7 +23,7 @@ from rest_rl.terminal import Screen
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import base_and_adapter
 from rest_rl.train.training_data import TrainingData, read_data
-from rest_rl.train.verl_config import VerlJob, compose_config, unread_trl
+from rest_rl.train.verl_config import VerlJob, as_yaml, compose_config, unread_trl
 from rest_rl.train.verl_follow import Follower, following
 from rest_rl.train.verl_run import (
     FILES,
@@ -61,7 +61,7 @@ def train_on_verl(arguments: argparse.Namespace, config: RunConfig, layout: Prom
         job = prepare(config, layout, data, log, checkpoint, Path(scratch))
         verl = compose_config(config, job)
         if arguments.print_config:
-            print_config(verl)
+            print(as_yaml(verl))
             return 0
         total = total_steps(verl, job.num_train)
         log = open_run(config, log, replace_last(checkpoint, total), resume=arguments.resume)
@@ -161,10 +161,3 @@ def printing_to(path: Path, console: Console) -> Iterator[None]:
             yield
     finally:
         signal.signal(signal.SIGTERM, old)
-
-
-def print_config(verl: Any) -> None:
-    """What verl gets, as its own YAML."""
-    from omegaconf import OmegaConf
-
-    print(OmegaConf.to_yaml(verl))

@@ -3,6 +3,8 @@
 Importing this needs no verl; composing does.
 """
 
+# pyright: reportMissingImports=false
+# verl has an environment of its own.
 from __future__ import annotations
 
 import importlib.util
@@ -20,7 +22,7 @@ from rest_rl.train.verl_trl_keys import unread_trl
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["VerlJob", "compose_config", "unread_trl", "verl_settings"]
+__all__ = ["VerlJob", "as_yaml", "compose_config", "unread_trl", "verl_settings"]
 
 STOCK = "verl.trainer.config", "ppo_trainer"
 """verl's configuration: the module of its YAML files and the one that names the others."""
@@ -63,6 +65,13 @@ def stock_config(choices: list[str]) -> DictConfig:
             f"got [verl] {', '.join(choices)} ({first_line}), expected a choice that verl's configuration has, such as "
             "model_engine = 'megatron'; change it"
         ) from error
+
+
+def as_yaml(composed: DictConfig) -> str:
+    """A configuration as verl's own YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(composed)
 
 
 def leaves(table: Mapping[str, Any], parents: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:

@@ -11,6 +11,8 @@ learn from it. Its weights come from the moving average of the steps before, as 
 Shapes: B responses, T completion tokens.
 """
 
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
+# verl has an environment of its own.
 from __future__ import annotations
 
 import json

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def dense(values: Tensor, padding: float = 0.0) -> Tensor:
 
 def jagged_like(values_BT: Tensor, model: Tensor) -> Tensor:
     """`values_BT` with the row lengths of the jagged tensor `model`."""
-    lengths = model.offsets().diff().tolist()
+    lengths = cast(Any, model).offsets().diff().tolist()  # a method of nested tensors alone
     rows = [values_BT[row, :length] for row, length in enumerate(lengths)]
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 

@@ -1,7 +1,10 @@
 """A run on verl from the side of the command: its files, the checkpoint it goes on from, Ray, the model at the end."""
 
+# pyright: reportMissingImports=false
+# verl has an environment of its own.
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -25,6 +28,8 @@ STATE = "rest.json"
 """The file of a checkpoint that holds the moving average of region entropies."""
 LOOP = "rendered_prompt"
 """The agent loop's name."""
+PLUGIN = "rest_rl.train.verl_plugin"
+"""The module that registers the trainer and the advantage estimator."""
 STEP = re.compile(r"global_step_(\d+)")
 
 
@@ -87,7 +92,7 @@ def write_agent_loops(log: RunLog) -> Path:
     path = log.folder.absolute() / FILES / LOOPS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     # JSON is YAML.
-    replace_file(path, as_json([{"name": LOOP, "_target_": "rest_rl.train.verl_plugin.RenderedPromptLoop"}], indent=2))
+    replace_file(path, as_json([{"name": LOOP, "_target_": f"{PLUGIN}.RenderedPromptLoop"}], indent=2))
     return path
 
 
@@ -119,8 +124,8 @@ def is_whole(folder: Path) -> bool:
     return isinstance(table, list) and weights and zipfile.is_zipfile(folder / "data.pt")
 
 
-def run_on_ray(config: Any) -> None:
-    """Run verl's trainer with this package's plugin on the Ray that is there, or on one of this machine's own.
+def run_on_ray(config: Any, plugin: str = PLUGIN) -> None:
+    """Run verl's trainer on the Ray that is there, or on one of this machine's own; the module `plugin` registers it.
 
     Returns when the run has finished; whatever stops it is raised.
     """
@@ -131,8 +136,7 @@ def run_on_ray(config: Any) -> None:
         """The driver of a run, in a process that knows the trainer."""
 
         def run(self, config: Any) -> None:
-            import rest_rl.train.verl_plugin  # noqa: F401 - registers the trainer where it is looked up
-
+            importlib.import_module(plugin)  # here, where verl looks the trainer up
             super().run(config)
 
     try:

@@ -1,0 +1,161 @@
+"""What the token weights cost the process that drives a run on verl, by the number of responses of a step.
+
+Responses are made up: a thought and one to five calls, 130 to 700 tokens, in jagged tensors as verl's TransferQueue
+hands them over. Timed side by side: what the stock trainer computes at this place with verl's own functions (padding
+and GRPO's advantages; without verl it is left out), then ours: regions, weights, sums, the reshaped advantages and the
+figures of the step. Each in a process of its own, with its peak of memory above the batch.
+
+    python benchmarks/verl_hook.py --tokenizer DIR --sizes 2048,8192,32768,131072
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import resource
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rest_rl.formats import FORMATS
+from rest_rl.presets import PRESETS
+from rest_rl.response import ToolCall
+from rest_rl.train.entropy_tracker import EntropyTracker
+from rest_rl.train.policy import embedded_model, load_tokenizer
+from rest_rl.train.verl_responses import PER_TOKEN, Responses, TokenBatch, advantages_of_groups, dense, jagged_like
+from rest_rl.train.weighing import Weigher
+
+WORDS = "the user asks for a table near the station so check what is open at eight and then book it for two".split()  # noqa: SIM905
+DISTINCT, GROUP = 512, 8
+
+
+def response(rng: random.Random) -> str:
+    """A thought and one to five calls."""
+    calls = [
+        ToolCall(f"tool_{rng.randrange(40)}", {rng.choice(WORDS): " ".join(rng.choices(WORDS, k=6)) for _ in range(3)})
+        for _ in range(rng.randint(1, 5))
+    ]
+    return FORMATS["toolrl"].render(" ".join(rng.choices(WORDS, k=rng.randint(60, 300))), calls, None)
+
+
+def jagged(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of different lengths in one tensor."""
+    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+
+
+def batch_of(size: int, tokenizer: Any) -> dict[str, Any]:
+    """A batch of `size` responses, `DISTINCT` of them different."""
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    texts = [response(rng) for _ in range(DISTINCT)]
+    ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    rows = [torch.tensor(ids[i % DISTINCT]) for i in range(size)]
+    rewards_B = torch.rand(size, generator=generator)
+    entropies = [torch.rand(len(row), generator=generator) for row in rows]
+    columns = (rows, [torch.ones_like(row) for row in rows], entropies, [-e for e in entropies])
+    batch: dict[str, Any] = {name: jagged(column) for name, column in zip(PER_TOKEN[:4], columns, strict=True)}
+    batch["advantages"] = jagged([reward.expand(len(row)) for reward, row in zip(rewards_B, rows, strict=True)])
+    batch["rewards"] = rewards_B
+    batch["groups"] = [f"prompt {i // GROUP}" for i in range(size)]
+    return batch
+
+
+def stock(batch: dict[str, Any], tokenizer: Any) -> None:
+    """What verl's trainer does here itself, by verl's own functions."""
+    from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+    from verl.workers.utils.padding import response_to_nested
+
+    mask_BT = dense(batch["response_mask"])
+    rewards_BT = torch.zeros(mask_BT.shape)
+    rewards_BT[:, 0] = batch["rewards"]
+    for name in PER_TOKEN[3:]:
+        dense(batch[name])
+    index = np.array(batch["groups"], dtype=object)
+    advantages_BT, returns_BT = compute_grpo_outcome_advantage(rewards_BT, mask_BT, index)
+    response_to_nested(advantages_BT, batch["response_mask"])
+    response_to_nested(returns_BT, batch["response_mask"])
+
+
+def ours(batch: dict[str, Any], tokenizer: Any) -> None:
+    """What the plugin does besides."""
+    tool_format = FORMATS["toolrl"]
+    tracker = EntropyTracker(0.7)
+    tracker.update(torch.tensor([[9.0] * 6, [0.3, 0.5, 1.0, 3.0, 2.0, 2.0], [1.0] * 6]))
+    tokens = TokenBatch.of(batch)
+    advantages_of_groups(batch["rewards"], batch["groups"], "grpo")
+    weighed, _ = tokens.reshape(Weigher(tokenizer, tool_format, PRESETS["paper"]), tracker, 0.5, 10)
+    size = len(batch["groups"])
+    scores = [{"format": 1.0, "accuracy": 1.0, "exact_match": 1.0, "call_rate": 1.0}] * size
+    responses = Responses(
+        places=range(size),
+        ids=[tokens.response(place) for place in range(size)],
+        rewards_B=batch["rewards"],
+        groups=batch["groups"],
+        golds=['{"calls": [], "answer": "x"}'] * size,
+        origins=[{"index": i // GROUP, "id": str(i)} for i in range(size)],
+        scores=scores,
+        prompts=["p"] * size,
+        tokenizer=tokenizer,
+        tool_format=tool_format,
+    )
+    responses.figures()
+    responses.rows(weighed, 10, 0.5, 8)
+    jagged_like(tokens.advantages_BT * weighed.weights_BT, batch["responses"])
+
+
+SIDES: dict[str, Callable[[dict[str, Any], Any], None]] = {"stock": stock, "ours": ours}
+
+
+def peak() -> float:
+    """The process's largest memory so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(side: str, size: int, folder: str) -> dict[str, float]:
+    """CPU seconds on one thread and memory of one side at one size, after a small batch that warms everything up."""
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(folder)
+    SIDES[side](batch_of(2 * GROUP, tokenizer), tokenizer)
+    batch = batch_of(size, tokenizer)
+    before, begin = peak(), process_time()
+    SIDES[side](batch, tokenizer)
+    tokens = batch["responses"].values().numel()
+    return {"seconds": process_time() - begin, "gib": peak() - before, "tokens": tokens}
+
+
+def main() -> int:
+    """Measure every size, one process each; print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", default=str(embedded_model()), help="folder of a tokenizer")
+    parser.add_argument("--sizes", default="2048,8192,32768,131072", help="responses per step")
+    parser.add_argument("--sides", default="stock,ours", help="stock, ours or both")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    rows = []
+    print("responses    tokens    side  CPU seconds  ms each   GiB above the batch   MB from and to the queue")
+    for size in map(int, arguments.sizes.split(",")):
+        for side in arguments.sides.split(","):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found = pool.apply(measure, (side, size, arguments.tokenizer))
+            # int64 ids and mask, float32 entropies, log-probabilities and advantages out, advantages back
+            moved = found["tokens"] * (8 + 8 + 4 + 4 + 4 + 4) / 1e6 if side == "ours" else float("nan")
+            rows.append({"responses": size, "side": side, "moved_mb": moved, **found})
+            each = 1000 * found["seconds"] / size
+            print(
+                f"{size:9d} {found['tokens']:9.0f} {side:>7} {found['seconds']:12.2f} {each:8.3f} {found['gib']:12.2f} "
+                f"{moved:18.0f}",
+                flush=True,
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

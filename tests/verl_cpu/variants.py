@@ -1,0 +1,70 @@
+"""Runs that the command does not offer: a run file on verl's own trainer, or on ours with its batches written down.
+
+python -m tests.verl_cpu.variants stock RUN.toml
+python -m tests.verl_cpu.variants recording RUN.toml
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import transfer_queue as tq
+from rich.console import Console
+from verl.trainer.ppo.v1 import register_trainer
+
+from rest_rl.cli_train import laid_out
+from rest_rl.cli_verl import place_files, prepare
+from rest_rl.config import read_run_file
+from rest_rl.runlog import RunLog
+from rest_rl.train.checkpoints import Checkpoint
+from rest_rl.train.training_data import read_data
+from rest_rl.train.verl_config import compose_config
+from rest_rl.train.verl_plugin import ReSTPPOTrainer, listed
+from rest_rl.train.verl_responses import PER_TOKEN, dense
+from rest_rl.train.verl_run import run_on_ray
+from rest_rl.weights import REGIONS
+
+MODES = {"stock": ("sync", "grpo"), "recording": ("recording", "rest_group"), "silent": ("silent", "rest_group")}
+"""Of each variant the trainer and the advantage estimator."""
+
+
+@register_trainer("recording")
+class RecordingTrainer(ReSTPPOTrainer):
+    """Ours, which writes down what every batch was made of and what became of its advantages."""
+
+    def _compute_advantage(self, batch, metrics):
+        batch = super()._compute_advantage(batch, metrics)
+        where = {"keys": batch.keys, "partition_id": batch.partition_id}
+        data = tq.kv_batch_get(**where, select_fields=[*PER_TOKEN, "prompts", "rm_scores", "uid", "extra_info"])
+        tensors = {name: dense(data[name]) for name in (*PER_TOKEN, "rm_scores")}
+        tensors["prompts"] = [row.tolist() for row in data["prompts"].unbind()]
+        lists = {name: listed(data[name]) for name in ("uid", "extra_info")}
+        torch.save({**tensors, **lists}, Path(self.config.rest.folder) / f"batch-{self.global_steps}.pt")
+        return batch
+
+
+@register_trainer("silent")
+class SilentTrainer(ReSTPPOTrainer):
+    """Ours, with no region to learn from, which a run file may not ask for."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        object.__setattr__(self.method.weights, "dropped", REGIONS)
+
+
+def main(variant: str, path: str) -> None:
+    config, layout = laid_out(read_run_file(path), Console())
+    log = RunLog.create(Path(config.run.out).absolute(), config.to_toml(), sys.argv)
+    with TemporaryDirectory() as scratch:
+        job = prepare(config, layout, read_data(config, layout, print), log, Checkpoint(0), Path(scratch))
+        place_files(Path(scratch), log)
+    verl = compose_config(config, job)
+    verl.trainer.v1.trainer_mode, verl.algorithm.adv_estimator = MODES[variant]
+    run_on_ray(verl, plugin=__spec__.name)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
