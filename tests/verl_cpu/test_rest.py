@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+from trl import GRPOTrainer
 
-from rest_rl.config import RunConfig
+from rest_rl.config import RunConfig, read_run_file
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Region
 from rest_rl.runlog import read_rows, read_run
 from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.policy import load_policy
 from rest_rl.train.prompts import training_dataset
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
 from rest_rl.weights import region_weights
 from tests.verl_cpu.tiny import CPU_SETTINGS, LOG, run_cpu, started
 
@@ -127,20 +129,19 @@ def test_weights_of_one_are_stock_grpo(tmp_path):
 # The same responses on TRL
 
 
-def test_the_same_responses_teach_the_same_on_trl(tmp_path):
+def test_the_same_responses_teach_the_same_on_trl(tmp_path, monkeypatch):
     path = run_file(tmp_path, 2)
     run_cpu(["-m", f"{__package__}.variants", "recording", str(path)], tmp_path)
     folder = tmp_path / "run"
     batches = [torch.load(folder / f"batch-{step}.pt", weights_only=False) for step in (1, 2)]
-    trainer, seen = trl_on(batches, RunConfig.from_toml((folder / "config.toml").read_text()), tmp_path / "trl")
+    trainer, seen = trl_on(batches, read_run_file(folder / "config.toml"), tmp_path / "trl", monkeypatch)
     trainer.train()
     for batch, weighed, rows in zip(batches, seen["weighed"], seen["rows"], strict=True):
-        mask_BT = batch["response_mask"][rows].double()
-        width = mask_BT.shape[1]
-        ours_BT = batch["advantages"][rows].double()
-        trl_BT = (weighed.advantages_B[:, None] * weighed.weights_BT).double()
-        torch.testing.assert_close(ours_BT, trl_BT[:, :width] * mask_BT, rtol=0, atol=1e-6)
+        ours_BT = batch["advantages"][rows]
+        trl_BT = weighed.advantages_B[:, None] * weighed.weights_BT * batch["response_mask"][rows]
+        torch.testing.assert_close(ours_BT, trl_BT, rtol=0, atol=1e-6)
         assert ours_BT.abs().max() > 0.1
+    assert max(seen["rounding"]) < 1e-4  # nats by which the entropies of the two forward passes differ
     figures = read_rows(folder / "metrics.jsonl")
     logged = [row for row in trainer.state.log_history if "grad_norm" in row]
     for ours, theirs in zip(figures, logged, strict=True):
@@ -151,16 +152,20 @@ def test_the_same_responses_teach_the_same_on_trl(tmp_path):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
 
 
-def trl_on(batches: list[dict[str, Any]], config: RunConfig, out: Path) -> tuple[Any, dict[str, list[Any]]]:
-    """A trainer on TRL that is given verl's responses, and what it makes of them; `rows` are their places on verl."""
-    from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+def trl_on(
+    batches: list[dict[str, Any]], config: RunConfig, out: Path, patch: pytest.MonkeyPatch
+) -> tuple[Any, dict[str, list[Any]]]:
+    """A trainer on TRL that is given verl's responses and entropies, and what it makes of them.
 
+    `rows` are the places of the responses on verl. A weight can be a thousand times as sensitive as an entropy, so the
+    rounding of two forward passes is kept out of it and looked at by itself.
+    """
     model, tokenizer = load_policy(RunConfig().model)
     samples = {sample.id: sample for sample in tool_world(0, len(batches) * PROMPTS, "train")}
     order = [in_groups(batch) for batch in batches]
     ids = [batch["extra_info"][rows[0]]["id"] for batch, places in zip(batches, order, strict=True) for rows in places]
     turn = iter(zip(batches, order, strict=True))
-    seen: dict[str, list[Any]] = {"weighed": [], "rows": []}
+    seen: dict[str, list[Any]] = {"weighed": [], "rows": [], "rounding": []}
 
     def replay(prompts: list[str], trainer: Any) -> dict[str, Any]:
         batch, places = next(turn)
@@ -181,6 +186,16 @@ def trl_on(batches: list[dict[str, Any]], config: RunConfig, out: Path) -> tuple
     dataset = training_dataset([samples[name] for name in ids], tokenizer)
     trainer = ResTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer, rollout_func=replay)
     trainer._prepare_inputs = in_order(trainer)
+    forward = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def measured_on_verl(*arguments: Any, **settings: Any) -> Any:
+        logps_BT, entropies_BT, *rest = forward(*arguments, **settings)
+        batch, rows = batches[len(seen["rows"]) - 1], seen["rows"][-1]
+        theirs_BT, mask_BT = batch["entropy"][rows], batch["response_mask"][rows]
+        seen["rounding"].append(float(((entropies_BT - theirs_BT) * mask_BT).abs().max()))
+        return (logps_BT, theirs_BT, *rest)
+
+    patch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", measured_on_verl)
     trainer.on_weighed = seen["weighed"].append
     return trainer, seen
 
