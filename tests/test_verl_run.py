@@ -12,20 +12,24 @@ import torch
 
 from rest_rl.cli import main, split_overrides
 from rest_rl.cli_train import verl_overrides
+from rest_rl.cli_verl import is_unmeasured
 from rest_rl.config import RunConfig, apply_overrides
 from rest_rl.data.prompt_layout import PromptLayout
 from rest_rl.data.samples import ToolSample
 from rest_rl.outcomes import Outcome
 from rest_rl.response import Gold
 from rest_rl.runlog import RunLog, read_run
+from rest_rl.train.checkpoints import Checkpoint
+from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.verl_follow import Follower, following
 from rest_rl.train.verl_log import VerlLog
+from rest_rl.train.verl_names import STATE
 from rest_rl.train.verl_run import (
-    STATE,
     find_verl_checkpoint,
     total_steps,
     write_agent_loops,
     write_prompts,
+    write_tokenizer,
 )
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
@@ -68,6 +72,18 @@ def vars_of(sample: ToolSample) -> dict[str, object]:
     return {name: getattr(sample, name) for name in sample.__dataclass_fields__}
 
 
+def test_workers_get_a_tokenizer_without_code(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", None]}
+    write_tokenizer(tokenizer, tmp_path)
+    saved = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    assert "auto_map" not in saved
+    assert not list((tmp_path / "tokenizer").glob("*.py"))
+    again = load_tokenizer(tmp_path / "tokenizer")
+    assert again.chat_template == tokenizer.chat_template
+    assert again("<think> a")["input_ids"] == tokenizer("<think> a")["input_ids"]
+
+
 # Checkpoints
 
 
@@ -98,6 +114,29 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
     assert find_verl_checkpoint(log)[0].step == 0
 
 
+@pytest.mark.parametrize(
+    ("step", "summary", "evaluations", "expected"),
+    [
+        (0, {}, [], True),
+        (0, {"before": {}}, [], False),  # killed before its first checkpoint
+        (4, {"before": {}}, [2], True),  # killed between saving and measuring
+        (4, {"before": {}}, [2, 4], False),
+        (5, {"before": {}}, [2, 4], False),  # not due
+        (8, {"before": {}}, [2, 4, 6], True),
+        (8, {"before": {}, "after": {}}, [2, 4, 6], False),
+    ],
+)
+def test_what_was_not_measured_before_a_kill_is_measured_after_it(tmp_path, step, summary, evaluations, expected):
+    log = RunLog.create(tmp_path / "run", "", [])
+    log.update_summary(**summary)
+    for at in evaluations:
+        log.add_evaluation({"step": at})
+    verl = SimpleNamespace(trainer=SimpleNamespace(test_freq=2, val_before_train=True))
+    assert is_unmeasured(log, verl, Checkpoint(step, is_last=step == 8)) is expected
+    nothing = SimpleNamespace(trainer=SimpleNamespace(test_freq=-1, val_before_train=False))
+    assert not is_unmeasured(log, nothing, Checkpoint(step, is_last=step == 8))
+
+
 def test_total_steps_are_whole_batches_or_what_is_asked_for():
     trainer = SimpleNamespace(total_training_steps=None, total_epochs=15)
     config = SimpleNamespace(trainer=trainer, data=SimpleNamespace(train_batch_size=512))
@@ -107,8 +146,11 @@ def test_total_steps_are_whole_batches_or_what_is_asked_for():
 
 
 def test_the_agent_loop_is_named_where_verl_reads_it(tmp_path):
-    path = write_agent_loops(RunLog(tmp_path))
-    assert json.loads(path.read_text())[0]["_target_"] == "rest_rl.train.verl_plugin.RenderedPromptLoop"
+    write_agent_loops(tmp_path)
+    assert (
+        json.loads((tmp_path / "agent_loops.yaml").read_text())[0]["_target_"]
+        == "rest_rl.train.verl_plugin.RenderedPromptLoop"
+    )
 
 
 # The run folder, and what is shown of it
@@ -128,7 +170,8 @@ def test_figures_get_the_names_that_they_have_on_trl(tmp_path):
         "a table": [1, 2],
         "a flag": True,
     }
-    log.add_step(4, figures)
+    log.add_metrics(4, figures)
+    log.add_timing(4, figures)
     run = read_run(tmp_path / "run")
     row = {"step": 4, "loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-6, "rest/weight/name": None}
     assert run.metrics == (row,)
@@ -142,14 +185,14 @@ def test_measurements_before_during_and_after(tmp_path):
     run = read_run(tmp_path / "run")
     assert run.summary["before"]["exact_match"] == 0.0
     assert run.summary["after"]["exact_match"] == 1.0
-    assert [(row["step"], row["exact_match"]) for row in run.evaluations] == [(5, 0.5), (10, 1.0)]
+    assert [(row["step"], row["exact_match"]) for row in run.evaluations] == [(5, 0.5)]
 
 
 class Listener:
     """An observer that writes down what it is told."""
 
     def __init__(self) -> None:
-        self.steps, self.responses, self.findings = [], [], []
+        self.steps, self.responses, self.findings, self.said = [], [], [], []
 
     def on_step(self, step, total, metrics):
         self.steps.append((step, total, metrics["reward"]))
@@ -160,13 +203,16 @@ class Listener:
     def on_finding(self, finding):
         self.findings.append(finding.kind)
 
+    def say(self, text):
+        self.said.append(text)
+
 
 def test_a_follower_tells_of_each_row_once_and_waits_for_whole_lines(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     log.add_metrics({"step": 1, "reward": 0.1})
     told = Listener()
     follower = Follower(log, told, {}, total=3)  # what is there when it begins was told before
-    log.add_metrics({"step": 2, "reward": 0.2})
+    log.add_metrics({"step": 2, "reward": 0.2, "completions/failed": 4.0})
     log.add_responses([{"step": 2, "id": "a"}, {"step": 2, "id": "b"}, {"step": 3, "id": "c"}])
     metrics = log.folder / "metrics.jsonl"
     with metrics.open("a") as file:
@@ -174,6 +220,7 @@ def test_a_follower_tells_of_each_row_once_and_waits_for_whole_lines(tmp_path):
     follower.look()
     assert told.steps == [(2, 3, 0.2)]
     assert told.responses == [(2, ["a", "b"]), (3, ["c"])]
+    assert told.said == ["step 2: 4 responses failed and are left out"]
     with metrics.open("a") as file:
         file.write('ard": 0.3}\n')
     with following(follower.look):

@@ -97,7 +97,7 @@ def train(arguments: argparse.Namespace) -> int:
     if not arguments.debug:
         quiet_libraries()
     is_first = int(os.environ.get("RANK", "0")) == 0
-    console = Console(quiet=not is_first)
+    console = Console(quiet=not is_first, stderr=arguments.print_config)  # the configuration has the output to itself
     config, layout = laid_out(run_config(arguments), console)
     screen = Screen(console, config.run.show_every, layout.format.parse)
     if config.run.engine == "verl":
@@ -171,7 +171,8 @@ def keep_last(checkpoint: Checkpoint, bench: Bench, log: RunLog) -> int:
 def sft(arguments: argparse.Namespace) -> int:
     """Train the small model of the tool world from nothing; asked for anything of a run, `train --preset sft`."""
     asked = (arguments.run, arguments.model, arguments.data, arguments.preset, arguments.format, arguments.lora)
-    if any(asked) or arguments.resume or arguments.dry_run:
+    of_verl = (arguments.engine, arguments.nodes, arguments.gpus_per_node, arguments.print_config, arguments.overrides)
+    if any((*asked, *of_verl, arguments.resume, arguments.dry_run)):
         in_file = arguments.run and read_run_file(arguments.run, arguments.set).rest.is_supervised
         if not (arguments.preset or in_file or arguments.resume):
             arguments.preset = "sft"

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import sys
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
 from rest_rl.cli_run import EXIT_INTERRUPTED, check_same_data, finish, keep_account
 from rest_rl.config import RunConfig, parse_toml
 from rest_rl.data.prompt_layout import PromptLayout
-from rest_rl.runlog import RunLog
+from rest_rl.runlog import EVALUATIONS, METRICS, RunLog, read_rows, unwritable
 from rest_rl.terminal import Screen
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import base_and_adapter
@@ -29,6 +27,7 @@ from rest_rl.train.verl_run import (
     FILES,
     HELD_OUT_FILE,
     LOOPS_FILE,
+    TOKENIZER,
     TRAIN_FILE,
     find_verl_checkpoint,
     merge_model,
@@ -37,6 +36,7 @@ from rest_rl.train.verl_run import (
     total_steps,
     write_agent_loops,
     write_prompts,
+    write_tokenizer,
 )
 
 LOG = "verl.log"
@@ -64,14 +64,19 @@ def train_on_verl(arguments: argparse.Namespace, config: RunConfig, layout: Prom
             print(as_yaml(verl))
             return 0
         total = total_steps(verl, job.num_train)
-        log = open_run(config, log, replace_last(checkpoint, total), resume=arguments.resume)
+        checkpoint = checkpoint._replace(is_last=checkpoint.step >= total)
+        log = open_run(config, log, checkpoint, resume=arguments.resume)
         place_files(Path(scratch), log)
     if broken:
         screen.say(f"{', '.join(broken)} is not whole and is left aside")
+    if arguments.resume:
+        screen.say(f"resuming after step {checkpoint.step}")
     what = f"preset {config.rest.preset}, {job.num_train} prompts, {len(data.held_out)} held out"
     screen.say(f"run folder {log.folder}, {what}; what verl prints is in {LOG}")
     keep_account(data, log, screen)
-    if checkpoint.step < total and not train_steps(config, verl, log, screen, checkpoint.step, total):
+    verl.trainer.val_before_train = is_unmeasured(log, verl, checkpoint)
+    is_needed = not checkpoint.is_last or verl.trainer.val_before_train
+    if is_needed and not train_steps(config, verl, log, screen, checkpoint.step, total):
         return EXIT_INTERRUPTED
     if not log.model.exists():
         with screen.console.status("putting the model together"):
@@ -93,6 +98,8 @@ def prepare(
     """Write what verl reads to `scratch`; the job names the files as they will lie in the run folder."""
     train = write_prompts([("train", sample) for sample in data.samples], layout, scratch / TRAIN_FILE, data.refuse)
     held_out = write_prompts(data.held_out, layout, scratch / HELD_OUT_FILE) if data.held_out else None
+    write_agent_loops(scratch)
+    write_tokenizer(layout.tokenizer, scratch)
     model, adapter = base_and_adapter(config.model)
     if adapter is not None:
         raise ValueError(
@@ -106,15 +113,27 @@ def prepare(
         held_out_file=files / HELD_OUT_FILE if held_out else None,
         num_train=train.rows,
         prompt_tokens=max(train.tokens, held_out.tokens if held_out else 0),
-        model=str(model),
+        model=str(Path(model).absolute() if Path(model).is_dir() else model),
         resume_from=checkpoint.folder,
         agent_loops=files / LOOPS_FILE,
+        tokenizer=str(files / TOKENIZER),
     )
 
 
-def replace_last(checkpoint: Checkpoint, total: int) -> Checkpoint:
-    """The checkpoint, knowing whether the run has finished its steps."""
-    return checkpoint._replace(is_last=checkpoint.step >= total)
+def is_unmeasured(log: RunLog, verl: Any, checkpoint: Checkpoint) -> bool:
+    """Whether the held-out prompts are to be measured before the first step, or were not at the step of a checkpoint.
+
+    verl measures after it has saved: a run that is killed in between has a checkpoint and no measurement of it.
+    """
+    every, summary = verl.trainer.test_freq, log.read_summary()
+    if every <= 0 and not verl.trainer.val_before_train:
+        return False
+    if checkpoint.step == 0:
+        return bool(verl.trainer.val_before_train) and "before" not in summary
+    if checkpoint.is_last:
+        return "after" not in summary
+    measured = {row.get("step") for row in read_rows(log.folder / EVALUATIONS)}
+    return checkpoint.step % every == 0 and checkpoint.step not in measured
 
 
 def open_run(config: RunConfig, log: RunLog, checkpoint: Checkpoint, *, resume: bool) -> RunLog:
@@ -126,9 +145,12 @@ def open_run(config: RunConfig, log: RunLog, checkpoint: Checkpoint, *, resume: 
 
 def place_files(scratch: Path, log: RunLog) -> None:
     """Put what verl reads into the run folder, which every machine of the cluster must see."""
-    write_agent_loops(log)
-    for path in scratch.iterdir():
-        shutil.move(path, log.folder / FILES / path.name)
+    target = log.folder / FILES
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        shutil.copytree(scratch, target)
+    except OSError as error:
+        raise unwritable(log.folder, error) from error
 
 
 def train_steps(config: RunConfig, verl: Any, log: RunLog, screen: Screen, done: int, total: int) -> bool:
@@ -138,26 +160,21 @@ def train_steps(config: RunConfig, verl: Any, log: RunLog, screen: Screen, done:
     try:
         with screen.bar(done, total), following(follower.look), printing_to(log.folder / LOG, screen.console):
             run_on_ray(verl)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of SIGTERM
         screen.say(f"stopped; {again}")
         return False
     except Exception as error:  # Ray wraps whatever a worker raised
         last = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise ValueError(f"the run stopped on verl: {last.strip():.500}; see {log.folder / LOG}; {again}") from error
+    reached = max((row["step"] for row in read_rows(log.folder / METRICS)), default=0)
+    if reached < total:
+        raise ValueError(f"the run ended on verl after step {reached} of {total}; see {log.folder / LOG}; {again}")
     return True
 
 
 @contextmanager
 def printing_to(path: Path, console: Console) -> Iterator[None]:
-    """Let everything but the console print to a file; SIGTERM ends the block as Ctrl-C does."""
-
-    def stop(number: int, frame: types.FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    shown, old = console.file, signal.signal(signal.SIGTERM, stop)
-    console.file = shown  # and not whatever sys.stdout is in the block
-    try:
-        with path.open("a", encoding="utf-8", errors="replace") as file, redirect_stdout(file), redirect_stderr(file):
-            yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
+    """Let everything but the console print to a file."""
+    console.file = console.file  # and not whatever sys.stdout is in the block
+    with path.open("a", encoding="utf-8", errors="replace") as file, redirect_stdout(file), redirect_stderr(file):
+        yield

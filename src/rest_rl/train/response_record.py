@@ -120,15 +120,19 @@ def recorded_reward(
 
 def response_row(ids: Sequence[int], gold: Any, reward: float, tokenizer: Any, tool_format: ToolFormat) -> Row:
     """The recorded fields of a response that are known before the loss has weighed it."""
-    endings = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     return {
         "response": decode_ids(ids, tokenizer, tool_format.tags),
         "ids": list(ids),
         "gold": gold,
         "reward": reward,
-        "truncated": not ids or ids[-1] not in endings,
+        "truncated": not has_ended(ids, tokenizer),
         "lengths": token_lengths(ids, tokenizer, tool_format.tags),
     }
+
+
+def has_ended(ids: Sequence[int], tokenizer: Any) -> bool:
+    """Whether a response ends with the end of sequence, or with the padding token, as some models write it."""
+    return bool(ids) and ids[-1] in (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def prompt_of(rest: Mapping[str, Any], i: int) -> Row:

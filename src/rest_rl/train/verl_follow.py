@@ -7,14 +7,24 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rest_rl.diagnosis import Diagnosis
 from rest_rl.runlog import EVALUATIONS, METRICS, RESPONSES, Row, RunLog
 from rest_rl.train.run import Observer
 
+FAILED = "completions/failed"
+"""The figure that says how many responses of a step verl could not make or score."""
 EVERY = 0.5
 """Seconds between two looks."""
+
+
+class SayingObserver(Observer, Protocol):
+    """An observer that is told in words, too."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+        ...
 
 
 class Tail:
@@ -39,7 +49,7 @@ class Tail:
 class Follower:
     """Tells an observer of the steps of a run as they appear in its folder."""
 
-    def __init__(self, log: RunLog, observer: Observer, table: Mapping[str, Any], total: int) -> None:
+    def __init__(self, log: RunLog, observer: SayingObserver, table: Mapping[str, Any], total: int) -> None:
         """`table` is the run's configuration, for its diagnosis; `total` are its steps."""
         self._observer, self._total, self._diagnosis = observer, total, Diagnosis(table)
         self._metrics, self._responses, self._evaluations = (
@@ -53,6 +63,8 @@ class Follower:
         responses = self._responses.rows()
         for row in self._metrics.rows():
             self._observer.on_step(row["step"], self._total, row)
+            if failed := row.get(FAILED):
+                self._observer.say(f"step {row['step']}: {failed:.0f} responses failed and are left out")
             for finding in self._diagnosis.add(row, self._total):
                 self._observer.on_finding(finding)
         for step in dict.fromkeys(row["step"] for row in responses):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rest_rl.outcomes import Outcome, summarise
@@ -13,10 +14,9 @@ RENAMED: Mapping[str, str] = {
     "actor/grad_norm": "grad_norm",
     "actor/lr": "learning_rate",
     "actor/pg_clipfrac": "clip_ratio/region_mean",
-    "training/epoch": "epoch",
 }
 """verl's name of a figure and ours; all others keep verl's."""
-REPEATED = ("critic/", "response_length", "response/", "prompt_length/", "num_turns/", "training/num_turns", "val-")
+REPEATED = ("critic/", "response_length", "response/", "prompt_length/", "num_turns/", "val-")
 """Beginnings of names of what is recorded under another name, or elsewhere."""
 WALL_CLOCK = ("timing", "perf/", "throughput")
 """Beginnings of names of what differs from run to run."""
@@ -29,13 +29,15 @@ class VerlLog:
         """Bind the folder."""
         self.run = RunLog(folder)
 
-    def add_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One row of metrics and one of times."""
-        numbers = {name: float(value) for name, value in metrics.items() if is_scalar(value)}
-        timing = {name: value for name, value in numbers.items() if name.startswith(WALL_CLOCK)}
-        kept = {name: value for name, value in numbers.items() if not name.startswith((*WALL_CLOCK, *REPEATED))}
-        self.run.add_timing({"step": step, **timing})
+    def add_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The figures of a step, without times and what stands elsewhere."""
+        kept = {name: value for name, value in scalars(metrics).items() if not name.startswith(WALL_CLOCK + REPEATED)}
         self.run.add_metrics({"step": step, **{RENAMED.get(name, name): value for name, value in kept.items()}})
+
+    def add_timing(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The times of a step."""
+        timing = {name: value for name, value in scalars(metrics).items() if name.startswith(WALL_CLOCK)}
+        self.run.add_timing({"step": step, **timing})
 
     def add_responses(self, rows: Sequence[Row]) -> None:
         """Responses of one step."""
@@ -46,18 +48,18 @@ class VerlLog:
         scores = summarise(outcomes)
         if step == 0:
             self.run.update_summary(before=scores)
-        else:
+        elif step < total:
             self.run.add_evaluation({"step": step, **scores})
         if step >= total:
             self.run.update_summary(after=scores)
 
 
-def is_scalar(value: Any) -> bool:
-    """Whether a metric is one number: Python's, NumPy's or a tensor's."""
-    if isinstance(value, (bool, str, bytes)) or value is None:
-        return False
-    try:
-        float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return True
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The figures that are one number: Python's, NumPy's or a tensor's."""
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, (bool, str, bytes)) or value is None:
+            continue
+        with suppress(TypeError, ValueError, RuntimeError):
+            found[name] = float(value)
+    return found

@@ -36,13 +36,10 @@ from rest_rl.runlog import replace_file
 from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.tool_reward import Scored, read_gold, score_text
 from rest_rl.train.verl_log import VerlLog
+from rest_rl.train.verl_names import DATA_STATE, ESTIMATOR, STATE, TRAINER
 from rest_rl.train.verl_responses import PER_TOKEN, Responses, TokenBatch, advantages_of_groups, dense, jagged_like
 from rest_rl.train.weighing import Weigher
 
-TRAINER, ESTIMATOR = "rest", "rest_group"
-"""The names under which verl knows the trainer and the advantage estimator."""
-STATE = "rest.json"
-"""The file of a checkpoint that holds the moving average of region entropies."""
 PER_RESPONSE = ("uid", "rm_scores", "reward_model", "extra_info", "extra_fields", "raw_prompt")
 """Fields of a response in verl's TransferQueue that are read, besides those of its tokens."""
 
@@ -96,7 +93,8 @@ class ReSTPPOTrainer(PPOTrainerSync):
         weigher = Weigher(self.tokenizer, self.format, self.method)
         weighed, figures = tokens.reshape(weigher, self.tracker, self.progress, self.global_steps)
         responses = self._responses(batch, tokens)
-        metrics |= figures | responses.figures()
+        asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        metrics |= figures | responses.figures() | {"completions/failed": asked - len(responses.places)}
         self.log.add_responses(responses.rows(weighed, self.global_steps, self.progress, self.run.responses_per_step))
         reshaped = jagged_like(tokens.advantages_BT * weighed.weights_BT, data["responses"])
         return tq.kv_batch_put(**where, fields=TensorDict({"advantages": reshaped}, batch_size=len(batch.keys)))
@@ -120,10 +118,16 @@ class ReSTPPOTrainer(PPOTrainerSync):
             tool_format=self.format,
         )
 
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
+        """One step, and a row of its figures in the run folder before the step is saved."""
+        batch = super().step(metrics, timing_raw)
+        self.log.add_metrics(self.global_steps, {**metrics, "epoch": self.global_steps / self.steps_per_epoch})
+        return batch
+
     def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """The step's figures, and a row of them in the run folder."""
+        """The figures of verl's own trackers; the times among them go to the run folder."""
         super()._compute_metrics(batch, metrics, *args, **kwargs)
-        self.log.add_step(self.global_steps, metrics)
+        self.log.add_timing(self.global_steps, metrics)
 
     def _val_metrics_update(
         self, data_sources: Any, sample_uids: Any, reward_extra_infos_dict: Any, *args: Any, **kwargs: Any
@@ -146,6 +150,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         """The checkpoint, and before it is marked as whole the region statistics."""
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / DATA_STATE).unlink(missing_ok=True)  # of a run that was killed here before: not whole until the end
         replace_file(folder / STATE, json.dumps(self.tracker.table))
         super()._save_checkpoint()
 

@@ -19,7 +19,7 @@ from rest_rl.advantages import AdvantageKind, group_advantages
 from rest_rl.formats import ToolFormat
 from rest_rl.runlog import Row
 from rest_rl.train.entropy_tracker import EntropyTracker
-from rest_rl.train.response_record import WeighedBatch, response_row
+from rest_rl.train.response_record import WeighedBatch, has_ended, response_row
 from rest_rl.train.surprise import surprise_metrics, surprise_sums
 from rest_rl.train.tool_reward import Scored
 from rest_rl.train.weighing import Weigher, region_metrics, sums_by_region
@@ -121,8 +121,7 @@ class Responses:
         """Means over the responses, under the names that they have on TRL."""
         rewards_B = self.rewards_B.double()
         lengths_B = torch.tensor([len(ids) for ids in self.ids], dtype=torch.float64)
-        eos = self.tokenizer.eos_token_id
-        ended_B = torch.tensor([bool(ids) and ids[-1] == eos for ids in self.ids])
+        ended_B = torch.tensor([has_ended(ids, self.tokenizer) for ids in self.ids])
         figures = {
             "reward": float(rewards_B.mean()),
             "reward_std": float(rewards_B.std()) if len(rewards_B) > 1 else 0.0,

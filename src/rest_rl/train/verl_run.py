@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,15 +22,13 @@ from rest_rl.jsonl import as_json
 from rest_rl.runlog import RunLog, replace_file, unwritable
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.prompts import OnRefused, check_gold, dataset_of
+from rest_rl.train.verl_names import DATA_STATE, LOOP, PLUGIN, STATE
 
-FILES, TRAIN_FILE, HELD_OUT_FILE, LOOPS_FILE = "verl", "train.parquet", "held_out.parquet", "agent_loops.yaml"
+FILES, TRAIN_FILE, HELD_OUT_FILE = "verl", "train.parquet", "held_out.parquet"
+LOOPS_FILE, TOKENIZER = "agent_loops.yaml", "tokenizer"
 """The folder in a run folder that holds what verl reads, and its files."""
-STATE = "rest.json"
-"""The file of a checkpoint that holds the moving average of region entropies."""
-LOOP = "rendered_prompt"
-"""The agent loop's name."""
-PLUGIN = "rest_rl.train.verl_plugin"
-"""The module that registers the trainer and the advantage estimator."""
+PATIENCE = 30
+"""Seconds that an ended run may take to leave the cluster."""
 STEP = re.compile(r"global_step_(\d+)")
 
 
@@ -87,13 +86,19 @@ def write_prompts(
     return PromptFile(path, len(dataset), longest)
 
 
-def write_agent_loops(log: RunLog) -> Path:
+def write_agent_loops(folder: Path) -> None:
     """The file that names the agent loop of this package."""
-    path = log.folder.absolute() / FILES / LOOPS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # JSON is YAML.
-    replace_file(path, as_json([{"name": LOOP, "_target_": f"{PLUGIN}.RenderedPromptLoop"}], indent=2))
-    return path
+    loops = [{"name": LOOP, "_target_": f"{PLUGIN}.RenderedPromptLoop"}]
+    replace_file(folder / LOOPS_FILE, as_json(loops, indent=2))  # JSON is YAML
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The tokenizer as it was loaded here, without a reference to code: verl's workers would run any that there is."""
+    target = folder / TOKENIZER
+    tokenizer.save_pretrained(target)
+    settings = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings.pop("auto_map", None)
+    replace_file(target / "tokenizer_config.json", as_json(settings, indent=2))
 
 
 def find_verl_checkpoint(log: RunLog) -> tuple[Checkpoint, list[str]]:
@@ -121,7 +126,7 @@ def is_whole(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     weights = any(path.is_file() for path in (folder / "actor").rglob("*"))
-    return isinstance(table, list) and weights and zipfile.is_zipfile(folder / "data.pt")
+    return isinstance(table, list) and weights and zipfile.is_zipfile(folder / DATA_STATE)
 
 
 def run_on_ray(config: Any, plugin: str = PLUGIN) -> None:
@@ -136,6 +141,7 @@ def run_on_ray(config: Any, plugin: str = PLUGIN) -> None:
         """The driver of a run, in a process that knows the trainer."""
 
         def run(self, config: Any) -> None:
+            refuse_second_run()
             importlib.import_module(plugin)  # here, where verl looks the trainer up
             super().run(config)
 
@@ -143,6 +149,22 @@ def run_on_ray(config: Any, plugin: str = PLUGIN) -> None:
         run_ppo(config, ray.remote(ReSTRunner))
     finally:
         ray.shutdown()
+
+
+def refuse_second_run() -> None:
+    """RuntimeError where another run uses this Ray: they would share a queue and learn from each other's responses."""
+    import ray
+
+    for _ in range(PATIENCE):  # a run that was killed a moment ago may still be there
+        try:
+            ray.get_actor("TransferQueueController", namespace="transfer_queue")
+        except ValueError:
+            return
+        time.sleep(1)
+    raise RuntimeError(
+        "got a Ray cluster on which a run of verl is going on already, expected one run at a time; wait for it, or "
+        "start another cluster"
+    )
 
 
 def merge_model(checkpoint: Path, strategy: str, target: Path) -> None:
