@@ -29,7 +29,7 @@ from rest_rl.presets import PRESETS
 from rest_rl.response import ToolCall
 from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.policy import embedded_model, load_tokenizer
-from rest_rl.train.verl_responses import PER_TOKEN, Responses, TokenBatch, advantages_of_groups, dense, jagged_like
+from rest_rl.train.verl_responses import PER_TOKEN, Responses, advantages_of_groups, reshape_batch
 from rest_rl.train.weighing import Weigher
 
 WORDS = "the user asks for a table near the station so check what is open at eight and then book it for two".split()  # noqa: SIM905
@@ -71,11 +71,11 @@ def stock(batch: dict[str, Any], tokenizer: Any) -> None:
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
     from verl.workers.utils.padding import response_to_nested
 
-    mask_BT = dense(batch["response_mask"])
+    mask_BT = batch["response_mask"].to_padded_tensor(0)
     rewards_BT = torch.zeros(mask_BT.shape)
     rewards_BT[:, 0] = batch["rewards"]
     for name in PER_TOKEN[3:]:
-        dense(batch[name])
+        batch[name].to_padded_tensor(0.0)
     index = np.array(batch["groups"], dtype=object)
     advantages_BT, returns_BT = compute_grpo_outcome_advantage(rewards_BT, mask_BT, index)
     response_to_nested(advantages_BT, batch["response_mask"])
@@ -87,14 +87,12 @@ def ours(batch: dict[str, Any], tokenizer: Any) -> None:
     tool_format = FORMATS["toolrl"]
     tracker = EntropyTracker(0.7)
     tracker.update(torch.tensor([[9.0] * 6, [0.3, 0.5, 1.0, 3.0, 2.0, 2.0], [1.0] * 6]))
-    tokens = TokenBatch.of(batch)
     advantages_of_groups(batch["rewards"], batch["groups"], "grpo")
-    weighed, _ = tokens.reshape(Weigher(tokenizer, tool_format, PRESETS["paper"]), tracker, 0.5, 10)
     size = len(batch["groups"])
     scores = [{"format": 1.0, "accuracy": 1.0, "exact_match": 1.0, "call_rate": 1.0}] * size
     responses = Responses(
         places=range(size),
-        ids=[tokens.response(place) for place in range(size)],
+        ids=batch["responses"].unbind(),
         rewards_B=batch["rewards"],
         groups=batch["groups"],
         golds=['{"calls": [], "answer": "x"}'] * size,
@@ -104,9 +102,10 @@ def ours(batch: dict[str, Any], tokenizer: Any) -> None:
         tokenizer=tokenizer,
         tool_format=tool_format,
     )
+    chosen, weigher = responses.first(8), Weigher(tokenizer, tool_format, PRESETS["paper"])
+    reshaped = reshape_batch(batch, weigher, tracker, 0.5, 10, chosen)
     responses.figures()
-    responses.rows(weighed, 10, 0.5, 8)
-    jagged_like(tokens.advantages_BT * weighed.weights_BT, batch["responses"])
+    responses.rows(chosen, reshaped.tokens, 10, 0.5)
 
 
 SIDES: dict[str, Callable[[dict[str, Any], Any], None]] = {"stock": stock, "ours": ours}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,16 +17,16 @@ from rest_rl.presets import PRESETS
 from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.prompts import training_dataset
 from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from rest_rl.train import verl_responses
 from rest_rl.train.verl_responses import (
     PER_TOKEN,
     Responses,
-    TokenBatch,
     advantages_of_groups,
-    dense,
-    jagged_like,
+    reshape_batch,
     share_without_spread,
 )
 from rest_rl.train.weighing import Weigher
+from rest_rl.weights import WeightConfig
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
 
 
@@ -49,16 +50,8 @@ def test_advantages_do_not_depend_on_the_order_of_the_batch(order):
     torch.testing.assert_close(scattered_B, in_order_B[list(order)])
 
 
-def test_jagged_tensors_there_and_back():
-    rows = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])]
-    jagged = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-    assert dense(jagged).tolist() == [[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]
-    back = jagged_like(2 * dense(jagged), jagged)
-    assert [row.tolist() for row in back.unbind()] == [[2.0, 4.0, 6.0], [8.0]]
-
-
 @pytest.mark.parametrize("preset", ["rest", "paper", "authors-code", "grpo"])
-def test_weights_and_figures_equal_those_of_trl_on_the_same_responses(tmp_path, preset):
+def test_weights_and_figures_equal_those_of_trl_on_the_same_responses(tmp_path, monkeypatch, preset):
     """Three steps on TRL, each of its batches replayed in another order and with a padding row."""
     tokenizer, seen = tiny_tokenizer(), []
     trainer = ResTTrainer(
@@ -90,9 +83,12 @@ def test_weights_and_figures_equal_those_of_trl_on_the_same_responses(tmp_path, 
             )
         )
         padded = {name: torch.cat([values[order], torch.zeros_like(values[:1])]) for name, values in columns.items()}
-        replayed, ours = TokenBatch.of(padded).reshape(weigher, tracker, (step - 1) / 2, step)
-        torch.testing.assert_close(replayed.weights_BT[:-1], weighed.weights_BT[order], rtol=0, atol=1e-6)
-        assert replayed.weights_BT[-1].sum() == 0
+        monkeypatch.setattr(verl_responses, "PART", 3)  # weighed in parts
+        replayed, ours, _ = reshape_batch(padded, weigher, tracker, (step - 1) / 2, step)
+        expected_BT = weighed.advantages_B[order, None] * weighed.weights_BT[order]
+        assert expected_BT.abs().sum() > 0 or not weighed.advantages_B.any()
+        torch.testing.assert_close(torch.stack(replayed.unbind())[:-1], expected_BT, rtol=0, atol=1e-6)
+        assert not replayed[-1].any()
         for name in [name for name in ours if name.startswith("rest/")]:
             expected = math.nan if logged[name] is None else logged[name]  # a region without tokens
             assert ours[name] == pytest.approx(expected, abs=1e-6, nan_ok=True), name
@@ -120,7 +116,7 @@ def test_figures_and_rows_of_responses_by_hand():
     scores = [{"format": f, "accuracy": 0.5, "exact_match": 0.0, "call_rate": 1.0} for f in (1.0, 0.0, 1.0, 0.0)]
     responses = Responses(
         places=[3, 0, 2, 1],
-        ids=ids,
+        ids=[torch.tensor(row) for row in ids],
         rewards_B=torch.tensor([1.0, 0.0, 2.0, 2.0]),
         groups=["x", "x", "y", "y"],
         golds=golds,
@@ -139,17 +135,34 @@ def test_figures_and_rows_of_responses_by_hand():
     assert figures["completions/mean_terminated_length"] == len(words) + 1
     assert figures["rest/format"] == 0.5
     assert figures["rest/accuracy"] == 0.5
-    mask_BT = torch.zeros(4, len(words) + 1, dtype=torch.long)
-    ids_BT = torch.zeros_like(mask_BT)
-    for place, row in zip(responses.places, ids, strict=True):
-        ids_BT[place, : len(row)], mask_BT[place, : len(row)] = torch.tensor(row), 1
-    zeros_BT = torch.zeros(mask_BT.shape)
-    tokens = TokenBatch(ids_BT, mask_BT, zeros_BT, zeros_BT, torch.arange(4.0)[:, None] * mask_BT)
-    assert [tokens.response(place) for place in responses.places] == ids
-    weighed, _ = tokens.reshape(Weigher(tokenizer, FORMATS["toolrl"], PRESETS["grpo"]), EntropyTracker(), 0.0, 1)
-    rows = responses.rows(weighed, step=1, progress=0.0, limit=3)
+    data = {name: [torch.zeros(0)] * 4 for name in PER_TOKEN}
+    for place, row in zip(responses.places, responses.ids, strict=True):
+        ones = torch.ones(len(row))
+        values = (row, ones.long(), 0 * ones, 0 * ones, place * ones)
+        for name, value in zip(PER_TOKEN, values, strict=True):
+            data[name][place] = value
+    batch = {name: torch.nested.as_nested_tensor(rows, layout=torch.jagged) for name, rows in data.items()}
+    chosen = responses.first(3)
+    watched = [responses.places[i] for i in chosen]
+    weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS["grpo"])
+    reshaped = reshape_batch(batch, weigher, EntropyTracker(), 0.0, 1, watched)
+    assert [len(row) for row in reshaped.advantages.unbind()] == [len(row) for row in data["responses"]]
+    rows = responses.rows(chosen, reshaped.tokens, step=1, progress=0.0)
     assert [row["id"] for row in rows] == ["sample 4", "sample 4", "sample 7"]  # in the order of the data
     assert [row.get("prompt") for row in rows] == ["q", None, "p"]
     assert [row["advantage"] for row in rows] == [2.0, 1.0, 3.0]  # those of places 2, 1 and 3
     assert [row["truncated"] for row in rows] == [False, True, False]
     assert all(len(row["weights"]) == len(row["ids"]) == len(row["regions"]) for row in rows)
+
+
+def test_the_most_uncertain_tokens_are_those_of_the_whole_batch(monkeypatch):
+    monkeypatch.setattr(verl_responses, "PART", 1)
+    tokenizer = tiny_tokenizer()
+    entropies_BT = torch.tensor([[0.9, 0.8], [0.1, 0.2]])
+    ones_BT = torch.ones(2, 2)
+    columns = (torch.full((2, 2), 3), ones_BT.long(), entropies_BT, -ones_BT, ones_BT)
+    top = replace(PRESETS["grpo"], weights=WeightConfig(rule="top_entropy", quantile=0.5))
+    weigher = Weigher(tokenizer, FORMATS["toolrl"], top)
+    reshaped = reshape_batch(dict(zip(PER_TOKEN, columns, strict=True)), weigher, EntropyTracker(), 0.0, 1)
+    # The two most uncertain tokens are the first response's; the second keeps its own most uncertain one.
+    assert [row.tolist() for row in reshaped.advantages.unbind()] == [[1.0, 1.0], [0.0, 2.0]]

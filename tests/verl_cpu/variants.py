@@ -23,7 +23,7 @@ from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.training_data import read_data
 from rest_rl.train.verl_config import compose_config
 from rest_rl.train.verl_plugin import ReSTPPOTrainer, listed
-from rest_rl.train.verl_responses import PER_TOKEN, dense
+from rest_rl.train.verl_responses import PER_TOKEN
 from rest_rl.train.verl_run import run_on_ray
 from rest_rl.weights import REGIONS
 
@@ -39,7 +39,7 @@ class RecordingTrainer(ReSTPPOTrainer):
         batch = super()._compute_advantage(batch, metrics)
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         data = tq.kv_batch_get(**where, select_fields=[*PER_TOKEN, "prompts", "rm_scores", "uid", "extra_info"])
-        tensors = {name: dense(data[name]) for name in (*PER_TOKEN, "rm_scores")}
+        tensors = {name: data[name].to_padded_tensor(0) for name in (*PER_TOKEN, "rm_scores")}
         tensors["prompts"] = [row.tolist() for row in data["prompts"].unbind()]
         lists = {name: listed(data[name]) for name in ("uid", "extra_info")}
         torch.save({**tensors, **lists}, Path(self.config.rest.folder) / f"batch-{self.global_steps}.pt")

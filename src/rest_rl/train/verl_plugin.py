@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from torch import Tensor
@@ -37,7 +38,7 @@ from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.tool_reward import Scored, read_gold, score_text
 from rest_rl.train.verl_log import VerlLog
 from rest_rl.train.verl_names import DATA_STATE, ESTIMATOR, STATE, TRAINER
-from rest_rl.train.verl_responses import PER_TOKEN, Responses, TokenBatch, advantages_of_groups, dense, jagged_like
+from rest_rl.train.verl_responses import PER_TOKEN, Responses, advantages_of_groups, reshape_batch
 from rest_rl.train.weighing import Weigher
 
 PER_RESPONSE = ("uid", "rm_scores", "reward_model", "extra_info", "extra_fields", "raw_prompt")
@@ -89,26 +90,28 @@ class ReSTPPOTrainer(PPOTrainerSync):
         batch = super()._compute_advantage(batch, metrics)
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         data = tq.kv_batch_get(**where, select_fields=list(PER_TOKEN))
-        tokens = TokenBatch.of(data)
+        responses = self._responses(batch, data["responses"])
+        chosen = responses.first(self.run.responses_per_step)
+        watched = [responses.places[i] for i in chosen]
         weigher = Weigher(self.tokenizer, self.format, self.method)
-        weighed, figures = tokens.reshape(weigher, self.tracker, self.progress, self.global_steps)
-        responses = self._responses(batch, tokens)
+        reshaped = reshape_batch(data, weigher, self.tracker, self.progress, self.global_steps, watched)
         asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
-        metrics |= figures | responses.figures() | {"completions/failed": asked - len(responses.places)}
-        self.log.add_responses(responses.rows(weighed, self.global_steps, self.progress, self.run.responses_per_step))
-        reshaped = jagged_like(tokens.advantages_BT * weighed.weights_BT, data["responses"])
-        return tq.kv_batch_put(**where, fields=TensorDict({"advantages": reshaped}, batch_size=len(batch.keys)))
+        metrics |= reshaped.figures | responses.figures() | {"completions/failed": asked - len(responses.places)}
+        self.log.add_responses(responses.rows(chosen, reshaped.tokens, self.global_steps, self.progress))
+        fields = TensorDict({"advantages": reshaped.advantages}, batch_size=len(batch.keys))
+        return tq.kv_batch_put(**where, fields=fields)
 
-    def _responses(self, batch: Any, tokens: TokenBatch) -> Responses:
+    def _responses(self, batch: Any, ids: Tensor) -> Responses:
         """What is known of the batch's responses, without verl's padding rows."""
         places = [place for place, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
         fields = {"keys": [batch.keys[place] for place in places], "partition_id": batch.partition_id}
         data = tq.kv_batch_get(**fields, select_fields=list(PER_RESPONSE))
         columns = {name: listed(data[name]) for name in PER_RESPONSE if name != "rm_scores"}
+        rows = ids.unbind()
         return Responses(
             places=places,
-            ids=[tokens.response(place) for place in places],
-            rewards_B=dense(data["rm_scores"]).sum(-1),
+            ids=[rows[place] for place in places],
+            rewards_B=torch.stack([scores.sum() for scores in data["rm_scores"].unbind()]),
             groups=columns["uid"],
             golds=[row["ground_truth"] for row in columns["reward_model"]],
             origins=columns["extra_info"],

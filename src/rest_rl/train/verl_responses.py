@@ -7,9 +7,9 @@ responses as jagged tensors and may append rows that are padding: their mask is 
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from rest_rl.advantages import AdvantageKind, group_advantages
 from rest_rl.formats import ToolFormat
+from rest_rl.response import NUM_REGIONS
 from rest_rl.runlog import Row
 from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.response_record import WeighedBatch, has_ended, response_row
-from rest_rl.train.surprise import surprise_metrics, surprise_sums
+from rest_rl.train.surprise import SUMS, surprise_metrics, surprise_sums
 from rest_rl.train.tool_reward import Scored
 from rest_rl.train.weighing import Weigher, region_metrics, sums_by_region
 
@@ -28,9 +29,13 @@ PER_TOKEN = ("responses", "response_mask", "entropy", "old_log_probs", "advantag
 """verl's names of what a `TokenBatch` is made of."""
 
 
+PART = 4096
+"""Responses that are weighed at a time. The weights do not depend on it: they come from the steps before."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """What verl knows of every token of a batch of responses before it learns from them: each (B, T)."""
+    """What verl knows of every token of some responses before it learns from them: each (B, T), padded with 0."""
 
     ids_BT: Tensor
     mask_BT: Tensor
@@ -39,43 +44,59 @@ class TokenBatch:
     advantages_BT: Tensor
 
     @classmethod
-    def of(cls, data: Mapping[str, Tensor]) -> TokenBatch:
-        """From verl's fields `PER_TOKEN`, jagged or dense."""
-        ids, mask, entropies, logps, advantages = (dense(data[name]).cpu() for name in PER_TOKEN)
+    def of(cls, rows: Mapping[str, Sequence[Tensor]]) -> TokenBatch:
+        """From the rows of verl's fields `PER_TOKEN`."""
+        ids, mask, entropies, logps, advantages = (
+            torch.nn.utils.rnn.pad_sequence(list(rows[name]), batch_first=True).cpu() for name in PER_TOKEN
+        )
         return cls(ids, mask, entropies.float(), logps.float(), advantages)
 
-    def response(self, row: int) -> list[int]:
-        """The ids of one response."""
-        return self.ids_BT[row, : int(self.mask_BT[row].sum())].tolist()
 
-    def reshape(
-        self, weigher: Weigher, tracker: EntropyTracker, progress: float, step: int
-    ) -> tuple[WeighedBatch, dict[str, float]]:
-        """Weigh the tokens by what `tracker` knows of the steps before, then let it take in this one.
+class Reshaped(NamedTuple):
+    """What became of a batch."""
 
-        `step` is counted from 1. Returns the weights and where they come from, and the step's figures.
-        """
-        weighed = weigher.weigh(self.ids_BT, self.mask_BT, self.entropies_BT, tracker.statistics(), progress, step)
-        sums_4R = sums_by_region(weighed, self.mask_BT, self.entropies_BT, self.logps_BT)
-        tracker.update(sums_4R[:3])
-        figures = region_metrics(sums_4R, weighed.rule_weights_R)
-        figures |= surprise_metrics(surprise_sums(self.logps_BT, self.entropies_BT, self.mask_BT))
-        figures["entropy"] = float(sums_4R[1].sum() / sums_4R[0].sum())
-        places_B, advantages_B = torch.arange(len(self.ids_BT)), self.advantages_BT[:, 0]
-        kept = (weighed.regions_BT, weighed.weights_BT, self.entropies_BT, self.logps_BT)
-        return WeighedBatch(places_B, *kept, advantages_B), figures
+    advantages: Tensor
+    """Of each token, weighed; jagged, with the row lengths of the batch."""
+    figures: dict[str, float]
+    tokens: dict[int, Row]
+    """By place, the recorded fields of the responses that were asked for."""
 
 
-def dense(values: Tensor, padding: float = 0.0) -> Tensor:
-    """A jagged tensor as (B, T), padded on the right; a dense one as it is."""
-    return values.to_padded_tensor(padding) if values.is_nested else values
+def reshape_batch(
+    data: Mapping[str, Tensor],
+    weigher: Weigher,
+    tracker: EntropyTracker,
+    progress: float,
+    step: int,
+    watched: Collection[int] = (),
+) -> Reshaped:
+    """Weigh a batch's advantages by what `tracker` knows of the steps before, then let it take in this one.
 
-
-def jagged_like(values_BT: Tensor, model: Tensor) -> Tensor:
-    """`values_BT` with the row lengths of the jagged tensor `model`."""
-    lengths = cast(Any, model).offsets().diff().tolist()  # a method of nested tensors alone
-    rows = [values_BT[row, :length] for row, length in enumerate(lengths)]
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    `data` holds verl's fields `PER_TOKEN`, jagged or dense; `step` is counted from 1; `watched` are places of responses
+    whose tokens are to be recorded.
+    """
+    rows = {name: data[name].unbind() for name in PER_TOKEN}
+    size, statistics, rule_weights_R = len(rows["responses"]), tracker.statistics(), None
+    sums_4R, surprise_4 = torch.zeros(4, NUM_REGIONS, dtype=torch.float64), torch.zeros(SUMS, dtype=torch.float64)
+    advantages: list[Tensor] = []
+    recorded: dict[int, Row] = {}
+    part = size if weigher.looks_at_all_tokens else PART
+    for first in range(0, size, part):
+        mine = {name: rows[name][first : first + part] for name in PER_TOKEN}
+        lengths, batch = [len(row) for row in mine["responses"]], TokenBatch.of(mine)
+        weighed = weigher.weigh(batch.ids_BT, batch.mask_BT, batch.entropies_BT, statistics, progress, step)
+        rule_weights_R = weighed.rule_weights_R
+        sums_4R += sums_by_region(weighed, batch.mask_BT, batch.entropies_BT, batch.logps_BT)
+        surprise_4 += surprise_sums(batch.logps_BT, batch.entropies_BT, batch.mask_BT)
+        reshaped_BT = batch.advantages_BT * weighed.weights_BT
+        advantages += [reshaped_BT[row, :length] for row, length in enumerate(lengths)]
+        kept = (weighed.regions_BT, weighed.weights_BT, batch.entropies_BT, batch.logps_BT, batch.advantages_BT[:, 0])
+        seen = WeighedBatch(torch.arange(first, first + len(lengths)), *kept)
+        recorded |= {at: seen.tokens_of(at - first, lengths[at - first]) for at in watched if 0 <= at - first < part}
+    tracker.update(sums_4R[:3])
+    figures = region_metrics(sums_4R, rule_weights_R) | surprise_metrics(surprise_4)
+    figures["entropy"] = float(sums_4R[1].sum() / sums_4R[0].sum())
+    return Reshaped(torch.nested.as_nested_tensor(advantages, layout=torch.jagged), figures, recorded)
 
 
 def advantages_of_groups(rewards_B: Tensor, groups: Sequence[Hashable], kind: AdvantageKind) -> Tensor:
@@ -105,7 +126,7 @@ class Responses:
     """The responses of a batch, each with its place in it: rewards, prompts, gold."""
 
     places: Sequence[int]
-    ids: Sequence[Sequence[int]]
+    ids: Sequence[Tensor]
     rewards_B: Tensor
     groups: Sequence[Hashable]
     golds: Sequence[str]
@@ -121,7 +142,7 @@ class Responses:
         """Means over the responses, under the names that they have on TRL."""
         rewards_B = self.rewards_B.double()
         lengths_B = torch.tensor([len(ids) for ids in self.ids], dtype=torch.float64)
-        ended_B = torch.tensor([has_ended(ids, self.tokenizer) for ids in self.ids])
+        ended_B = torch.tensor([has_ended(ids[-1:].tolist(), self.tokenizer) for ids in self.ids])
         figures = {
             "reward": float(rewards_B.mean()),
             "reward_std": float(rewards_B.std()) if len(rewards_B) > 1 else 0.0,
@@ -137,15 +158,19 @@ class Responses:
                 figures |= {f"completions/min{name}_length": least, f"completions/max{name}_length": most}
         return figures
 
-    def rows(self, weighed: WeighedBatch, step: int, progress: float, limit: int) -> list[Row]:
-        """The first `limit` responses in the order of the data, as responses.jsonl holds them."""
+    def first(self, limit: int) -> list[int]:
+        """The first `limit` responses in the order of the data, as indices into the fields of this object."""
         order = sorted(range(len(self.places)), key=lambda i: (self.origins[i]["index"], str(self.groups[i])))
+        return order[:limit]
+
+    def rows(self, chosen: Sequence[int], tokens: Mapping[int, Row], step: int, progress: float) -> list[Row]:
+        """The `chosen` responses as responses.jsonl holds them; `tokens` are the recorded fields by place."""
         rows: list[Row] = []
-        for i in order[:limit]:
+        for i in chosen:
             row: Row = {"step": step, "progress": progress, "id": self.origins[i]["id"]}
             if not rows or rows[-1]["id"] != row["id"]:  # a group shares its prompt
                 row["prompt"] = self.prompts[i]
             gold, reward = json.loads(self.golds[i]), float(self.rewards_B[i])
-            row |= response_row(self.ids[i], gold, reward, self.tokenizer, self.tool_format)
-            rows.append(row | weighed.tokens_of(self.places[i], len(self.ids[i])))
+            row |= response_row(self.ids[i].tolist(), gold, reward, self.tokenizer, self.tool_format)
+            rows.append(row | tokens[self.places[i]])
         return rows

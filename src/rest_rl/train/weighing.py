@@ -47,6 +47,11 @@ class Weigher:
     keep_top: Callable[[Tensor, Tensor, float], Tensor] = keep_top_entropy
     """The rule `top_entropy` for a batch that is part of a larger one."""
 
+    @property
+    def looks_at_all_tokens(self) -> bool:
+        """Whether a token's weight depends on the batch's other responses, so that it cannot be weighed in parts."""
+        return self.method.weights is not None and self.method.weights.rule == "top_entropy"
+
     def weigh(
         self,
         ids_BT: Tensor,
