@@ -21,6 +21,7 @@ JOB = VerlJob(
     num_train=3920,
     prompt_tokens=2048,
     model="Qwen/Qwen3-8B",
+    tokenizer="/runs/mine/verl/tokenizer",
     resume_from=None,
     agent_loops=Path("/runs/mine/verl/agent_loops.yaml"),
 )
@@ -87,6 +88,41 @@ def test_batches_and_schedule_count_as_verl_does() -> None:
     assert (told["trainer.save_freq"], told["trainer.test_freq"], told["trainer.val_before_train"]) == (5, -1, False)
     assert told[f"{ACTOR}.ppo_max_token_len_per_gpu"] == 4 * (50 + 100)
     assert told[f"{ROLLOUT}.max_model_len"] == 150
+
+
+def test_a_run_always_has_a_checkpoint_at_its_end() -> None:
+    # verl saves after the last batch only where save_freq > 0; that checkpoint becomes the run's model
+    assert settings("trl.save_strategy=no")["trainer.save_freq"] == 10
+    assert settings("trl.save_steps=1000")["trainer.save_freq"] == 500
+    assert settings("verl.trainer.save_freq=3")["trainer.save_freq"] == 10  # ours, under that of [verl]
+
+
+@pytest.mark.parametrize(("limit", "kept"), [("1", 2), ("2", 2), ("5", 5), ("0", None)])
+def test_a_whole_checkpoint_stays_while_the_next_is_written(limit: str, kept: int | None) -> None:
+    assert settings(f"trl.save_total_limit={limit}")["trainer.max_actor_ckpt_to_keep"] == kept
+    assert settings()["trainer.max_actor_ckpt_to_keep"] is None
+
+
+def test_workers_load_a_saved_tokenizer() -> None:
+    # verl's reward workers trust its code whatever the run says, so it comes from a folder without any
+    told = settings()
+    assert told[f"{MODEL}.tokenizer_path"] == "/runs/mine/verl/tokenizer"
+    assert told[f"{MODEL}.path"] == "Qwen/Qwen3-8B"
+
+
+def test_the_length_of_a_response_may_come_from_verl() -> None:
+    told = settings("rest.preset=dr_grpo", "verl.data.max_response_length=70")  # 100 in [trl]
+    assert told["data.max_response_length"] == told[f"{ACTOR}.loss_scale_factor"] == 70
+    assert told[f"{ROLLOUT}.max_model_len"] == 50 + 70
+    assert told[f"{ACTOR}.ppo_max_token_len_per_gpu"] == 4 * (50 + 70)
+
+
+def test_a_resumed_run_is_not_measured_at_its_begin_whatever_its_file_says() -> None:
+    held_out = replace(SMALL, held_out_file=Path("/runs/mine/verl/held_out.parquet"))
+    resumed = replace(held_out, resume_from=Path("/runs/mine/checkpoints/global_step_5"))
+    for job, begins in ((held_out, True), (resumed, False)):
+        assert settings("verl.trainer.val_before_train=true", job=job)["trainer.val_before_train"] is begins
+        assert settings("verl.trainer.val_before_train=false", job=job)["trainer.val_before_train"] is False
 
 
 def test_epochs_without_max_steps() -> None:
@@ -275,104 +311,6 @@ def test_every_key_of_trl_has_one_fate() -> None:
     refused = set(keys.trl_defaults()) - set().union(*groups)
     assert set(keys.INSTEAD) <= refused
     assert {"top_entropy_quantile", "min_p", "mask_truncated_completions", "off_policy_mask_threshold"} <= refused
-
-
-REFUSALS = {
-    "supervised": (("rest.preset=sft",), "preset 'sft'"),
-    "random": (("rest.reward.random=true",), "rest.reward.random"),
-    "4 bits": (("model.load_in_4bit=true", "peft.r=8"), "load_in_4bit"),
-    "format of the published code": (("rest.preset=authors-code", "rest.format=llama3"), "llama3"),
-    "decay": (("rest.entropy_decay=1.5",), "entropy_decay"),
-    "unknown key": (("trl.learning_rat=1",), "did you mean learning_rate"),
-    "beta": (("trl.beta=0.1",), "trl.beta = 0.1 with preset 'rest'"),
-    "corrected KL": (("rest.preset=grpo", "trl.beta=0.1"), "use_bias_correction_kl"),
-    "collision": (("rest.weights.rule=collision", "trl.top_p=0.9"), "collision"),
-    "loss type": (("trl.loss_type=cispo",), "trl.loss_type = 'cispo'"),
-    "scale": (("trl.scale_rewards=batch",), "trl.scale_rewards = 'batch'"),
-    "sequence level": (("trl.importance_sampling_level=sequence",), "loss_mode"),
-    "masked": (("trl.mask_truncated_completions=true",), "mask_truncated_completions"),
-    "min_p": (("trl.min_p=0.1",), "trl.min_p"),
-    "entropy": (("trl.entropy_coef=0.1",), "trl.entropy_coef"),
-    "delta": (("trl.delta=1.1",), "trl.delta = 1.1"),
-    "schedule": (("trl.lr_scheduler_type=linear",), "lr_scheduler_type"),
-    "optimizer": (("trl.optim=sgd",), "trl.optim = 'sgd'"),
-    "tracker": (("trl.report_to=codecarbon",), "codecarbon"),
-    "save strategy": (("trl.save_strategy=epoch",), "save_strategy"),
-    "save steps": (("trl.save_steps=5",), "trl.save_steps = 5, expected a multiple of 2"),
-    "max steps": (("trl.max_steps=21",), "trl.max_steps = 21"),
-    "every": (("eval.every=3", "data.held_out=h.jsonl"), "eval.every = 3"),
-    "warm-up": (("trl.lr_scheduler_type=cosine", "trl.warmup_steps=3"), "trl.warmup_steps = 3"),
-    "zero": (("trl.num_generations=0",), "at least 1"),
-    "one response": (("trl.num_generations=1",), "at least 2"),
-    "part of a group": (("trl.num_generations=6",), "multiple of 6"),
-    "steps": (("trl.steps_per_generation=3",), "trl.steps_per_generation = 3"),
-    "both": (("trl.generation_batch_size=128",), "generation_batch_size"),
-    "few prompts": (("verl.trainer.nnodes=8",), "got 100 training prompts"),
-    "short context": (("trl.vllm_max_model_length=50",), "vllm_max_model_length"),
-    "correction": (
-        (
-            "trl.use_vllm=true",
-            'trl.vllm_importance_sampling_mode="token_truncate"',
-            "trl.vllm_importance_sampling_clip_min=0.1",
-        ),
-        "clip_min",
-    ),
-    "peft": (("peft.use_rslora=true",), "peft.use_rslora"),
-    "peft on Megatron": (("peft.r=8", "verl.model_engine=megatron"), "megatron"),
-    "float32 on Megatron": (("trl.bf16=false", "verl.model_engine=megatron"), "trl.bf16"),
-    "engine": (("verl.model_engine=veomni",), "model_engine"),
-    "mini-batch": (("verl.data.train_batch_size=40",), "a multiple"),
-    "copies": (
-        ("verl.data.train_batch_size=6", f"verl.{ACTOR}.ppo_mini_batch_size=3", "trl.max_steps=2", "trl.save_steps=2"),
-        "multiple of 8",
-    ),
-    "rollout": (("trl.vllm_tensor_parallel_size=3",), "multiple of 3"),
-    "parallel": ((f"verl.{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=3",), "multiple of 3"),
-    "tokens": ((f"verl.{ACTOR}.ppo_max_token_len_per_gpu=149",), "at least 150"),
-    "log-prob tokens": ((f"verl.{ROLLOUT}.log_prob_max_token_len_per_gpu=149",), "at least 150"),
-    "micro-batch": ((f"verl.{ACTOR}.use_dynamic_bsz=false",), "divisor of 8"),  # 16 prompts x 4 / 8 GPUs
-    "prompts": (("verl.data.max_prompt_length=49",), "at least 50"),
-    "fetched": (("verl.data.gen_batch_size=5",), "divisor of 32"),
-    "not whole": (('verl.trainer.nnodes="two"',), "whole number"),
-    "epochs too few": (("verl.trainer.total_epochs=1", "verl.trainer.total_training_steps=9"), "end early"),
-    "bypass": (("verl.algorithm.rollout_correction.bypass_mode=true",), "entropies"),
-    "bypass by plus": (("verl.algorithm.rollout_correction.+bypass_mode=true",), "entropies"),
-    "old trainer": (("verl.trainer.use_v1=false",), "trainer.use_v1"),
-    "mode": (("verl.trainer.v1.trainer_mode=separate_async",), "asynchronous"),
-    "entropy of verl": ((f"verl.{ACTOR}.entropy_coeff=0.1",), "entropy_coeff"),
-    "KL of verl": ((f"verl.{ACTOR}.use_kl_loss=true",), "use_kl_loss"),
-    "KL in the reward": (("verl.algorithm.use_kl_in_reward=true",), "use_kl_in_reward"),
-    "covariance": ((f"verl.{ACTOR}.policy_loss.loss_mode=clip_cov",), "clip_cov"),
-    "geometric mean": ((f"verl.{ACTOR}.policy_loss.loss_mode=geo_mean",), "geo_mean"),
-    "DRO": ((f"verl.{ACTOR}.policy_loss.loss_mode=dro",), "dro"),
-    "bypass as a loss": (("rest.preset=grpo", f"verl.{ACTOR}.policy_loss.loss_mode=bypass_mode"), "bypass_mode"),
-    "critic": (("verl.algorithm.adv_estimator=gae",), "'gae'"),
-    "critic itself": (("verl.critic.enable=true",), "critic.enable"),
-    "distillation": (("verl.distillation.enabled=true",), "distillation"),
-    "reward model": (("verl.reward.reward_model.enable=true",), "reward_model"),
-    "reward function": (('verl.reward.custom_reward_function.path="r.py"',), "custom_reward_function"),
-    "reward manager": (("verl.reward.reward_manager.name=naive",), "reward_manager.name"),
-    "dual clip": ((f"verl.{ACTOR}.clip_ratio_c=1.0",), "clip_ratio_c"),
-    "spread": (("verl.algorithm.norm_adv_by_std_in_grpo=false",), "rest.advantage"),
-    "data": (('verl.data.train_files="x.parquet"',), "data.path"),
-    "model": (('verl.actor_rollout_ref.model.path="x"',), "model.path"),
-    "several turns": ((f"verl.{ROLLOUT}.multi_turn.enable=true",), "multi_turn"),
-    "warm-up of a critic": (("verl.trainer.critic_warmup=3",), "critic_warmup"),
-    "our table": (("verl.rest.folder=x",), r"\[verl.rest\]"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refusals(name: str) -> None:
-    overrides, message = REFUSALS[name]
-    with pytest.raises(ValueError, match=message) as caught:
-        settings(*overrides)
-    assert str(caught.value).startswith("got "), caught.value
-
-
-def test_presets_that_do_not_reshape_may_have_any_loss() -> None:
-    settings("rest.preset=grpo", f"verl.{ACTOR}.policy_loss.loss_mode=clip_cov")
-    settings("rest.preset=grpo", "verl.algorithm.adv_estimator=grpo")
 
 
 def test_on_a_machine_without_vllm_the_cluster_may_have_it() -> None:

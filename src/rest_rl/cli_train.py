@@ -45,6 +45,7 @@ from rest_rl.train.run import (
 from rest_rl.train.run import train as train_steps
 from rest_rl.train.sft import labelled_dataset
 from rest_rl.train.training_data import TrainingData, read_data
+from rest_rl.train.verl_overrides import verl_change
 
 SFT_OUT = "runs/sft"
 MEASURED = 2000
@@ -233,17 +234,7 @@ def verl_overrides(arguments: argparse.Namespace) -> list[str]:
     """`--nodes`, `--gpus-per-node` and what stands after `--`, as changes of `[verl]`."""
     sizes = {"nnodes": arguments.nodes, "n_gpus_per_node": arguments.gpus_per_node}
     texts = [f"verl.trainer.{key}={value}" for key, value in sizes.items() if value is not None]
-    for override in arguments.overrides:
-        path, separator, value = override.partition("=")
-        *tables, key = path.removeprefix("+").split(".")
-        if not separator or not tables or path.startswith("~"):
-            raise ValueError(
-                f"got {override!r} after --, expected settings of verl, table.key=value, such as "
-                "actor_rollout_ref.rollout.tensor_model_parallel_size=2; see --print-config"
-            )
-        key = f"+{key}" if path.startswith("+") else key
-        texts.append(f"verl.{'.'.join([*tables, key])}={value}")
-    return texts
+    return texts + [verl_change(override) for override in arguments.overrides]
 
 
 def placed(config: RunConfig, out: str) -> RunConfig:

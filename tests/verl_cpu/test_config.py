@@ -10,6 +10,7 @@ import pytest
 
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.train.verl_config import compose_config, leaves, verl_settings
+from rest_rl.train.verl_overrides import verl_change
 from tests.test_verl_config import ACTOR, MODEL, RECIPES, ROLLOUT, RUN, SMALL, gpus_of, shown
 
 pytestmark = pytest.mark.verl
@@ -99,12 +100,45 @@ def test_workers_import_our_module_and_those_of_the_run() -> None:
         (f"verl.{ROLLOUT}.+colour=blue", "colour"),
         ("verl.algorithm.+colour=blue", "colour"),
         (f"verl.{MODEL}.path=x", "model.path"),
+        (f"verl.{ACTOR}.fsdp_config.param_offload=False", "param_offload = 'False', expected true or false"),
+        (f"verl.{ROLLOUT}.+free_cache_engine=False", "free_cache_engine = 'False', expected true or false"),
+        (f'verl.{ACTOR}.optim.lr="1e-6"', "lr = '1e-6', expected a number"),
+        (f"verl.{ROLLOUT}.max_num_seqs=[1]", "expected a number"),
     ],
 )
 def test_refusals(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         composed(override)
     assert str(caught.value).startswith("got "), caught.value
+
+
+def test_settings_after_two_dashes_mean_what_they_mean_to_hydra() -> None:
+    texts = (
+        *(f"{ACTOR}.fsdp_config.param_offload=True", f"{ROLLOUT}.free_cache_engine=False", "trainer.logger=[console]"),
+        *("trainer.rollout_data_dir=None", f"{ACTOR}.optim.lr=2e-6", "trainer.experiment_name=a b"),
+        *(f"+{ROLLOUT}.engine_kwargs.vllm.limits={{a:null}}", f"{MODEL}.exclude_modules=lm_head"),
+    )
+    verl = composed(*map(verl_change, texts))
+    again = composed(text=RunConfig.from_toml(RUN, map(verl_change, texts)).to_toml())  # a resumed run
+    for it in (verl, again):
+        assert it.actor_rollout_ref.actor.fsdp_config.param_offload is True
+        assert it.actor_rollout_ref.rollout.free_cache_engine is False
+        assert it.actor_rollout_ref.actor.optim.lr == 2e-6
+        assert (it.trainer.logger, it.trainer.rollout_data_dir) == (["console"], None)
+        assert it.trainer.experiment_name == "a b"
+        assert it.actor_rollout_ref.rollout.engine_kwargs.vllm.limits == {"a": None}
+        assert it.actor_rollout_ref.model.exclude_modules == "lm_head"
+
+
+def test_a_text_may_stand_for_two_bounds() -> None:
+    verl = composed("trl.use_vllm=true", 'verl.algorithm.rollout_correction.rollout_is_threshold="0.5_2.0"')
+    assert verl.algorithm.rollout_correction.rollout_is_threshold == "0.5_2.0"
+
+
+def test_a_resumed_run_is_not_measured_again() -> None:
+    job = replace(SMALL, held_out_file=SMALL.train_file, resume_from=SMALL.folder / "checkpoints" / "global_step_5")
+    verl = compose_config(RunConfig.from_toml(RUN, ["verl.trainer.val_before_train=true"]), job)
+    assert verl.trainer.val_before_train is False
 
 
 def test_a_group_chosen_for_verl_does_not_get_round_the_checks() -> None:

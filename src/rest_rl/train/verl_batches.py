@@ -13,6 +13,8 @@ from rest_rl.train.verl_trl_keys import ACTOR, ROLLOUT
 PROMPTS, MINI = "data.train_batch_size", f"{ACTOR}.ppo_mini_batch_size"
 NODES, GPUS, N = "trainer.nnodes", "trainer.n_gpus_per_node", f"{ROLLOUT}.n"
 TOTAL, EPOCHS = "trainer.total_training_steps", "trainer.total_epochs"
+SAVE, TEST, BEGIN = "trainer.save_freq", "trainer.test_freq", "trainer.val_before_train"
+RESPONSE, KEEP = "data.max_response_length", "trainer.max_actor_ckpt_to_keep"
 
 
 @dataclass(frozen=True)
@@ -100,19 +102,21 @@ class Schedule:
     total: int
     epochs: int
     save: int
-    """Batches between two checkpoints, -1 for none."""
+    """Batches between two checkpoints; the last batch always has one, which becomes the run's model."""
     test: int
     """Batches between two measurements, -1 for none; the last batch is always measured."""
     warmup: int
+    begin: bool
+    """Whether a run that begins is measured before its first batch."""
 
     def settings(self, *, measures: bool, resumes: bool) -> dict[str, Any]:
         """In verl's words."""
         return {
             TOTAL: self.total,
             EPOCHS: self.epochs,
-            "trainer.save_freq": self.save,
-            "trainer.test_freq": self.test if measures else -1,
-            "trainer.val_before_train": measures and not resumes,
+            SAVE: self.save,
+            TEST: self.test if measures else -1,
+            BEGIN: self.begin and measures and not resumes,
             f"{ACTOR}.optim.lr_warmup_steps": self.warmup,
         }
 
@@ -134,8 +138,15 @@ def schedule_of(
             f"got verl.{TOTAL} = {total} and verl.{EPOCHS} = {epochs} of {an_epoch} batches, expected epochs "
             f"enough for them, or the curriculum would end early; leave verl.{EPOCHS} out"
         )
-    every = in_batches("eval.every", config.eval.every, batches) if "trainer.test_freq" not in given else 0
-    return Schedule(total, epochs, _save(table, given, batches), every or total, _warmup(table, given, batches, total))
+    every = in_batches("eval.every", config.eval.every, batches) if TEST not in given else 0
+    return Schedule(
+        total=total,
+        epochs=epochs,
+        save=_save(table, given, batches, total),
+        test=every or total,
+        warmup=_warmup(table, given, batches, total),
+        begin=bool(given.get(BEGIN, True)),
+    )
 
 
 def in_batches(name: str, steps: int, batches: Batches) -> int:
@@ -158,14 +169,14 @@ def _total(table: Mapping[str, Any], given: Mapping[str, Any], batches: Batches,
     return math.ceil(table["num_train_epochs"] * an_epoch)
 
 
-def _save(table: Mapping[str, Any], given: Mapping[str, Any], batches: Batches) -> int:
+def _save(table: Mapping[str, Any], given: Mapping[str, Any], batches: Batches, total: int) -> int:
     strategy, steps = str(table["save_strategy"]), table["save_steps"]
-    if "trainer.save_freq" in given or strategy == "no":
-        return -1
+    if SAVE in given or strategy == "no":
+        return total
     if strategy != "steps" or steps != int(steps) or steps < 1:
         raise ValueError(
             f"got trl.save_strategy = {strategy!r} and trl.save_steps = {steps}, expected 'steps' (or 'no') and whole "
-            "steps; change them, or set verl.trainer.save_freq"
+            f"steps; change them, or set verl.{SAVE}"
         )
     return in_batches("trl.save_steps", int(steps), batches)
 

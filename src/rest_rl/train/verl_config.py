@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rest_rl.config import RunConfig, unknown_key
 from rest_rl.train.trl_trainer import reshapes
+from rest_rl.train.verl_overrides import UNSET
 from rest_rl.train.verl_refusals import check_refused
-from rest_rl.train.verl_settings import EXTERNAL, VerlJob, flat_verl, verl_settings
+from rest_rl.train.verl_settings import TAKEN_IN, VerlJob, flat_verl, verl_settings
 from rest_rl.train.verl_trl_keys import unread_trl
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ __all__ = ["VerlJob", "as_yaml", "compose_config", "unread_trl", "verl_settings"
 
 STOCK = "verl.trainer.config", "ppo_trainer"
 """verl's configuration: the module of its YAML files and the one that names the others."""
+NUMBER_OR_TEXT = ("algorithm.rollout_correction.rollout_is_threshold",)
+"""Keys whose stock value is a number but may be a text, here of two bounds."""
 
 
 def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
@@ -41,8 +44,10 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
         put(composed, path.split("."), value)
     for parts, value in leaves(config.verl):
         is_choice = len(parts) == 1 and isinstance(value, str)
-        if not is_choice and ".".join(parts) != EXTERNAL:  # the latter is part of ours
+        if not is_choice:
             put(composed, parts, value)
+    for path in TAKEN_IN:
+        put(composed, path.split("."), settings[path])
     # TOML's own way to write a dollar, so that OmegaConf finds nothing to fill in.
     run = config.to_toml().replace("${", "\\u0024{")
     put(composed, ["+rest"], {"run": run, "folder": str(job.folder)})
@@ -99,12 +104,34 @@ def put(composed: DictConfig, path: list[str], value: Any) -> None:
         if not isinstance(node, DictConfig):
             where = ".".join(path[: depth + 1])
             raise ValueError(f"got a table [verl.{where}], expected one value, as in verl; write {part} = ...")
-    if not adds:
-        old = known(node, last, path)
-        if isinstance(old, DictConfig) and old and value is not None and not isinstance(value, Mapping):
-            raise ValueError(f"got verl.{'.'.join(path)} = {value!r}, expected a table, as in verl; write its keys")
+    value, key = with_none(value), last.removeprefix("+")
+    if not adds or key in node.keys():  # noqa: SIM118 - as below
+        check_kind([*parents, key], known(node, key, path), value)
     with open_dict(node):
-        node[last.removeprefix("+")] = None if value == "null" else value
+        node[key] = value
+
+
+def with_none(value: Any) -> Any:
+    """A value of `[verl]` with None for the word null, in lists and tables too."""
+    if isinstance(value, Mapping):
+        return {key: with_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_none(item) for item in value]
+    return None if value == UNSET else value
+
+
+def check_kind(path: list[str], old: Any, value: Any) -> None:
+    """ValueError for a value that cannot stand where verl has a table, a number or a truth value."""
+    from omegaconf import DictConfig
+
+    where = ".".join(path)
+    if isinstance(old, DictConfig) and old and value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"got verl.{where} = {value!r}, expected a table, as in verl; write its keys")
+    if not isinstance(old, (bool, int, float)) or isinstance(value, (bool, int, float, type(None))):
+        return
+    if where not in NUMBER_OR_TEXT and not (isinstance(value, str) and "${" in value):
+        kind = "true or false" if isinstance(old, bool) else "a number"
+        raise ValueError(f"got verl.{where} = {value!r}, expected {kind}, as in verl; write it without quotes")
 
 
 def known(node: DictConfig, part: str, path: list[str]) -> Any:

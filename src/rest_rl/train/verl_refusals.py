@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from rest_rl.train.verl_batches import EPOCHS, GPUS, MINI, NODES, PROMPTS, TOTAL, N, world_size
+from rest_rl.train.verl_batches import (
+    BEGIN,
+    EPOCHS,
+    GPUS,
+    KEEP,
+    MINI,
+    NODES,
+    PROMPTS,
+    RESPONSE,
+    SAVE,
+    TEST,
+    TOTAL,
+    N,
+    world_size,
+)
 from rest_rl.train.verl_trl_keys import ACTOR, MODEL, ROLLOUT
 
 HOMOGENEOUS = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "cispo")
@@ -33,22 +47,28 @@ OWNED = {
     "critic.enable": "remove it",
     "algorithm.norm_adv_by_std_in_grpo": "set rest.advantage",
     f"{MODEL}.path": "set model.path",
+    f"{MODEL}.tokenizer_path": "remove it: it is a copy of the tokenizer of model.path",
     f"{ROLLOUT}.agent.default_agent_loop": "remove it",
     f"{ROLLOUT}.agent.agent_loop_config_path": "remove it",
 }
 """Settings that the plugin depends on, each with what to do about another value of it."""
 
-
+MICRO_BATCHES = (f"{ACTOR}.ppo_micro_batch_size_per_gpu", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu")
+"""Sizes that verl wants where it does not fill micro-batches by tokens: in the update, in the pass before it."""
 WHOLE = (
     *(NODES, GPUS, PROMPTS, MINI, N, TOTAL, EPOCHS, "data.gen_batch_size", "data.max_prompt_length"),
-    *("data.max_response_length", f"{ACTOR}.ppo_epochs", f"{ACTOR}.ppo_max_token_len_per_gpu"),
-    *(f"{ACTOR}.ppo_micro_batch_size_per_gpu", f"{ACTOR}.ulysses_sequence_parallel_size"),
+    *(RESPONSE, SAVE, f"{ACTOR}.ppo_epochs", f"{ACTOR}.ppo_max_token_len_per_gpu"),
+    *(*MICRO_BATCHES, f"{ACTOR}.ulysses_sequence_parallel_size"),
     *(f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size", f"{ACTOR}.megatron.tensor_model_parallel_size"),
     *(f"{ACTOR}.megatron.pipeline_model_parallel_size", f"{ACTOR}.megatron.context_parallel_size"),
     *(f"{ROLLOUT}.tensor_model_parallel_size", f"{ROLLOUT}.data_parallel_size"),
-    *(f"{ROLLOUT}.log_prob_max_token_len_per_gpu", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu"),
+    f"{ROLLOUT}.log_prob_max_token_len_per_gpu",
 )
 """Settings that the checks reckon with."""
+MAY_BE_NULL = (TOTAL, "data.gen_batch_size", *MICRO_BATCHES)
+"""Those of them that verl may be left without."""
+CHECKPOINT, PARTS = f"{ACTOR}.checkpoint", ("model", "optimizer", "extra")
+"""verl's table on checkpoints, and what a run goes on from: weights, Adam's states, schedule and random states."""
 
 
 class Rule(NamedTuple):
@@ -66,18 +86,54 @@ def _off(value: Any) -> bool:
     return not value
 
 
+def _has_parts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and set(PARTS) <= set(value)
+
+
 UNWEIGHED = "remove it, or use preset 'grpo', 'dr_grpo' or 'dapo'"
 RULES = (
     Rule("algorithm.rollout_correction.bypass_mode", _off, "false: it skips the entropies", "remove it"),
+    Rule(
+        "algorithm.rollout_correction.rollout_rs",
+        _off,
+        "none: rejection takes tokens out of responses, which are read whole",
+        "set rollout_is, which weighs them instead",
+    ),
     Rule("distillation.enabled", _off, "false: its loss is another one", "remove it"),
     Rule("reward.reward_model.enable", _off, "false: rewards are the run file's", "remove it"),
     Rule("reward.custom_reward_function.path", _off, "none: rewards are the run file's", "set [rest.reward]"),
     Rule("custom_reward_function.path", _off, "none: rewards are the run file's", "set [rest.reward]"),
     Rule("data.custom_cls.path", _off, "none: prompts are laid out already", "remove it"),
+    Rule("data.filter_overlong_prompts", _off, "false: steps are counted before it", "set data.max_prompt_tokens"),
+    Rule(
+        "data.train_max_samples",
+        lambda value: value in (None, -1),
+        "all rows, -1: epochs of fewer end the run early",
+        "take a smaller file as data.path",
+    ),
+    Rule(f"{ROLLOUT}.calculate_log_probs", bool, "true: they show whether sampler and trainer agree", "remove it"),
     Rule(f"{ROLLOUT}.multi_turn.enable", _off, "false: a prompt has one response", "remove it"),
     Rule(f"{ROLLOUT}.agent.agent_loop_manager_class", _off, "none", "remove it"),
     Rule("actor_rollout_ref.hybrid_engine", bool, "true: sampling is on the GPUs that train", "remove it"),
     Rule("trainer.critic_warmup", _off, "0: there is no critic", "remove it"),
+    Rule(
+        "trainer.v1.sync.parameter_sync_step",
+        lambda value: value == 1,
+        "1: a batch of responses is weighed as a whole",
+        "remove it",
+    ),
+    Rule("trainer.v1.sampler.custom_sampler.path", _off, "none: a batch is all that was sampled", "remove it"),
+    Rule("skip.rollout_tq.enable", _off, "false: responses would be those of another step", "remove it"),
+    Rule(f"{CHECKPOINT}.save_contents", _has_parts, f"{', '.join(PARTS)}, by which a run goes on", "add them"),
+    Rule(f"{CHECKPOINT}.load_contents", _has_parts, f"{', '.join(PARTS)}, by which a run goes on", "add them"),
+    Rule(f"{CHECKPOINT}.async_save", _off, "false: an unfinished checkpoint would count as whole", "remove it"),
+    Rule(
+        KEEP,
+        lambda value: value != 1,
+        "2 or more: with 1 verl deletes the old weights before the new checkpoint is whole",
+        "raise it",
+    ),
+    Rule("trainer.remove_previous_ckpt_in_save", _off, f"false: it is {KEEP} = 1", "remove it"),
     Rule("trainer.val_only", _off, "false: nothing would be trained", "use rest-rl eval"),
     Rule(
         f"{ACTOR}.policy_loss.loss_mode", lambda v: v != "bypass_mode", "another loss: it skips entropies", "change it"
@@ -108,11 +164,14 @@ RULES = (
 
 
 def check_whole(given: Mapping[str, Any]) -> None:
-    """ValueError for a size that is no whole number above 0; None is verl's way to leave one open."""
+    """ValueError for a size that is no whole number above 0, None for some that verl may be left without."""
     for key in WHOLE:
-        value = given.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"got verl.{key} = {value!r}, expected a whole number of at least 1; change it")
+        value = given.get(key, 1)
+        if value is None and key in MAY_BE_NULL:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            remedy = "set trl.save_strategy = 'no' for a checkpoint at the end alone" if key == SAVE else "change it"
+            raise ValueError(f"got verl.{key} = {value!r}, expected a whole number of at least 1; {remedy}")
 
 
 def check_owned(ours: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -122,6 +181,17 @@ def check_owned(ours: Mapping[str, Any], given: Mapping[str, Any]) -> None:
             raise ValueError(f"got verl.{key} = {given[key]!r}, expected {ours[key]!r}; {remedy}")
     if any(key == "rest" or key.startswith("rest.") for key in given):
         raise ValueError("got a table [verl.rest], expected none: it is what the plugin reads; use [rest]")
+
+
+def check_measured(given: Mapping[str, Any], *, measures: bool) -> None:
+    """ValueError for measurements that are asked for without held-out rows: verl would take a training prompt."""
+    every = given.get(TEST)
+    asked = [BEGIN] if given.get(BEGIN) else [TEST] if isinstance(every, int) and every > 0 else []
+    for key in () if measures else asked:
+        raise ValueError(
+            f"got verl.{key} = {given[key]!r} without held-out rows to measure, expected none of it; set "
+            "data.held_out and eval.prompts, or remove it"
+        )
 
 
 def check_refused(flat: Mapping[str, Any], *, reshapes: bool) -> None:
@@ -135,6 +205,11 @@ def check_sizes(flat: Mapping[str, Any], prompt_tokens: int, engine: str) -> Non
     """ValueError for sizes that do not divide as verl's workers assert, minutes after the start."""
     devices, responses = world_size(flat), int(flat[N])
     _check_prompts(flat, prompt_tokens)
+    if (cut := flat.get(f"{ROLLOUT}.response_length", flat[RESPONSE])) != flat[RESPONSE]:
+        raise ValueError(
+            f"got verl.{ROLLOUT}.response_length = {cut!r}, expected {flat[RESPONSE]}, which the run reckons with; set "
+            f"trl.max_completion_length or verl.{RESPONSE} instead"
+        )
     engines = _product(flat, ROLLOUT, "tensor_model_parallel_size", "data_parallel_size")
     if devices % engines:
         raise ValueError(
@@ -195,7 +270,7 @@ def _check_micro_batches(flat: Mapping[str, Any], prompt_tokens: int, copies: in
             f"got verl.{ROLLOUT}.log_prob_use_dynamic_bsz other than verl.{ACTOR}.use_dynamic_bsz, expected the same; "
             "leave the former out"
         )
-    longest = max(prompt_tokens, flat["data.max_prompt_length"]) + flat["data.max_response_length"]
+    longest = max(prompt_tokens, flat["data.max_prompt_length"]) + flat[RESPONSE]
     if is_dynamic:
         for key in (f"{ACTOR}.ppo_max_token_len_per_gpu", f"{ROLLOUT}.log_prob_max_token_len_per_gpu"):
             if key in flat and flat[key] * context < longest:
@@ -204,11 +279,7 @@ def _check_micro_batches(flat: Mapping[str, Any], prompt_tokens: int, copies: in
                     "longest prompt and response; raise it"
                 )
         return
-    sizes = {
-        f"{ACTOR}.ppo_micro_batch_size_per_gpu": flat[MINI],
-        f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": flat[PROMPTS],
-    }
-    for key, prompts in sizes.items():
+    for key, prompts in zip(MICRO_BATCHES, (flat[MINI], flat[PROMPTS]), strict=True):
         share = prompts * int(flat[N]) // copies
         if not flat.get(key) or share % flat[key]:
             raise ValueError(

@@ -16,8 +16,9 @@ from rest_rl.config import AUTO, RunConfig
 from rest_rl.presets import Preset
 from rest_rl.train.policy import lora_config
 from rest_rl.train.trl_trainer import TRL_SETTINGS, reshapes
-from rest_rl.train.verl_batches import MINI, NODES, PROMPTS, batches_of, schedule_of
-from rest_rl.train.verl_refusals import check_owned, check_refused, check_sizes, check_whole
+from rest_rl.train.verl_batches import BEGIN, KEEP, MINI, NODES, PROMPTS, RESPONSE, batches_of, schedule_of
+from rest_rl.train.verl_overrides import UNSET
+from rest_rl.train.verl_refusals import check_measured, check_owned, check_refused, check_sizes, check_whole
 from rest_rl.train.verl_trl_keys import ACTOR, MODEL, ROLLOUT, copied, trl_table
 
 ENGINES = ("dp", "megatron")
@@ -40,6 +41,10 @@ OPTIMIZERS = {
 }
 EXTERNAL, BESIDE_TRL = f"{MODEL}.external_lib", "rest_rl.train.verl_beside_trl"
 """verl's key for modules that every worker imports, and ours."""
+PATTERN_SIGNS = ("[", "]", "*", "?", "::")
+"""What a path of the library datasets, which reads the prompts on verl, must not have."""
+TAKEN_IN: tuple[str, ...] = (EXTERNAL, BEGIN)
+"""Keys of `[verl]` that are part of settings of ours, which therefore come last."""
 
 ALWAYS: Mapping[str, Any] = {
     "trainer.use_v1": True,
@@ -79,6 +84,11 @@ class VerlJob:
     """The longest prompt of both files."""
     model: str
     """A directory or hub name."""
+    tokenizer: str
+    """A folder that this package has saved the tokenizer of `model` to, without code of the model's.
+
+    verl's reward workers load theirs with trust_remote_code = True, whatever the run says.
+    """
     resume_from: Path | None
     """A checkpoint `.../global_step_N`."""
     agent_loops: Path
@@ -93,7 +103,10 @@ def verl_settings(config: RunConfig, job: VerlJob) -> dict[str, Any]:
     """
     method, given = checked_method(config), flat_verl(config.verl)
     check_whole(given)
+    check_folder(job.folder)
+    check_measured(given, measures=job.held_out_file is not None)
     table = trl_table(config)
+    table["max_completion_length"] = given.get(RESPONSE, table["max_completion_length"])
     check_terms(config, table, method)
     batches = batches_of(table, given)
     schedule = schedule_of(config, table, given, batches, job.num_train)
@@ -126,8 +139,18 @@ def flat_verl(table: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in table.items():
         path = f"{parent}.{key}".lstrip(".").replace("+", "")
-        flat |= flat_verl(value, path) if isinstance(value, Mapping) else {path: None if value == "null" else value}
+        flat |= flat_verl(value, path) if isinstance(value, Mapping) else {path: None if value == UNSET else value}
     return flat
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError for a path that the library which reads the prompts takes for a pattern, after the start."""
+    for sign in PATTERN_SIGNS:
+        if sign in str(folder):
+            raise ValueError(
+                f"got the run folder {folder} on verl, which takes {sign} for part of a pattern of file names, "
+                "expected a path without it; pass another --out"
+            )
 
 
 def checked_method(config: RunConfig) -> Preset:
@@ -195,7 +218,10 @@ def folder_settings(config: RunConfig, table: Mapping[str, Any], job: VerlJob) -
             f"got trl.report_to = {table['report_to']!r}, expected some of {', '.join(TRACKERS)}, which verl has; "
             f"remove {unknown[0]}"
         )
+    limit = table["save_total_limit"]
     return {
+        # With 1 verl deletes the old weights before the new checkpoint is whole; without a limit it keeps all.
+        KEEP: max(2, limit) if limit and limit > 0 else None,
         "trainer.logger": trackers,
         "trainer.experiment_name": table["run_name"] or Path(config.run.out).name,
         "trainer.default_local_dir": str(job.folder / "checkpoints"),
@@ -222,6 +248,7 @@ def model_settings(config: RunConfig, given: Mapping[str, Any], job: VerlJob) ->
     attention, asked = config.model.attn_implementation, given.get(EXTERNAL) or []
     settings: dict[str, Any] = {
         f"{MODEL}.path": job.model,
+        f"{MODEL}.tokenizer_path": job.tokenizer,
         EXTERNAL: [BESIDE_TRL, *([asked] if isinstance(asked, str) else asked)],
         f"{MODEL}.trust_remote_code": config.model.trust_remote_code,
         # Rows are packed without padding, which takes flash attention: verl's choice unless the run names another.

@@ -27,7 +27,6 @@ COPIED = {
     "max_completion_length": "data.max_response_length",
     "shuffle_dataset": "data.shuffle",
     "dataloader_num_workers": "data.dataloader_num_workers",
-    "save_total_limit": "trainer.max_actor_ckpt_to_keep",
 }
 """Keys of `[trl]` whose value, or whose default in TRL, goes to verl as it stands."""
 
@@ -41,7 +40,7 @@ COPIED_IF_GIVEN = {
 TRANSLATED = frozenset(
     """
     per_device_train_batch_size gradient_accumulation_steps steps_per_generation generation_batch_size
-    max_steps num_train_epochs save_strategy save_steps warmup_steps warmup_ratio lr_scheduler_type
+    max_steps num_train_epochs save_strategy save_steps save_total_limit warmup_steps warmup_ratio lr_scheduler_type
     adam_beta1 adam_beta2 adam_epsilon optim max_grad_norm bf16 fp16
     epsilon epsilon_high delta loss_type scale_rewards beta use_bias_correction_kl top_k
     use_vllm vllm_max_model_length vllm_importance_sampling_correction vllm_importance_sampling_mode
