@@ -195,6 +195,52 @@ def test_groups_without_spread_are_solved_unreadable_or_alike() -> None:
     assert "hardly differ" in cause_of("no_spread", {**flat, "rest/exact_match": line(0.2, 0.4)}).cause
 
 
+def test_responses_that_do_not_differ_are_told_by_the_entropy_or_the_temperature() -> None:
+    flat: Columns = {"frac_reward_zero_std": constant(1.0), "rest/exact_match": line(0.75, 0.75)}
+    flat = {**flat, "rest/accuracy": line(0.7, 0.9), "completions/mean_length": constant(38.0)}
+
+    def told(changes: Columns, temperature: float | None) -> Finding:
+        trl = TABLE["trl"] if temperature is None else {**TABLE["trl"], "temperature": temperature}
+        found = diagnose(rows_of({**flat, **changes}), (), {**TABLE, "trl": trl})
+        return next(finding for finding in found if finding.kind == "no_spread")
+
+    # 8 equal responses in most groups: 7 x 38 tokens x 2e-3 nats = 0.53 < ln 2 = 0.69; at 3e-3 0.80
+    cold = told({"entropy": constant(2e-3)}, 0.01)
+    assert cold.remedy == "raise trl.temperature (now 0.01)"
+    assert cold.cause == (
+        "the responses to a prompt do not differ (trl.temperature = 0.01, entropy 0.002 nats a token, as in the first "
+        "rows)"
+    )
+    assert told({"entropy": constant(2e-3)}, None).remedy == "raise trl.temperature"
+    warm = told({"entropy": constant(3e-3)}, 0.01)
+    assert (warm.cause[:42], warm.remedy) == ("the responses to a prompt hardly differ (t", cold.remedy)
+    assert told({"entropy": constant(3e-3)}, 1.0).cause.startswith("at least 75 % of them are right throughout")
+    # spent by learning, or right as good as everywhere: a temperature would not change it
+    spent: Columns = {"entropy": lambda step: 0.25 if step < 5 else 1e-4}
+    assert told(spent, 1.0).cause.startswith("at least 75 %")
+    for temperature in (0.01, 1.0):
+        learnt = told({"entropy": constant(1e-4), "rest/exact_match": line(0.95, 0.95)}, temperature)
+        assert learnt.remedy.startswith("little is left to learn here")
+    # an unreadable policy needs demonstrations, unless its responses are surely the same
+    unreadable: Columns = {"rest/format": line(0.1, 0.1), "rest/exact_match": line(0.1, 0.1)}
+    assert "break the format" in told(unreadable, 0.5).cause
+    assert "do not differ" in told({**unreadable, "entropy": constant(2e-3)}, 0.5).cause
+
+
+def test_groups_that_are_cut_off_throughout_are_told_of_the_limit() -> None:
+    # 80 % cut off are more than half of the 90 % or so without format; 30 % are not
+    broken: Columns = {"frac_reward_zero_std": line(0.9, 0.9), "rest/format": line(0.1, 0.1)}
+    broken = {**broken, "rest/exact_match": line(0.1, 0.1), "completions/mean_terminated_length": constant(80.0)}
+    cut = cause_of("no_spread", {**broken, "completions/clipped_ratio": constant(0.8)})
+    assert cut.cause.startswith("80.0 ± 0.0 % of the responses hit the length limit of 96 tokens, and what is cut off")
+    assert cut.remedy == "raise trl.max_completion_length (now 96)"
+    assert "break the format" in cause_of("no_spread", {**broken, "completions/clipped_ratio": constant(0.3)}).cause
+
+
+def test_figures_that_nobody_knows_say_nothing() -> None:
+    assert diagnose(rows_of({"completions/failed": constant(3.0)}), (), TABLE) == []
+
+
 def test_a_limit_that_is_short_and_a_policy_that_does_not_end() -> None:
     cut: Columns = {"completions/clipped_ratio": constant(0.5), "completions/mean_terminated_length": constant(20.0)}
     endless = cause_of("truncated", cut)  # of 96 tokens

@@ -439,3 +439,48 @@ def test_a_run_without_responses_has_its_curves(tab: Page, tmp_path: Path) -> No
     assert count_of(tab, "figure svg") >= 2
     assert "recorded no responses" in text_of(tab, "#detail")
     assert tab.complaints == []
+
+
+def legend_of(tab: Page, title: str) -> list[str]:
+    """A chart's legend: its lines with their values, and the step they are of."""
+    return tab.evaluate(f"""(() => {{
+        const figures = [...document.querySelectorAll("figure")];
+        const figure = figures.find((one) => one.querySelector("b").textContent === {json.dumps(title)});
+        return [...figure.querySelector(".legend").children].map((part) => part.textContent);
+    }})()""")
+
+
+def test_a_line_without_a_value_at_a_step_has_a_dash(tab: Page, tmp_path: Path) -> None:
+    log = RunLog(make_run(tmp_path / "run", [], 0))
+    for step in range(1, 21):  # no answers after step 10; evaluated after steps 8 and 16
+        answer = {"rest/entropy/answer": 0.7} if step <= 10 else {}
+        log.add_metrics({"step": step, "reward": 0.1, "rest/entropy/name": 0.5, **answer})
+        if step % 8 == 0:
+            log.add_evaluation({"step": step, "exact_match": 0.25, "exact_match_error": 0.0})
+    page, title = write_html_report([log.folder]), "Entropy by region"
+    tab.complaints.clear()
+    tab.open(page)
+    assert legend_of(tab, title) == ["name 0.500", "answer –", "at the end (–: no value there)"]
+    assert legend_of(tab, "Exact match, held out, sampled") == ["rest 25.0 %", "at the end"]
+    label = tab.evaluate("[...document.querySelectorAll('svg')].map((svg) => svg.ariaLabel)")
+    assert "Entropy by region, at the end: name 0.500 nats, answer –" in label
+    for step, shown in ((11, "answer 0.700"), (12, "answer –")):  # 11 is within a step of 10
+        tab.open(page, f"#step={step}")
+        assert legend_of(tab, title)[1] == shown
+        assert legend_of(tab, title)[2].startswith(f"at step {step}")
+        assert legend_of(tab, "Exact match, held out, sampled")[0] == "rest 25.0 %"
+    assert tab.complaints == []
+
+
+def test_a_run_that_was_killed_has_its_steps_of_how_many(tab: Page, tmp_path: Path) -> None:
+    killed = make_run(tmp_path / "killed", [], 8, **{"trl.max_steps": 24})
+    RunLog(killed).add_timing({"step": 9})
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        with (killed / name).open("a") as file:
+            file.write('{"step": 9, "rew')
+    endless = make_run(tmp_path / "endless", [], 2, **{"run.seed": 1})
+    done = make_run(tmp_path / "done", [], 4, **{"trl.max_steps": 4})
+    RunLog(done).update_summary(steps=4)
+    tab.open(write_html_report([killed, endless, done], tmp_path / "page.html"))
+    rows = tab.evaluate("[...document.querySelectorAll('#result-table tbody tr')].map((row) => row.cells[3].innerText)")
+    assert sorted(rows) == ["2 of ?", "4", "9 of 24"]

@@ -118,13 +118,16 @@ def page_data(runs: Sequence[Run], limit: int = MOST_RESPONSES) -> tuple[Row, by
 
 def run_facts(run: Run, group: int) -> Row:
     """What the page says of a run beside its curves."""
-    libraries = run.environment.get("libraries")
+    libraries, config = run.environment.get("libraries"), flatten(parse_toml(run.config, str(run.folder)))
+    planned = config.get("trl.max_steps")
     command = run.environment.get("command")
     return {
         "name": run.name,
         "group": group,
-        "seed": flatten(parse_toml(run.config, str(run.folder))).get("run.seed"),
+        "seed": config.get("run.seed"),
         "steps": finished_steps(run),
+        "finished": "steps" in run.summary,
+        "planned": planned if is_number(planned) and planned > 0 else None,
         "recorded": len(run.responses),
         "before": scores_of(run.summary.get("before")),
         "after": scores_of(run.summary.get("after")),

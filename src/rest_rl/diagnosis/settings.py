@@ -15,6 +15,8 @@ CURRICULUM = {
     "answer": ("gain_reasoning", 1.0),
 }
 """Which key of `[rest] weights` moves which region, and where."""
+COLD = 0.5
+"""Temperature from which on downwards responses differ little: at it the odds of any two tokens are squared."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Settings:
     """Responses to a prompt."""
     max_length: int | None = None
     """Tokens of a response at most."""
+    temperature: float | None = None
+    """Of sampling; None if unknown."""
     learning_rate: float | None = None
     max_norm: float = 1.0
     """Gradient norm that is clipped to; 0 for no clip."""
@@ -56,6 +60,7 @@ class Settings:
         return cls(
             group=max(2, int(number_at(trl, "num_generations") or 8)),
             max_length=None if length is None else int(length),
+            temperature=number_at(trl, "temperature"),
             learning_rate=number_at(trl, "learning_rate"),
             max_norm=1.0 if (norm := number_at(trl, "max_grad_norm")) is None else norm,
             beta2=number_at(trl, "adam_beta2") or 0.999,
@@ -80,6 +85,16 @@ class Settings:
     def most_groups(self) -> float:
         """The share of responses that leaves a mark on most groups: 1 - (1 - s)^G > 1/2; 0.083 for groups of 8."""
         return 1 - 0.5 ** (1 / self.group)
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether sampling is so far below temperature 1 that responses to a prompt are much alike."""
+        return self.temperature is not None and self.temperature <= COLD
+
+    @property
+    def at_limit(self) -> str:
+        """` of 96 tokens`, empty if the limit is unknown."""
+        return f" of {self.max_length} tokens" if self.max_length else ""
 
     @property
     def slower(self) -> str:

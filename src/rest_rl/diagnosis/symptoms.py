@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
+from rest_rl.diagnosis.causes import percent, why_cut, why_flat
 from rest_rl.diagnosis.history import WINDOW, History, Mean, is_number
 from rest_rl.diagnosis.settings import CURRICULUM, Settings
 
@@ -41,9 +42,6 @@ MATERIAL = 0.1
 """Share of the tokens from which a region's weight matters."""
 DOMINANT = 0.75
 """Share of the second moment that one step holds when it doubles Adam's denominator: 1 / sqrt(1 - 0.75) = 2."""
-ENDLESS = 0.25
-"""Mean length of the responses that end, as a share of the limit, below which the others do not end: with a constant
-chance to end at every token it would be 0.31 where most groups hold one that is cut off, and more where more are."""
 ENOUGH_ROWS = 5 * WINDOW
 """Rows without progress that are worth a word."""
 SKIPPED_STEPS = 16
@@ -86,27 +84,10 @@ def no_spread(history: History, settings: Settings) -> Told | None:
     flat = history.now("frac_reward_zero_std")
     if flat is None or not flat.exceeds(0.5, history.sure):
         return None
-    exact, well_formed = history.now("rest/exact_match"), history.now("rest/format")
-    solved = exact.value - (1 - flat.value) if exact else 0.0  # were every response of the other groups right
-    if exact and solved >= flat.value / 2:
-        share = min(1.0, solved / flat.value)
-        cause = f"at least {100 * share:.0f} % of them are right throughout (exact match {percent(exact)})"
-        remedy = "little is left to learn here: take harder prompts or more kinds of them, or end"
-    elif well_formed and well_formed.value < 0.5:
-        cause = f"most responses break the format and so score alike (format {percent(well_formed)})"
-        was = max(history.values("rest/format"))
-        if was >= 0.5:
-            cause += f", which {100 * was:.0f} % of them kept in the best step: the policy has forgotten it"
-            remedy = settings.slower
-        else:
-            remedy = "begin with demonstrations (rest-rl sft); check that rest.format is how this model writes calls"
-    else:
-        cause = "responses to one prompt hardly differ, or the prompts are beyond the policy"
-        remedy = (
-            f"raise trl.num_generations (now {settings.group}); begin with demonstrations (rest-rl sft); leave out "
-            "prompts that are never or always answered right"
-        )
-    return Told(f"{percent(flat)} of the groups have equal rewards and so no gradient ({steps(flat)})", cause, remedy)
+    return Told(
+        f"{percent(flat)} of the groups have equal rewards and so no gradient ({steps(flat)})",
+        *why_flat(history, settings, flat),
+    )
 
 
 def truncated(history: History, settings: Settings) -> Told | None:
@@ -114,23 +95,10 @@ def truncated(history: History, settings: Settings) -> Told | None:
     cut = history.now("completions/clipped_ratio")
     if cut is None or not cut.exceeds(settings.most_groups, history.sure):
         return None
-    limit = settings.max_length
-    at = f" of {limit} tokens" if limit else ""
-    ended, least = history.now("completions/mean_terminated_length"), min(history.values("completions/clipped_ratio"))
-    if least < settings.most_groups:
-        cause = (
-            f"they fitted before ({100 * least:.0f} % cut off in the best step): the policy rambles or forgets to end"
-        )
-        remedy = settings.longer_or_slower
-    elif limit and ended and 0 < ended.value < ENDLESS * limit:
-        cause = f"those that end do so after {ended.value:.0f} tokens: the others run on and would not end"
-        remedy = (
-            "begin with demonstrations (rest-rl sft), which teach the end; check that the end-of-turn token is right"
-        )
-    else:
-        cause = "the limit is shorter than what the policy has to say; what is cut off fails the format"
-        remedy = f"raise trl.max_completion_length{f' (now {limit})' if limit else ''}"
-    return Told(f"{percent(cut)} of the responses hit the length limit{at} ({steps(cut)})", cause, remedy)
+    return Told(
+        f"{percent(cut)} of the responses hit the length limit{settings.at_limit} ({steps(cut)})",
+        *why_cut(history, settings),
+    )
 
 
 def format_falls(history: History, settings: Settings) -> Told | None:
@@ -383,11 +351,6 @@ SYMPTOMS: Mapping[Kind, Callable[[History, Settings], Told | None]] = {
 def window(history: History, key: str, mean: Mean) -> Mean | None:
     """Another metric over the window of a mean."""
     return history.until(key, mean.last)
-
-
-def percent(mean: Mean) -> str:
-    """`62.0 ± 3.1 %`."""
-    return f"{100 * mean.value:.1f} ± {100 * mean.error:.1f} %"
 
 
 def change(before: Mean, now: Mean) -> str:

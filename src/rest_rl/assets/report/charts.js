@@ -92,8 +92,8 @@ function redraw(one) {
   one.x1 = Math.max(lastStep, ...lines.map((line) => line.x[line.x.length - 1]));
   one.toX = (step) => LEFT + ((step - one.x0) / (one.x1 - one.x0 || 1)) * (one.width - LEFT - RIGHT);
   one.toY = (value) => TOP + (1 - (value - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM);
-  const last = lines.map((line) => `${lineOf(chart, line).name} ${shown(line.y[line.y.length - 1], chart.unit)}`).join(", ");
-  const svg = draw("svg", { width: one.width, height: HEIGHT, role: "img", "aria-label": `${chart.title}, last: ${last}` }, holder);
+  const last = lines.map((line) => `${lineOf(chart, line).name} ${shown(line.y[placeOf(chart, line, null)], chart.unit)}`).join(", ");
+  const svg = draw("svg", { width: one.width, height: HEIGHT, role: "img", "aria-label": `${chart.title}, at the end: ${last}` }, holder);
   axes(one, svg, y0, y1);
   for (const line of lines) drawLine(one, svg, line);
   one.marker = draw("line", { class: "marker", y1: TOP, y2: HEIGHT - BOTTOM }, svg);
@@ -144,24 +144,39 @@ function nearest(xs, step) {
   return Math.abs(xs[high] - step) < Math.abs(xs[low] - step) ? high : low;
 }
 
+// Steps from point to point of a line, as a rule; the first counts from 0.
+function gapOf(line) {
+  line.gap ??= line.x.map((x, i) => x - (line.x[i - 1] ?? 0)).sort((a, b) => a - b)[Math.floor(line.x.length / 2)];
+  return line.gap;
+}
+
+// The place of a line's point at a step, or at the end of its runs (null); -1 where the chart has points and the line none.
+function placeOf(chart, line, step) {
+  const sought = step ?? Math.max(...data.runs.filter((run) => run.group === line.group).map((run) => run.steps));
+  const gap = Math.min(...chart.series.filter((other) => other.group === line.group).map(gapOf));
+  const at = nearest(line.x, sought);
+  return Math.abs(line.x[at] - sought) < Math.max(2, gap) ? at : -1;
+}
+
 function markChart(one) {
   const step = pointed ?? state.step;
   const lines = seriesOf(one.chart);
   const entries = lines.map((line) => {
     const { colour, name } = lineOf(one.chart, line);
-    const at = step === null ? line.y.length - 1 : nearest(line.x, step);
+    const at = placeOf(one.chart, line, step);
     const key = make("span", { className: "key" }, make("i", { className: "swatch" }), `${name} `, make("b", {}, shown(line.y[at], one.chart.unit === "%" ? "%" : "")));
     key.firstChild.style.backgroundColor = colour;
     return { key, line, at, colour };
   });
-  one.legend.replaceChildren(...entries.map(({ key }) => key), make("span", { className: "faint" }, step === null ? "at the end" : `at step ${step}`));
+  const when = step === null ? "at the end" : `at step ${step}`, nothing = entries.some(({ at }) => at < 0) ? " (–: no value there)" : "";
+  one.legend.replaceChildren(...entries.map(({ key }) => key), make("span", { className: "faint" }, when + nothing));
   if (!one.marker) return;
   one.marker.style.display = step === null ? "none" : "";
   one.points.replaceChildren();
   if (step === null) return;
   one.marker.setAttribute("x1", one.toX(step));
   one.marker.setAttribute("x2", one.toX(step));
-  for (const { line, at, colour } of entries) {
+  for (const { line, at, colour } of entries.filter((entry) => entry.at >= 0)) {
     draw("circle", { cx: one.toX(line.x[at]), cy: one.toY(line.y[at]), r: 3.2, fill: colour, class: "point" }, one.points);
   }
 }
