@@ -46,8 +46,8 @@ ADDRESSES = {
         "train/model_size.py",
         "evaluate/generate.py",
     ],
-    "peft": ["train/policy.py", "train/model_size.py"],
-    "safetensors": ["train/run.py", "train/checkpoints.py"],
+    "peft": ["train/policy.py", "train/model_size.py", "train/verl_model.py"],
+    "safetensors": ["train/run.py", "train/checkpoints.py", "train/verl_model.py"],
     "tokenizers": ["regions.py", "train/tool_world_model.py"],
     "scipy": [
         "rewards.py",
