@@ -99,6 +99,8 @@ REFUSALS = {
     "bypass as a loss": (("rest.preset=grpo", f"verl.{ACTOR}.policy_loss.loss_mode=bypass_mode"), "bypass_mode"),
     "critic": (("verl.algorithm.adv_estimator=gae",), "'gae'"),
     "critic itself": (("verl.critic.enable=true",), "critic.enable"),
+    "another adapter": (("verl.actor_rollout_ref.model.lora_adapter_path=/a",), "lora_adapter_path"),
+    "parameters": (('verl.actor_rollout_ref.model.target_parameters=["w"]',), "target_parameters"),
     "distillation": (("verl.distillation.enabled=true",), "distillation"),
     "reward model": (("verl.reward.reward_model.enable=true",), "reward_model"),
     "reward function": (('verl.reward.custom_reward_function.path="r.py"',), "custom_reward_function"),

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from rest_rl.advantages import group_advantages
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS
+from rest_rl.train import verl_responses
 from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.prompts import training_dataset
 from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
-from rest_rl.train import verl_responses
 from rest_rl.train.verl_responses import (
     PER_TOKEN,
     Responses,

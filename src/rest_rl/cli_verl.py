@@ -23,6 +23,7 @@ from rest_rl.train.policy import base_and_adapter
 from rest_rl.train.training_data import TrainingData, read_data
 from rest_rl.train.verl_config import VerlJob, as_yaml, compose_config, unread_trl
 from rest_rl.train.verl_follow import Follower, following
+from rest_rl.train.verl_model import merge_model
 from rest_rl.train.verl_run import (
     FILES,
     HELD_OUT_FILE,
@@ -30,7 +31,6 @@ from rest_rl.train.verl_run import (
     TOKENIZER,
     TRAIN_FILE,
     find_verl_checkpoint,
-    merge_model,
     require_verl,
     run_on_ray,
     total_steps,
@@ -80,7 +80,13 @@ def train_on_verl(arguments: argparse.Namespace, config: RunConfig, layout: Prom
         return EXIT_INTERRUPTED
     if not log.model.exists():
         with screen.console.status("putting the model together"):
-            merge_model(log.checkpoints / f"global_step_{total}", verl.actor_rollout_ref.actor.strategy, log.model)
+            merge_model(
+                log.checkpoints / f"global_step_{total}",
+                verl.actor_rollout_ref.actor.strategy,
+                log.model,
+                base=job.model,
+                trust_remote_code=config.model.trust_remote_code,
+            )
     log.update_summary(steps=total, preset=config.rest.preset, seed=config.run.seed)
     finish(log, screen)
     return 0

@@ -115,6 +115,8 @@ RULES = (
     Rule(f"{ROLLOUT}.multi_turn.enable", _off, "false: a prompt has one response", "remove it"),
     Rule(f"{ROLLOUT}.agent.agent_loop_manager_class", _off, "none", "remove it"),
     Rule("actor_rollout_ref.hybrid_engine", bool, "true: sampling is on the GPUs that train", "remove it"),
+    Rule(f"{MODEL}.lora_adapter_path", _off, "none: the run file says what is trained", "set model.path or [peft]"),
+    Rule(f"{MODEL}.target_parameters", _off, "none: the adapter that is kept would not name them", "remove it"),
     Rule("trainer.critic_warmup", _off, "0: there is no critic", "remove it"),
     Rule(
         "trainer.v1.sync.parameter_sync_step",

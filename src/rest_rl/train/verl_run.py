@@ -8,8 +8,6 @@ import importlib
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterable
@@ -165,18 +163,3 @@ def refuse_second_run() -> None:
         "got a Ray cluster on which a run of verl is going on already, expected one run at a time; wait for it, or "
         "start another cluster"
     )
-
-
-def merge_model(checkpoint: Path, strategy: str, target: Path) -> None:
-    """Put the shards of a checkpoint together as a Hugging Face model in bfloat16, by verl's own merger."""
-    backend = "megatron" if strategy == "megatron" else "fsdp"
-    command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", backend]
-    part = target.with_name(f".{target.name}.part")
-    command += ["--local_dir", str(checkpoint / "actor"), "--target_dir", str(part)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        raise ValueError(
-            f"got a checkpoint {checkpoint} that verl's merger does not put together, expected a Hugging Face model; "
-            f"the run itself is finished; repeat it to see why: {' '.join(command)}"
-        )
-    part.replace(target)

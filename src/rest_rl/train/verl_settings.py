@@ -17,6 +17,7 @@ from rest_rl.presets import Preset
 from rest_rl.train.policy import lora_config
 from rest_rl.train.trl_trainer import TRL_SETTINGS, reshapes
 from rest_rl.train.verl_batches import BEGIN, KEEP, MINI, NODES, PROMPTS, RESPONSE, batches_of, schedule_of
+from rest_rl.train.verl_names import ESTIMATOR, LOOP, PLUGIN, TRAINER
 from rest_rl.train.verl_overrides import UNSET
 from rest_rl.train.verl_refusals import check_measured, check_owned, check_refused, check_sizes, check_whole
 from rest_rl.train.verl_trl_keys import ACTOR, MODEL, ROLLOUT, copied, trl_table
@@ -48,22 +49,22 @@ TAKEN_IN: tuple[str, ...] = (EXTERNAL, BEGIN)
 
 ALWAYS: Mapping[str, Any] = {
     "trainer.use_v1": True,
-    "trainer.v1.trainer_mode": "rest",
+    "trainer.v1.trainer_mode": TRAINER,
     "trainer.logger": [],
     "trainer.project_name": "rest-rl",
-    "algorithm.adv_estimator": "rest_group",
+    "algorithm.adv_estimator": ESTIMATOR,
     "algorithm.use_kl_in_reward": False,
     "critic.enable": False,
     "reward.reward_manager.source": "importlib",
     "reward.reward_manager.name": "ReSTRewardManager",
-    "reward.reward_manager.module.path": "pkg://rest_rl.train.verl_plugin",
+    "reward.reward_manager.module.path": f"pkg://{PLUGIN}",
     "data.prompt_key": "prompt",
     "data.filter_overlong_prompts": False,
     "data.truncation": "error",
     "data.return_raw_chat": True,
     f"{ROLLOUT}.name": "vllm",
     f"{ROLLOUT}.calculate_log_probs": True,
-    f"{ROLLOUT}.agent.default_agent_loop": "rendered_prompt",
+    f"{ROLLOUT}.agent.default_agent_loop": LOOP,
     f"{ACTOR}.use_dynamic_bsz": True,
     f"{ACTOR}.entropy_coeff": 0.0,
     f"{ACTOR}.entropy_from_logits_with_chunking": True,  # a vocabulary of 150,000 in float32 is 0.6 MB a token
