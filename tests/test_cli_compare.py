@@ -86,16 +86,51 @@ def test_a_grid_is_trained_once_and_kept(base: Path, tmp_path: Path, capsys: pyt
 def test_a_run_that_fails_does_not_stop_the_others(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # no such key of the trainer: found by the run itself
-    (tmp_path / "grid.toml").write_text("[methods.broken]\ntrl.no_such_key = 1\n")
+    # no such model: found by the run itself
+    (tmp_path / "grid.toml").write_text("[methods.broken]\nmodel.path = '/nowhere'\n")
     out = tmp_path / "out"
     command = ["compare", str(tmp_path / "grid.toml"), "--base", str(base), "--seeds", "0", "--out", str(out)]
     assert main([*command, "--jobs", "1"]) == 1
     text = capsys.readouterr().out
     assert "broken-0 failed with exit code 2 after step 0; the end of" in text
-    assert "error: got unknown key trl.no_such_key" in text
     assert "grpo-0 is done" in text
     assert "exact match" in (out / "compare.md").read_text()
+    assert main(["compare", str(out), "--only-report"]) == 0
+    text = capsys.readouterr().out
+    assert "1 of 2 runs is not finished: broken-0. There is no finished run of broken" in " ".join(text.split())
+    assert "`broken-0` has no run folder (see logs/broken-0.log)" in (out / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "trl.num_generations = 7",
+            "got [trl] that its trainer refuses (generation_batch_size (8) must be divisible by",
+        ),
+        ("trl.no_such_key = 1", "got unknown key trl.no_such_key, expected"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_method_that_cannot_start_is_refused_before_any_run(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, words: str, more: tuple[str, ...]
+) -> None:
+    (tmp_path / "grid.toml").write_text(f"[methods.broken]\n{change}\n")
+    out = tmp_path / "out"
+    error = error_of(capsys, "compare", str(tmp_path / "grid.toml"), "--base", str(base), *more, "--out", str(out))
+    assert f"method broken: {words}" in error
+    assert not out.exists()
+
+
+def test_only_report_shows_a_method_without_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(noise=0.02)}, seeds=3)
+    keep_grid(read_grid(None, methods=["grpo", "rest", "dapo"]), tmp_path)
+    assert main(["compare", str(tmp_path), "--only-report"]) == 0
+    text = capsys.readouterr().out
+    assert "3 of 9 runs are not finished: dapo-0, dapo-1, dapo-2. There is no finished run of dapo" in " ".join(
+        text.split()
+    )
+    assert ["dapo", "0", "–", "–", "–"] in [line.split() for line in text.split("\n")]
 
 
 def test_only_report_reads_folders_that_another_loop_trained(
@@ -121,6 +156,7 @@ def test_only_report_reads_folders_that_another_loop_trained(
         (["compare", "--out", "x", "--methods", "grpo,best"], "'best'"),
         (["compare", "--out", "x", "--set", "trl.max_stepz"], "--set trl.max_stepz"),
         (["compare", "absent.toml", "--out", "x"], "absent.toml"),
+        (["compare", "g1nothere"], "got g1nothere, which is neither a TOML file nor the folder of a grid"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -289,6 +289,44 @@ def test_runs_that_are_not_there_are_named(tmp_path: Path) -> None:
         compare(tmp_path / "runs")
 
 
+def test_wanted_runs_without_a_folder_are_named(tmp_path: Path) -> None:
+    make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(noise=0.02), "dapo": Effect()}, seeds=3)
+    for name, text in read_grid(None, methods=["grpo", "rest", "dapo", "inverted"]).files().items():
+        (tmp_path / name).write_text(text)
+    for name in ("dapo-0", "dapo-1", "dapo-2", "rest-2"):
+        shutil.rmtree(tmp_path / "runs" / name)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "dapo-0.log").write_text("error: got a model that is not there")
+    (tmp_path / "logs" / "dapo-1.log").write_text("")
+    page, found = write_comparison(tmp_path)
+    assert found.unfinished["dapo-0"] == "has no run folder (see logs/dapo-0.log)"
+    assert found.unfinished["dapo-1"] == found.unfinished["rest-2"] == "has not begun"
+    assert len(found.unfinished) == 7  # of 12: dapo and inverted whole, one of rest
+    first = verdict(found)[0]
+    assert first.startswith("**7 of 12 runs are not finished**: ")
+    assert "no finished run of `dapo`, `inverted`" in first or "no finished run of `inverted`, `dapo`" in first
+    text = page.read_text()
+    assert text.split("* ")[1].startswith("**7 of 12 runs")
+    assert "* `dapo-0` has no run folder (see logs/dapo-0.log) and is left out." in text
+    table = text.split("## After training")[1].split("##")[0]
+    assert re.search(r"\n\| dapo \| 0 \|( – \|)+\n", table)
+    figures = json.loads((tmp_path / "compare.json").read_text())
+    assert figures["unfinished"] == found.unfinished
+    assert sorted(figures["without_a_finished_run"]) == ["dapo", "inverted"]
+
+
+def test_a_grid_in_which_nothing_is_learnt_says_so_first(tmp_path: Path) -> None:
+    text = with_gains(tmp_path / "a", {"grpo": (0.0, 0.0, 0.0), "rest": (0.0, 0.0, 0.0)})
+    assert text.startswith("**Nothing was learnt**: every run ends exactly where it began in exact match")
+    # no difference, but both learn
+    text = with_gains(tmp_path / "b", {"grpo": (0.1, 0.2, 0.1), "rest": (0.1, 0.2, 0.1)})
+    assert text.startswith("**No difference beyond seed noise.**")
+    make_grid(tmp_path / "c", {"grpo": Effect(), "rest": Effect()}, seeds=2)
+    for place in (tmp_path / "c" / "runs").iterdir():
+        (place / "summary.json").write_text('{"steps": 60, "after": {"exact_match": 0.0}}')
+    assert said(tmp_path / "c").startswith("**Nothing was learnt**: exact match is 0 in every run")
+
+
 def test_finished_is_measured_after_training_if_it_was_before() -> None:
     assert is_finished({"steps": 3, "before": {}, "after": {}})
     assert is_finished({"steps": 3})

@@ -51,6 +51,8 @@ def test_one_constant_is_changed_and_the_others_stay() -> None:
         ("[rest.weights]\nrule = 'best'", r"rest\.weights\.rule = 'best', expected one of 'one_minus_exp'"),
         ("[run]\nseed = 'a'", r"run\.seed = 'a', expected int"),
         ("[run]\nseed = true", r"run\.seed = True, expected int"),
+        ("[rest.weights]\nscope = 'name'", r"rest\.weights\.scope = 'name', expected a list of texts; change"),
+        ("[rest.weights]\nconstants = 1", r"rest\.weights\.constants = 1, expected a table of numbers; change"),
         ("run = 3", r"run = 3, expected a table; write \[run\]"),
         ("[rest]\npreset = 'best'", r"preset 'best', expected one of rest, paper"),
         (

@@ -54,6 +54,16 @@ def test_one_run_gives_a_page_in_its_folder(tmp_path: Path) -> None:
     assert "| sampled, T = 1 | 100 | 25.0 → 50.0 | +25.0 ± 5.0 | 50.0 → 50.0 | 100.0 → 100.0 |" in text
 
 
+def test_a_grid_in_place_of_its_runs_is_told(tmp_path: Path) -> None:
+    make_run(tmp_path / "grid" / "runs" / "rest-0", seed=0, steps=1)
+    with pytest.raises(ValueError, match=r"holds no config\.toml, .*; did you mean .*/grid/runs/\*\?"):
+        write_report([tmp_path / "grid"])
+    with pytest.raises(ValueError, match=r"did you mean .*/grid/runs/\*\?"):
+        write_report([tmp_path / "grid" / "runs"])
+    with pytest.raises(ValueError, match="pass what --out was"):
+        write_report([tmp_path / "none"])
+
+
 def test_seeds_of_one_configuration_are_one_curve(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / f"rest-{seed}", seed) for seed in (0, 1, 2)]
     folders += [make_run(tmp_path / "grpo", 0, "grpo"), make_run(tmp_path / "weak", 0, strength=0.1)]

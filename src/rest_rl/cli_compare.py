@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rest_rl.analyze.compare import METRICS, Comparison
 from rest_rl.analyze.compare_text import mean_text, tested, write_comparison
 from rest_rl.analyze.compare_verdict import verdict
 from rest_rl.cli_grid import Job, grid_jobs, run_jobs
+from rest_rl.config import AUTO
 from rest_rl.grid import GRID, REFERENCE, RUNS, Grid, RunName, read_grid
 from rest_rl.runlog import replace_file, unwritable
 from rest_rl.terminal import say, show_table
@@ -26,6 +28,7 @@ def compare(arguments: argparse.Namespace) -> int:
         return report(out, arguments.reference or recorded_reference(out), console)
     grid = asked_grid(arguments, out)
     jobs = grid_jobs(grid, out)
+    refuse_unstartable(jobs)
     if arguments.dry_run:
         show_plan(grid, jobs, console)
         return 0
@@ -48,6 +51,10 @@ def compare(arguments: argparse.Namespace) -> int:
 def grid_folder(arguments: argparse.Namespace) -> Path:
     """Where the grid lies: `--out`, or the folder that was given in place of a grid file."""
     given = Path(arguments.grid) if arguments.grid else None
+    if given is not None and not given.exists():
+        raise ValueError(
+            f"got {given}, which is neither a TOML file nor the folder of a grid, expected one of them; check the path"
+        )
     if given is not None and given.is_dir():
         if arguments.out and Path(arguments.out).resolve() != given.resolve():
             raise ValueError(f"got the folder {given} and --out {arguments.out}, expected one of them; remove --out")
@@ -89,6 +96,29 @@ def whole_number(text: str) -> int:
     if not text.isdecimal():
         raise ValueError(f"got the seed {text!r}, expected whole numbers: --seeds 0,1,2")
     return int(text)
+
+
+def refuse_unstartable(jobs: list[Job]) -> None:
+    """ValueError for a method whose runs the trainer would refuse, before any other is trained."""
+    from rest_rl.train.run import trainer_config  # a page of runs that are there does without the trainer
+
+    for job in jobs:
+        if job.state == "kept" or job.config.run.engine != "trl":
+            continue
+        # On the CPU, as we outlive every run and hold no memory of its GPU; no tokenizer is loaded to tell the format.
+        on_cpu = {**job.config.trl, "use_cpu": True, "bf16": False, "fp16": False}
+        rest = job.config.rest
+        rest = replace(rest, format="toolrl") if rest.format == AUTO else rest
+        try:
+            trainer_config(replace(job.config, rest=rest, trl=on_cpu))
+        except ValueError as error:
+            why = str(error)
+            if not why.startswith("got "):
+                why = (
+                    f"got [trl] that its trainer refuses ({why.rstrip('.')}), expected settings that its runs can "
+                    "start with; mend them in the grid file, the base run or --set"
+                )
+            raise ValueError(f"method {job.name.label}: {why}") from error
 
 
 def keep_grid(grid: Grid, out: Path) -> None:
@@ -138,4 +168,5 @@ def final_table(comparison: Comparison) -> tuple[str, tuple[str, ...], list[tupl
     for line in comparison.lines:
         test = tested(line, key)
         rows.append((line.label, str(len(line.cells)), mean_text(line, key), test[0], test[3]))
+    rows += [(label, "0", "–", "–", "–") for label in comparison.absent]
     return METRICS[key].text, header, rows

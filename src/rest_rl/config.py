@@ -389,7 +389,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if origin is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if origin in {tuple, list} or (isinstance(origin, type) and issubclass(origin, (list, tuple))):
+    if isinstance(origin, type) and issubclass(origin, (list, tuple)):
         return isinstance(value, (list, tuple)) and all(fits(item, arguments[0]) for item in value if arguments)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values() if arguments)
@@ -402,7 +402,18 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     if len(options(hint)) > 1:
         return " or ".join(describe(option) for option in options(hint) if option is not type(None))
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if isinstance(origin, type) and issubclass(origin, (list, tuple)):
+        return "a list" + (f" of {several(arguments[0])}" if arguments else "")
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a table" + (f" of {several(arguments[1])}" if arguments else "")
     return getattr(hint, "__name__", str(hint))
+
+
+def several(hint: Any) -> str:
+    """The items of a list or table in words."""
+    words = {int: "whole numbers", float: "numbers", str: "texts", Any: "values"}
+    return words.get(hint) or describe(hint)
 
 
 def without_none(value: Any) -> Any:

@@ -220,7 +220,9 @@ def read_run(folder: str | Path) -> Run:
     """Read a run folder, finished or not; ValueError if it is none."""
     path = Path(folder)
     if not (path / CONFIG).is_file():
-        raise ValueError(f"got {folder}, which holds no {CONFIG}, expected a run folder; pass what --out was")
+        inside = [pattern for pattern in ("*", "runs/*") if any(path.glob(f"{pattern}/{CONFIG}"))]  # of a grid: runs/*
+        remedy = f"did you mean {path / inside[0]}?" if inside else "pass what --out was"
+        raise ValueError(f"got {folder}, which holds no {CONFIG}, expected a run folder; {remedy}")
     return Run(
         folder=path,
         config=(path / CONFIG).read_text(encoding="utf-8"),

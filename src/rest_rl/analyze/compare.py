@@ -1,7 +1,7 @@
 """What a grid of runs says: figures of every run, means over seeds, differences to the reference on the same seeds.
 
-Reads run folders `DIR/runs/METHOD-SEED` (`METHOD@START-SEED` with several warm starts) and nothing else. A figure that
-a run did not record is missing, never 0.
+Reads run folders `DIR/runs/METHOD-SEED` (`METHOD@START-SEED` with several warm starts) and, for what is not there,
+`DIR/grid.toml`. A figure that a run did not record is missing, never 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rest_rl.analyze.seed_statistics import (
 )
 from rest_rl.analyze.tables import SEED_KEYS, WATCHING_KEYS, finished_steps, flatten, is_number
 from rest_rl.config import parse_toml
-from rest_rl.grid import METHODS, REFERENCE, RUNS, RunName, is_finished
+from rest_rl.grid import GRID, LOGS, METHODS, REFERENCE, RUNS, RunName, is_finished, read_grid
 from rest_rl.runlog import Row, Run, read_run
 from rest_rl.significance import Interval, q_values
 
@@ -117,6 +117,7 @@ class Comparison:
     primary: str
     lines: tuple[Line, ...]
     unfinished: Mapping[str, str]
+    """Why a run, wanted by the grid or found in its folder, is left out."""
     unequal: tuple[str, ...]
     counted_on: str
     """The curve on which steps are counted, in words."""
@@ -125,6 +126,17 @@ class Comparison:
     def starts(self) -> list[str]:
         """The warm starts; one empty name if the grid has none."""
         return list(dict.fromkeys(line.start for line in self.lines))
+
+    @property
+    def unfinished_runs(self) -> list[RunName]:
+        """What of the unfinished is a run of the grid."""
+        return [name for folder in self.unfinished if (name := RunName.parse(folder))]
+
+    @property
+    def absent(self) -> list[str]:
+        """Labels of the methods without a finished run, which have no line."""
+        there = {line.label for line in self.lines}
+        return list(dict.fromkeys(name.label for name in self.unfinished_runs if name.label not in there))
 
     def line(self, method: str, start: str = "") -> Line | None:
         """The line of a method from a start."""
@@ -193,7 +205,10 @@ def compare(folder: str | Path, reference: str = REFERENCE) -> Comparison:
 
 
 def read_cells(folder: Path, reference: str) -> tuple[list[Cell], dict[str, str]]:
-    """The finished runs below `folder/runs`, the reference's first, and why each of the others is left out."""
+    """The finished runs below `folder/runs`, the reference's first, and why each of the others is left out.
+
+    The others are those of `grid.toml` as well: a run that failed early has no folder.
+    """
     cells: list[Cell] = []
     unfinished: dict[str, str] = {}
     places = sorted(path for path in (folder / RUNS).glob("*") if path.is_dir() and not path.name.startswith("."))
@@ -210,9 +225,23 @@ def read_cells(folder: Path, reference: str) -> tuple[list[Cell], dict[str, str]
             unfinished[place.name] = f"has {finished_steps(run)} steps"
         else:
             cells.append(Cell(name, run, figures(run)))
+    found = {*unfinished, *(str(cell.name) for cell in cells)}
+    unfinished |= {name: why_absent(folder, name) for name in wanted_runs(folder) if name not in found}
     order = {name: index for index, name in enumerate((reference, *(name for name in METHODS if name != reference)))}
     cells.sort(key=lambda cell: (cell.name.start, order.get(cell.name.method, 0.5), cell.name))
     return cells, unfinished
+
+
+def wanted_runs(folder: Path) -> list[str]:
+    """Names of the runs that were asked for in a grid's folder; none if another loop trained there."""
+    return [str(name) for name, _ in read_grid(folder / GRID).runs()] if (folder / GRID).is_file() else []
+
+
+def why_absent(folder: Path, name: str) -> str:
+    """Why a wanted run has no folder."""
+    log = Path(LOGS) / f"{name}.log"
+    is_begun = (folder / log).is_file() and (folder / log).stat().st_size > 0
+    return f"has no run folder (see {log})" if is_begun else "has not begun"
 
 
 def figures(run: Run) -> dict[str, float]:

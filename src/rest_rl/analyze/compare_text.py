@@ -99,6 +99,7 @@ def final_section(comparison: Comparison) -> str:
         for key in others:
             cells += [mean_text(line, key), tested(line, key)[0]]
         rows.append((line.label, len(line.cells), *cells))
+    rows += [(label, 0, *["–"] * (len(header) - 2)) for label in comparison.absent]
     note = f"Held-out prompts; means over seeds and differences to `{comparison.reference}` in points, [95 %]."
     return f"## After training\n\n{note}\n\n{markdown_table(header, rows)}"
 
@@ -294,6 +295,7 @@ def comparison_figures(comparison: Comparison) -> dict[str, Any]:
         "detectable_difference": comparison.detectable,
         "steps_counted_on": comparison.counted_on,
         "unfinished": comparison.unfinished,
+        "without_a_finished_run": comparison.absent,
         "unequal": comparison.unequal,
         "methods": {line.label: line_figures(line) for line in comparison.lines},
     }

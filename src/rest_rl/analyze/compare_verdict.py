@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rest_rl.analyze.compare import METRICS, RANDOM, Comparison, Line, difference
+from rest_rl.analyze.compare import METRICS, RANDOM, Comparison, Line, difference, named
 from rest_rl.analyze.seed_statistics import Paired, seeds_needed
 from rest_rl.significance import LEVEL, Interval
 
@@ -16,7 +16,7 @@ OWN_REWARD = ("paper", "authors-code")
 
 def verdict(comparison: Comparison) -> list[str]:
     """The findings, the one that matters first; each is one sentence or two of Markdown."""
-    found = []
+    found = unfinished_sentences(comparison)
     for start in comparison.starts:
         reference = comparison.line(comparison.reference, start)
         if reference is None:
@@ -27,11 +27,25 @@ def verdict(comparison: Comparison) -> list[str]:
     return found + power_sentences(comparison)
 
 
+def unfinished_sentences(comparison: Comparison) -> list[str]:
+    """Which runs are missing, and which methods with all of theirs."""
+    left = comparison.unfinished_runs
+    if not left:
+        return []
+    total = len(left) + sum(len(line.cells) for line in comparison.lines)
+    absent = ", ".join(f"`{label}`" for label in comparison.absent)
+    without = f" There is no finished run of {absent}: nothing here is about that." if absent else ""
+    names = named([f"`{name}`" for name in left])
+    return [f"**{len(left)} of {total} runs {'is' if len(left) == 1 else 'are'} not finished**: {names}.{without}"]
+
+
 def verdict_of_start(comparison: Comparison, reference: Line) -> list[str]:
     """The findings of one warm start."""
     judged = comparison.judged(reference.start)
     noticed = [line for line in judged if is_noticed(comparison, line)]
-    found = [headline(comparison, judged, noticed)] if judged else []
+    found = (
+        [nothing_learnt(comparison, [reference, *judged]) or headline(comparison, judged, noticed)] if judged else []
+    )
     found += [one_difference(comparison, line) for line in noticed]
     found += speed_sentences(comparison, judged)
     found += control_sentences(comparison, reference.start, noticed)
@@ -46,6 +60,19 @@ def verdict_of_start(comparison: Comparison, reference: Line) -> list[str]:
 def is_noticed(comparison: Comparison, line: Line) -> bool:
     """Whether a method differs from the reference beyond seed noise: q at most 5 %."""
     return comparison.primary in line.versus and line.versus[comparison.primary].q <= LEVEL
+
+
+def nothing_learnt(comparison: Comparison, lines: list[Line]) -> str:
+    """That every run of some methods ends exactly where it began, or at 0; empty if any does not."""
+    label = METRICS[comparison.primary].label
+    ends = {
+        "gain": f"every run ends exactly where it began in {label}",
+        comparison.primary: f"{label} is 0 in every run",
+    }
+    for key, text in ends.items():
+        if all(cell.values.get(key) == 0 for line in lines for cell in line.cells):
+            return f"**Nothing was learnt**: {text}, so this grid says nothing about methods."
+    return ""
 
 
 def headline(comparison: Comparison, judged: list[Line], noticed: list[Line]) -> str:
