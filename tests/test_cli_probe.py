@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from rest_rl import cli_probe
+from rest_rl.analyze.probe import GroupTokens, Probe
 from rest_rl.analyze.probe_gradients import Weigher, probe_gradients, sampled_tokens
 from rest_rl.analyze.rivals import rivals
 from rest_rl.cli import main
@@ -21,6 +27,7 @@ from rest_rl.presets import token_weights
 from rest_rl.regions import decode_ids
 from rest_rl.scoring import score_response
 from tests.model_families import save_family
+from tests.test_probe import made_probe
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 SMALL = ("--prompts", "8", "--group", "4", "--max-new-tokens", "20")
@@ -93,7 +100,7 @@ def test_a_policy_with_spread(here: Path, policy: Path, dialogues: Path, capsys:
     assert uniform["gain"] == [0.0, 0.0]
     assert "![](toolrl-shares.png)" in (here / "first" / "probe.md").read_text(encoding="utf-8")
     assert run(*options, "--json") == 0  # into a folder of its own, the same figures again
-    assert json.loads(capsys.readouterr().out) == [found]
+    assert json.loads(capsys.readouterr().out) == found
     assert run(*options, "--out", "first") == 2
     assert "holds a probe.json already" in capsys.readouterr().err
 
@@ -111,7 +118,9 @@ def test_a_random_model_of_another_format(
     assert all(one["signal"] == [0, 0] for one in found)
     assert all(one["recommendation"]["sureness"] == "not measurable" for one in found)
     shown = capsys.readouterr().out
-    assert "have no spread of rewards" in shown
+    assert "the format is never met" in shown
+    assert "no spread of rewards" not in shown
+    assert "--prompts" not in shown
     assert "how sure" in shown
     text = (here / "out" / "probe.md").read_text(encoding="utf-8")
     assert "| hermes | 0.0 | 0.0 | 100.0 |" in text
@@ -139,6 +148,88 @@ def test_what_is_refused_leaves_nothing_behind(
     assert run(*options, "--out", "out") == 2
     assert message in capsys.readouterr().err
     assert list(here.iterdir()) == []
+
+
+def asked_of(policy: Path, dialogues: Path) -> tuple[object, ...]:
+    return ("--model", policy, "--data", dialogues, "--format", "toolrl", "--format", "hermes", *SMALL)
+
+
+def given(monkeypatch: pytest.MonkeyPatch, *, formats: int) -> None:
+    """A measurement known beforehand, interrupted after so many formats."""
+    left = iter(range(formats))
+
+    def measure(_model: Any, asked: cli_probe.Asked, *_: Any) -> tuple[Probe, list[GroupTokens]]:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        tokens = GroupTokens(np.array([1, 3]), np.array([0.1, 2.0]), np.array([0.1, 0.5]))
+        return replace(made_probe(), format=asked.layout.format.name), [tokens]
+
+    monkeypatch.setattr(cli_probe, "measure", measure)
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    here: Path, policy: Path, dialogues: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, out: str,
+) -> None:  # fmt: skip
+    (here / "file").write_text("")
+    given(monkeypatch, formats=0)  # any work at all would be an interrupt
+    assert run(*asked_of(policy, dialogues), "--out", out) == 2
+    error = capsys.readouterr().err
+    assert f"got --out {out} (" in error
+    assert "pass another --out" in error
+    assert "--resume" not in error
+
+
+def test_a_folder_that_is_full_at_the_end_costs_no_figures(
+    here: Path, policy: Path, dialogues: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "out" / "probe.md").mkdir(parents=True)  # in the way of the page
+    given(monkeypatch, formats=2)
+    assert run(*asked_of(policy, dialogues), "--out", "out") == 2
+    shown = capsys.readouterr()
+    assert shown.out.count("Recommendation") == 2
+    assert "how sure" in shown.out
+    assert "what was measured stands above" in shown.err
+    assert "--resume" not in shown.err
+
+
+@pytest.mark.parametrize("json_lines", [False, True])
+def test_an_interrupt_in_the_second_format_leaves_the_first(
+    here: Path, policy: Path, dialogues: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, json_lines: bool,
+) -> None:  # fmt: skip
+    given(monkeypatch, formats=1)
+    assert run(*asked_of(policy, dialogues), *["--json"] * json_lines, "--out", "out") == 130
+    shown = capsys.readouterr().out
+    if json_lines:
+        assert [json.loads(line)["format"] for line in shown.splitlines()] == ["toolrl"]
+    else:
+        assert "toolrl: signal" in shown
+        assert "Recommendation" in shown
+
+
+def test_too_little_data_asks_for_more_of_it(
+    here: Path, policy: Path, dialogues: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = here / "few.jsonl"
+    few.write_text("".join(dialogues.read_text().splitlines(keepends=True)[:5]))
+    assert run("--model", policy, "--data", few, "--format", "toolrl", *SMALL, "--out", "out") == 2
+    assert capsys.readouterr().err == "error: got 5 samples, expected at least 8; add data\n"
+
+
+def test_the_least_numbers_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, wanted in (("probe", ["at least 8"]), ("theory", ["at least 8", "at least 4"])):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert all(text in shown for text in wanted)
+
+
+def test_a_single_prompt_is_no_plural(capsys: pytest.CaptureFixture[str]) -> None:
+    config = read_run_file(None, [])
+    assert cli_probe.step_of(config, argparse.Namespace(step=4), 8, Console()) == 1
+    assert "8 prompts can predict steps of 1 prompt at most, not 4" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

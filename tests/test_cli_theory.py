@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rest_rl import cli_theory
 from rest_rl.analyze.estimates import Estimate
 from rest_rl.analyze.gradients import Coordinates, token_statistics
 from rest_rl.analyze.probe_gradients import regions_of
@@ -16,7 +17,7 @@ from rest_rl.analyze.rivals import UNIFORM
 from rest_rl.analyze.theory import (
     TheorySettings,
     affordable_coordinates,
-    check_spread,
+    has_spread,
     measure,
     pilot_statistics,
     response_products,
@@ -26,7 +27,15 @@ from rest_rl.analyze.theory import (
     token_weights,
 )
 from rest_rl.analyze.theory_plots import draw_theory
-from rest_rl.analyze.theory_text import as_mapping, findings, lemma_one_word, page, significant, theory_tables
+from rest_rl.analyze.theory_text import (
+    as_mapping,
+    direction_cells,
+    findings,
+    lemma_one_word,
+    page,
+    significant,
+    theory_tables,
+)
 from rest_rl.cli import main
 from rest_rl.data.groups import Group
 from rest_rl.data.prompt_layout import PromptLayout
@@ -158,13 +167,41 @@ def test_figures_end_with_the_second_digit_of_their_error():
     assert significant(Estimate(1.0, 0.0)) == "1.000 ± 0.000"
 
 
-def test_a_pilot_without_spread_is_an_error(sampled):
+def test_a_pilot_without_spread_keeps_the_lemmas(policy, sampled, tmp_path: Path):
+    model, tokenizer = policy
     flat = [
         group._replace(responses=tuple(response._replace(reward=1.0) for response in group.responses))
         for group in sampled[0]
     ]
-    with pytest.raises(ValueError, match="rewards differ"):
-        check_spread(flat, SETTINGS)
+    assert has_spread(sampled[0], SETTINGS)
+    assert not has_spread(flat, SETTINGS)
+    found = measure(model, flat[:4], sampled[1][:8], SETTINGS, tokenizer.pad_token_id)
+    assert found.lemma_two.violations == 0
+    assert found.optimum is None
+    assert [rule.name for rule in found.rules] == list(theory_rules())
+    assert any("Theorem 2 by region are left out" in line for line in findings(found))
+    text = page("Title", "what.", found, 1, draw_theory(found, tmp_path))
+    assert "nan" not in text.lower().replace("finance", "")
+    assert "For a step of 1 prompt." in text
+    assert "## Lemma 1" in text
+    assert "## Theorem 1" not in text
+    assert json.loads(as_json(as_mapping(found, SETTINGS)))["optimum"] is None
+
+
+def test_a_mean_gradient_lost_in_noise_has_no_ratio(measured):
+    found, _ = measured
+    lost = found.rules[0].plain._replace(ratio=Estimate(51.0, 1.2e19), cosine=Estimate(0.3, 35.0))
+    assert direction_cells(lost)[-2:] == ("–", "–")
+
+
+def test_the_folder_is_tried_before_the_work(tmp_path, monkeypatch, capsys):
+    def measured_too_early(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_theory, "measured", measured_too_early)
+    (tmp_path / "file").write_text("")
+    assert main(["theory", "--prompts", "8", "--pilot", "4", "--out", str(tmp_path / "file")]) == 2
+    assert "pass another --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -178,7 +215,7 @@ def test_a_pilot_without_spread_is_an_error(sampled):
         (("--cap", "0"), "got --cap 0"),
         (
             ("--prompts", "8", "--pilot", "1996", "--set", "data.samples=2000"),
-            "got 2000 samples, expected at least 2004",
+            "got 2000 samples, expected at least 2004; add data, or lower --pilot (to 4 at the least)",
         ),
         (("--format", "nonsense"), "nonsense"),
     ],

@@ -296,6 +296,42 @@ def test_the_verdict_names_what_stands_in_the_way() -> None:
     assert "carries" not in text
 
 
+def test_a_format_that_is_never_met_is_no_lack_of_prompts() -> None:
+    own = made_probe(signal=0.0)
+    never = replace(own, sampled=own.sampled._replace(no_spread=1.0, s_format=0.0, truncated=0.4))
+    found = advice_on(never)
+    assert found.sureness == "not measurable"
+    for text in (" ".join(verdict(never)), found.why):
+        assert "the format is never met" in text.lower()
+        assert "--format" in text
+        assert "rest-rl sft" in text
+        assert "prompts" not in text
+    assert "cut off" in " ".join(verdict(never))  # which may be why
+    hard = replace(never, sampled=never.sampled._replace(s_format=0.2))
+    assert "prompts of fitting difficulty" in " ".join(verdict(hard))
+
+
+def test_what_tells_nothing_does_not_tell_best() -> None:
+    def told(name: Estimate, reasoning: Estimate) -> list[str]:
+        own = made_probe()
+        regions = {
+            label: facts._replace(differences=facts.differences._replace(auc=auc))
+            for (label, facts), auc in zip(own.regions.items(), (name, reasoning), strict=True)
+        }
+        return [line for line in verdict(replace(own, regions=regions)) if "tells best" in line]
+
+    assert told(Estimate(0.55, 0.03), Estimate(0.5, 0.0)) == []  # 0.55 is 1.7 errors from 0.5
+    assert "0.60 ± 0.03" in told(Estimate(0.6, 0.03), Estimate(0.9, 0.3))[0]
+
+
+def test_a_ratio_to_nothing_is_a_dash() -> None:
+    own = made_probe()
+    lost = [rule._replace(noise_ratio=Estimate(51.0, 1.2e19), cosine=Estimate(0.3, 35.0)) for rule in own.rules]
+    text = page("Probe", [replace(own, rules=tuple(lost), prompts_per_step=1)], {})
+    assert "| rest | +0 ± 1 | +0 ± 10 | – | – |" in text.replace("+0.0 ± 1.0", "+0 ± 1")
+    assert "per step of 1 prompt, against" in text
+
+
 def test_what_is_written_can_be_read() -> None:
     own = made_probe(adam=math.nan, error=math.nan)
     rows = json.loads(as_json(as_mapping([own])))

@@ -238,7 +238,7 @@ def _add_probe(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument(
         "--format", action="append", default=[], metavar="F", help="tool-call format, once for each section (auto)"
     )
-    verb.add_argument("--prompts", type=int, default=96, metavar="N", help="prompts (default: %(default)s)")
+    verb.add_argument("--prompts", type=int, default=96, metavar="N", help="prompts, at least 8 (default: %(default)s)")
     verb.add_argument("--group", type=int, default=8, metavar="G", help="responses per prompt (default: %(default)s)")
     verb.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and sampling (default: %(default)s)")
     verb.add_argument(
@@ -256,7 +256,7 @@ def _add_probe(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument("--batch-size", type=int, metavar="N", help="responses in one pass (default: eval.batch_size)")
     verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set one key of the run")
     verb.add_argument("--out", metavar="DIR", help="where to (default: runs/probe-MODEL)")
-    verb.add_argument("--json", action="store_true", help="print one JSON object per format instead of tables")
+    verb.add_argument("--json", action="store_true", help="print a line of JSON per format instead of tables")
 
 
 def _add_theory(verbs: argparse._SubParsersAction[Parser]) -> None:
@@ -269,12 +269,16 @@ def _add_theory(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument("--model", metavar="DIR_OR_ID", help="a run folder, a model, an adapter or a hub name")
     verb.add_argument("--data", metavar="FILE", help="dialogues, as in train (default: the model's run's own)")
     verb.add_argument("--format", action="append", default=[], metavar="F", help="tool-call format (default: auto)")
-    verb.add_argument("--prompts", type=int, default=96, metavar="N", help="prompts for the rules (%(default)s)")
+    verb.add_argument(
+        "--prompts", type=int, default=96, metavar="N", help="prompts for the rules, at least 8 (%(default)s)"
+    )
     verb.add_argument("--group", type=int, default=8, metavar="G", help="responses per prompt (%(default)s)")
     verb.add_argument(
-        "--pilot", type=int, default=12, metavar="N", help="prompts for lemmas and theorems (%(default)s)"
+        "--pilot", type=int, default=12, metavar="N", help="prompts for lemmas and theorems, at least 4 (%(default)s)"
     )
-    verb.add_argument("--pilot-group", type=int, default=16, metavar="G", help="responses to each (%(default)s)")
+    verb.add_argument(
+        "--pilot-group", type=int, default=16, metavar="G", help="responses to each, at least 8 (%(default)s)"
+    )
     verb.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and sampling (%(default)s)")
     verb.add_argument(
         "--progress", type=float, default=0.0, metavar="X", help="training progress of reward and curriculum (0)"

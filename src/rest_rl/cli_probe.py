@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +39,7 @@ from rest_rl.analyze.probe_text import (
     as_mapping,
     format_table,
     gradient_line,
+    numbered,
     page,
     plain_advice_text,
     probe_tables,
@@ -50,10 +52,10 @@ from rest_rl.data.groups import Group
 from rest_rl.data.prompt_layout import PromptLayout, resolve_format
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.generate import end_ids
-from rest_rl.evaluate.sampling import Scoring, sample_groups
-from rest_rl.jsonl import as_json
+from rest_rl.evaluate.sampling import Scoring, check_reads, sample_groups
+from rest_rl.jsonl import as_json, reason
 from rest_rl.presets import Preset
-from rest_rl.runlog import replace_file, unwritable
+from rest_rl.runlog import replace_file
 from rest_rl.terminal import eval_bar, show_table
 from rest_rl.train.policy import load_policy, policy_tokenizer, quiet_loading
 from rest_rl.train.training_data import read_data
@@ -72,7 +74,7 @@ class Asked(NamedTuple):
 
 
 def probe(arguments: argparse.Namespace) -> int:
-    """Sample, measure, write and show; whatever a user can have got wrong is found before anything is sampled."""
+    """Sample, measure, show and write; whatever a user can have got wrong is found before anything is sampled."""
     if not arguments.debug:
         quiet_loading()
     console = Console(stderr=arguments.json)
@@ -80,16 +82,19 @@ def probe(arguments: argparse.Namespace) -> int:
     out = fresh_folder(arguments, JSON)
     config = run_of(arguments)
     asked = [ask(config, name, arguments, arguments.prompts, console) for name in formats_of(config, arguments)]
+    make_folder(out)
     with console.status("loading"):
         model, _ = load_policy(replace(config.model, dtype=config.weights_dtype))
         model.to(torch.accelerator.current_accelerator() or "cpu")
-    found = [measure(model, one, config, arguments, console) for one in asked]
+    found: list[tuple[Probe, list[GroupTokens]]] = []
+    for one in asked:
+        found.append(measure(model, one, config, arguments, console))
+        show(found[-1][0], arguments, console)
     probes = [one for one, _ in found]
+    if len(probes) > 1 and not arguments.json:
+        formats = format_table(probes)
+        show_table(formats.title, formats.header, formats.rows, console)
     write(out, title_of(arguments), probes, {one.format: tokens for one, tokens in found})
-    if arguments.json:
-        print(as_json(as_mapping(probes), indent=2))
-    else:
-        show(probes, console)
     say(console, f"{out / PAGE}, {JSON} and plots")
     return 0
 
@@ -126,6 +131,26 @@ def fresh_folder(arguments: argparse.Namespace, file: str) -> Path:
     return out
 
 
+def make_folder(out: Path) -> None:
+    """The folder of the results, tried before there are any; ValueError if nothing can be written to it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"got --out {out} ({reason(error)}), expected a folder that can be written; pass another --out"
+        ) from error
+
+
+def unwritten(out: Path, error: OSError) -> ValueError:
+    """The error for a folder that can be written no more when the results are known, and have been shown."""
+    return ValueError(
+        f"got --out {out} ({reason(error)}), expected to write the results to it; what was measured stands above, save "
+        "it from there, or make room and measure again (the same --seed gives the same figures)"
+    )
+
+
 def run_of(arguments: argparse.Namespace) -> RunConfig:
     """The run that would train this model: that of its run folder, or the package's own with the options set."""
     path, run, folder = recorded_run(arguments.model) if arguments.model else (None, None, None)
@@ -154,13 +179,15 @@ def ask(
     prompts: int,
     console: Console,
     least: int = LEAST_PROMPTS,
+    remedy: str = "add data",
 ) -> Asked:
     """So many prompts of one format, or all there are: a random part of what training would see."""
+    check_reads(scoring_of(config))
     layout = PromptLayout(policy_tokenizer(config.model), name, config.model.chat_template_kwargs)
     unmeasured = replace(config, rest=replace(config.rest, format=name), eval=replace(config.eval, prompts=0, every=0))
     samples = read_data(unmeasured, layout, lambda text: say(console, text)).samples
     if len(samples) < least:
-        raise ValueError(f"got {len(samples)} samples, expected at least {least}; add data, or ask for fewer prompts")
+        raise ValueError(f"got {len(samples)} samples, expected at least {least}; {remedy}")
     if len(samples) < prompts:
         say(console, f"{len(samples)} samples, fewer than the {prompts} prompts asked for: all are taken")
     return Asked(layout, random.Random(arguments.seed).sample(samples, min(prompts, len(samples))))
@@ -218,7 +245,8 @@ def step_of(config: RunConfig, arguments: argparse.Namespace, prompts: int, cons
     """Prompts of the step to predict: as many as asked for, or the run's, as far as so many prompts can tell."""
     wanted = prompts_per_step(config) if arguments.step is None else arguments.step
     if wanted > (most := most_per_step(prompts)):
-        say(console, f"{prompts} prompts can predict steps of {most} prompts at most, not {wanted}: taken for {most}")
+        steps = numbered(most, "prompt")
+        say(console, f"{prompts} prompts can predict steps of {steps} at most, not {wanted}: taken for {most}")
     return min(wanted, most)
 
 
@@ -264,27 +292,26 @@ def title_of(arguments: argparse.Namespace) -> str:
 
 
 def write(out: Path, title: str, probes: Sequence[Probe], tokens: Mapping[str, Sequence[GroupTokens]]) -> None:
-    """The JSON object, the page and the plots; ValueError for a folder that cannot be written."""
+    """The JSON objects, the page and the plots; ValueError for a folder that cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         pictures = {one.format: draw_probe(one, tokens[one.format], out) for one in probes}
         replace_file(out / PAGE, page(title, probes, pictures))
         replace_file(out / JSON, as_json(as_mapping(probes), indent=2) + "\n")
     except OSError as error:
-        raise unwritable(out, error) from error
+        raise unwritten(out, error) from error
 
 
-def show(probes: Sequence[Probe], console: Console) -> None:
-    """Tables, the verdict and the recommendation of each format."""
-    for one in probes:
-        for table in probe_tables(one):
-            show_table(escape(table.title), table.header, table.rows, console)
-        say(console, f"{sampled_line(one)}.\n{gradient_line(one)}\n")
-        for line in verdict(one):
-            console.print(f"• {line}.", highlight=False, markup=False)
-        console.print()
-        console.print(plain_advice_text(advice_on(one)), highlight=False, markup=False, style="bold")
-        console.print()
-    if len(probes) > 1:
-        formats = format_table(probes)
-        show_table(formats.title, formats.header, formats.rows, console)
+def show(one: Probe, arguments: argparse.Namespace, console: Console) -> None:
+    """Tables, the verdict and the recommendation of a format, or its JSON object on a line."""
+    if arguments.json:
+        print(as_json(as_mapping([one])[0]), flush=True)
+        return
+    for table in probe_tables(one):
+        show_table(escape(table.title), table.header, table.rows, console)
+    say(console, f"{sampled_line(one)}.\n{gradient_line(one)}\n")
+    for line in verdict(one):
+        console.print(f"• {line}.", highlight=False, markup=False)
+    console.print()
+    console.print(plain_advice_text(advice_on(one)), highlight=False, markup=False, style="bold")
+    console.print()

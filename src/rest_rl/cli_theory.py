@@ -14,11 +14,12 @@ from rich.markup import escape
 
 from rest_rl.analyze.gradient_variance import blocks_for
 from rest_rl.analyze.gradients import Coordinates, expected_squares
+from rest_rl.analyze.optimal_weights import NO_SPREAD
 from rest_rl.analyze.theory import (
     Theory,
     TheorySettings,
     affordable_coordinates,
-    check_spread,
+    has_spread,
     measure,
     steps,
     token_passes,
@@ -34,16 +35,18 @@ from rest_rl.cli_probe import (
     check_least,
     formats_of,
     fresh_folder,
+    make_folder,
     run_of,
     say,
     scoring_of,
     step_of,
+    unwritten,
 )
 from rest_rl.config import RunConfig
 from rest_rl.data.groups import Group
 from rest_rl.evaluate.sampling import sample_groups
 from rest_rl.jsonl import as_json
-from rest_rl.runlog import replace_file, unwritable
+from rest_rl.runlog import replace_file
 from rest_rl.terminal import show_table
 from rest_rl.train.policy import load_policy, quiet_loading
 
@@ -54,24 +57,27 @@ LONG = 600.0
 
 
 def theory(arguments: argparse.Namespace) -> int:
-    """Sample, measure, write and show; whatever a user can have got wrong is found before anything is sampled."""
+    """Sample, measure, show and write; whatever a user can have got wrong is found before anything is sampled."""
     if not arguments.debug:
         quiet_loading()
     console = Console(stderr=arguments.json)
     check_numbers(arguments)
     out = fresh_folder(arguments, JSON)
-    config = run_of(arguments)
+    config, least = run_of(arguments), FEWEST["pilot"]
     asked = ask(
         config, formats_of(config, arguments)[0], arguments, arguments.prompts + arguments.pilot, console,
         FEWEST["prompts"] + arguments.pilot,
+        "add data" + (f", or lower --pilot (to {least} at the least)" if arguments.pilot > least else ""),
     )  # fmt: skip
     settings = settings_of(arguments, config, len(asked.samples) - arguments.pilot, console)
+    make_folder(out)
     with console.status("loading"):
         model, _ = load_policy(replace(config.model, dtype=config.weights_dtype))
         model.to(torch.accelerator.current_accelerator() or "cpu")
     found, what = measured(model, asked, config, settings, arguments, console)
+    show(what, found, settings, arguments, console)
     write(out, title_of(arguments), what, found, settings)
-    show(out, what, found, settings, arguments, console)
+    say(console, f"{out / PAGE}, {JSON} and plots")
     return 0
 
 
@@ -147,7 +153,8 @@ def measured(
             ):  # fmt: skip
                 parts[-1].append(group)
                 advance("sampling")
-            check_spread(parts[0], settings)
+        if not has_spread(parts[0], settings):
+            say(console, f"{NO_SPREAD}.")
         settings = within_reach(model, parts[0], len(parts[1]), settings, console)
         pad_id = layout.tokenizer.pad_token_id
         found = measure(model, parts[0], parts[1], settings, pad_id, lambda: advance("gradients"))
@@ -175,19 +182,16 @@ def write(out: Path, title: str, what: str, found: Theory, settings: TheorySetti
         replace_file(out / PAGE, page(title, what + ".", found, settings.batch, pictures))
         replace_file(out / JSON, as_json({"measured on": what, **as_mapping(found, settings)}, indent=2) + "\n")
     except OSError as error:
-        raise unwritable(out, error) from error
+        raise unwritten(out, error) from error
 
 
-def show(
-    out: Path, what: str, found: Theory, settings: TheorySettings, arguments: argparse.Namespace, console: Console
-) -> None:
+def show(what: str, found: Theory, settings: TheorySettings, arguments: argparse.Namespace, console: Console) -> None:
     """The tables and findings, or the JSON object."""
     if arguments.json:
-        print(as_json({"measured on": what, **as_mapping(found, settings)}, indent=2))
+        print(as_json({"measured on": what, **as_mapping(found, settings)}, indent=2), flush=True)
     else:
         for table in theory_tables(found):
             show_table(escape(table.title), table.header, table.rows, console)
         say(console, f"{what}.\n")
         for line in findings(found):
             console.print(f"• {line}.", highlight=False, markup=False)
-    say(console, f"{out / PAGE}, {JSON} and plots")

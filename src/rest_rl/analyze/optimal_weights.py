@@ -20,8 +20,9 @@ from rest_rl.analyze.token_bounds import ResponseTokens
 from rest_rl.response import NUM_REGIONS, Region
 
 NO_SPREAD = (
-    "got fewer than 2 prompts whose rewards differ among the even or the odd ones of the pilot, expected more; raise "
-    "--pilot, or take data that the model neither always nor never gets right"
+    "Theorem 1 and Theorem 2 by region are left out: they hold one half of the pilot's prompts against the other, and "
+    "in a half fewer than 2 prompts have responses of different reward; for them raise --pilot, or take data that the "
+    "model neither always nor never gets right"
 )
 
 
@@ -98,12 +99,14 @@ def numerical_optimum(moments_RR: np.ndarray, shares_R: np.ndarray) -> np.ndarra
     return found.x
 
 
-def region_optimum(responses: Sequence[ResponseTokens], uncertainty_floor: float = 1e-3) -> RegionOptimum:
+def region_optimum(responses: Sequence[ResponseTokens], uncertainty_floor: float = 1e-3) -> RegionOptimum | None:
     """Theorem 2 by region: closed form, true optimum and entropy rule, each judged on prompts that it has not seen.
 
-    ValueError when a half has no response with an advantage.
+    None when fewer than 2 prompts of a half have a response with an advantage.
     """
     table = MomentTable.of(responses, uncertainty_floor)
+    if not len(table.regions):
+        return None
     names = list(SOLUTIONS)
     whole = table.mean(table.prompts)
     solved = {name: SOLUTIONS[name](whole) for name in names}
@@ -172,8 +175,6 @@ class MomentTable(NamedTuple):
         live_PR = np.diagonal(sums_PRR, axis1=1, axis2=2) > 0
         # two prompts of each half, so that one is left when one is left out
         regions = np.flatnonzero((live_PR[odd_P].sum(0) >= 2) & (live_PR[~odd_P].sum(0) >= 2))
-        if not len(regions):
-            raise ValueError(NO_SPREAD)
         bins = [[np.bincount(one.regions_T, minlength=NUM_REGIONS) for one in some] for some in own]
         betas = [
             [np.bincount(one.regions_T, one.expected_T, NUM_REGIONS) / len(one.regions_T) ** 2 for one in some]

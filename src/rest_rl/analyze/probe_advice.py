@@ -20,6 +20,8 @@ NAMED = 3
 """Regions that the verdict names."""
 MANY, CUT_OFF, EXTREME = 0.5, 0.1, 0.25
 """Shares from which on a lack of spread, cut responses and a single prompt's gradient are worth a word."""
+NO_CALL = "the format is never met (S_format is 0 for every response)"
+FORMAT_REMEDY = "check --format, or warm-start the model with `rest-rl sft` on such calls"
 PHRASES = {
     "format": "the format",
     "name": "the tool name",
@@ -52,7 +54,9 @@ def verdict(probe: Probe) -> list[str]:
 def obstacles(probe: Probe) -> Iterator[str]:
     """What keeps any weights from working."""
     own = probe.sampled
-    if own.no_spread >= MANY:
+    if misses_format(probe):
+        yield f"{NO_CALL}, so no reward differs and nothing teaches: {FORMAT_REMEDY}"
+    elif own.no_spread >= MANY:
         yield (
             f"{whole(own.no_spread)} of the groups have no spread of rewards and teach nothing: prompts of fitting "
             "difficulty matter more than weights"
@@ -68,6 +72,8 @@ def obstacles(probe: Probe) -> Iterator[str]:
 
 def signal_sentences(probe: Probe) -> Iterator[str]:
     """Which regions carry the signal, against their share of the tokens and of the gradient."""
+    if misses_format(probe):
+        return
     if not has_signal(probe):
         yield (
             f"the signal cannot be told from noise with {probe.sampled.prompts} prompts, so its shares mean nothing "
@@ -123,7 +129,7 @@ def sure_sentence(probe: Probe) -> str:
 def telling_sentence(probe: Probe) -> Iterator[str]:
     """Which region's differences go with differences in reward."""
     known = {label: facts.differences.auc for label, facts in probe.regions.items()}
-    known = {label: auc for label, auc in known.items() if math.isfinite(auc.value)}
+    known = {label: auc for label, auc in known.items() if auc.is_above(0.5, SURE)}
     if known:
         label = max(known, key=lambda name: known[name].value)
         auc = known[label]
@@ -131,6 +137,11 @@ def telling_sentence(probe: Probe) -> Iterator[str]:
             f"whether {PHRASES[label]} {verb(label, 'differ')} tells best whether the reward differs (AUC "
             f"{auc.value:.2f} ± {auc.error:.2f})"
         )
+
+
+def misses_format(probe: Probe) -> bool:
+    """Whether no response is in the format, for which no prompts of any number make up."""
+    return probe.sampled.s_format == 0 and probe.sampled.no_spread == 1
 
 
 def has_signal(probe: Probe) -> bool:
@@ -141,6 +152,8 @@ def has_signal(probe: Probe) -> bool:
 def advice_on(probe: Probe) -> Advice:
     """Weights of `rest` where their gain is beyond chance and beyond that of shuffled weights, else grpo."""
     rules = {rule.name: rule for rule in probe.rules}
+    if misses_format(probe):
+        return uniform_advice("not measurable", f"{NO_CALL}; {FORMAT_REMEDY}")
     if not has_signal(probe):
         return uniform_advice(
             "not measurable", f"with {probe.sampled.prompts} prompts the signal cannot be told from noise; take more"

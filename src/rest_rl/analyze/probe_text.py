@@ -54,7 +54,7 @@ def format_table(probes: Sequence[Probe]) -> Table:
 
 def probe_tables(probe: Probe) -> list[Table]:
     """Tokens, signal, weights and rules of one format."""
-    labels = list(probe.regions)
+    labels, step = list(probe.regions), numbered(probe.prompts_per_step, "prompt")
     return [
         Table(
             f"{probe.format}: tokens",
@@ -72,7 +72,7 @@ def probe_tables(probe: Probe) -> list[Table]:
             [(rule.name, *(f"{rule.weights[label]:.2f}" for label in labels)) for rule in probe.rules],
         ),
         Table(
-            f"{probe.format}: predicted improvement per step of {probe.prompts_per_step} prompts, against uniform",
+            f"{probe.format}: predicted improvement per step of {step}, against uniform",
             ("rule", "Adam %", "plain %", "cosine", "var/|mean|²"),
             [rule_row(rule) for rule in probe.rules],
         ),
@@ -96,7 +96,22 @@ def signal_row(label: str, facts: RegionFacts) -> tuple[str, ...]:
 def rule_row(rule: RuleFacts) -> tuple[str, ...]:
     """What a rule is predicted to do."""
     gains = (in_percent(rule.adam_gain, sign="+"), in_percent(rule.gain, sign="+"))
-    return (rule.name, *gains, in_digits(rule.cosine, 2), in_digits(rule.noise_ratio, 1))
+    return (rule.name, *gains, in_digits(bounded(rule.cosine), 2), in_digits(unless_lost(rule.noise_ratio), 1))
+
+
+def unless_lost(ratio: Estimate) -> Estimate:
+    """Not defined for a ratio with an error beyond itself: what it divides by is not told from 0."""
+    return ratio if ratio.error <= ratio.value else Estimate(math.nan, math.nan)
+
+
+def bounded(cosine: Estimate) -> Estimate:
+    """Not defined for a figure in [-1, 1] with an error beyond 1."""
+    return cosine if cosine.error <= 1 else Estimate(math.nan, math.nan)
+
+
+def numbered(number: int, noun: str) -> str:
+    """`1 prompt`, `2 prompts`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def in_digits(estimate: Estimate, digits: int, sign: str = "") -> str:

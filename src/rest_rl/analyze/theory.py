@@ -19,7 +19,7 @@ from torch import Tensor
 from rest_rl.analyze.gradient_variance import BLOCKS, GradientFigures, GradientSeries, gradient_series, norm_cap
 from rest_rl.analyze.gradients import Coordinates, expected_squares, token_statistics, weighted_gradients
 from rest_rl.analyze.group_size import GroupSizeCurve, PromptResponses, group_size_curves
-from rest_rl.analyze.optimal_weights import NO_SPREAD, ClosedFormCheck, RegionOptimum, check_closed_form, region_optimum
+from rest_rl.analyze.optimal_weights import ClosedFormCheck, RegionOptimum, check_closed_form, region_optimum
 from rest_rl.analyze.probe_gradients import (
     MEMORY,
     ROUND,
@@ -104,9 +104,10 @@ class Theory(NamedTuple):
     rank_correlation: float
     """Spearman's, of a token's 1 - exp(-H) with E_y |s_t|²."""
     bounds: dict[str, BoundChain]
-    """Theorem 1, by rule."""
+    """Theorem 1, by rule; empty where `optimum` is None."""
     closed_form: ClosedFormCheck
-    optimum: RegionOptimum
+    optimum: RegionOptimum | None
+    """None where a half of the pilot has too little spread of rewards."""
     rules: tuple[RuleFigures, ...]
     pilot: int
     """Prompts of the pilot."""
@@ -125,8 +126,7 @@ def measure(
     pad_id: int = 0,
     advance: Advance = lambda: None,
 ) -> Theory:
-    """Measure everything; `advance` is called `steps` times. ValueError, before all else, for too little spread."""
-    check_spread(pilot, settings)
+    """Measure everything; `advance` is called `steps` times. Too little spread leaves Theorem 1 and the optimum out."""
     coordinates = Coordinates.choose(model, settings.coordinates, settings.seed)
     statistics, lemma = pilot_statistics(model, pilot, pad_id)
     prompts = []
@@ -136,7 +136,9 @@ def measure(
         tokens += token_products(model, group, number, settings.token_responses, coordinates, pad_id)
         advance()
     optimum = region_optimum(tokens)
-    rules = {**theory_rules(), THEOREM: constant_rule(optimum.weights["closed form"])}
+    rules = theory_rules()
+    if optimum is not None:
+        rules[THEOREM] = constant_rule(optimum.weights["closed form"])
     figures = judged_rules(model, groups, rules, statistics, coordinates, settings, pad_id, advance)
     regions = region_tokens(tokens)
     return Theory(
@@ -145,7 +147,7 @@ def measure(
         regions=tuple(regions),
         contrast=region_contrast(tokens, regions),
         rank_correlation=rank_correlation(tokens),
-        bounds=theorem_one(tokens, rules, statistics, settings),
+        bounds={} if optimum is None else theorem_one(tokens, rules, statistics, settings),
         closed_form=check_closed_form(tokens),
         optimum=optimum,
         rules=tuple(figures),
@@ -156,12 +158,11 @@ def measure(
     )
 
 
-def check_spread(pilot: Sequence[Group], settings: TheorySettings) -> None:
-    """ValueError unless two prompts of either half of the pilot have rewards that differ."""
+def has_spread(pilot: Sequence[Group], settings: TheorySettings) -> bool:
+    """Whether two prompts of either half of the pilot have rewards that differ."""
     firsts = [group._replace(responses=group.responses[: settings.token_responses]) for group in pilot]
     live = [bool(group.advantages().any()) for group in firsts]
-    if min(sum(live[::2]), sum(live[1::2])) < 2:
-        raise ValueError(NO_SPREAD)
+    return min(sum(live[::2]), sum(live[1::2])) >= 2
 
 
 def steps(pilot: int, groups: int) -> int:

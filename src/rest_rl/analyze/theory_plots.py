@@ -19,7 +19,7 @@ def draw_theory(theory: Theory, folder: Path) -> list[Path]:
     drawn = {
         "group-size": draw_group_size(theory),
         "gradient-per-uncertainty": draw_regions(theory),
-        "bound": draw_bound(theory),
+        **({"bound": draw_bound(theory)} if theory.bounds else {}),
         "rules": draw_rules(theory),
     }
     return [Path(save(figure, folder / f"{name}.png").name) for name, figure in drawn.items()]

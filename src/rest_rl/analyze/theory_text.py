@@ -10,7 +10,18 @@ from typing import Any
 from rest_rl.analyze.estimates import Estimate, sure_errors
 from rest_rl.analyze.gradient_variance import GradientFigures
 from rest_rl.analyze.group_size import REFERENCE
-from rest_rl.analyze.probe_text import Table, bullets, in_digits, in_percent, plain
+from rest_rl.analyze.optimal_weights import NO_SPREAD, ClosedFormCheck, RegionOptimum
+from rest_rl.analyze.probe_text import (
+    DASH,
+    Table,
+    bounded,
+    bullets,
+    in_digits,
+    in_percent,
+    numbered,
+    plain,
+    unless_lost,
+)
 from rest_rl.analyze.rivals import UNIFORM
 from rest_rl.analyze.tables import markdown_table
 from rest_rl.analyze.theory import RuleFigures, Theory
@@ -29,7 +40,7 @@ READING = {
     "the largest gain L² for each token's, and 1 - exp(-H) for 1 - Σp². The errors hold L² fixed.",
     "Theorem 2": "Second moment of the gradient relative to uniform weights: what the theorem expects, and what is "
     "measured on prompts that the weights were not computed from.",
-    "Rules": "For a step of {batch} prompts. eff: expected improvement per step of given length, <E g, t> / sqrt(E|g|² "
+    "Rules": "For a step of {batch}. eff: expected improvement per step of given length, <E g, t> / sqrt(E|g|² "
     "|t|²), t the gradient of the expected reward; Adam: after its scaling by coordinate. Gains are against uniform "
     "weights on the same responses, with the norms of prompts as they are and capped. Largest: the heaviest prompt's "
     "share of the squared norms.",
@@ -56,23 +67,8 @@ def theory_tables(theory: Theory) -> list[Table]:
                 for row in theory.regions
             ],
         ),
-        Table(
-            "Theorem 1: bound and measured second moment",
-            ("rule", "E|g|²", "bound", "looseness"),
-            [
-                (name, significant(chain.measured), significant(chain.bound), f"{chain.looseness:.3g}")
-                for name, chain in theory.bounds.items()
-            ],
-        ),
-        Table(
-            "Theorem 1: the factors of the looseness",
-            ("rule", "advantage", "uncorrelated", "gain", "entropy"),
-            [
-                (name, *(significant(x) for x in (chain.advantage, chain.cross_terms, chain.gain, chain.entropy)))
-                for name, chain in theory.bounds.items()
-            ],
-        ),
-        *optimum_tables(theory),
+        *(bound_tables(theory) if theory.bounds else []),
+        *(optimum_tables(theory, theory.optimum) if theory.optimum else []),
         *rule_tables(theory.rules),
     ]
 
@@ -90,9 +86,30 @@ def lemma_one_table(theory: Theory) -> Table:
     )
 
 
-def optimum_tables(theory: Theory) -> list[Table]:
+def bound_tables(theory: Theory) -> list[Table]:
+    """Theorem 1 and what its looseness is made of."""
+    return [
+        Table(
+            "Theorem 1: bound and measured second moment",
+            ("rule", "E|g|²", "bound", "looseness"),
+            [
+                (name, significant(chain.measured), significant(chain.bound), f"{chain.looseness:.3g}")
+                for name, chain in theory.bounds.items()
+            ],
+        ),
+        Table(
+            "Theorem 1: the factors of the looseness",
+            ("rule", "advantage", "uncorrelated", "gain", "entropy"),
+            [
+                (name, *(significant(x) for x in (chain.advantage, chain.cross_terms, chain.gain, chain.entropy)))
+                for name, chain in theory.bounds.items()
+            ],
+        ),
+    ]
+
+
+def optimum_tables(theory: Theory, optimum: RegionOptimum) -> list[Table]:
     """The solutions of Theorem 2: their weights by region, and what they make of the second moment."""
-    optimum = theory.optimum
     regions = list(next(iter(optimum.weights.values())))
     return [
         Table(
@@ -141,7 +158,7 @@ def rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
                     rule.name,
                     in_digits(rule.plain.eff, 3),
                     in_digits(rule.plain.eff_adam, 4),
-                    f"{100 * rule.plain.largest_share:.0f}",
+                    in_whole_percent(rule.plain.largest_share),
                 )
                 for rule in rules
             ],
@@ -176,7 +193,15 @@ def rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
 
 def direction_cells(own: GradientFigures) -> tuple[str, ...]:
     """Size, noise and direction of one rule's gradient."""
-    return (*(significant(x) for x in (own.variance, own.mean_square, own.ratio)), in_digits(own.cosine, 2))
+    return (
+        *(significant(x) for x in (own.variance, own.mean_square, unless_lost(own.ratio))),
+        in_digits(bounded(own.cosine), 2),
+    )
+
+
+def in_whole_percent(share: float) -> str:
+    """`42`; a dash where it is not defined."""
+    return f"{100 * share:.0f}" if math.isfinite(share) else DASH
 
 
 def significant(estimate: Estimate) -> str:
@@ -195,8 +220,9 @@ def findings(theory: Theory) -> list[str]:
     """Where theory and measurement agree and where they part, in sentences."""
     return [
         *lemma_findings(theory),
-        *theorem_one_findings(theory),
-        *theorem_two_findings(theory),
+        *(theorem_one_findings(theory) if theory.bounds else []),
+        closed_form_finding(theory.closed_form),
+        NO_SPREAD if theory.optimum is None else optimum_finding(theory.optimum, sure_errors(theory.pilot)),
         *rule_findings(theory.rules, sure_errors(theory.blocks)),
     ]
 
@@ -256,19 +282,22 @@ def theorem_one_findings(theory: Theory) -> list[str]:
     return [line]
 
 
-def theorem_two_findings(theory: Theory) -> list[str]:
-    """The closed form against the minimiser, and its promise against the measurement."""
-    check, optimum = theory.closed_form, theory.optimum
+def closed_form_finding(check: ClosedFormCheck) -> str:
+    """Theorem 2's closed form against the minimiser."""
     worst = max(abs(check.entropy_excess), abs(check.gradient_excess))
+    return f"Theorem 2's closed form is scipy's minimum to {worst:.0e} on {check.responses} responses"
+
+
+def optimum_finding(optimum: RegionOptimum, errors: float) -> str:
+    """Theorem 2's promise against the measurement."""
     closed = optimum.second_moment["closed form"]
     promised = optimum.predicted["closed form"]
-    parts = abs(closed.value - promised) > sure_errors(theory.pilot) * closed.error
-    promise = (
+    parts = abs(closed.value - promised) > errors * closed.error
+    return (
         f"By region it promises {promised:.3g} of the second moment under uniform weights; on other prompts it is "
         f"{significant(closed)}{' – theory and measurement part' if parts else ''}. Cross terms between regions make "
         f"{in_percent(optimum.cross_share)} % of it"
     )
-    return [f"Theorem 2's closed form is scipy's minimum to {worst:.0e} on {check.responses} responses", promise]
 
 
 def rule_findings(rules: Sequence[RuleFigures], errors: float) -> list[str]:
@@ -317,11 +346,12 @@ def page(title: str, what: str, theory: Theory, batch: int, pictures: Sequence[P
     parts += [f"![]({path.as_posix()})" for path in pictures]
     tables = theory_tables(theory)
     for name, reading in READING.items():
-        parts += [f"## {name}", reading.format(batch=batch)]
-        for table in tables:
-            part, _, caption = table.title.partition(": ")
-            if part == name:
-                parts += [f"**{caption.capitalize()}**", markdown_table(table.header, table.rows)]
+        own = [table for table in tables if table.title.startswith(f"{name}: ")]
+        if own:
+            parts += [f"## {name}", reading.format(batch=numbered(batch, "prompt"))]
+        for table in own:
+            caption = table.title.removeprefix(f"{name}: ")
+            parts += [f"**{caption.capitalize()}**", markdown_table(table.header, table.rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -36,10 +36,7 @@ def sample_groups(
     Groups come as their batch is done, so that a caller can show how far it is; equal arguments give equal groups. The
     default reward is that of `RewardConfig()`. ValueError for one that is random.
     """
-    if isinstance(reward, RewardConfig) and reward.random:
-        raise ValueError(
-            "got reward.random = true, expected a reward that reads the responses; pass --set rest.reward.random=false"
-        )
+    check_reads(reward)
     per_batch = max(1, batch_size // group_size)
     for first in range(0, len(samples), per_batch):
         chunk = samples[first : first + per_batch]
@@ -57,6 +54,14 @@ def sample_groups(
             prompt_ids = layout.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             responses = tuple(judged(response, sample, layout, progress, reward) for response in own)
             yield Group(sample, list(prompt_ids), responses)
+
+
+def check_reads(reward: Scoring | None) -> None:
+    """ValueError for a random reward, from which nothing about the responses follows."""
+    if isinstance(reward, RewardConfig) and reward.random:
+        raise ValueError(
+            "got reward.random = true, expected a reward that reads the responses; pass --set rest.reward.random=false"
+        )
 
 
 def judged(
