@@ -190,7 +190,11 @@ def test_a_wrong_key_waits_for_no_other_request(server: Server, capsys: pytest.C
 def test_an_interrupt_waits_for_no_request(server: Server) -> None:
     server.steps = itertools.repeat(hangs)
     who = ["--endpoint", server.url, "--model", "m", "--format", "toolrl", "--timeout", "10000", "--out", "out"]
-    command = [sys.executable, "-m", "rest_rl", "eval", "tool-world", "--prompts", "5", *who]
+    hears = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # ignored in a background job
+    )
+    begin = f"{hears}; from rest_rl.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", begin, "eval", "tool-world", "--prompts", "5", *who]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         while len(server.requests) < 8 and process.poll() is None:

@@ -67,7 +67,7 @@ def test_a_limit_that_is_too_short(run_file: Path, tmp_path: Path, capsys: pytes
     assert set(kinds) == {"truncated", "no_spread"}
     assert "shorter than what the policy has to say" in kinds["truncated"]
     said = capsys.readouterr().out
-    assert said.count("of the responses hit the length limit of 4 tokens") == 1
+    assert said.count("of the responses hit the length limit of 4 tokens (steps") == 1
     assert "remedy: raise trl.max_completion_length (now 4)" in said
     main(["report", str(tmp_path / "run")])
     page = (tmp_path / "run" / "report.md").read_text()
@@ -92,7 +92,8 @@ def test_a_resumed_run_does_not_say_it_again(
 def test_steps_that_are_too_large(run_file: Path, tmp_path: Path) -> None:
     kinds = found(run_file, tmp_path / "run", "trl.learning_rate=0.3")
     assert set(kinds) == {"no_spread", "truncated"}
-    assert "the policy has forgotten it" in kinds["no_spread"]
+    assert "the policy rambles or forgets to end" in kinds["truncated"]
+    assert "hit the length limit of 20 tokens" in kinds["no_spread"]
     assert "they fitted before" in kinds["truncated"]
 
 
