@@ -42,18 +42,22 @@ def test_every_preset(preset: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "key", "value"),
     [
-        ("peft.r=8",),
-        ("trl.bf16=false", "model.attn_implementation=eager"),
-        ("trl.use_vllm=true",),
-        ("rest.preset=grpo", "trl.beta=0.01", "trl.use_bias_correction_kl=false"),
-        ("trl.adam_epsilon=1e-6", "trl.optim=adamw_bnb_8bit"),
-        (f"verl.{ROLLOUT}.name=sglang",),
+        (("peft.r=8",), f"{MODEL}.lora_alpha", 16),
+        (
+            ("trl.bf16=false", "model.attn_implementation=eager"),
+            f"{ACTOR}.fsdp_config.mixed_precision.param_dtype",
+            "fp32",
+        ),
+        (("trl.use_vllm=true",), "algorithm.rollout_correction.rollout_is", "sequence"),
+        (("rest.preset=grpo", "trl.beta=0.01", "trl.use_bias_correction_kl=false"), f"{ACTOR}.kl_loss_coef", 0.01),
+        (("trl.adam_epsilon=1e-6", "trl.optim=adamw_bnb_8bit"), f"{ACTOR}.optim.override_optimizer_config.eps", 1e-6),
+        ((f"verl.{ROLLOUT}.name=sglang",), f"{ROLLOUT}.name", "sglang"),
     ],
 )
-def test_what_else_a_run_can_ask_for(overrides: tuple[str, ...]) -> None:
-    composed(*overrides)
+def test_what_else_a_run_can_ask_for(overrides: tuple[str, ...], key: str, value: Any) -> None:
+    assert OmegaConf.select(composed(*overrides), key) == value
 
 
 def test_megatron_is_chosen_among_verl_s_files() -> None:
@@ -80,10 +84,8 @@ def test_verl_s_table_comes_last() -> None:
 def test_workers_import_our_module_and_those_of_the_run() -> None:
     ours = "rest_rl.train.verl_beside_trl"
     assert composed().actor_rollout_ref.model.external_lib == [ours]
-    assert composed(f"verl.{MODEL}.external_lib=my.library").actor_rollout_ref.model.external_lib == [
-        ours,
-        "my.library",
-    ]
+    both = composed(f"verl.{MODEL}.external_lib=another.module").actor_rollout_ref.model.external_lib
+    assert both == [ours, "another.module"]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.response_record import PLACE, WeighedBatch
 from rest_rl.train.surprise import SUMS, surprise_metrics, surprise_sums
 from rest_rl.train.tool_reward import make_tool_reward, progress_of
-from rest_rl.train.weighing import Weigher, region_metrics, sums_by_region
+from rest_rl.train.weighing import Weigher, check_method, region_metrics, sums_by_region
 from rest_rl.weights import keep_top_entropy
 
 FROM_PRESET = "preset"
@@ -97,13 +97,8 @@ class ResTConfig(GRPOConfig):
             self._flatten(self.preset)
         method = self.method()
         get_format(self.tool_format)
-        if method.weights is None and self.tool_format not in ("toolrl", "hermes"):
-            raise ValueError(
-                f"got format {self.tool_format!r} with preset {self.preset!r}, whose published code knows the tags of "
-                "toolrl and hermes alone; choose one of them, or another preset"
-            )
-        if not 0 <= self.entropy_decay < 1:
-            raise ValueError(f"got entropy_decay {self.entropy_decay}, expected a number in [0, 1)")
+        truncates = self.top_p < 1 or self.top_k > 0 or self.min_p is not None
+        check_method(method, self.tool_format, self.entropy_decay, truncates=truncates and reshapes(method))
         for name, value in TRL_SETTINGS[method.advantage].items():
             self._fill(name, value, FROM_PRESET)
         if method.epsilon_low != 0.2:
@@ -158,12 +153,6 @@ class ResTConfig(GRPOConfig):
                     f"got {setting} with preset {self.preset!r}, whose token weights would not apply to that term or "
                     "no longer have mean 1; leave it at its default, or use preset 'grpo', 'dr_grpo' or 'dapo'"
                 )
-        truncated = self.top_p < 1 or self.top_k > 0 or self.min_p is not None
-        if method.weights is not None and method.weights.rule == "collision" and truncated:
-            raise ValueError(
-                "got the rule 'collision' with top_p, top_k or min_p: its estimate needs tokens sampled from the whole "
-                "distribution; leave these at their defaults, or use the rule 'one_minus_exp'"
-            )
 
 
 def _changes(named: Any, given: Any) -> dict[str, Any] | None:

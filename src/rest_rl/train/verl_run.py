@@ -55,7 +55,7 @@ def write_prompts(
     """Write prompts, each with its split, as verl reads them; `on_refused` as in `training_dataset`.
 
     Columns: `prompt`, one message whose content is the text that the model is given; `data_source`, the split;
-    `reward_model`, with the gold as JSON text; `extra_info`, with index, id, kind and split of the sample.
+    `reward_model`, with the gold as JSON text; `extra_info`, with index, id and kind of the sample.
     """
     pairs = list(samples)
     splits = {id(sample): split for split, sample in pairs}

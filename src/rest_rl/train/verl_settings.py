@@ -21,6 +21,7 @@ from rest_rl.train.verl_names import ESTIMATOR, LOOP, PLUGIN, TRAINER
 from rest_rl.train.verl_overrides import UNSET
 from rest_rl.train.verl_refusals import check_measured, check_owned, check_refused, check_sizes, check_whole
 from rest_rl.train.verl_trl_keys import ACTOR, MODEL, ROLLOUT, copied, trl_table
+from rest_rl.train.weighing import check_method
 
 ENGINES = ("dp", "megatron")
 """verl's training engines that a run file can be said to: FSDP2 and Megatron."""
@@ -161,19 +162,12 @@ def checked_method(config: RunConfig) -> Preset:
             f"got preset {config.rest.preset!r} with run.engine = 'verl', expected one of reinforcement learning; "
             "set run.engine = 'trl' for demonstrations"
         )
-    method, decay = config.rest.resolve(), config.rest.entropy_decay
+    method = config.rest.resolve()
     if method.reward is not None and method.reward.random:
         raise ValueError(
             "got rest.reward.random = true with run.engine = 'verl', which scores each response by itself and gives it "
             "no place in the batch to draw by, expected false; set run.engine = 'trl'"
         )
-    if method.weights is None and config.rest.format not in ("toolrl", "hermes", AUTO):
-        raise ValueError(
-            f"got format {config.rest.format!r} with preset {method.name!r}, whose published code knows the tags of "
-            "toolrl and hermes alone; choose one of them, or another preset"
-        )
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"got rest.entropy_decay = {decay}, expected a number in [0, 1); change it")
     if config.model.load_in_4bit:
         raise ValueError(
             "got model.load_in_4bit = true with run.engine = 'verl', which shards weights in 16 or 32 bits, expected "
@@ -194,12 +188,9 @@ def check_terms(config: RunConfig, table: Mapping[str, Any], method: Preset) -> 
             f"got trl.beta = {table['beta']} with trl.use_bias_correction_kl = true, TRL's default, which verl does "
             "not have, expected false; set it"
         )
-    truncated = table["top_p"] < 1 or (table["top_k"] or 0) > 0
-    if method.weights is not None and method.weights.rule == "collision" and truncated:
-        raise ValueError(
-            "got the rule 'collision' with trl.top_p or trl.top_k: its estimate needs tokens sampled from the whole "
-            "distribution; leave these at their defaults, or use the rule 'one_minus_exp'"
-        )
+    truncates = table["top_p"] < 1 or (table["top_k"] or 0) > 0
+    tool_format = "toolrl" if config.rest.format == AUTO else config.rest.format
+    check_method(method, tool_format, config.rest.entropy_decay, truncates=truncates, named="trl.")
     for name, value in TRL_SETTINGS[method.advantage].items():
         asked = config.trl.get(name, value)
         if {True: "group", False: "none"}.get(asked, asked) != value:
