@@ -34,6 +34,9 @@ EMBEDDED = "embedded"
 AUTO = "auto"
 """The value of `rest.format` and `data.source` that means what the model and the file show."""
 
+ENTROPY_DECAY = 0.7
+"""Default of `rest.entropy_decay` on every engine: close to the best in each measured run (docs/results.md)."""
+
 MANY = 40
 """Keys beyond which an error does not list them all."""
 
@@ -150,16 +153,17 @@ class RestTable:
     weights: Mapping[str, Any] = field(default_factory=dict)
     reward: Mapping[str, Any] = field(default_factory=dict)
     advantage: AdvantageKind | None = None
-    entropy_decay: float | None = None
-    """Of the moving average of region entropies; without it the trainer's default."""
+    entropy_decay: float = ENTROPY_DECAY
+    """Decay per step of the moving average of region entropies; 0 uses the last step only."""
     region_weights: Mapping[str, float] = field(default_factory=dict)
     """Loss weight by region of a supervised preset, such as `name = 2.0`, 1 where absent."""
 
     def __post_init__(self) -> None:
         """ValueError for fields that the preset would not read."""
-        unread = ("weights", "reward", "advantage", "entropy_decay") if self.is_supervised else ("region_weights",)
-        for name in unread:
-            if value := getattr(self, name):
+        reinforced: dict[str, Any] = {"weights": {}, "reward": {}, "advantage": None, "entropy_decay": ENTROPY_DECAY}
+        supervised: dict[str, Any] = {"region_weights": {}}
+        for name, default in (reinforced if self.is_supervised else supervised).items():
+            if (value := getattr(self, name)) != default:
                 kind = "supervised" if self.is_supervised else "no supervised one"
                 raise ValueError(
                     f"got rest.{name} = {value} with preset {self.preset!r}, which is {kind}, expected none; remove it"
@@ -236,7 +240,8 @@ class RunConfig:
     def to_toml(self) -> str:
         """The run with every default and every field of its preset written out; reading it back gives the same run."""
         if self.rest.is_supervised:
-            method: dict[str, Any] = {"region_weights": self.rest.loss_weights()}
+            # What a supervised preset does not read is left out, or a later default would refuse the recorded one.
+            method: dict[str, Any] = {"region_weights": self.rest.loss_weights(), "entropy_decay": None}
         else:
             preset = preset_table(self.rest.resolve())
             method = {name: preset[name] for name in ("advantage", "weights", "reward") if name in preset}

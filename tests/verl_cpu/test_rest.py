@@ -86,10 +86,10 @@ def test_a_run_on_two_ranks_is_killed_and_goes_on(tmp_path):
     assert all(row["grad_norm"] > 0 for row in whole.metrics)
     assert all(row["training/rollout_probs_diff_max"] < 1e-4 for row in whole.metrics)
     # The third step is weighed by what was measured in the two before it.
-    tracker = EntropyTracker()
+    rest = RunConfig.from_toml(whole.config).rest
+    tracker = EntropyTracker(rest.entropy_decay)
     tracker.table = json.loads((folder / "checkpoints" / "global_step_2" / "rest.json").read_text(encoding="utf-8"))
-    config = RunConfig.from_toml(whole.config).rest.resolve().weights
-    weights_R = region_weights(tracker.statistics(), config)
+    weights_R = region_weights(tracker.statistics(), rest.resolve().weights)
     recorded = whole.metrics[2]["rest/rule_weight/name"]  # which the curriculum leaves alone
     assert recorded == pytest.approx(float(weights_R[Region.NAME]), rel=1e-9)
     assert whole.summary["before"]["n"] == whole.summary["after"]["n"] == 8

@@ -26,7 +26,7 @@ class EntropyTracker(TrainerCallback, ExportableState):
     keeps it, and the first step needs no correction for a start at 0.
     """
 
-    def __init__(self, decay: float = 0.0) -> None:
+    def __init__(self, decay: float) -> None:
         self.decay = decay
         self.totals_3R = torch.zeros(3, NUM_REGIONS, dtype=torch.float64)
 

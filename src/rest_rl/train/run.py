@@ -182,8 +182,7 @@ def method_fields(config: RunConfig) -> dict[str, Any]:
     if config.rest.is_supervised:
         return {}
     rest = dataclasses.asdict(config.rest)
-    for name in ("region_weights", *(["entropy_decay"] if config.rest.entropy_decay is None else [])):
-        del rest[name]
+    del rest["region_weights"]
     return {"tool_format": rest.pop("format"), **rest}
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from rest_rl.advantages import AdvantageKind, reshape
-from rest_rl.config import RestTable
+from rest_rl.config import ENTROPY_DECAY, RestTable
 from rest_rl.formats import get_format
 from rest_rl.presets import Preset, get_preset
 from rest_rl.response import NUM_REGIONS
@@ -81,8 +81,8 @@ class ResTConfig(GRPOConfig):
         metadata={"help": "Advantage to use instead of the preset's: 'grpo', 'dr_grpo' or 'dapo'."},
     )
     entropy_decay: float = field(
-        default=0.7,
-        metadata={"help": "Decay per step of the moving average of region entropies; 0 is the last step alone."},
+        default=ENTROPY_DECAY,
+        metadata={"help": "Decay per step of the moving average of region entropies; 0 uses the last step only."},
     )
     loss_type: str = field(
         default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) takes the preset's."}

@@ -17,7 +17,7 @@ from rest_rl.config import RunConfig, unknown_key
 from rest_rl.train.trl_trainer import reshapes
 from rest_rl.train.verl_overrides import UNSET
 from rest_rl.train.verl_refusals import check_refused
-from rest_rl.train.verl_settings import TAKEN_IN, VerlJob, flat_verl, verl_settings
+from rest_rl.train.verl_settings import TAKEN_IN, VerlJob, flat_verl, plugin_table, verl_settings
 from rest_rl.train.verl_trl_keys import unread_trl
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
     for path in TAKEN_IN:
         put(composed, path.split("."), settings[path])
     # TOML's own way to write a dollar, so that OmegaConf finds nothing to fill in.
-    run = config.to_toml().replace("${", "\\u0024{")
-    put(composed, ["+rest"], {"run": run, "folder": str(job.folder)})
+    table = plugin_table(config, job)
+    put(composed, ["+rest"], {**table, "run": table["run"].replace("${", "\\u0024{")})
     check_composed(composed, reshapes=reshapes(config.rest.resolve()))
     return composed
 

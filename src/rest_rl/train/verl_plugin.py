@@ -34,11 +34,10 @@ from rest_rl.formats import get_format
 from rest_rl.outcomes import Outcome
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import replace_file
-from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.tool_reward import Scored, read_gold, score_text
 from rest_rl.train.verl_log import VerlLog
 from rest_rl.train.verl_names import DATA_STATE, ESTIMATOR, STATE, TRAINER
-from rest_rl.train.verl_responses import PER_TOKEN, Responses, advantages_of_groups, reshape_batch
+from rest_rl.train.verl_responses import PER_TOKEN, PluginRun, Responses, advantages_of_groups, reshape_batch
 from rest_rl.train.weighing import Weigher
 
 PER_RESPONSE = ("uid", "rm_scores", "reward_model", "extra_info", "extra_fields", "raw_prompt")
@@ -73,11 +72,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         """Read the run that `config.rest` holds."""
         config.trainer.v1.trainer_mode = "sync"  # verl's base class asks for its own name
         super().__init__(config)
-        run = RunConfig.from_toml(config.rest.run)
-        self.run, self.method = run.run, run.rest.resolve()
-        self.format = get_format(run.rest.format)
-        decay = run.rest.entropy_decay
-        self.tracker = EntropyTracker() if decay is None else EntropyTracker(decay)
+        self.run, self.method, self.format, self.tracker = PluginRun.from_toml(config.rest.run)
         self.log = VerlLog(config.rest.folder)
 
     @property

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from rest_rl.advantages import AdvantageKind, group_advantages
-from rest_rl.formats import ToolFormat
+from rest_rl.config import RunConfig, RunTable
+from rest_rl.formats import ToolFormat, get_format
+from rest_rl.presets import Preset
 from rest_rl.response import NUM_REGIONS
 from rest_rl.runlog import Row
 from rest_rl.train.entropy_tracker import EntropyTracker
@@ -27,6 +29,22 @@ from rest_rl.train.weighing import Weigher, region_metrics, sums_by_region
 
 PER_TOKEN = ("responses", "response_mask", "entropy", "old_log_probs", "advantages")
 """verl's names of what a `TokenBatch` is made of."""
+
+
+class PluginRun(NamedTuple):
+    """What verl's trainer needs of a run."""
+
+    run: RunTable
+    method: Preset
+    format: ToolFormat
+    tracker: EntropyTracker
+
+    @classmethod
+    def from_toml(cls, text: str) -> PluginRun:
+        """Read the run file that verl's configuration carries; a wrong key or value is a ValueError."""
+        config = RunConfig.from_toml(text)
+        rest = config.rest
+        return cls(config.run, rest.resolve(), get_format(rest.format), EntropyTracker(rest.entropy_decay))
 
 
 PART = 4096

@@ -136,6 +136,11 @@ def verl_settings(config: RunConfig, job: VerlJob) -> dict[str, Any]:
     return settings
 
 
+def plugin_table(config: RunConfig, job: VerlJob) -> dict[str, str]:
+    """The table `rest` that verl's configuration carries to the plugin: the whole run file and the run folder."""
+    return {"run": config.to_toml(), "folder": str(job.folder)}
+
+
 def flat_verl(table: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
     """`[verl]` as dotted keys, `+` left out, the word null as None: what the checks read."""
     flat: dict[str, Any] = {}

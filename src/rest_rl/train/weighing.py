@@ -27,9 +27,7 @@ from rest_rl.weights import (
 )
 
 
-def check_method(
-    method: Preset, tool_format: str, entropy_decay: float | None, *, truncates: bool, named: str = ""
-) -> None:
+def check_method(method: Preset, tool_format: str, entropy_decay: float, *, truncates: bool, named: str = "") -> None:
     """ValueError for a method that could not weigh, whatever the engine.
 
     `truncates`: tokens are sampled by top-p, top-k or min-p; `named` is what the trainer's settings are named after.
@@ -39,7 +37,7 @@ def check_method(
             f"got format {tool_format!r} with preset {method.name!r}, whose published code knows the tags of "
             "toolrl and hermes alone; choose one of them, or another preset"
         )
-    if entropy_decay is not None and not 0 <= entropy_decay < 1:
+    if not 0 <= entropy_decay < 1:
         raise ValueError(f"got entropy_decay {entropy_decay}, expected a number in [0, 1); change it")
     if method.weights is not None and method.weights.rule == "collision" and truncates:
         raise ValueError(

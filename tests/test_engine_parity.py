@@ -1,0 +1,111 @@
+"""What the two engines train with by default, and that neither has a default of its own. Needs no verl."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rest_rl.config import ENTROPY_DECAY, RunConfig
+from rest_rl.presets import PRESETS
+from rest_rl.train.entropy_tracker import EntropyTracker
+from rest_rl.train.prompts import training_dataset
+from rest_rl.train.run import trainer_config, with_machine_defaults
+from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from rest_rl.train.verl_responses import PluginRun
+from rest_rl.train.verl_settings import loss_settings, plugin_table
+from rest_rl.train.verl_trl_keys import ACTOR, trl_table
+from tests.test_verl_config import JOB
+from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
+
+PLUGIN = Path(inspect.getfile(PluginRun)).with_name("verl_plugin.py")
+
+
+def run(out: Path, *overrides: str) -> RunConfig:
+    """A run with nothing set but where it writes; the command resolves the format before either engine sees it."""
+    config = with_machine_defaults(RunConfig.from_toml("", [f'run.out="{out}"', *overrides]))
+    return replace(config, rest=replace(config.rest, format="toolrl"))
+
+
+def on_trl(config: RunConfig) -> dict[str, Any]:
+    """What the trainer on TRL holds once it is built."""
+    args, tokenizer = trainer_config(config), tiny_tokenizer()
+    assert isinstance(args, ResTConfig)
+    trainer = ResTTrainer(
+        tiny_model(tokenizer),
+        args=args,
+        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        processing_class=tokenizer,
+    )
+    held: Any = trainer.args
+    return {
+        "entropy_decay": trainer.tracker.decay,
+        "method": held.method(),
+        "format": held.tool_format,
+        "clip": (held.epsilon, held.epsilon if held.epsilon_high is None else held.epsilon_high),
+        "by spread": held.scale_rewards == "group",
+        "kl": held.beta,
+        "temperature": held.temperature,
+        "seed": held.seed,
+    }
+
+
+def on_verl(config: RunConfig) -> dict[str, Any]:
+    """What the plugin reads from verl's configuration, and what verl itself is told."""
+    plugin = PluginRun.from_toml(plugin_table(config, JOB)["run"])
+    table = trl_table(config)
+    told = loss_settings(table, plugin.method)
+    return {
+        "entropy_decay": plugin.tracker.decay,
+        "method": plugin.method,
+        "format": plugin.format.name,
+        "clip": (told[f"{ACTOR}.clip_ratio_low"], told[f"{ACTOR}.clip_ratio_high"]),
+        "by spread": told["algorithm.norm_adv_by_std_in_grpo"],
+        "kl": told[f"{ACTOR}.kl_loss_coef"],
+        "temperature": table["temperature"],
+        "seed": plugin.run.seed,
+    }
+
+
+def test_the_engines_agree_on_every_default(tmp_path: Path) -> None:
+    config = run(tmp_path)
+    trl = on_trl(config)
+    assert trl == on_verl(config)
+    assert trl["entropy_decay"] == ENTROPY_DECAY == 0.7
+    assert trl["method"] == PRESETS["rest"]
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "rest"])
+def test_the_engines_agree_on_every_preset(tmp_path: Path, preset: str) -> None:
+    config = run(tmp_path, f"rest.preset={preset}")
+    assert on_trl(config) == on_verl(config)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_a_decay_reaches_both_engines(tmp_path: Path, decay: float) -> None:
+    config = run(tmp_path, f"rest.entropy_decay={decay}")
+    assert on_trl(config)["entropy_decay"] == on_verl(config)["entropy_decay"] == decay
+
+
+def test_no_engine_has_a_decay_of_its_own() -> None:
+    assert inspect.signature(EntropyTracker).parameters["decay"].default is inspect.Parameter.empty
+    assert inspect.signature(ResTConfig).parameters["entropy_decay"].default == ENTROPY_DECAY
+    assert "EntropyTracker" not in PLUGIN.read_text(encoding="utf-8")  # it takes the tracker of PluginRun
+
+
+def test_a_recorded_run_holds_the_decay_and_one_without_it_reads_the_same() -> None:
+    recorded = RunConfig.from_toml("").to_toml()
+    line = f"entropy_decay = {ENTROPY_DECAY}\n"
+    assert line in recorded
+    assert RunConfig.from_toml(recorded.replace(line, "")).to_toml() == recorded
+
+
+def test_a_supervised_preset_refuses_only_a_decay_that_was_changed() -> None:
+    config = RunConfig.from_toml("", ["rest.preset=sft", f"rest.entropy_decay={ENTROPY_DECAY}"])
+    assert "entropy_decay" not in config.to_toml()
+    for decay in (0.0, 0.5):
+        with pytest.raises(ValueError, match=rf"got rest\.entropy_decay = {decay} with preset 'sft'"):
+            RunConfig.from_toml("", ["rest.preset=sft", f"rest.entropy_decay={decay}"])
