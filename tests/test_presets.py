@@ -13,7 +13,7 @@ import torch
 from rest_rl.authors_code import authors_normalise, authors_weights
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS, get_preset, token_weights
-from rest_rl.regions import region_means, tag_regions
+from rest_rl.regions import region_means, tag_regions, token_bytes
 from rest_rl.response import Gold, Region, ToolCall, gold_from_json
 from rest_rl.scoring import PRESET_REWARDS, authors_step, score_response
 from rest_rl.weights import RegionStatistics, WeightConfig
@@ -66,6 +66,24 @@ def test_authors_code_in_one_call_leaves_the_published_gaps():
     covered = np.cumsum([len(token) for token in tokens])
     assert weights_BT[0][: len(tokens)][torch.tensor((covered > second_call) & (covered < second_call + 10))].sum() == 0
     assert weights_BT[1].sum() == 0  # nor for an unparsable response
+
+
+def test_authors_code_finds_its_weights_turn_by_turn():
+    turns = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in (TEXTS[0], TEXTS[2], TEXTS[1])]
+    result = TOKENIZER("Rome</think><think><tool_call>", add_special_tokens=False)["input_ids"]
+    ids = [*turns[0], *result, *turns[1], *result, *turns[2]]
+    lengths = [len(part) for part in (turns[0], result, turns[1], result, turns[2])]
+    mask = np.repeat([1, 0, 1, 0, 1], lengths)
+    split = token_bytes(TOKENIZER).text_pieces
+    raw = np.zeros(len(ids), dtype=np.float32)
+    raw[mask == 1] = np.concatenate([authors_weights(split(turn), 75) for turn in turns])
+    expected = authors_normalise(raw, mask)
+    weights_BT = token_weights(
+        torch.tensor([ids]), torch.from_numpy(mask)[None], TOKENIZER, preset="authors-code", step=75
+    )
+    assert weights_BT[0].tolist() == expected.tolist()
+    assert expected[: len(turns[0])].any()
+    assert expected[-len(turns[2]) :].any()
 
 
 @pytest.mark.parametrize("preset", ["rest", "paper"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from rest_rl.formats import FORMATS, get_format
-from rest_rl.regions import TIE_ORDER, decode_ids, region_means, region_sums, tag_regions, token_bytes
+from rest_rl.regions import TIE_ORDER, decode_ids, region_means, region_sums, tag_regions, token_bytes, turns
 from rest_rl.response import Region, Span, ToolCall
+from tests.test_formats import ALL
 from tests.tokenizers_in_memory import KINDS, byte_level
 
 TOKENIZERS = {name: build() for name, build in KINDS.items()}
@@ -215,14 +217,70 @@ def test_a_token_over_two_regions_takes_the_one_that_owns_most_bytes_and_the_mor
     ]  # 2 of 3 bytes
 
 
-def test_masked_tokens_are_other_and_do_not_enter_the_text():
-    # a tool result stands between two parts of a multi-turn completion; only the model's own tokens are read
-    ids, result = ids_of("<think>ab</think>"), ids_of("Rome </think>")
-    mixed = ids[:2] + result + ids[2:]
-    mask = [1, 1] + [0] * len(result) + [1] * (len(ids) - 2)
-    regions = tag(mixed, mask=mask)
-    assert [region for region, keep in zip(regions, mask, strict=True) if keep] == tag(ids)
-    assert set(regions[2 : 2 + len(result)]) == {Region.OTHER}
+MASKED = ["Rome </think>", "<think>", "[f(a=1)]", '{"name": "f", "parameters": {}}', "<tool_call>", "\n", "x"]
+"""Tool results, some of which would close or open a block of the turns around them."""
+TURNS = [
+    (thought, made, answer)
+    for thought in (None, "find 東京", "so")
+    for made, answer in (([], "It is sunny."), (MADE[:1], None), (MADE, None), (MADE[1:], "I look."), ([], "ok Zürich"))
+]
+SPECIAL = with_special(
+    *dict.fromkeys(tag for form in FORMATS.values() for tag in form.tags), "<|eom_id|>", "<|eot_id|>"
+)
+
+
+def joined(parts, results):
+    """(ids, mask) of a row: a masked result before each turn and after the last."""
+    ids, mask = list(results[0]), [0] * len(results[0])
+    for turn, result in zip(parts, results[1:], strict=True):
+        ids += [*turn, *result]
+        mask += [1] * len(turn) + [0] * len(result)
+    return ids, mask
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_row_of_several_turns_is_tagged_as_each_turn_by_itself(name, data):
+    tool_format = get_format(name)
+    tokenizer = data.draw(st.sampled_from([*TOKENIZERS.values(), SPECIAL]))
+    ends = [[], [tokenizer.eos_token_id], [*tokenizer.all_special_ids[-2:], tokenizer.eos_token_id]]
+    made = data.draw(st.lists(st.sampled_from(TURNS), min_size=1, max_size=4))
+    parts = [ids_of(tool_format.render(*turn), tokenizer) + data.draw(st.sampled_from(ends)) for turn in made]
+    result = st.sampled_from([ids_of(text, tokenizer) or [1] for text in MASKED])
+    first, last = data.draw(st.just([]) | result), data.draw(st.just([]) | result)
+    ids, mask = joined(parts, [first, *(data.draw(result) for _ in parts[1:]), last])
+    regions = tag(ids, tokenizer, tool_format, mask)
+    assert [region for region, own in zip(regions, mask, strict=True) if own] == [
+        region for turn in parts for region in tag(turn, tokenizer, tool_format)
+    ]
+    assert {region for region, own in zip(regions, mask, strict=True) if not own} <= {Region.OTHER}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_turn_of_a_row_has_its_name_reasoning_and_answer(name):
+    tool_format, end = get_format(name), BYTE_LEVEL.eos_token_id
+    texts = [tool_format.render("find 東京", MADE[:1], None), tool_format.render("so", [], "It is sunny.")]
+    parts = [[*ids_of(text), end] for text in texts]
+    ids, mask = joined(parts, [[], ids_of("24 degrees"), []])
+    regions = tag(ids, tool_format=tool_format, mask=mask)
+    pieces, text_of = token_bytes(BYTE_LEVEL).split(ids), dict.fromkeys(Region, b"")
+    for piece, region in zip(pieces, regions, strict=True):
+        text_of[Region(region)] += piece
+    assert text_of[Region.NAME] == b"get_weather"
+    assert b"sunny" in text_of[Region.ANSWER]
+    assert b"find" in text_of[Region.REASONING]
+    assert b"so" in text_of[Region.REASONING]
+    assert text_of[Region.OTHER] == b"24 degrees"
+    assert [region for i, region in zip(ids, regions, strict=True) if i == end] == [Region.FORMAT] * 2
+
+
+def test_turns_are_the_runs_of_ones_of_each_row():
+    mask_BT = np.array([[1, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=bool)
+    rows, starts, ends = turns(mask_BT)
+    expected = [(0, 0, 1), (0, 2, 4), (1, 0, 2), (3, 0, 1), (3, 3, 4)]  # the ones of rows 0 and 1 touch in memory
+    assert list(zip(rows, starts, ends, strict=True)) == expected
+    assert [len(column) for column in turns(np.zeros((2, 0), dtype=bool))] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rest_rl.advantages import AdvantageKind
 from rest_rl.authors_code import authors_normalise, authors_weights
 from rest_rl.formats import ToolFormat, get_format
-from rest_rl.regions import region_means, region_sums, tag_regions, token_bytes
+from rest_rl.regions import region_means, region_sums, tag_regions, token_bytes, turns
 from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.rewards import RewardConfig
 from rest_rl.scoring import PRESET_REWARDS, authors_step
@@ -106,7 +107,7 @@ def token_weights(
 
     Args:
         ids_BT: sampled token ids of the completions, end-of-sequence token included.
-        mask_BT: 1 for tokens that take part in the loss, 0 for padding and tool results.
+        mask_BT: 1 for tokens that take part in the loss, 0 for padding and tool results; each run of ones is one turn.
         tokenizer: a transformers fast tokenizer or a `tokenizers.Tokenizer`.
         format: "toolrl", "hermes" or a `ToolFormat` object.
         preset: a name out of `PRESETS` or a `Preset` of your own.
@@ -191,13 +192,14 @@ def _means(values: Tensor | Mapping[str, float] | None, regions_BT: Tensor, mask
 def _authors_token_weights(
     ids_BT: Tensor, mask_BT: Tensor, tokenizer: Any, tool_format: ToolFormat, step: float
 ) -> Tensor:
-    """The published code's weights, which know the tags of one format: float32 (B, T)."""
+    """The published code's weights, which know the tags of one format, turn by turn: float32 (B, T)."""
     if tool_format.name not in ("toolrl", "hermes"):
         raise ValueError(f"preset 'authors-code' got format {tool_format.name!r}, expected toolrl or hermes")
     table = token_bytes(tokenizer)
-    weights_BT = torch.zeros(ids_BT.shape, dtype=torch.float32)
-    for row, (ids, mask) in enumerate(zip(ids_BT.tolist(), mask_BT.bool(), strict=True)):
-        length = int(mask.nonzero().max()) + 1 if mask.any() else 0
-        raw = authors_weights(table.text_pieces(ids[:length]), step, trim_spaces=table.trims_offsets)
-        weights_BT[row, :length] = torch.from_numpy(authors_normalise(raw, mask[:length].numpy()))
-    return weights_BT
+    mask, raw = mask_BT.bool().numpy(), np.zeros(ids_BT.shape, dtype=np.float32)
+    for row, start, end in zip(*turns(mask), strict=True):
+        pieces = table.text_pieces(ids_BT[row, start:end].tolist())
+        raw[row, start:end] = authors_weights(pieces, step, trim_spaces=table.trims_offsets)
+    for row in range(len(raw)):
+        raw[row] = authors_normalise(raw[row], mask[row])
+    return torch.from_numpy(raw)

@@ -231,6 +231,17 @@ def _tag_ids(table: TokenBytes, tags: Sequence[str]) -> frozenset[int]:
     return frozenset(i for i in ids if i is not None)
 
 
+def turns(mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, first token, token after the last) of every run of ones, row by row: turn k of a row is its k-th run."""
+    num_rows, width = mask_BT.shape
+    apart = np.zeros((num_rows, width + 1), dtype=bool)  # a gap before each row, so that no run goes on into the next
+    apart[:, 1:] = mask_BT
+    flat = np.append(apart.ravel(), False)
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    rows = edges[::2] // (width + 1)
+    return rows, edges[::2] - rows * (width + 1), edges[1::2] - rows * (width + 1)
+
+
 def tag_regions(
     ids_BT: Tensor,
     mask_BT: Tensor,
@@ -240,10 +251,11 @@ def tag_regions(
 ) -> Tensor:
     """The region of every token: int64 (B, T); tokens that the mask leaves out are OTHER.
 
-    `find_spans` maps the text of one response to its spans (`lambda text: format.parse(text).spans`). Only unmasked
-    tokens make up the text. A token that straddles regions takes the one that owns most of its bytes (ties:
-    `TIE_ORDER`); the end-of-sequence token and the special tokens after it are FORMAT; a token without bytes, such as
-    the first part of a character under an incremental decoder, takes the region at its position.
+    `find_spans` maps the text of one turn to its spans (`lambda text: format.parse(text).spans`). Each run of ones in
+    a row's mask is one turn and is parsed on its own: pass `completion_mask * tool_mask` for rows with tool results. A
+    token that straddles regions takes the one that owns most of its bytes (ties: `TIE_ORDER`); a turn's
+    end-of-sequence token and the special tokens after it are FORMAT; a token without bytes, such as the first part of
+    a character under an incremental decoder, takes the region at its position.
     """
     if ids_BT.shape != mask_BT.shape or ids_BT.ndim != 2:
         raise ValueError(
@@ -253,10 +265,11 @@ def tag_regions(
     tag_ids = _tag_ids(table, tags)
     mask = mask_BT.detach().cpu().numpy().astype(bool)
     ids = table.known(ids_BT.detach().cpu().numpy())
-    ids_N = ids[mask]  # the unmasked tokens of all responses, one after the other
+    ids_N = ids[mask]  # the unmasked tokens of all turns, one after the other
     layout, tokens, at = _ByteLayout(), ids_N.tolist(), 0
-    for end in np.cumsum(mask.sum(-1)).tolist():
-        _lay_out_row(layout, tokens[at:end], table, tag_ids, find_spans)
+    _, starts, ends = turns(mask)
+    for end in np.cumsum(ends - starts).tolist():
+        _lay_out_turn(layout, tokens[at:end], table, tag_ids, find_spans)
         at = end
     if table.pieces_V:
         layout.token_lengths = [table.lengths_V[ids_N]]
@@ -270,7 +283,7 @@ def tag_regions(
 
 @dataclass
 class _ByteLayout:
-    """All responses end to end in bytes, one byte of padding after each, so that an empty last token stays inside."""
+    """All turns end to end in bytes, one byte of padding after each, so that an empty last token stays inside."""
 
     run_starts: list[int] = field(default_factory=lambda: [0])
     run_regions: list[int] = field(default_factory=lambda: [int(Region.OTHER)])
@@ -280,7 +293,7 @@ class _ByteLayout:
     total: int = 0
 
 
-def _lay_out_row(
+def _lay_out_turn(
     layout: _ByteLayout,
     ids: list[int],
     table: TokenBytes,
@@ -298,7 +311,7 @@ def _lay_out_row(
 
 
 def _lay_out_spans(layout: _ByteLayout, text: str, spans: Sequence[Span]) -> None:
-    """Append the runs of one response; characters become bytes on the way."""
+    """Append the runs of one turn; characters become bytes on the way."""
     bounds = [bound for span in spans for bound in (span.start, span.end)] + [len(text)]
     if not text.isascii():
         parts = [text[a:b].encode("utf-8", "surrogateescape") for a, b in zip([0, *bounds], bounds, strict=False)]
@@ -317,9 +330,10 @@ def _regions_of_tokens(layout: _ByteLayout) -> np.ndarray:
     run_regions = np.array(layout.run_regions, dtype=np.int64)
     keep = np.append(run_starts[1:] > run_starts[:-1], True)  # of runs that start together only the last has bytes
     run_starts, run_regions = run_starts[keep], run_regions[keep]
-    row_starts = np.cumsum([0, *layout.num_tokens])
+    turn_starts = np.cumsum([0, *layout.num_tokens])
     tails = [
-        slice(row_starts[row] + num_text, row_starts[row + 1]) for row, num_text in enumerate(layout.num_text_tokens)
+        slice(turn_starts[turn] + num_text, turn_starts[turn + 1])
+        for turn, num_text in enumerate(layout.num_text_tokens)
     ]
     lengths = np.concatenate([*layout.token_lengths, np.zeros(0, dtype=np.int64)])
     for tail in tails:
