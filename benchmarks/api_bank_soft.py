@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rest_rl.evaluate.api_bank import LEVELS, published_calls, soft_match
+from rest_rl.evaluate.benchmarks.api_bank import LEVELS, published_calls, soft_match
 
 PER_RUN = 150
 STAND_IN = """

@@ -29,14 +29,14 @@ from typing import Any
 
 from bfcl_mutations import Call, Sample, one_turn, several_turns
 
-from rest_rl.evaluate.bfcl.benchmark import Bfcl
-from rest_rl.evaluate.bfcl.gold import gold_of
-from rest_rl.evaluate.bfcl.groups import MULTI_TURN, categories
-from rest_rl.evaluate.bfcl.package import Version, find_package
-from rest_rl.evaluate.bfcl.sandbox import Sandbox
+from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
+from rest_rl.evaluate.benchmarks.bfcl.gold import gold_of
+from rest_rl.evaluate.benchmarks.bfcl.groups import MULTI_TURN, categories
+from rest_rl.evaluate.benchmarks.bfcl.package import Version, find_package
+from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.harness import batch_rows
-from rest_rl.evaluate.recorded import Recorded, Recording
+from rest_rl.evaluate.models.recorded import Recorded, Recording
 from rest_rl.formats import get_format
 
 REFUSED = "the call was not executed."

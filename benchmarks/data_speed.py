@@ -17,7 +17,7 @@ from pathlib import Path
 
 CHILD = """
 import resource, sys
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 code = main(["data", "check", sys.argv[1], "--json"])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(peak, file=sys.stderr)

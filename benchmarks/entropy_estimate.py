@@ -23,10 +23,10 @@ from rest_rl.config import EMBEDDED, ModelTable
 from rest_rl.data.tool_world import tool_world
 from rest_rl.presets import PRESETS
 from rest_rl.response import Region
-from rest_rl.train.entropy_tracker import COUNTS, ENTROPIES, EntropyTracker
 from rest_rl.train.policy import load_policy
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
+from rest_rl.train.weighing import COUNTS, ENTROPIES, EntropyTracker
 from rest_rl.weights import WeightConfig, region_weights
 
 DECAYS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)

@@ -36,7 +36,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rest_rl.config import RunConfig
 from rest_rl.train.footprint import estimate
-from rest_rl.train.trl_trainer import ResTConfig
+from rest_rl.train.trl.trainer import ResTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.architectures import PARAMETERS, architecture

@@ -22,7 +22,7 @@ from rest_rl.config import EMBEDDED, ModelTable
 from rest_rl.data.tool_world import tool_world
 from rest_rl.train.policy import load_policy
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 
 
 def is_stock(step: int) -> bool:

@@ -27,10 +27,9 @@ from torch import Tensor
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS
 from rest_rl.response import ToolCall
-from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.policy import embedded_model, load_tokenizer
-from rest_rl.train.verl_responses import PER_TOKEN, Responses, advantages_of_groups, reshape_batch
-from rest_rl.train.weighing import Weigher
+from rest_rl.train.verl.responses import PER_TOKEN, Responses, advantages_of_groups, reshape_batch
+from rest_rl.train.weighing import EntropyTracker, Weigher
 
 WORDS = "the user asks for a table near the station so check what is open at eight and then book it for two".split()  # noqa: SIM905
 DISTINCT, GROUP = 512, 8

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rest_rl.advantages import group_advantages, reshape, zero_spread
+from rest_rl.credit import group_advantages, reshape, zero_spread
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import tool_world
 from rest_rl.formats import get_format

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from rest_rl.compare.grid import Grid, RunName, read_grid
 from rest_rl.config import RunConfig
-from rest_rl.grid import Grid, RunName, read_grid
 
 KINDS = ("single", "parallel", "none")
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rest_rl.advantages import group_advantages, reshape, zero_spread
+from rest_rl.credit import group_advantages, reshape, zero_spread
 
 
 def test_grpo_by_hand():

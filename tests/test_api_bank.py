@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rest_rl.evaluate.api_bank import ApiBank, arguments_problem, published_calls, soft_match, spells
+from rest_rl.evaluate.benchmarks.api_bank import ApiBank, arguments_problem, published_calls, soft_match, spells
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.formats import FORMATS, get_format
 from rest_rl.response import ToolCall

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from rest_rl.evaluate.bfcl import groups
-from rest_rl.evaluate.bfcl import sandbox as sandbox_module
-from rest_rl.evaluate.bfcl.benchmark import Bfcl
-from rest_rl.evaluate.bfcl.entries import properties_of
-from rest_rl.evaluate.bfcl.package import Version
+from rest_rl.evaluate.benchmarks.bfcl import groups
+from rest_rl.evaluate.benchmarks.bfcl import sandbox as sandbox_module
+from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
+from rest_rl.evaluate.benchmarks.bfcl.entries import properties_of
+from rest_rl.evaluate.benchmarks.bfcl.package import Version
 from rest_rl.evaluate.conversation import Conversation, Reply, Request
 from rest_rl.formats import get_format
 from rest_rl.response import Gold, ToolCall

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from rest_rl.evaluate.bfcl import groups
-from rest_rl.evaluate.bfcl.entries import call_problem, properties_of, tools_of, typed
-from rest_rl.evaluate.bfcl.gold import gold_of, java_literal, javascript_literal, plausible_call
-from rest_rl.evaluate.bfcl.groups import Score, Version, official_averages, select_categories
+from rest_rl.evaluate.benchmarks.bfcl import groups
+from rest_rl.evaluate.benchmarks.bfcl.entries import call_problem, properties_of, tools_of, typed
+from rest_rl.evaluate.benchmarks.bfcl.gold import gold_of, java_literal, javascript_literal, plausible_call
+from rest_rl.evaluate.benchmarks.bfcl.groups import Score, Version, official_averages, select_categories
 from rest_rl.response import Gold, ToolCall
 
 TYPES = {"dict": "object", "float": "number", "string": "string", "integer": "integer", "array": "array",

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from rest_rl.cli import main
-from rest_rl.cli_train import free_folder
+from rest_rl.cli.app import main
+from rest_rl.cli.train import free_folder
 from rest_rl.config import RunConfig
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import RunLog, read_run
@@ -406,7 +406,7 @@ def test_report_prints_where_it_is(finished: Path, tmp_path: Path, capsys: pytes
 
 RUN_MAIN = """
 import sys
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 try:
     main(sys.argv[1:])
 except SystemExit:

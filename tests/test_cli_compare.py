@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rest_rl.cli import main
-from rest_rl.cli_compare import keep_grid
-from rest_rl.cli_grid import Job, collect, run_jobs, tail
+from rest_rl.cli.app import main
+from rest_rl.cli.compare import keep_grid
+from rest_rl.cli.jobs import Job, collect, run_jobs, tail
+from rest_rl.compare.grid import RunName, read_grid
 from rest_rl.config import RunConfig
-from rest_rl.grid import RunName, read_grid
 from rest_rl.runlog import read_run
 from tests.made_up_grid import Effect, make_grid
 from tests.sample_files import save_samples

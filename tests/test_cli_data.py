@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 from rest_rl.data.check import read_checked
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import tool_world
@@ -338,9 +338,13 @@ def test_world_writes_the_tool_world(tmp_path: Path, ending: str, capsys: pytest
 
 
 def test_the_command_is_quick_and_torch_free(rows: Path) -> None:
-    code = (
-        "import sys; from rest_rl.cli import main; main(sys.argv[1:]); print('torch' in sys.modules, file=sys.stderr)"
-    )
+    code = """
+import sys
+from rest_rl.cli import app
+
+app.main(sys.argv[1:])
+print('torch' in sys.modules, file=sys.stderr)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code, "data", "check", str(rows), "--json"], capture_output=True, text=True
     )
@@ -358,7 +362,7 @@ def test_help_has_an_example(action: str, capsys: pytest.CaptureFixture[str]) ->
 def peak_memory_of_check(path: Path) -> float:
     """Peak resident MiB of `data check` in a process of its own."""
     code = (
-        "import resource, sys; from rest_rl.cli import main; main(sys.argv[1:]); "
+        "import resource, sys; from rest_rl.cli.app import main; main(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=sys.stderr)"
     )
     done = subprocess.run(

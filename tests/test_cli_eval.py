@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from rest_rl.cli import main
-from rest_rl.data.toolrl import load_api_bank
+from rest_rl.cli.app import main
+from rest_rl.data.shapes.toolrl import load_api_bank
+from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
 from rest_rl.evaluate.harness import summarise
-from rest_rl.evaluate.tool_world_tasks import ToolWorldTasks
 from rest_rl.formats import get_format
 from tests.test_api_bank import GOLD, ROW
 

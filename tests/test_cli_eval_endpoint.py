@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 from rest_rl.config import ModelTable
-from rest_rl.data.prompt_layout import PromptLayout
-from rest_rl.evaluate.tool_world_tasks import ToolWorldTasks
+from rest_rl.data.layout import PromptLayout
+from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
 from rest_rl.formats import get_format
 from rest_rl.train.policy import embedded_model, policy_tokenizer
 from tests.model_server import Handler, Server, hangs, says, sends, serve_models
@@ -193,7 +193,7 @@ def test_an_interrupt_waits_for_no_request(server: Server) -> None:
     hears = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # ignored in a background job
     )
-    begin = f"{hears}; from rest_rl.cli import main; sys.exit(main())"
+    begin = f"{hears}; from rest_rl.cli.app import main; sys.exit(main())"
     command = [sys.executable, "-c", begin, "eval", "tool-world", "--prompts", "5", *who]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:

@@ -13,17 +13,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from rest_rl import cli_probe
-from rest_rl.analyze.probe import GroupTokens, Probe
-from rest_rl.analyze.probe_gradients import Weigher, probe_gradients, sampled_tokens
-from rest_rl.analyze.rivals import rivals
-from rest_rl.cli import main
-from rest_rl.cli_probe import scoring_of
+from rest_rl.cli import probe as cli_probe
+from rest_rl.cli.app import main
+from rest_rl.cli.probe import scoring_of
 from rest_rl.config import read_run_file
-from rest_rl.data.groups import Group
-from rest_rl.data.prompt_layout import PromptLayout
-from rest_rl.evaluate.sampling import sample_groups
+from rest_rl.data.layout import PromptLayout
 from rest_rl.presets import token_weights
+from rest_rl.probe.figures import GroupTokens, Probe
+from rest_rl.probe.measure import Weigher, probe_gradients, sampled_tokens
+from rest_rl.probe.rules import rivals
+from rest_rl.probe.sample import Group, sample_groups
 from rest_rl.regions import decode_ids
 from rest_rl.scoring import score_response
 from tests.model_families import save_family

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rest_rl.cli import main, missing_package
+from rest_rl.cli.app import main, missing_package
 from rest_rl.config import RunConfig
 from rest_rl.presets import PRESETS
 from rest_rl.train.run import trainer_config

@@ -9,12 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from rest_rl import cli_theory
-from rest_rl.analyze.estimates import Estimate
-from rest_rl.analyze.gradients import Coordinates, token_statistics
-from rest_rl.analyze.probe_gradients import regions_of
-from rest_rl.analyze.rivals import UNIFORM
-from rest_rl.analyze.theory import (
+from rest_rl.cli import theory as cli_theory
+from rest_rl.cli.app import main
+from rest_rl.data.layout import PromptLayout
+from rest_rl.jsonl import as_json
+from rest_rl.presets import PRESETS, Preset
+from rest_rl.presets import token_weights as trained_weights
+from rest_rl.probe.gradients import Coordinates, token_statistics
+from rest_rl.probe.measure import regions_of
+from rest_rl.probe.rules import UNIFORM
+from rest_rl.probe.sample import Group, sample_groups
+from rest_rl.probe.variance import Estimate
+from rest_rl.theory.measure import (
     TheorySettings,
     affordable_coordinates,
     has_spread,
@@ -26,8 +32,7 @@ from rest_rl.analyze.theory import (
     token_products,
     token_weights,
 )
-from rest_rl.analyze.theory_plots import draw_theory
-from rest_rl.analyze.theory_text import (
+from rest_rl.theory.page import (
     as_mapping,
     direction_cells,
     findings,
@@ -36,13 +41,7 @@ from rest_rl.analyze.theory_text import (
     significant,
     theory_tables,
 )
-from rest_rl.cli import main
-from rest_rl.data.groups import Group
-from rest_rl.data.prompt_layout import PromptLayout
-from rest_rl.evaluate.sampling import sample_groups
-from rest_rl.jsonl import as_json
-from rest_rl.presets import PRESETS, Preset
-from rest_rl.presets import token_weights as trained_weights
+from rest_rl.theory.plots import draw_theory
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 SETTINGS = TheorySettings(token_responses=4, batch=1, blocks=4, coordinates=20_000)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from rest_rl.analyze.compare import area_under, compare, figures, step_curves
-from rest_rl.analyze.compare_text import write_comparison
-from rest_rl.analyze.compare_verdict import verdict
+from rest_rl.compare.collect import area_under, compare, figures, step_curves
+from rest_rl.compare.grid import METHODS, Grid, RunName, is_finished, read_grid
+from rest_rl.compare.page import write_comparison
+from rest_rl.compare.verdict import verdict
 from rest_rl.config import RunConfig
-from rest_rl.grid import METHODS, Grid, RunName, is_finished, read_grid
 from rest_rl.runlog import RunLog, read_run
 from tests.made_up_grid import Effect, make_grid, make_run
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rest_rl.data.calls_in_text import written_calls
-from rest_rl.data.tool_schemas import read_tools
+from rest_rl.data.schemas import read_tools
+from rest_rl.data.shapes.chat import written_calls
 from rest_rl.formats import FORMATS
 from rest_rl.response import Gold, ToolCall
 from tests.made_up_rows import ARGUMENTS, ASKED, CALL, WEATHER, read

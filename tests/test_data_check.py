@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rest_rl.data.check import MAX_FINDINGS, CheckConfig, Report, checked_rows, prompts_of, read_checked
-from rest_rl.data.digests import DigestSet, leak_digest
 from rest_rl.data.reasons import KEEPABLE, REASONS
-from rest_rl.data.samples import ToolSample, to_json
+from rest_rl.data.samples import DigestSet, ToolSample, leak_digest, to_json
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Gold, ToolCall
 from tests.sample_files import save_samples
@@ -195,7 +194,7 @@ def test_other_values_of_the_wrong_type_are_noted(tmp_path: Path, key: str, valu
 
 
 def test_a_value_that_is_no_number_is_rejected(tmp_path: Path) -> None:
-    from rest_rl.data.gold_checks import checked_gold
+    from rest_rl.data.check import checked_gold
 
     _, found = checked_gold(sample("f", {"x": {"deep": [float("nan")]}}), ())
     assert [each.reason for each in found if each.severity == "rejected"] == ["not_a_number"]

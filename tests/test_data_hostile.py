@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 from rest_rl.data.check import CheckConfig, prompts_of, read_checked
-from rest_rl.data.loaders import SOURCES
 from rest_rl.data.reasons import KEEPABLE
 from rest_rl.data.samples import from_json, to_json
+from rest_rl.data.shapes import SOURCES
 from rest_rl.data.tool_world import tool_world
-from rest_rl.data.writing import sample_writer
+from rest_rl.data.write import sample_writer
 from rest_rl.formats import FORMATS
 from tests.made_up_rows import ASKED, HISTORY, OUTPUT, RAW, ROWS, SYSTEM, TURNS, WEATHER
 

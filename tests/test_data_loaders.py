@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rest_rl.data.check import CheckConfig
-from rest_rl.data.loaders import SOURCES, source_of
 from rest_rl.data.samples import to_json
+from rest_rl.data.shapes import SOURCES, source_of
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Gold, ToolCall
 from tests.made_up_rows import ASKED, CALL, HISTORY, RAW, ROWS, SYSTEM, one, read

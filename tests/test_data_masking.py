@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rest_rl.data.gold_checks import checked_gold
-from rest_rl.data.masking import Names, draw_names, masked, renamed
+from rest_rl.data.check import checked_gold
+from rest_rl.data.mask import Names, draw_names, masked, renamed
 from rest_rl.data.samples import Dialogue, ToolSample, decompose
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Gold, ToolCall

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from rest_rl.data import json_stream
+from rest_rl.data import reading as json_stream
 from rest_rl.data.check import CheckConfig, read_checked
+from rest_rl.data.reading import MAX_ROW_BYTES, RowError, RowReader
 from rest_rl.data.reasons import REASONS
-from rest_rl.data.rows import MAX_ROW_BYTES, RowError, RowReader
 from rest_rl.data.samples import to_json
 from rest_rl.data.tool_world import tool_world
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rest_rl.data.samples import to_json
-from rest_rl.data.tool_results import in_order_of_calls
+from rest_rl.data.shapes.chat import in_order_of_calls
 from tests.made_up_rows import ASKED, WEATHER, read
 
 SAID = {"role": "assistant", "content": "Rain."}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rest_rl.data.tool_schemas import json_type, read_tools
+from rest_rl.data.schemas import json_type, read_tools
 from tests.made_up_rows import ASKED, read
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rest_rl.data.tools_in_system import tool_text
+from rest_rl.data.shapes.chat import tool_text
 from tests.made_up_rows import ARGUMENTS, ASKED, CALL, WEATHER, WRAPPED, read
 
 CALLED = f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 from rest_rl.data.check import read_checked
-from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.layout import PromptLayout
 from rest_rl.train.prompts import IGNORED
 from rest_rl.train.sft import labelled_dataset
 from tests.model_families import DIALOGUES, family_tokenizer, save_dialogues

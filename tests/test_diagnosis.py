@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from rest_rl.diagnosis import Diagnosis, Finding, diagnose
-from rest_rl.diagnosis.history import WINDOW, Column, History, Mean, SecondMoment
-from rest_rl.diagnosis.settings import Settings
-from rest_rl.diagnosis.symptoms import SYMPTOMS
+from rest_rl.report.diagnosis import Diagnosis, Finding, diagnose
+from rest_rl.report.diagnosis.history import WINDOW, Column, History, Mean, SecondMoment
+from rest_rl.report.diagnosis.settings import Settings
+from rest_rl.report.diagnosis.symptoms import SYMPTOMS
 from rest_rl.rewards import RewardConfig
 from rest_rl.runlog import Row
-from rest_rl.train.trl_trainer import ResTConfig
+from rest_rl.train.trl.trainer import ResTConfig
 from rest_rl.weights import WeightConfig
 
 TABLE: dict[str, Any] = {

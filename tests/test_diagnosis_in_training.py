@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rest_rl.analyze.findings import findings_of
-from rest_rl.cli import main
+from rest_rl.cli.app import main
+from rest_rl.report.findings import findings_of
 from rest_rl.runlog import read_run
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from rest_rl.data.prompt_layout import PromptLayout
-from rest_rl.evaluate.chat_messages import wire_names
+from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.conversation import Reply, Request, read_reply
-from rest_rl.evaluate.endpoint import Endpoint
-from rest_rl.evaluate.pace import Pace
+from rest_rl.evaluate.models.chat_messages import wire_names
+from rest_rl.evaluate.models.endpoint import Endpoint, Pace
 from rest_rl.formats import get_format
 from rest_rl.response import ToolCall
 from tests.model_server import (

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.conversation import Reply, Request, read_reply
-from rest_rl.evaluate.endpoint import Endpoint
-from rest_rl.evaluate.endpoint_url import base_url, public_url
-from rest_rl.evaluate.token_prompts import without_end
+from rest_rl.evaluate.models.endpoint import Endpoint, base_url, public_url
+from rest_rl.evaluate.models.token_prompts import without_end
 from rest_rl.regions import decode_ids
 from rest_rl.response import ToolCall
 from tests.model_families import FAMILIES, family_tokenizer

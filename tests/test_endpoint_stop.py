@@ -11,10 +11,8 @@ import pytest
 
 from rest_rl.data.flattened_layout import Frame
 from rest_rl.evaluate.conversation import Reply
-from rest_rl.evaluate.endpoint import Endpoint
-from rest_rl.evaluate.endpoint_url import public_url, query_of, secrets_of
-from rest_rl.evaluate.flattened_requests import FlattenedRequests
-from rest_rl.evaluate.pace import Halt, StoppedError
+from rest_rl.evaluate.models.endpoint import Endpoint, Halt, StoppedError, public_url, query_of, secrets_of
+from rest_rl.evaluate.models.flattened_requests import FlattenedRequests
 from rest_rl.formats import get_format
 from tests.model_server import CALL, Server, Step, asked, drips, hangs, says, sends
 

@@ -11,13 +11,13 @@ import pytest
 
 from rest_rl.config import ENTROPY_DECAY, RunConfig
 from rest_rl.presets import PRESETS
-from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.prompts import training_dataset
 from rest_rl.train.run import trainer_config, with_machine_defaults
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
-from rest_rl.train.verl_responses import PluginRun
-from rest_rl.train.verl_settings import loss_settings, plugin_table
-from rest_rl.train.verl_trl_keys import ACTOR, trl_table
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
+from rest_rl.train.verl.responses import PluginRun
+from rest_rl.train.verl.settings import loss_settings, plugin_table
+from rest_rl.train.verl.trl_keys import ACTOR, trl_table
+from rest_rl.train.weighing import EntropyTracker
 from tests.test_verl_config import JOB
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from trl.trainer.utils import RepeatSampler
 
-from rest_rl.train.epoch_order import EpochOrder
+from rest_rl.train.trl.trainer import EpochOrder
 
 
 def stock() -> RepeatSampler:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t
 
-from rest_rl.analyze.estimates import Estimate, above_zero, jackknife, left_out, quotient, sure_errors
+from rest_rl.probe.variance import Estimate, above_zero, jackknife, left_out, quotient, sure_errors
 
 
 def test_jackknife_error_of_a_mean_is_the_textbook_one() -> None:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rest_rl.evaluate.comparison import Change, change, compare
-from rest_rl.evaluate.intervals import mcnemar, paired_difference
+from rest_rl.evaluate.compare import Change, change, compare
 from rest_rl.jsonl import as_json
+from rest_rl.statistics import mcnemar, paired_difference
 
 SUMMARY: dict[str, Any] = {
     "benchmark": "bfcl",

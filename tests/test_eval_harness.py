@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rest_rl.data.tool_world import tool_world
+from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
 from rest_rl.evaluate.conversation import Reply, Request
-from rest_rl.evaluate.eval_log import SAMPLES, EvalLog
 from rest_rl.evaluate.harness import cut, evaluate_all, summarise
-from rest_rl.evaluate.recorded import Oracle, Recorded, Recording, read_responses
-from rest_rl.evaluate.tool_world_tasks import ToolWorldTasks
+from rest_rl.evaluate.log import SAMPLES, EvalLog
+from rest_rl.evaluate.models.recorded import Oracle, Recorded, Recording, read_responses
 from rest_rl.formats import get_format
 
 FORMAT = get_format("toolrl")

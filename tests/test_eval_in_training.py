@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rest_rl.analyze.plots import draw_evaluations
-from rest_rl.analyze.report import write_report
-from rest_rl.analyze.tables import Group, evaluation_curve, group_runs
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 from rest_rl.config import RunConfig
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.evaluate.held_out import Prompt, fixed_slice
+from rest_rl.report.page import write_report
+from rest_rl.report.plots import draw_evaluations
+from rest_rl.report.tables import Group, evaluation_curve, group_runs
 from rest_rl.runlog import EVALUATIONS, RunLog, read_run
 from rest_rl.train.checkpoints import find_checkpoint
 from tests.sample_files import save_samples

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, OPTConfig, Qwen3ForCausalLM
 
-from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import Dialogue, ToolSample, decompose
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.generate import generate
-from rest_rl.evaluate.local_model import LocalModel, context_length, may_overrun
-from rest_rl.evaluate.vllm_model import VllmModel
+from rest_rl.evaluate.models.local import LocalModel, context_length, may_overrun
+from rest_rl.evaluate.models.vllm import VllmModel
 from rest_rl.regions import decode_ids
 from rest_rl.response import Gold
 from tests.model_families import DIALOGUES, FAMILIES, family_model, family_tokenizer

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rest_rl.cli_eval import add_eval
-from rest_rl.cli_eval_models import BATCH_SIZE, BFCL_BATCH_SIZE, VLLM_BATCH_SIZE, batch_size, make_plan
-from rest_rl.cli_eval_origin import STRIDE, digest_of, model_label, recorded_run, weights_digest
+from rest_rl.cli.eval_models import BATCH_SIZE, BFCL_BATCH_SIZE, VLLM_BATCH_SIZE, batch_size, make_plan
+from rest_rl.cli.eval_origin import STRIDE, digest_of, model_label, recorded_run, weights_digest
+from rest_rl.cli.evaluate import add_eval
 from rest_rl.config import EMBEDDED, ModelTable, RunConfig
 from rest_rl.train.policy import embedded_model, hub_commit
 

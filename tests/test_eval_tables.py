@@ -14,19 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rest_rl.analyze.eval_layout import eval_tables, model_names
-from rest_rl.analyze.eval_tables import (
+from rest_rl.cli.terminal import show_table
+from rest_rl.evaluate.layout import eval_tables, model_names
+from rest_rl.evaluate.radar import draw_radar
+from rest_rl.evaluate.tables import (
     comparison_markdown,
     comparison_tables,
     csv_tables,
+    escaped,
     latex_tables,
     markdown_tables,
     terminal_table,
     write_tables,
 )
-from rest_rl.analyze.latex import escaped
-from rest_rl.analyze.radar import draw_radar
-from rest_rl.terminal import show_table
 
 PIN = "bfcl-eval 2025.6.14 (BFCL v3)"
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
@@ -345,8 +345,8 @@ def test_a_picture_is_drawn(tmp_path: Path, number: int) -> None:
 def test_bars_are_told_from_polygons() -> None:
     from matplotlib.figure import Figure
 
-    from rest_rl.analyze.eval_layout import Cell
-    from rest_rl.analyze.radar import draw_bars, draw_polygons
+    from rest_rl.evaluate.layout import Cell
+    from rest_rl.evaluate.radar import draw_bars, draw_polygons
 
     axes = draw_polygons(Figure(), ["a", "b", "c"], {"m": [Cell(0.5), Cell(1.0), Cell(0.0)]})
     (line,) = axes.lines

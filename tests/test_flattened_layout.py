@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 from rest_rl.config import RunConfig
-from rest_rl.data.flattened import history_of, tools_of
 from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of, history_text, tools_text
-from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, to_json
-from rest_rl.data.toolrl import load_toolrl
-from rest_rl.evaluate.bfcl.benchmark import Bfcl
+from rest_rl.data.shapes.flattened import history_of, tools_of
+from rest_rl.data.shapes.toolrl import load_toolrl
+from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
 from rest_rl.evaluate.conversation import Reply
 from rest_rl.formats import get_format
 from rest_rl.response import Gold

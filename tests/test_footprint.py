@@ -14,7 +14,7 @@ from rest_rl.config import RunConfig
 from rest_rl.train.footprint import Footprint, estimate, footprint_rows, this_device
 from rest_rl.train.memory_shares import GIB, OPTIMIZER_BYTES, Device
 from rest_rl.train.model_size import cache_bytes, cache_bytes_per_token, layer_activation_bytes, model_size
-from rest_rl.train.trl_trainer import ResTConfig
+from rest_rl.train.trl.trainer import ResTConfig
 from tests.architectures import PARAMETERS, architecture, qwen3
 
 H100 = Device("NVIDIA H100 80GB HBM3", int(79.1 * GIB))

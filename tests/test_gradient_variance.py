@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from rest_rl.analyze.estimates import Estimate
-from rest_rl.analyze.gradient_variance import (
+from rest_rl.probe.variance import (
+    Estimate,
     GradientFigures,
     Half,
     Sums,

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from rest_rl.analyze.gradients import (
+from rest_rl.loss import clipped_surrogate
+from rest_rl.probe.gradients import (
     Coordinates,
     draw_distinct,
     expected_squares,
@@ -10,7 +11,6 @@ from rest_rl.analyze.gradients import (
     token_statistics,
     weighted_gradients,
 )
-from rest_rl.loss import clipped_surrogate
 from tests.tiny_policy import tiny_model, tiny_tokenizer
 
 PROMPT = [5, 9, 2]

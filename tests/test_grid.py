@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rest_rl.analyze.tables import flatten
+from rest_rl.compare.grid import DEFAULT_METHODS, METHODS, Grid, RunName, read_grid
 from rest_rl.config import parse_toml
-from rest_rl.grid import DEFAULT_METHODS, METHODS, Grid, RunName, read_grid
+from rest_rl.report.tables import flatten
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

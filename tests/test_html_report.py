@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from rest_rl.analyze.html_report import MOST_POINTS, condensed, page_data, source_hash, write_html_report
-from rest_rl.analyze.html_responses import MAX_CHARACTERS, MISSING, thinned
-from rest_rl.analyze.report import write_report
-from rest_rl.analyze.tables import Curve
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 from rest_rl.config import RunConfig, parse_toml
-from rest_rl.diagnosis import diagnose
+from rest_rl.report.diagnosis import diagnose
+from rest_rl.report.html import MOST_POINTS, condensed, page_data, source_hash, write_html_report
+from rest_rl.report.page import write_report
+from rest_rl.report.responses import MAX_CHARACTERS, MISSING, thinned
+from rest_rl.report.tables import Curve
 from rest_rl.response import Region
 from rest_rl.runlog import RunLog, read_run
 from tests.chromium import Page, open_browser

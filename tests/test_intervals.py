@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from rest_rl.evaluate.intervals import mcnemar, paired_difference, weighted_mean, wilson
-from rest_rl.significance import Interval
+from rest_rl.statistics import Interval, mcnemar, paired_difference, weighted_mean, wilson
 
 COUNTS = st.integers(0, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 FLIPS = st.integers(0, 500).flatmap(

@@ -11,8 +11,8 @@ import torch
 
 from rest_rl.presets import get_preset
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.tool_reward import progress_of
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from rest_rl.train.reward import progress_of
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
 
 PATH = Path(__file__).parents[1] / "examples" / "rest_in_one_page.py"

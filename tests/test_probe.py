@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from rest_rl.analyze.estimates import Estimate
-from rest_rl.analyze.probe import (
+from rest_rl.data.samples import ToolSample
+from rest_rl.jsonl import as_json
+from rest_rl.probe.advice import advice_on, verdict
+from rest_rl.probe.figures import (
     DifferenceFacts,
     GradientFacts,
     GroupTokens,
@@ -31,13 +33,11 @@ from rest_rl.analyze.probe import (
     signal_and_noise,
     token_facts,
 )
-from rest_rl.analyze.probe_advice import advice_on, verdict
-from rest_rl.analyze.probe_gradients import Judge, grpo_weights, region_and_true_weights
-from rest_rl.analyze.probe_text import as_mapping, page, probe_tables
-from rest_rl.analyze.rivals import SHUFFLED, UNIFORM, rivals
-from rest_rl.data.groups import Group, Response
-from rest_rl.data.samples import ToolSample
-from rest_rl.jsonl import as_json
+from rest_rl.probe.measure import Judge, grpo_weights, region_and_true_weights
+from rest_rl.probe.page import as_mapping, page, probe_tables
+from rest_rl.probe.rules import SHUFFLED, UNIFORM, rivals
+from rest_rl.probe.sample import Group, Response
+from rest_rl.probe.variance import Estimate
 from rest_rl.response import NUM_REGIONS, Gold, Region
 
 FORMAT, NAME, REASONING = Region.FORMAT, Region.NAME, Region.REASONING

@@ -11,7 +11,7 @@ from rest_rl.presets import PRESETS
 from rest_rl.response import Gold, ToolCall
 from rest_rl.rewards import RewardConfig, random_rewards
 from rest_rl.train.prompts import render_prompt, training_dataset
-from rest_rl.train.tool_reward import make_tool_reward, progress_of
+from rest_rl.train.reward import make_tool_reward, progress_of
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
 

@@ -14,7 +14,7 @@ from rest_rl.train.footprint import Footprint, estimate
 from rest_rl.train.memory_shares import GIB, Device, Sharding
 from rest_rl.train.policy import lora_config
 from rest_rl.train.run import trainer_config
-from rest_rl.train.trl_trainer import ResTConfig
+from rest_rl.train.trl.trainer import ResTConfig
 from tests.architectures import architecture
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rest_rl.analyze.palette import REGION_COLOURS
-from rest_rl.analyze.plots import gaps, with_gaps
-from rest_rl.analyze.report import write_report
-from rest_rl.analyze.tables import comparison_rows, curve, group_runs, markdown_table, mean_and_sd, smoothed
 from rest_rl.config import RunConfig
+from rest_rl.report.page import write_report
+from rest_rl.report.palette import REGION_COLOURS
+from rest_rl.report.plots import gaps, with_gaps
+from rest_rl.report.tables import comparison_rows, curve, group_runs, markdown_table, mean_and_sd, smoothed
 from rest_rl.response import Region
 from rest_rl.runlog import RunLog, read_run
 

@@ -10,15 +10,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PrinterCallback
 
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 from rest_rl.formats import FORMATS
 from rest_rl.regions import decode_ids, tag_regions, token_lengths
 from rest_rl.response import Region
 from rest_rl.runlog import read_run
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.response_record import PLACE, KeepLast, ResponseRecord, WeighedBatch, recorded_reward
-from rest_rl.train.tool_reward import make_tool_reward
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from rest_rl.train.record import PLACE, KeepLast, ResponseRecord, WeighedBatch, recorded_reward
+from rest_rl.train.reward import make_tool_reward
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.sample_files import save_samples
 from tests.test_cli import RUN
 from tests.tiny_policy import history, parameters, tiny_model, tiny_samples, tiny_settings, tiny_tokenizer

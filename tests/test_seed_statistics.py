@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import nct, t, ttest_rel
 
-from rest_rl.analyze.seed_statistics import (
+from rest_rl.compare.statistics import (
     DRAWS,
     detectable,
     first_at,

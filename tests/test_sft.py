@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 from rest_rl.config import RunConfig
-from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.layout import PromptLayout
 from rest_rl.formats import as_demonstrated, get_format
 from rest_rl.presets import SUPERVISED
 from rest_rl.regions import tag_regions

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rest_rl.significance import Interval, q_values
+from rest_rl.statistics import Interval, q_values
 
 
 def test_an_interval_that_is_not_known_excludes_nothing() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rest_rl.train.surprise import surprise_metrics, surprise_sums
+from rest_rl.train.weighing import surprise_metrics, surprise_sums
 from tests.test_trl_trainer import history, rest_trainer, tokenizer, trained  # noqa: F401
 
 

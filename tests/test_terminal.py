@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
+from rest_rl.cli.terminal import Screen, coloured, printable, say
 from rest_rl.response import Region
-from rest_rl.terminal import Screen, coloured, printable, say
 
 TITLE_AND_CLEAR = "\x1b]0;owned\x07\x1b[2J"
 

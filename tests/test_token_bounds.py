@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from rest_rl.analyze.token_bounds import (
+from rest_rl.response import Region
+from rest_rl.theory.token_bounds import (
     ResponseTokens,
     bound_chain,
     gain_square,
@@ -13,7 +14,6 @@ from rest_rl.analyze.token_bounds import (
     region_contrast,
     region_tokens,
 )
-from rest_rl.response import Region
 
 
 def response(prompt, advantage, expected, collisions, gram=None, regions=None, entropies=None):
@@ -104,7 +104,7 @@ def test_weights_enter_squared():
 def test_largest_advantage_is_that_of_one_against_all_others():
     from torch import tensor
 
-    from rest_rl.advantages import group_advantages
+    from rest_rl.credit import group_advantages
 
     rewards = tensor([1.0] + [0.0] * 7)
     assert largest_advantage(8) == pytest.approx(float(group_advantages(rewards, 8).max()), rel=1e-3)

@@ -8,7 +8,7 @@ from trl import GRPOConfig
 from rest_rl.presets import PRESETS, Preset
 from rest_rl.rewards import RewardConfig
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, reshapes
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, reshapes
 from rest_rl.weights import WeightConfig
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
 

@@ -12,16 +12,16 @@ import torch
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from rest_rl.advantages import reshape
+from rest_rl.credit import reshape
 from rest_rl.formats import FORMATS
 from rest_rl.loss import clipped_surrogate
 from rest_rl.presets import PRESETS
 from rest_rl.regions import tag_regions
 from rest_rl.response import NUM_REGIONS, Region
-from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.tool_reward import make_tool_reward
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from rest_rl.train.reward import make_tool_reward
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
+from rest_rl.train.weighing import EntropyTracker
 from rest_rl.weights import apply_curriculum, assign_weights, region_weights
 from tests.tiny_policy import (
     history,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rest_rl.config import RunConfig, read_run_file
-from rest_rl.train import verl_trl_keys as keys
-from rest_rl.train.verl_config import VerlJob, unread_trl, verl_settings
+from rest_rl.train.verl import trl_keys as keys
+from rest_rl.train.verl.config import VerlJob, unread_trl, verl_settings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = [path for path in sorted(CONFIGS.glob("*.toml")) if not path.name.startswith(("compare-", "sft-"))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rest_rl.config import apply_overrides
-from rest_rl.train.verl_overrides import verl_change
+from rest_rl.train.verl.overrides import verl_change
 
 VALUES = {
     "true": True,

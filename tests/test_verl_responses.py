@@ -11,21 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rest_rl.advantages import group_advantages
+from rest_rl.credit import group_advantages
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS
-from rest_rl.train import verl_responses
-from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
-from rest_rl.train.verl_responses import (
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
+from rest_rl.train.verl import responses as verl_responses
+from rest_rl.train.verl.responses import (
     PER_TOKEN,
     Responses,
     advantages_of_groups,
     reshape_batch,
     share_without_spread,
 )
-from rest_rl.train.weighing import Weigher
+from rest_rl.train.weighing import EntropyTracker, Weigher
 from rest_rl.weights import WeightConfig
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
 

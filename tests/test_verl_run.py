@@ -10,27 +10,27 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from rest_rl.cli import main, split_overrides
-from rest_rl.cli_train import verl_overrides
-from rest_rl.cli_verl import is_unmeasured
+from rest_rl.cli.app import main, split_overrides
+from rest_rl.cli.train import verl_overrides
+from rest_rl.cli.verl import is_unmeasured
 from rest_rl.config import RunConfig, apply_overrides
-from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
-from rest_rl.outcomes import Outcome
 from rest_rl.response import Gold
 from rest_rl.runlog import RunLog, read_run
+from rest_rl.statistics import Outcome
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import load_tokenizer
-from rest_rl.train.verl_follow import Follower, following
-from rest_rl.train.verl_log import VerlLog
-from rest_rl.train.verl_names import STATE
-from rest_rl.train.verl_run import (
+from rest_rl.train.verl.follow import Follower, following
+from rest_rl.train.verl.launch import (
     find_verl_checkpoint,
     total_steps,
     write_agent_loops,
     write_prompts,
     write_tokenizer,
 )
+from rest_rl.train.verl.log import VerlLog
+from rest_rl.train.verl.names import STATE
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
 # Files
@@ -149,7 +149,7 @@ def test_the_agent_loop_is_named_where_verl_reads_it(tmp_path):
     write_agent_loops(tmp_path)
     assert (
         json.loads((tmp_path / "agent_loops.yaml").read_text())[0]["_target_"]
-        == "rest_rl.train.verl_plugin.RenderedPromptLoop"
+        == "rest_rl.train.verl.plugin.RenderedPromptLoop"
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.tool_world import SPLITS, demonstration, is_held_out_name, is_held_out_value, tool_world
 from rest_rl.evaluate.generate import generate
 from rest_rl.formats import get_format

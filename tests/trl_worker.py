@@ -10,7 +10,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.tiny_policy import (
     history,
     parameters,

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rest_rl.advantages import group_advantages, reshape
+    from rest_rl.credit import group_advantages, reshape
     from rest_rl.data.samples import Dialogue, ToolSample, decompose
     from rest_rl.formats import FORMATS, ToolFormat, get_format
     from rest_rl.loss import clipped_surrogate, token_entropy
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from rest_rl.response import Gold, ParsedResponse, Region, Span, ToolCall
     from rest_rl.rewards import Reward, RewardConfig, exact_match, score
     from rest_rl.scoring import score_response
-    from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+    from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
     from rest_rl.weights import RegionStatistics, WeightConfig, apply_curriculum, assign_weights, region_weights
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "advantages": ("group_advantages", "reshape"),
+    "credit": ("group_advantages", "reshape"),
     "data.samples": ("Dialogue", "ToolSample", "decompose"),
     "formats": ("FORMATS", "ToolFormat", "get_format"),
     "loss": ("clipped_surrogate", "token_entropy"),
@@ -33,7 +33,7 @@ _HOMES = {
     "response": ("Gold", "ParsedResponse", "Region", "Span", "ToolCall"),
     "rewards": ("Reward", "RewardConfig", "exact_match", "score"),
     "scoring": ("score_response",),
-    "train.trl_trainer": ("ResTConfig", "ResTTrainer"),
+    "train.trl.trainer": ("ResTConfig", "ResTTrainer"),
     "weights": ("RegionStatistics", "WeightConfig", "apply_curriculum", "assign_weights", "region_weights"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from rest_rl.cli import main
+from rest_rl.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

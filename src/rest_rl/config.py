@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import tomli_w
 
-from rest_rl.advantages import AdvantageKind
+from rest_rl.credit import AdvantageKind
 from rest_rl.jsonl import reason
 from rest_rl.presets import SUPERVISED, Preset, get_preset
 

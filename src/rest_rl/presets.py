@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rest_rl.advantages import AdvantageKind
 from rest_rl.authors_code import authors_normalise, authors_weights
+from rest_rl.credit import AdvantageKind
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.regions import region_means, region_sums, tag_regions, token_bytes, turns
 from rest_rl.response import NUM_REGIONS, Region
@@ -103,7 +103,7 @@ def token_weights(
 ) -> Tensor:
     """The gradient weight of every sampled token: float32 (B, T), mean 1 over each response, 0 where masked.
 
-    Multiply them into the advantages (`rest_rl.advantages.reshape`) and leave the engine's loss as it is.
+    Multiply them into the advantages (`rest_rl.credit.reshape`) and leave the engine's loss as it is.
 
     Args:
         ids_BT: sampled token ids of the completions, end-of-sequence token included.

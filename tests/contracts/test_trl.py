@@ -11,11 +11,11 @@ import torch
 from transformers.trainer_callback import ExportableState, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
-from rest_rl.advantages import reshape
+from rest_rl.credit import reshape
 from rest_rl.loss import clipped_surrogate
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.tool_reward import make_tool_reward
-from rest_rl.train.trl_trainer import FROM_PRESET, ResTConfig, ResTTrainer
+from rest_rl.train.reward import make_tool_reward
+from rest_rl.train.trl.trainer import FROM_PRESET, ResTConfig, ResTTrainer
 from tests.test_trl_trainer import batch_far_from_its_policy
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rest_rl.config import RunConfig, read_run_file
-from rest_rl.train.verl_config import compose_config, leaves, verl_settings
-from rest_rl.train.verl_overrides import verl_change
+from rest_rl.train.verl.config import compose_config, leaves, verl_settings
+from rest_rl.train.verl.overrides import verl_change
 from tests.test_verl_config import ACTOR, MODEL, RECIPES, ROLLOUT, RUN, SMALL, gpus_of, shown
 
 pytestmark = pytest.mark.verl
@@ -82,7 +82,7 @@ def test_verl_s_table_comes_last() -> None:
 
 
 def test_workers_import_our_module_and_those_of_the_run() -> None:
-    ours = "rest_rl.train.verl_beside_trl"
+    ours = "rest_rl.train.verl.beside_trl"
     assert composed().actor_rollout_ref.model.external_lib == [ours]
     both = composed(f"verl.{MODEL}.external_lib=another.module").actor_rollout_ref.model.external_lib
     assert both == [ours, "another.module"]

@@ -53,8 +53,8 @@ def test_entropies_and_log_probabilities_stay_in_the_queue():
 
 
 def test_the_batch_is_found_in_the_queue_under_these_names():
-    from rest_rl.train.verl_plugin import PER_RESPONSE
-    from rest_rl.train.verl_responses import PER_TOKEN
+    from rest_rl.train.verl.plugin import PER_RESPONSE
+    from rest_rl.train.verl.responses import PER_TOKEN
 
     modules = ("trainer.ppo.v1.trainer_base", "experimental.agent_loop.agent_loop", "utils.dataset.rl_dataset")
     source = "".join(inspect.getsource(importlib.import_module(f"verl.{name}")) for name in modules)
@@ -81,7 +81,7 @@ def test_the_registries_and_the_driver_of_a_run():
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
     from verl.trainer.ppo.v1 import get_trainer_cls
 
-    from rest_rl.train import verl_plugin
+    from rest_rl.train.verl import plugin as verl_plugin
 
     assert get_trainer_cls("rest") is verl_plugin.ReSTPPOTrainer
     assert get_adv_estimator_fn("rest_group") is verl_plugin.group_advantage

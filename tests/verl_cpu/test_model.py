@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from rest_rl.config import ModelTable
 from rest_rl.runlog import read_run
 from rest_rl.train.policy import embedded_model, load_policy, load_tokenizer
-from rest_rl.train.verl_model import joined, merge_model, targets
+from rest_rl.train.verl.model import joined, merge_model, targets
 from tests.verl_cpu.shards import drawn_model, save_checkpoint
 from tests.verl_cpu.test_rest import run_file, train
 from tests.verl_cpu.tiny import CPU_SETTINGS, run_cpu

@@ -17,10 +17,10 @@ from rest_rl.config import RunConfig, read_run_file
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Region
 from rest_rl.runlog import read_rows, read_run
-from rest_rl.train.entropy_tracker import EntropyTracker
 from rest_rl.train.policy import load_policy
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
+from rest_rl.train.weighing import EntropyTracker
 from rest_rl.weights import region_weights
 from tests.verl_cpu.tiny import CPU_SETTINGS, LOG, run_cpu, started
 

@@ -15,16 +15,16 @@ import transfer_queue as tq
 from rich.console import Console
 from verl.trainer.ppo.v1 import register_trainer
 
-from rest_rl.cli_train import laid_out
-from rest_rl.cli_verl import place_files, prepare
+from rest_rl.cli.train import laid_out
+from rest_rl.cli.verl import place_files, prepare
 from rest_rl.config import read_run_file
 from rest_rl.runlog import RunLog
 from rest_rl.train.checkpoints import Checkpoint
-from rest_rl.train.training_data import read_data
-from rest_rl.train.verl_config import compose_config
-from rest_rl.train.verl_plugin import ReSTPPOTrainer, listed
-from rest_rl.train.verl_responses import PER_TOKEN
-from rest_rl.train.verl_run import run_on_ray
+from rest_rl.train.prompts import read_data
+from rest_rl.train.verl.config import compose_config
+from rest_rl.train.verl.launch import run_on_ray
+from rest_rl.train.verl.plugin import ReSTPPOTrainer, listed
+from rest_rl.train.verl.responses import PER_TOKEN
 from rest_rl.weights import REGIONS
 
 MODES = {"stock": ("sync", "grpo"), "recording": ("recording", "rest_group"), "silent": ("silent", "rest_group")}

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rest_rl.data.flattened import FORMAT, HEADING, tool_list_span
-from rest_rl.data.json_text import load_json
-from rest_rl.data.loaders import get_loader, source_of
-from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.layout import PromptLayout
+from rest_rl.data.reading import Row, RowError, RowReader, load_json
 from rest_rl.data.reasons import RowRejectedError
-from rest_rl.data.rows import Row, RowError, RowReader
 from rest_rl.data.samples import ToolSample
+from rest_rl.data.shapes import get_loader, source_of
+from rest_rl.data.shapes.flattened import FORMAT, HEADING, tool_list_span
 from rest_rl.formats import OpenedThinkFormat, ToolFormat
 
 SOURCES = ("toolrl", "samples")
@@ -124,7 +123,7 @@ def tools_text(tools: Sequence[Message]) -> str:
 def history_text(messages: Sequence[Message]) -> str:
     """The history as ToolRL flattens it, thoughts (`reasoning_content`) included; system messages are left out.
 
-    `rest_rl.data.flattened.history_of` reads it back but for the thoughts. JSON is written in ASCII, as published.
+    `rest_rl.data.shapes.flattened.history_of` reads it back but for the thoughts. JSON is ASCII, as published.
     """
     paragraphs: list[list[str]] = []
     calls: Sequence[Message] = ()

@@ -12,9 +12,9 @@ from threading import Event, Lock
 from typing import Any
 
 from rest_rl.evaluate.conversation import Benchmark, Conversation, Model, Reply
-from rest_rl.evaluate.eval_log import EvalLog, Row
-from rest_rl.evaluate.intervals import wilson
+from rest_rl.evaluate.log import EvalLog, Row
 from rest_rl.formats import ToolFormat
+from rest_rl.statistics import wilson
 
 OVERALL = "overall"
 

@@ -14,9 +14,9 @@ from rest_rl.config import EvalTable
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.generate import generate
 from rest_rl.formats import ToolFormat
-from rest_rl.outcomes import Outcome, summarise
 from rest_rl.regions import decode_ids
 from rest_rl.rewards import accuracy_score, exact_match, format_score
+from rest_rl.statistics import Outcome, summarise
 
 
 class Prompt(NamedTuple):

@@ -18,19 +18,19 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from rest_rl.config import RunConfig, describe, fits, options, parse_toml, unknown_key
-from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
-from rest_rl.diagnosis import Diagnosis, Finding
-from rest_rl.diagnosis.history import step_of
 from rest_rl.formats import get_format
+from rest_rl.report.diagnosis import Diagnosis, Finding
+from rest_rl.report.diagnosis.history import step_of
 from rest_rl.runlog import CHECKPOINTS, EVALUATIONS, METRICS, RunLog, read_rows, unwritable
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import new_adapter, quiet_loading
 from rest_rl.train.prompts import OnRefused, training_dataset
-from rest_rl.train.response_record import KeepLast, ResponseRecord, recorded_reward
+from rest_rl.train.record import KeepLast, ResponseRecord, recorded_reward
+from rest_rl.train.reward import make_tool_reward
 from rest_rl.train.sft import region_trainer
-from rest_rl.train.tool_reward import make_tool_reward
-from rest_rl.train.trl_trainer import ResTConfig, ResTTrainer, steps_per_generation
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, steps_per_generation
 
 WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
 """Parts of the names of what differs from run to run, or after a resume, and so stays out of the metrics."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
-from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import tag_regions

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rest_rl.data.prompt_layout import PromptLayout
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, decompose
 from rest_rl.data.tool_world import FILLER, Decision, corrupted_demonstration, demonstration, dialogues
 from rest_rl.train.prompts import IGNORED, encode

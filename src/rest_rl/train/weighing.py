@@ -6,17 +6,20 @@ float64 are not to be had on every device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from rest_rl.formats import ToolFormat
 from rest_rl.presets import Preset, token_weights
 from rest_rl.regions import region_sums, tag_regions
-from rest_rl.response import Region
+from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.weights import (
     RegionStatistics,
     apply_curriculum,
@@ -25,6 +28,84 @@ from rest_rl.weights import (
     normalise,
     region_weights,
 )
+
+COUNTS, ENTROPIES, COLLISIONS = range(3)
+
+
+class EntropyTracker(TrainerCallback, ExportableState):
+    """Moving sums S <- decay * S + s over optimizer steps; the quotient of two of them is a region's mean.
+
+    s are the sums over the global batch of a step (all micro-batches, all processes), so the averages are the same on
+    every process. Sums instead of means: a region with few tokens in a step moves its average little, one with none
+    keeps it, and the first step needs no correction for a start at 0.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.totals_3R = torch.zeros(3, NUM_REGIONS, dtype=torch.float64)
+
+    def update(self, sums_3R: Tensor) -> None:
+        """Take in the global sums of one optimizer step; sums that are not finite are left out."""
+        if torch.isfinite(sums_3R).all():
+            self.totals_3R = self.decay * self.totals_3R + sums_3R.cpu()
+
+    def statistics(self) -> RegionStatistics | None:
+        """Counts and means by region, NaN for a region never seen; None before the first step."""
+        counts_R = self.totals_3R[COUNTS]
+        if not counts_R.any():
+            return None
+        return RegionStatistics(
+            counts_R=counts_R,
+            entropies_R=self.totals_3R[ENTROPIES] / counts_R,
+            collisions_R=self.totals_3R[COLLISIONS] / counts_R,
+        )
+
+    @property
+    def table(self) -> list[list[float]]:
+        """The totals as JSON numbers; Python writes and reads a double without loss."""
+        return self.totals_3R.tolist()
+
+    @table.setter
+    def table(self, rows: list[list[float]]) -> None:
+        self.totals_3R = torch.tensor(rows, dtype=torch.float64)
+
+    def state(self) -> dict[str, Any]:
+        """What `Trainer` writes into trainer_state.json."""
+        return {"args": {"decay": self.decay}, "attributes": {"table": self.table}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on from the checkpoint: `Trainer` restores callbacks only if `restore_callback_states_from_checkpoint`."""
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if isinstance(saved, dict):
+            self.table = saved["attributes"]["table"]
+
+
+SUMS = 4
+"""Numbers that `surprise_sums` returns; they add up over micro-batches and processes."""
+
+
+def surprise_sums(logps_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Tokens, entropy, excess surprise -log p - H, and the excess of each response squared, summed: float64 (4,)."""
+    mask_BT = mask_BT.to(torch.float64)
+    entropies_BT = entropies_BT.double().where(mask_BT > 0, 0.0)
+    excess_B = (-logps_BT.double()).where(mask_BT > 0, 0.0).sum(-1) - entropies_BT.sum(-1)
+    return torch.stack([mask_BT.sum(), entropies_BT.sum(), excess_B.sum(), excess_B.square().sum()])
+
+
+def surprise_metrics(sums_4: Tensor) -> dict[str, float]:
+    """Excess surprise per token with its standard error, and the entropy it was measured over; empty without tokens.
+
+    The standard error is sqrt(sum_i D_i^2) / tokens, D_i the excess of response i: its mean under agreement is known.
+    `nats` says how much chance was seen: of 10 nats hardly any token can have been surprising.
+    """
+    tokens, nats, excess, squares = sums_4.tolist()
+    if tokens == 0:
+        return {}
+    return {
+        "rest/surprise/excess": excess / tokens,
+        "rest/surprise/error": math.sqrt(squares) / tokens if squares >= 0 else math.nan,
+        "rest/surprise/nats": nats,
+    }
 
 
 def check_method(method: Preset, tool_format: str, entropy_decay: float, *, truncates: bool, named: str = "") -> None:

@@ -1,0 +1,223 @@
+"""What the command shows: the progress bar, the before/after table, responses coloured by region."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from rest_rl.report.diagnosis import Finding
+from rest_rl.report.palette import REGION_COLOURS
+from rest_rl.report.tables import is_number
+from rest_rl.response import ParsedResponse, Region, Span
+
+LINE_EVERY = 60.0
+"""Seconds between two lines of progress where there is no terminal."""
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Controls but line feed and tab, which a terminal would obey, and lone surrogates, which no output takes."""
+
+
+class ShownToken(Protocol):
+    """What is needed of a token to show it."""
+
+    @property
+    def text(self) -> str:
+        """The token's own text."""
+        ...
+
+    @property
+    def region(self) -> str:
+        """Label of its region."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """Its gradient weight."""
+        ...
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with steps, a note and the time left; it fits 80 columns."""
+    return Progress(
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+    )
+
+
+@contextmanager
+def eval_bar(console: Console, done: int, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar over samples with their rate and the time left; call it with (samples done, note).
+
+    Where the output is no terminal, a line a minute instead.
+    """
+    columns = (
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total, completed=done, note="", rate="")
+        begun = told = time.monotonic()
+
+        def advance(now: int, note: str) -> None:
+            nonlocal told
+            seconds = time.monotonic() - begun or 1e-9
+            rate = f"{(now - done) / seconds:.1f}/s"
+            progress.update(task, completed=now, note=note, rate=rate)
+            if not console.is_terminal and (now == total or time.monotonic() - told >= LINE_EVERY):
+                told = time.monotonic()
+                left = timedelta(seconds=round((total - now) * seconds / max(now - done, 1)))
+                console.print(f"{now}/{total} {rate} {note} {left} left", highlight=False)
+
+        yield advance
+
+
+def printable(text: str) -> str:
+    """The text with a picture of each control in its place, such as ␛: what a model wrote commands no terminal."""
+    return UNPRINTABLE.sub(lambda found: pictured(ord(found[0])), text)
+
+
+def pictured(code: int) -> str:
+    """The picture of a control, or the mark of what has none."""
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """A line as it stands: no markup, no colours of its own, not wrapped."""
+    console.print(printable(text), highlight=False, markup=False, soft_wrap=True, style=style)
+
+
+def coloured(tokens: Iterable[tuple[str, str]]) -> Text:
+    """Pieces of text, each in the colour of its region."""
+    text = Text(overflow="fold")
+    for piece, region in tokens:
+        text.append(printable(piece), style=REGION_COLOURS[region])
+    return text
+
+
+def legend(weights: Mapping[str, float] | None = None) -> Text:
+    """The regions in their colours, with their weights if given; one line of 80 columns."""
+    text = Text()
+    for label, colour in REGION_COLOURS.items():
+        weight = (weights or {}).get(label)
+        text.append(" ■" if text else "■", style=colour)
+        text.append(label + (f" {weight:.2f}" if weight is not None else ""))
+    return text
+
+
+def show_tokens(title: str, tokens: Sequence[ShownToken], console: Console | None = None) -> None:
+    """A response in colours, then a table of its regions with token count and mean weight."""
+    console = console or Console()
+    console.rule(title, align="left", style="dim")
+    console.print(coloured((token.text, token.region) for token in tokens), soft_wrap=True)
+    table = Table("region", "tokens", "share", "mean weight", box=None, header_style="dim")
+    for label, colour in REGION_COLOURS.items():
+        weights = [token.weight for token in tokens if token.region == label]
+        if weights:
+            mean, share = sum(weights) / len(weights), len(weights) / len(tokens)
+            table.add_row(Text(label, style=colour), str(len(weights)), f"{share:.0%}", f"{mean:.3f}")
+    console.print(table)
+
+
+def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]], console: Console) -> None:
+    """A table whose first column is text, which folds where room is short, and whose others are numbers."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row), style=None if str(row[0]).startswith(" ") else "bold")
+    console.print(table)
+
+
+def pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, str]]:
+    """The text cut at its spans, each piece with the label of its region."""
+    end = 0
+    for span in spans:
+        yield text[end : span.start], Region.OTHER.label
+        yield text[span.start : span.end], span.region.label
+        end = span.end
+    yield text[end:], Region.OTHER.label
+
+
+def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Console) -> None:
+    """Quantities, their values and how each was reckoned; the last column wraps."""
+    table = Table("", "", "", title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table.columns[1].justify = "right"
+    for quantity, value, how in rows:
+        table.add_row(quantity, value, Text(how, style="dim"))
+    console.print(table)
+
+
+class Screen:
+    """Shows a run in the terminal: the bar with time left, sample responses, tables."""
+
+    def __init__(self, console: Console, show_every: int, parse: Callable[[str], ParsedResponse]) -> None:
+        """`parse` reads the responses that are shown, every `show_every` steps."""
+        self.console, self.show_every, self.parse = console, show_every, parse
+        self.weights: dict[str, float] = {}
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    @contextmanager
+    def bar(self, done: int, total: int) -> Iterator[None]:
+        """The progress bar of the training steps; a `total` below 1 is not known yet."""
+        with progress_bar(self.console) as progress:
+            self._task = progress.add_task("", total=total if total > 0 else None, completed=done, note="")
+            self._progress = progress
+            yield
+        self._progress = None
+
+    def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """Move the bar."""
+        weights = {label: metrics.get(f"rest/weight/{label}") for label in REGION_COLOURS}
+        self.weights = {label: float(weight) for label, weight in weights.items() if is_number(weight)}
+        if self._progress is not None and self._task is not None:
+            note = "  ".join(f"{name} {metrics[key]:.3f}" for key, name in SHOWN.items() if key in metrics)
+            self._progress.update(self._task, completed=step, total=total, note=note)
+
+    def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show the first response of a step now and then."""
+        if not self.show_every or (step - 1) % self.show_every or not rows:
+            return
+        row = rows[0]
+        text = str(row["response"])
+        self.console.rule(f"step {step}, reward {row['reward']:.2f}", align="left", style="dim")
+        self.console.print(coloured(pieces(text, self.parse(text).spans)), soft_wrap=True)
+        self.console.print(legend(self.weights))
+
+    def on_finding(self, finding: Finding) -> None:
+        """A warning: the figure, then cause and remedy."""
+        self.console.print(Text(f"step {finding.step}: {finding.figure}", style="yellow"), soft_wrap=True)
+        self.console.print(Text(f"  likely cause: {finding.cause}"), soft_wrap=True)
+        self.console.print(Text(f"  remedy: {finding.remedy}"), soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(printable(text), highlight=False, markup=False)
+
+
+SHOWN = {
+    "reward": "reward",
+    "rest/accuracy": "S_acc",
+    "rest/format": "S_format",
+    "loss": "loss",
+    "mean_token_accuracy": "token accuracy",
+}
+"""Metrics beside the bar."""

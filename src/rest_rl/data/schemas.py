@@ -1,0 +1,215 @@
+"""Tools as published in many ways -> the one way chat templates and checks read: OpenAI functions with JSON schemas."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rest_rl.data.reading import load_json
+from rest_rl.data.reasons import RowRejectedError
+
+_TYPE_NAMES = {
+    "str": "string", "string": "string", "text": "string", "int": "integer", "integer": "integer", "long": "integer",
+    "float": "number", "double": "number", "number": "number", "bool": "boolean", "boolean": "boolean",
+    "list": "array", "array": "array", "tuple": "array", "set": "array", "sequence": "array",
+    "dict": "object", "object": "object", "mapping": "object", "none": "null", "null": "null", "nonetype": "null",
+}  # fmt: skip
+_ANY = ("any", "")
+_GENERIC = re.compile(r"(\w+)\s*[\[(](.*)[\])]\Z", re.DOTALL)
+
+
+def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """The tools of a row: a list, JSON text of one, one tool or none; RowRejectedError `bad_tool_schema` otherwise."""
+    value = _json_text(value, "tools")
+    if value is None:
+        return ()
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise RowRejectedError("bad_tool_schema", f"got tools of type {type(value).__name__}, expected a list")
+    return tuple(
+        read_tool(_json_text(tool, f"tool {number}"), f"tool {number}") for number, tool in enumerate(value, 1)
+    )
+
+
+def _json_text(value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return load_json(value) if value.strip() else None
+    except ValueError as error:
+        raise RowRejectedError(
+            "bad_tool_schema", f"got {where} as text {value[:80]!r} that is not JSON ({error})"
+        ) from error
+
+
+def read_tool(raw: Any, where: str) -> dict[str, Any]:
+    """One tool, bare or wrapped in {"type": "function"}, its types in JSON schema's words.
+
+    What needs no translation stays as it is, key order and missing descriptions included: a chat template shows it as
+    it stands, and serving will show it so.
+    """
+    function = raw.get("function", raw) if isinstance(raw, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(name, str) or not name.strip():
+        raise RowRejectedError("bad_tool_schema", f"got {where} = {repr(raw)[:80]}, expected an object with a name")
+    description = function.get("description") or ""
+    if not isinstance(description, str):
+        raise RowRejectedError("bad_tool_schema", f"got a description of type {type(description).__name__} in {where}")
+    if function is raw:
+        function = {key: value for key, value in raw.items() if (key, value) != ("type", "function")}
+        return {"type": "function", "function": _read_function(function, f"tool {name!r}")}
+    kept = raw if "type" in raw else {"type": "function", **raw}
+    return {**kept, "type": "function", "function": _read_function(function, f"tool {name!r}")}
+
+
+def _read_function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The function with its parameters as a schema, in its own order of keys."""
+    named = ("parameters", "arguments", "input_schema", "input_parameters")
+    given = next((key for key in named if function.get(key) is not None), None)
+    value = _json_text(function[given], f"the parameters of {where}") if given else None
+    schema = _parameters(value, where, function.get("required"))
+    read: dict[str, Any] = {}
+    for key, item in function.items():
+        if key == given:
+            read["parameters"] = schema
+        elif key == "description":
+            read[key] = item or ""
+        elif key not in (*named, "required"):
+            read[key] = item
+    return read if given or "required" not in schema else {**read, "parameters": schema}
+
+
+def _parameters(value: Any, where: str, required: Any) -> dict[str, Any]:
+    """A schema of an object, from one or from a bare table of arguments."""
+    if value is None or value == {}:
+        return {}
+    if not isinstance(value, Mapping):
+        raise RowRejectedError("bad_tool_schema", f"got parameters of type {type(value).__name__} in {where}")
+    is_schema = isinstance(value.get("properties"), Mapping) or value.get("type") in ("object", "dict")
+    if is_schema:
+        schema = _schema(value, where)
+    elif value and all(isinstance(argument, Mapping) for argument in value.values()):
+        return argument_table(value, where)
+    else:
+        raise RowRejectedError("bad_tool_schema", f"got parameters {repr(dict(value))[:80]} in {where}")
+    if "required" not in schema and isinstance(required, Sequence) and not isinstance(required, str) and required:
+        schema["required"] = [name for name in required if isinstance(name, str)]
+    return schema
+
+
+def argument_table(arguments: Mapping[str, Any], where: str, *, required: bool = True) -> dict[str, Any]:
+    """{name: {"type": "str, optional", "description", "default"?}} as a schema.
+
+    With `required`, arguments that are neither optional nor have a default are. ToolRL gives every argument a default
+    and API-Bank none, so there nothing tells which are required.
+    """
+    properties: dict[str, Any] = {}
+    needed: list[str] = []
+    for name, argument in arguments.items():
+        if not isinstance(argument, Mapping):
+            raise RowRejectedError("bad_tool_schema", f"got {argument!r:.80} as argument {name!r} in {where}")
+        properties[name] = _schema(argument, f"{where}, argument {name!r}")
+        is_optional = "optional" in str(argument.get("type", "")).lower() or "default" in argument
+        needed += [] if is_optional or argument.get("required") is False else [name]
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    return {**schema, "required": needed} if required and needed else schema
+
+
+def _schema(value: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A (nested) schema with its types in JSON schema's words and all else as it stands, in its order of keys."""
+    schema: dict[str, Any] = {}
+    for key, item in value.items():
+        if key == "type":
+            found = _types(item, where)
+            schema |= {name: part for name, part in found.items() if name == "type" or name not in value}
+        elif key == "properties" and item is not None:
+            schema[key] = _properties(item, where)
+        elif key == "items" and isinstance(item, Mapping):
+            schema[key] = _schema(item, f"{where}[]")
+        elif key in ("required", "enum"):
+            schema |= _names_or_values(key, item, where)
+        else:
+            schema[key] = item
+    kind = value.get("type")
+    if isinstance(kind, str) and "type" not in schema:  # JSON has no such type: say it in words
+        schema["description"] = f"{value.get('description') or ''} ({kind})".strip()
+    return schema
+
+
+def _properties(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(item, Mapping) for item in value.values()):
+        raise RowRejectedError("bad_tool_schema", f"got properties {value!r:.80} in {where}, expected schemas by name")
+    return {name: _schema(item, f"{where}.{name}") for name, item in value.items()}
+
+
+def _names_or_values(key: str, value: Any, where: str) -> dict[str, Any]:
+    """The list of a `required` or `enum`; nothing for null, and for the `required` of an argument that is a boolean."""
+    is_list = isinstance(value, (list, tuple))
+    if is_list and (key == "enum" or all(isinstance(name, str) for name in value)):
+        return {key: list(value)}
+    if value is None or (key == "required" and isinstance(value, bool)):
+        return {}
+    raise RowRejectedError("bad_tool_schema", f"got {key} = {value!r:.80} in {where}, expected a list")
+
+
+def _types(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"type": _TYPE_NAMES[value]} if value in _TYPE_NAMES else json_type(value)
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return {"type": [_TYPE_NAMES.get(item.lower(), item) for item in value]}
+    raise RowRejectedError("bad_tool_schema", f"got type = {value!r:.80} in {where}, expected the name of a type")
+
+
+def json_type(text: str) -> dict[str, Any]:
+    """The schema of a type as people write it (`str, optional`, `List[int]`, `list(str)`); {} for one JSON lacks.
+
+    >>> json_type("List[Union[int, float]], optional")
+    {'type': 'array', 'items': {'type': 'number'}}
+    """
+    name = re.sub(r",?\s*optional\s*$", "", text.strip(), flags=re.IGNORECASE).strip()
+    if name.startswith("[") and (names := re.findall(r"'(\w+)'", name)):
+        return {"type": [_TYPE_NAMES.get(one.lower(), one) for one in names]}
+    if name.lower() in _TYPE_NAMES:
+        return {"type": _TYPE_NAMES[name.lower()]}
+    generic = _GENERIC.match(name)
+    if generic is None:
+        return {}
+    outer, inner = generic[1].lower(), generic[2]
+    if outer == "optional":
+        return json_type(inner)
+    if outer == "union":
+        return _union([json_type(part) for part in _parts(inner)])
+    if _TYPE_NAMES.get(outer) == "array":
+        kinds = [json_type(part) for part in _parts(inner) if part != "..."]
+        items = _union(kinds)
+        return {"type": "array", "items": items} if items else {"type": "array"}
+    return {"type": _TYPE_NAMES[outer]} if outer in _TYPE_NAMES else {}
+
+
+def _parts(text: str) -> list[str]:
+    """The text cut at the commas outside brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[(") - (character in "])")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+def _union(kinds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One schema for all; an integer is a number."""
+    if any(not kind for kind in kinds):
+        return {}
+    distinct = [dict(kind) for index, kind in enumerate(kinds) if kind not in kinds[:index]]
+    if len(distinct) > 1 and all(kind.get("type") in ("integer", "number") for kind in distinct):
+        return {"type": "number"}
+    if len(distinct) == 1:
+        return distinct[0]
+    names = [kind.get("type") for kind in distinct]
+    return {"type": names} if all(isinstance(name, str) for name in names) else {}

@@ -1,0 +1,89 @@
+"""Train and test from one file: the samples of one dialogue, and equal prompts, stay on one side.
+
+Two readings: the first puts every sample into a group, the second writes. Groups go to the test side in the order of
+their salted digests until the share is reached, so the same seed gives the same split whatever the order of the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from rest_rl.data.check import CheckedRow
+from rest_rl.data.samples import ToolSample, digest_of
+
+
+class Split:
+    """Which side each sample belongs to."""
+
+    def __init__(self, rows: Iterable[CheckedRow], share: float, seed: int) -> None:
+        """Read all rows once; ValueError for a share that leaves a side without any."""
+        if not 0 < share < 1:
+            raise ValueError(f"got --test {share}, expected a share between 0 and 1, such as 0.1")
+        self._joined: dict[int, int] = {}
+        opening = array("Q", (self._opened(row, sample) for row in rows for sample in row.samples))
+        self._salt: Callable[[int], int] = lambda group: _salted(group, seed)
+        sizes = Counter(self._root(group) for group in opening)
+        self._test = _first_groups(sizes, self._salt, share * len(opening))
+        if len(opening) < 2 or not self._test or len(self._test) == len(sizes):
+            raise ValueError(
+                f"got {len(sizes)} groups of samples that belong together, expected enough for two sides; "
+                "take a larger file"
+            )
+
+    def is_test(self, row: CheckedRow, sample: ToolSample) -> bool:
+        """Whether a sample of a row belongs to the test side."""
+        question, start = _opening_of(row, sample)
+        return self._root(start if question is None else question) in self._test
+
+    def _opened(self, row: CheckedRow, sample: ToolSample) -> int:
+        """The sample's group; where the assistant speaks first, its dialogue joins the question that follows."""
+        question, start = _opening_of(row, sample)
+        if question is None:
+            return start
+        if start and self._root(start) != self._root(question):
+            self._joined[self._root(start)] = self._root(question)
+        return question
+
+    def _root(self, group: int) -> int:
+        while (parent := self._joined.get(group)) is not None:
+            group = parent
+        return group
+
+
+def _opening_of(row: CheckedRow, sample: ToolSample) -> tuple[int | None, int]:
+    """Digests of how a dialogue begins: (its first user message, what precedes any user).
+
+    All turns of a dialogue and all equal prompts share the first user message. Turns before it are told by their
+    dialogue: the row, or in a file of samples the id up to its last `/` together with what precedes the first turn of
+    the assistant. The second digest is 0 where the user speaks first.
+    """
+    roles = [message["role"] for message in sample.messages]
+    asked = roles.index("user") if "user" in roles else None
+    spoke = roles.index("assistant") if "assistant" in roles else len(roles)
+    question = None if asked is None else str(sample.messages[asked].get("content"))
+    if question is not None and sample.tools_in_prompt:
+        question = question.partition("</user>")[0]
+    start = 0
+    if asked is None or spoke < asked:
+        name = sample.id.rpartition("/")[0] or sample.id if row.source == "samples" else [row.file, row.number]
+        start = digest_of([name, sample.messages[:spoke]])
+    return None if question is None else digest_of(question.strip()), start
+
+
+def _salted(group: int, seed: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {group}".encode(), digest_size=8).digest(), "big")
+
+
+def _first_groups(sizes: Counter[int], salt: Callable[[int], int], wanted: float) -> set[int]:
+    """Groups in salted order while they bring the count nearer to what is wanted; at least one."""
+    chosen: set[int] = set()
+    count = 0
+    for group in sorted(sizes, key=salt):
+        if chosen and abs(count + sizes[group] - wanted) > abs(count - wanted):
+            break
+        chosen.add(group)
+        count += sizes[group]
+    return chosen

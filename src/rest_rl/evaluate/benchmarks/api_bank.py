@@ -1,0 +1,210 @@
+"""API-Bank as ToolRL processed it: 597 prompts in three levels, one gold call each, judged twice.
+
+`soft` is the published metric (https://github.com/qiancheng0/ToolRL, benchmarks/API-Bank) with its quirks: any line of
+the response may be the gold call, no tag is needed, an object without a name counts as arguments of the right tool,
+and a line that is JSON but no object ends the search. `strict` asks for exactly one call of the format, of the right
+name, whose values are equal or spell the gold's text (the gold holds every value as text: 5 equals "5").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rest_rl.data.check import checked_gold
+from rest_rl.data.reading import read_literal
+from rest_rl.data.reasons import RowRejectedError
+from rest_rl.data.samples import ToolSample
+from rest_rl.data.shapes.flattened import FORMAT
+from rest_rl.data.shapes.toolrl import load_api_bank
+from rest_rl.evaluate.conversation import Reply, SingleTurn
+from rest_rl.formats import ToolFormat
+from rest_rl.formats.opened_think import SUFFIX
+from rest_rl.jsonl import reason
+from rest_rl.response import ParsedResponse, ToolCall
+from rest_rl.rewards import json_equal
+
+LEVELS = {1: 399, 2: 67, 3: 131}
+"""Samples per level as published; ten of level 1 are exact duplicates of others."""
+UNPASSABLE = ("unknown_tool", "undocumented_argument")
+"""Defects of a gold that an answer by the prompt's own tools cannot match."""
+
+
+class Item(NamedTuple):
+    """One sample: its prompt, the gold as published, and why no correct answer passes (empty if one does)."""
+
+    level: int
+    sample: ToolSample
+    answer: Mapping[str, Any]
+    defect: str
+
+
+class ApiBank:
+    """The samples of a folder with level-1-, level-2- and level-3-api_processed.json."""
+
+    name = "api_bank"
+    metrics = ("soft", "strict")
+    group_field = "level"
+
+    def __init__(self, folder: str | Path, *, keep_prompts: bool) -> None:
+        """With `keep_prompts` the prompts are the published texts; without, they are laid out anew for the model.
+
+        ValueError for a file that is missing or broken.
+        """
+        digest = hashlib.sha256()
+        self.items: dict[str, Item] = {}
+        for level in LEVELS:
+            for index, row in enumerate(rows_of(Path(folder), level, digest)):
+                identity = f"Level{level}_{index}"
+                self.items[identity] = read_item(row, identity, level, keep_prompts)
+        self.digest = digest.hexdigest()[:12]
+
+    @property
+    def pin(self) -> str:
+        """The files by number and digest."""
+        return f"API-Bank as processed by ToolRL ({len(self.items)} samples, sha256 {self.digest})"
+
+    @property
+    def groups(self) -> Mapping[str, str | int]:
+        """The level of each sample."""
+        return {identity: item.level for identity, item in self.items.items()}
+
+    def start(self, identity: str, tool_format: ToolFormat) -> SingleTurn:
+        """Begin a sample."""
+        item = self.items[identity]
+        is_published = tool_format.name.removesuffix(SUFFIX) == FORMAT
+        return SingleTurn(item.sample, tool_format, lambda reply, parsed: verdicts(reply, parsed, item, is_published))
+
+    def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """`ceilings`: per level the best that correct answers can reach, and the samples that stand in the way."""
+        del rows
+        ceilings = {}
+        for level in LEVELS:
+            items = {identity: item for identity, item in self.items.items() if item.level == level}
+            defects = {identity: item.defect for identity, item in items.items() if item.defect}
+            if items:
+                ceilings[f"Level{level}"] = {"accuracy": 1 - len(defects) / len(items), "ids": defects}
+        return {"ceilings": ceilings}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def verdicts(reply: Reply, parsed: ParsedResponse, item: Item, is_published: bool) -> Mapping[str, Any]:
+    """Both verdicts and the reason of the stricter one; the published metric reads the text of its own format."""
+    reads_text = is_published and reply.calls is None
+    lines = published_calls(reply.text) if reads_text else in_published_shape(parsed, item.answer)
+    problem = strict_problem(parsed, item.answer)
+    return {"soft": soft_match(lines, item.answer), "strict": not problem, "reason": problem}
+
+
+def rows_of(folder: Path, level: int, digest: Any) -> list[Any]:
+    """The rows of one level; ValueError for a file that cannot be read or holds no list."""
+    path = folder / f"level-{level}-api_processed.json"
+    try:
+        content = path.read_bytes()
+        rows = json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"got {path} ({reason(error)}), expected a JSON list of API-Bank samples; pass the folder with ToolRL's "
+            "level-1-, level-2- and level-3-api_processed.json as --data"
+        ) from error
+    if not isinstance(rows, list):
+        raise ValueError(f"got {path}, which holds a {type(rows).__name__}, expected a list of samples; restore it")
+    digest.update(content)
+    return rows
+
+
+def read_item(row: Any, identity: str, level: int, keep_prompts: bool) -> Item:
+    """One sample; ValueError names the one that cannot be read."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"got {type(row).__name__} as {identity}, expected an object; restore the file")
+    try:
+        samples, _ = load_api_bank(row, identity, keep_prompts)
+    except RowRejectedError as error:
+        raise ValueError(f"got {identity}, which cannot be read ({error}); restore the file") from error
+    found = checked_gold(samples[0], ())[1]
+    defect = "; ".join(f"{problem.reason}: {problem.detail}" for problem in found if problem.reason in UNPASSABLE)
+    answer = row["answer"]
+    return Item(level, samples[0], answer[0] if isinstance(answer, list) else answer, defect)
+
+
+def published_calls(text: str) -> list[Any]:
+    """What the published evaluation takes for calls: each line of JSON after the last opening tag, of any kind."""
+    block = text.strip().split("<tool_call>")[-1].split("</tool_call>")[0]
+    found = []
+    for line in block.strip().split("\n"):
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):  # noqa: PERF203 - most lines of prose fail at their first character
+            continue
+    return found
+
+
+def in_published_shape(parsed: ParsedResponse, answer: Mapping[str, Any]) -> list[Any]:
+    """The calls of another format as the published evaluation writes them.
+
+    Where a format writes all values as text, the gold's text is what a value that spells it was written as.
+    """
+    gold = answer["parameters"] if parsed.text_values else {}
+    return [
+        {
+            "name": call.name,
+            "parameters": {
+                name: gold[name] if name in gold and spells(value, gold[name]) else value
+                for name, value in call.arguments.items()
+            },
+        }
+        for call in parsed.calls
+    ]
+
+
+def soft_match(calls: Sequence[Any], answer: Mapping[str, Any]) -> bool:
+    """The published verdict on lines of JSON."""
+    for line in calls:
+        try:
+            call = json.loads(line) if isinstance(line, str) else line
+            # what lacks either key is taken for the arguments of the right tool, also text and lists
+            is_named = "name" in call and "parameters" in call
+            name, arguments = (call["name"], call["parameters"]) if is_named else (answer["name"], call)
+            if name == answer["name"] and arguments == answer["parameters"]:
+                return True
+        except (TypeError, ValueError, RecursionError):  # noqa: PERF203 - a number or null ends the published search
+            return False
+    return False
+
+
+def strict_problem(parsed: ParsedResponse, answer: Mapping[str, Any]) -> str:
+    """Why the response is not the one right call; empty if it is."""
+    if parsed.unreadable_calls:
+        return f"unreadable call: {'; '.join(parsed.problems)[:200]}"
+    if len(parsed.calls) != 1:
+        return f"{len(parsed.calls)} calls, expected one"
+    call = parsed.calls[0]
+    if call.name != answer["name"]:
+        return f"name {call.name[:80]!r}, expected {answer['name']!r}"
+    return arguments_problem(call, answer["parameters"])
+
+
+def arguments_problem(call: ToolCall, gold: Mapping[str, Any]) -> str:
+    """The first difference of the arguments; empty if there is none."""
+    if missing := [name for name in gold if name not in call.arguments]:
+        return f"missing arguments {missing}"
+    if extra := [name for name in call.arguments if name not in gold]:
+        return f"extra arguments {[name[:80] for name in extra[:5]]}"
+    for name, value in gold.items():
+        if not spells(call.arguments[name], value):
+            return f"{name} = {call.arguments[name]!r:.80}, expected {value!r:.80}"
+    return ""
+
+
+def spells(value: Any, gold: Any) -> bool:
+    """Whether a value equals the gold, or the JSON (or Python literal) that the gold's text spells."""
+    if json_equal(value, gold) or isinstance(value, str) or not isinstance(gold, str):
+        return json_equal(value, gold)
+    if value is None:  # which `read_literal` also gives for what is no literal
+        return gold.strip() in ("null", "None")
+    return json_equal(value, read_literal(gold))

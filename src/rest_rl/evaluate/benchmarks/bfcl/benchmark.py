@@ -1,0 +1,378 @@
+"""BFCL as conversations: single-turn samples of one request, multi-turn ones with tools that are really executed.
+
+The conversation over several turns follows upstream's loop for models with function calling: a turn ends with the
+first response without a call, and a conversation is given up after the official number of steps in one turn. Calls are
+executed, and judged, in a process apart; only those that fit the tools on offer get there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rest_rl.data.samples import ToolSample
+from rest_rl.evaluate.benchmarks.bfcl.entries import (
+    call_problem,
+    messages_of,
+    properties_of,
+    recorded,
+    sendable,
+    tools_of,
+    typed_call,
+)
+from rest_rl.evaluate.benchmarks.bfcl.gold import DONE, gold_of
+from rest_rl.evaluate.benchmarks.bfcl.groups import (
+    MULTI_TURN,
+    RELEVANCE,
+    UNANSWERED,
+    Score,
+    official_averages,
+    select_categories,
+)
+from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage, Version, find_package
+from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox, SandboxError, Session, Verdict, again_if_ended
+from rest_rl.evaluate.conversation import Conversation, Reply, Request, SingleTurn, read_reply
+from rest_rl.formats import ToolFormat
+from rest_rl.response import Gold, ParsedResponse, ToolCall
+
+MAX_REASON = 300
+ENDED = "sandbox_ended"
+Entry = Mapping[str, Any]
+
+
+class SandboxPool:
+    """Sandboxes that are lent out one user at a time; a new one is made when all are out."""
+
+    def __init__(self, package: BfclPackage, seconds: float, memory_mb: int) -> None:
+        """Limits on each request, see `Sandbox`."""
+        self._package, self._seconds, self._memory_mb = package, seconds, memory_mb
+        self._lock = threading.Lock()
+        self._made: list[Sandbox] = []
+        self._idle: list[Sandbox] = []
+
+    def take(self) -> Sandbox:
+        """One that nobody uses."""
+        with self._lock:
+            if not self._idle:
+                made = Sandbox(self._package, seconds=self._seconds, memory_mb=self._memory_mb)
+                self._made.append(made)
+                self._idle.append(made)
+            return self._idle.pop()
+
+    def put_back(self, sandbox: Sandbox) -> None:
+        """What `take` gave."""
+        with self._lock:
+            self._idle.append(sandbox)
+
+    @contextmanager
+    def lent(self) -> Iterator[Sandbox]:
+        """One for a while."""
+        sandbox = self.take()
+        try:
+            yield sandbox
+        finally:
+            self.put_back(sandbox)
+
+    def close(self) -> None:
+        """End all processes."""
+        with self._lock:
+            made, self._made, self._idle = self._made, [], []
+        for sandbox in made:
+            sandbox.close()
+
+
+class Bfcl:
+    """The samples of some categories of one edition; implements `rest_rl.evaluate.conversation.Benchmark`."""
+
+    name = "bfcl"
+    metrics = ("correct",)
+    group_field = "category"
+
+    def __init__(
+        self,
+        version: Version,
+        categories: Sequence[str] | None = None,
+        *,
+        seconds: float = 20.0,
+        memory_mb: int = 2048,
+    ) -> None:
+        """`categories` by name or by group (non_live, live, multi_turn, all); limits on what a model's calls may take.
+
+        ValueError for an unknown category, and where the release is not installed.
+        """
+        self.version: Version = version
+        self.categories = select_categories(version, categories)
+        package = find_package(version)
+        self.pin = package.pin
+        self._pool = SandboxPool(package, seconds, memory_mb)
+        try:
+            with self._pool.lent() as sandbox:
+                self._constants = sandbox.constants()
+                listed = [entry for category in self.categories for entry in sandbox.entries(category)]
+        except BaseException:
+            self._pool.close()
+            raise
+        self._entries = by_identity(listed)
+        self.groups: Mapping[str, str | int] = {name: entry["category"] for name, entry in self._entries.items()}
+
+    def start(self, identity: str, tool_format: ToolFormat) -> Conversation:
+        """Begin a sample; ValueError for an id that the chosen categories do not have."""
+        entry = self._entries.get(identity)
+        if entry is None:
+            raise ValueError(
+                f"got id {identity!r}, expected one of the {len(self._entries)} samples of {', '.join(self.categories)}"
+            )
+        kind = SeveralTurns if entry["category"] in MULTI_TURN else OneTurn
+        try:
+            return kind(entry, tool_format, self._pool, self._constants)
+        except SandboxError as error:
+            raise ValueError(f"got {error}, expected it to last; see to the memory, and go on with --resume") from error
+
+    def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """`official`: the group averages of the official table whose categories were scored whole."""
+        complete = {}
+        for category in self.categories:
+            scored = [row for row in rows if row["category"] == category and "error" not in row]
+            number = sum(group == category for group in self.groups.values())
+            if len(scored) == number:
+                complete[category] = Score(sum(bool(row["correct"]) for row in scored), number)
+        return {"official": official_averages(self.version, complete)}
+
+    def close(self) -> None:
+        """End all processes."""
+        self._pool.close()
+
+
+class OneTurn(SingleTurn):
+    """A conversation of one request, judged by its calls alone."""
+
+    def __init__(self, entry: Entry, tool_format: ToolFormat, pool: SandboxPool, constants: Mapping[str, Any]) -> None:
+        """Lay the question out."""
+        self._entry, self._pool = entry, pool
+        tools = tools_of(entry["function"], constants["types"])
+        messages = tuple(messages_of(entry["question"][0]))
+        sample = ToolSample(entry["id"], messages, tools, gold_of(entry), kind=entry["category"])
+        super().__init__(sample, tool_format, lambda _, parsed: self._judged(parsed))
+
+    def _judged(self, parsed: ParsedResponse) -> Mapping[str, Any]:
+        """The calls as they were judged, and the verdict.
+
+        Text that may be a string or a number is right if either is: some answers contradict their function's schema.
+        """
+        calls = typed_calls(parsed, properties_of(self.sample.tools))
+        verdict = self._verdict(parsed, calls)
+        if not verdict.valid and calls != parsed.calls and (other := self._verdict(parsed, parsed.calls)).valid:
+            calls, verdict = parsed.calls, other
+        return {"calls": [recorded(call) for call in calls], **as_fields(verdict)}
+
+    def _verdict(self, parsed: ParsedResponse, calls: Sequence[ToolCall]) -> Verdict:
+        category: str = self._entry["category"]
+        if category in UNANSWERED:
+            return Verdict(False, "irrelevance_error:call", f"{calls[0].name:.80}") if calls else Verdict(True)
+        if not calls:
+            return Verdict(False, "no_call", "; ".join(parsed.problems))
+        if category == RELEVANCE:
+            offered = properties_of(self.sample.tools)
+            is_offered = any(not call_problem(call, offered) for call in calls)
+            return Verdict(is_offered, "" if is_offered else "relevance_error:no_tool_of_the_sample")
+        written = [sendable(call) for call in calls]
+        if None in written:
+            return Verdict(False, "too_large", "the arguments of a call are too large or no JSON")
+        named = [{call["name"]: call["arguments"]} for call in written if call]
+        try:
+            with self._pool.lent() as sandbox:
+                return sandbox.check_calls(self._entry["id"], category, named)
+        except SandboxError as error:
+            return Verdict(False, "sandbox" if error.is_limit else ENDED, str(error))
+
+
+class SeveralTurns:
+    """A conversation of several turns, each of as many steps as the model makes calls."""
+
+    def __init__(self, entry: Entry, tool_format: ToolFormat, pool: SandboxPool, constants: Mapping[str, Any]) -> None:
+        """Begin the first turn."""
+        self._entry, self._format, self._pool, self._constants = entry, tool_format, pool, constants
+        with pool.lent() as sandbox:
+            self._gold = sandbox.gold_calls(entry["id"])
+        self._tools = tools_of(entry["function"], constants["types"])
+        held_out = [doc for docs in (entry.get("missed_function") or {}).values() for doc in docs]
+        # upstream executes a function before its turn as well, and the gold of multi_turn_miss_func_49 needs it
+        self._properties = properties_of([*self._tools, *tools_of(held_out, constants["types"])])
+        self._messages: list[dict[str, Any]] = []
+        self._responses: list[list[str]] = []
+        self._calls: list[list[list[dict[str, Any]]]] = []
+        self._executed: list[list[list[dict[str, Any]]]] = []
+        self._turn = self._step = 0
+        self._is_over = False
+        self._failure: Verdict | None = None
+        self._sandbox: Sandbox | None = None
+        self._session: Session | None = None
+        self._begin_turn()
+
+    def request(self) -> Request | None:
+        """The history so far; None after the last turn and once the conversation is given up."""
+        if self._is_over:
+            return None
+        calls = self._gold[self._turn] if self._step == 0 else []
+        gold = Gold(tuple(ToolCall(call["name"], call["arguments"]) for call in calls)) if calls else DONE
+        identity, kind = self._entry["id"], self._entry["category"]
+        sample = ToolSample(identity, tuple(self._messages), self._tools, gold, kind=kind)
+        return Request(sample, self._turn, self._step)
+
+    def receive(self, reply: Reply) -> None:
+        """Execute the calls of a response, or go on to the next turn where it has none."""
+        assert not self._is_over
+        parsed = read_reply(reply, self._format)
+        calls = typed_calls(parsed, self._properties)
+        self._responses[-1].append(reply.text)
+        self._messages.append(self._said(parsed, reply.text, calls))
+        if not calls:
+            self._end_turn()
+            return
+        self._calls[-1].append([recorded(call) for call in calls])
+        problems = [call_problem(call, self._properties) for call in calls]
+        try:
+            self._execute(calls, problems)
+        except SandboxError as error:
+            self._give_up("multi_turn:sandbox" if error.is_limit else ENDED, str(error))
+            return
+        self._step += 1
+        if self._step <= self._constants["max_steps"]:
+            return
+        if self._turn + 1 == len(self._entry["question"]):
+            self._is_over = True  # upstream tells a forced end by the turns that never came: the last one is judged
+        else:
+            self._give_up("multi_turn:force_terminated", f"turn {self._turn} was not over after {self._step} steps")
+
+    def record(self) -> Mapping[str, Any]:
+        """All responses and calls by turn and step."""
+        return {"response": self._responses, "calls": self._calls}
+
+    def outcome(self) -> Mapping[str, Any]:
+        """The record, and the verdict on the calls that could be executed."""
+        return {**self.record(), **as_fields(self._failure or self._verdict())}
+
+    def close(self) -> None:
+        """Give the sandbox back, without what this conversation did in it."""
+        session, self._session = self._session, None
+        sandbox, self._sandbox = self._sandbox, None
+        if sandbox is None:
+            return
+        try:
+            if session is not None:
+                session.close()
+        except SandboxError:
+            pass  # its process is gone, and with it what had to be closed; the next user finds a new one
+        finally:
+            self._pool.put_back(sandbox)
+
+    def _begin_turn(self) -> None:
+        """Show what the user says; in a turn without words the functions that were held out until now."""
+        messages = messages_of(self._entry["question"][self._turn])
+        held_out = (self._entry.get("missed_function") or {}).get(str(self._turn))
+        if held_out:
+            self._tools += tools_of(held_out, self._constants["types"])
+            messages = messages or [{"role": "user", "content": self._constants["updated_functions"]}]
+        self._messages += messages
+        self._step = 0
+        for record in (self._responses, self._calls, self._executed):
+            record.append([])
+
+    def _end_turn(self) -> None:
+        self._turn += 1
+        if self._turn == len(self._entry["question"]):
+            self._is_over = True
+        else:
+            self._begin_turn()
+
+    def _give_up(self, error_type: str, message: str) -> None:
+        self._failure, self._is_over = Verdict(False, error_type, message), True
+
+    def _said(self, parsed: ParsedResponse, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+        """The response as a message of the history; its thought stands apart, and most layouts do not show it."""
+        rest = text.rpartition("</think>")[2].strip()  # what a response that the format cannot read came to say
+        is_unread = not parsed.answer and not calls and not rest.startswith("<think>")
+        message: dict[str, Any] = {"role": "assistant", "content": rest if is_unread else parsed.answer or ""}
+        message |= {"reasoning_content": parsed.thought} if parsed.thought else {}
+        if calls:
+            message["tool_calls"] = [
+                {"id": self._call_id(number), "type": "function", "function": recorded(call)}
+                for number, call in enumerate(calls)
+            ]
+        return message
+
+    def _call_id(self, number: int) -> str:
+        return f"call_{self._turn}_{self._step}_{number}"
+
+    def _execute(self, calls: Sequence[ToolCall], problems: Sequence[str]) -> None:
+        """Execute the calls without a problem, and tell the model what came of each."""
+        good = [recorded(call) for call, problem in zip(calls, problems, strict=True) if not problem]
+        results = iter(self._results(good) if good else [])
+        if good:
+            self._executed[-1].append(good)
+        for number, (call, problem) in enumerate(zip(calls, problems, strict=True)):
+            content = f"Error: {problem}; the call was not executed." if problem else next(results)
+            message = {"role": "tool", "name": call.name[:200], "tool_call_id": self._call_id(number)}
+            self._messages.append({**message, "content": content})
+
+    def _results(self, calls: Sequence[dict[str, Any]]) -> list[str]:
+        """What calls return; where the process was ended from outside, in a new one that has made the earlier calls."""
+        try:
+            return self._opened().execute(calls)
+        except SandboxError as error:
+            if error.is_limit:
+                raise
+        return again_if_ended(lambda: self._made_again(calls))
+
+    def _made_again(self, calls: Sequence[dict[str, Any]]) -> list[str]:
+        """What calls return in a new session that has made all calls of earlier steps."""
+        self._session = None
+        for earlier in (step for turn in self._executed for step in turn):
+            self._opened().execute(earlier)
+        return self._opened().execute(calls)
+
+    def _opened(self) -> Session:
+        """The instances of this conversation; a sandbox is taken when the first call wants one."""
+        if self._session is None:
+            self._sandbox = self._sandbox or self._pool.take()
+            self._session = self._sandbox.session(self._entry["id"])
+        return self._session
+
+    def _verdict(self) -> Verdict:
+        assert self._is_over
+        try:
+            return self._opened().check(self._executed)
+        except SandboxError as error:
+            return Verdict(False, "multi_turn:sandbox" if error.is_limit else ENDED, str(error))
+
+
+def by_identity(entries: Sequence[dict[str, Any]]) -> dict[str, Entry]:
+    """The samples by id; where an id comes again (v3 has two live_relevance_3-3-0) it is numbered: `#2`."""
+    found: dict[str, Entry] = {}
+    seen: Counter[str] = Counter()
+    for entry in entries:
+        identity = entry["id"]
+        seen[identity] += 1
+        if seen[identity] > 1:
+            identity += f"#{seen[identity]}"
+        found[identity] = {**entry, "id": identity}
+    return found
+
+
+def typed_calls(parsed: ParsedResponse, properties: Mapping[str, Mapping[str, Any]]) -> tuple[ToolCall, ...]:
+    """The calls of a response; values that a format writes as text in the types of the tools."""
+    if not parsed.text_values:
+        return parsed.calls
+    return tuple(typed_call(call, properties.get(call.name, {})) for call in parsed.calls)
+
+
+def as_fields(verdict: Verdict) -> dict[str, Any]:
+    """The verdict as fields of a row; `error` where there is none, because the process kept ending."""
+    if verdict.error_type == ENDED:
+        return {"error": verdict.message[:MAX_REASON]}
+    if verdict.valid:
+        return {"correct": True, "reason": ""}
+    return {"correct": False, "reason": f"{verdict.error_type}: {verdict.message}"[:MAX_REASON]}

@@ -1,0 +1,143 @@
+"""The process that holds bfcl_eval: JSON lines in and out, no third-party library but what bfcl_eval takes.
+
+Everything a model has written is handled in a fork of it: a namespace, and limits, for one sample alone. The fork
+answers on the same pipes while this process waits, which needs no more care than never to read ahead: a request is
+sent only when the last one has been answered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rest_rl.evaluate.benchmarks.bfcl.release import MAX_MESSAGE, Bfcl, UnusableError
+from rest_rl.evaluate.benchmarks.bfcl.walls import cause, confine, leave_the_network
+
+
+class Pipes:
+    """The protocol's two ends, out of reach of whatever is printed."""
+
+    def __init__(self) -> None:
+        self.inbox, self.outbox = os.dup(0), os.dup(1)
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        os.close(null)
+
+    def read(self) -> dict[str, Any] | None:
+        """The next request, None at the end."""
+        pieces = []
+        while piece := os.read(self.inbox, 1 << 20):
+            pieces.append(piece)
+            if piece.endswith(b"\n"):
+                return json.loads(b"".join(pieces))
+        return None
+
+    def write(self, answer: Mapping[str, Any]) -> None:
+        """Send an answer, however long."""
+        rest = memoryview(json.dumps(answer).encode() + b"\n")
+        while rest:
+            rest = rest[os.write(self.outbox, rest) :]
+
+
+def answer(handle: Callable[[], Any]) -> dict[str, Any]:
+    """What a request came to."""
+    try:
+        return {"ok": handle()}
+    except UnusableError as error:
+        return {"invalid": str(error)}
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"[:MAX_MESSAGE]}
+
+
+class Server:
+    """Answers requests, those about what a model has written in a fork."""
+
+    def __init__(self, pipes: Pipes, bfcl: Bfcl, seconds: int, memory_mb: int) -> None:
+        self.pipes, self.bfcl, self.seconds, self.memory_mb = pipes, bfcl, seconds, memory_mb
+
+    def run(self) -> None:
+        """Until the other side closes."""
+        while (request := self.pipes.read()) is not None:
+            if request["do"] in ("open", "check_calls", "check_turns"):
+                self.prepare(request)
+            else:
+                self.pipes.write(answer(lambda request=request: self.look_up(request)))
+
+    def look_up(self, request: dict[str, Any]) -> Any:
+        """Answer what concerns the release alone."""
+        if request["do"] == "entries":
+            return list(self.bfcl.entries(request["category"]))
+        if request["do"] == "load":
+            return len(self.bfcl.samples(request["category"]))
+        if request["do"] == "gold_calls":
+            return self.bfcl.gold_calls(request["id"])
+        if request["do"] == "constants":
+            return self.bfcl.constants()
+        raise UnusableError(f"got {request['do']!r} outside of a session")
+
+    def prepare(self, request: dict[str, Any]) -> None:
+        """Read what the fork will need, then fork."""
+        is_single = request["do"] == "check_calls"
+        found = answer(lambda: self.needs(request) if is_single else self.bfcl.conversation(request["id"]))
+        if "ok" in found:
+            self.fork(request)
+        else:
+            self.pipes.write(found)
+
+    def needs(self, request: dict[str, Any]) -> None:
+        """Load a sample with one turn, which must have an answer."""
+        sample = json.loads(self.bfcl.samples(request["category"]).get(request["id"], b"{}"))
+        if sample.get("ground_truth") is None or "involved_classes" in sample:
+            raise UnusableError(f"got {request['id']!r}, expected a single-turn sample with an answer")
+
+    def fork(self, request: dict[str, Any]) -> None:
+        """Have the request answered apart, and say so where that comes to no end of its own."""
+        process = os.fork()
+        if process == 0:
+            status = 1
+            try:
+                confine(self.seconds, self.memory_mb)
+                self.serve_apart(request)
+                status = 0
+            finally:
+                os._exit(status)  # no clean-up of the parent's
+        _, status = os.waitpid(process, 0)
+        if status:
+            why, is_limit = cause(status)
+            self.pipes.write({"died": why, "limit": is_limit})
+
+    def serve_apart(self, request: dict[str, Any]) -> None:
+        """In the fork: one check, or a conversation until its end."""
+        identity = request["id"]
+        if request["do"] == "check_calls":
+            self.pipes.write(answer(lambda: self.bfcl.check_calls(identity, request["category"], request["calls"])))
+            return
+        if request["do"] == "check_turns":
+            self.pipes.write(answer(lambda: self.bfcl.check_turns(identity, request["turns"])))
+            return
+        self.pipes.write({"ok": None})
+        while (step := self.pipes.read()) is not None and step["do"] != "end":
+            self.pipes.write(answer(lambda step=step: self.step(identity, step)))
+        self.pipes.write({"ok": None})
+
+    def step(self, identity: str, request: dict[str, Any]) -> Any:
+        """Execute calls, or look something up in between."""
+        return self.bfcl.execute(identity, request["calls"]) if request["do"] == "execute" else self.look_up(request)
+
+
+def main() -> None:
+    """Load the release in the given folder, say how that went, and serve."""
+    version, folder, seconds, memory_mb = sys.argv[1:]
+    sys.path.insert(0, folder)
+    pipes = Pipes()
+    started = answer(lambda: Bfcl(version))
+    if "ok" not in started:
+        pipes.write(started)
+        return
+    apart = leave_the_network()
+    pipes.write({"ok": {"own_network": apart}})
+    Server(pipes, started["ok"], int(seconds), int(memory_mb)).run()

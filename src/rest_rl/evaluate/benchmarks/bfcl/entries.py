@@ -1,0 +1,105 @@
+"""BFCL's questions and function documents -> messages and tools as every prompt of this package has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rest_rl.data.reading import read_literal
+from rest_rl.data.schemas import read_tool
+from rest_rl.response import ToolCall
+
+UNNAMED_TYPE = "string"
+"""What upstream shows for a type that it has no JSON name for."""
+MAX_CALL = 1_000_000
+"""Characters of JSON beyond which a call is neither executed nor checked."""
+KINDS: Mapping[str, tuple[type, ...]] = {
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+}
+"""What a value of a JSON type is in Python; a boolean is no number."""
+
+
+def messages_of(turn: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages that open a turn: a system message where there is one, and the history that some questions have."""
+    return [{"role": message["role"], "content": message["content"]} for message in turn]
+
+
+def tools_of(docs: Iterable[Mapping[str, Any]], types: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+    """The tools of function documents, their types in JSON schema's words by the table of upstream.
+
+    All else stays: dots in names, defaults, `required`, and `response`, which a template may show or leave out.
+    """
+    return tuple(
+        read_tool({**doc, "parameters": in_json_types(doc["parameters"], types)}, f"function {doc['name']!r}")
+        for doc in docs
+    )
+
+
+def in_json_types(schema: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
+    """A schema with its types translated, its properties' and items' too."""
+    read = dict(schema)
+    if "type" in read:
+        read["type"] = types.get(read["type"], UNNAMED_TYPE)
+    if isinstance(read.get("properties"), Mapping):
+        read["properties"] = {name: in_json_types(part, types) for name, part in read["properties"].items()}
+    if isinstance(read.get("items"), Mapping):
+        read["items"] = in_json_types(read["items"], types)
+    return read
+
+
+def properties_of(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The arguments' schemas of every tool, by the tool's name."""
+    functions = [tool["function"] for tool in tools]
+    return {function["name"]: function["parameters"].get("properties", {}) for function in functions}
+
+
+def typed_call(call: ToolCall, properties: Mapping[str, Any]) -> ToolCall:
+    """A call of a format that writes values as text, each value in the type that the tool's schema gives it."""
+    return ToolCall(call.name, {name: typed(value, properties.get(name, {})) for name, value in call.arguments.items()})
+
+
+def typed(value: Any, schema: Mapping[str, Any]) -> Any:
+    """The value that was meant where text was read: `5` for a string is "5", "[1]" for an array is [1].
+
+    Text that spells no value of the type stays text: the checker judges it.
+    """
+    kind = str(schema.get("type"))
+    if kind == "string":
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, str) or kind not in KINDS:
+        return value
+    meant = read_literal(value)
+    fits = isinstance(meant, KINDS[kind]) and isinstance(meant, bool) == (kind == "boolean")
+    return meant if fits else value
+
+
+def sendable(call: ToolCall) -> dict[str, Any] | None:
+    """The call as an object of JSON; None for one that is too large to be executed or that JSON cannot hold."""
+    written = {"name": call.name, "arguments": dict(call.arguments)}
+    try:
+        return written if len(json.dumps(written)) <= MAX_CALL else None
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def recorded(call: ToolCall) -> dict[str, Any]:
+    """The call as a row keeps it; without its arguments where it is too large."""
+    return sendable(call) or {"name": call.name[:200], "arguments": {}}
+
+
+def call_problem(call: ToolCall, tools: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why a call is not executed, as the model is told it; empty for one that fits a tool on the list."""
+    if call.name not in tools:
+        return f"there is no tool named {call.name[:80]!r}"
+    known = tools[call.name]
+    if unknown := [name for name in call.arguments if name not in known]:
+        named = ", ".join(repr(name[:80]) for name in unknown[:5])
+        return f"{call.name} has no argument {named}; its arguments are {', '.join(known) or 'none'}"
+    if sendable(call) is None:
+        return f"the arguments of {call.name} are too large (more than {MAX_CALL:,} characters) or no JSON"
+    return ""

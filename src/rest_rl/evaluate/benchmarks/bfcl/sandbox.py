@@ -1,0 +1,302 @@
+"""bfcl_eval at arm's length: its data, its executors and its checkers, asked of a process of its own.
+
+What a model has written is executed in a fork of that process, with limits and without the outside world; whatever
+goes wrong there is a verdict or a SandboxError, and the next sample finds a fresh process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage
+
+ROOT = Path(__file__).parents[4]
+CHILD = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from rest_rl.evaluate.benchmarks.bfcl.child import main; main()"
+)
+"""The process has an environment of its own, without PYTHONPATH, so it is told where this package is."""
+FIXED = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "TZ": "UTC"}
+"""The backends print sets and local times: what a model is told must not change from run to run."""
+LOADING_SECONDS = 120.0
+"""For what only reads the release: no model has a hand in it, but a disk may be slow."""
+TRIES = 3
+PATIENCE = 3.0
+"""Seconds to wait for one of processor time: a machine may be busy, and the processor's clock is to judge."""
+MAX_DEPTH = 100
+MAX_INTEGER_BITS = 14_000
+"""Below the 4300 digits that Python reads."""
+
+
+class Verdict(NamedTuple):
+    """What a checker says."""
+
+    valid: bool
+    error_type: str = ""
+    message: str = ""
+
+
+class SandboxError(RuntimeError):
+    """The process ended, or had to be ended, on this request; the message says why."""
+
+    def __init__(self, message: str, *, is_limit: bool = False) -> None:
+        """`is_limit`: it ran into a limit, and would again; anything else may have come from outside."""
+        super().__init__(message)
+        self.is_limit = is_limit
+
+
+class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
+    """One process with one release; it is started when first needed, and again after it has ended."""
+
+    def __init__(self, package: BfclPackage, *, seconds: float = 20.0, memory_mb: int = 2048) -> None:
+        """Limits on what a model wrote: seconds of processor time of a sample, memory of the fork."""
+        if not hasattr(os, "fork"):
+            raise ValueError(f"got the platform {sys.platform}, expected one that can fork; use Linux, macOS or WSL")
+        self._package = package
+        self._seconds = seconds
+        self._memory_mb = memory_mb
+        self._process: subprocess.Popen[bytes] | None = None
+        self._session: Session | None = None
+        self._loaded: set[str] = set()
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def entries(self, category: str) -> list[dict[str, Any]]:
+        """The samples of a category: `function` as a model is shown it, `checked` without the hints; ground truth."""
+        return self._look_up({"do": "entries", "category": category})
+
+    def constants(self) -> dict[str, Any]:
+        """The words that announce functions held out, the most steps of a turn, JSON schema types by BFCL's."""
+        return self._look_up({"do": "constants"})
+
+    def gold_calls(self, identity: str) -> list[list[dict[str, Any]]]:
+        """Per turn of a conversation the calls of the ground truth as {"name", "arguments"}."""
+        return self._look_up({"do": "gold_calls", "id": identity})
+
+    def check_calls(self, identity: str, category: str, calls: Sequence[Mapping[str, Any]]) -> Verdict:
+        """The official verdict on calls {name: {argument: value}} of a single-turn sample."""
+        if problem := _problem(calls):
+            return Verdict(False, "checker_error: ValueError", problem)
+        self._end_session()
+        request = {"do": "check_calls", "id": identity, "category": category, "calls": calls}
+        return Verdict(*again_if_ended(partial(self._ask_of, category, request)))
+
+    def session(self, identity: str) -> Session:
+        """A conversation's own instances of the backends; a session that was open before it is over."""
+        self._end_session()
+        self._session = Session(partial(self._ask_of, identity.rpartition("_")[0]), identity)
+        return self._session
+
+    def close(self) -> None:
+        """End the process."""
+        self._drop(patience=1.0)
+
+    def _look_up(self, request: dict[str, Any]) -> Any:
+        return again_if_ended(lambda: self._ask(request, LOADING_SECONDS))
+
+    def _ask_of(self, category: str, request: dict[str, Any]) -> Any:
+        """The answer to a request about a sample, whose category is loaded before time counts."""
+        if self._process is None or category not in self._loaded:
+            self._look_up({"do": "load", "category": category})
+            self._loaded.add(category)
+        return self._ask(request)
+
+    def _end_session(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def _ask(self, request: dict[str, Any], seconds: float | None = None) -> Any:
+        """The answer to a request; whatever goes wrong ends the process, so that the next request finds a new one."""
+        if self._process is None:
+            self._process = self._start()
+        try:
+            answer = _exchange(self._process, request, PATIENCE * self._seconds if seconds is None else seconds)
+        except BaseException:
+            # Also a KeyboardInterrupt: an answer left in the pipe would be read as that to another request.
+            self._drop(patience=0.0)
+            raise
+        if "invalid" in answer:
+            raise ValueError(answer["invalid"])
+        if "ok" in answer:
+            return answer["ok"]
+        self._drop(patience=0.0)
+        limits = f"limits: {self._seconds:g} s, {self._memory_mb} MB"
+        why = f"{answer['died']} ({limits})" if "died" in answer else answer.get("failed")
+        is_limit = bool(answer.get("limit"))
+        raise SandboxError(f"the process that works with {self._package.pin} failed: {why}", is_limit=is_limit)
+
+    def _drop(self, patience: float) -> None:
+        """End the process, and with it the session that lives in it."""
+        process, self._process = self._process, None
+        if self._session is not None and self._session.is_open:
+            self._session.is_over, self._session = True, None
+        if process is not None:
+            _end(process, patience)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """Load the release; its import makes folders, in a place that is gone when it is done."""
+        self._loaded.clear()
+        limits = [str(math.ceil(self._seconds)), str(self._memory_mb)]
+        options = ["-s", "-B", "-X", "utf8", "-c", CHILD]
+        arguments = [str(ROOT), self._package.version, str(self._package.folder.resolve()), *limits]
+        with tempfile.TemporaryDirectory(prefix="rest-rl-") as folder:
+            process = subprocess.Popen(  # noqa: S603
+                [sys.executable, *options, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=self._package.folder,
+                env={**FIXED, "BFCL_PROJECT_ROOT": folder, "HOME": folder, "PATH": os.defpath},
+                start_new_session=True,
+            )
+            try:
+                answer = _exchange(process, None, LOADING_SECONDS)
+            except BaseException:
+                _end(process, patience=0.0)
+                raise
+        if "ok" not in answer:
+            _end(process, patience=0.0)
+            raise ValueError(
+                f"got {self._package.pin} in {self._package.folder}, which does not load ({answer.get('failed')}), "
+                f"expected it whole; pip install 'rest-rl[bfcl]' has what it needs, and {self._package.command} puts "
+                "it there"
+            )
+        return process
+
+
+class Session(contextlib.AbstractContextManager["Session"]):
+    """One conversation's calls, executed on instances of its own; from `Sandbox.session`."""
+
+    def __init__(self, ask: Callable[[dict[str, Any]], Any], identity: str) -> None:
+        self._ask = ask
+        self._identity = identity
+        self.is_open = False
+        """Whether instances were made; the first `execute` does so."""
+        self.is_over = False
+        """Whether they are gone: closed, or the process that held them has ended."""
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def execute(self, calls: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What each call {"name", "arguments"} returned, in the official words; an error text where it cannot be."""
+        if not self.is_open:
+            self._ask({"do": "open", "id": self._identity})
+            self.is_open = True
+        if self.is_over:
+            raise SandboxError("this conversation has ended")
+        return self._ask({"do": "execute", "calls": [_sendable(call) for call in calls]})
+
+    def check(self, turns: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> Verdict:
+        """The official verdict on all turns, each a list of steps, each a list of calls; it ends the instances."""
+        self.close()
+        sendable = [[[_sendable(call) for call in step] for step in turn] for turn in turns]
+        request = {"do": "check_turns", "id": self._identity, "turns": sendable}
+        return Verdict(*again_if_ended(partial(self._ask, request)))
+
+    def close(self) -> None:
+        """Drop the instances."""
+        if self.is_open and not self.is_over:
+            self.is_over = True
+            with contextlib.suppress(SandboxError):  # they are gone all the same
+                self._ask({"do": "end"})
+
+
+def again_if_ended(ask: Callable[[], Any]) -> Any:
+    """What `ask` gives, asked again where the process ended by no limit: it may have been ended from outside."""
+    for _ in range(TRIES - 1):
+        try:
+            return ask()
+        except SandboxError as error:  # noqa: PERF203 - a process is started anew
+            if error.is_limit:
+                raise
+    return ask()
+
+
+def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+    """Send a request, if any, and read one answer; SandboxError when the process ends or the time is up.
+
+    The other side reads a request whole before it writes, so two full pipes cannot wait for one another.
+    """
+    assert process.stdin is not None
+    assert process.stdout is not None
+    line = b"" if request is None else json.dumps(request, default=dict).encode() + b"\n"
+    is_late = threading.Event()
+
+    def stop() -> None:
+        is_late.set()
+        _signal_group(process)
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        process.stdin.write(line)
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+    except (OSError, ValueError) as error:
+        why = f"no answer within {seconds:g} s" if is_late.is_set() else "it ended without an answer"
+        raise SandboxError(f"the process that works with bfcl-eval failed: {why}", is_limit=is_late.is_set()) from error
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _end(process: subprocess.Popen[bytes], patience: float) -> None:
+    """Close the pipes, and end the process and its forks if they do not end at that within `patience` seconds."""
+    if patience <= 0:
+        _signal_group(process)
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    try:
+        process.wait(patience or None)
+    except subprocess.TimeoutExpired:
+        _signal_group(process)
+        process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that has not been waited for, so its number is still its own, with its forks."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _sendable(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call, or the reason why it cannot be one."""
+    problem = _problem(call)
+    return {"refused": problem} if problem else dict(call)
+
+
+def _problem(value: Any) -> str:
+    """Why a value cannot be sent as JSON; empty when it can. Not recursive: nesting is what it must survive."""
+    waiting = [(value, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, (Mapping, list, tuple)):
+            if depth > MAX_DEPTH:
+                return f"nesting deeper than {MAX_DEPTH} levels"
+            if isinstance(item, Mapping):
+                if not all(isinstance(key, str) for key in item):
+                    return "a key is not a string"
+                item = item.values()
+            waiting.extend((each, depth + 1) for each in item)
+        elif isinstance(item, int) and item.bit_length() > MAX_INTEGER_BITS:
+            return "an integer is too long"
+        elif item is not None and not isinstance(item, (bool, int, float, str)):
+            return f"a {type(item).__name__} is no JSON value"
+    return ""

@@ -1,0 +1,190 @@
+"""What is sent to a chat-completions server and what is read out of its answer; no network here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rest_rl.data.layout import as_text, with_call_ids
+from rest_rl.data.reading import load_json
+from rest_rl.data.samples import ToolSample
+from rest_rl.evaluate.conversation import Reply
+from rest_rl.formats import OpenedThinkFormat, ToolFormat
+from rest_rl.response import ToolCall
+
+NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]")
+NAME_LENGTH = 64
+SENT = ("role", "content", "tool_calls", "tool_call_id", "name")
+"""The fields of a message that every server takes."""
+OVERFLOW = re.compile(
+    r"context[ _]?(length|window|size)|maximum (model|sequence|input) length|too large for model"
+    r"|(prompt|input)\S* (is |are )?too (long|large)|max_tokens must be at least 1|input token count.*exceeds"
+    r"|`inputs` tokens \+",
+    re.IGNORECASE,
+)
+"""How servers say that a prompt does not fit (OpenAI, vLLM, SGLang, llama.cpp, TGI, Gemini and others)."""
+
+
+class GarbledError(Exception):
+    """An answer that is no chat completion; it is asked for again."""
+
+
+def plain_name(name: str) -> str:
+    """A name as servers that follow OpenAI take it: letters, digits, `_` and `-`."""
+    return NOT_IN_NAMES.sub("_", name)[:NAME_LENGTH] or "_"
+
+
+def wire_names(sample: ToolSample) -> dict[str, str]:
+    """The plain name under which each tool is sent, one of its own for each."""
+    names: dict[str, str] = {}
+    for tool in sample.tools:
+        name = str(tool.get("function", tool).get("name"))
+        plain, number = plain_name(name), 1
+        while name not in names and plain in names.values():
+            number += 1
+            plain = f"{plain_name(name)[: NAME_LENGTH - 4]}_{number}"
+        names.setdefault(name, plain)
+    return names
+
+
+def chat_body(sample: ToolSample, tool_format: ToolFormat, *, native: bool) -> dict[str, Any]:
+    """`messages`, and `tools` where the server is to lay them out itself."""
+    messages = [dict(message) for message in sample.messages]
+    if native or sample.tools_in_prompt:
+        names = wire_names(sample)
+        body: dict[str, Any] = {"messages": [wire_message(message, names) for message in with_call_ids(messages)]}
+        if sample.tools and not sample.tools_in_prompt:
+            body["tools"] = [wire_tool(tool, names) for tool in sample.tools]
+        return body
+    return {"messages": as_text(messages, list(sample.tools), tool_format)}
+
+
+def wire_message(message: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A message with the arguments of its calls as JSON text, which is how servers expect them."""
+    sent = {key: message[key] for key in SENT if key in message}
+    if calls := message.get("tool_calls"):
+        sent["tool_calls"] = [
+            {
+                "id": call["id"],
+                "type": "function",
+                "function": {
+                    "name": names.get(call["function"]["name"], plain_name(call["function"]["name"])),
+                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+                },
+            }
+            for call in calls
+        ]
+    if "name" in sent:
+        sent["name"] = names.get(sent["name"], plain_name(sent["name"]))
+    return sent
+
+
+def wire_tool(tool: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A tool in OpenAI shape under the name that it is sent by."""
+    function = tool.get("function", tool)
+    return {"type": "function", "function": {**function, "name": names[str(function.get("name"))]}}
+
+
+def read_answer(data: bytes, sample: ToolSample, tool_format: ToolFormat) -> Reply:
+    """The reply in the body of an answer; GarbledError for one that is no chat completion.
+
+    Calls that the server has read out are the reply's calls; one whose arguments are no JSON object is none, and
+    stands in the text as it came.
+    """
+    body = read_body(data)
+    if isinstance(body, Reply):
+        return body
+    choice = first(field(body, "choices", list), "choices")
+    message, is_truncated = field(choice, "message", dict), choice.get("finish_reason") == "length"
+    text, calls = text_of(message, tool_format), message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise GarbledError(f"tool_calls of type {type(calls).__name__}")
+    if text is None and not (calls or is_truncated):
+        raise GarbledError("neither content nor tool_calls")
+    text, structured = text or "", None
+    if calls:
+        text, structured = read_calls(calls, text, {sent: name for name, sent in wire_names(sample).items()})
+    usage = body.get("usage")
+    prompt_tokens, tokens = (count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
+    return Reply(text, structured, prompt_tokens, tokens, is_truncated=is_truncated)
+
+
+def read_body(data: bytes) -> Any:
+    """The JSON of an answer, an overflow that it reports as a Reply; GarbledError for no JSON and for other errors."""
+    try:
+        body = load_json(data.decode("utf-8"))
+    except ValueError as error:
+        raise GarbledError(f"no JSON ({error}): {data[:80]!r}") from None
+    if isinstance(body, dict) and body.get("error"):  # with status 200, as routers do
+        if OVERFLOW.search(said := str(body["error"])[:2000]):
+            return Reply(overflow=f"the server says: {said:.400}")
+        raise GarbledError(f"an error: {said:.200}")
+    return body
+
+
+def text_of(message: Mapping[str, Any], tool_format: ToolFormat) -> str | None:
+    """The text of a message, also where it comes in parts; None where it has none.
+
+    Reasoning that the server has cut off is left out, but for a format that begins inside the think block.
+    """
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        content = "".join(part["text"] for part in content if isinstance(part.get("text"), str))
+    if content is not None and not isinstance(content, str):
+        raise GarbledError(f"content of type {type(content).__name__}")
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(thought, str) and thought and isinstance(tool_format, OpenedThinkFormat):
+        closing = f"{tool_format.opening[0]}/{tool_format.opening[1:]}"
+        content = f"{thought}\n{closing}\n\n{content or ''}"
+    return None if content is None else whole(content)
+
+
+def read_calls(raw_calls: list[Any], text: str, given: Mapping[str, str]) -> tuple[str, tuple[ToolCall, ...]]:
+    """(the text, with what cannot be read as a call; the calls, under the names that the tools were given by)."""
+    calls = [read_call(raw, given) for raw in raw_calls]
+    unread = [json.dumps(raw, ensure_ascii=False) for raw, call in zip(raw_calls, calls, strict=True) if call is None]
+    return whole("\n".join(filter(None, [text, *unread]))), tuple(call for call in calls if call is not None)
+
+
+def read_call(raw: Any, given: Mapping[str, str]) -> ToolCall | None:
+    """One structured call; None where it has no name or its arguments are no JSON object."""
+    function = raw.get("function") if isinstance(raw, dict) else None
+    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
+        return None
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = load_json(arguments) if arguments.strip() else {}
+        except ValueError:
+            return None
+    elif arguments is None:
+        arguments = {}
+    return ToolCall(given.get(name, name), arguments) if isinstance(arguments, dict) else None
+
+
+def field(value: Any, name: str, kind: type) -> Any:
+    """A field of the answer; GarbledError where it is missing or of another type."""
+    found = value.get(name) if isinstance(value, dict) else value
+    if not isinstance(value, dict) or not isinstance(found, kind):
+        raise GarbledError(f"{name} of type {type(found).__name__}, expected {kind.__name__}")
+    return found
+
+
+def first(values: Sequence[Any], name: str) -> dict[str, Any]:
+    """The first entry of a list; GarbledError where there is none."""
+    if not values or not isinstance(values[0], dict):
+        raise GarbledError(f"{name} is empty or holds no object")
+    return values[0]
+
+
+def whole(text: str) -> str:
+    """Text without halves of surrogate pairs, which no file could hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def count(usage: Any, name: str) -> int | None:
+    """A number of tokens that the server says, if it is one."""
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -1,0 +1,117 @@
+"""A checkpoint that answers through transformers: greedy, in left-padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rest_rl.data.layout import PromptLayout
+from rest_rl.evaluate.conversation import Reply, Request
+from rest_rl.evaluate.generate import end_ids, generate
+from rest_rl.evaluate.models.token_prompts import Prompt, check_sizes, prepare, room_of
+from rest_rl.regions import decode_ids
+
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Rotary positions whose angles do not depend on how long the longest row of a batch is."""
+
+
+class LocalModel:
+    """A transformers model with its tokenizer, asked greedily.
+
+    A reply depends on its own prompt alone, up to the rounding of 16-bit arithmetic in batches of different shape.
+    """
+
+    concurrency = 1
+
+    def __init__(
+        self, model: Any, layout: PromptLayout, *, batch_size: int, max_new_tokens: int, context: int | None = None
+    ) -> None:
+        """`context` is what the model holds, where its configuration does not say so (stretched positions)."""
+        check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, context=1 if context is None else context)
+        self.model, self.layout, self.batch_size, self.max_new_tokens = model, layout, batch_size, max_new_tokens
+        self.context = context if context is not None else context_length(model.config, layout.tokenizer)
+        self._may_overrun = may_overrun(model.config)
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """One reply per request, in order; a prompt that does not fit is an overflow, one without a text a refusal."""
+        prompts = [prepare(request, self.layout, self.max_new_tokens, self.context) for request in requests]
+        replies = [prompt if isinstance(prompt, Reply) else Reply() for prompt in prompts]
+        together: dict[int, list[int]] = {}
+        for position, prompt in enumerate(prompts):
+            if isinstance(prompt, Prompt):
+                together.setdefault(0 if self._may_overrun else prompt.limit, []).append(position)
+        for positions in together.values():
+            chosen = [prompt for position in positions if isinstance(prompt := prompts[position], Prompt)]
+            for position, reply in zip(positions, self._replies(chosen), strict=True):
+                replies[position] = reply
+        return replies
+
+    def room(self, request: Request) -> tuple[int, int] | None:
+        """(tokens of the prompt and of the longest response, tokens the model holds); None for a model without end."""
+        return room_of(request, self.layout, self.max_new_tokens, self.context)
+
+    def stop(self) -> None:
+        """Nothing: one thread asks, which the exception that ends an evaluation has ended already."""
+
+    def _replies(self, prompts: list[Prompt]) -> list[Reply]:
+        """Halves of a batch that the memory does not hold, by and by.
+
+        A prompt too large by itself is an error, because another process may hold the memory for a while.
+        """
+        responses: list[list[int]] | None = None
+        size = min(self.batch_size, len(prompts))
+        try:
+            responses = generate(
+                self.model,
+                self.layout.tokenizer,
+                [prompt.text for prompt in prompts],
+                max_new_tokens=[prompt.limit for prompt in prompts],
+                batch_size=size,
+                greedy=True,
+            )
+        except RuntimeError as error:  # CUDA's own type, and plain RuntimeErrors of other devices
+            if "out of memory" not in str(error).lower():
+                raise
+        if responses is not None:
+            return [self._reply(prompt, ids) for prompt, ids in zip(prompts, responses, strict=True)]
+        if torch.cuda.is_available():  # here, where the error no longer holds what it failed on
+            torch.cuda.empty_cache()
+        if len(prompts) == 1:
+            tokens = len(prompts[0].ids)
+            return [Reply(error=f"the device ran out of memory on a prompt of {tokens} tokens", prompt_tokens=tokens)]
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+        half = len(prompts) // 2
+        replies = [Reply()] * len(prompts)
+        for part in (by_length[:half], by_length[half:]):
+            for position, reply in zip(part, self._replies([prompts[i] for i in part]), strict=True):
+                replies[position] = reply
+        return replies
+
+    def _reply(self, prompt: Prompt, ids: list[int]) -> Reply:
+        is_ended = bool(ids) and ids[-1] in end_ids(self.model, self.layout.tokenizer)
+        return Reply(
+            decode_ids(ids, self.layout.tokenizer, self.layout.format.tags),
+            prompt_tokens=len(prompt.ids),
+            tokens=len(ids),
+            is_truncated=len(ids) >= prompt.limit and not is_ended,
+        )
+
+
+def context_length(config: Any, tokenizer: Any) -> int | None:
+    """How many tokens a model holds: its positions, or what its tokenizer says if that is less; None if unlimited."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    stated = getattr(tokenizer, "model_max_length", None)  # 10**30 where nobody said
+    known = [number for number in (positions, stated) if isinstance(number, int) and 0 < number < 10**9]
+    return min(known, default=None)
+
+
+def may_overrun(config: Any) -> bool:
+    """Whether a finished row may stay in a batch beyond the context: where positions are angles, not rows of a table.
+
+    Not with angles that change with the longest row (`dynamic`, `longrope`), which would change the others' texts.
+    """
+    settings = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [settings] if "rope_type" in settings else [*settings.values()]  # one for all layers, or one per type
+    return bool(kinds) and all(isinstance(kind, dict) and kind.get("rope_type") in FIXED_ROTATIONS for kind in kinds)

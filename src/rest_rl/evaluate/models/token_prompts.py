@@ -1,0 +1,95 @@
+"""Prompts as token ids with their share of the context, and how a completions server is asked to go on from them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from rest_rl.data.layout import PromptLayout
+from rest_rl.evaluate.conversation import Reply, Request
+from rest_rl.evaluate.models.chat_messages import count, field, first, read_body, whole
+
+
+class Prompt(NamedTuple):
+    """What a model is to go on from: the text, its ids, and how many tokens there is room for."""
+
+    text: str
+    ids: list[int]
+    limit: int
+
+
+def prepare(request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None) -> Prompt | Reply:
+    """The prompt of a request with its share of the context, or the reply that says why there is none."""
+    try:
+        text = layout.render(request.sample)
+    except ValueError as error:
+        return Reply(refusal=str(error))
+    try:
+        text.encode()
+    except UnicodeError as error:  # half of a surrogate pair
+        return Reply(error=f"got a prompt that is no Unicode text ({error})")
+    ids = layout.tokenizer(text, add_special_tokens=False)["input_ids"]
+    limit = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
+    if limit < 1:
+        return Reply(overflow=f"got a prompt of {len(ids)} tokens, the model holds {context}", prompt_tokens=len(ids))
+    return Prompt(text, ids, limit)
+
+
+def room_of(request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None) -> tuple[int, int] | None:
+    """(tokens of the prompt and of the longest response, tokens the model holds); None for a model without end.
+
+    A prompt that cannot be made takes nothing: its reply says why there is none.
+    """
+    if context is None:
+        return None
+    prompt = prepare(request, layout, max_new_tokens, None)
+    return (len(prompt.ids) + max_new_tokens if isinstance(prompt, Prompt) else 0), context
+
+
+def check_sizes(**sizes: int) -> None:
+    """ValueError for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"got {name} = {size}, expected at least 1; raise it")
+
+
+def completion_body(prompt: Prompt, layout: PromptLayout) -> dict[str, Any]:
+    """The prompt as ids, because servers add a beginning-of-sequence token to a text, which has its own already.
+
+    Tags that are special tokens are asked for, since servers leave special tokens out; the two fields are vLLM's and
+    SGLang's, so no other format asks for them.
+    """
+    body: dict[str, Any] = {"prompt": prompt.ids, "max_tokens": prompt.limit}
+    if not special_tokens(layout).isdisjoint(layout.format.tags):
+        body["extra_body"] = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
+    return body
+
+
+def read_completion(data: bytes, prompt: Prompt, layout: PromptLayout) -> Reply:
+    """The reply in the body of a completion; GarbledError for one that is none."""
+    body = read_body(data)
+    if isinstance(body, Reply):
+        return body
+    choice = first(field(body, "choices", list), "choices")
+    text, usage = field(choice, "text", str), body.get("usage")
+    prompt_tokens = count(usage, "prompt_tokens")
+    return Reply(
+        without_end(whole(text), layout),
+        prompt_tokens=len(prompt.ids) if prompt_tokens is None else prompt_tokens,
+        tokens=count(usage, "completion_tokens"),
+        is_truncated=choice.get("finish_reason") == "length",
+    )
+
+
+def without_end(text: str, layout: PromptLayout) -> str:
+    """A text without the special tokens at its end but for tags, as `regions.decode_ids` leaves them out of ids."""
+    ends = tuple(sorted(special_tokens(layout).difference(layout.format.tags)))
+    while end := max((end for end in ends if text.endswith(end)), key=len, default=""):
+        text = text.removesuffix(end)
+    return text
+
+
+def special_tokens(layout: PromptLayout) -> frozenset[str]:
+    """The texts of the tokenizer's special tokens."""
+    tokenizer = layout.tokenizer
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return frozenset(filter(None, (*added, *tokenizer.all_special_tokens)))

@@ -1,0 +1,80 @@
+"""A checkpoint that answers through vLLM, where that is installed: greedy, with batches of vLLM's own making."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rest_rl.data.layout import PromptLayout
+from rest_rl.evaluate.conversation import Reply, Request
+from rest_rl.evaluate.models.token_prompts import Prompt, check_sizes, prepare, room_of
+from rest_rl.regions import decode_ids
+
+
+class VllmModel:
+    """A vLLM engine in this process, asked greedily with token ids; prompts, texts and limits as for `LocalModel`."""
+
+    concurrency = 1
+
+    def __init__(
+        self,
+        path: str | Path,
+        layout: PromptLayout,
+        *,
+        max_new_tokens: int,
+        context: int,
+        batch_size: int = 256,
+        **engine: Any,
+    ) -> None:
+        """`context` is what vLLM makes room for (`max_model_len`); `engine` goes to `vllm.LLM` as it is.
+
+        ValueError without the package vllm and for an adapter's folder.
+        """
+        check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
+        if (Path(path) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"got {path}, an adapter, expected a whole model for vLLM; merge it into its base model and save that "
+                "(peft's merge_and_unload), or leave vLLM out"
+            )
+        try:
+            import vllm  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ValueError(
+                f"got no working package vllm ({error}), expected it; pip install 'rest-rl[vllm]'"
+            ) from error
+        self.layout, self.batch_size, self.max_new_tokens = layout, batch_size, max_new_tokens
+        self.context = context
+        self._sampling = vllm.SamplingParams
+        self._engine = vllm.LLM(model=str(path), max_model_len=context, **engine)
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """One reply per request, in order; a prompt that does not fit is an overflow, one without a text a refusal."""
+        prompts = [prepare(request, self.layout, self.max_new_tokens, self.context) for request in requests]
+        fitting = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+        replies = iter(self._replies(fitting) if fitting else [])
+        return [prompt if isinstance(prompt, Reply) else next(replies) for prompt in prompts]
+
+    def room(self, request: Request) -> tuple[int, int] | None:
+        """(tokens of the prompt and of the longest response, tokens the model holds)."""
+        return room_of(request, self.layout, self.max_new_tokens, self.context)
+
+    def stop(self) -> None:
+        """Nothing: one thread asks, which the exception that ends an evaluation has ended already."""
+
+    def _replies(self, prompts: Sequence[Prompt]) -> list[Reply]:
+        tokenizer, tags = self.layout.tokenizer, self.layout.format.tags
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # vLLM knows the model's own
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": prompt.ids} for prompt in prompts],
+            [self._sampling(temperature=0.0, max_tokens=prompt.limit, stop_token_ids=ends) for prompt in prompts],
+            use_tqdm=False,
+        )
+        replies = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            said = output.outputs[0]
+            ids = list(said.token_ids)
+            text = decode_ids(ids, tokenizer, tags)  # not vLLM's text, which leaves special tokens out
+            is_truncated = said.finish_reason == "length"
+            replies.append(Reply(text, None, len(prompt.ids), len(ids), is_truncated=is_truncated))
+        return replies

@@ -1,0 +1,259 @@
+"""`rest-rl report --html`: run folders as one file to look at, which opens from disk and asks no network.
+
+The page is its style, its script and its data. The data are compressed, as base64 letters: whatever a model
+wrote, it cannot end the element that holds it. A content security policy names the hashes of the page's own style and
+script and allows nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rest_rl.config import parse_toml
+from rest_rl.jsonl import finite
+from rest_rl.report.findings import findings_of
+from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
+from rest_rl.report.responses import FLAGS, pack_responses
+from rest_rl.report.tables import (
+    Curve,
+    Group,
+    curve,
+    evaluation_curve,
+    finished_steps,
+    flatten,
+    group_runs,
+    is_number,
+)
+from rest_rl.runlog import Row, Run, read_run, replace_file, unwritable
+
+PAGE = "report.html"
+MOST_RESPONSES = 5000
+MOST_POINTS = 1500
+"""Of one curve; longer ones are drawn by the means of equal stretches, with a band from least to most."""
+SCRIPTS = ("data.js", "colours.js", "charts.js", "list.js", "detail.js", "page.js")
+REGION_QUANTITIES = {
+    "entropy": ("Entropy by region", "nats"),
+    "weight": ("Weight by region", ""),
+    "share": ("Share of tokens by region", "%"),
+    "collision": ("Collision mass by region", ""),
+}
+
+
+class Chart(NamedTuple):
+    """One metric as it is drawn; the unit % multiplies by 100."""
+
+    key: str
+    title: str
+    unit: str = ""
+
+
+CHARTS = (
+    Chart("rest/exact_match", "Exact match, training samples", "%"),
+    Chart("reward", "Reward"),
+    Chart("rest/accuracy", "S_acc"),
+    Chart("rest/format", "S_format"),
+    Chart("rest/call_rate", "Responses with a call", "%"),
+    Chart("frac_reward_zero_std", "Groups without spread", "%"),
+    Chart("completions/clipped_ratio", "Truncated responses", "%"),
+    Chart("completions/mean_length", "Length", "tokens"),
+    Chart("entropy", "Entropy", "nats"),
+    Chart("grad_norm", "Gradient norm"),
+    Chart("loss", "Loss"),
+    Chart("mean_token_accuracy", "Token accuracy", "%"),
+)
+"""Shown at once; all other metrics on demand."""
+
+
+def write_html_report(
+    folders: Sequence[str | Path], out: str | Path | None = None, responses: int = MOST_RESPONSES
+) -> Path:
+    """Write one page from run folders; returns it. `out` is a folder or a file that ends in .html.
+
+    ValueError for a folder without a run, and if no run has a step or a response.
+    """
+    if responses < 0:
+        raise ValueError(f"got --responses {responses}, expected at least 0; raise it")
+    runs = [read_run(folder) for folder in folders]
+    empty = [str(run.folder) for run in runs if not finished_steps(run) and not run.responses]
+    if empty:
+        raise ValueError(f"got {', '.join(empty)} without a finished step, expected metrics; train it or leave it out")
+    target = Path(out) if out else runs[0].folder if len(runs) == 1 else Path("report")
+    page = target if target.suffix == ".html" else target / PAGE
+    text = page_text(*page_data(runs, responses))
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(page, text)
+    except OSError as error:
+        raise unwritable(page.parent, error) from error
+    return page
+
+
+def page_data(runs: Sequence[Run], limit: int = MOST_RESPONSES) -> tuple[Row, bytes]:
+    """Everything the page shows: JSON values, and the columns of tokens."""
+    groups = group_runs(runs)
+    order = [run for group in groups for run in group.runs]
+    packed, tokens = pack_responses(order, limit)
+    data = {
+        "regions": dict(REGION_COLOURS),
+        "series": list(SERIES_COLOURS),
+        "flags": dict(FLAGS),
+        "groups": [group.label for group in groups],
+        "runs": [run_facts(run, at) for at, group in enumerate(groups) for run in group.runs],
+        "charts": list(charts(groups)),
+        "config": config_table(order),
+        "findings": [{"run": at, **found._asdict()} for at, run in enumerate(order) for found in findings_of(run)],
+        **packed,
+    }
+    return data, tokens
+
+
+def run_facts(run: Run, group: int) -> Row:
+    """What the page says of a run beside its curves."""
+    libraries, config = run.environment.get("libraries"), flatten(parse_toml(run.config, str(run.folder)))
+    planned = config.get("trl.max_steps")
+    command = run.environment.get("command")
+    return {
+        "name": run.name,
+        "group": group,
+        "seed": config.get("run.seed"),
+        "steps": finished_steps(run),
+        "finished": "steps" in run.summary,
+        "planned": planned if is_number(planned) and planned > 0 else None,
+        "recorded": len(run.responses),
+        "before": scores_of(run.summary.get("before")),
+        "after": scores_of(run.summary.get("after")),
+        "libraries": libraries if isinstance(libraries, Mapping) else {},
+        "commit": run.environment.get("commit"),
+        "command": " ".join(map(str, command)) if isinstance(command, list) else "",
+    }
+
+
+def scores_of(scores: Any) -> Row | None:
+    """One evaluation: sampled and greedy."""
+    if not isinstance(scores, Mapping):
+        return None
+    greedy = scores.get("greedy")
+    names = ("exact_match", "exact_match_error", "s_acc", "s_format", "n")
+    kept = {name: scores[name] for name in names if is_number(scores.get(name))}
+    return {**kept, "greedy": scores_of({**greedy, "greedy": None}) if isinstance(greedy, Mapping) else None}
+
+
+def charts(groups: Sequence[Group]) -> Iterator[Row]:
+    """Every curve that some run has numbers for."""
+    for greedy, how in ((False, "sampled"), (True, "greedy")):
+        lines = [evaluation_curve(group.runs, greedy=greedy) for group in groups]
+        yield from chart(Chart("", f"Exact match, held out, {how}", "%"), enumerate(lines), dots=True)
+    for one in CHARTS:
+        yield from chart(one, group_curves(groups, one.key))
+    for quantity, (title, unit) in REGION_QUANTITIES.items():
+        series = (
+            (at, region, curve(group.runs, f"rest/{quantity}/{region}"))
+            for at, group in enumerate(groups)
+            for region in REGION_COLOURS
+        )
+        drawn = [line_of(line, at) | {"region": region} for at, region, line in series if line.steps]
+        if drawn:
+            yield {"title": title, "unit": unit, "kind": "region", "aside": quantity == "collision", "series": drawn}
+    for key in other_keys(groups):
+        yield from chart(Chart(key, key), group_curves(groups, key), aside=True)
+
+
+def other_keys(groups: Sequence[Group]) -> list[str]:
+    """Metrics that have no chart of their own."""
+    keys = {key for group in groups for run in group.runs for row in run.metrics for key in row}
+    keys -= {"step", "epoch", *(one.key for one in CHARTS)}
+    by_region = tuple(f"rest/{quantity}/" for quantity in REGION_QUANTITIES)
+    return sorted(key for key in keys if not key.startswith(by_region))
+
+
+def group_curves(groups: Sequence[Group], key: str) -> Iterator[tuple[int, Curve]]:
+    """The curve of each group."""
+    for at, group in enumerate(groups):
+        yield at, curve(group.runs, key)
+
+
+def chart(one: Chart, lines: Iterable[tuple[int, Curve]], *, aside: bool = False, dots: bool = False) -> Iterator[Row]:
+    """A chart with a line per group, if there is any; `aside` shows it on demand."""
+    drawn = [line_of(line, at) for at, line in lines if line.steps]
+    if drawn:
+        yield {"title": one.title, "unit": one.unit, "kind": "group", "aside": aside, "dots": dots, "series": drawn}
+
+
+def line_of(line: Curve, group: int) -> Row:
+    """One line with its band; a band without width is left out."""
+    steps, mean, low, high = condensed(line)
+    row: Row = {"group": group, "x": steps, "y": [short(value) for value in mean]}
+    if low != high:
+        row |= {"low": [short(value) for value in low], "high": [short(value) for value in high]}
+    return row
+
+
+def condensed(line: Curve) -> Curve:
+    """A curve of at most `MOST_POINTS` points."""
+    if len(line.steps) <= MOST_POINTS:
+        return line
+    size = -(-len(line.steps) // MOST_POINTS)
+    cuts = [slice(at, at + size) for at in range(0, len(line.steps), size)]
+    return Curve(
+        [line.steps[cut][len(line.steps[cut]) // 2] for cut in cuts],
+        [sum(line.mean[cut]) / len(line.mean[cut]) for cut in cuts],
+        [min(line.low[cut]) for cut in cuts],
+        [max(line.high[cut]) for cut in cuts],
+    )
+
+
+def short(value: float) -> float:
+    """Six digits, more than any plot shows."""
+    return float(f"{value:.6g}")
+
+
+def config_table(runs: Sequence[Run]) -> list[Row]:
+    """Every key of the runs' configurations with its value in each, None where a run does not have it."""
+    tables = [flatten(parse_toml(run.config, str(run.folder))) for run in runs]
+    keys = sorted({key for table in tables for key in table})
+    rows = []
+    for key in keys:
+        values = [json.dumps(table[key], default=str) if key in table else None for table in tables]
+        rows.append({"key": key, "values": values, "differs": key != "run.out" and len(set(values)) > 1})
+    return rows
+
+
+def page_text(data: Row, tokens: bytes) -> str:
+    """The whole file."""
+    style, script = asset("page.css"), "\n".join(asset(name) for name in SCRIPTS)
+    script = f'(() => {{\n"use strict";\n{script}\n}})();\n'
+    names = [run["name"] for run in data["runs"]]
+    parts = {
+        "title": html.escape(", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")),
+        "policy": f"default-src 'none'; script-src {source_hash(script)}; style-src {source_hash(style)}; "
+        "base-uri 'none'; form-action 'none'",
+        "style": style,
+        "script": script,
+        "data": compressed(json.dumps(finite(data), separators=(",", ":")).encode("ascii")),
+        "tokens": compressed(tokens),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("page.html"))
+
+
+def compressed(content: bytes) -> str:
+    """Base64 of gzip; the same content gives the same letters."""
+    return base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
+
+
+def source_hash(text: str) -> str:
+    """How a content security policy names an inline element."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def asset(name: str) -> str:
+    """A file of the page."""
+    return resources.files("rest_rl").joinpath("assets", "report", name).read_text(encoding="utf-8")

@@ -1,0 +1,139 @@
+"""`rest-rl report`: a Markdown page with plots from one or several run folders; reads nothing but run folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rest_rl.report.findings import findings_text
+from rest_rl.report.palette import REGION_COLOURS
+from rest_rl.report.plots import REGION_KEY, draw_all
+from rest_rl.report.tables import (
+    COMPARISON_HEADER,
+    Group,
+    change,
+    comparison_rows,
+    curve,
+    finished_steps,
+    group_runs,
+    is_number,
+    markdown_table,
+    spread_text,
+)
+from rest_rl.runlog import PLOTS, Row, Run, read_run, unwritable
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write `report.md` and its plots; returns the page. ValueError for a folder without a run or without steps."""
+    runs = [read_run(folder) for folder in folders]
+    empty = [str(run.folder) for run in runs if not finished_steps(run)]
+    if empty:
+        raise ValueError(f"got {', '.join(empty)} without a finished step, expected metrics; train it or leave it out")
+    target = Path(out) if out else runs[0].folder if len(runs) == 1 else Path("report")
+    groups = group_runs(runs)
+    try:
+        plots = draw_all(groups, target / PLOTS)
+        page = target / "report.md"
+        page.write_text(report_text(groups, plots, page.parent), encoding="utf-8")
+    except OSError as error:
+        raise unwritable(target, error) from error
+    return page
+
+
+def report_text(groups: Sequence[Group], plots: dict[str, Path], base: Path) -> str:
+    """The whole page."""
+    runs = [run for group in groups for run in group.runs]
+    parts = ["# Report", results(groups) if len(runs) > 1 else single_result(runs[0])]
+    if findings := findings_text(runs):
+        parts.append(findings)
+    for title, path in plots.items():
+        parts.append(f"## {title}\n\n![{title}]({Path(os.path.relpath(path, base)).as_posix()})")
+    if rows := region_rows(groups):
+        header = ("region", "entropy (nats)", "weight", "share of tokens")
+        parts.append("## Regions, first and last tenth of the run\n\n" + markdown_table(header, rows))
+    parts += [part for run in runs[:1] if (part := shown_responses(run))]
+    parts.append("## Runs\n\n" + run_table(groups))
+    return "\n\n".join(parts) + "\n"
+
+
+def single_result(run: Run) -> str:
+    """The before/after table of one run."""
+    if not run.summary.get("before"):
+        return "No evaluation was recorded."
+    note = f"{run.name}: mean over held-out responses, before → after training."
+    return f"## Result\n\n{note}\n\n{markdown_table(COMPARISON_HEADER, comparison_rows(run.summary))}"
+
+
+def results(groups: Sequence[Group]) -> str:
+    """Exact match before and after per group, mean and standard deviation over runs."""
+    header = ("", "runs", "before", "after", "gain", "greedy before", "greedy after", "S_acc after")
+    rows = []
+    for group in groups:
+        pairs = [(run.summary.get("before") or {}, run.summary.get("after") or {}) for run in group.runs]
+        gains = [after["exact_match"] - before["exact_match"] for before, after in pairs if measured(before, after)]
+        rows.append(
+            (
+                group.label,
+                len(group.runs),
+                spread_text([before["exact_match"] for before, _ in pairs if measured(before)]),
+                spread_text([after["exact_match"] for _, after in pairs if measured(after)]),
+                spread_text(gains),
+                spread_text([before["greedy"]["exact_match"] for before, _ in pairs if measured(before.get("greedy"))]),
+                spread_text([after["greedy"]["exact_match"] for _, after in pairs if measured(after.get("greedy"))]),
+                spread_text([after["s_acc"] for _, after in pairs if measured(after)]),
+            )
+        )
+    note = (
+        "Exact match on held-out prompts, sampled at temperature 1, greedy beside it; ± one standard deviation of runs."
+    )
+    return f"## Result\n\n{note}\n\n{markdown_table(header, rows)}"
+
+
+def measured(*scores: Row | None) -> bool:
+    """Whether every evaluation has an exact match."""
+    return all(is_number((score or {}).get("exact_match")) for score in scores)
+
+
+def region_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
+    """Entropy, weight and token share of every region, early and late."""
+    rows = []
+    for group in groups:
+        for region in REGION_COLOURS:
+            cells = [early_and_late(group, quantity, region) for quantity in ("entropy", "weight", "share")]
+            if any(cell != "–" for cell in cells):
+                rows.append((f"{group.label}: {region}" if len(groups) > 1 else region, *cells))
+    return rows
+
+
+def early_and_late(group: Group, quantity: str, region: str) -> str:
+    """Mean of a region's metric over the first and the last tenth of the steps."""
+    values = curve(group.runs, REGION_KEY.format(quantity=quantity, region=region)).mean
+    if not values:
+        return "–"
+    part = max(1, len(values) // 10)
+    return change(sum(values[:part]) / part, sum(values[-part:]) / part)
+
+
+def shown_responses(run: Run) -> str:
+    """One recorded response of the first and of the last step."""
+    if not run.responses:
+        return ""
+    blocks = []
+    for row in (run.responses[0], run.responses[-1]):
+        title = f"Step {row.get('step')}, reward {row.get('reward', float('nan')):.3f}"
+        text = str(row.get("response", "")).replace("```", "'''")
+        blocks.append(f"{title}\n\n```text\n{text}\n```")
+    return f"## What the policy says ({run.name})\n\n" + "\n\n".join(blocks)
+
+
+def run_table(groups: Sequence[Group]) -> str:
+    """Where each curve comes from."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            pair = [(run.summary.get(when) or {}).get("exact_match") for when in ("before", "after")]
+            libraries = run.environment.get("libraries") or {}
+            versions = [libraries.get(library, "–") for library in ("torch", "trl")]
+            rows.append((run.name, group.label, finished_steps(run), change(*pair), *versions))
+    return markdown_table(("run", "curve", "steps", "exact match", "torch", "trl"), rows)

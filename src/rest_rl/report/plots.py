@@ -1,0 +1,203 @@
+"""Plots of runs as small PNG files: learning curves, evaluations, entropy and weight by region, parts of the reward.
+
+One group of runs gives one line with its spread. Region plots of several groups stand side by side on one scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
+from rest_rl.report.tables import Curve, Group, curve, evaluation_curve, smoothed
+
+REGION_KEY = "rest/{quantity}/{region}"
+LEARNING = {"reward": "reward", "rest/accuracy": "S_acc", "rest/format": "S_format", "rest/exact_match": "exact match"}
+MAX_PANELS = 4
+INK, FAINT = "#2b2b2b", "#d9d9d9"
+
+
+def draw_all(groups: Sequence[Group], folder: Path) -> dict[str, Path]:
+    """Draw every plot for which the runs have numbers; returns title -> file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        "Learning": draw_learning(groups, folder / "learning.png"),
+        "Held-out slice during training": draw_evaluations(groups, folder / "evaluations.png"),
+        "Entropy by region": draw_regions(groups, "entropy", "entropy in nats", folder / "entropy.png"),
+        "Weight by region": draw_regions(groups, "weight", "gradient weight", folder / "weights.png"),
+        "Share of tokens by region": draw_regions(groups, "share", "share of tokens", folder / "shares.png"),
+        "Parts of the reward": draw_reward(groups, folder / "reward.png"),
+    }
+    return {title: path for title, path in drawn.items() if path}
+
+
+def draw_learning(groups: Sequence[Group], path: Path) -> Path | None:
+    """Reward, S_acc, S_format and exact match of the training samples, one panel each, one line per group."""
+    keys = [key for key in LEARNING if any(curve(group.runs, key).steps for group in groups)]
+    if not keys:
+        return None
+    figure, panels = new_figure(len(keys))
+    for axes, key in zip(panels, keys, strict=True):
+        for group, colour in zip(groups, colours(len(groups)), strict=True):
+            draw_curve(axes, curve(group.runs, key), colour, group.label)
+        style(axes, LEARNING[key])
+    if len(groups) > 1:
+        panels[0].legend(**legend_style())
+    return save(figure, path)
+
+
+def draw_evaluations(groups: Sequence[Group], path: Path) -> Path | None:
+    """Exact match on the held-out slice, a panel for sampled and one for greedy, one line per group.
+
+    The band is the spread over the runs of a group, and for a single run its standard error.
+    """
+    if not any(run.evaluations for group in groups for run in group.runs):
+        return None
+    figure, panels = new_figure(2, share=True)
+    for axes, greedy in zip(panels, (False, True), strict=True):
+        for group, colour in zip(groups, colours(len(groups)), strict=True):
+            draw_curve(axes, evaluation_curve(group.runs, greedy=greedy), colour, group.label, smooth=False)
+        style(axes, f"exact match, {'greedy' if greedy else 'sampled at T = 1'}")
+    if len(groups) > 1:
+        panels[0].legend(**legend_style())
+    return save(figure, path)
+
+
+def draw_regions(groups: Sequence[Group], quantity: str, label: str, path: Path) -> Path | None:
+    """One panel per group, one line per region."""
+    drawable = [group for group in groups if any(region_curves(group, quantity).values())][:MAX_PANELS]
+    if not drawable:
+        return None
+    figure, panels = new_figure(len(drawable), share=True)
+    for axes, group in zip(panels, drawable, strict=True):
+        for region, line in region_curves(group, quantity).items():
+            draw_curve(axes, line, REGION_COLOURS[region], region)
+        if quantity == "weight":
+            axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        style(axes, f"{label}: {group.label}" if len(groups) > 1 else label)
+    panels[-1].legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
+    return save(figure, path)
+
+
+def region_curves(group: Group, quantity: str) -> dict[str, Curve]:
+    """The curves of one quantity by region label, regions without numbers left out."""
+    keys = {region: REGION_KEY.format(quantity=quantity, region=region) for region in REGION_COLOURS}
+    curves = {region: curve(group.runs, key) for region, key in keys.items()}
+    return {region: line for region, line in curves.items() if line.steps}
+
+
+def draw_reward(groups: Sequence[Group], path: Path) -> Path | None:
+    """What limits learning: spread within groups, truncation, call rate; one panel per group."""
+    parts = {
+        "reward": "reward",
+        "rest/accuracy": "S_acc",
+        "rest/format": "S_format",
+        "frac_reward_zero_std": "groups without spread",
+        "completions/clipped_ratio": "truncated",
+        "rest/call_rate": "responses that call",
+    }
+    drawable = [group for group in groups if curve(group.runs, "reward").steps][:MAX_PANELS]
+    if not drawable:
+        return None
+    figure, panels = new_figure(len(drawable), share=True)
+    for axes, group in zip(panels, drawable, strict=True):
+        for (key, label), colour in zip(parts.items(), SERIES_COLOURS, strict=False):
+            draw_curve(axes, curve(group.runs, key), colour, label)
+        style(axes, f"reward and shares: {group.label}" if len(groups) > 1 else "reward and shares")
+    panels[-1].legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
+    return save(figure, path)
+
+
+def new_figure(panels: int, *, share: bool = False) -> tuple[Figure, list[Axes]]:
+    """A white figure with panels in a row; no global state of matplotlib is touched."""
+    figure = white_figure(max(5.2, 3.1 * panels + 1.0), 3.0)
+    grid = figure.subplots(1, panels, squeeze=False, sharey=share)
+    return figure, list(grid[0])
+
+
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A white figure with one panel."""
+    figure = white_figure(width, height)
+    return figure, figure.subplots()
+
+
+def white_figure(width: float, height: float) -> Figure:
+    """A figure that can be saved, in inches."""
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_curve(axes: Axes, line: Curve, colour: str, label: str, *, smooth: bool = True) -> None:
+    """The smoothed mean over the raw one, with the spread over runs; steps without a number leave a gap.
+
+    A curve that is not smoothed has a mark at every step instead.
+    """
+    if not line.steps:
+        return
+    window = len(line.steps) // 8 | 1 if smooth else 1
+    breaks = gaps(line.steps)
+    steps = with_gaps(line.steps, breaks)
+    if window > 1:
+        axes.plot(steps, with_gaps(line.mean, breaks), color=colour, linewidth=0.7, alpha=0.25)
+    mean = with_gaps(smoothed(line.mean, window), breaks)
+    marker = "." if len(line.steps) == 1 or not smooth else ""
+    axes.plot(steps, mean, color=colour, linewidth=1.8, label=label, marker=marker)
+    if line.low != line.high:
+        low, high = (with_gaps(smoothed(side, window), breaks) for side in (line.low, line.high))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def gaps(steps: Sequence[int]) -> list[int]:
+    """Where steps are missing: positions of the steps that follow a gap of more than four times the usual distance."""
+    distances = [after - before for before, after in pairwise(steps)]
+    usual = min(distances, default=1)
+    return [i for i, distance in enumerate(distances, start=1) if distance > 4 * usual]
+
+
+def with_gaps(values: Sequence[float], breaks: Sequence[int]) -> list[float]:
+    """The values with a NaN before each break, where a plotted line stops."""
+    return [item for i, value in enumerate(values) for item in ((math.nan, value) if i in breaks else (value,))]
+
+
+def style(axes: Axes, title: str) -> None:
+    """A panel over training steps."""
+    bare_style(axes, title, grid="both")
+    axes.set_xlabel("step", fontsize=8, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.margins(x=0.02)
+
+
+def bare_style(axes: Axes, title: str, grid: Literal["x", "y", "both"] = "y") -> None:
+    """Title to the left, light grid, no box."""
+    axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
+    axes.grid(axis=grid, color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, colors=INK, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(FAINT)
+
+
+def legend_style() -> Mapping[str, Any]:
+    """A plain legend."""
+    return {"fontsize": 8, "frameon": False, "labelcolor": INK, "handlelength": 1.4, "loc": "upper left"}
+
+
+def colours(count: int) -> list[str]:
+    """Colours of `count` groups; they repeat after the last."""
+    return [SERIES_COLOURS[i % len(SERIES_COLOURS)] for i in range(count)]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure as PNG."""
+    figure.savefig(path, format="png", facecolor="white")
+    return path

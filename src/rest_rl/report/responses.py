@@ -1,0 +1,304 @@
+"""Recorded responses as the HTML report holds them: pieces of text with a region and numbers each, and what cost what.
+
+A row of a run that recorded no tokens becomes words coloured by the regions that its text parses into. Rows are read
+with mistrust: a field of the wrong type or length counts as missing. The tokens of all responses stand in columns, one
+response after the other: thousands of small arrays would take the browser long to make.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+from rest_rl.config import parse_toml
+from rest_rl.formats import ToolFormat, get_format
+from rest_rl.report.diagnosis.history import step_of
+from rest_rl.report.tables import is_number
+from rest_rl.response import NUM_REGIONS, Gold, ParsedResponse, Region, gold_from_json
+from rest_rl.rewards import Finding, accuracy_score, format_score
+from rest_rl.runlog import Row, Run
+
+MISSING, MOST = 65535, 65534
+MAX_PIECES, MAX_CHARACTERS, MAX_PROMPT = 20_000, 200_000, 40_000
+"""What is shown of one response and of one prompt; the page says what it left out."""
+WORDS = re.compile(r"\s{1,40}|\S{1,40}\s?")
+
+Flag = Literal["format", "tool", "missing", "extra", "argument", "unreadable", "truncated", "exact"]
+FLAGS: Mapping[Flag, str] = {
+    "format": "failed format",
+    "tool": "wrong tool",
+    "argument": "wrong argument",
+    "extra": "extra call",
+    "missing": "missing call",
+    "unreadable": "unreadable call",
+    "truncated": "truncated",
+    "exact": "exact",
+}
+"""What a response can be filtered by."""
+
+
+class Pieces(NamedTuple):
+    """A response cut into tokens, or into words where no tokens were recorded; columns without numbers are empty."""
+
+    texts: list[str]
+    regions: list[int]
+    weights: list[float | None]
+    entropies: list[float | None]
+    logps: list[float | None]
+
+    def first(self, count: int) -> Pieces:
+        """The first `count` of them."""
+        numbers = (values[:count] for values in (self.weights, self.entropies, self.logps))
+        return Pieces(self.texts[:count], self.regions[:count], *numbers)
+
+
+class Columns:
+    """The tokens of all responses: place of the text in the table of words, thousandths of each number, region."""
+
+    def __init__(self) -> None:
+        self.words = array("I")
+        self.weights, self.entropies, self.surprises = array("H"), array("H"), array("H")
+        self.regions = bytearray()
+
+    def add(self, pieces: Pieces, words: Tables) -> int:
+        """Append a response; returns where it begins."""
+        start, count = len(self.words), len(pieces.texts)
+        self.words.extend(words.place(text) for text in pieces.texts)
+        surprises = [None if value is None else -value for value in pieces.logps]
+        for column, values in zip(self.numbers, (pieces.weights, pieces.entropies, surprises), strict=True):
+            column.extend(thousandths(value) for value in values or [None] * count)
+        self.regions.extend(pieces.regions)
+        return start
+
+    @property
+    def numbers(self) -> tuple[array[int], array[int], array[int]]:
+        """The columns of numbers."""
+        return self.weights, self.entropies, self.surprises
+
+    def as_bytes(self) -> bytes:
+        """All columns, one after the other, little-endian: uint32, three times uint16, uint8."""
+        columns = (self.words, *self.numbers)
+        assert [column.itemsize for column in columns] == [4, 2, 2, 2]
+        if sys.byteorder == "big":
+            for column in columns:
+                column.byteswap()
+        return b"".join([*(column.tobytes() for column in columns), self.regions])
+
+
+class Tables:
+    """Texts that many responses share, each kept once."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, int] = {}
+
+    def place(self, text: str) -> int:
+        """Where the text stands."""
+        return self.places.setdefault(text, len(self.places))
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts in order."""
+        return list(self.places)
+
+
+def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
+    """The responses of all runs, at most about `limit`, with the tables of texts that they point into; the tokens."""
+    words, prompts, golds, columns = Tables(), Tables(), Tables(), Columns()
+    packed: list[Row] = []
+    for index, run in enumerate(runs):
+        tool_format = format_of(run)
+        asked: dict[tuple[Any, Any], int] = {}
+        for row in thinned(run.responses, limit // len(runs)):
+            key = (row.get("step"), str(row.get("id")))
+            if isinstance(prompt := row.get("prompt"), str):
+                asked[key] = prompts.place(shortened(prompt, MAX_PROMPT))
+            one = {"r": index, "p": asked.get(key, -1)}
+            facts, pieces = pack_response(row, tool_format, golds)
+            packed.append(one | facts | {"o": columns.add(pieces, words)})
+    tables = {"words": words.texts, "prompts": prompts.texts, "golds": golds.texts}
+    return {"responses": packed, **tables}, columns.as_bytes()
+
+
+def thinned(rows: Sequence[Row], limit: int) -> list[Row]:
+    """Rows of evenly spaced steps, the first and the last among them, whole steps as far as `limit` allows."""
+    if len(rows) <= limit:
+        return list(rows)
+    steps = sorted({step_of(row) for row in rows})
+    count = max(1, min(limit, len(steps) * limit // len(rows)))
+    kept = {steps[(len(steps) - 1) * i // max(count - 1, 1)] for i in range(count)}
+    per_step = limit // count
+    taken: Counter[int] = Counter()
+    chosen: list[Row] = []
+    for row in rows:
+        if step_of(row) in kept and taken[step_of(row)] < per_step:
+            taken[step_of(row)] += 1
+            chosen.append(row)
+    return chosen
+
+
+def format_of(run: Run) -> ToolFormat | None:
+    """The format of a run's calls; None if it cannot be had here."""
+    try:
+        return get_format(str(parse_toml(run.config, str(run.folder)).get("rest", {}).get("format")))
+    except (ValueError, ImportError, AttributeError):
+        return None
+
+
+def pack_response(row: Row, tool_format: ToolFormat | None, golds: Tables) -> tuple[Row, Pieces]:
+    """One response as the page reads it, and its tokens; its keys are short because there are thousands."""
+    text = row.get("response")
+    text = text if isinstance(text, str) else ""
+    parsed = tool_format.parse(text) if tool_format else None
+    gold = gold_of(row)
+    pieces = pieces_of(row, text, parsed)
+    flags, findings, scores = judged(row, parsed, gold)
+    shown = cut(pieces)
+    facts = {
+        "s": step_of(row),
+        "i": str(row.get("id", "")),
+        "g": golds.place(target_text(gold)) if gold else -1,
+        "R": number(row.get("reward")),
+        "A": number(row.get("advantage")),
+        "F": scores,
+        "k": flags,
+        "e": [[finding.kind, finding.message, round(finding.cost, 4)] for finding in findings],
+        "n": len(pieces.texts),
+        "m": len(shown.texts),
+        "u": int(bool(shown.weights)),
+    }
+    return facts, shown
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    return round(float(value), 5) if is_number(value) else None
+
+
+def gold_of(row: Row) -> Gold | None:
+    """What the response was scored against, if it can be read."""
+    try:
+        return gold_from_json(row.get("gold"))
+    except ValueError:
+        return None
+
+
+def target_text(gold: Gold) -> str:
+    """The calls that should be made, a line each, then the answer that should be given."""
+    calls = [{"name": call.name, "arguments": call.arguments} for call in gold.calls]
+    lines = [json.dumps(call, ensure_ascii=False, default=str) for call in calls] or ["no call"]
+    return "\n".join([*lines, *([f"answer: {gold.answer}"] if gold.answer is not None else [])])
+
+
+def judged(
+    row: Row, parsed: ParsedResponse | None, gold: Gold | None
+) -> tuple[list[Flag], tuple[Finding, ...], list[float] | None]:
+    """What the response can be filtered by, what cost what, and [S_format, S_acc] where they are known."""
+    flags: list[Flag] = []
+    if row.get("truncated") is True:
+        flags.append("truncated")
+    if parsed is None or gold is None:
+        return flags, (), None
+    well_formatted, format_findings = format_score(parsed, gold)
+    accuracy, accuracy_findings = accuracy_score(parsed, gold)
+    findings = format_findings + accuracy_findings
+    flags += call_flags(parsed, gold, {finding.kind for finding in findings})
+    if well_formatted == accuracy == 1:
+        flags.append("exact")
+    return flags, findings, [well_formatted, round(accuracy, 5)]
+
+
+def call_flags(parsed: ParsedResponse, gold: Gold, kinds: set[str]) -> Iterator[Flag]:
+    """What went wrong with format and calls."""
+    wanted, made = Counter(call.name for call in gold.calls), Counter(call.name for call in parsed.calls)
+    num_made = len(parsed.calls) + parsed.unreadable_calls
+    if "format" in kinds:
+        yield "format"
+    if gold.calls and made - wanted and wanted - made:
+        yield "tool"
+    if kinds & {"keys", "missing_argument", "value"}:
+        yield "argument"
+    if num_made > len(gold.calls) or "unneeded_call" in kinds:
+        yield "extra"
+    if num_made < len(gold.calls):
+        yield "missing"
+    if parsed.unreadable_calls:
+        yield "unreadable"
+
+
+def pieces_of(row: Row, text: str, parsed: ParsedResponse | None) -> Pieces:
+    """The tokens that the row recorded; without them the words of its text."""
+    lengths, regions = counts(row.get("lengths")), counts(row.get("regions"))
+    if not lengths or len(lengths) != len(regions) or sum(lengths) != len(text) or max(regions) >= NUM_REGIONS:
+        return words_of(text, parsed)
+    characters = iter(text)
+    texts = ["".join(islice(characters, length)) for length in lengths]
+    return Pieces(texts, regions, *(column(row.get(name), len(texts)) for name in ("weights", "entropies", "logps")))
+
+
+def counts(values: Any) -> list[int]:
+    """A list of whole numbers that are not negative; empty if it is something else."""
+    if not isinstance(values, list):
+        return []
+    return values if all(type(value) is int and value >= 0 for value in values) else []
+
+
+def column(values: Any, length: int) -> list[float | None]:
+    """A number for each token, or nothing."""
+    if not isinstance(values, list) or len(values) != length:
+        return []
+    return [value if is_number(value) else None for value in values]
+
+
+def words_of(text: str, parsed: ParsedResponse | None) -> Pieces:
+    """The words of a text, with the regions it parses into."""
+    texts: list[str] = []
+    regions: list[int] = []
+    for piece, region in stretches(text, parsed):
+        found = WORDS.findall(piece)
+        texts += found
+        regions += [int(region)] * len(found)
+    return Pieces(texts, regions, [], [], [])
+
+
+def stretches(text: str, parsed: ParsedResponse | None) -> Iterable[tuple[str, Region]]:
+    """The text cut where its region changes."""
+    end = 0
+    for span in parsed.spans if parsed else ():
+        yield text[end : span.start], Region.OTHER
+        yield text[span.start : span.end], span.region
+        end = span.end
+    yield text[end:], Region.OTHER
+
+
+def cut(pieces: Pieces) -> Pieces:
+    """The first pieces, as many as a page can bear."""
+    total, keep = 0, 0
+    for piece in pieces.texts[:MAX_PIECES]:
+        total += len(piece)
+        if total > MAX_CHARACTERS:
+            break
+        keep += 1
+    if keep == min(len(pieces.texts), MAX_PIECES):
+        return pieces.first(keep)
+    shown = pieces.first(keep + 1)  # of the piece that is too long a part
+    shown.texts[-1] = shown.texts[-1][: MAX_CHARACTERS - sum(map(len, shown.texts[:-1]))]
+    return shown
+
+
+def thousandths(value: float | None) -> int:
+    """A number >= 0 as uint16; what is out of range becomes its nearest end."""
+    return MISSING if value is None else min(max(round(1000 * value), 0), MOST)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text without its middle where it is long."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}\n\n[... {len(text) - 2 * half} characters left out ...]\n\n{text[-half:]}"

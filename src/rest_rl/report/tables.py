@@ -1,0 +1,194 @@
+"""Numbers from run folders: groups of runs that differ in their seed alone, curves with spread, result tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeGuard
+
+from rest_rl.config import parse_toml
+from rest_rl.report.diagnosis.history import step_of
+from rest_rl.runlog import Run
+
+SCORES = ("exact_match", "s_acc", "s_format")
+SEED_KEYS = ("run.seed", "run.out", "trl.seed", "trl.data_seed", "data.seed", "eval.seed")
+"""What may differ between the runs of one group."""
+WATCHING_KEYS = ("eval.every", "eval.slice")
+"""What watches a run and leaves it the same: it sets no runs apart, neither groups nor twins."""
+
+
+class Curve(NamedTuple):
+    """Mean over runs per step, with one standard deviation to each side; a single run has no spread."""
+
+    steps: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration under several seeds."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Runs by configuration without its seeds, each group named by its preset and by what else sets it apart.
+
+    ValueError for two runs of one configuration and seed, which would count as spread.
+    """
+    settings: dict[str, dict[str, str]] = {}
+    members: dict[str, list[Run]] = {}
+    seen: dict[str, Run] = {}
+    for run in runs:
+        table = flatten(parse_toml(run.config, str(run.folder)))
+        flat = {key: str(value) for key, value in table.items() if key not in WATCHING_KEYS}
+        twin = seen.setdefault(str(sorted((key, value) for key, value in flat.items() if key != "run.out")), run)
+        if twin is not run:
+            raise ValueError(
+                f"got {twin.folder} and {run.folder}, the same configuration with the same seed, expected runs that "
+                "differ: their spread would say nothing; leave one out"
+            )
+        kept = {key: value for key, value in flat.items() if key not in SEED_KEYS}
+        identity = str(sorted(kept.items()))
+        settings[identity] = kept
+        members.setdefault(identity, []).append(run)
+    labels = group_labels(list(settings.values()))
+    return [Group(label, tuple(members[identity])) for label, identity in zip(labels, settings, strict=True)]
+
+
+def group_labels(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The preset of each group, with the keys in which groups of one preset differ."""
+    labels: list[str] = []
+    for own in settings:
+        preset = own.get("rest.preset", "run")
+        rivals = [other for other in settings if other.get("rest.preset", "run") == preset]
+        keys = sorted({key for other in rivals for key in {*own, *other} if own.get(key) != other.get(key)})
+        labels.append(" ".join([preset, *(f"{key.rsplit('.', 1)[-1]}={own.get(key, 'unset')}" for key in keys[:3])]))
+    return [f"{label} #{labels[:i].count(label) + 1}" if labels.count(label) > 1 else label
+            for i, label in enumerate(labels)]  # fmt: skip
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def finished_steps(run: Run) -> int:
+    """Steps that a run has finished; one that logged no metrics has them in its times and its summary."""
+    rows = (*run.metrics, *run.timing, {"step": run.summary.get("steps")})
+    return max(step_of(row) for row in rows)
+
+
+def curve(runs: Iterable[Run], key: str) -> Curve:
+    """A metric over steps, mean and spread over runs; steps where no run has a number are left out."""
+    by_step: dict[int, list[float]] = {}
+    for run in runs:
+        for row in run.metrics:
+            if is_number(row.get(key)) and is_number(row.get("step")):
+                by_step.setdefault(step_of(row), []).append(float(row[key]))
+    return curve_of({step: mean_and_sd(values) for step, values in by_step.items()})
+
+
+def curve_of(points: Mapping[int, tuple[float, float]]) -> Curve:
+    """The curve through a mean and a spread per step."""
+    steps = sorted(points)
+    spread = [points[step] for step in steps]
+    return Curve(
+        steps, [mean for mean, _ in spread], [mean - sd for mean, sd in spread], [mean + sd for mean, sd in spread]
+    )
+
+
+def evaluation_curve(runs: Sequence[Run], *, greedy: bool) -> Curve:
+    """Exact match during training, mean and spread over runs; the spread of a single run is its standard error."""
+    by_step: dict[int, list[tuple[float, float]]] = {}
+    measured = [run for run in runs if run.evaluations]
+    for run in measured:
+        for row in run.evaluations:
+            scores = (row.get("greedy") or {}) if greedy else row
+            if is_number(value := scores.get("exact_match")) and is_number(row.get("step")):
+                by_step.setdefault(step_of(row), []).append((value, scores.get("exact_match_error") or 0.0))
+    if len(measured) == 1:
+        return curve_of({step: pairs[0] for step, pairs in by_step.items()})
+    return curve_of({step: mean_and_sd([value for value, _ in pairs]) for step, pairs in by_step.items()})
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Centred running mean; at the ends over what there is. A window of 1 changes nothing."""
+    half = window // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; the deviation of one value is 0."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+COMPARISON_HEADER = ("percent", "n", "exact match", "gain", "S_acc", "S_format")
+
+
+def comparison_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Before → after in percent, a row each for sampled and greedy and, sampled, for every kind of task and split."""
+    before, after = summary.get("before") or {}, summary.get("after") or {}
+    rows = [comparison_row("sampled, T = 1", before, after)]
+    for group in ("kinds", "splits"):
+        for name in {**(before.get(group) or {}), **(after.get(group) or {})}:
+            pair = ((scores.get(group) or {}).get(name) for scores in (before, after))
+            rows.append(comparison_row(f"  {name.replace('_', ' ')}", *pair))
+    return [*rows, comparison_row("greedy", before.get("greedy"), after.get("greedy"))]
+
+
+def comparison_row(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """One line of the before/after table; the gain comes with the standard error of its two sides."""
+    before, after = before or {}, after or {}
+    exact, s_acc, s_format = (f"{percent(before.get(score))} → {percent(after.get(score))}" for score in SCORES)
+    gain = "–"
+    if is_number(before.get("exact_match")) and is_number(after.get("exact_match")):
+        error = math.hypot(before.get("exact_match_error", 0.0), after.get("exact_match_error", 0.0))
+        gain = f"{100 * (after['exact_match'] - before['exact_match']):+.1f} ± {100 * error:.1f}"
+    return (name, str(after.get("n", before.get("n", 0))), exact, gain, s_acc, s_format)
+
+
+def percent(value: float | None) -> str:
+    """A share in percent, a dash if it was not measured."""
+    return f"{100 * value:.1f}" if value is not None else "–"
+
+
+def change(before: float | None, after: float | None) -> str:
+    """`0.263 → 0.412`; a side that was not measured is a dash."""
+    return " → ".join("–" if value is None else f"{value:.3f}" for value in (before, after))
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table, text left and numbers right."""
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell_text(cell) for cell in line) + " |" for line in lines)
+
+
+def cell_text(cell: Any) -> str:
+    """A cell that cannot break its table; leading blanks are kept."""
+    text = str(cell).replace("|", "\\|").replace("\n", " ")
+    return "&nbsp;" * (len(text) - len(text.lstrip())) + text.strip()
+
+
+def spread_text(values: Sequence[float]) -> str:
+    """`0.412 ± 0.013` over several values, one value alone, a dash for none."""
+    if not values:
+        return "–"
+    mean, sd = mean_and_sd(values)
+    return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} ± {sd:.3f}"

@@ -1,0 +1,133 @@
+"""Lemma 1 on measured gradients: how the variance of a prompt's gradient falls with the number G of its responses.
+
+Shapes: n responses to one prompt (many more than a group), sizes of groups K. `gram_nn` holds the inner products of the
+responses' gradients 1 / T_i sum_t grad log pi(y_it), so sum_i c_i g_i has the squared norm c'Kc: disjoint groups drawn
+from the n responses give as many independent gradients of the same prompt, and their sample variance is unbiased.
+
+The form that is tested: Var(1/G sum_i A_i g_i) = Var(A_1 g_1) / G. For advantages that do not depend on the group's
+other responses (a fixed baseline) it is an identity, and so is its estimate from random divisions: that curve is 1 / G
+by construction and stands there as the reference. A group's own mean and standard deviation make the lemma an
+approximation, which is what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rest_rl.credit import group_advantages
+from rest_rl.probe.variance import Estimate, jackknife
+
+
+class PromptResponses(NamedTuple):
+    """Rewards of many responses to one prompt and the inner products of their gradients."""
+
+    rewards_n: np.ndarray
+    gram_nn: np.ndarray
+
+
+class GroupSizeCurve(NamedTuple):
+    """Variance within prompts by group size under one advantage, and its log-log slope (-1 in Lemma 1)."""
+
+    advantage: str
+    sizes: tuple[int, ...]
+    variances: tuple[Estimate, ...]
+    slope: Estimate
+
+
+REFERENCE = "fixed baseline"
+"""The advantage whose curve is 1 / G by construction."""
+Advantages = Callable[[np.ndarray, float], np.ndarray]
+"""(rewards (groups, G), mean reward of the other prompts) -> advantages (groups, G)."""
+
+
+def fixed_baseline(rewards_kG: np.ndarray, elsewhere: float) -> np.ndarray:
+    """R - b, with the mean reward of other prompts as b."""
+    return rewards_kG - elsewhere
+
+
+def leave_one_out(rewards_kG: np.ndarray, _elsewhere: float) -> np.ndarray:
+    """R_i minus the mean of the group's others; unbiased as well."""
+    size = rewards_kG.shape[1]
+    return (rewards_kG - rewards_kG.mean(1, keepdims=True)) * size / (size - 1)
+
+
+def standardised(rewards_kG: np.ndarray, _elsewhere: float) -> np.ndarray:
+    """GRPO's (R - mean) / std."""
+    size = rewards_kG.shape[1]
+    return group_advantages(torch.from_numpy(rewards_kG.ravel()), size, "grpo").numpy().reshape(rewards_kG.shape)
+
+
+ADVANTAGES: dict[str, Advantages] = {
+    REFERENCE: fixed_baseline,
+    "leave-one-out": leave_one_out,
+    "grpo": standardised,
+}
+
+
+def group_size_curves(prompts: Sequence[PromptResponses], *, repeats: int = 128, seed: int = 0) -> list[GroupSizeCurve]:
+    """The curve of each advantage over G = 2, 4, ... up to half the responses; errors by leaving out prompts.
+
+    Each size averages over `repeats` random divisions of the responses into groups. ValueError for fewer than 3 prompts
+    or 8 responses.
+    """
+    count = min((len(one.rewards_n) for one in prompts), default=0)
+    if len(prompts) < 3 or count < 8:
+        raise ValueError(
+            f"got {len(prompts)} prompts with {count} responses each, expected at least 3 with 8; sample more"
+        )
+    sizes = tuple(2**k for k in range(1, count.bit_length()) if 2 ** (k + 1) <= count)
+    rewards = np.array([one.rewards_n.mean() for one in prompts])
+    elsewhere_P = (rewards.sum() - rewards) / (len(rewards) - 1)
+    curves = []
+    for name, advantages in ADVANTAGES.items():
+        rng = np.random.default_rng(seed)  # the same divisions for every advantage
+        variances_PK = np.array(
+            [
+                [within_variance(one, size, advantages, elsewhere, repeats, rng) for size in sizes]
+                for one, elsewhere in zip(prompts, elsewhere_P, strict=True)
+            ]
+        )
+        curves.append(curve_of(name, sizes, variances_PK))
+    return curves
+
+
+def within_variance(
+    prompt: PromptResponses,
+    size: int,
+    advantages: Advantages,
+    elsewhere: float,
+    repeats: int,
+    rng: np.random.Generator,
+) -> float:
+    """Tr Cov of the gradient of a group of `size` responses to the prompt, over disjoint groups."""
+    groups = len(prompt.rewards_n) // size
+    found = []
+    for _ in range(repeats):
+        order_kG = rng.permutation(len(prompt.rewards_n))[: groups * size].reshape(groups, size)
+        weights_kn = np.zeros((groups, len(prompt.rewards_n)))
+        np.put_along_axis(weights_kn, order_kG, advantages(prompt.rewards_n[order_kG], elsewhere) / size, axis=1)
+        centred_kn = weights_kn - weights_kn.mean(0)
+        found.append(np.einsum("kn,nm,km->", centred_kn, prompt.gram_nn, centred_kn) / (groups - 1))
+    return float(np.mean(found))
+
+
+def curve_of(name: str, sizes: tuple[int, ...], variances_PK: np.ndarray) -> GroupSizeCurve:
+    """Means over prompts, and the slope of their logarithms."""
+    prompts = len(variances_PK)
+    measured = tuple(
+        jackknife(prompts, lambda kept, k=k: float(variances_PK[kept, k].mean())) for k in range(len(sizes))
+    )
+    return GroupSizeCurve(
+        name, sizes, measured, jackknife(prompts, lambda kept: slope(sizes, variances_PK[kept].mean(0)))
+    )
+
+
+def slope(sizes: Sequence[int], variances_K: np.ndarray) -> float:
+    """Least-squares slope of log variance over log size; NaN where there is no variance or a single size."""
+    if len(sizes) < 2 or not (variances_K > 0).all():
+        return float("nan")
+    return float(np.polyfit(np.log(sizes), np.log(variances_K), 1)[0])

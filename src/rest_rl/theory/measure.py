@@ -1,0 +1,368 @@
+"""The theory behind ResT, measured on a real model: its lemmas and theorems, and what each weight rule does.
+
+Shapes: M prompts with G responses each, T tokens, N kept coordinates. Two sets of prompts: a pilot (many responses
+each) gives region statistics, Lemma 1, Lemma 2, Theorem 1 and Theorem 2; the rules are judged on the other prompts, so
+that no weight is judged on what it was made from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rest_rl.probe.gradients import Coordinates, expected_squares, token_statistics, weighted_gradients
+from rest_rl.probe.measure import (
+    MEMORY,
+    ROUND,
+    gradients_of,
+    grpo_weights,
+    mean_weights,
+    region_and_true_weights,
+    regions_of,
+    rounds,
+)
+from rest_rl.probe.rules import ENTROPY_RULES, NO_REASONING, SHUFFLED, UNIFORM, rivals
+from rest_rl.probe.sample import Group
+from rest_rl.probe.variance import BLOCKS, GradientFigures, GradientSeries, gradient_series, norm_cap
+from rest_rl.regions import region_sums
+from rest_rl.response import Region
+from rest_rl.theory.group_size import GroupSizeCurve, PromptResponses, group_size_curves
+from rest_rl.theory.optimal_weights import ClosedFormCheck, RegionOptimum, check_closed_form, region_optimum
+from rest_rl.theory.token_bounds import (
+    BoundChain,
+    LemmaTwo,
+    RegionContrast,
+    RegionTokens,
+    ResponseTokens,
+    bound_chain,
+    lemma_two,
+    rank_correlation,
+    region_contrast,
+    region_tokens,
+)
+from rest_rl.weights import (
+    AUTHORS_CONSTANTS,
+    RegionStatistics,
+    WeightConfig,
+    apply_curriculum,
+    assign_weights,
+    keep_top_entropy,
+    normalise,
+    region_weights,
+)
+
+THEOREM, CONSTANTS = "Theorem 2", "authors' constants"
+MOST = 2**20
+"""Parameter entries kept of a larger model, memory permitting."""
+Advance = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class TheorySettings:
+    """How much is measured."""
+
+    token_responses: int = 8
+    """Responses of each pilot prompt, as one group, whose tokens get a gradient each."""
+    batch: int = 16
+    """Prompts of a training step, for which the rules' figures hold."""
+    progress: float = 0.0
+    """Where in training the curriculum stands."""
+    cap: float = 3.0
+    """Norm beyond which a prompt's gradient is scaled down, in medians, for the second set of figures."""
+    blocks: int = BLOCKS
+    """Blocks of prompts of the jackknife, a power of two."""
+    coordinates: int | None = MOST
+    """Parameter entries kept of a larger model."""
+    batch_size: int = 128
+    """Responses that share a forward pass."""
+    seed: int = 0
+
+
+class RuleFigures(NamedTuple):
+    """What one weight rule does on the same prompts as uniform weights."""
+
+    name: str
+    weights: dict[str, float]
+    """Mean weight of each region's tokens."""
+    plain: GradientFigures
+    capped: GradientFigures
+
+
+class Theory(NamedTuple):
+    """Everything measured."""
+
+    group_size: tuple[GroupSizeCurve, ...]
+    lemma_two: LemmaTwo
+    regions: tuple[RegionTokens, ...]
+    contrast: RegionContrast | None
+    rank_correlation: float
+    """Spearman's, of a token's 1 - exp(-H) with E_y |s_t|²."""
+    bounds: dict[str, BoundChain]
+    """Theorem 1, by rule; empty where `optimum` is None."""
+    closed_form: ClosedFormCheck
+    optimum: RegionOptimum | None
+    """None where a half of the pilot has too little spread of rewards."""
+    rules: tuple[RuleFigures, ...]
+    pilot: int
+    """Prompts of the pilot."""
+    blocks: int
+    """Blocks of the judged prompts."""
+    live_groups: float
+    """Share of the judged groups with any spread of rewards."""
+    coordinate_share: float
+
+
+def measure(
+    model: Any,
+    pilot: Sequence[Group],
+    groups: Sequence[Group],
+    settings: TheorySettings,
+    pad_id: int = 0,
+    advance: Advance = lambda: None,
+) -> Theory:
+    """Measure everything; `advance` is called `steps` times. Too little spread leaves Theorem 1 and the optimum out."""
+    coordinates = Coordinates.choose(model, settings.coordinates, settings.seed)
+    statistics, lemma = pilot_statistics(model, pilot, pad_id)
+    prompts = []
+    tokens: list[ResponseTokens] = []
+    for number, group in enumerate(pilot):
+        prompts.append(response_products(model, group, coordinates, pad_id))
+        tokens += token_products(model, group, number, settings.token_responses, coordinates, pad_id)
+        advance()
+    optimum = region_optimum(tokens)
+    rules = theory_rules()
+    if optimum is not None:
+        rules[THEOREM] = constant_rule(optimum.weights["closed form"])
+    figures = judged_rules(model, groups, rules, statistics, coordinates, settings, pad_id, advance)
+    regions = region_tokens(tokens)
+    return Theory(
+        group_size=tuple(group_size_curves(prompts, seed=settings.seed)),
+        lemma_two=lemma,
+        regions=tuple(regions),
+        contrast=region_contrast(tokens, regions),
+        rank_correlation=rank_correlation(tokens),
+        bounds={} if optimum is None else theorem_one(tokens, rules, statistics, settings),
+        closed_form=check_closed_form(tokens),
+        optimum=optimum,
+        rules=tuple(figures),
+        pilot=len(pilot),
+        blocks=settings.blocks,
+        live_groups=float(np.mean([bool(group.advantages().any()) for group in groups])),
+        coordinate_share=1 / coordinates.scale,
+    )
+
+
+def has_spread(pilot: Sequence[Group], settings: TheorySettings) -> bool:
+    """Whether two prompts of either half of the pilot have rewards that differ."""
+    firsts = [group._replace(responses=group.responses[: settings.token_responses]) for group in pilot]
+    live = [bool(group.advantages().any()) for group in firsts]
+    return min(sum(live[::2]), sum(live[1::2])) >= 2
+
+
+def steps(pilot: int, groups: int) -> int:
+    """How often `measure` calls `advance`."""
+    return pilot + groups * (1 + -(-len(theory_rules()) // ROUND))
+
+
+def affordable_coordinates(longest: int, groups: int) -> int:
+    """Entries to keep so that the gradients of a response's tokens, or those of all groups, stay within `MEMORY`.
+
+    `longest` is the number of tokens of the longest pilot response.
+    """
+    return max(1, min(MOST, MEMORY // (4 * max(longest, groups * (ROUND + 2)))))
+
+
+def token_passes(pilot: Sequence[Group], count: int) -> int:
+    """Backward passes through a single token's log-probability that the pilot needs: two per token."""
+    return 2 * sum(len(response.ids) for group in pilot for response in group.responses[:count])
+
+
+def theory_rules() -> dict[str, WeightConfig]:
+    """The rules that are compared, uniform first: `rivals` with one control, and the published code's constants."""
+    every = {name: preset.weights for name, preset in rivals().items()}
+    names = (UNIFORM, "rest", *(f"rest, {rule}" for rule in ENTROPY_RULES), "paper", "inverted", "top_entropy")
+    names += (NO_REASONING, SHUFFLED[0])
+    found = {name: config for name in names if (config := every.get(name)) is not None}
+    return {**found, CONSTANTS: WeightConfig(rule="constant", constants=dict(AUTHORS_CONSTANTS))}
+
+
+def constant_rule(weights: Mapping[str, float]) -> WeightConfig:
+    """Fixed weights by region label; a region that is left out weighs 1."""
+    return WeightConfig(rule="constant", constants={region.label: weights.get(region.label, 1.0) for region in Region})
+
+
+def pilot_statistics(model: Any, pilot: Sequence[Group], pad_id: int) -> tuple[RegionStatistics, LemmaTwo]:
+    """Mean entropy and collision mass by region over all pilot tokens, and Lemma 2 on each of them."""
+    sums = [torch.zeros(len(Region), dtype=torch.float64) for _ in range(3)]
+    rows = []
+    for group in pilot:
+        found = token_statistics(model, group.prompt_ids, [one.ids for one in group.responses], pad_id)
+        regions_BT, mask_BT = regions_of(group)
+        for at, values_BT in ((0, found.entropies_BT), (1, found.collisions_BT)):
+            sums_R, counts_R = region_sums(values_BT, regions_BT, mask_BT)
+            sums[at] += sums_R
+        sums[2] += counts_R
+        rows.append(torch.stack([values_BT[mask_BT] for values_BT in found]))
+    logps_S, entropies_S, collisions_S = torch.cat(rows, dim=1).numpy()
+    statistics = RegionStatistics(sums[2], sums[0] / sums[2], sums[1] / sums[2])
+    return statistics, lemma_two(logps_S, entropies_S, collisions_S)
+
+
+def response_products(model: Any, group: Group, coordinates: Coordinates, pad_id: int) -> PromptResponses:
+    """Inner products of the gradients 1 / T sum_t grad log pi(y_t) of the responses to a prompt."""
+    vectors_nN = torch.zeros(len(group.responses), coordinates.size)
+    for i, response in enumerate(group.responses):
+        if length := len(response.ids):  # one by one: a backward pass through all of them for each would cost n times
+            weights_111 = torch.full((1, 1, length), 1 / length)
+            vectors_nN[i] = weighted_gradients(
+                model, group.prompt_ids, [response.ids], weights_111, coordinates, pad_id
+            )[0]
+    rewards_n = np.array([response.reward for response in group.responses])
+    return PromptResponses(rewards_n, products(vectors_nN, coordinates))
+
+
+def token_products(
+    model: Any, group: Group, number: int, count: int, coordinates: Coordinates, pad_id: int
+) -> list[ResponseTokens]:
+    """The tokens of the first `count` responses, which form a group, with the products of their gradients."""
+    some = group._replace(responses=group.responses[:count])
+    rows = []
+    for response, advantage in zip(some.responses, some.advantages().tolist(), strict=True):
+        if not (length := len(response.ids)):
+            continue
+        logps_BT, entropies_BT, collisions_BT = token_statistics(model, group.prompt_ids, [response.ids], pad_id)
+        each_T1T = torch.eye(length)[:, None]
+        vectors_TN = weighted_gradients(model, group.prompt_ids, [response.ids], each_T1T, coordinates, pad_id)
+        expected_T = expected_squares(
+            model, group.prompt_ids, response.ids, coordinates, seed=number * count + len(rows)
+        )
+        rows.append(
+            ResponseTokens(
+                number,
+                advantage,
+                np.array(response.regions),
+                logps_BT[0].numpy(),
+                entropies_BT[0].numpy(),
+                collisions_BT[0].numpy(),
+                expected_T.numpy(),
+                products(vectors_TN, coordinates),
+            )
+        )
+    return rows
+
+
+def products(vectors_nN: Tensor, coordinates: Coordinates) -> np.ndarray:
+    """Inner products of all pairs over the whole model, estimated from the kept coordinates: float64 (n, n)."""
+    return coordinates.scale * (vectors_nN @ vectors_nN.T).double().numpy()
+
+
+def theorem_one(
+    tokens: Sequence[ResponseTokens],
+    rules: Mapping[str, WeightConfig],
+    statistics: RegionStatistics,
+    settings: TheorySettings,
+) -> dict[str, BoundChain]:
+    """The bound and its assumptions under the weights of each rule."""
+    chains = {}
+    for name, config in rules.items():
+        weights = [
+            token_weights(
+                torch.from_numpy(one.regions_T)[None],
+                torch.ones(1, len(one.regions_T), dtype=torch.bool),
+                torch.from_numpy(one.entropies_T)[None],
+                config,
+                statistics,
+                settings.progress,
+            )[0].numpy()
+            for one in tokens
+        ]
+        chains[name] = bound_chain(tokens, weights, settings.token_responses)
+    return chains
+
+
+def token_weights(
+    regions_BT: Tensor,
+    mask_BT: Tensor,
+    entropies_BT: Tensor,
+    config: WeightConfig,
+    statistics: RegionStatistics,
+    progress: float,
+) -> Tensor:
+    """The weights that a rule gives to tokens under given region statistics: float64 (B, T), mean 1 per response.
+
+    The rule top_entropy takes its threshold from the tokens it is given, as it does from a batch in training.
+    """
+    if config.rule == "top_entropy":
+        return normalise(keep_top_entropy(entropies_BT, mask_BT, config.quantile), mask_BT).double()
+    weights_R = apply_curriculum(region_weights(statistics, config), progress, config)
+    return assign_weights(weights_R, regions_BT, mask_BT).double()
+
+
+def judged_rules(
+    model: Any,
+    groups: Sequence[Group],
+    rules: Mapping[str, WeightConfig],
+    statistics: RegionStatistics,
+    coordinates: Coordinates,
+    settings: TheorySettings,
+    pad_id: int,
+    advance: Advance,
+) -> Iterator[RuleFigures]:
+    """Every rule on the same groups, uniform weights first; those of a round share a forward pass."""
+    entropies = [
+        token_statistics(model, group.prompt_ids, [one.ids for one in group.responses], pad_id).entropies_BT
+        for group in groups
+    ]
+    scaled = [grpo_weights(group) for group in groups]
+
+    def stacks(weights: Sequence[Tensor]) -> Tensor:
+        vectors_KMN = gradients_of(model, groups, weights, coordinates, pad_id, settings.batch_size, advance)
+        return vectors_KMN.mul_(math.sqrt(coordinates.scale))
+
+    true_MN, uniform_MN = stacks(
+        [torch.stack([region_and_true_weights(group)[-1], own]) for group, own in zip(groups, scaled, strict=True)]
+    )
+    judge = RuleJudge(true_MN, (None, norm_cap(uniform_MN, settings.cap)), settings)
+    baseline = judge.series(uniform_MN)
+    yield judge.figures(UNIFORM, mean_weights([torch.ones_like(own) for own in scaled], groups), baseline, baseline)
+    for names in rounds([name for name in rules if name != UNIFORM]):
+        weights = {
+            name: [
+                token_weights(*regions_of(group), own, rules[name], statistics, settings.progress)
+                for group, own in zip(groups, entropies, strict=True)
+            ]
+            for name in names
+        }
+        weighted = [torch.stack([weights[name][m] * own for name in names]) for m, own in enumerate(scaled)]
+        for name, vectors_MN in zip(names, stacks(weighted), strict=True):
+            yield judge.figures(name, mean_weights(weights[name], groups), judge.series(vectors_MN), baseline)
+
+
+class RuleJudge(NamedTuple):
+    """What the gradients of all rules are judged by: the true gradient, with norms as they are and capped."""
+
+    true_MN: Tensor
+    caps: tuple[None, Tensor]
+    settings: TheorySettings
+
+    def series(self, vectors_MN: Tensor) -> list[GradientSeries]:
+        """The figures of a rule without and with the cap."""
+        own = self.settings
+        return [
+            gradient_series(vectors_MN, self.true_MN, batch=own.batch, blocks=own.blocks, scales_M=scales_M)
+            for scales_M in self.caps
+        ]
+
+    @staticmethod
+    def figures(
+        name: str, weights: dict[str, float], own: Sequence[GradientSeries], baseline: Sequence[GradientSeries]
+    ) -> RuleFigures:
+        """The same against uniform weights."""
+        plain, capped = (GradientFigures.of(mine, base) for mine, base in zip(own, baseline, strict=True))
+        return RuleFigures(name, weights, plain, capped)

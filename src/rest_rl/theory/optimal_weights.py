@@ -1,0 +1,211 @@
+"""Theorem 2 on measured gradients: the token or region weights of least second moment, in closed form and numerically.
+
+Shapes: T tokens, R regions, P prompts. Among weights of mean 1, sum_t w_t² beta_t is least at w_t = T / (sum_u 1 /
+beta_u) / beta_t, where beta_t is the second moment of token t's gradient. The theorem leaves the products of different
+tokens' gradients out, so its optimum is judged here with them in, on prompts that it was not computed from. Least
+variance is not best progress: that is `rest_rl.probe.variance.efficiency`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+
+from rest_rl.probe.variance import Estimate, jackknife, quotient
+from rest_rl.response import NUM_REGIONS, Region
+from rest_rl.theory.token_bounds import ResponseTokens
+
+NO_SPREAD = (
+    "Theorem 1 and Theorem 2 by region are left out: they hold one half of the pilot's prompts against the other, and "
+    "in a half fewer than 2 prompts have responses of different reward; for them raise --pilot, or take data that the "
+    "model neither always nor never gets right"
+)
+
+
+class RegionOptimum(NamedTuple):
+    """Region weights of least second moment, found on one half of the prompts and judged on the other."""
+
+    weights: dict[str, dict[str, float]]
+    """From all prompts, by name of the solution and region."""
+    predicted: dict[str, float]
+    """What the theorem, which leaves advantages and cross terms out, expects of them, relative to uniform weights."""
+    second_moment: dict[str, Estimate]
+    """Estimate on the other half, advantages and cross terms included, relative to uniform weights."""
+    cross_share: Estimate
+    """Share of the cross terms between regions in the second moment under uniform weights."""
+
+
+class ClosedFormCheck(NamedTuple):
+    """Theorem 2 token by token against a numerical minimiser; the worst response of each kind."""
+
+    responses: int
+    entropy_excess: float
+    """Least sum w² beta of scipy over the closed form's, minus 1, with beta_t = 1 - exp(-H_t); 0 is equal."""
+    gradient_excess: float
+    """The same with beta_t = E_y |s_t|², measured."""
+
+
+def check_closed_form(responses: Sequence[ResponseTokens], floor: float = 1e-3) -> ClosedFormCheck:
+    """Hold the closed form against scipy on every response; `floor` is the smallest beta relative to the largest."""
+
+    def worst(pick: Callable[[ResponseTokens], np.ndarray]) -> float:
+        excesses = [closed_form_excess(np.maximum(pick(one), floor * pick(one).max())) for one in responses]
+        return max(excesses, key=abs, default=math.nan)
+
+    return ClosedFormCheck(len(responses), worst(lambda one: one.bounds), worst(lambda one: one.expected_T))
+
+
+def closed_form_excess(betas_T: np.ndarray) -> float:
+    """By how much scipy's least sum w² beta exceeds that of the closed form, relative; not below 0 if that is least."""
+    shares_T = np.full(len(betas_T), 1 / len(betas_T))
+    ours, theirs = (
+        float(w_T**2 @ betas_T) for w_T in (closed_form(betas_T), numerical_optimum(np.diag(betas_T), shares_T))
+    )
+    return theirs / ours - 1
+
+
+def closed_form(betas_T: np.ndarray, shares_T: np.ndarray | None = None) -> np.ndarray:
+    """Theorem 2: the weights of mean 1 with the least sum w² beta, w_t = T / (sum_u 1 / beta_u) / beta_t.
+
+    With `shares` (summing to 1) the constraint is sum share w = 1 and w ~ share / beta: for regions, whose beta is
+    the second moment of their part of the gradient. ValueError unless every beta is positive.
+    """
+    if not (betas_T > 0).all():
+        raise ValueError(f"got a beta of {betas_T.min()}, expected positive ones; give a floor to those of sure tokens")
+    shares_T = np.full(len(betas_T), 1 / len(betas_T)) if shares_T is None else shares_T
+    raw_T = shares_T / betas_T
+    return raw_T / (shares_T @ raw_T)
+
+
+def numerical_optimum(moments_RR: np.ndarray, shares_R: np.ndarray) -> np.ndarray:
+    """The weights with the least w'Cw under sum share w = 1 and w >= 0, cross terms and all, by scipy's SLSQP.
+
+    What the closed form, which is its case of a diagonal C, is held against.
+    """
+    scale = float(np.trace(moments_RR)) or 1.0
+    found = minimize(
+        lambda w: float(w @ moments_RR @ w) / scale,
+        np.ones(len(shares_R)),
+        jac=lambda w: 2 * moments_RR @ w / scale,
+        bounds=[(0, None)] * len(shares_R),
+        constraints={"type": "eq", "fun": lambda w: float(shares_R @ w) - 1, "jac": lambda _: shares_R},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 2000},
+    )
+    return found.x
+
+
+def region_optimum(responses: Sequence[ResponseTokens], uncertainty_floor: float = 1e-3) -> RegionOptimum | None:
+    """Theorem 2 by region: closed form, true optimum and entropy rule, each judged on prompts that it has not seen.
+
+    None when fewer than 2 prompts of a half have a response with an advantage.
+    """
+    table = MomentTable.of(responses, uncertainty_floor)
+    if not len(table.regions):
+        return None
+    names = list(SOLUTIONS)
+    whole = table.mean(table.prompts)
+    solved = {name: SOLUTIONS[name](whole) for name in names}
+    labels = [Region(int(index)).label for index in table.regions]
+    return RegionOptimum(
+        weights={name: dict(zip(labels, map(float, w_R), strict=True)) for name, w_R in solved.items()},
+        predicted={name: whole.relative(w_R, by_theorem=True) for name, w_R in solved.items()},
+        second_moment={
+            name: table.jackknifed(lambda kept, name=name: table.cross_fitted(name, kept)) for name in names
+        },
+        cross_share=table.jackknifed(lambda kept: table.mean(kept).cross_share),
+    )
+
+
+class Moments(NamedTuple):
+    """Mean second moments of the regions' parts of a gradient, token shares, and what the theorem makes of them."""
+
+    moments_RR: np.ndarray
+    """Estimate, with advantages and cross terms."""
+    shares_R: np.ndarray
+    betas_R: np.ndarray
+    """sum_{t in r} E_y |s_t|² / T²: neither advantages nor cross terms."""
+    bounds_R: np.ndarray
+    """Mean 1 - exp(-H)."""
+
+    def relative(self, weights_R: np.ndarray, *, by_theorem: bool = False) -> float:
+        """The second moment over that under uniform weights, with w scaled to a token mean of 1."""
+        weights_R = weights_R / (self.shares_R @ weights_R)
+        moments_RR = np.diag(self.betas_R) if by_theorem else self.moments_RR
+        return quotient(float(weights_R @ moments_RR @ weights_R), float(moments_RR.sum()))
+
+    @property
+    def cross_share(self) -> float:
+        """Share of what lies off the diagonal."""
+        return 1 - quotient(float(np.trace(self.moments_RR)), float(self.moments_RR.sum()))
+
+
+SOLUTIONS: dict[str, Callable[[Moments], np.ndarray]] = {
+    "entropy rule": lambda own: 1 / own.bounds_R,
+    "closed form": lambda own: closed_form(own.betas_R, own.shares_R),
+    "measured optimum": lambda own: numerical_optimum(own.moments_RR, own.shares_R),
+}
+
+
+class MomentTable(NamedTuple):
+    """Sums over the responses to each prompt, for the regions that both halves of the prompts have gradients in."""
+
+    prompts: np.ndarray
+    """Their positions, 0 to P - 1."""
+    regions: np.ndarray
+    sums_PRR: np.ndarray
+    shares_PR: np.ndarray
+    betas_PR: np.ndarray
+    bounds_PR: np.ndarray
+    tokens_PR: np.ndarray
+    counts_P: np.ndarray
+    floor: float
+
+    @classmethod
+    def of(cls, responses: Sequence[ResponseTokens], floor: float) -> MomentTable:
+        """Add up by prompt."""
+        prompts = sorted({one.prompt for one in responses})
+        own = [[one for one in responses if one.prompt == prompt] for prompt in prompts]
+        sums_PRR = np.array([sum(one.second_moments() for one in some) for some in own])
+        odd_P = np.arange(len(prompts)) % 2 == 1  # by position, as in `cross_fitted`
+        live_PR = np.diagonal(sums_PRR, axis1=1, axis2=2) > 0
+        # two prompts of each half, so that one is left when one is left out
+        regions = np.flatnonzero((live_PR[odd_P].sum(0) >= 2) & (live_PR[~odd_P].sum(0) >= 2))
+        bins = [[np.bincount(one.regions_T, minlength=NUM_REGIONS) for one in some] for some in own]
+        betas = [
+            [np.bincount(one.regions_T, one.expected_T, NUM_REGIONS) / len(one.regions_T) ** 2 for one in some]
+            for some in own
+        ]
+        bounds = [[np.bincount(one.regions_T, one.bounds, NUM_REGIONS) for one in some] for some in own]
+        return cls(
+            np.arange(len(prompts)),
+            regions,
+            sums_PRR[:, regions][:, :, regions],
+            np.array([sum(one.shares() for one in some) for some in own])[:, regions],
+            np.array([sum(some) for some in betas])[:, regions],
+            np.array([sum(some) for some in bounds])[:, regions],
+            np.array([sum(some) for some in bins])[:, regions],
+            np.array([len(some) for some in own]),
+            floor,
+        )
+
+    def mean(self, kept: np.ndarray) -> Moments:
+        """Over the responses to the prompts at these positions."""
+        count = self.counts_P[kept].sum()
+        bounds_R = self.bounds_PR[kept].sum(0) / np.maximum(self.tokens_PR[kept].sum(0), 1)
+        shares_R = self.shares_PR[kept].sum(0) / count
+        betas_R = self.betas_PR[kept].sum(0) / count
+        return Moments(self.sums_PRR[kept].sum(0) / count, shares_R, betas_R, np.maximum(bounds_R, self.floor))
+
+    def cross_fitted(self, name: str, kept: np.ndarray) -> float:
+        """W'Cw relative to uniform of the solution of either half on the other, averaged."""
+        halves = [self.mean(kept[kept % 2 == parity]) for parity in (0, 1)]
+        return sum(halves[1 - i].relative(SOLUTIONS[name](halves[i])) for i in (0, 1)) / 2
+
+    def jackknifed(self, statistic: Callable[[np.ndarray], float]) -> Estimate:
+        """The statistic of all prompts and its error by leaving each of them out."""
+        return jackknife(len(self.prompts), statistic)

@@ -1,0 +1,146 @@
+"""What the run folder keeps of responses: text, score, and what the loss made of each token.
+
+A response is scored before the loss sees it, so its row waits until the loss has weighed it. `PLACE` numbers the
+responses of one batch of generations; TRL shuffles and cuts the batch, the number travels along.
+
+Shapes: B responses of a micro-batch, T completion tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rest_rl.formats import ToolFormat
+from rest_rl.regions import decode_ids, token_lengths
+from rest_rl.runlog import Row
+from rest_rl.train.reward import progress_of
+
+PLACE = "place"
+"""Name of the responses' numbers in a batch."""
+DECIMALS = 4
+"""Of weights, entropies, log-probabilities and advantages as recorded."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeighedBatch:
+    """One micro-batch as the loss saw it."""
+
+    places_B: Tensor
+    regions_BT: Tensor
+    weights_BT: Tensor
+    entropies_BT: Tensor
+    logps_BT: Tensor
+    advantages_B: Tensor
+    """Before they are weighed."""
+
+    def tokens_of(self, row: int, length: int) -> Row:
+        """The recorded fields of one response of `length` tokens."""
+        values = {"weights": self.weights_BT, "entropies": self.entropies_BT, "logps": self.logps_BT}
+        return {
+            "advantage": round(float(self.advantages_B[row]), DECIMALS),
+            "regions": self.regions_BT[row, :length].tolist(),
+            **{name: rounded(values_BT[row, :length]) for name, values_BT in values.items()},
+        }
+
+
+class ResponseRecord:
+    """Rows of one batch of responses, handed on together once the loss has seen them all."""
+
+    def __init__(self, keep: Callable[[int, Sequence[Row]], None]) -> None:
+        """`keep` takes the step, counted from 1, that the responses were made in, and their rows."""
+        self.keep = keep
+        self._rows: dict[int, Row] = {}
+        self._waiting: set[int] = set()
+
+    def begin(self, rows: Iterable[Row]) -> None:
+        """Take a batch's rows in order of their places; what is left of the batch before is handed on as it is."""
+        self.flush()
+        self._rows = dict(enumerate(rows))
+        self._waiting = set(self._rows)
+
+    def fill(self, batch: WeighedBatch) -> None:
+        """Add what the loss made of the batch's tokens; a response that it sees again keeps the first."""
+        for index, place in enumerate(batch.places_B.tolist()):
+            if place in self._waiting:
+                row = self._rows[place]
+                row.update(batch.tokens_of(index, len(row["ids"])))
+                self._waiting.remove(place)
+        if not self._waiting:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand on what there is."""
+        rows, self._rows, self._waiting = list(self._rows.values()), {}, set()
+        if rows:
+            self.keep(rows[0]["step"], rows)
+
+
+class KeepLast(TrainerCallback):
+    """Hands on the last batch's responses when training ends, where it ends before the loss has seen them all."""
+
+    def __init__(self, record: ResponseRecord) -> None:
+        """Bind the record."""
+        self.record = record
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Nothing more is to come."""
+        self.record.flush()
+
+
+def recorded_reward(
+    reward: Callable[..., list[float]], tokenizer: Any, tool_format: ToolFormat, limit: int, record: ResponseRecord
+) -> Callable[..., list[float]]:
+    """The reward, which also begins a record of the first `limit` responses of every batch."""
+
+    @functools.wraps(reward)  # TRL names its metrics after the function
+    def recorded(
+        completion_ids: list[list[int]], gold: list[Any], trainer_state: Any = None, **rest: Any
+    ) -> list[float]:
+        totals = reward(completion_ids=completion_ids, gold=gold, trainer_state=trainer_state, **rest)
+        step, progress = trainer_state.global_step + 1, progress_of(trainer_state)
+        rows = []
+        for i, ids in enumerate(completion_ids[:limit]):
+            row = {"step": step, "progress": progress, "id": rest["id"][i]}
+            row |= response_row(ids, json.loads(gold[i]), totals[i], tokenizer, tool_format)
+            if i == 0 or rest["id"][i - 1] != row["id"]:  # a group shares its prompt
+                row |= prompt_of(rest, i)
+            rows.append(row)
+        record.begin(rows)
+        return totals
+
+    return recorded
+
+
+def response_row(ids: Sequence[int], gold: Any, reward: float, tokenizer: Any, tool_format: ToolFormat) -> Row:
+    """The recorded fields of a response that are known before the loss has weighed it."""
+    return {
+        "response": decode_ids(ids, tokenizer, tool_format.tags),
+        "ids": list(ids),
+        "gold": gold,
+        "reward": reward,
+        "truncated": not has_ended(ids, tokenizer),
+        "lengths": token_lengths(ids, tokenizer, tool_format.tags),
+    }
+
+
+def has_ended(ids: Sequence[int], tokenizer: Any) -> bool:
+    """Whether a response ends with the end of sequence, or with the padding token, as some models write it."""
+    return bool(ids) and ids[-1] in (tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def prompt_of(rest: Mapping[str, Any], i: int) -> Row:
+    """The prompt as the model was given it, if it is text."""
+    prompts = rest.get("prompts")
+    return {"prompt": prompts[i]} if prompts and isinstance(prompts[i], str) else {}
+
+
+def rounded(values_T: Tensor) -> list[float]:
+    """Numbers as they are recorded."""
+    return [round(value, DECIMALS) for value in values_T.double().tolist()]

@@ -1,0 +1,384 @@
+"""ResT on TRL's `GRPOTrainer`: token weights folded into the advantages, everything else is TRL.
+
+Shapes: B responses, T completion tokens, R regions. TRL's loss takes advantages of shape (B, T), and for w >= 0
+min(r w A, clip(r) w A) = w min(r A, clip(r) A), so weighting the advantage is weighting the clipped surrogate.
+
+Region statistics. The weights of optimizer step k come from a moving average over the steps up to k - 1 of the global
+sums of entropies by region (all micro-batches, all processes; `EntropyTracker`). So they cost no extra forward pass and
+are the same in every micro-batch and on every process: gradient accumulation equals the full batch and two processes
+equal one. In step 0 nothing has been measured yet and regions count as equally uncertain. With num_iterations > 1 every
+optimizer step is a step, also one over responses seen before.
+
+The lag costs little: in three runs of 60 steps on the tool world (batches of 32 and 64, learning rates 3e-4 and 1e-3)
+the average at decay 0.7 was 0.07 to 0.12 nats (RMS by token) from the exact mean of the step it weighed, within 2 % of
+the best decay in each run; the last step alone was 0.09 to 0.16 nats off (benchmarks/entropy_estimate.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from rest_rl.config import ENTROPY_DECAY, RestTable
+from rest_rl.credit import AdvantageKind, reshape
+from rest_rl.formats import get_format
+from rest_rl.presets import Preset, get_preset
+from rest_rl.response import NUM_REGIONS
+from rest_rl.train.policy import load_tokenizer
+from rest_rl.train.record import PLACE, WeighedBatch
+from rest_rl.train.reward import make_tool_reward, progress_of
+from rest_rl.train.weighing import (
+    SUMS,
+    EntropyTracker,
+    Weigher,
+    check_method,
+    region_metrics,
+    sums_by_region,
+    surprise_metrics,
+    surprise_sums,
+)
+from rest_rl.weights import keep_top_entropy
+
+
+class EpochOrder(Sampler[int]):
+    """TRL's sampler, whose order in epoch e does not depend on whether this process has seen the epochs before it.
+
+    `RepeatSampler` shuffles with one generator that moves on from epoch to epoch, and a resumed run starts it anew:
+    after the first epoch it would see other prompts than an uninterrupted run. `Trainer` calls `set_epoch` before each.
+    """
+
+    def __init__(self, sampler: Sampler[int]) -> None:
+        assert isinstance(sampler, RepeatSampler), type(sampler)
+        self.sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Bring the generator to where it stands after `epoch` shuffles."""
+        if self.sampler.shuffle and self.sampler.seed is not None:
+            self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(epoch):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+FROM_PRESET = "preset"
+"""Value of a setting that the preset decides."""
+
+TRL_SETTINGS: Mapping[AdvantageKind, Mapping[str, str]] = {
+    "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "dapo": {"loss_type": "dapo", "scale_rewards": "group"},
+}
+"""What each kind of advantage is called in TRL. A departure from DAPO: TRL does not sample groups without spread anew;
+they have no gradient, but their tokens stay in the token mean."""
+
+
+@dataclass
+class ResTConfig(GRPOConfig):
+    """`GRPOConfig` with a preset of ResT; the preset decides `loss_type`, `scale_rewards` and the clip range.
+
+    A setting of TRL that is given explicitly and differs from the preset's is kept, and a warning names it. ValueError
+    for unknown names and for settings of TRL that would leave part of the objective unweighted.
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "weights", "reward"]  # noqa: RUF012, SLF001 - HF's own pattern
+
+    preset: str = field(
+        default="rest",
+        metadata={"help": "Training method: 'rest', 'paper', 'authors-code', 'grpo', 'dr_grpo' or 'dapo'."},
+    )
+    tool_format: str = field(
+        default="toolrl",
+        metadata={"help": "How the model writes tool calls: a name out of `rest_rl.FORMATS`, or 'module:OBJECT'."},
+    )
+    weights: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Fields of `rest_rl.WeightConfig` to set differently from the preset: {'strength': 0.5}."},
+    )
+    reward: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of `rest_rl.RewardConfig` to set differently from the preset."}
+    )
+    advantage: str | None = field(
+        default=None,
+        metadata={"help": "Advantage to use instead of the preset's: 'grpo', 'dr_grpo' or 'dapo'."},
+    )
+    entropy_decay: float = field(
+        default=ENTROPY_DECAY,
+        metadata={"help": "Decay per step of the moving average of region entropies; 0 uses the last step only."},
+    )
+    loss_type: str = field(
+        default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) takes the preset's."}
+    )
+    scale_rewards: str = field(
+        default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) takes the preset's."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.preset, Preset):
+            self._flatten(self.preset)
+        method = self.method()
+        get_format(self.tool_format)
+        truncates = self.top_p < 1 or self.top_k > 0 or self.min_p is not None
+        check_method(method, self.tool_format, self.entropy_decay, truncates=truncates and reshapes(method))
+        for name, value in TRL_SETTINGS[method.advantage].items():
+            self._fill(name, value, FROM_PRESET)
+        if method.epsilon_low != 0.2:
+            self._fill("epsilon", method.epsilon_low, 0.2)
+        if method.epsilon_high != method.epsilon_low:
+            self._fill("epsilon_high", method.epsilon_high, None)
+        if reshapes(method):
+            self._check_weights_apply(method)
+
+    def method(self) -> Preset:
+        """The preset with the overrides applied."""
+        if not isinstance(self.preset, str) or not isinstance(self.tool_format, str):
+            raise ValueError(
+                "got an object as preset or tool_format, expected names, which a checkpoint can record; add it to "
+                "rest_rl.PRESETS or rest_rl.FORMATS under a name of its own"
+            )
+        table: dict[str, Any] = {
+            "weights": self.weights or {},
+            "reward": self.reward or {},
+            "advantage": self.advantage,
+        }
+        return RestTable(preset=self.preset, **table).resolve()
+
+    def _flatten(self, preset: Preset) -> None:
+        """Write a preset object as its name and what it has different, which a checkpoint can record."""
+        named = get_preset(preset.name)
+        self.preset = preset.name
+        self.weights = self.weights or _changes(named.weights, preset.weights)
+        self.reward = self.reward or _changes(named.reward, preset.reward)
+        self.advantage = self.advantage or preset.advantage
+        self.epsilon = preset.epsilon_low if self.epsilon == 0.2 else self.epsilon
+        self.epsilon_high = preset.epsilon_high if self.epsilon_high is None else self.epsilon_high
+
+    def _fill(self, name: str, value: Any, unset: Any) -> None:
+        given = getattr(self, name)
+        if given == unset:
+            setattr(self, name, value)
+        elif given != value:
+            message = f"preset {self.preset!r} has {name}={value!r}; {given!r} was given and is kept"
+            warnings.warn(message, stacklevel=4)  # the caller of the dataclass's __init__
+
+    def _check_weights_apply(self, method: Preset) -> None:
+        refused = {
+            f"beta={self.beta}": self.beta != 0,
+            f"entropy_coef={self.entropy_coef}": self.entropy_coef != 0,
+            "use_adaptive_entropy=True": self.use_adaptive_entropy,
+            f"top_entropy_quantile={self.top_entropy_quantile}": self.top_entropy_quantile < 1,
+        }
+        for setting, is_set in refused.items():
+            if is_set:
+                raise ValueError(
+                    f"got {setting} with preset {self.preset!r}, whose token weights would not apply to that term or "
+                    "no longer have mean 1; leave it at its default, or use preset 'grpo', 'dr_grpo' or 'dapo'"
+                )
+
+
+def _changes(named: Any, given: Any) -> dict[str, Any] | None:
+    """The fields of `given` that differ from those of the named preset; None if none does."""
+    if named is None or given is None or named == given:
+        return None
+    return {name: value for name, value in asdict(given).items() if asdict(named)[name] != value}
+
+
+def reshapes(method: Preset) -> bool:
+    """Whether the preset ever gives two tokens of a response different weights."""
+    config = method.weights
+    if config is None or config.rule == "top_entropy":
+        return True
+    moves = config.decay_format != 0 or config.gain_arguments != 0 or config.gain_reasoning != 0
+    return bool(config.dropped) or (config.strength > 0 and (config.rule != "uniform" or moves))
+
+
+def steps_per_generation(args: Any) -> int:
+    """Optimizer steps that share one batch of responses; only between batches does a resumed run go on exactly."""
+    if not isinstance(args, GRPOConfig):
+        return 1
+    shared = cast(int, args.steps_per_generation) * args.num_iterations
+    return max(1, -(-shared // args.gradient_accumulation_steps))
+
+
+class ResTTrainer(GRPOTrainer):
+    """`GRPOTrainer` whose advantages are reshaped by region; with weights of 1 it is stock GRPO bit for bit.
+
+    Without `reward_funcs` the preset's rule reward is used, which reads the dataset's `gold` column
+    (`training_dataset`). Logged from the first step on, besides what TRL logs: rest/entropy/<region>,
+    rest/collision/<region>, rest/weight/<region> (means over the region's tokens, None for a region without any),
+    rest/share/<region> (of all tokens), rest/rule_weight/<region> (the weight before responses are normalised, where
+    the rule measures something), rest/surprise/<figure> (`train/weighing.py`, on the first step over a batch), and by
+    the reward rest/format, rest/accuracy, rest/exact_match, rest/call_rate.
+    """
+
+    _tag_names = ["trl", "grpo", "rest"]  # noqa: RUF012 - HF's own pattern
+    _name = "ResT"
+    _paper = {  # noqa: RUF012
+        "title": "ResT: Reshaping Token-Level Policy Gradients for Tool-Use Large Language Models",
+        "id": "2509.21826",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: ResTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else ResTConfig("rest-output")
+        if not isinstance(args, ResTConfig):
+            raise ValueError(f"got args of type {type(args).__name__}, expected ResTConfig; it takes the same settings")
+        if processing_class is None:
+            processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)  # noqa: SLF001
+            processing_class.padding_side = processing_class.truncation_side = "left"
+        self._method = args.method()
+        self._format = get_format(args.tool_format)
+        self._text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._weigher = Weigher(self._text_tokenizer, self._format, self._method, self._top_tokens)
+        if reward_funcs is None:
+            _check_gold_column(train_dataset)
+            reward_funcs = make_tool_reward(
+                self._text_tokenizer, self._format, self._method, steps_per_generation(args), args.seed
+            )
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.add_callback(EntropyTracker(args.entropy_decay))
+        self.on_weighed: Callable[[WeighedBatch], None] | None = None
+        self._unweighed: dict[str, Any] | None = None
+        self._advantages_B = torch.empty(0)
+        self._sums_4R = torch.zeros(4, NUM_REGIONS, dtype=torch.float64)
+        self._surprise_4 = torch.zeros(SUMS, dtype=torch.float64)
+        self._rule_weights_R: Tensor | None = None
+
+    @property
+    def tracker(self) -> EntropyTracker:
+        """The region statistics; looked up each time because `Trainer` may put a restored one in its place."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, EntropyTracker))
+
+    @property
+    def _training(self) -> bool:
+        assert self.model is not None
+        return self.model.training
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochOrder:
+        """TRL's order of the prompts, also in a run that resumes after its first epoch."""
+        return EpochOrder(super()._get_train_sampler(*args, **kwargs))
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's batch of scored responses, each with its number in it."""
+        batch = super()._generate_and_score_completions(inputs)
+        return {**batch, PLACE: torch.arange(len(batch["completion_ids"]))}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss of advantages reshaped by region; the buffered batch keeps its own (B,) advantages."""
+        # The batch gets its advantages back once the weights are known, in the forward pass below: if TRL ever read
+        # them before it, this would be a KeyError and not an unweighted loss.
+        batch = dict(inputs)
+        self._advantages_B, self._unweighed = batch.pop("advantages"), batch
+        try:
+            loss = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
+            if self._unweighed is batch:
+                raise RuntimeError("TRL's loss made no forward pass that the weights could enter; use trl>=1.14,<1.17")
+        finally:
+            self._unweighed = None
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's forward pass, unchanged; inside `compute_loss` its entropies are recorded and the weights applied."""
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._unweighed is not None:
+            batch, self._unweighed = self._unweighed, None
+            with torch.no_grad():
+                weights_BT = self._weigh(batch, result[0].detach(), result[1].detach())
+                batch["advantages"] = reshape(self._advantages_B, weights_BT)
+        return result
+
+    def _weigh(self, batch: Mapping[str, Any], logps_BT: Tensor, entropies_BT: Tensor) -> Tensor:
+        """Weights of one micro-batch, float32 (B, T); its sums by region join those of the step."""
+        mask_BT = batch["completion_mask"]
+        if "tool_mask" in batch:
+            mask_BT = mask_BT * batch["tool_mask"]
+        ids_BT, mask_BT = batch["completion_ids"].cpu(), mask_BT.cpu()
+        logps_BT, entropies_BT = logps_BT.float().cpu(), entropies_BT.float().cpu()
+        batch_number = self.state.global_step // steps_per_generation(self.args) + 1
+        weighed = self._weigher.weigh(
+            ids_BT, mask_BT, entropies_BT, self.tracker.statistics(), progress_of(self.state), batch_number
+        )
+        self._rule_weights_R = weighed.rule_weights_R
+        self._sums_4R += sums_by_region(weighed, mask_BT, entropies_BT, logps_BT)
+        self._surprise_4 += surprise_sums(logps_BT, entropies_BT, mask_BT)
+        if self.accelerator.sync_gradients or not self._training:
+            self._close_step()
+        if self.on_weighed is not None and PLACE in batch:
+            advantages_B = self._advantages_B.cpu()
+            kept = (weighed.regions_BT, weighed.weights_BT, entropies_BT, logps_BT, advantages_B)
+            self.on_weighed(WeighedBatch(batch[PLACE], *kept))
+        return weighed.weights_BT
+
+    def _top_tokens(self, entropies_BT: Tensor, mask_BT: Tensor, quantile: float) -> Tensor:
+        """The most uncertain tokens of the micro-batches of all processes together, as TRL's own quantile does it."""
+        (rows, width), both = entropies_BT.shape, torch.stack([entropies_BT, mask_BT.float()])
+        if self.accelerator.num_processes > 1:
+            padded = self.accelerator.pad_across_processes(both.transpose(0, 1).to(self.accelerator.device), dim=2)
+            both = cast(Tensor, self.accelerator.gather(padded)).transpose(0, 1).cpu()
+        first = self.accelerator.process_index * rows
+        return keep_top_entropy(both[0], both[1], quantile)[first : first + rows, :width]
+
+    def _close_step(self) -> None:
+        """Sum over processes, log, and in training move the average on for the next step."""
+        sums_4R, self._sums_4R = self._summed(self._sums_4R), torch.zeros_like(self._sums_4R)
+        surprise_4, self._surprise_4 = self._summed(self._surprise_4), torch.zeros_like(self._surprise_4)
+        metrics = self._metrics["train" if self._training else "eval"]
+        figures = region_metrics(sums_4R, self._rule_weights_R)
+        if self._is_on_policy:
+            figures |= surprise_metrics(surprise_4)
+        for name, value in figures.items():
+            metrics[name].append(value)
+        if self._training:
+            self.tracker.update(sums_4R[:3])
+
+    @property
+    def _is_on_policy(self) -> bool:
+        """Whether the step is the first one to learn from its responses, none of which was masked for its length."""
+        is_first = not self._training or self.state.global_step % steps_per_generation(self.args) == 0
+        return is_first and not cast(ResTConfig, self.args).mask_truncated_completions
+
+    def _summed(self, sums: Tensor) -> Tensor:
+        """Sums over all processes."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        return cast(Tensor, self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")).cpu()
+
+
+def _check_gold_column(dataset: Any) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and not {"prompt", "gold"} <= set(columns):
+        raise ValueError(
+            f"got a training dataset with the columns {sorted(columns)}, expected prompt and gold; build it with "
+            "training_dataset(samples, tokenizer), or pass reward_funcs"
+        )

@@ -1,0 +1,10 @@
+"""The names under which verl and this package know each other's parts."""
+
+PLUGIN = "rest_rl.train.verl.plugin"
+"""The module that registers the trainer and the advantage estimator."""
+TRAINER, ESTIMATOR, LOOP = "rest", "rest_group", "rendered_prompt"
+"""What the trainer, the advantage estimator and the agent loop are registered as."""
+STATE = "rest.json"
+"""The file of a checkpoint that holds the moving average of region entropies."""
+DATA_STATE = "data.pt"
+"""The file of a checkpoint that verl writes last of its parts: the place in the data."""

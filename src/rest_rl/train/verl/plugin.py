@@ -1,0 +1,199 @@
+"""ResT on stock verl: registered from outside, loaded by the process that drives the run and by verl's workers.
+
+`ReSTPPOTrainer` lets verl compute its advantages and multiplies them by the token weights, which for w >= 0 is to weigh
+the clipped surrogate. `ReSTRewardManager` scores responses and knows the progress; `RenderedPromptLoop` samples from
+prompts exactly as this package has laid them out. What verl is told otherwise stands in `verl_config`.
+
+The weights are computed by the process that drives the run, once per batch of responses, whatever trains (FSDP, FSDP2,
+Megatron) and whatever samples (vLLM, SGLang). A step is verl's: one batch of responses, however many optimizer steps
+learn from it. Its weights come from the moving average of the steps before, as on TRL.
+
+Shapes: B responses, T completion tokens.
+"""
+
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
+# verl has an environment of its own.
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from torch import Tensor
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+from verl.trainer.ppo.core_algos import register_adv_est
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+
+from rest_rl.config import RunConfig
+from rest_rl.formats import get_format
+from rest_rl.regions import decode_ids
+from rest_rl.runlog import replace_file
+from rest_rl.statistics import Outcome
+from rest_rl.train.reward import Scored, read_gold, score_text
+from rest_rl.train.verl.log import VerlLog
+from rest_rl.train.verl.names import DATA_STATE, ESTIMATOR, STATE, TRAINER
+from rest_rl.train.verl.responses import PER_TOKEN, PluginRun, Responses, advantages_of_groups, reshape_batch
+from rest_rl.train.weighing import Weigher
+
+PER_RESPONSE = ("uid", "rm_scores", "reward_model", "extra_info", "extra_fields", "raw_prompt")
+"""Fields of a response in verl's TransferQueue that are read, besides those of its tokens."""
+
+
+def progress_of_step(step: int, total: int) -> float:
+    """Training progress nu in [0, 1] of verl's steps, counted from 1: 0 in the first and before it, 1 in the last."""
+    return min(1.0, max(0, step - 1) / max(1, total - 1))
+
+
+@register_adv_est(ESTIMATOR)
+def group_advantage(
+    token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, config: Any = None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Advantages within a group as `rest_rl.credit` and TRL compute them, and the returns, which are the same.
+
+    (R - mean) / (std + 1e-4), or R - mean without `algorithm.norm_adv_by_std_in_grpo`; both (B, T), 0 where masked.
+    verl's own estimator `grpo` adds 1e-6.
+    """
+    kind = "grpo" if config is None or config.get("norm_adv_by_std_in_grpo", True) else "dr_grpo"
+    advantages_B = advantages_of_groups(token_level_rewards.sum(-1), list(index), kind)
+    advantages_BT = advantages_B[:, None] * response_mask
+    return advantages_BT, advantages_BT
+
+
+@register_trainer(TRAINER)
+class ReSTPPOTrainer(PPOTrainerSync):
+    """verl's synchronous trainer whose advantages are reshaped by region; with weights of 1 it is verl's own."""
+
+    def __init__(self, config: Any) -> None:
+        """Read the run that `config.rest` holds."""
+        config.trainer.v1.trainer_mode = "sync"  # verl's base class asks for its own name
+        super().__init__(config)
+        self.run, self.method, self.format, self.tracker = PluginRun.from_toml(config.rest.run)
+        self.log = VerlLog(config.rest.folder)
+
+    @property
+    def progress(self) -> float:
+        """Training progress nu in [0, 1] of the step that is running."""
+        return progress_of_step(self.global_steps, self.total_training_steps)
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """The advantages of verl, multiplied by the weights of their tokens."""
+        batch = super()._compute_advantage(batch, metrics)
+        where = {"keys": batch.keys, "partition_id": batch.partition_id}
+        data = tq.kv_batch_get(**where, select_fields=list(PER_TOKEN))
+        responses = self._responses(batch, data["responses"])
+        chosen = responses.first(self.run.responses_per_step)
+        watched = [responses.places[i] for i in chosen]
+        weigher = Weigher(self.tokenizer, self.format, self.method)
+        reshaped = reshape_batch(data, weigher, self.tracker, self.progress, self.global_steps, watched)
+        asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        metrics |= reshaped.figures | responses.figures() | {"completions/failed": asked - len(responses.places)}
+        self.log.add_responses(responses.rows(chosen, reshaped.tokens, self.global_steps, self.progress))
+        fields = TensorDict({"advantages": reshaped.advantages}, batch_size=len(batch.keys))
+        return tq.kv_batch_put(**where, fields=fields)
+
+    def _responses(self, batch: Any, ids: Tensor) -> Responses:
+        """What is known of the batch's responses, without verl's padding rows."""
+        places = [place for place, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
+        fields = {"keys": [batch.keys[place] for place in places], "partition_id": batch.partition_id}
+        data = tq.kv_batch_get(**fields, select_fields=list(PER_RESPONSE))
+        columns = {name: listed(data[name]) for name in PER_RESPONSE if name != "rm_scores"}
+        rows = ids.unbind()
+        return Responses(
+            places=places,
+            ids=[rows[place] for place in places],
+            rewards_B=torch.stack([scores.sum() for scores in data["rm_scores"].unbind()]),
+            groups=columns["uid"],
+            golds=[row["ground_truth"] for row in columns["reward_model"]],
+            origins=columns["extra_info"],
+            scores=[row["reward_extra_info"] for row in columns["extra_fields"]],
+            prompts=[row[-1]["content"] for row in columns["raw_prompt"]],
+            tokenizer=self.tokenizer,
+            tool_format=self.format,
+        )
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
+        """One step, and a row of its figures in the run folder before the step is saved."""
+        batch = super().step(metrics, timing_raw)
+        self.log.add_metrics(self.global_steps, {**metrics, "epoch": self.global_steps / self.steps_per_epoch})
+        return batch
+
+    def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """The figures of verl's own trackers; the times among them go to the run folder."""
+        super()._compute_metrics(batch, metrics, *args, **kwargs)
+        self.log.add_timing(self.global_steps, metrics)
+
+    def _val_metrics_update(
+        self, data_sources: Any, sample_uids: Any, reward_extra_infos_dict: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, float]:
+        """The figures of a validation; what each response was worth goes to the run folder."""
+        prompts = {uid: place for place, uid in enumerate(dict.fromkeys(sample_uids))}
+        names = ("kind", "exact_match", "accuracy", "format")
+        columns = zip(*(reward_extra_infos_dict[name] for name in names), strict=True)
+        outcomes = [
+            Outcome(kind, str(split), prompts[uid], exact_match, accuracy, well_formatted)
+            for split, uid, (kind, exact_match, accuracy, well_formatted) in zip(
+                data_sources, sample_uids, columns, strict=True
+            )
+            if kind is not None
+        ]
+        self.log.add_outcomes(self.global_steps, self.total_training_steps, outcomes)
+        return super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
+
+    def _save_checkpoint(self) -> None:
+        """The checkpoint, and before it is marked as whole the region statistics."""
+        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DATA_STATE).unlink(missing_ok=True)  # of a run that was killed here before: not whole until the end
+        replace_file(folder / STATE, json.dumps(self.tracker.table))
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        """The checkpoint and the region statistics that belong to it."""
+        super()._load_checkpoint()
+        if self.global_steps:
+            folder = Path(self.config.trainer.resume_from_path)
+            self.tracker.table = json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def listed(column: Any) -> list[Any]:
+    """A column of the TransferQueue as a list: tensordict gives back lists of lists as they are, others in a stack."""
+    return list(column) if isinstance(column, list) else column.tolist()
+
+
+class ReSTRewardManager(RewardManagerBase):
+    """The preset's rule reward, rescaled by the progress of the step that a response is for."""
+
+    def __init__(self, config: Any, tokenizer: Any, compute_score: Any, *_: Any, **__: Any) -> None:
+        """Read the run that `config.rest` holds; verl has counted its steps by now."""
+        super().__init__(config, tokenizer, compute_score)
+        rest = RunConfig.from_toml(config.rest.run).rest
+        self.format, self.method = get_format(rest.format), rest.resolve()
+        self.total = int(config.actor_rollout_ref.actor.optim.total_training_steps)
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        """The reward of one response and what it is made of."""
+        return await self.loop.run_in_executor(None, self._score, data[-1:][0])
+
+    def _score(self, item: Any) -> dict[str, Any]:
+        columns, ids = item.non_tensor_batch, item.batch["responses"]
+        length = int(item.batch["attention_mask"][-len(ids) :].sum())
+        text = decode_ids(ids[:length].tolist(), self.tokenizer, self.format.tags)
+        step = int(columns["global_steps"])
+        gold = read_gold(columns["reward_model"]["ground_truth"])
+        progress = progress_of_step(step, self.total)
+        scored = score_text(text, gold, self.format, self.method, progress, max(1, step))
+        extra = {name: getattr(scored, name) for name in Scored._fields[1:]}
+        return {"reward_score": scored.total, "reward_extra_info": {**extra, "kind": columns["extra_info"]["kind"]}}
+
+
+class RenderedPromptLoop(SingleTurnAgentLoop):
+    """One response to a prompt that is text already, laid out as in training on TRL."""
+
+    async def ct_build_initial_tokens(self, messages: list[dict[str, Any]], *_: Any, **__: Any) -> list[int]:
+        """The tokens of the prompt's text; no chat template is applied to it."""
+        return self.tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
