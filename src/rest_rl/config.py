@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar, cast
 import tomli_w
 
 from rest_rl.credit import AdvantageKind
+from rest_rl.errors import UserError
 from rest_rl.jsonl import reason
 from rest_rl.presets import SUPERVISED, Preset, get_preset
 
@@ -60,7 +61,7 @@ class RunTable:
         """ValueError for numbers outside their range."""
         check_least("run", self, seed=0, show_every=0, responses_per_step=0)
         if self.seed >= 2**32:
-            raise ValueError(f"got run.seed = {self.seed}, expected less than 2**32; lower it")
+            raise UserError(f"run.seed = {self.seed}", "less than 2**32", "lower it")
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,12 @@ class DataTable:
         """ValueError for a number outside its range or a file that would not be read."""
         check_least("data", self, samples=1, max_prompt_tokens=0)
         if not 0 <= self.mask_names <= 1:
-            raise ValueError(f"got data.mask_names = {self.mask_names}, expected a share in [0, 1]; change it")
+            raise UserError(f"data.mask_names = {self.mask_names}", "a share in [0, 1]", "change it")
         if self.held_out and self.path == EMBEDDED:
-            raise ValueError(
-                f"got data.held_out = {self.held_out!r} with data.path = {EMBEDDED!r}, whose held-out prompts are its "
-                "own, expected a file as data.path; set it, or remove data.held_out"
+            raise UserError(
+                f"data.held_out = {self.held_out!r} with data.path = {EMBEDDED!r}, whose held-out prompts are its own",
+                "a file as data.path",
+                "set it, or remove data.held_out",
             )
 
 
@@ -137,9 +139,10 @@ class EvalTable:
         """ValueError for numbers outside their range."""
         check_least("eval", self, prompts=0, samples=1, batch_size=1, max_new_tokens=1, every=0, slice=1)
         if self.every and not self.prompts:
-            raise ValueError(
-                f"got eval.every = {self.every} with eval.prompts = 0, expected held-out prompts to measure; raise "
-                "eval.prompts, or set eval.every = 0"
+            raise UserError(
+                f"eval.every = {self.every} with eval.prompts = 0",
+                "held-out prompts to measure",
+                "raise eval.prompts, or set eval.every = 0",
             )
 
 
@@ -165,8 +168,8 @@ class RestTable:
         for name, default in (reinforced if self.is_supervised else supervised).items():
             if (value := getattr(self, name)) != default:
                 kind = "supervised" if self.is_supervised else "no supervised one"
-                raise ValueError(
-                    f"got rest.{name} = {value} with preset {self.preset!r}, which is {kind}, expected none; remove it"
+                raise UserError(
+                    f"rest.{name} = {value} with preset {self.preset!r}, which is {kind}", "none", "remove it"
                 )
 
     @property
@@ -181,9 +184,10 @@ class RestTable:
     def resolve(self) -> Preset:
         """The preset with the overrides of this table applied; a wrong key or value is a ValueError."""
         if self.is_supervised:
-            raise ValueError(
-                f"got preset {self.preset!r}, which is supervised, expected one of reinforcement learning; "
-                f"use rest-rl train --preset {self.preset}"
+            raise UserError(
+                f"preset {self.preset!r}, which is supervised",
+                "one of reinforcement learning",
+                f"use rest-rl train --preset {self.preset}",
             )
         preset, kinds = get_preset(self.preset), typing.get_args(AdvantageKind)
         if self.advantage not in (None, *kinds):
@@ -193,7 +197,7 @@ class RestTable:
             if table := getattr(self, name):
                 if getattr(preset, name) is None:
                     own = f"preset {preset.name!r}, whose {name} are the published code's own"
-                    raise ValueError(f"got {name} {dict(table)} for {own}, expected none; remove rest.{name}")
+                    raise UserError(f"{name} {dict(table)} for {own}", "none", f"remove rest.{name}")
                 changes[name] = overridden(getattr(preset, name), table, f"rest.{name}")
         return dataclasses.replace(preset, **changes)
 
@@ -215,14 +219,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         """ValueError for tables that contradict each other."""
         if self.model.load_in_4bit and not self.peft:
-            raise ValueError(
-                "got model.load_in_4bit = true without [peft], expected adapters to train, because 4-bit weights "
-                "cannot be; add [peft] with r = 16"
+            raise UserError(
+                "model.load_in_4bit = true without [peft]",
+                "adapters to train, because 4-bit weights cannot be",
+                "add [peft] with r = 16",
             )
         if self.eval.every and self.data.path != EMBEDDED and not self.data.held_out:
-            raise ValueError(
-                f"got eval.every = {self.eval.every} without data.held_out, expected a file of held-out dialogues to "
-                "measure; set it, or set eval.every = 0"
+            raise UserError(
+                f"eval.every = {self.eval.every} without data.held_out",
+                "a file of held-out dialogues to measure",
+                "set it, or set eval.every = 0",
             )
 
     @classmethod
@@ -253,7 +259,7 @@ def check_least(where: str, table: Any, **least: int) -> None:
     """ValueError for the first field below its least value."""
     for name, value in least.items():
         if getattr(table, name) < value:
-            raise ValueError(f"got {where}.{name} = {getattr(table, name)}, expected at least {value}; raise it")
+            raise UserError(f"{where}.{name} = {getattr(table, name)}", f"at least {value}", "raise it")
 
 
 def preset_table(preset: Preset) -> dict[str, Any]:
@@ -275,7 +281,7 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"got {path} ({reason(error)}), expected a readable TOML file; check the path") from error
+        raise UserError(f"{path} ({reason(error)})", "a readable TOML file", "check the path") from error
     return RunConfig.from_toml(text, overrides, origin=str(path))
 
 
@@ -289,7 +295,7 @@ def parse_toml(text: str, origin: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"got {origin} that is not TOML ({error}), expected `key = value` lines; mend it") from error
+        raise UserError(f"{origin} that is not TOML ({error})", "`key = value` lines", "mend it") from error
 
 
 def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -304,7 +310,7 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[str]) -> dict
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise ValueError(f"got --set {override}, expected {parent} to be a table; set {parent} itself")
+                raise UserError(f"--set {override}", f"{parent} to be a table", f"set {parent} itself")
         target[key] = toml_value(text.strip(), override)
     return result
 
@@ -319,7 +325,7 @@ def toml_value(text: str, override: str) -> Any:
         message = f"got --set {override} ({error}), expected a TOML value; quote strings: 'key=\"text\"'"
         raise ValueError(message) from error
     if parsed.keys() != {"value"}:
-        raise ValueError(f"got --set {override}, expected one value; use one --set per key")
+        raise UserError(f"--set {override}", "one value", "use one --set per key")
     return parsed["value"]
 
 
@@ -362,10 +368,10 @@ def checked(value: Any, hint: Any, path: str) -> Any:
     """`value` if it fits the annotation `hint` (an integer fits float); ValueError otherwise."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ValueError(f"got {path} = {value!r}, expected a table; write [{path}]")
+            raise UserError(f"{path} = {value!r}", "a table", f"write [{path}]")
         return from_mapping(cast(type, hint), value, path)
     if not fits(value, hint):
-        raise ValueError(f"got {path} = {value!r}, expected {describe(hint)}; change the value")
+        raise UserError(f"{path} = {value!r}", f"{describe(hint)}", "change the value")
     return float(value) if isinstance(value, int) and wants_float(hint) else value
 
 

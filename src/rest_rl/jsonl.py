@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
+from rest_rl.errors import UserError
+
 
 def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """The numbered non-blank lines of a file or of standard input."""
@@ -19,7 +21,7 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        raise ValueError(f"got {path} ({reason(error)}), expected a readable JSONL file; check the path") from error
+        raise UserError(f"{path} ({reason(error)})", "a readable JSONL file", "check the path") from error
 
 
 def numbered(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -34,9 +36,9 @@ def parse_row(line: bytes) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"got a line that is not JSON ({error}), expected an object; mend the row") from error
+        raise UserError(f"a line that is not JSON ({error})", "an object", "mend the row") from error
     if not isinstance(row, Mapping):
-        raise ValueError(f"got {type(row).__name__}, expected an object per line; mend the row")
+        raise UserError(f"{type(row).__name__}", "an object per line", "mend the row")
     return row
 
 
@@ -44,7 +46,7 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
     """A field of a row that must be text."""
     value = row.get(name)
     if not isinstance(value, str):
-        raise ValueError(f"got {name} of type {type(value).__name__}, expected text; add {name!r} to the row")
+        raise UserError(f"{name} of type {type(value).__name__}", "text", f"add {name!r} to the row")
     return value
 
 

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from rest_rl.errors import UserError
 from rest_rl.response import NUM_REGIONS, Region, Span
 
 TIE_ORDER = (Region.NAME, Region.ARGUMENTS, Region.FORMAT, Region.REASONING, Region.ANSWER, Region.OTHER)
@@ -103,9 +104,10 @@ def token_bytes(tokenizer: Any) -> TokenBytes:
         return tokenizer
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
-        raise ValueError(
-            f"got a tokenizer of type {type(tokenizer).__name__}, expected one backed by the tokenizers library; "
-            "load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+        raise UserError(
+            f"a tokenizer of type {type(tokenizer).__name__}",
+            "one backed by the tokenizers library",
+            "load it with AutoTokenizer.from_pretrained(..., use_fast=True)",
         )
     return _token_bytes(tokenizer, backend, backend.get_vocab_size())
 

@@ -20,12 +20,13 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json, reason
 
 CONFIG, ENVIRONMENT, SUMMARY = "config.toml", "environment.json", "summary.json"
@@ -49,7 +50,64 @@ LIBRARIES = (
     "ray",
 )
 
+if TYPE_CHECKING:
+    from rest_rl.report.diagnosis import Finding
+
 Row = dict[str, Any]
+
+
+class Advance(Protocol):
+    """Moves a bar: how much is done, of how much if that has become known, and a note beside it."""
+
+    def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
+
+
+class Observer(Protocol):
+    """Whom a workflow tells what happens; the command shows it, a program may ignore it (`SILENT`)."""
+
+    def say(self, text: str) -> None:
+        """One line of text."""
+        ...
+
+    def show_table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """A table whose first column is text and whose other columns are numbers."""
+        ...
+
+    def track(self, what: str, total: int | None = None, done: int = 0) -> AbstractContextManager[Advance]:
+        """Progress of something that takes a while; `total` is None where it is not known."""
+        ...
+
+    def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """A training step has finished; its metrics are in the run folder."""
+        ...
+
+    def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Some responses that `step`, counted from 1, learns from; `rows` are as in responses.jsonl."""
+        ...
+
+    def on_finding(self, finding: Finding) -> None:
+        """Called once for each new finding of the diagnosis."""
+        ...
+
+
+class SilentObserver:
+    """An observer that shows nothing."""
+
+    def say(self, text: str) -> None: ...
+
+    def show_table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None: ...
+
+    def track(self, what: str, total: int | None = None, done: int = 0) -> AbstractContextManager[Advance]:
+        return nullcontext(lambda done, total=None, note="": None)
+
+    def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None: ...
+
+    def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def on_finding(self, finding: Finding) -> None: ...
+
+
+SILENT: Observer = SilentObserver()
 
 
 @dataclass(frozen=True)
@@ -84,9 +142,10 @@ class RunLog:
         """Start a run in an empty or new folder; ValueError if it holds a run already or cannot be written."""
         log = cls(folder, enabled=enabled)
         if (log.folder / CONFIG).exists() and enabled:
-            raise ValueError(
-                f"got {folder}, which holds a run already, expected a new folder; add --resume to go on with it, or "
-                "pass another --out"
+            raise UserError(
+                f"{folder}, which holds a run already",
+                "a new folder",
+                "add --resume to go on with it, or pass another --out",
             )
         log._make_folders()
         log._write(CONFIG, config)
@@ -101,7 +160,7 @@ class RunLog:
         """
         log = cls(folder, enabled=enabled)
         if not (log.folder / CONFIG).is_file():
-            raise ValueError(f"got {folder}, which holds no run, expected a run folder; start one without --resume")
+            raise UserError(f"{folder}, which holds no run", "a run folder", "start one without --resume")
         log._make_folders()
         for name in (METRICS, RESPONSES, TIMING, EVALUATIONS):
             log._keep_until(name, step)
@@ -222,7 +281,7 @@ def read_run(folder: str | Path) -> Run:
     if not (path / CONFIG).is_file():
         inside = [pattern for pattern in ("*", "runs/*") if any(path.glob(f"{pattern}/{CONFIG}"))]  # of a grid: runs/*
         remedy = f"did you mean {path / inside[0]}?" if inside else "pass what --out was"
-        raise ValueError(f"got {folder}, which holds no {CONFIG}, expected a run folder; {remedy}")
+        raise UserError(f"{folder}, which holds no {CONFIG}", "a run folder", f"{remedy}")
     return Run(
         folder=path,
         config=(path / CONFIG).read_text(encoding="utf-8"),
@@ -258,9 +317,9 @@ def read_object(path: Path) -> Row:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"got {path}, not JSON ({error}), expected an object; restore or delete it") from error
+        raise UserError(f"{path}, not JSON ({error})", "an object", "restore or delete it") from error
     if not isinstance(value, dict):
-        raise ValueError(f"got {path}, which holds a {type(value).__name__}, expected an object; restore or delete it")
+        raise UserError(f"{path}, which holds a {type(value).__name__}", "an object", "restore or delete it")
     return value
 
 
@@ -274,9 +333,10 @@ def cut_back(path: Path, size: int) -> None:
 
 def unwritable(folder: Path, error: OSError) -> ValueError:
     """The error for a folder that is full, read-only or no folder."""
-    return ValueError(
-        f"got run folder {folder} ({reason(error)}), expected a writable folder with free space; make room and go on "
-        "with --resume (what was written is whole), or pass another --out"
+    return UserError(
+        f"run folder {folder} ({reason(error)})",
+        "a writable folder with free space",
+        "make room and go on with --resume (what was written is whole), or pass another --out",
     )
 
 

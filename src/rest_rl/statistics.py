@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from scipy.stats import binomtest, false_discovery_control, norm
 
+from rest_rl.errors import UserError
+
 LEVEL = 0.05
 """Of every test; intervals are of 95 %."""
 
@@ -98,7 +100,7 @@ def weighted_mean(parts: Iterable[tuple[float, Interval]]) -> Interval:
     total = math.fsum(weight for weight, _ in pairs)
     if not total > 0 or any(weight < 0 for weight, _ in pairs):
         weights = [weight for weight, _ in pairs]
-        raise ValueError(f"got weights {weights}, expected some above 0 and none below; check the weights")
+        raise UserError(f"weights {weights}", "some above 0 and none below", "check the weights")
     value, least, most = (math.fsum(weight * part[i] for weight, part in pairs) / total for i in range(3))
     below, above = (math.hypot(*(weight * (part[i] - part.value) for weight, part in pairs)) / total for i in (1, 2))
     # The mean of the limits bounds them anyway; rounding is kept from passing 0 or 1.
@@ -108,7 +110,7 @@ def weighted_mean(parts: Iterable[tuple[float, Interval]]) -> Interval:
 def check_counts(part: int, whole: int) -> None:
     """ValueError unless 0 <= part <= whole."""
     if not 0 <= part <= whole:
-        raise ValueError(f"got {part} of {whole} samples, expected a count from 0 to the whole; check the counts")
+        raise UserError(f"{part} of {whole} samples", "a count from 0 to the whole", "check the counts")
 
 
 class Outcome(NamedTuple):

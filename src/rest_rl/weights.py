@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rest_rl.errors import UserError
 from rest_rl.response import NUM_REGIONS, Region
 
 Rule = Literal["one_minus_exp", "inverse", "collision", "constant", "uniform", "inverted", "top_entropy", "permuted"]
@@ -87,9 +88,9 @@ class WeightConfig:
         for name in ("scope", "dropped"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # TOML and JSON have lists
             if unknown := sorted(set(getattr(self, name)) - set(REGIONS)):
-                raise ValueError(f"got {name} {unknown}, expected some of {', '.join(REGIONS)}; mend the label")
+                raise UserError(f"{name} {unknown}", f"some of {', '.join(REGIONS)}", "mend the label")
         if set(self.dropped) == set(REGIONS):
-            raise ValueError("got every region in dropped, expected one to learn from; leave one out")
+            raise UserError("every region in dropped", "one to learn from", "leave one out")
         if self.dropped and self.rule == "top_entropy":
             raise ValueError(
                 f"got dropped {list(self.dropped)} with the rule 'top_entropy', which weighs tokens and no regions; "

@@ -15,6 +15,7 @@ from rest_rl.compare.grid import GRID, REFERENCE, RUNS, Grid, RunName, read_grid
 from rest_rl.compare.page import mean_text, tested, write_comparison
 from rest_rl.compare.verdict import verdict
 from rest_rl.config import AUTO
+from rest_rl.errors import UserError
 from rest_rl.runlog import replace_file, unwritable
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -52,15 +53,15 @@ def grid_folder(arguments: argparse.Namespace) -> Path:
     """Where the grid lies: `--out`, or the folder that was given in place of a grid file."""
     given = Path(arguments.grid) if arguments.grid else None
     if given is not None and not given.exists():
-        raise ValueError(
-            f"got {given}, which is neither a TOML file nor the folder of a grid, expected one of them; check the path"
+        raise UserError(
+            f"{given}, which is neither a TOML file nor the folder of a grid", "one of them", "check the path"
         )
     if given is not None and given.is_dir():
         if arguments.out and Path(arguments.out).resolve() != given.resolve():
-            raise ValueError(f"got the folder {given} and --out {arguments.out}, expected one of them; remove --out")
+            raise UserError(f"the folder {given} and --out {arguments.out}", "one of them", "remove --out")
         return given
     if not arguments.out:
-        raise ValueError("got no --out, expected the folder of the grid; pass --out DIR")
+        raise UserError("no --out", "the folder of the grid", "pass --out DIR")
     return Path(arguments.out)
 
 
@@ -70,12 +71,13 @@ def asked_grid(arguments: argparse.Namespace, out: Path) -> Grid:
     if path is not None and path.is_dir():
         path = path / GRID
         if not path.is_file():
-            raise ValueError(
-                f"got the folder {out} without {GRID}, expected a grid that was begun; pass a grid file or --methods, "
-                "or --only-report for a page of the runs that are there"
+            raise UserError(
+                f"the folder {out} without {GRID}",
+                "a grid that was begun",
+                "pass a grid file or --methods, or --only-report for a page of the runs that are there",
             )
     if arguments.jobs < 1:
-        raise ValueError(f"got --jobs {arguments.jobs}, expected at least 1; raise it")
+        raise UserError(f"--jobs {arguments.jobs}", "at least 1", "raise it")
     return read_grid(
         path,
         methods=listed(arguments.methods),

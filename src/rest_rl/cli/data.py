@@ -18,6 +18,7 @@ from rest_rl.data.shapes import SOURCES
 from rest_rl.data.split import Split
 from rest_rl.data.tool_world import SPLITS, dialogues
 from rest_rl.data.write import check_output, rejected_path, rejected_writer, sample_writer
+from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def show(arguments: argparse.Namespace) -> int:
     from rest_rl.cli.data_tables import show_row
 
     if arguments.number < 1:
-        raise ValueError(f"got row {arguments.number}, expected a number from 1; rows are counted from 1")
+        raise UserError(f"row {arguments.number}", "a number from 1", "rows are counted from 1")
     last, layout = 0, asked_layout(arguments)
     with reading(arguments, [arguments.file], layout) as rows:
         for last, row in enumerate(rows, 1):
@@ -306,7 +307,7 @@ def asked_layout(arguments: argparse.Namespace) -> PromptLayout | None:
     """
     if not arguments.tokenizer:
         if arguments.max_prompt:
-            raise ValueError("got --max-prompt without --model, expected the model that counts; add --model DIR")
+            raise UserError("--max-prompt without --model", "the model that counts", "add --model DIR")
         return None
     from rest_rl.data.layout import PromptLayout, resolve_format
     from rest_rl.train.policy import load_tokenizer

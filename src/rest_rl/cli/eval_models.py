@@ -15,6 +15,7 @@ from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of
 from rest_rl.data.layout import PromptLayout, resolve_format, template_format
 from rest_rl.data.reading import load_json
 from rest_rl.data.shapes.flattened import FORMAT
+from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Model
 from rest_rl.evaluate.log import SETTINGS
 from rest_rl.evaluate.models.flattened_requests import FlattenedRequests
@@ -89,14 +90,14 @@ def check_who(arguments: argparse.Namespace) -> None:
     chosen = [name for name in ("oracle", "responses", "endpoint") if getattr(arguments, name)]
     if len(chosen) > 1 or (arguments.model and chosen not in ([], ["endpoint"])):
         given = " and ".join(f"--{name}" for name in [*chosen, *(["model"] if arguments.model else [])])
-        raise ValueError(f"got {given}, expected one that answers; leave the others out")
+        raise UserError(f"{given}", "one that answers", "leave the others out")
     if not chosen and not arguments.model:
         if arguments.action == "tool-world":
             arguments.model = EMBEDDED
             return
         raise ValueError("got nobody who answers, expected --model, --endpoint with --model, --responses or --oracle")
     if chosen == ["endpoint"] and not arguments.model:
-        raise ValueError("got --endpoint without --model, expected the name that the server holds; pass --model NAME")
+        raise UserError("--endpoint without --model", "the name that the server holds", "pass --model NAME")
 
 
 def refuse_idle(arguments: argparse.Namespace) -> None:
@@ -130,9 +131,10 @@ def local_plan(arguments: argparse.Namespace) -> Plan:
     if arguments.prompt == "native":
         own = native_format(tokenizer, arguments.model)
         if asked not in (None, own):
-            raise ValueError(
-                f"got --prompt native and format {asked}, expected {own}, which the model's template writes; leave "
-                "--format out, or --prompt"
+            raise UserError(
+                f"--prompt native and format {asked}",
+                f"{own}, which the model's template writes",
+                "leave --format out, or --prompt",
             )
         asked = own
     elif asked is None:
@@ -165,20 +167,21 @@ def published_frame(
     is_asked = arguments.prompt == "published" or (arguments.prompt == "training" and kept is not None)
     if arguments.action == "api-bank" or not is_asked:
         if given:
-            raise ValueError(
-                f"got --prompt-from with --prompt {arguments.prompt}, expected --prompt published, or the folder of a "
-                f"run that kept its prompts in {FORMAT}; leave it out"
+            raise UserError(
+                f"--prompt-from with --prompt {arguments.prompt}",
+                f"--prompt published, or the folder of a run that kept its prompts in {FORMAT}",
+                "leave it out",
             )
         return None, why
     if not is_toolrl:
-        raise ValueError(
-            f"got --prompt published and format {name}, expected {FORMAT}, which those prompts ask for; leave "
-            "--format out"
+        raise UserError(
+            f"--prompt published and format {name}", f"{FORMAT}, which those prompts ask for", "leave --format out"
         )
     if not (path := given or kept):
-        raise ValueError(
-            "got --prompt published without --prompt-from, expected a file of ToolRL's rows, whose texts are no part "
-            "of this package; pass --prompt-from rlla_sft.json"
+        raise UserError(
+            "--prompt published without --prompt-from",
+            "a file of ToolRL's rows, whose texts are no part of this package",
+            "pass --prompt-from rlla_sft.json",
         )
     try:
         return frame_of(path), f"{why}; texts from {path}"
@@ -191,9 +194,10 @@ def native_format(tokenizer: Any, model: str) -> str:
     """The format of the template; ValueError where it shows none."""
     if found := template_format(tokenizer):
         return found
-    raise ValueError(
-        f"got --prompt native and {model}, whose chat template shows no known format of calls, expected one that does; "
-        "leave --prompt out"
+    raise UserError(
+        f"--prompt native and {model}, whose chat template shows no known format of calls",
+        "one that does",
+        "leave --prompt out",
     )
 
 
@@ -212,10 +216,11 @@ def endpoint_plan(arguments: argparse.Namespace) -> Plan:
     elif arguments.prompt == "published":
         name, why = FORMAT, "the published texts ask for it"
     else:
-        raise ValueError(
-            "got --endpoint without --format, expected the format that the model writes calls in; pass --format "
-            "hermes (or toolrl, llama3, ...), --tokenizer DIR_OR_ID to tell it from, or --prompt native for the "
-            "server's own function calling"
+        raise UserError(
+            "--endpoint without --format",
+            "the format that the model writes calls in",
+            "pass --format hermes (or toolrl, llama3, ...), --tokenizer DIR_OR_ID to tell it from, or --prompt "
+            "native for the server's own function calling",
         )
     frame, why = published_frame(arguments, name, why)
     layout = layout_of(tokenizer, name, frame, variables) if tokenizer is not None else None
@@ -303,9 +308,10 @@ def server_body(arguments: argparse.Namespace) -> dict[str, Any]:
     changes = arguments.set
     table = apply_overrides({"model": {}}, changes)
     if set(table) != {"model"} or set(table["model"]) - {"chat_template_kwargs"}:
-        raise ValueError(
-            f"got --set {' '.join(changes)} with --endpoint, expected keys of model.chat_template_kwargs alone, which "
-            "are sent with every request; leave the others out"
+        raise UserError(
+            f"--set {' '.join(changes)} with --endpoint",
+            "keys of model.chat_template_kwargs alone, which are sent with every request",
+            "leave the others out",
         )
     body = extra_body(arguments.extra_body) if arguments.extra_body else {}
     variables = {**body.get("chat_template_kwargs", {}), **table["model"].get("chat_template_kwargs", {})}
@@ -319,9 +325,10 @@ def extra_body(text: str) -> dict[str, Any]:
     except ValueError as error:
         body = str(error)
     if not isinstance(body, dict) or not isinstance(body.get("chat_template_kwargs", {}), dict):
-        raise ValueError(
-            f"got --extra-body {text:.80}, expected a JSON object (and so its chat_template_kwargs); "
-            "write --extra-body '{\"repetition_penalty\": 1.0}'"
+        raise UserError(
+            f"--extra-body {text:.80}",
+            "a JSON object (and so its chat_template_kwargs)",
+            "write --extra-body '{\"repetition_penalty\": 1.0}'",
         )
     return body
 

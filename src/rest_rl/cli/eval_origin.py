@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from rest_rl.config import ModelTable, RunConfig, read_run_file
+from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
 
 BLOCK, STRIDE = 64 << 10, 16 << 20
@@ -30,9 +31,10 @@ def recorded_run(path: str) -> Origin:
     if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
         return Origin(str(folder / MODEL), run_of(folder), shown(folder))
     if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():
-        raise ValueError(
-            f"got {path}, a run folder without {MODEL}/, expected a finished run; finish it with rest-rl train "
-            f"--resume --out {path}, or pass one of its {CHECKPOINTS}/"
+        raise UserError(
+            f"{path}, a run folder without {MODEL}/",
+            "a finished run",
+            f"finish it with rest-rl train --resume --out {path}, or pass one of its {CHECKPOINTS}/",
         )
     for home, _ in homes(path):
         if run := run_of(home):
@@ -123,5 +125,5 @@ def digest_of(path: Path, pieces: Callable[[BinaryIO], Iterator[bytes]] = whole_
             for piece in pieces(file):
                 digest.update(piece)
     except OSError as error:
-        raise ValueError(f"got {path} ({error.strerror}), expected a readable file; check the path") from error
+        raise UserError(f"{path} ({error.strerror})", "a readable file", "check the path") from error
     return digest.hexdigest()[:12]

@@ -16,6 +16,7 @@ from rest_rl.cli.eval_models import Plan, make_model, make_plan, model_settings,
 from rest_rl.cli.eval_origin import model_label
 from rest_rl.cli.eval_tables import show_summary, write_tables
 from rest_rl.cli.terminal import eval_bar
+from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.api_bank import ApiBank
 from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
 from rest_rl.evaluate.conversation import Benchmark, Request
@@ -75,14 +76,12 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     for name in names:
         value = getattr(arguments, name, None)
         if value is not None and not value > 0:
-            raise ValueError(f"got --{name.replace('_', '-')} {value}, expected more than 0; raise it")
+            raise UserError(f"--{name.replace('_', '-')} {value}", "more than 0", "raise it")
     if arguments.retries < 0:
-        raise ValueError(f"got --retries {arguments.retries}, expected 0 or more; raise it")
+        raise UserError(f"--retries {arguments.retries}", "0 or more", "raise it")
     for name in ("categories", "ids"):
         if getattr(arguments, name) is not None and not listed(getattr(arguments, name)):
-            raise ValueError(
-                f"got --{name} without a name, expected some with commas between them; leave it out for all"
-            )
+            raise UserError(f"--{name} without a name", "some with commas between them", "leave it out for all")
 
 
 def make_benchmark(arguments: argparse.Namespace, plan: Plan) -> Benchmark:
@@ -119,9 +118,7 @@ def chosen(benchmark: Benchmark, arguments: argparse.Namespace) -> list[str]:
         if not arguments.limit or taken[str(group)] <= arguments.limit:
             found.append(identity)
     if not found:
-        raise ValueError(
-            "got --categories and --ids that share no sample, expected at least one; leave one of them out"
-        )
+        raise UserError("--categories and --ids that share no sample", "at least one", "leave one of them out")
     return found
 
 

@@ -16,6 +16,7 @@ from rest_rl.cli.score import check_progress
 from rest_rl.cli.terminal import show_tokens
 from rest_rl.config import AUTO, preset_table
 from rest_rl.data.layout import resolve_format
+from rest_rl.errors import UserError
 from rest_rl.formats import get_format
 from rest_rl.jsonl import as_json, parse_row, read_lines, text_field
 from rest_rl.presets import PRESETS, Preset, get_preset, token_weights
@@ -114,10 +115,10 @@ def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
         text = text_field(row, "response").encode("utf-8", "replace").decode("utf-8")  # JSON can hold lone surrogates
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"got ids {ids!r:.80}, expected a list of integers; mend the row")
+        raise UserError(f"ids {ids!r:.80}", "a list of integers", "mend the row")
     bad = [i for i in ids if not 0 <= i < len(tokenizer)]
     if bad:
-        raise ValueError(f"got id {bad[0]}, expected ids below {len(tokenizer)}; pass the tokenizer that made them")
+        raise UserError(f"id {bad[0]}", f"ids below {len(tokenizer)}", "pass the tokenizer that made them")
     return ids
 
 
@@ -128,12 +129,12 @@ def read_entropies(source: str | None) -> dict[str, float]:
     try:
         entropies = json.loads(source if source.lstrip().startswith("{") else Path(source).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"got --entropies {source!r:.80} ({error}), expected a JSON object or a file; write '{{\"name\": 0.3}}'"
+        raise UserError(
+            f"--entropies {source!r:.80} ({error})", "a JSON object or a file", "write '{\"name\": 0.3}'"
         ) from error
     labels = [region.label for region in Region]
     if not isinstance(entropies, dict) or not all(
         label in labels and isinstance(value, (int, float)) and value >= 0 for label, value in entropies.items()
     ):
-        raise ValueError(f"got --entropies {source!r:.80}, expected nats >= 0 for some of {', '.join(labels)}; mend it")
+        raise UserError(f"--entropies {source!r:.80}", f"nats >= 0 for some of {', '.join(labels)}", "mend it")
     return {label: float(value) for label, value in entropies.items()}

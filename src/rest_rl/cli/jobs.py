@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rest_rl.cli.terminal import say
 from rest_rl.compare.grid import LOGS, RUNS, Grid, RunName, is_finished
 from rest_rl.config import AUTO, RunConfig, parse_toml, read_run_file
+from rest_rl.errors import UserError
 from rest_rl.jsonl import parse_row
 from rest_rl.report.tables import flatten, is_number
 from rest_rl.runlog import CONFIG, METRICS, SUMMARY, read_object, replace_file, unwritable
@@ -108,9 +109,10 @@ def refuse_other(job: Job) -> None:
     if changed:
         parts = [f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in changed[:3]]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise ValueError(
-            f"got {job.folder}, which holds another run ({'; '.join(parts)}{more}), expected the run of this grid; "
-            "pass another --out, or delete the folder to train it anew"
+        raise UserError(
+            f"{job.folder}, which holds another run ({'; '.join(parts)}{more})",
+            "the run of this grid",
+            "pass another --out, or delete the folder to train it anew",
         )
 
 

@@ -22,6 +22,7 @@ from rest_rl.cli.terminal import eval_bar, show_table
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.samples import ToolSample
+from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import end_ids
 from rest_rl.jsonl import as_json, reason
 from rest_rl.presets import Preset
@@ -102,11 +103,9 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     """ValueError for numbers with which nothing can be estimated."""
     check_least(arguments, {**LEAST, "prompts": LEAST_PROMPTS, "group": 2})
     if not 0 <= arguments.norm_cap < float("inf"):
-        raise ValueError(
-            f"got --norm-cap {arguments.norm_cap}, expected a multiple of the median, 0 for none; change it"
-        )
+        raise UserError(f"--norm-cap {arguments.norm_cap}", "a multiple of the median, 0 for none", "change it")
     if not 0 <= arguments.progress <= 1:
-        raise ValueError(f"got --progress {arguments.progress}, expected training progress in [0, 1]; change it")
+        raise UserError(f"--progress {arguments.progress}", "training progress in [0, 1]", "change it")
 
 
 def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None:
@@ -114,7 +113,7 @@ def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None
     for name, number in least.items():
         value = getattr(arguments, name)
         if value is not None and value < number:
-            raise ValueError(f"got --{name.replace('_', '-')} {value}, expected at least {number}; raise it")
+            raise UserError(f"--{name.replace('_', '-')} {value}", f"at least {number}", "raise it")
 
 
 def fresh_folder(arguments: argparse.Namespace, file: str) -> Path:
@@ -126,7 +125,7 @@ def fresh_folder(arguments: argparse.Namespace, file: str) -> Path:
         return next(Path(name) for name in names if not (Path(name) / file).exists())
     out = Path(arguments.out)
     if (out / file).exists():
-        raise ValueError(f"got --out {out}, which holds a {file} already, expected another folder; pass a new one")
+        raise UserError(f"--out {out}, which holds a {file} already", "another folder", "pass a new one")
     return out
 
 
@@ -137,16 +136,18 @@ def make_folder(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise ValueError(
-            f"got --out {out} ({reason(error)}), expected a folder that can be written; pass another --out"
+        raise UserError(
+            f"--out {out} ({reason(error)})", "a folder that can be written", "pass another --out"
         ) from error
 
 
 def unwritten(out: Path, error: OSError) -> ValueError:
     """The error for a folder that can be written no more when the results are known, and have been shown."""
-    return ValueError(
-        f"got --out {out} ({reason(error)}), expected to write the results to it; what was measured stands above, save "
-        "it from there, or make room and measure again (the same --seed gives the same figures)"
+    return UserError(
+        f"--out {out} ({reason(error)})",
+        "to write the results to it",
+        "what was measured stands above, save it from there, or make room and measure again (the same --seed gives "
+        "the same figures)",
     )
 
 
@@ -186,7 +187,7 @@ def ask(
     unmeasured = replace(config, rest=replace(config.rest, format=name), eval=replace(config.eval, prompts=0, every=0))
     samples = read_data(unmeasured, layout, lambda text: say(console, text)).samples
     if len(samples) < least:
-        raise ValueError(f"got {len(samples)} samples, expected at least {least}; {remedy}")
+        raise UserError(f"{len(samples)} samples", f"at least {least}", f"{remedy}")
     if len(samples) < prompts:
         say(console, f"{len(samples)} samples, fewer than the {prompts} prompts asked for: all are taken")
     return Asked(layout, random.Random(arguments.seed).sample(samples, min(prompts, len(samples))))

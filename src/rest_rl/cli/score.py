@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rest_rl.authors_code import SCHEDULE_STEPS
+from rest_rl.errors import UserError
 from rest_rl.formats import get_format
 from rest_rl.jsonl import as_json, parse_row, read_lines, text_field
 from rest_rl.response import Gold, gold_from_json
@@ -19,7 +20,7 @@ def score(arguments: argparse.Namespace) -> int:
     get_format(arguments.format)
     check_progress(arguments.progress)
     if arguments.preset not in PRESET_REWARDS:
-        raise ValueError(f"got preset {arguments.preset!r}, expected one of {', '.join(PRESET_REWARDS)}; see presets")
+        raise UserError(f"preset {arguments.preset!r}", f"one of {', '.join(PRESET_REWARDS)}", "see presets")
     for number, line in read_lines(arguments.file):
         print(as_json(score_line(line, number, arguments)))
     return 0
@@ -50,11 +51,11 @@ def scored_row(row: Mapping[str, Any]) -> tuple[str, Gold, float | None]:
     """(response, gold, step) of a row to score."""
     step = row.get("step")
     if step is not None and (isinstance(step, bool) or not isinstance(step, (int, float)) or not 0 <= step < math.inf):
-        raise ValueError(f"got step {step!r}, expected a number >= 0; mend or leave out the step")
+        raise UserError(f"step {step!r}", "a number >= 0", "mend or leave out the step")
     return text_field(row, "response"), gold_from_json(row.get("gold")), step
 
 
 def check_progress(progress: float | None) -> None:
     """ValueError unless progress is unset or in [0, 1]."""
     if progress is not None and not 0 <= progress <= 1:
-        raise ValueError(f"got --progress {progress}, expected a number in [0, 1]; divide the step by the total")
+        raise UserError(f"--progress {progress}", "a number in [0, 1]", "divide the step by the total")

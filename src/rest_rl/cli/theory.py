@@ -30,6 +30,7 @@ from rest_rl.cli.probe import (
 )
 from rest_rl.cli.terminal import show_table
 from rest_rl.config import RunConfig
+from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.probe.gradients import Coordinates, expected_squares
 from rest_rl.probe.sample import Group, sample_groups
@@ -84,16 +85,15 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     """ValueError for numbers with which nothing can be estimated."""
     check_least(arguments, {**LEAST, **FEWEST})
     if len(arguments.format) > 1:
-        raise ValueError(f"got {len(arguments.format)} times --format, expected one; measure them one by one")
+        raise UserError(f"{len(arguments.format)} times --format", "one", "measure them one by one")
     if arguments.pilot_group < arguments.group:
-        raise ValueError(
-            f"got --pilot-group {arguments.pilot_group} with --group {arguments.group}, expected at least as many; "
-            "raise it"
+        raise UserError(
+            f"--pilot-group {arguments.pilot_group} with --group {arguments.group}", "at least as many", "raise it"
         )
     if not 0 <= arguments.progress <= 1:
-        raise ValueError(f"got --progress {arguments.progress}, expected training progress in [0, 1]; change it")
+        raise UserError(f"--progress {arguments.progress}", "training progress in [0, 1]", "change it")
     if not arguments.cap > 0:
-        raise ValueError(f"got --cap {arguments.cap}, expected a positive multiple of the median norm; raise it")
+        raise UserError(f"--cap {arguments.cap}", "a positive multiple of the median norm", "raise it")
 
 
 def settings_of(arguments: argparse.Namespace, config: RunConfig, prompts: int, console: Console) -> TheorySettings:

@@ -24,6 +24,7 @@ from rest_rl.cli.terminal import Screen, show_estimate, show_table
 from rest_rl.config import AUTO, RunConfig, apply_overrides, overridden, parse_toml, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.samples import ToolSample
+from rest_rl.errors import UserError
 from rest_rl.evaluate.held_out import Prompt, evaluate, fixed_slice
 from rest_rl.presets import SUPERVISED
 from rest_rl.report.plots import draw_all
@@ -55,10 +56,11 @@ def check_same_data(data: TrainingData, log: RunLog) -> None:
     """ValueError if a resumed run would go on with other samples than it began with."""
     recorded = log.read_summary().get("data", {})
     if recorded.get("digest", data.digest) != data.digest:
-        raise ValueError(
-            f"got --resume with other training data than the run in {log.folder} began with (then "
-            f"{recorded.get('samples')} samples, now {len(data.samples)}), expected the same; restore the file, or "
-            "start anew with another --out"
+        raise UserError(
+            f"--resume with other training data than the run in {log.folder} began with (then "
+            f"{recorded.get('samples')} samples, now {len(data.samples)})",
+            "the same",
+            "restore the file, or start anew with another --out",
         )
 
 
@@ -142,9 +144,10 @@ def train(arguments: argparse.Namespace) -> int:
 
         return train_on_verl(arguments, config, layout, screen)
     if arguments.nodes or arguments.gpus_per_node or arguments.overrides or arguments.print_config:
-        raise ValueError(
-            "got --nodes, --gpus-per-node, --print-config or settings after -- with the engine trl, expected "
-            "--engine verl with them; on several GPUs TRL runs under accelerate launch (docs/training.md)"
+        raise UserError(
+            "--nodes, --gpus-per-node, --print-config or settings after -- with the engine trl",
+            "--engine verl with them",
+            "on several GPUs TRL runs under accelerate launch (docs/training.md)",
         )
     args = trainer_config(config)
     data = read_data(config, layout, screen.say)
@@ -236,7 +239,7 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
         )
     recorded = Path(asked.run.out) / CONFIG
     if not recorded.is_file():
-        raise ValueError(f"got --resume and {asked.run.out}, which holds no run, expected a run folder; pass its --out")
+        raise UserError(f"--resume and {asked.run.out}, which holds no run", "a run folder", "pass its --out")
     config = placed(read_run_file(recorded), asked.run.out)
     if not arguments.run:  # options alone stand for changes of the recorded run
         asked = placed(read_run_file(recorded, overrides), asked.run.out)
@@ -284,7 +287,7 @@ def free_folder(out: str) -> str:
     ValueError in a launch of several processes.
     """
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # each would look for a folder of its own
-        raise ValueError(f"got {processes} processes without --out, expected one folder for all; pass --out DIR")
+        raise UserError(f"{processes} processes without --out", "one folder for all", "pass --out DIR")
     names = chain([out], (f"{out}-{number}" for number in count(2)))
     return next(name for name in names if not (Path(name) / CONFIG).exists())
 
@@ -294,9 +297,10 @@ def refuse_changes(asked: Mapping[str, Any], recorded: Mapping[str, Any]) -> Non
     new, old = flatten(asked), flatten(recorded)
     changed = sorted(key for key in {*new, *old} if new.get(key) != old.get(key))
     if changed:
-        raise ValueError(
-            f"got --resume with another {', '.join(changed)}, expected the run as it was recorded; leave RUN.toml and "
-            "--set out to go on with it, or pass another --out to start the changed run"
+        raise UserError(
+            f"--resume with another {', '.join(changed)}",
+            "the run as it was recorded",
+            "leave RUN.toml and --set out to go on with it, or pass another --out to start the changed run",
         )
 
 

@@ -17,6 +17,7 @@ from rest_rl.cli.terminal import Screen
 from rest_rl.cli.train import EXIT_INTERRUPTED, check_same_data, finish, keep_account
 from rest_rl.config import RunConfig, parse_toml
 from rest_rl.data.layout import PromptLayout
+from rest_rl.errors import UserError
 from rest_rl.runlog import EVALUATIONS, METRICS, RunLog, read_rows, unwritable
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import base_and_adapter
@@ -49,7 +50,7 @@ def train_on_verl(arguments: argparse.Namespace, config: RunConfig, layout: Prom
     Whatever a user can have got wrong is found before the run folder is made and before Ray is asked for anything.
     """
     if arguments.dry_run:
-        raise ValueError("got --dry-run with the engine verl, expected --print-config; for memory see docs/cluster.md")
+        raise UserError("--dry-run with the engine verl", "--print-config", "for memory see docs/cluster.md")
     require_verl()
     say_unread(config, screen)
     data = read_data(config, layout, screen.say)
@@ -108,9 +109,10 @@ def prepare(
     write_tokenizer(layout.tokenizer, scratch)
     model, adapter = base_and_adapter(config.model)
     if adapter is not None:
-        raise ValueError(
-            f"got the adapter {adapter} with the engine verl, expected a whole model; merge it first, or train it with "
-            "the engine trl"
+        raise UserError(
+            f"the adapter {adapter} with the engine verl",
+            "a whole model",
+            "merge it first, or train it with the engine trl",
         )
     files = log.folder / FILES
     return VerlJob(

@@ -26,6 +26,7 @@ from rest_rl.compare.statistics import (
     trailing_mean,
 )
 from rest_rl.config import parse_toml
+from rest_rl.errors import UserError
 from rest_rl.report.tables import SEED_KEYS, WATCHING_KEYS, finished_steps, flatten, is_number
 from rest_rl.runlog import Row, Run, read_run
 from rest_rl.statistics import Interval, q_values
@@ -181,9 +182,8 @@ def compare(folder: str | Path, reference: str = REFERENCE) -> Comparison:
     """Read a grid's run folders and compare every method with the reference from the same start."""
     cells, unfinished = read_cells(Path(folder), reference)
     if not cells:
-        raise ValueError(
-            f"got {folder} without a finished run, expected folders {RUNS}/METHOD-SEED of rest-rl train; "
-            "run the grid first"
+        raise UserError(
+            f"{folder} without a finished run", f"folders {RUNS}/METHOD-SEED of rest-rl train", "run the grid first"
         )
     if all(cell.name.method != reference for cell in cells):
         methods = ", ".join(dict.fromkeys(cell.name.method for cell in cells))

@@ -23,6 +23,7 @@ from rest_rl.config import (
     unknown_key,
     without_none,
 )
+from rest_rl.errors import UserError
 from rest_rl.jsonl import reason
 from rest_rl.presets import PRESETS
 from rest_rl.rewards import RewardConfig
@@ -129,15 +130,14 @@ class Grid:
         """ValueError for a grid that compares nothing, or twice the same."""
         for name in (*self.methods, *self.starts):
             if not NAME.fullmatch(name):
-                raise ValueError(
-                    f"got the name {name!r}, expected letters, digits and _ . + - for a folder; rename the method"
-                )
+                raise UserError(f"the name {name!r}", "letters, digits and _ . + - for a folder", "rename the method")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            raise ValueError(f"got seeds {list(self.seeds)}, expected one or more, each once; mend --seeds")
+            raise UserError(f"seeds {list(self.seeds)}", "one or more, each once", "mend --seeds")
         if self.reference not in self.methods:
-            raise ValueError(
-                f"got methods {', '.join(self.methods)} without the reference {self.reference!r}, expected it among "
-                "them; add it, or set [grid] reference"
+            raise UserError(
+                f"methods {', '.join(self.methods)} without the reference {self.reference!r}",
+                "it among them",
+                "add it, or set [grid] reference",
             )
         self._refuse_twins()
 
@@ -146,9 +146,8 @@ class Grid:
         for name, run in self.runs():
             twin = seen.setdefault(run.to_toml(), name)
             if twin is not name:
-                raise ValueError(
-                    f"got {twin.label} and {name.label}, which are the same run, expected methods that differ; leave "
-                    "one out"
+                raise UserError(
+                    f"{twin.label} and {name.label}, which are the same run", "methods that differ", "leave one out"
                 )
 
     def runs(self) -> list[tuple[RunName, RunConfig]]:
@@ -186,9 +185,10 @@ class Grid:
         if bool(self.starts) != bool(older.starts):
             changed.append("[starts]")
         if changed:
-            raise ValueError(
-                f"got a grid that differs in {', '.join(changed[:3])} from the one that was begun in this folder, "
-                "expected the same runs, or more methods, starts or seeds; pass another --out"
+            raise UserError(
+                f"a grid that differs in {', '.join(changed[:3])} from the one that was begun in this folder",
+                "the same runs, or more methods, starts or seeds",
+                "pass another --out",
             )
         methods, starts = {**older.methods, **self.methods}, {**older.starts, **self.starts}
         return replace(self, methods=methods, starts=starts, seeds=tuple(sorted({*older.seeds, *self.seeds})))
@@ -251,9 +251,10 @@ def method_tables(name: str, own: Mapping[str, Tables]) -> Tables:
     if name in own:
         return own[name]
     if name not in METHODS:
-        raise ValueError(
-            f"got method {name!r}, expected one of {', '.join((*own, *METHODS))}; or define it in the grid file: "
-            f"[methods.{name}]"
+        raise UserError(
+            f"method {name!r}",
+            f"one of {', '.join((*own, *METHODS))}",
+            f"or define it in the grid file: [methods.{name}]",
         )
     return apply_overrides({}, METHODS[name].changes)
 
@@ -307,7 +308,7 @@ def named_tables(tables: Tables, kind: str) -> dict[str, Tables]:
     found = tables.get(kind) or {}
     for name, value in found.items():
         if not isinstance(value, Mapping):
-            raise ValueError(f"got {kind}.{name} = {value!r}, expected a table of changes; write [{kind}.{name}]")
+            raise UserError(f"{kind}.{name} = {value!r}", "a table of changes", f"write [{kind}.{name}]")
     return dict(found)
 
 
@@ -323,7 +324,7 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"got {path} ({reason(error)}), expected a readable TOML file; check the path") from error
+        raise UserError(f"{path} ({reason(error)})", "a readable TOML file", "check the path") from error
 
 
 def is_finished(summary: Mapping[str, Any]) -> bool:

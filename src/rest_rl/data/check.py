@@ -16,6 +16,7 @@ from rest_rl.data.reading import Row, RowError, RowReader, load_json, read_liter
 from rest_rl.data.reasons import KEEPABLE, REASONS, Finding, RowRejectedError, check_keep, finding
 from rest_rl.data.samples import DigestSet, ToolSample, digest_of, gold_digest, leak_digest, prompt_digest
 from rest_rl.data.shapes import BENCHMARKS, SOURCES, get_loader, source_of
+from rest_rl.errors import UserError
 from rest_rl.response import Gold, ToolCall
 
 _OTHER_KEYS = {
@@ -202,11 +203,11 @@ class CheckConfig:
             get_loader(self.source)
         check_keep(self.keep)
         if not 0 <= self.mask_names <= 1:
-            raise ValueError(f"got mask_names {self.mask_names}, expected a share in [0, 1]; 0 masks nothing")
+            raise UserError(f"mask_names {self.mask_names}", "a share in [0, 1]", "0 masks nothing")
         if self.mask_names and self.keep_prompts:
-            raise ValueError("got mask_names with keep_prompts, expected one of them; kept texts hold the names")
+            raise UserError("mask_names with keep_prompts", "one of them", "kept texts hold the names")
         if self.max_prompt_tokens < 0:
-            raise ValueError(f"got max_prompt_tokens {self.max_prompt_tokens}, expected a number >= 0; 0 is no limit")
+            raise UserError(f"max_prompt_tokens {self.max_prompt_tokens}", "a number >= 0", "0 is no limit")
 
 
 class CheckedRow(NamedTuple):
@@ -343,7 +344,7 @@ def checked_rows(
     """
     config = config or CheckConfig()
     if config.max_prompt_tokens and prompt_tokens is None:
-        raise ValueError("got max_prompt_tokens without a tokenizer, expected both; name a model or --tokenizer")
+        raise UserError("max_prompt_tokens without a tokenizer", "both", "name a model or --tokenizer")
     checker = _Checker(config, prompt_tokens, refusal, test_prompts)
     for row in path if isinstance(path, RowReader) else RowReader(path):
         yield checker.check(row)

@@ -18,6 +18,7 @@ from rest_rl.data.reasons import RowRejectedError
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.shapes import get_loader, source_of
 from rest_rl.data.shapes.flattened import FORMAT, HEADING, tool_list_span
+from rest_rl.errors import UserError
 from rest_rl.formats import OpenedThinkFormat, ToolFormat
 
 SOURCES = ("toolrl", "samples")
@@ -65,9 +66,10 @@ class FlattenedLayout(PromptLayout):
         super().__init__(tokenizer, tool_format, variables)
         inner = self.format.inner if isinstance(self.format, OpenedThinkFormat) else self.format
         if inner.name != FORMAT:
-            raise ValueError(
-                f"got format {self.format.name!r} for prompts as ToolRL published them, expected {FORMAT!r}, which "
-                "they ask for; change the format"
+            raise UserError(
+                f"format {self.format.name!r} for prompts as ToolRL published them",
+                f"{FORMAT!r}, which they ask for",
+                "change the format",
             )
         self.frame = frame
 
@@ -81,9 +83,10 @@ def frame_of(path: str) -> Frame:
     for row in RowReader(path):
         if frame := _frame_of_row(row):
             return frame
-    raise ValueError(
-        f"got {path}, no row of which has ToolRL's system text, expected rows as ToolRL published them; name a file of "
-        "them, such as rlla_sft.json or the Parquet of rlla_4k"
+    raise UserError(
+        f"{path}, no row of which has ToolRL's system text",
+        "rows as ToolRL published them",
+        "name a file of them, such as rlla_sft.json or the Parquet of rlla_4k",
     )
 
 

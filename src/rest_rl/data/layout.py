@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from rest_rl.config import AUTO
 from rest_rl.data.samples import ToolSample
+from rest_rl.errors import UserError
 from rest_rl.formats import FORMATS, OpenedThinkFormat, ToolFormat, as_demonstrated, format_of_template, get_format
 from rest_rl.formats.opened_think import OPENINGS, SUFFIX
 from rest_rl.response import ToolCall
@@ -39,15 +40,17 @@ class PromptLayout:
     ) -> None:
         """`variables` are the template's, such as enable_thinking. ValueError without a chat template."""
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "got a tokenizer without a chat template, expected one that lays out tools and messages; use an "
-                "instruct model, or set tokenizer.chat_template"
+            raise UserError(
+                "a tokenizer without a chat template",
+                "one that lays out tools and messages",
+                "use an instruct model, or set tokenizer.chat_template",
             )
         self.tokenizer, self.format, self.variables = tokenizer, get_format(tool_format), dict(variables or {})
         if self._probe and PROBE["content"] not in self._probe:
-            raise ValueError(
-                "got a chat template that leaves the text of messages out (some of models for images do), expected one "
-                "that writes it; set tokenizer.chat_template to a template for text"
+            raise UserError(
+                "a chat template that leaves the text of messages out (some of models for images do)",
+                "one that writes it",
+                "set tokenizer.chat_template to a template for text",
             )
 
     def render(self, sample: ToolSample) -> str:
@@ -229,9 +232,10 @@ def resolve_format(
     `auto` with prompts that are kept as published, which ask for a format of their own.
     """
     if keeps_prompts and name == AUTO:
-        raise ValueError(
-            "got kept prompts without a format, expected the one that they ask for; pass --format (rest.format): "
-            "toolrl for ToolRL and API-Bank, pythonic for ToolACE"
+        raise UserError(
+            "kept prompts without a format",
+            "the one that they ask for",
+            "pass --format (rest.format): toolrl for ToolRL and API-Bank, pythonic for ToolACE",
         )
     found = template_format(tokenizer)
     base, asks_think = name.removesuffix(SUFFIX), name.endswith(SUFFIX)
@@ -245,8 +249,9 @@ def resolve_format(
         why = "as asked"
     opens = PromptLayout(tokenizer, base, variables).opens_think
     if asks_think and not opens:
-        raise ValueError(
-            f"got format {name!r}, but the model's chat template does not open a think block, expected {base!r}; "
-            "leave out +think, or set model.chat_template_kwargs so that it does"
+        raise UserError(
+            f"format {name!r}, but the model's chat template does not open a think block",
+            f"{base!r}",
+            "leave out +think, or set model.chat_template_kwargs so that it does",
         )
     return (base + SUFFIX, f"{why}; it opens the think block") if opens else (base, why)

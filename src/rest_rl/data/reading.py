@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
+from rest_rl.errors import UserError
 from rest_rl.json_spans import MAX_DEPTH, decode_at
 from rest_rl.jsonl import reason
 
@@ -258,7 +259,7 @@ class RowReader:
                 else:
                     yield from ((value, False) for value in _text_rows(file, path))
         except OSError as error:
-            raise ValueError(f"got {path} ({reason(error)}), expected a readable data file; check the path") from error
+            raise UserError(f"{path} ({reason(error)})", "a readable data file", "check the path") from error
 
 
 class _Input(NamedTuple):
@@ -281,9 +282,10 @@ def _located(path: str) -> tuple[str, str]:
     name, _, split = path.partition(":")
     if Path(name).is_dir() or (_HUB.fullmatch(name) and Path(name).suffix not in (*SUFFIXES, ".gz")):
         return name, split
-    raise ValueError(
-        f"got {path}, which does not exist, expected a file ({', '.join(SUFFIXES)}, .gz), a folder, or a dataset of "
-        "the hub as OWNER/NAME or OWNER/NAME:SPLIT; check the path"
+    raise UserError(
+        f"{path}, which does not exist",
+        f"a file ({', '.join(SUFFIXES)}, .gz), a folder, or a dataset of the hub as OWNER/NAME or OWNER/NAME:SPLIT",
+        "check the path",
     )
 
 
@@ -291,8 +293,8 @@ def _files(path: Path, split: str) -> list[Path]:
     """The data files of a path; none for a folder that `datasets` has saved."""
     if path.is_file():
         if _suffix(path) not in SUFFIXES:
-            raise ValueError(
-                f"got {path}, whose ending says nothing, expected one of {', '.join(SUFFIXES)} (or with .gz); rename it"
+            raise UserError(
+                f"{path}, whose ending says nothing", f"one of {', '.join(SUFFIXES)} (or with .gz)", "rename it"
             )
         return [path]
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():

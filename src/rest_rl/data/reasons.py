@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+from rest_rl.errors import UserError
+
 Severity = Literal["rejected", "repaired", "noted"]
 
 
@@ -131,7 +133,7 @@ def check_keep(keep: Iterable[str]) -> None:
     """ValueError for a reason that is not in the table or without which there is nothing to keep."""
     for name in keep:
         if name not in KEEPABLE:
-            raise ValueError(f"got keep reason {name!r}, expected one of {', '.join(KEEPABLE)}; see rest-rl data check")
+            raise UserError(f"keep reason {name!r}", f"one of {', '.join(KEEPABLE)}", "see rest-rl data check")
 
 
 KEEPABLE = tuple(REASONS)[tuple(REASONS).index("unknown_tool") :]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 from rest_rl.data.check import CheckedRow
 from rest_rl.data.samples import ToolSample, digest_of
+from rest_rl.errors import UserError
 
 
 class Split:
@@ -28,9 +29,8 @@ class Split:
         sizes = Counter(self._root(group) for group in opening)
         self._test = _first_groups(sizes, self._salt, share * len(opening))
         if len(opening) < 2 or not self._test or len(self._test) == len(sizes):
-            raise ValueError(
-                f"got {len(sizes)} groups of samples that belong together, expected enough for two sides; "
-                "take a larger file"
+            raise UserError(
+                f"{len(sizes)} groups of samples that belong together", "enough for two sides", "take a larger file"
             )
 
     def is_test(self, row: CheckedRow, sample: ToolSample) -> bool:

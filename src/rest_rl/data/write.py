@@ -10,6 +10,7 @@ from typing import Any
 
 from rest_rl.data.check import CheckedRow
 from rest_rl.data.samples import ToolSample, to_json
+from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json, reason
 
 BATCH_ROWS = 1000
@@ -24,7 +25,7 @@ def rejected_path(out: Path) -> Path:
 def check_output(out: Path, inputs: Iterable[str]) -> None:
     """ValueError if an output has a strange ending or would overwrite an input."""
     if out.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"got --out {out}, expected a name that ends in .jsonl or .parquet; rename it")
+        raise UserError(f"--out {out}", "a name that ends in .jsonl or .parquet", "rename it")
     outputs = {out.resolve(), rejected_path(out).resolve()}
     if taken := [path for path in inputs if Path(path).resolve() in outputs]:
         raise ValueError(f"got --out {out}, which would overwrite the input {taken[0]}; choose another name")
@@ -47,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     except OSError as error:
         told = reason(error)
-        raise ValueError(f"got {path} ({told}), expected a place to write to; choose another --out") from error
+        raise UserError(f"{path} ({told})", "a place to write to", "choose another --out") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from rest_rl.errors import UserError
 from rest_rl.evaluate.log import SAMPLES, SUMMARY, Row
 from rest_rl.jsonl import as_json, reason
 from rest_rl.runlog import read_object, read_rows, replace_file
@@ -92,7 +93,7 @@ class Comparison:
             target.parent.mkdir(parents=True, exist_ok=True)
             replace_file(target, "".join(as_json(asdict(flip)) + "\n" for flip in self.flips))
         except OSError as error:
-            raise ValueError(f"got {path} ({reason(error)}), expected a path to write to; pass another") from error
+            raise UserError(f"{path} ({reason(error)})", "a path to write to", "pass another") from error
         return target
 
 
@@ -103,9 +104,10 @@ def compare(base: str | Path, tuned: str | Path) -> Comparison:
     metrics = [name for name in first.summary.get("metrics", []) if name in second.summary.get("metrics", [])]
     shared = {metric: scored_in_both(first, second, metric) for metric in metrics}
     if not any(shared.values()):
-        raise ValueError(
-            f"got {base} and {tuned}, which share no scored sample, expected evaluations of the same samples; run both "
-            "with the same --limit, --ids and --categories, and go on with --resume where one was stopped"
+        raise UserError(
+            f"{base} and {tuned}, which share no scored sample",
+            "evaluations of the same samples",
+            "run both with the same --limit, --ids and --categories, and go on with --resume where one was stopped",
         )
     return Comparison(
         benchmark=str(first.summary["benchmark"]),
@@ -125,9 +127,10 @@ def read_evaluation(folder: str | Path) -> Evaluation:
     summary, rows = read_object(path / SUMMARY), read_rows(path / SAMPLES)
     if "benchmark" not in summary or not rows:
         missing = SAMPLES if "benchmark" in summary else f"{SUMMARY} of an evaluation"
-        raise ValueError(
-            f"got {folder}, which holds no {missing}, expected the folder of a finished `rest-rl eval`; pass what its "
-            "--out was, or finish it with --resume"
+        raise UserError(
+            f"{folder}, which holds no {missing}",
+            "the folder of a finished `rest-rl eval`",
+            "pass what its --out was, or finish it with --resume",
         )
     return Evaluation(str(folder), summary, {str(row["id"]): row for row in rows if "id" in row})
 
@@ -137,9 +140,10 @@ def check_comparable(first: Evaluation, second: Evaluation) -> None:
     for key in ("benchmark", "version", "pin"):
         one, other = first.summary.get(key), second.summary.get(key)
         if one != other:
-            raise ValueError(
-                f"got {key} {one!r} in {first.folder} and {other!r} in {second.folder}, expected the same: their "
-                "samples or their judges differ; compare evaluations of one benchmark and release"
+            raise UserError(
+                f"{key} {one!r} in {first.folder} and {other!r} in {second.folder}",
+                "the same: their samples or their judges differ",
+                "compare evaluations of one benchmark and release",
             )
 
 

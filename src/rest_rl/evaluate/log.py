@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json, reason
 from rest_rl.runlog import cut_back, describe_environment, read_object, replace_file
 
@@ -32,9 +33,10 @@ class EvalLog:
     def unused(cls, folder: str | Path) -> EvalLog:
         """A folder to begin in; ValueError if it holds an evaluation already. Nothing is written yet."""
         if any((Path(folder) / name).exists() for name in (SETTINGS, SAMPLES)):
-            raise ValueError(
-                f"got {folder}, which holds an evaluation already, expected a new folder; add --resume to go on with "
-                "it, or pass another --out"
+            raise UserError(
+                f"{folder}, which holds an evaluation already",
+                "a new folder",
+                "add --resume to go on with it, or pass another --out",
             )
         return cls(folder)
 
@@ -53,14 +55,15 @@ class EvalLog:
         log = cls(folder)
         recorded = read_object(log.folder / SETTINGS)
         if not recorded:
-            raise ValueError(f"got --resume and {folder}, which holds no evaluation, expected one; leave --resume out")
+            raise UserError(f"--resume and {folder}, which holds no evaluation", "one", "leave --resume out")
         asked = json.loads(as_json(settings))
         changed = sorted(key for key in {*asked, *recorded} if asked.get(key) != recorded.get(key))
         if changed:
             old = ", ".join(f"{key} = {recorded.get(key)!r:.80}" for key in changed)
-            raise ValueError(
-                f"got --resume with another {', '.join(changed)} than the evaluation in {folder} ({old}), expected the "
-                "same; ask for the same, or pass another --out"
+            raise UserError(
+                f"--resume with another {', '.join(changed)} than the evaluation in {folder} ({old})",
+                "the same",
+                "ask for the same, or pass another --out",
             )
         log.write_rows(row for row in log.read_rows() if "error" not in row)
         return log
@@ -105,7 +108,8 @@ def sample_row(line: str) -> Row | None:
 
 def unwritable(folder: Path, error: OSError) -> ValueError:
     """The error for a folder that is full, read-only or no folder."""
-    return ValueError(
-        f"got evaluation folder {folder} ({reason(error)}), expected a writable folder with free space; make room and "
-        "go on with --resume (what was written is whole), or pass another --out"
+    return UserError(
+        f"evaluation folder {folder} ({reason(error)})",
+        "a writable folder with free space",
+        "make room and go on with --resume (what was written is whole), or pass another --out",
     )

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 
+from rest_rl.errors import UserError
 from rest_rl.evaluate.layout import OVERALL, Cell, Column, cell_of, column_labels, edition, how_asked, model_names
 from rest_rl.jsonl import reason
 from rest_rl.report.plots import FAINT, INK, colours, save
@@ -29,7 +30,7 @@ def draw_radar(summaries: Sequence[Mapping[str, Any]], path: str | Path) -> Path
     """
     groups = shared_groups(summaries)
     if not groups:
-        raise ValueError("got evaluations that share no group, expected at least one; evaluate the same categories")
+        raise UserError("evaluations that share no group", "at least one", "evaluate the same categories")
     labels = column_labels(summaries[0], groups)
     metric = str((summaries[0].get("metrics") or ["correct"])[0])
     models = {
@@ -52,7 +53,7 @@ def draw_radar(summaries: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return save(figure, Path(path))
     except OSError as error:
-        raise ValueError(f"got {path} ({reason(error)}), expected a path to write to; pass another") from error
+        raise UserError(f"{path} ({reason(error)})", "a path to write to", "pass another") from error
 
 
 def shared_groups(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -61,11 +62,12 @@ def shared_groups(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     ValueError without summaries and for several pins.
     """
     if not summaries:
-        raise ValueError("got no evaluation, expected at least one; pass the folders of finished evaluations")
+        raise UserError("no evaluation", "at least one", "pass the folders of finished evaluations")
     if len(editions := {edition(summary): summary.get("pin") for summary in summaries}) > 1:
-        raise ValueError(
-            f"got evaluations of {', '.join(map(str, editions.values()))}, expected one: numbers of different pins do "
-            "not compare; draw them one by one"
+        raise UserError(
+            f"evaluations of {', '.join(map(str, editions.values()))}",
+            "one: numbers of different pins do not compare",
+            "draw them one by one",
         )
     return [
         str(name)

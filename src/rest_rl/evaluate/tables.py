@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rest_rl.errors import UserError
 from rest_rl.evaluate.layout import (
     AVERAGES,
     OVERALL,
@@ -203,8 +204,8 @@ def write_tables(summaries: Sequence[Mapping[str, Any]], folder: str | Path) -> 
         for ending, text in texts.items():
             replace_file(target / f"tables.{ending}", text)
     except OSError as error:
-        raise ValueError(
-            f"got {folder} ({reason(error)}), expected a writable folder with free space; make room or pass another"
+        raise UserError(
+            f"{folder} ({reason(error)})", "a writable folder with free space", "make room or pass another"
         ) from error
     return [target / f"tables.{ending}" for ending in texts]
 

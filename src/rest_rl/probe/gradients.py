@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rest_rl.errors import UserError
 from rest_rl.loss import collision_mass, token_entropy
 
 
@@ -38,7 +39,7 @@ class Coordinates:
         lengths = tuple(parameter.numel() for parameter in trainable(model))
         total = sum(lengths)
         if total == 0:
-            raise ValueError("got a model without trainable parameters, expected some; call model.requires_grad_()")
+            raise UserError("a model without trainable parameters", "some", "call model.requires_grad_()")
         if limit is not None and limit < 1:
             raise ValueError(f"got a limit of {limit} coordinates, expected at least 1, or None for all")
         if limit is None or total <= limit:

@@ -11,6 +11,7 @@ from torch import Tensor
 from rest_rl.credit import AdvantageKind, group_advantages
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
+from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import generate
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.rewards import RewardConfig, score
@@ -85,8 +86,8 @@ def sample_groups(
 def check_reads(reward: Scoring | None) -> None:
     """ValueError for a random reward, from which nothing about the responses follows."""
     if isinstance(reward, RewardConfig) and reward.random:
-        raise ValueError(
-            "got reward.random = true, expected a reward that reads the responses; pass --set rest.reward.random=false"
+        raise UserError(
+            "reward.random = true", "a reward that reads the responses", "pass --set rest.reward.random=false"
         )
 
 

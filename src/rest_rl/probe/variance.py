@@ -25,6 +25,8 @@ import torch
 from scipy.stats import t
 from torch import Tensor
 
+from rest_rl.errors import UserError
+
 TWO_ERRORS = 0.0455
 """How often a normal figure is more than two standard errors off, to either side."""
 
@@ -278,7 +280,7 @@ def gradient_series(
     sums = block_sums(gradients_MN, true_MN, blocks, scales_M)
     most = most_per_batch([one.units for one in sums])
     if not 1 <= batch <= most:
-        raise ValueError(f"got a batch of {batch} units, expected 1 to {most} of {len(true_MN)}; measure more prompts")
+        raise UserError(f"a batch of {batch} units", f"1 to {most} of {len(true_MN)}", "measure more prompts")
     whole = total(sums)
     parts = [whole, *(whole.without(one) for one in sums)]
     return GradientSeries(
@@ -370,9 +372,10 @@ def block_sums(gradients_MN: Tensor, true_MN: Tensor, blocks: int, scales_M: Ten
         shapes = tuple(gradients_MN.shape), tuple(true_MN.shape)
         raise ValueError(f"got gradients {shapes[0]} and true gradients {shapes[1]}, expected one (M, N) for both")
     if blocks < 4 or blocks.bit_count() != 1 or len(gradients_MN) < max(8, blocks + 2):
-        raise ValueError(
-            f"got {len(gradients_MN)} units for {blocks} blocks, expected a power of two of blocks from 4 on, 8 units "
-            "and 2 more than blocks; measure more prompts"
+        raise UserError(
+            f"{len(gradients_MN)} units for {blocks} blocks",
+            "a power of two of blocks from 4 on, 8 units and 2 more than blocks",
+            "measure more prompts",
         )
     sums = []
     for index in torch.arange(len(gradients_MN)).tensor_split(blocks):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rest_rl.config import parse_toml
+from rest_rl.errors import UserError
 from rest_rl.jsonl import finite
 from rest_rl.report.findings import findings_of
 from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
@@ -81,11 +82,11 @@ def write_html_report(
     ValueError for a folder without a run, and if no run has a step or a response.
     """
     if responses < 0:
-        raise ValueError(f"got --responses {responses}, expected at least 0; raise it")
+        raise UserError(f"--responses {responses}", "at least 0", "raise it")
     runs = [read_run(folder) for folder in folders]
     empty = [str(run.folder) for run in runs if not finished_steps(run) and not run.responses]
     if empty:
-        raise ValueError(f"got {', '.join(empty)} without a finished step, expected metrics; train it or leave it out")
+        raise UserError(f"{', '.join(empty)} without a finished step", "metrics", "train it or leave it out")
     target = Path(out) if out else runs[0].folder if len(runs) == 1 else Path("report")
     page = target if target.suffix == ".html" else target / PAGE
     text = page_text(*page_data(runs, responses))

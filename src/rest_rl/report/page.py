@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rest_rl.errors import UserError
 from rest_rl.report.findings import findings_text
 from rest_rl.report.palette import REGION_COLOURS
 from rest_rl.report.plots import REGION_KEY, draw_all
@@ -29,7 +30,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     runs = [read_run(folder) for folder in folders]
     empty = [str(run.folder) for run in runs if not finished_steps(run)]
     if empty:
-        raise ValueError(f"got {', '.join(empty)} without a finished step, expected metrics; train it or leave it out")
+        raise UserError(f"{', '.join(empty)} without a finished step", "metrics", "train it or leave it out")
     target = Path(out) if out else runs[0].folder if len(runs) == 1 else Path("report")
     groups = group_runs(runs)
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 from rest_rl.config import parse_toml
+from rest_rl.errors import UserError
 from rest_rl.report.diagnosis.history import step_of
 from rest_rl.runlog import Run
 
@@ -48,9 +49,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         flat = {key: str(value) for key, value in table.items() if key not in WATCHING_KEYS}
         twin = seen.setdefault(str(sorted((key, value) for key, value in flat.items() if key != "run.out")), run)
         if twin is not run:
-            raise ValueError(
-                f"got {twin.folder} and {run.folder}, the same configuration with the same seed, expected runs that "
-                "differ: their spread would say nothing; leave one out"
+            raise UserError(
+                f"{twin.folder} and {run.folder}, the same configuration with the same seed",
+                "runs that differ: their spread would say nothing",
+                "leave one out",
             )
         kept = {key: value for key, value in flat.items() if key not in SEED_KEYS}
         identity = str(sorted(kept.items()))

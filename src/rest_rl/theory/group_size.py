@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from rest_rl.credit import group_advantages
+from rest_rl.errors import UserError
 from rest_rl.probe.variance import Estimate, jackknife
 
 
@@ -76,9 +77,7 @@ def group_size_curves(prompts: Sequence[PromptResponses], *, repeats: int = 128,
     """
     count = min((len(one.rewards_n) for one in prompts), default=0)
     if len(prompts) < 3 or count < 8:
-        raise ValueError(
-            f"got {len(prompts)} prompts with {count} responses each, expected at least 3 with 8; sample more"
-        )
+        raise UserError(f"{len(prompts)} prompts with {count} responses each", "at least 3 with 8", "sample more")
     sizes = tuple(2**k for k in range(1, count.bit_length()) if 2 ** (k + 1) <= count)
     rewards = np.array([one.rewards_n.mean() for one in prompts])
     elsewhere_P = (rewards.sum() - rewards) / (len(rewards) - 1)

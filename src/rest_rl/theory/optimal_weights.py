@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
+from rest_rl.errors import UserError
 from rest_rl.probe.variance import Estimate, jackknife, quotient
 from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.theory.token_bounds import ResponseTokens
@@ -75,7 +76,7 @@ def closed_form(betas_T: np.ndarray, shares_T: np.ndarray | None = None) -> np.n
     the second moment of their part of the gradient. ValueError unless every beta is positive.
     """
     if not (betas_T > 0).all():
-        raise ValueError(f"got a beta of {betas_T.min()}, expected positive ones; give a floor to those of sure tokens")
+        raise UserError(f"a beta of {betas_T.min()}", "positive ones", "give a floor to those of sure tokens")
     shares_T = np.full(len(betas_T), 1 / len(betas_T)) if shares_T is None else shares_T
     raw_T = shares_T / betas_T
     return raw_T / (shares_T @ raw_T)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from rest_rl.errors import UserError
 from rest_rl.runlog import METRICS, RESPONSES, TIMING, RunLog, read_rows
 
 
@@ -34,9 +35,10 @@ def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[st
     finished = finished_steps(log)
     if finished > save_steps:
         found = f"broken: {', '.join(broken)}" if broken else "none there"
-        raise ValueError(
-            f"got {log.checkpoints} without a whole checkpoint ({found}) after {finished} steps, expected one to go on "
-            "from; restore it from a copy or start anew with another --out"
+        raise UserError(
+            f"{log.checkpoints} without a whole checkpoint ({found}) after {finished} steps",
+            "one to go on from",
+            "restore it from a copy or start anew with another --out",
         )
     return Checkpoint(0), broken
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file, logging
 
 from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key
+from rest_rl.errors import UserError
 
 ADAPTER = "adapter_config.json"
 
@@ -25,7 +26,7 @@ def embedded_model() -> Path:
     """The directory of the warm-started model that the package ships."""
     folder = Path(str(resources.files("rest_rl").joinpath("assets/tool_world")))
     if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"got no model in {folder}, expected the embedded one; rest-rl sft --out {folder} makes it")
+        raise UserError(f"no model in {folder}", "the embedded one", f"rest-rl sft --out {folder} makes it")
     return folder
 
 
@@ -80,9 +81,10 @@ def policy_tokenizer(config: ModelTable) -> Any:
         path, _ = base_and_adapter(config)
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"got {path}, whose tokenizer has no chat template, expected one that lays out tools and messages; put a "
-            "chat_template.jinja beside its tokenizer.json"
+        raise UserError(
+            f"{path}, whose tokenizer has no chat template",
+            "one that lays out tools and messages",
+            "put a chat_template.jinja beside its tokenizer.json",
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"got {path}, whose tokenizer has no end-of-sequence token; set eos_token in its config")
@@ -109,12 +111,10 @@ def base_and_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
     if recorded is None:
         return config.path, None
     if importlib.util.find_spec("peft") is None:
-        raise ValueError(
-            f"got {config.path}, an adapter, without the package peft, expected it; pip install 'rest-rl[peft]'"
-        )
+        raise UserError(f"{config.path}, an adapter, without the package peft", "it", "pip install 'rest-rl[peft]'")
     base = recorded.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ValueError(f"got the adapter {config.path} without base_model_name_or_path, expected it; add it")
+        raise UserError(f"the adapter {config.path} without base_model_name_or_path", "it", "add it")
     # The embedded model lies in the package, which may have moved since the adapter was trained.
     moved = Path(base).name == embedded_model().name and not Path(base).exists()
     return (embedded_model() if moved else base), config.path
@@ -153,9 +153,10 @@ def hub_commit(name: str, *, is_adapter: bool = False) -> str | None:
 def four_bits() -> BitsAndBytesConfig:
     """Weights in NF4, computed in bfloat16; ValueError where this cannot be."""
     if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            "got model.load_in_4bit = true, expected a CUDA device and the package bitsandbytes; "
-            "pip install 'rest-rl[qlora]', or set load_in_4bit = false"
+        raise UserError(
+            "model.load_in_4bit = true",
+            "a CUDA device and the package bitsandbytes",
+            "pip install 'rest-rl[qlora]', or set load_in_4bit = false",
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -177,10 +178,11 @@ def new_adapter(config: RunConfig) -> Any | None:
     differing = [name for name, value in config.peft.items() if recorded.get(name) != value]
     if differing:
         name = differing[0]
-        raise ValueError(
-            f"got peft.{name} = {config.peft[name]!r} for the adapter {config.model.path}, whose own is "
-            f"{recorded.get(name)!r}, expected the same, because the run goes on with that adapter; change it, or "
-            "leave [peft] out to merge the adapter and train all weights"
+        raise UserError(
+            f"peft.{name} = {config.peft[name]!r} for the adapter {config.model.path}, whose own is "
+            f"{recorded.get(name)!r}",
+            "the same, because the run goes on with that adapter",
+            "change it, or leave [peft] out to merge the adapter and train all weights",
         )
     return None
 
@@ -193,7 +195,7 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
     if not table:
         return None
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("got [peft] without the package peft, expected it; pip install 'rest-rl[peft]'")
+        raise UserError("[peft] without the package peft", "it", "pip install 'rest-rl[peft]'")
     from peft import LoraConfig
 
     fields = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
@@ -202,12 +204,12 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
             raise ValueError(unknown_key(f"peft.{name}", name, fields))
     rank = table.get("r", 16)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"got peft.r = {rank!r}, expected a rank of at least 1; change it")
+        raise UserError(f"peft.r = {rank!r}", "a rank of at least 1", "change it")
     given = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **table}
     try:
         return LoraConfig(**given)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"got [peft] {dict(table)} ({error}), expected fields of LoraConfig; mend it") from error
+        raise UserError(f"[peft] {dict(table)} ({error})", "fields of LoraConfig", "mend it") from error
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -220,14 +222,15 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # as above
         raise unreadable("tokenizer", path, error) from error
     if not tokenizer.is_fast:
-        raise ValueError(f"got {path}, a slow tokenizer, expected a fast one; save it with a tokenizer.json")
+        raise UserError(f"{path}, a slow tokenizer", "a fast one", "save it with a tokenizer.json")
     return tokenizer
 
 
 def unreadable(what: str, path: str | Path, error: Exception) -> ValueError:
     """The error for a model or tokenizer that does not load."""
     first_line = next(iter(str(error).splitlines()), "")
-    return ValueError(
-        f"got {what} {path} ({type(error).__name__}: {first_line:.200}), expected a directory with config.json, "
-        "model.safetensors and tokenizer.json, or a hub name; check the path"
+    return UserError(
+        f"{what} {path} ({type(error).__name__}: {first_line:.200})",
+        "a directory with config.json, model.safetensors and tokenizer.json, or a hub name",
+        "check the path",
     )

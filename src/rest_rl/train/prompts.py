@@ -20,6 +20,7 @@ from functools import cached_property, partial
 from rest_rl.config import EMBEDDED, RunConfig
 from rest_rl.data.check import CheckConfig, CheckedRow, Report, checked_rows, prompts_of
 from rest_rl.data.tool_world import SPLITS, tool_world
+from rest_rl.errors import UserError
 from rest_rl.formats import FORMATS
 
 IGNORED = -100
@@ -63,7 +64,7 @@ def dataset_of(
             first = first or error
             on_refused(sample, error)
     if not rows:
-        raise first or ValueError("got no samples, expected at least one; check the data file")
+        raise first or UserError("no samples", "at least one", "check the data file")
     return Dataset.from_list(rows)
 
 
@@ -223,9 +224,8 @@ def refusal(sample: ToolSample, layout: PromptLayout) -> str | None:
 
 def empty(path: str, rows: int, first: object) -> ValueError:
     """The error for a file without a usable sample."""
-    return ValueError(
-        f"got {path}, none of whose {rows} rows gives a sample ({first}), expected dialogues; "
-        f"see rest-rl data check {path}"
+    return UserError(
+        f"{path}, none of whose {rows} rows gives a sample ({first})", "dialogues", f"see rest-rl data check {path}"
     )
 
 

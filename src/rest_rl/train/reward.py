@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed
 
+from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.presets import Preset, get_preset
 from rest_rl.regions import decode_ids
@@ -92,6 +93,6 @@ def read_gold(value: Any) -> Gold:
     try:
         return gold_from_json(json.loads(value) if isinstance(value, str) else value)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"got gold {value!r} ({error}), expected JSON; build the dataset with training_dataset(samples, tokenizer)"
+        raise UserError(
+            f"gold {value!r} ({error})", "JSON", "build the dataset with training_dataset(samples, tokenizer)"
         ) from None

@@ -20,6 +20,7 @@ from trl import GRPOConfig, SFTConfig, SFTTrainer
 from rest_rl.config import RunConfig, describe, fits, options, parse_toml, unknown_key
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
+from rest_rl.errors import UserError
 from rest_rl.formats import get_format
 from rest_rl.report.diagnosis import Diagnosis, Finding
 from rest_rl.report.diagnosis.history import step_of
@@ -156,21 +157,24 @@ def trainer_config(config: RunConfig) -> ResTConfig | SFTConfig:
     }
     for name in LEAST_ONE:
         if isinstance(number := table.get(name, 1), int) and number < 1:
-            raise ValueError(f"got trl.{name} = {number}, expected at least 1; raise it")
+            raise UserError(f"trl.{name} = {number}", "at least 1", "raise it")
     try:
         args = kind(**given)
     except TypeError as error:
-        raise ValueError(f"got [trl] {table} ({error}), expected fields of {kind.__name__}; mend it") from error
+        raise UserError(f"[trl] {table} ({error})", f"fields of {kind.__name__}", "mend it") from error
     if args.save_strategy == "steps" and args.save_steps % steps_per_generation(args) != 0:
-        raise ValueError(
-            f"got trl.save_steps = {args.save_steps}, expected a multiple of {steps_per_generation(args)}, the steps "
-            "that share one batch of responses, or a resumed run would differ; change save_steps"
+        raise UserError(
+            f"trl.save_steps = {args.save_steps}",
+            f"a multiple of {steps_per_generation(args)}, the steps that share one batch of responses, or a resumed "
+            "run would differ",
+            "change save_steps",
         )
     if "steps" == args.save_strategy == args.logging_strategy and args.save_steps % args.logging_steps:
-        raise ValueError(
-            f"got trl.save_steps = {args.save_steps} and trl.logging_steps = {args.logging_steps}, expected a "
-            "multiple: metrics are averaged since the last line, and a resumed run knows of none before its "
-            "checkpoint; change one of them"
+        raise UserError(
+            f"trl.save_steps = {args.save_steps} and trl.logging_steps = {args.logging_steps}",
+            "a multiple: metrics are averaged since the last line, and a resumed run knows of none before its "
+            "checkpoint",
+            "change one of them",
         )
     check_trackers(cast(list[str], args.report_to))
     new_adapter(config)  # refused here, before there is a run folder
@@ -210,17 +214,18 @@ def check_trl(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
         is_plain = all(option in (int, float, bool, str, type(None)) for option in options(hints[name]))
         is_switch = isinstance(value, bool) and str in options(hints[name])
         if is_plain and not is_switch and not fits(value, hints[name]):
-            raise ValueError(f"got trl.{name} = {value!r}, expected {describe(hints[name])}; change the value")
+            raise UserError(f"trl.{name} = {value!r}", f"{describe(hints[name])}", "change the value")
     if table.get("save_only_model"):
-        raise ValueError(
-            "got trl.save_only_model = true, expected checkpoints that a run can go on from; remove it (the weights "
-            "alone are in the run folder's model/)"
+        raise UserError(
+            "trl.save_only_model = true",
+            "checkpoints that a run can go on from",
+            "remove it (the weights alone are in the run folder's model/)",
         )
     if "chat_template_kwargs" in table:
-        raise ValueError("got trl.chat_template_kwargs, expected model.chat_template_kwargs; move it to [model]")
+        raise UserError("trl.chat_template_kwargs", "model.chat_template_kwargs", "move it to [model]")
     if table.get("use_vllm") and importlib.util.find_spec("vllm") is None:
-        raise ValueError(
-            "got trl.use_vllm = true without the package vllm, expected it; pip install 'rest-rl[vllm]', or remove it"
+        raise UserError(
+            "trl.use_vllm = true without the package vllm", "it", "pip install 'rest-rl[vllm]', or remove it"
         )
 
 
@@ -228,9 +233,8 @@ def check_trackers(names: Sequence[str]) -> None:
     """ValueError for a tracker whose package is not there: the trainer would find out after the run has begun."""
     missing = [name for name in names if name not in ("none", "all", *get_available_reporting_integrations())]
     if missing:
-        raise ValueError(
-            f"got trl.report_to = {list(names)}, expected trackers that are installed; pip install {missing[0]}, or "
-            "remove it"
+        raise UserError(
+            f"trl.report_to = {list(names)}", "trackers that are installed", f"pip install {missing[0]}, or remove it"
         )
 
 
@@ -247,7 +251,7 @@ def build_trainer(
 ) -> tuple[ResTTrainer | SFTTrainer, Recorder]:
     """The trainer, with `callbacks`, and the one that writes its run folder; `on_refused` as in `training_dataset`."""
     if not samples:
-        raise ValueError(f"got no training sample from {config.data.path}, expected at least one; check [data]")
+        raise UserError(f"no training sample from {config.data.path}", "at least one", "check [data]")
     recorder = Recorder(log, observer, parse_toml(config.to_toml(), "the run"))
     shared: dict[str, Any] = {
         "model": model,
@@ -283,10 +287,10 @@ def check_size(trainer: ResTTrainer | SFTTrainer, config: RunConfig) -> None:
         return
     size, needed = len(cast(Any, trainer.train_dataset)), args.generation_batch_size // args.num_generations
     if size < needed:
-        raise ValueError(
-            f"got {size} training prompts from {config.data.path}, expected at least {needed}, which one batch of "
-            f"{args.generation_batch_size} responses takes; lower trl.gradient_accumulation_steps or "
-            "trl.per_device_train_batch_size, or add data"
+        raise UserError(
+            f"{size} training prompts from {config.data.path}",
+            f"at least {needed}, which one batch of {args.generation_batch_size} responses takes",
+            "lower trl.gradient_accumulation_steps or trl.per_device_train_batch_size, or add data",
         )
 
 

@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
+from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region
@@ -37,9 +38,10 @@ class RegionSFTTrainer(SFTTrainer):
         self, *, layout: PromptLayout, region_weights: Mapping[str, float], args: SFTConfig, **kwargs: Any
     ) -> None:
         if args.packing or args.padding_free:
-            raise ValueError(
-                "got packing or padding_free with region weights, which are normalised per row of a batch, expected "
-                "one response a row; set both false"
+            raise UserError(
+                "packing or padding_free with region weights, which are normalised per row of a batch",
+                "one response a row",
+                "set both false",
             )
         self._layout, self._weights_R = layout, weights_by_region(region_weights)
         self._labels_BT: Tensor | None = None
@@ -53,7 +55,7 @@ class RegionSFTTrainer(SFTTrainer):
         self._labels_BT = inputs["labels"]
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self._labels_BT is not None:
-            raise ValueError("got a TRL whose supervised loss is not the head's own, expected TRL 1.16; upgrade trl")
+            raise UserError("a TRL whose supervised loss is not the head's own", "TRL 1.16", "upgrade trl")
         return loss
 
     def _weigh(self, module: Any, args: Any, output: Any) -> Any:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, decompose
 from rest_rl.data.tool_world import FILLER, Decision, corrupted_demonstration, demonstration, dialogues
+from rest_rl.errors import UserError
 from rest_rl.train.prompts import IGNORED, encode
 from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
 
@@ -60,11 +61,11 @@ class WarmStartConfig:
         """ValueError for numbers outside their range."""
         steps = (self.recall_steps, self.clean_steps, self.noisy_steps)
         if min(steps) < 0 or min(self.layers, self.recall_pairs, self.recall_batch, self.batch_size) < 1:
-            raise ValueError(f"got {self}; expected steps >= 0 and sizes >= 1; mend the field that is not")
+            raise UserError(f"{self}", "steps >= 0 and sizes >= 1", "mend the field that is not")
         if self.hidden < 64 or self.hidden % 8:
-            raise ValueError(f"got hidden {self.hidden}; expected a multiple of 8 from 64 on; try 128")
+            raise UserError(f"hidden {self.hidden}", "a multiple of 8 from 64 on", "try 128")
         if self.decision not in get_args(Decision) or not 0 < self.filler_share <= 1:
-            raise ValueError(f"got {self}; expected decision reasoning or call and filler_share in (0, 1]; mend it")
+            raise UserError(f"{self}", "decision reasoning or call and filler_share in (0, 1]", "mend it")
         if not (0 <= self.corruption <= 1 and self.learning_rate > 0 and self.noisy_learning_rate > 0):
             raise ValueError(f"got {self}; expected corruption in [0, 1] and learning rates > 0")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
 from rest_rl.presets import Preset, token_weights
 from rest_rl.regions import region_sums, tag_regions
@@ -119,7 +120,7 @@ def check_method(method: Preset, tool_format: str, entropy_decay: float, *, trun
             "toolrl and hermes alone; choose one of them, or another preset"
         )
     if not 0 <= entropy_decay < 1:
-        raise ValueError(f"got entropy_decay {entropy_decay}, expected a number in [0, 1); change it")
+        raise UserError(f"entropy_decay {entropy_decay}", "a number in [0, 1)", "change it")
     if method.weights is not None and method.weights.rule == "collision" and truncates:
         raise ValueError(
             f"got the rule 'collision' with {named}top_p, {named}top_k or {named}min_p: its estimate needs tokens "

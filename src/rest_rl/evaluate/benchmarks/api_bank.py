@@ -20,6 +20,7 @@ from rest_rl.data.reasons import RowRejectedError
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.shapes.flattened import FORMAT
 from rest_rl.data.shapes.toolrl import load_api_bank
+from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Reply, SingleTurn
 from rest_rl.formats import ToolFormat
 from rest_rl.formats.opened_think import SUFFIX
@@ -108,12 +109,13 @@ def rows_of(folder: Path, level: int, digest: Any) -> list[Any]:
         content = path.read_bytes()
         rows = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"got {path} ({reason(error)}), expected a JSON list of API-Bank samples; pass the folder with ToolRL's "
-            "level-1-, level-2- and level-3-api_processed.json as --data"
+        raise UserError(
+            f"{path} ({reason(error)})",
+            "a JSON list of API-Bank samples",
+            "pass the folder with ToolRL's level-1-, level-2- and level-3-api_processed.json as --data",
         ) from error
     if not isinstance(rows, list):
-        raise ValueError(f"got {path}, which holds a {type(rows).__name__}, expected a list of samples; restore it")
+        raise UserError(f"{path}, which holds a {type(rows).__name__}", "a list of samples", "restore it")
     digest.update(content)
     return rows
 
@@ -121,7 +123,7 @@ def rows_of(folder: Path, level: int, digest: Any) -> list[Any]:
 def read_item(row: Any, identity: str, level: int, keep_prompts: bool) -> Item:
     """One sample; ValueError names the one that cannot be read."""
     if not isinstance(row, Mapping):
-        raise ValueError(f"got {type(row).__name__} as {identity}, expected an object; restore the file")
+        raise UserError(f"{type(row).__name__} as {identity}", "an object", "restore the file")
     try:
         samples, _ = load_api_bank(row, identity, keep_prompts)
     except RowRejectedError as error:

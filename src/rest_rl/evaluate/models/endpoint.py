@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.reading import load_json
+from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.models.chat_messages import OVERFLOW, GarbledError, chat_body, read_answer
 from rest_rl.evaluate.models.token_prompts import check_sizes, completion_body, prepare, read_completion, room_of
@@ -37,7 +38,7 @@ def base_url(url: str) -> str:
     except ValueError:
         parts, is_usable = None, False
     if parts is None or not is_usable:
-        raise ValueError(f"got the endpoint {public_url(url)!r}, expected a URL; write http://HOST:PORT/v1")
+        raise UserError(f"the endpoint {public_url(url)!r}", "a URL", "write http://HOST:PORT/v1")
     plain = parts._replace(query="", fragment="").geturl()
     short = plain.rstrip("/").removesuffix("/completions").removesuffix("/chat").rstrip("/")
     return short if urlsplit(short).path else f"{short}/v1"
@@ -223,9 +224,7 @@ class Endpoint:
         try:
             import openai
         except ImportError:
-            raise ValueError(
-                "got an endpoint without the package openai, expected it; pip install 'rest-rl[endpoint]'"
-            ) from None
+            raise UserError("an endpoint without the package openai", "it", "pip install 'rest-rl[endpoint]'") from None
         check_ranges(max_new_tokens, concurrency, timeout, retries, requests_per_minute)
         check_sizes(context=1 if context is None else context)
         if taken := sorted(set(extra_body or {}) & {*OWN_FIELDS}):
@@ -265,9 +264,8 @@ class Endpoint:
                 return None
             except GarbledError:
                 return None
-        raise ValueError(
-            f"got no answer from {self.url} ({problem}), expected an OpenAI-compatible server; start it, or mend "
-            "the URL"
+        raise UserError(
+            f"no answer from {self.url} ({problem})", "an OpenAI-compatible server", "start it, or mend the URL"
         )
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
@@ -440,8 +438,8 @@ class Endpoint:
             return
         if served and self.model not in served:
             near = difflib.get_close_matches(self.model, served, n=20, cutoff=0.4) or list(served)[:20]
-            raise ValueError(
-                f"got the model {self.model!r}, expected one that {self.url} serves: {', '.join(near)}; change --model"
+            raise UserError(
+                f"the model {self.model!r}", f"one that {self.url} serves: {', '.join(near)}", "change --model"
             )
         length = served.get(self.model, {}).get("max_model_len")  # vLLM and SGLang say it
         if self._states_context:
@@ -452,9 +450,9 @@ def api_key(variable: str) -> str:
     """The key out of an environment variable; `none` where the usual one is not set. ValueError for an unusable one."""
     key = os.environ.get(variable, "").strip()
     if not key and variable != API_KEY:
-        raise ValueError(f"got no key in the environment variable {variable}, expected one; set it")
+        raise UserError(f"no key in the environment variable {variable}", "one", "set it")
     if not key.isascii() or not key.isprintable():
-        raise ValueError(f"got a key with unusual characters in {variable}, expected plain ASCII; copy it again")
+        raise UserError(f"a key with unusual characters in {variable}", "plain ASCII", "copy it again")
     return key or NO_KEY
 
 
@@ -483,6 +481,6 @@ def check_ranges(
     }
     for name, (value, least) in limits.items():
         if value < least:
-            raise ValueError(f"got {name} = {value}, expected at least {least}; raise it")
+            raise UserError(f"{name} = {value}", f"at least {least}", "raise it")
     if not timeout > 0:
-        raise ValueError(f"got timeout = {timeout}, expected a number of seconds above 0; raise it")
+        raise UserError(f"timeout = {timeout}", "a number of seconds above 0", "raise it")

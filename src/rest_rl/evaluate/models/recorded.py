@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.formats import ToolFormat
 from rest_rl.jsonl import parse_row, read_lines, text_field
@@ -110,16 +111,17 @@ def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Reco
             if identity in responses and f"{identity}#2" in groups:
                 identity += "#2"  # two samples of BFCL v3 have one id, and recordings of others do not tell them apart
             if identity in responses:
-                raise ValueError(f"got id {identity!r} a second time, expected one response per sample; remove one")
+                raise UserError(f"id {identity!r} a second time", "one response per sample", "remove one")
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         if recording is not None:
             responses[identity] = recording
     strangers = [identity for identity in responses if identity not in groups]
     if len(strangers) == len(responses):
-        raise ValueError(
-            f"got {path} with {len(responses)} responses, none to a sample that is asked for, expected ids such as "
-            f"{next(iter(groups), None)!r}; check the file, the version and the categories"
+        raise UserError(
+            f"{path} with {len(responses)} responses, none to a sample that is asked for",
+            f"ids such as {next(iter(groups), None)!r}",
+            "check the file, the version and the categories",
         )
     return {identity: responses[identity] for identity in responses if identity in groups}, strangers
 
@@ -140,14 +142,14 @@ def checked_calls(value: Any, is_single: bool) -> list[Any]:
     steps = [value] if is_single else [step for turn in listed(value) for step in listed(turn)]
     for call in (call for step in steps for call in listed(step)):
         if not (isinstance(call, Mapping) and "name" in call and isinstance(call.get("arguments"), Mapping)):
-            raise ValueError(f'got the call {call!r:.80}, expected {{"name": ..., "arguments": {{...}}}}; mend the row')
+            raise UserError(f"the call {call!r:.80}", '{"name": ..., "arguments": {...}}', "mend the row")
     return value
 
 
 def listed(value: Any) -> list[Any]:
     """A list; ValueError for anything else."""
     if not isinstance(value, list):
-        raise ValueError(f"got calls of type {type(value).__name__}, expected a list of calls; mend the row")
+        raise UserError(f"calls of type {type(value).__name__}", "a list of calls", "mend the row")
     return value
 
 

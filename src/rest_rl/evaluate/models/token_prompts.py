@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from rest_rl.data.layout import PromptLayout
+from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.models.chat_messages import count, field, first, read_body, whole
 
@@ -49,7 +50,7 @@ def check_sizes(**sizes: int) -> None:
     """ValueError for a size below 1."""
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"got {name} = {size}, expected at least 1; raise it")
+            raise UserError(f"{name} = {size}", "at least 1", "raise it")
 
 
 def completion_body(prompt: Prompt, layout: PromptLayout) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rest_rl.data.layout import PromptLayout
+from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.models.token_prompts import Prompt, check_sizes, prepare, room_of
 from rest_rl.regions import decode_ids
@@ -33,16 +34,15 @@ class VllmModel:
         """
         check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
         if (Path(path) / "adapter_config.json").is_file():
-            raise ValueError(
-                f"got {path}, an adapter, expected a whole model for vLLM; merge it into its base model and save that "
-                "(peft's merge_and_unload), or leave vLLM out"
+            raise UserError(
+                f"{path}, an adapter",
+                "a whole model for vLLM",
+                "merge it into its base model and save that (peft's merge_and_unload), or leave vLLM out",
             )
         try:
             import vllm  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ValueError(
-                f"got no working package vllm ({error}), expected it; pip install 'rest-rl[vllm]'"
-            ) from error
+            raise UserError(f"no working package vllm ({error})", "it", "pip install 'rest-rl[vllm]'") from error
         self.layout, self.batch_size, self.max_new_tokens = layout, batch_size, max_new_tokens
         self.context = context
         self._sampling = vllm.SamplingParams

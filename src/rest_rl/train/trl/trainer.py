@@ -29,6 +29,7 @@ from trl.trainer.utils import RepeatSampler
 
 from rest_rl.config import ENTROPY_DECAY, RestTable
 from rest_rl.credit import AdvantageKind, reshape
+from rest_rl.errors import UserError
 from rest_rl.formats import get_format
 from rest_rl.presets import Preset, get_preset
 from rest_rl.response import NUM_REGIONS
@@ -145,9 +146,10 @@ class ResTConfig(GRPOConfig):
     def method(self) -> Preset:
         """The preset with the overrides applied."""
         if not isinstance(self.preset, str) or not isinstance(self.tool_format, str):
-            raise ValueError(
-                "got an object as preset or tool_format, expected names, which a checkpoint can record; add it to "
-                "rest_rl.PRESETS or rest_rl.FORMATS under a name of its own"
+            raise UserError(
+                "an object as preset or tool_format",
+                "names, which a checkpoint can record",
+                "add it to rest_rl.PRESETS or rest_rl.FORMATS under a name of its own",
             )
         table: dict[str, Any] = {
             "weights": self.weights or {},
@@ -243,7 +245,7 @@ class ResTTrainer(GRPOTrainer):
     ) -> None:
         args = args if args is not None else ResTConfig("rest-output")
         if not isinstance(args, ResTConfig):
-            raise ValueError(f"got args of type {type(args).__name__}, expected ResTConfig; it takes the same settings")
+            raise UserError(f"args of type {type(args).__name__}", "ResTConfig", "it takes the same settings")
         if processing_class is None:
             processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)  # noqa: SLF001
             processing_class.padding_side = processing_class.truncation_side = "left"
@@ -378,7 +380,8 @@ class ResTTrainer(GRPOTrainer):
 def _check_gold_column(dataset: Any) -> None:
     columns = getattr(dataset, "column_names", None)
     if columns is not None and not {"prompt", "gold"} <= set(columns):
-        raise ValueError(
-            f"got a training dataset with the columns {sorted(columns)}, expected prompt and gold; build it with "
-            "training_dataset(samples, tokenizer), or pass reward_funcs"
+        raise UserError(
+            f"a training dataset with the columns {sorted(columns)}",
+            "prompt and gold",
+            "build it with training_dataset(samples, tokenizer), or pass reward_funcs",
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rest_rl.config import RunConfig
+from rest_rl.errors import UserError
 from rest_rl.train.verl.trl_keys import ACTOR, ROLLOUT
 
 PROMPTS, MINI = "data.train_batch_size", f"{ACTOR}.ppo_mini_batch_size"
@@ -45,7 +46,7 @@ def batches_of(table: Mapping[str, Any], given: Mapping[str, Any]) -> Batches:
     """
     devices, responses = world_size(given), int(given.get(N, table["num_generations"]))
     if responses < 2:
-        raise ValueError(f"got {responses} response to a prompt, expected at least 2; raise trl.num_generations")
+        raise UserError(f"{responses} response to a prompt", "at least 2", "raise trl.num_generations")
     together, accumulated = table["per_device_train_batch_size"] * devices, table["gradient_accumulation_steps"]
     generation = _steps_per_generation(table, together)
     if PROMPTS not in given or MINI not in given:
@@ -53,9 +54,10 @@ def batches_of(table: Mapping[str, Any], given: Mapping[str, Any]) -> Batches:
     prompts = given.get(PROMPTS) or _prompts(table, devices, max(generation, accumulated), responses)
     mini = given.get(MINI) or _prompts(table, devices, accumulated, responses)
     if prompts % mini:
-        raise ValueError(
-            f"got {prompts} prompts a batch (verl.{PROMPTS}) and {mini} an optimizer step (verl.{MINI}), expected a "
-            "multiple, or verl would fill up with empty rows; change one of them"
+        raise UserError(
+            f"{prompts} prompts a batch (verl.{PROMPTS}) and {mini} an optimizer step (verl.{MINI})",
+            "a multiple, or verl would fill up with empty rows",
+            "change one of them",
         )
     epochs = int(given.get(f"{ACTOR}.ppo_epochs", table["num_iterations"]))
     return Batches(prompts, mini, responses, prompts // mini * epochs)
@@ -64,11 +66,12 @@ def batches_of(table: Mapping[str, Any], given: Mapping[str, Any]) -> Batches:
 def _steps_per_generation(table: Mapping[str, Any], together: int) -> int:
     steps, size = table["steps_per_generation"], table["generation_batch_size"]
     if steps is not None and size is not None:
-        raise ValueError("got trl.steps_per_generation and trl.generation_batch_size, expected one; remove the latter")
+        raise UserError("trl.steps_per_generation and trl.generation_batch_size", "one", "remove the latter")
     if size is not None and size % together:
-        raise ValueError(
-            f"got trl.generation_batch_size = {size}, expected a multiple of {together}, the responses that all GPUs "
-            "take at once; change it"
+        raise UserError(
+            f"trl.generation_batch_size = {size}",
+            f"a multiple of {together}, the responses that all GPUs take at once",
+            "change it",
         )
     return steps or (size // together if size is not None else table["gradient_accumulation_steps"])
 
@@ -76,10 +79,11 @@ def _steps_per_generation(table: Mapping[str, Any], together: int) -> int:
 def _check_steps(generation: int, accumulated: int, iterations: int) -> None:
     larger, smaller = max(generation, accumulated), min(generation, accumulated)
     if larger % smaller or (generation < accumulated and iterations > 1):
-        raise ValueError(
-            f"got trl.steps_per_generation = {generation}, trl.gradient_accumulation_steps = {accumulated} and "
-            f"trl.num_iterations = {iterations}, expected whole optimizer steps on one batch of responses; make the "
-            "first a multiple of the second"
+        raise UserError(
+            f"trl.steps_per_generation = {generation}, trl.gradient_accumulation_steps = {accumulated} and "
+            f"trl.num_iterations = {iterations}",
+            "whole optimizer steps on one batch of responses",
+            "make the first a multiple of the second",
         )
 
 
@@ -87,10 +91,11 @@ def _prompts(table: Mapping[str, Any], devices: int, steps: int, responses: int)
     per_device = table["per_device_train_batch_size"]
     total = per_device * devices * steps
     if total % responses:
-        raise ValueError(
-            f"got {per_device} responses x {devices} GPUs x {steps} = {total}, expected a multiple of "
-            f"{responses}, the responses to a prompt; change trl.per_device_train_batch_size or "
-            f"trl.gradient_accumulation_steps, or set verl.{PROMPTS} and verl.{MINI}"
+        raise UserError(
+            f"{per_device} responses x {devices} GPUs x {steps} = {total}",
+            f"a multiple of {responses}, the responses to a prompt",
+            f"change trl.per_device_train_batch_size or trl.gradient_accumulation_steps, or set verl.{PROMPTS} and "
+            f"verl.{MINI}",
         )
     return total // responses
 
@@ -127,16 +132,18 @@ def schedule_of(
     """The schedule of a run over `rows` training prompts; ValueError for steps that are no whole batches."""
     an_epoch = rows // batches.prompts
     if not an_epoch:
-        raise ValueError(
-            f"got {rows} training prompts from {config.data.path}, expected at least {batches.prompts}, which one "
-            "batch takes; lower trl.steps_per_generation or verl.data.train_batch_size, or add data"
+        raise UserError(
+            f"{rows} training prompts from {config.data.path}",
+            f"at least {batches.prompts}, which one batch takes",
+            "lower trl.steps_per_generation or verl.data.train_batch_size, or add data",
         )
     total = _total(table, given, batches, an_epoch)
     epochs = int(given.get(EPOCHS, -(-total // an_epoch)))
     if total > epochs * an_epoch:
-        raise ValueError(
-            f"got verl.{TOTAL} = {total} and verl.{EPOCHS} = {epochs} of {an_epoch} batches, expected epochs "
-            f"enough for them, or the curriculum would end early; leave verl.{EPOCHS} out"
+        raise UserError(
+            f"verl.{TOTAL} = {total} and verl.{EPOCHS} = {epochs} of {an_epoch} batches",
+            "epochs enough for them, or the curriculum would end early",
+            f"leave verl.{EPOCHS} out",
         )
     every = in_batches("eval.every", config.eval.every, batches) if TEST not in given else 0
     return Schedule(
@@ -152,9 +159,11 @@ def schedule_of(
 def in_batches(name: str, steps: int, batches: Batches) -> int:
     """Optimizer steps as batches of responses, which verl counts; ValueError for a part of one."""
     if steps % batches.updates:
-        raise ValueError(
-            f"got {name} = {steps}, expected a multiple of {batches.updates}, the optimizer steps over one batch of "
-            "responses, because verl counts batches; change it"
+        raise UserError(
+            f"{name} = {steps}",
+            f"a multiple of {batches.updates}, the optimizer steps over one batch of responses, because verl counts "
+            "batches",
+            "change it",
         )
     return steps // batches.updates
 
@@ -174,9 +183,10 @@ def _save(table: Mapping[str, Any], given: Mapping[str, Any], batches: Batches, 
     if SAVE in given or strategy == "no":
         return total
     if strategy != "steps" or steps != int(steps) or steps < 1:
-        raise ValueError(
-            f"got trl.save_strategy = {strategy!r} and trl.save_steps = {steps}, expected 'steps' (or 'no') and whole "
-            f"steps; change them, or set verl.{SAVE}"
+        raise UserError(
+            f"trl.save_strategy = {strategy!r} and trl.save_steps = {steps}",
+            "'steps' (or 'no') and whole steps",
+            f"change them, or set verl.{SAVE}",
         )
     return in_batches("trl.save_steps", int(steps), batches)
 

@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any, cast
 
 from rest_rl.config import RunConfig, unknown_key
+from rest_rl.errors import UserError
 from rest_rl.train.trl.trainer import reshapes
 from rest_rl.train.verl.overrides import UNSET
 from rest_rl.train.verl.refusals import check_refused
@@ -66,9 +67,10 @@ def stock_config(choices: list[str]) -> DictConfig:
             return compose(name, overrides=choices)
     except HydraException as error:
         first_line = next(iter(str(error).splitlines()), "")
-        raise ValueError(
-            f"got [verl] {', '.join(choices)} ({first_line}), expected a choice that verl's configuration has, such as "
-            "model_engine = 'megatron'; change it"
+        raise UserError(
+            f"[verl] {', '.join(choices)} ({first_line})",
+            "a choice that verl's configuration has, such as model_engine = 'megatron'",
+            "change it",
         ) from error
 
 
@@ -103,7 +105,7 @@ def put(composed: DictConfig, path: list[str], value: Any) -> None:
         node = known(node, part, path[: depth + 1])
         if not isinstance(node, DictConfig):
             where = ".".join(path[: depth + 1])
-            raise ValueError(f"got a table [verl.{where}], expected one value, as in verl; write {part} = ...")
+            raise UserError(f"a table [verl.{where}]", "one value, as in verl", f"write {part} = ...")
     value, key = with_none(value), last.removeprefix("+")
     if not adds or key in node.keys():  # noqa: SIM118 - as below
         check_kind([*parents, key], known(node, key, path), value)
@@ -126,12 +128,12 @@ def check_kind(path: list[str], old: Any, value: Any) -> None:
 
     where = ".".join(path)
     if isinstance(old, DictConfig) and old and value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"got verl.{where} = {value!r}, expected a table, as in verl; write its keys")
+        raise UserError(f"verl.{where} = {value!r}", "a table, as in verl", "write its keys")
     if not isinstance(old, (bool, int, float)) or isinstance(value, (bool, int, float, type(None))):
         return
     if where not in NUMBER_OR_TEXT and not (isinstance(value, str) and "${" in value):
         kind = "true or false" if isinstance(old, bool) else "a number"
-        raise ValueError(f"got verl.{where} = {value!r}, expected {kind}, as in verl; write it without quotes")
+        raise UserError(f"verl.{where} = {value!r}", f"{kind}, as in verl", "write it without quotes")
 
 
 def known(node: DictConfig, part: str, path: list[str]) -> Any:
@@ -171,4 +173,4 @@ def check_composed(composed: DictConfig, *, reshapes: bool) -> None:
 def refused(error: Exception) -> ValueError:
     """What verl says, in one line."""
     text = " ".join(str(error).split())
-    return ValueError(f"got a configuration that verl refuses ({text:.300}), expected one that it takes; mend [verl]")
+    return UserError(f"a configuration that verl refuses ({text:.300})", "one that it takes", "mend [verl]")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, to_json
+from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import RunLog, replace_file, unwritable
 from rest_rl.train.checkpoints import Checkpoint
@@ -43,9 +44,10 @@ def require_verl() -> None:
     """ValueError unless verl and what its trainer needs are installed."""
     for package, extra in (("verl", ""), ("transfer_queue", " (verl[verl-core])")):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"got --engine verl without the package {package}{extra}, expected it; pip install 'rest-rl[verl]', in "
-                "an environment of its own (docs/cluster.md)"
+            raise UserError(
+                f"--engine verl without the package {package}{extra}",
+                "it",
+                "pip install 'rest-rl[verl]', in an environment of its own (docs/cluster.md)",
             )
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, Shard
 
+from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import unwritable
 from rest_rl.train.policy import ADAPTER, load_tokenizer
@@ -76,9 +77,10 @@ def run_merger(actor: Path, strategy: str, part: Path, *, trust_remote_code: boo
 
 def broken(actor: Path, part: Path, why: str, remedy: str) -> ValueError:
     """The error for a checkpoint that is no model."""
-    return ValueError(
-        f"got the checkpoint {actor.parent} ({why:.300}), expected one that can be put together; the run's steps are "
-        f"done: {remedy} ; then try again with: rest-rl train --resume --out {part.parent}"
+    return UserError(
+        f"the checkpoint {actor.parent} ({why:.300})",
+        f"one that can be put together; the run's steps are done: {remedy} ",
+        f"then try again with: rest-rl train --resume --out {part.parent}",
     )
 
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rest_rl.errors import UserError
+
 UNSET = "null"
 """The word that stands for None in `[verl]`: TOML has none."""
 WORDS: Mapping[str, bool | None] = {"true": True, "false": False, "null": None, "none": None}
@@ -28,23 +30,27 @@ def verl_change(override: str) -> str:
     """`a.b=value` or `+a.b=value` as a change of `[verl]` in TOML; ValueError for what is no such setting."""
     path, separator, text = override.partition("=")
     if path.startswith("++"):
-        raise ValueError(
-            f"got {override!r} after --, expected one sign at most: table.key=value changes a setting that verl has, "
-            "+table.key=value adds one that it has not; remove a +"
+        raise UserError(
+            f"{override!r} after --",
+            "one sign at most: table.key=value changes a setting that verl has, +table.key=value adds one that it "
+            "has not",
+            "remove a +",
         )
     *tables, key = path.removeprefix("+").split(".")
     if not separator or not tables or not all((*tables, key)) or path.startswith("~"):
-        raise ValueError(
-            f"got {override!r} after --, expected settings of verl, table.key=value, such as "
-            "actor_rollout_ref.rollout.tensor_model_parallel_size=2; see --print-config"
+        raise UserError(
+            f"{override!r} after --",
+            "settings of verl, table.key=value, such as actor_rollout_ref.rollout.tensor_model_parallel_size=2",
+            "see --print-config",
         )
     key = f"+{key}" if path.startswith("+") else key
     try:
         value = hydra_value(text)
     except ValueError as error:
-        raise ValueError(
-            f"got {override!r} after -- ({error}), expected a value as Hydra has them: true, 2, 1e-6, null, a word, "
-            "'a text', [a,b] or {a:1}; mend or quote it"
+        raise UserError(
+            f"{override!r} after -- ({error})",
+            "a value as Hydra has them: true, 2, 1e-6, null, a word, 'a text', [a,b] or {a:1}",
+            "mend or quote it",
         ) from error
     return f"verl.{'.'.join([*tables, key])}={toml_text(value)}"
 

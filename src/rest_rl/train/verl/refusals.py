@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from rest_rl.errors import UserError
 from rest_rl.train.verl.batches import (
     BEGIN,
     EPOCHS,
@@ -173,16 +174,16 @@ def check_whole(given: Mapping[str, Any]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             remedy = "set trl.save_strategy = 'no' for a checkpoint at the end alone" if key == SAVE else "change it"
-            raise ValueError(f"got verl.{key} = {value!r}, expected a whole number of at least 1; {remedy}")
+            raise UserError(f"verl.{key} = {value!r}", "a whole number of at least 1", f"{remedy}")
 
 
 def check_owned(ours: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """ValueError for a setting of `[verl]` that would part the run from its run file or the plugin."""
     for key, remedy in OWNED.items():
         if key in given and given[key] != ours[key]:
-            raise ValueError(f"got verl.{key} = {given[key]!r}, expected {ours[key]!r}; {remedy}")
+            raise UserError(f"verl.{key} = {given[key]!r}", f"{ours[key]!r}", f"{remedy}")
     if any(key == "rest" or key.startswith("rest.") for key in given):
-        raise ValueError("got a table [verl.rest], expected none: it is what the plugin reads; use [rest]")
+        raise UserError("a table [verl.rest]", "none: it is what the plugin reads", "use [rest]")
 
 
 def check_measured(given: Mapping[str, Any], *, measures: bool) -> None:
@@ -190,9 +191,10 @@ def check_measured(given: Mapping[str, Any], *, measures: bool) -> None:
     every = given.get(TEST)
     asked = [BEGIN] if given.get(BEGIN) else [TEST] if isinstance(every, int) and every > 0 else []
     for key in () if measures else asked:
-        raise ValueError(
-            f"got verl.{key} = {given[key]!r} without held-out rows to measure, expected none of it; set "
-            "data.held_out and eval.prompts, or remove it"
+        raise UserError(
+            f"verl.{key} = {given[key]!r} without held-out rows to measure",
+            "none of it",
+            "set data.held_out and eval.prompts, or remove it",
         )
 
 
@@ -200,7 +202,7 @@ def check_refused(flat: Mapping[str, Any], *, reshapes: bool) -> None:
     """ValueError for a value that would leave the weights unapplied or make the objective another one."""
     for rule in RULES:
         if rule.key in flat and (reshapes or not rule.reshaping_only) and not rule.allows(flat[rule.key]):
-            raise ValueError(f"got verl.{rule.key} = {flat[rule.key]!r}, expected {rule.expected}; {rule.remedy}")
+            raise UserError(f"verl.{rule.key} = {flat[rule.key]!r}", f"{rule.expected}", f"{rule.remedy}")
 
 
 def check_sizes(flat: Mapping[str, Any], prompt_tokens: int, engine: str) -> None:
@@ -208,21 +210,24 @@ def check_sizes(flat: Mapping[str, Any], prompt_tokens: int, engine: str) -> Non
     devices, responses = world_size(flat), int(flat[N])
     _check_prompts(flat, prompt_tokens)
     if (cut := flat.get(f"{ROLLOUT}.response_length", flat[RESPONSE])) != flat[RESPONSE]:
-        raise ValueError(
-            f"got verl.{ROLLOUT}.response_length = {cut!r}, expected {flat[RESPONSE]}, which the run reckons with; set "
-            f"trl.max_completion_length or verl.{RESPONSE} instead"
+        raise UserError(
+            f"verl.{ROLLOUT}.response_length = {cut!r}",
+            f"{flat[RESPONSE]}, which the run reckons with",
+            f"set trl.max_completion_length or verl.{RESPONSE} instead",
         )
     engines = _product(flat, ROLLOUT, "tensor_model_parallel_size", "data_parallel_size")
     if devices % engines:
-        raise ValueError(
-            f"got {devices} GPUs (verl.trainer nnodes x n_gpus_per_node), expected a multiple of {engines}, those of "
-            f"one rollout engine; change trl.vllm_tensor_parallel_size or verl.{ROLLOUT}"
+        raise UserError(
+            f"{devices} GPUs (verl.trainer nnodes x n_gpus_per_node)",
+            f"a multiple of {engines}, those of one rollout engine",
+            f"change trl.vllm_tensor_parallel_size or verl.{ROLLOUT}",
         )
     copies, a_copy = _copies(flat, devices, engine)
     if flat[MINI] * responses % copies:
-        raise ValueError(
-            f"got {flat[MINI]} prompts x {responses} = {flat[MINI] * responses} responses an optimizer step, expected "
-            f"a multiple of {copies}, the copies of the model that share them; change verl.{MINI}"
+        raise UserError(
+            f"{flat[MINI]} prompts x {responses} = {flat[MINI] * responses} responses an optimizer step",
+            f"a multiple of {copies}, the copies of the model that share them",
+            f"change verl.{MINI}",
         )
     _check_micro_batches(flat, prompt_tokens, copies, a_copy)
 
@@ -237,9 +242,10 @@ def _copies(flat: Mapping[str, Any], devices: int, engine: str) -> tuple[int, in
         keys = (f"{ACTOR}.ulysses_sequence_parallel_size", f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size")
         context = a_copy = max(int(flat.get(key, 1)) for key in keys)
     if devices % a_copy:
-        raise ValueError(
-            f"got {devices} GPUs (verl.trainer nnodes x n_gpus_per_node), expected a multiple of {a_copy}, those that "
-            "share a sequence or a copy of the model; change one of them"
+        raise UserError(
+            f"{devices} GPUs (verl.trainer nnodes x n_gpus_per_node)",
+            f"a multiple of {a_copy}, those that share a sequence or a copy of the model",
+            "change one of them",
         )
     return devices // a_copy, context
 
@@ -253,38 +259,43 @@ def _product(flat: Mapping[str, Any], prefix: str, *names: str) -> int:
 
 def _check_prompts(flat: Mapping[str, Any], prompt_tokens: int) -> None:
     if flat["data.max_prompt_length"] < prompt_tokens:
-        raise ValueError(
-            f"got verl.data.max_prompt_length = {flat['data.max_prompt_length']}, expected at least {prompt_tokens}, "
-            "the longest prompt; set data.max_prompt_tokens instead, which leaves longer ones out"
+        raise UserError(
+            f"verl.data.max_prompt_length = {flat['data.max_prompt_length']}",
+            f"at least {prompt_tokens}, the longest prompt",
+            "set data.max_prompt_tokens instead, which leaves longer ones out",
         )
     fetched = flat.get("data.gen_batch_size") or flat[PROMPTS]
     if flat[PROMPTS] % fetched:
-        raise ValueError(
-            f"got verl.data.gen_batch_size = {fetched}, expected a divisor of {flat[PROMPTS]}, the prompts of a batch; "
-            "change it"
+        raise UserError(
+            f"verl.data.gen_batch_size = {fetched}",
+            f"a divisor of {flat[PROMPTS]}, the prompts of a batch",
+            "change it",
         )
 
 
 def _check_micro_batches(flat: Mapping[str, Any], prompt_tokens: int, copies: int, context: int) -> None:
     is_dynamic = flat[f"{ACTOR}.use_dynamic_bsz"]
     if flat.get(f"{ROLLOUT}.log_prob_use_dynamic_bsz", is_dynamic) != is_dynamic:
-        raise ValueError(
-            f"got verl.{ROLLOUT}.log_prob_use_dynamic_bsz other than verl.{ACTOR}.use_dynamic_bsz, expected the same; "
-            "leave the former out"
+        raise UserError(
+            f"verl.{ROLLOUT}.log_prob_use_dynamic_bsz other than verl.{ACTOR}.use_dynamic_bsz",
+            "the same",
+            "leave the former out",
         )
     longest = max(prompt_tokens, flat["data.max_prompt_length"]) + flat[RESPONSE]
     if is_dynamic:
         for key in (f"{ACTOR}.ppo_max_token_len_per_gpu", f"{ROLLOUT}.log_prob_max_token_len_per_gpu"):
             if key in flat and flat[key] * context < longest:
-                raise ValueError(
-                    f"got verl.{key} = {flat[key]} x {context} GPUs a sequence, expected at least {longest}, the "
-                    "longest prompt and response; raise it"
+                raise UserError(
+                    f"verl.{key} = {flat[key]} x {context} GPUs a sequence",
+                    f"at least {longest}, the longest prompt and response",
+                    "raise it",
                 )
         return
     for key, prompts in zip(MICRO_BATCHES, (flat[MINI], flat[PROMPTS]), strict=True):
         share = prompts * int(flat[N]) // copies
         if not flat.get(key) or share % flat[key]:
-            raise ValueError(
-                f"got verl.{key} = {flat.get(key)} without use_dynamic_bsz, expected a divisor of {share}, the "
-                f"responses that one copy of the model takes; set it, or leave verl.{ACTOR}.use_dynamic_bsz out"
+            raise UserError(
+                f"verl.{key} = {flat.get(key)} without use_dynamic_bsz",
+                f"a divisor of {share}, the responses that one copy of the model takes",
+                f"set it, or leave verl.{ACTOR}.use_dynamic_bsz out",
             )

@@ -13,6 +13,7 @@ from typing import Any
 
 from rest_rl.config import AUTO, RunConfig
 from rest_rl.credit import AdvantageKind
+from rest_rl.errors import UserError
 from rest_rl.presets import Preset
 from rest_rl.train.policy import lora_config
 from rest_rl.train.trl.trainer import TRL_SETTINGS, reshapes
@@ -114,7 +115,7 @@ def verl_settings(config: RunConfig, job: VerlJob) -> dict[str, Any]:
     schedule = schedule_of(config, table, given, batches, job.num_train)
     engine = str(given.get("model_engine", "dp"))
     if engine not in ENGINES:
-        raise ValueError(f"got verl.model_engine = {engine!r}, expected one of {', '.join(ENGINES)}; change it")
+        raise UserError(f"verl.model_engine = {engine!r}", f"one of {', '.join(ENGINES)}", "change it")
     settings = {
         **ALWAYS,
         **copied(table, config.trl),
@@ -154,29 +155,34 @@ def check_folder(folder: Path) -> None:
     """ValueError for a path that the library which reads the prompts takes for a pattern, after the start."""
     for sign in PATTERN_SIGNS:
         if sign in str(folder):
-            raise ValueError(
-                f"got the run folder {folder} on verl, which takes {sign} for part of a pattern of file names, "
-                "expected a path without it; pass another --out"
+            raise UserError(
+                f"the run folder {folder} on verl, which takes {sign} for part of a pattern of file names",
+                "a path without it",
+                "pass another --out",
             )
 
 
 def checked_method(config: RunConfig) -> Preset:
     """The preset; ValueError for one that verl cannot train."""
     if config.rest.is_supervised:
-        raise ValueError(
-            f"got preset {config.rest.preset!r} with run.engine = 'verl', expected one of reinforcement learning; "
-            "set run.engine = 'trl' for demonstrations"
+        raise UserError(
+            f"preset {config.rest.preset!r} with run.engine = 'verl'",
+            "one of reinforcement learning",
+            "set run.engine = 'trl' for demonstrations",
         )
     method = config.rest.resolve()
     if method.reward is not None and method.reward.random:
-        raise ValueError(
-            "got rest.reward.random = true with run.engine = 'verl', which scores each response by itself and gives it "
-            "no place in the batch to draw by, expected false; set run.engine = 'trl'"
+        raise UserError(
+            "rest.reward.random = true with run.engine = 'verl', which scores each response by itself and gives it "
+            "no place in the batch to draw by",
+            "false",
+            "set run.engine = 'trl'",
         )
     if config.model.load_in_4bit:
-        raise ValueError(
-            "got model.load_in_4bit = true with run.engine = 'verl', which shards weights in 16 or 32 bits, expected "
-            "false; set run.engine = 'trl'"
+        raise UserError(
+            "model.load_in_4bit = true with run.engine = 'verl', which shards weights in 16 or 32 bits",
+            "false",
+            "set run.engine = 'trl'",
         )
     return method
 
@@ -189,9 +195,11 @@ def check_terms(config: RunConfig, table: Mapping[str, Any], method: Preset) -> 
             "term; leave it at 0, or use preset 'grpo', 'dr_grpo' or 'dapo'"
         )
     if table["beta"] and table["use_bias_correction_kl"]:
-        raise ValueError(
-            f"got trl.beta = {table['beta']} with trl.use_bias_correction_kl = true, TRL's default, which verl does "
-            "not have, expected false; set it"
+        raise UserError(
+            f"trl.beta = {table['beta']} with trl.use_bias_correction_kl = true, TRL's default, which verl does not "
+            "have",
+            "false",
+            "set it",
         )
     truncates = table["top_p"] < 1 or (table["top_k"] or 0) > 0
     tool_format = "toolrl" if config.rest.format == AUTO else config.rest.format
@@ -199,9 +207,10 @@ def check_terms(config: RunConfig, table: Mapping[str, Any], method: Preset) -> 
     for name, value in TRL_SETTINGS[method.advantage].items():
         asked = config.trl.get(name, value)
         if {True: "group", False: "none"}.get(asked, asked) != value:
-            raise ValueError(
-                f"got trl.{name} = {asked!r}, expected {value!r}, which preset {method.name!r} means; set "
-                f"rest.advantage, or verl.{ACTOR}.loss_agg_mode"
+            raise UserError(
+                f"trl.{name} = {asked!r}",
+                f"{value!r}, which preset {method.name!r} means",
+                f"set rest.advantage, or verl.{ACTOR}.loss_agg_mode",
             )
 
 
@@ -211,9 +220,10 @@ def folder_settings(config: RunConfig, table: Mapping[str, Any], job: VerlJob) -
     names = [names] if isinstance(names, str) else list(names or [])
     trackers = [name for name in names if name != "none"]
     if unknown := [name for name in trackers if name not in TRACKERS]:
-        raise ValueError(
-            f"got trl.report_to = {table['report_to']!r}, expected some of {', '.join(TRACKERS)}, which verl has; "
-            f"remove {unknown[0]}"
+        raise UserError(
+            f"trl.report_to = {table['report_to']!r}",
+            f"some of {', '.join(TRACKERS)}, which verl has",
+            f"remove {unknown[0]}",
         )
     limit = table["save_total_limit"]
     return {
@@ -261,16 +271,18 @@ def lora_settings(config: RunConfig) -> dict[str, Any]:
     if lora_config(config.peft) is None:
         return {}
     if "megatron" in str(config.verl.get("model_engine", "")):
-        raise ValueError(
-            "got [peft] with verl.model_engine = 'megatron', whose layers have other names, expected none; remove "
-            f"[peft] and set verl.{MODEL}.lora"
+        raise UserError(
+            "[peft] with verl.model_engine = 'megatron', whose layers have other names",
+            "none",
+            f"remove [peft] and set verl.{MODEL}.lora",
         )
     fixed = {"task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0}
     for name, value in config.peft.items():
         if name not in ("r", "lora_alpha", "target_modules", "exclude_modules") and value != fixed.get(name):
-            raise ValueError(
-                f"got peft.{name} = {value!r}, which verl does not hand on to peft, expected r, lora_alpha, "
-                "target_modules and exclude_modules; remove it, or train with the engine trl"
+            raise UserError(
+                f"peft.{name} = {value!r}, which verl does not hand on to peft",
+                "r, lora_alpha, target_modules and exclude_modules",
+                "remove it, or train with the engine trl",
             )
     rank = config.peft.get("r", 16)
     return {
@@ -287,9 +299,10 @@ def loss_settings(table: Mapping[str, Any], method: Preset) -> dict[str, Any]:
     high = low if method.epsilon_high == method.epsilon_low else method.epsilon_high
     high = high if table["epsilon_high"] is None else table["epsilon_high"]
     if table["delta"] is not None and table["delta"] <= 1 + high:
-        raise ValueError(
-            f"got trl.delta = {table['delta']}, expected more than 1 + {high}, or it would cut positive advantages "
-            "too, in TRL but not in verl; raise it"
+        raise UserError(
+            f"trl.delta = {table['delta']}",
+            f"more than 1 + {high}, or it would cut positive advantages too, in TRL but not in verl",
+            "raise it",
         )
     return {
         f"{ACTOR}.loss_agg_mode": AGGREGATION[method.advantage],
@@ -310,15 +323,14 @@ def optimizer_settings(table: Mapping[str, Any], engine: str) -> dict[str, Any]:
     name, scheduler = str(table["optim"]), str(table["lr_scheduler_type"])
     known = [key for key in OPTIMIZERS if engine == "dp" or "8bit" not in key]
     if name not in known:
-        raise ValueError(
-            f"got trl.optim = {name!r}, expected one of {', '.join(known)}; change it, or set "
-            f"verl.{ACTOR}.optim.optimizer"
+        raise UserError(
+            f"trl.optim = {name!r}", f"one of {', '.join(known)}", f"change it, or set verl.{ACTOR}.optim.optimizer"
         )
     shapes = {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine"}
     shapes |= {"linear": "linear"} if engine == "megatron" else {}
     if scheduler not in shapes:
-        raise ValueError(
-            f"got trl.lr_scheduler_type = {scheduler!r}, expected one of {', '.join(shapes)}, which verl has; set it"
+        raise UserError(
+            f"trl.lr_scheduler_type = {scheduler!r}", f"one of {', '.join(shapes)}, which verl has", "set it"
         )
     optim = f"{ACTOR}.optim"
     epsilon = {"eps": table["adam_epsilon"]} if table["adam_epsilon"] != 1e-8 else None
@@ -351,9 +363,10 @@ def engine_settings(config: RunConfig, table: Mapping[str, Any], engine: str) ->
     seeds = {f"{ACTOR}.data_loader_seed": config.run.seed}
     if engine == "megatron":
         if products == "float32":
-            raise ValueError(
-                "got trl.bf16 = false with verl.model_engine = 'megatron', expected products in 16 bits (its weights "
-                "are kept in float32 anyway); set trl.bf16 = true"
+            raise UserError(
+                "trl.bf16 = false with verl.model_engine = 'megatron'",
+                "products in 16 bits (its weights are kept in float32 anyway)",
+                "set trl.bf16 = true",
             )
         inner, whole = f"{ACTOR}.megatron", bool(table["gradient_checkpointing"])
         recompute = f"{inner}.override_transformer_config.recompute"
@@ -389,9 +402,10 @@ def rollout_settings(config: RunConfig, table: Mapping[str, Any], job: VerlJob) 
     longest = job.prompt_tokens + table["max_completion_length"]
     room = table["vllm_max_model_length"] or longest
     if room <= job.prompt_tokens:
-        raise ValueError(
-            f"got trl.vllm_max_model_length = {room}, expected more than the longest prompt, {job.prompt_tokens} "
-            "tokens; raise it, or lower data.max_prompt_tokens"
+        raise UserError(
+            f"trl.vllm_max_model_length = {room}",
+            f"more than the longest prompt, {job.prompt_tokens} tokens",
+            "raise it, or lower data.max_prompt_tokens",
         )
     return {
         f"{ROLLOUT}.top_k": table["top_k"] or -1,
@@ -417,9 +431,10 @@ def correction_settings(table: Mapping[str, Any]) -> dict[str, Any]:
     low, high = table["vllm_importance_sampling_clip_min"], table["vllm_importance_sampling_clip_max"]
     high = table["vllm_importance_sampling_cap"] or high
     if high is None or (kind == "truncate" and low is not None):
-        raise ValueError(
-            f"got trl.vllm_importance_sampling_clip_min = {low} and clip_max = {high} with the mode {level}_{kind}, "
-            f"expected an upper bound, and a lower one for masks alone; change them, or set verl.{prefix}"
+        raise UserError(
+            f"trl.vllm_importance_sampling_clip_min = {low} and clip_max = {high} with the mode {level}_{kind}",
+            "an upper bound, and a lower one for masks alone",
+            f"change them, or set verl.{prefix}",
         )
     # verl's ratios lie within exp(-20) = 2e-9 and exp(20), so 1e-9 masks none for being small.
     bounds = f"{low or 1e-9}_{high}" if kind == "mask" else high

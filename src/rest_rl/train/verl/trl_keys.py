@@ -9,6 +9,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from rest_rl.config import RunConfig
+from rest_rl.errors import UserError
 from rest_rl.train.run import LEAST_ONE, check_trl, unread_keys
 
 ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
@@ -104,13 +105,14 @@ def trl_table(config: RunConfig) -> dict[str, Any]:
     check_trl({name: value for name, value in given.items() if name != "use_vllm"})  # vLLM is where the GPUs are
     for name in LEAST_ONE:
         if isinstance(number := given.get(name, 1), int) and number < 1:
-            raise ValueError(f"got trl.{name} = {number}, expected at least 1; raise it")
+            raise UserError(f"trl.{name} = {number}", "at least 1", "raise it")
     defaults = trl_defaults()
     for name, value in given.items():
         if name not in {*COPIED, *COPIED_IF_GIVEN, *TRANSLATED, *UNREAD} and value != defaults.get(name):
-            raise ValueError(
-                f"got trl.{name} = {value!r}, which verl does not have, expected {defaults.get(name)!r}; "
-                f"{INSTEAD.get(name, 'remove it, or train with the engine trl')}"
+            raise UserError(
+                f"trl.{name} = {value!r}, which verl does not have",
+                f"{defaults.get(name)!r}",
+                f"{INSTEAD.get(name, 'remove it, or train with the engine trl')}",
             )
     return {**defaults, **given}
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rest_rl.data.samples import ToolSample
+from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.entries import (
     call_problem,
     messages_of,
@@ -129,7 +130,7 @@ class Bfcl:
         try:
             return kind(entry, tool_format, self._pool, self._constants)
         except SandboxError as error:
-            raise ValueError(f"got {error}, expected it to last; see to the memory, and go on with --resume") from error
+            raise UserError(f"{error}", "it to last", "see to the memory, and go on with --resume") from error
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """`official`: the group averages of the official table whose categories were scored whole."""

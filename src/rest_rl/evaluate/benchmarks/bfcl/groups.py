@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.package import Version
 from rest_rl.statistics import Interval, weighted_mean, wilson
 
@@ -68,14 +69,10 @@ def select_categories(version: Version, names: Sequence[str] | None) -> tuple[st
         if name not in groups and name not in known:
             near = difflib.get_close_matches(name, [*known, *groups], n=1)
             hint = f"did you mean {near[0]}?" if near else "pick one of these"
-            raise ValueError(
-                f"got category {name!r} of BFCL {version}, expected one of {', '.join([*groups, *known])}; {hint}"
-            )
+            raise UserError(f"category {name!r} of BFCL {version}", f"one of {', '.join([*groups, *known])}", f"{hint}")
         wanted.update(groups.get(name, (name,)))
     if not wanted:
-        raise ValueError(
-            f"got no category of BFCL {version}, expected at least one; name some, or leave it out for all"
-        )
+        raise UserError(f"no category of BFCL {version}", "at least one", "name some, or leave it out for all")
     return tuple(category for category in known if category in wanted)
 
 

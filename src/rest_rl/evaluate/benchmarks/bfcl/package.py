@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rest_rl.errors import UserError
+
 Version = Literal["v3", "v4"]
 PINS: dict[Version, str] = {"v3": "2025.6.14", "v4": "2026.3.23"}
 """The release that holds each edition of the data; numbers of different releases cannot be compared."""
@@ -47,9 +49,10 @@ def find_package(version: Version) -> BfclPackage:
     if given := os.environ.get(variable):
         if _release_in(Path(given)) != PINS[version]:
             found = _release_in(Path(given)) or "no bfcl-eval"
-            raise ValueError(
-                f"got {variable}={given}, which holds {found}, expected the folder with bfcl-eval {PINS[version]}; "
-                f"install it with: {_command(version, Path(given))}"
+            raise UserError(
+                f"{variable}={given}, which holds {found}",
+                f"the folder with bfcl-eval {PINS[version]}",
+                f"install it with: {_command(version, Path(given))}",
             )
         return BfclPackage(version, Path(given).resolve())
     if _release_in(share := _share(version)) == PINS[version]:

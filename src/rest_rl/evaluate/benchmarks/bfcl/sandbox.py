@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage
 
 ROOT = Path(__file__).parents[4]
@@ -62,7 +63,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
     def __init__(self, package: BfclPackage, *, seconds: float = 20.0, memory_mb: int = 2048) -> None:
         """Limits on what a model wrote: seconds of processor time of a sample, memory of the fork."""
         if not hasattr(os, "fork"):
-            raise ValueError(f"got the platform {sys.platform}, expected one that can fork; use Linux, macOS or WSL")
+            raise UserError(f"the platform {sys.platform}", "one that can fork", "use Linux, macOS or WSL")
         self._package = package
         self._seconds = seconds
         self._memory_mb = memory_mb
@@ -169,10 +170,10 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
                 raise
         if "ok" not in answer:
             _end(process, patience=0.0)
-            raise ValueError(
-                f"got {self._package.pin} in {self._package.folder}, which does not load ({answer.get('failed')}), "
-                f"expected it whole; pip install 'rest-rl[bfcl]' has what it needs, and {self._package.command} puts "
-                "it there"
+            raise UserError(
+                f"{self._package.pin} in {self._package.folder}, which does not load ({answer.get('failed')})",
+                "it whole",
+                f"pip install 'rest-rl[bfcl]' has what it needs, and {self._package.command} puts it there",
             )
         return process
 

@@ -1,0 +1,61 @@
+"""What a user may replace, named `package.module:OBJECT`; packages that are called like their workflow."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rest_rl.errors import UserError
+
+_search_folders: list[str] = []
+
+
+def add_search_folder(folder: str | Path) -> None:
+    """Look for users' modules in this folder too; a run file's own folder is one, so that a rule can lie beside it."""
+    path = str(Path(folder).resolve())
+    if path not in _search_folders:
+        _search_folders.append(path)
+
+
+def load_object(address: str, what: str) -> Any:
+    """The object at `package.module:OBJECT`; `what` names its use in the error ("format", "weight rule").
+
+    The Python path is searched first, then the current directory and the folders of `add_search_folder`.
+
+    Raises:
+        UserError: there is no such module or object, or importing it failed.
+    """
+    module, separator, path = address.partition(":")
+    if not separator or not module or not path:
+        raise UserError(f"{what} {address!r}", "package.module:OBJECT", "write the module, a colon and the object")
+    for folder in (str(Path.cwd()), *_search_folders):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # the module is the user's: whatever it raises when it is imported is his to see
+        raise UserError(
+            f"{what} {address!r}, which cannot be imported ({type(error).__name__}: {error})",
+            "package.module:OBJECT in the current directory, beside the run file or on the Python path",
+            "correct the name, or set PYTHONPATH",
+        ) from error
+    return found
+
+
+def make_callable(package: str, workflow: str) -> None:
+    """Let `rest_rl.train(...)` call the function at `workflow` ("rest_rl.train.run:train"), imported at the first call.
+
+    The package `rest_rl.train` stays a package: its modules are imported as usual.
+    """
+
+    class CallablePackage(ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            module, _, name = workflow.partition(":")
+            return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    sys.modules[package].__class__ = CallablePackage
