@@ -21,7 +21,7 @@ from rest_rl.train.weighing import EntropyTracker
 from tests.test_verl_config import JOB
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
-PLUGIN = Path(inspect.getfile(PluginRun)).with_name("verl_plugin.py")
+PLUGIN = Path(inspect.getfile(PluginRun)).with_name("plugin.py")
 
 
 def run(out: Path, *overrides: str) -> RunConfig:
