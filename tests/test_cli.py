@@ -443,6 +443,11 @@ def test_help_of_sft_says_that_it_fine_tunes(capsys: pytest.CaptureFixture[str])
         assert option in shown
 
 
+def test_sft_needs_something_to_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--set", "decision=call"]) == 2
+    assert "research.warm_start" in capsys.readouterr().err
+
+
 def test_version_and_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("rest-rl ")

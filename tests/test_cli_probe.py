@@ -218,11 +218,9 @@ def test_too_little_data_asks_for_more_of_it(
 
 
 def test_the_least_numbers_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb, wanted in (("probe", ["at least 8"]), ("theory", ["at least 8", "at least 4"])):
-        with pytest.raises(SystemExit):
-            main([verb, "--help"])
-        shown = " ".join(capsys.readouterr().out.split())
-        assert all(text in shown for text in wanted)
+    with pytest.raises(SystemExit):
+        main(["probe", "--help"])
+    assert "at least 8" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_single_prompt_is_no_plural(capsys: pytest.CaptureFixture[str]) -> None:

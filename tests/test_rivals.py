@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from research.theory.measure import CONSTANTS, theory_rules
 from rest_rl.compare.grid import METHODS
 from rest_rl.config import read_run_file
 from rest_rl.probe.rules import NO_REASONING, SHUFFLED, UNIFORM, candidates, rivals
-from rest_rl.theory.measure import CONSTANTS, theory_rules
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class DataTable:
     seed: int = 0
     """Of the tool world and of the masking."""
     decision: Literal["reasoning", "call"] = "reasoning"
-    """Where the tool world decides what to call; for models of `rest-rl sft --set decision=call` it is the call."""
+    """Where the tool world decides what to call: in its reasoning, or in the call (models trained for it only)."""
     held_out: str = ""
     """Evaluation data when `path` is not the tool world; without it nothing is evaluated."""
     max_prompt_tokens: int = 0

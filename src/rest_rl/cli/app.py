@@ -44,7 +44,6 @@ rest-rl data check FILE says what a run would make of each row
 SFT_EPILOG = """\
 examples:
   rest-rl sft --model DIR_OR_HUB_NAME --data dialogues.jsonl         a given model on given dialogues
-  rest-rl sft --out runs/sft --set seed=1                            the embedded model, from nothing
 """
 
 
@@ -93,7 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(verbs)
     _add_compare(verbs)
     _add_probe(verbs)
-    _add_theory(verbs)
     add_data(verbs)
     add_eval(verbs)
     verbs.add_parser("presets", help="every preset, resolved, as TOML", description="Print every preset as TOML.")
@@ -115,9 +113,8 @@ def _add_train(verbs: argparse._SubParsersAction[Parser]) -> None:
 def _add_sft(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb = verbs.add_parser(
         "sft",
-        help="fine-tune a model on demonstrations, or make the embedded model from nothing",
-        description="With a model, data or a run file: supervised fine-tuning, the same as train --preset sft. Without "
-        "them: make the small model of the tool world from nothing.",
+        help="fine-tune a model on demonstrations",
+        description="Supervised fine-tuning: the same as train --preset sft.",
         epilog=SFT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -259,39 +256,6 @@ def _add_probe(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument("--json", action="store_true", help="print a line of JSON per format instead of tables")
 
 
-def _add_theory(verbs: argparse._SubParsersAction[Parser]) -> None:
-    verb = verbs.add_parser(
-        "theory",
-        help="for researchers: the lemmas and theorems behind the weights, measured on a model",
-        description="Measure, without training, where the variance theory of ResT holds and where it does not: Lemmas "
-        "1 and 2, Theorems 1 and 2, and for each weight rule variance, direction and expected improvement.",
-    )
-    verb.add_argument("--model", metavar="DIR_OR_ID", help="a run folder, a model, an adapter or a hub name")
-    verb.add_argument("--data", metavar="FILE", help="dialogues, as in train (default: the model's run's own)")
-    verb.add_argument("--format", action="append", default=[], metavar="F", help="tool-call format (default: auto)")
-    verb.add_argument(
-        "--prompts", type=int, default=96, metavar="N", help="prompts for the rules, at least 8 (%(default)s)"
-    )
-    verb.add_argument("--group", type=int, default=8, metavar="G", help="responses per prompt (%(default)s)")
-    verb.add_argument(
-        "--pilot", type=int, default=12, metavar="N", help="prompts for lemmas and theorems, at least 4 (%(default)s)"
-    )
-    verb.add_argument(
-        "--pilot-group", type=int, default=16, metavar="G", help="responses to each, at least 8 (%(default)s)"
-    )
-    verb.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and sampling (%(default)s)")
-    verb.add_argument(
-        "--progress", type=float, default=0.0, metavar="X", help="training progress of reward and curriculum (0)"
-    )
-    verb.add_argument("--step", type=int, metavar="P", help="prompts of the training step to predict (the run's)")
-    verb.add_argument("--cap", type=float, default=3.0, metavar="C", help="norm cap in medians (%(default)s)")
-    verb.add_argument("--max-new-tokens", type=int, metavar="N", help="per response (default: the run's)")
-    verb.add_argument("--batch-size", type=int, metavar="N", help="responses sampled at once (eval.batch_size)")
-    verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set one key of the run")
-    verb.add_argument("--out", metavar="DIR", help="where to (default: runs/theory-MODEL)")
-    verb.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-
-
 def run_verb(arguments: argparse.Namespace) -> int:
     """Call the verb; the heavy imports happen here."""
     if arguments.verb in {"train", "sft"}:
@@ -308,10 +272,6 @@ def run_verb(arguments: argparse.Namespace) -> int:
         from rest_rl.cli.compare import compare
 
         return compare(arguments)
-    if arguments.verb == "theory":
-        from rest_rl.cli.theory import theory
-
-        return theory(arguments)
     if arguments.verb == "data":
         return data(arguments)
     if arguments.verb == "eval":

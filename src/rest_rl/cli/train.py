@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from rest_rl.cli.terminal import Screen, show_estimate, show_table
-from rest_rl.config import AUTO, RunConfig, apply_overrides, overridden, parse_toml, read_run_file
+from rest_rl.config import AUTO, RunConfig, parse_toml, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.samples import ToolSample
 from rest_rl.errors import UserError
@@ -85,7 +85,6 @@ def finish(log: RunLog, screen: Screen) -> None:
     screen.say(f"plots in {log.plots}; rest-rl report {log.folder} writes a page")
 
 
-SFT_OUT = "runs/sft"
 MEASURED = 2000
 """Samples whose tokens a dry run counts."""
 
@@ -209,21 +208,19 @@ def keep_last(checkpoint: Checkpoint, bench: Bench, log: RunLog) -> int:
 
 
 def sft(arguments: argparse.Namespace) -> int:
-    """Train the small model of the tool world from nothing; asked for anything of a run, `train --preset sft`."""
+    """Supervised training: `train` with the preset `sft` unless another is given."""
     asked = (arguments.run, arguments.model, arguments.data, arguments.preset, arguments.format, arguments.lora)
     of_verl = (arguments.engine, arguments.nodes, arguments.gpus_per_node, arguments.print_config, arguments.overrides)
-    if any((*asked, *of_verl, arguments.resume, arguments.dry_run)):
-        in_file = arguments.run and read_run_file(arguments.run, arguments.set).rest.is_supervised
-        if not (arguments.preset or in_file or arguments.resume):
-            arguments.preset = "sft"
-        return train(arguments)
-    from rest_rl.train.warm_start import WarmStartConfig, warm_start
-
-    if not arguments.debug:
-        quiet_libraries()
-    changes = apply_overrides({}, arguments.set)
-    warm_start(overridden(WarmStartConfig(), changes, "sft"), Path(arguments.out or SFT_OUT), Console().print)
-    return 0
+    if not any((*asked, *of_verl, arguments.resume, arguments.dry_run)):
+        raise UserError(
+            "sft without anything to train",
+            "--model, --data or a run file",
+            "the embedded model is made by `python -m research.warm_start` in a checkout of the repository",
+        )
+    in_file = arguments.run and read_run_file(arguments.run, arguments.set).rest.is_supervised
+    if not (arguments.preset or in_file or arguments.resume):
+        arguments.preset = "sft"
+    return train(arguments)
 
 
 def run_config(arguments: argparse.Namespace) -> RunConfig:

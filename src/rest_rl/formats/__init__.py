@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+from rest_rl.errors import UserError
 from rest_rl.formats.chat_template import format_of_template
 from rest_rl.formats.hermes import HermesFormat
 from rest_rl.formats.llama3 import Llama3Format
@@ -49,7 +50,7 @@ def get_format(tool_format: str | ToolFormat) -> ToolFormat:
     """The format of that name; an object is checked for the parts of a ToolFormat and passes through.
 
     `NAME+think` is the format for prompts that end with the opening think tag, `package.module:OBJECT` imports an
-    object of your own. ValueError for an unknown name.
+    object of your own. UserError for an unknown name.
     """
     if not isinstance(tool_format, str):
         return _checked_object(tool_format, f"a format object of type {type(tool_format).__name__}")
@@ -59,9 +60,10 @@ def get_format(tool_format: str | ToolFormat) -> ToolFormat:
     elif ":" in name:
         found = _imported(name)
     else:
-        raise ValueError(
-            f"unknown format {tool_format!r}; expected one of {', '.join(FORMATS)}, one of these with {SUFFIX} when "
-            "the prompt ends with the opening think tag, package.module:OBJECT, or a ToolFormat object"
+        raise UserError(
+            f"unknown format {tool_format!r}",
+            f"one of {', '.join(FORMATS)}, package.module:OBJECT, or a ToolFormat object",
+            f"correct the name; it may end with {SUFFIX} where the prompt ends with the opening think tag",
         )
     return found if name == tool_format else OpenedThinkFormat(found)
 

@@ -26,7 +26,11 @@ def embedded_model() -> Path:
     """The directory of the warm-started model that the package ships."""
     folder = Path(str(resources.files("rest_rl").joinpath("assets/tool_world")))
     if not (folder / "model.safetensors").is_file():
-        raise UserError(f"no model in {folder}", "the embedded one", f"rest-rl sft --out {folder} makes it")
+        raise UserError(
+            f"no model in {folder}",
+            "the embedded one",
+            "install the package again",
+        )
     return folder
 
 

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from research.tool_world_model import build_model, build_tokenizer, recall_batch
+from research.warm_start import RECORD, WarmStartConfig, demonstration_batches, warm_start
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.tool_world import SPLITS, demonstration, is_held_out_name, is_held_out_value, tool_world
 from rest_rl.evaluate.generate import generate
@@ -23,8 +25,6 @@ from rest_rl.response import Region
 from rest_rl.rewards import exact_match
 from rest_rl.train.policy import embedded_model
 from rest_rl.train.prompts import IGNORED, render_prompt
-from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
-from rest_rl.train.warm_start import RECORD, WarmStartConfig, demonstration_batches, warm_start
 
 TOKENIZER: Any = build_tokenizer()
 SAMPLES = [sample for split in SPLITS for sample in tool_world(9, 60, split)]

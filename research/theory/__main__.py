@@ -1,8 +1,9 @@
-"""The verb `theory`: the lemmas and theorems behind the weights, measured on a model, without training."""
+"""`python -m research.theory`: the lemmas and theorems behind the weights, measured on a model, without training."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,19 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from research.command import exit_code
+from research.theory.measure import (
+    Theory,
+    TheorySettings,
+    affordable_coordinates,
+    has_spread,
+    measure,
+    steps,
+    token_passes,
+)
+from research.theory.optimal_weights import NO_SPREAD
+from research.theory.page import as_mapping, findings, page, theory_tables
+from research.theory.plots import draw_theory
 from rest_rl.cli.eval_origin import model_label
 from rest_rl.cli.probe import (
     LEAST,
@@ -36,18 +50,6 @@ from rest_rl.probe.gradients import Coordinates, expected_squares
 from rest_rl.probe.sample import Group, sample_groups
 from rest_rl.probe.variance import blocks_for
 from rest_rl.runlog import replace_file
-from rest_rl.theory.measure import (
-    Theory,
-    TheorySettings,
-    affordable_coordinates,
-    has_spread,
-    measure,
-    steps,
-    token_passes,
-)
-from rest_rl.theory.optimal_weights import NO_SPREAD
-from rest_rl.theory.page import as_mapping, findings, page, theory_tables
-from rest_rl.theory.plots import draw_theory
 from rest_rl.train.policy import load_policy, quiet_loading
 
 JSON, PAGE = "theory.json", "theory.md"
@@ -56,10 +58,43 @@ LONG = 600.0
 """Seconds of a pilot from which on a user is warned."""
 
 
-def theory(arguments: argparse.Namespace) -> int:
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m research.theory",
+        description="Measure, without training, where the variance theory of ResT holds and where it does not: Lemmas "
+        "1 and 2, Theorems 1 and 2, and for each weight rule variance, direction and expected improvement.",
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR_OR_ID", help="a run folder, a model, an adapter or a hub name (the embedded model)")
+    add("--data", metavar="FILE", help="dialogues, as in train (default: the model's run's own)")
+    add("--format", action="append", default=[], metavar="F", help="tool-call format (default: auto)")
+    add("--prompts", type=int, default=96, metavar="N", help="prompts for the rules, at least 8 (%(default)s)")
+    add("--group", type=int, default=8, metavar="G", help="responses per prompt (%(default)s)")
+    add("--pilot", type=int, default=12, metavar="N", help="prompts for lemmas and theorems, at least 4 (%(default)s)")
+    add("--pilot-group", type=int, default=16, metavar="G", help="responses to each, at least 8 (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="of prompts and sampling (%(default)s)")
+    add("--progress", type=float, default=0.0, metavar="X", help="training progress of reward and curriculum (0)")
+    add("--step", type=int, metavar="P", help="prompts of the training step to predict (the run's)")
+    add("--cap", type=float, default=3.0, metavar="C", help="norm cap in medians (%(default)s)")
+    add("--max-new-tokens", type=int, metavar="N", help="per response (default: the run's)")
+    add("--batch-size", type=int, metavar="N", help="responses sampled at once (eval.batch_size)")
+    add("--set", action="append", default=[], metavar="A.B=C", help="set one key of the run")
+    add("--out", metavar="DIR", help="where to (default: runs/theory-MODEL)")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.set_defaults(verb="theory")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    arguments = parser().parse_args(argv)
+    return exit_code(lambda: theory(arguments))
+
+
+def theory(arguments: argparse.Namespace) -> None:
     """Sample, measure, show and write; whatever a user can have got wrong is found before anything is sampled."""
-    if not arguments.debug:
-        quiet_loading()
+    quiet_loading()
     console = Console(stderr=arguments.json)
     check_numbers(arguments)
     out = fresh_folder(arguments, JSON)
@@ -78,7 +113,6 @@ def theory(arguments: argparse.Namespace) -> int:
     show(what, found, settings, arguments, console)
     write(out, title_of(arguments), what, found, settings)
     say(console, f"{out / PAGE}, {JSON} and plots")
-    return 0
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
@@ -194,3 +228,7 @@ def show(what: str, found: Theory, settings: TheorySettings, arguments: argparse
         say(console, f"{what}.\n")
         for line in findings(found):
             console.print(f"• {line}.", highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
+from research.theory.token_bounds import ResponseTokens
 from rest_rl.errors import UserError
 from rest_rl.probe.variance import Estimate, jackknife, quotient
 from rest_rl.response import NUM_REGIONS, Region
-from rest_rl.theory.token_bounds import ResponseTokens
 
 NO_SPREAD = (
     "Theorem 1 and Theorem 2 by region are left out: they hold one half of the pilot's prompts against the other, and "

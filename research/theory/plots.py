@@ -8,10 +8,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from research.theory.measure import Theory
 from rest_rl.probe.rules import UNIFORM
 from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
 from rest_rl.report.plots import FAINT, INK, bare_style, legend_style, new_axes, save
-from rest_rl.theory.measure import Theory
 
 
 def draw_theory(theory: Theory, folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rest_rl.theory.group_size import PromptResponses, group_size_curves, slope, within_variance
+from research.theory.group_size import PromptResponses, group_size_curves, slope, within_variance
 
 
 def prompts(number, responses=32, dimensions=6, seed=0):

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from research.theory.group_size import REFERENCE
+from research.theory.measure import RuleFigures, Theory
+from research.theory.optimal_weights import NO_SPREAD, ClosedFormCheck, RegionOptimum
+from research.theory.token_bounds import ranks
 from rest_rl.probe.page import (
     DASH,
     Table,
@@ -21,10 +25,6 @@ from rest_rl.probe.page import (
 from rest_rl.probe.rules import UNIFORM
 from rest_rl.probe.variance import Estimate, GradientFigures, sure_errors
 from rest_rl.report.tables import markdown_table
-from rest_rl.theory.group_size import REFERENCE
-from rest_rl.theory.measure import RuleFigures, Theory
-from rest_rl.theory.optimal_weights import NO_SPREAD, ClosedFormCheck, RegionOptimum
-from rest_rl.theory.token_bounds import ranks
 
 FLAT, CLOSE = 0.05, 0.1
 """How far a slope may be from -1, and how large its error may be, to be called -1."""

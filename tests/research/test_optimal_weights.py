@@ -3,15 +3,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rest_rl.response import Region
-from rest_rl.theory.optimal_weights import (
+from research.theory.optimal_weights import (
     check_closed_form,
     closed_form,
     closed_form_excess,
     numerical_optimum,
     region_optimum,
 )
-from rest_rl.theory.token_bounds import ResponseTokens
+from research.theory.token_bounds import ResponseTokens
+from rest_rl.response import Region
 
 BETAS = st.lists(st.floats(1e-3, 1.0), min_size=2, max_size=40)
 

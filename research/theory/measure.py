@@ -16,6 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from research.theory.group_size import GroupSizeCurve, PromptResponses, group_size_curves
+from research.theory.optimal_weights import ClosedFormCheck, RegionOptimum, check_closed_form, region_optimum
+from research.theory.token_bounds import (
+    BoundChain,
+    LemmaTwo,
+    RegionContrast,
+    RegionTokens,
+    ResponseTokens,
+    bound_chain,
+    lemma_two,
+    rank_correlation,
+    region_contrast,
+    region_tokens,
+)
 from rest_rl.probe.gradients import Coordinates, expected_squares, token_statistics, weighted_gradients
 from rest_rl.probe.measure import (
     MEMORY,
@@ -32,20 +46,6 @@ from rest_rl.probe.sample import Group
 from rest_rl.probe.variance import BLOCKS, GradientFigures, GradientSeries, gradient_series, norm_cap
 from rest_rl.regions import region_sums
 from rest_rl.response import Region
-from rest_rl.theory.group_size import GroupSizeCurve, PromptResponses, group_size_curves
-from rest_rl.theory.optimal_weights import ClosedFormCheck, RegionOptimum, check_closed_form, region_optimum
-from rest_rl.theory.token_bounds import (
-    BoundChain,
-    LemmaTwo,
-    RegionContrast,
-    RegionTokens,
-    ResponseTokens,
-    bound_chain,
-    lemma_two,
-    rank_correlation,
-    region_contrast,
-    region_tokens,
-)
 from rest_rl.weights import (
     AUTHORS_CONSTANTS,
     RegionStatistics,

@@ -1,5 +1,8 @@
 """Supervised training of the tool world's small model from nothing: the warm start that RL begins with.
 
+    python -m research.warm_start --out model                            the embedded model, in 8 minutes
+    python -m research.warm_start --set decision=call --out runs/call    that of the second tool world
+
 It has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean:
 right demonstrations. Noisy: a share of the demonstrations has one defect, so that sampling at temperature 1 errs in
 ways a reward can see and reinforcement learning has something to do, while greedy decoding errs much less.
@@ -10,11 +13,13 @@ head is applied to labelled positions only; a Trainer would add its bookkeeping 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -23,12 +28,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from research.command import exit_code
+from research.tool_world_model import build_model, build_tokenizer, recall_batch
+from rest_rl.config import apply_overrides, overridden
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, decompose
 from rest_rl.data.tool_world import FILLER, Decision, corrupted_demonstration, demonstration, dialogues
 from rest_rl.errors import UserError
+from rest_rl.train.policy import quiet_loading
 from rest_rl.train.prompts import IGNORED, encode
-from rest_rl.train.tool_world_model import build_model, build_tokenizer, recall_batch
 
 RECORD = "warm_start.json"
 
@@ -61,13 +69,13 @@ class WarmStartConfig:
         """ValueError for numbers outside their range."""
         steps = (self.recall_steps, self.clean_steps, self.noisy_steps)
         if min(steps) < 0 or min(self.layers, self.recall_pairs, self.recall_batch, self.batch_size) < 1:
-            raise UserError(f"{self}", "steps >= 0 and sizes >= 1", "mend the field that is not")
+            raise UserError(f"{self}", "steps >= 0 and sizes >= 1", "change the field that is not")
         if self.hidden < 64 or self.hidden % 8:
             raise UserError(f"hidden {self.hidden}", "a multiple of 8 from 64 on", "try 128")
         if self.decision not in get_args(Decision) or not 0 < self.filler_share <= 1:
-            raise UserError(f"{self}", "decision reasoning or call and filler_share in (0, 1]", "mend it")
+            raise UserError(f"{self}", "decision reasoning or call and filler_share in (0, 1]", "change it")
         if not (0 <= self.corruption <= 1 and self.learning_rate > 0 and self.noisy_learning_rate > 0):
-            raise ValueError(f"got {self}; expected corruption in [0, 1] and learning rates > 0")
+            raise UserError(f"{self}", "corruption in [0, 1] and learning rates > 0", "change the field that is not")
 
 
 class Batch(NamedTuple):
@@ -198,3 +206,23 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> di
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return {"loss": loss.item(), "accuracy": (logits_NV.argmax(-1) == labels_N).float().mean().item()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m research.warm_start", description="Train the small model of the tool world from nothing."
+    )
+    parser.add_argument("--out", default="runs/sft", metavar="DIR", help="where to (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key of the recipe")
+    arguments = parser.parse_args(argv)
+    quiet_loading()
+
+    def work() -> None:
+        warm_start(overridden(WarmStartConfig(), apply_overrides({}, arguments.set), "recipe"), arguments.out)
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,8 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from rest_rl.response import Region
-from rest_rl.theory.token_bounds import (
+from research.theory.token_bounds import (
     ResponseTokens,
     bound_chain,
     gain_square,
@@ -14,6 +13,7 @@ from rest_rl.theory.token_bounds import (
     region_contrast,
     region_tokens,
 )
+from rest_rl.response import Region
 
 
 def response(prompt, advantage, expected, collisions, gram=None, regions=None, entropies=None):

@@ -1,4 +1,4 @@
-"""The verb `theory` on a small policy, and its parts against the trainer's own weights."""
+"""`python -m research.theory` on a small policy, and its parts against the trainer's own weights."""
 
 from __future__ import annotations
 
@@ -9,18 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rest_rl.cli import theory as cli_theory
-from rest_rl.cli.app import main
-from rest_rl.data.layout import PromptLayout
-from rest_rl.jsonl import as_json
-from rest_rl.presets import PRESETS, Preset
-from rest_rl.presets import token_weights as trained_weights
-from rest_rl.probe.gradients import Coordinates, token_statistics
-from rest_rl.probe.measure import regions_of
-from rest_rl.probe.rules import UNIFORM
-from rest_rl.probe.sample import Group, sample_groups
-from rest_rl.probe.variance import Estimate
-from rest_rl.theory.measure import (
+from research.theory import __main__ as cli_theory
+from research.theory.measure import (
     TheorySettings,
     affordable_coordinates,
     has_spread,
@@ -32,7 +22,7 @@ from rest_rl.theory.measure import (
     token_products,
     token_weights,
 )
-from rest_rl.theory.page import (
+from research.theory.page import (
     as_mapping,
     direction_cells,
     findings,
@@ -41,7 +31,16 @@ from rest_rl.theory.page import (
     significant,
     theory_tables,
 )
-from rest_rl.theory.plots import draw_theory
+from research.theory.plots import draw_theory
+from rest_rl.data.layout import PromptLayout
+from rest_rl.jsonl import as_json
+from rest_rl.presets import PRESETS, Preset
+from rest_rl.presets import token_weights as trained_weights
+from rest_rl.probe.gradients import Coordinates, token_statistics
+from rest_rl.probe.measure import regions_of
+from rest_rl.probe.rules import UNIFORM
+from rest_rl.probe.sample import Group, sample_groups
+from rest_rl.probe.variance import Estimate
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 SETTINGS = TheorySettings(token_responses=4, batch=1, blocks=4, coordinates=20_000)
@@ -199,7 +198,7 @@ def test_the_folder_is_tried_before_the_work(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(cli_theory, "measured", measured_too_early)
     (tmp_path / "file").write_text("")
-    assert main(["theory", "--prompts", "8", "--pilot", "4", "--out", str(tmp_path / "file")]) == 2
+    assert cli_theory.main(["--prompts", "8", "--pilot", "4", "--out", str(tmp_path / "file")]) == 2
     assert "pass another --out" in capsys.readouterr().err
 
 
@@ -221,7 +220,7 @@ def test_the_folder_is_tried_before_the_work(tmp_path, monkeypatch, capsys):
 )
 def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["theory", *options]) == 2
+    assert cli_theory.main([*options]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
@@ -233,9 +232,9 @@ def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
 def test_the_embedded_model_from_the_command(tmp_path, capsys):
     out = tmp_path / "out"
     small = ["--prompts", "8", "--pilot", "6", "--pilot-group", "8", "--group", "4", "--step", "1", "--out", str(out)]
-    assert main(["theory", *small, "--json"]) == 0
+    assert cli_theory.main([*small, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out / "theory.json").read_text())
     assert printed["lemma_two"]["violations"] == 0
-    assert main(["theory", *small]) == 2
+    assert cli_theory.main([*small]) == 2
     assert "holds a theory.json already" in capsys.readouterr().err

@@ -8,7 +8,7 @@ The forms that are tested, for a response's gradient g = A / T sum_t w_t s_t:
 Lemma 2: E|e_y - p|² = 1 - sum_v p_v² <= 1 - exp(-H_t), for the score e_y - p of a token's logits.
 Theorem 1: E|g|² <= A_max² L² E[sum_t w_t² (1 - exp(-H_t)) / T²], L the largest gain of the map from a logit score to
 parameters, and the scores of different tokens uncorrelated; a group of G divides it by G (Lemma 1).
-Theorem 2, on the same tokens: `rest_rl.theory.optimal_weights`.
+Theorem 2, on the same tokens: `research.theory.optimal_weights`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,21 @@
+"""What the commands in this folder share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from rest_rl.errors import UserError
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do the work; 0, or 2 after one line about what the user can correct, or 130 after Ctrl-C."""
+    try:
+        work()
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
