@@ -6,6 +6,8 @@ import itertools
 import json
 import re
 import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.conversation import Reply, Request, read_reply
 from rest_rl.evaluate.models.chat_messages import wire_names
-from rest_rl.evaluate.models.endpoint import Endpoint, Pace
+from rest_rl.evaluate.models.endpoint import Endpoint
 from rest_rl.formats import get_format
 from rest_rl.response import ToolCall
 from tests.model_server import (
@@ -38,11 +40,13 @@ from tests.tiny_policy import tiny_tokenizer
 
 KEY = "sk-very-secret-4711"
 
+pytestmark = pytest.mark.usefixtures("no_pauses")
+
 
 def endpoint(server: Server, *steps: Step, then: Step | None = None, **changes: Any) -> Endpoint:
     last = says(CALL) if then is None else then
     server.steps = itertools.chain(steps, itertools.repeat(last))
-    settings = {"native": False, "max_new_tokens": 64, "timeout": 10.0, "retries": 3, "backoff": 0.001, **changes}
+    settings = {"native": False, "max_new_tokens": 64, "timeout": 10.0, "retries": 3, "concurrency": 1, **changes}
     return Endpoint(server.url, "m", get_format(settings.pop("tool_format", "hermes")), **settings)
 
 
@@ -336,43 +340,40 @@ def test_keys_come_from_the_environment(server, monkeypatch) -> None:
     assert KEY not in str(caught.value)
 
 
-class Clock:
-    """A time that passes by sleeping alone."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 def test_the_rate_is_limited(server) -> None:
-    clock, model = Clock(), endpoint(server)
-    model._pace = Pace(30, clock, clock.sleep)
+    model = endpoint(server, sends("", 503), requests_per_minute=600)  # one every 0.1 s, repeated ones too
+    began = time.monotonic()
     model.respond([asked()] * 4)
-    assert clock.now == 106.0  # one every two seconds, the first at once
-    clock.now += 60.0
-    model.respond([asked()] * 2)
-    assert clock.now == 168.0  # time that nobody used is not made up for
+    assert len(server.requests) == 5
+    assert time.monotonic() - began >= 0.4
 
 
-def test_a_server_that_asks_to_wait_is_left_alone_by_all_threads(server) -> None:
-    clock, model = Clock(), endpoint(server, sends("", 429, Retry_After="50"))
-    model._pace = Pace(None, clock, clock.sleep)
-    assert one(model).text == CALL
-    assert clock.now == 150.0
-    model._pace.hold(7)
-    model._pace.hold(3)  # the longer wait counts
-    assert one(model).text == CALL
-    assert clock.now == 157.0
+def test_a_server_that_asks_to_wait_is_left_alone(server) -> None:
+    began = time.monotonic()
+    assert one(endpoint(server, sends("", 429, Retry_After="0.5"))).text == CALL
+    assert time.monotonic() - began >= 0.5
 
 
 def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for(server) -> None:
-    for wait, said in (("3600", "3600 s"), ("inf", "inf s")):
-        assert one(endpoint(server, then=sends("", 429, Retry_After=wait))).error.endswith(f"asks to wait {said}")
-    assert len(server.requests) == 2
+    assert "answers 429" in one(endpoint(server, then=sends("", 429, Retry_After="3600"))).error
+    assert len(server.requests) == 1
+
+
+def test_no_more_requests_are_under_way_than_allowed(server) -> None:
+    under_way, most, lock = [0], [0], threading.Lock()
+
+    def step(handler: Handler) -> None:
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        time.sleep(0.02)
+        with lock:
+            under_way[0] -= 1
+        says(CALL)(handler)
+
+    replies = endpoint(server, then=step, concurrency=3).respond([asked()] * 20)
+    assert [reply.text for reply in replies] == [CALL] * 20
+    assert most[0] == 3
 
 
 def test_the_server_is_asked_what_it_serves(server) -> None:
@@ -401,7 +402,7 @@ def test_a_check_finds_a_wrong_key_and_a_server_that_is_not_there(server) -> Non
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        absent = Endpoint(url, "m", get_format("hermes"), native=False, max_new_tokens=4, retries=1, backoff=0.001)
+        absent = Endpoint(url, "m", get_format("hermes"), native=False, max_new_tokens=4, retries=1)
         with pytest.raises(ValueError, match=r"got no answer from .*expected an OpenAI-compatible server"):
             absent.check()
 

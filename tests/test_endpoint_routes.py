@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rest_rl.data.layout import PromptLayout
+from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Reply, Request, read_reply
 from rest_rl.evaluate.models.endpoint import Endpoint, base_url, public_url
 from rest_rl.evaluate.models.token_prompts import without_end
@@ -22,6 +23,8 @@ from tests.tiny_policy import tiny_tokenizer
 
 PASSWORD = "p%40ss-4711"
 LEFT = "leave --tokenizer out"
+
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def family_layout(family: str) -> PromptLayout:
 
 def endpoint(server: Server, layout: PromptLayout, *steps: Step, then: Step | None = None, **changes: Any) -> Endpoint:
     server.steps = itertools.chain(steps, itertools.repeat(then or writes(CALL)))
-    settings = {"native": False, "max_new_tokens": 64, "timeout": 10.0, "retries": 3, "backoff": 0.001, **changes}
+    settings = {"native": False, "max_new_tokens": 64, "timeout": 10.0, "retries": 3, "concurrency": 1, **changes}
     return Endpoint(settings.pop("url", server.url), "m", layout.format, layout=layout, **settings)
 
 
@@ -169,9 +172,9 @@ def test_prompts_that_cannot_be_made_are_told_of_and_not_sent(server: Server) ->
 @pytest.mark.parametrize("status", [404, 405, 501])
 def test_a_server_without_the_route_is_told_of(server: Server, layout: PromptLayout, status: int) -> None:
     model = endpoint(server, layout, then=sends({"detail": "Not Found"}, status))
-    with pytest.raises(ValueError, match=rf"got {status} from .*/completions; .*{LEFT} .*use --prompt native"):
+    with pytest.raises(UserError, match=rf"got {status} from .*/completions; .*{LEFT} .*use --prompt native"):
         one(model)
-    assert len(server.requests) == 1
+    assert len(server.requests) == (1 if status < 500 else 4)  # the client repeats what the server failed on
 
 
 @pytest.mark.parametrize(

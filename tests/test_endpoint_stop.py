@@ -11,8 +11,7 @@ import pytest
 
 from rest_rl.data.flattened_layout import Frame
 from rest_rl.evaluate.conversation import Reply
-from rest_rl.evaluate.models.endpoint import Endpoint, Halt, StoppedError, public_url, query_of, secrets_of
-from rest_rl.evaluate.models.flattened_requests import FlattenedRequests
+from rest_rl.evaluate.models.endpoint import Endpoint, public_url, query_of, secrets_of
 from rest_rl.formats import get_format
 from tests.model_server import CALL, Server, Step, asked, drips, hangs, says, sends
 
@@ -29,7 +28,6 @@ def endpoint(server: Server, step: Step, **changes: Any) -> Endpoint:
         "max_new_tokens": 8,
         "timeout": LONG,
         "retries": 6,
-        "backoff": LONG,
         **changes,
     }
     return Endpoint(settings.pop("url", server.url), "m", get_format("hermes"), **settings)
@@ -41,20 +39,15 @@ def until_asked(server: Server, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "changes"),
-    [
-        (hangs, {}),
-        (drips, {}),
-        (sends("", 503), {}),
-        (sends("", 429, Retry_After="200"), {"backoff": 0.001}),
-    ],
-    ids=["hangs", "drips", "pause", "retry-after"],
+    "step",
+    [hangs, drips, sends("", 503, Retry_After="100"), sends("<html>")],
+    ids=["hangs", "drips", "retry-after", "pause"],
 )
-def test_whatever_is_under_way_is_given_up(server: Server, step: Step, changes: dict[str, Any]) -> None:
-    model = endpoint(server, step, **changes)
+def test_whatever_is_under_way_is_given_up(server: Server, step: Step) -> None:
+    model = endpoint(server, step, retries=100)
     pool = ThreadPoolExecutor(3)
     replies = [pool.submit(model.respond, [asked()]) for _ in range(3)]
-    until_asked(server, 1 if "backoff" in changes else 3)  # asked to wait, the others may not even begin
+    until_asked(server, 3)
     model.stop()
     assert [reply.result(SOON) for reply in replies] == [[Reply(error="stopped")]] * 3
     pool.shutdown()
@@ -74,23 +67,11 @@ def test_a_limited_rate_is_not_waited_for(server: Server) -> None:
 
 
 def test_a_stop_reaches_the_server_through_published_prompts(server: Server) -> None:
-    model = FlattenedRequests(endpoint(server, says(CALL)), Frame("before ", " after"))
+    model = endpoint(server, says(CALL), frame=Frame("before ", " after"))
     assert model.respond([asked()])[0].text == CALL
+    assert server.requests[0][2]["messages"][0]["content"].startswith("before ")
     model.stop()
     assert model.respond([asked()]) == [Reply(error="stopped")]
-
-
-def test_work_keeps_its_result_and_its_exception() -> None:
-    halt = Halt()
-    assert halt.call(lambda: 3) == 3
-    with pytest.raises(ZeroDivisionError):
-        halt.call(lambda: 1 // 0)
-    assert not halt.is_set
-    halt.stop()
-    halt.pause(LONG)
-    with pytest.raises(StoppedError):
-        halt.call(lambda: 3)
-    assert halt.is_set
 
 
 KEYED = "?api-key=q%2B-4711&v=2#frag-4711"

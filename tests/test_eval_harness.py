@@ -259,13 +259,13 @@ def test_turns_and_steps_of_a_recording() -> None:
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        ([{"id": 3, "response": "a"}], "line 1: got id of type int"),
+        ([{"id": 3, "response": "a"}], "line 1: id of type int"),
         ([{"id": IDS[0], "response": 3}], "response of type int"),
         ([{"id": IDS[0], "response": [["a"], "b"]}], "response of type list"),
         ([{"id": IDS[0]}], "response of type NoneType"),
-        ([{"id": IDS[0], "response": "", "native": True, "calls": [{"name": "x"}]}], "line 1: got the call"),
+        ([{"id": IDS[0], "response": "", "native": True, "calls": [{"name": "x"}]}], "line 1: calls of type list"),
         ([{"id": IDS[0], "response": "", "native": True, "calls": "abc"}], "calls of type str"),
-        ([{"id": IDS[0], "response": [[""]], "native": True, "calls": [["x"]]}], "calls of type str"),
+        ([{"id": IDS[0], "response": [[""]], "native": True, "calls": [["x"]]}], "calls of type list"),
         ([{"id": IDS[0], "response": ""}, {"id": IDS[0], "response": ""}], "line 2: .* a second time"),
         ([{"id": "nobody", "response": ""}], "none to a sample that is asked for"),
         ([], "none to a sample"),

@@ -18,7 +18,6 @@ from rest_rl.data.shapes.flattened import FORMAT
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Model
 from rest_rl.evaluate.log import SETTINGS
-from rest_rl.evaluate.models.flattened_requests import FlattenedRequests
 from rest_rl.evaluate.models.recorded import Oracle, Recorded, read_responses
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.formats.opened_think import SUFFIX
@@ -293,11 +292,11 @@ def endpoint_model(arguments: argparse.Namespace, plan: Plan) -> tuple[Model, li
         api_key_env=arguments.api_key_env,
         extra_body=server_body(arguments),
         layout=plan.layout,
+        frame=plan.frame,
         context=arguments.context,
     )
     server.check()
-    model = FlattenedRequests(server, plan.frame) if plan.frame else server
-    return model, [f"{arguments.concurrency} requests at once to {server.url}"]
+    return server, [f"{arguments.concurrency} requests at once to {server.url}"]
 
 
 def server_body(arguments: argparse.Namespace) -> dict[str, Any]:

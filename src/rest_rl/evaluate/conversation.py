@@ -66,62 +66,42 @@ class Conversation(Protocol):
 
     def close(self) -> None:
         """Release what the conversation holds; called once, also for one that was given up."""
-        ...
 
 
 class Benchmark(Protocol):
-    """Samples with their judge."""
+    """Samples with their judge; a subclass needs `name`, `pin`, `groups` and `start`."""
 
-    @property
-    def name(self) -> str:
-        """Such as `bfcl`."""
-        ...
-
-    @property
-    def pin(self) -> str:
-        """Which edition of data and checker, printed on every table."""
-        ...
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Booleans of each row, the headline first."""
-        ...
-
-    @property
-    def group_field(self) -> str:
-        """What a row calls its group: `category` or `level`."""
-        ...
-
-    @property
-    def groups(self) -> Mapping[str, str | int]:
-        """The group of every sample by its id, in the order in which they are asked."""
-        ...
+    name: str
+    """Such as `bfcl`."""
+    pin: str
+    """Which edition of data and checker, printed on every table."""
+    metrics: tuple[str, ...] = ("correct",)
+    """Booleans of each row, the headline first."""
+    group_field: str = "category"
+    """What rows call their group."""
+    groups: Mapping[str, str | int]
+    """The group of every sample by its id, in the order in which they are asked."""
 
     def start(self, identity: str, tool_format: ToolFormat) -> Conversation:
         """Begin a sample; responses are read in the given format."""
         ...
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """What the summary says besides the groups: ceilings, official averages where they are complete."""
-        ...
+        """What the summary holds besides the groups: ceilings, official averages where they are complete."""
+        del rows
+        return {}
 
     def close(self) -> None:
         """Release what the benchmark holds."""
-        ...
 
 
 class Model(Protocol):
-    """Whoever answers: a checkpoint, a server, recorded responses, the gold itself."""
+    """Whoever answers: a checkpoint, a server, recorded responses, the gold itself; a subclass needs `respond`."""
 
-    @property
-    def batch_size(self) -> int:
-        """How many requests one call of `respond` is given at most."""
-        ...
-
-    @property
-    def concurrency(self) -> int:
-        """How many threads may call `respond` at once."""
-        ...
+    batch_size: int = 1
+    """How many requests one call of `respond` is given at most."""
+    concurrency: int = 1
+    """How many threads may call `respond` at once."""
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         """One reply per request, in order; never raises for what a single request can cause."""
@@ -129,14 +109,17 @@ class Model(Protocol):
 
     def room(self, request: Request) -> tuple[int, int] | None:
         """(tokens that prompt and response would take, tokens the model holds); None where it cannot be known."""
-        ...
+        del request
+        return None
 
     def stop(self) -> None:
-        """Give up what is under way, from any thread; later requests end with an error."""
-        ...
+        """Give up what is under way, from any thread; later requests end with an error.
+
+        A model that one thread asks has nothing to give up: the exception that ends an evaluation has ended that, too.
+        """
 
 
-class SingleTurn:
+class SingleTurn(Conversation):
     """A conversation of one request, whose response `judge` reads: metrics, reason and what else its row holds."""
 
     def __init__(
@@ -145,20 +128,16 @@ class SingleTurn:
         tool_format: ToolFormat,
         judge: Callable[[Reply, ParsedResponse], Mapping[str, Any]],
     ) -> None:
-        """Bind the sample, the format of its response and its judge."""
         self.sample, self.format, self.judge = sample, tool_format, judge
         self._reply: Reply | None = None
 
     def request(self) -> Request | None:
-        """The prompt, once."""
         return None if self._reply else Request(self.sample)
 
     def receive(self, reply: Reply) -> None:
-        """Take the response."""
         self._reply = reply
 
     def record(self) -> Mapping[str, Any]:
-        """The response and its calls; empty before there is one."""
         if self._reply is None:
             return {"response": "", "calls": []}
         calls = read_reply(self._reply, self.format).calls
@@ -166,12 +145,8 @@ class SingleTurn:
         return {"response": self._reply.text, "calls": plain}
 
     def outcome(self) -> Mapping[str, Any]:
-        """Response and calls, then what the judge says."""
         assert self._reply is not None
         return {**self.record(), **self.judge(self._reply, read_reply(self._reply, self.format))}
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def read_reply(reply: Reply, tool_format: ToolFormat) -> ParsedResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rest_rl.data.layout import as_text, with_call_ids
@@ -28,7 +28,7 @@ OVERFLOW = re.compile(
 
 
 class GarbledError(Exception):
-    """An answer that is no chat completion; it is asked for again."""
+    """An answer that is no completion; it is asked for again."""
 
 
 def plain_name(name: str) -> str:
@@ -37,7 +37,7 @@ def plain_name(name: str) -> str:
 
 
 def wire_names(sample: ToolSample) -> dict[str, str]:
-    """The plain name under which each tool is sent, one of its own for each."""
+    """The plain name under which each tool is sent, a different one for each."""
     names: dict[str, str] = {}
     for tool in sample.tools:
         name = str(tool.get("function", tool).get("name"))
@@ -52,13 +52,17 @@ def wire_names(sample: ToolSample) -> dict[str, str]:
 def chat_body(sample: ToolSample, tool_format: ToolFormat, *, native: bool) -> dict[str, Any]:
     """`messages`, and `tools` where the server is to lay them out itself."""
     messages = [dict(message) for message in sample.messages]
-    if native or sample.tools_in_prompt:
-        names = wire_names(sample)
-        body: dict[str, Any] = {"messages": [wire_message(message, names) for message in with_call_ids(messages)]}
-        if sample.tools and not sample.tools_in_prompt:
-            body["tools"] = [wire_tool(tool, names) for tool in sample.tools]
-        return body
-    return {"messages": as_text(messages, list(sample.tools), tool_format)}
+    if not native and not sample.tools_in_prompt:
+        return {"messages": as_text(messages, list(sample.tools), tool_format)}
+    names = wire_names(sample)
+    body: dict[str, Any] = {"messages": [wire_message(message, names) for message in with_call_ids(messages)]}
+    if sample.tools and not sample.tools_in_prompt:
+        functions = [tool.get("function", tool) for tool in sample.tools]
+        body["tools"] = [
+            {"type": "function", "function": {**function, "name": names[str(function.get("name"))]}}
+            for function in functions
+        ]
+    return body
 
 
 def wire_message(message: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -66,25 +70,14 @@ def wire_message(message: Mapping[str, Any], names: Mapping[str, str]) -> dict[s
     sent = {key: message[key] for key in SENT if key in message}
     if calls := message.get("tool_calls"):
         sent["tool_calls"] = [
-            {
-                "id": call["id"],
-                "type": "function",
-                "function": {
-                    "name": names.get(call["function"]["name"], plain_name(call["function"]["name"])),
-                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                },
-            }
-            for call in calls
+            {"id": call["id"], "type": "function", "function": dict(call["function"])} for call in calls
         ]
+        for function in (call["function"] for call in sent["tool_calls"]):
+            function["name"] = names.get(function["name"], plain_name(function["name"]))
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
     if "name" in sent:
         sent["name"] = names.get(sent["name"], plain_name(sent["name"]))
     return sent
-
-
-def wire_tool(tool: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A tool in OpenAI shape under the name that it is sent by."""
-    function = tool.get("function", tool)
-    return {"type": "function", "function": {**function, "name": names[str(function.get("name"))]}}
 
 
 def read_answer(data: bytes, sample: ToolSample, tool_format: ToolFormat) -> Reply:
@@ -96,19 +89,21 @@ def read_answer(data: bytes, sample: ToolSample, tool_format: ToolFormat) -> Rep
     body = read_body(data)
     if isinstance(body, Reply):
         return body
-    choice = first(field(body, "choices", list), "choices")
+    choice = first_choice(body)
     message, is_truncated = field(choice, "message", dict), choice.get("finish_reason") == "length"
-    text, calls = text_of(message, tool_format), message.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise GarbledError(f"tool_calls of type {type(calls).__name__}")
-    if text is None and not (calls or is_truncated):
+    text, raw_calls, calls = text_of(message, tool_format), message.get("tool_calls") or [], None
+    if not isinstance(raw_calls, list):
+        raise GarbledError(f"tool_calls of type {type(raw_calls).__name__}")
+    if text is None and not (raw_calls or is_truncated):
         raise GarbledError("neither content nor tool_calls")
-    text, structured = text or "", None
-    if calls:
-        text, structured = read_calls(calls, text, {sent: name for name, sent in wire_names(sample).items()})
+    if raw_calls:
+        names = {sent: name for name, sent in wire_names(sample).items()}
+        found = [read_call(raw, names) for raw in raw_calls]
+        unread = [json.dumps(raw, ensure_ascii=False) for raw, call in zip(raw_calls, found, strict=True) if not call]
+        text, calls = "\n".join(filter(None, [text, *unread])), tuple(call for call in found if call)
     usage = body.get("usage")
-    prompt_tokens, tokens = (count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
-    return Reply(text, structured, prompt_tokens, tokens, is_truncated=is_truncated)
+    numbers = (count(usage, "prompt_tokens"), count(usage, "completion_tokens"))
+    return Reply(whole(text or ""), calls, *numbers, is_truncated=is_truncated)
 
 
 def read_body(data: bytes) -> Any:
@@ -138,18 +133,11 @@ def text_of(message: Mapping[str, Any], tool_format: ToolFormat) -> str | None:
     if isinstance(thought, str) and thought and isinstance(tool_format, OpenedThinkFormat):
         closing = f"{tool_format.opening[0]}/{tool_format.opening[1:]}"
         content = f"{thought}\n{closing}\n\n{content or ''}"
-    return None if content is None else whole(content)
+    return content
 
 
-def read_calls(raw_calls: list[Any], text: str, given: Mapping[str, str]) -> tuple[str, tuple[ToolCall, ...]]:
-    """(the text, with what cannot be read as a call; the calls, under the names that the tools were given by)."""
-    calls = [read_call(raw, given) for raw in raw_calls]
-    unread = [json.dumps(raw, ensure_ascii=False) for raw, call in zip(raw_calls, calls, strict=True) if call is None]
-    return whole("\n".join(filter(None, [text, *unread]))), tuple(call for call in calls if call is not None)
-
-
-def read_call(raw: Any, given: Mapping[str, str]) -> ToolCall | None:
-    """One structured call; None where it has no name or its arguments are no JSON object."""
+def read_call(raw: Any, names: Mapping[str, str]) -> ToolCall | None:
+    """One structured call under its tool's own name; None without a name or with arguments that are no object."""
     function = raw.get("function") if isinstance(raw, dict) else None
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
         return None
@@ -159,9 +147,8 @@ def read_call(raw: Any, given: Mapping[str, str]) -> ToolCall | None:
             arguments = load_json(arguments) if arguments.strip() else {}
         except ValueError:
             return None
-    elif arguments is None:
-        arguments = {}
-    return ToolCall(given.get(name, name), arguments) if isinstance(arguments, dict) else None
+    arguments = {} if arguments is None else arguments
+    return ToolCall(names.get(name, name), arguments) if isinstance(arguments, dict) else None
 
 
 def field(value: Any, name: str, kind: type) -> Any:
@@ -172,11 +159,11 @@ def field(value: Any, name: str, kind: type) -> Any:
     return found
 
 
-def first(values: Sequence[Any], name: str) -> dict[str, Any]:
-    """The first entry of a list; GarbledError where there is none."""
-    if not values or not isinstance(values[0], dict):
-        raise GarbledError(f"{name} is empty or holds no object")
-    return values[0]
+def first_choice(body: Any) -> dict[str, Any]:
+    choices = field(body, "choices", list)
+    if not choices or not isinstance(choices[0], dict):
+        raise GarbledError("choices is empty or holds no object")
+    return choices[0]
 
 
 def whole(text: str) -> str:
@@ -185,6 +172,6 @@ def whole(text: str) -> str:
 
 
 def count(usage: Any, name: str) -> int | None:
-    """A number of tokens that the server says, if it is one."""
+    """A number of tokens that the server reports, if it is one."""
     value = usage.get(name) if isinstance(usage, dict) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -2,58 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from rest_rl.data.layout import PromptLayout
-from rest_rl.evaluate.conversation import Reply, Request
+from rest_rl.evaluate.conversation import Reply
 from rest_rl.evaluate.generate import end_ids, generate
-from rest_rl.evaluate.models.token_prompts import Prompt, check_sizes, prepare, room_of
+from rest_rl.evaluate.models.token_prompts import Prompt, TokenModel, check_sizes
 from rest_rl.regions import decode_ids
 
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Rotary positions whose angles do not depend on how long the longest row of a batch is."""
 
 
-class LocalModel:
+class LocalModel(TokenModel):
     """A transformers model with its tokenizer, asked greedily.
 
     A reply depends on its own prompt alone, up to the rounding of 16-bit arithmetic in batches of different shape.
     """
 
-    concurrency = 1
-
     def __init__(
         self, model: Any, layout: PromptLayout, *, batch_size: int, max_new_tokens: int, context: int | None = None
     ) -> None:
         """`context` is what the model holds, where its configuration does not say so (stretched positions)."""
-        check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, context=1 if context is None else context)
+        check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
         self.model, self.layout, self.batch_size, self.max_new_tokens = model, layout, batch_size, max_new_tokens
         self.context = context if context is not None else context_length(model.config, layout.tokenizer)
         self._may_overrun = may_overrun(model.config)
 
-    def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """One reply per request, in order; a prompt that does not fit is an overflow, one without a text a refusal."""
-        prompts = [prepare(request, self.layout, self.max_new_tokens, self.context) for request in requests]
-        replies = [prompt if isinstance(prompt, Reply) else Reply() for prompt in prompts]
+    def write(self, prompts: list[Prompt]) -> list[Reply]:
+        """The replies, together for those that may share a batch."""
+        replies = [Reply()] * len(prompts)
         together: dict[int, list[int]] = {}
         for position, prompt in enumerate(prompts):
-            if isinstance(prompt, Prompt):
-                together.setdefault(0 if self._may_overrun else prompt.limit, []).append(position)
+            together.setdefault(0 if self._may_overrun else prompt.limit, []).append(position)
         for positions in together.values():
-            chosen = [prompt for position in positions if isinstance(prompt := prompts[position], Prompt)]
-            for position, reply in zip(positions, self._replies(chosen), strict=True):
+            written = self._replies([prompts[position] for position in positions])
+            for position, reply in zip(positions, written, strict=True):
                 replies[position] = reply
         return replies
-
-    def room(self, request: Request) -> tuple[int, int] | None:
-        """(tokens of the prompt and of the longest response, tokens the model holds); None for a model without end."""
-        return room_of(request, self.layout, self.max_new_tokens, self.context)
-
-    def stop(self) -> None:
-        """Nothing: one thread asks, which the exception that ends an evaluation has ended already."""
 
     def _replies(self, prompts: list[Prompt]) -> list[Reply]:
         """Halves of a batch that the memory does not hold, by and by.
@@ -61,14 +49,13 @@ class LocalModel:
         A prompt too large by itself is an error, because another process may hold the memory for a while.
         """
         responses: list[list[int]] | None = None
-        size = min(self.batch_size, len(prompts))
         try:
             responses = generate(
                 self.model,
                 self.layout.tokenizer,
                 [prompt.text for prompt in prompts],
                 max_new_tokens=[prompt.limit for prompt in prompts],
-                batch_size=size,
+                batch_size=min(self.batch_size, len(prompts)),
                 greedy=True,
             )
         except RuntimeError as error:  # CUDA's own type, and plain RuntimeErrors of other devices

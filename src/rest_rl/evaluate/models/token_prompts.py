@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rest_rl.data.layout import PromptLayout
 from rest_rl.errors import UserError
-from rest_rl.evaluate.conversation import Reply, Request
-from rest_rl.evaluate.models.chat_messages import count, field, first, read_body, whole
+from rest_rl.evaluate.conversation import Model, Reply, Request
+from rest_rl.evaluate.models.chat_messages import count, field, first_choice, read_body, whole
 
 
 class Prompt(NamedTuple):
@@ -46,10 +48,32 @@ def room_of(request: Request, layout: PromptLayout, max_new_tokens: int, context
     return (len(prompt.ids) + max_new_tokens if isinstance(prompt, Prompt) else 0), context
 
 
-def check_sizes(**sizes: int) -> None:
-    """ValueError for a size below 1."""
+class TokenModel(Model):
+    """A model in this process that goes on from token ids; its prompts, limits and overflows."""
+
+    layout: PromptLayout
+    max_new_tokens: int
+    context: int | None
+
+    @abstractmethod
+    def write(self, prompts: list[Prompt]) -> list[Reply]:
+        """The replies to prompts that fit."""
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """One reply per request, in order; a prompt that does not fit is an overflow, one without a text a refusal."""
+        prompts = [prepare(request, self.layout, self.max_new_tokens, self.context) for request in requests]
+        fitting = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+        replies = iter(self.write(fitting) if fitting else [])
+        return [prompt if isinstance(prompt, Reply) else next(replies) for prompt in prompts]
+
+    def room(self, request: Request) -> tuple[int, int] | None:
+        return room_of(request, self.layout, self.max_new_tokens, self.context)
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """UserError for a size below 1; None is no size."""
     for name, size in sizes.items():
-        if size < 1:
+        if size is not None and size < 1:
             raise UserError(f"{name} = {size}", "at least 1", "raise it")
 
 
@@ -70,9 +94,8 @@ def read_completion(data: bytes, prompt: Prompt, layout: PromptLayout) -> Reply:
     body = read_body(data)
     if isinstance(body, Reply):
         return body
-    choice = first(field(body, "choices", list), "choices")
-    text, usage = field(choice, "text", str), body.get("usage")
-    prompt_tokens = count(usage, "prompt_tokens")
+    choice, usage = first_choice(body), body.get("usage")
+    text, prompt_tokens = field(choice, "text", str), count(usage, "prompt_tokens")
     return Reply(
         without_end(whole(text), layout),
         prompt_tokens=len(prompt.ids) if prompt_tokens is None else prompt_tokens,
@@ -90,7 +113,6 @@ def without_end(text: str, layout: PromptLayout) -> str:
 
 
 def special_tokens(layout: PromptLayout) -> frozenset[str]:
-    """The texts of the tokenizer's special tokens."""
     tokenizer = layout.tokenizer
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return frozenset(filter(None, (*added, *tokenizer.all_special_tokens)))

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rest_rl.data.layout import PromptLayout
 from rest_rl.errors import UserError
-from rest_rl.evaluate.conversation import Reply, Request
-from rest_rl.evaluate.models.token_prompts import Prompt, check_sizes, prepare, room_of
+from rest_rl.evaluate.conversation import Reply
+from rest_rl.evaluate.models.token_prompts import Prompt, TokenModel, check_sizes
 from rest_rl.regions import decode_ids
 
 
-class VllmModel:
+class VllmModel(TokenModel):
     """A vLLM engine in this process, asked greedily with token ids; prompts, texts and limits as for `LocalModel`."""
-
-    concurrency = 1
 
     def __init__(
         self,
@@ -30,7 +27,7 @@ class VllmModel:
     ) -> None:
         """`context` is what vLLM makes room for (`max_model_len`); `engine` goes to `vllm.LLM` as it is.
 
-        ValueError without the package vllm and for an adapter's folder.
+        UserError without the package vllm and for an adapter's folder.
         """
         check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
         if (Path(path) / "adapter_config.json").is_file():
@@ -48,21 +45,7 @@ class VllmModel:
         self._sampling = vllm.SamplingParams
         self._engine = vllm.LLM(model=str(path), max_model_len=context, **engine)
 
-    def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """One reply per request, in order; a prompt that does not fit is an overflow, one without a text a refusal."""
-        prompts = [prepare(request, self.layout, self.max_new_tokens, self.context) for request in requests]
-        fitting = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
-        replies = iter(self._replies(fitting) if fitting else [])
-        return [prompt if isinstance(prompt, Reply) else next(replies) for prompt in prompts]
-
-    def room(self, request: Request) -> tuple[int, int] | None:
-        """(tokens of the prompt and of the longest response, tokens the model holds)."""
-        return room_of(request, self.layout, self.max_new_tokens, self.context)
-
-    def stop(self) -> None:
-        """Nothing: one thread asks, which the exception that ends an evaluation has ended already."""
-
-    def _replies(self, prompts: Sequence[Prompt]) -> list[Reply]:
+    def write(self, prompts: list[Prompt]) -> list[Reply]:
         tokenizer, tags = self.layout.tokenizer, self.layout.format.tags
         ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # vLLM knows the model's own
         outputs = self._engine.generate(
