@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rest_rl.cli.app import main, missing_package
+from rest_rl.cli.app import main
+from rest_rl.cli.legacy import missing_package
 from rest_rl.config import RunConfig
 from rest_rl.presets import PRESETS
 from rest_rl.train.run import trainer_config
@@ -100,7 +101,7 @@ def test_score_reads_bytes_that_are_no_text(tmp_path: Path, capsys: pytest.Captu
     [
         (["--preset", "best"], "preset 'best'"),
         (["--format", "xml"], "format 'xml'"),
-        (["--progress", "2"], "--progress 2.0"),
+        (["--progress", "2"], "'--progress': got 2.0"),
         ([], "nowhere.jsonl (No such file or directory)"),
     ],
 )

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from rest_rl.errors import UserError
+
+FIX = "correct or leave out the row"
+
 
 class Region(IntEnum):
     """What a token of a response is for; every generated token has exactly one region."""
@@ -89,20 +93,20 @@ class ParsedResponse:
 
 
 def gold_from_json(value: Any) -> Gold:
-    """Read `{"calls": [{"name": str, "arguments": object}], "answer": str | null}`; ValueError says what is wrong.
+    """Read `{"calls": [{"name": str, "arguments": object}], "answer": str | null}`; UserError says what is wrong.
 
     A blank answer is none: no format can tell the two apart.
     """
     if not isinstance(value, Mapping):
-        raise ValueError(f'got gold of type {type(value).__name__}, expected {{"calls": [...], "answer": ...}}')
+        raise UserError(f"gold of type {type(value).__name__}", '{"calls": [...], "answer": ...}', FIX)
     unknown = set(value) - {"calls", "answer"}
     if unknown or not value:
-        raise ValueError(f"got gold with the keys {sorted(map(str, value))}, expected calls, answer")
+        raise UserError(f"gold with the keys {sorted(map(str, value))}", "calls, answer", FIX)
     calls, answer = value.get("calls", []), value.get("answer")
     if not isinstance(calls, (list, tuple)):
-        raise ValueError(f"got gold calls of type {type(calls).__name__}, expected a list")
+        raise UserError(f"gold calls of type {type(calls).__name__}", "a list", FIX)
     if answer is not None and not isinstance(answer, str):
-        raise ValueError(f"got a gold answer of type {type(answer).__name__}, expected a string or null")
+        raise UserError(f"a gold answer of type {type(answer).__name__}", "a string or null", FIX)
     return Gold(
         tuple(_call_from_json(call, number) for number, call in enumerate(calls, 1)), (answer or "").strip() or None
     )
@@ -112,11 +116,9 @@ def _call_from_json(call: Any, number: int) -> ToolCall:
     if isinstance(call, ToolCall):
         return call
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-        raise ValueError(
-            f'got {type(call).__name__} as gold call {number}, expected {{"name": str, "arguments": object}}'
-        )
+        raise UserError(f"{type(call).__name__} as gold call {number}", '{"name": str, "arguments": object}', FIX)
     arguments = call.get("arguments")
     if not isinstance(arguments, Mapping):
-        got = type(arguments).__name__
-        raise ValueError(f"got arguments of type {got} in gold call {number} ({call['name']!r}), expected an object")
+        got = f"arguments of type {type(arguments).__name__} in gold call {number} ({call['name']!r})"
+        raise UserError(got, "an object", FIX)
     return ToolCall(call["name"], arguments)

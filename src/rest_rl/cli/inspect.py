@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import tomli_w
-import torch
+import typer
 
-from rest_rl.cli.score import check_progress
-from rest_rl.cli.terminal import show_tokens
-from rest_rl.config import AUTO, preset_table
-from rest_rl.data.layout import resolve_format
+from rest_rl.cli.options import AsJson, FormatName, PresetName, Progress, RowsFile
 from rest_rl.errors import UserError
-from rest_rl.formats import get_format
-from rest_rl.jsonl import as_json, parse_row, read_lines, text_field
-from rest_rl.presets import PRESETS, Preset, get_preset, token_weights
-from rest_rl.regions import tag_regions, token_bytes
-from rest_rl.response import Region
-from rest_rl.train.policy import load_tokenizer
+
+AUTO = "auto"  # as in rest_rl.config, which takes a while to import
+ENTROPIES = 'nats by region, {"name": 0.3, ...}, or a file that holds them; without them no region is known better'
 
 
 class Token(NamedTuple):
@@ -34,43 +26,59 @@ class Token(NamedTuple):
     weight: float
 
 
-def presets(arguments: argparse.Namespace) -> int:
-    """Print every preset as the tables of a run file, `[NAME.rest]` and so on, ready to paste without `NAME.`."""
-    del arguments
+def presets() -> None:
+    """Print every preset as the tables of a run file, [NAME.rest] and so on, ready to paste without "NAME."."""
+    import tomli_w
+
+    from rest_rl.presets import PRESETS
+
     print(tomli_w.dumps({name: run_tables(preset) for name, preset in PRESETS.items()}).rstrip())
-    return 0
 
 
-def run_tables(preset: Preset) -> dict[str, Any]:
+def run_tables(preset: Any) -> dict[str, Any]:
     """A preset as tables of a run file; the clip range is the trainer's."""
+    from rest_rl.config import preset_table
+
     table = preset_table(preset)
     clip = {"epsilon": table.pop("epsilon_low"), "epsilon_high": table.pop("epsilon_high")}
     return {"rest": {"preset": preset.name, **table}, "trl": clip}
 
 
-def inspect(arguments: argparse.Namespace) -> int:
-    """Print the tokens of each row with region and weight, coloured or as JSON."""
-    preset = get_preset(arguments.preset)
-    check_progress(arguments.progress)
-    entropies = read_entropies(arguments.entropies)
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    tool_format = get_format(format_for(arguments.format, tokenizer))
-    settings = {"format": tool_format, "preset": preset, "progress": arguments.progress or 0.0, "entropies": entropies}
-    for number, line in read_lines(arguments.file):
+def inspect(
+    file: RowsFile,
+    tokenizer: Annotated[str, typer.Option(metavar="DIR", help="directory or hub name of the tokenizer")],
+    tool_format: FormatName = AUTO,
+    preset: PresetName = "rest",
+    progress: Progress = 0.0,
+    entropies: Annotated[str | None, typer.Option(metavar="JSON", help=ENTROPIES)] = None,
+    json: AsJson = False,
+) -> None:
+    """Show the tokens of rows {"response": text} or {"ids": [...]} with region and weight."""
+    from rest_rl.cli.terminal import show_tokens
+    from rest_rl.formats import get_format
+    from rest_rl.jsonl import as_json, parse_row, read_lines
+    from rest_rl.presets import get_preset
+    from rest_rl.train.policy import load_tokenizer
+
+    settings = {"preset": get_preset(preset), "progress": progress, "entropies": read_entropies(entropies)}
+    loaded = load_tokenizer(tokenizer)
+    settings["format"] = get_format(format_for(tool_format, loaded))
+    for number, line in read_lines(file):
         try:
-            tokens = inspect_ids(row_ids(parse_row(line), tokenizer), tokenizer, settings)
-        except ValueError as error:
+            tokens = inspect_ids(row_ids(parse_row(line), loaded), loaded, settings)
+        except UserError as error:
             print(as_json({"row": number, "error": str(error)}))
             continue
-        if arguments.json:
+        if json:
             print(as_json({"tokens": [token._asdict() for token in tokens]}))
         else:
-            show_tokens(f"row {number}", with_whole_characters(tokens, tokenizer))
-    return 0
+            show_tokens(f"row {number}", with_whole_characters(tokens, loaded))
 
 
 def format_for(name: str, tokenizer: Any) -> str:
     """The format of that name; `auto` is what the tokenizer's chat template writes, toolrl where it has none."""
+    from rest_rl.data.layout import resolve_format
+
     if name != AUTO:
         return name
     return resolve_format(AUTO, tokenizer)[0] if getattr(tokenizer, "chat_template", None) else "toolrl"
@@ -78,6 +86,12 @@ def format_for(name: str, tokenizer: Any) -> str:
 
 def inspect_ids(ids: Sequence[int], tokenizer: Any, settings: Mapping[str, Any]) -> list[Token]:
     """The tokens of one response with the region and weight that training would give them."""
+    import torch
+
+    from rest_rl.presets import token_weights
+    from rest_rl.regions import tag_regions, token_bytes
+    from rest_rl.response import Region
+
     if not ids:
         return []
     ids_BT = torch.tensor([list(ids)])
@@ -100,6 +114,8 @@ def inspect_ids(ids: Sequence[int], tokenizer: Any, settings: Mapping[str, Any])
 
 def with_whole_characters(tokens: Sequence[Token], tokenizer: Any) -> list[Token]:
     """The tokens with each character at the one that completes it, for characters cut into several tokens."""
+    from rest_rl.regions import token_bytes
+
     pieces = token_bytes(tokenizer).split([token.id for token in tokens])
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     texts = [decoder.decode(piece) if piece else token.text for token, piece in zip(tokens, pieces, strict=True)]
@@ -110,6 +126,8 @@ def with_whole_characters(tokens: Sequence[Token], tokenizer: Any) -> list[Token
 
 def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
     """The token ids of a row to inspect: its `ids`, else its `response` as the tokenizer reads it."""
+    from rest_rl.jsonl import text_field
+
     ids = row.get("ids")
     if ids is None:
         text = text_field(row, "response").encode("utf-8", "replace").decode("utf-8")  # JSON can hold lone surrogates
@@ -124,6 +142,8 @@ def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
 
 def read_entropies(source: str | None) -> dict[str, float]:
     """Nats by region from inline JSON or a file; without a source nothing is known of any region."""
+    from rest_rl.response import Region
+
     if source is None:
         return {}
     try:

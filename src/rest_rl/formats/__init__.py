@@ -8,7 +8,6 @@ far as they can be located and the rest of that call is OTHER.
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 from rest_rl.errors import UserError
@@ -21,6 +20,7 @@ from rest_rl.formats.protocol import ToolFormat
 from rest_rl.formats.pythonic import PythonicFormat
 from rest_rl.formats.qwen3_coder import Qwen3CoderFormat
 from rest_rl.formats.toolrl import ToolRLFormat
+from rest_rl.objects import load_object
 
 __all__ = [
     "FORMATS",
@@ -58,12 +58,12 @@ def get_format(tool_format: str | ToolFormat) -> ToolFormat:
     if name in FORMATS:
         found = FORMATS[name]
     elif ":" in name:
-        found = _imported(name)
+        found = _checked_object(load_object(name, "format"), f"format {name!r}")
     else:
         raise UserError(
-            f"unknown format {tool_format!r}",
-            f"one of {', '.join(FORMATS)}, package.module:OBJECT, or a ToolFormat object",
-            f"correct the name; it may end with {SUFFIX} where the prompt ends with the opening think tag",
+            f"format {tool_format!r}",
+            f"one of {', '.join(FORMATS)}, or package.module:OBJECT",
+            f"add {SUFFIX} to a name when the prompt ends with the opening think tag",
         )
     return found if name == tool_format else OpenedThinkFormat(found)
 
@@ -80,25 +80,11 @@ def as_demonstrated(tool_format: ToolFormat) -> ToolFormat:
     return tool_format
 
 
-def _imported(address: str) -> ToolFormat:
-    module, _, path = address.partition(":")
-    try:
-        found: Any = import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"got format {address!r}, which cannot be imported ({error}); "
-            "expected package.module:OBJECT of a module on the Python path"
-        ) from error
-    return _checked_object(found, f"format {address!r}")
-
-
 def _checked_object(found: Any, what: str) -> ToolFormat:
     parts = ("name", "tags", "parse", "render", "instructions")
     missing = [part for part in parts if not hasattr(found, part)]
     if isinstance(found, type):
-        raise ValueError(f"got {what}, which is a class, expected an object: make one with {found.__name__}()")
+        raise UserError(f"{what}, which is a class", "an object", f"make one with {found.__name__}()")
     if missing:
-        raise ValueError(f"got {what} without {', '.join(missing)}, expected an object with {', '.join(parts)}")
+        raise UserError(f"{what} without {', '.join(missing)}", f"an object with {', '.join(parts)}", "add them")
     return found

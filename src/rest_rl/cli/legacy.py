@@ -1,0 +1,271 @@
+"""Verbs whose options argparse still reads; each moves to a Typer command in a file of its own."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rest_rl.cli.data import add_data, data
+from rest_rl.cli.evaluate import add_eval, run_eval
+
+EXIT_USER_ERROR = 2
+
+TRAIN_EPILOG = """\
+examples:
+  rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --dry-run
+  rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --out runs/mine
+  rest-rl train run.toml --set rest.preset=grpo --set run.seed=1 --out runs/grpo-1
+  rest-rl train --preset tsft --model DIR --data dialogues.jsonl     supervised, calls weighed twice
+  rest-rl train --resume --out runs/mine                             go on after Ctrl-C, a crash or kill -9
+  accelerate launch --num_processes 8 -m rest_rl train run.toml --out runs/mine
+  rest-rl train run.toml --engine verl --nodes 2 --gpus-per-node 8 --out runs/mine
+rest-rl data check FILE says what a run would make of each row
+"""
+
+SFT_EPILOG = """\
+examples:
+  rest-rl sft --model DIR_OR_HUB_NAME --data dialogues.jsonl         a given model on given dialogues
+"""
+
+
+PROBE_EPILOG = """\
+examples:
+  rest-rl probe                                                      the embedded model in its tool world
+  rest-rl probe --model Qwen/Qwen3-0.6B --data dialogues.jsonl --prompts 128 --out probes/base
+  rest-rl probe --model runs/mine --progress 0.5                     a trained model on its run's own data
+  rest-rl probe --model DIR --data FILE --format hermes --format toolrl
+"""
+
+
+COMPARE_EPILOG = """\
+examples:
+  rest-rl compare --methods grpo,rest,permuted --seeds 0,1,2 --out runs/grid          the embedded model
+  rest-rl compare --base run.toml --methods grpo,rest,permuted --jobs 1 --out runs/grid
+  rest-rl compare grid.toml --out runs/grid          methods and warm starts of one's own
+  rest-rl compare runs/grid                          go on after Ctrl-C, a crash or kill -9
+  rest-rl compare runs/grid --only-report
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and where to read more, then exit with code 2."""
+        self.exit(EXIT_USER_ERROR, f"error: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = Parser(
+        prog="rest-rl",
+        description="Train language models to call tools with ResT: token-level policy gradients, reshaped by region.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    _add_train(verbs)
+    _add_sft(verbs)
+    _add_report(verbs)
+    _add_compare(verbs)
+    _add_probe(verbs)
+    add_data(verbs)
+    add_eval(verbs)
+    return parser
+
+
+def _add_train(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "train",
+        help="train a model with ResT or a baseline",
+        description="Train a model: your own on your own dialogues, or the embedded one in its tool world.",
+        epilog=TRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_run_options(verb)
+    verb.add_argument("--out", metavar="DIR", help="the run folder (default: run.out)")
+
+
+def _add_sft(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "sft",
+        help="fine-tune a model on demonstrations",
+        description="Supervised fine-tuning: the same as train --preset sft.",
+        epilog=SFT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_run_options(verb)
+    verb.add_argument("--out", metavar="DIR", help="the run folder, or where the embedded model goes (runs/sft)")
+
+
+def _add_run_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", nargs="?", metavar="RUN.toml", help="the run; without it the embedded one")
+    verb.add_argument("--model", metavar="DIR_OR_ID", help="model.path: a directory, an adapter's folder or a hub name")
+    verb.add_argument("--data", metavar="FILE", help="data.path: dialogues in a file, a folder or a hub dataset")
+    verb.add_argument("--preset", metavar="P", help="rest.preset: rest, paper, grpo, ..., sft, tsft, rsft; see presets")
+    verb.add_argument("--format", metavar="F", help="rest.format (default: auto, from the model's chat template)")
+    verb.add_argument("--lora", metavar="R", type=int, help="peft.r: train adapters of rank R instead of all weights")
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="set one key of the run; C is a TOML value"
+    )
+    verb.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
+    verb.add_argument("--dry-run", action="store_true", help="print memory and size of the run, train nothing")
+    what = "With the engine verl; settings of verl's own stand after --: actor_rollout_ref.rollout.name=sglang"
+    cluster = verb.add_argument_group("on a cluster (docs/cluster.md)", what)
+    cluster.add_argument("--engine", choices=("trl", "verl"), help="run.engine: what trains (default: trl)")
+    cluster.add_argument("--nodes", metavar="N", type=int, help="machines of the Ray cluster, with the engine verl")
+    cluster.add_argument("--gpus-per-node", metavar="K", type=int, help="GPUs of each of them")
+    cluster.add_argument("--print-config", action="store_true", help="print what verl will get, train nothing")
+    verb.set_defaults(overrides=[])
+
+
+def _add_compare(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "compare",
+        help="methods x seeds on the same data: which of them learns better, beyond seed noise?",
+        description="Train every method under every seed on the same data, in the same order, for the same steps, and "
+        "write a page: differences to GRPO with intervals and tests, controls, and a verdict. Finished runs are kept, "
+        "broken ones go on. (Two evaluations of models that there are already: rest-rl eval compare.)",
+        epilog=COMPARE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("grid", nargs="?", metavar="GRID.toml", help="the grid, or the folder of one that was begun")
+    verb.add_argument("--methods", metavar="A,B", help="rest,grpo,permuted,...; see docs/compare.md (default: ten)")
+    verb.add_argument("--seeds", metavar="0,1", help="seeds of the runs (default: 0,1,2)")
+    verb.add_argument("--base", metavar="RUN.toml", help="the run that methods change (default: the embedded one)")
+    verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set one key of every run")
+    verb.add_argument("--reference", metavar="M", help="method that the others are compared with (default: grpo)")
+    verb.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default: %(default)s)")
+    verb.add_argument("--out", metavar="DIR", help="folder of the grid: runs/, logs/, compare.md, compare.json")
+    verb.add_argument("--only-report", action="store_true", help="train nothing, write the page of what is there")
+    verb.add_argument("--dry-run", action="store_true", help="print the grid, train nothing")
+
+
+def _add_report(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "report",
+        help="a page from run folders: Markdown and plots, or one HTML file to look into",
+        description="Write report.md and plots from run folders; runs that differ in their seed alone are one curve "
+        "with its spread. With --html one file report.html instead: curves, and every recorded response with its "
+        "tokens in colours; it opens from disk and asks no network.",
+    )
+    verb.add_argument("folders", nargs="+", metavar="DIR", help="run folders")
+    verb.add_argument("--out", metavar="DIR", help="where to (default: the run folder of one run, else ./report)")
+    verb.add_argument("--html", action="store_true", help="one HTML file; --out may name it")
+    verb.add_argument(
+        "--responses",
+        metavar="N",
+        type=int,
+        default=5000,
+        help="with --html: about how many responses the page holds, of evenly spaced steps (default: %(default)s)",
+    )
+
+
+def _add_probe(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = verbs.add_parser(
+        "probe",
+        help="before training: where the reward signal lies, and whether weights would help",
+        description="Sample responses and measure, without training, what each region of them means for reward and "
+        "gradient and what each weight rule would do; ends with a recommendation.",
+        epilog=PROBE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("--model", metavar="DIR_OR_ID", help="a run folder, a model, an adapter or a hub name")
+    verb.add_argument("--data", metavar="FILE", help="dialogues, as in train (default: the model's run's own)")
+    verb.add_argument(
+        "--format", action="append", default=[], metavar="F", help="tool-call format, once for each section (auto)"
+    )
+    verb.add_argument("--prompts", type=int, default=96, metavar="N", help="prompts, at least 8 (default: %(default)s)")
+    verb.add_argument("--group", type=int, default=8, metavar="G", help="responses per prompt (default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and sampling (default: %(default)s)")
+    verb.add_argument(
+        "--progress", type=float, default=0.0, metavar="X", help="training progress of reward and curriculum (0)"
+    )
+    verb.add_argument("--step", type=int, metavar="P", help="prompts of the training step to predict (the run's)")
+    verb.add_argument(
+        "--norm-cap",
+        type=float,
+        default=0.0,
+        metavar="C",
+        help="scale prompts above C median gradient norms down (off)",
+    )
+    verb.add_argument("--max-new-tokens", type=int, metavar="N", help="per response (default: the run's)")
+    verb.add_argument("--batch-size", type=int, metavar="N", help="responses in one pass (default: eval.batch_size)")
+    verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set one key of the run")
+    verb.add_argument("--out", metavar="DIR", help="where to (default: runs/probe-MODEL)")
+    verb.add_argument("--json", action="store_true", help="print a line of JSON per format instead of tables")
+
+
+def run_verb(arguments: argparse.Namespace) -> int:
+    """Call the verb; the heavy imports happen here."""
+    if arguments.verb in {"train", "sft"}:
+        from rest_rl.cli import train as cli_train
+
+        return cli_train.train(arguments) if arguments.verb == "train" else cli_train.sft(arguments)
+    if arguments.verb == "report":
+        return report(arguments)
+    if arguments.verb == "probe":
+        from rest_rl.cli.probe import probe
+
+        return probe(arguments)
+    if arguments.verb == "compare":
+        from rest_rl.cli.compare import compare
+
+        return compare(arguments)
+    if arguments.verb == "data":
+        return data(arguments)
+    return run_eval(arguments)
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write the page and say where it is."""
+    if arguments.html:
+        from rest_rl.report.html import write_html_report
+
+        print(write_html_report(arguments.folders, arguments.out, arguments.responses))
+        return 0
+    from rest_rl.report.page import write_report
+
+    print(write_report(arguments.folders, arguments.out))
+    return 0
+
+
+def main(argv: Sequence[str], overrides: Sequence[str], *, debug: bool) -> int:
+    """Run a verb of the old parser; returns its exit code."""
+    try:
+        arguments = build_parser().parse_args(argv)
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    arguments.debug = debug
+    if overrides:
+        arguments.overrides = list(overrides)
+    try:
+        return run_verb(arguments)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        # Some integrations of the trainer report a missing package as a RuntimeError.
+        is_missing = isinstance(error, ImportError) or "pip install" in str(error)
+        if debug or (isinstance(error, RuntimeError) and not is_missing):
+            raise
+        message = missing_package(error) if is_missing and not isinstance(error, ValueError) else str(error)
+        print(f"error: {one_line(message or repr(error))}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def missing_package(error: Exception) -> str:
+    """What to install after an import that failed."""
+    text = str(error)
+    patterns = (r"pip install (?:-\S+ )*['\"]?([\w.-]+)", r"'([\w-]+)[<>=]", r"No module named '(\w+)")
+    named = next((match[1].rstrip(".") for pattern in patterns if (match := re.search(pattern, text))), None)
+    extra = next((extra for extra in ("vllm", "peft") if extra in f"{named} {text}".lower()), None)
+    package = f"'rest-rl[{extra}]'" if extra else named
+    remedy = f"install it: pip install {package}" if package else "install it, or see --debug"
+    return f"got an import that failed ({text}), expected the package it needs; {remedy}"
+
+
+def one_line(text: str) -> str:
+    """A message without its line breaks."""
+    return " ".join(text.split())
