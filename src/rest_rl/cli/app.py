@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from rest_rl.cli import inspect, score
+from rest_rl.cli import inspect, report, score
 from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, verb_group
 from rest_rl.errors import UserError
 
@@ -49,6 +49,11 @@ def root(
         context.fail(f"unrecognized arguments: -- {' '.join(context.obj)}")
 
 
+def add(verb: Callable[..., Any], short_help: str, epilog: str | None = None) -> None:
+    """Add a verb: its name and options are the function's, its help is the docstring."""
+    app.command(verb.__name__, cls=Verb, short_help=short_help, epilog=epilog)(verb)
+
+
 def add_legacy(name: str, short_help: str) -> None:
     """Add a verb that the old parser still reads."""
 
@@ -64,14 +69,14 @@ def add_legacy(name: str, short_help: str) -> None:
 
 add_legacy("train", "train a model with ResT or a baseline")
 add_legacy("sft", "fine-tune a model on demonstrations")
-add_legacy("report", "a page from run folders: Markdown and plots, or one HTML file to look into")
+add(report.report, "a page from run folders: Markdown and plots, or one HTML file")
 add_legacy("compare", "methods x seeds on the same data: which of them learns better, beyond seed noise?")
 add_legacy("probe", "before training: where the reward signal lies, and whether weights would help")
 add_legacy("data", "check, convert, show, split or make training data")
-add_legacy("eval", "measure a model: exact match, BFCL, API-Bank")
-app.command("inspect", cls=Verb, short_help="show each token of a response with its region and weight")(inspect.inspect)
-app.command("score", cls=Verb, short_help="score responses against gold calls, with the reasons")(score.score)
-app.command("presets", cls=Verb, short_help="every preset, resolved, as TOML")(inspect.presets)
+add_legacy("eval", "evaluate on BFCL, API-Bank or the tool world; compare, tabulate")
+add(inspect.inspect, "show each token of a response with its region and weight")
+add(score.score, "score responses against gold calls, with the reasons")
+add(inspect.presets, "every preset, resolved, as TOML")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

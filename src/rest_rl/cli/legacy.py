@@ -68,7 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     _add_train(verbs)
     _add_sft(verbs)
-    _add_report(verbs)
     _add_compare(verbs)
     _add_probe(verbs)
     add_data(verbs)
@@ -143,26 +142,6 @@ def _add_compare(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb.add_argument("--dry-run", action="store_true", help="print the grid, train nothing")
 
 
-def _add_report(verbs: argparse._SubParsersAction[Parser]) -> None:
-    verb = verbs.add_parser(
-        "report",
-        help="a page from run folders: Markdown and plots, or one HTML file to look into",
-        description="Write report.md and plots from run folders; runs that differ in their seed alone are one curve "
-        "with its spread. With --html one file report.html instead: curves, and every recorded response with its "
-        "tokens in colours; it opens from disk and asks no network.",
-    )
-    verb.add_argument("folders", nargs="+", metavar="DIR", help="run folders")
-    verb.add_argument("--out", metavar="DIR", help="where to (default: the run folder of one run, else ./report)")
-    verb.add_argument("--html", action="store_true", help="one HTML file; --out may name it")
-    verb.add_argument(
-        "--responses",
-        metavar="N",
-        type=int,
-        default=5000,
-        help="with --html: about how many responses the page holds, of evenly spaced steps (default: %(default)s)",
-    )
-
-
 def _add_probe(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb = verbs.add_parser(
         "probe",
@@ -204,8 +183,6 @@ def run_verb(arguments: argparse.Namespace) -> int:
         from rest_rl.cli import train as cli_train
 
         return cli_train.train(arguments) if arguments.verb == "train" else cli_train.sft(arguments)
-    if arguments.verb == "report":
-        return report(arguments)
     if arguments.verb == "probe":
         from rest_rl.cli.probe import probe
 
@@ -217,19 +194,6 @@ def run_verb(arguments: argparse.Namespace) -> int:
     if arguments.verb == "data":
         return data(arguments)
     return run_eval(arguments)
-
-
-def report(arguments: argparse.Namespace) -> int:
-    """Write the page and say where it is."""
-    if arguments.html:
-        from rest_rl.report.html import write_html_report
-
-        print(write_html_report(arguments.folders, arguments.out, arguments.responses))
-        return 0
-    from rest_rl.report.page import write_report
-
-    print(write_report(arguments.folders, arguments.out))
-    return 0
 
 
 def main(argv: Sequence[str], overrides: Sequence[str], *, debug: bool) -> int:

@@ -35,7 +35,7 @@ class _Help:
 
     def collect_usage_pieces(self: Any, ctx: Any) -> list[str]:
         pieces = super().collect_usage_pieces(ctx)  # pyright: ignore[reportAttributeAccessIssue]
-        return [piece.strip("{}") for piece in pieces]
+        return [piece.replace("{", "").replace("}", "") for piece in pieces]
 
     def format_options(self: Any, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
@@ -56,7 +56,7 @@ class _Help:
 
 
 class Verb(_Help, TyperCommand):
-    """A verb: `app.command("score", cls=Verb, short_help=..., epilog=...)(score)`; its docstring is its help."""
+    """A verb; `app.add` makes it from a function. In a group: `group.command("check", cls=Verb, epilog=...)(check)`."""
 
 
 class VerbGroup(_Help, TyperGroup):
