@@ -28,7 +28,7 @@ ADDRESSES = {
     "transformers": ["train/*.py", "train/trl/*.py", "evaluate/generate.py"],
     "peft": ["train/*.py", "train/verl/model.py"],
     "accelerate": ["train/*.py"],
-    "safetensors": ["train/run.py", "train/checkpoints.py", "train/verl/*.py"],
+    "safetensors": ["train/checkpoints.py", "train/trl/*.py", "train/verl/*.py"],
     "tokenizers": ["regions.py"],
     "scipy": ["rewards.py", "statistics.py", "compare/statistics.py", "probe/*.py"],
     "jinja2": ["data/layout.py"],

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 
 from rest_rl.cli.app import main
-from rest_rl.cli.train import free_folder
 from rest_rl.config import RunConfig
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import RunLog, read_run
 from rest_rl.train.checkpoints import checkpoint_state, find_checkpoint
-from rest_rl.train.run import check_trl
+from rest_rl.train.run import free_folder
+from rest_rl.train.trl.settings import check_trl
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from rest_rl.cli.app import main
 from rest_rl.cli.legacy import missing_package
 from rest_rl.config import RunConfig
 from rest_rl.presets import PRESETS
-from rest_rl.train.run import trainer_config
+from rest_rl.train.trl.settings import trainer_config
 from tests.test_cli import GOLD, RIGHT, error_of, lines
 from tests.tiny_policy import tiny_tokenizer
 

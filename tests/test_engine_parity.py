@@ -12,7 +12,7 @@ import pytest
 from rest_rl.config import ENTROPY_DECAY, RunConfig
 from rest_rl.presets import PRESETS
 from rest_rl.train.prompts import training_dataset
-from rest_rl.train.run import trainer_config, with_machine_defaults
+from rest_rl.train.trl.settings import trainer_config, with_machine_defaults
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.verl.responses import PluginRun
 from rest_rl.train.verl.settings import loss_settings, plugin_table

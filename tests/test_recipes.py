@@ -13,7 +13,7 @@ from rest_rl.config import RunConfig, read_run_file
 from rest_rl.train.footprint import Footprint, estimate
 from rest_rl.train.memory_shares import GIB, Device, Sharding
 from rest_rl.train.policy import lora_config
-from rest_rl.train.run import trainer_config
+from rest_rl.train.trl.settings import trainer_config
 from rest_rl.train.trl.trainer import ResTConfig
 from tests.architectures import architecture
 

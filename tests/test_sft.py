@@ -48,7 +48,9 @@ def trained(tmp_path: Path, weights: dict[str, float], **changes: Any) -> tuple[
         "args": SFTConfig(str(tmp_path), **ARGS | changes),
         "processing_class": TOKENIZER,
     }
-    trainer = region_trainer(layout=LAYOUT, samples=SAMPLES, region_weights=weights, **settings)
+    trainer = region_trainer(
+        layout=LAYOUT, dataset=labelled_dataset(SAMPLES, LAYOUT), region_weights=weights, **settings
+    )
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}, losses

@@ -33,5 +33,5 @@ def test_a_line_is_said_as_it_stands() -> None:
     out = io.StringIO()
     console = Console(file=out, width=20)
     say(console, "runs/[v2]/a-name-longer-than-the-line" + TITLE_AND_CLEAR)
-    Screen(console, 0, lambda text: None).say("in [v2]")  # pyright: ignore[reportArgumentType]
+    Screen(console).say("in [v2]")
     assert out.getvalue() == "runs/[v2]/a-name-longer-than-the-line␛]0;owned␇␛[2J\nin [v2]\n"

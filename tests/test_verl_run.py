@@ -12,15 +12,14 @@ import torch
 
 from rest_rl.cli.app import main, split_overrides
 from rest_rl.cli.train import verl_overrides
-from rest_rl.cli.verl import is_unmeasured
 from rest_rl.config import RunConfig, apply_overrides
 from rest_rl.data.layout import PromptLayout
-from rest_rl.data.samples import ToolSample
-from rest_rl.response import Gold
 from rest_rl.runlog import RunLog, read_run
 from rest_rl.statistics import Outcome
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import load_tokenizer
+from rest_rl.train.prompts import prepared_or_error
+from rest_rl.train.verl.engine import is_unmeasured
 from rest_rl.train.verl.follow import Follower, following
 from rest_rl.train.verl.launch import (
     find_verl_checkpoint,
@@ -38,7 +37,8 @@ from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
 def test_prompts_are_the_texts_that_trl_trains_on(tmp_path):
     layout, samples = PromptLayout(tiny_tokenizer(), "toolrl"), tiny_samples(3)
-    written = write_prompts([("train", sample) for sample in samples], layout, tmp_path / "new" / "train.parquet")
+    prepared = [("train", prepared_or_error(sample, layout)) for sample in samples]
+    written = write_prompts(prepared, tmp_path / "new" / "train.parquet")
     rows = parquet.read_table(written.path).to_pylist()
     assert [row["prompt"] for row in rows] == [[{"role": "user", "content": layout.render(s)}] for s in samples]
     assert [row["extra_info"]["index"] for row in rows] == [0, 1, 2]
@@ -48,28 +48,6 @@ def test_prompts_are_the_texts_that_trl_trains_on(tmp_path):
     assert [gold["calls"][0]["name"] for gold in golds] == [sample.gold.calls[0].name for sample in samples]
     assert written.rows == 3
     assert written.tokens == max(layout.count_tokens(sample) for sample in samples)
-
-
-def test_a_sample_that_cannot_be_laid_out_is_told_of_and_left_out(tmp_path):
-    layout, refused = PromptLayout(tiny_tokenizer(), "toolrl"), []
-    good, bad = tiny_samples(1)[0], broken_sample()
-    path = tmp_path / "train.parquet"
-    written = write_prompts(
-        [("train", good), ("train", bad)], layout, path, lambda sample, error: refused.append((sample.id, str(error)))
-    )
-    assert written.rows == 1
-    assert [name for name, _ in refused] == ["bad"]
-    with pytest.raises(ValueError, match="bad"):
-        write_prompts([("train", bad)], layout, path)
-
-
-def broken_sample() -> ToolSample:
-    good = tiny_samples(1)[0]
-    return ToolSample(**{**vars_of(good), "id": "bad", "gold": Gold((), "</response> <response>")})
-
-
-def vars_of(sample: ToolSample) -> dict[str, object]:
-    return {name: getattr(sample, name) for name in sample.__dataclass_fields__}
 
 
 def test_workers_get_a_tokenizer_without_code(tmp_path):

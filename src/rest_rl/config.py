@@ -234,7 +234,12 @@ class RunConfig:
     @classmethod
     def from_toml(cls, text: str, overrides: Iterable[str] = (), *, origin: str = "run file") -> RunConfig:
         """Read a run from TOML text and `a.b=c` overrides; unknown keys and wrong types are ValueErrors."""
-        return from_mapping(cls, apply_overrides(parse_toml(text, origin), overrides), "")
+        return cls.from_tables(parse_toml(text, origin), overrides)
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+        """As `from_toml`, from the tables of a run as Python values."""
+        return from_mapping(cls, apply_overrides(tables, overrides), "")
 
     @property
     def weights_dtype(self) -> str:

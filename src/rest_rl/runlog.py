@@ -138,8 +138,19 @@ class RunLog:
         self.enabled = enabled
 
     @classmethod
-    def create(cls, folder: str | Path, config: str, command: Iterable[str], *, enabled: bool = True) -> RunLog:
-        """Start a run in an empty or new folder; ValueError if it holds a run already or cannot be written."""
+    def create(
+        cls,
+        folder: str | Path,
+        config: str,
+        command: Iterable[str],
+        *,
+        enabled: bool = True,
+        run_file: str | Path | None = None,
+    ) -> RunLog:
+        """Start a run in an empty or new folder; UserError if it holds a run already or cannot be written.
+
+        `run_file` is recorded because a user's own objects (a weight rule, a format) may lie beside it.
+        """
         log = cls(folder, enabled=enabled)
         if (log.folder / CONFIG).exists() and enabled:
             raise UserError(
@@ -149,7 +160,10 @@ class RunLog:
             )
         log._make_folders()
         log._write(CONFIG, config)
-        log._write(ENVIRONMENT, as_json(describe_environment(command), indent=2) + "\n")
+        environment = describe_environment(command)
+        if run_file is not None:
+            environment["run_file"] = str(Path(run_file).absolute())
+        log._write(ENVIRONMENT, as_json(environment, indent=2) + "\n")
         return log
 
     @classmethod

@@ -12,16 +12,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transfer_queue as tq
-from rich.console import Console
 from verl.trainer.ppo.v1 import register_trainer
 
-from rest_rl.cli.train import laid_out
-from rest_rl.cli.verl import place_files, prepare
 from rest_rl.config import read_run_file
-from rest_rl.runlog import RunLog
+from rest_rl.runlog import SILENT, RunLog
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.prompts import read_data
+from rest_rl.train.run import resolve_layout
 from rest_rl.train.verl.config import compose_config
+from rest_rl.train.verl.engine import place_files, write_files
 from rest_rl.train.verl.launch import run_on_ray
 from rest_rl.train.verl.plugin import ReSTPPOTrainer, listed
 from rest_rl.train.verl.responses import PER_TOKEN
@@ -56,10 +55,11 @@ class SilentTrainer(ReSTPPOTrainer):
 
 
 def main(variant: str, path: str) -> None:
-    config, layout = laid_out(read_run_file(path), Console())
+    config, layout = resolve_layout(read_run_file(path), SILENT)
     log = RunLog.create(Path(config.run.out).absolute(), config.to_toml(), sys.argv)
     with TemporaryDirectory() as scratch:
-        job = prepare(config, layout, read_data(config, layout, print), log, Checkpoint(0), Path(scratch))
+        data = read_data(config, layout, print)
+        job = write_files(config, layout, data, log.folder, Checkpoint(0), Path(scratch))
         place_files(Path(scratch), log)
     verl = compose_config(config, job)
     verl.trainer.v1.trainer_mode, verl.algorithm.adv_estimator = MODES[variant]

@@ -102,7 +102,7 @@ def whole_number(text: str) -> int:
 
 def refuse_unstartable(jobs: list[Job]) -> None:
     """ValueError for a method whose runs the trainer would refuse, before any other is trained."""
-    from rest_rl.train.run import trainer_config  # a page of runs that are there does without the trainer
+    from rest_rl.train.trl.settings import trainer_config  # a page of runs that are there does without the trainer
 
     for job in jobs:
         if job.state == "kept" or job.config.run.engine != "trl":

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -280,7 +281,11 @@ def reading(
     )
     reader = RowReader(*files)
     test_prompts = prompts_of(arguments.test, config) if getattr(arguments, "test", None) else frozenset()
-    rows = checked_rows(reader, config, test_prompts=test_prompts, **_asked_of(layout))
+    rows = checked_rows(reader, replace(config, max_prompt_tokens=0), test_prompts=test_prompts)
+    if layout is not None:
+        from rest_rl.data.prepare import prepare_row
+
+        rows = (prepare_row(row, layout, config)[0] for row in rows)
     rows = islice(rows, arguments.limit) if arguments.limit else rows
     if not sys.stderr.isatty():
         yield rows
@@ -316,12 +321,3 @@ def asked_layout(arguments: argparse.Namespace) -> PromptLayout | None:
     name, why = resolve_format(arguments.format, tokenizer, keeps_prompts=arguments.keep_prompts)
     print(f"format {name}: {why}", file=sys.stderr)
     return PromptLayout(tokenizer, name)
-
-
-def _asked_of(layout: PromptLayout | None) -> dict[str, Any]:
-    """What `checked_rows` asks a model for."""
-    if layout is None:
-        return {}
-    from rest_rl.train.prompts import model_checks
-
-    return model_checks(layout)

@@ -18,7 +18,8 @@ from rich.text import Text
 from rest_rl.report.diagnosis import Finding
 from rest_rl.report.palette import REGION_COLOURS
 from rest_rl.report.tables import is_number
-from rest_rl.response import ParsedResponse, Region, Span
+from rest_rl.response import Region, Span
+from rest_rl.runlog import Advance
 
 LINE_EVERY = 60.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -155,6 +156,14 @@ def pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, str]]:
     yield text[end:], Region.OTHER.label
 
 
+def recorded_pieces(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A recorded response token by token, each with the label of its region."""
+    start = 0
+    for length, region in zip(row["lengths"], row.get("regions") or [Region.OTHER] * len(row["lengths"]), strict=True):
+        yield row["response"][start : start + length], Region(region).label
+        start += length
+
+
 def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Console) -> None:
     """Quantities, their values and how each was reckoned; the last column wraps."""
     table = Table("", "", "", title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -166,23 +175,36 @@ def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Con
 
 
 class Screen:
-    """Shows a run in the terminal: the bar with time left, sample responses, tables."""
+    """The observer of the command: shows a run in the terminal."""
 
-    def __init__(self, console: Console, show_every: int, parse: Callable[[str], ParsedResponse]) -> None:
-        """`parse` reads the responses that are shown, every `show_every` steps."""
-        self.console, self.show_every, self.parse = console, show_every, parse
+    def __init__(self, console: Console, show_every: int = 0) -> None:
+        """`show_every`: steps between two sample responses, 0 for none."""
+        console.file = console.file  # a workflow that redirects sys.stdout does not catch what is shown
+        self.console, self.show_every = console, show_every
         self.weights: dict[str, float] = {}
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
     @contextmanager
-    def bar(self, done: int, total: int) -> Iterator[None]:
-        """The progress bar of the training steps; a `total` below 1 is not known yet."""
+    def track(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
+        """A bar, or where the end is not known a status line."""
+        if total is None:
+            with self.console.status(what):
+                yield lambda done, total=None, note="": None
+            return
         with progress_bar(self.console) as progress:
-            self._task = progress.add_task("", total=total if total > 0 else None, completed=done, note="")
-            self._progress = progress
-            yield
+            task = progress.add_task("", total=total, completed=done, note="")
+            self._progress, self._task = progress, task
+
+            def advance(done: int, total: int | None = None, note: str = "") -> None:
+                progress.update(task, completed=done, total=total, note=note)
+
+            yield advance
         self._progress = None
+
+    def show_table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """A table whose first column is text and whose other columns are numbers."""
+        show_table(title, header, rows, self.console)
 
     def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """Move the bar."""
@@ -197,9 +219,8 @@ class Screen:
         if not self.show_every or (step - 1) % self.show_every or not rows:
             return
         row = rows[0]
-        text = str(row["response"])
         self.console.rule(f"step {step}, reward {row['reward']:.2f}", align="left", style="dim")
-        self.console.print(coloured(pieces(text, self.parse(text).spans)), soft_wrap=True)
+        self.console.print(coloured(recorded_pieces(row)), soft_wrap=True)
         self.console.print(legend(self.weights))
 
     def on_finding(self, finding: Finding) -> None:

@@ -1,333 +1,325 @@
-"""One training run as the command does it: trainer, run folder, resume. Says what happens through an `Observer`."""
+"""The workflow of a training run, the same for every engine: check, open the folder, measure, train, keep, measure."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib.util
-import typing
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, Protocol, cast
+from textwrap import shorten
+from time import perf_counter
+from typing import Any
 
-import torch
 from datasets import disable_progress_bars
-from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from trl import GRPOConfig, SFTConfig, SFTTrainer
 
-from rest_rl.config import RunConfig, describe, fits, options, parse_toml, unknown_key
-from rest_rl.data.layout import PromptLayout
-from rest_rl.data.samples import ToolSample
+from rest_rl.config import AUTO, RunConfig, parse_toml, read_run_file
+from rest_rl.data.layout import PromptLayout, resolve_format
+from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
-from rest_rl.formats import get_format
-from rest_rl.report.diagnosis import Diagnosis, Finding
-from rest_rl.report.diagnosis.history import step_of
-from rest_rl.runlog import CHECKPOINTS, EVALUATIONS, METRICS, RunLog, read_rows, unwritable
+from rest_rl.evaluate.held_out import Prompt, fixed_slice
+from rest_rl.objects import add_search_folder
+from rest_rl.report.diagnosis import Finding, diagnose
+from rest_rl.report.plots import draw_all
+from rest_rl.report.tables import COMPARISON_HEADER, comparison_rows, flatten, group_runs
+from rest_rl.runlog import CONFIG, ENVIRONMENT, SILENT, Observer, Row, RunLog, read_object, read_run, unwritable
 from rest_rl.train.checkpoints import Checkpoint
-from rest_rl.train.policy import new_adapter, quiet_loading
-from rest_rl.train.prompts import OnRefused, training_dataset
-from rest_rl.train.record import KeepLast, ResponseRecord, recorded_reward
-from rest_rl.train.reward import make_tool_reward
-from rest_rl.train.sft import region_trainer
-from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, steps_per_generation
+from rest_rl.train.engine import Engine
+from rest_rl.train.policy import policy_tokenizer, quiet_loading
+from rest_rl.train.prompts import TrainingData, read_data
+from rest_rl.train.trl.settings import unread_keys, with_machine_defaults
 
-WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
-"""Parts of the names of what differs from run to run, or after a resume, and so stays out of the metrics."""
-OWNED = ("output_dir", "seed", "preset", "tool_format", "weights", "reward", "advantage", "entropy_decay")
-"""Fields of the trainer's configuration that other tables of a run set."""
-LEAST_ONE = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_generations",
-    "max_completion_length",
-    "save_steps",
-    "logging_steps",
-)
-"""Fields of which less would mean nothing."""
+RunSource = RunConfig | Mapping[str, Any] | str | Path | None
 
 
-class Observer(Protocol):
-    """Who is told of a run's steps."""
+@dataclass(frozen=True)
+class RunResult:
+    """A run that has ended; everything else is in its folder (`runlog.read_run`)."""
 
-    def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
-        """A step is finished; its metrics are in the run folder."""
-        ...
-
-    def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Some responses that `step`, counted from 1, learns from; `rows` are as in responses.jsonl."""
-        ...
-
-    def on_finding(self, finding: Finding) -> None:
-        """Something is wrong with the run that was not before."""
-        ...
-
-
-class Recorder(TrainerCallback):
-    """Writes each step to the run folder, tells the observer, and stops in an orderly way when asked."""
-
-    def __init__(self, log: RunLog, observer: Observer, table: Mapping[str, Any]) -> None:
-        """Bind the run folder and who is told; `table` is the run's configuration, for its diagnosis."""
-        self.log, self.observer = log, observer
-        self.stop_requested = False
-        self._diagnosis, self._evaluations = Diagnosis(table), 0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What a resumed run has shown before is not told again."""
-        for row in read_rows(self.log.folder / METRICS) if self.log.enabled else []:
-            self._diagnose(row, state.max_steps)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """One row of metrics and one of times."""
-        row = {"step": state.global_step}
-        timing = {key: value for key, value in (logs or {}).items() if any(part in key for part in WALL_CLOCK)}
-        metrics = {key: value for key, value in (logs or {}).items() if key not in timing}
-        if "train_loss" not in metrics:  # the closing line of the trainer repeats what is known
-            self.log.add_metrics(row | metrics)
-            self.observer.on_step(state.global_step, state.max_steps, metrics)
-            for finding in self._diagnose(row | metrics, state.max_steps):
-                self.observer.on_finding(finding)
-        self.log.add_timing(row | timing)
-
-    def _diagnose(self, row: Mapping[str, Any], total: int) -> list[Finding]:
-        """What a row of metrics shows for the first time."""
-        evaluations = read_rows(self.log.folder / EVALUATIONS)
-        due = [seen for seen in evaluations[self._evaluations :] if step_of(seen) <= step_of(row)]
-        self._evaluations += len(due)
-        for seen in due:
-            self._diagnosis.add_evaluation(seen)
-        return self._diagnosis.add(row, total)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save and stop if asked, once every response generated so far has been learnt from."""
-        if self.stop_requested and state.global_step % steps_per_generation(args) == 0:
-            control.should_save = control.should_training_stop = True
+    folder: Path
+    config: RunConfig
+    steps: int
+    """Finished optimizer steps."""
+    is_interrupted: bool
+    """Whether it was stopped before its last step; `train(..., resume=True)` goes on."""
+    model: Path | None
+    """Where the trained model, or its adapter, and its tokenizer lie."""
+    before: Row | None
+    """Scores on held-out prompts before training, as in summary.json; None without held-out prompts."""
+    after: Row | None
+    findings: tuple[Finding, ...]
+    """What the diagnosis found in the metrics."""
 
 
-class EveryNSteps(TrainerCallback):
-    """Calls a function with the step after every n-th finished step.
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked as far as is possible without loading its model."""
 
-    The call comes before the step is logged and saved: what it writes is there whenever the step's checkpoint is.
+    config: RunConfig
+    layout: PromptLayout
+    engine: Engine
+    data: TrainingData
+
+
+def train(
+    run: RunSource = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    observer: Observer = SILENT,
+) -> RunResult:
+    """Train a model and measure it on held-out prompts before and after; everything lands in the run folder.
+
+    Args:
+        run: the run as a RunConfig, its tables, or the path of a TOML file; by default the embedded run, or one for
+            your own model if `overrides` name a model or data set.
+        out: the run folder, instead of `run.out`.
+        resume: go on with the run in that folder; `run` may then be left out and must not differ from it.
+        overrides: changes such as "trl.max_steps=10".
+        observer: told of progress; by default nothing is shown.
+
+    Raises:
+        UserError: a mistake in the run, its data or its model; found before the run folder is made where possible.
     """
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    observer = observer if is_first else SILENT
+    plan = make_plan(run, out=out, resume=resume, overrides=overrides, observer=observer)
+    config, engine, data = plan.config, plan.engine, plan.data
+    folder = Path(config.run.out)
+    if resume:
+        log, checkpoint = resume_folder(folder, engine, data, observer, enabled=is_first)
+    else:
+        checkpoint = engine.prepare(data, RunLog(folder), Checkpoint(0))
+        run_file = run if isinstance(run, str | Path) else None
+        log = RunLog.create(folder, config.to_toml(), sys.argv, enabled=is_first, run_file=run_file)
+    what = f"preset {config.rest.preset}, {len(data.prepared)} prompts, {len(data.held_out)} held out"
+    observer.say(f"run folder {folder}, {what}")
+    keep_account(data, log, observer)
+    engine.start(log)
+    held_out = HeldOut(engine, data.held_out, config, log, observer)
+    if not checkpoint.is_last:
+        held_out.measure("before")
+    reached = engine.run(held_out.after_step)
+    if reached.is_interrupted:
+        observer.say(f"stopped after step {reached.step}; go on with: rest-rl train --resume --out {folder}")
+    else:
+        engine.keep_model()
+        log.update_summary(steps=reached.step, preset=config.rest.preset, seed=config.run.seed)
+        held_out.measure("after")
+        if is_first:
+            finish(log, observer)
+    recorded, table = read_run(folder), parse_toml(config.to_toml(), "the run")
+    return RunResult(
+        folder=folder,
+        config=config,
+        steps=reached.step,
+        is_interrupted=reached.is_interrupted,
+        model=log.model if log.model.exists() else None,
+        before=recorded.summary.get("before"),
+        after=recorded.summary.get("after"),
+        findings=tuple(diagnose(recorded.metrics, recorded.evaluations, table)),
+    )
 
-    def __init__(self, every: int, call: Callable[[int], None]) -> None:
-        """`call` must leave the model and every random state as they were."""
-        self.every, self.call = every, call
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Call if the step is due."""
-        if state.global_step % self.every == 0:
-            self.call(state.global_step)
+def resume_folder(
+    folder: Path, engine: Engine, data: TrainingData, observer: Observer, *, enabled: bool
+) -> tuple[RunLog, Checkpoint]:
+    """A run folder cut back to its newest whole checkpoint, once the engine is ready to go on from there."""
+    log = RunLog(folder)
+    check_same_data(data, log)
+    checkpoint, broken = engine.resume_point(log)
+    checkpoint = engine.prepare(data, log, checkpoint)
+    if broken:
+        observer.say(f"{', '.join(broken)} is not whole and is left aside")
+    observer.say(f"resuming after step {checkpoint.step}")
+    return RunLog.resume(folder, checkpoint.step, is_last=checkpoint.is_last, enabled=enabled), checkpoint
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to the command: no progress bars, hints and deprecation warnings of the libraries."""
+    """Leave the terminal to the caller: no progress bars, hints and deprecation warnings of the libraries."""
     quiet_loading()
     disable_progress_bars()
 
 
-def with_machine_defaults(config: RunConfig) -> RunConfig:
-    """The run with `use_cpu` and `bf16 = false` filled in where there is no accelerator and `[trl]` does not say."""
-    if torch.accelerator.is_available():
-        return config
-    return dataclasses.replace(config, trl={"use_cpu": True, "bf16": False, **config.trl})
+def make_plan(
+    run: RunSource = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    observer: Observer = SILENT,
+    is_dry: bool = False,
+) -> Plan:
+    """Read and check a run and its data; loads the tokenizer, writes nothing.
+
+    A dry plan is of a run that will not begin: where nobody has named a folder it does not look for a free one.
+    """
+    config = resolve_run(run, out=out, resume=resume, overrides=overrides, is_dry=is_dry)
+    config, layout = resolve_layout(config, observer)
+    engine = make_engine(config, layout, observer)
+    return Plan(config, layout, engine, read_data(config, layout, observer.say))
 
 
-def trainer_config(config: RunConfig) -> ResTConfig | SFTConfig:
-    """The trainer's configuration: `[trl]` as it stands, the rest from the other tables."""
-    kind = SFTConfig if config.rest.is_supervised else ResTConfig
-    table = {name: value for name, value in config.trl.items() if name not in unread_keys(config)}
-    check_trl(table, kind)
-    given: dict[str, Any] = {
-        "output_dir": str(Path(config.run.out) / CHECKPOINTS),
-        "seed": config.run.seed,
-        "disable_tqdm": True,
-        "report_to": [],
-        "logging_steps": 1,
-        **method_fields(config),
-        **table,
-    }
-    for name in LEAST_ONE:
-        if isinstance(number := table.get(name, 1), int) and number < 1:
-            raise UserError(f"trl.{name} = {number}", "at least 1", "raise it")
+def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer) -> Engine:
+    """The engine that `run.engine` names; UserError for settings that it refuses."""
+    if config.run.engine == "verl":
+        from rest_rl.train.verl.engine import VerlEngine
+
+        return VerlEngine(config, layout, observer)
+    from rest_rl.train.trl.engine import TrlEngine
+
+    if unread := unread_keys(config):
+        observer.say(f"preset {config.rest.preset} does not read trl.{', trl.'.join(unread)}")
+    return TrlEngine(config, layout, observer)
+
+
+def resolve_run(
+    run: RunSource, *, out: str | Path | None, resume: bool, overrides: Sequence[str], is_dry: bool = False
+) -> RunConfig:
+    """The run that is asked for; with `resume` the one in the run folder, which `run` and `overrides` may repeat."""
+    asked = read_source(run, overrides)
+    asked = with_machine_defaults(asked) if asked.run.engine == "trl" else asked  # verl trains elsewhere
+    if out is not None:
+        asked = in_folder(asked, out)
+    if not resume:
+        is_chosen = run is not None or out is not None or is_dry
+        return asked if is_chosen else in_folder(asked, free_folder(asked.run.out))
+    folder = Path(asked.run.out)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--resume and {folder}, which holds no run", "a run folder", "pass its --out")
+    if file := read_object(folder / ENVIRONMENT).get("run_file"):
+        add_search_folder(Path(file).parent)
+    config = in_folder(read_run_file(folder / CONFIG), folder)
+    if run is None:  # overrides on their own are changes of the recorded run
+        asked = in_folder(read_run_file(folder / CONFIG, overrides), folder)
+    if asked.rest.format == AUTO:
+        asked = replace(asked, rest=replace(asked.rest, format=config.rest.format))
+    refuse_changes(parse_toml(asked.to_toml(), "the run"), parse_toml(config.to_toml(), "the run"))
+    return config
+
+
+def read_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
+    """A run from whatever describes it, with overrides."""
+    if isinstance(run, RunConfig):
+        return RunConfig.from_toml(run.to_toml(), overrides) if overrides else run
+    if isinstance(run, Mapping):
+        return RunConfig.from_tables(run, overrides)
+    if run is not None:
+        add_search_folder(Path(run).parent)
+    return read_run_file(run, overrides)
+
+
+def in_folder(config: RunConfig, out: str | Path) -> RunConfig:
+    """The same run in another folder."""
+    return replace(config, run=replace(config.run, out=str(out)))
+
+
+def free_folder(out: str) -> str:
+    """`out`, or `out-2`, `out-3`, ... if it holds a run already; for runs whose folder nobody chose.
+
+    UserError in a launch of several processes: each would find another one.
+    """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(f"{processes} processes without --out", "one folder for all", "pass --out DIR")
+    names = chain([out], (f"{out}-{number}" for number in count(2)))
+    return next(name for name in names if not (Path(name) / CONFIG).exists())
+
+
+def refuse_changes(asked: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """UserError if a resumed run is asked to be another one."""
+    new, old = flatten(asked), flatten(recorded)
+    changed = sorted(key for key in {*new, *old} if new.get(key) != old.get(key))
+    if changed:
+        raise UserError(
+            f"--resume with another {', '.join(changed)}",
+            "the run as it was recorded",
+            "leave RUN.toml and --set out to go on with it, or pass another --out to start the changed run",
+        )
+
+
+def resolve_layout(config: RunConfig, observer: Observer) -> tuple[RunConfig, PromptLayout]:
+    """The run with its format resolved, and how prompts are laid out."""
+    tokenizer, variables = policy_tokenizer(config.model), config.model.chat_template_kwargs
+    name, why = resolve_format(config.rest.format, tokenizer, variables, keeps_prompts=config.data.keep_prompts)
+    observer.say(f"format {name}: {why}")
+    return replace(config, rest=replace(config.rest, format=name)), PromptLayout(tokenizer, name, variables)
+
+
+def check_same_data(data: TrainingData, log: RunLog) -> None:
+    """UserError if a resumed run would go on with other samples than it began with."""
+    recorded = log.read_summary().get("data", {})
+    if recorded.get("digest", data.digest) != data.digest:
+        raise UserError(
+            f"--resume with other training data than the run in {log.folder} began with (then "
+            f"{recorded.get('samples')} samples, now {len(data.prepared)})",
+            "the same",
+            "restore the file, or start anew with another --out",
+        )
+
+
+def keep_account(data: TrainingData, log: RunLog, observer: Observer) -> None:
+    """What training was given and what not, in the run folder."""
+    if refused := [row for row in data.rejected if "sample" in row]:
+        first = shorten(f"{refused[0]['sample']}: {refused[0]['reason']}", 250, placeholder=" ...")
+        observer.say(f"{len(refused)} of these samples cannot be laid out and are left out; the first, {first}")
+    log.write_rejected(data.rejected)
+    log.update_summary(data={**data.report, "refused": len(refused), "digest": data.digest})
+
+
+class HeldOut:
+    """Measures the policy on held-out prompts, before, after and, with `[eval] every`, during training."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        samples: Sequence[tuple[str, Prepared]],
+        config: RunConfig,
+        log: RunLog,
+        observer: Observer,
+    ) -> None:
+        self.engine, self.log, self.observer = engine, log, observer
+        self.every, self.prompts = config.eval.every, [Prompt(s.prompt_text, s.sample, split) for split, s in samples]
+        self.slice = fixed_slice(self.prompts, config.eval.slice)
+        steps = config.trl.get("max_steps", 0)
+        if 0 < steps < self.every:
+            observer.say(
+                f"eval.every = {self.every} is more than the run's {steps} steps: nothing is measured in between"
+            )
+
+    def measure(self, when: str) -> None:
+        """Keep the scores in the summary; a resumed run does not repeat what is there."""
+        if not self.prompts or when in self.log.read_summary():
+            return
+        with self.observer.track(f"evaluating {when} training on {len(self.prompts)} held-out prompts"):
+            scores = self.engine.evaluate(self.prompts)
+        if scores is not None:
+            self.log.update_summary(**{when: scores})
+
+    def after_step(self, step: int) -> Row | None:
+        """Measure the slice if the step is due: a row in the run folder, which is returned, and a line of text."""
+        if not self.every or step % self.every or not self.slice:
+            return None
+        begin = perf_counter()
+        if (scores := self.engine.evaluate(self.slice)) is None:
+            return None
+        row = {"step": step, **scores}
+        self.log.add_evaluation(row)
+        self.log.add_timing({"step": step, "evaluation_time": perf_counter() - begin})
+        parts = ((scores, "sampled"), (scores["greedy"], "greedy"))
+        shown = (f"{100 * s['exact_match']:.1f} ± {100 * s['exact_match_error']:.1f} % {name}" for s, name in parts)
+        self.observer.say(f"step {step}: exact match {', '.join(shown)} ({len(self.slice)} held out)")
+        return row
+
+
+def finish(log: RunLog, observer: Observer) -> None:
+    """Plots and the before/after table."""
+    run = read_run(log.folder)
     try:
-        args = kind(**given)
-    except TypeError as error:
-        raise UserError(f"[trl] {table} ({error})", f"fields of {kind.__name__}", "mend it") from error
-    if args.save_strategy == "steps" and args.save_steps % steps_per_generation(args) != 0:
-        raise UserError(
-            f"trl.save_steps = {args.save_steps}",
-            f"a multiple of {steps_per_generation(args)}, the steps that share one batch of responses, or a resumed "
-            "run would differ",
-            "change save_steps",
-        )
-    if "steps" == args.save_strategy == args.logging_strategy and args.save_steps % args.logging_steps:
-        raise UserError(
-            f"trl.save_steps = {args.save_steps} and trl.logging_steps = {args.logging_steps}",
-            "a multiple: metrics are averaged since the last line, and a resumed run knows of none before its "
-            "checkpoint",
-            "change one of them",
-        )
-    check_trackers(cast(list[str], args.report_to))
-    new_adapter(config)  # refused here, before there is a run folder
-    return args
-
-
-def method_fields(config: RunConfig) -> dict[str, Any]:
-    """`[rest]` as fields of the trainer's configuration; a supervised trainer reads none of them."""
-    if config.rest.is_supervised:
-        return {}
-    rest = dataclasses.asdict(config.rest)
-    del rest["region_weights"]
-    return {"tool_format": rest.pop("format"), **rest}
-
-
-def unread_keys(config: RunConfig) -> list[str]:
-    """Keys of `[trl]` for the other kind of training, left out so that one run file serves all presets."""
-    reinforced, supervised = field_names(GRPOConfig), field_names(SFTConfig)
-    only = reinforced - supervised if config.rest.is_supervised else supervised - reinforced
-    return [name for name in config.trl if name in only]
-
-
-def field_names(kind: type) -> set[str]:
-    """What a trainer's configuration can be given."""
-    return {field.name for field in dataclasses.fields(kind) if field.init}
-
-
-def check_trl(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
-    """ValueError for a key or value of `[trl]` that the trainer would not take, or could not resume from."""
-    fields = field_names(kind) - set(OWNED)
-    stock = SFTConfig if kind is SFTConfig else GRPOConfig
-    hints = {**typing.get_type_hints(kind), **typing.get_type_hints(stock)}
-    for name, value in table.items():
-        if name not in fields:
-            raise ValueError(unknown_key(f"trl.{name}", name, fields))
-        # Others are left to the trainer; some of its texts (scale_rewards) may be true or false as well.
-        is_plain = all(option in (int, float, bool, str, type(None)) for option in options(hints[name]))
-        is_switch = isinstance(value, bool) and str in options(hints[name])
-        if is_plain and not is_switch and not fits(value, hints[name]):
-            raise UserError(f"trl.{name} = {value!r}", f"{describe(hints[name])}", "change the value")
-    if table.get("save_only_model"):
-        raise UserError(
-            "trl.save_only_model = true",
-            "checkpoints that a run can go on from",
-            "remove it (the weights alone are in the run folder's model/)",
-        )
-    if "chat_template_kwargs" in table:
-        raise UserError("trl.chat_template_kwargs", "model.chat_template_kwargs", "move it to [model]")
-    if table.get("use_vllm") and importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "trl.use_vllm = true without the package vllm", "it", "pip install 'rest-rl[vllm]', or remove it"
-        )
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """ValueError for a tracker whose package is not there: the trainer would find out after the run has begun."""
-    missing = [name for name in names if name not in ("none", "all", *get_available_reporting_integrations())]
-    if missing:
-        raise UserError(
-            f"trl.report_to = {list(names)}", "trackers that are installed", f"pip install {missing[0]}, or remove it"
-        )
-
-
-def build_trainer(
-    config: RunConfig,
-    args: ResTConfig | SFTConfig,
-    model: Any,
-    layout: PromptLayout,
-    samples: Sequence[ToolSample],
-    log: RunLog,
-    observer: Observer,
-    on_refused: OnRefused | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> tuple[ResTTrainer | SFTTrainer, Recorder]:
-    """The trainer, with `callbacks`, and the one that writes its run folder; `on_refused` as in `training_dataset`."""
-    if not samples:
-        raise UserError(f"no training sample from {config.data.path}", "at least one", "check [data]")
-    recorder = Recorder(log, observer, parse_toml(config.to_toml(), "the run"))
-    shared: dict[str, Any] = {
-        "model": model,
-        "processing_class": layout.tokenizer,
-        "peft_config": new_adapter(config),
-        "callbacks": [recorder, *callbacks],
-    }
-    trainer: ResTTrainer | SFTTrainer
-    if isinstance(args, ResTConfig):
-        record = ResponseRecord(functools.partial(keep_responses, log, observer))
-        trainer = ResTTrainer(
-            args=args,
-            reward_funcs=recorded_tool_reward(config, layout.tokenizer, args, record),
-            train_dataset=training_dataset(
-                samples, layout.tokenizer, layout.format, layout.variables, on_refused=on_refused
-            ),
-            **shared,
-        )
-        trainer.on_weighed = record.fill
-        trainer.add_callback(KeepLast(record))
-    else:
-        trainer = region_trainer(args, layout, samples, config.rest.loss_weights(), on_refused=on_refused, **shared)
-    check_size(trainer, config)
-    # Progress and metrics are shown and kept by the recorder.
-    trainer.remove_callback(PrinterCallback)
-    return trainer, recorder
-
-
-def check_size(trainer: ResTTrainer | SFTTrainer, config: RunConfig) -> None:
-    """ValueError for fewer prompts than one step takes: the trainer would silently do nothing."""
-    args = cast(Any, trainer.args)
-    if not isinstance(trainer, ResTTrainer):
-        return
-    size, needed = len(cast(Any, trainer.train_dataset)), args.generation_batch_size // args.num_generations
-    if size < needed:
-        raise UserError(
-            f"{size} training prompts from {config.data.path}",
-            f"at least {needed}, which one batch of {args.generation_batch_size} responses takes",
-            "lower trl.gradient_accumulation_steps or trl.per_device_train_batch_size, or add data",
-        )
-
-
-def recorded_tool_reward(
-    config: RunConfig, tokenizer: Any, args: ResTConfig, record: ResponseRecord
-) -> Callable[..., list[float]]:
-    """The preset's reward, which also records the first responses of every batch."""
-    tool_format = get_format(config.rest.format)
-    reward = make_tool_reward(tokenizer, tool_format, args.method(), steps_per_generation(args), args.seed)
-    return recorded_reward(reward, tokenizer, tool_format, config.run.responses_per_step, record)
-
-
-def keep_responses(log: RunLog, observer: Observer, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Responses into the run folder and to the observer."""
-    log.add_responses(rows)
-    observer.on_responses(step, rows)
-
-
-def train(trainer: ResTTrainer | SFTTrainer, checkpoint: Checkpoint, log: RunLog) -> int:
-    """Train from a checkpoint; returns the number of finished steps. A full disk is a ValueError."""
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint.folder else None)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, OSError) or "No space left" in str(error) or "file write failed" in str(error):
-            raise unwritable(log.folder, OSError(None, str(error))) from error
-        raise
-    return int(trainer.state.global_step)
-
-
-def save_policy(trainer: ResTTrainer | SFTTrainer, log: RunLog) -> None:
-    """The trained model, or its adapter, with the tokenizer in the run folder's `model`; all processes take part."""
-    try:
-        trainer.save_model(str(log.model))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise unwritable(log.folder, OSError(None, str(error))) from error
-
-
-def is_sharded(trainer: ResTTrainer | SFTTrainer) -> bool:
-    """Whether no process holds the whole model (FSDP, DeepSpeed), so that it cannot generate by itself."""
-    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        draw_all(group_runs([run]), log.plots)
+    except OSError as error:
+        raise unwritable(log.folder, error) from error
+    if run.summary.get("after"):
+        observer.show_table("before → after training", COMPARISON_HEADER, comparison_rows(run.summary))
+    observer.say(f"plots in {log.plots}; rest-rl report {log.folder} writes a page")

@@ -15,12 +15,13 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from rest_rl.data.layout import PromptLayout
+from rest_rl.data.prepare import Prepared, Rejected
 from rest_rl.data.samples import ToolSample
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region
-from rest_rl.train.prompts import IGNORED, OnRefused, dataset_of, demonstration_text, encode
+from rest_rl.train.prompts import IGNORED, dataset_of, demonstration_text, encode, prepared_or_error
 from rest_rl.weights import assign_weights
 
 if TYPE_CHECKING:
@@ -70,56 +71,62 @@ class RegionSFTTrainer(SFTTrainer):
 
 
 def region_trainer(
-    args: SFTConfig,
-    layout: PromptLayout,
-    samples: Iterable[ToolSample],
-    region_weights: Mapping[str, float],
-    on_refused: OnRefused | None = None,
-    **settings: Any,
+    args: SFTConfig, layout: PromptLayout, dataset: Dataset, region_weights: Mapping[str, float], **settings: Any
 ) -> SFTTrainer:
-    """A trainer on the samples' demonstrations; stock where all regions weigh alike.
+    """A trainer on a dataset of `demonstrations`; stock where all regions weigh alike.
 
-    `region_weights` maps region labels (`name`, `reasoning`, ...) to loss weights, 1 where absent; ValueError for
-    another label or a negative weight. Samples that the format cannot write are told to `on_refused`, or raise.
+    `region_weights` maps region labels (`name`, `reasoning`, ...) to loss weights, 1 where absent; UserError for
+    another label or a negative weight.
     """
-    dataset = labelled_dataset(samples, layout, on_refused, args.max_length)
     if set(weights_by_region(region_weights).tolist()) == {1.0}:
         return SFTTrainer(args=args, train_dataset=dataset, **settings)
     return RegionSFTTrainer(layout=layout, region_weights=region_weights, args=args, train_dataset=dataset, **settings)
 
 
-def labelled_dataset(
-    samples: Iterable[ToolSample],
-    layout: PromptLayout,
-    on_refused: OnRefused | None = None,
-    max_length: int | None = None,
-) -> Dataset:
-    """Columns input_ids and labels (-100 on the prompt); ValueError for no samples.
+def labelled_dataset(samples: Iterable[ToolSample], layout: PromptLayout, max_length: int | None = None) -> Dataset:
+    """Columns input_ids and labels (-100 on the prompt); ValueError for no samples or one that cannot be learnt."""
+    rows, rejected = demonstrations([prepared_or_error(sample, layout) for sample in samples], layout, max_length)
+    if rejected:
+        raise ValueError(rejected[0].reason)
+    return dataset_of(rows)
 
-    A sample of more than `max_length` tokens is refused: cut off, it would teach a response without its end. Where the
-    prompt ends in a closed think block, the demonstration does not think either.
+
+def demonstrations(
+    prepared: Iterable[Prepared], layout: PromptLayout, max_length: int | None = None
+) -> tuple[list[dict[str, list[int]]], list[Rejected]]:
+    """Rows of input_ids and labels (-100 on the prompt), and the samples that cannot be learnt from.
+
+    A sample of more than `max_length` tokens is rejected: cut off, it would teach a response without its end. So is a
+    thought that the format cannot hold. Where the prompt ends in a closed think block, the demonstration does not think
+    either.
     """
-
-    def row(sample: ToolSample) -> dict[str, Any]:
-        response = demonstration_text(sample, layout.format, thinks=not layout.closes_think)
-        ids, labels = encode(layout.render(sample), response, layout.tokenizer)
+    rows: list[dict[str, list[int]]] = []
+    rejected: list[Rejected] = []
+    for each in prepared:
+        try:
+            response = demonstration_text(each.sample, layout.format, thinks=not layout.closes_think)
+        except ValueError as error:
+            rejected.append(Rejected(each.sample, str(error)))
+            continue
+        ids, labels = encode(each.prompt_ids, response, layout.tokenizer)
         if max_length is not None and len(ids) > max_length:
-            raise ValueError(
-                f"sample {sample.id!r}: got {len(ids)} tokens of prompt and demonstration, expected at most "
+            reason = (
+                f"sample {each.sample.id!r}: got {len(ids)} tokens of prompt and demonstration, expected at most "
                 f"trl.max_length = {max_length}; raise it, or shorten the row"
             )
-        return {"input_ids": ids, "labels": labels}
-
-    return dataset_of(samples, row, on_refused)
+            rejected.append(Rejected(each.sample, reason))
+        else:
+            rows.append({"input_ids": ids, "labels": labels})
+    return rows, rejected
 
 
 def weights_by_region(region_weights: Mapping[str, float]) -> Tensor:
-    """Loss weights (R,) from labels, 1 where absent; ValueError for an unknown label or a negative weight."""
+    """Loss weights (R,) from labels, 1 where absent; UserError for an unknown label or a negative weight."""
     known = {region.label: int(region) for region in Region}
     weights_R = torch.ones(len(known))
     for label, weight in region_weights.items():
         if label not in known or not weight >= 0:
-            raise ValueError(f"got region weight {label} = {weight}; expected >= 0 for one of {', '.join(known)}")
+            raise UserError(f"region weight {label} = {weight}", f">= 0 for one of {', '.join(known)}", "change it")
         weights_R[known[label]] = weight
     return weights_R
 

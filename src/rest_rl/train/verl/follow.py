@@ -7,24 +7,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rest_rl.report.diagnosis import Diagnosis
-from rest_rl.runlog import EVALUATIONS, METRICS, RESPONSES, Row, RunLog
-from rest_rl.train.run import Observer
+from rest_rl.runlog import EVALUATIONS, METRICS, RESPONSES, Observer, Row, RunLog
 
 FAILED = "completions/failed"
 """The figure that says how many responses of a step verl could not make or score."""
 EVERY = 0.5
 """Seconds between two looks."""
-
-
-class SayingObserver(Observer, Protocol):
-    """An observer that is told in words, too."""
-
-    def say(self, text: str) -> None:
-        """One line."""
-        ...
 
 
 class Tail:
@@ -49,7 +40,7 @@ class Tail:
 class Follower:
     """Tells an observer of the steps of a run as they appear in its folder."""
 
-    def __init__(self, log: RunLog, observer: SayingObserver, table: Mapping[str, Any], total: int) -> None:
+    def __init__(self, log: RunLog, observer: Observer, table: Mapping[str, Any], total: int) -> None:
         """`table` is the run's configuration, for its diagnosis; `total` are its steps."""
         self._observer, self._total, self._diagnosis = observer, total, Diagnosis(table)
         self._metrics, self._responses, self._evaluations = (

@@ -14,13 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rest_rl.data.layout import PromptLayout
-from rest_rl.data.samples import ToolSample, to_json
+from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import RunLog, replace_file, unwritable
 from rest_rl.train.checkpoints import Checkpoint
-from rest_rl.train.prompts import OnRefused, check_gold, dataset_of
+from rest_rl.train.prompts import dataset_of, gold_text
 from rest_rl.train.verl.names import DATA_STATE, LOOP, PLUGIN, STATE
 
 FILES, TRAIN_FILE, HELD_OUT_FILE = "verl", "train.parquet", "held_out.parquet"
@@ -51,39 +50,28 @@ def require_verl() -> None:
             )
 
 
-def write_prompts(
-    samples: Iterable[tuple[str, ToolSample]], layout: PromptLayout, path: Path, on_refused: OnRefused | None = None
-) -> PromptFile:
-    """Write prompts, each with its split, as verl reads them; `on_refused` as in `training_dataset`.
+def write_prompts(samples: Iterable[tuple[str, Prepared]], path: Path) -> PromptFile:
+    """Write prompts, each with its split, as verl reads them.
 
     Columns: `prompt`, one message whose content is the text that the model is given; `data_source`, the split;
     `reward_model`, with the gold as JSON text; `extra_info`, with index, id and kind of the sample.
     """
     pairs = list(samples)
-    splits = {id(sample): split for split, sample in pairs}
-    longest = 0
-
-    def row(sample: ToolSample) -> dict[str, Any]:
-        nonlocal longest
-        check_gold(sample, layout.format)
-        text, split = layout.render(sample), splits[id(sample)]
-        longest = max(longest, len(layout.tokenizer(text, add_special_tokens=False)["input_ids"]))
-        gold = json.dumps(to_json(sample)["gold"], ensure_ascii=False)
-        return {
-            "prompt": [{"role": "user", "content": text}],
+    dataset = dataset_of(
+        {
+            "prompt": [{"role": "user", "content": prepared.prompt_text}],
             "data_source": split,
-            "reward_model": {"style": "rule", "ground_truth": gold},
-            "extra_info": {"id": sample.id, "kind": sample.kind},
+            "reward_model": {"style": "rule", "ground_truth": gold_text(prepared.sample)},
+            "extra_info": {"id": prepared.sample.id, "kind": prepared.sample.kind, "index": index},
         }
-
-    dataset = dataset_of((sample for _, sample in pairs), row, on_refused)
-    dataset = dataset.map(lambda row, index: {"extra_info": {**row["extra_info"], "index": index}}, with_indices=True)
+        for index, (split, prepared) in enumerate(pairs)
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         dataset.to_parquet(str(path))
     except OSError as error:
         raise unwritable(path.parent, error) from error
-    return PromptFile(path, len(dataset), longest)
+    return PromptFile(path, len(pairs), max(len(prepared.prompt_ids) for _, prepared in pairs))
 
 
 def write_agent_loops(folder: Path) -> None:

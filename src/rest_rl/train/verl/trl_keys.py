@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
-from rest_rl.train.run import LEAST_ONE, check_trl, unread_keys
+from rest_rl.train.trl.settings import LEAST_ONE, check_trl, unread_keys
 
 ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
 

@@ -1,0 +1,92 @@
+"""A sample as one model is given it: gold checked and prompt rendered once, for everyone who reads it afterwards."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from rest_rl.data.check import CheckConfig, CheckedRow
+from rest_rl.data.layout import PromptLayout
+from rest_rl.data.reasons import KEEPABLE, Finding, finding
+from rest_rl.data.samples import ToolSample
+from rest_rl.data.shapes import BENCHMARKS
+from rest_rl.formats import ToolFormat
+from rest_rl.rewards import exact_match
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample and the text that the model goes on from."""
+
+    sample: ToolSample
+    prompt_text: str
+    tokenizer: Any = field(repr=False, compare=False)
+
+    @cached_property
+    def prompt_ids(self) -> Sequence[int]:
+        """The prompt's tokens, made when they are first asked for."""
+        return array("I", self.tokenizer(self.prompt_text, add_special_tokens=False)["input_ids"])
+
+
+class Rejected(NamedTuple):
+    """A sample that a model cannot be given, and why."""
+
+    sample: ToolSample
+    reason: str
+
+
+def prepare(sample: ToolSample, layout: PromptLayout) -> Prepared | Rejected:
+    """The sample with its prompt; rejected if no response could match its gold or the chat template fails on it."""
+    try:
+        check_gold(sample, layout.format)
+        return Prepared(sample, layout.render(sample), layout.tokenizer)
+    except ValueError as error:
+        return Rejected(sample, str(error))
+
+
+def check_gold(sample: ToolSample, tool_format: ToolFormat) -> None:
+    """ValueError for gold that no response in the format could match."""
+    try:
+        text = tool_format.render(None, sample.gold.calls, sample.gold.answer)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id!r}: its gold has no response in the format: {error}") from None
+    if not exact_match(tool_format.parse(text, spans=False), sample.gold):
+        raise ValueError(
+            f"sample {sample.id!r}: got gold that scores less than full marks when written in format "
+            f"{tool_format.name!r} ({text!r:.200}); expected JSON within the limits of rest_rl.json_spans; fix the row"
+        )
+
+
+def prepare_row(row: CheckedRow, layout: PromptLayout, config: CheckConfig) -> tuple[CheckedRow, list[Prepared]]:
+    """A checked row without the samples that the model cannot hold or that exceed `max_prompt_tokens`, each a finding.
+
+    Also returns the row's prepared samples, in the same order.
+    """
+    keep = KEEPABLE if row.source in BENCHMARKS else config.keep
+    kept: list[Prepared] = []
+    problems: list[Finding] = []
+    for sample in row.samples:
+        prepared = prepare(sample, layout)
+        if isinstance(prepared, Rejected):
+            problems.append(finding("not_laid_out", prepared.reason, sample.id))
+            continue
+        if config.max_prompt_tokens and (tokens := len(prepared.prompt_ids)) > config.max_prompt_tokens:
+            detail = f"got {tokens} tokens, the limit is {config.max_prompt_tokens}"
+            problems.append(finding("prompt_too_long", detail, sample.id, keep))
+            if problems[-1].severity == "rejected":
+                continue
+        kept.append(prepared)
+    if not problems:
+        return row, kept
+    is_changed = row.status != "kept" or any(problem.severity != "noted" for problem in problems)
+    return (
+        row._replace(
+            status=("repaired" if is_changed else "kept") if kept else "rejected",
+            samples=tuple(prepared.sample for prepared in kept),
+            findings=(*row.findings, *problems),
+        ),
+        kept,
+    )

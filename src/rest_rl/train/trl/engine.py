@@ -1,0 +1,248 @@
+"""The engine trl: GRPO by `ResTTrainer`, supervised training by TRL's `SFTTrainer`, on one machine or a few."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from rest_rl.config import RunConfig, parse_toml
+from rest_rl.data.layout import PromptLayout
+from rest_rl.errors import UserError
+from rest_rl.evaluate.held_out import Prompt, evaluate
+from rest_rl.formats import get_format
+from rest_rl.report.diagnosis import Diagnosis
+from rest_rl.report.diagnosis.history import step_of
+from rest_rl.runlog import EVALUATIONS, METRICS, Observer, Row, RunLog, read_rows, unwritable
+from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
+from rest_rl.train.engine import AfterStep, Reached
+from rest_rl.train.policy import load_policy, new_adapter
+from rest_rl.train.prompts import TrainingData, dataset_of, prompt_dataset
+from rest_rl.train.record import KeepLast, ResponseRecord, recorded_reward
+from rest_rl.train.reward import make_tool_reward
+from rest_rl.train.sft import demonstrations, region_trainer
+from rest_rl.train.trl.settings import trainer_config
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, steps_per_generation
+
+WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
+"""Parts of the names of what differs from run to run, or after a resume, and so stays out of the metrics."""
+
+
+class TrlEngine:
+    """Trains with TRL; see `train.engine.Engine`."""
+
+    dataset: Any
+    checkpoint: Checkpoint
+    log: RunLog
+    model: Any
+    trainer: ResTTrainer | SFTTrainer | None = None
+    recorder: Recorder
+
+    def __init__(self, config: RunConfig, layout: PromptLayout, observer: Observer) -> None:
+        self.config, self.layout, self.observer = config, layout, observer
+        self.args = trainer_config(config)
+
+    def resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
+        return find_checkpoint(log, self.args.save_steps)
+
+    def prepare(self, data: TrainingData, log: RunLog, checkpoint: Checkpoint) -> Checkpoint:
+        self.checkpoint = checkpoint
+        self.dataset = self._dataset(data)
+        table = replace(self.config.model, dtype=self.config.weights_dtype)
+        if checkpoint.is_last:  # killed after its last step: only its model is to be kept and measured
+            table = replace(table, path=str(checkpoint.folder))
+        self.model, _ = load_policy(table, self.config.peft)
+        return checkpoint
+
+    def _dataset(self, data: TrainingData) -> Any:
+        if isinstance(self.args, ResTConfig):
+            check_size(len(data.prepared), self.args, self.config.data.path)
+            return prompt_dataset(data.prepared, self.layout)
+        rows, rejected = demonstrations(data.prepared, self.layout, self.args.max_length)
+        data.reject(rejected)
+        if not rows:
+            raise ValueError(rejected[0].reason)
+        return dataset_of(rows)
+
+    def start(self, log: RunLog) -> None:
+        self.log = log
+        if self.checkpoint.is_last:
+            assert self.checkpoint.folder is not None
+            log.keep_model(self.checkpoint.folder)
+            self.model.to(torch.accelerator.current_accelerator() or "cpu")
+            return
+        self.recorder = Recorder(log, self.observer, parse_toml(self.config.to_toml(), "the run"))
+        shared: dict[str, Any] = {
+            "model": self.model,
+            "processing_class": self.layout.tokenizer,
+            "peft_config": new_adapter(self.config),
+            "callbacks": [self.recorder],
+        }
+        if isinstance(self.args, ResTConfig):
+            record = ResponseRecord(self._keep_responses)
+            reward = self._recorded_reward(self.args, record)
+            self.trainer = ResTTrainer(args=self.args, reward_funcs=reward, train_dataset=self.dataset, **shared)
+            self.trainer.on_weighed = record.fill
+            self.trainer.add_callback(KeepLast(record))
+        else:
+            weights = self.config.rest.loss_weights()
+            self.trainer = region_trainer(self.args, self.layout, self.dataset, weights, **shared)
+        self.trainer.remove_callback(PrinterCallback)  # the recorder shows and keeps the metrics
+        self.model = self.trainer.model
+        if self.is_sharded:
+            self.observer.say(
+                "the model is sharded: it is not evaluated in the run; evaluate its model folder when it is done"
+            )
+
+    def _recorded_reward(self, args: ResTConfig, record: ResponseRecord) -> Callable[..., list[float]]:
+        """The preset's reward, which also records the first responses of every batch."""
+        tool_format, tokenizer = get_format(self.config.rest.format), self.layout.tokenizer
+        reward = make_tool_reward(tokenizer, tool_format, args.method(), steps_per_generation(args), args.seed)
+        return recorded_reward(reward, tokenizer, tool_format, self.config.run.responses_per_step, record)
+
+    def _keep_responses(self, step: int, rows: Sequence[Row]) -> None:
+        self.log.add_responses(rows)
+        self.observer.on_responses(step, rows)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds the whole model (FSDP, DeepSpeed), so that it cannot generate by itself."""
+        return self.trainer is not None and (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
+
+    def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
+        if self.is_sharded:
+            return None
+        return evaluate(self.model, self.layout.tokenizer, prompts, self.layout.format, self.config.eval)
+
+    def run(self, after_step: AfterStep) -> Reached:
+        trainer, begin = self.trainer, self.checkpoint
+        if trainer is None:
+            return Reached(begin.step)
+        trainer.add_callback(EveryStep(after_step, self.recorder))
+        try:
+            with (
+                self.observer.track("training", self.args.max_steps if self.args.max_steps > 0 else None, begin.step),
+                stopping(self.recorder, self.observer),
+            ):
+                trainer.train(resume_from_checkpoint=str(begin.folder) if begin.folder else None)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, OSError) or "No space left" in str(error) or "file write failed" in str(error):
+                raise unwritable(self.log.folder, OSError(None, str(error))) from error
+            raise
+        step = int(trainer.state.global_step)
+        return Reached(step, self.recorder.stop_requested and step < trainer.state.max_steps)
+
+    def keep_model(self) -> None:
+        """All processes take part."""
+        if self.trainer is None:
+            return  # `start` has copied it from the checkpoint
+        try:
+            self.trainer.save_model(str(self.log.model))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise unwritable(self.log.folder, OSError(None, str(error))) from error
+
+
+def check_size(prompts: int, args: ResTConfig, path: str) -> None:
+    """UserError for fewer prompts than one step takes: the trainer would silently do nothing."""
+    responses = cast(int, args.generation_batch_size)
+    needed = responses // cast(int, args.num_generations)
+    if prompts < needed:
+        raise UserError(
+            f"{prompts} training prompts from {path}",
+            f"at least {needed}, which one batch of {responses} responses takes",
+            "lower trl.gradient_accumulation_steps or trl.per_device_train_batch_size, or add data",
+        )
+
+
+class Recorder(TrainerCallback):
+    """Writes each step to the run folder, tells the observer, and stops in an orderly way when asked."""
+
+    def __init__(self, log: RunLog, observer: Observer, table: Mapping[str, Any]) -> None:
+        """`table` is the run's configuration, for its diagnosis."""
+        self.log, self.observer = log, observer
+        self.stop_requested = False
+        self._diagnosis = Diagnosis(table)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What a resumed run has shown before is not told again."""
+        rows = read_rows(self.log.folder / METRICS) if self.log.enabled else []
+        evaluations = read_rows(self.log.folder / EVALUATIONS) if rows else []
+        for row in rows:
+            while evaluations and step_of(evaluations[0]) <= step_of(row):
+                self.add_evaluation(evaluations.pop(0))
+            self._diagnosis.add(row, state.max_steps)
+
+    def add_evaluation(self, row: Row) -> None:
+        """Take in an evaluation during training; it is judged with the next row of metrics."""
+        self._diagnosis.add_evaluation(row)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """One row of metrics and one of times."""
+        row = {"step": state.global_step}
+        timing = {key: value for key, value in (logs or {}).items() if any(part in key for part in WALL_CLOCK)}
+        metrics = {key: value for key, value in (logs or {}).items() if key not in timing}
+        if "train_loss" not in metrics:  # the closing line of the trainer repeats what is known
+            self.log.add_metrics(row | metrics)
+            self.observer.on_step(state.global_step, state.max_steps, metrics)
+            for finding in self._diagnosis.add(row | metrics, state.max_steps):
+                self.observer.on_finding(finding)
+        self.log.add_timing(row | timing)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save and stop if asked, once every response generated so far has been learnt from."""
+        if self.stop_requested and state.global_step % steps_per_generation(args) == 0:
+            control.should_save = control.should_training_stop = True
+
+
+class EveryStep(TrainerCallback):
+    """Lets the workflow measure after every finished step, before the step is logged and saved.
+
+    So what it writes is there whenever the step's checkpoint is.
+    """
+
+    def __init__(self, after_step: AfterStep, recorder: Recorder) -> None:
+        self.after_step, self.recorder = after_step, recorder
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if row := self.after_step(state.global_step):
+            self.recorder.add_evaluation(row)
+
+
+@contextmanager
+def stopping(recorder: Recorder, observer: Observer) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) asks for a checkpoint and an end after this step, the second one ends at once.
+
+    Signals belong to the main thread: called from another one, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        if recorder.stop_requested:
+            raise KeyboardInterrupt
+        recorder.stop_requested = True
+        observer.say("stopping after this step; once more to stop at once")
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

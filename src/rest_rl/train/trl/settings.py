@@ -1,0 +1,136 @@
+"""`[trl]` and the other tables of a run as its trainer's configuration; refuses what it would not take."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers.integrations import get_available_reporting_integrations
+from trl import GRPOConfig, SFTConfig
+
+from rest_rl.config import RunConfig, describe, fits, options, unknown_key
+from rest_rl.errors import UserError
+from rest_rl.runlog import CHECKPOINTS
+from rest_rl.train.policy import new_adapter
+from rest_rl.train.trl.trainer import ResTConfig, steps_per_generation
+
+OWNED = ("output_dir", "seed", "preset", "tool_format", "weights", "reward", "advantage", "entropy_decay")
+"""Fields of the trainer's configuration that other tables of a run set."""
+LEAST_ONE = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_generations",
+    "max_completion_length",
+    "save_steps",
+    "logging_steps",
+)
+"""Fields of which less would mean nothing."""
+
+
+def with_machine_defaults(config: RunConfig) -> RunConfig:
+    """The run with `use_cpu` and `bf16 = false` filled in where there is no accelerator and `[trl]` does not say."""
+    if torch.accelerator.is_available():
+        return config
+    return dataclasses.replace(config, trl={"use_cpu": True, "bf16": False, **config.trl})
+
+
+def trainer_config(config: RunConfig) -> ResTConfig | SFTConfig:
+    """The trainer's configuration: `[trl]` as it stands, the rest from the other tables."""
+    kind = SFTConfig if config.rest.is_supervised else ResTConfig
+    table = {name: value for name, value in config.trl.items() if name not in unread_keys(config)}
+    check_trl(table, kind)
+    given: dict[str, Any] = {
+        "output_dir": str(Path(config.run.out) / CHECKPOINTS),
+        "seed": config.run.seed,
+        "disable_tqdm": True,
+        "report_to": [],
+        "logging_steps": 1,
+        **method_fields(config),
+        **table,
+    }
+    for name in LEAST_ONE:
+        if isinstance(number := table.get(name, 1), int) and number < 1:
+            raise UserError(f"trl.{name} = {number}", "at least 1", "raise it")
+    try:
+        args = kind(**given)
+    except TypeError as error:
+        raise UserError(f"[trl] {table} ({error})", f"fields of {kind.__name__}", "mend it") from error
+    if args.save_strategy == "steps" and args.save_steps % steps_per_generation(args) != 0:
+        raise UserError(
+            f"trl.save_steps = {args.save_steps}",
+            f"a multiple of {steps_per_generation(args)}, the steps that share one batch of responses, or a resumed "
+            "run would differ",
+            "change save_steps",
+        )
+    if "steps" == args.save_strategy == args.logging_strategy and args.save_steps % args.logging_steps:
+        raise UserError(
+            f"trl.save_steps = {args.save_steps} and trl.logging_steps = {args.logging_steps}",
+            "a multiple: metrics are averaged since the last line, and a resumed run knows of none before its "
+            "checkpoint",
+            "change one of them",
+        )
+    check_trackers(cast(list[str], args.report_to))
+    new_adapter(config)  # refused here, before there is a run folder
+    return args
+
+
+def method_fields(config: RunConfig) -> dict[str, Any]:
+    """`[rest]` as fields of the trainer's configuration; a supervised trainer reads none of them."""
+    if config.rest.is_supervised:
+        return {}
+    rest = dataclasses.asdict(config.rest)
+    del rest["region_weights"]
+    return {"tool_format": rest.pop("format"), **rest}
+
+
+def unread_keys(config: RunConfig) -> list[str]:
+    """Keys of `[trl]` for the other kind of training, left out so that one run file serves all presets."""
+    reinforced, supervised = field_names(GRPOConfig), field_names(SFTConfig)
+    only = reinforced - supervised if config.rest.is_supervised else supervised - reinforced
+    return [name for name in config.trl if name in only]
+
+
+def field_names(kind: type) -> set[str]:
+    """What a trainer's configuration can be given."""
+    return {field.name for field in dataclasses.fields(kind) if field.init}
+
+
+def check_trl(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
+    """ValueError for a key or value of `[trl]` that the trainer would not take, or could not resume from."""
+    fields = field_names(kind) - set(OWNED)
+    stock = SFTConfig if kind is SFTConfig else GRPOConfig
+    hints = {**typing.get_type_hints(kind), **typing.get_type_hints(stock)}
+    for name, value in table.items():
+        if name not in fields:
+            raise ValueError(unknown_key(f"trl.{name}", name, fields))
+        # Others are left to the trainer; some of its texts (scale_rewards) may be true or false as well.
+        is_plain = all(option in (int, float, bool, str, type(None)) for option in options(hints[name]))
+        is_switch = isinstance(value, bool) and str in options(hints[name])
+        if is_plain and not is_switch and not fits(value, hints[name]):
+            raise UserError(f"trl.{name} = {value!r}", f"{describe(hints[name])}", "change the value")
+    if table.get("save_only_model"):
+        raise UserError(
+            "trl.save_only_model = true",
+            "checkpoints that a run can go on from",
+            "remove it (the weights alone are in the run folder's model/)",
+        )
+    if "chat_template_kwargs" in table:
+        raise UserError("trl.chat_template_kwargs", "model.chat_template_kwargs", "move it to [model]")
+    if table.get("use_vllm") and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "trl.use_vllm = true without the package vllm", "it", "pip install 'rest-rl[vllm]', or remove it"
+        )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """ValueError for a tracker whose package is not there: the trainer would find out after the run has begun."""
+    missing = [name for name in names if name not in ("none", "all", *get_available_reporting_integrations())]
+    if missing:
+        raise UserError(
+            f"trl.report_to = {list(names)}", "trackers that are installed", f"pip install {missing[0]}, or remove it"
+        )
