@@ -182,7 +182,7 @@ def test_a_dry_run_shows_the_prompt_and_writes_nothing(here: Path, capsys: pytes
         (("tool-world", "--oracle", "--model", "x"), "--oracle and --model"),
         (("tool-world", "--oracle", "--responses", "x"), "--oracle and --responses"),
         (("tool-world", "--model", "no/such/folder"), "no/such/folder"),
-        (("tool-world", "--set", "run.seed=1"), "keys of [model] alone"),
+        (("tool-world", "--set", "run.seed=1"), "expected only keys of [model]"),
         (("tool-world", "--set", "model.speed=1"), "model.speed"),
         (("tool-world", "--format", "nonsense"), "nonsense"),
         (("tool-world", "--oracle", "--format", "nonsense"), "nonsense"),
@@ -199,7 +199,7 @@ def test_mistakes_are_told_in_one_line(
 ) -> None:
     message = refused(capsys, *arguments)
     assert told in message
-    assert message.startswith(("error: got ", "error: unknown format"))
+    assert message.startswith("error: got ")
     assert message.count("\n") == 1
     assert list(here.iterdir()) == []
 

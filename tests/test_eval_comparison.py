@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rest_rl.evaluate.compare import Change, change, compare
+from rest_rl.errors import UserError
+from rest_rl.evaluate.compare import Change, change, compare, write_comparison
 from rest_rl.jsonl import as_json
 from rest_rl.statistics import mcnemar, paired_difference
 
@@ -108,13 +109,13 @@ def test_flips_name_their_samples_and_both_reasons(tmp_path: Path) -> None:
         "simple_1": ("simple", "gained", "simple says 0", ""),
         "java_0": ("java", "lost", "java says 1", "no such role"),
     }
-    path = result.write_flips(tmp_path / "new" / "flips.jsonl")
+    path, *_ = write_comparison(result, tmp_path / "new")
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert lines == json.loads(json.dumps(result.to_json()["flips"]))
     assert lines[0]["metric"] == "correct"
-    assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(ValueError, match="expected a path to write to"):
-        result.write_flips(path / "below-a-file" / "flips.jsonl")
+    assert sorted(one.name for one in path.parent.iterdir()) == ["comparison.json", "comparison.md", "flips.jsonl"]
+    with pytest.raises(UserError, match="expected a writable folder"):
+        write_comparison(result, path / "below-a-file")
 
 
 def test_both_metrics_of_api_bank_are_compared(tmp_path: Path) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rest_rl.cli.eval_models import BATCH_SIZE, BFCL_BATCH_SIZE, VLLM_BATCH_SIZE, batch_size, make_plan
-from rest_rl.cli.eval_origin import STRIDE, digest_of, model_label, recorded_run, weights_digest
-from rest_rl.cli.evaluate import add_eval
 from rest_rl.config import EMBEDDED, ModelTable, RunConfig
+from rest_rl.errors import UserError
+from rest_rl.evaluate.origin import STRIDE, digest_of, model_label, recorded_run, weights_digest
+from rest_rl.evaluate.plan import make_plan
+from rest_rl.evaluate.request import BATCH_SIZE, BFCL_BATCH_SIZE, VLLM_BATCH_SIZE, EvalRequest
 from rest_rl.train.policy import embedded_model, hub_commit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -147,47 +148,42 @@ def test_recorded_responses_are_digested_whole(tmp_path: Path) -> None:
         digest_of(tmp_path / "none")
 
 
-def options(*words: str) -> Namespace:
-    parser = ArgumentParser()
-    add_eval(parser.add_subparsers())
-    return parser.parse_args(["eval", *words])
-
-
-ORACLE, SERVER = ("--oracle",), ("--endpoint", "http://h", "--model", "m", "--format", "hermes")
+ORACLE, SERVER = {"oracle": True}, {"endpoint": "http://h", "model": "m", "format": "hermes"}
 
 
 @pytest.mark.parametrize(
     ("who", "option", "told"),
     [
-        *((ORACLE, option, "with --oracle") for option in ("--vllm", "--batch-size 2", "--tokenizer x", "--context 9")),
-        *((ORACLE, option, "with --oracle") for option in ("--set model.dtype=float32", "--max-new-tokens 9")),
-        *((ORACLE, option, "with --oracle") for option in ("--requests-per-minute 9", "--extra-body {}")),
-        (("--responses", "r.jsonl"), "--vllm", "with --responses"),
-        (SERVER, "--vllm", "with --endpoint"),
-        (SERVER, "--batch-size 2", "with --endpoint"),
-        ((), "--tokenizer x", "without --endpoint"),
-        ((), "--requests-per-minute 9", "without --endpoint"),
-        ((), "--extra-body {}", "without --endpoint"),
+        *((ORACLE, option, "with --oracle") for option in ({"vllm": True}, {"batch_size": 2}, {"tokenizer": "x"})),
+        *((ORACLE, option, "with --oracle") for option in ({"changes": ("model.dtype=float32",)}, {"context": 9})),
+        *((ORACLE, option, "with --oracle") for option in ({"max_new_tokens": 9}, {"requests_per_minute": 9})),
+        (ORACLE, {"extra_body": {}}, "with --oracle"),
+        ({"responses": "r.jsonl"}, {"vllm": True}, "with --responses"),
+        (SERVER, {"vllm": True}, "with --endpoint"),
+        (SERVER, {"batch_size": 2}, "with --endpoint"),
+        ({}, {"tokenizer": "x"}, "without --endpoint"),
+        ({}, {"requests_per_minute": 9}, "without --endpoint"),
+        ({}, {"extra_body": {}}, "without --endpoint"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(who: tuple[str, ...], option: str, told: str) -> None:
-    make_plan(options("tool-world", *who))
-    name, *_ = option.split()
-    with pytest.raises(ValueError, match=f"got {name} {told}, expected .*; leave it out") as caught:
-        make_plan(options("tool-world", *who, *option.split()))
-    assert "\n" not in str(caught.value)
+def test_options_that_mean_nothing_are_refused(who: dict[str, Any], option: dict[str, Any], told: str) -> None:
+    make_plan(EvalRequest("tool-world", **who))
+    name = next(iter(option)).replace("_", "-").replace("changes", "set")
+    with pytest.raises(UserError) as caught:
+        EvalRequest("tool-world", **who, **option)
+    assert caught.value.got == f"--{name} {told}"
 
 
 @pytest.mark.parametrize(
-    ("words", "size"),
+    ("benchmark", "options", "size"),
     [
-        (("tool-world",), BATCH_SIZE),
-        (("bfcl",), BATCH_SIZE),
-        (("tool-world", "--vllm"), VLLM_BATCH_SIZE),
-        (("bfcl", "--vllm"), BFCL_BATCH_SIZE),
-        (("tool-world", "--vllm", "--batch-size", "5"), 5),
-        (("bfcl", "--vllm", "--batch-size", "500"), 500),
+        ("tool-world", {}, BATCH_SIZE),
+        ("bfcl", {}, BATCH_SIZE),
+        ("tool-world", {"vllm": True}, VLLM_BATCH_SIZE),
+        ("bfcl", {"vllm": True}, BFCL_BATCH_SIZE),
+        ("tool-world", {"vllm": True, "batch_size": 5}, 5),
+        ("bfcl", {"vllm": True, "batch_size": 500}, 500),
     ],
 )
-def test_the_number_of_conversations_at_once(words: tuple[str, ...], size: int) -> None:
-    assert batch_size(options(*words)) == size
+def test_the_number_of_conversations_at_once(benchmark: str, options: dict[str, Any], size: int) -> None:
+    assert EvalRequest(benchmark, "m", **options).conversations == size

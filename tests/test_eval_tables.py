@@ -12,18 +12,21 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from rest_rl.cli.terminal import show_table
-from rest_rl.evaluate.layout import eval_tables, model_names
-from rest_rl.evaluate.radar import draw_radar
+from rest_rl.evaluate.radar import Share, draw_bars, draw_polygons, draw_radar
 from rest_rl.evaluate.tables import (
     comparison_markdown,
     comparison_tables,
     csv_tables,
     escaped,
+    eval_tables,
     latex_tables,
     markdown_tables,
+    model_names,
+    results,
     terminal_table,
     write_tables,
 )
@@ -76,9 +79,17 @@ def whole_bfcl(**more: Any) -> dict[str, Any]:
     return bfcl({name: group() for name in (*NON_LIVE, *LIVE, *MULTI_TURN)}, official, **more)
 
 
+def columns(table: Any) -> tuple[str, ...]:
+    return tuple(table.frame["column"].unique())
+
+
+def accuracies(table: Any) -> list[float | None]:
+    return list(table.frame["accuracy"])
+
+
 def test_the_layout_is_that_of_the_paper() -> None:
     tables = {table.title: table for table in eval_tables([whole_bfcl()])}
-    assert {title: table.columns for title, table in tables.items()} == {
+    assert {title: columns(table) for title, table in tables.items()} == {
         "BFCL v3, Averages": ("Overall", "Non-Live", "Live", "Multi-Turn"),
         "BFCL v3, Multi-Turn": ("Overall", "Base", "Miss Func", "Miss Param", "Long Context"),
         "BFCL v3, Non-Live": (
@@ -89,19 +100,18 @@ def test_the_layout_is_that_of_the_paper() -> None:
             *("Overall", "Simple", "Multiple", "Parallel", "Parallel Multiple", "Irrelevance", "Relevance"),
         ),
     }
-    (name, cells) = tables["BFCL v3, Multi-Turn"].rows[0]
-    assert name == "base"
-    assert cells[0] is not None
-    assert (cells[0].accuracy, cells[0].low, cells[0].high, cells[0].n) == (0.15, 0.13, 0.18, None)
+    first = tables["BFCL v3, Multi-Turn"].frame.iloc[0]
+    assert [first[name] for name in ("model", "accuracy", "low", "high", "n")] == ["base", 0.15, 0.13, 0.18, None]
     assert "Overall is over all 17 categories." in tables["BFCL v3, Averages"].notes
-    assert all(cell is not None for table in tables.values() for _, row in table.rows for cell in row)
+    assert all(table.frame["accuracy"].notna().all() for table in tables.values())
+    assert len(results([whole_bfcl()])) == sum(len(table.frame) for table in tables.values())
 
 
 def test_the_names_of_v4_fill_the_same_columns() -> None:
     summary = bfcl({"simple_python": group(0.5), "simple_java": group(0.25)}, version="v4", pin="bfcl-eval 2026.3.23")
     (table,) = eval_tables([summary])
     assert table.title == "BFCL v4, Non-Live"
-    assert [cell and cell.accuracy for cell in table.rows[0][1]] == [None, 0.5, 0.25, None, None, None, None, None]
+    assert accuracies(table) == [None, 0.5, 0.25, None, None, None, None, None]
 
 
 def test_every_table_says_pin_prompt_and_format() -> None:
@@ -161,9 +171,9 @@ def test_trouble_is_counted_per_table_and_once() -> None:
 def test_api_bank_has_a_table_per_metric_with_the_ceilings() -> None:
     soft, strict = eval_tables([api_bank()])
     assert soft.title == "API-Bank, soft (the published metric)"
-    assert soft.columns == strict.columns == ("Overall", "Level 1", "Level 2", "Level 3")
-    assert [cell and cell.accuracy for cell in soft.rows[0][1]] == [0.75] * 4
-    assert [cell and cell.accuracy for cell in strict.rows[0][1]] == [0.5] * 4
+    assert columns(soft) == columns(strict) == ("Overall", "Level 1", "Level 2", "Level 3")
+    assert accuracies(soft) == [0.75] * 4
+    assert accuracies(strict) == [0.5] * 4
     assert soft.notes == (CEILING,)
 
 
@@ -171,15 +181,15 @@ def test_other_benchmarks_show_their_groups() -> None:
     summary = {"benchmark": "tool_world", "pin": "tool world", "model": "m", "prompt": "training", "format": "toolrl"}
     groups = {"held_out": group(0.5), "unseen_tools": group(0.25), "overall": group(0.4)}
     (table,) = eval_tables([{**summary, "metrics": ["correct"], "groups": groups}])
-    assert (table.title, table.columns) == ("Tool world", ("Overall", "Held out", "Unseen tools"))
-    assert [cell and cell.accuracy for cell in table.rows[0][1]] == [0.4, 0.5, 0.25]
+    assert (table.title, columns(table)) == ("Tool world", ("Overall", "Held out", "Unseen tools"))
+    assert accuracies(table) == [0.4, 0.5, 0.25]
 
 
 def test_pins_share_no_table() -> None:
     tables = eval_tables(
         [bfcl({"simple": group()}), bfcl({"simple": group()}, pin="another"), bfcl({"simple": group()})]
     )
-    assert [len(table.rows) for table in tables] == [2, 1]
+    assert [table.frame["model"].nunique() for table in tables] == [2, 1]
     assert eval_tables([]) == []
     assert markdown_tables([]) == "\n"
 
@@ -187,7 +197,7 @@ def test_pins_share_no_table() -> None:
 def test_models_asked_differently_are_told_apart() -> None:
     pair = [bfcl({"simple": group()}), bfcl({"simple": group()}, prompt="native", format="hermes")]
     (table,) = eval_tables(pair)
-    assert [name for name, _ in table.rows] == [
+    assert list(table.frame["model"].unique()) == [
         "base (prompt training, format toolrl)",
         "base (prompt native, format hermes)",
     ]
@@ -343,17 +353,12 @@ def test_a_picture_is_drawn(tmp_path: Path, number: int) -> None:
 
 
 def test_bars_are_told_from_polygons() -> None:
-    from matplotlib.figure import Figure
-
-    from rest_rl.evaluate.layout import Cell
-    from rest_rl.evaluate.radar import draw_bars, draw_polygons
-
-    axes = draw_polygons(Figure(), ["a", "b", "c"], {"m": [Cell(0.5), Cell(1.0), Cell(0.0)]})
+    axes = draw_polygons(Figure(), ["a", "b", "c"], {"m": [Share(value, value, value) for value in (0.5, 1.0, 0.0)]})
     (line,) = axes.lines
     assert list(line.get_ydata()) == [50.0, 100.0, 0.0, 50.0]
     steps = {round(float(after - before), 6) for before, after in pairwise(line.get_xdata()[:-1])}
     assert steps == {round(2 * 3.14159265358979 / 3, 6)}
-    bars = draw_bars(Figure(), ["a"], {"m": [Cell(0.5, 0.4, 0.7)], "o": [Cell(0.25)]})
+    bars = draw_bars(Figure(), ["a"], {"m": [Share(0.5, 0.4, 0.7)], "o": [Share(0.25, 0.25, 0.25)]})
     assert [bar.get_height() for bar in bars.patches] == [50.0, 25.0]
 
 

@@ -26,7 +26,6 @@ from research.theory.measure import (
 from research.theory.optimal_weights import NO_SPREAD
 from research.theory.page import as_mapping, findings, page, theory_tables
 from research.theory.plots import draw_theory
-from rest_rl.cli.eval_origin import model_label
 from rest_rl.cli.probe import (
     LEAST,
     Asked,
@@ -45,6 +44,7 @@ from rest_rl.cli.probe import (
 from rest_rl.cli.terminal import show_table
 from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
+from rest_rl.evaluate.origin import model_label
 from rest_rl.jsonl import as_json
 from rest_rl.probe.gradients import Coordinates, expected_squares
 from rest_rl.probe.sample import Group, sample_groups

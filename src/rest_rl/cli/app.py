@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from rest_rl.cli import inspect, report, score
+from rest_rl.cli.evaluate import eval_app
 from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, verb_group
 from rest_rl.errors import UserError
 
@@ -73,7 +74,9 @@ add(report.report, "a page from run folders: Markdown and plots, or one HTML fil
 add_legacy("compare", "methods x seeds on the same data: which of them learns better, beyond seed noise?")
 add_legacy("probe", "before training: where the reward signal lies, and whether weights would help")
 add_legacy("data", "check, convert, show, split or make training data")
-add_legacy("eval", "evaluate on BFCL, API-Bank or the tool world; compare, tabulate")
+app.add_typer(
+    eval_app, name="eval", short_help="evaluate on BFCL, API-Bank, the tool world or your own; compare, tabulate"
+)
 add(inspect.inspect, "show each token of a response with its region and weight")
 add(score.score, "score responses against gold calls, with the reasons")
 add(inspect.presets, "every preset, resolved, as TOML")

@@ -1,10 +1,16 @@
-"""The verb `eval`: BFCL, API-Bank and the tool world, one command each; comparing and tabulating what they gave."""
+"""The verb `eval`: one command per benchmark and one for a user's own; comparing and tabulating what they gave."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from typing import Any
+import inspect
+import sys
+from typing import Annotated, Any, Literal
+
+import typer
+
+from rest_rl.cli.options import AsJson, Verb, verb_group
+from rest_rl.errors import UserError
+from rest_rl.evaluate.request import EvalRequest
 
 EPILOG = """\
 examples:
@@ -13,168 +19,247 @@ examples:
   rest-rl eval bfcl --version v3 --endpoint http://localhost:8000/v1 --model NAME --prompt native
   rest-rl eval bfcl --oracle                          the gold through the whole path: does everything work here?
   rest-rl eval tool-world --model runs/tool-world
+  rest-rl eval run my_bench:BENCH --model runs/mine   your own benchmark
   rest-rl eval compare runs/eval-base runs/eval-mine  differences with intervals, McNemar's test, what flipped
   rest-rl eval table runs/eval-*                      Markdown, CSV, LaTeX and a radar figure
 a killed evaluation goes on with --resume; --responses FILE scores recorded responses without a model
 """
+SHOWN_FLIPS = 10
+ANSWERS, ASKED, SERVER, SAMPLES, FOLDER = "who answers", "how it is asked", "a server", "which samples", "where to"
+
+eval_app = verb_group(epilog=EPILOG)
 
 
-def add_eval(verbs: Any) -> None:
-    """Add the verb and its own verbs to the parser."""
-    verb = verbs.add_parser(
-        "eval",
-        help="evaluate on BFCL, API-Bank or the tool world; compare, tabulate",
-        description="Evaluate a model by the benchmarks' own checkers, in the format that it was trained in.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = verb.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(verb))
-    _add_api_bank(actions)
-    _add_bfcl(actions)
-    _add_tool_world(actions)
-    _add_compare(actions)
-    _add_table(actions)
+def _option(
+    name: str, kind: Any, panel: str, help: str, metavar: str | None = None, flag: str = ""
+) -> inspect.Parameter:
+    """An option of all benchmarks; its default is that of the field of `EvalRequest`."""
+    flag = flag or f"--{name.replace('_', '-')}"
+    declared = EvalRequest.__dataclass_fields__.get(name)
+    default = declared.default if declared and declared.default != () else None
+    shown = f"{help} (default: {default})" if isinstance(default, (int, float, str)) and default is not False else help
+    option = typer.Option(flag, metavar=metavar, help=shown, rich_help_panel=panel, show_default=False)
+    if kind == list[str]:
+        default = []
+    default = False if kind is bool else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
-def run_eval(arguments: argparse.Namespace) -> int:
-    """Run one action; returns the exit code."""
-    from rest_rl.cli import eval_run as cli_eval_run
-    from rest_rl.cli import eval_tables as cli_eval_tables
-
-    actions: dict[str, Callable[[argparse.Namespace], int]] = {
-        "compare": cli_eval_tables.compare,
-        "table": cli_eval_tables.table,
-    }
-    return actions.get(arguments.action, cli_eval_run.evaluate)(arguments)
-
-
-def _add(actions: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
-    return actions.add_parser(
-        name,
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=f"example: rest-rl eval {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def _add_api_bank(actions: Any) -> None:
-    text = "API-Bank: 597 prompts as ToolRL processed them, by the published metric and by a strict one"
-    verb = _add(actions, "api-bank", text, "api-bank --data DIR --model runs/mine")
-    verb.add_argument("--data", required=True, metavar="DIR", help="folder of level-{1,2,3}-api_processed.json")
-    _add_run_options(verb, "levels, such as 1,2", published=True)
-
-
-def _add_bfcl(actions: Any) -> None:
-    text = "BFCL: non-live, live and multi-turn, by bfcl-eval's own data, executors and checkers"
-    verb = _add(actions, "bfcl", text, "bfcl --version v3 --categories multi_turn --model runs/mine")
-    verb.add_argument(
-        "--version",
-        dest="edition",
-        choices=("v3", "v4"),
-        default="v3",
-        help="v3: bfcl-eval 2025.6.14, the paper's; v4: 2026.3.23, other multi-turn data (default: %(default)s)",
-    )
-    _add_run_options(verb, "names or groups: non_live, live, multi_turn, simple, ...")
+TEXT, NUMBER = str | None, int | None
+MODEL_TEXT = "a run folder, a model or adapter folder, a hub name; a server's model (tool-world: the embedded one)"
+PROMPT_TEXT = (
+    "training (the default): laid out as in the model's run, or in --format; native: the model's (server's) own "
+    "function calling; published: ToolRL's prompts with the texts of --prompt-from, for api-bank the benchmark's own"
+)
+TOKENIZER_TEXT = (
+    "the model's: prompts exactly as in training are sent to /completions as token ids, instead of messages to "
+    "/chat/completions; also tells the format and what fits"
+)
+OPTIONS = (
+    _option("model", TEXT, ANSWERS, MODEL_TEXT, "DIR_OR_ID"),
+    _option("endpoint", TEXT, ANSWERS, "an OpenAI-compatible server that holds --model", "URL"),
+    _option("vllm", bool, ANSWERS, "generate with vLLM instead of transformers"),
+    _option("responses", TEXT, ANSWERS, 'score recorded responses: JSONL of {"id", "response"}', "FILE"),
+    _option("oracle", bool, ANSWERS, "answer with the gold: a self-test of the whole path"),
+    _option("changes", list[str], ANSWERS, "a key of [model], as in a run: model.dtype=bfloat16", "A.B=C", "--set"),
+    _option("prompt", Literal["training", "native", "published"] | None, ASKED, PROMPT_TEXT),
+    _option("prompt_from", TEXT, ASKED, "rows as ToolRL published them, such as rlla_sft.json", "FILE"),
+    _option("format", TEXT, ASKED, "how the model writes calls (default: as its run, else its template)", "F"),
+    _option("max_new_tokens", NUMBER, ASKED, "per response (default: 4096; tool world: 160)", "N"),
+    _option("context", NUMBER, ASKED, "tokens that the model holds (default: what it says)", "N"),
+    _option("batch_size", NUMBER, ASKED, "of a local model (default: 16; vLLM 256, BFCL 64)", "N"),
+    _option("concurrency", int, SERVER, "requests at once", "N"),
+    _option("timeout", float, SERVER, "seconds", "S"),
+    _option("retries", int, SERVER, "per request", "N"),
+    _option("requests_per_minute", NUMBER, SERVER, "at most (default: no limit)", "N"),
+    _option("api_key_env", str, SERVER, "the environment variable that holds the key", "NAME"),
+    _option("tokenizer", TEXT, SERVER, TOKENIZER_TEXT, "DIR_OR_ID"),
+    _option("extra_body", TEXT, SERVER, "an object whose fields go into every request", "JSON"),
+    _option("categories", TEXT, SAMPLES, "groups of samples, as the tables name them", "A,B"),
+    _option("limit", NUMBER, SAMPLES, "the first N samples of each category", "N"),
+    _option("ids", TEXT, SAMPLES, "these samples only", "A,B"),
+    _option("out", TEXT, FOLDER, "the evaluation's folder (default: runs/eval-BENCHMARK-MODEL)", "DIR"),
+    _option("name", TEXT, FOLDER, "what tables call the model (default: its path)", "NAME"),
+    _option("resume", bool, FOLDER, "ask for what is missing or failed in the folder"),
+    _option("dry_run", bool, FOLDER, "show one prompt and what fits, ask for nothing"),
+)
 
 
-def _add_tool_world(actions: Any) -> None:
-    text = "the tool world: exact match on unseen tools and unseen values"
-    verb = _add(actions, "tool-world", text, "tool-world --model runs/tool-world")
-    verb.add_argument("--prompts", type=int, default=256, metavar="N", help="per split (default: %(default)s)")
-    verb.add_argument("--seed", type=int, default=20_000, metavar="S", help="of the prompts (default: %(default)s)")
-    verb.add_argument(
-        "--decision",
-        choices=("reasoning", "call"),
-        default="reasoning",
-        help="where it is decided what to call, as in [data] (default: %(default)s)",
-    )
-    _add_run_options(verb, "splits: unseen_tools, unseen_values")
+def _add_benchmark(name: str, help: str, example: str, *own: inspect.Parameter) -> None:
+    """Add the command of a benchmark: its own options, then those of all."""
+
+    def command(**values: Any) -> int:
+        return _evaluate({"benchmark": name, **values})
+
+    parameters = [*own, *OPTIONS]
+    command.__doc__ = help
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    short = help.partition(".")[0]
+    epilog = f"example: rest-rl eval {example}\n"
+    eval_app.command(
+        name, cls=Verb, short_help=short[0].lower() + short[1:] if name == "run" else short, epilog=epilog
+    )(command)
 
 
-def _add_run_options(verb: argparse.ArgumentParser, categories: str, *, published: bool = False) -> None:
-    _add_who(verb)
-    _add_how(verb, published=published)
-    what = verb.add_argument_group("which samples")
-    what.add_argument("--categories", metavar="A,B", help=categories)
-    what.add_argument("--limit", type=int, metavar="N", help="the first N samples of each category")
-    what.add_argument("--ids", metavar="A,B", help="these samples only")
-    where = verb.add_argument_group("where to")
-    where.add_argument("--out", metavar="DIR", help="the evaluation's folder (default: runs/eval-BENCHMARK-MODEL)")
-    where.add_argument("--name", metavar="NAME", help="what tables call the model (default: its path)")
-    where.add_argument("--resume", action="store_true", help="ask for what is missing or failed in the folder")
-    where.add_argument("--dry-run", action="store_true", help="show one prompt and what fits, ask for nothing")
+OF_BENCHMARK = "the benchmark"
+_add_benchmark(
+    "api-bank",
+    "API-Bank: 597 prompts as ToolRL processed them, by the published metric and by a strict one.",
+    "api-bank --data DIR --model runs/mine",
+    _option("data", TEXT, OF_BENCHMARK, "folder of level-{1,2,3}-api_processed.json", "DIR"),
+)
+_add_benchmark(
+    "bfcl",
+    "BFCL: non-live, live and multi-turn, by bfcl-eval's own data, executors and checkers.",
+    "bfcl --version v3 --categories multi_turn --model runs/mine",
+    _option("version", Literal["v3", "v4"], OF_BENCHMARK, "v3: bfcl-eval 2025.6.14, the paper's; v4: 2026.3.23"),
+)
+_add_benchmark(
+    "tool-world",
+    "Tool world: exact match on unseen tools and unseen values.",
+    "tool-world --model runs/tool-world",
+    _option("prompts", int, OF_BENCHMARK, "per split", "N"),
+    _option("seed", int, OF_BENCHMARK, "of the prompts", "S"),
+    _option("decision", Literal["reasoning", "call"], OF_BENCHMARK, "where it is decided what to call, as in [data]"),
+)
+ADDRESS = typer.Argument(metavar="MODULE:OBJECT", help="a rest_rl.Benchmark, or what makes one: my_bench:BENCH")
+_add_benchmark(
+    "run",
+    "Your own benchmark, a Python object of a module here or on the Python path. docs/evaluation.md has an example.",
+    "run my_bench:BENCH --model runs/mine",
+    inspect.Parameter("benchmark", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, ADDRESS]),
+)
 
 
-def _add_who(verb: argparse.ArgumentParser) -> None:
-    who = verb.add_argument_group("who answers")
-    who.add_argument(
-        "--model",
-        metavar="DIR_OR_ID",
-        help="a run folder, a model or adapter folder, a hub name; a server's model (tool-world: the embedded one)",
-    )
-    who.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server that holds --model")
-    who.add_argument("--vllm", action="store_true", help="generate with vLLM instead of transformers")
-    who.add_argument("--responses", metavar="FILE", help='score recorded responses: JSONL of {"id", "response"}')
-    who.add_argument("--oracle", action="store_true", help="answer with the gold: a self-test of the whole path")
-    who.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        help="a key of [model], as in a run: model.dtype=bfloat16",
-    )
+def _evaluate(values: dict[str, Any]) -> int:
+    """Ask, judge, write and show; returns 1 if a sample was left without a response."""
+    from rich.console import Console
+
+    from rest_rl.cli.terminal import SampleScreen, say
+    from rest_rl.evaluate.run import preview, run_request
+
+    console = Console()
+    is_dry = values.pop("dry_run")
+    values["changes"] = tuple(values["changes"])
+    values |= {name: _parts(name, values[name]) for name in ("categories", "ids")}
+    if values["extra_body"] is not None:
+        values["extra_body"] = _extra_body(values["extra_body"])
+    request = EvalRequest(**values, command=tuple(sys.argv))
+    if request.source == "checkpoint" and "--debug" not in sys.argv:
+        from rest_rl.train.policy import quiet_loading
+
+        quiet_loading()
+    if is_dry:
+        shown = preview(request, SampleScreen(console))
+        for title, text in shown.parts:
+            console.rule(title or shown.identity, align="left", style="dim")
+            say(console, text)
+        if shown.tokens is not None:
+            console.rule(f"{shown.tokens} tokens", align="left", style="dim")
+        return 0
+    result = run_request(request, SampleScreen(console))
+    _show_summary(result.summary)
+    for row in result.failed[:10]:
+        say(console, f"no response to {row['id']}: {row['error']}")
+    if result.failed:
+        again = f"ask for them again with --resume --out {result.folder}"
+        say(console, f"{len(result.failed)} samples are not scored; {again}")
+    say(console, f"written to {result.folder}")
+    return 1 if result.failed else 0
 
 
-def _add_how(verb: argparse.ArgumentParser, *, published: bool) -> None:
-    how = verb.add_argument_group("how it is asked")
-    texts = "the benchmark's own texts" if published else "ToolRL's prompts, with the texts of --prompt-from"
-    how.add_argument(
-        "--prompt",
-        choices=("training", "native", "published"),
-        help="training (the default): laid out as in the model's run, or in --format; native: the model's (server's) "
-        f"own function calling; published: {texts}",
-    )
-    if not published:
-        how.add_argument(
-            "--prompt-from",
-            metavar="FILE",
-            help="rows as ToolRL published them, such as rlla_sft.json (default: what a run that kept prompts read)",
-        )
-    how.add_argument(
-        "--format", metavar="F", help="how the model writes calls (default: as its run, else its template)"
-    )
-    how.add_argument("--max-new-tokens", type=int, metavar="N", help="per response (default: 4096; tool world: 160)")
-    how.add_argument("--context", type=int, metavar="N", help="tokens that the model holds (default: what it says)")
-    how.add_argument("--batch-size", type=int, metavar="N", help="of a local model (default: 16; vLLM 256, BFCL 64)")
-    server = verb.add_argument_group("a server")
-    server.add_argument(
-        "--concurrency", type=int, default=8, metavar="N", help="requests at once (default: %(default)s)"
-    )
-    server.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds (default: %(default)s)")
-    server.add_argument("--retries", type=int, default=5, metavar="N", help="per request (default: %(default)s)")
-    server.add_argument("--requests-per-minute", type=int, metavar="N", help="at most (default: no limit)")
-    server.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="default: %(default)s")
-    server.add_argument(
-        "--tokenizer",
-        metavar="DIR_OR_ID",
-        help="the model's: prompts exactly as in training are sent to /completions as token ids, instead of messages "
-        "to /chat/completions; also tells the format and what fits",
-    )
-    server.add_argument("--extra-body", metavar="JSON", help="an object whose fields go into every request")
+def _parts(name: str, text: str | None) -> tuple[str, ...]:
+    """The parts of a list with commas."""
+    parts = tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    if text is not None and not parts:
+        raise UserError(f"--{name} without a name", "some with commas between them", "leave it out for all")
+    return parts
 
 
-def _add_compare(actions: Any) -> None:
-    text = "compare two evaluations: paired differences, McNemar's test, the samples that flipped"
-    verb = _add(actions, "compare", text, "compare runs/eval-base runs/eval-mine")
-    verb.add_argument("base", metavar="BASE", help="an evaluation's folder")
-    verb.add_argument("tuned", metavar="TUNED", help="another one's")
-    verb.add_argument("--out", metavar="DIR", help="also write comparison.md, comparison.json and flips.jsonl there")
-    verb.add_argument("--json", action="store_true", help="print one JSON object")
+def _extra_body(text: str) -> dict[str, Any]:
+    from rest_rl.data.reading import load_json
+
+    try:
+        body = load_json(text)
+    except ValueError as error:
+        body = str(error)
+    if not isinstance(body, dict) or not isinstance(body.get("chat_template_kwargs", {}), dict):
+        expected, remedy = "a JSON object (and so its chat_template_kwargs)", '{"repetition_penalty": 1.0}'
+        raise UserError(f"--extra-body {text:.80}", expected, f"write --extra-body '{remedy}'")
+    return body
 
 
-def _add_table(actions: Any) -> None:
-    text = "tabulate evaluations of one benchmark: Markdown, CSV, LaTeX in the paper's layout, a radar figure"
-    verb = _add(actions, "table", text, "table runs/eval-base runs/eval-mine --out tables")
-    verb.add_argument("folders", nargs="+", metavar="DIR", help="evaluations' folders")
-    verb.add_argument("--out", metavar="DIR", help="where to (default: the folder of a single one, else ./tables)")
+def _show_summary(summary: Any) -> None:
+    from rest_rl.evaluate.tables import terminal_table
+
+    _show(terminal_table(summary))
+
+
+def _show(table: Any) -> None:
+    """A table and its notes."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from rest_rl.cli.terminal import show_table
+
+    console = Console()
+    show_table(escape(table.title), table.header, table.rows, console)
+    for note in table.notes:
+        console.print(note, highlight=False, markup=False)
+
+
+@eval_app.command("compare", cls=Verb, short_help="two evaluations: paired differences, McNemar's test, what flipped")
+def compare(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="an evaluation's folder")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="another one's")],
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="write comparison.md, .json and flips.jsonl")] = None,
+    json: AsJson = False,
+) -> None:
+    """Compare two evaluations: paired differences, McNemar's test, the samples that flipped."""
+    from rich.console import Console
+
+    from rest_rl.cli.terminal import say
+    from rest_rl.evaluate.compare import FLIPS, compare, write_comparison
+    from rest_rl.evaluate.tables import comparison_tables
+    from rest_rl.jsonl import as_json
+
+    found = compare(base, tuned)
+    if out:
+        write_comparison(found, out)
+    if json:
+        print(as_json(found.to_json(), indent=2))
+        return
+    for table in comparison_tables(found.to_json()):
+        _show(table)
+    console = Console()
+    for flip in found.flips[:SHOWN_FLIPS]:
+        reasons = f"{flip.base_reason or 'right'} → {flip.tuned_reason or 'right'}"
+        say(console, f"{flip.direction} {flip.id}: {reasons}")
+    if len(found.flips) > SHOWN_FLIPS:
+        say(console, f"{len(found.flips)} samples flipped in all; --out DIR writes them to {FLIPS}")
+
+
+@eval_app.command(
+    "table", cls=Verb, short_help="evaluations as Markdown, CSV, LaTeX in the paper's layout, a radar figure"
+)
+def table(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR", help="evaluations' folders")],
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="where to (default: the folder of a single one, else ./tables)")
+    ] = None,
+) -> None:
+    """Tabulate evaluations: Markdown, CSV, LaTeX in the paper's layout, a radar figure for each benchmark."""
+    from rich.console import Console
+
+    from rest_rl.cli.terminal import say
+    from rest_rl.evaluate.compare import read_evaluation
+    from rest_rl.evaluate.radar import draw_radars
+    from rest_rl.evaluate.tables import write_tables
+
+    summaries = [read_evaluation(folder).summary for folder in folders]
+    target = out or (folders[0] if len(summaries) == 1 else "tables")
+    for summary in summaries:
+        _show_summary(summary)
+    for line in (*write_tables(summaries, target), *draw_radars(summaries, target)):
+        say(Console(), str(line))

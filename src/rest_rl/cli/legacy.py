@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rest_rl.cli.data import add_data, data
-from rest_rl.cli.evaluate import add_eval, run_eval
 
 EXIT_USER_ERROR = 2
 
@@ -71,7 +70,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compare(verbs)
     _add_probe(verbs)
     add_data(verbs)
-    add_eval(verbs)
     return parser
 
 
@@ -191,9 +189,7 @@ def run_verb(arguments: argparse.Namespace) -> int:
         from rest_rl.cli.compare import compare
 
         return compare(arguments)
-    if arguments.verb == "data":
-        return data(arguments)
-    return run_eval(arguments)
+    return data(arguments)
 
 
 def main(argv: Sequence[str], overrides: Sequence[str], *, debug: bool) -> int:

@@ -17,13 +17,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from rest_rl.cli.eval_origin import model_label, recorded_run
 from rest_rl.cli.terminal import eval_bar, show_table
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.samples import ToolSample
 from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import end_ids
+from rest_rl.evaluate.origin import model_label, recorded_run
 from rest_rl.jsonl import as_json, reason
 from rest_rl.presets import Preset
 from rest_rl.probe.advice import advice_on, verdict

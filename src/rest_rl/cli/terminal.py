@@ -19,7 +19,7 @@ from rest_rl.report.diagnosis import Finding
 from rest_rl.report.palette import REGION_COLOURS
 from rest_rl.report.tables import is_number
 from rest_rl.response import Region, Span
-from rest_rl.runlog import Advance
+from rest_rl.runlog import Advance, SilentObserver
 
 LINE_EVERY = 60.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -87,6 +87,25 @@ def eval_bar(console: Console, done: int, total: int) -> Iterator[Callable[[int,
                 console.print(f"{now}/{total} {rate} {note} {left} left", highlight=False)
 
         yield advance
+
+
+class SampleScreen(SilentObserver):
+    """The observer of what measures samples: text as it is, a bar with their rate."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, text: str) -> None:
+        say(self.console, text)
+
+    @contextmanager
+    def track(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
+        if total is None:
+            with self.console.status(what):
+                yield lambda done, total=None, note="": None
+            return
+        with eval_bar(self.console, done, total) as advance:
+            yield lambda done, total=None, note="": advance(done, note)
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rest_rl.errors import UserError
+from rest_rl.evaluate.harness import group_label
 from rest_rl.evaluate.log import SAMPLES, SUMMARY, Row
+from rest_rl.evaluate.tables import comparison_markdown
 from rest_rl.jsonl import as_json, reason
 from rest_rl.runlog import read_object, read_rows, replace_file
 from rest_rl.statistics import Interval, mcnemar, paired_difference, q_values, weighted_mean
@@ -86,23 +88,16 @@ class Comparison:
         """The whole comparison as plain values."""
         return asdict(self)
 
-    def write_flips(self, path: str | Path) -> Path:
-        """Write one line per flipped sample, atomically; ValueError for a path that cannot be written."""
-        target = Path(path)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(target, "".join(as_json(asdict(flip)) + "\n" for flip in self.flips))
-        except OSError as error:
-            raise UserError(f"{path} ({reason(error)})", "a path to write to", "pass another") from error
-        return target
-
 
 def compare(base: str | Path, tuned: str | Path) -> Comparison:
     """Compare two evaluation folders; ValueError when they hold no evaluations or have nothing to compare."""
     first, second = read_evaluation(base), read_evaluation(tuned)
     check_comparable(first, second)
     metrics = [name for name in first.summary.get("metrics", []) if name in second.summary.get("metrics", [])]
-    shared = {metric: scored_in_both(first, second, metric) for metric in metrics}
+    shared = {}
+    for metric in metrics:
+        others = set(scored(second, metric))
+        shared[metric] = [identity for identity in scored(first, metric) if identity in others]
     if not any(shared.values()):
         raise UserError(
             f"{base} and {tuned}, which share no scored sample",
@@ -119,6 +114,23 @@ def compare(base: str | Path, tuned: str | Path) -> Comparison:
         flips=tuple(flip for metric, ids in shared.items() for flip in flips(first, second, metric, ids)),
         warnings=tuple(warnings(first, second, metrics)),
     )
+
+
+def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
+    """Write comparison.md, comparison.json and flips.jsonl, which has a line per flipped sample."""
+    target, content = Path(folder), comparison.to_json()
+    texts = {
+        FLIPS: "".join(as_json(flip) + "\n" for flip in content["flips"]),
+        "comparison.json": as_json(content, indent=2) + "\n",
+        "comparison.md": comparison_markdown(content),
+    }
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            replace_file(target / name, text)
+    except OSError as error:
+        raise UserError(f"{folder} ({reason(error)})", "a writable folder", "pass another") from error
+    return [target / name for name in texts]
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
@@ -147,12 +159,6 @@ def check_comparable(first: Evaluation, second: Evaluation) -> None:
             )
 
 
-def scored_in_both(first: Evaluation, second: Evaluation, metric: str) -> list[str]:
-    """The samples with a verdict on both sides, in the order of the first."""
-    others = set(scored(second, metric))
-    return [identity for identity in scored(first, metric) if identity in others]
-
-
 def scored(evaluation: Evaluation, metric: str) -> list[str]:
     """The samples with a verdict."""
     return [identity for identity, row in evaluation.rows.items() if isinstance(row.get(metric), bool)]
@@ -162,7 +168,7 @@ def changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[st
     """A change per group in the order of the summary, then of official averages, then one of all samples."""
     members: dict[str, list[str]] = {str(name): [] for name in first.summary.get("groups", {})}
     for identity in ids:
-        members.setdefault(group_of(first.rows[identity]), []).append(identity)
+        members.setdefault(group_of(first, identity), []).append(identity)
     pairs = {
         name: [(first.rows[i][metric], second.rows[i][metric]) for i in own] for name, own in members.items() if own
     }
@@ -218,13 +224,15 @@ def flips(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]
         old, new = first.rows[identity], second.rows[identity]
         if old[metric] != new[metric]:
             direction: Literal["lost", "gained"] = "lost" if old[metric] else "gained"
-            found.append(Flip(metric, identity, group_of(old), direction, reason_of(old), reason_of(new)))
+            found.append(Flip(metric, identity, group_of(first, identity), direction, reason_of(old), reason_of(new)))
     return found
 
 
-def group_of(row: Mapping[str, Any]) -> str:
-    """The group of a row as the summary calls it."""
-    return str(row["category"]) if "category" in row else f"Level{row.get('level')}"
+def group_of(evaluation: Evaluation, identity: str) -> str:
+    """The group of a sample as the summary calls it; summaries that do not say where rows have it are older."""
+    row = evaluation.rows[identity]
+    field = evaluation.summary.get("group_field") or ("level" if "level" in row else "category")
+    return group_label(field, row[field])
 
 
 def reason_of(row: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ one machine a resumed evaluation gives the same texts as one that was never stop
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from threading import Event, Lock
@@ -65,8 +66,7 @@ def evaluate_all(
 
 def cut(identities: Sequence[str], size: int) -> list[Sequence[str]]:
     """The list in batches of `size`."""
-    size = max(1, size)
-    return [identities[start : start + size] for start in range(0, len(identities), size)]
+    return [identities[start : start + size] for start in range(0, len(identities), max(1, size))]
 
 
 def batch_rows(
@@ -77,11 +77,10 @@ def batch_rows(
     try:
         while talks and not stopped.is_set():
             requests = [talk.conversation.request() for talk in talks]
-            waiting = [(talk, request) for talk, request in zip(talks, requests, strict=True) if request is not None]
-            yield from (talk.finished() for talk, request in zip(talks, requests, strict=True) if request is None)
-            talks = [talk for talk, _ in waiting]
-            replies = model.respond([request for _, request in waiting]) if waiting else []
-            for talk, reply in zip(list(talks), replies, strict=True):
+            yield from (talk.finish() for talk, request in zip(talks, requests, strict=True) if request is None)
+            talks = [talk for talk, request in zip(talks, requests, strict=True) if request is not None]
+            asked = [request for request in requests if request is not None]
+            for talk, reply in zip(list(talks), model.respond(asked) if asked else [], strict=True):
                 if row := talk.receive(reply):
                     yield row
                     talks.remove(talk)
@@ -94,7 +93,6 @@ class Talk:
     """A conversation under way, and what its row says besides the verdict."""
 
     def __init__(self, benchmark: Benchmark, identity: str, tool_format: ToolFormat) -> None:
-        """Begin the sample."""
         self.conversation: Conversation = benchmark.start(identity, tool_format)
         self.metrics = benchmark.metrics
         self.head: Row = {"id": identity, benchmark.group_field: benchmark.groups[identity]}
@@ -122,7 +120,7 @@ class Talk:
         verdicts = dict.fromkeys(self.metrics, False)
         return {**self.head, **record, **verdicts, "reason": f"{kind}: {ends[kind]}", kind: ends[kind], **self.notes}
 
-    def finished(self) -> Row:
+    def finish(self) -> Row:
         """The row of a conversation that is over."""
         try:
             outcome = self.conversation.outcome()
@@ -134,30 +132,23 @@ class Talk:
 
 def summarise(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
     """The scores by group, over all where the benchmark has no averages of its own, and what is missing."""
+    sizes = Counter(group_label(benchmark.group_field, group) for group in benchmark.groups.values())
     members: dict[str, list[Row]] = {}
-    sizes: dict[str, int] = {}
-    for group in benchmark.groups.values():
-        sizes[label(benchmark, group)] = sizes.get(label(benchmark, group), 0) + 1
     for row in rows:
-        members.setdefault(label(benchmark, row[benchmark.group_field]), []).append(row)
+        members.setdefault(group_label(benchmark.group_field, row[benchmark.group_field]), []).append(row)
     groups = {
         name: group_scores(members[name], benchmark.metrics, size) for name, size in sizes.items() if name in members
     }
     extras = dict(benchmark.extras(rows))
     if "official" not in extras:
         groups[OVERALL] = group_scores(rows, benchmark.metrics, len(benchmark.groups))
-    return {
-        "benchmark": benchmark.name,
-        "pin": benchmark.pin,
-        "metrics": list(benchmark.metrics),
-        "groups": groups,
-        **extras,
-    }
+    about = {"benchmark": benchmark.name, "pin": benchmark.pin, "metrics": list(benchmark.metrics)}
+    return {**about, "group_field": benchmark.group_field, "groups": groups, **extras}
 
 
-def label(benchmark: Benchmark, group: str | int) -> str:
+def group_label(field: str, group: str | int) -> str:
     """A group's name in the summary: a number gets the name of its field, `Level1`."""
-    return group if isinstance(group, str) else f"{benchmark.group_field.title()}{group}"
+    return group if isinstance(group, str) else f"{field.title()}{group}"
 
 
 def group_scores(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,42 +14,58 @@ from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 
 from rest_rl.errors import UserError
-from rest_rl.evaluate.layout import OVERALL, Cell, Column, cell_of, column_labels, edition, how_asked, model_names
+from rest_rl.evaluate.harness import OVERALL
+from rest_rl.evaluate.tables import Column, Summary, editions, how_asked, numbers, sections
 from rest_rl.jsonl import reason
 from rest_rl.report.plots import FAINT, INK, colours, save
 
 MIN_AXES = 3
 """Fewer make no polygon; they become bars."""
 TICKS = (20, 40, 60, 80, 100)
-LONG_LABEL, WIDE_LEGEND = 10, 70
 
 
-def draw_radar(summaries: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Draw the accuracy of each model in the groups that all have, in per cent, headline metric; returns the file.
+class Share(NamedTuple):
+    """An accuracy and its interval."""
 
-    ValueError without summaries, for several pins, or when the models share no group.
-    """
-    groups = shared_groups(summaries)
-    if not groups:
+    accuracy: float
+    low: float
+    high: float
+
+
+def draw_radars(summaries: Sequence[Summary], folder: str | Path) -> Iterator[str]:
+    """Draw a figure for each benchmark and pin; yields its path, or why there is none."""
+    kinds = [[summary for _, summary in models] for models in editions(summaries)]
+    for same in kinds:
+        slug = "-".join(re.findall(r"[a-z0-9]+", str(same[0].get("pin")).lower()))[:60]
+        name = "radar.png" if len(kinds) == 1 else f"radar-{same[0]['benchmark']}-{slug}.png"
+        if shared_columns(same):
+            yield str(draw_radar(same, Path(folder) / name))
+        else:
+            who = "the evaluations share no group with a scored sample" if len(same) > 1 else "no sample was scored"
+            yield f"no radar figure: {who} ({same[0].get('pin')})"
+
+
+def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
+    """Draw the accuracy of each model in the groups that all have, in per cent, headline metric; returns the file."""
+    if not (columns := shared_columns(summaries)):
         raise UserError("evaluations that share no group", "at least one", "evaluate the same categories")
-    labels = column_labels(summaries[0], groups)
+    (models,) = editions(summaries)
     metric = str((summaries[0].get("metrics") or ["correct"])[0])
-    models = {
-        name: [cell for group in groups if (cell := cell_of(summary, Column(group, (group,)), metric))]
-        for name, summary in zip(model_names(summaries), summaries, strict=True)
-    }
+    cells = {name: [numbers(summary, column, metric) for column in columns] for name, summary in models}
     figure = Figure(figsize=(7.2, 6.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    draw = draw_polygons if len(groups) >= MIN_AXES else draw_bars
-    axes = draw(figure, labels, models)
-    ways = list(dict.fromkeys(how_asked(summary) for summary in summaries))
-    partial = "; a part of the samples only" if any(cell.is_partial for own in models.values() for cell in own) else ""
-    asked = ways[0] if len(ways) == 1 else "prompts and formats differ"
+    shares = {name: [Share(cell["accuracy"], cell["low"], cell["high"]) for cell in own] for name, own in cells.items()}
+    axes = (draw_polygons if len(columns) >= MIN_AXES else draw_bars)(
+        figure, [column.label for column in columns], shares
+    )
+    ways = {how_asked(summary) for summary in summaries}
+    asked = ways.pop() if len(ways) == 1 else "prompts and formats differ"
+    is_partial = any(cell["n"] < cell["of"] for own in cells.values() for cell in own)
+    partial = "; a part of the samples only" if is_partial else ""
     title = f"{summaries[0].get('pin')}\n{asked}; {metric} in per cent{partial}"
     figure.suptitle(plain(title), fontsize=9, color=INK)
-    columns = 2 if sum(map(len, models)) < WIDE_LEGEND else 1
     style = {"fontsize": 9, "frameon": False, "labelcolor": INK}
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=columns, **style)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2 if sum(map(len, cells)) < 70 else 1, **style)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return save(figure, Path(path))
@@ -56,27 +73,27 @@ def draw_radar(summaries: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         raise UserError(f"{path} ({reason(error)})", "a path to write to", "pass another") from error
 
 
-def shared_groups(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The groups with a score in every summary, in the order of the first; not what sums them up.
-
-    ValueError without summaries and for several pins.
-    """
+def shared_columns(summaries: Sequence[Summary]) -> list[Column]:
+    """The groups with a score in every summary, in the order of the first; not what sums them up."""
     if not summaries:
         raise UserError("no evaluation", "at least one", "pass the folders of finished evaluations")
-    if len(editions := {edition(summary): summary.get("pin") for summary in summaries}) > 1:
+    if len(models := editions(summaries)) > 1:
+        pins = ", ".join(str(same[0][1].get("pin")) for same in models)
         raise UserError(
-            f"evaluations of {', '.join(map(str, editions.values()))}",
-            "one: numbers of different pins do not compare",
-            "draw them one by one",
+            f"evaluations of {pins}", "one: numbers of different pins do not compare", "draw them one by one"
         )
-    return [
-        str(name)
-        for name in summaries[0].get("groups") or {}
-        if name != OVERALL and all((summary.get("groups") or {}).get(name, {}).get("n") for summary in summaries)
-    ]
+    is_bfcl = summaries[0].get("benchmark") == "bfcl"
+    labels = {
+        column.group: column._replace(label=f"{section.title} {column.label}" if is_bfcl else column.label)
+        for section in sections(models[0])
+        for column in section.columns
+        if not column.is_average
+    }
+    groups = [(summary.get("groups") or {}) for summary in summaries]
+    return [labels[name] for name in groups[0] if name != OVERALL and all(own.get(name, {}).get("n") for own in groups)]
 
 
-def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Cell]]) -> Axes:
+def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Share]]) -> Axes:
     """One closed line per model over a circle of axes, from 0 in the middle to 100."""
     axes = figure.add_subplot(projection="polar")
     assert isinstance(axes, PolarAxes)
@@ -84,46 +101,33 @@ def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Se
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     for (name, own), colour in zip(models.items(), colours(len(models)), strict=True):
-        values = [100 * cell.accuracy for cell in own]
-        axes.plot(
-            [*angles, angles[0]], [*values, values[0]], color=colour, linewidth=1.6, marker=".", label=plain(name)
-        )
+        values = [100 * share.accuracy for share in own]
+        style = {"color": colour, "linewidth": 1.6, "marker": "."}
+        axes.plot([*angles, angles[0]], [*values, values[0]], label=plain(name), **style)
         axes.fill(angles, values, color=colour, alpha=0.16 / len(models))
     axes.set_ylim(0, 100)
     axes.set_yticks(TICKS, [str(tick) if tick < 100 else "" for tick in TICKS], fontsize=7, color=INK)
     axes.set_rlabel_position(180 / len(labels))
-    axes.set_xticks(angles, [in_lines(label) for label in labels], fontsize=8, color=INK)
-    axes.tick_params(axis="x", pad=4)
-    for text, angle in zip(axes.get_xticklabels(), angles, strict=True):
-        text.set_horizontalalignment(side_of(angle))
+    axes.set_xticks(angles, [label.replace(" ", "\n", 1) if len(label) > 10 else label for label in labels])
+    axes.tick_params(axis="x", pad=4, labelsize=8, labelcolor=INK)
+    for text, angle in zip(axes.get_xticklabels(), angles, strict=True):  # labels grow away from the circle
+        across = math.sin(angle)
+        text.set_horizontalalignment("center" if abs(across) < 0.1 else "left" if across > 0 else "right")
     axes.grid(color=FAINT, linewidth=0.6)
     axes.spines["polar"].set_color(FAINT)
     return axes
 
 
-def in_lines(label: str) -> str:
-    """A long label in two lines."""
-    return label.replace(" ", "\n", 1) if len(label) > LONG_LABEL else label
-
-
-def side_of(angle: float) -> Literal["left", "center", "right"]:
-    """How a label beside the circle is aligned, so that it grows away from it."""
-    across = math.sin(angle)
-    return "center" if abs(across) < 0.1 else "left" if across > 0 else "right"
-
-
-def draw_bars(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Cell]]) -> Axes:
+def draw_bars(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Share]]) -> Axes:
     """A bar per model in each group, with its interval."""
     axes = figure.add_subplot()
     width = 0.8 / len(models)
     for index, ((name, own), colour) in enumerate(zip(models.items(), colours(len(models)), strict=True)):
         places = [i + (index - (len(models) - 1) / 2) * width for i in range(len(labels))]
-        values = [100 * cell.accuracy for cell in own]
-        sides = [
-            [max(0.0, 100 * (cell.accuracy - (cell.accuracy if cell.low is None else cell.low))) for cell in own],
-            [max(0.0, 100 * ((cell.accuracy if cell.high is None else cell.high) - cell.accuracy)) for cell in own],
-        ]
-        axes.bar(places, values, 0.9 * width, color=colour, label=plain(name), yerr=sides, ecolor=INK, capsize=3)
+        below = [max(0.0, 100 * (share.accuracy - share.low)) for share in own]
+        above = [max(0.0, 100 * (share.high - share.accuracy)) for share in own]
+        style = {"color": colour, "label": plain(name), "ecolor": INK, "capsize": 3}
+        axes.bar(places, [100 * share.accuracy for share in own], 0.9 * width, yerr=[below, above], **style)
     axes.set_xticks(range(len(labels)), labels, fontsize=9, color=INK)
     axes.set_xlim(-0.8, len(labels) - 0.2)
     axes.set_ylim(0, 100)

@@ -1,123 +1,94 @@
-"""Tables of evaluations as Markdown, CSV, LaTeX and for the terminal, and those of a comparison of two.
+"""Tables of evaluations in the paper's layout (rows are models, columns are groups), and those of a comparison.
 
-Everything is read from plain mappings: summaries of evaluations, and a comparison's `to_json()`.
+Everything is read from plain mappings: summaries of evaluations, and a comparison's `to_json()`. Numbers of two pins
+never share a table, a group that was not asked whole is marked, and an average stands only where the summary has it,
+that is where nothing is missing.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from rest_rl.errors import UserError
-from rest_rl.evaluate.layout import (
-    AVERAGES,
-    OVERALL,
-    TROUBLES,
-    Cell,
-    Column,
-    Section,
-    ceiling_notes,
-    cell_of,
-    count,
-    editions,
-    eval_tables,
-    how_asked,
-    interval_words,
-    model_names,
-    sections,
-    trouble_text,
-)
+from rest_rl.evaluate.benchmarks.bfcl.groups import LIVE, MULTI_TURN, NON_LIVE
+from rest_rl.evaluate.harness import OVERALL
 from rest_rl.jsonl import reason
 from rest_rl.report.tables import is_number, markdown_table, percent
 from rest_rl.runlog import replace_file
 
-LINE_BREAK = r"\\"
-MACRO = r"\providecommand{\withinterval}[2]{\begin{tabular}[t]{@{}c@{}}#1\\[-3pt]{\tiny #2}\end{tabular}}"
-ESCAPES = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "–": "--",
-    "±": r"$\pm$",
-    "≤": r"$\leq$",
-    # A row that starts with one of these would be read as an option of the line break before it.
-    "[": "{[}",
-    "]": "{]}",
-    "*": "{*}",
-    "\n": " ",
-    "\r": " ",
-} | {character: "\\" + character for character in "&%$#_"}
-
-
-def escaped(text: str) -> str:
-    """Text that LaTeX prints as it is."""
-    return "".join(ESCAPES.get(character, character) for character in text)
-
-
-def with_interval(number: str, interval: str) -> str:
-    """A cell of a number over its interval."""
-    return rf"\withinterval{{{number}}}{{{interval}}}"
-
-
-def latex_table(
-    caption: str, span: str, header: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str]
-) -> str:
-    """A floating table; caption, span, header, first column and notes are plain text, other cells are LaTeX."""
-    columns = len(header) - 1
-    over = [rf"& \multicolumn{{{columns}}}{{c}}{{{escaped(span)}}} \\", rf"\cmidrule(l){{2-{columns + 1}}}"]
-    lines = [
-        MACRO,
-        r"\begin{table}[t]",
-        r"\centering\footnotesize\setlength{\tabcolsep}{3.5pt}",
-        rf"\caption{{{escaped(caption)}}}",
-        rf"\begin{{tabular}}{{@{{}}l{'c' * columns}@{{}}}}",
-        r"\toprule",
-        *(over if span else ()),
-        " & ".join([escaped(header[0]), *(stacked(label) for label in header[1:])]) + r" \\",
-        r"\midrule",
-        *(" & ".join([escaped(row[0]), *row[1:]]) + r" \\" for row in rows),
-        r"\bottomrule",
-        r"\end{tabular}",
-        *([rf"\par\smallskip{{\scriptsize {escaped(' '.join(notes))}\par}}"] if notes else ()),
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def stacked(label: str) -> str:
-    """A header with one word per line."""
-    words = [escaped(word) for word in label.split()]
-    return rf"\shortstack{{{LINE_BREAK.join(words)}}}" if len(words) > 1 else escaped(label)
-
-
-DASH = "–"
-SIGNIFICANT = 0.05
+Summary = Mapping[str, Any]
+Models = Sequence[tuple[str, Summary]]
+"""Names and summaries of one benchmark and pin."""
+AVERAGES = "Averages"
+TITLES = {"bfcl": "BFCL", "api_bank": "API-Bank", "tool_world": "Tool world"}
+METRICS = {"soft": "soft (the published metric)", "strict": "strict (exactly the one right call)"}
+LABELS = {
+    "simple": "Simple Python",
+    "java": "Simple Java",
+    "javascript": "Simple JavaScript",
+    "simple_javascript": "Simple JavaScript",
+}
+TROUBLES = {"overflow": "overflowed", "refused": "refused", "truncated": "truncated", "errors": "not scored"}
+"""What a group counts besides its verdicts, and how tables call it."""
+ABOUT = ("benchmark", "version", "pin", "model", "prompt", "format")
+NUMBERS = ("n", "of", "correct", "accuracy", "low", "high")
+COLUMNS = [*ABOUT, "metric", "table", "column", *NUMBERS, *TROUBLES]
+DASH, SIGNIFICANT = "–", 0.05
 STARRED = (
     "change: percentage points, with 95 % interval (Bonett-Price); flips: samples lost and gained; "
     "p: McNemar's exact test, * where q <= 0.05 among the groups (Benjamini-Hochberg)"
 )
 EXPLAINED = (
     "Samples scored on both sides; change in percentage points with the 95 % interval of Bonett and Price (2012); "
-    "lost and gained: right at the base or at the tuned model alone; p: McNemar's exact test; q: p among the groups "
-    "after Benjamini and Hochberg (1995), * where it is at most 0.05."
+    "lost and gained: right only at the base or only at the tuned model; p: McNemar's exact test; q: p among the "
+    "groups after Benjamini and Hochberg (1995), * where it is at most 0.05."
 )
 AVERAGED = "official averages: intervals of the groups combined by MOVER (Zou and Donner, 2008); no test"
-CSV_HEADER = (
-    "benchmark", "version", "pin", "model", "prompt", "format", "metric", "table", "column", "n", "of", "correct",
-    "accuracy", "low", "high", *TROUBLES,
-)  # fmt: skip
 
 
-class TerminalTable(NamedTuple):
-    """What `terminal.show_table` takes, and lines to print below."""
+class Column(NamedTuple):
+    """A column: its label and the group that it shows, or the official average."""
+
+    label: str
+    group: str
+    is_average: bool = False
+
+
+class Section(NamedTuple):
+    """The columns of one table; the metric of a benchmark with several."""
+
+    title: str
+    columns: Sequence[Column]
+    metric: str = "correct"
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """One table; `frame` has a row per model and column, in this order, with the fields of `COLUMNS` and `group`."""
+
+    title: str
+    span: str
+    """What stands over its columns."""
+    caption: str
+    frame: pd.DataFrame
+    notes: tuple[str, ...]
+
+    def grid(self, text: Callable[[Any], str]) -> pd.DataFrame:
+        """A row per model and a column per group, each cell the text of its row of `frame`."""
+        names, labels = self.frame["model"].unique(), self.frame["column"].unique()
+        cells = [text(row) for row in self.frame.itertuples()]
+        rows = [cells[start : start + len(labels)] for start in range(0, len(cells), len(labels))]
+        return pd.DataFrame(rows, index=names, columns=labels)
+
+
+class TextTable(NamedTuple):
+    """A table of texts, whose first column names the rows, and lines to print below."""
 
     title: str
     header: tuple[str, ...]
@@ -125,78 +96,248 @@ class TerminalTable(NamedTuple):
     notes: list[str]
 
 
-def interval_text(cell: Cell) -> str:
-    """`[92.4, 96.7]` in per cent; empty without an interval."""
-    return f"[{100 * cell.low:.1f}, {100 * cell.high:.1f}]" if is_number(cell.low) and is_number(cell.high) else ""
+def results(summaries: Sequence[Summary]) -> pd.DataFrame:
+    """All numbers, a row per table, model and column; shares in [0, 1], None where nothing was measured."""
+    frames = [table.frame for table in eval_tables(summaries)]
+    return pd.concat(frames, ignore_index=True)[COLUMNS] if frames else pd.DataFrame(columns=COLUMNS, dtype=object)
 
 
-def cell_text(cell: Cell | None) -> str:
-    """`95.0 [92.4, 96.7]`, marked with its number of samples where they are a part."""
-    if cell is None:
-        return DASH
-    mark, part = ("*", f"(n = {cell.n} of {cell.of})") if cell.is_partial else ("", "")
-    return " ".join(filter(None, (percent(cell.accuracy) + mark, interval_text(cell), part)))
+def eval_tables(summaries: Sequence[Summary]) -> list[ResultTable]:
+    """The tables of one or several evaluations, those of one pin together; none without summaries."""
+    return [result_table(section, models) for models in editions(summaries) for section in sections(models)]
 
 
-def latex_cell(cell: Cell | None) -> str:
-    """A number over its interval."""
-    if cell is None:
-        return "--"
-    number = percent(cell.accuracy) + ("$^{*}$" if cell.is_partial else "")
-    interval = interval_text(cell)
-    return with_interval(number, interval) if interval else number
+def editions(summaries: Sequence[Summary]) -> list[Models]:
+    """The evaluations by what makes them comparable, each with its model's name."""
+    found: dict[str, list[tuple[str, Summary]]] = {}
+    for name, summary in zip(model_names(summaries), summaries, strict=True):
+        found.setdefault(edition(summary), []).append((name, summary))
+    return list(found.values())
 
 
-def markdown_tables(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """All tables as Markdown, each under its title and caption and over its notes."""
-    parts = []
-    for table in eval_tables(summaries):
-        rows = [(name, *map(cell_text, line)) for name, line in table.rows]
-        notes = "\n".join(f"- {note}" for note in table.notes)
-        parts += [f"### {table.title}", table.caption, markdown_table(("model", *table.columns), rows), notes]
-    return "\n\n".join(part for part in parts if part) + "\n"
+def edition(summary: Summary) -> str:
+    """What evaluations must share to be comparable."""
+    return str([summary.get(key) for key in ("benchmark", "version", "pin")])
 
 
-def latex_tables(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """All tables as LaTeX, each a float of its own."""
-    return "\n".join(
-        latex_table(
-            f"{table.title}. {table.caption}",
-            table.span,
-            ("Model", *table.columns),
-            [(name, *map(latex_cell, line)) for name, line in table.rows],
-            table.notes,
-        )
-        for table in eval_tables(summaries)
+def model_names(summaries: Sequence[Summary]) -> list[str]:
+    """A name per summary; namesakes on one benchmark are told apart by prompt and format, then by number."""
+    twins = [(str(summary.get("model") or "model"), edition(summary)) for summary in summaries]
+    twins = [
+        (f"{twin[0]} ({how_asked(summary)})" if twins.count(twin) > 1 else twin[0], twin[1])
+        for twin, summary in zip(twins, summaries, strict=True)
+    ]
+    numbers = [f" #{twins[:i].count(twin) + 1}" if twins.count(twin) > 1 else "" for i, twin in enumerate(twins)]
+    return [name + number for (name, _), number in zip(twins, numbers, strict=True)]
+
+
+def how_asked(summary: Summary) -> str:
+    """Prompt and format in words."""
+    return f"prompt {summary.get('prompt', 'unknown')}, format {summary.get('format', 'unknown')}"
+
+
+def sections(models: Models) -> list[Section]:
+    """The tables of one edition, those without any number left out.
+
+    BFCL has several: official averages, the parts of which a category was asked, then categories of no part.
+    """
+    first = models[0][1]
+    groups = list(dict.fromkeys(str(name) for _, summary in models for name in summary.get("groups", {})))
+    if first.get("benchmark") != "bfcl":
+        groups.sort(key=lambda name: name != OVERALL)
+        columns = [Column(group_label(name), name) for name in groups]
+        metrics = [str(name) for name in first.get("metrics", ["correct"])]
+        return [Section(METRICS.get(name, name) if len(metrics) > 1 else "", columns, name) for name in metrics]
+    official = list(dict.fromkeys(str(name) for _, summary in models for name in summary.get("official") or {}))
+    official.sort(key=lambda name: name != "Overall")
+    non_live = NON_LIVE["v4" if first.get("version") == "v4" else "v3"]
+    parts = {"Multi-Turn": MULTI_TURN, "Non-Live": non_live, "Live": LIVE}
+    known = {name for names in parts.values() for name in names}
+    found = [Section(AVERAGES, [Column(name, name, is_average=True) for name in official])]
+    for title, names in parts.items():
+        if set(names) & set(groups):
+            columns = [Column(bfcl_label(name), name) for name in names]
+            found.append(Section(title, [Column("Overall", title, is_average=True), *columns]))
+    found.append(Section("Other", [Column(name, name) for name in groups if name not in known and name != OVERALL]))
+    return [section for section in found if section.columns]
+
+
+def group_label(name: str) -> str:
+    """`Level1` as `Level 1`, `unseen_tools` as `Unseen tools`."""
+    return re.sub(r"(?<=[a-z])(\d+)$", r" \1", name.replace("_", " ").capitalize())
+
+
+def bfcl_label(name: str) -> str:
+    """A category without its part, `multi_turn_miss_func` as `Miss Func`."""
+    return LABELS.get(name) or name.removeprefix("multi_turn_").removeprefix("live_").replace("_", " ").title()
+
+
+def numbers(summary: Summary, column: Column, metric: str = "") -> dict[str, Any]:
+    """The fields of `NUMBERS` of a model in a column, all None where nothing was scored."""
+    found = (summary.get("official" if column.is_average else "groups") or {}).get(column.group) or {}
+    own = found[metric] if isinstance(found.get(metric), Mapping) else found
+    if not is_number(own.get("accuracy")) or not (found.get("n") or column.is_average):
+        return dict.fromkeys(NUMBERS)
+    return {
+        **{name: own.get(name) for name in NUMBERS},
+        "n": found.get("n"),
+        "of": None if column.is_average else found.get("of"),
+    }
+
+
+def result_table(section: Section, models: Models) -> ResultTable:
+    """The table of one section."""
+    records = []
+    for name, summary in models:
+        about = {**{key: summary.get(key) for key in ABOUT}, "model": name, "metric": section.metric}
+        for column in section.columns:
+            group = {} if column.is_average else (summary.get("groups") or {}).get(column.group, {})
+            troubles = {key: count(group[key]) for key in TROUBLES if key in group}
+            place = {"table": section.title, "column": column.label, "group": column.group}
+            records.append({**about, **place, **numbers(summary, column, section.metric), **troubles})
+    frame = (
+        pd.DataFrame(records, columns=[*COLUMNS, "group"], dtype=object)
+        .astype(object)
+        .where(lambda cell: cell.notna(), None)
+    )
+    first, ways = models[0][1], {how_asked(summary) for _, summary in models}
+    head = " ".join(
+        filter(None, (TITLES.get(first.get("benchmark", ""), first.get("benchmark")), first.get("version")))
+    )
+    asked = "prompt and format differ, see the notes" if len(ways) > 1 else next(iter(ways))
+    intervals = interval_words(has_averages=any(column.is_average for column in section.columns))
+    return ResultTable(
+        title=f"{head}, {section.title}" if section.title else head,
+        span=section.title,
+        caption=f"{first.get('pin')}; {asked}; accuracy in per cent with {intervals}.",
+        frame=frame,
+        notes=tuple(_notes(section, models, frame, tell_asked=len(ways) > 1)),
     )
 
 
-def csv_tables(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """All numbers as CSV, one line per model and column, shares in [0, 1]; what was not measured is empty."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(CSV_HEADER)
-    for models in editions(summaries):
-        for section in sections(models):
-            for name, summary in models:
-                writer.writerows(csv_lines(section, name, summary))
-    return file.getvalue()
+def interval_words(*, has_averages: bool) -> str:
+    """Whose intervals a table shows."""
+    return "95 % Wilson intervals" + (", combined by MOVER for averages" if has_averages else "")
 
 
-def csv_lines(section: Section, name: str, summary: Mapping[str, Any]) -> Iterator[list[Any]]:
-    """The lines of one model in one table."""
-    about = [summary.get("benchmark"), summary.get("version"), summary.get("pin"), name]
-    about += [summary.get("prompt"), summary.get("format"), section.metric or "correct", section.title]
-    groups = summary.get("groups") or {}
-    for column in section.columns:
-        cell = cell_of(summary, column, section.metric)
-        group = next((groups[own] for own in column.names if own in groups and not column.is_average), {})
-        numbers = [cell.n, cell.of, cell.correct, cell.accuracy, cell.low, cell.high] if cell else [""] * 6
-        yield [*about, column.label, *numbers, *(count(group[key]) if key in group else "" for key in TROUBLES)]
+def _notes(section: Section, models: Models, frame: pd.DataFrame, *, tell_asked: bool) -> Iterator[str]:
+    """What must be known to read the numbers: what is missing, what went wrong, what an average takes, ceilings."""
+    partial = [row for row in frame.itertuples() if is_partial(row)]
+    if partial:
+        yield "Cells with * hold a part of their group."
+    names = {column.group for column in section.columns if not column.is_average}
+    for name, summary in models:
+        groups = {key: group for key, group in (summary.get("groups") or {}).items() if key != OVERALL}
+        # each sample once: not what sums groups up; all groups where the table shows only averages
+        troubles = trouble_text([group for key, group in groups.items() if key in names or not names])
+        parts = ", ".join(f"{row.column} {row.n} of {row.of}" for row in partial if row.model == name)
+        if told := [text for text in (how_asked(summary) if tell_asked else "", troubles, parts) if text]:
+            yield f"{name}: {'; '.join(told)}."
+    if section.title == AVERAGES:
+        for name, average in (models[0][1].get("official") or {}).items():
+            if of := average.get("of"):
+                yield f"{name} is over {', '.join(of) if len(of) < 10 else f'all {len(of)} categories'}."
+    yield from ceiling_notes(models[0][1])
 
 
-def write_tables(summaries: Sequence[Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Write tables.md, tables.csv and tables.tex; ValueError for a folder that cannot be written."""
+def trouble_text(groups: Sequence[Mapping[str, Any]]) -> str:
+    """`3 overflowed, 2 truncated`, empty when all went well."""
+    counts = {name: sum(count(group.get(key)) for group in groups) for key, name in TROUBLES.items()}
+    return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+
+
+def count(value: Any) -> int:
+    """A count that is written as a number or as the list of what it counts."""
+    return value if isinstance(value, int) else len(value or ())
+
+
+def ceiling_notes(summary: Summary) -> Iterator[str]:
+    """Where answers by what the prompts offer cannot reach 100, in the groups that were asked."""
+    for name, ceiling in (summary.get("ceilings") or {}).items():
+        if ceiling.get("ids") and name in (summary.get("groups") or {}):
+            reach = f"answers by the tools on offer reach {percent(ceiling.get('accuracy'))}"
+            yield f"{group_label(str(name))}: {reach}; the gold of {', '.join(ceiling['ids'])} lies outside them."
+
+
+def is_partial(row: Any) -> bool:
+    """Whether samples of the group are missing."""
+    return row.n is not None and row.of is not None and row.n < row.of
+
+
+def interval_text(low: Any, high: Any) -> str:
+    """`[92.4, 96.7]` in per cent; empty without an interval."""
+    return f"[{100 * low:.1f}, {100 * high:.1f}]" if is_number(low) and is_number(high) else ""
+
+
+def markdown_cell(row: Any) -> str:
+    """`95.0 [92.4, 96.7]`, marked with its number of samples where they are a part."""
+    mark, part = ("*", f"(n = {row.n} of {row.of})") if is_partial(row) else ("", "")
+    return " ".join(filter(None, (percent(row.accuracy) + mark, interval_text(row.low, row.high), part)))
+
+
+def latex_cell(row: Any) -> str:
+    """A number over its interval."""
+    if row.accuracy is None:
+        return "--"
+    number, interval = percent(row.accuracy) + ("$^{*}$" if is_partial(row) else ""), interval_text(row.low, row.high)
+    return rf"\withinterval{{{number}}}{{{interval}}}" if interval else number
+
+
+def csv_tables(summaries: Sequence[Summary]) -> str:
+    """All numbers as CSV."""
+    return results(summaries).to_csv(index=False, lineterminator="\n")
+
+
+def markdown_tables(summaries: Sequence[Summary]) -> str:
+    """All tables as Markdown, each under its title and caption and over its notes."""
+    parts = []
+    for table in eval_tables(summaries):
+        grid, notes = table.grid(markdown_cell), "\n".join(f"- {note}" for note in table.notes)
+        parts += [
+            f"### {table.title}",
+            table.caption,
+            markdown_table(("model", *grid.columns), grid.itertuples()),
+            notes,
+        ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+MACRO = r"\providecommand{\withinterval}[2]{\begin{tabular}[t]{@{}c@{}}#1\\[-3pt]{\tiny #2}\end{tabular}}"
+ESCAPES = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    # a row that starts with one of these would be read as an option of the line break before it
+    | {character: f"{{{character}}}" for character in "[]*"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": " ", "\r": " "}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "±": r"$\pm$", "≤": r"$\leq$"}
+)
+
+
+def escaped(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return text.translate(ESCAPES)
+
+
+def latex_tables(summaries: Sequence[Summary]) -> str:
+    """All tables as LaTeX, each a float of its own, the words of a header one below the other."""
+    texts = []
+    for table in eval_tables(summaries):
+        grid = table.grid(latex_cell)
+        stacks = [r"\\".join(map(escaped, label.split())) for label in grid.columns]
+        grid.columns = [rf"\shortstack{{{stack}}}" if r"\\" in stack else stack for stack in stacks]
+        grid.insert(0, "Model", list(map(escaped, grid.index)))
+        last = len(grid.columns)
+        tabular = grid.to_latex(index=False, escape=False, column_format=f"@{{}}l{'c' * (last - 1)}@{{}}")
+        over = rf"& \multicolumn{{{last - 1}}}{{c}}{{{escaped(table.span)}}} \\" + f"\n\\cmidrule(l){{2-{last}}}\n"
+        tabular = tabular.replace("\\toprule\n", f"\\toprule\n{over}", 1) if table.span else tabular
+        notes = rf"\par\smallskip{{\scriptsize {escaped(' '.join(table.notes))}\par}}" + "\n" if table.notes else ""
+        begin = MACRO + "\n\\begin{table}[t]\n\\centering\\footnotesize\\setlength{\\tabcolsep}{3.5pt}"
+        caption = escaped(f"{table.title}. {table.caption}")
+        texts.append(f"{begin}\n\\caption{{{caption}}}\n{tabular}{notes}\\end{{table}}\n")
+    return "\n".join(texts)
+
+
+def write_tables(summaries: Sequence[Summary], folder: str | Path) -> list[Path]:
+    """Write tables.md, tables.csv and tables.tex."""
     target = Path(folder)
     texts = {"md": markdown_tables(summaries), "csv": csv_tables(summaries), "tex": latex_tables(summaries)}
     try:
@@ -204,131 +345,90 @@ def write_tables(summaries: Sequence[Mapping[str, Any]], folder: str | Path) -> 
         for ending, text in texts.items():
             replace_file(target / f"tables.{ending}", text)
     except OSError as error:
-        raise UserError(
-            f"{folder} ({reason(error)})", "a writable folder with free space", "make room or pass another"
-        ) from error
+        expected = "a writable folder with free space"
+        raise UserError(f"{folder} ({reason(error)})", expected, "make room or pass another") from error
     return [target / f"tables.{ending}" for ending in texts]
 
 
-def terminal_table(summary: Mapping[str, Any]) -> TerminalTable:
-    """One evaluation from top to bottom: a row per group with its interval, official averages; 80 columns hold it.
+def terminal_table(summary: Summary) -> TextTable:
+    """One evaluation from top to bottom in 80 columns; the notes say of each group what went wrong.
 
-    The notes say of each group what went wrong.
+    Groups stand below the part they belong to, or above what sums them up.
     """
-    metrics = [str(name) for name in summary.get("metrics") or ["correct"]]
-    titles = metrics if len(metrics) > 1 else ["percent"]
-    header = ("", "n", *(title for name in titles for title in (name, "95 %")))
-    told = {name: trouble_text([group]) for name, group in (summary.get("groups") or {}).items() if name != OVERALL}
-    troubles = [f"{name}: {text}." for name, text in told.items() if text]
+    groups, metrics = summary.get("groups") or {}, [str(name) for name in summary.get("metrics") or ["correct"]]
+    parts = sections([("", summary)])
+    columns = [
+        column._replace(label=section.title if column.is_average else f" {column.group}")
+        for section in parts[: None if len(metrics) == 1 else 1]
+        for column in section.columns
+        if section.title != AVERAGES and (column.is_average or column.group in groups)
+    ]
+    shown = {column.group for column in columns}
+    columns += [Column(name, name, is_average=True) for name in summary.get("official") or {} if name not in shown]
+    if OVERALL in groups:
+        columns = [*(column for column in columns if column.group != OVERALL), Column(OVERALL, OVERALL)]
+    rows = []
+    for column in columns:
+        found = [numbers(summary, column, metric) for metric in metrics]
+        n, of = (groups[column.group].get(key, 0) for key in ("n", "of")) if not column.is_average else ("", "")
+        cells = [text for own in found for text in (percent(own["accuracy"]), interval_text(own["low"], own["high"]))]
+        rows.append((column.label, f"{n}" if n == of else f"{n} of {of}", *cells))
+    header = ("", "n", *(title for name in metrics for title in (name if len(metrics) > 1 else "percent", "95 %")))
+    troubles = {name: trouble_text([group]) for name, group in groups.items() if name != OVERALL}
+    notes = [*(f"{name}: {text}." for name, text in troubles.items() if text), *ceiling_notes(summary)]
     intervals = interval_words(has_averages=bool(summary.get("official")))
     title = f"{model_names([summary])[0]}: {summary.get('pin')}; {how_asked(summary)}; {intervals}"
-    return TerminalTable(title, header, list(group_rows(summary, metrics)), [*troubles, *ceiling_notes(summary)])
+    return TextTable(title, header, rows, notes)
 
 
-def group_rows(summary: Mapping[str, Any], metrics: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Groups indented below the part they belong to, or above what sums them up."""
-    groups, official = summary.get("groups") or {}, summary.get("official") or {}
-    if summary.get("benchmark") != "bfcl":
-        for name in sorted(groups, key=lambda name: name == OVERALL):
-            yield group_row(name if name == OVERALL else f" {name}", name, summary, metrics)
-        return
-    parts = [section for section in sections([("", summary)]) if section.title != AVERAGES]
-    for section in parts:
-        yield average_row(section.title, section.average, summary, metrics)
-        for name in [name for column in section.columns if not column.is_average for name in column.names]:
-            if name in groups:
-                yield group_row(f" {name}", name, summary, metrics)
-    for name in official:
-        if name not in {section.average for section in parts}:
-            yield average_row(name, name, summary, metrics)
+def comparison_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
+    """A table per metric of a comparison as its `to_json()` gives it; change and interval, p and q drawn together."""
+    tables = []
+    for title, changes in _titled(comparison):
+        rows = [_comparison_row(change) for change in changes]
+        drawn = [
+            (group, n, base, tuned, f"{change} {interval}", f"-{lost} +{gained}", p + ("*" if q.endswith("*") else " "))
+            if n != "0"
+            else (group, n, *[DASH] * 5)
+            for group, n, base, tuned, change, interval, lost, gained, p, q in rows
+        ]
+        notes = [*(f"warning: {warning}" for warning in comparison.get("warnings", [])), STARRED, *_averaged(changes)]
+        tables.append(TextTable(title, ("", "n", "base", "tuned", "change", "flips", "p"), drawn, notes))
+    return tables
 
 
-def group_row(label: str, name: str, summary: Mapping[str, Any], metrics: Sequence[str]) -> tuple[str, ...]:
-    """A group's number of samples, accuracy and interval per metric."""
-    group = summary["groups"][name]
-    found = [cell_of(summary, Column(label, (name,)), metric) for metric in metrics]
-    n = f"{group.get('n', 0)}" if group.get("n") == group.get("of") else f"{group.get('n', 0)} of {group.get('of')}"
-    numbers = [
-        text for cell in found for text in ((percent(cell.accuracy), interval_text(cell)) if cell else (DASH, ""))
-    ]
-    return (label, n, *numbers)
+def _titled(comparison: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
+    """(who is compared on what, the changes) for each metric."""
+    base, tuned = (str(comparison[side].get("model") or comparison[side].get("folder")) for side in ("base", "tuned"))
+    for metric, changes in comparison["metrics"].items():
+        what = f", {metric}" if len(comparison["metrics"]) > 1 else ""
+        yield f"{base} → {tuned}: {comparison.get('pin')}{what}", changes
 
 
-def average_row(label: str, name: str, summary: Mapping[str, Any], metrics: Sequence[str]) -> tuple[str, ...]:
-    """An official average and its interval; a dash where groups of it are missing."""
-    cell = cell_of(summary, Column(label, (name,), is_average=True), metrics[0])
-    numbers = (percent(cell.accuracy), interval_text(cell)) if cell else (DASH, "")
-    return (label, "", *numbers, *[""] * (2 * len(metrics) - 2))
-
-
-def comparison_tables(comparison: Mapping[str, Any]) -> list[TerminalTable]:
-    """A table per metric of a comparison as its `to_json()` gives it: paired changes in percentage points."""
-    metrics = comparison["metrics"]
-    return [
-        TerminalTable(
-            comparison_title(comparison, metric if len(metrics) > 1 else ""),
-            ("", "n", "base", "tuned", "change", "flips", "p"),
-            [terminal_row(comparison_row(change)) for change in changes],
-            [*(f"warning: {warning}" for warning in comparison.get("warnings", [])), STARRED, *averaged(changes)],
-        )
-        for metric, changes in metrics.items()
-    ]
-
-
-def averaged(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How to read official averages, if there are any."""
+def _averaged(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     return [AVERAGED] if any(change["n"] and change["p"] is None for change in changes) else []
 
 
-def comparison_title(comparison: Mapping[str, Any], metric: str) -> str:
-    """Who is compared, on what."""
-    names = [str(comparison[side].get("model") or comparison[side].get("folder")) for side in ("base", "tuned")]
-    return f"{names[0]} → {names[1]}: {comparison.get('pin')}" + (f", {metric}" if metric else "")
-
-
-def comparison_row(change: Mapping[str, Any]) -> tuple[str, ...]:
+def _comparison_row(change: Mapping[str, Any]) -> tuple[str, ...]:
     """Group, n, base, tuned, change, interval, lost, gained, p and q of one group, dashes for one without samples."""
-    label = str(change["group"]) if change.get("q") is None else f" {change['group']}"
+    q = change.get("q")
+    label = str(change["group"]) if q is None else f" {change['group']}"
     if not change["n"]:
         return (label, "0", *[DASH] * 8)
-    return (
-        label,
-        str(change["n"]),
-        percent(change["base"]),
-        percent(change["tuned"]),
-        f"{100 * change['difference']:+.1f}",
-        f"[{100 * change['low']:.1f}, {100 * change['high']:.1f}]",
-        str(change["lost"]),
-        str(change["gained"]),
-        probability_text(change["p"]),
-        probability_text(change.get("q")) + ("*" if is_number(change.get("q")) and change["q"] <= SIGNIFICANT else ""),
-    )
-
-
-def terminal_row(row: Sequence[str]) -> tuple[str, ...]:
-    """The cells of a comparison drawn together, so that narrow terminals hold them; p takes the star of q."""
-    group, n, base, tuned, change, interval, lost, gained, p, q = row
-    if n == "0":
-        return (group, n, *[DASH] * 5)
-    return (group, n, base, tuned, f"{change} {interval}", f"-{lost} +{gained}", p + ("*" if q.endswith("*") else " "))
-
-
-def probability_text(p: float | None) -> str:
-    """`0.012`, `<.001` where three places would read zero."""
-    return DASH if p is None else "<.001" if p < 0.001 else f"{p:.3f}"
+    p_text, q_text = (DASH if p is None else "<.001" if p < 0.001 else f"{p:.3f}" for p in (change["p"], q))
+    shares = (percent(change["base"]), percent(change["tuned"]), f"{100 * change['difference']:+.1f}")
+    counts = (interval_text(change["low"], change["high"]), str(change["lost"]), str(change["gained"]))
+    star = "*" if q is not None and q <= SIGNIFICANT else ""
+    return (label, str(change["n"]), *shares, *counts, p_text, q_text + star)
 
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """A comparison as Markdown: a table per metric with p- and q-values, the warnings, how to read it."""
     header = ("group", "n", "base", "tuned", "change", "95 % interval", "lost", "gained", "p", "q")
     parts = []
-    metrics = comparison["metrics"]
-    for metric, changes in metrics.items():
-        title = comparison_title(comparison, metric if len(metrics) > 1 else "")
-        parts += [f"### {title}", markdown_table(header, [comparison_row(change) for change in changes])]
-    asked = [f"- {side}: {how_asked(comparison[side])}" for side in ("base", "tuned")]
-    said = [f"- **warning**: {warning}" for warning in comparison.get("warnings", [])]
-    read = [
-        f"- {text}" for text in (EXPLAINED, *averaged([change for changes in metrics.values() for change in changes]))
-    ]
-    return "\n\n".join([*parts, "\n".join([*asked, *said, *read])]) + "\n"
+    for title, changes in _titled(comparison):
+        parts += [f"### {title}", markdown_table(header, map(_comparison_row, changes))]
+    told = [f"{side}: {how_asked(comparison[side])}" for side in ("base", "tuned")]
+    told += [f"**warning**: {warning}" for warning in comparison.get("warnings", [])]
+    told += [EXPLAINED, *_averaged([change for _, changes in _titled(comparison) for change in changes])]
+    return "\n\n".join([*parts, "\n".join(f"- {text}" for text in told)]) + "\n"

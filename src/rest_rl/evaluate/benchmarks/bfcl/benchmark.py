@@ -133,14 +133,14 @@ class Bfcl:
             raise UserError(f"{error}", "it to last", "see to the memory, and go on with --resume") from error
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """`official`: the group averages of the official table whose categories were scored whole."""
+        """`official`: the group averages of the official table whose categories were scored whole; the `version`."""
         complete = {}
         for category in self.categories:
             scored = [row for row in rows if row["category"] == category and "error" not in row]
             number = sum(group == category for group in self.groups.values())
             if len(scored) == number:
                 complete[category] = Score(sum(bool(row["correct"]) for row in scored), number)
-        return {"official": official_averages(self.version, complete)}
+        return {"official": official_averages(self.version, complete), "version": self.version}
 
     def close(self) -> None:
         """End all processes."""

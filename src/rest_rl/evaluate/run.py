@@ -1,0 +1,397 @@
+"""`rest_rl.evaluate`: one evaluation from the request to its folder, and what it would ask (`preview`)."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rest_rl.config import AUTO
+from rest_rl.errors import UserError
+from rest_rl.evaluate.conversation import Benchmark, Model, Request
+from rest_rl.evaluate.harness import evaluate_all, group_label, summarise
+from rest_rl.evaluate.log import SUMMARY, EvalLog, Row
+from rest_rl.evaluate.models.recorded import Oracle, Recorded, read_responses
+from rest_rl.evaluate.models.token_prompts import room_of
+from rest_rl.evaluate.origin import digest_of, model_label, weights_digest
+from rest_rl.evaluate.plan import Plan, make_plan, server_body
+from rest_rl.evaluate.request import EvalRequest
+from rest_rl.evaluate.tables import write_tables
+from rest_rl.jsonl import as_json
+from rest_rl.objects import load_object
+from rest_rl.runlog import SILENT, Observer
+
+VLLM_CONTEXT = 65_536
+"""Tokens of context that vLLM is asked to make room for at most; the longest prompts of BFCL take about half of it."""
+Room = Callable[[Request], tuple[int, int] | None]
+
+
+class Score(NamedTuple):
+    """Of one group and metric: scored samples, how many are right, their share and its 95 % interval."""
+
+    n: int
+    correct: int
+    accuracy: float | None
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """A finished evaluation; `summary` and `rows` are as in summary.json and samples.jsonl of the folder."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    rows: tuple[Row, ...]
+
+    def scores(self, metric: str | None = None) -> dict[str, Score]:
+        """The score of each group by one of the benchmark's metrics, the headline by default."""
+        is_headline = metric in (None, self.summary["metrics"][0])
+        found = {
+            name: (group, group if is_headline else group[metric]) for name, group in self.summary["groups"].items()
+        }
+        return {
+            name: Score(group["n"], own["correct"], own["accuracy"], own["low"], own["high"])
+            for name, (group, own) in found.items()
+        }
+
+    @property
+    def failed(self) -> list[Row]:
+        """The samples without a response; `resume=True` asks for them again."""
+        return [row for row in self.rows if "error" in row]
+
+
+class Preview(NamedTuple):
+    """The first prompt as the model would be given it: (title, text) of its parts, and its tokens where known."""
+
+    identity: str
+    parts: tuple[tuple[str, str], ...]
+    tokens: int | None
+
+
+def evaluate(
+    benchmark: str | Benchmark, model: str | Model | None = None, *, observer: Observer = SILENT, **options: Any
+) -> EvalResult:
+    """Ask a model for every sample of a benchmark, judge its responses, write the folder.
+
+    `options` are the other fields of `EvalRequest`: `data=`, `endpoint=`, `format=`, `limit=`, `out=`, `resume=`, ...
+
+    Raises:
+        UserError: the request contradicts itself, or something that it names is missing.
+    """
+    return run_request(EvalRequest(benchmark, model, **options), observer)
+
+
+def run_request(request: EvalRequest, observer: Observer = SILENT) -> EvalResult:
+    """As `evaluate`, for a request."""
+    with _opened(request, observer) as (plan, benchmark, identities):
+        settings = _settings(request, plan, benchmark)
+        out = Path(request.out or _default_folder(request))
+        log = EvalLog.resume(out, settings) if request.resume else EvalLog.unused(out)
+        with observer.track("loading"):
+            model, notes = _make_model(request, plan, identities)
+        try:
+            asked = [one for one in identities if one in model.responses] if isinstance(model, Recorded) else identities
+            with observer.track("measuring the prompts"):
+                notes += fit_notes(benchmark, model.room, plan, asked)
+            for note in notes:
+                observer.say(note)
+            if not request.resume:
+                log.begin(settings, _public_command(request))
+            rows = _ask(benchmark, model, plan, asked, log, observer)
+        finally:
+            if request.source != "object":
+                model.stop()
+        return _finish(request, plan, benchmark, rows, log, settings)
+
+
+def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
+    """What the model would be asked first; nothing is asked, written or loaded but the tokenizer."""
+    with _opened(request, observer) as (plan, benchmark, identities):
+        sample = opening(benchmark, plan, identities[0]).sample
+        if plan.layout and plan.table:
+            from rest_rl.evaluate.models.local import context_length
+            from rest_rl.train.policy import policy_config
+
+            layout, context = plan.layout, request.context
+            context = context or context_length(policy_config(plan.table), layout.tokenizer)
+            for note in fit_notes(
+                benchmark, lambda asked: room_of(asked, layout, request.new_tokens, context), plan, identities
+            ):
+                observer.say(note)
+        if plan.layout:
+            parts, tokens = ((("", plan.layout.render(sample)),), plan.layout.count_tokens(sample))
+        elif plan.frame:
+            messages = plan.frame.flatten(sample).messages
+            parts, tokens = tuple((message["role"], message["content"]) for message in messages), None
+        elif request.source == "endpoint":
+            from rest_rl.evaluate.models.chat_messages import chat_body
+
+            body = chat_body(sample, plan.tool_format, native=plan.prompt == "native")
+            parts, tokens = (("", as_json(body, indent=2)),), None
+        else:
+            parts, tokens = (("", "no model is shown a prompt"),), None
+        return Preview(identities[0], parts, tokens)
+
+
+@contextmanager
+def _opened(request: EvalRequest, observer: Observer) -> Iterator[tuple[Plan, Benchmark, list[str]]]:
+    """The plan, the benchmark and the samples to ask for."""
+    plan = make_plan(request)
+    own = isinstance(request.benchmark, str)
+    benchmark = open_benchmark(request, plan)
+    with closing(benchmark) if own else nullcontext():
+        identities = choose_samples(benchmark, request)
+        observer.say(f"{benchmark.pin}: {len(identities)} of {len(benchmark.groups)} samples")
+        observer.say(f"prompt {plan.prompt}, format {plan.format} ({plan.why})")
+        yield plan, benchmark, identities
+
+
+def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
+    """The benchmark of a request: one that is built in, a user's at `package.module:OBJECT`, or the object itself.
+
+    What is no benchmark yet (a class, a function) is called without arguments.
+    """
+    name = request.benchmark
+    if not isinstance(name, str):
+        return name
+    if name == "api-bank":
+        from rest_rl.evaluate.benchmarks.api_bank import ApiBank
+
+        if not request.data:
+            raise UserError("api-bank without --data", "the folder of its files", "pass --data DIR")
+        return ApiBank(request.data, keep_prompts=plan.keep_prompts)
+    if name == "tool-world":
+        from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
+
+        return ToolWorldTasks(seed=request.seed, prompts=request.prompts, decision=request.decision)
+    if name == "bfcl":
+        from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
+
+        return Bfcl(request.version, request.categories or None)
+    if ":" not in name:
+        expected = "bfcl, api-bank, tool-world or package.module:OBJECT"
+        raise UserError(f"benchmark {name!r}", expected, "name one of them")
+    found = load_object(name, "benchmark")
+    if isinstance(found, type) or (callable(found) and not hasattr(found, "start")):
+        found = found()
+    if missing := [
+        part for part in ("name", "pin", "metrics", "group_field", "groups", "start") if not hasattr(found, part)
+    ]:
+        raise UserError(
+            f"benchmark {name!r} without {', '.join(missing)}", "a rest_rl.Benchmark", "add what is missing"
+        )
+    return found
+
+
+def choose_samples(benchmark: Benchmark, request: EvalRequest) -> list[str]:
+    """The samples to ask for, in the benchmark's order."""
+    groups = benchmark.groups
+    names = {group: {str(group), group_label(benchmark.group_field, group)} for group in set(groups.values())}
+    wanted = set(request.categories) if request.benchmark != "bfcl" else set()  # BFCL has chosen itself
+    _refuse_unknown("categories", wanted, set().union(*names.values()))
+    _refuse_unknown("ids", request.ids, groups)
+    taken: dict[str | int, int] = {}
+    found = []
+    for identity, group in groups.items():
+        if (wanted and not names[group] & wanted) or (request.ids and identity not in request.ids):
+            continue
+        taken[group] = taken.get(group, 0) + 1
+        if not request.limit or taken[group] <= request.limit:
+            found.append(identity)
+    if not found:
+        raise UserError("--categories and --ids that share no sample", "at least one", "leave one of them out")
+    return found
+
+
+def _refuse_unknown(option: str, wanted: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := sorted(set(wanted) - set(known)):
+        near = difflib.get_close_matches(unknown[0], known, n=1) or sorted(known)[:1]
+        expected = f"names of what is asked for, such as {', '.join(near)}"
+        raise UserError(f"--{option} {', '.join(unknown)}", expected, "correct the name")
+
+
+def opening(benchmark: Benchmark, plan: Plan, identity: str) -> Request:
+    """The first request of a sample."""
+    with closing(benchmark.start(identity, plan.tool_format)) as conversation:
+        request = conversation.request()
+    assert request is not None
+    return request
+
+
+def fit_notes(benchmark: Benchmark, room: Room, plan: Plan, identities: Sequence[str]) -> list[str]:
+    """Per group what does not fit the model, before anything is asked; later turns are longer still."""
+    longest: dict[str, tuple[int, int, int]] = {}
+    context = 0
+    for identity in identities:
+        taken = room(opening(benchmark, plan, identity))
+        if taken is None:
+            return []
+        needed, context = taken
+        group = group_label(benchmark.group_field, benchmark.groups[identity])
+        most, tight, count = longest.get(group, (0, 0, 0))
+        longest[group] = max(most, needed), tight + (needed > context), count + 1
+    notes = [
+        f"{group}: {tight} of {count} first prompts and a response of full length exceed the {context} tokens "
+        f"that the model holds (the longest take {most}); responses end there, and a prompt that leaves no "
+        "room counts as wrong"
+        for group, (most, tight, count) in longest.items()
+        if tight
+    ]
+    if longest and not notes:
+        most = max(most for most, _, _ in longest.values())
+        return [f"all first prompts fit: the longest takes {most} of {context} tokens with its response"]
+    return notes
+
+
+def _make_model(request: EvalRequest, plan: Plan, identities: Sequence[str]) -> tuple[Model, list[str]]:
+    """(whoever answers, what to say about it): weights are loaded here."""
+    if request.source == "object":
+        assert not isinstance(request.model, (str, type(None)))
+        return request.model, []
+    if request.oracle:
+        return Oracle(plan.tool_format), []
+    if request.responses:
+        responses, strangers = read_responses(request.responses, dict.fromkeys(identities))
+        notes = [f"{len(responses)} responses in {request.responses} to {len(identities)} samples"]
+        if strangers:
+            notes.append(f"{len(strangers)} of others are left aside, the first of {strangers[0]!r}")
+        return Recorded(responses), notes
+    return _make_server(request, plan) if request.endpoint else _make_checkpoint(request, plan)
+
+
+def _make_server(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]]:
+    from rest_rl.evaluate.models.endpoint import Endpoint
+
+    server = Endpoint(
+        str(request.endpoint),
+        request.checkpoint,
+        plan.tool_format,
+        native=plan.prompt == "native",
+        max_new_tokens=request.new_tokens,
+        concurrency=request.concurrency,
+        timeout=request.timeout,
+        retries=request.retries,
+        requests_per_minute=request.requests_per_minute,
+        api_key_env=request.api_key_env,
+        extra_body=server_body(request),
+        layout=plan.layout,
+        frame=plan.frame,
+        context=request.context,
+    )
+    server.check()
+    return server, [f"{request.concurrency} requests at once to {server.url}"]
+
+
+def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]]:
+    import torch
+
+    from rest_rl.evaluate.models.local import LocalModel, context_length
+    from rest_rl.train.policy import load_policy, policy_config
+
+    table, layout, context = plan.table, plan.layout, request.context
+    assert table is not None
+    assert layout is not None
+    sizes = {"batch_size": request.conversations, "max_new_tokens": request.new_tokens}
+    if request.vllm:
+        from rest_rl.evaluate.models.vllm import VllmModel
+
+        holds = context_length(policy_config(table), layout.tokenizer) or VLLM_CONTEXT
+        context = min(holds, VLLM_CONTEXT) if context is None else context
+        return VllmModel(table.path, layout, **sizes, context=context), [f"vLLM, {context} tokens of context"]
+    device = torch.accelerator.current_accelerator()
+    dtype = "bfloat16" if device and table.dtype == AUTO else table.dtype
+    weights, _ = load_policy(replace(table, dtype=dtype))
+    weights = weights if table.load_in_4bit else weights.to(device or "cpu")
+    return LocalModel(weights, layout, **sizes, context=context), [f"transformers on {device or 'the CPU'}"]
+
+
+def _settings(request: EvalRequest, plan: Plan, benchmark: Benchmark) -> dict[str, Any]:
+    """Everything that the numbers depend on: what `resume` must find unchanged."""
+    # sorted: samples are asked for in the benchmark's order, whatever that of the options is
+    selection = {"categories": sorted(set(request.categories)), "ids": sorted(set(request.ids)), "limit": request.limit}
+    about = {"benchmark": benchmark.name, "pin": benchmark.pin, "prompt": plan.prompt, "format": plan.format}
+    return {**about, **_model_settings(request, plan), **selection}
+
+
+def _model_settings(request: EvalRequest, plan: Plan) -> dict[str, Any]:
+    texts = {"prompt_texts": plan.frame.digest} if plan.frame else {}
+    if request.source == "object":
+        return {"model": request.name or type(request.model).__name__, **texts}
+    if request.oracle:
+        return {"model": "oracle", **texts}
+    if request.responses:
+        return {"model": "recorded", **texts, "responses": digest_of(Path(request.responses))}
+    settings: dict[str, Any] = {"model": request.checkpoint, **texts, "max_new_tokens": request.new_tokens}
+    if request.context is not None:
+        settings["context"] = request.context
+    template = hashlib.sha256(str(plan.layout.tokenizer.chat_template if plan.layout else "").encode()).hexdigest()[:12]
+    if request.endpoint:
+        from rest_rl.evaluate.models.endpoint import public_url
+
+        route = "chat" if plan.layout is None or plan.prompt == "native" else "completions"
+        settings |= {"backend": "endpoint", "endpoint": public_url(request.endpoint), "route": route}
+        settings["body"] = server_body(request)
+        return {**settings, "chat_template": template} if request.tokenizer else settings
+    assert plan.table is not None
+    return {
+        **settings,
+        "backend": "vllm" if request.vllm else "transformers",
+        "batch_size": request.conversations,
+        "weights": weights_digest(plan.table),
+        "chat_template": template,
+        "chat_template_kwargs": dict(plan.table.chat_template_kwargs),
+        "dtype": plan.table.dtype,
+    }
+
+
+def _public_command(request: EvalRequest) -> list[str]:
+    """The command line without what the server's URL may hold in secret."""
+    if not request.endpoint:
+        return list(request.command)
+    from rest_rl.evaluate.models.endpoint import public_url
+
+    return [part.replace(request.endpoint, public_url(request.endpoint)) for part in request.command]
+
+
+def _default_folder(request: EvalRequest) -> str:
+    """`runs/eval-BENCHMARK-MODEL`."""
+    names = {"oracle": "oracle", "responses": "responses", "object": request.name or type(request.model).__name__}
+    edition = f"-{request.version}" if request.benchmark == "bfcl" else ""
+    who = names.get(request.source) or model_label(request.checkpoint)
+    return f"runs/eval-{request.benchmark_name.rpartition(':')[2]}{edition}-{who}"
+
+
+def _ask(
+    benchmark: Benchmark, model: Model, plan: Plan, identities: Sequence[str], log: EvalLog, observer: Observer
+) -> list[Row]:
+    """All rows, with the headline so far on the observer's bar."""
+    headline, rows = benchmark.metrics[0], log.read_rows()
+    done, correct, failed = len(rows), sum(bool(row.get(headline)) for row in rows), 0
+    # of what is there already nothing has failed: that is asked for again
+    with observer.track("evaluating", len(identities), done) as advance:
+
+        def on_row(row: Row) -> None:
+            nonlocal done, correct, failed
+            done, correct, failed = done + 1, correct + bool(row.get(headline)), failed + ("error" in row)
+            note = f"{headline} {correct / max(done - failed, 1):.1%}"
+            advance(done, note=f"{note}, {failed} failed" if failed else note)
+
+        return evaluate_all(benchmark, model, plan.tool_format, identities, log, on_row)
+
+
+def _finish(
+    request: EvalRequest, plan: Plan, benchmark: Benchmark, rows: list[Row], log: EvalLog, settings: Mapping[str, Any]
+) -> EvalResult:
+    """Write summary and tables."""
+    model = str(settings["model"])
+    name = request.name or (model_label(model) if Path(model).is_dir() else model)
+    about = {"model": name, "prompt": plan.prompt, "format": plan.format, "settings": settings}
+    summary = {**summarise(benchmark, rows), **about}
+    log.write(SUMMARY, as_json(summary, indent=2) + "\n")
+    write_tables([summary], log.folder)
+    return EvalResult(log.folder, summary, tuple(rows))
