@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from rest_rl.config import RunConfig, embedded_run, read_run_file
+from rest_rl.config import EvalTable, RunConfig, embedded_run, read_run_file
+from rest_rl.errors import UserError
 from rest_rl.presets import PRESETS
 
 
@@ -49,17 +52,23 @@ def test_one_constant_is_changed_and_the_others_stay() -> None:
         ),
         ("[rest.weights]\nstrenght = 1", r"unknown key rest\.weights\.strenght.*did you mean strength\?"),
         ("[rest.weights]\nrule = 'best'", r"rest\.weights\.rule = 'best', expected one of 'one_minus_exp'"),
-        ("[run]\nseed = 'a'", r"run\.seed = 'a', expected int"),
-        ("[run]\nseed = true", r"run\.seed = True, expected int"),
-        ("[rest.weights]\nscope = 'name'", r"rest\.weights\.scope = 'name', expected a list of texts; change"),
-        ("[rest.weights]\nconstants = 1", r"rest\.weights\.constants = 1, expected a table of numbers; change"),
+        ("[run]\nseed = 'a'", r"run\.seed = 'a', expected a whole number"),
+        ("[run]\nseed = true", r"run\.seed = True, expected a whole number"),
+        ("[rest.weights]\nscope = 'name'", r"rest\.weights\.scope = 'name', expected a list"),
+        ("[rest.weights]\nconstants = 1", r"rest\.weights\.constants = 1, expected a table"),
+        ("[rest.weights.constants]\nname = 'a'", r"rest\.weights\.constants\.name = 'a', expected a number"),
+        ("[data]\nkeep = 'a'", r"data\.keep = 'a', expected a list"),
+        ("[data]\nkeep = ['a', 1]", r"data\.keep\.1 = 1, expected text"),
+        ("[data]\nkeep_prompts = 'yes'", r"data\.keep_prompts = 'yes', expected true or false"),
+        ("[data]\nmask_names = 2", r"data\.mask_names = 2, expected at most 1"),
+        ("[model]\ndtype = 'int8'", r"model\.dtype = 'int8', expected one of 'auto'"),
         ("run = 3", r"run = 3, expected a table; write \[run\]"),
         ("[rest]\npreset = 'best'", r"preset 'best', expected one of rest, paper"),
         (
             "[rest]\npreset = 'authors-code'\n[rest.weights]\nstrength = 1.0",
             r"published code's own, expected none; remove rest.weights",
         ),
-        ("[rest]\nadvantage = 'ppo'", r"rest\.advantage = 'ppo', expected one of 'grpo', 'dr_grpo', 'dapo'; change"),
+        ("[rest]\nadvantage = 'ppo'", r"rest\.advantage = 'ppo', expected one of 'grpo', 'dr_grpo' or 'dapo'"),
         ("[run", r"that is not TOML .*; mend it"),
     ],
 )
@@ -80,7 +89,7 @@ def test_mistakes_say_what_was_expected(text: str, message: str) -> None:
     ],
 )
 def test_mistakes_in_set_say_what_was_expected(override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         RunConfig.from_toml("[run]\nseed = 0", [override])
 
 
@@ -99,13 +108,13 @@ def test_mistakes_in_set_say_what_was_expected(override: str, message: str) -> N
 )
 def test_numbers_have_a_least_value(override: str, least: int) -> None:
     key, _, value = override.partition("=")
-    with pytest.raises(ValueError, match=rf"got {key} = {value}, expected at least {least}; raise it"):
+    with pytest.raises(ValueError, match=rf"got {key} = {value}, expected at least {least}"):
         RunConfig.from_toml("", [override])
     RunConfig.from_toml("", [f"{key}={least}"])
 
 
 def test_seed_has_32_bits() -> None:
-    with pytest.raises(ValueError, match=r"got run\.seed = 4294967296, expected less than 2\*\*32"):
+    with pytest.raises(ValueError, match=r"got run\.seed = 4294967296, expected less than 4294967296"):
         RunConfig.from_toml("", [f"run.seed={2**32}"])
 
 
@@ -113,6 +122,13 @@ def test_held_out_file_beside_the_tool_world_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data\.held_out = 'a\.jsonl' with data\.path = 'embedded'"):
         RunConfig.from_toml("", ["data.held_out=a.jsonl"])
     RunConfig.from_toml("", ["data.held_out=a.jsonl", "data.path=b.jsonl"])
+
+
+def test_a_table_made_in_python_is_checked_as_one_in_a_file() -> None:
+    with pytest.raises(UserError, match=r"eval\.samples = 0, expected at least 1"):
+        EvalTable(samples=0)
+    with pytest.raises(UserError, match=r"run\.seed = 'a', expected a whole number"):
+        replace(RunConfig().run, seed="a")
 
 
 def test_missing_file_is_named() -> None:

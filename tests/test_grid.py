@@ -184,8 +184,8 @@ def test_every_grid_of_configs_can_be_run(path: Path) -> None:
         ("[methods.mine]\nrest.preset = 'grpo'", "grpo and mine, which are the same run"),
         ("[grid]\nbase = 'absent.toml'", "absent.toml"),
         ("[base]\ntrl = 3", "trl"),
-        ("[grid]\nmethods = 'grpo'", "got grid.methods = 'grpo', expected a list of texts"),
-        ("[grid]\nseeds = ['0']", r"got grid.seeds = \['0'\], expected a list of whole numbers"),
+        ("[grid]\nmethods = 'grpo'", "got grid.methods = 'grpo', expected a list"),
+        ("[grid]\nseeds = ['0']", r"got grid.seeds.0 = '0', expected a whole number"),
     ],
 )
 def test_mistakes_are_named(text: str, words: str, tmp_path: Path) -> None:

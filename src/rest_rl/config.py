@@ -1,7 +1,7 @@
 """A run as one TOML file: tables checked key by key, presets resolved, the result written back.
 
-`[trl]` passes through to the trainer's own configuration untouched; every other table is a dataclass below and a key
-it does not know is an error that names the ones it knows.
+`[trl]` passes through to the trainer's own configuration untouched; every other table is a dataclass below. pydantic
+checks each value strictly against its annotation; an unknown key is an error that names the known ones.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ import dataclasses
 import difflib
 import re
 import sys
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tomli_w
+from pydantic import Field, TypeAdapter, ValidationError
 
 from rest_rl.credit import AdvantageKind
 from rest_rl.errors import UserError
 from rest_rl.jsonl import reason
+from rest_rl.objects import add_search_folder
 from rest_rl.presets import SUPERVISED, Preset, get_preset
 
 if sys.version_info >= (3, 11):
@@ -42,30 +44,34 @@ MANY = 40
 """Keys beyond which an error does not list them all."""
 
 T = TypeVar("T")
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Table:
+    """A table of the run file: whoever makes one, its values fit their annotations, or it is a UserError."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__.removesuffix("Table").lower()
+        checked_fields(type(self), vars(self), name)
 
 
 @dataclass(frozen=True)
-class RunTable:
+class RunTable(Table):
     """`[run]`: where the run writes, its seed, how often it shows and keeps what the policy says."""
 
     out: str = "runs/tool-world"
-    seed: int = 0
-    show_every: int = 10
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    show_every: Count = 10
     """Steps between two sample responses in the terminal; 0 for none."""
-    responses_per_step: int = 8
+    responses_per_step: Count = 8
     """Responses kept in responses.jsonl per step."""
     engine: Literal["trl", "verl"] = "trl"
     """What trains: TRL on one machine or a few, verl on a Ray cluster (docs/cluster.md)."""
 
-    def __post_init__(self) -> None:
-        """ValueError for numbers outside their range."""
-        check_least("run", self, seed=0, show_every=0, responses_per_step=0)
-        if self.seed >= 2**32:
-            raise UserError(f"run.seed = {self.seed}", "less than 2**32", "lower it")
-
 
 @dataclass(frozen=True)
-class ModelTable:
+class ModelTable(Table):
     """`[model]`: a directory or hub name, and the type its weights are loaded in."""
 
     path: str = EMBEDDED
@@ -83,13 +89,13 @@ class ModelTable:
 
 
 @dataclass(frozen=True)
-class DataTable:
+class DataTable(Table):
     """`[data]`: the tool world (`embedded`), or dialogues in a file, a folder or a hub dataset (docs/data.md)."""
 
     path: str = EMBEDDED
     source: str = "auto"
     """Shape of the rows; `auto` tells it by their keys."""
-    samples: int = 2000
+    samples: Positive = 2000
     """Training prompts drawn from the tool world; a file is read whole."""
     seed: int = 0
     """Of the tool world and of the masking."""
@@ -97,20 +103,17 @@ class DataTable:
     """Where the tool world decides what to call: in its reasoning, or in the call (models trained for it only)."""
     held_out: str = ""
     """Evaluation data when `path` is not the tool world; without it nothing is evaluated."""
-    max_prompt_tokens: int = 0
+    max_prompt_tokens: Count = 0
     """Longer prompts are rejected; 0 for no limit."""
-    keep: Sequence[str] = ()
+    keep: tuple[str, ...] = ()
     """Reasons of `rest-rl data check` that do not reject a sample."""
     keep_prompts: bool = False
     """Take the prompts of ToolRL and API-Bank rows as they were published instead of laying them out anew."""
-    mask_names: float = 0.0
+    mask_names: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the samples whose tool and argument names are replaced by random ones (Hammer, arXiv 2410.04587)."""
 
     def __post_init__(self) -> None:
-        """ValueError for a number outside its range or a file that would not be read."""
-        check_least("data", self, samples=1, max_prompt_tokens=0)
-        if not 0 <= self.mask_names <= 1:
-            raise UserError(f"data.mask_names = {self.mask_names}", "a share in [0, 1]", "change it")
+        super().__post_init__()
         if self.held_out and self.path == EMBEDDED:
             raise UserError(
                 f"data.held_out = {self.held_out!r} with data.path = {EMBEDDED!r}, whose held-out prompts are its own",
@@ -120,24 +123,23 @@ class DataTable:
 
 
 @dataclass(frozen=True)
-class EvalTable:
+class EvalTable(Table):
     """`[eval]`: the measurement before, during and after training, sampled at temperature 1 and greedy."""
 
-    prompts: int = 256
+    prompts: Count = 256
     """Held-out prompts per split; 0 switches the evaluation off."""
-    samples: int = 1
+    samples: Positive = 1
     """Sampled responses per prompt."""
-    batch_size: int = 128
-    max_new_tokens: int = 160
+    batch_size: Positive = 128
+    max_new_tokens: Positive = 160
     seed: int = 20_000
-    every: int = 0
+    every: Count = 0
     """Steps between two measurements during training; 0 for none."""
-    slice: int = 64
+    slice: Positive = 64
     """Held-out prompts that are measured during training, as many of each split and kind; always the same ones."""
 
     def __post_init__(self) -> None:
-        """ValueError for numbers outside their range."""
-        check_least("eval", self, prompts=0, samples=1, batch_size=1, max_new_tokens=1, every=0, slice=1)
+        super().__post_init__()
         if self.every and not self.prompts:
             raise UserError(
                 f"eval.every = {self.every} with eval.prompts = 0",
@@ -147,7 +149,7 @@ class EvalTable:
 
 
 @dataclass(frozen=True)
-class RestTable:
+class RestTable(Table):
     """`[rest]`: preset and format, and any field of the preset to set differently."""
 
     preset: str = "rest"
@@ -162,7 +164,7 @@ class RestTable:
     """Loss weight by region of a supervised preset, such as `name = 2.0`, 1 where absent."""
 
     def __post_init__(self) -> None:
-        """ValueError for fields that the preset would not read."""
+        super().__post_init__()
         reinforced: dict[str, Any] = {"weights": {}, "reward": {}, "advantage": None, "entropy_decay": ENTROPY_DECAY}
         supervised: dict[str, Any] = {"region_weights": {}}
         for name, default in (reinforced if self.is_supervised else supervised).items():
@@ -189,9 +191,7 @@ class RestTable:
                 "one of reinforcement learning",
                 f"use rest-rl train --preset {self.preset}",
             )
-        preset, kinds = get_preset(self.preset), typing.get_args(AdvantageKind)
-        if self.advantage not in (None, *kinds):
-            raise ValueError(f"got advantage {self.advantage!r}, expected one of {', '.join(kinds)}")
+        preset = get_preset(self.preset)
         changes: dict[str, Any] = {} if self.advantage is None else {"advantage": self.advantage}
         for name in ("weights", "reward"):
             if table := getattr(self, name):
@@ -217,7 +217,6 @@ class RunConfig:
     """Read by the engine verl alone: its own settings, over those that the other tables give it."""
 
     def __post_init__(self) -> None:
-        """ValueError for tables that contradict each other."""
         if self.model.load_in_4bit and not self.peft:
             raise UserError(
                 "model.load_in_4bit = true without [peft]",
@@ -260,13 +259,6 @@ class RunConfig:
         return tomli_w.dumps(without_none({**plain, "rest": {**plain["rest"], **method}}))
 
 
-def check_least(where: str, table: Any, **least: int) -> None:
-    """ValueError for the first field below its least value."""
-    for name, value in least.items():
-        if getattr(table, name) < value:
-            raise UserError(f"{where}.{name} = {getattr(table, name)}", f"at least {value}", "raise it")
-
-
 def preset_table(preset: Preset) -> dict[str, Any]:
     """A preset as plain TOML values, without its name."""
     table = dataclasses.asdict(preset)
@@ -287,6 +279,7 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} ({reason(error)})", "a readable TOML file", "check the path") from error
+    add_search_folder(Path(path).parent)  # a user's rule or reward may lie beside the run file
     return RunConfig.from_toml(text, overrides, origin=str(path))
 
 
@@ -310,7 +303,7 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[str]) -> dict
         path, separator, text = override.partition("=")
         *parents, key = path.strip().split(".")
         if not separator or not key or not all(parents):
-            raise ValueError(f"got --set {override}, expected --set table.key=value, for example --set run.seed=1")
+            raise UserError(f"--set {override}", "--set table.key=value", "for example --set run.seed=1")
         target: Any = result
         for parent in parents:
             target = target.setdefault(parent, {})
@@ -327,8 +320,7 @@ def toml_value(text: str, override: str) -> Any:
     except tomllib.TOMLDecodeError as error:
         if re.fullmatch(r"[A-Za-z_~./][\w~./+-]*", text):
             return text
-        message = f"got --set {override} ({error}), expected a TOML value; quote strings: 'key=\"text\"'"
-        raise ValueError(message) from error
+        raise UserError(f"--set {override} ({error})", "a TOML value", "quote strings: 'key=\"text\"'") from error
     if parsed.keys() != {"value"}:
         raise UserError(f"--set {override}", "one value", "use one --set per key")
     return parsed["value"]
@@ -351,85 +343,65 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def checked_fields(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The keyword arguments for `cls`: known names only, each of its declared type."""
-    hints = typing.get_type_hints(cls)
+    """The keyword arguments for a dataclass: known names only, each value fit for its annotation."""
+    hints = typing.get_type_hints(cls, include_extras=True)
     known = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
-            raise ValueError(unknown_key(f"{where}.{name}".lstrip("."), name, known))
+            raise unknown_key(f"{where}.{name}".lstrip("."), name, known)
     return {name: checked(value, hints[name], f"{where}.{name}".lstrip(".")) for name, value in values.items()}
 
 
-def unknown_key(path: str, name: str, known: Iterable[str]) -> str:
-    """The message for a key nobody reads: the nearest known one, and all of them if they are few."""
+def unknown_key(path: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a key that nothing reads: the nearest known one, and all of them if they are few."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     expected = f"one of {', '.join(known)}" if len(known) <= MANY else f"one of {len(known)} keys of the library"
-    hint = f"did you mean {near[0]}?" if near else "remove it or pick one of these."
-    return f"got unknown key {path}, expected {expected}; {hint}"
+    return UserError(f"unknown key {path}", expected, f"did you mean {near[0]}?" if near else "remove or rename it")
 
 
 def checked(value: Any, hint: Any, path: str) -> Any:
-    """`value` if it fits the annotation `hint` (an integer fits float); ValueError otherwise."""
+    """`value` as its annotation has it (an integer becomes a float, a list a tuple); UserError if it does not fit."""
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
+        kind = cast(type, hint)
+        if not isinstance(value, (kind, Mapping)):
             raise UserError(f"{path} = {value!r}", "a table", f"write [{path}]")
-        return from_mapping(cast(type, hint), value, path)
-    if not fits(value, hint):
-        raise UserError(f"{path} = {value!r}", f"{describe(hint)}", "change the value")
-    return float(value) if isinstance(value, int) and wants_float(hint) else value
+        return from_mapping(kind, value, path) if isinstance(value, Mapping) else value
+    if typing.get_origin(hint) is tuple and isinstance(value, list):  # TOML has lists only
+        value = tuple(value)
+    try:
+        return adapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+    if len(faults) == 1:  # name the key inside a table or list; several faults are those of a union's types
+        path, value = ".".join(map(str, (path, *faults[0]["loc"]))), faults[0]["input"]
+    expected = dict.fromkeys(
+        EXPECTED[fault["type"]].format_map(fault.get("ctx") or {})
+        if fault["type"] in EXPECTED
+        else fault["msg"].removeprefix("Input should be ")
+        for fault in faults
+    )
+    raise UserError(f"{path} = {value!r}", " or ".join(expected), "change the value")
 
 
-def options(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union annotation."""
-    return typing.get_args(hint) if typing.get_origin(hint) in {typing.Union, types.UnionType} else (hint,)
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "mapping_type": "a table",
+    "dict_type": "a table",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "literal_error": "one of {expected}",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+}
+"""pydantic's kinds of errors in the words of a run file; others keep pydantic's own."""
 
 
-def wants_float(hint: Any) -> bool:
-    """Whether an integer must become a float to fit."""
-    return float in options(hint) and int not in options(hint)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a TOML value fits an annotation: scalars, Literal, unions, sequences and tables of such."""
-    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if len(options(hint)) > 1:
-        return any(fits(value, option) for option in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is type(None) or origin is None:
-        return value is None
-    if origin is Any:
-        return True
-    if origin is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(origin, type) and issubclass(origin, (list, tuple)):
-        return isinstance(value, (list, tuple)) and all(fits(item, arguments[0]) for item in value if arguments)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values() if arguments)
-    return isinstance(value, origin)
-
-
-def describe(hint: Any) -> str:
-    """An annotation in words for an error message."""
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    if len(options(hint)) > 1:
-        return " or ".join(describe(option) for option in options(hint) if option is not type(None))
-    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if isinstance(origin, type) and issubclass(origin, (list, tuple)):
-        return "a list" + (f" of {several(arguments[0])}" if arguments else "")
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return "a table" + (f" of {several(arguments[1])}" if arguments else "")
-    return getattr(hint, "__name__", str(hint))
-
-
-def several(hint: Any) -> str:
-    """The items of a list or table in words."""
-    words = {int: "whole numbers", float: "numbers", str: "texts", Any: "values"}
-    return words.get(hint) or describe(hint)
+adapter = cache(TypeAdapter)
 
 
 def without_none(value: Any) -> Any:

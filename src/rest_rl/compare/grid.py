@@ -316,7 +316,7 @@ def check_keys(table: Tables, known: Sequence[str], where: str) -> None:
     """ValueError for a key of the grid file that nobody reads."""
     for key in table:
         if key not in known:
-            raise ValueError(unknown_key(f"{where}{key}", key, known))
+            raise unknown_key(f"{where}{key}", key, known)
 
 
 def read_text(path: str | Path) -> str:

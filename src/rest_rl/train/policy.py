@@ -205,7 +205,7 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
     fields = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
     for name in table:
         if name not in fields:
-            raise ValueError(unknown_key(f"peft.{name}", name, fields))
+            raise unknown_key(f"peft.{name}", name, fields)
     rank = table.get("r", 16)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise UserError(f"peft.r = {rank!r}", "a rank of at least 1", "change it")

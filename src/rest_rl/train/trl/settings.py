@@ -13,7 +13,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig, SFTConfig
 
-from rest_rl.config import RunConfig, describe, fits, options, unknown_key
+from rest_rl.config import RunConfig, checked, unknown_key
 from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS
 from rest_rl.train.policy import new_adapter
@@ -107,12 +107,12 @@ def check_trl(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
     hints = {**typing.get_type_hints(kind), **typing.get_type_hints(stock)}
     for name, value in table.items():
         if name not in fields:
-            raise ValueError(unknown_key(f"trl.{name}", name, fields))
+            raise unknown_key(f"trl.{name}", name, fields)
         # Others are left to the trainer; some of its texts (scale_rewards) may be true or false as well.
-        is_plain = all(option in (int, float, bool, str, type(None)) for option in options(hints[name]))
-        is_switch = isinstance(value, bool) and str in options(hints[name])
-        if is_plain and not is_switch and not fits(value, hints[name]):
-            raise UserError(f"trl.{name} = {value!r}", f"{describe(hints[name])}", "change the value")
+        options = {*typing.get_args(hints[name])} or {hints[name]}
+        is_switch = isinstance(value, bool) and str in options
+        if options <= {int, float, bool, str, type(None)} and not is_switch:
+            checked(value, hints[name], f"trl.{name}")
     if table.get("save_only_model"):
         raise UserError(
             "trl.save_only_model = true",
