@@ -31,7 +31,7 @@ from bfcl_mutations import Call, Sample, one_turn, several_turns
 
 from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
 from rest_rl.evaluate.benchmarks.bfcl.gold import gold_of
-from rest_rl.evaluate.benchmarks.bfcl.groups import MULTI_TURN, categories
+from rest_rl.evaluate.benchmarks.bfcl.groups import MULTI_TURN, select_categories
 from rest_rl.evaluate.benchmarks.bfcl.package import Version, find_package
 from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox
 from rest_rl.evaluate.conversation import Reply, Request
@@ -221,7 +221,7 @@ def main() -> int:
     options = parser.parse_args()
     rng = random.Random(options.seed)
     benchmark = Bfcl(options.version)
-    names = categories(options.version)
+    names = select_categories(options.version, None)
     with Sandbox(find_package(options.version)) as sandbox:
         entries = {name: first_of_each_id(sandbox.entries(name)) for name in names}
         singles = [name for name in names if name not in MULTI_TURN]

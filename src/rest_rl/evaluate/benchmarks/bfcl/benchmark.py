@@ -7,7 +7,6 @@ executed, and judged, in a process apart; only those that fit the tools on offer
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,60 +16,52 @@ from rest_rl.data.samples import ToolSample
 from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.entries import (
     call_problem,
-    messages_of,
     properties_of,
     recorded,
     sendable,
     tools_of,
-    typed_call,
+    typed_calls,
 )
 from rest_rl.evaluate.benchmarks.bfcl.gold import DONE, gold_of
 from rest_rl.evaluate.benchmarks.bfcl.groups import (
     MULTI_TURN,
     RELEVANCE,
     UNANSWERED,
-    Score,
     official_averages,
     select_categories,
 )
 from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage, Version, find_package
 from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox, SandboxError, Session, Verdict, again_if_ended
-from rest_rl.evaluate.conversation import Conversation, Reply, Request, SingleTurn, read_reply
+from rest_rl.evaluate.conversation import Benchmark, Conversation, Reply, Request, SingleTurn, read_reply
 from rest_rl.formats import ToolFormat
 from rest_rl.response import Gold, ParsedResponse, ToolCall
 
 MAX_REASON = 300
 ENDED = "sandbox_ended"
 Entry = Mapping[str, Any]
+Calls = list[dict[str, Any]]
 
 
 class SandboxPool:
     """Sandboxes that are lent out one user at a time; a new one is made when all are out."""
 
     def __init__(self, package: BfclPackage, seconds: float, memory_mb: int) -> None:
-        """Limits on each request, see `Sandbox`."""
-        self._package, self._seconds, self._memory_mb = package, seconds, memory_mb
-        self._lock = threading.Lock()
+        self._make = lambda: Sandbox(package, seconds=seconds, memory_mb=memory_mb)
         self._made: list[Sandbox] = []
         self._idle: list[Sandbox] = []
 
     def take(self) -> Sandbox:
-        """One that nobody uses."""
-        with self._lock:
-            if not self._idle:
-                made = Sandbox(self._package, seconds=self._seconds, memory_mb=self._memory_mb)
-                self._made.append(made)
-                self._idle.append(made)
-            return self._idle.pop()
+        try:
+            return self._idle.pop()  # no check before it: several threads take
+        except IndexError:
+            self._made.append(sandbox := self._make())
+            return sandbox
 
     def put_back(self, sandbox: Sandbox) -> None:
-        """What `take` gave."""
-        with self._lock:
-            self._idle.append(sandbox)
+        self._idle.append(sandbox)
 
     @contextmanager
     def lent(self) -> Iterator[Sandbox]:
-        """One for a while."""
         sandbox = self.take()
         try:
             yield sandbox
@@ -78,19 +69,15 @@ class SandboxPool:
             self.put_back(sandbox)
 
     def close(self) -> None:
-        """End all processes."""
-        with self._lock:
-            made, self._made, self._idle = self._made, [], []
+        made, self._made, self._idle = self._made, [], []
         for sandbox in made:
             sandbox.close()
 
 
-class Bfcl:
-    """The samples of some categories of one edition; implements `rest_rl.evaluate.conversation.Benchmark`."""
+class Bfcl(Benchmark):
+    """The samples of some categories of one edition."""
 
     name = "bfcl"
-    metrics = ("correct",)
-    group_field = "category"
 
     def __init__(
         self,
@@ -102,7 +89,7 @@ class Bfcl:
     ) -> None:
         """`categories` by name or by group (non_live, live, multi_turn, all); limits on what a model's calls may take.
 
-        ValueError for an unknown category, and where the release is not installed.
+        UserError for an unknown category, and where the release is not installed.
         """
         self.version: Version = version
         self.categories = select_categories(version, categories)
@@ -112,20 +99,17 @@ class Bfcl:
         try:
             with self._pool.lent() as sandbox:
                 self._constants = sandbox.constants()
-                listed = [entry for category in self.categories for entry in sandbox.entries(category)]
+                entries = [entry for category in self.categories for entry in sandbox.entries(category)]
         except BaseException:
             self._pool.close()
             raise
-        self._entries = by_identity(listed)
-        self.groups: Mapping[str, str | int] = {name: entry["category"] for name, entry in self._entries.items()}
+        self._entries = by_identity(entries)
+        self.groups = {name: entry["category"] for name, entry in self._entries.items()}
 
     def start(self, identity: str, tool_format: ToolFormat) -> Conversation:
-        """Begin a sample; ValueError for an id that the chosen categories do not have."""
-        entry = self._entries.get(identity)
-        if entry is None:
-            raise ValueError(
-                f"got id {identity!r}, expected one of the {len(self._entries)} samples of {', '.join(self.categories)}"
-            )
+        if (entry := self._entries.get(identity)) is None:
+            expected = f"one of the {len(self._entries)} samples of {', '.join(self.categories)}"
+            raise UserError(f"id {identity!r}", expected, "correct the id, or add its category")
         kind = SeveralTurns if entry["category"] in MULTI_TURN else OneTurn
         try:
             return kind(entry, tool_format, self._pool, self._constants)
@@ -134,12 +118,10 @@ class Bfcl:
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """`official`: the group averages of the official table whose categories were scored whole; the `version`."""
-        complete = {}
-        for category in self.categories:
-            scored = [row for row in rows if row["category"] == category and "error" not in row]
-            number = sum(group == category for group in self.groups.values())
-            if len(scored) == number:
-                complete[category] = Score(sum(bool(row["correct"]) for row in scored), number)
+        numbers = Counter(self.groups.values())
+        scored = Counter(row["category"] for row in rows if "error" not in row)
+        correct = Counter(row["category"] for row in rows if row.get("correct"))
+        complete = {name: (correct[name], number) for name, number in numbers.items() if scored[name] == number}
         return {"official": official_averages(self.version, complete), "version": self.version}
 
     def close(self) -> None:
@@ -148,17 +130,15 @@ class Bfcl:
 
 
 class OneTurn(SingleTurn):
-    """A conversation of one request, judged by its calls alone."""
+    """A conversation of one request, judged by its calls only."""
 
     def __init__(self, entry: Entry, tool_format: ToolFormat, pool: SandboxPool, constants: Mapping[str, Any]) -> None:
-        """Lay the question out."""
         self._entry, self._pool = entry, pool
         tools = tools_of(entry["function"], constants["types"])
-        messages = tuple(messages_of(entry["question"][0]))
-        sample = ToolSample(entry["id"], messages, tools, gold_of(entry), kind=entry["category"])
-        super().__init__(sample, tool_format, lambda _, parsed: self._judged(parsed))
+        sample = ToolSample(entry["id"], opening(entry, 0), tools, gold_of(entry), kind=entry["category"])
+        super().__init__(sample, tool_format, lambda _, parsed: self._judgement(parsed))
 
-    def _judged(self, parsed: ParsedResponse) -> Mapping[str, Any]:
+    def _judgement(self, parsed: ParsedResponse) -> Mapping[str, Any]:
         """The calls as they were judged, and the verdict.
 
         Text that may be a string or a number is right if either is: some answers contradict their function's schema.
@@ -177,12 +157,12 @@ class OneTurn(SingleTurn):
             return Verdict(False, "no_call", "; ".join(parsed.problems))
         if category == RELEVANCE:
             offered = properties_of(self.sample.tools)
-            is_offered = any(not call_problem(call, offered) for call in calls)
-            return Verdict(is_offered, "" if is_offered else "relevance_error:no_tool_of_the_sample")
-        written = [sendable(call) for call in calls]
-        if None in written:
+            fits = any(not call_problem(call, offered) for call in calls)
+            return Verdict(fits, "" if fits else "relevance_error:no_tool_of_the_sample")
+        written = [call for call in map(sendable, calls) if call]
+        if len(written) < len(calls):
             return Verdict(False, "too_large", "the arguments of a call are too large or no JSON")
-        named = [{call["name"]: call["arguments"]} for call in written if call]
+        named = [{call["name"]: call["arguments"]} for call in written]
         try:
             with self._pool.lent() as sandbox:
                 return sandbox.check_calls(self._entry["id"], category, named)
@@ -190,11 +170,10 @@ class OneTurn(SingleTurn):
             return Verdict(False, "sandbox" if error.is_limit else ENDED, str(error))
 
 
-class SeveralTurns:
+class SeveralTurns(Conversation):
     """A conversation of several turns, each of as many steps as the model makes calls."""
 
     def __init__(self, entry: Entry, tool_format: ToolFormat, pool: SandboxPool, constants: Mapping[str, Any]) -> None:
-        """Begin the first turn."""
         self._entry, self._format, self._pool, self._constants = entry, tool_format, pool, constants
         with pool.lent() as sandbox:
             self._gold = sandbox.gold_calls(entry["id"])
@@ -204,8 +183,8 @@ class SeveralTurns:
         self._properties = properties_of([*self._tools, *tools_of(held_out, constants["types"])])
         self._messages: list[dict[str, Any]] = []
         self._responses: list[list[str]] = []
-        self._calls: list[list[list[dict[str, Any]]]] = []
-        self._executed: list[list[list[dict[str, Any]]]] = []
+        self._calls: list[list[Calls]] = []
+        self._executed: list[list[Calls]] = []
         self._turn = self._step = 0
         self._is_over = False
         self._failure: Verdict | None = None
@@ -229,14 +208,16 @@ class SeveralTurns:
         parsed = read_reply(reply, self._format)
         calls = typed_calls(parsed, self._properties)
         self._responses[-1].append(reply.text)
-        self._messages.append(self._said(parsed, reply.text, calls))
+        self._messages.append(self._message(parsed, reply.text, calls))
         if not calls:
-            self._end_turn()
+            self._turn += 1
+            self._is_over = self._turn == len(self._entry["question"])
+            if not self._is_over:
+                self._begin_turn()
             return
         self._calls[-1].append([recorded(call) for call in calls])
-        problems = [call_problem(call, self._properties) for call in calls]
         try:
-            self._execute(calls, problems)
+            self._execute(calls)
         except SandboxError as error:
             self._give_up("multi_turn:sandbox" if error.is_limit else ENDED, str(error))
             return
@@ -254,7 +235,13 @@ class SeveralTurns:
 
     def outcome(self) -> Mapping[str, Any]:
         """The record, and the verdict on the calls that could be executed."""
-        return {**self.record(), **as_fields(self._failure or self._verdict())}
+        assert self._is_over
+        verdict = self._failure
+        try:
+            verdict = verdict or self._open_session().check(self._executed)
+        except SandboxError as error:
+            verdict = Verdict(False, "multi_turn:sandbox" if error.is_limit else ENDED, str(error))
+        return {**self.record(), **as_fields(verdict)}
 
     def close(self) -> None:
         """Give the sandbox back, without what this conversation did in it."""
@@ -272,7 +259,7 @@ class SeveralTurns:
 
     def _begin_turn(self) -> None:
         """Show what the user says; in a turn without words the functions that were held out until now."""
-        messages = messages_of(self._entry["question"][self._turn])
+        messages = list(opening(self._entry, self._turn))
         held_out = (self._entry.get("missed_function") or {}).get(str(self._turn))
         if held_out:
             self._tools += tools_of(held_out, self._constants["types"])
@@ -282,19 +269,12 @@ class SeveralTurns:
         for record in (self._responses, self._calls, self._executed):
             record.append([])
 
-    def _end_turn(self) -> None:
-        self._turn += 1
-        if self._turn == len(self._entry["question"]):
-            self._is_over = True
-        else:
-            self._begin_turn()
-
     def _give_up(self, error_type: str, message: str) -> None:
         self._failure, self._is_over = Verdict(False, error_type, message), True
 
-    def _said(self, parsed: ParsedResponse, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    def _message(self, parsed: ParsedResponse, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
         """The response as a message of the history; its thought stands apart, and most layouts do not show it."""
-        rest = text.rpartition("</think>")[2].strip()  # what a response that the format cannot read came to say
+        rest = text.rpartition("</think>")[2].strip()  # of a response that the format cannot read
         is_unread = not parsed.answer and not calls and not rest.startswith("<think>")
         message: dict[str, Any] = {"role": "assistant", "content": rest if is_unread else parsed.answer or ""}
         message |= {"reasoning_content": parsed.thought} if parsed.thought else {}
@@ -308,8 +288,9 @@ class SeveralTurns:
     def _call_id(self, number: int) -> str:
         return f"call_{self._turn}_{self._step}_{number}"
 
-    def _execute(self, calls: Sequence[ToolCall], problems: Sequence[str]) -> None:
-        """Execute the calls without a problem, and tell the model what came of each."""
+    def _execute(self, calls: Sequence[ToolCall]) -> None:
+        """Execute the calls that fit the tools, and tell the model what came of each."""
+        problems = [call_problem(call, self._properties) for call in calls]
         good = [recorded(call) for call, problem in zip(calls, problems, strict=True) if not problem]
         results = iter(self._results(good) if good else [])
         if good:
@@ -319,35 +300,33 @@ class SeveralTurns:
             message = {"role": "tool", "name": call.name[:200], "tool_call_id": self._call_id(number)}
             self._messages.append({**message, "content": content})
 
-    def _results(self, calls: Sequence[dict[str, Any]]) -> list[str]:
+    def _results(self, calls: Calls) -> list[str]:
         """What calls return; where the process was ended from outside, in a new one that has made the earlier calls."""
         try:
-            return self._opened().execute(calls)
+            return self._open_session().execute(calls)
         except SandboxError as error:
             if error.is_limit:
                 raise
-        return again_if_ended(lambda: self._made_again(calls))
 
-    def _made_again(self, calls: Sequence[dict[str, Any]]) -> list[str]:
-        """What calls return in a new session that has made all calls of earlier steps."""
-        self._session = None
-        for earlier in (step for turn in self._executed for step in turn):
-            self._opened().execute(earlier)
-        return self._opened().execute(calls)
+        def repeat() -> list[str]:
+            self._session = None
+            for earlier in (step for turn in self._executed for step in turn):
+                self._open_session().execute(earlier)
+            return self._open_session().execute(calls)
 
-    def _opened(self) -> Session:
+        return again_if_ended(repeat)
+
+    def _open_session(self) -> Session:
         """The instances of this conversation; a sandbox is taken when the first call wants one."""
         if self._session is None:
             self._sandbox = self._sandbox or self._pool.take()
             self._session = self._sandbox.session(self._entry["id"])
         return self._session
 
-    def _verdict(self) -> Verdict:
-        assert self._is_over
-        try:
-            return self._opened().check(self._executed)
-        except SandboxError as error:
-            return Verdict(False, "multi_turn:sandbox" if error.is_limit else ENDED, str(error))
+
+def opening(entry: Entry, turn: int) -> tuple[dict[str, Any], ...]:
+    """The messages that open a turn: a system message where there is one, and the history that some questions have."""
+    return tuple({"role": message["role"], "content": message["content"]} for message in entry["question"][turn])
 
 
 def by_identity(entries: Sequence[dict[str, Any]]) -> dict[str, Entry]:
@@ -357,23 +336,14 @@ def by_identity(entries: Sequence[dict[str, Any]]) -> dict[str, Entry]:
     for entry in entries:
         identity = entry["id"]
         seen[identity] += 1
-        if seen[identity] > 1:
-            identity += f"#{seen[identity]}"
+        identity += f"#{seen[identity]}" if seen[identity] > 1 else ""
         found[identity] = {**entry, "id": identity}
     return found
-
-
-def typed_calls(parsed: ParsedResponse, properties: Mapping[str, Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-    """The calls of a response; values that a format writes as text in the types of the tools."""
-    if not parsed.text_values:
-        return parsed.calls
-    return tuple(typed_call(call, properties.get(call.name, {})) for call in parsed.calls)
 
 
 def as_fields(verdict: Verdict) -> dict[str, Any]:
     """The verdict as fields of a row; `error` where there is none, because the process kept ending."""
     if verdict.error_type == ENDED:
         return {"error": verdict.message[:MAX_REASON]}
-    if verdict.valid:
-        return {"correct": True, "reason": ""}
-    return {"correct": False, "reason": f"{verdict.error_type}: {verdict.message}"[:MAX_REASON]}
+    reason = "" if verdict.valid else f"{verdict.error_type}: {verdict.message}"[:MAX_REASON]
+    return {"correct": verdict.valid, "reason": reason}

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from rest_rl.evaluate.benchmarks.bfcl.release import MAX_MESSAGE, Bfcl, UnusableError
@@ -65,7 +66,7 @@ class Server:
             if request["do"] in ("open", "check_calls", "check_turns"):
                 self.prepare(request)
             else:
-                self.pipes.write(answer(lambda request=request: self.look_up(request)))
+                self.pipes.write(answer(partial(self.look_up, request)))
 
     def look_up(self, request: dict[str, Any]) -> Any:
         """Answer what concerns the release alone."""
@@ -81,18 +82,20 @@ class Server:
 
     def prepare(self, request: dict[str, Any]) -> None:
         """Read what the fork will need, then fork."""
-        is_single = request["do"] == "check_calls"
-        found = answer(lambda: self.needs(request) if is_single else self.bfcl.conversation(request["id"]))
+
+        def load() -> None:
+            if request["do"] != "check_calls":
+                self.bfcl.conversation(request["id"])
+                return
+            sample = json.loads(self.bfcl.samples(request["category"]).get(request["id"], b"{}"))
+            if sample.get("ground_truth") is None or "involved_classes" in sample:
+                raise UnusableError(f"got {request['id']!r}, expected a single-turn sample with an answer")
+
+        found = answer(load)
         if "ok" in found:
             self.fork(request)
         else:
             self.pipes.write(found)
-
-    def needs(self, request: dict[str, Any]) -> None:
-        """Load a sample with one turn, which must have an answer."""
-        sample = json.loads(self.bfcl.samples(request["category"]).get(request["id"], b"{}"))
-        if sample.get("ground_truth") is None or "involved_classes" in sample:
-            raise UnusableError(f"got {request['id']!r}, expected a single-turn sample with an answer")
 
     def fork(self, request: dict[str, Any]) -> None:
         """Have the request answered apart, and say so where that comes to no end of its own."""
@@ -114,19 +117,17 @@ class Server:
         """In the fork: one check, or a conversation until its end."""
         identity = request["id"]
         if request["do"] == "check_calls":
-            self.pipes.write(answer(lambda: self.bfcl.check_calls(identity, request["category"], request["calls"])))
+            self.pipes.write(answer(partial(self.bfcl.check_calls, identity, request["category"], request["calls"])))
             return
         if request["do"] == "check_turns":
-            self.pipes.write(answer(lambda: self.bfcl.check_turns(identity, request["turns"])))
+            self.pipes.write(answer(partial(self.bfcl.check_turns, identity, request["turns"])))
             return
         self.pipes.write({"ok": None})
         while (step := self.pipes.read()) is not None and step["do"] != "end":
-            self.pipes.write(answer(lambda step=step: self.step(identity, step)))
+            is_call = step["do"] == "execute"
+            do = partial(self.bfcl.execute, identity, step["calls"]) if is_call else partial(self.look_up, step)
+            self.pipes.write(answer(do))
         self.pipes.write({"ok": None})
-
-    def step(self, identity: str, request: dict[str, Any]) -> Any:
-        """Execute calls, or look something up in between."""
-        return self.bfcl.execute(identity, request["calls"]) if request["do"] == "execute" else self.look_up(request)
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
-"""BFCL's questions and function documents -> messages and tools as every prompt of this package has them."""
+"""BFCL's function documents and calls -> tools and calls as every prompt of this package has them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rest_rl.data.reading import read_literal
 from rest_rl.data.schemas import read_tool
-from rest_rl.response import ToolCall
+from rest_rl.response import ParsedResponse, ToolCall
 
 UNNAMED_TYPE = "string"
 """What upstream shows for a type that it has no JSON name for."""
@@ -24,32 +24,24 @@ KINDS: Mapping[str, tuple[type, ...]] = {
 """What a value of a JSON type is in Python; a boolean is no number."""
 
 
-def messages_of(turn: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages that open a turn: a system message where there is one, and the history that some questions have."""
-    return [{"role": message["role"], "content": message["content"]} for message in turn]
-
-
 def tools_of(docs: Iterable[Mapping[str, Any]], types: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
     """The tools of function documents, their types in JSON schema's words by the table of upstream.
 
     All else stays: dots in names, defaults, `required`, and `response`, which a template may show or leave out.
     """
-    return tuple(
-        read_tool({**doc, "parameters": in_json_types(doc["parameters"], types)}, f"function {doc['name']!r}")
-        for doc in docs
-    )
 
+    def in_json_types(schema: Mapping[str, Any]) -> dict[str, Any]:
+        read = dict(schema)
+        if "type" in read:
+            read["type"] = types.get(read["type"], UNNAMED_TYPE)
+        if isinstance(read.get("properties"), Mapping):
+            read["properties"] = {name: in_json_types(part) for name, part in read["properties"].items()}
+        if isinstance(read.get("items"), Mapping):
+            read["items"] = in_json_types(read["items"])
+        return read
 
-def in_json_types(schema: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
-    """A schema with its types translated, its properties' and items' too."""
-    read = dict(schema)
-    if "type" in read:
-        read["type"] = types.get(read["type"], UNNAMED_TYPE)
-    if isinstance(read.get("properties"), Mapping):
-        read["properties"] = {name: in_json_types(part, types) for name, part in read["properties"].items()}
-    if isinstance(read.get("items"), Mapping):
-        read["items"] = in_json_types(read["items"], types)
-    return read
+    shown = [{**doc, "parameters": in_json_types(doc["parameters"])} for doc in docs]
+    return tuple(read_tool(doc, f"function {doc['name']!r}") for doc in shown)
 
 
 def properties_of(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -58,9 +50,15 @@ def properties_of(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, 
     return {function["name"]: function["parameters"].get("properties", {}) for function in functions}
 
 
-def typed_call(call: ToolCall, properties: Mapping[str, Any]) -> ToolCall:
-    """A call of a format that writes values as text, each value in the type that the tool's schema gives it."""
-    return ToolCall(call.name, {name: typed(value, properties.get(name, {})) for name, value in call.arguments.items()})
+def typed_calls(parsed: ParsedResponse, tools: Mapping[str, Mapping[str, Any]]) -> tuple[ToolCall, ...]:
+    """The calls of a response; values that a format writes as text in the types of the tools' schemas."""
+    if not parsed.text_values:
+        return parsed.calls
+    return tuple(
+        ToolCall(call.name, {name: typed(value, known.get(name, {})) for name, value in call.arguments.items()})
+        for call in parsed.calls
+        for known in [tools.get(call.name, {})]
+    )
 
 
 def typed(value: Any, schema: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.package import Version
@@ -31,61 +31,34 @@ RELEVANCE = "live_relevance"
 """Some tool helps: right is whoever makes any call."""
 
 
-class Score(NamedTuple):
-    """Of one complete category: samples that are correct, and all."""
-
-    correct: int
-    number: int
-
-    @property
-    def estimate(self) -> Interval:
-        """The share with its Wilson interval."""
-        return Interval(self.correct / self.number, *wilson(self.correct, self.number))
-
-
-def categories(version: Version) -> tuple[str, ...]:
-    """All seventeen, in the order of the official table."""
-    return (*NON_LIVE[version], *LIVE, *MULTI_TURN)
-
-
-def named_groups(version: Version) -> dict[str, tuple[str, ...]]:
-    """What a name of several categories stands for."""
-    return {
-        "all": categories(version),
-        "non_live": NON_LIVE[version],
-        "live": LIVE,
-        "multi_turn": MULTI_TURN,
-    }
-
-
 def select_categories(version: Version, names: Sequence[str] | None) -> tuple[str, ...]:
-    """The categories of the given names (of categories or groups), once each, in official order; all for None.
-
-    ValueError for a name that this version does not have.
-    """
-    groups, known = named_groups(version), categories(version)
+    """The categories of the given names (of categories or groups), once each, in official order; all for None."""
+    parts = {"non_live": NON_LIVE[version], "live": LIVE, "multi_turn": MULTI_TURN}
+    known = tuple(category for part in parts.values() for category in part)
+    groups = {"all": known, **parts}
     wanted: set[str] = set()
     for name in names if names is not None else ["all"]:
         if name not in groups and name not in known:
             near = difflib.get_close_matches(name, [*known, *groups], n=1)
             hint = f"did you mean {near[0]}?" if near else "pick one of these"
-            raise UserError(f"category {name!r} of BFCL {version}", f"one of {', '.join([*groups, *known])}", f"{hint}")
+            raise UserError(f"category {name!r} of BFCL {version}", f"one of {', '.join([*groups, *known])}", hint)
         wanted.update(groups.get(name, (name,)))
     if not wanted:
         raise UserError(f"no category of BFCL {version}", "at least one", "name some, or leave it out for all")
     return tuple(category for category in known if category in wanted)
 
 
-def official_averages(version: Version, complete: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
-    """The group averages of the official table, of those groups whose categories are all `complete`.
+def official_averages(version: Version, complete: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, Any]]:
+    """The group averages of the official table, of those groups whose categories are all `complete` (correct, number).
 
     Each has `accuracy` (a share), its 95 % interval `low` and `high` over the categories' Wilson intervals (see
     `weighted_mean`), `of` (its categories) and their `weights`.
     """
+    shares = {name: Interval(right / number, *wilson(right, number)) for name, (right, number) in complete.items()}
     found: dict[str, dict[str, Any]] = {}
-    for name, weights in average_weights(version, {name: score.number for name, score in complete.items()}).items():
-        if all(category in complete for category in weights):
-            share = weighted_mean((weight, complete[category].estimate) for category, weight in weights.items())
+    for name, weights in average_weights(version, {name: number for name, (_, number) in complete.items()}).items():
+        if complete.keys() >= weights.keys():
+            share = weighted_mean((weight, shares[category]) for category, weight in weights.items())
             numbers = {"accuracy": share.value, "low": share.low, "high": share.high}
             found[name] = {**numbers, "of": list(weights), "weights": dict(weights)}
     return found
@@ -99,23 +72,18 @@ def average_weights(version: Version, numbers: Mapping[str, int]) -> dict[str, M
     v4 takes the two (ir)relevance categories out of Non-Live and Live, and gives the mean of the two irrelevance ones
     as a part of its own.
     """
-    first, *plain = mean(*each(NON_LIVE[version][:3])), *each(NON_LIVE[version][3:])
+    simple, plain = mean(*NON_LIVE[version][:3]), NON_LIVE[version][3:]
     if version == "v4":
-        non_live, live = mean(first, *plain[:-1]), by_samples(LIVE[:4], numbers)
-        irrelevance = mean(*each(UNANSWERED))
-        return {"Non-Live": non_live, "Live": live, "Irrelevance": irrelevance, "Multi-Turn": mean(*each(MULTI_TURN))}
-    parts = {"Non-Live": mean(first, *plain), "Live": by_samples(LIVE, numbers), "Multi-Turn": mean(*each(MULTI_TURN))}
+        parts = {"Non-Live": mean(simple, *plain[:-1]), "Live": by_samples(LIVE[:4], numbers)}
+        return {**parts, "Irrelevance": mean(*UNANSWERED), "Multi-Turn": mean(*MULTI_TURN)}
+    parts = {"Non-Live": mean(simple, *plain), "Live": by_samples(LIVE, numbers), "Multi-Turn": mean(*MULTI_TURN)}
     return {**parts, "Overall": mean(*parts.values())}
 
 
-def each(names: Sequence[str]) -> list[Mapping[str, float]]:
-    """The weights of single categories."""
-    return [{name: 1.0} for name in names]
-
-
-def mean(*parts: Mapping[str, float]) -> Mapping[str, float]:
-    """The weights in the unweighted mean of parts that share no category."""
-    return {name: weight / len(parts) for part in parts for name, weight in part.items()}
+def mean(*parts: str | Mapping[str, float]) -> Mapping[str, float]:
+    """The weights in the unweighted mean of categories or of parts that share no category."""
+    weights = [{part: 1.0} if isinstance(part, str) else part for part in parts]
+    return {name: weight / len(parts) for part in weights for name, weight in part.items()}
 
 
 def by_samples(names: Sequence[str], numbers: Mapping[str, int]) -> Mapping[str, float]:

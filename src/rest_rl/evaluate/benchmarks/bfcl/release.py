@@ -33,22 +33,20 @@ class UnusableError(ValueError):
     """The request asks for something that is not there; the other side raises a ValueError."""
 
 
-def stub(name: str, **attributes: Any) -> None:
-    """Put an empty module in the place of one that is not needed, with the names others import from it."""
-    module = types.ModuleType(name)
-    vars(module).update(attributes)
-    sys.modules[name] = module
-
-
-def stub_what_is_not_needed() -> None:
+def stub_unneeded_modules() -> None:
     """Leave out the vendors' libraries, retries, parsers of Java and JavaScript, and locks on files only read."""
     model = types.SimpleNamespace(underscore_to_dot=False, is_fc_model=False)
-    stub("bfcl_eval.constants.model_config", MODEL_CONFIG_MAPPING={NAME: model})
-    stub("filelock", FileLock=contextlib.nullcontext)
-    names = ["retry", "retry_if_exception_message", "retry_if_exception_type", "wait_random_exponential"]
-    stub("tenacity", **dict.fromkeys(names, lambda *_, **__: lambda function: function))
-    stub("bfcl_eval.model_handler.parser.java_parser", parse_java_function_call=None)
-    stub("bfcl_eval.model_handler.parser.js_parser", parse_javascript_function_call=None)
+    retries = ["retry", "retry_if_exception_message", "retry_if_exception_type", "wait_random_exponential"]
+    stubs: dict[str, dict[str, Any]] = {
+        "bfcl_eval.constants.model_config": {"MODEL_CONFIG_MAPPING": {NAME: model}},
+        "filelock": {"FileLock": contextlib.nullcontext},
+        "tenacity": dict.fromkeys(retries, lambda *_, **__: lambda function: function),
+        "bfcl_eval.model_handler.parser.java_parser": {"parse_java_function_call": None},
+        "bfcl_eval.model_handler.parser.js_parser": {"parse_javascript_function_call": None},
+    }
+    for name, attributes in stubs.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(attributes)
 
 
 def part(name: str) -> Any:
@@ -60,7 +58,7 @@ class Bfcl:
     """The loaded release, with the samples asked for so far."""
 
     def __init__(self, version: str) -> None:
-        stub_what_is_not_needed()
+        stub_unneeded_modules()
         self.version = version
         self.config = part("constants.eval_config")
         self.categories = part("constants.category_mapping")
@@ -83,13 +81,6 @@ class Bfcl:
             "types": part("constants.type_mappings").GORILLA_TO_OPENAPI,
         }
 
-    def known(self) -> list[str]:
-        """The categories that need no network."""
-        if self.version == "v3":
-            return list(self.categories.TEST_FILE_MAPPING)
-        named = self.categories
-        return [*named.NON_LIVE_CATEGORY, *named.LIVE_CATEGORY, *named.MULTI_TURN_CATEGORY]
-
     def samples(self, category: str) -> dict[str, bytes]:
         """What is needed to judge the samples of a category, as JSON by id.
 
@@ -105,17 +96,19 @@ class Bfcl:
 
     def entries(self, category: str) -> Iterator[dict[str, Any]]:
         """The samples of a category, with the docs as a model is shown them and, for one turn, as they are checked."""
-        if category not in self.known():
-            raise UnusableError(f"got category {category!r}, expected one of {', '.join(self.known())}")
-        answers = self.answers(category)
+        named = self.categories
+        known = (
+            list(named.TEST_FILE_MAPPING)
+            if self.version == "v3"
+            else [*named.NON_LIVE_CATEGORY, *named.LIVE_CATEGORY, *named.MULTI_TURN_CATEGORY]
+        )
+        if category not in known:
+            raise UnusableError(f"got category {category!r}, expected one of {', '.join(known)}")
+        path = self.config.POSSIBLE_ANSWER_PATH / f"{named.VERSION_PREFIX}_{category}.json"
+        answers = {row["id"]: row["ground_truth"] for row in read_lines(path)} if path.exists() else {}  # not relevance
         for shown, checked in (self.samples_v3 if self.version == "v3" else self.samples_v4)(category):
             docs = {} if "involved_classes" in shown else {"checked": checked["function"]}
             yield {"category": category, **shown, **docs, "ground_truth": answers.get(shown["id"])}
-
-    def answers(self, category: str) -> dict[str, Any]:
-        """The ground truth by id; relevance has none."""
-        path = self.config.POSSIBLE_ANSWER_PATH / f"{self.categories.VERSION_PREFIX}_{category}.json"
-        return {row["id"]: row["ground_truth"] for row in read_lines(path)} if path.exists() else {}
 
     def samples_v4(self, category: str) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         """Each sample as a model sees it, and as the checker does."""
@@ -150,29 +143,22 @@ class Bfcl:
             docs = [doc for doc in docs if not any(doc is other for other in held_out)]
         sample["function"] = docs
 
-    def sample(self, identity: str) -> dict[str, Any]:
-        """One sample; UnusableError for an id that is not there."""
+    def conversation(self, identity: str) -> dict[str, Any]:
+        """One sample of several turns."""
         samples = self.samples(identity.rpartition("_")[0])
         if identity not in samples:
             raise UnusableError(f"got id {identity!r}, expected one of the {len(samples)} of its category")
-        return json.loads(samples[identity])
-
-    def conversation(self, identity: str) -> dict[str, Any]:
-        """One sample of several turns."""
-        sample = self.sample(identity)
+        sample = json.loads(samples[identity])
         if "involved_classes" not in sample:
             raise UnusableError(f"got {identity}, which has a single turn, expected one of multi_turn_*")
         return sample
 
     def methods(self, sample: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         """The methods a sample may call by name; where two classes share a name the last has it, as upstream."""
-        classes = [self.backend(name) for name in sample["involved_classes"]]
+        homes = {name: self.executor.CLASS_FILE_PATH_MAPPING[name] for name in sample["involved_classes"]}
+        classes = [getattr(importlib.import_module(home), name) for name, home in homes.items()]
         found = [pair for each in classes for pair in inspect.getmembers(each, inspect.isfunction)]
         return {name: function for name, function in found if not name.startswith("_")}
-
-    def backend(self, name: str) -> type:
-        """The class of a name in `involved_classes`."""
-        return getattr(importlib.import_module(self.executor.CLASS_FILE_PATH_MAPPING[name]), name)
 
     def gold_calls(self, identity: str) -> list[list[dict[str, Any]]]:
         """Per turn the calls of the ground truth, their positional arguments named by the method's signature."""
@@ -247,20 +233,19 @@ def read_call(text: str, methods: Mapping[str, Callable[..., Any]]) -> dict[str,
 
 
 def map_calls(calls: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Per call its text, or why there is none.
+    """Per call its text and "", or "" and why there is none.
 
     The executor evaluates the text: a name that is a method, keywords that are identifiers and literals are all that
     may stand in it. It also drops blanks before a bracket, in the gold's strings too, so nothing is escaped here.
     """
-    return [write_or_refuse(call, methods) for call in calls]
 
+    def write(call: dict[str, Any]) -> tuple[str, str]:
+        try:
+            return write_call(call, methods), ""
+        except ValueError as error:
+            return "", str(error)
 
-def write_or_refuse(call: dict[str, Any], methods: Mapping[str, Any]) -> tuple[str, str]:
-    """The text of a call and "", or "" and why there is none."""
-    try:
-        return write_call(call, methods), ""
-    except ValueError as error:
-        return "", str(error)
+    return list(map(write, calls))
 
 
 def write_call(call: dict[str, Any], methods: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rest_rl.errors import UserError
-from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage
+from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage, install_command, share_folder
 
 ROOT = Path(__file__).parents[4]
 CHILD = (
@@ -64,9 +64,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         """Limits on what a model wrote: seconds of processor time of a sample, memory of the fork."""
         if not hasattr(os, "fork"):
             raise UserError(f"the platform {sys.platform}", "one that can fork", "use Linux, macOS or WSL")
-        self._package = package
-        self._seconds = seconds
-        self._memory_mb = memory_mb
+        self._package, self._seconds, self._memory_mb = package, seconds, memory_mb
         self._process: subprocess.Popen[bytes] | None = None
         self._session: Session | None = None
         self._loaded: set[str] = set()
@@ -101,11 +99,10 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         return self._session
 
     def close(self) -> None:
-        """End the process."""
         self._drop(patience=1.0)
 
     def _look_up(self, request: dict[str, Any]) -> Any:
-        return again_if_ended(lambda: self._ask(request, LOADING_SECONDS))
+        return again_if_ended(partial(self._ask, request, LOADING_SECONDS))
 
     def _ask_of(self, category: str, request: dict[str, Any]) -> Any:
         """The answer to a request about a sample, whose category is loaded before time counts."""
@@ -170,10 +167,11 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
                 raise
         if "ok" not in answer:
             _end(process, patience=0.0)
+            command = install_command(self._package.version, share_folder(self._package.version))
             raise UserError(
                 f"{self._package.pin} in {self._package.folder}, which does not load ({answer.get('failed')})",
                 "it whole",
-                f"pip install 'rest-rl[bfcl]' has what it needs, and {self._package.command} puts it there",
+                f"pip install 'rest-rl[bfcl]' has what it needs, and {command} puts it there",
             )
         return process
 
@@ -182,12 +180,9 @@ class Session(contextlib.AbstractContextManager["Session"]):
     """One conversation's calls, executed on instances of its own; from `Sandbox.session`."""
 
     def __init__(self, ask: Callable[[dict[str, Any]], Any], identity: str) -> None:
-        self._ask = ask
-        self._identity = identity
-        self.is_open = False
-        """Whether instances were made; the first `execute` does so."""
-        self.is_over = False
-        """Whether they are gone: closed, or the process that held them has ended."""
+        self._ask, self._identity = ask, identity
+        self.is_open = self.is_over = False
+        """Whether instances were made (the first `execute` does so); whether they, or their process, are gone."""
 
     def __exit__(self, *raised: object) -> None:
         self.close()
@@ -199,17 +194,16 @@ class Session(contextlib.AbstractContextManager["Session"]):
             self.is_open = True
         if self.is_over:
             raise SandboxError("this conversation has ended")
-        return self._ask({"do": "execute", "calls": [_sendable(call) for call in calls]})
+        return self._ask({"do": "execute", "calls": list(map(_sendable, calls))})
 
     def check(self, turns: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> Verdict:
         """The official verdict on all turns, each a list of steps, each a list of calls; it ends the instances."""
         self.close()
-        sendable = [[[_sendable(call) for call in step] for step in turn] for turn in turns]
+        sendable = [[list(map(_sendable, step)) for step in turn] for turn in turns]
         request = {"do": "check_turns", "id": self._identity, "turns": sendable}
         return Verdict(*again_if_ended(partial(self._ask, request)))
 
     def close(self) -> None:
-        """Drop the instances."""
         if self.is_open and not self.is_over:
             self.is_over = True
             with contextlib.suppress(SandboxError):  # they are gone all the same
@@ -236,12 +230,7 @@ def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, 
     assert process.stdout is not None
     line = b"" if request is None else json.dumps(request, default=dict).encode() + b"\n"
     is_late = threading.Event()
-
-    def stop() -> None:
-        is_late.set()
-        _signal_group(process)
-
-    timer = threading.Timer(seconds, stop)
+    timer = threading.Timer(seconds, lambda: (is_late.set(), _signal_group(process)))
     timer.daemon = True
     timer.start()
     try:
