@@ -13,16 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rest_rl.data.layout import PromptLayout
-from rest_rl.data.reading import Row, RowError, RowReader, load_json
-from rest_rl.data.reasons import RowRejectedError
+from rest_rl.data.reading import RowError, RowReader, load_json
+from rest_rl.data.reasons import RowContext, RowRejectedError
 from rest_rl.data.samples import ToolSample
-from rest_rl.data.shapes import get_loader, source_of
-from rest_rl.data.shapes.flattened import FORMAT, HEADING, tool_list_span
+from rest_rl.data.shapes import find_shape, own, toolrl
+from rest_rl.data.shapes.toolrl import FORMAT, HEADING, tool_list_span
 from rest_rl.errors import UserError
 from rest_rl.formats import OpenedThinkFormat, ToolFormat
 
-SOURCES = ("toolrl", "samples")
-"""Shapes of rows that may hold a published system text: ToolRL's own, and ours where prompts were kept."""
 Message = Mapping[str, Any]
 
 
@@ -46,8 +44,8 @@ class Frame:
         """
         if sample.tools_in_prompt:
             return sample
-        own = [message["content"] for message in sample.messages if message["role"] == "system"]
-        system = "\n\n".join([f"{self.before}{tools_text(sample.tools)}{self.after}", *own])
+        own_texts = [message["content"] for message in sample.messages if message["role"] == "system"]
+        system = "\n\n".join([f"{self.before}{tools_text(sample.tools)}{self.after}", *own_texts])
         messages = ({"role": "system", "content": system}, {"role": "user", "content": history_text(sample.messages)})
         return replace(sample, messages=messages, tools_in_prompt=True)
 
@@ -62,15 +60,11 @@ class FlattenedLayout(PromptLayout):
         tool_format: str | ToolFormat = FORMAT,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
-        """As `PromptLayout`; ValueError for another format than `toolrl` and `toolrl+think`."""
         super().__init__(tokenizer, tool_format, variables)
         inner = self.format.inner if isinstance(self.format, OpenedThinkFormat) else self.format
         if inner.name != FORMAT:
-            raise UserError(
-                f"format {self.format.name!r} for prompts as ToolRL published them",
-                f"{FORMAT!r}, which they ask for",
-                "change the format",
-            )
+            got = f"format {self.format.name!r} for prompts as ToolRL published them"
+            raise UserError(got, f"{FORMAT!r}, which they ask for", "change the format")
         self.frame = frame
 
     def render(self, sample: ToolSample) -> str:
@@ -79,31 +73,22 @@ class FlattenedLayout(PromptLayout):
 
 
 def frame_of(path: str) -> Frame:
-    """The texts of the first row in a file that has ToolRL's; ValueError for a file without one."""
+    """The texts of the first row in a file that has ToolRL's: its own rows, or ours where prompts were kept."""
     for row in RowReader(path):
-        if frame := _frame_of_row(row):
-            return frame
+        shape = None if isinstance(row.value, RowError) else find_shape(row.value, (own, toolrl))
+        try:
+            for sample in shape.read(row.value, RowContext(f"row {row.number}", keep_prompts=True)) if shape else ():
+                if sample.tools_in_prompt and sample.messages[0]["role"] == "system":
+                    system = sample.messages[0]["content"]
+                    begin, end = tool_list_span(system)
+                    return Frame(system[:begin], system[end:])
+        except RowRejectedError:
+            continue
     raise UserError(
         f"{path}, no row of which has ToolRL's system text",
         "rows as ToolRL published them",
         "name a file of them, such as rlla_sft.json or the Parquet of rlla_4k",
     )
-
-
-def _frame_of_row(row: Row) -> Frame | None:
-    source = None if isinstance(row.value, RowError) else source_of(row.value)
-    if isinstance(row.value, RowError) or source not in SOURCES:
-        return None
-    try:
-        samples, _ = get_loader(source)(row.value, f"row {row.number}", True)
-        for sample in samples:
-            if sample.tools_in_prompt and sample.messages[0]["role"] == "system":
-                system = sample.messages[0]["content"]
-                begin, end = tool_list_span(system)
-                return Frame(system[:begin], system[end:])
-    except RowRejectedError:
-        pass  # another row will do
-    return None
 
 
 def tools_text(tools: Sequence[Message]) -> str:
@@ -112,21 +97,20 @@ def tools_text(tools: Sequence[Message]) -> str:
     Where a schema has `required`, a line `Required: ["city"]` follows, which ToolRL does not have. It leaves the JSON
     as ToolRL writes it: there `required` would stand among the keys of an argument, which may have such a list itself.
     """
-    entries = []
+    lines = []
     for number, tool in enumerate(tools, 1):
         function = tool.get("function", tool)
         schema = function.get("parameters") or {}
-        lines = [f"{number}. Name: {function['name']}", f"Description: {function.get('description') or ''}"]
+        lines += [f"{number}. Name: {function['name']}", f"Description: {function.get('description') or ''}"]
         lines.append(f"Parameters: {json.dumps(schema.get('properties') or {})}")
         lines += [f"Required: {json.dumps(schema['required'])}"] if schema.get("required") else []
-        entries.append("\n".join(lines))
-    return "\n".join(entries)
+    return "\n".join(lines)
 
 
 def history_text(messages: Sequence[Message]) -> str:
     """The history as ToolRL flattens it, thoughts (`reasoning_content`) included; system messages are left out.
 
-    `rest_rl.data.shapes.flattened.history_of` reads it back but for the thoughts. JSON is ASCII, as published.
+    `rest_rl.data.shapes.toolrl.history_of` reads it back but for the thoughts. JSON is ASCII, as published.
     """
     paragraphs: list[list[str]] = []
     calls: Sequence[Message] = ()
@@ -136,7 +120,7 @@ def history_text(messages: Sequence[Message]) -> str:
             paragraphs.append([_block("user", message["content"])])
         elif message["role"] == "assistant":
             calls = message.get("tool_calls") or ()
-            paragraphs.append(_said(message, calls))
+            paragraphs.append(_assistant_blocks(message, calls))
         elif message["role"] == "tool":
             results.append(message)
             if following["role"] != "tool":
@@ -150,8 +134,8 @@ def _block(tag: str, text: str | None) -> str:
     return f"<{tag}> {(text or '').strip()} </{tag}>"
 
 
-def _said(message: Message, calls: Sequence[Message]) -> list[str]:
-    """The blocks of an assistant message; without a thought an empty think block, since all published ones have it."""
+def _assistant_blocks(message: Message, calls: Sequence[Message]) -> list[str]:
+    """Without a thought with an empty think block, since all published turns have one."""
     blocks = [_block("think", message.get("reasoning_content"))]
     if calls:
         functions = [call["function"] for call in calls]
@@ -166,17 +150,16 @@ def _results_text(results: Sequence[Message], calls: Sequence[Message]) -> str:
     """Results as a list of JSON objects; as they are where nothing tells which calls they belong to."""
     by_id = {call["id"]: call["function"]["name"] for call in calls if call.get("id") is not None}
     in_order = [call["function"]["name"] for call in calls] if len(calls) == len(results) else [None] * len(results)
-    names = [
-        result.get("name") or by_id.get(result.get("tool_call_id")) or name
+    named = [
+        (result.get("name") or by_id.get(result.get("tool_call_id")) or name, result["content"] or "")
         for result, name in zip(results, in_order, strict=True)
     ]
-    if None in names:
-        return "\n".join(str(result["content"] or "").strip() for result in results)
-    pairs = zip(names, results, strict=True)
-    return json.dumps([{"name": name, "results": _value_of(result["content"] or "")} for name, result in pairs])
+    if any(name is None for name, _ in named):
+        return "\n".join(str(content).strip() for _, content in named)
+    return json.dumps([{"name": name, "results": _result_value(content)} for name, content in named])
 
 
-def _value_of(content: str) -> Any:
+def _result_value(content: str) -> Any:
     """What a result's text spells in JSON, as published results are values; text that spells none is a value itself."""
     try:
         value = load_json(content)

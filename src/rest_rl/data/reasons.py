@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from rest_rl.errors import UserError
@@ -16,15 +17,6 @@ class Reason(NamedTuple):
     severity: Severity
     meaning: str
     remedy: str
-
-
-class Finding(NamedTuple):
-    """One thing found in a row; `sample` is the id of the sample that it concerns, if it concerns one."""
-
-    reason: str
-    detail: str
-    severity: Severity
-    sample: str | None = None
 
 
 REASONS: dict[str, Reason] = {
@@ -102,39 +94,55 @@ REASONS: dict[str, Reason] = {
     ),
     "wrong_type": Reason("noted", "a value of another type than the schema's", "correct the value or the schema"),
     "not_in_enum": Reason("rejected", "a value that the schema's enum does not have", "correct the value or the enum"),
+    "breaks_schema": Reason("noted", "a value that breaks another rule of the schema", "correct the value or the schema"),
     # the sample among the others
     "duplicate": Reason("rejected", "the same prompt and gold as an earlier sample", "remove one of them"),
     "other_gold": Reason("noted", "the same prompt as an earlier sample with another gold", "decide for one of them"),
     "leak": Reason("rejected", "a prompt that the test file holds as well", "take it out of one of the files"),
     "prompt_too_long": Reason("rejected", "a prompt over the limit", "raise --max-prompt or shorten the prompt"),
 }
-"""Rejected is what no answer to the prompt could match (a tool, argument or value that the prompt rules out) or what
-would mislead a measurement (duplicates, leaks). A value of the wrong type is only noted: the types of public sets are
-loose (`str` for numbers, `dict` for lists), and the rest of such a call still teaches."""
-
-
-class RowRejectedError(ValueError):
-    """A loader finds no sample in a row."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        """`reason` is a key of REASONS."""
-        super().__init__(detail)
-        self.reason, self.detail = reason, detail
-
-
-def finding(reason: str, detail: str, sample: str | None = None, keep: Iterable[str] = ()) -> Finding:
-    """A finding with the severity of its reason, or `noted` for a reason in `keep`."""
-    severity: Severity = "noted" if reason in keep else REASONS[reason].severity
-    shown = " ".join(detail.split())[:400].encode(errors="replace").decode()  # lone surrogates cannot be printed
-    return Finding(reason, shown, severity, sample)
-
-
-def check_keep(keep: Iterable[str]) -> None:
-    """ValueError for a reason that is not in the table or without which there is nothing to keep."""
-    for name in keep:
-        if name not in KEEPABLE:
-            raise UserError(f"keep reason {name!r}", f"one of {', '.join(KEEPABLE)}", "see rest-rl data check")
-
 
 KEEPABLE = tuple(REASONS)[tuple(REASONS).index("unknown_tool") :]
 """Reasons about a sample that exists: these can be kept."""
+
+
+class RowFinding(NamedTuple):
+    """One thing found in a row; `sample` is the id of the sample that it concerns, if it concerns one."""
+
+    reason: str
+    detail: str
+    severity: Severity
+    sample: str | None = None
+
+
+def finding(reason: str, detail: str, sample: str | None = None, keep: Iterable[str] = ()) -> RowFinding:
+    """A finding with the severity of its reason, or `noted` for a reason in `keep`."""
+    severity: Severity = "noted" if reason in keep else REASONS[reason].severity
+    shown = " ".join(detail.split())[:400].encode(errors="replace").decode()  # lone surrogates cannot be printed
+    return RowFinding(reason, shown, severity, sample)
+
+
+class RowRejectedError(UserError):
+    """No sample can be read from a row; `reason` is a key of REASONS."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail, "a row of its shape", REASONS[reason].remedy)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+@dataclass
+class RowContext:
+    """What a row shape is told beside the row, and where it notes what it finds in it."""
+
+    id: str
+    """The id of the row's sample, or the beginning of its samples' ids."""
+    keep_prompts: bool = False
+    """Published prompts stay word for word."""
+    findings: list[RowFinding] = field(default_factory=list)
+
+    def note(self, reason: str, detail: str, sample: str | None = None) -> None:
+        """Add a finding; `reason` is a key of REASONS and decides what happens to the row."""
+        self.findings.append(finding(reason, detail, sample))

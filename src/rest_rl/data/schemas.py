@@ -15,8 +15,12 @@ _TYPE_NAMES = {
     "list": "array", "array": "array", "tuple": "array", "set": "array", "sequence": "array",
     "dict": "object", "object": "object", "mapping": "object", "none": "null", "null": "null", "nonetype": "null",
 }  # fmt: skip
-_ANY = ("any", "")
+_PARAMETERS = ("parameters", "arguments", "input_schema", "input_parameters")
 _GENERIC = re.compile(r"(\w+)\s*[\[(](.*)[\])]\Z", re.DOTALL)
+
+
+def _bad(detail: str) -> RowRejectedError:
+    return RowRejectedError("bad_tool_schema", detail)
 
 
 def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
@@ -24,13 +28,10 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
     value = _json_text(value, "tools")
     if value is None:
         return ()
-    if isinstance(value, Mapping):
-        value = [value]
+    value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise RowRejectedError("bad_tool_schema", f"got tools of type {type(value).__name__}, expected a list")
-    return tuple(
-        read_tool(_json_text(tool, f"tool {number}"), f"tool {number}") for number, tool in enumerate(value, 1)
-    )
+        raise _bad(f"got tools of type {type(value).__name__}, expected a list")
+    return tuple(read_tool(_json_text(tool, f"tool {n}"), f"tool {n}") for n, tool in enumerate(value, 1))
 
 
 def _json_text(value: Any, where: str) -> Any:
@@ -39,9 +40,7 @@ def _json_text(value: Any, where: str) -> Any:
     try:
         return load_json(value) if value.strip() else None
     except ValueError as error:
-        raise RowRejectedError(
-            "bad_tool_schema", f"got {where} as text {value[:80]!r} that is not JSON ({error})"
-        ) from error
+        raise _bad(f"got {where} as text {value[:80]!r} that is not JSON ({error})") from error
 
 
 def read_tool(raw: Any, where: str) -> dict[str, Any]:
@@ -53,10 +52,10 @@ def read_tool(raw: Any, where: str) -> dict[str, Any]:
     function = raw.get("function", raw) if isinstance(raw, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name.strip():
-        raise RowRejectedError("bad_tool_schema", f"got {where} = {repr(raw)[:80]}, expected an object with a name")
+        raise _bad(f"got {where} = {repr(raw)[:80]}, expected an object with a name")
     description = function.get("description") or ""
     if not isinstance(description, str):
-        raise RowRejectedError("bad_tool_schema", f"got a description of type {type(description).__name__} in {where}")
+        raise _bad(f"got a description of type {type(description).__name__} in {where}")
     if function is raw:
         function = {key: value for key, value in raw.items() if (key, value) != ("type", "function")}
         return {"type": "function", "function": _read_function(function, f"tool {name!r}")}
@@ -66,8 +65,7 @@ def read_tool(raw: Any, where: str) -> dict[str, Any]:
 
 def _read_function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The function with its parameters as a schema, in its own order of keys."""
-    named = ("parameters", "arguments", "input_schema", "input_parameters")
-    given = next((key for key in named if function.get(key) is not None), None)
+    given = next((key for key in _PARAMETERS if function.get(key) is not None), None)
     value = _json_text(function[given], f"the parameters of {where}") if given else None
     schema = _parameters(value, where, function.get("required"))
     read: dict[str, Any] = {}
@@ -76,24 +74,22 @@ def _read_function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
             read["parameters"] = schema
         elif key == "description":
             read[key] = item or ""
-        elif key not in (*named, "required"):
+        elif key not in (*_PARAMETERS, "required"):
             read[key] = item
-    return read if given or "required" not in schema else {**read, "parameters": schema}
+    return read
 
 
 def _parameters(value: Any, where: str, required: Any) -> dict[str, Any]:
     """A schema of an object, from one or from a bare table of arguments."""
-    if value is None or value == {}:
+    if not isinstance(value, Mapping | None):
+        raise _bad(f"got parameters of type {type(value).__name__} in {where}")
+    if not value:
         return {}
-    if not isinstance(value, Mapping):
-        raise RowRejectedError("bad_tool_schema", f"got parameters of type {type(value).__name__} in {where}")
-    is_schema = isinstance(value.get("properties"), Mapping) or value.get("type") in ("object", "dict")
-    if is_schema:
-        schema = _schema(value, where)
-    elif value and all(isinstance(argument, Mapping) for argument in value.values()):
-        return argument_table(value, where)
-    else:
-        raise RowRejectedError("bad_tool_schema", f"got parameters {repr(dict(value))[:80]} in {where}")
+    if not isinstance(value.get("properties"), Mapping) and value.get("type") not in ("object", "dict"):
+        if all(isinstance(argument, Mapping) for argument in value.values()):
+            return argument_table(value, where)
+        raise _bad(f"got parameters {repr(dict(value))[:80]} in {where}")
+    schema = _schema(value, where)
     if "required" not in schema and isinstance(required, Sequence) and not isinstance(required, str) and required:
         schema["required"] = [name for name in required if isinstance(name, str)]
     return schema
@@ -109,7 +105,7 @@ def argument_table(arguments: Mapping[str, Any], where: str, *, required: bool =
     needed: list[str] = []
     for name, argument in arguments.items():
         if not isinstance(argument, Mapping):
-            raise RowRejectedError("bad_tool_schema", f"got {argument!r:.80} as argument {name!r} in {where}")
+            raise _bad(f"got {argument!r:.80} as argument {name!r} in {where}")
         properties[name] = _schema(argument, f"{where}, argument {name!r}")
         is_optional = "optional" in str(argument.get("type", "")).lower() or "default" in argument
         needed += [] if is_optional or argument.get("required") is False else [name]
@@ -125,7 +121,9 @@ def _schema(value: Mapping[str, Any], where: str) -> dict[str, Any]:
             found = _types(item, where)
             schema |= {name: part for name, part in found.items() if name == "type" or name not in value}
         elif key == "properties" and item is not None:
-            schema[key] = _properties(item, where)
+            if not isinstance(item, Mapping) or not all(isinstance(each, Mapping) for each in item.values()):
+                raise _bad(f"got properties {item!r:.80} in {where}, expected schemas by name")
+            schema[key] = {name: _schema(each, f"{where}.{name}") for name, each in item.items()}
         elif key == "items" and isinstance(item, Mapping):
             schema[key] = _schema(item, f"{where}[]")
         elif key in ("required", "enum"):
@@ -138,30 +136,24 @@ def _schema(value: Mapping[str, Any], where: str) -> dict[str, Any]:
     return schema
 
 
-def _properties(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(item, Mapping) for item in value.values()):
-        raise RowRejectedError("bad_tool_schema", f"got properties {value!r:.80} in {where}, expected schemas by name")
-    return {name: _schema(item, f"{where}.{name}") for name, item in value.items()}
-
-
 def _names_or_values(key: str, value: Any, where: str) -> dict[str, Any]:
     """The list of a `required` or `enum`; nothing for null, and for the `required` of an argument that is a boolean."""
-    is_list = isinstance(value, (list, tuple))
+    is_list = isinstance(value, list | tuple)
     if is_list and (key == "enum" or all(isinstance(name, str) for name in value)):
         return {key: list(value)}
     if value is None or (key == "required" and isinstance(value, bool)):
         return {}
-    raise RowRejectedError("bad_tool_schema", f"got {key} = {value!r:.80} in {where}, expected a list")
+    raise _bad(f"got {key} = {value!r:.80} in {where}, expected a list")
 
 
 def _types(value: Any, where: str) -> dict[str, Any]:
-    if value is None:
-        return {}
     if isinstance(value, str):
         return {"type": _TYPE_NAMES[value]} if value in _TYPE_NAMES else json_type(value)
-    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return {"type": [_TYPE_NAMES.get(item.lower(), item) for item in value]}
-    raise RowRejectedError("bad_tool_schema", f"got type = {value!r:.80} in {where}, expected the name of a type")
+    if value is None:
+        return {}
+    raise _bad(f"got type = {value!r:.80} in {where}, expected the name of a type")
 
 
 def json_type(text: str) -> dict[str, Any]:
@@ -176,18 +168,18 @@ def json_type(text: str) -> dict[str, Any]:
     if name.lower() in _TYPE_NAMES:
         return {"type": _TYPE_NAMES[name.lower()]}
     generic = _GENERIC.match(name)
-    if generic is None:
+    if generic is None or len(name) > 500:  # a text that nests deeper than recursion bears is no type
         return {}
     outer, inner = generic[1].lower(), generic[2]
     if outer == "optional":
         return json_type(inner)
+    kinds = [json_type(part) for part in _parts(inner) if part != "..."]
     if outer == "union":
-        return _union([json_type(part) for part in _parts(inner)])
-    if _TYPE_NAMES.get(outer) == "array":
-        kinds = [json_type(part) for part in _parts(inner) if part != "..."]
-        items = _union(kinds)
-        return {"type": "array", "items": items} if items else {"type": "array"}
-    return {"type": _TYPE_NAMES[outer]} if outer in _TYPE_NAMES else {}
+        return _union(kinds)
+    if outer not in _TYPE_NAMES:
+        return {}
+    items = _union(kinds) if _TYPE_NAMES[outer] == "array" else {}
+    return {"type": _TYPE_NAMES[outer], **({"items": items} if items else {})}
 
 
 def _parts(text: str) -> list[str]:
@@ -204,9 +196,9 @@ def _parts(text: str) -> list[str]:
 
 def _union(kinds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One schema for all; an integer is a number."""
-    if any(not kind for kind in kinds):
-        return {}
     distinct = [dict(kind) for index, kind in enumerate(kinds) if kind not in kinds[:index]]
+    if not all(distinct):
+        return {}
     if len(distinct) > 1 and all(kind.get("type") in ("integer", "number") for kind in distinct):
         return {"type": "number"}
     if len(distinct) == 1:

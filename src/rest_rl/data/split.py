@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from rest_rl.data.check import CheckedRow
 from rest_rl.data.samples import ToolSample, digest_of
@@ -17,28 +17,25 @@ from rest_rl.errors import UserError
 
 
 class Split:
-    """Which side each sample belongs to."""
+    """Which side each sample belongs to; reads all rows once. UserError for a share that leaves a side without any."""
 
     def __init__(self, rows: Iterable[CheckedRow], share: float, seed: int) -> None:
-        """Read all rows once; ValueError for a share that leaves a side without any."""
         if not 0 < share < 1:
-            raise ValueError(f"got --test {share}, expected a share between 0 and 1, such as 0.1")
+            raise UserError(f"--test {share}", "a share between 0 and 1, such as 0.1", "change it")
         self._joined: dict[int, int] = {}
-        opening = array("Q", (self._opened(row, sample) for row in rows for sample in row.samples))
-        self._salt: Callable[[int], int] = lambda group: _salted(group, seed)
+        opening = array("Q", (self._join_opening(row, sample) for row in rows for sample in row.samples))
         sizes = Counter(self._root(group) for group in opening)
-        self._test = _first_groups(sizes, self._salt, share * len(opening))
+        self._test = _first_groups(sizes, seed, share * len(opening))
         if len(opening) < 2 or not self._test or len(self._test) == len(sizes):
-            raise UserError(
-                f"{len(sizes)} groups of samples that belong together", "enough for two sides", "take a larger file"
-            )
+            got = f"{len(sizes)} groups of samples that belong together"
+            raise UserError(got, "enough for two sides", "take a larger file")
 
     def is_test(self, row: CheckedRow, sample: ToolSample) -> bool:
         """Whether a sample of a row belongs to the test side."""
         question, start = _opening_of(row, sample)
         return self._root(start if question is None else question) in self._test
 
-    def _opened(self, row: CheckedRow, sample: ToolSample) -> int:
+    def _join_opening(self, row: CheckedRow, sample: ToolSample) -> int:
         """The sample's group; where the assistant speaks first, its dialogue joins the question that follows."""
         question, start = _opening_of(row, sample)
         if question is None:
@@ -63,25 +60,26 @@ def _opening_of(row: CheckedRow, sample: ToolSample) -> tuple[int | None, int]:
     roles = [message["role"] for message in sample.messages]
     asked = roles.index("user") if "user" in roles else None
     spoke = roles.index("assistant") if "assistant" in roles else len(roles)
-    question = None if asked is None else str(sample.messages[asked].get("content"))
-    if question is not None and sample.tools_in_prompt:
-        question = question.partition("</user>")[0]
     start = 0
     if asked is None or spoke < asked:
         name = sample.id.rpartition("/")[0] or sample.id if row.source == "samples" else [row.file, row.number]
         start = digest_of([name, sample.messages[:spoke]])
-    return None if question is None else digest_of(question.strip()), start
+    if asked is None:
+        return None, start
+    question = str(sample.messages[asked].get("content"))
+    question = question.partition("</user>")[0] if sample.tools_in_prompt else question
+    return digest_of(question.strip()), start
 
 
-def _salted(group: int, seed: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {group}".encode(), digest_size=8).digest(), "big")
-
-
-def _first_groups(sizes: Counter[int], salt: Callable[[int], int], wanted: float) -> set[int]:
+def _first_groups(sizes: Counter[int], seed: int, wanted: float) -> set[int]:
     """Groups in salted order while they bring the count nearer to what is wanted; at least one."""
+
+    def salted(group: int) -> bytes:
+        return hashlib.blake2b(f"{seed} {group}".encode(), digest_size=8).digest()
+
     chosen: set[int] = set()
     count = 0
-    for group in sorted(sizes, key=salt):
+    for group in sorted(sizes, key=salted):
         if chosen and abs(count + sizes[group] - wanted) > abs(count - wanted):
             break
         chosen.add(group)

@@ -14,7 +14,7 @@ from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json, reason
 
 BATCH_ROWS = 1000
-_NESTED = ("messages", "tools", "gold")
+Write = Callable[[Mapping[str, Any]], None]
 
 
 def rejected_path(out: Path) -> Path:
@@ -23,23 +23,45 @@ def rejected_path(out: Path) -> Path:
 
 
 def check_output(out: Path, inputs: Iterable[str]) -> None:
-    """ValueError if an output has a strange ending or would overwrite an input."""
+    """UserError if an output has a strange ending or would overwrite an input."""
     if out.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--out {out}", "a name that ends in .jsonl or .parquet", "rename it")
     outputs = {out.resolve(), rejected_path(out).resolve()}
     if taken := [path for path in inputs if Path(path).resolve() in outputs]:
-        raise ValueError(f"got --out {out}, which would overwrite the input {taken[0]}; choose another name")
-
-
-def as_rejected(row: CheckedRow) -> dict[str, Any]:
-    """A row that gives fewer samples than it has turns: where it stands, why, and the row as it was read."""
-    lost = [found for found in row.findings if found.severity == "rejected"]
-    reasons = [{"reason": found.reason, "detail": found.detail, "sample": found.sample} for found in lost]
-    return {"file": row.file, "row": row.number, "status": row.status, "reasons": reasons, "raw": row.raw}
+        got = f"--out {out}, which would overwrite the input {taken[0]}"
+        raise UserError(got, "a file of its own", "choose another name")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def sample_writer(out: Path) -> Iterator[Callable[[ToolSample], None]]:
+    """Write samples to a file that stands in its place once all is well; its ending chooses the kind."""
+    kind = _parquet_writer if out.suffix == ".parquet" else _jsonl_writer
+    with _replacing(out) as part, kind(part) as write:
+        yield lambda sample: write(to_json(sample))
+
+
+@contextmanager
+def rejected_writer(out: Path) -> Iterator[Callable[[CheckedRow], None]]:
+    """Write rows that lose samples beside `out`, each with its number, the reasons and the row as it was read.
+
+    No file remains if there are none.
+    """
+
+    def write_lost(row: CheckedRow) -> None:
+        lost = [found for found in row.findings if found.severity == "rejected"]
+        reasons = [{"reason": found.reason, "detail": found.detail, "sample": found.sample} for found in lost]
+        if lost:
+            write({"file": row.file, "row": row.number, "status": row.status, "reasons": reasons, "raw": row.raw})
+
+    path = rejected_path(out)
+    with _replacing(path) as part, _jsonl_writer(part) as write:
+        yield write_lost
+    if not path.stat().st_size:
+        path.unlink()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` that takes its place when all is well and goes away when not."""
     part = path.with_name(f".{path.name}.part")
     try:
@@ -47,42 +69,28 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except OSError as error:
-        told = reason(error)
-        raise UserError(f"{path} ({told})", "a place to write to", "choose another --out") from error
+        raise UserError(f"{path} ({reason(error)})", "a place to write to", "choose another --out") from error
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextmanager
-def jsonl_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Write objects as lines."""
+def _jsonl_writer(path: Path) -> Iterator[Write]:
     with path.open("w", encoding="utf-8") as file:
-
-        def write(row: Mapping[str, Any]) -> None:
-            file.write(as_json(row) + "\n")
-
-        yield write
+        yield lambda row: file.write(as_json(row) + "\n") and None
         file.flush()
         os.fsync(file.fileno())
 
 
-def _encodable(text: str | None) -> str | None:
-    """The text with lone surrogates as question marks: Arrow holds UTF-8 only."""
-    return None if text is None else text.encode(errors="replace").decode()
-
-
 @contextmanager
-def parquet_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Write rows of samples in batches.
-
-    Nested fields are JSON text: Arrow would give every call the argument names of all others.
-    """
+def _parquet_writer(path: Path) -> Iterator[Write]:
+    """Nested fields are JSON text: Arrow would give every call the argument names of all others."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    text = pa.string()
-    columns = {"id": text, "kind": text, "messages": text, "tools": text, "gold": text, "thought": text}
-    schema = pa.schema({**columns, "preamble": text, "tools_in_prompt": pa.bool_()})
+    nested, texts = ("messages", "tools", "gold"), ("id", "kind", "thought", "preamble")
+    columns = ("id", "kind", *nested, "thought", "preamble")
+    schema = pa.schema({**dict.fromkeys(columns, pa.string()), "tools_in_prompt": pa.bool_()})
     batch: list[dict[str, Any]] = []
 
     def flush() -> None:
@@ -90,8 +98,8 @@ def parquet_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         batch.clear()
 
     def write(row: Mapping[str, Any]) -> None:
-        texts = {name: _encodable(row.get(name)) for name in ("id", "kind", "thought", "preamble")}
-        batch.append({**row, **texts, **{name: as_json(row[name]) for name in _NESTED}})
+        kept = {name: _encodable(row.get(name)) for name in texts}
+        batch.append({**row, **kept, **{name: as_json(row[name]) for name in nested}})
         if len(batch) >= BATCH_ROWS:
             flush()
 
@@ -100,19 +108,6 @@ def parquet_writer(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         flush()
 
 
-@contextmanager
-def sample_writer(out: Path) -> Iterator[Callable[[ToolSample], None]]:
-    """Write samples to a file that stands in its place once all is well; its ending chooses the kind."""
-    kind = parquet_writer if out.suffix == ".parquet" else jsonl_writer
-    with replacing(out) as part, kind(part) as write:
-        yield lambda sample: write(to_json(sample))
-
-
-@contextmanager
-def rejected_writer(out: Path) -> Iterator[Callable[[CheckedRow], None]]:
-    """Write rows that lose samples beside `out`; no file remains if there are none."""
-    path = rejected_path(out)
-    with replacing(path) as part, jsonl_writer(part) as write:
-        yield lambda row: write(as_rejected(row))
-    if not path.stat().st_size:
-        path.unlink()
+def _encodable(text: str | None) -> str | None:
+    """The text with lone surrogates as question marks: Arrow holds UTF-8 only."""
+    return None if text is None else text.encode(errors="replace").decode()

@@ -1,85 +1,80 @@
-"""Rows of published shapes -> samples: the table SOURCES, and which shape a row has.
+"""The shapes of rows: how each published data set, and one of your own, becomes dialogues or samples.
 
-A loader takes a row, the identity for its samples and whether published prompts stay as they are. It returns the
-samples with what it found on the way, or raises `RowRejectedError`. Dialogues become one sample per assistant turn.
+A shape is an object (or a module, as all of ours are) with three parts:
+
+* `name`: how `--source` and reports call it;
+* `matches(row) -> bool`: whether a row has this shape, told by its keys;
+* `read(row, context) -> dialogues or samples` of the row. A `Dialogue` becomes one sample per assistant turn. What is
+  odd about the row goes to `context.note(reason, detail)`; `RowRejectedError(reason, detail)` says that it gives
+  nothing. `context.id` is the id for its sample, and `context.keep_prompts` that published prompts stay as they are.
+
+`SHAPES` is the only table of them. A shape of your own is named `package.module:OBJECT` wherever a source is: rows that
+it matches are read by it, and the others as under `auto`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
-from rest_rl.data.reading import load_json
-from rest_rl.data.reasons import Finding, RowRejectedError
-from rest_rl.data.samples import ToolSample, from_json
-from rest_rl.data.schemas import read_tools
-from rest_rl.data.shapes.api_bank import load_api_bank_training
-from rest_rl.data.shapes.chat import in_order_of_calls, load_messages
-from rest_rl.data.shapes.toolace import load_toolace, load_xlam, tools_in
-from rest_rl.data.shapes.toolrl import load_api_bank, load_toolrl
+from rest_rl.data.reasons import RowContext, RowRejectedError
+from rest_rl.data.samples import Dialogue, ToolSample
+from rest_rl.data.shapes import api_bank, api_bank_train, chat, own, toolace, toolrl, xlam
+from rest_rl.errors import UserError
+from rest_rl.objects import load_object
 
-Loader = Callable[[Mapping[str, Any], str, bool], tuple[list[ToolSample], list[Finding]]]
+__all__ = ["AUTO", "BENCHMARKS", "SHAPES", "RowContext", "RowRejectedError", "RowShape", "find_shape", "get_shapes"]
+AUTO = "auto"
 
 
-def load_sample(row: Mapping[str, Any], identity: str, keep_prompts: bool) -> tuple[list[ToolSample], list[Finding]]:
-    """One of our own rows; in Parquet its nested fields are JSON text."""
-    del keep_prompts
-    row = {key: _decoded(row[key], key) for key in row}
-    read_tools(row.get("tools"))
-    try:
-        sample = from_json({"id": identity, **row})
-    except ValueError as error:
-        raise RowRejectedError("bad_row", str(error)) from error
-    messages, found = in_order_of_calls(sample.messages)
-    return [replace(sample, messages=tuple(messages))], found
+class RowShape(Protocol):
+    """How the rows of one data set become dialogues or samples."""
+
+    @property
+    def name(self) -> str:
+        """How `--source` and reports call it."""
+        ...
+
+    def matches(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has this shape."""
+        ...
+
+    def read(self, row: Mapping[str, Any], context: RowContext) -> Iterable[Dialogue | ToolSample]:
+        """The dialogues or samples of a row; RowRejectedError for a row that gives none."""
+        ...
 
 
-def _decoded(value: Any, key: str) -> Any:
-    if key not in ("messages", "tools", "gold") or not isinstance(value, str):
-        return value
-    try:
-        return load_json(value)
-    except ValueError as error:
-        raise RowRejectedError("bad_row", f"got {key} as text that is not JSON ({error})") from error
-
-
-SOURCES: dict[str, Loader] = {
-    "samples": load_sample,
-    "messages": load_messages,
-    "toolrl": load_toolrl,
-    "toolace": load_toolace,
-    "xlam": load_xlam,
-    "api_bank": load_api_bank,
-    "api_bank_train": load_api_bank_training,
-}
-"""Loader by name of the shape."""
-BENCHMARKS = ("api_bank",)
+_ALL: tuple[RowShape, ...] = (own, toolace, chat, xlam, api_bank, api_bank_train, toolrl)
+SHAPES: dict[str, RowShape] = {shape.name: shape for shape in _ALL}
+"""The built-in shapes by name; the first that matches a row reads it."""
+BENCHMARKS = (api_bank.name,)
 """Test sets: their defects are told and left as they are, for every published figure includes them."""
 
 
-def source_of(row: Mapping[str, Any]) -> str | None:
-    """The shape of a row by its keys; None for none that is known."""
-    keys = set(row)
-    if {"messages", "gold"} <= keys:
-        return "samples"
-    if {"prompt", "reward_model"} <= keys:
-        return "toolrl"
-    if {"system", "conversations"} <= keys and not row.get("tools") and tools_in(str(row["system"])):
-        return "toolace"
-    if keys & {"messages", "conversations", "conversation"}:
-        return "messages"
-    if {"query", "tools", "answers"} <= keys:
-        return "xlam"
-    if {"system", "user", "answer"} <= keys:
-        return "api_bank"
-    if {"instruction", "input"} <= keys and keys & {"output", "expected_output"}:
-        return "api_bank_train" if "API-Request" in str(row["instruction"]) else "toolrl"
-    return None
+def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
+    """The shapes that a row may have: `source` is `auto`, a name in SHAPES, `package.module:OBJECT` or an object.
+
+    A built-in shape that is named is the only one, a shape of your own stands before all built-in ones.
+
+    Raises:
+        UserError: there is no such shape, or the object is none.
+    """
+    if source == AUTO:
+        return _ALL
+    if isinstance(source, str):
+        if source in SHAPES:
+            return (SHAPES[source],)
+        if ":" not in source:
+            names = f"{AUTO}, one of {', '.join(SHAPES)}, or package.module:OBJECT"
+            raise UserError(f"source {source!r}", names, "name one of them")
+        source = load_object(source, "row shape")
+    missing = [part for part in ("name", "matches", "read") if not hasattr(source, part)]
+    if missing or isinstance(source, type):
+        got = "a class" if isinstance(source, type) else f"an object without {', '.join(missing)}"
+        raise UserError(f"row shape {source!r}, {got}", "an object with name, matches and read", "see docs/data.md")
+    return (source, *_ALL)
 
 
-def get_loader(source: str) -> Loader:
-    """The loader of that name; ValueError for an unknown one."""
-    if source not in SOURCES:
-        raise ValueError(f"got source {source!r}, expected auto or one of {', '.join(SOURCES)}")
-    return SOURCES[source]
+def find_shape(row: Mapping[str, Any], shapes: tuple[RowShape, ...]) -> RowShape | None:
+    """The only shape, or the first that matches a row."""
+    return shapes[0] if len(shapes) == 1 else next((shape for shape in shapes if shape.matches(row)), None)

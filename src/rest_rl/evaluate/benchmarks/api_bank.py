@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rest_rl.data.check import checked_gold
+from rest_rl.data.gold import check_against_tools
 from rest_rl.data.reading import read_literal
-from rest_rl.data.reasons import RowRejectedError
+from rest_rl.data.reasons import RowContext, RowRejectedError
 from rest_rl.data.samples import ToolSample
-from rest_rl.data.shapes.flattened import FORMAT
-from rest_rl.data.shapes.toolrl import load_api_bank
+from rest_rl.data.shapes import api_bank
+from rest_rl.data.shapes.toolrl import FORMAT
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Reply, SingleTurn
 from rest_rl.formats import ToolFormat
@@ -125,13 +125,13 @@ def read_item(row: Any, identity: str, level: int, keep_prompts: bool) -> Item:
     if not isinstance(row, Mapping):
         raise UserError(f"{type(row).__name__} as {identity}", "an object", "restore the file")
     try:
-        samples, _ = load_api_bank(row, identity, keep_prompts)
+        (sample,) = api_bank.read(row, RowContext(identity, keep_prompts))
     except RowRejectedError as error:
-        raise ValueError(f"got {identity}, which cannot be read ({error}); restore the file") from error
-    found = checked_gold(samples[0], ())[1]
+        raise UserError(f"{identity}, which cannot be read ({error})", "a sample of API-Bank", "restore the file") from error
+    found = check_against_tools(sample)[1]
     defect = "; ".join(f"{problem.reason}: {problem.detail}" for problem in found if problem.reason in UNPASSABLE)
     answer = row["answer"]
-    return Item(level, samples[0], answer[0] if isinstance(answer, list) else answer, defect)
+    return Item(level, sample, answer[0] if isinstance(answer, list) else answer, defect)
 
 
 def published_calls(text: str) -> list[Any]:
