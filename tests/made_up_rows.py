@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rest_rl.data.check import CheckConfig, Report, read_checked
+from rest_rl.data.check import DataReport
+from rest_rl.data.load import load_dataset
 from rest_rl.data.samples import ToolSample
 from rest_rl.response import ToolCall
 
@@ -25,10 +26,10 @@ ASKED = {"role": "user", "content": "Weather in Oslo?"}
 ARGUMENTS = '{"city": "Oslo", "days": 2}'
 
 
-def read(tmp_path: Path, *rows: Any, **settings: Any) -> tuple[list[ToolSample], Report]:
+def read(tmp_path: Path, *rows: Any, **settings: Any) -> tuple[list[ToolSample], DataReport]:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return read_checked(str(path), CheckConfig(**settings))
+    return load_dataset(str(path), **settings)
 
 
 def one(tmp_path: Path, row: Any, **settings: Any) -> ToolSample:

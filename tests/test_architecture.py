@@ -24,6 +24,7 @@ ADDRESSES = {
     "pandas": ["report/tables.py", "evaluate/tables.py", "compare/*.py"],
     "ijson": ["data/reading.py"],
     "jsonschema": ["data/*.py"],
+    "referencing": ["data/gold.py"],
     "pyarrow": ["data/reading.py", "data/write.py"],
     "transformers": ["train/*.py", "train/trl/*.py", "evaluate/generate.py"],
     "peft": ["train/*.py", "train/verl/model.py"],

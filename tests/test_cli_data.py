@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rest_rl.cli.app import main
-from rest_rl.data.check import read_checked
+from rest_rl.data.load import load_dataset
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Gold
@@ -157,8 +157,8 @@ def test_convert_round_trip(rows: Path, tmp_path: Path, ending: str, capsys: pyt
     out = tmp_path / "deep" / f"out.{ending}"
     code, told = run(capsys, "convert", rows, "--out", out, "--json")
     assert (code, json.loads(told)["samples"], json.loads(told)["out"]) == (0, 7, str(out))
-    samples, _ = read_checked(str(rows))
-    again, report = read_checked(str(out))
+    samples, _ = load_dataset(str(rows))
+    again, report = load_dataset(str(out))
     assert again == samples
     assert {sample.preamble for sample in again if sample.gold.calls} == {"I look."}
     assert (report.kept, report.reasons) == (7, {})
@@ -216,7 +216,7 @@ def test_convert_can_mask(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     zero, one = load_samples(tmp_path / "0.jsonl"), load_samples(tmp_path / "1.jsonl")
     assert zero != one
     assert all(tool["function"]["name"] != "w" for sample in zero for tool in sample.tools)
-    assert read_checked(str(tmp_path / "0.jsonl"))[1].kept == 7
+    assert load_dataset(str(tmp_path / "0.jsonl"))[1].kept == 7
 
 
 def test_show_a_row(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,12 +329,12 @@ def test_world_writes_the_tool_world(tmp_path: Path, ending: str, capsys: pytest
     out = tmp_path / f"world.{ending}"
     code, told = run(capsys, "world", "--out", out, "-n", 40, "--seed", 5, "--split", "unseen_tools")
     assert (code, f"wrote {out}: 40 samples" in told) == (0, True)
-    samples, report = read_checked(str(out))
+    samples, report = load_dataset(str(out))
     assert samples == tool_world(5, 40, "unseen_tools")
     assert report.kept == 40
     assert "expected a number of samples" in error_of(capsys, "world", "--out", out, "-n", 0)
     assert run(capsys, "world", "--out", out, "-n", 20, "--decision", "call")[0] == 0
-    assert read_checked(str(out))[0] == tool_world(0, 20, decision="call")
+    assert load_dataset(str(out))[0] == tool_world(0, 20, decision="call")
 
 
 def test_the_command_is_quick_and_torch_free(rows: Path) -> None:

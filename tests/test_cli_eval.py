@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rest_rl.cli.app import main
-from rest_rl.data.shapes.toolrl import load_api_bank
+from rest_rl.data.shapes import RowContext, api_bank
 from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
 from rest_rl.evaluate.harness import summarise
 from rest_rl.formats import get_format
@@ -97,7 +97,7 @@ def test_api_bank_by_the_oracle(here: Path, bank: Path) -> None:
 
 
 def test_recorded_responses_of_some_samples(here: Path, bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sample = load_api_bank(ROW, "x", False)[0][0]
+    (sample,) = api_bank.read(ROW, RowContext("x"))
     right = get_format("hermes").render("t", sample.gold.calls, None)
     rows = [{"id": "Level1_0", "response": right}, {"id": "Level3_1", "response": json.dumps(GOLD)}]
     (here / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rest_rl.data.schemas import read_tools
-from rest_rl.data.shapes.chat import written_calls
+from rest_rl.data.shapes.calls_in_text import find_calls
 from rest_rl.formats import FORMATS
 from rest_rl.response import Gold, ToolCall
 from tests.made_up_rows import ARGUMENTS, ASKED, CALL, WEATHER, read
@@ -95,14 +95,14 @@ PLAIN = [
 @pytest.mark.parametrize("beside", ["", "I look it up."])
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_a_call_in_the_text_is_a_call(kind: str, beside: str) -> None:
-    found = written_calls(f"{beside}\n{WRITTEN[kind]}\n", TOOLS)
+    found = find_calls(f"{beside}\n{WRITTEN[kind]}\n", TOOLS)
     assert found is not None
     assert (found.calls, found.said) == ((CALL,), beside)
 
 
 @pytest.mark.parametrize("kind", TWICE)
 def test_several_calls_in_the_text(kind: str) -> None:
-    found = written_calls(TWICE[kind], TOOLS)
+    found = find_calls(TWICE[kind], TOOLS)
     assert found is not None
     assert (found.calls, found.said) == ((CALL, CALL), "")
 
@@ -110,12 +110,12 @@ def test_several_calls_in_the_text(kind: str) -> None:
 @pytest.mark.parametrize("text", BROKEN)
 def test_a_call_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
-        written_calls(text, TOOLS)
+        find_calls(text, TOOLS)
 
 
 @pytest.mark.parametrize("text", PLAIN)
 def test_an_answer_is_no_call(text: str) -> None:
-    assert written_calls(text, TOOLS) is None
+    assert find_calls(text, TOOLS) is None
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "toolrl"])
@@ -123,7 +123,7 @@ def test_an_answer_is_no_call(text: str) -> None:
 def test_what_a_format_writes_is_read(name: str, arguments: dict[str, Any]) -> None:
     free = read_tools([{"name": "get_weather", "parameters": {"type": "object"}}])
     call = ToolCall("get_weather", arguments)
-    found = written_calls(FORMATS[name].render(None, [call, call], None), free)
+    found = find_calls(FORMATS[name].render(None, [call, call], None), free)
     assert found is not None
     assert (found.calls, found.said) == ((call, call), "")
 
@@ -133,7 +133,7 @@ def test_what_a_format_writes_is_read(name: str, arguments: dict[str, Any]) -> N
 )
 def test_any_text_is_calls_an_attempt_or_an_answer(text: str) -> None:
     try:
-        found = written_calls(text, TOOLS)
+        found = find_calls(text, TOOLS)
     except ValueError:
         return
     assert found is None or found.calls
@@ -142,14 +142,14 @@ def test_any_text_is_calls_an_attempt_or_an_answer(text: str) -> None:
 def test_a_number_in_a_text_where_the_schema_says_string_stays_text() -> None:
     tools = read_tools([{"name": "post", "parameters": {"zip": {"type": "string"}, "n": {"type": "integer"}}}])
     text = "<function=post>\n<parameter=zip>\n12\n</parameter>\n<parameter=n>\n12\n</parameter>\n</function>"
-    found = written_calls(text, tools)
+    found = find_calls(text, tools)
     assert found is not None
     assert found.calls == (ToolCall("post", {"zip": "12", "n": 12}),)
 
 
 def test_an_apostrophe_in_the_arguments_of_glaive() -> None:
     text = """<functioncall> {"name": "get_weather", "arguments": '{"city": "L'Aquila"}'}"""
-    found = written_calls(text, TOOLS)
+    found = find_calls(text, TOOLS)
     assert found is not None
     assert found.calls == (ToolCall("get_weather", {"city": "L'Aquila"}),)
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from rest_rl.data.check import MAX_FINDINGS, CheckConfig, Report, checked_rows, prompts_of, read_checked
+from rest_rl.data.check import MAX_FINDINGS, CheckConfig, DataReport
+from rest_rl.data.gold import check_against_tools
+from rest_rl.data.layout import PromptLayout
+from rest_rl.data.load import check_data, load_dataset
 from rest_rl.data.reasons import KEEPABLE, REASONS
-from rest_rl.data.samples import DigestSet, ToolSample, leak_digest, to_json
+from rest_rl.data.samples import ToolSample, leak_digest, to_json
 from rest_rl.data.tool_world import tool_world
+from rest_rl.errors import UserError
 from rest_rl.response import Gold, ToolCall
+from tests.model_families import family_tokenizer
 from tests.sample_files import save_samples
 
 SCHEMA = {
@@ -60,8 +62,8 @@ def sample(name: str, arguments: dict[str, Any], identity: str = "s", user: str 
     return ToolSample(identity, (message,), (TOOL, STRICT, FREE), Gold((ToolCall(name, arguments),)))
 
 
-def check(tmp_path: Path, *samples: ToolSample, **settings: Any) -> tuple[list[ToolSample], Report]:
-    return read_checked(str(save_samples(samples, tmp_path / "rows.jsonl")), CheckConfig(**settings))
+def check(tmp_path: Path, *samples: ToolSample, **settings: Any) -> tuple[list[ToolSample], DataReport]:
+    return load_dataset(str(save_samples(samples, tmp_path / "rows.jsonl")), **settings)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +196,7 @@ def test_other_values_of_the_wrong_type_are_noted(tmp_path: Path, key: str, valu
 
 
 def test_a_value_that_is_no_number_is_rejected(tmp_path: Path) -> None:
-    from rest_rl.data.check import checked_gold
-
-    _, found = checked_gold(sample("f", {"x": {"deep": [float("nan")]}}), ())
+    _, found = check_against_tools(sample("f", {"x": {"deep": [float("nan")]}}))
     assert [each.reason for each in found if each.severity == "rejected"] == ["not_a_number"]
 
 
@@ -208,7 +208,7 @@ def test_turns_that_say_nothing_or_follow_nothing(tmp_path: Path) -> None:
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": turns}))
-    samples, report = read_checked(str(path))
+    samples, report = load_dataset(str(path))
     assert (samples, report.reasons) == ([], {"empty_prompt": 1, "empty_turn": 1})
 
 
@@ -228,7 +228,7 @@ def test_duplicates_and_other_golds(tmp_path: Path) -> None:
 def test_prompts_that_the_test_file_has_are_leaks(tmp_path: Path) -> None:
     test = save_samples(tool_world(1, 10), tmp_path / "test.jsonl")
     train = save_samples([*tool_world(0, 10), *tool_world(1, 4)], tmp_path / "train.jsonl")
-    samples, report = read_checked(str(train), test_prompts=prompts_of(str(test)))
+    samples, report = load_dataset(str(train), test=str(test))
     assert (len(samples), report.reasons) == (10, {"leak": 4})
     assert report.first_rows["leak"] == [11, 12, 13, 14]
 
@@ -243,28 +243,17 @@ def test_a_leak_is_found_in_another_layout(tmp_path: Path) -> None:
 
 
 def test_prompts_over_the_limit(tmp_path: Path) -> None:
-    path = save_samples([sample("f", {}), sample("f", {}, user="a b c")], tmp_path / "rows.jsonl")
-    config = CheckConfig(max_prompt_tokens=2)
-
-    def count(each: ToolSample) -> int:
-        return len(each.messages[0]["content"].split())
-
-    samples, report = read_checked(str(path), config, prompt_tokens=count)
+    path = save_samples([sample("f", {}), sample("f", {}, user="a b c d e f")], tmp_path / "rows.jsonl")
+    layout = PromptLayout(family_tokenizer("qwen3"), "hermes")
+    short, long = (layout.count_tokens(each) for each in load_dataset(str(path)).samples)
+    assert long > short
+    samples, report = load_dataset(str(path), layout=layout, max_prompt_tokens=short)
     assert (len(samples), report.reasons) == (1, {"prompt_too_long": 1})
-    assert "3 tokens, the limit is 2" in report.findings[0].finding.detail
-    with pytest.raises(ValueError, match="without a tokenizer"):
-        list(checked_rows(str(path), config))
-
-
-@given(st.lists(st.integers(1, 2**64 - 1), max_size=3000))
-def test_a_set_of_digests_is_a_set(digests: list[int]) -> None:
-    ours, theirs = DigestSet(), set()
-    for digest in digests + digests[::2]:
-        assert ours.add(digest) == (digest not in theirs)
-        theirs.add(digest)
-    assert len(ours) == len(theirs)
-    assert all(digest in ours for digest in theirs)
-    assert random.Random(0).getrandbits(64) not in ours
+    assert f"{long} tokens, the limit is {short}" in report.findings[0].finding.detail
+    kept = check_data(str(path), layout=layout, max_prompt_tokens=short, keep=("prompt_too_long",))
+    assert (kept.kept, kept.reasons) == (2, {"prompt_too_long": 1})
+    with pytest.raises(UserError, match="without a model"):
+        check_data(str(path), max_prompt_tokens=short)
 
 
 # the report
@@ -293,7 +282,7 @@ def test_rows_of_several_shapes_are_noted(tmp_path: Path) -> None:
     other = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, [to_json(sample("f", {})), other, {"question": "?"}])))
-    samples, report = read_checked(str(path))
+    samples, report = load_dataset(str(path))
     assert len(samples) == 2
     assert report.reasons == {"mixed_shapes": 1, "unknown_shape": 1}
     assert (report.kept, report.rejected, report.sources) == (2, 1, {"samples": 1, "messages": 1})
@@ -319,14 +308,15 @@ def test_every_reason_has_a_remedy() -> None:
     assert all(reason.meaning and reason.remedy for reason in REASONS.values())
 
 
-def test_a_refused_sample_costs_itself_only(tmp_path: Path) -> None:
+def test_a_sample_that_the_format_cannot_write_costs_itself_only(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "!"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "?"}]
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"id": "x", "messages": [*turns, {"role": "assistant", "content": "b"}]}) + "\n")
-    samples, report = read_checked(str(path), refusal=lambda s: "got x, expected y" if s.id == "x/1" else None)
+    path.write_text(json.dumps({"id": "x", "messages": [*turns, {"role": "assistant", "content": "<think> b"}]}))
+    assert check_data(str(path)).samples == 2
+    samples, report = load_dataset(str(path), layout=PromptLayout(family_tokenizer("qwen3"), "hermes"))
     assert [sample.id for sample in samples] == ["x/0"]
-    assert (report.reasons, report.findings[0].finding.detail) == ({"not_laid_out": 1}, "got x, expected y")
-    with pytest.raises(ValueError, match="keep reason 'not_laid_out'"):
+    assert (report.reasons, report.repaired, report.lost_turns) == ({"not_laid_out": 1}, 1, 1)
+    with pytest.raises(UserError, match="keep reason 'not_laid_out'"):
         CheckConfig(keep=("not_laid_out",))
 
 
@@ -335,4 +325,4 @@ def test_a_tool_without_parameters_takes_no_arguments(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "!"}, {"role": "assistant", "tool_calls": [call]}]}
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({**row, "tools": [{"name": "stop", **p}]}) for p in ({}, {"parameters": {}})))
-    assert read_checked(str(path))[1].first_rows == {"undocumented_argument": [1]}
+    assert load_dataset(str(path))[1].first_rows == {"undocumented_argument": [1]}

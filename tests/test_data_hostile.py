@@ -6,7 +6,6 @@ import copy
 import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rest_rl.cli.app import main
-from rest_rl.data.check import CheckConfig, prompts_of, read_checked
+from rest_rl.data.load import load_dataset
 from rest_rl.data.reasons import KEEPABLE
 from rest_rl.data.samples import from_json, to_json
-from rest_rl.data.shapes import SOURCES
+from rest_rl.data.shapes import SHAPES
 from rest_rl.data.tool_world import tool_world
 from rest_rl.data.write import sample_writer
 from rest_rl.formats import FORMATS
@@ -126,7 +125,7 @@ def spoiled(draw: st.DrawFn, source: str) -> Any:
 
 
 @pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", SHAPES)
 @settings(max_examples=20)
 @given(st.data())
 def test_no_row_crashes_the_check(
@@ -137,10 +136,10 @@ def test_no_row_crashes_the_check(
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     keep_prompts = data.draw(st.booleans())
-    config = CheckConfig(source if named else "auto", keep_prompts, mask_names=0.0 if keep_prompts else 0.5)
-    read_checked(str(path), config, test_prompts=prompts_of(str(path)))
-    config = replace(config, keep=KEEPABLE)
-    samples, report = read_checked(str(path), config, test_prompts=prompts_of(str(path)))
+    config = {"source": source if named else "auto", "keep_prompts": keep_prompts}
+    config["mask_names"] = 0.0 if keep_prompts else 0.5
+    load_dataset(str(path), test=str(path), **config)
+    samples, report = load_dataset(str(path), test=str(path), keep=KEEPABLE, **config)
     assert report.rows == len(rows) == report.kept + report.repaired + report.rejected
     assert len(samples) == report.samples
     assert all(located.finding.detail for located in report.findings)
@@ -152,7 +151,7 @@ def test_no_row_crashes_the_check(
                 write(sample)
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", SHAPES)
 @settings(max_examples=10)
 @given(st.data())
 def test_no_row_crashes_a_command(tmp_path_factory: pytest.TempPathFactory, source: str, data: st.DataObject) -> None:
@@ -186,7 +185,7 @@ def test_the_rows_are_good_before_they_are_spoiled(tmp_path: Path) -> None:
     for source, row in ROWS_OF.items():
         path = tmp_path / f"{source}.jsonl"
         path.write_text(json.dumps(row))
-        _, report = read_checked(str(path))
+        _, report = load_dataset(str(path))
         assert (report.sources, report.rejected) == ({source: 1}, 0), (source, report.findings)
-    assert set(ROWS_OF) == set(SOURCES)
+    assert set(ROWS_OF) == set(SHAPES)
     assert ROWS["raw"] == RAW

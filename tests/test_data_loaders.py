@@ -10,10 +10,15 @@ import pytest
 
 from rest_rl.data.check import CheckConfig
 from rest_rl.data.samples import to_json
-from rest_rl.data.shapes import SOURCES, source_of
+from rest_rl.data.shapes import SHAPES, find_shape, get_shapes
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Gold, ToolCall
 from tests.made_up_rows import ASKED, CALL, HISTORY, RAW, ROWS, SYSTEM, one, read
+
+
+def source_of(row: dict[str, Any]) -> str | None:
+    shape = find_shape(row, get_shapes("auto"))
+    return shape and shape.name
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -191,11 +196,11 @@ def test_a_source_that_is_named_is_used(tmp_path: Path) -> None:
     )
     _, report = read(tmp_path, RAW, source="xlam")
     assert report.reasons == {"bad_row": 1}
-    with pytest.raises(ValueError, match="expected auto or one of samples"):
+    with pytest.raises(ValueError, match="expected auto, one of samples"):
         CheckConfig(source="csv")
 
 
 def test_shapes_are_told_by_their_keys() -> None:
-    assert set(SOURCES) == {"samples", "messages", "toolrl", "toolace", "xlam", "api_bank", "api_bank_train"}
+    assert set(SHAPES) == {"samples", "messages", "toolrl", "toolace", "xlam", "api_bank", "api_bank_train"}
     assert source_of({"question": 1}) is None
     assert source_of({"messages": []}) == "messages"

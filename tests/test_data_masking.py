@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rest_rl.data.check import checked_gold
+from rest_rl.data.gold import check_against_tools
 from rest_rl.data.mask import Names, draw_names, masked, renamed
 from rest_rl.data.samples import Dialogue, ToolSample, decompose
 from rest_rl.data.tool_world import tool_world
@@ -79,8 +79,8 @@ def test_the_inverse_map_restores(sample: ToolSample, seed: int) -> None:
 def test_a_masked_sample_is_as_good_as_before(sample: ToolSample, seed: int) -> None:
     """Its gold fits its tools as it did, and nothing but names has changed."""
     new = masked(sample, 1.0, seed)
-    assert [found.reason for found in checked_gold(new, ())[1]] == [
-        found.reason for found in checked_gold(sample, ())[1]
+    assert [found.reason for found in check_against_tools(new)[1]] == [
+        found.reason for found in check_against_tools(sample)[1]
     ]
     assert [tool["function"]["description"] for tool in new.tools] == [
         tool["function"]["description"] for tool in sample.tools

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rest_rl.data.check import CheckConfig, Report, read_checked
+from rest_rl.data.check import DataReport
+from rest_rl.data.load import load_dataset
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import get_format
 from rest_rl.rewards import exact_match
@@ -28,8 +29,8 @@ def raw(name: str) -> list[dict[str, Any]]:
 
 
 @cache
-def loaded(name: str, keep_prompts: bool = False) -> tuple[list[ToolSample], Report]:
-    return read_checked(str(published(name)), CheckConfig(keep_prompts=keep_prompts))
+def loaded(name: str, keep_prompts: bool = False) -> tuple[list[ToolSample], DataReport]:
+    return load_dataset(str(published(name)), keep_prompts=keep_prompts)
 
 
 def literal(text: str) -> Any:

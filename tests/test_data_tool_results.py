@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rest_rl.data.samples import to_json
-from rest_rl.data.shapes.chat import in_order_of_calls
+from rest_rl.data.shapes import RowContext
+from rest_rl.data.shapes.chat import order_results
 from tests.made_up_rows import ASKED, WEATHER, read
 
 SAID = {"role": "assistant", "content": "Rain."}
@@ -70,10 +71,13 @@ def test_a_dialogue_may_end_in_calls_and_begin_with_a_result(tmp_path: Path) -> 
 @given(st.permutations(range(5)))
 def test_any_order_becomes_that_of_the_calls(order: list[int]) -> None:
     messages = [calling(*map(str, range(5))), *(result(str(number), str(number)) for number in order), SAID]
-    ordered, found = in_order_of_calls(messages)
+    context = RowContext("x")
+    ordered = order_results(messages, context)
     assert texts(ordered) == list("01234")
-    assert len(found) == (order != sorted(order))
-    assert in_order_of_calls(ordered) == (ordered, [])
+    assert len(context.findings) == (order != sorted(order))
+    context.findings.clear()
+    assert order_results(ordered, context) == ordered
+    assert context.findings == []
 
 
 @pytest.mark.parametrize(

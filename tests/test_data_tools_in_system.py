@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rest_rl.data.shapes.chat import tool_text
+from rest_rl.data.shapes.chat import split_tool_text
 from tests.made_up_rows import ARGUMENTS, ASKED, CALL, WEATHER, WRAPPED, read
 
 CALLED = f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
@@ -65,7 +65,7 @@ def test_a_text_of_unknown_build_stays_and_is_told(tmp_path: Path) -> None:
     "text", ["Be brief.", "Tags such as <tools></tools>.", "<tools>[1, 2]</tools>", "# Tools\nnone"]
 )
 def test_other_system_texts_stay(tmp_path: Path, text: str) -> None:
-    assert tool_text(text) is None
+    assert split_tool_text(text) == (text, None)
     turns = {"messages": [{"role": "system", "content": text}, ASKED, {"role": "assistant", "content": "y"}]}
     (sample,), report = read(tmp_path, {**turns, "tools": [WEATHER]})
     assert (sample.messages[0]["content"], report.reasons) == (text, {})

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rest_rl.cli.app import main
-from rest_rl.data.check import read_checked
 from rest_rl.data.layout import PromptLayout
+from rest_rl.data.load import load_dataset
 from rest_rl.train.prompts import IGNORED
 from rest_rl.train.sft import labelled_dataset
 from tests.model_families import DIALOGUES, family_tokenizer, save_dialogues
@@ -92,7 +92,7 @@ def test_show_what_supervised_training_writes(tmp_path: Path, capsys: pytest.Cap
         tokenizer.save_pretrained(tmp_path / "model")
         layout = PromptLayout(tokenizer, "qwen3_coder+think" if thinks else "qwen3_coder")
         out = run(capsys, "show", path, 1, "--model", tmp_path / "model")[1]
-        (sample,), _ = read_checked(str(path))
+        (sample,), _ = load_dataset(str(path))
         row: Any = labelled_dataset([sample], layout)[0]
         written = tokenizer.decode([token for token in row["labels"] if token != IGNORED][:-1])
         assert ("Hm." in written) == thinks

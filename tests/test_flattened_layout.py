@@ -18,8 +18,8 @@ from rest_rl.config import RunConfig
 from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of, history_text, tools_text
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, to_json
-from rest_rl.data.shapes.flattened import history_of, tools_of
-from rest_rl.data.shapes.toolrl import load_toolrl
+from rest_rl.data.shapes import RowContext, toolrl
+from rest_rl.data.shapes.toolrl import history_of, tools_of
 from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
 from rest_rl.evaluate.conversation import Reply
 from rest_rl.formats import get_format
@@ -197,7 +197,7 @@ def test_odd_histories(messages: list[dict[str, Any]], text: str) -> None:
 @pytest.mark.parametrize("shape", ["json", "jsonl", "parquet", "samples"])
 def test_the_frame_is_read_from_the_first_row_that_has_it(tmp_path: Path, shape: str) -> None:
     path = tmp_path / f"rows.{'jsonl' if shape == 'samples' else shape}"
-    (kept,), _ = load_toolrl(RAW, "kept", True)
+    (kept,) = toolrl.read(RAW, RowContext("kept", keep_prompts=True))
     rows: list[Any] = [{"messages": [ASKED]}, {**RAW, "instruction": "no tools"}, RAW]
     if shape == "parquet":
         pq.write_table(pa.Table.from_pylist([ROWS["parquet"]]), path)

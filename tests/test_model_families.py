@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rest_rl.cli.app import main
 from rest_rl.config import ModelTable, RunConfig
-from rest_rl.data.check import read_checked
+from rest_rl.data.load import load_dataset
 from rest_rl.data.layout import PromptLayout, resolve_format, with_call_ids
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import Qwen3CoderFormat
@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(data: Path) -> list[ToolSample]:
-    return read_checked(str(data))[0]
+    return load_dataset(str(data))[0]
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_demonstrations_that_are_too_long_are_accounted_for(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout = PromptLayout(family_tokenizer("qwen3"), "hermes")
-    sizes = sorted(len(row) for row in labelled_dataset(read_checked(str(data))[0], layout)["input_ids"])
+    sizes = sorted(len(row) for row in labelled_dataset(load_dataset(str(data))[0], layout)["input_ids"])
     limit = sizes[len(sizes) // 2]
     command = ["sft", "--model", str(folders["qwen3"]), "--data", str(data), *options(SFT)]
     assert main([*command, "--set", f"trl.max_length={limit}", "--out", str(tmp_path)]) == 0

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
+import inspect
+import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rest_rl.data.check import CheckConfig, CheckedRow, Report, checked_rows, prompts_of
-from rest_rl.data.reading import RowReader
-from rest_rl.data.reasons import KEEPABLE
-from rest_rl.data.samples import decompose
-from rest_rl.data.shapes import SOURCES
-from rest_rl.data.split import Split
-from rest_rl.data.tool_world import SPLITS, dialogues
-from rest_rl.data.write import check_output, rejected_path, rejected_writer, sample_writer
+import typer
+
+from rest_rl.cli.options import AsJson, Verb, verb_group
 from rest_rl.errors import UserError
-from rest_rl.jsonl import as_json
 
 if TYPE_CHECKING:
+    from rest_rl.data.check import CheckedRow, DataReport
     from rest_rl.data.layout import PromptLayout
+    from rest_rl.data.samples import ToolSample
 
 EPILOG = """\
 examples:
@@ -37,287 +35,305 @@ examples:
 files: .jsonl .ndjson .json .parquet (text also as .gz), a folder of them, a folder of datasets.save_to_disk, or
 OWNER/NAME:SPLIT or OWNER/NAME:CONFIG/SPLIT of the hub
 """
+SHAPES = "auto, samples, messages, toolace, xlam, api_bank, api_bank_train, toolrl, or package.module:OBJECT"
 SHOWN_PER_REASON = 10
-PROGRESS_EVERY = 256
+STYLES = {"rejected": "red", "repaired": "yellow", "noted": "dim"}
+
+group = verb_group(epilog=EPILOG, help="Every row of a data file accounted for, and what training makes of it.")
+Files = Annotated[list[str], typer.Argument(metavar="FILE", help="data files, folders or hub names")]
+File = Annotated[str, typer.Argument(metavar="FILE", help="the data file")]
+OutFile = Annotated[str, typer.Option("--out", metavar="OUT", help="the samples: NAME.jsonl or NAME.parquet")]
+Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 if anything is rejected, or without samples")]
+TestFile = Annotated[str | None, typer.Option("--test", metavar="FILE", help="reject prompts that it has as well")]
+Option = partial(typer.Option, rich_help_panel="Reading")
 
 
-def add_data(verbs: Any) -> None:
-    """Add the verb and its own verbs to the parser."""
-    verb = verbs.add_parser(
-        "data",
-        help="check, convert, show, split or make training data",
-        description="Every row of a data file accounted for, and what training makes of it.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = verb.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(verb))
-    _add_check(actions)
-    _add_convert(actions)
-    _add_show(actions)
-    _add_split(actions)
-    _add_world(actions)
+@dataclass(frozen=True)
+class Reading:
+    """How files are read: the options that four of the verbs share."""
+
+    source: Annotated[str, Option(metavar="S", help=f"shape of the rows: {SHAPES}")] = "auto"
+    keep_prompts: Annotated[bool, Option("--keep-prompts", help="keep published prompts word for word")] = False
+    keep: Annotated[list[str] | None, Option(metavar="REASON", help="only note it; see docs/data.md, Reasons")] = None
+    max_prompt: Annotated[int, Option(metavar="N", help="reject longer prompts, in tokens")] = 0
+    model: Annotated[
+        str | None, Option("--model", "--tokenizer", metavar="DIR", help="reject what its chat template cannot lay out")
+    ] = None
+    format: Annotated[str, Option(metavar="F", help="format of the calls (auto: the template's)")] = "auto"
+    limit: Annotated[int, Option(metavar="N", help="read the first N rows only")] = 0
+    mask: Annotated[float, Option(metavar="SHARE", help="share of samples with random names")] = 0.0
+    seed: Annotated[int, Option(metavar="S", help="seed")] = 0
+
+    def layout(self) -> PromptLayout | None:
+        """How the model that was named lays out prompts, in the format that a run would take; None without a model."""
+        if self.model is None:
+            if self.max_prompt:
+                raise UserError("--max-prompt without --model", "the model that counts", "add --model DIR")
+            return None
+        from rest_rl.data.layout import PromptLayout, resolve_format
+        from rest_rl.train.policy import load_tokenizer
+
+        tokenizer = load_tokenizer(self.model)
+        name, why = resolve_format(self.format, tokenizer, keeps_prompts=self.keep_prompts)
+        print(f"format {name}: {why}", file=sys.stderr)
+        return PromptLayout(tokenizer, name)
+
+    def rows(self, files: Sequence[str], layout: PromptLayout | None, test: str | None = None) -> Iterator[CheckedRow]:
+        """The checked rows of the files."""
+        from rest_rl.data.load import read_rows
+
+        return read_rows(
+            files,
+            layout=layout,
+            test=test,
+            limit=self.limit,
+            source=self.source,
+            keep_prompts=self.keep_prompts,
+            keep=self.keep or (),
+            mask_names=self.mask,
+            seed=self.seed,
+            max_prompt_tokens=self.max_prompt,
+        )
 
 
-def _add(actions: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
-    return actions.add_parser(
-        name,
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=f"example: rest-rl data {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add a verb of `data`; where it takes `reading`, the command has the options of `Reading`."""
+
+    def add_verb(verb: Callable[..., Any]) -> Callable[..., Any]:
+        own = inspect.signature(verb, eval_str=True, globals=globals()).parameters
+        shared = inspect.signature(Reading, eval_str=True).parameters if "reading" in own else {}
+
+        def call(**options: Any) -> Any:
+            given = {name: options.pop(name) for name in shared}
+            return verb(**options, **({"reading": Reading(**given)} if shared else {}))
+
+        every = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *shared.values()) if p.name != "reading"]
+        call.__signature__ = inspect.Signature(every)  # pyright: ignore[reportFunctionMemberAccess]
+        text = inspect.cleandoc(verb.__doc__ or "")
+        epilog = f"example: rest-rl data {verb.__name__} {example}\n"
+        group.command(verb.__name__, cls=Verb, help=text, short_help=text.split("\n")[0], epilog=epilog)(call)
+        return verb
+
+    return add_verb
 
 
-def _add_check(actions: Any) -> None:
-    verb = _add(actions, "check", "account for every row: kept, repaired or rejected", "check my.jsonl --strict")
-    verb.add_argument("files", nargs="+", metavar="FILE", help="data files, folders or hub names")
-    _add_reading(verb)
-    verb.add_argument("--json", action="store_true", help="print one JSON object with the counts and findings")
-    verb.add_argument(
-        "--strict", action="store_true", help="exit with 1 if any row or turn is rejected, or without samples"
-    )
-    verb.add_argument("--all", action="store_true", help="list every finding, not the first ten of each reason")
+@add("my.jsonl --strict")
+def check(
+    files: Files,
+    reading: Reading,
+    test: TestFile = None,
+    as_json: AsJson = False,
+    strict: Strict = False,
+    list_all: Annotated[
+        bool, typer.Option("--all", help="list every finding, not the first ten of each reason")
+    ] = False,
+) -> int:
+    """Account for every row: kept, repaired or rejected."""
+    from rest_rl.data.check import DataReport
+
+    report = DataReport()
+    for row in reading.rows(files, reading.layout(), test):
+        report.add(row)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        show_report(report, len(report.findings) if list_all else SHOWN_PER_REASON)
+    return int(strict and not is_clean(report))
 
 
-def _add_convert(actions: Any) -> None:
-    verb = _add(
-        actions,
-        "convert",
-        "write the samples of a file as JSONL or Parquet, and the rejected rows beside it",
-        "convert rlla_sft.json --out train.jsonl",
-    )
-    verb.add_argument("files", nargs="+", metavar="FILE", help="data files, folders or hub names")
-    verb.add_argument("--out", required=True, metavar="OUT", help="the samples: NAME.jsonl or NAME.parquet")
-    _add_reading(verb)
-    verb.add_argument("--json", action="store_true", help="print the report as JSON")
-    verb.add_argument(
-        "--strict", action="store_true", help="exit with 1 if any row or turn is rejected, or without samples"
-    )
+@add("rlla_sft.json --out train.jsonl")
+def convert(
+    files: Files, reading: Reading, out: OutFile, test: TestFile = None, as_json: AsJson = False, strict: Strict = False
+) -> int:
+    """Write the samples of a file as JSONL or Parquet, and the rejected rows beside it."""
+    from rest_rl.data.check import DataReport
+    from rest_rl.data.write import check_output, rejected_path, rejected_writer, sample_writer
 
-
-def _add_show(actions: Any) -> None:
-    verb = _add(actions, "show", "show the prompts and gold of a row", "show my.jsonl 17 --model Qwen/Qwen3-0.6B")
-    verb.add_argument("file", metavar="FILE", help="the data file")
-    verb.add_argument("number", type=int, metavar="N", help="the row, counted from 1")
-    _add_reading(verb)
-
-
-def _add_split(actions: Any) -> None:
-    verb = _add(
-        actions,
-        "split",
-        "write train and test files; a dialogue and equal prompts stay on one side",
-        "split train.jsonl --test 0.1 --seed 0",
-    )
-    verb.add_argument("file", metavar="FILE", help="the data file")
-    verb.add_argument("--test", type=float, required=True, metavar="SHARE", help="share of the test side, as 0.1")
-    verb.add_argument(
-        "--out", metavar="DIR", help="where FILE.train.jsonl and FILE.test.jsonl go (default: beside FILE)"
-    )
-    _add_reading(verb, test=False)
-
-
-def _add_world(actions: Any) -> None:
-    verb = _add(
-        actions, "world", "write data of the tool world", "world --out world.jsonl -n 1000 --split unseen_tools"
-    )
-    verb.add_argument("--out", required=True, metavar="OUT", help="the samples: NAME.jsonl or NAME.parquet")
-    verb.add_argument("-n", type=int, default=1000, metavar="N", help="samples (default: %(default)s)")
-    verb.add_argument("--seed", type=int, default=0, metavar="S", help="seed (default: %(default)s)")
-    verb.add_argument("--split", default="train", choices=SPLITS, help="split (default: %(default)s)")
-    decisions = ("reasoning", "call")
-    verb.add_argument(
-        "--decision", default="reasoning", choices=decisions, help="where it is decided what to call (%(default)s)"
-    )
-
-
-def _add_reading(verb: argparse.ArgumentParser, *, test: bool = True) -> None:
-    group = verb.add_argument_group("reading")
-    names = ", ".join(SOURCES)
-    group.add_argument("--source", default="auto", metavar="S", help=f"shape of the rows: auto, {names}")
-    group.add_argument("--keep-prompts", action="store_true", help="keep published prompts word for word")
-    group.add_argument(
-        "--keep", action="append", default=[], metavar="REASON", help=f"only note it, one of {', '.join(KEEPABLE)}"
-    )
-    group.add_argument("--max-prompt", type=int, default=0, metavar="N", help="reject longer prompts, in tokens")
-    group.add_argument(
-        "--model", "--tokenizer", dest="tokenizer", metavar="DIR", help="reject what its chat template cannot lay out"
-    )
-    group.add_argument("--format", default="auto", metavar="F", help="format of the calls (default: the template's)")
-    group.add_argument("--limit", type=int, default=0, metavar="N", help="read the first N rows only")
-    group.add_argument("--mask", type=float, default=0.0, metavar="SHARE", help="share of samples with random names")
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="seed (default: %(default)s)")
-    if test:
-        group.add_argument("--test", metavar="FILE", help="reject prompts that this file has as well")
-
-
-def data(arguments: argparse.Namespace) -> int:
-    """Run one action; returns the exit code."""
-    actions: dict[str, Callable[[argparse.Namespace], int]] = {
-        "check": check, "convert": convert, "show": show, "split": split, "world": world
-    }  # fmt: skip
-    return actions[arguments.action](arguments)
-
-
-def check(arguments: argparse.Namespace) -> int:
-    """Count and list what was found."""
-    report = Report()
-    with reading(arguments, arguments.files, asked_layout(arguments)) as rows:
+    path, report = Path(out), DataReport()
+    check_output(path, files)
+    rows = reading.rows(files, reading.layout(), test)
+    with rejected_writer(path) as write_rejected, sample_writer(path) as write:
         for row in rows:
             report.add(row)
-    if arguments.json:
-        print(as_json(report.to_json(), indent=2))
+            for sample in row.samples:
+                write(sample)
+            write_rejected(row)
+    if as_json:
+        print_json({**report.to_json(), "out": str(path)})
     else:
-        from rest_rl.cli.data_tables import show_report
+        show_report(report, 0)
+        rejected = rejected_path(path)
+        print(f"wrote {path}" + (f" and {rejected}" if rejected.exists() else ""))
+    return int(strict and not is_clean(report))
 
-        show_report(report, len(report.findings) if arguments.all else SHOWN_PER_REASON)
-    return int(arguments.strict and not is_clean(report))
+
+@add("my.jsonl 17 --model Qwen/Qwen3-0.6B")
+def show(
+    file: File, number: Annotated[int, typer.Argument(metavar="N", help="the row, counted from 1")], reading: Reading
+) -> None:
+    """Show the prompts and gold of a row."""
+    layout = reading.layout()
+    count = 0
+    for count, row in enumerate(reading.rows([file], layout), 1):
+        if count == number:
+            show_row(row, layout, reading.format)
+            return
+    raise UserError(f"row {number} of {file}, which has {count}", "a number from 1 to that", "choose another")
 
 
-def is_clean(report: Report) -> bool:
+@add("train.jsonl --test 0.1 --seed 0")
+def split(
+    file: File,
+    reading: Reading,
+    test: Annotated[float, typer.Option(metavar="SHARE", help="share of the test side, as 0.1")],
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="folder of the two files (default: FILE's)")] = None,
+) -> None:
+    """Write train and test files; a dialogue and equal prompts stay on one side."""
+    from rest_rl.data.split import Split
+    from rest_rl.data.write import check_output, sample_writer
+
+    source = Path(file)
+    folder = Path(out) if out else source.parent if source.exists() else Path()
+    stem = source.name.removesuffix(".gz")
+    outs = {side: folder / f"{Path(stem).stem or stem}.{side}.jsonl" for side in ("train", "test")}
+    for path in outs.values():
+        check_output(path, [file])
+    layout, rejected, counts = reading.layout(), 0, dict.fromkeys(outs, 0)
+    sides = Split(reading.rows([file], layout), test, reading.seed)
+    with ExitStack() as stack:
+        writers = {side: stack.enter_context(sample_writer(path)) for side, path in outs.items()}
+        for row in reading.rows([file], layout):
+            rejected += row.status == "rejected"
+            for sample in row.samples:
+                side = "test" if sides.is_test(row, sample) else "train"
+                writers[side](sample)
+                counts[side] += 1
+    for side, path in outs.items():
+        print(f"{path}: {counts[side]} samples")
+    if rejected:
+        print(f"{rejected} rows rejected; see them with: rest-rl data check {file}")
+
+
+@add("--out world.jsonl -n 1000 --split unseen_tools")
+def world(
+    out: OutFile,
+    n: Annotated[int, typer.Option("-n", metavar="N", help="samples")] = 1000,
+    seed: Annotated[int, typer.Option(metavar="S", help="seed")] = 0,
+    split: Annotated[Literal["train", "unseen_tools", "unseen_values"], typer.Option(help="split")] = "train",
+    decision: Annotated[
+        Literal["reasoning", "call"], typer.Option(help="where it is decided what to call")
+    ] = "reasoning",
+) -> None:
+    """Write data of the tool world."""
+    from rest_rl.data.samples import decompose
+    from rest_rl.data.tool_world import dialogues
+    from rest_rl.data.write import check_output, sample_writer
+
+    check_output(Path(out), [])
+    if n < 1:
+        raise UserError(f"-n {n}", "a number of samples from 1", "raise it")
+    drawn = dialogues(seed, split, decision=decision)
+    with sample_writer(Path(out)) as write:
+        for sample in islice((sample for dialogue in drawn for sample in decompose(dialogue)), n):
+            write(sample)
+    print(f"wrote {out}: {n} samples, split {split}, seed {seed}")
+
+
+def is_clean(report: DataReport) -> bool:
     """Whether there are samples and nothing was rejected, no turn either; the lack of samples is said on stderr."""
     if not report.samples:
         print(f"{report.rows} rows give no sample", file=sys.stderr)
     return report.samples > 0 and not report.rejected and not report.lost_turns
 
 
-def convert(arguments: argparse.Namespace) -> int:
-    """Write samples and rejected rows."""
-    out, report = Path(arguments.out), Report()
-    check_output(out, arguments.files)
-    rejected = rejected_path(out)
-    with (
-        reading(arguments, arguments.files, asked_layout(arguments)) as rows,
-        rejected_writer(out) as write_rejected,
-        sample_writer(out) as write,
-    ):
-        for row in rows:
-            report.add(row)
-            for sample in row.samples:
-                write(sample)
-            if any(found.severity == "rejected" for found in row.findings):
-                write_rejected(row)
-    if arguments.json:
-        print(as_json({**report.to_json(), "out": str(out)}, indent=2))
-    else:
-        from rest_rl.cli.data_tables import show_report
+def print_json(value: Mapping[str, Any]) -> None:
+    from rest_rl.jsonl import as_json
 
-        show_report(report, 0)
-        print(f"wrote {out}" + (f" and {rejected}" if rejected.exists() else ""))
-    return int(arguments.strict and not is_clean(report))
+    print(as_json(value, indent=2))
 
 
-def show(arguments: argparse.Namespace) -> int:
-    """Show one row as training sees it."""
-    from rest_rl.cli.data_tables import show_row
+def show_report(report: DataReport, per_reason: int) -> None:
+    """Counts, the table of reasons, and the first findings of each."""
+    from rich.console import Console
+    from rich.table import Table
 
-    if arguments.number < 1:
-        raise UserError(f"row {arguments.number}", "a number from 1", "rows are counted from 1")
-    last, layout = 0, asked_layout(arguments)
-    with reading(arguments, [arguments.file], layout) as rows:
-        for last, row in enumerate(rows, 1):
-            if last == arguments.number:
-                show_row(row, layout, arguments.format)
-                return 0
-    raise ValueError(f"got row {arguments.number} of {arguments.file}, which has {last}; choose a smaller number")
+    from rest_rl.cli.terminal import say
+    from rest_rl.data.reasons import REASONS
 
-
-def split(arguments: argparse.Namespace) -> int:
-    """Write the two sides."""
-    share, arguments.test = arguments.test, None
-    source = Path(arguments.file)
-    folder = Path(arguments.out) if arguments.out else source.parent if source.exists() else Path()
-    stem = source.name.removesuffix(".gz")
-    outs = {side: folder / f"{Path(stem).stem or stem}.{side}.jsonl" for side in ("train", "test")}
-    for out in outs.values():
-        check_output(out, [arguments.file])
-    rejected, layout = 0, asked_layout(arguments)
-    with reading(arguments, [arguments.file], layout) as rows:
-        sides = Split(rows, share, arguments.seed)
-    counts = dict.fromkeys(outs, 0)
-    with ExitStack() as stack:
-        rows = stack.enter_context(reading(arguments, [arguments.file], layout))
-        writers = {side: stack.enter_context(sample_writer(out)) for side, out in outs.items()}
-        for row in rows:
-            rejected += row.status == "rejected"
-            for sample in row.samples:
-                side = "test" if sides.is_test(row, sample) else "train"
-                writers[side](sample)
-                counts[side] += 1
-    for side, out in outs.items():
-        print(f"{out}: {counts[side]} samples")
-    if rejected:
-        print(f"{rejected} rows rejected; see them with: rest-rl data check {arguments.file}")
-    return 0
+    console = Console()
+    shapes = ", ".join(f"{name} ({count} rows)" for name, count in report.sources.items()) or "unknown"
+    lost = f" ({report.lost_turns} of them lost turns)" if report.lost_turns else ""
+    counts = f"{report.rows} rows: {report.kept} kept, {report.repaired} repaired{lost}, {report.rejected} rejected"
+    say(console, f"shape: {shapes}\n{counts}; {report.samples} samples")
+    known = [reason for reason in REASONS if reason in report.reasons]
+    columns = ("reason", "what happened", "rows", "first rows", "meaning")
+    table = Table(*columns, box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for reason in known:
+        happened = ", ".join(sorted(report.outcomes[reason]))
+        first = ", ".join(map(str, report.first_rows[reason]))
+        count, meaning, style = str(report.reasons[reason]), REASONS[reason].meaning, STYLES.get(happened, "red")
+        table.add_row(reason, happened, count, first, meaning, style=style)
+    if known:
+        console.print(table)
+    for reason in known if per_reason else ():
+        say(console, f"\n{reason}: {REASONS[reason].remedy}", style="bold")
+        shown = [located for located in report.findings if located.finding.reason == reason][:per_reason]
+        for file, row, found in shown:
+            name = f"{file}, row {row}" if len(report.files) > 1 else f"row {row}"
+            say(console, f"  {name}: {found.detail}")
+        if (left := report.occurrences[reason] - len(shown)) > 0:
+            say(console, f"  and {left} more; --all or --json list them")
 
 
-def world(arguments: argparse.Namespace) -> int:
-    """Write samples of the tool world."""
-    out = Path(arguments.out)
-    check_output(out, [])
-    if arguments.n < 1:
-        raise ValueError(f"got -n {arguments.n}, expected a number of samples from 1")
-    drawn = dialogues(arguments.seed, arguments.split, decision=arguments.decision)
-    endless = (sample for dialogue in drawn for sample in decompose(dialogue))
-    with sample_writer(out) as write:
-        for sample in islice(endless, arguments.n):
-            write(sample)
-    print(f"wrote {out}: {arguments.n} samples, split {arguments.split}, seed {arguments.seed}")
-    return 0
+def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> None:
+    """A row: what was found, then for each sample its prompt and its demonstration in colours.
 
-
-@contextmanager
-def reading(
-    arguments: argparse.Namespace, files: list[str], layout: PromptLayout | None
-) -> Iterator[Iterator[CheckedRow]]:
-    """The checked rows of the files, with a progress bar on a terminal; `layout` refuses what it cannot hold."""
-    config = CheckConfig(
-        source=arguments.source,
-        keep_prompts=arguments.keep_prompts,
-        keep=tuple(arguments.keep),
-        mask_names=arguments.mask,
-        seed=arguments.seed,
-        max_prompt_tokens=arguments.max_prompt,
-    )
-    reader = RowReader(*files)
-    test_prompts = prompts_of(arguments.test, config) if getattr(arguments, "test", None) else frozenset()
-    rows = checked_rows(reader, replace(config, max_prompt_tokens=0), test_prompts=test_prompts)
-    if layout is not None:
-        from rest_rl.data.prepare import prepare_row
-
-        rows = (prepare_row(row, layout, config)[0] for row in rows)
-    rows = islice(rows, arguments.limit) if arguments.limit else rows
-    if not sys.stderr.isatty():
-        yield rows
-        return
-    from rest_rl.cli.data_tables import reading_bar
-
-    with reading_bar(reader.total_bytes) as advance:
-        yield _advancing(rows, reader, advance)
-
-
-def _advancing(
-    rows: Iterator[CheckedRow], reader: RowReader, advance: Callable[[int, int], None]
-) -> Iterator[CheckedRow]:
-    for count, row in enumerate(rows, 1):
-        if count % PROGRESS_EVERY == 0:
-            advance(count, reader.read_bytes)
-        yield row
-
-
-def asked_layout(arguments: argparse.Namespace) -> PromptLayout | None:
-    """How the model that was named lays out prompts, in the format that a run would take; None without a model.
-
-    The format is said aloud on stderr.
+    Without a layout, which a model gives, tools and messages stand there as they are.
     """
-    if not arguments.tokenizer:
-        if arguments.max_prompt:
-            raise UserError("--max-prompt without --model", "the model that counts", "add --model DIR")
-        return None
-    from rest_rl.data.layout import PromptLayout, resolve_format
-    from rest_rl.train.policy import load_tokenizer
+    from rich.console import Console
+    from rich.markup import escape
 
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    name, why = resolve_format(arguments.format, tokenizer, keeps_prompts=arguments.keep_prompts)
-    print(f"format {name}: {why}", file=sys.stderr)
-    return PromptLayout(tokenizer, name)
+    from rest_rl.cli.terminal import coloured, legend, pieces, say
+    from rest_rl.data.check import outcome
+    from rest_rl.data.reasons import REASONS
+    from rest_rl.data.samples import to_json
+    from rest_rl.formats import get_format
+    from rest_rl.train.prompts import demonstration_text
+
+    console = Console()
+    say(console, f"row {row.number} of {row.file}: {row.status}, shape {row.source or 'unknown'}")
+    for found in row.findings:
+        line = f"{outcome(row, found)}: {found.reason}: {found.detail}; {REASONS[found.reason].remedy}"
+        say(console, line, style=STYLES[found.severity])
+    if not row.samples:
+        is_text = isinstance(row.raw, str)
+        say(console, row.raw if is_text else json.dumps(row.raw, ensure_ascii=False, indent=2, default=str))
+        return
+    chosen = layout.format if layout else get_format("hermes" if tool_format == "auto" else tool_format)
+    how = "" if layout or tool_format != "auto" else " (no model named)"
+    for sample in row.samples:
+        console.rule(escape(f"{sample.id} ({sample.kind}): prompt"), align="left", style="dim")
+        say(console, layout.render(sample) if layout else plain_prompt(sample))
+        console.rule(f"demonstration in format {chosen.name}{how}", align="left", style="dim")
+        try:
+            text = demonstration_text(sample, chosen, thinks=not (layout and layout.closes_think))
+        except ValueError as error:
+            say(console, f"not for supervised training, whose format cannot write it: {error}", style="dim")
+            say(console, as_text(to_json(sample)["gold"]))
+            continue
+        if sample.preamble and sample.preamble not in text:
+            say(console, f"left out, for the format has no room for it: {sample.preamble}")
+        console.print(coloured(pieces(text, chosen.parse(text).spans)), soft_wrap=True)
+    console.print(legend())
+
+
+def plain_prompt(sample: ToolSample) -> str:
+    lines = [] if sample.tools_in_prompt else [f"tool: {as_text(tool.get('function', tool))}" for tool in sample.tools]
+    for message in sample.messages:
+        lines.append(f"{message['role']}: {message.get('content') or ''}".rstrip())
+        lines += [f"  calls {as_text(call['function'])}" for call in message.get("tool_calls") or ()]
+    return "\n".join(lines)
+
+
+def as_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rest_rl.cli.data import add_data, data
 
 EXIT_USER_ERROR = 2
 
@@ -69,7 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sft(verbs)
     _add_compare(verbs)
     _add_probe(verbs)
-    add_data(verbs)
     return parser
 
 
@@ -185,11 +183,9 @@ def run_verb(arguments: argparse.Namespace) -> int:
         from rest_rl.cli.probe import probe
 
         return probe(arguments)
-    if arguments.verb == "compare":
-        from rest_rl.cli.compare import compare
+    from rest_rl.cli.compare import compare
 
-        return compare(arguments)
-    return data(arguments)
+    return compare(arguments)
 
 
 def main(argv: Sequence[str], overrides: Sequence[str], *, debug: bool) -> int:

@@ -15,7 +15,13 @@ from rest_rl.data.mask import masked
 from rest_rl.data.reading import Row, RowError, RowReader
 from rest_rl.data.reasons import KEEPABLE, REASONS, RowContext, RowFinding, RowRejectedError, finding
 from rest_rl.data.samples import (
-    Dialogue, ToolSample, decompose_around, digest_of, from_json, leak_digest, to_json
+    Dialogue,
+    ToolSample,
+    decompose_around,
+    digest_of,
+    from_json,
+    leak_digest,
+    to_json,
 )  # fmt: skip
 from rest_rl.data.schemas import read_tools
 from rest_rl.data.shapes import AUTO, BENCHMARKS, SHAPES, RowShape, find_shape, get_shapes
@@ -43,6 +49,8 @@ class CheckConfig:
     """Share of the samples whose tool and argument names become random strings (Hammer, arXiv 2410.04587)."""
     seed: int = 0
     """Seed of the masking."""
+    max_prompt_tokens: int = 0
+    """Longer prompts are rejected where a model is known that counts (`prepare_row`); 0 for no limit."""
 
     def __post_init__(self) -> None:
         get_shapes(self.source)
@@ -52,6 +60,8 @@ class CheckConfig:
             raise UserError(f"mask_names {self.mask_names}", "a share in [0, 1]", "0 masks nothing")
         if self.mask_names and self.keep_prompts:
             raise UserError("mask_names with keep_prompts", "one of them", "kept texts hold the names")
+        if self.max_prompt_tokens < 0:
+            raise UserError(f"max_prompt_tokens {self.max_prompt_tokens}", "a number >= 0", "0 is no limit")
 
 
 class CheckedRow(NamedTuple):
@@ -77,7 +87,7 @@ class CheckedRow(NamedTuple):
         samples = tuple(sample for sample in self.samples if sample.id not in lost)
         return self._replace(samples=samples, findings=(*self.findings, *found))
 
-    def keep(self, config: CheckConfig) -> Collection[str]:
+    def reasons_to_keep(self, config: CheckConfig) -> Collection[str]:
         """Reasons that are only noted in this row: those that are kept, and all in a benchmark."""
         return KEEPABLE if self.source in BENCHMARKS else config.keep
 
@@ -155,41 +165,6 @@ class DataReport:
         }
 
 
-class LoadedData(NamedTuple):
-    """The samples of a data file, and what became of its rows."""
-
-    samples: list[ToolSample]
-    report: DataReport
-
-
-def check_data(
-    *paths: str, test: str | None = None, limit: int = 0, observer: Observer = SILENT, **settings: Any
-) -> DataReport:
-    """What training would make of every row of these files, folders or hub names.
-
-    Prompts that the file `test` has as well are rejected; `limit` is the number of rows to read, 0 for all. The
-    settings are those of `CheckConfig`: source, keep_prompts, keep, mask_names, seed.
-
-    Raises:
-        UserError: there is no such input, or a setting that no run can use. A row that cannot be read is a finding.
-    """
-    report = DataReport()
-    for row in checked_rows(paths, CheckConfig(**settings), test=test, limit=limit, observer=observer):
-        report.add(row)
-    return report
-
-
-def load_dataset(
-    *paths: str, test: str | None = None, limit: int = 0, observer: Observer = SILENT, **settings: Any
-) -> LoadedData:
-    """All samples of these files, folders or hub names, and the report; arguments and errors as of `check_data`."""
-    loaded = LoadedData([], DataReport())
-    for row in checked_rows(paths, CheckConfig(**settings), test=test, limit=limit, observer=observer):
-        loaded.report.add(row)
-        loaded.samples.extend(row.samples)
-    return loaded
-
-
 def checked_rows(
     paths: str | Sequence[str],
     config: CheckConfig | None = None,
@@ -198,7 +173,11 @@ def checked_rows(
     limit: int = 0,
     observer: Observer = SILENT,
 ) -> Iterator[CheckedRow]:
-    """Each row of files with its samples and findings, in order; arguments and errors as of `check_data`."""
+    """Each row of files, folders or hub names with its samples and findings, in order.
+
+    Prompts that the file `test` has as well are rejected; `limit` is the number of rows to read, 0 for all. UserError
+    for an input that does not exist; a row that cannot be read is a finding.
+    """
     reader = RowReader(*([paths] if isinstance(paths, str) else paths))
     checker = _Checker(config or CheckConfig(), prompts_of(test, config) if test else frozenset())
     with observer.track("reading", reader.total_bytes or None) as advance:
@@ -250,8 +229,8 @@ class _Checker:
             context.note("mixed_shapes", f"got shape {shape.name}, the first row has shape {self.first_source}")
         repaired: dict[int, Gold] = {}
         kept: list[ToolSample] = []
-        for sample in samples:
-            sample, found = self._check_sample(sample, checked.keep(self.config), repaired)
+        for read in samples:
+            sample, found = self._check_sample(read, checked.reasons_to_keep(self.config), repaired)
             context.findings += found
             kept += [] if any(each.severity == "rejected" for each in found) else [sample]
         return checked._replace(samples=tuple(kept), findings=tuple(context.findings))

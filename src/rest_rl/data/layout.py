@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
 
 from rest_rl.config import AUTO
-from rest_rl.data.samples import ToolSample
+from rest_rl.data.samples import ToolSample, calls_of
 from rest_rl.errors import UserError
 from rest_rl.formats import FORMATS, OpenedThinkFormat, ToolFormat, as_demonstrated, format_of_template, get_format
 from rest_rl.formats.opened_think import OPENINGS, SUFFIX
-from rest_rl.response import ToolCall
 
 FALLBACK = "hermes"
 """The format described in a system message to a model whose template shows no known one."""
@@ -26,6 +25,7 @@ PROBE_TOOL = {
 IN_WORDS = "it is described in a system message, unless the prompts do so themselves"
 TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)
 """What a chat template, a program of its own, may fail with."""
+Messages = list[dict[str, Any]]
 
 
 class PromptLayout:
@@ -33,12 +33,15 @@ class PromptLayout:
 
     A template that writes calls in the chosen format is given messages and tools as they are. For every other one
     the tools and the format are described in a system message, and calls and results in the history become text.
+    `variables` are the template's, such as enable_thinking.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or one that leaves out the text of messages.
     """
 
     def __init__(
         self, tokenizer: Any, tool_format: str | ToolFormat = "toolrl", variables: Mapping[str, Any] | None = None
     ) -> None:
-        """`variables` are the template's, such as enable_thinking. ValueError without a chat template."""
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "a tokenizer without a chat template",
@@ -46,6 +49,7 @@ class PromptLayout:
                 "use an instruct model, or set tokenizer.chat_template",
             )
         self.tokenizer, self.format, self.variables = tokenizer, get_format(tool_format), dict(variables or {})
+        self._probe = self._try([PROBE])
         if self._probe and PROBE["content"] not in self._probe:
             raise UserError(
                 "a chat template that leaves the text of messages out (some of models for images do)",
@@ -54,25 +58,29 @@ class PromptLayout:
             )
 
     def render(self, sample: ToolSample) -> str:
-        """The prompt text up to where the response begins; ValueError when the template fails on the sample.
+        """The prompt text up to where the response begins; UserError when the template fails on the sample.
 
         A beginning-of-sequence token that the tokenizer adds by itself stands in it, also where the template has none.
         """
-        messages, tools = [without_thought(message) for message in sample.messages], list(sample.tools)
-        if sample.tools_in_prompt:
-            tools = []
-        elif not self.is_native:
+        messages = [  # what was thought before is not shown again
+            {key: value for key, value in message.items() if key != "reasoning_content"} for message in sample.messages
+        ]
+        tools = [] if sample.tools_in_prompt else list(sample.tools)
+        if not (sample.tools_in_prompt or self.is_native):
             messages, tools = as_text(messages, tools, self.format), []
         if not self._takes_system:
-            messages = with_system_in_user(messages)
+            messages = _with_system_in_user(messages)
         try:
-            text = self._apply_either(messages, tools)
+            text = self._apply(messages, tools)
         except TEMPLATE_ERRORS as error:
-            raise ValueError(
-                f"sample {sample.id!r}: the model's chat template failed ({type(error).__name__}: {error}); expected "
-                "messages and tools that it can lay out; complete the row (tools need name, description and "
-                "parameters)"
-            ) from error
+            try:  # a template may want calls to have ids of its own kind
+                text = self._apply(with_call_ids(messages), tools)
+            except TEMPLATE_ERRORS:
+                raise UserError(
+                    f"sample {sample.id!r}, on which the chat template failed ({type(error).__name__}: {error})",
+                    "messages and tools that it can lay out",
+                    "complete the row (tools need name, description and parameters)",
+                ) from error
         return self.first_token + text.removeprefix(self.first_token)
 
     def training_text(self, sample: ToolSample) -> str:
@@ -90,11 +98,11 @@ class PromptLayout:
     def is_native(self) -> bool:
         """Whether the template itself describes tools and writes calls in this layout's format.
 
-        A format of one's own says so by an attribute `is_native`.
+        A format of your own says so by an attribute `is_native`.
         """
         inner = self.format.inner if isinstance(self.format, OpenedThinkFormat) else self.format
         is_known = template_format(self.tokenizer) == inner.name or getattr(inner, "is_native", False)
-        return is_known and self._renders_tools
+        return is_known and self._try([PROBE], [PROBE_TOOL]) not in ("", self._probe)
 
     @cached_property
     def opens_think(self) -> bool:
@@ -113,48 +121,24 @@ class PromptLayout:
         return bos if bos and self.tokenizer("x")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
 
     @cached_property
-    def _probe(self) -> str:
-        try:
-            return self._apply([PROBE], [])
-        except TEMPLATE_ERRORS:
-            return ""
-
-    @cached_property
     def _takes_system(self) -> bool:
         """Whether the template lays out system messages; Gemma's refuses them, others leave them out."""
-        try:
-            return SYSTEM_PROBE["content"] in self._apply([SYSTEM_PROBE, PROBE], [])
-        except TEMPLATE_ERRORS:
-            return False
+        return SYSTEM_PROBE["content"] in self._try([SYSTEM_PROBE, PROBE])
 
-    @cached_property
-    def _renders_tools(self) -> bool:
-        try:
-            return self._apply([PROBE], [PROBE_TOOL]) != self._probe
-        except TEMPLATE_ERRORS:
-            return False
-
-    def _apply_either(self, messages: list[dict[str, Any]], tools: list[Any]) -> str:
-        """By the calls' own ids, or where the template does not like them, by others."""
+    def _try(self, messages: Messages, tools: Sequence[Any] = ()) -> str:
+        """What the template makes of a probe; nothing where it fails."""
         try:
             return self._apply(messages, tools)
         except TEMPLATE_ERRORS:
-            if (named := with_call_ids(messages)) == messages:
-                raise
-            return self._apply(named, tools)
+            return ""
 
-    def _apply(self, messages: list[dict[str, Any]], tools: list[Any]) -> str:
+    def _apply(self, messages: Messages, tools: Sequence[Any]) -> str:
         return self.tokenizer.apply_chat_template(
-            messages, tools=tools or None, add_generation_prompt=True, tokenize=False, **self.variables
+            messages, tools=list(tools) or None, add_generation_prompt=True, tokenize=False, **self.variables
         )
 
 
-def without_thought(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message of the history as training shows it: what was thought before is not shown again."""
-    return {key: value for key, value in message.items() if key != "reasoning_content"}
-
-
-def as_text(messages: list[dict[str, Any]], tools: list[Any], tool_format: ToolFormat) -> list[dict[str, Any]]:
+def as_text(messages: Messages, tools: Sequence[Any], tool_format: ToolFormat) -> Messages:
     """Messages without tool roles: tools described in the system message, calls and results written out.
 
     Neighbours of one role become one message, since some templates insist on alternation.
@@ -164,7 +148,7 @@ def as_text(messages: list[dict[str, Any]], tools: list[Any], tool_format: ToolF
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
-            content = call_text(message, tool_format)
+            content = _assistant_text(message, tool_format)
         elif role == "tool":
             role, content = "user", f"<obs> {content} </obs>"
         if texts and texts[-1]["role"] == role != "assistant":
@@ -174,10 +158,9 @@ def as_text(messages: list[dict[str, Any]], tools: list[Any], tool_format: ToolF
     return texts
 
 
-def call_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
+def _assistant_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
     """An assistant message as the model would have written it, without reasoning; ValueError for unwritable calls."""
-    functions = [call["function"] for call in message.get("tool_calls") or ()]
-    calls, content = [ToolCall(f["name"], f["arguments"]) for f in functions], message.get("content") or ""
+    calls, content = calls_of(message), message.get("content") or ""
     written = as_demonstrated(tool_format.inner if isinstance(tool_format, OpenedThinkFormat) else tool_format)
     try:
         return written.render(None, calls, content or None)
@@ -185,19 +168,20 @@ def call_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
         return written.render(None, calls, None) if calls else content
 
 
-def with_system_in_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_system_in_user(messages: Messages) -> Messages:
     """Messages without a system message: what it says opens the first user message, or is one."""
     said = [message["content"] for message in messages if message["role"] == "system"]
     others = [message for message in messages if message["role"] != "system"]
     if not said:
         return messages
-    first = others.pop(0)["content"] if others and others[0]["role"] == "user" else None
-    return [{"role": "user", "content": "\n\n".join([*said, *([] if first is None else [first])])}, *others]
+    if others and others[0]["role"] == "user":
+        said.append(others.pop(0)["content"])
+    return [{"role": "user", "content": "\n\n".join(said)}, *others]
 
 
-def with_call_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_call_ids(messages: Messages) -> Messages:
     """Messages whose calls have ids of nine letters and digits, as Mistral's templates demand; results name them."""
-    named: list[dict[str, Any]] = []
+    named: Messages = []
     waiting: list[tuple[str, str]] = []  # (id as given, new id) of the calls without a result yet
     made = 0
     for message in messages:

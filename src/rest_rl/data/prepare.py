@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from rest_rl.data.check import CheckConfig, CheckedRow
 from rest_rl.data.layout import PromptLayout
-from rest_rl.data.reasons import KEEPABLE, Finding, finding
+from rest_rl.data.reasons import RowFinding, finding
 from rest_rl.data.samples import ToolSample
-from rest_rl.data.shapes import BENCHMARKS
+from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
 from rest_rl.rewards import exact_match
 
@@ -48,15 +48,18 @@ def prepare(sample: ToolSample, layout: PromptLayout) -> Prepared | Rejected:
 
 
 def check_gold(sample: ToolSample, tool_format: ToolFormat) -> None:
-    """ValueError for gold that no response in the format could match."""
+    """UserError for gold that no response in the format could match."""
     try:
         text = tool_format.render(None, sample.gold.calls, sample.gold.answer)
     except ValueError as error:
-        raise ValueError(f"sample {sample.id!r}: its gold has no response in the format: {error}") from None
+        got = f"sample {sample.id!r}, whose gold has no response in the format ({error})"
+        raise UserError(got, "one that can be written", "fix the row, or take another format") from None
     if not exact_match(tool_format.parse(text, spans=False), sample.gold):
-        raise ValueError(
-            f"sample {sample.id!r}: got gold that scores less than full marks when written in format "
-            f"{tool_format.name!r} ({text!r:.200}); expected JSON within the limits of rest_rl.json_spans; fix the row"
+        raise UserError(
+            f"sample {sample.id!r}, whose gold does not score full marks when written in format "
+            f"{tool_format.name!r} ({text!r:.200})",
+            "JSON within the limits of rest_rl.json_spans",
+            "fix the row",
         )
 
 
@@ -65,28 +68,17 @@ def prepare_row(row: CheckedRow, layout: PromptLayout, config: CheckConfig) -> t
 
     Also returns the row's prepared samples, in the same order.
     """
-    keep = KEEPABLE if row.source in BENCHMARKS else config.keep
     kept: list[Prepared] = []
-    problems: list[Finding] = []
+    found: list[RowFinding] = []
     for sample in row.samples:
         prepared = prepare(sample, layout)
         if isinstance(prepared, Rejected):
-            problems.append(finding("not_laid_out", prepared.reason, sample.id))
+            found.append(finding("not_laid_out", prepared.reason, sample.id))
             continue
         if config.max_prompt_tokens and (tokens := len(prepared.prompt_ids)) > config.max_prompt_tokens:
             detail = f"got {tokens} tokens, the limit is {config.max_prompt_tokens}"
-            problems.append(finding("prompt_too_long", detail, sample.id, keep))
-            if problems[-1].severity == "rejected":
+            found.append(finding("prompt_too_long", detail, sample.id, row.reasons_to_keep(config)))
+            if found[-1].severity == "rejected":
                 continue
         kept.append(prepared)
-    if not problems:
-        return row, kept
-    is_changed = row.status != "kept" or any(problem.severity != "noted" for problem in problems)
-    return (
-        row._replace(
-            status=("repaired" if is_changed else "kept") if kept else "rejected",
-            samples=tuple(prepared.sample for prepared in kept),
-            findings=(*row.findings, *problems),
-        ),
-        kept,
-    )
+    return row.add(found), kept

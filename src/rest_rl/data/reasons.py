@@ -94,7 +94,7 @@ REASONS: dict[str, Reason] = {
     ),
     "wrong_type": Reason("noted", "a value of another type than the schema's", "correct the value or the schema"),
     "not_in_enum": Reason("rejected", "a value that the schema's enum does not have", "correct the value or the enum"),
-    "breaks_schema": Reason("noted", "a value that breaks another rule of the schema", "correct the value or the schema"),
+    "breaks_schema": Reason("noted", "a value that breaks another rule of the schema", "correct one of them"),
     # the sample among the others
     "duplicate": Reason("rejected", "the same prompt and gold as an earlier sample", "remove one of them"),
     "other_gold": Reason("noted", "the same prompt as an earlier sample with another gold", "decide for one of them"),

@@ -236,9 +236,7 @@ def _field(row: Any, name: str, kind: Any, where: str) -> Any:
     value = row.get(name) if isinstance(row, Mapping) else row
     if not isinstance(value, kind):
         expected = getattr(kind, "__name__", str(kind))
-        raise UserError(
-            f"{where} with {name} = {value!r}", expected, "write rows with rest_rl.data.samples.to_json"
-        )
+        raise UserError(f"{where} with {name} = {value!r}", expected, "write rows with rest_rl.data.samples.to_json")
     return value
 
 

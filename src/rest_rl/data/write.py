@@ -77,7 +77,11 @@ def _replacing(path: Path) -> Iterator[Path]:
 @contextmanager
 def _jsonl_writer(path: Path) -> Iterator[Write]:
     with path.open("w", encoding="utf-8") as file:
-        yield lambda row: file.write(as_json(row) + "\n") and None
+
+        def write(row: Mapping[str, Any]) -> None:
+            file.write(as_json(row) + "\n")
+
+        yield write
         file.flush()
         os.fsync(file.fileno())
 

@@ -10,7 +10,7 @@ from typing import Any
 from rest_rl.config import AUTO, ModelTable, RunConfig, apply_overrides, from_mapping
 from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of
 from rest_rl.data.layout import PromptLayout, resolve_format, template_format
-from rest_rl.data.shapes.flattened import FORMAT
+from rest_rl.data.shapes.toolrl import FORMAT
 from rest_rl.errors import UserError
 from rest_rl.evaluate.log import SETTINGS
 from rest_rl.evaluate.origin import recorded_run

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rest_rl.config import EMBEDDED, RunConfig
-from rest_rl.data.check import CheckConfig, CheckedRow, Report, checked_rows, prompts_of
+from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, checked_rows
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared, Rejected, prepare, prepare_row
 from rest_rl.data.samples import ToolSample, to_json
@@ -152,9 +152,8 @@ def read_data(config: RunConfig, layout: PromptLayout, say: Callable[[str], Any]
     if data.held_out == data.path:
         say(f"{data.path} is both data.path and data.held_out: what is measured was trained on")
     elsewhere = bool(data.held_out) and data.held_out != data.path
-    unseen_prompts = prompts_of(data.held_out, check) if elsewhere else frozenset()
-    report, training = Report(), TrainingData([], held_out)
-    for row, prepared in prepared_rows(data.path, check, layout, test_prompts=unseen_prompts):
+    report, training = DataReport(), TrainingData([], held_out)
+    for row, prepared in prepared_rows(data.path, check, layout, test=data.held_out if elsewhere else None):
         report.add(row)
         training.prepared += prepared
         training.rejected += rejection(row)
@@ -197,8 +196,7 @@ def prepared_rows(
     path: str, check: CheckConfig, layout: PromptLayout, **settings: Any
 ) -> Iterable[tuple[CheckedRow, list[Prepared]]]:
     """Each row of a file, and its samples prepared for the model."""
-    without_limit = replace(check, max_prompt_tokens=0)  # which is about tokens: the layout's tokenizer knows them
-    return (prepare_row(row, layout, check) for row in checked_rows(path, without_limit, **settings))
+    return (prepare_row(row, layout, check) for row in checked_rows(path, check, **settings))
 
 
 def held_out_samples(
@@ -211,7 +209,7 @@ def held_out_samples(
     path, number = config.data.held_out, config.eval.prompts
     if not path or not number:
         return []
-    report, samples = Report(), list[Prepared]()
+    report, samples = DataReport(), list[Prepared]()
     for row, prepared in prepared_rows(path, replace(check, mask_names=0.0), layout):
         report.add(row)
         samples += prepared
@@ -224,7 +222,7 @@ def held_out_samples(
     return [("held out", prepared) for prepared in samples[:number]]
 
 
-def counts_of(report: Report) -> dict[str, Any]:
+def counts_of(report: DataReport) -> dict[str, Any]:
     return {name: value for name, value in report.to_json().items() if name in COUNTS}
 
 

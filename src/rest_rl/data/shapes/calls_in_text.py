@@ -71,7 +71,9 @@ def _read_tagged(body: str) -> WrittenCalls | None:
 def _read_llama_functions(body: str) -> WrittenCalls | None:
     """`<function=name>{"key": value}</function>`, the custom calls of Llama 3.1."""
     said, inside = _cut(body, "<function=", "</function>")
-    pairs = [(name.strip(), read_literal(arguments)) for name, _, arguments in (inner.partition(">") for inner in inside)]
+    pairs = [
+        (name.strip(), read_literal(arguments)) for name, _, arguments in (inner.partition(">") for inner in inside)
+    ]
     if not pairs or not all(isinstance(arguments, Mapping) for _, arguments in pairs):
         return None
     return WrittenCalls(said, tuple(ToolCall(name, arguments) for name, arguments in pairs))

@@ -184,7 +184,9 @@ def split_results(inner: str, last: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not is_list or len(value) != len(calls):
         named = {"name": calls[0]["function"]["name"], "tool_call_id": calls[0]["id"]} if len(calls) == 1 else {}
         return [{"role": "tool", "content": inner, **named}]
-    texts = [each if isinstance(each := item["results"], str) else json.dumps(each, ensure_ascii=False) for item in value]
+    texts = [
+        each if isinstance(each := item["results"], str) else json.dumps(each, ensure_ascii=False) for item in value
+    ]
     return [
         {"role": "tool", "content": text, "name": call["function"]["name"], "tool_call_id": call["id"]}
         for text, call in zip(texts, calls, strict=True)

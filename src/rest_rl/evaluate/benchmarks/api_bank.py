@@ -127,7 +127,9 @@ def read_item(row: Any, identity: str, level: int, keep_prompts: bool) -> Item:
     try:
         (sample,) = api_bank.read(row, RowContext(identity, keep_prompts))
     except RowRejectedError as error:
-        raise UserError(f"{identity}, which cannot be read ({error})", "a sample of API-Bank", "restore the file") from error
+        raise UserError(
+            f"{identity}, which cannot be read ({error})", "a sample of API-Bank", "restore the file"
+        ) from error
     found = check_against_tools(sample)[1]
     defect = "; ".join(f"{problem.reason}: {problem.detail}" for problem in found if problem.reason in UNPASSABLE)
     answer = row["answer"]
