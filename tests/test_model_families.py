@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from rest_rl.cli.app import main
 from rest_rl.config import ModelTable, RunConfig
-from rest_rl.data.load import load_dataset
 from rest_rl.data.layout import PromptLayout, resolve_format, with_call_ids
+from rest_rl.data.load import load_dataset
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import Qwen3CoderFormat
 from rest_rl.regions import decode_ids, tag_regions

@@ -115,7 +115,7 @@ def test_random_rewards_know_nothing_of_the_responses_and_the_scores_are_still_l
     ("gold", "words"),
     [
         (Gold((ToolCall("f", {"x": float("nan")}),)), "cannot be written as JSON"),
-        (Gold((ToolCall("f", {"x": 10**500}),)), "less than full marks"),
+        (Gold((ToolCall("f", {"x": 10**500}),)), "full marks"),
         (Gold((), "see <tool_call>"), "contains '<tool_call>'"),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_failing_chat_template_names_the_sample(tokenizer):
     template = "{{ tools[0].function.parameters.properties.items() }}"
     broken = copy.deepcopy(tokenizer)
     broken.chat_template = template
-    with pytest.raises(ValueError, match="sample 's0': the model's chat template failed"):
+    with pytest.raises(ValueError, match="sample .s0., on which the chat template failed"):
         render_prompt(sample, broken)
 
 

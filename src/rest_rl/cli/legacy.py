@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-
 EXIT_USER_ERROR = 2
 
 TRAIN_EPILOG = """\
