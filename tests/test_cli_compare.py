@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import os
 import signal
 import subprocess
@@ -16,11 +15,12 @@ import pytest
 from rich.console import Console
 
 from rest_rl.cli.app import main
-from rest_rl.cli.compare import keep_grid
-from rest_rl.cli.jobs import Job, collect, run_jobs, tail
+from rest_rl.cli.compare import GridScreen
 from rest_rl.compare.grid import RunName, read_grid
+from rest_rl.compare.jobs import Job, collect, run_jobs, tail
+from rest_rl.compare.run import keep_grid
 from rest_rl.config import RunConfig
-from rest_rl.runlog import read_run
+from rest_rl.runlog import SilentObserver, read_run
 from tests.made_up_grid import Effect, make_grid
 from tests.sample_files import save_samples
 from tests.test_cli import RUN, error_of, wait_for_steps
@@ -106,9 +106,9 @@ def test_a_run_that_fails_does_not_stop_the_others(
     [
         (
             "trl.num_generations = 7",
-            "got [trl] that its trainer refuses (generation_batch_size (8) must be divisible by",
+            "generation_batch_size (8) must be divisible by",
         ),
-        ("trl.no_such_key = 1", "got unknown key trl.no_such_key, expected"),
+        ("trl.no_such_key = 1", "unknown key trl.no_such_key"),
     ],
 )
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
@@ -118,7 +118,8 @@ def test_a_method_that_cannot_start_is_refused_before_any_run(
     (tmp_path / "grid.toml").write_text(f"[methods.broken]\n{change}\n")
     out = tmp_path / "out"
     error = error_of(capsys, "compare", str(tmp_path / "grid.toml"), "--base", str(base), *more, "--out", str(out))
-    assert f"method broken: {words}" in error
+    assert "method broken" in error
+    assert words in error
     assert not out.exists()
 
 
@@ -190,13 +191,23 @@ def test_names_in_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureF
     assert f"page: {out / 'compare.md'}" in capsys.readouterr().out
 
 
-class AskingToStop(io.StringIO):
-    """An output during whose first line the user presses Ctrl-C."""
+class Listener(SilentObserver):
+    """Collects what is said."""
 
-    def write(self, text: str) -> int:
-        if "begins" in text and "begins" not in self.getvalue():
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+class AskingToStop(Listener):
+    """A listener who presses Ctrl-C when the first run begins."""
+
+    def say(self, text: str) -> None:
+        if "begins" in text and not any("begins" in line for line in self.lines):
             os.kill(os.getpid(), signal.SIGINT)
-        return super().write(text)
+        super().say(text)
 
 
 def test_ctrl_c_between_two_starts_stops_the_first_and_starts_no_second(tmp_path: Path) -> None:
@@ -205,26 +216,26 @@ def test_ctrl_c_between_two_starts_stops_the_first_and_starts_no_second(tmp_path
         Job(RunName("grpo", "", seed), config, tmp_path / "runs" / str(seed), tmp_path / "logs" / f"{seed}.log")
         for seed in range(2)
     ]
-    out = AskingToStop()
-    assert run_jobs(jobs, 2, Console(file=out, width=200)) is False
+    listener = AskingToStop()
+    assert run_jobs(jobs, 2, listener) is False
     assert [job.state for job in jobs] == ["stopped", "waiting"]
     assert jobs[0].process is not None
     assert jobs[0].process.poll() is not None
-    assert "grpo-1 begins" not in out.getvalue()
+    assert not any("grpo-1 begins" in line for line in listener.lines)
     assert not (tmp_path / "runs" / "1").exists()
 
 
-def test_the_end_of_a_log_commands_no_terminal(tmp_path: Path) -> None:
+def test_the_end_of_a_log_commands_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"\x1b]0;owned\x07 [bold]end[/bold]\n")
     job = Job(RunName("grpo", "", 0), RunConfig(), tmp_path / "none", log, state="running")
     job.process = subprocess.Popen(["/bin/false"])
     job.process.wait()
-    out = io.StringIO()
-    collect(job, Console(file=out, width=200), is_stopping=False)
+    collect(job, GridScreen(Console(width=200)), is_stopping=False)
     assert job.state == "failed"
-    assert "  ␛]0;owned␇ [bold]end[/bold]" in out.getvalue()
-    assert "\x1b" not in out.getvalue()
+    out = capsys.readouterr().out
+    assert "  ␛]0;owned␇ [bold]end[/bold]" in out
+    assert "\x1b" not in out
 
 
 def test_the_help_tells_it_from_eval_compare(capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +251,7 @@ def test_the_last_metrics_of_a_run_that_is_being_written(tmp_path: Path) -> None
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "rew')
     assert job.last_metrics() == {"step": 2}
-    assert job.share_done() == 0.5
+    assert job.last_step() == 2
     path.write_text("x" * 40_000 + '\n{"step": 3}\nno json\n')
     assert job.last_metrics() == {"step": 3}
     assert tail(path, since=path.stat().st_size - 8) == "no json\n"

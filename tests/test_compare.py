@@ -10,17 +10,30 @@ from pathlib import Path
 
 import pytest
 
-from rest_rl.compare.collect import area_under, compare, figures, step_curves
+from rest_rl.compare.collect import ComparisonReport, figures, step_curves
 from rest_rl.compare.grid import METHODS, Grid, RunName, is_finished, read_grid
-from rest_rl.compare.page import write_comparison
-from rest_rl.compare.verdict import verdict
+from rest_rl.compare.run import compare as compare_grid
+from rest_rl.compare.statistics import area_under
 from rest_rl.config import RunConfig
 from rest_rl.runlog import RunLog, read_run
 from tests.made_up_grid import Effect, make_grid, make_run
 
 
+def compare(folder: Path, reference: str | None = None) -> ComparisonReport:
+    return compare_grid(out=folder, only_report=True, reference=reference)
+
+
+def texts(report: ComparisonReport) -> list[str]:
+    return [statement.text for statement in report.verdict]
+
+
+def page_of(report: ComparisonReport) -> str:
+    assert report.page is not None
+    return report.page.read_text()
+
+
 def said(folder: Path) -> str:
-    return "\n".join(verdict(compare(folder)))
+    return "\n".join(texts(compare(folder)))
 
 
 def test_figures_of_a_run_by_hand(tmp_path: Path) -> None:
@@ -53,12 +66,12 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(), "rest": Effect(lead=0.05)}, seeds=3)
     rest = compare(tmp_path).line("rest")
     assert rest is not None
-    test = rest.versus["exact"].paired
+    test = rest.metrics["exact"].paired
     assert test is not None
     # seeds shift both methods alike, so the paired difference is .05 although the means spread by far more
     assert test.difference.value == pytest.approx(0.05)
     assert test.sd < 1e-12
-    assert rest.versus["exact"].mean.half > 0.03
+    assert rest.metrics["exact"].mean.half > 0.03
     assert rest.seeds == [0, 1, 2]
 
 
@@ -127,9 +140,7 @@ def test_only_the_control_leads(tmp_path: Path) -> None:
     make_grid(
         tmp_path, {"grpo": Effect(noise=0.004), "rest": Effect(noise=0.004), "permuted": Effect(0.1, noise=0.004)}
     )
-    assert "`permuted` does better beyond seed noise, and no method with ResT's own weights was seen to" in said(
-        tmp_path
-    )
+    assert "only_control_leads" in [statement.kind for statement in compare(tmp_path).verdict]
 
 
 def with_gains(folder: Path, gains: dict[str, tuple[float, ...]]) -> str:
@@ -198,9 +209,9 @@ def test_methods_short_of_seeds_are_named_and_random_is_none(tmp_path: Path) -> 
 )
 def test_two_arms_are_one_comparison(tmp_path: Path, lead: float, headline: str) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(lead, noise=0.02)})
-    page, found = write_comparison(tmp_path)
-    assert verdict(found)[0].startswith(headline)
-    text = page.read_text()
+    found = compare(tmp_path)
+    assert texts(found)[0].startswith(headline)
+    text = page_of(found)
     assert "number of methods" not in text
     assert " q " not in text
     section = text.split("## Seed by seed")[1].split("##")[0]
@@ -223,7 +234,7 @@ def test_q_corrects_for_the_number_of_methods(tmp_path: Path) -> None:
     noisy = Effect(noise=0.03)
     make_grid(tmp_path, dict.fromkeys(("grpo", "rest", "paper", "dapo", "dr_grpo", "inverted"), noisy), seeds=4)
     for line in compare(tmp_path).rivals():
-        versus = line.versus["exact"]
+        versus = line.metrics["exact"]
         assert versus.paired is not None
         assert versus.q >= versus.paired.p_t
 
@@ -245,8 +256,8 @@ def test_steps_are_counted_on_the_held_out_slice_where_there_is_one(tmp_path: Pa
     found = compare(tmp_path / "b")
     assert found.counted_on.startswith("the training samples")
     # windows of 6 steps: the curves begin at step 6
-    curves, _ = step_curves([cell for line in found.lines for cell in line.cells])
-    assert min(curves["rest-0"]) == 6
+    curves, _ = step_curves([run for line in found.lines for run in line.runs])
+    assert min(curves[RunName("rest", "", 0)]) == 6
 
 
 def test_a_method_that_is_sooner_and_ends_alike(tmp_path: Path) -> None:
@@ -298,14 +309,14 @@ def test_wanted_runs_without_a_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "dapo-0.log").write_text("error: got a model that is not there")
     (tmp_path / "logs" / "dapo-1.log").write_text("")
-    page, found = write_comparison(tmp_path)
+    found = compare(tmp_path)
     assert found.unfinished["dapo-0"] == "has no run folder (see logs/dapo-0.log)"
     assert found.unfinished["dapo-1"] == found.unfinished["rest-2"] == "has not begun"
     assert len(found.unfinished) == 7  # of 12: dapo and inverted whole, one of rest
-    first = verdict(found)[0]
+    first = texts(found)[0]
     assert first.startswith("**7 of 12 runs are not finished**: ")
     assert "no finished run of `dapo`, `inverted`" in first or "no finished run of `inverted`, `dapo`" in first
-    text = page.read_text()
+    text = page_of(found)
     assert text.split("* ")[1].startswith("**7 of 12 runs")
     assert "* `dapo-0` has no run folder (see logs/dapo-0.log) and is left out." in text
     table = text.split("## After training")[1].split("##")[0]
@@ -339,7 +350,8 @@ def whole_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("grid")
     effects = {name: Effect(0.004 * index, 1 + index / 20, 0.01) for index, name in enumerate(METHODS)}
     make_grid(folder, effects, seeds=3, every=10)
-    page, _ = write_comparison(folder)
+    page = compare(folder).page
+    assert page is not None
     return page
 
 
@@ -385,30 +397,30 @@ def test_the_figures_are_there_as_json(whole_page: Path) -> None:
 def test_warm_starts_have_a_table_of_their_own(tmp_path: Path) -> None:
     effects = {"grpo@cold": Effect(-0.1), "rest@cold": Effect(-0.1), "grpo@sft": Effect(), "rest@sft": Effect(0.02)}
     make_grid(tmp_path, effects, seeds=2)
-    page, found = write_comparison(tmp_path)
-    table = page.read_text().split("## Warm starts")[1].split("##")[0]
+    found = compare(tmp_path)
+    table = page_of(found).split("## Warm starts")[1].split("##")[0]
     rows = [line.split(" | ")[0] for line in table.split("\n") if line.startswith("| ")][1:]
     indented = ["| &nbsp;&nbsp;+ grpo", "| &nbsp;&nbsp;+ rest"]
     assert rows[1:] == ["| cold", *indented, "| sft", *indented]
     rest = found.line("rest", "sft")
     assert rest is not None
-    assert rest.versus["exact"].paired is not None
-    assert rest.versus["exact"].paired.difference.value == pytest.approx(0.02)  # over grpo from the same start
+    assert rest.metrics["exact"].paired is not None
+    assert rest.metrics["exact"].paired.difference.value == pytest.approx(0.02)  # over grpo from the same start
 
 
 def test_runs_without_held_out_data_are_compared_by_their_training(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.01), "rest": Effect(0.1, noise=0.01)}, seeds=3)
     for place in (tmp_path / "runs").iterdir():
         (place / "summary.json").write_text('{"steps": 60}')
-    page, found = write_comparison(tmp_path)
+    found = compare(tmp_path)
     assert found.primary == "train_exact_end"
-    assert "exact match, last fifth" in verdict(found)[0]
-    assert "nan" not in page.read_text().lower()
+    assert "exact match, last fifth" in texts(found)[0]
+    assert "nan" not in page_of(found).lower()
 
 
 def test_no_heading_stands_over_a_picture_that_is_not_there(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.01), "rest": Effect(0.1, noise=0.01)}, seeds=3)
     for place in (tmp_path / "runs").iterdir():
         (place / "metrics.jsonl").write_text('{"step": 60, "rest/exact_match": 0.5}\n')
-    page, _ = write_comparison(tmp_path)
-    assert "Entropy and gradient norm" not in page.read_text()
+    found = compare(tmp_path)
+    assert "Entropy and gradient norm" not in page_of(found)

@@ -9,6 +9,7 @@ import pytest
 
 from rest_rl.compare.grid import DEFAULT_METHODS, METHODS, Grid, RunName, read_grid
 from rest_rl.config import parse_toml
+from rest_rl.errors import UserError
 from rest_rl.report.tables import flatten
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -177,18 +178,18 @@ def test_every_grid_of_configs_can_be_run(path: Path) -> None:
         ("[grid]\nseeds = [0, 0]", "each once"),
         ("[grid]\nseed = [0]", "did you mean seeds"),
         ("[grids]\n", "did you mean grid"),
-        ("[methods]\nmine = 3", r"write \[methods.mine\]"),
+        ("[methods]\nmine = 3", "got methods"),
         ("[methods.'a/b']\nrest.preset = 'rest'", "'a/b'"),
-        ("[methods.mine]\nrest.weights.strenght = 0.1", "method mine: .*did you mean strength"),
-        ("[methods.mine]\nrest.preset = 'best'", "method mine: .*'best'"),
+        ("[methods.mine]\nrest.weights.strenght = 0.1", "method mine.*did you mean strength"),
+        ("[methods.mine]\nrest.preset = 'best'", "method mine.*'best'"),
         ("[methods.mine]\nrest.preset = 'grpo'", "grpo and mine, which are the same run"),
         ("[grid]\nbase = 'absent.toml'", "absent.toml"),
         ("[base]\ntrl = 3", "trl"),
         ("[grid]\nmethods = 'grpo'", "got grid.methods = 'grpo', expected a list"),
-        ("[grid]\nseeds = ['0']", r"got grid.seeds.0 = '0', expected a whole number"),
+        ("[grid]\nseeds = ['0']", "got grid.seeds.*whole number"),
     ],
 )
 def test_mistakes_are_named(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text(text)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         read_grid(tmp_path / "grid.toml")

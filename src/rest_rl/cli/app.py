@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rest_rl.cli import data, inspect, report, score
+from rest_rl.cli import compare, data, inspect, report, score
 from rest_rl.cli.evaluate import eval_app
 from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, verb_group
 from rest_rl.errors import UserError
@@ -71,7 +71,11 @@ def add_legacy(name: str, short_help: str) -> None:
 add_legacy("train", "train a model with ResT or a baseline")
 add_legacy("sft", "fine-tune a model on demonstrations")
 add(report.report, "a page from run folders: Markdown and plots, or one HTML file")
-add_legacy("compare", "methods x seeds on the same data: which of them learns better, beyond seed noise?")
+add(
+    compare.compare,
+    "methods x seeds on the same data: which of them learns better, beyond seed noise?",
+    epilog=compare.EPILOG,
+)
 add_legacy("probe", "before training: where the reward signal lies, and whether weights would help")
 app.add_typer(data.group, name="data", short_help="check, convert, show, split or make training data")
 app.add_typer(

@@ -37,16 +37,6 @@ examples:
 """
 
 
-COMPARE_EPILOG = """\
-examples:
-  rest-rl compare --methods grpo,rest,permuted --seeds 0,1,2 --out runs/grid          the embedded model
-  rest-rl compare --base run.toml --methods grpo,rest,permuted --jobs 1 --out runs/grid
-  rest-rl compare grid.toml --out runs/grid          methods and warm starts of one's own
-  rest-rl compare runs/grid                          go on after Ctrl-C, a crash or kill -9
-  rest-rl compare runs/grid --only-report
-"""
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
@@ -65,7 +55,6 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     _add_train(verbs)
     _add_sft(verbs)
-    _add_compare(verbs)
     _add_probe(verbs)
     return parser
 
@@ -115,28 +104,6 @@ def _add_run_options(verb: argparse.ArgumentParser) -> None:
     verb.set_defaults(overrides=[])
 
 
-def _add_compare(verbs: argparse._SubParsersAction[Parser]) -> None:
-    verb = verbs.add_parser(
-        "compare",
-        help="methods x seeds on the same data: which of them learns better, beyond seed noise?",
-        description="Train every method under every seed on the same data, in the same order, for the same steps, and "
-        "write a page: differences to GRPO with intervals and tests, controls, and a verdict. Finished runs are kept, "
-        "broken ones go on. (Two evaluations of models that there are already: rest-rl eval compare.)",
-        epilog=COMPARE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verb.add_argument("grid", nargs="?", metavar="GRID.toml", help="the grid, or the folder of one that was begun")
-    verb.add_argument("--methods", metavar="A,B", help="rest,grpo,permuted,...; see docs/compare.md (default: ten)")
-    verb.add_argument("--seeds", metavar="0,1", help="seeds of the runs (default: 0,1,2)")
-    verb.add_argument("--base", metavar="RUN.toml", help="the run that methods change (default: the embedded one)")
-    verb.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set one key of every run")
-    verb.add_argument("--reference", metavar="M", help="method that the others are compared with (default: grpo)")
-    verb.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default: %(default)s)")
-    verb.add_argument("--out", metavar="DIR", help="folder of the grid: runs/, logs/, compare.md, compare.json")
-    verb.add_argument("--only-report", action="store_true", help="train nothing, write the page of what is there")
-    verb.add_argument("--dry-run", action="store_true", help="print the grid, train nothing")
-
-
 def _add_probe(verbs: argparse._SubParsersAction[Parser]) -> None:
     verb = verbs.add_parser(
         "probe",
@@ -178,13 +145,9 @@ def run_verb(arguments: argparse.Namespace) -> int:
         from rest_rl.cli import train as cli_train
 
         return cli_train.train(arguments) if arguments.verb == "train" else cli_train.sft(arguments)
-    if arguments.verb == "probe":
-        from rest_rl.cli.probe import probe
+    from rest_rl.cli.probe import probe
 
-        return probe(arguments)
-    from rest_rl.cli.compare import compare
-
-    return compare(arguments)
+    return probe(arguments)
 
 
 def main(argv: Sequence[str], overrides: Sequence[str], *, debug: bool) -> int:

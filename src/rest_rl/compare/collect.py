@@ -1,41 +1,42 @@
-"""What a grid of runs says: figures of every run, means over seeds, differences to the reference on the same seeds.
+"""Everything a grid's run folders say, collected once into a frozen `ComparisonReport`; the renderers only format it.
 
-Reads run folders `DIR/runs/METHOD-SEED` (`METHOD@START-SEED` with several warm starts) and, for what is not there,
-`DIR/grid.toml`. A figure that a run did not record is missing, never 0.
+Reads run folders `DIR/runs/METHOD-SEED` (`METHOD@START-SEED` with several warm starts). A figure that a run did not
+record is missing, never 0.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rest_rl.compare.grid import GRID, LOGS, METHODS, REFERENCE, RUNS, RunName, is_finished, read_grid
+import numpy as np
+
+from rest_rl.compare.grid import LOGS, METHODS, RUNS, Grid, RunName, is_finished
 from rest_rl.compare.statistics import (
     NAN,
+    Curve,
     Paired,
-    Reach,
+    StepsToTarget,
+    area_under,
     detectable,
     mean_interval,
     paired,
     pooled_sd,
-    reach,
-    trailing_mean,
+    steps_to_target,
 )
 from rest_rl.config import parse_toml
 from rest_rl.errors import UserError
-from rest_rl.report.tables import SEED_KEYS, WATCHING_KEYS, finished_steps, flatten, is_number
-from rest_rl.runlog import Row, Run, read_run
+from rest_rl.report.tables import SEED_KEYS, WATCHING_KEYS, finished_steps, flatten, is_number, points
+from rest_rl.runlog import Run, read_run
 from rest_rl.statistics import Interval, q_values
 
-EXACT, REWARDED = "rest/exact_match", "rest/accuracy"
-LENGTH = "completions/mean_length"
-TENTH, FIFTH = 10, 5
-RANDOM = "random"
-FEWEST_MEASURED = 4
+EXACT, ACCURACY, LENGTH = "rest/exact_match", "rest/accuracy", "completions/mean_length"
+RANDOM, PERMUTED, REST = "random", "permuted", "rest"
+MIN_EVALUATIONS = 4
 """Measurements during training from which on steps are counted on them instead of on the training samples."""
 
 
@@ -65,63 +66,94 @@ PRIMARY = ("exact", "train_exact_end")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A finished run and its figures."""
+class FinishedRun:
+    """A finished run of the grid and its figures, by the keys of METRICS."""
 
     name: RunName
     run: Run
     values: Mapping[str, float]
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Its configuration as one flat table."""
+        return flatten(parse_toml(self.run.config, str(self.run.folder)))
+
 
 @dataclass(frozen=True)
-class Versus:
-    """One figure of a method: its mean over seeds, and what sets it apart from the reference."""
+class MetricResult:
+    """One figure of a method: by seed, its mean, and its difference to the reference."""
 
+    by_seed: Mapping[int, float]
     mean: Interval
     paired: Paired | None
+    """None for the reference itself, and without a common seed."""
     q: float
+    """The t test's p, corrected for the number of methods; NaN where there is none."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """All runs of one method from one start."""
+class MethodResult:
+    """All finished runs of one method from one start."""
 
     label: str
     method: str
     start: str
-    cells: tuple[Cell, ...]
-    versus: Mapping[str, Versus]
-    to_final: Reach | None
-    to_best: Reach | None
+    runs: tuple[FinishedRun, ...]
+    metrics: Mapping[str, MetricResult]
+    to_final: StepsToTarget | None
+    to_best: StepsToTarget | None
+    over_rest: Paired | None
+    """The primary figure minus that of `rest` from the same start, if it is another method of the grid."""
+    over_permuted: Paired | None
+    """Likewise minus that of `permuted`."""
 
     @property
     def seeds(self) -> list[int]:
         """Seeds of its finished runs."""
-        return [cell.name.seed for cell in self.cells]
+        return [run.name.seed for run in self.runs]
 
     @property
     def role(self) -> str:
         """What the method is there for; one of the grid file's own is a method."""
         return METHODS[self.method].role if self.method in METHODS else "method"
 
-    def by_seed(self, metric: str) -> dict[int, float]:
-        """A figure by seed."""
-        return {cell.name.seed: cell.values[metric] for cell in self.cells if metric in cell.values}
+
+class Statement(NamedTuple):
+    """One finding of the verdict; `kind` is for programs, `text` is a sentence or two of Markdown."""
+
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A whole grid."""
+class ComparisonReport:
+    """What a grid's runs say, and what became of the runs."""
 
     folder: Path
     reference: str
     primary: str
-    lines: tuple[Line, ...]
+    """The key of METRICS that the verdict is about."""
+    lines: tuple[MethodResult, ...]
+    """By start and method, the reference first."""
     unfinished: Mapping[str, str]
     """Why a run, wanted by the grid or found in its folder, is left out."""
     unequal: tuple[str, ...]
+    """What differs between runs that should only differ in method and seed."""
     counted_on: str
     """The curve on which steps are counted, in words."""
+    sd: float
+    """Common standard deviation of the paired differences of the primary figure."""
+    seeds: int
+    """The most seeds that a judged method shares with the reference."""
+    detectable: float
+    """The smallest difference that the grid would have seen four times out of five, with all of its seeds."""
+    verdict: tuple[Statement, ...] = ()
+    page: Path | None = None
+    """compare.md; None where no run of the reference is finished."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """By run of this call what ended it and where its log is."""
+    is_interrupted: bool = False
+    """Whether the user stopped the training of the grid; the same call goes on with it."""
 
     @property
     def starts(self) -> list[str]:
@@ -130,132 +162,104 @@ class Comparison:
 
     @property
     def unfinished_runs(self) -> list[RunName]:
-        """What of the unfinished is a run of the grid."""
+        """Which of the unfinished are runs of the grid."""
         return [name for folder in self.unfinished if (name := RunName.parse(folder))]
 
     @property
     def absent(self) -> list[str]:
         """Labels of the methods without a finished run, which have no line."""
-        there = {line.label for line in self.lines}
-        return list(dict.fromkeys(name.label for name in self.unfinished_runs if name.label not in there))
+        present = {line.label for line in self.lines}
+        return list(dict.fromkeys(name.label for name in self.unfinished_runs if name.label not in present))
 
-    def line(self, method: str, start: str = "") -> Line | None:
+    def line(self, method: str, start: str = "") -> MethodResult | None:
         """The line of a method from a start."""
         return next((line for line in self.lines if (line.method, line.start) == (method, start)), None)
 
-    def rivals(self, start: str | None = None) -> list[Line]:
+    def rivals(self) -> list[MethodResult]:
         """The lines that are compared with the reference."""
-        return [line for line in self.lines if line.method != self.reference and start in (None, line.start)]
+        return [line for line in self.lines if line.method != self.reference]
 
-    def judged(self, start: str | None = None) -> list[Line]:
-        """The rivals that the verdict is about: those with the primary figure, without rewards that know nothing."""
-        return [line for line in self.rivals(start) if self.primary in line.versus and line.method != RANDOM]
+    def judged(self, start: str | None = None) -> list[MethodResult]:
+        """The rivals that the verdict is about: those with the primary figure, without `random`."""
+        return judged_lines([line for line in self.rivals() if start in (None, line.start)], self.primary)
 
     @property
     def is_single(self) -> bool:
-        """Whether one method alone is judged, whose p needs no correction."""
+        """Whether only one method is judged, whose p needs no correction."""
         return len(self.judged()) == 1
 
-    def shared_seeds(self, start: str | None = None) -> dict[str, int]:
-        """How many seeds with the primary figure each judged method shares with the reference."""
-        tests = {line.label: line.versus[self.primary].paired for line in self.judged(start)}
-        return {label: test.n if test else 0 for label, test in tests.items()}
 
-    @property
-    def sd(self) -> float:
-        """Common standard deviation of the paired differences of the primary figure."""
-        tests = [line.versus[self.primary].paired for line in self.judged()]
-        return pooled_sd([(test.sd, test.n) for test in tests if test])
-
-    @property
-    def seeds(self) -> int:
-        """The most seeds that a judged method shares with the reference."""
-        return max(self.shared_seeds().values(), default=0)
-
-    @property
-    def detectable(self) -> float:
-        """The smallest difference that the grid would have seen four times out of five, with all of its seeds."""
-        return detectable(self.sd, self.seeds)
+def judged_lines(rivals: Iterable[MethodResult], primary: str) -> list[MethodResult]:
+    return [line for line in rivals if primary in line.metrics and line.method != RANDOM]
 
 
-def compare(folder: str | Path, reference: str = REFERENCE) -> Comparison:
-    """Read a grid's run folders and compare every method with the reference from the same start."""
-    cells, unfinished = read_cells(Path(folder), reference)
-    if not cells:
-        raise UserError(
-            f"{folder} without a finished run", f"folders {RUNS}/METHOD-SEED of rest-rl train", "run the grid first"
-        )
-    if all(cell.name.method != reference for cell in cells):
-        methods = ", ".join(dict.fromkeys(cell.name.method for cell in cells))
-        raise ValueError(
-            f"got no finished run of the reference {reference!r} in {folder}, only of {methods}; finish it, or name "
-            "another with --reference"
-        )
-    primary = next((key for key in PRIMARY if any(key in cell.values for cell in cells)), PRIMARY[-1])
-    curves, counted_on = step_curves(cells)
-    return Comparison(
-        folder=Path(folder),
+def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
+    """Read the run folders of a grid and compare every method with the reference from the same start.
+
+    `grid` names the runs that were wanted; None if another loop trained in the folder. Without a finished run there
+    are no lines.
+    """
+    runs, unfinished = read_runs(folder, grid, reference)
+    primary = next((key for key in PRIMARY if any(key in run.values for run in runs)), PRIMARY[-1])
+    curves, counted_on = step_curves(runs)
+    lines = method_results(runs, reference, primary, curves)
+    judged = judged_lines((line for line in lines if line.method != reference), primary)
+    tests = [test for line in judged if (test := line.metrics[primary].paired)]
+    sd, seeds = pooled_sd([(test.sd, test.n) for test in tests]), max((test.n for test in tests), default=0)
+    return ComparisonReport(
+        folder=folder,
         reference=reference,
         primary=primary,
-        lines=compared_lines(cells, reference, curves),
+        lines=lines,
         unfinished=unfinished,
-        unequal=tuple(unequal_settings(cells)),
+        unequal=tuple(unequal_settings(runs)),
         counted_on=counted_on,
+        sd=sd,
+        seeds=seeds,
+        detectable=detectable(sd, seeds),
     )
 
 
-def read_cells(folder: Path, reference: str) -> tuple[list[Cell], dict[str, str]]:
-    """The finished runs below `folder/runs`, the reference's first, and why each of the others is left out.
-
-    The others are those of `grid.toml` as well: a run that failed early has no folder.
-    """
-    cells: list[Cell] = []
+def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[FinishedRun], dict[str, str]]:
+    """The finished runs, the reference's first, and why each of the others, found or wanted, is left out."""
+    runs: list[FinishedRun] = []
     unfinished: dict[str, str] = {}
-    places = sorted(path for path in (folder / RUNS).glob("*") if path.is_dir() and not path.name.startswith("."))
-    for place in places:
-        name = RunName.parse(place.name)
+    for path in sorted(path for path in (folder / RUNS).glob("[!.]*") if path.is_dir()):
+        name = RunName.parse(path.name)
         try:
-            run = read_run(place)
-        except ValueError:
-            unfinished[place.name] = "holds no run"
+            run = read_run(path)
+        except UserError:
+            unfinished[path.name] = "holds no run"
             continue
         if name is None:
-            unfinished[place.name] = "is not called METHOD-SEED"
+            unfinished[path.name] = "is not called METHOD-SEED"
         elif not is_finished(run.summary):
-            unfinished[place.name] = f"has {finished_steps(run)} steps"
+            unfinished[path.name] = f"has {finished_steps(run)} steps"
         else:
-            cells.append(Cell(name, run, figures(run)))
-    found = {*unfinished, *(str(cell.name) for cell in cells)}
-    unfinished |= {name: why_absent(folder, name) for name in wanted_runs(folder) if name not in found}
+            runs.append(FinishedRun(name, run, figures(run)))
+    found = {*unfinished, *(str(run.name) for run in runs)}
+    for name in map(str, grid.names() if grid else ()):
+        if name not in found:  # a run that failed early has no folder
+            log = Path(LOGS) / f"{name}.log"
+            is_begun = (folder / log).is_file() and (folder / log).stat().st_size > 0
+            unfinished[name] = f"has no run folder (see {log})" if is_begun else "has not begun"
     order = {name: index for index, name in enumerate((reference, *(name for name in METHODS if name != reference)))}
-    cells.sort(key=lambda cell: (cell.name.start, order.get(cell.name.method, 0.5), cell.name))
-    return cells, unfinished
-
-
-def wanted_runs(folder: Path) -> list[str]:
-    """Names of the runs that were asked for in a grid's folder; none if another loop trained there."""
-    return [str(name) for name, _ in read_grid(folder / GRID).runs()] if (folder / GRID).is_file() else []
-
-
-def why_absent(folder: Path, name: str) -> str:
-    """Why a wanted run has no folder."""
-    log = Path(LOGS) / f"{name}.log"
-    is_begun = (folder / log).is_file() and (folder / log).stat().st_size > 0
-    return f"has no run folder (see {log})" if is_begun else "has not begun"
+    runs.sort(key=lambda run: (run.name.start, order.get(run.name.method, 0.5), run.name))
+    return runs, unfinished
 
 
 def figures(run: Run) -> dict[str, float]:
     """Every figure of METRICS that the run recorded."""
     before, after = run.summary.get("before") or {}, run.summary.get("after") or {}
-    exact, rewarded, lengths = (list(metric_curve(run, key).values()) for key in (EXACT, REWARDED, LENGTH))
+    exact, accuracy, lengths = (list(points(run.metrics, key).values()) for key in (EXACT, ACCURACY, LENGTH))
     found: dict[str, Any] = {
         "exact": after.get("exact_match"),
         "exact_greedy": (after.get("greedy") or {}).get("exact_match"),
         "s_acc": after.get("s_acc"),
         "train_exact": statistics.fmean(exact) if exact else None,
-        "train_s_acc": statistics.fmean(rewarded) if rewarded else None,
-        "train_exact_end": statistics.fmean(exact[-max(1, len(exact) // FIFTH) :]) if exact else None,
-        "slice_exact": area_under(slice_curve(run)),
+        "train_s_acc": statistics.fmean(accuracy) if accuracy else None,
+        "train_exact_end": statistics.fmean(exact[-max(1, len(exact) // 5) :]) if exact else None,
+        "slice_exact": area_under(points(run.evaluations, "exact_match")),
         "tokens": statistics.fmean(lengths) if lengths else None,
     }
     if is_number(after.get("exact_match")) and is_number(before.get("exact_match")):
@@ -263,159 +267,115 @@ def figures(run: Run) -> dict[str, float]:
     return {key: float(found[key]) for key in METRICS if is_number(found.get(key))}
 
 
-def metric_curve(run: Run, key: str) -> dict[int, float]:
-    """A metric of the training steps by step."""
-    return points(run.metrics, key)
-
-
-def slice_curve(run: Run) -> dict[int, float]:
-    """Exact match on the held-out slice by step, sampled."""
-    return points(run.evaluations, "exact_match")
-
-
-def points(rows: Iterable[Row], key: str) -> dict[int, float]:
-    """The numbers of some rows by step."""
-    return {int(row["step"]): float(row[key]) for row in rows if is_number(row.get("step")) and is_number(row.get(key))}
-
-
-def area_under(curve: Mapping[int, float]) -> float | None:
-    """Area under a curve (trapezoids) over its range of steps: a mean over steps; None for less than two points."""
-    steps = sorted(curve)
-    if len(steps) < 2:
-        return None
-    parts = [(b - a) * (curve[a] + curve[b]) / 2 for a, b in pairwise(steps)]
-    return sum(parts) / (steps[-1] - steps[0])
-
-
-def step_curves(cells: Sequence[Cell]) -> tuple[dict[str, dict[int, float]], str]:
-    """By run name the curve on which steps are counted, and what it is.
+def step_curves(runs: Sequence[FinishedRun]) -> tuple[dict[RunName, Curve], str]:
+    """The curve of each run on which steps are counted, and what it is.
 
     The held-out slice where every run measured it often enough; else exact match on the training samples (which the
     policy has not learnt from when it is measured), as the mean of the last tenth of the steps.
     """
-    if all(len(cell.run.evaluations) >= FEWEST_MEASURED for cell in cells):
-        return {str(cell.name): slice_curve(cell.run) for cell in cells}, "the held-out slice, sampled"
-    curves = {}
-    for cell in cells:
-        raw = metric_curve(cell.run, EXACT)
-        window = max(1, len(raw) // TENTH)
-        smooth = dict(zip(raw, trailing_mean(list(raw.values()), window), strict=True))
-        # The first means are of fewer steps than the others: they would cross a level by noise.
-        curves[str(cell.name)] = dict(list(smooth.items())[window - 1 :])
+    if all(len(run.run.evaluations) >= MIN_EVALUATIONS for run in runs):
+        return {run.name: points(run.run.evaluations, "exact_match") for run in runs}, "the held-out slice, sampled"
+    curves: dict[RunName, Curve] = {}
+    for run in runs:
+        raw = points(run.run.metrics, EXACT)
+        window = max(1, len(raw) // 10)
+        means = np.convolve(list(raw.values()), np.full(window, 1 / window), "valid").tolist() if raw else []
+        curves[run.name] = dict(zip(list(raw)[window - 1 :], means, strict=False))
     return curves, "the training samples, mean of the last tenth of the steps"
 
 
-def compared_lines(
-    cells: Sequence[Cell], reference: str, curves: Mapping[str, Mapping[int, float]]
-) -> tuple[Line, ...]:
-    """The cells by method and start, each compared with the reference of its start; q-values over all but `random`."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.name.method, cell.name.start), []).append(cell)
-    tests: dict[tuple[str, str], dict[str, Paired]] = {key: {} for key in groups}
-    for (method, start), own in groups.items():
-        if method != reference and (rivals := groups.get((reference, start))):
-            for metric in METRICS:
-                test = paired(values_by_seed(own, metric), values_by_seed(rivals, metric))
-                tests[method, start] |= {metric: test} if test.n else {}
-    q: dict[tuple[str, str, str], float] = {}
+def method_results(
+    runs: Sequence[FinishedRun], reference: str, primary: str, curves: Mapping[RunName, Curve]
+) -> tuple[MethodResult, ...]:
+    """The runs by start and method, each method compared with the reference of its start."""
+    groups: dict[tuple[str, str], list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault((run.name.start, run.name.method), []).append(run)
+
+    def by_seed(group: tuple[str, str], metric: str) -> dict[int, float]:
+        return {run.name.seed: run.values[metric] for run in groups.get(group, ()) if metric in run.values}
+
+    def over(group: tuple[str, str], method: str, metric: str) -> Paired | None:
+        other = (group[0], method)
+        return paired(by_seed(group, metric), by_seed(other, metric)) if group != other and other in groups else None
+
+    def steps(group: tuple[str, str], *, best: bool) -> StepsToTarget | None:
+        pair = (groups[group], groups.get((group[0], reference), []))
+        ours, theirs = ({run.name.seed: curves[run.name] for run in own} for own in pair)
+        return steps_to_target(ours, theirs, best=best)
+
+    metrics: dict[tuple[str, str], dict[str, MetricResult]] = {group: {} for group in groups}
     for metric in METRICS:
-        # What certainly differs would make the others' q smaller: rewards that know nothing stand alone.
-        tested = [key for key in groups if metric in tests[key] and key[0] != RANDOM]
-        adjusted = q_values([tests[key][metric].p_t for key in tested])
-        q |= {(*key, metric): value for key, value in zip(tested, adjusted, strict=True)}
+        tests = {group: test for group in groups if (test := over(group, reference, metric)) and test.n}
+        # What certainly differs would make the others' q smaller: random rewards are left out of the correction.
+        tested = [group for group in tests if group[1] != RANDOM]
+        q = dict(zip(tested, q_values([tests[group].p_t for group in tested]), strict=True))
+        for group in groups:
+            if values := by_seed(group, metric):
+                mean = mean_interval(list(values.values()))
+                metrics[group][metric] = MetricResult(values, mean, tests.get(group), q.get(group, NAN))
     return tuple(
-        Line(
+        MethodResult(
             label=own[0].name.label,
-            method=method,
-            start=start,
-            cells=tuple(own),
-            versus={
-                metric: Versus(
-                    mean_interval(list(values_by_seed(own, metric).values())),
-                    tests[method, start].get(metric),
-                    q.get((method, start, metric), NAN),
-                )
-                for metric in METRICS
-                if values_by_seed(own, metric)
-            },
-            to_final=steps_to(own, groups.get((reference, start), []), curves, best=False),
-            to_best=steps_to(own, groups.get((reference, start), []), curves, best=True),
+            method=group[1],
+            start=group[0],
+            runs=tuple(own),
+            metrics=metrics[group],
+            to_final=steps(group, best=False),
+            to_best=steps(group, best=True),
+            over_rest=over(group, REST, primary),
+            over_permuted=over(group, PERMUTED, primary),
         )
-        for (method, start), own in groups.items()
+        for group, own in groups.items()
     )
 
 
-def values_by_seed(cells: Sequence[Cell], metric: str) -> dict[int, float]:
-    """A figure of some cells by seed."""
-    return {cell.name.seed: cell.values[metric] for cell in cells if metric in cell.values}
-
-
-def steps_to(
-    own: Sequence[Cell], others: Sequence[Cell], curves: Mapping[str, Mapping[int, float]], *, best: bool
-) -> Reach | None:
-    """Steps to where the reference ends, or to its best, as a share of its own."""
-    ours, theirs = ({cell.name.seed: curves[str(cell.name)] for cell in cells} for cells in (own, others))
-    return reach(ours, theirs, best=best)
-
-
-def difference(ours: Line, theirs: Line, metric: str) -> Paired:
-    """One figure of two methods on the seeds of both."""
-    return paired(ours.by_seed(metric), theirs.by_seed(metric))
-
-
-def unequal_settings(cells: Sequence[Cell]) -> list[str]:
-    """What makes runs of one start unlike besides method and seed, a line each: they should have none of it."""
+def unequal_settings(runs: Sequence[FinishedRun]) -> list[str]:
+    """What makes runs of one start differ besides method and seed, a line each: nothing should."""
     found = []
-    for start in dict.fromkeys(cell.name.start for cell in cells):
-        own = [cell for cell in cells if cell.name.start == start]
-        found += differing({str(cell.name): shared_settings(cell.run) for cell in own})
-        for seed in dict.fromkeys(cell.name.seed for cell in own):
-            found += differing({str(cell.name): trained_on(cell.run) for cell in own if cell.name.seed == seed})
-    for label in dict.fromkeys(cell.name.label for cell in cells):
-        own_tables = [method_settings(cell.run) for cell in cells if cell.name.label == label]
-        changed = sorted(
-            {key for table in own_tables for key in table if len({str(t.get(key)) for t in own_tables}) > 1}
-        )
+    free = (*SEED_KEYS, *WATCHING_KEYS)
+    for start in dict.fromkeys(run.name.start for run in runs):
+        own = [run for run in runs if run.name.start == start]
+        shared = {str(run.name): {"steps": run.run.summary.get("steps")} for run in own}
+        for run in own:
+            shared[str(run.name)] |= {
+                key: value
+                for key, value in run.settings.items()
+                if not key.startswith(("rest.", "run.")) and key not in free
+            }
+        found += differing(shared)
+        for seed in dict.fromkeys(run.name.seed for run in own):
+            digests = {str(run.name): (run.run.summary.get("data") or {}).get("digest") for run in own
+                       if run.name.seed == seed}  # fmt: skip
+            found += differing({name: {"samples trained on": digest} for name, digest in digests.items()})
+    for label in dict.fromkeys(run.name.label for run in runs):
+        tables = [method_settings(run) for run in runs if run.name.label == label]
+        changed = sorted({key for table in tables for key in table if any(t.get(key) != table[key] for t in tables)})
         if changed:
             found.append(f"{label} is not the same method under each of its seeds: {', '.join(changed)}")
     return found
 
 
-def differing(settings: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """A line for each key whose value differs between the named tables."""
+def differing(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each key whose value differs between the named tables, the rarest value first."""
     found = []
     for key in sorted({key for table in settings.values() for key in table}):
         by_value: dict[str, list[str]] = {}
         for name, table in settings.items():
-            by_value.setdefault(table.get(key, "unset"), []).append(name)
+            by_value.setdefault(str(table.get(key, "unset")), []).append(name)
         if len(by_value) > 1:
             rarest_first = sorted(by_value.items(), key=lambda item: len(item[1]))
-            found.append(f"{key}: " + "; ".join(f"{value} in {named(names)}" for value, names in rarest_first))
+            found.append(f"{key}: " + "; ".join(f"{value} in {some_of(names)}" for value, names in rarest_first))
     return found
 
 
-def named(names: Sequence[str], most: int = 3) -> str:
+def some_of(names: Sequence[str], most: int = 3) -> str:
     """Some names, the others counted."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def shared_settings(run: Run) -> dict[str, str]:
-    """What all runs of a start have to share: all settings but the method's, and the number of steps."""
-    flat = flatten(parse_toml(run.config, str(run.folder)))
-    free = (*SEED_KEYS, *WATCHING_KEYS)
-    shared = {
-        key: str(value) for key, value in flat.items() if not key.startswith(("rest.", "run.")) and key not in free
-    }
-    return {**shared, "steps": str(run.summary.get("steps"))}
-
-
-def trained_on(run: Run) -> dict[str, str]:
-    """What all runs of a start and a seed have to share."""
-    return {"samples trained on": str((run.summary.get("data") or {}).get("digest"))}
-
-
-def method_settings(run: Run) -> dict[str, str]:
+def method_settings(run: FinishedRun) -> dict[str, str]:
     """The settings of a run's method; the shuffle of `permuted` changes with the seed."""
-    flat = flatten(parse_toml(run.config, str(run.folder)))
-    return {key: str(value) for key, value in flat.items() if key.startswith("rest.") and key != "rest.weights.seed"}
+    return {
+        key: str(value) for key, value in run.settings.items() if key.startswith("rest.") and key != "rest.weights.seed"
+    }

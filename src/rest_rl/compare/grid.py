@@ -20,76 +20,37 @@ from rest_rl.config import (
     embedded_run,
     from_mapping,
     parse_toml,
-    unknown_key,
     without_none,
 )
 from rest_rl.errors import UserError
 from rest_rl.jsonl import reason
-from rest_rl.presets import PRESETS
-from rest_rl.rewards import RewardConfig
+from rest_rl.objects import add_search_folder
+from rest_rl.report.tables import flatten
 from rest_rl.scoring import PRESET_REWARDS
-from rest_rl.weights import WeightConfig
 
-Role = Literal["method", "baseline", "rival", "control", "ablation"]
 REFERENCE = "grpo"
 SEEDS = (0, 1, 2)
 TUNED_CURRICULUM = "rest-tuned-curriculum"
 RUNS, LOGS, GRID, BASE = "runs", "logs", "grid.toml", "base.toml"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+"""`package.module:OBJECT`, what stands for an object of the user's."""
 
 Tables = Mapping[str, Any]
 
 
 class Method(NamedTuple):
-    """A method of the package: its changes to a run, and what it is there for."""
+    """A method of the package: what it is there for, and its changes to a run."""
 
-    role: Role
+    role: Literal["method", "baseline", "rival", "control", "ablation"]
     text: str
-    changes: tuple[str, ...]
+    changes: Tables
 
 
-_REWARD, _PUBLISHED = PRESET_REWARDS["rest"] or RewardConfig(), PRESETS["paper"].weights or WeightConfig()
-_MEAN_SHARE = (_REWARD.accuracy_share_start + _REWARD.accuracy_share_end) / 2
-_CURRICULUM = {name: getattr(_PUBLISHED, name) for name in ("decay_format", "gain_arguments", "gain_reasoning")}
-
-METHODS: dict[str, Method] = {
-    "rest": Method("method", "ResT, our default", ("rest.preset=rest",)),
-    "paper": Method("method", "ResT by the paper's equations, its reward included", ("rest.preset=paper",)),
-    "authors-code": Method("method", "ResT as published, its reward included", ("rest.preset=authors-code",)),
-    "grpo": Method("baseline", "every token weighs 1", ("rest.preset=grpo",)),
-    "dr_grpo": Method("baseline", "advantages without their deviation, constant length", ("rest.preset=dr_grpo",)),
-    "dapo": Method("baseline", "mean over tokens, clip-higher", ("rest.preset=dapo",)),
-    "top_entropy": Method(
-        "rival",
-        "the 20 % most uncertain tokens alone (80/20)",
-        ("rest.preset=grpo", "rest.weights.rule=top_entropy"),
-    ),
-    "inverted": Method("rival", "rest, uncertain regions get more", ("rest.preset=rest", "rest.weights.rule=inverted")),
-    "permuted": Method(
-        "control", "rest, weights dealt to shuffled regions", ("rest.preset=rest", "rest.weights.rule=permuted")
-    ),
-    "random": Method("control", "grpo, rewards that know nothing", ("rest.preset=grpo", "rest.reward.random=true")),
-    "rest-no-dynamic-reward": Method(
-        "ablation",
-        "rest, the reward's shares stay at their mean",
-        (
-            "rest.preset=rest",
-            f"rest.reward.accuracy_share_start={_MEAN_SHARE}",
-            f"rest.reward.accuracy_share_end={_MEAN_SHARE}",
-        ),
-    ),
-    "rest-no-reasoning": Method(
-        "ablation", "rest, no gradient on reasoning", ("rest.preset=rest", 'rest.weights.dropped=["reasoning"]')
-    ),
-    TUNED_CURRICULUM: Method(
-        "ablation",
-        "rest with the curriculum of the published schedule "
-        f"(a_f = a_p = a_t = {'/'.join(f'{value:g}' for value in dict.fromkeys(_CURRICULUM.values()))})",
-        ("rest.preset=rest", *(f"rest.weights.{name}={value}" for name, value in _CURRICULUM.items())),
-    ),
+METHODS = {
+    name: Method(**table)
+    for name, table in parse_toml(embedded_run("compare-methods.toml"), "compare-methods.toml").items()
 }
-"""What `rest-rl compare` knows by name. `inverted`, `permuted` and the ablations change one thing of `rest`."""
-
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.role != "ablation")
 
 
@@ -125,42 +86,37 @@ class Grid:
     seeds: tuple[int, ...] = SEEDS
     starts: Mapping[str, Tables] = field(default_factory=dict)
     reference: str = REFERENCE
+    modules: tuple[str, ...] = field(default=(), compare=False)
+    """Folders of users' modules; none unless the grid names an object `package.module:OBJECT`."""
 
     def __post_init__(self) -> None:
-        """ValueError for a grid that compares nothing, or twice the same."""
         for name in (*self.methods, *self.starts):
             if not NAME.fullmatch(name):
                 raise UserError(f"the name {name!r}", "letters, digits and _ . + - for a folder", "rename the method")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            raise UserError(f"seeds {list(self.seeds)}", "one or more, each once", "mend --seeds")
+            raise UserError(f"seeds {list(self.seeds)}", "one or more, each once", "correct the seeds")
         if self.reference not in self.methods:
-            raise UserError(
-                f"methods {', '.join(self.methods)} without the reference {self.reference!r}",
-                "it among them",
-                "add it, or set [grid] reference",
-            )
-        self._refuse_twins()
-
-    def _refuse_twins(self) -> None:
+            names = ", ".join(self.methods)
+            remedy = "add it, or set [grid] reference"
+            raise UserError(f"methods {names} without the reference {self.reference!r}", "it among them", remedy)
         seen: dict[str, RunName] = {}
         for name, run in self.runs():
             twin = seen.setdefault(run.to_toml(), name)
             if twin is not name:
-                raise UserError(
-                    f"{twin.label} and {name.label}, which are the same run", "methods that differ", "leave one out"
-                )
+                labels = f"{twin.label} and {name.label}"
+                raise UserError(f"{labels}, which are the same run", "methods that differ", "leave one out")
+
+    def names(self) -> list[RunName]:
+        """Every run, seed by seed, so that an unfinished grid has its pairs complete."""
+        starts = (*self.starts,) or ("",)
+        return [RunName(method, start, seed) for seed in self.seeds for start in starts for method in self.methods]
 
     def runs(self) -> list[tuple[RunName, RunConfig]]:
-        """Every run, seed by seed, so that an unfinished grid has its pairs complete."""
-        return [
-            (RunName(method, start, seed), self.run(method, start, seed))
-            for seed in self.seeds
-            for start in (*self.starts,) or ("",)
-            for method in self.methods
-        ]
+        """Every run with its configuration."""
+        return [(name, self.run(*name)) for name in self.names()]
 
     def run(self, method: str, start: str, seed: int) -> RunConfig:
-        """The run of one cell; its `run.out` is the base's. ValueError for changes that no run takes."""
+        """The run of one name; its `run.out` is the base's. UserError for changes that no run takes."""
         changes = self.methods[method]
         tables = merged(merged(for_preset(self.base, changes), self.starts.get(start, {})), changes)
         tables = merged(tables, {"run": {"seed": seed}})
@@ -171,15 +127,12 @@ class Grid:
             config = from_mapping(RunConfig, tables, "")
             if not config.rest.is_supervised:
                 config.rest.resolve()
-            return config
         except ValueError as error:
-            raise ValueError(f"method {method}: {error}") from error
+            raise error_of_method(method, error) from error
+        return config
 
     def joined(self, older: Grid) -> Grid:
-        """This grid with the methods, starts and seeds of an older one of the same runs.
-
-        ValueError if the two grids mean other runs by the same names.
-        """
+        """This grid with the methods, starts and seeds of an older one of the same runs; UserError for other runs."""
         ours, theirs = self._parts(), older._parts()
         changed = [key for key, table in theirs.items() if key in ours and ours[key] != table]
         if bool(self.starts) != bool(older.starts):
@@ -190,8 +143,13 @@ class Grid:
                 "the same runs, or more methods, starts or seeds",
                 "pass another --out",
             )
-        methods, starts = {**older.methods, **self.methods}, {**older.starts, **self.starts}
-        return replace(self, methods=methods, starts=starts, seeds=tuple(sorted({*older.seeds, *self.seeds})))
+        return replace(
+            self,
+            methods={**older.methods, **self.methods},
+            starts={**older.starts, **self.starts},
+            seeds=tuple(sorted({*older.seeds, *self.seeds})),
+            modules=tuple(dict.fromkeys((*older.modules, *self.modules))),
+        )
 
     def _parts(self) -> dict[str, Any]:
         """What the names in the grid stand for, as it is written down."""
@@ -203,8 +161,20 @@ class Grid:
     def files(self) -> dict[str, str]:
         """The grid as the files `grid.toml` and, beside it, `base.toml`; `read_grid` gives the same grid back."""
         head = {"seeds": list(self.seeds), "reference": self.reference, "methods": list(self.methods), "base": BASE}
+        head |= {"modules": list(self.modules)} if self.modules else {}
         tables = {"grid": head, "methods": self.methods, "starts": self.starts}
         return {GRID: tomli_w.dumps(without_none(tables)), BASE: tomli_w.dumps(without_none(self.base))}
+
+
+def error_of_method(label: str, error: ValueError) -> UserError:
+    """The error of a run as that of its method."""
+    if isinstance(error, UserError):
+        return UserError(f"method {label}: {error.got}", error.expected, error.remedy)
+    return UserError(
+        f"method {label} with settings that its trainer refuses ({str(error).rstrip('.')})",
+        "settings that its runs can start with",
+        "correct them in the grid file, the base run or --set",
+    )
 
 
 @dataclass(frozen=True)
@@ -218,6 +188,74 @@ class GridTable:
     """What every method is compared with."""
     base: str = ""
     """A run file, as seen from the grid file; without it the package's own run."""
+    modules: tuple[str, ...] = ()
+    """Folders of users' modules, such as that of a weight rule, besides the grid file's and the base run file's own."""
+
+
+@dataclass(frozen=True)
+class GridFile:
+    """A grid file: `[base]` holds changes to the base run, `[methods.NAME]` and `[starts.NAME]` changes to that."""
+
+    grid: GridTable = field(default_factory=GridTable)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def read_grid(
+    path: str | Path | None,
+    *,
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    base: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    reference: str | None = None,
+) -> Grid:
+    """The grid of a file, or of the package's default run; arguments take precedence over the file."""
+    file = from_mapping(GridFile, {} if path is None else parse_toml(read_text(path), str(path)), "")
+    beside = Path(path or ".").parent  # what the file names is seen from where it lies
+    base = base or (beside / file.grid.base if file.grid.base else None)
+    reference = reference or file.grid.reference
+    names = methods or file.grid.methods
+    if not names:
+        names = [*dict.fromkeys((reference, *file.methods))] if file.methods else DEFAULT_METHODS
+    modules = dict.fromkeys((*file.grid.modules, *(str(Path(each).resolve().parent) for each in (path, base) if each)))
+    for folder in modules:
+        add_search_folder(folder)
+    tables = base_tables(base, file.base, overrides)
+    changes = {name: changes_of(name, file.methods) for name in names}
+    values = [
+        value for table in (tables, *changes.values(), *file.starts.values()) for value in flatten(table).values()
+    ]
+    has_own_objects = any(isinstance(value, str) and OBJECT.fullmatch(value) for value in values)
+    return Grid(
+        base=tables,
+        methods=changes,
+        seeds=tuple(seeds or file.grid.seeds),
+        starts=file.starts,
+        reference=reference,
+        modules=tuple(modules) if has_own_objects else (),
+    )
+
+
+def changes_of(name: str, own: Mapping[str, Tables]) -> Tables:
+    """The changes of a method of the grid file, or of the package; UserError for an unknown name."""
+    if name in own:
+        return own[name]
+    if name not in METHODS:
+        known = ", ".join((*own, *METHODS))
+        raise UserError(f"method {name!r}", f"one of {known}", f"or define it in the grid file: [methods.{name}]")
+    return METHODS[name].changes
+
+
+def base_tables(path: str | Path | None, changes: Tables, overrides: Iterable[str]) -> Tables:
+    """The base run's tables: the run file, `[base]`, the overrides. Folder and seed of a run are the grid's."""
+    text, origin = (read_text(path), str(path)) if path else (embedded_run(), "the embedded run")
+    tables = apply_overrides(merged(parse_toml(text, origin), changes), overrides)
+    run = {key: value for key, value in (tables.get("run") or {}).items() if key not in ("out", "seed")}
+    tables = {**tables, "run": {"show_every": 0, **run}}
+    from_mapping(RunConfig, tables, "")
+    return tables
 
 
 def for_preset(base: Tables, changes: Tables) -> Tables:
@@ -227,8 +265,8 @@ def for_preset(base: Tables, changes: Tables) -> Tables:
     stays where the two presets share one.
     """
     rest = base.get("rest") or {}
-    preset = (changes.get("rest") or {}).get("preset", rest.get("preset", "rest"))
     own = rest.get("preset", "rest")
+    preset = (changes.get("rest") or {}).get("preset", own)
     if preset == own:
         return base
     foreign = {"weights", "advantage"}
@@ -238,7 +276,7 @@ def for_preset(base: Tables, changes: Tables) -> Tables:
 
 
 def merged(tables: Tables, changes: Tables) -> dict[str, Any]:
-    """Tables with changes, table by table; neither is touched."""
+    """Tables with changes, table by table; neither is modified."""
     result = dict(tables)
     for key, value in changes.items():
         old = result.get(key)
@@ -246,81 +284,7 @@ def merged(tables: Tables, changes: Tables) -> dict[str, Any]:
     return result
 
 
-def method_tables(name: str, own: Mapping[str, Tables]) -> Tables:
-    """The changes of a method of the grid file, or of the package; ValueError for an unknown name."""
-    if name in own:
-        return own[name]
-    if name not in METHODS:
-        raise UserError(
-            f"method {name!r}",
-            f"one of {', '.join((*own, *METHODS))}",
-            f"or define it in the grid file: [methods.{name}]",
-        )
-    return apply_overrides({}, METHODS[name].changes)
-
-
-def read_grid(
-    path: str | Path | None,
-    *,
-    methods: Sequence[str] = (),
-    seeds: Sequence[int] = (),
-    base: str | None = None,
-    overrides: Iterable[str] = (),
-    reference: str | None = None,
-) -> Grid:
-    """The grid of a file, or of the package's default run; arguments go before what the file says.
-
-    `[grid]` has `methods`, `seeds`, `reference` and `base`, a run file beside it; `[base]` holds a run's tables, or
-    changes to that file; `[methods.NAME]` and `[starts.NAME]` hold changes to the run.
-    """
-    tables = {} if path is None else parse_toml(read_text(path), str(path))
-    check_keys(tables, ("grid", "base", "methods", "starts"), "")
-    head = from_mapping(GridTable, tables.get("grid") or {}, "grid")
-    own, starts = (named_tables(tables, kind) for kind in ("methods", "starts"))
-    reference = reference or head.reference
-    names = [*(methods or head.methods or (dict.fromkeys((reference, *own)) if own else DEFAULT_METHODS))]
-    return Grid(
-        base=base_tables(base or beside(path, head.base), tables.get("base") or {}, overrides),
-        methods={name: method_tables(name, own) for name in names},
-        seeds=tuple(seeds or head.seeds),
-        starts=starts,
-        reference=reference,
-    )
-
-
-def base_tables(path: str, changes: Tables, overrides: Iterable[str]) -> Tables:
-    """The base run's tables: the run file, `[base]`, the overrides. Folder and seed of a run are the grid's."""
-    tables = parse_toml(read_text(path) if path else embedded_run(), path or "the embedded run")
-    tables = apply_overrides(merged(tables, changes), overrides)
-    run = {key: value for key, value in (tables.get("run") or {}).items() if key not in ("out", "seed")}
-    tables = {**tables, "run": {"show_every": 0, **run}}
-    from_mapping(RunConfig, tables, "")
-    return tables
-
-
-def beside(path: str | Path | None, name: str) -> str:
-    """A file's name as seen from where the grid file lies."""
-    return str(Path(path or ".").parent / name) if name else ""
-
-
-def named_tables(tables: Tables, kind: str) -> dict[str, Tables]:
-    """`[methods]` or `[starts]`: a table of changes for each name."""
-    found = tables.get(kind) or {}
-    for name, value in found.items():
-        if not isinstance(value, Mapping):
-            raise UserError(f"{kind}.{name} = {value!r}", "a table of changes", f"write [{kind}.{name}]")
-    return dict(found)
-
-
-def check_keys(table: Tables, known: Sequence[str], where: str) -> None:
-    """ValueError for a key of the grid file that nobody reads."""
-    for key in table:
-        if key not in known:
-            raise unknown_key(f"{where}{key}", key, known)
-
-
 def read_text(path: str | Path) -> str:
-    """A file's text; ValueError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

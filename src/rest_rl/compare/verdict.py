@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
-from rest_rl.compare.collect import METRICS, RANDOM, Comparison, Line, difference, named
+from rest_rl.compare.collect import METRICS, PERMUTED, RANDOM, ComparisonReport, MethodResult, Statement, some_of
 from rest_rl.compare.statistics import Paired, seeds_needed
 from rest_rl.statistics import LEVEL, Interval
 
@@ -14,252 +15,225 @@ WORTH = 0.03
 OWN_REWARD = ("paper", "authors-code")
 
 
-def verdict(comparison: Comparison) -> list[str]:
-    """The findings, the one that matters first; each is one sentence or two of Markdown."""
-    found = unfinished_sentences(comparison)
-    for start in comparison.starts:
-        reference = comparison.line(comparison.reference, start)
+def verdict(report: ComparisonReport) -> tuple[Statement, ...]:
+    """The findings, the one that matters first."""
+    found = list(unfinished_statements(report))
+    for start in report.starts:
+        reference = report.line(report.reference, start)
         if reference is None:
-            found.append(f"From {start} there is no finished {comparison.reference} to compare with.")
+            text = f"From {start} there is no finished {report.reference} to compare with."
+            found.append(Statement("no_reference", text))
             continue
         where = f"From {start}: " if start else ""
-        found += [where + sentence for sentence in verdict_of_start(comparison, reference)]
-    return found + power_sentences(comparison)
+        found += [Statement(kind, where + text) for kind, text in statements_of_start(report, reference)]
+    return (*found, *power_statements(report))
 
 
-def unfinished_sentences(comparison: Comparison) -> list[str]:
-    """Which runs are missing, and which methods with all of theirs."""
-    left = comparison.unfinished_runs
+def unfinished_statements(report: ComparisonReport) -> Iterator[Statement]:
+    left = report.unfinished_runs
     if not left:
-        return []
-    total = len(left) + sum(len(line.cells) for line in comparison.lines)
-    absent = ", ".join(f"`{label}`" for label in comparison.absent)
+        return
+    total = len(left) + sum(len(line.runs) for line in report.lines)
+    absent = ", ".join(f"`{label}`" for label in report.absent)
     without = f" There is no finished run of {absent}: nothing here is about that." if absent else ""
-    names = named([f"`{name}`" for name in left])
-    return [f"**{len(left)} of {total} runs {'is' if len(left) == 1 else 'are'} not finished**: {names}.{without}"]
+    count = f"**{len(left)} of {total} runs {'is' if len(left) == 1 else 'are'} not finished**"
+    yield Statement("unfinished", f"{count}: {some_of([f'`{name}`' for name in left])}.{without}")
 
 
-def verdict_of_start(comparison: Comparison, reference: Line) -> list[str]:
-    """The findings of one warm start."""
-    judged = comparison.judged(reference.start)
-    noticed = [line for line in judged if is_noticed(comparison, line)]
-    found = (
-        [nothing_learnt(comparison, [reference, *judged]) or headline(comparison, judged, noticed)] if judged else []
-    )
-    found += [one_difference(comparison, line) for line in noticed]
-    found += speed_sentences(comparison, judged)
-    found += control_sentences(comparison, reference.start, noticed)
-    found += gain_sentences(comparison, reference)
+def statements_of_start(report: ComparisonReport, reference: MethodResult) -> Iterator[Statement]:
+    judged = report.judged(reference.start)
+    noticed = [line for line in judged if is_noticed(report, line)]
+    if judged:
+        yield nothing_learnt(report, [reference, *judged]) or headline(report, judged, noticed)
+    for line in noticed:
+        points, p = points_text(lead(report, line)), p_text(q_of(report, line))
+        text = f"`{line.label}`: {points} points ({letter(report)} {p})."
+        if line.to_final and not math.isnan(line.to_final.share):
+            text += f" It gets to where `{report.reference}` ends in {line.to_final.share:.2f} of its steps."
+        yield Statement("difference", text)
+    yield from speed_statements(report, judged)
+    yield from control_statements(report, judged, noticed)
+    yield from gain_statements(report, reference)
     if any(line.method in OWN_REWARD for line in noticed):
-        found.append(
-            "`paper` and `authors-code` have rewards of their own: a difference of theirs is not one of weights alone."
-        )
-    return found
+        text = "`paper` and `authors-code` have rewards of their own: their differences are not of weights only."
+        yield Statement("own_reward", text)
 
 
-def is_noticed(comparison: Comparison, line: Line) -> bool:
+def q_of(report: ComparisonReport, line: MethodResult) -> float:
+    return line.metrics[report.primary].q if report.primary in line.metrics else math.nan
+
+
+def lead(report: ComparisonReport, line: MethodResult) -> Interval:
+    """How far a method is above the reference in the primary figure."""
+    test = line.metrics[report.primary].paired
+    return test.difference if test else Interval(math.nan, math.nan, math.nan)
+
+
+def is_noticed(report: ComparisonReport, line: MethodResult) -> bool:
     """Whether a method differs from the reference beyond seed noise: q at most 5 %."""
-    return comparison.primary in line.versus and line.versus[comparison.primary].q <= LEVEL
+    return q_of(report, line) <= LEVEL
 
 
-def nothing_learnt(comparison: Comparison, lines: list[Line]) -> str:
-    """That every run of some methods ends exactly where it began, or at 0; empty if any does not."""
-    label = METRICS[comparison.primary].label
+def nothing_learnt(report: ComparisonReport, lines: list[MethodResult]) -> Statement | None:
+    """That every run of some methods ends exactly where it began, or at 0; None if any does not."""
+    label = METRICS[report.primary].label
     ends = {
         "gain": f"every run ends exactly where it began in {label}",
-        comparison.primary: f"{label} is 0 in every run",
+        report.primary: f"{label} is 0 in every run",
     }
-    for key, text in ends.items():
-        if all(cell.values.get(key) == 0 for line in lines for cell in line.cells):
-            return f"**Nothing was learnt**: {text}, so this grid says nothing about methods."
-    return ""
+    for key, what in ends.items():
+        if all(run.values.get(key) == 0 for line in lines for run in line.runs):
+            text = f"**Nothing was learnt**: {what}, so this grid says nothing about methods."
+            return Statement("nothing_learnt", text)
+    return None
 
 
-def headline(comparison: Comparison, judged: list[Line], noticed: list[Line]) -> str:
-    """The first sentence."""
-    label, reference = METRICS[comparison.primary].label, comparison.reference
-    known = [q for line in judged if not math.isnan(q := line.versus[comparison.primary].q)]
+def headline(report: ComparisonReport, judged: list[MethodResult], noticed: list[MethodResult]) -> Statement:
+    label, reference = METRICS[report.primary].label, report.reference
+    known = [q for line in judged if not math.isnan(q := q_of(report, line))]
     if not known:
-        alike = any(count > 1 for count in comparison.shared_seeds(judged[0].start).values())
+        tests = [line.metrics[report.primary].paired for line in judged]
+        alike = any(test and test.n > 1 for test in tests)
         why = "differences that are alike under every seed leave nothing for" if alike else "too few seeds for"
-        return f"**No verdict**: {why} a test of {label}."
+        return Statement("no_verdict", f"**No verdict**: {why} a test of {label}.")
     if not noticed:
-        return f"**No difference beyond seed noise.** {unnoticed_text(comparison, judged, min(known))}"
-    above = [line for line in noticed if sign(comparison, line) > 0]
-    if len(judged) == 1:
-        side = "above" if above else "below"
-        test = f"{label}, {letter(comparison)} ≤ {LEVEL:g}"
-        return f"**`{judged[0].label}` is {side} `{reference}` beyond seed noise** ({test})."
-    counts = f"{len(above)} above `{reference}` and {len(noticed) - len(above)} below it"
-    return f"**Of {len(judged)} methods, {counts} beyond seed noise** ({label}, q ≤ {LEVEL:g})."
-
-
-def unnoticed_text(comparison: Comparison, judged: list[Line], smallest: float) -> str:
-    """How far from the reference methods are that do not differ from it beyond noise."""
-    label, reference = METRICS[comparison.primary].label, comparison.reference
-    far = max(judged, key=lambda line: abs(sign(comparison, line)))
-    test = far.versus[comparison.primary].paired
-    points = points_text(test.difference) if test else "–"
-    if len(judged) == 1:
-        return (
-            f"`{far.label}` is {points} points from `{reference}` in {label} ({letter(comparison)} {p_text(smallest)})."
+        far = max(judged, key=lambda line: abs(lead(report, line).value))
+        points, p = points_text(lead(report, far)), p_text(min(known))
+        text = (
+            f"`{far.label}` is {points} points from `{reference}` in {label} ({letter(report)} {p})."
+            if len(judged) == 1
+            else f"None of {len(judged)} methods differs from `{reference}` in {label} (smallest q {p}). The largest "
+            f"difference is that of `{far.label}`, {points} points."
         )
-    return (
-        f"None of {len(judged)} methods differs from `{reference}` in {label} (smallest q {p_text(smallest)}). The "
-        f"largest difference is that of `{far.label}`, {points} points."
-    )
+        return Statement("no_difference", f"**No difference beyond seed noise.** {text}")
+    above = [line for line in noticed if lead(report, line).value > 0]
+    if len(judged) == 1:
+        side, test = "above" if above else "below", f"{label}, {letter(report)} ≤ {LEVEL:g}"
+        return Statement(side, f"**`{judged[0].label}` is {side} `{reference}` beyond seed noise** ({test}).")
+    counts = f"{len(above)} above `{reference}` and {len(noticed) - len(above)} below it"
+    text = f"**Of {len(judged)} methods, {counts} beyond seed noise** ({label}, q ≤ {LEVEL:g})."
+    return Statement("some_differ", text)
 
 
-def one_difference(comparison: Comparison, line: Line) -> str:
-    """How far a method is from the reference, and whether it gets there sooner."""
-    versus = line.versus[comparison.primary]
-    assert versus.paired is not None
-    text = f"`{line.label}`: {points_text(versus.paired.difference)} points ({letter(comparison)} {p_text(versus.q)})."
-    final = line.to_final
-    if final and not math.isnan(final.share):
-        text += f" It gets to where `{comparison.reference}` ends in {final.share:.2f} of its steps."
-    return text
-
-
-def speed_sentences(comparison: Comparison, judged: list[Line]) -> list[str]:
+def speed_statements(report: ComparisonReport, judged: list[MethodResult]) -> Iterator[Statement]:
     """Who gets to where the reference ends in fewer steps: the interval of the mean over seeds is below 1."""
-    sooner = [line for line in judged if line.to_final and line.to_final.by_seed.high < 1]
+    reached = [(line.label, line.to_final.by_seed) for line in judged if line.to_final]
     parts = [
-        f"`{line.label}` in {line.to_final.by_seed.value:.2f} [{line.to_final.by_seed.low:.2f}, "
-        f"{line.to_final.by_seed.high:.2f}] of its steps"
-        for line in sooner
-        if line.to_final
+        f"`{label}` in {share.value:.2f} [{share.low:.2f}, {share.high:.2f}] of its steps"
+        for label, share in reached
+        if share.high < 1
     ]
-    if not parts:
-        return []
-    many = "" if comparison.is_single else ", not corrected for the number of methods"
-    return [f"Sooner where `{comparison.reference}` ends: {'; '.join(parts)} (geometric mean over seeds{many})."]
+    if parts:
+        many = "" if report.is_single else ", not corrected for the number of methods"
+        text = f"Sooner where `{report.reference}` ends: {'; '.join(parts)} (geometric mean over seeds{many})."
+        yield Statement("sooner", text)
 
 
-def control_sentences(comparison: Comparison, start: str, noticed: list[Line]) -> list[str]:
-    """Whether shuffled or inverted weights do as well as those that did better."""
-    better = [line for line in noticed if sign(comparison, line) > 0 and line.role in ("method", "ablation")]
-    if not better:
-        return only_controls(comparison, start)
-    shuffled = comparison.line("permuted", start)
-    if shuffled is None:
-        return ["Without `permuted` in the grid it is open whether the regions or any uneven weights do it."]
-    tests = [(line, difference(line, shuffled, comparison.primary)) for line in better]
-    return [control_sentence(line, test, sign(comparison, line)) for line, test in tests]
+def control_statements(
+    report: ComparisonReport, judged: list[MethodResult], noticed: list[MethodResult]
+) -> Iterator[Statement]:
+    """Whether shuffled weights do as well as what did better; else whether only a control did better."""
+    leading = [line for line in noticed if lead(report, line).value > 0]
+    better = [line for line in leading if line.role in ("method", "ablation")]
+    for line in better:
+        if line.over_permuted is None:
+            text = "Without `permuted` in the grid it is open whether the regions or any uneven weights do it."
+            yield Statement("no_control", text)
+            return
+        yield control_statement(line.label, line.over_permuted, lead(report, line).value)
+    if not better and any(line.role == "method" for line in judged):
+        for line in leading:
+            if line.method in (PERMUTED, "inverted"):
+                text = f"`{line.method}` does better beyond seed noise; no method with ResT's own weights was seen to."
+                yield Statement("only_control_leads", text)
 
 
-def control_sentence(line: Line, test: Paired, lead: float) -> str:
+def control_statement(label: str, test: Paired, lead_of_reference: float) -> Statement:
     """What a lead over shuffled weights says of a lead over the reference."""
     if test.n < 2:
-        return (
-            f"`{line.label}` and `permuted` have {seeds_text(test.n)} in common: whether the regions explain the lead "
-            "cannot be told."
-        )
-    points = f"`{line.label}` is {points_text(test.difference)} points above shuffled weights"
+        seeds = {0: "no seed", 1: "one seed"}[test.n]
+        text = f"`{label}` and `permuted` have {seeds} in common: whether the regions explain the lead cannot be told."
+        return Statement("control_unknown", text)
+    points = f"`{label}` is {points_text(test.difference)} points above shuffled weights"
     if test.difference.low > 0:
-        return f"{points}: which region gets the weight matters."
-    if test.difference.high < min(WORTH, lead / 2):
-        return (
+        return Statement("regions_matter", f"{points}: which region gets the weight matters.")
+    if test.difference.high < min(WORTH, lead_of_reference / 2):
+        text = (
             f"**Weights matter, but shuffled ones do as well**: {points}, less than half of its lead, so the regions "
             "do not explain it."
         )
-    return f"{points}: whether the regions explain its lead or any uneven weights would do cannot be told."
+        return Statement("shuffled_as_good", text)
+    text = f"{points}: whether the regions explain its lead or any uneven weights would do cannot be told."
+    return Statement("control_unknown", text)
 
 
-def only_controls(comparison: Comparison, start: str) -> list[str]:
-    """Whether shuffled or inverted weights are better where no method was seen to be."""
-    if not any(line.role == "method" for line in comparison.judged(start)):
-        return []
-    lines = [comparison.line(control, start) for control in ("permuted", "inverted")]
-    leading = [line for line in lines if line and is_noticed(comparison, line) and sign(comparison, line) > 0]
-    return [
-        f"`{line.method}` does better beyond seed noise, and no method with ResT's own weights was seen to."
-        for line in leading
-    ]
+def gain_statements(report: ComparisonReport, reference: MethodResult) -> Iterator[Statement]:
+    """Whether the reference learnt at all, and what random rewards did."""
+    if result := reference.metrics.get("gain"):
+        yield reference_gain(reference.label, result.mean)
+    drawn = report.line(RANDOM, reference.start)
+    if drawn and (result := drawn.metrics.get("gain")):
+        if result.mean.low > 0:
+            kind, meaning = "random_gains", "**part of every gain here needs no reward.**"
+        elif result.mean.high < WORTH:
+            kind, meaning = "random_flat", f"less than {100 * WORTH:.0f} points come without a signal."
+        else:
+            kind, meaning = "random_unknown", "whether something is gained without a signal cannot be told."
+        points = points_text(result.mean)
+        yield Statement(kind, f"Rewards that know nothing (`random`) change exact match by {points} points: {meaning}")
 
 
-def gain_sentences(comparison: Comparison, reference: Line) -> list[str]:
-    """Whether the reference learnt at all, and what rewards that know nothing did."""
-    found = []
-    if gain := reference.versus.get("gain"):
-        found.append(reference_text(reference, gain.mean))
-    drawn = comparison.line(RANDOM, reference.start)
-    if drawn and (gain := drawn.versus.get("gain")):
-        found.append(
-            f"Rewards that know nothing (`random`) change exact match by {points_text(gain.mean)} points: "
-            + without_signal(gain.mean)
-        )
-    return found
-
-
-def reference_text(reference: Line, gain: Interval) -> str:
-    """What the reference gained over its start."""
+def reference_gain(label: str, gain: Interval) -> Statement:
     points = f"{points_text(gain)} points over its start"
     if math.isnan(gain.low):
-        return f"`{reference.label}` gained {points}."
+        return Statement("reference_gain", f"`{label}` gained {points}.")
     if gain.low > 0:
-        return f"`{reference.label}` learnt: {points}."
+        return Statement("reference_learnt", f"`{label}` learnt: {points}.")
     if gain.high < WORTH:
-        return (
-            f"`{reference.label}` itself gained nothing to speak of ({points}): a grid in which so little is learnt "
-            "says little about methods. Train longer, or take another start."
+        text = (
+            f"`{label}` itself gained nothing to speak of ({points}): a grid in which so little is learnt says little "
+            "about methods. Train longer, or take another start."
         )
-    return f"Whether `{reference.label}` itself learnt cannot be told ({points}): more seeds or longer runs would."
+        return Statement("reference_flat", text)
+    text = f"Whether `{label}` itself learnt cannot be told ({points}): more seeds or longer runs would."
+    return Statement("reference_unknown", text)
 
 
-def without_signal(gain: Interval) -> str:
-    """What a gain under random rewards says."""
-    if gain.low > 0:
-        return "**part of every gain here needs no reward.**"
-    if gain.high < WORTH:
-        return f"less than {100 * WORTH:.0f} points come without a signal."
-    return "whether something is gained without a signal cannot be told."
-
-
-def power_sentences(comparison: Comparison) -> list[str]:
+def power_statements(report: ComparisonReport) -> Iterator[Statement]:
     """What this grid could not have seen."""
-    shared, most = comparison.shared_seeds(), comparison.seeds
-    if not shared:
-        return []
-    if most < 2:
-        return ["One seed has no spread: nothing here can be told from noise. Run at least 3 seeds, better 5."]
-    found = []
-    if not math.isnan(comparison.detectable):
-        needed = seeds_needed(WORTH, comparison.sd)
-        many = "" if comparison.is_single else ", before correction for the number of methods"
-        more = f"; for {100 * WORTH:.0f} points it takes {needed} seeds" if needed and needed > most else ""
-        found.append(
-            f"With {most} seeds the grid would have seen a difference of {100 * comparison.detectable:.1f} points four "
-            f"times out of five{many}{more}."
+    tests = {line.label: line.metrics[report.primary].paired for line in report.judged()}
+    shared = {label: test.n if test else 0 for label, test in tests.items()}
+    if shared and report.seeds < 2:
+        text = "One seed has no spread: nothing here can be told from noise. Run at least 3 seeds, better 5."
+        yield Statement("one_seed", text)
+        return
+    if not math.isnan(report.detectable):
+        needed = seeds_needed(WORTH, report.sd)
+        many = "" if report.is_single else ", before correction for the number of methods"
+        more = f"; for {100 * WORTH:.0f} points it takes {needed} seeds" if needed and needed > report.seeds else ""
+        text = (
+            f"With {report.seeds} seeds the grid would have seen a difference of {100 * report.detectable:.1f} points "
+            f"four times out of five{many}{more}."
         )
-    short = [f"`{label}` {count}" for label, count in shared.items() if count < most]
+        yield Statement("power", text)
+    short = [f"`{label}` {count}" for label, count in shared.items() if count < report.seeds]
     if short:
-        found.append(
-            f"Fewer seeds in common with `{comparison.reference}`, so less was to be seen of them: {', '.join(short)}."
-        )
-    if most < FEW_SEEDS:
-        found.append(f"{most} seeds hardly allow a test: run at least 3, better 5.")
-    return found
+        common = f"Fewer seeds in common with `{report.reference}`"
+        yield Statement("fewer_seeds", f"{common}, so less was to be seen of them: {', '.join(short)}.")
+    if shared and report.seeds < FEW_SEEDS:
+        text = f"{report.seeds} seeds hardly allow a test: run at least 3, better 5."
+        yield Statement("few_seeds", text)
 
 
-def letter(comparison: Comparison) -> str:
-    """What a test is called: the p of one method is its q."""
-    return "p" if comparison.is_single else "q"
-
-
-def seeds_text(count: int) -> str:
-    """`no seed`, `one seed`, `3 seeds`."""
-    return {0: "no seed", 1: "one seed"}.get(count, f"{count} seeds")
-
-
-def sign(comparison: Comparison, line: Line) -> float:
-    """On which side of the reference a method is."""
-    test: Paired | None = line.versus[comparison.primary].paired
-    return 0.0 if test is None else test.difference.value
+def letter(report: ComparisonReport) -> str:
+    """What a test's result is called: the p of a single method is its q."""
+    return "p" if report.is_single else "q"
 
 
 def points_text(interval: Interval) -> str:
-    """`+3.1 [+0.4, +5.8]` in points; without an interval the value alone."""
+    """`+3.1 [+0.4, +5.8]` in points; without an interval only the value, without a value a dash."""
+    if math.isnan(interval.value):
+        return "–"
     value = f"{100 * interval.value:+.1f}"
     if math.isnan(interval.low):
         return value

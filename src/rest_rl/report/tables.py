@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeGuard
 from rest_rl.config import parse_toml
 from rest_rl.errors import UserError
 from rest_rl.report.diagnosis.history import step_of
-from rest_rl.runlog import Run
+from rest_rl.runlog import Row, Run
 
 SCORES = ("exact_match", "s_acc", "s_format")
 SEED_KEYS = ("run.seed", "run.out", "trl.seed", "trl.data_seed", "data.seed", "eval.seed")
@@ -88,20 +88,29 @@ def finished_steps(run: Run) -> int:
     return max(step_of(row) for row in rows)
 
 
+def points(rows: Iterable[Row], key: str) -> dict[int, float]:
+    """The numbers of one column of metrics.jsonl or evaluations.jsonl by step."""
+    return {step_of(row): float(row[key]) for row in rows if is_number(row.get("step")) and is_number(row.get(key))}
+
+
 def curve(runs: Iterable[Run], key: str) -> Curve:
     """A metric over steps, mean and spread over runs; steps where no run has a number are left out."""
+    return mean_curve([points(run.metrics, key) for run in runs])
+
+
+def mean_curve(curves: Iterable[Mapping[int, float]]) -> Curve:
+    """The mean of several curves at every step that one of them has, with one standard deviation to each side."""
     by_step: dict[int, list[float]] = {}
-    for run in runs:
-        for row in run.metrics:
-            if is_number(row.get(key)) and is_number(row.get("step")):
-                by_step.setdefault(step_of(row), []).append(float(row[key]))
+    for one in curves:
+        for step, value in one.items():
+            by_step.setdefault(step, []).append(value)
     return curve_of({step: mean_and_sd(values) for step, values in by_step.items()})
 
 
-def curve_of(points: Mapping[int, tuple[float, float]]) -> Curve:
+def curve_of(moments: Mapping[int, tuple[float, float]]) -> Curve:
     """The curve through a mean and a spread per step."""
-    steps = sorted(points)
-    spread = [points[step] for step in steps]
+    steps = sorted(moments)
+    spread = [moments[step] for step in steps]
     return Curve(
         steps, [mean for mean, _ in spread], [mean - sd for mean, sd in spread], [mean + sd for mean, sd in spread]
     )

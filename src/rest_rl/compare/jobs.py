@@ -1,0 +1,321 @@
+"""The runs of a grid, each `rest-rl train` in a process of its own: some at a time, resumed, stopped in order.
+
+A run's log is locked as long as somebody trains it: the lock passes to the process of the run and outlives us. So
+nobody trains a run twice, also when an earlier command was killed and left its runs behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from rest_rl.compare.grid import LOGS, RUNS, Grid, RunName, error_of_method, is_finished
+from rest_rl.config import AUTO, RunConfig, parse_toml, read_run_file
+from rest_rl.errors import UserError
+from rest_rl.jsonl import parse_row
+from rest_rl.report.tables import flatten, is_number
+from rest_rl.runlog import CONFIG, METRICS, SUMMARY, Advance, Observer, read_object, replace_file, unwritable
+
+POLL_SECONDS = 0.5
+TAIL_LINES, TAIL_BYTES = 12, 16_384
+MACHINE_DEFAULTS = ("use_cpu", "bf16")
+"""Keys of `[trl]` that `rest-rl train` fills in where there is no accelerator."""
+
+
+@dataclass
+class Job:
+    """One run of the grid and what became of it."""
+
+    name: RunName
+    config: RunConfig
+    folder: Path
+    log: Path
+    state: Literal["waiting", "running", "done", "kept", "failed", "stopped"] = "waiting"
+    process: subprocess.Popen[bytes] | None = None
+    log_start: int = 0
+    """Size of the log when this attempt began."""
+    note: str = ""
+    modules: tuple[str, ...] = ()
+    """Folders of users' modules."""
+    is_stopping: bool = False
+    """Whether we have asked it to stop after its step: asked twice it would stop at once."""
+
+    @property
+    def total(self) -> int:
+        """Steps of the run; 0 if they depend on the data."""
+        steps = self.config.trl.get("max_steps", 0)
+        return steps if isinstance(steps, int) and steps > 0 else 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its folder holds the finished run."""
+        return (self.folder / CONFIG).is_file() and is_finished(read_object(self.folder / SUMMARY))
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The newest whole row of the run's metrics; empty before the first."""
+        for line in reversed(tail(self.folder / METRICS).split("\n")[:-1]):
+            with suppress(ValueError):
+                return dict(parse_row(line.encode()))
+        return {}
+
+    def last_step(self) -> int:
+        """The newest finished step."""
+        step = self.last_metrics().get("step", 0)
+        return int(step) if is_number(step) else 0
+
+
+def make_jobs(grid: Grid, out: Path) -> list[Job]:
+    """A job for each run; finished ones are kept. UserError if a folder holds another run than the grid's."""
+    jobs = []
+    for name, wanted in grid.runs():
+        folder = out / RUNS / str(name)
+        config = replace(wanted, run=replace(wanted.run, out=str(folder)))
+        job = Job(name, config, folder, out / LOGS / f"{name}.log", modules=grid.modules)
+        check_recorded(job)
+        if job.is_complete:
+            job.state = "kept"
+        jobs.append(job)
+    return jobs
+
+
+def check_recorded(job: Job) -> None:
+    """UserError if the folder holds a run that differs from the one that is wanted."""
+    if not (job.folder / CONFIG).is_file():
+        return
+    recorded, wanted = read_run_file(job.folder / CONFIG), job.config
+    if wanted.rest.format == AUTO:
+        wanted = replace(wanted, rest=replace(wanted.rest, format=recorded.rest.format))
+    filled = {key: recorded.trl[key] for key in MACHINE_DEFAULTS if key in recorded.trl}
+    wanted = replace(wanted, trl={**filled, **wanted.trl})
+    new, old = (flatten(parse_toml(config.to_toml(), "the run")) for config in (wanted, recorded))
+    changed = sorted(key for key in {*new, *old} if new.get(key) != old.get(key) and key != "run.out")
+    if changed:
+        parts = [f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in changed[:3]]
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"{job.folder}, which holds another run ({'; '.join(parts)}{more})",
+            "the run of this grid",
+            "pass another --out, or delete the folder to train it anew",
+        )
+
+
+def check_startable(jobs: Sequence[Job]) -> None:
+    """UserError for a method whose runs the trainer would refuse, before any other is trained."""
+    from rest_rl.train.trl.settings import trainer_config  # a page of runs that are there does without the trainer
+
+    for job in jobs:
+        if job.state == "kept" or job.config.run.engine != "trl":
+            continue
+        # On the CPU, as we outlive every run and hold no memory of its GPU; no tokenizer is loaded to find the format.
+        trl = {**job.config.trl, "use_cpu": True, "bf16": False, "fp16": False}
+        rest = job.config.rest
+        rest = replace(rest, format="toolrl") if rest.format == AUTO else rest
+        try:
+            trainer_config(replace(job.config, rest=rest, trl=trl))
+        except ValueError as error:  # the trainer's own checks raise no UserError
+            raise error_of_method(job.name.label, error) from error
+
+
+def run_jobs(jobs: Sequence[Job], at_a_time: int, observer: Observer) -> bool:
+    """Train what is not finished, at most `at_a_time` runs at once; returns False if it was interrupted."""
+    for job in jobs:
+        write_run_file(job)
+    with progress_bars(jobs, observer) as update_bars, stop_requests(jobs) as stop:
+        while True:
+            if stop.count:
+                if not stop.is_acknowledged:
+                    observer.say("stopping every run after its step; once more to stop at once")
+                    stop.is_acknowledged = True
+                stop_all(jobs, at_once=stop.count > 1)
+            for job in jobs:
+                if job.state == "running":
+                    collect(job, observer, is_stopping=stop.count > 0)
+            start_some(jobs, at_a_time, observer, stop)
+            update_bars()
+            is_idle = not any(job.state == "running" for job in jobs)
+            if is_idle and (stop.count or not any(job.state == "waiting" for job in jobs)):
+                return not stop.count
+            time.sleep(POLL_SECONDS)
+
+
+def write_run_file(job: Job) -> None:
+    """Make the folders of a run and the file that its process reads."""
+    try:
+        for folder in (job.folder.parent, job.log.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        replace_file(job.log.with_suffix(".toml"), job.config.to_toml())
+    except OSError as error:
+        raise unwritable(job.log.parent, error) from error
+
+
+def start_some(jobs: Sequence[Job], at_a_time: int, observer: Observer, stop: StopRequests) -> None:
+    """Start as many runs as there is room for; one that somebody else is training takes up room and waits."""
+    room = at_a_time - sum(job.state == "running" for job in jobs)
+    for job in [job for job in jobs if job.state == "waiting"]:
+        if room <= 0 or stop.count:
+            return
+        room -= 1
+        with job.log.open("ab") as log:
+            if is_locked(log):
+                if not job.note:
+                    job.note = "is being trained by another process: waiting for it"
+                    observer.say(f"{job.name} {job.note}")
+            elif job.is_complete:  # somebody else has finished it
+                job.state = "kept"
+                room += 1
+            else:
+                start(job, log, at_a_time)
+                observer.say(f"{job.name} {job.note}")
+
+
+def is_locked(log: IO[bytes]) -> bool:
+    """Whether another process holds the log; if not, it is ours now."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def start(job: Job, log: IO[bytes], at_a_time: int) -> None:
+    """Start a run, or go on with it, in a session of its own: Ctrl-C reaches it only through us."""
+    job.log_start = job.log.stat().st_size
+    command = [sys.executable, "-m", "rest_rl", "train", str(job.log.with_suffix(".toml")), "--out", str(job.folder)]
+    resumes = (job.folder / CONFIG).is_file()
+    job.note = f"goes on after step {job.last_step()}" if resumes else "begins"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // at_a_time))
+    folders = [*filter(None, [os.environ.get("PYTHONPATH")]), *job.modules]
+    python_path = {"PYTHONPATH": os.pathsep.join(folders)} if job.modules else {}
+    job.process = subprocess.Popen(  # noqa: S603
+        [*command, *(["--resume"] if resumes else [])],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **python_path, "OMP_NUM_THREADS": threads, "COLUMNS": "120"},
+        start_new_session=True,
+    )
+    job.state = "running"
+
+
+def collect(job: Job, observer: Observer, *, is_stopping: bool) -> None:
+    """Note the end of a run, if it has ended; a failed one is shown with the end of its log."""
+    assert job.process is not None
+    code = job.process.poll()
+    if code is None:
+        return
+    if code == 0 and job.is_complete:
+        job.state, job.note = "done", "is done"
+        observer.say(f"{job.name} is done{exact_text(job)}")
+    elif is_stopping:
+        job.state, job.note = "stopped", f"stopped after step {job.last_step()}"
+        observer.say(f"{job.name} {job.note}")
+    else:
+        how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        job.state, job.note = "failed", f"{how} after step {job.last_step()}"
+        observer.say(f"{job.name} {job.note}; the end of {job.log}:")
+        for line in tail(job.log, job.log_start).rstrip().split("\n")[-TAIL_LINES:]:
+            observer.say(f"  {line}")
+
+
+def exact_text(job: Job) -> str:
+    """Exact match before and after, where it was measured."""
+    summary = read_object(job.folder / SUMMARY)
+    before, after = ((summary.get(when) or {}).get("exact_match") for when in ("before", "after"))
+    if not is_number(before) or not is_number(after):
+        return ""
+    return f": exact match {100 * before:.1f} → {100 * after:.1f} %"
+
+
+def tail(path: Path, since: int = 0) -> str:
+    """The end of a file that may still grow, at most 16 KiB and nothing before `since`; empty without the file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(since, size - TAIL_BYTES))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+@dataclass
+class StopRequests:
+    """How often the user has asked for an end, by Ctrl-C or SIGTERM."""
+
+    count: int = 0
+    is_acknowledged: bool = False
+
+
+@contextmanager
+def stop_requests(jobs: Sequence[Job]) -> Iterator[StopRequests]:
+    """The first Ctrl-C (or SIGTERM) ends every run after its step, with a checkpoint; the second one at once.
+
+    The handler only counts, and the loop tells the runs: none is missed that is just being started, and no line is
+    printed within another. Outside the main thread there are no signals to handle.
+    """
+    stop = StopRequests()
+
+    def request(number: int, frame: types.FrameType | None) -> None:
+        stop.count += 1
+
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    old = {number: signal.signal(number, request) for number in numbers}
+    try:
+        yield stop
+    except BaseException:
+        stop_all(jobs)
+        raise
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def stop_all(jobs: Sequence[Job], *, at_once: bool = False) -> None:
+    """Ask every run of ours to stop after its step, once, or kill it."""
+    for job in jobs:
+        if job.state == "running" and job.process is not None and (at_once or not job.is_stopping):
+            job.is_stopping = True
+            with suppress(ProcessLookupError):
+                job.process.send_signal(signal.SIGKILL if at_once else signal.SIGINT)
+
+
+@contextmanager
+def progress_bars(jobs: Sequence[Job], observer: Observer) -> Iterator[Callable[[], None]]:
+    """A bar over the grid and one for each run that is being trained; call it to move them to where the runs are."""
+    bars: dict[RunName, tuple[ExitStack, Advance]] = {}
+
+    def update() -> None:
+        failed = sum(job.state == "failed" for job in jobs)
+        advance(sum(job.state in ("done", "kept") for job in jobs), note=f"{failed} failed" if failed else "")
+        for job in jobs:
+            if job.state == "running":
+                if job.name not in bars:
+                    bar = ExitStack()
+                    track = observer.track(str(job.name), job.total or None, job.last_step())
+                    bars[job.name] = bar, bar.enter_context(track)
+                row = job.last_metrics()
+                exact = row.get("rest/exact_match")
+                is_evaluating = not row or row.get("step") == job.total
+                note = "evaluating" if is_evaluating else f"exact match {exact:.2f}" if is_number(exact) else ""
+                bars[job.name][1](job.last_step(), note=note)
+            elif job.name in bars:
+                bars.pop(job.name)[0].close()
+
+    with observer.track("runs", len(jobs)) as advance:
+        try:
+            yield update
+        finally:
+            for bar, _ in bars.values():
+                bar.close()

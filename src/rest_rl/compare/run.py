@@ -1,0 +1,131 @@
+"""`rest_rl.compare`: methods x seeds on the same data, trained, kept, resumed, and what their runs say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rest_rl.compare.collect import ComparisonReport, collect
+from rest_rl.compare.grid import GRID, REFERENCE, RUNS, Grid, read_grid
+from rest_rl.compare.jobs import Job, check_startable, make_jobs, run_jobs
+from rest_rl.compare.page import write_page
+from rest_rl.compare.verdict import verdict
+from rest_rl.errors import UserError
+from rest_rl.runlog import SILENT, Observer, replace_file, unwritable
+
+
+def compare(
+    grid: str | Path | None = None,
+    *,
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    base: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    reference: str | None = None,
+    out: str | Path | None = None,
+    jobs: int = 2,
+    only_report: bool = False,
+    dry_run: bool = False,
+    observer: Observer = SILENT,
+) -> ComparisonReport:
+    """Train what is missing of a grid, `jobs` runs at a time, then compare its methods with the reference.
+
+    `grid` is a grid file, the folder of a grid that was begun (as `out`), or None for the package's methods on the
+    `base` run file, or without one on the embedded run. The runs, the page and its figures lie in `out`. The first
+    Ctrl-C stops every run after its step, the second one at once. With `only_report` nothing is trained; with `dry_run`
+    nothing is written either, and the observer gets a table of the grid.
+
+    Raises:
+        UserError: a grid or run file that cannot be run, or a folder without a finished run of the reference.
+    """
+    file, folder = locate(grid, out, only_report=only_report)
+    if only_report:
+        kept = read_grid(folder / GRID) if (folder / GRID).is_file() else None
+        return report(folder, kept, reference or (kept.reference if kept else REFERENCE))
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}", "at least 1", "raise it")
+    wanted = read_grid(file, methods=methods, seeds=seeds, base=base, overrides=overrides, reference=reference)
+    planned = make_jobs(wanted, folder)
+    check_startable(planned)
+    if dry_run:
+        observer.show_table("the grid", ("method", "runs", "finished", "steps of a run"), plan_rows(planned))
+        return collect(folder, wanted, wanted.reference)
+    whole = keep_grid(wanted, folder)
+    kept_runs = sum(job.state == "kept" for job in planned)
+    observer.say(f"{len(planned)} runs in {folder / RUNS}, {kept_runs} of them finished")
+    is_whole = run_jobs(planned, jobs, observer)
+    if any(job.state in ("done", "kept") and job.name.method == wanted.reference for job in planned):
+        result = report(folder, whole, wanted.reference)
+    else:
+        result = with_verdict(collect(folder, whole, wanted.reference))
+    failed = {str(job.name): f"{job.note}; see {job.log}" for job in planned if job.state == "failed"}
+    return replace(result, failed=failed, is_interrupted=not is_whole)
+
+
+def report(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
+    """Compare the finished runs in a grid's folder and write the page."""
+    found = with_verdict(collect(folder, grid, reference))
+    if not found.lines:
+        raise UserError(
+            f"{folder} without a finished run", f"folders {RUNS}/METHOD-SEED of rest-rl train", "run the grid first"
+        )
+    if all(line.method != reference for line in found.lines):
+        methods = ", ".join(dict.fromkeys(line.method for line in found.lines))
+        raise UserError(
+            f"no finished run of the reference {reference!r} in {folder}, only of {methods}",
+            "one for each seed",
+            "finish it, or name another with --reference",
+        )
+    return write_page(found)
+
+
+def with_verdict(found: ComparisonReport) -> ComparisonReport:
+    return replace(found, verdict=verdict(found))
+
+
+def locate(grid: str | Path | None, out: str | Path | None, *, only_report: bool) -> tuple[Path | None, Path]:
+    """The grid file, if there is one, and the grid's folder: `out`, or what was given in place of a grid file."""
+    given = Path(grid) if grid else None
+    if given is not None and not given.exists():
+        raise UserError(
+            f"{given}, which is neither a TOML file nor the folder of a grid", "one of them", "check the path"
+        )
+    if given is not None and given.is_dir():
+        if out and Path(out).resolve() != given.resolve():
+            raise UserError(f"the folder {given} and --out {out}", "one of them", "remove --out")
+        if not only_report and not (given / GRID).is_file():
+            raise UserError(
+                f"the folder {given} without {GRID}",
+                "a grid that was begun",
+                "pass a grid file or --methods, or --only-report for a page of the runs that are there",
+            )
+        return given / GRID, given
+    if not out:
+        raise UserError("no --out", "the folder of the grid", "pass --out DIR")
+    return given, Path(out)
+
+
+def plan_rows(jobs: Sequence[Job]) -> list[tuple[str, int, int, Any]]:
+    """By method how many runs it has, how many of them are finished, and their steps."""
+    by_label: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_label.setdefault(job.name.label, []).append(job)
+    return [
+        (label, len(own), sum(job.state == "kept" for job in own), own[0].total or "?")
+        for label, own in by_label.items()
+    ]
+
+
+def keep_grid(grid: Grid, folder: Path) -> Grid:
+    """Write the grid down, so that its folder suffices to go on; what was asked for there before stays in it."""
+    if (folder / GRID).is_file():
+        grid = grid.joined(read_grid(folder / GRID))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in grid.files().items():
+            replace_file(folder / name, text)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    return grid
