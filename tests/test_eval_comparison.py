@@ -218,10 +218,10 @@ def test_a_torn_last_line_and_earlier_attempts_are_left_out(tmp_path: Path) -> N
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
 def test_the_change_is_the_difference_of_the_accuracies(pairs: list[tuple[bool, bool]]) -> None:
-    found = change("any", pairs, None)
+    found = change("any", pairs)
     assert found.difference == pytest.approx(found.tuned - found.base)
     assert found.low <= found.difference <= found.high
     assert found.p == mcnemar(found.lost, found.gained)
-    swapped = change("any", [(new, old) for old, new in pairs], None)
+    swapped = change("any", [(new, old) for old, new in pairs])
     assert (swapped.lost, swapped.gained, swapped.base) == (found.gained, found.lost, found.tuned)
     assert isinstance(swapped, Change)

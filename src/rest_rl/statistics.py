@@ -23,7 +23,6 @@ class Interval(NamedTuple):
 
     @property
     def half(self) -> float:
-        """Half its width."""
         return (self.high - self.low) / 2
 
     @property

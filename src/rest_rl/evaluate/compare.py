@@ -7,24 +7,23 @@ average whose categories were scored whole on both sides has its change and an i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from rest_rl.errors import UserError
 from rest_rl.evaluate.harness import group_label
-from rest_rl.evaluate.log import SAMPLES, SUMMARY, Row
+from rest_rl.evaluate.log import SAMPLES, SUMMARY, EvalLog, Row
 from rest_rl.evaluate.tables import comparison_markdown
 from rest_rl.jsonl import as_json, reason
-from rest_rl.runlog import read_object, read_rows, replace_file
+from rest_rl.runlog import read_object, replace_file
 from rest_rl.statistics import Interval, mcnemar, paired_difference, q_values, weighted_mean
 
 FLIPS = "flips.jsonl"
 ALL = "all"
 NAMES_THE_MODEL = {"model", "endpoint", "responses", "weights"}
 """Settings that say who answered, not how; they are expected to differ."""
-MAX_SHOWN = 160
 
 
 class Evaluation(NamedTuple):
@@ -33,6 +32,18 @@ class Evaluation(NamedTuple):
     folder: str
     summary: Row
     rows: dict[str, Row]
+
+    def scored(self, metric: str) -> dict[str, bool]:
+        return {identity: row[metric] for identity, row in self.rows.items() if isinstance(row.get(metric), bool)}
+
+    def group_of(self, identity: str) -> str:
+        """The group of a sample as the summary calls it; summaries that do not say where rows have it are older."""
+        row = self.rows[identity]
+        field = self.summary.get("group_field") or ("level" if "level" in row else "category")
+        return group_label(field, row[field])
+
+    def about(self) -> Row:
+        return {key: self.summary.get(key) for key in ("model", "prompt", "format")} | {"folder": self.folder}
 
 
 @dataclass(frozen=True)
@@ -85,19 +96,25 @@ class Comparison:
     warnings: tuple[str, ...]
 
     def to_json(self) -> Row:
-        """The whole comparison as plain values."""
         return asdict(self)
 
 
 def compare(base: str | Path, tuned: str | Path) -> Comparison:
-    """Compare two evaluation folders; ValueError when they hold no evaluations or have nothing to compare."""
+    """Compare two evaluation folders; UserError when they hold no evaluations or have nothing to compare."""
     first, second = read_evaluation(base), read_evaluation(tuned)
-    check_comparable(first, second)
+    for key in ("benchmark", "version", "pin"):
+        one, other = first.summary.get(key), second.summary.get(key)
+        if one != other:
+            raise UserError(
+                f"{key} {one!r} in {first.folder} and {other!r} in {second.folder}",
+                "the same: their samples or their judges differ",
+                "compare evaluations of one benchmark and release",
+            )
     metrics = [name for name in first.summary.get("metrics", []) if name in second.summary.get("metrics", [])]
     shared = {}
     for metric in metrics:
-        others = set(scored(second, metric))
-        shared[metric] = [identity for identity in scored(first, metric) if identity in others]
+        others = second.scored(metric)
+        shared[metric] = [identity for identity in first.scored(metric) if identity in others]
     if not any(shared.values()):
         raise UserError(
             f"{base} and {tuned}, which share no scored sample",
@@ -108,8 +125,8 @@ def compare(base: str | Path, tuned: str | Path) -> Comparison:
         benchmark=str(first.summary["benchmark"]),
         version=first.summary.get("version"),
         pin=str(first.summary.get("pin")),
-        base=who(first),
-        tuned=who(second),
+        base=first.about(),
+        tuned=second.about(),
         metrics={metric: changes(first, second, metric, ids) for metric, ids in shared.items()},
         flips=tuple(flip for metric, ids in shared.items() for flip in flips(first, second, metric, ids)),
         warnings=tuple(warnings(first, second, metrics)),
@@ -134,149 +151,85 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
-    """Read an evaluation folder; ValueError if it holds none. Of several rows of a sample the last one stands."""
+    """Read an evaluation folder; UserError if it holds none. Of several rows of a sample the last one stands."""
     path = Path(folder)
-    summary, rows = read_object(path / SUMMARY), read_rows(path / SAMPLES)
+    summary, rows = read_object(path / SUMMARY), EvalLog(path).read_rows()
     if "benchmark" not in summary or not rows:
         missing = SAMPLES if "benchmark" in summary else f"{SUMMARY} of an evaluation"
-        raise UserError(
-            f"{folder}, which holds no {missing}",
+        expected, remedy = (
             "the folder of a finished `rest-rl eval`",
             "pass what its --out was, or finish it with --resume",
         )
-    return Evaluation(str(folder), summary, {str(row["id"]): row for row in rows if "id" in row})
-
-
-def check_comparable(first: Evaluation, second: Evaluation) -> None:
-    """ValueError unless both are of one edition of one benchmark."""
-    for key in ("benchmark", "version", "pin"):
-        one, other = first.summary.get(key), second.summary.get(key)
-        if one != other:
-            raise UserError(
-                f"{key} {one!r} in {first.folder} and {other!r} in {second.folder}",
-                "the same: their samples or their judges differ",
-                "compare evaluations of one benchmark and release",
-            )
-
-
-def scored(evaluation: Evaluation, metric: str) -> list[str]:
-    """The samples with a verdict."""
-    return [identity for identity, row in evaluation.rows.items() if isinstance(row.get(metric), bool)]
+        raise UserError(f"{folder}, which holds no {missing}", expected, remedy)
+    return Evaluation(str(folder), summary, {row["id"]: row for row in rows})
 
 
 def changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> tuple[Change, ...]:
     """A change per group in the order of the summary, then of official averages, then one of all samples."""
-    members: dict[str, list[str]] = {str(name): [] for name in first.summary.get("groups", {})}
+    members: dict[str, list[tuple[bool, bool]]] = {str(name): [] for name in first.summary.get("groups", {})}
     for identity in ids:
-        members.setdefault(group_of(first, identity), []).append(identity)
-    pairs = {
-        name: [(first.rows[i][metric], second.rows[i][metric]) for i in own] for name, own in members.items() if own
-    }
-    tests = [mcnemar(*flipped(own)) for own in pairs.values()]
-    groups = [change(name, own, q) for (name, own), q in zip(pairs.items(), q_values(tests), strict=True)]
+        pair = first.rows[identity][metric], second.rows[identity][metric]
+        members.setdefault(first.group_of(identity), []).append(pair)
+    groups = [change(name, pairs) for name, pairs in members.items() if pairs]
+    q = q_values([group.p for group in groups if group.p is not None])
+    groups = [replace(group, q=value) for group, value in zip(groups, q, strict=True)]
     averages = average_changes(first, second, groups) if metric == first.summary["metrics"][0] else []
-    return (*groups, *averages, change(ALL, [pair for own in pairs.values() for pair in own], None))
+    return (*groups, *averages, change(ALL, [pair for pairs in members.values() for pair in pairs]))
 
 
 def average_changes(first: Evaluation, second: Evaluation, groups: Sequence[Change]) -> list[Change]:
     """The changes of the official averages that both summaries have, by the weights that these record.
 
-    The paired intervals of the categories are put together as those of single averages are (see `weighted_mean`). The
-    interval is all that is said: lost and gained samples of different weights make no exact test.
+    The paired intervals of the categories are put together as those of single averages are (see `weighted_mean`).
+    There is no test: lost and gained samples of different weights make no exact one.
     """
     own = {group.group: group for group in groups}
     sides = [evaluation.summary.get("official") or {} for evaluation in (first, second)]
     found: list[Change] = []
     for name in sides[0]:
         weights, others = ((side.get(name) or {}).get("weights") for side in sides)
-        if weights and weights == others and own.keys() >= weights.keys():
-            found.append(average_change(name, [(weight, own[category]) for category, weight in weights.items()]))
+        if not weights or weights != others or not own.keys() >= weights.keys():
+            continue
+        parts = [(weight, own[category]) for category, weight in weights.items()]
+        total = sum(weights.values())
+        base, tuned = (sum(weight * getattr(part, key) for weight, part in parts) / total for key in ("base", "tuned"))
+        n, lost, gained = (sum(getattr(part, key) for _, part in parts) for key in ("n", "lost", "gained"))
+        interval = weighted_mean((weight, Interval(part.difference, part.low, part.high)) for weight, part in parts)
+        found.append(Change(name, n, base, tuned, *interval, lost, gained, None))
     return found
 
 
-def average_change(name: str, parts: Sequence[tuple[float, Change]]) -> Change:
-    """The change of the average of weighted groups."""
-    total = sum(weight for weight, _ in parts)
-    base, tuned = (sum(weight * getattr(part, side) for weight, part in parts) / total for side in ("base", "tuned"))
-    value, low, high = weighted_mean((weight, Interval(part.difference, part.low, part.high)) for weight, part in parts)
-    n, lost, gained = (sum(getattr(part, count) for _, part in parts) for count in ("n", "lost", "gained"))
-    return Change(name, n, base, tuned, value, low, high, lost, gained, None)
-
-
-def change(group: str, pairs: Sequence[tuple[bool, bool]], q: float | None) -> Change:
+def change(group: str, pairs: Sequence[tuple[bool, bool]]) -> Change:
     """The change over (base, tuned) verdicts; without any it is 0 in [-1, 1]."""
-    n = len(pairs)
-    lost, gained = flipped(pairs)
-    value, low, high = paired_difference(lost, gained, n)
+    n, lost = len(pairs), sum(old and not new for old, new in pairs)
+    gained = sum(new and not old for old, new in pairs)
     base, tuned = (sum(pair[side] for pair in pairs) / n if n else 0.0 for side in (0, 1))
-    return Change(group, n, base, tuned, value, low, high, lost, gained, mcnemar(lost, gained), q)
+    return Change(group, n, base, tuned, *paired_difference(lost, gained, n), lost, gained, mcnemar(lost, gained))
 
 
-def flipped(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int]:
-    """How many samples were lost and how many gained."""
-    return sum(old and not new for old, new in pairs), sum(new and not old for old, new in pairs)
-
-
-def flips(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> list[Flip]:
+def flips(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> Iterator[Flip]:
     """The samples on which the verdicts differ."""
-    found: list[Flip] = []
     for identity in ids:
         old, new = first.rows[identity], second.rows[identity]
         if old[metric] != new[metric]:
-            direction: Literal["lost", "gained"] = "lost" if old[metric] else "gained"
-            found.append(Flip(metric, identity, group_of(first, identity), direction, reason_of(old), reason_of(new)))
-    return found
+            reasons = (str(row.get("overflow") or row.get("refused") or row.get("reason") or "") for row in (old, new))
+            yield Flip(metric, identity, first.group_of(identity), "lost" if old[metric] else "gained", *reasons)
 
 
-def group_of(evaluation: Evaluation, identity: str) -> str:
-    """The group of a sample as the summary calls it; summaries that do not say where rows have it are older."""
-    row = evaluation.rows[identity]
-    field = evaluation.summary.get("group_field") or ("level" if "level" in row else "category")
-    return group_label(field, row[field])
-
-
-def reason_of(row: Mapping[str, Any]) -> str:
-    """What the row says of its verdict."""
-    return str(row.get("overflow") or row.get("refused") or row.get("reason") or "")
-
-
-def who(evaluation: Evaluation) -> Row:
-    """Model, prompt, format and folder of one side."""
-    return {key: evaluation.summary.get(key) for key in ("model", "prompt", "format")} | {"folder": evaluation.folder}
-
-
-def warnings(first: Evaluation, second: Evaluation, metrics: Sequence[str]) -> list[str]:
+def warnings(first: Evaluation, second: Evaluation, metrics: Sequence[str]) -> Iterator[str]:
     """What may explain a difference other than the model: prompt, format, samples of one side, settings."""
-    found = [
-        f"{key} differs: {one!r} and {other!r}"
-        for key in ("prompt", "format")
-        if (one := first.summary.get(key)) != (other := second.summary.get(key))
-    ]
-    counts = [len(evaluation.rows) for evaluation in (first, second)]
-    if counts[0] != counts[1]:
-        found.append(f"number of samples differs: {counts[0]} and {counts[1]}")
-    for metric in metrics[:1]:
-        sets = [set(scored(evaluation, metric)) for evaluation in (first, second)]
-        alone = [len(sets[0] - sets[1]), len(sets[1] - sets[0])]
-        if any(alone):
-            found.append(f"scored on one side only and left out: {alone[0]} of the base, {alone[1]} of the tuned model")
-    return found + setting_warnings(first.summary.get("settings") or {}, second.summary.get("settings") or {})
-
-
-def setting_warnings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Settings that differ, but for those told already and those that say who answered, which are told when equal."""
-    keys = sorted({*first, *second} - NAMES_THE_MODEL - {"prompt", "format"})
-    found = [
-        f"{key} differs: {shown(first.get(key))} and {shown(second.get(key))}"
-        for key in keys
-        if first.get(key) != second.get(key)
-    ]
-    if first.get("weights") and first.get("weights") == second.get("weights"):
-        found.append("both sides have the same weights: what differs is how they were asked, or chance")
-    return found
-
-
-def shown(value: Any) -> str:
-    """A setting as text, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+    for key in ("prompt", "format"):
+        if first.summary.get(key) != second.summary.get(key):
+            yield f"{key} differs: {first.summary.get(key)!r} and {second.summary.get(key)!r}"
+    if len(first.rows) != len(second.rows):
+        yield f"number of samples differs: {len(first.rows)} and {len(second.rows)}"
+    one, other = first.scored(metrics[0]), second.scored(metrics[0])
+    if one.keys() != other.keys():
+        only = len(one.keys() - other), len(other.keys() - one)
+        yield f"scored on one side only and left out: {only[0]} of the base, {only[1]} of the tuned model"
+    settings, others = (evaluation.summary.get("settings") or {} for evaluation in (first, second))
+    for key in sorted({*settings, *others} - NAMES_THE_MODEL - {"prompt", "format"}):
+        if settings.get(key) != others.get(key):
+            yield f"{key} differs: {settings.get(key)!r:.160} and {others.get(key)!r:.160}"
+    if settings.get("weights") and settings.get("weights") == others.get("weights"):
+        yield "both sides have the same weights: what differs is how they were asked, or chance"

@@ -46,8 +46,6 @@ class Reply(NamedTuple):
 
 
 class Conversation(Protocol):
-    """One sample under way."""
-
     def request(self) -> Request | None:
         """What the model is asked next; None when the conversation is over."""
         ...

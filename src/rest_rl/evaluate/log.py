@@ -9,7 +9,8 @@ Lines are written whole: a killed evaluation loses what was in flight, and `--re
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,85 +32,71 @@ class EvalLog:
 
     @classmethod
     def unused(cls, folder: str | Path) -> EvalLog:
-        """A folder to begin in; ValueError if it holds an evaluation already. Nothing is written yet."""
+        """A folder to begin in; UserError if it holds an evaluation already. Nothing is written yet."""
         if any((Path(folder) / name).exists() for name in (SETTINGS, SAMPLES)):
-            raise UserError(
+            got, remedy = (
                 f"{folder}, which holds an evaluation already",
-                "a new folder",
                 "add --resume to go on with it, or pass another --out",
             )
+            raise UserError(got, "a new folder", remedy)
         return cls(folder)
 
     def begin(self, settings: Mapping[str, Any], command: Iterable[str]) -> None:
-        """Make the folder and record what is asked; ValueError if it cannot be written."""
-        try:
+        """Make the folder and record what is asked."""
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
         self.write(ENVIRONMENT, as_json(describe_environment(command), indent=2) + "\n")
         self.write(SETTINGS, as_json(settings, indent=2) + "\n")
 
     @classmethod
     def resume(cls, folder: str | Path, settings: Mapping[str, Any]) -> EvalLog:
-        """Go on in a folder: failed samples and a torn last line are removed. ValueError for other settings."""
+        """Go on in a folder: failed samples and a torn last line are removed. UserError for other settings."""
         log = cls(folder)
         recorded = read_object(log.folder / SETTINGS)
         if not recorded:
             raise UserError(f"--resume and {folder}, which holds no evaluation", "one", "leave --resume out")
         asked = json.loads(as_json(settings))
-        changed = sorted(key for key in {*asked, *recorded} if asked.get(key) != recorded.get(key))
-        if changed:
+        if changed := sorted(key for key in {*asked, *recorded} if asked.get(key) != recorded.get(key)):
             old = ", ".join(f"{key} = {recorded.get(key)!r:.80}" for key in changed)
-            raise UserError(
-                f"--resume with another {', '.join(changed)} than the evaluation in {folder} ({old})",
-                "the same",
-                "ask for the same, or pass another --out",
-            )
+            got = f"--resume with another {', '.join(changed)} than the evaluation in {folder} ({old})"
+            raise UserError(got, "the same", "ask for the same, or pass another --out")
         log.write_rows(row for row in log.read_rows() if "error" not in row)
         return log
 
     def read_rows(self) -> list[Row]:
         """The samples so far; a line that is torn or damaged is passed over, and its sample asked for again."""
-        path = self.folder / SAMPLES
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-        return [row for row in map(sample_row, lines) if row]
+        path, rows = self.folder / SAMPLES, []
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+        return [row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a sample, flushed; ValueError for a folder that is full, which is left as it was."""
+        """Append a sample, flushed; a folder that is full is left as it was."""
         path = self.folder / SAMPLES
         size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(as_json(row) + "\n")
-        except OSError as error:
-            cut_back(path, size)
-            raise unwritable(self.folder, error) from error
+        with self._writing():
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(as_json(row) + "\n")
+            except OSError:
+                cut_back(path, size)
+                raise
 
     def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Replace the samples, atomically."""
         self.write(SAMPLES, "".join(as_json(row) + "\n" for row in rows))
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the folder, atomically."""
-        try:
+        with self._writing():
             replace_file(self.folder / name, text)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """UserError for a folder that is full, read-only or no folder."""
+        try:
+            yield
         except OSError as error:
-            raise unwritable(self.folder, error) from error
-
-
-def sample_row(line: str) -> Row | None:
-    """The row of a line; None for what is none."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("id"), str) else None
-
-
-def unwritable(folder: Path, error: OSError) -> ValueError:
-    """The error for a folder that is full, read-only or no folder."""
-    return UserError(
-        f"evaluation folder {folder} ({reason(error)})",
-        "a writable folder with free space",
-        "make room and go on with --resume (what was written is whole), or pass another --out",
-    )
+            got, expected = f"evaluation folder {self.folder} ({reason(error)})", "a writable folder with free space"
+            remedy = "make room and go on with --resume (what was written is whole), or pass another --out"
+            raise UserError(got, expected, remedy) from error

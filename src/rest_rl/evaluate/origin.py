@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -57,10 +58,9 @@ def homes(path: str) -> Iterator[tuple[Path, Path]]:
 
 
 def run_of(folder: Path) -> RunConfig | None:
-    """The run that a folder records; None if it records none."""
     try:
-        return read_run_file(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    except ValueError:  # somebody else's config.toml
+        return read_run_file(folder / CONFIG)
+    except UserError:  # somebody else's config.toml
         return None
 
 
@@ -111,18 +111,12 @@ def weights_blocks(file: BinaryIO) -> Iterator[bytes]:
         yield file.read(BLOCK)
 
 
-def whole_file(file: BinaryIO) -> Iterator[bytes]:
-    """All of a file, in pieces."""
-    while piece := file.read(1 << 20):
-        yield piece
-
-
-def digest_of(path: Path, pieces: Callable[[BinaryIO], Iterator[bytes]] = whole_file) -> str:
-    """Of pieces of a file, all of it unless told; ValueError if it cannot be read."""
+def digest_of(path: Path, pieces: Callable[[BinaryIO], Iterable[bytes]] | None = None) -> str:
+    """Of pieces of a file, all of it unless told."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            for piece in pieces(file):
+            for piece in pieces(file) if pieces else iter(partial(file.read, 1 << 20), b""):
                 digest.update(piece)
     except OSError as error:
         raise UserError(f"{path} ({error.strerror})", "a readable file", "check the path") from error

@@ -37,7 +37,6 @@ class Plan:
 
     @property
     def tool_format(self) -> ToolFormat:
-        """The format that responses are read in."""
         return self.layout.format if self.layout else get_format(self.format)
 
 

@@ -25,8 +25,6 @@ TICKS = (20, 40, 60, 80, 100)
 
 
 class Share(NamedTuple):
-    """An accuracy and its interval."""
-
     accuracy: float
     low: float
     high: float

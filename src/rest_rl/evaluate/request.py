@@ -97,7 +97,6 @@ class EvalRequest:
 
     @property
     def benchmark_name(self) -> str:
-        """As the command line calls it."""
         return self.benchmark if isinstance(self.benchmark, str) else self.benchmark.name
 
     @property
@@ -123,7 +122,6 @@ class EvalRequest:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens of a response at most."""
         usual = WORLD_NEW_TOKENS if self.benchmark == "tool-world" else DEFAULT_NEW_TOKENS
         return usual if self.max_new_tokens is None else self.max_new_tokens
 
@@ -161,5 +159,4 @@ class EvalRequest:
 
 
 def option(name: str) -> str:
-    """A field as the command line writes it."""
     return f"--{FLAGS.get(name, name).replace('_', '-')}"

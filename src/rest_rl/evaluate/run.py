@@ -140,7 +140,6 @@ def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
 
 @contextmanager
 def _opened(request: EvalRequest, observer: Observer) -> Iterator[tuple[Plan, Benchmark, list[str]]]:
-    """The plan, the benchmark and the samples to ask for."""
     plan = make_plan(request)
     own = isinstance(request.benchmark, str)
     benchmark = open_benchmark(request, plan)
@@ -216,7 +215,6 @@ def _refuse_unknown(option: str, wanted: Iterable[str], known: Iterable[str]) ->
 
 
 def opening(benchmark: Benchmark, plan: Plan, identity: str) -> Request:
-    """The first request of a sample."""
     with closing(benchmark.start(identity, plan.tool_format)) as conversation:
         request = conversation.request()
     assert request is not None
@@ -387,7 +385,6 @@ def _ask(
 def _finish(
     request: EvalRequest, plan: Plan, benchmark: Benchmark, rows: list[Row], log: EvalLog, settings: Mapping[str, Any]
 ) -> EvalResult:
-    """Write summary and tables."""
     model = str(settings["model"])
     name = request.name or (model_label(model) if Path(model).is_dir() else model)
     about = {"model": name, "prompt": plan.prompt, "format": plan.format, "settings": settings}

@@ -116,7 +116,6 @@ def editions(summaries: Sequence[Summary]) -> list[Models]:
 
 
 def edition(summary: Summary) -> str:
-    """What evaluations must share to be comparable."""
     return str([summary.get(key) for key in ("benchmark", "version", "pin")])
 
 
@@ -132,7 +131,6 @@ def model_names(summaries: Sequence[Summary]) -> list[str]:
 
 
 def how_asked(summary: Summary) -> str:
-    """Prompt and format in words."""
     return f"prompt {summary.get('prompt', 'unknown')}, format {summary.get('format', 'unknown')}"
 
 
@@ -186,24 +184,18 @@ def numbers(summary: Summary, column: Column, metric: str = "") -> dict[str, Any
 
 
 def result_table(section: Section, models: Models) -> ResultTable:
-    """The table of one section."""
     records = []
     for name, summary in models:
         about = {**{key: summary.get(key) for key in ABOUT}, "model": name, "metric": section.metric}
         for column in section.columns:
             group = {} if column.is_average else (summary.get("groups") or {}).get(column.group, {})
-            troubles = {key: count(group[key]) for key in TROUBLES if key in group}
+            troubles = {key: count(group[key]) if key in group else None for key in TROUBLES}
             place = {"table": section.title, "column": column.label, "group": column.group}
             records.append({**about, **place, **numbers(summary, column, section.metric), **troubles})
-    frame = (
-        pd.DataFrame(records, columns=[*COLUMNS, "group"], dtype=object)
-        .astype(object)
-        .where(lambda cell: cell.notna(), None)
-    )
+    frame = pd.DataFrame(records, columns=[*COLUMNS, "group"], dtype=object)
     first, ways = models[0][1], {how_asked(summary) for _, summary in models}
-    head = " ".join(
-        filter(None, (TITLES.get(first.get("benchmark", ""), first.get("benchmark")), first.get("version")))
-    )
+    benchmark = str(first.get("benchmark"))
+    head = " ".join(filter(None, (TITLES.get(benchmark, benchmark), first.get("version"))))
     asked = "prompt and format differ, see the notes" if len(ways) > 1 else next(iter(ways))
     intervals = interval_words(has_averages=any(column.is_average for column in section.columns))
     return ResultTable(
@@ -247,7 +239,6 @@ def trouble_text(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def count(value: Any) -> int:
-    """A count that is written as a number or as the list of what it counts."""
     return value if isinstance(value, int) else len(value or ())
 
 
@@ -260,7 +251,6 @@ def ceiling_notes(summary: Summary) -> Iterator[str]:
 
 
 def is_partial(row: Any) -> bool:
-    """Whether samples of the group are missing."""
     return row.n is not None and row.of is not None and row.n < row.of
 
 
@@ -276,7 +266,6 @@ def markdown_cell(row: Any) -> str:
 
 
 def latex_cell(row: Any) -> str:
-    """A number over its interval."""
     if row.accuracy is None:
         return "--"
     number, interval = percent(row.accuracy) + ("$^{*}$" if is_partial(row) else ""), interval_text(row.low, row.high)
@@ -284,7 +273,6 @@ def latex_cell(row: Any) -> str:
 
 
 def csv_tables(summaries: Sequence[Summary]) -> str:
-    """All numbers as CSV."""
     return results(summaries).to_csv(index=False, lineterminator="\n")
 
 
@@ -313,7 +301,6 @@ ESCAPES = str.maketrans(
 
 
 def escaped(text: str) -> str:
-    """Text that LaTeX prints as it is."""
     return text.translate(ESCAPES)
 
 
@@ -337,7 +324,6 @@ def latex_tables(summaries: Sequence[Summary]) -> str:
 
 
 def write_tables(summaries: Sequence[Summary], folder: str | Path) -> list[Path]:
-    """Write tables.md, tables.csv and tables.tex."""
     target = Path(folder)
     texts = {"md": markdown_tables(summaries), "csv": csv_tables(summaries), "tex": latex_tables(summaries)}
     try:
@@ -398,7 +384,6 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
 
 
 def _titled(comparison: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
-    """(who is compared on what, the changes) for each metric."""
     base, tuned = (str(comparison[side].get("model") or comparison[side].get("folder")) for side in ("base", "tuned"))
     for metric, changes in comparison["metrics"].items():
         what = f", {metric}" if len(comparison["metrics"]) > 1 else ""

@@ -21,7 +21,7 @@ from rest_rl.data.samples import ToolSample
 from rest_rl.data.shapes import api_bank
 from rest_rl.data.shapes.toolrl import FORMAT
 from rest_rl.errors import UserError
-from rest_rl.evaluate.conversation import Reply, SingleTurn
+from rest_rl.evaluate.conversation import Benchmark, Reply, SingleTurn
 from rest_rl.formats import ToolFormat
 from rest_rl.formats.opened_think import SUFFIX
 from rest_rl.jsonl import reason
@@ -43,7 +43,7 @@ class Item(NamedTuple):
     defect: str
 
 
-class ApiBank:
+class ApiBank(Benchmark):
     """The samples of a folder with level-1-, level-2- and level-3-api_processed.json."""
 
     name = "api_bank"
@@ -53,7 +53,7 @@ class ApiBank:
     def __init__(self, folder: str | Path, *, keep_prompts: bool) -> None:
         """With `keep_prompts` the prompts are the published texts; without, they are laid out anew for the model.
 
-        ValueError for a file that is missing or broken.
+        UserError for a file that is missing or broken.
         """
         digest = hashlib.sha256()
         self.items: dict[str, Item] = {}
@@ -61,20 +61,11 @@ class ApiBank:
             for index, row in enumerate(rows_of(Path(folder), level, digest)):
                 identity = f"Level{level}_{index}"
                 self.items[identity] = read_item(row, identity, level, keep_prompts)
-        self.digest = digest.hexdigest()[:12]
-
-    @property
-    def pin(self) -> str:
-        """The files by number and digest."""
-        return f"API-Bank as processed by ToolRL ({len(self.items)} samples, sha256 {self.digest})"
-
-    @property
-    def groups(self) -> Mapping[str, str | int]:
-        """The level of each sample."""
-        return {identity: item.level for identity, item in self.items.items()}
+        number = f"{len(self.items)} samples, sha256 {digest.hexdigest()[:12]}"
+        self.pin = f"API-Bank as processed by ToolRL ({number})"
+        self.groups = {identity: item.level for identity, item in self.items.items()}
 
     def start(self, identity: str, tool_format: ToolFormat) -> SingleTurn:
-        """Begin a sample."""
         item = self.items[identity]
         is_published = tool_format.name.removesuffix(SUFFIX) == FORMAT
         return SingleTurn(item.sample, tool_format, lambda reply, parsed: verdicts(reply, parsed, item, is_published))
@@ -90,9 +81,6 @@ class ApiBank:
                 ceilings[f"Level{level}"] = {"accuracy": 1 - len(defects) / len(items), "ids": defects}
         return {"ceilings": ceilings}
 
-    def close(self) -> None:
-        """Nothing is held."""
-
 
 def verdicts(reply: Reply, parsed: ParsedResponse, item: Item, is_published: bool) -> Mapping[str, Any]:
     """Both verdicts and the reason of the stricter one; the published metric reads the text of its own format."""
@@ -103,17 +91,14 @@ def verdicts(reply: Reply, parsed: ParsedResponse, item: Item, is_published: boo
 
 
 def rows_of(folder: Path, level: int, digest: Any) -> list[Any]:
-    """The rows of one level; ValueError for a file that cannot be read or holds no list."""
+    """The rows of one level."""
     path = folder / f"level-{level}-api_processed.json"
     try:
         content = path.read_bytes()
         rows = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} ({reason(error)})",
-            "a JSON list of API-Bank samples",
-            "pass the folder with ToolRL's level-1-, level-2- and level-3-api_processed.json as --data",
-        ) from error
+        remedy = "pass the folder with ToolRL's level-1-, level-2- and level-3-api_processed.json as --data"
+        raise UserError(f"{path} ({reason(error)})", "a JSON list of API-Bank samples", remedy) from error
     if not isinstance(rows, list):
         raise UserError(f"{path}, which holds a {type(rows).__name__}", "a list of samples", "restore it")
     digest.update(content)
@@ -121,15 +106,13 @@ def rows_of(folder: Path, level: int, digest: Any) -> list[Any]:
 
 
 def read_item(row: Any, identity: str, level: int, keep_prompts: bool) -> Item:
-    """One sample; ValueError names the one that cannot be read."""
+    """One sample."""
     if not isinstance(row, Mapping):
         raise UserError(f"{type(row).__name__} as {identity}", "an object", "restore the file")
     try:
         (sample,) = api_bank.read(row, RowContext(identity, keep_prompts))
     except RowRejectedError as error:
-        raise UserError(
-            f"{identity}, which cannot be read ({error})", "a sample of API-Bank", "restore the file"
-        ) from error
+        raise UserError(f"{identity}, which cannot be read ({error})", "it as published", "restore the file") from error
     found = check_against_tools(sample)[1]
     defect = "; ".join(f"{problem.reason}: {problem.detail}" for problem in found if problem.reason in UNPASSABLE)
     answer = row["answer"]
@@ -167,7 +150,6 @@ def in_published_shape(parsed: ParsedResponse, answer: Mapping[str, Any]) -> lis
 
 
 def soft_match(calls: Sequence[Any], answer: Mapping[str, Any]) -> bool:
-    """The published verdict on lines of JSON."""
     for line in calls:
         try:
             call = json.loads(line) if isinstance(line, str) else line

@@ -136,8 +136,8 @@ class Endpoint(Model):
             import openai
         except ImportError:
             raise UserError("an endpoint without the package openai", "it", "pip install 'rest-rl[endpoint]'") from None
-        check_sizes(max_new_tokens=max_new_tokens, concurrency=concurrency, requests_per_minute=requests_per_minute)
-        check_sizes(context=context)
+        check_sizes(max_new_tokens=max_new_tokens, concurrency=concurrency, context=context)
+        check_sizes(requests_per_minute=requests_per_minute)
         if retries < 0 or not timeout > 0:
             wrong = f"retries = {retries}" if retries < 0 else f"timeout = {timeout}"
             raise UserError(wrong, "retries from 0 and a timeout above 0", "raise it")
@@ -145,17 +145,14 @@ class Endpoint(Model):
             raise UserError(f"{', '.join(taken)} in the extra body", "other fields", "leave it out")
         address, key = base_url(url), api_key(api_key_env)
         self.url, self.model, self.tool_format, self.native = public_url(address), model, tool_format, native
-        self.max_new_tokens, self.concurrency, self.timeout, self.retries = (
-            max_new_tokens,
-            concurrency,
-            timeout,
-            retries,
-        )
-        self.extra_body, self.layout, self.frame = dict(extra_body or {}), layout, frame
+        self.max_new_tokens, self.concurrency = max_new_tokens, concurrency
+        self.timeout, self.retries, self.extra_body = timeout, retries, dict(extra_body or {})
+        self.layout, self.frame = layout, frame
         self.context, self._states_context = context, context is None
         self._secrets = [*secrets_of(url), *([] if key == NO_KEY else [key])]
         self._gap, self._next_turn = 60.0 / requests_per_minute if requests_per_minute else 0.0, 0.0
         self._openai, self._loop, self._free = openai, event_loop(), asyncio.Semaphore(concurrency)
+        self._repeated = f"{retries + 1} times in a row"
         self._under_way: set[Future[list[Reply]]] = set()
         self._is_stopped = False
         self._client = openai.AsyncOpenAI(
@@ -232,7 +229,7 @@ class Endpoint(Model):
                     return reply
                 except GarbledError as error:
                     problem = f"got {error}, expected {'a chat' if self._chats else 'a text'} completion"
-        return Reply(error=self._scrubbed(f"{problem}, {self.retries + 1} times in a row"))
+        return Reply(error=self._scrubbed(f"{problem}, {self._repeated}"))
 
     def _question(self, request: Request) -> tuple[dict[str, Any], Callable[[bytes], Reply]] | Reply:
         """(what is sent, how the answer is read); a prompt that cannot be made or does not fit is a reply already."""
@@ -261,7 +258,7 @@ class Endpoint(Model):
             async with self._route.with_streaming_response.create(**body) as response:
                 return read(await self._body(response))
         except self._openai.APIConnectionError as error:
-            return Reply(error=f"{self._problem_of(error)}, {self.retries + 1} times in a row")
+            return Reply(error=f"{self._problem_of(error)}, {self._repeated}")
         except self._openai.APIStatusError as error:
             return self._refusal(error, body["extra_body"] or {})
         except UnicodeError as error:  # half of a surrogate pair in the prompt
@@ -292,9 +289,7 @@ class Endpoint(Model):
             if not self._chats and NO_IDS.search(said):
                 raise self._mistake(error, "a server that takes token ids", OTHER_ROUTE)
             return Reply(error=self._scrubbed(f"the server refuses the request with {status}: {said:.400}"))
-        return Reply(
-            error=self._scrubbed(f"the server answers {status}: {said:.200}, {self.retries + 1} times in a row")
-        )
+        return Reply(error=self._scrubbed(f"the server answers {status}: {said:.200}, {self._repeated}"))
 
     def _mistake(self, error: Any, expected: str = "", remedy: str = "") -> UserError:
         """The error for a status that stops the evaluation: every other request would end with it, too."""

@@ -125,7 +125,6 @@ class Bfcl(Benchmark):
         return {"official": official_averages(self.version, complete), "version": self.version}
 
     def close(self) -> None:
-        """End all processes."""
         self._pool.close()
 
 

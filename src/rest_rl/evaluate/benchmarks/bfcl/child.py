@@ -38,14 +38,12 @@ class Pipes:
         return None
 
     def write(self, answer: Mapping[str, Any]) -> None:
-        """Send an answer, however long."""
         rest = memoryview(json.dumps(answer).encode() + b"\n")
         while rest:
             rest = rest[os.write(self.outbox, rest) :]
 
 
 def answer(handle: Callable[[], Any]) -> dict[str, Any]:
-    """What a request came to."""
     try:
         return {"ok": handle()}
     except UnusableError as error:
@@ -61,7 +59,6 @@ class Server:
         self.pipes, self.bfcl, self.seconds, self.memory_mb = pipes, bfcl, seconds, memory_mb
 
     def run(self) -> None:
-        """Until the other side closes."""
         while (request := self.pipes.read()) is not None:
             if request["do"] in ("open", "check_calls", "check_turns"):
                 self.prepare(request)

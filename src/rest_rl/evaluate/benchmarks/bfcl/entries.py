@@ -45,7 +45,6 @@ def tools_of(docs: Iterable[Mapping[str, Any]], types: Mapping[str, str]) -> tup
 
 
 def properties_of(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The arguments' schemas of every tool, by the tool's name."""
     functions = [tool["function"] for tool in tools]
     return {function["name"]: function["parameters"].get("properties", {}) for function in functions}
 

@@ -64,7 +64,6 @@ def settled_arguments(
 
 
 def first(choices: Sequence[Any]) -> Any:
-    """The first alternative that is a value."""
     return next((choice for choice in choices if choice != OMITTED), OMITTED)
 
 

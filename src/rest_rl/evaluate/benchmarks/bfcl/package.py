@@ -59,7 +59,6 @@ def install_command(version: Version, folder: Path) -> str:
 
 
 def release_in(folder: Path) -> str | None:
-    """The version of bfcl-eval that lies in a folder."""
     if not (folder / "bfcl_eval").is_dir():
         return None
     return next((each.version for each in importlib.metadata.distributions(name="bfcl-eval", path=[str(folder)])), None)

@@ -50,7 +50,6 @@ def stub_unneeded_modules() -> None:
 
 
 def part(name: str) -> Any:
-    """A module of bfcl_eval."""
     return importlib.import_module(f"bfcl_eval.{name}")
 
 
@@ -144,7 +143,6 @@ class Bfcl:
         sample["function"] = docs
 
     def conversation(self, identity: str) -> dict[str, Any]:
-        """One sample of several turns."""
         samples = self.samples(identity.rpartition("_")[0])
         if identity not in samples:
             raise UnusableError(f"got id {identity!r}, expected one of the {len(samples)} of its category")
@@ -176,7 +174,6 @@ class Bfcl:
         return verdict(self.checker.ast_checker, *arguments)
 
     def check_turns(self, identity: str, turns: list[list[list[dict[str, Any]]]]) -> list[Any]:
-        """The checker's verdict on a whole conversation, which it executes again."""
         sample = self.conversation(identity)
         if len(turns) != len(sample["ground_truth"]):
             message = f"got {len(turns)} turns of {len(sample['ground_truth'])}"
@@ -204,7 +201,6 @@ class Bfcl:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 

@@ -267,7 +267,6 @@ def _signal_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _sendable(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call, or the reason why it cannot be one."""
     problem = _problem(call)
     return {"refused": problem} if problem else dict(call)
 

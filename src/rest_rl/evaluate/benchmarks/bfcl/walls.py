@@ -67,7 +67,6 @@ def guard(readable: list[str]) -> None:
 
 
 def below(path: Any, folders: tuple[str, ...]) -> bool:
-    """Whether a path lies in one of the folders."""
     if not isinstance(path, (str, bytes, os.PathLike)):
         return False
     # Not Path.resolve: the guard calls this, and what it opens or reads would call the guard.
