@@ -14,11 +14,10 @@ from rest_rl.presets import PRESETS
 from rest_rl.train.prompts import training_dataset
 from rest_rl.train.trl.settings import trainer_config, with_machine_defaults
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
+from rest_rl.train.verl.config import ACTOR, ROLLOUT, start_values
 from rest_rl.train.verl.responses import PluginRun
-from rest_rl.train.verl.settings import loss_settings, plugin_table
-from rest_rl.train.verl.trl_keys import ACTOR, trl_table
 from rest_rl.train.weighing import EntropyTracker
-from tests.test_verl_config import JOB
+from tests.test_verl_config import BIG
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 PLUGIN = Path(inspect.getfile(PluginRun)).with_name("plugin.py")
@@ -55,17 +54,16 @@ def on_trl(config: RunConfig) -> dict[str, Any]:
 
 def on_verl(config: RunConfig) -> dict[str, Any]:
     """What the plugin reads from verl's configuration, and what verl itself is told."""
-    plugin = PluginRun.from_toml(plugin_table(config, JOB)["run"])
-    table = trl_table(config)
-    told = loss_settings(table, plugin.method)
+    plugin = PluginRun.from_toml(config.to_toml())
+    told = start_values(config, BIG)
     return {
         "entropy_decay": plugin.tracker.decay,
         "method": plugin.method,
         "format": plugin.format.name,
         "clip": (told[f"{ACTOR}.clip_ratio_low"], told[f"{ACTOR}.clip_ratio_high"]),
         "by spread": told["algorithm.norm_adv_by_std_in_grpo"],
-        "kl": told[f"{ACTOR}.kl_loss_coef"],
-        "temperature": table["temperature"],
+        "kl": float(told.get(f"{ACTOR}.use_kl_loss", False)),  # verl's own YAML has it off
+        "temperature": told[f"{ROLLOUT}.temperature"],
         "seed": plugin.run.seed,
     }
 

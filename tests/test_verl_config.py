@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rest_rl.config import RunConfig, read_run_file
-from rest_rl.train.verl import trl_keys as keys
-from rest_rl.train.verl.config import VerlJob, unread_trl, verl_settings
+from rest_rl.errors import UserError
+from rest_rl.train.trl.trainer import reshapes
+from rest_rl.train.verl import config as verl_config
+from rest_rl.train.verl.config import VerlJob, check_refused, fixed_values, leaves, schedule, start_values, unread_keys
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = [path for path in sorted(CONFIGS.glob("*.toml")) if not path.name.startswith(("compare-", "sft-"))]
-JOB = VerlJob(
-    folder=Path("/runs/mine"),
-    train_file=Path("/runs/mine/verl/train.parquet"),
-    held_out_file=None,
-    num_train=3920,
-    prompt_tokens=2048,
-    model="Qwen/Qwen3-8B",
-    tokenizer="/runs/mine/verl/tokenizer",
-    resume_from=None,
-    agent_loops=Path("/runs/mine/verl/agent_loops.yaml"),
-)
-ACTOR, ROLLOUT, MODEL = keys.ACTOR, keys.ROLLOUT, keys.MODEL
+BIG = VerlJob(Path("/runs/mine"), "Qwen/Qwen3-8B", num_train=3920, prompt_tokens=2048)
+SMALL = BIG._replace(num_train=100, prompt_tokens=50)
+ACTOR, ROLLOUT, MODEL = verl_config.ACTOR, verl_config.ROLLOUT, verl_config.MODEL
 
 RUN = """
 [run]
@@ -37,7 +29,6 @@ path = "dialogues.jsonl"
 [rest]
 preset = "rest"
 [trl]
-lr_scheduler_type = "constant"
 per_device_train_batch_size = 4
 gradient_accumulation_steps = 2
 steps_per_generation = 4
@@ -48,11 +39,23 @@ save_steps = 10
 """
 # On verl's default machine of 8 GPUs: 4 x 8 x 4 = 128 responses a batch = 32 prompts, 4 x 8 x 2 = 64 responses a step
 # = 16 prompts, 2 steps a batch; so 20 steps are 10 batches and a checkpoint is every 5.
-SMALL = replace(JOB, num_train=100, prompt_tokens=50)
 
 
-def settings(*overrides: str, job: VerlJob = SMALL, text: str = RUN) -> dict[str, Any]:
-    return verl_settings(RunConfig.from_toml(text, overrides), job)
+def values_of(config: RunConfig, job: VerlJob = SMALL) -> dict[str, Any]:
+    """verl's values as far as they are known without verl: where a run starts from, `[verl]`, batches and steps."""
+    start = start_values(config, job)
+    given = {path.replace("+", ""): value for path, value in leaves(config.verl)}
+    values = {verl_config.NODES: 1, verl_config.GPUS: 8, **start, **given}
+    needed = {key: values[key] for key in ("trainer.nnodes", "trainer.n_gpus_per_node", f"{ROLLOUT}.n")}
+    needed |= {key: values[key] for key in (verl_config.PASSES, *verl_config.OPEN)}
+    values |= schedule(needed, config, job.num_train)
+    method = config.rest.resolve()
+    check_refused(values, fixed_values(method, job), reshapes=reshapes(method))
+    return values
+
+
+def values(*overrides: str, job: VerlJob = SMALL, text: str = RUN) -> dict[str, Any]:
+    return values_of(RunConfig.from_toml(text, overrides), job)
 
 
 def gpus_of(path: Path) -> list[str]:
@@ -64,8 +67,8 @@ def shown(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_can_be_said(path: Path) -> None:
-    told = verl_settings(read_run_file(path, [*gpus_of(path), *shown(path)]), JOB)
+def test_every_recipe_keeps_the_published_batch(path: Path) -> None:
+    told = values_of(read_run_file(path, [*gpus_of(path), *shown(path)]), BIG)
     if path.stem == "own-tools":  # 8 GPUs x 2 responses x 32 steps / 8 a prompt: several batches a step are one batch
         assert (told["data.train_batch_size"], told[f"{ACTOR}.ppo_mini_batch_size"]) == (64, 64)
         return
@@ -75,80 +78,76 @@ def test_every_recipe_can_be_said(path: Path) -> None:
     assert (told["trainer.save_freq"], told["trainer.max_actor_ckpt_to_keep"]) == (15, 2)
     assert (told[f"{ACTOR}.loss_agg_mode"], told[f"{ACTOR}.clip_ratio_c"]) == ("seq-mean-token-mean", 3.0)
     assert told[f"{ACTOR}.optim.lr"] in (1e-6, 1e-5)
-    assert told["algorithm.rollout_correction.rollout_is"] is None
-    per_device = read_run_file(path).trl["per_device_train_batch_size"]
-    assert told[f"{ACTOR}.ppo_max_token_len_per_gpu"] == per_device * (2048 + 2048)
+    if "1gpu" not in path.stem:  # what a forward pass takes on TRL
+        per_device = read_run_file(path).trl["per_device_train_batch_size"]
+        assert told[f"{ACTOR}.ppo_max_token_len_per_gpu"] == per_device * (2048 + 2048)
+
+
+def test_fifteen_keys_are_fixed() -> None:
+    fixed = fixed_values(RunConfig().rest.resolve(), SMALL)
+    assert len(fixed) == 15
+    assert fixed[f"{MODEL}.tokenizer_path"] == "/runs/mine/verl/tokenizer"
+    assert fixed["data.train_files"] == fixed["data.val_files"] == "/runs/mine/verl/train.parquet"
+    held_out = SMALL._replace(has_held_out=True, resume_from=Path("/runs/mine/checkpoints/global_step_5"))
+    fixed = fixed_values(RunConfig().rest.resolve(), held_out)
+    assert fixed["data.val_files"] == "/runs/mine/verl/held_out.parquet"
+    assert fixed["trainer.resume_mode"] == "resume_path"
+    assert fixed["trainer.resume_from_path"] == "/runs/mine/checkpoints/global_step_5"
+
+
+def test_the_tables_of_the_documentation_name_every_key() -> None:
+    page = (CONFIGS.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
+    missing = [key for key in fixed_values(RunConfig().rest.resolve(), SMALL) if key not in page]
+    missing += [name for name in verl_config.TWINS if f"`{name}`" not in page]
+    assert not missing
 
 
 def test_batches_and_schedule_count_as_verl_does() -> None:
-    told = settings()
+    told = values()
     assert (told["data.train_batch_size"], told[f"{ACTOR}.ppo_mini_batch_size"]) == (32, 16)
     # 100 prompts // 32 = 3 batches an epoch, so 10 batches take 4 epochs
     assert (told["trainer.total_training_steps"], told["trainer.total_epochs"]) == (10, 4)
-    assert (told["trainer.save_freq"], told["trainer.test_freq"], told["trainer.val_before_train"]) == (5, -1, False)
-    assert told[f"{ACTOR}.ppo_max_token_len_per_gpu"] == 4 * (50 + 100)
-    assert told[f"{ROLLOUT}.max_model_len"] == 150
+    assert (told["trainer.save_freq"], told["trainer.test_freq"]) == (5, 10)
+    assert told["data.max_prompt_length"] == 50
 
 
 def test_a_run_always_has_a_checkpoint_at_its_end() -> None:
     # verl saves after the last batch only where save_freq > 0; that checkpoint becomes the run's model
-    assert settings("trl.save_strategy=no")["trainer.save_freq"] == 10
-    assert settings("trl.save_steps=1000")["trainer.save_freq"] == 500
-    assert settings("verl.trainer.save_freq=3")["trainer.save_freq"] == 10  # ours, under that of [verl]
+    assert values("trl.save_strategy=no")["trainer.save_freq"] == 10
+    assert values("verl.trainer.save_freq=-1")["trainer.save_freq"] == 10
+    assert values("verl.trainer.save_freq=3")["trainer.save_freq"] == 3
 
 
 @pytest.mark.parametrize(("limit", "kept"), [("1", 2), ("2", 2), ("5", 5), ("0", None)])
 def test_a_whole_checkpoint_stays_while_the_next_is_written(limit: str, kept: int | None) -> None:
-    assert settings(f"trl.save_total_limit={limit}")["trainer.max_actor_ckpt_to_keep"] == kept
-    assert settings()["trainer.max_actor_ckpt_to_keep"] is None
-
-
-def test_workers_load_a_saved_tokenizer() -> None:
-    # verl's reward workers trust its code whatever the run says, so it comes from a folder without any
-    told = settings()
-    assert told[f"{MODEL}.tokenizer_path"] == "/runs/mine/verl/tokenizer"
-    assert told[f"{MODEL}.path"] == "Qwen/Qwen3-8B"
-
-
-def test_the_length_of_a_response_may_come_from_verl() -> None:
-    told = settings("rest.preset=dr_grpo", "verl.data.max_response_length=70")  # 100 in [trl]
-    assert told["data.max_response_length"] == told[f"{ACTOR}.loss_scale_factor"] == 70
-    assert told[f"{ROLLOUT}.max_model_len"] == 50 + 70
-    assert told[f"{ACTOR}.ppo_max_token_len_per_gpu"] == 4 * (50 + 70)
-
-
-def test_a_resumed_run_is_not_measured_at_its_begin_whatever_its_file_says() -> None:
-    held_out = replace(SMALL, held_out_file=Path("/runs/mine/verl/held_out.parquet"))
-    resumed = replace(held_out, resume_from=Path("/runs/mine/checkpoints/global_step_5"))
-    for job, begins in ((held_out, True), (resumed, False)):
-        assert settings("verl.trainer.val_before_train=true", job=job)["trainer.val_before_train"] is begins
-        assert settings("verl.trainer.val_before_train=false", job=job)["trainer.val_before_train"] is False
+    assert values(f"trl.save_total_limit={limit}").get("trainer.max_actor_ckpt_to_keep") == kept
+    assert "trainer.max_actor_ckpt_to_keep" not in values()
 
 
 def test_epochs_without_max_steps() -> None:
     # 2.5 epochs of 100 // 32 = 3 batches: 7.5, so 8, in the third epoch
-    told = settings("trl.max_steps=-1", "trl.num_train_epochs=2.5")
+    told = values("trl.max_steps=-1", "trl.num_train_epochs=2.5")
     assert (told["trainer.total_training_steps"], told["trainer.total_epochs"]) == (8, 3)
 
 
 def test_several_reuses_of_a_batch() -> None:
-    # two passes: 4 optimizer steps a batch, so 20 steps are 5 batches
-    told = settings("trl.num_iterations=2", "trl.save_steps=8")
-    assert (told[f"{ACTOR}.ppo_epochs"], told["trainer.total_training_steps"], told["trainer.save_freq"]) == (2, 5, 2)
+    # two passes: 4 optimizer steps a batch, so 20 steps are 5 batches and 10 steps, rounded up, 3
+    told = values("trl.num_iterations=2")
+    assert (told[f"{ACTOR}.ppo_epochs"], told["trainer.total_training_steps"], told["trainer.save_freq"]) == (2, 5, 3)
 
 
 def test_several_batches_a_step_are_one() -> None:
     # steps_per_generation 1 below 2: nothing is learnt between the two, which are 4 x 8 x 2 / 4 = 16 prompts
-    told = settings("trl.steps_per_generation=1")
+    told = values("trl.steps_per_generation=1")
     assert (told["data.train_batch_size"], told[f"{ACTOR}.ppo_mini_batch_size"]) == (16, 16)
     assert told["trainer.total_training_steps"] == 20
 
 
 def test_verl_sets_gpus_and_batches() -> None:
     # 2 x 4 GPUs are the same 8; 16 GPUs are twice the prompts; a batch of [verl] is the batch
-    assert settings("verl.trainer.nnodes=2", "verl.trainer.n_gpus_per_node=4")["data.train_batch_size"] == 32
-    assert settings("verl.trainer.nnodes=2")["data.train_batch_size"] == 64
-    told = settings("verl.data.train_batch_size=40", f"verl.{ACTOR}.ppo_mini_batch_size=8")
+    assert values("verl.trainer.nnodes=2", "verl.trainer.n_gpus_per_node=4")["data.train_batch_size"] == 32
+    assert values("verl.trainer.nnodes=2")["data.train_batch_size"] == 64
+    told = values("verl.data.train_batch_size=40", f"verl.{ACTOR}.ppo_mini_batch_size=8")
     # 40 / 8 = 5 steps a batch, so 20 steps are 4 batches, of which an epoch has 100 // 40 = 2
     assert (told["trainer.total_training_steps"], told["trainer.total_epochs"]) == (4, 2)
     assert told["trainer.save_freq"] == 2
@@ -163,21 +162,14 @@ def test_verl_sets_gpus_and_batches() -> None:
     ],
 )
 def test_verl_sets_the_length(overrides: tuple[str, ...], expected: tuple[int, int]) -> None:
-    told = settings(*overrides)
+    told = values(*overrides)
     assert (told["trainer.total_training_steps"], told["trainer.total_epochs"]) == expected
 
 
 def test_evaluation() -> None:
-    held_out = replace(SMALL, held_out_file=Path("/runs/mine/verl/held_out.parquet"))
-    told = settings("data.held_out=h.jsonl", "eval.every=4", "eval.samples=3", job=held_out)
-    assert (told["trainer.test_freq"], told["trainer.val_before_train"]) == (2, True)
-    assert (told["data.val_files"], told["data.val_max_samples"]) == ("/runs/mine/verl/held_out.parquet", -1)
+    told = values("data.held_out=h.jsonl", "eval.every=3", "eval.samples=3")
+    assert told["trainer.test_freq"] == 2  # 3 optimizer steps, rounded up
     assert (told[f"{ROLLOUT}.val_kwargs.n"], told[f"{ROLLOUT}.val_kwargs.temperature"]) == (3, 1.0)
-    assert settings(job=held_out)["trainer.test_freq"] == 10  # before and after
-    resumed = replace(held_out, resume_from=Path("/runs/mine/checkpoints/global_step_5"))
-    told = settings(job=resumed)
-    assert (told["trainer.val_before_train"], told["trainer.resume_mode"]) == (False, "resume_path")
-    assert told["trainer.resume_from_path"] == "/runs/mine/checkpoints/global_step_5"
 
 
 @pytest.mark.parametrize(
@@ -187,131 +179,118 @@ def test_evaluation() -> None:
         ("paper", "seq-mean-token-mean", None, True, 0.2),
         ("authors-code", "seq-mean-token-mean", None, True, 0.2),
         ("grpo", "seq-mean-token-mean", None, True, 0.2),
-        ("dr_grpo", "seq-mean-token-sum-norm", 100, False, 0.2),
+        ("dr_grpo", "seq-mean-token-sum-norm", "${data.max_response_length}", False, 0.2),
         ("dapo", "token-mean", None, True, 0.28),
     ],
 )
-def test_loss_of_each_preset(preset: str, mode: str, scale: int | None, by_spread: bool, high: float) -> None:
-    told = settings(f"rest.preset={preset}", "rest.format=hermes")
+def test_loss_of_each_preset(preset: str, mode: str, scale: str | None, by_spread: bool, high: float) -> None:
+    told = values(f"rest.preset={preset}", "rest.format=hermes")
     assert (told[f"{ACTOR}.loss_agg_mode"], told[f"{ACTOR}.loss_scale_factor"]) == (mode, scale)
     assert told["algorithm.norm_adv_by_std_in_grpo"] is by_spread
     assert (told[f"{ACTOR}.clip_ratio_low"], told[f"{ACTOR}.clip_ratio_high"]) == (0.2, high)
     assert told[f"{ACTOR}.clip_ratio_c"] == 1e9  # verl's dual clip is off
-    assert (told[f"{ACTOR}.use_kl_loss"], told[f"{ACTOR}.entropy_coeff"]) == (False, 0.0)
 
 
-def test_trl_settings_by_their_other_names() -> None:
-    told = settings(
-        *("trl.epsilon=0.1", "trl.epsilon_high=0.3", "trl.delta=2.5", "trl.adam_beta2=0.95", "trl.max_grad_norm=0"),
-        *("trl.top_k=0", "trl.temperature=0.8", "trl.lr_scheduler_type=cosine", "trl.warmup_steps=4"),
-        *("trl.adam_epsilon=1e-6", "trl.report_to=tensorboard", "trl.vllm_gpu_memory_utilization=0.6"),
+def test_keys_that_both_engines_have() -> None:
+    told = values(
+        *("trl.epsilon=0.1", "trl.epsilon_high=0.3", "trl.delta=2.5", "trl.top_k=0", "trl.temperature=0.8"),
+        *("trl.weight_decay=0.1", "trl.gradient_checkpointing=false", "trl.vllm_max_model_length=300"),
     )
     assert (told[f"{ACTOR}.clip_ratio_low"], told[f"{ACTOR}.clip_ratio_high"]) == (0.1, 0.3)
     assert told[f"{ACTOR}.clip_ratio_c"] == 2.5
-    assert (told[f"{ACTOR}.optim.betas"], told[f"{ACTOR}.optim.clip_grad"]) == ([0.9, 0.95], 1e9)
     assert (told[f"{ROLLOUT}.top_k"], told[f"{ROLLOUT}.temperature"]) == (-1, 0.8)
-    # 4 optimizer steps of warm-up are 2 batches
-    assert (told[f"{ACTOR}.optim.lr_scheduler_type"], told[f"{ACTOR}.optim.lr_warmup_steps"]) == ("cosine", 2)
-    assert told[f"{ACTOR}.optim.override_optimizer_config"] == {"eps": 1e-6}
-    assert (told["trainer.logger"], told[f"{ROLLOUT}.gpu_memory_utilization"]) == (["tensorboard"], 0.6)
+    assert (told[f"{ACTOR}.optim.weight_decay"], told[f"{MODEL}.enable_gradient_checkpointing"]) == (0.1, False)
+    assert (told["data.max_response_length"], told[f"{ROLLOUT}.max_model_len"]) == (100, 300)
 
 
-def test_defaults_are_those_of_trl_and_not_of_verl() -> None:
-    told = settings()
+def test_defaults_of_shared_keys_are_those_of_trl() -> None:
+    told = values()
     assert told[f"{ACTOR}.optim.weight_decay"] == 0.0  # verl 0.01
     assert told[f"{ROLLOUT}.tensor_model_parallel_size"] == 1  # verl 2
-    assert told[f"{ACTOR}.optim.clip_grad"] == 1.0
-    assert f"{ROLLOUT}.gpu_memory_utilization" not in told  # verl's 0.5 rather than TRL's 0.3
     seeds = ("data.seed", f"{ROLLOUT}.seed", f"{ACTOR}.fsdp_config.seed", f"{ACTOR}.data_loader_seed")
     assert [told[key] for key in seeds] == [7, 7, 7, 7]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "weights", "products", "rollout"),
-    [
-        ((), "fp32", None, "bfloat16"),
-        (("model.dtype=bfloat16",), "bf16", None, "bfloat16"),
-        (("trl.bf16=false",), "fp32", "fp32", "float32"),
-        (("trl.fp16=true",), "fp32", "fp16", "float16"),
-        (("peft.r=8", "model.dtype=bfloat16"), "fp32", None, "bfloat16"),
-    ],
-)
-def test_types(overrides: tuple[str, ...], weights: str, products: str | None, rollout: str) -> None:
-    told = settings(*overrides)
-    mixed = told.get(f"{ACTOR}.fsdp_config.+mixed_precision")
-    assert told[f"{ACTOR}.fsdp_config.model_dtype"] == weights
-    assert (mixed and mixed["param_dtype"]) == products
-    assert told[f"{ROLLOUT}.dtype"] == rollout
-
-
 def test_adapters() -> None:
-    told = settings("peft.r=8")
+    told = values("peft.r=8")
     assert (told[f"{MODEL}.lora_rank"], told[f"{MODEL}.lora_alpha"]) == (8, 16)  # twice the rank
     assert told[f"{MODEL}.target_modules"] == "all-linear"
-    assert f"{MODEL}.lora_rank" not in settings()
+    assert f"{MODEL}.lora_rank" not in values()
 
 
 def test_megatron_has_keys_of_its_own() -> None:
-    told = settings("verl.model_engine=megatron", "trl.lr_scheduler_type=linear")
-    assert told[f"{ACTOR}.optim.lr_decay_style"] == "linear"
-    assert told[f"{ACTOR}.megatron.dtype"] == "bfloat16"
-    assert told[f"{ACTOR}.megatron.override_transformer_config.recompute_granularity"] == "full"
+    config = RunConfig.from_toml(RUN)
+    told = start_values(config, SMALL, megatron=True)
+    assert told[f"{ACTOR}.megatron.seed"] == 7
     assert not any("fsdp" in key for key in told)
+    with pytest.raises(UserError, match=r"\[peft\]"):
+        start_values(RunConfig.from_toml(RUN, ["peft.r=8"]), SMALL, megatron=True)
+
+
+def test_keys_that_verl_does_not_read_are_named() -> None:
+    config = RunConfig.from_toml(RUN, ["trl.logging_steps=1", "trl.max_grad_norm=2.0", "trl.use_vllm=true", "peft.r=8"])
+    assert unread_keys(config) == ["trl.logging_steps", "trl.max_grad_norm", "trl.use_vllm"]
+    start_values(config, SMALL)
+    more = RunConfig.from_toml(RUN, ["peft.use_rslora=true", "model.dtype=bfloat16", "model.attn_implementation=sdpa"])
+    assert unread_keys(more) == ["peft.use_rslora", "model.attn_implementation", "model.dtype"]
+    assert unread_keys(RunConfig.from_toml(RUN, ["model.dtype=float32"])) == []
+
+
+REFUSALS = {
+    "supervised": (("rest.preset=sft",), "supervised"),
+    "random": (("rest.reward.random=true",), "random"),
+    "format of the published code": (("rest.preset=authors-code", "rest.format=llama3"), "llama3"),
+    "decay": (("rest.entropy_decay=1.5",), "entropy_decay"),
+    "unknown key": (("trl.learning_rat=1",), "did you mean learning_rate"),
+    "beta": (("trl.beta=0.1",), "trl.beta = 0.1"),
+    "collision": (("rest.weights.rule=collision", "trl.top_p=0.9"), "collision"),
+    "part of a group": (("trl.num_generations=6",), "whole numbers"),
+    "few prompts": (("verl.trainer.nnodes=8",), "100 training prompts"),
+    "bypass": (("verl.algorithm.rollout_correction.bypass_mode=true",), "bypass_mode"),
+    "bypass by plus": (("verl.algorithm.rollout_correction.+bypass_mode=true",), "bypass_mode"),
+    "bypass as a loss": (
+        ("rest.preset=grpo", f"verl.{ACTOR}.policy_loss.loss_mode=bypass_mode"),
+        "loss_mode = 'bypass_mode'",
+    ),
+    "rejection": (("verl.algorithm.rollout_correction.rollout_rs=token_k1",), "rollout_rs"),
+    "old trainer": (("verl.trainer.use_v1=false",), "trainer.use_v1"),
+    "asynchronous": (("verl.trainer.v1.trainer_mode=separate_async",), "trainer_mode"),
+    "entropy of verl": ((f"verl.{ACTOR}.entropy_coeff=0.1",), "entropy_coeff"),
+    "KL of verl": ((f"verl.{ACTOR}.use_kl_loss=true",), "use_kl_loss"),
+    "KL in the reward": (("verl.algorithm.use_kl_in_reward=true",), "use_kl_in_reward"),
+    "covariance": ((f"verl.{ACTOR}.policy_loss.loss_mode=clip_cov",), "clip_cov"),
+    "geometric mean": ((f"verl.{ACTOR}.policy_loss.loss_mode=geo_mean",), "geo_mean"),
+    "DRO": ((f"verl.{ACTOR}.policy_loss.loss_mode=dro",), "dro"),
+    "critic": (("verl.algorithm.adv_estimator=gae",), "'gae'"),
+    "distillation": (("verl.distillation.enabled=true",), "distillation"),
+    "reward model": (("verl.reward.reward_model.enable=true",), "reward_model"),
+    "reward function": (('verl.reward.custom_reward_function.path="r.py"',), "custom_reward_function"),
+    "reward manager": (("verl.reward.reward_manager.name=naive",), "reward_manager.name"),
+    "spread": (("verl.algorithm.norm_adv_by_std_in_grpo=false",), "norm_adv_by_std"),
+    "data": (('verl.data.train_files="x.parquet"',), "train_files"),
+    "model": ((f'verl.{MODEL}.path="x"',), "model.path"),
+    "tokenizer": ((f'verl.{MODEL}.tokenizer_path="x"',), "tokenizer_path"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name: str) -> None:
+    overrides, message = REFUSALS[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        values(*overrides)
+    assert str(caught.value).startswith("got "), caught.value
 
 
 @pytest.mark.parametrize(
-    ("overrides", "level", "threshold"),
-    [
-        ((), "sequence", "1e-09_3.0"),
-        (('trl.vllm_importance_sampling_mode="token_truncate"',), "token", 3.0),
-        (("trl.vllm_importance_sampling_clip_min=0.5",), "sequence", "0.5_3.0"),
-    ],
+    "override",
+    [f"{ACTOR}.policy_loss.loss_mode=clip_cov", f"{ACTOR}.use_kl_loss=true", "algorithm.adv_estimator=grpo"],
 )
-def test_correction_for_vllm(overrides: tuple[str, ...], level: str, threshold: Any) -> None:
-    told = settings("trl.use_vllm=true", *overrides)  # TRL corrects unless told not to
-    assert told["algorithm.rollout_correction.rollout_is"] == level
-    assert told["algorithm.rollout_correction.rollout_is_threshold"] == threshold
+def test_presets_that_do_not_reshape_may_have_another_loss(override: str) -> None:
+    key, _, value = override.partition("=")
+    assert str(values("rest.preset=grpo", f"verl.{override}")[key]).lower() == value
 
 
-def test_attention_without_packing() -> None:
-    assert settings()[f"{MODEL}.use_remove_padding"]
-    told = settings("model.attn_implementation=sdpa")
-    assert (told[f"{MODEL}.override_config.+attn_implementation"], told[f"{MODEL}.use_remove_padding"]) == (
-        "sdpa",
-        False,
-    )
-
-
-def test_a_preset_that_does_not_reshape_may_have_kl() -> None:
-    told = settings("rest.preset=grpo", "trl.beta=0.01", "trl.use_bias_correction_kl=false")
-    assert (told[f"{ACTOR}.use_kl_loss"], told[f"{ACTOR}.kl_loss_coef"]) == (True, 0.01)
-    assert settings("rest.preset=grpo", f"verl.{ACTOR}.entropy_coeff=0.01")
-
-
-def test_room_for_large_batches() -> None:
-    # 131,072 responses: 4 x as many rows at most, 2 stores a machine
-    told = settings(
-        *("verl.trainer.nnodes=64", "trl.per_device_train_batch_size=64", "trl.max_steps=2", "trl.save_steps=2"),
-        job=replace(SMALL, num_train=100_000),
-    )
-    assert told["data.train_batch_size"] * 4 == 131_072
-    assert told["transfer_queue.backend.SimpleStorage.total_storage_size"] == 524_288
-    assert told["transfer_queue.backend.SimpleStorage.num_data_storage_units"] == 128
-
-
-def test_unread_keys_are_named() -> None:
-    config = RunConfig.from_toml(RUN, ["trl.logging_steps=1", "trl.vllm_mode=colocate", "trl.max_length=9"])
-    assert unread_trl(config) == ["logging_steps", "max_length", "vllm_mode"]  # the last but one is of SFTConfig
-    verl_settings(config, SMALL)
-
-
-def test_every_key_of_trl_has_one_fate() -> None:
-    groups = [set(keys.COPIED), set(keys.COPIED_IF_GIVEN), set(keys.TRANSLATED), set(keys.UNREAD)]
-    assert sum(map(len, groups)) == len(set().union(*groups))
-    refused = set(keys.trl_defaults()) - set().union(*groups)
-    assert set(keys.INSTEAD) <= refused
-    assert {"top_entropy_quantile", "min_p", "mask_truncated_completions", "off_policy_mask_threshold"} <= refused
-
-
-def test_on_a_machine_without_vllm_the_cluster_may_have_it() -> None:
-    assert settings("trl.use_vllm=true", "trl.vllm_importance_sampling_correction=false")[f"{ROLLOUT}.name"] == "vllm"
+@pytest.mark.parametrize("name", ["a[b]c", "a]", "[", "a*", "what?", "a::b"])
+def test_a_run_folder_that_reads_as_a_pattern_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="pattern"):
+        values(f'run.out="/runs/{name}"')

@@ -22,7 +22,7 @@ from rest_rl.train.verl.responses import (
     Responses,
     advantages_of_groups,
     reshape_batch,
-    share_without_spread,
+    rows_by_group,
 )
 from rest_rl.train.weighing import EntropyTracker, Weigher
 from rest_rl.weights import WeightConfig
@@ -38,7 +38,7 @@ def test_advantages_of_scattered_groups_by_hand():
     expected = torch.tensor([-half, -whole, 0.0, half, 0.0, whole])
     torch.testing.assert_close(advantages_of_groups(rewards_B, groups, "grpo"), expected)
     assert advantages_of_groups(rewards_B, groups, "dr_grpo").tolist() == [-0.5, -1.0, 0.0, 0.5, 0.0, 1.0]
-    assert share_without_spread(rewards_B, groups) == pytest.approx(1 / 3)
+    assert rows_by_group(groups) == [[0, 3], [1, 4, 5], [2]]
 
 
 @given(st.permutations(range(12)))

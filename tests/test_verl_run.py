@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
@@ -14,50 +15,46 @@ from rest_rl.cli.app import main, split_overrides
 from rest_rl.cli.train import verl_overrides
 from rest_rl.config import RunConfig, apply_overrides
 from rest_rl.data.layout import PromptLayout
+from rest_rl.data.samples import ToolSample
 from rest_rl.runlog import RunLog, read_run
-from rest_rl.statistics import Outcome
+from rest_rl.statistics import Outcome, summarise
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import load_tokenizer
-from rest_rl.train.prompts import prepared_or_error
-from rest_rl.train.verl.engine import is_unmeasured
-from rest_rl.train.verl.follow import Follower, following
-from rest_rl.train.verl.launch import (
-    find_verl_checkpoint,
-    total_steps,
-    write_agent_loops,
-    write_prompts,
-    write_tokenizer,
-)
-from rest_rl.train.verl.log import VerlLog
-from rest_rl.train.verl.names import STATE
+from rest_rl.train.prompts import TrainingData, prepared_or_error
+from rest_rl.train.verl.engine import find_checkpoint, follower, is_unmeasured, repeated, write_files
+from rest_rl.train.verl.responses import STATE, keep_outcomes, metrics_row, timing_row
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
 # Files
 
 
+def written(tmp_path: Path, tokenizer: Any) -> tuple[PromptLayout, list[ToolSample], Path]:
+    layout, samples = PromptLayout(tokenizer, "toolrl"), tiny_samples(3)
+    data = TrainingData([prepared_or_error(sample, layout) for sample in samples], [])
+    write_files(data, tokenizer, tmp_path / "run" / "verl")
+    return layout, samples, tmp_path / "run" / "verl"
+
+
 def test_prompts_are_the_texts_that_trl_trains_on(tmp_path):
-    layout, samples = PromptLayout(tiny_tokenizer(), "toolrl"), tiny_samples(3)
-    prepared = [("train", prepared_or_error(sample, layout)) for sample in samples]
-    written = write_prompts(prepared, tmp_path / "new" / "train.parquet")
-    rows = parquet.read_table(written.path).to_pylist()
+    layout, samples, folder = written(tmp_path, tiny_tokenizer())
+    rows = parquet.read_table(folder / "train.parquet").to_pylist()
     assert [row["prompt"] for row in rows] == [[{"role": "user", "content": layout.render(s)}] for s in samples]
     assert [row["extra_info"]["index"] for row in rows] == [0, 1, 2]
     assert [row["extra_info"]["id"] for row in rows] == [sample.id for sample in samples]
     assert {row["data_source"] for row in rows} == {"train"}
     golds = [json.loads(row["reward_model"]["ground_truth"]) for row in rows]
     assert [gold["calls"][0]["name"] for gold in golds] == [sample.gold.calls[0].name for sample in samples]
-    assert written.rows == 3
-    assert written.tokens == max(layout.count_tokens(sample) for sample in samples)
+    loops = json.loads((folder / "agent_loops.yaml").read_text())
+    assert loops[0]["_target_"] == "rest_rl.train.verl.plugin.RenderedPromptLoop"
 
 
 def test_workers_get_a_tokenizer_without_code(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", None]}
-    write_tokenizer(tokenizer, tmp_path)
-    saved = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
-    assert "auto_map" not in saved
-    assert not list((tmp_path / "tokenizer").glob("*.py"))
-    again = load_tokenizer(tmp_path / "tokenizer")
+    folder = written(tmp_path, tokenizer)[2] / "tokenizer"
+    assert "auto_map" not in json.loads((folder / "tokenizer_config.json").read_text())
+    assert not list(folder.glob("*.py"))
+    again = load_tokenizer(folder)
     assert again.chat_template == tokenizer.chat_template
     assert again("<think> a")["input_ids"] == tokenizer("<think> a")["input_ids"]
 
@@ -77,19 +74,19 @@ def checkpoint(log: RunLog, step: int, *, whole: bool = True) -> Path:
 
 def test_a_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
-    assert find_verl_checkpoint(log) == ((0, None, False), [])
+    assert find_checkpoint(log) == ((0, None, False), [])
     second = checkpoint(log, 2)
     checkpoint(log, 10, whole=False)
     (log.checkpoints / "latest_checkpointed_iteration.txt").write_text("")  # killed while it was written
-    assert find_verl_checkpoint(log) == ((2, second, False), ["global_step_10"])
+    assert find_checkpoint(log) == ((2, second, False), ["global_step_10"])
     tenth = log.checkpoints / "global_step_10"
     torch.save({}, tenth / "data.pt")
-    assert find_verl_checkpoint(log)[0].folder == tenth
+    assert find_checkpoint(log)[0].folder == tenth
     (tenth / STATE).write_text("[[1.0")
-    assert find_verl_checkpoint(log)[0].folder == second
+    assert find_checkpoint(log)[0].folder == second
     for path in (second / "actor").iterdir():  # verl removes the weights of old checkpoints, not their folders
         path.unlink()
-    assert find_verl_checkpoint(log)[0].step == 0
+    assert find_checkpoint(log)[0].step == 0
 
 
 @pytest.mark.parametrize(
@@ -109,33 +106,17 @@ def test_what_was_not_measured_before_a_kill_is_measured_after_it(tmp_path, step
     log.update_summary(**summary)
     for at in evaluations:
         log.add_evaluation({"step": at})
-    verl = SimpleNamespace(trainer=SimpleNamespace(test_freq=2, val_before_train=True))
-    assert is_unmeasured(log, verl, Checkpoint(step, is_last=step == 8)) is expected
-    nothing = SimpleNamespace(trainer=SimpleNamespace(test_freq=-1, val_before_train=False))
+    trainer = SimpleNamespace(test_freq=2, val_before_train=True)
+    assert is_unmeasured(log, trainer, Checkpoint(step, is_last=step == 8)) is expected
+    nothing = SimpleNamespace(test_freq=-1, val_before_train=False)
     assert not is_unmeasured(log, nothing, Checkpoint(step, is_last=step == 8))
-
-
-def test_total_steps_are_whole_batches_or_what_is_asked_for():
-    trainer = SimpleNamespace(total_training_steps=None, total_epochs=15)
-    config = SimpleNamespace(trainer=trainer, data=SimpleNamespace(train_batch_size=512))
-    assert total_steps(config, 3920) == 7 * 15
-    trainer.total_training_steps = 12
-    assert total_steps(config, 3920) == 12
-
-
-def test_the_agent_loop_is_named_where_verl_reads_it(tmp_path):
-    write_agent_loops(tmp_path)
-    assert (
-        json.loads((tmp_path / "agent_loops.yaml").read_text())[0]["_target_"]
-        == "rest_rl.train.verl.plugin.RenderedPromptLoop"
-    )
 
 
 # The run folder, and what is shown of it
 
 
 def test_figures_get_the_names_that_they_have_on_trl(tmp_path):
-    log = VerlLog(str(RunLog.create(tmp_path / "run", "", []).folder))
+    log = RunLog.create(tmp_path / "run", "", [])
     figures = {
         "actor/pg_loss": torch.tensor(0.5),
         "actor/grad_norm": 2.0,
@@ -148,8 +129,8 @@ def test_figures_get_the_names_that_they_have_on_trl(tmp_path):
         "a table": [1, 2],
         "a flag": True,
     }
-    log.add_metrics(4, figures)
-    log.add_timing(4, figures)
+    log.add_metrics(metrics_row(4, figures))
+    log.add_timing(timing_row(4, figures))
     run = read_run(tmp_path / "run")
     row = {"step": 4, "loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-6, "rest/weight/name": None}
     assert run.metrics == (row,)
@@ -157,9 +138,10 @@ def test_figures_get_the_names_that_they_have_on_trl(tmp_path):
 
 
 def test_measurements_before_during_and_after(tmp_path):
-    log = VerlLog(str(RunLog.create(tmp_path / "run", "", []).folder))
+    log = RunLog.create(tmp_path / "run", "", [])
     for step, exact in ((0, 0.0), (5, 0.5), (10, 1.0)):
-        log.add_outcomes(step, 10, [Outcome("single", "held out", prompt, exact, exact, 1.0) for prompt in range(2)])
+        outcomes = [Outcome("single", "held out", prompt, exact, exact, 1.0) for prompt in range(2)]
+        keep_outcomes(log, step, 10, summarise(outcomes))
     run = read_run(tmp_path / "run")
     assert run.summary["before"]["exact_match"] == 0.0
     assert run.summary["after"]["exact_match"] == 1.0
@@ -189,19 +171,19 @@ def test_a_follower_tells_of_each_row_once_and_waits_for_whole_lines(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     log.add_metrics({"step": 1, "reward": 0.1})
     told = Listener()
-    follower = Follower(log, told, {}, total=3)  # what is there when it begins was told before
+    look = follower(log, told, {}, total=3)  # what is there when it begins was told before
     log.add_metrics({"step": 2, "reward": 0.2, "completions/failed": 4.0})
     log.add_responses([{"step": 2, "id": "a"}, {"step": 2, "id": "b"}, {"step": 3, "id": "c"}])
     metrics = log.folder / "metrics.jsonl"
     with metrics.open("a") as file:
         file.write('{"step": 3, "rew')
-    follower.look()
+    look()
     assert told.steps == [(2, 3, 0.2)]
     assert told.responses == [(2, ["a", "b"]), (3, ["c"])]
     assert told.said == ["step 2: 4 responses failed and are left out"]
     with metrics.open("a") as file:
         file.write('ard": 0.3}\n')
-    with following(follower.look):
+    with repeated(look):
         pass
     assert told.steps == [(2, 3, 0.2), (3, 3, 0.3)]
 
@@ -209,10 +191,10 @@ def test_a_follower_tells_of_each_row_once_and_waits_for_whole_lines(tmp_path):
 def test_a_follower_says_why_a_run_is_not_learning(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     told = Listener()
-    follower = Follower(log, told, {}, total=100)
+    look = follower(log, told, {}, total=100)
     for step in range(1, 40):
         log.add_metrics({"step": step, "reward": 0.1, "frac_reward_zero_std": 1.0})
-    follower.look()
+    look()
     assert "spread" in " ".join(told.findings)
 
 
@@ -222,19 +204,12 @@ def test_a_follower_says_why_a_run_is_not_learning(tmp_path):
 def test_settings_of_verl_after_two_dashes():
     assert split_overrides(["train", "a.toml", "--", "a.b=1", "+c.d=x"]) == (["train", "a.toml"], ["a.b=1", "+c.d=x"])
     assert split_overrides(["presets"]) == (["presets"], [])
-    arguments = SimpleNamespace(nodes=2, gpus_per_node=8, overrides=["data.seed=3", "+ray_kwargs.ray_init.num_gpus=1"])
+    texts = ["data.seed=3", "+ray_kwargs.ray_init.num_gpus=1", "a.b=[x,'y z']"]
+    arguments = SimpleNamespace(nodes=2, gpus_per_node=8, overrides=texts)
     tables = apply_overrides({}, verl_overrides(arguments))
-    assert tables["verl"]["trainer"] == {"nnodes": 2, "n_gpus_per_node": 8}
-    assert tables["verl"]["data"] == {"seed": 3}
-    assert tables["verl"]["ray_kwargs"] == {"ray_init": {"+num_gpus": 1}}
+    assert tables["verl"] == {"trainer": {"nnodes": 2, "n_gpus_per_node": 8}, "overrides": texts}
     again = RunConfig.from_toml(RunConfig.from_toml("", verl_overrides(arguments)).to_toml())  # a resumed run
     assert again.verl == tables["verl"]
-
-
-@pytest.mark.parametrize("override", ["data.seed", "seed=1", "~data.seed=1"])
-def test_other_settings_after_two_dashes_are_refused(override):
-    with pytest.raises(ValueError, match="settings of verl"):
-        verl_overrides(SimpleNamespace(nodes=None, gpus_per_node=None, overrides=[override]))
 
 
 @pytest.mark.parametrize("extra", [["--nodes", "2"], ["--print-config"], ["--", "data.seed=1"]])

@@ -33,7 +33,7 @@ def stock(folder: Path, ranks: int, steps: int) -> list[str]:
     settings = {
         "actor_rollout_ref": {
             "model": {
-                "external_lib": f"[rest_rl.train.verl.beside_trl,{__package__}.hf_rollout]",
+                "external_lib": f"[rest_rl.train.verl.trl_shim,{__package__}.hf_rollout]",
                 "path": str(embedded_model()),
             },
             "actor": {"optim": {"lr": 1e-4}, "ppo_mini_batch_size": 2, "ppo_micro_batch_size_per_gpu": 4},

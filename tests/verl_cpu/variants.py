@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import transfer_queue as tq
@@ -19,10 +18,8 @@ from rest_rl.runlog import SILENT, RunLog
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.prompts import read_data
 from rest_rl.train.run import resolve_layout
-from rest_rl.train.verl.config import compose_config
-from rest_rl.train.verl.engine import place_files, write_files
-from rest_rl.train.verl.launch import run_on_ray
-from rest_rl.train.verl.plugin import ReSTPPOTrainer, listed
+from rest_rl.train.verl.engine import VerlEngine, run_on_ray
+from rest_rl.train.verl.plugin import ReSTPPOTrainer, to_list
 from rest_rl.train.verl.responses import PER_TOKEN
 from rest_rl.weights import REGIONS
 
@@ -40,7 +37,7 @@ class RecordingTrainer(ReSTPPOTrainer):
         data = tq.kv_batch_get(**where, select_fields=[*PER_TOKEN, "prompts", "rm_scores", "uid", "extra_info"])
         tensors = {name: data[name].to_padded_tensor(0) for name in (*PER_TOKEN, "rm_scores")}
         tensors["prompts"] = [row.tolist() for row in data["prompts"].unbind()]
-        lists = {name: listed(data[name]) for name in ("uid", "extra_info")}
+        lists = {name: to_list(data[name]) for name in ("uid", "extra_info")}
         torch.save({**tensors, **lists}, Path(self.config.rest.folder) / f"batch-{self.global_steps}.pt")
         return batch
 
@@ -56,12 +53,11 @@ class SilentTrainer(ReSTPPOTrainer):
 
 def main(variant: str, path: str) -> None:
     config, layout = resolve_layout(read_run_file(path), SILENT)
-    log = RunLog.create(Path(config.run.out).absolute(), config.to_toml(), sys.argv)
-    with TemporaryDirectory() as scratch:
-        data = read_data(config, layout, print)
-        job = write_files(config, layout, data, log.folder, Checkpoint(0), Path(scratch))
-        place_files(Path(scratch), log)
-    verl = compose_config(config, job)
+    engine = VerlEngine(config, layout, SILENT)
+    log = RunLog(Path(config.run.out).absolute())
+    engine.prepare(read_data(config, layout, print), log, Checkpoint(0))
+    engine.start(RunLog.create(log.folder, config.to_toml(), sys.argv))
+    verl = engine.verl
     verl.trainer.v1.trainer_mode, verl.algorithm.adv_estimator = MODES[variant]
     run_on_ray(verl, plugin=__spec__.name)
 

@@ -20,7 +20,6 @@ from rest_rl.train.run import Plan, make_plan, quiet_libraries, resolve_run
 from rest_rl.train.run import train as run_training
 from rest_rl.train.sft import demonstrations
 from rest_rl.train.trl.engine import TrlEngine
-from rest_rl.train.verl.overrides import verl_change
 
 EXIT_INTERRUPTED = 130
 MEASURED = 2000
@@ -130,4 +129,4 @@ def verl_overrides(arguments: argparse.Namespace) -> list[str]:
     """`--nodes`, `--gpus-per-node` and what stands after `--`, as changes of `[verl]`."""
     sizes = {"nnodes": arguments.nodes, "n_gpus_per_node": arguments.gpus_per_node}
     texts = [f"verl.trainer.{key}={value}" for key, value in sizes.items() if value is not None]
-    return texts + [verl_change(override) for override in arguments.overrides]
+    return texts + ([f"verl.overrides={json.dumps(arguments.overrides)}"] if arguments.overrides else [])

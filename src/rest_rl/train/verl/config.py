@@ -1,5 +1,6 @@
-"""verl's own configuration for a run: its stock YAML, then what the run file says, then `[verl]`.
+"""verl's own configuration for a run: its stock YAML, then where a run file starts from, then `[verl]`.
 
+Fifteen keys carry the method and the run (`fixed_values`): `[verl]` cannot change them, everything else it can.
 Importing this needs no verl; composing does.
 """
 
@@ -7,170 +8,327 @@ Importing this needs no verl; composing does.
 # verl has an environment of its own.
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 import io
+import math
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rest_rl.config import RunConfig, unknown_key
+from trl import GRPOConfig
+
+from rest_rl.config import AUTO, RunConfig
 from rest_rl.errors import UserError
+from rest_rl.presets import Preset
+from rest_rl.train.trl.settings import check_trl
 from rest_rl.train.trl.trainer import reshapes
-from rest_rl.train.verl.overrides import UNSET
-from rest_rl.train.verl.refusals import check_refused
-from rest_rl.train.verl.settings import TAKEN_IN, VerlJob, flat_verl, plugin_table, verl_settings
-from rest_rl.train.verl.trl_keys import unread_trl
+from rest_rl.train.verl.responses import ESTIMATOR, LOOP, PLUGIN, TRAINER
+from rest_rl.train.weighing import check_method
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["VerlJob", "as_yaml", "compose_config", "unread_trl", "verl_settings"]
+ACTOR, ROLLOUT, MODEL = ("actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model")
+NODES, GPUS, N, PASSES = ("trainer.nnodes", "trainer.n_gpus_per_node", f"{ROLLOUT}.n", f"{ACTOR}.ppo_epochs")
+PROMPTS, MINI = "data.train_batch_size", f"{ACTOR}.ppo_mini_batch_size"
+TOTAL, EPOCHS = "trainer.total_training_steps", "trainer.total_epochs"
+SAVE, TEST, LIBRARIES = ("trainer.save_freq", "trainer.test_freq", f"{MODEL}.external_lib")
+OPEN = (PROMPTS, MINI, TOTAL, EPOCHS, SAVE, TEST)
+"""Keys that `schedule` fills in where `[verl]` does not."""
+TRAIN_FILE, HELD_OUT_FILE, LOOPS_FILE, TOKENIZER = "train.parquet", "held_out.parquet", "agent_loops.yaml", "tokenizer"
 
-STOCK = "verl.trainer.config", "ppo_trainer"
-"""verl's configuration: the module of its YAML files and the one that names the others."""
-NUMBER_OR_TEXT = ("algorithm.rollout_correction.rollout_is_threshold",)
-"""Keys whose stock value is a number but may be a text, here of two bounds."""
+TWINS = {
+    "learning_rate": f"{ACTOR}.optim.lr",
+    "weight_decay": f"{ACTOR}.optim.weight_decay",
+    "num_iterations": PASSES,
+    "num_generations": N,
+    "temperature": f"{ROLLOUT}.temperature",
+    "top_p": f"{ROLLOUT}.top_p",
+    "max_completion_length": "data.max_response_length",
+    "gradient_checkpointing": f"{MODEL}.enable_gradient_checkpointing",
+    "vllm_tensor_parallel_size": f"{ROLLOUT}.tensor_model_parallel_size",
+    "vllm_max_model_length": f"{ROLLOUT}.max_model_len",
+}
+"""Keys of `[trl]` that mean the same on verl. Without one, its default in TRL goes to verl."""
+COUNTED = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_train_epochs"),
+    *("max_steps", "save_strategy", "save_steps", "save_total_limit"),
+    *("epsilon", "epsilon_high", "delta", "beta", "top_k"),
+)
+"""Keys of `[trl]` that are read besides."""
+LORA = {"r": "lora_rank", "lora_alpha": "lora_alpha", "target_modules": "target_modules"}
+"""Keys of `[peft]`, and what they are under verl's `model`."""
+AGGREGATION = {
+    "grpo": "seq-mean-token-mean",  # (1/G) sum_i (1/T_i) sum_t
+    "dr_grpo": "seq-mean-token-sum-norm",  # by max_completion_length, as in TRL: loss_scale_factor below
+    "dapo": "token-mean",  # by the tokens of one optimizer step; TRL by the mean over the steps of a batch
+}
+"""verl's name of what TRL calls `loss_type`, over the responses of one optimizer step on all GPUs."""
+
+
+class VerlJob(NamedTuple):
+    """What a run on verl starts from, besides its run file."""
+
+    folder: Path
+    """The run folder, absolute."""
+    model: str
+    num_train: int
+    """Rows of the training file."""
+    prompt_tokens: int
+    """Of the longest prompt."""
+    has_held_out: bool = False
+    resume_from: Path | None = None
+
+    @property
+    def files(self) -> Path:
+        """The folder of prompts, agent loop and tokenizer."""
+        return self.folder / "verl"
+
+
+# What a run file means on verl
+
+
+def fixed_values(method: Preset, job: VerlJob) -> dict[str, Any]:
+    """The fifteen keys of verl that carry the method and the run."""
+    return {
+        "trainer.use_v1": True,
+        "trainer.v1.trainer_mode": TRAINER,
+        "algorithm.norm_adv_by_std_in_grpo": method.advantage != "dr_grpo",
+        "reward.reward_manager.source": "importlib",
+        "reward.reward_manager.name": "ReSTRewardManager",
+        "reward.reward_manager.module.path": f"pkg://{PLUGIN}",
+        f"{ROLLOUT}.agent.default_agent_loop": LOOP,
+        f"{ROLLOUT}.agent.agent_loop_config_path": str(job.files / LOOPS_FILE),
+        "data.train_files": str(job.files / TRAIN_FILE),
+        "data.val_files": str(job.files / (HELD_OUT_FILE if job.has_held_out else TRAIN_FILE)),  # verl wants one
+        f"{MODEL}.path": job.model,
+        f"{MODEL}.tokenizer_path": str(job.files / TOKENIZER),  # verl's reward workers run code that comes with one
+        "trainer.default_local_dir": str(job.folder / "checkpoints"),
+        "trainer.resume_mode": "resume_path" if job.resume_from else "disable",
+        "trainer.resume_from_path": str(job.resume_from) if job.resume_from else None,
+    }
+
+
+def start_values(config: RunConfig, job: VerlJob, *, megatron: bool = False) -> dict[str, Any]:
+    """Dotted keys of verl and what they are unless `[verl]` says otherwise; None where `schedule` finds the value."""
+    method, trl = config.rest.resolve(), trl_table(config)
+    check_run(config, trl, method, megatron=megatron)
+    low = method.epsilon_low if trl["epsilon"] == 0.2 else trl["epsilon"]
+    high = low if method.epsilon_high == method.epsilon_low else method.epsilon_high
+    seeded = ("data.seed", f"{ROLLOUT}.seed", f"{ACTOR}.data_loader_seed")
+    seeded += (f"{ACTOR}.megatron.seed" if megatron else f"{ACTOR}.fsdp_config.seed",)
+    values = {
+        **fixed_values(method, job),
+        **dict.fromkeys(OPEN),
+        **dict.fromkeys(seeded, config.run.seed),
+        **{key: trl[name] for name, key in TWINS.items()},
+        "algorithm.adv_estimator": ESTIMATOR,
+        f"{ACTOR}.loss_agg_mode": AGGREGATION[method.advantage],
+        f"{ACTOR}.loss_scale_factor": "${data.max_response_length}" if method.advantage == "dr_grpo" else None,
+        f"{ACTOR}.clip_ratio": low,
+        f"{ACTOR}.clip_ratio_low": low,
+        f"{ACTOR}.clip_ratio_high": high if trl["epsilon_high"] is None else trl["epsilon_high"],
+        f"{ACTOR}.clip_ratio_c": trl["delta"] or 1e9,  # without `delta` TRL has no such bound
+        f"{ACTOR}.use_dynamic_bsz": True,
+        f"{ACTOR}.ppo_max_token_len_per_gpu": max(16384, job.prompt_tokens + trl["max_completion_length"]),
+        f"{ACTOR}.entropy_from_logits_with_chunking": True,  # a vocabulary of 150,000 in float32 is 0.6 MB a token
+        "data.max_prompt_length": job.prompt_tokens,
+        f"{MODEL}.trust_remote_code": config.model.trust_remote_code,
+        f"{ROLLOUT}.name": "vllm",
+        f"{ROLLOUT}.top_k": trl["top_k"] or -1,  # all tokens are 0 to TRL, -1 to vLLM
+        f"{ROLLOUT}.val_kwargs.n": config.eval.samples,
+        f"{ROLLOUT}.val_kwargs.do_sample": True,
+        f"{ROLLOUT}.val_kwargs.temperature": 1.0,
+        "trainer.logger": [],
+        "trainer.project_name": "rest-rl",
+        "trainer.experiment_name": Path(config.run.out).name,
+    }
+    if not megatron:
+        values[f"{ACTOR}.strategy"] = "fsdp2"
+    if config.peft:
+        rank = config.peft.get("r", 16)
+        table = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", **config.peft}
+        values |= {f"{MODEL}.{key}": table[name] for name, key in LORA.items()}
+    if trl["save_total_limit"]:  # with 1 verl deletes the old weights before the new checkpoint is whole
+        values["trainer.max_actor_ckpt_to_keep"] = max(2, trl["save_total_limit"])
+    return values
+
+
+def trl_table(config: RunConfig) -> dict[str, Any]:
+    """`[trl]` over the defaults of TRL's GRPOConfig, which is not built: that looks for devices on this machine."""
+    check_trl({name: value for name, value in config.trl.items() if name != "use_vllm"})  # vLLM is where the GPUs are
+    fields = dataclasses.fields(GRPOConfig)
+    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields}
+    return {**defaults, **config.trl}
+
+
+def unread_keys(config: RunConfig) -> list[str]:
+    """Keys of the run file that a run on verl does not read: `[verl]` has its own words for them."""
+    unread = [f"trl.{name}" for name in config.trl if name not in (*TWINS, *COUNTED)]
+    unread += [f"peft.{name}" for name in config.peft if name not in LORA]
+    unread += [f"model.{name}" for name in ("attn_implementation", "load_in_4bit") if getattr(config.model, name)]
+    return unread + (["model.dtype"] if config.model.dtype not in (AUTO, "float32") else [])
+
+
+def schedule(given: Mapping[str, Any], config: RunConfig, num_train: int) -> dict[str, int]:
+    """Batches and steps: TRL counts responses per device and optimizer steps, verl prompts and batches of responses.
+
+    8 responses x 8 GPUs x steps_per_generation 32 / num_generations 4 = 512 prompts a batch, and with
+    gradient_accumulation_steps 4, 64 prompts an optimizer step: a batch is learnt from in 8. Steps of `[trl]` and
+    `[eval]` are rounded up to whole batches. `given` are verl's values; those of the keys OPEN are kept unless None.
+    """
+    trl, group, devices = trl_table(config), given[N], given[NODES] * given[GPUS]
+    together, accumulated = trl["per_device_train_batch_size"] * devices, trl["gradient_accumulation_steps"]
+    # Several batches an optimizer step (steps_per_generation below gradient_accumulation_steps) are one batch here.
+    steps = max(trl["steps_per_generation"] or accumulated, accumulated)
+    prompts, mini = given[PROMPTS] or together * steps / group, given[MINI] or together * accumulated / group
+    if prompts % 1 or mini % 1 or prompts > num_train:
+        got = f"{num_train} training prompts, batches of {prompts:g} prompts and optimizer steps of {mini:g}"
+        remedy = f"change trl.per_device_train_batch_size, or set verl.{PROMPTS} and verl.{MINI}"
+        raise UserError(got, "whole numbers, and prompts for a batch", remedy)
+    updates, an_epoch = math.ceil(prompts / mini) * given[PASSES], num_train // int(prompts)
+    total = math.ceil((given[EPOCHS] or trl["num_train_epochs"]) * an_epoch)
+    if given[EPOCHS] is None and trl["max_steps"] > 0:
+        total = math.ceil(trl["max_steps"] / updates)
+    total = given[TOTAL] or total
+    save = -1 if trl["save_strategy"] == "no" else math.ceil(trl["save_steps"] / updates)
+    save = given[SAVE] or save
+    return {
+        PROMPTS: int(prompts),
+        MINI: int(mini),
+        TOTAL: total,
+        EPOCHS: given[EPOCHS] or math.ceil(total / an_epoch),
+        # verl writes a checkpoint after the last batch, which becomes the run's model, only where there is a frequency.
+        SAVE: save if save > 0 else total,
+        TEST: given[TEST] or math.ceil(config.eval.every / updates) or total,
+    }
+
+
+# What is refused
+
+ESTIMATORS = (ESTIMATOR, "grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo")
+"""Advantage estimators that give a response one advantage, without a critic."""
+HOMOGENEOUS = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "cispo")
+"""Policy losses of which w >= 0 times the advantage is w times the loss of each token.
+
+Not clip_cov and kl_cov (they choose tokens by the covariance with the advantage), geo_mean (it sums a response's
+advantages), dro (its penalty has no advantage in it) and bypass_mode (it needs no old log-probabilities).
+"""
+ALWAYS: Mapping[str, tuple[Any, ...]] = {
+    "algorithm.rollout_correction.bypass_mode": (False,),  # it skips the entropies
+    "algorithm.rollout_correction.rollout_rs": (None,),  # it takes tokens out of responses
+    f"{ACTOR}.policy_loss.loss_mode": (*HOMOGENEOUS, "clip_cov", "kl_cov", "geo_mean", "dro"),
+    "algorithm.adv_estimator": ESTIMATORS,
+    "reward.reward_model.enable": (False,),  # rewards are the run file's
+    "reward.custom_reward_function.path": (None,),
+    "distillation.enabled": (False,),  # its loss is another one
+}
+RESHAPING: Mapping[str, tuple[Any, ...]] = {
+    f"{ACTOR}.policy_loss.loss_mode": HOMOGENEOUS,
+    f"{ACTOR}.use_kl_loss": (False,),  # weights would not apply to these terms
+    f"{ACTOR}.entropy_coeff": (0,),
+    "algorithm.use_kl_in_reward": (False,),
+}
+"""Values of verl's keys that are allowed: with every preset, and with those that weigh tokens differently."""
+
+
+def check_refused(values: Mapping[str, Any], fixed: Mapping[str, Any], *, reshapes: bool) -> None:
+    """UserError for values of verl's keys that would silently drop the weights or the objective."""
+    allowed = {**ALWAYS, **(RESHAPING if reshapes else {}), **{key: (value,) for key, value in fixed.items()}}
+    for key, choices in allowed.items():
+        if (value := values.get(key, None if key in fixed else choices[0])) not in choices:
+            remedy = "or use preset 'grpo', 'dr_grpo' or 'dapo'" if key in RESHAPING else "see docs/cluster.md"
+            raise UserError(f"verl.{key} = {value!r}", " or ".join(map(repr, choices)), f"change it, {remedy}")
+
+
+def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, megatron: bool) -> None:
+    """UserError for what the other tables of a run file ask that verl cannot do."""
+    if method.reward is not None and method.reward.random:
+        remedy = "set run.engine = 'trl'"
+        raise UserError("rest.reward.random = true on verl, which scores each response by itself", "false", remedy)
+    if trl["beta"]:
+        remedy = f"set verl.{ACTOR}.use_kl_loss, with preset 'grpo', 'dr_grpo' or 'dapo'"
+        raise UserError(f"trl.beta = {trl['beta']} on verl", "0", remedy)
+    if config.peft and megatron:
+        raise UserError("[peft] with Megatron, which would train all weights", "none", f"set verl.{MODEL}.lora instead")
+    if pattern := next((sign for sign in ("[", "]", "*", "?", "::") if sign in config.run.out), None):
+        what = f"the run folder {config.run.out} on verl, to which {pattern} is part of a pattern of file names"
+        raise UserError(what, "a path without it", "pass another --out")
+    tool_format = "toolrl" if config.rest.format == AUTO else config.rest.format
+    truncates = trl["top_p"] < 1 or trl["top_k"] > 0
+    check_method(method, tool_format, config.rest.entropy_decay, truncates=truncates, named="trl.")
+
+
+# verl's configuration
 
 
 def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
-    """What verl gets, checked by verl's own `validate_config`.
+    """What verl gets, checked by verl itself; UserError for what its configuration does not have or it refuses.
 
-    The table `rest` of it is the plugin's: `rest.run` is the run file whole, `rest.folder` the run folder. Strings
-    directly under `[verl]` choose among verl's files (`model_engine = "megatron"`). ValueError for a key that verl does
-    not have, unless it begins with `+`, and for a configuration that verl refuses.
+    The table `rest` of it is the plugin's: `rest.run` is the run file whole, `rest.folder` the run folder.
     """
-    settings = verl_settings(config, job)
-    composed = stock_config([f"{name}={value}" for name, value in config.verl.items() if isinstance(value, str)])
-    for path, value in settings.items():
-        put(composed, path.split("."), value)
-    for parts, value in leaves(config.verl):
-        is_choice = len(parts) == 1 and isinstance(value, str)
-        if not is_choice:
-            put(composed, parts, value)
-    for path in TAKEN_IN:
-        put(composed, path.split("."), settings[path])
-    # TOML's own way to write a dollar, so that OmegaConf finds nothing to fill in.
-    table = plugin_table(config, job)
-    put(composed, ["+rest"], {**table, "run": table["run"].replace("${", "\\u0024{")})
-    check_composed(composed, reshapes=reshapes(config.rest.resolve()))
-    return composed
-
-
-def stock_config(choices: list[str]) -> DictConfig:
-    """The YAML of verl with some of its files chosen; ValueError for a choice that there is not."""
     from hydra import compose, initialize_config_module
-    from hydra.errors import HydraException
-
-    module, name = STOCK
-    try:
-        with initialize_config_module(module, version_base=None):
-            return compose(name, overrides=choices)
-    except HydraException as error:
-        first_line = next(iter(str(error).splitlines()), "")
-        raise UserError(
-            f"[verl] {', '.join(choices)} ({first_line})",
-            "a choice that verl's configuration has, such as model_engine = 'megatron'",
-            "change it",
-        ) from error
-
-
-def as_yaml(composed: DictConfig) -> str:
-    """A configuration as verl's own YAML."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(composed)
-
-
-def leaves(table: Mapping[str, Any], parents: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:
-    """The values of nested tables with their paths; what a `+` adds is taken whole."""
-    for name, value in table.items():
-        *within, key = name.split(".")
-        path = (*parents, *within, key)
-        if isinstance(value, Mapping) and not key.startswith("+"):
-            yield from leaves(value, path)
-        else:
-            yield list(path), value
-
-
-def put(composed: DictConfig, path: list[str], value: Any) -> None:
-    """Set one value; ValueError for a key that is not there, unless its last part begins with `+`, which adds it."""
-    from omegaconf import DictConfig, open_dict
-
-    *parents, last = path
-    node, adds = composed, last.startswith("+")
-    for depth, part in enumerate(parents):
-        if adds and part not in node.keys():  # noqa: SIM118 - as below
-            with open_dict(node):
-                node[part] = {}
-        node = known(node, part, path[: depth + 1])
-        if not isinstance(node, DictConfig):
-            where = ".".join(path[: depth + 1])
-            raise UserError(f"a table [verl.{where}]", "one value, as in verl", f"write {part} = ...")
-    value, key = with_none(value), last.removeprefix("+")
-    if not adds or key in node.keys():  # noqa: SIM118 - as below
-        check_kind([*parents, key], known(node, key, path), value)
-    with open_dict(node):
-        node[key] = value
-
-
-def with_none(value: Any) -> Any:
-    """A value of `[verl]` with None for the word null, in lists and tables too."""
-    if isinstance(value, Mapping):
-        return {key: with_none(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [with_none(item) for item in value]
-    return None if value == UNSET else value
-
-
-def check_kind(path: list[str], old: Any, value: Any) -> None:
-    """ValueError for a value that cannot stand where verl has a table, a number or a truth value."""
-    from omegaconf import DictConfig
-
-    where = ".".join(path)
-    if isinstance(old, DictConfig) and old and value is not None and not isinstance(value, Mapping):
-        raise UserError(f"verl.{where} = {value!r}", "a table, as in verl", "write its keys")
-    if not isinstance(old, (bool, int, float)) or isinstance(value, (bool, int, float, type(None))):
-        return
-    if where not in NUMBER_OR_TEXT and not (isinstance(value, str) and "${" in value):
-        kind = "true or false" if isinstance(old, bool) else "a number"
-        raise UserError(f"verl.{where} = {value!r}", f"{kind}, as in verl", "write it without quotes")
-
-
-def known(node: DictConfig, part: str, path: list[str]) -> Any:
-    """The value of a key that verl has, None where it is unset; ValueError for any other."""
-    from omegaconf import OmegaConf
-
-    if part not in node.keys():  # noqa: SIM118 - `in node` denies keys that are unset
-        raise ValueError(unknown_key(f"verl.{'.'.join(path)}", part, map(str, node.keys())))
-    return OmegaConf.select(node, part, throw_on_resolution_failure=False)
-
-
-def check_composed(composed: DictConfig, *, reshapes: bool) -> None:
-    """ValueError for what the plugin or verl itself refuses, as far as verl tells before its workers start."""
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
     from verl.trainer.ppo.utils import need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-    try:
-        plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
-    except OmegaConfBaseException as error:
-        raise refused(error) from error
-    check_refused(flat_verl(plain), reshapes=reshapes)
-    if importlib.util.find_spec("vllm") is None:  # verl's check of a LoRA rank, on a machine that trains nothing
-        no_adapter = {"actor_rollout_ref": {"model": {"lora_rank": 0}}}
-        composed = cast("DictConfig", OmegaConf.merge(composed, no_adapter))
-    try:
-        with redirect_stdout(io.StringIO()):
-            omega_conf_to_dataclass(composed.actor_rollout_ref.rollout)
-            omega_conf_to_dataclass(composed.algorithm)
-            validate_config(composed, use_reference_policy=need_reference_policy(composed), use_critic=False)
-    except (AssertionError, TypeError, ValueError, OmegaConfBaseException, HydraException) as error:
-        raise refused(error) from error
+    method, typed = config.rest.resolve(), list(config.verl.get("overrides", ()))
+    table = {name: value for name, value in config.verl.items() if isinstance(value, Mapping)}
+    choices = [f"{name}={value}" for name, value in config.verl.items() if isinstance(value, str)]
+    choices += [text for text in typed if "." not in text.partition("=")[0]]  # model_engine=megatron
+    with refusals(), initialize_config_module("verl.trainer.config", version_base=None):
+        verl = compose("ppo_trainer", overrides=choices)
+        parsed = OverridesParser.create().parse_overrides([text for text in typed if text not in choices])
+        last = [(f"{'+' * each.is_add()}{each.key_or_group}", each.value()) for each in parsed]
+    start = start_values(config, job, megatron=verl.actor_rollout_ref.actor.strategy == "megatron")
+    with refusals():
+        for path, value in [*start.items(), *leaves(table), *last]:
+            OmegaConf.update(verl, path.replace("+", ""), value, merge=False, force_add="+" in path)
+    given = {key: OmegaConf.select(verl, key) for key in (NODES, GPUS, N, PASSES, *OPEN)}
+    with refusals(TypeError, ZeroDivisionError):  # sizes that are no numbers
+        for path, value in schedule(given, config, job.num_train).items():
+            OmegaConf.update(verl, path, value)
+    if not job.has_held_out:  # verl would measure training prompts
+        verl.trainer.test_freq, verl.trainer.val_before_train = -1, False
+    libraries = OmegaConf.select(verl, LIBRARIES) or []
+    OmegaConf.update(
+        verl, LIBRARIES, ["rest_rl.train.verl.trl_shim", *([libraries] if isinstance(libraries, str) else libraries)]
+    )
+    with refusals(AssertionError, TypeError, ValueError), redirect_stdout(io.StringIO()):
+        plain: Any = OmegaConf.to_container(verl, resolve=True)
+        check_refused(dict(leaves(plain)), fixed_values(method, job), reshapes=reshapes(method))
+        # Without its check of the rank of an adapter, which asks for vLLM on this machine.
+        checked: Any = OmegaConf.merge(verl, {"actor_rollout_ref": {"model": {"lora_rank": 0}}})
+        omega_conf_to_dataclass(checked.actor_rollout_ref.rollout)
+        omega_conf_to_dataclass(checked.algorithm)
+        validate_config(checked, use_reference_policy=need_reference_policy(checked), use_critic=False)
+    # TOML's own way to write a dollar, so that OmegaConf finds nothing to fill in.
+    rest = {"run": config.to_toml().replace("${", "\\u0024{"), "folder": str(job.folder)}
+    OmegaConf.update(verl, "rest", rest, force_add=True)
+    return verl
 
 
-def refused(error: Exception) -> ValueError:
-    """What verl says, in one line."""
-    text = " ".join(str(error).split())
-    return UserError(f"a configuration that verl refuses ({text:.300})", "one that it takes", "mend [verl]")
+@contextmanager
+def refusals(*kinds: type[Exception]) -> Iterator[None]:
+    """Make what verl, Hydra and OmegaConf raise about a configuration an error of its user."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, *kinds) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"a configuration that verl refuses ({text:.300})", "one it takes", "change [verl]") from error
+
+
+def leaves(table: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables with their dotted paths, the word null as None; what a `+` adds is taken whole."""
+    for name, value in table.items():
+        if isinstance(value, Mapping) and "+" not in name:
+            yield from leaves(value, f"{parent}{name}.")
+        else:
+            yield f"{parent}{name}", None if value == "null" else value

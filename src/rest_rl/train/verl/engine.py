@@ -1,45 +1,51 @@
 """The engine verl: the same run file on a Ray cluster, followed from its folder and kept like any other run."""
 
+# pyright: reportMissingImports=false
+# verl has an environment of its own.
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import importlib
+import importlib.util
+import json
+import re
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rest_rl.config import RunConfig, parse_toml
 from rest_rl.data.layout import PromptLayout
+from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
-from rest_rl.runlog import EVALUATIONS, METRICS, Observer, RunLog, read_rows, unwritable
+from rest_rl.jsonl import as_json
+from rest_rl.report.diagnosis import Diagnosis
+from rest_rl.runlog import EVALUATIONS, METRICS, RESPONSES, Observer, Row, RunLog, read_rows, replace_file, unwritable
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import AfterStep, Reached
 from rest_rl.train.policy import base_and_adapter
-from rest_rl.train.prompts import TrainingData
-from rest_rl.train.verl.config import VerlJob, as_yaml, compose_config, unread_trl
-from rest_rl.train.verl.follow import Follower, following
-from rest_rl.train.verl.launch import (
-    FILES,
+from rest_rl.train.prompts import TrainingData, dataset_of, gold_text
+from rest_rl.train.verl.config import (
     HELD_OUT_FILE,
     LOOPS_FILE,
     TOKENIZER,
     TRAIN_FILE,
-    find_verl_checkpoint,
-    require_verl,
-    run_on_ray,
-    total_steps,
-    write_agent_loops,
-    write_prompts,
-    write_tokenizer,
+    VerlJob,
+    compose_config,
+    unread_keys,
 )
 from rest_rl.train.verl.model import merge_model
+from rest_rl.train.verl.responses import DATA_STATE, FAILED, LOOP, PLUGIN, STATE
 
 if TYPE_CHECKING:
     from rest_rl.evaluate.held_out import Prompt
 
 LOG = "verl.log"
 """The file of the run folder that takes what verl, Ray and their workers print."""
+PATIENCE = 30
+"""Seconds that an ended run may take to leave the cluster."""
 
 
 class VerlEngine:
@@ -48,38 +54,50 @@ class VerlEngine:
     verl measures the held-out prompts itself, before, during and after training.
     """
 
-    log: RunLog
-    checkpoint: Checkpoint
-    job: VerlJob
-    verl: Any
-    total: int
-
     def __init__(self, config: RunConfig, layout: PromptLayout, observer: Observer) -> None:
-        require_verl()
+        if missing := [name for name in ("verl", "transfer_queue") if importlib.util.find_spec(name) is None]:
+            remedy = "pip install 'rest-rl[verl]', in an environment of its own (docs/cluster.md)"
+            raise UserError(f"the engine verl without the package {missing[0]}", "it", remedy)
         self.config, self.layout, self.observer = config, layout, observer
-        if unread := unread_trl(config):
-            observer.say(f"the engine verl does not read trl.{', trl.'.join(unread)}")
+        if unread := unread_keys(config):
+            observer.say(f"the engine verl does not read {', '.join(unread)}; [verl] has its own settings for them")
 
     def resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
-        return find_verl_checkpoint(log)
+        return find_checkpoint(log)
 
     def prepare(self, data: TrainingData, log: RunLog, checkpoint: Checkpoint) -> Checkpoint:
-        self._scratch = TemporaryDirectory()
-        self.job = write_files(self.config, self.layout, data, log.folder, checkpoint, Path(self._scratch.name))
+        model, adapter = base_and_adapter(self.config.model)
+        if adapter is not None:
+            raise UserError(
+                f"the adapter {adapter} on verl", "a whole model", "merge it first, or set run.engine = 'trl'"
+            )
+        self.data = data
+        self.job = VerlJob(
+            folder=log.folder.absolute(),
+            model=str(Path(model).absolute() if Path(model).is_dir() else model),
+            num_train=len(data.prepared),
+            prompt_tokens=max(len(row.prompt_ids) for row in (*data.prepared, *(row for _, row in data.held_out))),
+            has_held_out=bool(data.held_out),
+            resume_from=checkpoint.folder and checkpoint.folder.absolute(),
+        )
         self.verl = compose_config(self.config, self.job)
-        self.total = total_steps(self.verl, self.job.num_train)
+        self.total = int(self.verl.trainer.total_training_steps)
         self.checkpoint = checkpoint._replace(is_last=checkpoint.step >= self.total)
         return self.checkpoint
 
     def settings_text(self) -> str:
-        """What verl gets, as YAML; after `prepare`."""
-        return as_yaml(self.verl)
+        """What verl gets, as its own YAML; after `prepare`."""
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_yaml(self.verl)
 
     def start(self, log: RunLog) -> None:
-        self.log = log
-        place_files(Path(self._scratch.name), log)
-        self._scratch.cleanup()
-        self.verl.trainer.val_before_train = is_unmeasured(log, self.verl, self.checkpoint)
+        self.log = RunLog(self.job.folder)
+        try:
+            write_files(self.data, self.layout.tokenizer, self.job.files)
+        except OSError as error:
+            raise unwritable(log.folder, error) from error
+        self.verl.trainer.val_before_train = is_unmeasured(self.log, self.verl.trainer, self.checkpoint)
         self.observer.say(f"what verl prints is in {LOG}")
 
     def evaluate(self, prompts: Sequence[Prompt]) -> Mapping[str, Any] | None:
@@ -89,31 +107,27 @@ class VerlEngine:
         """Run verl to the last step, or let it only measure what is not measured; UserError if it stops before."""
         if self.checkpoint.is_last and not self.verl.trainer.val_before_train:
             return Reached(self.total)
-        log, table = self.log, parse_toml(self.config.to_toml(), "the run")
-        follower = Follower(log, self.observer, table, self.total)
-        again = f"go on with: rest-rl train --resume --out {log.folder}"
+        look = follower(self.log, self.observer, parse_toml(self.config.to_toml(), "the run"), self.total)
+        path = self.log.folder / LOG
+        remedy = f"see {path}; go on with: rest-rl train --resume --out {self.log.folder}"
         try:
             with (
                 self.observer.track("training", self.total, self.checkpoint.step),
-                following(follower.look),
-                printing_to(log.folder / LOG),
+                repeated(look),
+                path.open("a", encoding="utf-8", errors="replace") as file,
+                redirect_stdout(file),  # an observer holds on to its terminal
+                redirect_stderr(file),
             ):
                 run_on_ray(self.verl)
         except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of SIGTERM
-            return Reached(last_step(log), is_interrupted=True)
+            return Reached(last_step(self.log), is_interrupted=True)
         except Exception as error:  # Ray wraps whatever a worker raised
             last = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
             raise UserError(
-                f"a run that stopped on verl: {last.strip():.500}",
-                f"{self.total} steps",
-                f"see {log.folder / LOG}; {again}",
+                f"a run that stopped on verl ({last.strip():.500})", f"{self.total} steps", remedy
             ) from error
-        if (reached := last_step(log)) < self.total:
-            raise UserError(
-                f"a run that ended on verl after step {reached}",
-                f"{self.total} steps",
-                f"see {log.folder / LOG}; {again}",
-            )
+        if (reached := last_step(self.log)) < self.total:
+            raise UserError(f"a run that ended on verl after step {reached}", f"{self.total} steps", remedy)
         return Reached(self.total)
 
     def keep_model(self) -> None:
@@ -129,69 +143,173 @@ class VerlEngine:
             )
 
 
-def write_files(
-    config: RunConfig, layout: PromptLayout, data: TrainingData, folder: Path, checkpoint: Checkpoint, scratch: Path
-) -> VerlJob:
-    """Write what verl reads to `scratch`; the job names the files as they will lie in the run folder."""
-    train = write_prompts([("train", prepared) for prepared in data.prepared], scratch / TRAIN_FILE)
-    held_out = write_prompts(data.held_out, scratch / HELD_OUT_FILE) if data.held_out else None
-    write_agent_loops(scratch)
-    write_tokenizer(layout.tokenizer, scratch)
-    model, adapter = base_and_adapter(config.model)
-    if adapter is not None:
-        raise UserError(
-            f"the adapter {adapter} with the engine verl",
-            "a whole model",
-            "merge it first, or train it with the engine trl",
-        )
-    folder = folder.absolute()
-    files = folder / FILES
-    return VerlJob(
-        folder=folder,
-        train_file=files / TRAIN_FILE,
-        held_out_file=files / HELD_OUT_FILE if held_out else None,
-        num_train=train.rows,
-        prompt_tokens=max(train.tokens, held_out.tokens if held_out else 0),
-        model=str(Path(model).absolute() if Path(model).is_dir() else model),
-        resume_from=checkpoint.folder.absolute() if checkpoint.folder else None,
-        agent_loops=files / LOOPS_FILE,
-        tokenizer=str(files / TOKENIZER),
+# Files
+
+
+def write_files(data: TrainingData, tokenizer: Any, folder: Path) -> None:
+    """What verl reads: prompts, the name of the agent loop, the tokenizer. OSError if it cannot be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_prompts((("train", row) for row in data.prepared), folder / TRAIN_FILE)
+    if data.held_out:
+        write_prompts(data.held_out, folder / HELD_OUT_FILE)
+    loops = [{"name": LOOP, "_target_": f"{PLUGIN}.RenderedPromptLoop"}]
+    replace_file(folder / LOOPS_FILE, as_json(loops, indent=2))  # JSON is YAML
+    # Without a reference to code: verl's workers would run any that there is.
+    tokenizer.save_pretrained(folder / TOKENIZER)
+    path = folder / TOKENIZER / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings.pop("auto_map", None)
+    replace_file(path, as_json(settings, indent=2))
+
+
+def write_prompts(rows: Iterable[tuple[str, Prepared]], path: Path) -> None:
+    """Write prompts, each with its split, as verl reads them.
+
+    Columns: `prompt`, one message whose content is the text that the model is given; `data_source`, the split;
+    `reward_model`, with the gold as JSON text; `extra_info`, with index, id and kind of the sample.
+    """
+    columns = (
+        {
+            "prompt": [{"role": "user", "content": row.prompt_text}],
+            "data_source": split,
+            "reward_model": {"style": "rule", "ground_truth": gold_text(row.sample)},
+            "extra_info": {"id": row.sample.id, "kind": row.sample.kind, "index": index},
+        }
+        for index, (split, row) in enumerate(rows)
     )
+    dataset_of(columns).to_parquet(str(path))
 
 
-def place_files(scratch: Path, log: RunLog) -> None:
-    """Put what verl reads into the run folder, which every machine of the cluster must see."""
-    target = log.folder / FILES
-    shutil.rmtree(target, ignore_errors=True)
+def find_checkpoint(log: RunLog) -> tuple[Checkpoint, list[str]]:
+    """The newest whole checkpoint of a run on verl and the names of newer broken ones; the beginning without any."""
+    folders = {
+        int(match[1]): match.string
+        for path in log.checkpoints.glob("*")
+        if (match := re.fullmatch(r"global_step_(\d+)", path.name))
+    }
+    broken: list[str] = []
+    for step, name in sorted(folders.items(), reverse=True):
+        if is_whole(log.checkpoints / name):
+            return Checkpoint(step, log.checkpoints / name), broken
+        broken.append(name)
+    return Checkpoint(0), broken
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint holds region statistics, weights and, written last, the place in the data."""
     try:
-        shutil.copytree(scratch, target)
-    except OSError as error:
-        raise unwritable(log.folder, error) from error
+        table = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    weights = any(path.is_file() for path in (folder / "actor").rglob("*"))
+    return isinstance(table, list) and weights and zipfile.is_zipfile(folder / DATA_STATE)
 
 
-def is_unmeasured(log: RunLog, verl: Any, checkpoint: Checkpoint) -> bool:
+def last_step(log: RunLog) -> int:
+    return max((row["step"] for row in read_rows(log.folder / METRICS)), default=0)
+
+
+def is_unmeasured(log: RunLog, trainer: Any, checkpoint: Checkpoint) -> bool:
     """Whether the held-out prompts are to be measured before the first step, or were not at the step of a checkpoint.
 
     verl measures after it has saved: a run that is killed in between has a checkpoint and no measurement of it.
     """
-    every, summary = verl.trainer.test_freq, log.read_summary()
-    if every <= 0 and not verl.trainer.val_before_train:
+    every, summary = trainer.test_freq, log.read_summary()
+    if every <= 0 and not trainer.val_before_train:
         return False
     if checkpoint.step == 0:
-        return bool(verl.trainer.val_before_train) and "before" not in summary
+        return bool(trainer.val_before_train) and "before" not in summary
     if checkpoint.is_last:
         return "after" not in summary
     measured = {row.get("step") for row in read_rows(log.folder / EVALUATIONS)}
     return checkpoint.step % every == 0 and checkpoint.step not in measured
 
 
-def last_step(log: RunLog) -> int:
-    """The last step with metrics."""
-    return max((row["step"] for row in read_rows(log.folder / METRICS)), default=0)
+# The run
+
+
+def run_on_ray(config: Any, plugin: str = PLUGIN) -> None:
+    """Run verl's trainer, which the module `plugin` registers; returns when it has finished, raises what stops it."""
+    import ray
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+
+    class ReSTRunner(TaskRunnerV1.__ray_metadata__.modified_class):
+        """The driver of a run, in a process that knows the trainer."""
+
+        def run(self, config: Any) -> None:
+            refuse_second_run()
+            importlib.import_module(plugin)  # here, where verl looks the trainer up
+            super().run(config)
+
+    try:
+        run_ppo(config, ray.remote(ReSTRunner))
+    finally:
+        ray.shutdown()
+
+
+def refuse_second_run() -> None:
+    """RuntimeError where another run uses this Ray: they would share a queue and learn from each other's responses."""
+    import ray
+
+    for _ in range(PATIENCE):  # a run that was killed a moment ago may still be there
+        try:
+            ray.get_actor("TransferQueueController", namespace="transfer_queue")
+        except ValueError:
+            return
+        time.sleep(1)
+    raise RuntimeError("got a Ray cluster with a run of verl on it, expected one run at a time; start another cluster")
+
+
+def tail(path: Path) -> Iterator[list[Row]]:
+    """Yield, each time it is asked, the rows that were appended to a JSONL file; a line without its end waits."""
+    at = path.stat().st_size if path.exists() else 0
+    while True:
+        whole = b""
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(at)
+                whole = b"".join(file.read().rpartition(b"\n")[:2])
+        at += len(whole)
+        yield [json.loads(line) for line in whole.split(b"\n") if line]
+
+
+def follower(log: RunLog, observer: Observer, table: Mapping[str, Any], total: int) -> Callable[[], None]:
+    """A function that tells of what verl's driver has written since the last call; `table` is the run file."""
+    diagnosis = Diagnosis(table)
+    tails = [tail(log.folder / name) for name in (METRICS, RESPONSES, EVALUATIONS)]
+
+    def look() -> None:
+        metrics, responses, evaluations = map(next, tails)
+        for row in evaluations:
+            diagnosis.add_evaluation(row)
+        for row in metrics:
+            observer.on_step(row["step"], total, row)
+            if failed := row.get(FAILED):
+                observer.say(f"step {row['step']}: {failed:.0f} responses failed and are left out")
+            for finding in diagnosis.add(row, total):
+                observer.on_finding(finding)
+        for step in dict.fromkeys(row["step"] for row in responses):
+            observer.on_responses(step, [row for row in responses if row["step"] == step])
+
+    for tailed in tails:  # what is there already was told before
+        next(tailed)
+    return look
 
 
 @contextmanager
-def printing_to(path: Path) -> Iterator[None]:
-    """Let everything but an observer, which holds on to its terminal, print to a file."""
-    with path.open("a", encoding="utf-8", errors="replace") as file, redirect_stdout(file), redirect_stderr(file):
+def repeated(look: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
+    """Call `look` every now and then while the block runs, and once more after it."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(seconds):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
         yield
+    finally:
+        done.set()
+        thread.join()
+        look()

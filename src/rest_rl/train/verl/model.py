@@ -23,11 +23,8 @@ from rest_rl.jsonl import as_json
 from rest_rl.runlog import unwritable
 from rest_rl.train.policy import ADAPTER, load_tokenizer
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RANK_AND_ALPHA = "lora_train_meta.json"
 """The file of verl's checkpoint that is there if FSDP trained an adapter."""
-WRAPPED = "base_model.model."
-"""What peft puts before the name of every parameter."""
 
 
 def merge_model(
@@ -36,23 +33,28 @@ def merge_model(
     """Make `target` of a checkpoint: its adapter, over the model `base`, or without one the whole model; the tokenizer.
 
     An adapter keeps the type that it was trained in; verl's merger gives whole models in bfloat16. `target` is there
-    when it is whole. ValueError for a checkpoint that cannot be put together and for a folder that cannot be written.
+    when it is whole. UserError for a checkpoint that cannot be put together and for a folder that cannot be written.
     """
     actor, part = checkpoint / "actor", target.with_name(f".{target.name}.part")
     # Megatron saves whole models and adapters as Hugging Face does, unless asked for shards of its own.
     exported = actor / "model" / "huggingface"
+    tokenizer: Path | None = None
     try:
         shutil.rmtree(part, ignore_errors=True)  # of a command that was killed at this point
         if (actor / RANK_AND_ALPHA).is_file():
             write_adapter(actor, part, base)
-            load_tokenizer(actor / "huggingface", trust_remote_code=trust_remote_code).save_pretrained(part)
+            tokenizer = actor / "huggingface"
         elif (exported / "adapter" / ADAPTER).is_file():
-            copy_adapter(exported / "adapter", part, base)
-            load_tokenizer(exported, trust_remote_code=trust_remote_code).save_pretrained(part)
+            shutil.copytree(exported / "adapter", part)
+            config = json.loads((part / ADAPTER).read_text(encoding="utf-8")) | {"base_model_name_or_path": str(base)}
+            (part / ADAPTER).write_text(as_json(config, indent=2), encoding="utf-8")
+            tokenizer = exported
         elif any(exported.glob("*.safetensors")):
             shutil.copytree(exported, part)
         else:
             run_merger(actor, strategy, part, trust_remote_code=trust_remote_code)
+        if tokenizer:
+            load_tokenizer(tokenizer, trust_remote_code=trust_remote_code).save_pretrained(part)
         part.replace(target)
     except (OSError, SafetensorError) as error:
         raise unwritable(target.parent, OSError(None, str(error))) from error
@@ -61,40 +63,40 @@ def merge_model(
 
 
 def run_merger(actor: Path, strategy: str, part: Path, *, trust_remote_code: bool) -> None:
-    """The whole model, by verl's own merger in a process of its own; ValueError with its last words if it fails."""
+    """The whole model, by verl's own merger in a process of its own; UserError with its last words if it fails."""
     backend = "megatron" if strategy == "megatron" else "fsdp"
     command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", backend]
     command += ["--local_dir", str(actor), "--target_dir", str(part)]
     command += ["--trust-remote-code"] if trust_remote_code else []
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
     # With an adapter in it the merger would save the weights beneath, untrained, as the model.
-    if done.returncode == 0 and not (part / "lora_adapter").exists():
-        return
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    why = lines[-1] if done.returncode and lines else "an adapter without its rank, or no message"
-    raise broken(actor, part, why, f"see why with: {shlex.join(command)}")
+    if done.returncode or (part / "lora_adapter").exists():
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        why = lines[-1] if done.returncode and lines else "an adapter without its rank, or no message"
+        raise broken(actor, part, why, f"see why with: {shlex.join(command)}")
 
 
-def broken(actor: Path, part: Path, why: str, remedy: str) -> ValueError:
+def broken(actor: Path, part: Path, why: str, remedy: str) -> UserError:
     """The error for a checkpoint that is no model."""
     return UserError(
         f"the checkpoint {actor.parent} ({why:.300})",
-        f"one that can be put together; the run's steps are done: {remedy} ",
-        f"then try again with: rest-rl train --resume --out {part.parent}",
+        "one that can be put together",
+        f"the run's steps are done: {remedy}, then try again with: rest-rl train --resume --out {part.parent}",
     )
 
 
-# Adapters
+# Adapters, which verl's merger would save with the untrained weights beneath, rounded
 
 
 def write_adapter(actor: Path, part: Path, base: str | Path) -> None:
-    """FSDP's shards of an adapter as peft saves it; verl's merger would save the untrained weights beneath with it."""
+    """FSDP's shards of an adapter as peft saves it."""
     from peft import LoraConfig
 
     try:
         trained = json.loads((actor / RANK_AND_ALPHA).read_text(encoding="utf-8"))
         shards = read_shards(actor)
-        weights = {peft_name(name): joined([shard[name] for shard in shards]) for name in shards[0] if is_lora(name)}
+        names = [name for name in shards[0] if ".lora_" in name]
+        weights = {re.sub(r"(\.lora_\w+)\.default\b", r"\1", name): joined([s[name] for s in shards]) for name in names}
         config = LoraConfig(
             base_model_name_or_path=str(base),
             r=trained["r"],
@@ -102,20 +104,13 @@ def write_adapter(actor: Path, part: Path, base: str | Path) -> None:
             task_type=trained["task_type"],
             inference_mode=True,
         )
-        config.target_modules = targets(shards[0])  # here, because at its birth the config makes a set of it
+        config.target_modules = targets(shards[0])  # set after __init__, which turns the list into a set
     except Exception as error:  # whatever torch finds in a broken file
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise broken(actor, part, why, f"restore {actor}") from error
     part.mkdir(parents=True)
-    save_file(weights, part / ADAPTER_WEIGHTS, {"format": "pt"})
+    save_file(weights, part / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(str(part))
-
-
-def copy_adapter(folder: Path, part: Path, base: str | Path) -> None:
-    """An adapter as Megatron saves it, over the base model of this run."""
-    shutil.copytree(folder, part)
-    config = json.loads((part / ADAPTER).read_text(encoding="utf-8")) | {"base_model_name_or_path": str(base)}
-    (part / ADAPTER).write_text(as_json(config, indent=2), encoding="utf-8")
 
 
 def read_shards(actor: Path) -> list[dict[str, Any]]:
@@ -141,23 +136,13 @@ def joined(pieces: list[Any]) -> torch.Tensor:
     return whole
 
 
-def is_lora(name: str) -> bool:
-    """Whether a parameter is an adapter's."""
-    return ".lora_" in name
-
-
-def peft_name(name: str) -> str:
-    """The name of an adapter's parameter in peft's file, which leaves the adapter's own name out."""
-    return re.sub(r"(\.lora_\w+)\.default(?=\.|$)", r"\1", name)
-
-
 def targets(names: Collection[str]) -> list[str]:
     """The adapted modules by the last part of their names, in full where others that are not adapted share it.
 
     `q_proj` if every layer's is adapted; `model.layers.0.self_attn.q_proj` if the other layers' are not.
     """
-    adapted = {name.split(".lora_")[0].removeprefix(WRAPPED) for name in names if is_lora(name)}
-    modules = (name.rpartition(".")[0] for name in names if not is_lora(name))
-    rest = {module.removesuffix(".base_layer").removeprefix(WRAPPED) for module in modules} - adapted
-    short = {module.rpartition(".")[2] for module in adapted}
+    plain = [name.removeprefix("base_model.model.") for name in names]
+    adapted = {name.split(".lora_")[0] for name in plain if ".lora_" in name}
+    modules = (name.rpartition(".")[0].removesuffix(".base_layer") for name in plain if ".lora_" not in name)
+    rest, short = set(modules) - adapted, {module.rpartition(".")[2] for module in adapted}
     return sorted(adapted if short & {module.rpartition(".")[2] for module in rest} else short)

@@ -1,12 +1,9 @@
 """ResT on stock verl: registered from outside, loaded by the process that drives the run and by verl's workers.
 
 `ReSTPPOTrainer` lets verl compute its advantages and multiplies them by the token weights, which for w >= 0 is to weigh
-the clipped surrogate. `ReSTRewardManager` scores responses and knows the progress; `RenderedPromptLoop` samples from
-prompts exactly as this package has laid them out. What verl is told otherwise stands in `verl_config`.
-
-The weights are computed by the process that drives the run, once per batch of responses, whatever trains (FSDP, FSDP2,
-Megatron) and whatever samples (vLLM, SGLang). A step is verl's: one batch of responses, however many optimizer steps
-learn from it. Its weights come from the moving average of the steps before, as on TRL.
+the clipped surrogate; the process that drives the run does so once per batch of responses, whatever trains and samples.
+A step is verl's: one batch, however many optimizer steps learn from it. `ReSTRewardManager` scores responses and knows
+the progress; `RenderedPromptLoop` samples from prompts as this package has laid them out.
 
 Shapes: B responses, T completion tokens.
 """
@@ -32,12 +29,24 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from rest_rl.config import RunConfig
 from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids
-from rest_rl.runlog import replace_file
-from rest_rl.statistics import Outcome
+from rest_rl.runlog import RunLog, replace_file
+from rest_rl.statistics import Outcome, summarise
 from rest_rl.train.reward import Scored, read_gold, score_text
-from rest_rl.train.verl.log import VerlLog
-from rest_rl.train.verl.names import DATA_STATE, ESTIMATOR, STATE, TRAINER
-from rest_rl.train.verl.responses import PER_TOKEN, PluginRun, Responses, advantages_of_groups, reshape_batch
+from rest_rl.train.verl.responses import (
+    DATA_STATE,
+    ESTIMATOR,
+    FAILED,
+    PER_TOKEN,
+    STATE,
+    TRAINER,
+    PluginRun,
+    Responses,
+    advantages_of_groups,
+    keep_outcomes,
+    metrics_row,
+    reshape_batch,
+    timing_row,
+)
 from rest_rl.train.weighing import Weigher
 
 PER_RESPONSE = ("uid", "rm_scores", "reward_model", "extra_info", "extra_fields", "raw_prompt")
@@ -73,7 +82,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         config.trainer.v1.trainer_mode = "sync"  # verl's base class asks for its own name
         super().__init__(config)
         self.run, self.method, self.format, self.tracker = PluginRun.from_toml(config.rest.run)
-        self.log = VerlLog(config.rest.folder)
+        self.log = RunLog(config.rest.folder)
 
     @property
     def progress(self) -> float:
@@ -91,7 +100,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         weigher = Weigher(self.tokenizer, self.format, self.method)
         reshaped = reshape_batch(data, weigher, self.tracker, self.progress, self.global_steps, watched)
         asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
-        metrics |= reshaped.figures | responses.figures() | {"completions/failed": asked - len(responses.places)}
+        metrics |= reshaped.figures | responses.figures() | {FAILED: asked - len(responses.places)}
         self.log.add_responses(responses.rows(chosen, reshaped.tokens, self.global_steps, self.progress))
         fields = TensorDict({"advantages": reshaped.advantages}, batch_size=len(batch.keys))
         return tq.kv_batch_put(**where, fields=fields)
@@ -101,7 +110,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         places = [place for place, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
         fields = {"keys": [batch.keys[place] for place in places], "partition_id": batch.partition_id}
         data = tq.kv_batch_get(**fields, select_fields=list(PER_RESPONSE))
-        columns = {name: listed(data[name]) for name in PER_RESPONSE if name != "rm_scores"}
+        columns = {name: to_list(data[name]) for name in PER_RESPONSE if name != "rm_scores"}
         rows = ids.unbind()
         return Responses(
             places=places,
@@ -119,29 +128,26 @@ class ReSTPPOTrainer(PPOTrainerSync):
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         """One step, and a row of its figures in the run folder before the step is saved."""
         batch = super().step(metrics, timing_raw)
-        self.log.add_metrics(self.global_steps, {**metrics, "epoch": self.global_steps / self.steps_per_epoch})
+        metrics = {**metrics, "epoch": self.global_steps / self.steps_per_epoch}
+        self.log.add_metrics(metrics_row(self.global_steps, metrics))
         return batch
 
     def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """The figures of verl's own trackers; the times among them go to the run folder."""
         super()._compute_metrics(batch, metrics, *args, **kwargs)
-        self.log.add_timing(self.global_steps, metrics)
+        self.log.add_timing(timing_row(self.global_steps, metrics))
 
     def _val_metrics_update(
         self, data_sources: Any, sample_uids: Any, reward_extra_infos_dict: Any, *args: Any, **kwargs: Any
     ) -> dict[str, float]:
-        """The figures of a validation; what each response was worth goes to the run folder."""
+        """The figures of a validation, and its summary in the run folder: before, during or after training."""
         prompts = {uid: place for place, uid in enumerate(dict.fromkeys(sample_uids))}
-        names = ("kind", "exact_match", "accuracy", "format")
-        columns = zip(*(reward_extra_infos_dict[name] for name in names), strict=True)
+        columns = (reward_extra_infos_dict[name] for name in ("kind", "exact_match", "accuracy", "format"))
+        rows = zip(data_sources, sample_uids, *columns, strict=True)
         outcomes = [
-            Outcome(kind, str(split), prompts[uid], exact_match, accuracy, well_formatted)
-            for split, uid, (kind, exact_match, accuracy, well_formatted) in zip(
-                data_sources, sample_uids, columns, strict=True
-            )
-            if kind is not None
+            Outcome(kind, str(split), prompts[uid], *scores) for split, uid, kind, *scores in rows if kind is not None
         ]
-        self.log.add_outcomes(self.global_steps, self.total_training_steps, outcomes)
+        keep_outcomes(self.log, self.global_steps, self.total_training_steps, summarise(outcomes))
         return super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
 
     def _save_checkpoint(self) -> None:
@@ -160,7 +166,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
             self.tracker.table = json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
-def listed(column: Any) -> list[Any]:
+def to_list(column: Any) -> list[Any]:
     """A column of the TransferQueue as a list: tensordict gives back lists of lists as they are, others in a stack."""
     return list(column) if isinstance(column, list) else column.tolist()
 

@@ -1,4 +1,4 @@
-"""A batch of verl's as tensors, and what is computed from it; imports no verl.
+"""What is computed from a batch of responses in verl's layout, and what the run folder keeps of it; imports no verl.
 
 Shapes: B responses in verl's order (balanced over devices, groups are not consecutive), T completion tokens. verl keeps
 responses as jagged tensors and may append rows that are padding: their mask is 0 throughout.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from rest_rl.credit import AdvantageKind, group_advantages
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.presets import Preset
 from rest_rl.response import NUM_REGIONS
-from rest_rl.runlog import Row
+from rest_rl.runlog import Row, RunLog
 from rest_rl.train.record import WeighedBatch, has_ended, response_row
 from rest_rl.train.reward import Scored
 from rest_rl.train.weighing import (
@@ -33,8 +33,29 @@ from rest_rl.train.weighing import (
     surprise_sums,
 )
 
+PLUGIN = "rest_rl.train.verl.plugin"
+"""The module that registers the trainer and the advantage estimator."""
+TRAINER, ESTIMATOR, LOOP = "rest", "rest_group", "rendered_prompt"
+"""What the trainer, the advantage estimator and the agent loop are registered as."""
+STATE, DATA_STATE = "rest.json", "data.pt"
+"""Files of a checkpoint: the moving average of region entropies, and what verl writes last, the place in the data."""
+FAILED = "completions/failed"
+"""The figure that says how many responses of a step verl could not make or score."""
 PER_TOKEN = ("responses", "response_mask", "entropy", "old_log_probs", "advantages")
-"""verl's names of what a `TokenBatch` is made of."""
+"""verl's names of what is known of every token before it is learnt from."""
+PART = 4096
+"""Responses that are weighed at a time. The weights do not depend on it: they come from the steps before."""
+RENAMED: Mapping[str, str] = {
+    "actor/pg_loss": "loss",
+    "actor/grad_norm": "grad_norm",
+    "actor/lr": "learning_rate",
+    "actor/pg_clipfrac": "clip_ratio/region_mean",
+}
+"""verl's name of a figure and TRL's; all others keep verl's."""
+REPEATED = ("critic/", "response_length", "response/", "prompt_length/", "num_turns/", "val-")
+"""Beginnings of names of what is recorded under another name, or elsewhere."""
+WALL_CLOCK = ("timing", "perf/", "throughput")
+"""Beginnings of names of what differs from run to run."""
 
 
 class PluginRun(NamedTuple):
@@ -47,33 +68,10 @@ class PluginRun(NamedTuple):
 
     @classmethod
     def from_toml(cls, text: str) -> PluginRun:
-        """Read the run file that verl's configuration carries; a wrong key or value is a ValueError."""
+        """Read the run file that verl's configuration carries."""
         config = RunConfig.from_toml(text)
         rest = config.rest
         return cls(config.run, rest.resolve(), get_format(rest.format), EntropyTracker(rest.entropy_decay))
-
-
-PART = 4096
-"""Responses that are weighed at a time. The weights do not depend on it: they come from the steps before."""
-
-
-@dataclass(frozen=True, eq=False)
-class TokenBatch:
-    """What verl knows of every token of some responses before it learns from them: each (B, T), padded with 0."""
-
-    ids_BT: Tensor
-    mask_BT: Tensor
-    entropies_BT: Tensor
-    logps_BT: Tensor
-    advantages_BT: Tensor
-
-    @classmethod
-    def of(cls, rows: Mapping[str, Sequence[Tensor]]) -> TokenBatch:
-        """From the rows of verl's fields `PER_TOKEN`."""
-        ids, mask, entropies, logps, advantages = (
-            torch.nn.utils.rnn.pad_sequence(list(rows[name]), batch_first=True).cpu() for name in PER_TOKEN
-        )
-        return cls(ids, mask, entropies.float(), logps.float(), advantages)
 
 
 class Reshaped(NamedTuple):
@@ -99,22 +97,22 @@ def reshape_batch(
     `data` holds verl's fields `PER_TOKEN`, jagged or dense; `step` is counted from 1; `watched` are places of responses
     whose tokens are to be recorded.
     """
-    rows = {name: data[name].unbind() for name in PER_TOKEN}
-    size, statistics, rule_weights_R = len(rows["responses"]), tracker.statistics(), None
+    rows = [data[name].unbind() for name in PER_TOKEN]
+    size, statistics, rule_weights_R = len(rows[0]), tracker.statistics(), None
     sums_4R, surprise_4 = torch.zeros(4, NUM_REGIONS, dtype=torch.float64), torch.zeros(SUMS, dtype=torch.float64)
     advantages: list[Tensor] = []
     recorded: dict[int, Row] = {}
     part = size if weigher.looks_at_all_tokens else PART
     for first in range(0, size, part):
-        mine = {name: rows[name][first : first + part] for name in PER_TOKEN}
-        lengths, batch = [len(row) for row in mine["responses"]], TokenBatch.of(mine)
-        weighed = weigher.weigh(batch.ids_BT, batch.mask_BT, batch.entropies_BT, statistics, progress, step)
+        ids_BT, mask_BT, entropies_BT, logps_BT, advantages_BT = (padded(row[first : first + part]) for row in rows)
+        lengths = [len(row) for row in rows[0][first : first + part]]
+        weighed = weigher.weigh(ids_BT, mask_BT, entropies_BT, statistics, progress, step)
         rule_weights_R = weighed.rule_weights_R
-        sums_4R += sums_by_region(weighed, batch.mask_BT, batch.entropies_BT, batch.logps_BT)
-        surprise_4 += surprise_sums(batch.logps_BT, batch.entropies_BT, batch.mask_BT)
-        reshaped_BT = batch.advantages_BT * weighed.weights_BT
+        sums_4R += sums_by_region(weighed, mask_BT, entropies_BT, logps_BT)
+        surprise_4 += surprise_sums(logps_BT, entropies_BT, mask_BT)
+        reshaped_BT = advantages_BT * weighed.weights_BT
         advantages += [reshaped_BT[row, :length] for row, length in enumerate(lengths)]
-        kept = (weighed.regions_BT, weighed.weights_BT, batch.entropies_BT, batch.logps_BT, batch.advantages_BT[:, 0])
+        kept = (weighed.regions_BT, weighed.weights_BT, entropies_BT, logps_BT, advantages_BT[:, 0])
         seen = WeighedBatch(torch.arange(first, first + len(lengths)), *kept)
         recorded |= {at: seen.tokens_of(at - first, lengths[at - first]) for at in watched if 0 <= at - first < part}
     tracker.update(sums_4R[:3])
@@ -123,26 +121,26 @@ def reshape_batch(
     return Reshaped(torch.nested.as_nested_tensor(advantages, layout=torch.jagged), figures, recorded)
 
 
+def padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of different lengths as one (B, T) on the CPU, padded with 0; 16-bit numbers in float32."""
+    values_BT = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).cpu()
+    return values_BT.float() if values_BT.is_floating_point() else values_BT
+
+
+def rows_by_group(groups: Sequence[Hashable]) -> list[list[int]]:
+    """The rows of each group, whose name every row has."""
+    rows: dict[Hashable, list[int]] = {}
+    for row, name in enumerate(groups):
+        rows.setdefault(str(name), []).append(row)
+    return list(rows.values())
+
+
 def advantages_of_groups(rewards_B: Tensor, groups: Sequence[Hashable], kind: AdvantageKind) -> Tensor:
     """`group_advantages` of responses whose groups, named by `groups`, lie scattered and may differ in size: (B,)."""
-    _, index_B = np.unique(np.asarray([str(name) for name in groups]), return_inverse=True)
-    order_B = np.argsort(index_B, kind="stable")
-    sizes_B = np.bincount(index_B)[index_B[order_B]]
     advantages_B = torch.zeros_like(rewards_B)
-    for size in np.unique(sizes_B):
-        rows = torch.from_numpy(order_B[sizes_B == size])
-        advantages_B[rows] = group_advantages(rewards_B[rows], int(size), kind)
+    for rows in rows_by_group(groups):
+        advantages_B[rows] = group_advantages(rewards_B[rows], len(rows), kind)
     return advantages_B
-
-
-def share_without_spread(rewards_B: Tensor, groups: Sequence[Hashable]) -> float:
-    """The share of groups whose responses all have one reward; NaN without responses."""
-    names, index_B = np.unique(np.asarray([str(name) for name in groups]), return_inverse=True)
-    rewards = rewards_B.double().numpy()
-    least, most = np.full(len(names), np.inf), np.full(len(names), -np.inf)
-    np.minimum.at(least, index_B, rewards)
-    np.maximum.at(most, index_B, rewards)
-    return float((least == most).mean()) if len(names) else float("nan")
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,10 +165,11 @@ class Responses:
         rewards_B = self.rewards_B.double()
         lengths_B = torch.tensor([len(ids) for ids in self.ids], dtype=torch.float64)
         ended_B = torch.tensor([has_ended(ids[-1:].tolist(), self.tokenizer) for ids in self.ids])
+        alike = [bool((rewards_B[rows] == rewards_B[rows[0]]).all()) for rows in rows_by_group(self.groups)]
         figures = {
             "reward": float(rewards_B.mean()),
             "reward_std": float(rewards_B.std()) if len(rewards_B) > 1 else 0.0,
-            "frac_reward_zero_std": share_without_spread(self.rewards_B, self.groups),
+            "frac_reward_zero_std": sum(alike) / len(alike),
             "completions/clipped_ratio": 1 - float(ended_B.double().mean()),
         }
         for name in Scored._fields[1:]:
@@ -198,3 +197,33 @@ class Responses:
             row |= response_row(self.ids[i].tolist(), gold, reward, self.tokenizer, self.tool_format)
             rows.append(row | tokens[self.places[i]])
         return rows
+
+
+def metrics_row(step: int, metrics: Mapping[str, Any]) -> Row:
+    """A step's figures under the names that they have on TRL, without times and what stands elsewhere."""
+    kept = {name: value for name, value in scalars(metrics).items() if not name.startswith(WALL_CLOCK + REPEATED)}
+    return {"step": step, **{RENAMED.get(name, name): value for name, value in kept.items()}}
+
+
+def timing_row(step: int, metrics: Mapping[str, Any]) -> Row:
+    """A step's times."""
+    return {"step": step, **{k: value for k, value in scalars(metrics).items() if k.startswith(WALL_CLOCK)}}
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The figures that are one number: Python's, NumPy's or a tensor's."""
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, (bool, str, bytes)) or value is None:
+            continue
+        with suppress(TypeError, ValueError, RuntimeError):
+            found[name] = float(value)
+    return found
+
+
+def keep_outcomes(log: RunLog, step: int, total: int, scores: Row) -> None:
+    """Record what a measurement on held-out prompts found: before, during or after training."""
+    if 0 < step < total:
+        log.add_evaluation({"step": step, **scores})
+    else:
+        log.update_summary(**{"before" if step == 0 else "after": scores})
