@@ -10,13 +10,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from research.demonstrations import demonstration
 from rest_rl.data.tool_world import (
     KEY_PARTS,
     SLOTS,
     SPLITS,
     YIELDS,
     Decision,
-    demonstration,
     draw_name,
     draw_value,
     tool_world,

@@ -29,11 +29,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from research.command import exit_code
+from research.demonstrations import corrupted_demonstration, demonstration
 from research.tool_world_model import build_model, build_tokenizer, recall_batch
 from rest_rl.config import apply_overrides, overridden
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, decompose
-from rest_rl.data.tool_world import FILLER, Decision, corrupted_demonstration, demonstration, dialogues
+from rest_rl.data.tool_world import FILLER, Decision, dialogues
 from rest_rl.errors import UserError
 from rest_rl.train.policy import quiet_loading
 from rest_rl.train.prompts import IGNORED, encode

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rest_rl.data.gold import check_against_tools
-from rest_rl.data.mask import Names, draw_names, masked, renamed
+from rest_rl.data.mask import Names, draw_names, mask_names, rename
 from rest_rl.data.samples import Dialogue, ToolSample, decompose
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Gold, ToolCall
@@ -68,9 +68,9 @@ def names_in(sample: ToolSample) -> Iterator[str]:
 def test_the_inverse_map_restores(sample: ToolSample, seed: int) -> None:
     sample = replace(sample, thought=None)
     names = draw_names(sample, random.Random(seed))
-    new = renamed(sample, names)
+    new = rename(sample, names)
     back = {names.tools[tool]: {new: old for old, new in keys.items()} for tool, keys in names.arguments.items()}
-    assert renamed(new, Names({new: old for old, new in names.tools.items()}, back)) == sample
+    assert rename(new, Names({new: old for old, new in names.tools.items()}, back)) == sample
     assert not set(names_in(new)) & set(names_in(sample))
     assert len(set(names.tools.values())) == len(names.tools)
 
@@ -78,7 +78,7 @@ def test_the_inverse_map_restores(sample: ToolSample, seed: int) -> None:
 @given(samples(), st.integers())
 def test_a_masked_sample_is_as_good_as_before(sample: ToolSample, seed: int) -> None:
     """Its gold fits its tools as it did, and nothing but names has changed."""
-    new = masked(sample, 1.0, seed)
+    new = mask_names(sample, 1.0, seed)
     assert [found.reason for found in check_against_tools(new)[1]] == [
         found.reason for found in check_against_tools(sample)[1]
     ]
@@ -93,19 +93,19 @@ def test_a_masked_sample_is_as_good_as_before(sample: ToolSample, seed: int) -> 
 
 def test_the_share_is_kept_and_drawn_by_seed_and_id() -> None:
     world = tool_world(0, 2000)
-    new = [masked(sample, 0.3, 0) for sample in world]
+    new = [mask_names(sample, 0.3, 0) for sample in world]
     count = sum(a != b for a, b in zip(world, new, strict=True))
     # 0.3 * 2000 = 600 with a standard deviation of sqrt(2000 * 0.3 * 0.7) = 20.5; five of them
     assert abs(count - 600) < 103
-    assert [masked(sample, 0.3, 0) for sample in reversed(world)][::-1] == new
-    assert [masked(sample, 0.3, 1) for sample in world] != new
-    assert [masked(sample, 0.0, 0) for sample in world] == world
-    assert all(a != b for a, b in zip(world, (masked(sample, 1.0, 0) for sample in world), strict=True))
+    assert [mask_names(sample, 0.3, 0) for sample in reversed(world)][::-1] == new
+    assert [mask_names(sample, 0.3, 1) for sample in world] != new
+    assert [mask_names(sample, 0.0, 0) for sample in world] == world
+    assert all(a != b for a, b in zip(world, (mask_names(sample, 1.0, 0) for sample in world), strict=True))
 
 
 def test_the_thought_names_the_tools_by_their_new_names() -> None:
     sample = next(each for each in tool_world(0, 20) if each.gold.calls and each.thought)
-    new = masked(sample, 1.0, 0)
+    new = mask_names(sample, 1.0, 0)
     (call, *_), (old, *_) = new.gold.calls, sample.gold.calls
     assert new.thought is not None
     assert f'"{call.name}"' in new.thought
@@ -115,7 +115,7 @@ def test_the_thought_names_the_tools_by_their_new_names() -> None:
 
 def test_what_is_said_before_the_calls_names_the_tools_by_their_new_names() -> None:
     sample = next(each for each in tool_world(0, 20) if each.gold.calls)
-    new = masked(replace(sample, thought=None, preamble=f"I use `{sample.gold.calls[0].name}`."), 1.0, 0)
+    new = mask_names(replace(sample, thought=None, preamble=f"I use `{sample.gold.calls[0].name}`."), 1.0, 0)
     assert (new.thought, new.preamble) == (None, f"I use `{new.gold.calls[0].name}`.")
 
 
@@ -138,7 +138,7 @@ NEW_NAMES = Names(
 def thought_of(text: str, *called: str) -> str | None:
     calls = tuple(ToolCall(name, {"city": "Oslo"}) for name in called)
     sample = ToolSample("s", ({"role": "user", "content": "?"},), TOOLS, Gold(calls), text)
-    new = renamed(sample, NEW_NAMES)
+    new = rename(sample, NEW_NAMES)
     assert [call.arguments for call in new.gold.calls] == [
         {NEW_NAMES.arguments[name]["city"]: "Oslo"} for name in called
     ]
@@ -176,23 +176,23 @@ def test_words_of_the_prose_stay(old: str, new: str | None) -> None:
 @pytest.mark.parametrize("name", ["getWeather", "get_weather", "api.get", "GetWeather2"])
 def test_names_like_no_word_are_renamed_without_quotes(name: str) -> None:
     sample = ToolSample("s", ({"role": "user", "content": "?"},), (tool(name),), Gold(), f"I use {name}.")
-    assert renamed(sample, Names({name: "T"}, {name: {}})).thought == "I use T."
+    assert rename(sample, Names({name: "T"}, {name: {}})).thought == "I use T."
 
 
 @pytest.mark.parametrize("name", ["weather", "Weather", "API", "get weather", "get-weather", "a."])
 def test_names_like_words_are_not(name: str) -> None:
     sample = ToolSample("s", ({"role": "user", "content": "?"},), (tool(name),), Gold(), f"I use {name} and `{name}`.")
-    assert renamed(sample, Names({name: "T"}, {name: {}})).thought == f"I use {name} and `T`."
+    assert rename(sample, Names({name: "T"}, {name: {}})).thought == f"I use {name} and `T`."
 
 
 def test_what_was_said_beside_earlier_calls_is_renamed() -> None:
     call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
     said = {"role": "assistant", "content": "I give `city` to `weather`.", "tool_calls": [call]}
     answer = {"role": "assistant", "content": "The `city` is wet."}
-    new = renamed(ToolSample("s", (said, answer), TOOLS, Gold((), "y")), NEW_NAMES)
+    new = rename(ToolSample("s", (said, answer), TOOLS, Gold((), "y")), NEW_NAMES)
     assert [message["content"] for message in new.messages] == ["I give `A1` to `T1`.", "The `city` is wet."]
 
 
 def test_a_prompt_that_holds_the_names_is_left_as_it_is() -> None:
     sample = replace(tool_world(0, 1)[0], tools_in_prompt=True)
-    assert masked(sample, 1.0, 0) == sample
+    assert mask_names(sample, 1.0, 0) == sample

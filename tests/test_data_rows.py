@@ -126,31 +126,44 @@ BREAKS = {
 
 @pytest.mark.parametrize("kind", BREAKS)
 @pytest.mark.parametrize("chunk", [16, 2**18])
-def test_a_broken_element_costs_itself(tmp_path: Path, kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_element_ends_the_file(tmp_path: Path, kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "CHUNK", chunk)
     texts = [json.dumps(row, ensure_ascii=False) for row in GOOD]
     texts[1] = BREAKS[kind](texts[1])
     path = tmp_path / "rows.json"
     path.write_text(f"[{', '.join(texts)}]", encoding="utf-8")
-    found = values(path)
-    assert [found[0], *found[2:]] == [GOOD[0], GOOD[2], GOOD[3]]
-    assert found[1].reason == "not_json"
+    first, broken = values(path)
+    assert (first, broken.reason) == (GOOD[0], "not_json")
+    assert broken.raw
 
 
-def test_a_broken_first_or_last_element(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", range(4))
+def test_a_file_that_breaks_off_keeps_the_rows_before(tmp_path: Path, rows: int) -> None:
+    texts = [json.dumps(row, ensure_ascii=False) for row in GOOD]
     path = tmp_path / "rows.json"
-    good = json.dumps(GOOD[0])
-    path.write_text(f'[{{"messages": oops}}, {good}, {{"messages": [')
-    first, second, third = values(path)
-    assert (first.reason, second, third.reason) == ("not_json", GOOD[0], "not_json")
+    path.write_text("[" + ", ".join([*texts[:rows], texts[rows][:-9]]), encoding="utf-8")
+    *before, last = values(path)
+    assert (before, last.reason) == (GOOD[:rows], "not_json")
 
 
-def test_a_huge_element_costs_itself(tmp_path: Path) -> None:
+def test_an_array_without_its_bracket_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(GOOD)[:-1])
+    assert values(path) == GOOD
+
+
+@pytest.mark.parametrize("ending", ["]", ""])
+def test_a_huge_element_ends_the_file(tmp_path: Path, ending: str) -> None:
     path = tmp_path / "rows.json"
     huge = {"messages": [{"role": "user", "content": "x" * (MAX_ROW_BYTES + 2**21)}]}
-    path.write_text(json.dumps([GOOD[0], huge, GOOD[1]]))
-    first, second, third = values(path)
-    assert (first, second.reason, third) == (GOOD[0], "row_too_long", GOOD[1])
+    path.write_text(json.dumps([GOOD[0], huge])[:-1] + ending)
+    assert [getattr(value, "reason", value) for value in values(path)] == [GOOD[0], "row_too_long"]
+
+
+def test_a_deep_element_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("[" + json.dumps(GOOD[0]) + "," + '{"a":' + "[" * 100_000)
+    assert [getattr(value, "reason", value) for value in values(path)] == [GOOD[0], "not_json"]
 
 
 def test_bytes_that_are_no_text_cost_their_element(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_failing_chat_template_names_the_sample(tokenizer):
     template = "{{ tools[0].function.parameters.properties.items() }}"
     broken = copy.deepcopy(tokenizer)
     broken.chat_template = template
-    with pytest.raises(ValueError, match="sample .s0., on which the chat template failed"):
+    with pytest.raises(ValueError, match=r"sample .s0., on which the chat template failed"):
         render_prompt(sample, broken)
 
 

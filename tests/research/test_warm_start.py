@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from research.demonstrations import demonstration
 from research.tool_world_model import build_model, build_tokenizer, recall_batch
 from research.warm_start import RECORD, WarmStartConfig, demonstration_batches, warm_start
 from rest_rl.data.layout import PromptLayout
-from rest_rl.data.tool_world import SPLITS, demonstration, is_held_out_name, is_held_out_value, tool_world
+from rest_rl.data.tool_world import SPLITS, is_held_out_name, is_held_out_value, tool_world
 from rest_rl.evaluate.generate import generate
 from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids, tag_regions

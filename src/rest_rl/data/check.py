@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rest_rl.data.gold import check_against_tools, repair_history
-from rest_rl.data.mask import masked
+from rest_rl.data.mask import mask_names
 from rest_rl.data.reading import Row, RowError, RowReader
 from rest_rl.data.reasons import KEEPABLE, REASONS, RowContext, RowFinding, RowRejectedError, finding
 from rest_rl.data.samples import (
@@ -253,7 +253,7 @@ class _Checker:
         if not sample.messages:
             found.append(finding("empty_prompt", "got no message before the turn", sample.id))
         found += [finding(reason, detail, sample.id, keep) for reason, detail in self._among_others(sample)]
-        return masked(sample, self.config.mask_names, self.config.seed), found
+        return mask_names(sample, self.config.mask_names, self.config.seed), found
 
     def _among_others(self, sample: ToolSample) -> Iterator[tuple[str, str]]:
         prompt = digest_of([sample.messages, sample.tools])

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from rest_rl.data.samples import ToolSample, digest_of
+from rest_rl.data.samples import ToolSample, calls_of, digest_of
 from rest_rl.response import Gold, ToolCall
 
 _FIRST = string.ascii_letters + "_"
@@ -28,94 +28,95 @@ class Names(NamedTuple):
     arguments: dict[str, dict[str, str]]
 
 
-def masked(sample: ToolSample, share: float, seed: int) -> ToolSample:
+def mask_names(sample: ToolSample, share: float, seed: int) -> ToolSample:
     """The sample, masked if its id falls into the share; the same for the same seed and id, whatever stands around it.
 
     A sample whose messages describe its tools is left as it is.
     """
     rng = random.Random(digest_of([seed, sample.id]))
-    if rng.random() >= share or sample.tools_in_prompt:
-        return sample
-    return renamed(sample, draw_names(sample, rng))
+    is_left = rng.random() >= share or sample.tools_in_prompt
+    return sample if is_left else rename(sample, draw_names(sample, rng))
 
 
 def draw_names(sample: ToolSample, rng: random.Random) -> Names:
     """Random names for all tools and arguments, unlike each other and unlike any that the sample has."""
-    arguments = {_name(tool): list(_properties(tool)) for tool in sample.tools}
-    for call in [*sample.gold.calls, *_history_calls(sample)]:
+    functions = [tool.get("function", tool) for tool in sample.tools]
+    arguments = {function["name"]: list(_properties(function)) for function in functions}
+    for call in [*sample.gold.calls, *(call for message in sample.messages for call in calls_of(message))]:
         known = arguments.setdefault(call.name, [])
         known += [key for key in call.arguments if key not in known]
     taken = {*arguments, *(name for names in arguments.values() for name in names)}
-    return Names(
-        {tool: _draw(rng, taken) for tool in arguments},
-        {tool: {name: _draw(rng, taken) for name in names} for tool, names in arguments.items()},
-    )
+
+    def draw(_: str) -> str:
+        while True:
+            name = rng.choice(_FIRST) + "".join(rng.choices(_REST, k=rng.randint(4, 11)))
+            if name not in taken:
+                taken.add(name)
+                return name
+
+    tools = {tool: draw(tool) for tool in arguments}
+    return Names(tools, {tool: {name: draw(name) for name in names} for tool, names in arguments.items()})
 
 
-def _draw(rng: random.Random, taken: set[str]) -> str:
-    while True:
-        name = rng.choice(_FIRST) + "".join(rng.choices(_REST, k=rng.randint(4, 11)))
-        if name not in taken:
-            taken.add(name)
-            return name
-
-
-def renamed(sample: ToolSample, names: Names) -> ToolSample:
+def rename(sample: ToolSample, names: Names) -> ToolSample:
     """The sample under other names; a name that the map does not have stays."""
-    calls = tuple(_renamed_call(call, names) for call in sample.gold.calls)
     called = [call.name for call in sample.gold.calls]
+    thought, preamble = sample.thought, sample.preamble
     return replace(
         sample,
-        messages=tuple(_renamed_message(message, names) for message in sample.messages),
-        tools=tuple(_renamed_tool(tool, names) for tool in sample.tools),
-        gold=Gold(calls, sample.gold.answer),
-        thought=None if sample.thought is None else _renamed_text(sample.thought, called, names),
-        preamble=None if sample.preamble is None else _renamed_text(sample.preamble, called, names),
+        messages=tuple(_rename_message(message, names) for message in sample.messages),
+        tools=tuple(_rename_tool(tool, names) for tool in sample.tools),
+        gold=Gold(tuple(_rename_call(call, names) for call in sample.gold.calls), sample.gold.answer),
+        thought=None if thought is None else _rename_text(thought, called, names),
+        preamble=None if preamble is None else _rename_text(preamble, called, names),
     )
 
 
-def _renamed_call(call: ToolCall, names: Names) -> ToolCall:
-    keys = names.arguments.get(call.name, {})
-    arguments = {keys.get(key, key): value for key, value in call.arguments.items()}
-    return ToolCall(names.tools.get(call.name, call.name), arguments)
+def _rename_call(call: ToolCall, names: Names) -> ToolCall:
+    return ToolCall(names.tools.get(call.name, call.name), _rename_keys(call.arguments, call.name, names))
 
 
-def _renamed_message(message: Mapping[str, Any], names: Names) -> dict[str, Any]:
+def _rename_keys(arguments: Mapping[str, Any], tool: str, names: Names) -> dict[str, Any]:
+    keys = names.arguments.get(tool, {})
+    return {keys.get(key, key): value for key, value in arguments.items()}
+
+
+def _rename_message(message: Mapping[str, Any], names: Names) -> dict[str, Any]:
     new = dict(message)
     if message["role"] == "tool" and isinstance(message.get("name"), str):
         new["name"] = names.tools.get(message["name"], message["name"])
-    if message.get("tool_calls"):
-        called = [call["function"]["name"] for call in message["tool_calls"]]
+    if calls := calls_of(message):
         if message.get("content"):
-            new["content"] = _renamed_text(message["content"], called, names)
+            new["content"] = _rename_text(message["content"], [call.name for call in calls], names)
+        renamed = [_rename_call(call, names) for call in calls]
         new["tool_calls"] = [
-            {**call, "function": _renamed_function(call["function"], names)} for call in message["tool_calls"]
+            {**old, "function": {**old["function"], "name": call.name, "arguments": dict(call.arguments)}}
+            for old, call in zip(message["tool_calls"], renamed, strict=True)
         ]
     return new
 
 
-def _renamed_function(function: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    call = _renamed_call(ToolCall(function["name"], function["arguments"]), names)
-    return {**function, "name": call.name, "arguments": dict(call.arguments)}
-
-
-def _renamed_tool(tool: Mapping[str, Any], names: Names) -> dict[str, Any]:
+def _rename_tool(tool: Mapping[str, Any], names: Names) -> dict[str, Any]:
     if "function" in tool:
-        return {**tool, "function": _renamed_tool(tool["function"], names)}
-    keys = names.arguments.get(tool["name"], {})
-    new = {**tool, "name": names.tools.get(tool["name"], tool["name"])}
-    schema = tool.get("parameters")
-    if isinstance(schema, Mapping):
-        schema = dict(schema)
-        if isinstance(schema.get("properties"), Mapping):
-            schema["properties"] = {keys.get(key, key): value for key, value in schema["properties"].items()}
+        return {**tool, "function": _rename_tool(tool["function"], names)}
+    name, keys = tool["name"], names.arguments.get(tool["name"], {})
+    new = {**tool, "name": names.tools.get(name, name)}
+    if isinstance(tool.get("parameters"), Mapping):
+        schema = new["parameters"] = dict(tool["parameters"])
+        if properties := _properties(tool):
+            schema["properties"] = _rename_keys(properties, name, names)
         if isinstance(schema.get("required"), list):
             schema["required"] = [keys.get(key, key) for key in schema["required"]]
-        new["parameters"] = schema
     return new
 
 
-def _renamed_text(text: str, called: Iterable[str], names: Names) -> str:
+def _properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    schema = function.get("parameters")
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    return properties if isinstance(properties, Mapping) else {}
+
+
+def _rename_text(text: str, called: Iterable[str], names: Names) -> str:
     """Free text under new names, where a name cannot be taken for a word and has one new name only.
 
     A name is one in quotes or backticks, or one that no word is written like (`get_weather`, `api.get`, `getWeather`).
@@ -123,8 +124,9 @@ def _renamed_text(text: str, called: Iterable[str], names: Names) -> str:
     them stays.
     """
     own = [names.arguments.get(tool, {}) for tool in called]
-    new = _unambiguous(names.tools, *names.arguments.values()) | _unambiguous(names.tools, *own)
-    for name in {key for each in own for key in each} - set(_unambiguous(names.tools, *own)):
+    clear = _unambiguous(names.tools, *own)
+    new = _unambiguous(names.tools, *names.arguments.values()) | clear
+    for name in {key for each in own for key in each} - set(clear):
         new.pop(name, None)
     if not new:
         return text
@@ -148,18 +150,3 @@ def _unambiguous(*maps: Mapping[str, str]) -> dict[str, str]:
 
 def _any_of(words: Iterable[str]) -> str:
     return "|".join(map(re.escape, sorted(filter(None, words), key=len, reverse=True)))
-
-
-def _history_calls(sample: ToolSample) -> list[ToolCall]:
-    functions = [call["function"] for message in sample.messages for call in message.get("tool_calls") or ()]
-    return [ToolCall(function["name"], function["arguments"]) for function in functions]
-
-
-def _name(tool: Mapping[str, Any]) -> str:
-    return tool.get("function", tool)["name"]
-
-
-def _properties(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    schema = tool.get("function", tool).get("parameters")
-    properties = schema.get("properties") if isinstance(schema, Mapping) else None
-    return properties if isinstance(properties, Mapping) else {}

@@ -1,7 +1,7 @@
 """Numbered raw rows of a data file, streamed: JSONL, JSON, Parquet, a folder of them, a dataset of the hub.
 
-A row that cannot be read is a `RowError` with its number; what stands after it is read all the same wherever the file
-says where that begins. At most one row (up to `MAX_ROW_BYTES`) or one batch is held in memory.
+A row that cannot be read is a `RowError` with its number; the lines after it are read all the same. At most one row (up
+to `MAX_ROW_BYTES`) or one batch is held in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _BETWEEN_VALUES = re.compile(r"[\s;,]*")
 _BETWEEN_ROWS = re.compile(r"[\s,]*")
-_FIRST_KEY = re.compile(r'\{\s*("(?:[^"\\]|\\.)*")\s*:')
 
 
 def load_json(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
@@ -201,7 +200,7 @@ def _text_rows(file: IO[bytes], path: Path) -> Iterator[Mapping[str, Any] | RowE
             yield RowError("encoding", "got a file in UTF-16 or UTF-32, expected UTF-8")
             return
         text.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-        yield from map(_decode, JsonElements(text)) if _suffix(path) == ".json" else _lines(text)
+        yield from _elements(text) if _suffix(path) == ".json" else _lines(text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield RowError("truncated", f"got a compressed file that breaks off or is damaged ({error})")
 
@@ -249,79 +248,48 @@ def _refuse_constant(name: str) -> NoReturn:
     raise _ConstantError(name)
 
 
-class JsonElements:
-    """The texts of an array's elements, or of objects one after the other, from an open file of UTF-8.
+def _elements(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
+    """The elements of an array, or objects one after the other; a broken or overlong one ends the file.
 
-    The standard decoder tells where an element ends; if it needs more text, more is read. A broken element comes as
-    the text up to the next place where an object begins with the key that the first one begins with, so it costs
-    itself only; of more than `MAX_ROW_BYTES` only the beginning is kept. (ijson would end at the first error, and a
-    deeply nested element makes it take all memory.)
+    The standard decoder tells where an element ends, and more is read as long as it may go on. (ijson would be no
+    better: it takes all memory for a deeply nested element and turns lone surrogates into question marks.)
     """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._text, self._at, self._ended = "", 0, False
-        self._next_row: re.Pattern[str] | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        scan = json.JSONDecoder().raw_decode
-        is_array = self._skip_space() and self._text[self._at] == "["
-        self._at += is_array
-        while self._skip_space() and not (is_array and self._text[self._at] == "]"):
+    scan = json.JSONDecoder().raw_decode
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    text, at, is_ended, is_array = "", 0, False, None
+    while True:
+        at = _after(_BETWEEN_ROWS, text, at)
+        if at < len(text) and is_array is None:
+            is_array = text[at] == "["
+            at += is_array
+            continue
+        end, is_broken = at, False
+        if at < len(text):
+            if is_array and text[at] == "]":
+                return
             try:
-                end = scan(self._text, self._at)[1]
-            except (ValueError, RecursionError) as error:
-                if not (self._is_cut(error) and self._read_on()):
-                    yield self._take_broken()
-                continue
-            if end == len(self._text) and self._read_on():  # a number may go on
-                continue
-            self._learn_first_key()
-            yield self._text[self._at : end]
-            self._at = end
+                end = scan(text, at)[1]
+            except json.JSONDecodeError as error:
+                is_broken = not (error.msg.startswith("Unterminated") or error.pos >= len(text) - 16)
+            except (ValueError, RecursionError):
+                is_broken = True
+        if at < end < len(text) or (at < end and is_ended):
+            yield _decode(text[at:end])
+            at = end
+        elif at == len(text) and is_ended:
+            return
+        elif is_broken or is_ended or len(text) - at > MAX_ROW_BYTES:
+            yield _broken_element(text[at:])
+            return
+        else:
+            data = file.read(max(CHUNK, len(text) - at))  # doubling: no element is scanned too often
+            text, at, is_ended = text[at:] + decoder.decode(data, final=not data), 0, not data
 
-    def _skip_space(self) -> bool:
-        """Go to the next character that belongs to an element; False at the end of the file."""
-        while (at := _after(_BETWEEN_ROWS, self._text, self._at)) == len(self._text):
-            self._at = at
-            if not self._read_on():
-                return False
-        self._at = at
-        return True
 
-    def _read_on(self) -> bool:
-        """Drop what was given out and read more; False at the end of the file."""
-        if self._ended:
-            return False
-        data = self._file.read(max(CHUNK, len(self._text) - self._at))  # doubling: no element is read too often
-        self._ended = not data
-        self._text, self._at = self._text[self._at :] + self._decoder.decode(data, final=self._ended), 0
-        return True
-
-    def _is_cut(self, error: Exception) -> bool:
-        """Whether the element may merely be incomplete so far."""
-        if not isinstance(error, json.JSONDecodeError) or len(self._text) - self._at > MAX_ROW_BYTES:
-            return False
-        return error.msg.startswith("Unterminated") or error.pos >= len(self._text) - 16
-
-    def _learn_first_key(self) -> None:
-        if self._next_row is None and (key := _FIRST_KEY.match(self._text, self._at)):
-            self._next_row = re.compile(r"\}\s*,?\s*(?=\{\s*" + re.escape(key[1]) + r"\s*:)")
-
-    def _take_broken(self) -> str:
-        self._learn_first_key()
-        head, seam = "", 1000  # the seam keeps a separator whole that a chunk has cut
-        while not (found := self._next_row and self._next_row.search(self._text, self._at + 1)):
-            if len(self._text) - self._at > MAX_ROW_BYTES:
-                head = head or self._text[self._at : self._at + MAX_ROW_BYTES + 1]
-            if head:
-                self._at = max(self._at, len(self._text) - seam)
-            if not self._read_on():
-                break
-        element = head or self._text[self._at : found.start() + 1 if found else len(self._text)]
-        self._at = found.end() if found else len(self._text)
-        return element
+def _broken_element(text: str) -> RowError:
+    error = _decode(text)
+    reason, detail = error[:2] if isinstance(error, RowError) else ("not_json", "")
+    return RowError(reason, f"{detail}; the rest of the file is not read", text[:200])
 
 
 def _parquet_rows(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:

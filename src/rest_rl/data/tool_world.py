@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from rest_rl.data.samples import Dialogue, ToolSample, decompose
-from rest_rl.formats import get_format
+from rest_rl.data.samples import Dialogue, ToolSample, as_message_call, decompose
+from rest_rl.errors import UserError
 from rest_rl.response import ToolCall
 
 Split = Literal["train", "unseen_tools", "unseen_values"]
@@ -122,7 +122,7 @@ def tool_world(
     """The first `n` samples of the endless sequence of that seed and split (so a shorter list is a prefix).
 
     `kinds` keeps only the dialogues of those kinds. Shares are .4 single, .2 each of parallel, dependent (both turns)
-    and none. ValueError for an unknown split or kind, or fewer than two tools per prompt.
+    and none. UserError for an unknown split or kind, or fewer than two tools per prompt.
     """
     samples: list[ToolSample] = []
     if n <= 0:
@@ -142,42 +142,31 @@ def dialogues(
     kinds: Sequence[str] | None = None,
     decision: Decision = "reasoning",
 ) -> Iterator[Dialogue]:
-    """The endless sequence of dialogues of that seed and split; see `tool_world`."""
-    if split not in SPLITS:
-        raise ValueError(f"got split {split!r}; expected one of {', '.join(SPLITS)}")
-    if not set(kinds or ()) <= set(KINDS):
-        raise ValueError(f"got kinds {kinds!r}; expected some of {', '.join(KINDS)}")
-    if decision not in get_args(Decision):
-        raise ValueError(f"got decision {decision!r}; expected one of {', '.join(get_args(Decision))}")
+    """The endless sequence of dialogues of that seed and split; arguments and errors as of `tool_world`."""
+    for what, given, known in (("split", split, SPLITS), ("decision", decision, get_args(Decision))):
+        if given not in known:
+            raise UserError(f"{what} {given!r}", f"one of {', '.join(known)}", f"correct the {what}")
+    if not set(kinds or KINDS) <= set(KINDS):
+        raise UserError(f"kinds {kinds!r}", f"some of {', '.join(KINDS)}", "correct the kinds")
     if not 2 <= num_tools <= len(_NOUNS) - 2:
-        raise ValueError(f"got num_tools {num_tools}; expected 2 to {len(_NOUNS) - 2}")
-    return _dialogues(random.Random(f"{split} {seed}"), seed, split, num_tools, frozenset(kinds or KINDS), decision)
-
-
-def _dialogues(
-    rng: random.Random, seed: int, split: Split, num_tools: int, kinds: frozenset[str], decision: Decision
-) -> Iterator[Dialogue]:
-    index = 0
+        raise UserError(f"num_tools {num_tools}", f"2 to {len(_NOUNS) - 2}", "change it")
+    rng, index = random.Random(f"{split} {seed}"), 0
     while True:
         for kind in rng.sample(_CYCLE, len(_CYCLE)):
-            if kind in kinds:
+            if kind in (kinds or KINDS):
                 dialogue = _dialogue(rng, f"{split}-{seed}-{index}", kind, split, num_tools, decision)
                 yield dialogue if decision == "reasoning" else _with_filler(rng, dialogue)
                 index += 1
 
 
 def _with_filler(rng: random.Random, dialogue: Dialogue) -> Dialogue:
-    """The dialogue with other reasoning: filler in every assistant turn."""
-    messages = [
-        {**message, "reasoning_content": filler(rng)} if message["role"] == "assistant" else message
-        for message in dialogue.messages
-    ]
+    """The dialogue with other reasoning in every assistant turn: random words that decide nothing."""
+    messages = [dict(message) for message in dialogue.messages]
+    for message in messages:
+        if message["role"] == "assistant":
+            words = [rng.choice(FILLER) for _ in range(rng.choice(FILLER_LENGTHS))]
+            message["reasoning_content"] = " ".join(words)
     return replace(dialogue, messages=tuple(messages))
-
-
-def filler(rng: random.Random) -> str:
-    """A thought of random words that decides nothing."""
-    return " ".join(rng.choice(FILLER) for _ in range(rng.choice(FILLER_LENGTHS)))
 
 
 def _dialogue(
@@ -193,15 +182,17 @@ def _dialogue(
     calls = [ToolCall(t.name, dict(zip(t.keys, v, strict=True))) for t, v in zip(asked, values, strict=True)]
     wishes = [_wish(rng, tool, value) for tool, value in zip(asked, values, strict=True)]
     if kind == "none":
-        turns = [_assistant((), schemas, f"{asked[0].description}: {NO_TOOL}")]
+        thought = f"{asked[0].description}: {NO_TOOL}"
+        turns = [{"role": "assistant", "reasoning_content": thought, "content": REFUSAL}]
     elif kind == "dependent":
         result = execute(calls[0], schemas)
-        filled = {**calls[1].arguments, asked[1].keys[_slot_of_result(asked)]: json.loads(result)["result"]}
-        wishes = [wishes[0], _wish(rng, asked[1], values[1], reference=_slot_of_result(asked))]
+        slot = asked[1].slots.index(YIELDS[asked[0].noun])
+        filled = {**calls[1].arguments, asked[1].keys[slot]: json.loads(result)["result"]}
+        wishes = [wishes[0], _wish(rng, asked[1], values[1], reference=slot)]
         second = ToolCall(calls[1].name, filled)
-        turns = [_assistant(calls[:1], schemas), {"role": "tool", "content": result}, _assistant([second], schemas)]
+        turns = [_turn(calls[:1], schemas), {"role": "tool", "content": result}, _turn([second], schemas)]
     else:
-        turns = [_assistant(calls, schemas)]
+        turns = [_turn(calls, schemas)]
     joint = " then " if kind == "dependent" else " and "
     user = {"role": "user", "content": f"{rng.choice(OPENINGS)} {joint.join(wishes)}"}
     return Dialogue(identity, (user, *turns), tuple(schemas), kind)
@@ -240,10 +231,6 @@ def draw_value(rng: random.Random, slot: str, split: Split) -> str:
             return value
 
 
-def _slot_of_result(asked: Sequence[WorldTool]) -> int:
-    return asked[1].slots.index(YIELDS[asked[0].noun])
-
-
 def _wish(rng: random.Random, tool: WorldTool, values: Sequence[str], reference: int | None = None) -> str:
     """The request for one call; the slots stand in random order and `reference` is asked for as `it`."""
     parts = [f'{slot} "{value}"' for slot, value in zip(tool.slots, values, strict=True)]
@@ -252,13 +239,8 @@ def _wish(rng: random.Random, tool: WorldTool, values: Sequence[str], reference:
     return " ".join([tool.description, *rng.sample(parts, len(parts))])
 
 
-def _assistant(
-    calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]], thought: str | None = None
-) -> dict[str, Any]:
-    if not calls:
-        return {"role": "assistant", "reasoning_content": thought, "content": REFUSAL}
-    functions = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
-    tool_calls = [{"type": "function", "function": function} for function in functions]
+def _turn(calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    tool_calls = [as_message_call(call) for call in calls]
     return {"role": "assistant", "reasoning_content": explain(calls, tools), "content": "", "tool_calls": tool_calls}
 
 
@@ -301,81 +283,5 @@ def execute(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str:
 def _is_held_out_text(value: str) -> bool:
     try:
         return is_held_out_value(value)
-    except (ValueError, StopIteration):  # not a value of this world
+    except (ValueError, StopIteration):  # no value of this world
         return False
-
-
-Defect = Literal["wrong_tool", "wrong_value", "wrong_key", "dropped_argument", "missing_call", "broken_tag"]
-DEFECTS: tuple[Defect, ...] = get_args(Defect)
-
-
-def demonstration(sample: ToolSample, tool_format: str = "toolrl") -> str:
-    """The clean response text of a sample."""
-    return get_format(tool_format).render(sample.thought, sample.gold.calls, sample.gold.answer)
-
-
-def corrupted_demonstration(
-    sample: ToolSample, rng: random.Random, defect: Defect | None = None, tool_format: str = "toolrl"
-) -> str:
-    """A response text with exactly one defect, drawn at random unless named; never fully correct.
-
-    The thought explains the defective calls, unless it is filler. `missing_call` leaves out one of two calls, refuses
-    where one call is due and calls a tool where none serves; a sample without calls has no argument to spoil and knows
-    `missing_call` and `broken_tag` only.
-    """
-    defect = defect or rng.choice(DEFECTS)
-    calls = list(sample.gold.calls)
-    if defect == "broken_tag":
-        return _broken(demonstration(sample, tool_format), rng)
-    if not calls:
-        calls = [_needless_call(sample, rng)]
-    elif defect == "missing_call":
-        calls.pop(rng.randrange(len(calls)))
-    else:
-        at = rng.randrange(len(calls))
-        calls[at] = _spoil(calls[at], sample, rng, defect)
-    render = get_format(tool_format).render
-    if _is_filler(sample.thought):
-        return render(sample.thought, calls, None if calls else REFUSAL)
-    if calls:
-        return render(explain(calls, sample.tools), calls, None)
-    return render(f"{(sample.thought or '').split(':')[0]}: {NO_TOOL}", (), REFUSAL)
-
-
-def _is_filler(thought: str | None) -> bool:
-    return bool(thought) and set(thought.split()) <= set(FILLER)
-
-
-def _needless_call(sample: ToolSample, rng: random.Random) -> ToolCall:
-    tool = rng.choice(sample.tools)["function"]
-    values = {k: draw_value(rng, p["description"], "train") for k, p in tool["parameters"]["properties"].items()}
-    return ToolCall(tool["name"], values)
-
-
-def _spoil(call: ToolCall, sample: ToolSample, rng: random.Random, defect: str) -> ToolCall:
-    arguments = dict(call.arguments)
-    key = rng.choice(list(arguments))
-    if defect == "wrong_tool":
-        others = [t["function"]["name"] for t in sample.tools if t["function"]["name"] != call.name]
-        return ToolCall(rng.choice(others), arguments)
-    if defect == "wrong_value":
-        slot = next(slot for slot, words in SLOTS.items() if arguments[key].split("-")[0] in words)
-        return ToolCall(call.name, {**arguments, key: _other_value(rng, slot, arguments[key])})
-    if defect == "wrong_key":
-        keys = [k for tool in sample.tools for k in tool["function"]["parameters"]["properties"] if k not in arguments]
-        swapped = rng.choice(keys or [slot for slot in SLOTS if slot not in arguments])
-        return ToolCall(call.name, {swapped if k == key else k: v for k, v in arguments.items()})
-    return ToolCall(call.name, {k: v for k, v in arguments.items() if k != key})
-
-
-def _other_value(rng: random.Random, slot: str, value: str) -> str:
-    while (other := draw_value(rng, slot, "train")) == value:
-        pass
-    return other
-
-
-def _broken(text: str, rng: random.Random) -> str:
-    """The text without one of its tags or without its last bracket."""
-    parts = [part for part in ("</think>", "<tool_call>", "</tool_call>", "</response>", "}\n</") if part in text]
-    part = rng.choice(parts)
-    return text.replace(part, "\n</" if part.startswith("}") else "", 1)

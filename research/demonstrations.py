@@ -1,0 +1,86 @@
+"""Demonstrations of the tool world, right ones and ones with exactly one defect, to warm the embedded model up on."""
+
+from __future__ import annotations
+
+import random
+from typing import Literal, get_args
+
+from rest_rl.data.samples import ToolSample
+from rest_rl.data.tool_world import FILLER, NO_TOOL, REFUSAL, SLOTS, draw_value, explain
+from rest_rl.formats import get_format
+from rest_rl.response import ToolCall
+
+Defect = Literal["wrong_tool", "wrong_value", "wrong_key", "dropped_argument", "missing_call", "broken_tag"]
+DEFECTS: tuple[Defect, ...] = get_args(Defect)
+
+
+def demonstration(sample: ToolSample, tool_format: str = "toolrl") -> str:
+    """The clean response text of a sample."""
+    return get_format(tool_format).render(sample.thought, sample.gold.calls, sample.gold.answer)
+
+
+def corrupted_demonstration(
+    sample: ToolSample, rng: random.Random, defect: Defect | None = None, tool_format: str = "toolrl"
+) -> str:
+    """A response text with exactly one defect, drawn at random unless named; never fully correct.
+
+    The thought explains the defective calls, unless it is filler. `missing_call` leaves out one of two calls, refuses
+    where one call is due and calls a tool where none serves; a sample without calls has no argument to spoil and knows
+    `missing_call` and `broken_tag` only.
+    """
+    defect = defect or rng.choice(DEFECTS)
+    calls = list(sample.gold.calls)
+    if defect == "broken_tag":
+        return _broken(demonstration(sample, tool_format), rng)
+    if not calls:
+        calls = [_needless_call(sample, rng)]
+    elif defect == "missing_call":
+        calls.pop(rng.randrange(len(calls)))
+    else:
+        at = rng.randrange(len(calls))
+        calls[at] = _spoil(calls[at], sample, rng, defect)
+    render = get_format(tool_format).render
+    if _is_filler(sample.thought):
+        return render(sample.thought, calls, None if calls else REFUSAL)
+    if calls:
+        return render(explain(calls, sample.tools), calls, None)
+    return render(f"{(sample.thought or '').split(':')[0]}: {NO_TOOL}", (), REFUSAL)
+
+
+def _is_filler(thought: str | None) -> bool:
+    return bool(thought) and set(thought.split()) <= set(FILLER)
+
+
+def _needless_call(sample: ToolSample, rng: random.Random) -> ToolCall:
+    tool = rng.choice(sample.tools)["function"]
+    values = {k: draw_value(rng, p["description"], "train") for k, p in tool["parameters"]["properties"].items()}
+    return ToolCall(tool["name"], values)
+
+
+def _spoil(call: ToolCall, sample: ToolSample, rng: random.Random, defect: str) -> ToolCall:
+    arguments = dict(call.arguments)
+    key = rng.choice(list(arguments))
+    if defect == "wrong_tool":
+        others = [t["function"]["name"] for t in sample.tools if t["function"]["name"] != call.name]
+        return ToolCall(rng.choice(others), arguments)
+    if defect == "wrong_value":
+        slot = next(slot for slot, words in SLOTS.items() if arguments[key].split("-")[0] in words)
+        return ToolCall(call.name, {**arguments, key: _other_value(rng, slot, arguments[key])})
+    if defect == "wrong_key":
+        keys = [k for tool in sample.tools for k in tool["function"]["parameters"]["properties"] if k not in arguments]
+        swapped = rng.choice(keys or [slot for slot in SLOTS if slot not in arguments])
+        return ToolCall(call.name, {swapped if k == key else k: v for k, v in arguments.items()})
+    return ToolCall(call.name, {k: v for k, v in arguments.items() if k != key})
+
+
+def _other_value(rng: random.Random, slot: str, value: str) -> str:
+    while (other := draw_value(rng, slot, "train")) == value:
+        pass
+    return other
+
+
+def _broken(text: str, rng: random.Random) -> str:
+    """The text without one of its tags or without its last bracket."""
+    parts = [part for part in ("</think>", "<tool_call>", "</tool_call>", "</response>", "}\n</") if part in text]
+    part = rng.choice(parts)
+    return text.replace(part, "\n</" if part.startswith("}") else "", 1)
