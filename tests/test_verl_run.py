@@ -205,10 +205,10 @@ def test_settings_of_verl_after_two_dashes():
     assert split_overrides(["train", "a.toml", "--", "a.b=1", "+c.d=x"]) == (["train", "a.toml"], ["a.b=1", "+c.d=x"])
     assert split_overrides(["presets"]) == (["presets"], [])
     texts = ["data.seed=3", "+ray_kwargs.ray_init.num_gpus=1", "a.b=[x,'y z']"]
-    arguments = SimpleNamespace(nodes=2, gpus_per_node=8, overrides=texts)
-    tables = apply_overrides({}, verl_overrides(arguments))
+    changes = verl_overrides(2, 8, texts)
+    tables = apply_overrides({}, changes)
     assert tables["verl"] == {"trainer": {"nnodes": 2, "n_gpus_per_node": 8}, "overrides": texts}
-    again = RunConfig.from_toml(RunConfig.from_toml("", verl_overrides(arguments)).to_toml())  # a resumed run
+    again = RunConfig.from_toml(RunConfig.from_toml("", changes).to_toml())  # a resumed run
     assert again.verl == tables["verl"]
 
 

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rest_rl.cli import compare, data, inspect, report, score
+from rest_rl.cli import compare, data, inspect, report, score, train
 from rest_rl.cli.evaluate import eval_app
-from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, verb_group
+from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, is_debug, verb_group
 from rest_rl.errors import UserError
 
 EPILOG = """\
@@ -61,15 +61,20 @@ def add_legacy(name: str, short_help: str) -> None:
     def call(context: typer.Context) -> int:
         from rest_rl.cli import legacy
 
-        root = context.find_root()
-        return legacy.main([name, *context.args], list(root.obj), debug=root.params["debug"])
+        return legacy.main([name, *context.args], debug=is_debug(context))
 
     raw = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
     app.command(name, short_help=short_help, context_settings={**raw, "help_option_names": []})(call)
 
 
-add_legacy("train", "train a model with ResT or a baseline")
-add_legacy("sft", "fine-tune a model on demonstrations")
+add(train.train, "train a model with ResT or a baseline", train.TRAIN_EPILOG)
+app.command(
+    "sft",
+    cls=Verb,
+    short_help="fine-tune a model on demonstrations",
+    help="Supervised fine-tuning: the same as train --preset sft.",
+    epilog=train.SFT_EPILOG,
+)(train.train)
 add(report.report, "a page from run folders: Markdown and plots, or one HTML file")
 add(
     compare.compare,

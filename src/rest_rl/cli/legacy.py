@@ -10,24 +10,6 @@ from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 
-TRAIN_EPILOG = """\
-examples:
-  rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --dry-run
-  rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --out runs/mine
-  rest-rl train run.toml --set rest.preset=grpo --set run.seed=1 --out runs/grpo-1
-  rest-rl train --preset tsft --model DIR --data dialogues.jsonl     supervised, calls weighed twice
-  rest-rl train --resume --out runs/mine                             go on after Ctrl-C, a crash or kill -9
-  accelerate launch --num_processes 8 -m rest_rl train run.toml --out runs/mine
-  rest-rl train run.toml --engine verl --nodes 2 --gpus-per-node 8 --out runs/mine
-rest-rl data check FILE says what a run would make of each row
-"""
-
-SFT_EPILOG = """\
-examples:
-  rest-rl sft --model DIR_OR_HUB_NAME --data dialogues.jsonl         a given model on given dialogues
-"""
-
-
 PROBE_EPILOG = """\
 examples:
   rest-rl probe                                                      the embedded model in its tool world
@@ -53,55 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
-    _add_train(verbs)
-    _add_sft(verbs)
     _add_probe(verbs)
     return parser
-
-
-def _add_train(verbs: argparse._SubParsersAction[Parser]) -> None:
-    verb = verbs.add_parser(
-        "train",
-        help="train a model with ResT or a baseline",
-        description="Train a model: your own on your own dialogues, or the embedded one in its tool world.",
-        epilog=TRAIN_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_run_options(verb)
-    verb.add_argument("--out", metavar="DIR", help="the run folder (default: run.out)")
-
-
-def _add_sft(verbs: argparse._SubParsersAction[Parser]) -> None:
-    verb = verbs.add_parser(
-        "sft",
-        help="fine-tune a model on demonstrations",
-        description="Supervised fine-tuning: the same as train --preset sft.",
-        epilog=SFT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_run_options(verb)
-    verb.add_argument("--out", metavar="DIR", help="the run folder, or where the embedded model goes (runs/sft)")
-
-
-def _add_run_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", nargs="?", metavar="RUN.toml", help="the run; without it the embedded one")
-    verb.add_argument("--model", metavar="DIR_OR_ID", help="model.path: a directory, an adapter's folder or a hub name")
-    verb.add_argument("--data", metavar="FILE", help="data.path: dialogues in a file, a folder or a hub dataset")
-    verb.add_argument("--preset", metavar="P", help="rest.preset: rest, paper, grpo, ..., sft, tsft, rsft; see presets")
-    verb.add_argument("--format", metavar="F", help="rest.format (default: auto, from the model's chat template)")
-    verb.add_argument("--lora", metavar="R", type=int, help="peft.r: train adapters of rank R instead of all weights")
-    verb.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="set one key of the run; C is a TOML value"
-    )
-    verb.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
-    verb.add_argument("--dry-run", action="store_true", help="print memory and size of the run, train nothing")
-    what = "With the engine verl; settings of verl's own stand after --: actor_rollout_ref.rollout.name=sglang"
-    cluster = verb.add_argument_group("on a cluster (docs/cluster.md)", what)
-    cluster.add_argument("--engine", choices=("trl", "verl"), help="run.engine: what trains (default: trl)")
-    cluster.add_argument("--nodes", metavar="N", type=int, help="machines of the Ray cluster, with the engine verl")
-    cluster.add_argument("--gpus-per-node", metavar="K", type=int, help="GPUs of each of them")
-    cluster.add_argument("--print-config", action="store_true", help="print what verl will get, train nothing")
-    verb.set_defaults(overrides=[])
 
 
 def _add_probe(verbs: argparse._SubParsersAction[Parser]) -> None:
@@ -141,24 +76,18 @@ def _add_probe(verbs: argparse._SubParsersAction[Parser]) -> None:
 
 def run_verb(arguments: argparse.Namespace) -> int:
     """Call the verb; the heavy imports happen here."""
-    if arguments.verb in {"train", "sft"}:
-        from rest_rl.cli import train as cli_train
-
-        return cli_train.train(arguments) if arguments.verb == "train" else cli_train.sft(arguments)
     from rest_rl.cli.probe import probe
 
     return probe(arguments)
 
 
-def main(argv: Sequence[str], overrides: Sequence[str], *, debug: bool) -> int:
+def main(argv: Sequence[str], *, debug: bool) -> int:
     """Run a verb of the old parser; returns its exit code."""
     try:
         arguments = build_parser().parse_args(argv)
     except SystemExit as stopped:
         return int(stopped.code or 0)
     arguments.debug = debug
-    if overrides:
-        arguments.overrides = list(overrides)
     try:
         return run_verb(arguments)
     except BrokenPipeError:

@@ -1,64 +1,165 @@
-"""The verbs `train` and `sft`: a whole run, evaluated before and after, shown while it goes, kept in its folder."""
+"""The verbs `train` and `sft`: options of a run, what it would need, and the run itself."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from rich.console import Console
+import typer
 
-from rest_rl.cli.terminal import Screen, show_estimate
-from rest_rl.config import read_run_file
+from rest_rl.cli.options import (
+    EXIT_INTERRUPTED,
+    OutFolder,
+    Overrides,
+    is_debug,
+    settings_after_dashes,
+)
 from rest_rl.errors import UserError
-from rest_rl.presets import SUPERVISED
-from rest_rl.runlog import RunLog
-from rest_rl.train.checkpoints import Checkpoint
-from rest_rl.train.footprint import estimate, footprint_rows, this_device
-from rest_rl.train.policy import lora_config, policy_config
-from rest_rl.train.run import Plan, make_plan, quiet_libraries, resolve_run
-from rest_rl.train.run import train as run_training
-from rest_rl.train.sft import demonstrations
-from rest_rl.train.trl.engine import TrlEngine
 
-EXIT_INTERRUPTED = 130
+if TYPE_CHECKING:
+    from rest_rl.cli.terminal import Screen
+    from rest_rl.train.run import Plan
+
+TRAIN_EPILOG = """\
+examples:
+  rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --dry-run
+  rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --out runs/mine
+  rest-rl train run.toml --set rest.preset=grpo --set run.seed=1 --out runs/grpo-1
+  rest-rl train --preset tsft --model DIR --data dialogues.jsonl     supervised, calls weighed twice
+  rest-rl train --resume --out runs/mine                             go on after Ctrl-C, a crash or kill -9
+  accelerate launch --num_processes 8 -m rest_rl train run.toml --out runs/mine
+  rest-rl train run.toml --engine verl --nodes 2 --gpus-per-node 8 --out runs/mine
+rest-rl data check FILE says what a run would make of each row
+"""
+SFT_EPILOG = """\
+examples:
+  rest-rl sft --model DIR_OR_HUB_NAME --data dialogues.jsonl         a given model on given dialogues
+"""
 MEASURED = 2000
 """Samples whose tokens a dry run counts."""
 
+CLUSTER = "On a cluster (docs/cluster.md; settings of verl's own stand after --)"
 
-def train(arguments: argparse.Namespace) -> int:
-    """Train; returns the exit code."""
-    if not arguments.debug:
+
+def of_run(name: str, metavar: str | None, text: str, panel: str | None = None) -> Any:
+    return typer.Option(name, metavar=metavar, help=text, rich_help_panel=panel)
+
+
+RunFile = Annotated[str | None, typer.Argument(metavar="RUN.toml", help="the run; without it the embedded one")]
+Model = Annotated[
+    str | None, of_run("--model", "DIR_OR_ID", "model.path: a directory, an adapter's folder, a hub name")
+]
+Data = Annotated[str | None, of_run("--data", "FILE", "data.path: dialogues in a file, a folder or a hub dataset")]
+Preset = Annotated[
+    str | None, of_run("--preset", "P", "rest.preset: rest, paper, grpo, ..., sft, tsft, rsft; see presets")
+]
+Format = Annotated[str | None, of_run("--format", "F", "rest.format (default: auto, from the model's chat template)")]
+Lora = Annotated[int | None, of_run("--lora", "R", "peft.r: train adapters of rank R instead of all weights")]
+Resume = Annotated[bool, of_run("--resume", None, "go on with the run in the folder --out")]
+DryRun = Annotated[bool, of_run("--dry-run", None, "print memory and size of the run, train nothing")]
+Engine = Annotated[Literal["trl", "verl"] | None, of_run("--engine", None, "run.engine (default: trl)", CLUSTER)]
+Nodes = Annotated[int | None, of_run("--nodes", "N", "machines of the Ray cluster, with the engine verl", CLUSTER)]
+Gpus = Annotated[int | None, of_run("--gpus-per-node", "K", "GPUs of each of them", CLUSTER)]
+PrintConfig = Annotated[bool, of_run("--print-config", None, "print what verl will get, train nothing", CLUSTER)]
+
+
+def train(
+    context: typer.Context,
+    run: RunFile = None,
+    model: Model = None,
+    data: Data = None,
+    preset: Preset = None,
+    tool_format: Format = None,
+    lora: Lora = None,
+    overrides: Overrides = [],
+    out: OutFolder = None,
+    resume: Resume = False,
+    is_dry: DryRun = False,
+    engine: Engine = None,
+    nodes: Nodes = None,
+    gpus_per_node: Gpus = None,
+    print_config: PrintConfig = False,
+) -> int:
+    """Train a model: your own on your own dialogues, or the embedded one in its tool world."""
+    from rich.console import Console
+
+    from rest_rl.cli.terminal import Screen
+    from rest_rl.train.run import make_plan, quiet_libraries, resolve_run
+    from rest_rl.train.run import train as run_training
+
+    settings = settings_after_dashes(context)
+    of_verl = any((nodes, gpus_per_node, settings, print_config))
+    if context.info_name == "sft":
+        given = any((run, model, data, preset, tool_format, lora, engine, of_verl, resume, is_dry))
+        preset = preset or supervised_preset(run, overrides, resume=resume, is_given=given)
+    if not is_debug(context):
         quiet_libraries()
-    run: dict[str, Any] = {
-        "run": arguments.run,
-        "out": arguments.out,
-        "resume": arguments.resume,
-        "overrides": [*shorthands(arguments), *arguments.set],
-    }
-    config = resolve_run(**run, is_dry=True)
-    screen = Screen(Console(stderr=arguments.print_config), config.run.show_every)  # the YAML has the output to itself
+    changes = shorthands(model=model, data=data, preset=preset, tool_format=tool_format, engine=engine)
+    changes += verl_overrides(nodes, gpus_per_node, settings)
+    changes += lora_overrides(lora, preset, is_own=bool(model or data) and not (run or resume))
+    source: dict[str, Any] = {"run": run, "out": out, "resume": resume, "overrides": [*changes, *overrides]}
+    config = resolve_run(**source, is_dry=True)
     is_verl = config.run.engine == "verl"
-    if not is_verl and (arguments.nodes or arguments.gpus_per_node or arguments.overrides or arguments.print_config):
+    if of_verl and not is_verl:
         raise UserError(
             "--nodes, --gpus-per-node, --print-config or settings after -- with the engine trl",
             "--engine verl with them",
             "on several GPUs TRL runs under accelerate launch (docs/training.md)",
         )
-    if is_verl and arguments.dry_run:
+    if is_verl and is_dry:
         raise UserError("--dry-run with the engine verl", "--print-config", "for memory see docs/cluster.md")
-    if arguments.print_config:
-        print(verl_settings(make_plan(**run, observer=screen, is_dry=True), resume=arguments.resume))
-        return 0
-    if arguments.dry_run:
-        dry_run(make_plan(**run, observer=screen, is_dry=True), screen)
-        return 0
-    result = run_training(**run, observer=screen)
-    return EXIT_INTERRUPTED if result.is_interrupted else 0
+    screen = Screen(Console(stderr=print_config), config.run.show_every)  # the YAML has the output to itself
+    if print_config:
+        print(verl_settings(make_plan(**source, observer=screen, is_dry=True), resume=resume))
+    elif is_dry:
+        show_dry_run(make_plan(**source, observer=screen, is_dry=True), screen)
+    elif run_training(**source, observer=screen).is_interrupted:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def supervised_preset(run: str | None, overrides: Sequence[str], *, resume: bool, is_given: bool) -> str | None:
+    """The preset of `rest-rl sft` where none is named: that of a supervised or resumed run, else `sft`."""
+    from rest_rl.config import read_run_file
+
+    if not is_given:
+        raise UserError(
+            "sft without anything to train",
+            "--model, --data or a run file",
+            "the embedded model is made by `python -m research.warm_start` in a checkout of the repository",
+        )
+    return None if resume or (run and read_run_file(run, overrides).rest.is_supervised) else "sft"
+
+
+def shorthands(*, tool_format: str | None, engine: str | None, preset: str | None, **paths: str | None) -> list[str]:
+    """The options that stand for a `--set`."""
+    keys = {"rest.preset": preset, "rest.format": tool_format, "run.engine": engine}
+    keys |= {f"{table}.path": path for table, path in paths.items()}
+    return [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
+
+
+def lora_overrides(rank: int | None, preset: str | None, *, is_own: bool) -> list[str]:
+    """`--lora`; adapters take ten times the learning rate of full fine-tuning, for which our run files are made."""
+    from rest_rl.presets import SUPERVISED
+
+    if rank is None:
+        return []
+    rate = "1e-4" if preset in SUPERVISED else "1e-5"
+    return [f"peft.r={rank}", *([f"trl.learning_rate={rate}"] if is_own else [])]
+
+
+def verl_overrides(nodes: int | None, gpus_per_node: int | None, settings: Sequence[str]) -> list[str]:
+    """`--nodes`, `--gpus-per-node` and what stands after `--`, as changes of `[verl]`."""
+    sizes = {"nnodes": nodes, "n_gpus_per_node": gpus_per_node}
+    texts = [f"verl.trainer.{key}={value}" for key, value in sizes.items() if value is not None]
+    return texts + ([f"verl.overrides={json.dumps(list(settings))}"] if settings else [])
 
 
 def verl_settings(plan: Plan, *, resume: bool) -> str:
     """What verl would get, as YAML."""
+    from rest_rl.runlog import RunLog
+    from rest_rl.train.checkpoints import Checkpoint
     from rest_rl.train.verl.engine import VerlEngine
 
     assert isinstance(plan.engine, VerlEngine)
@@ -67,8 +168,14 @@ def verl_settings(plan: Plan, *, resume: bool) -> str:
     return plan.engine.settings_text()
 
 
-def dry_run(plan: Plan, screen: Screen) -> None:
+def show_dry_run(plan: Plan, screen: Screen) -> None:
     """Show what the run would need and do, without loading weights."""
+    from rest_rl.cli.terminal import show_estimate
+    from rest_rl.train.footprint import estimate, footprint_rows, this_device
+    from rest_rl.train.policy import lora_config, policy_config
+    from rest_rl.train.sft import demonstrations
+    from rest_rl.train.trl.engine import TrlEngine
+
     config, engine = plan.config, plan.engine
     assert isinstance(engine, TrlEngine)
     prepared = plan.data.prepared[:MEASURED]
@@ -87,46 +194,3 @@ def dry_run(plan: Plan, screen: Screen) -> None:
     )
     title = f"{config.model.path}, preset {config.rest.preset}, {len(plan.data.prepared)} samples"
     show_estimate(title, footprint_rows(footprint), screen.console)
-
-
-def sft(arguments: argparse.Namespace) -> int:
-    """Supervised training: `train` with the preset `sft` unless another is given."""
-    asked = (arguments.run, arguments.model, arguments.data, arguments.preset, arguments.format, arguments.lora)
-    of_verl = (arguments.engine, arguments.nodes, arguments.gpus_per_node, arguments.print_config, arguments.overrides)
-    if not any((*asked, *of_verl, arguments.resume, arguments.dry_run)):
-        raise UserError(
-            "sft without anything to train",
-            "--model, --data or a run file",
-            "the embedded model is made by `python -m research.warm_start` in a checkout of the repository",
-        )
-    in_file = arguments.run and read_run_file(arguments.run, arguments.set).rest.is_supervised
-    if not (arguments.preset or in_file or arguments.resume):
-        arguments.preset = "sft"
-    return train(arguments)
-
-
-def shorthands(arguments: argparse.Namespace) -> list[str]:
-    """The options that stand for a `--set`."""
-    keys = {
-        "model": "model.path",
-        "data": "data.path",
-        "preset": "rest.preset",
-        "format": "rest.format",
-        "engine": "run.engine",
-    }
-    given = [(key, getattr(arguments, name)) for name, key in keys.items()]
-    texts = [f"{key}={json.dumps(str(value))}" for key, value in given if value is not None]
-    texts += verl_overrides(arguments)
-    if arguments.lora is None:
-        return texts
-    # adapters take about ten times the rate of full fine-tuning, which the run files of one's own model are for
-    rate = "1e-4" if arguments.preset in SUPERVISED else "1e-5"
-    is_own = (arguments.model or arguments.data) and not (arguments.run or arguments.resume)
-    return [*texts, f"peft.r={arguments.lora}", *([f"trl.learning_rate={rate}"] if is_own else [])]
-
-
-def verl_overrides(arguments: argparse.Namespace) -> list[str]:
-    """`--nodes`, `--gpus-per-node` and what stands after `--`, as changes of `[verl]`."""
-    sizes = {"nnodes": arguments.nodes, "n_gpus_per_node": arguments.gpus_per_node}
-    texts = [f"verl.trainer.{key}={value}" for key, value in sizes.items() if value is not None]
-    return texts + ([f"verl.overrides={json.dumps(arguments.overrides)}"] if arguments.overrides else [])

@@ -30,6 +30,12 @@ LEAST_ONE = (
     "logging_steps",
 )
 """Fields of which less would mean nothing."""
+PACKAGES = {
+    "use_vllm": ("vllm", "'rest-rl[vllm]'"),
+    "deepspeed": ("deepspeed", "deepspeed"),
+    "use_liger_kernel": ("liger_kernel", "liger-kernel"),
+}
+"""Fields that need an optional package: its module and what pip installs."""
 
 
 def with_machine_defaults(config: RunConfig) -> RunConfig:
@@ -58,8 +64,10 @@ def trainer_config(config: RunConfig) -> ResTConfig | SFTConfig:
             raise UserError(f"trl.{name} = {number}", "at least 1", "raise it")
     try:
         args = kind(**given)
-    except TypeError as error:
-        raise UserError(f"[trl] {table} ({error})", f"fields of {kind.__name__}", "mend it") from error
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:  # the trainer's own checks of its fields
+        raise UserError(f"[trl] {table} ({error})", f"what {kind.__name__} takes", "correct it") from error
     if args.save_strategy == "steps" and args.save_steps % steps_per_generation(args) != 0:
         raise UserError(
             f"trl.save_steps = {args.save_steps}",
@@ -121,10 +129,19 @@ def check_trl(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
         )
     if "chat_template_kwargs" in table:
         raise UserError("trl.chat_template_kwargs", "model.chat_template_kwargs", "move it to [model]")
-    if table.get("use_vllm") and importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "trl.use_vllm = true without the package vllm", "it", "pip install 'rest-rl[vllm]', or remove it"
-        )
+    check_packages(table)
+
+
+def check_packages(table: Mapping[str, Any]) -> None:
+    """UserError for a setting whose package is not there: the trainer would find out once it is built."""
+    optimizer = str(table.get("optim", ""))
+    needed = {key: package for key, package in PACKAGES.items() if table.get(key)}
+    if "8bit" in optimizer or "bnb" in optimizer:
+        needed["optim"] = ("bitsandbytes", "bitsandbytes")
+    for key, (module, package) in needed.items():
+        if importlib.util.find_spec(module) is None:
+            got = f"trl.{key} = {table[key]!r} without the package {module}"
+            raise UserError(got, "it installed", f"pip install {package}, or remove trl.{key}")
 
 
 def check_trackers(names: Sequence[str]) -> None:
