@@ -39,7 +39,7 @@ def compare(
     base: Annotated[
         str | None, typer.Option(metavar="RUN.toml", help="the run that methods change (default: the embedded one)")
     ] = None,
-    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    overrides: Overrides = [],
     reference: Annotated[
         str | None, typer.Option(metavar="M", help="method that the others are compared with (default: grpo)")
     ] = None,
