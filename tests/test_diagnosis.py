@@ -395,8 +395,8 @@ def test_the_gain_of_a_straight_line_is_its_rise() -> None:
 
 def test_most_groups_hold_a_response_that_one_in_twelve_is() -> None:
     # 1 - (1 - s)^8 = 1/2 at s = 1 - 2^(-1/8) = 0.0830
-    assert Settings(group=8).most_groups == pytest.approx(0.0830, abs=5e-5)
-    assert 1 - (1 - Settings(group=4).most_groups) ** 4 == pytest.approx(0.5)
+    assert Settings(group_size=8).most_groups == pytest.approx(0.0830, abs=5e-5)
+    assert 1 - (1 - Settings(group_size=4).most_groups) ** 4 == pytest.approx(0.5)
 
 
 def test_errors_asked_for_grow_with_the_looks_taken() -> None:
@@ -404,11 +404,11 @@ def test_errors_asked_for_grow_with_the_looks_taken() -> None:
     for step in range(1, 11):
         history.add({"step": step})
     # one pair of windows: z = sqrt(2 ln 1000) = 3.717; 9 differences, 6 degrees: z + (z^3 + z) / 24
-    assert history.sure == pytest.approx(3.717 + (3.717**3 + 3.717) / 24, abs=2e-3)
+    assert history.threshold == pytest.approx(3.717 + (3.717**3 + 3.717) / 24, abs=2e-3)
     for step in range(11, 61):
         history.add({"step": step})
     # six windows, 18 pairs: z = sqrt(2 ln 18000) = 4.427; 59 differences, 39.3 degrees
-    assert history.sure == pytest.approx(4.427 + (4.427**3 + 4.427) / (4 * 59 * 2 / 3), abs=2e-3)
+    assert history.threshold == pytest.approx(4.427 + (4.427**3 + 4.427) / (4 * 59 * 2 / 3), abs=2e-3)
 
 
 def test_the_share_of_one_step_in_adams_average() -> None:

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rest_rl.report.diagnosis.history import History, SecondMoment, step_of
-from rest_rl.report.diagnosis.symptoms import SYMPTOMS, Finding, Kind, Settings
+from rest_rl.report.diagnosis.settings import Settings
+from rest_rl.report.diagnosis.symptoms import SYMPTOMS, Finding
 
-__all__ = ["Diagnosis", "Finding", "Kind", "diagnose"]
+__all__ = ["Diagnosis", "Finding", "diagnose"]
 
 
 class Diagnosis:
@@ -22,7 +23,7 @@ class Diagnosis:
         """`table` is the run's config.toml as read; a setting that is not there counts as the trainer's default."""
         self._settings = Settings.from_table(table)
         self._history = History(SecondMoment(self._settings.beta2, self._settings.max_norm))
-        self._found: dict[Kind, Finding] = {}
+        self._found: dict[str, Finding] = {}
 
     @property
     def findings(self) -> list[Finding]:
@@ -35,9 +36,9 @@ class Diagnosis:
         settings = self._settings.lasting(total)
         new = []
         for kind, symptom in SYMPTOMS.items():
-            if told := symptom(self._history, settings):
+            if shown := symptom(self._history, settings):
                 first = self._found[kind].step if kind in self._found else self._history.step
-                finding = Finding(kind, *told, first, self._history.step)
+                finding = Finding(kind, *shown, first, self._history.step)
                 if kind not in self._found:
                     new.append(finding)
                 self._found[kind] = finding

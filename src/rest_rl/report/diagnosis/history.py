@@ -23,7 +23,7 @@ MEMORY = 10 * WINDOW
 LARGEST = 1e100
 """Beyond it a value counts as not finite: sums of squares would be."""
 CHANCE = 1e-3
-"""Chance of an alarm, over all pairs of separate windows, that `History.sure` is made for."""
+"""Chance of an alarm, over all pairs of separate windows, that `History.threshold` is made for."""
 
 
 class Mean(NamedTuple):
@@ -126,7 +126,7 @@ class History:
         self._rows = 0
 
     @property
-    def sure(self) -> float:
+    def threshold(self) -> float:
         """Standard errors that a figure must pass its limit by: 6.0 in the first window, 5.0 at 60 rows, 6.2 at 1000.
 
         z = sqrt(2 ln(n^2 / 2 / CHANCE)) with n windows, for Gaussian tails exp(-z^2 / 2) and every pair of windows as a

@@ -1,11 +1,13 @@
-"""What of a run's configuration the diagnosis reads, with mistrust: a value of another type counts as the default."""
+"""What of a run's configuration the diagnosis reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rest_rl.config import RunConfig
 from rest_rl.report.diagnosis.history import is_number
 
 CURRICULUM = {
@@ -14,21 +16,20 @@ CURRICULUM = {
     "reasoning": ("gain_reasoning", 1.0),
     "answer": ("gain_reasoning", 1.0),
 }
-"""Which key of `[rest] weights` moves which region, and where."""
+"""Which field of the package's weight rules moves which region, and where."""
 COLD = 0.5
 """Temperature from which on downwards responses differ little: at it the odds of any two tokens are squared."""
+NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a run's configuration the symptoms read."""
+    """What of a run's configuration the symptoms read; what it does not say is the trainer's default."""
 
-    group: int = 8
-    """Responses to a prompt."""
+    group_size: int = 8
     max_length: int | None = None
     """Tokens of a response at most."""
     temperature: float | None = None
-    """Of sampling; None if unknown."""
     learning_rate: float | None = None
     max_norm: float = 1.0
     """Gradient norm that is clipped to; 0 for no clip."""
@@ -40,37 +41,48 @@ class Settings:
     """Least and largest weight of a region."""
     strength: float | None = None
     shifts: Mapping[str, float] = field(default_factory=dict)
-    """How far the curriculum moves the weight of a region by the end, by label; those that it leaves are not there."""
+    """How far the curriculum moves the weight of a region by the end, by label; others are not there."""
     is_shuffled: bool = False
     """Whether regions get one another's weights."""
-    sampling: Mapping[str, float] | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     """Settings that sample from another distribution than the policy's own, with their values."""
     total: int = 0
     """Steps of the whole run; 0 if unknown."""
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Settings:
-        """Read from config.toml's table; what is missing or of another type counts as the default."""
-        trl, rest = table_at(table, "trl"), table_at(table, "rest")
-        weights = table_at(rest, "weights")
-        bounds = (number_at(weights, "w_min"), number_at(weights, "w_max"))
-        length = number_at(trl, "max_completion_length")
-        neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-        altered = {f"trl.{name}": trl[name] for name, value in neutral.items() if trl.get(name, value) != value}
+        """Read a run's config.toml, also one of an older version or one that was damaged."""
+        config = readable_config(table)
+        trl, rule = config.trl, None
+        with suppress(ValueError):  # a supervised preset, or a rule of the user's that is not here
+            rule = config.rest.resolve().weights
+
+        def number(name: str) -> float | None:
+            return float(trl[name]) if is_number(trl.get(name)) else None
+
+        w_min, w_max, strength = (getattr(rule, name, None) for name in ("w_min", "w_max", "strength"))
+        max_length, max_norm = number("max_completion_length"), number("max_grad_norm")
+        shifts = {
+            label: (strength or 0.0) * sign * getattr(rule, name, 0.0) for label, (name, sign) in CURRICULUM.items()
+        }
         return cls(
-            group=max(2, int(number_at(trl, "num_generations") or 8)),
-            max_length=None if length is None else int(length),
-            temperature=number_at(trl, "temperature"),
-            learning_rate=number_at(trl, "learning_rate"),
-            max_norm=1.0 if (norm := number_at(trl, "max_grad_norm")) is None else norm,
-            beta2=number_at(trl, "adam_beta2") or 0.999,
+            group_size=max(2, int(number("num_generations") or cls.group_size)),
+            max_length=None if max_length is None else int(max_length),
+            temperature=number("temperature"),
+            learning_rate=number("learning_rate"),
+            max_norm=cls.max_norm if max_norm is None else max_norm,
+            beta2=number("adam_beta2") or cls.beta2,
             is_half_precision=trl.get("fp16") is True,
-            clip=None if None in bounds else (bounds[0] or 0.0, bounds[1] or 0.0),
-            strength=number_at(weights, "strength"),
-            shifts=shifts_of(weights),
-            is_shuffled=weights.get("rule") == "permuted",
-            sampling=altered,
-            total=int(number_at(trl, "max_steps") or 0),
+            clip=None if w_min is None or w_max is None else (w_min, w_max),
+            strength=strength,
+            shifts={label: shift for label, shift in shifts.items() if shift},
+            is_shuffled=getattr(rule, "rule", None) == "permuted",
+            sampling={
+                f"trl.{name}": trl[name]
+                for name, neutral in NEUTRAL_SAMPLING.items()
+                if trl.get(name, neutral) != neutral
+            },
+            total=int(number("max_steps") or 0),
         )
 
     def lasting(self, total: int) -> Settings:
@@ -84,7 +96,7 @@ class Settings:
     @property
     def most_groups(self) -> float:
         """The share of responses that leaves a mark on most groups: 1 - (1 - s)^G > 1/2; 0.083 for groups of 8."""
-        return 1 - 0.5 ** (1 / self.group)
+        return 1 - 0.5 ** (1 / self.group_size)
 
     @property
     def is_cold(self) -> bool:
@@ -98,7 +110,6 @@ class Settings:
 
     @property
     def slower(self) -> str:
-        """The advice to take smaller steps."""
         now = "" if self.learning_rate is None else f" (now {self.learning_rate:g})"
         return f"lower trl.learning_rate{now} and begin anew"
 
@@ -108,21 +119,11 @@ class Settings:
         return f"read those that are cut off: if they make sense raise trl.max_completion_length, else {self.slower}"
 
 
-def shifts_of(weights: Mapping[str, Any]) -> dict[str, float]:
-    """What the curriculum adds to each region's weight by the end of the run: its constants times the strength."""
-    strength = number_at(weights, "strength")
-    strength = 1.0 if strength is None else strength
-    shifts = {label: strength * way * (number_at(weights, key) or 0.0) for label, (key, way) in CURRICULUM.items()}
-    return {label: shift for label, shift in shifts.items() if shift}
-
-
-def table_at(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A table within a table, empty if it is none."""
-    value = table.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
-def number_at(table: Mapping[str, Any], key: str) -> float | None:
-    """A number in a table."""
-    value = table.get(key)
-    return float(value) if is_number(value) else None
+def readable_config(table: Mapping[str, Any]) -> RunConfig:
+    """`[trl]` and `[rest]` of a recorded run, each as far as this version can read it."""
+    tables: dict[str, Any] = {}
+    for name in ("trl", "rest"):
+        with suppress(ValueError):
+            RunConfig.from_tables({name: table.get(name, {})})
+            tables[name] = table.get(name, {})
+    return RunConfig.from_tables(tables)
