@@ -93,7 +93,7 @@ def _add_benchmark(name: str, help: str, example: str, *own: inspect.Parameter) 
 
     parameters = [*own, *OPTIONS]
     command.__doc__ = help
-    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     short = help.partition(".")[0]
     epilog = f"example: rest-rl eval {example}\n"

@@ -77,8 +77,8 @@ class Benchmark(Protocol):
     """Booleans of each row, the headline first."""
     group_field: str = "category"
     """What rows call their group."""
-    groups: Mapping[str, str | int]
-    """The group of every sample by its id, in the order in which they are asked."""
+    groups: Mapping[str, Any]
+    """The group of every sample by its id, a text or a number, in the order in which they are asked."""
 
     def start(self, identity: str, tool_format: ToolFormat) -> Conversation:
         """Begin a sample; responses are read in the given format."""

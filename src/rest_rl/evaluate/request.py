@@ -20,6 +20,12 @@ MODEL_OPTIONS = ("changes", "context", "max_new_tokens", "tokenizer", "requests_
 SERVER_OPTIONS = ("tokenizer", "requests_per_minute", "extra_body")
 CHECKPOINT_OPTIONS = ("vllm", "batch_size")
 FLAGS = {"changes": "set"}
+POSITIVE = ("max_new_tokens", "batch_size", "concurrency", "limit", "requests_per_minute", "prompts", "timeout")
+CHOICES = {
+    "prompt": (None, "training", "native", "published"),
+    "version": ("v3", "v4"),
+    "decision": ("reasoning", "call"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,14 @@ class EvalRequest:
 
     benchmark: str | Benchmark
     model: str | Model | None = None
-    version: str = "v3"
+    version: Literal["v3", "v4"] = "v3"
     """Of BFCL."""
     data: str | None = None
     """The folder of API-Bank's files."""
     prompts: int = 256
     """Of the tool world, per split; so are `seed` and `decision`."""
     seed: int = 20_000
-    decision: str = "reasoning"
+    decision: Literal["reasoning", "call"] = "reasoning"
     endpoint: str | None = None
     vllm: bool = False
     responses: str | None = None
@@ -76,28 +82,18 @@ class EvalRequest:
     """The command line, for the record."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_new_tokens",
-            "batch_size",
-            "concurrency",
-            "limit",
-            "requests_per_minute",
-            "prompts",
-            "timeout",
-        ):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{option(name)} {value}", "more than 0", "raise it")
         if self.retries < 0:
             raise UserError(f"--retries {self.retries}", "0 or more", "raise it")
-        if self.prompt not in (None, "training", "native", "published"):
-            raise UserError(f"--prompt {self.prompt}", "training, native or published", "choose one of them")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                shown = ", ".join(filter(None, choices))
+                raise UserError(f"{option(name)} {getattr(self, name)!r}", f"one of {shown}", "choose one of them")
         self._check_source()
         self._check_options()
-
-    @property
-    def benchmark_name(self) -> str:
-        return self.benchmark if isinstance(self.benchmark, str) else self.benchmark.name
 
     @property
     def source(self) -> Source:
@@ -108,7 +104,7 @@ class EvalRequest:
             return "responses"
         if self.endpoint:
             return "endpoint"
-        return "object" if self.model is not None and not isinstance(self.model, str) else "checkpoint"
+        return "checkpoint" if self.model is None or isinstance(self.model, str) else "object"
 
     @property
     def checkpoint(self) -> str:
@@ -117,11 +113,11 @@ class EvalRequest:
 
     @property
     def asked_prompt(self) -> str:
-        """How the model is asked."""
         return self.prompt or "training"
 
     @property
     def new_tokens(self) -> int:
+        """Tokens of a response at most."""
         usual = WORLD_NEW_TOKENS if self.benchmark == "tool-world" else DEFAULT_NEW_TOKENS
         return usual if self.max_new_tokens is None else self.max_new_tokens
 

@@ -175,16 +175,16 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
     if ":" not in name:
         expected = "bfcl, api-bank, tool-world or package.module:OBJECT"
         raise UserError(f"benchmark {name!r}", expected, "name one of them")
-    found = load_object(name, "benchmark")
-    if isinstance(found, type) or (callable(found) and not hasattr(found, "start")):
-        found = found()
+    found: Any = load_object(name, "benchmark")
+    makes_one = isinstance(found, type) or (callable(found) and not hasattr(found, "start"))
+    benchmark: Any = found() if makes_one else found
     if missing := [
-        part for part in ("name", "pin", "metrics", "group_field", "groups", "start") if not hasattr(found, part)
+        part for part in ("name", "pin", "metrics", "group_field", "groups", "start") if not hasattr(benchmark, part)
     ]:
         raise UserError(
             f"benchmark {name!r} without {', '.join(missing)}", "a rest_rl.Benchmark", "add what is missing"
         )
-    return found
+    return benchmark
 
 
 def choose_samples(benchmark: Benchmark, request: EvalRequest) -> list[str]:
@@ -361,7 +361,8 @@ def _default_folder(request: EvalRequest) -> str:
     names = {"oracle": "oracle", "responses": "responses", "object": request.name or type(request.model).__name__}
     edition = f"-{request.version}" if request.benchmark == "bfcl" else ""
     who = names.get(request.source) or model_label(request.checkpoint)
-    return f"runs/eval-{request.benchmark_name.rpartition(':')[2]}{edition}-{who}"
+    name = request.benchmark if isinstance(request.benchmark, str) else request.benchmark.name
+    return f"runs/eval-{name.rpartition(':')[2]}{edition}-{who}"
 
 
 def _ask(

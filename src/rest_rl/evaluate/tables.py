@@ -99,7 +99,8 @@ class TextTable(NamedTuple):
 def results(summaries: Sequence[Summary]) -> pd.DataFrame:
     """All numbers, a row per table, model and column; shares in [0, 1], None where nothing was measured."""
     frames = [table.frame for table in eval_tables(summaries)]
-    return pd.concat(frames, ignore_index=True)[COLUMNS] if frames else pd.DataFrame(columns=COLUMNS, dtype=object)
+    frames = frames or [pd.DataFrame(columns=COLUMNS, dtype=object)]
+    return pd.concat(frames, ignore_index=True).reindex(columns=COLUMNS)
 
 
 def eval_tables(summaries: Sequence[Summary]) -> list[ResultTable]:
@@ -214,7 +215,7 @@ def interval_words(*, has_averages: bool) -> str:
 
 def _notes(section: Section, models: Models, frame: pd.DataFrame, *, tell_asked: bool) -> Iterator[str]:
     """What must be known to read the numbers: what is missing, what went wrong, what an average takes, ceilings."""
-    partial = [row for row in frame.itertuples() if is_partial(row)]
+    partial: list[Any] = [row for row in frame.itertuples() if is_partial(row)]
     if partial:
         yield "Cells with * hold a part of their group."
     names = {column.group for column in section.columns if not column.is_average}

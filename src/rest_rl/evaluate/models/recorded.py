@@ -103,7 +103,8 @@ def read_recording(row: Mapping[str, Any]) -> tuple[str, Recording | None]:
     identity = text_field(row, "id")
     if "error" in row:
         return identity, None
-    texts, calls = row.get("response"), row.get("calls") if row.get("native") else None
+    texts: Any = row.get("response")
+    calls = row.get("calls") if row.get("native") else None
     if not isinstance(texts, str) and not is_nested(texts, lambda step: isinstance(step, str)):
         raise UserError(
             f"a response of type {type(texts).__name__} ({texts!r:.60})",

@@ -104,7 +104,7 @@ class Bfcl(Benchmark):
             self._pool.close()
             raise
         self._entries = by_identity(entries)
-        self.groups = {name: entry["category"] for name, entry in self._entries.items()}
+        self.groups: Mapping[str, Any] = {name: entry["category"] for name, entry in self._entries.items()}
 
     def start(self, identity: str, tool_format: ToolFormat) -> Conversation:
         if (entry := self._entries.get(identity)) is None:
