@@ -55,19 +55,19 @@ class Reading:
     source: Annotated[str, Option(metavar="S", help=f"shape of the rows: {SHAPES}")] = "auto"
     keep_prompts: Annotated[bool, Option("--keep-prompts", help="keep published prompts word for word")] = False
     keep: Annotated[list[str] | None, Option(metavar="REASON", help="only note it; see docs/data.md, Reasons")] = None
-    max_prompt: Annotated[int, Option(metavar="N", help="reject longer prompts, in tokens")] = 0
+    max_prompt_tokens: Annotated[int, Option("--max-prompt", metavar="N", help="reject longer prompts, in tokens")] = 0
     model: Annotated[
         str | None, Option("--model", "--tokenizer", metavar="DIR", help="reject what its chat template cannot lay out")
     ] = None
     format: Annotated[str, Option(metavar="F", help="format of the calls (auto: the template's)")] = "auto"
     limit: Annotated[int, Option(metavar="N", help="read the first N rows only")] = 0
-    mask: Annotated[float, Option(metavar="SHARE", help="share of samples with random names")] = 0.0
+    mask_names: Annotated[float, Option("--mask", metavar="SHARE", help="share of samples with random names")] = 0.0
     seed: Annotated[int, Option(metavar="S", help="seed")] = 0
 
     def layout(self) -> PromptLayout | None:
         """How the model that was named lays out prompts, in the format that a run would take; None without a model."""
         if self.model is None:
-            if self.max_prompt:
+            if self.max_prompt_tokens:
                 raise UserError("--max-prompt without --model", "the model that counts", "add --model DIR")
             return None
         from rest_rl.data.layout import PromptLayout, resolve_format
@@ -79,21 +79,21 @@ class Reading:
         return PromptLayout(tokenizer, name)
 
     def rows(self, files: Sequence[str], layout: PromptLayout | None, test: str | None = None) -> Iterator[CheckedRow]:
-        """The checked rows of the files."""
-        from rest_rl.data.load import read_rows
+        """The checked rows of the files, with a progress bar on a terminal."""
+        from rich.console import Console
 
-        return read_rows(
-            files,
-            layout=layout,
-            test=test,
-            limit=self.limit,
-            source=self.source,
-            keep_prompts=self.keep_prompts,
-            keep=self.keep or (),
-            mask_names=self.mask,
-            seed=self.seed,
-            max_prompt_tokens=self.max_prompt,
-        )
+        from rest_rl.cli.terminal import SampleScreen
+        from rest_rl.data.load import read_rows
+        from rest_rl.runlog import SILENT
+
+        console = Console(stderr=True)
+        settings = {
+            **vars(self),
+            "keep": self.keep or (),
+            "observer": SampleScreen(console) if console.is_terminal else SILENT,
+        }
+        del settings["model"], settings["format"]
+        return read_rows(files, layout=layout, test=test, **settings)
 
 
 def add(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -134,11 +134,9 @@ def check(
     report = DataReport()
     for row in reading.rows(files, reading.layout(), test):
         report.add(row)
-    if as_json:
-        print_json(report.to_json())
-    else:
+    if not as_json:
         show_report(report, len(report.findings) if list_all else SHOWN_PER_REASON)
-    return int(strict and not is_clean(report))
+    return finish(report, {} if as_json else None, strict)
 
 
 @add("rlla_sft.json --out train.jsonl")
@@ -158,13 +156,11 @@ def convert(
             for sample in row.samples:
                 write(sample)
             write_rejected(row)
-    if as_json:
-        print_json({**report.to_json(), "out": str(path)})
-    else:
+    if not as_json:
         show_report(report, 0)
         rejected = rejected_path(path)
         print(f"wrote {path}" + (f" and {rejected}" if rejected.exists() else ""))
-    return int(strict and not is_clean(report))
+    return finish(report, {"out": str(path)} if as_json else None, strict)
 
 
 @add("my.jsonl 17 --model Qwen/Qwen3-0.6B")
@@ -239,17 +235,15 @@ def world(
     print(f"wrote {out}: {n} samples, split {split}, seed {seed}")
 
 
-def is_clean(report: DataReport) -> bool:
-    """Whether there are samples and nothing was rejected, no turn either; the lack of samples is said on stderr."""
-    if not report.samples:
-        print(f"{report.rows} rows give no sample", file=sys.stderr)
-    return report.samples > 0 and not report.rejected and not report.lost_turns
-
-
-def print_json(value: Mapping[str, Any]) -> None:
+def finish(report: DataReport, printed: Mapping[str, Any] | None, strict: bool) -> int:
+    """Print the report as JSON with `printed` in it, unless that is None; the exit code."""
     from rest_rl.jsonl import as_json
 
-    print(as_json(value, indent=2))
+    if printed is not None:
+        print(as_json({**report.to_json(), **printed}, indent=2))
+    if strict and not report.samples:
+        print(f"{report.rows} rows give no sample", file=sys.stderr)
+    return int(strict and (not report.samples or bool(report.rejected or report.lost_turns)))
 
 
 def show_report(report: DataReport, per_reason: int) -> None:
@@ -319,7 +313,7 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
             text = demonstration_text(sample, chosen, thinks=not (layout and layout.closes_think))
         except ValueError as error:
             say(console, f"not for supervised training, whose format cannot write it: {error}", style="dim")
-            say(console, as_text(to_json(sample)["gold"]))
+            say(console, json.dumps(to_json(sample)["gold"], ensure_ascii=False))
             continue
         if sample.preamble and sample.preamble not in text:
             say(console, f"left out, for the format has no room for it: {sample.preamble}")
@@ -328,12 +322,9 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
 
 
 def plain_prompt(sample: ToolSample) -> str:
+    as_text = partial(json.dumps, ensure_ascii=False)
     lines = [] if sample.tools_in_prompt else [f"tool: {as_text(tool.get('function', tool))}" for tool in sample.tools]
     for message in sample.messages:
         lines.append(f"{message['role']}: {message.get('content') or ''}".rstrip())
         lines += [f"  calls {as_text(call['function'])}" for call in message.get("tool_calls") or ()]
     return "\n".join(lines)
-
-
-def as_text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
