@@ -80,19 +80,16 @@ class Reading:
 
     def rows(self, files: Sequence[str], layout: PromptLayout | None, test: str | None = None) -> Iterator[CheckedRow]:
         """The checked rows of the files, with a progress bar on a terminal."""
-        from rich.console import Console
-
-        from rest_rl.cli.terminal import SampleScreen
         from rest_rl.data.load import read_rows
-        from rest_rl.runlog import SILENT
 
-        console = Console(stderr=True)
-        settings = {
-            **vars(self),
-            "keep": self.keep or (),
-            "observer": SampleScreen(console) if console.is_terminal else SILENT,
-        }
+        settings = {**vars(self), "keep": self.keep or ()}
         del settings["model"], settings["format"]
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            from rest_rl.cli.terminal import SampleScreen
+
+            settings["observer"] = SampleScreen(Console(stderr=True))
         return read_rows(files, layout=layout, test=test, **settings)
 
 
