@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rest_rl.cli.app import main
-from rest_rl.report.findings import findings_of
+from rest_rl.report.tables import findings_of
 from rest_rl.runlog import read_run
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer

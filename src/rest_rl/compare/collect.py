@@ -75,7 +75,6 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Its configuration as one flat table."""
         return flatten(parse_toml(self.run.config, str(self.run.folder)))
 
 
@@ -109,7 +108,6 @@ class MethodResult:
 
     @property
     def seeds(self) -> list[int]:
-        """Seeds of its finished runs."""
         return [run.name.seed for run in self.runs]
 
     @property
@@ -172,11 +170,9 @@ class ComparisonReport:
         return list(dict.fromkeys(name.label for name in self.unfinished_runs if name.label not in present))
 
     def line(self, method: str, start: str = "") -> MethodResult | None:
-        """The line of a method from a start."""
         return next((line for line in self.lines if (line.method, line.start) == (method, start)), None)
 
     def rivals(self) -> list[MethodResult]:
-        """The lines that are compared with the reference."""
         return [line for line in self.lines if line.method != self.reference]
 
     def judged(self, start: str | None = None) -> list[MethodResult]:
@@ -249,7 +245,6 @@ def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[Fin
 
 
 def figures(run: Run) -> dict[str, float]:
-    """Every figure of METRICS that the run recorded."""
     before, after = run.summary.get("before") or {}, run.summary.get("after") or {}
     exact, accuracy, lengths = (list(points(run.metrics, key).values()) for key in (EXACT, ACCURACY, LENGTH))
     found: dict[str, Any] = {
@@ -370,7 +365,6 @@ def differing(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:
-    """Some names, the others counted."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -112,7 +112,6 @@ class Grid:
         return [RunName(method, start, seed) for seed in self.seeds for start in starts for method in self.methods]
 
     def runs(self) -> list[tuple[RunName, RunConfig]]:
-        """Every run with its configuration."""
         return [(name, self.run(*name)) for name in self.names()]
 
     def run(self, method: str, start: str, seed: int) -> RunConfig:
@@ -152,7 +151,6 @@ class Grid:
         )
 
     def _parts(self) -> dict[str, Any]:
-        """What the names in the grid stand for, as it is written down."""
         parts = {f"[base.{table.name}]": self.base.get(table.name, {}) for table in fields(RunConfig)}
         parts |= {f"[methods.{name}]": table for name, table in self.methods.items()}
         parts |= {f"[starts.{name}]": table for name, table in self.starts.items()}
@@ -167,7 +165,6 @@ class Grid:
 
 
 def error_of_method(label: str, error: ValueError) -> UserError:
-    """The error of a run as that of its method."""
     if isinstance(error, UserError):
         return UserError(f"method {label}: {error.got}", error.expected, error.remedy)
     return UserError(
@@ -276,7 +273,6 @@ def for_preset(base: Tables, changes: Tables) -> Tables:
 
 
 def merged(tables: Tables, changes: Tables) -> dict[str, Any]:
-    """Tables with changes, table by table; neither is modified."""
     result = dict(tables)
     for key, value in changes.items():
         old = result.get(key)

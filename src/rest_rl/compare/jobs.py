@@ -70,7 +70,6 @@ class Job:
         return {}
 
     def last_step(self) -> int:
-        """The newest finished step."""
         step = self.last_metrics().get("step", 0)
         return int(step) if is_number(step) else 0
 
@@ -150,7 +149,6 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int, observer: Observer) -> bool:
 
 
 def write_run_file(job: Job) -> None:
-    """Make the folders of a run and the file that its process reads."""
     try:
         for folder in (job.folder.parent, job.log.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +228,6 @@ def collect(job: Job, observer: Observer, *, is_stopping: bool) -> None:
 
 
 def exact_text(job: Job) -> str:
-    """Exact match before and after, where it was measured."""
     summary = read_object(job.folder / SUMMARY)
     before, after = ((summary.get(when) or {}).get("exact_match") for when in ("before", "after"))
     if not is_number(before) or not is_number(after):
@@ -283,7 +280,6 @@ def stop_requests(jobs: Sequence[Job]) -> Iterator[StopRequests]:
 
 
 def stop_all(jobs: Sequence[Job], *, at_once: bool = False) -> None:
-    """Ask every run of ours to stop after its step, once, or kill it."""
     for job in jobs:
         if job.state == "running" and job.process is not None and (at_once or not job.is_stopping):
             job.is_stopping = True

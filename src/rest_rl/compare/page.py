@@ -87,7 +87,6 @@ def terminal_table(report: ComparisonReport) -> tuple[str, tuple[str, ...], list
 
 
 def figures(report: ComparisonReport) -> dict[str, Any]:
-    """Everything on the page as plain values."""
     return {
         "reference": report.reference,
         "primary": report.primary,
@@ -112,7 +111,6 @@ def line_figures(line: MethodResult) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Named tuples as dictionaries."""
     return {key: plain(part) for key, part in value._asdict().items()} if hasattr(value, "_asdict") else value
 
 
@@ -120,7 +118,6 @@ def plain(value: Any) -> Any:
 
 
 def page_text(report: ComparisonReport, plots: Mapping[str, Path]) -> str:
-    """The whole page."""
 
     def picture(title: str, text: str = "") -> str:
         if title not in plots:
@@ -162,7 +159,6 @@ def warnings_text(report: ComparisonReport) -> str:
 
 
 def measured(report: ComparisonReport, keys: Sequence[str]) -> list[str]:
-    """Those of some figures that a line has."""
     return [key for key in keys if any(key in line.metrics for line in report.lines)]
 
 
@@ -206,7 +202,6 @@ def pairs_section(report: ComparisonReport) -> str:
 
 
 def training_section(report: ComparisonReport) -> str:
-    """The areas under the curves."""
     keys = measured(report, OVERALL)
     header = ["percent"]
     for key in keys:
@@ -221,7 +216,6 @@ def training_section(report: ComparisonReport) -> str:
 
 
 def steps_section(report: ComparisonReport) -> str:
-    """Steps to where the reference got."""
     rows = [(line.label, *steps_cells(line.to_final), *steps_cells(line.to_best)) for line in report.rivals()]
     rows = [row for row in rows if any(cell != "–" for cell in row[1:])]
     name = report.reference
@@ -308,13 +302,11 @@ def exact_by_kind(scores: Sequence[dict[str, Any]], kinds: Sequence[str]) -> lis
 
 
 def mean_of(values: Iterable[Any]) -> str:
-    """Mean of the numbers among some values, in percent."""
     known = [value for value in values if is_number(value)]
     return f"{100 * statistics.fmean(known):.1f}" if known else "–"
 
 
 def runs_section(report: ComparisonReport) -> str:
-    """Every run: nothing is picked."""
     keys = measured(report, SCORES)
     rows = [
         (str(run.name), *(value_text(key, run.values.get(key)) for key in keys))
@@ -372,7 +364,6 @@ are expected to be chance."""
 
 
 def draw_plots(report: ComparisonReport, folder: Path) -> dict[str, Path]:
-    """Every plot for which there are numbers: title -> file."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         "Differences": draw_differences(report, folder / "differences.png"),

@@ -196,6 +196,5 @@ def first_at(curve: Curve, target: float) -> int | None:
 
 
 def mean_curve(curves: Sequence[Curve]) -> dict[int, float]:
-    """The mean at the steps that all curves have."""
     steps = set.intersection(*(set(curve) for curve in curves))
     return {step: statistics.fmean(curve[step] for curve in curves) for step in sorted(steps)}

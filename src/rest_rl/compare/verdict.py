@@ -168,7 +168,6 @@ def control_statement(label: str, test: Paired, lead_of_reference: float) -> Sta
 
 
 def gain_statements(report: ComparisonReport, reference: MethodResult) -> Iterator[Statement]:
-    """Whether the reference learnt at all, and what random rewards did."""
     if result := reference.metrics.get("gain"):
         yield reference_gain(reference.label, result.mean)
     drawn = report.line(RANDOM, reference.start)
@@ -200,7 +199,6 @@ def reference_gain(label: str, gain: Interval) -> Statement:
 
 
 def power_statements(report: ComparisonReport) -> Iterator[Statement]:
-    """What this grid could not have seen."""
     tests = {line.label: line.metrics[report.primary].paired for line in report.judged()}
     shared = {label: test.n if test else 0 for label, test in tests.items()}
     if shared and report.seeds < 2:
@@ -226,7 +224,6 @@ def power_statements(report: ComparisonReport) -> Iterator[Statement]:
 
 
 def letter(report: ComparisonReport) -> str:
-    """What a test's result is called: the p of a single method is its q."""
     return "p" if report.is_single else "q"
 
 
@@ -241,7 +238,6 @@ def points_text(interval: Interval) -> str:
 
 
 def p_text(p: float) -> str:
-    """A p- or q-value."""
     if math.isnan(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from rest_rl.config import parse_toml
 from rest_rl.errors import UserError
 from rest_rl.jsonl import finite
-from rest_rl.report.findings import findings_of
 from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
 from rest_rl.report.responses import FLAGS, pack_responses
 from rest_rl.report.tables import (
@@ -29,6 +28,7 @@ from rest_rl.report.tables import (
     Group,
     curve,
     evaluation_curve,
+    findings_of,
     finished_steps,
     flatten,
     group_runs,
@@ -118,7 +118,6 @@ def page_data(runs: Sequence[Run], limit: int = MOST_RESPONSES) -> tuple[Row, by
 
 
 def run_facts(run: Run, group: int) -> Row:
-    """What the page says of a run beside its curves."""
     libraries, config = run.environment.get("libraries"), flatten(parse_toml(run.config, str(run.folder)))
     planned = config.get("trl.max_steps")
     command = run.environment.get("command")
@@ -139,7 +138,6 @@ def run_facts(run: Run, group: int) -> Row:
 
 
 def scores_of(scores: Any) -> Row | None:
-    """One evaluation: sampled and greedy."""
     if not isinstance(scores, Mapping):
         return None
     greedy = scores.get("greedy")
@@ -149,7 +147,6 @@ def scores_of(scores: Any) -> Row | None:
 
 
 def charts(groups: Sequence[Group]) -> Iterator[Row]:
-    """Every curve that some run has numbers for."""
     for greedy, how in ((False, "sampled"), (True, "greedy")):
         lines = [evaluation_curve(group.runs, greedy=greedy) for group in groups]
         yield from chart(Chart("", f"Exact match, held out, {how}", "%"), enumerate(lines), dots=True)
@@ -169,7 +166,6 @@ def charts(groups: Sequence[Group]) -> Iterator[Row]:
 
 
 def other_keys(groups: Sequence[Group]) -> list[str]:
-    """Metrics that have no chart of their own."""
     keys = {key for group in groups for run in group.runs for row in run.metrics for key in row}
     keys -= {"step", "epoch", *(one.key for one in CHARTS)}
     by_region = tuple(f"rest/{quantity}/" for quantity in REGION_QUANTITIES)
@@ -177,7 +173,6 @@ def other_keys(groups: Sequence[Group]) -> list[str]:
 
 
 def group_curves(groups: Sequence[Group], key: str) -> Iterator[tuple[int, Curve]]:
-    """The curve of each group."""
     for at, group in enumerate(groups):
         yield at, curve(group.runs, key)
 
@@ -213,7 +208,6 @@ def condensed(line: Curve) -> Curve:
 
 
 def short(value: float) -> float:
-    """Six digits, more than any plot shows."""
     return float(f"{value:.6g}")
 
 
@@ -229,7 +223,6 @@ def config_table(runs: Sequence[Run]) -> list[Row]:
 
 
 def page_text(data: Row, tokens: bytes) -> str:
-    """The whole file."""
     style, script = asset("page.css"), "\n".join(asset(name) for name in SCRIPTS)
     script = f'(() => {{\n"use strict";\n{script}\n}})();\n'
     names = [run["name"] for run in data["runs"]]
@@ -256,5 +249,4 @@ def source_hash(text: str) -> str:
 
 
 def asset(name: str) -> str:
-    """A file of the page."""
     return resources.files("rest_rl").joinpath("assets", "report", name).read_text(encoding="utf-8")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rest_rl.errors import UserError
-from rest_rl.report.findings import findings_text
+from rest_rl.report.diagnosis import Finding
+from rest_rl.report.diagnosis.history import step_of
 from rest_rl.report.palette import REGION_COLOURS
 from rest_rl.report.plots import REGION_KEY, draw_all
 from rest_rl.report.tables import (
@@ -16,6 +17,7 @@ from rest_rl.report.tables import (
     change,
     comparison_rows,
     curve,
+    findings_of,
     finished_steps,
     group_runs,
     is_number,
@@ -43,7 +45,6 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
 
 
 def report_text(groups: Sequence[Group], plots: dict[str, Path], base: Path) -> str:
-    """The whole page."""
     runs = [run for group in groups for run in group.runs]
     parts = ["# Report", results(groups) if len(runs) > 1 else single_result(runs[0])]
     if findings := findings_text(runs):
@@ -58,8 +59,26 @@ def report_text(groups: Sequence[Group], plots: dict[str, Path], base: Path) -> 
     return "\n\n".join(parts) + "\n"
 
 
+def findings_text(runs: Sequence[Run]) -> str:
+    """A section with the findings of all runs; empty if there are none."""
+    lines = [
+        f"- {f'{run.name}, ' if len(runs) > 1 else ''}{steps_text(finding, run)}: **{finding.figure}.** Likely cause: "
+        f"{finding.cause}. Remedy: {finding.remedy}."
+        for run in runs
+        for finding in findings_of(run)
+    ]
+    return "\n".join(["## Why is it not learning?\n", *lines]) if lines else ""
+
+
+def steps_text(finding: Finding, run: Run) -> str:
+    """The steps in which a finding showed."""
+    if finding.step == finding.last:
+        return f"step {finding.step}"
+    is_last = finding.last >= max(map(step_of, run.metrics), default=0)
+    return f"from step {finding.step} on" if is_last else f"steps {finding.step} to {finding.last}"
+
+
 def single_result(run: Run) -> str:
-    """The before/after table of one run."""
     if not run.summary.get("before"):
         return "No evaluation was recorded."
     note = f"{run.name}: mean over held-out responses, before → after training."
@@ -71,24 +90,20 @@ def results(groups: Sequence[Group]) -> str:
     header = ("", "runs", "before", "after", "gain", "greedy before", "greedy after", "S_acc after")
     rows = []
     for group in groups:
-        pairs = [(run.summary.get("before") or {}, run.summary.get("after") or {}) for run in group.runs]
-        gains = [after["exact_match"] - before["exact_match"] for before, after in pairs if measured(before, after)]
-        rows.append(
-            (
-                group.label,
-                len(group.runs),
-                spread_text([before["exact_match"] for before, _ in pairs if measured(before)]),
-                spread_text([after["exact_match"] for _, after in pairs if measured(after)]),
-                spread_text(gains),
-                spread_text([before["greedy"]["exact_match"] for before, _ in pairs if measured(before.get("greedy"))]),
-                spread_text([after["greedy"]["exact_match"] for _, after in pairs if measured(after.get("greedy"))]),
-                spread_text([after["s_acc"] for _, after in pairs if measured(after)]),
-            )
-        )
+        before, after = ([run.summary.get(when) or {} for run in group.runs] for when in ("before", "after"))
+        gains = [b["exact_match"] - a["exact_match"] for a, b in zip(before, after, strict=True) if measured(a, b)]
+        cells = [exact_matches(before), exact_matches(after), gains]
+        cells += [exact_matches(scores.get("greedy") for scores in evaluations) for evaluations in (before, after)]
+        cells.append([scores["s_acc"] for scores in after if measured(scores)])
+        rows.append((group.label, len(group.runs), *map(spread_text, cells)))
     note = (
         "Exact match on held-out prompts, sampled at temperature 1, greedy beside it; ± one standard deviation of runs."
     )
     return f"## Result\n\n{note}\n\n{markdown_table(header, rows)}"
+
+
+def exact_matches(evaluations: Iterable[Row | None]) -> list[float]:
+    return [scores["exact_match"] for scores in evaluations if scores and measured(scores)]
 
 
 def measured(*scores: Row | None) -> bool:
@@ -97,7 +112,6 @@ def measured(*scores: Row | None) -> bool:
 
 
 def region_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
-    """Entropy, weight and token share of every region, early and late."""
     rows = []
     for group in groups:
         for region in REGION_COLOURS:
@@ -117,7 +131,6 @@ def early_and_late(group: Group, quantity: str, region: str) -> str:
 
 
 def shown_responses(run: Run) -> str:
-    """One recorded response of the first and of the last step."""
     if not run.responses:
         return ""
     blocks = []
@@ -129,7 +142,6 @@ def shown_responses(run: Run) -> str:
 
 
 def run_table(groups: Sequence[Group]) -> str:
-    """Where each curve comes from."""
     rows = []
     for group in groups:
         for run in group.runs:

@@ -21,6 +21,15 @@ from rest_rl.report.tables import Curve, Group, curve, evaluation_curve, smoothe
 
 REGION_KEY = "rest/{quantity}/{region}"
 LEARNING = {"reward": "reward", "rest/accuracy": "S_acc", "rest/format": "S_format", "rest/exact_match": "exact match"}
+REWARD_PARTS = {
+    "reward": ("reward", SERIES_COLOURS[0]),
+    "rest/accuracy": ("S_acc", SERIES_COLOURS[1]),
+    "rest/format": ("S_format", SERIES_COLOURS[2]),
+    "frac_reward_zero_std": ("groups without spread", SERIES_COLOURS[3]),
+    "completions/clipped_ratio": ("truncated", SERIES_COLOURS[4]),
+    "rest/call_rate": ("responses that call", SERIES_COLOURS[5]),
+}
+"""What limits learning: spread within groups, truncation, call rate."""
 MAX_PANELS = 4
 INK, FAINT = "#2b2b2b", "#d9d9d9"
 
@@ -31,12 +40,24 @@ def draw_all(groups: Sequence[Group], folder: Path) -> dict[str, Path]:
     drawn = {
         "Learning": draw_learning(groups, folder / "learning.png"),
         "Held-out slice during training": draw_evaluations(groups, folder / "evaluations.png"),
-        "Entropy by region": draw_regions(groups, "entropy", "entropy in nats", folder / "entropy.png"),
-        "Weight by region": draw_regions(groups, "weight", "gradient weight", folder / "weights.png"),
-        "Share of tokens by region": draw_regions(groups, "share", "share of tokens", folder / "shares.png"),
-        "Parts of the reward": draw_reward(groups, folder / "reward.png"),
+        "Entropy by region": draw_groups(groups, region_keys("entropy"), "entropy in nats", folder / "entropy.png"),
+        "Weight by region": draw_groups(
+            groups, region_keys("weight"), "gradient weight", folder / "weights.png", level=1.0
+        ),
+        "Share of tokens by region": draw_groups(
+            groups, region_keys("share"), "share of tokens", folder / "shares.png"
+        ),
+        "Parts of the reward": draw_groups(groups, REWARD_PARTS, "reward and shares", folder / "reward.png"),
     }
     return {title: path for title, path in drawn.items() if path}
+
+
+def region_keys(quantity: str) -> dict[str, tuple[str, str]]:
+    """The metrics of a quantity by region, with label and colour."""
+    return {
+        REGION_KEY.format(quantity=quantity, region=region): (region, colour)
+        for region, colour in REGION_COLOURS.items()
+    }
 
 
 def draw_learning(groups: Sequence[Group], path: Path) -> Path | None:
@@ -71,47 +92,27 @@ def draw_evaluations(groups: Sequence[Group], path: Path) -> Path | None:
     return save(figure, path)
 
 
-def draw_regions(groups: Sequence[Group], quantity: str, label: str, path: Path) -> Path | None:
-    """One panel per group, one line per region."""
-    drawable = [group for group in groups if any(region_curves(group, quantity).values())][:MAX_PANELS]
+def draw_groups(
+    groups: Sequence[Group],
+    keys: Mapping[str, tuple[str, str]],
+    title: str,
+    path: Path,
+    *,
+    level: float | None = None,
+) -> Path | None:
+    """One panel per group, one line per metric with its label and colour; a dashed line at `level`."""
+    curves = [(group, {key: line for key in keys if (line := curve(group.runs, key)).steps}) for group in groups]
+    drawable = [(group, lines) for group, lines in curves if lines][:MAX_PANELS]
     if not drawable:
         return None
     figure, panels = new_figure(len(drawable), share=True)
-    for axes, group in zip(panels, drawable, strict=True):
-        for region, line in region_curves(group, quantity).items():
-            draw_curve(axes, line, REGION_COLOURS[region], region)
-        if quantity == "weight":
-            axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        style(axes, f"{label}: {group.label}" if len(groups) > 1 else label)
-    panels[-1].legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
-    return save(figure, path)
-
-
-def region_curves(group: Group, quantity: str) -> dict[str, Curve]:
-    """The curves of one quantity by region label, regions without numbers left out."""
-    keys = {region: REGION_KEY.format(quantity=quantity, region=region) for region in REGION_COLOURS}
-    curves = {region: curve(group.runs, key) for region, key in keys.items()}
-    return {region: line for region, line in curves.items() if line.steps}
-
-
-def draw_reward(groups: Sequence[Group], path: Path) -> Path | None:
-    """What limits learning: spread within groups, truncation, call rate; one panel per group."""
-    parts = {
-        "reward": "reward",
-        "rest/accuracy": "S_acc",
-        "rest/format": "S_format",
-        "frac_reward_zero_std": "groups without spread",
-        "completions/clipped_ratio": "truncated",
-        "rest/call_rate": "responses that call",
-    }
-    drawable = [group for group in groups if curve(group.runs, "reward").steps][:MAX_PANELS]
-    if not drawable:
-        return None
-    figure, panels = new_figure(len(drawable), share=True)
-    for axes, group in zip(panels, drawable, strict=True):
-        for (key, label), colour in zip(parts.items(), SERIES_COLOURS, strict=False):
-            draw_curve(axes, curve(group.runs, key), colour, label)
-        style(axes, f"reward and shares: {group.label}" if len(groups) > 1 else "reward and shares")
+    for axes, (group, lines) in zip(panels, drawable, strict=True):
+        for key, line in lines.items():
+            label, colour = keys[key]
+            draw_curve(axes, line, colour, label)
+        if level is not None:
+            axes.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        style(axes, f"{title}: {group.label}" if len(groups) > 1 else title)
     panels[-1].legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
     return save(figure, path)
 
@@ -124,13 +125,11 @@ def new_figure(panels: int, *, share: bool = False) -> tuple[Figure, list[Axes]]
 
 
 def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """A white figure with one panel."""
     figure = white_figure(width, height)
     return figure, figure.subplots()
 
 
 def white_figure(width: float, height: float) -> Figure:
-    """A figure that can be saved, in inches."""
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -169,7 +168,6 @@ def with_gaps(values: Sequence[float], breaks: Sequence[int]) -> list[float]:
 
 
 def style(axes: Axes, title: str) -> None:
-    """A panel over training steps."""
     bare_style(axes, title, grid="both")
     axes.set_xlabel("step", fontsize=8, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -188,7 +186,6 @@ def bare_style(axes: Axes, title: str, grid: Literal["x", "y", "both"] = "y") ->
 
 
 def legend_style() -> Mapping[str, Any]:
-    """A plain legend."""
     return {"fontsize": 8, "frameon": False, "labelcolor": INK, "handlelength": 1.4, "loc": "upper left"}
 
 
@@ -198,6 +195,5 @@ def colours(count: int) -> list[str]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as PNG."""
     figure.savefig(path, format="png", facecolor="white")
     return path

@@ -53,7 +53,6 @@ class Pieces(NamedTuple):
     logps: list[float | None]
 
     def first(self, count: int) -> Pieces:
-        """The first `count` of them."""
         numbers = (values[:count] for values in (self.weights, self.entropies, self.logps))
         return Pieces(self.texts[:count], self.regions[:count], *numbers)
 
@@ -78,7 +77,6 @@ class Columns:
 
     @property
     def numbers(self) -> tuple[array[int], array[int], array[int]]:
-        """The columns of numbers."""
         return self.weights, self.entropies, self.surprises
 
     def as_bytes(self) -> bytes:
@@ -98,12 +96,10 @@ class Tables:
         self.places: dict[str, int] = {}
 
     def place(self, text: str) -> int:
-        """Where the text stands."""
         return self.places.setdefault(text, len(self.places))
 
     @property
     def texts(self) -> list[str]:
-        """All texts in order."""
         return list(self.places)
 
 
@@ -176,7 +172,6 @@ def pack_response(row: Row, tool_format: ToolFormat | None, golds: Tables) -> tu
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
     return round(float(value), 5) if is_number(value) else None
 
 
@@ -249,7 +244,6 @@ def counts(values: Any) -> list[int]:
 
 
 def column(values: Any, length: int) -> list[float | None]:
-    """A number for each token, or nothing."""
     if not isinstance(values, list) or len(values) != length:
         return []
     return [value if is_number(value) else None for value in values]
@@ -297,7 +291,6 @@ def thousandths(value: float | None) -> int:
 
 
 def shortened(text: str, most: int) -> str:
-    """A text without its middle where it is long."""
     if len(text) <= most:
         return text
     half = most // 2

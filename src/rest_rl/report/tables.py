@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from rest_rl.config import parse_toml
 from rest_rl.errors import UserError
+from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.diagnosis.history import step_of
 from rest_rl.runlog import Row, Run
 
@@ -91,6 +92,11 @@ def finished_steps(run: Run) -> int:
 def points(rows: Iterable[Row], key: str) -> dict[int, float]:
     """The numbers of one column of metrics.jsonl or evaluations.jsonl by step."""
     return {step_of(row): float(row[key]) for row in rows if is_number(row.get("step")) and is_number(row.get(key))}
+
+
+def findings_of(run: Run) -> list[Finding]:
+    """What the diagnosis finds in a run, in the order in which it showed."""
+    return diagnose(run.metrics, run.evaluations, parse_toml(run.config, str(run.folder)))
 
 
 def curve(runs: Iterable[Run], key: str) -> Curve:

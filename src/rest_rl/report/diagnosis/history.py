@@ -35,7 +35,6 @@ class Mean(NamedTuple):
     last: int
 
     def exceeds(self, limit: float, errors: float) -> bool:
-        """Whether it lies above the limit by more than so many standard errors."""
         return self.value - errors * self.error > limit
 
     def above(self, other: Mean, errors: float, least: float = 0.0) -> bool:
@@ -140,7 +139,6 @@ class History:
 
     @property
     def step(self) -> int:
-        """The newest step."""
         return step_of(self.row)
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -181,7 +179,6 @@ class History:
         return column.mean(end) if column and end else None
 
     def values(self, key: str) -> list[float]:
-        """All numbers of a metric so far."""
         return self._columns[key].values if key in self._columns else []
 
     def latest(self, key: str) -> list[float]:

@@ -117,7 +117,6 @@ class Settings:
 
     @property
     def longer_or_slower(self) -> str:
-        """The advice for responses that have grown."""
         return f"read those that are cut off: if they make sense raise trl.max_completion_length, else {self.slower}"
 
 

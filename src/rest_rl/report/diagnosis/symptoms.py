@@ -344,7 +344,6 @@ SYMPTOMS: Mapping[str, Callable[[History, Settings], Symptom | None]] = {
 
 
 def zero_variance_cause(history: History, settings: Settings, zero_variance: Mean) -> tuple[str, str]:
-    """Cause and remedy of groups without spread: responses that do not differ, are right, are cut off or unreadable."""
     exact, well_formed = history.now("rest/exact_match"), history.now("rest/format")
     solved = exact.value - (1 - zero_variance.value) if exact else 0.0  # were every response of the other groups right
     is_learnt = exact is not None and exact.value >= 1 - settings.most_groups
@@ -382,7 +381,6 @@ def is_deterministic(history: History, settings: Settings) -> bool:
 
 
 def identical_responses_cause(history: History, settings: Settings, is_same: bool) -> tuple[str, str]:
-    """Cause and remedy of responses that differ too little for a spread."""
     now, entropy = settings.temperature, history.now("entropy")
     figures = [f"trl.temperature = {now:g}"] if now is not None else []
     figures += [f"entropy {entropy.value:.1g} nats a token{', as in the first rows' * is_same}"] if entropy else []
@@ -393,7 +391,6 @@ def identical_responses_cause(history: History, settings: Settings, is_same: boo
 
 
 def broken_format_cause(history: History, settings: Settings, well_formed: Mean) -> tuple[str, str]:
-    """Cause and remedy of responses that score alike since most of them break the format."""
     cut, was = history.now("completions/clipped_ratio"), max(history.values("rest/format"))
     if cut and cut.value >= (1 - well_formed.value) / 2:
         cause = (
@@ -409,7 +406,6 @@ def broken_format_cause(history: History, settings: Settings, well_formed: Mean)
 
 
 def truncation_cause(history: History, settings: Settings) -> tuple[str, str]:
-    """Cause and remedy of responses that hit the length limit."""
     limit = settings.max_length
     ended, least = history.now("completions/mean_terminated_length"), min(history.values("completions/clipped_ratio"))
     if least < settings.most_groups:
@@ -432,15 +428,12 @@ def truncation_cause(history: History, settings: Settings) -> tuple[str, str]:
 
 
 def percent(mean: Mean) -> str:
-    """`62.0 ± 3.1 %`."""
     return f"{100 * mean.value:.1f} ± {100 * mean.error:.1f} %"
 
 
 def change(before: Mean, now: Mean) -> str:
-    """Two shares and their steps."""
     return f"{percent(before)} → {percent(now)} ({steps(before)} → {steps(now)})"
 
 
 def steps(mean: Mean) -> str:
-    """The steps of a window."""
     return f"steps {mean.first}-{mean.last}"
