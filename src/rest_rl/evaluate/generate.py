@@ -48,10 +48,8 @@ def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, *, gree
     """Decoding settings with every filter off, also those that `generate` would take over from the model's own."""
     ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    filters = NO_PENALTIES if greedy else {**NO_PENALTIES, **NO_FILTERS}
-    return GenerationConfig(
-        do_sample=not greedy, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, **filters
-    )
+    settings = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": pad, **NO_PENALTIES}
+    return GenerationConfig(do_sample=not greedy, **settings, **({} if greedy else NO_FILTERS))
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -70,10 +68,7 @@ class OwnLimits(StoppingCriteria):
         """`lengths_B` are the rows' lengths with padding and prompt."""
         self.lengths_B = lengths_B
 
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids: torch.Tensor, scores: Any, **_: Any
-    ) -> torch.Tensor:
-        """Which rows are done: bool (B,)."""
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
         return input_ids.shape[1] >= self.lengths_B
 
 
@@ -96,15 +91,7 @@ def generate_batch(
     )
     ends = set(settings.eos_token_id or [])  # a row at its limit goes on as padding, or as text in a model without ends
     rows = (row[:limit].tolist() for row, limit in zip(output[:, width:], limits, strict=True))
-    return [until_end(row, ends) for row in rows]
-
-
-def until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """The ids up to and with the first that ends a response."""
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[: position + 1]
-    return ids
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row)) + 1] for row in rows]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Model, Reply, Request
 from rest_rl.formats import ToolFormat
 from rest_rl.jsonl import parse_row, read_lines, text_field
-from rest_rl.response import ToolCall
+from rest_rl.response import Gold, ToolCall
 
 Texts = str | list[list[str]]
 
@@ -60,14 +60,13 @@ class Oracle(Model):
         self.format = tool_format
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        return [self._reply(request) for request in requests]
+        return [Reply(self._text(request.sample.gold)) for request in requests]
 
-    def _reply(self, request: Request) -> Reply:
-        gold = request.sample.gold
+    def _text(self, gold: Gold) -> str:
         try:
-            return Reply(text=self.format.render(None, gold.calls, gold.answer))
+            return self.format.render(None, gold.calls, gold.answer)
         except ValueError as error:
-            return Reply(text=f"this format cannot hold the gold: {error}")
+            return f"this format cannot hold the gold: {error}"
 
 
 def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Recording], list[str]]:

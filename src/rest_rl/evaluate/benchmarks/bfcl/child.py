@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from rest_rl.evaluate.benchmarks.bfcl.release import MAX_MESSAGE, Bfcl, UnusableError
 from rest_rl.evaluate.benchmarks.bfcl.walls import cause, confine, leave_the_network
+
+LOOK_UPS = ("constants", "entries", "load", "gold_calls")
+APART = ("open", "check_calls", "check_turns")
 
 
 class Pipes:
@@ -53,46 +56,25 @@ def answer(handle: Callable[[], Any]) -> dict[str, Any]:
 
 
 class Server:
-    """Answers requests, those about what a model has written in a fork."""
+    """Answers requests: what concerns only the release here, what concerns the text of a model in a fork."""
 
     def __init__(self, pipes: Pipes, bfcl: Bfcl, seconds: int, memory_mb: int) -> None:
         self.pipes, self.bfcl, self.seconds, self.memory_mb = pipes, bfcl, seconds, memory_mb
 
     def run(self) -> None:
         while (request := self.pipes.read()) is not None:
-            if request["do"] in ("open", "check_calls", "check_turns"):
-                self.prepare(request)
+            if request["do"] not in APART:
+                self.pipes.write(self.answer(request, LOOK_UPS))
+            elif "ok" in (found := answer(partial(self.bfcl.prepare, *request["of"]))):
+                self.fork(request)
             else:
-                self.pipes.write(answer(partial(self.look_up, request)))
+                self.pipes.write(found)
 
-    def look_up(self, request: dict[str, Any]) -> Any:
-        """Answer what concerns the release alone."""
-        if request["do"] == "entries":
-            return list(self.bfcl.entries(request["category"]))
-        if request["do"] == "load":
-            return len(self.bfcl.samples(request["category"]))
-        if request["do"] == "gold_calls":
-            return self.bfcl.gold_calls(request["id"])
-        if request["do"] == "constants":
-            return self.bfcl.constants()
-        raise UnusableError(f"got {request['do']!r} outside of a session")
-
-    def prepare(self, request: dict[str, Any]) -> None:
-        """Read what the fork will need, then fork."""
-
-        def load() -> None:
-            if request["do"] != "check_calls":
-                self.bfcl.conversation(request["id"])
-                return
-            sample = json.loads(self.bfcl.samples(request["category"]).get(request["id"], b"{}"))
-            if sample.get("ground_truth") is None or "involved_classes" in sample:
-                raise UnusableError(f"got {request['id']!r}, expected a single-turn sample with an answer")
-
-        found = answer(load)
-        if "ok" in found:
-            self.fork(request)
-        else:
-            self.pipes.write(found)
+    def answer(self, request: dict[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
+        """What a method of the release gives."""
+        if request["do"] not in allowed:
+            return {"invalid": f"got {request['do']!r}, expected one of {', '.join(allowed)}"}
+        return answer(partial(getattr(self.bfcl, request["do"]), *request["of"]))
 
     def fork(self, request: dict[str, Any]) -> None:
         """Have the request answered apart, and say so where that comes to no end of its own."""
@@ -112,18 +94,12 @@ class Server:
 
     def serve_apart(self, request: dict[str, Any]) -> None:
         """In the fork: one check, or a conversation until its end."""
-        identity = request["id"]
-        if request["do"] == "check_calls":
-            self.pipes.write(answer(partial(self.bfcl.check_calls, identity, request["category"], request["calls"])))
-            return
-        if request["do"] == "check_turns":
-            self.pipes.write(answer(partial(self.bfcl.check_turns, identity, request["turns"])))
+        if request["do"] != "open":
+            self.pipes.write(self.answer(request, APART))
             return
         self.pipes.write({"ok": None})
         while (step := self.pipes.read()) is not None and step["do"] != "end":
-            is_call = step["do"] == "execute"
-            do = partial(self.bfcl.execute, identity, step["calls"]) if is_call else partial(self.look_up, step)
-            self.pipes.write(answer(do))
+            self.pipes.write(self.answer(step, ("execute", *LOOK_UPS)))
         self.pipes.write({"ok": None})
 
 

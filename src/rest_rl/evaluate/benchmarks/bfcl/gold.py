@@ -13,6 +13,8 @@ from typing import Any
 from rest_rl.evaluate.benchmarks.bfcl.groups import RELEVANCE, UNANSWERED
 from rest_rl.response import Gold, ToolCall
 
+Literal = Callable[[Any, Mapping[str, Any]], Any]
+"""How a language writes a value, given the schema of its argument."""
 DONE = Gold((), "Done.")
 """How an oracle ends a turn."""
 NO_TOOL = Gold((), "None of the tools can do this.")
@@ -50,9 +52,7 @@ def plausible_call(doc: Mapping[str, Any]) -> ToolCall:
 
 
 def settled_arguments(
-    alternatives: Mapping[str, Sequence[Any]],
-    parameters: Mapping[str, Any],
-    literal: Callable[[Any, Mapping[str, Any]], Any],
+    alternatives: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any], literal: Literal
 ) -> dict[str, Any]:
     """One value per argument: the first alternative; nothing for what may be left out and is not required."""
     settled: dict[str, Any] = {}
@@ -83,7 +83,7 @@ def settled_value(value: Any) -> Any:
     }
 
 
-def literal_of(category: str) -> Callable[[Any, Mapping[str, Any]], Any]:
+def literal_of(category: str) -> Literal:
     """How a category writes a value of an argument, given the argument's published schema."""
     if category.endswith("javascript"):
         return javascript_literal
@@ -117,11 +117,7 @@ def _java_element(value: Any, kind: str | None) -> str:
 
 
 def javascript_literal(value: Any, schema: Mapping[str, Any]) -> str:
-    """A value as JavaScript source, by the type of its argument; text is left bare, as the answers have it.
-
-    >>> javascript_literal({"method": "GET"}, {"type": "dict"})
-    '{"method": "GET"}'
-    """
+    """A value as JavaScript source, by the type of its argument; text is left bare, as the answers have it."""
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False) + ("n" if schema.get("type") == "Bigint" else "")

@@ -16,7 +16,7 @@ import keyword
 import math
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,20 @@ class Bfcl:
             gc.freeze()  # what a fork's collector never touches is never copied
         return self.loaded[category]
 
-    def entries(self, category: str) -> Iterator[dict[str, Any]]:
+    def load(self, category: str) -> int:
+        """Read a category, before time counts; how many samples it has."""
+        return len(self.samples(category))
+
+    def prepare(self, identity: str, category: str, *_: Any) -> None:
+        """Read what a fork will need of a sample; one with a single turn must have an answer."""
+        if category.startswith("multi_turn"):
+            self.conversation(identity)
+            return
+        sample = json.loads(self.samples(category).get(identity, b"{}"))
+        if sample.get("ground_truth") is None or "involved_classes" in sample:
+            raise UnusableError(f"got {identity!r}, expected a single-turn sample with an answer")
+
+    def entries(self, category: str) -> list[dict[str, Any]]:
         """The samples of a category, with the docs as a model is shown them and, for one turn, as they are checked."""
         named = self.categories
         known = (
@@ -105,9 +118,11 @@ class Bfcl:
             raise UnusableError(f"got category {category!r}, expected one of {', '.join(known)}")
         path = self.config.POSSIBLE_ANSWER_PATH / f"{named.VERSION_PREFIX}_{category}.json"
         answers = {row["id"]: row["ground_truth"] for row in read_lines(path)} if path.exists() else {}  # not relevance
+        found = []
         for shown, checked in (self.samples_v3 if self.version == "v3" else self.samples_v4)(category):
             docs = {} if "involved_classes" in shown else {"checked": checked["function"]}
-            yield {"category": category, **shown, **docs, "ground_truth": answers.get(shown["id"])}
+            found.append({"category": category, **shown, **docs, "ground_truth": answers.get(shown["id"])})
+        return found
 
     def samples_v4(self, category: str) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         """Each sample as a model sees it, and as the checker does."""
@@ -173,7 +188,7 @@ class Bfcl:
         arguments = (sample["checked"], calls, sample["ground_truth"], language, category, NAME)
         return verdict(self.checker.ast_checker, *arguments)
 
-    def check_turns(self, identity: str, turns: list[list[list[dict[str, Any]]]]) -> list[Any]:
+    def check_turns(self, identity: str, category: str, turns: list[list[list[dict[str, Any]]]]) -> list[Any]:
         sample = self.conversation(identity)
         if len(turns) != len(sample["ground_truth"]):
             message = f"got {len(turns)} turns of {len(sample['ground_truth'])}"
@@ -181,7 +196,7 @@ class Bfcl:
         methods = self.methods(sample)
         texts = [[[text for text, why in map_calls(step, methods) if not why] for step in turn] for turn in turns]
         decoded = [[step for step in turn if step] for turn in texts]
-        arguments = (decoded, sample["ground_truth"], sample, sample["category"], NAME)
+        arguments = (decoded, sample["ground_truth"], sample, category, NAME)
         return verdict(self.turns.multi_turn_checker, *arguments)
 
     def execute(self, identity: str, calls: list[dict[str, Any]]) -> list[str]:

@@ -24,9 +24,7 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage, install_command, share_folder
 
 ROOT = Path(__file__).parents[4]
-CHILD = (
-    "import sys; sys.path.insert(0, sys.argv.pop(1)); from rest_rl.evaluate.benchmarks.bfcl.child import main; main()"
-)
+CHILD = f"import sys; sys.path.insert(0, sys.argv.pop(1)); from {__package__}.child import main; main()"
 """The process has an environment of its own, without PYTHONPATH, so it is told where this package is."""
 FIXED = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "TZ": "UTC"}
 """The backends print sets and local times: what a model is told must not change from run to run."""
@@ -74,23 +72,22 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
 
     def entries(self, category: str) -> list[dict[str, Any]]:
         """The samples of a category: `function` as a model is shown it, `checked` without the hints; ground truth."""
-        return self._look_up({"do": "entries", "category": category})
+        return self._look_up("entries", category)
 
     def constants(self) -> dict[str, Any]:
         """The words that announce functions held out, the most steps of a turn, JSON schema types by BFCL's."""
-        return self._look_up({"do": "constants"})
+        return self._look_up("constants")
 
     def gold_calls(self, identity: str) -> list[list[dict[str, Any]]]:
         """Per turn of a conversation the calls of the ground truth as {"name", "arguments"}."""
-        return self._look_up({"do": "gold_calls", "id": identity})
+        return self._look_up("gold_calls", identity)
 
     def check_calls(self, identity: str, category: str, calls: Sequence[Mapping[str, Any]]) -> Verdict:
         """The official verdict on calls {name: {argument: value}} of a single-turn sample."""
         if problem := _problem(calls):
             return Verdict(False, "checker_error: ValueError", problem)
         self._end_session()
-        request = {"do": "check_calls", "id": identity, "category": category, "calls": calls}
-        return Verdict(*again_if_ended(partial(self._ask_of, category, request)))
+        return Verdict(*again_if_ended(partial(self._ask_of, category, "check_calls", identity, category, calls)))
 
     def session(self, identity: str) -> Session:
         """A conversation's own instances of the backends; a session that was open before it is over."""
@@ -101,27 +98,27 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
     def close(self) -> None:
         self._drop(patience=1.0)
 
-    def _look_up(self, request: dict[str, Any]) -> Any:
-        return again_if_ended(partial(self._ask, request, LOADING_SECONDS))
+    def _look_up(self, do: str, *of: Any) -> Any:
+        return again_if_ended(partial(self._ask, do, of, LOADING_SECONDS))
 
-    def _ask_of(self, category: str, request: dict[str, Any]) -> Any:
+    def _ask_of(self, category: str, do: str, *of: Any) -> Any:
         """The answer to a request about a sample, whose category is loaded before time counts."""
         if self._process is None or category not in self._loaded:
-            self._look_up({"do": "load", "category": category})
+            self._look_up("load", category)
             self._loaded.add(category)
-        return self._ask(request)
+        return self._ask(do, of, PATIENCE * self._seconds)
 
     def _end_session(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             session.close()
 
-    def _ask(self, request: dict[str, Any], seconds: float | None = None) -> Any:
+    def _ask(self, do: str, of: Sequence[Any], seconds: float) -> Any:
         """The answer to a request; whatever goes wrong ends the process, so that the next request finds a new one."""
         if self._process is None:
             self._process = self._start()
         try:
-            answer = _exchange(self._process, request, PATIENCE * self._seconds if seconds is None else seconds)
+            answer = _exchange(self._process, {"do": do, "of": of}, seconds)
         except BaseException:
             # Also a KeyboardInterrupt: an answer left in the pipe would be read as that to another request.
             self._drop(patience=0.0)
@@ -179,8 +176,8 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
 class Session(contextlib.AbstractContextManager["Session"]):
     """One conversation's calls, executed on instances of its own; from `Sandbox.session`."""
 
-    def __init__(self, ask: Callable[[dict[str, Any]], Any], identity: str) -> None:
-        self._ask, self._identity = ask, identity
+    def __init__(self, ask: Callable[..., Any], identity: str) -> None:
+        self._ask, self._sample = ask, (identity, identity.rpartition("_")[0])
         self.is_open = self.is_over = False
         """Whether instances were made (the first `execute` does so); whether they, or their process, are gone."""
 
@@ -190,24 +187,23 @@ class Session(contextlib.AbstractContextManager["Session"]):
     def execute(self, calls: Sequence[Mapping[str, Any]]) -> list[str]:
         """What each call {"name", "arguments"} returned, in the official words; an error text where it cannot be."""
         if not self.is_open:
-            self._ask({"do": "open", "id": self._identity})
+            self._ask("open", *self._sample)
             self.is_open = True
         if self.is_over:
             raise SandboxError("this conversation has ended")
-        return self._ask({"do": "execute", "calls": list(map(_sendable, calls))})
+        return self._ask("execute", self._sample[0], list(map(_sendable, calls)))
 
     def check(self, turns: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> Verdict:
         """The official verdict on all turns, each a list of steps, each a list of calls; it ends the instances."""
         self.close()
         sendable = [[list(map(_sendable, step)) for step in turn] for turn in turns]
-        request = {"do": "check_turns", "id": self._identity, "turns": sendable}
-        return Verdict(*again_if_ended(partial(self._ask, request)))
+        return Verdict(*again_if_ended(partial(self._ask, "check_turns", *self._sample, sendable)))
 
     def close(self) -> None:
         if self.is_open and not self.is_over:
             self.is_over = True
             with contextlib.suppress(SandboxError):  # they are gone all the same
-                self._ask({"do": "end"})
+                self._ask("end")
 
 
 def again_if_ended(ask: Callable[[], Any]) -> Any:
