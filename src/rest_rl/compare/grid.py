@@ -25,8 +25,8 @@ from rest_rl.config import (
 from rest_rl.errors import UserError
 from rest_rl.jsonl import reason
 from rest_rl.objects import add_search_folder
+from rest_rl.presets import PRESETS
 from rest_rl.report.tables import flatten
-from rest_rl.scoring import PRESET_REWARDS
 
 REFERENCE = "grpo"
 SEEDS = (0, 1, 2)
@@ -267,7 +267,8 @@ def for_preset(base: Tables, changes: Tables) -> Tables:
     if preset == own:
         return base
     foreign = {"weights", "advantage"}
-    if PRESET_REWARDS.get(preset) != PRESET_REWARDS.get(own):
+    rewards = {name: known.reward for name, known in PRESETS.items()}
+    if rewards.get(preset) != rewards.get(own):
         foreign.add("reward")
     return {**base, "rest": {key: value for key, value in rest.items() if key not in foreign}}
 
