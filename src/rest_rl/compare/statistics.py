@@ -93,7 +93,7 @@ def t_test(differences: Sequence[float]) -> float:
         return NAN
     if spread(differences) == 0:
         return NAN if any(differences) else 1.0
-    return float(ttest_1samp(differences, 0.0).pvalue)
+    return float(ttest_1samp(differences, 0.0)[1])
 
 
 def sign_flip_test(differences: Sequence[float]) -> float:
@@ -111,7 +111,7 @@ def sign_flip_test(differences: Sequence[float]) -> float:
         permutation_type="samples",
         vectorized=True,
         n_resamples=DRAWS,
-        random_state=0,
+        rng=0,
     )
     return float(result.pvalue)
 
