@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from rest_rl.cli.app import main
-from rest_rl.cli.compare import GridScreen
+from rest_rl.cli.terminal import Screen
 from rest_rl.compare.grid import RunName, read_grid
 from rest_rl.compare.jobs import Job, collect, run_jobs, tail
 from rest_rl.compare.run import keep_grid
@@ -231,7 +231,7 @@ def test_the_end_of_a_log_commands_no_terminal(tmp_path: Path, capsys: pytest.Ca
     job = Job(RunName("grpo", "", 0), RunConfig(), tmp_path / "none", log, state="running")
     job.process = subprocess.Popen(["/bin/false"])
     job.process.wait()
-    collect(job, GridScreen(Console(width=200)), is_stopping=False)
+    collect(job, Screen(Console(width=200)), is_stopping=False)
     assert job.state == "failed"
     out = capsys.readouterr().out
     assert "  ␛]0;owned␇ [bold]end[/bold]" in out

@@ -227,7 +227,7 @@ def test_two_processes_write_one_row_a_step(run_file: Path, tmp_path: Path) -> N
     ("text", "message"),
     [
         ("every = -1", r"eval\.every = -1, expected at least 0"),
-        ("every = 2.5", r"eval\.every = 2\.5, expected int"),
+        ("every = 2.5", r"eval\.every = 2\.5, expected a whole number"),
         ("slice = 0", r"eval\.slice = 0, expected at least 1"),
         ("evry = 1", r"did you mean every\?"),
         ("every = 5\nprompts = 0", r"eval\.every = 5 with eval\.prompts = 0, expected held-out prompts"),

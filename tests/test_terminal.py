@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from rich.console import Console
 
@@ -35,3 +36,34 @@ def test_a_line_is_said_as_it_stands() -> None:
     say(console, "runs/[v2]/a-name-longer-than-the-line" + TITLE_AND_CLEAR)
     Screen(console).say("in [v2]")
     assert out.getvalue() == "runs/[v2]/a-name-longer-than-the-line␛]0;owned␇␛[2J\nin [v2]\n"
+
+
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal(monkeypatch) -> None:
+    out, clock = io.StringIO(), iter(range(0, 10_000, 25))
+    monkeypatch.setattr("rest_rl.cli.terminal.time.monotonic", lambda: float(next(clock)))
+    screen = Screen(Console(file=out, width=80))
+    with screen.track("evaluating", 8, 2) as advance:
+        for done in range(3, 9):
+            advance(done, note="exact match 50 %")
+    lines = out.getvalue().splitlines()
+    assert 2 <= len(lines) < 6
+    assert lines[0].startswith("evaluating ")
+    assert "/8 exact match 50 % 0:" in lines[0]
+    assert lines[-1].startswith("evaluating 8/8 ")
+
+
+def test_bars_fit_80_columns_and_leave_nothing_behind() -> None:
+    out = io.StringIO()
+    screen = Screen(Console(file=out, force_terminal=True, color_system=None, width=80), show_every=1)
+    row = {"response": "abc", "lengths": [1, 2], "regions": [1, 2], "reward": 0.5}
+    with screen.track("training", None) as advance, screen.track("rest-0", 9):
+        advance(1)
+        screen.on_step(3, 9, {"reward": 0.5, "rest/accuracy": 0.25, "loss": 0.1, "rest/weight/name": 1.5})
+        screen.on_responses(3, [row])
+        screen._bars.refresh()
+        screen.say("a line")
+    text = out.getvalue()
+    assert "3/9" in text
+    assert "reward 0.500" in text
+    assert "name 1.50" in text
+    assert max(len(line) for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))) <= 80

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rest_rl.cli.options import EXIT_INTERRUPTED, Overrides
 from rest_rl.errors import UserError
-from rest_rl.runlog import Advance, SilentObserver
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +56,7 @@ def compare(
     """
     from rich.console import Console
 
-    from rest_rl.cli.terminal import say
+    from rest_rl.cli.terminal import Screen, say
     from rest_rl.compare import run
 
     console = Console()
@@ -74,7 +71,7 @@ def compare(
         jobs=jobs,
         only_report=only_report,
         dry_run=dry_run,
-        observer=GridScreen(console),
+        observer=Screen(console),
     )
     if report.page:
         show_report(report, console)
@@ -105,45 +102,3 @@ def show_report(report: ComparisonReport, console: Console) -> None:
     for statement in report.verdict:
         console.print("• " + statement.text.replace("**", "").replace("`", ""), highlight=False, markup=False)
     say(console, f"page: {report.page}")
-
-
-class GridScreen(SilentObserver):
-    """Shows a grid that is trained: lines of beginnings and ends, and in a terminal a bar for each run."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def say(self, text: str) -> None:
-        from rest_rl.cli.terminal import say
-
-        say(self.console, text)
-
-    def show_table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        from rest_rl.cli.terminal import show_table
-
-        show_table(title, header, rows, self.console)
-
-    @contextmanager
-    def track(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
-        task = self.progress.add_task(what, total=total, completed=done, note="")
-        is_first = len(self.progress.tasks) == 1
-        if is_first:
-            self.progress.start()
-        try:
-            yield lambda done, total=None, note="": self.progress.update(task, completed=done, note=note)
-        finally:
-            if is_first:
-                self.progress.stop()
-            self.progress.remove_task(task)

@@ -105,7 +105,7 @@ def add(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return verb(**options, **({"reading": Reading(**given)} if shared else {}))
 
         every = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own.values(), *shared.values()) if p.name != "reading"]
-        call.__signature__ = inspect.Signature(every)  # pyright: ignore[reportFunctionMemberAccess]
+        call.__signature__ = inspect.Signature(every)
         text = inspect.cleandoc(verb.__doc__ or "")
         epilog = f"example: rest-rl data {verb.__name__} {example}\n"
         group.command(verb.__name__, cls=Verb, help=text, short_help=text.split("\n")[0], epilog=epilog)(call)

@@ -136,7 +136,7 @@ def _evaluate(values: dict[str, Any]) -> int:
     """Ask, judge, write and show; returns 1 if a sample was left without a response."""
     from rich.console import Console
 
-    from rest_rl.cli.terminal import SampleScreen, say
+    from rest_rl.cli.terminal import Screen, say
     from rest_rl.evaluate.run import preview, run_request
 
     console = Console()
@@ -151,14 +151,14 @@ def _evaluate(values: dict[str, Any]) -> int:
 
         quiet_loading()
     if is_dry:
-        shown = preview(request, SampleScreen(console))
+        shown = preview(request, Screen(console))
         for title, text in shown.parts:
             console.rule(title or shown.identity, align="left", style="dim")
             say(console, text)
         if shown.tokens is not None:
             console.rule(f"{shown.tokens} tokens", align="left", style="dim")
         return 0
-    result = run_request(request, SampleScreen(console))
+    result = run_request(request, Screen(console))
     _show_summary(result.summary)
     for row in result.failed[:10]:
         say(console, f"no response to {row['id']}: {row['error']}")

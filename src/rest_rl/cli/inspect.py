@@ -54,6 +54,8 @@ def inspect(
     json: AsJson = False,
 ) -> None:
     """Show the tokens of rows {"response": text} or {"ids": [...]} with region and weight."""
+    from rich.console import Console
+
     from rest_rl.cli.terminal import show_tokens
     from rest_rl.formats import get_format
     from rest_rl.jsonl import as_json, parse_row, read_lines
@@ -61,7 +63,7 @@ def inspect(
     from rest_rl.train.policy import load_tokenizer
 
     settings = {"preset": get_preset(preset), "progress": progress, "entropies": read_entropies(entropies)}
-    loaded = load_tokenizer(tokenizer)
+    loaded, console = load_tokenizer(tokenizer), Console()
     settings["format"] = get_format(format_for(tool_format, loaded))
     for number, line in read_lines(file):
         try:
@@ -72,7 +74,7 @@ def inspect(
         if json:
             print(as_json({"tokens": [token._asdict() for token in tokens]}))
         else:
-            show_tokens(f"row {number}", with_whole_characters(tokens, loaded))
+            show_tokens(f"row {number}", [token[1:] for token in with_whole_characters(tokens, loaded)], console)
 
 
 def format_for(name: str, tokenizer: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from rest_rl.cli.terminal import eval_bar, show_table
+from rest_rl.cli.terminal import Screen, show_table
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.samples import ToolSample
@@ -269,12 +269,12 @@ def prompts_per_step(config: RunConfig) -> int:
 def bar(console: Console, name: str, total: int) -> Iterator[Callable[[str], None]]:
     """The progress bar of one format; call it with what is being done."""
     done = 0
-    with eval_bar(console, 0, total) as advance:
+    with Screen(console).track("sampling", total) as advance:
 
         def step(what: str) -> None:
             nonlocal done
             done += 1
-            advance(done, f"{name}: {what}")
+            advance(done, note=f"{name}: {what}")
 
         yield step
 

@@ -1,17 +1,17 @@
-"""What the command shows: the progress bar, the before/after table, responses coloured by region."""
+"""What the command shows: progress, tables, responses coloured by region."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -23,89 +23,10 @@ from rest_rl.runlog import Advance, SilentObserver
 
 LINE_EVERY = 60.0
 """Seconds between two lines of progress where there is no terminal."""
+MANY = 100_000
+"""A total from which on it counts bytes, which a bar shows better than their number."""
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """Controls but line feed and tab, which a terminal would obey, and lone surrogates, which no output takes."""
-
-
-class ShownToken(Protocol):
-    """What is needed of a token to show it."""
-
-    @property
-    def text(self) -> str:
-        """The token's own text."""
-        ...
-
-    @property
-    def region(self) -> str:
-        """Label of its region."""
-        ...
-
-    @property
-    def weight(self) -> float:
-        """Its gradient weight."""
-        ...
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar with steps, a note and the time left; it fits 80 columns."""
-    return Progress(
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-    )
-
-
-@contextmanager
-def eval_bar(console: Console, done: int, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar over samples with their rate and the time left; call it with (samples done, note).
-
-    Where the output is no terminal, a line a minute instead.
-    """
-    columns = (
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total, completed=done, note="", rate="")
-        begun = told = time.monotonic()
-
-        def advance(now: int, note: str) -> None:
-            nonlocal told
-            seconds = time.monotonic() - begun or 1e-9
-            rate = f"{(now - done) / seconds:.1f}/s"
-            progress.update(task, completed=now, note=note, rate=rate)
-            if not console.is_terminal and (now == total or time.monotonic() - told >= LINE_EVERY):
-                told = time.monotonic()
-                left = timedelta(seconds=round((total - now) * seconds / max(now - done, 1)))
-                console.print(f"{now}/{total} {rate} {note} {left} left", highlight=False)
-
-        yield advance
-
-
-class SampleScreen(SilentObserver):
-    """The observer of what measures samples: text as it is, a bar with their rate."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def say(self, text: str) -> None:
-        say(self.console, text)
-
-    @contextmanager
-    def track(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
-        if total is None:
-            with self.console.status(what):
-                yield lambda done, total=None, note="": None
-            return
-        with eval_bar(self.console, done, total) as advance:
-            yield lambda done, total=None, note="": advance(done, note)
 
 
 def printable(text: str) -> str:
@@ -141,14 +62,13 @@ def legend(weights: Mapping[str, float] | None = None) -> Text:
     return text
 
 
-def show_tokens(title: str, tokens: Sequence[ShownToken], console: Console | None = None) -> None:
-    """A response in colours, then a table of its regions with token count and mean weight."""
-    console = console or Console()
+def show_tokens(title: str, tokens: Sequence[tuple[str, str, float]], console: Console) -> None:
+    """A response in colours, then a table of its regions; a token is its text, region and weight."""
     console.rule(title, align="left", style="dim")
-    console.print(coloured((token.text, token.region) for token in tokens), soft_wrap=True)
+    console.print(coloured((text, region) for text, region, _ in tokens), soft_wrap=True)
     table = Table("region", "tokens", "share", "mean weight", box=None, header_style="dim")
     for label, colour in REGION_COLOURS.items():
-        weights = [token.weight for token in tokens if token.region == label]
+        weights = [weight for _, region, weight in tokens if region == label]
         if weights:
             mean, share = sum(weights) / len(weights), len(weights) / len(tokens)
             table.add_row(Text(label, style=colour), str(len(weights)), f"{share:.0%}", f"{mean:.3f}")
@@ -193,45 +113,65 @@ def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Con
     console.print(table)
 
 
-class Screen:
-    """The observer of the command: shows a run in the terminal."""
+class Screen(SilentObserver):
+    """The observer of the command: lines, tables and bars; where the output is no terminal, a line a minute."""
 
-    def __init__(self, console: Console, show_every: int = 0) -> None:
+    def __init__(self, console: Console | None = None, show_every: int = 0) -> None:
         """`show_every`: steps between two sample responses, 0 for none."""
-        console.file = console.file  # a workflow that redirects sys.stdout does not catch what is shown
-        self.console, self.show_every = console, show_every
-        self.weights: dict[str, float] = {}
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self.console, self.show_every = console or Console(), show_every
+        self.console.file = self.console.file  # a workflow that redirects sys.stdout does not catch what is shown
+        self._weights: dict[str, float] = {}
+        self._told = time.monotonic()
+        self._tracks: list[Advance] = []
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+            transient=True,
+        )
+
+    def say(self, text: str) -> None:
+        say(self.console, text)
+
+    def show_table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        show_table(title, header, rows, self.console)
 
     @contextmanager
     def track(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
-        """A bar, or where the end is not known a status line."""
-        if total is None:
-            with self.console.status(what):
-                yield lambda done, total=None, note="": None
-            return
-        with progress_bar(self.console) as progress:
-            task = progress.add_task("", total=total, completed=done, note="")
-            self._progress, self._task = progress, task
+        task = self._bars.add_task(what, total=total, completed=done, note="")
+        begin, begun, known = time.monotonic(), done, total
 
-            def advance(done: int, total: int | None = None, note: str = "") -> None:
-                progress.update(task, completed=done, total=total, note=note)
+        def advance(done: int, total: int | None = None, note: str = "") -> None:
+            nonlocal known
+            known = total = total or known
+            amount = f"{done}/{total}" if total and total < MANY else ""
+            self._bars.update(task, completed=done, total=total, note=f"{amount} {note}")
+            if not self.console.is_terminal and (done == total or time.monotonic() - self._told >= LINE_EVERY):
+                self._told = time.monotonic()
+                rate = (done - begun) / max(self._told - begin, 1e-9)
+                left = f"{timedelta(seconds=round((total - done) / rate))} left" if total and rate > 0 else ""
+                self.say(" ".join(part for part in (what, amount, note, left) if part))
 
+        self._tracks.append(advance)
+        if self.console.is_terminal:
+            self._bars.start()
+        try:
             yield advance
-        self._progress = None
-
-    def show_table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table whose first column is text and whose other columns are numbers."""
-        show_table(title, header, rows, self.console)
+        finally:
+            self._tracks.remove(advance)
+            self._bars.remove_task(task)
+            if self.console.is_terminal and not self._tracks:
+                self._bars.stop()
 
     def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
-        """Move the bar."""
         weights = {label: metrics.get(f"rest/weight/{label}") for label in REGION_COLOURS}
-        self.weights = {label: float(weight) for label, weight in weights.items() if is_number(weight)}
-        if self._progress is not None and self._task is not None:
+        self._weights = {label: float(weight) for label, weight in weights.items() if is_number(weight)}
+        if self._tracks:
             note = "  ".join(f"{name} {metrics[key]:.3f}" for key, name in SHOWN.items() if key in metrics)
-            self._progress.update(self._task, completed=step, total=total, note=note)
+            self._tracks[-1](step, total, note)
 
     def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show the first response of a step now and then."""
@@ -240,17 +180,12 @@ class Screen:
         row = rows[0]
         self.console.rule(f"step {step}, reward {row['reward']:.2f}", align="left", style="dim")
         self.console.print(coloured(recorded_pieces(row)), soft_wrap=True)
-        self.console.print(legend(self.weights))
+        self.console.print(legend(self._weights))
 
     def on_finding(self, finding: Finding) -> None:
         """A warning: the figure, then cause and remedy."""
-        self.console.print(Text(f"step {finding.step}: {finding.figure}", style="yellow"), soft_wrap=True)
-        self.console.print(Text(f"  likely cause: {finding.cause}"), soft_wrap=True)
-        self.console.print(Text(f"  remedy: {finding.remedy}"), soft_wrap=True)
-
-    def say(self, text: str) -> None:
-        """One line."""
-        self.console.print(printable(text), highlight=False, markup=False)
+        say(self.console, f"step {finding.step}: {finding.figure}", style="yellow")
+        say(self.console, f"  likely cause: {finding.cause}\n  remedy: {finding.remedy}")
 
 
 SHOWN = {
