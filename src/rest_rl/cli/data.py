@@ -87,9 +87,9 @@ class Reading:
         if sys.stderr.isatty():
             from rich.console import Console
 
-            from rest_rl.cli.terminal import SampleScreen
+            from rest_rl.cli.terminal import Screen
 
-            settings["observer"] = SampleScreen(Console(stderr=True))
+            settings["observer"] = Screen(Console(stderr=True))
         return read_rows(files, layout=layout, test=test, **settings)
 
 
