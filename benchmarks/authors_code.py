@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from method_cost import FORMAT, byte_level, load, responses
 
-from rest_rl.presets import token_weights
+from rest_rl.presets import score_response, token_weights
 from rest_rl.response import Gold
-from rest_rl.scoring import score_response
 
 FRAGMENTS = ['"', "{", "}", "\n", "</think>", "<tool_call>", "<response>", "</response>", "\\", " ", "1.0", "true"]
 

@@ -25,9 +25,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from rest_rl.formats import get_format
-from rest_rl.presets import token_weights
+from rest_rl.presets import score_response, token_weights
 from rest_rl.response import Gold, ToolCall
-from rest_rl.scoring import score_response
 
 FORMAT = get_format("toolrl")
 WORDS = (

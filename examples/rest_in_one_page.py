@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rest_rl.credit import group_advantages, reshape, zero_spread
+from rest_rl.credit import group_advantages, weight_advantages, zero_spread
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import tool_world
 from rest_rl.formats import get_format
@@ -27,7 +27,7 @@ from rest_rl.loss import clipped_surrogate, token_entropy
 from rest_rl.presets import Preset, get_preset
 from rest_rl.regions import decode_ids, region_sums, tag_regions
 from rest_rl.response import NUM_REGIONS, Region
-from rest_rl.rewards import Reward, score
+from rest_rl.rewards import Reward, judge
 from rest_rl.weights import RegionStatistics, apply_curriculum, assign_weights, region_weights
 
 FORMAT = get_format("toolrl")
@@ -94,7 +94,7 @@ def rest_loss(
 
     `known` are the statistics that set the weights: those of the steps before, or None when nothing has been measured.
     """
-    regions_BT = tag_regions(rollout.ids_BT, rollout.mask_BT, tokenizer, lambda t: FORMAT.parse(t).spans, FORMAT.tags)
+    regions_BT = tag_regions(rollout.ids_BT, rollout.mask_BT, tokenizer, FORMAT)
     entropy_sums_R, counts_R = region_sums(entropies_BT, regions_BT, rollout.mask_BT)
     measured = RegionStatistics(counts_R, entropy_sums_R / counts_R)
     weights_R = apply_curriculum(region_weights(known, preset.weights), progress, preset.weights)
@@ -102,7 +102,7 @@ def rest_loss(
     loss = clipped_surrogate(
         logprobs_BT,
         old_logprobs_BT,
-        reshape(advantages_B, weights_BT),
+        weight_advantages(advantages_B, weights_BT),
         rollout.mask_BT,
         epsilon_low=preset.epsilon_low,
         epsilon_high=preset.epsilon_high,
@@ -121,7 +121,7 @@ def rewards_of(
     texts = [decode_ids(ids[:length], tokenizer, FORMAT.tags) for ids, length in rows]
     golds = [s.gold for s in samples for _ in range(group_size)]
     return [
-        score(FORMAT.parse(text, spans=False), gold, nu, preset.reward) for text, gold in zip(texts, golds, strict=True)
+        preset.reward(judge(text, gold, FORMAT), nu) for text, gold in zip(texts, golds, strict=True)
     ]
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rest_rl.credit import group_advantages, reshape, zero_spread
+from rest_rl.credit import group_advantages, weight_advantages, zero_spread
 
 
 def test_grpo_by_hand():
@@ -35,7 +35,7 @@ def test_permuting_a_group_permutes_its_advantages():
 
 def test_reshaping_spreads_an_advantage_over_its_tokens():
     weights_BT = torch.tensor([[1.5, 0.5, 0.0], [1.0, 1.0, 1.0]])
-    assert reshape(torch.tensor([2.0, -1.0]), weights_BT).tolist() == [[3.0, 1.0, 0.0], [-1.0, -1.0, -1.0]]
+    assert weight_advantages(torch.tensor([2.0, -1.0]), weights_BT).tolist() == [[3.0, 1.0, 0.0], [-1.0, -1.0, -1.0]]
 
 
 def test_bad_shapes_and_kinds_are_refused():
@@ -44,5 +44,5 @@ def test_bad_shapes_and_kinds_are_refused():
     with pytest.raises(ValueError, match="dr_grpo"):
         group_advantages(torch.zeros(4), 2, "ppo")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(B,\) and \(B, T\)"):
-        reshape(torch.zeros(2), torch.zeros(3, 4))
+        weight_advantages(torch.zeros(2), torch.zeros(3, 4))
     assert not math.isnan(group_advantages(torch.zeros(4), 2).sum().item())

@@ -53,7 +53,15 @@ TORCH_FREE = [
     "rest_rl.json_spans",
     "rest_rl.formats",
 ]
-TORCH_FREE += ["rest_rl.rewards", "rest_rl.scoring", "rest_rl.authors_code", "rest_rl.runlog", "rest_rl.data.samples"]
+TORCH_FREE += [
+    "rest_rl.rewards",
+    "rest_rl.presets",
+    "rest_rl.weights",
+    "rest_rl.credit",
+    "rest_rl.authors_code",
+    "rest_rl.runlog",
+    "rest_rl.data.samples",
+]
 TORCH_FREE += ["rest_rl.report.diagnosis"]
 TORCH_FREE += ["rest_rl.evaluate.benchmarks.api_bank", "rest_rl.evaluate.benchmarks.bfcl.benchmark"]
 TORCH_FREE += ["rest_rl.data.check", "rest_rl.data.shapes", "rest_rl.data.write", "rest_rl.cli.data"]

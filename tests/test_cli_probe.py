@@ -18,13 +18,12 @@ from rest_rl.cli.app import main
 from rest_rl.cli.probe import scoring_of
 from rest_rl.config import read_run_file
 from rest_rl.data.layout import PromptLayout
-from rest_rl.presets import token_weights
+from rest_rl.presets import score_response, token_weights
 from rest_rl.probe.figures import GroupTokens, Probe
 from rest_rl.probe.measure import Weigher, probe_gradients, sampled_tokens
 from rest_rl.probe.rules import rivals
 from rest_rl.probe.sample import Group, sample_groups
 from rest_rl.regions import decode_ids
-from rest_rl.scoring import score_response
 from tests.model_families import save_family
 from tests.test_probe import made_probe
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer

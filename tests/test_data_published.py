@@ -16,8 +16,8 @@ from rest_rl.data.check import DataReport
 from rest_rl.data.load import load_dataset
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import get_format
-from rest_rl.rewards import exact_match
 from tests.published_data import published
+from tests.scores import exact_match
 
 BLOCK = re.compile(r"<(user|tool_call|obs|response)>")
 SFT = "toolrl/rlla_sft.json"

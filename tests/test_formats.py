@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rest_rl.formats import FORMATS, ToolFormat, get_format
 from rest_rl.response import Gold, Region, ToolCall
-from rest_rl.rewards import exact_match, score
+from tests.scores import exact_match, score
 from tests.test_json_spans import json_values
 
 HERE = Path(__file__).parent / "golden"

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from rest_rl.formats import FORMATS, get_format
-from rest_rl.presets import token_weights
+from rest_rl.presets import score_response, token_weights
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Gold, ToolCall
-from rest_rl.scoring import score_response
 from tests.tokenizers_in_memory import KINDS
 
 TOKENIZERS = {name: build() for name, build in KINDS.items()}
@@ -101,9 +100,7 @@ def check_weights(rows: list[list[int]], kind: str, rng: random.Random) -> None:
     entropies_BT = torch.rand(ids_BT.shape) * rng.choice([0.0, 1e-9, 1.0, 12.0])
     for name in rng.sample(NAMES, 3):
         tool_format = get_format(name)
-        regions_BT = tag_regions(
-            ids_BT, mask_BT, TOKENIZERS[kind], lambda text, f=tool_format: f.parse(text).spans, tool_format.tags
-        )
+        regions_BT = tag_regions(ids_BT, mask_BT, TOKENIZERS[kind], tool_format)
         assert ((regions_BT >= 0) & (regions_BT < 6)).all()
         for preset in ("rest", "paper", *["authors-code"] * (name in ("toolrl", "hermes"))):
             weights_BT = token_weights(

@@ -21,12 +21,12 @@ from rest_rl.data.samples import ToolSample
 from rest_rl.formats import Qwen3CoderFormat
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Gold, Region
-from rest_rl.rewards import exact_match
 from rest_rl.runlog import read_run
 from rest_rl.train.policy import load_policy
 from rest_rl.train.prompts import encode, training_dataset
 from rest_rl.train.sft import labelled_dataset
 from tests.model_families import DIALOGUES, FAMILIES, TEMPLATES, family_tokenizer, save_dialogues, save_family
+from tests.scores import exact_match
 
 RL = ["trl.max_steps=2", "trl.num_generations=2", "trl.per_device_train_batch_size=4", "trl.max_completion_length=12"]
 RL += ["trl.gradient_accumulation_steps=1", "trl.save_steps=1", "eval.max_new_tokens=8"]

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from rest_rl.authors_code import authors_normalise, authors_weights
+from rest_rl.authors_code import authors_normalise, authors_step, authors_weights
 from rest_rl.formats import FORMATS
-from rest_rl.presets import PRESETS, get_preset, token_weights
+from rest_rl.presets import PRESETS, get_preset, score_response, token_weights
 from rest_rl.regions import region_means, tag_regions, token_bytes
 from rest_rl.response import Gold, Region, ToolCall, gold_from_json
-from rest_rl.scoring import PRESET_REWARDS, authors_step, score_response
 from rest_rl.weights import RegionStatistics, WeightConfig
 from tests.tokenizers_in_memory import KINDS, byte_level
 
@@ -91,7 +90,7 @@ def test_our_presets_do_not_repeat_the_published_gaps(preset):
     ids_BT, mask_BT = batch(*TEXTS, eos=True)
     weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, preset=preset, entropies=torch.rand(ids_BT.shape) + 0.1)
     assert (weights_BT[mask_BT.bool()] > 0).all()  # all calls, last tokens, end of sequence, unparsable responses
-    regions_BT = tag_regions(ids_BT, mask_BT, TOKENIZER, lambda text: TOOLRL.parse(text).spans)
+    regions_BT = tag_regions(ids_BT, mask_BT, TOKENIZER, TOOLRL)
     names = [weights_BT[0][regions_BT[0] == Region.NAME].unique().tolist()]
     assert len(names[0]) == 1  # both names, to their last token, weigh the same
 
@@ -117,7 +116,7 @@ def test_the_baselines_weigh_all_tokens_alike(preset):
 def test_region_means_may_stand_in_for_token_entropies():
     ids_BT, mask_BT = batch(*TEXTS[:2])
     entropies_BT = torch.rand(ids_BT.shape)
-    regions_BT = tag_regions(ids_BT, mask_BT, TOKENIZER, lambda text: TOOLRL.parse(text).spans)
+    regions_BT = tag_regions(ids_BT, mask_BT, TOKENIZER, TOOLRL)
     means_R = region_means(entropies_BT, regions_BT, mask_BT)
     mapping = {region.label: means_R[region].item() for region in Region if not means_R[region].isnan()}
     from_tokens, from_means = (
@@ -137,7 +136,7 @@ def test_statistics_of_the_global_batch_weigh_every_micro_batch_alike():
 
 def test_structure_outweighs_reasoning_and_reasoning_gains_with_progress_or_as_it_becomes_sure():
     ids_BT, mask_BT = batch(TEXTS[0])
-    regions_T = tag_regions(ids_BT, mask_BT, TOKENIZER, lambda text: TOOLRL.parse(text).spans)[0]
+    regions_T = tag_regions(ids_BT, mask_BT, TOKENIZER, TOOLRL)[0]
     measured = {"format": 0.1, "name": 0.2, "arguments": 0.5, "reasoning": 2.0, "other": 1.0}
 
     def weight(region, progress, preset="rest", entropies=measured):
@@ -168,7 +167,7 @@ def test_top_entropy_and_collision_through_the_one_call():
 
 def test_missing_or_wrong_entropies_and_names_are_refused():
     ids_BT, mask_BT = batch(TEXTS[0])
-    with pytest.raises(ValueError, match="needs entropies"):
+    with pytest.raises(ValueError, match="entropies"):
         token_weights(ids_BT, mask_BT, TOKENIZER)
     for preset, step in (("rest", 3), ("authors-code", -1)):
         with pytest.raises(ValueError, match="step"):
@@ -185,7 +184,7 @@ def test_missing_or_wrong_entropies_and_names_are_refused():
         authors_step(1.5)
 
 
-@pytest.mark.parametrize("preset", PRESET_REWARDS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_gold_scores_the_maximum_under_every_preset(preset):
     calls = (ToolCall("f", {"a": 1}),)
     reward = score_response(TOOLRL.render("a", calls, None), Gold(calls), preset=preset, progress=0.5)
@@ -195,7 +194,7 @@ def test_gold_scores_the_maximum_under_every_preset(preset):
 
 def test_scoring_imports_no_torch():
     code = (
-        "import sys, rest_rl.scoring as s; from rest_rl.response import Gold; s.score_response('', Gold());"
+        "import sys, rest_rl.presets as s; from rest_rl.response import Gold; s.score_response('', Gold());"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -25,9 +25,7 @@ GOLDEN = [json.loads(line) for line in (Path(__file__).parent / "golden" / "resp
 def tag(ids, tokenizer=BYTE_LEVEL, tool_format=TOOLRL, mask=None):
     ids_BT = torch.tensor([ids], dtype=torch.long)
     mask_BT = torch.ones_like(ids_BT) if mask is None else torch.tensor([mask])
-    return tag_regions(ids_BT, mask_BT, tokenizer, lambda text: tool_format.parse(text).spans, tool_format.tags)[
-        0
-    ].tolist()
+    return tag_regions(ids_BT, mask_BT, tokenizer, tool_format)[0].tolist()
 
 
 def ids_of(text, tokenizer=BYTE_LEVEL):
@@ -298,7 +296,7 @@ def test_rows_of_a_batch_do_not_touch_each_other():
     width = max(map(len, rows))
     ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    together = tag_regions(ids_BT, mask_BT, BYTE_LEVEL, lambda text: TOOLRL.parse(text).spans).tolist()
+    together = tag_regions(ids_BT, mask_BT, BYTE_LEVEL, TOOLRL).tolist()
     for row, regions in zip(rows, together, strict=True):
         assert regions[: len(row)] == (tag(row) if row else [])
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from rest_rl.formats import FORMATS
 from rest_rl.response import Gold, ToolCall, gold_from_json
-from rest_rl.rewards import RewardConfig, accuracy_score, exact_match, format_score, json_equal, score
+from rest_rl.rewards import RewardConfig, accuracy_score, format_score, json_equal
+from tests.scores import exact_match, score
 from tests.test_formats import calls, calls_for, plain_text, writable
 from tests.test_json_spans import json_values
 

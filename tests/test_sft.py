@@ -19,11 +19,11 @@ from rest_rl.formats import as_demonstrated, get_format
 from rest_rl.presets import SUPERVISED
 from rest_rl.regions import tag_regions
 from rest_rl.response import Gold, Region, ToolCall
-from rest_rl.rewards import exact_match
 from rest_rl.runlog import read_run
 from rest_rl.train.prompts import IGNORED
 from rest_rl.train.sft import RegionSFTTrainer, labelled_dataset, region_trainer, token_loss_weights, weights_by_region
 from tests.sample_files import save_samples
+from tests.scores import exact_match
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -92,8 +92,7 @@ def test_the_first_loss_is_the_weighted_mean_of_token_losses(preset: str, tmp_pa
             targets_BT.clamp(min=0),
             mask_BT,
             TOKENIZER,
-            lambda text: LAYOUT.format.parse(text).spans,
-            LAYOUT.format.tags,
+            LAYOUT.format,
         )
         raw_BT = weights_by_region(SUPERVISED[preset])[regions_BT] * mask_BT
         weights_BT = raw_BT / (raw_BT.sum() / mask_BT.sum())
@@ -119,9 +118,7 @@ def test_tsft_weighs_calls_twice_and_has_mean_one() -> None:
     weights_BT = token_loss_weights(labels_BT, LAYOUT, weights_by_region(SUPERVISED["tsft"]))
     mask_BT = labels_BT != IGNORED
     assert weights_BT[mask_BT].mean().item() == pytest.approx(1.0)
-    regions_BT = tag_regions(
-        labels_BT.clamp(min=0), mask_BT, TOKENIZER, lambda text: LAYOUT.format.parse(text).spans, LAYOUT.format.tags
-    )
+    regions_BT = tag_regions(labels_BT.clamp(min=0), mask_BT, TOKENIZER, LAYOUT.format)
     reasoning = weights_BT[mask_BT & (regions_BT == Region.REASONING)]
     name = weights_BT[mask_BT & (regions_BT == Region.NAME)]
     assert len(reasoning) > 0

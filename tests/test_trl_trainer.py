@@ -12,7 +12,7 @@ import torch
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from rest_rl.credit import reshape
+from rest_rl.credit import weight_advantages
 from rest_rl.formats import FORMATS
 from rest_rl.loss import clipped_surrogate
 from rest_rl.presets import PRESETS
@@ -118,9 +118,11 @@ def test_the_loss_is_the_clipped_surrogate_of_the_weighed_advantages(tokenizer, 
     weights_R = apply_curriculum(region_weights(statistics, config), 0.5, config)
     weights_BT = assign_weights(weights_R, regions_BT, mask_BT)
     assert (weights_BT[mask_BT > 0] - 1).abs().max() > 0.2
-    expected = clipped_surrogate(logps_BT, inputs["old_per_token_logps"], reshape(advantages_B, weights_BT), mask_BT)
+    expected = clipped_surrogate(
+        logps_BT, inputs["old_per_token_logps"], weight_advantages(advantages_B, weights_BT), mask_BT
+    )
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
-    unweighed_BT = reshape(advantages_B, torch.ones_like(weights_BT))
+    unweighed_BT = weight_advantages(advantages_B, torch.ones_like(weights_BT))
     unweighed = clipped_surrogate(logps_BT, inputs["old_per_token_logps"], unweighed_BT, mask_BT)
     assert abs(unweighed.item() - loss.item()) > 1e-3
     assert inputs["advantages"] is advantages_B

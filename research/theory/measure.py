@@ -188,7 +188,7 @@ def theory_rules() -> dict[str, WeightConfig]:
     every = {name: preset.weights for name, preset in rivals().items()}
     names = (UNIFORM, "rest", *(f"rest, {rule}" for rule in ENTROPY_RULES), "paper", "inverted", "top_entropy")
     names += (NO_REASONING, SHUFFLED[0])
-    found = {name: config for name in names if (config := every.get(name)) is not None}
+    found = {name: config for name in names if isinstance(config := every.get(name), WeightConfig)}
     return {**found, CONSTANTS: WeightConfig(rule="constant", constants=dict(AUTHORS_CONSTANTS))}
 
 

@@ -9,32 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rest_rl.credit import group_advantages, reshape
+    from rest_rl.credit import group_advantages, weight_advantages
     from rest_rl.data.samples import Dialogue, ToolSample, decompose
     from rest_rl.formats import FORMATS, ToolFormat, get_format
     from rest_rl.loss import clipped_surrogate, token_entropy
-    from rest_rl.presets import PRESETS, Preset, get_preset, token_weights
-    from rest_rl.regions import decode_ids, region_means, tag_regions
+    from rest_rl.presets import PRESETS, Preset, get_preset, score_response, token_weights
+    from rest_rl.regions import tag_regions
     from rest_rl.response import Gold, ParsedResponse, Region, Span, ToolCall
-    from rest_rl.rewards import Reward, RewardConfig, exact_match, score
-    from rest_rl.scoring import score_response
+    from rest_rl.rewards import Judgement, Reward, RewardConfig, RewardRule, judge
     from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
-    from rest_rl.weights import RegionStatistics, WeightConfig, apply_curriculum, assign_weights, region_weights
+    from rest_rl.weights import RegionStatistics, TaggedBatch, WeightConfig, WeightRule
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "credit": ("group_advantages", "reshape"),
+    "credit": ("group_advantages", "weight_advantages"),
     "data.samples": ("Dialogue", "ToolSample", "decompose"),
     "formats": ("FORMATS", "ToolFormat", "get_format"),
     "loss": ("clipped_surrogate", "token_entropy"),
-    "presets": ("PRESETS", "Preset", "get_preset", "token_weights"),
-    "regions": ("decode_ids", "region_means", "tag_regions"),
+    "presets": ("PRESETS", "Preset", "get_preset", "score_response", "token_weights"),
+    "regions": ("tag_regions",),
     "response": ("Gold", "ParsedResponse", "Region", "Span", "ToolCall"),
-    "rewards": ("Reward", "RewardConfig", "exact_match", "score"),
-    "scoring": ("score_response",),
+    "rewards": ("Judgement", "Reward", "RewardConfig", "RewardRule", "judge"),
     "train.trl.trainer": ("ResTConfig", "ResTTrainer"),
-    "weights": ("RegionStatistics", "WeightConfig", "apply_curriculum", "assign_weights", "region_weights"),
+    "weights": ("RegionStatistics", "TaggedBatch", "WeightConfig", "WeightRule"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -43,6 +41,7 @@ __all__ = [
     "PRESETS",
     "Dialogue",
     "Gold",
+    "Judgement",
     "ParsedResponse",
     "Preset",
     "Region",
@@ -51,28 +50,25 @@ __all__ = [
     "ResTTrainer",
     "Reward",
     "RewardConfig",
+    "RewardRule",
     "Span",
+    "TaggedBatch",
     "ToolCall",
     "ToolFormat",
     "ToolSample",
     "WeightConfig",
-    "apply_curriculum",
-    "assign_weights",
+    "WeightRule",
     "clipped_surrogate",
-    "decode_ids",
     "decompose",
-    "exact_match",
     "get_format",
     "get_preset",
     "group_advantages",
-    "region_means",
-    "region_weights",
-    "reshape",
-    "score",
+    "judge",
     "score_response",
     "tag_regions",
     "token_entropy",
     "token_weights",
+    "weight_advantages",
 ]
 
 

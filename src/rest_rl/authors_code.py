@@ -16,10 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from rest_rl.response import Gold
+from rest_rl.response import Gold, check_progress
 
 SCHEDULE_STEPS = 150
 """Steps over which the reward's bounds move; progress 1 stands for this step."""
+
+
+def authors_step(progress: float) -> float:
+    """The step of the published 150-step schedule that a progress in [0, 1] stands for; exact for step / 150."""
+    check_progress(progress)
+    return round(progress * SCHEDULE_STEPS, 9)
 
 
 def authors_reward(response: str, gold: Gold, step: float) -> tuple[float, float]:

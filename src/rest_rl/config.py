@@ -24,8 +24,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rest_rl.credit import AdvantageKind
 from rest_rl.errors import UserError
 from rest_rl.jsonl import reason
-from rest_rl.objects import add_search_folder
-from rest_rl.presets import SUPERVISED, Preset, get_preset
+from rest_rl.objects import UserObject, add_search_folder
+from rest_rl.presets import REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -193,12 +193,9 @@ class RestTable(Table):
             )
         preset = get_preset(self.preset)
         changes: dict[str, Any] = {} if self.advantage is None else {"advantage": self.advantage}
-        for name in ("weights", "reward"):
+        for name, rules, what in (("weights", WEIGHT_RULES, "weight rule"), ("reward", REWARD_RULES, "reward")):
             if table := getattr(self, name):
-                if getattr(preset, name) is None:
-                    own = f"preset {preset.name!r}, whose {name} are the published code's own"
-                    raise UserError(f"{name} {dict(table)} for {own}", "none", f"remove rest.{name}")
-                changes[name] = overridden(getattr(preset, name), table, f"rest.{name}")
+                changes[name] = changed_rule(getattr(preset, name), table, rules, what, f"rest.{name}")
         return dataclasses.replace(preset, **changes)
 
 
@@ -261,9 +258,30 @@ class RunConfig:
 
 def preset_table(preset: Preset) -> dict[str, Any]:
     """A preset as plain TOML values, without its name."""
-    table = dataclasses.asdict(preset)
-    del table["name"]
-    return without_none(table)
+    table = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)[1:]}
+    return without_none({**table, "weights": rule_table(preset.weights), "reward": rule_table(preset.reward)})
+
+
+def rule_table(rule: Any) -> dict[str, Any]:
+    """A weight rule or reward as the table of a run file that `changed_rule` reads back."""
+    if isinstance(rule, UserObject):
+        return {"rule": rule.address, **rule.options}
+    return dataclasses.asdict(rule) if dataclasses.is_dataclass(rule) and not isinstance(rule, type) else {}
+
+
+def changed_rule(own: Any, table: Mapping[str, Any], rules: Mapping[str, type], what: str, where: str) -> Any:
+    """A preset's weight rule or reward with a table's changes: other fields, another rule, or a user's object."""
+    name = table.get("rule")
+    options = {key: value for key, value in table.items() if key != "rule"}
+    if isinstance(name, str) and ":" in name:
+        return UserObject(name, what, options)
+    kind = type(own) if name is None else rules.get(name) if isinstance(name, str) else None
+    if kind is None:
+        expected = f"one of {', '.join(rules)}, or package.module:OBJECT"
+        raise UserError(f"{where}.rule = {name!r}", expected, "choose one of them")
+    base = own if type(own) is kind else kind()
+    has_rule = any(field.name == "rule" for field in dataclasses.fields(kind))
+    return overridden(base, table if has_rule else options, where)
 
 
 def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:

@@ -5,10 +5,10 @@ Shapes: B = P * G responses, the G responses to one prompt consecutive; T comple
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # torch is imported inside the function: run files are read without it
+    from torch import Tensor
 
 AdvantageKind = Literal["grpo", "dr_grpo", "dapo"]
 
@@ -23,6 +23,8 @@ def group_advantages(rewards_B: Tensor, group_size: int, kind: AdvantageKind = "
     aggregation of the loss, arXiv 2503.14476). dr_grpo: R - mean (arXiv 2503.20783). A group without spread has
     advantage 0, and so has a group of one; `zero_spread` marks them for an engine that can draw others instead.
     """
+    import torch
+
     if kind not in get_args(AdvantageKind):
         raise ValueError(f"got advantage {kind!r}, expected one of {', '.join(get_args(AdvantageKind))}")
     rewards_PG = _grouped(rewards_B, group_size)
@@ -38,7 +40,7 @@ def zero_spread(rewards_B: Tensor, group_size: int) -> Tensor:
     return _no_spread(_grouped(rewards_B, group_size)).repeat_interleave(group_size)
 
 
-def reshape(advantages_B: Tensor, weights_BT: Tensor) -> Tensor:
+def weight_advantages(advantages_B: Tensor, weights_BT: Tensor) -> Tensor:
     """Spread each response's advantage over its tokens: A_BT = A_B * w_BT (ResT's reshaped policy gradient).
 
     For w >= 0, min(r w A, clip(r) w A) = w min(r A, clip(r) A): weighting the advantage is weighting the clipped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +46,56 @@ def load_object(address: str, what: str) -> Any:
             "correct the name, or set PYTHONPATH",
         ) from error
     return found
+
+
+class UserObject:
+    """A user's callable with the address and the options that it was made from; it behaves as the object itself."""
+
+    def __init__(self, address: str, what: str, options: Mapping[str, Any]) -> None:
+        """Import the object; a class is called with the options.
+
+        Raises:
+            UserError: it cannot be imported, does not take these options, or cannot be called.
+        """
+        self.address, self.options = address, dict(options)
+        target = load_object(address, what)
+        if isinstance(target, type):
+            try:
+                target = target(**options)
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"{what} {address!r} with {dict(options)} ({error})", f"options of {address}", "change them"
+                ) from error
+        elif options:
+            raise UserError(
+                f"{what} {address!r} with the options {', '.join(options)}",
+                "none, because it is no class that takes options",
+                "remove them, or name a class",
+            )
+        if not callable(target):
+            raise UserError(
+                f"{what} {address!r}, which is a {type(target).__name__}", "something to call", "name a function"
+            )
+        self.target = target
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.target(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "target" or name.startswith("__"):  # before __init__ has run, as in a copy
+            raise AttributeError(name)
+        return getattr(self.target, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UserObject) and (self.address, self.options) == (other.address, other.options)
+
+    def __hash__(self) -> int:
+        return hash(self.address)
+
+
+def name_of(found: object) -> str:
+    """What an error calls a user's object: its address, or its own name."""
+    return getattr(found, "address", None) or getattr(found, "__name__", type(found).__name__)
 
 
 def make_callable(package: str, workflow: str) -> None:

@@ -7,44 +7,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from rest_rl.authors_code import authors_normalise, authors_weights
+from rest_rl.authors_code import authors_step
 from rest_rl.credit import AdvantageKind
+from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat, get_format
-from rest_rl.regions import region_means, region_sums, tag_regions, token_bytes, turns
-from rest_rl.response import NUM_REGIONS, Region
-from rest_rl.rewards import RewardConfig
-from rest_rl.scoring import PRESET_REWARDS, authors_step
+from rest_rl.response import Gold, Region
+from rest_rl.rewards import AuthorsReward, Reward, RewardConfig, RewardRule, apply_reward, judge
 from rest_rl.weights import (
+    AuthorsWeights,
     RegionStatistics,
+    Rule,
+    TaggedBatch,
     WeightConfig,
-    apply_curriculum,
-    assign_weights,
-    keep_top_entropy,
-    normalise,
-    region_weights,
+    WeightRule,
+    weigh,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A training method: how tokens are weighed, how responses are rewarded and compared, where ratios are clipped.
-
-    `weights` is None where the published code's own token weights apply, `reward` where its own reward does.
-    """
+    """A training method: how tokens are weighed, how responses are rewarded and compared, where ratios are clipped."""
 
     name: str
-    weights: WeightConfig | None
-    reward: RewardConfig | None
+    weights: WeightRule
+    reward: RewardRule
     advantage: AdvantageKind = "grpo"
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
 
+
+WEIGHT_RULES: Mapping[str, type] = {**dict.fromkeys(get_args(Rule), WeightConfig), "authors-code": AuthorsWeights}
+"""The package's weight rules by name: `rule` in `[rest.weights]`."""
+REWARD_RULES: Mapping[str, type] = {"rescaled": RewardConfig, "authors-code": AuthorsReward}
+"""The package's rewards by name: `rule` in `[rest.reward]`."""
 
 _UNIFORM = WeightConfig(rule="uniform")
 # No schedule: the weights follow the running entropies. The strength is gentle because twice as much costs accuracy
@@ -52,16 +52,18 @@ _UNIFORM = WeightConfig(rule="uniform")
 _REST = WeightConfig(strength=0.25, w_min=0.25, w_max=4.0)
 # a_f = a_p = a_t = 0.3: the published code moves its weights by 0.002 a step over a schedule of 150 steps
 _PAPER = WeightConfig(w_min=0.001, w_max=8.0, decay_format=0.3, gain_arguments=0.3, gain_reasoning=0.3)
+# The baselines share the reward of `rest`, so that a comparison with them is one of token weights only.
+_REWARD = RewardConfig()
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("rest", _REST, PRESET_REWARDS["rest"]),
-        Preset("paper", _PAPER, PRESET_REWARDS["paper"]),
-        Preset("authors-code", None, PRESET_REWARDS["authors-code"]),
-        Preset("grpo", _UNIFORM, PRESET_REWARDS["grpo"]),
-        Preset("dr_grpo", _UNIFORM, PRESET_REWARDS["dr_grpo"], advantage="dr_grpo"),
-        Preset("dapo", _UNIFORM, PRESET_REWARDS["dapo"], advantage="dapo", epsilon_high=0.28),
+        Preset("rest", _REST, _REWARD),
+        Preset("paper", _PAPER, RewardConfig(accuracy_share_start=0.0, accuracy_share_end=1.0)),
+        Preset("authors-code", AuthorsWeights(), AuthorsReward()),
+        Preset("grpo", _UNIFORM, _REWARD),
+        Preset("dr_grpo", _UNIFORM, _REWARD, advantage="dr_grpo"),
+        Preset("dapo", _UNIFORM, _REWARD, advantage="dapo", epsilon_high=0.28),
     )
 }
 
@@ -78,15 +80,32 @@ which the published code carries; that of rsft is ours.
 
 
 def get_preset(preset: str | Preset) -> Preset:
-    """The preset of that name, or the object itself; ValueError for an unknown name."""
+    """The preset of that name, or the object itself; UserError for an unknown name."""
     if isinstance(preset, Preset):
         return preset
     if preset not in PRESETS:
-        raise ValueError(
-            f"got preset {preset!r}, expected one of {', '.join(PRESETS)} (for training also {', '.join(SUPERVISED)}), "
-            "or a Preset object"
+        raise UserError(
+            f"preset {preset!r}",
+            f"one of {', '.join(PRESETS)} (for training also {', '.join(SUPERVISED)})",
+            "choose one of them, or pass a Preset object",
         )
     return PRESETS[preset]
+
+
+def score_response(
+    text: str,
+    gold: Gold,
+    *,
+    format: str | ToolFormat = "toolrl",
+    preset: str | Preset = "rest",
+    progress: float = 0.0,
+    step: float | None = None,
+) -> Reward:
+    """Reward a response as the preset does at training progress in [0, 1]; malformed text scores low and never raises.
+
+    For the preset `authors-code` the schedule counts absolute steps: `step`, or progress * 150.
+    """
+    return apply_reward(get_preset(preset).reward, judge(text, gold, format), progress, step)
 
 
 def token_weights(
@@ -96,6 +115,7 @@ def token_weights(
     *,
     format: str | ToolFormat = "toolrl",
     preset: str | Preset = "rest",
+    rule: WeightRule | None = None,
     progress: float = 0.0,
     step: float | None = None,
     entropies: Tensor | Mapping[str, float] | RegionStatistics | None = None,
@@ -103,103 +123,90 @@ def token_weights(
 ) -> Tensor:
     """The gradient weight of every sampled token: float32 (B, T), mean 1 over each response, 0 where masked.
 
-    Multiply them into the advantages (`rest_rl.credit.reshape`) and leave the engine's loss as it is.
+    Multiply them into the advantages (`rest_rl.credit.weight_advantages`) and leave the engine's loss as it is.
 
     Args:
         ids_BT: sampled token ids of the completions, end-of-sequence token included.
-        mask_BT: 1 for tokens that take part in the loss, 0 for padding and tool results; each run of ones is one turn.
+        mask_BT: 1 for tokens that take part in the loss, 0 for padding and tool results.
         tokenizer: a transformers fast tokenizer or a `tokenizers.Tokenizer`.
         format: "toolrl", "hermes" or a `ToolFormat` object.
         preset: a name out of `PRESETS` or a `Preset` of your own.
+        rule: a weight rule instead of the preset's.
         progress: training progress nu in [0, 1]. The preset authors-code reads it as step / 150.
-        step: absolute training step, for the preset authors-code alone, instead of progress.
+        step: absolute training step, for the preset authors-code only, instead of progress.
         entropies: policy entropies in nats: one per token (B, T), from which the region means are taken; a mapping from
             region label to its mean ("format", "name", ...), where a region that is left out weighs 1; or whole
             `RegionStatistics`, such as those of the global batch, so that every micro-batch is weighed alike.
         collisions: 1 - sum_v p_v^2 in the same two forms, for the rule `collision`.
 
     Raises:
-        ValueError: the shapes differ, a name is unknown, progress is out of range, or the rule reads entropies and got
-            none.
+        UserError: a name is unknown, progress is out of range, or the rule reads entropies and got none.
+        ValueError: the shapes differ.
     """
+    import torch
+
+    from rest_rl.regions import tag_regions
+
     preset, tool_format, device = get_preset(preset), get_format(format), ids_BT.device
+    chosen = preset.weights if rule is None else rule
     ids_BT, mask_BT = ids_BT.cpu(), mask_BT.cpu()  # tagging runs there, and not every device has float64
-    entropies = entropies.cpu() if isinstance(entropies, Tensor) else entropies
-    collisions = collisions.cpu() if isinstance(collisions, Tensor) else collisions
-    if step is not None and (preset.weights is not None or not 0 <= step < float("inf")):
-        raise ValueError(f"got step {step} for preset {preset.name!r}; expected step >= 0, and for authors-code alone")
-    if preset.weights is None:
-        return _authors_token_weights(
-            ids_BT, mask_BT, tokenizer, tool_format, authors_step(progress) if step is None else step
-        ).to(device)
-    regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, lambda text: tool_format.parse(text).spans, tool_format.tags)
-    return _weigh_regions(regions_BT, mask_BT, preset, progress, entropies, collisions).to(device)
-
-
-def _weigh_regions(
-    regions_BT: Tensor,
-    mask_BT: Tensor,
-    preset: Preset,
-    progress: float,
-    entropies: Tensor | Mapping[str, float] | RegionStatistics | None,
-    collisions: Tensor | Mapping[str, float] | None,
-) -> Tensor:
-    config = preset.weights
-    assert config is not None
-    if config.rule == "top_entropy":
-        if not isinstance(entropies, Tensor):
-            raise ValueError("the rule 'top_entropy' chooses single tokens; pass entropies as a (B, T) tensor")
-        return normalise(keep_top_entropy(entropies, mask_BT, config.quantile), mask_BT)
-    statistics = None
-    if config.needs_statistics:
-        if entropies is None and (config.rule != "collision" or collisions is None):
-            raise ValueError(
-                f"the rule {config.rule!r} of preset {preset.name!r} needs entropies; pass a (B, T) tensor or region "
-                "means, or choose a preset that measures nothing (grpo, dr_grpo, dapo, authors-code)"
-            )
-        if isinstance(entropies, RegionStatistics):
-            statistics = entropies
-        else:
-            statistics = _statistics(regions_BT, mask_BT, entropies, collisions)
-    weights_R = apply_curriculum(region_weights(statistics, config), progress, config)
-    return assign_weights(weights_R, regions_BT, mask_BT)
+    entropies = entropies.cpu() if isinstance(entropies, torch.Tensor) else entropies
+    collisions = collisions.cpu() if isinstance(collisions, torch.Tensor) else collisions
+    is_published = isinstance(chosen, AuthorsWeights)
+    if step is not None and not (is_published and 0 <= step < float("inf")):
+        raise UserError(f"step {step} for preset {preset.name!r}", "step >= 0, and for authors-code only", "remove it")
+    if is_published and step is None:
+        step = authors_step(progress)
+    batch = TaggedBatch(
+        ids_BT,
+        mask_BT,
+        tag_regions(ids_BT, mask_BT, tokenizer, tool_format),
+        tokenizer,
+        tool_format.name,
+        step=1 if step is None else step,
+        entropies_BT=entropies if isinstance(entropies, torch.Tensor) else None,
+    )
+    statistics = _statistics(batch, chosen, entropies, collisions)
+    return weigh(chosen, batch, statistics, progress).to(device)
 
 
 def _statistics(
-    regions_BT: Tensor,
-    mask_BT: Tensor,
-    entropies: Tensor | Mapping[str, float] | None,
+    batch: TaggedBatch,
+    rule: WeightRule,
+    entropies: Tensor | Mapping[str, float] | RegionStatistics | None,
     collisions: Tensor | Mapping[str, float] | None,
-) -> RegionStatistics:
-    _, counts_R = region_sums(torch.zeros(regions_BT.shape), regions_BT, mask_BT)
-    collisions_R = None if collisions is None else _means(collisions, regions_BT, mask_BT)
-    return RegionStatistics(counts_R, _means(entropies, regions_BT, mask_BT), collisions_R)
+) -> RegionStatistics | None:
+    """Region statistics from what the caller knows; UserError where a rule of the package needs more."""
+    import torch
+
+    from rest_rl.regions import region_sums
+
+    if isinstance(entropies, RegionStatistics):
+        return entropies
+    if isinstance(rule, WeightConfig) and rule.needs_statistics:
+        known = entropies is not None or (rule.rule == "collision" and collisions is not None)
+        if not known:
+            raise UserError(
+                f"no entropies, which the rule {rule.rule!r} needs",
+                "a (B, T) tensor or region means",
+                "pass them, or choose a preset that measures nothing (grpo, dr_grpo, dapo, authors-code)",
+            )
+    if entropies is None and collisions is None:
+        return None
+    _, counts_R = region_sums(torch.zeros(batch.regions_BT.shape), batch.regions_BT, batch.mask_BT)
+    collisions_R = None if collisions is None else _means(collisions, batch)
+    return RegionStatistics(counts_R, _means(entropies, batch), collisions_R)
 
 
-def _means(values: Tensor | Mapping[str, float] | None, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def _means(values: Tensor | Mapping[str, float] | None, batch: TaggedBatch) -> Tensor:
     """Region means of per-token values, or the given ones in the order of `Region`: float64 (R,), NaN where unknown."""
-    if values is None:
-        return torch.full((NUM_REGIONS,), float("nan"), dtype=torch.float64)
-    if isinstance(values, Tensor):
-        return region_means(values, regions_BT, mask_BT)
-    labels = [region.label for region in Region]
-    unknown = set(values) - set(labels)
-    if unknown:
-        raise ValueError(f"got values for the regions {sorted(unknown)}, expected some of {', '.join(labels)}")
-    return torch.tensor([float(values.get(label, float("nan"))) for label in labels], dtype=torch.float64)
+    import torch
 
+    from rest_rl.regions import region_means
 
-def _authors_token_weights(
-    ids_BT: Tensor, mask_BT: Tensor, tokenizer: Any, tool_format: ToolFormat, step: float
-) -> Tensor:
-    """The published code's weights, which know the tags of one format, turn by turn: float32 (B, T)."""
-    if tool_format.name not in ("toolrl", "hermes"):
-        raise ValueError(f"preset 'authors-code' got format {tool_format.name!r}, expected toolrl or hermes")
-    table = token_bytes(tokenizer)
-    mask, raw = mask_BT.bool().numpy(), np.zeros(ids_BT.shape, dtype=np.float32)
-    for row, start, end in zip(*turns(mask), strict=True):
-        pieces = table.text_pieces(ids_BT[row, start:end].tolist())
-        raw[row, start:end] = authors_weights(pieces, step, trim_spaces=table.trims_offsets)
-    for row in range(len(raw)):
-        raw[row] = authors_normalise(raw[row], mask[row])
-    return torch.from_numpy(raw)
+    if isinstance(values, torch.Tensor):
+        return region_means(values, batch.regions_BT, batch.mask_BT)
+    given, labels = dict(values or {}), [region.label for region in Region]
+    if unknown := sorted(set(given) - set(labels)):
+        raise UserError(f"values for the regions {unknown}", f"some of {', '.join(labels)}", "correct the label")
+    return torch.tensor([float(given.get(label, float("nan"))) for label in labels], dtype=torch.float64)

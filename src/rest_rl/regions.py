@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from rest_rl.errors import UserError
+from rest_rl.formats import ToolFormat, get_format
 from rest_rl.response import NUM_REGIONS, Region, Span
 
 TIE_ORDER = (Region.NAME, Region.ARGUMENTS, Region.FORMAT, Region.REASONING, Region.ANSWER, Region.OTHER)
@@ -248,13 +249,12 @@ def tag_regions(
     ids_BT: Tensor,
     mask_BT: Tensor,
     tokenizer: Any,
-    find_spans: Callable[[str], Sequence[Span]],
-    tags: Sequence[str] = (),
+    format: str | ToolFormat | Callable[[str], Sequence[Span]] = "toolrl",
 ) -> Tensor:
     """The region of every token: int64 (B, T); tokens that the mask leaves out are OTHER.
 
-    `find_spans` maps the text of one turn to its spans (`lambda text: format.parse(text).spans`). Each run of ones in
-    a row's mask is one turn and is parsed on its own: pass `completion_mask * tool_mask` for rows with tool results. A
+    `format` reads the text of one turn, or is a function from it to its spans. Each run of ones in a row's mask is one
+    turn and is parsed on its own: pass `completion_mask * tool_mask` for rows with tool results. A
     token that straddles regions takes the one that owns most of its bytes (ties: `TIE_ORDER`); a turn's
     end-of-sequence token and the special tokens after it are FORMAT; a token without bytes, such as the first part of
     a character under an incremental decoder, takes the region at its position.
@@ -263,6 +263,7 @@ def tag_regions(
         raise ValueError(
             f"got ids of shape {tuple(ids_BT.shape)} and a mask of {tuple(mask_BT.shape)}, expected one (B, T)"
         )
+    find_spans, tags = _span_finder(format)
     table = token_bytes(tokenizer)
     tag_ids = _tag_ids(table, tags)
     mask = mask_BT.detach().cpu().numpy().astype(bool)
@@ -281,6 +282,16 @@ def tag_regions(
     regions = np.full(ids.shape, int(Region.OTHER), dtype=np.int64)
     regions[mask] = regions_N
     return torch.from_numpy(regions).to(ids_BT.device)
+
+
+def _span_finder(
+    format: str | ToolFormat | Callable[[str], Sequence[Span]],
+) -> tuple[Callable[[str], Sequence[Span]], Sequence[str]]:
+    """The function from text to spans, and the tags that are text although a tokenizer calls them special."""
+    if not isinstance(format, str) and not hasattr(format, "parse"):
+        return cast("Callable[[str], Sequence[Span]]", format), ()
+    tool_format = get_format(cast("str | ToolFormat", format))
+    return lambda text: tool_format.parse(text).spans, tool_format.tags
 
 
 @dataclass

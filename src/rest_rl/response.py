@@ -122,3 +122,9 @@ def _call_from_json(call: Any, number: int) -> ToolCall:
         got = f"arguments of type {type(arguments).__name__} in gold call {number} ({call['name']!r})"
         raise UserError(got, "an object", FIX)
     return ToolCall(call["name"], arguments)
+
+
+def check_progress(progress: float) -> None:
+    """Refuse a training progress nu outside [0, 1]."""
+    if not 0 <= progress <= 1:
+        raise UserError(f"progress {progress}", "a number in [0, 1]", "pass step / (total steps - 1)")

@@ -1,4 +1,4 @@
-"""The rule reward: format score, accuracy score, their rescaling by progress, and what cost what.
+"""Judging a response against gold: format score, accuracy score, what each mistake cost, and the reward made of them.
 
 The rules are ToolRL's (arXiv 2504.13958, section 3.3) with the best instead of a greedy assignment of calls. Not
 judged here: the text of an answer, the truth of the reasoning, argument types against a tool's schema.
@@ -12,18 +12,70 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
+from rest_rl.errors import UserError
+from rest_rl.formats import ToolFormat, get_format
 from rest_rl.json_spans import bare_value
-from rest_rl.response import Gold, ParsedResponse, ToolCall
+from rest_rl.objects import name_of
+from rest_rl.response import Gold, ParsedResponse, ToolCall, check_progress
 
 _Equality = Callable[[Any, Any], bool]
 FindingKind = Literal["format", "unneeded_call", "names", "missing_call", "keys", "missing_argument", "value"]
 
 
+class ScoreFinding(NamedTuple):
+    """One thing that cost something: `cost` is its share of S_format (kind format) or of S_acc (all others).
+
+    The costs of the accuracy findings add up to 1 - S_acc.
+    """
+
+    kind: FindingKind
+    message: str
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a response is worth against gold at any training progress: S_format and S_acc, and why they are not 1."""
+
+    text: str
+    gold: Gold
+    parsed: ParsedResponse
+    format: float
+    """S_format in {0, 1}."""
+    accuracy: float
+    """S_acc in [0, 1]."""
+    explanation: tuple[ScoreFinding, ...]
+
+    @property
+    def exact_match(self) -> bool:
+        """Full marks in both scores: the right blocks and exactly the gold calls."""
+        return self.format == self.accuracy == 1
+
+
+class Reward(NamedTuple):
+    """The reward of one response, the two scores it is made of, and why they are not at their best."""
+
+    total: float
+    format: float
+    accuracy: float
+    explanation: tuple[ScoreFinding, ...]
+
+
+class RewardRule(Protocol):
+    """How a judged response is rewarded; pass your own function or object wherever a name is accepted.
+
+    `progress` is the training progress nu in [0, 1]; `step` is the number of the batch of responses, counted from 1, or
+    None outside training. Return the reward, or a `Reward` to replace the two scores that are shown with it.
+    """
+
+    def __call__(self, judgement: Judgement, progress: float, step: float | None = None) -> float | Reward: ...
+
+
 @dataclass(frozen=True)
 class RewardConfig:
-    """How the two scores make up the reward: R = beta_acc S_acc nu' + beta_fmt S_format (1 - nu')."""
+    """ResT's rescaled reward, R = beta_acc S_acc nu' + beta_fmt S_format (1 - nu'), nu' linear in the progress nu."""
 
     accuracy_scale: float = 1.0
     """beta_acc"""
@@ -35,75 +87,96 @@ class RewardConfig:
     """nu' at progress 1 (ours: format stays worth something)."""
     random: bool = False
     """Train on `random_rewards` instead (a control: what is learnt without a signal). The two scores stay the rule's,
-    and `score` knows nothing of it."""
+    and a call of the rule knows nothing of it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.accuracy_share_start <= self.accuracy_share_end <= 1:
-            raise ValueError(
-                f"got accuracy_share_start {self.accuracy_share_start}, accuracy_share_end {self.accuracy_share_end}; "
-                "expected 0 <= start <= end <= 1"
+            raise UserError(
+                f"accuracy_share_start {self.accuracy_share_start}, accuracy_share_end {self.accuracy_share_end}",
+                "0 <= start <= end <= 1",
+                "change one of them",
             )
         if not (0 <= self.accuracy_scale < float("inf") and 0 <= self.format_scale < float("inf")):
-            raise ValueError(f"got scales {self.accuracy_scale} and {self.format_scale}, expected finite numbers >= 0")
+            raise UserError(
+                f"scales {self.accuracy_scale} and {self.format_scale}", "finite numbers >= 0", "change the scale"
+            )
+
+    def __call__(self, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
+        check_progress(progress)
+        share = self.accuracy_share_start + (self.accuracy_share_end - self.accuracy_share_start) * progress
+        total = self.accuracy_scale * judgement.accuracy * share + self.format_scale * judgement.format * (1 - share)
+        return Reward(total, judgement.format, judgement.accuracy, judgement.explanation)
 
 
-class Finding(NamedTuple):
-    """One thing that cost something: `cost` is its share of S_format (kind format) or of S_acc (all others).
+@dataclass(frozen=True)
+class AuthorsReward:
+    """The published code's reward, whose schedule counts batches of responses: `step`, or progress * 150.
 
-    The costs of the accuracy findings add up to 1 - S_acc.
+    Its format and accuracy are that code's raw scores, which add up to the reward.
     """
 
-    kind: FindingKind
-    message: str
-    cost: float
+    rule: Literal["authors-code"] = "authors-code"
+
+    def __call__(self, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
+        from rest_rl.authors_code import authors_reward, authors_step  # numpy, which no other reward needs
+
+        step = authors_step(progress) if step is None else step
+        if not 0 <= step < float("inf"):
+            raise UserError(f"step {step}", "a number >= 0", "count the batches of responses from 0")
+        well_formatted, correctness = authors_reward(judgement.text, judgement.gold, step)
+        findings = (
+            ScoreFinding("format", f"published format score {well_formatted:g}", 0.0),
+            ScoreFinding("value", f"published correctness score {correctness:g}", 0.0),
+        )
+        return Reward(well_formatted + correctness, well_formatted, correctness, findings)
 
 
-class Reward(NamedTuple):
-    """The reward of one response, its two scores in [0, 1], and why they are not 1."""
+def judge(text: str, gold: Gold, format: str | ToolFormat = "toolrl", *, spans: bool = False) -> Judgement:
+    """Read a response and score it against gold; malformed text scores low and never raises.
 
-    total: float
-    format: float
-    accuracy: float
-    explanation: tuple[Finding, ...]
-
-
-def score(parsed: ParsedResponse, gold: Gold, progress: float = 0.0, config: RewardConfig | None = None) -> Reward:
-    """Score a response against gold at training progress nu in [0, 1]: in [0, max(beta_acc, beta_fmt)].
-
-    R = beta_acc S_acc nu' + beta_fmt S_format (1 - nu'), nu' rising linearly with nu (ResT's rescaled reward).
+    `spans` also locates the regions (`judgement.parsed.spans`), which takes longer.
     """
-    if not 0 <= progress <= 1:
-        raise ValueError(f"got progress {progress}, expected a number in [0, 1]: step / (total steps - 1)")
-    config = config or RewardConfig()
-    share = config.accuracy_share_start + (config.accuracy_share_end - config.accuracy_share_start) * progress
+    parsed = get_format(format).parse(text, spans=spans)
+    return judge_parsed(parsed, gold, text)
+
+
+def judge_parsed(parsed: ParsedResponse, gold: Gold, text: str = "") -> Judgement:
+    """Score a response that has been read already; `text` is kept for rewards that look at it."""
     well_formatted, format_findings = format_score(parsed, gold)
     accuracy, accuracy_findings = accuracy_score(parsed, gold)
-    total = config.accuracy_scale * accuracy * share + config.format_scale * well_formatted * (1 - share)
-    return Reward(total, well_formatted, accuracy, format_findings + accuracy_findings)
+    return Judgement(text, gold, parsed, well_formatted, accuracy, format_findings + accuracy_findings)
+
+
+def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
+    """The rule's reward; a rule that returns a plain number keeps the judgement's own scores beside it."""
+    found = rule(judgement, progress, step)
+    if isinstance(found, Reward):
+        return found
+    try:
+        return Reward(float(found), judgement.format, judgement.accuracy, judgement.explanation)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"a {type(found).__name__} from the reward {name_of(rule)}", "a number", "return a float from the function"
+        ) from None
 
 
 def random_rewards(count: int, seed: int, step: int, first: int = 0) -> list[float]:
     """Rewards in [0, 1) that know nothing of the responses: positions `first` to `first + count` of a batch.
 
-    They depend on the seed, the step and the position alone, so a resumed run draws the same ones:
+    They depend on the seed, the step and the position only, so a resumed run draws the same ones:
     `random_rewards(2, s, k, first=3) == random_rewards(5, s, k)[3:]`.
     """
     draws = random.Random(f"{seed} {step}")
     return [draws.random() for _ in range(first + count)][first:]
 
 
-def exact_match(parsed: ParsedResponse, gold: Gold) -> bool:
-    """Full marks in both scores: the right blocks and exactly the gold calls."""
-    return format_score(parsed, gold)[0] == 1.0 and accuracy_score(parsed, gold)[0] == 1.0
-
-
-def format_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Finding, ...]]:
+def format_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[ScoreFinding, ...]]:
     """S_format in {0, 1}: the blocks that gold needs and no others, each once, complete, in order.
 
     Where the answer is untagged text, text beside calls is allowed. What the blocks hold is not judged here.
     """
     problem = _format_problem(parsed, gold)
-    return (1.0, ()) if problem is None else (0.0, (Finding("format", problem, 1.0),))
+    return (1.0, ()) if problem is None else (0.0, (ScoreFinding("format", problem, 1.0),))
 
 
 def _format_problem(parsed: ParsedResponse, gold: Gold) -> str | None:
@@ -118,7 +191,7 @@ def _format_problem(parsed: ParsedResponse, gold: Gold) -> str | None:
     return None
 
 
-def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Finding, ...]]:
+def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[ScoreFinding, ...]]:
     """S_acc in [0, 1] = (r_name + r_keys + r_values) / (1 + |Gold| + sum_j |keys(G_j)|).
 
     r_name is the multiset Jaccard of tool names, r_keys the sum of Jaccards of argument names, r_values the number of
@@ -129,22 +202,24 @@ def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Fin
     if not gold.calls:
         if not parsed.attempted_call:
             return 1.0, ()
-        return 0.0, (Finding("unneeded_call", "a call was made where none is needed", 1.0),)
+        return 0.0, (ScoreFinding("unneeded_call", "a call was made where none is needed", 1.0),)
     points = 1 + len(gold.calls) + sum(len(call.arguments) for call in gold.calls)
-    findings: list[Finding] = []
+    findings: list[ScoreFinding] = []
     names = _name_score(parsed, gold, points, findings)
     equal = text_equal if parsed.text_values else json_equal
     matched = 0.0
     for call, partner in zip(gold.calls, _assign(gold.calls, parsed.calls, equal), strict=True):
         if partner is None:
             cost = (1 + len(call.arguments)) / points
-            findings.append(Finding("missing_call", f"no call of {_show(call.name)} was made for a gold call", cost))
+            findings.append(
+                ScoreFinding("missing_call", f"no call of {_show(call.name)} was made for a gold call", cost)
+            )
         else:
             matched += _call_score(call, partner, points, findings, equal)
     return (names + matched) / points, tuple(findings)
 
 
-def _name_score(parsed: ParsedResponse, gold: Gold, points: int, findings: list[Finding]) -> float:
+def _name_score(parsed: ParsedResponse, gold: Gold, points: int, findings: list[ScoreFinding]) -> float:
     wanted, made = [call.name for call in gold.calls], [call.name for call in parsed.calls]
     if not parsed.unreadable_calls and sorted(wanted) == sorted(made):
         return 1.0
@@ -153,11 +228,11 @@ def _name_score(parsed: ParsedResponse, gold: Gold, points: int, findings: list[
     union = len(gold.calls) + len(parsed.calls) + parsed.unreadable_calls - common
     parts = _differences(list((wanted - made).elements()), list((made - wanted).elements()))
     parts += [f"{parsed.unreadable_calls} unreadable"] * bool(parsed.unreadable_calls)
-    findings.append(Finding("names", "tool names: " + ", ".join(parts), (1 - common / union) / points))
+    findings.append(ScoreFinding("names", "tool names: " + ", ".join(parts), (1 - common / union) / points))
     return common / union
 
 
-def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[Finding], equal: _Equality) -> float:
+def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[ScoreFinding], equal: _Equality) -> float:
     """Jaccard of the argument names plus the number of equal values, each loss recorded."""
     wanted, given = gold.arguments, made.arguments
     keys = 1.0
@@ -165,10 +240,12 @@ def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[Find
         keys = _jaccard(wanted, given)
         missing = [key for key in wanted if key not in given]
         parts = _differences(missing, [key for key in given if key not in wanted])
-        findings.append(Finding("keys", f"arguments of {_show(gold.name)}: " + ", ".join(parts), (1 - keys) / points))
+        findings.append(
+            ScoreFinding("keys", f"arguments of {_show(gold.name)}: " + ", ".join(parts), (1 - keys) / points)
+        )
         for key in missing:
             message = f"{_show(gold.name)}: no value for {_show(key)}, expected {_show(wanted[key])}"
-            findings.append(Finding("missing_argument", message, 1 / points))
+            findings.append(ScoreFinding("missing_argument", message, 1 / points))
     values = 0
     for key, value in wanted.items():
         if key not in given:
@@ -177,7 +254,7 @@ def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[Find
             values += 1
         else:
             message = f"{_show(gold.name)}: {_show(key)} got {_show(given[key])}, expected {_show(value)}"
-            findings.append(Finding("value", message, 1 / points))
+            findings.append(ScoreFinding("value", message, 1 / points))
     return keys + values
 
 

@@ -1,4 +1,4 @@
-"""Region weights from region statistics, their curriculum over training, and their assignment to tokens.
+"""Weight rules: what the gradient of each sampled token weighs, from regions, their statistics and the progress.
 
 Shapes: B responses, T completion tokens, R regions (the order of `Region`). Entropies are in nats at the sampling
 temperature; `progress` (nu in the paper) runs from 0 at the first step to 1 at the last.
@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from rest_rl.errors import UserError
-from rest_rl.response import NUM_REGIONS, Region
+from rest_rl.objects import name_of
+from rest_rl.response import NUM_REGIONS, Region, check_progress
+
+if TYPE_CHECKING:  # torch is imported inside the functions: presets and run files are read without it
+    from torch import Tensor
 
 Rule = Literal["one_minus_exp", "inverse", "collision", "constant", "uniform", "inverted", "top_entropy", "permuted"]
 
@@ -32,8 +33,108 @@ AUTHORS_CONSTANTS: Mapping[str, float] = {
 
 
 @dataclass(frozen=True)
+class RegionStatistics:
+    """What is known about each region: float64 (R,) each; NaN where a region has not been seen.
+
+    `counts_R` weigh the token mean by which the rule's weights are divided; any common factor cancels.
+    `collisions_R` is the mean of 1 - sum_v p_v^2, needed by the rule `collision` only.
+    """
+
+    counts_R: Tensor
+    entropies_R: Tensor
+    collisions_R: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TaggedBatch:
+    """Sampled responses as a weight rule sees them, on the CPU."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    """1 for tokens that the policy sampled, 0 for padding and tool results."""
+    regions_BT: Tensor
+    """`Region` of every token, int64; OTHER where masked."""
+    tokenizer: Any
+    format: str
+    """Name of the tool-call format."""
+    step: float = 1
+    """Number of the batch of responses, counted from 1."""
+    entropies_BT: Tensor | None = None
+    """Policy entropy of every token in nats, for rules that set `needs_entropies`."""
+    entropies_N: Tensor | None = None
+    """Entropies of all unmasked tokens of the global batch, where this one is a part of it."""
+
+
+class WeightRule(Protocol):
+    """What each token's gradient weighs; pass your own function or object wherever a name is accepted.
+
+    Returns weights >= 0 of shape (B, T), which `weigh` divides by their mean over each response. `statistics` are the
+    region means of the steps before, None in the first step; `progress` is nu in [0, 1].
+
+    A rule may also have these attributes (defaults in parentheses):
+
+    * `needs_entropies` (False): `batch.entropies_BT` is read, so the rule waits for the forward pass.
+    * `is_uniform` (False): all tokens of a response always weigh the same.
+    * `is_normalised` (False): the weights stay as they are returned.
+    * `region_weights(statistics, progress)`: the weight of each region before responses are normalised, float64 (R,),
+      for figures and plots; None where the rule weighs no regions by what was measured.
+    * `check(format, truncates)`: raises `UserError` if the rule cannot weigh responses in that format, or sampled by
+      top-p, top-k or min-p.
+    """
+
+    def __call__(self, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor: ...
+
+
+def weigh(rule: WeightRule, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor:
+    """The rule's weights, of mean 1 over each response's unmasked tokens: float32 (B, T), 0 where masked.
+
+    Raises:
+        UserError: the rule returned something else than finite weights >= 0 of shape (B, T).
+    """
+    import torch
+
+    weights_BT = rule(batch, statistics, progress)
+    if not isinstance(weights_BT, torch.Tensor) or weights_BT.shape != batch.mask_BT.shape:
+        got = tuple(weights_BT.shape) if isinstance(weights_BT, torch.Tensor) else type(weights_BT).__name__
+        raise UserError(
+            f"{got} from the weight rule {name_of(rule)}",
+            f"a tensor of weights of shape {tuple(batch.mask_BT.shape)}, as batch.mask_BT has",
+            "return one weight for every token",
+        )
+    weights_BT = weights_BT.detach().cpu().masked_fill(~batch.mask_BT.bool(), 0.0)
+    if not (torch.isfinite(weights_BT).all() and (weights_BT >= 0).all()):
+        raise UserError(
+            f"negative, infinite or NaN weights from the weight rule {name_of(rule)}",
+            "finite numbers >= 0",
+            "guard the rule against regions that have not been seen (statistics is None in the first step)",
+        )
+    if getattr(rule, "is_normalised", False):
+        return weights_BT.float()
+    return normalise(weights_BT, batch.mask_BT)
+
+
+def region_weights_of(rule: WeightRule, statistics: RegionStatistics | None, progress: float) -> Tensor | None:
+    """The rule's `region_weights`, None for a rule without them."""
+    method = getattr(rule, "region_weights", None)
+    return None if method is None else method(statistics, progress)
+
+
+def needs_entropies(rule: WeightRule) -> bool:
+    """Whether the rule reads the entropies of the batch that it weighs."""
+    return bool(getattr(rule, "needs_entropies", False))
+
+
+def is_uniform(rule: WeightRule) -> bool:
+    """Whether the rule never gives two tokens of a response different weights."""
+    return bool(getattr(rule, "is_uniform", False))
+
+
+@dataclass(frozen=True)
 class WeightConfig:
-    """How region statistics become region weights; every default that is not the paper's is ours and marked so."""
+    """The package's own weight rules: by region from its statistics, or by token (`top_entropy`).
+
+    Every default that is not the paper's is ours and marked so.
+    """
 
     rule: Rule = "one_minus_exp"
     """one_minus_exp 1/(1-exp(-H)), inverse 1/H, collision 1/mean(1-sum p^2), constant, uniform (GRPO); rivals: inverted
@@ -66,22 +167,25 @@ class WeightConfig:
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
-            raise ValueError(f"got rule {self.rule!r}, expected one of {', '.join(get_args(Rule))}")
+            raise UserError(f"rule {self.rule!r}", f"one of {', '.join(get_args(Rule))}", "choose one of them")
         if not 0 <= self.strength <= 1:
-            raise ValueError(f"got strength {self.strength}, expected a number in [0, 1]")
+            raise UserError(f"strength {self.strength}", "a number in [0, 1]", "change it")
         if not 0 < self.w_min <= 1 <= self.w_max < float("inf"):
-            raise ValueError(f"got w_min {self.w_min} and w_max {self.w_max}, expected 0 < w_min <= 1 <= w_max")
+            raise UserError(
+                f"w_min {self.w_min} and w_max {self.w_max}", "0 < w_min <= 1 <= w_max", "change one of them"
+            )
         if not 0 < self.quantile <= 1:
-            raise ValueError(f"got quantile {self.quantile}, expected a number in (0, 1]")
+            raise UserError(f"quantile {self.quantile}", "a number in (0, 1]", "change it")
         if not self.uncertainty_floor > 0:
-            raise ValueError(f"got uncertainty_floor {self.uncertainty_floor}, expected a positive number")
+            raise UserError(f"uncertainty_floor {self.uncertainty_floor}", "a positive number", "change it")
         self._check_regions()
         numbers = self.constants.values()
         known = set(self.constants) == set(REGIONS)
         if not known or not all(0 <= value < float("inf") for value in numbers) or not any(numbers):
-            raise ValueError(
-                f"got constants {dict(self.constants)}, expected a finite number >= 0, not all of them 0, for each of "
-                f"{', '.join(REGIONS)}"
+            raise UserError(
+                f"constants {dict(self.constants)}",
+                f"a finite number >= 0, not all of them 0, for each of {', '.join(REGIONS)}",
+                "give every region one",
             )
 
     def _check_regions(self) -> None:
@@ -99,21 +203,77 @@ class WeightConfig:
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether the rule reads entropies or collision mass at all."""
-        return self.rule not in ("constant", "uniform") and self.strength > 0
+        """Whether the rule reads region statistics at all."""
+        return self.rule not in ("constant", "uniform", "top_entropy") and self.strength > 0
+
+    @property
+    def needs_entropies(self) -> bool:
+        return self.rule == "top_entropy"
+
+    @property
+    def is_uniform(self) -> bool:
+        moves = self.decay_format != 0 or self.gain_arguments != 0 or self.gain_reasoning != 0
+        weighs = self.strength > 0 and (self.rule != "uniform" or moves)
+        return not (weighs or self.dropped or self.needs_entropies)
+
+    def check(self, format: str, truncates: bool) -> None:
+        if self.rule == "collision" and truncates:
+            raise UserError(
+                "the rule 'collision' with top_p, top_k or min_p",
+                "tokens sampled from the whole distribution, which its estimate needs",
+                "leave these at their defaults, or use the rule 'one_minus_exp'",
+            )
+
+    def region_weights(self, statistics: RegionStatistics | None, progress: float) -> Tensor | None:
+        return self._by_region(statistics, progress) if self.needs_statistics else None
+
+    def __call__(self, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor:
+        if not self.needs_entropies:
+            return self._by_region(statistics, progress)[batch.regions_BT]
+        if batch.entropies_BT is None:
+            raise UserError(
+                "the rule 'top_entropy' without the entropies of the batch",
+                "one for every token, because it chooses single tokens",
+                "pass entropies as a (B, T) tensor",
+            )
+        return keep_top_entropy(batch.entropies_BT, batch.mask_BT, self.quantile, batch.entropies_N)
+
+    def _by_region(self, statistics: RegionStatistics | None, progress: float) -> Tensor:
+        return apply_curriculum(region_weights(statistics, self), progress, self)
 
 
 @dataclass(frozen=True)
-class RegionStatistics:
-    """What is known about each region: float64 (R,) each; NaN where a region has not been seen.
+class AuthorsWeights:
+    """The published code's token weights, gaps and normalisation included; they know the tags of two formats."""
 
-    `counts_R` weigh the token mean by which the rule's weights are divided; any common factor cancels.
-    `collisions_R` is the mean of 1 - sum_v p_v^2, needed by the rule `collision` alone.
-    """
+    rule: Literal["authors-code"] = "authors-code"
+    is_normalised = True
 
-    counts_R: Tensor
-    entropies_R: Tensor
-    collisions_R: Tensor | None = None
+    def check(self, format: str, truncates: bool) -> None:
+        if format not in ("toolrl", "hermes"):
+            raise UserError(
+                f"format {format!r} with the weights of 'authors-code', whose published code knows two formats",
+                "toolrl or hermes",
+                "choose one of them, or another preset",
+            )
+
+    def __call__(self, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor:
+        """The weights of the published code at step `batch.step`: found turn by turn, normalised over the response."""
+        import numpy as np
+        import torch
+
+        from rest_rl.authors_code import authors_normalise, authors_weights
+        from rest_rl.regions import token_bytes, turns
+
+        self.check(batch.format, truncates=False)
+        table, mask = token_bytes(batch.tokenizer), batch.mask_BT.numpy().astype(bool)
+        weights = np.zeros(mask.shape, dtype=np.float32)
+        for row, start, end in zip(*turns(mask), strict=True):
+            pieces = table.text_pieces(batch.ids_BT[row, start:end].tolist())
+            weights[row, start:end] = authors_weights(pieces, batch.step, trim_spaces=table.trims_offsets)
+        for row in range(len(weights)):
+            weights[row] = authors_normalise(weights[row], mask[row])
+        return torch.from_numpy(weights)
 
 
 def region_weights(statistics: RegionStatistics | None, config: WeightConfig) -> Tensor:
@@ -124,6 +284,8 @@ def region_weights(statistics: RegionStatistics | None, config: WeightConfig) ->
     all of them when `statistics` is None: nothing has been measured yet. Equal statistics give equal weights. The
     numbers of the rule `constant` are taken as they stand, in every region.
     """
+    import torch
+
     if config.rule == "constant":
         constants_R = torch.tensor([config.constants[region.label] for region in Region], dtype=torch.float64)
         return constants_R**config.strength if config.strength > 0 else torch.ones_like(constants_R)
@@ -147,6 +309,8 @@ def _dealing(config: WeightConfig) -> Tensor:
     The four regions of a call are dealt so that none keeps its own weight; nine seeds give all nine ways. ANSWER and
     OTHER, of which there may be few tokens, keep theirs.
     """
+    import torch
+
     shuffled = (Region.FORMAT, Region.NAME, Region.ARGUMENTS, Region.REASONING)
     ways = [way for way in permutations(shuffled) if all(new != own for new, own in zip(way, shuffled, strict=True))]
     dealing_R = torch.arange(NUM_REGIONS)
@@ -155,11 +319,15 @@ def _dealing(config: WeightConfig) -> Tensor:
 
 
 def _uncertainty(statistics: RegionStatistics, config: WeightConfig) -> Tensor:
+    import torch
+
     if config.rule == "inverse":
         return statistics.entropies_R.double()
     if config.rule == "collision":
         if statistics.collisions_R is None:
-            raise ValueError("the rule 'collision' got no collision mass; pass collisions, or use 'one_minus_exp'")
+            raise UserError(
+                "no collision mass with the rule 'collision'", "the mass of every region", "pass collisions"
+            )
         return statistics.collisions_R.double()
     return -torch.expm1(-statistics.entropies_R.double())
 
@@ -172,8 +340,9 @@ def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -
     `permuted` deals them as it deals the weights. Regions in `dropped` then weigh 0. ValueError for a progress outside
     [0, 1].
     """
-    if not 0 <= progress <= 1:
-        raise ValueError(f"got progress {progress}, expected a number in [0, 1]: step / (total steps - 1)")
+    import torch
+
+    check_progress(progress)
     weights_R = weights_R.clone()
     lowest = torch.minimum(weights_R, torch.tensor(config.w_min, dtype=weights_R.dtype))
     highest = torch.maximum(weights_R, torch.tensor(config.w_max, dtype=weights_R.dtype))
@@ -201,6 +370,8 @@ def normalise(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
     A response without unmasked tokens, or whose weights are all 0, stays 0.
     """
+    import torch
+
     if weights_BT.shape != mask_BT.shape:
         raise ValueError(f"got weights {tuple(weights_BT.shape)} and mask {tuple(mask_BT.shape)}, expected one shape")
     mask_BT = mask_BT.to(device=weights_BT.device, dtype=torch.float64)
@@ -209,11 +380,16 @@ def normalise(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return (weights_BT / torch.where(means_B1 > 0, means_B1, 1.0)).float()
 
 
-def keep_top_entropy(entropies_BT: Tensor, mask_BT: Tensor, quantile: float) -> Tensor:
+def keep_top_entropy(
+    entropies_BT: Tensor, mask_BT: Tensor, quantile: float, entropies_N: Tensor | None = None
+) -> Tensor:
     """1 for the `quantile` most uncertain tokens of the batch and 0 elsewhere (arXiv 2506.01939): float64 (B, T).
 
-    A response below the batch's threshold throughout keeps its own most uncertain token, so that it has a gradient.
+    `entropies_N` are those of all unmasked tokens of the global batch, if this is a part of it. A response below the
+    threshold throughout keeps its own most uncertain token, so that it has a gradient.
     """
+    import torch
+
     mask_BT = mask_BT.bool()
     if entropies_BT.shape != mask_BT.shape:
         raise ValueError(
@@ -222,7 +398,8 @@ def keep_top_entropy(entropies_BT: Tensor, mask_BT: Tensor, quantile: float) -> 
     values_BT = entropies_BT.double().nan_to_num().masked_fill(~mask_BT, -1.0)
     if not mask_BT.any():
         return torch.zeros_like(values_BT)
-    ordered = values_BT[mask_BT].sort(descending=True).values
+    found_N = values_BT[mask_BT] if entropies_N is None else entropies_N.double().nan_to_num()
+    ordered = found_N.sort(descending=True).values
     threshold = ordered[max(0, round(quantile * len(ordered)) - 1)]
     own_B1 = values_BT.max(-1, keepdim=True).values
     return ((values_BT >= torch.minimum(threshold, own_B1)) & mask_BT).double()

@@ -11,7 +11,7 @@ import torch
 from transformers.trainer_callback import ExportableState, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
-from rest_rl.credit import reshape
+from rest_rl.credit import weight_advantages
 from rest_rl.loss import clipped_surrogate
 from rest_rl.train.prompts import training_dataset
 from rest_rl.train.reward import make_tool_reward
@@ -65,7 +65,7 @@ def test_advantages_of_every_token_are_accepted(tokenizer, tmp_path, loss_type):
     weights_BT = torch.rand(logps_BT.shape, generator=torch.Generator().manual_seed(2)) * 2
     reference = {"aggregation": loss_type, "max_length": trainer.max_completion_length}
     for w_BT in (torch.ones_like(weights_BT), weights_BT):
-        advantages_BT = reshape(inputs["advantages"], w_BT)
+        advantages_BT = weight_advantages(inputs["advantages"], w_BT)
         loss = trainer.compute_loss(trainer.model, {**inputs, "advantages": advantages_BT})
         mask_BT, old_BT = inputs["completion_mask"], inputs["old_per_token_logps"]
         expected = clipped_surrogate(logps_BT, old_BT, advantages_BT, mask_BT, **reference)
@@ -84,7 +84,7 @@ def test_every_loss_is_linear_in_the_weights(tokenizer, tmp_path, loss_type, lev
     one_BT, two_BT = (torch.rand(logps_BT.shape, generator=generator) + 0.1 for _ in range(2))
 
     def loss(weights_BT):
-        advantages_BT = reshape(inputs["advantages"], weights_BT)
+        advantages_BT = weight_advantages(inputs["advantages"], weights_BT)
         return trainer.compute_loss(trainer.model, {**inputs, "advantages": advantages_BT}).item()
 
     assert loss(one_BT) + loss(two_BT) == pytest.approx(loss(one_BT + two_BT), rel=1e-5, abs=2e-6)
@@ -119,12 +119,17 @@ class MakesNoForwardPass(ResTTrainer):
 
 
 @pytest.mark.parametrize(
-    ("trainer_class", "error"), [(ReadsAdvantagesFirst, KeyError), (MakesNoForwardPass, RuntimeError)]
+    ("trainer_class", "rule", "error"),
+    [
+        (ReadsAdvantagesFirst, "top_entropy", KeyError),  # its weights wait for the forward pass
+        (MakesNoForwardPass, "top_entropy", RuntimeError),
+        (MakesNoForwardPass, "one_minus_exp", RuntimeError),
+    ],
 )
-def test_a_loss_that_would_bypass_the_weights_fails(tokenizer, tmp_path, trainer_class, error):
+def test_a_loss_that_would_bypass_the_weights_fails(tokenizer, tmp_path, trainer_class, rule, error):
     trainer = trainer_class(
         tiny_model(tokenizer),
-        args=ResTConfig(**tiny_settings(tmp_path)),
+        args=ResTConfig(**tiny_settings(tmp_path, weights={"rule": rule})),
         train_dataset=training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
     )

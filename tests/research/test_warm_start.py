@@ -23,9 +23,9 @@ from rest_rl.evaluate.generate import generate
 from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Region
-from rest_rl.rewards import exact_match
 from rest_rl.train.policy import embedded_model
 from rest_rl.train.prompts import IGNORED, render_prompt
+from tests.scores import exact_match
 
 TOKENIZER: Any = build_tokenizer()
 SAMPLES = [sample for split in SPLITS for sample in tool_world(9, 60, split)]
@@ -81,7 +81,7 @@ def test_every_region_of_a_demonstration_is_found() -> None:
     found = set()
     for row in rows:
         ids_BT = torch.tensor([row])
-        regions = tag_regions(ids_BT, torch.ones_like(ids_BT), TOKENIZER, lambda t: tool_format.parse(t).spans)
+        regions = tag_regions(ids_BT, torch.ones_like(ids_BT), TOKENIZER, tool_format)
         found |= set(regions.flatten().tolist())
     assert found == {int(r) for r in Region} - {int(Region.OTHER)}
 

@@ -99,7 +99,7 @@ def inspect_ids(ids: Sequence[int], tokenizer: Any, settings: Mapping[str, Any])
     ids_BT = torch.tensor([list(ids)])
     mask_BT = torch.ones_like(ids_BT)
     tool_format = settings["format"]
-    regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, lambda text: tool_format.parse(text).spans, tool_format.tags)
+    regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, tool_format)
     weights_BT = token_weights(ids_BT, mask_BT, tokenizer, **settings)
     pieces = token_bytes(tokenizer).split(ids)
     return [

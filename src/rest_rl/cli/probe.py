@@ -54,8 +54,9 @@ from rest_rl.probe.page import (
     sampled_line,
 )
 from rest_rl.probe.rules import SHUFFLED, rivals
-from rest_rl.probe.sample import Group, Scoring, check_reads, sample_groups
+from rest_rl.probe.sample import Group, check_reads, sample_groups
 from rest_rl.probe.variance import most_per_step
+from rest_rl.rewards import RewardRule
 from rest_rl.runlog import replace_file
 from rest_rl.train.policy import load_policy, policy_tokenizer, quiet_loading
 from rest_rl.train.prompts import read_data
@@ -193,9 +194,9 @@ def ask(
     return Asked(layout, random.Random(arguments.seed).sample(samples, min(prompts, len(samples))))
 
 
-def scoring_of(config: RunConfig) -> Scoring:
+def scoring_of(config: RunConfig) -> RewardRule:
     """The reward that training by this run would use."""
-    return config.rest.resolve().reward or "authors-code"
+    return config.rest.resolve().reward
 
 
 def measure(

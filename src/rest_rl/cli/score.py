@@ -19,11 +19,10 @@ def score(
     from rest_rl.errors import UserError
     from rest_rl.formats import get_format
     from rest_rl.jsonl import as_json, parse_row, read_lines
-    from rest_rl.scoring import PRESET_REWARDS
+    from rest_rl.presets import get_preset
 
     get_format(tool_format)
-    if preset not in PRESET_REWARDS:
-        raise UserError(f"preset {preset!r}", f"one of {', '.join(PRESET_REWARDS)}", "see rest-rl presets")
+    get_preset(preset)
     for number, line in read_lines(file):
         try:
             print(as_json(score_row(parse_row(line), tool_format, preset, progress)))
@@ -36,8 +35,8 @@ def score_row(row: Mapping[str, Any], tool_format: str, preset: str, progress: f
     from rest_rl.authors_code import SCHEDULE_STEPS
     from rest_rl.errors import UserError
     from rest_rl.jsonl import text_field
+    from rest_rl.presets import score_response
     from rest_rl.response import gold_from_json
-    from rest_rl.scoring import score_response
 
     step = row.get("step")
     if step is not None:

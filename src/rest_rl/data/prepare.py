@@ -14,7 +14,7 @@ from rest_rl.data.reasons import RowFinding, finding
 from rest_rl.data.samples import ToolSample
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
-from rest_rl.rewards import exact_match
+from rest_rl.rewards import judge
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def check_gold(sample: ToolSample, tool_format: ToolFormat) -> None:
     except ValueError as error:
         got = f"sample {sample.id!r}, whose gold has no response in the format ({error})"
         raise UserError(got, "one that can be written", "fix the row, or take another format") from None
-    if not exact_match(tool_format.parse(text, spans=False), sample.gold):
+    if not judge(text, sample.gold, tool_format).exact_match:
         raise UserError(
             f"sample {sample.id!r}, whose gold does not score full marks when written in format "
             f"{tool_format.name!r} ({text!r:.200})",

@@ -15,7 +15,7 @@ from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.generate import generate
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import decode_ids
-from rest_rl.rewards import accuracy_score, exact_match, format_score
+from rest_rl.rewards import judge
 from rest_rl.statistics import Outcome, summarise
 
 
@@ -42,9 +42,9 @@ def evaluate(
     for draw in range(config.samples):
         on_pass("sampled")
         ids = generate(model, tokenizer, texts, **settings, seed=config.seed + draw)
-        sampled += judge(ids, prompts, tokenizer, tool_format)
+        sampled += outcomes_of(ids, prompts, tokenizer, tool_format)
     on_pass("greedy")
-    greedy = judge(generate(model, tokenizer, texts, **settings, greedy=True), prompts, tokenizer, tool_format)
+    greedy = outcomes_of(generate(model, tokenizer, texts, **settings, greedy=True), prompts, tokenizer, tool_format)
     return {**summarise(sampled), "greedy": summarise(greedy)}
 
 
@@ -62,13 +62,13 @@ def fixed_slice(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
     return [prompts[index] for index in sorted(chosen)]
 
 
-def judge(
+def outcomes_of(
     responses: Sequence[Sequence[int]], prompts: Sequence[Prompt], tokenizer: Any, tool_format: ToolFormat
 ) -> list[Outcome]:
     """The worth of one response per prompt, read from its sampled ids."""
     outcomes: list[Outcome] = []
     for index, (ids, prompt) in enumerate(zip(responses, prompts, strict=True)):
-        parsed, gold = tool_format.parse(decode_ids(ids, tokenizer, tool_format.tags)), prompt.sample.gold
-        scores = float(exact_match(parsed, gold)), accuracy_score(parsed, gold)[0], format_score(parsed, gold)[0]
+        found = judge(decode_ids(ids, tokenizer, tool_format.tags), prompt.sample.gold, tool_format)
+        scores = float(found.exact_match), found.accuracy, found.format
         outcomes.append(Outcome(prompt.sample.kind, prompt.split, index, *scores))
     return outcomes

@@ -95,7 +95,7 @@ class Weigher:
     def weights(self, preset: Preset) -> list[Tensor]:
         """Of each group, as training would weigh it: float32 (G, T), mean 1 over each response."""
         config = preset.weights
-        if config is None:
+        if not isinstance(config, WeightConfig):
             return [self._published(preset, group) for group in self.groups]
         if config.rule == "top_entropy":
             return self._top_entropy(config)
@@ -105,7 +105,7 @@ class Weigher:
     def bounds(self, preset: Preset) -> tuple[float, float]:
         """The least and the greatest weight of a region that has tokens, before normalisation; NaN without such."""
         config = preset.weights
-        if config is None or config.rule == "top_entropy":
+        if not isinstance(config, WeightConfig) or config.rule == "top_entropy":
             return math.nan, math.nan
         weights_R = self._region_weights(config)
         seen = weights_R[self.statistics.counts_R > 0]

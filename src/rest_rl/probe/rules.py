@@ -47,5 +47,5 @@ def candidates() -> dict[str, WeightConfig]:
 def rest_weights() -> WeightConfig:
     """The weights of the preset `rest`."""
     own = PRESETS["rest"].weights
-    assert own is not None
+    assert isinstance(own, WeightConfig)
     return own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
 from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import generate
+from rest_rl.presets import PRESETS
 from rest_rl.regions import decode_ids, tag_regions
-from rest_rl.rewards import RewardConfig, score
-from rest_rl.scoring import score_response
+from rest_rl.rewards import RewardRule, apply_reward, judge
 
 
 class Response(NamedTuple):
@@ -42,10 +42,6 @@ class Group(NamedTuple):
         return group_advantages(rewards_G, len(self.responses), kind)
 
 
-Scoring = RewardConfig | Literal["authors-code"]
-"""How responses are rewarded: settings of the reward, or the published code's own."""
-
-
 def sample_groups(
     model: Any,
     layout: PromptLayout,
@@ -56,12 +52,12 @@ def sample_groups(
     batch_size: int = 128,
     seed: int = 0,
     progress: float = 0.0,
-    reward: Scoring | None = None,
+    reward: RewardRule = PRESETS["rest"].reward,
 ) -> Iterator[Group]:
     """`group_size` responses per prompt at temperature 1, scored at training progress `progress`, in order.
 
     Groups come as their batch is done, so that a caller can show how far it is; equal arguments give equal groups. The
-    default reward is that of `RewardConfig()`. ValueError for one that is random.
+    default reward is that of the preset `rest`. UserError for one that is random.
     """
     check_reads(reward)
     per_batch = max(1, batch_size // group_size)
@@ -83,29 +79,20 @@ def sample_groups(
             yield Group(sample, list(prompt_ids), responses)
 
 
-def check_reads(reward: Scoring | None) -> None:
+def check_reads(reward: RewardRule) -> None:
     """ValueError for a random reward, from which nothing about the responses follows."""
-    if isinstance(reward, RewardConfig) and reward.random:
+    if getattr(reward, "random", False):
         raise UserError(
             "reward.random = true", "a reward that reads the responses", "pass --set rest.reward.random=false"
         )
 
 
-def judged(
-    ids: list[int], sample: ToolSample, layout: PromptLayout, progress: float, reward: Scoring | None
-) -> Response:
+def judged(ids: list[int], sample: ToolSample, layout: PromptLayout, progress: float, reward: RewardRule) -> Response:
     """A response with its regions and scores."""
     tool_format, tokenizer = layout.format, layout.tokenizer
-    text = decode_ids(ids, tokenizer, tool_format.tags)
-    parsed = tool_format.parse(text)
+    judgement = judge(decode_ids(ids, tokenizer, tool_format.tags), sample.gold, tool_format)
     row = torch.tensor([ids], dtype=torch.long)
-    regions_BT = tag_regions(
-        row, torch.ones_like(row), tokenizer, lambda text: tool_format.parse(text).spans, tool_format.tags
-    )
-    published = reward == "authors-code"
-    judgement = score(parsed, sample.gold, progress, None if published else reward)
-    total = judgement.total
-    if published:
-        total = score_response(text, sample.gold, format=tool_format, preset="authors-code", progress=progress).total
-    exact = judgement.format == 1 and judgement.accuracy == 1
-    return Response(list(ids), regions_BT[0].tolist(), total, judgement.format, judgement.accuracy, exact)
+    regions_BT = tag_regions(row, torch.ones_like(row), tokenizer, tool_format)
+    total = apply_reward(reward, judgement, progress).total
+    scores = judgement.format, judgement.accuracy, judgement.exact_match
+    return Response(list(ids), regions_BT[0].tolist(), total, *scores)

@@ -21,7 +21,7 @@ from rest_rl.formats import ToolFormat, get_format
 from rest_rl.report.diagnosis.history import step_of
 from rest_rl.report.tables import is_number
 from rest_rl.response import NUM_REGIONS, Gold, ParsedResponse, Region, gold_from_json
-from rest_rl.rewards import Finding, accuracy_score, format_score
+from rest_rl.rewards import ScoreFinding, judge_parsed
 from rest_rl.runlog import Row, Run
 
 MISSING, MOST = 65535, 65534
@@ -192,20 +192,18 @@ def target_text(gold: Gold) -> str:
 
 def judged(
     row: Row, parsed: ParsedResponse | None, gold: Gold | None
-) -> tuple[list[Flag], tuple[Finding, ...], list[float] | None]:
+) -> tuple[list[Flag], tuple[ScoreFinding, ...], list[float] | None]:
     """What the response can be filtered by, what cost what, and [S_format, S_acc] where they are known."""
     flags: list[Flag] = []
     if row.get("truncated") is True:
         flags.append("truncated")
     if parsed is None or gold is None:
         return flags, (), None
-    well_formatted, format_findings = format_score(parsed, gold)
-    accuracy, accuracy_findings = accuracy_score(parsed, gold)
-    findings = format_findings + accuracy_findings
-    flags += call_flags(parsed, gold, {finding.kind for finding in findings})
-    if well_formatted == accuracy == 1:
+    judgement = judge_parsed(parsed, gold)
+    flags += call_flags(parsed, gold, {finding.kind for finding in judgement.explanation})
+    if judgement.exact_match:
         flags.append("exact")
-    return flags, findings, [well_formatted, round(accuracy, 5)]
+    return flags, judgement.explanation, [judgement.format, round(judgement.accuracy, 5)]
 
 
 def call_flags(parsed: ParsedResponse, gold: Gold, kinds: set[str]) -> Iterator[Flag]:

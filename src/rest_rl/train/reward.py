@@ -13,8 +13,7 @@ from rest_rl.formats import ToolFormat, get_format
 from rest_rl.presets import Preset, get_preset
 from rest_rl.regions import decode_ids
 from rest_rl.response import Gold, gold_from_json
-from rest_rl.rewards import random_rewards, score
-from rest_rl.scoring import score_response
+from rest_rl.rewards import RewardRule, apply_reward, judge, random_rewards
 
 
 class Scored(NamedTuple):
@@ -46,7 +45,7 @@ def make_tool_reward(
     that learn from one batch of responses: the published schedule of `authors-code` counts batches. `seed` is that of
     the run, for rewards that are `random`.
     """
-    chosen_format, method = get_format(tool_format), get_preset(preset)
+    chosen_format, reward = get_format(tool_format), get_preset(preset).reward
 
     def tool_reward(
         completion_ids: list[list[int]],
@@ -60,13 +59,12 @@ def make_tool_reward(
         rows = []
         for ids, target in zip(completion_ids, gold, strict=True):
             text = decode_ids(ids, tokenizer, chosen_format.tags)
-            rows.append(
-                score_text(text, read_gold(target), chosen_format, method, progress, step // steps_per_batch + 1)
-            )
+            batch = step // steps_per_batch + 1
+            rows.append(score_text(text, read_gold(target), chosen_format, reward, progress, batch))
         for name in Scored._fields[1:]:
             if log_metric is not None:
                 log_metric(f"rest/{name}", sum(getattr(row, name) for row in rows) / len(rows))
-        if method.reward is not None and method.reward.random:
+        if is_random(reward):
             return random_rewards(len(rows), seed, step, first=_rank() * len(rows))
         return [row.total for row in rows]
 
@@ -77,15 +75,19 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def score_text(text: str, gold: Gold, tool_format: ToolFormat, method: Preset, progress: float, batch: int) -> Scored:
-    """Score one response; `batch` is the number of its batch of responses, counted from 1, for authors-code alone."""
-    parsed = tool_format.parse(text, spans=False)
-    reward = score(parsed, gold, progress, method.reward)
-    total = reward.total
-    if method.reward is None:  # the published schedule counts batches, whatever the length of the run
-        total = score_response(text, gold, format=tool_format, preset=method.name, step=batch).total
-    exact = reward.format == 1 and reward.accuracy == 1
-    return Scored(total, reward.format, reward.accuracy, float(exact), float(parsed.attempted_call))
+def is_random(reward: RewardRule) -> bool:
+    """Whether training learns from `random_rewards` instead of what the rule returns."""
+    return bool(getattr(reward, "random", False))
+
+
+def score_text(
+    text: str, gold: Gold, tool_format: ToolFormat, reward: RewardRule, progress: float, batch: int
+) -> Scored:
+    """Score one response; `batch` is the number of its batch of responses, counted from 1."""
+    judgement = judge(text, gold, tool_format)
+    total = apply_reward(reward, judgement, progress, batch).total
+    exact, called = float(judgement.exact_match), float(judgement.parsed.attempted_call)
+    return Scored(total, judgement.format, judgement.accuracy, exact, called)
 
 
 def read_gold(value: Any) -> Gold:

@@ -136,7 +136,5 @@ def token_loss_weights(labels_BT: Tensor, layout: PromptLayout, weights_R: Tenso
     tool_format: ToolFormat = layout.format
     labels_BT = labels_BT.cpu()
     mask_BT = labels_BT != IGNORED
-    regions_BT = tag_regions(
-        labels_BT.clamp(min=0), mask_BT, layout.tokenizer, lambda text: tool_format.parse(text).spans, tool_format.tags
-    )
+    regions_BT = tag_regions(labels_BT.clamp(min=0), mask_BT, layout.tokenizer, tool_format)
     return assign_weights(weights_R, regions_BT, mask_BT)

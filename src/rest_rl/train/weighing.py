@@ -7,7 +7,6 @@ float64 are not to be had on every device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,17 +17,9 @@ from transformers.trainer_callback import ExportableState
 
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
-from rest_rl.presets import Preset, token_weights
 from rest_rl.regions import region_sums, tag_regions
 from rest_rl.response import NUM_REGIONS, Region
-from rest_rl.weights import (
-    RegionStatistics,
-    apply_curriculum,
-    assign_weights,
-    keep_top_entropy,
-    normalise,
-    region_weights,
-)
+from rest_rl.weights import RegionStatistics, TaggedBatch, WeightRule, region_weights_of, weigh
 
 COUNTS, ENTROPIES, COLLISIONS = range(3)
 
@@ -109,23 +100,15 @@ def surprise_metrics(sums_4: Tensor) -> dict[str, float]:
     }
 
 
-def check_method(method: Preset, tool_format: str, entropy_decay: float, *, truncates: bool, named: str = "") -> None:
-    """ValueError for a method that could not weigh, whatever the engine.
+def check_method(rule: WeightRule, tool_format: str, entropy_decay: float, *, truncates: bool) -> None:
+    """Refuse a weight rule that could not weigh, whatever the engine.
 
-    `truncates`: tokens are sampled by top-p, top-k or min-p; `named` is what the trainer's settings are named after.
+    `truncates`: tokens are sampled by top-p, top-k or min-p.
     """
-    if method.weights is None and tool_format not in ("toolrl", "hermes"):
-        raise ValueError(
-            f"got format {tool_format!r} with preset {method.name!r}, whose published code knows the tags of "
-            "toolrl and hermes alone; choose one of them, or another preset"
-        )
     if not 0 <= entropy_decay < 1:
         raise UserError(f"entropy_decay {entropy_decay}", "a number in [0, 1)", "change it")
-    if method.weights is not None and method.weights.rule == "collision" and truncates:
-        raise ValueError(
-            f"got the rule 'collision' with {named}top_p, {named}top_k or {named}min_p: its estimate needs tokens "
-            "sampled from the whole distribution; leave these at their defaults, or use the rule 'one_minus_exp'"
-        )
+    if check := getattr(rule, "check", None):
+        check(tool_format, truncates)
 
 
 class Weighed(NamedTuple):
@@ -140,47 +123,37 @@ class Weighed(NamedTuple):
 
 @dataclass(frozen=True)
 class Weigher:
-    """A method bound to a tokenizer and a format."""
+    """A weight rule bound to a tokenizer and a format."""
 
     tokenizer: Any
     format: ToolFormat
-    method: Preset
-    keep_top: Callable[[Tensor, Tensor, float], Tensor] = keep_top_entropy
-    """The rule `top_entropy` for a batch that is part of a larger one."""
+    rule: WeightRule
 
-    @property
-    def looks_at_all_tokens(self) -> bool:
-        """Whether a token's weight depends on the batch's other responses, so that it cannot be weighed in parts."""
-        return self.method.weights is not None and self.method.weights.rule == "top_entropy"
+    def tag(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The region of every token, int64 (B, T); each run of ones in the mask is a turn of its own."""
+        return tag_regions(ids_BT, mask_BT, self.tokenizer, self.format)
 
     def weigh(
         self,
         ids_BT: Tensor,
         mask_BT: Tensor,
-        entropies_BT: Tensor,
+        regions_BT: Tensor,
         statistics: RegionStatistics | None,
         progress: float,
-        batch: int,
+        step: int,
+        entropies_BT: Tensor | None = None,
+        entropies_N: Tensor | None = None,
     ) -> Weighed:
         """Weigh the tokens of a batch; `statistics` are those of the steps before, None in the first.
 
-        `batch` is the number of the batch of responses, counted from 1 (for the preset authors-code, whose schedule
-        counts batches whatever the length of the run).
+        `step` is the number of the batch of responses, counted from 1. The entropies of this batch, and in a part of a
+        global batch those of all its tokens, are for rules that need them.
         """
-        parse, tags = self.format.parse, self.format.tags
-        regions_BT = tag_regions(ids_BT, mask_BT, self.tokenizer, lambda text: parse(text).spans, tags)
-        config = self.method.weights
-        if config is None:
-            published_BT = token_weights(
-                ids_BT, mask_BT, self.tokenizer, format=self.format, preset=self.method, step=batch
-            )
-            return Weighed(regions_BT, published_BT, None)
-        if config.rule == "top_entropy":
-            kept_BT = self.keep_top(entropies_BT, mask_BT, config.quantile)
-            return Weighed(regions_BT, normalise(kept_BT, mask_BT), None)
-        weights_R = apply_curriculum(region_weights(statistics, config), progress, config)
-        weights_BT = assign_weights(weights_R, regions_BT, mask_BT)
-        return Weighed(regions_BT, weights_BT, weights_R if config.needs_statistics else None)
+        batch = TaggedBatch(
+            ids_BT, mask_BT, regions_BT, self.tokenizer, self.format.name, step, entropies_BT, entropies_N
+        )
+        weights_BT = weigh(self.rule, batch, statistics, progress)
+        return Weighed(regions_BT, weights_BT, region_weights_of(self.rule, statistics, progress))
 
 
 def sums_by_region(weighed: Weighed, mask_BT: Tensor, entropies_BT: Tensor, logps_BT: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from rest_rl.data.tool_world import SPLITS, Decision, tool_world
 from rest_rl.evaluate.conversation import Benchmark, SingleTurn
 from rest_rl.formats import ToolFormat
 from rest_rl.response import ParsedResponse
-from rest_rl.rewards import exact_match, score
+from rest_rl.rewards import judge_parsed
 
 
 class ToolWorldTasks(Benchmark):
@@ -36,9 +36,9 @@ class ToolWorldTasks(Benchmark):
 
 def verdict(parsed: ParsedResponse, sample: ToolSample) -> Mapping[str, Any]:
     """Exact match, and what cost the response its score."""
-    findings = score(parsed, sample.gold).explanation
+    judgement = judge_parsed(parsed, sample.gold)
     return {
         "kind": sample.kind,
-        "correct": exact_match(parsed, sample.gold),
-        "reason": "; ".join(finding.message for finding in findings)[:300],
+        "correct": judgement.exact_match,
+        "reason": "; ".join(finding.message for finding in judgement.explanation)[:300],
     }

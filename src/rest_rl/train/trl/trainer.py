@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from rest_rl.config import ENTROPY_DECAY, RestTable
-from rest_rl.credit import AdvantageKind, reshape
+from rest_rl.credit import AdvantageKind, weight_advantages
 from rest_rl.errors import UserError
 from rest_rl.formats import get_format
 from rest_rl.presets import Preset, get_preset
@@ -39,6 +39,7 @@ from rest_rl.train.reward import make_tool_reward, progress_of
 from rest_rl.train.weighing import (
     SUMS,
     EntropyTracker,
+    Weighed,
     Weigher,
     check_method,
     region_metrics,
@@ -46,7 +47,10 @@ from rest_rl.train.weighing import (
     surprise_metrics,
     surprise_sums,
 )
-from rest_rl.weights import keep_top_entropy
+from rest_rl.weights import WeightRule, is_uniform, needs_entropies
+
+REGIONS = "regions"
+"""Name of the tokens' regions in a batch."""
 
 
 class EpochOrder(Sampler[int]):
@@ -133,14 +137,14 @@ class ResTConfig(GRPOConfig):
         method = self.method()
         get_format(self.tool_format)
         truncates = self.top_p < 1 or self.top_k > 0 or self.min_p is not None
-        check_method(method, self.tool_format, self.entropy_decay, truncates=truncates and reshapes(method))
+        check_method(method.weights, self.tool_format, self.entropy_decay, truncates=truncates)
         for name, value in TRL_SETTINGS[method.advantage].items():
             self._fill(name, value, FROM_PRESET)
         if method.epsilon_low != 0.2:
             self._fill("epsilon", method.epsilon_low, 0.2)
         if method.epsilon_high != method.epsilon_low:
             self._fill("epsilon_high", method.epsilon_high, None)
-        if reshapes(method):
+        if not is_uniform(method.weights):
             self._check_weights_apply(method)
 
     def method(self) -> Preset:
@@ -193,18 +197,15 @@ class ResTConfig(GRPOConfig):
 
 def _changes(named: Any, given: Any) -> dict[str, Any] | None:
     """The fields of `given` that differ from those of the named preset; None if none does."""
-    if named is None or given is None or named == given:
+    if named == given:
         return None
+    if type(named) is not type(given) or not is_dataclass(given) or isinstance(given, type):
+        raise UserError(
+            f"a preset object with a {type(given).__name__} of your own",
+            "a preset that a checkpoint can record by its name",
+            "add it to rest_rl.PRESETS under a name of its own, or set weights = {'rule': 'package.module:OBJECT'}",
+        )
     return {name: value for name, value in asdict(given).items() if asdict(named)[name] != value}
-
-
-def reshapes(method: Preset) -> bool:
-    """Whether the preset ever gives two tokens of a response different weights."""
-    config = method.weights
-    if config is None or config.rule == "top_entropy":
-        return True
-    moves = config.decay_format != 0 or config.gain_arguments != 0 or config.gain_reasoning != 0
-    return bool(config.dropped) or (config.strength > 0 and (config.rule != "uniform" or moves))
 
 
 def steps_per_generation(args: Any) -> int:
@@ -213,6 +214,22 @@ def steps_per_generation(args: Any) -> int:
         return 1
     shared = cast(int, args.steps_per_generation) * args.num_iterations
     return max(1, -(-shared // args.gradient_accumulation_steps))
+
+
+class _MicroBatch:
+    """What one call of the loss knows before its forward pass."""
+
+    def __init__(self, batch: dict[str, Any]) -> None:
+        self.batch, self.advantages_B = batch, batch["advantages"]
+        self.mask_BT = sampled_mask(batch).cpu()
+        self.weighed: Weighed | None = None
+        self.is_observed = False
+
+
+def sampled_mask(batch: Mapping[str, Any]) -> Tensor:
+    """1 for the tokens that the policy sampled: neither padding nor tool results, (B, T)."""
+    mask_BT = batch["completion_mask"]
+    return mask_BT * batch["tool_mask"] if "tool_mask" in batch else mask_BT
 
 
 class ResTTrainer(GRPOTrainer):
@@ -241,8 +258,11 @@ class ResTTrainer(GRPOTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
+        weight_rule: WeightRule | None = None,
         **kwargs: Any,
     ) -> None:
+        """As `GRPOTrainer`; `weight_rule` replaces the preset's rule by an object of yours."""
         args = args if args is not None else ResTConfig("rest-output")
         if not isinstance(args, ResTConfig):
             raise UserError(f"args of type {type(args).__name__}", "ResTConfig", "it takes the same settings")
@@ -252,7 +272,7 @@ class ResTTrainer(GRPOTrainer):
         self._method = args.method()
         self._format = get_format(args.tool_format)
         self._text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._weigher = Weigher(self._text_tokenizer, self._format, self._method, self._top_tokens)
+        self._weigher = Weigher(self._text_tokenizer, self._format, weight_rule or self._method.weights)
         if reward_funcs is None:
             _check_gold_column(train_dataset)
             reward_funcs = make_tool_reward(
@@ -269,8 +289,7 @@ class ResTTrainer(GRPOTrainer):
         )
         self.add_callback(EntropyTracker(args.entropy_decay))
         self.on_weighed: Callable[[WeighedBatch], None] | None = None
-        self._unweighed: dict[str, Any] | None = None
-        self._advantages_B = torch.empty(0)
+        self._microbatch: _MicroBatch | None = None
         self._sums_4R = torch.zeros(4, NUM_REGIONS, dtype=torch.float64)
         self._surprise_4 = torch.zeros(SUMS, dtype=torch.float64)
         self._rule_weights_R: Tensor | None = None
@@ -290,66 +309,81 @@ class ResTTrainer(GRPOTrainer):
         return EpochOrder(super()._get_train_sampler(*args, **kwargs))
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's batch of scored responses, each with its number in it."""
+        """TRL's batch of scored responses, each with its number in it and the regions of its tokens."""
         batch = super()._generate_and_score_completions(inputs)
-        return {**batch, PLACE: torch.arange(len(batch["completion_ids"]))}
+        regions_BT = self._weigher.tag(batch["completion_ids"], sampled_mask(batch))
+        return {**batch, PLACE: torch.arange(len(batch["completion_ids"])), REGIONS: regions_BT}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss of advantages reshaped by region; the buffered batch keeps its own (B,) advantages."""
-        # The batch gets its advantages back once the weights are known, in the forward pass below: if TRL ever read
-        # them before it, this would be a KeyError and not an unweighted loss.
+        """TRL's loss of advantages weighted by region; the buffered batch keeps its own (B,) advantages."""
         batch = dict(inputs)
-        self._advantages_B, self._unweighed = batch.pop("advantages"), batch
+        found = _MicroBatch(batch)
+        self._microbatch = found
+        if needs_entropies(self._weigher.rule):
+            # The weights wait for the forward pass below. If TRL read the advantages before it, this would be a
+            # KeyError and not an unweighted loss.
+            del batch["advantages"]
+        else:
+            batch["advantages"] = self._weigh(found)
         try:
             loss = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
-            if self._unweighed is batch:
-                raise RuntimeError("TRL's loss made no forward pass that the weights could enter; use trl>=1.14,<1.17")
+            if not found.is_observed:
+                raise RuntimeError("TRL's loss made no forward pass whose entropies could be read; use trl>=1.14,<1.17")
         finally:
-            self._unweighed = None
+            self._microbatch = None
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's forward pass, unchanged; inside `compute_loss` its entropies are recorded and the weights applied."""
+        """TRL's forward pass, unchanged; inside `compute_loss` its entropies are read."""
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._unweighed is not None:
-            batch, self._unweighed = self._unweighed, None
-            with torch.no_grad():
-                weights_BT = self._weigh(batch, result[0].detach(), result[1].detach())
-                batch["advantages"] = reshape(self._advantages_B, weights_BT)
+        if self._microbatch is not None:
+            found, self._microbatch = self._microbatch, None
+            logps_BT, entropies_BT = (values_BT.detach().float().cpu() for values_BT in result[:2])
+            if found.weighed is None:
+                found.batch["advantages"] = self._weigh(found, entropies_BT)
+            self._observe(found, logps_BT, entropies_BT)
         return result
 
-    def _weigh(self, batch: Mapping[str, Any], logps_BT: Tensor, entropies_BT: Tensor) -> Tensor:
-        """Weights of one micro-batch, float32 (B, T); its sums by region join those of the step."""
-        mask_BT = batch["completion_mask"]
-        if "tool_mask" in batch:
-            mask_BT = mask_BT * batch["tool_mask"]
-        ids_BT, mask_BT = batch["completion_ids"].cpu(), mask_BT.cpu()
-        logps_BT, entropies_BT = logps_BT.float().cpu(), entropies_BT.float().cpu()
-        batch_number = self.state.global_step // steps_per_generation(self.args) + 1
-        weighed = self._weigher.weigh(
-            ids_BT, mask_BT, entropies_BT, self.tracker.statistics(), progress_of(self.state), batch_number
+    def _weigh(self, found: _MicroBatch, entropies_BT: Tensor | None = None) -> Tensor:
+        """The weighted advantages of one micro-batch, (B, T)."""
+        entropies_N = None if entropies_BT is None else self._all_entropies(entropies_BT, found.mask_BT)
+        ids_BT, regions_BT = found.batch["completion_ids"].cpu(), found.batch.get(REGIONS)
+        found.weighed = self._weigher.weigh(
+            ids_BT,
+            found.mask_BT,
+            self._weigher.tag(ids_BT, found.mask_BT) if regions_BT is None else regions_BT.cpu(),  # not generated here
+            self.tracker.statistics(),
+            progress_of(self.state),
+            self.state.global_step // steps_per_generation(self.args) + 1,
+            entropies_BT,
+            entropies_N,
         )
-        self._rule_weights_R = weighed.rule_weights_R
-        self._sums_4R += sums_by_region(weighed, mask_BT, entropies_BT, logps_BT)
-        self._surprise_4 += surprise_sums(logps_BT, entropies_BT, mask_BT)
+        return weight_advantages(found.advantages_B, found.weighed.weights_BT)
+
+    def _observe(self, found: _MicroBatch, logps_BT: Tensor, entropies_BT: Tensor) -> None:
+        """Add the micro-batch's sums by region to those of the step, and show its tokens to the record."""
+        assert found.weighed is not None
+        found.is_observed = True
+        self._rule_weights_R = found.weighed.rule_weights_R
+        self._sums_4R += sums_by_region(found.weighed, found.mask_BT, entropies_BT, logps_BT)
+        self._surprise_4 += surprise_sums(logps_BT, entropies_BT, found.mask_BT)
         if self.accelerator.sync_gradients or not self._training:
             self._close_step()
-        if self.on_weighed is not None and PLACE in batch:
-            advantages_B = self._advantages_B.cpu()
-            kept = (weighed.regions_BT, weighed.weights_BT, entropies_BT, logps_BT, advantages_B)
-            self.on_weighed(WeighedBatch(batch[PLACE], *kept))
-        return weighed.weights_BT
+        if self.on_weighed is not None and PLACE in found.batch:
+            weighed = found.weighed
+            kept = (weighed.regions_BT, weighed.weights_BT, entropies_BT, logps_BT, found.advantages_B.cpu())
+            self.on_weighed(WeighedBatch(found.batch[PLACE], *kept))
 
-    def _top_tokens(self, entropies_BT: Tensor, mask_BT: Tensor, quantile: float) -> Tensor:
-        """The most uncertain tokens of the micro-batches of all processes together, as TRL's own quantile does it."""
-        (rows, width), both = entropies_BT.shape, torch.stack([entropies_BT, mask_BT.float()])
-        if self.accelerator.num_processes > 1:
-            padded = self.accelerator.pad_across_processes(both.transpose(0, 1).to(self.accelerator.device), dim=2)
-            both = cast(Tensor, self.accelerator.gather(padded)).transpose(0, 1).cpu()
-        first = self.accelerator.process_index * rows
-        return keep_top_entropy(both[0], both[1], quantile)[first : first + rows, :width]
+    def _all_entropies(self, entropies_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The entropies of the unmasked tokens of all processes together, as TRL's own quantile takes them."""
+        own_N = entropies_BT[mask_BT.bool()]
+        if self.accelerator.num_processes == 1:
+            return own_N
+        padded = self.accelerator.pad_across_processes(own_N.to(self.accelerator.device), pad_index=-1)
+        all_N = cast(Tensor, self.accelerator.gather(padded)).cpu()
+        return all_N[all_N >= 0]
 
     def _close_step(self) -> None:
         """Sum over processes, log, and in training move the average on for the next step."""

@@ -22,9 +22,9 @@ from rest_rl.config import AUTO, RunConfig
 from rest_rl.errors import UserError
 from rest_rl.presets import Preset
 from rest_rl.train.trl.settings import check_trl
-from rest_rl.train.trl.trainer import reshapes
 from rest_rl.train.verl.responses import ESTIMATOR, LOOP, PLUGIN, TRAINER
 from rest_rl.train.weighing import check_method
+from rest_rl.weights import is_uniform
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -298,7 +298,7 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
     )
     with refusals(AssertionError, TypeError, ValueError), redirect_stdout(io.StringIO()):
         plain: Any = OmegaConf.to_container(verl, resolve=True)
-        check_refused(dict(leaves(plain)), fixed_values(method, job), reshapes=reshapes(method))
+        check_refused(dict(leaves(plain)), fixed_values(method, job), reshapes=not is_uniform(method.weights))
         # Without its check of the rank of an adapter, which asks for vLLM on this machine.
         checked: Any = OmegaConf.merge(verl, {"actor_rollout_ref": {"model": {"lora_rank": 0}}})
         omega_conf_to_dataclass(checked.actor_rollout_ref.rollout)

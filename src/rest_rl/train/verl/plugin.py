@@ -97,7 +97,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         responses = self._responses(batch, data["responses"])
         chosen = responses.first(self.run.responses_per_step)
         watched = [responses.places[i] for i in chosen]
-        weigher = Weigher(self.tokenizer, self.format, self.method)
+        weigher = Weigher(self.tokenizer, self.format, self.method.weights)
         reshaped = reshape_batch(data, weigher, self.tracker, self.progress, self.global_steps, watched)
         asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
         metrics |= reshaped.figures | responses.figures() | {FAILED: asked - len(responses.places)}
@@ -192,7 +192,7 @@ class ReSTRewardManager(RewardManagerBase):
         step = int(columns["global_steps"])
         gold = read_gold(columns["reward_model"]["ground_truth"])
         progress = progress_of_step(step, self.total)
-        scored = score_text(text, gold, self.format, self.method, progress, max(1, step))
+        scored = score_text(text, gold, self.format, self.method.reward, progress, max(1, step))
         extra = {name: getattr(scored, name) for name in Scored._fields[1:]}
         return {"reward_score": scored.total, "reward_extra_info": {**extra, "kind": columns["extra_info"]["kind"]}}
 

@@ -32,6 +32,7 @@ from rest_rl.train.weighing import (
     surprise_metrics,
     surprise_sums,
 )
+from rest_rl.weights import needs_entropies
 
 PLUGIN = "rest_rl.train.verl.plugin"
 """The module that registers the trainer and the advantage estimator."""
@@ -102,11 +103,13 @@ def reshape_batch(
     sums_4R, surprise_4 = torch.zeros(4, NUM_REGIONS, dtype=torch.float64), torch.zeros(SUMS, dtype=torch.float64)
     advantages: list[Tensor] = []
     recorded: dict[int, Row] = {}
-    part = size if weigher.looks_at_all_tokens else PART
-    for first in range(0, size, part):
-        ids_BT, mask_BT, entropies_BT, logps_BT, advantages_BT = (padded(row[first : first + part]) for row in rows)
-        lengths = [len(row) for row in rows[0][first : first + part]]
-        weighed = weigher.weigh(ids_BT, mask_BT, entropies_BT, statistics, progress, step)
+    needs = needs_entropies(weigher.rule)
+    entropies_N = torch.cat([h[m.bool()] for m, h in zip(rows[1], rows[2], strict=True)]).float().cpu()
+    for first in range(0, size, PART):
+        ids_BT, mask_BT, entropies_BT, logps_BT, advantages_BT = (padded(row[first : first + PART]) for row in rows)
+        lengths = [len(row) for row in rows[0][first : first + PART]]
+        regions_BT, own = weigher.tag(ids_BT, mask_BT), (entropies_BT, entropies_N) if needs else ()
+        weighed = weigher.weigh(ids_BT, mask_BT, regions_BT, statistics, progress, step, *own)
         rule_weights_R = weighed.rule_weights_R
         sums_4R += sums_by_region(weighed, mask_BT, entropies_BT, logps_BT)
         surprise_4 += surprise_sums(logps_BT, entropies_BT, mask_BT)
@@ -114,7 +117,7 @@ def reshape_batch(
         advantages += [reshaped_BT[row, :length] for row, length in enumerate(lengths)]
         kept = (weighed.regions_BT, weighed.weights_BT, entropies_BT, logps_BT, advantages_BT[:, 0])
         seen = WeighedBatch(torch.arange(first, first + len(lengths)), *kept)
-        recorded |= {at: seen.tokens_of(at - first, lengths[at - first]) for at in watched if 0 <= at - first < part}
+        recorded |= {at: seen.tokens_of(at - first, lengths[at - first]) for at in watched if 0 <= at - first < PART}
     tracker.update(sums_4R[:3])
     figures = region_metrics(sums_4R, rule_weights_R) | surprise_metrics(surprise_4)
     figures["entropy"] = float(sums_4R[1].sum() / sums_4R[0].sum())
