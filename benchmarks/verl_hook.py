@@ -101,7 +101,7 @@ def ours(batch: dict[str, Any], tokenizer: Any) -> None:
         tokenizer=tokenizer,
         tool_format=tool_format,
     )
-    chosen, weigher = responses.first(8), Weigher(tokenizer, tool_format, PRESETS["paper"])
+    chosen, weigher = responses.first(8), Weigher(tokenizer, tool_format, PRESETS["paper"].weights)
     reshaped = reshape_batch(batch, weigher, tracker, 0.5, 10, chosen)
     responses.figures()
     responses.rows(chosen, reshaped.tokens, 10, 0.5)

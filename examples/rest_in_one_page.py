@@ -120,9 +120,7 @@ def rewards_of(
     rows = zip(rollout.ids_BT.tolist(), rollout.mask_BT.sum(-1).tolist(), strict=True)
     texts = [decode_ids(ids[:length], tokenizer, FORMAT.tags) for ids, length in rows]
     golds = [s.gold for s in samples for _ in range(group_size)]
-    return [
-        preset.reward(judge(text, gold, FORMAT), nu) for text, gold in zip(texts, golds, strict=True)
-    ]
+    return [preset.reward(judge(text, gold, FORMAT), nu) for text, gold in zip(texts, golds, strict=True)]
 
 
 def smooth(old: RegionStatistics | None, new: RegionStatistics, decay: float = 0.7) -> RegionStatistics:

@@ -64,7 +64,7 @@ def test_weights_and_figures_equal_those_of_trl_on_the_same_responses(tmp_path, 
     trainer.train()
     assert len(seen) == len(batches) == trainer.state.max_steps == 3
     tracker = EntropyTracker(trainer.args.entropy_decay)
-    weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS[preset])
+    weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS[preset].weights)
     figures = [row for row in trainer.state.log_history if "rest/format" in row]
     for step, (weighed, (ids_BT, mask_BT), logged) in enumerate(zip(seen, batches, figures, strict=True), start=1):
         order = torch.randperm(len(ids_BT), generator=torch.Generator().manual_seed(step))
@@ -143,7 +143,7 @@ def test_figures_and_rows_of_responses_by_hand():
     batch = {name: torch.nested.as_nested_tensor(rows, layout=torch.jagged) for name, rows in data.items()}
     chosen = responses.first(3)
     watched = [responses.places[i] for i in chosen]
-    weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS["grpo"])
+    weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS["grpo"].weights)
     reshaped = reshape_batch(batch, weigher, EntropyTracker(0.7), 0.0, 1, watched)
     assert [len(row) for row in reshaped.advantages.unbind()] == [len(row) for row in data["responses"]]
     rows = responses.rows(chosen, reshaped.tokens, step=1, progress=0.0)
@@ -161,7 +161,7 @@ def test_the_most_uncertain_tokens_are_those_of_the_whole_batch(monkeypatch):
     ones_BT = torch.ones(2, 2)
     columns = (torch.full((2, 2), 3), ones_BT.long(), entropies_BT, -ones_BT, ones_BT)
     top = replace(PRESETS["grpo"], weights=WeightConfig(rule="top_entropy", quantile=0.5))
-    weigher = Weigher(tokenizer, FORMATS["toolrl"], top)
+    weigher = Weigher(tokenizer, FORMATS["toolrl"], top.weights)
     reshaped = reshape_batch(dict(zip(PER_TOKEN, columns, strict=True)), weigher, EntropyTracker(0.7), 0.0, 1)
     # The two most uncertain tokens are the first response's; the second keeps its own most uncertain one.
     assert [row.tolist() for row in reshaped.advantages.unbind()] == [[1.0, 1.0], [0.0, 2.0]]
