@@ -21,6 +21,7 @@ from trl import GRPOConfig
 from rest_rl.config import AUTO, RunConfig
 from rest_rl.errors import UserError
 from rest_rl.presets import Preset
+from rest_rl.train.reward import is_random
 from rest_rl.train.trl.settings import check_trl
 from rest_rl.train.verl.responses import ESTIMATOR, LOOP, PLUGIN, TRAINER
 from rest_rl.train.weighing import check_method
@@ -244,7 +245,7 @@ def check_refused(values: Mapping[str, Any], fixed: Mapping[str, Any], *, reshap
 
 def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, megatron: bool) -> None:
     """UserError for what the other tables of a run file ask that verl cannot do."""
-    if method.reward is not None and method.reward.random:
+    if is_random(method.reward):
         remedy = "set run.engine = 'trl'"
         raise UserError("rest.reward.random = true on verl, which scores each response by itself", "false", remedy)
     if trl["beta"]:
@@ -257,7 +258,7 @@ def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, mega
         raise UserError(what, "a path without it", "pass another --out")
     tool_format = "toolrl" if config.rest.format == AUTO else config.rest.format
     truncates = trl["top_p"] < 1 or trl["top_k"] > 0
-    check_method(method, tool_format, config.rest.entropy_decay, truncates=truncates, named="trl.")
+    check_method(method.weights, tool_format, config.rest.entropy_decay, truncates=truncates)
 
 
 # verl's configuration
