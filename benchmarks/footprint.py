@@ -35,7 +35,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from rest_rl.config import RunConfig
-from rest_rl.train.footprint import estimate
+from rest_rl.train.estimate import estimate
 from rest_rl.train.trl.trainer import ResTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -200,7 +200,7 @@ def count_published(name: str, *, lora: Any, checkpointing: bool, batch: int, to
     )
     config = RunConfig.from_toml(f'[model]\ndtype = "{dtype}"\n[eval]\nprompts = 0\n')
     guess = estimate(config, architecture(name), args, lora=lora, prompt_tokens=[tokens - tokens // 2] * batch)
-    states = sum(share.bytes for share in guess.shares if share.name == "optimizer states")
+    states = sum(part.bytes for part in guess.parts if part.name == "optimizer states")
     return live.peak, guess.phase_bytes("update") - states
 
 

@@ -10,8 +10,7 @@ import pytest
 from trl import SFTConfig
 
 from rest_rl.config import RunConfig, read_run_file
-from rest_rl.train.footprint import Footprint, estimate
-from rest_rl.train.memory_shares import GIB, Device, Sharding
+from rest_rl.train.estimate import GIB, Device, Estimate, Sharding, estimate, verdict
 from rest_rl.train.policy import lora_config
 from rest_rl.train.trl.settings import trainer_config
 from rest_rl.train.trl.trainer import ResTConfig
@@ -79,8 +78,8 @@ def test_batches_are_the_published_ones(path: Path) -> None:
         assert together * trl["steps_per_generation"] == 512 * trl["num_generations"] == 2048
         assert together * trl["gradient_accumulation_steps"] == 64 * 4
         work = estimated(path, prompts=3920).work
-        assert (work.prompts, work.updates, work.steps) == (512, 8, 105 * 8)
-        assert trl["save_steps"] == 15 * work.updates
+        assert (work.prompts, work.responses // work.per_step, work.steps) == (512, 8, 105 * 8)
+        assert trl["save_steps"] == 15 * work.responses // work.per_step
     elif path in COLD_START:
         # train_node_0.sh: 1 x 4 x 8 GPUs, 3 epochs of 400 demonstrations
         assert together * trl["gradient_accumulation_steps"] == 32
@@ -90,7 +89,7 @@ def test_batches_are_the_published_ones(path: Path) -> None:
         assert (work.prompts, work.responses, work.per_step, work.steps) == (2, 16, 64, 125)
 
 
-def estimated(path: Path, prompts: int = 3920, device: Device = A100) -> Footprint:
+def estimated(path: Path, prompts: int = 3920, device: Device = A100) -> Estimate:
     config, processes = read_run_file(path), processes_of(path)
     sharding: Sharding = "none"
     if processes > 1:
@@ -112,6 +111,6 @@ def estimated(path: Path, prompts: int = 3920, device: Device = A100) -> Footpri
 
 def test_fits_the_gpu_it_is_for(path: Path) -> None:
     device = Device("NVIDIA GeForce RTX 3090", int(23.6 * GIB)) if path.stem == "own-tools" else A100
-    footprint = estimated(path, device=device)
-    assert footprint.fits, footprint.verdict
-    assert device.bytes - footprint.total > device.bytes / 20, footprint.verdict
+    guessed = estimated(path, device=device)
+    assert guessed.fits, verdict(guessed)
+    assert device.bytes - guessed.total > device.bytes / 20, verdict(guessed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,7 +18,6 @@ from rest_rl.cli.options import (
 from rest_rl.errors import UserError
 
 if TYPE_CHECKING:
-    from rest_rl.cli.terminal import Screen
     from rest_rl.train.run import Plan
 
 TRAIN_EPILOG = """\
@@ -36,9 +35,6 @@ SFT_EPILOG = """\
 examples:
   rest-rl sft --model DIR_OR_HUB_NAME --data dialogues.jsonl         a given model on given dialogues
 """
-MEASURED = 2000
-"""Samples whose tokens a dry run counts."""
-
 CLUSTER = "On a cluster (docs/cluster.md; settings of verl's own stand after --)"
 
 
@@ -84,8 +80,9 @@ def train(
     """Train a model: your own on your own dialogues, or the embedded one in its tool world."""
     from rich.console import Console
 
-    from rest_rl.cli.terminal import Screen
-    from rest_rl.train.run import make_plan, quiet_libraries, resolve_run
+    from rest_rl.cli.terminal import Screen, show_estimate
+    from rest_rl.train.estimate import estimate_rows
+    from rest_rl.train.run import estimate_run, make_plan, quiet_libraries, resolve_run
     from rest_rl.train.run import train as run_training
 
     settings = settings_after_dashes(context)
@@ -107,13 +104,12 @@ def train(
             "--engine verl with them",
             "on several GPUs TRL runs under accelerate launch (docs/training.md)",
         )
-    if is_verl and is_dry:
-        raise UserError("--dry-run with the engine verl", "--print-config", "for memory see docs/cluster.md")
     screen = Screen(Console(stderr=print_config), config.run.show_every)  # the YAML has the output to itself
     if print_config:
         print(verl_settings(make_plan(**source, observer=screen, is_dry=True), resume=resume))
     elif is_dry:
-        show_dry_run(make_plan(**source, observer=screen, is_dry=True), screen)
+        del source["resume"]
+        show_estimate("what the run needs", estimate_rows(estimate_run(**source, observer=screen)), screen.console)
     elif run_training(**source, observer=screen).is_interrupted:
         return EXIT_INTERRUPTED
     return 0
@@ -166,31 +162,3 @@ def verl_settings(plan: Plan, *, resume: bool) -> str:
     log = RunLog(plan.config.run.out)
     plan.engine.prepare(plan.data, log, plan.engine.resume_point(log)[0] if resume else Checkpoint(0))
     return plan.engine.settings_text()
-
-
-def show_dry_run(plan: Plan, screen: Screen) -> None:
-    """Show what the run would need and do, without loading weights."""
-    from rest_rl.cli.terminal import show_estimate
-    from rest_rl.train.footprint import estimate, footprint_rows, this_device
-    from rest_rl.train.policy import lora_config, policy_config
-    from rest_rl.train.sft import demonstrations
-    from rest_rl.train.trl.engine import TrlEngine
-
-    config, engine = plan.config, plan.engine
-    assert isinstance(engine, TrlEngine)
-    prepared = plan.data.prepared[:MEASURED]
-    if config.rest.is_supervised:
-        rows, _ = demonstrations(prepared, plan.layout, cast(Any, engine.args).max_length)
-        tokens = [len(row["input_ids"]) for row in rows]
-    else:
-        tokens = [len(each.prompt_ids) for each in prepared]
-    footprint = estimate(
-        config,
-        policy_config(config.model),
-        engine.args,
-        lora=lora_config(config.peft),
-        prompt_tokens=tokens,
-        device=this_device(),
-    )
-    title = f"{config.model.path}, preset {config.rest.preset}, {len(plan.data.prepared)} samples"
-    show_estimate(title, footprint_rows(footprint), screen.console)

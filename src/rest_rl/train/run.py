@@ -26,10 +26,13 @@ from rest_rl.report.tables import COMPARISON_HEADER, comparison_rows, flatten, g
 from rest_rl.runlog import CONFIG, ENVIRONMENT, SILENT, Observer, Row, RunLog, read_object, read_run, unwritable
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import Engine
-from rest_rl.train.policy import policy_tokenizer, quiet_loading
+from rest_rl.train.estimate import Estimate, estimate, this_device
+from rest_rl.train.policy import lora_config, policy_config, policy_tokenizer, quiet_loading
 from rest_rl.train.prompts import TrainingData, read_data
 from rest_rl.train.trl.settings import unread_keys, with_machine_defaults
 
+COUNTED = 2000
+"""Samples whose tokens an estimate counts."""
 RunSource = RunConfig | Mapping[str, Any] | str | Path | None
 
 
@@ -173,6 +176,35 @@ def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer) -> 
     if unread := unread_keys(config):
         observer.say(f"preset {config.rest.preset} does not read trl.{', trl.'.join(unread)}")
     return TrlEngine(config, layout, observer)
+
+
+def estimate_run(
+    run: RunSource = None,
+    *,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    observer: Observer = SILENT,
+) -> Estimate:
+    """What `train` with these arguments would need in memory and do; writes nothing and loads no weights.
+
+    Where there is a GPU, one forward and backward pass of random weights is measured on it.
+    """
+    from rest_rl.train.trl.engine import TrlEngine
+
+    plan = make_plan(run, out=out, overrides=overrides, observer=observer, is_dry=True)
+    config, engine = plan.config, plan.engine
+    if not isinstance(engine, TrlEngine):
+        raise UserError("--dry-run with the engine verl", "--print-config", "for memory see docs/cluster.md")
+    return estimate(
+        config,
+        policy_config(config.model),
+        engine.args,
+        lora=lora_config(config.peft),
+        prompt_tokens=engine.token_counts(plan.data.prepared[:COUNTED]),
+        samples=len(plan.data.prepared),
+        device=this_device(),
+        measure=True,
+    )
 
 
 def resolve_run(

@@ -17,6 +17,7 @@ from trl import SFTTrainer
 
 from rest_rl.config import RunConfig, parse_toml
 from rest_rl.data.layout import PromptLayout
+from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.evaluate.held_out import Prompt, evaluate
 from rest_rl.formats import get_format
@@ -25,6 +26,7 @@ from rest_rl.report.diagnosis.history import step_of
 from rest_rl.runlog import EVALUATIONS, METRICS, Observer, Row, RunLog, read_rows, unwritable
 from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
 from rest_rl.train.engine import AfterStep, Reached
+from rest_rl.train.estimate import count_work
 from rest_rl.train.policy import load_policy, new_adapter
 from rest_rl.train.prompts import TrainingData, dataset_of, prompt_dataset
 from rest_rl.train.record import KeepLast, ResponseRecord, recorded_reward
@@ -73,6 +75,12 @@ class TrlEngine:
             raise ValueError(rejected[0].reason)
         return dataset_of(rows)
 
+    def token_counts(self, prepared: Sequence[Prepared]) -> list[int]:
+        """Tokens of each prompt, in supervised training with its demonstration."""
+        if isinstance(self.args, ResTConfig):
+            return [len(each.prompt_ids) for each in prepared]
+        return [len(row["input_ids"]) for row in demonstrations(prepared, self.layout, self.args.max_length)[0]]
+
     def start(self, log: RunLog) -> None:
         self.log = log
         if self.checkpoint.is_last:
@@ -114,6 +122,11 @@ class TrlEngine:
         self.observer.on_responses(step, rows)
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return count_work(self.args, [0] * len(self.dataset), int(self.args.world_size)).steps
+
+    @property
     def is_sharded(self) -> bool:
         """Whether no process holds the whole model (FSDP, DeepSpeed), so that it cannot generate by itself."""
         return self.trainer is not None and (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
@@ -130,7 +143,7 @@ class TrlEngine:
         trainer.add_callback(EveryStep(after_step, self.recorder))
         try:
             with (
-                self.observer.track("training", self.args.max_steps if self.args.max_steps > 0 else None, begin.step),
+                self.observer.track("training", self.steps, begin.step),
                 stopping(self.recorder, self.observer),
             ):
                 trainer.train(resume_from_checkpoint=str(begin.folder) if begin.folder else None)

@@ -5,15 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 from transformers import Qwen3Config
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from rest_rl.config import RunConfig
-from rest_rl.train.footprint import Footprint, estimate, footprint_rows, this_device
-from rest_rl.train.memory_shares import GIB, OPTIMIZER_BYTES, Device
-from rest_rl.train.model_size import cache_bytes, cache_bytes_per_token, layer_activation_bytes, model_size
+from rest_rl.train.estimate import (
+    GIB,
+    OPTIMIZER_BYTES,
+    OPTIMIZER_COPIES,
+    Device,
+    Estimate,
+    _Model,
+    cache_bytes,
+    count_parameters,
+    count_work,
+    estimate,
+    estimate_rows,
+    this_device,
+    verdict,
+)
 from rest_rl.train.trl.trainer import ResTConfig
 from tests.architectures import PARAMETERS, architecture, qwen3
 
@@ -55,31 +68,30 @@ def run(text: str = 'model.dtype = "float32"\neval.prompts = 0') -> RunConfig:
     return RunConfig.from_toml(text)
 
 
-def guess(args: Any = None, model: Any = None, config: RunConfig | None = None, **settings: Any) -> Footprint:
+def guess(args: Any = None, model: Any = None, config: RunConfig | None = None, **settings: Any) -> Estimate:
     settings = {"prompt_tokens": [20, 30, 40, 50], "processes": 1, "sharding": "none", **settings}
     return estimate(config or run(), model or tiny(), args or rl(), **settings)
 
 
-def share(footprint: Footprint, name: str) -> int:
-    return next(share.bytes for share in footprint.shares if share.name == name)
+def part(guessed: Estimate, name: str) -> int:
+    return next(part.bytes for part in guessed.parts if part.name == name)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_are_those_published(name: str) -> None:
-    assert model_size(architecture(name)).base == PARAMETERS[name]
+    assert count_parameters(architecture(name)).base == PARAMETERS[name]
 
 
 def test_parameters_of_an_adapter() -> None:
     # r * (in + out) of q (32, 32), k (32, 16), v (32, 16), o (32, 32), gate and up (32, 48), down (48, 32), two layers
     by_hand = 2 * 4 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
-    size = model_size(tiny(), LORA)
-    assert (size.base, size.adapter, size.trained) == (TINY_PARAMETERS, by_hand, by_hand)
-    assert size.adapted_inputs == 6 * 32 + 48
+    size = count_parameters(tiny(), LORA)
+    assert (size.base, size.trained) == (TINY_PARAMETERS, by_hand)
 
 
 def test_cache_of_keys_and_values() -> None:
     config = architecture("Qwen/Qwen3-8B")
-    assert cache_bytes_per_token(config, 2) == 36 * 8 * 128 * 2 * 2 == 147_456
+    assert cache_bytes(config, 1, 2) == 36 * 8 * 128 * 2 * 2 == 147_456
     assert cache_bytes(config, 1000, 2) == 147_456_000
 
 
@@ -100,16 +112,16 @@ def test_cache_of_a_sliding_window_and_of_linear_attention() -> None:
         linear_key_head_dim=16,
         linear_value_head_dim=8,
     )
-    assert cache_bytes_per_token(hybrid, 2) == 2 * 2 * 8 * 2  # the one full layer
+    # the one full layer, 2 * 2 * 8 * 2 bytes a token, and the state of the other
     assert cache_bytes(hybrid, 100, 2) == 64 * 100 + 4 * 16 * 8 * 2
 
 
 def test_weights_gradients_and_optimizer_states_in_float32() -> None:
-    footprint = guess()
-    assert footprint.size.base == TINY_PARAMETERS
-    assert share(footprint, "weights") == 4 * TINY_PARAMETERS
-    assert share(footprint, "gradients") == 4 * TINY_PARAMETERS
-    assert share(footprint, "optimizer states") == 8 * TINY_PARAMETERS
+    guessed = guess()
+    assert guessed.size.base == TINY_PARAMETERS
+    assert part(guessed, "weights") == 4 * TINY_PARAMETERS
+    assert part(guessed, "gradients") == 4 * TINY_PARAMETERS
+    assert part(guessed, "optimizer states") == 8 * TINY_PARAMETERS
 
 
 @pytest.mark.parametrize(
@@ -126,26 +138,26 @@ def test_weights_gradients_and_optimizer_states_in_float32() -> None:
 )
 def test_optimizer_states(optimizer: str, dtype: str, each: float) -> None:
     config = run(f'model.dtype = "{dtype}"\neval.prompts = 0')
-    assert share(guess(rl(optim=optimizer), config=config), "optimizer states") == int(each * TINY_PARAMETERS)
+    assert part(guess(rl(optim=optimizer), config=config), "optimizer states") == int(each * TINY_PARAMETERS)
 
 
 def test_optimizers_are_called_as_in_transformers() -> None:
-    assert set(OPTIMIZER_BYTES) <= {optimizer.value for optimizer in OptimizerNames}
+    assert {*OPTIMIZER_BYTES, *OPTIMIZER_COPIES} <= {optimizer.value for optimizer in OptimizerNames}
 
 
 def test_an_adapter_is_trained_in_float32_over_frozen_weights() -> None:
-    footprint = guess(lora=LORA, config=run("peft.r = 4\neval.prompts = 0"))
-    trained = footprint.size.adapter
-    assert share(footprint, "weights") == 2 * TINY_PARAMETERS + 4 * trained
-    assert (share(footprint, "gradients"), share(footprint, "optimizer states")) == (4 * trained, 8 * trained)
+    guessed = guess(lora=LORA, config=run("peft.r = 4\neval.prompts = 0"))
+    trained = guessed.size.trained
+    assert part(guessed, "weights") == 2 * TINY_PARAMETERS + 4 * trained
+    assert (part(guessed, "gradients"), part(guessed, "optimizer states")) == (4 * trained, 8 * trained)
 
 
 def test_weights_in_four_bits() -> None:
-    footprint = guess(lora=LORA, config=run("peft.r = 4\nmodel.load_in_4bit = true\neval.prompts = 0"))
+    guessed = guess(lora=LORA, config=run("peft.r = 4\nmodel.load_in_4bit = true\neval.prompts = 0"))
     linear = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
-    rest = 2 * (TINY_PARAMETERS - linear) + 4 * footprint.size.adapter
+    rest = 2 * (TINY_PARAMETERS - linear) + 4 * guessed.size.trained
     # half a byte, a byte of scale for 64 weights, 4 bytes for 256 scales
-    assert share(footprint, "weights") == int(linear * (0.5 + 1 / 64 + 4 / 16384)) + rest
+    assert part(guessed, "weights") == int(linear * (0.5 + 1 / 64 + 4 / 16384)) + rest
 
 
 @pytest.mark.parametrize(
@@ -159,36 +171,47 @@ def test_weights_in_four_bits() -> None:
     ],
 )
 def test_sharding(sharding: str, weights: float, gradients: float, states: float) -> None:
-    footprint = guess(rl(bf16=True), processes=4, sharding=sharding)
-    held = [share(footprint, name) / TINY_PARAMETERS for name in ("weights", "gradients", "optimizer states")]
+    guessed = guess(rl(bf16=True), processes=4, sharding=sharding)
+    held = [part(guessed, name) / TINY_PARAMETERS for name in ("weights", "gradients", "optimizer states")]
     assert held == pytest.approx([weights, gradients, states], rel=1e-3)
 
 
-def test_activations_of_a_layer_by_hand() -> None:
-    config = tiny()
-    # float32, all weights trained. Two norms keep their input and the normed one: 2 * 8 * 32. Norms of queries (32) and
-    # keys (16): 8 * 48. Queries, keys, values and result of attention: 16 * 32, a logsumexp by head: 4 * 4. The inputs
-    # of the projections of attention and of the feed-forward layer: 2 * 4 * 32. Inside it: 4 * 4 * 48.
-    by_hand = 512 + 384 + 512 + 16 + 256 + 768
-    assert layer_activation_bytes(config, model_size(config), 4, 4) == by_hand
-    tokens = 4 * (50 + 100)
+def test_checkpointing_shrinks_the_bound_of_activations() -> None:
     plain, checkpointed = guess(), guess(rl(gradient_checkpointing=True))
-    assert share(plain, "activations") == tokens * (2 * by_hand + 32 * 8)
-    assert share(checkpointed, "activations") == tokens * (2 * 32 * 4 + 32 * 8)
+    tokens, layer = 4 * (50 + 100), 4 * (14 * 32 + 4 * 32 + 4 * 48)
+    assert part(plain, "activations") - part(checkpointed, "activations") == tokens * (layer - 2 * 32 * 4)
+
+
+def test_a_micro_step_runs_through_the_head_of_trl() -> None:
+    """On a GPU its peak memory is read; here only the bytes of weights and gradients."""
+    for lora, checkpointing in ((None, False), (LORA, True)):
+        model = _Model(
+            run(),
+            tiny(),
+            rl(gradient_checkpointing=checkpointing),
+            lora,
+            count_parameters(tiny(), lora),
+            count_work(rl(), [20] * 4),
+            processes=1,
+            sharding="none",
+            device=None,
+        )
+        held, seconds = model.micro_step(torch.device("cpu"))
+        assert held == 4 * (TINY_PARAMETERS + (2 * model.size.trained if lora else TINY_PARAMETERS))
+        assert seconds > 0
 
 
 def test_generation_holds_a_cache_for_every_response_at_once() -> None:
-    footprint = guess(rl(steps_per_generation=8))
+    guessed = guess(rl(steps_per_generation=8))
     # 4 a micro-batch x 8 micro-batches, 50 + 100 tokens, 2 layers * 2 heads * 8 * 2 * 4 bytes
-    assert share(footprint, "cache of keys and values") == 32 * 150 * 256
+    assert part(guessed, "cache of keys and values") == 32 * 150 * 256
 
 
 def test_work_of_reinforcement_learning() -> None:
     args = rl(steps_per_generation=8, num_train_epochs=3)
     work = guess(args, prompt_tokens=[10] * 100, processes=2).work
     # 4 x 2 processes x 8 micro-batches = 64 responses of 16 prompts, learnt from in 4 steps; 6 whole batches of 100
-    assert (work.responses, work.prompts, work.updates, work.steps) == (64, 16, 4, 3 * 6 * 4)
-    assert work.tokens_per_step == 16 * (10 + 100)
+    assert (work.responses, work.prompts, work.per_step, work.steps) == (64, 16, 16, 3 * 6 * 4)
     assert guess(rl(max_steps=7)).work.steps == 7
 
 
@@ -196,7 +219,11 @@ def test_work_of_several_generations_in_one_step() -> None:
     args = rl(steps_per_generation=1, gradient_accumulation_steps=4)
     work = guess(args, prompt_tokens=[10] * 18).work
     # one prompt and its 4 responses at a time, 4 times a step: 18 prompts are 4 steps and a part, 3 epochs
-    assert (work.prompts, work.responses, work.per_step, work.updates, work.steps) == (1, 4, 16, 0.25, 15)
+    assert (work.prompts, work.responses, work.per_step, work.steps) == (1, 4, 16, 15)
+
+
+def test_steps_are_those_of_all_prompts_where_some_are_counted() -> None:
+    assert guess(prompt_tokens=[10] * 20, samples=200).work.steps == guess(prompt_tokens=[10] * 200).work.steps
 
 
 def test_work_of_supervised_training() -> None:
@@ -209,14 +236,14 @@ def test_work_of_supervised_training() -> None:
         bf16=False,
         use_cpu=True,
     )
-    footprint = guess(args, prompt_tokens=[10, 30, 50] * 7)
-    assert (footprint.work.steps, footprint.work.width) == (2 * 3, 40)  # 21 demonstrations, 8 a step
-    assert {share.phase for share in footprint.shares} == {"always", "update"}
+    guessed = guess(args, prompt_tokens=[10, 30, 50] * 7)
+    assert (guessed.work.steps, guessed.work.longest) == (2 * 3, 40)  # 21 demonstrations, 8 a step
+    assert {part.phase for part in guessed.parts} == {"always", "update"}
 
 
 def test_too_few_prompts_are_told() -> None:
-    verdict = guess(rl(steps_per_generation=8), prompt_tokens=[10] * 7).verdict
-    assert "7 prompts do not fill one batch of 8" in verdict
+    word, text = verdict(guess(rl(steps_per_generation=8), prompt_tokens=[10] * 7))
+    assert (word, "7 prompts" in text, "one batch of 8" in text) == ("no step", True, True)
 
 
 def test_a_device_that_is_too_small_says_by_how_much_and_what_to_change() -> None:
@@ -224,12 +251,12 @@ def test_a_device_that_is_too_small_says_by_how_much_and_what_to_change() -> Non
     settings = {"model": big, "device": H100, "prompt_tokens": [1000] * 64}
     full = guess(rl(bf16=True), **settings)
     assert full.fits is False
-    assert "does not fit NVIDIA H100" in full.verdict
-    assert "[peft]" in full.verdict
+    assert verdict(full)[0] == "does not fit"
+    assert "[peft]" in verdict(full)[1]
     config = run("peft.r = 4\neval.prompts = 0")
     adapter = guess(rl(bf16=True, gradient_checkpointing=True), lora=LORA, config=config, **settings)
     assert adapter.fits is True
-    assert "to spare" in adapter.verdict
+    assert verdict(adapter)[0] == "fits"
 
 
 def test_vllm_takes_its_share_always_or_only_while_awake() -> None:
@@ -237,34 +264,20 @@ def test_vllm_takes_its_share_always_or_only_while_awake() -> None:
     settings = {"model": model, "device": H100, "lora": LORA, "config": run("peft.r = 4\neval.prompts = 0")}
     awake = guess(rl(use_vllm=True, vllm_gpu_memory_utilization=0.4), **settings)
     asleep = guess(rl(use_vllm=True, vllm_gpu_memory_utilization=0.4, vllm_enable_sleep_mode=True), **settings)
-    assert share(awake, "vLLM") == share(asleep, "vLLM") == int(0.4 * H100.bytes)
-    asleep_bytes = asleep.phase_bytes("update") - share(asleep, "vLLM asleep")
-    assert awake.phase_bytes("update") - asleep_bytes == share(awake, "vLLM")
+    assert part(awake, "vLLM") == part(asleep, "vLLM") == int(0.4 * H100.bytes)
+    assert awake.phase_bytes("update") - asleep.phase_bytes("update") == part(awake, "vLLM")
     assert awake.phase_bytes("generation") == asleep.phase_bytes("generation")
 
 
-def test_time_is_told_for_known_gpus_only() -> None:
-    settings = {"prompt_tokens": [900] * 64}
-    timed = guess(rl(gradient_checkpointing=True), device=H100, **settings).seconds
-    assert timed is not None
-    # 8 N T at 35 % of 989 TFLOP/s, T = 8 responses of 900 + 100 tokens
-    assert timed.training == pytest.approx(8 * TINY_PARAMETERS * 8000 / (0.35 * 989e12))
-    assert timed.generation == pytest.approx(2 * TINY_PARAMETERS * 8000 / (0.02 * 989e12))
-    assert guess(device=Device("Unheard-of 9000", 2**30)).seconds is None
-    assert {row[0]: row[1] for row in footprint_rows(guess())}["time a step"] == "-"
-
-
 def test_rows_are_text_and_end_with_the_verdict() -> None:
-    rows = footprint_rows(guess(device=H100))
+    rows = estimate_rows(guess(device=H100))
     assert all(isinstance(cell, str) and cell for row in rows for cell in row)
     assert rows[-1][:2] == ("verdict", "fits")
     assert rows[0][1] == f"{TINY_PARAMETERS:,}"
 
 
 def test_no_device_is_no_verdict() -> None:
-    footprint = guess()
-    assert footprint.fits is None
-    assert "no GPU" in footprint.verdict
-    import torch
-
+    guessed = guess()
+    assert guessed.fits is None
+    assert verdict(guessed)[0] == "no GPU"
     assert (this_device() is None) == (not torch.cuda.is_available())

@@ -1,0 +1,390 @@
+"""What a run needs before it starts: memory of one process by part, work by step, and whether the device has room.
+
+Three kinds of numbers, marked as such. *Exact*: what shapes and settings fix (weights, gradients, optimizer states, the
+cache of keys and values). *Bound*: activations, by one generous line of arithmetic, and flat allowances. *Measured*: on
+an accelerator, the peak memory of one forward and backward pass over the longest prompt with the longest response,
+which takes the place of the bound. Left out: what generation needs besides its cache, images, fragmentation. Mixtures
+of experts count as if every expert were active, `paged_` optimizers as if they stayed on the device.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from rest_rl.config import EMBEDDED, RunConfig
+
+GIB = 2**30
+Sharding = Literal["none", "zero1", "zero2", "zero3", "fsdp"]
+Phase = Literal["always", "update", "generation"]
+CUT_UP = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
+"""How much is cut up over processes: from 1 on optimizer states, from 2 on gradients, from 3 on weights."""
+TILE = 4096, 32768
+"""TRL's fused head projects this many positions onto this much of the vocabulary at a time."""
+ALLOWANCE = int(1.5 * GIB)
+"""For the device's context and libraries (ours)."""
+FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a 4-bit weight of bitsandbytes: half a byte, a scale of 8 bits for 64, a float32 for 256 scales."""
+OPTIMIZER_BYTES = {
+    "adamw_torch_8bit": 2, "adamw_torch_4bit": 1, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2,
+    "paged_adamw_32bit": 8, "ademamix": 12, "ademamix_8bit": 3, "paged_ademamix_8bit": 3, "lion_8bit": 1,
+    "paged_lion_8bit": 1, "lion_32bit": 4, "paged_lion_32bit": 4, "rmsprop_bnb_8bit": 1,
+}  # fmt: skip
+OPTIMIZER_COPIES = {"sgd": 0, "adafactor": 0.01, "adagrad": 1, "rmsprop": 1}
+"""Optimizer states of a trained parameter, in bytes or as copies of it; others count as AdamW with two copies."""
+
+
+class Device(NamedTuple):
+    """An accelerator: its name and the bytes it has."""
+
+    name: str
+    bytes: int
+
+
+class Size(NamedTuple):
+    """Numbers of parameters; `trained` are the adapter's if there is one; `linear` are what 4-bit loading shrinks."""
+
+    base: int
+    trained: int
+    linear: int
+
+
+class Work(NamedTuple):
+    """A run in numbers, over all processes; supervised prompts are counted with their responses."""
+
+    samples: int
+    median: int
+    longest: int
+    max_response: int
+    """Tokens, as are the two before."""
+    prompts: int
+    responses: int
+    """In one batch of responses."""
+    per_step: int
+    """Responses in one optimizer step."""
+    steps: int
+
+
+class Part(NamedTuple):
+    """A part of the memory of one process: when it is held, its size, and how that is known."""
+
+    name: str
+    phase: Phase
+    bytes: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory and work of a run; memory is that of one process, on the device that trains."""
+
+    size: Size
+    work: Work
+    parts: tuple[Part, ...]
+    device: Device | None
+
+    def phase_bytes(self, phase: Phase) -> int:
+        """What is held at the height of a phase, with what is always there."""
+        return sum(part.bytes for part in self.parts if part.phase in ("always", phase))
+
+    @property
+    def total(self) -> int:
+        """The larger of the two phases' heights."""
+        return max(self.phase_bytes("update"), self.phase_bytes("generation"))
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device has room; None without a device."""
+        return None if self.device is None else self.total <= self.device.bytes
+
+
+def estimate(
+    config: RunConfig,
+    model_config: Any,
+    args: Any,
+    *,
+    lora: Any = None,
+    prompt_tokens: Sequence[int] = (),
+    samples: int | None = None,
+    processes: int | None = None,
+    sharding: Sharding | None = None,
+    device: Device | None = None,
+    measure: bool = False,
+) -> Estimate:
+    """Estimate a run from its configuration; loads no weights.
+
+    Args:
+        config: the run; `[model]`, `[data]` and `[eval]` are read.
+        model_config: the model's transformers configuration.
+        args: the trainer's configuration, a `ResTConfig` / `GRPOConfig` or an `SFTConfig`.
+        lora: the `peft.LoraConfig`, or None for full fine-tuning.
+        prompt_tokens: tokens of each training prompt, with an `SFTConfig` of prompt and demonstration together.
+        samples: the number of training prompts where `prompt_tokens` are of some of them only.
+        processes: by default as `args` says.
+        sharding: how processes share the model, by default as `args` and the launcher say.
+        device: the GPU to compare with (`this_device()`); None on a CPU.
+        measure: pass random weights through the GPU of this process, where the model is neither cut up nor 4-bit.
+    """
+    processes, sharding = processes or int(args.world_size), sharding or sharding_of(args)
+    size = count_parameters(model_config, lora, trust_remote_code=config.model.trust_remote_code)
+    work = count_work(args, prompt_tokens, processes, samples)
+    model = _Model(config, model_config, args, lora, size, work, processes, sharding, device)
+    can_measure = measure and device and sharding == "none" and not config.model.load_in_4bit
+    moving = model.measured() if can_measure else model.activation_bound()
+    return Estimate(size, work, (*model.states(), moving, *model.generation()), device)
+
+
+def this_device() -> Device | None:
+    """The GPU of this process, or None without one."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Device(properties.name, properties.total_memory)
+
+
+def sharding_of(args: Any) -> Sharding:
+    """How the trainer's configuration, or `accelerate launch` in the environment, cuts up the model."""
+    if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
+        return {1: "zero1", 2: "zero2", 3: "zero3"}.get(plugin.zero_stage, "none")  # pyright: ignore[reportReturnType]
+    is_fsdp = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return "fsdp" if is_fsdp else "none"
+
+
+def count_parameters(model_config: Any, lora: Any = None, *, trust_remote_code: bool = False) -> Size:
+    """Count on the model itself, built without storage: exact, tied weights once, adapters included."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), trust_remote_code=trust_remote_code)
+    head, base = model.get_output_embeddings(), sum(p.numel() for p in model.parameters())
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    trained = sum(p.numel() for p in with_lora(model, lora).parameters() if p.requires_grad)
+    return Size(base, trained, linear)
+
+
+def with_lora(model: Any, lora: Any) -> Any:
+    """The model with its adapter, if there is one."""
+    if lora is None:
+        return model
+    from peft import get_peft_model
+
+    return get_peft_model(model, copy.deepcopy(lora))
+
+
+def is_reinforcement(args: Any) -> bool:
+    """Whether responses are generated, that is, whether this is a GRPOConfig."""
+    return hasattr(args, "num_generations")
+
+
+def count_work(args: Any, prompt_tokens: Sequence[int], processes: int = 1, samples: int | None = None) -> Work:
+    """What the trainer's configuration (TRL's GRPOConfig or SFTConfig) makes of prompts of these lengths."""
+    samples, longest = samples or len(prompt_tokens), max(prompt_tokens, default=0)
+    median = int(statistics.median(prompt_tokens or [0]))
+    together = args.per_device_train_batch_size * processes
+    per_step = together * args.gradient_accumulation_steps
+    if is_reinforcement(args):
+        responses = together * args.steps_per_generation
+        prompts, response = responses // args.num_generations, args.max_completion_length
+        micro_batches = samples // prompts * args.steps_per_generation * args.num_iterations
+        per_epoch = math.ceil(micro_batches / args.gradient_accumulation_steps)
+    else:
+        limit = args.max_length or longest
+        median, longest = min(median, limit), min(longest, limit)
+        responses, prompts, response, per_epoch = per_step, per_step, 0, math.ceil(samples / per_step)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    return Work(samples, median, longest, response, prompts, responses, per_step, steps)
+
+
+class _Model:
+    """The model in one process of the run: bytes of its numbers, and the parts of memory that follow."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model_config: Any,
+        args: Any,
+        lora: Any,
+        size: Size,
+        work: Work,
+        processes: int,
+        sharding: Sharding,
+        device: Device | None,
+    ) -> None:
+        self.config, self.model_config, self.args, self.lora = config, model_config, args, lora
+        self.size, self.work, self.processes, self.device = size, work, processes, device
+        self.text, self.cut_up = model_config.get_text_config(), CUT_UP[sharding]
+        self.micro_batch = args.per_device_train_batch_size, work.longest + work.max_response
+        loaded, self.is_mixed = 4 if config.weights_dtype == "float32" else 2, bool(args.bf16 or args.fp16)
+        # DeepSpeed trains in 16 bits and keeps 32-bit weights with the optimizer; accelerate makes FSDP's float32.
+        self.is_deepspeed = self.is_mixed and sharding.startswith("zero")
+        self.trained = 4 if lora or (self.is_mixed and sharding == "fsdp") else 2 if self.is_deepspeed else loaded
+        self.weight = loaded if lora else self.trained
+        self.compute = 2 if self.is_mixed else loaded  # bytes of a product's input
+        self.stream = 2 if self.is_mixed and self.cut_up else loaded  # bytes of a value between layers
+
+    def states(self) -> list[Part]:
+        """What settings fix: weights, optimizer states, gradients, a reference model."""
+        size = self.size
+        cut = [self.processes if self.cut_up >= least else 1 for least in range(4)]
+        weights, how = size.base * self.weight, f"{size.base:,} parameters of {self.weight} bytes"
+        if self.config.model.load_in_4bit:
+            weights = int(size.linear * FOUR_BIT) + (size.base - size.linear) * self.weight
+            how = f"{size.linear:,} parameters of 4 bits with their scales, {size.base - size.linear:,} of 16"
+        weights = (weights + (4 * size.trained if self.lora else 0)) // cut[3]
+        name = str(getattr(self.args.optim, "value", self.args.optim))
+        copies = OPTIMIZER_COPIES.get(name, 2) * (4 if self.is_deepspeed else self.trained)
+        each: float = OPTIMIZER_BYTES.get(name, copies) + 4 * self.is_deepspeed
+        states, of_each = int(size.trained * each / cut[1]), "bytes for each trained parameter"
+        parts = [
+            Part("weights", "always", weights, f"exact: {how}"),
+            Part("optimizer states", "always", states, f"exact: {name}, {each:g} {of_each}"),
+            Part("gradients", "update", size.trained * self.trained // cut[2], f"exact: {self.trained} {of_each}"),
+        ]
+        if is_reinforcement(self.args) and self.args.beta and not self.lora:
+            parts.append(Part("reference model", "always", weights, "exact: a second model, because beta is not 0"))
+        if self.device:
+            parts.append(Part("context", "always", ALLOWANCE, "bound: a flat allowance for device and libraries"))
+        return parts
+
+    def activation_bound(self) -> Part:
+        """What forward and backward pass hold besides weights and gradients, by a generous line of arithmetic.
+
+        Of each token in each layer autograd keeps less than 14 values of the hidden width, 4 of the queries' and 4 of
+        the feed-forward layer's (dense decoders with gated feed-forward layers, attention without stored scores); with
+        checkpointing the input of each layer, and all of that for one layer. Then TRL's tile of the logits, the
+        gradient of the head, and the 16-bit copies that autocast makes of float32 weights.
+        """
+        text, tokens = self.text, math.prod(self.micro_batch)
+        layers, hidden, queries = text.num_hidden_layers, text.hidden_size, text.num_attention_heads * head_dim(text)
+        layer = self.compute * (14 * hidden + 4 * queries + 4 * text.intermediate_size)
+        kept = layers * hidden * self.stream + layer if self.args.gradient_checkpointing else layers * layer
+        # a buffer of one tile, and without the device's kernel eight more of the tile's logits in float32
+        tile = min(tokens, TILE[0]) * (4 * TILE[1] + (0 if self.device else 32 * min(text.vocab_size, TILE[1])))
+        head = 0 if self.lora else 4 * text.vocab_size * hidden
+        narrowed = 2 * self.size.linear if self.stream > self.compute else 0
+        total = tokens * (kept + 8 * hidden) + tile + head + narrowed
+        return Part("activations", "update", total, f"bound: {self.shape}")
+
+    @property
+    def shape(self) -> str:
+        kept = "with checkpointing" if self.args.gradient_checkpointing else "no checkpointing"
+        return f"{self.micro_batch[0]} x {self.micro_batch[1]:,} tokens, longest prompt and response, {kept}"
+
+    def measured(self) -> Part:
+        """Peak memory of a forward and backward pass besides weights and gradients, or all if it needs more."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            held, seconds = self.micro_step(device)
+            extra, how = torch.cuda.max_memory_allocated(device) - held, f"a forward and backward pass, {seconds:.2f} s"
+        except torch.cuda.OutOfMemoryError:
+            total = torch.cuda.get_device_properties(device).total_memory
+            extra, how = total, "a forward and backward pass ran out of memory"
+        torch.cuda.empty_cache()
+        return Part("activations", "update", extra, f"measured: {how}; {self.shape}")
+
+    def micro_step(self, device: torch.device) -> tuple[int, float]:
+        """(bytes of weights and gradients, seconds) of one pass of the model with random weights through TRL's head."""
+        args, dtype = self.args, getattr(torch, self.config.weights_dtype)
+        with device:
+            model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(self.model_config), dtype=dtype)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        model = with_lora(model, self.lora).train()
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        ids_BT, begin = torch.zeros(self.micro_batch, dtype=torch.long, device=device), perf_counter()
+        with torch.autocast(device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=self.is_mixed):
+            inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT}
+            loss = model(**inputs, fused_lm_head=True).loss
+        loss.backward()
+        loss.item()  # waits for the device
+        tensors = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors), perf_counter() - begin
+
+    def generation(self) -> list[Part]:
+        """The larger of what training's and what evaluation's responses take; a vLLM that never sleeps comes on top."""
+        args, table, data = self.args, self.config.eval, self.config.data
+        parts, in_turn = list[Part](), list[Part]()
+        if is_reinforcement(args) and args.use_vllm and args.vllm_mode == "colocate" and self.device:
+            share, sleeps = args.vllm_gpu_memory_utilization, args.vllm_enable_sleep_mode
+            how = f"exact: vllm_gpu_memory_utilization {share:g}"
+            vllm = Part("vLLM", "generation" if sleeps else "always", int(share * self.device.bytes), how)
+            (in_turn if sleeps else parts).append(vllm)
+        elif is_reinforcement(args) and not args.use_vllm:
+            in_turn.append(self.cache(self.work.responses // self.processes, self.work.max_response, "responses"))
+        if table.prompts and self.cut_up < 3 and (data.held_out or data.path == EMBEDDED):
+            together = min(table.batch_size, table.prompts * table.samples)
+            in_turn.append(self.cache(together, table.max_new_tokens, "evaluated responses"))
+        return parts + sorted(in_turn, key=lambda part: part.bytes)[-1:]
+
+    def cache(self, together: int, response: int, what: str) -> Part:
+        tokens, value = self.work.longest + response, (self.stream + self.compute) // 2  # autocast narrows values only
+        size = together * cache_bytes(self.text, tokens, value)
+        how = f"exact: {together} {what} at once, {tokens:,} tokens each"
+        return Part("cache of keys and values", "generation", size, how)
+
+
+def cache_bytes(text: Any, tokens: int, value_bytes: int) -> int:
+    """The cache of one sequence: a sliding window keeps its length, linear attention one state instead."""
+    kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    kept = {"sliding_attention": min(tokens, getattr(text, "sliding_window", None) or tokens), "linear_attention": 0}
+    values = sum(2 * kv_heads * head_dim(text) * kept.get(kind, tokens) for kind in kinds)
+    if hasattr(text, "linear_num_value_heads"):
+        state = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
+        values += kinds.count("linear_attention") * state
+    return values * value_bytes
+
+
+def head_dim(text: Any) -> int:
+    """Width of an attention head."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def estimate_rows(of: Estimate) -> list[tuple[str, str, str]]:
+    """(quantity, value, how it is known) of every line, the verdict last."""
+    size, work = of.size, of.work
+    tokens = work.per_step * (work.median + work.max_response)
+    return [
+        ("parameters", f"{size.base:,}", "exact: counted on the model without storage, tied weights once"),
+        ("trained", f"{size.trained:,}", f"exact: {size.trained / size.base:.2%} of them"),
+        *((f"{name} ({phase})", gib(number), how) for name, phase, number, how in of.parts),
+        ("memory of the update", gib(of.phase_bytes("update")), "with what is always there"),
+        ("memory of generation", gib(of.phase_bytes("generation")), "with what is always there"),
+        ("memory of one device", gib(of.total), "the larger of the two"),
+        ("prompt tokens", f"{work.median:,} / {work.longest:,}", f"median and longest of {work.samples:,}"),
+        ("responses at a time", f"{work.responses:,}", f"of {work.prompts:,} prompts; {work.per_step:,} in one step"),
+        ("tokens a step", f"{tokens:,}", "at most: median prompts, longest responses"),
+        ("steps", f"{work.steps:,}", "optimizer steps of the run"),
+        ("verdict", *verdict(of)),
+    ]
+
+
+def verdict(of: Estimate) -> tuple[str, str]:
+    """In a word, and in a sentence with what to change."""
+    if not of.work.steps:
+        few = f"{of.work.samples} prompts do not fill one batch of {of.work.prompts}: nothing would be trained"
+        return "no step", f"{few}; lower steps_per_generation or per_device_train_batch_size"
+    if of.device is None:
+        return "no GPU", f"needs about {gib(of.total)} of memory; no GPU here to compare it with"
+    spare, where = of.device.bytes - of.total, f"{of.device.name} ({gib(of.device.bytes)})"
+    if spare >= 0:
+        return "fits", f"fits {where} with {gib(spare)} to spare"
+    changes = "train an adapter ([peft]), set trl.gradient_checkpointing, lower trl.per_device_train_batch_size"
+    if of.phase_bytes("generation") > of.phase_bytes("update"):
+        changes = "set trl.use_vllm, lower trl.steps_per_generation or eval.batch_size"
+    return "does not fit", f"does not fit {where} by {gib(-spare)}; {changes}"
+
+
+def gib(size: float) -> str:
+    """Bytes for reading: GiB, or MiB for little."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
