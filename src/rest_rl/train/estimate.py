@@ -35,12 +35,12 @@ ALLOWANCE = int(1.5 * GIB)
 """For the device's context and libraries (ours)."""
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a 4-bit weight of bitsandbytes: half a byte, a scale of 8 bits for 64, a float32 for 256 scales."""
-OPTIMIZER_BYTES = {
+OPTIMIZER_BYTES: dict[str, float] = {
     "adamw_torch_8bit": 2, "adamw_torch_4bit": 1, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2,
     "paged_adamw_32bit": 8, "ademamix": 12, "ademamix_8bit": 3, "paged_ademamix_8bit": 3, "lion_8bit": 1,
     "paged_lion_8bit": 1, "lion_32bit": 4, "paged_lion_32bit": 4, "rmsprop_bnb_8bit": 1,
 }  # fmt: skip
-OPTIMIZER_COPIES = {"sgd": 0, "adafactor": 0.01, "adagrad": 1, "rmsprop": 1}
+OPTIMIZER_COPIES: dict[str, float] = {"sgd": 0, "adafactor": 0.01, "adagrad": 1, "rmsprop": 1}
 """Optimizer states of a trained parameter, in bytes or as copies of it; others count as AdamW with two copies."""
 
 
