@@ -195,6 +195,7 @@ class Endpoint(Model):
         self._is_stopped = True
         for answers in self._under_way.copy():
             answers.cancel()
+        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop)
 
     async def _wait_for_turn(self, _: Any) -> None:
         """Before each request that is sent, also a repeated one: keeps `requests_per_minute`."""
