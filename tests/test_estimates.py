@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t
 
-from rest_rl.probe.variance import Estimate, above_zero, jackknife, left_out, quotient, sure_errors
+from research.theory.estimates import jackknife, sure_errors
+from rest_rl.probe.variance import Estimate, above_zero, left_out, quotient
 
 
 def test_jackknife_error_of_a_mean_is_the_textbook_one() -> None:

@@ -3,17 +3,17 @@ import math
 import pytest
 import torch
 
+from research.theory.estimates import GradientFigures, largest_share
 from rest_rl.probe.variance import (
     Estimate,
-    GradientFigures,
     Half,
     Sums,
     adam_series,
+    batch_figures,
     block_sums,
     blocks_for,
     gradient_series,
     halvings,
-    largest_share,
     most_per_step,
     norm_cap,
     total,
@@ -22,7 +22,7 @@ from rest_rl.probe.variance import (
 
 def gradient_figures(g, base, t, *, batch=1, blocks=8, scales_M=None):
     own, baseline = (gradient_series(x, t, batch=batch, blocks=blocks, scales_M=scales_M) for x in (g, base))
-    return GradientFigures.of(own, baseline)
+    return GradientFigures.of(own, baseline, largest_share(g, scales_M))
 
 
 def efficiency(g, t, *, adam=False, batch=1, blocks=8):
@@ -43,19 +43,20 @@ def test_sums_by_hand():
     t = torch.tensor([[1.0, 1.0], [1.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
     first, second = sums_of(g[:2], t[:2]), sums_of(g[2:], t[2:])
     sums = total([first, second])
+    variance, mean_square, cosine, true_norm, progress = batch_figures(sums, 2)
     # sum g = (8, 4), sum t = (4, 2); sum_m <g_m, t_m> = 1 + 5 + 2 + 0 = 8; pairs of different units: 4 * 3 = 12
-    assert sums.signal == pytest.approx((8 * 4 + 4 * 2 - 8) / 12)
+    assert sums.signals.sum() == pytest.approx((8 * 4 + 4 * 2 - 8) / 12)
     # sum |g_m|^2 = 1 + 13 + 1 + 13 = 28; |sum g|^2 = 80: (80 - 28) / 12
-    assert sums.mean_square == pytest.approx(52 / 12)
+    assert mean_square == pytest.approx(52 / 12)
     # sum |t_m|^2 = 2 + 2 + 4 = 8; |sum t|^2 = 20
-    assert sums.true_square == pytest.approx(12 / 12)
-    # the sample variances of (1, 3, 1, 3) and (0, 2, 0, 2): 4/3 each
-    assert sums.variance == pytest.approx(8 / 3)
+    assert true_norm == pytest.approx(1)
+    # the sample variances of (1, 3, 1, 3) and (0, 2, 0, 2): 4/3 each; half of that in a batch of 2
+    assert variance == pytest.approx(8 / 3 / 2)
     # E g_j^2 of batches of 2: mean^2 + s^2 (1/2 - 1/4) = 4 + 1/3 and 1 + 1/3
     assert sums.second_moments(2).tolist() == pytest.approx([13 / 3, 4 / 3])
-    assert sums.second_moments(1).sum() == pytest.approx(sums.variance + sums.mean_square)
-    assert sums.progress(2) == pytest.approx((32 / 12) / math.sqrt(17 / 3))
-    assert sums.cosine() == pytest.approx((32 / 12) / math.sqrt(52 / 12))
+    assert sums.second_moments(1).sum() == pytest.approx(8 / 3 + mean_square)
+    assert progress == pytest.approx((32 / 12) / math.sqrt(17 / 3))
+    assert cosine == pytest.approx((32 / 12) / math.sqrt(52 / 12))
 
 
 def test_adam_divides_the_signal_of_one_half_by_the_scales_of_the_other():
@@ -125,7 +126,7 @@ def test_without_a_block_is_the_rest():
     rest = total(blocks).without(blocks[0])
     again = sums_of(g[3:], t[3:])
     assert rest.units == 7
-    torch.testing.assert_close(vars(rest), vars(again))
+    torch.testing.assert_close(rest._asdict(), again._asdict())
 
 
 def test_shared_noise_is_no_signal():
@@ -133,7 +134,7 @@ def test_shared_noise_is_no_signal():
     values = []
     for seed in range(200):
         noise = normal(12, 4, seed=seed)
-        values.append(total(block_sums(noise, noise, 4)).signal)
+        values.append(float(total(block_sums(noise, noise, 4)).signals.sum()))
     values = torch.tensor(values)
     assert abs(values.mean()) < 4 * values.std() / 200**0.5
     naive = normal(12, 4).mean(0).square().sum()
@@ -172,7 +173,7 @@ def test_a_lead_is_a_gain_without_the_quotient():
     g, base, t = normal(40, 5) + 1, normal(40, 5, seed=1) + 1, normal(40, 5, seed=2) + 1
     figures = gradient_figures(g, base, t, batch=2)
     of_base = gradient_figures(base, base, t, batch=2)
-    size = total(block_sums(g, t, 8)).true_square ** 0.5
+    size = batch_figures(total(block_sums(g, t, 8)), 2)[3]
     assert figures.lead.value == pytest.approx((figures.eff.value - of_base.eff.value) * size)
     assert figures.adam_lead.value == pytest.approx((figures.eff_adam.value - of_base.eff_adam.value) * size)
     assert figures.eff_gain.value == pytest.approx(figures.eff.value / of_base.eff.value - 1)

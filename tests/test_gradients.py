@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from research.theory.expected_squares import expected_squares
 from rest_rl.loss import clipped_surrogate
 from rest_rl.probe.gradients import (
     Coordinates,
     draw_distinct,
-    expected_squares,
     padded,
     response_logits,
     token_statistics,
@@ -168,7 +168,7 @@ def test_errors_name_what_was_got(model):
     with pytest.raises(ValueError, match=r"got weights \(1, 3, 5\)"):
         weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 5), coordinates)
     with pytest.raises(ValueError, match="another model"):
-        weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates((3,)))
+        weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates((3,), torch.arange(3)))
     with pytest.raises(ValueError, match="empty prompt"):
         token_statistics(model, [], RESPONSES)
     with pytest.raises(ValueError, match="no responses"):

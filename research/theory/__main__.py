@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from research.command import exit_code
+from research.theory.expected_squares import expected_squares
 from research.theory.measure import (
     Theory,
     TheorySettings,
@@ -46,7 +47,7 @@ from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
 from rest_rl.evaluate.origin import model_label
 from rest_rl.jsonl import as_json
-from rest_rl.probe.gradients import Coordinates, expected_squares
+from rest_rl.probe.gradients import Coordinates
 from rest_rl.probe.sample import Group, sample_groups
 from rest_rl.probe.variance import blocks_for
 from rest_rl.runlog import replace_file

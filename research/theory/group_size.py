@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from research.theory.estimates import jackknife
 from rest_rl.credit import group_advantages
 from rest_rl.errors import UserError
-from rest_rl.probe.variance import Estimate, jackknife
+from rest_rl.probe.variance import Estimate
 
 
 class PromptResponses(NamedTuple):

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from research.theory.estimates import GradientFigures, largest_share
+from research.theory.expected_squares import expected_squares
 from research.theory.group_size import GroupSizeCurve, PromptResponses, group_size_curves
 from research.theory.optimal_weights import ClosedFormCheck, RegionOptimum, check_closed_form, region_optimum
 from research.theory.token_bounds import (
@@ -30,7 +32,7 @@ from research.theory.token_bounds import (
     region_contrast,
     region_tokens,
 )
-from rest_rl.probe.gradients import Coordinates, expected_squares, token_statistics, weighted_gradients
+from rest_rl.probe.gradients import Coordinates, token_statistics, weighted_gradients
 from rest_rl.probe.measure import (
     MEMORY,
     ROUND,
@@ -43,7 +45,7 @@ from rest_rl.probe.measure import (
 )
 from rest_rl.probe.rules import ENTROPY_RULES, NO_REASONING, SHUFFLED, UNIFORM, rivals
 from rest_rl.probe.sample import Group
-from rest_rl.probe.variance import BLOCKS, GradientFigures, GradientSeries, gradient_series, norm_cap
+from rest_rl.probe.variance import BLOCKS, GradientSeries, gradient_series, norm_cap
 from rest_rl.regions import region_sums
 from rest_rl.response import Region
 from rest_rl.weights import (
@@ -330,7 +332,7 @@ def judged_rules(
     )
     judge = RuleJudge(true_MN, (None, norm_cap(uniform_MN, settings.cap)), settings)
     baseline = judge.series(uniform_MN)
-    yield judge.figures(UNIFORM, mean_weights([torch.ones_like(own) for own in scaled], groups), baseline, baseline)
+    yield judge.figures(UNIFORM, mean_weights([torch.ones_like(own) for own in scaled], groups), uniform_MN, baseline)
     for names in rounds([name for name in rules if name != UNIFORM]):
         weights = {
             name: [
@@ -341,7 +343,7 @@ def judged_rules(
         }
         weighted = [torch.stack([weights[name][m] * own for name in names]) for m, own in enumerate(scaled)]
         for name, vectors_MN in zip(names, stacks(weighted), strict=True):
-            yield judge.figures(name, mean_weights(weights[name], groups), judge.series(vectors_MN), baseline)
+            yield judge.figures(name, mean_weights(weights[name], groups), vectors_MN, baseline)
 
 
 class RuleJudge(NamedTuple):
@@ -359,10 +361,12 @@ class RuleJudge(NamedTuple):
             for scales_M in self.caps
         ]
 
-    @staticmethod
     def figures(
-        name: str, weights: dict[str, float], own: Sequence[GradientSeries], baseline: Sequence[GradientSeries]
+        self, name: str, weights: dict[str, float], vectors_MN: Tensor, baseline: Sequence[GradientSeries]
     ) -> RuleFigures:
         """The same against uniform weights."""
-        plain, capped = (GradientFigures.of(mine, base) for mine, base in zip(own, baseline, strict=True))
+        plain, capped = (
+            GradientFigures.of(own, base, largest_share(vectors_MN, scales_M))
+            for own, base, scales_M in zip(self.series(vectors_MN), baseline, self.caps, strict=True)
+        )
         return RuleFigures(name, weights, plain, capped)

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
+from research.theory.estimates import jackknife, fraction
 from research.theory.token_bounds import ResponseTokens
 from rest_rl.errors import UserError
-from rest_rl.probe.variance import Estimate, jackknife, quotient
+from rest_rl.probe.variance import Estimate
 from rest_rl.response import NUM_REGIONS, Region
 
 NO_SPREAD = (
@@ -137,12 +138,12 @@ class Moments(NamedTuple):
         """The second moment over that under uniform weights, with w scaled to a token mean of 1."""
         weights_R = weights_R / (self.shares_R @ weights_R)
         moments_RR = np.diag(self.betas_R) if by_theorem else self.moments_RR
-        return quotient(float(weights_R @ moments_RR @ weights_R), float(moments_RR.sum()))
+        return fraction(float(weights_R @ moments_RR @ weights_R), float(moments_RR.sum()))
 
     @property
     def cross_share(self) -> float:
         """Share of what lies off the diagonal."""
-        return 1 - quotient(float(np.trace(self.moments_RR)), float(self.moments_RR.sum()))
+        return 1 - fraction(float(np.trace(self.moments_RR)), float(self.moments_RR.sum()))
 
 
 SOLUTIONS: dict[str, Callable[[Moments], np.ndarray]] = {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from research.theory.estimates import GradientFigures, sure_errors
 from research.theory.group_size import REFERENCE
 from research.theory.measure import RuleFigures, Theory
 from research.theory.optimal_weights import NO_SPREAD, ClosedFormCheck, RegionOptimum
@@ -23,7 +24,7 @@ from rest_rl.probe.page import (
     unless_lost,
 )
 from rest_rl.probe.rules import UNIFORM
-from rest_rl.probe.variance import Estimate, GradientFigures, sure_errors
+from rest_rl.probe.variance import Estimate
 from rest_rl.report.tables import markdown_table
 
 FLAT, CLOSE = 0.05, 0.1

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from rest_rl.probe.variance import Estimate, jackknife, quotient, sure_errors
+from research.theory.estimates import jackknife, fraction, sure_errors
+from rest_rl.probe.variance import Estimate
 from rest_rl.response import NUM_REGIONS, Region
 
 SLACK = 1e-9
@@ -116,7 +117,7 @@ class BoundChain(NamedTuple):
     @property
     def looseness(self) -> float:
         """Bound over measured."""
-        return quotient(self.bound.value, self.measured.value)
+        return fraction(self.bound.value, self.measured.value)
 
 
 def lemma_two(logps_S: np.ndarray, entropies_S: np.ndarray, collisions_S: np.ndarray) -> LemmaTwo:
@@ -127,8 +128,8 @@ def lemma_two(logps_S: np.ndarray, entropies_S: np.ndarray, collisions_S: np.nda
     return LemmaTwo(
         tokens=len(entropies_S),
         violations=int((collisions_S > bounds_S + SLACK).sum()),
-        tightness=quotient(float(collisions_S.sum()), float(bounds_S.sum())),
-        z=quotient(float(excess_S.sum()), spread),
+        tightness=fraction(float(collisions_S.sum()), float(bounds_S.sum())),
+        z=fraction(float(excess_S.sum()), spread),
     )
 
 
@@ -142,7 +143,7 @@ def region_tokens(responses: Sequence[ResponseTokens]) -> list[RegionTokens]:
             return over_prompts(responses, lambda some: region_mean(some, values, region))
 
         def per_bound(some: Sequence[ResponseTokens], region: Region = region) -> float:
-            return quotient(region_mean(some, _expected, region), region_mean(some, _bounds, region))
+            return fraction(region_mean(some, _expected, region), region_mean(some, _bounds, region))
 
         rows.append(
             RegionTokens(
@@ -169,9 +170,7 @@ def region_contrast(responses: Sequence[ResponseTokens], rows: Sequence[RegionTo
 
     def log_ratio(some: Sequence[ResponseTokens]) -> float:
         pair = [
-            quotient(
-                region_mean(some, _expected, by_label[row.region]), region_mean(some, _bounds, by_label[row.region])
-            )
+            fraction(region_mean(some, _expected, by_label[row.region]), region_mean(some, _bounds, by_label[row.region]))
             for row in (high, low)
         ]
         return math.log(pair[0] / pair[1]) if min(pair) > 0 else math.nan
@@ -237,7 +236,7 @@ def bound_chain(responses: Sequence[ResponseTokens], weights: Sequence[np.ndarra
     prompts = [one.prompt for one in responses]
 
     def ratio(above: int, below: int) -> Estimate:
-        return jackknife_rows(terms, prompts, lambda mean: quotient(mean[above], mean[below]))
+        return jackknife_rows(terms, prompts, lambda mean: fraction(mean[above], mean[below]))
 
     return BoundChain(
         measured=jackknife_rows(terms, prompts, lambda mean: mean[0]),

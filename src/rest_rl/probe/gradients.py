@@ -30,8 +30,8 @@ class Coordinates:
 
     lengths: tuple[int, ...]
     """Entries of each trainable parameter, in the order of `model.parameters()`."""
-    kept_N: Tensor | None = None
-    """int64 (N,), ascending; None keeps all."""
+    kept_N: Tensor
+    """int64 (N,), ascending."""
 
     @classmethod
     def choose(cls, model: Any, limit: int | None = 2**20, seed: int = 0) -> Coordinates:
@@ -43,7 +43,7 @@ class Coordinates:
         if limit is not None and limit < 1:
             raise ValueError(f"got a limit of {limit} coordinates, expected at least 1, or None for all")
         if limit is None or total <= limit:
-            return cls(lengths)
+            return cls(lengths, torch.arange(total))
         return cls(lengths, draw_distinct(total, limit, torch.Generator().manual_seed(seed)))
 
     @property
@@ -54,7 +54,7 @@ class Coordinates:
     @property
     def size(self) -> int:
         """N."""
-        return self.total if self.kept_N is None else len(self.kept_N)
+        return len(self.kept_N)
 
     @property
     def scale(self) -> float:
@@ -63,16 +63,10 @@ class Coordinates:
 
     def gather(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """The kept entries of one gradient tensor (None: zeros) per trainable parameter: float32 (N,) on the CPU."""
-        ends = list(accumulate(self.lengths, initial=0))
-        if self.kept_N is None:
-            parts = [
-                torch.zeros(length) if gradient is None else gradient.detach().flatten().float().cpu()
-                for gradient, length in zip(gradients, self.lengths, strict=True)
-            ]
-            return torch.cat(parts)
-        bounds = torch.searchsorted(self.kept_N, torch.tensor(ends)).tolist()
+        starts = list(accumulate(self.lengths, initial=0))
+        bounds = torch.searchsorted(self.kept_N, torch.tensor(starts)).tolist()
         vector_N = torch.zeros(self.size)
-        for gradient, start, (low, high) in zip(gradients, ends, pairwise(bounds), strict=False):
+        for gradient, start, (low, high) in zip(gradients, starts, pairwise(bounds), strict=False):
             if gradient is not None and high > low:
                 own = (self.kept_N[low:high] - start).to(gradient.device)
                 vector_N[low:high] = gradient.detach().flatten()[own].float().cpu()
@@ -113,43 +107,16 @@ def weighted_gradients(
         raise ValueError("got coordinates of another model, expected those that Coordinates.choose gives for this one")
     weights_KBT = torch.where(mask_BT, weights_KBT, 0)
     vectors_KN = torch.zeros(len(weights_KBT), coordinates.size)
-    if not weights_KBT.any():
+    live = [k for k in range(len(weights_KBT)) if weights_KBT[k].any()]
+    if not live:
         return vectors_KN
     with evaluating(model), torch.enable_grad():
         logits_BTV = response_logits(model, prompt_ids, ids_BT, mask_BT)
         logps_BT = chosen_logps(logits_BTV, ids_BT.to(logits_BTV.device))
-        live = [k for k in range(len(weights_KBT)) if weights_KBT[k].any()]
         for k in live:
             total = (logps_BT * weights_KBT[k].to(logps_BT)).sum()
             vectors_KN[k] = kept_gradient(total, parameters, coordinates, retain=k != live[-1])
     return vectors_KN
-
-
-def expected_squares(
-    model: Any, prompt_ids: Sequence[int], response: Sequence[int], coordinates: Coordinates, seed: int = 0
-) -> Tensor:
-    """E_y |grad log pi(y | prompt, y_<t)|² over all tokens y that could come at position t: float64 (T,) on the CPU.
-
-    Unbiased, from one backward pass per position: with the logits' Jacobian J, q = sqrt(p) and random signs e it is
-    E_e |J'(q e - p (q . e))|², since (diag q - p q')(diag q - p q')' = diag p - p p', the covariance of the score.
-    Over sampled tokens the same mean rests on rare ones: a token of probability 0.999 is seldom seen to be missed.
-    """
-    parameters = trainable(model)
-    squares_T = torch.zeros(len(response), dtype=torch.float64)
-    if not len(response):
-        return squares_T
-    ids_BT, mask_BT = padded([response])
-    with evaluating(model), torch.enable_grad():
-        logits_TV = response_logits(model, prompt_ids, ids_BT, mask_BT)[0]
-        p_TV = logits_TV.detach().double().softmax(-1)
-        signs = torch.randint(0, 2, p_TV.shape, generator=torch.Generator().manual_seed(seed))
-        q_TV = p_TV.sqrt() * (2 * signs - 1).to(p_TV)
-        probes_TV = (q_TV - p_TV * q_TV.sum(-1, keepdim=True)).to(logits_TV)
-        for t in range(len(response)):
-            along = (logits_TV[t] * probes_TV[t]).sum()
-            vector_N = kept_gradient(along, parameters, coordinates, retain=t + 1 < len(response))
-            squares_T[t] = coordinates.scale * vector_N.double().square().sum()
-    return squares_T
 
 
 def kept_gradient(value: Tensor, parameters: Sequence[Tensor], coordinates: Coordinates, *, retain: bool) -> Tensor:
@@ -171,17 +138,14 @@ def token_statistics(
     for row, mask_T in enumerate(mask_BT):  # in double precision, one response at a time: V may be large
         logits_1TV = logits_BTV[row : row + 1, mask_T].double()
         ids_1T = ids_BT[row : row + 1, mask_T].to(logits_1TV.device)
-        for values_BT, values_1T in zip(
-            found,
-            (chosen_logps(logits_1TV, ids_1T), token_entropy(logits_1TV), collision_mass(logits_1TV)),
-            strict=True,
-        ):
+        own = (chosen_logps(logits_1TV, ids_1T), token_entropy(logits_1TV), collision_mass(logits_1TV))
+        for values_BT, values_1T in zip(found, own, strict=True):
             values_BT[row, mask_T] = values_1T[0].cpu()
     return found
 
 
 def padded(responses: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Responses as (ids_BT, mask_BT), right padded; ValueError for no response at all."""
+    """Responses as (ids_BT, mask_BT), right padded."""
     if not responses:
         raise ValueError("got no responses, expected at least one")
     width = max(map(len, responses))

@@ -1,4 +1,4 @@
-"""A probe in words: tables for the terminal and for Markdown, the page, the JSON object."""
+"""A probe report as tables, the Markdown page, pictures, and the JSON object."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rest_rl.probe.advice import Advice, advice_on, verdict
-from rest_rl.probe.figures import GroupTokens, Probe, RegionFacts, RuleFacts
+from rest_rl.probe.report import Advice, ProbeReport
 from rest_rl.probe.variance import Estimate
 from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
 from rest_rl.report.plots import INK, bare_style, legend_style, new_axes, save
@@ -21,98 +20,12 @@ from rest_rl.report.tables import markdown_table
 from rest_rl.response import Region
 
 DRAWN_TOKENS = 20_000
-"""Of a region, for the shape of its violin."""
+"""Tokens of a region that give its violin its shape."""
 UNREADABLE = 5.0
-"""Relative figures beyond ± 500 % would leave the others no room."""
-
-
-def draw_probe(probe: Probe, tokens: Sequence[GroupTokens], folder: Path) -> list[Path]:
-    """The pictures of one format, as names within the folder."""
-    stem = "".join(character if character.isalnum() else "-" for character in probe.format)
-    drawn = {"entropy": draw_entropies(probe, tokens), "shares": draw_shares(probe), "rules": draw_rules(probe)}
-    paths = [save(figure, folder / f"{stem}-{name}.png") for name, figure in drawn.items()]
-    return [Path(path.name) for path in paths]
-
-
-def draw_entropies(probe: Probe, tokens: Sequence[GroupTokens]) -> Figure:
-    """The distribution of the token entropies of each region, its mean as a mark (Figure 4 of the paper)."""
-    labels, (figure, axes) = list(probe.regions), new_axes(7.2, 3.2)
-    regions_T = np.concatenate([group.regions_T for group in tokens])
-    entropies_T = np.concatenate([group.entropies_T for group in tokens])
-    by_label = {region.label: np.sort(entropies_T[regions_T == region]) for region in Region}
-    for at, label in enumerate(labels):
-        own_T = by_label[label]
-        drawn_T = own_T[:: math.ceil(len(own_T) / DRAWN_TOKENS)]
-        draw_violin(axes, at, drawn_T, REGION_COLOURS[label])
-        mean = probe.regions[label].tokens.entropy.value
-        axes.plot([at], [mean], marker="o", color=INK, markersize=4, zorder=4)
-        axes.plot([at], [np.quantile(own_T, 0.9)], marker="_", color=INK, markersize=10, zorder=4)
-    axes.set_xticks(range(len(labels)), [f"{label}\n{probe.regions[label].tokens.number:,}" for label in labels])
-    bare_style(axes, f"{probe.format}: token entropy by region, nats (● mean, – 90th percentile; tokens below)")
-    return figure
-
-
-def draw_violin(axes: Axes, at: float, values_T: np.ndarray, colour: str) -> None:
-    """The shape of a distribution; values that are all the same have none and are a line."""
-    if np.ptp(values_T) == 0:
-        axes.plot([at - 0.35, at + 0.35], [values_T[0]] * 2, color=colour, linewidth=2)
-        return
-    drawn = axes.violinplot(values_T, positions=[at], widths=0.8, showextrema=False, points=200, bw_method=0.15)
-    for body in cast(list[Any], drawn["bodies"]):
-        body.set(facecolor=colour, alpha=0.75, edgecolor="none")
-
-
-def draw_shares(probe: Probe) -> Figure:
-    """Shares of tokens, squared gradient norm and signal by region, with their standard errors."""
-    labels, (figure, axes) = list(probe.regions), new_axes(7.2, 3.2)
-    facts = [probe.regions[label] for label in labels]
-    series = {
-        "tokens": [one.tokens.share for one in facts],
-        "squared gradient norm": [one.gradient.norm_share for one in facts],
-        "reward signal": [one.gradient.signal_share for one in facts],
-    }
-    for index, (name, estimates) in enumerate(series.items()):
-        places = [at + 0.27 * (index - 1) for at in range(len(labels))]
-        readable = [readable_percent(estimate) for estimate in estimates]
-        values, errors = [value for value, _ in readable], [error for _, error in readable]
-        axes.bar(places, values, 0.25, color=SERIES_COLOURS[(5, 3, 0)[index]], label=name, yerr=errors, ecolor=INK,
-                 error_kw={"elinewidth": 0.9, "capsize": 2})  # fmt: skip
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_xticks(range(len(labels)), labels)
-    axes.legend(**{**legend_style(), "loc": "best"})
-    bare_style(axes, f"{probe.format}: share by region, per cent (± one standard error)")
-    return figure
-
-
-def draw_rules(probe: Probe) -> Figure:
-    """The predicted improvement of each rule against uniform weights, under Adam and under plain gradient ascent."""
-    rules = probe.rules[1:]
-    figure, axes = new_axes(7.2, 1.0 + 0.28 * len(rules))
-    kinds = (("under Adam", "adam_gain", SERIES_COLOURS[0], -0.12), ("plain", "gain", SERIES_COLOURS[3], 0.12))
-    for name, field, colour, shift in kinds:
-        readable = [readable_percent(getattr(rule, field)) for rule in rules]
-        places = [at + shift for at in range(len(rules))]
-        values, errors = [value for value, _ in readable], [2 * error for _, error in readable]
-        axes.errorbar(values, places, xerr=errors, fmt="o", color=colour, label=name, markersize=4, elinewidth=1.4)
-    axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_yticks(range(len(rules)), [rule.name for rule in rules])
-    axes.invert_yaxis()
-    axes.legend(**{**legend_style(), "loc": "best"})
-    bare_style(axes, f"{probe.format}: predicted gain over uniform weights, per cent (± 2 standard errors)", grid="x")
-    return figure
-
-
-def readable_percent(estimate: Estimate) -> tuple[float, float]:
-    """(value, error) in per cent; NaN where a figure is not defined or beyond reading."""
-    value, error = estimate
-    if not abs(value) < UNREADABLE or not error < UNREADABLE:
-        return math.nan, math.nan
-    return 100 * value, 100 * error
-
-
+"""Relative figures beyond ± 500 % would leave the others no room in a picture."""
 DASH = "–"
 FAR = 9.995
-"""Relative figures beyond ±999 % are not worth their digits."""
+"""Relative figures beyond ±999 % are not worth their digits in a table."""
 READING = (
     "± is one standard error over prompts (jackknife). |g|²: share of the squared norm of the policy gradient. Signal: "
     "share of the first-order improvement of the expected reward, from pairs of different prompts. SNR: squared mean "
@@ -136,74 +49,93 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
-def format_table(probes: Sequence[Probe]) -> Table:
+def format_table(reports: Sequence[ProbeReport]) -> Table:
     """The formats side by side."""
     rows = []
-    for probe in probes:
-        own, advice = probe.sampled, advice_on(probe)
-        rest = next(rule for rule in probe.rules if rule.name == "rest")
-        scores = (f"{100 * own.exact_match:.1f}", f"{100 * own.s_format:.1f}", f"{100 * own.no_spread:.1f}")
-        cut = f"{100 * own.truncated:.1f}"
-        rows.append((probe.format, *scores, cut, in_percent(rest.adam_gain, sign="+"), advice.preset, advice.sureness))
+    for report in reports:
+        own, advice = report.sampled, report.advice
+        shares = (own.exact_match, own.s_format, own.no_spread, own.truncated)
+        rest = next(rule for rule in report.rules if rule.name == "rest")
+        gain = in_percent(rest.adam_gain, sign="+")
+        rows.append((report.format, *(f"{100 * share:.1f}" for share in shares), gain, advice.preset, advice.sureness))
     header = ("format", "exact %", "S_format %", "no spread %", "cut off %", "rest, Adam %", "preset", "how sure")
     return Table("formats", header, rows)
 
 
-def probe_tables(probe: Probe) -> list[Table]:
+def probe_tables(report: ProbeReport) -> list[Table]:
     """Tokens, signal, weights and rules of one format."""
-    labels, step = list(probe.regions), numbered(probe.prompts_per_step, "prompt")
-    return [
-        Table(
-            f"{probe.format}: tokens",
-            ("region", "tokens", "share %", "entropy (nats)", "p90", "1 - Σp²"),
-            [token_row(label, facts) for label, facts in probe.regions.items()],
-        ),
-        Table(
-            f"{probe.format}: signal",
-            ("region", "|g|² %", "signal %", "SNR", "differs %", "AUC"),
-            [signal_row(label, facts) for label, facts in probe.regions.items()],
-        ),
-        Table(
-            f"{probe.format}: mean weight by rule",
-            ("rule", *labels),
-            [(rule.name, *(f"{rule.weights[label]:.2f}" for label in labels)) for rule in probe.rules],
-        ),
-        Table(
-            f"{probe.format}: predicted improvement per step of {step}, against uniform",
-            ("rule", "Adam %", "plain %", "cosine", "var/|mean|²"),
-            [rule_row(rule) for rule in probe.rules],
-        ),
+    tokens, signal = [], []
+    for label, (own, differences, gradient) in report.regions.items():
+        entropy, collision = in_digits(own.entropy, 3), in_digits(own.collision, 3)
+        tokens.append((label, str(own.number), in_percent(own.share), entropy, f"{own.entropy_p90:.3f}", collision))
+        shares = (in_percent(gradient.norm_share), in_percent(gradient.signal_share), in_digits(gradient.snr, 4))
+        signal.append((label, *shares, in_percent(differences.best_worst), in_digits(differences.auc, 2)))
+    weights = [(rule.name, *(f"{rule.weights[label]:.2f}" for label in report.regions)) for rule in report.rules]
+    rules = [
+        (
+            rule.name,
+            in_percent(rule.adam_gain, sign="+"),
+            in_percent(rule.gain, sign="+"),
+            in_digits(bounded(rule.cosine), 2),
+            in_digits(unless_lost(rule.noise_ratio), 1),
+        )
+        for rule in report.rules
     ]
+    step = numbered(report.prompts_per_step, "prompt")
+    parts = {
+        "tokens": (("region", "tokens", "share %", "entropy (nats)", "p90", "1 - Σp²"), tokens),
+        "signal": (("region", "|g|² %", "signal %", "SNR", "differs %", "AUC"), signal),
+        "mean weight by rule": (("rule", *report.regions), weights),
+        f"predicted improvement per step of {step}, against uniform": (
+            ("rule", "Adam %", "plain %", "cosine", "var/|mean|²"),
+            rules,
+        ),
+    }
+    return [Table(f"{report.format}: {title}", header, rows) for title, (header, rows) in parts.items()]
 
 
-def token_row(label: str, facts: RegionFacts) -> tuple[str, ...]:
-    """What a region's tokens are like."""
-    own = facts.tokens
-    entropy, collision = in_digits(own.entropy, 3), in_digits(own.collision, 3)
-    return (label, str(own.number), in_percent(own.share), entropy, f"{own.entropy_p90:.3f}", collision)
+def page(title: str, reports: Sequence[ProbeReport], pictures: Mapping[str, Sequence[Path]]) -> str:
+    """The Markdown page; `pictures` by format, as paths relative to it."""
+    parts = [f"# {title}"]
+    if len(reports) > 1:
+        formats = format_table(reports)
+        parts.append(markdown_table(formats.header, formats.rows))
+    for report in reports:
+        parts += [f"## {report.format}", f"{sampled_line(report)}.", bullets(report.verdict)]
+        parts.append(advice_text(report.advice))
+        parts += [f"![]({path.as_posix()})" for path in pictures.get(report.format, ())]
+        for table in probe_tables(report):
+            parts += [f"### {table.title.partition(': ')[2].capitalize()}", markdown_table(table.header, table.rows)]
+        parts += [READING, RULES_READING, gradient_line(report)]
+    return "\n\n".join(parts) + "\n"
 
 
-def signal_row(label: str, facts: RegionFacts) -> tuple[str, ...]:
-    """What a region means for reward and gradient."""
-    gradient, differences = facts.gradient, facts.differences
-    shares = (in_percent(gradient.norm_share), in_percent(gradient.signal_share), in_digits(gradient.snr, 4))
-    return (label, *shares, in_percent(differences.best_worst), in_digits(differences.auc, 2))
+def sampled_line(report: ProbeReport) -> str:
+    """What was sampled."""
+    own = report.sampled
+    return (
+        f"{report.format}: {own.prompts} prompts × {own.group_size} responses of {own.mean_tokens:.0f} tokens; exact "
+        f"match {own.exact_match:.1%}, S_acc {own.s_acc:.3f}, S_format {own.s_format:.3f}; no spread in "
+        f"{own.no_spread:.1%} of groups, {own.truncated:.1%} of responses cut off"
+    )
 
 
-def rule_row(rule: RuleFacts) -> tuple[str, ...]:
-    """What a rule is predicted to do."""
-    gains = (in_percent(rule.adam_gain, sign="+"), in_percent(rule.gain, sign="+"))
-    return (rule.name, *gains, in_digits(bounded(rule.cosine), 2), in_digits(unless_lost(rule.noise_ratio), 1))
+def gradient_line(report: ProbeReport) -> str:
+    """What the gradients were taken of."""
+    part = "all" if report.coordinates == report.parameters else f"{report.coordinates:,} random ones of"
+    return (
+        f"Gradients of {part} {report.parameters:,} parameters, progress {report.progress:g}; SNR of one prompt "
+        f"{in_digits(report.snr, 4)}, the heaviest prompt makes {report.heaviest:.0%} of the squared norm."
+    )
 
 
-def unless_lost(ratio: Estimate) -> Estimate:
-    """Not defined for a ratio with an error beyond itself: what it divides by is not told from 0."""
-    return ratio if ratio.error <= ratio.value else Estimate(math.nan, math.nan)
+def advice_text(advice: Advice) -> str:
+    """The recommendation as a paragraph of Markdown."""
+    return f"**Recommendation ({advice.sureness}): {advice.what}.** {advice.why}"
 
 
-def bounded(cosine: Estimate) -> Estimate:
-    """Not defined for a figure in [-1, 1] with an error beyond 1."""
-    return cosine if cosine.error <= 1 else Estimate(math.nan, math.nan)
+def bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"* {line}" for line in lines)
 
 
 def numbered(number: int, noun: str) -> str:
@@ -227,66 +159,21 @@ def in_percent(estimate: Estimate, sign: str = "") -> str:
     return in_digits(Estimate(100 * estimate.value, 100 * estimate.error), digits, sign)
 
 
-def sampled_line(probe: Probe) -> str:
-    """What was sampled, in one line."""
-    own = probe.sampled
-    return (
-        f"{probe.format}: {own.prompts} prompts × {own.group_size} responses of {own.mean_tokens:.0f} tokens; exact "
-        f"match {own.exact_match:.1%}, S_acc {own.s_acc:.3f}, S_format {own.s_format:.3f}; no spread in "
-        f"{own.no_spread:.1%} of groups, {own.truncated:.1%} of responses cut off"
-    )
+def unless_lost(ratio: Estimate) -> Estimate:
+    """Not defined for a ratio with an error beyond itself: what it divides by is not told from 0."""
+    return ratio if ratio.error <= ratio.value else Estimate(math.nan, math.nan)
 
 
-def gradient_line(probe: Probe) -> str:
-    """Of what the gradients were taken."""
-    part = "all" if probe.coordinates == probe.parameters else f"{probe.coordinates:,} random ones of"
-    return (
-        f"Gradients of {part} {probe.parameters:,} parameters, progress {probe.progress:g}; SNR of one prompt "
-        f"{in_digits(probe.snr, 4)}, the heaviest prompt makes {probe.heaviest:.0%} of the squared norm."
-    )
+def bounded(cosine: Estimate) -> Estimate:
+    """Not defined for a figure in [-1, 1] with an error beyond 1."""
+    return cosine if cosine.error <= 1 else Estimate(math.nan, math.nan)
 
 
-def page(title: str, probes: Sequence[Probe], pictures: Mapping[str, Sequence[Path]]) -> str:
-    """The Markdown page; `pictures` by format, as paths relative to it."""
-    parts = [f"# {title}"]
-    if len(probes) > 1:
-        formats = format_table(probes)
-        parts.append(markdown_table(formats.header, formats.rows))
-    for probe in probes:
-        parts += [
-            f"## {probe.format}",
-            sampled_line(probe) + ".",
-            bullets(verdict(probe)),
-            advice_text(advice_on(probe)),
-        ]
-        parts += [f"![]({path.as_posix()})" for path in pictures.get(probe.format, ())]
-        tables = probe_tables(probe)
-        for table in tables:
-            parts += [f"### {table.title.partition(': ')[2].capitalize()}", markdown_table(table.header, table.rows)]
-        parts += [READING, RULES_READING, gradient_line(probe)]
-    return "\n\n".join(parts) + "\n"
-
-
-def bullets(lines: Sequence[str]) -> str:
-    """A Markdown list."""
-    return "\n".join(f"* {line}" for line in lines)
-
-
-def advice_text(advice: Advice) -> str:
-    """The recommendation as a paragraph of Markdown."""
-    return f"**Recommendation ({advice.sureness}): {advice.what}.** {advice.why}"
-
-
-def plain_advice_text(advice: Advice) -> str:
-    """The same for the terminal."""
-    return advice_text(advice).replace("**", "")
-
-
-def as_mapping(probes: Sequence[Probe]) -> list[dict[str, Any]]:
-    """The probes as JSON objects: an estimate is [value, error]."""
-    return [
-        {**plain(probe), "verdict": verdict(probe), "recommendation": advice_on(probe)._asdict()} for probe in probes
-    ]
+def as_mapping(report: ProbeReport) -> dict[str, Any]:
+    """The report as a JSON object: an estimate is [value, error]."""
+    figures = plain(dataclasses.replace(report, tokens=()))
+    del figures["tokens"]
+    return {**figures, "verdict": report.verdict, "recommendation": report.advice._asdict()}
 
 
 def plain(value: Any) -> Any:
@@ -300,3 +187,82 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def draw_probe(report: ProbeReport, folder: Path) -> list[Path]:
+    """The pictures of one format, as names within the folder."""
+    stem = "".join(character if character.isalnum() else "-" for character in report.format)
+    drawn = {"entropy": draw_entropies(report), "shares": draw_shares(report), "rules": draw_rules(report)}
+    return [Path(save(figure, folder / f"{stem}-{name}.png").name) for name, figure in drawn.items()]
+
+
+def draw_entropies(report: ProbeReport) -> Figure:
+    """The distribution of the token entropies of each region, its mean as a mark (Figure 4 of the paper)."""
+    figure, axes = new_axes(7.2, 3.2)
+    regions_T = np.concatenate([group.regions_T for group in report.tokens])
+    entropies_T = np.concatenate([group.entropies_T for group in report.tokens])
+    codes = {region.label: region for region in Region}
+    for at, (label, facts) in enumerate(report.regions.items()):
+        own_T = np.sort(entropies_T[regions_T == codes[label]])
+        drawn_T = own_T[:: math.ceil(len(own_T) / DRAWN_TOKENS)]
+        if np.ptp(drawn_T) == 0:  # values that are all the same have no shape
+            axes.plot([at - 0.35, at + 0.35], [drawn_T[0]] * 2, color=REGION_COLOURS[label], linewidth=2)
+        else:
+            violin = axes.violinplot(drawn_T, positions=[at], widths=0.8, showextrema=False, points=200, bw_method=0.15)
+            for body in cast(list[Any], violin["bodies"]):
+                body.set(facecolor=REGION_COLOURS[label], alpha=0.75, edgecolor="none")
+        axes.plot([at], [facts.tokens.entropy.value], marker="o", color=INK, markersize=4, zorder=4)
+        axes.plot([at], [np.quantile(own_T, 0.9)], marker="_", color=INK, markersize=10, zorder=4)
+    names = [f"{label}\n{facts.tokens.number:,}" for label, facts in report.regions.items()]
+    axes.set_xticks(range(len(names)), names)
+    bare_style(axes, f"{report.format}: token entropy by region, nats (● mean, – 90th percentile; tokens below)")
+    return figure
+
+
+def draw_shares(report: ProbeReport) -> Figure:
+    """Shares of tokens, squared gradient norm and signal by region, with their standard errors."""
+    figure, axes = new_axes(7.2, 3.2)
+    facts = list(report.regions.values())
+    series = (
+        ("tokens", SERIES_COLOURS[5], [one.tokens.share for one in facts]),
+        ("squared gradient norm", SERIES_COLOURS[3], [one.gradient.norm_share for one in facts]),
+        ("reward signal", SERIES_COLOURS[0], [one.gradient.signal_share for one in facts]),
+    )
+    for index, (name, colour, estimates) in enumerate(series):
+        places = [at + 0.27 * (index - 1) for at in range(len(facts))]
+        values, errors = readable_percents(estimates)
+        axes.bar(places, values, 0.25, color=colour, label=name, yerr=errors, ecolor=INK,
+                 error_kw={"elinewidth": 0.9, "capsize": 2})  # fmt: skip
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_xticks(range(len(facts)), list(report.regions))
+    axes.legend(**{**legend_style(), "loc": "best"})
+    bare_style(axes, f"{report.format}: share by region, per cent (± one standard error)")
+    return figure
+
+
+def draw_rules(report: ProbeReport) -> Figure:
+    """The predicted improvement of each rule against uniform weights, under Adam and under plain gradient ascent."""
+    rules = report.rules[1:]
+    figure, axes = new_axes(7.2, 1.0 + 0.28 * len(rules))
+    kinds = (
+        ("under Adam", SERIES_COLOURS[0], -0.12, [rule.adam_gain for rule in rules]),
+        ("plain", SERIES_COLOURS[3], 0.12, [rule.gain for rule in rules]),
+    )
+    for name, colour, shift, gains in kinds:
+        values, errors = readable_percents(gains)
+        places = [at + shift for at in range(len(rules))]
+        axes.errorbar(values, places, xerr=2 * errors, fmt="o", color=colour, label=name, markersize=4, elinewidth=1.4)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_yticks(range(len(rules)), [rule.name for rule in rules])
+    axes.invert_yaxis()
+    axes.legend(**{**legend_style(), "loc": "best"})
+    bare_style(axes, f"{report.format}: predicted gain over uniform weights, per cent (± 2 standard errors)", grid="x")
+    return figure
+
+
+def readable_percents(estimates: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
+    """(values, errors) in per cent; NaN where a figure is not defined or beyond reading."""
+    percents_X2 = 100 * np.array(estimates)
+    readable_X = (np.abs(percents_X2) < 100 * UNREADABLE).all(1)
+    percents_X2[~readable_X] = math.nan
+    return percents_X2[:, 0], percents_X2[:, 1]

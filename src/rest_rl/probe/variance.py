@@ -7,28 +7,28 @@ baseline.
 
 No product pairs a unit with itself: <E g, t>, |E g|² and |t|² are means over pairs of different units, so the noise
 that g and t share cannot pose as signal. What a batch of P units would do follows exactly: E|g_P|² = |E g|² + Var / P.
-Adam divides every coordinate by a root mean square; that comes from units other than those of the signal which it
-divides (cross-fitting), or a unit that makes both large would pull the figure down. Errors are those of the jackknife
-over blocks of units; a difference to a baseline is one of the same units, so that what they share cancels.
+Errors are those of the jackknife over blocks of units; a difference to a baseline is one of the same units, so that
+what they share cancels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import t
 from torch import Tensor
 
 from rest_rl.errors import UserError
 
-TWO_ERRORS = 0.0455
-"""How often a normal figure is more than two standard errors off, to either side."""
+BLOCKS = 16
+"""Blocks of units, where there are enough units; a power of two, see `halvings`."""
+FLOOR = 1e-3
+"""Least second moment of a coordinate, relative to the mean over coordinates. Where half of the units barely have a
+gradient, the estimate from them is chance, and a signal divided by it would drown all others."""
 
 
 class Estimate(NamedTuple):
@@ -50,27 +50,16 @@ class Estimate(NamedTuple):
         return self.value - errors * self.error > least
 
 
-def jackknife(count: int, statistic: Callable[[np.ndarray], float]) -> Estimate:
-    """A statistic of the positions 0 to count - 1 that it is given, and its error by leaving each of them out."""
-    every = np.arange(count)
-    return Estimate.of(np.array([statistic(every), *(statistic(np.delete(every, i)) for i in every)], dtype=float))
-
-
 def left_out(sums_M: np.ndarray) -> np.ndarray:
     """The sum over units, then the sums without each of them: (1+M, ...)."""
     total = sums_M.sum(0, keepdims=True)
     return np.concatenate([total, total - sums_M])
 
 
-@overload
-def quotient(above: float, below: float) -> float: ...
-@overload
-def quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray: ...
-def quotient(above: float | np.ndarray, below: float | np.ndarray) -> float | np.ndarray:
+def quotient(above: np.ndarray | float, below: np.ndarray | float) -> np.ndarray:
     """Element by element, NaN where the divisor is 0."""
     above, below = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
-    found = np.divide(above, below, out=np.full(np.broadcast(above, below).shape, math.nan), where=below != 0)
-    return found if found.ndim else float(found)
+    return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, math.nan), where=below != 0)
 
 
 def above_zero(values: np.ndarray) -> np.ndarray:
@@ -78,22 +67,9 @@ def above_zero(values: np.ndarray) -> np.ndarray:
     return np.where(values > 0, values, math.nan)
 
 
-def sure_errors(units: int, comparisons: int = 1) -> float:
-    """The standard errors from `units` units beyond which a figure is more than chance, to either side.
-
-    Student's quantile that many units give for the certainty of two errors of many, shared out among `comparisons` of
-    which the most striking is picked (Bonferroni).
-    """
-    return float(t.isf(TWO_ERRORS / 2 / comparisons, units - 1))
-
-
-BLOCKS = 16
-"""Of units, where there are enough of them; a power of two, see `halvings`."""
-FLOOR = 1e-3
-"""Of the mean over coordinates: no coordinate's second moment is taken for less. Where half of the units barely have a
-gradient, its estimate from them is chance, and a signal over it would drown all others."""
-DOMINANT = 0.5
-"""A unit with more than this share of the summed squared norms decides the second moment."""
+def gain(own: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """Own over baseline, minus 1; NaN where the baseline makes no progress."""
+    return quotient(own, above_zero(baseline)) - 1
 
 
 class GradientSeries(NamedTuple):
@@ -111,161 +87,11 @@ class GradientSeries(NamedTuple):
     """<E g, t> / sqrt(E|g|²): expected improvement of a step of length 1."""
     adam_1K: np.ndarray
     """sum_j t_j E g_j / sqrt(E g_j²) / sqrt(N): that of a step of root mean square 1 / sqrt(N) in every coordinate."""
-    largest_share: float
-    """The largest unit's share of the summed squared norms."""
 
     @property
     def noise_ratio(self) -> np.ndarray:
         """Variance / |E g|²"""
         return quotient(self.variance_1K, np.maximum(self.mean_square_1K, 0.0))
-
-
-class GradientFigures(NamedTuple):
-    """What a weighting does to the gradient of a batch of `batch` units; relative figures are against the baseline."""
-
-    variance: Estimate
-    """tr Cov of the batch's gradient."""
-    mean_square: Estimate
-    """|E g|²; an unbiased estimate, so it may be negative where there is no signal."""
-    ratio: Estimate
-    """variance / |E g|²"""
-    cosine: Estimate
-    """Between E g and the true gradient: what reweighting costs in direction."""
-    eff: Estimate
-    """<E g, t> / sqrt(E|g|² |t|²): expected improvement per unit step, in [-1, 1]."""
-    eff_adam: Estimate
-    """sum_j t_j E g_j / sqrt(E g_j²) / (sqrt(N) |t|): the same after Adam's scaling, in [-1, 1]."""
-    eff_gain: Estimate
-    """eff over the baseline's, minus 1."""
-    eff_adam_gain: Estimate
-    """eff_adam over the baseline's, minus 1."""
-    lead: Estimate
-    """<E g, t> / sqrt(E|g|²) minus the baseline's: what tells the sign of a gain where |t| or a quotient is noise."""
-    adam_lead: Estimate
-    """The same after Adam's scaling."""
-    largest_share: float
-    """The largest unit's share of the summed squared norms."""
-
-    @property
-    def is_dominated(self) -> bool:
-        """Whether a single unit decides the second moment, so that the figures say little about others."""
-        return self.largest_share > DOMINANT
-
-    @classmethod
-    def of(cls, own: GradientSeries, baseline: GradientSeries) -> GradientFigures:
-        """All figures of one weighting against the baseline, on the same units."""
-        return cls(
-            variance=Estimate.of(own.variance_1K),
-            mean_square=Estimate.of(own.mean_square_1K),
-            ratio=Estimate.of(own.noise_ratio),
-            cosine=Estimate.of(own.cosine_1K),
-            eff=Estimate.of(quotient(own.progress_1K, own.true_norm_1K)),
-            eff_adam=Estimate.of(quotient(own.adam_1K, own.true_norm_1K)),
-            eff_gain=Estimate.of(gain(own.progress_1K, baseline.progress_1K)),
-            eff_adam_gain=Estimate.of(gain(own.adam_1K, baseline.adam_1K)),
-            lead=Estimate.of(own.progress_1K - baseline.progress_1K),
-            adam_lead=Estimate.of(own.adam_1K - baseline.adam_1K),
-            largest_share=own.largest_share,
-        )
-
-
-def gain(own: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Own over baseline, minus 1; NaN where the baseline makes no progress."""
-    return quotient(own, above_zero(baseline)) - 1
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over units from which every figure follows; of disjoint units they add up."""
-
-    units: int
-    g_N: Tensor
-    t_N: Tensor
-    gg_N: Tensor
-    gt_N: Tensor
-    tt: float
-
-    def plus(self, other: Sums) -> Sums:
-        """The sums of the units of both."""
-        return Sums(
-            self.units + other.units,
-            self.g_N + other.g_N,
-            self.t_N + other.t_N,
-            self.gg_N + other.gg_N,
-            self.gt_N + other.gt_N,
-            self.tt + other.tt,
-        )
-
-    def without(self, other: Sums) -> Sums:
-        """The sums of the units that are not in `other`."""
-        return Sums(
-            self.units - other.units,
-            self.g_N - other.g_N,
-            self.t_N - other.t_N,
-            self.gg_N - other.gg_N,
-            self.gt_N - other.gt_N,
-            self.tt - other.tt,
-        )
-
-    @property
-    def signals(self) -> Tensor:
-        """E g_j t_j per coordinate (N,), from pairs of different units: sum_{m != n} g_m t_n / (M (M - 1))."""
-        return (self.g_N * self.t_N - self.gt_N) / (self.units * (self.units - 1))
-
-    @property
-    def signal(self) -> float:
-        """<E g, t>"""
-        return float(self.signals.sum())
-
-    @property
-    def mean_square(self) -> float:
-        """|E g|²"""
-        return float((self.g_N.square() - self.gg_N).sum()) / (self.units * (self.units - 1))
-
-    @property
-    def true_square(self) -> float:
-        """|t|²"""
-        return (float(self.t_N.square().sum()) - self.tt) / (self.units * (self.units - 1))
-
-    @property
-    def variance(self) -> float:
-        """Tr Cov of one unit."""
-        return float(self.gg_N.sum()) / self.units - self.mean_square
-
-    def second_moments(self, batch: int) -> Tensor:
-        """E g_j² of a batch of units, per coordinate (N,), never negative: mean² + s² (1/P - 1/M)."""
-        mean_N = self.g_N / self.units
-        spread_N = (self.gg_N / self.units - mean_N.square()).clamp_min(0) * self.units / (self.units - 1)
-        return mean_N.square() + spread_N * (1 / batch - 1 / self.units)
-
-    def progress(self, batch: int) -> float:
-        """Expected improvement of a step of length 1 that a batch of units makes."""
-        return quotient(self.signal, math.sqrt(float(self.second_moments(batch).sum())))
-
-    def cosine(self) -> float:
-        """Between E g and t."""
-        return quotient(self.signal, root(self.mean_square) * root(self.true_square))
-
-
-class Half(NamedTuple):
-    """What one half of the units has to say about every coordinate."""
-
-    signals_N: Tensor
-    """E g_j t_j"""
-    inverse_N: Tensor
-    """1 / sqrt(E g_j²) of a batch, see `FLOOR`; 0 where there is no gradient at all."""
-
-    @classmethod
-    def of(cls, sums: Sums, batch: int) -> Half:
-        """From the half's sums."""
-        moments_N = sums.second_moments(batch)
-        moments_N = moments_N.clamp_min(FLOOR * float(moments_N.mean()))
-        return cls(sums.signals, torch.where(moments_N > 0, moments_N.rsqrt(), 0.0))
-
-    def progress(self, other: Half) -> float:
-        """The signals of either half over the scales of the other, averaged."""
-        both = self.signals_N @ other.inverse_N + other.signals_N @ self.inverse_N
-        return float(both) / 2 / math.sqrt(len(self.signals_N))
 
 
 def gradient_series(
@@ -282,20 +108,82 @@ def gradient_series(
     if not 1 <= batch <= most:
         raise UserError(f"a batch of {batch} units", f"1 to {most} of {len(true_MN)}", "measure more prompts")
     whole = total(sums)
-    parts = [whole, *(whole.without(one) for one in sums)]
-    return GradientSeries(
-        variance_1K=np.array([one.variance / batch for one in parts]),
-        mean_square_1K=np.array([one.mean_square for one in parts]),
-        cosine_1K=np.array([one.cosine() for one in parts]),
-        true_norm_1K=np.array([root(one.true_square) for one in parts]),
-        progress_1K=np.array([one.progress(batch) for one in parts]),
-        adam_1K=adam_series(sums, batch),
-        largest_share=largest_share(gradients_MN, scales_M),
-    )
+    rows = [batch_figures(one, batch) for one in (whole, *(whole.without(one) for one in sums))]
+    return GradientSeries(*np.array(rows).T, adam_1K=adam_series(sums, batch))
+
+
+class Sums(NamedTuple):
+    """Sums over units from which every figure follows; those of disjoint units add up."""
+
+    units: int
+    g_N: Tensor
+    t_N: Tensor
+    gg_N: Tensor
+    gt_N: Tensor
+    tt: float
+
+    def plus(self, other: Sums) -> Sums:
+        return Sums(*(own + its for own, its in zip(self, other, strict=True)))
+
+    def without(self, other: Sums) -> Sums:
+        return Sums(*(own - its for own, its in zip(self, other, strict=True)))
+
+    @property
+    def pairs(self) -> int:
+        """Ordered pairs of different units: M (M - 1)."""
+        return self.units * (self.units - 1)
+
+    @property
+    def signals(self) -> Tensor:
+        """E g_j t_j per coordinate (N,), from pairs of different units: sum_{m != n} g_m t_n / (M (M - 1))."""
+        return (self.g_N * self.t_N - self.gt_N) / self.pairs
+
+    def second_moments(self, batch: int) -> Tensor:
+        """E g_j² of a batch of units, per coordinate (N,), never negative: mean² + s² (1/P - 1/M)."""
+        mean_N = self.g_N / self.units
+        spread_N = (self.gg_N / self.units - mean_N.square()).clamp_min(0) * self.units / (self.units - 1)
+        return mean_N.square() + spread_N * (1 / batch - 1 / self.units)
+
+
+def batch_figures(sums: Sums, batch: int) -> tuple[float, float, float, float, float]:
+    """The figures of `GradientSeries`, but for Adam's, in its order."""
+    signal = float(sums.signals.sum())
+    mean_square = float((sums.g_N.square() - sums.gg_N).sum()) / sums.pairs
+    true_norm = root((float(sums.t_N.square().sum()) - sums.tt) / sums.pairs)
+    variance = float(sums.gg_N.sum()) / sums.units - mean_square
+    cosine = float(quotient(signal, root(mean_square) * true_norm))
+    progress = float(quotient(signal, math.sqrt(float(sums.second_moments(batch).sum()))))
+    return variance / batch, mean_square, cosine, true_norm, progress
+
+
+class Half(NamedTuple):
+    """What one half of the units has to say about every coordinate."""
+
+    signals_N: Tensor
+    """E g_j t_j"""
+    inverse_N: Tensor
+    """1 / sqrt(E g_j²) of a batch, see `FLOOR`; 0 where there is no gradient at all."""
+
+    @classmethod
+    def of(cls, sums: Sums, batch: int) -> Half:
+        moments_N = sums.second_moments(batch)
+        moments_N = moments_N.clamp_min(FLOOR * float(moments_N.mean()))
+        return cls(sums.signals, torch.where(moments_N > 0, moments_N.rsqrt(), 0.0))
+
+    def progress(self, other: Half) -> float:
+        """The signals of either half over the scales of the other, averaged."""
+        both = self.signals_N @ other.inverse_N + other.signals_N @ self.inverse_N
+        return float(both) / 2 / math.sqrt(len(self.signals_N))
 
 
 def adam_series(sums: Sequence[Sums], batch: int) -> np.ndarray:
-    """See `GradientSeries.adam_1K`: cross-fitted between halves of the blocks, averaged over the ways to halve them."""
+    """`GradientSeries.adam_1K` from the sums of each block, cross-fitted between halves of the blocks.
+
+    1. Put the blocks into two halves; signals E g_j t_j and scales 1 / sqrt(E g_j²) follow from each half's sums.
+    2. Progress is the signals of one half times the scales of the other, both ways. Were signal and scale taken from
+       the same units, a unit with a large gradient would raise both, and the estimate would come out too low.
+    3. To leave a block out, take it from its own half only. Average over the ways to halve (`halvings`).
+    """
     found = []
     for sides in halvings(len(sums)):
         halves = [total([one for one, side in zip(sums, sides, strict=True) if side == own]) for own in (0, 1)]
@@ -346,24 +234,11 @@ def norm_cap(baseline_MN: Tensor, cap: float) -> Tensor:
     """
     if not cap > 0:
         raise ValueError(f"got a norm cap of {cap}, expected a positive multiple of the median norm")
-    norms_M = row_norms(baseline_MN)
+    norms_M = torch.linalg.vector_norm(baseline_MN, dim=1, dtype=torch.float64)
     live_M = norms_M[norms_M > 0]
     if not len(live_M):
         return torch.ones_like(norms_M)
     return (cap * live_M.median() / norms_M.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
-
-
-def largest_share(gradients_MN: Tensor, scales_M: Tensor | None = None) -> float:
-    """The largest unit's share of the sum of squared norms; NaN where all are 0."""
-    squares_M = row_norms(gradients_MN).square()
-    if scales_M is not None:
-        squares_M = squares_M * scales_M.square()
-    return quotient(float(squares_M.max()), float(squares_M.sum()))
-
-
-def row_norms(gradients_MN: Tensor) -> Tensor:
-    """The norm of each unit's vector: float64 (M,)."""
-    return torch.linalg.vector_norm(gradients_MN, dim=1, dtype=torch.float64)
 
 
 def block_sums(gradients_MN: Tensor, true_MN: Tensor, blocks: int, scales_M: Tensor | None = None) -> list[Sums]:
@@ -382,14 +257,12 @@ def block_sums(gradients_MN: Tensor, true_MN: Tensor, blocks: int, scales_M: Ten
         g_mN, t_mN = gradients_MN[index].double(), true_MN[index].double()
         if scales_M is not None:
             g_mN, t_mN = g_mN * scales_M[index, None], t_mN * scales_M[index, None]
-        products_N = (g_mN * t_mN).sum(0)
         tt = float(t_mN.square().sum())
-        sums.append(Sums(len(index), g_mN.sum(0), t_mN.sum(0), g_mN.square().sum(0), products_N, tt))
+        sums.append(Sums(len(index), g_mN.sum(0), t_mN.sum(0), g_mN.square().sum(0), (g_mN * t_mN).sum(0), tt))
     return sums
 
 
 def total(sums: Sequence[Sums]) -> Sums:
-    """The sums of all blocks."""
     return reduce(Sums.plus, sums)
 
 

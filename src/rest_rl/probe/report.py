@@ -1,12 +1,14 @@
-"""What a probe says in plain words, and what it recommends: weights only where their predicted gain is not chance."""
+"""What a probe found, what it says in words, and what it recommends: weights only where their gain is not chance."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from rest_rl.probe.figures import Probe, RuleFacts
+import numpy as np
+
 from rest_rl.probe.rules import NO_REASONING, candidates
 from rest_rl.probe.variance import Estimate
 
@@ -16,9 +18,8 @@ SURE_OF_BEST = 2.5
 """The same for the most striking of several: at a one-sided 5 % Bonferroni's would be 2.33 for 5, 2.39 for 6."""
 MATTERS = 0.05
 """A gain per step of 5 % is what a 5 % larger learning rate gives as well; runs of this project could not tell less."""
-NAMED = 3
-"""Regions that the verdict names."""
-MANY, CUT_OFF, EXTREME = 0.5, 0.1, 0.25
+NAMED_REGIONS = 3
+NO_SPREAD, CUT_OFF, HEAVY = 0.5, 0.1, 0.25
 """Shares from which on a lack of spread, cut responses and a single prompt's gradient are worth a word."""
 NO_CALL = "the format is never met (S_format is 0 for every response)"
 FORMAT_REMEDY = "check --format, or warm-start the model with `rest-rl sft` on such calls"
@@ -33,8 +34,105 @@ PHRASES = {
 Sureness = Literal["likely", "unsure", "not measurable"]
 
 
+class GroupTokens(NamedTuple):
+    """The sampled tokens of one group, one response after the other."""
+
+    regions_T: np.ndarray
+    entropies_T: np.ndarray
+    """Nats."""
+    collisions_T: np.ndarray
+    """1 - sum_v p_v²."""
+
+
+class TokenFacts(NamedTuple):
+    """What the tokens of a region are like."""
+
+    number: int
+    share: Estimate
+    entropy: Estimate
+    """Mean, in nats."""
+    entropy_p90: float
+    collision: Estimate
+    """Mean of 1 - sum_v p_v²."""
+
+
+class DifferenceFacts(NamedTuple):
+    """How a region differs between responses to one prompt."""
+
+    best_worst: Estimate
+    """How often the best and the worst response of a group differ in it; only groups with spread."""
+    auc: Estimate
+    """Of "the region differs" for "the reward differs", over pairs of a group: 0.5 tells nothing, 1 everything."""
+
+
+class GradientFacts(NamedTuple):
+    """What a region contributes to the gradient."""
+
+    norm_share: Estimate
+    """E<g_r, g> / E|g|²: with its share of the overlaps, so that regions add up to 1."""
+    signal_share: Estimate
+    """<E g_r, t> / <E g, t>, t the gradient of the expected reward; regions add up to 1."""
+    surplus: Estimate
+    """norm_share - signal_share: above 0 where there is more noise than signal."""
+    snr: Estimate
+    """|E g_r|² / E|g_r - E g_r|² of one prompt; of a step of P prompts it is P times as much."""
+
+
+class RegionFacts(NamedTuple):
+    """Everything about one region; a region without a token is left out of a probe."""
+
+    tokens: TokenFacts
+    differences: DifferenceFacts
+    gradient: GradientFacts
+
+
+class RuleFacts(NamedTuple):
+    """What a weight rule would do in the next step, against uniform weights on the same responses."""
+
+    name: str
+    weights: Mapping[str, float]
+    """Mean weight of each region's tokens."""
+    bounds: tuple[float, float]
+    """Least and greatest region weight before it is normalised; NaN for a rule that has none."""
+    noise_ratio: Estimate
+    """Variance / |mean|² of the gradient of a step; less is not by itself better."""
+    cosine: Estimate
+    """Of the mean gradient to the gradient of the expected reward."""
+    gain: Estimate
+    """Expected improvement per step of given length, relative to uniform weights: 0.05 is 5 % more."""
+    adam_gain: Estimate
+    """The same after Adam's scaling of every parameter by its own root mean square."""
+    adam_over_shuffled: Estimate
+    """How far `adam_gain` is above the mean of the rules with shuffled weights."""
+
+
+class Sampled(NamedTuple):
+    """What was sampled; shares are of responses, that without spread of groups."""
+
+    prompts: int
+    group_size: int
+    no_spread: float
+    exact_match: float
+    s_format: float
+    s_acc: float
+    reward: float
+    truncated: float
+    mean_tokens: float
+
+
+class SureTokens(NamedTuple):
+    """The regions whose mean entropy is below that of all tokens, taken together."""
+
+    regions: tuple[str, ...]
+    share: Estimate
+    """Of the tokens."""
+    signal_share: Estimate
+    surplus: Estimate
+    """signal_share - share"""
+
+
 class Advice(NamedTuple):
-    """What to train with; rule, strength and clip range are settings of `[rest] weights`, None for grpo."""
+    """What to train with; rule, strength and clip range are settings of `[rest.weights]`, None for grpo."""
 
     preset: Literal["rest", "grpo"]
     rule: str | None
@@ -46,60 +144,94 @@ class Advice(NamedTuple):
     why: str
 
 
-def verdict(probe: Probe) -> list[str]:
-    """Plain sentences: what stands in the way, where signal and noise are, which region decides over the reward."""
-    return [*obstacles(probe), *signal_sentences(probe), *telling_sentence(probe)]
+@dataclass(frozen=True)
+class ProbeReport:
+    """All figures of one model, format and set of prompts, and what follows from them."""
+
+    format: str
+    sampled: Sampled
+    regions: Mapping[str, RegionFacts]
+    rules: tuple[RuleFacts, ...]
+    """Uniform weights first."""
+    sure: SureTokens
+    signal: Estimate
+    """<E g, t>: first-order improvement by the unweighted gradient; shares of it mean nothing unless it is above 0."""
+    snr: Estimate
+    """Of the unweighted gradient of one prompt."""
+    heaviest: float
+    """Share of the most extreme prompt in the sum of |g|²."""
+    prompts_per_step: int
+    """Of the training step that the rules are judged for."""
+    progress: float
+    coordinates: int
+    """Parameters whose gradients were kept."""
+    parameters: int
+    tokens: tuple[GroupTokens, ...] = ()
+    """The sampled tokens, for the picture of their entropies; not in probe.json."""
+
+    @property
+    def misses_format(self) -> bool:
+        """Whether no response is in the format, for which no number of prompts makes up."""
+        return self.sampled.s_format == 0 and self.sampled.no_spread == 1
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the first-order improvement is above 0 beyond its error."""
+        return self.signal.is_above(0, SURE)
+
+    @property
+    def verdict(self) -> list[str]:
+        """Sentences: what stands in the way, where signal and noise are, which region decides over the reward."""
+        return [*obstacles(self), *signal_sentences(self), *telling_sentence(self)]
+
+    @property
+    def advice(self) -> Advice:
+        """Weights of `rest` where their gain is beyond chance and beyond that of shuffled weights, else grpo."""
+        return advice_on(self)
 
 
-def obstacles(probe: Probe) -> Iterator[str]:
+def obstacles(probe: ProbeReport) -> Iterator[str]:
     """What keeps any weights from working."""
     own = probe.sampled
-    if misses_format(probe):
+    if probe.misses_format:
         yield f"{NO_CALL}, so no reward differs and nothing teaches: {FORMAT_REMEDY}"
-    elif own.no_spread >= MANY:
+    elif own.no_spread >= NO_SPREAD:
         yield (
             f"{whole(own.no_spread)} of the groups have no spread of rewards and teach nothing: prompts of fitting "
             "difficulty matter more than weights"
         )
     if own.truncated >= CUT_OFF:
         yield f"{whole(own.truncated)} of the responses are cut off: allow more tokens (--max-new-tokens)"
-    if probe.heaviest >= EXTREME:
+    if probe.heaviest >= HEAVY:
         yield (
             f"one prompt makes {whole(probe.heaviest)} of the squared gradient norm, and the gradient figures lean on "
             "it; --norm-cap 2 scales such prompts down"
         )
 
 
-def signal_sentences(probe: Probe) -> Iterator[str]:
+def signal_sentences(probe: ProbeReport) -> Iterator[str]:
     """Which regions carry the signal, against their share of the tokens and of the gradient."""
-    if misses_format(probe):
+    if probe.misses_format:
         return
-    if not has_signal(probe):
+    if not probe.has_signal:
         yield (
             f"the signal cannot be told from noise with {probe.sampled.prompts} prompts, so its shares mean nothing "
             "yet; take more --prompts"
         )
         return
     ranked = sorted(probe.regions.items(), key=lambda item: -item[1].gradient.signal_share.value)
-    for label, facts in ranked[:NAMED]:
+    for label, facts in ranked[:NAMED_REGIONS]:
         if facts.gradient.signal_share.is_above(0, SURE):
             yield (
                 f"{PHRASES[label]} {verb(label, 'carry')} {percent(facts.gradient.signal_share)} of the reward signal "
                 f"in {whole(facts.tokens.share.value)} of the tokens, and {percent(facts.gradient.norm_share)} of the "
                 "squared gradient norm"
             )
-    yield from noise_sentences(probe)
-    if probe.sure.regions:
-        yield sure_sentence(probe)
-
-
-def noise_sentences(probe: Probe) -> Iterator[str]:
-    """The region whose gradient is noise above all, and what the step would be without that of the reasoning."""
-    label = max(probe.regions, key=lambda name: probe.regions[name].gradient.surplus.value)
-    own = probe.regions[label].gradient
+    noisiest = max(probe.regions, key=lambda name: probe.regions[name].gradient.surplus.value)
+    own = probe.regions[noisiest].gradient
     if own.surplus.is_above(0, SURE_OF_BEST):
         yield (
-            f"more noise than signal comes from {PHRASES[label]}: {percent(own.norm_share)} of the squared gradient "
+            f"more noise than signal comes from {PHRASES[noisiest]}: {percent(own.norm_share)} of the squared gradient "
             f"norm, {percent(own.signal_share)} of the signal"
         )
     gain = next((rule.adam_gain for rule in probe.rules if rule.name == NO_REASONING), Estimate(math.nan, math.nan))
@@ -108,25 +240,25 @@ def noise_sentences(probe: Probe) -> Iterator[str]:
             f"without the gradient of the reasoning the next step would improve by {percent(gain, '+.0f')} under Adam; "
             "a longer run may need it all the same"
         )
+    if probe.sure.regions:
+        yield sure_sentence(probe.sure)
 
 
-def sure_sentence(probe: Probe) -> str:
+def sure_sentence(sure: SureTokens) -> str:
     """Whether the regions of low entropy carry more signal than tokens, which is what ResT builds on."""
-    sure = probe.sure
     if sure.surplus.is_above(0, SURE):
         against = "more than their share, as ResT supposes"
     elif Estimate(-sure.surplus.value, sure.surplus.error).is_above(0, SURE):
         against = "less than their share, against what ResT supposes"
     else:
         against = "which may well be their share"
-    names = ", ".join(sure.regions)
     return (
-        f"the regions of low entropy ({names}) carry {percent(sure.signal_share)} of the signal in "
+        f"the regions of low entropy ({', '.join(sure.regions)}) carry {percent(sure.signal_share)} of the signal in "
         f"{whole(sure.share.value)} of the tokens, {against}"
     )
 
 
-def telling_sentence(probe: Probe) -> Iterator[str]:
+def telling_sentence(probe: ProbeReport) -> Iterator[str]:
     """Which region's differences go with differences in reward."""
     known = {label: facts.differences.auc for label, facts in probe.regions.items()}
     known = {label: auc for label, auc in known.items() if auc.is_above(0.5, SURE)}
@@ -139,26 +271,15 @@ def telling_sentence(probe: Probe) -> Iterator[str]:
         )
 
 
-def misses_format(probe: Probe) -> bool:
-    """Whether no response is in the format, for which no prompts of any number make up."""
-    return probe.sampled.s_format == 0 and probe.sampled.no_spread == 1
-
-
-def has_signal(probe: Probe) -> bool:
-    """Whether the first-order improvement is above 0 beyond its error."""
-    return probe.signal.is_above(0, SURE)
-
-
-def advice_on(probe: Probe) -> Advice:
-    """Weights of `rest` where their gain is beyond chance and beyond that of shuffled weights, else grpo."""
-    rules = {rule.name: rule for rule in probe.rules}
-    if misses_format(probe):
+def advice_on(probe: ProbeReport) -> Advice:
+    """See `ProbeReport.advice`."""
+    if probe.misses_format:
         return uniform_advice("not measurable", f"{NO_CALL}; {FORMAT_REMEDY}")
-    if not has_signal(probe):
+    if not probe.has_signal:
         return uniform_advice(
             "not measurable", f"with {probe.sampled.prompts} prompts the signal cannot be told from noise; take more"
         )
-    named = [rules[name] for name in candidates() if name in rules]
+    named = [rule for rule in probe.rules if rule.name in candidates()]
     best = max(named, key=lambda rule: rule.adam_gain.value)
     found = f"under Adam, {best.name} changes the predicted improvement per step by {percent(best.adam_gain, '+.1f')}"
     shuffled = f"{percent(best.adam_over_shuffled, '+.1f')} against shuffled weights"
@@ -187,7 +308,6 @@ def harm(rules: Sequence[RuleFacts]) -> str:
 
 
 def uniform_advice(sureness: Sureness, why: str) -> Advice:
-    """Uniform weights."""
     return Advice("grpo", None, None, None, None, sureness, "preset grpo", f"{why[0].upper()}{why[1:]}.")
 
 
@@ -197,8 +317,7 @@ def rest_advice(rule: RuleFacts, why: str) -> Advice:
     w_min = max(0.1, math.floor(10 * min(rule.bounds[0], 1)) / 10)
     w_max = math.ceil(10 * max(rule.bounds[1], 1)) / 10
     what = f"preset rest, rule {config.rule}, strength {config.strength:g}, w_min {w_min:g}, w_max {w_max:g}"
-    later = "it is a prediction for the next step; `rest-rl compare` shows whether it lasts"
-    why = f"{why[0].upper()}{why[1:]}; {later}."
+    why = f"{why[0].upper()}{why[1:]}; it is a prediction for the next step; `rest-rl compare` shows whether it lasts."
     return Advice("rest", config.rule, config.strength, w_min, w_max, "likely", what, why)
 
 

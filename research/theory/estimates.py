@@ -1,0 +1,95 @@
+"""What the theory's figures share: every figure of a weighting against a baseline, jackknife errors, thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import t
+from torch import Tensor
+
+from rest_rl.probe.variance import Estimate, GradientSeries, gain, quotient
+
+TWO_ERRORS = 0.0455
+"""How often a normal figure is more than two standard errors off, to either side."""
+DOMINANT = 0.5
+"""A unit with more than this share of the summed squared norms decides the second moment."""
+
+
+class GradientFigures(NamedTuple):
+    """What a weighting does to the gradient of a batch of `batch` units; relative figures are against the baseline."""
+
+    variance: Estimate
+    """tr Cov of the batch's gradient."""
+    mean_square: Estimate
+    """|E g|²; an unbiased estimate, so it may be negative where there is no signal."""
+    ratio: Estimate
+    """variance / |E g|²"""
+    cosine: Estimate
+    """Between E g and the true gradient: what reweighting costs in direction."""
+    eff: Estimate
+    """<E g, t> / sqrt(E|g|² |t|²): expected improvement per unit step, in [-1, 1]."""
+    eff_adam: Estimate
+    """sum_j t_j E g_j / sqrt(E g_j²) / (sqrt(N) |t|): the same after Adam's scaling, in [-1, 1]."""
+    eff_gain: Estimate
+    """eff over the baseline's, minus 1."""
+    eff_adam_gain: Estimate
+    """eff_adam over the baseline's, minus 1."""
+    lead: Estimate
+    """<E g, t> / sqrt(E|g|²) minus the baseline's: what tells the sign of a gain where |t| or a quotient is noise."""
+    adam_lead: Estimate
+    """The same after Adam's scaling."""
+    largest_share: float
+    """The largest unit's share of the summed squared norms."""
+
+    @property
+    def is_dominated(self) -> bool:
+        """Whether a single unit decides the second moment, so that the figures say little about others."""
+        return self.largest_share > DOMINANT
+
+    @classmethod
+    def of(cls, own: GradientSeries, baseline: GradientSeries, largest_share: float) -> GradientFigures:
+        """All figures of one weighting against the baseline, on the same units."""
+        return cls(
+            variance=Estimate.of(own.variance_1K),
+            mean_square=Estimate.of(own.mean_square_1K),
+            ratio=Estimate.of(own.noise_ratio),
+            cosine=Estimate.of(own.cosine_1K),
+            eff=Estimate.of(quotient(own.progress_1K, own.true_norm_1K)),
+            eff_adam=Estimate.of(quotient(own.adam_1K, own.true_norm_1K)),
+            eff_gain=Estimate.of(gain(own.progress_1K, baseline.progress_1K)),
+            eff_adam_gain=Estimate.of(gain(own.adam_1K, baseline.adam_1K)),
+            lead=Estimate.of(own.progress_1K - baseline.progress_1K),
+            adam_lead=Estimate.of(own.adam_1K - baseline.adam_1K),
+            largest_share=largest_share,
+        )
+
+
+def fraction(above: float, below: float) -> float:
+    """NaN where the divisor is 0."""
+    return float(quotient(above, below))
+
+
+def largest_share(gradients_MN: Tensor, scales_M: Tensor | None = None) -> float:
+    """The largest unit's share of the sum of squared norms; NaN where all are 0."""
+    squares_M = torch.linalg.vector_norm(gradients_MN, dim=1, dtype=torch.float64).square()
+    if scales_M is not None:
+        squares_M = squares_M * scales_M.square()
+    return fraction(float(squares_M.max()), float(squares_M.sum()))
+
+
+def jackknife(count: int, statistic: Callable[[np.ndarray], float]) -> Estimate:
+    """A statistic of the positions 0 to count - 1 that it is given, and its error by leaving each of them out."""
+    every = np.arange(count)
+    return Estimate.of(np.array([statistic(every), *(statistic(np.delete(every, i)) for i in every)], dtype=float))
+
+
+def sure_errors(units: int, comparisons: int = 1) -> float:
+    """The standard errors from `units` units beyond which a figure is more than chance, to either side.
+
+    Student's quantile that many units give for the certainty of two errors of many, shared out among `comparisons` of
+    which the most striking is picked (Bonferroni).
+    """
+    return float(t.isf(TWO_ERRORS / 2 / comparisons, units - 1))
