@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
-from rest_rl.cli import probe as cli_probe
+import rest_rl.probe
 from rest_rl.cli.app import main
-from rest_rl.cli.probe import scoring_of
 from rest_rl.config import read_run_file
 from rest_rl.data.layout import PromptLayout
+from rest_rl.errors import UserError
 from rest_rl.presets import score_response, token_weights
-from rest_rl.probe.figures import GroupTokens, Probe
+from rest_rl.probe import run as probe_run
 from rest_rl.probe.measure import Weigher, probe_gradients, sampled_tokens
+from rest_rl.probe.report import GroupTokens, ProbeReport
 from rest_rl.probe.rules import rivals
+from rest_rl.probe.run import scoring_of, step_size
 from rest_rl.probe.sample import Group, sample_groups
 from rest_rl.regions import decode_ids
+from rest_rl.runlog import SilentObserver
 from tests.model_families import save_family
 from tests.test_probe import made_probe
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
@@ -130,7 +131,7 @@ def test_a_random_model_of_another_format(
     [
         (("--prompts", "7"), "expected at least 8"),
         (("--group", "1"), "expected at least 2"),
-        (("--step", "0"), "got --step 0, expected at least 1"),
+        (("--step", "0"), "step 0, expected at least 1"),
         (("--set", "rest.preset=grpo", "--set", "rest.reward.random=true"), "expected a reward that reads"),
         (("--progress", "1.5"), "[0, 1]"),
         (("--norm-cap", "-1"), "0 for none"),
@@ -156,13 +157,13 @@ def given(monkeypatch: pytest.MonkeyPatch, *, formats: int) -> None:
     """A measurement known beforehand, interrupted after so many formats."""
     left = iter(range(formats))
 
-    def measure(_model: Any, asked: cli_probe.Asked, *_: Any) -> tuple[Probe, list[GroupTokens]]:
+    def measure(_model: Any, layout: PromptLayout, *_: Any) -> ProbeReport:
         if next(left, None) is None:
             raise KeyboardInterrupt
         tokens = GroupTokens(np.array([1, 3]), np.array([0.1, 2.0]), np.array([0.1, 0.5]))
-        return replace(made_probe(), format=asked.layout.format.name), [tokens]
+        return replace(made_probe(), format=layout.format.name, tokens=(tokens,))
 
-    monkeypatch.setattr(cli_probe, "measure", measure)
+    monkeypatch.setattr(probe_run, "measure", measure)
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
@@ -213,7 +214,7 @@ def test_too_little_data_asks_for_more_of_it(
     few = here / "few.jsonl"
     few.write_text("".join(dialogues.read_text().splitlines(keepends=True)[:5]))
     assert run("--model", policy, "--data", few, "--format", "toolrl", *SMALL, "--out", "out") == 2
-    assert capsys.readouterr().err == "error: got 5 samples, expected at least 8; add data\n"
+    assert "got 5 samples, expected at least 8" in capsys.readouterr().err
 
 
 def test_the_least_numbers_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,10 +222,32 @@ def test_the_least_numbers_are_in_the_help(capsys: pytest.CaptureFixture[str]) -
     assert "at least 8" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_single_prompt_is_no_plural(capsys: pytest.CaptureFixture[str]) -> None:
-    config = read_run_file(None, [])
-    assert cli_probe.step_of(config, argparse.Namespace(step=4), 8, Console()) == 1
-    assert "8 prompts can predict steps of 1 prompt at most, not 4" in capsys.readouterr().out
+class Listener(SilentObserver):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_few_prompts_predict_small_steps() -> None:
+    listener = Listener()
+    assert step_size(read_run_file(None, []), 4, 8, listener) == 1
+    assert "steps of 1 prompt at most, not 4" in listener.said[0]
+
+
+def test_from_python(here: Path, policy: Path, dialogues: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, formats=2)
+    seen: list[str] = []
+    probe: Any = rest_rl.probe
+    found = probe(
+        policy, dialogues, formats=["toolrl", "hermes"], prompts=8, on_report=lambda one: seen.append(one.format)
+    )
+    assert [one.format for one in found] == seen == ["toolrl", "hermes"]
+    assert found[0].advice.preset == "grpo"
+    assert list(here.iterdir()) == []
+    with pytest.raises(UserError):
+        probe(policy, dialogues, group=1)
 
 
 @pytest.fixture(scope="module")

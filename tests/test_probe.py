@@ -13,18 +13,8 @@ import torch
 
 from rest_rl.data.samples import ToolSample
 from rest_rl.jsonl import as_json
-from rest_rl.probe.advice import advice_on, verdict
 from rest_rl.probe.figures import (
-    DifferenceFacts,
-    GradientFacts,
-    GroupTokens,
-    Probe,
     Products,
-    RegionFacts,
-    RuleFacts,
-    Sampled,
-    SureTokens,
-    TokenFacts,
     gradient_facts,
     region_difference,
     region_facts,
@@ -35,6 +25,17 @@ from rest_rl.probe.figures import (
 )
 from rest_rl.probe.measure import Judge, grpo_weights, region_and_true_weights
 from rest_rl.probe.page import as_mapping, page, probe_tables
+from rest_rl.probe.report import (
+    DifferenceFacts,
+    GradientFacts,
+    GroupTokens,
+    ProbeReport,
+    RegionFacts,
+    RuleFacts,
+    Sampled,
+    SureTokens,
+    TokenFacts,
+)
 from rest_rl.probe.rules import SHUFFLED, UNIFORM, rivals
 from rest_rl.probe.sample import Group, Response
 from rest_rl.probe.variance import Estimate
@@ -208,7 +209,7 @@ def test_the_rules_begin_with_uniform_weights() -> None:
     assert all(rules[name].weights == replace(own, rule="permuted", seed=i) for i, name in enumerate(SHUFFLED, 1))
 
 
-def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, signal: float = 1.0) -> Probe:
+def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, signal: float = 1.0) -> ProbeReport:
     """A probe with reasoning of high and names of low entropy, the gain of the default strength as asked."""
 
     def region(share: float, entropy: float, signal_share: float, auc: float) -> RegionFacts:
@@ -228,7 +229,7 @@ def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, si
         )
 
     gains = {"rest": adam, "rest, strength 0.25": adam / 2 - 0.01, "rest, strength 1": -0.3}
-    return Probe(
+    return ProbeReport(
         format="toolrl",
         sampled=Sampled(64, 8, 0.1, 0.4, 0.8, 0.6, 0.7, 0.0, 40.0),
         regions={"name": region(0.2, 0.1, 0.7, 0.8), "reasoning": region(0.8, 2.0, 0.3, 0.6)},
@@ -245,7 +246,7 @@ def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, si
 
 
 def test_weights_are_recommended_where_they_help_beyond_chance_and_shuffling() -> None:
-    found = advice_on(made_probe(adam=0.2))
+    found = made_probe(adam=0.2).advice
     own = rivals()["rest"].weights
     assert own is not None
     assert (found.preset, found.rule, found.strength) == ("rest", own.rule, own.strength)
@@ -266,49 +267,46 @@ def test_weights_are_recommended_where_they_help_beyond_chance_and_shuffling() -
         (made_probe(adam=math.nan, error=math.nan), "not measurable", "more --prompts"),
     ],
 )
-def test_uniform_weights_are_recommended_otherwise(probe: Probe, sureness: str, why: str) -> None:
-    found = advice_on(probe)
+def test_uniform_weights_are_recommended_otherwise(probe: ProbeReport, sureness: str, why: str) -> None:
+    found = probe.advice
     assert (found.preset, found.strength) == ("grpo", None)
     assert found.sureness == sureness
     assert why in found.why
 
 
+def kinds(report: ProbeReport) -> list[str]:
+    return [remark.kind for remark in report.verdict]
+
+
 def test_the_verdict_names_where_the_signal_is() -> None:
-    first, second, *_ = verdict(made_probe())
-    assert first == (
-        "the tool name carries 70 ± 5 % of the reward signal in 20 % of the tokens, and 50 ± 5 % of the squared "
-        "gradient norm"
-    )
-    assert second.startswith("the reasoning carries 30 ± 5 %")
-    assert any("more than their share" in line for line in verdict(made_probe()))
-    assert any("more noise than signal comes from the reasoning" in line for line in verdict(made_probe()))
-    assert any("tool name differs tells best" in line and "0.80 ± 0.05" in line for line in verdict(made_probe()))
+    own = made_probe()
+    assert kinds(own) == ["signal", "signal", "noise", "sure regions above", "telling"]
+    name, reasoning, noise, sure, telling = (remark.text for remark in own.verdict)
+    assert all(figure in name for figure in ("the tool name", "70 ± 5 %", "20 %", "50 ± 5 %"))
+    assert all(figure in reasoning for figure in ("the reasoning", "30 ± 5 %"))
+    assert "the reasoning" in noise
+    assert "(name)" in sure
+    assert "the tool name" in telling
+    assert "0.80 ± 0.05" in telling
 
 
 def test_the_verdict_names_what_stands_in_the_way() -> None:
     own = made_probe(signal=0.1)
     hampered = replace(own, sampled=own.sampled._replace(no_spread=0.9, truncated=0.4), heaviest=0.8)
-    text = " ".join(verdict(hampered))
-    assert "90 % of the groups have no spread" in text
-    assert "40 % of the responses are cut off" in text
-    assert "one prompt makes 80 %" in text
-    assert "told from noise" in text
-    assert "carries" not in text
+    assert kinds(hampered) == ["no spread", "cut off", "one prompt", "no signal", "telling"]
+    spread, cut, heavy, *_ = (remark.text for remark in hampered.verdict)
+    assert ("90 %" in spread, "40 %" in cut, "80 %" in heavy) == (True, True, True)
 
 
 def test_a_format_that_is_never_met_is_no_lack_of_prompts() -> None:
     own = made_probe(signal=0.0)
     never = replace(own, sampled=own.sampled._replace(no_spread=1.0, s_format=0.0, truncated=0.4))
-    found = advice_on(never)
-    assert found.sureness == "not measurable"
-    for text in (" ".join(verdict(never)), found.why):
-        assert "the format is never met" in text.lower()
+    assert kinds(never) == ["no format", "cut off", "telling"]  # too few tokens may be why
+    assert never.advice.sureness == "not measurable"
+    for text in (never.verdict[0].text, never.advice.why):
         assert "--format" in text
-        assert "rest-rl sft" in text
-        assert "prompts" not in text
-    assert "cut off" in " ".join(verdict(never))  # which may be why
-    hard = replace(never, sampled=never.sampled._replace(s_format=0.2))
-    assert "prompts of fitting difficulty" in " ".join(verdict(hard))
+        assert "--prompts" not in text
+    assert "no spread" in kinds(replace(never, sampled=never.sampled._replace(s_format=0.2)))
 
 
 def test_what_tells_nothing_does_not_tell_best() -> None:
@@ -318,7 +316,7 @@ def test_what_tells_nothing_does_not_tell_best() -> None:
             label: facts._replace(differences=facts.differences._replace(auc=auc))
             for (label, facts), auc in zip(own.regions.items(), (name, reasoning), strict=True)
         }
-        return [line for line in verdict(replace(own, regions=regions)) if "tells best" in line]
+        return [remark.text for remark in replace(own, regions=regions).verdict if remark.kind == "telling"]
 
     assert told(Estimate(0.55, 0.03), Estimate(0.5, 0.0)) == []  # 0.55 is 1.7 errors from 0.5
     assert "0.60 ± 0.03" in told(Estimate(0.6, 0.03), Estimate(0.9, 0.3))[0]
@@ -334,10 +332,10 @@ def test_a_ratio_to_nothing_is_a_dash() -> None:
 
 def test_what_is_written_can_be_read() -> None:
     own = made_probe(adam=math.nan, error=math.nan)
-    rows = json.loads(as_json(as_mapping([own])))
-    assert rows[0]["regions"]["name"]["gradient"]["signal_share"] == [0.7, 0.05]
-    assert rows[0]["rules"][1]["adam_gain"] == [None, None]
-    assert rows[0]["recommendation"]["preset"] == "grpo"
+    row = json.loads(as_json(as_mapping(own)))
+    assert row["regions"]["name"]["gradient"]["signal_share"] == [0.7, 0.05]
+    assert row["rules"][1]["adam_gain"] == [None, None]
+    assert row["recommendation"]["preset"] == "grpo"
     text = page("Probe of a model", [own], {"toolrl": []})
     assert "| rest | – | +0 ± 10 | 0.90 ± 0.10 | 5.0 ± 1.0 |" in text
     assert all(len(row) == len(table.header) for table in probe_tables(own) for row in table.rows)

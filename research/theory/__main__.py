@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from research.command import exit_code
 from research.theory.expected_squares import expected_squares
@@ -27,34 +27,36 @@ from research.theory.measure import (
 from research.theory.optimal_weights import NO_SPREAD
 from research.theory.page import as_mapping, findings, page, theory_tables
 from research.theory.plots import draw_theory
-from rest_rl.cli.probe import (
-    LEAST,
-    Asked,
-    ask,
-    bar,
-    check_least,
-    formats_of,
-    fresh_folder,
-    make_folder,
-    run_of,
-    say,
-    scoring_of,
-    step_of,
-    unwritten,
-)
-from rest_rl.cli.terminal import show_table
+from rest_rl.cli.terminal import Screen
 from rest_rl.config import RunConfig
+from rest_rl.data.layout import PromptLayout
+from rest_rl.data.samples import ToolSample
 from rest_rl.errors import UserError
-from rest_rl.evaluate.origin import model_label
 from rest_rl.jsonl import as_json
 from rest_rl.probe.gradients import Coordinates
-from rest_rl.probe.sample import Group, sample_groups
+from rest_rl.probe.run import (
+    Sampling,
+    check_least,
+    counting,
+    draw_samples,
+    free_folder,
+    label_of,
+    layouts_of,
+    load_model,
+    make_folder,
+    probed_run,
+    sample_run_groups,
+    step_size,
+    unused_folder,
+    writing,
+)
+from rest_rl.probe.sample import Group
 from rest_rl.probe.variance import blocks_for
-from rest_rl.runlog import replace_file
-from rest_rl.train.policy import load_policy, quiet_loading
+from rest_rl.runlog import Observer, replace_file
+from rest_rl.train.policy import quiet_loading
 
 JSON, PAGE = "theory.json", "theory.md"
-FEWEST = {"prompts": 8, "pilot": 4, "group": 2, "pilot_group": 8}
+LEAST_PILOT, LEAST_PILOT_GROUP, LEAST_PROMPTS = 4, 8, 8
 LONG = 600.0
 """Seconds of a pilot from which on a user is warned."""
 
@@ -83,7 +85,6 @@ def parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="A.B=C", help="set one key of the run")
     add("--out", metavar="DIR", help="where to (default: runs/theory-MODEL)")
     add("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.set_defaults(verb="theory")
     return parser
 
 
@@ -96,56 +97,97 @@ def main(argv: Sequence[str] | None = None) -> int:
 def theory(arguments: argparse.Namespace) -> None:
     """Sample, measure, show and write; whatever a user can have got wrong is found before anything is sampled."""
     quiet_loading()
-    console = Console(stderr=arguments.json)
-    check_numbers(arguments)
-    out = fresh_folder(arguments, JSON)
-    config, least = run_of(arguments), FEWEST["pilot"]
-    asked = ask(
-        config, formats_of(config, arguments)[0], arguments, arguments.prompts + arguments.pilot, console,
-        FEWEST["prompts"] + arguments.pilot,
-        "add data" + (f", or lower --pilot (to {least} at the least)" if arguments.pilot > least else ""),
-    )  # fmt: skip
-    settings = settings_of(arguments, config, len(asked.samples) - arguments.pilot, console)
+    screen = Screen(Console(stderr=arguments.json))
+    samplings = samplings_of(arguments)
+    out = unused_folder(Path(arguments.out), JSON) if arguments.out else free_folder("theory", arguments.model, JSON)
+    config = probed_run(arguments.model, arguments.data, arguments.set)
+    (layout,) = layouts_of(config, arguments.format)
+    remedy = "add data" + (f", or lower --pilot (to {LEAST_PILOT} at the least)" * (arguments.pilot > LEAST_PILOT))
+    least, number = LEAST_PROMPTS + arguments.pilot, arguments.prompts + arguments.pilot
+    samples = draw_samples(config, layout, number, arguments.seed, screen, least, remedy)
+    judged = len(samples) - arguments.pilot
+    settings = TheorySettings(
+        token_responses=arguments.group,
+        batch=step_size(config, arguments.step, judged, screen),
+        progress=arguments.progress,
+        cap=arguments.cap,
+        blocks=blocks_for(judged),
+        batch_size=arguments.batch_size or config.eval.batch_size,
+        seed=arguments.seed,
+    )
     make_folder(out)
-    with console.status("loading"):
-        model, _ = load_policy(replace(config.model, dtype=config.weights_dtype))
-        model.to(torch.accelerator.current_accelerator() or "cpu")
-    found, what = measured(model, asked, config, settings, arguments, console)
-    show(what, found, settings, arguments, console)
-    write(out, title_of(arguments), what, found, settings)
-    say(console, f"{out / PAGE}, {JSON} and plots")
+    model = load_model(config, screen)
+    parts = samples[: arguments.pilot], samples[arguments.pilot :]
+    found, what = measured(model, layout, parts, samplings, config, settings, screen)
+    content = {"measured on": what, **as_mapping(found, settings)}
+    if arguments.json:
+        print(as_json(content, indent=2), flush=True)
+    else:
+        show(what, found, screen)
+    with writing(out):
+        pictures = draw_theory(found, out)
+        title = f"The theory of ResT, measured on {label_of(arguments.model)}"
+        replace_file(out / PAGE, page(title, what + ".", found, settings.batch, pictures))
+        replace_file(out / JSON, as_json(content, indent=2) + "\n")
+    screen.say(f"{out / PAGE}, {JSON} and plots")
 
 
-def check_numbers(arguments: argparse.Namespace) -> None:
-    """ValueError for numbers with which nothing can be estimated."""
-    check_least(arguments, {**LEAST, **FEWEST})
+def samplings_of(arguments: argparse.Namespace) -> tuple[Sampling, Sampling]:
+    """How the pilot is sampled and how the prompts that the rules are judged on."""
+    check_least({"pilot": (arguments.pilot, LEAST_PILOT), "pilot_group": (arguments.pilot_group, LEAST_PILOT_GROUP)})
+    rules = Sampling(
+        arguments.prompts,
+        arguments.group,
+        arguments.seed,
+        arguments.progress,
+        arguments.step,
+        arguments.max_new_tokens,
+        arguments.batch_size,
+    )
     if len(arguments.format) > 1:
         raise UserError(f"{len(arguments.format)} times --format", "one", "measure them one by one")
     if arguments.pilot_group < arguments.group:
         raise UserError(
             f"--pilot-group {arguments.pilot_group} with --group {arguments.group}", "at least as many", "raise it"
         )
-    if not 0 <= arguments.progress <= 1:
-        raise UserError(f"--progress {arguments.progress}", "training progress in [0, 1]", "change it")
     if not arguments.cap > 0:
         raise UserError(f"--cap {arguments.cap}", "a positive multiple of the median norm", "raise it")
+    pilot = replace(rules, group=arguments.pilot_group, seed=2 * arguments.seed)
+    return pilot, replace(rules, seed=2 * arguments.seed + 1)
 
 
-def settings_of(arguments: argparse.Namespace, config: RunConfig, prompts: int, console: Console) -> TheorySettings:
-    """How much is measured on so many prompts."""
-    return TheorySettings(
-        token_responses=arguments.group,
-        batch=step_of(config, arguments, prompts, console),
-        progress=arguments.progress,
-        cap=arguments.cap,
-        blocks=blocks_for(prompts),
-        batch_size=arguments.batch_size or config.eval.batch_size,
-        seed=arguments.seed,
+def measured(
+    model: Any,
+    layout: PromptLayout,
+    samples: tuple[Sequence[ToolSample], Sequence[ToolSample]],
+    samplings: tuple[Sampling, Sampling],
+    config: RunConfig,
+    settings: TheorySettings,
+    observer: Observer,
+) -> tuple[Theory, str]:
+    """The theory on this model, and what it was measured on."""
+    pilots, judged = map(len, samples)
+    with counting(observer, layout.format.name, pilots + judged + steps(pilots, judged)) as advance:
+        pilot, groups = (
+            list(sample_run_groups(model, layout, own, config, sampling, lambda: advance("sampling")))
+            for own, sampling in zip(samples, samplings, strict=True)
+        )
+        if not has_spread(pilot, settings):
+            observer.say(f"{NO_SPREAD}.")
+        settings = within_reach(model, pilot, len(groups), settings, observer)
+        pad_id = layout.tokenizer.pad_token_id
+        found = measure(model, pilot, groups, settings, pad_id, lambda: advance("gradients"))
+    what = (
+        f"{layout.format.name}: pilot of {len(pilot)} prompts × {samplings[0].group} responses, rules on "
+        f"{len(groups)} other prompts × {samplings[1].group} ({found.live_groups:.0%} of these groups have spread); "
+        f"{found.coordinate_share:.0%} of the parameters, progress {settings.progress:g}, seed {settings.seed}, norm "
+        f"cap {settings.cap:g} × median"
     )
+    return found, what
 
 
 def within_reach(
-    model: torch.nn.Module, pilot: Sequence[Group], groups: int, settings: TheorySettings, console: Console
+    model: torch.nn.Module, pilot: Sequence[Group], groups: int, settings: TheorySettings, observer: Observer
 ) -> TheorySettings:
     """The settings with as many coordinates as memory has room for; says how long a long pilot will take."""
     longest = max((one for group in pilot for one in group.responses), key=lambda one: len(one.ids))
@@ -156,79 +198,20 @@ def within_reach(
     passes = token_passes(pilot, settings.token_responses)
     seconds = passes * (time.monotonic() - begun) / max(1, len(longest.ids[:4]))
     if seconds > LONG:
-        say(
-            console,
+        observer.say(
             f"{passes:,} backward passes through single tokens: about {seconds / 60:.0f} minutes before the rules are "
-            "judged; fewer --pilot prompts, a smaller --group or --max-new-tokens take less",
+            "judged; fewer --pilot prompts, a smaller --group or --max-new-tokens take less"
         )
     return settings
 
 
-def measured(
-    model: torch.nn.Module,
-    asked: Asked,
-    config: RunConfig,
-    settings: TheorySettings,
-    arguments: argparse.Namespace,
-    console: Console,
-) -> tuple[Theory, str]:
-    """The theory on this model, and what it was measured on."""
-    layout, pilots = asked.layout, arguments.pilot
-    limit = arguments.max_new_tokens or int(config.trl.get("max_completion_length", config.eval.max_new_tokens))
-    number = len(asked.samples)
-    with bar(console, layout.format.name, number + steps(pilots, number - pilots)) as advance:
-        parts: list[list[Group]] = []
-        shares = ((asked.samples[:pilots], arguments.pilot_group), (asked.samples[pilots:], arguments.group))
-        for seed, (samples, size) in enumerate(shares, start=2 * arguments.seed):
-            parts.append([])
-            for group in sample_groups(
-                model, layout, samples, group_size=size, max_new_tokens=limit, seed=seed,
-                batch_size=settings.batch_size, progress=arguments.progress, reward=scoring_of(config),
-            ):  # fmt: skip
-                parts[-1].append(group)
-                advance("sampling")
-        if not has_spread(parts[0], settings):
-            say(console, f"{NO_SPREAD}.")
-        settings = within_reach(model, parts[0], len(parts[1]), settings, console)
-        pad_id = layout.tokenizer.pad_token_id
-        found = measure(model, parts[0], parts[1], settings, pad_id, lambda: advance("gradients"))
-    pilot, groups = parts
-    what = (
-        f"{layout.format.name}: pilot of {len(pilot)} prompts × {arguments.pilot_group} responses, rules on "
-        f"{len(groups)} other prompts × {arguments.group} ({found.live_groups:.0%} of these groups have spread); "
-        f"{found.coordinate_share:.0%} of the parameters, progress {settings.progress:g}, seed {settings.seed}, norm "
-        f"cap {settings.cap:g} × median"
-    )
-    return found, what
-
-
-def title_of(arguments: argparse.Namespace) -> str:
-    """What the page calls the measurement."""
-    model = model_label(arguments.model) if arguments.model else "the embedded model"
-    return f"The theory of ResT, measured on {model}"
-
-
-def write(out: Path, title: str, what: str, found: Theory, settings: TheorySettings) -> None:
-    """The JSON object, the page and the pictures; ValueError for a folder that cannot be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        pictures = draw_theory(found, out)
-        replace_file(out / PAGE, page(title, what + ".", found, settings.batch, pictures))
-        replace_file(out / JSON, as_json({"measured on": what, **as_mapping(found, settings)}, indent=2) + "\n")
-    except OSError as error:
-        raise unwritten(out, error) from error
-
-
-def show(what: str, found: Theory, settings: TheorySettings, arguments: argparse.Namespace, console: Console) -> None:
-    """The tables and findings, or the JSON object."""
-    if arguments.json:
-        print(as_json({"measured on": what, **as_mapping(found, settings)}, indent=2), flush=True)
-    else:
-        for table in theory_tables(found):
-            show_table(escape(table.title), table.header, table.rows, console)
-        say(console, f"{what}.\n")
-        for line in findings(found):
-            console.print(f"• {line}.", highlight=False, markup=False)
+def show(what: str, found: Theory, screen: Screen) -> None:
+    """The tables and findings."""
+    for table in theory_tables(found):
+        screen.show_table(*table)
+    screen.say(f"{what}.\n")
+    for line in findings(found):
+        screen.say(f"• {line}.")
 
 
 if __name__ == "__main__":

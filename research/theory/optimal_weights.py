@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
-from research.theory.estimates import jackknife, fraction
+from research.theory.estimates import fraction, jackknife
 from research.theory.token_bounds import ResponseTokens
 from rest_rl.errors import UserError
 from rest_rl.probe.variance import Estimate

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from research.theory.estimates import jackknife, fraction, sure_errors
+from research.theory.estimates import fraction, jackknife, sure_errors
 from rest_rl.probe.variance import Estimate
 from rest_rl.response import NUM_REGIONS, Region
 
@@ -170,7 +170,9 @@ def region_contrast(responses: Sequence[ResponseTokens], rows: Sequence[RegionTo
 
     def log_ratio(some: Sequence[ResponseTokens]) -> float:
         pair = [
-            fraction(region_mean(some, _expected, by_label[row.region]), region_mean(some, _bounds, by_label[row.region]))
+            fraction(
+                region_mean(some, _expected, by_label[row.region]), region_mean(some, _bounds, by_label[row.region])
+            )
             for row in (high, low)
         ]
         return math.log(pair[0] / pair[1]) if min(pair) > 0 else math.nan

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rest_rl.cli import compare, data, inspect, report, score, train
+from rest_rl.cli import compare, data, inspect, probe, report, score, train
 from rest_rl.cli.evaluate import eval_app
 from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, is_debug, verb_group
 from rest_rl.errors import UserError
@@ -55,18 +55,6 @@ def add(verb: Callable[..., Any], short_help: str, epilog: str | None = None) ->
     app.command(verb.__name__, cls=Verb, short_help=short_help, epilog=epilog)(verb)
 
 
-def add_legacy(name: str, short_help: str) -> None:
-    """Add a verb that the old parser still reads."""
-
-    def call(context: typer.Context) -> int:
-        from rest_rl.cli import legacy
-
-        return legacy.main([name, *context.args], debug=is_debug(context))
-
-    raw = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
-    app.command(name, short_help=short_help, context_settings={**raw, "help_option_names": []})(call)
-
-
 add(train.train, "train a model with ResT or a baseline", train.TRAIN_EPILOG)
 app.command(
     "sft",
@@ -81,7 +69,7 @@ add(
     "methods x seeds on the same data: which of them learns better, beyond seed noise?",
     epilog=compare.EPILOG,
 )
-add_legacy("probe", "before training: where the reward signal lies, and whether weights would help")
+add(probe.probe, "before training: where the reward signal lies, and whether weights would help", probe.EPILOG)
 app.add_typer(data.group, name="data", short_help="check, convert, show, split or make training data")
 app.add_typer(
     eval_app, name="eval", short_help="evaluate on BFCL, API-Bank, the tool world or your own; compare, tabulate"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rest_rl.probe.report import Advice, ProbeReport
@@ -101,8 +100,8 @@ def page(title: str, reports: Sequence[ProbeReport], pictures: Mapping[str, Sequ
         formats = format_table(reports)
         parts.append(markdown_table(formats.header, formats.rows))
     for report in reports:
-        parts += [f"## {report.format}", f"{sampled_line(report)}.", bullets(report.verdict)]
-        parts.append(advice_text(report.advice))
+        verdict = bullets([remark.text for remark in report.verdict])
+        parts += [f"## {report.format}", f"{sampled_line(report)}.", verdict, advice_text(report.advice)]
         parts += [f"![]({path.as_posix()})" for path in pictures.get(report.format, ())]
         for table in probe_tables(report):
             parts += [f"### {table.title.partition(': ')[2].capitalize()}", markdown_table(table.header, table.rows)]
@@ -173,7 +172,7 @@ def as_mapping(report: ProbeReport) -> dict[str, Any]:
     """The report as a JSON object: an estimate is [value, error]."""
     figures = plain(dataclasses.replace(report, tokens=()))
     del figures["tokens"]
-    return {**figures, "verdict": report.verdict, "recommendation": report.advice._asdict()}
+    return {**figures, "verdict": [remark.text for remark in report.verdict], "recommendation": report.advice._asdict()}
 
 
 def plain(value: Any) -> Any:

@@ -131,6 +131,13 @@ class SureTokens(NamedTuple):
     """signal_share - share"""
 
 
+class Remark(NamedTuple):
+    """A sentence of the verdict, and its kind, which stays the same whatever the words are."""
+
+    kind: str
+    text: str
+
+
 class Advice(NamedTuple):
     """What to train with; rule, strength and clip range are settings of `[rest.weights]`, None for grpo."""
 
@@ -180,9 +187,9 @@ class ProbeReport:
         return self.signal.is_above(0, SURE)
 
     @property
-    def verdict(self) -> list[str]:
-        """Sentences: what stands in the way, where signal and noise are, which region decides over the reward."""
-        return [*obstacles(self), *signal_sentences(self), *telling_sentence(self)]
+    def verdict(self) -> list[Remark]:
+        """What stands in the way, where signal and noise are, which region decides over the reward."""
+        return [*obstacles(self), *signal_remarks(self), *telling_remark(self)]
 
     @property
     def advice(self) -> Advice:
@@ -190,84 +197,93 @@ class ProbeReport:
         return advice_on(self)
 
 
-def obstacles(probe: ProbeReport) -> Iterator[str]:
+def obstacles(probe: ProbeReport) -> Iterator[Remark]:
     """What keeps any weights from working."""
     own = probe.sampled
     if probe.misses_format:
-        yield f"{NO_CALL}, so no reward differs and nothing teaches: {FORMAT_REMEDY}"
+        yield Remark("no format", f"{NO_CALL}, so no reward differs and nothing teaches: {FORMAT_REMEDY}")
     elif own.no_spread >= NO_SPREAD:
-        yield (
+        yield Remark(
+            "no spread",
             f"{whole(own.no_spread)} of the groups have no spread of rewards and teach nothing: prompts of fitting "
-            "difficulty matter more than weights"
+            "difficulty matter more than weights",
         )
     if own.truncated >= CUT_OFF:
-        yield f"{whole(own.truncated)} of the responses are cut off: allow more tokens (--max-new-tokens)"
+        yield Remark(
+            "cut off", f"{whole(own.truncated)} of the responses are cut off: allow more tokens (--max-new-tokens)"
+        )
     if probe.heaviest >= HEAVY:
-        yield (
+        yield Remark(
+            "one prompt",
             f"one prompt makes {whole(probe.heaviest)} of the squared gradient norm, and the gradient figures lean on "
-            "it; --norm-cap 2 scales such prompts down"
+            "it; --norm-cap 2 scales such prompts down",
         )
 
 
-def signal_sentences(probe: ProbeReport) -> Iterator[str]:
+def signal_remarks(probe: ProbeReport) -> Iterator[Remark]:
     """Which regions carry the signal, against their share of the tokens and of the gradient."""
     if probe.misses_format:
         return
     if not probe.has_signal:
-        yield (
+        yield Remark(
+            "no signal",
             f"the signal cannot be told from noise with {probe.sampled.prompts} prompts, so its shares mean nothing "
-            "yet; take more --prompts"
+            "yet; take more --prompts",
         )
         return
     ranked = sorted(probe.regions.items(), key=lambda item: -item[1].gradient.signal_share.value)
     for label, facts in ranked[:NAMED_REGIONS]:
         if facts.gradient.signal_share.is_above(0, SURE):
-            yield (
+            yield Remark(
+                "signal",
                 f"{PHRASES[label]} {verb(label, 'carry')} {percent(facts.gradient.signal_share)} of the reward signal "
                 f"in {whole(facts.tokens.share.value)} of the tokens, and {percent(facts.gradient.norm_share)} of the "
-                "squared gradient norm"
+                "squared gradient norm",
             )
     noisiest = max(probe.regions, key=lambda name: probe.regions[name].gradient.surplus.value)
     own = probe.regions[noisiest].gradient
     if own.surplus.is_above(0, SURE_OF_BEST):
-        yield (
+        yield Remark(
+            "noise",
             f"more noise than signal comes from {PHRASES[noisiest]}: {percent(own.norm_share)} of the squared gradient "
-            f"norm, {percent(own.signal_share)} of the signal"
+            f"norm, {percent(own.signal_share)} of the signal",
         )
     gain = next((rule.adam_gain for rule in probe.rules if rule.name == NO_REASONING), Estimate(math.nan, math.nan))
     if gain.is_above(0, SURE):
-        yield (
+        yield Remark(
+            "no reasoning",
             f"without the gradient of the reasoning the next step would improve by {percent(gain, '+.0f')} under Adam; "
-            "a longer run may need it all the same"
+            "a longer run may need it all the same",
         )
     if probe.sure.regions:
-        yield sure_sentence(probe.sure)
+        yield sure_remark(probe.sure)
 
 
-def sure_sentence(sure: SureTokens) -> str:
+def sure_remark(sure: SureTokens) -> Remark:
     """Whether the regions of low entropy carry more signal than tokens, which is what ResT builds on."""
+    kind, against = "sure regions alike", "which may well be their share"
     if sure.surplus.is_above(0, SURE):
-        against = "more than their share, as ResT supposes"
+        kind, against = "sure regions above", "more than their share, as ResT supposes"
     elif Estimate(-sure.surplus.value, sure.surplus.error).is_above(0, SURE):
-        against = "less than their share, against what ResT supposes"
-    else:
-        against = "which may well be their share"
-    return (
+        kind, against = "sure regions below", "less than their share, against what ResT supposes"
+    return Remark(
+        kind,
         f"the regions of low entropy ({', '.join(sure.regions)}) carry {percent(sure.signal_share)} of the signal in "
-        f"{whole(sure.share.value)} of the tokens, {against}"
+        f"{whole(sure.share.value)} of the tokens, {against}",
     )
 
 
-def telling_sentence(probe: ProbeReport) -> Iterator[str]:
+def telling_remark(probe: ProbeReport) -> Iterator[Remark]:
     """Which region's differences go with differences in reward."""
     known = {label: facts.differences.auc for label, facts in probe.regions.items()}
     known = {label: auc for label, auc in known.items() if auc.is_above(0.5, SURE)}
     if known:
         label = max(known, key=lambda name: known[name].value)
         auc = known[label]
-        yield (
+        yield Remark(
+            "telling",
             f"whether {PHRASES[label]} {verb(label, 'differ')} tells best whether the reward differs (AUC "
-            f"{auc.value:.2f} ± {auc.error:.2f})"
+            f"{auc.value:.2f} ± {auc.error:.2f})",
         )
 
 
