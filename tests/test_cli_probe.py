@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,13 +17,14 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.errors import UserError
 from rest_rl.presets import score_response, token_weights
 from rest_rl.probe import run as probe_run
-from rest_rl.probe.measure import Weigher, probe_gradients, sampled_tokens
-from rest_rl.probe.report import GroupTokens, ProbeReport
+from rest_rl.probe.measure import SampledBatch, probe_gradients
+from rest_rl.probe.report import ProbeReport
 from rest_rl.probe.rules import rivals
-from rest_rl.probe.run import scoring_of, step_size
+from rest_rl.probe.run import step_size
 from rest_rl.probe.sample import Group, sample_groups
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import SilentObserver
+from rest_rl.weights import weigh
 from tests.model_families import save_family
 from tests.test_probe import made_probe
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
@@ -160,8 +160,7 @@ def given(monkeypatch: pytest.MonkeyPatch, *, formats: int) -> None:
     def measure(_model: Any, layout: PromptLayout, *_: Any) -> ProbeReport:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        tokens = GroupTokens(np.array([1, 3]), np.array([0.1, 2.0]), np.array([0.1, 0.5]))
-        return replace(made_probe(), format=layout.format.name, tokens=(tokens,))
+        return replace(made_probe(), format=layout.format.name)
 
     monkeypatch.setattr(probe_run, "measure", measure)
 
@@ -262,7 +261,7 @@ def sampled() -> tuple[Any, PromptLayout, list[Group]]:
 def test_responses_are_rewarded_as_the_run_would(preset: str) -> None:
     tokenizer, samples = tiny_tokenizer(), tiny_samples(4)
     layout = PromptLayout(tokenizer, "toolrl")
-    reward = scoring_of(read_run_file(None, [f"rest.preset={preset}"]))
+    reward = read_run_file(None, [f"rest.preset={preset}"]).rest.resolve().reward
     groups = sample_groups(
         tiny_model(tokenizer), layout, samples, group_size=4, max_new_tokens=20, seed=1, progress=0.25, reward=reward
     )
@@ -276,36 +275,37 @@ def test_responses_are_rewarded_as_the_run_would(preset: str) -> None:
 
 def test_rules_weigh_as_training_does(sampled: tuple[Any, PromptLayout, list[Group]]) -> None:
     model, layout, groups = sampled
-    tokens = sampled_tokens(groups, model, layout.tokenizer.pad_token_id, lambda: None)
-    weigher = Weigher(groups, tokens, layout.tokenizer, layout.format, progress=0.5)
-    rows = [response.ids for one in groups for response in one.responses]
-    width = max(map(len, rows))
-    ids_BT = torch.tensor([[*row, *[layout.tokenizer.pad_token_id] * (width - len(row))] for row in rows])
-    mask_BT = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
-    entropies_BT = torch.zeros(mask_BT.shape, dtype=torch.float64)
-    entropies_BT[mask_BT] = torch.cat([torch.from_numpy(one.entropies_T) for one in tokens])
-    collisions_BT = torch.zeros(mask_BT.shape, dtype=torch.float64)
-    collisions_BT[mask_BT] = torch.cat([torch.from_numpy(one.collisions_T) for one in tokens])
-    for preset in rivals().values():
+    batch = SampledBatch.of(groups, model, layout.tokenizer, "toolrl", 0.5)
+    own = batch.tagged
+    for rule in rivals().values():
+        found_BT = weigh(rule, own, batch.statistics, 0.5)
         wanted_BT = token_weights(
-            ids_BT, mask_BT, layout.tokenizer, format=layout.format, preset=preset, progress=0.5,
-            entropies=entropies_BT, collisions=collisions_BT,
+            own.ids_BT, own.mask_BT, layout.tokenizer, format="toolrl", rule=rule, progress=0.5,
+            entropies=own.entropies_BT, collisions=batch.collisions_BT,
         )  # fmt: skip
-        found = weigher.weights(preset)
-        for one, wanted in zip(found, wanted_BT.split(4), strict=True):
-            assert torch.allclose(one, wanted[:, : one.shape[1]], atol=1e-6)
+        assert torch.allclose(found_BT, wanted_BT, atol=1e-6)
+
+
+def test_tokens_stay_with_their_prompts(sampled: tuple[Any, PromptLayout, list[Group]]) -> None:
+    model, layout, groups = sampled
+    batch = SampledBatch.of(groups, model, layout.tokenizer, "toolrl")
+    found = batch.tokens
+    for m, group in enumerate(groups):
+        regions = [region for response in group.responses for region in response.regions]
+        assert found.regions_T[found.prompts_T == m].tolist() == regions
+    assert found.sums(found.entropies_T).sum(0) == pytest.approx(
+        (batch.statistics.entropies_R * batch.statistics.counts_R).nan_to_num().numpy()
+    )
 
 
 def test_a_rule_of_uniform_weights_gains_nothing(sampled: tuple[Any, PromptLayout, list[Group]]) -> None:
     model, layout, groups = sampled
-    pad_id = layout.tokenizer.pad_token_id
-    tokens = sampled_tokens(groups, model, pad_id, lambda: None)
-    weigher = Weigher(groups, tokens, layout.tokenizer, layout.format, progress=0.0)
-    rules = rivals()
+    batch = SampledBatch.of(groups, model, layout.tokenizer, "toolrl")
+    uniform = rivals()["uniform"]
     calls: list[int] = []
     found = probe_gradients(
-        model, weigher, {"uniform": rules["uniform"], "again": rules["uniform"]}, prompts_per_step=1, pad_id=pad_id,
-        batch_size=3, advance=lambda: calls.append(1),
+        model, batch, {"uniform": uniform, "again": uniform}, 0.0, prompts_per_step=1, batch_size=3,
+        advance=lambda: calls.append(1),
     )  # fmt: skip
     first, again = found.rules  # the sum of the regions' gradients against one backward pass of its own
     assert first.series.progress_1K == pytest.approx(again.series.progress_1K, rel=1e-4)

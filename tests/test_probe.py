@@ -13,8 +13,10 @@ import torch
 
 from rest_rl.data.samples import ToolSample
 from rest_rl.jsonl import as_json
+from rest_rl.presets import PRESETS
 from rest_rl.probe.figures import (
     Products,
+    RuleSeries,
     gradient_facts,
     region_difference,
     region_facts,
@@ -23,23 +25,24 @@ from rest_rl.probe.figures import (
     signal_and_noise,
     token_facts,
 )
-from rest_rl.probe.measure import Judge, grpo_weights, region_and_true_weights
+from rest_rl.probe.measure import grpo_weights, region_and_true_weights
 from rest_rl.probe.page import as_mapping, page, probe_tables
 from rest_rl.probe.report import (
     DifferenceFacts,
     GradientFacts,
-    GroupTokens,
     ProbeReport,
     RegionFacts,
     RuleFacts,
     Sampled,
+    SampledTokens,
     SureTokens,
     TokenFacts,
 )
-from rest_rl.probe.rules import SHUFFLED, UNIFORM, rivals
+from rest_rl.probe.rules import SHUFFLED, UNIFORM, rivals, rules_for
 from rest_rl.probe.sample import Group, Response
-from rest_rl.probe.variance import Estimate
+from rest_rl.probe.variance import Estimate, gradient_series
 from rest_rl.response import NUM_REGIONS, Gold, Region
+from rest_rl.weights import TaggedBatch, WeightConfig
 
 FORMAT, NAME, REASONING = Region.FORMAT, Region.NAME, Region.REASONING
 SAMPLE = ToolSample("s", ({"role": "user", "content": "do"},), (), Gold())
@@ -127,14 +130,15 @@ def test_nothing_is_told_without_spread() -> None:
     assert sampled_facts(flat, {5}) == Sampled(3, 2, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.0)
 
 
-def tokens(regions: list[Region], entropies: list[float]) -> GroupTokens:
-    own = np.array(entropies)
-    return GroupTokens(np.array([int(region) for region in regions]), own, own / 10)
+def tokens(*prompts: tuple[list[Region], list[float]]) -> SampledTokens:
+    owners = np.repeat(np.arange(len(prompts)), [len(regions) for regions, _ in prompts])
+    entropies = np.concatenate([own for _, own in prompts])
+    regions = np.array([int(region) for own, _ in prompts for region in own])
+    return SampledTokens(len(prompts), owners, regions, entropies, entropies / 10)
 
 
 def test_token_figures() -> None:
-    groups = [tokens([NAME, REASONING, REASONING, REASONING], [0.1, 1, 2, 3]), tokens([NAME, REASONING], [0.3, 2])]
-    facts = token_facts(groups)
+    facts = token_facts(tokens(([NAME, *[REASONING] * 3], [0.1, 1, 2, 3]), ([NAME, REASONING], [0.3, 2])))
     assert set(facts) == {"name", "reasoning"}
     name, reasoning = facts["name"], facts["reasoning"]
     assert (name.number, reasoning.number) == (2, 4)
@@ -150,7 +154,7 @@ def test_the_sure_regions_together() -> None:
     vectors = np.zeros((NUM_REGIONS + 1, 3, 2))
     vectors[NAME, :, 0], vectors[REASONING, :, 1], vectors[-1] = 3, 1, 1
     sampled = [group(([5, 6], [NAME, REASONING], 1), ([5, 7], [NAME, REASONING], 0)) for _ in range(3)]
-    own = [tokens([NAME, REASONING] * 2, [0.1, 2, 0.1, 2]) for _ in range(3)]
+    own = tokens(*[([NAME, REASONING] * 2, [0.1, 2, 0.1, 2])] * 3)
     facts, sure = region_facts(sampled, own, gram(vectors))
     assert list(facts) == ["name", "reasoning"]
     assert sure.regions == ("name",)
@@ -161,10 +165,10 @@ def test_weights_of_the_grpo_objective() -> None:
     own = group(([5, 6], [NAME, REASONING], 1), ([5], [NAME], 0))
     # rewards 1, 0: mean 1/2, sd 0.7071; A = ±0.5 / (0.7071 + 1e-4); divided by G T_i = 4 and 2
     advantage = 0.5 / (math.sqrt(0.5) + 1e-4)
-    assert grpo_weights(own).tolist() == [pytest.approx([advantage / 4] * 2), pytest.approx([-advantage / 2, 0])]
-    parts = region_and_true_weights(own)
+    assert grpo_weights([own]).tolist() == [pytest.approx([advantage / 4] * 2), pytest.approx([-advantage / 2, 0])]
+    parts = region_and_true_weights([own])
     assert parts.shape == (NUM_REGIONS + 1, 2, 2)
-    assert torch.equal(parts[:-1].sum(0), grpo_weights(own))
+    assert torch.equal(parts[:-1].sum(0), grpo_weights([own]))
     assert parts[NAME].tolist() == [pytest.approx([advantage / 4, 0]), pytest.approx([-advantage / 2, 0])]
     assert parts[-1].tolist() == [[0.5, 0.5], [-0.5, 0]]  # (1 - 1/2) / (2 - 1)
 
@@ -176,7 +180,7 @@ def test_the_true_gradient_is_unbiased() -> None:
     wanted = torch.autograd.grad((p * torch.tensor(rewards, dtype=torch.float64)).sum(), logits)[0]
     expected = torch.zeros(3, dtype=torch.float64)
     for ids in product(range(3), repeat=3):  # every group of three one-token responses, by its probability
-        weights = region_and_true_weights(group(*(([i], [NAME], rewards[i]) for i in ids)))[-1][:, 0]
+        weights = region_and_true_weights([group(*(([i], [NAME], rewards[i]) for i in ids))])[-1][:, 0]
         scores = torch.stack([torch.eye(3, dtype=torch.float64)[i] - p for i in ids]).detach()
         expected += p[list(ids)].prod().item() * (weights[:, None] * scores).sum(0)
     assert torch.allclose(expected, wanted)
@@ -186,10 +190,10 @@ def test_gains_are_free_of_scale_and_see_noise_that_a_rule_removes() -> None:
     rng = torch.Generator().manual_seed(0)
     true = torch.tensor([[1.0, 0.0]]).expand(400, 2)
     noise = torch.randn(400, 2, generator=rng) * torch.tensor([0.0, 2.0])
-    judge = Judge(true, torch.ones(400, dtype=torch.float64), prompts_per_step=4)
     names = [UNIFORM, "twice", "quiet", *SHUFFLED]
     stacks = [true + noise, 2 * (true + noise), true + 0.5 * noise, *[true + noise] * 3]
-    facts = rule_facts([judge.series(n, {}, (1.0, 1.0), v) for n, v in zip(names, stacks, strict=True)], SHUFFLED)
+    series = [gradient_series(vectors, true, batch=4) for vectors in stacks]
+    facts = rule_facts([RuleSeries(n, {}, (1, 1), own) for n, own in zip(names, series, strict=True)], SHUFFLED)
     twice, quiet = facts[1], facts[2]
     assert (twice.gain.value, twice.adam_gain.value) == pytest.approx((0, 0), abs=1e-9)
     # |mean|² = 1, variance 4 and 1 of a prompt, 1 and 1/4 of a step: eff 1/sqrt(2) and 1/sqrt(1.25)
@@ -204,9 +208,23 @@ def test_the_rules_begin_with_uniform_weights() -> None:
     rules = rivals()
     assert next(iter(rules)) == UNIFORM
     assert set(SHUFFLED) < set(rules)
-    own = rules["rest"].weights
-    assert own is not None
-    assert all(rules[name].weights == replace(own, rule="permuted", seed=i) for i, name in enumerate(SHUFFLED, 1))
+    own = rules["rest"]
+    assert isinstance(own, WeightConfig)
+    assert all(rules[name] == replace(own, rule="permuted", seed=i) for i, name in enumerate(SHUFFLED, 1))
+
+
+def words(batch: TaggedBatch, statistics: object, progress: float) -> torch.Tensor:
+    """A user's rule."""
+    return 1.0 + batch.regions_BT
+
+
+def test_a_run_s_own_rule_stands_beside_the_built_in_ones() -> None:
+    default, tuned = PRESETS["rest"].weights, WeightConfig(strength=0.3)
+    assert list(rules_for("toolrl", default)) == list(rivals())
+    assert list(rules_for("hermes", words)) == [*rivals(), "words"]
+    assert rules_for("toolrl", tuned)["this run"] == tuned
+    # the published code knows the tags of two formats only
+    assert set(rivals()) - set(rules_for("llama3", default)) == {"authors-code"}
 
 
 def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, signal: float = 1.0) -> ProbeReport:
@@ -242,13 +260,14 @@ def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, si
         progress=0.0,
         coordinates=10,
         parameters=10,
+        tokens=tokens(([NAME, REASONING], [0.1, 2.0])),
     )
 
 
 def test_weights_are_recommended_where_they_help_beyond_chance_and_shuffling() -> None:
     found = made_probe(adam=0.2).advice
-    own = rivals()["rest"].weights
-    assert own is not None
+    own = rivals()["rest"]
+    assert isinstance(own, WeightConfig)
     assert (found.preset, found.rule, found.strength) == ("rest", own.rule, own.strength)
     assert (found.w_min, found.w_max) == (0.6, 1.8)  # 0.62 and 1.73, rounded outward
     assert found.sureness == "likely"

@@ -7,6 +7,7 @@ import pytest
 from research.theory.measure import CONSTANTS, theory_rules
 from rest_rl.compare.grid import read_grid
 from rest_rl.probe.rules import NO_REASONING, SHUFFLED, UNIFORM, candidates, rivals
+from rest_rl.weights import WeightConfig
 
 
 @pytest.mark.parametrize(
@@ -23,18 +24,18 @@ from rest_rl.probe.rules import NO_REASONING, SHUFFLED, UNIFORM, candidates, riv
 )
 def test_a_rule_is_what_a_grid_trains(rival: str, method: str) -> None:
     trained = read_grid(None, methods=["grpo", method] if method != "grpo" else [method]).run(method, "", 2)
-    assert rivals()[rival].weights == trained.rest.resolve().weights
+    assert rivals()[rival] == trained.rest.resolve().weights
 
 
 def test_no_reasoning_is_uniform_but_for_the_reasoning() -> None:
-    weights = rivals()[NO_REASONING].weights
-    assert weights is not None
+    weights = rivals()[NO_REASONING]
+    assert isinstance(weights, WeightConfig)
     assert (weights.rule, weights.dropped) == ("uniform", ("reasoning",))
     assert (weights.decay_format, weights.gain_arguments, weights.gain_reasoning) == (0, 0, 0)
 
 
 def test_probe_and_theory_read_one_table() -> None:
-    every = {name: preset.weights for name, preset in rivals().items()}
+    every = rivals()
     assert next(iter(every)) == UNIFORM
     assert set(candidates()) < set(every)
     own = theory_rules()

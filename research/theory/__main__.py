@@ -175,8 +175,7 @@ def measured(
         if not has_spread(pilot, settings):
             observer.say(f"{NO_SPREAD}.")
         settings = within_reach(model, pilot, len(groups), settings, observer)
-        pad_id = layout.tokenizer.pad_token_id
-        found = measure(model, pilot, groups, settings, pad_id, lambda: advance("gradients"))
+        found = measure(model, pilot, groups, settings, layout.tokenizer, lambda: advance("gradients"))
     what = (
         f"{layout.format.name}: pilot of {len(pilot)} prompts × {samplings[0].group} responses, rules on "
         f"{len(groups)} other prompts × {samplings[1].group} ({found.live_groups:.0%} of these groups have spread); "

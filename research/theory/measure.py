@@ -32,32 +32,23 @@ from research.theory.token_bounds import (
     region_contrast,
     region_tokens,
 )
-from rest_rl.probe.gradients import Coordinates, token_statistics, weighted_gradients
+from rest_rl.probe.gradients import Coordinates, padded, token_statistics, weighted_gradients
 from rest_rl.probe.measure import (
     MEMORY,
     ROUND,
+    SampledBatch,
     gradients_of,
     grpo_weights,
-    mean_weights,
     region_and_true_weights,
-    regions_of,
     rounds,
+    rows_of,
 )
 from rest_rl.probe.rules import ENTROPY_RULES, NO_REASONING, SHUFFLED, UNIFORM, rivals
 from rest_rl.probe.sample import Group
 from rest_rl.probe.variance import BLOCKS, GradientSeries, gradient_series, norm_cap
 from rest_rl.regions import region_sums
 from rest_rl.response import Region
-from rest_rl.weights import (
-    AUTHORS_CONSTANTS,
-    RegionStatistics,
-    WeightConfig,
-    apply_curriculum,
-    assign_weights,
-    keep_top_entropy,
-    normalise,
-    region_weights,
-)
+from rest_rl.weights import AUTHORS_CONSTANTS, RegionStatistics, TaggedBatch, WeightConfig, weigh
 
 THEOREM, CONSTANTS = "Theorem 2", "authors' constants"
 MOST = 2**20
@@ -125,23 +116,23 @@ def measure(
     pilot: Sequence[Group],
     groups: Sequence[Group],
     settings: TheorySettings,
-    pad_id: int = 0,
+    tokenizer: Any,
     advance: Advance = lambda: None,
 ) -> Theory:
     """Measure everything; `advance` is called `steps` times. Too little spread leaves Theorem 1 and the optimum out."""
     coordinates = Coordinates.choose(model, settings.coordinates, settings.seed)
-    statistics, lemma = pilot_statistics(model, pilot, pad_id)
+    statistics, lemma = pilot_statistics(model, pilot)
     prompts = []
     tokens: list[ResponseTokens] = []
     for number, group in enumerate(pilot):
-        prompts.append(response_products(model, group, coordinates, pad_id))
-        tokens += token_products(model, group, number, settings.token_responses, coordinates, pad_id)
+        prompts.append(response_products(model, group, coordinates))
+        tokens += token_products(model, group, number, settings.token_responses, coordinates)
         advance()
     optimum = region_optimum(tokens)
     rules = theory_rules()
     if optimum is not None:
         rules[THEOREM] = constant_rule(optimum.weights["closed form"])
-    figures = judged_rules(model, groups, rules, statistics, coordinates, settings, pad_id, advance)
+    figures = judged_rules(model, groups, rules, statistics, coordinates, settings, tokenizer, advance)
     regions = region_tokens(tokens)
     return Theory(
         group_size=tuple(group_size_curves(prompts, seed=settings.seed)),
@@ -187,7 +178,7 @@ def token_passes(pilot: Sequence[Group], count: int) -> int:
 
 def theory_rules() -> dict[str, WeightConfig]:
     """The rules that are compared, uniform first: `rivals` with one control, and the published code's constants."""
-    every = {name: preset.weights for name, preset in rivals().items()}
+    every = rivals()
     names = (UNIFORM, "rest", *(f"rest, {rule}" for rule in ENTROPY_RULES), "paper", "inverted", "top_entropy")
     names += (NO_REASONING, SHUFFLED[0])
     found = {name: config for name in names if isinstance(config := every.get(name), WeightConfig)}
@@ -199,13 +190,13 @@ def constant_rule(weights: Mapping[str, float]) -> WeightConfig:
     return WeightConfig(rule="constant", constants={region.label: weights.get(region.label, 1.0) for region in Region})
 
 
-def pilot_statistics(model: Any, pilot: Sequence[Group], pad_id: int) -> tuple[RegionStatistics, LemmaTwo]:
+def pilot_statistics(model: Any, pilot: Sequence[Group]) -> tuple[RegionStatistics, LemmaTwo]:
     """Mean entropy and collision mass by region over all pilot tokens, and Lemma 2 on each of them."""
     sums = [torch.zeros(len(Region), dtype=torch.float64) for _ in range(3)]
     rows = []
     for group in pilot:
-        found = token_statistics(model, group.prompt_ids, [one.ids for one in group.responses], pad_id)
-        regions_BT, mask_BT = regions_of(group)
+        found = token_statistics(model, group.prompt_ids, [one.ids for one in group.responses])
+        regions_BT, mask_BT = padded([one.regions for one in group.responses], Region.OTHER)
         for at, values_BT in ((0, found.entropies_BT), (1, found.collisions_BT)):
             sums_R, counts_R = region_sums(values_BT, regions_BT, mask_BT)
             sums[at] += sums_R
@@ -216,31 +207,27 @@ def pilot_statistics(model: Any, pilot: Sequence[Group], pad_id: int) -> tuple[R
     return statistics, lemma_two(logps_S, entropies_S, collisions_S)
 
 
-def response_products(model: Any, group: Group, coordinates: Coordinates, pad_id: int) -> PromptResponses:
+def response_products(model: Any, group: Group, coordinates: Coordinates) -> PromptResponses:
     """Inner products of the gradients 1 / T sum_t grad log pi(y_t) of the responses to a prompt."""
     vectors_nN = torch.zeros(len(group.responses), coordinates.size)
     for i, response in enumerate(group.responses):
         if length := len(response.ids):  # one by one: a backward pass through all of them for each would cost n times
             weights_111 = torch.full((1, 1, length), 1 / length)
-            vectors_nN[i] = weighted_gradients(
-                model, group.prompt_ids, [response.ids], weights_111, coordinates, pad_id
-            )[0]
+            vectors_nN[i] = weighted_gradients(model, group.prompt_ids, [response.ids], weights_111, coordinates)[0]
     rewards_n = np.array([response.reward for response in group.responses])
     return PromptResponses(rewards_n, products(vectors_nN, coordinates))
 
 
-def token_products(
-    model: Any, group: Group, number: int, count: int, coordinates: Coordinates, pad_id: int
-) -> list[ResponseTokens]:
+def token_products(model: Any, group: Group, number: int, count: int, coordinates: Coordinates) -> list[ResponseTokens]:
     """The tokens of the first `count` responses, which form a group, with the products of their gradients."""
     some = group._replace(responses=group.responses[:count])
     rows = []
     for response, advantage in zip(some.responses, some.advantages().tolist(), strict=True):
         if not (length := len(response.ids)):
             continue
-        logps_BT, entropies_BT, collisions_BT = token_statistics(model, group.prompt_ids, [response.ids], pad_id)
+        logps_BT, entropies_BT, collisions_BT = token_statistics(model, group.prompt_ids, [response.ids])
         each_T1T = torch.eye(length)[:, None]
-        vectors_TN = weighted_gradients(model, group.prompt_ids, [response.ids], each_T1T, coordinates, pad_id)
+        vectors_TN = weighted_gradients(model, group.prompt_ids, [response.ids], each_T1T, coordinates)
         expected_T = expected_squares(
             model, group.prompt_ids, response.ids, coordinates, seed=number * count + len(rows)
         )
@@ -271,39 +258,23 @@ def theorem_one(
     settings: TheorySettings,
 ) -> dict[str, BoundChain]:
     """The bound and its assumptions under the weights of each rule."""
-    chains = {}
-    for name, config in rules.items():
-        weights = [
-            token_weights(
-                torch.from_numpy(one.regions_T)[None],
-                torch.ones(1, len(one.regions_T), dtype=torch.bool),
-                torch.from_numpy(one.entropies_T)[None],
-                config,
-                statistics,
-                settings.progress,
-            )[0].numpy()
-            for one in tokens
-        ]
-        chains[name] = bound_chain(tokens, weights, settings.token_responses)
-    return chains
+    batches = []
+    for one in tokens:
+        regions_1T, entropies_1T = (torch.from_numpy(values_T)[None] for values_T in (one.regions_T, one.entropies_T))
+        batches.append(batch_of(regions_1T, torch.ones_like(regions_1T), entropies_1T))
+    return {
+        name: bound_chain(
+            tokens,
+            [weigh(rule, batch, statistics, settings.progress)[0].double().numpy() for batch in batches],
+            settings.token_responses,
+        )
+        for name, rule in rules.items()
+    }
 
 
-def token_weights(
-    regions_BT: Tensor,
-    mask_BT: Tensor,
-    entropies_BT: Tensor,
-    config: WeightConfig,
-    statistics: RegionStatistics,
-    progress: float,
-) -> Tensor:
-    """The weights that a rule gives to tokens under given region statistics: float64 (B, T), mean 1 per response.
-
-    The rule top_entropy takes its threshold from the tokens it is given, as it does from a batch in training.
-    """
-    if config.rule == "top_entropy":
-        return normalise(keep_top_entropy(entropies_BT, mask_BT, config.quantile), mask_BT).double()
-    weights_R = apply_curriculum(region_weights(statistics, config), progress, config)
-    return assign_weights(weights_R, regions_BT, mask_BT).double()
+def batch_of(regions_BT: Tensor, mask_BT: Tensor, entropies_BT: Tensor) -> TaggedBatch:
+    """Tokens whose ids no rule here reads; `top_entropy` takes its threshold from them, as from a batch in training."""
+    return TaggedBatch(regions_BT, mask_BT, regions_BT, None, "toolrl", entropies_BT=entropies_BT)
 
 
 def judged_rules(
@@ -313,37 +284,34 @@ def judged_rules(
     statistics: RegionStatistics,
     coordinates: Coordinates,
     settings: TheorySettings,
-    pad_id: int,
+    tokenizer: Any,
     advance: Advance,
 ) -> Iterator[RuleFigures]:
     """Every rule on the same groups, uniform weights first; those of a round share a forward pass."""
-    entropies = [
-        token_statistics(model, group.prompt_ids, [one.ids for one in group.responses], pad_id).entropies_BT
-        for group in groups
+    sampled = SampledBatch.of(groups, model, tokenizer, "toolrl")
+    every, own_BT = sampled.tagged, grpo_weights(groups)
+    assert every.entropies_BT is not None
+    batches = [
+        batch_of(every.regions_BT[rows], every.mask_BT[rows], every.entropies_BT[rows]) for rows in rows_of(groups)
     ]
-    scaled = [grpo_weights(group) for group in groups]
 
-    def stacks(weights: Sequence[Tensor]) -> Tensor:
-        vectors_KMN = gradients_of(model, groups, weights, coordinates, pad_id, settings.batch_size, advance)
+    def vectors(weights_KBT: Tensor) -> Tensor:
+        vectors_KMN = gradients_of(model, sampled, weights_KBT, coordinates, settings.batch_size, advance)
         return vectors_KMN.mul_(math.sqrt(coordinates.scale))
 
-    true_MN, uniform_MN = stacks(
-        [torch.stack([region_and_true_weights(group)[-1], own]) for group, own in zip(groups, scaled, strict=True)]
-    )
+    true_MN, uniform_MN = vectors(torch.stack([region_and_true_weights(groups)[-1], own_BT]))
     judge = RuleJudge(true_MN, (None, norm_cap(uniform_MN, settings.cap)), settings)
     baseline = judge.series(uniform_MN)
-    yield judge.figures(UNIFORM, mean_weights([torch.ones_like(own) for own in scaled], groups), uniform_MN, baseline)
+    yield judge.figures(UNIFORM, sampled.mean_weights(torch.ones_like(own_BT)), uniform_MN, baseline)
     for names in rounds([name for name in rules if name != UNIFORM]):
-        weights = {
-            name: [
-                token_weights(*regions_of(group), own, rules[name], statistics, settings.progress)
-                for group, own in zip(groups, entropies, strict=True)
+        weights_KBT = torch.stack(
+            [
+                torch.cat([weigh(rules[name], batch, statistics, settings.progress) for batch in batches])
+                for name in names
             ]
-            for name in names
-        }
-        weighted = [torch.stack([weights[name][m] * own for name in names]) for m, own in enumerate(scaled)]
-        for name, vectors_MN in zip(names, stacks(weighted), strict=True):
-            yield judge.figures(name, mean_weights(weights[name], groups), vectors_MN, baseline)
+        )
+        for name, weights_BT, vectors_MN in zip(names, weights_KBT, vectors(weights_KBT * own_BT), strict=True):
+            yield judge.figures(name, sampled.mean_weights(weights_BT), vectors_MN, baseline)
 
 
 class RuleJudge(NamedTuple):

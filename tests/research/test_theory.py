@@ -13,6 +13,7 @@ from research.theory import __main__ as cli_theory
 from research.theory.measure import (
     TheorySettings,
     affordable_coordinates,
+    batch_of,
     has_spread,
     measure,
     pilot_statistics,
@@ -20,7 +21,6 @@ from research.theory.measure import (
     steps,
     theory_rules,
     token_products,
-    token_weights,
 )
 from research.theory.page import (
     as_mapping,
@@ -34,13 +34,13 @@ from research.theory.page import (
 from research.theory.plots import draw_theory
 from rest_rl.data.layout import PromptLayout
 from rest_rl.jsonl import as_json
-from rest_rl.presets import PRESETS, Preset
-from rest_rl.presets import token_weights as trained_weights
-from rest_rl.probe.gradients import Coordinates, token_statistics
-from rest_rl.probe.measure import regions_of
+from rest_rl.presets import token_weights
+from rest_rl.probe.gradients import Coordinates, padded, token_statistics
 from rest_rl.probe.rules import UNIFORM
 from rest_rl.probe.sample import Group, sample_groups
 from rest_rl.probe.variance import Estimate
+from rest_rl.response import Region
+from rest_rl.weights import weigh
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 SETTINGS = TheorySettings(token_responses=4, batch=1, blocks=4, coordinates=20_000)
@@ -65,7 +65,7 @@ def sampled(policy):
 def measured(policy, sampled):
     model, tokenizer = policy
     calls: list[int] = []
-    found = measure(model, *sampled, SETTINGS, tokenizer.pad_token_id, lambda: calls.append(1))
+    found = measure(model, *sampled, SETTINGS, tokenizer, lambda: calls.append(1))
     return found, len(calls)
 
 
@@ -74,8 +74,8 @@ def test_products_are_those_of_sums_of_token_gradients(policy, sampled):
     model, _ = policy
     group: Group = sampled[0][0]
     coordinates = Coordinates.choose(model, 20_000)
-    by_response = response_products(model, group, coordinates, 0)
-    for i, one in enumerate(token_products(model, group, 0, 4, coordinates, 0)):
+    by_response = response_products(model, group, coordinates)
+    for i, one in enumerate(token_products(model, group, 0, 4, coordinates)):
         length = len(one.regions_T)
         assert one.gram_TT.sum() / length**2 == pytest.approx(by_response.gram_nn[i, i], rel=1e-3)
         assert one.advantage == pytest.approx(
@@ -85,22 +85,20 @@ def test_products_are_those_of_sums_of_token_gradients(policy, sampled):
 
 def test_statistics_and_weights_are_those_of_training(policy, sampled):
     model, tokenizer = policy
-    statistics, lemma = pilot_statistics(model, sampled[0], 0)
+    statistics, lemma = pilot_statistics(model, sampled[0])
     assert lemma.violations == 0
     assert lemma.tokens == int(statistics.counts_R.sum()) == sum(len(r.ids) for g in sampled[0] for r in g.responses)
     group = sampled[1][0]
-    regions_BT, mask_BT = regions_of(group)
-    ids = [response.ids for response in group.responses]
-    entropies_BT = token_statistics(model, group.prompt_ids, ids).entropies_BT
-    ids_BT = torch.zeros(mask_BT.shape, dtype=torch.long)
-    for row, own in enumerate(ids):
-        ids_BT[row, : len(own)] = torch.tensor(own)
-    for name, config in theory_rules().items():
-        preset = Preset(name, config, PRESETS["rest"].reward)
-        reads = entropies_BT if config.rule == "top_entropy" else statistics
-        expected = trained_weights(ids_BT, mask_BT, tokenizer, preset=preset, progress=0.5, entropies=reads)
-        ours = token_weights(regions_BT, mask_BT, entropies_BT, config, statistics, 0.5)
-        torch.testing.assert_close(ours.float(), expected, msg=name)
+    ids_BT, mask_BT = padded([response.ids for response in group.responses])
+    regions_BT, _ = padded([response.regions for response in group.responses], Region.OTHER)
+    entropies_BT = token_statistics(
+        model, group.prompt_ids, [response.ids for response in group.responses]
+    ).entropies_BT
+    batch = batch_of(regions_BT, mask_BT, entropies_BT)
+    for name, rule in theory_rules().items():
+        reads = entropies_BT if rule.needs_entropies else statistics
+        expected = token_weights(ids_BT, mask_BT, tokenizer, rule=rule, progress=0.5, entropies=reads)
+        torch.testing.assert_close(weigh(rule, batch, statistics, 0.5), expected, msg=name)
 
 
 def test_everything_is_measured(measured):
@@ -146,7 +144,7 @@ def test_a_large_error_is_no_agreement(slope, word):
 def test_random_signs_differ_from_prompt_to_prompt(policy, sampled):
     model, _ = policy
     coordinates = Coordinates.choose(model, 20_000)
-    first, second = (token_products(model, sampled[0][0], number, 1, coordinates, 0)[0] for number in (0, 1))
+    first, second = (token_products(model, sampled[0][0], number, 1, coordinates)[0] for number in (0, 1))
     assert not (first.expected_T == second.expected_T).all()
     assert (first.gram_TT == second.gram_TT).all()
 
@@ -173,7 +171,7 @@ def test_a_pilot_without_spread_keeps_the_lemmas(policy, sampled, tmp_path: Path
     ]
     assert has_spread(sampled[0], SETTINGS)
     assert not has_spread(flat, SETTINGS)
-    found = measure(model, flat[:4], sampled[1][:8], SETTINGS, tokenizer.pad_token_id)
+    found = measure(model, flat[:4], sampled[1][:8], SETTINGS, tokenizer)
     assert found.lemma_two.violations == 0
     assert found.optimum is None
     assert [rule.name for rule in found.rules] == list(theory_rules())

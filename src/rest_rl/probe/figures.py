@@ -9,6 +9,7 @@ over pairs of different prompts, so that no sample's noise is taken for signal.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +17,10 @@ import numpy as np
 from rest_rl.probe.report import (
     DifferenceFacts,
     GradientFacts,
-    GroupTokens,
     RegionFacts,
     RuleFacts,
     Sampled,
+    SampledTokens,
     SureTokens,
     TokenFacts,
 )
@@ -74,7 +75,7 @@ def summed(gram_KMKM: np.ndarray, left: Sequence[int], right: Sequence[int]) -> 
 
 
 def region_facts(
-    groups: Sequence[Group], tokens: Sequence[GroupTokens], gram_KMKM: np.ndarray
+    groups: Sequence[Group], tokens: SampledTokens, gram_KMKM: np.ndarray
 ) -> tuple[dict[str, RegionFacts], SureTokens]:
     """Figures of every region that has tokens, and of those that are surer than all tokens together."""
     seen = token_facts(tokens)
@@ -83,29 +84,20 @@ def region_facts(
         label: RegionFacts(seen[label], region_difference(groups, region), gradient_facts(gram_KMKM, [region]))
         for label, region in regions.items()
     }
-    overall = mean(np.concatenate([group.entropies_T for group in tokens]))
+    overall = float(np.mean(tokens.entropies_T))
     sure = [region for label, region in regions.items() if seen[label].entropy.value < overall]
-    counts_M2 = np.stack([[np.isin(group.regions_T, sure).sum(), len(group.regions_T)] for group in tokens])
-    own_1M, every_1M = left_out(counts_M2).T
-    share_1M, signal_1M = quotient(own_1M, every_1M), signal_shares(gram_KMKM, sure)
+    counts_1MR = left_out(tokens.sums(np.ones_like(tokens.entropies_T)))
+    share_1M, signal_1M = quotient(counts_1MR[:, sure].sum(1), counts_1MR.sum(1)), signal_shares(gram_KMKM, sure)
     estimates = (Estimate.of(values_1M) for values_1M in (share_1M, signal_1M, signal_1M - share_1M))
     return facts, SureTokens(tuple(region.label for region in sure), *estimates)
 
 
-def token_facts(groups: Sequence[GroupTokens]) -> dict[str, TokenFacts]:
+def token_facts(tokens: SampledTokens) -> dict[str, TokenFacts]:
     """Figures of every region that has a token, errors over prompts."""
     counts_1MR, entropies_1MR, collisions_1MR = (
-        left_out(
-            np.stack([region_sums(group.regions_T, values_T) for group, values_T in zip(groups, own, strict=True)])
-        )
-        for own in (
-            [np.ones(len(group.regions_T)) for group in groups],
-            [group.entropies_T for group in groups],
-            [group.collisions_T for group in groups],
-        )
+        left_out(tokens.sums(values_T))
+        for values_T in (np.ones_like(tokens.entropies_T), tokens.entropies_T, tokens.collisions_T)
     )
-    regions_T = np.concatenate([group.regions_T for group in groups])
-    entropies_T = np.concatenate([group.entropies_T for group in groups])
     facts = {}
     for region in Region:
         counts_1M = counts_1MR[:, region]
@@ -114,15 +106,10 @@ def token_facts(groups: Sequence[GroupTokens]) -> dict[str, TokenFacts]:
                 int(counts_1M[0]),
                 Estimate.of(counts_1M / counts_1MR.sum(1)),
                 Estimate.of(quotient(entropies_1MR[:, region], counts_1M)),
-                float(np.quantile(entropies_T[regions_T == region], 0.9)),
+                float(np.quantile(tokens.entropies_T[tokens.regions_T == region], 0.9)),
                 Estimate.of(quotient(collisions_1MR[:, region], counts_1M)),
             )
     return facts
-
-
-def region_sums(regions_T: np.ndarray, values_T: np.ndarray) -> np.ndarray:
-    """Sums by region: float64 (R,)."""
-    return np.bincount(regions_T, weights=values_T, minlength=NUM_REGIONS)
 
 
 def region_difference(groups: Sequence[Group], region: Region) -> DifferenceFacts:
@@ -147,15 +134,16 @@ def pair_counts(responses: Sequence[Response], region: Region) -> tuple[float, .
     ]
     rewards = [response.reward for response in responses]
     counts = {True: [0, 0], False: [0, 0]}
-    for first in range(len(parts)):
-        for second in range(first):
-            of_kind = counts[rewards[first] != rewards[second]]
-            of_kind[0] += parts[first] != parts[second]
-            of_kind[1] += 1
+    for (part, reward), (other_part, other_reward) in combinations(zip(parts, rewards, strict=True), 2):
+        of_kind = counts[reward != other_reward]
+        of_kind[0] += part != other_part
+        of_kind[1] += 1
     if not counts[True][1]:
         return (0, 0, *counts[False], 0, 0)
-    best = [part for part, reward in zip(parts, rewards, strict=True) if reward == max(rewards)]
-    worst = [part for part, reward in zip(parts, rewards, strict=True) if reward == min(rewards)]
+    best, worst = (
+        [part for part, reward in zip(parts, rewards, strict=True) if reward == extreme]
+        for extreme in (max(rewards), min(rewards))
+    )
     differing = sum(one != other for one in best for other in worst) / (len(best) * len(worst))
     return (*counts[True], *counts[False], differing, 1)
 

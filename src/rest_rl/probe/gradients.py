@@ -90,7 +90,6 @@ def weighted_gradients(
     responses: Sequence[Sequence[int]],
     weights_KBT: Tensor,
     coordinates: Coordinates,
-    pad_id: int = 0,
 ) -> Tensor:
     """Gradient of sum_i sum_t weights[k, i, t] log pi(y_it | prompt, y_i<t) for each k: float32 (K, N) on the CPU.
 
@@ -99,7 +98,7 @@ def weighted_gradients(
     turned). Weights past a response's end are ignored. The model, its `.grad` and its mode stay as they were. The sum
     runs over responses, so a batch too large for memory may be cut and the results added.
     """
-    ids_BT, mask_BT = padded(responses, pad_id)
+    ids_BT, mask_BT = padded(responses)
     if weights_KBT.ndim != 3 or weights_KBT.shape[1:] != ids_BT.shape:
         raise ValueError(f"got weights {tuple(weights_KBT.shape)}, expected (K, *{tuple(ids_BT.shape)})")
     parameters = trainable(model)
@@ -125,11 +124,9 @@ def kept_gradient(value: Tensor, parameters: Sequence[Tensor], coordinates: Coor
 
 
 @torch.no_grad()
-def token_statistics(
-    model: Any, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]], pad_id: int = 0
-) -> TokenStatistics:
+def token_statistics(model: Any, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]) -> TokenStatistics:
     """Log-probability, entropy and collision mass of every token of the responses, from one forward pass."""
-    ids_BT, mask_BT = padded(responses, pad_id)
+    ids_BT, mask_BT = padded(responses)
     found = TokenStatistics(*(torch.zeros(ids_BT.shape, dtype=torch.float64) for _ in range(3)))
     if not mask_BT.any():
         return found

@@ -1,36 +1,32 @@
 """What a probe takes from the model: the statistics of sampled tokens, and gradients by region and by weight rule.
 
-Shapes: M prompts, G responses each, T tokens of the longest, R regions, K weightings, N kept coordinates, J blocks of
-prompts. The rules follow each other in rounds, so that memory holds the gradients of a few of them at a time.
+Shapes: M prompts, G responses each, B = M G of all prompts, T tokens of the longest, R regions, K weightings, N kept
+coordinates. The rules follow each other in rounds, so that memory holds the gradients of a few of them at a time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rest_rl.formats import ToolFormat
-from rest_rl.presets import Preset, token_weights
-from rest_rl.probe.figures import GroupTokens, RuleSeries
+from rest_rl.authors_code import authors_step
+from rest_rl.probe.figures import RuleSeries
 from rest_rl.probe.gradients import Coordinates, padded, token_statistics, weighted_gradients
+from rest_rl.probe.report import SampledTokens
 from rest_rl.probe.rules import UNIFORM
 from rest_rl.probe.sample import Group
 from rest_rl.probe.variance import blocks_for, gradient_series, norm_cap
+from rest_rl.regions import region_means, region_sums
 from rest_rl.response import NUM_REGIONS, Region
-from rest_rl.weights import (
-    RegionStatistics,
-    WeightConfig,
-    apply_curriculum,
-    assign_weights,
-    keep_top_entropy,
-    normalise,
-    region_weights,
-)
+from rest_rl.weights import RegionStatistics, TaggedBatch, WeightRule, region_weights_of, weigh
 
 ROUND = 3
 """Rules whose gradients are in memory at a time."""
@@ -38,6 +34,73 @@ MEMORY = 2**31
 """Bytes of gradients in memory; beyond it a random subset of the coordinates is kept."""
 CHUNK = 2**16
 Advance = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class SampledBatch:
+    """All sampled groups, one after the other, as the batch that a weight rule sees."""
+
+    groups: Sequence[Group]
+    tagged: TaggedBatch
+    collisions_BT: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Group],
+        model: Any,
+        tokenizer: Any,
+        tool_format: str,
+        progress: float = 0.0,
+        advance: Advance = lambda: None,
+    ) -> SampledBatch:
+        """With the entropy and collision mass of every token, from a forward pass for each group."""
+        responses = [response for group in groups for response in group.responses]
+        ids_BT, mask_BT = padded([response.ids for response in responses], tokenizer.pad_token_id)
+        regions_BT, _ = padded([response.regions for response in responses], Region.OTHER)
+        entropies_BT, collisions_BT = torch.zeros(2, *ids_BT.shape, dtype=torch.float64)
+        for rows, group in zip(rows_of(groups), groups, strict=True):
+            found = token_statistics(model, group.prompt_ids, [response.ids for response in group.responses])
+            width = found.entropies_BT.shape[1]
+            entropies_BT[rows, :width], collisions_BT[rows, :width] = found.entropies_BT, found.collisions_BT
+            advance()
+        step = authors_step(progress)
+        return cls(
+            groups, TaggedBatch(ids_BT, mask_BT, regions_BT, tokenizer, tool_format, step, entropies_BT), collisions_BT
+        )
+
+    @cached_property
+    def statistics(self) -> RegionStatistics:
+        """Of all sampled tokens, as training takes them of a batch."""
+        own = self.tagged
+        assert own.entropies_BT is not None
+        sums_R, counts_R = region_sums(own.entropies_BT, own.regions_BT, own.mask_BT)
+        collisions_R = region_means(self.collisions_BT, own.regions_BT, own.mask_BT)
+        return RegionStatistics(counts_R, sums_R / counts_R, collisions_R)
+
+    @cached_property
+    def tokens(self) -> SampledTokens:
+        own = self.tagged
+        assert own.entropies_BT is not None
+        lengths = [sum(len(response.ids) for response in group.responses) for group in self.groups]
+        return SampledTokens(
+            len(self.groups),
+            np.repeat(np.arange(len(self.groups)), lengths),
+            *(values_BT[own.mask_BT].numpy() for values_BT in (own.regions_BT, own.entropies_BT, self.collisions_BT)),
+        )
+
+    def mean_weights(self, weights_BT: Tensor) -> dict[str, float]:
+        """Mean weight of each region's tokens, as training logs it; regions without tokens are left out."""
+        means_R = region_means(weights_BT, self.tagged.regions_BT, self.tagged.mask_BT)
+        return {region.label: float(means_R[region]) for region in Region if self.statistics.counts_R[region]}
+
+    def bounds(self, rule: WeightRule, progress: float) -> tuple[float, float]:
+        """Least and greatest weight of a region that has tokens, before normalisation; NaN where it has none."""
+        weights_R = region_weights_of(rule, self.statistics, progress)
+        if weights_R is None:
+            return math.nan, math.nan
+        seen = weights_R[self.statistics.counts_R > 0]
+        return float(seen.min()), float(seen.max())
 
 
 class ProbeGradients(NamedTuple):
@@ -49,109 +112,13 @@ class ProbeGradients(NamedTuple):
     coordinates: Coordinates
 
 
-def sampled_tokens(groups: Sequence[Group], model: Any, pad_id: int, advance: Advance) -> list[GroupTokens]:
-    """Entropy and collision mass of every sampled token, group by group."""
-    tokens = []
-    for group in groups:
-        found = token_statistics(model, group.prompt_ids, [response.ids for response in group.responses], pad_id)
-        mask_BT = padded([response.ids for response in group.responses])[1]
-        regions = [region for response in group.responses for region in response.regions]
-        tokens.append(
-            GroupTokens(
-                np.array(regions, dtype=np.int64),
-                found.entropies_BT[mask_BT].numpy(),
-                found.collisions_BT[mask_BT].numpy(),
-            )
-        )
-        advance()
-    return tokens
-
-
-def region_statistics(tokens: Sequence[GroupTokens]) -> RegionStatistics:
-    """Counts and means by region over all sampled tokens, as training takes them over a batch."""
-    regions_T = np.concatenate([group.regions_T for group in tokens])
-    counts_R = np.bincount(regions_T, minlength=NUM_REGIONS).astype(float)
-    sums = [
-        np.bincount(regions_T, weights=np.concatenate(values), minlength=NUM_REGIONS)
-        for values in ([group.entropies_T for group in tokens], [group.collisions_T for group in tokens])
-    ]
-    with np.errstate(invalid="ignore"):
-        entropies_R, collisions_R = (torch.from_numpy(sums_R / counts_R) for sums_R in sums)
-    return RegionStatistics(torch.from_numpy(counts_R), entropies_R, collisions_R)
-
-
-class Weigher:
-    """The weights that each rule gives to the tokens of the sampled groups."""
-
-    def __init__(
-        self, groups: Sequence[Group], tokens: Sequence[GroupTokens], tokenizer: Any, tool_format: ToolFormat,
-        progress: float,
-    ) -> None:  # fmt: skip
-        """All groups together are the batch that region statistics are taken over."""
-        self.groups, self.tokens, self.progress = groups, tokens, progress
-        self.tokenizer, self.format = tokenizer, tool_format
-        self.statistics = region_statistics(tokens)
-
-    def weights(self, preset: Preset) -> list[Tensor]:
-        """Of each group, as training would weigh it: float32 (G, T), mean 1 over each response."""
-        config = preset.weights
-        if not isinstance(config, WeightConfig):
-            return [self._published(preset, group) for group in self.groups]
-        if config.rule == "top_entropy":
-            return self._top_entropy(config)
-        weights_R = self._region_weights(config)
-        return [assign_weights(weights_R, *regions_of(group)) for group in self.groups]
-
-    def bounds(self, preset: Preset) -> tuple[float, float]:
-        """The least and the greatest weight of a region that has tokens, before normalisation; NaN without such."""
-        config = preset.weights
-        if not isinstance(config, WeightConfig) or config.rule == "top_entropy":
-            return math.nan, math.nan
-        weights_R = self._region_weights(config)
-        seen = weights_R[self.statistics.counts_R > 0]
-        return float(seen.min()), float(seen.max())
-
-    def _region_weights(self, config: WeightConfig) -> Tensor:
-        return apply_curriculum(region_weights(self.statistics, config), self.progress, config)
-
-    def _published(self, preset: Preset, group: Group) -> Tensor:
-        ids_BT, mask_BT = padded([response.ids for response in group.responses])
-        return token_weights(ids_BT, mask_BT, self.tokenizer, format=self.format, preset=preset, progress=self.progress)
-
-    def _top_entropy(self, config: WeightConfig) -> list[Tensor]:
-        lengths = [len(response.ids) for group in self.groups for response in group.responses]
-        mask_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        entropies_BT = torch.zeros(mask_BT.shape, dtype=torch.float64)
-        entropies_BT[mask_BT] = torch.from_numpy(np.concatenate([group.entropies_T for group in self.tokens]))
-        chosen_BT = normalise(keep_top_entropy(entropies_BT, mask_BT, config.quantile), mask_BT)
-        sizes = [len(group.responses) for group in self.groups]
-        widths = [max(len(response.ids) for response in group.responses) for group in self.groups]
-        return [part[:, :width] for part, width in zip(chosen_BT.split(sizes), widths, strict=True)]
-
-
-def regions_of(group: Group) -> tuple[Tensor, Tensor]:
-    """The (regions_BT, mask_BT) of a group's tokens, right padded."""
-    return padded([response.regions for response in group.responses], Region.OTHER)
-
-
-def mean_weights(weights: Sequence[Tensor], groups: Sequence[Group]) -> dict[str, float]:
-    """Mean weight of each region's tokens, as training logs it; regions without tokens are left out."""
-    sums_R, counts_R = np.zeros(NUM_REGIONS), np.zeros(NUM_REGIONS)
-    for weights_BT, group in zip(weights, groups, strict=True):
-        regions_BT, mask_BT = regions_of(group)
-        regions_T = regions_BT[mask_BT].numpy()
-        sums_R += np.bincount(regions_T, weights=weights_BT[mask_BT].double().numpy(), minlength=NUM_REGIONS)
-        counts_R += np.bincount(regions_T, minlength=NUM_REGIONS)
-    return {region.label: float(sums_R[region] / counts_R[region]) for region in Region if counts_R[region]}
-
-
 def probe_gradients(
     model: Any,
-    weigher: Weigher,
-    rules: Mapping[str, Preset],
+    sampled: SampledBatch,
+    rules: Mapping[str, WeightRule],
+    progress: float,
     *,
     prompts_per_step: int,
-    pad_id: int = 0,
     batch_size: int = 128,
     seed: int = 0,
     cap: float = 0.0,
@@ -162,31 +129,31 @@ def probe_gradients(
     Of the GRPO objective on-policy: responses have their group's standardised advantage and their own mean over
     tokens. `batch_size` responses share a forward pass. The first of `rules` is uniform.
     """
-    groups = weigher.groups
-    limit = max(1, MEMORY // (4 * len(groups) * (NUM_REGIONS + ROUND)))
-    coordinates = Coordinates.choose(model, limit, seed)
+    count = len(sampled.groups)
+    coordinates = Coordinates.choose(model, max(1, MEMORY // (4 * count * (NUM_REGIONS + ROUND))), seed)
 
-    def vectors(weights: Sequence[Tensor]) -> Tensor:
-        return gradients_of(model, groups, weights, coordinates, pad_id, batch_size, advance)
+    def vectors(weights_KBT: Tensor) -> Tensor:
+        return gradients_of(model, sampled, weights_KBT, coordinates, batch_size, advance)
 
-    parts_KMN = vectors([region_and_true_weights(group) for group in groups])
+    parts_KMN = vectors(region_and_true_weights(sampled.groups))
     true_MN, uniform_MN = parts_KMN[-1].clone(), parts_KMN[:-1].sum(0)
-    scales_M = norm_cap(uniform_MN, cap) if cap else torch.ones(len(groups), dtype=torch.float64)
-    gram_KMKM = (
-        gram_of(parts_KMN, coordinates.scale) * np.multiply.outer(scales_M.numpy(), scales_M.numpy())[:, None, :]
-    )
+    scales_M = norm_cap(uniform_MN, cap) if cap else torch.ones(count, dtype=torch.float64)
+    scales_MM = torch.outer(scales_M, scales_M).numpy()
+    gram_KMKM = gram_of(parts_KMN, coordinates.scale) * scales_MM[:, None, :]
     del parts_KMN
-    judge = Judge(true_MN, scales_M, prompts_per_step)
-    described = (mean_weights(weigher.weights(rules[UNIFORM]), groups), (1.0, 1.0))
-    found = [judge.series(UNIFORM, *described, uniform_MN)]
+
+    def series(name: str, weights_BT: Tensor, bounds: tuple[float, float], vectors_MN: Tensor) -> RuleSeries:
+        figures = gradient_series(
+            vectors_MN, true_MN, batch=prompts_per_step, blocks=blocks_for(count), scales_M=scales_M
+        )
+        return RuleSeries(name, sampled.mean_weights(weights_BT), bounds, figures)
+
+    own_BT = grpo_weights(sampled.groups)
+    found = [series(UNIFORM, torch.ones_like(own_BT), (1.0, 1.0), uniform_MN)]
     for names in rounds([name for name in rules if name != UNIFORM]):
-        weights = {name: weigher.weights(rules[name]) for name in names}
-        scaled = [
-            torch.stack([weights[name][m] * grpo_weights(group) for name in names]) for m, group in enumerate(groups)
-        ]
-        for name, vectors_MN in zip(names, vectors(scaled), strict=True):
-            described = (mean_weights(weights[name], groups), weigher.bounds(rules[name]))
-            found.append(judge.series(name, *described, vectors_MN))
+        weights_KBT = torch.stack([weigh(rules[name], sampled.tagged, sampled.statistics, progress) for name in names])
+        for name, weights_BT, vectors_MN in zip(names, weights_KBT, vectors(weights_KBT * own_BT), strict=True):
+            found.append(series(name, weights_BT, sampled.bounds(rules[name], progress), vectors_MN))
     return ProbeGradients(gram_KMKM, tuple(found), coordinates)
 
 
@@ -201,43 +168,47 @@ def rounds(names: Sequence[str]) -> Iterator[Sequence[str]]:
         yield names[first : first + ROUND]
 
 
-def grpo_weights(group: Group) -> Tensor:
-    """What multiplies each token's log-probability in the GRPO objective: A_i / (G T_i), float64 (G, T)."""
-    _, mask_BT = regions_of(group)
-    lengths_B = mask_BT.sum(-1).clamp_min(1)
-    return (group.advantages("grpo") / (len(mask_BT) * lengths_B))[:, None] * mask_BT
+def rows_of(groups: Sequence[Group]) -> list[slice]:
+    """Each group's rows of the batch."""
+    return [slice(*ends) for ends in pairwise(accumulate((len(group.responses) for group in groups), initial=0))]
 
 
-def region_and_true_weights(group: Group) -> Tensor:
-    """As `grpo_weights` by region, then those of the gradient of the expected reward: float64 (R + 1, G, T).
+def grpo_weights(groups: Sequence[Group]) -> Tensor:
+    """What multiplies each token's log-probability in the GRPO objective: A_i / (G T_i), float64 (B, T)."""
+    _, mask_BT = padded([response.ids for group in groups for response in group.responses])
+    sizes_B = torch.tensor([len(group.responses) for group in groups for _ in group.responses])
+    advantages_B = torch.cat([group.advantages("grpo") for group in groups])
+    return (advantages_B / (sizes_B * mask_BT.sum(-1).clamp_min(1)))[:, None] * mask_BT
+
+
+def region_and_true_weights(groups: Sequence[Group]) -> Tensor:
+    """As `grpo_weights` by region, then those of the gradient of the expected reward: float64 (R + 1, B, T).
 
     The latter (REINFORCE) sums over tokens, with the mean reward of the group's other responses as its baseline, which
     leaves it unbiased: (R_i - mean_-i) / G = (R_i - mean) / (G - 1).
     """
-    regions_BT, mask_BT = regions_of(group)
-    own_BT = grpo_weights(group)
-    by_region = [own_BT * (regions_BT == region) for region in Region]
-    true_BT = (group.advantages("dr_grpo") / max(1, len(mask_BT) - 1))[:, None] * mask_BT
-    return torch.stack([*by_region, true_BT])
+    regions_BT, mask_BT = padded([response.regions for group in groups for response in group.responses], Region.OTHER)
+    own_BT = grpo_weights(groups)
+    true_B = torch.cat([group.advantages("dr_grpo") / max(1, len(group.responses) - 1) for group in groups])
+    return torch.stack([*(own_BT * (regions_BT == region) for region in Region), true_B[:, None] * mask_BT])
 
 
 def gradients_of(
     model: Any,
-    groups: Sequence[Group],
-    weights: Sequence[Tensor],
+    sampled: SampledBatch,
+    weights_KBT: Tensor,
     coordinates: Coordinates,
-    pad_id: int,
     batch_size: int,
     advance: Advance,
 ) -> Tensor:
     """The gradient of each weighting and group: float32 (K, M, N)."""
-    vectors_KMN = torch.zeros(len(weights[0]), len(groups), coordinates.size)
-    for m, (group, weights_KBT) in enumerate(zip(groups, weights, strict=True)):
-        ids = [response.ids for response in group.responses]
-        for first in range(0, len(ids) if weights_KBT.any() else 0, batch_size):
+    vectors_KMN = torch.zeros(len(weights_KBT), len(sampled.groups), coordinates.size)
+    for m, (rows, group) in enumerate(zip(rows_of(sampled.groups), sampled.groups, strict=True)):
+        group_KGT, ids = weights_KBT[:, rows], [response.ids for response in group.responses]
+        for first in range(0, len(ids) if group_KGT.any() else 0, batch_size):
             part = ids[first : first + batch_size]
-            own_KBT = weights_KBT[:, first : first + batch_size, : max(map(len, part))]
-            vectors_KMN[:, m] += weighted_gradients(model, group.prompt_ids, part, own_KBT, coordinates, pad_id)
+            own_KBT = group_KGT[:, first : first + batch_size, : max(map(len, part))]
+            vectors_KMN[:, m] += weighted_gradients(model, group.prompt_ids, part, own_KBT, coordinates)
         advance()
     return vectors_KMN
 
@@ -250,21 +221,3 @@ def gram_of(vectors_KMN: Tensor, scale: float) -> np.ndarray:
     for chunk_XN in flat_XN.split(CHUNK, dim=1):
         gram_XX += chunk_XN @ chunk_XN.T
     return scale * gram_XX.reshape(weightings, prompts, weightings, prompts).numpy()
-
-
-class Judge(NamedTuple):
-    """What the gradients of all rules are judged by."""
-
-    true_MN: Tensor
-    scales_M: Tensor
-    prompts_per_step: int
-
-    def series(
-        self, name: str, weights: Mapping[str, float], bounds: tuple[float, float], vectors_MN: Tensor
-    ) -> RuleSeries:
-        """A rule's figures, from all prompts and with each block of them left out."""
-        series = gradient_series(
-            vectors_MN, self.true_MN, batch=self.prompts_per_step, blocks=blocks_for(len(vectors_MN)),
-            scales_M=self.scales_M,
-        )  # fmt: skip
-        return RuleSeries(name, weights, bounds, series)

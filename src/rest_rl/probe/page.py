@@ -170,8 +170,8 @@ def bounded(cosine: Estimate) -> Estimate:
 
 def as_mapping(report: ProbeReport) -> dict[str, Any]:
     """The report as a JSON object: an estimate is [value, error]."""
-    figures = plain(dataclasses.replace(report, tokens=()))
-    del figures["tokens"]
+    names = [field.name for field in dataclasses.fields(report) if field.name != "tokens"]
+    figures = {name: plain(getattr(report, name)) for name in names}
     return {**figures, "verdict": [remark.text for remark in report.verdict], "recommendation": report.advice._asdict()}
 
 
@@ -198,11 +198,9 @@ def draw_probe(report: ProbeReport, folder: Path) -> list[Path]:
 def draw_entropies(report: ProbeReport) -> Figure:
     """The distribution of the token entropies of each region, its mean as a mark (Figure 4 of the paper)."""
     figure, axes = new_axes(7.2, 3.2)
-    regions_T = np.concatenate([group.regions_T for group in report.tokens])
-    entropies_T = np.concatenate([group.entropies_T for group in report.tokens])
     codes = {region.label: region for region in Region}
     for at, (label, facts) in enumerate(report.regions.items()):
-        own_T = np.sort(entropies_T[regions_T == codes[label]])
+        own_T = np.sort(report.tokens.entropies_T[report.tokens.regions_T == codes[label]])
         drawn_T = own_T[:: math.ceil(len(own_T) / DRAWN_TOKENS)]
         if np.ptp(drawn_T) == 0:  # values that are all the same have no shape
             axes.plot([at - 0.35, at + 0.35], [drawn_T[0]] * 2, color=REGION_COLOURS[label], linewidth=2)

@@ -11,6 +11,7 @@ import numpy as np
 
 from rest_rl.probe.rules import NO_REASONING, candidates
 from rest_rl.probe.variance import Estimate
+from rest_rl.response import NUM_REGIONS
 
 SURE = 2.0
 """Standard errors that a figure must be from 0 to be read."""
@@ -34,14 +35,23 @@ PHRASES = {
 Sureness = Literal["likely", "unsure", "not measurable"]
 
 
-class GroupTokens(NamedTuple):
-    """The sampled tokens of one group, one response after the other."""
+class SampledTokens(NamedTuple):
+    """All sampled tokens, those of each prompt one after the other."""
 
+    prompts: int
+    """M"""
+    prompts_T: np.ndarray
+    """The position of each token's prompt."""
     regions_T: np.ndarray
     entropies_T: np.ndarray
     """Nats."""
     collisions_T: np.ndarray
     """1 - sum_v p_v²."""
+
+    def sums(self, values_T: np.ndarray) -> np.ndarray:
+        """Sums by prompt and region: float64 (M, R)."""
+        cells_T = self.prompts_T * NUM_REGIONS + self.regions_T
+        return np.bincount(cells_T, weights=values_T, minlength=self.prompts * NUM_REGIONS).reshape(-1, NUM_REGIONS)
 
 
 class TokenFacts(NamedTuple):
@@ -173,8 +183,8 @@ class ProbeReport:
     coordinates: int
     """Parameters whose gradients were kept."""
     parameters: int
-    tokens: tuple[GroupTokens, ...] = ()
-    """The sampled tokens, for the picture of their entropies; not in probe.json."""
+    tokens: SampledTokens
+    """For the picture of their entropies; not in probe.json."""
 
     @property
     def misses_format(self) -> bool:

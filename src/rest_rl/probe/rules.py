@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rest_rl.presets import PRESETS, Preset
+from rest_rl.errors import UserError
+from rest_rl.objects import name_of
+from rest_rl.presets import PRESETS
 from rest_rl.response import Region
-from rest_rl.weights import Rule, WeightConfig
+from rest_rl.weights import Rule, WeightConfig, WeightRule
 
 UNIFORM, NO_REASONING = "uniform", "no reasoning"
 ENTROPY_RULES: tuple[Rule, ...] = ("one_minus_exp", "inverse", "collision")
@@ -14,21 +16,34 @@ SHUFFLED = ("permuted 1", "permuted 2", "permuted 3")
 """The controls: weights of `rest`, dealt to regions by chance."""
 
 
-def rivals() -> dict[str, Preset]:
-    """All rules by name, uniform weights first; `inverted` and `permuted` change nothing else of `rest`."""
+def rules_for(tool_format: str, own: WeightRule) -> dict[str, WeightRule]:
+    """The rules that can weigh responses in a format, uniform weights first; the run's own last, if it is another."""
+    rules = rivals()
+    if own not in rules.values():
+        rules["this run" if isinstance(own, WeightConfig) else name_of(own)] = own
+    return {name: rule for name, rule in rules.items() if can_weigh(rule, tool_format)}
+
+
+def can_weigh(rule: WeightRule, tool_format: str) -> bool:
+    try:
+        getattr(rule, "check", lambda *_, **__: None)(tool_format, truncates=False)
+    except UserError:
+        return False
+    return True
+
+
+def rivals() -> dict[str, WeightRule]:
+    """The built-in rules by name, uniform first; `inverted` and `permuted` change nothing else of `rest`."""
     own = rest_weights()
-    rules: dict[str, WeightConfig] = {
+    return {
+        UNIFORM: PRESETS["grpo"].weights,
+        "paper": PRESETS["paper"].weights,
+        "authors-code": PRESETS["authors-code"].weights,
         **candidates(),
         "inverted": replace(own, rule="inverted"),
         "top_entropy": WeightConfig(rule="top_entropy"),
         NO_REASONING: WeightConfig(rule="uniform", dropped=(Region.REASONING.label,)),
         **{name: replace(own, rule="permuted", seed=seed) for seed, name in enumerate(SHUFFLED, start=1)},
-    }
-    return {
-        UNIFORM: PRESETS["grpo"],
-        "paper": PRESETS["paper"],
-        "authors-code": PRESETS["authors-code"],
-        **{name: replace(PRESETS["rest"], weights=config) for name, config in rules.items()},
     }
 
 
@@ -45,7 +60,6 @@ def candidates() -> dict[str, WeightConfig]:
 
 
 def rest_weights() -> WeightConfig:
-    """The weights of the preset `rest`."""
     own = PRESETS["rest"].weights
     assert isinstance(own, WeightConfig)
     return own

@@ -22,10 +22,10 @@ from rest_rl.evaluate.generate import end_ids
 from rest_rl.evaluate.origin import model_label, recorded_run
 from rest_rl.jsonl import as_json, reason
 from rest_rl.probe.figures import region_facts, rule_facts, sampled_facts, signal_and_noise
-from rest_rl.probe.measure import Weigher, passes, probe_gradients, sampled_tokens
+from rest_rl.probe.measure import SampledBatch, passes, probe_gradients
 from rest_rl.probe.page import as_mapping, draw_probe, format_table, numbered, page
 from rest_rl.probe.report import ProbeReport
-from rest_rl.probe.rules import SHUFFLED, rivals
+from rest_rl.probe.rules import SHUFFLED, rules_for
 from rest_rl.probe.sample import check_reads, sample_groups
 from rest_rl.probe.variance import most_per_step
 from rest_rl.runlog import SILENT, Observer, replace_file
@@ -35,7 +35,6 @@ from rest_rl.train.prompts import read_data
 JSON, PAGE = "probe.json", "probe.md"
 LEAST_PROMPTS = 8
 """Fewer leave no pairs to speak of when some are left out."""
-NO_TAGS = ("authors-code",)
 
 
 @dataclass(frozen=True)
@@ -132,19 +131,18 @@ def measure(
     observer: Observer,
 ) -> ProbeReport:
     """The report on one format."""
-    name, pad_id, number = layout.format.name, layout.tokenizer.pad_token_id, len(samples)
-    rules = {rule: preset for rule, preset in rivals().items() if name in ("toolrl", "hermes") or rule not in NO_TAGS}
+    name, number, progress = layout.format.name, len(samples), sampling.progress
+    rules = rules_for(name, config.rest.resolve().weights)
     step = step_size(config, sampling.step, number, observer)
-    batch_size = sampling.batch_size or config.eval.batch_size
     with counting(observer, name, number * 2 + passes(number, len(rules))) as advance:
         groups = list(sample_run_groups(model, layout, samples, config, sampling, lambda: advance("sampling")))
-        tokens = sampled_tokens(groups, model, pad_id, lambda: advance("entropies"))
-        weigher = Weigher(groups, tokens, layout.tokenizer, layout.format, sampling.progress)
+        batch = SampledBatch.of(groups, model, layout.tokenizer, name, progress, lambda: advance("entropies"))
         found = probe_gradients(
-            model, weigher, rules, prompts_per_step=step, pad_id=pad_id, batch_size=batch_size,
-            seed=sampling.seed, cap=norm_cap, advance=lambda: advance("gradients"),
+            model, batch, rules, progress, prompts_per_step=step,
+            batch_size=sampling.batch_size or config.eval.batch_size, seed=sampling.seed, cap=norm_cap,
+            advance=lambda: advance("gradients"),
         )  # fmt: skip
-    regions, sure = region_facts(groups, tokens, found.gram_KMKM)
+    regions, sure = region_facts(groups, batch.tokens, found.gram_KMKM)
     signal, snr, heaviest = signal_and_noise(found.gram_KMKM)
     return ProbeReport(
         format=name,
@@ -156,10 +154,10 @@ def measure(
         snr=snr,
         heaviest=heaviest,
         prompts_per_step=step,
-        progress=sampling.progress,
+        progress=progress,
         coordinates=found.coordinates.size,
         parameters=found.coordinates.total,
-        tokens=tuple(tokens),
+        tokens=batch.tokens,
     )
 
 
