@@ -21,13 +21,13 @@ from rest_rl.probe.measure import SampledBatch, probe_gradients
 from rest_rl.probe.report import ProbeReport
 from rest_rl.probe.rules import rivals
 from rest_rl.probe.run import step_size
-from rest_rl.probe.sample import Group, sample_groups
+from rest_rl.probe.sample import Group, Sampling, sample_groups
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import SilentObserver
 from rest_rl.weights import weigh
 from tests.model_families import save_family
 from tests.test_probe import made_probe
-from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
+from tests.tiny_policy import tiny_model, tiny_prompts, tiny_tokenizer
 
 SMALL = ("--prompts", "8", "--group", "4", "--max-new-tokens", "20")
 
@@ -232,7 +232,7 @@ class Listener(SilentObserver):
 def test_few_prompts_predict_small_steps() -> None:
     listener = Listener()
     assert step_size(read_run_file(None, []), 4, 8, listener) == 1
-    assert "steps of 1 prompt at most, not 4" in listener.said[0]
+    assert "a step of 1 at most, not of 4" in listener.said[0]
 
 
 def test_from_python(here: Path, policy: Path, dialogues: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,22 +253,22 @@ def test_from_python(here: Path, policy: Path, dialogues: Path, monkeypatch: pyt
 def sampled() -> tuple[Any, PromptLayout, list[Group]]:
     tokenizer = tiny_tokenizer()
     model, layout = tiny_model(tokenizer), PromptLayout(tokenizer, "toolrl")
-    groups = list(sample_groups(model, layout, tiny_samples(8), group_size=4, max_new_tokens=20, seed=1))
+    groups = sample_groups(model, layout, tiny_prompts(layout, 8), Sampling(4, 20, seed=1))
     return model, layout, groups
 
 
 @pytest.mark.parametrize("preset", ["rest", "paper", "authors-code"])
 def test_responses_are_rewarded_as_the_run_would(preset: str) -> None:
-    tokenizer, samples = tiny_tokenizer(), tiny_samples(4)
+    tokenizer = tiny_tokenizer()
     layout = PromptLayout(tokenizer, "toolrl")
+    prompts = tiny_prompts(layout, 4)
     reward = read_run_file(None, [f"rest.preset={preset}"]).rest.resolve().reward
-    groups = sample_groups(
-        tiny_model(tokenizer), layout, samples, group_size=4, max_new_tokens=20, seed=1, progress=0.25, reward=reward
-    )
-    for group in groups:
+    sampling = Sampling(4, 20, seed=1, progress=0.25, reward=reward)
+    groups = sample_groups(tiny_model(tokenizer), layout, prompts, sampling)
+    for group, prompt in zip(groups, prompts, strict=True):
         for one in group.responses:
             text = decode_ids(one.ids, tokenizer, layout.format.tags)
-            wanted = score_response(text, group.sample.gold, format=layout.format, preset=preset, progress=0.25)
+            wanted = score_response(text, prompt.sample.gold, format=layout.format, preset=preset, progress=0.25)
             assert one.reward == wanted.total
             assert 0 <= one.s_format <= 1  # and not the published code's own scores
 

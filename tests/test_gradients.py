@@ -5,7 +5,6 @@ from research.theory.expected_squares import expected_squares
 from rest_rl.loss import clipped_surrogate
 from rest_rl.probe.gradients import (
     Coordinates,
-    draw_distinct,
     padded,
     response_logits,
     token_statistics,
@@ -114,17 +113,6 @@ def test_inner_products_of_kept_coordinates_are_unbiased():
         products.append(float(chosen.scale * chosen.gather(split[0]) @ chosen.gather(split[1])))
     values = torch.tensor(products, dtype=torch.float64)
     assert abs(values.mean() - a @ b) < 4 * values.std() / len(values) ** 0.5
-
-
-def test_draws_are_distinct_and_even():
-    for total, count in ((10, 4), (1000, 200)):
-        counts = torch.zeros(total)
-        for seed in range(500):
-            drawn = draw_distinct(total, count, torch.Generator().manual_seed(seed))
-            assert len(drawn.unique()) == count
-            counts[drawn] += 1
-        share = count / total
-        assert (counts / 500 - share).abs().max() < 5 * (share * (1 - share) / 500) ** 0.5
 
 
 def test_statistics_are_those_of_each_response_alone(model):

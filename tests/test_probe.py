@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from rest_rl.data.samples import ToolSample
 from rest_rl.jsonl import as_json
 from rest_rl.presets import PRESETS
 from rest_rl.probe.figures import (
@@ -41,16 +40,15 @@ from rest_rl.probe.report import (
 from rest_rl.probe.rules import SHUFFLED, UNIFORM, rivals, rules_for
 from rest_rl.probe.sample import Group, Response
 from rest_rl.probe.variance import Estimate, gradient_series
-from rest_rl.response import NUM_REGIONS, Gold, Region
+from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.weights import TaggedBatch, WeightConfig
 
 FORMAT, NAME, REASONING = Region.FORMAT, Region.NAME, Region.REASONING
-SAMPLE = ToolSample("s", ({"role": "user", "content": "do"},), (), Gold())
 
 
 def group(*responses: tuple[list[int], list[Region], float]) -> Group:
     """Responses as (ids, regions, reward)."""
-    return Group(SAMPLE, [1], tuple(Response(i, [int(r) for r in rs], x, 1.0, x, x == 1) for i, rs, x in responses))
+    return Group([1], tuple(Response(i, [int(r) for r in rs], x, 1.0, x, x == 1) for i, rs, x in responses))
 
 
 def test_products_leave_each_prompt_out() -> None:
@@ -281,8 +279,8 @@ def test_weights_are_recommended_where_they_help_beyond_chance_and_shuffling() -
         (made_probe(adam=0.2, error=0.1), "unsure", "chance"),
         (made_probe(adam=0.01), "likely", "unlikely to help"),
         (made_probe(adam=-0.1), "likely", "rest, strength 1 would cost 30 ± 1 %"),
-        (made_probe(adam=0.2, signal=0.3), "not measurable", "told from noise"),
-        (made_probe(adam=0.2, signal=math.nan), "not measurable", "told from noise"),
+        (made_probe(adam=0.2, signal=0.3), "not measurable", "noise"),
+        (made_probe(adam=0.2, signal=math.nan), "not measurable", "noise"),
         (made_probe(adam=math.nan, error=math.nan), "not measurable", "more --prompts"),
     ],
 )
@@ -301,11 +299,11 @@ def test_the_verdict_names_where_the_signal_is() -> None:
     own = made_probe()
     assert kinds(own) == ["signal", "signal", "noise", "sure regions above", "telling"]
     name, reasoning, noise, sure, telling = (remark.text for remark in own.verdict)
-    assert all(figure in name for figure in ("the tool name", "70 ± 5 %", "20 %", "50 ± 5 %"))
-    assert all(figure in reasoning for figure in ("the reasoning", "30 ± 5 %"))
-    assert "the reasoning" in noise
+    assert all(figure in name for figure in ("name", "70 ± 5 %", "20 %", "50 ± 5 %"))
+    assert all(figure in reasoning for figure in ("reasoning", "30 ± 5 %"))
+    assert "reasoning" in noise
     assert "(name)" in sure
-    assert "the tool name" in telling
+    assert "region name" in telling
     assert "0.80 ± 0.05" in telling
 
 

@@ -13,6 +13,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from rest_rl.data.layout import PromptLayout
+from rest_rl.data.prepare import Prepared
 from rest_rl.data.samples import ToolSample
 from rest_rl.response import Gold, ToolCall
 
@@ -109,6 +111,10 @@ def tiny_samples(n: int = 8) -> list[ToolSample]:
     return [
         ToolSample(f"s{i}", ({"role": "user", "content": f"do {i}"},), (tool,), Gold((call,), None)) for i in range(n)
     ]
+
+
+def tiny_prompts(layout: PromptLayout, n: int = 8) -> list[Prepared]:
+    return [Prepared(sample, layout.render(sample), layout.tokenizer) for sample in tiny_samples(n)]
 
 
 def tiny_settings(folder: Any, **changes: Any) -> dict[str, Any]:

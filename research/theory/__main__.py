@@ -28,35 +28,33 @@ from research.theory.optimal_weights import NO_SPREAD
 from research.theory.page import as_mapping, findings, page, theory_tables
 from research.theory.plots import draw_theory
 from rest_rl.cli.terminal import Screen
-from rest_rl.config import RunConfig
 from rest_rl.data.layout import PromptLayout
-from rest_rl.data.samples import ToolSample
+from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.probe.gradients import Coordinates
 from rest_rl.probe.run import (
-    Sampling,
-    check_least,
-    counting,
-    draw_samples,
+    LEAST_PROMPTS,
+    counted,
+    draw_prompts,
     free_folder,
     label_of,
-    layouts_of,
+    layouts,
     load_model,
     make_folder,
     probed_run,
-    sample_run_groups,
+    sampling_of,
     step_size,
     unused_folder,
     writing,
 )
-from rest_rl.probe.sample import Group
+from rest_rl.probe.sample import Group, Sampling, check_least, sample_groups
 from rest_rl.probe.variance import blocks_for
 from rest_rl.runlog import Observer, replace_file
 from rest_rl.train.policy import quiet_loading
 
 JSON, PAGE = "theory.json", "theory.md"
-LEAST_PILOT, LEAST_PILOT_GROUP, LEAST_PROMPTS = 4, 8, 8
+LEAST_PILOT, LEAST_PILOT_GROUP = 4, 8
 LONG = 600.0
 """Seconds of a pilot from which on a user is warned."""
 
@@ -98,27 +96,30 @@ def theory(arguments: argparse.Namespace) -> None:
     """Sample, measure, show and write; whatever a user can have got wrong is found before anything is sampled."""
     quiet_loading()
     screen = Screen(Console(stderr=arguments.json))
-    samplings = samplings_of(arguments)
+    check_numbers(arguments)
     out = unused_folder(Path(arguments.out), JSON) if arguments.out else free_folder("theory", arguments.model, JSON)
     config = probed_run(arguments.model, arguments.data, arguments.set)
-    (layout,) = layouts_of(config, arguments.format)
+    samplings = [
+        sampling_of(config, group, seed, arguments.progress, arguments.max_new_tokens, arguments.batch_size)
+        for seed, group in enumerate((arguments.pilot_group, arguments.group), start=2 * arguments.seed)
+    ]
+    (layout,) = layouts(config, arguments.format)
     remedy = "add data" + (f", or lower --pilot (to {LEAST_PILOT} at the least)" * (arguments.pilot > LEAST_PILOT))
-    least, number = LEAST_PROMPTS + arguments.pilot, arguments.prompts + arguments.pilot
-    samples = draw_samples(config, layout, number, arguments.seed, screen, least, remedy)
-    judged = len(samples) - arguments.pilot
+    number, least = arguments.prompts + arguments.pilot, LEAST_PROMPTS + arguments.pilot
+    prompts = draw_prompts(config, layout, number, arguments.seed, screen, least, remedy)
+    pilot, judged = prompts[: arguments.pilot], prompts[arguments.pilot :]
     settings = TheorySettings(
         token_responses=arguments.group,
-        batch=step_size(config, arguments.step, judged, screen),
+        batch=step_size(config, arguments.step, len(judged), screen),
         progress=arguments.progress,
         cap=arguments.cap,
-        blocks=blocks_for(judged),
-        batch_size=arguments.batch_size or config.eval.batch_size,
+        blocks=blocks_for(len(judged)),
+        batch_size=samplings[0].batch_size,
         seed=arguments.seed,
     )
     make_folder(out)
     model = load_model(config, screen)
-    parts = samples[: arguments.pilot], samples[arguments.pilot :]
-    found, what = measured(model, layout, parts, samplings, config, settings, screen)
+    found, what = measured(model, layout, (pilot, judged), samplings, settings, screen)
     content = {"measured on": what, **as_mapping(found, settings)}
     if arguments.json:
         print(as_json(content, indent=2), flush=True)
@@ -132,18 +133,10 @@ def theory(arguments: argparse.Namespace) -> None:
     screen.say(f"{out / PAGE}, {JSON} and plots")
 
 
-def samplings_of(arguments: argparse.Namespace) -> tuple[Sampling, Sampling]:
-    """How the pilot is sampled and how the prompts that the rules are judged on."""
-    check_least({"pilot": (arguments.pilot, LEAST_PILOT), "pilot_group": (arguments.pilot_group, LEAST_PILOT_GROUP)})
-    rules = Sampling(
-        arguments.prompts,
-        arguments.group,
-        arguments.seed,
-        arguments.progress,
-        arguments.step,
-        arguments.max_new_tokens,
-        arguments.batch_size,
-    )
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """UserError for numbers with which nothing can be estimated."""
+    least = {"prompts": LEAST_PROMPTS, "pilot": LEAST_PILOT, "pilot_group": LEAST_PILOT_GROUP, "seed": 0, "step": 1}
+    check_least(**{name: (getattr(arguments, name), number) for name, number in least.items()})
     if len(arguments.format) > 1:
         raise UserError(f"{len(arguments.format)} times --format", "one", "measure them one by one")
     if arguments.pilot_group < arguments.group:
@@ -152,30 +145,27 @@ def samplings_of(arguments: argparse.Namespace) -> tuple[Sampling, Sampling]:
         )
     if not arguments.cap > 0:
         raise UserError(f"--cap {arguments.cap}", "a positive multiple of the median norm", "raise it")
-    pilot = replace(rules, group=arguments.pilot_group, seed=2 * arguments.seed)
-    return pilot, replace(rules, seed=2 * arguments.seed + 1)
 
 
 def measured(
     model: Any,
     layout: PromptLayout,
-    samples: tuple[Sequence[ToolSample], Sequence[ToolSample]],
-    samplings: tuple[Sampling, Sampling],
-    config: RunConfig,
+    prompts: tuple[Sequence[Prepared], Sequence[Prepared]],
+    samplings: Sequence[Sampling],
     settings: TheorySettings,
     observer: Observer,
 ) -> tuple[Theory, str]:
     """The theory on this model, and what it was measured on."""
-    pilots, judged = map(len, samples)
-    with counting(observer, layout.format.name, pilots + judged + steps(pilots, judged)) as advance:
+    pilots, judged = map(len, prompts)
+    with counted(observer, layout.format.name, pilots + judged + steps(pilots, judged)) as done:
         pilot, groups = (
-            list(sample_run_groups(model, layout, own, config, sampling, lambda: advance("sampling")))
-            for own, sampling in zip(samples, samplings, strict=True)
+            sample_groups(model, layout, own, sampling, done("sampling"))
+            for own, sampling in zip(prompts, samplings, strict=True)
         )
         if not has_spread(pilot, settings):
             observer.say(f"{NO_SPREAD}.")
         settings = within_reach(model, pilot, len(groups), settings, observer)
-        found = measure(model, pilot, groups, settings, layout.tokenizer, lambda: advance("gradients"))
+        found = measure(model, pilot, groups, settings, layout.tokenizer, done("gradients"))
     what = (
         f"{layout.format.name}: pilot of {len(pilot)} prompts × {samplings[0].group} responses, rules on "
         f"{len(groups)} other prompts × {samplings[1].group} ({found.live_groups:.0%} of these groups have spread); "

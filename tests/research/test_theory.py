@@ -37,11 +37,11 @@ from rest_rl.jsonl import as_json
 from rest_rl.presets import token_weights
 from rest_rl.probe.gradients import Coordinates, padded, token_statistics
 from rest_rl.probe.rules import UNIFORM
-from rest_rl.probe.sample import Group, sample_groups
+from rest_rl.probe.sample import Group, Sampling, sample_groups
 from rest_rl.probe.variance import Estimate
 from rest_rl.response import Region
 from rest_rl.weights import weigh
-from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
+from tests.tiny_policy import tiny_model, tiny_prompts, tiny_tokenizer
 
 SETTINGS = TheorySettings(token_responses=4, batch=1, blocks=4, coordinates=20_000)
 
@@ -55,9 +55,8 @@ def policy():
 @pytest.fixture(scope="module")
 def sampled(policy):
     model, tokenizer = policy
-    groups = list(
-        sample_groups(model, PromptLayout(tokenizer), tiny_samples(16), group_size=8, max_new_tokens=20, seed=3)
-    )
+    layout = PromptLayout(tokenizer)
+    groups = sample_groups(model, layout, tiny_prompts(layout, 16), Sampling(8, 20, seed=3))
     return groups[:6], groups[6:]
 
 

@@ -7,6 +7,7 @@ stand right padded after the prompt, so that column t of a (B, T) tensor is toke
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Coordinates:
             raise ValueError(f"got a limit of {limit} coordinates, expected at least 1, or None for all")
         if limit is None or total <= limit:
             return cls(lengths, torch.arange(total))
-        return cls(lengths, draw_distinct(total, limit, torch.Generator().manual_seed(seed)))
+        return cls(lengths, torch.tensor(sorted(random.Random(seed).sample(range(total), limit))))
 
     @property
     def total(self) -> int:
@@ -178,16 +179,6 @@ def chosen_logps(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     """Log-probability of the chosen tokens, in float32 at least: (B, T)."""
     logits_BTV = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
     return logits_BTV.log_softmax(-1).gather(-1, ids_BT.unsqueeze(-1)).squeeze(-1)
-
-
-def draw_distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` distinct numbers below `total`, each subset as likely as any other: int64, ascending."""
-    if total < 4 * count:
-        return torch.randperm(total, generator=generator)[:count].sort().values
-    drawn = torch.empty(0, dtype=torch.long)
-    while (missing := count - len(drawn)) > 0:  # what repeats is drawn again, which favours no number
-        drawn = torch.cat([drawn, torch.randint(total, (missing,), generator=generator)]).unique()
-    return drawn
 
 
 @contextmanager

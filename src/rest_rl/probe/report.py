@@ -24,14 +24,6 @@ NO_SPREAD, CUT_OFF, HEAVY = 0.5, 0.1, 0.25
 """Shares from which on a lack of spread, cut responses and a single prompt's gradient are worth a word."""
 NO_CALL = "the format is never met (S_format is 0 for every response)"
 FORMAT_REMEDY = "check --format, or warm-start the model with `rest-rl sft` on such calls"
-PHRASES = {
-    "format": "the format",
-    "name": "the tool name",
-    "arguments": "the arguments",
-    "reasoning": "the reasoning",
-    "answer": "the answer",
-    "other": "text that belongs to no region",
-}
 Sureness = Literal["likely", "unsure", "not measurable"]
 
 
@@ -211,23 +203,15 @@ def obstacles(probe: ProbeReport) -> Iterator[Remark]:
     """What keeps any weights from working."""
     own = probe.sampled
     if probe.misses_format:
-        yield Remark("no format", f"{NO_CALL}, so no reward differs and nothing teaches: {FORMAT_REMEDY}")
+        yield Remark("no format", f"{NO_CALL}, so all rewards are alike and teach nothing: {FORMAT_REMEDY}")
     elif own.no_spread >= NO_SPREAD:
-        yield Remark(
-            "no spread",
-            f"{whole(own.no_spread)} of the groups have no spread of rewards and teach nothing: prompts of fitting "
-            "difficulty matter more than weights",
-        )
+        text = "of the groups have no spread of rewards and teach nothing: prompts of fitting difficulty matter most"
+        yield Remark("no spread", f"{whole(own.no_spread)} {text}")
     if own.truncated >= CUT_OFF:
-        yield Remark(
-            "cut off", f"{whole(own.truncated)} of the responses are cut off: allow more tokens (--max-new-tokens)"
-        )
+        yield Remark("cut off", f"{whole(own.truncated)} of the responses are cut off: raise --max-new-tokens")
     if probe.heaviest >= HEAVY:
-        yield Remark(
-            "one prompt",
-            f"one prompt makes {whole(probe.heaviest)} of the squared gradient norm, and the gradient figures lean on "
-            "it; --norm-cap 2 scales such prompts down",
-        )
+        text = "of the squared gradient norm and dominates the gradient figures; --norm-cap 2 scales such prompts down"
+        yield Remark("one prompt", f"one prompt makes {whole(probe.heaviest)} {text}")
 
 
 def signal_remarks(probe: ProbeReport) -> Iterator[Remark]:
@@ -235,36 +219,28 @@ def signal_remarks(probe: ProbeReport) -> Iterator[Remark]:
     if probe.misses_format:
         return
     if not probe.has_signal:
-        yield Remark(
-            "no signal",
-            f"the signal cannot be told from noise with {probe.sampled.prompts} prompts, so its shares mean nothing "
-            "yet; take more --prompts",
-        )
+        text = f"{probe.sampled.prompts} prompts cannot tell the signal from noise, so its shares mean nothing yet"
+        yield Remark("no signal", f"{text}; take more --prompts")
         return
     ranked = sorted(probe.regions.items(), key=lambda item: -item[1].gradient.signal_share.value)
-    for label, facts in ranked[:NAMED_REGIONS]:
-        if facts.gradient.signal_share.is_above(0, SURE):
+    for label, (tokens, _, gradient) in ranked[:NAMED_REGIONS]:
+        if gradient.signal_share.is_above(0, SURE):
             yield Remark(
                 "signal",
-                f"{PHRASES[label]} {verb(label, 'carry')} {percent(facts.gradient.signal_share)} of the reward signal "
-                f"in {whole(facts.tokens.share.value)} of the tokens, and {percent(facts.gradient.norm_share)} of the "
-                "squared gradient norm",
+                f"the region {label} carries {percent(gradient.signal_share)} of the reward signal in "
+                f"{whole(tokens.share.value)} of the tokens, and {percent(gradient.norm_share)} of the squared "
+                "gradient norm",
             )
-    noisiest = max(probe.regions, key=lambda name: probe.regions[name].gradient.surplus.value)
-    own = probe.regions[noisiest].gradient
+    noisiest, own = max(
+        ((label, facts.gradient) for label, facts in probe.regions.items()), key=lambda item: item[1].surplus.value
+    )
     if own.surplus.is_above(0, SURE_OF_BEST):
-        yield Remark(
-            "noise",
-            f"more noise than signal comes from {PHRASES[noisiest]}: {percent(own.norm_share)} of the squared gradient "
-            f"norm, {percent(own.signal_share)} of the signal",
-        )
+        text = f"{percent(own.norm_share)} of the squared gradient norm, {percent(own.signal_share)} of the signal"
+        yield Remark("noise", f"the region {noisiest} holds more noise than signal: {text}")
     gain = next((rule.adam_gain for rule in probe.rules if rule.name == NO_REASONING), Estimate(math.nan, math.nan))
     if gain.is_above(0, SURE):
-        yield Remark(
-            "no reasoning",
-            f"without the gradient of the reasoning the next step would improve by {percent(gain, '+.0f')} under Adam; "
-            "a longer run may need it all the same",
-        )
+        text = f"without the gradient of the reasoning the next step improves by {percent(gain, '+.0f')} under Adam"
+        yield Remark("no reasoning", f"{text}; a longer run may need it all the same")
     if probe.sure.regions:
         yield sure_remark(probe.sure)
 
@@ -276,11 +252,8 @@ def sure_remark(sure: SureTokens) -> Remark:
         kind, against = "sure regions above", "more than their share, as ResT supposes"
     elif Estimate(-sure.surplus.value, sure.surplus.error).is_above(0, SURE):
         kind, against = "sure regions below", "less than their share, against what ResT supposes"
-    return Remark(
-        kind,
-        f"the regions of low entropy ({', '.join(sure.regions)}) carry {percent(sure.signal_share)} of the signal in "
-        f"{whole(sure.share.value)} of the tokens, {against}",
-    )
+    carried = f"{percent(sure.signal_share)} of the signal in {whole(sure.share.value)} of the tokens"
+    return Remark(kind, f"the regions of low entropy ({', '.join(sure.regions)}) carry {carried}, {against}")
 
 
 def telling_remark(probe: ProbeReport) -> Iterator[Remark]:
@@ -288,13 +261,9 @@ def telling_remark(probe: ProbeReport) -> Iterator[Remark]:
     known = {label: facts.differences.auc for label, facts in probe.regions.items()}
     known = {label: auc for label, auc in known.items() if auc.is_above(0.5, SURE)}
     if known:
-        label = max(known, key=lambda name: known[name].value)
-        auc = known[label]
-        yield Remark(
-            "telling",
-            f"whether {PHRASES[label]} {verb(label, 'differ')} tells best whether the reward differs (AUC "
-            f"{auc.value:.2f} ± {auc.error:.2f})",
-        )
+        label, auc = max(known.items(), key=lambda item: item[1].value)
+        text = f"a difference in the region {label} tells best of a difference in reward"
+        yield Remark("telling", f"{text} (AUC {auc.value:.2f} ± {auc.error:.2f})")
 
 
 def advice_on(probe: ProbeReport) -> Advice:
@@ -303,34 +272,28 @@ def advice_on(probe: ProbeReport) -> Advice:
         return uniform_advice("not measurable", f"{NO_CALL}; {FORMAT_REMEDY}")
     if not probe.has_signal:
         return uniform_advice(
-            "not measurable", f"with {probe.sampled.prompts} prompts the signal cannot be told from noise; take more"
+            "not measurable", f"{probe.sampled.prompts} prompts cannot tell the signal from noise; take more"
         )
     named = [rule for rule in probe.rules if rule.name in candidates()]
     best = max(named, key=lambda rule: rule.adam_gain.value)
     found = f"under Adam, {best.name} changes the predicted improvement per step by {percent(best.adam_gain, '+.1f')}"
     shuffled = f"{percent(best.adam_over_shuffled, '+.1f')} against shuffled weights"
     if not math.isfinite(best.adam_gain.error):
-        return uniform_advice(
-            "not measurable", "the improvement under Adam cannot be told from none; take more --prompts"
-        )
+        return uniform_advice("not measurable", "no improvement under Adam can be told; take more --prompts")
     if best.adam_gain.is_above(MATTERS, SURE_OF_BEST):
         if best.adam_over_shuffled.is_above(0, SURE):
             return rest_advice(best, f"{found}, {shuffled}")
         return uniform_advice("unsure", f"{found}, but only {shuffled}: which region weighs more may not matter")
     if all(rule.adam_gain.value + SURE * rule.adam_gain.error < MATTERS for rule in named):
+        worst = min(named, key=lambda rule: rule.adam_gain.value)
+        loss = Estimate(-worst.adam_gain.value, worst.adam_gain.error)
+        harm = f"; {worst.name} would cost {percent(loss)}" if loss.is_above(0, SURE) else ""
         why = (
             f"weights are unlikely to help: {found}, the best of {len(named)} ways to set rest, and a gain below "
-            f"{whole(MATTERS)} is not worth a setting{harm(named)}"
+            f"{whole(MATTERS)} is not worth a setting{harm}"
         )
         return uniform_advice("likely", why)
     return uniform_advice("unsure", f"{found}, which may be chance; more --prompts, or `rest-rl compare`, can tell")
-
-
-def harm(rules: Sequence[RuleFacts]) -> str:
-    """The rule that would cost most, if one certainly costs something."""
-    worst = min(rules, key=lambda rule: rule.adam_gain.value)
-    loss = Estimate(-worst.adam_gain.value, worst.adam_gain.error)
-    return f"; {worst.name} would cost {percent(loss)}" if loss.is_above(0, SURE) else ""
 
 
 def uniform_advice(sureness: Sureness, why: str) -> Advice:
@@ -343,7 +306,7 @@ def rest_advice(rule: RuleFacts, why: str) -> Advice:
     w_min = max(0.1, math.floor(10 * min(rule.bounds[0], 1)) / 10)
     w_max = math.ceil(10 * max(rule.bounds[1], 1)) / 10
     what = f"preset rest, rule {config.rule}, strength {config.strength:g}, w_min {w_min:g}, w_max {w_max:g}"
-    why = f"{why[0].upper()}{why[1:]}; it is a prediction for the next step; `rest-rl compare` shows whether it lasts."
+    why = f"{why[0].upper()}{why[1:]}; this is a prediction for the next step, `rest-rl compare` shows whether it lasts."
     return Advice("rest", config.rule, config.strength, w_min, w_max, "likely", what, why)
 
 
@@ -355,8 +318,3 @@ def percent(estimate: Estimate, digits: str = ".0f") -> str:
 def whole(share: float) -> str:
     """`14 %`."""
     return f"{100 * share:.0f} %"
-
-
-def verb(label: str, plural: str) -> str:
-    """The verb that fits a region's phrase."""
-    return plural if label == "arguments" else {"carry": "carries", "differ": "differs"}[plural]

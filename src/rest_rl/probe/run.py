@@ -7,7 +7,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -16,44 +16,26 @@ import torch
 
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
-from rest_rl.data.samples import ToolSample
+from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import end_ids
 from rest_rl.evaluate.origin import model_label, recorded_run
 from rest_rl.jsonl import as_json, reason
 from rest_rl.probe.figures import region_facts, rule_facts, sampled_facts, signal_and_noise
 from rest_rl.probe.measure import SampledBatch, passes, probe_gradients
-from rest_rl.probe.page import as_mapping, draw_probe, format_table, numbered, page
+from rest_rl.probe.page import as_mapping, draw_probe, format_table, page
 from rest_rl.probe.report import ProbeReport
 from rest_rl.probe.rules import SHUFFLED, rules_for
-from rest_rl.probe.sample import check_reads, sample_groups
+from rest_rl.probe.sample import Sampling, check_least, sample_groups
 from rest_rl.probe.variance import most_per_step
 from rest_rl.runlog import SILENT, Observer, replace_file
 from rest_rl.train.policy import load_policy, policy_tokenizer
 from rest_rl.train.prompts import read_data
+from rest_rl.weights import WeightRule
 
 JSON, PAGE = "probe.json", "probe.md"
 LEAST_PROMPTS = 8
 """Fewer leave no pairs to speak of when some are left out."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How much is sampled, and which training step is predicted; see `probe`."""
-
-    prompts: int
-    group: int
-    seed: int = 0
-    progress: float = 0.0
-    step: int | None = None
-    max_new_tokens: int | None = None
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        least = {"prompts": LEAST_PROMPTS, "group": 2, "seed": 0, "step": 1, "max_new_tokens": 1, "batch_size": 1}
-        check_least({name: (getattr(self, name), number) for name, number in least.items()})
-        if not 0 <= self.progress <= 1:
-            raise UserError(f"progress {self.progress}", "training progress in [0, 1]", "change it")
 
 
 def probe(
@@ -80,7 +62,7 @@ def probe(
         model: a run folder, a model, an adapter or a hub name; the embedded model if None.
         data: dialogues, as `train` takes them; those of the model's run if None.
         formats: tool-call formats, a report each; the run's if empty.
-        prompts: at least 8.
+        prompts: drawn from the data; at least 8.
         group: responses to each prompt, at least 2.
         seed: of the choice of prompts and of sampling.
         progress: training progress in [0, 1] that reward and curriculum are taken at.
@@ -88,7 +70,7 @@ def probe(
         norm_cap: scale prompts whose gradient is longer than so many medians down to that length; 0 for none.
         max_new_tokens: of a response; the run's if None.
         batch_size: responses in one forward pass; the run's if None.
-        overrides: settings of the run, "rest.preset=paper".
+        overrides: settings of the run, such as "rest.preset=paper".
         out: a folder for probe.md, probe.json and the pictures; nothing is written if None.
         on_report: is given each report as soon as it is measured, before anything is written.
         observer: is told how far the work is.
@@ -96,19 +78,20 @@ def probe(
     Raises:
         UserError: before anything is sampled, except for a folder that cannot be written at the end.
     """
-    sampling = Sampling(prompts, group, seed, progress, step, max_new_tokens, batch_size)
+    check_least(prompts=(prompts, LEAST_PROMPTS), step=(step, 1))
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"norm cap {norm_cap}", "a multiple of the median norm, 0 for none", "change it")
     folder = None if out is None else unused_folder(Path(out), JSON)
     config = probed_run(model, data, overrides)
-    layouts = layouts_of(config, formats)
-    samples = [draw_samples(config, layout, prompts, seed, observer) for layout in layouts]
+    sampling = sampling_of(config, group, seed, progress, max_new_tokens, batch_size)
+    asked = [(layout, draw_prompts(config, layout, prompts, seed, observer)) for layout in layouts(config, formats)]
     if folder is not None:
         make_folder(folder)
-    policy = load_model(config, observer)
+    policy, rule = load_model(config, observer), config.rest.resolve().weights
     reports = []
-    for layout, own in zip(layouts, samples, strict=True):
-        reports.append(measure(policy, layout, own, config, sampling, norm_cap, observer))
+    for layout, own in asked:
+        size = step_size(config, step, len(own), observer)
+        reports.append(measure(policy, layout, own, sampling, rule, size, norm_cap, observer))
         on_report(reports[-1])
     if len(reports) > 1:
         observer.show_table(*format_table(reports))
@@ -124,23 +107,22 @@ def probe(
 def measure(
     model: Any,
     layout: PromptLayout,
-    samples: Sequence[ToolSample],
-    config: RunConfig,
+    prompts: Sequence[Prepared],
     sampling: Sampling,
+    rule: WeightRule,
+    step: int,
     norm_cap: float,
     observer: Observer,
 ) -> ProbeReport:
-    """The report on one format."""
-    name, number, progress = layout.format.name, len(samples), sampling.progress
-    rules = rules_for(name, config.rest.resolve().weights)
-    step = step_size(config, sampling.step, number, observer)
-    with counting(observer, name, number * 2 + passes(number, len(rules))) as advance:
-        groups = list(sample_run_groups(model, layout, samples, config, sampling, lambda: advance("sampling")))
-        batch = SampledBatch.of(groups, model, layout.tokenizer, name, progress, lambda: advance("entropies"))
+    """The report on one format; `rule` is the run's own, `step` the prompts of the step to predict."""
+    name, progress = layout.format.name, sampling.progress
+    rules = rules_for(name, rule)
+    with counted(observer, name, 2 * len(prompts) + passes(len(prompts), len(rules))) as done:
+        groups = sample_groups(model, layout, prompts, sampling, done("sampling"))
+        batch = SampledBatch.of(groups, model, layout.tokenizer, name, progress, done("entropies"))
         found = probe_gradients(
-            model, batch, rules, progress, prompts_per_step=step,
-            batch_size=sampling.batch_size or config.eval.batch_size, seed=sampling.seed, cap=norm_cap,
-            advance=lambda: advance("gradients"),
+            model, batch, rules, progress, prompts_per_step=step, batch_size=sampling.batch_size,
+            seed=sampling.seed, cap=norm_cap, advance=done("gradients"),
         )  # fmt: skip
     regions, sure = region_facts(groups, batch.tokens, found.gram_KMKM)
     signal, snr, heaviest = signal_and_noise(found.gram_KMKM)
@@ -164,22 +146,37 @@ def measure(
 def probed_run(model: str | Path | None, data: str | Path | None, overrides: Sequence[str]) -> RunConfig:
     """The run that would train this model: that of its run folder, or the package's own with the settings given."""
     path, _, folder = recorded_run(str(model)) if model else (None, None, None)
-    options = [f"model.path={json.dumps(path)}"] if path else []
-    options += [f"data.path={json.dumps(str(data))}"] if data else []
+    given = {"model.path": path, "data.path": str(data) if data else None}
+    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
     return read_run_file(folder / "config.toml" if folder else None, [*options, *overrides])
 
 
-def layouts_of(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
+def sampling_of(
+    config: RunConfig, group: int, seed: int, progress: float, max_new_tokens: int | None, batch_size: int | None
+) -> Sampling:
+    """Sampling and reward as the run has them, where nothing else is asked for."""
+    limit = int(config.trl.get("max_completion_length", config.eval.max_new_tokens))
+    return Sampling(
+        group,
+        limit if max_new_tokens is None else max_new_tokens,
+        config.eval.batch_size if batch_size is None else batch_size,
+        seed,
+        progress,
+        config.rest.resolve().reward,
+    )
+
+
+def layouts(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
     """How prompts are laid out in each format, each once; in the run's own if there is none."""
     tokenizer, variables = policy_tokenizer(config.model), config.model.chat_template_kwargs
     names = [
         resolve_format(name, tokenizer, variables, keeps_prompts=config.data.keep_prompts)[0]
         for name in formats or [config.rest.format]
     ]
-    return [PromptLayout(policy_tokenizer(config.model), name, variables) for name in dict.fromkeys(names)]
+    return [PromptLayout(tokenizer, name, variables) for name in dict.fromkeys(names)]
 
 
-def draw_samples(
+def draw_prompts(
     config: RunConfig,
     layout: PromptLayout,
     number: int,
@@ -187,36 +184,16 @@ def draw_samples(
     observer: Observer,
     least: int = LEAST_PROMPTS,
     remedy: str = "add data",
-) -> list[ToolSample]:
+) -> list[Prepared]:
     """A random part of what training would see in this format, or all of it."""
-    check_reads(config.rest.resolve().reward)
     rest = replace(config.rest, format=layout.format.name)
     unmeasured = replace(config, rest=rest, eval=replace(config.eval, prompts=0, every=0))
-    samples = read_data(unmeasured, layout, observer.say).samples
-    if len(samples) < least:
-        raise UserError(f"{len(samples)} samples", f"at least {least}", remedy)
-    if len(samples) < number:
-        observer.say(f"{len(samples)} samples, fewer than the {number} prompts asked for: all are taken")
-    return random.Random(seed).sample(samples, min(number, len(samples)))
-
-
-def sample_run_groups(
-    model: Any,
-    layout: PromptLayout,
-    samples: Sequence[ToolSample],
-    config: RunConfig,
-    sampling: Sampling,
-    advance: Callable[[], Any],
-) -> Iterator[Any]:
-    """Groups of responses, scored as the run would; `advance` is called for each."""
-    limit = sampling.max_new_tokens or int(config.trl.get("max_completion_length", config.eval.max_new_tokens))
-    for group in sample_groups(
-        model, layout, samples, group_size=sampling.group, max_new_tokens=limit,
-        batch_size=sampling.batch_size or config.eval.batch_size, seed=sampling.seed, progress=sampling.progress,
-        reward=config.rest.resolve().reward,
-    ):  # fmt: skip
-        advance()
-        yield group
+    prompts = read_data(unmeasured, layout, observer.say).prepared
+    if len(prompts) < least:
+        raise UserError(f"{len(prompts)} samples", f"at least {least}", remedy)
+    if len(prompts) < number:
+        observer.say(f"{len(prompts)} samples, fewer than the {number} prompts asked for: all are taken")
+    return random.Random(seed).sample(prompts, min(number, len(prompts)))
 
 
 def step_size(config: RunConfig, wanted: int | None, prompts: int, observer: Observer) -> int:
@@ -226,8 +203,7 @@ def step_size(config: RunConfig, wanted: int | None, prompts: int, observer: Obs
         responses, parts, group = (int(config.trl.get(name, default)) for name, default in names.items())
         wanted = max(1, responses * parts // max(1, group))
     if wanted > (most := most_per_step(prompts)):
-        steps = numbered(most, "prompt")
-        observer.say(f"{prompts} prompts can predict steps of {steps} at most, not {wanted}: taken for {most}")
+        observer.say(f"{prompts} prompts can predict a step of {most} at most, not of {wanted}: it is taken for {most}")
     return min(wanted, most)
 
 
@@ -239,24 +215,11 @@ def load_model(config: RunConfig, observer: Observer) -> Any:
 
 
 @contextmanager
-def counting(observer: Observer, name: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Progress of one format; call it with what has been done."""
-    done = 0
+def counted(observer: Observer, name: str, total: int) -> Iterator[Callable[[str], Callable[[], None]]]:
+    """A bar over several kinds of work: `done("sampling")` is to be called after each piece of it."""
+    pieces = count(1)
     with observer.track(name, total) as advance:
-
-        def step(what: str) -> None:
-            nonlocal done
-            done += 1
-            advance(done, note=f"{name}: {what}")
-
-        yield step
-
-
-def check_least(values: dict[str, tuple[int | None, int]]) -> None:
-    """UserError for a value below its least; by name."""
-    for name, (value, least) in values.items():
-        if value is not None and value < least:
-            raise UserError(f"{name.replace('_', ' ')} {value}", f"at least {least}", "raise it")
+        yield lambda what: lambda: advance(next(pieces), note=f"{name}: {what}")
 
 
 def label_of(model: str | Path | None) -> str:
@@ -292,12 +255,10 @@ def make_folder(folder: Path) -> None:
 def writing(folder: Path) -> Iterator[None]:
     """Write results that have been shown; UserError for a folder that can be written to no more."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise UserError(
             f"--out {folder} ({reason(error)})",
             "to write the results to it",
-            "what was measured stands above, save it from there, or make room and measure again (the same seed gives "
-            "the same figures)",
+            "save what stands above, or make room and measure again (the same seed gives the same figures)",
         ) from error

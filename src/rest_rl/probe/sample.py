@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from rest_rl.credit import AdvantageKind, group_advantages
 from rest_rl.data.layout import PromptLayout
-from rest_rl.data.samples import ToolSample
+from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import generate
 from rest_rl.presets import PRESETS
 from rest_rl.regions import decode_ids, tag_regions
+from rest_rl.response import Gold
 from rest_rl.rewards import RewardRule, apply_reward, judge
 
 
@@ -32,8 +34,7 @@ class Response(NamedTuple):
 class Group(NamedTuple):
     """The responses to one prompt."""
 
-    sample: ToolSample
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     responses: tuple[Response, ...]
 
     def advantages(self, kind: AdvantageKind = "grpo") -> Tensor:
@@ -42,57 +43,69 @@ class Group(NamedTuple):
         return group_advantages(rewards_G, len(self.responses), kind)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled, at temperature 1, and scored; the default reward is that of the preset `rest`."""
+
+    group: int = 8
+    """Responses to each prompt."""
+    max_new_tokens: int = 160
+    batch_size: int = 128
+    """Responses in one pass."""
+    seed: int = 0
+    progress: float = 0.0
+    reward: RewardRule = PRESETS["rest"].reward
+
+    def __post_init__(self) -> None:
+        check_least(group=(self.group, 2), max_new_tokens=(self.max_new_tokens, 1))
+        check_least(batch_size=(self.batch_size, 1), seed=(self.seed, 0))
+        if not 0 <= self.progress <= 1:
+            raise UserError(f"progress {self.progress}", "training progress in [0, 1]", "change it")
+        if getattr(self.reward, "random", False):
+            remedy = "pass --set rest.reward.random=false"
+            raise UserError("reward.random = true", "a reward that reads the responses", remedy)
+
+
+def check_least(**values: tuple[int | None, int]) -> None:
+    """UserError for the first (value, least value) that is too small."""
+    for name, (value, least) in values.items():
+        if value is not None and value < least:
+            raise UserError(f"{name.replace('_', ' ')} {value}", f"at least {least}", "raise it")
+
+
 def sample_groups(
     model: Any,
     layout: PromptLayout,
-    samples: Sequence[ToolSample],
-    *,
-    group_size: int = 8,
-    max_new_tokens: int = 160,
-    batch_size: int = 128,
-    seed: int = 0,
-    progress: float = 0.0,
-    reward: RewardRule = PRESETS["rest"].reward,
-) -> Iterator[Group]:
-    """`group_size` responses per prompt at temperature 1, scored at training progress `progress`, in order.
-
-    Groups come as their batch is done, so that a caller can show how far it is; equal arguments give equal groups. The
-    default reward is that of the preset `rest`. UserError for one that is random.
-    """
-    check_reads(reward)
-    per_batch = max(1, batch_size // group_size)
-    for first in range(0, len(samples), per_batch):
-        chunk = samples[first : first + per_batch]
-        prompts = [layout.render(sample) for sample in chunk]
+    prompts: Sequence[Prepared],
+    sampling: Sampling,
+    advance: Callable[[], Any] = lambda: None,
+) -> list[Group]:
+    """A group of responses to each prompt, in order; equal arguments give equal groups."""
+    groups = []
+    per_batch = max(1, sampling.batch_size // sampling.group)
+    for first in range(0, len(prompts), per_batch):
+        chunk = prompts[first : first + per_batch]
         ids = generate(
             model,
             layout.tokenizer,
-            [prompt for prompt in prompts for _ in range(group_size)],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            seed=seed + first,
+            [prompt.prompt_text for prompt in chunk for _ in range(sampling.group)],
+            max_new_tokens=sampling.max_new_tokens,
+            batch_size=sampling.batch_size,
+            seed=sampling.seed + first,
         )
-        for index, (sample, prompt) in enumerate(zip(chunk, prompts, strict=True)):
-            own = ids[index * group_size : (index + 1) * group_size]
-            prompt_ids = layout.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            responses = tuple(judged(response, sample, layout, progress, reward) for response in own)
-            yield Group(sample, list(prompt_ids), responses)
+        for index, prompt in enumerate(chunk):
+            own = ids[index * sampling.group : (index + 1) * sampling.group]
+            responses = tuple(score(response, prompt.sample.gold, layout, sampling) for response in own)
+            groups.append(Group(prompt.prompt_ids, responses))
+            advance()
+    return groups
 
 
-def check_reads(reward: RewardRule) -> None:
-    """ValueError for a random reward, from which nothing about the responses follows."""
-    if getattr(reward, "random", False):
-        raise UserError(
-            "reward.random = true", "a reward that reads the responses", "pass --set rest.reward.random=false"
-        )
-
-
-def judged(ids: list[int], sample: ToolSample, layout: PromptLayout, progress: float, reward: RewardRule) -> Response:
+def score(ids: list[int], gold: Gold, layout: PromptLayout, sampling: Sampling) -> Response:
     """A response with its regions and scores."""
-    tool_format, tokenizer = layout.format, layout.tokenizer
-    judgement = judge(decode_ids(ids, tokenizer, tool_format.tags), sample.gold, tool_format)
-    row = torch.tensor([ids], dtype=torch.long)
-    regions_BT = tag_regions(row, torch.ones_like(row), tokenizer, tool_format)
-    total = apply_reward(reward, judgement, progress).total
+    judgement = judge(decode_ids(ids, layout.tokenizer, layout.format.tags), gold, layout.format)
+    ids_1T = torch.tensor([ids], dtype=torch.long)
+    regions_1T = tag_regions(ids_1T, torch.ones_like(ids_1T), layout.tokenizer, layout.format)
+    reward = apply_reward(sampling.reward, judgement, sampling.progress).total
     scores = judgement.format, judgement.accuracy, judgement.exact_match
-    return Response(list(ids), regions_BT[0].tolist(), total, *scores)
+    return Response(list(ids), regions_1T[0].tolist(), reward, *scores)
