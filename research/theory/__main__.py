@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rest_rl.data.prepare import Prepared
 from rich.console import Console
 
 from research.command import exit_code
@@ -29,7 +30,6 @@ from research.theory.page import as_mapping, findings, page, theory_tables
 from research.theory.plots import draw_theory
 from rest_rl.cli.terminal import Screen
 from rest_rl.data.layout import PromptLayout
-from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.probe.gradients import Coordinates
@@ -45,7 +45,6 @@ from rest_rl.probe.run import (
     probed_run,
     sampling_of,
     step_size,
-    unused_folder,
     writing,
 )
 from rest_rl.probe.sample import Group, Sampling, check_least, sample_groups
@@ -97,7 +96,7 @@ def theory(arguments: argparse.Namespace) -> None:
     quiet_loading()
     screen = Screen(Console(stderr=arguments.json))
     check_numbers(arguments)
-    out = unused_folder(Path(arguments.out), JSON) if arguments.out else free_folder("theory", arguments.model, JSON)
+    out = Path(arguments.out) if arguments.out else free_folder("theory", arguments.model, JSON)
     config = probed_run(arguments.model, arguments.data, arguments.set)
     samplings = [
         sampling_of(config, group, seed, arguments.progress, arguments.max_new_tokens, arguments.batch_size)
@@ -117,7 +116,7 @@ def theory(arguments: argparse.Namespace) -> None:
         batch_size=samplings[0].batch_size,
         seed=arguments.seed,
     )
-    make_folder(out)
+    make_folder(out, JSON)
     model = load_model(config, screen)
     found, what = measured(model, layout, (pilot, judged), samplings, settings, screen)
     content = {"measured on": what, **as_mapping(found, settings)}

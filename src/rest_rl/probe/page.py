@@ -70,25 +70,17 @@ def probe_tables(report: ProbeReport) -> list[Table]:
         shares = (in_percent(gradient.norm_share), in_percent(gradient.signal_share), in_digits(gradient.snr, 4))
         signal.append((label, *shares, in_percent(differences.best_worst), in_digits(differences.auc, 2)))
     weights = [(rule.name, *(f"{rule.weights[label]:.2f}" for label in report.regions)) for rule in report.rules]
-    rules = [
-        (
-            rule.name,
-            in_percent(rule.adam_gain, sign="+"),
-            in_percent(rule.gain, sign="+"),
-            in_digits(bounded(rule.cosine), 2),
-            in_digits(unless_lost(rule.noise_ratio), 1),
-        )
-        for rule in report.rules
-    ]
-    step = numbered(report.prompts_per_step, "prompt")
+    rules = []
+    for rule in report.rules:
+        gains = (in_percent(rule.adam_gain, sign="+"), in_percent(rule.gain, sign="+"))
+        noise = in_digits(unless_lost(rule.noise_ratio), 1)
+        rules.append((rule.name, *gains, in_digits(bounded(rule.cosine), 2), noise))
+    step = f"predicted improvement per step of {numbered(report.prompts_per_step, 'prompt')}, against uniform"
     parts = {
         "tokens": (("region", "tokens", "share %", "entropy (nats)", "p90", "1 - Σp²"), tokens),
         "signal": (("region", "|g|² %", "signal %", "SNR", "differs %", "AUC"), signal),
         "mean weight by rule": (("rule", *report.regions), weights),
-        f"predicted improvement per step of {step}, against uniform": (
-            ("rule", "Adam %", "plain %", "cosine", "var/|mean|²"),
-            rules,
-        ),
+        step: (("rule", "Adam %", "plain %", "cosine", "var/|mean|²"), rules),
     }
     return [Table(f"{report.format}: {title}", header, rows) for title, (header, rows) in parts.items()]
 
@@ -191,7 +183,25 @@ def plain(value: Any) -> Any:
 def draw_probe(report: ProbeReport, folder: Path) -> list[Path]:
     """The pictures of one format, as names within the folder."""
     stem = "".join(character if character.isalnum() else "-" for character in report.format)
-    drawn = {"entropy": draw_entropies(report), "shares": draw_shares(report), "rules": draw_rules(report)}
+    facts, rules = report.regions.values(), report.rules[1:]
+    drawn = {
+        "entropy": draw_entropies(report),
+        "shares": draw_estimates(
+            f"{report.format}: share by region, per cent (± one standard error)",
+            list(report.regions),
+            {
+                "tokens": [own.tokens.share for own in facts],
+                "squared gradient norm": [own.gradient.norm_share for own in facts],
+                "reward signal": [own.gradient.signal_share for own in facts],
+            },
+        ),
+        "rules": draw_estimates(
+            f"{report.format}: predicted gain over uniform weights, per cent (± 2 standard errors)",
+            [rule.name for rule in rules],
+            {"under Adam": [rule.adam_gain for rule in rules], "plain": [rule.gain for rule in rules]},
+            errors=2,
+        ),
+    }
     return [Path(save(figure, folder / f"{stem}-{name}.png").name) for name, figure in drawn.items()]
 
 
@@ -216,50 +226,22 @@ def draw_entropies(report: ProbeReport) -> Figure:
     return figure
 
 
-def draw_shares(report: ProbeReport) -> Figure:
-    """Shares of tokens, squared gradient norm and signal by region, with their standard errors."""
-    figure, axes = new_axes(7.2, 3.2)
-    facts = list(report.regions.values())
-    series = (
-        ("tokens", SERIES_COLOURS[5], [one.tokens.share for one in facts]),
-        ("squared gradient norm", SERIES_COLOURS[3], [one.gradient.norm_share for one in facts]),
-        ("reward signal", SERIES_COLOURS[0], [one.gradient.signal_share for one in facts]),
-    )
-    for index, (name, colour, estimates) in enumerate(series):
-        places = [at + 0.27 * (index - 1) for at in range(len(facts))]
-        values, errors = readable_percents(estimates)
-        axes.bar(places, values, 0.25, color=colour, label=name, yerr=errors, ecolor=INK,
-                 error_kw={"elinewidth": 0.9, "capsize": 2})  # fmt: skip
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_xticks(range(len(facts)), list(report.regions))
-    axes.legend(**{**legend_style(), "loc": "best"})
-    bare_style(axes, f"{report.format}: share by region, per cent (± one standard error)")
-    return figure
-
-
-def draw_rules(report: ProbeReport) -> Figure:
-    """The predicted improvement of each rule against uniform weights, under Adam and under plain gradient ascent."""
-    rules = report.rules[1:]
-    figure, axes = new_axes(7.2, 1.0 + 0.28 * len(rules))
-    kinds = (
-        ("under Adam", SERIES_COLOURS[0], -0.12, [rule.adam_gain for rule in rules]),
-        ("plain", SERIES_COLOURS[3], 0.12, [rule.gain for rule in rules]),
-    )
-    for name, colour, shift, gains in kinds:
-        values, errors = readable_percents(gains)
-        places = [at + shift for at in range(len(rules))]
-        axes.errorbar(values, places, xerr=2 * errors, fmt="o", color=colour, label=name, markersize=4, elinewidth=1.4)
+def draw_estimates(
+    title: str, names: Sequence[str], series: Mapping[str, Sequence[Estimate]], errors: float = 1.0
+) -> Figure:
+    """Figures by name, in per cent with their errors; one that is not defined or beyond reading is left out."""
+    figure, axes = new_axes(7.2, 1.0 + 0.32 * len(names))
+    for index, (label, estimates) in enumerate(series.items()):
+        percents_X2 = 100 * np.array(estimates)
+        percents_X2[~(np.abs(percents_X2) < 100 * UNREADABLE).all(1)] = math.nan
+        places = np.arange(len(names)) + 0.24 * (index - (len(series) - 1) / 2)
+        axes.errorbar(
+            percents_X2[:, 0], places, xerr=errors * percents_X2[:, 1], fmt="o", label=label, markersize=4,
+            color=SERIES_COLOURS[3 * index % len(SERIES_COLOURS)], elinewidth=1.4,
+        )  # fmt: skip
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_yticks(range(len(rules)), [rule.name for rule in rules])
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.legend(**{**legend_style(), "loc": "best"})
-    bare_style(axes, f"{report.format}: predicted gain over uniform weights, per cent (± 2 standard errors)", grid="x")
+    bare_style(axes, title, grid="x")
     return figure
-
-
-def readable_percents(estimates: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
-    """(values, errors) in per cent; NaN where a figure is not defined or beyond reading."""
-    percents_X2 = 100 * np.array(estimates)
-    readable_X = (np.abs(percents_X2) < 100 * UNREADABLE).all(1)
-    percents_X2[~readable_X] = math.nan
-    return percents_X2[:, 0], percents_X2[:, 1]

@@ -81,12 +81,12 @@ def probe(
     check_least(prompts=(prompts, LEAST_PROMPTS), step=(step, 1))
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"norm cap {norm_cap}", "a multiple of the median norm, 0 for none", "change it")
-    folder = None if out is None else unused_folder(Path(out), JSON)
+    folder = None if out is None else Path(out)
     config = probed_run(model, data, overrides)
     sampling = sampling_of(config, group, seed, progress, max_new_tokens, batch_size)
     asked = [(layout, draw_prompts(config, layout, prompts, seed, observer)) for layout in layouts(config, formats)]
     if folder is not None:
-        make_folder(folder)
+        make_folder(folder, JSON)
     policy, rule = load_model(config, observer), config.rest.resolve().weights
     reports = []
     for layout, own in asked:
@@ -234,15 +234,10 @@ def free_folder(verb: str, model: str | Path | None, file: str) -> Path:
     return next(Path(name) for name in names if not (Path(name) / file).exists())
 
 
-def unused_folder(folder: Path, file: str) -> Path:
-    """The folder, unless results are in it already."""
+def make_folder(folder: Path, file: str) -> None:
+    """Make the folder of the results and try to write to it, before there are any."""
     if (folder / file).exists():
         raise UserError(f"{folder}, which holds a {file} already", "another folder", "pass a new --out")
-    return folder
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of the results, and try to write to it, before there are any."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -73,20 +73,20 @@ def gain(own: np.ndarray, baseline: np.ndarray) -> np.ndarray:
 
 
 class GradientSeries(NamedTuple):
-    """A weighting's figures in a batch of units: from all that were measured, then with each of K blocks left out."""
+    """A weighting's figures in a batch of units: from all that were measured, then with each of K blocks left out.
+
+    `variance` is tr Cov of the batch's gradient, `mean_square` |E g|² (unbiased, so it may come out negative), `cosine`
+    that of E g and the true gradient t, `true_norm` |t|. `progress` is <E g, t> / sqrt(E|g|²), the expected improvement
+    of a step of length 1; `adam` sum_j t_j E g_j / sqrt(E g_j²) / sqrt(N), that of a step of root mean square
+    1 / sqrt(N) in every coordinate.
+    """
 
     variance_1K: np.ndarray
-    """tr Cov of the batch's gradient."""
     mean_square_1K: np.ndarray
-    """|E g|²; an unbiased estimate, so it may be negative where there is no signal."""
     cosine_1K: np.ndarray
-    """Between E g and the true gradient."""
     true_norm_1K: np.ndarray
-    """|t|"""
     progress_1K: np.ndarray
-    """<E g, t> / sqrt(E|g|²): expected improvement of a step of length 1."""
     adam_1K: np.ndarray
-    """sum_j t_j E g_j / sqrt(E g_j²) / sqrt(N): that of a step of root mean square 1 / sqrt(N) in every coordinate."""
 
     @property
     def noise_ratio(self) -> np.ndarray:
