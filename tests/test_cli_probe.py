@@ -135,7 +135,7 @@ def test_a_random_model_of_another_format(
         (("--set", "rest.preset=grpo", "--set", "rest.reward.random=true"), "expected a reward that reads"),
         (("--progress", "1.5"), "[0, 1]"),
         (("--norm-cap", "-1"), "0 for none"),
-        (("--format", "nonsense"), "unknown format"),
+        (("--format", "nonsense"), "nonsense"),
         (("--model", "nowhere/to/be/found"), "expected a directory"),
         (("--data", "missing.jsonl"), "missing.jsonl"),
         (("--set", "data.sampels=3"), "did you mean samples"),
@@ -188,7 +188,7 @@ def test_a_folder_that_is_full_at_the_end_costs_no_figures(
     shown = capsys.readouterr()
     assert shown.out.count("Recommendation") == 2
     assert "how sure" in shown.out
-    assert "what was measured stands above" in shown.err
+    assert "got --out out (" in shown.err
     assert "--resume" not in shown.err
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rest_rl.data.prepare import Prepared
 from rich.console import Console
 
 from research.command import exit_code
@@ -30,6 +29,7 @@ from research.theory.page import as_mapping, findings, page, theory_tables
 from research.theory.plots import draw_theory
 from rest_rl.cli.terminal import Screen
 from rest_rl.data.layout import PromptLayout
+from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.probe.gradients import Coordinates

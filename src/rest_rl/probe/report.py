@@ -306,9 +306,8 @@ def rest_advice(rule: RuleFacts, why: str) -> Advice:
     w_min = max(0.1, math.floor(10 * min(rule.bounds[0], 1)) / 10)
     w_max = math.ceil(10 * max(rule.bounds[1], 1)) / 10
     what = f"preset rest, rule {config.rule}, strength {config.strength:g}, w_min {w_min:g}, w_max {w_max:g}"
-    why = (
-        f"{why[0].upper()}{why[1:]}; this is a prediction for the next step, `rest-rl compare` shows whether it lasts."
-    )
+    later = "this is a prediction for the next step; `rest-rl compare` shows whether it lasts"
+    why = f"{why[0].upper()}{why[1:]}; {later}."
     return Advice("rest", config.rule, config.strength, w_min, w_max, "likely", what, why)
 
 

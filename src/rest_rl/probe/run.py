@@ -97,11 +97,16 @@ def probe(
         observer.show_table(*format_table(reports))
     if folder is not None:
         title = f"Probe of {label_of(model)} on {Path(data).name if data else 'its own prompts'}"
-        with writing(folder):
-            pictures = {report.format: draw_probe(report, folder) for report in reports}
-            replace_file(folder / PAGE, page(title, reports, pictures))
-            replace_file(folder / JSON, as_json([as_mapping(report) for report in reports], indent=2) + "\n")
+        write_reports(title, reports, folder)
     return reports
+
+
+def write_reports(title: str, reports: Sequence[ProbeReport], folder: Path) -> None:
+    """Write probe.md, probe.json and the pictures; UserError if the folder cannot be written."""
+    with writing(folder):
+        pictures = {report.format: draw_probe(report, folder) for report in reports}
+        replace_file(folder / PAGE, page(title, reports, pictures))
+        replace_file(folder / JSON, as_json([as_mapping(report) for report in reports], indent=2) + "\n")
 
 
 def measure(
