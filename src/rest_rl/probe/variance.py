@@ -14,6 +14,7 @@ what they share cancels.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -123,10 +124,10 @@ class Sums(NamedTuple):
     tt: float
 
     def plus(self, other: Sums) -> Sums:
-        return Sums(*(own + its for own, its in zip(self, other, strict=True)))
+        return Sums(*map(operator.add, self, other))
 
     def without(self, other: Sums) -> Sums:
-        return Sums(*(own - its for own, its in zip(self, other, strict=True)))
+        return Sums(*map(operator.sub, self, other))
 
     @property
     def pairs(self) -> int:
