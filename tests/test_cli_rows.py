@@ -1,4 +1,4 @@
-"""The verbs that train nothing: score, inspect and presets; every bad row and missing package is one line."""
+"""The verbs that train nothing: score, inspect and presets; every bad row is one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from rest_rl.cli.app import main
-from rest_rl.cli.legacy import missing_package
 from rest_rl.config import RunConfig
 from rest_rl.presets import PRESETS
 from rest_rl.train.trl.settings import trainer_config
@@ -184,17 +183,3 @@ def test_presets_are_run_files(capsys: pytest.CaptureFixture[str]) -> None:
         args = trainer_config(replace(config, trl={**config.trl, "use_cpu": True, "bf16": False}))
         assert (args.epsilon, args.epsilon_high or args.epsilon) == (preset.epsilon_low, preset.epsilon_high)
         assert args.method() == preset
-
-
-@pytest.mark.parametrize(
-    ("error", "package"),
-    [
-        (ImportError("vLLM is not available. Please install it with `pip install trl[vllm]`."), "'rest-rl[vllm]'"),
-        (ModuleNotFoundError("No module named 'peft'", name="peft"), "'rest-rl[peft]'"),
-        (ModuleNotFoundError("No module named 'a.b'", name="a.b"), "a"),
-        (ImportError("please `pip install -U bitsandbytes`"), "bitsandbytes"),
-        (ImportError("The 'deepspeed>=0.9.3' distribution was not found"), "deepspeed"),
-    ],
-)
-def test_missing_packages_are_named(error: ImportError, package: str) -> None:
-    assert missing_package(error).endswith(f"install it: pip install {package}")

@@ -15,7 +15,7 @@ import typer
 
 from rest_rl.cli import compare, data, inspect, probe, report, score, train
 from rest_rl.cli.evaluate import eval_app
-from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, is_debug, verb_group
+from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, verb_group
 from rest_rl.errors import UserError
 
 EPILOG = """\

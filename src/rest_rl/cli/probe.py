@@ -32,7 +32,7 @@ def probe(
     ] = None,
     formats: Annotated[
         list[str], typer.Option("--format", metavar="F", help="tool-call format, once for each section (auto)")
-    ] = [],  # noqa: B006 - typer copies it
+    ] = [],
     prompts: Annotated[int, typer.Option(metavar="N", help="prompts, at least 8")] = 96,
     group: Annotated[int, typer.Option(metavar="G", help="responses per prompt")] = 8,
     seed: Annotated[int, typer.Option(metavar="S", help="of prompts and sampling")] = 0,
@@ -43,7 +43,7 @@ def probe(
     ] = 0.0,
     max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="per response (the run's)")] = None,
     batch_size: Annotated[int | None, typer.Option(metavar="N", help="responses in one pass (eval.batch_size)")] = None,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],
     out: OutFolder = None,
     json: AsJson = False,
 ) -> None:

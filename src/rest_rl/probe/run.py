@@ -81,12 +81,11 @@ def probe(
     check_least(prompts=(prompts, LEAST_PROMPTS), step=(step, 1))
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"norm cap {norm_cap}", "a multiple of the median norm, 0 for none", "change it")
-    folder = None if out is None else Path(out)
     config = probed_run(model, data, overrides)
     sampling = sampling_of(config, group, seed, progress, max_new_tokens, batch_size)
     asked = [(layout, draw_prompts(config, layout, prompts, seed, observer)) for layout in layouts(config, formats)]
-    if folder is not None:
-        make_folder(folder, JSON)
+    if out is not None:
+        make_folder(Path(out), JSON)
     policy, rule = load_model(config, observer), config.rest.resolve().weights
     reports = []
     for layout, own in asked:
@@ -95,9 +94,9 @@ def probe(
         on_report(reports[-1])
     if len(reports) > 1:
         observer.show_table(*format_table(reports))
-    if folder is not None:
+    if out is not None:
         title = f"Probe of {label_of(model)} on {Path(data).name if data else 'its own prompts'}"
-        write_reports(title, reports, folder)
+        write_reports(title, reports, Path(out))
     return reports
 
 
