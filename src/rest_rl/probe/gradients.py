@@ -75,14 +75,11 @@ class Coordinates:
 
 
 class TokenStatistics(NamedTuple):
-    """Per token, at temperature 1: float64 (B, T) on the CPU, 0 on padding."""
+    """Per token, at temperature 1: log pi of the token, H in nats, 1 - sum_v p_v²; float64 on the CPU, 0 on padding."""
 
     logps_BT: Tensor
-    """log pi of the token itself."""
     entropies_BT: Tensor
-    """H in nats."""
     collisions_BT: Tensor
-    """1 - sum_v p_v^2."""
 
 
 def weighted_gradients(

@@ -47,33 +47,33 @@ class SampledTokens(NamedTuple):
 
 
 class TokenFacts(NamedTuple):
-    """What the tokens of a region are like."""
+    """What the tokens of a region are like: entropies in nats, `collision` the mean of 1 - sum_v p_v²."""
 
     number: int
     share: Estimate
     entropy: Estimate
-    """Mean, in nats."""
     entropy_p90: float
     collision: Estimate
-    """Mean of 1 - sum_v p_v²."""
 
 
 class DifferenceFacts(NamedTuple):
-    """How a region differs between responses to one prompt."""
+    """How a region differs between responses to one prompt.
+
+    `best_worst` is how often the best and the worst response of a group differ in it, over groups with spread; `auc`
+    that of "the region differs" for "the reward differs", over pairs of a group: 0.5 tells nothing, 1 everything.
+    """
 
     best_worst: Estimate
-    """How often the best and the worst response of a group differ in it; only groups with spread."""
     auc: Estimate
-    """Of "the region differs" for "the reward differs", over pairs of a group: 0.5 tells nothing, 1 everything."""
 
 
 class GradientFacts(NamedTuple):
-    """What a region contributes to the gradient."""
+    """What a region contributes to the gradient g; t is the gradient of the expected reward."""
 
     norm_share: Estimate
     """E<g_r, g> / E|g|²: with its share of the overlaps, so that regions add up to 1."""
     signal_share: Estimate
-    """<E g_r, t> / <E g, t>, t the gradient of the expected reward; regions add up to 1."""
+    """<E g_r, t> / <E g, t>; regions add up to 1."""
     surplus: Estimate
     """norm_share - signal_share: above 0 where there is more noise than signal."""
     snr: Estimate
@@ -89,23 +89,23 @@ class RegionFacts(NamedTuple):
 
 
 class RuleFacts(NamedTuple):
-    """What a weight rule would do in the next step, against uniform weights on the same responses."""
+    """What a weight rule would do in the next step, against uniform weights on the same responses.
+
+    `weights` is the mean weight of each region's tokens, `bounds` the least and greatest region weight before it is
+    normalised (NaN for a rule that has none). `noise_ratio` is variance / |mean|² of a step's gradient (less is not by
+    itself better), `cosine` that of the mean gradient to the gradient of the expected reward. `gain` is the expected
+    improvement per step of given length relative to uniform weights (0.05 is 5 % more), `adam_gain` the same after
+    Adam's scaling, `adam_over_shuffled` how far that is above the mean of the rules with shuffled weights.
+    """
 
     name: str
     weights: Mapping[str, float]
-    """Mean weight of each region's tokens."""
     bounds: tuple[float, float]
-    """Least and greatest region weight before it is normalised; NaN for a rule that has none."""
     noise_ratio: Estimate
-    """Variance / |mean|² of the gradient of a step; less is not by itself better."""
     cosine: Estimate
-    """Of the mean gradient to the gradient of the expected reward."""
     gain: Estimate
-    """Expected improvement per step of given length, relative to uniform weights: 0.05 is 5 % more."""
     adam_gain: Estimate
-    """The same after Adam's scaling of every parameter by its own root mean square."""
     adam_over_shuffled: Estimate
-    """How far `adam_gain` is above the mean of the rules with shuffled weights."""
 
 
 class Sampled(NamedTuple):
@@ -123,14 +123,12 @@ class Sampled(NamedTuple):
 
 
 class SureTokens(NamedTuple):
-    """The regions whose mean entropy is below that of all tokens, taken together."""
+    """The regions whose mean entropy is below that of all tokens, taken together; surplus is signal_share - share."""
 
     regions: tuple[str, ...]
     share: Estimate
-    """Of the tokens."""
     signal_share: Estimate
     surplus: Estimate
-    """signal_share - share"""
 
 
 class Remark(NamedTuple):
