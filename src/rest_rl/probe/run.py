@@ -223,7 +223,7 @@ def counted(observer: Observer, name: str, total: int) -> Iterator[Callable[[str
     """A bar over several kinds of work: `done("sampling")` is to be called after each piece of it."""
     pieces = count(1)
     with observer.track(name, total) as advance:
-        yield lambda what: lambda: advance(next(pieces), note=f"{name}: {what}")
+        yield lambda what: lambda: advance(next(pieces), note=what)
 
 
 def label_of(model: str | Path | None) -> str:
