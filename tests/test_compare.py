@@ -27,6 +27,14 @@ def texts(report: ComparisonReport) -> list[str]:
     return [statement.text for statement in report.verdict]
 
 
+def kinds(report: ComparisonReport) -> list[str]:
+    return [statement.kind for statement in report.verdict]
+
+
+def text_of(report: ComparisonReport, kind: str) -> str:
+    return next(statement.text for statement in report.verdict if statement.kind == kind)
+
+
 def page_of(report: ComparisonReport) -> str:
     assert report.page is not None
     return report.page.read_text()
@@ -78,29 +86,24 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
 def test_no_difference_beyond_seed_noise(tmp_path: Path) -> None:
     noisy = Effect(noise=0.03)
     make_grid(tmp_path, {"grpo": noisy, "rest": noisy, "permuted": noisy, "inverted": noisy})
-    text = said(tmp_path)
-    assert text.startswith("**No difference beyond seed noise.** None of 3 methods differs from `grpo`")
-    assert re.search(
-        r"With 5 seeds the grid would have seen a difference of \d+\.\d points four times out of five", text
-    )
-    assert "for 3 points it takes" in text
-    assert "shuffled" not in text
+    found = compare(tmp_path)
+    assert kinds(found) == ["no_difference", "reference_learnt", "power"]
+    assert found.seeds == 5
+    assert f"{100 * found.detectable:.1f} points" in text_of(found, "power")
 
 
 def test_a_lead_that_shuffled_weights_do_not_have(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.004), "rest": Effect(0.08, 2, 0.004), "permuted": Effect(noise=0.004)})
-    text = said(tmp_path)
-    assert text.startswith("**Of 2 methods, 1 above `grpo` and 0 below it beyond seed noise**")
-    assert "points above shuffled weights: which region gets the weight matters" in text
-    assert re.search(r"`rest`: \+\d.*It gets to where `grpo` ends in 0\.\d\d of its steps", text)
+    found = compare(tmp_path)
+    assert kinds(found)[:2] == ["some_differ", "difference"]
+    assert "regions_matter" in kinds(found)
+    assert re.search(r"`rest`: \+\d.* 0\.\d\d of its steps", text_of(found, "difference"))
 
 
 def test_a_lead_that_shuffled_weights_have_too(tmp_path: Path) -> None:
     better = Effect(0.08, noise=0.004)
     make_grid(tmp_path, {"grpo": Effect(noise=0.004), "rest": better, "permuted": better})
-    text = said(tmp_path)
-    assert "**Weights matter, but shuffled ones do as well**" in text
-    assert "less than half of its lead, so the regions do not explain it" in text
+    assert "shuffled_as_good" in kinds(compare(tmp_path))
 
 
 LEADING = {"grpo": Effect(noise=0.004), "rest": Effect(0.08, noise=0.004)}
@@ -111,17 +114,17 @@ def test_shuffled_weights_under_other_seeds_say_nothing(tmp_path: Path, seeds: t
     grid = make_grid(tmp_path, LEADING)
     for seed in seeds:
         make_run(tmp_path, RunName("permuted", "", seed), permuted_run(grid, seed), Effect(0.08, noise=0.004))
-    text = said(tmp_path)
-    assert f"`rest` and `permuted` have {words} in common: whether the regions explain the lead cannot be told." in text
-    assert "nan" not in text
-    assert "do as well" not in text
+    found = compare(tmp_path)
+    assert words in text_of(found, "control_unknown")
+    assert "nan" not in said(tmp_path)
+    assert "shuffled_as_good" not in kinds(found)
 
 
 def test_shuffled_weights_that_scatter_leave_it_open(tmp_path: Path) -> None:
     make_grid(tmp_path, {**LEADING, "permuted": Effect(0.06, noise=0.06)})
-    text = said(tmp_path)
-    assert re.search(r"`rest` is .*\[-.*\] points above shuffled weights: whether the regions .* cannot be told", text)
-    assert "do as well" not in text
+    found = compare(tmp_path)
+    assert "[-" in text_of(found, "control_unknown")
+    assert "shuffled_as_good" not in kinds(found)
 
 
 def permuted_run(grid: Grid, seed: int) -> RunConfig:
@@ -133,18 +136,18 @@ METHODS_AS_TABLES = read_grid(None, methods=list(METHODS)).methods
 
 def test_a_lead_without_the_control_is_left_open(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.004), "rest": Effect(0.08, noise=0.004)})
-    assert "Without `permuted` in the grid it is open" in said(tmp_path)
+    assert "no_control" in kinds(compare(tmp_path))
 
 
 def test_only_the_control_leads(tmp_path: Path) -> None:
     make_grid(
         tmp_path, {"grpo": Effect(noise=0.004), "rest": Effect(noise=0.004), "permuted": Effect(0.1, noise=0.004)}
     )
-    assert "only_control_leads" in [statement.kind for statement in compare(tmp_path).verdict]
+    assert "only_control_leads" in kinds(compare(tmp_path))
 
 
-def with_gains(folder: Path, gains: dict[str, tuple[float, ...]]) -> str:
-    """The verdict on runs that gained so much over their start, seed by seed."""
+def with_gains(folder: Path, gains: dict[str, tuple[float, ...]]) -> ComparisonReport:
+    """What is said of runs that gained so much over their start, seed by seed."""
     make_grid(folder, dict.fromkeys(gains, Effect()), seeds=max(map(len, gains.values())))
     for method, own in gains.items():
         for seed in range(max(map(len, gains.values()))):
@@ -154,63 +157,59 @@ def with_gains(folder: Path, gains: dict[str, tuple[float, ...]]) -> str:
                 (place / "summary.json").write_text(json.dumps({"steps": 60, **scores}))
             else:
                 shutil.rmtree(place)
-    return said(folder)
+    return compare(folder)
 
 
 def test_whether_the_reference_learnt_has_three_answers(tmp_path: Path) -> None:
     # five gains of .0 ± .002: half = 2.776 * .0016 / sqrt(5) = .002, so below 3 points for sure
     flat = with_gains(tmp_path / "a", {"grpo": (0.002, -0.002, 0.0, 0.001, -0.001)})
-    assert "`grpo` itself gained nothing to speak of (" in flat
+    assert "reference_flat" in kinds(flat)
     learnt = with_gains(tmp_path / "b", {"grpo": (0.2, 0.25, 0.21)})
-    assert "`grpo` learnt: +22.0 [" in learnt
+    assert "+22.0 [" in text_of(learnt, "reference_learnt")
     # .4, -.3, .2: mean .1 and a half of .9
     unknown = with_gains(tmp_path / "c", {"grpo": (0.4, -0.3, 0.2)})
-    assert "Whether `grpo` itself learnt cannot be told (+10.0 [" in unknown
-    assert "grid in which so little is learnt" not in unknown
-    assert "`grpo` gained +20.0 points over its start." in with_gains(tmp_path / "d", {"grpo": (0.2,)})
+    assert "+10.0 [" in text_of(unknown, "reference_unknown")
+    assert "+20.0 points" in text_of(with_gains(tmp_path / "d", {"grpo": (0.2,)}), "reference_gain")
 
 
 def test_whether_random_rewards_teach_has_three_answers(tmp_path: Path) -> None:
     grpo = (0.2, 0.25, 0.21)
     taught = with_gains(tmp_path / "a", {"grpo": grpo, "random": (0.1, 0.12, 0.11)})
-    assert "change exact match by +11.0 [+8.5, +13.5] points: **part of every gain here needs no reward.**" in taught
-    assert "None of" not in taught  # `random` is no rival
-    assert "less than 3 points come without a signal" in with_gains(
-        tmp_path / "b", {"grpo": grpo, "random": (0.001, -0.001, 0.0)}
-    )
+    assert "+11.0 [+8.5, +13.5] points" in text_of(taught, "random_gains")
+    assert "no_difference" not in kinds(taught)  # `random` is no rival
+    assert "random_flat" in kinds(with_gains(tmp_path / "b", {"grpo": grpo, "random": (0.001, -0.001, 0.0)}))
     for name, gains in (("c", (0.2,)), ("d", (0.4, -0.3, 0.2))):
-        text = with_gains(tmp_path / name, {"grpo": grpo, "random": gains})
-        assert "whether something is gained without a signal cannot be told" in text
-        assert "no gain without" not in text
+        assert "random_unknown" in kinds(with_gains(tmp_path / name, {"grpo": grpo, "random": gains}))
 
 
 def test_methods_short_of_seeds_are_named_and_random_is_none(tmp_path: Path) -> None:
     noisy = Effect(noise=0.02)
     grid = make_grid(tmp_path, {"grpo": noisy, "rest": noisy, "dapo": noisy})
     make_run(tmp_path, RunName("random", "", 0), grid.run("grpo", "", 0), noisy)
-    text = said(tmp_path)
-    assert "With 5 seeds the grid would have seen" in text
-    assert "One seed has no spread" not in text
-    assert "Fewer seeds" not in text
+    found = compare(tmp_path)
+    assert found.seeds == 5
+    assert "power" in kinds(found)
+    assert not {"one_seed", "fewer_seeds"} & set(kinds(found))
     for seed in (1, 2, 3, 4):
         shutil.rmtree(tmp_path / "runs" / f"dapo-{seed}")
-    text = said(tmp_path)
-    assert "With 5 seeds the grid would have seen" in text
-    assert "Fewer seeds in common with `grpo`, so less was to be seen of them: `dapo` 1." in text
+    found = compare(tmp_path)
+    assert found.seeds == 5
+    assert "`dapo` 1" in text_of(found, "fewer_seeds")
 
 
 @pytest.mark.parametrize(
-    ("lead", "headline"),
+    ("lead", "kind", "words"),
     [
-        (0.0, "**No difference beyond seed noise.** `rest` is "),
-        (0.1, "**`rest` is above `grpo` beyond seed noise** (exact match, p ≤ 0.05)."),
-        (-0.1, "**`rest` is below `grpo` beyond seed noise** (exact match, p ≤ 0.05)."),
+        (0.0, "no_difference", "`rest` is "),
+        (0.1, "above", "(exact match, p ≤ 0.05)"),
+        (-0.1, "below", "(exact match, p ≤ 0.05)"),
     ],
 )
-def test_two_arms_are_one_comparison(tmp_path: Path, lead: float, headline: str) -> None:
+def test_two_arms_are_one_comparison(tmp_path: Path, lead: float, kind: str, words: str) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(lead, noise=0.02)})
     found = compare(tmp_path)
-    assert texts(found)[0].startswith(headline)
+    assert found.verdict[0].kind == kind
+    assert words in found.verdict[0].text
     text = page_of(found)
     assert "number of methods" not in text
     assert " q " not in text
@@ -225,9 +224,7 @@ def test_two_arms_are_one_comparison(tmp_path: Path, lead: float, headline: str)
 
 def test_one_seed_is_no_test(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(), "rest": Effect(0.2)}, seeds=1)
-    text = said(tmp_path)
-    assert text.startswith("**No verdict**: too few seeds for a test")
-    assert "One seed has no spread" in text
+    assert kinds(compare(tmp_path)) == ["no_verdict", "reference_gain", "one_seed"]
 
 
 def test_q_corrects_for_the_number_of_methods(tmp_path: Path) -> None:
@@ -249,7 +246,7 @@ def test_steps_are_counted_on_the_held_out_slice_where_there_is_one(tmp_path: Pa
     assert rest.to_final is not None
     # twice the speed: grpo is at step 60 where rest is at 30
     assert rest.to_final.share == rest.to_final.by_seed.value == pytest.approx(0.5)
-    assert "Sooner where" not in said(tmp_path / "a")  # as fast under every seed alike: no spread, no interval
+    assert "sooner" not in kinds(found)  # as fast under every seed alike: no spread, no interval
     assert grpo.to_final is not None
     assert grpo.to_final.share == 1.0
     make_grid(tmp_path / "b", {"grpo": Effect(), "rest": Effect(speed=2)})
@@ -263,12 +260,9 @@ def test_steps_are_counted_on_the_held_out_slice_where_there_is_one(tmp_path: Pa
 def test_a_method_that_is_sooner_and_ends_alike(tmp_path: Path) -> None:
     noisy = Effect(noise=0.004)
     make_grid(tmp_path, {"grpo": noisy, "rest": Effect(0.01, 2, 0.004), "permuted": noisy}, every=2)
-    text = said(tmp_path)
-    assert re.search(
-        r"Sooner where `grpo` ends: `rest` in 0\.\d\d \[0\.\d\d, 0\.\d\d\] of its steps \(geometric mean", text
-    )
-    assert "every seed" not in text
-    assert "`permuted` in" not in text
+    text = text_of(compare(tmp_path), "sooner")
+    assert re.search(r"`rest` in 0\.\d\d \[0\.\d\d, 0\.\d\d\] of its steps", text)
+    assert "`permuted`" not in text
 
 
 def test_runs_that_are_not_alike_are_named(tmp_path: Path) -> None:
@@ -313,9 +307,9 @@ def test_wanted_runs_without_a_folder_are_named(tmp_path: Path) -> None:
     assert found.unfinished["dapo-0"] == "has no run folder (see logs/dapo-0.log)"
     assert found.unfinished["dapo-1"] == found.unfinished["rest-2"] == "has not begun"
     assert len(found.unfinished) == 7  # of 12: dapo and inverted whole, one of rest
-    first = texts(found)[0]
-    assert first.startswith("**7 of 12 runs are not finished**: ")
-    assert "no finished run of `dapo`, `inverted`" in first or "no finished run of `inverted`, `dapo`" in first
+    assert found.verdict[0].kind == "unfinished"
+    assert "7 of 12 runs" in found.verdict[0].text
+    assert set(found.absent) == {"dapo", "inverted"}
     text = page_of(found)
     assert text.split("* ")[1].startswith("**7 of 12 runs")
     assert "* `dapo-0` has no run folder (see logs/dapo-0.log) and is left out." in text
@@ -327,15 +321,15 @@ def test_wanted_runs_without_a_folder_are_named(tmp_path: Path) -> None:
 
 
 def test_a_grid_in_which_nothing_is_learnt_says_so_first(tmp_path: Path) -> None:
-    text = with_gains(tmp_path / "a", {"grpo": (0.0, 0.0, 0.0), "rest": (0.0, 0.0, 0.0)})
-    assert text.startswith("**Nothing was learnt**: every run ends exactly where it began in exact match")
+    found = with_gains(tmp_path / "a", {"grpo": (0.0, 0.0, 0.0), "rest": (0.0, 0.0, 0.0)})
+    assert found.verdict[0].kind == "nothing_learnt"
     # no difference, but both learn
-    text = with_gains(tmp_path / "b", {"grpo": (0.1, 0.2, 0.1), "rest": (0.1, 0.2, 0.1)})
-    assert text.startswith("**No difference beyond seed noise.**")
+    found = with_gains(tmp_path / "b", {"grpo": (0.1, 0.2, 0.1), "rest": (0.1, 0.2, 0.1)})
+    assert found.verdict[0].kind == "no_difference"
     make_grid(tmp_path / "c", {"grpo": Effect(), "rest": Effect()}, seeds=2)
     for place in (tmp_path / "c" / "runs").iterdir():
         (place / "summary.json").write_text('{"steps": 60, "after": {"exact_match": 0.0}}')
-    assert said(tmp_path / "c").startswith("**Nothing was learnt**: exact match is 0 in every run")
+    assert compare(tmp_path / "c").verdict[0].kind == "nothing_learnt"
 
 
 def test_finished_is_measured_after_training_if_it_was_before() -> None:
