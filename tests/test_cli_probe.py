@@ -105,6 +105,20 @@ def test_a_policy_with_spread(here: Path, policy: Path, dialogues: Path, capsys:
 
 
 @pytest.mark.slow
+def test_a_user_s_own_rule_stands_beside_the_others(here: Path, policy: Path, dialogues: Path) -> None:
+    (here / "my_rules.py").write_text(
+        "def by_place(batch, statistics, progress):\n    return batch.mask_BT.cumsum(1)\n"
+    )
+    rule = ("--set", "rest.weights.rule=my_rules:by_place")
+    assert run("--model", policy, "--data", dialogues, "--format", "toolrl", *SMALL, *rule, "--out", "out") == 0
+    *_, own = written(here / "out")[0]["rules"]
+    assert own["name"] == "my_rules:by_place"
+    assert own["bounds"] == [None, None]
+    assert own["weights"]["reasoning"] < own["weights"]["arguments"]  # which stands later
+    assert own["adam_gain"][0] != 0
+
+
+@pytest.mark.slow
 def test_a_random_model_of_another_format(
     here: Path, tmp_path: Path, dialogues: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import norm, t
 
 from research.theory.estimates import jackknife, sure_errors
-from rest_rl.probe.variance import Estimate, above_zero, left_out, quotient
+from rest_rl.probe.variance import Estimate, gain, left_out, quotient
 
 
 def test_jackknife_error_of_a_mean_is_the_textbook_one() -> None:
@@ -37,7 +37,8 @@ def test_quotients_over_zero_are_nothing() -> None:
     assert quotient(3.0, 2.0) == 1.5
     assert math.isnan(quotient(3.0, 0.0))
     assert quotient(np.array([1.0, 2.0]), np.array([4.0, 0.0])).tolist() == pytest.approx([0.25, math.nan], nan_ok=True)
-    assert above_zero(np.array([2.0, 0.0, -1.0])).tolist() == pytest.approx([2, math.nan, math.nan], nan_ok=True)
+    gains = gain(np.array([3.0, 1.0, 1.0]), np.array([2.0, 0.0, -1.0]))
+    assert gains.tolist() == pytest.approx([0.5, math.nan, math.nan], nan_ok=True)
 
 
 def test_few_units_ask_for_more_errors() -> None:

@@ -16,10 +16,8 @@ from rest_rl.probe.page import (
     DASH,
     Table,
     bounded,
-    bullets,
     in_digits,
     in_percent,
-    numbered,
     plain,
     unless_lost,
 )
@@ -342,13 +340,13 @@ def number(rule: RuleFigures) -> float:
 
 def page(title: str, what: str, theory: Theory, batch: int, pictures: Sequence[Path]) -> str:
     """The Markdown page; `pictures` are paths relative to it."""
-    parts = [f"# {title}", what, bullets([f"{line}." for line in findings(theory)])]
+    parts = [f"# {title}", what, "\n".join(f"* {line}." for line in findings(theory))]
     parts += [f"![]({path.as_posix()})" for path in pictures]
     tables = theory_tables(theory)
     for name, reading in READING.items():
         own = [table for table in tables if table.title.startswith(f"{name}: ")]
         if own:
-            parts += [f"## {name}", reading.format(batch=numbered(batch, "prompt"))]
+            parts += [f"## {name}", reading.format(batch="1 prompt" if batch == 1 else f"{batch} prompts")]
         for table in own:
             caption = table.title.removeprefix(f"{name}: ")
             parts += [f"**{caption.capitalize()}**", markdown_table(table.header, table.rows)]

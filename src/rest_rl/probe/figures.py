@@ -8,7 +8,7 @@ over pairs of different prompts, so that no sample's noise is taken for signal.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -200,19 +200,11 @@ def rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> tuple[Ru
 
 def sampled_facts(groups: Sequence[Group], ends: Collection[int]) -> Sampled:
     """Scores and lengths; a response whose last token is none of `ends` was cut off."""
-    responses = [response for group in groups for response in group.responses]
-    return Sampled(
-        prompts=len(groups),
-        group_size=len(groups[0].responses),
-        no_spread=mean(len({response.reward for response in group.responses}) == 1 for group in groups),
-        exact_match=mean(response.is_exact for response in responses),
-        s_format=mean(response.s_format for response in responses),
-        s_acc=mean(response.s_acc for response in responses),
-        reward=mean(response.reward for response in responses),
-        truncated=mean(not response.ids or response.ids[-1] not in ends for response in responses),
-        mean_tokens=mean(len(response.ids) for response in responses),
-    )
-
-
-def mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+    no_spread = float(np.mean([len({response.reward for response in group.responses}) == 1 for group in groups]))
+    rows = [
+        (one.is_exact, one.s_format, one.s_acc, one.reward, not one.ids or one.ids[-1] not in ends, len(one.ids))
+        for group in groups
+        for one in group.responses
+    ]
+    means = (float(np.mean(column)) for column in zip(*rows, strict=True))
+    return Sampled(len(groups), len(groups[0].responses), no_spread, *means)

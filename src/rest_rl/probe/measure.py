@@ -104,10 +104,9 @@ class SampledBatch:
 
 
 class ProbeGradients(NamedTuple):
-    """Inner products of gradients, which is all that a probe needs of them."""
+    """Inner products of the regions' gradients and, last, that of the expected reward (K = R + 1); figures of rules."""
 
     gram_KMKM: np.ndarray
-    """Of the regions' gradients and, last, that of the expected reward; K = R + 1."""
     rules: tuple[RuleSeries, ...]
     coordinates: Coordinates
 

@@ -75,7 +75,8 @@ def probe_tables(report: ProbeReport) -> list[Table]:
         gains = (in_percent(rule.adam_gain, sign="+"), in_percent(rule.gain, sign="+"))
         noise = in_digits(unless_lost(rule.noise_ratio), 1)
         rules.append((rule.name, *gains, in_digits(bounded(rule.cosine), 2), noise))
-    step = f"predicted improvement per step of {numbered(report.prompts_per_step, 'prompt')}, against uniform"
+    prompts = f"{report.prompts_per_step} prompt{'s' * (report.prompts_per_step > 1)}"
+    step = f"predicted improvement per step of {prompts}, against uniform"
     parts = {
         "tokens": (("region", "tokens", "share %", "entropy (nats)", "p90", "1 - Σp²"), tokens),
         "signal": (("region", "|g|² %", "signal %", "SNR", "differs %", "AUC"), signal),
@@ -92,7 +93,7 @@ def page(title: str, reports: Sequence[ProbeReport], pictures: Mapping[str, Sequ
         formats = format_table(reports)
         parts.append(markdown_table(formats.header, formats.rows))
     for report in reports:
-        verdict = bullets([remark.text for remark in report.verdict])
+        verdict = "\n".join(f"* {remark.text}" for remark in report.verdict)
         parts += [f"## {report.format}", f"{sampled_line(report)}.", verdict, advice_text(report.advice)]
         parts += [f"![]({path.as_posix()})" for path in pictures.get(report.format, ())]
         for table in probe_tables(report):
@@ -123,15 +124,6 @@ def gradient_line(report: ProbeReport) -> str:
 def advice_text(advice: Advice) -> str:
     """The recommendation as a paragraph of Markdown."""
     return f"**Recommendation ({advice.sureness}): {advice.what}.** {advice.why}"
-
-
-def bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"* {line}" for line in lines)
-
-
-def numbered(number: int, noun: str) -> str:
-    """`1 prompt`, `2 prompts`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def in_digits(estimate: Estimate, digits: int, sign: str = "") -> str:

@@ -63,14 +63,9 @@ def quotient(above: np.ndarray | float, below: np.ndarray | float) -> np.ndarray
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, math.nan), where=below != 0)
 
 
-def above_zero(values: np.ndarray) -> np.ndarray:
-    """NaN in the place of numbers that are not positive, to which nothing can be compared."""
-    return np.where(values > 0, values, math.nan)
-
-
 def gain(own: np.ndarray, baseline: np.ndarray) -> np.ndarray:
     """Own over baseline, minus 1; NaN where the baseline makes no progress."""
-    return quotient(own, above_zero(baseline)) - 1
+    return quotient(own, np.where(baseline > 0, baseline, math.nan)) - 1
 
 
 class GradientSeries(NamedTuple):
@@ -96,12 +91,7 @@ class GradientSeries(NamedTuple):
 
 
 def gradient_series(
-    gradients_MN: Tensor,
-    true_MN: Tensor,
-    *,
-    batch: int = 1,
-    blocks: int = BLOCKS,
-    scales_M: Tensor | None = None,
+    gradients_MN: Tensor, true_MN: Tensor, *, batch: int = 1, blocks: int = BLOCKS, scales_M: Tensor | None = None
 ) -> GradientSeries:
     """The figures of one weighting; `scales_M` multiplies each unit's two vectors (see `norm_cap`)."""
     sums = block_sums(gradients_MN, true_MN, blocks, scales_M)
@@ -130,14 +120,9 @@ class Sums(NamedTuple):
         return Sums(*map(operator.sub, self, other))
 
     @property
-    def pairs(self) -> int:
-        """Ordered pairs of different units: M (M - 1)."""
-        return self.units * (self.units - 1)
-
-    @property
     def signals(self) -> Tensor:
         """E g_j t_j per coordinate (N,), from pairs of different units: sum_{m != n} g_m t_n / (M (M - 1))."""
-        return (self.g_N * self.t_N - self.gt_N) / self.pairs
+        return (self.g_N * self.t_N - self.gt_N) / (self.units * (self.units - 1))
 
     def second_moments(self, batch: int) -> Tensor:
         """E g_j² of a batch of units, per coordinate (N,), never negative: mean² + s² (1/P - 1/M)."""
@@ -148,9 +133,9 @@ class Sums(NamedTuple):
 
 def batch_figures(sums: Sums, batch: int) -> tuple[float, float, float, float, float]:
     """The figures of `GradientSeries`, but for Adam's, in its order."""
-    signal = float(sums.signals.sum())
-    mean_square = float((sums.g_N.square() - sums.gg_N).sum()) / sums.pairs
-    true_norm = root((float(sums.t_N.square().sum()) - sums.tt) / sums.pairs)
+    signal, pairs = float(sums.signals.sum()), sums.units * (sums.units - 1)
+    mean_square = float((sums.g_N.square() - sums.gg_N).sum()) / pairs
+    true_norm = root((float(sums.t_N.square().sum()) - sums.tt) / pairs)
     variance = float(sums.gg_N.sum()) / sums.units - mean_square
     cosine = float(quotient(signal, root(mean_square) * true_norm))
     progress = float(quotient(signal, math.sqrt(float(sums.second_moments(batch).sum()))))
