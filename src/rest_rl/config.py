@@ -336,7 +336,7 @@ def toml_value(text: str, override: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError as error:
-        if re.fullmatch(r"[A-Za-z_~./][\w~./+-]*", text):
+        if re.fullmatch(r"[A-Za-z_~./][\w~./:+-]*", text):
             return text
         raise UserError(f"--set {override} ({error})", "a TOML value", "quote strings: 'key=\"text\"'") from error
     if parsed.keys() != {"value"}:
