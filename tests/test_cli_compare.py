@@ -24,6 +24,7 @@ from rest_rl.runlog import SilentObserver, read_run
 from tests.made_up_grid import Effect, make_grid
 from tests.sample_files import save_samples
 from tests.test_cli import RUN, error_of, wait_for_steps
+from tests.test_grid import OWN_RULE
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 Files = dict[str, bytes]
@@ -99,6 +100,17 @@ def test_a_run_that_fails_does_not_stop_the_others(
     text = capsys.readouterr().out
     assert "1 of 2 runs is not finished: broken-0. There is no finished run of broken" in " ".join(text.split())
     assert "`broken-0` has no run folder (see logs/broken-0.log)" in (out / "compare.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_rule_of_your_own_trains_in_a_grid(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "rule_of_a_grid.py").write_text(OWN_RULE)
+    (tmp_path / "grid.toml").write_text("[methods.mine]\nrest.weights.rule = 'rule_of_a_grid:RULE'\n")
+    command = ["compare", str(tmp_path / "grid.toml"), "--base", str(base), "--seeds", "0", "--set", "trl.max_steps=1"]
+    assert main([*command, "--jobs", "1", "--out", str(tmp_path / "out")]) == 0
+    run = read_run(tmp_path / "out" / "runs" / "mine-0")
+    assert "rule_of_a_grid:RULE" in run.config
+    assert [row["step"] for row in run.metrics] == [1]
 
 
 @pytest.mark.parametrize(

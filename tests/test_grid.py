@@ -193,3 +193,26 @@ def test_mistakes_are_named(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text(text)
     with pytest.raises(UserError, match=words):
         read_grid(tmp_path / "grid.toml")
+
+
+OWN_RULE = """
+class Rule:
+    def __call__(self, batch, statistics, progress):
+        return batch.mask_BT.float()
+
+RULE = Rule()
+"""
+
+
+def test_a_rule_of_your_own_lies_beside_the_grid_file(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "kept"
+    own.mkdir()
+    (own / "rule_beside_a_grid.py").write_text(OWN_RULE)
+    (own / "grid.toml").write_text("[methods.mine]\nrest.weights.rule = 'rule_beside_a_grid:RULE'\n")
+    grid = read_grid(own / "grid.toml")
+    assert settings(grid, "mine")["rest.weights.rule"] == "rule_beside_a_grid:RULE"
+    assert grid.modules == (str(own),)
+    again = kept(other, grid)  # the kept grid still finds the module
+    assert again == grid
+    assert str(own) in again.modules
+    assert read_grid(None).modules == ()

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rest_rl.config import RunConfig
 from rest_rl.report.diagnosis.history import is_number
-
-if TYPE_CHECKING:
-    from rest_rl.config import RunConfig
 
 CURRICULUM = {
     "format": ("decay_format", -1.0),
@@ -122,8 +120,6 @@ class Settings:
 
 def readable_config(table: Mapping[str, Any]) -> RunConfig:
     """`[trl]` and `[rest]` of a recorded run, each as far as this version can read it."""
-    from rest_rl.config import RunConfig
-
     tables: dict[str, Any] = {}
     for name in ("trl", "rest"):
         with suppress(ValueError):
