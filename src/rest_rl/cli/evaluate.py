@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 import typer
 
 from rest_rl.cli.options import AsJson, Verb, verb_group
 from rest_rl.errors import UserError
-from rest_rl.evaluate.request import EvalRequest
+from rest_rl.evaluate.request import EvalRequest, option
 
 EPILOG = """\
 examples:
@@ -25,103 +27,63 @@ examples:
 a killed evaluation goes on with --resume; --responses FILE scores recorded responses without a model
 """
 SHOWN_FLIPS = 10
-ANSWERS, ASKED, SERVER, SAMPLES, FOLDER = "who answers", "how it is asked", "a server", "which samples", "where to"
 
 eval_app = verb_group(epilog=EPILOG)
 
 
-def _option(
-    name: str, kind: Any, panel: str, help: str, metavar: str | None = None, flag: str = ""
-) -> inspect.Parameter:
-    """An option of all benchmarks; its default is that of the field of `EvalRequest`."""
-    flag = flag or f"--{name.replace('_', '-')}"
-    declared = EvalRequest.__dataclass_fields__.get(name)
-    default = declared.default if declared and declared.default != () else None
-    shown = f"{help} (default: {default})" if isinstance(default, (int, float, str)) and default is not False else help
-    option = typer.Option(flag, metavar=metavar, help=shown, rich_help_panel=panel, show_default=False)
-    if kind == list[str]:
-        default = []
-    default = False if kind is bool else default
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+def _parameter(name: str, default: Any, about: Mapping[str, Any]) -> inspect.Parameter:
+    """A field of `EvalRequest` as an option; lists are texts with commas, but for --set."""
+    text, kind = about["help"], type(default)
+    if about.get("choices"):
+        kind: Any = Literal[about["choices"]]
+    if default is None or default == ():
+        kind = (int if about["metavar"] == "N" else str if "choices" not in about else kind) | None
+        default = None
+    elif kind is not bool:
+        text += f" (default: {default})"
+    if name == "changes":
+        kind, default = list[str], []
+    panel = {"rich_help_panel": about["panel"], "show_default": False}
+    declared = typer.Option(option(name), metavar=about["metavar"], help=text, **panel)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
+    )
 
 
-TEXT, NUMBER = str | None, int | None
-MODEL_TEXT = "a run folder, a model or adapter folder, a hub name; a server's model (tool-world: the embedded one)"
-PROMPT_TEXT = (
-    "training (the default): laid out as in the model's run, or in --format; native: the model's (server's) own "
-    "function calling; published: ToolRL's prompts with the texts of --prompt-from, for api-bank the benchmark's own"
-)
-TOKENIZER_TEXT = (
-    "the model's: prompts exactly as in training are sent to /completions as token ids, instead of messages to "
-    "/chat/completions; also tells the format and what fits"
-)
-OPTIONS = (
-    _option("model", TEXT, ANSWERS, MODEL_TEXT, "DIR_OR_ID"),
-    _option("endpoint", TEXT, ANSWERS, "an OpenAI-compatible server that holds --model", "URL"),
-    _option("vllm", bool, ANSWERS, "generate with vLLM instead of transformers"),
-    _option("responses", TEXT, ANSWERS, 'score recorded responses: JSONL of {"id", "response"}', "FILE"),
-    _option("oracle", bool, ANSWERS, "answer with the gold: a self-test of the whole path"),
-    _option("changes", list[str], ANSWERS, "a key of [model], as in a run: model.dtype=bfloat16", "A.B=C", "--set"),
-    _option("prompt", Literal["training", "native", "published"] | None, ASKED, PROMPT_TEXT),
-    _option("prompt_from", TEXT, ASKED, "rows as ToolRL published them, such as rlla_sft.json", "FILE"),
-    _option("format", TEXT, ASKED, "how the model writes calls (default: as its run, else its template)", "F"),
-    _option("max_new_tokens", NUMBER, ASKED, "per response (default: 4096; tool world: 160)", "N"),
-    _option("context", NUMBER, ASKED, "tokens that the model holds (default: what it says)", "N"),
-    _option("batch_size", NUMBER, ASKED, "of a local model (default: 16; vLLM 256, BFCL 64)", "N"),
-    _option("concurrency", int, SERVER, "requests at once", "N"),
-    _option("timeout", float, SERVER, "seconds", "S"),
-    _option("retries", int, SERVER, "per request", "N"),
-    _option("requests_per_minute", NUMBER, SERVER, "at most (default: no limit)", "N"),
-    _option("api_key_env", str, SERVER, "the environment variable that holds the key", "NAME"),
-    _option("tokenizer", TEXT, SERVER, TOKENIZER_TEXT, "DIR_OR_ID"),
-    _option("extra_body", TEXT, SERVER, "an object whose fields go into every request", "JSON"),
-    _option("categories", TEXT, SAMPLES, "groups of samples, as the tables name them", "A,B"),
-    _option("limit", NUMBER, SAMPLES, "the first N samples of each category", "N"),
-    _option("ids", TEXT, SAMPLES, "these samples only", "A,B"),
-    _option("out", TEXT, FOLDER, "the evaluation's folder (default: runs/eval-BENCHMARK-MODEL)", "DIR"),
-    _option("name", TEXT, FOLDER, "what tables call the model (default: its path)", "NAME"),
-    _option("resume", bool, FOLDER, "ask for what is missing or failed in the folder"),
-    _option("dry_run", bool, FOLDER, "show one prompt and what fits, ask for nothing"),
-)
+DRY_RUN = {"panel": "where to", "help": "show one prompt and what fits, ask for nothing", "metavar": None}
 
 
-def _add_benchmark(name: str, help: str, example: str, *own: inspect.Parameter) -> None:
+def _add_benchmark(name: str, help: str, example: str, *arguments: inspect.Parameter) -> None:
     """Add the command of a benchmark: its own options, then those of all."""
 
     def command(**values: Any) -> int:
         return _evaluate({"benchmark": name, **values})
 
-    parameters = [*own, *OPTIONS]
+    options = [own for own in fields(EvalRequest) if own.metadata.get("only_of", name) == name and own.metadata]
+    options.sort(key=lambda own: "only_of" not in own.metadata)
+    parameters = [*arguments, *(_parameter(own.name, own.default, own.metadata) for own in options)]
+    parameters.append(_parameter("dry_run", False, DRY_RUN))
     command.__doc__ = help
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    short = help.partition(".")[0]
     epilog = f"example: rest-rl eval {example}\n"
-    eval_app.command(
-        name, cls=Verb, short_help=short[0].lower() + short[1:] if name == "run" else short, epilog=epilog
-    )(command)
+    eval_app.command(name, cls=Verb, short_help=help.partition(". ")[0].rstrip("."), epilog=epilog)(command)
 
 
-OF_BENCHMARK = "the benchmark"
 _add_benchmark(
     "api-bank",
     "API-Bank: 597 prompts as ToolRL processed them, by the published metric and by a strict one.",
     "api-bank --data DIR --model runs/mine",
-    _option("data", TEXT, OF_BENCHMARK, "folder of level-{1,2,3}-api_processed.json", "DIR"),
 )
 _add_benchmark(
     "bfcl",
     "BFCL: non-live, live and multi-turn, by bfcl-eval's own data, executors and checkers.",
     "bfcl --version v3 --categories multi_turn --model runs/mine",
-    _option("version", Literal["v3", "v4"], OF_BENCHMARK, "v3: bfcl-eval 2025.6.14, the paper's; v4: 2026.3.23"),
 )
 _add_benchmark(
     "tool-world",
     "Tool world: exact match on unseen tools and unseen values.",
     "tool-world --model runs/tool-world",
-    _option("prompts", int, OF_BENCHMARK, "per split", "N"),
-    _option("seed", int, OF_BENCHMARK, "of the prompts", "S"),
-    _option("decision", Literal["reasoning", "call"], OF_BENCHMARK, "where it is decided what to call, as in [data]"),
 )
 ADDRESS = typer.Argument(metavar="MODULE:OBJECT", help="a rest_rl.Benchmark, or what makes one: my_bench:BENCH")
 _add_benchmark(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from rest_rl.errors import UserError
@@ -19,65 +19,74 @@ BATCH_SIZE, VLLM_BATCH_SIZE, BFCL_BATCH_SIZE = 16, 256, 64
 MODEL_OPTIONS = ("changes", "context", "max_new_tokens", "tokenizer", "requests_per_minute", "extra_body")
 SERVER_OPTIONS = ("tokenizer", "requests_per_minute", "extra_body")
 CHECKPOINT_OPTIONS = ("vllm", "batch_size")
-FLAGS = {"changes": "set"}
 POSITIVE = ("max_new_tokens", "batch_size", "concurrency", "limit", "requests_per_minute", "prompts", "timeout")
-CHOICES = {
-    "prompt": (None, "training", "native", "published"),
-    "version": ("v3", "v4"),
-    "decision": ("reasoning", "call"),
-}
+OF_BENCHMARK, ANSWERS, ASKED = "the benchmark", "who answers", "how it is asked"
+SERVER, SAMPLES, FOLDER = "a server", "which samples", "where to"
+MODEL_TEXT = "a run folder, a model or adapter folder, a hub name; a server's model (tool-world: the embedded one)"
+PROMPT_TEXT = (
+    "training (the default): laid out as in the model's run, or in --format; native: the model's (server's) own "
+    "function calling; published: ToolRL's prompts with the texts of --prompt-from, for api-bank the benchmark's own"
+)
+TOKENIZER_TEXT = (
+    "the model's: prompts exactly as in training are sent to /completions as token ids, instead of messages to "
+    "/chat/completions; also tells the format and what fits"
+)
+
+
+def _option(default: Any, panel: str, help: str, metavar: str | None = None, **more: Any) -> Any:
+    """A field, and the option that the command makes of it; a metavar N is an integer."""
+    return field(default=default, metadata={"panel": panel, "help": help, "metavar": metavar, **more})
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What is asked of whom, and how.
+    """What is asked of whom, and how; the fields are the options of `rest-rl eval`, which explains each.
 
-    `benchmark` is `bfcl`, `api-bank`, `tool-world`, a `package.module:OBJECT`, or a `Benchmark` itself. `model` is a
-    run folder, a model's or adapter's folder, a hub name, what an `endpoint` calls its model, or a `Model` itself.
+    `benchmark` is `bfcl`, `api-bank`, `tool-world`, a `package.module:OBJECT`, or a `Benchmark` itself; `model` may be
+    a `Model` itself.
     """
 
     benchmark: str | Benchmark
-    model: str | Model | None = None
-    version: Literal["v3", "v4"] = "v3"
-    """Of BFCL."""
-    data: str | None = None
-    """The folder of API-Bank's files."""
-    prompts: int = 256
-    """Of the tool world, per split; so are `seed` and `decision`."""
-    seed: int = 20_000
-    decision: Literal["reasoning", "call"] = "reasoning"
-    endpoint: str | None = None
-    vllm: bool = False
-    responses: str | None = None
-    """A file of recorded responses."""
-    oracle: bool = False
-    """Answer with the gold."""
-    changes: tuple[str, ...] = ()
-    """Keys of `[model]`, such as `model.dtype=bfloat16`."""
-    prompt: str | None = None
-    """`training`, `native` or `published`."""
-    prompt_from: str | None = None
-    format: str | None = None
-    max_new_tokens: int | None = None
-    context: int | None = None
-    batch_size: int | None = None
-    concurrency: int = 8
-    timeout: float = 120.0
-    retries: int = 5
-    requests_per_minute: int | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    tokenizer: str | None = None
-    """The endpoint's model's: prompts are sent as token ids."""
-    extra_body: Mapping[str, Any] | None = None
-    categories: tuple[str, ...] = ()
-    ids: tuple[str, ...] = ()
-    limit: int | None = None
-    """The first samples of each category."""
-    out: str | None = None
-    """The folder; `runs/eval-BENCHMARK-MODEL` by default."""
-    name: str | None = None
-    """What tables call the model."""
-    resume: bool = False
+    model: str | Model | None = _option(None, ANSWERS, MODEL_TEXT, "DIR_OR_ID")  # noqa: RUF009 - a field
+    endpoint: str | None = _option(None, ANSWERS, "an OpenAI-compatible server that holds --model", "URL")
+    vllm: bool = _option(False, ANSWERS, "generate with vLLM instead of transformers")
+    responses: str | None = _option(None, ANSWERS, 'score recorded responses: JSONL of {"id", "response"}', "FILE")
+    oracle: bool = _option(False, ANSWERS, "answer with the gold: a self-test of the whole path")
+    changes: tuple[str, ...] = _option((), ANSWERS, "a key of [model], as in a run: model.dtype=bfloat16", "A.B=C")
+    prompt: str | None = _option(None, ASKED, PROMPT_TEXT, choices=("training", "native", "published"))
+    prompt_from: str | None = _option(None, ASKED, "rows as ToolRL published them, such as rlla_sft.json", "FILE")
+    format: str | None = _option(None, ASKED, "how the model writes calls (default: as its run or template)", "F")
+    max_new_tokens: int | None = _option(None, ASKED, "per response (default: 4096; tool world: 160)", "N")
+    context: int | None = _option(None, ASKED, "tokens that the model holds (default: what it says)", "N")
+    batch_size: int | None = _option(None, ASKED, "of a local model (default: 16; vLLM 256, BFCL 64)", "N")
+    concurrency: int = _option(8, SERVER, "requests at once", "N")
+    timeout: float = _option(120.0, SERVER, "seconds", "S")
+    retries: int = _option(5, SERVER, "per request", "N")
+    requests_per_minute: int | None = _option(None, SERVER, "at most (default: no limit)", "N")
+    api_key_env: str = _option("OPENAI_API_KEY", SERVER, "the environment variable that holds the key", "NAME")
+    tokenizer: str | None = _option(None, SERVER, TOKENIZER_TEXT, "DIR_OR_ID")
+    extra_body: Mapping[str, Any] | None = _option(None, SERVER, "an object whose fields go into every request", "JSON")
+    categories: tuple[str, ...] = _option((), SAMPLES, "groups of samples, as the tables name them", "A,B")
+    limit: int | None = _option(None, SAMPLES, "the first N samples of each category", "N")
+    ids: tuple[str, ...] = _option((), SAMPLES, "these samples only", "A,B")
+    out: str | None = _option(None, FOLDER, "the evaluation's folder (default: runs/eval-BENCHMARK-MODEL)", "DIR")
+    name: str | None = _option(None, FOLDER, "what tables call the model (default: its path)", "NAME")
+    resume: bool = _option(False, FOLDER, "ask for what is missing or failed in the folder")
+    data: str | None = _option(
+        None, OF_BENCHMARK, "folder of level-{1,2,3}-api_processed.json", "DIR", only_of="api-bank"
+    )
+    version: Literal["v3", "v4"] = _option(
+        "v3", OF_BENCHMARK, "bfcl-eval 2025.6.14, the paper's, or 2026.3.23", only_of="bfcl", choices=("v3", "v4")
+    )
+    prompts: int = _option(256, OF_BENCHMARK, "per split", "N", only_of="tool-world")
+    seed: int = _option(20_000, OF_BENCHMARK, "of the prompts", "N", only_of="tool-world")
+    decision: Literal["reasoning", "call"] = _option(
+        "reasoning",
+        OF_BENCHMARK,
+        "where it is decided what to call, as in [data]",
+        only_of="tool-world",
+        choices=("reasoning", "call"),
+    )
     command: tuple[str, ...] = field(default=(), repr=False)
     """The command line, for the record."""
 
@@ -88,10 +97,10 @@ class EvalRequest:
                 raise UserError(f"{option(name)} {value}", "more than 0", "raise it")
         if self.retries < 0:
             raise UserError(f"--retries {self.retries}", "0 or more", "raise it")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                shown = ", ".join(filter(None, choices))
-                raise UserError(f"{option(name)} {getattr(self, name)!r}", f"one of {shown}", "choose one of them")
+        for own in fields(self):
+            choices, value = own.metadata.get("choices"), getattr(self, own.name)
+            if choices and value not in (own.default, *choices):
+                raise UserError(f"{option(own.name)} {value!r}", f"one of {', '.join(choices)}", "choose one of them")
         self._check_source()
         self._check_options()
 
@@ -155,4 +164,5 @@ class EvalRequest:
 
 
 def option(name: str) -> str:
-    return f"--{FLAGS.get(name, name).replace('_', '-')}"
+    """A field as the command line writes it."""
+    return "--set" if name == "changes" else f"--{name.replace('_', '-')}"
