@@ -25,7 +25,7 @@ class Checkpoint(NamedTuple):
 def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[str]]:
     """The newest whole checkpoint of a run folder and the names of newer broken ones.
 
-    A run killed before its first checkpoint goes on from the beginning. ValueError if there should be one by now.
+    A run killed before its first checkpoint goes on from the beginning. UserError if there should be one by now.
     """
     broken: list[str] = []
     for folder in sorted(log.checkpoints.glob("checkpoint-*"), key=checkpoint_step, reverse=True):

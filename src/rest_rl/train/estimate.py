@@ -259,18 +259,18 @@ class _Model:
 
         Of each token in each layer autograd keeps less than 14 values of the hidden width, 4 of the queries' and 4 of
         the feed-forward layer's (dense decoders with gated feed-forward layers, attention without stored scores); with
-        checkpointing the input of each layer, and all of that for one layer. Then TRL's tile of the logits, the
-        gradient of the head, and the 16-bit copies that autocast makes of float32 weights.
+        checkpointing the input of each layer, and all of that for one layer. The backward pass of a layer adds half as
+        much again. Then TRL's tile of the logits, the gradient of the head, and autocast's 16-bit copies of weights.
         """
         text, tokens = self.text, math.prod(self.micro_batch)
         layers, hidden, queries = text.num_hidden_layers, text.hidden_size, text.num_attention_heads * head_dim(text)
         layer = self.compute * (14 * hidden + 4 * queries + 4 * text.intermediate_size)
-        kept = layers * hidden * self.stream + layer if self.args.gradient_checkpointing else layers * layer
+        kept = layers * hidden * self.stream if self.args.gradient_checkpointing else (layers - 1) * layer
         # a buffer of one tile, and without the device's kernel eight more of the tile's logits in float32
         tile = min(tokens, TILE[0]) * (4 * TILE[1] + (0 if self.device else 32 * min(text.vocab_size, TILE[1])))
         head = 0 if self.lora else 4 * text.vocab_size * hidden
         narrowed = 2 * self.size.linear if self.stream > self.compute else 0
-        total = tokens * (kept + 8 * hidden) + tile + head + narrowed
+        total = tokens * (kept + 3 * layer // 2 + 8 * hidden) + tile + head + narrowed
         return Part("activations", "update", total, f"bound: {self.shape}")
 
     @property

@@ -7,10 +7,11 @@ import functools
 import importlib.util
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
@@ -26,11 +27,7 @@ def embedded_model() -> Path:
     """The directory of the warm-started model that the package ships."""
     folder = Path(str(resources.files("rest_rl").joinpath("assets/tool_world")))
     if not (folder / "model.safetensors").is_file():
-        raise UserError(
-            f"no model in {folder}",
-            "the embedded one",
-            "install the package again",
-        )
+        raise UserError(f"no model in {folder}", "the embedded one", "install the package again")
     return folder
 
 
@@ -42,7 +39,7 @@ def quiet_loading() -> None:
 
 
 def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer), left padded; ValueError if either cannot be read or the tokenizer has no chat template.
+    """(model, tokenizer), left padded; UserError if either cannot be read or the tokenizer has no chat template.
 
     An adapter's folder gives its base model with the adapter: to be trained on with `[peft]`, which must not differ
     from it, and else merged in, in float32, for all weights to be trained.
@@ -57,26 +54,18 @@ def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tu
         settings["quantization_config"] = four_bits()
     if adapter is not None and not peft:
         settings["dtype"] = torch.float32  # a merge in 16 bits would round most of a small adapter away
-    try:
+    with readable("model", path):
         model = AutoModelForCausalLM.from_pretrained(path, **settings)
         if adapter is not None:
-            model = with_adapter(model, adapter, peft, dtype)
-    except Exception as error:  # the loaders raise a dozen types: OSError, SafetensorError, KeyError, ...
-        raise unreadable("model", path, error) from error
+            from peft import PeftModel
+
+            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=bool(peft))
+            model = adapted if peft else cast(Any, adapted).merge_and_unload().to(dtype)
     return model, tokenizer
 
 
-def with_adapter(model: Any, adapter: str, peft: Mapping[str, Any] | None, dtype: torch.dtype) -> Any:
-    """The model with its adapter, to be trained on or merged in."""
-    from peft import PeftModel
-
-    if peft:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload().to(dtype)
-
-
 def policy_tokenizer(config: ModelTable) -> Any:
-    """The tokenizer of a policy: fast, left padded, with a chat template and an end of sequence, or a ValueError.
+    """The tokenizer of a policy: fast, left padded, with a chat template and an end of sequence, or a UserError.
 
     An adapter without a tokenizer of its own has its base model's.
     """
@@ -91,7 +80,7 @@ def policy_tokenizer(config: ModelTable) -> Any:
             "put a chat_template.jinja beside its tokenizer.json",
         )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"got {path}, whose tokenizer has no end-of-sequence token; set eos_token in its config")
+        raise UserError(f"{path}, whose tokenizer has no end-of-sequence token", "one", "set eos_token in its config")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -99,12 +88,10 @@ def policy_tokenizer(config: ModelTable) -> Any:
 
 
 def policy_config(config: ModelTable) -> Any:
-    """The architecture of a policy, without its weights; ValueError if it cannot be read."""
+    """The architecture of a policy, without its weights; UserError if it cannot be read."""
     path, _ = base_and_adapter(config)
-    try:
+    with readable("model", path):
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # as above
-        raise unreadable("model", path, error) from error
 
 
 def base_and_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
@@ -114,8 +101,7 @@ def base_and_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
     recorded = adapter_record(config.path)
     if recorded is None:
         return config.path, None
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{config.path}, an adapter, without the package peft", "it", "pip install 'rest-rl[peft]'")
+    require_peft(f"{config.path}, an adapter,")
     base = recorded.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"the adapter {config.path} without base_model_name_or_path", "it", "add it")
@@ -125,14 +111,12 @@ def base_and_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
 
 
 def adapter_record(path: str) -> dict[str, Any] | None:
-    """The configuration of an adapter, None for a whole model; ValueError if it cannot be read."""
+    """The configuration of an adapter, None for a whole model."""
     file = str(Path(path) / ADAPTER) if Path(path).is_dir() else hub_adapter(path)
     if file is None or not Path(file).is_file():
         return None
-    try:
+    with readable("adapter", path):
         recorded = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise unreadable("adapter", path, error) from error
     return recorded if isinstance(recorded, dict) else {}
 
 
@@ -155,7 +139,7 @@ def hub_commit(name: str, *, is_adapter: bool = False) -> str | None:
 
 
 def four_bits() -> BitsAndBytesConfig:
-    """Weights in NF4, computed in bfloat16; ValueError where this cannot be."""
+    """Weights in NF4, computed in bfloat16."""
     if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             "model.load_in_4bit = true",
@@ -173,7 +157,7 @@ def four_bits() -> BitsAndBytesConfig:
 def new_adapter(config: RunConfig) -> Any | None:
     """The LoraConfig of the adapter that a run adds; None without `[peft]` and where the model brings its own.
 
-    ValueError for a `[peft]` that differs from the adapter it is to go on with.
+    UserError for a `[peft]` that differs from the adapter it is to go on with.
     """
     asked = lora_config(config.peft)
     recorded = None if config.model.path == EMBEDDED or asked is None else adapter_record(config.model.path)
@@ -192,14 +176,10 @@ def new_adapter(config: RunConfig) -> Any | None:
 
 
 def lora_config(table: Mapping[str, Any]) -> Any | None:
-    """`[peft]` as peft's LoraConfig, None without it: rank 16, alpha twice the rank, all linear layers but the head.
-
-    ValueError without the package and for unknown or unfit fields.
-    """
+    """`[peft]` as peft's LoraConfig, None without it: rank 16, alpha twice the rank, all linear layers but the head."""
     if not table:
         return None
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("[peft] without the package peft", "it", "pip install 'rest-rl[peft]'")
+    require_peft("[peft]")
     from peft import LoraConfig
 
     fields = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
@@ -217,24 +197,33 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """A fast tokenizer from a directory or the hub; a lone tokenizer.json will do. ValueError if there is none."""
+    """A fast tokenizer from a directory or the hub; a lone tokenizer.json will do. UserError if there is none."""
     lone = Path(path) / "tokenizer.json"
-    try:
+    with readable("tokenizer", path):
         if lone.is_file() and not (lone.parent / "tokenizer_config.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(lone))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as above
-        raise unreadable("tokenizer", path, error) from error
     if not tokenizer.is_fast:
         raise UserError(f"{path}, a slow tokenizer", "a fast one", "save it with a tokenizer.json")
     return tokenizer
 
 
-def unreadable(what: str, path: str | Path, error: Exception) -> ValueError:
-    """The error for a model or tokenizer that does not load."""
-    first_line = next(iter(str(error).splitlines()), "")
-    return UserError(
-        f"{what} {path} ({type(error).__name__}: {first_line:.200})",
-        "a directory with config.json, model.safetensors and tokenizer.json, or a hub name",
-        "check the path",
-    )
+@contextmanager
+def readable(what: str, path: str | Path) -> Iterator[None]:
+    """UserError for a model or tokenizer that does not load; the loaders raise a dozen types."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"{what} {path} ({type(error).__name__}: {first_line:.200})",
+            "a directory with config.json, model.safetensors and tokenizer.json, or a hub name",
+            "check the path",
+        ) from error
+
+
+def require_peft(what: str) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"{what} without the package peft", "it", "pip install 'rest-rl[peft]'")

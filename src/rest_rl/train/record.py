@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,14 +56,14 @@ class ResponseRecord:
     def __init__(self, keep: Callable[[int, Sequence[Row]], None]) -> None:
         """`keep` takes the step, counted from 1, that the responses were made in, and their rows."""
         self.keep = keep
-        self._rows: dict[int, Row] = {}
+        self._rows: list[Row] = []
         self._waiting: set[int] = set()
 
     def begin(self, rows: Iterable[Row]) -> None:
         """Take a batch's rows in order of their places; what is left of the batch before is handed on as it is."""
         self.flush()
-        self._rows = dict(enumerate(rows))
-        self._waiting = set(self._rows)
+        self._rows = list(rows)
+        self._waiting = set(range(len(self._rows)))
 
     def fill(self, batch: WeighedBatch) -> None:
         """Add what the loss made of the batch's tokens; a response that it sees again keeps the first."""
@@ -77,7 +77,7 @@ class ResponseRecord:
 
     def flush(self) -> None:
         """Hand on what there is."""
-        rows, self._rows, self._waiting = list(self._rows.values()), {}, set()
+        rows, self._rows, self._waiting = self._rows, [], set()
         if rows:
             self.keep(rows[0]["step"], rows)
 
@@ -86,11 +86,9 @@ class KeepLast(TrainerCallback):
     """Hands on the last batch's responses when training ends, where it ends before the loss has seen them all."""
 
     def __init__(self, record: ResponseRecord) -> None:
-        """Bind the record."""
         self.record = record
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Nothing more is to come."""
         self.record.flush()
 
 
@@ -101,16 +99,17 @@ def recorded_reward(
 
     @functools.wraps(reward)  # TRL names its metrics after the function
     def recorded(
-        completion_ids: list[list[int]], gold: list[Any], trainer_state: Any = None, **rest: Any
+        completion_ids: list[list[int]], gold: list[Any], trainer_state: Any = None, **columns: Any
     ) -> list[float]:
-        totals = reward(completion_ids=completion_ids, gold=gold, trainer_state=trainer_state, **rest)
-        step, progress = trainer_state.global_step + 1, progress_of(trainer_state)
+        totals = reward(completion_ids=completion_ids, gold=gold, trainer_state=trainer_state, **columns)
+        step, progress, prompts = trainer_state.global_step + 1, progress_of(trainer_state), columns.get("prompts")
         rows = []
         for i, ids in enumerate(completion_ids[:limit]):
-            row = {"step": step, "progress": progress, "id": rest["id"][i]}
+            row = {"step": step, "progress": progress, "id": columns["id"][i]}
             row |= response_row(ids, json.loads(gold[i]), totals[i], tokenizer, tool_format)
-            if i == 0 or rest["id"][i - 1] != row["id"]:  # a group shares its prompt
-                row |= prompt_of(rest, i)
+            is_first = i == 0 or columns["id"][i - 1] != row["id"]  # a group shares its prompt
+            if is_first and prompts and isinstance(prompts[i], str):
+                row["prompt"] = prompts[i]
             rows.append(row)
         record.begin(rows)
         return totals
@@ -135,12 +134,5 @@ def has_ended(ids: Sequence[int], tokenizer: Any) -> bool:
     return bool(ids) and ids[-1] in (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
-def prompt_of(rest: Mapping[str, Any], i: int) -> Row:
-    """The prompt as the model was given it, if it is text."""
-    prompts = rest.get("prompts")
-    return {"prompt": prompts[i]} if prompts and isinstance(prompts[i], str) else {}
-
-
 def rounded(values_T: Tensor) -> list[float]:
-    """Numbers as they are recorded."""
     return [round(value, DECIMALS) for value in values_T.double().tolist()]
