@@ -9,72 +9,99 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rest_rl.credit import group_advantages, weight_advantages
-    from rest_rl.data.samples import Dialogue, ToolSample, decompose
+    from rest_rl.compare.collect import ComparisonReport
+    from rest_rl.compare.run import compare
+    from rest_rl.config import RunConfig
+    from rest_rl.data.check import DataReport
+    from rest_rl.data.load import check_data, load_dataset
+    from rest_rl.data.samples import ToolSample
+    from rest_rl.data.shapes import RowShape
+    from rest_rl.errors import UserError
+    from rest_rl.evaluate.conversation import Benchmark
+    from rest_rl.evaluate.run import EvalResult, evaluate
     from rest_rl.formats import FORMATS, ToolFormat, get_format
-    from rest_rl.loss import clipped_surrogate, token_entropy
-    from rest_rl.presets import PRESETS, Preset, get_preset, score_response, token_weights
+    from rest_rl.presets import PRESETS, Preset, token_weights
     from rest_rl.regions import tag_regions
     from rest_rl.response import Gold, ParsedResponse, Region, Span, ToolCall
-    from rest_rl.rewards import Judgement, Reward, RewardConfig, RewardRule, judge
+    from rest_rl.rewards import Judgement, RewardRule, judge
+    from rest_rl.runlog import Observer
+    from rest_rl.train.prompts import training_dataset
+    from rest_rl.train.run import RunResult, train
     from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
-    from rest_rl.weights import RegionStatistics, TaggedBatch, WeightConfig, WeightRule
+    from rest_rl.weights import RegionStatistics, TaggedBatch, WeightRule
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "credit": ("group_advantages", "weight_advantages"),
-    "data.samples": ("Dialogue", "ToolSample", "decompose"),
+    "compare.collect": ("ComparisonReport",),
+    "config": ("RunConfig",),
+    "data.check": ("DataReport",),
+    "data.load": ("check_data", "load_dataset"),
+    "data.samples": ("ToolSample",),
+    "data.shapes": ("RowShape",),
+    "errors": ("UserError",),
+    "evaluate.conversation": ("Benchmark",),
+    "evaluate.run": ("EvalResult",),
     "formats": ("FORMATS", "ToolFormat", "get_format"),
-    "loss": ("clipped_surrogate", "token_entropy"),
-    "presets": ("PRESETS", "Preset", "get_preset", "score_response", "token_weights"),
+    "presets": ("PRESETS", "Preset", "token_weights"),
     "regions": ("tag_regions",),
     "response": ("Gold", "ParsedResponse", "Region", "Span", "ToolCall"),
-    "rewards": ("Judgement", "Reward", "RewardConfig", "RewardRule", "judge"),
+    "rewards": ("Judgement", "RewardRule", "judge"),
+    "runlog": ("Observer",),
+    "train.prompts": ("training_dataset",),
+    "train.run": ("RunResult",),
     "train.trl.trainer": ("ResTConfig", "ResTTrainer"),
-    "weights": ("RegionStatistics", "TaggedBatch", "WeightConfig", "WeightRule"),
+    "weights": ("RegionStatistics", "TaggedBatch", "WeightRule"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_WORKFLOWS = ("compare", "evaluate", "train")
+"""Packages that are called like a function (`rest_rl.objects.make_callable`)."""
 
 __all__ = [
     "FORMATS",
     "PRESETS",
-    "Dialogue",
+    "Benchmark",
+    "ComparisonReport",
+    "DataReport",
+    "EvalResult",
     "Gold",
     "Judgement",
+    "Observer",
     "ParsedResponse",
     "Preset",
     "Region",
     "RegionStatistics",
     "ResTConfig",
     "ResTTrainer",
-    "Reward",
-    "RewardConfig",
     "RewardRule",
+    "RowShape",
+    "RunConfig",
+    "RunResult",
     "Span",
     "TaggedBatch",
     "ToolCall",
     "ToolFormat",
     "ToolSample",
-    "WeightConfig",
+    "UserError",
     "WeightRule",
-    "clipped_surrogate",
-    "decompose",
+    "check_data",
+    "compare",
+    "evaluate",
     "get_format",
-    "get_preset",
-    "group_advantages",
     "judge",
-    "score_response",
+    "load_dataset",
     "tag_regions",
-    "token_entropy",
     "token_weights",
-    "weight_advantages",
+    "train",
+    "training_dataset",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         return getattr(importlib.import_module(f"rest_rl.{_HOME_OF[name]}"), name)
+    if name in _WORKFLOWS:
+        return importlib.import_module(f"rest_rl.{name}")
     raise AttributeError(f"module 'rest_rl' has no attribute {name!r}")
 
 
