@@ -125,7 +125,7 @@ def test_every_public_name_loads() -> None:
     import rest_rl
 
     assert all(getattr(rest_rl, name) is not None for name in rest_rl.__all__)
-    assert sorted(rest_rl.__all__) == sorted(rest_rl._HOME_OF)
+    assert sorted(rest_rl.__all__) == sorted([*rest_rl._HOME_OF, *rest_rl._WORKFLOWS])
     assert rest_rl.__version__
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = rest_rl.nonsense
