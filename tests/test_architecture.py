@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "rest_rl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT = 700, 60, 18
 ADDRESSES = {
-    "trl": ["train/trl/*.py", "train/sft.py", "train/run.py", "train/verl/*.py"],
+    "trl": ["train/trl/*.py", "train/sft.py", "train/estimate.py", "train/verl/*.py"],
     "datasets": ["data/reading.py", "train/prompts.py", "train/sft.py", "train/run.py"],
     "matplotlib": ["report/plots.py", "compare/page.py", "probe/page.py", "evaluate/*.py"],
     "rich": ["cli/*.py"],

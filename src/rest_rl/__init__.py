@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rest_rl.evaluate.run import EvalResult, evaluate
     from rest_rl.formats import FORMATS, ToolFormat, get_format
     from rest_rl.presets import PRESETS, Preset, token_weights
+    from rest_rl.probe.report import ProbeReport
+    from rest_rl.probe.run import probe
     from rest_rl.regions import tag_regions
     from rest_rl.response import Gold, ParsedResponse, Region, Span, ToolCall
     from rest_rl.rewards import Judgement, RewardRule, judge
@@ -44,6 +46,7 @@ _HOMES = {
     "evaluate.run": ("EvalResult",),
     "formats": ("FORMATS", "ToolFormat", "get_format"),
     "presets": ("PRESETS", "Preset", "token_weights"),
+    "probe.report": ("ProbeReport",),
     "regions": ("tag_regions",),
     "response": ("Gold", "ParsedResponse", "Region", "Span", "ToolCall"),
     "rewards": ("Judgement", "RewardRule", "judge"),
@@ -54,7 +57,7 @@ _HOMES = {
     "weights": ("RegionStatistics", "TaggedBatch", "WeightRule"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_WORKFLOWS = ("compare", "evaluate", "train")
+_WORKFLOWS = ("compare", "evaluate", "probe", "train")
 """Packages that are called like a function (`rest_rl.objects.make_callable`)."""
 
 __all__ = [
@@ -69,6 +72,7 @@ __all__ = [
     "Observer",
     "ParsedResponse",
     "Preset",
+    "ProbeReport",
     "Region",
     "RegionStatistics",
     "ResTConfig",
@@ -90,6 +94,7 @@ __all__ = [
     "get_format",
     "judge",
     "load_dataset",
+    "probe",
     "tag_regions",
     "token_weights",
     "train",
