@@ -7,7 +7,7 @@ record is missing, never 0.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -139,12 +139,6 @@ class ComparisonReport:
     """What differs between runs that should only differ in method and seed."""
     counted_on: str
     """The curve on which steps are counted, in words."""
-    sd: float
-    """Common standard deviation of the paired differences of the primary figure."""
-    seeds: int
-    """The most seeds that a judged method shares with the reference."""
-    detectable: float
-    """The smallest difference that the grid would have seen four times out of five, with all of its seeds."""
     verdict: tuple[Statement, ...] = ()
     page: Path | None = None
     """compare.md; None where no run of the reference is finished."""
@@ -177,16 +171,35 @@ class ComparisonReport:
 
     def judged(self, start: str | None = None) -> list[MethodResult]:
         """The rivals that the verdict is about: those with the primary figure, without `random`."""
-        return judged_lines([line for line in self.rivals() if start in (None, line.start)], self.primary)
+        rivals = [line for line in self.rivals() if start in (None, line.start)]
+        return [line for line in rivals if self.primary in line.metrics and line.method != RANDOM]
 
     @property
     def is_single(self) -> bool:
         """Whether only one method is judged, whose p needs no correction."""
         return len(self.judged()) == 1
 
+    @cached_property
+    def shared_seeds(self) -> dict[str, int]:
+        """How many seeds with the primary figure each judged method shares with the reference."""
+        tests = {line.label: line.metrics[self.primary].paired for line in self.judged()}
+        return {label: test.n if test else 0 for label, test in tests.items()}
 
-def judged_lines(rivals: Iterable[MethodResult], primary: str) -> list[MethodResult]:
-    return [line for line in rivals if primary in line.metrics and line.method != RANDOM]
+    @property
+    def seeds(self) -> int:
+        """The most seeds that a judged method shares with the reference."""
+        return max(self.shared_seeds.values(), default=0)
+
+    @cached_property
+    def sd(self) -> float:
+        """Common standard deviation of the paired differences of the primary figure."""
+        tests = [line.metrics[self.primary].paired for line in self.judged()]
+        return pooled_sd([(test.sd, test.n) for test in tests if test])
+
+    @cached_property
+    def detectable(self) -> float:
+        """The smallest difference that the grid would have seen four times out of five, with all of its seeds."""
+        return detectable(self.sd, self.seeds)
 
 
 def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
@@ -198,21 +211,14 @@ def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport
     runs, unfinished = read_runs(folder, grid, reference)
     primary = next((key for key in PRIMARY if any(key in run.values for run in runs)), PRIMARY[-1])
     curves, counted_on = step_curves(runs)
-    lines = method_results(runs, reference, primary, curves)
-    judged = judged_lines((line for line in lines if line.method != reference), primary)
-    tests = [test for line in judged if (test := line.metrics[primary].paired)]
-    sd, seeds = pooled_sd([(test.sd, test.n) for test in tests]), max((test.n for test in tests), default=0)
     return ComparisonReport(
         folder=folder,
         reference=reference,
         primary=primary,
-        lines=lines,
+        lines=method_results(runs, reference, primary, curves),
         unfinished=unfinished,
         unequal=tuple(unequal_settings(runs)),
         counted_on=counted_on,
-        sd=sd,
-        seeds=seeds,
-        detectable=detectable(sd, seeds),
     )
 
 

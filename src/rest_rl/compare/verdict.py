@@ -199,8 +199,7 @@ def reference_gain(label: str, gain: Interval) -> Statement:
 
 
 def power_statements(report: ComparisonReport) -> Iterator[Statement]:
-    tests = {line.label: line.metrics[report.primary].paired for line in report.judged()}
-    shared = {label: test.n if test else 0 for label, test in tests.items()}
+    shared = report.shared_seeds
     if shared and report.seeds < 2:
         text = "One seed has no spread: nothing here can be told from noise. Run at least 3 seeds, better 5."
         yield Statement("one_seed", text)

@@ -172,6 +172,11 @@ class History:
         column = self.column(key)
         return column.best() if column else None
 
+    def fall(self, key: str, least: float = 0.0) -> tuple[Mean, Mean] | None:
+        """The highest window and the newest one, if that is lower beyond noise and by more than `least`."""
+        best, now = self.best(key), self.now(key)
+        return (best, now) if best and now and best.above(now, self.threshold, least) else None
+
     def until(self, key: str, step: int) -> Mean | None:
         """The window that ended with `step`."""
         column = self.column(key)

@@ -91,9 +91,10 @@ def truncated(history: History, settings: Settings) -> Symptom | None:
 
 def format_falls(history: History, settings: Settings) -> Symptom | None:
     """Fewer responses keep the format than did before, by enough to show in most groups."""
-    now, best = history.now("rest/format"), history.best("rest/format")
-    if now is None or best is None or not best.above(now, history.threshold, settings.most_groups):
+    fall = history.fall("rest/format", settings.most_groups)
+    if not fall:
         return None
+    best, now = fall
     cut, was_cut = (history.until("completions/clipped_ratio", mean.last) for mean in (now, best))
     if cut and was_cut and cut.above(was_cut, history.threshold, (best.value - now.value) / 2):
         cause = f"more of them hit the length limit ({percent(was_cut)} → {percent(cut)}), and what is cut off fails it"
@@ -106,9 +107,10 @@ def format_falls(history: History, settings: Settings) -> Symptom | None:
 
 def calls_fall(history: History, settings: Settings) -> Symptom | None:
     """Fewer responses attempt a call, accuracy has not gained by it, and broken format is not why."""
-    now, best = history.now("rest/call_rate"), history.best("rest/call_rate")
-    if now is None or best is None or not best.above(now, history.threshold, settings.most_groups):
+    fall = history.fall("rest/call_rate", settings.most_groups)
+    if not fall:
         return None
+    best, now = fall
     accuracy, before = (history.until("rest/accuracy", mean.last) for mean in (now, best))
     if (accuracy and before and accuracy.above(before, history.threshold)) or format_falls(history, settings):
         return None
@@ -249,9 +251,10 @@ def gradient_spike(history: History, settings: Settings) -> Symptom | None:
 
 def exact_match_falls(history: History, settings: Settings) -> Symptom | None:
     """The reward rises while exact match falls: what is paid for is not what is wanted."""
-    best, now = history.best("rest/exact_match"), history.now("rest/exact_match")
-    if best is None or now is None or not best.above(now, history.threshold):
+    fall = history.fall("rest/exact_match")
+    if not fall:
         return None
+    best, now = fall
     reward, before = (history.until("reward", mean.last) for mean in (now, best))
     if reward is None or before is None or not reward.above(before, history.threshold):
         return None
