@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from rest_rl.errors import UserError
 from rest_rl.formats import FORMATS, ToolFormat, get_format
 from rest_rl.response import Gold, Region, ToolCall
 from tests.scores import exact_match, score
@@ -185,11 +186,11 @@ def test_a_tag_more_than_the_blocks_have_is_a_violation(text):
 
 
 def test_text_that_cannot_be_written_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"thought contains '</think>'"):
+    with pytest.raises(UserError, match=r"'</think>' in the thought"):
         FORMATS["toolrl"].render("a </think> b", [], None)
-    with pytest.raises(ValueError, match=r"answer contains '<tool_call>'"):
+    with pytest.raises(UserError, match=r"'<tool_call>' in the answer"):
         FORMATS["hermes"].render(None, [], "see <tool_call>")
-    with pytest.raises(ValueError, match=r"call of 'f' cannot be written as JSON"):
+    with pytest.raises(UserError, match=r"a call of 'f' that is no JSON"):
         FORMATS["toolrl"].render("x", [ToolCall("f", {"a": float("nan")})], None)
 
 
@@ -206,8 +207,9 @@ UNWRITABLE = [
 
 @pytest.mark.parametrize(("name", "call", "words"), UNWRITABLE)
 def test_a_name_that_the_grammar_cannot_write_is_refused(name, call, words):
-    with pytest.raises(ValueError, match=f"the format '{name}' cannot write (the )?{words}"):
+    with pytest.raises(UserError, match=words) as refused:
         FORMATS[name].render("x", [call], None)
+    assert f"format '{name}'" in refused.value.got
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_a_name_that_the_grammar_cannot_write_is_refused(name, call, words):
 )
 def test_an_answer_that_would_be_read_as_a_call_is_refused(name, answer):
     for made in ([], [ToolCall("f", {})]):
-        with pytest.raises(ValueError, match="would read a part of the answer as a call"):
+        with pytest.raises(UserError, match="read as a call"):
             FORMATS[name].render(None, made, answer)
 
 
@@ -226,7 +228,7 @@ def test_values_that_would_not_be_read_back_are_refused(name):
     for _ in range(70):
         deep = [deep]
     for value in (float("nan"), float("inf"), 10**450, deep, object(), {1, 2}):
-        with pytest.raises(ValueError, match=r"the calls? of 'f'"):
+        with pytest.raises(UserError, match=r"calls? of 'f'"):
             FORMATS[name].render(None, [ToolCall("f", {"a": value})], None)
 
 

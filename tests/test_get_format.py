@@ -50,7 +50,7 @@ def test_an_object_that_is_no_format_is_refused():
 
 
 def test_a_format_without_think_tags_has_no_opened_block():
-    with pytest.raises(ValueError, match="has no think tags"):
+    with pytest.raises(ValueError, match="without think tags"):
         OpenedThinkFormat(HermesFormat(name="bare", tags=("<tool_call>", "</tool_call>")))
 
 

@@ -75,9 +75,10 @@ class FlattenedLayout(PromptLayout):
 def frame_of(path: str) -> Frame:
     """The texts of the first row in a file that has ToolRL's: its own rows, or ours where prompts were kept."""
     for row in RowReader(path):
-        shape = None if isinstance(row.value, RowError) else find_shape(row.value, (own, toolrl))
+        if isinstance(row.value, RowError) or not (shape := find_shape(row.value, (own, toolrl))):
+            continue
         try:
-            for sample in shape.read(row.value, RowContext(f"row {row.number}", keep_prompts=True)) if shape else ():
+            for sample in shape.read(row.value, RowContext(f"row {row.number}", keep_prompts=True)):
                 if sample.tools_in_prompt and sample.messages[0]["role"] == "system":
                     system = sample.messages[0]["content"]
                     begin, end = tool_list_span(system)

@@ -33,9 +33,10 @@ def mask_names(sample: ToolSample, share: float, seed: int) -> ToolSample:
 
     A sample whose messages describe its tools is left as it is.
     """
+    if not share or sample.tools_in_prompt:
+        return sample
     rng = random.Random(digest_of([seed, sample.id]))
-    is_left = rng.random() >= share or sample.tools_in_prompt
-    return sample if is_left else rename(sample, draw_names(sample, rng))
+    return rename(sample, draw_names(sample, rng)) if rng.random() < share else sample
 
 
 def draw_names(sample: ToolSample, rng: random.Random) -> Names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+from rest_rl.errors import UserError
 from rest_rl.formats.reading import Reading
 from rest_rl.json_spans import Entry, bracket_end, decode_at, scan_object, skip_space
 from rest_rl.response import Region, Span, ToolCall
@@ -120,13 +121,11 @@ def dump_call(call: ToolCall, arguments_key: str, tags: re.Pattern[str]) -> str:
 
 
 def dump_json(call: ToolCall, value: object) -> str:
-    """The value, which is or belongs to `call`, as JSON; ValueError when JSON cannot write it."""
+    """The value, which is or belongs to `call`, as JSON; UserError when JSON cannot write it."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"the call of {call.name!r} cannot be written as JSON: {error}; use JSON values only"
-        ) from None
+        raise UserError(f"a call of {call.name!r} that is no JSON ({error})", "JSON values", "change them") from None
 
 
 def escape_tags(line: str, tags: re.Pattern[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rest_rl.formats.json_calls import dump_call, dump_json, escape_tags, read_object
 from rest_rl.formats.plain_answer import THINK, PlainReading, write_plain
-from rest_rl.formats.reading import describe_tools
+from rest_rl.formats.reading import describe_tools, unwritable
 from rest_rl.json_spans import bracket_end, decode_at, skip_space
 from rest_rl.response import ParsedResponse, Region, Span, ToolCall
 
@@ -84,10 +84,8 @@ class MistralV11Format(MistralFormat):
         """Thought, then answer, then calls, each where there is one; a name with a bracket or brace is refused."""
         for call in calls:
             if not call.name.strip() or call.name != call.name.strip() or re.search(r"[\[{\n]", call.name):
-                raise ValueError(
-                    f"the format {self.name!r} cannot write the tool name {call.name!r}; "
-                    "expected a name without `[`, `{`, line breaks and outer spaces"
-                )
+                expected = "a name without `[`, `{`, line breaks and outer spaces"
+                raise unwritable(self.name, f"tool name {call.name!r}", expected)
         written = "".join(
             f"{_MARKER}{call.name}[ARGS]{escape_tags(dump_json(call, dict(call.arguments)), _PATTERN)}"
             for call in calls

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rest_rl.errors import UserError
 from rest_rl.formats.protocol import ToolFormat
 from rest_rl.response import ParsedResponse, Span, ToolCall
 
@@ -26,10 +27,8 @@ class OpenedThinkFormat:
 
     def __post_init__(self) -> None:
         if not any(tag in OPENINGS for tag in self.inner.tags):
-            raise ValueError(
-                f"got {self.name!r}, but the format {self.inner.name!r} has no think tags; "
-                f"expected {' or '.join(OPENINGS)} among its tags, or the name without {SUFFIX}"
-            )
+            expected = f"{' or '.join(OPENINGS)} among its tags"
+            raise UserError(f"format {self.name!r} without think tags", expected, f"leave out {SUFFIX}")
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rest_rl.formats.protocol import ToolFormat
-from rest_rl.formats.reading import Reading, checked
+from rest_rl.formats.reading import Reading, checked, unwritable
 from rest_rl.response import ParsedResponse, Region, ToolCall
 
 THINK = ("<think>", "</think>")
@@ -107,18 +107,14 @@ def write_plain(
     text = head + "\n\n".join(filter(None, [said, written]))
     parsed = tool_format.parse(text, spans=False)
     if parsed.answer != (said or None) or len(parsed.calls) + parsed.unreadable_calls != len(calls):
-        raise ValueError(f"the format {tool_format.name!r} would read a part of the answer as a call; reword it")
+        raise unwritable(tool_format.name, "an answer of which a part would be read as a call", "other words")
     for call, read in zip(calls, parsed.calls, strict=False):
         if (call.name, _as_json(call.arguments)) != (read.name, read.arguments):
-            raise ValueError(
-                f"the format {tool_format.name!r} cannot write the call of {call.name!r}: {read.name!r} with other "
-                "arguments would be read; integers of over 400 digits and nesting beyond 64 levels are refused"
-            )
+            got = f"the call of {call.name!r}, which would be read as another call of {read.name!r}"
+            raise unwritable(tool_format.name, got, "integers of at most 400 digits and at most 64 levels")
     if len(parsed.calls) != len(calls) or not parsed.well_formed:
-        names = ", ".join(repr(call.name) for call in calls)
-        raise ValueError(
-            f"the format {tool_format.name!r} cannot write the calls of {names}: {'; '.join(parsed.problems[:2])}"
-        )
+        got = f"the calls of {', '.join(repr(call.name) for call in calls)} ({'; '.join(parsed.problems[:2])})"
+        raise unwritable(tool_format.name, got, "calls that read back")
     return text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rest_rl.formats.json_calls import dump_json, escape_tags
 from rest_rl.formats.plain_answer import PlainReading, write_plain
 from rest_rl.formats.python_values import BRACKET_OR_STRING, NotLiteralError, read_arguments, write_arguments
-from rest_rl.formats.reading import describe_tools
+from rest_rl.formats.reading import checked, describe_tools, unwritable
 from rest_rl.json_spans import bracket_end, skip_space
 from rest_rl.response import ParsedResponse, Region, Span, ToolCall
 
@@ -104,12 +104,9 @@ class PythonicFormat:
 
     def _write_call(self, call: ToolCall) -> str:
         if not self._written_name.fullmatch(call.name) or call.name != call.name.rstrip():
-            raise ValueError(
-                f"the format {self.name!r} cannot write the tool name {call.name!r}; "
-                "expected a name without brackets, quotes, commas, `=`, line breaks and outer spaces"
-            )
-        if any(tag in call.name for tag in self.tags):
-            raise ValueError(f"the tool name {call.name!r} contains a tag of the format {self.name!r}")
+            expected = "a name without brackets, quotes, commas, `=`, line breaks and outer spaces"
+            raise unwritable(self.name, f"tool name {call.name!r}", expected)
+        checked(call.name, self.tags, "tool name")
         dump_json(call, dict(call.arguments))  # refuses what is not JSON
         return call.name + escape_tags(write_arguments(call.arguments), self._pattern)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rest_rl.formats.json_calls import dump_json
 from rest_rl.formats.plain_answer import PlainReading, write_plain
-from rest_rl.formats.reading import describe_tools
+from rest_rl.formats.reading import describe_tools, unwritable
 from rest_rl.json_spans import bare_value, decode_at
 from rest_rl.response import ParsedResponse, Region, Span, ToolCall
 
@@ -77,10 +77,8 @@ class Qwen3CoderFormat:
         dump_json(call, dict(call.arguments))  # refuses what is not JSON
         for name in (call.name, *call.arguments):
             if not _NAME.fullmatch(name):
-                raise ValueError(
-                    f"the format {self.name!r} cannot write the name {name!r} in the call of {call.name!r}; "
-                    "expected names without `<`, `>`, line breaks and outer spaces"
-                )
+                expected = "names without `<`, `>`, line breaks and outer spaces"
+                raise unwritable(self.name, f"name {name!r} in the call of {call.name!r}", expected)
         parameters = "".join(
             f"<parameter={key}>\n{self._write_value(call, value)}\n</parameter>\n"
             for key, value in call.arguments.items()

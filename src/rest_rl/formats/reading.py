@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from rest_rl.errors import UserError
 from rest_rl.response import Region, Span, ToolCall
 
 MAX_PROBLEMS = 20
@@ -107,11 +108,16 @@ def find_blocks(text: str, pattern: re.Pattern[str]) -> tuple[list[Block], list[
 
 
 def checked(text: str, forbidden: Sequence[str], what: str) -> str:
-    """The text without its outer white space; ValueError when it contains one of the forbidden strings."""
+    """The text without its outer white space; UserError when it contains one of the forbidden strings."""
     for tag in forbidden:
         if tag in text:
-            raise ValueError(f"the {what} contains {tag!r}, which ends or opens a block of the format; remove it")
+            raise UserError(f"{tag!r} in the {what}", "a text without the tags of the format", "remove it")
     return text.strip()
+
+
+def unwritable(tool_format: str, got: str, expected: str) -> UserError:
+    """The error for what a format cannot write."""
+    return UserError(f"{got} in format {tool_format!r}", expected, "change it, or take another format")
 
 
 def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:

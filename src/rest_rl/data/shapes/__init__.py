@@ -67,12 +67,12 @@ def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
         if ":" not in source:
             names = f"{AUTO}, one of {', '.join(SHAPES)}, or package.module:OBJECT"
             raise UserError(f"source {source!r}", names, "name one of them")
-        source = load_object(source, "row shape")
-    missing = [part for part in ("name", "matches", "read") if not hasattr(source, part)]
-    if missing or isinstance(source, type):
-        got = "a class" if isinstance(source, type) else f"an object without {', '.join(missing)}"
+    shape: Any = load_object(source, "row shape") if isinstance(source, str) else source
+    missing = [part for part in ("name", "matches", "read") if not hasattr(shape, part)]
+    if missing or isinstance(shape, type):
+        got = "a class" if isinstance(shape, type) else f"an object without {', '.join(missing)}"
         raise UserError(f"row shape {source!r}, {got}", "an object with name, matches and read", "see docs/data.md")
-    return (source, *_ALL)
+    return (shape, *_ALL)
 
 
 def find_shape(row: Mapping[str, Any], shapes: tuple[RowShape, ...]) -> RowShape | None:

@@ -85,8 +85,9 @@ def _join_parts(content: Any) -> Any:
     """Content parts that are all text as one text."""
     if not isinstance(content, list | tuple):
         return content
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else content
 
 
 def _read_calls(value: Any, context: RowContext) -> Any:
