@@ -196,9 +196,10 @@ class WeightConfig:
         if set(self.dropped) == set(REGIONS):
             raise UserError("every region in dropped", "one to learn from", "leave one out")
         if self.dropped and self.rule == "top_entropy":
-            raise ValueError(
-                f"got dropped {list(self.dropped)} with the rule 'top_entropy', which weighs tokens and no regions; "
-                "remove one of them"
+            raise UserError(
+                f"dropped {list(self.dropped)} with the rule 'top_entropy', which weighs tokens and no regions",
+                "one of the two",
+                "remove the other",
             )
 
     @property

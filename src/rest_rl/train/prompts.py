@@ -73,10 +73,16 @@ def dataset_of(rows: Iterable[Mapping[str, Any]]) -> Dataset:
     return Dataset.from_list(listed)
 
 
+def cannot_train_on(rejected: Rejected) -> UserError:
+    return UserError(
+        rejected.reason, "a sample that the model and its format can hold", "correct or leave out the sample"
+    )
+
+
 def prepared_or_error(sample: ToolSample, layout: PromptLayout) -> Prepared:
     prepared = prepare(sample, layout)
     if isinstance(prepared, Rejected):
-        raise ValueError(prepared.reason)
+        raise cannot_train_on(prepared)
     return prepared
 
 

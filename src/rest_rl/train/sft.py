@@ -21,7 +21,7 @@ from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region
-from rest_rl.train.prompts import IGNORED, dataset_of, demonstration_text, encode, prepared_or_error
+from rest_rl.train.prompts import IGNORED, cannot_train_on, dataset_of, demonstration_text, encode, prepared_or_error
 from rest_rl.weights import assign_weights
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def labelled_dataset(samples: Iterable[ToolSample], layout: PromptLayout, max_le
     """Columns input_ids and labels (-100 on the prompt); ValueError for no samples or one that cannot be learnt."""
     rows, rejected = demonstrations([prepared_or_error(sample, layout) for sample in samples], layout, max_length)
     if rejected:
-        raise ValueError(rejected[0].reason)
+        raise cannot_train_on(rejected[0])
     return dataset_of(rows)
 
 

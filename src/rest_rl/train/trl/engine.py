@@ -28,7 +28,7 @@ from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
 from rest_rl.train.engine import AfterStep, Reached
 from rest_rl.train.estimate import count_work
 from rest_rl.train.policy import load_policy, new_adapter
-from rest_rl.train.prompts import TrainingData, dataset_of, prompt_dataset
+from rest_rl.train.prompts import TrainingData, cannot_train_on, dataset_of, prompt_dataset
 from rest_rl.train.record import KeepLast, ResponseRecord, recorded_reward
 from rest_rl.train.reward import make_tool_reward
 from rest_rl.train.sft import demonstrations, region_trainer
@@ -72,7 +72,7 @@ class TrlEngine:
         rows, rejected = demonstrations(data.prepared, self.layout, self.args.max_length)
         data.reject(rejected)
         if not rows:
-            raise ValueError(rejected[0].reason)
+            raise cannot_train_on(rejected[0])
         return dataset_of(rows)
 
     def token_counts(self, prepared: Sequence[Prepared]) -> list[int]:

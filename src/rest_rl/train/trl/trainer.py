@@ -189,9 +189,10 @@ class ResTConfig(GRPOConfig):
         }
         for setting, is_set in refused.items():
             if is_set:
-                raise ValueError(
-                    f"got {setting} with preset {self.preset!r}, whose token weights would not apply to that term or "
-                    "no longer have mean 1; leave it at its default, or use preset 'grpo', 'dr_grpo' or 'dapo'"
+                raise UserError(
+                    f"{setting} with preset {self.preset!r}",
+                    "its default: the token weights would not apply to that term or no longer have mean 1",
+                    "remove it, or use preset 'grpo', 'dr_grpo' or 'dapo'",
                 )
 
 

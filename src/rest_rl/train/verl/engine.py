@@ -248,7 +248,7 @@ def run_on_ray(config: Any, plugin: str = PLUGIN) -> None:
 
 
 def refuse_second_run() -> None:
-    """RuntimeError where another run uses this Ray: they would share a queue and learn from each other's responses."""
+    """UserError where another run uses this Ray: they would share a queue and learn from each other's responses."""
     import ray
 
     for _ in range(PATIENCE):  # a run that was killed a moment ago may still be there
@@ -257,7 +257,7 @@ def refuse_second_run() -> None:
         except ValueError:
             return
         time.sleep(1)
-    raise RuntimeError("got a Ray cluster with a run of verl on it, expected one run at a time; start another cluster")
+    raise UserError("a Ray cluster with a run of verl on it", "one run at a time", "start another cluster")
 
 
 def tail(path: Path) -> Iterator[list[Row]]:
