@@ -72,6 +72,8 @@ def test_a_shape_may_give_samples_and_tools_in_any_spelling(tmp_path: Path) -> N
     assert (samples[0].id, samples[0].tools[0]["type"]) == ("7", "function")
     assert samples[0].gold.calls[0].arguments["days"] == 2
     assert report.reasons == {"unquoted_value": 1, "number_as_string": 1}
+    path = str(tmp_path / "rows.jsonl")
+    assert check_data(path, test=path, source=shape(read)).reasons["leak"] == 1
 
 
 def rejecting(row: Any, context: Any) -> Any:

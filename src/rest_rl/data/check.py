@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -118,12 +119,12 @@ class DataReport:
     samples: int = 0
     lost_turns: int = 0
     """Rows that give samples and lost a turn; they count as repaired."""
-    reasons: dict[str, int] = field(default_factory=dict)
-    occurrences: dict[str, int] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+    occurrences: Counter[str] = field(default_factory=Counter)
     first_rows: dict[str, list[int]] = field(default_factory=dict)
     outcomes: dict[str, set[str]] = field(default_factory=dict)
     """What became of rows or turns for a reason, in the words of `outcome`."""
-    sources: dict[str, int] = field(default_factory=dict)
+    sources: Counter[str] = field(default_factory=Counter)
     files: set[str] = field(default_factory=set)
     findings: list[LocatedFinding] = field(default_factory=list)
     """The first `MAX_FINDINGS`."""
@@ -136,16 +137,15 @@ class DataReport:
         self.samples += len(row.samples)
         self.lost_turns += bool(row.samples) and any(found.severity == "rejected" for found in row.findings)
         self.files.add(row.file)
-        if row.source:
-            self.sources[row.source] = self.sources.get(row.source, 0) + 1
-        for found in row.findings:
-            self.outcomes.setdefault(found.reason, set()).add(outcome(row, found))
-            self.occurrences[found.reason] = self.occurrences.get(found.reason, 0) + 1
-            self.findings.append(LocatedFinding(row.file, row.number, found))
+        self.sources.update([row.source] if row.source else ())
+        self.occurrences.update(found.reason for found in row.findings)
+        self.findings += [LocatedFinding(row.file, row.number, found) for found in row.findings]
         self.findings_left_off += max(0, len(self.findings) - MAX_FINDINGS)
         del self.findings[MAX_FINDINGS:]
+        for found in row.findings:
+            self.outcomes.setdefault(found.reason, set()).add(outcome(row, found))
         for reason in {found.reason for found in row.findings}:
-            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+            self.reasons[reason] += 1
             first = self.first_rows.setdefault(reason, [])
             first += [row.number] if len(first) < FIRST_ROWS else []
 
@@ -193,7 +193,7 @@ def prompts_of(path: str, config: CheckConfig | None = None) -> set[int]:
     """Digests of all prompts of a test file; its histories are repaired as the config says."""
     config = config or CheckConfig()
     keep = tuple(reason for reason in KEEPABLE if reason in config.keep or REASONS[reason].severity != "repaired")
-    source = AUTO if config.source in SHAPES else config.source
+    source = AUTO if isinstance(config.source, str) and config.source in SHAPES else config.source
     everything = replace(config, keep=keep, mask_names=0.0, source=source)
     return {leak_digest(sample) for row in checked_rows(path, everything) for sample in row.samples}
 
