@@ -10,7 +10,7 @@ import pytest
 from research.demonstrations import DEFECTS, Defect, corrupted_demonstration, demonstration
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.formats import get_format
-from rest_rl.rewards import exact_match, score
+from tests.scores import exact_match, score
 
 TRAIN = tool_world(0, 600)
 
