@@ -20,8 +20,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,19 +36,8 @@ REJECTED = "rejected.jsonl"
 CHECKPOINTS, PLOTS, MODEL = "checkpoints", "plots", "model"
 TRAINER_FILES = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "global_step*", "optimizer_*")
 """What of a checkpoint is for the trainer alone."""
-LIBRARIES = (
-    "rest-rl",
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "tokenizers",
-    "numpy",
-    "peft",
-    "vllm",
-    "verl",
-    "ray",
-)
+LIBRARIES = ("rest-rl", "torch", "transformers", "trl", "accelerate", "tokenizers", "numpy", "peft")
+LIBRARIES += ("vllm", "verl", "ray")
 
 if TYPE_CHECKING:
     from rest_rl.report.diagnosis import Finding
@@ -65,9 +54,7 @@ class Advance(Protocol):
 class Observer(Protocol):
     """Whom a workflow tells what happens; the command shows it, a program may ignore it (`SILENT`)."""
 
-    def say(self, text: str) -> None:
-        """One line of text."""
-        ...
+    def say(self, text: str) -> None: ...
 
     def show_table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A table whose first column is text and whose other columns are numbers."""
@@ -134,8 +121,8 @@ class RunLog:
 
     def __init__(self, folder: str | Path, *, enabled: bool = True) -> None:
         """Use `create` or `resume`; this only binds the folder."""
-        self.folder = Path(folder)
-        self.enabled = enabled
+        self.folder, self.enabled = Path(folder), enabled
+        self.checkpoints, self.plots, self.model = (self.folder / name for name in (CHECKPOINTS, PLOTS, MODEL))
 
     @classmethod
     def create(
@@ -179,39 +166,19 @@ class RunLog:
         for name in (METRICS, RESPONSES, TIMING, EVALUATIONS):
             log._keep_until(name, step)
         if not is_last and (summary := log.read_summary()):
-            log._write(
-                SUMMARY,
-                as_json({key: value for key, value in summary.items() if key in ("data", "before")}, indent=2) + "\n",
-            )
+            kept = {key: value for key, value in summary.items() if key in ("data", "before")}
+            log._write(SUMMARY, as_json(kept, indent=2) + "\n")
         return log
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the trainer's checkpoints lie."""
-        return self.folder / CHECKPOINTS
-
-    @property
-    def plots(self) -> Path:
-        """Where the plots lie."""
-        return self.folder / PLOTS
-
-    @property
-    def model(self) -> Path:
-        """Where the trained model lies once the run has finished."""
-        return self.folder / MODEL
 
     def keep_model(self, checkpoint: Path) -> None:
         """Copy what a checkpoint holds besides the trainer's state to `model`."""
-        if not self.enabled or self.model.exists():
-            return
-        try:
-            shutil.copytree(checkpoint, self.model, ignore=shutil.ignore_patterns(*TRAINER_FILES))
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
+        if self.enabled and not self.model.exists():
+            with self._writing():
+                shutil.copytree(checkpoint, self.model, ignore=shutil.ignore_patterns(*TRAINER_FILES))
 
     def write_rejected(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows that training leaves out; without any there is no file."""
-        if text := "".join(as_json(row) + "\n" for row in rows):
+        if text := as_lines(rows):
             self._write(REJECTED, text)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
@@ -238,40 +205,44 @@ class RunLog:
         """Merge entries into summary.json, atomically."""
         self._write(SUMMARY, as_json({**self.read_summary(), **entries}, indent=2) + "\n")
 
-    def _make_folders(self) -> None:
-        if not self.enabled:
-            return
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            for folder in (self.folder, self.checkpoints, self.plots):
-                folder.mkdir(parents=True, exist_ok=True)
+            yield
         except OSError as error:
             raise unwritable(self.folder, error) from error
+
+    def _make_folders(self) -> None:
+        if self.enabled:
+            with self._writing():
+                for folder in (self.folder, self.checkpoints, self.plots):
+                    folder.mkdir(parents=True, exist_ok=True)
 
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        text = "".join(as_json(row) + "\n" for row in rows)
+        text, path = as_lines(rows), self.folder / name
         if not self.enabled or not text:
             return
-        path = self.folder / name
         size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            cut_back(path, size)
-            raise unwritable(self.folder, error) from error
+        with self._writing():
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(text)
+            except OSError:
+                cut_back(path, size)
+                raise
 
     def _keep_until(self, name: str, step: int) -> None:
-        kept = [row for row in read_rows(self.folder / name) if row.get("step", 0) <= step]
         if (self.folder / name).exists():
-            self._write(name, "".join(as_json(row) + "\n" for row in kept))
+            self._write(name, as_lines(row for row in read_rows(self.folder / name) if row.get("step", 0) <= step))
 
     def _write(self, name: str, text: str) -> None:
-        if not self.enabled:
-            return
-        try:
-            replace_file(self.folder / name, text)
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
+        if self.enabled:
+            with self._writing():
+                replace_file(self.folder / name, text)
+
+
+def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(as_json(row) + "\n" for row in rows)
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -369,7 +340,6 @@ def describe_environment(command: Iterable[str]) -> Row:
 
 
 def version_of(library: str) -> str | None:
-    """Version of an installed distribution, None if it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -385,7 +355,6 @@ def commit_of(folder: Path) -> str | None:
 
 
 def git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, None if it fails or is not there."""
     try:
         done = subprocess.run(  # noqa: S603
             ["git", "-C", str(folder), *arguments],  # noqa: S607
