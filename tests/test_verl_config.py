@@ -9,9 +9,9 @@ import pytest
 
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.errors import UserError
-from rest_rl.train.trl.trainer import reshapes
 from rest_rl.train.verl import config as verl_config
 from rest_rl.train.verl.config import VerlJob, check_refused, fixed_values, leaves, schedule, start_values, unread_keys
+from rest_rl.weights import is_uniform
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = [path for path in sorted(CONFIGS.glob("*.toml")) if not path.name.startswith(("compare-", "sft-"))]
@@ -50,7 +50,7 @@ def values_of(config: RunConfig, job: VerlJob = SMALL) -> dict[str, Any]:
     needed |= {key: values[key] for key in (verl_config.PASSES, *verl_config.OPEN)}
     values |= schedule(needed, config, job.num_train)
     method = config.rest.resolve()
-    check_refused(values, fixed_values(method, job), reshapes=reshapes(method))
+    check_refused(values, fixed_values(method, job), reshapes=not is_uniform(method.weights))
     return values
 
 
@@ -98,7 +98,7 @@ def test_fifteen_keys_are_fixed() -> None:
 def test_the_tables_of_the_documentation_name_every_key() -> None:
     page = (CONFIGS.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
     missing = [key for key in fixed_values(RunConfig().rest.resolve(), SMALL) if key not in page]
-    missing += [name for name in verl_config.TWINS if f"`{name}`" not in page]
+    missing += [name for name in (*verl_config.TABLES["trl"], *verl_config.COUNTED) if name not in page]
     assert not missing
 
 

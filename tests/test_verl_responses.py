@@ -144,9 +144,9 @@ def test_figures_and_rows_of_responses_by_hand():
     chosen = responses.first(3)
     watched = [responses.places[i] for i in chosen]
     weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS["grpo"].weights)
-    reshaped = reshape_batch(batch, weigher, EntropyTracker(0.7), 0.0, 1, watched)
-    assert [len(row) for row in reshaped.advantages.unbind()] == [len(row) for row in data["responses"]]
-    rows = responses.rows(chosen, reshaped.tokens, step=1, progress=0.0)
+    advantages, _, tokens = reshape_batch(batch, weigher, EntropyTracker(0.7), 0.0, 1, watched)
+    assert [len(row) for row in advantages.unbind()] == [len(row) for row in data["responses"]]
+    rows = responses.rows(chosen, tokens, step=1, progress=0.0)
     assert [row["id"] for row in rows] == ["sample 4", "sample 4", "sample 7"]  # in the order of the data
     assert [row.get("prompt") for row in rows] == ["q", None, "p"]
     assert [row["advantage"] for row in rows] == [2.0, 1.0, 3.0]  # those of places 2, 1 and 3
@@ -162,6 +162,6 @@ def test_the_most_uncertain_tokens_are_those_of_the_whole_batch(monkeypatch):
     columns = (torch.full((2, 2), 3), ones_BT.long(), entropies_BT, -ones_BT, ones_BT)
     top = replace(PRESETS["grpo"], weights=WeightConfig(rule="top_entropy", quantile=0.5))
     weigher = Weigher(tokenizer, FORMATS["toolrl"], top.weights)
-    reshaped = reshape_batch(dict(zip(PER_TOKEN, columns, strict=True)), weigher, EntropyTracker(0.7), 0.0, 1)
+    advantages, _, _ = reshape_batch(dict(zip(PER_TOKEN, columns, strict=True)), weigher, EntropyTracker(0.7), 0.0, 1)
     # The two most uncertain tokens are the first response's; the second keeps its own most uncertain one.
-    assert [row.tolist() for row in reshaped.advantages.unbind()] == [[1.0, 1.0], [0.0, 2.0]]
+    assert [row.tolist() for row in advantages.unbind()] == [[1.0, 1.0], [0.0, 2.0]]

@@ -101,7 +101,10 @@ def test_a_run_on_two_ranks_is_killed_and_goes_on(tmp_path):
 
 
 def test_weights_of_zero_give_no_gradient(tmp_path):
-    run_cpu(["-m", f"{__package__}.variants", "silent", str(run_file(tmp_path, 1))], tmp_path)
+    """By a rule of the user's, in a file beside the run file."""
+    rule = "def silent(batch, statistics, progress):\n    return 0.0 * batch.mask_BT\n"
+    (tmp_path / "own_rule.py").write_text(rule, encoding="utf-8")
+    run_cpu(train(run_file(tmp_path, 1, rest={"weights": {"rule": "own_rule:silent"}})), tmp_path)
     row = read_run(tmp_path / "run").metrics[0]
     assert row["reward_std"] > 0
     assert row["loss"] == row["grad_norm"] == 0.0

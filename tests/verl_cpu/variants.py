@@ -21,9 +21,8 @@ from rest_rl.train.run import resolve_layout
 from rest_rl.train.verl.engine import VerlEngine, run_on_ray
 from rest_rl.train.verl.plugin import ReSTPPOTrainer, to_list
 from rest_rl.train.verl.responses import PER_TOKEN
-from rest_rl.weights import REGIONS
 
-MODES = {"stock": ("sync", "grpo"), "recording": ("recording", "rest_group"), "silent": ("silent", "rest_group")}
+MODES = {"stock": ("sync", "grpo"), "recording": ("recording", "rest_group")}
 """Of each variant the trainer and the advantage estimator."""
 
 
@@ -40,15 +39,6 @@ class RecordingTrainer(ReSTPPOTrainer):
         lists = {name: to_list(data[name]) for name in ("uid", "extra_info")}
         torch.save({**tensors, **lists}, Path(self.config.rest.folder) / f"batch-{self.global_steps}.pt")
         return batch
-
-
-@register_trainer("silent")
-class SilentTrainer(ReSTPPOTrainer):
-    """Ours, with no region to learn from, which a run file may not ask for."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        object.__setattr__(self.method.weights, "dropped", REGIONS)
 
 
 def main(variant: str, path: str) -> None:

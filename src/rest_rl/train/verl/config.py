@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trl import GRPOConfig
 
-from rest_rl.config import AUTO, RunConfig
+from rest_rl.config import AUTO, RunConfig, embedded_run, parse_toml
 from rest_rl.errors import UserError
 from rest_rl.presets import Preset
 from rest_rl.train.reward import is_random
 from rest_rl.train.trl.settings import check_trl
-from rest_rl.train.verl.responses import ESTIMATOR, LOOP, PLUGIN, TRAINER
+from rest_rl.train.verl.responses import LOOP, PLUGIN, TRAINER
 from rest_rl.train.weighing import check_method
 from rest_rl.weights import is_uniform
 
@@ -39,33 +39,9 @@ OPEN = (PROMPTS, MINI, TOTAL, EPOCHS, SAVE, TEST)
 """Keys that `schedule` fills in where `[verl]` does not."""
 TRAIN_FILE, HELD_OUT_FILE, LOOPS_FILE, TOKENIZER = "train.parquet", "held_out.parquet", "agent_loops.yaml", "tokenizer"
 
-TWINS = {
-    "learning_rate": f"{ACTOR}.optim.lr",
-    "weight_decay": f"{ACTOR}.optim.weight_decay",
-    "num_iterations": PASSES,
-    "num_generations": N,
-    "temperature": f"{ROLLOUT}.temperature",
-    "top_p": f"{ROLLOUT}.top_p",
-    "max_completion_length": "data.max_response_length",
-    "gradient_checkpointing": f"{MODEL}.enable_gradient_checkpointing",
-    "vllm_tensor_parallel_size": f"{ROLLOUT}.tensor_model_parallel_size",
-    "vllm_max_model_length": f"{ROLLOUT}.max_model_len",
-}
-"""Keys of `[trl]` that mean the same on verl. Without one, its default in TRL goes to verl."""
-COUNTED = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_train_epochs"),
-    *("max_steps", "save_strategy", "save_steps", "save_total_limit"),
-    *("epsilon", "epsilon_high", "delta", "beta", "top_k"),
-)
-"""Keys of `[trl]` that are read besides."""
-LORA = {"r": "lora_rank", "lora_alpha": "lora_alpha", "target_modules": "target_modules"}
-"""Keys of `[peft]`, and what they are under verl's `model`."""
-AGGREGATION = {
-    "grpo": "seq-mean-token-mean",  # (1/G) sum_i (1/T_i) sum_t
-    "dr_grpo": "seq-mean-token-sum-norm",  # by max_completion_length, as in TRL: loss_scale_factor below
-    "dapo": "token-mean",  # by the tokens of one optimizer step; TRL by the mean over the steps of a batch
-}
-"""verl's name of what TRL calls `loss_type`, over the responses of one optimizer step on all GPUs."""
+TABLES = parse_toml(embedded_run("verl.toml"), "verl.toml")
+"""Which keys of the run file verl is given, and which of its own values are allowed."""
+COUNTED = [name for names in TABLES["trl_counted"].values() for name in names]
 
 
 class VerlJob(NamedTuple):
@@ -123,26 +99,19 @@ def start_values(config: RunConfig, job: VerlJob, *, megatron: bool = False) -> 
         **fixed_values(method, job),
         **dict.fromkeys(OPEN),
         **dict.fromkeys(seeded, config.run.seed),
-        **{key: trl[name] for name, key in TWINS.items()},
-        "algorithm.adv_estimator": ESTIMATOR,
-        f"{ACTOR}.loss_agg_mode": AGGREGATION[method.advantage],
+        **TABLES["start"],
+        **{key: trl[name] for name, key in TABLES["trl"].items()},
+        f"{ACTOR}.loss_agg_mode": TABLES["aggregation"][method.advantage],
         f"{ACTOR}.loss_scale_factor": "${data.max_response_length}" if method.advantage == "dr_grpo" else None,
         f"{ACTOR}.clip_ratio": low,
         f"{ACTOR}.clip_ratio_low": low,
         f"{ACTOR}.clip_ratio_high": high if trl["epsilon_high"] is None else trl["epsilon_high"],
         f"{ACTOR}.clip_ratio_c": trl["delta"] or 1e9,  # without `delta` TRL has no such bound
-        f"{ACTOR}.use_dynamic_bsz": True,
         f"{ACTOR}.ppo_max_token_len_per_gpu": max(16384, job.prompt_tokens + trl["max_completion_length"]),
-        f"{ACTOR}.entropy_from_logits_with_chunking": True,  # a vocabulary of 150,000 in float32 is 0.6 MB a token
         "data.max_prompt_length": job.prompt_tokens,
         f"{MODEL}.trust_remote_code": config.model.trust_remote_code,
-        f"{ROLLOUT}.name": "vllm",
         f"{ROLLOUT}.top_k": trl["top_k"] or -1,  # all tokens are 0 to TRL, -1 to vLLM
         f"{ROLLOUT}.val_kwargs.n": config.eval.samples,
-        f"{ROLLOUT}.val_kwargs.do_sample": True,
-        f"{ROLLOUT}.val_kwargs.temperature": 1.0,
-        "trainer.logger": [],
-        "trainer.project_name": "rest-rl",
         "trainer.experiment_name": Path(config.run.out).name,
     }
     if not megatron:
@@ -150,7 +119,7 @@ def start_values(config: RunConfig, job: VerlJob, *, megatron: bool = False) -> 
     if config.peft:
         rank = config.peft.get("r", 16)
         table = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", **config.peft}
-        values |= {f"{MODEL}.{key}": table[name] for name, key in LORA.items()}
+        values |= {key: table[name] for name, key in TABLES["peft"].items()}
     if trl["save_total_limit"]:  # with 1 verl deletes the old weights before the new checkpoint is whole
         values["trainer.max_actor_ckpt_to_keep"] = max(2, trl["save_total_limit"])
     return values
@@ -166,8 +135,8 @@ def trl_table(config: RunConfig) -> dict[str, Any]:
 
 def unread_keys(config: RunConfig) -> list[str]:
     """Keys of the run file that a run on verl does not read: `[verl]` has its own words for them."""
-    unread = [f"trl.{name}" for name in config.trl if name not in (*TWINS, *COUNTED)]
-    unread += [f"peft.{name}" for name in config.peft if name not in LORA]
+    unread = [f"trl.{name}" for name in config.trl if name not in (*TABLES["trl"], *COUNTED)]
+    unread += [f"peft.{name}" for name in config.peft if name not in TABLES["peft"]]
     unread += [f"model.{name}" for name in ("attn_implementation", "load_in_4bit") if getattr(config.model, name)]
     return unread + (["model.dtype"] if config.model.dtype not in (AUTO, "float32") else [])
 
@@ -208,38 +177,15 @@ def schedule(given: Mapping[str, Any], config: RunConfig, num_train: int) -> dic
 
 # What is refused
 
-ESTIMATORS = (ESTIMATOR, "grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo")
-"""Advantage estimators that give a response one advantage, without a critic."""
-HOMOGENEOUS = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "cispo")
-"""Policy losses of which w >= 0 times the advantage is w times the loss of each token.
-
-Not clip_cov and kl_cov (they choose tokens by the covariance with the advantage), geo_mean (it sums a response's
-advantages), dro (its penalty has no advantage in it) and bypass_mode (it needs no old log-probabilities).
-"""
-ALWAYS: Mapping[str, tuple[Any, ...]] = {
-    "algorithm.rollout_correction.bypass_mode": (False,),  # it skips the entropies
-    "algorithm.rollout_correction.rollout_rs": (None,),  # it takes tokens out of responses
-    f"{ACTOR}.policy_loss.loss_mode": (*HOMOGENEOUS, "clip_cov", "kl_cov", "geo_mean", "dro"),
-    "algorithm.adv_estimator": ESTIMATORS,
-    "reward.reward_model.enable": (False,),  # rewards are the run file's
-    "reward.custom_reward_function.path": (None,),
-    "distillation.enabled": (False,),  # its loss is another one
-}
-RESHAPING: Mapping[str, tuple[Any, ...]] = {
-    f"{ACTOR}.policy_loss.loss_mode": HOMOGENEOUS,
-    f"{ACTOR}.use_kl_loss": (False,),  # weights would not apply to these terms
-    f"{ACTOR}.entropy_coeff": (0,),
-    "algorithm.use_kl_in_reward": (False,),
-}
-"""Values of verl's keys that are allowed: with every preset, and with those that weigh tokens differently."""
-
 
 def check_refused(values: Mapping[str, Any], fixed: Mapping[str, Any], *, reshapes: bool) -> None:
     """UserError for values of verl's keys that would silently drop the weights or the objective."""
-    allowed = {**ALWAYS, **(RESHAPING if reshapes else {}), **{key: (value,) for key, value in fixed.items()}}
-    for key, choices in allowed.items():
+    weighing = TABLES["allowed_with_weights"]
+    allowed = TABLES["allowed"] | (weighing if reshapes else {}) | {key: [value] for key, value in fixed.items()}
+    for key, texts in allowed.items():
+        choices = [None if text == "null" else text for text in texts]
         if (value := values.get(key, None if key in fixed else choices[0])) not in choices:
-            remedy = "or use preset 'grpo', 'dr_grpo' or 'dapo'" if key in RESHAPING else "see docs/cluster.md"
+            remedy = "or use preset 'grpo', 'dr_grpo' or 'dapo'" if key in weighing else "see docs/cluster.md"
             raise UserError(f"verl.{key} = {value!r}", " or ".join(map(repr, choices)), f"change it, {remedy}")
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import re
+import sys
 import threading
 import time
 import zipfile
@@ -241,6 +243,7 @@ def run_on_ray(config: Any, plugin: str = PLUGIN) -> None:
             importlib.import_module(plugin)  # here, where verl looks the trainer up
             super().run(config)
 
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # a user's rule may lie beside the run file
     try:
         run_ppo(config, ray.remote(ReSTRunner))
     finally:

@@ -39,11 +39,11 @@ from rest_rl.train.verl.responses import (
     PER_TOKEN,
     STATE,
     TRAINER,
-    PluginRun,
     Responses,
     advantages_of_groups,
     keep_outcomes,
     metrics_row,
+    read_run,
     reshape_batch,
     timing_row,
 )
@@ -81,13 +81,8 @@ class ReSTPPOTrainer(PPOTrainerSync):
         """Read the run that `config.rest` holds."""
         config.trainer.v1.trainer_mode = "sync"  # verl's base class asks for its own name
         super().__init__(config)
-        self.run, self.method, self.format, self.tracker = PluginRun.from_toml(config.rest.run)
+        self.run, self.method, self.format, self.tracker = read_run(config.rest.run)
         self.log = RunLog(config.rest.folder)
-
-    @property
-    def progress(self) -> float:
-        """Training progress nu in [0, 1] of the step that is running."""
-        return progress_of_step(self.global_steps, self.total_training_steps)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         """The advantages of verl, multiplied by the weights of their tokens."""
@@ -98,12 +93,12 @@ class ReSTPPOTrainer(PPOTrainerSync):
         chosen = responses.first(self.run.responses_per_step)
         watched = [responses.places[i] for i in chosen]
         weigher = Weigher(self.tokenizer, self.format, self.method.weights)
-        reshaped = reshape_batch(data, weigher, self.tracker, self.progress, self.global_steps, watched)
+        step, progress = self.global_steps, progress_of_step(self.global_steps, self.total_training_steps)
+        advantages, figures, tokens = reshape_batch(data, weigher, self.tracker, progress, step, watched)
         asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
-        metrics |= reshaped.figures | responses.figures() | {FAILED: asked - len(responses.places)}
-        self.log.add_responses(responses.rows(chosen, reshaped.tokens, self.global_steps, self.progress))
-        fields = TensorDict({"advantages": reshaped.advantages}, batch_size=len(batch.keys))
-        return tq.kv_batch_put(**where, fields=fields)
+        metrics |= figures | responses.figures() | {FAILED: asked - len(responses.places)}
+        self.log.add_responses(responses.rows(chosen, tokens, step, progress))
+        return tq.kv_batch_put(**where, fields=TensorDict({"advantages": advantages}, batch_size=len(batch.keys)))
 
     def _responses(self, batch: Any, ids: Tensor) -> Responses:
         """What is known of the batch's responses, without verl's padding rows."""

@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ from rest_rl.train.weighing import (
     surprise_metrics,
     surprise_sums,
 )
-from rest_rl.weights import needs_entropies
 
 PLUGIN = "rest_rl.train.verl.plugin"
 """The module that registers the trainer and the advantage estimator."""
@@ -59,30 +58,11 @@ WALL_CLOCK = ("timing", "perf/", "throughput")
 """Beginnings of names of what differs from run to run."""
 
 
-class PluginRun(NamedTuple):
-    """What verl's trainer needs of a run."""
-
-    run: RunTable
-    method: Preset
-    format: ToolFormat
-    tracker: EntropyTracker
-
-    @classmethod
-    def from_toml(cls, text: str) -> PluginRun:
-        """Read the run file that verl's configuration carries."""
-        config = RunConfig.from_toml(text)
-        rest = config.rest
-        return cls(config.run, rest.resolve(), get_format(rest.format), EntropyTracker(rest.entropy_decay))
-
-
-class Reshaped(NamedTuple):
-    """What became of a batch."""
-
-    advantages: Tensor
-    """Of each token, weighed; jagged, with the row lengths of the batch."""
-    figures: dict[str, float]
-    tokens: dict[int, Row]
-    """By place, the recorded fields of the responses that were asked for."""
+def read_run(text: str) -> tuple[RunTable, Preset, ToolFormat, EntropyTracker]:
+    """What verl's trainer needs of the run file that verl's configuration carries."""
+    config = RunConfig.from_toml(text)
+    rest = config.rest
+    return config.run, rest.resolve(), get_format(rest.format), EntropyTracker(rest.entropy_decay)
 
 
 def reshape_batch(
@@ -92,24 +72,24 @@ def reshape_batch(
     progress: float,
     step: int,
     watched: Collection[int] = (),
-) -> Reshaped:
+) -> tuple[Tensor, dict[str, float], dict[int, Row]]:
     """Weigh a batch's advantages by what `tracker` knows of the steps before, then let it take in this one.
 
-    `data` holds verl's fields `PER_TOKEN`, jagged or dense; `step` is counted from 1; `watched` are places of responses
-    whose tokens are to be recorded.
+    `data` holds verl's fields `PER_TOKEN`, jagged or dense; `step` is counted from 1. Returns the weighed advantages of
+    all tokens, jagged, with the row lengths of the batch; the step's figures; and by place the recorded fields of the
+    responses at the places `watched`.
     """
     rows = [data[name].unbind() for name in PER_TOKEN]
     size, statistics, rule_weights_R = len(rows[0]), tracker.statistics(), None
     sums_4R, surprise_4 = torch.zeros(4, NUM_REGIONS, dtype=torch.float64), torch.zeros(SUMS, dtype=torch.float64)
     advantages: list[Tensor] = []
     recorded: dict[int, Row] = {}
-    needs = needs_entropies(weigher.rule)
-    entropies_N = torch.cat([h[m.bool()] for m, h in zip(rows[1], rows[2], strict=True)]).float().cpu()
+    entropies_N = torch.cat([row[mask.bool()] for row, mask in zip(rows[2], rows[1], strict=True)]).float().cpu()
     for first in range(0, size, PART):
         ids_BT, mask_BT, entropies_BT, logps_BT, advantages_BT = (padded(row[first : first + PART]) for row in rows)
         lengths = [len(row) for row in rows[0][first : first + PART]]
-        regions_BT, own = weigher.tag(ids_BT, mask_BT), (entropies_BT, entropies_N) if needs else ()
-        weighed = weigher.weigh(ids_BT, mask_BT, regions_BT, statistics, progress, step, *own)
+        regions_BT = weigher.tag(ids_BT, mask_BT)
+        weighed = weigher.weigh(ids_BT, mask_BT, regions_BT, statistics, progress, step, entropies_BT, entropies_N)
         rule_weights_R = weighed.rule_weights_R
         sums_4R += sums_by_region(weighed, mask_BT, entropies_BT, logps_BT)
         surprise_4 += surprise_sums(logps_BT, entropies_BT, mask_BT)
@@ -121,7 +101,7 @@ def reshape_batch(
     tracker.update(sums_4R[:3])
     figures = region_metrics(sums_4R, rule_weights_R) | surprise_metrics(surprise_4)
     figures["entropy"] = float(sums_4R[1].sum() / sums_4R[0].sum())
-    return Reshaped(torch.nested.as_nested_tensor(advantages, layout=torch.jagged), figures, recorded)
+    return torch.nested.as_nested_tensor(advantages, layout=torch.jagged), figures, recorded
 
 
 def padded(rows: Sequence[Tensor]) -> Tensor:
