@@ -453,3 +453,11 @@ def test_no_value_of_a_row_or_table_is_an_error() -> None:
             assert isinstance(finding.figure, str)
     evaluations = [{"step": value, "exact_match": value, "exact_match_error": value} for value in NASTY]
     assert isinstance(diagnose(rows, evaluations), list)
+
+
+def test_a_run_of_an_older_version_is_read_as_far_as_it_goes() -> None:
+    old = Settings.from_table({**TABLE, "rest": {**TABLE["rest"], "gone": 1}, "removed": {"x": 1}})
+    assert (old.max_length, old.total) == (96, 60)
+    assert old.clip == Settings.from_table({"trl": TABLE["trl"]}).clip  # [rest] as if it were not there
+    elsewhere = Settings.from_table({**TABLE, "rest": {"weights": {"rule": "no_such_module:RULE"}}})
+    assert (elsewhere.clip, elsewhere.shifts) == (None, {})

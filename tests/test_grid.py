@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,11 +16,11 @@ from rest_rl.report.tables import flatten
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def settings(grid: Grid, method: str, seed: int = 0, start: str = "") -> dict:
+def settings(grid: Grid, method: str, seed: int = 0, start: str = "") -> dict[str, Any]:
     return flatten(parse_toml(grid.run(method, start, seed).to_toml(), ""))
 
 
-def changed(grid: Grid, ours: str, theirs: str) -> dict:
+def changed(grid: Grid, ours: str, theirs: str) -> dict[str, Any]:
     new, old = settings(grid, ours), settings(grid, theirs)
     return {key: new.get(key) for key in sorted({*new, *old}) if new.get(key) != old.get(key)}
 

@@ -25,7 +25,7 @@ from rest_rl.config import AUTO, RunConfig, parse_toml, read_run_file
 from rest_rl.errors import UserError
 from rest_rl.jsonl import parse_row
 from rest_rl.report.tables import flatten, is_number
-from rest_rl.runlog import CONFIG, METRICS, SUMMARY, Advance, Observer, read_object, replace_file, unwritable
+from rest_rl.runlog import CONFIG, METRICS, SUMMARY, Observer, read_object, replace_file, unwritable
 
 POLL_SECONDS = 0.5
 TAIL_LINES, TAIL_BYTES = 12, 16_384
@@ -287,31 +287,41 @@ def stop_all(jobs: Sequence[Job], *, at_once: bool = False) -> None:
                 job.process.send_signal(signal.SIGKILL if at_once else signal.SIGINT)
 
 
+class Bar:
+    """A bar of the observer's, moved only when something has changed."""
+
+    def __init__(self, observer: Observer, what: str, total: int | None, done: int = 0) -> None:
+        self.stack, self.shown = ExitStack(), (done, "")
+        self.advance = self.stack.enter_context(observer.track(what, total, done))
+
+    def move(self, done: int, note: str) -> None:
+        if self.shown != (done, note):
+            self.shown = done, note
+            self.advance(done, note=note)
+
+
 @contextmanager
 def progress_bars(jobs: Sequence[Job], observer: Observer) -> Iterator[Callable[[], None]]:
     """A bar over the grid and one for each run that is being trained; call it to move them to where the runs are."""
-    bars: dict[RunName, tuple[ExitStack, Advance]] = {}
+    whole, bars = Bar(observer, "runs", len(jobs)), dict[RunName, Bar]()
 
     def update() -> None:
         failed = sum(job.state == "failed" for job in jobs)
-        advance(sum(job.state in ("done", "kept") for job in jobs), note=f"{failed} failed" if failed else "")
+        whole.move(sum(job.state in ("done", "kept") for job in jobs), f"{failed} failed" if failed else "")
         for job in jobs:
             if job.state == "running":
+                step, row = job.last_step(), job.last_metrics()
                 if job.name not in bars:
-                    bar = ExitStack()
-                    track = observer.track(str(job.name), job.total or None, job.last_step())
-                    bars[job.name] = bar, bar.enter_context(track)
-                row = job.last_metrics()
+                    bars[job.name] = Bar(observer, str(job.name), job.total or None, step)
                 exact = row.get("rest/exact_match")
-                is_evaluating = not row or row.get("step") == job.total
+                is_evaluating = not row or step == job.total
                 note = "evaluating" if is_evaluating else f"exact match {exact:.2f}" if is_number(exact) else ""
-                bars[job.name][1](job.last_step(), note=note)
+                bars[job.name].move(step, note)
             elif job.name in bars:
-                bars.pop(job.name)[0].close()
+                bars.pop(job.name).stack.close()
 
-    with observer.track("runs", len(jobs)) as advance:
-        try:
-            yield update
-        finally:
-            for bar, _ in bars.values():
-                bar.close()
+    try:
+        yield update
+    finally:
+        for bar in (*bars.values(), whole):
+            bar.stack.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.integrate import trapezoid
@@ -93,7 +93,8 @@ def t_test(differences: Sequence[float]) -> float:
         return NAN
     if spread(differences) == 0:
         return NAN if any(differences) else 1.0
-    return float(ttest_1samp(differences, 0.0)[1])
+    result: Any = ttest_1samp(differences, 0.0)
+    return float(result.pvalue)
 
 
 def sign_flip_test(differences: Sequence[float]) -> float:

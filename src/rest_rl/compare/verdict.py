@@ -97,7 +97,8 @@ def headline(report: ComparisonReport, judged: list[MethodResult], noticed: list
         why = "differences that are alike under every seed leave nothing for" if alike else "too few seeds for"
         return Statement("no_verdict", f"**No verdict**: {why} a test of {label}.")
     if not noticed:
-        far = max(judged, key=lambda line: abs(lead(report, line).value))
+        tested = [line for line in judged if line.metrics[report.primary].paired]
+        far = max(tested, key=lambda line: abs(lead(report, line).value))
         points, p = points_text(lead(report, far)), p_text(min(known))
         text = (
             f"`{far.label}` is {points} points from `{reference}` in {label} ({letter(report)} {p})."
@@ -218,8 +219,7 @@ def power_statements(report: ComparisonReport) -> Iterator[Statement]:
         common = f"Fewer seeds in common with `{report.reference}`"
         yield Statement("fewer_seeds", f"{common}, so less was to be seen of them: {', '.join(short)}.")
     if shared and report.seeds < FEW_SEEDS:
-        text = f"{report.seeds} seeds hardly allow a test: run at least 3, better 5."
-        yield Statement("few_seeds", text)
+        yield Statement("few_seeds", f"{report.seeds} seeds hardly allow a test: run at least 3, better 5.")
 
 
 def letter(report: ComparisonReport) -> str:

@@ -79,7 +79,7 @@ def write_html_report(
 ) -> Path:
     """Write one page from run folders; returns it. `out` is a folder or a file that ends in .html.
 
-    ValueError for a folder without a run, and if no run has a step or a response.
+    UserError for a folder without a run, and if no run has a step or a response.
     """
     if responses < 0:
         raise UserError(f"--responses {responses}", "at least 0", "raise it")

@@ -28,7 +28,7 @@ from rest_rl.runlog import PLOTS, Row, Run, read_run, unwritable
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write `report.md` and its plots; returns the page. ValueError for a folder without a run or without steps."""
+    """Write `report.md` and its plots; returns the page. UserError for a folder without a run or without steps."""
     runs = [read_run(folder) for folder in folders]
     empty = [str(run.folder) for run in runs if not finished_steps(run)]
     if empty:

@@ -40,7 +40,7 @@ class Group:
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Runs by configuration without its seeds, each group named by its preset and by what else sets it apart.
 
-    ValueError for two runs of one configuration and seed, which would count as spread.
+    UserError for two runs of one configuration and seed, which would count as spread.
     """
     settings: dict[str, dict[str, str]] = {}
     members: dict[str, list[Run]] = {}
