@@ -20,7 +20,7 @@ from rest_rl.compare.grid import RunName, read_grid
 from rest_rl.compare.jobs import Job, collect, run_jobs, tail
 from rest_rl.compare.run import keep_grid
 from rest_rl.config import RunConfig
-from rest_rl.runlog import SilentObserver, read_run
+from rest_rl.runlog import Observer, read_run
 from tests.made_up_grid import Effect, make_grid
 from tests.sample_files import save_samples
 from tests.test_cli import RUN, error_of, wait_for_steps
@@ -203,7 +203,7 @@ def test_names_in_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureF
     assert f"page: {out / 'compare.md'}" in capsys.readouterr().out
 
 
-class Listener(SilentObserver):
+class Listener(Observer):
     """Collects what is said."""
 
     def __init__(self) -> None:

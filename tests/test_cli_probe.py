@@ -23,7 +23,7 @@ from rest_rl.probe.rules import rivals
 from rest_rl.probe.run import step_size
 from rest_rl.probe.sample import Group, Sampling, sample_groups
 from rest_rl.regions import decode_ids
-from rest_rl.runlog import SilentObserver
+from rest_rl.runlog import Observer
 from rest_rl.weights import weigh
 from tests.model_families import save_family
 from tests.test_probe import made_probe
@@ -235,7 +235,7 @@ def test_the_least_numbers_are_in_the_help(capsys: pytest.CaptureFixture[str]) -
     assert "at least 8" in " ".join(capsys.readouterr().out.split())
 
 
-class Listener(SilentObserver):
+class Listener(Observer):
     def __init__(self) -> None:
         self.said: list[str] = []
 

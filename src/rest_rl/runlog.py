@@ -51,50 +51,30 @@ class Advance(Protocol):
     def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
 
 
-class Observer(Protocol):
-    """Whom a workflow tells what happens; the command shows it, a program may ignore it (`SILENT`)."""
+class Observer:
+    """Whom a workflow tells what happens; this one shows nothing, override what you want to hear of."""
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        """One line of text."""
 
     def show_table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A table whose first column is text and whose other columns are numbers."""
-        ...
 
     def track(self, what: str, total: int | None = None, done: int = 0) -> AbstractContextManager[Advance]:
         """Progress of something that takes a while; `total` is None where it is not known."""
-        ...
+        return nullcontext(lambda done, total=None, note="": None)
 
     def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """A training step has finished; its metrics are in the run folder."""
-        ...
 
     def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Some responses that `step`, counted from 1, learns from; `rows` are as in responses.jsonl."""
-        ...
 
     def on_finding(self, finding: Finding) -> None:
         """Called once for each new finding of the diagnosis."""
-        ...
 
 
-class SilentObserver:
-    """An observer that shows nothing."""
-
-    def say(self, text: str) -> None: ...
-
-    def show_table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None: ...
-
-    def track(self, what: str, total: int | None = None, done: int = 0) -> AbstractContextManager[Advance]:
-        return nullcontext(lambda done, total=None, note="": None)
-
-    def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None: ...
-
-    def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def on_finding(self, finding: Finding) -> None: ...
-
-
-SILENT: Observer = SilentObserver()
+SILENT = Observer()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rest_rl.report.diagnosis import Finding
 from rest_rl.report.palette import REGION_COLOURS
 from rest_rl.report.tables import is_number
 from rest_rl.response import Region, Span
-from rest_rl.runlog import Advance, SilentObserver
+from rest_rl.runlog import Advance, Observer
 
 LINE_EVERY = 60.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -113,7 +113,7 @@ def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Con
     console.print(table)
 
 
-class Screen(SilentObserver):
+class Screen(Observer):
     """The observer of the command: lines, tables and bars; where the output is no terminal, a line a minute."""
 
     def __init__(self, console: Console | None = None, show_every: int = 0) -> None:
