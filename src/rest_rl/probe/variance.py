@@ -14,10 +14,9 @@ what they share cancels.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -114,10 +113,12 @@ class Sums(NamedTuple):
     tt: float
 
     def plus(self, other: Sums) -> Sums:
-        return Sums(*map(operator.add, self, other))
+        both: Any = zip(self, other, strict=True)
+        return Sums(*(own + its for own, its in both))
 
     def without(self, other: Sums) -> Sums:
-        return Sums(*map(operator.sub, self, other))
+        both: Any = zip(self, other, strict=True)
+        return Sums(*(own - its for own, its in both))
 
     @property
     def signals(self) -> Tensor:
