@@ -179,9 +179,8 @@ def test_sharding(sharding: str, weights: float, gradients: float, states: float
 def test_checkpointing_shrinks_the_bound_of_activations() -> None:
     plain, checkpointed = guess(), guess(rl(gradient_checkpointing=True))
     tokens, layer = 4 * (50 + 100), 4 * (14 * 32 + 4 * 32 + 4 * 48)
-    assert part(plain, "activations") - part(checkpointed, "activations") == tokens * (
-        layer - 2 * 32 * 4
-    )  # of two layers one is run again
+    # of two layers one is run again
+    assert part(plain, "activations") - part(checkpointed, "activations") == tokens * (layer - 2 * 32 * 4)
 
 
 def test_a_micro_step_runs_through_the_head_of_trl() -> None:

@@ -1,0 +1,95 @@
+"""`rest_rl.train(run)`: a run from Python, in any thread, with a rule of one's own beside the run file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rest_rl
+from rest_rl.config import RunConfig
+from rest_rl.errors import UserError
+from rest_rl.runlog import SilentObserver, read_run
+from rest_rl.train.run import RunResult, estimate_run
+from tests.sample_files import save_samples
+from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
+
+RULE = """
+import torch
+
+def arguments_twice(batch, statistics, progress):
+    return torch.ones_like(batch.mask_BT, dtype=torch.float32) + (batch.regions_BT == 2)
+"""
+
+
+class Heard(SilentObserver):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_step(self, step: int, total: int, metrics: Any) -> None:
+        assert total == 4
+        self.steps.append(step)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data = str(save_samples(tiny_samples(8), folder / "samples.jsonl"))
+    trl = {"max_steps": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 4}
+    trl |= {"max_completion_length": 20, "save_steps": 2, "logging_steps": 1, "bf16": False, "use_cpu": True}
+    held_out = {"path": data, "held_out": data}
+    return {"model": {"path": str(folder)}, "data": held_out, "eval": {"max_new_tokens": 20}, "trl": trl}
+
+
+def test_a_run_in_a_thread_and_its_result(tables: dict[str, Any], tmp_path: Path) -> None:
+    results: list[RunResult] = []
+    heard = Heard()
+    thread = threading.Thread(
+        target=lambda: results.append(rest_rl.train(tables, out=tmp_path / "run", observer=heard))  # pyright: ignore[reportCallIssue]
+    )
+    thread.start()
+    thread.join()
+    (result,) = results
+    run = read_run(tmp_path / "run")
+    assert (result.folder, result.steps, result.is_interrupted) == (tmp_path / "run", 4, False)
+    assert (result.before, result.after) == (run.summary["before"], run.summary["after"])
+    assert result.model == tmp_path / "run" / "model"
+    assert heard.steps == [1, 2, 3, 4]
+    again = rest_rl.train(RunConfig.from_toml(run.config), out=tmp_path / "again")  # pyright: ignore[reportCallIssue]
+    assert (again.before, again.after) == (result.before, result.after)
+    with pytest.raises(UserError, match="holds a run already"):
+        rest_rl.train(tables, out=tmp_path / "run")  # pyright: ignore[reportCallIssue]
+
+
+def test_an_estimate_writes_nothing(tables: dict[str, Any], tmp_path: Path) -> None:
+    estimate = estimate_run(tables, out=tmp_path / "run")
+    assert (estimate.work.steps, estimate.work.samples) == (4, 8)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_finds_the_rule_beside_its_run_file(tables: dict[str, Any], tmp_path: Path) -> None:
+    own, elsewhere, folder = tmp_path / "own", tmp_path / "elsewhere", tmp_path / "run"
+    own.mkdir()
+    elsewhere.mkdir()
+    (own / "rule_of_a_run.py").write_text(RULE)
+    toml = "".join(
+        f"[{table}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+        for table, values in {**tables, "rest.weights": {"rule": "rule_of_a_run:arguments_twice"}}.items()
+    )
+    (own / "run.toml").write_text(toml)
+    rest_rl.train(own / "run.toml", out=folder)  # pyright: ignore[reportCallIssue]
+    assert "rule_of_a_run:arguments_twice" in read_run(folder).config
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    command = [sys.executable, "-m", "rest_rl", "train", "--resume", "--out", str(folder)]
+    subprocess.run(command, cwd=elsewhere, check=True)
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
