@@ -102,9 +102,9 @@ def ours(batch: dict[str, Any], tokenizer: Any) -> None:
         tool_format=tool_format,
     )
     chosen, weigher = responses.first(8), Weigher(tokenizer, tool_format, PRESETS["paper"].weights)
-    reshaped = reshape_batch(batch, weigher, tracker, 0.5, 10, chosen)
+    _, _, tokens = reshape_batch(batch, weigher, tracker, 0.5, 10, chosen)
     responses.figures()
-    responses.rows(chosen, reshaped.tokens, 10, 0.5)
+    responses.rows(chosen, tokens, 10, 0.5)
 
 
 SIDES: dict[str, Callable[[dict[str, Any], Any], None]] = {"stock": stock, "ours": ours}
