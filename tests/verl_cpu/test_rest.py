@@ -122,11 +122,12 @@ def test_weights_of_one_are_stock_grpo(tmp_path):
         run_cpu(arguments, folder)
         lines = (folder / "verl.jsonl").read_text(encoding="utf-8").splitlines()
         figures[variant] = [json.loads(line)["data"] for line in lines]
-    exact = ("actor/grad_norm", "actor/entropy", "critic/advantages/max", "critic/advantages/min", "critic/score/mean")
+    exact = ("actor/grad_norm", "critic/advantages/max", "critic/advantages/min", "critic/score/mean")
     for ours, stock in zip(figures["ours"], figures["stock"], strict=True):
         assert {name: ours[name] for name in exact} == {name: stock[name] for name in exact}
-        # Advantages of a group add up to 0, so this sum is rounding noise, which depends on the order of addition.
-        assert ours["actor/pg_loss"] == pytest.approx(stock["actor/pg_loss"], abs=1e-6)
+        # Sums over the batch depend on the order of addition; advantages of a group add up to 0, so the loss is noise.
+        for name in ("actor/pg_loss", "actor/entropy"):
+            assert ours[name] == pytest.approx(stock[name], abs=1e-6), name
         assert ours["actor/grad_norm"] > 0
         assert not [name for name in stock if name.startswith("rest/")]
 
