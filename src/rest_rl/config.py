@@ -40,9 +40,6 @@ AUTO = "auto"
 ENTROPY_DECAY = 0.7
 """Default of `rest.entropy_decay` on every engine: close to the best in each measured run (docs/results.md)."""
 
-MANY = 40
-"""Keys beyond which an error does not list them all."""
-
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -115,11 +112,8 @@ class DataTable(Table):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.held_out and self.path == EMBEDDED:
-            raise UserError(
-                f"data.held_out = {self.held_out!r} with data.path = {EMBEDDED!r}, whose held-out prompts are its own",
-                "a file as data.path",
-                "set it, or remove data.held_out",
-            )
+            got = f"data.held_out = {self.held_out!r} with data.path = {EMBEDDED!r}, which brings its own"
+            raise UserError(got, "a file as data.path", "set it, or remove data.held_out")
 
 
 @dataclass(frozen=True)
@@ -142,9 +136,7 @@ class EvalTable(Table):
         super().__post_init__()
         if self.every and not self.prompts:
             raise UserError(
-                f"eval.every = {self.every} with eval.prompts = 0",
-                "held-out prompts to measure",
-                "raise eval.prompts, or set eval.every = 0",
+                f"eval.every = {self.every} with eval.prompts = 0", "held-out prompts", "raise eval.prompts"
             )
 
 
@@ -170,9 +162,8 @@ class RestTable(Table):
         for name, default in (reinforced if self.is_supervised else supervised).items():
             if (value := getattr(self, name)) != default:
                 kind = "supervised" if self.is_supervised else "no supervised one"
-                raise UserError(
-                    f"rest.{name} = {value} with preset {self.preset!r}, which is {kind}", "none", "remove it"
-                )
+                got = f"rest.{name} = {value} with preset {self.preset!r}, which is {kind}"
+                raise UserError(got, "none", "remove it")
 
     @property
     def is_supervised(self) -> bool:
@@ -186,11 +177,8 @@ class RestTable(Table):
     def resolve(self) -> Preset:
         """The preset with the overrides of this table applied; a wrong key or value is a ValueError."""
         if self.is_supervised:
-            raise UserError(
-                f"preset {self.preset!r}, which is supervised",
-                "one of reinforcement learning",
-                f"use rest-rl train --preset {self.preset}",
-            )
+            got, remedy = f"preset {self.preset!r}, which is supervised", f"use rest-rl train --preset {self.preset}"
+            raise UserError(got, "one of reinforcement learning", remedy)
         preset = get_preset(self.preset)
         changes: dict[str, Any] = {} if self.advantage is None else {"advantage": self.advantage}
         for name, rules, what in (("weights", WEIGHT_RULES, "weight rule"), ("reward", REWARD_RULES, "reward")):
@@ -215,17 +203,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.model.load_in_4bit and not self.peft:
-            raise UserError(
-                "model.load_in_4bit = true without [peft]",
-                "adapters to train, because 4-bit weights cannot be",
-                "add [peft] with r = 16",
-            )
+            raise UserError("model.load_in_4bit = true without [peft]", "adapters to train", "add [peft] with r = 16")
         if self.eval.every and self.data.path != EMBEDDED and not self.data.held_out:
-            raise UserError(
-                f"eval.every = {self.eval.every} without data.held_out",
-                "a file of held-out dialogues to measure",
-                "set it, or set eval.every = 0",
-            )
+            raise UserError(f"eval.every = {self.eval.every} without data.held_out", "a file to measure", "set it")
 
     @classmethod
     def from_toml(cls, text: str, overrides: Iterable[str] = (), *, origin: str = "run file") -> RunConfig:
@@ -374,7 +354,7 @@ def unknown_key(path: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a key that nothing reads: the nearest known one, and all of them if they are few."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
-    expected = f"one of {', '.join(known)}" if len(known) <= MANY else f"one of {len(known)} keys of the library"
+    expected = f"one of {', '.join(known)}" if len(known) <= 40 else f"one of {len(known)} keys of the library"
     return UserError(f"unknown key {path}", expected, f"did you mean {near[0]}?" if near else "remove or rename it")
 
 
