@@ -176,7 +176,7 @@ def test_presets_are_run_files(capsys: pytest.CaptureFixture[str]) -> None:
         own = [part for part in re.split(r"\n(?=\[)", out) if part.startswith(f"[{name}.")]
         expected = {f"[{name}.rest]", f"[{name}.trl]"}
         expected |= {f"[{name}.rest.{table}]" for table in ("weights", "reward") if getattr(preset, table)}
-        expected |= {f"[{name}.rest.weights.constants]"} if preset.weights and preset.weights.constants else set()
+        expected |= {f"[{name}.rest.weights.constants]"} if getattr(preset.weights, "constants", None) else set()
         assert {part.splitlines()[0] for part in own} == expected
         config = RunConfig.from_toml("\n".join(own).replace(f"[{name}.", "["), ["rest.format=toolrl"])
         assert config.rest.resolve() == preset
