@@ -51,7 +51,7 @@ def test_one_constant_is_changed_and_the_others_stay() -> None:
             r"unknown key runs, expected one of data, eval, model, peft, rest, run, trl, verl; did you mean run\?",
         ),
         ("[rest.weights]\nstrenght = 1", r"unknown key rest\.weights\.strenght.*did you mean strength\?"),
-        ("[rest.weights]\nrule = 'best'", r"rest\.weights\.rule = 'best', expected one of 'one_minus_exp'"),
+        ("[rest.weights]\nrule = 'best'", r"rest\.weights\.rule = 'best', expected one of one_minus_exp"),
         ("[run]\nseed = 'a'", r"run\.seed = 'a', expected a whole number"),
         ("[run]\nseed = true", r"run\.seed = True, expected a whole number"),
         ("[rest.weights]\nscope = 'name'", r"rest\.weights\.scope = 'name', expected a list"),
@@ -66,7 +66,7 @@ def test_one_constant_is_changed_and_the_others_stay() -> None:
         ("[rest]\npreset = 'best'", r"preset 'best', expected one of rest, paper"),
         (
             "[rest]\npreset = 'authors-code'\n[rest.weights]\nstrength = 1.0",
-            r"published code's own, expected none; remove rest.weights",
+            r"unknown key rest\.weights\.strength",
         ),
         ("[rest]\nadvantage = 'ppo'", r"rest\.advantage = 'ppo', expected one of 'grpo', 'dr_grpo' or 'dapo'"),
         ("[run", r"that is not TOML .*; mend it"),
