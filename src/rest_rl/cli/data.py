@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -78,11 +78,9 @@ class Reading:
         print(f"format {name}: {why}", file=sys.stderr)
         return PromptLayout(tokenizer, name)
 
-    def rows(self, files: Sequence[str], layout: PromptLayout | None, test: str | None = None) -> Iterator[CheckedRow]:
-        """The checked rows of the files, with a progress bar on a terminal."""
-        from rest_rl.data.load import read_rows
-
-        settings = {**vars(self), "keep": self.keep or ()}
+    def settings(self, layout: PromptLayout | None, test: str | None = None) -> dict[str, Any]:
+        """As `check_data` and `read_rows` take them, with a progress bar on a terminal."""
+        settings = {**vars(self), "keep": self.keep or (), "layout": layout, "test": test}
         del settings["model"], settings["format"]
         if sys.stderr.isatty():
             from rich.console import Console
@@ -90,7 +88,7 @@ class Reading:
             from rest_rl.cli.terminal import Screen
 
             settings["observer"] = Screen(Console(stderr=True))
-        return read_rows(files, layout=layout, test=test, **settings)
+        return settings
 
 
 def add(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -126,11 +124,9 @@ def check(
     ] = False,
 ) -> int:
     """Account for every row: kept, repaired or rejected."""
-    from rest_rl.data.check import DataReport
+    from rest_rl.data.load import check_data
 
-    report = DataReport()
-    for row in reading.rows(files, reading.layout(), test):
-        report.add(row)
+    report = check_data(*files, **reading.settings(reading.layout(), test))
     if not as_json:
         show_report(report, len(report.findings) if list_all else SHOWN_PER_REASON)
     return finish(report, {} if as_json else None, strict)
@@ -142,11 +138,12 @@ def convert(
 ) -> int:
     """Write the samples of a file as JSONL or Parquet, and the rejected rows beside it."""
     from rest_rl.data.check import DataReport
+    from rest_rl.data.load import read_rows
     from rest_rl.data.write import check_output, rejected_path, rejected_writer, sample_writer
 
     path, report = Path(out), DataReport()
     check_output(path, files)
-    rows = reading.rows(files, reading.layout(), test)
+    rows = read_rows(files, **reading.settings(reading.layout(), test))
     with rejected_writer(path) as write_rejected, sample_writer(path) as write:
         for row in rows:
             report.add(row)
@@ -165,9 +162,10 @@ def show(
     file: File, number: Annotated[int, typer.Argument(metavar="N", help="the row, counted from 1")], reading: Reading
 ) -> None:
     """Show the prompts and gold of a row."""
-    layout = reading.layout()
-    count = 0
-    for count, row in enumerate(reading.rows([file], layout), 1):
+    from rest_rl.data.load import read_rows
+
+    layout, count = reading.layout(), 0
+    for count, row in enumerate(read_rows(file, **reading.settings(layout)), 1):
         if count == number:
             show_row(row, layout, reading.format)
             return
@@ -182,6 +180,7 @@ def split(
     out: Annotated[str | None, typer.Option(metavar="DIR", help="folder of the two files (default: FILE's)")] = None,
 ) -> None:
     """Write train and test files; a dialogue and equal prompts stay on one side."""
+    from rest_rl.data.load import read_rows
     from rest_rl.data.split import Split
     from rest_rl.data.write import check_output, sample_writer
 
@@ -191,11 +190,11 @@ def split(
     outs = {side: folder / f"{Path(stem).stem or stem}.{side}.jsonl" for side in ("train", "test")}
     for path in outs.values():
         check_output(path, [file])
-    layout, rejected, counts = reading.layout(), 0, dict.fromkeys(outs, 0)
-    sides = Split(reading.rows([file], layout), test, reading.seed)
+    settings, rejected, counts = reading.settings(reading.layout()), 0, dict.fromkeys(outs, 0)
+    sides = Split(read_rows(file, **settings), test, reading.seed)
     with ExitStack() as stack:
         writers = {side: stack.enter_context(sample_writer(path)) for side, path in outs.items()}
-        for row in reading.rows([file], layout):
+        for row in read_rows(file, **settings):
             rejected += row.status == "rejected"
             for sample in row.samples:
                 side = "test" if sides.is_test(row, sample) else "train"
