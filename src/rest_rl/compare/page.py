@@ -22,7 +22,7 @@ from rest_rl.compare.collect import (
 )
 from rest_rl.compare.grid import METHODS, TUNED_CURRICULUM
 from rest_rl.compare.statistics import StepsToTarget
-from rest_rl.compare.verdict import letter, p_text, points_text
+from rest_rl.compare.verdict import interval_text, letter, p_text, points_text
 from rest_rl.jsonl import as_json
 from rest_rl.report.palette import SERIES_COLOURS
 from rest_rl.report.plots import (
@@ -39,7 +39,6 @@ from rest_rl.report.plots import (
 )
 from rest_rl.report.tables import Curve, curve, is_number, markdown_table, mean_curve, points
 from rest_rl.runlog import PLOTS, replace_file, unwritable
-from rest_rl.statistics import Interval
 
 PAGE, FIGURES = "compare.md", "compare.json"
 FINAL = ("exact", "exact_greedy", "s_acc")
@@ -335,14 +334,6 @@ def difference_text(line: MethodResult, key: str) -> str:
 
 def q_text(line: MethodResult, key: str) -> str:
     return p_text(line.metrics[key].q) if key in line.metrics else "–"
-
-
-def interval_text(interval: Interval, scale: float, digits: int) -> str:
-    """`41.2 [38.0, 44.4]`; only the value without an interval, a dash without a value."""
-    if math.isnan(interval.value):
-        return "–"
-    value, low, high = (f"{scale * number:.{digits}f}" for number in interval)
-    return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
 
 
 NO_CURRICULUM = (

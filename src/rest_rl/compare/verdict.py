@@ -227,13 +227,16 @@ def letter(report: ComparisonReport) -> str:
 
 
 def points_text(interval: Interval) -> str:
-    """`+3.1 [+0.4, +5.8]` in points; without an interval only the value, without a value a dash."""
+    """`+3.1 [+0.4, +5.8]` in points."""
+    return interval_text(interval, 100, 1, sign="+")
+
+
+def interval_text(interval: Interval, scale: float, digits: int, sign: str = "") -> str:
+    """`41.2 [38.0, 44.4]`; only the value without an interval, a dash without a value."""
     if math.isnan(interval.value):
         return "–"
-    value = f"{100 * interval.value:+.1f}"
-    if math.isnan(interval.low):
-        return value
-    return f"{value} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+    value, low, high = (f"{scale * number:{sign}.{digits}f}" for number in interval)
+    return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
 
 
 def p_text(p: float) -> str:
