@@ -22,7 +22,6 @@ ADDRESSES = {
     "typer": ["cli/*.py"],
     "pydantic": ["config.py", "compare/grid.py", "weights.py", "rewards.py"],
     "pandas": ["report/tables.py", "evaluate/tables.py", "compare/*.py"],
-    "ijson": ["data/reading.py"],
     "jsonschema": ["data/*.py"],
     "referencing": ["data/gold.py"],
     "pyarrow": ["data/reading.py", "data/write.py"],
