@@ -222,6 +222,8 @@ class _Model:
         self.size, self.work, self.processes, self.device = size, work, processes, device
         self.text, self.cut_up = model_config.get_text_config(), CUT_UP[sharding]
         self.micro_batch = args.per_device_train_batch_size, work.longest + work.max_response
+        kept = "with checkpointing" if args.gradient_checkpointing else "no checkpointing"
+        self.shape = f"{self.micro_batch[0]} x {self.micro_batch[1]:,} tokens, longest prompt and response, {kept}"
         loaded, self.is_mixed = 4 if config.weights_dtype == "float32" else 2, bool(args.bf16 or args.fp16)
         # DeepSpeed trains in 16 bits and keeps 32-bit weights with the optimizer; accelerate makes FSDP's float32.
         self.is_deepspeed = self.is_mixed and sharding.startswith("zero")
@@ -272,11 +274,6 @@ class _Model:
         narrowed = 2 * self.size.linear if self.stream > self.compute else 0
         total = tokens * (kept + 3 * layer // 2 + 8 * hidden) + tile + head + narrowed
         return Part("activations", "update", total, f"bound: {self.shape}")
-
-    @property
-    def shape(self) -> str:
-        kept = "with checkpointing" if self.args.gradient_checkpointing else "no checkpointing"
-        return f"{self.micro_batch[0]} x {self.micro_batch[1]:,} tokens, longest prompt and response, {kept}"
 
     def measured(self) -> Part:
         """Peak memory of a forward and backward pass besides weights and gradients, or all if it needs more."""
