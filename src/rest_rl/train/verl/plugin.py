@@ -78,14 +78,12 @@ class ReSTPPOTrainer(PPOTrainerSync):
     """verl's synchronous trainer whose advantages are reshaped by region; with weights of 1 it is verl's own."""
 
     def __init__(self, config: Any) -> None:
-        """Read the run that `config.rest` holds."""
         config.trainer.v1.trainer_mode = "sync"  # verl's base class asks for its own name
         super().__init__(config)
         self.run, self.method, self.format, self.tracker = read_run(config.rest.run)
         self.log = RunLog(config.rest.folder)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """The advantages of verl, multiplied by the weights of their tokens."""
         batch = super()._compute_advantage(batch, metrics)
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         data = tq.kv_batch_get(**where, select_fields=list(PER_TOKEN))
@@ -128,7 +126,6 @@ class ReSTPPOTrainer(PPOTrainerSync):
         return batch
 
     def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """The figures of verl's own trackers; the times among them go to the run folder."""
         super()._compute_metrics(batch, metrics, *args, **kwargs)
         self.log.add_timing(timing_row(self.global_steps, metrics))
 
@@ -154,7 +151,6 @@ class ReSTPPOTrainer(PPOTrainerSync):
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
-        """The checkpoint and the region statistics that belong to it."""
         super()._load_checkpoint()
         if self.global_steps:
             folder = Path(self.config.trainer.resume_from_path)
@@ -170,14 +166,12 @@ class ReSTRewardManager(RewardManagerBase):
     """The preset's rule reward, rescaled by the progress of the step that a response is for."""
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, *_: Any, **__: Any) -> None:
-        """Read the run that `config.rest` holds; verl has counted its steps by now."""
         super().__init__(config, tokenizer, compute_score)
         rest = RunConfig.from_toml(config.rest.run).rest
         self.format, self.method = get_format(rest.format), rest.resolve()
-        self.total = int(config.actor_rollout_ref.actor.optim.total_training_steps)
+        self.total = int(config.actor_rollout_ref.actor.optim.total_training_steps)  # verl has counted them by now
 
     async def run_single(self, data: Any) -> dict[str, Any]:
-        """The reward of one response and what it is made of."""
         return await self.loop.run_in_executor(None, self._score, data[-1:][0])
 
     def _score(self, item: Any) -> dict[str, Any]:
@@ -193,8 +187,7 @@ class ReSTRewardManager(RewardManagerBase):
 
 
 class RenderedPromptLoop(SingleTurnAgentLoop):
-    """One response to a prompt that is text already, laid out as in training on TRL."""
+    """One response to a prompt that is text already; no chat template is applied to it."""
 
     async def ct_build_initial_tokens(self, messages: list[dict[str, Any]], *_: Any, **__: Any) -> list[int]:
-        """The tokens of the prompt's text; no chat template is applied to it."""
         return self.tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
