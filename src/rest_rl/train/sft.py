@@ -32,7 +32,7 @@ class RegionSFTTrainer(SFTTrainer):
     """`SFTTrainer` whose token losses are weighed by region; with weights of 1 it is the stock trainer.
 
     TRL computes the log-probabilities of the labels in the model's head; they are multiplied on their way out, so
-    the loss is TRL's own and no logits are built. ValueError where this TRL's head does not hand them out.
+    the loss is TRL's own and no logits are built. UserError where this TRL's head does not hand them out.
     """
 
     def __init__(

@@ -109,7 +109,7 @@ def field_names(kind: type) -> set[str]:
 
 
 def check_trl(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
-    """ValueError for a key or value of `[trl]` that the trainer would not take, or could not resume from."""
+    """UserError for a key or value of `[trl]` that the trainer would not take, or could not resume from."""
     fields = field_names(kind) - set(OWNED)
     stock = SFTConfig if kind is SFTConfig else GRPOConfig
     hints = {**typing.get_type_hints(kind), **typing.get_type_hints(stock)}
@@ -145,7 +145,7 @@ def check_packages(table: Mapping[str, Any]) -> None:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """ValueError for a tracker whose package is not there: the trainer would find out after the run has begun."""
+    """UserError for a tracker whose package is not there: the trainer would find out after the run has begun."""
     missing = [name for name in names if name not in ("none", "all", *get_available_reporting_integrations())]
     if missing:
         raise UserError(
