@@ -333,6 +333,7 @@ def test_world_writes_the_tool_world(tmp_path: Path, ending: str, capsys: pytest
     assert samples == tool_world(5, 40, "unseen_tools")
     assert report.kept == 40
     assert "expected a number of samples" in error_of(capsys, "world", "--out", out, "-n", 0)
+    assert "expected a place to write to" in error_of(capsys, "world", "--out", out / "inside.jsonl")
     assert run(capsys, "world", "--out", out, "-n", 20, "--decision", "call")[0] == 0
     assert load_dataset(str(out))[0] == tool_world(0, 20, decision="call")
 

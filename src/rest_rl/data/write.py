@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} ({reason(error)})", "a place to write to", "choose another --out") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder is a file there is no part either
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
