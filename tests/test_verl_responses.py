@@ -165,3 +165,15 @@ def test_the_most_uncertain_tokens_are_those_of_the_whole_batch(monkeypatch):
     advantages, _, _ = reshape_batch(dict(zip(PER_TOKEN, columns, strict=True)), weigher, EntropyTracker(0.7), 0.0, 1)
     # The two most uncertain tokens are the first response's; the second keeps its own most uncertain one.
     assert [row.tolist() for row in advantages.unbind()] == [[1.0, 1.0], [0.0, 2.0]]
+
+
+def test_weights_of_one_change_no_bit_of_an_advantage():
+    tokenizer, generator = tiny_tokenizer(), torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, generator=generator) for n in (5, 1, 9)]
+    columns = {name: [torch.rand(len(row), generator=generator) for row in rows] for name in PER_TOKEN[2:4]}
+    columns |= {PER_TOKEN[0]: [torch.full((len(row),), 3) for row in rows], "advantages": rows}
+    columns[PER_TOKEN[1]] = [torch.ones(len(row), dtype=torch.long) for row in rows]
+    batch = {name: torch.nested.as_nested_tensor(column, layout=torch.jagged) for name, column in columns.items()}
+    weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS["grpo"].weights)
+    advantages, _, _ = reshape_batch(batch, weigher, EntropyTracker(0.7), 0.5, 2)
+    assert all(torch.equal(ours, stock) for ours, stock in zip(advantages.unbind(), rows, strict=True))

@@ -122,12 +122,13 @@ def test_weights_of_one_are_stock_grpo(tmp_path):
         run_cpu(arguments, folder)
         lines = (folder / "verl.jsonl").read_text(encoding="utf-8").splitlines()
         figures[variant] = [json.loads(line)["data"] for line in lines]
-    exact = ("actor/grad_norm", "critic/advantages/max", "critic/advantages/min", "critic/score/mean")
+    exact = ("critic/advantages/max", "critic/advantages/min", "critic/score/mean", "response_length/mean")
     for ours, stock in zip(figures["ours"], figures["stock"], strict=True):
         assert {name: ours[name] for name in exact} == {name: stock[name] for name in exact}
-        # Sums over the batch depend on the order of addition; advantages of a group add up to 0, so the loss is noise.
-        for name in ("actor/pg_loss", "actor/entropy"):
-            assert ours[name] == pytest.approx(stock[name], abs=1e-6), name
+        # Sums over the batch, whose rows verl orders at random; advantages add up to 0, so the loss is rounding noise.
+        # That a weight of 1 changes no bit of an advantage is tested without verl (tests/test_verl_responses.py).
+        for name in ("actor/pg_loss", "actor/entropy", "actor/grad_norm"):
+            assert ours[name] == pytest.approx(stock[name], rel=1e-6, abs=1e-6), name
         assert ours["actor/grad_norm"] > 0
         assert not [name for name in stock if name.startswith("rest/")]
 
