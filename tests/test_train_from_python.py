@@ -15,7 +15,7 @@ import pytest
 import rest_rl
 from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
-from rest_rl.runlog import SilentObserver, read_run
+from rest_rl.runlog import Observer, read_run
 from rest_rl.train.run import RunResult, estimate_run
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
@@ -28,7 +28,7 @@ def arguments_twice(batch, statistics, progress):
 """
 
 
-class Heard(SilentObserver):
+class Heard(Observer):
     def __init__(self) -> None:
         self.steps: list[int] = []
 
