@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -148,3 +149,15 @@ def test_the_published_schedule_counts_batches_and_not_optimizer_steps():
 
     assert [total(step, 8) for step in (0, 7, 8, 15, 16)] == [total(batch, 1) for batch in (0, 0, 1, 1, 2)]
     assert total(0, 1) != total(60, 1)
+
+
+def test_a_reward_that_keeps_a_generator_called_random_is_still_learnt_from(tokenizer):
+    class Own:
+        random = random.Random(0)
+
+        def __call__(self, judgement, progress, step=None):
+            return 2.0
+
+    preset = replace(PRESETS["grpo"], reward=Own())
+    rewards = make_tool_reward(tokenizer, "toolrl", preset)(completion_ids=[[0], [1]], gold=['{"answer": "a"}'] * 2)
+    assert rewards == [2.0, 2.0]

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from rest_rl.errors import UserError
 from rest_rl.formats import FORMATS
 from rest_rl.response import Gold, ToolCall, gold_from_json
-from rest_rl.rewards import RewardConfig, accuracy_score, format_score, json_equal
+from rest_rl.rewards import Reward, RewardConfig, accuracy_score, apply_reward, format_score, json_equal, judge
 from tests.scores import exact_match, score
 from tests.test_formats import calls, calls_for, plain_text, writable
 from tests.test_json_spans import json_values
@@ -283,6 +284,16 @@ def test_gold_reads_its_json_form():
     assert gold_from_json({"calls": [{"name": "f", "arguments": {"a": 1}}]}) == Gold((call("f", a=1),), None)
     assert gold_from_json({"answer": "x"}) == Gold((), "x")
     assert gold_from_json({"calls": [], "answer": " "}) == Gold()  # no format can tell a blank answer from none
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, "high", None])
+@pytest.mark.parametrize("wrap", [lambda number: number, lambda number: Reward(number, 1.0, 1.0, ())])
+def test_a_reward_that_is_no_finite_number_is_refused(number, wrap):
+    def own(judgement, progress, step=None):
+        return wrap(number)
+
+    with pytest.raises(UserError, match="own"):
+        apply_reward(own, judge("", Gold((), "b")), 0.0)
 
 
 def test_bad_reward_settings_and_progress_are_refused():

@@ -7,6 +7,7 @@ judged here: the text of an answer, the truth of the reasoning, argument types a
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -150,14 +151,23 @@ def judge_parsed(parsed: ParsedResponse, gold: Gold, text: str = "") -> Judgemen
 def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
     """The rule's reward; a rule that returns a plain number keeps the judgement's own scores beside it."""
     found = rule(judgement, progress, step)
-    if isinstance(found, Reward):
-        return found
+    total = found.total if isinstance(found, Reward) else found
     try:
-        return Reward(float(found), judgement.format, judgement.accuracy, judgement.explanation)
+        number = float(total)
     except (TypeError, ValueError):
         raise UserError(
-            f"a {type(found).__name__} from the reward {name_of(rule)}", "a number", "return a float from the function"
+            f"a {type(total).__name__} from the reward {name_of(rule)}", "a number", "return a float from the function"
         ) from None
+    if not math.isfinite(number):  # TRL takes NaN for a reward of 0
+        raise UserError(f"{number} from the reward {name_of(rule)}", "a finite number", "guard the function against it")
+    if isinstance(found, Reward):
+        return found._replace(total=number)
+    return Reward(number, judgement.format, judgement.accuracy, judgement.explanation)
+
+
+def is_random(rule: RewardRule) -> bool:
+    """Whether training learns from `random_rewards` instead of what the rule returns."""
+    return isinstance(rule, RewardConfig) and rule.random
 
 
 def random_rewards(count: int, seed: int, step: int, first: int = 0) -> list[float]:

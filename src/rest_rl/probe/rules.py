@@ -26,7 +26,7 @@ def rules_for(tool_format: str, own: WeightRule) -> dict[str, WeightRule]:
 
 def can_weigh(rule: WeightRule, tool_format: str) -> bool:
     try:
-        getattr(rule, "check", lambda *_, **__: None)(tool_format, truncates=False)
+        getattr(rule, "check", lambda *_: None)(tool_format, False)
     except UserError:
         return False
     return True

@@ -17,7 +17,7 @@ from rest_rl.evaluate.generate import generate
 from rest_rl.presets import PRESETS
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Gold
-from rest_rl.rewards import RewardRule, apply_reward, judge
+from rest_rl.rewards import RewardRule, apply_reward, is_random, judge
 
 
 class Response(NamedTuple):
@@ -61,7 +61,7 @@ class Sampling:
         check_least(batch_size=(self.batch_size, 1), seed=(self.seed, 0))
         if not 0 <= self.progress <= 1:
             raise UserError(f"progress {self.progress}", "training progress in [0, 1]", "change it")
-        if getattr(self.reward, "random", False):
+        if is_random(self.reward):
             remedy = "pass --set rest.reward.random=false"
             raise UserError("reward.random = true", "a reward that reads the responses", remedy)
 

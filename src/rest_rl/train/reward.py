@@ -13,7 +13,7 @@ from rest_rl.formats import ToolFormat, get_format
 from rest_rl.presets import Preset, get_preset
 from rest_rl.regions import decode_ids
 from rest_rl.response import Gold, gold_from_json
-from rest_rl.rewards import RewardRule, apply_reward, judge, random_rewards
+from rest_rl.rewards import RewardRule, apply_reward, is_random, judge, random_rewards
 
 
 class Scored(NamedTuple):
@@ -73,11 +73,6 @@ def make_tool_reward(
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def is_random(reward: RewardRule) -> bool:
-    """Whether training learns from `random_rewards` instead of what the rule returns."""
-    return bool(getattr(reward, "random", False))
 
 
 def score_text(

@@ -21,7 +21,7 @@ from trl import GRPOConfig
 from rest_rl.config import AUTO, RunConfig, embedded_run, parse_toml
 from rest_rl.errors import UserError
 from rest_rl.presets import Preset
-from rest_rl.train.reward import is_random
+from rest_rl.rewards import is_random
 from rest_rl.train.trl.settings import check_trl
 from rest_rl.train.verl.responses import LOOP, PLUGIN, TRAINER
 from rest_rl.train.weighing import check_method
