@@ -5,6 +5,7 @@ import json
 import pytest
 from trl import GRPOConfig
 
+from rest_rl.errors import UserError
 from rest_rl.presets import PRESETS, Preset
 from rest_rl.rewards import RewardConfig
 from rest_rl.train.prompts import training_dataset
@@ -110,3 +111,28 @@ def test_the_published_code_s_preset_knows_two_formats(tmp_path):
     with pytest.raises(ValueError, match="toolrl or hermes"):
         ResTConfig(**tiny_settings(tmp_path, preset="authors-code", tool_format="llama3"))
     assert ResTConfig(**tiny_settings(tmp_path, preset="rest", tool_format="qwen3_coder+think"))
+
+
+def later(batch, statistics, progress):
+    return 1.0 + batch.mask_BT.cumsum(-1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "word"),
+    [
+        ({"beta": 0.04}, later, "beta=0.04"),
+        ({"top_entropy_quantile": 0.2}, later, "top_entropy_quantile=0.2"),
+        ({"top_p": 0.9}, WeightConfig(rule="collision"), "collision"),
+        ({"tool_format": "llama3"}, PRESETS["authors-code"].weights, "llama3"),
+    ],
+)
+def test_a_rule_given_to_the_trainer_is_checked_as_that_of_a_preset(tokenizer, tmp_path, changes, rule, word):
+    args = ResTConfig(**tiny_settings(tmp_path, preset="grpo", **changes))
+    with pytest.raises(UserError, match=word):
+        ResTTrainer(
+            tiny_model(tokenizer),
+            args=args,
+            train_dataset=training_dataset(tiny_samples(), tokenizer),
+            processing_class=tokenizer,
+            weight_rule=rule,
+        )

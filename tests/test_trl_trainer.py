@@ -261,6 +261,8 @@ def test_the_tracker_forgets_by_its_decay_and_survives_json():
     assert statistics.entropies_R[Region.NAME] == 1.25  # (0.5 * 8 + 1) / 4
     assert statistics.collisions_R[Region.NAME] == 0.375  # (0.5 * 2 + 0.5) / 4
     assert torch.isnan(statistics.entropies_R[Region.ANSWER])
+    statistics.counts_R.zero_()  # a rule may change what it is given
+    assert tracker.statistics().counts_R[Region.NAME] == 4.0
     restored = EntropyTracker.from_state(json.loads(json.dumps(tracker.state())))
     assert restored.decay == 0.5
     assert torch.equal(restored.totals_3R, tracker.totals_3R)

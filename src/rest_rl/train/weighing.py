@@ -43,7 +43,7 @@ class EntropyTracker(TrainerCallback, ExportableState):
 
     def statistics(self) -> RegionStatistics | None:
         """Counts and means by region, NaN for a region never seen; None before the first step."""
-        counts_R = self.totals_3R[COUNTS]
+        counts_R = self.totals_3R[COUNTS].clone()  # a rule may change what it is given
         if not counts_R.any():
             return None
         return RegionStatistics(

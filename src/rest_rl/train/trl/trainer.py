@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -136,16 +136,13 @@ class ResTConfig(GRPOConfig):
             self._flatten(self.preset)
         method = self.method()
         get_format(self.tool_format)
-        truncates = self.top_p < 1 or self.top_k > 0 or self.min_p is not None
-        check_method(method.weights, self.tool_format, self.entropy_decay, truncates=truncates)
+        self.check_method(method)
         for name, value in TRL_SETTINGS[method.advantage].items():
             self._fill(name, value, FROM_PRESET)
         if method.epsilon_low != 0.2:
             self._fill("epsilon", method.epsilon_low, 0.2)
         if method.epsilon_high != method.epsilon_low:
             self._fill("epsilon_high", method.epsilon_high, None)
-        if not is_uniform(method.weights):
-            self._check_weights_apply(method)
 
     def method(self) -> Preset:
         """The preset with the overrides applied."""
@@ -180,7 +177,12 @@ class ResTConfig(GRPOConfig):
             message = f"preset {self.preset!r} has {name}={value!r}; {given!r} was given and is kept"
             warnings.warn(message, stacklevel=4)  # the caller of the dataclass's __init__
 
-    def _check_weights_apply(self, method: Preset) -> None:
+    def check_method(self, method: Preset) -> None:
+        """UserError for weights that could not weigh, or a part of the objective that they would not reach."""
+        truncates = self.top_p < 1 or self.top_k > 0 or self.min_p is not None
+        check_method(method.weights, self.tool_format, self.entropy_decay, truncates=truncates)
+        if is_uniform(method.weights):
+            return
         refused = {
             f"beta={self.beta}": self.beta != 0,
             f"entropy_coef={self.entropy_coef}": self.entropy_coef != 0,
@@ -271,9 +273,12 @@ class ResTTrainer(GRPOTrainer):
             processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)  # noqa: SLF001
             processing_class.padding_side = processing_class.truncation_side = "left"
         self._method = args.method()
+        if weight_rule is not None:
+            self._method = replace(self._method, weights=weight_rule)
+            args.check_method(self._method)
         self._format = get_format(args.tool_format)
         self._text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._weigher = Weigher(self._text_tokenizer, self._format, weight_rule or self._method.weights)
+        self._weigher = Weigher(self._text_tokenizer, self._format, self._method.weights)
         if reward_funcs is None:
             _check_gold_column(train_dataset)
             reward_funcs = make_tool_reward(
@@ -384,7 +389,7 @@ class ResTTrainer(GRPOTrainer):
             return own_N
         padded = self.accelerator.pad_across_processes(own_N.to(self.accelerator.device), pad_index=-1)
         all_N = cast(Tensor, self.accelerator.gather(padded)).cpu()
-        return all_N[all_N >= 0]
+        return all_N[all_N != -1]  # rounding makes some entropies slightly negative
 
     def _close_step(self) -> None:
         """Sum over processes, log, and in training move the average on for the next step."""
