@@ -11,7 +11,11 @@ import torch
 import rest_rl
 from rest_rl.config import RestTable, RunConfig
 from rest_rl.errors import UserError
+from rest_rl.evaluate.origin import recorded_run
+from rest_rl.objects import add_search_folder, load_object
 from rest_rl.presets import PRESETS, WEIGHT_RULES
+from rest_rl.report.diagnosis.settings import Settings
+from rest_rl.runlog import RunLog
 from rest_rl.train.prompts import training_dataset
 from rest_rl.train.trl.trainer import REGIONS, ResTConfig, ResTTrainer
 from rest_rl.weights import RegionStatistics, TaggedBatch, WeightConfig, region_weights_of, weigh
@@ -170,3 +174,34 @@ def test_the_trainer_trains_by_a_rule_of_ones_own_with_regions_tagged_once(token
     assert len(tags) == batches  # once for each batch of responses, never inside the loss
     assert REGIONS in trainer._buffered_inputs[0]
     json.loads(args.to_json_string())
+
+
+def test_two_modules_of_one_name_are_told_apart(tmp_path):
+    for name, constant in (("first", 1.0), ("second", 2.0)):
+        (tmp_path / name).mkdir()
+        code = f"def rule(batch, statistics, progress):\n    return {constant} * batch.mask_BT\n"
+        (tmp_path / name / "rule_in_two_folders.py").write_text(code)
+    add_search_folder(tmp_path / "first")
+    assert load_object("rule_in_two_folders:rule", "weight rule")(batch(), None, 0.0).max() == 1.0
+    add_search_folder(tmp_path / "second")
+    with pytest.raises(UserError, match="second"):
+        load_object("rule_in_two_folders:rule", "weight rule")
+
+
+def test_a_recorded_run_finds_the_rule_beside_its_run_file_whoever_reads_it(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "rule_of_a_recorded_run.py").write_text("def rule(batch, statistics, progress):\n    pass\n")
+    config = "[rest.weights]\nrule = 'rule_of_a_recorded_run:rule'\n"
+    RunLog.create(tmp_path / "run", config, [], run_file=tmp_path / "own" / "run.toml")
+    RunLog.create(tmp_path / "again", config, [], run_file=tmp_path / "run" / "config.toml")
+    (tmp_path / "again" / "model").mkdir()
+    run = recorded_run(str(tmp_path / "again")).run
+    assert callable(run.rest.resolve().weights)
+
+
+def test_the_diagnosis_takes_a_rule_of_ones_own_for_none_of_the_package(rules, tmp_path):
+    (tmp_path / f"{rules}_fields.py").write_text(
+        "class Own:\n    w_min, w_max, strength = 'a', 'b', 'high'\n    def __call__(self, *_): ...\n"
+    )
+    own = Settings.from_table({"rest": {"weights": {"rule": f"{rules}_fields:Own"}}})
+    assert (own.clip, own.strength, own.shifts, own.is_shuffled) == (None, None, {}, False)

@@ -26,6 +26,7 @@ from rest_rl.errors import UserError
 from rest_rl.jsonl import reason
 from rest_rl.objects import UserObject, add_search_folder
 from rest_rl.presets import REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
+from rest_rl.runlog import CONFIG, find_modules
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -278,6 +279,8 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} ({reason(error)})", "a readable TOML file", "check the path") from error
     add_search_folder(Path(path).parent)  # a user's rule or reward may lie beside the run file
+    if Path(path).name == CONFIG:
+        find_modules(Path(path).parent)
     return RunConfig.from_toml(text, overrides, origin=str(path))
 
 

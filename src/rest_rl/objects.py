@@ -37,8 +37,16 @@ def load_object(address: str, what: str) -> Any:
             sys.path.append(folder)
     try:
         found: Any = importlib.import_module(module)
+        if other := _another_file(module, getattr(found, "__file__", None)):
+            raise UserError(
+                f"{what} {address!r}, of which there are two: {found.__file__} and {other}",
+                "one module of that name in a Python process",
+                "rename one of them",
+            )
         for part in path.split("."):
             found = getattr(found, part)
+    except UserError:
+        raise
     except Exception as error:  # the module is the user's: whatever it raises when it is imported is his to see
         raise UserError(
             f"{what} {address!r}, which cannot be imported ({type(error).__name__}: {error})",
@@ -46,6 +54,13 @@ def load_object(address: str, what: str) -> Any:
             "correct the name, or set PYTHONPATH",
         ) from error
     return found
+
+
+def _another_file(module: str, file: str | None) -> Path | None:
+    """A file in the search folders that the module's name stands for, too, and that says something else."""
+    beside = (Path(folder, *module.split(".")).with_suffix(".py") for folder in _search_folders)
+    others = (path for path in beside if file and path.is_file() and not path.samefile(file))
+    return next((path for path in others if path.read_bytes() != Path(str(file)).read_bytes()), None)
 
 
 class UserObject:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json, reason
+from rest_rl.objects import add_search_folder
 
 CONFIG, ENVIRONMENT, SUMMARY = "config.toml", "environment.json", "summary.json"
 METRICS, RESPONSES, TIMING = "metrics.jsonl", "responses.jsonl", "timing.jsonl"
@@ -240,6 +241,15 @@ def replace_file(path: Path, text: str) -> None:
         raise
 
 
+def find_modules(folder: Path) -> None:
+    """Look for users' modules (a weight rule, a format) where a recorded run found them: beside its run file."""
+    if file := read_object(folder / ENVIRONMENT).get("run_file"):
+        run_file = Path(file)
+        add_search_folder(run_file.parent)
+        if run_file.name == CONFIG and run_file.parent != folder.absolute():  # that of another run
+            find_modules(run_file.parent)
+
+
 def read_run(folder: str | Path) -> Run:
     """Read a run folder, finished or not; ValueError if it is none."""
     path = Path(folder)
@@ -247,6 +257,7 @@ def read_run(folder: str | Path) -> Run:
         inside = [pattern for pattern in ("*", "runs/*") if any(path.glob(f"{pattern}/{CONFIG}"))]  # of a grid: runs/*
         remedy = f"did you mean {path / inside[0]}?" if inside else "pass what --out was"
         raise UserError(f"{folder}, which holds no {CONFIG}", "a run folder", f"{remedy}")
+    find_modules(path)
     return Run(
         folder=path,
         config=(path / CONFIG).read_text(encoding="utf-8"),

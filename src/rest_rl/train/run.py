@@ -19,11 +19,21 @@ from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.evaluate.held_out import Prompt, fixed_slice
-from rest_rl.objects import add_search_folder
 from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.plots import draw_all
 from rest_rl.report.tables import COMPARISON_HEADER, comparison_rows, flatten, group_runs
-from rest_rl.runlog import CONFIG, ENVIRONMENT, SILENT, Observer, Row, RunLog, read_object, read_run, unwritable
+from rest_rl.runlog import (
+    CONFIG,
+    EVALUATIONS,
+    METRICS,
+    SILENT,
+    Observer,
+    Row,
+    RunLog,
+    read_rows,
+    read_run,
+    unwritable,
+)
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import Engine
 from rest_rl.train.estimate import Estimate, estimate, this_device
@@ -113,16 +123,17 @@ def train(
         held_out.measure("after")
         if is_first:
             finish(log, observer)
-    recorded, table = read_run(folder), parse_toml(config.to_toml(), "the run")
+    summary, table = log.read_summary(), parse_toml(config.to_toml(), "the run")
+    metrics, evaluations = read_rows(folder / METRICS), read_rows(folder / EVALUATIONS)  # none on another machine
     return RunResult(
         folder=folder,
         config=config,
         steps=reached.step,
         is_interrupted=reached.is_interrupted,
         model=log.model if log.model.exists() else None,
-        before=recorded.summary.get("before"),
-        after=recorded.summary.get("after"),
-        findings=tuple(diagnose(recorded.metrics, recorded.evaluations, table)),
+        before=summary.get("before"),
+        after=summary.get("after"),
+        findings=tuple(diagnose(metrics, evaluations, table)),
     )
 
 
@@ -221,8 +232,6 @@ def resolve_run(
     folder = Path(asked.run.out)
     if not (folder / CONFIG).is_file():
         raise UserError(f"--resume and {folder}, which holds no run", "a run folder", "pass its --out")
-    if file := read_object(folder / ENVIRONMENT).get("run_file"):
-        add_search_folder(Path(file).parent)
     config = in_folder(read_run_file(folder / CONFIG), folder)
     if run is None:  # overrides on their own are changes of the recorded run
         asked = in_folder(read_run_file(folder / CONFIG, overrides), folder)
@@ -238,8 +247,6 @@ def read_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
         return RunConfig.from_toml(run.to_toml(), overrides) if overrides else run
     if isinstance(run, Mapping):
         return RunConfig.from_tables(run, overrides)
-    if run is not None:
-        add_search_folder(Path(run).parent)
     return read_run_file(run, overrides)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rest_rl.config import RunConfig
 from rest_rl.report.diagnosis.history import is_number
+from rest_rl.weights import WeightConfig
 
 CURRICULUM = {
     "format": ("decay_format", -1.0),
@@ -55,7 +56,8 @@ class Settings:
         config = readable_config(table)
         trl, rule = config.trl, None
         with suppress(ValueError):  # a supervised preset, or a rule of the user's that is not here
-            rule = config.rest.resolve().weights
+            found = config.rest.resolve().weights
+            rule = found if isinstance(found, WeightConfig) else None  # fields of other rules mean other things
 
         def number(name: str) -> float | None:
             return float(trl[name]) if is_number(trl.get(name)) else None
@@ -76,7 +78,7 @@ class Settings:
             clip=None if w_min is None or w_max is None else (w_min, w_max),
             strength=strength,
             shifts={label: shift for label, shift in shifts.items() if shift},
-            is_shuffled=getattr(rule, "rule", None) == "permuted",
+            is_shuffled=rule is not None and rule.rule == "permuted",
             sampling={
                 f"trl.{name}": trl[name]
                 for name, neutral in NEUTRAL_SAMPLING.items()
