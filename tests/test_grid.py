@@ -205,6 +205,16 @@ RULE = Rule()
 """
 
 
+def test_folders_of_modules_are_seen_from_where_the_grid_file_lies(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    (own / "rules").mkdir(parents=True)
+    (own / "rules" / "rule_below_a_grid.py").write_text(OWN_RULE)
+    (own / "grid.toml").write_text(
+        "[grid]\nmodules = ['rules']\n[methods.mine]\nrest.weights.rule = 'rule_below_a_grid:RULE'\n"
+    )
+    assert read_grid(own / "grid.toml").modules == (str(own / "rules"), str(own))
+
+
 def test_a_rule_of_your_own_lies_beside_the_grid_file(tmp_path: Path) -> None:
     own, other = tmp_path / "own", tmp_path / "kept"
     own.mkdir()

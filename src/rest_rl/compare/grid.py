@@ -216,7 +216,8 @@ def read_grid(
     names = methods or file.grid.methods
     if not names:
         names = [*dict.fromkeys((reference, *file.methods))] if file.methods else DEFAULT_METHODS
-    modules = dict.fromkeys((*file.grid.modules, *(str(Path(each).resolve().parent) for each in (path, base) if each)))
+    folders = (*(beside / each for each in file.grid.modules), *(Path(each).parent for each in (path, base) if each))
+    modules = dict.fromkeys(str(folder.resolve()) for folder in folders)
     for folder in modules:
         add_search_folder(folder)
     tables = base_tables(base, file.base, overrides)
