@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,13 @@ from rest_rl.cli.train import verl_overrides
 from rest_rl.config import RunConfig, apply_overrides
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
-from rest_rl.runlog import RunLog, read_run
+from rest_rl.errors import UserError
+from rest_rl.runlog import Observer, RunLog, read_run
 from rest_rl.statistics import Outcome, summarise
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.prompts import TrainingData, prepared_or_error
-from rest_rl.train.verl.engine import find_checkpoint, follower, is_unmeasured, repeated, write_files
+from rest_rl.train.verl.engine import LOG, VerlEngine, find_checkpoint, follower, is_unmeasured, repeated, write_files
 from rest_rl.train.verl.responses import STATE, keep_outcomes, metrics_row, timing_row
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
@@ -222,3 +224,13 @@ def test_options_of_verl_without_verl_are_refused(tmp_path, capsys, extra):
 def test_two_dashes_belong_to_train_alone(capsys):
     assert main(["presets", "--", "a.b=1"]) == 2
     assert "unrecognized" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="without Ray nothing starts")
+def test_what_stops_a_run_is_in_its_log_with_its_traceback(tmp_path):
+    engine = object.__new__(VerlEngine)
+    engine.config, engine.observer, engine.log = RunConfig(), Observer(), RunLog(tmp_path)
+    engine.total, engine.checkpoint, engine.verl = 1, Checkpoint(0), None
+    with pytest.raises(UserError, match=LOG):
+        engine.run(lambda step: None)
+    assert "Traceback" in (tmp_path / LOG).read_text()

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -124,6 +125,8 @@ class VerlEngine:
         except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of SIGTERM
             return Reached(last_step(self.log), is_interrupted=True)
         except Exception as error:  # Ray wraps whatever a worker raised
+            with path.open("a", encoding="utf-8", errors="replace") as file:
+                traceback.print_exception(error, file=file)
             last = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
             raise UserError(
                 f"a run that stopped on verl ({last.strip():.500})", f"{self.total} steps", remedy
