@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import shutil
 import subprocess
@@ -26,6 +28,14 @@ import torch
 def arguments_twice(batch, statistics, progress):
     return torch.ones_like(batch.mask_BT, dtype=torch.float32) + (batch.regions_BT == 2)
 """
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "probe", "compare"])
+def test_a_package_is_called_like_its_workflow(name: str) -> None:
+    workflow = importlib.import_module(f"rest_rl.{name}.run")
+    package = getattr(rest_rl, name)
+    assert package is sys.modules[f"rest_rl.{name}"]  # still the package, whatever has been imported of it
+    assert inspect.signature(package) == inspect.signature(getattr(workflow, name))
 
 
 class Heard(Observer):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -119,9 +120,16 @@ def make_callable(package: str, workflow: str) -> None:
     The package `rest_rl.train` stays a package: its modules are imported as usual.
     """
 
+    def load() -> Callable[..., Any]:
+        module, _, name = workflow.partition(":")
+        return getattr(importlib.import_module(module), name)
+
     class CallablePackage(ModuleType):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            module, _, name = workflow.partition(":")
-            return getattr(importlib.import_module(module), name)(*args, **kwargs)
+            return load()(*args, **kwargs)
+
+        @property
+        def __signature__(self) -> inspect.Signature:
+            return inspect.signature(load())
 
     sys.modules[package].__class__ = CallablePackage
