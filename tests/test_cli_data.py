@@ -240,6 +240,15 @@ def test_show_a_gold_that_the_format_cannot_write(tmp_path: Path, capsys: pytest
     assert '{"calls": [], "answer": "[f(x=1)]"}' in out
 
 
+def test_show_a_row_whose_prompt_a_test_file_has(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps(dialogue(1)))
+    assert "rejected: leak" in run(capsys, "show", rows, 1, "--test", held_out)[1]
+    assert "leak" not in run(capsys, "show", rows, 6, "--test", held_out)[1]
+
+
 @pytest.mark.parametrize(("number", "told"), [(0, "from 1"), (7, "which has 6")])
 def test_show_a_row_that_is_none(rows: Path, number: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert told in error_of(capsys, "show", rows, number)

@@ -159,13 +159,16 @@ def convert(
 
 @add("my.jsonl 17 --model Qwen/Qwen3-0.6B")
 def show(
-    file: File, number: Annotated[int, typer.Argument(metavar="N", help="the row, counted from 1")], reading: Reading
+    file: File,
+    number: Annotated[int, typer.Argument(metavar="N", help="the row, counted from 1")],
+    reading: Reading,
+    test: TestFile = None,
 ) -> None:
     """Show the prompts and gold of a row."""
     from rest_rl.data.load import read_rows
 
     layout, count = reading.layout(), 0
-    for count, row in enumerate(read_rows(file, **reading.settings(layout)), 1):
+    for count, row in enumerate(read_rows(file, **reading.settings(layout, test)), 1):
         if count == number:
             show_row(row, layout, reading.format)
             return
