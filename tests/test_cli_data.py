@@ -206,6 +206,8 @@ def test_convert_that_fails_leaves_the_old_file(rows: Path, tmp_path: Path, caps
     error_of(capsys, "convert", rows, tmp_path / "nowhere.jsonl", "--out", out)
     error_of(capsys, "convert", rows, "--out", out, "--max-prompt", 3)
     error_of(capsys, "convert", rows, "--out", out, "--keep", "nonsense")
+    error_of(capsys, "convert", rows, "--out", out, "--limit", -1)
+    error_of(capsys, "convert", rows, "--out", out, "--format", "nonsense")
     assert out.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
 

@@ -66,9 +66,13 @@ class Reading:
 
     def layout(self) -> PromptLayout | None:
         """How the model that was named lays out prompts, in the format that a run would take; None without a model."""
+        from rest_rl.formats import get_format
+
         if self.model is None:
             if self.max_prompt_tokens:
                 raise UserError("--max-prompt without --model", "the model that counts", "add --model DIR")
+            if self.format != "auto":
+                get_format(self.format)
             return None
         from rest_rl.data.layout import PromptLayout, resolve_format
         from rest_rl.train.policy import load_tokenizer

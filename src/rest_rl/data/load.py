@@ -61,6 +61,8 @@ def read_rows(
     config = CheckConfig(**settings)
     if config.max_prompt_tokens and layout is None:
         raise UserError("max_prompt_tokens without a model", "both", "name the model that counts")
+    if limit < 0:
+        raise UserError(f"limit {limit}", "a number of rows >= 0", "0 reads all")
     rows = checked_rows(paths, config, test=test, limit=limit, observer=observer)
     if layout is None:
         return rows
