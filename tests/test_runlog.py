@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import METRICS, RESPONSES, SUMMARY, RunLog, read_run, replace_file
 
@@ -109,6 +111,39 @@ def test_no_room_leaves_what_was_written_whole(tmp_path: Path) -> None:
     assert "File too large" in done.stdout
     assert "with --resume (what was written is whole)" in done.stdout
     assert (tmp_path / RESPONSES).read_bytes() == before
+
+
+def test_a_model_that_was_cut_short_is_kept_anew_and_a_whole_one_stays(tmp_path: Path) -> None:
+    log, checkpoint = start(tmp_path / "run"), tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_text("whole")
+    (checkpoint / "optimizer.pt").write_text("state")
+    log.model.mkdir()
+    (log.model / "model.safetensors").write_text("who")  # killed while it was written
+    log.keep_model(checkpoint)
+    assert {path.name: path.read_text() for path in log.model.iterdir()} == {"model.safetensors": "whole"}
+    log.update_summary(steps=2)
+    (log.model / "README.md").write_text("mine")
+    log.keep_model(checkpoint)
+    assert (log.model / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_the_folder"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (PermissionError(errno.EACCES, "Permission denied"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos; file write failed"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file", "prices.csv"), False),  # of a user's reward
+        (RuntimeError("Some tensors share memory"), False),
+    ],
+)
+def test_only_what_the_folder_refuses_is_an_error_of_the_folder(tmp_path: Path, error: Exception, is_the_folder: bool):
+    from rest_rl.train.trl.engine import writing
+
+    with pytest.raises(UserError if is_the_folder else type(error)) as caught, writing(tmp_path):
+        raise error
+    assert is_the_folder == isinstance(caught.value, UserError)
 
 
 def test_summary_survives_a_failed_update(tmp_path: Path) -> None:

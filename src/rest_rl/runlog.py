@@ -152,10 +152,18 @@ class RunLog:
         return log
 
     def keep_model(self, checkpoint: Path) -> None:
-        """Copy what a checkpoint holds besides the trainer's state to `model`."""
-        if self.enabled and not self.model.exists():
-            with self._writing():
-                shutil.copytree(checkpoint, self.model, ignore=shutil.ignore_patterns(*TRAINER_FILES))
+        """Copy what a checkpoint holds besides the trainer's state to `model`, unless a whole one is there.
+
+        The steps stand in the summary once the model has been kept: one without them may have been cut short.
+        """
+        if not self.enabled or (self.model.exists() and "steps" in self.read_summary()):
+            return
+        part = self.folder / f".{MODEL}.part"
+        with self._writing():
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns(*TRAINER_FILES))
+            shutil.rmtree(self.model, ignore_errors=True)
+            part.replace(self.model)
 
     def write_rejected(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows that training leaves out; without any there is no file."""

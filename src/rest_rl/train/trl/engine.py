@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -37,6 +39,9 @@ from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, steps_per_generat
 
 WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
 """Parts of the names of what differs from run to run, or after a resume, and so stays out of the metrics."""
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""What the system says where a folder cannot be written to."""
 
 
 class TrlEngine:
@@ -141,16 +146,12 @@ class TrlEngine:
         if trainer is None:
             return Reached(begin.step)
         trainer.add_callback(EveryStep(after_step, self.recorder))
-        try:
-            with (
-                self.observer.track("training", self.steps, begin.step),
-                stopping(self.recorder, self.observer),
-            ):
-                trainer.train(resume_from_checkpoint=str(begin.folder) if begin.folder else None)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, OSError) or "No space left" in str(error) or "file write failed" in str(error):
-                raise unwritable(self.log.folder, OSError(None, str(error))) from error
-            raise
+        with (
+            writing(self.log.folder),
+            self.observer.track("training", self.steps, begin.step),
+            stopping(self.recorder, self.observer),
+        ):
+            trainer.train(resume_from_checkpoint=str(begin.folder) if begin.folder else None)
         step = int(trainer.state.global_step)
         return Reached(step, self.recorder.stop_requested and step < trainer.state.max_steps)
 
@@ -158,10 +159,20 @@ class TrlEngine:
         """All processes take part."""
         if self.trainer is None:
             return  # `start` has copied it from the checkpoint
-        try:
+        with writing(self.log.folder):
             self.trainer.save_model(str(self.log.model))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise unwritable(self.log.folder, OSError(None, str(error))) from error
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """UserError for what the system says of the run folder: it is full or read-only; others are no fault of it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        is_refused = isinstance(error, OSError) and error.errno in REFUSALS
+        if is_refused or any(text in str(error) for text in ("No space left", "file write failed", "(os error ")):
+            raise unwritable(folder, OSError(None, str(error))) from error
+        raise
 
 
 def check_size(prompts: int, args: ResTConfig, path: str) -> None:
