@@ -69,7 +69,7 @@ class WeightRule(Protocol):
     """What each token's gradient weighs; pass your own function or object wherever a name is accepted.
 
     Returns weights >= 0 of shape (B, T), which `weigh` divides by their mean over each response. `statistics` are the
-    region means of the steps before, None in the first step; `progress` is nu in [0, 1]. Change nothing of what is given.
+    region means of the steps before, None in the first step; `progress` is nu in [0, 1]. Leave the batch as it is.
 
     A rule may also have these attributes (defaults in parentheses):
 
