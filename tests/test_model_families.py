@@ -92,7 +92,7 @@ def test_demonstrations_are_read_back_from_their_ids(name: str, samples: list[To
         assert exact_match(parsed, sample.gold)
         assert parsed.thought == "I look."
         ids_BT = torch.tensor([learnt])
-        regions_BT = tag_regions(ids_BT, torch.ones_like(ids_BT), tokenizer, lambda text: parse(text).spans, tags)
+        regions_BT = tag_regions(ids_BT, torch.ones_like(ids_BT), tokenizer, layout.format)
         assert regions_BT[0, -1] == Region.FORMAT  # the end of the sequence
         found |= set(regions_BT.flatten().tolist())
     assert found == set(Region) - {Region.OTHER}

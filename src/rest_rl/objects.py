@@ -48,7 +48,7 @@ def load_object(address: str, what: str) -> Any:
             found = getattr(found, part)
     except UserError:
         raise
-    except Exception as error:  # the module is the user's: whatever it raises when it is imported is his to see
+    except (Exception, SystemExit) as error:  # the module is the user's, and so is whatever it raises
         raise UserError(
             f"{what} {address!r}, which cannot be imported ({type(error).__name__}: {error})",
             "package.module:OBJECT in the current directory, beside the run file or on the Python path",
