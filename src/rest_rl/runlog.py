@@ -317,6 +317,8 @@ def cut_back(path: Path, size: int) -> None:
 
 def unwritable(folder: Path, error: OSError) -> ValueError:
     """The error for a folder that is full, read-only or no folder."""
+    if folder.is_file():
+        return UserError(f"run folder {folder}, which is a file", "a new folder", "pass another --out")
     return UserError(
         f"run folder {folder} ({reason(error)})",
         "a writable folder with free space",
