@@ -18,7 +18,7 @@ import rest_rl
 from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
 from rest_rl.runlog import Observer, read_run
-from rest_rl.train.run import RunResult, estimate_run
+from rest_rl.train.run import RunResult, estimate_run, resolve_run
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
@@ -103,3 +103,14 @@ def test_a_resumed_run_finds_the_rule_beside_its_run_file(tables: dict[str, Any]
     command = [sys.executable, "-m", "rest_rl", "train", "--resume", "--out", str(folder)]
     subprocess.run(command, cwd=elsewhere, check=True)
     assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_options_of_a_resumed_run_are_changes_of_the_recorded_one(tmp_path: Path) -> None:
+    recorded = RunConfig.from_toml("[rest]\npreset = 'tsft'\n[data]\npath = 'rows.jsonl'\n[model]\npath = 'model'")
+    (tmp_path / "config.toml").write_text(recorded.to_toml())
+    same = ["rest.region_weights.name=2.0"]  # what the preset has; the embedded run's own preset knows no such key
+    assert resolve_run(None, out=tmp_path, resume=True, overrides=same).rest.preset == "tsft"
+    with pytest.raises(UserError, match="region_weights"):
+        resolve_run(None, out=tmp_path, resume=True, overrides=["rest.region_weights.name=3.0"])
+    with pytest.raises(UserError, match="holds no run"):
+        resolve_run(None, out=tmp_path / "other", resume=True, overrides=same)

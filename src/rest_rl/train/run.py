@@ -222,23 +222,29 @@ def resolve_run(
     run: RunSource, *, out: str | Path | None, resume: bool, overrides: Sequence[str], is_dry: bool = False
 ) -> RunConfig:
     """The run that is asked for; with `resume` the one in the run folder, which `run` and `overrides` may repeat."""
-    asked = read_source(run, overrides)
-    asked = with_machine_defaults(asked) if asked.run.engine == "trl" else asked  # verl trains elsewhere
-    if out is not None:
-        asked = in_folder(asked, out)
+    if resume and run is None:  # overrides on their own are changes of the recorded run
+        folder = Path(read_source(None, overrides).run.out if out is None else out)
+        asked = in_folder(read_run_file(recorded_file(folder), overrides), folder)
+    else:
+        asked = read_source(run, overrides)
+        asked = with_machine_defaults(asked) if asked.run.engine == "trl" else asked  # verl trains elsewhere
+        asked = asked if out is None else in_folder(asked, out)
     if not resume:
         is_chosen = run is not None or out is not None or is_dry
         return asked if is_chosen else in_folder(asked, free_folder(asked.run.out))
     folder = Path(asked.run.out)
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"--resume and {folder}, which holds no run", "a run folder", "pass its --out")
-    config = in_folder(read_run_file(folder / CONFIG), folder)
-    if run is None:  # overrides on their own are changes of the recorded run
-        asked = in_folder(read_run_file(folder / CONFIG, overrides), folder)
+    config = in_folder(read_run_file(recorded_file(folder)), folder)
     if asked.rest.format == AUTO:
         asked = replace(asked, rest=replace(asked.rest, format=config.rest.format))
     refuse_changes(parse_toml(asked.to_toml(), "the run"), parse_toml(config.to_toml(), "the run"))
     return config
+
+
+def recorded_file(folder: Path) -> Path:
+    """The run that a folder records; UserError if it holds none."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--resume and {folder}, which holds no run", "a run folder", "pass its --out")
+    return folder / CONFIG
 
 
 def read_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
