@@ -88,7 +88,7 @@ def test_check_tells_it_to_people(rows: Path, capsys: pytest.CaptureFixture[str]
     assert "shape: messages (4 rows)" in out
     assert "6 rows: 2 kept, 2 repaired (1 of them lost turns), 2 rejected; 7 samples" in out
     assert "row 4: got text that is not JSON" in out
-    assert "mend the row" in out
+    assert "correct the row" in out
 
 
 def test_check_lists_ten_of_each_reason_or_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,7 @@ def test_one_constant_is_changed_and_the_others_stay() -> None:
             r"unknown key rest\.weights\.strength",
         ),
         ("[rest]\nadvantage = 'ppo'", r"rest\.advantage = 'ppo', expected one of 'grpo', 'dr_grpo' or 'dapo'"),
-        ("[run", r"that is not TOML .*; mend it"),
+        ("[run", r"that is not TOML .*; correct it"),
     ],
 )
 def test_mistakes_say_what_was_expected(text: str, message: str) -> None:

@@ -47,7 +47,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Table:
-    """A table of the run file: whoever makes one, its values fit their annotations, or it is a UserError."""
+    """A table of the run file; values that do not fit their annotations are a UserError, in Python too."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__.removesuffix("Table").lower()
@@ -266,7 +266,7 @@ def changed_rule(own: Any, table: Mapping[str, Any], rules: Mapping[str, type], 
 
 
 def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
-    """The run in a TOML file; without one the tool world's, or with a model or data set, that of one's own model."""
+    """The run in a TOML file; without one the tool world's, or with a model or data set, that of your own model."""
     if path is None:
         overrides = list(overrides)
         asked = apply_overrides({}, overrides)
@@ -294,7 +294,7 @@ def parse_toml(text: str, origin: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{origin} that is not TOML ({error})", "`key = value` lines", "mend it") from error
+        raise UserError(f"{origin} that is not TOML ({error})", "`key = value` lines", "correct it") from error
 
 
 def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

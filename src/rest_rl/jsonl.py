@@ -36,9 +36,9 @@ def parse_row(line: bytes) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"a line that is not JSON ({error})", "an object", "mend the row") from error
+        raise UserError(f"a line that is not JSON ({error})", "an object", "correct the row") from error
     if not isinstance(row, Mapping):
-        raise UserError(f"{type(row).__name__}", "an object per line", "mend the row")
+        raise UserError(f"{type(row).__name__}", "an object per line", "correct the row")
     return row
 
 

@@ -235,7 +235,7 @@ def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all: whoever reads it finds the old text or the new one. OSError if it fails."""
+    """Write a file whole or not at all: a reader finds the old text or the new one. OSError if it fails."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("w", encoding="utf-8") as file:

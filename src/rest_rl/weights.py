@@ -192,7 +192,7 @@ class WeightConfig:
         for name in ("scope", "dropped"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # TOML and JSON have lists
             if unknown := sorted(set(getattr(self, name)) - set(REGIONS)):
-                raise UserError(f"{name} {unknown}", f"some of {', '.join(REGIONS)}", "mend the label")
+                raise UserError(f"{name} {unknown}", f"some of {', '.join(REGIONS)}", "correct the label")
         if set(self.dropped) == set(REGIONS):
             raise UserError("every region in dropped", "one to learn from", "leave one out")
         if self.dropped and self.rule == "top_entropy":

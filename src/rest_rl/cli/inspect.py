@@ -135,7 +135,7 @@ def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
         text = text_field(row, "response").encode("utf-8", "replace").decode("utf-8")  # JSON can hold lone surrogates
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise UserError(f"ids {ids!r:.80}", "a list of integers", "mend the row")
+        raise UserError(f"ids {ids!r:.80}", "a list of integers", "correct the row")
     bad = [i for i in ids if not 0 <= i < len(tokenizer)]
     if bad:
         raise UserError(f"id {bad[0]}", f"ids below {len(tokenizer)}", "pass the tokenizer that made them")
@@ -158,5 +158,5 @@ def read_entropies(source: str | None) -> dict[str, float]:
     if not isinstance(entropies, dict) or not all(
         label in labels and isinstance(value, (int, float)) and value >= 0 for label, value in entropies.items()
     ):
-        raise UserError(f"--entropies {source!r:.80}", f"nats >= 0 for some of {', '.join(labels)}", "mend it")
+        raise UserError(f"--entropies {source!r:.80}", f"nats >= 0 for some of {', '.join(labels)}", "correct it")
     return {label: float(value) for label, value in entropies.items()}

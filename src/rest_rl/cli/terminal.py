@@ -104,7 +104,7 @@ def recorded_pieces(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Console) -> None:
-    """Quantities, their values and how each was reckoned; the last column wraps."""
+    """Quantities, their values and how each was estimated; the last column wraps."""
     table = Table("", "", "", title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     table.columns[1].justify = "right"

@@ -21,7 +21,7 @@ class Reason(NamedTuple):
 
 REASONS: dict[str, Reason] = {
     # the row itself
-    "not_json": Reason("rejected", "text that is not JSON", "mend the row; JSONL holds one whole object per line"),
+    "not_json": Reason("rejected", "text that is not JSON", "correct the row; JSONL holds one whole object per line"),
     "not_an_object": Reason("rejected", "JSON that is no object", "write each row as an object"),
     "not_a_number": Reason("rejected", "NaN or an infinity", "write null or a number"),
     "encoding": Reason("rejected", "bytes that are not UTF-8", "convert the file: iconv -f ENCODING -t UTF-8 FILE"),
@@ -35,16 +35,20 @@ REASONS: dict[str, Reason] = {
         "repaired", "nulls that a columnar file adds to every object", "keep arguments and tools as JSON text columns"
     ),
     # what a loader reads in it
-    "bad_row": Reason("rejected", "a field that is missing or of the wrong type", "mend the field"),
+    "bad_row": Reason("rejected", "a field that is missing or of the wrong type", "correct the field"),
     "bad_tool_schema": Reason(
         "rejected",
         "a tool schema that is no schema",
         'write {"name", "description", "parameters": {"type": "object", "properties": {...}}}',
     ),
-    "bad_gold": Reason("rejected", "a demonstration whose calls cannot be read", "mend the calls of the demonstration"),
-    "bad_history": Reason("rejected", "earlier turns that cannot be told apart", "mend the turns, or --keep-prompts"),
-    "bad_turn": Reason("rejected", "a message that cannot be read", "mend the message"),
-    "broken_history": Reason("rejected", "a turn after a message that cannot be read", "mend the earlier message"),
+    "bad_gold": Reason(
+        "rejected", "a demonstration whose calls cannot be read", "correct the calls of the demonstration"
+    ),
+    "bad_history": Reason(
+        "rejected", "earlier turns that cannot be told apart", "correct the turns, or --keep-prompts"
+    ),
+    "bad_turn": Reason("rejected", "a message that cannot be read", "correct the message"),
+    "broken_history": Reason("rejected", "a turn after a message that cannot be read", "correct the earlier message"),
     "no_assistant_turn": Reason("rejected", "a dialogue without an assistant turn", "add the turn to learn"),
     "empty_prompt": Reason("rejected", "an assistant turn with nothing before it", "start with a user message"),
     "empty_turn": Reason("rejected", "an assistant turn with neither calls nor text", "add what should be said"),
@@ -73,7 +77,7 @@ REASONS: dict[str, Reason] = {
     "not_laid_out": Reason(
         "rejected",
         "a sample that the model's chat template or format cannot hold",
-        "mend the row, or take a model or format that can",
+        "correct the row, or take a model or format that can",
     ),
     # the gold against the tools
     "unknown_tool": Reason("rejected", "a call of a tool that is not offered", "add the tool or correct the name"),
@@ -135,7 +139,7 @@ class RowRejectedError(UserError):
 
 @dataclass
 class RowContext:
-    """What a row shape is told beside the row, and where it notes what it finds in it."""
+    """What a row shape gets with the row, and where it records its findings."""
 
     id: str
     """The id of the row's sample, or the beginning of its samples' ids."""

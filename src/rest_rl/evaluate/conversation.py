@@ -94,7 +94,7 @@ class Benchmark(Protocol):
 
 
 class Model(Protocol):
-    """Whoever answers: a checkpoint, a server, recorded responses, the gold itself; a subclass needs `respond`."""
+    """A source of responses: a checkpoint, a server, recorded responses, the gold; a subclass needs `respond`."""
 
     batch_size: int = 1
     """How many requests one call of `respond` is given at most."""

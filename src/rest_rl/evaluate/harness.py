@@ -30,7 +30,7 @@ def evaluate_all(
 ) -> list[Row]:
     """Ask for every sample that the folder does not hold yet; all rows, in the order of `identities`.
 
-    `on_row` is told of each row that is written. An exception of the model (a wrong key, an unknown name) stops the
+    `on_row` gets each row that is written. An exception of the model (a wrong key, an unknown name) stops the
     evaluation; what was written stays.
     """
     done = {row["id"]: row for row in log.read_rows()}

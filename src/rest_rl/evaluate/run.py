@@ -247,7 +247,7 @@ def fit_notes(benchmark: Benchmark, room: Room, plan: Plan, identities: Sequence
 
 
 def _make_model(request: EvalRequest, plan: Plan, identities: Sequence[str]) -> tuple[Model, list[str]]:
-    """(whoever answers, what to say about it): weights are loaded here."""
+    """(model, notes about it); loads the weights."""
     if request.source == "object":
         assert not isinstance(request.model, (str, type(None)))
         return request.model, []

@@ -73,7 +73,7 @@ def probe(
         overrides: settings of the run, such as "rest.preset=paper".
         out: a folder for probe.md, probe.json and the pictures; nothing is written if None.
         on_report: is given each report as soon as it is measured, before anything is written.
-        observer: is told how far the work is.
+        observer: gets the progress.
 
     Raises:
         UserError: before anything is sampled, except for a folder that cannot be written at the end.

@@ -125,7 +125,7 @@ def hub_adapter(name: str) -> str | None:
     """The configuration file of an adapter on the hub; None for a whole model, or where there is no such name."""
     try:
         return find_adapter_config_file(name)
-    except (OSError, ValueError):  # whoever loads the model says what is wrong with the name
+    except (OSError, ValueError):  # loading the model reports what is wrong with the name
         return None
 
 
@@ -193,7 +193,7 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
     try:
         return LoraConfig(**given)
     except (TypeError, ValueError) as error:
-        raise UserError(f"[peft] {dict(table)} ({error})", "fields of LoraConfig", "mend it") from error
+        raise UserError(f"[peft] {dict(table)} ({error})", "fields of LoraConfig", "correct it") from error
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:

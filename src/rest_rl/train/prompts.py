@@ -147,7 +147,7 @@ class TrainingData:
 
 
 def read_data(config: RunConfig, layout: PromptLayout, say: Callable[[str], Any]) -> TrainingData:
-    """The data of a run; UserError if a file gives no sample. `say` is told what was left out."""
+    """The data of a run; UserError if a file gives no sample. `say` gets what was left out."""
     data = config.data
     if data.path == EMBEDDED:
         if config.model.path != EMBEDDED:

@@ -90,7 +90,7 @@ def recorded(call: ToolCall) -> dict[str, Any]:
 
 
 def call_problem(call: ToolCall, tools: Mapping[str, Mapping[str, Any]]) -> str:
-    """Why a call is not executed, as the model is told it; empty for one that fits a tool on the list."""
+    """Why a call is not executed, in the words the model sees; empty for one that fits a tool on the list."""
     if call.name not in tools:
         return f"there is no tool named {call.name[:80]!r}"
     known = tools[call.name]

@@ -26,9 +26,9 @@ NON_LIVE: Mapping[Version, tuple[str, ...]] = {
 LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 UNANSWERED = ("irrelevance", "live_irrelevance")
-"""No tool on offer helps: right is whoever makes no call."""
+"""No tool on offer helps: a response without a call is right."""
 RELEVANCE = "live_relevance"
-"""Some tool helps: right is whoever makes any call."""
+"""Some tool helps: a response with any call is right."""
 
 
 def select_categories(version: Version, names: Sequence[str] | None) -> tuple[str, ...]:

@@ -25,9 +25,9 @@ from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage, install_comman
 
 ROOT = Path(__file__).parents[4]
 CHILD = f"import sys; sys.path.insert(0, sys.argv.pop(1)); from {__package__}.child import main; main()"
-"""The process has an environment of its own, without PYTHONPATH, so it is told where this package is."""
+"""The process has an environment of its own, without PYTHONPATH, so it gets the path of this package."""
 FIXED = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "TZ": "UTC"}
-"""The backends print sets and local times: what a model is told must not change from run to run."""
+"""The backends print sets and local times: what a model sees must not change from run to run."""
 LOADING_SECONDS = 120.0
 """For what only reads the release: no model has a hand in it, but a disk may be slow."""
 TRIES = 3

@@ -19,7 +19,7 @@ READS = {"os.listdir", "os.scandir"}
 
 
 def leave_the_network() -> bool:
-    """Move into an empty network of one's own, where the kernel lets its users do so."""
+    """Move into an empty network namespace, where the kernel allows it."""
     new_user_and_network = 0x10000000 | 0x40000000
     try:
         if sys.version_info >= (3, 12):
