@@ -186,6 +186,47 @@ class TestSingleTurn:
         verdict = sandbox.check_calls(entry["id"], category, [{"calculate_triangle_area": {"base": deep}}])
         assert verdict == Verdict(False, "checker_error: ValueError", "nesting deeper than 100 levels")
 
+    def test_checks_share_a_process_until_one_goes_wrong(self) -> None:
+        package = package_of("v4")
+        with Sandbox(package) as sandbox:
+            category, entry = simple(sandbox, package)
+
+            def workers(calls: list) -> set[int]:
+                sandbox.check_calls(entry["id"], category, calls)
+                return {*still_running(sandbox._process.pid)} - {sandbox._process.pid}
+
+            right = [
+                {name: {key: v[0] for key, v in values.items()} for name, values in entry["ground_truth"][0].items()}
+            ]
+            (first,) = workers(right)
+            assert workers([]) == workers(right) == {first}
+            assert workers([1]) == set()  # the checker raised
+            (second,) = workers(right)
+            os.kill(second, signal.SIGKILL)
+            assert sandbox.check_calls(entry["id"], category, right).valid
+            assert second not in workers(right)
+
+    def test_each_check_has_its_own_time(self, tmp_path: Path) -> None:
+        script = """
+import os, sys, time
+from rest_rl.evaluate.benchmarks.bfcl.child import Pipes, Server
+
+class Release:
+    def check_calls(self, seconds):
+        begin = time.process_time()
+        while time.process_time() - begin < seconds:
+            pass
+        return [True, "", str(os.getpid())]
+
+server = Server(Pipes(*os.pipe()), Release(), 1, 4096)
+check = lambda seconds: server.checked({"do": "check_calls", "of": [seconds]})
+first, second, endless, last = check(0.7), check(0.7), check(1e9), check(0.0)
+assert first["ok"][2] == second["ok"][2] != last["ok"][2], (first, second, last)
+assert endless == {"died": "it ran out of processor time", "limit": True}, endless
+"""
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
 
 class TestConversations:
     @pytest.mark.parametrize("category", MULTI_TURN)

@@ -1,14 +1,16 @@
 """The process that holds bfcl_eval: JSON lines in and out, no third-party library but what bfcl_eval takes.
 
-Everything a model has written is handled in a fork of it: a namespace, and limits, for one sample alone. The fork
-answers on the same pipes while this process waits, which needs no more care than never to read ahead: a request is
-sent only when the last one has been answered.
+Everything a model has written is handled in forks of it, with limits. A conversation, whose calls are executed, has a
+fork for itself, which answers on the same pipes while this process waits: that needs no more care than never to read
+ahead, since a request is sent only when the last one has been answered. The calls of single turns are compared and not
+executed; one fork, the worker, checks many of them and is replaced after a while, and at once if a check goes wrong.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,20 +21,27 @@ from rest_rl.evaluate.benchmarks.bfcl.walls import cause, confine, leave_the_net
 
 LOOK_UPS = ("constants", "entries", "load", "gold_calls")
 APART = ("open", "check_calls", "check_turns")
+CHECKS = 500
+"""How many samples a worker checks before a new one takes its place."""
 
 
 class Pipes:
-    """The protocol's two ends, out of reach of whatever is printed."""
+    """One side of a connection: JSON lines in and out."""
 
-    def __init__(self) -> None:
-        self.inbox, self.outbox = os.dup(0), os.dup(1)
-        null = os.open(os.devnull, os.O_RDWR)
+    def __init__(self, inbox: int, outbox: int) -> None:
+        self.inbox, self.outbox = inbox, outbox
+
+    @classmethod
+    def standard(cls) -> Pipes:
+        """Standard input and output, out of reach of whatever is printed."""
+        pipes, null = cls(os.dup(0), os.dup(1)), os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(null, standard)
         os.close(null)
+        return pipes
 
     def read(self) -> dict[str, Any] | None:
-        """The next request, None at the end."""
+        """The next message, None at the end."""
         pieces = []
         while piece := os.read(self.inbox, 1 << 20):
             pieces.append(piece)
@@ -44,6 +53,10 @@ class Pipes:
         rest = memoryview(json.dumps(answer).encode() + b"\n")
         while rest:
             rest = rest[os.write(self.outbox, rest) :]
+
+    def close(self) -> None:
+        os.close(self.inbox)
+        os.close(self.outbox)
 
 
 def answer(handle: Callable[[], Any]) -> dict[str, Any]:
@@ -60,15 +73,19 @@ class Server:
 
     def __init__(self, pipes: Pipes, bfcl: Bfcl, seconds: int, memory_mb: int) -> None:
         self.pipes, self.bfcl, self.seconds, self.memory_mb = pipes, bfcl, seconds, memory_mb
+        self.worker: tuple[int, Pipes] | None = None
+        """Process and connection."""
 
     def run(self) -> None:
         while (request := self.pipes.read()) is not None:
             if request["do"] not in APART:
                 self.pipes.write(self.answer(request, LOOK_UPS))
-            elif "ok" in (found := answer(partial(self.bfcl.prepare, *request["of"]))):
-                self.fork(request)
-            else:
+            elif "ok" not in (found := answer(partial(self.bfcl.prepare, *request["of"]))):
                 self.pipes.write(found)
+            elif request["do"] == "check_calls":
+                self.pipes.write(self.checked(request))
+            else:
+                self.serve_apart(request)
 
     def answer(self, request: dict[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
         """What a method of the release gives."""
@@ -76,38 +93,88 @@ class Server:
             return {"invalid": f"got {request['do']!r}, expected one of {', '.join(allowed)}"}
         return answer(partial(getattr(self.bfcl, request["do"]), *request["of"]))
 
-    def fork(self, request: dict[str, Any]) -> None:
-        """Have the request answered apart, and say so where that comes to no end of its own."""
+    def fork(self, seconds: int, serve: Callable[[], None]) -> int:
+        """A confined process that does this and ends."""
         process = os.fork()
         if process == 0:
             status = 1
             try:
-                confine(self.seconds, self.memory_mb)
-                self.serve_apart(request)
+                confine(seconds, self.memory_mb)
+                serve()
                 status = 0
             finally:
                 os._exit(status)  # no clean-up of the parent's
-        _, status = os.waitpid(process, 0)
-        if status:
-            why, is_limit = cause(status)
-            self.pipes.write({"died": why, "limit": is_limit})
+        return process
 
     def serve_apart(self, request: dict[str, Any]) -> None:
-        """In the fork: one check, or a conversation until its end."""
-        if request["do"] != "open":
-            self.pipes.write(self.answer(request, APART))
-            return
+        """Have a fork answer for a while, and say so where that comes to no end of its own."""
+        serve = self.converse if request["do"] == "open" else self.check_turns
+        _, status = os.waitpid(self.fork(self.seconds, partial(serve, request)), 0)
+        if status:
+            self.pipes.write(ended(status))
+
+    def check_turns(self, request: dict[str, Any]) -> None:
+        self.pipes.write(self.answer(request, APART))
+
+    def converse(self, _: dict[str, Any]) -> None:
+        """In the fork: a conversation until its end, its verdict included."""
         self.pipes.write({"ok": None})
         while (step := self.pipes.read()) is not None and step["do"] != "end":
-            self.pipes.write(self.answer(step, ("execute", *LOOK_UPS)))
+            self.pipes.write(self.answer(step, ("execute", "check_turns", *LOOK_UPS)))
         self.pipes.write({"ok": None})
+
+    def checked(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The worker's answer; it is replaced after its last one."""
+        process, pipes = self.worker = self.worker or self.start_worker()
+        try:
+            pipes.write(request)
+            found = pipes.read()
+        except (OSError, ValueError):  # it ended before it had read, or in the middle of its answer
+            found = None
+        if found is not None and not found.pop("is_last"):
+            return found
+        pipes.close()
+        self.worker = None
+        _, status = os.waitpid(process, 0)
+        return ended(status) if found is None else found
+
+    def start_worker(self) -> tuple[int, Pipes]:
+        to_worker, from_worker = os.pipe(), os.pipe()
+        ours, theirs = Pipes(from_worker[0], to_worker[1]), Pipes(to_worker[0], from_worker[1])
+
+        def serve() -> None:
+            ours.close()
+            self.pipes.close()
+            self.serve_checks(theirs)
+
+        process = self.fork(CHECKS * self.seconds, serve)
+        theirs.close()
+        return process, ours
+
+    def serve_checks(self, pipes: Pipes) -> None:
+        """In the worker: checks until one goes wrong, each within its own time."""
+        is_last = False
+        for left in reversed(range(CHECKS)):
+            if is_last or (request := pipes.read()) is None:
+                return
+            signal.setitimer(signal.ITIMER_PROF, self.seconds)  # its signal ends the process
+            found = self.answer(request, APART)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            is_last = not left or "ok" not in found or found["ok"][1].startswith("checker_error")
+            pipes.write({**found, "is_last": is_last})
+
+
+def ended(status: int) -> dict[str, Any]:
+    """The answer in the place of a fork that could not give one."""
+    why, is_limit = cause(status)
+    return {"died": why, "limit": is_limit}
 
 
 def main() -> None:
     """Load the release in the given folder, say how that went, and serve."""
     version, folder, seconds, memory_mb = sys.argv[1:]
     sys.path.insert(0, folder)
-    pipes = Pipes()
+    pipes = Pipes.standard()
     started = answer(lambda: Bfcl(version))
     if "ok" not in started:
         pipes.write(started)

@@ -1,7 +1,7 @@
 """bfcl_eval at arm's length: its data, its executors and its checkers, asked of a process of its own.
 
-What a model has written is executed in a fork of that process, with limits and without the outside world; whatever
-goes wrong there is a verdict or a SandboxError, and the next sample finds a fresh process.
+What a model has written is handled in forks of that process, with limits and without the outside world; whatever goes
+wrong there is a verdict or a SandboxError, and the next sample finds a fresh process.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import contextlib
 import json
 import math
 import os
+import selectors
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
 
 from rest_rl.errors import UserError
@@ -33,6 +34,7 @@ LOADING_SECONDS = 120.0
 TRIES = 3
 PATIENCE = 3.0
 """Seconds to wait for one of processor time: a machine may be busy, and the processor's clock is to judge."""
+FAILED = "the process that works with bfcl-eval failed: {}"
 MAX_DEPTH = 100
 MAX_INTEGER_BITS = 14_000
 """Below the 4300 digits that Python reads."""
@@ -156,7 +158,10 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
                 cwd=self._package.folder,
                 env={**FIXED, "BFCL_PROJECT_ROOT": folder, "HOME": folder, "PATH": os.defpath},
                 start_new_session=True,
+                bufsize=0,
             )
+            assert process.stdin is not None
+            os.set_blocking(process.stdin.fileno(), False)  # a process that hangs reads nothing
             try:
                 answer = _exchange(process, None, LOADING_SECONDS)
             except BaseException:
@@ -194,9 +199,16 @@ class Session(contextlib.AbstractContextManager["Session"]):
         return self._ask("execute", self._sample[0], list(map(_sendable, calls)))
 
     def check(self, turns: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> Verdict:
-        """The official verdict on all turns, each a list of steps, each a list of calls; it ends the instances."""
-        self.close()
+        """The official verdict on all turns, each a list of steps, each a list of calls; it ends the instances.
+
+        The checker makes instances of its own, in the process of the conversation or, if that has ended, in a new one.
+        """
         sendable = [[list(map(_sendable, step)) for step in turn] for turn in turns]
+        if self.is_open and not self.is_over:
+            with contextlib.suppress(SandboxError):
+                verdict = Verdict(*self._ask("check_turns", *self._sample, sendable))
+                self.close()
+                return verdict
         return Verdict(*again_if_ended(partial(self._ask, "check_turns", *self._sample, sendable)))
 
     def close(self) -> None:
@@ -218,27 +230,32 @@ def again_if_ended(ask: Callable[[], Any]) -> Any:
 
 
 def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
-    """Send a request, if any, and read one answer; SandboxError when the process ends or the time is up.
-
-    The other side reads a request whole before it writes, so two full pipes cannot wait for one another.
-    """
+    """Send a request, if any, and read one answer; SandboxError when the process ends or the time is up."""
     assert process.stdin is not None
     assert process.stdout is not None
-    line = b"" if request is None else json.dumps(request, default=dict).encode() + b"\n"
-    is_late = threading.Event()
-    timer = threading.Timer(seconds, lambda: (is_late.set(), _signal_group(process)))
-    timer.daemon = True
-    timer.start()
-    try:
-        process.stdin.write(line)
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-    except (OSError, ValueError) as error:
-        why = f"no answer within {seconds:g} s" if is_late.is_set() else "it ended without an answer"
-        raise SandboxError(f"the process that works with bfcl-eval failed: {why}", is_limit=is_late.is_set()) from error
-    finally:
-        timer.cancel()
-        timer.join()
+    rest = memoryview(b"" if request is None else json.dumps(request, default=dict).encode() + b"\n")
+    answer, deadline = bytearray(), monotonic() + seconds
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(process.stdout, selectors.EVENT_READ)
+        if rest:
+            waiting.register(process.stdin, selectors.EVENT_WRITE)
+        try:
+            while not answer.endswith(b"\n"):
+                ready = waiting.select(max(0.0, deadline - monotonic()))
+                if not ready:
+                    raise SandboxError(FAILED.format(f"no answer within {seconds:g} s"), is_limit=True)
+                for key, _ in ready:
+                    if key.fileobj is process.stdin:
+                        rest = rest[process.stdin.write(rest) or 0 :]
+                        if not rest:
+                            waiting.unregister(process.stdin)
+                    elif piece := os.read(key.fd, 1 << 20):
+                        answer += piece
+                    else:
+                        raise EOFError
+            return json.loads(answer)
+        except (OSError, ValueError, EOFError) as error:
+            raise SandboxError(FAILED.format("it ended without an answer")) from error
 
 
 def _end(process: subprocess.Popen[bytes], patience: float) -> None:

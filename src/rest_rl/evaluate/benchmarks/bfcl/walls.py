@@ -76,7 +76,7 @@ def below(path: Any, folders: tuple[str, ...]) -> bool:
 def cause(status: int) -> tuple[str, bool]:
     """Why a process ended, in words, and whether that was its own doing: only SIGKILL comes from outside."""
     code = os.waitstatus_to_exitcode(status)
-    if code == -signal.SIGXCPU:
+    if -code in (signal.SIGXCPU, signal.SIGPROF):
         return "it ran out of processor time", True
     if code < 0:
         return f"signal {-code} ended it", code != -signal.SIGKILL
