@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -32,3 +33,9 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """An endpoint repeats requests at once."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     monkeypatch.setattr("rest_rl.evaluate.models.endpoint.PAUSE", 0.001)
+
+
+def pytest_collection_finish() -> None:
+    """Leave the imported libraries out of garbage collections, of which the trainers make some at every start."""
+    gc.collect()
+    gc.freeze()
