@@ -7,16 +7,10 @@ import re
 
 from rich.console import Console
 
-from rest_rl.cli.terminal import Screen, coloured, printable, say
+from rest_rl.cli.terminal import Screen, printable, say, show_coloured
 from rest_rl.response import Region
 
 TITLE_AND_CLEAR = "\x1b]0;owned\x07\x1b[2J"
-
-
-def shown(text: object) -> str:
-    out = io.StringIO()
-    Console(file=out, force_terminal=True, color_system=None, width=200).print(text, end="")
-    return out.getvalue()
 
 
 def test_controls_become_pictures() -> None:
@@ -26,8 +20,17 @@ def test_controls_become_pictures() -> None:
 
 
 def test_a_coloured_response_commands_no_terminal() -> None:
-    text = shown(coloured([(TITLE_AND_CLEAR, Region.NAME.label), ("\ud800", Region.OTHER.label)]))
-    assert text == "␛]0;owned␇␛[2J\ufffd"
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system=None, width=20)
+    show_coloured([(TITLE_AND_CLEAR, Region.NAME.label), ("\ud800", Region.OTHER.label)], console)
+    assert out.getvalue() == "␛]0;owned␇␛[2J\ufffd\n"
+
+
+def test_a_response_is_coloured_in_one_piece_per_region_and_not_wrapped() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="truecolor", width=20)
+    show_coloured([("a" * 30, "name"), ("b\n", "name"), ("c", "answer")], console)
+    assert out.getvalue() == f"\x1b[38;2;214;64;31m{'a' * 30}b\n\x1b[0m\x1b[38;2;26;158;108mc\x1b[0m\n"
 
 
 def test_a_line_is_said_as_it_stands() -> None:

@@ -120,6 +120,7 @@ def token_weights(
     step: float | None = None,
     entropies: Tensor | Mapping[str, float] | RegionStatistics | None = None,
     collisions: Tensor | Mapping[str, float] | None = None,
+    regions_BT: Tensor | None = None,
 ) -> Tensor:
     """The gradient weight of every sampled token: float32 (B, T), mean 1 over each response, 0 where masked.
 
@@ -138,6 +139,7 @@ def token_weights(
             region label to its mean ("format", "name", ...), where a region that is left out weighs 1; or whole
             `RegionStatistics`, such as those of the global batch, so that every micro-batch is weighed alike.
         collisions: 1 - sum_v p_v^2 in the same two forms, for the rule `collision`.
+        regions_BT: what `tag_regions` found, if it has been called.
 
     Raises:
         UserError: a name is unknown, progress is out of range, or the rule reads entropies and got none.
@@ -160,7 +162,7 @@ def token_weights(
     batch = TaggedBatch(
         ids_BT,
         mask_BT,
-        tag_regions(ids_BT, mask_BT, tokenizer, tool_format),
+        tag_regions(ids_BT, mask_BT, tokenizer, tool_format) if regions_BT is None else regions_BT.cpu(),
         tokenizer,
         tool_format.name,
         step=1 if step is None else step,

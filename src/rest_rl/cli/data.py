@@ -290,7 +290,7 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
     from rich.console import Console
     from rich.markup import escape
 
-    from rest_rl.cli.terminal import coloured, legend, pieces, say
+    from rest_rl.cli.terminal import legend, pieces, say, show_coloured
     from rest_rl.data.check import outcome
     from rest_rl.data.reasons import REASONS
     from rest_rl.data.samples import to_json
@@ -320,7 +320,7 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
             continue
         if sample.preamble and sample.preamble not in text:
             say(console, f"left out, for the format has no room for it: {sample.preamble}")
-        console.print(coloured(pieces(text, chosen.parse(text).spans)), soft_wrap=True)
+        show_coloured(pieces(text, chosen.parse(text).spans), console)
     console.print(legend())
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -17,13 +20,13 @@ AUTO = "auto"  # as in rest_rl.config, which takes a while to import
 ENTROPIES = 'nats by region, {"name": 0.3, ...}, or a file that holds them; without them no region is known better'
 
 
-class Token(NamedTuple):
-    """One token of an inspected response."""
+class Inspected(NamedTuple):
+    """A response as training would see it: its ids and, by token, what it spells, its region and its weight."""
 
-    id: int
-    text: str
-    region: str
-    weight: float
+    ids: list[int]
+    pieces: list[bytes]
+    regions: list[int]
+    weights: list[float]
 
 
 def presets() -> None:
@@ -67,14 +70,14 @@ def inspect(
     settings["format"] = get_format(format_for(tool_format, loaded))
     for number, line in read_lines(file):
         try:
-            tokens = inspect_ids(row_ids(parse_row(line), loaded), loaded, settings)
+            response = inspect_ids(row_ids(parse_row(line), loaded), loaded, settings)
         except UserError as error:
             print(as_json({"row": number, "error": str(error)}))
             continue
         if json:
-            print(as_json({"tokens": [token._asdict() for token in tokens]}))
+            print(tokens_as_json(response))
         else:
-            show_tokens(f"row {number}", [token[1:] for token in with_whole_characters(tokens, loaded)], console)
+            show_tokens(f"row {number}", runs(response), response.regions, response.weights, console)
 
 
 def format_for(name: str, tokenizer: Any) -> str:
@@ -86,44 +89,49 @@ def format_for(name: str, tokenizer: Any) -> str:
     return resolve_format(AUTO, tokenizer)[0] if getattr(tokenizer, "chat_template", None) else "toolrl"
 
 
-def inspect_ids(ids: Sequence[int], tokenizer: Any, settings: Mapping[str, Any]) -> list[Token]:
+def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> Inspected:
     """The tokens of one response with the region and weight that training would give them."""
     import torch
 
     from rest_rl.presets import token_weights
     from rest_rl.regions import tag_regions, token_bytes
-    from rest_rl.response import Region
 
     if not ids:
-        return []
-    ids_BT = torch.tensor([list(ids)])
+        return Inspected([], [], [], [])
+    ids_BT = torch.tensor([ids])
     mask_BT = torch.ones_like(ids_BT)
-    tool_format = settings["format"]
-    regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, tool_format)
-    weights_BT = token_weights(ids_BT, mask_BT, tokenizer, **settings)
+    regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, settings["format"])
+    weights_BT = token_weights(ids_BT, mask_BT, tokenizer, **settings, regions_BT=regions_BT)
     pieces = token_bytes(tokenizer).split(ids)
-    return [
+    for at in (at for at, piece in enumerate(pieces) if not piece):
         # the end of a sequence carries no text of its own: show its name
-        Token(
-            int(i),
-            piece.decode("utf-8", errors="replace") or tokenizer.decode([i]),
-            Region(int(region)).label,
-            float(weight),
-        )
-        for i, piece, region, weight in zip(ids, pieces, regions_BT[0], weights_BT[0], strict=True)
-    ]
+        pieces[at] = tokenizer.decode([ids[at]]).encode("utf-8", errors="replace")
+    return Inspected(ids, pieces, regions_BT[0].tolist(), weights_BT[0].tolist())
 
 
-def with_whole_characters(tokens: Sequence[Token], tokenizer: Any) -> list[Token]:
-    """The tokens with each character at the one that completes it, for characters cut into several tokens."""
-    from rest_rl.regions import token_bytes
+def tokens_as_json(response: Inspected) -> str:
+    """{"tokens": [{"id", "text", "region", "weight"}, ...]} on one line; equal tokens are written once."""
+    from rest_rl.jsonl import as_json
+    from rest_rl.response import Region
 
-    pieces = token_bytes(tokenizer).split([token.id for token in tokens])
+    @cache
+    def token(i: int, piece: bytes, region: int, weight: float) -> str:
+        text = piece.decode("utf-8", errors="replace")
+        return as_json({"id": i, "text": text, "region": Region(region).label, "weight": weight})
+
+    return f'{{"tokens": [{", ".join(map(token, *response))}]}}'
+
+
+def runs(response: Inspected) -> Iterator[tuple[str, str]]:
+    """(text, region) of neighbours of one region; a character that is cut into tokens stands at its last one."""
+    from rest_rl.response import Region
+
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    texts = [decoder.decode(piece) if piece else token.text for token, piece in zip(tokens, pieces, strict=True)]
-    if texts:
-        texts[-1] += decoder.decode(b"", final=True)
-    return [token._replace(text=text) for token, text in zip(tokens, texts, strict=True)]
+    label = Region.OTHER.label
+    for region, group in groupby(zip(response.regions, response.pieces, strict=True), key=itemgetter(0)):
+        label = Region(region).label
+        yield decoder.decode(b"".join(piece for _, piece in group)), label
+    yield decoder.decode(b"", final=True), label
 
 
 def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:

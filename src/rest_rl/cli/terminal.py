@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -44,12 +49,13 @@ def say(console: Console, text: str, style: str | None = None) -> None:
     console.print(printable(text), highlight=False, markup=False, soft_wrap=True, style=style)
 
 
-def coloured(tokens: Iterable[tuple[str, str]]) -> Text:
-    """Pieces of text, each in the colour of its region."""
-    text = Text(overflow="fold")
-    for piece, region in tokens:
-        text.append(printable(piece), style=REGION_COLOURS[region])
-    return text
+def show_coloured(tokens: Iterable[tuple[str, str]], console: Console) -> None:
+    """Pieces of text, each in the colour of its region, as they stand: not wrapped, and not measured either."""
+    segments = [
+        Segment(printable("".join(piece for piece, _ in group)), Style.parse(REGION_COLOURS[region]))
+        for region, group in groupby(tokens, key=itemgetter(1))
+    ]
+    console.print(Segments([*segments, Segment.line()]), soft_wrap=True)
 
 
 def legend(weights: Mapping[str, float] | None = None) -> Text:
@@ -62,16 +68,25 @@ def legend(weights: Mapping[str, float] | None = None) -> Text:
     return text
 
 
-def show_tokens(title: str, tokens: Sequence[tuple[str, str, float]], console: Console) -> None:
-    """A response in colours, then a table of its regions; a token is its text, region and weight."""
+def show_tokens(
+    title: str,
+    runs: Iterable[tuple[str, str]],
+    regions: Sequence[int],
+    weights: Sequence[float],
+    console: Console,
+) -> None:
+    """A response in colours, then a table of its regions; `regions` and `weights` are those of its tokens."""
     console.rule(title, align="left", style="dim")
-    console.print(coloured((text, region) for text, region, _ in tokens), soft_wrap=True)
+    show_coloured(runs, console)
     table = Table("region", "tokens", "share", "mean weight", box=None, header_style="dim")
+    tokens, sums = Counter(regions), dict.fromkeys(Region, 0.0)
+    for region, weight in zip(regions, weights, strict=True):
+        sums[region] += weight
     for label, colour in REGION_COLOURS.items():
-        weights = [weight for _, region, weight in tokens if region == label]
-        if weights:
-            mean, share = sum(weights) / len(weights), len(weights) / len(tokens)
-            table.add_row(Text(label, style=colour), str(len(weights)), f"{share:.0%}", f"{mean:.3f}")
+        region = Region[label.upper()]
+        if count := tokens[region]:
+            row = str(count), f"{count / len(regions):.0%}", f"{sums[region] / count:.3f}"
+            table.add_row(Text(label, style=colour), *row)
     console.print(table)
 
 
@@ -179,7 +194,7 @@ class Screen(Observer):
             return
         row = rows[0]
         self.console.rule(f"step {step}, reward {row['reward']:.2f}", align="left", style="dim")
-        self.console.print(coloured(recorded_pieces(row)), soft_wrap=True)
+        show_coloured(recorded_pieces(row), self.console)
         self.console.print(legend(self._weights))
 
     def on_finding(self, finding: Finding) -> None:
