@@ -107,7 +107,7 @@ def test_recorded_responses_of_some_samples(here: Path, bank: Path, capsys: pyte
         ("Level1_0", True, True), ("Level3_1", False, False)
     ]  # fmt: skip
     assert summary_of(here / "a")["groups"]["overall"]["n"] == 2
-    assert run(*options, "--out", "b", "--categories", "3") == 0
+    assert run(*options, "--format", "toolrl", "--out", "b", "--categories", "3") == 0
     assert [(row["id"], row["soft"], row["strict"]) for row in rows_of(here / "b")] == [("Level3_1", True, False)]
     assert "1 of others are left aside" in capsys.readouterr().out
     assert run("compare", "a", "b", "--json") == 0

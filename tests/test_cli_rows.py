@@ -65,6 +65,51 @@ def test_score_of_the_published_code_counts_steps(tmp_path: Path, capsys: pytest
     assert [(row["format"], row["accuracy"]) for row in scored] == [(2.0, 2.0), (1.5, 2.5), (1.0, 3.0)]
 
 
+HERMES = RIGHT.replace("parameters", "arguments")
+TEXT = "It rains."
+OPENED = HERMES.removeprefix("<think>")
+
+
+@pytest.mark.parametrize(
+    ("responses", "expected"),
+    [
+        ([HERMES, HERMES.partition("</think>\n")[2]], "hermes"),
+        ([RIGHT, TEXT], "toolrl"),
+        ([RIGHT, HERMES, HERMES], "hermes"),
+        ([RIGHT, HERMES], "toolrl"),  # a tie in every count: the first of FORMATS
+        (['[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}}]', TEXT], "mistral"),
+        ([OPENED, OPENED], "hermes+think"),
+        ([HERMES.replace("}}", "}")], "toolrl"),  # nothing is read, and both see an attempt
+        ([TEXT], "hermes"),
+        ([f"<think> a </think>\n{TEXT}"], "hermes"),
+        ([f"<think> a </think>\n<response> {TEXT} </response>"], "toolrl"),
+        ([], "toolrl"),
+    ],
+)
+def test_score_reads_rows_in_the_format_that_reads_most_calls(
+    responses: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"response": text, "gold": GOLD}) + "\n" for text in [*responses, 3]))
+    assert main(["score", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith(f"format {expected}: ")
+    assert err.count("\n") == 1
+    assert len(lines(out)) == len(responses) + 1
+
+
+def test_a_format_that_reads_fewer_calls_is_kept_and_another_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"response": HERMES, "gold": GOLD}) + "\n")
+    for verb in (["score", str(path)], ["inspect", str(path), "--tokenizer", str(policy)]):
+        assert main([*verb, "--format", "toolrl"]) == 0
+        assert "--format hermes" in capsys.readouterr().err
+        assert main([*verb, "--format", "hermes"]) == 0
+        assert capsys.readouterr().err == "format hermes: as set\n"
+
+
 BAD_ROWS = [
     "{",
     "3",

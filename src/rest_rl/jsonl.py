@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,6 +48,14 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{name} of type {type(value).__name__}", "text", f"add {name!r} to the row")
     return value
+
+
+def response_texts(lines: Iterable[bytes]) -> Iterator[str]:
+    """The `response` of each row that has one in text."""
+    for line in lines:
+        with suppress(UserError):
+            if isinstance(text := parse_row(line).get("response"), str):
+                yield text
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import groupby
@@ -13,10 +14,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from rest_rl.cli.options import AsJson, FormatName, PresetName, Progress, RowsFile
+from rest_rl.cli.options import AUTO, AsJson, FormatName, PresetName, Progress, RowsFile
 from rest_rl.errors import UserError
 
-AUTO = "auto"  # as in rest_rl.config, which takes a while to import
 ENTROPIES = 'nats by region, {"name": 0.3, ...}, or a file that holds them; without them no region is known better'
 
 
@@ -59,7 +59,9 @@ def inspect(
     """Show the tokens of rows {"response": text} or {"ids": [...]} with region and weight."""
     from rich.console import Console
 
+    from rest_rl.cli.score import format_of_rows
     from rest_rl.cli.terminal import show_tokens
+    from rest_rl.data.layout import resolve_format
     from rest_rl.formats import get_format
     from rest_rl.jsonl import as_json, parse_row, read_lines
     from rest_rl.presets import get_preset
@@ -67,8 +69,14 @@ def inspect(
 
     settings = {"preset": get_preset(preset), "progress": progress, "entropies": read_entropies(entropies)}
     loaded, console = load_tokenizer(tokenizer), Console()
-    settings["format"] = get_format(format_for(tool_format, loaded))
-    for number, line in read_lines(file):
+    if tool_format == AUTO and getattr(loaded, "chat_template", None):
+        tool_format, why = resolve_format(AUTO, loaded)
+        print(f"format {tool_format}: {why}", file=sys.stderr)
+        rows = read_lines(file)
+    else:
+        tool_format, rows = format_of_rows(tool_format, file)
+    settings["format"] = get_format(tool_format)
+    for number, line in rows:
         try:
             response = inspect_ids(row_ids(parse_row(line), loaded), loaded, settings)
         except UserError as error:
@@ -78,15 +86,6 @@ def inspect(
             print(tokens_as_json(response))
         else:
             show_tokens(f"row {number}", runs(response), response.regions, response.weights, console)
-
-
-def format_for(name: str, tokenizer: Any) -> str:
-    """The format of that name; `auto` is what the tokenizer's chat template writes, toolrl where it has none."""
-    from rest_rl.data.layout import resolve_format
-
-    if name != AUTO:
-        return name
-    return resolve_format(AUTO, tokenizer)[0] if getattr(tokenizer, "chat_template", None) else "toolrl"
 
 
 def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> Inspected:

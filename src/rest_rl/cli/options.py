@@ -10,12 +10,13 @@ from typer.core import TyperCommand, TyperGroup
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+AUTO = "auto"  # as in rest_rl.config, which takes a while to import
 
 RowsFile = Annotated[str, typer.Argument(metavar="FILE.jsonl", help="the rows; - for standard input")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="set one key; C is a TOML value")]
 OutFolder = Annotated[str | None, typer.Option("--out", metavar="DIR", help="where to write")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-FormatName = Annotated[str, typer.Option("--format", metavar="F", help="tool-call format")]
+FormatName = Annotated[str, typer.Option("--format", metavar="F", help="tool-call format; auto: found out")]
 PresetName = Annotated[str, typer.Option("--preset", metavar="P", help="see rest-rl presets")]
 
 

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
-from rest_rl.cli.options import FormatName, PresetName, Progress, RowsFile
+from rest_rl.cli.options import AUTO, FormatName, PresetName, Progress, RowsFile
 
 
 def score(
-    file: RowsFile, tool_format: FormatName = "toolrl", preset: PresetName = "rest", progress: Progress = 0.0
+    file: RowsFile, tool_format: FormatName = AUTO, preset: PresetName = "rest", progress: Progress = 0.0
 ) -> None:
     """Score rows {"response", "gold": {"calls": [{"name", "arguments"}], "answer"}, "step"?}, one JSON line per row.
 
-    A row that cannot be scored becomes a line with its number and an error.
+    A row that cannot be scored becomes a line with its number and an error. The format in use is printed on stderr.
     """
     from rest_rl.errors import UserError
-    from rest_rl.formats import get_format
-    from rest_rl.jsonl import as_json, parse_row, read_lines
+    from rest_rl.jsonl import as_json, parse_row
     from rest_rl.presets import get_preset
 
-    get_format(tool_format)
     get_preset(preset)
-    for number, line in read_lines(file):
+    tool_format, rows = format_of_rows(tool_format, file)
+    for number, line in rows:
         try:
             print(as_json(score_row(parse_row(line), tool_format, preset, progress)))
         except UserError as error:  # noqa: PERF203 - scoring costs more than any try
             print(as_json({"row": number, "error": str(error)}))
+
+
+def format_of_rows(name: str, file: str) -> tuple[str, Iterator[tuple[int, bytes]]]:
+    """The format of that name, or for `auto` the one that the first responses show, said on stderr; and all rows."""
+    from rest_rl.formats import get_format
+    from rest_rl.formats.detect import ENOUGH, choose_format
+    from rest_rl.jsonl import read_lines, response_texts
+
+    if name != AUTO:
+        get_format(name)
+    rows = read_lines(file)
+    first = list(islice(rows, ENOUGH))
+    name, why = choose_format(name, response_texts(line for _, line in first))
+    print(f"format {name}: {why}", file=sys.stderr)
+    return name, chain(first, rows)
 
 
 def score_row(row: Mapping[str, Any], tool_format: str, preset: str, progress: float) -> dict[str, Any]:

@@ -228,9 +228,9 @@ def resolve_format(
         why = "from the chat template" if found else f"the chat template shows no known one, so {IN_WORDS}"
     elif base in FORMATS and found != base:
         shows = f"writes {found}" if found else "shows no known format"
-        why = f"as asked; the chat template {shows}, so {IN_WORDS}"
+        why = f"as set; the chat template {shows}, so {IN_WORDS}"
     else:
-        why = "as asked"
+        why = "as set"
     opens = PromptLayout(tokenizer, base, variables).opens_think
     if asks_think and not opens:
         raise UserError(

@@ -16,7 +16,9 @@ from rest_rl.evaluate.log import SETTINGS
 from rest_rl.evaluate.origin import recorded_run
 from rest_rl.evaluate.request import EvalRequest
 from rest_rl.formats import ToolFormat, get_format
+from rest_rl.formats.detect import choose_format
 from rest_rl.formats.opened_think import SUFFIX
+from rest_rl.jsonl import read_lines, response_texts
 from rest_rl.runlog import read_object
 
 
@@ -55,12 +57,13 @@ def make_plan(request: EvalRequest) -> Plan:
 
 def _format_without_tokenizer(request: EvalRequest) -> tuple[str, str]:
     """(format, why); an earlier evaluation says what its responses are written in."""
-    if request.format:
-        return request.format, "as asked"
+    if request.format and request.format != AUTO:
+        return request.format, "as set"
     if request.responses:
         recorded = read_object(Path(request.responses).with_name(SETTINGS))
         if isinstance(recorded.get("format"), str):
             return recorded["format"], f"as in the {SETTINGS} beside the responses"
+        return choose_format(AUTO, response_texts(line for _, line in read_lines(request.responses)))
     return FORMAT, "the default without a model"
 
 
@@ -97,7 +100,7 @@ def _server_plan(request: EvalRequest) -> Plan:
         default = FORMAT if request.prompt == "published" else AUTO
         name, why = resolve_format(request.format or default, tokenizer, variables)
     elif request.format or request.prompt == "native":
-        name, why = request.format or "hermes", "as asked" if request.format else "where the server reads out none"
+        name, why = request.format or "hermes", "as set" if request.format else "where the server reads out none"
         get_format(name)
     elif request.prompt == "published":
         name, why = FORMAT, "the published texts ask for it"
