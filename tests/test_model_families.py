@@ -184,8 +184,17 @@ def test_another_format_than_the_template_s_is_described_in_words(samples: list[
     assert "You help with travel." in text
     assert '<tool_call>\n{"name": "get_weather", "parameters": {"city": "Rome", "days": 1}}\n</tool_call>' in text
     assert '<obs> {"sky": "clear"} </obs>' in text
+    assert "tool_response" not in text
     assert "Respond in the format" not in text  # Llama's own words
     assert len(training_dataset(samples, tokenizer, name)) == len(samples)
+
+
+def test_results_in_words_stand_in_the_tags_of_hermes(samples: list[ToolSample]) -> None:
+    second = next(sample for sample in samples if len(sample.messages) == 4)
+    text = PromptLayout(family_tokenizer("llama3_2"), "hermes").render(second)
+    assert '<tool_response>\n{"sky": "clear"}\n</tool_response>' in text
+    assert text.count("<tool_response>") == 2  # the system message explains it
+    assert "<obs>" not in text
 
 
 def test_a_format_of_one_s_own_is_described_in_words_unless_it_says_it_is_native(samples: list[ToolSample]) -> None:

@@ -24,8 +24,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from rest_rl.credit import AdvantageKind
 from rest_rl.errors import UserError
 from rest_rl.jsonl import reason
-from rest_rl.objects import UserObject, add_search_folder
+from rest_rl.objects import UserObject, add_search_folder, check_call
 from rest_rl.presets import REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
+from rest_rl.rewards import try_reward
 from rest_rl.runlog import CONFIG, find_modules
 
 if sys.version_info >= (3, 11):
@@ -255,7 +256,12 @@ def changed_rule(own: Any, table: Mapping[str, Any], rules: Mapping[str, type], 
     name = table.get("rule")
     options = {key: value for key, value in table.items() if key != "rule"}
     if isinstance(name, str) and ":" in name:
-        return UserObject(name, what, options)
+        rule = UserObject(name, what, options)
+        if what == "reward":
+            try_reward(rule)
+        else:
+            check_call(rule.target, f"{what} {name!r}", "batch", "statistics", "progress")
+        return rule
     kind = type(own) if name is None else rules.get(name) if isinstance(name, str) else None
     if kind is None:
         expected = f"one of {', '.join(rules)}, or package.module:OBJECT"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,6 +63,39 @@ def _another_file(module: str, file: str | None) -> Path | None:
     beside = (Path(folder, *module.split(".")).with_suffix(".py") for folder in _search_folders)
     others = (path for path in beside if file and path.is_file() and not path.samefile(file))
     return next((path for path in others if path.read_bytes() != Path(str(file)).read_bytes()), None)
+
+
+def address_of(found: object) -> str | None:
+    """The `package.module:OBJECT` at which a loaded module holds the object; `__main__` has no other name."""
+    for module in [name for name in sys.modules if name != "__main__"]:
+        for name, value in list(vars(sys.modules[module] or object).items()):
+            if value is found and not name.startswith("_"):
+                return f"{module}:{name}"
+    return None
+
+
+def check_call(function: Callable[..., Any], what: str, *parameters: str) -> None:
+    """UserError for a user's function that cannot be called with these parameters by position."""
+    try:
+        inspect.signature(function).bind(*parameters)
+    except TypeError as error:
+        raise UserError(
+            f"{what}, which cannot be called with ({', '.join(parameters)}): {error}", "these", "correct its parameters"
+        ) from None
+    except ValueError:  # a function in C that does not tell
+        return
+
+
+@contextmanager
+def trying(what: str, expected: str) -> Iterator[None]:
+    """Around the first calls of a user's object: UserError for whatever it raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        got = f"{what}, which fails when it is tried ({type(error).__name__}: {error})"
+        raise UserError(got, expected, "correct it; --debug shows where") from error
 
 
 class UserObject:

@@ -12,13 +12,14 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple, Protocol
 
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.json_spans import bare_value
-from rest_rl.objects import name_of
+from rest_rl.objects import name_of, trying
 from rest_rl.response import Gold, ParsedResponse, ToolCall, check_progress
 
 _Equality = Callable[[Any, Any], bool]
@@ -163,6 +164,16 @@ def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: 
     if isinstance(found, Reward):
         return found._replace(total=number)
     return Reward(number, judgement.format, judgement.accuracy, judgement.explanation)
+
+
+@cache
+def try_reward(rule: RewardRule) -> None:
+    """Reward a right call, a response without the call, and an answer; UserError for a rule that fails on one."""
+    call, answer = Gold((ToolCall("f", {"a": 1}),)), Gold(answer="It rains.")
+    right = get_format("hermes").render(None, call.calls, None)
+    with trying(f"reward {name_of(rule)!r}", "a function (judgement, progress, step) that returns a number"):
+        for text, gold in ((right, call), ("", call), ("It rains.", answer)):
+            apply_reward(rule, judge(text, gold, "hermes"), 0.0, 1)
 
 
 def is_random(rule: RewardRule) -> bool:

@@ -23,6 +23,8 @@ PROBE_TOOL = {
     "function": {"name": "probe", "description": "?", "parameters": {"type": "object", "properties": {}}},
 }
 IN_WORDS = "it is described in a system message, unless the prompts do so themselves"
+RESULTS = "\n\nThe results of calls follow in <tool_response> </tool_response>."
+"""Added to a format's instructions unless the format writes results in its own way."""
 TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)
 """What a chat template, a program of its own, may fail with."""
 Messages = list[dict[str, Any]]
@@ -144,18 +146,28 @@ def as_text(messages: Messages, tools: Sequence[Any], tool_format: ToolFormat) -
     Neighbours of one role become one message, since some templates insist on alternation.
     """
     needs_words = tools or not tool_format.parse("", spans=False).untagged_answer
-    texts = [{"role": "system", "content": tool_format.instructions(tools)}] if needs_words else []
+    inner = tool_format.inner if isinstance(tool_format, OpenedThinkFormat) else tool_format
+    observation = getattr(inner, "observation", None)
+    texts: Messages = []
+    if needs_words:
+        explained = tool_format.instructions(tools) + ("" if observation else RESULTS)
+        texts.append({"role": "system", "content": explained})
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
             content = _assistant_text(message, tool_format)
         elif role == "tool":
-            role, content = "user", f"<obs> {content} </obs>"
+            role, content = "user", observation(content) if observation else tool_response(content)
         if texts and texts[-1]["role"] == role != "assistant":
             texts[-1]["content"] += f"\n\n{content}"
         else:
             texts.append({"role": role, "content": content})
     return texts
+
+
+def tool_response(content: str) -> str:
+    """A tool's result in words as Hermes and Qwen are served."""
+    return f"<tool_response>\n{content}\n</tool_response>"
 
 
 def _assistant_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str:

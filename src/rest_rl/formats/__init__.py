@@ -20,7 +20,8 @@ from rest_rl.formats.protocol import ToolFormat
 from rest_rl.formats.pythonic import PythonicFormat
 from rest_rl.formats.qwen3_coder import Qwen3CoderFormat
 from rest_rl.formats.toolrl import ToolRLFormat
-from rest_rl.objects import load_object
+from rest_rl.objects import address_of, load_object, trying
+from rest_rl.response import ParsedResponse, ToolCall
 
 __all__ = [
     "FORMATS",
@@ -34,6 +35,7 @@ __all__ = [
     "ToolFormat",
     "ToolRLFormat",
     "as_demonstrated",
+    "format_name",
     "format_of_template",
     "get_format",
 ]
@@ -47,7 +49,7 @@ FORMATS: dict[str, ToolFormat] = {tool_format.name: tool_format for tool_format 
 
 
 def get_format(tool_format: str | ToolFormat) -> ToolFormat:
-    """The format of that name; an object is checked for the parts of a ToolFormat and passes through.
+    """The format of that name; an object passes through, once it has been tried.
 
     `NAME+think` is the format for prompts that end with the opening think tag, `package.module:OBJECT` imports an
     object of your own. UserError for an unknown name.
@@ -80,11 +82,66 @@ def as_demonstrated(tool_format: ToolFormat) -> ToolFormat:
     return tool_format
 
 
+def format_name(tool_format: str | ToolFormat) -> str:
+    """The name or address from which `get_format` makes the format again, for what a checkpoint records.
+
+    UserError for an object that no module holds.
+    """
+    if isinstance(tool_format, str):
+        return tool_format
+    if isinstance(tool_format, OpenedThinkFormat):
+        return format_name(tool_format.inner) + SUFFIX
+    name = get_format(tool_format).name
+    if FORMATS.get(name) == tool_format:
+        return name
+    if address := address_of(tool_format):
+        return address
+    raise UserError(
+        f"a format object {name!r} that no module holds",
+        "one that a checkpoint can record",
+        f"define it in a module (MINE = {type(tool_format).__name__}(...) in my_format.py), or set "
+        f"rest_rl.FORMATS[{name!r}] to it and pass that name",
+    )
+
+
+_tried: dict[int, Any] = {}
+"""The objects that have been tried, by their identity."""
+_TOOL = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+
+
 def _checked_object(found: Any, what: str) -> ToolFormat:
+    if _tried.get(id(found)) is found:
+        return found
     parts = ("name", "tags", "parse", "render", "instructions")
     missing = [part for part in parts if not hasattr(found, part)]
     if isinstance(found, type):
         raise UserError(f"{what}, which is a class", "an object", f"make one with {found.__name__}()")
     if missing:
         raise UserError(f"{what} without {', '.join(missing)}", f"an object with {', '.join(parts)}", "add them")
+    with trying(what, "the methods of rest_rl.ToolFormat"):
+        _try(found, what)
+    _tried[id(found)] = found
     return found
+
+
+def _try(found: ToolFormat, what: str) -> None:
+    """Write one call, read it back and describe a tool; UserError for what the package could not use."""
+    call = ToolCall("f", {"a": 1})
+    text = found.render(None, (call,), None)
+    read, _ = found.parse(text), found.parse("", spans=False)
+    for part, value, kind in (
+        ("name", found.name, str),
+        ("tags", found.tags, tuple),
+        ("render(...)", text, str),
+        ("parse(...)", read, ParsedResponse),
+        ("instructions(...)", found.instructions([_TOOL]), str),
+    ):
+        if not isinstance(value, kind):
+            raise UserError(f"{what}, whose {part} is a {type(value).__name__}", f"a {kind.__name__}", "correct it")
+    if read.calls != (call,) or not read.well_formed:
+        read_as = f"{list(read.calls)}, well_formed {read.well_formed} {'; '.join(read.problems)}".rstrip()
+        raise UserError(f"{what}, which writes {call} as {text!r} and reads {read_as}", "the same call", "correct it")
+    bounds = [bound for span in read.spans for bound in span[:2]]
+    if bounds != sorted(bounds) or not read.spans or bounds[0] < 0 or bounds[-1] > len(text):
+        got = f"{what}, whose parse of {text!r} has the spans {[tuple(span) for span in read.spans]}"
+        raise UserError(got, "sorted, disjoint intervals of the text", "correct it")

@@ -9,7 +9,11 @@ from rest_rl.response import ParsedResponse, ToolCall
 
 
 class ToolFormat(Protocol):
-    """How a model writes its reasoning, its calls and its answer; pass your own object wherever a name is accepted."""
+    """How a model writes its reasoning, its calls and its answer; docs/training.md shows one of your own.
+
+    Pass the object wherever a format is accepted. A run file and a command take `package.module:OBJECT`, and so does
+    what a checkpoint records: `ResTConfig` takes an object that a module holds under a name.
+    """
 
     @property
     def name(self) -> str:

@@ -99,3 +99,7 @@ class ToolRLFormat:
             '<tool_call>\n{"name": "tool name", "parameters": {"argument": "value"}}\n</tool_call>\n'
             "To answer the user, add <response> your answer </response> after it."
         )
+
+    def observation(self, result: str) -> str:
+        """A tool's result in the history, as ToolRL's prompts show it."""
+        return f"<obs> {result} </obs>"

@@ -27,11 +27,12 @@ from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from rest_rl.config import ENTROPY_DECAY, RestTable
+from rest_rl.config import ENTROPY_DECAY, RestTable, rule_table
 from rest_rl.credit import AdvantageKind, weight_advantages
 from rest_rl.errors import UserError
-from rest_rl.formats import get_format
-from rest_rl.presets import Preset, get_preset
+from rest_rl.formats import format_name, get_format
+from rest_rl.objects import UserObject, address_of
+from rest_rl.presets import PRESETS, Preset
 from rest_rl.response import NUM_REGIONS
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.record import PLACE, WeighedBatch
@@ -106,7 +107,9 @@ class ResTConfig(GRPOConfig):
     )
     tool_format: str = field(
         default="toolrl",
-        metadata={"help": "How the model writes tool calls: a name out of `rest_rl.FORMATS`, or 'module:OBJECT'."},
+        metadata={
+            "help": "How the model writes tool calls: a name out of `rest_rl.FORMATS`, 'module:OBJECT' or the object."
+        },
     )
     weights: dict[str, Any] | str | None = field(
         default=None,
@@ -134,6 +137,7 @@ class ResTConfig(GRPOConfig):
         super().__post_init__()
         if isinstance(self.preset, Preset):
             self._flatten(self.preset)
+        self.tool_format = format_name(self.tool_format)
         method = self.method()
         get_format(self.tool_format)
         self.check_method(method)
@@ -146,12 +150,6 @@ class ResTConfig(GRPOConfig):
 
     def method(self) -> Preset:
         """The preset with the overrides applied."""
-        if not isinstance(self.preset, str) or not isinstance(self.tool_format, str):
-            raise UserError(
-                "an object as preset or tool_format",
-                "names, which a checkpoint can record",
-                "add it to rest_rl.PRESETS or rest_rl.FORMATS under a name of its own",
-            )
         table: dict[str, Any] = {
             "weights": self.weights or {},
             "reward": self.reward or {},
@@ -161,7 +159,12 @@ class ResTConfig(GRPOConfig):
 
     def _flatten(self, preset: Preset) -> None:
         """Write a preset object as its name and what it has different, which a checkpoint can record."""
-        named = get_preset(preset.name)
+        if (named := PRESETS.get(preset.name)) is None:
+            raise UserError(
+                f"a preset object {preset.name!r}, which no name of rest_rl.PRESETS stands for",
+                "one that a checkpoint can record",
+                "give it the name of the preset that it changes, or set rest_rl.PRESETS[name] to it",
+            )
         self.preset = preset.name
         self.weights = self.weights or _changes(named.weights, preset.weights)
         self.reward = self.reward or _changes(named.reward, preset.reward)
@@ -203,10 +206,12 @@ def _changes(named: Any, given: Any) -> dict[str, Any] | None:
     if named == given:
         return None
     if type(named) is not type(given) or not is_dataclass(given) or isinstance(given, type):
+        if isinstance(given, UserObject) or address_of(given):
+            return rule_table(given) or {"rule": address_of(given)}
         raise UserError(
-            f"a preset object with a {type(given).__name__} of your own",
-            "a preset that a checkpoint can record by its name",
-            "add it to rest_rl.PRESETS under a name of its own, or set weights = {'rule': 'package.module:OBJECT'}",
+            f"a preset object with a {type(given).__name__} of your own that no module holds",
+            "one that a checkpoint can record",
+            "define it in a module, or set weights or reward to {'rule': 'package.module:OBJECT'}",
         )
     return {name: value for name, value in asdict(given).items() if asdict(named)[name] != value}
 
