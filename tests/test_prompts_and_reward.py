@@ -77,6 +77,9 @@ def test_the_reward_reads_ids_and_follows_progress(tokenizer):
         "rest/accuracy": pytest.approx(2 / 3),
         "rest/exact_match": 0.0,
         "rest/call_rate": 1.0,
+        "rest/accuracy_calls": pytest.approx(2 / 3),
+        "rest/exact_match_calls": 0.0,
+        "rest/reward_calls": start[0],
     }
     State.global_step = 2
     assert reward(**arguments, trainer_state=State) == [pytest.approx(0.8 * 2 / 3 + 0.2)]

@@ -134,6 +134,8 @@ def test_figures_and_rows_of_responses_by_hand():
     assert figures["completions/mean_terminated_length"] == len(words) + 1
     assert figures["rest/format"] == 0.5
     assert figures["rest/accuracy"] == 0.5
+    assert (figures["rest/reward_answers"], figures["rest/accuracy_answers"]) == (1.25, 0.5)
+    assert "rest/reward_calls" not in figures
     data = {name: [torch.zeros(0)] * 4 for name in PER_TOKEN}
     for place, row in zip(responses.places, responses.ids, strict=True):
         ones = torch.ones(len(row))

@@ -142,7 +142,7 @@ def test_figures_get_the_names_that_they_have_on_trl(tmp_path):
 def test_measurements_before_during_and_after(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     for step, exact in ((0, 0.0), (5, 0.5), (10, 1.0)):
-        outcomes = [Outcome("single", "held out", prompt, exact, exact, 1.0) for prompt in range(2)]
+        outcomes = [Outcome("single", "held out", prompt, exact, exact, 1.0, "calls") for prompt in range(2)]
         keep_outcomes(log, step, 10, summarise(outcomes))
     run = read_run(tmp_path / "run")
     assert run.summary["before"]["exact_match"] == 0.0

@@ -100,6 +100,8 @@ class DataTable(Table):
     """Of the tool world and of the masking."""
     decision: Literal["reasoning", "call"] = "reasoning"
     """Where the tool world decides what to call: in its reasoning, or in the call (models trained for it only)."""
+    turns: Literal["all", "calls"] = "all"
+    """`calls` trains on the turns that call only; the held-out prompts stay all."""
     held_out: str = ""
     """Evaluation data when `path` is not the tool world; without it nothing is evaluated."""
     max_prompt_tokens: Count = 0

@@ -100,12 +100,15 @@ def score_response(
     preset: str | Preset = "rest",
     progress: float = 0.0,
     step: float | None = None,
+    truncated: bool = False,
 ) -> Reward:
     """Reward a response as the preset does at training progress in [0, 1]; malformed text scores low and never raises.
 
-    For the preset `authors-code` the schedule counts absolute steps: `step`, or progress * 150.
+    For the preset `authors-code` the schedule counts absolute steps: `step`, or progress * 150. `truncated`: the
+    response was cut off before its end, which leaves it without S_format.
     """
-    return apply_reward(get_preset(preset).reward, judge(text, gold, format), progress, step)
+    judgement = judge(text, gold, format, truncated=truncated)
+    return apply_reward(get_preset(preset).reward, judgement, progress, step)
 
 
 def token_weights(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rest_rl.errors import UserError
 
@@ -39,6 +39,9 @@ class Region(IntEnum):
 
 
 NUM_REGIONS = len(Region)
+Turn = Literal["calls", "answers"]
+TURNS: Mapping[Turn, str] = {"calls": "call turns", "answers": "answer turns"}
+"""The two sorts of turns, whose scores are reported apart: the text of an answer is not compared."""
 
 
 class Span(NamedTuple):
@@ -66,6 +69,11 @@ class Gold:
 
     calls: tuple[ToolCall, ...] = ()
     answer: str | None = None
+
+    @property
+    def turn(self) -> Turn:
+        """What sort of turn this is: one with gold calls, or one that should be answered without a call."""
+        return "calls" if self.calls else "answers"
 
 
 @dataclass(frozen=True, slots=True)

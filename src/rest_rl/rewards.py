@@ -1,7 +1,8 @@
 """Judging a response against gold: format score, accuracy score, what each mistake cost, and the reward made of them.
 
 The rules are ToolRL's (arXiv 2504.13958, section 3.3) with the best instead of a greedy assignment of calls. Not
-judged here: the text of an answer, the truth of the reasoning, argument types against a tool's schema.
+judged here: the text of an answer (`RewardConfig.answer` can), the truth of the reasoning, argument types against a
+tool's schema.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +21,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.json_spans import bare_value
-from rest_rl.objects import name_of, trying
+from rest_rl.objects import UserObject, check_call, name_of, trying
 from rest_rl.response import Gold, ParsedResponse, ToolCall, check_progress
 
 _Equality = Callable[[Any, Any], bool]
-FindingKind = Literal["format", "unneeded_call", "names", "missing_call", "keys", "missing_argument", "value"]
+FindingKind = Literal["format", "unneeded_call", "names", "missing_call", "keys", "missing_argument", "value", "answer"]
 
 
 class ScoreFinding(NamedTuple):
@@ -49,10 +51,12 @@ class Judgement:
     accuracy: float
     """S_acc in [0, 1]."""
     explanation: tuple[ScoreFinding, ...]
+    truncated: bool = False
+    """The response was cut off before its end, which leaves it without S_format."""
 
     @property
     def exact_match(self) -> bool:
-        """Full marks in both scores: the right blocks and exactly the gold calls."""
+        """Full marks in both scores: complete, the right blocks and exactly the gold calls."""
         return self.format == self.accuracy == 1
 
 
@@ -87,6 +91,9 @@ class RewardConfig:
     """nu' at progress 0 (ours: some accuracy from the start, or a group that all formats well has no spread)."""
     accuracy_share_end: float = 0.8
     """nu' at progress 1 (ours: format stays worth something)."""
+    answer: str = "presence"
+    """What S_acc of an answer turn without a call is in the reward: `presence`, ToolRL's rule, gives any text 1;
+    `overlap` is `token_overlap` with gold; `package.module:OBJECT` a function of (response text, gold) in [0, 1]."""
     random: bool = False
     """Train on `random_rewards` instead (a control: what is learnt without a signal). The two scores stay the rule's,
     and a call of the rule knows nothing of it."""
@@ -102,19 +109,38 @@ class RewardConfig:
             raise UserError(
                 f"scales {self.accuracy_scale} and {self.format_scale}", "finite numbers >= 0", "change the scale"
             )
+        answer_function(self.answer)
 
     def __call__(self, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
         check_progress(progress)
         share = self.accuracy_share_start + (self.accuracy_share_end - self.accuracy_share_start) * progress
-        total = self.accuracy_scale * judgement.accuracy * share + self.format_scale * judgement.format * (1 - share)
-        return Reward(total, judgement.format, judgement.accuracy, judgement.explanation)
+        accuracy, explanation = judgement.accuracy, judgement.explanation
+        if judgement.gold.turn == "answers" and judgement.gold.answer is not None and accuracy == 1:
+            accuracy = self._answer_worth(judgement, judgement.gold.answer)
+            if accuracy < 1:
+                explanation += (ScoreFinding("answer", f"the answer is worth {accuracy:.2f} of 1", 1 - accuracy),)
+        total = self.accuracy_scale * accuracy * share + self.format_scale * judgement.format * (1 - share)
+        return Reward(total, judgement.format, accuracy, explanation)
+
+    def _answer_worth(self, judgement: Judgement, wanted: str) -> float:
+        if (own := answer_function(self.answer)) is None:
+            return 1.0 if self.answer == "presence" else token_overlap(judgement.parsed.answer or "", wanted)
+        worth = own(judgement.text, judgement.gold)
+        try:
+            number = float(worth)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 0 <= number <= 1:
+            raise UserError(f"{worth!r:.80} from the answer reward {self.answer}", "a number in [0, 1]", "scale it")
+        return number
 
 
 @dataclass(frozen=True)
 class AuthorsReward:
     """The published code's reward, whose schedule counts batches of responses: `step`, or progress * 150.
 
-    Its format and accuracy are that code's raw scores, which add up to the reward.
+    Its format and accuracy are that code's raw scores, which add up to the reward. Like that code it reads the text
+    only and does not know whether it was cut off.
     """
 
     rule: Literal["authors-code"] = "authors-code"
@@ -133,20 +159,50 @@ class AuthorsReward:
         return Reward(well_formatted + correctness, well_formatted, correctness, findings)
 
 
-def judge(text: str, gold: Gold, format: str | ToolFormat = "toolrl", *, spans: bool = False) -> Judgement:
+@cache
+def answer_function(name: str) -> UserObject | None:
+    """The function of (response text, gold) that `RewardConfig.answer` names; None for `presence` and `overlap`."""
+    if name in ("presence", "overlap"):
+        return None
+    if ":" not in name:
+        expected = "presence, overlap, or package.module:OBJECT"
+        raise UserError(f"rest.reward.answer = {name!r}", expected, "choose one of them")
+    own = UserObject(name, "answer reward", {})
+    check_call(own.target, f"answer reward {name!r}", "text", "gold")
+    return own
+
+
+def token_overlap(text: str, wanted: str) -> float:
+    """F1 of the lower-cased word tokens of two texts, counted as multisets; 1 for equal texts.
+
+    Example: `token_overlap("It is Paris", "Paris") == 2 * 1 / (3 + 1)`.
+    """
+    if text.strip() == wanted.strip():
+        return 1.0
+    made, gold = (Counter(re.findall(r"\w+", each.lower())) for each in (text, wanted))
+    return 2 * (made & gold).total() / ((made.total() + gold.total()) or 1)
+
+
+def judge(
+    text: str, gold: Gold, format: str | ToolFormat = "toolrl", *, spans: bool = False, truncated: bool = False
+) -> Judgement:
     """Read a response and score it against gold; malformed text scores low and never raises.
 
-    `spans` also locates the regions (`judgement.parsed.spans`), which takes longer.
+    `spans` also locates the regions (`judgement.parsed.spans`), which takes longer. `truncated`: the response does not
+    end with an end of sequence, so it has no S_format and is no exact match.
     """
     parsed = get_format(format).parse(text, spans=spans)
-    return judge_parsed(parsed, gold, text)
+    return judge_parsed(parsed, gold, text, truncated=truncated)
 
 
-def judge_parsed(parsed: ParsedResponse, gold: Gold, text: str = "") -> Judgement:
+def judge_parsed(parsed: ParsedResponse, gold: Gold, text: str = "", *, truncated: bool = False) -> Judgement:
     """Score a response that has been read already; `text` is kept for rewards that look at it."""
     well_formatted, format_findings = format_score(parsed, gold)
+    if truncated:
+        messages = ("the response is cut off before its end", *(found.message for found in format_findings))
+        well_formatted, format_findings = 0.0, (ScoreFinding("format", "; ".join(messages), 1.0),)
     accuracy, accuracy_findings = accuracy_score(parsed, gold)
-    return Judgement(text, gold, parsed, well_formatted, accuracy, format_findings + accuracy_findings)
+    return Judgement(text, gold, parsed, well_formatted, accuracy, format_findings + accuracy_findings, truncated)
 
 
 def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: float | None = None) -> Reward:

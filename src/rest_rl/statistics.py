@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from scipy.stats import binomtest, false_discovery_control, norm
 
 from rest_rl.errors import UserError
+from rest_rl.response import TURNS, Turn
 
 LEVEL = 0.05
 """Of every test; intervals are of 95 %."""
@@ -121,12 +122,14 @@ class Outcome(NamedTuple):
     exact_match: float
     s_acc: float
     s_format: float
+    turn: Turn
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Means over all outcomes, per kind of task and per split."""
+    """Means over all outcomes, over those of call turns and of answer turns, per kind of task and per split."""
     return {
         **means(outcomes),
+        **{turn: means([outcome for outcome in outcomes if outcome.turn == turn]) for turn in TURNS},
         "kinds": {kind: means(group) for kind, group in grouped(outcomes, "kind").items()},
         "splits": {split: means(group) for split, group in grouped(outcomes, "split").items()},
     }

@@ -255,13 +255,17 @@ def show_report(report: DataReport, per_reason: int) -> None:
     from rich.table import Table
 
     from rest_rl.cli.terminal import say
+    from rest_rl.data.check import mix_text, mix_warning
     from rest_rl.data.reasons import REASONS
 
     console = Console()
     shapes = ", ".join(f"{name} ({count} rows)" for name, count in report.sources.items()) or "unknown"
     lost = f" ({report.lost_turns} of them lost turns)" if report.lost_turns else ""
     counts = f"{report.rows} rows: {report.kept} kept, {report.repaired} repaired{lost}, {report.rejected} rejected"
-    say(console, f"shape: {shapes}\n{counts}; {report.samples} samples")
+    mix = f": {mix_text(report.turns)}" if report.samples else ""
+    say(console, f"shape: {shapes}\n{counts}; {report.samples} samples{mix}")
+    if warning := mix_warning(report.turns):
+        say(console, f"warning: {warning}", style="yellow")
     known = [reason for reason in REASONS if reason in report.reasons]
     columns = ("reason", "what happened", "rows", "first rows", "meaning")
     table = Table(*columns, box=None, header_style="bold", padding=(0, 1, 0, 0))

@@ -14,7 +14,8 @@ from rest_rl.cli.options import AUTO, FormatName, PresetName, Progress, RowsFile
 def score(
     file: RowsFile, tool_format: FormatName = AUTO, preset: PresetName = "rest", progress: Progress = 0.0
 ) -> None:
-    """Score rows {"response", "gold": {"calls": [{"name", "arguments"}], "answer"}, "step"?}, one JSON line per row.
+    """Score rows {"response", "gold": {"calls": [{"name", "arguments"}], "answer"}, "step"?, "truncated"?}, one JSON
+    line per row.
 
     A row that cannot be scored becomes a line with its number and an error. The format in use is printed on stderr.
     """
@@ -59,8 +60,11 @@ def score_row(row: Mapping[str, Any], tool_format: str, preset: str, progress: f
         if isinstance(step, bool) or not isinstance(step, (int, float)) or not 0 <= step < math.inf:
             raise UserError(f"step {step!r}", "a number >= 0", "correct or leave out the step")
         progress = min(1.0, step / SCHEDULE_STEPS)
+    if not isinstance(is_cut := row.get("truncated", False), bool):
+        raise UserError(f"truncated {is_cut!r:.80}", "true or false", "correct or leave it out")
     text, gold = text_field(row, "response"), gold_from_json(row.get("gold"))
-    reward = score_response(text, gold, format=tool_format, preset=preset, progress=progress, step=step)
+    settings = {"preset": preset, "progress": progress, "step": step, "truncated": is_cut}
+    reward = score_response(text, gold, format=tool_format, **settings)
     return {
         "reward": reward.total,
         "format": reward.format,

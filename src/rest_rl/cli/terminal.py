@@ -185,7 +185,7 @@ class Screen(Observer):
         weights = {label: metrics.get(f"rest/weight/{label}") for label in REGION_COLOURS}
         self._weights = {label: float(weight) for label, weight in weights.items() if is_number(weight)}
         if self._tracks:
-            note = "  ".join(f"{name} {metrics[key]:.3f}" for key, name in SHOWN.items() if key in metrics)
+            note = "  ".join(f"{name} {metrics[key]:.3f}" for key, name in shown_names(metrics).items())
             self._tracks[-1](step, total, note)
 
     def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -211,3 +211,12 @@ SHOWN = {
     "mean_token_accuracy": "token accuracy",
 }
 """Metrics beside the bar."""
+SHOWN_APART = {"rest/accuracy_calls": "S_acc calls", "rest/accuracy_answers": "answers"}
+"""What stands there instead of S_acc and the loss where a step has call turns and answer turns."""
+
+
+def shown_names(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics of a step that stand beside the bar, and their names."""
+    if SHOWN_APART.keys() <= metrics.keys():
+        return {"reward": SHOWN["reward"], **SHOWN_APART, "rest/format": SHOWN["rest/format"]}
+    return {key: name for key, name in SHOWN.items() if key in metrics}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TRAIN_EPILOG = """\
 examples:
   rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --dry-run
-  rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --out runs/mine
+  rest-rl train --model Qwen/Qwen3-1.7B --data d.train.jsonl --held-out d.test.jsonl --lora 16 --out runs/mine
   rest-rl train run.toml --set rest.preset=grpo --set run.seed=1 --out runs/grpo-1
   rest-rl train --preset tsft --model DIR --data dialogues.jsonl     supervised, calls weighed twice
   rest-rl train --resume --out runs/mine                             go on after Ctrl-C, a crash or kill -9
@@ -47,6 +47,7 @@ Model = Annotated[
     str | None, of_run("--model", "DIR_OR_ID", "model.path: a directory, an adapter's folder, a hub name")
 ]
 Data = Annotated[str | None, of_run("--data", "FILE", "data.path: dialogues in a file, a folder or a hub dataset")]
+HeldOut = Annotated[str | None, of_run("--held-out", "FILE", "data.held_out: dialogues to measure on")]
 Preset = Annotated[
     str | None, of_run("--preset", "P", "rest.preset: rest, paper, grpo, ..., sft, tsft, rsft; see presets")
 ]
@@ -65,6 +66,7 @@ def train(
     run: RunFile = None,
     model: Model = None,
     data: Data = None,
+    held_out: HeldOut = None,
     preset: Preset = None,
     tool_format: Format = None,
     lora: Lora = None,
@@ -88,11 +90,12 @@ def train(
     settings = settings_after_dashes(context)
     of_verl = any((nodes, gpus_per_node, settings, print_config))
     if context.info_name == "sft":
-        given = any((run, model, data, preset, tool_format, lora, engine, of_verl, resume, is_dry))
+        given = any((run, model, data, held_out, preset, tool_format, lora, engine, of_verl, resume, is_dry))
         preset = preset or supervised_preset(run, overrides, resume=resume, is_given=given)
     if not is_debug(context):
         quiet_libraries()
-    changes = shorthands(model=model, data=data, preset=preset, tool_format=tool_format, engine=engine)
+    keys = {"model.path": model, "data.path": data, "data.held_out": held_out, "rest.preset": preset}
+    changes = shorthands({**keys, "rest.format": tool_format, "run.engine": engine})
     changes += verl_overrides(nodes, gpus_per_node, settings)
     changes += lora_overrides(lora, preset, is_own=bool(model or data) and not (run or resume))
     source: dict[str, Any] = {"run": run, "out": out, "resume": resume, "overrides": [*changes, *overrides]}
@@ -128,10 +131,8 @@ def supervised_preset(run: str | None, overrides: Sequence[str], *, resume: bool
     return None if resume or (run and read_run_file(run, overrides).rest.is_supervised) else "sft"
 
 
-def shorthands(*, tool_format: str | None, engine: str | None, preset: str | None, **paths: str | None) -> list[str]:
-    """The options that stand for a `--set`."""
-    keys = {"rest.preset": preset, "rest.format": tool_format, "run.engine": engine}
-    keys |= {f"{table}.path": path for table, path in paths.items()}
+def shorthands(keys: Mapping[str, str | None]) -> list[str]:
+    """The options that stand for a `--set`, by its key."""
     return [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
 
 

@@ -30,7 +30,18 @@ from rest_rl.compare.statistics import (
 )
 from rest_rl.config import parse_toml
 from rest_rl.errors import UserError
-from rest_rl.report.tables import SEED_KEYS, WATCHING_KEYS, finished_steps, flatten, is_number, points
+from rest_rl.report.tables import (
+    SEED_KEYS,
+    WATCHING_KEYS,
+    finished_steps,
+    flatten,
+    headline_key,
+    headline_turn,
+    is_number,
+    points,
+    scores_over,
+)
+from rest_rl.response import TURNS, Turn
 from rest_rl.runlog import Run, read_run
 from rest_rl.statistics import Interval, q_values
 
@@ -48,7 +59,7 @@ class Metric(NamedTuple):
     is_share: bool = True
 
 
-METRICS: dict[str, Metric] = {
+OVER_ALL: dict[str, Metric] = {
     "exact": Metric("exact match", "held-out prompts after training, sampled at temperature 1"),
     "exact_greedy": Metric("greedy", "exact match on the same prompts, greedy"),
     "s_acc": Metric("S_acc", "held-out prompts after training, sampled"),
@@ -61,8 +72,21 @@ METRICS: dict[str, Metric] = {
     "gain": Metric("gain", "exact match on held-out prompts, after - before training, sampled"),
     "tokens": Metric("tokens", "mean length of a training response", is_share=False),
 }
+METRICS = {
+    **OVER_ALL,
+    **{
+        f"{key}_{turn}": Metric(f"{metric.label}, {TURNS[turn]}", f"{metric.text}; {TURNS[turn]} only")
+        for key, metric in OVER_ALL.items()
+        if metric.is_share
+        for turn in TURNS
+    },
+}
+"""All figures: over all turns, and apart over call turns and answer turns."""
+DIFFERENCES = ("gain", *(f"gain_{turn}" for turn in TURNS))
+"""Figures that are differences of shares and may be negative."""
 PRIMARY = ("exact", "train_exact_end")
-"""What the verdict is about: the first that was measured. Chosen before any grid was looked at."""
+"""What the verdict is about: the first that was measured, over call turns where the runs tell these from answer turns.
+Chosen before any grid was looked at."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +166,8 @@ class ComparisonReport:
     verdict: tuple[Statement, ...] = ()
     page: Path | None = None
     """compare.md; None where no run of the reference is finished."""
+    headlines: Mapping[str, str] = field(default_factory=dict)
+    """By figure over all turns the one that stands for it: that over call turns where answers were measured too."""
     failed: Mapping[str, str] = field(default_factory=dict)
     """By run of this call what ended it and where its log is."""
     is_interrupted: bool = False
@@ -162,6 +188,10 @@ class ComparisonReport:
         """Labels of the methods without a finished run, which have no line."""
         present = {line.label for line in self.lines}
         return list(dict.fromkeys(name.label for name in self.unfinished_runs if name.label not in present))
+
+    def headline(self, key: str) -> str:
+        """The figure that stands for `key`."""
+        return self.headlines.get(key, key)
 
     def line(self, method: str, start: str = "") -> MethodResult | None:
         return next((line for line in self.lines if (line.method, line.start) == (method, start)), None)
@@ -209,7 +239,8 @@ def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport
     are no lines.
     """
     runs, unfinished = read_runs(folder, grid, reference)
-    primary = next((key for key in PRIMARY if any(key in run.values for run in runs)), PRIMARY[-1])
+    headlines = {key: headline_figure(runs, key) for key in OVER_ALL}
+    primary = headlines[next((key for key in PRIMARY if any(key in run.values for run in runs)), PRIMARY[-1])]
     curves, counted_on = step_curves(runs)
     return ComparisonReport(
         folder=folder,
@@ -219,7 +250,15 @@ def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport
         unfinished=unfinished,
         unequal=tuple(unequal_settings(runs)),
         counted_on=counted_on,
+        headlines=headlines,
     )
+
+
+def headline_figure(runs: Sequence[FinishedRun], key: str) -> str:
+    """The figure over call turns where every run has it and some run has answer turns: unlike figures never mix."""
+    known = [run.values for run in runs if key in run.values]
+    is_told = known and all(f"{key}_calls" in own for own in known) and any(f"{key}_answers" in own for own in known)
+    return f"{key}_calls" if is_told else key
 
 
 def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[FinishedRun], dict[str, str]]:
@@ -251,38 +290,58 @@ def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[Fin
 
 
 def figures(run: Run) -> dict[str, float]:
-    before, after = run.summary.get("before") or {}, run.summary.get("after") or {}
-    exact, accuracy, lengths = (list(points(run.metrics, key).values()) for key in (EXACT, ACCURACY, LENGTH))
-    found: dict[str, Any] = {
+    """The figures of METRICS that a run recorded."""
+    lengths = list(points(run.metrics, LENGTH).values())
+    found: dict[str, Any] = {"tokens": statistics.fmean(lengths) if lengths else None}
+    for turn in (None, *TURNS):
+        found |= {key if turn is None else f"{key}_{turn}": value for key, value in shares(run, turn).items()}
+    return {key: float(found[key]) for key in METRICS if is_number(found.get(key))}
+
+
+def shares(run: Run, turn: Turn | None) -> dict[str, Any]:
+    """The figures that are shares, over one sort of turns or over all."""
+    before, after = (scores_over(run.summary.get(when), turn) for when in ("before", "after"))
+    ending = "" if turn is None else f"_{turn}"
+    exact, accuracy = (list(points(run.metrics, key + ending).values()) for key in (EXACT, ACCURACY))
+    found = {
         "exact": after.get("exact_match"),
         "exact_greedy": (after.get("greedy") or {}).get("exact_match"),
         "s_acc": after.get("s_acc"),
         "train_exact": statistics.fmean(exact) if exact else None,
         "train_s_acc": statistics.fmean(accuracy) if accuracy else None,
         "train_exact_end": statistics.fmean(exact[-max(1, len(exact) // 5) :]) if exact else None,
-        "slice_exact": area_under(points(run.evaluations, "exact_match")),
-        "tokens": statistics.fmean(lengths) if lengths else None,
+        "slice_exact": area_under(slice_points(run, turn)),
     }
     if is_number(after.get("exact_match")) and is_number(before.get("exact_match")):
         found["gain"] = after["exact_match"] - before["exact_match"]
-    return {key: float(found[key]) for key in METRICS if is_number(found.get(key))}
+    return found
+
+
+def slice_points(run: Run, turn: Turn | None) -> dict[int, float]:
+    """Exact match on the held-out slice by step."""
+    return points([{**scores_over(row, turn), "step": row.get("step")} for row in run.evaluations], "exact_match")
 
 
 def step_curves(runs: Sequence[FinishedRun]) -> tuple[dict[RunName, Curve], str]:
     """The curve of each run on which steps are counted, and what it is.
 
     The held-out slice where every run measured it often enough; else exact match on the training samples (which the
-    policy has not learnt from when it is measured), as the mean of the last tenth of the steps.
+    policy has not learnt from when it is measured), as the mean of the last tenth of the steps. Over call turns where
+    the headline is.
     """
     if all(len(run.run.evaluations) >= MIN_EVALUATIONS for run in runs):
-        return {run.name: points(run.run.evaluations, "exact_match") for run in runs}, "the held-out slice, sampled"
+        turn = headline_turn(row for run in runs for row in run.run.evaluations)
+        what = f"the held-out slice{f', {TURNS[turn]}' if turn else ''}, sampled"
+        return {run.name: slice_points(run.run, turn) for run in runs}, what
+    key = headline_key([run.run for run in runs], EXACT)
     curves: dict[RunName, Curve] = {}
     for run in runs:
-        raw = points(run.run.metrics, EXACT)
+        raw = points(run.run.metrics, key)
         window = max(1, len(raw) // 10)
         means = np.convolve(list(raw.values()), np.full(window, 1 / window), "valid").tolist() if raw else []
         curves[run.name] = dict(zip(list(raw)[window - 1 :], means, strict=False))
-    return curves, "the training samples, mean of the last tenth of the steps"
+    what = "the training samples" if key == EXACT else "the call turns of the training samples"
+    return curves, f"{what}, mean of the last tenth of the steps"
 
 
 def method_results(
@@ -306,14 +365,15 @@ def method_results(
         return steps_to_target(ours, theirs, best=best)
 
     metrics: dict[tuple[str, str], dict[str, MetricResult]] = {group: {} for group in groups}
-    for metric in METRICS:
+    for metric, about in METRICS.items():
         tests = {group: test for group in groups if (test := over(group, reference, metric)) and test.n}
         # What certainly differs would make the others' q smaller: random rewards are left out of the correction.
         tested = [group for group in tests if group[1] != RANDOM]
         q = dict(zip(tested, q_values([tests[group].p_t for group in tested]), strict=True))
         for group in groups:
             if values := by_seed(group, metric):
-                mean = mean_interval(list(values.values()))
+                is_bounded = about.is_share and metric not in DIFFERENCES
+                mean = mean_interval(list(values.values()), (0.0, 1.0) if is_bounded else None)
                 metrics[group][metric] = MetricResult(values, mean, tests.get(group), q.get(group, NAN))
     return tuple(
         MethodResult(

@@ -24,7 +24,8 @@ from rest_rl.compare.grid import LOGS, RUNS, Grid, RunName, error_of_method, is_
 from rest_rl.config import AUTO, RunConfig, parse_toml, read_run_file
 from rest_rl.errors import UserError
 from rest_rl.jsonl import parse_row
-from rest_rl.report.tables import flatten, is_number
+from rest_rl.report.tables import flatten, headline_turn, is_number, scores_over
+from rest_rl.response import TURNS
 from rest_rl.runlog import CONFIG, METRICS, SUMMARY, Observer, read_object, replace_file, unwritable
 
 POLL_SECONDS = 0.5
@@ -229,10 +230,12 @@ def collect(job: Job, observer: Observer, *, is_stopping: bool) -> None:
 
 def exact_text(job: Job) -> str:
     summary = read_object(job.folder / SUMMARY)
-    before, after = ((summary.get(when) or {}).get("exact_match") for when in ("before", "after"))
+    pair = [summary.get(when) for when in ("before", "after")]
+    turn = headline_turn(pair)
+    before, after = (scores_over(scores, turn).get("exact_match") for scores in pair)
     if not is_number(before) or not is_number(after):
         return ""
-    return f": exact match {100 * before:.1f} → {100 * after:.1f} %"
+    return f": exact match {100 * before:.1f} → {100 * after:.1f} %" + (f" of {TURNS[turn]}" if turn else "")
 
 
 def tail(path: Path, since: int = 0) -> str:
@@ -313,7 +316,7 @@ def progress_bars(jobs: Sequence[Job], observer: Observer) -> Iterator[Callable[
                 step, row = job.last_step(), job.last_metrics()
                 if job.name not in bars:
                     bars[job.name] = Bar(observer, str(job.name), job.total or None, step)
-                exact = row.get("rest/exact_match")
+                exact = row.get("rest/exact_match_calls", row.get("rest/exact_match"))
                 is_evaluating = not row or step == job.total
                 note = "evaluating" if is_evaluating else f"exact match {exact:.2f}" if is_number(exact) else ""
                 bars[job.name].move(step, note)

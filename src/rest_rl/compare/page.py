@@ -13,12 +13,14 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from rest_rl.compare.collect import (
+    DIFFERENCES,
     EXACT,
     METRICS,
     REST,
     ComparisonReport,
     FinishedRun,
     MethodResult,
+    slice_points,
 )
 from rest_rl.compare.grid import METHODS, TUNED_CURRICULUM
 from rest_rl.compare.statistics import StepsToTarget
@@ -37,7 +39,17 @@ from rest_rl.report.plots import (
     style,
     white_figure,
 )
-from rest_rl.report.tables import Curve, curve, is_number, markdown_table, mean_curve, points
+from rest_rl.report.tables import (
+    Curve,
+    curve,
+    headline_key,
+    headline_turn,
+    is_number,
+    markdown_table,
+    mean_curve,
+    points,
+)
+from rest_rl.response import TURNS
 from rest_rl.runlog import PLOTS, replace_file, unwritable
 
 PAGE, FIGURES = "compare.md", "compare.json"
@@ -132,6 +144,7 @@ def page_text(report: ComparisonReport, plots: Mapping[str, Path]) -> str:
         picture("Differences"),
         final_section(report),
         pairs_section(report),
+        turn_section(report),
         training_section(report),
         picture("Learning", f"Exact match on the training samples, over `{report.reference}` in grey; ± one "
                 "standard deviation over seeds."),
@@ -158,7 +171,8 @@ def warnings_text(report: ComparisonReport) -> str:
 
 
 def measured(report: ComparisonReport, keys: Sequence[str]) -> list[str]:
-    return [key for key in keys if any(key in line.metrics for line in report.lines)]
+    """The figures that stand for `keys`, of those that a run has."""
+    return [key for key in map(report.headline, keys) if any(key in line.metrics for line in report.lines)]
 
 
 def final_section(report: ComparisonReport) -> str:
@@ -214,6 +228,22 @@ def training_section(report: ComparisonReport) -> str:
     return section("During training", note, [*header, "tokens"], rows)
 
 
+def turn_section(report: ComparisonReport) -> str:
+    """The figures that are over call turns, over answer turns and over all beside them."""
+    bases = [base for base in (*FINAL, *OVERALL) if report.headline(base) != base]
+    header = ["percent", *(METRICS[base].label + over for base in bases for over in (", calls", ", answers", ", all"))]
+    rows: list[Row] = [
+        (line.label, *(mean_text(line, base + end) for base in bases for end in ("_calls", "_answers", "")))
+        for line in report.lines
+        if bases
+    ]
+    note = (
+        "The verdict is about call turns: the text of an answer is not compared, so any answer without a call counts "
+        "as right. Means over seeds, first over call turns, then over answer turns, then over all."
+    )
+    return section("Call turns and answer turns", note, header, rows)
+
+
 def steps_section(report: ComparisonReport) -> str:
     rows = [(line.label, *steps_cells(line.to_final), *steps_cells(line.to_best)) for line in report.rivals()]
     rows = [row for row in rows if any(cell != "–" for cell in row[1:])]
@@ -244,7 +274,8 @@ def ablation_section(report: ComparisonReport) -> str:
         if whole is None or not without:
             continue
         kinds = task_kinds([whole, *without])
-        header = (f"percent{', from ' + start if start else ''}", *kinds, "all", "– rest", "p (t)")
+        over = TURNS["calls"] if report.primary.endswith("_calls") else "all"
+        header = (f"percent{', from ' + start if start else ''}", *kinds, over, "– rest", "p (t)")
         rows = []
         for line in (whole, *without):
             test = line.over_rest
@@ -262,13 +293,13 @@ def start_section(report: ComparisonReport) -> str:
     """The warm starts, in the layout of the paper's Table 4."""
     if len(report.starts) < 2:
         return ""
-    kinds = task_kinds(report.lines)
+    kinds, all_turns = task_kinds(report.lines), report.primary.removesuffix("_calls")
     rows: list[Row] = []
     for start in report.starts:
         own = [line for line in report.lines if line.start == start]
         before = [scores for line in own for scores in evaluations(line, "before")]
         rows.append((start, *exact_by_kind(before, kinds), mean_of(scores.get("exact_match") for scores in before)))
-        rows += [(f"  + {line.method}", *kind_cells(line, kinds), mean_text(line, report.primary)) for line in own]
+        rows += [(f"  + {line.method}", *kind_cells(line, kinds), mean_text(line, all_turns)) for line in own]
     note = "Exact match, sampled, in percent; first of the start itself."
     return section("Warm starts", note, ("start", *kinds, "all"), rows)
 
@@ -318,7 +349,9 @@ def runs_section(report: ComparisonReport) -> str:
 def value_text(key: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{100 * value:+.1f}" if key == "gain" else f"{100 * value:.1f}" if METRICS[key].is_share else f"{value:.1f}"
+    if key in DIFFERENCES:
+        return f"{100 * value:+.1f}"
+    return f"{100 * value:.1f}" if METRICS[key].is_share else f"{value:.1f}"
 
 
 def mean_text(line: MethodResult, key: str) -> str:
@@ -343,10 +376,11 @@ NO_CURRICULUM = (
 )
 HOW = """## How it is computed
 
-Intervals are of 95 %, Student's over seeds: they hold for new seeds on this data, not for new data. A difference is
-paired by seed: the same samples in the same order. p (t) is the paired t test's; p (flips) that of random signs, which
-assumes no normal distribution and with n seeds is never below 2/2ⁿ (0.25 for 3, 0.06 for 5). The verdict is about the
-first figure of the first table and about nothing else."""
+Intervals are of 95 %, Student's over seeds: they hold for new seeds on this data, not for new data. Those of shares end
+at 0 and 100 %, between which the true mean lies: cutting them off there loses no coverage. A difference is paired by
+seed: the same samples in the same order. p (t) is the paired t test's; p (flips) that of random signs, which assumes no
+normal distribution and with n seeds is never below 2/2ⁿ (0.25 for 3, 0.06 for 5). The verdict is about the first figure
+of the first table and about nothing else."""
 CORRECTED = """ q corrects p (t) for the number of methods (Benjamini and Hochberg): of those with q ≤ 0.05 at most 5 %
 are expected to be chance."""
 
@@ -356,12 +390,12 @@ are expected to be chance."""
 
 def draw_plots(report: ComparisonReport, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
+    runs = [run.run for line in report.lines for run in line.runs]
+    exact, turn = headline_key(runs, EXACT), headline_turn(row for run in runs for row in run.evaluations)
     drawn = {
         "Differences": draw_differences(report, folder / "differences.png"),
-        "Learning": draw_panels(report, lambda run: points(run.run.metrics, EXACT), folder / "learning.png"),
-        "Held-out slice": draw_panels(
-            report, lambda run: points(run.run.evaluations, "exact_match"), folder / "slice.png"
-        ),
+        "Learning": draw_panels(report, lambda run: points(run.run.metrics, exact), folder / "learning.png"),
+        "Held-out slice": draw_panels(report, lambda run: slice_points(run.run, turn), folder / "slice.png"),
         "Dynamics": draw_dynamics(report, folder / "dynamics.png"),
     }
     return {title: path for title, path in drawn.items() if path}

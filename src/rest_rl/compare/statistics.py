@@ -1,7 +1,7 @@
 """What a few seeds say: intervals of means, paired differences and their tests, power, steps to a target.
 
-Seeds count as independent draws and are few, so intervals are Student's. NaN stands for what is not known: one seed
-has no spread. All intervals are of 95 %.
+Seeds count as independent draws and are few, so intervals are Student's; those of shares end at 0 and 1.
+NaN stands for what is not known: one seed has no spread. All intervals are of 95 %.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ class StepsToTarget(NamedTuple):
     """Geometric mean over seeds, each with its own target; NaN unless every seed gets there."""
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean ± t(0.975, n - 1) s / sqrt(n); without two values, or without spread around a mean that is not 0, no ±."""
+def mean_interval(values: Sequence[float], bounds: tuple[float, float] | None = None) -> Interval:
+    """Mean ± t(0.975, n - 1) s / sqrt(n); without two values, or without spread around a mean that is not 0, no ±.
+
+    Limits beyond `bounds`, within which the true mean must lie, are cut off there: this loses no coverage.
+    """
     if not values:
         return Interval(NAN, NAN, NAN)
     mean, sd = statistics.fmean(values), spread(values)
@@ -63,7 +66,9 @@ def mean_interval(values: Sequence[float]) -> Interval:
         half = NAN if any(values) else 0.0
     else:
         half = float(t.ppf(1 - LEVEL / 2, len(values) - 1)) * sd / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half)
+    if bounds is None or math.isnan(half):
+        return Interval(mean, mean - half, mean + half)
+    return Interval(mean, max(bounds[0], mean - half), min(bounds[1], mean + half))
 
 
 def spread(values: Sequence[float]) -> float:

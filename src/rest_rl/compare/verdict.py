@@ -78,7 +78,7 @@ def nothing_learnt(report: ComparisonReport, lines: list[MethodResult]) -> State
     """That every run of some methods ends exactly where it began, or at 0; None if any does not."""
     label = METRICS[report.primary].label
     ends = {
-        "gain": f"every run ends exactly where it began in {label}",
+        report.headline("gain"): f"every run ends exactly where it began in {label}",
         report.primary: f"{label} is 0 in every run",
     }
     for key, what in ends.items():
@@ -169,10 +169,11 @@ def control_statement(label: str, test: Paired, lead_of_reference: float) -> Sta
 
 
 def gain_statements(report: ComparisonReport, reference: MethodResult) -> Iterator[Statement]:
-    if result := reference.metrics.get("gain"):
+    gain = report.headline("gain")
+    if result := reference.metrics.get(gain):
         yield reference_gain(reference.label, result.mean)
     drawn = report.line(RANDOM, reference.start)
-    if drawn and (result := drawn.metrics.get("gain")):
+    if drawn and (result := drawn.metrics.get(gain)):
         if result.mean.low > 0:
             kind, meaning = "random_gains", "**part of every gain here needs no reward.**"
         elif result.mean.high < WORTH:

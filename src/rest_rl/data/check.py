@@ -27,12 +27,14 @@ from rest_rl.data.samples import (
 from rest_rl.data.schemas import read_tools
 from rest_rl.data.shapes import AUTO, BENCHMARKS, SHAPES, RowShape, find_shape, get_shapes
 from rest_rl.errors import UserError
-from rest_rl.response import Gold
+from rest_rl.response import TURNS, Gold, Turn
 from rest_rl.runlog import SILENT, Observer
 
 Status = Literal["kept", "repaired", "rejected"]
 MAX_FINDINGS = 1000
 FIRST_ROWS = 5
+MOST_ANSWERS = 0.3
+"""Share of answer turns above which a warning says what it means."""
 PROGRESS_EVERY = 256
 
 
@@ -117,6 +119,8 @@ class DataReport:
     repaired: int = 0
     rejected: int = 0
     samples: int = 0
+    turns: Counter[Turn] = field(default_factory=Counter)
+    """Samples whose gold calls, and samples whose gold answers without a call."""
     lost_turns: int = 0
     """Rows that give samples and lost a turn; they count as repaired."""
     reasons: Counter[str] = field(default_factory=Counter)
@@ -135,6 +139,7 @@ class DataReport:
         self.rows += 1
         setattr(self, row.status, getattr(self, row.status) + 1)
         self.samples += len(row.samples)
+        self.turns.update(sample.gold.turn for sample in row.samples)
         self.lost_turns += bool(row.samples) and any(found.severity == "rejected" for found in row.findings)
         self.files.add(row.file)
         self.sources.update([row.source] if row.source else ())
@@ -155,6 +160,7 @@ class DataReport:
         by_reason = {name: getattr(self, name) for name in ("reasons", "occurrences", "first_rows")}
         return {
             **{name: getattr(self, name) for name in counts},
+            "turns": {turn: self.turns[turn] for turn in TURNS},
             **{name: {key: each[key] for key in REASONS if key in each} for name, each in by_reason.items()},
             "source": self.sources,
             "findings": [
@@ -163,6 +169,23 @@ class DataReport:
             ],
             "findings_left_off": self.findings_left_off,
         }
+
+
+def mix_text(turns: Mapping[Turn, int]) -> str:
+    """`453 call turns, 510 answer turns (53 %)`."""
+    share = turns["answers"] / max(1, sum(turns.values()))
+    return f"{turns['calls']} {TURNS['calls']}, {turns['answers']} {TURNS['answers']} ({share:.0%})"
+
+
+def mix_warning(turns: Mapping[Turn, int]) -> str | None:
+    """What many answer turns mean for a reward; None for at most `MOST_ANSWERS` of them."""
+    if turns["answers"] <= MOST_ANSWERS * sum(turns.values()):
+        return None
+    return (
+        f"{turns['answers'] / sum(turns.values()):.0%} of the samples are answer turns, for which the reward takes any "
+        'complete text without a call as right: set data.turns = "calls" to train on calls only, or rest.reward.answer '
+        "(docs/training.md)"
+    )
 
 
 def checked_rows(

@@ -17,6 +17,7 @@ from rest_rl.evaluate.harness import group_label
 from rest_rl.evaluate.log import SAMPLES, SUMMARY, EvalLog, Row
 from rest_rl.evaluate.tables import comparison_markdown
 from rest_rl.jsonl import as_json, reason
+from rest_rl.response import TURNS
 from rest_rl.runlog import read_object, replace_file
 from rest_rl.statistics import Interval, mcnemar, paired_difference, q_values, weighted_mean
 
@@ -174,6 +175,7 @@ def changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[st
     q = q_values([group.p for group in groups if group.p is not None])
     groups = [replace(group, q=value) for group, value in zip(groups, q, strict=True)]
     averages = average_changes(first, second, groups) if metric == first.summary["metrics"][0] else []
+    averages += turn_changes(first, second, metric, ids)
     return (*groups, *averages, change(ALL, [pair for pairs in members.values() for pair in pairs]))
 
 
@@ -197,6 +199,13 @@ def average_changes(first: Evaluation, second: Evaluation, groups: Sequence[Chan
         interval = weighted_mean((weight, Interval(part.difference, part.low, part.high)) for weight, part in parts)
         found.append(Change(name, n, base, tuned, *interval, lost, gained, None))
     return found
+
+
+def turn_changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> list[Change]:
+    """The changes over turns that call and turns that answer, where rows say which is which."""
+    rows = [(first.rows[identity], second.rows[identity]) for identity in ids]
+    own = {turn: [(a[metric], b[metric]) for a, b in rows if a.get("turn") == turn] for turn in TURNS}
+    return [change(turn, pairs) for turn, pairs in own.items() if pairs]
 
 
 def change(group: str, pairs: Sequence[tuple[bool, bool]]) -> Change:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,12 +53,17 @@ def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, *, gree
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a response: the model's own and the tokenizer's."""
-    ends = model.generation_config.eos_token_id
+    """The tokens that end a response: the model's own, if there is one, and the tokenizer's."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
     return ends
+
+
+def has_ended(ids: Sequence[int], ends: Collection[int]) -> bool:
+    """Whether a response ends with one of `ends`; every one does where nothing is known to end any."""
+    return not ends or (bool(ids) and ids[-1] in ends)
 
 
 class OwnLimits(StoppingCriteria):

@@ -1,4 +1,5 @@
-"""Exact match, S_acc and S_format on held-out prompts: sampled at temperature 1 and greedy, per kind and per split.
+"""Exact match, S_acc and S_format on held-out prompts: sampled at temperature 1 and greedy, per kind and per split,
+and apart for turns that call and turns that answer.
 
 Every score carries its number of responses `n` and the standard error of its exact match over prompts.
 """
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from rest_rl.config import EvalTable
 from rest_rl.data.samples import ToolSample
-from rest_rl.evaluate.generate import generate
+from rest_rl.evaluate.generate import end_ids, generate, has_ended
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import decode_ids
 from rest_rl.rewards import judge
@@ -35,16 +36,18 @@ def evaluate(
     config: EvalTable,
     on_pass: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Scores sampled at temperature 1, with `kinds` and `splits`, and the same greedy under `greedy`."""
+    """Scores sampled at temperature 1, with `calls`, `answers`, `kinds`, `splits`; the same greedy under `greedy`."""
     texts = [prompt.text for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    ends = end_ids(model, tokenizer)
     sampled: list[Outcome] = []
     for draw in range(config.samples):
         on_pass("sampled")
         ids = generate(model, tokenizer, texts, **settings, seed=config.seed + draw)
-        sampled += outcomes_of(ids, prompts, tokenizer, tool_format)
+        sampled += outcomes_of(ids, prompts, tokenizer, tool_format, ends)
     on_pass("greedy")
-    greedy = outcomes_of(generate(model, tokenizer, texts, **settings, greedy=True), prompts, tokenizer, tool_format)
+    ids = generate(model, tokenizer, texts, **settings, greedy=True)
+    greedy = outcomes_of(ids, prompts, tokenizer, tool_format, ends)
     return {**summarise(sampled), "greedy": summarise(greedy)}
 
 
@@ -63,12 +66,17 @@ def fixed_slice(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
 
 
 def outcomes_of(
-    responses: Sequence[Sequence[int]], prompts: Sequence[Prompt], tokenizer: Any, tool_format: ToolFormat
+    responses: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    tool_format: ToolFormat,
+    ends: Sequence[int],
 ) -> list[Outcome]:
-    """The worth of one response per prompt, read from its sampled ids."""
+    """The worth of one response per prompt, read from its sampled ids; without one of `ends` it was cut off."""
     outcomes: list[Outcome] = []
     for index, (ids, prompt) in enumerate(zip(responses, prompts, strict=True)):
-        found = judge(decode_ids(ids, tokenizer, tool_format.tags), prompt.sample.gold, tool_format)
+        text, gold = decode_ids(ids, tokenizer, tool_format.tags), prompt.sample.gold
+        found = judge(text, gold, tool_format, truncated=not has_ended(ids, ends))
         scores = float(found.exact_match), found.accuracy, found.format
-        outcomes.append(Outcome(prompt.sample.kind, prompt.split, index, *scores))
+        outcomes.append(Outcome(prompt.sample.kind, prompt.split, index, *scores, gold.turn))
     return outcomes

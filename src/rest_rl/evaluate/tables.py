@@ -20,6 +20,7 @@ from rest_rl.evaluate.benchmarks.bfcl.groups import LIVE, MULTI_TURN, NON_LIVE
 from rest_rl.evaluate.harness import OVERALL
 from rest_rl.jsonl import reason
 from rest_rl.report.tables import is_number, markdown_table, percent
+from rest_rl.response import TURNS
 from rest_rl.runlog import replace_file
 
 Summary = Mapping[str, Any]
@@ -141,9 +142,9 @@ def sections(models: Models) -> list[Section]:
     BFCL has several: official averages, the parts of which a category was asked, then categories of no part.
     """
     first = models[0][1]
-    groups = list(dict.fromkeys(str(name) for _, summary in models for name in summary.get("groups", {})))
+    groups = list(dict.fromkeys(str(name) for _, summary in models for name in scored_groups(summary)))
     if first.get("benchmark") != "bfcl":
-        groups.sort(key=lambda name: name != OVERALL)
+        groups.sort(key=lambda name: [*TURNS, OVERALL, name].index(name))
         columns = [Column(group_label(name), name) for name in groups]
         metrics = [str(name) for name in first.get("metrics", ["correct"])]
         return [Section(METRICS.get(name, name) if len(metrics) > 1 else "", columns, name) for name in metrics]
@@ -161,9 +162,15 @@ def sections(models: Models) -> list[Section]:
     return [section for section in found if section.columns]
 
 
+def scored_groups(summary: Summary) -> dict[str, Any]:
+    """The groups, and turns that call and turns that answer where they are scored apart."""
+    return {**(summary.get("groups") or {}), **(summary.get("turns") or {})}
+
+
 def group_label(name: str) -> str:
-    """`Level1` as `Level 1`, `unseen_tools` as `Unseen tools`."""
-    return re.sub(r"(?<=[a-z])(\d+)$", r" \1", name.replace("_", " ").capitalize())
+    """`Level1` as `Level 1`, `unseen_tools` as `Unseen tools`, `calls` as `Call turns`."""
+    text = {**TURNS}.get(name) or re.sub(r"(?<=[a-z])(\d+)$", r" \1", name.replace("_", " "))
+    return text.capitalize()
 
 
 def bfcl_label(name: str) -> str:
@@ -173,7 +180,7 @@ def bfcl_label(name: str) -> str:
 
 def numbers(summary: Summary, column: Column, metric: str = "") -> dict[str, Any]:
     """The fields of `NUMBERS` of a model in a column, all None where nothing was scored."""
-    found = (summary.get("official" if column.is_average else "groups") or {}).get(column.group) or {}
+    found = ((summary.get("official") or {}) if column.is_average else scored_groups(summary)).get(column.group) or {}
     own = found[metric] if isinstance(found.get(metric), Mapping) else found
     if not is_number(own.get("accuracy")) or not (found.get("n") or column.is_average):
         return dict.fromkeys(NUMBERS)
@@ -189,7 +196,7 @@ def result_table(section: Section, models: Models) -> ResultTable:
     for name, summary in models:
         about = {**{key: summary.get(key) for key in ABOUT}, "model": name, "metric": section.metric}
         for column in section.columns:
-            group = {} if column.is_average else (summary.get("groups") or {}).get(column.group, {})
+            group = {} if column.is_average else scored_groups(summary).get(column.group, {})
             troubles = {key: count(group[key]) if key in group else None for key in TROUBLES}
             place = {"table": section.title, "column": column.label, "group": column.group}
             records.append({**about, **place, **numbers(summary, column, section.metric), **troubles})
@@ -342,7 +349,7 @@ def terminal_table(summary: Summary) -> TextTable:
 
     Groups stand below the part they belong to, or above what sums them up.
     """
-    groups, metrics = summary.get("groups") or {}, [str(name) for name in summary.get("metrics") or ["correct"]]
+    groups, metrics = scored_groups(summary), [str(name) for name in summary.get("metrics") or ["correct"]]
     parts = sections([("", summary)])
     columns = [
         column._replace(label=section.title if column.is_average else f" {column.group}")
@@ -352,8 +359,9 @@ def terminal_table(summary: Summary) -> TextTable:
     ]
     shown = {column.group for column in columns}
     columns += [Column(name, name, is_average=True) for name in summary.get("official") or {} if name not in shown]
-    if OVERALL in groups:
-        columns = [*(column for column in columns if column.group != OVERALL), Column(OVERALL, OVERALL)]
+    sums = {"answers": TURNS["answers"], OVERALL: OVERALL, "calls": TURNS["calls"]}  # the headline last
+    columns = [column for column in columns if column.group not in sums]
+    columns += [Column(label, name) for name, label in sums.items() if name in groups]
     rows = []
     for column in columns:
         found = [numbers(summary, column, metric) for metric in metrics]
@@ -361,7 +369,7 @@ def terminal_table(summary: Summary) -> TextTable:
         cells = [text for own in found for text in (percent(own["accuracy"]), interval_text(own["low"], own["high"]))]
         rows.append((column.label, f"{n}" if n == of else f"{n} of {of}", *cells))
     header = ("", "n", *(title for name in metrics for title in (name if len(metrics) > 1 else "percent", "95 %")))
-    troubles = {name: trouble_text([group]) for name, group in groups.items() if name != OVERALL}
+    troubles = {name: trouble_text([group]) for name, group in groups.items() if name not in sums}
     notes = [*(f"{name}: {text}." for name, text in troubles.items() if text), *ceiling_notes(summary)]
     intervals = interval_words(has_averages=bool(summary.get("official")))
     title = f"{model_names([summary])[0]}: {summary.get('pin')}; {how_asked(summary)}; {intervals}"

@@ -13,7 +13,7 @@ from rest_rl.credit import AdvantageKind, group_advantages
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
-from rest_rl.evaluate.generate import generate
+from rest_rl.evaluate.generate import end_ids, generate, has_ended
 from rest_rl.presets import PRESETS
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Gold
@@ -81,7 +81,7 @@ def sample_groups(
     advance: Callable[[], Any] = lambda: None,
 ) -> list[Group]:
     """A group of responses to each prompt, in order; equal arguments give equal groups."""
-    groups = []
+    groups, ends = [], end_ids(model, layout.tokenizer)
     per_batch = max(1, sampling.batch_size // sampling.group)
     for first in range(0, len(prompts), per_batch):
         chunk = prompts[first : first + per_batch]
@@ -95,15 +95,16 @@ def sample_groups(
         )
         for index, prompt in enumerate(chunk):
             own = ids[index * sampling.group : (index + 1) * sampling.group]
-            responses = tuple(score(response, prompt.sample.gold, layout, sampling) for response in own)
+            responses = tuple(score(response, prompt.sample.gold, layout, sampling, ends) for response in own)
             groups.append(Group(prompt.prompt_ids, responses))
             advance()
     return groups
 
 
-def score(ids: list[int], gold: Gold, layout: PromptLayout, sampling: Sampling) -> Response:
-    """A response with its regions and scores."""
-    judgement = judge(decode_ids(ids, layout.tokenizer, layout.format.tags), gold, layout.format)
+def score(ids: list[int], gold: Gold, layout: PromptLayout, sampling: Sampling, ends: Sequence[int]) -> Response:
+    """A response with its regions and scores; one that ends with none of `ends` was cut off."""
+    text = decode_ids(ids, layout.tokenizer, layout.format.tags)
+    judgement = judge(text, gold, layout.format, truncated=not has_ended(ids, ends))
     ids_1T = torch.tensor([ids], dtype=torch.long)
     regions_1T = tag_regions(ids_1T, torch.ones_like(ids_1T), layout.tokenizer, layout.format)
     reward = apply_reward(sampling.reward, judgement, sampling.progress).total

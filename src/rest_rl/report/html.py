@@ -32,8 +32,13 @@ from rest_rl.report.tables import (
     finished_steps,
     flatten,
     group_runs,
+    headline_key,
+    headline_turn,
     is_number,
+    measured_turn,
+    scores_over,
 )
+from rest_rl.response import TURNS, Turn
 from rest_rl.runlog import Row, Run, read_run, replace_file, unwritable
 
 PAGE = "report.html"
@@ -102,13 +107,15 @@ def page_data(runs: Sequence[Run], limit: int = MOST_RESPONSES) -> tuple[Row, by
     """Everything the page shows: JSON values, and the columns of tokens."""
     groups = group_runs(runs)
     order = [run for group in groups for run in group.runs]
+    turn = measured_turn(order)
     packed, tokens = pack_responses(order, limit)
     data = {
         "regions": dict(REGION_COLOURS),
         "series": list(SERIES_COLOURS),
         "flags": dict(FLAGS),
         "groups": [group.label for group in groups],
-        "runs": [run_facts(run, at) for at, group in enumerate(groups) for run in group.runs],
+        "turns": TURNS[turn] if turn else "prompts",
+        "runs": [run_facts(run, at, turn) for at, group in enumerate(groups) for run in group.runs],
         "charts": list(charts(groups)),
         "config": config_table(order),
         "findings": [{"run": at, **found._asdict()} for at, run in enumerate(order) for found in findings_of(run)],
@@ -117,7 +124,8 @@ def page_data(runs: Sequence[Run], limit: int = MOST_RESPONSES) -> tuple[Row, by
     return data, tokens
 
 
-def run_facts(run: Run, group: int) -> Row:
+def run_facts(run: Run, group: int, turn: Turn | None) -> Row:
+    """A run's row of the results; its scores are over the turns of the headline."""
     libraries, config = run.environment.get("libraries"), flatten(parse_toml(run.config, str(run.folder)))
     planned = config.get("trl.max_steps")
     command = run.environment.get("command")
@@ -129,8 +137,9 @@ def run_facts(run: Run, group: int) -> Row:
         "finished": "steps" in run.summary,
         "planned": planned if is_number(planned) and planned > 0 else None,
         "recorded": len(run.responses),
-        "before": scores_of(run.summary.get("before")),
-        "after": scores_of(run.summary.get("after")),
+        "before": scores_of(scores_over(run.summary.get("before"), turn)),
+        "after": scores_of(scores_over(run.summary.get("after"), turn)),
+        "answers": scores_of(scores_over(run.summary.get("after"), "answers")) if turn else None,
         "libraries": libraries if isinstance(libraries, Mapping) else {},
         "commit": run.environment.get("commit"),
         "command": " ".join(map(str, command)) if isinstance(command, list) else "",
@@ -147,11 +156,16 @@ def scores_of(scores: Any) -> Row | None:
 
 
 def charts(groups: Sequence[Group]) -> Iterator[Row]:
+    runs = [run for group in groups for run in group.runs]
+    turn = headline_turn(row for run in runs for row in run.evaluations)
+    over = f", {TURNS[turn]}" if turn else ""
     for greedy, how in ((False, "sampled"), (True, "greedy")):
-        lines = [evaluation_curve(group.runs, greedy=greedy) for group in groups]
-        yield from chart(Chart("", f"Exact match, held out, {how}", "%"), enumerate(lines), dots=True)
-    for one in CHARTS:
-        yield from chart(one, group_curves(groups, one.key))
+        lines = [evaluation_curve(group.runs, turn, greedy=greedy) for group in groups]
+        yield from chart(Chart("", f"Exact match, held out, {how}{over}", "%"), enumerate(lines), dots=True)
+    headlines = [one._replace(key=headline_key(runs, one.key)) for one in CHARTS]
+    for one in headlines:
+        title = f"{one.title}, {TURNS['calls']}" if one.key.endswith("_calls") else one.title
+        yield from chart(one._replace(title=title), group_curves(groups, one.key))
     for quantity, (title, unit) in REGION_QUANTITIES.items():
         series = (
             (at, region, curve(group.runs, f"rest/{quantity}/{region}"))
@@ -161,13 +175,13 @@ def charts(groups: Sequence[Group]) -> Iterator[Row]:
         drawn = [line_of(line, at) | {"region": region} for at, region, line in series if line.steps]
         if drawn:
             yield {"title": title, "unit": unit, "kind": "region", "aside": quantity == "collision", "series": drawn}
-    for key in other_keys(groups):
+    for key in other_keys(groups, headlines):
         yield from chart(Chart(key, key), group_curves(groups, key), aside=True)
 
 
-def other_keys(groups: Sequence[Group]) -> list[str]:
+def other_keys(groups: Sequence[Group], shown: Iterable[Chart]) -> list[str]:
     keys = {key for group in groups for run in group.runs for row in run.metrics for key in row}
-    keys -= {"step", "epoch", *(one.key for one in CHARTS)}
+    keys -= {"step", "epoch", *(one.key for one in shown)}
     by_region = tuple(f"rest/{quantity}/" for quantity in REGION_QUANTITIES)
     return sorted(key for key in keys if not key.startswith(by_region))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rest_rl.errors import UserError
 from rest_rl.report.diagnosis import Finding
@@ -22,9 +23,11 @@ from rest_rl.report.tables import (
     group_runs,
     is_number,
     markdown_table,
+    measured_turn,
+    scores_over,
     spread_text,
 )
-from rest_rl.runlog import PLOTS, Row, Run, read_run, unwritable
+from rest_rl.runlog import PLOTS, Run, read_run, unwritable
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -81,32 +84,40 @@ def steps_text(finding: Finding, run: Run) -> str:
 def single_result(run: Run) -> str:
     if not run.summary.get("before"):
         return "No evaluation was recorded."
-    note = f"{run.name}: mean over held-out responses, before → after training."
+    note = (
+        f"{run.name}: mean over held-out responses, before → after training; ± one standard error over prompts, of "
+        "both sides."
+    )
     return f"## Result\n\n{note}\n\n{markdown_table(COMPARISON_HEADER, comparison_rows(run.summary))}"
 
 
 def results(groups: Sequence[Group]) -> str:
     """Exact match before and after per group, mean and standard deviation over runs."""
-    header = ("", "runs", "before", "after", "gain", "greedy before", "greedy after", "S_acc after")
+    turn = measured_turn(run for group in groups for run in group.runs)
+    header = ["", "runs", "before", "after", "gain", "greedy before", "greedy after", "S_acc after"]
+    header += ["answers before", "answers after"] if turn else []
     rows = []
     for group in groups:
-        before, after = ([run.summary.get(when) or {} for run in group.runs] for when in ("before", "after"))
+        evaluations = [[run.summary.get(when) for run in group.runs] for when in ("before", "after")]
+        before, after = ([scores_over(scores, turn) for scores in own] for own in evaluations)
         gains = [b["exact_match"] - a["exact_match"] for a, b in zip(before, after, strict=True) if measured(a, b)]
         cells = [exact_matches(before), exact_matches(after), gains]
-        cells += [exact_matches(scores.get("greedy") for scores in evaluations) for evaluations in (before, after)]
+        cells += [exact_matches(scores.get("greedy") for scores in own) for own in (before, after)]
         cells.append([scores["s_acc"] for scores in after if measured(scores)])
+        cells += [exact_matches(scores_over(scores, "answers") for scores in own) for own in evaluations if turn]
         rows.append((group.label, len(group.runs), *map(spread_text, cells)))
     note = (
-        "Exact match on held-out prompts, sampled at temperature 1, greedy beside it; ± one standard deviation of runs."
+        f"Exact match on held-out {'call turns' if turn else 'prompts'}, sampled at temperature 1, greedy beside it; ± "
+        "one standard deviation of runs."
     )
     return f"## Result\n\n{note}\n\n{markdown_table(header, rows)}"
 
 
-def exact_matches(evaluations: Iterable[Row | None]) -> list[float]:
+def exact_matches(evaluations: Iterable[Mapping[str, Any] | None]) -> list[float]:
     return [scores["exact_match"] for scores in evaluations if scores and measured(scores)]
 
 
-def measured(*scores: Row | None) -> bool:
+def measured(*scores: Mapping[str, Any] | None) -> bool:
     """Whether every evaluation has an exact match."""
     return all(is_number((score or {}).get("exact_match")) for score in scores)
 
@@ -142,11 +153,12 @@ def shown_responses(run: Run) -> str:
 
 
 def run_table(groups: Sequence[Group]) -> str:
-    rows = []
+    rows, turn = [], measured_turn(run for group in groups for run in group.runs)
     for group in groups:
         for run in group.runs:
-            pair = [(run.summary.get(when) or {}).get("exact_match") for when in ("before", "after")]
+            pair = [scores_over(run.summary.get(when), turn).get("exact_match") for when in ("before", "after")]
             libraries = run.environment.get("libraries") or {}
             versions = [libraries.get(library, "–") for library in ("torch", "trl")]
             rows.append((run.name, group.label, finished_steps(run), change(*pair), *versions))
-    return markdown_table(("run", "curve", "steps", "exact match", "torch", "trl"), rows)
+    exact = "exact match, call turns" if turn else "exact match"
+    return markdown_table(("run", "curve", "steps", exact, "torch", "trl"), rows)

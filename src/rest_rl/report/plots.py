@@ -17,10 +17,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
-from rest_rl.report.tables import Curve, Group, curve, evaluation_curve, smoothed
+from rest_rl.report.tables import Curve, Group, curve, evaluation_curve, headline_key, headline_turn, smoothed
 
 REGION_KEY = "rest/{quantity}/{region}"
-LEARNING = {"reward": "reward", "rest/accuracy": "S_acc", "rest/format": "S_format", "rest/exact_match": "exact match"}
+LEARNING = {
+    "reward": "reward",
+    "rest/accuracy": "S_acc",
+    "rest/format": "S_format",
+    "rest/exact_match": "exact match",
+    "rest/exact_match_answers": "exact match, answer turns",
+}
 REWARD_PARTS = {
     "reward": ("reward", SERIES_COLOURS[0]),
     "rest/accuracy": ("S_acc", SERIES_COLOURS[1]),
@@ -62,14 +68,18 @@ def region_keys(quantity: str) -> dict[str, tuple[str, str]]:
 
 def draw_learning(groups: Sequence[Group], path: Path) -> Path | None:
     """Reward, S_acc, S_format and exact match of the training samples, one panel each, one line per group."""
-    keys = [key for key in LEARNING if any(curve(group.runs, key).steps for group in groups)]
+    runs = [run for group in groups for run in group.runs]
+    told = {headline_key(runs, key): title for key, title in LEARNING.items()}
+    keys = {key: title for key, title in told.items() if any(curve(group.runs, key).steps for group in groups)}
+    if "rest/exact_match" in keys:  # of all turns: where these are not told apart, or all turns are answers
+        keys.pop("rest/exact_match_answers", None)
     if not keys:
         return None
     figure, panels = new_figure(len(keys))
-    for axes, key in zip(panels, keys, strict=True):
+    for axes, (key, title) in zip(panels, keys.items(), strict=True):
         for group, colour in zip(groups, colours(len(groups)), strict=True):
             draw_curve(axes, curve(group.runs, key), colour, group.label)
-        style(axes, LEARNING[key])
+        style(axes, f"{title}, call turns" if key.endswith("_calls") else title)
     if len(groups) > 1:
         panels[0].legend(**legend_style())
     return save(figure, path)
@@ -83,10 +93,12 @@ def draw_evaluations(groups: Sequence[Group], path: Path) -> Path | None:
     if not any(run.evaluations for group in groups for run in group.runs):
         return None
     figure, panels = new_figure(2, share=True)
+    turn = headline_turn(row for group in groups for run in group.runs for row in run.evaluations)
     for axes, greedy in zip(panels, (False, True), strict=True):
         for group, colour in zip(groups, colours(len(groups)), strict=True):
-            draw_curve(axes, evaluation_curve(group.runs, greedy=greedy), colour, group.label, smooth=False)
-        style(axes, f"exact match, {'greedy' if greedy else 'sampled at T = 1'}")
+            draw_curve(axes, evaluation_curve(group.runs, turn, greedy=greedy), colour, group.label, smooth=False)
+        what = "exact match, call turns" if turn else "exact match"
+        style(axes, f"{what}, {'greedy' if greedy else 'sampled at T = 1'}")
     if len(groups) > 1:
         panels[0].legend(**legend_style())
     return save(figure, path)

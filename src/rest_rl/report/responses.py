@@ -194,12 +194,11 @@ def judged(
     row: Row, parsed: ParsedResponse | None, gold: Gold | None
 ) -> tuple[list[Flag], tuple[ScoreFinding, ...], list[float] | None]:
     """What the response can be filtered by, what cost what, and [S_format, S_acc] where they are known."""
-    flags: list[Flag] = []
-    if row.get("truncated") is True:
-        flags.append("truncated")
+    is_cut = row.get("truncated") is True
+    flags: list[Flag] = ["truncated"] if is_cut else []
     if parsed is None or gold is None:
         return flags, (), None
-    judgement = judge_parsed(parsed, gold)
+    judgement = judge_parsed(parsed, gold, truncated=is_cut)
     flags += call_flags(parsed, gold, {finding.kind for finding in judgement.explanation})
     if judgement.exact_match:
         flags.append("exact")

@@ -11,6 +11,7 @@ from rest_rl.config import parse_toml
 from rest_rl.errors import UserError
 from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.diagnosis.history import step_of
+from rest_rl.response import TURNS, Turn
 from rest_rl.runlog import Row, Run
 
 SCORES = ("exact_match", "s_acc", "s_format")
@@ -122,13 +123,43 @@ def curve_of(moments: Mapping[int, tuple[float, float]]) -> Curve:
     )
 
 
-def evaluation_curve(runs: Sequence[Run], *, greedy: bool) -> Curve:
+def headline_turn(evaluations: Iterable[Mapping[str, Any] | None]) -> Turn | None:
+    """What the headline is over: call turns where answers were measured too, None for all turns.
+
+    None as well where one of the evaluations does not tell the two apart: figures over different turns never mix.
+    """
+    measured = [scores for scores in evaluations if scores and is_number(scores.get("exact_match"))]
+    counts = [[(scores.get(turn) or {}).get("n", 0) for turn in TURNS] for scores in measured]
+    return "calls" if counts and all(own[0] for own in counts) and any(own[1] for own in counts) else None
+
+
+def scores_over(scores: Mapping[str, Any] | None, turn: Turn | None) -> Mapping[str, Any]:
+    """An evaluation's scores over one sort of turns, sampled and `greedy`; those over all turns for None."""
+    scores = scores or {}
+    return scores if turn is None else {**(scores.get(turn) or {}), "greedy": (scores.get("greedy") or {}).get(turn)}
+
+
+def measured_turn(runs: Iterable[Run]) -> Turn | None:
+    """The `headline_turn` of what runs measured before and after training."""
+    return headline_turn(run.summary.get(when) for run in runs for when in ("before", "after"))
+
+
+def headline_key(runs: Sequence[Run], key: str) -> str:
+    """A metric of the training samples, over call turns alone where every run tells these from answer turns."""
+    known = [names for run in runs if key in (names := {name for row in run.metrics for name in row})]
+    split = [{f"{key}_{turn}" for turn in TURNS} & names for names in known]
+    is_told = known and all(f"{key}_calls" in own for own in split) and any(len(own) == 2 for own in split)
+    return f"{key}_calls" if is_told else key
+
+
+def evaluation_curve(runs: Sequence[Run], turn: Turn | None = None, *, greedy: bool) -> Curve:
     """Exact match during training, mean and spread over runs; the spread of a single run is its standard error."""
     by_step: dict[int, list[tuple[float, float]]] = {}
     measured = [run for run in runs if run.evaluations]
     for run in measured:
         for row in run.evaluations:
-            scores = (row.get("greedy") or {}) if greedy else row
+            scores = scores_over(row, turn)
+            scores = (scores.get("greedy") or {}) if greedy else scores
             if is_number(value := scores.get("exact_match")) and is_number(row.get("step")):
                 by_step.setdefault(step_of(row), []).append((value, scores.get("exact_match_error") or 0.0))
     if len(measured) == 1:
@@ -160,14 +191,26 @@ COMPARISON_HEADER = ("percent", "n", "exact match", "gain", "S_acc", "S_format")
 
 
 def comparison_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Before → after in percent, a row each for sampled and greedy and, sampled, for every kind of task and split."""
-    before, after = summary.get("before") or {}, summary.get("after") or {}
-    rows = [comparison_row("sampled, T = 1", before, after)]
+    """Before → after in percent, sampled and greedy: over call turns first, then answer turns and all turns.
+
+    Sampled also for every kind of task and split, where there are several. One row each where turns are not told apart.
+    """
+    pair = [summary.get(when) or {} for when in ("before", "after")]
+    turn = headline_turn(pair)
+
+    def rows_of(name: str, pair: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+        if turn is None:
+            return [comparison_row(name, *pair)]
+        apart = [comparison_row(f"  {TURNS[each]}", *(scores.get(each) for scores in pair)) for each in TURNS]
+        return [(f"{name}, {TURNS[turn]}", *apart[0][1:]), *apart[1:], comparison_row("  all turns", *pair)]
+
+    rows = rows_of("sampled, T = 1", pair)
     for group in ("kinds", "splits"):
-        for name in {**(before.get(group) or {}), **(after.get(group) or {})}:
-            pair = ((scores.get(group) or {}).get(name) for scores in (before, after))
-            rows.append(comparison_row(f"  {name.replace('_', ' ')}", *pair))
-    return [*rows, comparison_row("greedy", before.get("greedy"), after.get("greedy"))]
+        parts = [scores.get(group) or {} for scores in pair]
+        names = list(dict.fromkeys(name for part in parts for name in part))
+        for name in names if len(names) > 1 else ():  # a single one is all there is
+            rows.append(comparison_row(f"  {name.replace('_', ' ')}", *(part.get(name) for part in parts)))
+    return rows + rows_of("greedy", [scores.get("greedy") or {} for scores in pair])
 
 
 def comparison_row(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -7,23 +7,25 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rest_rl.config import EMBEDDED, RunConfig
-from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, checked_rows
+from rest_rl.config import EMBEDDED, DataTable, RunConfig
+from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, checked_rows, mix_text, mix_warning
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared, Rejected, prepare, prepare_row
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.errors import UserError
 from rest_rl.formats import FORMATS, ToolFormat, as_demonstrated
+from rest_rl.response import TURNS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
 """The label of a token that is not learnt."""
-COUNTS = ("rows", "kept", "repaired", "rejected", "samples", "reasons")
+COUNTS = ("rows", "kept", "repaired", "rejected", "samples", "turns", "reasons")
 
 
 def training_dataset(
@@ -155,16 +157,24 @@ def read_data(config: RunConfig, layout: PromptLayout, say: Callable[[str], Any]
         return tool_world_data(config, layout)
     check = check_config(config)
     held_out = held_out_samples(config, check, layout, say)
+    if not data.held_out and (beside := test_part(data.path)):
+        say(f"{beside} lies beside {data.path} and is not measured: --held-out {beside} measures on it")
     if data.held_out == data.path:
         say(f"{data.path} is both data.path and data.held_out: what is measured was trained on")
     elsewhere = bool(data.held_out) and data.held_out != data.path
     report, training = DataReport(), TrainingData([], held_out)
     for row, prepared in prepared_rows(data.path, check, layout, test=data.held_out if elsewhere else None):
         report.add(row)
-        training.prepared += prepared
+        training.prepared += learnt(prepared, data)
         training.rejected += rejection(row)
     training.report = counts_of(report)
     say(account(data.path, training.report))
+    if data.turns == "calls" and report.turns["answers"]:
+        say(f'data.turns = "calls": {report.turns["answers"]} {TURNS["answers"]} are not trained on')
+    elif (warning := mix_warning(report.turns)) and takes_any_answer(config):
+        say(f"warning: {warning}")
+    if report.samples and not training.prepared:
+        raise UserError(f'data.turns = "calls" and {data.path}, none of whose turns calls', "calls", "remove it")
     if not training.prepared:
         first = training.rejected[0]["reasons"] if training.rejected else "the file has no rows"
         raise empty(data.path, report.rows, first)
@@ -182,7 +192,25 @@ def tool_world_data(config: RunConfig, layout: PromptLayout) -> TrainingData:
         if split != "train"
         for sample in tool_world(config.eval.seed, number, split, decision=data.decision)
     ]
-    return TrainingData([prepared_or_error(sample, layout) for sample in drawn], held_out)
+    return TrainingData(learnt([prepared_or_error(sample, layout) for sample in drawn], data), held_out)
+
+
+def learnt(prepared: Sequence[Prepared], data: DataTable) -> list[Prepared]:
+    """The samples that `data.turns` trains on."""
+    return [each for each in prepared if data.turns == "all" or each.sample.gold.turn == "calls"]
+
+
+def takes_any_answer(config: RunConfig) -> bool:
+    """Whether the reward of a run takes any text as an answer: not where answers are demonstrated or scored."""
+    return not config.rest.is_supervised and getattr(config.rest.resolve().reward, "answer", "") == "presence"
+
+
+def test_part(path: str) -> Path | None:
+    """The other part of a split beside `X.train.*`, which `rest-rl data split` wrote; None without one."""
+    file = Path(path)
+    stem, part, ending = file.name.partition(".train.")
+    other = file.with_name(f"{stem}.test.{ending}") if part and file.is_file() else None
+    return other if other and other.is_file() else None
 
 
 def check_config(config: RunConfig) -> CheckConfig:
@@ -249,6 +277,5 @@ def account(path: str, report: Mapping[str, Any]) -> str:
     """One line on a file: what was kept, and why the rest was not."""
     counts = ", ".join(f"{report[name]} {name}" for name in ("kept", "repaired", "rejected"))
     reasons = ", ".join(f"{reason} {count}" for reason, count in report["reasons"].items())
-    return f"{path}: {report['rows']} rows, {counts}, {report['samples']} samples" + (
-        f" ({reasons})" if reasons else ""
-    )
+    samples = f"{report['samples']} samples: {mix_text(report['turns'])}" if report["samples"] else "0 samples"
+    return f"{path}: {report['rows']} rows, {counts}, {samples}" + (f" ({reasons})" if reasons else "")

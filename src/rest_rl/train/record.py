@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rest_rl.evaluate.generate import has_ended
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import decode_ids, token_lengths
 from rest_rl.runlog import Row
-from rest_rl.train.reward import progress_of
+from rest_rl.train.reward import ending_ids, progress_of
 
 PLACE = "place"
 """Name of the responses' numbers in a batch."""
@@ -93,9 +94,15 @@ class KeepLast(TrainerCallback):
 
 
 def recorded_reward(
-    reward: Callable[..., list[float]], tokenizer: Any, tool_format: ToolFormat, limit: int, record: ResponseRecord
+    reward: Callable[..., list[float]],
+    tokenizer: Any,
+    tool_format: ToolFormat,
+    limit: int,
+    record: ResponseRecord,
+    ends: Collection[int] | None = None,
 ) -> Callable[..., list[float]]:
-    """The reward, which also begins a record of the first `limit` responses of every batch."""
+    """The reward, which also begins a record of the first `limit` responses of every batch; `ends` as the reward's."""
+    ends = ending_ids(tokenizer) if ends is None else ends
 
     @functools.wraps(reward)  # TRL names its metrics after the function
     def recorded(
@@ -106,7 +113,7 @@ def recorded_reward(
         rows = []
         for i, ids in enumerate(completion_ids[:limit]):
             row = {"step": step, "progress": progress, "id": columns["id"][i]}
-            row |= response_row(ids, json.loads(gold[i]), totals[i], tokenizer, tool_format)
+            row |= response_row(ids, json.loads(gold[i]), totals[i], tokenizer, tool_format, ends)
             is_first = i == 0 or columns["id"][i - 1] != row["id"]  # a group shares its prompt
             if is_first and prompts and isinstance(prompts[i], str):
                 row["prompt"] = prompts[i]
@@ -117,21 +124,18 @@ def recorded_reward(
     return recorded
 
 
-def response_row(ids: Sequence[int], gold: Any, reward: float, tokenizer: Any, tool_format: ToolFormat) -> Row:
+def response_row(
+    ids: Sequence[int], gold: Any, reward: float, tokenizer: Any, tool_format: ToolFormat, ends: Collection[int]
+) -> Row:
     """The recorded fields of a response that are known before the loss has weighed it."""
     return {
         "response": decode_ids(ids, tokenizer, tool_format.tags),
         "ids": list(ids),
         "gold": gold,
         "reward": reward,
-        "truncated": not has_ended(ids, tokenizer),
+        "truncated": not has_ended(ids, ends),
         "lengths": token_lengths(ids, tokenizer, tool_format.tags),
     }
-
-
-def has_ended(ids: Sequence[int], tokenizer: Any) -> bool:
-    """Whether a response ends with the end of sequence, or with the padding token, as some models write it."""
-    return bool(ids) and ids[-1] in (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def rounded(values_T: Tensor) -> list[float]:

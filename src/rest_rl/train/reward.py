@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch.distributed
 
 from rest_rl.errors import UserError
+from rest_rl.evaluate.generate import end_ids, has_ended
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.presets import Preset, get_preset
 from rest_rl.regions import decode_ids
-from rest_rl.response import Gold, gold_from_json
+from rest_rl.response import Gold, Turn, gold_from_json
 from rest_rl.rewards import RewardRule, apply_reward, is_random, judge, random_rewards
 
 
@@ -26,6 +27,25 @@ class Scored(NamedTuple):
     call_rate: float
 
 
+SPLIT = {"reward": "total", "accuracy": "accuracy", "exact_match": "exact_match"}
+"""Figures that are told apart by sort of turn, and their fields of `Scored`."""
+
+
+def split_figures(rows: Iterable[tuple[Turn, Scored]]) -> dict[str, list[float]]:
+    """The values of rest/exact_match_calls, rest/exact_match_answers and so on, for the sorts of turns there are."""
+    found: dict[str, list[float]] = {}
+    for turn, scored in rows:
+        for name, field in SPLIT.items():
+            found.setdefault(f"rest/{name}_{turn}", []).append(getattr(scored, field))
+    return found
+
+
+def ending_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
+    """The tokens that end a response: those of the model and its tokenizer, and padding, as some models write it."""
+    ends = end_ids(model, tokenizer)
+    return frozenset(ends if tokenizer.pad_token_id is None else [*ends, tokenizer.pad_token_id])
+
+
 def progress_of(state: Any) -> float:
     """Training progress nu in [0, 1] of a `TrainerState`: 0 in the first optimizer step, 1 in the last."""
     return min(1.0, state.global_step / max(1, state.max_steps - 1))
@@ -37,15 +57,18 @@ def make_tool_reward(
     preset: str | Preset = "rest",
     steps_per_batch: int = 1,
     seed: int = 0,
+    ends: Collection[int] | None = None,
 ) -> Callable[..., list[float]]:
     """The preset's rule reward as a reward function for TRL, also for its stock trainers.
 
     It reads the sampled ids, not the text that TRL decodes without special tokens, and the dataset column `gold`: a
     JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}. `steps_per_batch` are the optimizer steps
     that learn from one batch of responses: the published schedule of `authors-code` counts batches. `seed` is that of
-    the run, for rewards that are `random`.
+    the run, for rewards that are `random`. A response that ends with none of `ends` (by default `ending_ids` of the
+    tokenizer) was cut off.
     """
     chosen_format, reward = get_format(tool_format), get_preset(preset).reward
+    ends = ending_ids(tokenizer) if ends is None else ends
 
     def tool_reward(
         completion_ids: list[list[int]],
@@ -56,14 +79,17 @@ def make_tool_reward(
     ) -> list[float]:
         step = 0 if trainer_state is None else trainer_state.global_step
         progress = 0.0 if trainer_state is None else progress_of(trainer_state)
-        rows = []
-        for ids, target in zip(completion_ids, gold, strict=True):
+        golds, rows = [read_gold(target) for target in gold], []
+        for ids, target in zip(completion_ids, golds, strict=True):
             text = decode_ids(ids, tokenizer, chosen_format.tags)
-            batch = step // steps_per_batch + 1
-            rows.append(score_text(text, read_gold(target), chosen_format, reward, progress, batch))
-        for name in Scored._fields[1:]:
-            if log_metric is not None:
+            batch, is_cut = step // steps_per_batch + 1, not has_ended(ids, ends)
+            rows.append(score_text(text, target, chosen_format, reward, progress, batch, truncated=is_cut))
+        if log_metric is not None:
+            for name in Scored._fields[1:]:
                 log_metric(f"rest/{name}", sum(getattr(row, name) for row in rows) / len(rows))
+            for name, values in split_figures(zip((target.turn for target in golds), rows, strict=True)).items():
+                for value in values:  # one by one: processes have different numbers of them, and TRL takes the mean
+                    log_metric(name, value)
         if is_random(reward):
             return random_rewards(len(rows), seed, step, first=_rank() * len(rows))
         return [row.total for row in rows]
@@ -76,10 +102,10 @@ def _rank() -> int:
 
 
 def score_text(
-    text: str, gold: Gold, tool_format: ToolFormat, reward: RewardRule, progress: float, batch: int
+    text: str, gold: Gold, tool_format: ToolFormat, reward: RewardRule, progress: float, batch: int, *, truncated: bool
 ) -> Scored:
     """Score one response; `batch` is the number of its batch of responses, counted from 1."""
-    judgement = judge(text, gold, tool_format)
+    judgement = judge(text, gold, tool_format, truncated=truncated)
     total = apply_reward(reward, judgement, progress, batch).total
     exact, called = float(judgement.exact_match), float(judgement.parsed.attempted_call)
     return Scored(total, judgement.format, judgement.accuracy, exact, called)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
@@ -21,7 +21,15 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.held_out import Prompt, fixed_slice
 from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.plots import draw_all
-from rest_rl.report.tables import COMPARISON_HEADER, comparison_rows, flatten, group_runs
+from rest_rl.report.tables import (
+    COMPARISON_HEADER,
+    comparison_rows,
+    flatten,
+    group_runs,
+    headline_turn,
+    scores_over,
+)
+from rest_rl.response import TURNS, Turn
 from rest_rl.runlog import (
     CONFIG,
     EVALUATIONS,
@@ -352,10 +360,19 @@ class HeldOut:
         row = {"step": step, **scores}
         self.log.add_evaluation(row)
         self.log.add_timing({"step": step, "evaluation_time": perf_counter() - begin})
-        parts = ((scores, "sampled"), (scores["greedy"], "greedy"))
-        shown = (f"{100 * s['exact_match']:.1f} ± {100 * s['exact_match_error']:.1f} % {name}" for s, name in parts)
-        self.observer.say(f"step {step}: exact match {', '.join(shown)} ({len(self.slice)} held out)")
+        told = [f"{text} held out" for text in evaluation_texts(scores)]
+        self.observer.say(f"step {step}: exact match {'; '.join(told)}")
         return row
+
+
+def evaluation_texts(scores: Mapping[str, Any]) -> Iterator[str]:
+    """Exact match sampled and greedy in words: over call turns, then over answer turns, or over all alike."""
+    turns: Sequence[Turn | None] = tuple(TURNS) if headline_turn([scores]) else (None,)
+    for turn in turns:
+        own = scores_over(scores, turn)
+        parts = ((own, "sampled"), (own["greedy"], "greedy"))
+        shown = (f"{100 * s['exact_match']:.1f} ± {100 * s['exact_match_error']:.1f} % {name}" for s, name in parts)
+        yield f"{', '.join(shown)} of {own['n']} {TURNS[turn] if turn else 'responses'}"
 
 
 def finish(log: RunLog, observer: Observer) -> None:

@@ -124,10 +124,10 @@ function showResults() {
     dot.style.backgroundColor = data.series[run.group % data.series.length];
     const { before, after } = run;
     const gain = isNumber(before?.exact_match) && isNumber(after?.exact_match) ? signed(100 * (after.exact_match - before.exact_match), 1) : "–";
-    return [[dot, ...seen(run.name)], data.groups[run.group], run.seed ?? "–", stepsOf(run), withError(before), withError(after), gain, withError(before?.greedy), withError(after?.greedy), shown(after?.s_acc), shown(after?.s_format)];
+    return [[dot, ...seen(run.name)], data.groups[run.group], run.seed ?? "–", stepsOf(run), withError(before), withError(after), gain, withError(before?.greedy), withError(after?.greedy), shown(after?.s_acc), shown(after?.s_format), ...(data.runs.some((any) => any.answers) ? [withError(run.answers)] : [])];
   });
-  const head = ["run", "curve", "seed", "steps", "exact match before, %", "after, %", "gain", "greedy before", "greedy after", "S_acc after", "S_format after"];
-  byId("result-table").replaceChildren(table(head, rows), make("p", { className: "faint" }, "Held-out prompts, sampled at temperature 1, ± one standard error over prompts; greedy beside it."));
+  const head = ["run", "curve", "seed", "steps", "exact match before, %", "after, %", "gain", "greedy before", "greedy after", "S_acc after", "S_format after", ...(data.runs.some((run) => run.answers) ? ["answer turns after, %"] : [])];
+  byId("result-table").replaceChildren(table(head, rows), make("p", { className: "faint" }, `Held-out ${data.turns}, sampled at temperature 1, ± one standard error over prompts; greedy beside it.`));
 }
 
 function showConfig() {

@@ -1,16 +1,21 @@
-"""The held-out splits of the tool world as a benchmark: exact match, greedy, for any checkpoint."""
+"""The held-out splits of the tool world as a benchmark: exact match, greedy, for any checkpoint.
+
+Turns that call and turns that answer are scored apart as well: any answer without a call is right.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import SPLITS, Decision, tool_world
-from rest_rl.evaluate.conversation import Benchmark, SingleTurn
+from rest_rl.evaluate.conversation import Benchmark, Reply, SingleTurn
+from rest_rl.evaluate.harness import group_scores
 from rest_rl.formats import ToolFormat
-from rest_rl.response import ParsedResponse
+from rest_rl.response import TURNS, ParsedResponse
 from rest_rl.rewards import judge_parsed
 
 
@@ -31,14 +36,22 @@ class ToolWorldTasks(Benchmark):
 
     def start(self, identity: str, tool_format: ToolFormat) -> SingleTurn:
         sample = self.samples[identity]
-        return SingleTurn(sample, tool_format, lambda _, parsed: verdict(parsed, sample))
+        return SingleTurn(sample, tool_format, lambda reply, parsed: verdict(reply, parsed, sample))
+
+    def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The scores of turns that call and of turns that answer, under `turns`."""
+        turns = {identity: sample.gold.turn for identity, sample in self.samples.items()}
+        sizes = Counter(turns.values())
+        own = {turn: [dict(row) for row in rows if turns[row["id"]] == turn] for turn in TURNS}
+        return {"turns": {turn: group_scores(own[turn], self.metrics, sizes[turn]) for turn in TURNS if own[turn]}}
 
 
-def verdict(parsed: ParsedResponse, sample: ToolSample) -> Mapping[str, Any]:
+def verdict(reply: Reply, parsed: ParsedResponse, sample: ToolSample) -> Mapping[str, Any]:
     """Exact match, and what cost the response its score."""
-    judgement = judge_parsed(parsed, sample.gold)
+    judgement = judge_parsed(parsed, sample.gold, truncated=reply.is_truncated)
     return {
         "kind": sample.kind,
+        "turn": sample.gold.turn,
         "correct": judgement.exact_match,
         "reason": "; ".join(finding.message for finding in judgement.explanation)[:300],
     }

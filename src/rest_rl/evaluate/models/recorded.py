@@ -24,6 +24,7 @@ class Recording(NamedTuple):
     calls: list[Any] | None = None
     overflow: str = ""
     refusal: str = ""
+    is_truncated: bool = False
 
 
 class Recorded(Model):
@@ -45,7 +46,8 @@ class Recorded(Model):
         read_out = None
         if recording.calls is not None:
             read_out = tuple(ToolCall(str(call["name"]), dict(call["arguments"])) for call in calls or ())
-        return Reply(text or "", read_out, overflow=recording.overflow, refusal=recording.refusal)
+        ends = {"is_truncated": recording.is_truncated, "overflow": recording.overflow, "refusal": recording.refusal}
+        return Reply(text or "", read_out, **ends)
 
 
 def step_of(nested: Sequence[Sequence[Any]] | None, request: Request) -> Any:
@@ -113,7 +115,8 @@ def read_recording(row: Mapping[str, Any]) -> tuple[str, Recording | None]:
     if row.get("native") and not (is_calls(calls) if isinstance(texts, str) else is_nested(calls, is_calls)):
         expected = 'a list of {"name": ..., "arguments": {...}} for each text'
         raise UserError(f"calls of type {type(calls).__name__} ({calls!r:.80})", expected, "correct the row")
-    return identity, Recording(texts, calls, str(row.get("overflow", "")), str(row.get("refused", "")))
+    is_cut = row.get("truncated") is True
+    return identity, Recording(texts, calls, str(row.get("overflow", "")), str(row.get("refused", "")), is_cut)
 
 
 def is_nested(value: Any, is_step: Callable[[Any], bool]) -> bool:

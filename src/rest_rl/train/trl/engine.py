@@ -32,7 +32,7 @@ from rest_rl.train.estimate import count_work
 from rest_rl.train.policy import load_policy, new_adapter
 from rest_rl.train.prompts import TrainingData, cannot_train_on, dataset_of, prompt_dataset
 from rest_rl.train.record import KeepLast, ResponseRecord, recorded_reward
-from rest_rl.train.reward import make_tool_reward
+from rest_rl.train.reward import ending_ids, make_tool_reward
 from rest_rl.train.sft import demonstrations, region_trainer
 from rest_rl.train.trl.settings import trainer_config
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, steps_per_generation
@@ -119,8 +119,9 @@ class TrlEngine:
     def _recorded_reward(self, args: ResTConfig, record: ResponseRecord) -> Callable[..., list[float]]:
         """The preset's reward, which also records the first responses of every batch."""
         tool_format, tokenizer = get_format(self.config.rest.format), self.layout.tokenizer
-        reward = make_tool_reward(tokenizer, tool_format, args.method(), steps_per_generation(args), args.seed)
-        return recorded_reward(reward, tokenizer, tool_format, self.config.run.responses_per_step, record)
+        ends = ending_ids(tokenizer, self.model)
+        reward = make_tool_reward(tokenizer, tool_format, args.method(), steps_per_generation(args), args.seed, ends)
+        return recorded_reward(reward, tokenizer, tool_format, self.config.run.responses_per_step, record, ends)
 
     def _keep_responses(self, step: int, rows: Sequence[Row]) -> None:
         self.log.add_responses(rows)

@@ -36,7 +36,7 @@ from rest_rl.presets import PRESETS, Preset
 from rest_rl.response import NUM_REGIONS
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.record import PLACE, WeighedBatch
-from rest_rl.train.reward import make_tool_reward, progress_of
+from rest_rl.train.reward import ending_ids, make_tool_reward, progress_of
 from rest_rl.train.weighing import (
     SUMS,
     EntropyTracker,
@@ -248,7 +248,8 @@ class ResTTrainer(GRPOTrainer):
     rest/collision/<region>, rest/weight/<region> (means over the region's tokens, None for a region without any),
     rest/share/<region> (of all tokens), rest/rule_weight/<region> (the weight before responses are normalised, where
     the rule measures something), rest/surprise/<figure> (`train/weighing.py`, on the first step over a batch), and by
-    the reward rest/format, rest/accuracy, rest/exact_match, rest/call_rate.
+    the reward rest/format, rest/accuracy, rest/exact_match, rest/call_rate, and apart for turns with and without gold
+    calls rest/reward_calls, rest/reward_answers, rest/accuracy_calls and so on.
     """
 
     _tag_names = ["trl", "grpo", "rest"]  # noqa: RUF012 - HF's own pattern
@@ -286,8 +287,9 @@ class ResTTrainer(GRPOTrainer):
         self._weigher = Weigher(self._text_tokenizer, self._format, self._method.weights)
         if reward_funcs is None:
             _check_gold_column(train_dataset)
+            ends = ending_ids(self._text_tokenizer, model)
             reward_funcs = make_tool_reward(
-                self._text_tokenizer, self._format, self._method, steps_per_generation(args), args.seed
+                self._text_tokenizer, self._format, self._method, steps_per_generation(args), args.seed, ends
             )
         super().__init__(
             model=model,

@@ -27,11 +27,12 @@ from verl.trainer.ppo.core_algos import register_adv_est
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from rest_rl.config import RunConfig
+from rest_rl.evaluate.generate import has_ended
 from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import RunLog, replace_file
 from rest_rl.statistics import Outcome, summarise
-from rest_rl.train.reward import Scored, read_gold, score_text
+from rest_rl.train.reward import Scored, ending_ids, read_gold, score_text
 from rest_rl.train.verl.responses import (
     DATA_STATE,
     ESTIMATOR,
@@ -134,7 +135,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
     ) -> dict[str, float]:
         """The figures of a validation, and its summary in the run folder: before, during or after training."""
         prompts = {uid: place for place, uid in enumerate(dict.fromkeys(sample_uids))}
-        columns = (reward_extra_infos_dict[name] for name in ("kind", "exact_match", "accuracy", "format"))
+        columns = (reward_extra_infos_dict[name] for name in ("kind", "exact_match", "accuracy", "format", "turn"))
         rows = zip(data_sources, sample_uids, *columns, strict=True)
         outcomes = [
             Outcome(kind, str(split), prompts[uid], *scores) for split, uid, kind, *scores in rows if kind is not None
@@ -168,7 +169,7 @@ class ReSTRewardManager(RewardManagerBase):
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, *_: Any, **__: Any) -> None:
         super().__init__(config, tokenizer, compute_score)
         rest = RunConfig.from_toml(config.rest.run).rest
-        self.format, self.method = get_format(rest.format), rest.resolve()
+        self.format, self.method, self.ends = get_format(rest.format), rest.resolve(), ending_ids(tokenizer)
         self.total = int(config.actor_rollout_ref.actor.optim.total_training_steps)  # verl has counted them by now
 
     async def run_single(self, data: Any) -> dict[str, Any]:
@@ -177,13 +178,15 @@ class ReSTRewardManager(RewardManagerBase):
     def _score(self, item: Any) -> dict[str, Any]:
         columns, ids = item.non_tensor_batch, item.batch["responses"]
         length = int(item.batch["attention_mask"][-len(ids) :].sum())
-        text = decode_ids(ids[:length].tolist(), self.tokenizer, self.format.tags)
+        ids = ids[:length].tolist()
+        text, is_cut = decode_ids(ids, self.tokenizer, self.format.tags), not has_ended(ids, self.ends)
         step = int(columns["global_steps"])
         gold = read_gold(columns["reward_model"]["ground_truth"])
         progress = progress_of_step(step, self.total)
-        scored = score_text(text, gold, self.format, self.method.reward, progress, max(1, step))
+        scored = score_text(text, gold, self.format, self.method.reward, progress, max(1, step), truncated=is_cut)
         extra = {name: getattr(scored, name) for name in Scored._fields[1:]}
-        return {"reward_score": scored.total, "reward_extra_info": {**extra, "kind": columns["extra_info"]["kind"]}}
+        kind = {"kind": columns["extra_info"]["kind"], "turn": gold.turn}
+        return {"reward_score": scored.total, "reward_extra_info": {**extra, **kind}}
 
 
 class RenderedPromptLoop(SingleTurnAgentLoop):

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from rest_rl.config import RunConfig, RunTable
 from rest_rl.credit import AdvantageKind, group_advantages
+from rest_rl.evaluate.generate import has_ended
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.presets import Preset
 from rest_rl.response import NUM_REGIONS
 from rest_rl.runlog import Row, RunLog
-from rest_rl.train.record import WeighedBatch, has_ended, response_row
-from rest_rl.train.reward import Scored
+from rest_rl.train.record import WeighedBatch, response_row
+from rest_rl.train.reward import Scored, ending_ids, read_gold, split_figures
 from rest_rl.train.weighing import (
     SUMS,
     EntropyTracker,
@@ -147,7 +148,8 @@ class Responses:
         """Means over the responses, under the names that they have on TRL."""
         rewards_B = self.rewards_B.double()
         lengths_B = torch.tensor([len(ids) for ids in self.ids], dtype=torch.float64)
-        ended_B = torch.tensor([has_ended(ids[-1:].tolist(), self.tokenizer) for ids in self.ids])
+        ends = ending_ids(self.tokenizer)
+        ended_B = torch.tensor([has_ended(ids[-1:].tolist(), ends) for ids in self.ids])
         alike = [bool((rewards_B[rows] == rewards_B[rows[0]]).all()) for rows in rows_by_group(self.groups)]
         figures = {
             "reward": float(rewards_B.mean()),
@@ -157,6 +159,11 @@ class Responses:
         }
         for name in Scored._fields[1:]:
             figures[f"rest/{name}"] = sum(float(row[name]) for row in self.scores) / len(self.scores)
+        turns = (read_gold(gold).turn for gold in self.golds)
+        scored = (Scored(reward, *(float(row[name]) for name in Scored._fields[1:]))
+                  for reward, row in zip(rewards_B.tolist(), self.scores, strict=True))  # fmt: skip
+        for name, values in split_figures(zip(turns, scored, strict=True)).items():
+            figures[name] = sum(values) / len(values)
         for name, chosen_B in (("", lengths_B), ("_terminated", lengths_B[ended_B])):
             if len(chosen_B):
                 least, most = float(chosen_B.min()), float(chosen_B.max())
@@ -172,12 +179,13 @@ class Responses:
     def rows(self, chosen: Sequence[int], tokens: Mapping[int, Row], step: int, progress: float) -> list[Row]:
         """The `chosen` responses as responses.jsonl holds them; `tokens` are the recorded fields by place."""
         rows: list[Row] = []
+        ends = ending_ids(self.tokenizer)
         for i in chosen:
             row: Row = {"step": step, "progress": progress, "id": self.origins[i]["id"]}
             if not rows or rows[-1]["id"] != row["id"]:  # a group shares its prompt
                 row["prompt"] = self.prompts[i]
             gold, reward = json.loads(self.golds[i]), float(self.rewards_B[i])
-            row |= response_row(self.ids[i].tolist(), gold, reward, self.tokenizer, self.tool_format)
+            row |= response_row(self.ids[i].tolist(), gold, reward, self.tokenizer, self.tool_format, ends)
             rows.append(row | tokens[self.places[i]])
         return rows
 
