@@ -115,12 +115,16 @@ def rest_loss(
 def rewards_of(
     rollout: Rollout, tokenizer: Any, samples: Sequence[ToolSample], preset: Preset, nu: float
 ) -> list[Reward]:
-    """The rule reward of every response; the text is that of the sampled ids."""
+    """The rule reward of every response; the text is that of the sampled ids, without an end it was cut off."""
     group_size = len(rollout.ids_BT) // len(samples)
     rows = zip(rollout.ids_BT.tolist(), rollout.mask_BT.sum(-1).tolist(), strict=True)
-    texts = [decode_ids(ids[:length], tokenizer, FORMAT.tags) for ids, length in rows]
+    responses = [ids[:length] for ids, length in rows]
     golds = [s.gold for s in samples for _ in range(group_size)]
-    return [preset.reward(judge(text, gold, FORMAT), nu) for text, gold in zip(texts, golds, strict=True)]
+    judged = [
+        judge(decode_ids(ids, tokenizer, FORMAT.tags), gold, FORMAT, truncated=ids[-1] != tokenizer.eos_token_id)
+        for ids, gold in zip(responses, golds, strict=True)
+    ]
+    return [preset.reward(judgement, nu) for judgement in judged]
 
 
 def smooth(old: RegionStatistics | None, new: RegionStatistics, decay: float = 0.7) -> RegionStatistics:
