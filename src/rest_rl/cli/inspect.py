@@ -62,10 +62,12 @@ def inspect(
     from rest_rl.cli.score import format_of_rows
     from rest_rl.cli.terminal import show_tokens
     from rest_rl.data.layout import resolve_format
+    from rest_rl.evaluate.generate import has_ended
     from rest_rl.formats import get_format
     from rest_rl.jsonl import as_json, parse_row, read_lines
     from rest_rl.presets import get_preset
     from rest_rl.train.policy import load_tokenizer
+    from rest_rl.train.reward import ending_ids
 
     settings = {"preset": get_preset(preset), "progress": progress, "entropies": read_entropies(entropies)}
     loaded, console = load_tokenizer(tokenizer), Console()
@@ -75,17 +77,20 @@ def inspect(
         rows = read_lines(file)
     else:
         tool_format, rows = format_of_rows(tool_format, file)
-    settings["format"] = get_format(tool_format)
+    settings["format"], ends = get_format(tool_format), ending_ids(loaded)
     for number, line in rows:
         try:
-            response = inspect_ids(row_ids(parse_row(line), loaded), loaded, settings)
+            row = parse_row(line)
+            response = inspect_ids(row_ids(row, loaded), loaded, settings)
         except UserError as error:
             print(as_json({"row": number, "error": str(error)}))
             continue
+        is_cut = not has_ended(row["ids"], ends) if row.get("ids") else row.get("truncated")
         if json:
-            print(tokens_as_json(response))
+            print(tokens_as_json(response, is_cut))
         else:
-            show_tokens(f"row {number}", runs(response), response.regions, response.weights, console)
+            title = f"row {number}, cut off before its end" if is_cut else f"row {number}"
+            show_tokens(title, runs(response), response.regions, response.weights, console)
 
 
 def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> Inspected:
@@ -108,17 +113,18 @@ def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> 
     return Inspected(ids, pieces, regions_BT[0].tolist(), weights_BT[0].tolist())
 
 
-def tokens_as_json(response: Inspected) -> str:
-    """{"tokens": [{"id", "text", "region", "weight"}, ...]} on one line; equal tokens are written once."""
+def tokens_as_json(response: Inspected, is_cut: bool | None) -> str:
+    """{"tokens": [{"id", "text", "region", "weight"}, ...], "truncated"} on one line, the latter where it is known."""
     from rest_rl.jsonl import as_json
     from rest_rl.response import Region
 
-    @cache
+    @cache  # equal tokens are written once
     def token(i: int, piece: bytes, region: int, weight: float) -> str:
         text = piece.decode("utf-8", errors="replace")
         return as_json({"id": i, "text": text, "region": Region(region).label, "weight": weight})
 
-    return f'{{"tokens": [{", ".join(map(token, *response))}]}}'
+    known = "" if is_cut is None else f', "truncated": {as_json(bool(is_cut))}'
+    return f'{{"tokens": [{", ".join(map(token, *response))}]{known}}}'
 
 
 def runs(response: Inspected) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ from rest_rl.credit import AdvantageKind, group_advantages
 from rest_rl.evaluate.generate import has_ended
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.presets import Preset
-from rest_rl.response import NUM_REGIONS
+from rest_rl.response import NUM_REGIONS, Turn
 from rest_rl.runlog import Row, RunLog
 from rest_rl.train.record import WeighedBatch, response_row
 from rest_rl.train.reward import Scored, ending_ids, read_gold, split_figures
@@ -159,7 +159,7 @@ class Responses:
         }
         for name in Scored._fields[1:]:
             figures[f"rest/{name}"] = sum(float(row[name]) for row in self.scores) / len(self.scores)
-        turns = (read_gold(gold).turn for gold in self.golds)
+        turns: list[Turn] = [read_gold(gold).turn for gold in self.golds]
         scored = (Scored(reward, *(float(row[name]) for name in Scored._fields[1:]))
                   for reward, row in zip(rewards_B.tolist(), self.scores, strict=True))  # fmt: skip
         for name, values in split_figures(zip(turns, scored, strict=True)).items():
