@@ -168,7 +168,8 @@ def test_inspect_gives_every_token_region_and_weight(
     arguments = ["inspect", str(tmp_path / "rows.jsonl"), "--tokenizer", str(policy), "--progress", "0"]
     assert main([*arguments, "--entropies", '{"name": 0.1, "reasoning": 2.0}', "--json"]) == 0
     by_text, by_ids, unknown, wrong, empty, ended, surrogate = lines(capsys.readouterr().out)
-    assert by_text == by_ids
+    assert by_text["tokens"] == by_ids["tokens"]
+    assert ("truncated" in by_text, by_ids["truncated"], ended["truncated"]) == (False, True, False)
     assert [token["text"] for token in surrogate["tokens"]] == ["?"]
     assert "".join(token["text"] for token in by_text["tokens"]) == text
     weight = {token["region"]: token["weight"] for token in by_text["tokens"]}
