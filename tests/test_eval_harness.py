@@ -95,14 +95,14 @@ def test_what_does_not_come_back_is_told_and_asked_again(tmp_path: Path) -> None
     faulty = Faulty(frozenset({IDS[2]}), frozenset({IDS[3]}), frozenset({IDS[4]}), refusals=frozenset({IDS[5]}))
     summary = summarise(TASKS, evaluate_all(TASKS, faulty, FORMAT, IDS, log))
     group = summary["groups"]["unseen_tools"]
-    assert (group["n"], group["correct"], group["errors"]) == (8, 6, [IDS[2]])
+    assert (group["n"], group["correct"], group["errors"]) == (8, 5, [IDS[2]])
     assert (group["overflow"], group["truncated"], group["refused"]) == (1, 1, 1)
     by_id = {row["id"]: row for row in log.read_rows()}
     failed = {"category": "unseen_tools", "response": "", "calls": [], "correct": None, "error": "the server fails"}
     assert by_id[IDS[2]] == {"id": IDS[2], **failed}
     assert by_id[IDS[3]]["correct"] is False
     assert by_id[IDS[3]]["overflow"] == "too long"
-    assert by_id[IDS[4]]["truncated"] is True
+    assert (by_id[IDS[4]]["truncated"], by_id[IDS[4]]["correct"]) == (True, False)  # the right text, but cut off
     assert (by_id[IDS[5]]["correct"], by_id[IDS[5]]["reason"]) == (False, "refused: the template fails")
     again = EvalLog.resume(tmp_path / "a", SETTINGS)
     healthy = Faulty()

@@ -388,7 +388,7 @@ def test_held_out_is_an_option_and_the_other_part_of_a_split_is_told(
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "--held-out" not in out
-    assert "of 2 call turns" in out
+    assert "(2 call turns held out); " in " ".join(out.split())
     run = read_run(tmp_path / "run")
     assert RunConfig.from_toml(run.config).data.held_out == test
     for scores in (run.summary["before"], run.summary["after"], *run.evaluations):

@@ -360,8 +360,7 @@ class HeldOut:
         row = {"step": step, **scores}
         self.log.add_evaluation(row)
         self.log.add_timing({"step": step, "evaluation_time": perf_counter() - begin})
-        told = [f"{text} held out" for text in evaluation_texts(scores)]
-        self.observer.say(f"step {step}: exact match {'; '.join(told)}")
+        self.observer.say(f"step {step}: exact match {'; '.join(evaluation_texts(scores))}")
         return row
 
 
@@ -372,7 +371,7 @@ def evaluation_texts(scores: Mapping[str, Any]) -> Iterator[str]:
         own = scores_over(scores, turn)
         parts = ((own, "sampled"), (own["greedy"], "greedy"))
         shown = (f"{100 * s['exact_match']:.1f} ± {100 * s['exact_match_error']:.1f} % {name}" for s, name in parts)
-        yield f"{', '.join(shown)} of {own['n']} {TURNS[turn] if turn else 'responses'}"
+        yield f"{', '.join(shown)} ({own['greedy']['n']} {f'{TURNS[turn]} ' if turn else ''}held out)"
 
 
 def finish(log: RunLog, observer: Observer) -> None:
