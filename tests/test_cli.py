@@ -285,7 +285,7 @@ def test_processes_of_one_launch_need_a_folder(
         ("trl.save_only_model=true", "expected checkpoints that a run can go on from"),
         ("trl.deepspeed=x.json", "pip install deepspeed"),
         ("eval.batch_size=0", "got eval.batch_size = 0, expected at least 1"),
-        ("model.path=nowhere/at/all", "got tokenizer nowhere/at/all"),
+        ("model.path=nowhere/at/all", "got model.path nowhere/at/all"),
         ("data.path=nowhere.jsonl", "got nowhere.jsonl, which does not exist"),
     ],
 )

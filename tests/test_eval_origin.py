@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from rest_rl.cli.app import main
 from rest_rl.config import EMBEDDED, ModelTable, RunConfig
 from rest_rl.errors import UserError
 from rest_rl.evaluate.origin import STRIDE, digest_of, model_label, recorded_run, weights_digest
 from rest_rl.evaluate.plan import make_plan
 from rest_rl.evaluate.request import BATCH_SIZE, BFCL_BATCH_SIZE, VLLM_BATCH_SIZE, EvalRequest
 from rest_rl.train.policy import embedded_model, hub_commit
+from rest_rl.train.run import resolve_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -68,9 +70,11 @@ def test_models_without_a_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch)
     other = run_folder.parent.parent / "plain" / "model"
     other.mkdir(parents=True)
     (other.parent / "checkpoints" / "step").mkdir(parents=True)
-    for path, label in ((str(other), "model"), ("plain/checkpoints/step", "step"), ("Qwen/Qwen3-1.7B", "Qwen3-1.7B")):
+    for path, label in ((str(other), "model"), ("plain/checkpoints/step", "step")):
+        (Path(path) / "config.json").touch()
         assert recorded_run(path) == (path, None, None)
         assert model_label(path) == label
+    assert model_label("Qwen/Qwen3-1.7B") == "Qwen3-1.7B"
     monkeypatch.chdir(other)
     assert model_label(".") == "model"
     assert model_label(EMBEDDED) == EMBEDDED
@@ -187,3 +191,42 @@ def test_options_that_mean_nothing_are_refused(who: dict[str, Any], option: dict
 )
 def test_the_number_of_conversations_at_once(benchmark: str, options: dict[str, Any], size: int) -> None:
     assert EvalRequest(benchmark, "m", **options).conversations == size
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("runs/mnie", "runs/mine"),
+        ("./runs/mine2", "runs/mine"),
+        ("rnus/mine/model", "runs"),
+        ("/no/where", None),
+        ("runs", "runs/mine"),
+        ("rows.jsonl", None),
+    ],
+)
+def test_a_path_that_is_no_model_is_refused_without_a_hub(run_folder: Path, path: str, near: str | None) -> None:
+    (run_folder / "config.json").write_text("{}")
+    Path("rows.jsonl").touch()
+    with pytest.raises(UserError) as refused:
+        recorded_run(path, "--tokenizer")
+    assert refused.value.got.startswith(f"--tokenizer {path}")
+    assert near is None or f"did you mean {near}?" in refused.value.remedy
+
+
+def test_a_run_folder_is_a_model_for_data_inspect_and_train(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    assert main(["data", "world", "--out", str(rows), "-n", "8"]) == 0
+    assert main(["data", "check", str(rows), "--model", "runs/mine"]) == 0
+    (tmp_path / "said.jsonl").write_text('{"response": "hello"}\n')
+    assert main(["inspect", "said.jsonl", "--tokenizer", "runs/mine", "--json"]) == 0
+    assert (
+        resolve_run(f"{run_folder}/config.toml", out="new", resume=False, overrides=["model.path=runs/mine"]).model.path
+        == "runs/mine/model"
+    )
+    for command in (["data", "check", str(rows)], ["inspect", "said.jsonl"], ["sft", "--data", str(rows)], ["probe"]):
+        option = "--tokenizer" if command[0] == "inspect" else "--model"
+        capsys.readouterr()
+        assert main([*command, option, "runs/mnie"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: got {option} runs/mnie, ")

@@ -75,9 +75,12 @@ class Reading:
                 get_format(self.format)
             return None
         from rest_rl.data.layout import PromptLayout, resolve_format
+        from rest_rl.evaluate.origin import recorded_run
+
+        path = recorded_run(self.model).path
         from rest_rl.train.policy import load_tokenizer
 
-        tokenizer = load_tokenizer(self.model)
+        tokenizer = load_tokenizer(path)
         name, why = resolve_format(self.format, tokenizer, keeps_prompts=self.keep_prompts)
         print(f"format {name}: {why}", file=sys.stderr)
         return PromptLayout(tokenizer, name)

@@ -99,7 +99,6 @@ def _evaluate(values: dict[str, Any]) -> int:
     from rich.console import Console
 
     from rest_rl.cli.terminal import Screen, say
-    from rest_rl.evaluate.run import preview, run_request
 
     console = Console()
     is_dry = values.pop("dry_run")
@@ -108,6 +107,12 @@ def _evaluate(values: dict[str, Any]) -> int:
     if values["extra_body"] is not None:
         values["extra_body"] = _extra_body(values["extra_body"])
     request = EvalRequest(**values, command=tuple(sys.argv))
+    if request.source == "checkpoint":
+        from rest_rl.evaluate.origin import recorded_run
+
+        recorded_run(request.checkpoint)  # before anything heavy is loaded
+    from rest_rl.evaluate.run import preview, run_request
+
     if request.source == "checkpoint" and "--debug" not in sys.argv:
         from rest_rl.train.policy import quiet_loading
 

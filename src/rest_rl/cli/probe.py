@@ -52,6 +52,10 @@ def probe(
     And what each weight rule would do to the next step; ends with a recommendation. Writes to --out, by default
     runs/probe-MODEL. With --json it prints a line of JSON per format instead of tables.
     """
+    from rest_rl.evaluate.origin import recorded_run
+
+    if model:
+        recorded_run(model)  # before anything heavy is loaded
     from rich.console import Console
 
     from rest_rl.cli.terminal import Screen

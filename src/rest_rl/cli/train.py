@@ -80,6 +80,10 @@ def train(
     print_config: PrintConfig = False,
 ) -> int:
     """Train a model: your own on your own dialogues, or the embedded one in its tool world."""
+    from rest_rl.evaluate.origin import recorded_run
+
+    if model:
+        recorded_run(model)  # before anything heavy is loaded
     from rich.console import Console
 
     from rest_rl.cli.terminal import Screen, show_estimate

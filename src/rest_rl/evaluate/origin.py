@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from rest_rl.config import ModelTable, RunConfig, read_run_file
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import get_session
+
+from rest_rl.config import EMBEDDED, ModelTable, RunConfig, read_run_file
 from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
 
+PARTS = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+"""Files of which a folder has one if it is a model, an adapter or a tokenizer."""
 BLOCK, STRIDE = 64 << 10, 16 << 20
 """Of a file of weights, a block at every stride and one at its end are read: any training changes all of them."""
 
@@ -26,8 +32,12 @@ class Origin(NamedTuple):
     """The run's."""
 
 
-def recorded_run(path: str) -> Origin:
-    """The origin of a model: a run folder stands for its model, a model may lie in one."""
+def recorded_run(path: str, option: str = "--model") -> Origin:
+    """The origin of a model: a run folder stands for its model, a model may lie in one.
+
+    UserError, which names the option, for a path that is no model's; a name on the hub is not looked up.
+    """
+    path = os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
     folder = Path(path)
     if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
         return Origin(str(folder / MODEL), run_of(folder), shown(folder))
@@ -40,7 +50,47 @@ def recorded_run(path: str) -> Origin:
     for home, _ in homes(path):
         if run := run_of(home):
             return Origin(path, run, shown(home))
+    if path != EMBEDDED:
+        check_path(path, option)
     return Origin(path)
+
+
+def check_path(path: str, option: str) -> None:
+    """UserError for what is no folder of a model, and no name that the hub or its cache could have."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not any((folder / part).exists() for part in PARTS):
+            inside = [each.parent for part in PARTS for each in folder.glob(f"*/{part}")]
+            near = f"did you mean {inside[0]}?" if inside else "check the path"
+            raise UserError(f"{option} {path}, a folder without a model", "one with config.json", near)
+        return
+    first, *others = folder.parts or (path,)
+    if path.startswith(("/", ".")) or len(others) > 1 or (others and Path(first).is_dir()) or folder.is_file():
+        got = f"{option} {path}, but there is no such folder"
+    elif has_hub() or any(isinstance(try_to_load_from_cache(path, part), str) for part in PARTS):
+        return
+    else:
+        got = f"{option} {path}, which is no folder here, and the hub cannot be reached"
+    here = folder.parent if folder.parent.is_dir() else Path()
+    folders = sorted(each.name for each in here.iterdir() if each.is_dir() and not each.name.startswith("."))
+    near = difflib.get_close_matches(folder.name if here == folder.parent else first, folders, n=1)
+    remedy = (
+        f"did you mean {here / near[0]}?" if near else f"{here.absolute()} holds {', '.join(folders[:5]) or 'none'}"
+    )
+    raise UserError(got, "a folder or a name on the hub", remedy)
+
+
+@cache
+def has_hub() -> bool:
+    """Whether the hub can be reached; if not, only files that are here already will be used.
+
+    Its client would try for a minute, aloud.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the client's transport raises
+        constants.HF_HUB_OFFLINE = True
+    return not constants.HF_HUB_OFFLINE
 
 
 def homes(path: str) -> Iterator[tuple[Path, Path]]:

@@ -19,6 +19,7 @@ from transformers.utils import cached_file, extract_commit_hash, find_adapter_co
 
 from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key
 from rest_rl.errors import UserError
+from rest_rl.evaluate.origin import has_hub
 
 ADAPTER = "adapter_config.json"
 
@@ -123,6 +124,7 @@ def adapter_record(path: str) -> dict[str, Any] | None:
 @functools.cache
 def hub_adapter(name: str) -> str | None:
     """The configuration file of an adapter on the hub; None for a whole model, or where there is no such name."""
+    has_hub()
     try:
         return find_adapter_config_file(name)
     except (OSError, ValueError):  # loading the model reports what is wrong with the name
@@ -199,6 +201,8 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """A fast tokenizer from a directory or the hub; a lone tokenizer.json will do. UserError if there is none."""
     lone = Path(path) / "tokenizer.json"
+    if not Path(path).is_dir():
+        has_hub()
     with readable("tokenizer", path):
         if lone.is_file() and not (lone.parent / "tokenizer_config.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(lone))

@@ -19,6 +19,7 @@ from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.evaluate.held_out import Prompt, fixed_slice
+from rest_rl.evaluate.origin import recorded_run
 from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.plots import draw_all
 from rest_rl.report.tables import (
@@ -237,6 +238,8 @@ def resolve_run(
         asked = read_source(run, overrides)
         asked = with_machine_defaults(asked) if asked.run.engine == "trl" else asked  # verl trains elsewhere
         asked = asked if out is None else in_folder(asked, out)
+    path = recorded_run(asked.model.path, "model.path").path  # a run folder stands for its model
+    asked = replace(asked, model=replace(asked.model, path=path))
     if not resume:
         is_chosen = run is not None or out is not None or is_dry
         return asked if is_chosen else in_folder(asked, free_folder(asked.run.out))
