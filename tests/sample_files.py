@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, from_json, to_json
+from rest_rl.train.prompts import dataset_of, prepared_or_error
+from rest_rl.train.sft import demonstrations
 
 
 def save_samples(samples: Iterable[ToolSample], path: Path) -> Path:
@@ -18,3 +22,10 @@ def save_samples(samples: Iterable[ToolSample], path: Path) -> Path:
 def load_samples(path: Path) -> list[ToolSample]:
     """Read such a file."""
     return [from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def labelled_dataset(samples: Iterable[ToolSample], layout: PromptLayout) -> Any:
+    """What supervised training reads of samples that it can learn from."""
+    rows, rejected = demonstrations([prepared_or_error(sample, layout) for sample in samples], layout)
+    assert not rejected
+    return dataset_of(rows)

@@ -107,11 +107,48 @@ def test_strict_is_an_exit_status(rows: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_strict_wants_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
+    empty.write_text("{}\n")
     for action in (["check", empty], ["convert", empty, "--out", tmp_path / "out.jsonl"]):
         assert main(["data", *map(str, action), "--strict"]) == 1
-        assert "0 rows give no sample" in capsys.readouterr().err
+        assert "1 rows give no sample" in capsys.readouterr().err
         assert main(["data", *map(str, action)]) == 0
+
+
+def test_input_without_rows_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "folder").mkdir()
+    for name in ("empty.jsonl", "folder"):
+        for action in (("check",), ("convert", "--out", tmp_path / "out.jsonl")):
+            assert "got " in error_of(capsys, action[0], tmp_path / name, *action[1:])
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_deep_nesting_has_a_reason_of_its_own(
+    as_text: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, value = tmp_path / "rows.jsonl", 1
+    for _ in range(70):
+        value = {"n": value}
+    row = dialogue(1, value)
+    call = row["messages"][1]["tool_calls"][0]["function"]
+    call["arguments"] = json.dumps(call["arguments"]) if as_text else call["arguments"]
+    path.write_text(json.dumps(row))
+    told = json.loads(run(capsys, "check", path, "--json")[1])
+    assert told["reasons"] == {"too_deep": 1, **({"broken_history": 1} if as_text else {})}
+    assert "deeper than 64" in told["findings"][0]["detail"]
+
+
+def test_two_tools_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Different ones are a reason of their own, which can be kept; a copy changes nothing."""
+    path, row = tmp_path / "rows.jsonl", dialogue(1)
+    path.write_text(json.dumps({**row, "tools": [{"name": "w", "parameters": {}}, TOOL]}))
+    told = json.loads(run(capsys, "check", path, "--json")[1])
+    assert (told["reasons"], told["samples"]) == ({"duplicate_tool": 1}, 0)
+    assert told["findings"][0]["detail"] == "got tool w twice"
+    assert json.loads(run(capsys, "check", path, "--json", "--keep", "duplicate_tool")[1])["samples"] == 2
+    path.write_text(json.dumps({**row, "tools": [TOOL, TOOL]}))
+    assert json.loads(run(capsys, "check", path, "--json")[1])["kept"] == 1
 
 
 def test_a_row_that_lost_a_turn_is_told_from_a_rejected_one(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +288,10 @@ def test_show_a_row_whose_prompt_a_test_file_has(
     assert "leak" not in run(capsys, "show", rows, 6, "--test", held_out)[1]
 
 
+def test_show_shows_the_first_row(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "show", rows) == run(capsys, "show", rows, 1)
+
+
 @pytest.mark.parametrize(("number", "told"), [(0, "from 1"), (7, "which has 6")])
 def test_show_a_row_that_is_none(rows: Path, number: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert told in error_of(capsys, "show", rows, number)
@@ -261,7 +302,8 @@ def test_split_keeps_dialogues_and_equal_prompts_together(tmp_path: Path, capsys
     path.write_text("\n".join(json.dumps(dialogue(n)) for n in range(50)) + "\n{\n" + json.dumps(dialogue(7, 2)))
     code, out = run(capsys, "split", path, "--test", 0.2, "--seed", 3)
     assert code == 0
-    assert "1 rows rejected" in out
+    checked = run(capsys, "check", path)[1]
+    assert next(line for line in out.splitlines() if " rows: " in line).partition(";")[0] in checked
     train, test = load_samples(tmp_path / "rows.train.jsonl"), load_samples(tmp_path / "rows.test.jsonl")
     assert len(train) + len(test) == 102
     assert abs(len(test) - 20.4) <= 2  # the largest group has four samples

@@ -24,8 +24,8 @@ from rest_rl.response import Gold, Region
 from rest_rl.runlog import read_run
 from rest_rl.train.policy import load_policy
 from rest_rl.train.prompts import encode, training_dataset
-from rest_rl.train.sft import labelled_dataset
 from tests.model_families import DIALOGUES, FAMILIES, TEMPLATES, family_tokenizer, save_dialogues, save_family
+from tests.sample_files import labelled_dataset
 from tests.scores import exact_match
 
 RL = ["trl.max_steps=2", "trl.num_generations=2", "trl.per_device_train_batch_size=4", "trl.max_completion_length=12"]
@@ -71,7 +71,9 @@ def test_prompts_hold_tools_and_history_and_one_first_token(name: str, samples: 
         text = layout.render(sample)
         assert text.count("Flights to a city") == 1
         assert text.count("sky") == sum(message["role"] == "tool" for message in sample.messages)
-        sampled = tokenizer(layout.training_text(sample))["input_ids"]  # as TRL tokenises it
+        sampled = tokenizer(training_dataset([sample], tokenizer, layout.format)[0]["prompt"])[
+            "input_ids"
+        ]  # as TRL tokenises it
         assert sampled == tokenizer(text, add_special_tokens=False)["input_ids"]  # as evaluation does
         assert sampled.count(tokenizer.bos_token_id) == (FAMILIES[name].bos is not None)
     second = next(sample for sample in samples if len(sample.messages) == 4)
@@ -221,7 +223,7 @@ def test_a_first_token_that_only_the_tokenizer_adds_is_in_every_prompt_once(samp
     layout = PromptLayout(tokenizer, "llama3")
     text = layout.render(samples[0])
     assert text.count("<|begin_of_text|>") == 1
-    sampled = tokenizer(layout.training_text(samples[0]))["input_ids"]
+    sampled = tokenizer(training_dataset(samples[:1], tokenizer, layout.format)[0]["prompt"])["input_ids"]
     assert sampled == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

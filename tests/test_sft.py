@@ -21,8 +21,8 @@ from rest_rl.regions import tag_regions
 from rest_rl.response import Gold, Region, ToolCall
 from rest_rl.runlog import read_run
 from rest_rl.train.prompts import IGNORED
-from rest_rl.train.sft import RegionSFTTrainer, labelled_dataset, region_trainer, token_loss_weights, weights_by_region
-from tests.sample_files import save_samples
+from rest_rl.train.sft import RegionSFTTrainer, region_trainer, token_loss_weights, weights_by_region
+from tests.sample_files import labelled_dataset, save_samples
 from tests.scores import exact_match
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 

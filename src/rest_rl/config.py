@@ -105,7 +105,9 @@ class DataTable(Table):
     held_out: str = ""
     """Evaluation data when `path` is not the tool world; without it nothing is evaluated."""
     max_prompt_tokens: Count = 0
-    """Longer prompts are rejected; 0 for no limit."""
+    """Longer prompts are too long; 0 for no limit but the model's context less the longest response."""
+    too_long: Literal["drop", "refuse"] = "drop"
+    """Leave samples out that are too long and count them (one odd row stops no large run), or refuse to train."""
     keep: tuple[str, ...] = ()
     """Reasons of `rest-rl data check` that do not reject a sample."""
     keep_prompts: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ examples:
   rest-rl data check train.parquet --test test.jsonl --json --strict
   rest-rl data convert rlla_sft.json --out train.jsonl
   rest-rl data convert OWNER/NAME:train --out train.parquet --source messages
-  rest-rl data show my.jsonl 17 --model Qwen/Qwen3-0.6B
+  rest-rl data show my.jsonl 17 --model Qwen/Qwen3-0.6B    (without 17 the first row)
   rest-rl data split train.jsonl --test 0.1 --seed 0
   rest-rl data world --out world.jsonl -n 1000
 files: .jsonl .ndjson .json .parquet (text also as .gz), a folder of them, a folder of datasets.save_to_disk, or
@@ -56,6 +56,9 @@ class Reading:
     keep_prompts: Annotated[bool, Option("--keep-prompts", help="keep published prompts word for word")] = False
     keep: Annotated[list[str] | None, Option(metavar="REASON", help="only note it; see docs/data.md, Reasons")] = None
     max_prompt_tokens: Annotated[int, Option("--max-prompt", metavar="N", help="reject longer prompts, in tokens")] = 0
+    max_response_tokens: Annotated[
+        int, Option("--max-response", metavar="N", help="reject prompts without room for N tokens in the context")
+    ] = 1
     model: Annotated[
         str | None, Option("--model", "--tokenizer", metavar="DIR", help="reject what its chat template cannot lay out")
     ] = None
@@ -69,8 +72,9 @@ class Reading:
         from rest_rl.formats import get_format
 
         if self.model is None:
-            if self.max_prompt_tokens:
-                raise UserError("--max-prompt without --model", "the model that counts", "add --model DIR")
+            for option, is_given in (("prompt", self.max_prompt_tokens), ("response", self.max_response_tokens > 1)):
+                if is_given:
+                    raise UserError(f"--max-{option} without --model", "the model that counts", "add --model DIR")
             if self.format != "auto":
                 get_format(self.format)
             return None
@@ -78,12 +82,13 @@ class Reading:
         from rest_rl.evaluate.origin import recorded_run
 
         path = recorded_run(self.model).path
-        from rest_rl.train.policy import load_tokenizer
+        from rest_rl.config import ModelTable
+        from rest_rl.train.policy import load_tokenizer, model_context
 
         tokenizer = load_tokenizer(path)
         name, why = resolve_format(self.format, tokenizer, keeps_prompts=self.keep_prompts)
         print(f"format {name}: {why}", file=sys.stderr)
-        return PromptLayout(tokenizer, name)
+        return PromptLayout(tokenizer, name, context=model_context(ModelTable(path=path), tokenizer))
 
     def settings(self, layout: PromptLayout | None, test: str | None = None) -> dict[str, Any]:
         """As `check_data` and `read_rows` take them, with a progress bar on a terminal."""
@@ -134,6 +139,7 @@ def check(
     from rest_rl.data.load import check_data
 
     report = check_data(*files, **reading.settings(reading.layout(), test))
+    require_rows(report, files)
     if not as_json:
         show_report(report, len(report.findings) if list_all else SHOWN_PER_REASON)
     return finish(report, {} if as_json else None, strict)
@@ -157,6 +163,7 @@ def convert(
             for sample in row.samples:
                 write(sample)
             write_rejected(row)
+        require_rows(report, files)  # here, so that no empty file is left
     if not as_json:
         show_report(report, 0)
         rejected = rejected_path(path)
@@ -167,8 +174,8 @@ def convert(
 @add("my.jsonl 17 --model Qwen/Qwen3-0.6B")
 def show(
     file: File,
-    number: Annotated[int, typer.Argument(metavar="N", help="the row, counted from 1")],
     reading: Reading,
+    number: Annotated[int, typer.Argument(metavar="[N]", help="the row, counted from 1")] = 1,
     test: TestFile = None,
 ) -> None:
     """Show the prompts and gold of a row."""
@@ -190,6 +197,7 @@ def split(
     out: Annotated[str | None, typer.Option(metavar="DIR", help="folder of the two files (default: FILE's)")] = None,
 ) -> None:
     """Write train and test files; a dialogue and equal prompts stay on one side."""
+    from rest_rl.data.check import DataReport
     from rest_rl.data.load import read_rows
     from rest_rl.data.split import Split
     from rest_rl.data.write import check_output, sample_writer
@@ -200,20 +208,19 @@ def split(
     outs = {side: folder / f"{Path(stem).stem or stem}.{side}.jsonl" for side in ("train", "test")}
     for path in outs.values():
         check_output(path, [file])
-    settings, rejected, counts = reading.settings(reading.layout()), 0, dict.fromkeys(outs, 0)
+    settings, report, samples = reading.settings(reading.layout()), DataReport(), dict.fromkeys(outs, 0)
     sides = Split(read_rows(file, **settings), test, reading.seed)
     with ExitStack() as stack:
         writers = {side: stack.enter_context(sample_writer(path)) for side, path in outs.items()}
         for row in read_rows(file, **settings):
-            rejected += row.status == "rejected"
+            report.add(row)
             for sample in row.samples:
                 side = "test" if sides.is_test(row, sample) else "train"
                 writers[side](sample)
-                counts[side] += 1
+                samples[side] += 1
     for side, path in outs.items():
-        print(f"{path}: {counts[side]} samples")
-    if rejected:
-        print(f"{rejected} rows rejected; see them with: rest-rl data check {file}")
+        print(f"{path}: {samples[side]} samples")
+    print(counts(report) + (f"; see why with: rest-rl data check {file}" if report.kept < report.rows else ""))
 
 
 @add("--out world.jsonl -n 1000 --split unseen_tools")
@@ -241,6 +248,12 @@ def world(
     print(f"wrote {out}: {n} samples, split {split}, seed {seed}")
 
 
+def require_rows(report: DataReport, files: Sequence[str]) -> None:
+    """UserError for input that has no row at all: a mistyped path or a torn file should not pass."""
+    if not report.rows:
+        raise UserError(f"{', '.join(files)} without a row", "at least one", "check that it is the file you mean")
+
+
 def finish(report: DataReport, printed: Mapping[str, Any] | None, strict: bool) -> int:
     """Print the report as JSON with `printed` in it, unless that is None; the exit code."""
     from rest_rl.jsonl import as_json
@@ -250,6 +263,13 @@ def finish(report: DataReport, printed: Mapping[str, Any] | None, strict: bool) 
     if strict and not report.samples:
         print(f"{report.rows} rows give no sample", file=sys.stderr)
     return int(strict and (not report.samples or bool(report.rejected or report.lost_turns)))
+
+
+def counts(report: DataReport) -> str:
+    """The rows and samples of a report in one line."""
+    lost = f" ({report.lost_turns} of them lost turns)" if report.lost_turns else ""
+    rows = f"{report.rows} rows: {report.kept} kept, {report.repaired} repaired{lost}, {report.rejected} rejected"
+    return f"{rows}; {report.samples} samples"
 
 
 def show_report(report: DataReport, per_reason: int) -> None:
@@ -263,10 +283,8 @@ def show_report(report: DataReport, per_reason: int) -> None:
 
     console = Console()
     shapes = ", ".join(f"{name} ({count} rows)" for name, count in report.sources.items()) or "unknown"
-    lost = f" ({report.lost_turns} of them lost turns)" if report.lost_turns else ""
-    counts = f"{report.rows} rows: {report.kept} kept, {report.repaired} repaired{lost}, {report.rejected} rejected"
     mix = f": {mix_text(report.turns)}" if report.samples else ""
-    say(console, f"shape: {shapes}\n{counts}; {report.samples} samples{mix}")
+    say(console, f"shape: {shapes}\n{counts(report)}{mix}")
     if warning := mix_warning(report.turns):
         say(console, f"warning: {warning}", style="yellow")
     known = [reason for reason in REASONS if reason in report.reasons]

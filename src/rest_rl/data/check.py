@@ -54,6 +54,8 @@ class CheckConfig:
     """Seed of the masking."""
     max_prompt_tokens: int = 0
     """Longer prompts are rejected where a model is known that counts (`prepare_row`); 0 for no limit."""
+    max_response_tokens: int = 1
+    """Prompts are rejected that leave less room for a response in the model's context, where it is known."""
 
     def __post_init__(self) -> None:
         get_shapes(self.source)
@@ -65,6 +67,8 @@ class CheckConfig:
             raise UserError("mask_names with keep_prompts", "one of them", "kept texts hold the names")
         if self.max_prompt_tokens < 0:
             raise UserError(f"max_prompt_tokens {self.max_prompt_tokens}", "a number >= 0", "0 is no limit")
+        if self.max_response_tokens < 1:
+            raise UserError(f"max_response_tokens {self.max_response_tokens}", "a number >= 1", "raise it")
 
 
 class CheckedRow(NamedTuple):
@@ -313,7 +317,7 @@ def _as_samples(read: Dialogue | ToolSample, context: RowContext) -> list[ToolSa
         return [read]
     samples, bad = decompose_around(read)
     for turn in bad:
-        context.note("broken_history" if turn.follows else "bad_turn", turn.problem)
+        context.note(turn.reason, turn.problem)
     if not samples and not bad:
         count = len(read.messages)
         told = f"got {count} messages, none of the assistant to learn" if count else "got no messages"

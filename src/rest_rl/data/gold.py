@@ -46,12 +46,17 @@ def check_against_tools(sample: ToolSample, keep: Collection[str] = ()) -> tuple
 
     Reasons in `keep` are noted and change nothing.
     """
+    functions = [tool.get("function", tool) for tool in sample.tools]
+    by_name: dict[str, Any] = {}
+    twice = {each["name"] for each in functions if by_name.setdefault(each["name"], each) != each}
+    found = [finding("duplicate_tool", f"got tool {name} twice", sample.id, keep) for name in sorted(twice)]
+    if any(each.severity == "rejected" for each in found):
+        return sample, found
     if not sample.gold.calls:
         is_empty = not sample.gold.answer
-        return sample, [finding("empty_turn", "got neither calls nor text", sample.id, keep)] if is_empty else []
-    functions = [tool.get("function", tool) for tool in sample.tools]
+        found += [finding("empty_turn", "got neither calls nor text", sample.id, keep)] if is_empty else []
+        return sample, found
     schemas = {function["name"]: function.get("parameters", _NO_ARGUMENTS) or {} for function in functions}
-    found: list[RowFinding] = []
     calls = []
     for call in sample.gold.calls:
         if call.name not in schemas:

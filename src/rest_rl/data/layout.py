@@ -35,15 +35,21 @@ class PromptLayout:
 
     A template that writes calls in the chosen format is given messages and tools as they are. For every other one
     the tools and the format are described in a system message, and calls and results in the history become text.
-    `variables` are the template's, such as enable_thinking.
+    `variables` are the template's, such as enable_thinking; `context` is how many tokens the model holds, None where
+    nobody knows.
 
     Raises:
         UserError: the tokenizer has no chat template, or one that leaves out the text of messages.
     """
 
     def __init__(
-        self, tokenizer: Any, tool_format: str | ToolFormat = "toolrl", variables: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        tool_format: str | ToolFormat = "toolrl",
+        variables: Mapping[str, Any] | None = None,
+        context: int | None = None,
     ) -> None:
+        self.context = context
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "a tokenizer without a chat template",
@@ -85,10 +91,6 @@ class PromptLayout:
                 ) from error
         return self.first_token + text.removeprefix(self.first_token)
 
-    def training_text(self, sample: ToolSample) -> str:
-        """As `render`, but without the first token that TRL's tokenising adds once more."""
-        return self.render(sample).removeprefix(self.first_token)
-
     def count_tokens(self, sample: ToolSample) -> int:
         """How many tokens the prompt has; 0 where the template fails, which is found again when it is laid out."""
         try:
@@ -121,6 +123,12 @@ class PromptLayout:
         """The beginning-of-sequence token where the tokenizer adds it by itself, else nothing."""
         bos = self.tokenizer.bos_token
         return bos if bos and self.tokenizer("x")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
+
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """The tokenizer's special tokens: as text of a message they act all the same."""
+        added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return frozenset(filter(None, (*added, *self.tokenizer.all_special_tokens)))
 
     @cached_property
     def _takes_system(self) -> bool:

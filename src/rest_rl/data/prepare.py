@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from rest_rl.data.check import CheckConfig, CheckedRow
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.reasons import RowFinding, finding
-from rest_rl.data.samples import ToolSample
+from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
 from rest_rl.rewards import judge
@@ -30,12 +31,19 @@ class Prepared:
         """The prompt's tokens, made when they are first asked for."""
         return array("I", self.tokenizer(self.prompt_text, add_special_tokens=False)["input_ids"])
 
+    def exceeds(self, limit: int) -> int:
+        """The tokens of a prompt of more than `limit`, else 0; a token has a byte, so short prompts need no count."""
+        if len(self.prompt_text) <= limit and len(self.prompt_text.encode(errors="replace")) <= limit:
+            return 0
+        return tokens if (tokens := len(self.prompt_ids)) > limit else 0
+
 
 class Rejected(NamedTuple):
     """A sample that a model cannot be given, and why."""
 
     sample: ToolSample
     reason: str
+    is_too_long: bool = False
 
 
 def prepare(sample: ToolSample, layout: PromptLayout) -> Prepared | Rejected:
@@ -64,9 +72,9 @@ def check_gold(sample: ToolSample, tool_format: ToolFormat) -> None:
 
 
 def prepare_row(row: CheckedRow, layout: PromptLayout, config: CheckConfig) -> tuple[CheckedRow, list[Prepared]]:
-    """A checked row without the samples that the model cannot hold or that exceed `max_prompt_tokens`, each a finding.
+    """A checked row without the samples that the model cannot hold or sample, or that exceed a limit of the config.
 
-    Also returns the row's prepared samples, in the same order.
+    Each of them is a finding. Also returns the row's prepared samples, in the same order.
     """
     kept: list[Prepared] = []
     found: list[RowFinding] = []
@@ -75,10 +83,27 @@ def prepare_row(row: CheckedRow, layout: PromptLayout, config: CheckConfig) -> t
         if isinstance(prepared, Rejected):
             found.append(finding("not_laid_out", prepared.reason, sample.id))
             continue
-        if config.max_prompt_tokens and (tokens := len(prepared.prompt_ids)) > config.max_prompt_tokens:
-            detail = f"got {tokens} tokens, the limit is {config.max_prompt_tokens}"
-            found.append(finding("prompt_too_long", detail, sample.id, row.reasons_to_keep(config)))
-            if found[-1].severity == "rejected":
-                continue
-        kept.append(prepared)
+        keep = row.reasons_to_keep(config)
+        new = [finding(reason, detail, sample.id, keep) for reason, detail in refusals(prepared, layout, config)]
+        kept += [] if any(each.severity == "rejected" for each in new) else [prepared]
+        found += new
     return row.add(found), kept
+
+
+def refusals(prepared: Prepared, layout: PromptLayout, config: CheckConfig) -> Iterator[tuple[str, str]]:
+    """(reason, detail) of what speaks against a sample that can be laid out."""
+    sample, room = prepared.sample, config.max_response_tokens
+    if layout.context and (tokens := prepared.exceeds(layout.context - room)):
+        yield "beyond_context", f"got {tokens} tokens and {room} for the response, the model holds {layout.context}"
+    elif config.max_prompt_tokens and (tokens := prepared.exceeds(config.max_prompt_tokens)):
+        yield "prompt_too_long", f"got {tokens} tokens, the limit is {config.max_prompt_tokens}"
+    gold = [to_json(sample)["gold"], sample.preamble, sample.thought]
+    for where, value in (("gold", gold), ("prompt", [sample.messages, sample.tools])):
+        if tokens := control_tokens(value, layout):
+            yield f"control_token_in_{where}", f"got {', '.join(tokens)}"
+
+
+def control_tokens(value: Any, layout: PromptLayout) -> list[str]:
+    """The special tokens, but for tags of the format, that texts of a JSON value spell."""
+    text = json.dumps(value, ensure_ascii=False)
+    return sorted(token for token in layout.special_tokens - {*layout.format.tags} if len(token) > 2 and token in text)

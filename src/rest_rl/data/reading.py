@@ -30,14 +30,18 @@ _BETWEEN_VALUES = re.compile(r"[\s;,]*")
 _BETWEEN_ROWS = re.compile(r"[\s,]*")
 
 
+class TooDeepError(ValueError):
+    """JSON that is nested deeper than a response may be."""
+
+
 def load_json(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """`json.loads`; ValueError also for what is nested deeper than a response may be (and than recursion bears)."""
+    """`json.loads`; TooDeepError for what is nested deeper than a response may be (and than recursion bears)."""
     try:
         value = json.loads(text, parse_constant=parse_constant)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise TooDeepError(f"nested deeper than {MAX_DEPTH} levels") from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        raise TooDeepError(f"nested deeper than {MAX_DEPTH} levels")
     return value
 
 
@@ -233,6 +237,8 @@ def _decode(text: bytes | str) -> Mapping[str, Any] | RowError:
         return RowError("encoding", found, error.object[:200].decode("latin-1"))
     except _ConstantError as error:
         return RowError("not_a_number", f"got {error}, which JSON does not have", shown)
+    except TooDeepError as error:
+        return RowError("too_deep", f"got JSON {error}", shown)
     except ValueError as error:
         return RowError("not_json", f"got text that is not JSON ({error})", shown)
     if not isinstance(row, Mapping):

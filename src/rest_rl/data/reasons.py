@@ -25,6 +25,7 @@ REASONS: dict[str, Reason] = {
     "not_an_object": Reason("rejected", "JSON that is no object", "write each row as an object"),
     "not_a_number": Reason("rejected", "NaN or an infinity", "write null or a number"),
     "encoding": Reason("rejected", "bytes that are not UTF-8", "convert the file: iconv -f ENCODING -t UTF-8 FILE"),
+    "too_deep": Reason("rejected", "JSON nested deeper than 64 levels", "flatten it; no response may be deeper either"),
     "row_too_long": Reason("rejected", "a row of over 8 MiB", "shorten or split the row"),
     "truncated": Reason("rejected", "a file that breaks off or is damaged", "download or write the file again"),
     "unknown_shape": Reason("rejected", "a row of no known shape", "rename the keys, or name the shape with --source"),
@@ -79,6 +80,14 @@ REASONS: dict[str, Reason] = {
         "a sample that the model's chat template or format cannot hold",
         "correct the row, or take a model or format that can",
     ),
+    "beyond_context": Reason(
+        "rejected",
+        "a prompt that leaves no room for a response in the model's context",
+        "shorten the prompt, lower trl.max_completion_length, or take a model with a longer context",
+    ),
+    "control_token_in_gold": Reason(
+        "rejected", "a gold with a special token of the tokenizer, which no response can have", "take it out"
+    ),
     # the gold against the tools
     "unknown_tool": Reason("rejected", "a call of a tool that is not offered", "add the tool or correct the name"),
     "undocumented_argument": Reason(
@@ -99,6 +108,12 @@ REASONS: dict[str, Reason] = {
     "wrong_type": Reason("noted", "a value of another type than the schema's", "correct the value or the schema"),
     "not_in_enum": Reason("rejected", "a value that the schema's enum does not have", "correct the value or the enum"),
     "breaks_schema": Reason("noted", "a value that breaks another rule of the schema", "correct one of them"),
+    "duplicate_tool": Reason("rejected", "two different tools of one name", "rename or remove one of them"),
+    "control_token_in_prompt": Reason(
+        "rejected",
+        "a text that spells a special token of the tokenizer, which would act as one",
+        "take it out, or --keep it if it is meant",
+    ),
     # the sample among the others
     "duplicate": Reason("rejected", "the same prompt and gold as an earlier sample", "remove one of them"),
     "other_gold": Reason("noted", "the same prompt as an earlier sample with another gold", "decide for one of them"),

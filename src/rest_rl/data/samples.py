@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rest_rl.data.reading import load_json
+from rest_rl.data.reading import TooDeepError, load_json
 from rest_rl.errors import UserError
 from rest_rl.response import Gold, ToolCall
 
@@ -59,11 +59,11 @@ class ToolSample:
 
 
 class BadTurn(NamedTuple):
-    """A message that cannot be read, or (`follows`) an assistant turn that comes after one."""
+    """A message that cannot be read, or an assistant turn that comes after one; `reason` is a key of REASONS."""
 
     position: int
     problem: str
-    follows: bool = False
+    reason: str
 
 
 def decompose(dialogue: Dialogue) -> list[ToolSample]:
@@ -95,7 +95,8 @@ def decompose_around(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn
         try:
             message = _read_message(raw, f"message {index}")
         except UserError as error:
-            return samples, [BadTurn(index, str(error)), *_turns_after(dialogue, index)]
+            reason = "too_deep" if isinstance(error.__cause__, TooDeepError) else "bad_turn"
+            return samples, [BadTurn(index, str(error), reason), *_turns_after(dialogue, index)]
         is_learnt = message.pop("weight", 1) != 0
         if message["role"] == "assistant":
             thought, said, calls = _split_turn(message)
@@ -121,7 +122,8 @@ def decompose_around(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn
 def _turns_after(dialogue: Dialogue, index: int) -> Iterator[BadTurn]:
     for at, raw in enumerate(dialogue.messages):
         if at > index and isinstance(raw, Mapping) and raw.get("role") == "assistant" and raw.get("weight", 1) != 0:
-            yield BadTurn(at, f"got message {at}, a turn after message {index}, which cannot be read", follows=True)
+            told = f"got message {at}, a turn after message {index}, which cannot be read"
+            yield BadTurn(at, told, "broken_history")
 
 
 def _read_message(raw: Any, where: str) -> dict[str, Any]:
@@ -155,7 +157,8 @@ def _read_call(raw: Any, where: str) -> dict[str, Any]:
         try:
             arguments = load_json(arguments) if arguments.strip() else {}
         except ValueError as error:
-            raise UserError(f"{where} with arguments {arguments!r} ({error})", "JSON", "repair the row") from None
+            got = f"{where} with arguments {arguments!r:.200} ({error})"
+            raise UserError(got, "JSON", "repair the row") from error
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise UserError(
             f"{where} with tool call {raw!r}",

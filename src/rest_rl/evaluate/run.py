@@ -114,8 +114,7 @@ def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
     with _opened(request, observer) as (plan, benchmark, identities):
         sample = opening(benchmark, plan, identities[0]).sample
         if plan.layout and plan.table:
-            from rest_rl.evaluate.models.local import context_length
-            from rest_rl.train.policy import policy_config
+            from rest_rl.train.policy import context_length, policy_config
 
             layout, context = plan.layout, request.context
             context = context or context_length(policy_config(plan.table), layout.tokenizer)
@@ -289,8 +288,8 @@ def _make_server(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]]:
 def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]]:
     import torch
 
-    from rest_rl.evaluate.models.local import LocalModel, context_length
-    from rest_rl.train.policy import load_policy, policy_config
+    from rest_rl.evaluate.models.local import LocalModel
+    from rest_rl.train.policy import context_length, load_policy, policy_config
 
     table, layout, context = plan.table, plan.layout, request.context
     assert table is not None

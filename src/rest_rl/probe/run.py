@@ -29,7 +29,7 @@ from rest_rl.probe.rules import SHUFFLED, rules_for
 from rest_rl.probe.sample import Sampling, check_least, sample_groups
 from rest_rl.probe.variance import most_per_step
 from rest_rl.runlog import SILENT, Observer, replace_file
-from rest_rl.train.policy import load_policy, policy_tokenizer
+from rest_rl.train.policy import load_policy, model_context, policy_tokenizer
 from rest_rl.train.prompts import read_data
 from rest_rl.weights import WeightRule
 
@@ -83,7 +83,10 @@ def probe(
         raise UserError(f"norm cap {norm_cap}", "a multiple of the median norm, 0 for none", "change it")
     config = probed_run(model, data, overrides)
     sampling = sampling_of(config, group, seed, progress, max_new_tokens, batch_size)
-    asked = [(layout, draw_prompts(config, layout, prompts, seed, observer)) for layout in layouts(config, formats)]
+    asked = [
+        (layout, draw_prompts(config, layout, prompts, seed, observer, response_tokens=sampling.max_new_tokens))
+        for layout in layouts(config, formats)
+    ]
     if out is not None:
         make_folder(Path(out), JSON)
     policy, rule = load_model(config, observer), config.rest.resolve().weights
@@ -177,7 +180,8 @@ def layouts(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
         resolve_format(name, tokenizer, variables, keeps_prompts=config.data.keep_prompts)[0]
         for name in formats or [config.rest.format]
     ]
-    return [PromptLayout(tokenizer, name, variables) for name in dict.fromkeys(names)]
+    context = model_context(config.model, tokenizer)
+    return [PromptLayout(tokenizer, name, variables, context) for name in dict.fromkeys(names)]
 
 
 def draw_prompts(
@@ -188,11 +192,12 @@ def draw_prompts(
     observer: Observer,
     least: int = LEAST_PROMPTS,
     remedy: str = "add data",
+    response_tokens: int = 1,
 ) -> list[Prepared]:
     """A random part of what training would see in this format, or all of it."""
     rest = replace(config.rest, format=layout.format.name)
     unmeasured = replace(config, rest=rest, eval=replace(config.eval, prompts=0, every=0))
-    prompts = read_data(unmeasured, layout, observer.say).prepared
+    prompts = read_data(unmeasured, layout, observer.say, response_tokens).prepared
     if len(prompts) < least:
         raise UserError(f"{len(prompts)} samples", f"at least {least}", remedy)
     if len(prompts) < number:

@@ -34,6 +34,11 @@ class Engine(Protocol):
     the run folder is only made after them.
     """
 
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of the longest response that training samples; 1 where it samples none."""
+        ...
+
     def resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
         """The newest whole checkpoint of a run folder and the names of newer broken ones."""
         ...

@@ -22,6 +22,8 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.origin import has_hub
 
 ADAPTER = "adapter_config.json"
+STRETCHED = ("yarn", "linear", "dynamic")
+"""Rotary positions whose factor stretches what the configuration states."""
 
 
 def embedded_model() -> Path:
@@ -93,6 +95,29 @@ def policy_config(config: ModelTable) -> Any:
     path, _ = base_and_adapter(config)
     with readable("model", path):
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+
+
+def context_length(config: Any, tokenizer: Any) -> int | None:
+    """How many tokens a model holds: its positions, or what its tokenizer says if that is less; None if unlimited.
+
+    Positions that are stretched (YaRN, linear, dynamic) count stretched; other kinds are published so.
+    """
+    text = config.get_text_config() if config else None
+    positions, rope = (getattr(text, name, None) for name in ("max_position_embeddings", "rope_parameters"))
+    if positions and rope and (factor := rope.get("factor")) and rope.get("rope_type") in STRETCHED:
+        published = rope.get("original_max_position_embeddings") or positions
+        positions = max(positions, int(factor * published))
+    stated = getattr(tokenizer, "model_max_length", None)  # 10**30 where nobody said
+    known = [number for number in (positions, stated) if isinstance(number, int) and 0 < number < 10**9]
+    return min(known, default=None)
+
+
+def model_context(config: ModelTable, tokenizer: Any) -> int | None:
+    """As `context_length`, of a policy; a tokenizer's folder has no configuration, and a broken one is told later."""
+    try:
+        return context_length(policy_config(config), tokenizer)
+    except UserError:
+        return context_length(None, tokenizer)
 
 
 def base_and_adapter(config: ModelTable) -> tuple[str | Path, str | None]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rest_rl.config import EMBEDDED, DataTable, RunConfig
 from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, checked_rows, mix_text, mix_warning
 from rest_rl.data.layout import PromptLayout
-from rest_rl.data.prepare import Prepared, Rejected, prepare, prepare_row
+from rest_rl.data.prepare import Prepared, Rejected, prepare, prepare_row, refusals
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.errors import UserError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a token that is not learnt."""
+TOO_LONG = ("beyond_context", "prompt_too_long")
 COUNTS = ("rows", "kept", "repaired", "rejected", "samples", "turns", "reasons")
 
 
@@ -148,14 +149,20 @@ class TrainingData:
         self.rejected += [{"sample": sample.id, "reason": reason} for sample, reason in samples]
 
 
-def read_data(config: RunConfig, layout: PromptLayout, say: Callable[[str], Any]) -> TrainingData:
-    """The data of a run; UserError if a file gives no sample. `say` gets what was left out."""
+def read_data(
+    config: RunConfig, layout: PromptLayout, say: Callable[[str], Any], response_tokens: int = 1
+) -> TrainingData:
+    """The data of a run; UserError if a file gives no sample. `say` gets what was left out.
+
+    The model has to hold a prompt with `response_tokens` more, and a held-out prompt with `eval.max_new_tokens`.
+    """
     data = config.data
+    check_room("trl.max_completion_length", response_tokens, layout)
+    check = check_config(config, response_tokens)
     if data.path == EMBEDDED:
         if config.model.path != EMBEDDED:
             say("no data given: the prompts are the tool world's")
-        return tool_world_data(config, layout)
-    check = check_config(config)
+        return tool_world_data(config, check, layout, say)
     held_out = held_out_samples(config, check, layout, say)
     if not data.held_out and (beside := test_part(data.path)):
         say(f"{beside} lies beside {data.path} and is not measured: --held-out {beside} measures on it")
@@ -178,21 +185,41 @@ def read_data(config: RunConfig, layout: PromptLayout, say: Callable[[str], Any]
     if not training.prepared:
         first = training.rejected[0]["reasons"] if training.rejected else "the file has no rows"
         raise empty(data.path, report.rows, first)
+    check_lengths(data, data.path, report)
     if config.rest.format in FORMATS and any(sample.tools_in_prompt for sample in training.samples):
         say(f"some prompts describe their own tools and format; {config.rest.format} must be the one they ask for")
     return training
 
 
-def tool_world_data(config: RunConfig, layout: PromptLayout) -> TrainingData:
-    data, number = config.data, config.eval.prompts
-    drawn = tool_world(data.seed, data.samples, decision=data.decision)
+def check_lengths(data: DataTable, path: str, report: DataReport) -> None:
+    """UserError for prompts that are too long, where that is refused."""
+    long = [f"{reason} {report.reasons[reason]}" for reason in TOO_LONG if reason in report.reasons]
+    if long and data.too_long == "refuse":
+        remedy = f'see rest-rl data check {path} --model DIR, or set data.too_long = "drop"'
+        raise UserError(f'{path}, {", ".join(long)} rows with data.too_long = "refuse"', "none", remedy)
+
+
+def check_room(key: str, response_tokens: int, layout: PromptLayout) -> None:
+    """UserError for responses that leave no room for a prompt."""
+    if layout.context and response_tokens >= layout.context:
+        expected = f"less than the {layout.context} tokens that the model holds, prompt included"
+        raise UserError(f"{key} = {response_tokens}", expected, "lower it, or take a model with a longer context")
+
+
+def tool_world_data(
+    config: RunConfig, check: CheckConfig, layout: PromptLayout, say: Callable[[str], Any]
+) -> TrainingData:
+    data, evaluation = config.data, config.eval
+    training = fitting(tool_world(data.seed, data.samples, decision=data.decision), layout, check, data, say)
+    check = held_out_check(config, check, layout)
     held_out = [
-        (split, prepared_or_error(sample, layout))
-        for split in SPLITS
-        if split != "train"
-        for sample in tool_world(config.eval.seed, number, split, decision=data.decision)
+        (split, prepared)
+        for split in SPLITS[1:]
+        for prepared in fitting(
+            tool_world(evaluation.seed, evaluation.prompts, split, decision=data.decision), layout, check, data, say
+        )
     ]
-    return TrainingData(learnt([prepared_or_error(sample, layout) for sample in drawn], data), held_out)
+    return TrainingData(learnt(training, data), held_out)
 
 
 def learnt(prepared: Sequence[Prepared], data: DataTable) -> list[Prepared]:
@@ -213,7 +240,21 @@ def test_part(path: str) -> Path | None:
     return other if other and other.is_file() else None
 
 
-def check_config(config: RunConfig) -> CheckConfig:
+def fitting(
+    samples: Sequence[ToolSample], layout: PromptLayout, check: CheckConfig, data: DataTable, say: Callable[[str], Any]
+) -> list[Prepared]:
+    """The samples that the model has room for; UserError if none is left, or one is not and that is refused."""
+    prepared = [prepared_or_error(sample, layout) for sample in samples]
+    told = {index: detail for index, each in enumerate(prepared) for _, detail in refusals(each, layout, check)}
+    if told:
+        text = f"{len(told)} of {len(samples)} prompts that are too long ({next(iter(told.values()))})"
+        if len(told) == len(samples) or data.too_long == "refuse":
+            raise UserError(text, "room for them", "lower the length of responses, or take a longer context")
+        say(f"left out: {text}")
+    return [each for index, each in enumerate(prepared) if index not in told]
+
+
+def check_config(config: RunConfig, response_tokens: int) -> CheckConfig:
     """`[data]` as the checks of a file take it."""
     data = config.data
     return CheckConfig(
@@ -223,7 +264,15 @@ def check_config(config: RunConfig) -> CheckConfig:
         mask_names=data.mask_names,
         seed=data.seed,
         max_prompt_tokens=data.max_prompt_tokens,
+        max_response_tokens=response_tokens,
     )
+
+
+def held_out_check(config: RunConfig, check: CheckConfig, layout: PromptLayout) -> CheckConfig:
+    """As for training, with the evaluation's own length of responses; nothing is masked."""
+    if config.eval.prompts:
+        check_room("eval.max_new_tokens", config.eval.max_new_tokens, layout)
+    return replace(check, mask_names=0.0, max_response_tokens=config.eval.max_new_tokens)
 
 
 def prepared_rows(
@@ -244,13 +293,14 @@ def held_out_samples(
     if not path or not number:
         return []
     report, samples = DataReport(), list[Prepared]()
-    for row, prepared in prepared_rows(path, replace(check, mask_names=0.0), layout):
+    for row, prepared in prepared_rows(path, held_out_check(config, check, layout), layout):
         report.add(row)
         samples += prepared
         if len(samples) >= number:
             break
     counts = counts_of(report)
     say(f"held out, {account(path, counts)}")
+    check_lengths(config.data, path, report)
     if not samples:
         raise empty(path, report.rows, ", ".join(counts["reasons"]) or "no rows")
     return [("held out", prepared) for prepared in samples[:number]]

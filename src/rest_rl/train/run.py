@@ -46,7 +46,7 @@ from rest_rl.runlog import (
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import Engine
 from rest_rl.train.estimate import Estimate, estimate, this_device
-from rest_rl.train.policy import lora_config, policy_config, policy_tokenizer, quiet_loading
+from rest_rl.train.policy import lora_config, model_context, policy_config, policy_tokenizer, quiet_loading
 from rest_rl.train.prompts import TrainingData, read_data
 from rest_rl.train.trl.settings import unread_keys, with_machine_defaults
 
@@ -182,7 +182,7 @@ def make_plan(
     config = resolve_run(run, out=out, resume=resume, overrides=overrides, is_dry=is_dry)
     config, layout = resolve_layout(config, observer)
     engine = make_engine(config, layout, observer)
-    return Plan(config, layout, engine, read_data(config, layout, observer.say))
+    return Plan(config, layout, engine, read_data(config, layout, observer.say, engine.response_tokens))
 
 
 def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer) -> Engine:
@@ -300,7 +300,8 @@ def resolve_layout(config: RunConfig, observer: Observer) -> tuple[RunConfig, Pr
     tokenizer, variables = policy_tokenizer(config.model), config.model.chat_template_kwargs
     name, why = resolve_format(config.rest.format, tokenizer, variables, keeps_prompts=config.data.keep_prompts)
     observer.say(f"format {name}: {why}")
-    return replace(config, rest=replace(config.rest, format=name)), PromptLayout(tokenizer, name, variables)
+    layout = PromptLayout(tokenizer, name, variables, model_context(config.model, tokenizer))
+    return replace(config, rest=replace(config.rest, format=name)), layout
 
 
 def check_same_data(data: TrainingData, log: RunLog) -> None:

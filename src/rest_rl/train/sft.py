@@ -16,12 +16,11 @@ from trl import SFTConfig, SFTTrainer
 
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared, Rejected
-from rest_rl.data.samples import ToolSample
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region
-from rest_rl.train.prompts import IGNORED, cannot_train_on, dataset_of, demonstration_text, encode, prepared_or_error
+from rest_rl.train.prompts import IGNORED, demonstration_text, encode
 from rest_rl.weights import assign_weights
 
 if TYPE_CHECKING:
@@ -83,23 +82,17 @@ def region_trainer(
     return RegionSFTTrainer(layout=layout, region_weights=region_weights, args=args, train_dataset=dataset, **settings)
 
 
-def labelled_dataset(samples: Iterable[ToolSample], layout: PromptLayout, max_length: int | None = None) -> Dataset:
-    """Columns input_ids and labels (-100 on the prompt); ValueError for no samples or one that cannot be learnt."""
-    rows, rejected = demonstrations([prepared_or_error(sample, layout) for sample in samples], layout, max_length)
-    if rejected:
-        raise cannot_train_on(rejected[0])
-    return dataset_of(rows)
-
-
 def demonstrations(
     prepared: Iterable[Prepared], layout: PromptLayout, max_length: int | None = None
 ) -> tuple[list[dict[str, list[int]]], list[Rejected]]:
     """Rows of input_ids and labels (-100 on the prompt), and the samples that cannot be learnt from.
 
-    A sample of more than `max_length` tokens is rejected: cut off, it would teach a response without its end. So is a
-    thought that the format cannot hold. Where the prompt ends in a closed think block, the demonstration does not think
-    either.
+    A sample of more than `max_length` tokens, or than the model holds, is rejected: cut off, it would teach a response
+    without its end. So is a thought that the format cannot hold. Where the prompt ends in a closed think block, the
+    demonstration does not think either.
     """
+    limits = {"trl.max_length": max_length, "the model's context": layout.context}
+    limit, name = min(((limit, name) for name, limit in limits.items() if limit), default=(None, ""))
     rows: list[dict[str, list[int]]] = []
     rejected: list[Rejected] = []
     for each in prepared:
@@ -109,12 +102,10 @@ def demonstrations(
             rejected.append(Rejected(each.sample, str(error)))
             continue
         ids, labels = encode(each.prompt_ids, response, layout.tokenizer)
-        if max_length is not None and len(ids) > max_length:
-            reason = (
-                f"sample {each.sample.id!r}: got {len(ids)} tokens of prompt and demonstration, expected at most "
-                f"trl.max_length = {max_length}; raise it, or shorten the row"
-            )
-            rejected.append(Rejected(each.sample, reason))
+        if limit is not None and len(ids) > limit:
+            told = f"got {len(ids)} tokens of prompt and demonstration, expected at most {limit}, {name}"
+            reason = f"sample {each.sample.id!r}: {told}; raise it, or shorten the row"
+            rejected.append(Rejected(each.sample, reason, is_too_long=True))
         else:
             rows.append({"input_ids": ids, "labels": labels})
     return rows, rejected

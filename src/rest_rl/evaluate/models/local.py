@@ -11,6 +11,7 @@ from rest_rl.evaluate.conversation import Reply
 from rest_rl.evaluate.generate import end_ids, generate
 from rest_rl.evaluate.models.token_prompts import Prompt, TokenModel, check_sizes
 from rest_rl.regions import decode_ids
+from rest_rl.train.policy import context_length
 
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Rotary positions whose angles do not depend on how long the longest row of a batch is."""
@@ -84,14 +85,6 @@ class LocalModel(TokenModel):
             tokens=len(ids),
             is_truncated=len(ids) >= prompt.limit and not is_ended,
         )
-
-
-def context_length(config: Any, tokenizer: Any) -> int | None:
-    """How many tokens a model holds: its positions, or what its tokenizer says if that is less; None if unlimited."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    stated = getattr(tokenizer, "model_max_length", None)  # 10**30 where nobody said
-    known = [number for number in (positions, stated) if isinstance(number, int) and 0 < number < 10**9]
-    return min(known, default=None)
 
 
 def may_overrun(config: Any) -> bool:

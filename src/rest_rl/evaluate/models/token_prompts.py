@@ -84,7 +84,7 @@ def completion_body(prompt: Prompt, layout: PromptLayout) -> dict[str, Any]:
     SGLang's, so no other format asks for them.
     """
     body: dict[str, Any] = {"prompt": prompt.ids, "max_tokens": prompt.limit}
-    if not special_tokens(layout).isdisjoint(layout.format.tags):
+    if not layout.special_tokens.isdisjoint(layout.format.tags):
         body["extra_body"] = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
     return body
 
@@ -106,13 +106,7 @@ def read_completion(data: bytes, prompt: Prompt, layout: PromptLayout) -> Reply:
 
 def without_end(text: str, layout: PromptLayout) -> str:
     """A text without the special tokens at its end but for tags, as `regions.decode_ids` leaves them out of ids."""
-    ends = tuple(sorted(special_tokens(layout).difference(layout.format.tags)))
+    ends = tuple(sorted(layout.special_tokens.difference(layout.format.tags)))
     while end := max((end for end in ends if text.endswith(end)), key=len, default=""):
         text = text.removesuffix(end)
     return text
-
-
-def special_tokens(layout: PromptLayout) -> frozenset[str]:
-    tokenizer = layout.tokenizer
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return frozenset(filter(None, (*added, *tokenizer.all_special_tokens)))

@@ -58,6 +58,10 @@ class TrlEngine:
         self.config, self.layout, self.observer = config, layout, observer
         self.args = trainer_config(config)
 
+    @property
+    def response_tokens(self) -> int:
+        return int(self.args.max_completion_length or 1) if isinstance(self.args, ResTConfig) else 1
+
     def resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
         return find_checkpoint(log, self.args.save_steps)
 
@@ -76,7 +80,9 @@ class TrlEngine:
             return prompt_dataset(data.prepared, self.layout)
         rows, rejected = demonstrations(data.prepared, self.layout, self.args.max_length)
         data.reject(rejected)
-        if not rows:
+        long = [each for each in rejected if each.is_too_long and self.config.data.too_long == "refuse"]
+        if not rows or long:
+            rejected = long or rejected
             raise cannot_train_on(rejected[0])
         return dataset_of(rows)
 

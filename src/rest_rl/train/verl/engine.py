@@ -37,6 +37,7 @@ from rest_rl.train.verl.config import (
     TRAIN_FILE,
     VerlJob,
     compose_config,
+    trl_table,
     unread_keys,
 )
 from rest_rl.train.verl.model import merge_model
@@ -64,6 +65,10 @@ class VerlEngine:
         self.config, self.layout, self.observer = config, layout, observer
         if unread := unread_keys(config):
             observer.say(f"the engine verl does not read {', '.join(unread)}; [verl] has its own settings for them")
+
+    @property
+    def response_tokens(self) -> int:
+        return int(trl_table(self.config)["max_completion_length"])
 
     def resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
         return find_checkpoint(log)
