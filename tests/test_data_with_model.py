@@ -186,7 +186,7 @@ def test_supervised_training_leaves_out_what_its_model_does_not_hold(
     folder, rows = small[0], tmp_path / "rows.jsonl"
     layout = PromptLayout(family_tokenizer("qwen3"), "hermes")
     lengths = sorted(len(row) for row in labelled_dataset(load_dataset(str(rows))[0], layout)["input_ids"])
-    limit = lengths[len(lengths) // 2]
+    limit = lengths[-1] - 1  # the longest prompts fit, their demonstrations do not
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": limit}))
     tables = {"model": {"path": str(folder)}, "data": {"path": str(rows)}, "rest": {"preset": "sft"}}
@@ -195,7 +195,6 @@ def test_supervised_training_leaves_out_what_its_model_does_not_hold(
     plan.engine.prepare(plan.data, RunLog(tmp_path / "none"), Checkpoint(0))
     assert len(plan.engine.dataset) == sum(length <= limit for length in lengths) < len(lengths)
     assert any("the model's context" in row["reason"] for row in plan.data.rejected if "sample" in row)
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": lengths[-1] - 1}))
     plan = make_plan({**tables, "data": {"path": str(rows), "too_long": "refuse"}}, is_dry=True)
     with pytest.raises(UserError):
         plan.engine.prepare(plan.data, RunLog(tmp_path / "none"), Checkpoint(0))

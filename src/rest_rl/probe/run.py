@@ -83,10 +83,7 @@ def probe(
         raise UserError(f"norm cap {norm_cap}", "a multiple of the median norm, 0 for none", "change it")
     config = probed_run(model, data, overrides)
     sampling = sampling_of(config, group, seed, progress, max_new_tokens, batch_size)
-    asked = [
-        (layout, draw_prompts(config, layout, prompts, seed, observer, response_tokens=sampling.max_new_tokens))
-        for layout in layouts(config, formats)
-    ]
+    asked = [(layout, draw_prompts(config, layout, prompts, seed, observer)) for layout in layouts(config, formats)]
     if out is not None:
         make_folder(Path(out), JSON)
     policy, rule = load_model(config, observer), config.rest.resolve().weights
@@ -162,15 +159,19 @@ def sampling_of(
     config: RunConfig, group: int, seed: int, progress: float, max_new_tokens: int | None, batch_size: int | None
 ) -> Sampling:
     """Sampling and reward as the run has them, where nothing else is asked for."""
-    limit = int(config.trl.get("max_completion_length", config.eval.max_new_tokens))
     return Sampling(
         group,
-        limit if max_new_tokens is None else max_new_tokens,
+        longest_response(config) if max_new_tokens is None else max_new_tokens,
         config.eval.batch_size if batch_size is None else batch_size,
         seed,
         progress,
         config.rest.resolve().reward,
     )
+
+
+def longest_response(config: RunConfig) -> int:
+    """Tokens of the run's longest response."""
+    return int(config.trl.get("max_completion_length", config.eval.max_new_tokens))
 
 
 def layouts(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
@@ -192,12 +193,11 @@ def draw_prompts(
     observer: Observer,
     least: int = LEAST_PROMPTS,
     remedy: str = "add data",
-    response_tokens: int = 1,
 ) -> list[Prepared]:
     """A random part of what training would see in this format, or all of it."""
     rest = replace(config.rest, format=layout.format.name)
     unmeasured = replace(config, rest=rest, eval=replace(config.eval, prompts=0, every=0))
-    prompts = read_data(unmeasured, layout, observer.say, response_tokens).prepared
+    prompts = read_data(unmeasured, layout, observer.say, longest_response(config)).prepared
     if len(prompts) < least:
         raise UserError(f"{len(prompts)} samples", f"at least {least}", remedy)
     if len(prompts) < number:

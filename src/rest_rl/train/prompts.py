@@ -146,7 +146,7 @@ class TrainingData:
 
     def reject(self, samples: Iterable[Rejected]) -> None:
         """Note samples that the engine leaves out, such as a demonstration that is too long."""
-        self.rejected += [{"sample": sample.id, "reason": reason} for sample, reason in samples]
+        self.rejected += [{"sample": each.sample.id, "reason": each.reason} for each in samples]
 
 
 def read_data(

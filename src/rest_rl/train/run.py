@@ -181,11 +181,11 @@ def make_plan(
     """
     config = resolve_run(run, out=out, resume=resume, overrides=overrides, is_dry=is_dry)
     config, layout = resolve_layout(config, observer)
-    engine = make_engine(config, layout, observer)
+    engine = make_engine(config, layout, observer, is_dry=is_dry)
     return Plan(config, layout, engine, read_data(config, layout, observer.say, engine.response_tokens))
 
 
-def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer) -> Engine:
+def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer, *, is_dry: bool = False) -> Engine:
     """The engine that `run.engine` names; UserError for settings that it refuses."""
     if config.run.engine == "verl":
         from rest_rl.train.verl.engine import VerlEngine
@@ -195,7 +195,7 @@ def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer) -> 
 
     if unread := unread_keys(config):
         observer.say(f"preset {config.rest.preset} does not read trl.{', trl.'.join(unread)}")
-    return TrlEngine(config, layout, observer)
+    return TrlEngine(config, layout, observer, is_dry=is_dry)
 
 
 def estimate_run(
@@ -238,8 +238,9 @@ def resolve_run(
         asked = read_source(run, overrides)
         asked = with_machine_defaults(asked) if asked.run.engine == "trl" else asked  # verl trains elsewhere
         asked = asked if out is None else in_folder(asked, out)
-    path = recorded_run(asked.model.path, "model.path").path  # a run folder stands for its model
-    asked = replace(asked, model=replace(asked.model, path=path))
+    if not resume or Path(asked.model.path).is_dir():
+        path = recorded_run(asked.model.path, "model.path").path  # a run folder stands for its model
+        asked = replace(asked, model=replace(asked.model, path=path))
     if not resume:
         is_chosen = run is not None or out is not None or is_dry
         return asked if is_chosen else in_folder(asked, free_folder(asked.run.out))

@@ -54,9 +54,9 @@ class TrlEngine:
     trainer: ResTTrainer | SFTTrainer | None = None
     recorder: Recorder
 
-    def __init__(self, config: RunConfig, layout: PromptLayout, observer: Observer) -> None:
+    def __init__(self, config: RunConfig, layout: PromptLayout, observer: Observer, *, is_dry: bool = False) -> None:
         self.config, self.layout, self.observer = config, layout, observer
-        self.args = trainer_config(config)
+        self.args = trainer_config(config, is_dry=is_dry)
 
     @property
     def response_tokens(self) -> int:

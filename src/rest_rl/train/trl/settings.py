@@ -45,11 +45,14 @@ def with_machine_defaults(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, trl={"use_cpu": True, "bf16": False, **config.trl})
 
 
-def trainer_config(config: RunConfig) -> ResTConfig | SFTConfig:
-    """The trainer's configuration: `[trl]` as it stands, the rest from the other tables."""
+def trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfig | SFTConfig:
+    """The trainer's configuration: `[trl]` as it stands, the rest from the other tables.
+
+    A dry run may be of another machine, which has vLLM.
+    """
     kind = SFTConfig if config.rest.is_supervised else ResTConfig
     table = {name: value for name, value in config.trl.items() if name not in unread_keys(config)}
-    check_trl(table, kind)
+    check_trl({name: value for name, value in table.items() if not (is_dry and name == "use_vllm")}, kind)
     given: dict[str, Any] = {
         "output_dir": str(Path(config.run.out) / CHECKPOINTS),
         "seed": config.run.seed,
