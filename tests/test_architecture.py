@@ -31,6 +31,7 @@ ADDRESSES = {
     "accelerate": ["train/*.py"],
     "safetensors": ["train/checkpoints.py", "train/trl/*.py", "train/verl/*.py"],
     "tokenizers": ["regions.py"],
+    "psutil": ["train/estimate.py"],
     "scipy": ["rewards.py", "statistics.py", "compare/statistics.py", "probe/*.py"],
     "jinja2": ["data/layout.py"],
     "openai": ["evaluate/models/endpoint.py"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig
@@ -180,7 +181,48 @@ def test_checkpointing_shrinks_the_bound_of_activations() -> None:
     plain, checkpointed = guess(), guess(rl(gradient_checkpointing=True))
     tokens, layer = 4 * (50 + 100), 4 * (14 * 32 + 4 * 32 + 4 * 48)
     # of two layers one is run again
-    assert part(plain, "activations") - part(checkpointed, "activations") == tokens * (layer - 2 * 32 * 4)
+    # and of each pair of tokens the second layer's mask of four bytes
+    pairs = 4 * (50 + 100) ** 2
+    saved = tokens * (layer - 2 * 32 * 4) + pairs * 4
+    assert part(plain, "activations") - part(checkpointed, "activations") == saved
+
+
+@pytest.mark.parametrize(
+    ("attention", "bytes_of_a_pair"),
+    [("", 1 + 4), ("sdpa", 1 + 4), ("flash_attention_2", 0), ("eager", 1 + 4 + 4 * 12)],
+)
+def test_the_first_pass_over_prompts_holds_a_mask_of_all_pairs(attention: str, bytes_of_a_pair: int) -> None:
+    config = run(f'model.dtype = "float32"\nmodel.attn_implementation = "{attention}"\neval.prompts = 0')
+    layer = 4 * (14 * 32 + 4 * 32 + 4 * 48)
+    # 8 responses of the longest prompt, 50 tokens
+    assert part(guess(config=config), "prompts") == 8 * (50 * layer // 2 + 50**2 * bytes_of_a_pair)
+
+
+def test_prompts_far_beyond_do_not_fit_the_memory_here() -> None:
+    """The embedded model's sizes and 64 responses to prompts of 15,096 tokens: most of it is the mask, 73 GB."""
+    sizes = {"vocab_size": 559, "hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256, "head_dim": 32}
+    model = tiny(**sizes, num_key_value_heads=4)
+    args = rl(per_device_train_batch_size=8, gradient_accumulation_steps=8, num_generations=8)
+    here = Device("this machine", 20 * GIB, is_gpu=False)
+    long = guess(args, model, prompt_tokens=[15_060] * 63 + [15_096], device=here)
+    assert part(long, "prompts") > 64 * 5 * 15_096**2 > 72e9
+    assert verdict(long)[0] == "does not fit"
+    short = guess(args, model, prompt_tokens=[300] * 64, device=here)
+    assert verdict(short)[0] == "fits"
+    assert all(part.name != "context" for part in short.parts)  # libraries are loaded already
+
+
+def test_a_bound_holds_what_a_run_was_seen_to_take() -> None:
+    """Peak resident memory above the start, embedded model, float32, CPU, torch 2.12: 32 responses, prompts of 3,076."""
+    sizes = {"vocab_size": 559, "hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256, "head_dim": 32}
+    model = tiny(**sizes, num_key_value_heads=4)
+    for checkpointing, generation, update in ((False, 2044, 2358), (True, 1310, 1335)):
+        accumulated = 2 if checkpointing else 4
+        settings = {"per_device_train_batch_size": 8, "num_generations": 8, "max_completion_length": 4}
+        args = rl(**settings, gradient_accumulation_steps=accumulated, gradient_checkpointing=checkpointing)
+        guessed = guess(args, model, prompt_tokens=[3_060] * 8)
+        assert generation <= guessed.phase_bytes("generation") / 2**20 <= 1.5 * generation
+        assert update <= guessed.phase_bytes("update") / 2**20 <= 1.5 * update
 
 
 def test_a_micro_step_runs_through_the_head_of_trl() -> None:
@@ -281,4 +323,9 @@ def test_no_device_is_no_verdict() -> None:
     guessed = guess()
     assert guessed.fits is None
     assert verdict(guessed)[0] == "no GPU"
-    assert (this_device() is None) == (not torch.cuda.is_available())
+    assert (this_device(rl(use_cpu=False)) is None) == (not torch.cuda.is_available())
+    here = this_device(rl(use_cpu=True))
+    assert here is not None
+    assert not here.is_gpu
+    assert 0 < here.bytes <= psutil.virtual_memory().total
+    assert this_device(rl(use_vllm=True)) == this_device(rl(use_cpu=False))  # for another machine

@@ -1,10 +1,10 @@
 """What a run needs before it starts: memory of one process by part, work by step, and whether the device has room.
 
 Three kinds of numbers, marked as such. *Exact*: what shapes and settings fix (weights, gradients, optimizer states, the
-cache of keys and values). *Bound*: activations, by one generous line of arithmetic, and flat allowances. *Measured*: on
-an accelerator, the peak memory of one forward and backward pass over the longest prompt with the longest response,
-which takes the place of the bound. Left out: what generation needs besides its cache, images, fragmentation. Mixtures
-of experts count as if every expert were active, `paged_` optimizers as if they stayed on the device.
+cache of keys and values). *Bound*: activations, one generous line each for update and prompts, and a flat allowance.
+*Measured*: on a GPU, the peak memory of one forward and backward pass over the longest prompt with the longest
+response, which takes the place of the bound. Left out: images, fragmentation. Mixtures of experts count as if every
+expert were active, `paged_` optimizers as if they stayed on the device.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -45,10 +47,11 @@ OPTIMIZER_COPIES: dict[str, float] = {"sgd": 0, "adafactor": 0.01, "adagrad": 1,
 
 
 class Device(NamedTuple):
-    """An accelerator: its name and the bytes it has."""
+    """What trains: its name and the bytes it has; of a machine that trains on its CPU, those that are available."""
 
     name: str
     bytes: int
+    is_gpu: bool = True
 
 
 class Size(NamedTuple):
@@ -63,15 +66,12 @@ class Work(NamedTuple):
     """A run in numbers, over all processes; supervised prompts are counted with their responses."""
 
     samples: int
-    median: int
+    median: int  # tokens, as are the next two
     longest: int
     max_response: int
-    """Tokens, as are the two before."""
-    prompts: int
+    prompts: int  # in one batch of responses, as is the next
     responses: int
-    """In one batch of responses."""
-    per_step: int
-    """Responses in one optimizer step."""
+    per_step: int  # responses in one optimizer step
     steps: int
 
 
@@ -121,31 +121,37 @@ def estimate(
     device: Device | None = None,
     measure: bool = False,
 ) -> Estimate:
-    """Estimate a run from its configuration; loads no weights.
+    """Estimate a run from `[model]`, `[data]` and `[eval]` and its trainer's configuration; loads no weights.
 
     Args:
-        config: the run; `[model]`, `[data]` and `[eval]` are read.
+        config: the run.
         model_config: the model's transformers configuration.
-        args: the trainer's configuration, a `ResTConfig` / `GRPOConfig` or an `SFTConfig`.
+        args: a `ResTConfig` / `GRPOConfig`, or an `SFTConfig`.
         lora: the `peft.LoraConfig`, or None for full fine-tuning.
         prompt_tokens: tokens of each training prompt, with an `SFTConfig` of prompt and demonstration together.
         samples: the number of training prompts where `prompt_tokens` are of some of them only.
         processes: by default as `args` says.
         sharding: how processes share the model, by default as `args` and the launcher say.
-        device: the GPU to compare with (`this_device()`); None on a CPU.
+        device: what to compare with (`this_device(args)`), if anything.
         measure: pass random weights through the GPU of this process, where the model is neither cut up nor 4-bit.
     """
     processes, sharding = processes or int(args.world_size), sharding or sharding_of(args)
     size = count_parameters(model_config, lora, trust_remote_code=config.model.trust_remote_code)
     work = count_work(args, prompt_tokens, processes, samples)
     model = _Model(config, model_config, args, lora, size, work, processes, sharding, device)
-    can_measure = measure and device and sharding == "none" and not config.model.load_in_4bit
+    can_measure = measure and device and device.is_gpu and sharding == "none" and not config.model.load_in_4bit
     moving = model.measured() if can_measure else model.activation_bound()
     return Estimate(size, work, (*model.states(), moving, *model.generation()), device)
 
 
-def this_device() -> Device | None:
-    """The GPU of this process, or None without one."""
+def this_device(args: Any) -> Device | None:
+    """The GPU of this process, or the memory of this machine where it trains on its CPU; None for another machine."""
+    if args.use_cpu and not getattr(args, "use_vllm", False):
+        limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+        text = limit.read_text().strip() if limit.exists() else ""
+        available = psutil.virtual_memory().available
+        size = min(available, int(text)) if text.isdigit() else available
+        return Device("this machine's available memory", size, is_gpu=False)
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -203,34 +209,40 @@ def count_work(args: Any, prompt_tokens: Sequence[int], processes: int = 1, samp
     return Work(samples, median, longest, response, prompts, responses, per_step, steps)
 
 
+@dataclass
 class _Model:
     """The model in one process of the run: bytes of its numbers, and the parts of memory that follow."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        model_config: Any,
-        args: Any,
-        lora: Any,
-        size: Size,
-        work: Work,
-        processes: int,
-        sharding: Sharding,
-        device: Device | None,
-    ) -> None:
-        self.config, self.model_config, self.args, self.lora = config, model_config, args, lora
-        self.size, self.work, self.processes, self.device = size, work, processes, device
-        self.text, self.cut_up = model_config.get_text_config(), CUT_UP[sharding]
-        self.micro_batch = args.per_device_train_batch_size, work.longest + work.max_response
+    config: RunConfig
+    model_config: Any
+    args: Any
+    lora: Any
+    size: Size
+    work: Work
+    processes: int
+    sharding: Sharding
+    device: Device | None
+
+    def __post_init__(self) -> None:
+        args, text = self.args, self.model_config.get_text_config()
+        self.text, self.cut_up, self.is_gpu = text, CUT_UP[self.sharding], bool(self.device and self.device.is_gpu)
+        self.micro_batch = args.per_device_train_batch_size, self.work.longest + self.work.max_response
         kept = "with checkpointing" if args.gradient_checkpointing else "no checkpointing"
         self.shape = f"{self.micro_batch[0]} x {self.micro_batch[1]:,} tokens, longest prompt and response, {kept}"
-        loaded, self.is_mixed = 4 if config.weights_dtype == "float32" else 2, bool(args.bf16 or args.fp16)
+        loaded, self.is_mixed = 4 if self.config.weights_dtype == "float32" else 2, bool(args.bf16 or args.fp16)
         # DeepSpeed trains in 16 bits and keeps 32-bit weights with the optimizer; accelerate makes FSDP's float32.
-        self.is_deepspeed = self.is_mixed and sharding.startswith("zero")
-        self.trained = 4 if lora or (self.is_mixed and sharding == "fsdp") else 2 if self.is_deepspeed else loaded
-        self.weight = loaded if lora else self.trained
+        self.is_deepspeed = self.is_mixed and self.sharding.startswith("zero")
+        is_fsdp = self.is_mixed and self.sharding == "fsdp"
+        self.trained = 4 if self.lora or is_fsdp else 2 if self.is_deepspeed else loaded
+        self.weight = loaded if self.lora else self.trained
         self.compute = 2 if self.is_mixed else loaded  # bytes of a product's input
         self.stream = 2 if self.is_mixed and self.cut_up else loaded  # bytes of a value between layers
+        # Bounds of what autograd keeps of a layer: for each token (gated feed-forward layers), and for each pair of
+        # tokens (the mask of padded rows in the type of the products; the eager kind's scores). `mask` is kept once.
+        kind, heads = self.config.model.attn_implementation, text.num_attention_heads
+        self.layer = self.compute * (14 * text.hidden_size + 4 * heads * head_dim(text) + 4 * text.intermediate_size)
+        self.mask, self.pair = (0, 0) if "flash" in kind else (1, self.compute)
+        self.pair += (2 * self.compute + 4) * heads if kind == "eager" else 0
 
     def states(self) -> list[Part]:
         """What settings fix: weights, optimizer states, gradients, a reference model."""
@@ -252,27 +264,26 @@ class _Model:
         ]
         if is_reinforcement(self.args) and self.args.beta and not self.lora:
             parts.append(Part("reference model", "always", weights, "exact: a second model, because beta is not 0"))
-        if self.device:
+        if self.is_gpu:
             parts.append(Part("context", "always", ALLOWANCE, "bound: a flat allowance for device and libraries"))
         return parts
 
     def activation_bound(self) -> Part:
         """What forward and backward pass hold besides weights and gradients, by a generous line of arithmetic.
 
-        Of each token in each layer autograd keeps less than 14 values of the hidden width, 4 of the queries' and 4 of
-        the feed-forward layer's (dense decoders with gated feed-forward layers, attention without stored scores); with
-        checkpointing the input of each layer, and all of that for one layer. The backward pass of a layer adds half as
-        much again. Then TRL's tile of the logits, the gradient of the head, and autocast's 16-bit copies of weights.
+        All layers, or with checkpointing the input of each and all of one; the backward pass adds half a layer. Then
+        TRL's tile of the logits, the gradient of the head, and autocast's 16-bit copies of weights.
         """
-        text, tokens = self.text, math.prod(self.micro_batch)
-        layers, hidden, queries = text.num_hidden_layers, text.hidden_size, text.num_attention_heads * head_dim(text)
-        layer = self.compute * (14 * hidden + 4 * queries + 4 * text.intermediate_size)
-        kept = layers * hidden * self.stream if self.args.gradient_checkpointing else (layers - 1) * layer
+        text, (rows, length) = self.text, self.micro_batch
+        layers, hidden, tokens = text.num_hidden_layers, text.hidden_size, rows * length
+        is_kept = not self.args.gradient_checkpointing
+        kept = (layers - 1) * self.layer if is_kept else layers * hidden * self.stream
+        pairs = rows * length**2 * (self.mask + self.pair * (layers if is_kept else 1))
         # a buffer of one tile, and without the device's kernel eight more of the tile's logits in float32
-        tile = min(tokens, TILE[0]) * (4 * TILE[1] + (0 if self.device else 32 * min(text.vocab_size, TILE[1])))
+        tile = min(tokens, TILE[0]) * (4 * TILE[1] + (0 if self.is_gpu else 32 * min(text.vocab_size, TILE[1])))
         head = 0 if self.lora else 4 * text.vocab_size * hidden
         narrowed = 2 * self.size.linear if self.stream > self.compute else 0
-        total = tokens * (kept + 3 * layer // 2 + 8 * hidden) + tile + head + narrowed
+        total = tokens * (kept + 3 * self.layer // 2 + 8 * hidden) + pairs + tile + head + narrowed
         return Part("activations", "update", total, f"bound: {self.shape}")
 
     def measured(self) -> Part:
@@ -299,8 +310,10 @@ class _Model:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
         ids_BT, begin = torch.zeros(self.micro_batch, dtype=torch.long, device=device), perf_counter()
+        mask_BT = torch.ones_like(ids_BT)
+        mask_BT[0, 0] = 0  # prompts differ in length: without padding, attention would need no mask
         with torch.autocast(device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=self.is_mixed):
-            inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT}
+            inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": ids_BT}
             loss = model(**inputs, fused_lm_head=True).loss
         loss.backward()
         loss.item()  # waits for the device
@@ -310,24 +323,29 @@ class _Model:
     def generation(self) -> list[Part]:
         """The larger of what training's and what evaluation's responses take; a vLLM that never sleeps comes on top."""
         args, table, data = self.args, self.config.eval, self.config.data
-        parts, in_turn = list[Part](), list[Part]()
+        always, in_turn = list[Part](), list[list[Part]]()
         if is_reinforcement(args) and args.use_vllm and args.vllm_mode == "colocate" and self.device:
             share, sleeps = args.vllm_gpu_memory_utilization, args.vllm_enable_sleep_mode
             how = f"exact: vllm_gpu_memory_utilization {share:g}"
             vllm = Part("vLLM", "generation" if sleeps else "always", int(share * self.device.bytes), how)
-            (in_turn if sleeps else parts).append(vllm)
+            (in_turn if sleeps else always).append([vllm] if sleeps else vllm)
         elif is_reinforcement(args) and not args.use_vllm:
-            in_turn.append(self.cache(self.work.responses // self.processes, self.work.max_response, "responses"))
+            in_turn.append(self.responses(self.work.responses // self.processes, self.work.max_response, "responses"))
         if table.prompts and self.cut_up < 3 and (data.held_out or data.path == EMBEDDED):
             together = min(table.batch_size, table.prompts * table.samples)
-            in_turn.append(self.cache(together, table.max_new_tokens, "evaluated responses"))
-        return parts + sorted(in_turn, key=lambda part: part.bytes)[-1:]
+            in_turn.append(self.responses(together, table.max_new_tokens, "evaluated responses"))
+        return always + max(in_turn, key=lambda parts: sum(part.bytes for part in parts), default=[])
 
-    def cache(self, together: int, response: int, what: str) -> Part:
-        tokens, value = self.work.longest + response, (self.stream + self.compute) // 2  # autocast narrows values only
-        size = together * cache_bytes(self.text, tokens, value)
-        how = f"exact: {together} {what} at once, {tokens:,} tokens each"
-        return Part("cache of keys and values", "generation", size, how)
+    def responses(self, together: int, longest: int, what: str) -> list[Part]:
+        """What responses to the longest prompts take: their cache, and the pass over all prompts that fills it."""
+        prompt, tokens = self.work.longest, self.work.longest + longest
+        value = (self.stream + self.compute) // 2  # autocast narrows values only
+        size, how = together * cache_bytes(self.text, tokens, value), f"{together} {what} at once"
+        begin = together * (prompt * self.layer // 2 + prompt**2 * (self.mask + self.pair))
+        return [
+            Part("cache of keys and values", "generation", size, f"exact: {how}, {tokens:,} tokens each"),
+            Part("prompts", "generation", begin, f"bound: the first pass of {how}, {prompt:,} tokens each"),
+        ]
 
 
 def cache_bytes(text: Any, tokens: int, value_bytes: int) -> int:
@@ -372,13 +390,13 @@ def verdict(of: Estimate) -> tuple[str, str]:
         few = f"{of.work.samples} prompts do not fill one batch of {of.work.prompts}: nothing would be trained"
         return "no step", f"{few}; lower steps_per_generation or per_device_train_batch_size"
     if of.device is None:
-        return "no GPU", f"needs about {gib(of.total)} of memory; no GPU here to compare it with"
+        return "no GPU", f"needs about {gib(of.total)} of memory; no GPU here to compare with"
     spare, where = of.device.bytes - of.total, f"{of.device.name} ({gib(of.device.bytes)})"
     if spare >= 0:
         return "fits", f"fits {where} with {gib(spare)} to spare"
     changes = "train an adapter ([peft]), set trl.gradient_checkpointing, lower trl.per_device_train_batch_size"
     if of.phase_bytes("generation") > of.phase_bytes("update"):
-        changes = "set trl.use_vllm, lower trl.steps_per_generation or eval.batch_size"
+        changes = "lower data.max_prompt_tokens, trl.steps_per_generation or eval.batch_size, set trl.use_vllm"
     return "does not fit", f"does not fit {where} by {gib(-spare)}; {changes}"
 
 

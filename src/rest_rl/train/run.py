@@ -45,7 +45,7 @@ from rest_rl.runlog import (
 )
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import Engine
-from rest_rl.train.estimate import Estimate, estimate, this_device
+from rest_rl.train.estimate import Estimate, estimate, this_device, verdict
 from rest_rl.train.policy import lora_config, model_context, policy_config, policy_tokenizer, quiet_loading
 from rest_rl.train.prompts import TrainingData, read_data
 from rest_rl.train.trl.settings import unread_keys, with_machine_defaults
@@ -110,6 +110,8 @@ def train(
     plan = make_plan(run, out=out, resume=resume, overrides=overrides, observer=observer)
     config, engine, data = plan.config, plan.engine, plan.data
     folder = Path(config.run.out)
+    if is_first and config.run.engine == "trl":
+        warn_of_memory(plan, observer)
     if resume:
         log, checkpoint = resume_folder(folder, engine, data, observer, enabled=is_first)
     else:
@@ -209,22 +211,35 @@ def estimate_run(
 
     Where there is a GPU, one forward and backward pass of random weights is measured on it.
     """
-    from rest_rl.train.trl.engine import TrlEngine
-
     plan = make_plan(run, out=out, overrides=overrides, observer=observer, is_dry=True)
-    config, engine = plan.config, plan.engine
-    if not isinstance(engine, TrlEngine):
+    if plan.config.run.engine != "trl":
         raise UserError("--dry-run with the engine verl", "--print-config", "for memory see docs/cluster.md")
+    return estimate_plan(plan, measure=True)
+
+
+def estimate_plan(plan: Plan, *, measure: bool = False) -> Estimate:
+    """What a plan for TRL needs; with `measure` a GPU that is here is asked."""
+    engine: Any = plan.engine
     return estimate(
-        config,
-        policy_config(config.model),
+        plan.config,
+        policy_config(plan.config.model),
         engine.args,
-        lora=lora_config(config.peft),
+        lora=lora_config(plan.config.peft),
         prompt_tokens=engine.token_counts(plan.data.prepared[:COUNTED]),
         samples=len(plan.data.prepared),
-        device=this_device(),
-        measure=True,
+        device=this_device(engine.args),
+        measure=measure,
     )
+
+
+def warn_of_memory(plan: Plan, observer: Observer) -> None:
+    """Say so if the run will hardly fit; it is not refused, because the estimate is a bound."""
+    try:
+        word, text = verdict(estimate_plan(plan))
+    except Exception:  # somebody else's architecture may not let itself be counted, and an estimate stops no run
+        return
+    if word == "does not fit":
+        observer.say(f"warning: the run needs more memory than there is, by its estimate: {text}")
 
 
 def resolve_run(
