@@ -209,18 +209,18 @@ def test_prompts_far_beyond_do_not_fit_the_memory_here() -> None:
     assert verdict(long)[0] == "does not fit"
     short = guess(args, model, prompt_tokens=[300] * 64, device=here)
     assert verdict(short)[0] == "fits"
-    assert all(part.name != "context" for part in short.parts)  # libraries are loaded already
+    assert part(short, "context") == GIB // 4
 
 
 def test_a_bound_holds_what_a_run_was_seen_to_take() -> None:
-    """Peak resident memory above the start, embedded model, float32, CPU, torch 2.12: 32 responses, prompts of 3,076."""
+    """MiB of peak resident memory above what a process with its model has: prompts of 3,060 tokens, torch 2.13, CPU."""
     sizes = {"vocab_size": 559, "hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256, "head_dim": 32}
     model = tiny(**sizes, num_key_value_heads=4)
-    for checkpointing, generation, update in ((False, 2044, 2358), (True, 1310, 1335)):
+    for checkpointing, generation, update in ((False, 2051, 2365), (True, 1198, 1235)):
         accumulated = 2 if checkpointing else 4
         settings = {"per_device_train_batch_size": 8, "num_generations": 8, "max_completion_length": 4}
         args = rl(**settings, gradient_accumulation_steps=accumulated, gradient_checkpointing=checkpointing)
-        guessed = guess(args, model, prompt_tokens=[3_060] * 8)
+        guessed = guess(args, model, prompt_tokens=[3_060] * 8, device=Device("this machine", GIB, is_gpu=False))
         assert generation <= guessed.phase_bytes("generation") / 2**20 <= 1.5 * generation
         assert update <= guessed.phase_bytes("update") / 2**20 <= 1.5 * update
 

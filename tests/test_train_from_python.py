@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import json
 import shutil
@@ -18,7 +18,7 @@ import rest_rl
 from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
 from rest_rl.runlog import Observer, read_run
-from rest_rl.train.run import RunResult, estimate_run, resolve_run
+from rest_rl.train.run import RunResult, estimate_run, make_plan, resolve_run, warn_of_memory
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
@@ -41,6 +41,10 @@ def test_a_package_is_called_like_its_workflow(name: str) -> None:
 class Heard(Observer):
     def __init__(self) -> None:
         self.steps: list[int] = []
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def on_step(self, step: int, total: int, metrics: Any) -> None:
         assert total == 4
@@ -84,6 +88,22 @@ def test_an_estimate_writes_nothing(tables: dict[str, Any], tmp_path: Path) -> N
     estimate = estimate_run(tables, out=tmp_path / "run")
     assert (estimate.work.steps, estimate.work.samples) == (4, 8)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_estimate_for_another_machine_needs_no_vllm(tables: dict[str, Any], tmp_path: Path) -> None:
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is here")
+    tables["trl"] = {**tables["trl"], "use_vllm": True}
+    assert estimate_run(tables, out=tmp_path / "run").work.steps == 4
+    with pytest.raises(UserError, match="vllm"):
+        rest_rl.train(tables, out=tmp_path / "run")  # pyright: ignore[reportCallIssue]
+
+
+def test_training_warns_of_memory_that_is_not_there(tables: dict[str, Any]) -> None:
+    for together, warnings in ((8, 0), (10**12, 1)):
+        plan, heard = make_plan({**tables, "eval": {"batch_size": together, "prompts": together}}, is_dry=True), Heard()
+        warn_of_memory(plan, heard)
+        assert len(heard.said) == warnings
 
 
 def test_a_resumed_run_finds_the_rule_beside_its_run_file(tables: dict[str, Any], tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ CUT_UP = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
 """How much is cut up over processes: from 1 on optimizer states, from 2 on gradients, from 3 on weights."""
 TILE = 4096, 32768
 """TRL's fused head projects this many positions onto this much of the vocabulary at a time."""
-ALLOWANCE = int(1.5 * GIB)
-"""For the device's context and libraries (ours)."""
+ALLOWANCE = {True: int(1.5 * GIB), False: GIB // 4}
+"""For a GPU's context and libraries, and for what the libraries take on a CPU besides what is loaded (ours)."""
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a 4-bit weight of bitsandbytes: half a byte, a scale of 8 bits for 64, a float32 for 256 scales."""
 OPTIMIZER_BYTES: dict[str, float] = {
@@ -264,8 +264,9 @@ class _Model:
         ]
         if is_reinforcement(self.args) and self.args.beta and not self.lora:
             parts.append(Part("reference model", "always", weights, "exact: a second model, because beta is not 0"))
-        if self.is_gpu:
-            parts.append(Part("context", "always", ALLOWANCE, "bound: a flat allowance for device and libraries"))
+        if self.device:
+            allowance = ALLOWANCE[self.is_gpu]
+            parts.append(Part("context", "always", allowance, "bound: a flat allowance for device and libraries"))
         return parts
 
     def activation_bound(self) -> Part:

@@ -14,6 +14,7 @@ from rest_rl.config import EMBEDDED, DataTable, RunConfig
 from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, checked_rows, mix_text, mix_warning
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared, Rejected, prepare, prepare_row, refusals
+from rest_rl.data.reasons import REASONS
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.errors import UserError
@@ -183,7 +184,7 @@ def read_data(
     if report.samples and not training.prepared:
         raise UserError(f'data.turns = "calls" and {data.path}, none of whose turns calls', "calls", "remove it")
     if not training.prepared:
-        first = training.rejected[0]["reasons"] if training.rejected else "the file has no rows"
+        first = training.rejected[0]["reasons"][0] if training.rejected else "the file has no rows"
         raise empty(data.path, report.rows, first)
     check_lengths(data, data.path, report)
     if config.rest.format in FORMATS and any(sample.tools_in_prompt for sample in training.samples):
@@ -310,11 +311,12 @@ def counts_of(report: DataReport) -> dict[str, Any]:
     return {name: value for name, value in report.to_json().items() if name in COUNTS}
 
 
-def empty(path: str, rows: int, first: object) -> UserError:
-    """The error for a file without a usable sample."""
-    return UserError(
-        f"{path}, none of whose {rows} rows gives a sample ({first})", "dialogues", f"see rest-rl data check {path}"
-    )
+def empty(path: str, rows: int, first: str) -> UserError:
+    """The error for a file without a usable sample; `first` begins with the first reason."""
+    reason = REASONS.get(first.partition(":")[0])
+    remedy = f"{reason.remedy}; see" if reason else "see"
+    got = f"{path}, none of whose {rows} rows gives a sample ({first})"
+    return UserError(got, "dialogues", f"{remedy} rest-rl data check {path}")
 
 
 def rejection(row: CheckedRow) -> list[dict[str, Any]]:

@@ -110,8 +110,6 @@ def train(
     plan = make_plan(run, out=out, resume=resume, overrides=overrides, observer=observer)
     config, engine, data = plan.config, plan.engine, plan.data
     folder = Path(config.run.out)
-    if is_first and config.run.engine == "trl":
-        warn_of_memory(plan, observer)
     if resume:
         log, checkpoint = resume_folder(folder, engine, data, observer, enabled=is_first)
     else:
@@ -184,7 +182,10 @@ def make_plan(
     config = resolve_run(run, out=out, resume=resume, overrides=overrides, is_dry=is_dry)
     config, layout = resolve_layout(config, observer)
     engine = make_engine(config, layout, observer, is_dry=is_dry)
-    return Plan(config, layout, engine, read_data(config, layout, observer.say, engine.response_tokens))
+    plan = Plan(config, layout, engine, read_data(config, layout, observer.say, engine.response_tokens))
+    if not is_dry and config.run.engine == "trl":
+        warn_of_memory(plan, observer)
+    return plan
 
 
 def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer, *, is_dry: bool = False) -> Engine:
