@@ -44,7 +44,7 @@ def with_bad(tmp_path: Path, bad: bytes) -> Path:
         (b'{"a": NaN}', "not_a_number", "NaN"),
         (b'{"a": -Infinity}', "not_a_number", "-Infinity"),
         ('{"messages": "é"}'.encode("latin-1"), "encoding", "0xe9"),
-        (b"[" * 100_000, "not_json", "not JSON"),
+        (b"[" * 100_000, "too_deep", "deeper than 64"),
         (b'{"a": "' + b"x" * (10 * 2**20) + b'"}', "row_too_long", "10.0 MiB"),
         (b'{"question": 1}', "unknown_shape", "question"),
         (b'{"messages": 3}', "bad_row", "messages of type int"),
@@ -163,7 +163,7 @@ def test_a_huge_element_ends_the_file(tmp_path: Path, ending: str) -> None:
 def test_a_deep_element_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text("[" + json.dumps(GOOD[0]) + "," + '{"a":' + "[" * 100_000)
-    assert [getattr(value, "reason", value) for value in values(path)] == [GOOD[0], "not_json"]
+    assert [getattr(value, "reason", value) for value in values(path)] == [GOOD[0], "too_deep"]
 
 
 def test_bytes_that_are_no_text_cost_their_element(tmp_path: Path) -> None:
