@@ -144,8 +144,9 @@ def test_two_tools_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path, row = tmp_path / "rows.jsonl", dialogue(1)
     path.write_text(json.dumps({**row, "tools": [{"name": "w", "parameters": {}}, TOOL]}))
     told = json.loads(run(capsys, "check", path, "--json")[1])
-    assert (told["reasons"], told["samples"]) == ({"duplicate_tool": 1}, 0)
+    assert (told["reasons"], told["samples"]) == ({"duplicate_tool": 1}, 1)  # the turn that calls none of them stays
     assert told["findings"][0]["detail"] == "got tool w twice"
+    assert [found["severity"] for found in told["findings"]] == ["rejected", "noted"]
     assert json.loads(run(capsys, "check", path, "--json", "--keep", "duplicate_tool")[1])["samples"] == 2
     path.write_text(json.dumps({**row, "tools": [TOOL, TOOL]}))
     assert json.loads(run(capsys, "check", path, "--json")[1])["kept"] == 1

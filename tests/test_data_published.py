@@ -99,6 +99,8 @@ def test_every_row_of_rlla_sft_is_accounted_for() -> None:
         expected.update(
             found | ({"thought_quotes_tags"} if re.search(r"</?(tool_call|response|think)>", thought) else set())
         )
+        names = re.findall(r"^\d+\. Name: (.+)$", row["instruction"], re.MULTILINE)
+        expected.update({"duplicate_tool"} if len(names) > len(set(names)) else ())
         rejected += bool(found & REJECTING)
         repaired += bool(found & {"number_as_string", "json_as_string"}) and not found & REJECTING
     samples, report = loaded(SFT)

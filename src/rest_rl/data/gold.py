@@ -49,9 +49,13 @@ def check_against_tools(sample: ToolSample, keep: Collection[str] = ()) -> tuple
     functions = [tool.get("function", tool) for tool in sample.tools]
     by_name: dict[str, Any] = {}
     twice = {each["name"] for each in functions if by_name.setdefault(each["name"], each) != each}
-    found = [finding("duplicate_tool", f"got tool {name} twice", sample.id, keep) for name in sorted(twice)]
-    if any(each.severity == "rejected" for each in found):
-        return sample, found
+    uncalled = twice - {call.name for call in sample.gold.calls}  # which leaves the gold right
+    found = [
+        finding(
+            "duplicate_tool", f"got tool {name} twice", sample.id, ("duplicate_tool",) if name in uncalled else keep
+        )
+        for name in sorted(twice)
+    ]
     if not sample.gold.calls:
         is_empty = not sample.gold.answer
         found += [finding("empty_turn", "got neither calls nor text", sample.id, keep)] if is_empty else []
@@ -62,6 +66,7 @@ def check_against_tools(sample: ToolSample, keep: Collection[str] = ()) -> tuple
         if call.name not in schemas:
             detail = f"got {call.name!r}, offered are {', '.join(schemas) or 'none'}"
             found.append(finding("unknown_tool", detail, sample.id, keep))
+        if call.name not in schemas or (call.name in twice and "duplicate_tool" not in keep):
             calls.append(call)
             continue
         arguments = dict(call.arguments)
