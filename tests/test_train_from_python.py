@@ -93,7 +93,7 @@ def test_an_estimate_writes_nothing(tables: dict[str, Any], tmp_path: Path) -> N
 def test_an_estimate_for_another_machine_needs_no_vllm(tables: dict[str, Any], tmp_path: Path) -> None:
     if importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is here")
-    tables["trl"] = {**tables["trl"], "use_vllm": True}
+    tables = {**tables, "trl": {**tables["trl"], "use_vllm": True}}
     assert estimate_run(tables, out=tmp_path / "run").work.steps == 4
     with pytest.raises(UserError, match="vllm"):
         rest_rl.train(tables, out=tmp_path / "run")  # pyright: ignore[reportCallIssue]
