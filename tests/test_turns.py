@@ -224,8 +224,8 @@ def told_apart(calls: float, answers: float, kinds: tuple[str, ...] = ("dialogue
 def test_the_table_has_call_turns_first_and_a_single_kind_once() -> None:
     rows = comparison_rows({"before": told_apart(0.2, 0.8), "after": told_apart(0.4, 1.0)})
     names, figures = [row[0] for row in rows], [row[2] for row in rows]
-    turns = ["  answer turns", "  all turns"]
-    assert names == ["sampled, T = 1, call turns", *turns, "greedy, call turns", *turns]
+    turns = ["  answers", "  all turns"]
+    assert names == ["sampled, calls", *turns, "greedy, calls", *turns]
     assert figures == ["20.0 → 40.0", "80.0 → 100.0", "50.0 → 70.0"] * 2
     several = comparison_rows({"before": told_apart(0.2, 0.8, ("one", "two"))})
     assert [row[0] for row in several][3:5] == ["  one", "  two"]

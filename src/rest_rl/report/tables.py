@@ -201,8 +201,9 @@ def comparison_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     def rows_of(name: str, pair: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         if turn is None:
             return [comparison_row(name, *pair)]
-        apart = [comparison_row(f"  {TURNS[each]}", *(scores.get(each) for scores in pair)) for each in TURNS]
-        return [(f"{name}, {TURNS[turn]}", *apart[0][1:]), *apart[1:], comparison_row("  all turns", *pair)]
+        names = {"calls": f"{name.partition(',')[0]}, calls", "answers": "  answers"}
+        apart = [comparison_row(names[each], *(scores.get(each) for scores in pair)) for each in TURNS]
+        return [*apart, comparison_row("  all turns", *pair)]
 
     rows = rows_of("sampled, T = 1", pair)
     for group in ("kinds", "splits"):
