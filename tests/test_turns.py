@@ -395,5 +395,5 @@ def test_held_out_is_an_option_and_the_other_part_of_a_split_is_told(
         assert [scores[turn]["n"] for turn in ("calls", "answers")] == [2, 2]
     assert any({"rest/exact_match_calls", "rest/reward_answers"} <= row.keys() for row in run.metrics)
     model = ["sft", "--model", str(run_file.parent / "policy"), "--data", str(run_file.parent / "d.train.jsonl")]
-    assert main([*model, "--held-out", test, "--dry-run"]) == 0
+    assert main([*model, "--held-out", test, "--set", "eval.max_new_tokens=20", "--dry-run"]) == 0
     assert "held out, " in capsys.readouterr().out
