@@ -21,7 +21,7 @@ from rest_rl.config import RunConfig
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import RunLog, read_run
 from rest_rl.train.checkpoints import checkpoint_state, find_checkpoint
-from rest_rl.train.run import free_folder
+from rest_rl.train.request import free_folder
 from rest_rl.train.trl.settings import check_trl
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
@@ -281,6 +281,16 @@ def test_processes_of_one_launch_need_a_folder(
         ("rest.format=xml", "format 'xml', expected one of toolrl, hermes"),
         ("trl.learning_rate=fast", "got trl.learning_rate = 'fast', expected a number"),
         ("trl.max_steps=1.5", "got trl.max_steps = 1.5, expected a whole number"),
+        ("trl.max_steps=0", "got trl.max_steps = 0, expected at least 1, or -1"),
+        ("trl.max_steps=-2", "got trl.max_steps = -2, expected at least 1, or -1"),
+        ("trl.learning_rate=-1", "got trl.learning_rate = -1, expected at least 0"),
+        ("trl.learning_rate=nan", "got trl.learning_rate = nan, expected"),
+        ("trl.learning_rate=inf", "got trl.learning_rate = inf, expected a finite number"),
+        ("trl.num_train_epochs=0.0", "got trl.num_train_epochs = 0.0, expected more than 0"),
+        ("trl.max_grad_norm=-1.0", "got trl.max_grad_norm = -1.0, expected at least 0"),
+        ("trl.adam_beta2=1.0", "got trl.adam_beta2 = 1.0, expected less than 1"),
+        ("trl.temperature=0.0", "got trl.temperature = 0.0, expected more than 0"),
+        ("trl.num_iterations=0", "got trl.num_iterations = 0, expected at least 1"),
         ("trl.bf16=1", "got trl.bf16 = 1, expected true or false"),
         ("trl.save_only_model=true", "expected checkpoints that a run can go on from"),
         ("trl.deepspeed=x.json", "pip install deepspeed"),
@@ -296,6 +306,13 @@ def test_mistakes_in_a_run_are_found_before_its_folder_is_made(
     arguments += ["--set", "trl.num_iterations=2"] if "save_steps" in override else []
     assert message in error_of(capsys, *arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_what_the_trainer_would_take_but_means_nothing(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(capsys, "train", str(run_file), "--dry-run", "--set", "trl.learning_rate=-1")
+    assert "trl.learning_rate" in error
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is here")
@@ -423,6 +440,38 @@ def test_score_imports_no_torch(tmp_path: Path) -> None:
     rows.write_text(json.dumps({"response": RIGHT, "gold": GOLD}))
     done = subprocess.run([sys.executable, "-c", RUN_MAIN, "score", rows], capture_output=True, text=True, check=True)
     assert "torch" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "broken.toml"],
+        ["train", "missing.toml"],
+        ["train", "--set", "run.sed=1"],
+        ["train", "--preset", "nonsense"],
+        ["train", "--format", "xml"],
+        ["train", "--resume", "--out", "nosuch"],
+        ["train", "--out", "taken"],
+        ["sft", "--model", "m", "--data", "d", "--set", "trl=1"],
+        ["inspect", "rows.jsonl", "--tokenizer", "m", "--progress", "2"],
+        ["probe", "--progress", "2"],
+        ["probe", "--format", "xml"],
+        ["probe", "--set", "run.sed=1"],
+        ["eval", "tool-world", "--format", "xml"],
+        ["compare", "--set", "run.sed=1", "--out", "grid"],
+        ["compare", "nosuch"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_in_the_settings_is_found_before_torch_is_loaded(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "broken.toml").write_text("x = = 1")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.toml").touch()
+    command = [sys.executable, "-c", RUN_MAIN, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr.startswith("error: ")
+    loaded = done.stdout.splitlines()[-1]
+    assert not [name for name in ("torch", "transformers", "trl") if f"'{name}'" in loaded]
 
 
 def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from rest_rl.compare.grid import RunName, read_grid
 from rest_rl.compare.jobs import Job, collect, run_jobs, tail
 from rest_rl.compare.run import keep_grid
 from rest_rl.config import RunConfig
-from rest_rl.runlog import Observer, read_run
+from rest_rl.runlog import Observer, owned, read_run
 from tests.made_up_grid import Effect, make_grid
 from tests.sample_files import save_samples
 from tests.test_cli import RUN, error_of, wait_for_steps
@@ -329,7 +328,7 @@ def test_a_killed_grid_leaves_runs_that_nobody_trains_twice(base: Path, whole: P
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
     again = start(arguments, log)
-    wait_until(lambda: "rest-0 is being trained by another process: waiting for it" in log.read_text())
+    wait_until(lambda: f"rest-0 is being trained by process {left_behind} on" in log.read_text())
     os.kill(left_behind, signal.SIGCONT)
     assert again.wait(300) == 0
     assert recorded(out, "grpo-0", "rest-0") == recorded(whole, "grpo-0", "rest-0")
@@ -355,11 +354,9 @@ def test_ctrl_c_ends_every_run_in_order(base: Path, whole: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_a_locked_run_is_waited_for(base: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "grid", tmp_path / "log"
-    (out / "logs").mkdir(parents=True)
-    with (out / "logs" / "grpo-0.log").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with owned(out / "runs" / "grpo-0"):
         process = start(grid(base, out, methods="grpo", steps=1), log)
-        wait_until(lambda: "waiting for it" in log.read_text())
-        assert not (out / "runs" / "grpo-0").exists()
+        wait_until(lambda: f"process {os.getpid()} on" in log.read_text())
+        assert not (out / "runs" / "grpo-0" / "config.toml").exists()
     assert process.wait(300) == 0
     assert (out / "runs" / "grpo-0" / "model").is_dir()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
@@ -133,7 +134,9 @@ def test_a_model_that_was_cut_short_is_kept_anew_and_a_whole_one_stays(tmp_path:
     [
         (OSError(errno.ENOSPC, "No space left on device"), True),
         (PermissionError(errno.EACCES, "Permission denied"), True),
-        (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos; file write failed"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError("I/O error: No such file or directory (os error 2)"), False),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), False),  # there is room
         (FileNotFoundError(errno.ENOENT, "No such file", "prices.csv"), False),  # of a user's reward
         (RuntimeError("Some tensors share memory"), False),
     ],
@@ -141,9 +144,38 @@ def test_a_model_that_was_cut_short_is_kept_anew_and_a_whole_one_stays(tmp_path:
 def test_only_what_the_folder_refuses_is_an_error_of_the_folder(tmp_path: Path, error: Exception, is_the_folder: bool):
     from rest_rl.train.trl.engine import writing
 
+    (tmp_path / "optimizer.pt").write_bytes(b"torn")
     with pytest.raises(UserError if is_the_folder else type(error)) as caught, writing(tmp_path):
         raise error
     assert is_the_folder == isinstance(caught.value, UserError)
+    assert (tmp_path / "optimizer.pt").read_bytes() == b"torn"
+
+
+WRITERS = {
+    "torch": "torch.save({'a': torch.zeros(1000)}, folder / 'optimizer.pt')",
+    "safetensors": "save_file({'a': torch.zeros(1000)}, folder / 'model.safetensors')",
+}
+SAVE = """
+import resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from rest_rl.train.trl.engine import writing
+folder = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+with writing(folder):
+    exec(sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_no_room_for_a_checkpoint_is_an_error_of_the_folder_whoever_writes_it(tmp_path: Path, writer: str) -> None:
+    command = [sys.executable, "-c", SAVE, tmp_path, WRITERS[writer]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("rest_rl.errors.UserError: ")
+    assert f"run folder {tmp_path} (File too large)" in last
 
 
 def test_summary_survives_a_failed_update(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import rest_rl
 from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
 from rest_rl.runlog import Observer, read_run
-from rest_rl.train.run import RunResult, estimate_run, make_plan, resolve_run, warn_of_memory
+from rest_rl.train.request import resolve_run
+from rest_rl.train.run import RunResult, estimate_run, make_plan, warn_of_memory
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 

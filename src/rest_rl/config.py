@@ -23,11 +23,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from rest_rl.credit import AdvantageKind
 from rest_rl.errors import UserError
-from rest_rl.jsonl import reason
 from rest_rl.objects import UserObject, add_search_folder, check_call
 from rest_rl.presets import REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
 from rest_rl.rewards import try_reward
-from rest_rl.runlog import CONFIG, find_modules
+from rest_rl.runlog import CONFIG, find_modules, read_toml
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,6 +44,10 @@ ENTROPY_DECAY = 0.7
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveAmount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Table:
@@ -112,7 +115,7 @@ class DataTable(Table):
     """Reasons of `rest-rl data check` that do not reject a sample."""
     keep_prompts: bool = False
     """Take the prompts of ToolRL and API-Bank rows as they were published instead of laying them out anew."""
-    mask_names: Annotated[float, Field(ge=0, le=1)] = 0.0
+    mask_names: Share = 0.0
     """Share of the samples whose tool and argument names are replaced by random ones (Hammer, arXiv 2410.04587)."""
 
     def __post_init__(self) -> None:
@@ -158,12 +161,15 @@ class RestTable(Table):
     advantage: AdvantageKind | None = None
     entropy_decay: float = ENTROPY_DECAY
     """Decay per step of the moving average of region entropies; 0 uses the last step only."""
+    progress_steps: Count = 0
+    """Steps in which progress goes from 0 to 1, where it stays; 0 for all of the run. Set where a run is lengthened."""
     region_weights: Mapping[str, float] = field(default_factory=dict)
     """Loss weight by region of a supervised preset, such as `name = 2.0`, 1 where absent."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         reinforced: dict[str, Any] = {"weights": {}, "reward": {}, "advantage": None, "entropy_decay": ENTROPY_DECAY}
+        reinforced["progress_steps"] = 0
         supervised: dict[str, Any] = {"region_weights": {}}
         for name, default in (reinforced if self.is_supervised else supervised).items():
             if (value := getattr(self, name)) != default:
@@ -235,6 +241,7 @@ class RunConfig:
         if self.rest.is_supervised:
             # What a supervised preset does not read is left out, or a later default would refuse the recorded one.
             method: dict[str, Any] = {"region_weights": self.rest.loss_weights(), "entropy_decay": None}
+            method["progress_steps"] = None
         else:
             preset = preset_table(self.rest.resolve())
             method = {name: preset[name] for name in ("advantage", "weights", "reward") if name in preset}
@@ -284,10 +291,7 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
         is_supervised = asked.get("rest", {}).get("preset") in SUPERVISED
         name = "own_model_sft.toml" if is_supervised else "own_model.toml" if is_own else "tool_world.toml"
         return RunConfig.from_toml(embedded_run(name), overrides, origin="the embedded run")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} ({reason(error)})", "a readable TOML file", "check the path") from error
+    text = read_toml(Path(path))
     add_search_folder(Path(path).parent)  # a user's rule or reward may lie beside the run file
     if Path(path).name == CONFIG:
         find_modules(Path(path).parent)
@@ -405,6 +409,8 @@ EXPECTED = {
     "list_type": "a list",
     "tuple_type": "a list",
     "literal_error": "one of {expected}",
+    "finite_number": "a finite number",
+    "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}",
     "less_than": "less than {lt}",

@@ -13,18 +13,26 @@ run removes. Wall-clock times stand apart from the metrics: a resumed run's metr
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json, reason
@@ -35,6 +43,8 @@ METRICS, RESPONSES, TIMING = "metrics.jsonl", "responses.jsonl", "timing.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 REJECTED = "rejected.jsonl"
 CHECKPOINTS, PLOTS, MODEL = "checkpoints", "plots", "model"
+LOCK = ".lock"
+"""The file that the process holds that trains in a folder, and what it is called."""
 TRAINER_FILES = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "global_step*", "optimizer_*")
 """What of a checkpoint is for the trainer alone."""
 LIBRARIES = ("rest-rl", "torch", "transformers", "trl", "accelerate", "tokenizers", "numpy", "peft")
@@ -121,11 +131,7 @@ class RunLog:
         """
         log = cls(folder, enabled=enabled)
         if (log.folder / CONFIG).exists() and enabled:
-            raise UserError(
-                f"{folder}, which holds a run already",
-                "a new folder",
-                "add --resume to go on with it, or pass another --out",
-            )
+            raise holds_a_run(folder)
         log._make_folders()
         log._write(CONFIG, config)
         environment = describe_environment(command)
@@ -150,6 +156,13 @@ class RunLog:
             kept = {key: value for key, value in summary.items() if key in ("data", "before")}
             log._write(SUMMARY, as_json(kept, indent=2) + "\n")
         return log
+
+    def change(self, config: str, changes: Mapping[str, Any]) -> None:
+        """Record that a resumed run goes on as `config`; what has changed is kept in `changes` of environment.json."""
+        environment = read_object(self.folder / ENVIRONMENT)
+        environment["changes"] = [*environment.get("changes", []), changes]
+        self._write(ENVIRONMENT, as_json(environment, indent=2) + "\n")
+        self._write(CONFIG, config)
 
     def keep_model(self, checkpoint: Path) -> None:
         """Copy what a checkpoint holds besides the trainer's state to `model`, unless a whole one is there.
@@ -268,7 +281,7 @@ def read_run(folder: str | Path) -> Run:
     find_modules(path)
     return Run(
         folder=path,
-        config=(path / CONFIG).read_text(encoding="utf-8"),
+        config=read_toml(path / CONFIG),
         environment=read_object(path / ENVIRONMENT),
         metrics=tuple(read_rows(path / METRICS)),
         responses=tuple(read_rows(path / RESPONSES)),
@@ -276,6 +289,14 @@ def read_run(folder: str | Path) -> Run:
         evaluations=tuple(read_rows(path / EVALUATIONS)),
         summary=read_object(path / SUMMARY),
     )
+
+
+def read_toml(path: Path) -> str:
+    """The text of a run file; UserError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} ({reason(error)})", "a readable TOML file", "check the path") from error
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -324,6 +345,70 @@ def unwritable(folder: Path, error: OSError) -> ValueError:
         "a writable folder with free space",
         "make room and go on with --resume (what was written is whole), or pass another --out",
     )
+
+
+def holds_a_run(folder: str | Path) -> UserError:
+    """The error for a new run in the folder of another."""
+    remedy = "add --resume to go on with it, or pass another --out"
+    return UserError(f"{folder}, which holds a run already", "a new folder", remedy)
+
+
+@contextmanager
+def owned(folder: Path, observer: Observer = SILENT, *, enabled: bool = True) -> Iterator[None]:
+    """Own a run folder until the block ends or this process dies; UserError if another process does.
+
+    Where the system or the file system has no locks, the observer is told, and nothing is refused.
+    """
+    if not enabled:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with file:
+        try:
+            is_ours = locks(file)
+            for _ in range(5):  # `owner_of` holds the lock for a moment
+                if not is_ours:
+                    time.sleep(0.1)
+                    is_ours = locks(file)
+        except OSError as error:
+            observer.say(f"{folder} cannot be locked ({reason(error)}): let no other process train in it")
+            is_ours = True
+        if not is_ours:
+            raise UserError(
+                f"{folder}, in which {owner_of(folder)} is training",
+                "a run folder that no other process trains in",
+                "wait for its end or stop it, or pass another --out",
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def owner_of(folder: Path) -> str | None:
+    """Which process trains in a run folder, as far as locks can tell; None if none does."""
+    try:
+        with (folder / LOCK).open("r+", encoding="utf-8", errors="replace") as file:
+            return None if locks(file) else file.readline(200).strip() or "another process"
+    except OSError:
+        return None
+
+
+def locks(file: IO[str]) -> bool:
+    """Lock a file until it is closed; False if another process has locked it, OSError where there are no locks."""
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, "this system has no fcntl")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
 
 
 def describe_environment(command: Iterable[str]) -> Row:

@@ -96,11 +96,6 @@ _add_benchmark(
 
 def _evaluate(values: dict[str, Any]) -> int:
     """Ask, judge, write and show; returns 1 if a sample was left without a response."""
-    from rich.console import Console
-
-    from rest_rl.cli.terminal import Screen, say
-
-    console = Console()
     is_dry = values.pop("dry_run")
     values["changes"] = tuple(values["changes"])
     values |= {name: _parts(name, values[name]) for name in ("categories", "ids")}
@@ -111,8 +106,12 @@ def _evaluate(values: dict[str, Any]) -> int:
         from rest_rl.evaluate.origin import recorded_run
 
         recorded_run(request.checkpoint)  # before anything heavy is loaded
+    from rich.console import Console
+
+    from rest_rl.cli.terminal import Screen, say
     from rest_rl.evaluate.run import preview, run_request
 
+    console = Console()
     if request.source == "checkpoint" and "--debug" not in sys.argv:
         from rest_rl.train.policy import quiet_loading
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rest_rl.cli.options import AsJson, OutFolder, Overrides, is_debug
+from rest_rl.cli.options import AsJson, OutFolder, Overrides, Progress, is_debug
 
 if TYPE_CHECKING:
     from rest_rl.cli.terminal import Screen
@@ -36,7 +36,7 @@ def probe(
     prompts: Annotated[int, typer.Option(metavar="N", help="prompts, at least 8")] = 96,
     group: Annotated[int, typer.Option(metavar="G", help="responses per prompt")] = 8,
     seed: Annotated[int, typer.Option(metavar="S", help="of prompts and sampling")] = 0,
-    progress: Annotated[float, typer.Option(metavar="X", help="training progress of reward and curriculum")] = 0.0,
+    progress: Progress = 0.0,
     step: Annotated[int | None, typer.Option(metavar="P", help="prompts of the step to predict (the run's)")] = None,
     norm_cap: Annotated[
         float, typer.Option(metavar="C", help="scale prompts above C median gradient norms down; 0: off")
@@ -52,10 +52,13 @@ def probe(
     And what each weight rule would do to the next step; ends with a recommendation. Writes to --out, by default
     runs/probe-MODEL. With --json it prints a line of JSON per format instead of tables.
     """
+    from rest_rl.config import RunConfig, read_run_file
     from rest_rl.evaluate.origin import recorded_run
+    from rest_rl.train.request import check_names
 
+    check_names(RunConfig() if model else read_run_file(None, overrides), formats)  # before anything heavy is loaded
     if model:
-        recorded_run(model)  # before anything heavy is loaded
+        recorded_run(model)
     from rich.console import Console
 
     from rest_rl.cli.terminal import Screen

@@ -80,30 +80,19 @@ def train(
     print_config: PrintConfig = False,
 ) -> int:
     """Train a model: your own on your own dialogues, or the embedded one in its tool world."""
-    from rest_rl.evaluate.origin import recorded_run
-
-    if model:
-        recorded_run(model)  # before anything heavy is loaded
-    from rich.console import Console
-
-    from rest_rl.cli.terminal import Screen, show_estimate
-    from rest_rl.train.estimate import estimate_rows
-    from rest_rl.train.run import estimate_run, make_plan, quiet_libraries, resolve_run
-    from rest_rl.train.run import train as run_training
+    from rest_rl.train.request import resolve_run  # without torch: a mistake in the run is found at once
 
     settings = settings_after_dashes(context)
     of_verl = any((nodes, gpus_per_node, settings, print_config))
     if context.info_name == "sft":
         given = any((run, model, data, held_out, preset, tool_format, lora, engine, of_verl, resume, is_dry))
         preset = preset or supervised_preset(run, overrides, resume=resume, is_given=given)
-    if not is_debug(context):
-        quiet_libraries()
     keys = {"model.path": model, "data.path": data, "data.held_out": held_out, "rest.preset": preset}
     changes = shorthands({**keys, "rest.format": tool_format, "run.engine": engine})
     changes += verl_overrides(nodes, gpus_per_node, settings)
     changes += lora_overrides(lora, preset, is_own=bool(model or data) and not (run or resume))
     source: dict[str, Any] = {"run": run, "out": out, "resume": resume, "overrides": [*changes, *overrides]}
-    config = resolve_run(**source, is_dry=True)
+    config = resolve_run(**source, is_dry=is_dry or print_config)
     is_verl = config.run.engine == "verl"
     if of_verl and not is_verl:
         raise UserError(
@@ -111,6 +100,15 @@ def train(
             "--engine verl with them",
             "on several GPUs TRL runs under accelerate launch (docs/training.md)",
         )
+    from rich.console import Console
+
+    from rest_rl.cli.terminal import Screen, show_estimate
+    from rest_rl.train.estimate import estimate_rows
+    from rest_rl.train.run import estimate_run, make_plan, quiet_libraries
+    from rest_rl.train.run import train as run_training
+
+    if not is_debug(context):
+        quiet_libraries()
     screen = Screen(Console(stderr=print_config), config.run.show_every)  # the YAML has the output to itself
     if print_config:
         print(verl_settings(make_plan(**source, observer=screen, is_dry=True), resume=resume))

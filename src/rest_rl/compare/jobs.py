@@ -1,12 +1,11 @@
 """The runs of a grid, each `rest-rl train` in a process of its own: some at a time, resumed, stopped in order.
 
-A run's log is locked as long as somebody trains it: the lock passes to the process of the run and outlives us. So
-nobody trains a run twice, also when an earlier command was killed and left its runs behind.
+The process of a run owns its folder (`runlog.owned`). So nobody trains a run twice, also when an earlier command was
+killed and left its runs behind, or another one starts the same run at the same moment: we wait for it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -18,20 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from rest_rl.compare.grid import LOGS, RUNS, Grid, RunName, error_of_method, is_finished
-from rest_rl.config import AUTO, RunConfig, parse_toml, read_run_file
+from rest_rl.config import AUTO, RunConfig, read_run_file
 from rest_rl.errors import UserError
 from rest_rl.jsonl import parse_row
-from rest_rl.report.tables import flatten, headline_turn, is_number, scores_over
+from rest_rl.report.tables import headline_turn, is_number, scores_over
 from rest_rl.response import TURNS
-from rest_rl.runlog import CONFIG, METRICS, SUMMARY, Observer, read_object, replace_file, unwritable
+from rest_rl.runlog import CONFIG, METRICS, SUMMARY, Observer, owner_of, read_object, replace_file, unwritable
+from rest_rl.train.request import as_recorded, changed_keys
 
 POLL_SECONDS = 0.5
 TAIL_LINES, TAIL_BYTES = 12, 16_384
-MACHINE_DEFAULTS = ("use_cpu", "bf16")
-"""Keys of `[trl]` that `rest-rl train` fills in where there is no accelerator."""
 
 
 @dataclass
@@ -93,21 +91,21 @@ def check_recorded(job: Job) -> None:
     """UserError if the folder holds a run that differs from the one that is wanted."""
     if not (job.folder / CONFIG).is_file():
         return
-    recorded, wanted = read_run_file(job.folder / CONFIG), job.config
-    if wanted.rest.format == AUTO:
-        wanted = replace(wanted, rest=replace(wanted.rest, format=recorded.rest.format))
-    filled = {key: recorded.trl[key] for key in MACHINE_DEFAULTS if key in recorded.trl}
-    wanted = replace(wanted, trl={**filled, **wanted.trl})
-    new, old = (flatten(parse_toml(config.to_toml(), "the run")) for config in (wanted, recorded))
-    changed = sorted(key for key in {*new, *old} if new.get(key) != old.get(key) and key != "run.out")
+    recorded = read_run_file(job.folder / CONFIG)
+    changed = changed_keys(as_recorded(job.config, recorded), recorded)
     if changed:
-        parts = [f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in changed[:3]]
+        pairs = list(changed.items())[:3]
+        parts = [f"{key} was {unset(old)}, now {unset(new)}" for key, (old, new) in pairs]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
             f"{job.folder}, which holds another run ({'; '.join(parts)}{more})",
             "the run of this grid",
             "pass another --out, or delete the folder to train it anew",
         )
+
+
+def unset(value: Any) -> Any:
+    return "unset" if value is None else value
 
 
 def check_startable(jobs: Sequence[Job]) -> None:
@@ -165,31 +163,26 @@ def start_some(jobs: Sequence[Job], at_a_time: int, observer: Observer, stop: St
         if room <= 0 or stop.count:
             return
         room -= 1
-        with job.log.open("ab") as log:
-            if is_locked(log):
-                if not job.note:
-                    job.note = "is being trained by another process: waiting for it"
-                    observer.say(f"{job.name} {job.note}")
-            elif job.is_complete:  # somebody else has finished it
-                job.state = "kept"
-                room += 1
-            else:
-                start(job, log, at_a_time)
-                observer.say(f"{job.name} {job.note}")
+        if holder := owner_of(job.folder):
+            if not job.note:
+                wait_for(job, holder, observer)
+        elif job.is_complete:  # somebody else has finished it
+            job.state = "kept"
+            room += 1
+        else:
+            start(job, at_a_time)
+            observer.say(f"{job.name} {job.note}")
 
 
-def is_locked(log: IO[bytes]) -> bool:
-    """Whether another process holds the log; if not, it is ours now."""
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    return False
+def wait_for(job: Job, holder: str, observer: Observer) -> None:
+    """Leave a run to the process that trains it, and look again later."""
+    job.state, job.note = "waiting", f"is being trained by {holder}: waiting for it"
+    observer.say(f"{job.name} {job.note}")
 
 
-def start(job: Job, log: IO[bytes], at_a_time: int) -> None:
+def start(job: Job, at_a_time: int) -> None:
     """Start a run, or go on with it, in a session of its own: Ctrl-C reaches it only through us."""
-    job.log_start = job.log.stat().st_size
+    job.log_start = job.log.stat().st_size if job.log.exists() else 0
     command = [sys.executable, "-m", "rest_rl", "train", str(job.log.with_suffix(".toml")), "--out", str(job.folder)]
     resumes = (job.folder / CONFIG).is_file()
     job.note = f"goes on after step {job.last_step()}" if resumes else "begins"
@@ -197,14 +190,15 @@ def start(job: Job, log: IO[bytes], at_a_time: int) -> None:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // at_a_time))
     folders = [*filter(None, [os.environ.get("PYTHONPATH")]), *job.modules]
     python_path = {"PYTHONPATH": os.pathsep.join(folders)} if job.modules else {}
-    job.process = subprocess.Popen(  # noqa: S603
-        [*command, *(["--resume"] if resumes else [])],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **python_path, "OMP_NUM_THREADS": threads, "COLUMNS": "120"},
-        start_new_session=True,
-    )
+    with job.log.open("ab") as log:
+        job.process = subprocess.Popen(  # noqa: S603
+            [*command, *(["--resume"] if resumes else [])],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **python_path, "OMP_NUM_THREADS": threads, "COLUMNS": "120"},
+            start_new_session=True,
+        )
     job.state = "running"
 
 
@@ -220,6 +214,8 @@ def collect(job: Job, observer: Observer, *, is_stopping: bool) -> None:
     elif is_stopping:
         job.state, job.note = "stopped", f"stopped after step {job.last_step()}"
         observer.say(f"{job.name} {job.note}")
+    elif holder := owner_of(job.folder):  # who was faster; ours has been refused
+        wait_for(job, holder, observer)
     else:
         how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
         job.state, job.note = "failed", f"{how} after step {job.last_step()}"

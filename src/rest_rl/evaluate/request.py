@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from rest_rl.errors import UserError
+from rest_rl.formats import get_format
 
 if TYPE_CHECKING:
     from rest_rl.evaluate.conversation import Benchmark, Model
@@ -103,6 +104,8 @@ class EvalRequest:
                 raise UserError(f"{option(own.name)} {value!r}", f"one of {', '.join(choices)}", "choose one of them")
         self._check_source()
         self._check_options()
+        if self.format not in (None, "auto"):
+            get_format(self.format)
 
     @property
     def source(self) -> Source:

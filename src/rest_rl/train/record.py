@@ -100,6 +100,7 @@ def recorded_reward(
     limit: int,
     record: ResponseRecord,
     ends: Collection[int] | None = None,
+    progress_steps: int = 0,
 ) -> Callable[..., list[float]]:
     """The reward, which also begins a record of the first `limit` responses of every batch; `ends` as the reward's."""
     ends = ending_ids(tokenizer) if ends is None else ends
@@ -109,7 +110,8 @@ def recorded_reward(
         completion_ids: list[list[int]], gold: list[Any], trainer_state: Any = None, **columns: Any
     ) -> list[float]:
         totals = reward(completion_ids=completion_ids, gold=gold, trainer_state=trainer_state, **columns)
-        step, progress, prompts = trainer_state.global_step + 1, progress_of(trainer_state), columns.get("prompts")
+        step, progress = trainer_state.global_step + 1, progress_of(trainer_state, progress_steps)
+        prompts = columns.get("prompts")
         rows = []
         for i, ids in enumerate(completion_ids[:limit]):
             row = {"step": step, "progress": progress, "id": columns["id"][i]}

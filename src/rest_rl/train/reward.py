@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
-from collections.abc import Callable, Collection, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed
@@ -11,6 +14,7 @@ import torch.distributed
 from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import end_ids, has_ended
 from rest_rl.formats import ToolFormat, get_format
+from rest_rl.objects import name_of
 from rest_rl.presets import Preset, get_preset
 from rest_rl.regions import decode_ids
 from rest_rl.response import Gold, Turn, gold_from_json
@@ -46,9 +50,12 @@ def ending_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
     return frozenset(ends if tokenizer.pad_token_id is None else [*ends, tokenizer.pad_token_id])
 
 
-def progress_of(state: Any) -> float:
-    """Training progress nu in [0, 1] of a `TrainerState`: 0 in the first optimizer step, 1 in the last."""
-    return min(1.0, state.global_step / max(1, state.max_steps - 1))
+def progress_of(state: Any, steps: int = 0) -> float:
+    """Training progress nu in [0, 1] of a `TrainerState`: 0 in the first optimizer step, 1 in the last.
+
+    Or 1 in the last of the first `steps` and after them.
+    """
+    return min(1.0, state.global_step / max(1, (steps or state.max_steps) - 1))
 
 
 def make_tool_reward(
@@ -58,6 +65,7 @@ def make_tool_reward(
     steps_per_batch: int = 1,
     seed: int = 0,
     ends: Collection[int] | None = None,
+    progress_steps: int = 0,
 ) -> Callable[..., list[float]]:
     """The preset's rule reward as a reward function for TRL, also for its stock trainers.
 
@@ -65,7 +73,7 @@ def make_tool_reward(
     JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}. `steps_per_batch` are the optimizer steps
     that learn from one batch of responses: the published schedule of `authors-code` counts batches. `seed` is that of
     the run, for rewards that are `random`. A response that ends with none of `ends` (by default `ending_ids` of the
-    tokenizer) was cut off.
+    tokenizer) was cut off. `progress_steps` are the steps that progress takes, 0 for all.
     """
     chosen_format, reward = get_format(tool_format), get_preset(preset).reward
     ends = ending_ids(tokenizer) if ends is None else ends
@@ -75,15 +83,19 @@ def make_tool_reward(
         gold: list[Any],
         trainer_state: Any = None,
         log_metric: Callable[[str, float], None] | None = None,
+        id: Sequence[Any] = (),
         **_: Any,
     ) -> list[float]:
         step = 0 if trainer_state is None else trainer_state.global_step
-        progress = 0.0 if trainer_state is None else progress_of(trainer_state)
+        progress = 0.0 if trainer_state is None else progress_of(trainer_state, progress_steps)
         golds, rows = [read_gold(target) for target in gold], []
-        for ids, target in zip(completion_ids, golds, strict=True):
+        for at, (ids, target) in enumerate(zip(completion_ids, golds, strict=True)):
             text = decode_ids(ids, tokenizer, chosen_format.tags)
             batch, is_cut = step // steps_per_batch + 1, not has_ended(ids, ends)
-            rows.append(score_text(text, target, chosen_format, reward, progress, batch, truncated=is_cut))
+            try:
+                rows.append(score_text(text, target, chosen_format, reward, progress, batch, truncated=is_cut))
+            except UserError as error:
+                raise of_sample(error, id[at] if id else None) from error
         if log_metric is not None:
             for name in Scored._fields[1:]:
                 log_metric(f"rest/{name}", sum(getattr(row, name) for row in rows) / len(rows))
@@ -95,6 +107,42 @@ def make_tool_reward(
         return [row.total for row in rows]
 
     return tool_reward
+
+
+def of_sample(error: UserError, name: Any) -> UserError:
+    """The error with the sample that it arose at, if that is known."""
+    return error if name is None else UserError(f"{error.got} (sample {name!r})", error.expected, error.remedy)
+
+
+def refuse_non_finite(reward: Callable[..., Any]) -> Callable[..., Any]:
+    """A reward function for TRL, or the same that refuses inf and NaN, at which no group would have a gradient.
+
+    None, which is TRL's word for no reward, is left to it.
+    """
+    if not callable(reward) or isinstance(reward, torch.nn.Module):
+        return reward
+
+    def checked(values: Any, columns: Mapping[str, Any]) -> Any:
+        for at, value in enumerate(values):
+            if value is not None and not math.isfinite(value):
+                got = f"{float(value)} from the reward function {name_of(reward)}"
+                error = UserError(got, "finite numbers, or None for no reward", "guard the function against it")
+                raise of_sample(error, columns["id"][at] if "id" in columns else None)
+        return values
+
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+
+        @functools.wraps(reward)
+        async def later(**columns: Any) -> Any:
+            return checked(await reward(**columns), columns)
+
+        return later
+
+    @functools.wraps(reward)  # TRL names its metrics after the function
+    def now(**columns: Any) -> Any:
+        return checked(reward(**columns), columns)
+
+    return now
 
 
 def _rank() -> int:

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain, count
 from pathlib import Path
 from textwrap import shorten
 from time import perf_counter
-from typing import Any
 
 from datasets import disable_progress_bars
 
-from rest_rl.config import AUTO, RunConfig, parse_toml, read_run_file
+from rest_rl.config import RunConfig, parse_toml, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.evaluate.held_out import Prompt, fixed_slice
-from rest_rl.evaluate.origin import recorded_run
+from rest_rl.objects import UserObject
 from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.plots import draw_all
-from rest_rl.report.tables import (
-    COMPARISON_HEADER,
-    comparison_rows,
-    flatten,
-    group_runs,
-    headline_turn,
-    scores_over,
-)
+from rest_rl.report.tables import COMPARISON_HEADER, comparison_rows, group_runs, headline_turn, scores_over
 from rest_rl.response import TURNS, Turn
 from rest_rl.runlog import (
     CONFIG,
@@ -39,6 +30,7 @@ from rest_rl.runlog import (
     Observer,
     Row,
     RunLog,
+    owned,
     read_rows,
     read_run,
     unwritable,
@@ -48,11 +40,12 @@ from rest_rl.train.engine import Engine
 from rest_rl.train.estimate import Estimate, estimate, this_device, verdict
 from rest_rl.train.policy import lora_config, model_context, policy_config, policy_tokenizer, quiet_loading
 from rest_rl.train.prompts import TrainingData, read_data
+from rest_rl.train.request import RunSource, changed_keys, in_folder, is_first_process, resolve_run
 from rest_rl.train.trl.settings import unread_keys, with_machine_defaults
+from rest_rl.train.weighing import try_rule
 
 COUNTED = 2000
 """Samples whose tokens an estimate counts."""
-RunSource = RunConfig | Mapping[str, Any] | str | Path | None
 
 
 @dataclass(frozen=True)
@@ -105,17 +98,28 @@ def train(
     Raises:
         UserError: a mistake in the run, its data or its model; found before the run folder is made where possible.
     """
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = is_first_process()
     observer = observer if is_first else SILENT
-    plan = make_plan(run, out=out, resume=resume, overrides=overrides, observer=observer)
-    config, engine, data = plan.config, plan.engine, plan.data
+    config = resolve_run(run, out=out, resume=resume, overrides=overrides)
     folder = Path(config.run.out)
-    if resume:
-        log, checkpoint = resume_folder(folder, engine, data, observer, enabled=is_first)
-    else:
-        checkpoint = engine.prepare(data, RunLog(folder), Checkpoint(0))
-        run_file = run if isinstance(run, str | Path) else None
-        log = RunLog.create(folder, config.to_toml(), sys.argv, enabled=is_first, run_file=run_file)
+    with ExitStack() as held:
+        if resume:
+            held.enter_context(owned(folder, observer, enabled=is_first))
+        plan = plan_of(config, observer, is_new=not resume)
+        config, engine, data = plan.config, plan.engine, plan.data
+        if resume:
+            log, checkpoint = resume_folder(folder, plan, observer, enabled=is_first)
+        else:
+            checkpoint = engine.prepare(data, RunLog(folder), Checkpoint(0))
+            held.enter_context(owned(folder, observer, enabled=is_first))
+            run_file = run if isinstance(run, str | Path) else None
+            log = RunLog.create(folder, config.to_toml(), sys.argv, enabled=is_first, run_file=run_file)
+        return carry_out(plan, log, checkpoint, observer)
+
+
+def carry_out(plan: Plan, log: RunLog, checkpoint: Checkpoint, observer: Observer) -> RunResult:
+    """Measure, train, keep and measure a run whose folder is open."""
+    config, engine, data, folder = plan.config, plan.engine, plan.data, log.folder
     what = f"preset {config.rest.preset}, {len(data.prepared)} prompts, {len(data.held_out)} held out"
     observer.say(f"run folder {folder}, {what}")
     keep_account(data, log, observer)
@@ -130,7 +134,7 @@ def train(
         engine.keep_model()
         log.update_summary(steps=reached.step, preset=config.rest.preset, seed=config.run.seed)
         held_out.measure("after")
-        if is_first:
+        if log.enabled:
             finish(log, observer)
     summary, table = log.read_summary(), parse_toml(config.to_toml(), "the run")
     metrics, evaluations = read_rows(folder / METRICS), read_rows(folder / EVALUATIONS)  # none on another machine
@@ -146,18 +150,21 @@ def train(
     )
 
 
-def resume_folder(
-    folder: Path, engine: Engine, data: TrainingData, observer: Observer, *, enabled: bool
-) -> tuple[RunLog, Checkpoint]:
+def resume_folder(folder: Path, plan: Plan, observer: Observer, *, enabled: bool) -> tuple[RunLog, Checkpoint]:
     """A run folder cut back to its newest whole checkpoint, once the engine is ready to go on from there."""
     log = RunLog(folder)
-    check_same_data(data, log)
-    checkpoint, broken = engine.resume_point(log)
-    checkpoint = engine.prepare(data, log, checkpoint)
+    check_same_data(plan.data, log)
+    checkpoint, broken = plan.engine.resume_point(log)
+    checkpoint = plan.engine.prepare(plan.data, log, checkpoint)
     if broken:
         observer.say(f"{', '.join(broken)} is not whole and is left aside")
     observer.say(f"resuming after step {checkpoint.step}")
-    return RunLog.resume(folder, checkpoint.step, is_last=checkpoint.is_last, enabled=enabled), checkpoint
+    changed = changed_keys(plan.config, in_folder(read_run_file(folder / CONFIG), folder))
+    log = RunLog.resume(folder, checkpoint.step, is_last=checkpoint.is_last, enabled=enabled)
+    if changed:
+        log.change(plan.config.to_toml(), {"after_step": checkpoint.step, **changed})
+        observer.say("; ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items()))
+    return log, checkpoint
 
 
 def quiet_libraries() -> None:
@@ -180,7 +187,17 @@ def make_plan(
     A dry plan is of a run that will not begin: where nobody has named a folder it does not look for a free one.
     """
     config = resolve_run(run, out=out, resume=resume, overrides=overrides, is_dry=is_dry)
+    return plan_of(config, observer, is_new=not resume, is_dry=is_dry)
+
+
+def plan_of(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: bool = False) -> Plan:
+    """The plan of a run, a new one with what this machine lacks filled in."""
+    if is_new and config.run.engine == "trl":  # verl trains elsewhere
+        config = with_machine_defaults(config)
     config, layout = resolve_layout(config, observer)
+    rule = None if config.rest.is_supervised else config.rest.resolve().weights
+    if isinstance(rule, UserObject):
+        try_rule(rule, layout.tokenizer, layout.format)
     engine = make_engine(config, layout, observer, is_dry=is_dry)
     plan = Plan(config, layout, engine, read_data(config, layout, observer.say, engine.response_tokens))
     if not is_dry and config.run.engine == "trl":
@@ -241,75 +258,6 @@ def warn_of_memory(plan: Plan, observer: Observer) -> None:
         return
     if word == "does not fit":
         observer.say(f"warning: the run needs more memory than there is, by its estimate: {text}")
-
-
-def resolve_run(
-    run: RunSource, *, out: str | Path | None, resume: bool, overrides: Sequence[str], is_dry: bool = False
-) -> RunConfig:
-    """The run that is asked for; with `resume` the one in the run folder, which `run` and `overrides` may repeat."""
-    if resume and run is None:  # overrides on their own are changes of the recorded run
-        folder = Path(read_source(None, overrides).run.out if out is None else out)
-        asked = in_folder(read_run_file(recorded_file(folder), overrides), folder)
-    else:
-        asked = read_source(run, overrides)
-        asked = with_machine_defaults(asked) if asked.run.engine == "trl" else asked  # verl trains elsewhere
-        asked = asked if out is None else in_folder(asked, out)
-    if not resume or Path(asked.model.path).is_dir():
-        path = recorded_run(asked.model.path, "model.path").path  # a run folder stands for its model
-        asked = replace(asked, model=replace(asked.model, path=path))
-    if not resume:
-        is_chosen = run is not None or out is not None or is_dry
-        return asked if is_chosen else in_folder(asked, free_folder(asked.run.out))
-    folder = Path(asked.run.out)
-    config = in_folder(read_run_file(recorded_file(folder)), folder)
-    if asked.rest.format == AUTO:
-        asked = replace(asked, rest=replace(asked.rest, format=config.rest.format))
-    refuse_changes(parse_toml(asked.to_toml(), "the run"), parse_toml(config.to_toml(), "the run"))
-    return config
-
-
-def recorded_file(folder: Path) -> Path:
-    """The run that a folder records; UserError if it holds none."""
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"--resume and {folder}, which holds no run", "a run folder", "pass its --out")
-    return folder / CONFIG
-
-
-def read_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
-    """A run from whatever describes it, with overrides."""
-    if isinstance(run, RunConfig):
-        return RunConfig.from_toml(run.to_toml(), overrides) if overrides else run
-    if isinstance(run, Mapping):
-        return RunConfig.from_tables(run, overrides)
-    return read_run_file(run, overrides)
-
-
-def in_folder(config: RunConfig, out: str | Path) -> RunConfig:
-    """The same run in another folder."""
-    return replace(config, run=replace(config.run, out=str(out)))
-
-
-def free_folder(out: str) -> str:
-    """`out`, or `out-2`, `out-3`, ... if it holds a run already; for runs whose folder nobody chose.
-
-    UserError in a launch of several processes: each would find another one.
-    """
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(f"{processes} processes without --out", "one folder for all", "pass --out DIR")
-    names = chain([out], (f"{out}-{number}" for number in count(2)))
-    return next(name for name in names if not (Path(name) / CONFIG).exists())
-
-
-def refuse_changes(asked: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    """UserError if a resumed run is asked to be another one."""
-    new, old = flatten(asked), flatten(recorded)
-    changed = sorted(key for key in {*new, *old} if new.get(key) != old.get(key))
-    if changed:
-        raise UserError(
-            f"--resume with another {', '.join(changed)}",
-            "the run as it was recorded",
-            "leave RUN.toml and --set out to go on with it, or pass another --out to start the changed run",
-        )
 
 
 def resolve_layout(config: RunConfig, observer: Observer) -> tuple[RunConfig, PromptLayout]:

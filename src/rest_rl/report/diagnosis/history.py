@@ -121,6 +121,8 @@ class History:
         self.row: Mapping[str, Any] = {}
         self.second_moment = second_moment
         self.evaluations: list[Mapping[str, Any]] = []
+        self.repeats: list[tuple[int, int]] = []
+        """Steps of a row and of the next one, where that is not a later one."""
         self._columns: dict[str, Column] = {}
         self._rows = 0
 
@@ -143,6 +145,8 @@ class History:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Take in one row of metrics; what is no finite number is left out."""
+        if self._rows and step_of(row) <= self.step:
+            self.repeats.append((self.step, step_of(row)))
         self.row = row
         self._rows += 1
         for key, value in row.items():

@@ -49,6 +49,8 @@ class Settings:
     """Settings that sample from another distribution than the policy's own, with their values."""
     total: int = 0
     """Steps of the whole run; 0 if unknown."""
+    progress_steps: int = 0
+    """Steps in which the curriculum moves; 0 for all."""
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Settings:
@@ -85,6 +87,7 @@ class Settings:
                 if trl.get(name, neutral) != neutral
             },
             total=int(number("max_steps") or 0),
+            progress_steps=config.rest.progress_steps,
         )
 
     def lasting(self, total: int) -> Settings:
@@ -93,7 +96,8 @@ class Settings:
 
     def shift(self, region: str, step: int) -> float:
         """How far the curriculum has moved a region's weight at a step; 0 where that is not known."""
-        return self.shifts.get(region, 0.0) * min(1.0, max(0, step - 1) / (self.total - 1)) if self.total > 1 else 0.0
+        steps = self.progress_steps or self.total
+        return self.shifts.get(region, 0.0) * min(1.0, max(0, step - 1) / (steps - 1)) if steps > 1 else 0.0
 
     @property
     def most_groups(self) -> float:

@@ -67,6 +67,29 @@ def not_finite(history: History, settings: Settings) -> Symptom | None:
     )
 
 
+def reward_not_finite(history: History, settings: Settings) -> Symptom | None:
+    """A mean reward that is NaN or infinite."""
+    if "reward" not in history.row or is_number(history.row["reward"]):
+        return None
+    return Symptom(
+        f"the mean reward of step {history.step} is not finite",
+        "a reward function that returned inf or NaN: its group, and with inf the whole batch, has no gradient",
+        "guard the reward function, and begin anew",
+    )
+
+
+def rows_out_of_order(history: History, settings: Settings) -> Symptom | None:
+    """Rows of metrics whose step is not after that of the row before."""
+    if not history.repeats:
+        return None
+    before, step = history.repeats[0]
+    return Symptom(
+        f"{len(history.repeats)} rows of metrics repeat a step or go back, the first step {step} after {before}",
+        "two processes trained in this folder at once, or files of two runs were joined: curves and model are mixed",
+        "trust none of its numbers; train it anew in a folder of its own",
+    )
+
+
 def no_spread(history: History, settings: Settings) -> Symptom | None:
     """Most groups have equal rewards throughout: they have no advantage and no gradient."""
     zero_variance = history.now("frac_reward_zero_std")
@@ -326,6 +349,8 @@ SYMPTOMS: Mapping[str, Callable[[History, Settings], Symptom | None]] = {
     symptom.__name__: symptom
     for symptom in (
         not_finite,
+        reward_not_finite,
+        rows_out_of_order,
         no_spread,
         truncated,
         format_falls,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
+import os
+import re
 import signal
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from rest_rl.config import RunConfig, parse_toml
+from rest_rl.config import RunConfig, parse_toml, read_run_file
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
@@ -25,21 +28,26 @@ from rest_rl.evaluate.held_out import Prompt, evaluate
 from rest_rl.formats import get_format
 from rest_rl.report.diagnosis import Diagnosis
 from rest_rl.report.diagnosis.history import step_of
-from rest_rl.runlog import EVALUATIONS, METRICS, Observer, Row, RunLog, read_rows, unwritable
+from rest_rl.runlog import CONFIG, EVALUATIONS, METRICS, Observer, Row, RunLog, cut_back, read_rows, unwritable
 from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
 from rest_rl.train.engine import AfterStep, Reached
 from rest_rl.train.estimate import count_work
 from rest_rl.train.policy import load_policy, new_adapter
 from rest_rl.train.prompts import TrainingData, cannot_train_on, dataset_of, prompt_dataset
 from rest_rl.train.record import KeepLast, ResponseRecord, recorded_reward
+from rest_rl.train.request import LENGTHS
 from rest_rl.train.reward import ending_ids, make_tool_reward
 from rest_rl.train.sft import demonstrations, region_trainer
-from rest_rl.train.trl.settings import trainer_config
+from rest_rl.train.trl.settings import check_lengthening, trainer_config
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, steps_per_generation
 
 WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
 """Parts of the names of what differs from run to run, or after a resume, and so stays out of the metrics."""
 
+PROBED = 64
+"""Tokens of a prompt at whose logits a diverged model is noticed."""
+LARGEST = 1e19
+"""Weights from which on their squares, which a norm takes, overflow."""
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """What the system says where a folder cannot be written to."""
 
@@ -66,13 +74,22 @@ class TrlEngine:
         return find_checkpoint(log, self.args.save_steps)
 
     def prepare(self, data: TrainingData, log: RunLog, checkpoint: Checkpoint) -> Checkpoint:
-        self.checkpoint = checkpoint
         self.dataset = self._dataset(data)
+        self.probe_ids = data.prepared[0].prompt_ids[-PROBED:]
+        if (log.folder / CONFIG).is_file():
+            self._check_lengthened(read_run_file(log.folder / CONFIG), checkpoint)
+        if checkpoint.is_last and checkpoint.step < self.steps:  # the run has been lengthened since
+            checkpoint = checkpoint._replace(is_last=False)
+        self.checkpoint = checkpoint
         table = replace(self.config.model, dtype=self.config.weights_dtype)
         if checkpoint.is_last:  # killed after its last step: only its model is to be kept and measured
             table = replace(table, path=str(checkpoint.folder))
         self.model, _ = load_policy(table, self.config.peft)
         return checkpoint
+
+    def _check_lengthened(self, recorded: RunConfig, checkpoint: Checkpoint) -> None:
+        if any(recorded.trl.get(key) != self.config.trl.get(key) for key in LENGTHS):
+            check_lengthening(self.args, checkpoint.step)
 
     def _dataset(self, data: TrainingData) -> Any:
         if isinstance(self.args, ResTConfig):
@@ -115,6 +132,7 @@ class TrlEngine:
         else:
             weights = self.config.rest.loss_weights()
             self.trainer = region_trainer(self.args, self.layout, self.dataset, weights, **shared)
+        guard_saving(self.trainer, log.folder)
         self.trainer.remove_callback(PrinterCallback)  # the recorder shows and keeps the metrics
         self.model = self.trainer.model
         if self.is_sharded:
@@ -125,9 +143,10 @@ class TrlEngine:
     def _recorded_reward(self, args: ResTConfig, record: ResponseRecord) -> Callable[..., list[float]]:
         """The preset's reward, which also records the first responses of every batch."""
         tool_format, tokenizer = get_format(self.config.rest.format), self.layout.tokenizer
-        ends = ending_ids(tokenizer, self.model)
-        reward = make_tool_reward(tokenizer, tool_format, args.method(), steps_per_generation(args), args.seed, ends)
-        return recorded_reward(reward, tokenizer, tool_format, self.config.run.responses_per_step, record, ends)
+        ends, shares, steps = ending_ids(tokenizer, self.model), steps_per_generation(args), args.progress_steps
+        reward = make_tool_reward(tokenizer, tool_format, args.method(), shares, args.seed, ends, steps)
+        kept = self.config.run.responses_per_step
+        return recorded_reward(reward, tokenizer, tool_format, kept, record, ends, steps)
 
     def _keep_responses(self, step: int, rows: Sequence[Row]) -> None:
         self.log.add_responses(rows)
@@ -146,15 +165,59 @@ class TrlEngine:
     def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
         if self.is_sharded:
             return None
-        return evaluate(self.model, self.layout.tokenizer, prompts, self.layout.format, self.config.eval)
+        with self._sampling():
+            return evaluate(self.model, self.layout.tokenizer, prompts, self.layout.format, self.config.eval)
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """UserError instead of what sampling from a model raises that has no probabilities."""
+        try:
+            yield
+        except RuntimeError as error:
+            is_sound = True
+            with suppress(RuntimeError):  # a device that has failed answers nothing any more
+                is_sound = self.is_sound()
+            if not is_sound:
+                raise self.divergence() from error
+            raise
+
+    def is_sound(self) -> bool:
+        """Whether trained weights and logits for the end of a prompt are finite; a sharded model is not asked."""
+        if self.is_sharded:
+            return True
+        model, was_training = self.model, self.model.training
+        trained = [torch.linalg.vector_norm(p.detach(), math.inf) for p in model.parameters() if p.requires_grad]
+        if trained and not torch.stack([norm.to(trained[0]) for norm in trained]).max() < LARGEST:
+            return False
+        ids_BT = torch.tensor([self.probe_ids], device=model.device)
+        model.eval()
+        with torch.no_grad():
+            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        model.train(was_training)
+        return bool(torch.isfinite(logits_BTV).all())
+
+    def divergence(self) -> UserError:
+        """The error for a model that is not sound."""
+        step = self.checkpoint.step if self.trainer is None else self.trainer.state.global_step
+        if step == 0:
+            remedy = "take another model, or another model.dtype"
+            return UserError(f"infinite or NaN weights or logits of {self.config.model.path}", "finite numbers", remedy)
+        kept = find_checkpoint(self.log, math.inf)[0].folder
+        return UserError(
+            f"infinite or NaN weights or logits after step {step}: the run has diverged",
+            "finite numbers",
+            f"lower trl.learning_rate (now {self.args.learning_rate:g}), set trl.max_grad_norm (now "
+            f"{self.args.max_grad_norm:g}; 1 is usual) and begin anew with another --out"
+            + (f"; the last checkpoint is {kept}" if kept else ""),
+        )
 
     def run(self, after_step: AfterStep) -> Reached:
         trainer, begin = self.trainer, self.checkpoint
         if trainer is None:
             return Reached(begin.step)
-        trainer.add_callback(EveryStep(after_step, self.recorder))
+        trainer.add_callback(EveryStep(after_step, self))
         with (
-            writing(self.log.folder),
+            self._sampling(),
             self.observer.track("training", self.steps, begin.step),
             stopping(self.recorder, self.observer),
         ):
@@ -176,10 +239,46 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        is_refused = isinstance(error, OSError) and error.errno in REFUSALS
-        if is_refused or any(text in str(error) for text in ("No space left", "file write failed", "(os error ")):
-            raise unwritable(folder, OSError(None, str(error))) from error
+        if number := refusal(folder, error):
+            raise unwritable(folder, OSError(number, os.strerror(number))) from error
         raise
+
+
+def refusal(folder: Path, error: Exception) -> int | None:
+    """The number of the system's error, if it was the folder that kept a model from being written.
+
+    safetensors has it in its text. torch's writer has none: the file that it has left behind is asked for more room.
+    """
+    if isinstance(error, OSError):
+        return error.errno if error.errno in REFUSALS else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1]) if int(found[1]) in REFUSALS else None
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if not files:
+        return None
+    last = max(files, key=lambda path: path.stat().st_mtime_ns)
+    size = last.stat().st_size
+    try:
+        with last.open("ab") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as refused:
+        return refused.errno
+    finally:
+        cut_back(last, size)
+    return None
+
+
+def guard_saving(trainer: Any, folder: Path) -> None:
+    """Tell a full disk from a bug where the trainer writes its checkpoints."""
+    save = trainer._save_checkpoint  # noqa: SLF001 - where transformers writes a checkpoint's parts
+
+    def guarded(*args: Any, **settings: Any) -> None:
+        with writing(folder):
+            save(*args, **settings)
+
+    trainer._save_checkpoint = guarded  # noqa: SLF001
 
 
 def check_size(prompts: int, args: ResTConfig, path: str) -> None:
@@ -244,15 +343,23 @@ class Recorder(TrainerCallback):
 class EveryStep(TrainerCallback):
     """Lets the workflow measure after every finished step, before the step is logged and saved.
 
-    So what it writes is there whenever the step's checkpoint is.
+    So what it writes is there whenever the step's checkpoint is. A run that has diverged is logged and ends.
     """
 
-    def __init__(self, after_step: AfterStep, recorder: Recorder) -> None:
-        self.after_step, self.recorder = after_step, recorder
+    def __init__(self, after_step: AfterStep, engine: TrlEngine) -> None:
+        self.after_step, self.engine = after_step, engine
+        self.has_diverged = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if row := self.after_step(state.global_step):
-            self.recorder.add_evaluation(row)
+        self.has_diverged = not self.engine.is_sound()
+        if self.has_diverged:
+            control.should_log = True
+        elif row := self.after_step(state.global_step):
+            self.engine.recorder.add_evaluation(row)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.has_diverged:  # logged by the recorder, not saved
+            raise self.engine.divergence()
 
 
 @contextmanager

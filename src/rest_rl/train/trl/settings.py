@@ -13,23 +13,30 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig, SFTConfig
 
-from rest_rl.config import RunConfig, checked, unknown_key
+from rest_rl.config import Amount, Decay, Positive, PositiveAmount, RunConfig, Share, checked, unknown_key
 from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS
 from rest_rl.train.policy import new_adapter
+from rest_rl.train.request import MACHINE_DEFAULTS
 from rest_rl.train.trl.trainer import ResTConfig, steps_per_generation
 
 OWNED = ("output_dir", "seed", "preset", "tool_format", "weights", "reward", "advantage", "entropy_decay")
+OWNED += ("progress_steps",)
 """Fields of the trainer's configuration that other tables of a run set."""
-LEAST_ONE = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_generations",
-    "max_completion_length",
-    "save_steps",
-    "logging_steps",
-)
-"""Fields of which less would mean nothing."""
+RANGES = {
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"), Positive),
+    **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation", "max_length"), Positive),
+    **dict.fromkeys(("save_total_limit", "generation_batch_size"), Positive),
+    **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps"), PositiveAmount),
+    **dict.fromkeys(("temperature", "repetition_penalty", "delta"), PositiveAmount),
+    **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "warmup_steps", "adam_epsilon"), Amount),
+    **dict.fromkeys(("beta", "epsilon", "epsilon_high"), Amount),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Decay),
+    **dict.fromkeys(("min_p", "top_p", "top_entropy_quantile", "label_smoothing_factor"), Share),
+}
+"""Fields whose other values mean nothing, though the trainer would take them."""
+ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""Learning rate schedules in which no rate depends on the length of the run."""
 PACKAGES = {
     "use_vllm": ("vllm", "'rest-rl[vllm]'"),
     "deepspeed": ("deepspeed", "deepspeed"),
@@ -42,7 +49,7 @@ def with_machine_defaults(config: RunConfig) -> RunConfig:
     """The run with `use_cpu` and `bf16 = false` filled in where there is no accelerator and `[trl]` does not say."""
     if torch.accelerator.is_available():
         return config
-    return dataclasses.replace(config, trl={"use_cpu": True, "bf16": False, **config.trl})
+    return dataclasses.replace(config, trl={**MACHINE_DEFAULTS, **config.trl})
 
 
 def trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfig | SFTConfig:
@@ -62,9 +69,6 @@ def trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfig | S
         **method_fields(config),
         **table,
     }
-    for name in LEAST_ONE:
-        if isinstance(number := table.get(name, 1), int) and number < 1:
-            raise UserError(f"trl.{name} = {number}", "at least 1", "raise it")
     try:
         args = kind(**given)
     except UserError:
@@ -124,6 +128,11 @@ def check_trl(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
         is_switch = isinstance(value, bool) and str in options
         if options <= {int, float, bool, str, type(None)} and not is_switch:
             checked(value, hints[name], f"trl.{name}")
+        if name in RANGES and value is not None:
+            checked(value, RANGES[name], f"trl.{name}")
+    if (steps := table.get("max_steps", -1)) < 1 and steps != -1:
+        expected = "at least 1, or -1 for as many as trl.num_train_epochs takes"
+        raise UserError(f"trl.max_steps = {steps}", expected, "change it")
     if table.get("save_only_model"):
         raise UserError(
             "trl.save_only_model = true",
@@ -133,6 +142,25 @@ def check_trl(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
     if "chat_template_kwargs" in table:
         raise UserError("trl.chat_template_kwargs", "model.chat_template_kwargs", "move it to [model]")
     check_packages(table)
+
+
+def check_lengthening(args: ResTConfig | SFTConfig, step: int) -> None:
+    """UserError unless a run can be lengthened after `step` as if it had been as long from the beginning."""
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    warms_up = schedule != "constant" and 0 < args.warmup_steps < 1  # a share of the run
+    if schedule not in ENDLESS or warms_up:
+        raise UserError(
+            f"--resume with another length and trl.lr_scheduler_type = {schedule!r}, whose learning rates depend on it"
+            + " by its warmup" * warms_up,
+            f"a schedule that does not ({', '.join(ENDLESS)})",
+            f"train on from the run's model: --model {Path(cast(str, args.output_dir)).parent} --out another",
+        )
+    if step % steps_per_generation(args):
+        raise UserError(
+            f"--resume with another length after step {step}, in the middle of a batch of responses",
+            f"a multiple of {steps_per_generation(args)}, the steps that share one",
+            f"delete checkpoint-{step}, to go on from the one before it",
+        )
 
 
 def check_packages(table: Mapping[str, Any]) -> None:

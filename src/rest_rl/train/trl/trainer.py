@@ -36,7 +36,7 @@ from rest_rl.presets import PRESETS, Preset
 from rest_rl.response import NUM_REGIONS
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.record import PLACE, WeighedBatch
-from rest_rl.train.reward import ending_ids, make_tool_reward, progress_of
+from rest_rl.train.reward import ending_ids, make_tool_reward, progress_of, refuse_non_finite
 from rest_rl.train.weighing import (
     SUMS,
     EntropyTracker,
@@ -125,6 +125,10 @@ class ResTConfig(GRPOConfig):
     entropy_decay: float = field(
         default=ENTROPY_DECAY,
         metadata={"help": "Decay per step of the moving average of region entropies; 0 uses the last step only."},
+    )
+    progress_steps: int = field(
+        default=0,
+        metadata={"help": "Steps in which progress goes from 0 to 1, where it stays; 0 for all steps of the run."},
     )
     loss_type: str = field(
         default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) takes the preset's."}
@@ -289,11 +293,18 @@ class ResTTrainer(GRPOTrainer):
             _check_gold_column(train_dataset)
             ends = ending_ids(self._text_tokenizer, model)
             reward_funcs = make_tool_reward(
-                self._text_tokenizer, self._format, self._method, steps_per_generation(args), args.seed, ends
+                self._text_tokenizer,
+                self._format,
+                self._method,
+                steps_per_generation(args),
+                args.seed,
+                ends,
+                args.progress_steps,
             )
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(
             model=model,
-            reward_funcs=reward_funcs,
+            reward_funcs=[refuse_non_finite(function) for function in functions],
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -368,7 +379,7 @@ class ResTTrainer(GRPOTrainer):
             found.mask_BT,
             self._weigher.tag(ids_BT, found.mask_BT) if regions_BT is None else regions_BT.cpu(),  # not generated here
             self.tracker.statistics(),
-            progress_of(self.state),
+            progress_of(self.state, cast(ResTConfig, self.args).progress_steps),
             self.state.global_step // steps_per_generation(self.args) + 1,
             entropies_BT,
             entropies_N,

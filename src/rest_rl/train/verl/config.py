@@ -194,6 +194,9 @@ def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, mega
     if is_random(method.reward):
         remedy = "set run.engine = 'trl'"
         raise UserError("rest.reward.random = true on verl, which scores each response by itself", "false", remedy)
+    if config.rest.progress_steps:
+        got = f"rest.progress_steps = {config.rest.progress_steps} on verl"
+        raise UserError(got, "0, for all steps of the run", "remove it")
     if trl["beta"]:
         remedy = f"set verl.{ACTOR}.use_kl_loss, with preset 'grpo', 'dr_grpo' or 'dapo'"
         raise UserError(f"trl.beta = {trl['beta']} on verl", "0", remedy)

@@ -1,0 +1,170 @@
+"""Which run is asked for: a run file with changes, a resumed run, the embedded one; read and checked without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from rest_rl.config import AUTO, RunConfig, parse_toml, read_run_file
+from rest_rl.errors import UserError
+from rest_rl.evaluate.origin import recorded_run
+from rest_rl.formats import get_format
+from rest_rl.report.tables import flatten
+from rest_rl.runlog import CHECKPOINTS, CONFIG, holds_a_run
+
+RunSource = RunConfig | Mapping[str, Any] | str | Path | None
+MACHINE_DEFAULTS = {"use_cpu": True, "bf16": False}
+"""What a run fills in in `[trl]` where there is no accelerator."""
+LENGTHS = ("max_steps", "num_train_epochs")
+"""Keys of `[trl]` that a resumed run may raise."""
+EPOCHS = 3.0
+"""The trainer's default of `num_train_epochs`."""
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of a launch that writes; the only one without a launch."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def resolve_run(
+    run: RunSource, *, out: str | Path | None, resume: bool, overrides: Sequence[str], is_dry: bool = False
+) -> RunConfig:
+    """The run that is asked for; with `resume` the one in the run folder, which `run` and `overrides` may repeat."""
+    if resume and run is None:  # overrides on their own are changes of the recorded run
+        folder = Path(read_source(None, overrides).run.out if out is None else out)
+        asked = in_folder(read_run_file(recorded_file(folder), overrides), folder)
+    else:
+        asked = read_source(run, overrides)
+        asked = asked if out is None else in_folder(asked, out)
+    check_names(asked)
+    if resume:
+        return resumed_run(asked)
+    if run is None and out is None and not is_dry:
+        asked = in_folder(asked, free_folder(asked.run.out))
+    elif (Path(asked.run.out) / CONFIG).exists() and is_first_process() and not is_dry:
+        raise holds_a_run(asked.run.out)
+    return with_model(asked)
+
+
+def with_model(config: RunConfig) -> RunConfig:
+    """The run with the folder of its model, which a run folder may stand for; UserError if there is none."""
+    path = recorded_run(config.model.path, "model.path").path
+    return replace(config, model=replace(config.model, path=path))
+
+
+def check_names(config: RunConfig, formats: Sequence[str] = ()) -> None:
+    """UserError for a preset, a rule or a format that there is not."""
+    if not config.rest.is_supervised:
+        config.rest.resolve()
+    for name in {config.rest.format, *formats} - {AUTO}:
+        get_format(name)
+
+
+def recorded_file(folder: Path) -> Path:
+    """The run that a folder records; UserError if it holds none."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--resume and {folder}, which holds no run", "a run folder", "pass its --out")
+    return folder / CONFIG
+
+
+def read_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
+    """A run from whatever describes it, with overrides."""
+    if isinstance(run, RunConfig):
+        return RunConfig.from_toml(run.to_toml(), overrides) if overrides else run
+    if isinstance(run, Mapping):
+        return RunConfig.from_tables(run, overrides)
+    return read_run_file(run, overrides)
+
+
+def in_folder(config: RunConfig, out: str | Path) -> RunConfig:
+    """The same run in another folder."""
+    return replace(config, run=replace(config.run, out=str(out)))
+
+
+def free_folder(out: str) -> str:
+    """`out`, or `out-2`, `out-3`, ... if it holds a run already; for runs whose folder nobody chose.
+
+    UserError in a launch of several processes: each would find another one.
+    """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(f"{processes} processes without --out", "one folder for all", "pass --out DIR")
+    names = chain([out], (f"{out}-{number}" for number in count(2)))
+    return next(name for name in names if not (Path(name) / CONFIG).exists())
+
+
+def resumed_run(asked: RunConfig) -> RunConfig:
+    """The run recorded in the folder, made longer if that is what is asked for; UserError for any other change."""
+    folder = Path(asked.run.out)
+    recorded = in_folder(read_run_file(recorded_file(folder)), folder)
+    changed = changed_keys(as_recorded(asked, recorded), recorded)
+    if not changed:
+        return recorded
+    if not set(changed) <= {f"trl.{key}" for key in LENGTHS}:
+        raise UserError(
+            f"--resume with another {', '.join(changed)}",
+            "the run as it was recorded",
+            "leave RUN.toml and --set out to go on with it, or pass another --out to start the changed run",
+        )
+    return lengthened(recorded, {key: asked.trl[key] for key in LENGTHS if key in asked.trl})
+
+
+def as_recorded(asked: RunConfig, recorded: RunConfig) -> RunConfig:
+    """The run that is asked for, with what `train` records of it: model, format, machine, the length of progress."""
+    asked = with_model(asked) if Path(asked.model.path).is_dir() else asked
+    filled = {key: recorded.trl[key] for key in MACHINE_DEFAULTS if key in recorded.trl}
+    rest = replace(asked.rest, progress_steps=asked.rest.progress_steps or recorded.rest.progress_steps)
+    if rest.format == AUTO:
+        rest = replace(rest, format=recorded.rest.format)
+    return replace(asked, rest=rest, trl={**filled, **asked.trl})
+
+
+def changed_keys(asked: RunConfig, recorded: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """What two runs differ in besides their folder, in order: (recorded, asked) by key, None where it is not set."""
+    new, old = (flatten(parse_toml(config.to_toml(), "the run")) for config in (asked, recorded))
+    pairs = {key: (old.get(key), new.get(key)) for key in sorted({*new, *old} - {"run.out"})}
+    return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
+
+
+def lengthened(recorded: RunConfig, lengths: Mapping[str, Any]) -> RunConfig:
+    """The recorded run with more steps, all of them after its last one at progress 1; UserError if it is not longer."""
+    if recorded.run.engine != "trl":
+        raise UserError(
+            f"--resume with another length on the engine {recorded.run.engine}, whose schedules span the whole run",
+            "the run as it was recorded",
+            "start a run from its model: --model RUN --out another",
+        )
+    total, steps = planned_steps(recorded), lengths.get("max_steps", -1)
+    epochs, planned = lengths.get("num_train_epochs", EPOCHS), recorded.trl.get("num_train_epochs", EPOCHS)
+    if not (steps > total if steps > 0 else recorded.trl.get("max_steps", -1) < 1 and epochs > planned):
+        raise UserError(
+            f"--resume with {', '.join(f'trl.{key} = {value}' for key, value in lengths.items())}",
+            f"more than the {total} steps of the run",
+            "raise it, or leave it out to go on with the run as it was recorded",
+        )
+    rest = recorded.rest
+    if not rest.is_supervised and not rest.progress_steps:
+        rest = replace(rest, progress_steps=total)
+    return replace(recorded, rest=rest, trl={**recorded.trl, **lengths})
+
+
+def planned_steps(recorded: RunConfig) -> int:
+    """The steps of a recorded run; where they depend on the data, as its checkpoints say."""
+    if (steps := recorded.trl.get("max_steps", -1)) > 0:
+        return int(steps)
+    folder, totals = Path(recorded.run.out) / CHECKPOINTS, []
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # cut short by a kill
+            totals.append(int(json.loads(path.read_text(encoding="utf-8"))["max_steps"]))
+    if not totals:
+        raise UserError(
+            f"--resume with another length and no checkpoint in {folder}",
+            "a run that has begun",
+            "start the longer run with another --out",
+        )
+    return max(totals)
