@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,13 +53,7 @@ def probe(
     And what each weight rule would do to the next step; ends with a recommendation. Writes to --out, by default
     runs/probe-MODEL. With --json it prints a line of JSON per format instead of tables.
     """
-    from rest_rl.config import RunConfig, read_run_file
-    from rest_rl.evaluate.origin import recorded_run
-    from rest_rl.train.request import check_names
-
-    check_names(RunConfig() if model else read_run_file(None, overrides), formats)  # before anything heavy is loaded
-    if model:
-        recorded_run(model)
+    check(model, overrides, formats)
     from rich.console import Console
 
     from rest_rl.cli.terminal import Screen
@@ -85,6 +80,17 @@ def probe(
         on_report=show, observer=screen,
     )  # fmt: skip
     screen.say(f"{folder / PAGE}, {JSON} and plots")
+
+
+def check(model: str | None, overrides: Sequence[str], formats: Sequence[str]) -> None:
+    """UserError for what can be found before torch is loaded."""
+    from rest_rl.config import RunConfig, read_run_file
+    from rest_rl.evaluate.origin import recorded_run
+    from rest_rl.train.request import check_names
+
+    check_names(RunConfig() if model else read_run_file(None, overrides), formats)
+    if model:
+        recorded_run(model)
 
 
 def show_report(report: ProbeReport, screen: Screen) -> None:

@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
-from rest_rl.objects import name_of
+from rest_rl.objects import name_of, trying
 from rest_rl.regions import region_sums, tag_regions
 from rest_rl.response import NUM_REGIONS, Region, ToolCall
 from rest_rl.weights import RegionStatistics, TaggedBatch, WeightRule, needs_entropies, region_weights_of, weigh
@@ -115,7 +115,7 @@ def check_method(rule: WeightRule, tool_format: str, entropy_decay: float, *, tr
 def try_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -> None:
     """UserError for a rule of the user's that fails on a short batch, before and after regions have been measured."""
     weigher = Weigher(tokenizer, tool_format, rule)
-    ids = tokenizer(tool_format.render("a", [ToolCall("f", {"x": 1})], None), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(tool_format.render(None, [ToolCall("f", {"a": 1})], None), add_special_tokens=False)["input_ids"]
     ids_BT = torch.tensor([ids, ids])
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, len(ids) // 2 :] = 0
@@ -123,16 +123,8 @@ def try_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -> None:
     for statistics, progress in ((None, 0.0), (RegionStatistics(100 * halves_R, halves_R, halves_R), 1.0)):
         regions_BT, entropies_BT = weigher.tag(ids_BT, mask_BT), torch.full(ids_BT.shape, 0.5)
         known = {"entropies_BT": entropies_BT} if needs_entropies(rule) else {}
-        try:
+        with trying(f"weight rule {name_of(rule)}", "rule(batch, statistics, progress) -> weights (docs/method.md)"):
             weights_R = weigher.weigh(ids_BT, mask_BT, regions_BT, statistics, progress, 1, **known).rule_weights_R
-        except UserError:
-            raise
-        except Exception as error:  # the rule is the user's, and so is whatever it raises
-            raise UserError(
-                f"the weight rule {name_of(rule)}, which fails on short responses ({type(error).__name__}: {error})",
-                "rule(batch, statistics, progress) -> weights (docs/method.md)",
-                "correct it; --debug shows where",
-            ) from error
         if weights_R is not None and tuple(weights_R.shape) != (NUM_REGIONS,):
             got = f"region_weights of shape {tuple(weights_R.shape)} from the weight rule {name_of(rule)}"
             raise UserError(got, f"{NUM_REGIONS} numbers, one for each region", "correct it")

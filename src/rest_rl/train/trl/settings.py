@@ -26,7 +26,7 @@ OWNED += ("progress_steps",)
 RANGES = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"), Positive),
     **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation", "max_length"), Positive),
-    **dict.fromkeys(("save_total_limit", "generation_batch_size"), Positive),
+    "generation_batch_size": Positive,
     **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps"), PositiveAmount),
     **dict.fromkeys(("temperature", "repetition_penalty", "delta"), PositiveAmount),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "warmup_steps", "adam_epsilon"), Amount),
