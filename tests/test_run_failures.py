@@ -184,7 +184,7 @@ REWARD = """
 import math
 
 def broken(judgement, progress, step):
-    return math.inf if judgement.exact_match else 0.5
+    return math.inf if any(call.name == "g" for call in judgement.parsed.calls) else 0.5
 """
 RULES = """
 import torch
@@ -199,7 +199,7 @@ def negative(batch, statistics, progress):
     return -torch.ones_like(batch.mask_BT)
 
 def fails_once_measured(batch, statistics, progress):
-    return torch.ones_like(batch.mask_BT) if statistics is None else statistics.entropies_R["name"]
+    return torch.ones_like(batch.mask_BT) if statistics is None else statistics.entropies_R.of("name")
 
 class Measures:
     def __call__(self, batch, statistics, progress):
