@@ -83,7 +83,11 @@ ILL: list[tuple[str, Columns, str]] = [
     ("not_finite", {"grad_norm": lambda step: None if step == 33 else 0.3}, "grad_norm of step 33 is not finite"),
     ("not_finite", {"loss": lambda step: math.nan if step > 50 else 0.0}, "loss of step 60 is not finite"),
     ("reward_not_finite", {"reward": lambda step: None if step == 33 else 0.6}, "mean reward of step 33"),
-    ("rows_out_of_order", {"step": lambda step: 29 if step == 31 else step}, "go back: 1 (the first: step 29 after 30)"),
+    (
+        "rows_out_of_order",
+        {"step": lambda step: 29 if step == 31 else step},
+        "go back: 1, the first step 29 after 30",
+    ),
     ("no_spread", {"frac_reward_zero_std": line(0.8, 0.8)}, "80.0 ± 1.3 % of the groups have equal rewards"),
     ("truncated", {"completions/clipped_ratio": constant(0.2)}, "20.0 ± 0.0 % of the responses hit the length limit"),
     ("format_falls", {"rest/format": falls(0.95, 0.5)}, "format rate 95.0 ± "),

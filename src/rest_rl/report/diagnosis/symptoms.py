@@ -84,7 +84,7 @@ def rows_out_of_order(history: History, settings: Settings) -> Symptom | None:
         return None
     before, step = history.repeats[0]
     return Symptom(
-        f"rows of metrics that repeat a step or go back: {len(history.repeats)} (the first: step {step} after {before})",
+        f"rows of metrics that repeat a step or go back: {len(history.repeats)}, the first step {step} after {before}",
         "two processes trained in this folder at once, or files of two runs were joined: curves and model are mixed",
         "trust none of its numbers; train it anew in a folder of its own",
     )
