@@ -103,7 +103,7 @@ def test_mistakes_in_set_say_what_was_expected(override: str, message: str) -> N
         ("eval.prompts=-1", 0),
         ("eval.samples=0", 1),
         ("eval.batch_size=0", 1),
-        ("eval.max_new_tokens=0", 1),
+        ("eval.max_new_tokens=-1", 0),
     ],
 )
 def test_numbers_have_a_least_value(override: str, least: int) -> None:

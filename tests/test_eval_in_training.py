@@ -18,9 +18,10 @@ import pytest
 from safetensors.torch import load_file
 
 from rest_rl.cli.app import main
-from rest_rl.config import RunConfig
+from rest_rl.config import RunConfig, embedded_run
 from rest_rl.data.tool_world import SPLITS, tool_world
-from rest_rl.evaluate.held_out import Prompt, fixed_slice
+from rest_rl.evaluate.generate import decoding_steps, generate
+from rest_rl.evaluate.held_out import Prompt, fixed_slice, response_limit
 from rest_rl.report.page import write_report
 from rest_rl.report.plots import draw_evaluations
 from rest_rl.report.tables import Group, evaluation_curve, group_runs
@@ -143,7 +144,7 @@ def test_the_last_step_is_on_the_curve_with_the_scores_of_the_trained_model(run_
 
 def test_a_slice_is_spread_over_splits_and_kinds_and_fixed() -> None:
     unseen = [(split, sample) for split in SPLITS if split != "train" for sample in tool_world(7, 60, split)]
-    prompts = [Prompt(f"{i}", sample, split) for i, (split, sample) in enumerate(unseen)]
+    prompts = [Prompt(f"{i}", sample, split, 1) for i, (split, sample) in enumerate(unseen)]
     groups = Counter((prompt.split, prompt.sample.kind) for prompt in prompts)
     assert len(groups) > 3
     number = 2 * len(groups) + 1
@@ -158,7 +159,7 @@ def test_a_slice_is_spread_over_splits_and_kinds_and_fixed() -> None:
 
 def test_a_slice_takes_even_distances_and_what_a_small_group_leaves() -> None:
     one, other = tiny_samples(1)[0], tiny_samples(2)[1]
-    prompts = [Prompt(f"a{i}", one, "a") for i in range(10)] + [Prompt("b0", other, "b")]
+    prompts = [Prompt(f"a{i}", one, "a", 1) for i in range(10)] + [Prompt("b0", other, "b", 1)]
     # b has one prompt, so a gives four of its ten: 0, 10/4, 20/4, 30/4 rounded down
     assert [prompt.text for prompt in fixed_slice(prompts, 5)] == ["a0", "a2", "a5", "a7", "b0"]
 
@@ -315,3 +316,34 @@ def test_the_plot_is_drawn_where_there_are_evaluations(tmp_path: Path, watched: 
     bare = read_run(watched_run(tmp_path / "bare", 0, (), every=0))
     assert draw_evaluations([Group("rest", (bare,))], tmp_path / "none.png") is None
     assert not (tmp_path / "none.png").exists()
+
+
+# What it costs
+
+
+def test_every_token_is_told_and_changes_nothing() -> None:
+    tokenizer = tiny_tokenizer()
+    model, texts = tiny_model(tokenizer), ["assistant:", "a a a assistant:", "a assistant:"]
+    limits, told = [3, 50, 7], []
+    # in batches of two, the two short prompts first: at most 7 steps and then 50
+    assert decoding_steps(texts, limits, 2) == 57
+    settings = {"max_new_tokens": limits, "batch_size": 2}
+    responses = generate(model, tokenizer, texts, **settings, on_token=told.append)
+    assert responses == generate(model, tokenizer, texts, **settings)
+    assert told == sorted(told)
+    assert (told[0], 7 in told, told[-1]) == (1, True, 57)  # a batch that ends early has done all of its steps
+
+
+def test_a_response_may_be_as_long_as_the_golds_call_for() -> None:
+    tokenizer = tiny_tokenizer()
+    golds = ["a", '<tool_call>\n{"name": "f"}']
+    longest = len(tokenizer(golds[1])["input_ids"])
+    config = RunConfig.from_tables({"trl": {"max_completion_length": 1024}})
+    assert response_limit(config, golds, tokenizer) == 2 * longest + 256
+    for tables, limit in (
+        ({"trl": {"max_completion_length": 100}}, 100),
+        ({}, 256),
+        ({"eval": {"max_new_tokens": 5}}, 5),
+    ):
+        assert response_limit(RunConfig.from_tables(tables), golds, tokenizer) == limit
+    assert RunConfig.from_toml(embedded_run()).eval.max_new_tokens == 96

@@ -41,7 +41,24 @@ def test_a_line_is_said_as_it_stands() -> None:
     assert out.getvalue() == "runs/[v2]/a-name-longer-than-the-line␛]0;owned␇␛[2J\nin [v2]\n"
 
 
-def test_progress_is_a_line_a_minute_where_there_is_no_terminal(monkeypatch) -> None:
+def test_progress_is_a_line_every_few_seconds_where_there_is_no_terminal(monkeypatch) -> None:
+    out, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("rest_rl.cli.terminal.time.monotonic", lambda: clock[0])
+    with Screen(Console(file=out, width=80)).track("evaluating", 90_000) as advance:
+        for second in range(1, 3001):
+            clock[0] = float(second)
+            advance(second)
+    lines = out.getvalue().splitlines()
+    assert lines[:3] == [
+        "evaluating ...",
+        "evaluating 5/90000 1/s 1 day, 0:59:55 left",
+        "evaluating 10/90000 1/s 1 day, 0:59:50 left",
+    ]
+    # every 5 s for 100 s, then ever later, in the end once a minute
+    assert 20 + (3000 - 1200) // 60 < len(lines) < 120
+
+
+def test_progress_shows_the_last_line(monkeypatch) -> None:
     out, clock = io.StringIO(), iter(range(0, 10_000, 25))
     monkeypatch.setattr("rest_rl.cli.terminal.time.monotonic", lambda: float(next(clock)))
     screen = Screen(Console(file=out, width=80))
@@ -49,9 +66,8 @@ def test_progress_is_a_line_a_minute_where_there_is_no_terminal(monkeypatch) -> 
         for done in range(3, 9):
             advance(done, note="exact match 50 %")
     lines = out.getvalue().splitlines()
-    assert 2 <= len(lines) < 6
-    assert lines[0].startswith("evaluating ")
-    assert "/8 exact match 50 % 0:" in lines[0]
+    assert lines[0] == "evaluating ..."
+    assert re.fullmatch(r"evaluating 3/8 exact match 50 % 0\.\d+/s 0:\d\d:\d\d left", lines[1])
     assert lines[-1].startswith("evaluating 8/8 ")
 
 
@@ -61,12 +77,13 @@ def test_bars_fit_80_columns_and_leave_nothing_behind() -> None:
     row = {"response": "abc", "lengths": [1, 2], "regions": [1, 2], "reward": 0.5}
     with screen.track("training", None) as advance, screen.track("rest-0", 9):
         advance(1)
-        screen.on_step(3, 9, {"reward": 0.5, "rest/accuracy": 0.25, "loss": 0.1, "rest/weight/name": 1.5})
+        metrics = {"reward": 0.5, "rest/accuracy": 0.25, "rest/format": 1.0, "loss": -0.1, "rest/weight/name": 1.5}
+        screen.on_step(300, 900, metrics)
         screen.on_responses(3, [row])
         screen._bars.refresh()
         screen.say("a line")
     text = out.getvalue()
-    assert "3/9" in text
-    assert "reward 0.500" in text
+    assert "300/900 reward 0.500 S_acc 0.250 S_format 1.000" in text
+    assert "…" not in text
     assert "name 1.50" in text
     assert max(len(line) for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))) <= 80

@@ -134,7 +134,8 @@ class EvalTable(Table):
     samples: Positive = 1
     """Sampled responses per prompt."""
     batch_size: Positive = 128
-    max_new_tokens: Positive = 160
+    max_new_tokens: Count = 0
+    """Tokens of a response; 0 takes what the longest gold calls for, at most the limit of training."""
     seed: int = 20_000
     every: Count = 0
     """Steps between two measurements during training; 0 for none."""
@@ -228,6 +229,11 @@ class RunConfig:
     def from_tables(cls, tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
         """As `from_toml`, from the tables of a run as Python values."""
         return from_mapping(cls, apply_overrides(tables, overrides), "")
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Tokens that training allows a response: the trainer's default where `[trl]` does not say."""
+        return int(self.trl.get("max_completion_length") or self.trl.get("max_length") or 256)
 
     @property
     def weights_dtype(self) -> str:

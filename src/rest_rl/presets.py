@@ -132,19 +132,19 @@ def token_weights(
     Args:
         ids_BT: sampled token ids of the completions, end-of-sequence token included.
         mask_BT: 1 for tokens that take part in the loss, 0 for padding and tool results.
-        tokenizer: a transformers fast tokenizer or a `tokenizers.Tokenizer`.
-        format, preset: a name, or a `ToolFormat` or `Preset` of your own.
+        tokenizer: transformers' or a `tokenizers.Tokenizer`.
+        format: a name or a `ToolFormat` object.
+        preset: a name or a `Preset` object.
         rule: a weight rule instead of the preset's.
         progress: training progress nu in [0, 1]. The preset authors-code reads it as step / 150.
-        step: absolute training step, for the preset authors-code only, instead of progress.
+        step: absolute training step, for authors-code only, instead of progress.
         entropies: policy entropies in nats: one per token (B, T); a mapping from region label to mean, where a region
             that is left out weighs 1; or `RegionStatistics`, such as those of the global batch for each micro-batch.
         collisions: 1 - sum_v p_v^2 in the same two forms, for the rule `collision`.
         regions_BT: what `tag_regions` found, if it has been called.
 
     Raises:
-        UserError: a name is unknown, progress is out of range, or the rule reads entropies and got none.
-        ValueError: the shapes differ.
+        UserError: an unknown name, a progress out of range, a rule that got no entropies; ValueError: other shapes.
     """
     import torch
 

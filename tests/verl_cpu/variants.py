@@ -45,7 +45,7 @@ def main(variant: str, path: str) -> None:
     config, layout = resolve_layout(read_run_file(path), SILENT)
     engine = VerlEngine(config, layout, SILENT)
     log = RunLog(Path(config.run.out).absolute())
-    engine.prepare(read_data(config, layout, print), log, Checkpoint(0))
+    engine.prepare(read_data(config, layout), log, Checkpoint(0))
     engine.start(RunLog.create(log.folder, config.to_toml(), sys.argv))
     verl = engine.verl
     verl.trainer.v1.trainer_mode, verl.algorithm.adv_estimator = MODES[variant]

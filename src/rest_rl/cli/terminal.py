@@ -26,8 +26,9 @@ from rest_rl.report.tables import is_number
 from rest_rl.response import Region, Span
 from rest_rl.runlog import Advance, Observer
 
-LINE_EVERY = 60.0
-"""Seconds between two lines of progress where there is no terminal."""
+LINE_EVERY = (5.0, 60.0)
+"""Seconds between two lines of progress where there is no terminal: at first, and later a twentieth of what has passed,
+at most the second number."""
 MANY = 100_000
 """A total from which on it counts bytes, which a bar shows better than their number."""
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -119,7 +120,14 @@ def recorded_pieces(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Console) -> None:
-    """Quantities, their values and how each was estimated; the last column wraps."""
+    """Quantities, their values and how each was estimated; the last column wraps on a terminal."""
+    rows = list(rows)
+    if not console.is_terminal:
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        say(console, title)
+        for quantity, value, how in rows:
+            say(console, f"{quantity:{widths[0]}}  {value:>{widths[1]}}  {how}".rstrip())
+        return
     table = Table("", "", "", title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     table.columns[1].justify = "right"
@@ -129,7 +137,7 @@ def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Con
 
 
 class Screen(Observer):
-    """The observer of the command: lines, tables and bars; where the output is no terminal, a line a minute."""
+    """The observer of the command: lines, tables and bars; without a terminal, a line every few seconds."""
 
     def __init__(self, console: Console | None = None, show_every: int = 0) -> None:
         """`show_every`: steps between two sample responses, 0 for none."""
@@ -140,10 +148,9 @@ class Screen(Observer):
         self._tracks: list[Advance] = []
         self._bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=8),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
-            TextColumn("left"),
             console=self.console,
             transient=True,
         )
@@ -164,15 +171,20 @@ class Screen(Observer):
             known = total = total or known
             amount = f"{done}/{total}" if total and total < MANY else ""
             self._bars.update(task, completed=done, total=total, note=f"{amount} {note}")
-            if not self.console.is_terminal and (done == total or time.monotonic() - self._told >= LINE_EVERY):
-                self._told = time.monotonic()
-                rate = (done - begun) / max(self._told - begin, 1e-9)
+            now = time.monotonic()
+            pause = min(max(LINE_EVERY[0], (now - begin) / 20), LINE_EVERY[1])
+            if not self.console.is_terminal and (done == total or now - self._told >= pause):
+                self._told, rate = now, (done - begun) / max(now - begin, 1e-9)
+                speed = f"{rate:.3g}/s" if amount and rate > 0 else ""
                 left = f"{timedelta(seconds=round((total - done) / rate))} left" if total and rate > 0 else ""
-                self.say(" ".join(part for part in (what, amount, note, left) if part))
+                self.say(" ".join(part for part in (what, amount, note, speed, left) if part))
 
         self._tracks.append(advance)
         if self.console.is_terminal:
             self._bars.start()
+        elif len(self._tracks) == 1:
+            self.say(f"{what} ...")
+            self._told = begin
         try:
             yield advance
         finally:
@@ -185,7 +197,7 @@ class Screen(Observer):
         weights = {label: metrics.get(f"rest/weight/{label}") for label in REGION_COLOURS}
         self._weights = {label: float(weight) for label, weight in weights.items() if is_number(weight)}
         if self._tracks:
-            note = "  ".join(f"{name} {metrics[key]:.3f}" for key, name in shown_names(metrics).items())
+            note = " ".join(f"{name} {metrics[key]:.3f}" for key, name in shown_names(metrics).items())
             self._tracks[-1](step, total, note)
 
     def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -203,20 +215,14 @@ class Screen(Observer):
         say(self.console, f"  likely cause: {finding.cause}\n  remedy: {finding.remedy}")
 
 
-SHOWN = {
-    "reward": "reward",
-    "rest/accuracy": "S_acc",
-    "rest/format": "S_format",
-    "loss": "loss",
-    "mean_token_accuracy": "token accuracy",
-}
-"""Metrics beside the bar."""
-SHOWN_APART = {"rest/accuracy_calls": "S_acc calls", "rest/accuracy_answers": "answers"}
-"""What stands there instead of S_acc and the loss where a step has call turns and answer turns."""
+REINFORCED = {"reward": "reward", "rest/accuracy": "S_acc", "rest/format": "S_format"}
+SUPERVISED = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
+APART = {"reward": "reward", "rest/accuracy_calls": "S_acc calls", "rest/accuracy_answers": "answers"}
+"""Metrics beside the bar, which fit 80 columns: the last where a step has call turns and answer turns."""
 
 
 def shown_names(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The metrics of a step that stand beside the bar, and their names."""
-    if SHOWN_APART.keys() <= metrics.keys():
-        return {"reward": SHOWN["reward"], **SHOWN_APART, "rest/format": SHOWN["rest/format"]}
-    return {key: name for key, name in SHOWN.items() if key in metrics}
+    apart = APART.keys() <= metrics.keys()
+    shown = APART if apart else REINFORCED if "reward" in metrics else SUPERVISED
+    return {key: name for key, name in shown.items() if key in metrics}

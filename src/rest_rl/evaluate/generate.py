@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,25 +23,41 @@ def generate(
     batch_size: int,
     greedy: bool = False,
     seed: int = 0,
+    on_token: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
     """The sampled ids of one response per prompt, in order, with the end-of-sequence token and without padding.
 
     Sampling is from the whole distribution at temperature 1, whatever the model's own generation settings say. The
     global random state and the model's mode are as before afterwards. Prompts of like length share a batch.
-    `max_new_tokens` is one limit for all, or one per prompt.
+    `max_new_tokens` is one limit for all, or one per prompt. `on_token` is told after every token of a batch how many
+    of `decoding_steps` are done; a batch that ends early has done all of its own.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[list[int]] = [[] for _ in prompts]
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    done = 0
     with undisturbed(model, seed):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in batches_of(prompts, batch_size):
             batch_limits = [limits[i] for i in batch]
             settings = generation_settings(model, tokenizer, max(batch_limits), greedy=greedy)
-            ids = generate_batch(model, tokenizer, [prompts[i] for i in batch], settings, batch_limits)
+            texts, told = [prompts[i] for i in batch], Told(on_token, done) if on_token else None
+            ids = generate_batch(model, tokenizer, texts, settings, batch_limits, told)
+            done += max(batch_limits)
+            if on_token:
+                on_token(done)
             for i, response in zip(batch, ids, strict=True):
                 responses[i] = response
     return responses
+
+
+def batches_of(prompts: Sequence[str], batch_size: int) -> list[list[int]]:
+    """The indices of the prompts in batches, those of like length together."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def decoding_steps(prompts: Sequence[str], limits: Sequence[int], batch_size: int) -> int:
+    """How many tokens `generate` samples one after the other at most."""
+    return sum(max(limits[i] for i in batch) for batch in batches_of(prompts, batch_size))
 
 
 def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, *, greedy: bool) -> GenerationConfig:
@@ -77,15 +93,32 @@ class OwnLimits(StoppingCriteria):
         return input_ids.shape[1] >= self.lengths_B
 
 
+class Told(StoppingCriteria):
+    """Stops nothing; tells after each token how many steps are done, `done` of them before this batch."""
+
+    def __init__(self, on_token: Callable[[int], Any], done: int) -> None:
+        self.on_token, self.done = on_token, done
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
+        self.done += 1
+        self.on_token(self.done)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def generate_batch(
-    model: Any, tokenizer: Any, prompts: Sequence[str], settings: GenerationConfig, limits: Sequence[int]
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: GenerationConfig,
+    limits: Sequence[int],
+    told: Told | None = None,
 ) -> list[list[int]]:
     """One response per prompt of a single batch, each of as many tokens as its own limit at most."""
     rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     width = max(map(len, rows))  # padded here: Llama's and Mistral's tokenizers have no padding token
     padded = torch.tensor([[settings.pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    stops = StoppingCriteriaList()
+    stops = StoppingCriteriaList([told] if told else [])
     if len(set(limits)) > 1:
         stops.append(OwnLimits(torch.tensor(limits, device=model.device) + width))
     output = model.generate(

@@ -7,25 +7,30 @@ Every score carries its number of responses `n` and the standard error of its ex
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from rest_rl.config import EvalTable
+from rest_rl.config import EvalTable, RunConfig
 from rest_rl.data.samples import ToolSample
-from rest_rl.evaluate.generate import end_ids, generate, has_ended
+from rest_rl.evaluate.generate import decoding_steps, end_ids, generate, has_ended
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import decode_ids
 from rest_rl.rewards import judge
+from rest_rl.runlog import SILENT, Observer
 from rest_rl.statistics import Outcome, summarise
+
+ROOM_TO_REASON = 256
+"""Tokens beside twice the longest gold: for the thoughts of a model that reasons where gold has none."""
 
 
 class Prompt(NamedTuple):
-    """A held-out sample and the text the model is asked to go on from."""
+    """A held-out sample, the text the model is asked to go on from, and how many tokens it may write."""
 
     text: str
     sample: ToolSample
     split: str
+    limit: int
 
 
 def evaluate(
@@ -34,21 +39,37 @@ def evaluate(
     prompts: Sequence[Prompt],
     tool_format: ToolFormat,
     config: EvalTable,
-    on_pass: Callable[[str], None] = lambda name: None,
+    observer: Observer = SILENT,
 ) -> dict[str, Any]:
     """Scores sampled at temperature 1, with `calls`, `answers`, `kinds`, `splits`; the same greedy under `greedy`."""
-    texts = [prompt.text for prompt in prompts]
-    settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+    texts, limits = [prompt.text for prompt in prompts], [prompt.limit for prompt in prompts]
+    settings: dict[str, Any] = {"max_new_tokens": limits, "batch_size": config.batch_size}
+    steps = decoding_steps(texts, limits, config.batch_size)
+    passes = [("sampled", {"seed": config.seed + draw}) for draw in range(config.samples)] + [("greedy", {})]
     ends = end_ids(model, tokenizer)
-    sampled: list[Outcome] = []
-    for draw in range(config.samples):
-        on_pass("sampled")
-        ids = generate(model, tokenizer, texts, **settings, seed=config.seed + draw)
-        sampled += outcomes_of(ids, prompts, tokenizer, tool_format, ends)
-    on_pass("greedy")
-    ids = generate(model, tokenizer, texts, **settings, greedy=True)
-    greedy = outcomes_of(ids, prompts, tokenizer, tool_format, ends)
-    return {**summarise(sampled), "greedy": summarise(greedy)}
+    outcomes: dict[str, list[Outcome]] = {"sampled": [], "greedy": []}
+    what = f"evaluating {len(prompts)} held-out prompts, decoding steps"
+    with observer.track(what, steps * len(passes)) as advance:
+        for number, (kind, seed) in enumerate(passes):
+            ids = generate(
+                *(model, tokenizer, texts),
+                **(settings | seed),
+                greedy=kind == "greedy",
+                on_token=lambda done, kind=kind, before=number * steps: advance(before + done, note=kind),
+            )
+            outcomes[kind] += outcomes_of(ids, prompts, tokenizer, tool_format, ends)
+    return {**summarise(outcomes["sampled"]), "greedy": summarise(outcomes["greedy"])}
+
+
+def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> int:
+    """Tokens that a held-out response may have: `eval.max_new_tokens`, or if that is 0 what the golds call for.
+
+    That is twice the longest gold plus room to reason, and at most what training allows a response.
+    """
+    if config.eval.max_new_tokens:
+        return config.eval.max_new_tokens
+    longest = max((len(tokenizer(gold, add_special_tokens=False)["input_ids"]) for gold in golds), default=0)
+    return min(config.max_response_tokens, 2 * longest + ROOM_TO_REASON)
 
 
 def fixed_slice(prompts: Sequence[Prompt], number: int) -> list[Prompt]:

@@ -161,17 +161,12 @@ def sampling_of(
     """Sampling and reward as the run has them, where nothing else is asked for."""
     return Sampling(
         group,
-        longest_response(config) if max_new_tokens is None else max_new_tokens,
+        config.max_response_tokens if max_new_tokens is None else max_new_tokens,
         config.eval.batch_size if batch_size is None else batch_size,
         seed,
         progress,
         config.rest.resolve().reward,
     )
-
-
-def longest_response(config: RunConfig) -> int:
-    """Tokens of the run's longest response."""
-    return int(config.trl.get("max_completion_length", config.eval.max_new_tokens))
 
 
 def layouts(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
@@ -197,7 +192,7 @@ def draw_prompts(
     """A random part of what training would see in this format, or all of it."""
     rest = replace(config.rest, format=layout.format.name)
     unmeasured = replace(config, rest=rest, eval=replace(config.eval, prompts=0, every=0))
-    prompts = read_data(unmeasured, layout, observer.say, longest_response(config)).prepared
+    prompts = read_data(unmeasured, layout, observer, config.max_response_tokens).prepared
     if len(prompts) < least:
         raise UserError(f"{len(prompts)} samples", f"at least {least}", remedy)
     if len(prompts) < number:

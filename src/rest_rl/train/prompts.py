@@ -20,6 +20,7 @@ from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.errors import UserError
 from rest_rl.formats import FORMATS, ToolFormat, as_demonstrated
 from rest_rl.response import TURNS
+from rest_rl.runlog import SILENT, Observer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,6 +114,14 @@ def demonstration_text(sample: ToolSample, tool_format: ToolFormat, *, thinks: b
     return as_demonstrated(tool_format).render(thought, sample.gold.calls, said)
 
 
+def gold_demonstration(sample: ToolSample, layout: PromptLayout) -> str:
+    """The gold as a response, with its thought; nothing where the format cannot write it."""
+    try:
+        return demonstration_text(sample, layout.format, thinks=not layout.closes_think)
+    except ValueError:
+        return ""
+
+
 def encode(prompt: str | Sequence[int], response: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     """(ids, labels) of a prompt (text or its ids) and its response, which ends with the end-of-sequence token."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else list(prompt)
@@ -151,27 +160,29 @@ class TrainingData:
 
 
 def read_data(
-    config: RunConfig, layout: PromptLayout, say: Callable[[str], Any], response_tokens: int = 1
+    config: RunConfig, layout: PromptLayout, observer: Observer = SILENT, response_tokens: int = 1
 ) -> TrainingData:
-    """The data of a run; UserError if a file gives no sample. `say` gets what was left out.
+    """The data of a run; UserError if a file gives no sample. The observer is told what was left out.
 
     The model has to hold a prompt with `response_tokens` more, and a held-out prompt with `eval.max_new_tokens`.
     """
-    data = config.data
+    data, say = config.data, observer.say
     check_room("trl.max_completion_length", response_tokens, layout)
     check = check_config(config, response_tokens)
     if data.path == EMBEDDED:
         if config.model.path != EMBEDDED:
             say("no data given: the prompts are the tool world's")
         return tool_world_data(config, check, layout, say)
-    held_out = held_out_samples(config, check, layout, say)
+    held_out = held_out_samples(config, check, layout, observer)
     if not data.held_out and (beside := test_part(data.path)):
         say(f"{beside} lies beside {data.path} and is not measured: --held-out {beside} measures on it")
     if data.held_out == data.path:
         say(f"{data.path} is both data.path and data.held_out: what is measured was trained on")
     elsewhere = bool(data.held_out) and data.held_out != data.path
     report, training = DataReport(), TrainingData([], held_out)
-    for row, prepared in prepared_rows(data.path, check, layout, test=data.held_out if elsewhere else None):
+    for row, prepared in prepared_rows(
+        data.path, check, layout, test=data.held_out if elsewhere else None, observer=observer
+    ):
         report.add(row)
         training.prepared += learnt(prepared, data)
         training.rejected += rejection(row)
@@ -270,10 +281,11 @@ def check_config(config: RunConfig, response_tokens: int) -> CheckConfig:
 
 
 def held_out_check(config: RunConfig, check: CheckConfig, layout: PromptLayout) -> CheckConfig:
-    """As for training, with the evaluation's own length of responses; nothing is masked."""
+    """As for training, with the evaluation's own length of responses if it has one; nothing is masked."""
     if config.eval.prompts:
         check_room("eval.max_new_tokens", config.eval.max_new_tokens, layout)
-    return replace(check, mask_names=0.0, max_response_tokens=config.eval.max_new_tokens)
+    response_tokens = config.eval.max_new_tokens or check.max_response_tokens
+    return replace(check, mask_names=0.0, max_response_tokens=response_tokens)
 
 
 def prepared_rows(
@@ -284,7 +296,7 @@ def prepared_rows(
 
 
 def held_out_samples(
-    config: RunConfig, check: CheckConfig, layout: PromptLayout, say: Callable[[str], Any]
+    config: RunConfig, check: CheckConfig, layout: PromptLayout, observer: Observer
 ) -> list[tuple[str, Prepared]]:
     """The first samples of the evaluation file that the model can be given, checked as the training file is.
 
@@ -294,13 +306,13 @@ def held_out_samples(
     if not path or not number:
         return []
     report, samples = DataReport(), list[Prepared]()
-    for row, prepared in prepared_rows(path, held_out_check(config, check, layout), layout):
+    for row, prepared in prepared_rows(path, held_out_check(config, check, layout), layout, observer=observer):
         report.add(row)
         samples += prepared
         if len(samples) >= number:
             break
     counts = counts_of(report)
-    say(f"held out, {account(path, counts)}")
+    observer.say(f"held out, {account(path, counts)}")
     check_lengths(config.data, path, report)
     if not samples:
         raise empty(path, report.rows, ", ".join(counts["reasons"]) or "no rows")

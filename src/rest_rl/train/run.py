@@ -17,7 +17,7 @@ from rest_rl.config import RunConfig, parse_toml, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
-from rest_rl.evaluate.held_out import Prompt, fixed_slice
+from rest_rl.evaluate.held_out import Prompt, fixed_slice, response_limit
 from rest_rl.objects import UserObject
 from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.plots import draw_all
@@ -40,7 +40,7 @@ from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import Engine
 from rest_rl.train.estimate import Estimate, estimate, this_device, verdict
 from rest_rl.train.policy import lora_config, model_context, policy_config, policy_tokenizer, quiet_loading
-from rest_rl.train.prompts import TrainingData, read_data
+from rest_rl.train.prompts import TrainingData, gold_demonstration, read_data
 from rest_rl.train.request import RunSource, changed_keys, in_folder, is_first_process, resolve_run
 from rest_rl.train.trl.settings import unread_keys, with_machine_defaults
 from rest_rl.train.weighing import try_rule
@@ -125,7 +125,7 @@ def carry_out(plan: Plan, log: RunLog, checkpoint: Checkpoint, observer: Observe
     observer.say(f"run folder {folder}, {what}")
     keep_account(data, log, observer)
     engine.start(log)
-    held_out = HeldOut(engine, data.held_out, config, log, observer)
+    held_out = HeldOut(engine, data.held_out, plan, log, observer)
     if not checkpoint.is_last:
         held_out.measure("before")
     reached = engine.run(held_out.after_step)
@@ -200,7 +200,7 @@ def plan_of(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: bool
     if isinstance(rule, UserObject):
         try_rule(rule, layout.tokenizer, layout.format)
     engine = make_engine(config, layout, observer, is_dry=is_dry)
-    plan = Plan(config, layout, engine, read_data(config, layout, observer.say, engine.response_tokens))
+    plan = Plan(config, layout, engine, read_data(config, layout, observer, engine.response_tokens))
     if not is_dry and config.run.engine == "trl":
         warn_of_memory(plan, observer)
     return plan
@@ -298,12 +298,19 @@ class HeldOut:
         self,
         engine: Engine,
         samples: Sequence[tuple[str, Prepared]],
-        config: RunConfig,
+        plan: Plan,
         log: RunLog,
         observer: Observer,
     ) -> None:
+        config, layout = plan.config, plan.layout
         self.engine, self.log, self.observer = engine, log, observer
-        self.every, self.prompts = config.eval.every, [Prompt(s.prompt_text, s.sample, split) for split, s in samples]
+        golds = (gold_demonstration(sample.sample, layout) for _, sample in samples)
+        limit = response_limit(config, golds, layout.tokenizer)
+        self.every = config.eval.every
+        self.prompts = [
+            Prompt(s.prompt_text, s.sample, split, min(limit, (layout.context or sys.maxsize) - len(s.prompt_ids)))
+            for split, s in samples
+        ]
         self.slice = fixed_slice(self.prompts, config.eval.slice)
         steps = config.trl.get("max_steps", 0)
         if 0 < steps < self.every:
@@ -315,8 +322,7 @@ class HeldOut:
         """Keep the scores in the summary; a resumed run does not repeat what is there."""
         if not self.prompts or when in self.log.read_summary():
             return
-        with self.observer.track(f"evaluating {when} training on {len(self.prompts)} held-out prompts"):
-            scores = self.engine.evaluate(self.prompts)
+        scores = self.engine.evaluate(self.prompts)
         if scores is not None:
             self.log.update_summary(**{when: scores})
 

@@ -84,7 +84,8 @@ class TrlEngine:
         table = replace(self.config.model, dtype=self.config.weights_dtype)
         if checkpoint.is_last:  # killed after its last step: only its model is to be kept and measured
             table = replace(table, path=str(checkpoint.folder))
-        self.model, _ = load_policy(table, self.config.peft)
+        with self.observer.track("loading the model"):
+            self.model, _ = load_policy(table, self.config.peft)
         return checkpoint
 
     def _check_lengthened(self, recorded: RunConfig, checkpoint: Checkpoint) -> None:
@@ -165,8 +166,16 @@ class TrlEngine:
     def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
         if self.is_sharded:
             return None
+        if self.trainer is not None and self.trainer.state.global_step == 0:
+            self.observer.say(
+                f"evaluating before training: {len(prompts)} held-out prompts, sampled and greedy, at most "
+                f"{prompts[0].limit} tokens each (less: --set eval.prompts=N, --set eval.max_new_tokens=N; "
+                "eval.prompts=0 for none)"
+            )
         with self._sampling():
-            return evaluate(self.model, self.layout.tokenizer, prompts, self.layout.format, self.config.eval)
+            return evaluate(
+                self.model, self.layout.tokenizer, prompts, self.layout.format, self.config.eval, self.observer
+            )
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
