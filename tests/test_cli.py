@@ -320,7 +320,7 @@ def test_missing_vllm_is_found_before_the_folder_is_made(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = error_of(capsys, "train", str(run_file), "--out", str(tmp_path / "run"), "--set", "trl.use_vllm=true")
-    assert "pip install 'rest-rl[vllm]'" in error
+    assert "pip install 'trl[vllm]'" in error
     assert not (tmp_path / "run").exists()
 
 

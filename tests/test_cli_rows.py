@@ -11,7 +11,7 @@ import pytest
 
 from rest_rl.cli.app import main
 from rest_rl.config import RunConfig
-from rest_rl.presets import PRESETS
+from rest_rl.presets import PRESETS, SUPERVISED
 from rest_rl.train.trl.settings import trainer_config
 from tests.test_cli import GOLD, RIGHT, error_of, lines
 from tests.tiny_policy import tiny_tokenizer
@@ -215,17 +215,23 @@ def test_inspect_shows_characters_that_several_tokens_share(
     assert "<|im_end|>" in ended
 
 
-def test_presets_are_run_files(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_run_file(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    preset = PRESETS[name]
+    assert main(["presets", name]) == 0
+    config = RunConfig.from_toml(capsys.readouterr().out, ["rest.format=toolrl"])
+    assert config.rest.resolve() == preset
+    args = trainer_config(replace(config, trl={**config.trl, "use_cpu": True, "bf16": False}))
+    assert (args.epsilon, args.epsilon_high or args.epsilon) == (preset.epsilon_low, preset.epsilon_high)
+    assert args.method() == preset
+
+
+def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     out = capsys.readouterr().out
-    for name, preset in PRESETS.items():
-        own = [part for part in re.split(r"\n(?=\[)", out) if part.startswith(f"[{name}.")]
-        expected = {f"[{name}.rest]", f"[{name}.trl]"}
-        expected |= {f"[{name}.rest.{table}]" for table in ("weights", "reward") if getattr(preset, table)}
-        expected |= {f"[{name}.rest.weights.constants]"} if getattr(preset.weights, "constants", None) else set()
-        assert {part.splitlines()[0] for part in own} == expected
-        config = RunConfig.from_toml("\n".join(own).replace(f"[{name}.", "["), ["rest.format=toolrl"])
-        assert config.rest.resolve() == preset
-        args = trainer_config(replace(config, trl={**config.trl, "use_cpu": True, "bf16": False}))
-        assert (args.epsilon, args.epsilon_high or args.epsilon) == (preset.epsilon_low, preset.epsilon_high)
-        assert args.method() == preset
+    assert [line.split()[0] for line in out.splitlines()[:-1]] == [*PRESETS, *SUPERVISED]
+    assert max(map(len, out.splitlines())) <= 120
+    for name, weights in SUPERVISED.items():
+        assert main(["presets", name]) == 0
+        assert RunConfig.from_toml(capsys.readouterr().out).rest.loss_weights() == weights
+    assert "'best'" in error_of(capsys, "presets", "best")

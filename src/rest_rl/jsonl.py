@@ -46,7 +46,8 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
     """A field of a row that must be text."""
     value = row.get(name)
     if not isinstance(value, str):
-        raise UserError(f"{name} of type {type(value).__name__}", "text", f"add {name!r} to the row")
+        got = f"{name} of type {type(value).__name__}" if name in row else f"a row without {name!r}"
+        raise UserError(got, f"text as {name!r}", "correct the row" if name in row else "add it")
     return value
 
 

@@ -124,7 +124,13 @@ def _call_from_json(call: Any, number: int) -> ToolCall:
     if isinstance(call, ToolCall):
         return call
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-        raise UserError(f"{type(call).__name__} as gold call {number}", '{"name": str, "arguments": object}', FIX)
+        is_object, shape = isinstance(call, Mapping), '{"name": str, "arguments": object}'
+        got = (
+            f"gold call {number} with the name {call.get('name')!r:.80}"
+            if is_object
+            else f"{call!r:.80} as gold call {number}"
+        )
+        raise UserError(got, shape, FIX)
     arguments = call.get("arguments")
     if not isinstance(arguments, Mapping):
         got = f"arguments of type {type(arguments).__name__} in gold call {number} ({call['name']!r})"

@@ -76,7 +76,7 @@ app.add_typer(
 )
 add(inspect.inspect, "show each token of a response with its region and weight")
 add(score.score, "score responses against gold calls, with the reasons")
-add(inspect.presets, "every preset, resolved, as TOML")
+add(inspect.presets, "the presets; presets NAME prints one as TOML")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,19 @@ from rest_rl.errors import UserError
 ENTROPIES = 'nats by region, {"name": 0.3, ...}, or a file that holds them; without them no region is known better'
 
 
+PRESETS_IN_WORDS = {
+    "rest": "weights that follow the entropy by region, gently (strength 0.25), and no schedule; the default",
+    "paper": "the paper's: full strength, the curriculum from structure to reasoning, a reward that moves to accuracy",
+    "authors-code": "the published code's, number for number: fixed weights on its schedule of 150 steps, its reward",
+    "grpo": "GRPO: all tokens weigh alike, the reward of rest",
+    "dr_grpo": "Dr. GRPO: as grpo, advantages not divided by the standard deviation",
+    "dapo": "DAPO: as grpo, a token mean over the batch and a wider clip upwards",
+    "sft": "supervised: all tokens of the demonstrations alike",
+    "tsft": "supervised: calls weigh twice",
+    "rsft": "supervised: reasoning weighs twice",
+}
+
+
 class Inspected(NamedTuple):
     """A response as training would see it: its ids and, by token, what it spells, its region and its weight."""
 
@@ -29,19 +42,25 @@ class Inspected(NamedTuple):
     weights: list[float]
 
 
-def presets() -> None:
-    """Print every preset as the tables of a run file, [NAME.rest] and so on, ready to paste without "NAME."."""
+def presets(name: Annotated[str | None, typer.Argument(metavar="NAME", help="print this one as TOML")] = None) -> None:
+    """List the presets, or print one as the tables of a run file, with every setting."""
     import tomli_w
 
-    from rest_rl.presets import PRESETS
+    if name is None:
+        print("\n".join(f"{preset:13} {meaning}" for preset, meaning in PRESETS_IN_WORDS.items()))
+        print("rest-rl presets NAME prints one as the tables of a run file; rest-rl train --preset NAME uses it")
+    else:
+        print(tomli_w.dumps(run_tables(name)).rstrip())
 
-    print(tomli_w.dumps({name: run_tables(preset) for name, preset in PRESETS.items()}).rstrip())
 
-
-def run_tables(preset: Any) -> dict[str, Any]:
+def run_tables(name: str) -> dict[str, Any]:
     """A preset as tables of a run file; the clip range is the trainer's."""
     from rest_rl.config import preset_table
+    from rest_rl.presets import SUPERVISED, get_preset
 
+    if name in SUPERVISED:
+        return {"rest": {"preset": name, "region_weights": SUPERVISED[name]}}
+    preset = get_preset(name)
     table = preset_table(preset)
     clip = {"epsilon": table.pop("epsilon_low"), "epsilon_high": table.pop("epsilon_high")}
     return {"rest": {"preset": preset.name, **table}, "trl": clip}

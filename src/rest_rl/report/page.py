@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,9 @@ def shown_responses(run: Run) -> str:
     blocks = []
     for row in (run.responses[0], run.responses[-1]):
         title = f"Step {row.get('step')}, reward {row.get('reward', float('nan')):.3f}"
-        text = str(row.get("response", "")).replace("```", "'''")
-        blocks.append(f"{title}\n\n```text\n{text}\n```")
+        text = str(row.get("response", ""))
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        blocks.append(f"{title}\n\n{fence}text\n{text}\n{fence}")
     return f"## What the policy says ({run.name})\n\n" + "\n\n".join(blocks)
 
 

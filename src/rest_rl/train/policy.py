@@ -171,7 +171,7 @@ def four_bits() -> BitsAndBytesConfig:
         raise UserError(
             "model.load_in_4bit = true",
             "a CUDA device and the package bitsandbytes",
-            "pip install 'rest-rl[qlora]', or set load_in_4bit = false",
+            "pip install 'trl[peft,quantization]', or set load_in_4bit = false",
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -239,7 +239,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 @contextmanager
 def readable(what: str, path: str | Path) -> Iterator[None]:
-    """UserError for a model or tokenizer that does not load; the loaders raise a dozen types."""
+    """No bars of transformers; UserError for what does not load: the loaders raise a dozen types."""
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         yield
     except torch.OutOfMemoryError:
@@ -251,8 +253,11 @@ def readable(what: str, path: str | Path) -> Iterator[None]:
             "a directory with config.json, model.safetensors and tokenizer.json, or a hub name",
             "check the path",
         ) from error
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def require_peft(what: str) -> None:
     if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{what} without the package peft", "it", "pip install 'rest-rl[peft]'")
+        raise UserError(f"{what} without the package peft", "it", "pip install peft")

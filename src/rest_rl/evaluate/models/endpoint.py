@@ -135,7 +135,7 @@ class Endpoint(Model):
         try:
             import openai
         except ImportError:
-            raise UserError("an endpoint without the package openai", "it", "pip install 'rest-rl[endpoint]'") from None
+            raise UserError("an endpoint without the package openai", "it", "pip install 'openai>=2,<4'") from None
         check_sizes(max_new_tokens=max_new_tokens, concurrency=concurrency, context=context)
         check_sizes(requests_per_minute=requests_per_minute)
         if retries < 0 or not timeout > 0:

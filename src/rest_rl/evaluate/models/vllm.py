@@ -39,7 +39,7 @@ class VllmModel(TokenModel):
         try:
             import vllm  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise UserError(f"no working package vllm ({error})", "it", "pip install 'rest-rl[vllm]'") from error
+            raise UserError(f"no working package vllm ({error})", "it", "pip install 'trl[vllm]'") from error
         self.layout, self.batch_size, self.max_new_tokens = layout, batch_size, max_new_tokens
         self.context = context
         self._sampling = vllm.SamplingParams

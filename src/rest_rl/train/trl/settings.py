@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -38,7 +39,7 @@ RANGES = {
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 """Learning rate schedules in which no rate depends on the length of the run."""
 PACKAGES = {
-    "use_vllm": ("vllm", "'rest-rl[vllm]'"),
+    "use_vllm": ("vllm", "'trl[vllm]'"),
     "deepspeed": ("deepspeed", "deepspeed"),
     "use_liger_kernel": ("liger_kernel", "liger-kernel"),
 }
@@ -70,7 +71,9 @@ def trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfig | S
         **table,
     }
     try:
-        args = kind(**given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what becomes of their fields is not for the user to follow
+            args = kind(**given)
     except UserError:
         raise
     except (TypeError, ValueError) as error:  # the trainer's own checks of its fields

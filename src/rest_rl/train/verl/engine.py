@@ -60,7 +60,7 @@ class VerlEngine:
 
     def __init__(self, config: RunConfig, layout: PromptLayout, observer: Observer) -> None:
         if missing := [name for name in ("verl", "transfer_queue") if importlib.util.find_spec(name) is None]:
-            remedy = "pip install 'rest-rl[verl]', in an environment of its own (docs/cluster.md)"
+            remedy = "pip install 'verl[verl-core]>=0.9,<0.10', in an environment of its own (docs/cluster.md)"
             raise UserError(f"the engine verl without the package {missing[0]}", "it", remedy)
         self.config, self.layout, self.observer = config, layout, observer
         if unread := unread_keys(config):

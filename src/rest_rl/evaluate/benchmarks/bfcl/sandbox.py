@@ -173,7 +173,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             raise UserError(
                 f"{self._package.pin} in {self._package.folder}, which does not load ({answer.get('failed')})",
                 "it whole",
-                f"pip install 'rest-rl[bfcl]' has what it needs, and {command} puts it there",
+                f"pip install mpmath, which it needs, and {command} puts it there",
             )
         return process
 
