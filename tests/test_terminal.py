@@ -79,11 +79,14 @@ def test_bars_fit_80_columns_and_leave_nothing_behind() -> None:
         advance(1)
         metrics = {"reward": 0.5, "rest/accuracy": 0.25, "rest/format": 1.0, "loss": -0.1, "rest/weight/name": 1.5}
         screen.on_step(300, 900, metrics)
+        screen._bars.refresh()
+        screen.on_step(1000, 1000, {**metrics, "rest/accuracy_calls": 0.25, "rest/accuracy_answers": 0.75})
         screen.on_responses(3, [row])
         screen._bars.refresh()
         screen.say("a line")
     text = out.getvalue()
     assert "300/900 reward 0.500 S_acc 0.250 S_format 1.000" in text
+    assert "1000/1000 reward 0.500 S_acc calls 0.250 answers 0.750" in text
     assert "…" not in text
     assert "name 1.50" in text
     assert max(len(line) for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))) <= 80

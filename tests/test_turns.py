@@ -95,7 +95,8 @@ def test_held_out_prompts_and_the_probe_know_a_cut_off_response() -> None:
     tokenizer = tiny_tokenizer()
     layout, ends = PromptLayout(tokenizer, "toolrl"), [tokenizer.eos_token_id]
     call, answer = (tokenizer(text)["input_ids"] for text in (CALL, ANSWER))
-    prompts = [Prompt("", sample, "held out") for sample in (*tiny_samples(2), answer_sample(0), answer_sample(1))]
+    samples = (*tiny_samples(2), answer_sample(0), answer_sample(1))
+    prompts = [Prompt("", sample, "held out", limit=99) for sample in samples]
     ids = [[*call, *ends], call, [*answer, *ends], answer]
     outcomes = outcomes_of(ids, prompts, tokenizer, FORMATS["toolrl"], ends)
     assert [(row.exact_match, row.s_format) for row in outcomes] == [(1, 1), (0, 0), (1, 1), (0, 0)]
