@@ -23,7 +23,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from rest_rl.credit import AdvantageKind
 from rest_rl.errors import UserError
-from rest_rl.objects import UserObject, add_search_folder, check_call
+from rest_rl.objects import UserObject, add_search_folder
 from rest_rl.presets import REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
 from rest_rl.rewards import try_reward
 from rest_rl.runlog import CONFIG, find_modules, read_toml
@@ -276,8 +276,6 @@ def changed_rule(own: Any, table: Mapping[str, Any], rules: Mapping[str, type], 
         rule = UserObject(name, what, options)
         if what == "reward":
             try_reward(rule)
-        else:
-            check_call(rule.target, f"{what} {name!r}", "batch", "statistics", "progress")
         return rule
     kind = type(own) if name is None else rules.get(name) if isinstance(name, str) else None
     if kind is None:
