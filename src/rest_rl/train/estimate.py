@@ -270,21 +270,20 @@ class _Model:
         return parts
 
     def activation_bound(self) -> Part:
-        """What forward and backward pass hold besides weights and gradients, by a generous line of arithmetic.
+        """What forward and backward pass hold besides weights and gradients.
 
-        All layers, or with checkpointing the input of each and all of one; the backward pass adds half a layer. Then
-        TRL's tile of the logits, the gradient of the head, and autocast's 16-bit copies of weights.
+        The inputs of all layers, and what is kept of all of them, or with checkpointing of one; half a layer more for
+        the backward pass. Then TRL's tile of the logits, the head's gradient, and autocast's 16-bit copies of weights.
         """
         text, (rows, length) = self.text, self.micro_batch
-        layers, hidden, tokens = text.num_hidden_layers, text.hidden_size, rows * length
-        is_kept = not self.args.gradient_checkpointing
-        kept = (layers - 1) * self.layer if is_kept else layers * hidden * self.stream
-        pairs = rows * length**2 * (self.mask + self.pair * (layers if is_kept else 1))
-        # a buffer of one tile, and without the device's kernel eight more of the tile's logits in float32
-        tile = min(tokens, TILE[0]) * (4 * TILE[1] + (0 if self.is_gpu else 32 * min(text.vocab_size, TILE[1])))
-        head = 0 if self.lora else 4 * text.vocab_size * hidden
-        narrowed = 2 * self.size.linear if self.stream > self.compute else 0
-        total = tokens * (kept + 3 * self.layer // 2 + 8 * hidden) + pairs + tile + head + narrowed
+        held = 1 if self.args.gradient_checkpointing else text.num_hidden_layers
+        inputs = text.num_hidden_layers * text.hidden_size * self.stream
+        token = self.layer * (2 * held + 1) // 2 + inputs + 8 * text.hidden_size
+        # a buffer of one tile, and without a GPU's kernel eight more of the tile's logits in float32
+        tile = 4 * TILE[1] + (0 if self.is_gpu else 32 * min(text.vocab_size, TILE[1]))
+        fixed = min(rows * length, TILE[0]) * tile + (0 if self.lora else 4 * text.vocab_size * text.hidden_size)
+        fixed += 2 * self.size.linear if self.stream > self.compute else 0
+        total = rows * (length * token + length**2 * (self.mask + self.pair * held)) + fixed
         return Part("activations", "update", total, f"bound: {self.shape}")
 
     def measured(self) -> Part:
@@ -329,7 +328,7 @@ class _Model:
             share, sleeps = args.vllm_gpu_memory_utilization, args.vllm_enable_sleep_mode
             how = f"exact: vllm_gpu_memory_utilization {share:g}"
             vllm = Part("vLLM", "generation" if sleeps else "always", int(share * self.device.bytes), how)
-            (in_turn if sleeps else always).append([vllm] if sleeps else vllm)
+            always, in_turn = ([], [[vllm]]) if sleeps else ([vllm], [])
         elif is_reinforcement(args) and not args.use_vllm:
             in_turn.append(self.responses(self.work.responses // self.processes, self.work.max_response, "responses"))
         if table.prompts and self.cut_up < 3 and (data.held_out or data.path == EMBEDDED):
