@@ -132,7 +132,7 @@ def test_a_wrong_object_is_one_line_before_there_is_a_run_folder(
     (tmp_path / "d.jsonl").write_text("")
     option = {
         "--format": ["--format", f"{module}:MINE"],
-        "source": ["--data", "d.jsonl", "--set", f"data.source={module}:MINE"],
+        "source": ["--data", "d.jsonl", "--set", f"data.source={module}:MINE", "--set", "trl.max_completion_length=64"],
     }.get(part, ["--set", f"rest.{part}.rule={module}:MINE"])
     capsys.readouterr()
     assert f"{module}:MINE" in error_of(capsys, "train", *SHORT, *option, "--out", "run")
