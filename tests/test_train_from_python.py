@@ -65,14 +65,18 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"model": {"path": str(folder)}, "data": held_out, "eval": {"max_new_tokens": 20}, "trl": trl}
 
 
-def test_a_run_in_a_thread_and_its_result(tables: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_in_a_thread_and_its_result(
+    tables: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     results: list[RunResult] = []
     heard = Heard()
+    capfd.readouterr()
     thread = threading.Thread(
         target=lambda: results.append(rest_rl.train(tables, out=tmp_path / "run", observer=heard))  # pyright: ignore[reportCallIssue]
     )
     thread.start()
     thread.join()
+    assert capfd.readouterr() == ("", "")  # no bars and warnings of the libraries
     (result,) = results
     run = read_run(tmp_path / "run")
     assert (result.folder, result.steps, result.is_interrupted) == (tmp_path / "run", 4, False)

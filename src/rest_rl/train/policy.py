@@ -41,6 +41,20 @@ def quiet_loading() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """As `quiet_loading`, for as long as a workflow runs."""
+    shows_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    with warnings.catch_warnings():
+        quiet_loading()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if shows_bars:
+                logging.enable_progress_bar()
+
+
 def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """(model, tokenizer), left padded; UserError if either cannot be read or the tokenizer has no chat template.
 
@@ -239,11 +253,10 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 @contextmanager
 def readable(what: str, path: str | Path) -> Iterator[None]:
-    """No bars of transformers; UserError for what does not load: the loaders raise a dozen types."""
-    shows_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    """UserError for a model or tokenizer that does not load; the loaders raise a dozen types."""
     try:
-        yield
+        with quiet():
+            yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -253,9 +266,6 @@ def readable(what: str, path: str | Path) -> Iterator[None]:
             "a directory with config.json, model.safetensors and tokenizer.json, or a hub name",
             "check the path",
         ) from error
-    finally:
-        if shows_bars:
-            logging.enable_progress_bar()
 
 
 def require_peft(what: str) -> None:

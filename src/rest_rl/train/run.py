@@ -39,7 +39,7 @@ from rest_rl.runlog import (
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import Engine
 from rest_rl.train.estimate import Estimate, estimate, this_device, verdict
-from rest_rl.train.policy import lora_config, model_context, policy_config, policy_tokenizer, quiet_loading
+from rest_rl.train.policy import lora_config, model_context, policy_config, policy_tokenizer, quiet, quiet_loading
 from rest_rl.train.prompts import TrainingData, gold_demonstration, read_data
 from rest_rl.train.request import RunSource, changed_keys, in_folder, is_first_process, resolve_run
 from rest_rl.train.trl.settings import unread_keys, with_machine_defaults
@@ -78,6 +78,7 @@ class Plan:
     data: TrainingData
 
 
+@quiet()
 def train(
     run: RunSource = None,
     *,
