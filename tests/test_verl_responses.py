@@ -10,13 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from rest_rl.credit import group_advantages
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS
 from rest_rl.train.prompts import training_dataset
+from rest_rl.train.reward import ending_ids
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.verl import responses as verl_responses
+from rest_rl.train.verl.engine import own_generation
 from rest_rl.train.verl.responses import (
     PER_TOKEN,
     Responses,
@@ -124,6 +127,7 @@ def test_figures_and_rows_of_responses_by_hand():
         prompts=["p", "p", "q", "q"],
         tokenizer=tokenizer,
         tool_format=FORMATS["toolrl"],
+        ends=[eos],
     )
     figures = responses.figures()
     assert figures["reward"] == 1.25
@@ -179,3 +183,11 @@ def test_weights_of_one_change_no_bit_of_an_advantage():
     weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS["grpo"].weights)
     advantages, _, _ = reshape_batch(batch, weigher, EntropyTracker(0.7), 0.5, 2)
     assert all(torch.equal(ours, stock) for ours, stock in zip(advantages.unbind(), rows, strict=True))
+
+
+def test_a_model_may_have_ends_that_its_tokenizer_does_not_know(tmp_path):
+    GenerationConfig(eos_token_id=[3, 4]).save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    ends = ending_ids(tokenizer, own_generation(tmp_path))
+    assert ends == {3, 4, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert own_generation(tmp_path / "none") is None

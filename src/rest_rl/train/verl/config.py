@@ -54,6 +54,8 @@ class VerlJob(NamedTuple):
     """Rows of the training file."""
     prompt_tokens: int
     """Of the longest prompt."""
+    ends: tuple[int, ...] = ()
+    """The tokens that end a response."""
     has_held_out: bool = False
     resume_from: Path | None = None
 
@@ -216,7 +218,8 @@ def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, mega
 def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
     """What verl gets, checked by verl itself; UserError for what its configuration does not have or it refuses.
 
-    The table `rest` of it is the plugin's: `rest.run` is the run file whole, `rest.folder` the run folder.
+    The table `rest` of it is the plugin's: `rest.run` is the run file whole, `rest.folder` the run folder, `rest.ends`
+    the tokens that end a response.
     """
     from hydra import compose, initialize_config_module
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -255,7 +258,7 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
         omega_conf_to_dataclass(checked.algorithm)
         validate_config(checked, use_reference_policy=need_reference_policy(checked), use_critic=False)
     # TOML's own way to write a dollar, so that OmegaConf finds nothing to fill in.
-    rest = {"run": config.to_toml().replace("${", "\\u0024{"), "folder": str(job.folder)}
+    rest = {"run": config.to_toml().replace("${", "\\u0024{"), "folder": str(job.folder), "ends": list(job.ends)}
     OmegaConf.update(verl, "rest", rest, force_add=True)
     return verl
 

@@ -17,7 +17,10 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
 
 from rest_rl.config import RunConfig, parse_toml
 from rest_rl.data.layout import PromptLayout
@@ -30,6 +33,7 @@ from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import AfterStep, Reached
 from rest_rl.train.policy import base_and_adapter
 from rest_rl.train.prompts import TrainingData, dataset_of, gold_text
+from rest_rl.train.reward import ending_ids
 from rest_rl.train.verl.config import (
     HELD_OUT_FILE,
     LOOPS_FILE,
@@ -85,6 +89,7 @@ class VerlEngine:
             model=str(Path(model).absolute() if Path(model).is_dir() else model),
             num_train=len(data.prepared),
             prompt_tokens=max(len(row.prompt_ids) for row in (*data.prepared, *(row for _, row in data.held_out))),
+            ends=tuple(sorted(ending_ids(self.layout.tokenizer, own_generation(model)))),
             has_held_out=bool(data.held_out),
             resume_from=checkpoint.folder and checkpoint.folder.absolute(),
         )
@@ -151,6 +156,14 @@ class VerlEngine:
                 base=self.job.model,
                 trust_remote_code=self.config.model.trust_remote_code,
             )
+
+
+def own_generation(model: str | Path) -> Any:
+    """What a model's generation_config.json says, at which samplers stop too; None without the file."""
+    try:
+        return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(str(model)))
+    except OSError:
+        return None
 
 
 # Files

@@ -32,7 +32,7 @@ from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import RunLog, replace_file
 from rest_rl.statistics import Outcome, summarise
-from rest_rl.train.reward import Scored, ending_ids, read_gold, score_text
+from rest_rl.train.reward import Scored, read_gold, score_text
 from rest_rl.train.verl.responses import (
     DATA_STATE,
     ESTIMATOR,
@@ -117,6 +117,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
             prompts=[row[-1]["content"] for row in columns["raw_prompt"]],
             tokenizer=self.tokenizer,
             tool_format=self.format,
+            ends=frozenset(self.config.rest.ends),
         )
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
@@ -169,7 +170,7 @@ class ReSTRewardManager(RewardManagerBase):
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, *_: Any, **__: Any) -> None:
         super().__init__(config, tokenizer, compute_score)
         rest = RunConfig.from_toml(config.rest.run).rest
-        self.format, self.method, self.ends = get_format(rest.format), rest.resolve(), ending_ids(tokenizer)
+        self.format, self.method, self.ends = get_format(rest.format), rest.resolve(), frozenset(config.rest.ends)
         self.total = int(config.actor_rollout_ref.actor.optim.total_training_steps)  # verl has counted them by now
 
     async def run_single(self, data: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from rest_rl.presets import Preset
 from rest_rl.response import NUM_REGIONS, Turn
 from rest_rl.runlog import Row, RunLog
 from rest_rl.train.record import WeighedBatch, response_row
-from rest_rl.train.reward import Scored, ending_ids, read_gold, split_figures
+from rest_rl.train.reward import Scored, read_gold, split_figures
 from rest_rl.train.weighing import (
     SUMS,
     EntropyTracker,
@@ -143,13 +143,14 @@ class Responses:
     prompts: Sequence[str]
     tokenizer: Any
     tool_format: ToolFormat
+    ends: Collection[int]
+    """The tokens that end a response."""
 
     def figures(self) -> dict[str, float]:
         """Means over the responses, under the names that they have on TRL."""
         rewards_B = self.rewards_B.double()
         lengths_B = torch.tensor([len(ids) for ids in self.ids], dtype=torch.float64)
-        ends = ending_ids(self.tokenizer)
-        ended_B = torch.tensor([has_ended(ids[-1:].tolist(), ends) for ids in self.ids])
+        ended_B = torch.tensor([has_ended(ids[-1:].tolist(), self.ends) for ids in self.ids])
         alike = [bool((rewards_B[rows] == rewards_B[rows[0]]).all()) for rows in rows_by_group(self.groups)]
         figures = {
             "reward": float(rewards_B.mean()),
@@ -179,13 +180,12 @@ class Responses:
     def rows(self, chosen: Sequence[int], tokens: Mapping[int, Row], step: int, progress: float) -> list[Row]:
         """The `chosen` responses as responses.jsonl holds them; `tokens` are the recorded fields by place."""
         rows: list[Row] = []
-        ends = ending_ids(self.tokenizer)
         for i in chosen:
             row: Row = {"step": step, "progress": progress, "id": self.origins[i]["id"]}
             if not rows or rows[-1]["id"] != row["id"]:  # a group shares its prompt
                 row["prompt"] = self.prompts[i]
             gold, reward = json.loads(self.golds[i]), float(self.rewards_B[i])
-            row |= response_row(self.ids[i].tolist(), gold, reward, self.tokenizer, self.tool_format, ends)
+            row |= response_row(self.ids[i].tolist(), gold, reward, self.tokenizer, self.tool_format, self.ends)
             rows.append(row | tokens[self.places[i]])
         return rows
 
