@@ -15,11 +15,11 @@ from transformers import GenerationConfig
 from rest_rl.credit import group_advantages
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS
+from rest_rl.train.policy import own_generation
 from rest_rl.train.prompts import training_dataset
 from rest_rl.train.reward import ending_ids
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.verl import responses as verl_responses
-from rest_rl.train.verl.engine import own_generation
 from rest_rl.train.verl.responses import (
     PER_TOKEN,
     Responses,

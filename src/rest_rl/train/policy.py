@@ -11,10 +11,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file, logging
 
 from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key
@@ -132,6 +140,14 @@ def model_context(config: ModelTable, tokenizer: Any) -> int | None:
         return context_length(policy_config(config), tokenizer)
     except UserError:
         return context_length(None, tokenizer)
+
+
+def own_generation(model: str | Path) -> Any:
+    """What a model's generation_config.json says, at which samplers stop too; None without the file."""
+    try:
+        return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(str(model)))
+    except OSError:
+        return None
 
 
 def base_and_adapter(config: ModelTable) -> tuple[str | Path, str | None]:

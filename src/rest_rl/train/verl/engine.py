@@ -17,10 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-
-from transformers import GenerationConfig
 
 from rest_rl.config import RunConfig, parse_toml
 from rest_rl.data.layout import PromptLayout
@@ -31,7 +28,7 @@ from rest_rl.report.diagnosis import Diagnosis
 from rest_rl.runlog import EVALUATIONS, METRICS, RESPONSES, Observer, Row, RunLog, read_rows, replace_file, unwritable
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import AfterStep, Reached
-from rest_rl.train.policy import base_and_adapter
+from rest_rl.train.policy import base_and_adapter, own_generation
 from rest_rl.train.prompts import TrainingData, dataset_of, gold_text
 from rest_rl.train.reward import ending_ids
 from rest_rl.train.verl.config import (
@@ -156,14 +153,6 @@ class VerlEngine:
                 base=self.job.model,
                 trust_remote_code=self.config.model.trust_remote_code,
             )
-
-
-def own_generation(model: str | Path) -> Any:
-    """What a model's generation_config.json says, at which samplers stop too; None without the file."""
-    try:
-        return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(str(model)))
-    except OSError:
-        return None
 
 
 # Files
