@@ -101,6 +101,6 @@ def report(tokenizer: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="What inspect costs beside score")
     parser.add_argument("--tokenizer", default=str(Path(__file__).parent.parent / "src/rest_rl/assets/tool_world"))
     report(parser.parse_args().tokenizer)

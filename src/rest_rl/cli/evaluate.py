@@ -228,4 +228,4 @@ def table(
     for summary in summaries:
         _show_summary(summary)
     for line in (*write_tables(summaries, target), *draw_radars(summaries, target)):
-        say(Console(), str(line))
+        say(Console(), f"wrote {line}")

@@ -80,7 +80,7 @@ def show_tokens(
     console.rule(title, align="left", style="dim")
     show_coloured(runs, console)
     table = Table("region", "tokens", "share", "mean weight", box=None, header_style="dim")
-    tokens, sums = Counter(regions), dict.fromkeys(Region, 0.0)
+    tokens, sums = Counter(regions), [0.0] * len(Region)
     for region, weight in zip(regions, weights, strict=True):
         sums[region] += weight
     for label, colour in REGION_COLOURS.items():
