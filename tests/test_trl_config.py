@@ -5,6 +5,7 @@ import json
 import pytest
 from trl import GRPOConfig
 
+from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
 from rest_rl.presets import PRESETS, Preset
 from rest_rl.rewards import RewardConfig
@@ -136,3 +137,7 @@ def test_a_rule_given_to_the_trainer_is_checked_as_that_of_a_preset(tokenizer, t
             processing_class=tokenizer,
             weight_rule=rule,
         )
+
+
+def test_the_default_length_of_a_response_is_the_trainers() -> None:
+    assert RunConfig().max_response_tokens == GRPOConfig.max_completion_length

@@ -233,7 +233,7 @@ class RunConfig:
     @property
     def max_response_tokens(self) -> int:
         """Tokens that training allows a response: the trainer's default where `[trl]` does not say."""
-        return int(self.trl.get("max_completion_length") or self.trl.get("max_length") or 256)
+        return int(self.trl.get("max_completion_length") or self.trl.get("max_length") or 512)
 
     @property
     def weights_dtype(self) -> str:

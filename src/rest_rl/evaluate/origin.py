@@ -87,7 +87,7 @@ def has_hub() -> bool:
     Its client would try for a minute, aloud.
     """
     try:
-        get_session().head(constants.ENDPOINT, timeout=5)
+        get_session().head(constants.ENDPOINT, timeout=10)
     except Exception:  # whatever the client's transport raises
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
