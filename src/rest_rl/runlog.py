@@ -5,7 +5,7 @@
     metrics.jsonl      one object per step               checkpoints/   what `--resume` starts from
     responses.jsonl    some responses of each step       model/         what was trained, and its tokenizer
     rejected.jsonl     rows that were left out, and why  plots/
-    evaluations.jsonl  scores on the slice, during training
+    evaluations.jsonl  scores on the slice, during training      .lock  held by the process that trains (`owned`)
 
 Every line is written and flushed whole. A process killed in mid-line leaves a last line that readers skip and a resumed
 run removes. Wall-clock times stand apart from the metrics: a resumed run's metrics equal an uninterrupted run's.

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rest_rl.compare.collect import ComparisonReport, collect
 from rest_rl.compare.grid import GRID, REFERENCE, RUNS, Grid, read_grid
 from rest_rl.compare.jobs import Job, check_startable, make_jobs, run_jobs
-from rest_rl.compare.page import write_page
-from rest_rl.compare.verdict import verdict
 from rest_rl.errors import UserError
 from rest_rl.runlog import SILENT, Observer, replace_file, unwritable
+
+if TYPE_CHECKING:
+    from rest_rl.compare.collect import ComparisonReport
 
 
 def compare(
@@ -51,7 +51,7 @@ def compare(
     check_startable(planned)
     if dry_run:
         observer.show_table("the grid", ("method", "runs", "finished", "steps of a run"), plan_rows(planned))
-        return collect(folder, wanted, wanted.reference)
+        return collected(folder, wanted, wanted.reference)
     whole = keep_grid(wanted, folder)
     kept_runs = sum(job.state == "kept" for job in planned)
     observer.say(f"{len(planned)} runs in {folder / RUNS}, {kept_runs} of them finished")
@@ -59,14 +59,16 @@ def compare(
     if any(job.state in ("done", "kept") and job.name.method == wanted.reference for job in planned):
         result = report(folder, whole, wanted.reference)
     else:
-        result = with_verdict(collect(folder, whole, wanted.reference))
+        result = with_verdict(collected(folder, whole, wanted.reference))
     failed = {str(job.name): f"{job.note}; see {job.log}" for job in planned if job.state == "failed"}
     return replace(result, failed=failed, is_interrupted=not is_whole)
 
 
 def report(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
     """Compare the finished runs in a grid's folder and write the page."""
-    found = with_verdict(collect(folder, grid, reference))
+    from rest_rl.compare.page import write_page
+
+    found = with_verdict(collected(folder, grid, reference))
     if not found.lines:
         raise UserError(
             f"{folder} without a finished run", f"folders {RUNS}/METHOD-SEED of rest-rl train", "run the grid first"
@@ -81,7 +83,15 @@ def report(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
     return write_page(found)
 
 
+def collected(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
+    from rest_rl.compare.collect import collect  # scipy and matplotlib wait until the grid has been read
+
+    return collect(folder, grid, reference)
+
+
 def with_verdict(found: ComparisonReport) -> ComparisonReport:
+    from rest_rl.compare.verdict import verdict
+
     return replace(found, verdict=verdict(found))
 
 
