@@ -36,7 +36,9 @@ SMALL = ("--prompts", "8", "--group", "4", "--max-new-tokens", "20")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("policy")
     tokenizer = tiny_tokenizer()
-    tiny_model(tokenizer).save_pretrained(folder)
+    model = tiny_model(tokenizer)
+    model.config.max_position_embeddings = 4096  # room for a format in words, a token for each of its letters
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -150,8 +152,8 @@ def test_a_random_model_of_another_format(
         (("--progress", "1.5"), "[0, 1]"),
         (("--norm-cap", "-1"), "0 for none"),
         (("--format", "nonsense"), "nonsense"),
-        (("--model", "nowhere/to/be/found"), "expected a directory"),
-        (("--data", "missing.jsonl"), "missing.jsonl"),
+        (("--model", "nowhere/to/be/found"), "--model nowhere/to/be/found"),
+        (("--data", "missing.jsonl", "--max-new-tokens", "20"), "missing.jsonl"),
         (("--set", "data.sampels=3"), "did you mean samples"),
     ],
 )

@@ -105,7 +105,7 @@ def theory(arguments: argparse.Namespace) -> None:
     (layout,) = layouts(config, arguments.format)
     remedy = "add data" + (f", or lower --pilot (to {LEAST_PILOT} at the least)" * (arguments.pilot > LEAST_PILOT))
     number, least = arguments.prompts + arguments.pilot, LEAST_PROMPTS + arguments.pilot
-    prompts = draw_prompts(config, layout, number, arguments.seed, screen, least, remedy)
+    prompts = draw_prompts(config, layout, number, arguments.seed, screen, samplings[0].max_new_tokens, least, remedy)
     pilot, judged = prompts[: arguments.pilot], prompts[arguments.pilot :]
     settings = TheorySettings(
         token_responses=arguments.group,

@@ -83,7 +83,8 @@ def probe(
         raise UserError(f"norm cap {norm_cap}", "a multiple of the median norm, 0 for none", "change it")
     config = probed_run(model, data, overrides)
     sampling = sampling_of(config, group, seed, progress, max_new_tokens, batch_size)
-    asked = [(layout, draw_prompts(config, layout, prompts, seed, observer)) for layout in layouts(config, formats)]
+    room = sampling.max_new_tokens
+    asked = [(each, draw_prompts(config, each, prompts, seed, observer, room)) for each in layouts(config, formats)]
     if out is not None:
         make_folder(Path(out), JSON)
     policy, rule = load_model(config, observer), config.rest.resolve().weights
@@ -186,13 +187,14 @@ def draw_prompts(
     number: int,
     seed: int,
     observer: Observer,
+    response_tokens: int,
     least: int = LEAST_PROMPTS,
     remedy: str = "add data",
 ) -> list[Prepared]:
-    """A random part of what training would see in this format, or all of it."""
+    """A random part of what training would see in this format, or all of it; each with room for a response."""
     rest = replace(config.rest, format=layout.format.name)
     unmeasured = replace(config, rest=rest, eval=replace(config.eval, prompts=0, every=0))
-    prompts = read_data(unmeasured, layout, observer, config.max_response_tokens).prepared
+    prompts = read_data(unmeasured, layout, observer, response_tokens).prepared
     if len(prompts) < least:
         raise UserError(f"{len(prompts)} samples", f"at least {least}", remedy)
     if len(prompts) < number:
