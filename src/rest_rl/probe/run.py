@@ -87,8 +87,7 @@ def probe(
     asked = [(each, draw_prompts(config, each, prompts, seed, observer, room)) for each in layouts(config, formats)]
     if out is not None:
         make_folder(Path(out), JSON)
-    policy, rule = load_model(config, observer), config.rest.resolve().weights
-    reports = []
+    policy, rule, reports = load_model(config, observer), config.rest.resolve().weights, list[ProbeReport]()
     for layout, own in asked:
         size = step_size(config, step, len(own), observer)
         reports.append(measure(policy, layout, own, sampling, rule, size, norm_cap, observer))
