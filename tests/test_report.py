@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from rest_rl.config import RunConfig
-from rest_rl.report.page import write_report
+from rest_rl.report.page import shown_responses, write_report
 from rest_rl.report.palette import REGION_COLOURS
 from rest_rl.report.plots import gaps, with_gaps
 from rest_rl.report.tables import comparison_rows, curve, group_runs, markdown_table, mean_and_sd, smoothed
 from rest_rl.response import Region
-from rest_rl.runlog import RunLog, read_run
+from rest_rl.runlog import Run, RunLog, read_run
 
 
 def make_run(folder: Path, seed: int, preset: str = "rest", steps: int = 20, strength: float = 0.5) -> Path:
@@ -119,3 +119,9 @@ def test_cells_cannot_break_a_table() -> None:
 def test_folders_without_a_run_are_named(tmp_path: Path, make) -> None:
     with pytest.raises(ValueError, match=r"holds no config\.toml|without a finished step"):
         write_report([make(tmp_path)])
+
+
+def test_a_response_with_a_fence_stands_unaltered_in_a_longer_one(tmp_path: Path) -> None:
+    row = {"step": 1, "reward": 1.0, "response": "a ``` b\n````\nc"}
+    text = shown_responses(Run(tmp_path, "", {}, (), (row,), (), (), {}))
+    assert text.count("`````text\na ``` b\n````\nc\n`````") == 2
