@@ -124,16 +124,21 @@ def test_an_adapter_is_told_apart_by_its_base_model_too(tmp_path: Path) -> None:
 
 
 def test_a_hub_name_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = tmp_path / "hub" / "models--who--what" / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}", encoding="utf-8")
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text(COMMIT, encoding="utf-8")
-    offline(monkeypatch, tmp_path / "hub")
+    with_cached("who/what", tmp_path / "hub", monkeypatch)
     assert hub_commit("who/what") == COMMIT
     assert weights_digest(ModelTable(path="who/what")) == COMMIT
     assert hub_commit("who/else") is None
     assert weights_digest(ModelTable(path="who/else")) is None
+
+
+def with_cached(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that cannot be reached, and this model in its cache."""
+    snapshot = cache / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}", encoding="utf-8")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    offline(monkeypatch, cache)
 
 
 def offline(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -170,7 +175,11 @@ ORACLE, SERVER = {"oracle": True}, {"endpoint": "http://h", "model": "m", "forma
         ({}, {"extra_body": {}}, "without --endpoint"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(who: dict[str, Any], option: dict[str, Any], told: str) -> None:
+def test_options_that_mean_nothing_are_refused(
+    who: dict[str, Any], option: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.jsonl").write_text('{"id": "1", "response": "hello"}\n', encoding="utf-8")
     make_plan(EvalRequest("tool-world", **who))
     name = next(iter(option)).replace("_", "-").replace("changes", "set")
     with pytest.raises(UserError) as caught:
@@ -202,6 +211,9 @@ def test_the_number_of_conversations_at_once(benchmark: str, options: dict[str, 
         ("/no/where", None),
         ("runs", "runs/mine"),
         ("rows.jsonl", None),
+        ("C:\\models\\mine", None),
+        ("my model", None),
+        ("Qwen/Qwen2..5", None),
     ],
 )
 def test_a_path_that_is_no_model_is_refused_without_a_hub(run_folder: Path, path: str, near: str | None) -> None:
@@ -211,6 +223,17 @@ def test_a_path_that_is_no_model_is_refused_without_a_hub(run_folder: Path, path
         recorded_run(path, "--tokenizer")
     assert refused.value.got.startswith(f"--tokenizer {path}")
     assert near is None or f"did you mean {near}?" in refused.value.remedy
+
+
+def test_a_folder_named_like_an_owner_does_not_hide_models_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
+    with_cached("Qwen/Qwen2.5-1.5B", tmp_path / "hub", monkeypatch)
+    assert recorded_run("Qwen/Qwen2.5-1.5B").path == "Qwen/Qwen2.5-1.5B"
+    with pytest.raises(UserError, match=r"did you mean Qwen/Qwen3-0\.6B"):
+        recorded_run("Qwen/Qwen3-0.7B")
 
 
 def test_a_run_folder_is_a_model_for_data_inspect_and_train(

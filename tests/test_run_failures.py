@@ -165,6 +165,7 @@ def test_a_run_of_epochs_is_lengthened_by_epochs(tables: dict[str, Any], tmp_pat
         (["trl.num_iterations=2", "trl.max_steps=3"], [], "after step 3, in the middle of a batch"),
         ([], ["run.seed=1"], "another run.seed"),
         ([], ["trl.max_steps=3"], "more than the 4 steps"),
+        ([], ["trl.max_steps=many"], "expected a number"),
     ],
 )
 def test_what_cannot_be_lengthened_is_refused_and_stays_as_it_was(

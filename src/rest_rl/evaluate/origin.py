@@ -10,8 +10,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.utils import get_session
+from huggingface_hub import constants, repo_exists, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from rest_rl.config import EMBEDDED, ModelTable, RunConfig, read_run_file
 from rest_rl.errors import UserError
@@ -35,7 +36,8 @@ class Origin(NamedTuple):
 def recorded_run(path: str, option: str = "--model") -> Origin:
     """The origin of a model: a run folder stands for its model, a model may lie in one.
 
-    UserError, which names the option, for a path that is no model's; a name on the hub is not looked up.
+    UserError, which names the option, for a path that is no model's. A name on the hub is not looked up, unless it
+    begins with a folder that is here.
     """
     path = os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
     folder = Path(path)
@@ -65,12 +67,14 @@ def check_path(path: str, option: str) -> None:
             raise UserError(f"{option} {path}, a folder without a model", "one with config.json", near)
         return
     first, *others = folder.parts or (path,)
-    if path.startswith(("/", ".")) or len(others) > 1 or (others and Path(first).is_dir()) or folder.is_file():
-        got = f"{option} {path}, but there is no such folder"
-    elif has_hub() or any(isinstance(try_to_load_from_cache(path, part), str) for part in PARTS):
-        return
-    else:
-        got = f"{option} {path}, which is no folder here, and the hub cannot be reached"
+    got = f"{option} {path}, but there is no such folder"
+    if not path.startswith(("/", ".")) and not folder.is_file() and is_hub_name(path):
+        if any(isinstance(try_to_load_from_cache(path, part), str) for part in PARTS):
+            return
+        if not has_hub():
+            got = f"{option} {path}, which is no folder here, and the hub cannot be reached"
+        elif not (others and Path(first).is_dir()) or hub_has(path):  # `runs/mine`, or another model of an owner
+            return
     here = folder.parent if folder.parent.is_dir() else Path()
     folders = sorted(each.name for each in here.iterdir() if each.is_dir() and not each.name.startswith("."))
     near = difflib.get_close_matches(folder.name if here == folder.parent else first, folders, n=1)
@@ -91,6 +95,23 @@ def has_hub() -> bool:
     except Exception:  # whatever the client's transport raises
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a model on the hub could be called so: NAME or OWNER/NAME, of certain letters."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
+
+
+def hub_has(name: str) -> bool:
+    """Whether the hub, which can be reached, has a model of this name, as far as it tells."""
+    try:
+        return repo_exists(name)
+    except Exception:  # whatever the client's transport raises: loading the model tells more
+        return True
 
 
 def homes(path: str) -> Iterator[tuple[Path, Path]]:

@@ -11,7 +11,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from rest_rl.config import AUTO, RunConfig, parse_toml, read_run_file
+from rest_rl.config import AUTO, RunConfig, checked, parse_toml, read_run_file
 from rest_rl.errors import UserError
 from rest_rl.evaluate.origin import recorded_run
 from rest_rl.formats import get_format
@@ -116,7 +116,7 @@ def resumed_run(asked: RunConfig) -> RunConfig:
 
 def as_recorded(asked: RunConfig, recorded: RunConfig) -> RunConfig:
     """The run that is asked for, with what `train` records of it: model, format, machine, the length of progress."""
-    asked = with_model(asked) if Path(asked.model.path).is_dir() else asked
+    asked = with_model(asked) if Path(asked.model.path).expanduser().is_dir() else asked
     filled = {key: recorded.trl[key] for key in MACHINE_DEFAULTS if key in recorded.trl}
     rest = replace(asked.rest, progress_steps=asked.rest.progress_steps or recorded.rest.progress_steps)
     if rest.format == AUTO:
@@ -141,6 +141,7 @@ def lengthened(recorded: RunConfig, lengths: Mapping[str, Any]) -> RunConfig:
         )
     total, steps = planned_steps(recorded), lengths.get("max_steps", -1)
     epochs, planned = lengths.get("num_train_epochs", EPOCHS), recorded.trl.get("num_train_epochs", EPOCHS)
+    checked({"max_steps": steps, "num_train_epochs": epochs}, dict[str, float], "trl")
     if not (steps > total if steps > 0 else recorded.trl.get("max_steps", -1) < 1 and epochs > planned):
         raise UserError(
             f"--resume with {', '.join(f'trl.{key} = {value}' for key, value in lengths.items())}",
