@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from rest_rl.cli.app import main
+from rest_rl.config import read_run_file
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.load import load_dataset
 from rest_rl.errors import UserError
@@ -18,6 +19,7 @@ from rest_rl.runlog import RunLog
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import context_length
 from rest_rl.train.prompts import IGNORED
+from rest_rl.train.request import resolve_run
 from rest_rl.train.run import make_plan, train
 from rest_rl.train.trl.engine import TrlEngine
 from tests.model_families import DIALOGUES, family_tokenizer, save_dialogues, save_family
@@ -178,6 +180,30 @@ def test_a_run_leaves_out_what_its_model_does_not_hold(
         with pytest.raises(UserError) as refused:
             make_plan({**tables, **changes}, is_dry=True)
         assert str(sizes[-2]) in str(refused.value) or "beyond_context" in str(refused.value)
+
+
+def test_a_response_may_fill_half_of_a_small_context_by_default(
+    small: tuple[Path, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 is resolved before the run is recorded, and a resumed run may ask for it again; what is set is left."""
+    folder, _ = small
+    monkeypatch.chdir(tmp_path)
+    model = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**model, "max_position_embeddings": 1000}))
+    options = [f"model.path={json.dumps(str(folder))}", 'data.path="rows.jsonl"']
+    config = make_plan(overrides=options, is_dry=True).config
+    assert config.trl["max_completion_length"] == 500
+    assert (
+        make_plan(overrides=[*options, "trl.max_completion_length=7"], is_dry=True).config.trl["max_completion_length"]
+        == 7
+    )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").write_text(config.to_toml())
+    asked = resolve_run(None, out="run", resume=True, overrides=())
+    assert asked.trl["max_completion_length"] == 500
+    again = read_run_file(None, options)
+    assert again.trl["max_completion_length"] == 0
+    assert resolve_run(again, out="run", resume=True, overrides=()).trl == config.trl
 
 
 def test_supervised_training_leaves_out_what_its_model_does_not_hold(

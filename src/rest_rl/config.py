@@ -37,6 +37,8 @@ EMBEDDED = "embedded"
 """The value of `model.path` and `data.path` that means what the package ships."""
 AUTO = "auto"
 """The value of `rest.format` and `data.source` that means what the model and the file show."""
+LONGEST_RESPONSE = 1024
+"""Tokens of a response where neither the run nor the model sets a limit."""
 
 ENTROPY_DECAY = 0.7
 """Default of `rest.entropy_decay` on every engine: close to the best in each measured run (docs/results.md)."""
@@ -233,7 +235,14 @@ class RunConfig:
     @property
     def max_response_tokens(self) -> int:
         """Tokens that training allows a response: the trainer's default where `[trl]` does not say."""
-        return int(self.trl.get("max_completion_length") or self.trl.get("max_length") or 512)
+        return int(self.trl.get("max_completion_length", self.trl.get("max_length")) or 512)
+
+    def with_response_limit(self, context: int | None) -> RunConfig:
+        """With `trl.max_completion_length`, if it is 0, as a model that holds `context` tokens (None: any) allows."""
+        if self.trl.get("max_completion_length") != 0:
+            return self
+        limit = min(LONGEST_RESPONSE, max(1, (context or 2 * LONGEST_RESPONSE) // 2))
+        return dataclasses.replace(self, trl={**self.trl, "max_completion_length": limit})
 
     @property
     def weights_dtype(self) -> str:

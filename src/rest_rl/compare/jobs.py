@@ -120,7 +120,7 @@ def check_startable(jobs: Sequence[Job]) -> None:
         rest = job.config.rest
         rest = replace(rest, format="toolrl") if rest.format == AUTO else rest
         try:
-            trainer_config(replace(job.config, rest=rest, trl=trl))
+            trainer_config(replace(job.config, rest=rest, trl=trl).with_response_limit(None))
         except ValueError as error:  # the trainer's own checks raise no UserError
             raise error_of_method(job.name.label, error) from error
 

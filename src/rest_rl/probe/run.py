@@ -82,29 +82,29 @@ def probe(
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"norm cap {norm_cap}", "a multiple of the median norm, 0 for none", "change it")
     config = probed_run(model, data, overrides)
-    sampling = sampling_of(config, group, seed, progress, max_new_tokens, batch_size)
-    room = sampling.max_new_tokens
-    asked = [(each, draw_prompts(config, each, prompts, seed, observer, room)) for each in layouts(config, formats)]
+    own = layouts(config, formats)
+    limited = config.with_response_limit(own[0].context)
+    sampling = sampling_of(limited, group, seed, progress, max_new_tokens, batch_size)
+    asked = [(each, draw_prompts(config, each, prompts, seed, observer, sampling.max_new_tokens)) for each in own]
     if out is not None:
         make_folder(Path(out), JSON)
     policy, rule, reports = load_model(config, observer), config.rest.resolve().weights, list[ProbeReport]()
-    for layout, own in asked:
-        size = step_size(config, step, len(own), observer)
-        reports.append(measure(policy, layout, own, sampling, rule, size, norm_cap, observer))
+    for layout, drawn in asked:
+        size = step_size(config, step, len(drawn), observer)
+        reports.append(measure(policy, layout, drawn, sampling, rule, size, norm_cap, observer))
         on_report(reports[-1])
     if len(reports) > 1:
         observer.show_table(*format_table(reports))
     if out is not None:
-        title = f"Probe of {label_of(model)} on {Path(data).name if data else 'its own prompts'}"
-        write_reports(title, reports, Path(out))
+        write_reports(f"{label_of(model)} on {Path(data).name if data else 'its own prompts'}", reports, Path(out))
     return reports
 
 
-def write_reports(title: str, reports: Sequence[ProbeReport], folder: Path) -> None:
+def write_reports(subject: str, reports: Sequence[ProbeReport], folder: Path) -> None:
     """Write probe.md, probe.json and the pictures; UserError if the folder cannot be written."""
     with writing(folder):
         pictures = {report.format: draw_probe(report, folder) for report in reports}
-        replace_file(folder / PAGE, page(title, reports, pictures))
+        replace_file(folder / PAGE, page(f"Probe of {subject}", reports, pictures))
         replace_file(folder / JSON, as_json([as_mapping(report) for report in reports], indent=2) + "\n")
 
 

@@ -118,10 +118,13 @@ def as_recorded(asked: RunConfig, recorded: RunConfig) -> RunConfig:
     """The run that is asked for, with what `train` records of it: model, format, machine, the length of progress."""
     asked = with_model(asked) if Path(asked.model.path).expanduser().is_dir() else asked
     filled = {key: recorded.trl[key] for key in MACHINE_DEFAULTS if key in recorded.trl}
+    given = {key: value for key, value in asked.trl.items() if (key, value) != ("max_completion_length", 0)}
+    if given != asked.trl:
+        filled |= {"max_completion_length": recorded.trl.get("max_completion_length")}
     rest = replace(asked.rest, progress_steps=asked.rest.progress_steps or recorded.rest.progress_steps)
     if rest.format == AUTO:
         rest = replace(rest, format=recorded.rest.format)
-    return replace(asked, rest=rest, trl={**filled, **asked.trl})
+    return replace(asked, rest=rest, trl={**filled, **given})
 
 
 def changed_keys(asked: RunConfig, recorded: RunConfig) -> dict[str, tuple[Any, Any]]:

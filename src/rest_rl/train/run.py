@@ -268,6 +268,7 @@ def resolve_layout(config: RunConfig, observer: Observer) -> tuple[RunConfig, Pr
     name, why = resolve_format(config.rest.format, tokenizer, variables, keeps_prompts=config.data.keep_prompts)
     observer.say(f"format {name}: {why}")
     layout = PromptLayout(tokenizer, name, variables, model_context(config.model, tokenizer))
+    config = config.with_response_limit(layout.context)
     return replace(config, rest=replace(config.rest, format=name)), layout
 
 
