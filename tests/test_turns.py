@@ -53,13 +53,14 @@ def user(text: str) -> dict[str, str]:
 # A response that was cut off
 
 
-@pytest.mark.parametrize(("text", "gold"), [(CALL, CALL_GOLD), (ANSWER, ANSWER_GOLD)])
-def test_a_cut_off_response_is_never_exact_and_has_no_format_score(text: str, gold: Gold) -> None:
+@pytest.mark.parametrize(("text", "gold", "worth"), [(CALL, CALL_GOLD, 0.3), (ANSWER, ANSWER_GOLD, 0.0)])
+def test_a_cut_off_response_is_never_exact_and_has_no_format_score(text: str, gold: Gold, worth: float) -> None:
+    """At progress 0 the calls that it made are worth their share of 0.3, half an answer nothing."""
     whole, cut = judge(text, gold), judge(text, gold, truncated=True)
     assert (whole.exact_match, whole.format, whole.explanation) == (True, 1.0, ())
     assert (cut.exact_match, cut.format, cut.accuracy) == (False, 0.0, whole.accuracy)
     assert [(found.kind, found.cost) for found in cut.explanation] == [("format", 1.0)]
-    assert score_response(text, gold, truncated=True).total == pytest.approx(0.3)  # S_acc alone, at progress 0
+    assert score_response(text, gold, truncated=True).total == pytest.approx(worth)
     # the published code reads the text only
     assert score_response(text, gold, preset="authors-code", truncated=True) == score_response(
         text, gold, preset="authors-code"
@@ -80,10 +81,10 @@ def test_training_knows_a_cut_off_response_by_its_last_id_and_tells_turns_apart(
     state = SimpleNamespace(global_step=0, max_steps=3)
     reward = make_tool_reward(tokenizer, "toolrl", "rest")
     totals = reward(completion_ids=ids, gold=golds, trainer_state=state, log_metric=log)
-    assert totals == pytest.approx([1.0, 0.3, 1.0, 0.3, 0.0])
+    assert totals == pytest.approx([1.0, 0.3, 1.0, 0.0, 0.0])
     assert logged["rest/exact_match"] == [2 / 5]
     assert (logged["rest/exact_match_calls"], logged["rest/exact_match_answers"]) == ([1, 0], [1, 0, 0])
-    assert (logged["rest/accuracy_calls"], logged["rest/accuracy_answers"]) == ([1, 1], [1, 1, 0])
+    assert (logged["rest/accuracy_calls"], logged["rest/accuracy_answers"]) == ([1, 1], [1, 0, 0])
     assert logged["rest/reward_calls"] == totals[:2]
     assert logged["rest/reward_answers"] == totals[2:]
     # a model may have ends that its tokenizer does not know
@@ -117,7 +118,7 @@ def test_scored_rows_and_recorded_responses_can_be_cut_off(tmp_path: Path, capsy
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["score", str(path), "--format", "hermes"]) == 0
     whole, cut, bad = map(json.loads, capsys.readouterr().out.splitlines())
-    assert (whole["format"], cut["format"], cut["accuracy"]) == (1, 0, 1)
+    assert (whole["reward"], cut["reward"], cut["format"], cut["accuracy"]) == (1, 0, 0, 0)
     assert "truncated" in bad["error"]
 
 

@@ -93,7 +93,8 @@ class RewardConfig:
     """nu' at progress 1 (ours: format stays worth something)."""
     answer: str = "presence"
     """What S_acc of an answer turn without a call is in the reward: `presence`, ToolRL's rule, gives any text 1;
-    `overlap` is `token_overlap` with gold; `package.module:OBJECT` a function of (response text, gold) in [0, 1]."""
+    `overlap` is `token_overlap` with gold; `package.module:OBJECT` a function of (response text, gold) in [0, 1]. An
+    answer that was cut off is worth 0 by each."""
     random: bool = False
     """Train on `random_rewards` instead (a control: what is learnt without a signal). The two scores stay the rule's,
     and a call of the rule knows nothing of it."""
@@ -123,6 +124,8 @@ class RewardConfig:
         return Reward(total, judgement.format, accuracy, explanation)
 
     def _answer_worth(self, judgement: Judgement, wanted: str) -> float:
+        if judgement.truncated:
+            return 0.0
         if (own := answer_function(self.answer)) is None:
             return 1.0 if self.answer == "presence" else token_overlap(judgement.parsed.answer or "", wanted)
         worth = own(judgement.text, judgement.gold)
