@@ -21,7 +21,9 @@ AWKWARD = [json.loads(line) for line in (HERE / "awkward.jsonl").read_text().spl
 ALL = [*FORMATS, *(f"{name}+think" for name in FORMATS)]
 
 plain_text = (
-    st.text(st.characters(exclude_characters="<>", exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
+    st.text(st.characters(exclude_characters="<>", exclude_categories=["Cs"]), min_size=1)
+    .map(str.strip)
+    .filter(lambda text: text and not re.search(r"\[/?[A-Z_]+\]", text))  # Mistral's tags
 )
 calls = st.lists(
     st.builds(ToolCall, st.text(min_size=1), st.dictionaries(st.text(), json_values, max_size=3)), max_size=3

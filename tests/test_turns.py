@@ -84,7 +84,7 @@ def test_training_knows_a_cut_off_response_by_its_last_id_and_tells_turns_apart(
     assert totals == pytest.approx([1.0, 0.3, 1.0, 0.0, 0.0])
     assert logged["rest/exact_match"] == [2 / 5]
     assert (logged["rest/exact_match_calls"], logged["rest/exact_match_answers"]) == ([1, 0], [1, 0, 0])
-    assert (logged["rest/accuracy_calls"], logged["rest/accuracy_answers"]) == ([1, 1], [1, 0, 0])
+    assert (logged["rest/accuracy_calls"], logged["rest/accuracy_answers"]) == ([1, 1], [1, 1, 0])
     assert logged["rest/reward_calls"] == totals[:2]
     assert logged["rest/reward_answers"] == totals[2:]
     # a model may have ends that its tokenizer does not know
