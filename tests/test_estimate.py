@@ -8,11 +8,12 @@ import psutil
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import Qwen3Config
+from transformers import GPT2Config, MambaConfig, Qwen3Config
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from rest_rl.config import RunConfig
+from rest_rl.errors import UserError
 from rest_rl.train.estimate import (
     GIB,
     OPTIMIZER_BYTES,
@@ -317,6 +318,15 @@ def test_rows_are_text_and_end_with_the_verdict() -> None:
     assert all(isinstance(cell, str) and cell for row in rows for cell in row)
     assert rows[-1][:2] == ("verdict", "fits")
     assert rows[0][1] == f"{TINY_PARAMETERS:,}"
+
+
+def test_other_names_of_the_same_widths() -> None:
+    shape: dict[str, Any] = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    narrow, usual = (guess(model=GPT2Config(**shape, n_inner=n)) for n in (64, None))
+    # 4 bytes of 4 values a token for each of 64 more of width, in two layers and half of one more, of 4 x 150 tokens
+    assert part(usual, "activations") - part(narrow, "activations") == 4 * 4 * 64 * 5 // 2 * 4 * 150
+    with pytest.raises(UserError, match="an estimate of mamba"):
+        guess(model=MambaConfig())
 
 
 def test_no_device_is_no_verdict() -> None:

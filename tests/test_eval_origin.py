@@ -213,6 +213,7 @@ def test_the_number_of_conversations_at_once(benchmark: str, options: dict[str, 
         ("rows.jsonl", None),
         ("C:\\models\\mine", None),
         ("my model", None),
+        ("m" * 300, None),
         ("Qwen/Qwen2..5", None),
     ],
 )

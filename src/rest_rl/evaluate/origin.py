@@ -16,6 +16,7 @@ from huggingface_hub.utils import get_session, validate_repo_id
 
 from rest_rl.config import EMBEDDED, ModelTable, RunConfig, read_run_file
 from rest_rl.errors import UserError
+from rest_rl.jsonl import reason
 from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
 
 PARTS = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -41,6 +42,12 @@ def recorded_run(path: str, option: str = "--model") -> Origin:
     """
     path = os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
     folder = Path(path)
+    try:
+        (folder / CONFIG).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"{option} {path} ({reason(error)})", "a folder that can be read", "check the path") from error
     if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
         return Origin(str(folder / MODEL), run_of(folder), shown(folder))
     if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from rest_rl.config import EMBEDDED, RunConfig
+from rest_rl.errors import UserError
 
 GIB = 2**30
 Sharding = Literal["none", "zero1", "zero2", "zero3", "fsdp"]
@@ -135,6 +136,9 @@ def estimate(
         device: what to compare with (`this_device(args)`), if anything.
         measure: pass random weights through the GPU of this process, where the model is neither cut up nor 4-bit.
     """
+    if not hasattr(text := model_config.get_text_config(), "num_attention_heads"):
+        expected = "an architecture with attention"
+        raise UserError(f"an estimate of {text.model_type}", expected, "try two steps: --set trl.max_steps=2")
     processes, sharding = processes or int(args.world_size), sharding or sharding_of(args)
     size = count_parameters(model_config, lora, trust_remote_code=config.model.trust_remote_code)
     work = count_work(args, prompt_tokens, processes, samples)
@@ -240,7 +244,7 @@ class _Model:
         # Bounds of what autograd keeps of a layer: for each token (gated feed-forward layers), and for each pair of
         # tokens (the mask of padded rows in the type of the products; the eager kind's scores). `mask` is kept once.
         kind, heads = self.config.model.attn_implementation, text.num_attention_heads
-        self.layer = self.compute * (14 * text.hidden_size + 4 * heads * head_dim(text) + 4 * text.intermediate_size)
+        self.layer = self.compute * (14 * text.hidden_size + 4 * heads * head_dim(text) + 4 * feed_forward(text))
         self.mask, self.pair = (0, 0) if "flash" in kind else (1, self.compute)
         self.pair += (2 * self.compute + 4) * heads if kind == "eager" else 0
 
@@ -359,6 +363,12 @@ def cache_bytes(text: Any, tokens: int, value_bytes: int) -> int:
         state = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
         values += kinds.count("linear_attention") * state
     return values * value_bytes
+
+
+def feed_forward(text: Any) -> int:
+    """Width of a feed-forward layer, by any of its names; four times the model's by default."""
+    names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+    return next((size for name in names if (size := getattr(text, name, None))), 4 * text.hidden_size)
 
 
 def head_dim(text: Any) -> int:
