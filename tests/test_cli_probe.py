@@ -12,7 +12,7 @@ import torch
 
 import rest_rl.probe
 from rest_rl.cli.app import main
-from rest_rl.config import read_run_file
+from rest_rl.config import RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout
 from rest_rl.errors import UserError
 from rest_rl.presets import score_response, token_weights
@@ -263,6 +263,19 @@ def test_from_python(here: Path, policy: Path, dialogues: Path, monkeypatch: pyt
     assert list(here.iterdir()) == []
     with pytest.raises(UserError):
         probe(policy, dialogues, group=1)
+
+
+def test_the_run_that_goes_on_from_a_run_folder(here: Path) -> None:
+    (here / "warm" / "model").mkdir(parents=True)
+    supervised = RunConfig.from_toml(
+        '[rest]\npreset = "tsft"\nformat = "hermes"\n[data]\npath = "a.jsonl"\nheld_out = "b.jsonl"\n[eval]\nevery = 5'
+    )
+    (here / "warm" / "config.toml").write_text(supervised.to_toml(), encoding="utf-8")
+    own, other = (probe_run.probed_run("warm", data, []) for data in (None, "b.jsonl"))
+    assert own.rest.resolve().name == "rest"
+    assert (own.model.path, own.rest.format, own.data.path) == ("warm/model", "hermes", "a.jsonl")
+    assert (own.max_response_tokens, own.data.held_out) == (1024, "b.jsonl")
+    assert (other.data.path, other.data.held_out, other.eval.every) == ("b.jsonl", "", 0)
 
 
 @pytest.fixture(scope="module")

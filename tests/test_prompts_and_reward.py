@@ -30,6 +30,18 @@ def test_the_dataset_holds_prompts_with_tools_and_gold(tokenizer):
         training_dataset([], tokenizer)
 
 
+@pytest.mark.parametrize("part", ["prompt", "gold", "thought"])
+def test_half_of_a_surrogate_pair_cannot_be_trained_on(tokenizer, part):
+    sample, half = tiny_samples(1)[0], "half \ud800"
+    changes = {
+        "prompt": {"messages": ({"role": "user", "content": half},)},
+        "gold": {"gold": Gold((ToolCall("f", {"x": half}),))},
+        "thought": {"thought": half},
+    }
+    with pytest.raises(ValueError, match="surrogate"):
+        training_dataset([replace(sample, **changes[part])], tokenizer)
+
+
 def test_a_template_without_tools_gets_them_as_a_system_message():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"

@@ -47,10 +47,17 @@ class Rejected(NamedTuple):
 
 
 def prepare(sample: ToolSample, layout: PromptLayout) -> Prepared | Rejected:
-    """The sample with its prompt; rejected if no response could match its gold or the chat template fails on it."""
+    """The sample with its prompt; rejected if no response could match its gold or the chat template fails on it.
+
+    So is text that no tokenizer takes, with half of a surrogate pair.
+    """
     try:
         check_gold(sample, layout.format)
-        return Prepared(sample, layout.render(sample), layout.tokenizer)
+        prompt = layout.render(sample)
+        json.dumps([prompt, to_json(sample)["gold"], sample.preamble, sample.thought], ensure_ascii=False).encode()
+        return Prepared(sample, prompt, layout.tokenizer)
+    except UnicodeEncodeError:
+        return Rejected(sample, f"sample {sample.id!r}, with half of a surrogate pair, which no tokenizer takes")
     except ValueError as error:
         return Rejected(sample, str(error))
 

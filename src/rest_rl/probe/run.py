@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rest_rl.config import RunConfig, read_run_file
+from rest_rl.config import RestTable, RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
@@ -31,6 +31,7 @@ from rest_rl.probe.variance import most_per_step
 from rest_rl.runlog import SILENT, Observer, replace_file
 from rest_rl.train.policy import load_policy, model_context, policy_tokenizer
 from rest_rl.train.prompts import read_data
+from rest_rl.train.request import read_source
 from rest_rl.weights import WeightRule
 
 JSON, PAGE = "probe.json", "probe.md"
@@ -148,11 +149,20 @@ def measure(
 
 
 def probed_run(model: str | Path | None, data: str | Path | None, overrides: Sequence[str]) -> RunConfig:
-    """The run that would train this model: that of its run folder, or the package's own with the settings given."""
-    path, _, folder = recorded_run(str(model)) if model else (None, None, None)
+    """The run that would train this model: that of its run folder, or the package's own with the settings given.
+
+    What a supervised run has trained is probed as the preset `rest` would go on from it, other data than a run's own
+    without its held-out prompts.
+    """
+    path, run, _ = recorded_run(str(model)) if model else (None, None, None)
     given = {"model.path": path, "data.path": str(data) if data else None}
-    options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
-    return read_run_file(folder / "config.toml" if folder else None, [*options, *overrides])
+    options = [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value), *overrides]
+    if run is None:
+        return read_run_file(None, options)
+    if run.rest.is_supervised:
+        run = replace(run, rest=RestTable(format=run.rest.format), trl=read_run_file(None, options).trl)
+    own = replace(run.data, held_out="") if data else run.data
+    return read_source(replace(run, data=own, eval=replace(run.eval, every=0)), options)
 
 
 def sampling_of(
