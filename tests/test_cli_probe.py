@@ -274,7 +274,7 @@ def test_the_run_that_goes_on_from_a_run_folder(here: Path) -> None:
     own, other = (probe_run.probed_run("warm", data, []) for data in (None, "b.jsonl"))
     assert own.rest.resolve().name == "rest"
     assert (own.model.path, own.rest.format, own.data.path) == ("warm/model", "hermes", "a.jsonl")
-    assert (own.max_response_tokens, own.data.held_out) == (1024, "b.jsonl")
+    assert (own.with_response_limit(None).max_response_tokens, own.data.held_out) == (1024, "b.jsonl")
     assert (other.data.path, other.data.held_out, other.eval.every) == ("b.jsonl", "", 0)
 
 
