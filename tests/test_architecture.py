@@ -26,7 +26,7 @@ ADDRESSES = {
     "referencing": ["data/gold.py"],
     "pyarrow": ["data/reading.py", "data/write.py"],
     "transformers": ["train/*.py", "train/trl/*.py", "evaluate/generate.py"],
-    "huggingface_hub": ["evaluate/origin.py"],
+    "huggingface_hub": ["data/hub.py", "evaluate/origin.py"],
     "peft": ["train/*.py", "train/verl/model.py"],
     "accelerate": ["train/*.py"],
     "safetensors": ["train/checkpoints.py", "train/trl/*.py", "train/verl/*.py"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -434,3 +435,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         peaks.append(peak_memory_of_check(path))
     # 400,000 samples leave 800,000 digests: integers of 36 bytes in a set of 2**22 places of 16 bytes, 92 MiB
     assert peaks[1] - peaks[0] < 110
+
+
+def test_a_dataset_is_not_tried_for_long_where_there_is_no_hub(tmp_path: Path) -> None:
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+    command = [sys.executable, "-m", "rest_rl", "data", "check", "no/where"]
+    told = subprocess.run(command, env={**os.environ, **nobody}, cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: got dataset no/where")
+
+
+def test_the_embedded_model_checks_too(tmp_path: Path) -> None:
+    assert main(["data", "world", "--out", str(tmp_path / "rows.jsonl"), "-n", "4"]) == 0
+    assert main(["data", "check", str(tmp_path / "rows.jsonl"), "--model", "embedded", "--strict"]) == 0

@@ -83,9 +83,9 @@ class Reading:
 
         path = recorded_run(self.model).path
         from rest_rl.config import ModelTable
-        from rest_rl.train.policy import load_tokenizer, model_context
+        from rest_rl.train.policy import model_context, policy_tokenizer
 
-        tokenizer = load_tokenizer(path)
+        tokenizer = policy_tokenizer(ModelTable(path=path))
         name, why = resolve_format(self.format, tokenizer, keeps_prompts=self.keep_prompts)
         print(f"format {name}: {why}", file=sys.stderr)
         return PromptLayout(tokenizer, name, context=model_context(ModelTable(path=path), tokenizer))

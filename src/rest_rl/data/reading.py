@@ -312,12 +312,16 @@ def _parquet_rows(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
 def _dataset_rows(name: str, split: str) -> Iterator[Any]:
     """Rows through `datasets`: a folder that it saved, or a dataset of the hub as a stream."""
     import datasets
+    import datasets.config
 
     try:
         if Path(name).is_dir():
             saved: Any = datasets.load_from_disk(name)
             yield from saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
+            from rest_rl.data.hub import has_hub  # only here: a file needs no client
+
+            datasets.config.HF_HUB_OFFLINE |= not has_hub()  # or it would be tried for a minute
             config, _, part = split.rpartition("/")
             yield from datasets.load_dataset(name, config or None, split=part, streaming=True)
     except Exception as error:  # the hub, its file systems and its readers raise whatever they like

@@ -6,15 +6,16 @@ import difflib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from huggingface_hub import constants, repo_exists, try_to_load_from_cache
+from huggingface_hub import repo_exists, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from rest_rl.config import EMBEDDED, ModelTable, RunConfig, read_run_file
+from rest_rl.data.hub import has_hub
 from rest_rl.errors import UserError
 from rest_rl.jsonl import reason
 from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
@@ -89,19 +90,6 @@ def check_path(path: str, option: str) -> None:
         f"did you mean {here / near[0]}?" if near else f"{here.absolute()} holds {', '.join(folders[:5]) or 'none'}"
     )
     raise UserError(got, "a folder or a name on the hub", remedy)
-
-
-@cache
-def has_hub() -> bool:
-    """Whether the hub can be reached; if not, only files that are here already will be used.
-
-    Its client would try for a minute, aloud.
-    """
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # whatever the client's transport raises
-        constants.HF_HUB_OFFLINE = True
-    return not constants.HF_HUB_OFFLINE
 
 
 def is_hub_name(path: str) -> bool:

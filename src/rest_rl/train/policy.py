@@ -26,8 +26,8 @@ from transformers import (
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file, logging
 
 from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key
+from rest_rl.data.hub import has_hub
 from rest_rl.errors import UserError
-from rest_rl.evaluate.origin import has_hub
 
 ADAPTER = "adapter_config.json"
 STRETCHED = ("yarn", "linear", "dynamic")
