@@ -71,6 +71,15 @@ def test_progress_shows_the_last_line(monkeypatch) -> None:
     assert lines[-1].startswith("evaluating 8/8 ")
 
 
+def test_a_fast_rate_is_a_plain_number(monkeypatch) -> None:
+    out, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("rest_rl.cli.terminal.time.monotonic", lambda: clock[0])
+    with Screen(Console(file=out, width=80)).track("decoding", 2500) as advance:
+        clock[0] = 2.0
+        advance(2500)
+    assert out.getvalue().splitlines() == ["decoding ...", "decoding 2500/2500 1250/s 0:00:00 left"]
+
+
 def test_bars_fit_80_columns_and_leave_nothing_behind() -> None:
     out = io.StringIO()
     screen = Screen(Console(file=out, force_terminal=True, color_system=None, width=80), show_every=1)

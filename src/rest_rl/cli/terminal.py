@@ -175,7 +175,7 @@ class Screen(Observer):
             pause = min(max(LINE_EVERY[0], (now - begin) / 20), LINE_EVERY[1])
             if not self.console.is_terminal and (done == total or now - self._told >= pause):
                 self._told, rate = now, (done - begun) / max(now - begin, 1e-9)
-                speed = f"{rate:.3g}/s" if amount and rate > 0 else ""
+                speed = f"{rate:{'.0f' if rate >= 100 else '.3g'}}/s" if amount and rate > 0 else ""
                 left = f"{timedelta(seconds=round((total - done) / rate))} left" if total and rate > 0 else ""
                 self.say(" ".join(part for part in (what, amount, note, speed, left) if part))
 
