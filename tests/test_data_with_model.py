@@ -123,10 +123,10 @@ def test_prompts_beyond_the_context_are_rejected(
     small: tuple[Path, list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, sizes = small
-    for room in (1, 40):
-        told = json.loads(
-            run(capsys, "check", tmp_path / "rows.jsonl", "--json", "--model", folder, "--max-response", room)[1]
-        )
+    default = min(1024, sizes[-2] // 2)
+    for room in (1, 40, default):
+        options = [] if room == default else ["--max-response", room]
+        told = json.loads(run(capsys, "check", tmp_path / "rows.jsonl", "--json", "--model", folder, *options)[1])
         beyond = sum(size + room > sizes[-2] for size in sizes)
         assert (told["occurrences"]["beyond_context"], told["samples"]) == (beyond, len(sizes) - beyond)
     assert "--model" in error_of(capsys, "check", tmp_path / "rows.jsonl", "--max-response", 9)

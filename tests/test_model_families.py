@@ -24,6 +24,7 @@ from rest_rl.response import Gold, Region
 from rest_rl.runlog import read_run
 from rest_rl.train.policy import load_policy
 from rest_rl.train.prompts import encode, training_dataset
+from rest_rl.train.run import make_plan
 from tests.model_families import DIALOGUES, FAMILIES, TEMPLATES, family_tokenizer, save_dialogues, save_family
 from tests.sample_files import labelled_dataset
 from tests.scores import exact_match
@@ -284,6 +285,16 @@ def test_held_out_samples_are_accounted_for(
     assert main([*command, "--out", str(tmp_path / "never")]) == 2
     assert "none of whose 1 rows gives a sample" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
+
+
+def test_held_out_samples_of_a_long_file_are_taken_from_all_of_it(folders: dict[str, Path], data: Path) -> None:
+    """At even distances: 3 of 7 are those at 0, 2 and 4."""
+    paths = {"model": {"path": str(folders["qwen3"])}, "data": {"path": str(data), "held_out": str(data)}}
+    tables: dict[str, Any] = {**paths, "trl": {"max_completion_length": 16}}
+    ids = [each.sample.id for _, each in make_plan({**tables, "eval": {"prompts": 1000}}, is_dry=True).data.held_out]
+    few = [each.sample.id for _, each in make_plan({**tables, "eval": {"prompts": 3}}, is_dry=True).data.held_out]
+    assert few == [ids[index * len(ids) // 3] for index in range(3)]
+    assert len(ids) > 4
 
 
 def test_a_resumed_run_goes_on_with_the_same_data(

@@ -241,8 +241,7 @@ class RunConfig:
         """With `trl.max_completion_length`, if it is 0, as a model that holds `context` tokens (None: any) allows."""
         if self.trl.get("max_completion_length") != 0:
             return self
-        limit = min(LONGEST_RESPONSE, max(1, (context or 2 * LONGEST_RESPONSE) // 2))
-        return dataclasses.replace(self, trl={**self.trl, "max_completion_length": limit})
+        return dataclasses.replace(self, trl={**self.trl, "max_completion_length": default_response(context)})
 
     @property
     def weights_dtype(self) -> str:
@@ -439,3 +438,8 @@ def without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def default_response(context: int | None) -> int:
+    """Tokens of a response, where the run does not say, of a model that holds `context` tokens (None: any number)."""
+    return min(LONGEST_RESPONSE, max(1, (context or 2 * LONGEST_RESPONSE) // 2))

@@ -343,7 +343,7 @@ def unwritable(folder: Path, error: OSError) -> ValueError:
     return UserError(
         f"run folder {folder} ({reason(error)})",
         "a writable folder with free space",
-        "make room and go on with --resume (what was written is whole), or pass another --out",
+        "make room and go on with --resume (what was cut short is passed over), or pass another --out",
     )
 
 
@@ -378,15 +378,25 @@ def owned(folder: Path, observer: Observer = SILENT, *, enabled: bool = True) ->
             observer.say(f"{folder} cannot be locked ({reason(error)}): let no other process train in it")
             is_ours = True
         if not is_ours:
-            raise UserError(
-                f"{folder}, in which {owner_of(folder)} is training",
-                "a run folder that no other process trains in",
-                "wait for its end or stop it, or pass another --out",
-            )
+            raise is_owned(folder, owner_of(folder))
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def refuse_owned(folder: Path) -> None:
+    """UserError if another process trains in a run folder; of use before much is loaded, it takes no lock."""
+    if owner := owner_of(folder):
+        raise is_owned(folder, owner)
+
+
+def is_owned(folder: Path, owner: str | None) -> UserError:
+    return UserError(
+        f"{folder}, in which {owner} is training",
+        "a run folder that no other process trains in",
+        "wait for its end or stop it, or pass another --out",
+    )
 
 
 def owner_of(folder: Path) -> str | None:

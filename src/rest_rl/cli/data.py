@@ -57,8 +57,9 @@ class Reading:
     keep: Annotated[list[str] | None, Option(metavar="REASON", help="only note it; see docs/data.md, Reasons")] = None
     max_prompt_tokens: Annotated[int, Option("--max-prompt", metavar="N", help="reject longer prompts, in tokens")] = 0
     max_response_tokens: Annotated[
-        int, Option("--max-response", metavar="N", help="reject prompts without room for N tokens in the context")
-    ] = 1
+        int | None,
+        Option("--max-response", metavar="N", help="reject prompts without room for N tokens (default: as train does)"),
+    ] = None
     model: Annotated[
         str | None, Option("--model", "--tokenizer", metavar="DIR", help="reject what its chat template cannot lay out")
     ] = None
@@ -72,7 +73,7 @@ class Reading:
         from rest_rl.formats import get_format
 
         if self.model is None:
-            for option, is_given in (("prompt", self.max_prompt_tokens), ("response", self.max_response_tokens > 1)):
+            for option, is_given in (("prompt", self.max_prompt_tokens), ("response", self.max_response_tokens)):
                 if is_given:
                     raise UserError(f"--max-{option} without --model", "the model that counts", "add --model DIR")
             if self.format != "auto":
@@ -94,6 +95,10 @@ class Reading:
         """As `check_data` and `read_rows` take them, with a progress bar on a terminal."""
         settings = {**vars(self), "keep": self.keep or (), "layout": layout, "test": test}
         del settings["model"], settings["format"]
+        if self.max_response_tokens is None:
+            from rest_rl.config import default_response
+
+            settings["max_response_tokens"] = default_response(layout.context) if layout else 1
         if sys.stderr.isatty():
             from rich.console import Console
 

@@ -50,7 +50,7 @@ def recorded_run(path: str, option: str = "--model") -> Origin:
     except OSError as error:
         raise UserError(f"{option} {path} ({reason(error)})", "a folder that can be read", "check the path") from error
     if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
-        return Origin(str(folder / MODEL), run_of(folder), shown(folder))
+        return Origin(str(folder / MODEL), read_run_file(folder / CONFIG), shown(folder))
     if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():
         raise UserError(
             f"{path}, a run folder without {MODEL}/",

@@ -298,9 +298,9 @@ def prepared_rows(
 def held_out_samples(
     config: RunConfig, check: CheckConfig, layout: PromptLayout, observer: Observer
 ) -> list[tuple[str, Prepared]]:
-    """The first samples of the evaluation file that the model can be given, checked as the training file is.
+    """At most `eval.prompts` samples that the model can be given, checked as the training file is and never masked.
 
-    They are never masked. UserError if nothing is left.
+    Of more they are taken at even distances, so that a sorted file is measured as a whole. UserError if none is left.
     """
     path, number = config.data.held_out, config.eval.prompts
     if not path or not number:
@@ -309,14 +309,13 @@ def held_out_samples(
     for row, prepared in prepared_rows(path, held_out_check(config, check, layout), layout, observer=observer):
         report.add(row)
         samples += prepared
-        if len(samples) >= number:
-            break
     counts = counts_of(report)
     observer.say(f"held out, {account(path, counts)}")
     check_lengths(config.data, path, report)
     if not samples:
         raise empty(path, report.rows, ", ".join(counts["reasons"]) or "no rows")
-    return [("held out", prepared) for prepared in samples[:number]]
+    number = min(number, len(samples))
+    return [("held out", samples[index * len(samples) // number]) for index in range(number)]
 
 
 def counts_of(report: DataReport) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,18 +13,48 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from rest_rl.config import AUTO, RunConfig, checked, parse_toml, read_run_file
+from rest_rl.config import (
+    AUTO,
+    Amount,
+    Decay,
+    Positive,
+    PositiveAmount,
+    RunConfig,
+    Share,
+    checked,
+    parse_toml,
+    read_run_file,
+    unknown_key,
+)
 from rest_rl.errors import UserError
 from rest_rl.evaluate.origin import recorded_run
 from rest_rl.formats import get_format
 from rest_rl.report.tables import flatten
-from rest_rl.runlog import CHECKPOINTS, CONFIG, holds_a_run
+from rest_rl.runlog import CHECKPOINTS, CONFIG, holds_a_run, refuse_owned
 
 RunSource = RunConfig | Mapping[str, Any] | str | Path | None
 MACHINE_DEFAULTS = {"use_cpu": True, "bf16": False}
 """What a run fills in in `[trl]` where there is no accelerator."""
 LENGTHS = ("max_steps", "num_train_epochs")
 """Keys of `[trl]` that a resumed run may raise."""
+RANGES = {
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"), Positive),
+    **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation", "max_length"), Positive),
+    "generation_batch_size": Positive,
+    **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps"), PositiveAmount),
+    **dict.fromkeys(("temperature", "repetition_penalty", "delta"), PositiveAmount),
+    **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "warmup_steps", "adam_epsilon"), Amount),
+    **dict.fromkeys(("beta", "epsilon", "epsilon_high"), Amount),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Decay),
+    **dict.fromkeys(("min_p", "top_p", "top_entropy_quantile", "label_smoothing_factor"), Share),
+}
+"""Fields whose other values mean nothing, though the trainer would take them."""
+DECLARED = {
+    "trl": ("transformers/training_args.py", "trl/trainer/base_config.py", "trl/trainer/grpo_config.py",
+            "trl/trainer/sft_config.py"),
+    "peft": ("peft/config.py", "peft/tuners/lora/config.py"),
+}  # fmt: skip
+"""Where the libraries declare the keys of a table."""
 EPOCHS = 3.0
 """The trainer's default of `num_train_epochs`."""
 
@@ -44,6 +76,7 @@ def resolve_run(
         asked = asked if out is None else in_folder(asked, out)
     check_names(asked)
     if resume:
+        refuse_owned(Path(asked.run.out))
         return resumed_run(asked)
     if run is None and out is None and not is_dry:
         asked = in_folder(asked, free_folder(asked.run.out))
@@ -64,6 +97,43 @@ def check_names(config: RunConfig, formats: Sequence[str] = ()) -> None:
         config.rest.resolve()
     for name in {config.rest.format, *formats} - {AUTO}:
         get_format(name)
+    for table, given in {"trl": config.trl, "peft": config.peft or {}}.items():
+        known = declared_keys(table)
+        for name in given if known else ():
+            if name not in known:
+                raise unknown_key(f"{table}.{name}", name, known)
+    if config.run.engine == "trl":
+        check_ranges({key: value for key, value in config.trl.items() if (key, value) != ("max_completion_length", 0)})
+
+
+def declared_keys(table: str) -> set[str]:
+    """What the libraries' sources declare as fields of a table, read without importing them; none if they cannot be.
+
+    More than one trainer takes: the trainer's own check comes later.
+    """
+    keys: set[str] = set()
+    for name in DECLARED[table]:
+        spec = importlib.util.find_spec(name.partition("/")[0])
+        path = Path(spec.origin).parents[1] / name if spec and spec.origin else Path()
+        if not path.is_file():
+            return set()
+        bodies = (
+            node.body for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)
+        )
+        fields = (line.target for body in bodies for line in body if isinstance(line, ast.AnnAssign))
+        keys |= {target.id for target in fields if isinstance(target, ast.Name)}
+    return keys
+
+
+def check_ranges(table: Mapping[str, Any]) -> None:
+    """UserError for a value of `[trl]` that means nothing, though the trainer would take it."""
+    for name, hint in RANGES.items():
+        if (value := table.get(name)) is not None:
+            checked(value, hint, f"trl.{name}")
+    steps = table.get("max_steps", -1)
+    if isinstance(steps, int) and steps < 1 and steps != -1:
+        expected = "at least 1, or -1 for as many as trl.num_train_epochs takes"
+        raise UserError(f"trl.max_steps = {steps}", expected, "change it")
 
 
 def recorded_file(folder: Path) -> Path:

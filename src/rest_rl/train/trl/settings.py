@@ -14,28 +14,16 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig, SFTConfig
 
-from rest_rl.config import Amount, Decay, Positive, PositiveAmount, RunConfig, Share, checked, unknown_key
+from rest_rl.config import RunConfig, checked, unknown_key
 from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS
 from rest_rl.train.policy import new_adapter
-from rest_rl.train.request import MACHINE_DEFAULTS
+from rest_rl.train.request import MACHINE_DEFAULTS, check_ranges
 from rest_rl.train.trl.trainer import ResTConfig, steps_per_generation
 
 OWNED = ("output_dir", "seed", "preset", "tool_format", "weights", "reward", "advantage", "entropy_decay")
 OWNED += ("progress_steps",)
 """Fields of the trainer's configuration that other tables of a run set."""
-RANGES = {
-    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"), Positive),
-    **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation", "max_length"), Positive),
-    "generation_batch_size": Positive,
-    **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps"), PositiveAmount),
-    **dict.fromkeys(("temperature", "repetition_penalty", "delta"), PositiveAmount),
-    **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "warmup_steps", "adam_epsilon"), Amount),
-    **dict.fromkeys(("beta", "epsilon", "epsilon_high"), Amount),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), Decay),
-    **dict.fromkeys(("min_p", "top_p", "top_entropy_quantile", "label_smoothing_factor"), Share),
-}
-"""Fields whose other values mean nothing, though the trainer would take them."""
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 """Learning rate schedules in which no rate depends on the length of the run."""
 PACKAGES = {
@@ -131,11 +119,7 @@ def check_trl(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
         is_switch = isinstance(value, bool) and str in options
         if options <= {int, float, bool, str, type(None)} and not is_switch:
             checked(value, hints[name], f"trl.{name}")
-        if name in RANGES and value is not None:
-            checked(value, RANGES[name], f"trl.{name}")
-    if (steps := table.get("max_steps", -1)) < 1 and steps != -1:
-        expected = "at least 1, or -1 for as many as trl.num_train_epochs takes"
-        raise UserError(f"trl.max_steps = {steps}", expected, "change it")
+    check_ranges(table)
     if table.get("save_only_model"):
         raise UserError(
             "trl.save_only_model = true",
