@@ -282,5 +282,5 @@ def test_vllm_wants_a_whole_model(tiny, tmp_path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
 def test_missing_vllm_is_named(tiny, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"pip install 'rest-rl\[vllm\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'trl\[vllm\]'"):
         VllmModel(tmp_path, tiny[1], max_new_tokens=4, context=64)
