@@ -16,21 +16,14 @@ from rest_rl.errors import UserError
 from rest_rl.runlog import Observer, read_run
 from rest_rl.train.run import train
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
-from tests.sample_files import save_samples
-from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
+from tests.tiny_policy import tiny_model, tiny_run, tiny_settings, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = tiny_tokenizer()
-    tiny_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    data = str(save_samples(tiny_samples(8), folder / "samples.jsonl"))
-    trl = {"max_steps": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 4}
-    trl |= {"max_completion_length": 20, "save_steps": 2, "logging_steps": 1, "bf16": False, "use_cpu": True}
-    trl |= {"learning_rate": 2e-3, "lr_scheduler_type": "constant"}
-    return {"model": {"path": str(folder)}, "data": {"path": data}, "trl": trl, "run": {"show_every": 0}}
+    found = tiny_run(tmp_path_factory.mktemp("policy"))
+    found["trl"] |= {"learning_rate": 2e-3, "lr_scheduler_type": "constant"}
+    return {**found, "run": {"show_every": 0}}
 
 
 def steps_of(folder: Path) -> list[int]:

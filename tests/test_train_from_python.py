@@ -21,8 +21,7 @@ from rest_rl.runlog import Observer, read_run
 from rest_rl.train.policy import embedded_model
 from rest_rl.train.request import resolve_run
 from rest_rl.train.run import RunResult, estimate_run, make_plan, warn_of_memory
-from tests.sample_files import save_samples
-from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
+from tests.tiny_policy import tiny_run
 
 RULE = """
 import torch
@@ -55,15 +54,9 @@ class Heard(Observer):
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = tiny_tokenizer()
-    tiny_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    data = str(save_samples(tiny_samples(8), folder / "samples.jsonl"))
-    trl = {"max_steps": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 4}
-    trl |= {"max_completion_length": 20, "save_steps": 2, "logging_steps": 1, "bf16": False, "use_cpu": True}
-    held_out = {"path": data, "held_out": data}
-    return {"model": {"path": str(folder)}, "data": held_out, "eval": {"max_new_tokens": 20}, "trl": trl}
+    found = tiny_run(tmp_path_factory.mktemp("policy"))
+    found["data"]["held_out"] = found["data"]["path"]
+    return {**found, "eval": {"max_new_tokens": 20}}
 
 
 def test_a_run_in_a_thread_and_its_result(

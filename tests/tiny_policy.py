@@ -7,6 +7,7 @@ spread. Everything about it is random-free but for the small noise in its attent
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared
 from rest_rl.data.samples import ToolSample
 from rest_rl.response import Gold, ToolCall
+from tests.sample_files import save_samples
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 ASK, CALL, ANSWER, ENDED = "assistant:", "</think>\n<tool_call>\n", "</think>\n<response>", "\n</tool_call>"
@@ -135,6 +137,17 @@ def tiny_settings(folder: Any, **changes: Any) -> dict[str, Any]:
         "activation_checkpointing": False,
     }
     return settings | changes
+
+
+def tiny_run(folder: Path) -> dict[str, Any]:
+    """The tables of a run of four steps of a tiny model, whose files and data are written to the folder."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data = str(save_samples(tiny_samples(8), folder / "samples.jsonl"))
+    trl = {"max_steps": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 4}
+    trl |= {"max_completion_length": 20, "save_steps": 2, "logging_steps": 1, "bf16": False, "use_cpu": True}
+    return {"model": {"path": str(folder)}, "data": {"path": data}, "trl": trl}
 
 
 def history(trainer: Any) -> list[dict[str, Any]]:

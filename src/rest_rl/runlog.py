@@ -357,7 +357,7 @@ def holds_a_run(folder: str | Path) -> UserError:
 def owned(folder: Path, observer: Observer = SILENT, *, enabled: bool = True) -> Iterator[None]:
     """Own a run folder until the block ends or this process dies; UserError if another process does.
 
-    Where the system or the file system has no locks, the observer is told, and nothing is refused.
+    Where the system or the file system has no locks, it says so to the observer and refuses nothing.
     """
     if not enabled:
         yield

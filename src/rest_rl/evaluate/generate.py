@@ -29,7 +29,7 @@ def generate(
 
     Sampling is from the whole distribution at temperature 1, whatever the model's own generation settings say. The
     global random state and the model's mode are as before afterwards. Prompts of like length share a batch.
-    `max_new_tokens` is one limit for all, or one per prompt. `on_token` is told after every token of a batch how many
+    `max_new_tokens` is one limit for all, or one per prompt. After every token of a batch `on_token` gets how many
     of `decoding_steps` are done; a batch that ends early has done all of its own.
     """
     responses: list[list[int]] = [[] for _ in prompts]

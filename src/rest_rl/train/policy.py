@@ -135,7 +135,7 @@ def context_length(config: Any, tokenizer: Any) -> int | None:
 
 
 def model_context(config: ModelTable, tokenizer: Any) -> int | None:
-    """As `context_length`, of a policy; a tokenizer's folder has no configuration, and a broken one is told later."""
+    """As `context_length`, of a policy; a tokenizer has no configuration, and a broken one fails when it is loaded."""
     try:
         return context_length(policy_config(config), tokenizer)
     except UserError:

@@ -162,7 +162,7 @@ class TrainingData:
 def read_data(
     config: RunConfig, layout: PromptLayout, observer: Observer = SILENT, response_tokens: int = 1
 ) -> TrainingData:
-    """The data of a run; UserError if a file gives no sample. The observer is told what was left out.
+    """The data of a run; UserError if a file gives no sample. It reports to the observer what it left out.
 
     The model has to hold a prompt with `response_tokens` more, and a held-out prompt with `eval.max_new_tokens`.
     """
