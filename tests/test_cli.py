@@ -267,7 +267,7 @@ def test_processes_of_one_launch_need_a_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "got 2 processes without --out" in error_of(capsys, "train")
+    assert "2 processes without --out" in error_of(capsys, "train")
 
 
 @pytest.mark.parametrize(
@@ -277,26 +277,26 @@ def test_processes_of_one_launch_need_a_folder(
         ("trl.lerning_rate=1.0", "did you mean learning_rate?"),
         ("trl.seed=1", "unknown key trl.seed"),
         ("trl.save_steps=3", "expected a multiple of 2"),
-        ("trl.beta=0.1", "got beta=0.1"),
+        ("trl.beta=0.1", "beta=0.1"),
         ("rest.format=xml", "format 'xml', expected one of toolrl, hermes"),
-        ("trl.learning_rate=fast", "got trl.learning_rate = 'fast', expected a number"),
-        ("trl.max_steps=1.5", "got trl.max_steps = 1.5, expected a whole number"),
-        ("trl.max_steps=0", "got trl.max_steps = 0, expected at least 1, or -1"),
-        ("trl.max_steps=-2", "got trl.max_steps = -2, expected at least 1, or -1"),
-        ("trl.learning_rate=-1", "got trl.learning_rate = -1, expected at least 0"),
-        ("trl.learning_rate=nan", "got trl.learning_rate = nan, expected"),
-        ("trl.learning_rate=inf", "got trl.learning_rate = inf, expected a finite number"),
-        ("trl.num_train_epochs=0.0", "got trl.num_train_epochs = 0.0, expected more than 0"),
-        ("trl.max_grad_norm=-1.0", "got trl.max_grad_norm = -1.0, expected at least 0"),
-        ("trl.adam_beta2=1.0", "got trl.adam_beta2 = 1.0, expected less than 1"),
-        ("trl.temperature=0.0", "got trl.temperature = 0.0, expected more than 0"),
-        ("trl.num_iterations=0", "got trl.num_iterations = 0, expected at least 1"),
-        ("trl.bf16=1", "got trl.bf16 = 1, expected true or false"),
+        ("trl.learning_rate=fast", "trl.learning_rate = 'fast', expected a number"),
+        ("trl.max_steps=1.5", "trl.max_steps = 1.5, expected a whole number"),
+        ("trl.max_steps=0", "trl.max_steps = 0, expected at least 1, or -1"),
+        ("trl.max_steps=-2", "trl.max_steps = -2, expected at least 1, or -1"),
+        ("trl.learning_rate=-1", "trl.learning_rate = -1, expected at least 0"),
+        ("trl.learning_rate=nan", "trl.learning_rate = nan, expected"),
+        ("trl.learning_rate=inf", "trl.learning_rate = inf, expected a finite number"),
+        ("trl.num_train_epochs=0.0", "trl.num_train_epochs = 0.0, expected more than 0"),
+        ("trl.max_grad_norm=-1.0", "trl.max_grad_norm = -1.0, expected at least 0"),
+        ("trl.adam_beta2=1.0", "trl.adam_beta2 = 1.0, expected less than 1"),
+        ("trl.temperature=0.0", "trl.temperature = 0.0, expected more than 0"),
+        ("trl.num_iterations=0", "trl.num_iterations = 0, expected at least 1"),
+        ("trl.bf16=1", "trl.bf16 = 1, expected true or false"),
         ("trl.save_only_model=true", "expected checkpoints that a run can go on from"),
         ("trl.deepspeed=x.json", "pip install deepspeed"),
-        ("eval.batch_size=0", "got eval.batch_size = 0, expected at least 1"),
-        ("model.path=nowhere/at/all", "got model.path nowhere/at/all"),
-        ("data.path=nowhere.jsonl", "got nowhere.jsonl, which does not exist"),
+        ("eval.batch_size=0", "eval.batch_size = 0, expected at least 1"),
+        ("model.path=nowhere/at/all", "model.path nowhere/at/all"),
+        ("data.path=nowhere.jsonl", "nowhere.jsonl, which does not exist"),
     ],
 )
 def test_mistakes_in_a_run_are_found_before_its_folder_is_made(
@@ -371,7 +371,7 @@ def test_corrupt_model_is_named(
     shutil.copytree(policy, tmp_path / "torn")
     (tmp_path / "torn" / "model.safetensors").write_bytes(b"torn")
     error = error_of(capsys, "train", str(run_file), "--set", f'model.path="{tmp_path}/torn"', "--out", "never")
-    assert "got model" in error
+    assert "model" in error
 
 
 def test_unwritable_folder_is_named(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

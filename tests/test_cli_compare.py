@@ -168,7 +168,7 @@ def test_only_report_reads_folders_that_another_loop_trained(
         (["compare", "--out", "x", "--methods", "grpo,best"], "'best'"),
         (["compare", "--out", "x", "--set", "trl.max_stepz"], "--set trl.max_stepz"),
         (["compare", "absent.toml", "--out", "x"], "absent.toml"),
-        (["compare", "g1nothere"], "got g1nothere, which is neither a TOML file nor the folder of a grid"),
+        (["compare", "g1nothere"], "g1nothere, which is neither a TOML file nor the folder of a grid"),
     ],
 )
 def test_mistakes_are_one_line(

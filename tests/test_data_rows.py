@@ -288,7 +288,7 @@ def test_inputs_that_are_none(tmp_path: Path, name: str, told: str, monkeypatch:
 
 
 def test_a_dataset_that_cannot_be_reached_is_one_error() -> None:
-    with pytest.raises(ValueError, match="got dataset nobody-at-all/nothing, split train"):
+    with pytest.raises(ValueError, match="dataset nobody-at-all/nothing, split train"):
         load_dataset("nobody-at-all/nothing")
 
 

@@ -188,7 +188,7 @@ def test_a_sample_that_the_template_refuses_is_a_refusal() -> None:
     )
     model = LocalModel(tiny_model(tokenizer).eval(), PromptLayout(tokenizer), batch_size=4, max_new_tokens=30)
     refused, answered = model.respond([asked("bad", "s7"), asked("good")])
-    assert refused.refusal.startswith("got sample 's7', on which the chat template failed")
+    assert refused.refusal.startswith("sample 's7', on which the chat template failed")
     assert answered.text
     assert not refused.overflow
     assert not answered.refusal
@@ -270,7 +270,7 @@ def test_a_tokenizer_without_padding_token_pads_all_the_same(tiny) -> None:
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"max_new_tokens": 0}, {"context": 0}])
 def test_sizes_are_checked(tiny, wrong) -> None:
     model, layout = tiny
-    with pytest.raises(ValueError, match=f"got {next(iter(wrong))} = 0, expected at least 1"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} = 0, expected at least 1"):
         LocalModel(model, layout, **{"batch_size": 1, "max_new_tokens": 1, **wrong})
 
 

@@ -184,7 +184,7 @@ def test_options_that_mean_nothing_are_refused(
     name = next(iter(option)).replace("_", "-").replace("changes", "set")
     with pytest.raises(UserError) as caught:
         EvalRequest("tool-world", **who, **option)
-    assert caught.value.got == f"--{name} {told}"
+    assert caught.value.problem == f"--{name} {told}"
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_path_that_is_no_model_is_refused_without_a_hub(run_folder: Path, path
     Path("rows.jsonl").touch()
     with pytest.raises(UserError) as refused:
         recorded_run(path, "--tokenizer")
-    assert refused.value.got.startswith(f"--tokenizer {path}")
+    assert refused.value.problem.startswith(f"--tokenizer {path}")
     assert near is None or f"did you mean {near}?" in refused.value.remedy
 
 
@@ -253,4 +253,4 @@ def test_a_run_folder_is_a_model_for_data_inspect_and_train(
         option = "--tokenizer" if command[0] == "inspect" else "--model"
         capsys.readouterr()
         assert main([*command, option, "runs/mnie"]) == 2
-        assert capsys.readouterr().err.startswith(f"error: got {option} runs/mnie, ")
+        assert capsys.readouterr().err.startswith(f"error: {option} runs/mnie, ")

@@ -144,7 +144,7 @@ def test_the_template_adds_no_more_than_the_roles(family: str, tool_format: str)
     assert PROMPT_SYSTEM in layout.render(SAMPLE)
     assert layout.render(SAMPLE).count(PROMPT_USER) == 1
     assert layout.count_tokens(SAMPLE) == len(tokenizer(layout.render(SAMPLE), add_special_tokens=False)["input_ids"])
-    with pytest.raises(ValueError, match=r"got format 'hermes' .* expected 'toolrl'"):
+    with pytest.raises(ValueError, match=r"format 'hermes' .* expected 'toolrl'"):
         FlattenedLayout(tokenizer, FRAME, "hermes")
 
 

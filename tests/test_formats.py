@@ -211,7 +211,7 @@ UNWRITABLE = [
 def test_a_name_that_the_grammar_cannot_write_is_refused(name, call, words):
     with pytest.raises(UserError, match=words) as refused:
         FORMATS[name].render("x", [call], None)
-    assert f"format '{name}'" in refused.value.got
+    assert f"format '{name}'" in refused.value.problem
 
 
 @pytest.mark.parametrize(

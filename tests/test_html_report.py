@@ -268,7 +268,7 @@ def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "file").write_text("")
     for wrong in (["--responses", "-1"], ["--out", str(tmp_path / "file" / "below")]):
         assert main(["report", str(folder), "--html", *wrong]) == 2
-        assert capsys.readouterr().err.startswith("error: got ")
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 # What it does in a browser

@@ -84,7 +84,7 @@ def test_weights_that_are_none_are_refused_by_the_rule_s_name(rules, name):
     rule = RestTable(weights={"rule": f"{rules}:{name}"}).resolve().weights
     with pytest.raises(UserError) as error:
         weigh(rule, batch(), None, 0.0)
-    assert f"{rules}:{name}" in error.value.got
+    assert f"{rules}:{name}" in error.value.problem
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,30 @@
-"""What a user can have got wrong, as an exception of its own; imports nothing."""
+"""The exception for mistakes a user can fix; imports nothing of the package."""
 
 from __future__ import annotations
 
+import warnings
+
 
 class UserError(ValueError):
-    """A mistake that the user can fix: what was found, what was expected, and what to do about it.
+    """A mistake the user can fix.
 
-    The command prints it as one line and exits with code 2. Everything else that is raised is a bug and keeps its
-    traceback.
+    The command line prints it as one line and exits with code 2; any other exception is a bug and keeps its traceback.
+
+    Args:
+        problem: What is wrong, with the offending value quoted: "trl.learning_rate is -1".
+        expected: What would have been right, as a noun phrase: "a number above 0".
+        remedy: What to do, as an imperative: "change it in run.toml".
     """
 
-    def __init__(self, got: str, expected: str, remedy: str) -> None:
-        super().__init__(got, expected, remedy)
-        self.got, self.expected, self.remedy = got, expected, remedy
+    def __init__(self, problem: str, expected: str = "", remedy: str = "") -> None:
+        super().__init__(problem, expected, remedy)
+        self.problem, self.expected, self.remedy = problem, expected, remedy
 
     def __str__(self) -> str:
-        return f"got {self.got}, expected {self.expected}; {self.remedy}"
+        return self.problem + (self.expected and f", expected {self.expected}") + (self.remedy and f"; {self.remedy}")
+
+    @property
+    def got(self) -> str:
+        """Deprecated name of `problem`."""
+        warnings.warn("UserError.got is now UserError.problem", FutureWarning, stacklevel=2)
+        return self.problem

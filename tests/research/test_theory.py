@@ -203,14 +203,14 @@ def test_the_folder_is_tried_before_the_work(tmp_path, monkeypatch, capsys):
     ("options", "message"),
     [
         (("--prompts", "2"), "prompts 2, expected at least 8"),
-        (("--pilot-group", "8", "--group", "9"), "got --pilot-group 8 with --group 9"),
+        (("--pilot-group", "8", "--group", "9"), "--pilot-group 8 with --group 9"),
         (("--step", "-3"), "step -3, expected at least 1"),
-        (("--format", "toolrl", "--format", "hermes"), "got 2 times --format"),
+        (("--format", "toolrl", "--format", "hermes"), "2 times --format"),
         (("--progress", "2"), "progress 2"),
-        (("--cap", "0"), "got --cap 0"),
+        (("--cap", "0"), "--cap 0"),
         (
             ("--prompts", "8", "--pilot", "1996", "--set", "data.samples=2000"),
-            "got 2000 samples, expected at least 2004",
+            "2000 samples, expected at least 2004",
         ),
         (("--format", "nonsense"), "nonsense"),
     ],

@@ -166,7 +166,7 @@ class Grid:
 
 def error_of_method(label: str, error: ValueError) -> UserError:
     if isinstance(error, UserError):
-        return UserError(f"method {label}: {error.got}", error.expected, error.remedy)
+        return UserError(f"method {label}: {error.problem}", error.expected, error.remedy)
     return UserError(
         f"method {label} with settings that its trainer refuses ({str(error).rstrip('.')})",
         "settings that its runs can start with",

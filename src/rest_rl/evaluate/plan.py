@@ -159,7 +159,7 @@ def _published_frame(
         return frame_of(path), f"{why}; texts from {path}"
     except UserError as error:
         other = "" if given else "; --prompt-from names another file than the run's data.path"
-        raise UserError(error.got, error.expected, error.remedy + other) from error
+        raise UserError(error.problem, error.expected, error.remedy + other) from error
 
 
 def server_body(request: EvalRequest) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def make_tool_reward(
 
 def of_sample(error: UserError, name: Any) -> UserError:
     """The error with the sample that it arose at, if that is known."""
-    return error if name is None else UserError(f"{error.got} (sample {name!r})", error.expected, error.remedy)
+    return error if name is None else UserError(f"{error.problem} (sample {name!r})", error.expected, error.remedy)
 
 
 def refuse_non_finite(reward: Callable[..., Any]) -> Callable[..., Any]:

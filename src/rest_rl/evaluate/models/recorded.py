@@ -86,7 +86,7 @@ def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Reco
             if identity in responses:
                 raise UserError(f"id {identity!r} a second time", "one response per sample", "remove one")
         except UserError as error:
-            raise UserError(f"{path}, line {number}: {error.got}", error.expected, error.remedy) from error
+            raise UserError(f"{path}, line {number}: {error.problem}", error.expected, error.remedy) from error
         if recording is not None:
             responses[identity] = recording
     strangers = [identity for identity in responses if identity not in groups]
