@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from method_cost import FORMAT, byte_level, load, responses
 
-from rest_rl.presets import score_response, token_weights
+from rest_rl.presets import compute_token_weights, score_response
 from rest_rl.response import Gold
 
 FRAGMENTS = ['"', "{", "}", "\n", "</think>", "<tool_call>", "<response>", "</response>", "\\", " ", "1.0", "true"]
@@ -49,7 +49,7 @@ def same_weights(text: str, step: int, tokenizer: Any, weighting: Any) -> bool |
         published_BT = weighting.build_token_weight(batch, tokenizer)
     except (StopIteration, RuntimeError):
         return None
-    ours_BT = token_weights(torch.tensor([ids]), mask_BT, tokenizer, preset="authors-code", step=step)
+    ours_BT = compute_token_weights(torch.tensor([ids]), mask_BT, tokenizer, preset="authors-code", step=step)
     return torch.equal(ours_BT, published_BT)
 
 

@@ -24,7 +24,7 @@ from rest_rl.data.tool_world import tool_world
 from rest_rl.presets import PRESETS
 from rest_rl.response import Region
 from rest_rl.train.policy import load_policy
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.weighing import COUNTS, ENTROPIES, EntropyTracker
 from rest_rl.weights import WeightConfig, region_weights
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> list[Tensor]:
         )  # fmt: skip
         samples = tool_world(options.seed, options.steps * options.batch // 8 + 8)
         recorder.trainer = trainer = ResTTrainer(
-            model, args=args, train_dataset=training_dataset(samples, tokenizer), processing_class=tokenizer,
+            model, args=args, train_dataset=build_training_dataset(samples, tokenizer), processing_class=tokenizer,
             callbacks=[recorder],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)

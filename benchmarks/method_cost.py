@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from rest_rl.formats import get_format
-from rest_rl.presets import score_response, token_weights
+from rest_rl.presets import compute_token_weights, score_response
 from rest_rl.response import Gold, ToolCall
 
 FORMAT = get_format("toolrl")
@@ -129,7 +129,9 @@ def main() -> None:
         compare(
             f"tag and weigh, {preset}",
             args.responses,
-            lambda preset=preset: token_weights(ids_BT, mask_BT, tokenizer, preset=preset, entropies=entropies_BT),
+            lambda preset=preset: compute_token_weights(
+                ids_BT, mask_BT, tokenizer, preset=preset, entropies=entropies_BT
+            ),
             weigh,
             args.rounds,
         )

@@ -21,7 +21,7 @@ from trl import GRPOTrainer
 from rest_rl.config import EMBEDDED, ModelTable
 from rest_rl.data.tool_world import tool_world
 from rest_rl.train.policy import load_policy
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 
 
@@ -79,7 +79,7 @@ def main() -> None:
         drawn = tool_world(0, (options.pairs + 1) * size)
         samples = [s for pair in range(options.pairs + 1) for s in drawn[pair * size : (pair + 1) * size] * 2]
         trainer = Alternating(
-            model, args=args, train_dataset=training_dataset(samples, tokenizer), processing_class=tokenizer,
+            model, args=args, train_dataset=build_training_dataset(samples, tokenizer), processing_class=tokenizer,
             callbacks=[clock],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)

@@ -32,7 +32,7 @@ STEPS = 6
 """One epoch is four steps, so a run resumed from the checkpoint before the last one begins with the second."""
 RUN = """
 [run]
-responses_per_step = 2
+recorded_responses = 2
 [model]
 path = "{model}"
 [data]

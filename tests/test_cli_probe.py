@@ -15,7 +15,7 @@ from rest_rl.cli.app import main
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout
 from rest_rl.errors import UserError
-from rest_rl.presets import score_response, token_weights
+from rest_rl.presets import compute_token_weights, score_response
 from rest_rl.probe import run as probe_run
 from rest_rl.probe.measure import SampledBatch, probe_gradients
 from rest_rl.probe.report import ProbeReport
@@ -308,7 +308,7 @@ def test_rules_weigh_as_training_does(sampled: tuple[Any, PromptLayout, list[Gro
     own = batch.tagged
     for rule in rivals().values():
         found_BT = weigh(rule, own, batch.statistics, 0.5)
-        wanted_BT = token_weights(
+        wanted_BT = compute_token_weights(
             own.ids_BT, own.mask_BT, layout.tokenizer, format="toolrl", rule=rule, progress=0.5,
             entropies=own.entropies_BT, collisions=batch.collisions_BT,
         )  # fmt: skip

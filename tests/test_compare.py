@@ -268,12 +268,12 @@ def test_a_method_that_is_sooner_and_ends_alike(tmp_path: Path) -> None:
 def test_runs_that_are_not_alike_are_named(tmp_path: Path) -> None:
     grid = make_grid(tmp_path, {"grpo": Effect(), "rest": Effect()}, seeds=2)
     assert compare(tmp_path).unequal == ()
-    other = read_grid(None, methods=["grpo", "dapo"], overrides=["trl.max_steps=30", "data.samples=100"])
+    other = read_grid(None, methods=["grpo", "dapo"], overrides=["trl.max_steps=30", "data.num_samples=100"])
     make_run(tmp_path, RunName("dapo", "", 0), other.run("dapo", "", 0), Effect(), steps=30)
     make_run(tmp_path, RunName("rest", "", 2), grid.run("grpo", "", 2), Effect())
     text = "\n".join(compare(tmp_path).unequal)
     assert "trl.max_steps: 30 in dapo-0; 60 in grpo-0, grpo-1, rest-0 and 2 more" in text
-    assert "data.samples: 100 in dapo-0" in text
+    assert "data.num_samples: 100 in dapo-0" in text
     assert "rest is not the same method under each of its seeds: rest.preset" in text
 
 

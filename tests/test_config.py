@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from rest_rl.config import EvalTable, RunConfig, embedded_run, read_run_file
-from rest_rl.errors import UserError
+import rest_rl
+from rest_rl.cli.app import main
+from rest_rl.config import (
+    RENAMED_KEYS,
+    EvalTable,
+    RunConfig,
+    embedded_run,
+    parse_recorded_run,
+    parse_toml,
+    read_run_file,
+)
+from rest_rl.errors import RenamedWarning, UserError
 from rest_rl.presets import PRESETS
 
 
@@ -57,8 +71,8 @@ def test_one_constant_is_changed_and_the_others_stay() -> None:
         ("[rest.weights]\nscope = 'name'", r"rest\.weights\.scope = 'name', expected a list"),
         ("[rest.weights]\nconstants = 1", r"rest\.weights\.constants = 1, expected a table"),
         ("[rest.weights.constants]\nname = 'a'", r"rest\.weights\.constants\.name = 'a', expected a number"),
-        ("[data]\nkeep = 'a'", r"data\.keep = 'a', expected a list"),
-        ("[data]\nkeep = ['a', 1]", r"data\.keep\.1 = 1, expected text"),
+        ("[data]\nallow = 'a'", r"data\.allow = 'a', expected a list"),
+        ("[data]\nallow = ['a', 1]", r"data\.allow\.1 = 1, expected text"),
         ("[data]\nkeep_prompts = 'yes'", r"data\.keep_prompts = 'yes', expected true or false"),
         ("[data]\nmask_names = 2", r"data\.mask_names = 2, expected at most 1"),
         ("[model]\ndtype = 'int8'", r"model\.dtype = 'int8', expected one of 'auto'"),
@@ -98,10 +112,10 @@ def test_mistakes_in_set_say_what_was_expected(override: str, message: str) -> N
     [
         ("run.seed=-1", 0),
         ("run.show_every=-1", 0),
-        ("run.responses_per_step=-1", 0),
-        ("data.samples=0", 1),
+        ("run.recorded_responses=-1", 0),
+        ("data.num_samples=0", 1),
         ("eval.prompts=-1", 0),
-        ("eval.samples=0", 1),
+        ("eval.samples_per_prompt=0", 1),
         ("eval.batch_size=0", 1),
         ("eval.max_new_tokens=-1", 0),
     ],
@@ -125,8 +139,8 @@ def test_held_out_file_beside_the_tool_world_is_refused() -> None:
 
 
 def test_a_table_made_in_python_is_checked_as_one_in_a_file() -> None:
-    with pytest.raises(UserError, match=r"eval\.samples = 0, expected at least 1"):
-        EvalTable(samples=0)
+    with pytest.raises(UserError, match=r"eval\.samples_per_prompt = 0, expected at least 1"):
+        EvalTable(samples_per_prompt=0)
     with pytest.raises(UserError, match=r"run\.seed = 'a', expected a whole number"):
         replace(RunConfig().run, seed="a")
 
@@ -134,3 +148,86 @@ def test_a_table_made_in_python_is_checked_as_one_in_a_file() -> None:
 def test_missing_file_is_named() -> None:
     with pytest.raises(ValueError, match=r"nowhere\.toml \(No such file or directory\)"):
         read_run_file("nowhere.toml")
+
+
+# Renamed keys
+
+
+RENAMED = {
+    "run.responses_per_step": "3",
+    "data.keep": "['duplicate']",
+    "data.samples": "70",
+    "eval.samples": "4",
+    "eval.slice": "9",
+}
+
+
+def toml_of(keys: Mapping[str, str]) -> str:
+    return "".join(f"{key} = {value}\n" for key, value in keys.items())
+
+
+@pytest.mark.parametrize("way", ["file", "tables", "override", "table override"])
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_key_works_and_the_warning_names_the_new_one(old: str, way: str) -> None:
+    (table, key), new, value = old.split("."), RENAMED_KEYS[old], RENAMED[old]
+    expected = RunConfig.from_toml(f"{new} = {value}")
+    ways = {
+        "file": lambda: RunConfig.from_toml(f"{old} = {value}"),
+        "tables": lambda: RunConfig.from_tables(parse_toml(f"{old} = {value}", "")),
+        "override": lambda: RunConfig.from_toml("", [f"{old}={value}"]),
+        "table override": lambda: RunConfig.from_toml("", [f"{table}={{{key} = {value}}}"]),
+    }
+    with pytest.warns(RenamedWarning, match=f"{re.escape(old)} is now {re.escape(new)}$"):
+        config = ways[way]()
+    assert config == expected != RunConfig()
+
+
+def test_an_override_with_either_name_changes_a_file_with_either_name() -> None:
+    for old, new in RENAMED_KEYS.items():
+        for first, second in ((old, new), (new, old)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RenamedWarning)
+                config = RunConfig.from_toml(f"{first} = {RENAMED[old]}", [f"{second}={RENAMED[old]}"])
+            assert config == RunConfig.from_toml(f"{new} = {RENAMED[old]}")
+
+
+def test_a_file_with_the_old_and_the_new_name_is_refused() -> None:
+    with pytest.raises(UserError, match=r"both eval\.samples and eval\.samples_per_prompt .*; remove eval\.samples$"):
+        RunConfig.from_toml("[eval]\nsamples = 2\nsamples_per_prompt = 2")
+
+
+def test_the_old_keys_of_a_run_folder_are_read_without_a_warning(tmp_path: Path) -> None:
+    recorded = tmp_path / "config.toml"
+    recorded.write_text(toml_of(RENAMED))
+    (tmp_path / "environment.json").write_text("{}")
+    expected = RunConfig.from_toml(toml_of({RENAMED_KEYS[old]: value for old, value in RENAMED.items()}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_run_file(recorded) == expected
+        assert RunConfig.from_tables(parse_recorded_run(recorded.read_text(), "")) == expected
+    (tmp_path / "environment.json").unlink()  # a run file that happens to be called config.toml
+    with pytest.warns(RenamedWarning):
+        read_run_file(recorded)
+
+
+def test_the_command_prints_an_old_key_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("[eval]\nslice = 9\n")
+    warnings.simplefilter("default", RenamedWarning)
+    main(["train", str(run_file), "--dry-run", "--set", "data.samples=50"])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning: eval.slice is now eval.interim_prompts",
+        "warning: data.samples is now data.num_samples",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("token_weights", "compute_token_weights"), ("training_dataset", "build_training_dataset")]
+)
+def test_an_old_name_of_the_package_works_and_warns(old: str, new: str) -> None:
+    with pytest.warns(FutureWarning, match=f"^rest_rl.{old} is now rest_rl.{new}$") as caught:
+        assert getattr(rest_rl, old) is getattr(rest_rl, new)
+    assert caught[0].filename == __file__
+    assert old not in dir(rest_rl)
+    assert new in dir(rest_rl)

@@ -227,7 +227,7 @@ def test_supervised_training_leaves_out_what_its_model_does_not_hold(
 
 
 def test_the_tool_world_in_a_small_context() -> None:
-    tables = {"trl": {"max_completion_length": 700}, "data": {"samples": 50}, "eval": {"prompts": 0}}
+    tables = {"trl": {"max_completion_length": 700}, "data": {"num_samples": 50}, "eval": {"prompts": 0}}
     plan = make_plan(tables, is_dry=True)
     assert 0 < len(plan.data.prepared) <= 50
     assert all(len(each.prompt_ids) + 700 <= 1024 for each in plan.data.prepared)

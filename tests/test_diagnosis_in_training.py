@@ -17,7 +17,7 @@ from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 RUN = """
 [run]
 show_every = 0
-responses_per_step = 0
+recorded_responses = 0
 [model]
 path = "{folder}"
 [data]

@@ -11,7 +11,7 @@ import pytest
 
 from rest_rl.config import ENTROPY_DECAY, RunConfig
 from rest_rl.presets import PRESETS
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.settings import trainer_config, with_machine_defaults
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.verl.config import ACTOR, ROLLOUT, start_values
@@ -36,7 +36,7 @@ def on_trl(config: RunConfig) -> dict[str, Any]:
     trainer = ResTTrainer(
         tiny_model(tokenizer),
         args=args,
-        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
     )
     held: Any = trainer.args

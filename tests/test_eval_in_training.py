@@ -33,7 +33,7 @@ from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 STEPS = 6
 RUN = """
 [run]
-responses_per_step = 2
+recorded_responses = 2
 [model]
 path = "{model}"
 [data]
@@ -41,7 +41,7 @@ path = "{data}"
 held_out = "{data}"
 [eval]
 max_new_tokens = 20
-slice = 5
+interim_prompts = 5
 [trl]
 max_steps = {steps}
 per_device_train_batch_size = 8
@@ -137,7 +137,7 @@ def test_rows_at_every_nth_step_and_a_line_each(
 
 
 def test_the_last_step_is_on_the_curve_with_the_scores_of_the_trained_model(run_file: Path, tmp_path: Path) -> None:
-    run = read_run(train(run_file, tmp_path / "run", "--set", "eval.slice=64", every=STEPS))
+    run = read_run(train(run_file, tmp_path / "run", "--set", "eval.interim_prompts=64", every=STEPS))
     # a slice of everything: the same prompts, seed and weights as the evaluation after training
     assert run.evaluations == ({"step": STEPS, **run.summary["after"]},)
 
@@ -183,7 +183,7 @@ def test_resume_leaves_the_same_curve(last: int, watched: Path, run_file: Path, 
     assert (folder / EVALUATIONS).read_text().count("\n") == STEPS
 
 
-@pytest.mark.parametrize("change", ["eval.every=2", "eval.slice=3"])
+@pytest.mark.parametrize("change", ["eval.every=2", "eval.interim_prompts=3"])
 def test_another_curve_is_another_run(change: str, watched: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", "--set", change, "--out", str(watched)]) == 2
     assert f"another {change.partition('=')[0]}, expected the run as it was recorded" in capsys.readouterr().err
@@ -229,7 +229,7 @@ def test_two_processes_write_one_row_a_step(run_file: Path, tmp_path: Path) -> N
     [
         ("every = -1", r"eval\.every = -1, expected at least 0"),
         ("every = 2.5", r"eval\.every = 2\.5, expected a whole number"),
-        ("slice = 0", r"eval\.slice = 0, expected at least 1"),
+        ("interim_prompts = 0", r"eval\.interim_prompts = 0, expected at least 1"),
         ("evry = 1", r"did you mean every\?"),
         ("every = 5\nprompts = 0", r"eval\.every = 5 with eval\.prompts = 0, expected held-out prompts"),
         ("every = 5\n[data]\npath = 'a.jsonl'", r"eval\.every = 5 without data\.held_out, expected a file"),
@@ -250,7 +250,7 @@ def test_more_steps_than_the_run_has_are_said(
 
 def test_nothing_is_measured_unless_asked() -> None:
     table = RunConfig().eval
-    assert (table.every, table.slice) == (0, 64)
+    assert (table.every, table.interim_prompts) == (0, 64)
     assert RunConfig.from_toml(RunConfig().to_toml()).eval == table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from rest_rl.compare.grid import DEFAULT_METHODS, METHODS, Grid, RunName, read_grid
 from rest_rl.config import parse_toml
-from rest_rl.errors import UserError
+from rest_rl.errors import RenamedWarning, UserError
 from rest_rl.report.tables import flatten
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -98,7 +99,7 @@ base = "run.toml"
 trl.max_steps = 7
 [methods.mine]
 rest.weights.strength = 0.25
-data.samples = 50
+data.num_samples = 50
 [starts.cold]
 model.path = "models/cold"
 [starts.sft]
@@ -107,7 +108,7 @@ model.path = "models/sft"
 
 
 def test_a_grid_file(tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text("[data]\nsamples = 100\n[trl]\nmax_steps = 3\nlearning_rate = 1e-3\n")
+    (tmp_path / "run.toml").write_text("[data]\nnum_samples = 100\n[trl]\nmax_steps = 3\nlearning_rate = 1e-3\n")
     (tmp_path / "grid.toml").write_text(GRID)
     grid = read_grid(tmp_path / "grid.toml", overrides=["trl.logging_steps=1"])
     names = [str(name) for name, _ in grid.runs()]
@@ -115,7 +116,7 @@ def test_a_grid_file(tmp_path: Path) -> None:
     assert len(names) == 12
     mine = settings(grid, "mine", 6, "sft")
     assert mine["rest.weights.strength"] == 0.25
-    assert (mine["data.samples"], mine["model.path"], mine["run.seed"]) == (50, "models/sft", 6)
+    assert (mine["data.num_samples"], mine["model.path"], mine["run.seed"]) == (50, "models/sft", 6)
     assert (mine["trl.max_steps"], mine["trl.learning_rate"], mine["trl.logging_steps"]) == (7, 1e-3, 1)
     # written down and read back it is the same grid, wherever it lies
     (tmp_path / "kept").mkdir()
@@ -227,3 +228,18 @@ def test_a_rule_of_your_own_lies_beside_the_grid_file(tmp_path: Path) -> None:
     assert again == grid
     assert str(own) in again.modules
     assert read_grid(None).modules == ()
+
+
+def test_old_keys_of_a_grid_are_read_and_those_of_its_folder_without_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[eval]\nsamples = 2\n")
+    text = "[grid]\nmethods = ['grpo', 'mine']\nseeds = [0]\nbase = 'run.toml'\n[base]\neval.slice = 7\n"
+    text += "[methods.mine]\nrest.preset = 'rest'\ndata.samples = 50\n"
+    (tmp_path / "grid.toml").write_text(text)
+    with pytest.warns(RenamedWarning) as caught:
+        grid = read_grid(tmp_path / "grid.toml")
+    assert {str(warning.message).split()[0] for warning in caught} == {"eval.samples", "eval.slice", "data.samples"}
+    run = grid.run("mine", "", 0)
+    assert (run.eval.samples_per_prompt, run.eval.interim_prompts, run.data.num_samples) == (2, 7, 50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_grid(tmp_path / "grid.toml", is_recorded=True) == grid

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rest_rl.formats import FORMATS, get_format
-from rest_rl.presets import score_response, token_weights
+from rest_rl.presets import compute_token_weights, score_response
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Gold, ToolCall
 from tests.tokenizers_in_memory import KINDS
@@ -103,7 +103,7 @@ def check_weights(rows: list[list[int]], kind: str, rng: random.Random) -> None:
         regions_BT = tag_regions(ids_BT, mask_BT, TOKENIZERS[kind], tool_format)
         assert ((regions_BT >= 0) & (regions_BT < 6)).all()
         for preset in ("rest", "paper", *["authors-code"] * (name in ("toolrl", "hermes"))):
-            weights_BT = token_weights(
+            weights_BT = compute_token_weights(
                 ids_BT,
                 mask_BT,
                 TOKENIZERS[kind],
@@ -214,6 +214,6 @@ def test_five_megabytes_of_tokens_are_tagged():
     tokenizer = TOKENIZERS["byte_level"]
     ids = tokenizer("x" * 20, add_special_tokens=False)["input_ids"] * 50_000
     ids_BT = torch.tensor([ids])
-    weights_BT = token_weights(ids_BT, torch.ones_like(ids_BT), tokenizer, entropies={"other": 1.0})
+    weights_BT = compute_token_weights(ids_BT, torch.ones_like(ids_BT), tokenizer, entropies={"other": 1.0})
     assert torch.equal(weights_BT, torch.ones(ids_BT.shape))
     assert len(decode_ids(ids, tokenizer)) == 1_000_000

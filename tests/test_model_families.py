@@ -23,7 +23,7 @@ from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Gold, Region
 from rest_rl.runlog import read_run
 from rest_rl.train.policy import load_policy
-from rest_rl.train.prompts import encode, training_dataset
+from rest_rl.train.prompts import build_training_dataset, encode
 from rest_rl.train.run import make_plan
 from tests.model_families import DIALOGUES, FAMILIES, TEMPLATES, family_tokenizer, save_dialogues, save_family
 from tests.sample_files import labelled_dataset
@@ -72,7 +72,7 @@ def test_prompts_hold_tools_and_history_and_one_first_token(name: str, samples: 
         text = layout.render(sample)
         assert text.count("Flights to a city") == 1
         assert text.count("sky") == sum(message["role"] == "tool" for message in sample.messages)
-        sampled = tokenizer(training_dataset([sample], tokenizer, layout.format)[0]["prompt"])[
+        sampled = tokenizer(build_training_dataset([sample], tokenizer, layout.format)[0]["prompt"])[
             "input_ids"
         ]  # as TRL tokenises it
         assert sampled == tokenizer(text, add_special_tokens=False)["input_ids"]  # as evaluation does
@@ -189,7 +189,7 @@ def test_another_format_than_the_template_s_is_described_in_words(samples: list[
     assert '<obs> {"sky": "clear"} </obs>' in text
     assert "tool_response" not in text
     assert "Respond in the format" not in text  # Llama's own words
-    assert len(training_dataset(samples, tokenizer, name)) == len(samples)
+    assert len(build_training_dataset(samples, tokenizer, name)) == len(samples)
 
 
 def test_results_in_words_stand_in_the_tags_of_hermes(samples: list[ToolSample]) -> None:
@@ -224,7 +224,7 @@ def test_a_first_token_that_only_the_tokenizer_adds_is_in_every_prompt_once(samp
     layout = PromptLayout(tokenizer, "llama3")
     text = layout.render(samples[0])
     assert text.count("<|begin_of_text|>") == 1
-    sampled = tokenizer(training_dataset(samples[:1], tokenizer, layout.format)[0]["prompt"])["input_ids"]
+    sampled = tokenizer(build_training_dataset(samples[:1], tokenizer, layout.format)[0]["prompt"])["input_ids"]
     assert sampled == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

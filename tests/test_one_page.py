@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rest_rl.presets import get_preset
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.reward import progress_of
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
@@ -73,7 +73,7 @@ def test_the_trainer_gives_the_pages_loss_and_gradient(page, tmp_path, changes):
         page,
         model=tiny_model(tokenizer),
         args=ResTConfig(**tiny_settings(tmp_path, max_steps=4, **changes)),
-        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
     )
     trainer.train()

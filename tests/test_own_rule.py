@@ -27,7 +27,7 @@ TRAINING = (Path(__file__).parent.parent / "docs" / "training.md").read_text(enc
 (FORMAT,) = re.findall("### A format of your own.*?```python\n(.*?)```", TRAINING, re.DOTALL)
 SHORT = [
     *("--set", "eval.prompts=0", "--set", "trl.max_steps=1", "--set", "trl.per_device_train_batch_size=8"),
-    *("--set", "data.samples=16", "--set", "trl.steps_per_generation=1"),
+    *("--set", "data.num_samples=16", "--set", "trl.steps_per_generation=1"),
 ]
 CALL = ToolCall("f", {"a": 1})
 

@@ -12,7 +12,7 @@ import torch
 
 from rest_rl.authors_code import authors_normalise, authors_step, authors_weights
 from rest_rl.formats import FORMATS
-from rest_rl.presets import PRESETS, get_preset, score_response, token_weights
+from rest_rl.presets import PRESETS, compute_token_weights, get_preset, score_response
 from rest_rl.regions import region_means, tag_regions, token_bytes
 from rest_rl.response import Gold, Region, ToolCall, gold_from_json
 from rest_rl.weights import RegionStatistics, WeightConfig
@@ -56,8 +56,8 @@ def test_authors_code_gives_the_published_numbers(row):
 
 def test_authors_code_in_one_call_leaves_the_published_gaps():
     ids_BT, mask_BT = batch(TEXTS[0], TEXTS[2], eos=True)
-    weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, preset="authors-code", progress=0.5)
-    assert torch.equal(weights_BT, token_weights(ids_BT, mask_BT, TOKENIZER, preset="authors-code", step=75))
+    weights_BT = compute_token_weights(ids_BT, mask_BT, TOKENIZER, preset="authors-code", progress=0.5)
+    assert torch.equal(weights_BT, compute_token_weights(ids_BT, mask_BT, TOKENIZER, preset="authors-code", step=75))
     tokens = TOKENIZER.convert_ids_to_tokens(ids_BT[0])
     weight_of = dict(zip(tokens, weights_BT[0].tolist(), strict=True))
     assert weight_of[TOKENIZER.eos_token] == 0  # no gradient for the end of sequence
@@ -77,7 +77,7 @@ def test_authors_code_finds_its_weights_turn_by_turn():
     raw = np.zeros(len(ids), dtype=np.float32)
     raw[mask == 1] = np.concatenate([authors_weights(split(turn), 75) for turn in turns])
     expected = authors_normalise(raw, mask)
-    weights_BT = token_weights(
+    weights_BT = compute_token_weights(
         torch.tensor([ids]), torch.from_numpy(mask)[None], TOKENIZER, preset="authors-code", step=75
     )
     assert weights_BT[0].tolist() == expected.tolist()
@@ -88,7 +88,9 @@ def test_authors_code_finds_its_weights_turn_by_turn():
 @pytest.mark.parametrize("preset", ["rest", "paper"])
 def test_our_presets_do_not_repeat_the_published_gaps(preset):
     ids_BT, mask_BT = batch(*TEXTS, eos=True)
-    weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, preset=preset, entropies=torch.rand(ids_BT.shape) + 0.1)
+    weights_BT = compute_token_weights(
+        ids_BT, mask_BT, TOKENIZER, preset=preset, entropies=torch.rand(ids_BT.shape) + 0.1
+    )
     assert (weights_BT[mask_BT.bool()] > 0).all()  # all calls, last tokens, end of sequence, unparsable responses
     regions_BT = tag_regions(ids_BT, mask_BT, TOKENIZER, TOOLRL)
     names = [weights_BT[0][regions_BT[0] == Region.NAME].unique().tolist()]
@@ -101,7 +103,7 @@ def test_weights_have_mean_one_and_are_zero_where_masked(kind, preset):
     tokenizer = KINDS[kind]()
     ids_BT, mask_BT = batch(*TEXTS, tokenizer=tokenizer, eos=True)
     entropies_BT = torch.rand(ids_BT.shape, generator=torch.Generator().manual_seed(0)) * 3
-    weights_BT = token_weights(ids_BT, mask_BT, tokenizer, preset=preset, progress=0.3, entropies=entropies_BT)
+    weights_BT = compute_token_weights(ids_BT, mask_BT, tokenizer, preset=preset, progress=0.3, entropies=entropies_BT)
     assert weights_BT.dtype == torch.float32
     assert (weights_BT[mask_BT == 0] == 0).all()
     assert torch.allclose(weights_BT.sum(-1) / mask_BT.sum(-1), torch.ones(3), atol=1e-5)
@@ -110,7 +112,7 @@ def test_weights_have_mean_one_and_are_zero_where_masked(kind, preset):
 @pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "dapo"])
 def test_the_baselines_weigh_all_tokens_alike(preset):
     ids_BT, mask_BT = batch(*TEXTS)
-    assert torch.equal(token_weights(ids_BT, mask_BT, TOKENIZER, preset=preset, progress=0.7), mask_BT.float())
+    assert torch.equal(compute_token_weights(ids_BT, mask_BT, TOKENIZER, preset=preset, progress=0.7), mask_BT.float())
 
 
 def test_region_means_may_stand_in_for_token_entropies():
@@ -120,7 +122,7 @@ def test_region_means_may_stand_in_for_token_entropies():
     means_R = region_means(entropies_BT, regions_BT, mask_BT)
     mapping = {region.label: means_R[region].item() for region in Region if not means_R[region].isnan()}
     from_tokens, from_means = (
-        token_weights(ids_BT, mask_BT, TOKENIZER, entropies=entropies) for entropies in (entropies_BT, mapping)
+        compute_token_weights(ids_BT, mask_BT, TOKENIZER, entropies=entropies) for entropies in (entropies_BT, mapping)
     )
     assert torch.allclose(from_tokens, from_means, atol=1e-6)
 
@@ -128,9 +130,9 @@ def test_region_means_may_stand_in_for_token_entropies():
 def test_statistics_of_the_global_batch_weigh_every_micro_batch_alike():
     ids_BT, mask_BT = batch(*TEXTS, eos=True)
     measured = RegionStatistics(torch.ones(6), torch.tensor([0.1, 0.2, 0.5, 2.0, 1.0, 1.5]))
-    whole = token_weights(ids_BT, mask_BT, TOKENIZER, entropies=measured)
+    whole = compute_token_weights(ids_BT, mask_BT, TOKENIZER, entropies=measured)
     for row in range(len(TEXTS)):
-        part = token_weights(ids_BT[row : row + 1], mask_BT[row : row + 1], TOKENIZER, entropies=measured)
+        part = compute_token_weights(ids_BT[row : row + 1], mask_BT[row : row + 1], TOKENIZER, entropies=measured)
         assert torch.equal(part[0], whole[row])
 
 
@@ -140,7 +142,9 @@ def test_structure_outweighs_reasoning_and_reasoning_gains_with_progress_or_as_i
     measured = {"format": 0.1, "name": 0.2, "arguments": 0.5, "reasoning": 2.0, "other": 1.0}
 
     def weight(region, progress, preset="rest", entropies=measured):
-        weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, progress=progress, entropies=entropies, preset=preset)
+        weights_BT = compute_token_weights(
+            ids_BT, mask_BT, TOKENIZER, progress=progress, entropies=entropies, preset=preset
+        )
         return weights_BT[0][regions_T == region][0].item()
 
     for preset in ("rest", "paper"):
@@ -157,23 +161,23 @@ def test_top_entropy_and_collision_through_the_one_call():
     ids_BT, mask_BT = batch(*TEXTS[:2])
     values_BT = torch.rand(ids_BT.shape)
     top = replace(PRESETS["rest"], weights=WeightConfig(rule="top_entropy", quantile=0.25))
-    weights_BT = token_weights(ids_BT, mask_BT, TOKENIZER, preset=top, entropies=values_BT)
+    weights_BT = compute_token_weights(ids_BT, mask_BT, TOKENIZER, preset=top, entropies=values_BT)
     assert (weights_BT > 0).sum() == round(0.25 * int(mask_BT.sum()))
     collision = replace(PRESETS["rest"], weights=WeightConfig(rule="collision"))
-    assert token_weights(ids_BT, mask_BT, TOKENIZER, preset=collision, collisions=values_BT).isfinite().all()
+    assert compute_token_weights(ids_BT, mask_BT, TOKENIZER, preset=collision, collisions=values_BT).isfinite().all()
     with pytest.raises(ValueError, match=r"\(B, T\) tensor"):
-        token_weights(ids_BT, mask_BT, TOKENIZER, preset=top, entropies={"name": 1.0})
+        compute_token_weights(ids_BT, mask_BT, TOKENIZER, preset=top, entropies={"name": 1.0})
 
 
 def test_missing_or_wrong_entropies_and_names_are_refused():
     ids_BT, mask_BT = batch(TEXTS[0])
     with pytest.raises(ValueError, match="entropies"):
-        token_weights(ids_BT, mask_BT, TOKENIZER)
+        compute_token_weights(ids_BT, mask_BT, TOKENIZER)
     for preset, step in (("rest", 3), ("authors-code", -1)):
         with pytest.raises(ValueError, match="step"):
-            token_weights(ids_BT, mask_BT, TOKENIZER, preset=preset, step=step, entropies={"name": 1.0})
+            compute_token_weights(ids_BT, mask_BT, TOKENIZER, preset=preset, step=step, entropies={"name": 1.0})
     with pytest.raises(ValueError, match="some of format, name"):
-        token_weights(ids_BT, mask_BT, TOKENIZER, entropies={"nmae": 1.0})
+        compute_token_weights(ids_BT, mask_BT, TOKENIZER, entropies={"nmae": 1.0})
     with pytest.raises(ValueError, match="authors-code"):
         get_preset("best")
     with pytest.raises(ValueError, match="authors-code"):

@@ -11,7 +11,7 @@ import pytest
 from rest_rl.presets import PRESETS
 from rest_rl.response import Gold, ToolCall
 from rest_rl.rewards import RewardConfig, random_rewards
-from rest_rl.train.prompts import render_prompt, training_dataset
+from rest_rl.train.prompts import build_training_dataset, render_prompt
 from rest_rl.train.reward import make_tool_reward, progress_of
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
@@ -22,12 +22,12 @@ def tokenizer():
 
 
 def test_the_dataset_holds_prompts_with_tools_and_gold(tokenizer):
-    row = training_dataset(tiny_samples(1), tokenizer)[0]
+    row = build_training_dataset(tiny_samples(1), tokenizer)[0]
     assert row["prompt"] == "f do 0;assistant:"
     assert json.loads(row["gold"]) == {"calls": [{"name": "f", "arguments": {"x": 1}}], "answer": None}
     assert (row["id"], row["kind"]) == ("s0", "single")
     with pytest.raises(ValueError, match="no samples"):
-        training_dataset([], tokenizer)
+        build_training_dataset([], tokenizer)
 
 
 @pytest.mark.parametrize("part", ["prompt", "gold", "thought"])
@@ -39,7 +39,7 @@ def test_half_of_a_surrogate_pair_cannot_be_trained_on(tokenizer, part):
         "thought": {"thought": half},
     }
     with pytest.raises(ValueError, match="surrogate"):
-        training_dataset([replace(sample, **changes[part])], tokenizer)
+        build_training_dataset([replace(sample, **changes[part])], tokenizer)
 
 
 def test_a_template_without_tools_gets_them_as_a_system_message():
@@ -55,7 +55,7 @@ def test_a_tokenizer_without_a_template_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"without a chat template.*instruct"):
-        training_dataset(tiny_samples(1), tokenizer)
+        build_training_dataset(tiny_samples(1), tokenizer)
 
 
 def test_the_beginning_of_sequence_token_comes_once():
@@ -64,11 +64,11 @@ def test_the_beginning_of_sequence_token_comes_once():
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.chat_template = "<s>" + tokenizer.chat_template
-    assert training_dataset(tiny_samples(1), tokenizer)[0]["prompt"].startswith("<s>f do")
+    assert build_training_dataset(tiny_samples(1), tokenizer)[0]["prompt"].startswith("<s>f do")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    prompt = training_dataset(tiny_samples(1), tokenizer)[0]["prompt"]
+    prompt = build_training_dataset(tiny_samples(1), tokenizer)[0]["prompt"]
     assert tokenizer(prompt)["input_ids"].count(tokenizer.bos_token_id) == 1
 
 
@@ -138,7 +138,7 @@ def test_random_rewards_know_nothing_of_the_responses_and_the_scores_are_still_l
 def test_gold_that_no_response_can_match_is_refused_by_its_id(tokenizer, gold, words):
     sample = replace(tiny_samples(1)[0], gold=gold)
     with pytest.raises(ValueError, match=words) as error:
-        training_dataset([sample], tokenizer)
+        build_training_dataset([sample], tokenizer)
     assert "s0" in str(error.value)
 
 

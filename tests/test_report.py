@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,12 @@ def test_a_response_with_a_fence_stands_unaltered_in_a_longer_one(tmp_path: Path
     row = {"step": 1, "reward": 1.0, "response": "a ``` b\n````\nc"}
     text = shown_responses(Run(tmp_path, "", {}, (), (row,), (), (), {}))
     assert text.count("`````text\na ``` b\n````\nc\n`````") == 2
+
+
+def test_a_run_of_an_older_version_is_of_the_same_group(tmp_path: Path) -> None:
+    old, new = (make_run(tmp_path / name, seed, steps=1) for seed, name in enumerate(("old", "new")))
+    config = (old / "config.toml").read_text()
+    (old / "config.toml").write_text(config.replace("recorded_responses", "responses_per_step"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(group_runs([read_run(old), read_run(new)])) == 1

@@ -15,7 +15,7 @@ from rest_rl.formats import FORMATS
 from rest_rl.regions import decode_ids, tag_regions, token_lengths
 from rest_rl.response import Region
 from rest_rl.runlog import read_run
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.record import PLACE, KeepLast, ResponseRecord, WeighedBatch, recorded_reward
 from rest_rl.train.reward import make_tool_reward
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
@@ -39,7 +39,7 @@ def run(tokenizer: Any, folder: Any, limit: int | None, **changes: Any) -> tuple
         tiny_model(tokenizer),
         reward_funcs=reward if limit is None else recorded_reward(reward, tokenizer, FORMATS["toolrl"], limit, record),
         args=args,
-        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
     )
     trainer.on_weighed = None if limit is None else record.fill

@@ -9,7 +9,7 @@ from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
 from rest_rl.presets import PRESETS, Preset
 from rest_rl.rewards import RewardConfig
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.weights import WeightConfig, is_uniform
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
@@ -96,7 +96,7 @@ def test_uniform_weights_allow_every_setting_of_trl(tmp_path, preset):
 
 
 def test_refused_arguments(tokenizer, tmp_path):
-    dataset = training_dataset(tiny_samples(), tokenizer)
+    dataset = build_training_dataset(tiny_samples(), tokenizer)
     with pytest.raises(ValueError, match="GRPOConfig, expected ResTConfig"):
         ResTTrainer(tiny_model(tokenizer), args=GRPOConfig(**tiny_settings(tmp_path)), train_dataset=dataset)
     with pytest.raises(ValueError, match="expected prompt and gold"):
@@ -133,7 +133,7 @@ def test_a_rule_given_to_the_trainer_is_checked_as_that_of_a_preset(tokenizer, t
         ResTTrainer(
             tiny_model(tokenizer),
             args=args,
-            train_dataset=training_dataset(tiny_samples(), tokenizer),
+            train_dataset=build_training_dataset(tiny_samples(), tokenizer),
             processing_class=tokenizer,
             weight_rule=rule,
         )

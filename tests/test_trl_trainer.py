@@ -18,7 +18,7 @@ from rest_rl.loss import clipped_surrogate
 from rest_rl.presets import PRESETS
 from rest_rl.regions import tag_regions
 from rest_rl.response import NUM_REGIONS, Region
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.reward import make_tool_reward
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.weighing import EntropyTracker
@@ -46,7 +46,7 @@ def rest_trainer(tokenizer, folder, samples=8, **changes):
     return ResTTrainer(
         tiny_model(tokenizer),
         args=ResTConfig(**tiny_settings(folder, **changes)),
-        train_dataset=training_dataset(tiny_samples(samples), tokenizer),
+        train_dataset=build_training_dataset(tiny_samples(samples), tokenizer),
         processing_class=tokenizer,
     )
 
@@ -77,7 +77,7 @@ def same_parameters(left, right, **tolerance):
     ids=["plain", "two_iterations", "accumulated", "dapo_truncated"],
 )
 def test_weights_of_one_are_stock_grpo_bit_for_bit(tokenizer, tmp_path, changes):
-    dataset = training_dataset(tiny_samples(), tokenizer)
+    dataset = build_training_dataset(tiny_samples(), tokenizer)
     stock = trained(
         GRPOTrainer(
             tiny_model(tokenizer),
@@ -296,7 +296,7 @@ def test_region_entropies_add_up_to_trls_own(tokenizer, tmp_path):
 
 def test_evaluation_logs_regions_and_leaves_the_statistics_alone(tokenizer, tmp_path):
     trainer = rest_trainer(tokenizer, tmp_path, max_steps=2)
-    trainer.eval_dataset = training_dataset(tiny_samples(2), tokenizer)
+    trainer.eval_dataset = build_training_dataset(tiny_samples(2), tokenizer)
     trained(trainer)
     before = trainer.tracker.totals_3R.clone()
     metrics = trainer.evaluate()
@@ -358,7 +358,7 @@ def test_lora_trains(tokenizer, tmp_path):
     trainer = ResTTrainer(
         tiny_model(tokenizer),
         args=ResTConfig(**tiny_settings(tmp_path, max_steps=2)),
-        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
         peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
     )

@@ -352,8 +352,8 @@ def test_data_turns_trains_on_call_turns_and_measures_all(run_file: Path, preset
     assert plan.data.report["turns"] == {"calls": 8, "answers": 8}
     with pytest.raises(ValueError, match=r"data\.turns"):
         make_plan(run_file, overrides=["data.turns=answers"], is_dry=True)
-    whole = make_plan(None, overrides=["data.samples=50"], is_dry=True).data.samples
-    calls = make_plan(None, overrides=["data.samples=50", "data.turns=calls"], is_dry=True).data.samples
+    whole = make_plan(None, overrides=["data.num_samples=50"], is_dry=True).data.samples
+    calls = make_plan(None, overrides=["data.num_samples=50", "data.turns=calls"], is_dry=True).data.samples
     assert [sample for sample in whole if sample.gold.calls] == calls
     assert len(calls) < len(whole)
 

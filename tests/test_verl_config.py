@@ -167,7 +167,7 @@ def test_verl_sets_the_length(overrides: tuple[str, ...], expected: tuple[int, i
 
 
 def test_evaluation() -> None:
-    told = values("data.held_out=h.jsonl", "eval.every=3", "eval.samples=3")
+    told = values("data.held_out=h.jsonl", "eval.every=3", "eval.samples_per_prompt=3")
     assert told["trainer.test_freq"] == 2  # 3 optimizer steps, rounded up
     assert (told[f"{ROLLOUT}.val_kwargs.n"], told[f"{ROLLOUT}.val_kwargs.temperature"]) == (3, 1.0)
 

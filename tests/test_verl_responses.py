@@ -16,7 +16,7 @@ from rest_rl.credit import group_advantages
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS
 from rest_rl.train.policy import own_generation
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.reward import ending_ids
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.verl import responses as verl_responses
@@ -59,7 +59,7 @@ def test_weights_and_figures_equal_those_of_trl_on_the_same_responses(tmp_path, 
     trainer = ResTTrainer(
         tiny_model(tokenizer),
         args=ResTConfig(**tiny_settings(tmp_path, preset=preset)),
-        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
     )
     batches = recorded_batches(trainer)

@@ -16,7 +16,7 @@ from rest_rl.objects import add_search_folder, load_object
 from rest_rl.presets import PRESETS, WEIGHT_RULES
 from rest_rl.report.diagnosis.settings import Settings
 from rest_rl.runlog import RunLog
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.trainer import REGIONS, ResTConfig, ResTTrainer
 from rest_rl.weights import RegionStatistics, TaggedBatch, WeightConfig, region_weights_of, weigh
 from tests.test_trl_trainer import tokenizer  # noqa: F401
@@ -158,7 +158,7 @@ def test_the_trainer_trains_by_a_rule_of_ones_own_with_regions_tagged_once(token
     trainer = ResTTrainer(
         tiny_model(tokenizer),
         args=args,
-        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
     )
     tags = []

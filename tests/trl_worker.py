@@ -9,7 +9,7 @@ import sys
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.tiny_policy import (
     history,
@@ -33,7 +33,7 @@ def killed(folder: str) -> None:
     trainer = ResTTrainer(
         tiny_model(tokenizer),
         args=ResTConfig(**tiny_settings(folder, max_steps=5, save_strategy="steps", save_steps=2)),
-        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
         callbacks=[KillAfterThreeSteps()],
     )
@@ -46,7 +46,7 @@ def scripted(path: str, batch_size: str, rule: str) -> None:
     trainer = ResTTrainer(
         tiny_model(tokenizer),
         args=ResTConfig(**tiny_settings(f"{path}.out", per_device_train_batch_size=int(batch_size), **settings)),
-        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
         rollout_func=scripted_completions,
     )

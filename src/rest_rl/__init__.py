@@ -6,6 +6,7 @@ Public names load their module when first used; `import rest_rl` imports no torc
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
     from rest_rl.evaluate.conversation import Benchmark
     from rest_rl.evaluate.run import EvalResult, evaluate
     from rest_rl.formats import FORMATS, ToolFormat, get_format
-    from rest_rl.presets import PRESETS, Preset, token_weights
+    from rest_rl.presets import PRESETS, Preset, compute_token_weights
     from rest_rl.probe.report import ProbeReport
     from rest_rl.probe.run import probe
     from rest_rl.regions import tag_regions
     from rest_rl.response import Gold, ParsedResponse, Region, Span, ToolCall
     from rest_rl.rewards import Judgement, RewardRule, judge
     from rest_rl.runlog import Observer
-    from rest_rl.train.prompts import training_dataset
+    from rest_rl.train.prompts import build_training_dataset
     from rest_rl.train.run import RunResult, train
     from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
     from rest_rl.weights import RegionStatistics, TaggedBatch, WeightRule
@@ -45,18 +46,19 @@ _HOMES = {
     "evaluate.conversation": ("Benchmark",),
     "evaluate.run": ("EvalResult",),
     "formats": ("FORMATS", "ToolFormat", "get_format"),
-    "presets": ("PRESETS", "Preset", "token_weights"),
+    "presets": ("PRESETS", "Preset", "compute_token_weights"),
     "probe.report": ("ProbeReport",),
     "regions": ("tag_regions",),
     "response": ("Gold", "ParsedResponse", "Region", "Span", "ToolCall"),
     "rewards": ("Judgement", "RewardRule", "judge"),
     "runlog": ("Observer",),
-    "train.prompts": ("training_dataset",),
+    "train.prompts": ("build_training_dataset",),
     "train.run": ("RunResult",),
     "train.trl.trainer": ("ResTConfig", "ResTTrainer"),
     "weights": ("RegionStatistics", "TaggedBatch", "WeightRule"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_RENAMED = {"token_weights": "compute_token_weights", "training_dataset": "build_training_dataset"}
 _WORKFLOWS = ("compare", "evaluate", "probe", "train")
 """Packages that are called like a function (`rest_rl.objects.make_callable`)."""
 
@@ -88,17 +90,17 @@ __all__ = [
     "ToolSample",
     "UserError",
     "WeightRule",
+    "build_training_dataset",
     "check_data",
     "compare",
+    "compute_token_weights",
     "evaluate",
     "get_format",
     "judge",
     "load_dataset",
     "probe",
     "tag_regions",
-    "token_weights",
     "train",
-    "training_dataset",
 ]
 
 
@@ -107,6 +109,11 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"rest_rl.{_HOME_OF[name]}"), name)
     if name in _WORKFLOWS:
         return importlib.import_module(f"rest_rl.{name}")
+    if name in _RENAMED:
+        from rest_rl.errors import RenamedWarning
+
+        warnings.warn(f"rest_rl.{name} is now rest_rl.{_RENAMED[name]}", RenamedWarning, stacklevel=2)
+        return __getattr__(_RENAMED[name])
     raise AttributeError(f"module 'rest_rl' has no attribute {name!r}")
 
 

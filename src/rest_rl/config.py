@@ -11,6 +11,7 @@ import difflib
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,11 +23,11 @@ import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rest_rl.credit import AdvantageKind
-from rest_rl.errors import UserError
+from rest_rl.errors import RenamedWarning, UserError
 from rest_rl.objects import UserObject, add_search_folder
 from rest_rl.presets import REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
 from rest_rl.rewards import try_reward
-from rest_rl.runlog import CONFIG, find_modules, read_toml
+from rest_rl.runlog import CONFIG, ENVIRONMENT, find_modules, read_toml
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,6 +43,15 @@ LONGEST_RESPONSE = 1024
 
 ENTROPY_DECAY = 0.7
 """Default of `rest.entropy_decay` on every engine: close to the best in each measured run (docs/results.md)."""
+
+RENAMED_KEYS = {
+    "run.responses_per_step": "run.recorded_responses",
+    "data.keep": "data.allow",
+    "data.samples": "data.num_samples",
+    "eval.samples": "eval.samples_per_prompt",
+    "eval.slice": "eval.interim_prompts",
+}
+"""Old names of keys that still work, and their new names in the same table."""
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=0)]
@@ -68,7 +78,7 @@ class RunTable(Table):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     show_every: Count = 10
     """Steps between two sample responses in the terminal; 0 for none."""
-    responses_per_step: Count = 8
+    recorded_responses: Count = 8
     """Responses kept in responses.jsonl per step."""
     engine: Literal["trl", "verl"] = "trl"
     """What trains: TRL on one machine or a few, verl on a Ray cluster (docs/cluster.md)."""
@@ -99,7 +109,7 @@ class DataTable(Table):
     path: str = EMBEDDED
     source: str = "auto"
     """Shape of the rows; `auto` tells it by their keys."""
-    samples: Positive = 2000
+    num_samples: Positive = 2000
     """Training prompts drawn from the tool world; a file is read whole."""
     seed: int = 0
     """Of the tool world and of the masking."""
@@ -113,7 +123,7 @@ class DataTable(Table):
     """Longer prompts are too long; 0 for no limit but the model's context less the longest response."""
     too_long: Literal["drop", "refuse"] = "drop"
     """Leave samples out that are too long and count them (one odd row stops no large run), or refuse to train."""
-    keep: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
     """Reasons of `rest-rl data check` that do not reject a sample."""
     keep_prompts: bool = False
     """Take the prompts of ToolRL and API-Bank rows as they were published instead of laying them out anew."""
@@ -133,7 +143,7 @@ class EvalTable(Table):
 
     prompts: Count = 256
     """Held-out prompts per split; 0 switches the evaluation off."""
-    samples: Positive = 1
+    samples_per_prompt: Positive = 1
     """Sampled responses per prompt."""
     batch_size: Positive = 128
     max_new_tokens: Count = 0
@@ -141,7 +151,7 @@ class EvalTable(Table):
     seed: int = 20_000
     every: Count = 0
     """Steps between two measurements during training; 0 for none."""
-    slice: Positive = 64
+    interim_prompts: Positive = 64
     """Held-out prompts that are measured during training, as many of each split and kind; always the same ones."""
 
     def __post_init__(self) -> None:
@@ -223,14 +233,20 @@ class RunConfig:
             raise UserError(f"eval.every = {self.eval.every} without data.held_out", "a file to measure", "set it")
 
     @classmethod
-    def from_toml(cls, text: str, overrides: Iterable[str] = (), *, origin: str = "run file") -> RunConfig:
-        """Read a run from TOML text and `a.b=c` overrides; unknown keys and wrong types are ValueErrors."""
-        return cls.from_tables(parse_toml(text, origin), overrides)
+    def from_toml(
+        cls, text: str, overrides: Iterable[str] = (), *, origin: str = "run file", is_recorded: bool = False
+    ) -> RunConfig:
+        """Read a run from TOML text and `a.b=c` overrides; unknown keys and wrong types are ValueErrors.
+
+        With `is_recorded` renamed keys pass without a warning: nobody edits the config.toml of a run folder.
+        """
+        tables = rename_keys(parse_toml(text, origin), warn=not is_recorded)
+        return from_mapping(cls, apply_overrides(tables, overrides), "")
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
         """As `from_toml`, from the tables of a run as Python values."""
-        return from_mapping(cls, apply_overrides(tables, overrides), "")
+        return from_mapping(cls, apply_overrides(rename_keys(tables), overrides), "")
 
     @property
     def max_response_tokens(self) -> int:
@@ -303,11 +319,12 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
         is_supervised = asked.get("rest", {}).get("preset") in SUPERVISED
         name = "own_model_sft.toml" if is_supervised else "own_model.toml" if is_own else "tool_world.toml"
         return RunConfig.from_toml(embedded_run(name), overrides, origin="the embedded run")
-    text = read_toml(Path(path))
-    add_search_folder(Path(path).parent)  # a user's rule or reward may lie beside the run file
+    text, folder = read_toml(Path(path)), Path(path).parent
+    add_search_folder(folder)  # a user's rule or reward may lie beside the run file
+    is_recorded = Path(path).name == CONFIG and (folder / ENVIRONMENT).exists()
     if Path(path).name == CONFIG:
-        find_modules(Path(path).parent)
-    return RunConfig.from_toml(text, overrides, origin=str(path))
+        find_modules(folder)
+    return RunConfig.from_toml(text, overrides, origin=str(path), is_recorded=is_recorded)
 
 
 def embedded_run(name: str = "tool_world.toml") -> str:
@@ -323,6 +340,27 @@ def parse_toml(text: str, origin: str) -> dict[str, Any]:
         raise UserError(f"{origin} that is not TOML ({error})", "`key = value` lines", "correct it") from error
 
 
+def parse_recorded_run(text: str, origin: str) -> dict[str, Any]:
+    """The tables of a run folder's config.toml, with the keys of older versions under their present names."""
+    return rename_keys(parse_toml(text, origin), warn=False)
+
+
+def rename_keys(tables: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
+    """The tables of a run with renamed keys under their new names; UserError where a table has both."""
+    result = dict(tables)
+    for old, new in RENAMED_KEYS.items():
+        (name, old_key), new_key = old.split("."), new.split(".")[1]
+        table = result.get(name)
+        if not isinstance(table, Mapping) or old_key not in table:
+            continue
+        if new_key in table:
+            raise UserError(f"both {old} and {new} are set, two names of one key", remedy=f"remove {old}")
+        if warn:
+            warnings.warn(f"{old} is now {new}", RenamedWarning, stacklevel=2)
+        result[name] = {new_key if key == old_key else key: value for key, value in table.items()}
+    return result
+
+
 def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Set `a.b=value` for each override; the value is TOML, a bare word is a string."""
     result = {name: dict(table) if isinstance(table, Mapping) else table for name, table in tables.items()}
@@ -331,12 +369,17 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[str]) -> dict
         *parents, key = path.strip().split(".")
         if not separator or not key or not all(parents):
             raise UserError(f"--set {override}", "--set table.key=value", "for example --set run.seed=1")
+        value = toml_value(text.strip(), override)
+        if len(parents) == 1:
+            ((key, value),) = rename_keys({parents[0]: {key: value}})[parents[0]].items()
+        elif not parents:
+            value = rename_keys({key: value})[key]
         target: Any = result
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise UserError(f"--set {override}", f"{parent} to be a table", f"set {parent} itself")
-        target[key] = toml_value(text.strip(), override)
+        target[key] = value
     return result
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import warnings
 
 
+class RenamedWarning(FutureWarning):
+    """A name that still works but has a new spelling; the command line prints it as one line."""
+
+
 class UserError(ValueError):
     """A mistake the user can fix.
 
@@ -26,5 +30,5 @@ class UserError(ValueError):
     @property
     def got(self) -> str:
         """Deprecated name of `problem`."""
-        warnings.warn("UserError.got is now UserError.problem", FutureWarning, stacklevel=2)
+        warnings.warn("UserError.got is now UserError.problem", RenamedWarning, stacklevel=2)
         return self.problem

@@ -111,7 +111,7 @@ def score_response(
     return apply_reward(get_preset(preset).reward, judgement, progress, step)
 
 
-def token_weights(
+def compute_token_weights(
     ids_BT: Tensor,
     mask_BT: Tensor,
     tokenizer: Any,

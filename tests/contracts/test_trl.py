@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rest_rl.credit import weight_advantages
 from rest_rl.loss import clipped_surrogate
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.reward import make_tool_reward
 from rest_rl.train.trl.trainer import FROM_PRESET, ResTConfig, ResTTrainer
 from tests.test_trl_trainer import batch_far_from_its_policy
@@ -30,7 +30,7 @@ def stock_trainer(tokenizer, folder, **changes):
         tiny_model(tokenizer),
         reward_funcs=make_tool_reward(tokenizer),
         args=GRPOConfig(**tiny_settings(folder, **changes)),
-        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
     )
     trainer.current_gradient_accumulation_steps = 1
@@ -130,7 +130,7 @@ def test_a_loss_that_would_bypass_the_weights_fails(tokenizer, tmp_path, trainer
     trainer = trainer_class(
         tiny_model(tokenizer),
         args=ResTConfig(**tiny_settings(tmp_path, weights={"rule": rule})),
-        train_dataset=training_dataset(tiny_samples(), tokenizer),
+        train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
     )
     inputs, _ = batch_far_from_its_policy(trainer, tokenizer)

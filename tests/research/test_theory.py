@@ -34,7 +34,7 @@ from research.theory.page import (
 from research.theory.plots import draw_theory
 from rest_rl.data.layout import PromptLayout
 from rest_rl.jsonl import as_json
-from rest_rl.presets import token_weights
+from rest_rl.presets import compute_token_weights
 from rest_rl.probe.gradients import Coordinates, padded, token_statistics
 from rest_rl.probe.rules import UNIFORM
 from rest_rl.probe.sample import Group, Sampling, sample_groups
@@ -96,7 +96,7 @@ def test_statistics_and_weights_are_those_of_training(policy, sampled):
     batch = batch_of(regions_BT, mask_BT, entropies_BT)
     for name, rule in theory_rules().items():
         reads = entropies_BT if rule.needs_entropies else statistics
-        expected = token_weights(ids_BT, mask_BT, tokenizer, rule=rule, progress=0.5, entropies=reads)
+        expected = compute_token_weights(ids_BT, mask_BT, tokenizer, rule=rule, progress=0.5, entropies=reads)
         torch.testing.assert_close(weigh(rule, batch, statistics, 0.5), expected, msg=name)
 
 
@@ -209,7 +209,7 @@ def test_the_folder_is_tried_before_the_work(tmp_path, monkeypatch, capsys):
         (("--progress", "2"), "progress 2"),
         (("--cap", "0"), "--cap 0"),
         (
-            ("--prompts", "8", "--pilot", "1996", "--set", "data.samples=2000"),
+            ("--prompts", "8", "--pilot", "1996", "--set", "data.num_samples=2000"),
             "2000 samples, expected at least 2004",
         ),
         (("--format", "nonsense"), "nonsense"),

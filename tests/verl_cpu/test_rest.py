@@ -18,7 +18,7 @@ from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Region
 from rest_rl.runlog import read_rows, read_run
 from rest_rl.train.policy import load_policy
-from rest_rl.train.prompts import training_dataset
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.weighing import EntropyTracker
 from rest_rl.weights import region_weights
@@ -34,8 +34,8 @@ PROMPTS, GROUP = 4, 4
 def run_file(folder: Path, steps: int, ranks: int = 1, **tables: dict[str, Any]) -> Path:
     """A run of `steps` batches of 4 prompts x 4 responses, learnt from at once, that sees every prompt once."""
     run = {
-        "run": {"engine": "verl", "out": str(folder / "run"), "responses_per_step": PROMPTS * GROUP, "show_every": 0},
-        "data": {"samples": PROMPTS * steps},
+        "run": {"engine": "verl", "out": str(folder / "run"), "recorded_responses": PROMPTS * GROUP, "show_every": 0},
+        "data": {"num_samples": PROMPTS * steps},
         "eval": {"prompts": 0},
         "rest": {"preset": "paper"},
         "trl": {
@@ -190,7 +190,7 @@ def trl_on(
         str(out), preset=config.rest.preset, use_cpu=True, shuffle_dataset=False, save_strategy="no", report_to=[],
         logging_steps=1, disable_tqdm=True, adam_beta2=0.999, **table,
     )  # fmt: skip
-    dataset = training_dataset([samples[name] for name in ids], tokenizer)
+    dataset = build_training_dataset([samples[name] for name in ids], tokenizer)
     trainer = ResTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer, rollout_func=replay)
     trainer._prepare_inputs = in_order(trainer)
     forward = GRPOTrainer._get_per_token_logps_and_entropies

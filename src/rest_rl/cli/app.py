@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import typer
 from rest_rl.cli import compare, data, inspect, probe, report, score, train
 from rest_rl.cli.evaluate import eval_app
 from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, verb_group
-from rest_rl.errors import UserError
+from rest_rl.errors import RenamedWarning, UserError
 
 EPILOG = """\
 examples:
@@ -81,7 +82,26 @@ add(inspect.presets, "the presets; presets NAME prints one as TOML")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    given, after_dashes = split_overrides(sys.argv[1:] if argv is None else argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = warning_printer()
+        return run_command(*split_overrides(sys.argv[1:] if argv is None else argv))
+
+
+def warning_printer() -> Callable[..., None]:
+    """Show renamed names as one line, each once, and other warnings as Python does."""
+    show_other, printed = warnings.showwarning, set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        if not issubclass(category, RenamedWarning):
+            show_other(message, category, *where, **options)
+        elif (line := f"warning: {message}") not in printed:
+            printed.add(line)
+            print(line, file=sys.stderr)
+
+    return show
+
+
+def run_command(given: list[str], after_dashes: list[str]) -> int:
     context: Any = None
     try:
         command = typer.main.get_command(app)

@@ -119,7 +119,7 @@ def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> 
     """The tokens of one response with the region and weight that training would give them."""
     import torch
 
-    from rest_rl.presets import token_weights
+    from rest_rl.presets import compute_token_weights
     from rest_rl.regions import tag_regions, token_bytes
 
     if not ids:
@@ -127,7 +127,7 @@ def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> 
     ids_BT = torch.tensor([ids])
     mask_BT = torch.ones_like(ids_BT)
     regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, settings["format"])
-    weights_BT = token_weights(ids_BT, mask_BT, tokenizer, **settings, regions_BT=regions_BT)
+    weights_BT = compute_token_weights(ids_BT, mask_BT, tokenizer, **settings, regions_BT=regions_BT)
     pieces = token_bytes(tokenizer).split(ids)
     for at in (at for at, piece in enumerate(pieces) if not piece):
         # the end of a sequence carries no text of its own: show its name

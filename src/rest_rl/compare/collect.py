@@ -28,7 +28,7 @@ from rest_rl.compare.statistics import (
     pooled_sd,
     steps_to_target,
 )
-from rest_rl.config import parse_toml
+from rest_rl.config import parse_recorded_run
 from rest_rl.errors import UserError
 from rest_rl.report.tables import (
     SEED_KEYS,
@@ -99,7 +99,7 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        return flatten(parse_toml(self.run.config, str(self.run.folder)))
+        return flatten(parse_recorded_run(self.run.config, str(self.run.folder)))
 
 
 @dataclass(frozen=True)

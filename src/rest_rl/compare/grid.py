@@ -20,6 +20,7 @@ from rest_rl.config import (
     embedded_run,
     from_mapping,
     parse_toml,
+    rename_keys,
     without_none,
 )
 from rest_rl.errors import UserError
@@ -198,6 +199,13 @@ class GridFile:
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     starts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def with_present_keys(self, *, warn: bool) -> GridFile:
+        methods, starts = (
+            {name: rename_keys(table, warn=warn) for name, table in tables.items()}
+            for tables in (self.methods, self.starts)
+        )
+        return replace(self, base=rename_keys(self.base, warn=warn), methods=methods, starts=starts)
+
 
 def read_grid(
     path: str | Path | None,
@@ -207,9 +215,14 @@ def read_grid(
     base: str | Path | None = None,
     overrides: Iterable[str] = (),
     reference: str | None = None,
+    is_recorded: bool = False,
 ) -> Grid:
-    """The grid of a file, or of the package's default run; arguments take precedence over the file."""
+    """The grid of a file, or of the package's default run; arguments take precedence over the file.
+
+    With `is_recorded`, for the grid.toml of a grid's folder, renamed keys pass without a warning.
+    """
     file = from_mapping(GridFile, {} if path is None else parse_toml(read_text(path), str(path)), "")
+    file = file.with_present_keys(warn=not is_recorded)
     beside = Path(path or ".").parent  # what the file names is seen from where it lies
     base = base or (beside / file.grid.base if file.grid.base else None)
     reference = reference or file.grid.reference
@@ -220,7 +233,7 @@ def read_grid(
     modules = dict.fromkeys(str(folder.resolve()) for folder in folders)
     for folder in modules:
         add_search_folder(folder)
-    tables = base_tables(base, file.base, overrides)
+    tables = base_tables(base, file.base, overrides, warn=not is_recorded)
     changes = {name: changes_of(name, file.methods) for name in names}
     values = [
         value for table in (tables, *changes.values(), *file.starts.values()) for value in flatten(table).values()
@@ -246,10 +259,10 @@ def changes_of(name: str, own: Mapping[str, Tables]) -> Tables:
     return METHODS[name].changes
 
 
-def base_tables(path: str | Path | None, changes: Tables, overrides: Iterable[str]) -> Tables:
+def base_tables(path: str | Path | None, changes: Tables, overrides: Iterable[str], *, warn: bool = True) -> Tables:
     """The base run's tables: the run file, `[base]`, the overrides. Folder and seed of a run are the grid's."""
     text, origin = (read_text(path), str(path)) if path else (embedded_run(), "the embedded run")
-    tables = apply_overrides(merged(parse_toml(text, origin), changes), overrides)
+    tables = apply_overrides(merged(rename_keys(parse_toml(text, origin), warn=warn), changes), overrides)
     run = {key: value for key, value in (tables.get("run") or {}).items() if key not in ("out", "seed")}
     tables = {**tables, "run": {"show_every": 0, **run}}
     from_mapping(RunConfig, tables, "")

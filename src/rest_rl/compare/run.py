@@ -42,11 +42,19 @@ def compare(
     """
     file, folder = locate(grid, out, only_report=only_report)
     if only_report:
-        kept = read_grid(folder / GRID) if (folder / GRID).is_file() else None
+        kept = read_grid(folder / GRID, is_recorded=True) if (folder / GRID).is_file() else None
         return report(folder, kept, reference or (kept.reference if kept else REFERENCE))
     if jobs < 1:
         raise UserError(f"--jobs {jobs}", "at least 1", "raise it")
-    wanted = read_grid(file, methods=methods, seeds=seeds, base=base, overrides=overrides, reference=reference)
+    wanted = read_grid(
+        file,
+        methods=methods,
+        seeds=seeds,
+        base=base,
+        overrides=overrides,
+        reference=reference,
+        is_recorded=file == folder / GRID,
+    )
     planned = make_jobs(wanted, folder)
     check_startable(planned)
     if dry_run:
@@ -131,7 +139,7 @@ def plan_rows(jobs: Sequence[Job]) -> list[tuple[str, int, int, Any]]:
 def keep_grid(grid: Grid, folder: Path) -> Grid:
     """Write the grid down, so that its folder suffices to go on; what was asked for there before stays in it."""
     if (folder / GRID).is_file():
-        grid = grid.joined(read_grid(folder / GRID))
+        grid = grid.joined(read_grid(folder / GRID, is_recorded=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in grid.files().items():

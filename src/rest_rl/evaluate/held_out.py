@@ -45,7 +45,7 @@ def evaluate(
     texts, limits = [prompt.text for prompt in prompts], [prompt.limit for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": limits, "batch_size": config.batch_size}
     steps = decoding_steps(texts, limits, config.batch_size)
-    passes = [("sampled", {"seed": config.seed + draw}) for draw in range(config.samples)] + [("greedy", {})]
+    passes = [("sampled", {"seed": config.seed + draw}) for draw in range(config.samples_per_prompt)] + [("greedy", {})]
     ends = end_ids(model, tokenizer)
     outcomes: dict[str, list[Outcome]] = {"sampled": [], "greedy": []}
     what = f"evaluating {len(prompts)} held-out prompts, decoding steps"

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rest_rl.config import parse_toml
+from rest_rl.config import parse_recorded_run
 from rest_rl.errors import UserError
 from rest_rl.jsonl import finite
 from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
@@ -126,7 +126,7 @@ def page_data(runs: Sequence[Run], limit: int = MOST_RESPONSES) -> tuple[Row, by
 
 def run_facts(run: Run, group: int, turn: Turn | None) -> Row:
     """A run's row of the results; its scores are over the turns of the headline."""
-    libraries, config = run.environment.get("libraries"), flatten(parse_toml(run.config, str(run.folder)))
+    libraries, config = run.environment.get("libraries"), flatten(parse_recorded_run(run.config, str(run.folder)))
     planned = config.get("trl.max_steps")
     command = run.environment.get("command")
     return {
@@ -227,7 +227,7 @@ def short(value: float) -> float:
 
 def config_table(runs: Sequence[Run]) -> list[Row]:
     """Every key of the runs' configurations with its value in each, None where a run does not have it."""
-    tables = [flatten(parse_toml(run.config, str(run.folder))) for run in runs]
+    tables = [flatten(parse_recorded_run(run.config, str(run.folder))) for run in runs]
     keys = sorted({key for table in tables for key in table})
     rows = []
     for key in keys:

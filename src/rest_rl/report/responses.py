@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
-from rest_rl.config import parse_toml
+from rest_rl.config import parse_recorded_run
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.report.diagnosis.history import step_of
 from rest_rl.report.tables import is_number
@@ -141,7 +141,7 @@ def thinned(rows: Sequence[Row], limit: int) -> list[Row]:
 def format_of(run: Run) -> ToolFormat | None:
     """The format of a run's calls; None if it cannot be had here."""
     try:
-        return get_format(str(parse_toml(run.config, str(run.folder)).get("rest", {}).get("format")))
+        return get_format(str(parse_recorded_run(run.config, str(run.folder)).get("rest", {}).get("format")))
     except (ValueError, ImportError, AttributeError):
         return None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
-from rest_rl.config import parse_toml
+from rest_rl.config import parse_recorded_run
 from rest_rl.errors import UserError
 from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.diagnosis.history import step_of
@@ -17,7 +17,7 @@ from rest_rl.runlog import Row, Run
 SCORES = ("exact_match", "s_acc", "s_format")
 SEED_KEYS = ("run.seed", "run.out", "trl.seed", "trl.data_seed", "data.seed", "eval.seed")
 """What may differ between the runs of one group."""
-WATCHING_KEYS = ("eval.every", "eval.slice")
+WATCHING_KEYS = ("eval.every", "eval.interim_prompts")
 """What watches a run and leaves it the same: it sets no runs apart, neither groups nor twins."""
 
 
@@ -47,7 +47,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     members: dict[str, list[Run]] = {}
     seen: dict[str, Run] = {}
     for run in runs:
-        table = flatten(parse_toml(run.config, str(run.folder)))
+        table = flatten(parse_recorded_run(run.config, str(run.folder)))
         flat = {key: str(value) for key, value in table.items() if key not in WATCHING_KEYS}
         twin = seen.setdefault(str(sorted((key, value) for key, value in flat.items() if key != "run.out")), run)
         if twin is not run:
@@ -97,7 +97,7 @@ def points(rows: Iterable[Row], key: str) -> dict[int, float]:
 
 def findings_of(run: Run) -> list[Finding]:
     """What the diagnosis finds in a run, in the order in which it showed."""
-    return diagnose(run.metrics, run.evaluations, parse_toml(run.config, str(run.folder)))
+    return diagnose(run.metrics, run.evaluations, parse_recorded_run(run.config, str(run.folder)))
 
 
 def curve(runs: Iterable[Run], key: str) -> Curve:

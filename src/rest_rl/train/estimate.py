@@ -336,7 +336,7 @@ class _Model:
         elif is_reinforcement(args) and not args.use_vllm:
             in_turn.append(self.responses(self.work.responses // self.processes, self.work.max_response, "responses"))
         if table.prompts and self.cut_up < 3 and (data.held_out or data.path == EMBEDDED):
-            together = min(table.batch_size, table.prompts * table.samples)
+            together = min(table.batch_size, table.prompts * table.samples_per_prompt)
             limit = table.max_new_tokens or self.config.max_response_tokens
             in_turn.append(self.responses(together, limit, "evaluated responses"))
         return always + max(in_turn, key=lambda parts: sum(part.bytes for part in parts), default=[])

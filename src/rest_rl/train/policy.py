@@ -27,7 +27,7 @@ from transformers.utils import cached_file, extract_commit_hash, find_adapter_co
 
 from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key
 from rest_rl.data.hub import has_hub
-from rest_rl.errors import UserError
+from rest_rl.errors import RenamedWarning, UserError
 
 ADAPTER = "adapter_config.json"
 STRETCHED = ("yarn", "linear", "dynamic")
@@ -47,6 +47,7 @@ def quiet_loading() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("default", category=RenamedWarning)  # ours: these the user can act on
 
 
 @contextmanager

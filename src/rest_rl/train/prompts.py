@@ -31,7 +31,7 @@ TOO_LONG = ("beyond_context", "prompt_too_long")
 COUNTS = ("rows", "kept", "repaired", "rejected", "samples", "turns", "reasons")
 
 
-def training_dataset(
+def build_training_dataset(
     samples: Iterable[ToolSample],
     tokenizer: Any,
     tool_format: str | ToolFormat = "toolrl",
@@ -48,7 +48,7 @@ def training_dataset(
 
 
 def prompt_dataset(rows: Sequence[Prepared], layout: PromptLayout) -> Dataset:
-    """As `training_dataset`, of prepared samples.
+    """As `build_training_dataset`, of prepared samples.
 
     The prompt is text because GRPOTrainer ignores a `tools` column; TRL adds the first token once more, so it is taken
     off here. `gold` is text because Arrow would give every row the argument names of all rows.
@@ -222,7 +222,7 @@ def tool_world_data(
     config: RunConfig, check: CheckConfig, layout: PromptLayout, say: Callable[[str], Any]
 ) -> TrainingData:
     data, evaluation = config.data, config.eval
-    training = fitting(tool_world(data.seed, data.samples, decision=data.decision), layout, check, data, say)
+    training = fitting(tool_world(data.seed, data.num_samples, decision=data.decision), layout, check, data, say)
     check = held_out_check(config, check, layout)
     held_out = [
         (split, prepared)
@@ -272,7 +272,7 @@ def check_config(config: RunConfig, response_tokens: int) -> CheckConfig:
     return CheckConfig(
         source=data.source,
         keep_prompts=data.keep_prompts,
-        keep=tuple(data.keep),
+        keep=tuple(data.allow),
         mask_names=data.mask_names,
         seed=data.seed,
         max_prompt_tokens=data.max_prompt_tokens,

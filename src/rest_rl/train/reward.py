@@ -165,5 +165,5 @@ def read_gold(value: Any) -> Gold:
         return gold_from_json(json.loads(value) if isinstance(value, str) else value)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"gold {value!r} ({error})", "JSON", "build the dataset with training_dataset(samples, tokenizer)"
+            f"gold {value!r} ({error})", "JSON", "build the dataset with build_training_dataset(samples, tokenizer)"
         ) from None

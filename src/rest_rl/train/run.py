@@ -313,7 +313,7 @@ class HeldOut:
             Prompt(s.prompt_text, s.sample, split, min(limit, (layout.context or sys.maxsize) - len(s.prompt_ids)))
             for split, s in samples
         ]
-        self.slice = fixed_slice(self.prompts, config.eval.slice)
+        self.slice = fixed_slice(self.prompts, config.eval.interim_prompts)
         steps = config.trl.get("max_steps", 0)
         if 0 < steps < self.every:
             observer.say(

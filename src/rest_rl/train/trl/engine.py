@@ -146,7 +146,7 @@ class TrlEngine:
         tool_format, tokenizer = get_format(self.config.rest.format), self.layout.tokenizer
         ends, shares, steps = ending_ids(tokenizer, self.model), steps_per_generation(args), args.progress_steps
         reward = make_tool_reward(tokenizer, tool_format, args.method(), shares, args.seed, ends, steps)
-        kept = self.config.run.responses_per_step
+        kept = self.config.run.recorded_responses
         return recorded_reward(reward, tokenizer, tool_format, kept, record, ends, steps)
 
     def _keep_responses(self, step: int, rows: Sequence[Row]) -> None:

@@ -248,7 +248,7 @@ class ResTTrainer(GRPOTrainer):
     """`GRPOTrainer` whose advantages are reshaped by region; with weights of 1 it is stock GRPO bit for bit.
 
     Without `reward_funcs` the preset's rule reward is used, which reads the dataset's `gold` column
-    (`training_dataset`). Logged from the first step on, besides what TRL logs: rest/entropy/<region>,
+    (`build_training_dataset`). Logged from the first step on, besides what TRL logs: rest/entropy/<region>,
     rest/collision/<region>, rest/weight/<region> (means over the region's tokens, None for a region without any),
     rest/share/<region> (of all tokens), rest/rule_weight/<region> (the weight before responses are normalised, where
     the rule measures something), rest/surprise/<figure> (`train/weighing.py`, on the first step over a batch), and by
@@ -441,5 +441,5 @@ def _check_gold_column(dataset: Any) -> None:
         raise UserError(
             f"a training dataset with the columns {sorted(columns)}",
             "prompt and gold",
-            "build it with training_dataset(samples, tokenizer), or pass reward_funcs",
+            "build it with build_training_dataset(samples, tokenizer), or pass reward_funcs",
         )

@@ -113,7 +113,7 @@ def start_values(config: RunConfig, job: VerlJob, *, megatron: bool = False) -> 
         "data.max_prompt_length": job.prompt_tokens,
         f"{MODEL}.trust_remote_code": config.model.trust_remote_code,
         f"{ROLLOUT}.top_k": trl["top_k"] or -1,  # all tokens are 0 to TRL, -1 to vLLM
-        f"{ROLLOUT}.val_kwargs.n": config.eval.samples,
+        f"{ROLLOUT}.val_kwargs.n": config.eval.samples_per_prompt,
         "trainer.experiment_name": Path(config.run.out).name,
     }
     if not megatron:

@@ -89,7 +89,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         data = tq.kv_batch_get(**where, select_fields=list(PER_TOKEN))
         responses = self._responses(batch, data["responses"])
-        chosen = responses.first(self.run.responses_per_step)
+        chosen = responses.first(self.run.recorded_responses)
         watched = [responses.places[i] for i in chosen]
         weigher = Weigher(self.tokenizer, self.format, self.method.weights)
         step, progress = self.global_steps, progress_of_step(self.global_steps, self.total_training_steps)
