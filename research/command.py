@@ -8,7 +8,7 @@ from collections.abc import Callable
 from rest_rl.errors import UserError
 
 
-def exit_code(work: Callable[[], None]) -> int:
+def run_command(work: Callable[[], None]) -> int:
     """Do the work; 0, or 2 after one line about what the user can correct, or 130 after Ctrl-C."""
     try:
         work()

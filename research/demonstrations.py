@@ -14,12 +14,12 @@ Defect = Literal["wrong_tool", "wrong_value", "wrong_key", "dropped_argument", "
 DEFECTS: tuple[Defect, ...] = get_args(Defect)
 
 
-def demonstration(sample: ToolSample, tool_format: str = "toolrl") -> str:
+def render_demonstration(sample: ToolSample, tool_format: str = "toolrl") -> str:
     """The clean response text of a sample."""
     return get_format(tool_format).render(sample.thought, sample.gold.calls, sample.gold.answer)
 
 
-def corrupted_demonstration(
+def render_corrupted_demonstration(
     sample: ToolSample, rng: random.Random, defect: Defect | None = None, tool_format: str = "toolrl"
 ) -> str:
     """A response text with exactly one defect, drawn at random unless named; never fully correct.
@@ -31,14 +31,14 @@ def corrupted_demonstration(
     defect = defect or rng.choice(DEFECTS)
     calls = list(sample.gold.calls)
     if defect == "broken_tag":
-        return _broken(demonstration(sample, tool_format), rng)
+        return _break_markup(render_demonstration(sample, tool_format), rng)
     if not calls:
-        calls = [_needless_call(sample, rng)]
+        calls = [_draw_needless_call(sample, rng)]
     elif defect == "missing_call":
         calls.pop(rng.randrange(len(calls)))
     else:
         at = rng.randrange(len(calls))
-        calls[at] = _spoil(calls[at], sample, rng, defect)
+        calls[at] = _corrupt_call(calls[at], sample, rng, defect)
     render = get_format(tool_format).render
     if _is_filler(sample.thought):
         return render(sample.thought, calls, None if calls else REFUSAL)
@@ -51,13 +51,13 @@ def _is_filler(thought: str | None) -> bool:
     return bool(thought) and set(thought.split()) <= set(FILLER)
 
 
-def _needless_call(sample: ToolSample, rng: random.Random) -> ToolCall:
+def _draw_needless_call(sample: ToolSample, rng: random.Random) -> ToolCall:
     tool = rng.choice(sample.tools)["function"]
     values = {k: draw_value(rng, p["description"], "train") for k, p in tool["parameters"]["properties"].items()}
     return ToolCall(tool["name"], values)
 
 
-def _spoil(call: ToolCall, sample: ToolSample, rng: random.Random, defect: str) -> ToolCall:
+def _corrupt_call(call: ToolCall, sample: ToolSample, rng: random.Random, defect: str) -> ToolCall:
     arguments = dict(call.arguments)
     key = rng.choice(list(arguments))
     if defect == "wrong_tool":
@@ -65,7 +65,7 @@ def _spoil(call: ToolCall, sample: ToolSample, rng: random.Random, defect: str) 
         return ToolCall(rng.choice(others), arguments)
     if defect == "wrong_value":
         slot = next(slot for slot, words in SLOTS.items() if arguments[key].split("-")[0] in words)
-        return ToolCall(call.name, {**arguments, key: _other_value(rng, slot, arguments[key])})
+        return ToolCall(call.name, {**arguments, key: _draw_other_value(rng, slot, arguments[key])})
     if defect == "wrong_key":
         keys = [k for tool in sample.tools for k in tool["function"]["parameters"]["properties"] if k not in arguments]
         swapped = rng.choice(keys or [slot for slot in SLOTS if slot not in arguments])
@@ -73,13 +73,13 @@ def _spoil(call: ToolCall, sample: ToolSample, rng: random.Random, defect: str) 
     return ToolCall(call.name, {k: v for k, v in arguments.items() if k != key})
 
 
-def _other_value(rng: random.Random, slot: str, value: str) -> str:
+def _draw_other_value(rng: random.Random, slot: str, value: str) -> str:
     while (other := draw_value(rng, slot, "train")) == value:
         pass
     return other
 
 
-def _broken(text: str, rng: random.Random) -> str:
+def _break_markup(text: str, rng: random.Random) -> str:
     """The text without one of its tags or without its last bracket."""
     parts = [part for part in ("</think>", "<tool_call>", "</tool_call>", "</response>", "}\n</") if part in text]
     part = rng.choice(parts)

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from research.demonstrations import demonstration
+from research.demonstrations import render_demonstration
 from rest_rl.data.tool_world import (
     KEY_PARTS,
     SLOTS,
@@ -65,12 +65,12 @@ def build_tokenizer(decision: Decision = "reasoning") -> PreTrainedTokenizerFast
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     steps = pre_tokenizers.Sequence([split, to_bytes])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    wrapped = _wrap(_backend(alphabet, steps))
-    seen = {piece for text in _corpus(wrapped, decision) for piece, _ in steps.pre_tokenize_str(text)}
-    return _wrap(_backend(alphabet + sorted(seen - set(alphabet)), steps))
+    wrapped = _wrap_backend(_build_backend(alphabet, steps))
+    seen = {piece for text in _build_corpus(wrapped, decision) for piece, _ in steps.pre_tokenize_str(text)}
+    return _wrap_backend(_build_backend(alphabet + sorted(seen - set(alphabet)), steps))
 
 
-def _backend(vocabulary: Sequence[str], steps: pre_tokenizers.PreTokenizer) -> Tokenizer:
+def _build_backend(vocabulary: Sequence[str], steps: pre_tokenizers.PreTokenizer) -> Tokenizer:
     ids = {piece: i for i, piece in enumerate(vocabulary)}
     backend = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
     backend.pre_tokenizer = steps
@@ -79,7 +79,7 @@ def _backend(vocabulary: Sequence[str], steps: pre_tokenizers.PreTokenizer) -> T
     return backend
 
 
-def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
+def _wrap_backend(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=EOS,
@@ -90,14 +90,16 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def _corpus(tokenizer: Any, decision: Decision) -> list[str]:
+def _build_corpus(tokenizer: Any, decision: Decision) -> list[str]:
     samples = [sample for split in SPLITS for sample in tool_world(0, 600, split, decision=decision)]
-    texts = [render_prompt(sample, tokenizer) for sample in samples] + [demonstration(sample) for sample in samples]
+    texts = [render_prompt(sample, tokenizer) for sample in samples] + [
+        render_demonstration(sample) for sample in samples
+    ]
     return [part for text in texts for part in text.replace(_TURN, EOS).split(EOS)]
 
 
 def build_model(tokenizer: Any, *, hidden: int = 128, layers: int = 3) -> Qwen3ForCausalLM:
-    """A stock Qwen3 model of about half a million parameters, tied embeddings, fp32; see `shift_heads`."""
+    """A stock Qwen3 model of about half a million parameters, tied embeddings, fp32; see `initialize_shift_heads`."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -117,12 +119,12 @@ def build_model(tokenizer: Any, *, hidden: int = 128, layers: int = 3) -> Qwen3F
     model = Qwen3ForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    shift_heads(model)
+    initialize_shift_heads(model)
     return model
 
 
 @torch.no_grad()
-def shift_heads(model: Any, offsets: Sequence[int] = (1, 2, 3), gain: float = 3.0) -> None:
+def initialize_shift_heads(model: Any, offsets: Sequence[int] = (1, 2, 3), gain: float = 3.0) -> None:
     """Start head h of the first layer as "look `offsets[h]` tokens back"; everything stays trainable.
 
     Copying needs to know what stood before a token; from a plain start no binding of words to names had been learnt
@@ -151,7 +153,7 @@ def shift_heads(model: Any, offsets: Sequence[int] = (1, 2, 3), gain: float = 3.
         projection.weight.normal_(0.0, config.hidden_size**-0.5)
 
 
-def recall_batch(
+def build_recall_batch(
     tokenizer: Any, rng: random.Random, batch: int, pairs: int, decision: Decision = "reasoning"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs of a word and a quoted text, then the same pairs in another order; (ids_BT, labels_BT).
@@ -159,17 +161,19 @@ def recall_batch(
     Only the second mention of the quoted texts is labelled (-100 elsewhere): the model can know it from the first
     mention alone, which forces the copy circuit that plain attention is slow to find on the task itself.
     """
-    rows = [_recall_row(tokenizer, rng, pairs, decision) for _ in range(batch)]
+    rows = [_build_recall_row(tokenizer, rng, pairs, decision) for _ in range(batch)]
     width = max(len(ids) for ids, _ in rows)
     ids_BT = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
     labels_BT = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
     return ids_BT, labels_BT
 
 
-def _recall_row(tokenizer: Any, rng: random.Random, pairs: int, decision: Decision) -> tuple[list[int], list[int]]:
+def _build_recall_row(
+    tokenizer: Any, rng: random.Random, pairs: int, decision: Decision
+) -> tuple[list[int], list[int]]:
     separator = rng.choice([': "', ' "'])
     words = rng.sample([*YIELDS, *SLOTS], pairs)
-    table = [(word, _quoted(rng, decision)) for word in words]
+    table = [(word, _draw_quoted(rng, decision)) for word in words]
     ids: list[int] = []
     labels: list[int] = []
     for mention in (table, rng.sample(table, pairs)):
@@ -181,7 +185,7 @@ def _recall_row(tokenizer: Any, rng: random.Random, pairs: int, decision: Decisi
     return ids, labels
 
 
-def _quoted(rng: random.Random, decision: Decision) -> list[str]:
+def _draw_quoted(rng: random.Random, decision: Decision) -> list[str]:
     """The pieces of a tool name, an argument name or a value of the training split, so held-out texts stay unseen.
 
     Where names are not masked it is always a value.

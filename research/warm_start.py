@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from research.command import exit_code
-from research.demonstrations import corrupted_demonstration, demonstration
-from research.tool_world_model import build_model, build_tokenizer, recall_batch
+from research.command import run_command
+from research.demonstrations import render_corrupted_demonstration, render_demonstration
+from research.tool_world_model import build_model, build_recall_batch, build_tokenizer
 from rest_rl.config import apply_overrides, overridden
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, decompose
@@ -39,7 +39,7 @@ from rest_rl.errors import UserError
 from rest_rl.train.policy import quiet_loading
 from rest_rl.train.prompts import IGNORED, encode
 
-RECORD = "warm_start.json"
+RECORD_FILE = "warm_start.json"
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,22 @@ class Batch(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A stretch of training: at most `steps` steps, ended early by a moving average of the accuracy above `until`."""
+    """A stretch of training: at most `steps` steps, fewer once the mean accuracy exceeds `stop_accuracy`."""
 
     name: str
     steps: int
     learning_rate: float
     decay: float
-    until: float = 1.0
+    stop_accuracy: float = 1.0
 
-    def rate_at(self, step: int) -> float:
+    def learning_rate_at(self, step: int) -> float:
         """The learning rate rises over 50 steps and falls to a twentieth over the last `decay` of the stage."""
         left = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
         return self.learning_rate * min(1.0, step / 50) * max(0.05, min(1.0, left))
 
 
 def warm_start(
-    config: WarmStartConfig | None = None, out: str | Path = "runs/sft", say: Callable[[str], Any] = print
+    config: WarmStartConfig | None = None, out: str | Path = "runs/sft", log: Callable[[str], Any] = print
 ) -> Path:
     """Train the small model and save it with its tokenizer in `out`, beside the recipe and what each stage reached.
 
@@ -114,13 +114,13 @@ def warm_start(
     rng = random.Random(config.seed)
     tokenizer = build_tokenizer(config.decision)
     model = build_model(tokenizer, hidden=config.hidden, layers=config.layers)
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces")
+    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     pairs = (config.recall_batch, config.recall_pairs, config.decision)
-    recall = (Batch(*recall_batch(tokenizer, rng, *pairs)) for _ in iter(int, 1))
-    world, layout = endless_samples(config.seed, config.decision), PromptLayout(tokenizer)
-    clean = demonstration_batches(world, layout, rng, config)
-    noisy = demonstration_batches(world, layout, rng, config, config.corruption)
+    recall = (Batch(*build_recall_batch(tokenizer, rng, *pairs)) for _ in iter(int, 1))
+    world, layout = generate_samples(config.seed, config.decision), PromptLayout(tokenizer)
+    clean = generate_batches(world, layout, rng, config)
+    noisy = generate_batches(world, layout, rng, config, config.corruption)
     stages = (
         (Stage("recall", config.recall_steps, config.learning_rate, 0.0, config.recall_accuracy), recall),
         (Stage("clean", config.clean_steps, config.learning_rate, 0.5), clean),
@@ -129,21 +129,21 @@ def warm_start(
     record: dict[str, Any] = {"recipe": dataclasses.asdict(config)}
     for stage, batches in stages:
         record[stage.name] = done = run_stage(model, optimizer, batches, stage)
-        say(f"{stage.name}: {done['steps']} steps, loss {done['loss']:.3f}, accuracy {done['accuracy']:.3f}")
+        log(f"{stage.name}: {done['steps']} steps, loss {done['loss']:.3f}, accuracy {done['accuracy']:.3f}")
     model.eval()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (out / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return out
 
 
-def endless_samples(seed: int, decision: Decision = "reasoning") -> Iterator[ToolSample]:
+def generate_samples(seed: int, decision: Decision = "reasoning") -> Iterator[ToolSample]:
     """Training samples without end; far from the seeds a run is likely to draw its prompts from."""
     for dialogue in dialogues(1_000_000 + seed, decision=decision):
         yield from decompose(dialogue)
 
 
-def demonstration_batches(
+def generate_batches(
     samples: Iterator[ToolSample],
     layout: PromptLayout,
     rng: random.Random,
@@ -160,15 +160,15 @@ def demonstration_batches(
         rows = []
         for sample in itertools.islice(samples, config.batch_size):
             is_spoilt = rng.random() < corruption
-            response = corrupted_demonstration(sample, rng) if is_spoilt else demonstration(sample)
+            response = render_corrupted_demonstration(sample, rng) if is_spoilt else render_demonstration(sample)
             ids, labels = encode(layout.render(sample), response, layout.tokenizer)
             if skipped:
                 labels = [IGNORED if at in filler and rng.random() < skipped else at for at in labels]
             rows.append((ids, labels))
-        yield pad(rows, layout.tokenizer.pad_token_id)
+        yield pad_batch(rows, layout.tokenizer.pad_token_id)
 
 
-def pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
+def pad_batch(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
     """Rows of (ids, labels) as one batch, padded on the right, where a causal model needs no mask."""
     width = max(len(ids) for ids, _ in rows)
     ids_BT = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows])
@@ -184,13 +184,13 @@ def run_stage(model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Ba
     with tqdm(total=stage.steps, desc=stage.name, mininterval=1.0) as bar:
         for step in range(1, stage.steps + 1):
             for group in optimizer.param_groups:
-                group["lr"] = stage.rate_at(step)
+                group["lr"] = stage.learning_rate_at(step)
             measured = train_step(model, optimizer, next(batches))
             keep = min(0.95, (step - 1) / step)
             averages = {key: keep * old + (1 - keep) * measured[key] for key, old in averages.items()}
             bar.update()
             bar.set_postfix(averages, refresh=False)
-            if averages["accuracy"] > stage.until:
+            if averages["accuracy"] > stage.stop_accuracy:
                 break
     return {"steps": step, **averages}
 
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         warm_start(overridden(WarmStartConfig(), apply_overrides({}, arguments.set), "recipe"), arguments.out)
 
-    return exit_code(work)
+    return run_command(work)
 
 
 if __name__ == "__main__":

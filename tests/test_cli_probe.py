@@ -17,11 +17,11 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.errors import UserError
 from rest_rl.presets import compute_token_weights, score_response
 from rest_rl.probe import run as probe_run
-from rest_rl.probe.measure import SampledBatch, probe_gradients
+from rest_rl.probe.measure import SampledBatch, measure_gradients
 from rest_rl.probe.report import ProbeReport
-from rest_rl.probe.rules import rivals
-from rest_rl.probe.run import step_size
-from rest_rl.probe.sample import Group, Sampling, sample_groups
+from rest_rl.probe.rules import built_in_rules
+from rest_rl.probe.run import resolve_prompts_per_step
+from rest_rl.probe.sample import SampledGroup, Sampling, sample_groups
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import Observer
 from rest_rl.weights import weigh
@@ -154,7 +154,7 @@ def test_a_random_model_of_another_format(
         (("--format", "nonsense"), "nonsense"),
         (("--model", "nowhere/to/be/found"), "--model nowhere/to/be/found"),
         (("--data", "missing.jsonl", "--max-new-tokens", "20"), "missing.jsonl"),
-        (("--set", "data.sampels=3"), "did you mean samples"),
+        (("--set", "data.sampels=3"), "did you mean num_samples"),
     ],
 )
 def test_what_is_refused_leaves_nothing_behind(
@@ -178,7 +178,7 @@ def given(monkeypatch: pytest.MonkeyPatch, *, formats: int) -> None:
             raise KeyboardInterrupt
         return replace(made_probe(), format=layout.format.name)
 
-    monkeypatch.setattr(probe_run, "measure", measure)
+    monkeypatch.setattr(probe_run, "probe_format", measure)
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
@@ -247,7 +247,7 @@ class Listener(Observer):
 
 def test_few_prompts_predict_small_steps() -> None:
     listener = Listener()
-    assert step_size(read_run_file(None, []), 4, 8, listener) == 1
+    assert resolve_prompts_per_step(read_run_file(None, []), 4, 8, listener) == 1
     assert "a step of 1 at most, not of 4" in listener.said[0]
 
 
@@ -271,7 +271,7 @@ def test_the_run_that_goes_on_from_a_run_folder(here: Path) -> None:
         '[rest]\npreset = "tsft"\nformat = "hermes"\n[data]\npath = "a.jsonl"\nheld_out = "b.jsonl"\n[eval]\nevery = 5'
     )
     (here / "warm" / "config.toml").write_text(supervised.to_toml(), encoding="utf-8")
-    own, other = (probe_run.probed_run("warm", data, []) for data in (None, "b.jsonl"))
+    own, other = (probe_run.resolve_run("warm", data, []) for data in (None, "b.jsonl"))
     assert own.rest.resolve().name == "rest"
     assert (own.model.path, own.rest.format, own.data.path) == ("warm/model", "hermes", "a.jsonl")
     assert (own.with_response_limit(None).max_response_tokens, own.data.held_out) == (1024, "b.jsonl")
@@ -279,7 +279,7 @@ def test_the_run_that_goes_on_from_a_run_folder(here: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sampled() -> tuple[Any, PromptLayout, list[Group]]:
+def sampled() -> tuple[Any, PromptLayout, list[SampledGroup]]:
     tokenizer = tiny_tokenizer()
     model, layout = tiny_model(tokenizer), PromptLayout(tokenizer, "toolrl")
     groups = sample_groups(model, layout, tiny_prompts(layout, 8), Sampling(4, 20, seed=1))
@@ -302,11 +302,11 @@ def test_responses_are_rewarded_as_the_run_would(preset: str) -> None:
             assert 0 <= one.s_format <= 1  # and not the published code's own scores
 
 
-def test_rules_weigh_as_training_does(sampled: tuple[Any, PromptLayout, list[Group]]) -> None:
+def test_rules_weigh_as_training_does(sampled: tuple[Any, PromptLayout, list[SampledGroup]]) -> None:
     model, layout, groups = sampled
-    batch = SampledBatch.of(groups, model, layout.tokenizer, "toolrl", 0.5)
+    batch = SampledBatch.from_groups(groups, model, layout.tokenizer, "toolrl", 0.5)
     own = batch.tagged
-    for rule in rivals().values():
+    for rule in built_in_rules().values():
         found_BT = weigh(rule, own, batch.statistics, 0.5)
         wanted_BT = compute_token_weights(
             own.ids_BT, own.mask_BT, layout.tokenizer, format="toolrl", rule=rule, progress=0.5,
@@ -315,9 +315,9 @@ def test_rules_weigh_as_training_does(sampled: tuple[Any, PromptLayout, list[Gro
         assert torch.allclose(found_BT, wanted_BT, atol=1e-6)
 
 
-def test_tokens_stay_with_their_prompts(sampled: tuple[Any, PromptLayout, list[Group]]) -> None:
+def test_tokens_stay_with_their_prompts(sampled: tuple[Any, PromptLayout, list[SampledGroup]]) -> None:
     model, layout, groups = sampled
-    batch = SampledBatch.of(groups, model, layout.tokenizer, "toolrl")
+    batch = SampledBatch.from_groups(groups, model, layout.tokenizer, "toolrl")
     found = batch.tokens
     for m, group in enumerate(groups):
         regions = [region for response in group.responses for region in response.regions]
@@ -327,12 +327,12 @@ def test_tokens_stay_with_their_prompts(sampled: tuple[Any, PromptLayout, list[G
     )
 
 
-def test_a_rule_of_uniform_weights_gains_nothing(sampled: tuple[Any, PromptLayout, list[Group]]) -> None:
+def test_a_rule_of_uniform_weights_gains_nothing(sampled: tuple[Any, PromptLayout, list[SampledGroup]]) -> None:
     model, layout, groups = sampled
-    batch = SampledBatch.of(groups, model, layout.tokenizer, "toolrl")
-    uniform = rivals()["uniform"]
+    batch = SampledBatch.from_groups(groups, model, layout.tokenizer, "toolrl")
+    uniform = built_in_rules()["uniform"]
     calls: list[int] = []
-    found = probe_gradients(
+    found = measure_gradients(
         model, batch, {"uniform": uniform, "again": uniform}, 0.0, prompts_per_step=1, batch_size=3,
         advance=lambda: calls.append(1),
     )  # fmt: skip

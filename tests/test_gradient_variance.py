@@ -6,23 +6,23 @@ import torch
 from research.theory.estimates import GradientFigures, largest_share
 from rest_rl.probe.variance import (
     Estimate,
-    Half,
-    Sums,
-    adam_series,
-    batch_figures,
-    block_sums,
-    blocks_for,
-    gradient_series,
-    halvings,
-    most_per_step,
-    norm_cap,
-    total,
+    HalfStatistics,
+    UnitSums,
+    add_sums,
+    choose_num_blocks,
+    compute_adam_progress,
+    compute_batch_figures,
+    compute_gradient_series,
+    compute_norm_scales,
+    generate_halvings,
+    max_prompts_per_step,
+    sum_by_block,
 )
 
 
 def gradient_figures(g, base, t, *, batch=1, blocks=8, scales_M=None):
-    own, baseline = (gradient_series(x, t, batch=batch, blocks=blocks, scales_M=scales_M) for x in (g, base))
-    return GradientFigures.of(own, baseline, largest_share(g, scales_M))
+    own, baseline = (compute_gradient_series(x, t, batch=batch, blocks=blocks, scales_M=scales_M) for x in (g, base))
+    return GradientFigures.from_series(own, baseline, largest_share(g, scales_M))
 
 
 def efficiency(g, t, *, adam=False, batch=1, blocks=8):
@@ -35,15 +35,15 @@ def normal(*shape, seed=0):
 
 
 def sums_of(g, t):
-    return Sums(len(g), g.sum(0), t.sum(0), g.square().sum(0), (g * t).sum(0), float(t.square().sum()))
+    return UnitSums(len(g), g.sum(0), t.sum(0), g.square().sum(0), (g * t).sum(0), float(t.square().sum()))
 
 
 def test_sums_by_hand():
     g = torch.tensor([[1.0, 0.0], [3.0, 2.0], [1.0, 0.0], [3.0, 2.0]])
     t = torch.tensor([[1.0, 1.0], [1.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
     first, second = sums_of(g[:2], t[:2]), sums_of(g[2:], t[2:])
-    sums = total([first, second])
-    variance, mean_square, cosine, true_norm, progress = batch_figures(sums, 2)
+    sums = add_sums([first, second])
+    variance, mean_square, cosine, true_norm, progress = compute_batch_figures(sums, 2)
     # sum g = (8, 4), sum t = (4, 2); sum_m <g_m, t_m> = 1 + 5 + 2 + 0 = 8; pairs of different units: 4 * 3 = 12
     assert sums.signals.sum() == pytest.approx((8 * 4 + 4 * 2 - 8) / 12)
     # sum |g_m|^2 = 1 + 13 + 1 + 13 = 28; |sum g|^2 = 80: (80 - 28) / 12
@@ -65,28 +65,28 @@ def test_adam_divides_the_signal_of_one_half_by_the_scales_of_the_other():
     # signals: pairs of different units over 2: (1 + 3) / 2 and (0 + 2) / 2; (1 * 0 + 5 * 2) / 2 and 0
     # E g_j^2 of single units: mean^2 + s^2 / 2: 4 + 1 and 1 + 1; 9 + 4 and 0, which is raised to a thousandth of 13 / 2
     expected = ((2 / math.sqrt(13) + 1 / math.sqrt(0.0065)) + (5 / math.sqrt(5) + 0)) / 2 / math.sqrt(2)
-    halves = Half.of(first, 1), Half.of(second, 1)
+    halves = HalfStatistics.from_sums(first, 1), HalfStatistics.from_sums(second, 1)
     assert halves[0].progress(halves[1]) == pytest.approx(expected)
     assert halves[1].progress(halves[0]) == pytest.approx(expected)
 
 
 def test_blocks_are_halved_so_that_most_meet():
-    assert list(halvings(4)) == [[0, 1, 0, 1], [0, 0, 1, 1]]
-    sixteen = list(halvings(16))
+    assert list(generate_halvings(4)) == [[0, 1, 0, 1], [0, 0, 1, 1]]
+    sixteen = list(generate_halvings(16))
     assert all(sum(sides) == 8 for sides in sixteen)
     apart = [(i, k) for i in range(16) for k in range(i) if all(sides[i] != sides[k] for sides in sixteen)]
     assert apart == [(i, 15 - i) for i in range(8, 16)]
-    assert [blocks_for(units) for units in (8, 9, 10, 17, 18, 500)] == [4, 4, 8, 8, 16, 16]
+    assert [choose_num_blocks(units) for units in (8, 9, 10, 17, 18, 500)] == [4, 4, 8, 8, 16, 16]
     # 8 units in 4 blocks: halves of 4, 2 of which are left; 64 in 16: a quarter
-    assert [most_per_step(units) for units in (8, 12, 64, 96)] == [1, 2, 16, 24]
+    assert [max_prompts_per_step(units) for units in (8, 12, 64, 96)] == [1, 2, 16, 24]
 
 
 def test_a_coordinate_that_half_of_the_units_do_not_touch_drowns_no_other():
     g = torch.ones(16, 1001) + 0.3 * normal(16, 1001)
     g[:, 0] = 1e-7
     g[[1, 5], 0] = 1.0  # a rare event, whose two units are often in the same half
-    found = Estimate.of(adam_series(block_sums(g, g, 8), 2))
-    rest = Estimate.of(adam_series(block_sums(g[:, 1:], g[:, 1:], 8), 2))
+    found = Estimate.from_jackknife(compute_adam_progress(sum_by_block(g, g, 8), 2))
+    rest = Estimate.from_jackknife(compute_adam_progress(sum_by_block(g[:, 1:], g[:, 1:], 8), 2))
     assert found.value == pytest.approx(rest.value, rel=0.01)
     assert found.error == pytest.approx(rest.error, rel=0.2)
 
@@ -99,9 +99,9 @@ def test_no_signal_is_no_progress_under_adam():
         signs = 2 * torch.randint(0, 2, (96, 1), generator=rng) - 1
         g = signs * (torch.randn(96, 1000, generator=rng) + 0.1)
         t = 0.8 * g + 0.6 * torch.randn(96, 1000, generator=rng)
-        sums = block_sums(g, t, 16)
-        crossed.append(Estimate.of(adam_series(sums, 16)))
-        whole = Half.of(total(sums), 16)
+        sums = sum_by_block(g, t, 16)
+        crossed.append(Estimate.from_jackknife(compute_adam_progress(sums, 16)))
+        whole = HalfStatistics.from_sums(add_sums(sums), 16)
         same_units.append(whole.progress(whole))
     values = torch.tensor([one.value for one in crossed])
     assert abs(values.mean()) < 3 * values.std() / 12**0.5
@@ -114,7 +114,7 @@ def test_progress_under_adam_is_found_where_there_is_some():
     rng = torch.Generator().manual_seed(0)
     g = torch.randn(96, 5000, generator=rng)
     t = 0.8 * g + 0.6 * torch.randn(96, 5000, generator=rng)
-    found = Estimate.of(adam_series(block_sums(g + 0.1, t + 0.1, 16), 8))
+    found = Estimate.from_jackknife(compute_adam_progress(sum_by_block(g + 0.1, t + 0.1, 16), 8))
     # sqrt(N) mu^2 / sqrt(mu^2 + 1 / P); the noise of the scales adds a few per cent
     assert found.value == pytest.approx(math.sqrt(5000) * 0.01 / math.sqrt(0.01 + 1 / 8), rel=0.1)
     assert found.error < 0.2
@@ -122,8 +122,8 @@ def test_progress_under_adam_is_found_where_there_is_some():
 
 def test_without_a_block_is_the_rest():
     g, t = normal(10, 3), normal(10, 3, seed=1)
-    blocks = block_sums(g, t, 4)
-    rest = total(blocks).without(blocks[0])
+    blocks = sum_by_block(g, t, 4)
+    rest = add_sums(blocks).without(blocks[0])
     again = sums_of(g[3:], t[3:])
     assert rest.units == 7
     torch.testing.assert_close(rest._asdict(), again._asdict())
@@ -134,7 +134,7 @@ def test_shared_noise_is_no_signal():
     values = []
     for seed in range(200):
         noise = normal(12, 4, seed=seed)
-        values.append(float(total(block_sums(noise, noise, 4)).signals.sum()))
+        values.append(float(add_sums(sum_by_block(noise, noise, 4)).signals.sum()))
     values = torch.tensor(values)
     assert abs(values.mean()) < 4 * values.std() / 200**0.5
     naive = normal(12, 4).mean(0).square().sum()
@@ -173,7 +173,7 @@ def test_a_lead_is_a_gain_without_the_quotient():
     g, base, t = normal(40, 5) + 1, normal(40, 5, seed=1) + 1, normal(40, 5, seed=2) + 1
     figures = gradient_figures(g, base, t, batch=2)
     of_base = gradient_figures(base, base, t, batch=2)
-    size = batch_figures(total(block_sums(g, t, 8)), 2)[3]
+    size = compute_batch_figures(add_sums(sum_by_block(g, t, 8)), 2)[3]
     assert figures.lead.value == pytest.approx((figures.eff.value - of_base.eff.value) * size)
     assert figures.adam_lead.value == pytest.approx((figures.eff_adam.value - of_base.eff_adam.value) * size)
     assert figures.eff_gain.value == pytest.approx(figures.eff.value / of_base.eff.value - 1)
@@ -203,7 +203,7 @@ def test_one_unit_that_dominates_is_said_and_capped():
     # squared norms: 10 of 2, one of 1800, one of 0
     assert largest_share(g) == pytest.approx(1800 / 1820)
     assert gradient_figures(g, g, t, blocks=4).is_dominated
-    scales = norm_cap(g, 2.0)
+    scales = compute_norm_scales(g, 2.0)
     assert scales.tolist() == pytest.approx([1, 1, 1, 1, 1, 2 / 30, 1, 1, 1, 1, 1, 1])
     assert not gradient_figures(g, g, t, blocks=4, scales_M=scales).is_dominated
     assert largest_share(g, scales) == pytest.approx(8 / 28)
@@ -218,7 +218,7 @@ def test_no_gradient_at_all_is_no_number():
     assert math.isnan(figures.eff.value)
     assert math.isnan(figures.eff_gain.value)
     assert figures.variance.value == 0
-    assert norm_cap(nothing, 2.0).tolist() == [1.0] * 8
+    assert compute_norm_scales(nothing, 2.0).tolist() == [1.0] * 8
 
 
 def test_errors_name_what_was_got():
@@ -231,4 +231,4 @@ def test_errors_name_what_was_got():
     with pytest.raises(ValueError, match="a batch of 10 units, expected 1 to 2 of 12"):
         efficiency(normal(12, 2), normal(12, 2), batch=10, blocks=4)
     with pytest.raises(ValueError, match="norm cap of 0"):
-        norm_cap(torch.ones(4, 2), 0)
+        compute_norm_scales(torch.ones(4, 2), 0)

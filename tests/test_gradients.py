@@ -5,10 +5,10 @@ from research.theory.expected_squares import expected_squares
 from rest_rl.loss import clipped_surrogate
 from rest_rl.probe.gradients import (
     Coordinates,
-    padded,
-    response_logits,
-    token_statistics,
-    weighted_gradients,
+    compute_response_logits,
+    compute_token_statistics,
+    compute_weighted_gradients,
+    pad_responses,
 )
 from tests.tiny_policy import tiny_model, tiny_tokenizer
 
@@ -40,7 +40,7 @@ def flat_gradient(value, model):
 def test_gradients_are_those_of_the_reference_loss(model):
     weights_BT = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     advantages_B = torch.tensor([1.5, -0.5, -1.0], dtype=torch.float64)
-    _, mask_BT = padded(RESPONSES)
+    _, mask_BT = pad_responses(RESPONSES)
     lengths_B1 = mask_BT.sum(-1, keepdim=True)
     logps_BT = torch.zeros(3, 4, dtype=torch.float64)
     for row, logps in enumerate(row_by_row_logps(model, PROMPT, RESPONSES)):
@@ -49,7 +49,7 @@ def test_gradients_are_those_of_the_reference_loss(model):
         )
     loss = clipped_surrogate(logps_BT, logps_BT.detach(), advantages_B[:, None] * weights_BT, mask_BT)
     expected = -flat_gradient(loss, model).float()
-    ours = weighted_gradients(
+    ours = compute_weighted_gradients(
         model,
         PROMPT,
         RESPONSES,
@@ -66,7 +66,7 @@ def test_gradients_are_linear_in_the_weights_and_ignore_padding(model):
     weights_BT = torch.arange(12.0).reshape(3, 4) - 5
     doubled, at_padding = 2 * weights_BT, weights_BT.clone()
     at_padding[1, 1:] = 99
-    one, two, three, none = weighted_gradients(
+    one, two, three, none = compute_weighted_gradients(
         model,
         PROMPT,
         RESPONSES,
@@ -77,7 +77,7 @@ def test_gradients_are_linear_in_the_weights_and_ignore_padding(model):
     torch.testing.assert_close(three, one)
     assert not none.any()
     parts = sum(
-        weighted_gradients(model, PROMPT, [row], weights_BT[None, i : i + 1, : len(row)], coordinates)
+        compute_weighted_gradients(model, PROMPT, [row], weights_BT[None, i : i + 1, : len(row)], coordinates)
         for i, row in enumerate(RESPONSES)
     )
     torch.testing.assert_close(parts[0], one, rtol=1e-5, atol=1e-5)  # added up in float32
@@ -86,8 +86,8 @@ def test_gradients_are_linear_in_the_weights_and_ignore_padding(model):
 def test_the_model_stays_as_it_was(model):
     model.train()
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
-    weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates.choose(model))
-    token_statistics(model, PROMPT, RESPONSES)
+    compute_weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates.choose(model))
+    compute_token_statistics(model, PROMPT, RESPONSES)
     assert model.training
     assert model.lm_head.weight.grad.eq(1).all()
     assert model.model.embed_tokens.weight.grad is None
@@ -95,12 +95,12 @@ def test_the_model_stays_as_it_was(model):
 
 
 def test_kept_coordinates_are_entries_of_the_whole_vector(model):
-    whole = weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates.choose(model, None))
+    whole = compute_weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates.choose(model, None))
     some = Coordinates.choose(model, 1000, seed=3)
-    part = weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), some)
+    part = compute_weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), some)
     assert some.size == 1000
     assert some.scale == whole.shape[1] / 1000
-    assert torch.equal(part[0], whole[0, some.kept_N])
+    assert torch.equal(part[0], whole[0, some.indices_N])
 
 
 def test_inner_products_of_kept_coordinates_are_unbiased():
@@ -116,7 +116,7 @@ def test_inner_products_of_kept_coordinates_are_unbiased():
 
 
 def test_statistics_are_those_of_each_response_alone(model):
-    logps_BT, entropies_BT, collisions_BT = token_statistics(model, PROMPT, RESPONSES)
+    logps_BT, entropies_BT, collisions_BT = compute_token_statistics(model, PROMPT, RESPONSES)
     for row, (response, expected) in enumerate(zip(RESPONSES, row_by_row_logps(model, PROMPT, RESPONSES), strict=True)):
         length = len(response)
         torch.testing.assert_close(logps_BT[row, :length], expected.detach())
@@ -129,14 +129,14 @@ def test_statistics_are_those_of_each_response_alone(model):
 
 def test_a_score_is_e_y_minus_p_on_the_logits(model):
     # The head of the tiny model is untied: its gradient is (e_y - p) h^T, whose squared norm is |e_y - p|^2 |h|^2.
-    ids_BT, mask_BT = padded([[4]])
-    p = response_logits(model, PROMPT, ids_BT, mask_BT)[0, 0].softmax(-1).detach()
+    ids_BT, mask_BT = pad_responses([[4]])
+    p = compute_response_logits(model, PROMPT, ids_BT, mask_BT)[0, 0].softmax(-1).detach()
     hidden = model.model(torch.tensor([PROMPT])).last_hidden_state[0, -1].detach()
     others = [q for q in model.parameters() if q is not model.lm_head.weight]
     try:
         for parameter in others:
             parameter.requires_grad_(False)
-        vector = weighted_gradients(model, PROMPT, [[4]], torch.ones(1, 1, 1), Coordinates.choose(model, None))
+        vector = compute_weighted_gradients(model, PROMPT, [[4]], torch.ones(1, 1, 1), Coordinates.choose(model, None))
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
@@ -147,20 +147,20 @@ def test_a_score_is_e_y_minus_p_on_the_logits(model):
 
 
 def test_responses_without_tokens_have_no_gradient(model):
-    assert not weighted_gradients(model, PROMPT, [[], []], torch.ones(2, 2, 0), Coordinates.choose(model)).any()
-    assert token_statistics(model, PROMPT, [[]]).logps_BT.shape == (1, 0)
+    assert not compute_weighted_gradients(model, PROMPT, [[], []], torch.ones(2, 2, 0), Coordinates.choose(model)).any()
+    assert compute_token_statistics(model, PROMPT, [[]]).logps_BT.shape == (1, 0)
 
 
 def test_errors_name_what_was_got(model):
     coordinates = Coordinates.choose(model)
     with pytest.raises(ValueError, match=r"got weights \(1, 3, 5\)"):
-        weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 5), coordinates)
+        compute_weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 5), coordinates)
     with pytest.raises(ValueError, match="another model"):
-        weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates((3,), torch.arange(3)))
+        compute_weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates((3,), torch.arange(3)))
     with pytest.raises(ValueError, match="empty prompt"):
-        token_statistics(model, [], RESPONSES)
+        compute_token_statistics(model, [], RESPONSES)
     with pytest.raises(ValueError, match="no responses"):
-        padded([])
+        pad_responses([])
     with pytest.raises(ValueError, match="limit of 0"):
         Coordinates.choose(model, 0)
     with pytest.raises(ValueError, match="without trainable"):
@@ -177,7 +177,9 @@ def test_expected_squares_are_means_over_all_next_tokens(model):
             if p > 1e-4:
                 weights = torch.zeros(1, 1, t + 1)
                 weights[0, 0, t] = 1
-                vector = weighted_gradients(model, PROMPT, [[*response[:t], y]], weights, coordinates)[0].double()
+                vector = compute_weighted_gradients(model, PROMPT, [[*response[:t], y]], weights, coordinates)[
+                    0
+                ].double()
                 exact[t] += p * vector.square().sum()
     draws = torch.stack([expected_squares(model, PROMPT, response, coordinates, seed) for seed in range(40)])
     error = draws.std(0) / 40**0.5

@@ -14,50 +14,52 @@ import torch
 from rest_rl.jsonl import as_json
 from rest_rl.presets import PRESETS
 from rest_rl.probe.figures import (
-    Products,
+    InnerProducts,
     RuleSeries,
-    gradient_facts,
-    region_difference,
-    region_facts,
-    rule_facts,
-    sampled_facts,
-    signal_and_noise,
-    token_facts,
+    compute_difference_facts,
+    compute_gradient_facts,
+    compute_region_facts,
+    compute_rule_facts,
+    compute_token_facts,
+    measure_signal,
+    summarize_samples,
 )
-from rest_rl.probe.measure import grpo_weights, region_and_true_weights
-from rest_rl.probe.page import as_mapping, page, probe_tables
+from rest_rl.probe.measure import compute_grpo_weights, compute_region_and_true_weights
+from rest_rl.probe.page import build_tables, render_page, to_mapping
 from rest_rl.probe.report import (
     DifferenceFacts,
     GradientFacts,
+    LowEntropyFacts,
     ProbeReport,
     RegionFacts,
     RuleFacts,
-    Sampled,
     SampledTokens,
-    SureTokens,
+    SamplingFacts,
     TokenFacts,
 )
-from rest_rl.probe.rules import SHUFFLED, UNIFORM, rivals, rules_for
-from rest_rl.probe.sample import Group, Response
-from rest_rl.probe.variance import Estimate, gradient_series
+from rest_rl.probe.rules import SHUFFLED, UNIFORM, built_in_rules, select_rules
+from rest_rl.probe.sample import SampledGroup, SampledResponse
+from rest_rl.probe.variance import Estimate, compute_gradient_series
 from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.weights import TaggedBatch, WeightConfig
 
 FORMAT, NAME, REASONING = Region.FORMAT, Region.NAME, Region.REASONING
 
 
-def group(*responses: tuple[list[int], list[Region], float]) -> Group:
+def group(*responses: tuple[list[int], list[Region], float]) -> SampledGroup:
     """Responses as (ids, regions, reward)."""
-    return Group([1], tuple(Response(i, [int(r) for r in rs], x, 1.0, x, x == 1) for i, rs, x in responses))
+    return SampledGroup(
+        [1], tuple(SampledResponse(i, [int(r) for r in rs], x, 1.0, x, x == 1) for i, rs, x in responses)
+    )
 
 
 def test_products_leave_each_prompt_out() -> None:
     rng = np.random.default_rng(0)
     left, right = rng.normal(size=(2, 6, 5))
-    found = Products.of(left @ right.T)
+    found = InnerProducts.from_gram(left @ right.T)
     for dropped in range(6):
         kept = [m for m in range(6) if m != dropped]
-        smaller = Products.of(left[kept] @ right[kept].T)
+        smaller = InnerProducts.from_gram(left[kept] @ right[kept].T)
         assert found.across_1M[1 + dropped] == pytest.approx(smaller.across_1M[0])
         assert found.within_1M[1 + dropped] == pytest.approx(smaller.within_1M[0])
 
@@ -65,11 +67,11 @@ def test_products_leave_each_prompt_out() -> None:
 def test_products_of_different_prompts_are_free_of_noise() -> None:
     # mean e1, noise ±e2 twice each: |sum|² = 4² + 0, sum |.|² = 8, so across = (16 - 8) / (4 * 3) = 2/3
     vectors = np.array([[1, 1], [1, 1], [1, -1], [1, -1]], dtype=float)
-    found = Products.of(vectors @ vectors.T)
+    found = InnerProducts.from_gram(vectors @ vectors.T)
     assert found.across_1M[0] == pytest.approx(2 / 3)
     assert found.noise()[0] == pytest.approx(2 - 2 / 3)
     many = np.random.default_rng(1).normal(size=(4000, 2)) + np.array([0.5, 0.0])
-    assert Products.of(many @ many.T).across_1M[0] == pytest.approx(0.25, abs=0.03)  # while within is 2.25
+    assert InnerProducts.from_gram(many @ many.T).across_1M[0] == pytest.approx(0.25, abs=0.03)  # while within is 2.25
 
 
 def gram(vectors_KMN: np.ndarray) -> np.ndarray:
@@ -81,15 +83,15 @@ def test_shares_of_norm_and_signal_add_up() -> None:
     vectors = np.zeros((NUM_REGIONS + 1, 5, 2))
     vectors[FORMAT, :, 0], vectors[NAME, :, 1], vectors[-1] = 3, 4, 1
     products = gram(vectors)
-    form, name = gradient_facts(products, [FORMAT]), gradient_facts(products, [NAME])
+    form, name = compute_gradient_facts(products, [FORMAT]), compute_gradient_facts(products, [NAME])
     assert (form.norm_share.value, name.norm_share.value) == pytest.approx((9 / 25, 16 / 25))
     assert (form.signal_share.value, name.signal_share.value) == pytest.approx((3 / 7, 4 / 7))
     assert form.surplus.value == pytest.approx(9 / 25 - 3 / 7)
     assert form.signal_share.error == pytest.approx(0, abs=1e-12)
     assert math.isnan(form.snr.value)  # no noise to divide by
-    assert gradient_facts(products, [FORMAT, NAME]).signal_share.value == pytest.approx(1)
+    assert compute_gradient_facts(products, [FORMAT, NAME]).signal_share.value == pytest.approx(1)
     noisy = vectors + np.random.default_rng(2).normal(size=vectors.shape)
-    facts = [gradient_facts(gram(noisy), [region]) for region in Region]
+    facts = [compute_gradient_facts(gram(noisy), [region]) for region in Region]
     assert sum(one.norm_share.value for one in facts) == pytest.approx(1)
     assert sum(one.signal_share.value for one in facts) == pytest.approx(1)
 
@@ -98,11 +100,11 @@ def test_signal_snr_and_the_heaviest_prompt() -> None:
     vectors = np.zeros((NUM_REGIONS + 1, 4, 2))
     vectors[NAME] = [[1, 1], [1, 1], [1, -1], [1, -1]]
     vectors[-1] = [1, 0]
-    signal, snr, heaviest = signal_and_noise(gram(vectors))
+    signal, snr, heaviest = measure_signal(gram(vectors))
     assert (signal.value, signal.error) == pytest.approx((1, 0))
     assert snr.value == pytest.approx((2 / 3) / (4 / 3))
     assert heaviest == pytest.approx(1 / 4)
-    assert signal_and_noise(np.zeros((7, 4, 7, 4)))[2] == 0
+    assert measure_signal(np.zeros((7, 4, 7, 4)))[2] == 0
 
 
 def test_a_region_tells_the_reward() -> None:
@@ -110,22 +112,22 @@ def test_a_region_tells_the_reward() -> None:
         group(([5, 7], [FORMAT, NAME], 1), ([5, 7], [FORMAT, NAME], 1), ([5, 8], [FORMAT, NAME], 0)) for _ in "abcd"
     ]
     # pairs: two of unequal reward, the names differ in both; one of equal reward, the names are equal
-    assert region_difference(names, NAME) == DifferenceFacts(Estimate(1, 0), Estimate(1, 0))
-    assert region_difference(names, FORMAT).auc.value == 0.5  # never differs: 0.5 + (0 - 0) / 2
+    assert compute_difference_facts(names, NAME) == DifferenceFacts(Estimate(1, 0), Estimate(1, 0))
+    assert compute_difference_facts(names, FORMAT).auc.value == 0.5  # never differs: 0.5 + (0 - 0) / 2
     always = [group(([5], [REASONING], 1), ([6], [REASONING], 1), ([7], [REASONING], 0)) for _ in "abcd"]
-    assert region_difference(always, REASONING).auc.value == 0.5  # always differs: 0.5 + (1 - 1) / 2
+    assert compute_difference_facts(always, REASONING).auc.value == 0.5  # always differs: 0.5 + (1 - 1) / 2
     # one more group with a name that makes no difference: 8 of 9 unequal pairs and 0 of 4 + 0 equal ones differ
     mixed = [*names, group(([5, 7], [FORMAT, NAME], 1), ([5, 7], [FORMAT, NAME], 0))]
-    assert region_difference(mixed, NAME).auc.value == pytest.approx(0.5 + (8 / 9) / 2)
-    assert region_difference(mixed, NAME).best_worst.value == pytest.approx(4 / 5)
+    assert compute_difference_facts(mixed, NAME).auc.value == pytest.approx(0.5 + (8 / 9) / 2)
+    assert compute_difference_facts(mixed, NAME).best_worst.value == pytest.approx(4 / 5)
 
 
 def test_nothing_is_told_without_spread() -> None:
     flat = [group(([5], [NAME], 1), ([6], [NAME], 1)) for _ in "abc"]
-    facts = region_difference(flat, NAME)
+    facts = compute_difference_facts(flat, NAME)
     assert math.isnan(facts.auc.value)
     assert math.isnan(facts.best_worst.value)
-    assert sampled_facts(flat, {5}) == Sampled(3, 2, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.0)
+    assert summarize_samples(flat, {5}) == SamplingFacts(3, 2, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.0)
 
 
 def tokens(*prompts: tuple[list[Region], list[float]]) -> SampledTokens:
@@ -136,7 +138,7 @@ def tokens(*prompts: tuple[list[Region], list[float]]) -> SampledTokens:
 
 
 def test_token_figures() -> None:
-    facts = token_facts(tokens(([NAME, *[REASONING] * 3], [0.1, 1, 2, 3]), ([NAME, REASONING], [0.3, 2])))
+    facts = compute_token_facts(tokens(([NAME, *[REASONING] * 3], [0.1, 1, 2, 3]), ([NAME, REASONING], [0.3, 2])))
     assert set(facts) == {"name", "reasoning"}
     name, reasoning = facts["name"], facts["reasoning"]
     assert (name.number, reasoning.number) == (2, 4)
@@ -153,7 +155,7 @@ def test_the_sure_regions_together() -> None:
     vectors[NAME, :, 0], vectors[REASONING, :, 1], vectors[-1] = 3, 1, 1
     sampled = [group(([5, 6], [NAME, REASONING], 1), ([5, 7], [NAME, REASONING], 0)) for _ in range(3)]
     own = tokens(*[([NAME, REASONING] * 2, [0.1, 2, 0.1, 2])] * 3)
-    facts, sure = region_facts(sampled, own, gram(vectors))
+    facts, sure = compute_region_facts(sampled, own, gram(vectors))
     assert list(facts) == ["name", "reasoning"]
     assert sure.regions == ("name",)
     assert (sure.share.value, sure.signal_share.value, sure.surplus.value) == pytest.approx((0.5, 0.75, 0.25))
@@ -163,10 +165,13 @@ def test_weights_of_the_grpo_objective() -> None:
     own = group(([5, 6], [NAME, REASONING], 1), ([5], [NAME], 0))
     # rewards 1, 0: mean 1/2, sd 0.7071; A = ±0.5 / (0.7071 + 1e-4); divided by G T_i = 4 and 2
     advantage = 0.5 / (math.sqrt(0.5) + 1e-4)
-    assert grpo_weights([own]).tolist() == [pytest.approx([advantage / 4] * 2), pytest.approx([-advantage / 2, 0])]
-    parts = region_and_true_weights([own])
+    assert compute_grpo_weights([own]).tolist() == [
+        pytest.approx([advantage / 4] * 2),
+        pytest.approx([-advantage / 2, 0]),
+    ]
+    parts = compute_region_and_true_weights([own])
     assert parts.shape == (NUM_REGIONS + 1, 2, 2)
-    assert torch.equal(parts[:-1].sum(0), grpo_weights([own]))
+    assert torch.equal(parts[:-1].sum(0), compute_grpo_weights([own]))
     assert parts[NAME].tolist() == [pytest.approx([advantage / 4, 0]), pytest.approx([-advantage / 2, 0])]
     assert parts[-1].tolist() == [[0.5, 0.5], [-0.5, 0]]  # (1 - 1/2) / (2 - 1)
 
@@ -178,7 +183,7 @@ def test_the_true_gradient_is_unbiased() -> None:
     wanted = torch.autograd.grad((p * torch.tensor(rewards, dtype=torch.float64)).sum(), logits)[0]
     expected = torch.zeros(3, dtype=torch.float64)
     for ids in product(range(3), repeat=3):  # every group of three one-token responses, by its probability
-        weights = region_and_true_weights([group(*(([i], [NAME], rewards[i]) for i in ids))])[-1][:, 0]
+        weights = compute_region_and_true_weights([group(*(([i], [NAME], rewards[i]) for i in ids))])[-1][:, 0]
         scores = torch.stack([torch.eye(3, dtype=torch.float64)[i] - p for i in ids]).detach()
         expected += p[list(ids)].prod().item() * (weights[:, None] * scores).sum(0)
     assert torch.allclose(expected, wanted)
@@ -190,8 +195,8 @@ def test_gains_are_free_of_scale_and_see_noise_that_a_rule_removes() -> None:
     noise = torch.randn(400, 2, generator=rng) * torch.tensor([0.0, 2.0])
     names = [UNIFORM, "twice", "quiet", *SHUFFLED]
     stacks = [true + noise, 2 * (true + noise), true + 0.5 * noise, *[true + noise] * 3]
-    series = [gradient_series(vectors, true, batch=4) for vectors in stacks]
-    facts = rule_facts([RuleSeries(n, {}, (1, 1), own) for n, own in zip(names, series, strict=True)], SHUFFLED)
+    series = [compute_gradient_series(vectors, true, batch=4) for vectors in stacks]
+    facts = compute_rule_facts([RuleSeries(n, {}, (1, 1), own) for n, own in zip(names, series, strict=True)], SHUFFLED)
     twice, quiet = facts[1], facts[2]
     assert (twice.gain.value, twice.adam_gain.value) == pytest.approx((0, 0), abs=1e-9)
     # |mean|² = 1, variance 4 and 1 of a prompt, 1 and 1/4 of a step: eff 1/sqrt(2) and 1/sqrt(1.25)
@@ -203,7 +208,7 @@ def test_gains_are_free_of_scale_and_see_noise_that_a_rule_removes() -> None:
 
 
 def test_the_rules_begin_with_uniform_weights() -> None:
-    rules = rivals()
+    rules = built_in_rules()
     assert next(iter(rules)) == UNIFORM
     assert set(SHUFFLED) < set(rules)
     own = rules["rest"]
@@ -218,11 +223,11 @@ def words(batch: TaggedBatch, statistics: object, progress: float) -> torch.Tens
 
 def test_a_run_s_own_rule_stands_beside_the_built_in_ones() -> None:
     default, tuned = PRESETS["rest"].weights, WeightConfig(strength=0.3)
-    assert list(rules_for("toolrl", default)) == list(rivals())
-    assert list(rules_for("hermes", words)) == [*rivals(), "words"]
-    assert rules_for("toolrl", tuned)["this run"] == tuned
+    assert list(select_rules("toolrl", default)) == list(built_in_rules())
+    assert list(select_rules("hermes", words)) == [*built_in_rules(), "words"]
+    assert select_rules("toolrl", tuned)["this run"] == tuned
     # the published code knows the tags of two formats only
-    assert set(rivals()) - set(rules_for("llama3", default)) == {"authors-code"}
+    assert set(built_in_rules()) - set(select_rules("llama3", default)) == {"authors-code"}
 
 
 def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, signal: float = 1.0) -> ProbeReport:
@@ -247,10 +252,10 @@ def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, si
     gains = {"rest": adam, "rest, strength 0.25": adam / 2 - 0.01, "rest, strength 1": -0.3}
     return ProbeReport(
         format="toolrl",
-        sampled=Sampled(64, 8, 0.1, 0.4, 0.8, 0.6, 0.7, 0.0, 40.0),
+        sampled=SamplingFacts(64, 8, 0.1, 0.4, 0.8, 0.6, 0.7, 0.0, 40.0),
         regions={"name": region(0.2, 0.1, 0.7, 0.8), "reasoning": region(0.8, 2.0, 0.3, 0.6)},
         rules=(rule(UNIFORM, 0.0), *(rule(name, gain) for name, gain in gains.items())),
-        sure=SureTokens(("name",), Estimate(0.2, 0.01), Estimate(0.7, 0.05), Estimate(0.5, 0.05)),
+        sure=LowEntropyFacts(("name",), Estimate(0.2, 0.01), Estimate(0.7, 0.05), Estimate(0.5, 0.05)),
         signal=Estimate(signal, 0.2),
         snr=Estimate(0.01, 0.002),
         heaviest=0.1,
@@ -264,7 +269,7 @@ def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, si
 
 def test_weights_are_recommended_where_they_help_beyond_chance_and_shuffling() -> None:
     found = made_probe(adam=0.2).advice
-    own = rivals()["rest"]
+    own = built_in_rules()["rest"]
     assert isinstance(own, WeightConfig)
     assert (found.preset, found.rule, found.strength) == ("rest", own.rule, own.strength)
     assert (found.w_min, found.w_max) == (0.6, 1.8)  # 0.62 and 1.73, rounded outward
@@ -342,17 +347,17 @@ def test_what_tells_nothing_does_not_tell_best() -> None:
 def test_a_ratio_to_nothing_is_a_dash() -> None:
     own = made_probe()
     lost = [rule._replace(noise_ratio=Estimate(51.0, 1.2e19), cosine=Estimate(0.3, 35.0)) for rule in own.rules]
-    text = page("Probe", [replace(own, rules=tuple(lost), prompts_per_step=1)], {})
+    text = render_page("Probe", [replace(own, rules=tuple(lost), prompts_per_step=1)], {})
     assert "| rest | +0 ± 1 | +0 ± 10 | – | – |" in text.replace("+0.0 ± 1.0", "+0 ± 1")
     assert "per step of 1 prompt, against" in text
 
 
 def test_what_is_written_can_be_read() -> None:
     own = made_probe(adam=math.nan, error=math.nan)
-    row = json.loads(as_json(as_mapping(own)))
+    row = json.loads(as_json(to_mapping(own)))
     assert row["regions"]["name"]["gradient"]["signal_share"] == [0.7, 0.05]
     assert row["rules"][1]["adam_gain"] == [None, None]
     assert row["recommendation"]["preset"] == "grpo"
-    text = page("Probe of a model", [own], {"toolrl": []})
+    text = render_page("Probe of a model", [own], {"toolrl": []})
     assert "| rest | – | +0 ± 10 | 0.90 ± 0.10 | 5.0 ± 1.0 |" in text
-    assert all(len(row) == len(table.header) for table in probe_tables(own) for row in table.rows)
+    assert all(len(row) == len(table.header) for table in build_tables(own) for row in table.rows)

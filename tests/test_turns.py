@@ -22,7 +22,7 @@ from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.held_out import Prompt, outcomes_of
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS, score_response
-from rest_rl.probe.sample import Sampling, score
+from rest_rl.probe.sample import Sampling, tag_and_score
 from rest_rl.report.html import page_data
 from rest_rl.report.page import write_report
 from rest_rl.report.tables import comparison_rows, evaluation_curve, headline_key, headline_turn
@@ -107,7 +107,7 @@ def test_held_out_prompts_and_the_probe_know_a_cut_off_response() -> None:
     assert summarise(outcomes[:2])["answers"] == {"n": 0}
     for own, exact in zip(ids, (True, False, True, False), strict=True):
         gold = CALL_GOLD if own[: len(call)] == call else Gold((), "ok")
-        assert score(own, gold, layout, Sampling(), ends).is_exact is exact
+        assert tag_and_score(own, gold, layout, Sampling(), ends).is_exact is exact
 
 
 def test_scored_rows_and_recorded_responses_can_be_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from research.command import exit_code
+from research.command import run_command
 from research.theory.expected_squares import expected_squares
 from research.theory.measure import (
     Theory,
     TheorySettings,
-    affordable_coordinates,
+    count_steps,
+    count_token_passes,
     has_spread,
+    max_coordinates,
     measure,
-    steps,
-    token_passes,
 )
-from research.theory.optimal_weights import NO_SPREAD
-from research.theory.page import as_mapping, findings, page, theory_tables
+from research.theory.optimal_weights import NO_SPREAD_NOTE
+from research.theory.page import build_tables, findings, render_page, to_mapping
 from research.theory.plots import draw_theory
 from rest_rl.cli.terminal import Screen
 from rest_rl.data.layout import PromptLayout
@@ -34,31 +34,31 @@ from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.probe.gradients import Coordinates
 from rest_rl.probe.run import (
-    LEAST_PROMPTS,
-    counted,
+    MIN_PROMPTS,
+    build_layouts,
+    build_sampling,
+    choose_unused_folder,
+    convert_write_errors,
+    create_folder,
     draw_prompts,
-    free_folder,
-    label_of,
-    layouts,
+    label_model,
     load_model,
-    make_folder,
-    probed_run,
-    sampling_of,
-    step_size,
-    writing,
+    resolve_prompts_per_step,
+    resolve_run,
+    track_steps,
 )
-from rest_rl.probe.sample import Group, Sampling, check_least, sample_groups
-from rest_rl.probe.variance import blocks_for
+from rest_rl.probe.sample import SampledGroup, Sampling, check_minimums, sample_groups
+from rest_rl.probe.variance import choose_num_blocks
 from rest_rl.runlog import Observer, replace_file
 from rest_rl.train.policy import quiet_loading
 
-JSON, PAGE = "theory.json", "theory.md"
-LEAST_PILOT, LEAST_PILOT_GROUP = 4, 8
-LONG = 600.0
+JSON_FILE, PAGE_FILE = "theory.json", "theory.md"
+MIN_PILOT, MIN_PILOT_GROUP = 4, 8
+LONG_PILOT_SECONDS = 600.0
 """Seconds of a pilot from which on a user is warned."""
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
         prog="python -m research.theory",
@@ -87,55 +87,55 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    arguments = parser().parse_args(argv)
-    return exit_code(lambda: theory(arguments))
+    arguments = build_parser().parse_args(argv)
+    return run_command(lambda: run_theory(arguments))
 
 
-def theory(arguments: argparse.Namespace) -> None:
+def run_theory(arguments: argparse.Namespace) -> None:
     """Sample, measure, show and write; whatever a user can have got wrong is found before anything is sampled."""
     quiet_loading()
     screen = Screen(Console(stderr=arguments.json))
     check_numbers(arguments)
-    out = Path(arguments.out) if arguments.out else free_folder("theory", arguments.model, JSON)
-    config = probed_run(arguments.model, arguments.data, arguments.set)
+    out = Path(arguments.out) if arguments.out else choose_unused_folder("theory", arguments.model, JSON_FILE)
+    config = resolve_run(arguments.model, arguments.data, arguments.set)
     samplings = [
-        sampling_of(config, group, seed, arguments.progress, arguments.max_new_tokens, arguments.batch_size)
+        build_sampling(config, group, seed, arguments.progress, arguments.max_new_tokens, arguments.batch_size)
         for seed, group in enumerate((arguments.pilot_group, arguments.group), start=2 * arguments.seed)
     ]
-    (layout,) = layouts(config, arguments.format)
-    remedy = "add data" + (f", or lower --pilot (to {LEAST_PILOT} at the least)" * (arguments.pilot > LEAST_PILOT))
-    number, least = arguments.prompts + arguments.pilot, LEAST_PROMPTS + arguments.pilot
+    (layout,) = build_layouts(config, arguments.format)
+    remedy = "add data" + (f", or lower --pilot (to {MIN_PILOT} at the least)" * (arguments.pilot > MIN_PILOT))
+    number, least = arguments.prompts + arguments.pilot, MIN_PROMPTS + arguments.pilot
     prompts = draw_prompts(config, layout, number, arguments.seed, screen, samplings[0].max_new_tokens, least, remedy)
     pilot, judged = prompts[: arguments.pilot], prompts[arguments.pilot :]
     settings = TheorySettings(
         token_responses=arguments.group,
-        batch=step_size(config, arguments.step, len(judged), screen),
+        batch=resolve_prompts_per_step(config, arguments.step, len(judged), screen),
         progress=arguments.progress,
         cap=arguments.cap,
-        blocks=blocks_for(len(judged)),
+        blocks=choose_num_blocks(len(judged)),
         batch_size=samplings[0].batch_size,
         seed=arguments.seed,
     )
-    make_folder(out, JSON)
+    create_folder(out, JSON_FILE)
     model = load_model(config, screen)
-    found, what = measured(model, layout, (pilot, judged), samplings, settings, screen)
-    content = {"measured on": what, **as_mapping(found, settings)}
+    found, what = sample_and_measure(model, layout, (pilot, judged), samplings, settings, screen)
+    content = {"measured on": what, **to_mapping(found, settings)}
     if arguments.json:
         print(as_json(content, indent=2), flush=True)
     else:
-        show(what, found, screen)
-    with writing(out):
+        show_results(what, found, screen)
+    with convert_write_errors(out):
         pictures = draw_theory(found, out)
-        title = f"The theory of ResT, measured on {label_of(arguments.model)}"
-        replace_file(out / PAGE, page(title, what + ".", found, settings.batch, pictures))
-        replace_file(out / JSON, as_json(content, indent=2) + "\n")
-    screen.say(f"{out / PAGE}, {JSON} and plots")
+        title = f"The theory of ResT, measured on {label_model(arguments.model)}"
+        replace_file(out / PAGE_FILE, render_page(title, what + ".", found, settings.batch, pictures))
+        replace_file(out / JSON_FILE, as_json(content, indent=2) + "\n")
+    screen.say(f"{out / PAGE_FILE}, {JSON_FILE} and plots")
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     """UserError for numbers with which nothing can be estimated."""
-    least = {"prompts": LEAST_PROMPTS, "pilot": LEAST_PILOT, "pilot_group": LEAST_PILOT_GROUP, "seed": 0, "step": 1}
-    check_least(**{name: (getattr(arguments, name), number) for name, number in least.items()})
+    least = {"prompts": MIN_PROMPTS, "pilot": MIN_PILOT, "pilot_group": MIN_PILOT_GROUP, "seed": 0, "step": 1}
+    check_minimums(**{name: (getattr(arguments, name), number) for name, number in least.items()})
     if len(arguments.format) > 1:
         raise UserError(f"{len(arguments.format)} times --format", "one", "measure them one by one")
     if arguments.pilot_group < arguments.group:
@@ -146,7 +146,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         raise UserError(f"--cap {arguments.cap}", "a positive multiple of the median norm", "raise it")
 
 
-def measured(
+def sample_and_measure(
     model: Any,
     layout: PromptLayout,
     prompts: tuple[Sequence[Prepared], Sequence[Prepared]],
@@ -156,36 +156,37 @@ def measured(
 ) -> tuple[Theory, str]:
     """The theory on this model, and what it was measured on."""
     pilots, judged = map(len, prompts)
-    with counted(observer, layout.format.name, pilots + judged + steps(pilots, judged)) as done:
+    with track_steps(observer, layout.format.name, pilots + judged + count_steps(pilots, judged)) as done:
         pilot, groups = (
             sample_groups(model, layout, own, sampling, done("sampling"))
             for own, sampling in zip(prompts, samplings, strict=True)
         )
         if not has_spread(pilot, settings):
-            observer.say(f"{NO_SPREAD}.")
-        settings = within_reach(model, pilot, len(groups), settings, observer)
+            observer.say(f"{NO_SPREAD_NOTE}.")
+        settings = limit_coordinates(model, pilot, len(groups), settings, observer)
         found = measure(model, pilot, groups, settings, layout.tokenizer, done("gradients"))
     what = (
-        f"{layout.format.name}: pilot of {len(pilot)} prompts × {samplings[0].group} responses, rules on "
-        f"{len(groups)} other prompts × {samplings[1].group} ({found.live_groups:.0%} of these groups have spread); "
+        f"{layout.format.name}: pilot of {len(pilot)} prompts × {samplings[0].group_size} responses, rules on "
+        f"{len(groups)} other prompts × {samplings[1].group_size} ({found.live_groups:.0%} of these groups have "
+        "spread); "
         f"{found.coordinate_share:.0%} of the parameters, progress {settings.progress:g}, seed {settings.seed}, norm "
         f"cap {settings.cap:g} × median"
     )
     return found, what
 
 
-def within_reach(
-    model: torch.nn.Module, pilot: Sequence[Group], groups: int, settings: TheorySettings, observer: Observer
+def limit_coordinates(
+    model: torch.nn.Module, pilot: Sequence[SampledGroup], groups: int, settings: TheorySettings, observer: Observer
 ) -> TheorySettings:
     """The settings with as many coordinates as memory has room for; says how long a long pilot will take."""
     longest = max((one for group in pilot for one in group.responses), key=lambda one: len(one.ids))
-    settings = replace(settings, coordinates=affordable_coordinates(len(longest.ids), groups))
+    settings = replace(settings, coordinates=max_coordinates(len(longest.ids), groups))
     coordinates = Coordinates.choose(model, settings.coordinates, settings.seed)
     begun = time.monotonic()
     expected_squares(model, pilot[0].prompt_ids, longest.ids[:4], coordinates)
-    passes = token_passes(pilot, settings.token_responses)
+    passes = count_token_passes(pilot, settings.token_responses)
     seconds = passes * (time.monotonic() - begun) / max(1, len(longest.ids[:4]))
-    if seconds > LONG:
+    if seconds > LONG_PILOT_SECONDS:
         observer.say(
             f"{passes:,} backward passes through single tokens: about {seconds / 60:.0f} minutes before the rules are "
             "judged; fewer --pilot prompts, a smaller --group or --max-new-tokens take less"
@@ -193,9 +194,9 @@ def within_reach(
     return settings
 
 
-def show(what: str, found: Theory, screen: Screen) -> None:
+def show_results(what: str, found: Theory, screen: Screen) -> None:
     """The tables and findings."""
-    for table in theory_tables(found):
+    for table in build_tables(found):
         screen.show_table(*table)
     screen.say(f"{what}.\n")
     for line in findings(found):

@@ -10,11 +10,11 @@ import torch
 from scipy.stats import t
 from torch import Tensor
 
-from rest_rl.probe.variance import Estimate, GradientSeries, gain, quotient
+from rest_rl.probe.variance import Estimate, GradientSeries, divide_or_nan, relative_gain
 
-TWO_ERRORS = 0.0455
+TWO_SIGMA_TAIL = 0.0455
 """How often a normal figure is more than two standard errors off, to either side."""
-DOMINANT = 0.5
+DOMINANT_SHARE = 0.5
 """A unit with more than this share of the summed squared norms decides the second moment."""
 
 
@@ -47,29 +47,29 @@ class GradientFigures(NamedTuple):
     @property
     def is_dominated(self) -> bool:
         """Whether a single unit decides the second moment, so that the figures say little about others."""
-        return self.largest_share > DOMINANT
+        return self.largest_share > DOMINANT_SHARE
 
     @classmethod
-    def of(cls, own: GradientSeries, baseline: GradientSeries, largest_share: float) -> GradientFigures:
+    def from_series(cls, own: GradientSeries, baseline: GradientSeries, largest_share: float) -> GradientFigures:
         """All figures of one weighting against the baseline, on the same units."""
         return cls(
-            variance=Estimate.of(own.variance_1K),
-            mean_square=Estimate.of(own.mean_square_1K),
-            ratio=Estimate.of(own.noise_ratio),
-            cosine=Estimate.of(own.cosine_1K),
-            eff=Estimate.of(quotient(own.progress_1K, own.true_norm_1K)),
-            eff_adam=Estimate.of(quotient(own.adam_1K, own.true_norm_1K)),
-            eff_gain=Estimate.of(gain(own.progress_1K, baseline.progress_1K)),
-            eff_adam_gain=Estimate.of(gain(own.adam_1K, baseline.adam_1K)),
-            lead=Estimate.of(own.progress_1K - baseline.progress_1K),
-            adam_lead=Estimate.of(own.adam_1K - baseline.adam_1K),
+            variance=Estimate.from_jackknife(own.variance_1K),
+            mean_square=Estimate.from_jackknife(own.mean_square_1K),
+            ratio=Estimate.from_jackknife(own.noise_ratio),
+            cosine=Estimate.from_jackknife(own.cosine_1K),
+            eff=Estimate.from_jackknife(divide_or_nan(own.progress_1K, own.true_norm_1K)),
+            eff_adam=Estimate.from_jackknife(divide_or_nan(own.adam_1K, own.true_norm_1K)),
+            eff_gain=Estimate.from_jackknife(relative_gain(own.progress_1K, baseline.progress_1K)),
+            eff_adam_gain=Estimate.from_jackknife(relative_gain(own.adam_1K, baseline.adam_1K)),
+            lead=Estimate.from_jackknife(own.progress_1K - baseline.progress_1K),
+            adam_lead=Estimate.from_jackknife(own.adam_1K - baseline.adam_1K),
             largest_share=largest_share,
         )
 
 
-def fraction(above: float, below: float) -> float:
+def ratio_or_nan(above: float, below: float) -> float:
     """NaN where the divisor is 0."""
-    return float(quotient(above, below))
+    return float(divide_or_nan(above, below))
 
 
 def largest_share(gradients_MN: Tensor, scales_M: Tensor | None = None) -> float:
@@ -77,19 +77,21 @@ def largest_share(gradients_MN: Tensor, scales_M: Tensor | None = None) -> float
     squares_M = torch.linalg.vector_norm(gradients_MN, dim=1, dtype=torch.float64).square()
     if scales_M is not None:
         squares_M = squares_M * scales_M.square()
-    return fraction(float(squares_M.max()), float(squares_M.sum()))
+    return ratio_or_nan(float(squares_M.max()), float(squares_M.sum()))
 
 
 def jackknife(count: int, statistic: Callable[[np.ndarray], float]) -> Estimate:
     """A statistic of the positions 0 to count - 1 that it is given, and its error by leaving each of them out."""
     every = np.arange(count)
-    return Estimate.of(np.array([statistic(every), *(statistic(np.delete(every, i)) for i in every)], dtype=float))
+    return Estimate.from_jackknife(
+        np.array([statistic(every), *(statistic(np.delete(every, i)) for i in every)], dtype=float)
+    )
 
 
-def sure_errors(units: int, comparisons: int = 1) -> float:
+def critical_value(units: int, comparisons: int = 1) -> float:
     """The standard errors from `units` units beyond which a figure is more than chance, to either side.
 
     Student's quantile that many units give for the certainty of two errors of many, shared out among `comparisons` of
     which the most striking is picked (Bonferroni).
     """
-    return float(t.isf(TWO_ERRORS / 2 / comparisons, units - 1))
+    return float(t.isf(TWO_SIGMA_TAIL / 2 / comparisons, units - 1))

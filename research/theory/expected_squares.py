@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rest_rl.probe.gradients import Coordinates, evaluating, kept_gradient, padded, response_logits, trainable
+from rest_rl.probe.gradients import (
+    Coordinates,
+    compute_response_logits,
+    evaluation_mode,
+    gather_gradient,
+    pad_responses,
+    trainable_parameters,
+)
 
 
 def expected_squares(
@@ -20,19 +27,19 @@ def expected_squares(
     E_e |J'(q e - p (q . e))|², since (diag q - p q')(diag q - p q')' = diag p - p p', the covariance of the score.
     Over sampled tokens the same mean rests on rare ones: a token of probability 0.999 is seldom seen to be missed.
     """
-    parameters = trainable(model)
+    parameters = trainable_parameters(model)
     squares_T = torch.zeros(len(response), dtype=torch.float64)
     if not len(response):
         return squares_T
-    ids_BT, mask_BT = padded([response])
-    with evaluating(model), torch.enable_grad():
-        logits_TV = response_logits(model, prompt_ids, ids_BT, mask_BT)[0]
+    ids_BT, mask_BT = pad_responses([response])
+    with evaluation_mode(model), torch.enable_grad():
+        logits_TV = compute_response_logits(model, prompt_ids, ids_BT, mask_BT)[0]
         p_TV = logits_TV.detach().double().softmax(-1)
         signs = torch.randint(0, 2, p_TV.shape, generator=torch.Generator().manual_seed(seed))
         q_TV = p_TV.sqrt() * (2 * signs - 1).to(p_TV)
         probes_TV = (q_TV - p_TV * q_TV.sum(-1, keepdim=True)).to(logits_TV)
         for t in range(len(response)):
             along = (logits_TV[t] * probes_TV[t]).sum()
-            vector_N = kept_gradient(along, parameters, coordinates, retain=t + 1 < len(response))
+            vector_N = gather_gradient(along, parameters, coordinates, retain=t + 1 < len(response))
             squares_T[t] = coordinates.scale * vector_N.double().square().sum()
     return squares_T

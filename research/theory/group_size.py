@@ -40,37 +40,39 @@ class GroupSizeCurve(NamedTuple):
     slope: Estimate
 
 
-REFERENCE = "fixed baseline"
+FIXED_BASELINE = "fixed baseline"
 """The advantage whose curve is 1 / G by construction."""
 Advantages = Callable[[np.ndarray, float], np.ndarray]
 """(rewards (groups, G), mean reward of the other prompts) -> advantages (groups, G)."""
 
 
-def fixed_baseline(rewards_kG: np.ndarray, elsewhere: float) -> np.ndarray:
+def subtract_fixed_baseline(rewards_kG: np.ndarray, elsewhere: float) -> np.ndarray:
     """R - b, with the mean reward of other prompts as b."""
     return rewards_kG - elsewhere
 
 
-def leave_one_out(rewards_kG: np.ndarray, _elsewhere: float) -> np.ndarray:
+def subtract_leave_one_out_mean(rewards_kG: np.ndarray, _elsewhere: float) -> np.ndarray:
     """R_i minus the mean of the group's others; unbiased as well."""
     size = rewards_kG.shape[1]
     return (rewards_kG - rewards_kG.mean(1, keepdims=True)) * size / (size - 1)
 
 
-def standardised(rewards_kG: np.ndarray, _elsewhere: float) -> np.ndarray:
+def standardize(rewards_kG: np.ndarray, _elsewhere: float) -> np.ndarray:
     """GRPO's (R - mean) / std."""
     size = rewards_kG.shape[1]
     return group_advantages(torch.from_numpy(rewards_kG.ravel()), size, "grpo").numpy().reshape(rewards_kG.shape)
 
 
 ADVANTAGES: dict[str, Advantages] = {
-    REFERENCE: fixed_baseline,
-    "leave-one-out": leave_one_out,
-    "grpo": standardised,
+    FIXED_BASELINE: subtract_fixed_baseline,
+    "leave-one-out": subtract_leave_one_out_mean,
+    "grpo": standardize,
 }
 
 
-def group_size_curves(prompts: Sequence[PromptResponses], *, repeats: int = 128, seed: int = 0) -> list[GroupSizeCurve]:
+def measure_group_size_curves(
+    prompts: Sequence[PromptResponses], *, repeats: int = 128, seed: int = 0
+) -> list[GroupSizeCurve]:
     """The curve of each advantage over G = 2, 4, ... up to half the responses; errors by leaving out prompts.
 
     Each size averages over `repeats` random divisions of the responses into groups. ValueError for fewer than 3 prompts
@@ -87,15 +89,15 @@ def group_size_curves(prompts: Sequence[PromptResponses], *, repeats: int = 128,
         rng = np.random.default_rng(seed)  # the same divisions for every advantage
         variances_PK = np.array(
             [
-                [within_variance(one, size, advantages, elsewhere, repeats, rng) for size in sizes]
+                [measure_within_variance(one, size, advantages, elsewhere, repeats, rng) for size in sizes]
                 for one, elsewhere in zip(prompts, elsewhere_P, strict=True)
             ]
         )
-        curves.append(curve_of(name, sizes, variances_PK))
+        curves.append(fit_curve(name, sizes, variances_PK))
     return curves
 
 
-def within_variance(
+def measure_within_variance(
     prompt: PromptResponses,
     size: int,
     advantages: Advantages,
@@ -115,18 +117,18 @@ def within_variance(
     return float(np.mean(found))
 
 
-def curve_of(name: str, sizes: tuple[int, ...], variances_PK: np.ndarray) -> GroupSizeCurve:
+def fit_curve(name: str, sizes: tuple[int, ...], variances_PK: np.ndarray) -> GroupSizeCurve:
     """Means over prompts, and the slope of their logarithms."""
     prompts = len(variances_PK)
     measured = tuple(
         jackknife(prompts, lambda kept, k=k: float(variances_PK[kept, k].mean())) for k in range(len(sizes))
     )
     return GroupSizeCurve(
-        name, sizes, measured, jackknife(prompts, lambda kept: slope(sizes, variances_PK[kept].mean(0)))
+        name, sizes, measured, jackknife(prompts, lambda kept: fit_log_log_slope(sizes, variances_PK[kept].mean(0)))
     )
 
 
-def slope(sizes: Sequence[int], variances_K: np.ndarray) -> float:
+def fit_log_log_slope(sizes: Sequence[int], variances_K: np.ndarray) -> float:
     """Least-squares slope of log variance over log size; NaN where there is no variance or a single size."""
     if len(sizes) < 2 or not (variances_K > 0).all():
         return float("nan")

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize
 
-from research.theory.estimates import fraction, jackknife
+from research.theory.estimates import jackknife, ratio_or_nan
 from research.theory.token_bounds import ResponseTokens
 from rest_rl.errors import UserError
 from rest_rl.probe.variance import Estimate
 from rest_rl.response import NUM_REGIONS, Region
 
-NO_SPREAD = (
+NO_SPREAD_NOTE = (
     "Theorem 1 and Theorem 2 by region are left out: they hold one half of the pilot's prompts against the other, and "
     "in a half fewer than 2 prompts have responses of different reward; for them raise --pilot, or take data that the "
     "model neither always nor never gets right"
@@ -55,22 +55,22 @@ def check_closed_form(responses: Sequence[ResponseTokens], floor: float = 1e-3) 
     """Hold the closed form against scipy on every response; `floor` is the smallest beta relative to the largest."""
 
     def worst(pick: Callable[[ResponseTokens], np.ndarray]) -> float:
-        excesses = [closed_form_excess(np.maximum(pick(one), floor * pick(one).max())) for one in responses]
+        excesses = [compare_with_scipy(np.maximum(pick(one), floor * pick(one).max())) for one in responses]
         return max(excesses, key=abs, default=math.nan)
 
     return ClosedFormCheck(len(responses), worst(lambda one: one.bounds), worst(lambda one: one.expected_T))
 
 
-def closed_form_excess(betas_T: np.ndarray) -> float:
+def compare_with_scipy(betas_T: np.ndarray) -> float:
     """By how much scipy's least sum w² beta exceeds that of the closed form, relative; not below 0 if that is least."""
     shares_T = np.full(len(betas_T), 1 / len(betas_T))
     ours, theirs = (
-        float(w_T**2 @ betas_T) for w_T in (closed_form(betas_T), numerical_optimum(np.diag(betas_T), shares_T))
+        float(w_T**2 @ betas_T) for w_T in (solve_closed_form(betas_T), solve_numerically(np.diag(betas_T), shares_T))
     )
     return theirs / ours - 1
 
 
-def closed_form(betas_T: np.ndarray, shares_T: np.ndarray | None = None) -> np.ndarray:
+def solve_closed_form(betas_T: np.ndarray, shares_T: np.ndarray | None = None) -> np.ndarray:
     """Theorem 2: the weights of mean 1 with the least sum w² beta, w_t = T / (sum_u 1 / beta_u) / beta_t.
 
     With `shares` (summing to 1) the constraint is sum share w = 1 and w ~ share / beta: for regions, whose beta is
@@ -83,7 +83,7 @@ def closed_form(betas_T: np.ndarray, shares_T: np.ndarray | None = None) -> np.n
     return raw_T / (shares_T @ raw_T)
 
 
-def numerical_optimum(moments_RR: np.ndarray, shares_R: np.ndarray) -> np.ndarray:
+def solve_numerically(moments_RR: np.ndarray, shares_R: np.ndarray) -> np.ndarray:
     """The weights with the least w'Cw under sum share w = 1 and w >= 0, cross terms and all, by scipy's SLSQP.
 
     What the closed form, which is its case of a diagonal C, is held against.
@@ -101,12 +101,12 @@ def numerical_optimum(moments_RR: np.ndarray, shares_R: np.ndarray) -> np.ndarra
     return found.x
 
 
-def region_optimum(responses: Sequence[ResponseTokens], uncertainty_floor: float = 1e-3) -> RegionOptimum | None:
+def find_region_optimum(responses: Sequence[ResponseTokens], uncertainty_floor: float = 1e-3) -> RegionOptimum | None:
     """Theorem 2 by region: closed form, true optimum and entropy rule, each judged on prompts that it has not seen.
 
     None when fewer than 2 prompts of a half have a response with an advantage.
     """
-    table = MomentTable.of(responses, uncertainty_floor)
+    table = MomentTable.from_responses(responses, uncertainty_floor)
     if not len(table.regions):
         return None
     names = list(SOLUTIONS)
@@ -116,10 +116,8 @@ def region_optimum(responses: Sequence[ResponseTokens], uncertainty_floor: float
     return RegionOptimum(
         weights={name: dict(zip(labels, map(float, w_R), strict=True)) for name, w_R in solved.items()},
         predicted={name: whole.relative(w_R, by_theorem=True) for name, w_R in solved.items()},
-        second_moment={
-            name: table.jackknifed(lambda kept, name=name: table.cross_fitted(name, kept)) for name in names
-        },
-        cross_share=table.jackknifed(lambda kept: table.mean(kept).cross_share),
+        second_moment={name: table.jackknife(lambda kept, name=name: table.cross_fit(name, kept)) for name in names},
+        cross_share=table.jackknife(lambda kept: table.mean(kept).cross_share),
     )
 
 
@@ -138,18 +136,18 @@ class Moments(NamedTuple):
         """The second moment over that under uniform weights, with w scaled to a token mean of 1."""
         weights_R = weights_R / (self.shares_R @ weights_R)
         moments_RR = np.diag(self.betas_R) if by_theorem else self.moments_RR
-        return fraction(float(weights_R @ moments_RR @ weights_R), float(moments_RR.sum()))
+        return ratio_or_nan(float(weights_R @ moments_RR @ weights_R), float(moments_RR.sum()))
 
     @property
     def cross_share(self) -> float:
         """Share of what lies off the diagonal."""
-        return 1 - fraction(float(np.trace(self.moments_RR)), float(self.moments_RR.sum()))
+        return 1 - ratio_or_nan(float(np.trace(self.moments_RR)), float(self.moments_RR.sum()))
 
 
 SOLUTIONS: dict[str, Callable[[Moments], np.ndarray]] = {
     "entropy rule": lambda own: 1 / own.bounds_R,
-    "closed form": lambda own: closed_form(own.betas_R, own.shares_R),
-    "measured optimum": lambda own: numerical_optimum(own.moments_RR, own.shares_R),
+    "closed form": lambda own: solve_closed_form(own.betas_R, own.shares_R),
+    "measured optimum": lambda own: solve_numerically(own.moments_RR, own.shares_R),
 }
 
 
@@ -168,7 +166,7 @@ class MomentTable(NamedTuple):
     floor: float
 
     @classmethod
-    def of(cls, responses: Sequence[ResponseTokens], floor: float) -> MomentTable:
+    def from_responses(cls, responses: Sequence[ResponseTokens], floor: float) -> MomentTable:
         """Add up by prompt."""
         prompts = sorted({one.prompt for one in responses})
         own = [[one for one in responses if one.prompt == prompt] for prompt in prompts]
@@ -203,11 +201,11 @@ class MomentTable(NamedTuple):
         betas_R = self.betas_PR[kept].sum(0) / count
         return Moments(self.sums_PRR[kept].sum(0) / count, shares_R, betas_R, np.maximum(bounds_R, self.floor))
 
-    def cross_fitted(self, name: str, kept: np.ndarray) -> float:
+    def cross_fit(self, name: str, kept: np.ndarray) -> float:
         """W'Cw relative to uniform of the solution of either half on the other, averaged."""
         halves = [self.mean(kept[kept % 2 == parity]) for parity in (0, 1)]
         return sum(halves[1 - i].relative(SOLUTIONS[name](halves[i])) for i in (0, 1)) / 2
 
-    def jackknifed(self, statistic: Callable[[np.ndarray], float]) -> Estimate:
+    def jackknife(self, statistic: Callable[[np.ndarray], float]) -> Estimate:
         """The statistic of all prompts and its error by leaving each of them out."""
         return jackknife(len(self.prompts), statistic)

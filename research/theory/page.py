@@ -7,29 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from research.theory.estimates import GradientFigures, sure_errors
-from research.theory.group_size import REFERENCE
+from research.theory.estimates import GradientFigures, critical_value
+from research.theory.group_size import FIXED_BASELINE
 from research.theory.measure import RuleFigures, Theory
-from research.theory.optimal_weights import NO_SPREAD, ClosedFormCheck, RegionOptimum
-from research.theory.token_bounds import ranks
+from research.theory.optimal_weights import NO_SPREAD_NOTE, ClosedFormCheck, RegionOptimum
+from research.theory.token_bounds import spearman
 from rest_rl.probe.page import (
     DASH,
     Table,
-    bounded,
-    in_digits,
-    in_percent,
-    plain,
-    unless_lost,
+    format_estimate,
+    format_percent,
+    hide_noisy_cosine,
+    hide_noisy_ratio,
+    to_plain,
 )
 from rest_rl.probe.rules import UNIFORM
 from rest_rl.probe.variance import Estimate
 from rest_rl.report.tables import markdown_table
 
-FLAT, CLOSE = 0.05, 0.1
+SLOPE_TOLERANCE, MAX_SLOPE_ERROR = 0.05, 0.1
 """How far a slope may be from -1, and how large its error may be, to be called -1."""
-READING = {
+NOTES = {
     "Lemma 1": "Trace of the covariance of one prompt's gradient, within prompts, for groups of G responses. The "
-    f"lemma's slope is -1, which the {REFERENCE} has by construction. ± is one standard error over prompts "
+    f"lemma's slope is -1, which the {FIXED_BASELINE} has by construction. ± is one standard error over prompts "
     "(jackknife), here as everywhere.",
     "Lemma 2": "E|s|²: the expected squared norm of a token's gradient over all tokens that could have come, in all "
     "parameters.",
@@ -45,15 +45,15 @@ READING = {
 }
 
 
-def theory_tables(theory: Theory) -> list[Table]:
+def build_tables(theory: Theory) -> list[Table]:
     """One table or two for each part of the theory."""
     return [
-        lemma_one_table(theory),
+        build_lemma_one_table(theory),
         Table(
             "Lemma 2: uncertainty by region",
             ("region", "tokens", "entropy (nats)", "1 - Σp²", "1 - exp(-H)"),
             [
-                (row.region, str(row.tokens), *(in_digits(x, 4) for x in (row.entropy, row.collision, row.bound)))
+                (row.region, str(row.tokens), *(format_estimate(x, 4) for x in (row.entropy, row.collision, row.bound)))
                 for row in theory.regions
             ],
         ),
@@ -61,37 +61,42 @@ def theory_tables(theory: Theory) -> list[Table]:
             "Lemma 2: squared gradient of a token by region",
             ("region", "share %", "E|s|²", "E|s|² / (1 - exp(-H))"),
             [
-                (row.region, f"{100 * row.share:.1f}", significant(row.square), significant(row.square_per_bound))
+                (
+                    row.region,
+                    f"{100 * row.share:.1f}",
+                    format_significant(row.square),
+                    format_significant(row.square_per_bound),
+                )
                 for row in theory.regions
             ],
         ),
-        *(bound_tables(theory) if theory.bounds else []),
-        *(optimum_tables(theory, theory.optimum) if theory.optimum else []),
-        *rule_tables(theory.rules),
+        *(build_bound_tables(theory) if theory.bounds else []),
+        *(build_optimum_tables(theory, theory.optimum) if theory.optimum else []),
+        *build_rule_tables(theory.rules),
     ]
 
 
-def lemma_one_table(theory: Theory) -> Table:
+def build_lemma_one_table(theory: Theory) -> Table:
     """Variance by group size."""
     sizes = theory.group_size[0].sizes
     return Table(
         "Lemma 1: variance within prompts by group size",
         ("advantage", *(f"G = {size}" for size in sizes), "slope"),
         [
-            (curve.advantage, *(significant(x) for x in curve.variances), in_digits(curve.slope, 2))
+            (curve.advantage, *(format_significant(x) for x in curve.variances), format_estimate(curve.slope, 2))
             for curve in theory.group_size
         ],
     )
 
 
-def bound_tables(theory: Theory) -> list[Table]:
+def build_bound_tables(theory: Theory) -> list[Table]:
     """Theorem 1 and what its looseness is made of."""
     return [
         Table(
             "Theorem 1: bound and measured second moment",
             ("rule", "E|g|²", "bound", "looseness"),
             [
-                (name, significant(chain.measured), significant(chain.bound), f"{chain.looseness:.3g}")
+                (name, format_significant(chain.measured), format_significant(chain.bound), f"{chain.looseness:.3g}")
                 for name, chain in theory.bounds.items()
             ],
         ),
@@ -99,14 +104,17 @@ def bound_tables(theory: Theory) -> list[Table]:
             "Theorem 1: the factors of the looseness",
             ("rule", "advantage", "uncorrelated", "gain", "entropy"),
             [
-                (name, *(significant(x) for x in (chain.advantage, chain.cross_terms, chain.gain, chain.entropy)))
+                (
+                    name,
+                    *(format_significant(x) for x in (chain.advantage, chain.cross_terms, chain.gain, chain.entropy)),
+                )
                 for name, chain in theory.bounds.items()
             ],
         ),
     ]
 
 
-def optimum_tables(theory: Theory, optimum: RegionOptimum) -> list[Table]:
+def build_optimum_tables(theory: Theory, optimum: RegionOptimum) -> list[Table]:
     """The solutions of Theorem 2: their weights by region, and what they make of the second moment."""
     regions = list(next(iter(optimum.weights.values())))
     return [
@@ -122,7 +130,7 @@ def optimum_tables(theory: Theory, optimum: RegionOptimum) -> list[Table]:
             "Theorem 2: second moment relative to uniform weights",
             ("solution", "expected", "measured"),
             [
-                (name, f"{optimum.predicted[name]:.3g}", significant(optimum.second_moment[name]))
+                (name, f"{optimum.predicted[name]:.3g}", format_significant(optimum.second_moment[name]))
                 for name in optimum.weights
             ],
         ),
@@ -135,7 +143,7 @@ def mean_weight(theory: Theory, weights: dict[str, float]) -> float:
     return sum(shares[region] * weight for region, weight in weights.items()) / sum(shares[r] for r in weights)
 
 
-def rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
+def build_rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
     """Figures of every rule, and the gains with and without the norm cap."""
     labels = list(rules[0].weights)
     return [
@@ -154,9 +162,9 @@ def rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
             [
                 (
                     rule.name,
-                    in_digits(rule.plain.eff, 3),
-                    in_digits(rule.plain.eff_adam, 4),
-                    in_whole_percent(rule.plain.largest_share),
+                    format_estimate(rule.plain.eff, 3),
+                    format_estimate(rule.plain.eff_adam, 4),
+                    format_whole_percent(rule.plain.largest_share),
                 )
                 for rule in rules
             ],
@@ -165,7 +173,7 @@ def rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
             "Rules: lead over uniform weights in standard errors",
             ("rule", "plain", "Adam", "plain, capped", "Adam, capped"),
             [
-                (rule.name, *(in_errors(x) for own in (rule.plain, rule.capped) for x in (own.lead, own.adam_lead)))
+                (rule.name, *(format_lead(x) for own in (rule.plain, rule.capped) for x in (own.lead, own.adam_lead)))
                 for rule in rules
                 if rule.name != UNIFORM
             ],
@@ -177,7 +185,7 @@ def rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
                 (
                     rule.name,
                     *(
-                        in_percent(x, sign="+")
+                        format_percent(x, sign="+")
                         for own in (rule.plain, rule.capped)
                         for x in (own.eff_gain, own.eff_adam_gain)
                     ),
@@ -192,26 +200,26 @@ def rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
 def direction_cells(own: GradientFigures) -> tuple[str, ...]:
     """Size, noise and direction of one rule's gradient."""
     return (
-        *(significant(x) for x in (own.variance, own.mean_square, unless_lost(own.ratio))),
-        in_digits(bounded(own.cosine), 2),
+        *(format_significant(x) for x in (own.variance, own.mean_square, hide_noisy_ratio(own.ratio))),
+        format_estimate(hide_noisy_cosine(own.cosine), 2),
     )
 
 
-def in_whole_percent(share: float) -> str:
+def format_whole_percent(share: float) -> str:
     """`42`; a dash where it is not defined."""
     return f"{100 * share:.0f}" if math.isfinite(share) else DASH
 
 
-def significant(estimate: Estimate) -> str:
+def format_significant(estimate: Estimate) -> str:
     """`0.0123 ± 0.0045`, to the second digit of the error; a dash where it is not defined."""
     if not math.isfinite(estimate.value) or not estimate.error > 0 or math.isinf(estimate.error):
-        return in_digits(estimate, 3)
-    return in_digits(estimate, min(6, max(0, 1 - math.floor(math.log10(estimate.error)))))
+        return format_estimate(estimate, 3)
+    return format_estimate(estimate, min(6, max(0, 1 - math.floor(math.log10(estimate.error)))))
 
 
-def in_errors(lead: Estimate) -> str:
+def format_lead(lead: Estimate) -> str:
     """A difference in its standard errors; a dash where it has none."""
-    return f"{lead.value / lead.error:+.1f}" if lead.error > 0 else in_digits(Estimate(math.nan, math.nan), 1)
+    return f"{lead.value / lead.error:+.1f}" if lead.error > 0 else format_estimate(Estimate(math.nan, math.nan), 1)
 
 
 def findings(theory: Theory) -> list[str]:
@@ -220,19 +228,19 @@ def findings(theory: Theory) -> list[str]:
         *lemma_findings(theory),
         *(theorem_one_findings(theory) if theory.bounds else []),
         closed_form_finding(theory.closed_form),
-        NO_SPREAD if theory.optimum is None else optimum_finding(theory.optimum, sure_errors(theory.pilot)),
-        *rule_findings(theory.rules, sure_errors(theory.blocks)),
+        NO_SPREAD_NOTE if theory.optimum is None else optimum_finding(theory.optimum, critical_value(theory.pilot)),
+        *rule_findings(theory.rules, critical_value(theory.blocks)),
     ]
 
 
 def lemma_findings(theory: Theory) -> list[str]:
     """Lemmas 1 and 2."""
-    errors = sure_errors(theory.pilot)
+    errors = critical_value(theory.pilot)
     lines = [
-        f"Lemma 1 {lemma_one_word(curve.slope, errors)} the measurement for the advantage {curve.advantage}: slope "
-        f"{in_digits(curve.slope, 2)}, expected -1"
+        f"Lemma 1 {judge_slope(curve.slope, errors)} the measurement for the advantage {curve.advantage}: slope "
+        f"{format_estimate(curve.slope, 2)}, expected -1"
         for curve in theory.group_size
-        if curve.advantage != REFERENCE
+        if curve.advantage != FIXED_BASELINE
     ]
     own = theory.lemma_two
     state = "holds on all" if own.violations == 0 else f"fails on {own.violations} of"
@@ -254,12 +262,12 @@ def lemma_findings(theory: Theory) -> list[str]:
     return lines
 
 
-def lemma_one_word(slope: Estimate, errors: float) -> str:
+def judge_slope(slope: Estimate, errors: float) -> str:
     """What a slope says about the lemma's -1; a large error says nothing."""
     off = abs(slope.value + 1)
-    if off > max(errors * slope.error, FLAT):
+    if off > max(errors * slope.error, SLOPE_TOLERANCE):
         return "parts from"
-    return "agrees with" if slope.error < CLOSE else "is not decided by"
+    return "agrees with" if slope.error < MAX_SLOPE_ERROR else "is not decided by"
 
 
 def theorem_one_findings(theory: Theory) -> list[str]:
@@ -275,7 +283,7 @@ def theorem_one_findings(theory: Theory) -> list[str]:
     line = (
         f"Theorem 1's bound {held} and is {min(loosest):.2g} to {max(loosest):.2g} times the measured second moment "
         f"(uniform weights: {costs}; cross terms {uniform.cross_terms.value:.2f}). It orders the rules with a rank "
-        f"correlation of {ranks(measured, bound):.2f}"
+        f"correlation of {spearman(measured, bound):.2f}"
     )
     return [line]
 
@@ -293,8 +301,8 @@ def optimum_finding(optimum: RegionOptimum, errors: float) -> str:
     parts = abs(closed.value - promised) > errors * closed.error
     return (
         f"By region it promises {promised:.3g} of the second moment under uniform weights; on other prompts it is "
-        f"{significant(closed)}{' – theory and measurement part' if parts else ''}. Cross terms between regions make "
-        f"{in_percent(optimum.cross_share)} % of it"
+        f"{format_significant(closed)}{' – theory and measurement part' if parts else ''}. Cross terms between "
+        f"regions make {format_percent(optimum.cross_share)} % of it"
     )
 
 
@@ -303,10 +311,11 @@ def rule_findings(rules: Sequence[RuleFigures], errors: float) -> list[str]:
     lines = []
     known = [rule for rule in rules if 0 < rule.plain.ratio.error < rule.plain.ratio.value]
     if known:
-        calmest, best = min(known, key=lambda rule: rule.plain.ratio.value), max(rules, key=number)
+        calmest, best = min(known, key=lambda rule: rule.plain.ratio.value), max(rules, key=eff_adam_or_neg_inf)
         lines.append(
-            f"The least variance / |mean|² has {calmest.name} (eff under Adam {in_digits(calmest.plain.eff_adam, 3)}); "
-            f"the best eff under Adam has {best.name} ({in_digits(best.plain.eff_adam, 3)})"
+            f"The least variance / |mean|² has {calmest.name} (eff under Adam "
+            f"{format_estimate(calmest.plain.eff_adam, 3)}); the best eff under Adam has {best.name} "
+            f"({format_estimate(best.plain.eff_adam, 3)})"
         )
     if len(known) < len(rules):
         lines.append(
@@ -315,7 +324,7 @@ def rule_findings(rules: Sequence[RuleFigures], errors: float) -> list[str]:
         )
     for kind, field in (("under Adam", "adam_lead"), ("for plain steps", "lead")):
         for word, sign in (("gain", 1), ("lose", -1)):
-            sure = [rule.name for rule in rules if resolved(rule, field, sign, errors)]
+            sure = [rule.name for rule in rules if is_resolved(rule, field, sign, errors)]
             lines.append(f"{', '.join(sure) or 'No rule'}: {word} against uniform weights {kind} by more than "
                          f"{errors:.1f} standard errors, with and without the norm cap")  # fmt: skip
     if dominated := [rule.name for rule in rules if rule.plain.is_dominated]:
@@ -326,24 +335,24 @@ def rule_findings(rules: Sequence[RuleFigures], errors: float) -> list[str]:
     return lines
 
 
-def resolved(rule: RuleFigures, field: str, sign: int, errors: float) -> bool:
+def is_resolved(rule: RuleFigures, field: str, sign: int, errors: float) -> bool:
     """Whether a lead has this sign beyond so many standard errors, with and without the cap."""
     leads: list[Estimate] = [getattr(own, field) for own in (rule.plain, rule.capped)]
     return rule.name != UNIFORM and all(sign * lead.value > errors * lead.error for lead in leads)
 
 
-def number(rule: RuleFigures) -> float:
+def eff_adam_or_neg_inf(rule: RuleFigures) -> float:
     """Its eff under Adam, or less than any where that is not defined."""
     value = rule.plain.eff_adam.value
     return value if math.isfinite(value) else -math.inf
 
 
-def page(title: str, what: str, theory: Theory, batch: int, pictures: Sequence[Path]) -> str:
+def render_page(title: str, what: str, theory: Theory, batch: int, pictures: Sequence[Path]) -> str:
     """The Markdown page; `pictures` are paths relative to it."""
     parts = [f"# {title}", what, "\n".join(f"* {line}." for line in findings(theory))]
     parts += [f"![]({path.as_posix()})" for path in pictures]
-    tables = theory_tables(theory)
-    for name, reading in READING.items():
+    tables = build_tables(theory)
+    for name, reading in NOTES.items():
         own = [table for table in tables if table.title.startswith(f"{name}: ")]
         if own:
             parts += [f"## {name}", reading.format(batch="1 prompt" if batch == 1 else f"{batch} prompts")]
@@ -353,6 +362,6 @@ def page(title: str, what: str, theory: Theory, batch: int, pictures: Sequence[P
     return "\n\n".join(parts) + "\n"
 
 
-def as_mapping(theory: Theory, settings: Any) -> dict[str, Any]:
+def to_mapping(theory: Theory, settings: Any) -> dict[str, Any]:
     """The JSON object: an estimate is [value, error]."""
-    return {"settings": plain(settings), **plain(theory), "findings": findings(theory)}
+    return {"settings": to_plain(settings), **to_plain(theory), "findings": findings(theory)}

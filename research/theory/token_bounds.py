@@ -20,15 +20,15 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from research.theory.estimates import fraction, jackknife, sure_errors
+from research.theory.estimates import critical_value, jackknife, ratio_or_nan
 from rest_rl.probe.variance import Estimate
 from rest_rl.response import NUM_REGIONS, Region
 
-SLACK = 1e-9
+TOLERANCE = 1e-9
 """What rounding may cost the inequality of Lemma 2."""
-COMMON = 0.01
+MIN_REGION_SHARE = 0.01
 """Share of the tokens below which a region is not spoken of."""
-CERTAIN = 1e-6
+MIN_COLLISION = 1e-6
 """Tokens with a smaller 1 - sum p² say nothing about a gain: both its sides are rounding."""
 
 
@@ -117,33 +117,33 @@ class BoundChain(NamedTuple):
     @property
     def looseness(self) -> float:
         """Bound over measured."""
-        return fraction(self.bound.value, self.measured.value)
+        return ratio_or_nan(self.bound.value, self.measured.value)
 
 
-def lemma_two(logps_S: np.ndarray, entropies_S: np.ndarray, collisions_S: np.ndarray) -> LemmaTwo:
+def check_lemma_two(logps_S: np.ndarray, entropies_S: np.ndarray, collisions_S: np.ndarray) -> LemmaTwo:
     """Check 1 - sum p² <= 1 - exp(-H) on every token, and E|e_y - p|² = 1 - sum p² on their mean."""
     bounds_S = -np.expm1(-entropies_S)
     excess_S = 2 * (-np.expm1(logps_S) - collisions_S)  # |e_y - p|² = 2 (1 - p_y) - (1 - sum p²), minus 1 - sum p²
     spread = math.sqrt(float((excess_S**2).sum()))
     return LemmaTwo(
         tokens=len(entropies_S),
-        violations=int((collisions_S > bounds_S + SLACK).sum()),
-        tightness=fraction(float(collisions_S.sum()), float(bounds_S.sum())),
-        z=fraction(float(excess_S.sum()), spread),
+        violations=int((collisions_S > bounds_S + TOLERANCE).sum()),
+        tightness=ratio_or_nan(float(collisions_S.sum()), float(bounds_S.sum())),
+        z=ratio_or_nan(float(excess_S.sum()), spread),
     )
 
 
-def region_tokens(responses: Sequence[ResponseTokens]) -> list[RegionTokens]:
+def summarize_regions(responses: Sequence[ResponseTokens]) -> list[RegionTokens]:
     """Every region with tokens: its uncertainty and the size of its gradients."""
     counts_R = sum((np.bincount(one.regions_T, minlength=NUM_REGIONS) for one in responses), np.zeros(NUM_REGIONS))
     rows = []
     for region in (region for region in Region if counts_R[region]):
 
         def mean(values: Callable[[ResponseTokens], np.ndarray], region: Region = region) -> Estimate:
-            return over_prompts(responses, lambda some: region_mean(some, values, region))
+            return jackknife_prompts(responses, lambda some: region_mean(some, values, region))
 
         def per_bound(some: Sequence[ResponseTokens], region: Region = region) -> float:
-            return fraction(region_mean(some, _expected, region), region_mean(some, _bounds, region))
+            return ratio_or_nan(region_mean(some, _expected, region), region_mean(some, _bounds, region))
 
         rows.append(
             RegionTokens(
@@ -154,15 +154,15 @@ def region_tokens(responses: Sequence[ResponseTokens]) -> list[RegionTokens]:
                 collision=mean(lambda one: one.collisions_T),
                 bound=mean(_bounds),
                 square=mean(_expected),
-                square_per_bound=over_prompts(responses, per_bound),
+                square_per_bound=jackknife_prompts(responses, per_bound),
             )
         )
     return rows
 
 
-def region_contrast(responses: Sequence[ResponseTokens], rows: Sequence[RegionTokens]) -> RegionContrast | None:
+def contrast_regions(responses: Sequence[ResponseTokens], rows: Sequence[RegionTokens]) -> RegionContrast | None:
     """The regions of the largest and the smallest E|s|² per unit of 1 - exp(-H); None without two to compare."""
-    known = [row for row in rows if row.share >= COMMON and row.square_per_bound.value > 0]
+    known = [row for row in rows if row.share >= MIN_REGION_SHARE and row.square_per_bound.value > 0]
     if len(known) < 2:
         return None
     low, high = (pick(known, key=lambda row: row.square_per_bound.value) for pick in (min, max))
@@ -170,7 +170,7 @@ def region_contrast(responses: Sequence[ResponseTokens], rows: Sequence[RegionTo
 
     def log_ratio(some: Sequence[ResponseTokens]) -> float:
         pair = [
-            fraction(
+            ratio_or_nan(
                 region_mean(some, _expected, by_label[row.region]), region_mean(some, _bounds, by_label[row.region])
             )
             for row in (high, low)
@@ -178,8 +178,8 @@ def region_contrast(responses: Sequence[ResponseTokens], rows: Sequence[RegionTo
         return math.log(pair[0] / pair[1]) if min(pair) > 0 else math.nan
 
     pairs = len(known) * (len(known) - 1) // 2
-    least = sure_errors(len({one.prompt for one in responses}), pairs)
-    found = over_prompts(responses, log_ratio)
+    least = critical_value(len({one.prompt for one in responses}), pairs)
+    found = jackknife_prompts(responses, log_ratio)
     return RegionContrast(high.region, low.region, found, found.is_above(0, least))
 
 
@@ -203,10 +203,10 @@ def region_mean(
 def rank_correlation(responses: Sequence[ResponseTokens]) -> float:
     """Spearman's correlation of 1 - exp(-H_t) with E_y |s_t|² over all tokens."""
     bounds, squares = (np.concatenate([pick(one) for one in responses]) for pick in (_bounds, _expected))
-    return ranks(bounds, squares)
+    return spearman(bounds, squares)
 
 
-def ranks(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> float:
+def spearman(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> float:
     """Spearman's rank correlation."""
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
@@ -216,29 +216,35 @@ def largest_advantage(group_size: int) -> float:
     return (group_size - 1) / math.sqrt(group_size)
 
 
-def gain_square(responses: Sequence[ResponseTokens]) -> float:
+def max_gain_square(responses: Sequence[ResponseTokens]) -> float:
     """L²: the largest E_y |s_t|² / (1 - sum p²) of any token that is not certain."""
     ratios = [
-        one.expected_T[one.collisions_T > CERTAIN] / one.collisions_T[one.collisions_T > CERTAIN] for one in responses
+        one.expected_T[one.collisions_T > MIN_COLLISION] / one.collisions_T[one.collisions_T > MIN_COLLISION]
+        for one in responses
     ]
     return float(max((ratio.max() for ratio in ratios if len(ratio)), default=math.nan))
 
 
-def bound_chain(responses: Sequence[ResponseTokens], weights: Sequence[np.ndarray], group_size: int) -> BoundChain:
+def measure_bound_chain(
+    responses: Sequence[ResponseTokens], weights: Sequence[np.ndarray], group_size: int
+) -> BoundChain:
     """Theorem 1 on measured gradients: the bound, and what each of its assumptions costs.
 
     L is the largest gain among the prompts of the other half (even against odd numbers), so that a response does not
     set the bound that it is held against. The errors hold L fixed: a maximum has no jackknife error.
     """
-    halves = [gain_square([one for one in responses if one.prompt % 2 != parity]) for parity in (0, 1)]
+    halves = [max_gain_square([one for one in responses if one.prompt % 2 != parity]) for parity in (0, 1)]
     largest = largest_advantage(group_size) ** 2
     terms = np.array(
-        [chain_terms(one, w_T, largest, halves[one.prompt % 2]) for one, w_T in zip(responses, weights, strict=True)]
+        [
+            compute_chain_terms(one, w_T, largest, halves[one.prompt % 2])
+            for one, w_T in zip(responses, weights, strict=True)
+        ]
     )
     prompts = [one.prompt for one in responses]
 
     def ratio(above: int, below: int) -> Estimate:
-        return jackknife_rows(terms, prompts, lambda mean: fraction(mean[above], mean[below]))
+        return jackknife_rows(terms, prompts, lambda mean: ratio_or_nan(mean[above], mean[below]))
 
     return BoundChain(
         measured=jackknife_rows(terms, prompts, lambda mean: mean[0]),
@@ -250,7 +256,7 @@ def bound_chain(responses: Sequence[ResponseTokens], weights: Sequence[np.ndarra
     )
 
 
-def chain_terms(one: ResponseTokens, weights_T: np.ndarray, largest: float, gain: float) -> list[float]:
+def compute_chain_terms(one: ResponseTokens, weights_T: np.ndarray, largest: float, gain: float) -> list[float]:
     """One response's five terms, from its own A² w'Kw / T² to A_max² L² sum w² (1 - exp(-H)) / T²."""
     scale = 1 / len(weights_T) ** 2
     square = scale * float(weights_T @ one.gram_TT @ weights_T)
@@ -265,7 +271,7 @@ def chain_terms(one: ResponseTokens, weights_T: np.ndarray, largest: float, gain
     ]
 
 
-def over_prompts(
+def jackknife_prompts(
     responses: Sequence[ResponseTokens], statistic: Callable[[Sequence[ResponseTokens]], float]
 ) -> Estimate:
     """A statistic and its error by leaving each prompt out in turn; no error where a single prompt determines it."""

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 
 from research.theory.optimal_weights import (
     check_closed_form,
-    closed_form,
-    closed_form_excess,
-    numerical_optimum,
-    region_optimum,
+    compare_with_scipy,
+    find_region_optimum,
+    solve_closed_form,
+    solve_numerically,
 )
 from research.theory.token_bounds import ResponseTokens
 from rest_rl.response import Region
@@ -33,25 +33,25 @@ def response(prompt, expected, regions, gram=None, advantage=1.0):
 
 def test_closed_form_by_hand():
     # 1 / beta = 1, 1/2, 1/4, sum 7/4: w = 3 / (7/4) * (1, 1/2, 1/4) = (12, 6, 3) / 7
-    w = closed_form(np.array([1.0, 2.0, 4.0]))
+    w = solve_closed_form(np.array([1.0, 2.0, 4.0]))
     assert w.tolist() == pytest.approx([12 / 7, 6 / 7, 3 / 7])
     assert w.mean() == pytest.approx(1)
     # sum w^2 beta = T^2 / sum 1/beta = 9 / (7/4)
     assert w**2 @ np.array([1.0, 2.0, 4.0]) == pytest.approx(36 / 7)
-    assert closed_form(np.full(5, 0.3)).tolist() == pytest.approx([1] * 5)
+    assert solve_closed_form(np.full(5, 0.3)).tolist() == pytest.approx([1] * 5)
 
 
 def test_regions_are_tokens_joined():
     # Two tokens of beta 2 and one of beta 8 in a region of its own: shares 2/3 and 1/3, region sums 4 and 8.
-    by_token = closed_form(np.array([2.0, 2.0, 8.0]))
-    by_region = closed_form(np.array([4.0, 8.0]), np.array([2 / 3, 1 / 3]))
+    by_token = solve_closed_form(np.array([2.0, 2.0, 8.0]))
+    by_region = solve_closed_form(np.array([4.0, 8.0]), np.array([2 / 3, 1 / 3]))
     assert by_region.tolist() == pytest.approx([by_token[0], by_token[2]])
 
 
 @settings(max_examples=40, deadline=None)
 @given(BETAS)
 def test_the_closed_form_is_scipys_minimum(betas):
-    assert closed_form_excess(np.array(betas)) == pytest.approx(0, abs=1e-6)
+    assert compare_with_scipy(np.array(betas)) == pytest.approx(0, abs=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
@@ -60,22 +60,22 @@ def test_no_other_weights_of_mean_one_are_better(betas, seed):
     betas = np.array(betas)
     other = np.random.default_rng(seed).exponential(size=len(betas))
     other /= other.mean()
-    assert closed_form(betas) ** 2 @ betas <= (other**2 @ betas) * (1 + 1e-12)
+    assert solve_closed_form(betas) ** 2 @ betas <= (other**2 @ betas) * (1 + 1e-12)
 
 
 def test_the_numerical_optimum_knows_cross_terms():
     # C^-1 s / (s' C^-1 s) with C = [[2, 1], [1, 3]], s = (1/2, 1/2): C^-1 s ~ (2, 1) / 10, so w = (4/3, 2/3)
-    w = numerical_optimum(np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([0.5, 0.5]))
+    w = solve_numerically(np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([0.5, 0.5]))
     assert w.tolist() == pytest.approx([4 / 3, 2 / 3], abs=1e-5)
     # strong positive cross terms would want a negative weight; it stays at 0
-    w = numerical_optimum(np.array([[1.0, 2.0], [2.0, 9.0]]), np.array([0.5, 0.5]))
+    w = solve_numerically(np.array([[1.0, 2.0], [2.0, 9.0]]), np.array([0.5, 0.5]))
     assert w.tolist() == pytest.approx([2, 0], abs=1e-5)
 
 
 def test_the_theorem_keeps_its_promise_where_its_assumptions_hold():
     name, reasoning = int(Region.NAME), int(Region.REASONING)
     some = [response(prompt, [1, 4], [name, reasoning]) for prompt in range(6)]
-    found = region_optimum(some)
+    found = find_region_optimum(some)
     # beta 1 and 4: w = 2 / (5/4) * (1, 1/4) = (1.6, 0.4); sum w^2 beta = 3.2 against 5
     assert found.weights["closed form"] == pytest.approx({"name": 1.6, "reasoning": 0.4})
     assert found.predicted["closed form"] == pytest.approx(0.64)
@@ -89,7 +89,7 @@ def test_the_theorem_keeps_its_promise_where_its_assumptions_hold():
 def test_cross_terms_break_the_promise():
     name, reasoning = int(Region.NAME), int(Region.REASONING)
     gram = [[1, 1.9], [1.9, 4]]
-    found = region_optimum([response(prompt, [1, 4], [name, reasoning], gram) for prompt in range(6)])
+    found = find_region_optimum([response(prompt, [1, 4], [name, reasoning], gram) for prompt in range(6)])
     assert found.predicted["closed form"] == pytest.approx(0.64)
     # w = (1.6, 0.4) on this gram: (1.6^2 + 2 * 1.6 * 0.4 * 1.9 + 0.4^2 * 4) / (1 + 3.8 + 4)
     assert found.second_moment["closed form"].value == pytest.approx(5.632 / 8.8)
@@ -101,14 +101,14 @@ def test_solutions_are_judged_on_the_other_half():
     name, reasoning = int(Region.NAME), int(Region.REASONING)
     some = [response(p, [9, 1] if p % 2 else [1, 9], [name, reasoning]) for p in range(8)]
     # from betas (1, 9) w = (1.8, 0.2); on the other half (1.8^2 * 9 + 0.2^2) / 10 = 2.92
-    assert region_optimum(some).second_moment["closed form"].value == pytest.approx(2.92)
+    assert find_region_optimum(some).second_moment["closed form"].value == pytest.approx(2.92)
 
 
 def test_halves_are_taken_by_position():
     # Prompts 0, 2, 4, 6 alone: all of them even, but every other one is of the second half.
     name, reasoning = int(Region.NAME), int(Region.REASONING)
     some = [response(2 * p, [9, 1] if p % 2 else [1, 9], [name, reasoning]) for p in range(4)]
-    assert region_optimum(some).second_moment["closed form"].value == pytest.approx(2.92)
+    assert find_region_optimum(some).second_moment["closed form"].value == pytest.approx(2.92)
 
 
 def test_every_response_is_checked():
@@ -119,6 +119,6 @@ def test_every_response_is_checked():
 
 def test_too_little_spread_has_no_optimum():
     some = [response(p, [1, 4], [0, 1], advantage=float(p % 2)) for p in range(6)]
-    assert region_optimum(some) is None
+    assert find_region_optimum(some) is None
     with pytest.raises(ValueError, match="beta of 0"):
-        closed_form(np.array([1.0, 0.0]))
+        solve_closed_form(np.array([1.0, 0.0]))

@@ -12,32 +12,32 @@ import torch
 from research.theory import __main__ as cli_theory
 from research.theory.measure import (
     TheorySettings,
-    affordable_coordinates,
-    batch_of,
+    build_batch,
+    count_steps,
     has_spread,
+    max_coordinates,
     measure,
-    pilot_statistics,
-    response_products,
-    steps,
-    theory_rules,
-    token_products,
+    measure_pilot,
+    measure_responses,
+    measure_tokens,
+    select_theory_rules,
 )
 from research.theory.page import (
-    as_mapping,
+    build_tables,
     direction_cells,
     findings,
-    lemma_one_word,
-    page,
-    significant,
-    theory_tables,
+    format_significant,
+    judge_slope,
+    render_page,
+    to_mapping,
 )
 from research.theory.plots import draw_theory
 from rest_rl.data.layout import PromptLayout
 from rest_rl.jsonl import as_json
 from rest_rl.presets import compute_token_weights
-from rest_rl.probe.gradients import Coordinates, padded, token_statistics
+from rest_rl.probe.gradients import Coordinates, compute_token_statistics, pad_responses
 from rest_rl.probe.rules import UNIFORM
-from rest_rl.probe.sample import Group, Sampling, sample_groups
+from rest_rl.probe.sample import SampledGroup, Sampling, sample_groups
 from rest_rl.probe.variance import Estimate
 from rest_rl.response import Region
 from rest_rl.weights import weigh
@@ -71,10 +71,10 @@ def measured(policy, sampled):
 def test_products_are_those_of_sums_of_token_gradients(policy, sampled):
     # The gram of the tokens adds up to the squared norm of the response's gradient, from another pass.
     model, _ = policy
-    group: Group = sampled[0][0]
+    group: SampledGroup = sampled[0][0]
     coordinates = Coordinates.choose(model, 20_000)
-    by_response = response_products(model, group, coordinates)
-    for i, one in enumerate(token_products(model, group, 0, 4, coordinates)):
+    by_response = measure_responses(model, group, coordinates)
+    for i, one in enumerate(measure_tokens(model, group, 0, 4, coordinates)):
         length = len(one.regions_T)
         assert one.gram_TT.sum() / length**2 == pytest.approx(by_response.gram_nn[i, i], rel=1e-3)
         assert one.advantage == pytest.approx(
@@ -84,17 +84,17 @@ def test_products_are_those_of_sums_of_token_gradients(policy, sampled):
 
 def test_statistics_and_weights_are_those_of_training(policy, sampled):
     model, tokenizer = policy
-    statistics, lemma = pilot_statistics(model, sampled[0])
+    statistics, lemma = measure_pilot(model, sampled[0])
     assert lemma.violations == 0
     assert lemma.tokens == int(statistics.counts_R.sum()) == sum(len(r.ids) for g in sampled[0] for r in g.responses)
     group = sampled[1][0]
-    ids_BT, mask_BT = padded([response.ids for response in group.responses])
-    regions_BT, _ = padded([response.regions for response in group.responses], Region.OTHER)
-    entropies_BT = token_statistics(
+    ids_BT, mask_BT = pad_responses([response.ids for response in group.responses])
+    regions_BT, _ = pad_responses([response.regions for response in group.responses], Region.OTHER)
+    entropies_BT = compute_token_statistics(
         model, group.prompt_ids, [response.ids for response in group.responses]
     ).entropies_BT
-    batch = batch_of(regions_BT, mask_BT, entropies_BT)
-    for name, rule in theory_rules().items():
+    batch = build_batch(regions_BT, mask_BT, entropies_BT)
+    for name, rule in select_theory_rules().items():
         reads = entropies_BT if rule.needs_entropies else statistics
         expected = compute_token_weights(ids_BT, mask_BT, tokenizer, rule=rule, progress=0.5, entropies=reads)
         torch.testing.assert_close(weigh(rule, batch, statistics, 0.5), expected, msg=name)
@@ -102,9 +102,9 @@ def test_statistics_and_weights_are_those_of_training(policy, sampled):
 
 def test_everything_is_measured(measured):
     found, calls = measured
-    assert calls == steps(6, 10)
+    assert calls == count_steps(6, 10)
     rules = {rule.name: rule for rule in found.rules}
-    assert list(rules) == [*theory_rules(), "Theorem 2"]
+    assert list(rules) == [*select_theory_rules(), "Theorem 2"]
     assert rules[UNIFORM].plain.lead == (0, 0)
     assert set(rules[UNIFORM].weights.values()) == {1.0}
     assert rules["no reasoning"].weights["reasoning"] == 0
@@ -116,15 +116,15 @@ def test_everything_is_measured(measured):
 
 def test_what_is_written_can_be_read(measured, tmp_path: Path):
     found, _ = measured
-    text = page("Title", "what.", found, 1, draw_theory(found, tmp_path))
+    text = render_page("Title", "what.", found, 1, draw_theory(found, tmp_path))
     assert "nan" not in text.lower().replace("finance", "")
     for name in ("Lemma 1", "Lemma 2", "Theorem 1", "Theorem 2", "Rules"):
         assert f"## {name}" in text
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("group-size.png", "rules.png", "bound.png"))
-    content = json.loads(as_json(as_mapping(found, SETTINGS)))
+    content = json.loads(as_json(to_mapping(found, SETTINGS)))
     assert content["settings"]["batch"] == 1
     assert len(content["findings"]) == len(findings(found))
-    assert all(len(row) == len(table.header) for table in theory_tables(found) for row in table.rows)
+    assert all(len(row) == len(table.header) for table in build_tables(found) for row in table.rows)
 
 
 @pytest.mark.parametrize(
@@ -137,29 +137,29 @@ def test_what_is_written_can_be_read(measured, tmp_path: Path):
     ],
 )
 def test_a_large_error_is_no_agreement(slope, word):
-    assert lemma_one_word(slope, 2.0) == word
+    assert judge_slope(slope, 2.0) == word
 
 
 def test_random_signs_differ_from_prompt_to_prompt(policy, sampled):
     model, _ = policy
     coordinates = Coordinates.choose(model, 20_000)
-    first, second = (token_products(model, sampled[0][0], number, 1, coordinates)[0] for number in (0, 1))
+    first, second = (measure_tokens(model, sampled[0][0], number, 1, coordinates)[0] for number in (0, 1))
     assert not (first.expected_T == second.expected_T).all()
     assert (first.gram_TT == second.gram_TT).all()
 
 
 def test_gradients_stay_within_memory():
     # 2 GiB of float32 are 2^29 numbers: 2^19 of 1024 tokens, or 2^29 / (5 * 2000) of 2000 groups
-    assert affordable_coordinates(1024, 8) == 2**19
-    assert affordable_coordinates(10, 2000) == 2**29 // 10_000
-    assert affordable_coordinates(10, 8) == 2**20
+    assert max_coordinates(1024, 8) == 2**19
+    assert max_coordinates(10, 2000) == 2**29 // 10_000
+    assert max_coordinates(10, 8) == 2**20
 
 
 def test_figures_end_with_the_second_digit_of_their_error():
-    assert significant(Estimate(0.123456, 0.0123)) == "0.123 ± 0.012"
-    assert significant(Estimate(6012.3, 4900.0)) == "6012 ± 4900"
-    assert significant(Estimate(math.nan, 1.0)) == "–"
-    assert significant(Estimate(1.0, 0.0)) == "1.000 ± 0.000"
+    assert format_significant(Estimate(0.123456, 0.0123)) == "0.123 ± 0.012"
+    assert format_significant(Estimate(6012.3, 4900.0)) == "6012 ± 4900"
+    assert format_significant(Estimate(math.nan, 1.0)) == "–"
+    assert format_significant(Estimate(1.0, 0.0)) == "1.000 ± 0.000"
 
 
 def test_a_pilot_without_spread_keeps_the_lemmas(policy, sampled, tmp_path: Path):
@@ -173,14 +173,14 @@ def test_a_pilot_without_spread_keeps_the_lemmas(policy, sampled, tmp_path: Path
     found = measure(model, flat[:4], sampled[1][:8], SETTINGS, tokenizer)
     assert found.lemma_two.violations == 0
     assert found.optimum is None
-    assert [rule.name for rule in found.rules] == list(theory_rules())
+    assert [rule.name for rule in found.rules] == list(select_theory_rules())
     assert any("Theorem 2 by region are left out" in line for line in findings(found))
-    text = page("Title", "what.", found, 1, draw_theory(found, tmp_path))
+    text = render_page("Title", "what.", found, 1, draw_theory(found, tmp_path))
     assert "nan" not in text.lower().replace("finance", "")
     assert "For a step of 1 prompt." in text
     assert "## Lemma 1" in text
     assert "## Theorem 1" not in text
-    assert json.loads(as_json(as_mapping(found, SETTINGS)))["optimum"] is None
+    assert json.loads(as_json(to_mapping(found, SETTINGS)))["optimum"] is None
 
 
 def test_a_mean_gradient_lost_in_noise_has_no_ratio(measured):
@@ -193,7 +193,7 @@ def test_the_folder_is_tried_before_the_work(tmp_path, monkeypatch, capsys):
     def measured_too_early(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_theory, "measured", measured_too_early)
+    monkeypatch.setattr(cli_theory, "sample_and_measure", measured_too_early)
     (tmp_path / "file").write_text("")
     assert cli_theory.main(["--prompts", "8", "--pilot", "4", "--out", str(tmp_path / "file")]) == 2
     assert "pass another --out" in capsys.readouterr().err

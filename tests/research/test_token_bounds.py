@@ -5,13 +5,13 @@ import pytest
 
 from research.theory.token_bounds import (
     ResponseTokens,
-    bound_chain,
-    gain_square,
+    check_lemma_two,
+    contrast_regions,
     largest_advantage,
-    lemma_two,
-    ranks,
-    region_contrast,
-    region_tokens,
+    max_gain_square,
+    measure_bound_chain,
+    spearman,
+    summarize_regions,
 )
 from rest_rl.response import Region
 
@@ -45,12 +45,12 @@ def drawn_tokens(seed, number=400, off_policy=False):
 def test_lemma_two_by_hand():
     # Two tokens of p = (1/2, 1/2): 1 - sum p^2 = 1/2 = 1 - exp(-log 2), tight, and |e_y - p|^2 is always 1/2.
     half = np.full(2, math.log(2))
-    found = lemma_two(-half, half, np.full(2, 0.5))
+    found = check_lemma_two(-half, half, np.full(2, 0.5))
     assert (found.tokens, found.violations) == (2, 0)
     assert found.tightness == pytest.approx(1)
     # p = (3/4, 1/4): 1 - sum p^2 = 3/8, H = log 4 - 3/4 log 3, exp(-H) = 3^(3/4) / 4
     entropy = math.log(4) - 0.75 * math.log(3)
-    found = lemma_two(np.log([0.75]), np.array([entropy]), np.array([0.375]))
+    found = check_lemma_two(np.log([0.75]), np.array([entropy]), np.array([0.375]))
     assert found.tightness == pytest.approx(0.375 / (1 - 3**0.75 / 4))
     assert found.violations == 0
     # |e_y - p|^2 = 2 (1/4)^2 = 1/8 against 3/8: one token off by its own deviation is one standard error off
@@ -59,22 +59,22 @@ def test_lemma_two_by_hand():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_lemma_two_holds_on_any_distribution_and_tells_other_policies(seed):
-    found = lemma_two(*drawn_tokens(seed))
+    found = check_lemma_two(*drawn_tokens(seed))
     assert found.violations == 0
     assert 0 < found.tightness < 1
     assert abs(found.z) < 4
-    assert lemma_two(*drawn_tokens(seed, off_policy=True)).z > 5
+    assert check_lemma_two(*drawn_tokens(seed, off_policy=True)).z > 5
 
 
 def test_a_token_beyond_the_bound_is_counted():
-    assert lemma_two(np.log([0.5, 0.5]), np.array([0.1, 0.1]), np.array([0.05, 0.2])).violations == 1
+    assert check_lemma_two(np.log([0.5, 0.5]), np.array([0.1, 0.1]), np.array([0.05, 0.2])).violations == 1
 
 
 def test_bound_chain_by_hand():
     # One token pair per response, uniform weights, T = 2; gram of the first: diagonal 4 and 1, off-diagonal 1.
     first = response(0, 0.5, [4, 1], [0.5, 0.5], [[4, 1], [1, 1]])
     second = response(1, -1.0, [2, 2], [0.5, 0.25])
-    chain = bound_chain([first, second], [np.ones(2), np.ones(2)], 4)
+    chain = measure_bound_chain([first, second], [np.ones(2), np.ones(2)], 4)
     # E|g|^2: 0.25 * (4 + 1 + 2) / 4 = 7/16 and 1 * (2 + 2) / 4 = 1, mean 23/32
     assert chain.measured.value == pytest.approx(23 / 32)
     # A_max^2 of a group of 4 is (3/2)^2 = 9/4; without advantages |.|^2 = 7/4 and 1
@@ -92,12 +92,12 @@ def test_bound_chain_by_hand():
 
 def test_weights_enter_squared():
     one, two = response(0, 1.0, [4, 1], [0.5, 0.5]), response(1, 1.0, [4, 1], [0.5, 0.5])
-    plain = bound_chain([one, two], [np.ones(2)] * 2, 4)
-    doubled = bound_chain([one, two], [np.full(2, 2.0)] * 2, 4)
+    plain = measure_bound_chain([one, two], [np.ones(2)] * 2, 4)
+    doubled = measure_bound_chain([one, two], [np.full(2, 2.0)] * 2, 4)
     assert doubled.measured.value == pytest.approx(4 * plain.measured.value)
     assert doubled.bound.value == pytest.approx(4 * plain.bound.value)
     # all weight on the first token: 2^2 * 4 / 4 = 4 against 5/4
-    first_only = bound_chain([one, two], [np.array([2.0, 0.0])] * 2, 4)
+    first_only = measure_bound_chain([one, two], [np.array([2.0, 0.0])] * 2, 4)
     assert first_only.measured.value == pytest.approx(4)
 
 
@@ -111,12 +111,12 @@ def test_largest_advantage_is_that_of_one_against_all_others():
 
 
 def test_gain_leaves_certain_tokens_out():
-    assert gain_square([response(0, 1.0, [3, 5], [0.5, 1e-9])]) == pytest.approx(6)
+    assert max_gain_square([response(0, 1.0, [3, 5], [0.5, 1e-9])]) == pytest.approx(6)
 
 
 def test_region_tokens_by_hand():
     name, reasoning = int(Region.NAME), int(Region.REASONING)
-    rows = region_tokens(
+    rows = summarize_regions(
         [
             response(0, 1.0, [2, 4, 6], [0.5, 0.5, 0.25], regions=[name, reasoning, reasoning]),
             response(1, 1.0, [4], [0.5], regions=[name]),
@@ -131,12 +131,12 @@ def test_region_tokens_by_hand():
 
 
 def test_ranks_ignore_scale():
-    assert ranks([1, 2, 3], [1, 10, 1000]) == pytest.approx(1)
-    assert ranks([1, 2, 3], [5, 2, 1]) == pytest.approx(-1)
+    assert spearman([1, 2, 3], [1, 10, 1000]) == pytest.approx(1)
+    assert spearman([1, 2, 3], [5, 2, 1]) == pytest.approx(-1)
 
 
 def test_a_region_of_one_prompt_has_no_error():
-    rows = region_tokens(
+    rows = summarize_regions(
         [
             response(0, 1.0, [2, 4], [0.5, 0.5], regions=[int(Region.NAME), int(Region.ANSWER)]),
             response(1, 1.0, [4], [0.5], regions=[int(Region.NAME)]),
@@ -152,7 +152,7 @@ def test_regions_are_apart_only_beyond_their_errors():
 
     def contrast(squares):
         some = [response(p, 1.0, [own, 4], [0.5, 0.5], regions=[name, reasoning]) for p, own in enumerate(squares)]
-        return region_contrast(some, region_tokens(some))
+        return contrast_regions(some, summarize_regions(some))
 
     sure = contrast([1.0, 1.1, 0.9, 1.0, 1.0])
     assert (sure.high, sure.low, sure.is_sure) == ("reasoning", "name", True)
@@ -160,4 +160,4 @@ def test_regions_are_apart_only_beyond_their_errors():
     unsure = contrast([0.1, 0.1, 0.1, 0.1, 12.0])  # mean 2.48, that of a single prompt
     assert (unsure.high, unsure.is_sure) == ("reasoning", False)
     alone = [response(p, 1.0, [1], [0.5], regions=[name]) for p in range(3)]
-    assert region_contrast(alone, region_tokens(alone)) is None
+    assert contrast_regions(alone, summarize_regions(alone)) is None

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from research.demonstrations import demonstration
-from research.tool_world_model import build_model, build_tokenizer, recall_batch
-from research.warm_start import RECORD, WarmStartConfig, demonstration_batches, warm_start
+from research.demonstrations import render_demonstration
+from research.tool_world_model import build_model, build_recall_batch, build_tokenizer
+from research.warm_start import RECORD_FILE, WarmStartConfig, generate_batches, warm_start
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.tool_world import SPLITS, is_held_out_name, is_held_out_value, tool_world
 from rest_rl.evaluate.generate import generate
@@ -37,7 +37,7 @@ def test_the_tokenizer_is_the_same_every_time() -> None:
 
 def test_world_texts_round_trip_in_few_tokens() -> None:
     for sample in SAMPLES:
-        text = render_prompt(sample, TOKENIZER) + demonstration(sample) + TOKENIZER.eos_token
+        text = render_prompt(sample, TOKENIZER) + render_demonstration(sample) + TOKENIZER.eos_token
         ids = TOKENIZER(text)["input_ids"]
         assert TOKENIZER.decode(ids) == text
         assert len(ids) <= 170
@@ -50,7 +50,7 @@ def test_any_text_round_trips(text: str) -> None:
 
 def test_a_name_or_value_is_the_same_ids_in_prompt_and_call() -> None:
     for sample in tool_world(9, 40, kinds=["single"]):
-        prompt, response = render_prompt(sample, TOKENIZER), demonstration(sample)
+        prompt, response = render_prompt(sample, TOKENIZER), render_demonstration(sample)
         for call in sample.gold.calls:
             for text in (call.name, *call.arguments, *call.arguments.values()):
                 ids = TOKENIZER(text)["input_ids"]
@@ -76,7 +76,7 @@ def test_histories_are_laid_out_without_reasoning() -> None:
 
 
 def test_every_region_of_a_demonstration_is_found() -> None:
-    rows = [TOKENIZER(demonstration(s))["input_ids"] + [TOKENIZER.eos_token_id] for s in SAMPLES[:20]]
+    rows = [TOKENIZER(render_demonstration(s))["input_ids"] + [TOKENIZER.eos_token_id] for s in SAMPLES[:20]]
     tool_format = get_format("toolrl")
     found = set()
     for row in rows:
@@ -96,7 +96,7 @@ def test_first_layer_starts_as_a_look_at_the_tokens_before() -> None:
 
 
 def test_recall_labels_only_the_second_mention() -> None:
-    ids_BT, labels_BT = recall_batch(TOKENIZER, random.Random(0), batch=4, pairs=3)
+    ids_BT, labels_BT = build_recall_batch(TOKENIZER, random.Random(0), batch=4, pairs=3)
     for ids, labels in zip(ids_BT.tolist(), labels_BT.tolist(), strict=True):
         first = next(i for i, label in enumerate(labels) if label != IGNORED)
         assert all(ids[i] == label for i, label in enumerate(labels) if label != IGNORED)
@@ -104,7 +104,7 @@ def test_recall_labels_only_the_second_mention() -> None:
 
 
 def test_recall_shows_no_held_out_name_or_value() -> None:
-    text = TOKENIZER.decode(recall_batch(TOKENIZER, random.Random(1), batch=64, pairs=6)[0].flatten().tolist())
+    text = TOKENIZER.decode(build_recall_batch(TOKENIZER, random.Random(1), batch=64, pairs=6)[0].flatten().tolist())
     quoted = set(text.split('"')[1::2])
     names, values = {t for t in quoted if "_" in t}, {t for t in quoted if "-" in t}
     assert len(names) > 50
@@ -115,11 +115,11 @@ def test_recall_shows_no_held_out_name_or_value() -> None:
 
 def test_batches_learn_the_response_alone() -> None:
     batch = next(
-        demonstration_batches(iter(SAMPLES), PromptLayout(TOKENIZER), random.Random(0), WarmStartConfig(batch_size=8))
+        generate_batches(iter(SAMPLES), PromptLayout(TOKENIZER), random.Random(0), WarmStartConfig(batch_size=8))
     )
     for sample, ids, labels in zip(SAMPLES, batch.ids.tolist(), batch.labels.tolist(), strict=False):
         learnt = [label for label in labels if label != IGNORED]
-        assert TOKENIZER.decode(learnt) == demonstration(sample) + TOKENIZER.eos_token
+        assert TOKENIZER.decode(learnt) == render_demonstration(sample) + TOKENIZER.eos_token
         assert TOKENIZER.decode(ids).startswith(render_prompt(sample, TOKENIZER))
 
 
@@ -129,7 +129,7 @@ def test_the_recipe_is_deterministic_and_its_folder_loads(tmp_path: Path) -> Non
     one, two = warm_start(config, tmp_path / "one", said.append), warm_start(config, tmp_path / "two", said.append)
     first, second = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (one, two))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert json.loads((one / RECORD).read_text())["recipe"]["clean_steps"] == 2
+    assert json.loads((one / RECORD_FILE).read_text())["recipe"]["clean_steps"] == 2
     assert AutoTokenizer.from_pretrained(one).chat_template == TOKENIZER.chat_template
     assert [line.split(":")[0] for line in said[1:4]] == ["recall", "clean", "noisy"]
 

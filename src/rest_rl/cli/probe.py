@@ -58,8 +58,8 @@ def probe(
 
     from rest_rl.cli.terminal import Screen
     from rest_rl.jsonl import as_json
-    from rest_rl.probe.page import as_mapping
-    from rest_rl.probe.run import JSON, PAGE, free_folder
+    from rest_rl.probe.page import to_mapping
+    from rest_rl.probe.run import JSON_FILE, PAGE_FILE, choose_unused_folder
     from rest_rl.probe.run import probe as run_probe
     from rest_rl.train.policy import quiet_loading
 
@@ -69,17 +69,17 @@ def probe(
 
     def show(report: ProbeReport) -> None:
         if json:
-            print(as_json(as_mapping(report)), flush=True)
+            print(as_json(to_mapping(report)), flush=True)
         else:
             show_report(report, screen)
 
-    folder = Path(out) if out else free_folder("probe", model, JSON)
+    folder = Path(out) if out else choose_unused_folder("probe", model, JSON_FILE)
     run_probe(
         model, data, formats=formats, prompts=prompts, group=group, seed=seed, progress=progress, step=step,
         norm_cap=norm_cap, max_new_tokens=max_new_tokens, batch_size=batch_size, overrides=overrides, out=folder,
         on_report=show, observer=screen,
     )  # fmt: skip
-    screen.say(f"{folder / PAGE}, {JSON} and plots")
+    screen.say(f"{folder / PAGE_FILE}, {JSON_FILE} and plots")
 
 
 def check(model: str | None, overrides: Sequence[str], formats: Sequence[str]) -> None:
@@ -96,14 +96,14 @@ def check(model: str | None, overrides: Sequence[str], formats: Sequence[str]) -
 def show_report(report: ProbeReport, screen: Screen) -> None:
     """Tables, the verdict and the recommendation of a format."""
     from rest_rl.cli.terminal import say
-    from rest_rl.probe.page import advice_text, gradient_line, probe_tables, sampled_line
+    from rest_rl.probe.page import build_tables, describe_gradients, describe_samples, format_advice
 
-    for table in probe_tables(report):
+    for table in build_tables(report):
         screen.show_table(*table)
     console = screen.console
-    say(console, f"{sampled_line(report)}.\n{gradient_line(report)}\n")
+    say(console, f"{describe_samples(report)}.\n{describe_gradients(report)}\n")
     for remark in report.verdict:
         console.print(f"• {remark.text}.", highlight=False, markup=False)
     console.print()
-    console.print(advice_text(report.advice).replace("**", ""), highlight=False, markup=False, style="bold")
+    console.print(format_advice(report.advice).replace("**", ""), highlight=False, markup=False, style="bold")
     console.print()

@@ -17,18 +17,18 @@ import numpy as np
 from rest_rl.probe.report import (
     DifferenceFacts,
     GradientFacts,
+    LowEntropyFacts,
     RegionFacts,
     RuleFacts,
-    Sampled,
     SampledTokens,
-    SureTokens,
+    SamplingFacts,
     TokenFacts,
 )
-from rest_rl.probe.sample import Group, Response
-from rest_rl.probe.variance import Estimate, GradientSeries, gain, left_out, quotient
+from rest_rl.probe.sample import SampledGroup, SampledResponse
+from rest_rl.probe.variance import Estimate, GradientSeries, divide_or_nan, leave_one_out_sums, relative_gain
 from rest_rl.response import NUM_REGIONS, Region
 
-EVERY, TRUE = list(Region), [NUM_REGIONS]
+REGION_INDICES, TRUE_INDEX = list(Region), [NUM_REGIONS]
 """Positions among the K gradients."""
 
 
@@ -41,7 +41,7 @@ class RuleSeries(NamedTuple):
     series: GradientSeries
 
 
-class Products(NamedTuple):
+class InnerProducts(NamedTuple):
     """Mean inner products <a_m, b_n> of two stacks of gradients, a row per prompt."""
 
     across_1M: np.ndarray
@@ -50,7 +50,7 @@ class Products(NamedTuple):
     """Over m = n: unbiased for E<a, b>."""
 
     @classmethod
-    def of(cls, gram_MM: np.ndarray) -> Products:
+    def from_gram(cls, gram_MM: np.ndarray) -> InnerProducts:
         """From all products of M prompts, and with each prompt left out."""
         count = len(gram_MM)
         own_M = np.diagonal(gram_MM)
@@ -61,41 +61,46 @@ class Products(NamedTuple):
         return cls(across_1M, within_1M)
 
     @classmethod
-    def between(cls, gram_KMKM: np.ndarray, left: Sequence[int], right: Sequence[int]) -> Products:
+    def between(cls, gram_KMKM: np.ndarray, left: Sequence[int], right: Sequence[int]) -> InnerProducts:
         """Of the sum of some of a prompt's gradients with the sum of others."""
-        return cls.of(summed(gram_KMKM, left, right))
+        return cls.from_gram(sum_gram_blocks(gram_KMKM, left, right))
 
     def noise(self) -> np.ndarray:
         """E<a, b> - <E a, E b>, the variance of one prompt where a is b: (1+M,)."""
         return self.within_1M - self.across_1M
 
 
-def summed(gram_KMKM: np.ndarray, left: Sequence[int], right: Sequence[int]) -> np.ndarray:
+def sum_gram_blocks(gram_KMKM: np.ndarray, left: Sequence[int], right: Sequence[int]) -> np.ndarray:
     return gram_KMKM[left][:, :, right].sum((0, 2))
 
 
-def region_facts(
-    groups: Sequence[Group], tokens: SampledTokens, gram_KMKM: np.ndarray
-) -> tuple[dict[str, RegionFacts], SureTokens]:
+def compute_region_facts(
+    groups: Sequence[SampledGroup], tokens: SampledTokens, gram_KMKM: np.ndarray
+) -> tuple[dict[str, RegionFacts], LowEntropyFacts]:
     """Figures of every region that has tokens, and of those that are surer than all tokens together."""
-    seen = token_facts(tokens)
+    seen = compute_token_facts(tokens)
     regions = {region.label: region for region in Region if region.label in seen}
     facts = {
-        label: RegionFacts(seen[label], region_difference(groups, region), gradient_facts(gram_KMKM, [region]))
+        label: RegionFacts(
+            seen[label], compute_difference_facts(groups, region), compute_gradient_facts(gram_KMKM, [region])
+        )
         for label, region in regions.items()
     }
     overall = float(np.mean(tokens.entropies_T))
     sure = [region for label, region in regions.items() if seen[label].entropy.value < overall]
-    counts_1MR = left_out(tokens.sums(np.ones_like(tokens.entropies_T)))
-    share_1M, signal_1M = quotient(counts_1MR[:, sure].sum(1), counts_1MR.sum(1)), signal_shares(gram_KMKM, sure)
-    estimates = (Estimate.of(values_1M) for values_1M in (share_1M, signal_1M, signal_1M - share_1M))
-    return facts, SureTokens(tuple(region.label for region in sure), *estimates)
+    counts_1MR = leave_one_out_sums(tokens.sums(np.ones_like(tokens.entropies_T)))
+    share_1M, signal_1M = (
+        divide_or_nan(counts_1MR[:, sure].sum(1), counts_1MR.sum(1)),
+        compute_signal_shares(gram_KMKM, sure),
+    )
+    estimates = (Estimate.from_jackknife(values_1M) for values_1M in (share_1M, signal_1M, signal_1M - share_1M))
+    return facts, LowEntropyFacts(tuple(region.label for region in sure), *estimates)
 
 
-def token_facts(tokens: SampledTokens) -> dict[str, TokenFacts]:
+def compute_token_facts(tokens: SampledTokens) -> dict[str, TokenFacts]:
     """Figures of every region that has a token, errors over prompts."""
     counts_1MR, entropies_1MR, collisions_1MR = (
-        left_out(tokens.sums(values_T))
+        leave_one_out_sums(tokens.sums(values_T))
         for values_T in (np.ones_like(tokens.entropies_T), tokens.entropies_T, tokens.collisions_T)
     )
     facts = {}
@@ -104,30 +109,31 @@ def token_facts(tokens: SampledTokens) -> dict[str, TokenFacts]:
         if counts_1M[0]:
             facts[region.label] = TokenFacts(
                 int(counts_1M[0]),
-                Estimate.of(counts_1M / counts_1MR.sum(1)),
-                Estimate.of(quotient(entropies_1MR[:, region], counts_1M)),
+                Estimate.from_jackknife(counts_1M / counts_1MR.sum(1)),
+                Estimate.from_jackknife(divide_or_nan(entropies_1MR[:, region], counts_1M)),
                 float(np.quantile(tokens.entropies_T[tokens.regions_T == region], 0.9)),
-                Estimate.of(quotient(collisions_1MR[:, region], counts_1M)),
+                Estimate.from_jackknife(divide_or_nan(collisions_1MR[:, region], counts_1M)),
             )
     return facts
 
 
-def region_difference(groups: Sequence[Group], region: Region) -> DifferenceFacts:
+def compute_difference_facts(groups: Sequence[SampledGroup], region: Region) -> DifferenceFacts:
     """How telling a difference in a region is about a difference in reward.
 
     Over all pairs of responses of a group: AUC = 1/2 + (P(region differs | reward differs) - P(region differs | reward
     equal)) / 2, which is the area under the curve of a predictor with two values. NaN if all pairs or none differ in
     reward. A region differs if its sampled ids do.
     """
-    rows_M6 = np.array([pair_counts(group.responses, region) for group in groups], dtype=float)
-    told_1M, unequal_1M, false_1M, equal_1M, differing_1M, extremes_1M = left_out(rows_M6).T
-    hits_1M, alarms_1M = quotient(told_1M, unequal_1M), quotient(false_1M, equal_1M)
+    rows_M6 = np.array([count_pairs(group.responses, region) for group in groups], dtype=float)
+    told_1M, unequal_1M, false_1M, equal_1M, differing_1M, extremes_1M = leave_one_out_sums(rows_M6).T
+    hits_1M, alarms_1M = divide_or_nan(told_1M, unequal_1M), divide_or_nan(false_1M, equal_1M)
     return DifferenceFacts(
-        Estimate.of(quotient(differing_1M, extremes_1M)), Estimate.of(0.5 + (hits_1M - alarms_1M) / 2)
+        Estimate.from_jackknife(divide_or_nan(differing_1M, extremes_1M)),
+        Estimate.from_jackknife(0.5 + (hits_1M - alarms_1M) / 2),
     )
 
 
-def pair_counts(responses: Sequence[Response], region: Region) -> tuple[float, ...]:
+def count_pairs(responses: Sequence[SampledResponse], region: Region) -> tuple[float, ...]:
     """(differing, all) pairs of unequal reward, of equal reward, and of a best with a worst response as shares of 1."""
     parts = [
         tuple(i for i, r in zip(response.ids, response.regions, strict=True) if r == region) for response in responses
@@ -148,63 +154,68 @@ def pair_counts(responses: Sequence[Response], region: Region) -> tuple[float, .
     return (*counts[True], *counts[False], differing, 1)
 
 
-def gradient_facts(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> GradientFacts:
+def compute_gradient_facts(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> GradientFacts:
     """Figures of some regions together; g = sum_r g_r is the unweighted gradient."""
     own, overlap, square = (
-        Products.between(gram_KMKM, *pair) for pair in ((regions, regions), (regions, EVERY), (EVERY, EVERY))
+        InnerProducts.between(gram_KMKM, *pair)
+        for pair in ((regions, regions), (regions, REGION_INDICES), (REGION_INDICES, REGION_INDICES))
     )
-    norm_1M = quotient(overlap.within_1M, square.within_1M)
-    signal_1M = signal_shares(gram_KMKM, regions)
+    norm_1M = divide_or_nan(overlap.within_1M, square.within_1M)
+    signal_1M = compute_signal_shares(gram_KMKM, regions)
     return GradientFacts(
-        norm_share=Estimate.of(norm_1M),
-        signal_share=Estimate.of(signal_1M),
-        surplus=Estimate.of(norm_1M - signal_1M),
-        snr=Estimate.of(quotient(own.across_1M, own.noise())),
+        norm_share=Estimate.from_jackknife(norm_1M),
+        signal_share=Estimate.from_jackknife(signal_1M),
+        surplus=Estimate.from_jackknife(norm_1M - signal_1M),
+        snr=Estimate.from_jackknife(divide_or_nan(own.across_1M, own.noise())),
     )
 
 
-def signal_shares(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> np.ndarray:
+def compute_signal_shares(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> np.ndarray:
     """<E g_r, t> / <E g, t> of some regions together: (1+M,)."""
-    along, signal = (Products.between(gram_KMKM, part, TRUE) for part in (regions, EVERY))
-    return quotient(along.across_1M, signal.across_1M)
+    along, signal = (InnerProducts.between(gram_KMKM, part, TRUE_INDEX) for part in (regions, REGION_INDICES))
+    return divide_or_nan(along.across_1M, signal.across_1M)
 
 
-def signal_and_noise(gram_KMKM: np.ndarray) -> tuple[Estimate, Estimate, float]:
+def measure_signal(gram_KMKM: np.ndarray) -> tuple[Estimate, Estimate, float]:
     """(signal <E g, t>, SNR of one prompt, share of the heaviest prompt in |g|²) of the unweighted gradient."""
-    whole_MM = summed(gram_KMKM, EVERY, EVERY)
-    square, along = Products.of(whole_MM), Products.between(gram_KMKM, EVERY, TRUE)
+    whole_MM = sum_gram_blocks(gram_KMKM, REGION_INDICES, REGION_INDICES)
+    square, along = InnerProducts.from_gram(whole_MM), InnerProducts.between(gram_KMKM, REGION_INDICES, TRUE_INDEX)
     squares_M = np.diagonal(whole_MM)
     heaviest = float(squares_M.max() / squares_M.sum()) if squares_M.any() else 0.0
-    return Estimate.of(along.across_1M), Estimate.of(quotient(square.across_1M, square.noise())), heaviest
+    return (
+        Estimate.from_jackknife(along.across_1M),
+        Estimate.from_jackknife(divide_or_nan(square.across_1M, square.noise())),
+        heaviest,
+    )
 
 
-def rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> tuple[RuleFacts, ...]:
+def compute_rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> tuple[RuleFacts, ...]:
     """Figures of every rule against the first one, which has uniform weights, and the mean of the shuffled ones."""
     base = rules[0].series
-    gains = [gain(rule.series.adam_1K, base.adam_1K) for rule in rules]
+    gains = [relative_gain(rule.series.adam_1K, base.adam_1K) for rule in rules]
     control_1K = np.mean([own for own, rule in zip(gains, rules, strict=True) if rule.name in shuffled], axis=0)
     return tuple(
         RuleFacts(
             rule.name,
             rule.weights,
             rule.bounds,
-            noise_ratio=Estimate.of(rule.series.noise_ratio),
-            cosine=Estimate.of(rule.series.cosine_1K),
-            gain=Estimate.of(gain(rule.series.progress_1K, base.progress_1K)),
-            adam_gain=Estimate.of(gain_1K),
-            adam_over_shuffled=Estimate.of(gain_1K - control_1K),
+            noise_ratio=Estimate.from_jackknife(rule.series.noise_ratio),
+            cosine=Estimate.from_jackknife(rule.series.cosine_1K),
+            gain=Estimate.from_jackknife(relative_gain(rule.series.progress_1K, base.progress_1K)),
+            adam_gain=Estimate.from_jackknife(gain_1K),
+            adam_over_shuffled=Estimate.from_jackknife(gain_1K - control_1K),
         )
         for rule, gain_1K in zip(rules, gains, strict=True)
     )
 
 
-def sampled_facts(groups: Sequence[Group], ends: Collection[int]) -> Sampled:
+def summarize_samples(groups: Sequence[SampledGroup], eos_ids: Collection[int]) -> SamplingFacts:
     """Scores and lengths; a response whose last token is none of `ends` was cut off."""
     no_spread = float(np.mean([len({response.reward for response in group.responses}) == 1 for group in groups]))
     rows = [
-        (one.is_exact, one.s_format, one.s_acc, one.reward, not one.ids or one.ids[-1] not in ends, len(one.ids))
+        (one.is_exact, one.s_format, one.s_acc, one.reward, not one.ids or one.ids[-1] not in eos_ids, len(one.ids))
         for group in groups
         for one in group.responses
     ]
     means = (float(np.mean(column)) for column in zip(*rows, strict=True))
-    return Sampled(len(groups), len(groups[0].responses), no_spread, *means)
+    return SamplingFacts(len(groups), len(groups[0].responses), no_spread, *means)

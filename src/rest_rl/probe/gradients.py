@@ -29,15 +29,15 @@ class Coordinates:
     that over all entries, and a ratio of inner products (a cosine, eff) needs no scale.
     """
 
-    lengths: tuple[int, ...]
+    parameter_sizes: tuple[int, ...]
     """Entries of each trainable parameter, in the order of `model.parameters()`."""
-    kept_N: Tensor
+    indices_N: Tensor
     """int64 (N,), ascending."""
 
     @classmethod
     def choose(cls, model: Any, limit: int | None = 2**20, seed: int = 0) -> Coordinates:
         """All entries where there are at most `limit` (None: no limit), else `limit` of them drawn without repeats."""
-        lengths = tuple(parameter.numel() for parameter in trainable(model))
+        lengths = tuple(parameter.numel() for parameter in trainable_parameters(model))
         total = sum(lengths)
         if total == 0:
             raise UserError("a model without trainable parameters", "some", "call model.requires_grad_()")
@@ -48,28 +48,28 @@ class Coordinates:
         return cls(lengths, torch.tensor(sorted(random.Random(seed).sample(range(total), limit))))
 
     @property
-    def total(self) -> int:
+    def num_parameters(self) -> int:
         """Number of trainable entries."""
-        return sum(self.lengths)
+        return sum(self.parameter_sizes)
 
     @property
     def size(self) -> int:
         """N."""
-        return len(self.kept_N)
+        return len(self.indices_N)
 
     @property
     def scale(self) -> float:
         """All entries per kept one."""
-        return self.total / self.size
+        return self.num_parameters / self.size
 
     def gather(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """The kept entries of one gradient tensor (None: zeros) per trainable parameter: float32 (N,) on the CPU."""
-        starts = list(accumulate(self.lengths, initial=0))
-        bounds = torch.searchsorted(self.kept_N, torch.tensor(starts)).tolist()
+        starts = list(accumulate(self.parameter_sizes, initial=0))
+        bounds = torch.searchsorted(self.indices_N, torch.tensor(starts)).tolist()
         vector_N = torch.zeros(self.size)
         for gradient, start, (low, high) in zip(gradients, starts, pairwise(bounds), strict=False):
             if gradient is not None and high > low:
-                own = (self.kept_N[low:high] - start).to(gradient.device)
+                own = (self.indices_N[low:high] - start).to(gradient.device)
                 vector_N[low:high] = gradient.detach().flatten()[own].float().cpu()
         return vector_N
 
@@ -82,7 +82,7 @@ class TokenStatistics(NamedTuple):
     collisions_BT: Tensor
 
 
-def weighted_gradients(
+def compute_weighted_gradients(
     model: Any,
     prompt_ids: Sequence[int],
     responses: Sequence[Sequence[int]],
@@ -96,50 +96,52 @@ def weighted_gradients(
     turned). Weights past a response's end are ignored. The model, its `.grad` and its mode stay as they were. The sum
     runs over responses, so a batch too large for memory may be cut and the results added.
     """
-    ids_BT, mask_BT = padded(responses)
+    ids_BT, mask_BT = pad_responses(responses)
     if weights_KBT.ndim != 3 or weights_KBT.shape[1:] != ids_BT.shape:
         raise ValueError(f"got weights {tuple(weights_KBT.shape)}, expected (K, *{tuple(ids_BT.shape)})")
-    parameters = trainable(model)
-    if tuple(parameter.numel() for parameter in parameters) != coordinates.lengths:
+    parameters = trainable_parameters(model)
+    if tuple(parameter.numel() for parameter in parameters) != coordinates.parameter_sizes:
         raise ValueError("got coordinates of another model, expected those that Coordinates.choose gives for this one")
     weights_KBT = torch.where(mask_BT, weights_KBT, 0)
     vectors_KN = torch.zeros(len(weights_KBT), coordinates.size)
     live = [k for k in range(len(weights_KBT)) if weights_KBT[k].any()]
     if not live:
         return vectors_KN
-    with evaluating(model), torch.enable_grad():
-        logits_BTV = response_logits(model, prompt_ids, ids_BT, mask_BT)
-        logps_BT = chosen_logps(logits_BTV, ids_BT.to(logits_BTV.device))
+    with evaluation_mode(model), torch.enable_grad():
+        logits_BTV = compute_response_logits(model, prompt_ids, ids_BT, mask_BT)
+        logps_BT = gather_logps(logits_BTV, ids_BT.to(logits_BTV.device))
         for k in live:
             total = (logps_BT * weights_KBT[k].to(logps_BT)).sum()
-            vectors_KN[k] = kept_gradient(total, parameters, coordinates, retain=k != live[-1])
+            vectors_KN[k] = gather_gradient(total, parameters, coordinates, retain=k != live[-1])
     return vectors_KN
 
 
-def kept_gradient(value: Tensor, parameters: Sequence[Tensor], coordinates: Coordinates, *, retain: bool) -> Tensor:
+def gather_gradient(value: Tensor, parameters: Sequence[Tensor], coordinates: Coordinates, *, retain: bool) -> Tensor:
     """The kept entries of a scalar's gradient: float32 (N,) on the CPU."""
     return coordinates.gather(torch.autograd.grad(value, parameters, retain_graph=retain, allow_unused=True))
 
 
 @torch.no_grad()
-def token_statistics(model: Any, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]) -> TokenStatistics:
+def compute_token_statistics(
+    model: Any, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]
+) -> TokenStatistics:
     """Log-probability, entropy and collision mass of every token of the responses, from one forward pass."""
-    ids_BT, mask_BT = padded(responses)
+    ids_BT, mask_BT = pad_responses(responses)
     found = TokenStatistics(*(torch.zeros(ids_BT.shape, dtype=torch.float64) for _ in range(3)))
     if not mask_BT.any():
         return found
-    with evaluating(model):
-        logits_BTV = response_logits(model, prompt_ids, ids_BT, mask_BT)
+    with evaluation_mode(model):
+        logits_BTV = compute_response_logits(model, prompt_ids, ids_BT, mask_BT)
     for row, mask_T in enumerate(mask_BT):  # in double precision, one response at a time: V may be large
         logits_1TV = logits_BTV[row : row + 1, mask_T].double()
         ids_1T = ids_BT[row : row + 1, mask_T].to(logits_1TV.device)
-        own = (chosen_logps(logits_1TV, ids_1T), token_entropy(logits_1TV), collision_mass(logits_1TV))
+        own = (gather_logps(logits_1TV, ids_1T), token_entropy(logits_1TV), collision_mass(logits_1TV))
         for values_BT, values_1T in zip(found, own, strict=True):
             values_BT[row, mask_T] = values_1T[0].cpu()
     return found
 
 
-def padded(responses: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+def pad_responses(responses: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
     """Responses as (ids_BT, mask_BT), right padded."""
     if not responses:
         raise ValueError("got no responses, expected at least one")
@@ -149,12 +151,12 @@ def padded(responses: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor,
     return ids_BT, torch.arange(width) < lengths_B1
 
 
-def trainable(model: Any) -> list[Tensor]:
+def trainable_parameters(model: Any) -> list[Tensor]:
     """The parameters that gradients are taken for, tied ones once."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def response_logits(model: Any, prompt_ids: Sequence[int], ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def compute_response_logits(model: Any, prompt_ids: Sequence[int], ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The logits from which each token of the responses was drawn: (B, T, V) on the model's device."""
     if not len(prompt_ids):
         raise ValueError("got an empty prompt, expected at least one token for the first logits to come from")
@@ -172,14 +174,14 @@ def response_logits(model: Any, prompt_ids: Sequence[int], ids_BT: Tensor, mask_
     return output.logits[:, -width - 1 : -1]
 
 
-def chosen_logps(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+def gather_logps(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     """Log-probability of the chosen tokens, in float32 at least: (B, T)."""
     logits_BTV = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
     return logits_BTV.log_softmax(-1).gather(-1, ids_BT.unsqueeze(-1)).squeeze(-1)
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """Evaluation mode within, the former mode after."""
     was_training = model.training
     model.eval()

@@ -19,20 +19,20 @@ from torch import Tensor
 
 from rest_rl.authors_code import authors_step
 from rest_rl.probe.figures import RuleSeries
-from rest_rl.probe.gradients import Coordinates, padded, token_statistics, weighted_gradients
+from rest_rl.probe.gradients import Coordinates, compute_token_statistics, compute_weighted_gradients, pad_responses
 from rest_rl.probe.report import SampledTokens
 from rest_rl.probe.rules import UNIFORM
-from rest_rl.probe.sample import Group
-from rest_rl.probe.variance import blocks_for, gradient_series, norm_cap
+from rest_rl.probe.sample import SampledGroup
+from rest_rl.probe.variance import choose_num_blocks, compute_gradient_series, compute_norm_scales
 from rest_rl.regions import region_means, region_sums
 from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.weights import RegionStatistics, TaggedBatch, WeightRule, region_weights_of, weigh
 
-ROUND = 3
+RULES_PER_PASS = 3
 """Rules whose gradients are in memory at a time."""
-MEMORY = 2**31
+MAX_GRADIENT_BYTES = 2**31
 """Bytes of gradients in memory; beyond it a random subset of the coordinates is kept."""
-CHUNK = 2**16
+CHUNK_SIZE = 2**16
 Advance = Callable[[], None]
 
 
@@ -40,14 +40,14 @@ Advance = Callable[[], None]
 class SampledBatch:
     """All sampled groups, one after the other, as the batch that a weight rule sees."""
 
-    groups: Sequence[Group]
+    groups: Sequence[SampledGroup]
     tagged: TaggedBatch
     collisions_BT: Tensor
 
     @classmethod
-    def of(
+    def from_groups(
         cls,
-        groups: Sequence[Group],
+        groups: Sequence[SampledGroup],
         model: Any,
         tokenizer: Any,
         tool_format: str,
@@ -56,11 +56,11 @@ class SampledBatch:
     ) -> SampledBatch:
         """With the entropy and collision mass of every token, from a forward pass for each group."""
         responses = [response for group in groups for response in group.responses]
-        ids_BT, mask_BT = padded([response.ids for response in responses], tokenizer.pad_token_id)
-        regions_BT, _ = padded([response.regions for response in responses], Region.OTHER)
+        ids_BT, mask_BT = pad_responses([response.ids for response in responses], tokenizer.pad_token_id)
+        regions_BT, _ = pad_responses([response.regions for response in responses], Region.OTHER)
         entropies_BT, collisions_BT = torch.zeros(2, *ids_BT.shape, dtype=torch.float64)
-        for rows, group in zip(rows_of(groups), groups, strict=True):
-            found = token_statistics(model, group.prompt_ids, [response.ids for response in group.responses])
+        for rows, group in zip(slice_groups(groups), groups, strict=True):
+            found = compute_token_statistics(model, group.prompt_ids, [response.ids for response in group.responses])
             width = found.entropies_BT.shape[1]
             entropies_BT[rows, :width], collisions_BT[rows, :width] = found.entropies_BT, found.collisions_BT
             advance()
@@ -94,7 +94,7 @@ class SampledBatch:
         means_R = region_means(weights_BT, self.tagged.regions_BT, self.tagged.mask_BT)
         return {region.label: float(means_R[region]) for region in Region if self.statistics.counts_R[region]}
 
-    def bounds(self, rule: WeightRule, progress: float) -> tuple[float, float]:
+    def region_weight_range(self, rule: WeightRule, progress: float) -> tuple[float, float]:
         """Least and greatest weight of a region that has tokens, before normalisation; NaN where it has none."""
         weights_R = region_weights_of(rule, self.statistics, progress)
         if weights_R is None:
@@ -103,7 +103,7 @@ class SampledBatch:
         return float(seen.min()), float(seen.max())
 
 
-class ProbeGradients(NamedTuple):
+class MeasuredGradients(NamedTuple):
     """Inner products of the regions' gradients and, last, that of the expected reward (K = R + 1); figures of rules."""
 
     gram_KMKM: np.ndarray
@@ -111,7 +111,7 @@ class ProbeGradients(NamedTuple):
     coordinates: Coordinates
 
 
-def probe_gradients(
+def measure_gradients(
     model: Any,
     sampled: SampledBatch,
     rules: Mapping[str, WeightRule],
@@ -122,77 +122,81 @@ def probe_gradients(
     seed: int = 0,
     cap: float = 0.0,
     advance: Advance = lambda: None,
-) -> ProbeGradients:
+) -> MeasuredGradients:
     """Gradients of every region, of the expected reward and of every rule; `advance` is called per group and round.
 
     Of the GRPO objective on-policy: responses have their group's standardised advantage and their own mean over
     tokens. `batch_size` responses share a forward pass. The first of `rules` is uniform.
     """
     count = len(sampled.groups)
-    coordinates = Coordinates.choose(model, max(1, MEMORY // (4 * count * (NUM_REGIONS + ROUND))), seed)
+    coordinates = Coordinates.choose(
+        model, max(1, MAX_GRADIENT_BYTES // (4 * count * (NUM_REGIONS + RULES_PER_PASS))), seed
+    )
 
     def vectors(weights_KBT: Tensor) -> Tensor:
-        return gradients_of(model, sampled, weights_KBT, coordinates, batch_size, advance)
+        return compute_gradients(model, sampled, weights_KBT, coordinates, batch_size, advance)
 
-    parts_KMN = vectors(region_and_true_weights(sampled.groups))
+    parts_KMN = vectors(compute_region_and_true_weights(sampled.groups))
     true_MN, uniform_MN = parts_KMN[-1].clone(), parts_KMN[:-1].sum(0)
-    scales_M = norm_cap(uniform_MN, cap) if cap else torch.ones(count, dtype=torch.float64)
+    scales_M = compute_norm_scales(uniform_MN, cap) if cap else torch.ones(count, dtype=torch.float64)
     scales_MM = torch.outer(scales_M, scales_M).numpy()
-    gram_KMKM = gram_of(parts_KMN, coordinates.scale) * scales_MM[:, None, :]
+    gram_KMKM = compute_gram(parts_KMN, coordinates.scale) * scales_MM[:, None, :]
     del parts_KMN
 
     def series(name: str, weights_BT: Tensor, bounds: tuple[float, float], vectors_MN: Tensor) -> RuleSeries:
-        figures = gradient_series(
-            vectors_MN, true_MN, batch=prompts_per_step, blocks=blocks_for(count), scales_M=scales_M
+        figures = compute_gradient_series(
+            vectors_MN, true_MN, batch=prompts_per_step, blocks=choose_num_blocks(count), scales_M=scales_M
         )
         return RuleSeries(name, sampled.mean_weights(weights_BT), bounds, figures)
 
-    own_BT = grpo_weights(sampled.groups)
+    own_BT = compute_grpo_weights(sampled.groups)
     found = [series(UNIFORM, torch.ones_like(own_BT), (1.0, 1.0), uniform_MN)]
-    for names in rounds([name for name in rules if name != UNIFORM]):
+    for names in batch_names([name for name in rules if name != UNIFORM]):
         weights_KBT = torch.stack([weigh(rules[name], sampled.tagged, sampled.statistics, progress) for name in names])
         for name, weights_BT, vectors_MN in zip(names, weights_KBT, vectors(weights_KBT * own_BT), strict=True):
-            found.append(series(name, weights_BT, sampled.bounds(rules[name], progress), vectors_MN))
-    return ProbeGradients(gram_KMKM, tuple(found), coordinates)
+            found.append(series(name, weights_BT, sampled.region_weight_range(rules[name], progress), vectors_MN))
+    return MeasuredGradients(gram_KMKM, tuple(found), coordinates)
 
 
-def passes(groups: int, rules: int) -> int:
-    """How often `probe_gradients` calls `advance`."""
-    return groups * (1 + -(-(rules - 1) // ROUND))
+def count_progress_steps(groups: int, rules: int) -> int:
+    """How often `measure_gradients` calls `advance`."""
+    return groups * (1 + -(-(rules - 1) // RULES_PER_PASS))
 
 
-def rounds(names: Sequence[str]) -> Iterator[Sequence[str]]:
+def batch_names(names: Sequence[str]) -> Iterator[Sequence[str]]:
     """The rules that share a forward pass."""
-    for first in range(0, len(names), ROUND):
-        yield names[first : first + ROUND]
+    for first in range(0, len(names), RULES_PER_PASS):
+        yield names[first : first + RULES_PER_PASS]
 
 
-def rows_of(groups: Sequence[Group]) -> list[slice]:
+def slice_groups(groups: Sequence[SampledGroup]) -> list[slice]:
     """Each group's rows of the batch."""
     return [slice(*ends) for ends in pairwise(accumulate((len(group.responses) for group in groups), initial=0))]
 
 
-def grpo_weights(groups: Sequence[Group]) -> Tensor:
+def compute_grpo_weights(groups: Sequence[SampledGroup]) -> Tensor:
     """What multiplies each token's log-probability in the GRPO objective: A_i / (G T_i), float64 (B, T)."""
-    _, mask_BT = padded([response.ids for group in groups for response in group.responses])
+    _, mask_BT = pad_responses([response.ids for group in groups for response in group.responses])
     sizes_B = torch.tensor([len(group.responses) for group in groups for _ in group.responses])
     advantages_B = torch.cat([group.advantages("grpo") for group in groups])
     return (advantages_B / (sizes_B * mask_BT.sum(-1).clamp_min(1)))[:, None] * mask_BT
 
 
-def region_and_true_weights(groups: Sequence[Group]) -> Tensor:
-    """As `grpo_weights` by region, then those of the gradient of the expected reward: float64 (R + 1, B, T).
+def compute_region_and_true_weights(groups: Sequence[SampledGroup]) -> Tensor:
+    """As `compute_grpo_weights` by region, then those of the gradient of the expected reward: float64 (R + 1, B, T).
 
     The latter (REINFORCE) sums over tokens, with the mean reward of the group's other responses as its baseline, which
     leaves it unbiased: (R_i - mean_-i) / G = (R_i - mean) / (G - 1).
     """
-    regions_BT, mask_BT = padded([response.regions for group in groups for response in group.responses], Region.OTHER)
-    own_BT = grpo_weights(groups)
+    regions_BT, mask_BT = pad_responses(
+        [response.regions for group in groups for response in group.responses], Region.OTHER
+    )
+    own_BT = compute_grpo_weights(groups)
     true_B = torch.cat([group.advantages("dr_grpo") / max(1, len(group.responses) - 1) for group in groups])
     return torch.stack([*(own_BT * (regions_BT == region) for region in Region), true_B[:, None] * mask_BT])
 
 
-def gradients_of(
+def compute_gradients(
     model: Any,
     sampled: SampledBatch,
     weights_KBT: Tensor,
@@ -202,21 +206,21 @@ def gradients_of(
 ) -> Tensor:
     """The gradient of each weighting and group: float32 (K, M, N)."""
     vectors_KMN = torch.zeros(len(weights_KBT), len(sampled.groups), coordinates.size)
-    for m, (rows, group) in enumerate(zip(rows_of(sampled.groups), sampled.groups, strict=True)):
+    for m, (rows, group) in enumerate(zip(slice_groups(sampled.groups), sampled.groups, strict=True)):
         group_KGT, ids = weights_KBT[:, rows], [response.ids for response in group.responses]
         for first in range(0, len(ids) if group_KGT.any() else 0, batch_size):
             part = ids[first : first + batch_size]
             own_KBT = group_KGT[:, first : first + batch_size, : max(map(len, part))]
-            vectors_KMN[:, m] += weighted_gradients(model, group.prompt_ids, part, own_KBT, coordinates)
+            vectors_KMN[:, m] += compute_weighted_gradients(model, group.prompt_ids, part, own_KBT, coordinates)
         advance()
     return vectors_KMN
 
 
-def gram_of(vectors_KMN: Tensor, scale: float) -> np.ndarray:
+def compute_gram(vectors_KMN: Tensor, scale: float) -> np.ndarray:
     """Inner products of all pairs, summed in double precision over chunks of coordinates: (K, M, K, M)."""
     weightings, prompts, size = vectors_KMN.shape
     flat_XN = vectors_KMN.reshape(weightings * prompts, size)
     gram_XX = torch.zeros(len(flat_XN), len(flat_XN), dtype=torch.float64)
-    for chunk_XN in flat_XN.split(CHUNK, dim=1):
+    for chunk_XN in flat_XN.split(CHUNK_SIZE, dim=1):
         gram_XX += chunk_XN @ chunk_XN.T
     return scale * gram_XX.reshape(weightings, prompts, weightings, prompts).numpy()

@@ -18,21 +18,21 @@ from rest_rl.report.plots import INK, bare_style, legend_style, new_axes, save
 from rest_rl.report.tables import markdown_table
 from rest_rl.response import Region
 
-DRAWN_TOKENS = 20_000
+MAX_VIOLIN_TOKENS = 20_000
 """Tokens of a region that give its violin its shape."""
-UNREADABLE = 5.0
+MAX_PLOTTED_VALUE = 5.0
 """Relative figures beyond ± 500 % would leave the others no room in a picture."""
 DASH = "–"
-FAR = 9.995
+MAX_TABLE_VALUE = 9.995
 """Relative figures beyond ±999 % are not worth their digits in a table."""
-READING = (
+REGIONS_NOTE = (
     "± is one standard error over prompts (jackknife). |g|²: share of the squared norm of the policy gradient. Signal: "
     "share of the first-order improvement of the expected reward, from pairs of different prompts. SNR: squared mean "
     "over variance of one prompt's gradient. Differs: how often the best and the worst response to a prompt differ in "
     'the region. AUC: how well "the region differs" tells "the reward differs" between two responses to a prompt; 0.5 '
     "tells nothing."
 )
-RULES_READING = (
+RULES_NOTE = (
     "Against uniform weights on the same responses: improvement per step of given length, under Adam and under plain "
     "gradient ascent; cosine of the mean gradient to that of the expected reward; variance / |mean|² of a step's "
     "gradient (less is not by itself better, since weights turn the gradient, too). The rules `permuted` are controls: "
@@ -48,33 +48,37 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
-def format_table(reports: Sequence[ProbeReport]) -> Table:
+def build_formats_table(reports: Sequence[ProbeReport]) -> Table:
     """The formats side by side."""
     rows = []
     for report in reports:
         own, advice = report.sampled, report.advice
         shares = (own.exact_match, own.s_format, own.no_spread, own.truncated)
         rest = next(rule for rule in report.rules if rule.name == "rest")
-        gain = in_percent(rest.adam_gain, sign="+")
+        gain = format_percent(rest.adam_gain, sign="+")
         rows.append((report.format, *(f"{100 * share:.1f}" for share in shares), gain, advice.preset, advice.sureness))
     header = ("format", "exact %", "S_format %", "no spread %", "cut off %", "rest, Adam %", "preset", "how sure")
     return Table("formats", header, rows)
 
 
-def probe_tables(report: ProbeReport) -> list[Table]:
+def build_tables(report: ProbeReport) -> list[Table]:
     """Tokens, signal, weights and rules of one format."""
     tokens, signal = [], []
     for label, (own, differences, gradient) in report.regions.items():
-        entropy, collision = in_digits(own.entropy, 3), in_digits(own.collision, 3)
-        tokens.append((label, str(own.number), in_percent(own.share), entropy, f"{own.entropy_p90:.3f}", collision))
-        shares = (in_percent(gradient.norm_share), in_percent(gradient.signal_share), in_digits(gradient.snr, 4))
-        signal.append((label, *shares, in_percent(differences.best_worst), in_digits(differences.auc, 2)))
+        entropy, collision = format_estimate(own.entropy, 3), format_estimate(own.collision, 3)
+        tokens.append((label, str(own.number), format_percent(own.share), entropy, f"{own.entropy_p90:.3f}", collision))
+        shares = (
+            format_percent(gradient.norm_share),
+            format_percent(gradient.signal_share),
+            format_estimate(gradient.snr, 4),
+        )
+        signal.append((label, *shares, format_percent(differences.best_worst), format_estimate(differences.auc, 2)))
     weights = [(rule.name, *(f"{rule.weights[label]:.2f}" for label in report.regions)) for rule in report.rules]
     rules = []
     for rule in report.rules:
-        gains = (in_percent(rule.adam_gain, sign="+"), in_percent(rule.gain, sign="+"))
-        noise = in_digits(unless_lost(rule.noise_ratio), 1)
-        rules.append((rule.name, *gains, in_digits(bounded(rule.cosine), 2), noise))
+        gains = (format_percent(rule.adam_gain, sign="+"), format_percent(rule.gain, sign="+"))
+        noise = format_estimate(hide_noisy_ratio(rule.noise_ratio), 1)
+        rules.append((rule.name, *gains, format_estimate(hide_noisy_cosine(rule.cosine), 2), noise))
     prompts = f"{report.prompts_per_step} prompt{'s' * (report.prompts_per_step > 1)}"
     step = f"predicted improvement per step of {prompts}, against uniform"
     parts = {
@@ -86,23 +90,23 @@ def probe_tables(report: ProbeReport) -> list[Table]:
     return [Table(f"{report.format}: {title}", header, rows) for title, (header, rows) in parts.items()]
 
 
-def page(title: str, reports: Sequence[ProbeReport], pictures: Mapping[str, Sequence[Path]]) -> str:
+def render_page(title: str, reports: Sequence[ProbeReport], pictures: Mapping[str, Sequence[Path]]) -> str:
     """The Markdown page; `pictures` by format, as paths relative to it."""
     parts = [f"# {title}"]
     if len(reports) > 1:
-        formats = format_table(reports)
+        formats = build_formats_table(reports)
         parts.append(markdown_table(formats.header, formats.rows))
     for report in reports:
         verdict = "\n".join(f"* {remark.text}" for remark in report.verdict)
-        parts += [f"## {report.format}", f"{sampled_line(report)}.", verdict, advice_text(report.advice)]
+        parts += [f"## {report.format}", f"{describe_samples(report)}.", verdict, format_advice(report.advice)]
         parts += [f"![]({path.as_posix()})" for path in pictures.get(report.format, ())]
-        for table in probe_tables(report):
+        for table in build_tables(report):
             parts += [f"### {table.title.partition(': ')[2].capitalize()}", markdown_table(table.header, table.rows)]
-        parts += [READING, RULES_READING, gradient_line(report)]
+        parts += [REGIONS_NOTE, RULES_NOTE, describe_gradients(report)]
     return "\n\n".join(parts) + "\n"
 
 
-def sampled_line(report: ProbeReport) -> str:
+def describe_samples(report: ProbeReport) -> str:
     """What was sampled."""
     own = report.sampled
     return (
@@ -112,21 +116,21 @@ def sampled_line(report: ProbeReport) -> str:
     )
 
 
-def gradient_line(report: ProbeReport) -> str:
+def describe_gradients(report: ProbeReport) -> str:
     """What the gradients were taken of."""
     part = "all" if report.coordinates == report.parameters else f"{report.coordinates:,} random ones of"
     return (
         f"Gradients of {part} {report.parameters:,} parameters, progress {report.progress:g}; SNR of one prompt "
-        f"{in_digits(report.snr, 4)}, the heaviest prompt makes {report.heaviest:.0%} of the squared norm."
+        f"{format_estimate(report.snr, 4)}, the heaviest prompt makes {report.heaviest:.0%} of the squared norm."
     )
 
 
-def advice_text(advice: Advice) -> str:
+def format_advice(advice: Advice) -> str:
     """The recommendation as a paragraph of Markdown."""
     return f"**Recommendation ({advice.sureness}): {advice.what}.** {advice.why}"
 
 
-def in_digits(estimate: Estimate, digits: int, sign: str = "") -> str:
+def format_estimate(estimate: Estimate, digits: int, sign: str = "") -> str:
     """`0.42 ± 0.03`; a dash where the data do not determine it or its error."""
     if not math.isfinite(estimate.value) or not math.isfinite(estimate.error):
         return DASH
@@ -134,42 +138,42 @@ def in_digits(estimate: Estimate, digits: int, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f} ± {estimate.error:.{digits}f}"
 
 
-def in_percent(estimate: Estimate, sign: str = "") -> str:
+def format_percent(estimate: Estimate, sign: str = "") -> str:
     """`42 ± 3`; a dash where it is not defined, or so noisy that its digits say nothing."""
-    if not abs(estimate.value) < FAR or not estimate.error < FAR:
+    if not abs(estimate.value) < MAX_TABLE_VALUE or not estimate.error < MAX_TABLE_VALUE:
         return DASH
     digits = 0 if estimate.error >= 0.02 else 1
-    return in_digits(Estimate(100 * estimate.value, 100 * estimate.error), digits, sign)
+    return format_estimate(Estimate(100 * estimate.value, 100 * estimate.error), digits, sign)
 
 
-def unless_lost(ratio: Estimate) -> Estimate:
+def hide_noisy_ratio(ratio: Estimate) -> Estimate:
     """Not defined for a ratio with an error beyond itself: what it divides by is not told from 0."""
     return ratio if ratio.error <= ratio.value else Estimate(math.nan, math.nan)
 
 
-def bounded(cosine: Estimate) -> Estimate:
+def hide_noisy_cosine(cosine: Estimate) -> Estimate:
     """Not defined for a figure in [-1, 1] with an error beyond 1."""
     return cosine if cosine.error <= 1 else Estimate(math.nan, math.nan)
 
 
-def as_mapping(report: ProbeReport) -> dict[str, Any]:
+def to_mapping(report: ProbeReport) -> dict[str, Any]:
     """The report as a JSON object: an estimate is [value, error]."""
     names = [field.name for field in dataclasses.fields(report) if field.name != "tokens"]
-    figures = {name: plain(getattr(report, name)) for name in names}
+    figures = {name: to_plain(getattr(report, name)) for name in names}
     return {**figures, "verdict": [remark.text for remark in report.verdict], "recommendation": report.advice._asdict()}
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Dataclasses and named tuples as mappings, an estimate as a pair."""
     if isinstance(value, Estimate):
         return list(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {key: plain(item) for key, item in value._asdict().items()}  # pyright: ignore[reportAttributeAccessIssue]
+        return {key: to_plain(item) for key, item in value._asdict().items()}  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def draw_probe(report: ProbeReport, folder: Path) -> list[Path]:
@@ -203,7 +207,7 @@ def draw_entropies(report: ProbeReport) -> Figure:
     codes = {region.label: region for region in Region}
     for at, (label, facts) in enumerate(report.regions.items()):
         own_T = np.sort(report.tokens.entropies_T[report.tokens.regions_T == codes[label]])
-        drawn_T = own_T[:: math.ceil(len(own_T) / DRAWN_TOKENS)]
+        drawn_T = own_T[:: math.ceil(len(own_T) / MAX_VIOLIN_TOKENS)]
         if np.ptp(drawn_T) == 0:  # values that are all the same have no shape
             axes.plot([at - 0.35, at + 0.35], [drawn_T[0]] * 2, color=REGION_COLOURS[label], linewidth=2)
         else:
@@ -225,7 +229,7 @@ def draw_estimates(
     figure, axes = new_axes(7.2, 1.0 + 0.32 * len(names))
     for index, (label, estimates) in enumerate(series.items()):
         percents_X2 = 100 * np.array(estimates)
-        percents_X2[~(np.abs(percents_X2) < 100 * UNREADABLE).all(1)] = math.nan
+        percents_X2[~(np.abs(percents_X2) < 100 * MAX_PLOTTED_VALUE).all(1)] = math.nan
         places = np.arange(len(names)) + 0.24 * (index - (len(series) - 1) / 2)
         axes.errorbar(
             percents_X2[:, 0], places, xerr=errors * percents_X2[:, 1], fmt="o", label=label, markersize=4,

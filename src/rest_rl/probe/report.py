@@ -9,20 +9,20 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rest_rl.probe.rules import NO_REASONING, candidates
+from rest_rl.probe.rules import NO_REASONING, candidate_rules
 from rest_rl.probe.variance import Estimate
 from rest_rl.response import NUM_REGIONS
 
-SURE = 2.0
+SIGNIFICANT = 2.0
 """Standard errors that a figure must be from 0 to be read."""
-SURE_OF_BEST = 2.5
+SIGNIFICANT_FOR_BEST = 2.5
 """The same for the most striking of several: at a one-sided 5 % Bonferroni's would be 2.33 for 5, 2.39 for 6."""
-MATTERS = 0.05
+MIN_USEFUL_GAIN = 0.05
 """A gain per step of 5 % is what a 5 % larger learning rate gives as well; runs of this project could not tell less."""
-NAMED_REGIONS = 3
-NO_SPREAD, CUT_OFF, HEAVY = 0.5, 0.1, 0.25
+MAX_NAMED_REGIONS = 3
+NO_SPREAD_LIMIT, TRUNCATED_LIMIT, DOMINANT_LIMIT = 0.5, 0.1, 0.25
 """Shares from which on a lack of spread, cut responses and a single prompt's gradient are worth a word."""
-NO_CALL = "the format is never met (S_format is 0 for every response)"
+FORMAT_NEVER_MET = "the format is never met (S_format is 0 for every response)"
 FORMAT_REMEDY = "check --format, or warm-start the model with `rest-rl sft` on such calls"
 Sureness = Literal["likely", "unsure", "not measurable"]
 
@@ -108,7 +108,7 @@ class RuleFacts(NamedTuple):
     adam_over_shuffled: Estimate
 
 
-class Sampled(NamedTuple):
+class SamplingFacts(NamedTuple):
     """What was sampled; shares are of responses, that without spread of groups."""
 
     prompts: int
@@ -122,7 +122,7 @@ class Sampled(NamedTuple):
     mean_tokens: float
 
 
-class SureTokens(NamedTuple):
+class LowEntropyFacts(NamedTuple):
     """The regions whose mean entropy is below that of all tokens, taken together; surplus is signal_share - share."""
 
     regions: tuple[str, ...]
@@ -156,11 +156,11 @@ class ProbeReport:
     """All figures of one model, format and set of prompts, and what follows from them."""
 
     format: str
-    sampled: Sampled
+    sampled: SamplingFacts
     regions: Mapping[str, RegionFacts]
     rules: tuple[RuleFacts, ...]
     """Uniform weights first."""
-    sure: SureTokens
+    sure: LowEntropyFacts
     signal: Estimate
     """<E g, t>: first-order improvement by the unweighted gradient; shares of it mean nothing unless it is above 0."""
     snr: Estimate
@@ -184,32 +184,32 @@ class ProbeReport:
     @property
     def has_signal(self) -> bool:
         """Whether the first-order improvement is above 0 beyond its error."""
-        return self.signal.is_above(0, SURE)
+        return self.signal.is_above(0, SIGNIFICANT)
 
     @property
     def verdict(self) -> list[Remark]:
         """What stands in the way, where signal and noise are, which region decides over the reward."""
-        return [*obstacles(self), *signal_remarks(self), *telling_remark(self)]
+        return [*obstacle_remarks(self), *signal_remarks(self), *auc_remarks(self)]
 
     @property
     def advice(self) -> Advice:
         """Weights of `rest` where their gain is beyond chance and beyond that of shuffled weights, else grpo."""
-        return advice_on(self)
+        return recommend(self)
 
 
-def obstacles(probe: ProbeReport) -> Iterator[Remark]:
+def obstacle_remarks(probe: ProbeReport) -> Iterator[Remark]:
     """What keeps any weights from working."""
     own = probe.sampled
     if probe.misses_format:
-        yield Remark("no format", f"{NO_CALL}, so all rewards are alike and teach nothing: {FORMAT_REMEDY}")
-    elif own.no_spread >= NO_SPREAD:
+        yield Remark("no format", f"{FORMAT_NEVER_MET}, so all rewards are alike and teach nothing: {FORMAT_REMEDY}")
+    elif own.no_spread >= NO_SPREAD_LIMIT:
         text = "of the groups have no spread of rewards and teach nothing: prompts of fitting difficulty matter most"
-        yield Remark("no spread", f"{whole(own.no_spread)} {text}")
-    if own.truncated >= CUT_OFF:
-        yield Remark("cut off", f"{whole(own.truncated)} of the responses are cut off: raise --max-new-tokens")
-    if probe.heaviest >= HEAVY:
+        yield Remark("no spread", f"{whole_percent(own.no_spread)} {text}")
+    if own.truncated >= TRUNCATED_LIMIT:
+        yield Remark("cut off", f"{whole_percent(own.truncated)} of the responses are cut off: raise --max-new-tokens")
+    if probe.heaviest >= DOMINANT_LIMIT:
         text = "of the squared gradient norm and dominates the gradient figures; --norm-cap 2 scales such prompts down"
-        yield Remark("one prompt", f"one prompt makes {whole(probe.heaviest)} {text}")
+        yield Remark("one prompt", f"one prompt makes {whole_percent(probe.heaviest)} {text}")
 
 
 def signal_remarks(probe: ProbeReport) -> Iterator[Remark]:
@@ -221,86 +221,89 @@ def signal_remarks(probe: ProbeReport) -> Iterator[Remark]:
         yield Remark("no signal", f"{text}; take more --prompts")
         return
     ranked = sorted(probe.regions.items(), key=lambda item: -item[1].gradient.signal_share.value)
-    for label, (tokens, _, gradient) in ranked[:NAMED_REGIONS]:
-        if gradient.signal_share.is_above(0, SURE):
+    for label, (tokens, _, gradient) in ranked[:MAX_NAMED_REGIONS]:
+        if gradient.signal_share.is_above(0, SIGNIFICANT):
             yield Remark(
                 "signal",
-                f"the region {label} carries {percent(gradient.signal_share)} of the reward signal in "
-                f"{whole(tokens.share.value)} of the tokens, and {percent(gradient.norm_share)} of the squared "
-                "gradient norm",
+                f"the region {label} carries {percent_text(gradient.signal_share)} of the reward signal in "
+                f"{whole_percent(tokens.share.value)} of the tokens, and {percent_text(gradient.norm_share)} of the "
+                "squared gradient norm",
             )
     noisiest, own = max(
         ((label, facts.gradient) for label, facts in probe.regions.items()), key=lambda item: item[1].surplus.value
     )
-    if own.surplus.is_above(0, SURE_OF_BEST):
-        text = f"{percent(own.norm_share)} of the squared gradient norm, {percent(own.signal_share)} of the signal"
+    if own.surplus.is_above(0, SIGNIFICANT_FOR_BEST):
+        norm, signal = percent_text(own.norm_share), percent_text(own.signal_share)
+        text = f"{norm} of the squared gradient norm, {signal} of the signal"
         yield Remark("noise", f"the region {noisiest} holds more noise than signal: {text}")
     gain = next((rule.adam_gain for rule in probe.rules if rule.name == NO_REASONING), Estimate(math.nan, math.nan))
-    if gain.is_above(0, SURE):
-        text = f"without the gradient of the reasoning the next step improves by {percent(gain, '+.0f')} under Adam"
+    if gain.is_above(0, SIGNIFICANT):
+        change = percent_text(gain, "+.0f")
+        text = f"without the gradient of the reasoning the next step improves by {change} under Adam"
         yield Remark("no reasoning", f"{text}; a longer run may need it all the same")
     if probe.sure.regions:
-        yield sure_remark(probe.sure)
+        yield low_entropy_remark(probe.sure)
 
 
-def sure_remark(sure: SureTokens) -> Remark:
+def low_entropy_remark(sure: LowEntropyFacts) -> Remark:
     """Whether the regions of low entropy carry more signal than tokens, which is what ResT builds on."""
     kind, against = "sure regions alike", "which may well be their share"
-    if sure.surplus.is_above(0, SURE):
+    if sure.surplus.is_above(0, SIGNIFICANT):
         kind, against = "sure regions above", "more than their share, as ResT supposes"
-    elif Estimate(-sure.surplus.value, sure.surplus.error).is_above(0, SURE):
+    elif Estimate(-sure.surplus.value, sure.surplus.error).is_above(0, SIGNIFICANT):
         kind, against = "sure regions below", "less than their share, against what ResT supposes"
-    carried = f"{percent(sure.signal_share)} of the signal in {whole(sure.share.value)} of the tokens"
+    carried = f"{percent_text(sure.signal_share)} of the signal in {whole_percent(sure.share.value)} of the tokens"
     return Remark(kind, f"the regions of low entropy ({', '.join(sure.regions)}) carry {carried}, {against}")
 
 
-def telling_remark(probe: ProbeReport) -> Iterator[Remark]:
+def auc_remarks(probe: ProbeReport) -> Iterator[Remark]:
     """Which region's differences go with differences in reward."""
     known = {label: facts.differences.auc for label, facts in probe.regions.items()}
-    known = {label: auc for label, auc in known.items() if auc.is_above(0.5, SURE)}
+    known = {label: auc for label, auc in known.items() if auc.is_above(0.5, SIGNIFICANT)}
     if known:
         label, auc = max(known.items(), key=lambda item: item[1].value)
         text = f"a difference in the region {label} tells best of a difference in reward"
         yield Remark("telling", f"{text} (AUC {auc.value:.2f} ± {auc.error:.2f})")
 
 
-def advice_on(probe: ProbeReport) -> Advice:
+def recommend(probe: ProbeReport) -> Advice:
     """See `ProbeReport.advice`."""
     if probe.misses_format:
-        return uniform_advice("not measurable", f"{NO_CALL}; {FORMAT_REMEDY}")
+        return recommend_uniform("not measurable", f"{FORMAT_NEVER_MET}; {FORMAT_REMEDY}")
     if not probe.has_signal:
-        return uniform_advice(
+        return recommend_uniform(
             "not measurable", f"{probe.sampled.prompts} prompts cannot tell the signal from noise; take more"
         )
-    named = [rule for rule in probe.rules if rule.name in candidates()]
+    named = [rule for rule in probe.rules if rule.name in candidate_rules()]
     best = max(named, key=lambda rule: rule.adam_gain.value)
-    found = f"under Adam, {best.name} changes the predicted improvement per step by {percent(best.adam_gain, '+.1f')}"
-    shuffled = f"{percent(best.adam_over_shuffled, '+.1f')} against shuffled weights"
+    change = percent_text(best.adam_gain, "+.1f")
+    found = f"under Adam, {best.name} changes the predicted improvement per step by {change}"
+    shuffled = f"{percent_text(best.adam_over_shuffled, '+.1f')} against shuffled weights"
     if not math.isfinite(best.adam_gain.error):
-        return uniform_advice("not measurable", "no improvement under Adam can be told; take more --prompts")
-    if best.adam_gain.is_above(MATTERS, SURE_OF_BEST):
-        if best.adam_over_shuffled.is_above(0, SURE):
-            return rest_advice(best, f"{found}, {shuffled}")
-        return uniform_advice("unsure", f"{found}, but only {shuffled}: which region weighs more may not matter")
-    if all(rule.adam_gain.value + SURE * rule.adam_gain.error < MATTERS for rule in named):
+        return recommend_uniform("not measurable", "no improvement under Adam can be told; take more --prompts")
+    if best.adam_gain.is_above(MIN_USEFUL_GAIN, SIGNIFICANT_FOR_BEST):
+        if best.adam_over_shuffled.is_above(0, SIGNIFICANT):
+            return recommend_rest(best, f"{found}, {shuffled}")
+        return recommend_uniform("unsure", f"{found}, but only {shuffled}: which region weighs more may not matter")
+    if all(rule.adam_gain.value + SIGNIFICANT * rule.adam_gain.error < MIN_USEFUL_GAIN for rule in named):
         worst = min(named, key=lambda rule: rule.adam_gain.value)
         loss = Estimate(-worst.adam_gain.value, worst.adam_gain.error)
-        harm = f"; {worst.name} would cost {percent(loss)}" if loss.is_above(0, SURE) else ""
+        harm = f"; {worst.name} would cost {percent_text(loss)}" if loss.is_above(0, SIGNIFICANT) else ""
         why = (
             f"weights are unlikely to help: {found}, the best of {len(named)} ways to set rest, and a gain below "
-            f"{whole(MATTERS)} is not worth a setting{harm}"
+            f"{whole_percent(MIN_USEFUL_GAIN)} is not worth a setting{harm}"
         )
-        return uniform_advice("likely", why)
-    return uniform_advice("unsure", f"{found}, which may be chance; more --prompts, or `rest-rl compare`, can tell")
+        return recommend_uniform("likely", why)
+    return recommend_uniform("unsure", f"{found}, which may be chance; more --prompts, or `rest-rl compare`, can tell")
 
 
-def uniform_advice(sureness: Sureness, why: str) -> Advice:
+def recommend_uniform(sureness: Sureness, why: str) -> Advice:
     return Advice("grpo", None, None, None, None, sureness, "preset grpo", f"{why[0].upper()}{why[1:]}.")
 
 
-def rest_advice(rule: RuleFacts, why: str) -> Advice:
+def recommend_rest(rule: RuleFacts, why: str) -> Advice:
     """Preset `rest` by a rule, clipped to the region weights that it gives here: the prediction holds for no others."""
-    config = candidates()[rule.name]
+    config = candidate_rules()[rule.name]
     w_min = max(0.1, math.floor(10 * min(rule.bounds[0], 1)) / 10)
     w_max = math.ceil(10 * max(rule.bounds[1], 1)) / 10
     what = f"preset rest, rule {config.rule}, strength {config.strength:g}, w_min {w_min:g}, w_max {w_max:g}"
@@ -309,11 +312,11 @@ def rest_advice(rule: RuleFacts, why: str) -> Advice:
     return Advice("rest", config.rule, config.strength, w_min, w_max, "likely", what, why)
 
 
-def percent(estimate: Estimate, digits: str = ".0f") -> str:
+def percent_text(estimate: Estimate, digits: str = ".0f") -> str:
     """`62 ± 5 %`; with digits `+.1f` as `+6.2 ± 0.7 %`."""
     return f"{100 * estimate.value:{digits}} ± {100 * estimate.error:{digits.removeprefix('+')}} %"
 
 
-def whole(share: float) -> str:
+def whole_percent(share: float) -> str:
     """`14 %`."""
     return f"{100 * share:.0f} %"

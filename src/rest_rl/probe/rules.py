@@ -16,15 +16,15 @@ SHUFFLED = ("permuted 1", "permuted 2", "permuted 3")
 """The controls: weights of `rest`, dealt to regions by chance."""
 
 
-def rules_for(tool_format: str, own: WeightRule) -> dict[str, WeightRule]:
+def select_rules(tool_format: str, run_rule: WeightRule) -> dict[str, WeightRule]:
     """The rules that can weigh responses in a format, uniform weights first; the run's own last, if it is another."""
-    rules = rivals()
-    if own not in rules.values():
-        rules["this run" if isinstance(own, WeightConfig) else name_of(own)] = own
-    return {name: rule for name, rule in rules.items() if can_weigh(rule, tool_format)}
+    rules = built_in_rules()
+    if run_rule not in rules.values():
+        rules["this run" if isinstance(run_rule, WeightConfig) else name_of(run_rule)] = run_rule
+    return {name: rule for name, rule in rules.items() if supports_format(rule, tool_format)}
 
 
-def can_weigh(rule: WeightRule, tool_format: str) -> bool:
+def supports_format(rule: WeightRule, tool_format: str) -> bool:
     try:
         getattr(rule, "check", lambda *_: None)(tool_format, False)
     except UserError:
@@ -32,14 +32,14 @@ def can_weigh(rule: WeightRule, tool_format: str) -> bool:
     return True
 
 
-def rivals() -> dict[str, WeightRule]:
+def built_in_rules() -> dict[str, WeightRule]:
     """The built-in rules by name, uniform first; `inverted` and `permuted` change nothing else of `rest`."""
     own = rest_weights()
     return {
         UNIFORM: PRESETS["grpo"].weights,
         "paper": PRESETS["paper"].weights,
         "authors-code": PRESETS["authors-code"].weights,
-        **candidates(),
+        **candidate_rules(),
         "inverted": replace(own, rule="inverted"),
         "top_entropy": WeightConfig(rule="top_entropy"),
         NO_REASONING: WeightConfig(rule="uniform", dropped=(Region.REASONING.label,)),
@@ -47,7 +47,7 @@ def rivals() -> dict[str, WeightRule]:
     }
 
 
-def candidates() -> dict[str, WeightConfig]:
+def candidate_rules() -> dict[str, WeightConfig]:
     """The weights that may be recommended: those of `rest`, at other strengths, and by other rules of entropy."""
     own = rest_weights()
     strengths = [strength for strength in (0.25, 0.5, 1.0) if strength != own.strength]

@@ -21,21 +21,21 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import end_ids
 from rest_rl.evaluate.origin import model_label, recorded_run
 from rest_rl.jsonl import as_json, reason
-from rest_rl.probe.figures import region_facts, rule_facts, sampled_facts, signal_and_noise
-from rest_rl.probe.measure import SampledBatch, passes, probe_gradients
-from rest_rl.probe.page import as_mapping, draw_probe, format_table, page
+from rest_rl.probe.figures import compute_region_facts, compute_rule_facts, measure_signal, summarize_samples
+from rest_rl.probe.measure import SampledBatch, count_progress_steps, measure_gradients
+from rest_rl.probe.page import build_formats_table, draw_probe, render_page, to_mapping
 from rest_rl.probe.report import ProbeReport
-from rest_rl.probe.rules import SHUFFLED, rules_for
-from rest_rl.probe.sample import Sampling, check_least, sample_groups
-from rest_rl.probe.variance import most_per_step
+from rest_rl.probe.rules import SHUFFLED, select_rules
+from rest_rl.probe.sample import Sampling, check_minimums, sample_groups
+from rest_rl.probe.variance import max_prompts_per_step
 from rest_rl.runlog import SILENT, Observer, replace_file
 from rest_rl.train.policy import load_policy, model_context, policy_tokenizer
 from rest_rl.train.prompts import read_data
 from rest_rl.train.request import read_source
 from rest_rl.weights import WeightRule
 
-JSON, PAGE = "probe.json", "probe.md"
-LEAST_PROMPTS = 8
+JSON_FILE, PAGE_FILE = "probe.json", "probe.md"
+MIN_PROMPTS = 8
 """Fewer leave no pairs to speak of when some are left out."""
 
 
@@ -79,37 +79,37 @@ def probe(
     Raises:
         UserError: before anything is sampled, except for a folder that cannot be written at the end.
     """
-    check_least(prompts=(prompts, LEAST_PROMPTS), step=(step, 1))
+    check_minimums(prompts=(prompts, MIN_PROMPTS), step=(step, 1))
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"norm cap {norm_cap}", "a multiple of the median norm, 0 for none", "change it")
-    config = probed_run(model, data, overrides)
-    own = layouts(config, formats)
+    config = resolve_run(model, data, overrides)
+    own = build_layouts(config, formats)
     limited = config.with_response_limit(own[0].context)
-    sampling = sampling_of(limited, group, seed, progress, max_new_tokens, batch_size)
+    sampling = build_sampling(limited, group, seed, progress, max_new_tokens, batch_size)
     asked = [(each, draw_prompts(config, each, prompts, seed, observer, sampling.max_new_tokens)) for each in own]
     if out is not None:
-        make_folder(Path(out), JSON)
+        create_folder(Path(out), JSON_FILE)
     policy, rule, reports = load_model(config, observer), config.rest.resolve().weights, list[ProbeReport]()
     for layout, drawn in asked:
-        size = step_size(config, step, len(drawn), observer)
-        reports.append(measure(policy, layout, drawn, sampling, rule, size, norm_cap, observer))
+        size = resolve_prompts_per_step(config, step, len(drawn), observer)
+        reports.append(probe_format(policy, layout, drawn, sampling, rule, size, norm_cap, observer))
         on_report(reports[-1])
     if len(reports) > 1:
-        observer.show_table(*format_table(reports))
+        observer.show_table(*build_formats_table(reports))
     if out is not None:
-        write_reports(f"{label_of(model)} on {Path(data).name if data else 'its own prompts'}", reports, Path(out))
+        write_reports(f"{label_model(model)} on {Path(data).name if data else 'its own prompts'}", reports, Path(out))
     return reports
 
 
 def write_reports(subject: str, reports: Sequence[ProbeReport], folder: Path) -> None:
     """Write probe.md, probe.json and the pictures; UserError if the folder cannot be written."""
-    with writing(folder):
+    with convert_write_errors(folder):
         pictures = {report.format: draw_probe(report, folder) for report in reports}
-        replace_file(folder / PAGE, page(f"Probe of {subject}", reports, pictures))
-        replace_file(folder / JSON, as_json([as_mapping(report) for report in reports], indent=2) + "\n")
+        replace_file(folder / PAGE_FILE, render_page(f"Probe of {subject}", reports, pictures))
+        replace_file(folder / JSON_FILE, as_json([to_mapping(report) for report in reports], indent=2) + "\n")
 
 
-def measure(
+def probe_format(
     model: Any,
     layout: PromptLayout,
     prompts: Sequence[Prepared],
@@ -121,21 +121,21 @@ def measure(
 ) -> ProbeReport:
     """The report on one format; `rule` is the run's own, `step` the prompts of the step to predict."""
     name, progress = layout.format.name, sampling.progress
-    rules = rules_for(name, rule)
-    with counted(observer, name, 2 * len(prompts) + passes(len(prompts), len(rules))) as done:
+    rules = select_rules(name, rule)
+    with track_steps(observer, name, 2 * len(prompts) + count_progress_steps(len(prompts), len(rules))) as done:
         groups = sample_groups(model, layout, prompts, sampling, done("sampling"))
-        batch = SampledBatch.of(groups, model, layout.tokenizer, name, progress, done("entropies"))
-        found = probe_gradients(
+        batch = SampledBatch.from_groups(groups, model, layout.tokenizer, name, progress, done("entropies"))
+        found = measure_gradients(
             model, batch, rules, progress, prompts_per_step=step, batch_size=sampling.batch_size,
             seed=sampling.seed, cap=norm_cap, advance=done("gradients"),
         )  # fmt: skip
-    regions, sure = region_facts(groups, batch.tokens, found.gram_KMKM)
-    signal, snr, heaviest = signal_and_noise(found.gram_KMKM)
+    regions, sure = compute_region_facts(groups, batch.tokens, found.gram_KMKM)
+    signal, snr, heaviest = measure_signal(found.gram_KMKM)
     return ProbeReport(
         format=name,
-        sampled=sampled_facts(groups, end_ids(model, layout.tokenizer)),
+        sampled=summarize_samples(groups, end_ids(model, layout.tokenizer)),
         regions=regions,
-        rules=rule_facts(found.rules, SHUFFLED),
+        rules=compute_rule_facts(found.rules, SHUFFLED),
         sure=sure,
         signal=signal,
         snr=snr,
@@ -143,12 +143,12 @@ def measure(
         prompts_per_step=step,
         progress=progress,
         coordinates=found.coordinates.size,
-        parameters=found.coordinates.total,
+        parameters=found.coordinates.num_parameters,
         tokens=batch.tokens,
     )
 
 
-def probed_run(model: str | Path | None, data: str | Path | None, overrides: Sequence[str]) -> RunConfig:
+def resolve_run(model: str | Path | None, data: str | Path | None, overrides: Sequence[str]) -> RunConfig:
     """The run that would train this model: that of its run folder, or the package's own with the settings given.
 
     What a supervised run has trained is probed as the preset `rest` would go on from it, other data than a run's own
@@ -165,7 +165,7 @@ def probed_run(model: str | Path | None, data: str | Path | None, overrides: Seq
     return read_source(replace(run, data=own, eval=replace(run.eval, every=0)), options)
 
 
-def sampling_of(
+def build_sampling(
     config: RunConfig, group: int, seed: int, progress: float, max_new_tokens: int | None, batch_size: int | None
 ) -> Sampling:
     """Sampling and reward as the run has them, where nothing else is asked for."""
@@ -179,7 +179,7 @@ def sampling_of(
     )
 
 
-def layouts(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
+def build_layouts(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
     """How prompts are laid out in each format, each once; in the run's own if there is none."""
     tokenizer, variables = policy_tokenizer(config.model), config.model.chat_template_kwargs
     names = [
@@ -193,33 +193,35 @@ def layouts(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
 def draw_prompts(
     config: RunConfig,
     layout: PromptLayout,
-    number: int,
+    count: int,
     seed: int,
     observer: Observer,
     response_tokens: int,
-    least: int = LEAST_PROMPTS,
+    min_prompts: int = MIN_PROMPTS,
     remedy: str = "add data",
 ) -> list[Prepared]:
     """A random part of what training would see in this format, or all of it; each with room for a response."""
     rest = replace(config.rest, format=layout.format.name)
     unmeasured = replace(config, rest=rest, eval=replace(config.eval, prompts=0, every=0))
     prompts = read_data(unmeasured, layout, observer, response_tokens).prepared
-    if len(prompts) < least:
-        raise UserError(f"{len(prompts)} samples", f"at least {least}", remedy)
-    if len(prompts) < number:
-        observer.say(f"{len(prompts)} samples, fewer than the {number} prompts asked for: all are taken")
-    return random.Random(seed).sample(prompts, min(number, len(prompts)))
+    if len(prompts) < min_prompts:
+        raise UserError(f"{len(prompts)} samples", f"at least {min_prompts}", remedy)
+    if len(prompts) < count:
+        observer.say(f"{len(prompts)} samples, fewer than the {count} prompts asked for: all are taken")
+    return random.Random(seed).sample(prompts, min(count, len(prompts)))
 
 
-def step_size(config: RunConfig, wanted: int | None, prompts: int, observer: Observer) -> int:
+def resolve_prompts_per_step(config: RunConfig, requested: int | None, num_prompts: int, observer: Observer) -> int:
     """Prompts of the step to predict: as many as asked for, or the run's, as far as so many prompts can tell."""
-    if wanted is None:
+    if requested is None:
         names = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 8}
         responses, parts, group = (int(config.trl.get(name, default)) for name, default in names.items())
-        wanted = max(1, responses * parts // max(1, group))
-    if wanted > (most := most_per_step(prompts)):
-        observer.say(f"{prompts} prompts can predict a step of {most} at most, not of {wanted}: it is taken for {most}")
-    return min(wanted, most)
+        requested = max(1, responses * parts // max(1, group))
+    if requested > (most := max_prompts_per_step(num_prompts)):
+        observer.say(
+            f"{num_prompts} prompts can predict a step of {most} at most, not of {requested}: it is taken for {most}"
+        )
+    return min(requested, most)
 
 
 def load_model(config: RunConfig, observer: Observer) -> Any:
@@ -230,26 +232,26 @@ def load_model(config: RunConfig, observer: Observer) -> Any:
 
 
 @contextmanager
-def counted(observer: Observer, name: str, total: int) -> Iterator[Callable[[str], Callable[[], None]]]:
+def track_steps(observer: Observer, name: str, total: int) -> Iterator[Callable[[str], Callable[[], None]]]:
     """A bar over several kinds of work: `done("sampling")` is to be called after each piece of it."""
     pieces = count(1)
     with observer.track(name, total) as advance:
         yield lambda what: lambda: advance(next(pieces), note=what)
 
 
-def label_of(model: str | Path | None) -> str:
+def label_model(model: str | Path | None) -> str:
     """What a page calls the model."""
     return model_label(str(model)) if model else "the embedded model"
 
 
-def free_folder(verb: str, model: str | Path | None, file: str) -> Path:
+def choose_unused_folder(verb: str, model: str | Path | None, file: str) -> Path:
     """runs/probe-MODEL, or with a number after it where results are already."""
     base = f"runs/{verb}-{model_label(str(model))}" if model else f"runs/{verb}"
     names = chain([base], (f"{base}-{number}" for number in count(2)))
     return next(Path(name) for name in names if not (Path(name) / file).exists())
 
 
-def make_folder(folder: Path, file: str) -> None:
+def create_folder(folder: Path, file: str) -> None:
     """Make the folder of the results and try to write to it, before there are any."""
     if (folder / file).exists():
         raise UserError(f"{folder}, which holds a {file} already", "another folder", "pass a new --out")
@@ -262,7 +264,7 @@ def make_folder(folder: Path, file: str) -> None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def convert_write_errors(folder: Path) -> Iterator[None]:
     """Write results that have been shown; UserError for a folder that can be written to no more."""
     try:
         yield

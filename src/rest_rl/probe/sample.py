@@ -20,7 +20,7 @@ from rest_rl.response import Gold
 from rest_rl.rewards import RewardRule, apply_reward, is_random, judge
 
 
-class Response(NamedTuple):
+class SampledResponse(NamedTuple):
     """One sampled response: `ids` with the end-of-sequence token, and the `Region` of each of them."""
 
     ids: list[int]
@@ -31,11 +31,11 @@ class Response(NamedTuple):
     is_exact: bool
 
 
-class Group(NamedTuple):
+class SampledGroup(NamedTuple):
     """The responses to one prompt."""
 
     prompt_ids: Sequence[int]
-    responses: tuple[Response, ...]
+    responses: tuple[SampledResponse, ...]
 
     def advantages(self, kind: AdvantageKind = "grpo") -> Tensor:
         """The advantage of each response within the group: float64 (G,)."""
@@ -47,7 +47,7 @@ class Group(NamedTuple):
 class Sampling:
     """How responses are sampled, at temperature 1, and scored; the default reward is that of the preset `rest`."""
 
-    group: int = 8
+    group_size: int = 8
     """Responses to each prompt."""
     max_new_tokens: int = 160
     batch_size: int = 128
@@ -57,8 +57,8 @@ class Sampling:
     reward: RewardRule = PRESETS["rest"].reward
 
     def __post_init__(self) -> None:
-        check_least(group=(self.group, 2), max_new_tokens=(self.max_new_tokens, 1))
-        check_least(batch_size=(self.batch_size, 1), seed=(self.seed, 0))
+        check_minimums(group=(self.group_size, 2), max_new_tokens=(self.max_new_tokens, 1))
+        check_minimums(batch_size=(self.batch_size, 1), seed=(self.seed, 0))
         if not 0 <= self.progress <= 1:
             raise UserError(f"progress {self.progress}", "training progress in [0, 1]", "change it")
         if is_random(self.reward):
@@ -66,7 +66,7 @@ class Sampling:
             raise UserError("reward.random = true", "a reward that reads the responses", remedy)
 
 
-def check_least(**values: tuple[int | None, int]) -> None:
+def check_minimums(**values: tuple[int | None, int]) -> None:
     """UserError for the first (value, least value) that is too small."""
     for name, (value, least) in values.items():
         if value is not None and value < least:
@@ -79,34 +79,36 @@ def sample_groups(
     prompts: Sequence[Prepared],
     sampling: Sampling,
     advance: Callable[[], Any] = lambda: None,
-) -> list[Group]:
+) -> list[SampledGroup]:
     """A group of responses to each prompt, in order; equal arguments give equal groups."""
     groups, ends = [], end_ids(model, layout.tokenizer)
-    per_batch = max(1, sampling.batch_size // sampling.group)
+    per_batch = max(1, sampling.batch_size // sampling.group_size)
     for first in range(0, len(prompts), per_batch):
         chunk = prompts[first : first + per_batch]
         ids = generate(
             model,
             layout.tokenizer,
-            [prompt.prompt_text for prompt in chunk for _ in range(sampling.group)],
+            [prompt.prompt_text for prompt in chunk for _ in range(sampling.group_size)],
             max_new_tokens=sampling.max_new_tokens,
             batch_size=sampling.batch_size,
             seed=sampling.seed + first,
         )
         for index, prompt in enumerate(chunk):
-            own = ids[index * sampling.group : (index + 1) * sampling.group]
-            responses = tuple(score(response, prompt.sample.gold, layout, sampling, ends) for response in own)
-            groups.append(Group(prompt.prompt_ids, responses))
+            own = ids[index * sampling.group_size : (index + 1) * sampling.group_size]
+            responses = tuple(tag_and_score(response, prompt.sample.gold, layout, sampling, ends) for response in own)
+            groups.append(SampledGroup(prompt.prompt_ids, responses))
             advance()
     return groups
 
 
-def score(ids: list[int], gold: Gold, layout: PromptLayout, sampling: Sampling, ends: Sequence[int]) -> Response:
+def tag_and_score(
+    ids: list[int], gold: Gold, layout: PromptLayout, sampling: Sampling, eos_ids: Sequence[int]
+) -> SampledResponse:
     """A response with its regions and scores; one that ends with none of `ends` was cut off."""
     text = decode_ids(ids, layout.tokenizer, layout.format.tags)
-    judgement = judge(text, gold, layout.format, truncated=not has_ended(ids, ends))
+    judgement = judge(text, gold, layout.format, truncated=not has_ended(ids, eos_ids))
     ids_1T = torch.tensor([ids], dtype=torch.long)
     regions_1T = tag_regions(ids_1T, torch.ones_like(ids_1T), layout.tokenizer, layout.format)
     reward = apply_reward(sampling.reward, judgement, sampling.progress).total
     scores = judgement.format, judgement.accuracy, judgement.exact_match
-    return Response(list(ids), regions_1T[0].tolist(), reward, *scores)
+    return SampledResponse(list(ids), regions_1T[0].tolist(), reward, *scores)

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from rest_rl.errors import UserError
 
-BLOCKS = 16
-"""Blocks of units, where there are enough units; a power of two, see `halvings`."""
-FLOOR = 1e-3
+MAX_BLOCKS = 16
+"""Blocks of units, where there are enough units; a power of two, see `generate_halvings`."""
+MOMENT_FLOOR = 1e-3
 """Least second moment of a coordinate, relative to the mean over coordinates. Where half of the units barely have a
 gradient, the estimate from them is chance, and a signal divided by it would drown all others."""
 
@@ -38,33 +38,33 @@ class Estimate(NamedTuple):
     error: float
 
     @classmethod
-    def of(cls, values_1M: np.ndarray) -> Estimate:
+    def from_jackknife(cls, values_1M: np.ndarray) -> Estimate:
         """From a statistic of all units and of all but one: se² = (M-1)/M sum_m (x_-m - mean)² (jackknife)."""
         left_out_M = values_1M[1:]
         count = len(left_out_M)
         spread = float(((left_out_M - left_out_M.mean()) ** 2).sum())
         return cls(float(values_1M[0]), math.sqrt((count - 1) / count * spread))
 
-    def is_above(self, least: float, errors: float) -> bool:
+    def is_above(self, threshold: float, num_errors: float) -> bool:
         """Whether it is more than so many errors above `least`; False where it is not defined."""
-        return self.value - errors * self.error > least
+        return self.value - num_errors * self.error > threshold
 
 
-def left_out(sums_M: np.ndarray) -> np.ndarray:
+def leave_one_out_sums(sums_M: np.ndarray) -> np.ndarray:
     """The sum over units, then the sums without each of them: (1+M, ...)."""
     total = sums_M.sum(0, keepdims=True)
     return np.concatenate([total, total - sums_M])
 
 
-def quotient(above: np.ndarray | float, below: np.ndarray | float) -> np.ndarray:
+def divide_or_nan(above: np.ndarray | float, below: np.ndarray | float) -> np.ndarray:
     """Element by element, NaN where the divisor is 0."""
     above, below = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, math.nan), where=below != 0)
 
 
-def gain(own: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+def relative_gain(own: np.ndarray, baseline: np.ndarray) -> np.ndarray:
     """Own over baseline, minus 1; NaN where the baseline makes no progress."""
-    return quotient(own, np.where(baseline > 0, baseline, math.nan)) - 1
+    return divide_or_nan(own, np.where(baseline > 0, baseline, math.nan)) - 1
 
 
 class GradientSeries(NamedTuple):
@@ -86,23 +86,23 @@ class GradientSeries(NamedTuple):
     @property
     def noise_ratio(self) -> np.ndarray:
         """Variance / |E g|²"""
-        return quotient(self.variance_1K, np.maximum(self.mean_square_1K, 0.0))
+        return divide_or_nan(self.variance_1K, np.maximum(self.mean_square_1K, 0.0))
 
 
-def gradient_series(
-    gradients_MN: Tensor, true_MN: Tensor, *, batch: int = 1, blocks: int = BLOCKS, scales_M: Tensor | None = None
+def compute_gradient_series(
+    gradients_MN: Tensor, true_MN: Tensor, *, batch: int = 1, blocks: int = MAX_BLOCKS, scales_M: Tensor | None = None
 ) -> GradientSeries:
-    """The figures of one weighting; `scales_M` multiplies each unit's two vectors (see `norm_cap`)."""
-    sums = block_sums(gradients_MN, true_MN, blocks, scales_M)
-    most = most_per_batch([one.units for one in sums])
+    """The figures of one weighting; `scales_M` multiplies each unit's two vectors (see `compute_norm_scales`)."""
+    sums = sum_by_block(gradients_MN, true_MN, blocks, scales_M)
+    most = max_batch_size([one.units for one in sums])
     if not 1 <= batch <= most:
         raise UserError(f"a batch of {batch} units", f"1 to {most} of {len(true_MN)}", "measure more prompts")
-    whole = total(sums)
-    rows = [batch_figures(one, batch) for one in (whole, *(whole.without(one) for one in sums))]
-    return GradientSeries(*np.array(rows).T, adam_1K=adam_series(sums, batch))
+    whole = add_sums(sums)
+    rows = [compute_batch_figures(one, batch) for one in (whole, *(whole.without(one) for one in sums))]
+    return GradientSeries(*np.array(rows).T, adam_1K=compute_adam_progress(sums, batch))
 
 
-class Sums(NamedTuple):
+class UnitSums(NamedTuple):
     """Sums over units from which every figure follows; those of disjoint units add up."""
 
     units: int
@@ -112,13 +112,13 @@ class Sums(NamedTuple):
     gt_N: Tensor
     tt: float
 
-    def plus(self, other: Sums) -> Sums:
+    def plus(self, other: UnitSums) -> UnitSums:
         both: Any = zip(self, other, strict=True)
-        return Sums(*(own + its for own, its in both))
+        return UnitSums(*(own + its for own, its in both))
 
-    def without(self, other: Sums) -> Sums:
+    def without(self, other: UnitSums) -> UnitSums:
         both: Any = zip(self, other, strict=True)
-        return Sums(*(own - its for own, its in both))
+        return UnitSums(*(own - its for own, its in both))
 
     @property
     def signals(self) -> Tensor:
@@ -132,74 +132,74 @@ class Sums(NamedTuple):
         return mean_N.square() + spread_N * (1 / batch - 1 / self.units)
 
 
-def batch_figures(sums: Sums, batch: int) -> tuple[float, float, float, float, float]:
+def compute_batch_figures(sums: UnitSums, batch: int) -> tuple[float, float, float, float, float]:
     """The figures of `GradientSeries`, but for Adam's, in its order."""
     signal, pairs = float(sums.signals.sum()), sums.units * (sums.units - 1)
     mean_square = float((sums.g_N.square() - sums.gg_N).sum()) / pairs
-    true_norm = root((float(sums.t_N.square().sum()) - sums.tt) / pairs)
+    true_norm = sqrt_or_nan((float(sums.t_N.square().sum()) - sums.tt) / pairs)
     variance = float(sums.gg_N.sum()) / sums.units - mean_square
-    cosine = float(quotient(signal, root(mean_square) * true_norm))
-    progress = float(quotient(signal, math.sqrt(float(sums.second_moments(batch).sum()))))
+    cosine = float(divide_or_nan(signal, sqrt_or_nan(mean_square) * true_norm))
+    progress = float(divide_or_nan(signal, math.sqrt(float(sums.second_moments(batch).sum()))))
     return variance / batch, mean_square, cosine, true_norm, progress
 
 
-class Half(NamedTuple):
+class HalfStatistics(NamedTuple):
     """What one half of the units has to say about every coordinate."""
 
     signals_N: Tensor
     """E g_j t_j"""
     inverse_N: Tensor
-    """1 / sqrt(E g_j²) of a batch, see `FLOOR`; 0 where there is no gradient at all."""
+    """1 / sqrt(E g_j²) of a batch, see `MOMENT_FLOOR`; 0 where there is no gradient at all."""
 
     @classmethod
-    def of(cls, sums: Sums, batch: int) -> Half:
+    def from_sums(cls, sums: UnitSums, batch: int) -> HalfStatistics:
         moments_N = sums.second_moments(batch)
-        moments_N = moments_N.clamp_min(FLOOR * float(moments_N.mean()))
+        moments_N = moments_N.clamp_min(MOMENT_FLOOR * float(moments_N.mean()))
         return cls(sums.signals, torch.where(moments_N > 0, moments_N.rsqrt(), 0.0))
 
-    def progress(self, other: Half) -> float:
+    def progress(self, other: HalfStatistics) -> float:
         """The signals of either half over the scales of the other, averaged."""
         both = self.signals_N @ other.inverse_N + other.signals_N @ self.inverse_N
         return float(both) / 2 / math.sqrt(len(self.signals_N))
 
 
-def adam_series(sums: Sequence[Sums], batch: int) -> np.ndarray:
+def compute_adam_progress(sums: Sequence[UnitSums], batch: int) -> np.ndarray:
     """`GradientSeries.adam_1K` from the sums of each block, cross-fitted between halves of the blocks.
 
     1. Put the blocks into two halves; signals E g_j t_j and scales 1 / sqrt(E g_j²) follow from each half's sums.
     2. Progress is the signals of one half times the scales of the other, both ways. Were signal and scale taken from
        the same units, a unit with a large gradient would raise both, and the estimate would come out too low.
-    3. To leave a block out, take it from its own half only. Average over the ways to halve (`halvings`).
+    3. To leave a block out, take it from its own half only. Average over the ways to halve (`generate_halvings`).
     """
     found = []
-    for sides in halvings(len(sums)):
-        halves = [total([one for one, side in zip(sums, sides, strict=True) if side == own]) for own in (0, 1)]
-        first, second = (Half.of(half, batch) for half in halves)
+    for sides in generate_halvings(len(sums)):
+        halves = [add_sums([one for one, side in zip(sums, sides, strict=True) if side == own]) for own in (0, 1)]
+        first, second = (HalfStatistics.from_sums(half, batch) for half in halves)
         own = [first.progress(second)]
         for one, side in zip(sums, sides, strict=True):
-            left = Half.of(halves[side].without(one), batch)
+            left = HalfStatistics.from_sums(halves[side].without(one), batch)
             own.append(left.progress(first if side else second))
         found.append(own)
     return np.mean(found, axis=0)
 
 
-def halvings(blocks: int) -> Iterator[list[int]]:
+def generate_halvings(blocks: int) -> Iterator[list[int]]:
     """The side, 0 or 1, of each of 2^k blocks in k ways: by the bits of their numbers, so that most pairs meet."""
     for bit in range(blocks.bit_length() - 1):
         yield [number >> bit & 1 for number in range(blocks)]
 
 
-def blocks_for(units: int) -> int:
+def choose_num_blocks(units: int) -> int:
     """The largest power of two of blocks, 16 at most, that so many units can be put into."""
-    return 2 ** (min(BLOCKS, max(4, units - 2)).bit_length() - 1)
+    return 2 ** (min(MAX_BLOCKS, max(4, units - 2)).bit_length() - 1)
 
 
-def most_per_step(units: int) -> int:
-    """The largest step that can be predicted from so many units, in `blocks_for` blocks."""
-    return most_per_batch([len(own) for own in np.array_split(np.arange(units), blocks_for(units))])
+def max_prompts_per_step(units: int) -> int:
+    """The largest step that can be predicted from so many units, in `choose_num_blocks` blocks."""
+    return max_batch_size([len(own) for own in np.array_split(np.arange(units), choose_num_blocks(units))])
 
 
-def most_per_batch(sizes: Sequence[int]) -> int:
+def max_batch_size(sizes: Sequence[int]) -> int:
     """The largest batch that can be predicted from blocks of these sizes.
 
     A quarter of the units, and fewer than there are in half of the blocks when one is left out: else the variance of a
@@ -207,13 +207,13 @@ def most_per_batch(sizes: Sequence[int]) -> int:
     """
     halves = [
         [size for size, side in zip(sizes, sides, strict=True) if side == own]
-        for sides in halvings(len(sizes))
+        for sides in generate_halvings(len(sizes))
         for own in (0, 1)
     ]
     return max(1, min(sum(sizes) // 4, min(sum(half) - max(half) for half in halves) - 1))
 
 
-def norm_cap(baseline_MN: Tensor, cap: float) -> Tensor:
+def compute_norm_scales(baseline_MN: Tensor, cap: float) -> Tensor:
     """The factor that brings each unit's norm down to `cap` times the median of the norms above 0: float64 (M,).
 
     The same factors for every weighting, so that they stay comparable. What is measured then is the typical unit and no
@@ -228,7 +228,7 @@ def norm_cap(baseline_MN: Tensor, cap: float) -> Tensor:
     return (cap * live_M.median() / norms_M.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
 
 
-def block_sums(gradients_MN: Tensor, true_MN: Tensor, blocks: int, scales_M: Tensor | None = None) -> list[Sums]:
+def sum_by_block(gradients_MN: Tensor, true_MN: Tensor, blocks: int, scales_M: Tensor | None = None) -> list[UnitSums]:
     """Sums over `blocks` runs of consecutive units, sizes as equal as they can be."""
     if gradients_MN.ndim != 2 or gradients_MN.shape != true_MN.shape:
         shapes = tuple(gradients_MN.shape), tuple(true_MN.shape)
@@ -245,14 +245,14 @@ def block_sums(gradients_MN: Tensor, true_MN: Tensor, blocks: int, scales_M: Ten
         if scales_M is not None:
             g_mN, t_mN = g_mN * scales_M[index, None], t_mN * scales_M[index, None]
         tt = float(t_mN.square().sum())
-        sums.append(Sums(len(index), g_mN.sum(0), t_mN.sum(0), g_mN.square().sum(0), (g_mN * t_mN).sum(0), tt))
+        sums.append(UnitSums(len(index), g_mN.sum(0), t_mN.sum(0), g_mN.square().sum(0), (g_mN * t_mN).sum(0), tt))
     return sums
 
 
-def total(sums: Sequence[Sums]) -> Sums:
-    return reduce(Sums.plus, sums)
+def add_sums(sums: Sequence[UnitSums]) -> UnitSums:
+    return reduce(UnitSums.plus, sums)
 
 
-def root(square: float) -> float:
+def sqrt_or_nan(square: float) -> float:
     """The square root; NaN for an estimate of a square that came out negative."""
     return math.sqrt(square) if square >= 0 else math.nan
