@@ -35,7 +35,7 @@ from rest_rl.evaluate.benchmarks.bfcl.groups import MULTI_TURN, select_categorie
 from rest_rl.evaluate.benchmarks.bfcl.package import Version, find_package
 from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox
 from rest_rl.evaluate.conversation import Reply, Request
-from rest_rl.evaluate.harness import batch_rows
+from rest_rl.evaluate.harness import evaluate_batch
 from rest_rl.evaluate.models.recorded import Recorded, Recording
 from rest_rl.formats import get_format
 
@@ -58,7 +58,7 @@ def judged(benchmark: Bfcl, sample: Sample) -> Sample:
     """Our verdict, what the tools said, and the time it took."""
     model = Watched({sample["id"]: Recording(sample["response"])})
     start = time.perf_counter()
-    [row] = batch_rows(benchmark, model, get_format("toolrl"), [sample["id"]], Event())
+    [row] = evaluate_batch(benchmark, model, get_format("toolrl"), [sample["id"]], Event())
     seconds = time.perf_counter() - start
     said = [message["content"] for message in model.last.sample.messages if message["role"] == "tool"]
     return {**row, "results": said, "seconds": seconds}

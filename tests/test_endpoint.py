@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rest_rl.data.layout import PromptLayout
-from rest_rl.evaluate.conversation import Reply, Request, read_reply
+from rest_rl.evaluate.conversation import Reply, Request, parse_reply
 from rest_rl.evaluate.models.chat_messages import wire_names
 from rest_rl.evaluate.models.endpoint import Endpoint
 from rest_rl.formats import get_format
@@ -58,7 +58,7 @@ def test_the_training_prompt_describes_the_tools(server) -> None:
     model = endpoint(server)
     reply = one(model)
     assert reply == Reply(CALL, None, 11, 3)
-    assert read_reply(reply, model.tool_format).calls == (ToolCall("f", {"x": 1}),)
+    assert parse_reply(reply, model.tool_format).calls == (ToolCall("f", {"x": 1}),)
     path, key, body = server.requests[0]
     assert path == "/v1/chat/completions"
     assert key == "Bearer none"
@@ -125,7 +125,7 @@ def test_structured_calls_that_cannot_be_read_are_no_calls(server) -> None:
     nothing = one(model)
     assert nothing.calls == ()
     assert json.dumps(bad[0]) in nothing.text
-    assert read_reply(nothing, model.tool_format).calls == ()
+    assert parse_reply(nothing, model.tool_format).calls == ()
     reply = one(endpoint(server, says("", tool_calls=[*empty, *objects]), native=True))
     assert [call.arguments for call in reply.calls or ()] == [{}, {}, {"x": [1]}]
 
@@ -135,7 +135,7 @@ def test_calls_in_the_text_count_where_the_server_reads_none(server) -> None:
     for _ in range(2):
         reply = one(model)
         assert reply.calls is None
-        assert read_reply(reply, model.tool_format).calls == (ToolCall("f", {"x": 1}),)
+        assert parse_reply(reply, model.tool_format).calls == (ToolCall("f", {"x": 1}),)
 
 
 def test_length_parts_reasoning_and_odd_usage(server) -> None:
@@ -162,7 +162,7 @@ def test_length_parts_reasoning_and_odd_usage(server) -> None:
 
 def test_reasoning_that_the_server_cuts_off_belongs_to_a_format_that_opens_it(server) -> None:
     model = endpoint(server, then=says(CALL, reasoning_content="I look."), tool_format="hermes+think")
-    parsed = read_reply(one(model), model.tool_format)
+    parsed = parse_reply(one(model), model.tool_format)
     assert (parsed.thought, parsed.calls) == ("I look.", (ToolCall("f", {"x": 1}),))
 
 
@@ -410,13 +410,13 @@ def test_a_check_finds_a_wrong_key_and_a_server_that_is_not_there(server) -> Non
 def test_room_is_known_with_a_tokenizer_and_a_server_that_states_its_context(server) -> None:
     layout = PromptLayout(tiny_tokenizer())
     model = endpoint(server, layout=layout)
-    assert model.room(asked()) is None
+    assert model.context_usage(asked()) is None
     server.models = serve_models("m", max_model_len=512)
     model.check()
-    assert model.room(asked()) == (layout.count_tokens(asked().sample) + 64, 512)
+    assert model.context_usage(asked()) == (layout.count_tokens(asked().sample) + 64, 512)
     bare = endpoint(server)
     bare.check()
-    assert bare.room(asked()) is None
+    assert bare.context_usage(asked()) is None
 
 
 def test_extra_fields_go_into_every_request(server) -> None:

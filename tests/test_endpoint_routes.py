@@ -12,9 +12,9 @@ import pytest
 
 from rest_rl.data.layout import PromptLayout
 from rest_rl.errors import UserError
-from rest_rl.evaluate.conversation import Reply, Request, read_reply
+from rest_rl.evaluate.conversation import Reply, Request, parse_reply
 from rest_rl.evaluate.models.endpoint import Endpoint, base_url, public_url
-from rest_rl.evaluate.models.token_prompts import without_end
+from rest_rl.evaluate.models.token_prompts import strip_end_tokens
 from rest_rl.regions import decode_ids
 from rest_rl.response import ToolCall
 from tests.model_families import FAMILIES, family_tokenizer
@@ -68,7 +68,7 @@ def test_the_server_gets_the_ids_of_the_training_prompt(server: Server, family: 
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0, 64)
     assert not {"messages", "tools"} & set(body)
     assert (reply.text, reply.calls, reply.prompt_tokens, reply.tokens) == (CALL, None, 11, 3)
-    parsed = read_reply(reply, PromptLayout(layout.tokenizer, "hermes").format)
+    parsed = parse_reply(reply, PromptLayout(layout.tokenizer, "hermes").format)
     assert parsed.calls == (ToolCall("f", {"x": 1}),)
 
 
@@ -106,7 +106,7 @@ def test_the_end_is_taken_off_as_it_is_off_ids(server: Server, family: str, writ
     layout = family_layout(family)
     ids = layout.tokenizer(written, add_special_tokens=False)["input_ids"]
     expected = decode_ids(ids, layout.tokenizer, layout.format.tags)
-    assert without_end(written, layout) == expected
+    assert strip_end_tokens(written, layout) == expected
     assert one(endpoint(server, layout, then=writes(written))).text == expected
 
 
@@ -132,7 +132,7 @@ def test_a_response_is_given_what_the_prompt_leaves(server: Server, layout: Prom
         model = endpoint(server, layout, context=context)
         assert one(model).text == CALL
         assert server.requests[-1][2]["max_tokens"] == limit
-        assert model.room(asked()) == (tokens + 64, context)
+        assert model.context_usage(asked()) == (tokens + 64, context)
     reply = one(endpoint(server, layout, context=tokens))
     assert reply.overflow == f"got a prompt of {tokens} tokens, the model holds {tokens}"
     assert len(server.requests) == 3

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rest_rl.errors import UserError
-from rest_rl.evaluate.compare import Change, change, compare, write_comparison
+from rest_rl.evaluate.compare import Change, compare_evaluations, compute_change, write_comparison
 from rest_rl.jsonl import as_json
 from rest_rl.statistics import mcnemar, paired_difference
 
@@ -52,7 +52,7 @@ def rows(simple: str, java: str) -> list[dict[str, Any]]:
 def test_changes_are_paired_and_in_the_order_of_the_summary(tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", rows("1100000000", "111"))
     tuned = write_folder(tmp_path / "tuned", rows("1011111110", "110"), model="tuned")
-    result = compare(base, tuned)
+    result = compare_evaluations(base, tuned)
     simple, java, everything = result.metrics["correct"]
     assert [simple.group, java.group, everything.group] == ["simple", "java", "all"]
     # simple: right 2 and 8 of 10; sample 1 lost, samples 2 to 8 gained; exact p = 2 (1 + 8) / 2^8 = 18 / 256
@@ -78,7 +78,7 @@ def test_official_averages_are_compared_by_their_weights(tmp_path: Path) -> None
     }
     base = write_folder(tmp_path / "base", rows("1100000000", "11110"), official=official)
     tuned = write_folder(tmp_path / "tuned", rows("1011111110", "11011"), official=official)
-    table = {found.group: found for found in compare(base, tuned).metrics["correct"]}
+    table = {found.group: found for found in compare_evaluations(base, tuned).metrics["correct"]}
     # neither what was not asked nor what says no weights
     assert list(table) == ["simple", "java", "Overall", "all"]
     overall = table["Overall"]
@@ -92,7 +92,11 @@ def test_official_averages_are_compared_by_their_weights(tmp_path: Path) -> None
     other = {"Overall": {"accuracy": 0.4, "weights": {"simple": 0.5, "java": 0.5}}}
     for name, others in (("none", {}), ("other", other)):
         side = write_folder(tmp_path / name, rows("1011111110", "11011"), official=others)
-        assert [found.group for found in compare(base, side).metrics["correct"]] == ["simple", "java", "all"]
+        assert [found.group for found in compare_evaluations(base, side).metrics["correct"]] == [
+            "simple",
+            "java",
+            "all",
+        ]
 
 
 def test_flips_name_their_samples_and_both_reasons(tmp_path: Path) -> None:
@@ -102,7 +106,7 @@ def test_flips_name_their_samples_and_both_reasons(tmp_path: Path) -> None:
         row("simple", 1, True),
         row("java", 0, False, refused="no such role"),
     ]
-    result = compare(base, write_folder(tmp_path / "tuned", overflown))
+    result = compare_evaluations(base, write_folder(tmp_path / "tuned", overflown))
     told = {flip.id: (flip.group, flip.direction, flip.base_reason, flip.tuned_reason) for flip in result.flips}
     assert told == {
         "simple_0": ("simple", "lost", "simple says 1", "too long"),
@@ -130,7 +134,7 @@ def test_both_metrics_of_api_bank_are_compared(tmp_path: Path) -> None:
     }
     base = write_folder(tmp_path / "base", levels("1100", "0000"), **how)
     tuned = write_folder(tmp_path / "tuned", levels("1111", "0001"), **how)
-    result = compare(base, tuned)
+    result = compare_evaluations(base, tuned)
     found = {metric: [(c.group, c.n, c.gained) for c in table] for metric, table in result.metrics.items()}
     assert found == {
         "soft": [("Level1", 2, 1), ("Level2", 2, 1), ("all", 4, 2)],
@@ -142,7 +146,7 @@ def test_both_metrics_of_api_bank_are_compared(tmp_path: Path) -> None:
 def test_only_samples_scored_on_both_sides_count(tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", rows("11?1", ""))
     tuned = write_folder(tmp_path / "tuned", [*rows("0?1", ""), row("simple", 9, True)])
-    result = compare(base, tuned)
+    result = compare_evaluations(base, tuned)
     assert [(change.group, change.n, change.lost) for change in result.metrics["correct"]] == [
         ("simple", 1, 1),
         ("all", 1, 1),
@@ -156,7 +160,7 @@ def test_what_else_may_explain_a_difference_is_told(tmp_path: Path) -> None:
     tuned = write_folder(
         tmp_path / "tuned", rows("111", ""), model="tuned", prompt="native", format="hermes", settings=settings
     )
-    warnings = compare(base, tuned).warnings
+    warnings = compare_evaluations(base, tuned).warnings
     assert warnings[:4] == (
         "prompt differs: 'training' and 'native'",
         "format differs: 'toolrl' and 'hermes'",
@@ -171,7 +175,7 @@ def test_what_else_may_explain_a_difference_is_told(tmp_path: Path) -> None:
 
 def test_a_model_compared_with_itself_is_told(tmp_path: Path) -> None:
     pair = [write_folder(tmp_path / name, rows("10", ""), settings={"weights": "abc"}) for name in ("one", "other")]
-    result = compare(*pair)
+    result = compare_evaluations(*pair)
     assert result.warnings == ("both sides have the same weights: what differs is how they were asked, or chance",)
     assert (result.flips, result.metrics["correct"][-1].p) == ((), 1.0)
 
@@ -185,7 +189,7 @@ def test_other_editions_are_refused(tmp_path: Path, key: str, value: str) -> Non
         write_folder(tmp_path / "b", rows("1", ""), **{key: value}),
     )
     with pytest.raises(ValueError, match=rf"got {key} .* expected the same: .* compare evaluations of one"):
-        compare(base, tuned)
+        compare_evaluations(base, tuned)
 
 
 def test_folders_without_an_evaluation_are_refused(tmp_path: Path) -> None:
@@ -195,16 +199,16 @@ def test_folders_without_an_evaluation_are_refused(tmp_path: Path) -> None:
     (run / "summary.json").write_text('{"before": {}}', encoding="utf-8")
     for other in (run, tmp_path / "nothing"):
         with pytest.raises(ValueError, match=r"holds no summary.json of an evaluation, expected .* --resume"):
-            compare(base, other)
+            compare_evaluations(base, other)
     with pytest.raises(ValueError, match=r"holds no samples.jsonl"):
-        compare(write_folder(tmp_path / "empty", []), base)
+        compare_evaluations(write_folder(tmp_path / "empty", []), base)
 
 
 def test_nothing_shared_is_refused(tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", rows("1?", ""))
     for name, others in (("other", rows("", "1")), ("failed", rows("?1", ""))):
         with pytest.raises(ValueError, match="share no scored sample"):
-            compare(base, write_folder(tmp_path / name, others))
+            compare_evaluations(base, write_folder(tmp_path / name, others))
 
 
 def test_a_torn_last_line_and_earlier_attempts_are_left_out(tmp_path: Path) -> None:
@@ -212,16 +216,16 @@ def test_a_torn_last_line_and_earlier_attempts_are_left_out(tmp_path: Path) -> N
     tuned = write_folder(tmp_path / "tuned", [row("simple", 0, None, error="503"), row("simple", 0, True)])
     with (tuned / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"id": "simple_1", "correct": tr')
-    simple = compare(base, tuned).metrics["correct"][0]
+    simple = compare_evaluations(base, tuned).metrics["correct"][0]
     assert (simple.n, simple.tuned) == (1, 1.0)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
 def test_the_change_is_the_difference_of_the_accuracies(pairs: list[tuple[bool, bool]]) -> None:
-    found = change("any", pairs)
+    found = compute_change("any", pairs)
     assert found.difference == pytest.approx(found.tuned - found.base)
     assert found.low <= found.difference <= found.high
     assert found.p == mcnemar(found.lost, found.gained)
-    swapped = change("any", [(new, old) for old, new in pairs])
+    swapped = compute_change("any", [(new, old) for old, new in pairs])
     assert (swapped.lost, swapped.gained, swapped.base) == (found.gained, found.lost, found.tuned)
     assert isinstance(swapped, Change)

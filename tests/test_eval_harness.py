@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rest_rl.data.tool_world import tool_world
 from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
 from rest_rl.evaluate.conversation import Reply, Request
-from rest_rl.evaluate.harness import cut, evaluate_all, summarise
+from rest_rl.evaluate.harness import evaluate_all, split_batches, summarise
 from rest_rl.evaluate.log import SAMPLES, EvalLog
 from rest_rl.evaluate.models.recorded import Oracle, Recorded, Recording, read_responses
 from rest_rl.formats import get_format
@@ -60,7 +60,7 @@ class Faulty:
         right = Oracle(FORMAT).respond([request])[0]
         return right._replace(tokens=7, prompt_tokens=70, is_truncated=identity in self.cuts)
 
-    def room(self, request: Request) -> None:
+    def context_usage(self, request: Request) -> None:
         return None
 
     def stop(self) -> None:
@@ -68,7 +68,7 @@ class Faulty:
 
 
 def new_log(folder: Path) -> EvalLog:
-    log = EvalLog.unused(folder)
+    log = EvalLog.new(folder)
     log.begin(SETTINGS, ["test"])
     return log
 
@@ -169,11 +169,11 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model than"):
         EvalLog.resume(tmp_path / "a", {"model": "y"})
     with pytest.raises(ValueError, match="holds an evaluation already"):
-        EvalLog.unused(tmp_path / "a")
+        EvalLog.new(tmp_path / "a")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / SAMPLES).write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="holds an evaluation already"):
-        EvalLog.unused(tmp_path / "c")  # rows of who knows what
+        EvalLog.new(tmp_path / "c")  # rows of who knows what
     with pytest.raises(ValueError, match="holds no evaluation"):
         EvalLog.resume(tmp_path / "b", SETTINGS)
     (tmp_path / "file").write_text("", encoding="utf-8")
@@ -182,8 +182,8 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 
 
 def test_batches_are_cut_in_order() -> None:
-    assert cut(["a", "b", "c"], 2) == [["a", "b"], ["c"]]
-    assert cut([], 2) == []
+    assert split_batches(["a", "b", "c"], 2) == [["a", "b"], ["c"]]
+    assert split_batches([], 2) == []
 
 
 def write(path: Path, *rows: object) -> str:
@@ -215,7 +215,7 @@ def test_samples_of_an_evaluation_are_responses(whole: Path) -> None:
     responses, strangers = read_responses(str(whole / SAMPLES), TASKS.groups)
     assert list(responses) == IDS
     assert strangers == []
-    log = EvalLog.unused(whole.parent / "again")
+    log = EvalLog.new(whole.parent / "again")
     log.begin(SETTINGS, [])
     rows = evaluate_all(TASKS, Recorded(responses), FORMAT, IDS, log)
     before = EvalLog(whole).read_rows()

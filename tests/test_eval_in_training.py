@@ -21,7 +21,7 @@ from rest_rl.cli.app import main
 from rest_rl.config import RunConfig, embedded_run
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.evaluate.generate import decoding_steps, generate
-from rest_rl.evaluate.held_out import Prompt, fixed_slice, response_limit
+from rest_rl.evaluate.held_out import HeldOutPrompt, response_limit, select_interim_prompts
 from rest_rl.report.page import write_report
 from rest_rl.report.plots import draw_evaluations
 from rest_rl.report.tables import Group, evaluation_curve, group_runs
@@ -144,24 +144,24 @@ def test_the_last_step_is_on_the_curve_with_the_scores_of_the_trained_model(run_
 
 def test_a_slice_is_spread_over_splits_and_kinds_and_fixed() -> None:
     unseen = [(split, sample) for split in SPLITS if split != "train" for sample in tool_world(7, 60, split)]
-    prompts = [Prompt(f"{i}", sample, split, 1) for i, (split, sample) in enumerate(unseen)]
+    prompts = [HeldOutPrompt(f"{i}", sample, split, 1) for i, (split, sample) in enumerate(unseen)]
     groups = Counter((prompt.split, prompt.sample.kind) for prompt in prompts)
     assert len(groups) > 3
     number = 2 * len(groups) + 1
-    chosen = fixed_slice(prompts, number)
-    assert chosen == fixed_slice(prompts, number)
+    chosen = select_interim_prompts(prompts, number)
+    assert chosen == select_interim_prompts(prompts, number)
     counts = Counter((prompt.split, prompt.sample.kind) for prompt in chosen)
     assert sorted(counts.values()) == [2] * (len(groups) - 1) + [3]
     assert [int(prompt.text) for prompt in chosen] == sorted({int(prompt.text) for prompt in chosen})
-    assert fixed_slice(prompts, len(prompts)) == fixed_slice(prompts, 10**6) == prompts
-    assert fixed_slice([], 3) == []
+    assert select_interim_prompts(prompts, len(prompts)) == select_interim_prompts(prompts, 10**6) == prompts
+    assert select_interim_prompts([], 3) == []
 
 
 def test_a_slice_takes_even_distances_and_what_a_small_group_leaves() -> None:
     one, other = tiny_samples(1)[0], tiny_samples(2)[1]
-    prompts = [Prompt(f"a{i}", one, "a", 1) for i in range(10)] + [Prompt("b0", other, "b", 1)]
+    prompts = [HeldOutPrompt(f"a{i}", one, "a", 1) for i in range(10)] + [HeldOutPrompt("b0", other, "b", 1)]
     # b has one prompt, so a gives four of its ten: 0, 10/4, 20/4, 30/4 rounded down
-    assert [prompt.text for prompt in fixed_slice(prompts, 5)] == ["a0", "a2", "a5", "a7", "b0"]
+    assert [prompt.text for prompt in select_interim_prompts(prompts, 5)] == ["a0", "a2", "a5", "a7", "b0"]
 
 
 # Resume

@@ -100,7 +100,7 @@ def test_the_context_limits_a_response_whoever_shares_its_batch(tiny) -> None:
     assert together[0].tokens > 3
     assert (together[2].text, together[2].tokens) == ("", None)
     assert together[2].overflow == f"got a prompt of {prompt + 20} tokens, the model holds {prompt + 3}"
-    assert tight.room(request) == (prompt + 60, prompt + 3)
+    assert tight.context_usage(request) == (prompt + 60, prompt + 3)
 
 
 class Counted(Qwen3ForCausalLM):
@@ -177,7 +177,7 @@ def test_the_context_is_the_least_that_is_stated(tiny) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 100
     assert context_length(model.config, tokenizer) == 100
-    assert LocalModel(model, PromptLayout(tokenizer), batch_size=1, max_new_tokens=4).room(asked(""))
+    assert LocalModel(model, PromptLayout(tokenizer), batch_size=1, max_new_tokens=4).context_usage(asked(""))
     assert LocalModel(model, layout, batch_size=1, max_new_tokens=4, context=9).context == 9
 
 
@@ -192,7 +192,7 @@ def test_a_sample_that_the_template_refuses_is_a_refusal() -> None:
     assert answered.text
     assert not refused.overflow
     assert not answered.refusal
-    assert model.room(asked("bad")) == (0, model.context)
+    assert model.context_usage(asked("bad")) == (0, model.context)
 
 
 def test_random_state_and_mode_are_as_before(tiny) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rest_rl.cli.app import main
 from rest_rl.config import EMBEDDED, ModelTable, RunConfig
 from rest_rl.errors import UserError
-from rest_rl.evaluate.origin import STRIDE, digest_of, model_label, recorded_run, weights_digest
+from rest_rl.evaluate.origin import STRIDE_BYTES, compute_digest, model_label, resolve_origin, weights_digest
 from rest_rl.evaluate.plan import make_plan
 from rest_rl.evaluate.request import BATCH_SIZE, BFCL_BATCH_SIZE, VLLM_BATCH_SIZE, EvalRequest
 from rest_rl.train.policy import embedded_model, hub_commit
@@ -57,7 +57,7 @@ def test_a_run_is_recognised_however_its_model_is_named(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, here: str, path: str, weights: str, label: str
 ) -> None:
     monkeypatch.chdir(here)
-    origin = recorded_run(path)
+    origin = resolve_origin(path)
     assert origin.run is not None
     assert origin.run.rest.format == "hermes"
     assert origin.path == weights
@@ -72,17 +72,17 @@ def test_models_without_a_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch)
     (other.parent / "checkpoints" / "step").mkdir(parents=True)
     for path, label in ((str(other), "model"), ("plain/checkpoints/step", "step")):
         (Path(path) / "config.json").touch()
-        assert recorded_run(path) == (path, None, None)
+        assert resolve_origin(path) == (path, None, None)
         assert model_label(path) == label
     assert model_label("Qwen/Qwen3-1.7B") == "Qwen3-1.7B"
     monkeypatch.chdir(other)
     assert model_label(".") == "model"
     assert model_label(EMBEDDED) == EMBEDDED
     (other.parent / "config.toml").write_text("[server]\nport = 1\n", encoding="utf-8")  # somebody else's
-    assert recorded_run(".").run is None
+    assert resolve_origin(".").run is None
 
 
-def weights(folder: Path, name: str = "model.safetensors", size: int = 2 * STRIDE + 100_000) -> Path:
+def weights(folder: Path, name: str = "model.safetensors", size: int = 2 * STRIDE_BYTES + 100_000) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_bytes(bytes(size))
@@ -95,7 +95,7 @@ def change(path: Path, position: int) -> None:
         file.write(b"x")
 
 
-@pytest.mark.parametrize("position", [0, STRIDE + 5, 2 * STRIDE + 7, 2 * STRIDE + 99_999])
+@pytest.mark.parametrize("position", [0, STRIDE_BYTES + 5, 2 * STRIDE_BYTES + 7, 2 * STRIDE_BYTES + 99_999])
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_weights_are_told_apart_all_over(tmp_path: Path, name: str, position: int) -> None:
     path = weights(tmp_path, name)
@@ -150,11 +150,11 @@ def offline(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 def test_recorded_responses_are_digested_whole(tmp_path: Path) -> None:
     path = weights(tmp_path, "r.jsonl", 3 << 20)
-    before = digest_of(path)
+    before = compute_digest(path)
     change(path, (3 << 19) + 1)
-    assert digest_of(path) != before
+    assert compute_digest(path) != before
     with pytest.raises(ValueError, match="expected a readable file"):
-        digest_of(tmp_path / "none")
+        compute_digest(tmp_path / "none")
 
 
 ORACLE, SERVER = {"oracle": True}, {"endpoint": "http://h", "model": "m", "format": "hermes"}
@@ -221,7 +221,7 @@ def test_a_path_that_is_no_model_is_refused_without_a_hub(run_folder: Path, path
     (run_folder / "config.json").write_text("{}")
     Path("rows.jsonl").touch()
     with pytest.raises(UserError) as refused:
-        recorded_run(path, "--tokenizer")
+        resolve_origin(path, "--tokenizer")
     assert refused.value.problem.startswith(f"--tokenizer {path}")
     assert near is None or f"did you mean {near}?" in refused.value.remedy
 
@@ -232,9 +232,9 @@ def test_a_folder_named_like_an_owner_does_not_hide_models_on_the_hub(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
     with_cached("Qwen/Qwen2.5-1.5B", tmp_path / "hub", monkeypatch)
-    assert recorded_run("Qwen/Qwen2.5-1.5B").path == "Qwen/Qwen2.5-1.5B"
+    assert resolve_origin("Qwen/Qwen2.5-1.5B").path == "Qwen/Qwen2.5-1.5B"
     with pytest.raises(UserError, match=r"did you mean Qwen/Qwen3-0\.6B"):
-        recorded_run("Qwen/Qwen3-0.7B")
+        resolve_origin("Qwen/Qwen3-0.7B")
 
 
 def test_a_run_folder_is_a_model_for_data_inspect_and_train(

@@ -16,17 +16,17 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from rest_rl.cli.terminal import show_table
-from rest_rl.evaluate.radar import Share, draw_bars, draw_polygons, draw_radar
+from rest_rl.evaluate.radar import Accuracy, draw_bars, draw_polygons, draw_radar
 from rest_rl.evaluate.tables import (
+    build_tables,
     comparison_markdown,
     comparison_tables,
-    csv_tables,
-    escaped,
-    eval_tables,
-    latex_tables,
-    markdown_tables,
+    escape_latex,
     model_names,
-    results,
+    render_csv,
+    render_latex,
+    render_markdown,
+    results_frame,
     terminal_table,
     write_tables,
 )
@@ -88,7 +88,7 @@ def accuracies(table: Any) -> list[float | None]:
 
 
 def test_the_layout_is_that_of_the_paper() -> None:
-    tables = {table.title: table for table in eval_tables([whole_bfcl()])}
+    tables = {table.title: table for table in build_tables([whole_bfcl()])}
     assert {title: columns(table) for title, table in tables.items()} == {
         "BFCL v3, Averages": ("Overall", "Non-Live", "Live", "Multi-Turn"),
         "BFCL v3, Multi-Turn": ("Overall", "Base", "Miss Func", "Miss Param", "Long Context"),
@@ -104,24 +104,24 @@ def test_the_layout_is_that_of_the_paper() -> None:
     assert [first[name] for name in ("model", "accuracy", "low", "high", "n")] == ["base", 0.15, 0.13, 0.18, None]
     assert "Overall is over all 17 categories." in tables["BFCL v3, Averages"].notes
     assert all(table.frame["accuracy"].notna().all() for table in tables.values())
-    assert len(results([whole_bfcl()])) == sum(len(table.frame) for table in tables.values())
+    assert len(results_frame([whole_bfcl()])) == sum(len(table.frame) for table in tables.values())
 
 
 def test_the_names_of_v4_fill_the_same_columns() -> None:
     summary = bfcl({"simple_python": group(0.5), "simple_java": group(0.25)}, version="v4", pin="bfcl-eval 2026.3.23")
-    (table,) = eval_tables([summary])
+    (table,) = build_tables([summary])
     assert table.title == "BFCL v4, Non-Live"
     assert accuracies(table) == [None, 0.5, 0.25, None, None, None, None, None]
 
 
 def test_every_table_says_pin_prompt_and_format() -> None:
-    text = markdown_tables([whole_bfcl(), api_bank()])
+    text = render_markdown([whole_bfcl(), api_bank()])
     blocks = text.split("### ")[1:]
     assert len(blocks) == 6
     for block in blocks:
         assert ("API-Bank (597)" if block.startswith("API-Bank") else PIN) in block
         assert re.search(r"prompt (training|published), format toolrl", block)
-    assert all(f"{PIN}; prompt training" in part for part in latex_tables([whole_bfcl()]).split(r"\end{table}")[:-1])
+    assert all(f"{PIN}; prompt training" in part for part in render_latex([whole_bfcl()]).split(r"\end{table}")[:-1])
 
 
 def test_cells_in_markdown() -> None:
@@ -130,27 +130,27 @@ def test_cells_in_markdown() -> None:
         "multi_turn_miss_func": group(0.5),
         "multi_turn_miss_param": {**group(0.5, 0, 200, errors=["a", "b"]), "accuracy": None},
     }
-    text = markdown_tables([bfcl(groups)])
+    text = render_markdown([bfcl(groups)])
     assert "| base | – | 95.0* [92.0, 97.0] (n = 40 of 200) | 50.0 [47.0, 52.0] | – | – |" in text
     assert "- Cells with * hold a part of their group.\n- base: 2 not scored; Base 40 of 200." in text
     assert "Averages" not in text
 
 
 def test_official_averages_have_their_interval_everywhere() -> None:
-    text = markdown_tables([whole_bfcl()])
+    text = render_markdown([whole_bfcl()])
     row = "| base | 55.0 [54.0, 57.0] | 80.0 [78.0, 82.0] | 70.0 [68.0, 72.0] | 15.0 [13.0, 18.0] |"
     assert row in text
     assert text.count("95 % Wilson intervals, combined by MOVER for averages.") == 4
-    lines = [line for line in csv.DictReader(io.StringIO(csv_tables([whole_bfcl()]))) if line["table"] == "Averages"]
+    lines = [line for line in csv.DictReader(io.StringIO(render_csv([whole_bfcl()]))) if line["table"] == "Averages"]
     numbers = [(line["column"], line["accuracy"], line["low"], line["high"], line["n"]) for line in lines]
     assert numbers[0] == ("Overall", "0.55", "0.54", "0.57", "")
     assert numbers[3] == ("Multi-Turn", "0.15", "0.13", "0.18", "")
-    assert r"base & \withinterval{55.0}{[54.0, 57.0]} & \withinterval{80.0}{" in latex_tables([whole_bfcl()])
+    assert r"base & \withinterval{55.0}{[54.0, 57.0]} & \withinterval{80.0}{" in render_latex([whole_bfcl()])
     table = terminal_table(whole_bfcl())
     assert ("Multi-Turn", "", "15.0", "[13.0, 18.0]") in table.rows
     assert table.rows[-1] == ("Overall", "", "55.0", "[54.0, 57.0]")
     assert table.title.endswith("95 % Wilson intervals, combined by MOVER for averages")
-    assert all("MOVER" not in other for other in (markdown_tables([api_bank()]), terminal_table(api_bank()).title))
+    assert all("MOVER" not in other for other in (render_markdown([api_bank()]), terminal_table(api_bank()).title))
 
 
 def test_trouble_is_counted_per_table_and_once() -> None:
@@ -159,17 +159,17 @@ def test_trouble_is_counted_per_table_and_once() -> None:
         "live_simple": group(truncated=1),
         "java": group(errors=["x"]),
     }
-    notes = {table.title: table.notes for table in eval_tables([bfcl(groups)])}
+    notes = {table.title: table.notes for table in build_tables([bfcl(groups)])}
     assert notes == {
         "BFCL v3, Non-Live": ("base: 2 overflowed, 4 refused, 3 truncated, 1 not scored.",),
         "BFCL v3, Live": ("base: 1 truncated.",),
     }
     overall = api_bank(groups={"Level1": group(truncated=4), "overall": group(truncated=4)})
-    assert all("base: 4 truncated." in table.notes for table in eval_tables([overall]))
+    assert all("base: 4 truncated." in table.notes for table in build_tables([overall]))
 
 
 def test_api_bank_has_a_table_per_metric_with_the_ceilings() -> None:
-    soft, strict = eval_tables([api_bank()])
+    soft, strict = build_tables([api_bank()])
     assert soft.title == "API-Bank, soft (the published metric)"
     assert columns(soft) == columns(strict) == ("Overall", "Level 1", "Level 2", "Level 3")
     assert accuracies(soft) == [0.75] * 4
@@ -180,23 +180,23 @@ def test_api_bank_has_a_table_per_metric_with_the_ceilings() -> None:
 def test_other_benchmarks_show_their_groups() -> None:
     summary = {"benchmark": "tool_world", "pin": "tool world", "model": "m", "prompt": "training", "format": "toolrl"}
     groups = {"held_out": group(0.5), "unseen_tools": group(0.25), "overall": group(0.4)}
-    (table,) = eval_tables([{**summary, "metrics": ["correct"], "groups": groups}])
+    (table,) = build_tables([{**summary, "metrics": ["correct"], "groups": groups}])
     assert (table.title, columns(table)) == ("Tool world", ("Overall", "Held out", "Unseen tools"))
     assert accuracies(table) == [0.4, 0.5, 0.25]
 
 
 def test_pins_share_no_table() -> None:
-    tables = eval_tables(
+    tables = build_tables(
         [bfcl({"simple": group()}), bfcl({"simple": group()}, pin="another"), bfcl({"simple": group()})]
     )
     assert [table.frame["model"].nunique() for table in tables] == [2, 1]
-    assert eval_tables([]) == []
-    assert markdown_tables([]) == "\n"
+    assert build_tables([]) == []
+    assert render_markdown([]) == "\n"
 
 
 def test_models_asked_differently_are_told_apart() -> None:
     pair = [bfcl({"simple": group()}), bfcl({"simple": group()}, prompt="native", format="hermes")]
-    (table,) = eval_tables(pair)
+    (table,) = build_tables(pair)
     assert list(table.frame["model"].unique()) == [
         "base (prompt training, format toolrl)",
         "base (prompt native, format hermes)",
@@ -209,7 +209,7 @@ def test_models_asked_differently_are_told_apart() -> None:
 
 def test_csv_has_a_line_per_model_and_column() -> None:
     summaries = [bfcl({"simple": group(0.95, 40, 200, truncated=3, refused=1)}, model='a,"b"'), whole_bfcl()]
-    lines = list(csv.DictReader(io.StringIO(csv_tables(summaries))))
+    lines = list(csv.DictReader(io.StringIO(render_csv(summaries))))
     # both models in each column: 4 averages, 5 of multi-turn, 8 of non-live, 7 of live
     assert len(lines) == 2 * (4 + 5 + 8 + 7)
     (line,) = [one for one in lines if one["model"] == 'a,"b"' and one["column"] == "Simple Python"]
@@ -222,7 +222,7 @@ def test_csv_has_a_line_per_model_and_column() -> None:
 
 def test_latex_is_escaped_and_its_columns_agree() -> None:
     name = r"[x]*run_50% & co #1 ~^\{$}<|>"
-    text = latex_tables([whole_bfcl(model=name), bfcl({"simple": group(0.9, 40, 200)}, model="other")])
+    text = render_latex([whole_bfcl(model=name), bfcl({"simple": group(0.9, 40, 200)}, model="other")])
     assert r"\begin{tabular}{@{}lcccccccc@{}}" in text
     shown = r"{[}x{]}{*}run\_50\% \& co \#1 \textasciitilde{}\textasciicircum{}\textbackslash{}\{\$\}"
     assert (
@@ -242,7 +242,7 @@ def test_latex_is_escaped_and_its_columns_agree() -> None:
 @given(st.text(alphabet=r"a_&%$#{}~^\<>|[]*" + "\n"))
 def test_nothing_special_is_left_in_escaped_text(text: str) -> None:
     commands = r"\\text(backslash|asciitilde|asciicircum|less|greater|bar)\{\}|\\[_&%$#{}]|\{[\[\]*]\}"
-    assert set(re.sub(commands, "", escaped(text))) <= {"a", " "}
+    assert set(re.sub(commands, "", escape_latex(text))) <= {"a", " "}
 
 
 def shown(table: Any, width: int) -> list[str]:
@@ -333,7 +333,7 @@ def test_a_comparison_as_markdown() -> None:
 def test_tables_are_written(tmp_path: Path) -> None:
     paths = write_tables([whole_bfcl()], tmp_path / "new")
     assert [path.name for path in paths] == ["tables.md", "tables.csv", "tables.tex"]
-    assert paths[0].read_text(encoding="utf-8") == markdown_tables([whole_bfcl()])
+    assert paths[0].read_text(encoding="utf-8") == render_markdown([whole_bfcl()])
     assert sorted(paths[0].parent.iterdir()) == sorted(paths)
     with pytest.raises(ValueError, match="expected a writable folder"):
         write_tables([whole_bfcl()], paths[0])
@@ -353,12 +353,12 @@ def test_a_picture_is_drawn(tmp_path: Path, number: int) -> None:
 
 
 def test_bars_are_told_from_polygons() -> None:
-    axes = draw_polygons(Figure(), ["a", "b", "c"], {"m": [Share(value, value, value) for value in (0.5, 1.0, 0.0)]})
+    axes = draw_polygons(Figure(), ["a", "b", "c"], {"m": [Accuracy(value, value, value) for value in (0.5, 1.0, 0.0)]})
     (line,) = axes.lines
     assert list(line.get_ydata()) == [50.0, 100.0, 0.0, 50.0]
     steps = {round(float(after - before), 6) for before, after in pairwise(line.get_xdata()[:-1])}
     assert steps == {round(2 * 3.14159265358979 / 3, 6)}
-    bars = draw_bars(Figure(), ["a"], {"m": [Share(0.5, 0.4, 0.7)], "o": [Share(0.25, 0.25, 0.25)]})
+    bars = draw_bars(Figure(), ["a"], {"m": [Accuracy(0.5, 0.4, 0.7)], "o": [Accuracy(0.25, 0.25, 0.25)]})
     assert [bar.get_height() for bar in bars.patches] == [50.0, 25.0]
 
 

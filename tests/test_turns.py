@@ -19,7 +19,7 @@ from rest_rl.config import RunConfig
 from rest_rl.data.check import mix_warning
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
-from rest_rl.evaluate.held_out import Prompt, outcomes_of
+from rest_rl.evaluate.held_out import HeldOutPrompt, score_responses
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS, score_response
 from rest_rl.probe.sample import Sampling, tag_and_score
@@ -97,9 +97,9 @@ def test_held_out_prompts_and_the_probe_know_a_cut_off_response() -> None:
     layout, ends = PromptLayout(tokenizer, "toolrl"), [tokenizer.eos_token_id]
     call, answer = (tokenizer(text)["input_ids"] for text in (CALL, ANSWER))
     samples = (*tiny_samples(2), answer_sample(0), answer_sample(1))
-    prompts = [Prompt("", sample, "held out", limit=99) for sample in samples]
+    prompts = [HeldOutPrompt("", sample, "held out", limit=99) for sample in samples]
     ids = [[*call, *ends], call, [*answer, *ends], answer]
-    outcomes = outcomes_of(ids, prompts, tokenizer, FORMATS["toolrl"], ends)
+    outcomes = score_responses(ids, prompts, tokenizer, FORMATS["toolrl"], ends)
     assert [(row.exact_match, row.s_format) for row in outcomes] == [(1, 1), (0, 0), (1, 1), (0, 0)]
     summary = summarise(outcomes)
     assert (summary["exact_match"], summary["n"]) == (0.5, 4)

@@ -11,7 +11,7 @@ import torch
 import rest_rl
 from rest_rl.config import RestTable, RunConfig
 from rest_rl.errors import UserError
-from rest_rl.evaluate.origin import recorded_run
+from rest_rl.evaluate.origin import resolve_origin
 from rest_rl.objects import add_search_folder, load_object
 from rest_rl.presets import PRESETS, WEIGHT_RULES
 from rest_rl.report.diagnosis.settings import Settings
@@ -195,7 +195,7 @@ def test_a_recorded_run_finds_the_rule_beside_its_run_file_whoever_reads_it(tmp_
     RunLog.create(tmp_path / "run", config, [], run_file=tmp_path / "own" / "run.toml")
     RunLog.create(tmp_path / "again", config, [], run_file=tmp_path / "run" / "config.toml")
     (tmp_path / "again" / "model").mkdir()
-    run = recorded_run(str(tmp_path / "again")).run
+    run = resolve_origin(str(tmp_path / "again")).run
     assert callable(run.rest.resolve().weights)
 
 

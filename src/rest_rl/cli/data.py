@@ -80,9 +80,9 @@ class Reading:
                 get_format(self.format)
             return None
         from rest_rl.data.layout import PromptLayout, resolve_format
-        from rest_rl.evaluate.origin import recorded_run
+        from rest_rl.evaluate.origin import resolve_origin
 
-        path = recorded_run(self.model).path
+        path = resolve_origin(self.model).path
         from rest_rl.config import ModelTable
         from rest_rl.train.policy import model_context, policy_tokenizer
 

@@ -12,7 +12,7 @@ import typer
 
 from rest_rl.cli.options import AsJson, Verb, verb_group
 from rest_rl.errors import UserError
-from rest_rl.evaluate.request import EvalRequest, option
+from rest_rl.evaluate.request import EvalRequest, option_name
 
 EPILOG = """\
 examples:
@@ -44,7 +44,7 @@ def _parameter(name: str, default: Any, about: Mapping[str, Any]) -> inspect.Par
     if name == "changes":
         kind, default = list[str], []
     panel = {"rich_help_panel": about["panel"], "show_default": False}
-    declared = typer.Option(option(name), metavar=about["metavar"], help=text, **panel)
+    declared = typer.Option(option_name(name), metavar=about["metavar"], help=text, **panel)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
     )
@@ -59,8 +59,8 @@ def _add_benchmark(name: str, help: str, example: str, *arguments: inspect.Param
     def command(**values: Any) -> int:
         return _evaluate({"benchmark": name, **values})
 
-    options = [own for own in fields(EvalRequest) if own.metadata.get("only_of", name) == name and own.metadata]
-    options.sort(key=lambda own: "only_of" not in own.metadata)
+    options = [own for own in fields(EvalRequest) if own.metadata.get("only_for", name) == name and own.metadata]
+    options.sort(key=lambda own: "only_for" not in own.metadata)
     parameters = [*arguments, *(_parameter(own.name, own.default, own.metadata) for own in options)]
     parameters.append(_parameter("dry_run", False, DRY_RUN))
     command.__doc__ = help
@@ -103,9 +103,9 @@ def _evaluate(values: dict[str, Any]) -> int:
         values["extra_body"] = _extra_body(values["extra_body"])
     request = EvalRequest(**values, command=tuple(sys.argv))
     if request.source == "checkpoint":
-        from rest_rl.evaluate.origin import recorded_run
+        from rest_rl.evaluate.origin import resolve_origin
 
-        recorded_run(request.checkpoint)  # before anything heavy is loaded
+        resolve_origin(request.checkpoint)  # before anything heavy is loaded
     from rich.console import Console
 
     from rest_rl.cli.terminal import Screen, say
@@ -186,11 +186,11 @@ def compare(
     from rich.console import Console
 
     from rest_rl.cli.terminal import say
-    from rest_rl.evaluate.compare import FLIPS, compare, write_comparison
+    from rest_rl.evaluate.compare import FLIPS, compare_evaluations, write_comparison
     from rest_rl.evaluate.tables import comparison_tables
     from rest_rl.jsonl import as_json
 
-    found = compare(base, tuned)
+    found = compare_evaluations(base, tuned)
     if out:
         write_comparison(found, out)
     if json:

@@ -76,9 +76,9 @@ def inspect(
     json: AsJson = False,
 ) -> None:
     """Show the tokens of rows {"response": text} or {"ids": [...]} with region and weight."""
-    from rest_rl.evaluate.origin import recorded_run
+    from rest_rl.evaluate.origin import resolve_origin
 
-    tokenizer = recorded_run(tokenizer, "--tokenizer").path  # before anything heavy is loaded
+    tokenizer = resolve_origin(tokenizer, "--tokenizer").path  # before anything heavy is loaded
     from rich.console import Console
 
     from rest_rl.cli.score import format_of_rows

@@ -85,12 +85,12 @@ def probe(
 def check(model: str | None, overrides: Sequence[str], formats: Sequence[str]) -> None:
     """UserError for what can be found before torch is loaded."""
     from rest_rl.config import RunConfig, read_run_file
-    from rest_rl.evaluate.origin import recorded_run
+    from rest_rl.evaluate.origin import resolve_origin
     from rest_rl.train.request import check_names
 
     check_names(RunConfig() if model else read_run_file(None, overrides), formats)
     if model:
-        recorded_run(model)
+        resolve_origin(model)
 
 
 def show_report(report: ProbeReport, screen: Screen) -> None:

@@ -80,11 +80,11 @@ def train(
     print_config: PrintConfig = False,
 ) -> int:
     """Train a model: your own on your own dialogues, or the embedded one in its tool world."""
-    from rest_rl.evaluate.origin import recorded_run
+    from rest_rl.evaluate.origin import resolve_origin
     from rest_rl.train.request import resolve_run  # without torch: a mistake in the run is found at once
 
     if model:
-        recorded_run(model)  # where a mistake is named by the option
+        resolve_origin(model)  # where a mistake is named by the option
     settings = settings_after_dashes(context)
     of_verl = any((nodes, gpus_per_node, settings, print_config))
     if context.info_name == "sft":

@@ -22,8 +22,8 @@ from rest_rl.runlog import read_object, replace_file
 from rest_rl.statistics import Interval, mcnemar, paired_difference, q_values, weighted_mean
 
 FLIPS = "flips.jsonl"
-ALL = "all"
-NAMES_THE_MODEL = {"model", "endpoint", "responses", "weights"}
+ALL_SAMPLES = "all"
+MODEL_SETTINGS = {"model", "endpoint", "responses", "weights"}
 """Settings that say who answered, not how; they are expected to differ."""
 
 
@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
     summary: Row
     rows: dict[str, Row]
 
-    def scored(self, metric: str) -> dict[str, bool]:
+    def verdicts(self, metric: str) -> dict[str, bool]:
         return {identity: row[metric] for identity, row in self.rows.items() if isinstance(row.get(metric), bool)}
 
     def group_of(self, identity: str) -> str:
@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
         field = self.summary.get("group_field") or ("level" if "level" in row else "category")
         return group_label(field, row[field])
 
-    def about(self) -> Row:
+    def describe(self) -> Row:
         return {key: self.summary.get(key) for key in ("model", "prompt", "format")} | {"folder": self.folder}
 
 
@@ -81,7 +81,7 @@ class Flip:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EvalComparison:
     """What changed from a base to a tuned model; `metrics` holds a table per metric.
 
     A table's rows are groups, then the official averages that both sides have, then all samples.
@@ -100,7 +100,7 @@ class Comparison:
         return asdict(self)
 
 
-def compare(base: str | Path, tuned: str | Path) -> Comparison:
+def compare_evaluations(base: str | Path, tuned: str | Path) -> EvalComparison:
     """Compare two evaluation folders; UserError when they hold no evaluations or have nothing to compare."""
     first, second = read_evaluation(base), read_evaluation(tuned)
     for key in ("benchmark", "version", "pin"):
@@ -114,27 +114,27 @@ def compare(base: str | Path, tuned: str | Path) -> Comparison:
     metrics = [name for name in first.summary.get("metrics", []) if name in second.summary.get("metrics", [])]
     shared = {}
     for metric in metrics:
-        others = second.scored(metric)
-        shared[metric] = [identity for identity in first.scored(metric) if identity in others]
+        others = second.verdicts(metric)
+        shared[metric] = [identity for identity in first.verdicts(metric) if identity in others]
     if not any(shared.values()):
         raise UserError(
             f"{base} and {tuned}, which share no scored sample",
             "evaluations of the same samples",
             "run both with the same --limit, --ids and --categories, and go on with --resume where one was stopped",
         )
-    return Comparison(
+    return EvalComparison(
         benchmark=str(first.summary["benchmark"]),
         version=first.summary.get("version"),
         pin=str(first.summary.get("pin")),
-        base=first.about(),
-        tuned=second.about(),
-        metrics={metric: changes(first, second, metric, ids) for metric, ids in shared.items()},
-        flips=tuple(flip for metric, ids in shared.items() for flip in flips(first, second, metric, ids)),
-        warnings=tuple(warnings(first, second, metrics)),
+        base=first.describe(),
+        tuned=second.describe(),
+        metrics={metric: compute_changes(first, second, metric, ids) for metric, ids in shared.items()},
+        flips=tuple(flip for metric, ids in shared.items() for flip in find_flips(first, second, metric, ids)),
+        warnings=tuple(find_warnings(first, second, metrics)),
     )
 
 
-def write_comparison(comparison: Comparison, folder: str | Path) -> list[Path]:
+def write_comparison(comparison: EvalComparison, folder: str | Path) -> list[Path]:
     """Write comparison.md, comparison.json and flips.jsonl, which has a line per flipped sample."""
     target, content = Path(folder), comparison.to_json()
     texts = {
@@ -165,21 +165,21 @@ def read_evaluation(folder: str | Path) -> Evaluation:
     return Evaluation(str(folder), summary, {row["id"]: row for row in rows})
 
 
-def changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> tuple[Change, ...]:
+def compute_changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> tuple[Change, ...]:
     """A change per group in the order of the summary, then of official averages, then one of all samples."""
     members: dict[str, list[tuple[bool, bool]]] = {str(name): [] for name in first.summary.get("groups", {})}
     for identity in ids:
         pair = first.rows[identity][metric], second.rows[identity][metric]
         members.setdefault(first.group_of(identity), []).append(pair)
-    groups = [change(name, pairs) for name, pairs in members.items() if pairs]
+    groups = [compute_change(name, pairs) for name, pairs in members.items() if pairs]
     q = q_values([group.p for group in groups if group.p is not None])
     groups = [replace(group, q=value) for group, value in zip(groups, q, strict=True)]
-    averages = average_changes(first, second, groups) if metric == first.summary["metrics"][0] else []
-    averages += turn_changes(first, second, metric, ids)
-    return (*groups, *averages, change(ALL, [pair for pairs in members.values() for pair in pairs]))
+    averages = compute_average_changes(first, second, groups) if metric == first.summary["metrics"][0] else []
+    averages += compute_turn_changes(first, second, metric, ids)
+    return (*groups, *averages, compute_change(ALL_SAMPLES, [pair for pairs in members.values() for pair in pairs]))
 
 
-def average_changes(first: Evaluation, second: Evaluation, groups: Sequence[Change]) -> list[Change]:
+def compute_average_changes(first: Evaluation, second: Evaluation, groups: Sequence[Change]) -> list[Change]:
     """The changes of the official averages that both summaries have, by the weights that these record.
 
     The paired intervals of the categories are put together as those of single averages are (see `weighted_mean`).
@@ -201,14 +201,14 @@ def average_changes(first: Evaluation, second: Evaluation, groups: Sequence[Chan
     return found
 
 
-def turn_changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> list[Change]:
+def compute_turn_changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> list[Change]:
     """The changes over turns that call and turns that answer, where rows say which is which."""
     rows = [(first.rows[identity], second.rows[identity]) for identity in ids]
     own = {turn: [(a[metric], b[metric]) for a, b in rows if a.get("turn") == turn] for turn in TURNS}
-    return [change(turn, pairs) for turn, pairs in own.items() if pairs]
+    return [compute_change(turn, pairs) for turn, pairs in own.items() if pairs]
 
 
-def change(group: str, pairs: Sequence[tuple[bool, bool]]) -> Change:
+def compute_change(group: str, pairs: Sequence[tuple[bool, bool]]) -> Change:
     """The change over (base, tuned) verdicts; without any it is 0 in [-1, 1]."""
     n, lost = len(pairs), sum(old and not new for old, new in pairs)
     gained = sum(new and not old for old, new in pairs)
@@ -216,7 +216,7 @@ def change(group: str, pairs: Sequence[tuple[bool, bool]]) -> Change:
     return Change(group, n, base, tuned, *paired_difference(lost, gained, n), lost, gained, mcnemar(lost, gained))
 
 
-def flips(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> Iterator[Flip]:
+def find_flips(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> Iterator[Flip]:
     """The samples on which the verdicts differ."""
     for identity in ids:
         old, new = first.rows[identity], second.rows[identity]
@@ -225,19 +225,19 @@ def flips(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]
             yield Flip(metric, identity, first.group_of(identity), "lost" if old[metric] else "gained", *reasons)
 
 
-def warnings(first: Evaluation, second: Evaluation, metrics: Sequence[str]) -> Iterator[str]:
+def find_warnings(first: Evaluation, second: Evaluation, metrics: Sequence[str]) -> Iterator[str]:
     """What may explain a difference other than the model: prompt, format, samples of one side, settings."""
     for key in ("prompt", "format"):
         if first.summary.get(key) != second.summary.get(key):
             yield f"{key} differs: {first.summary.get(key)!r} and {second.summary.get(key)!r}"
     if len(first.rows) != len(second.rows):
         yield f"number of samples differs: {len(first.rows)} and {len(second.rows)}"
-    one, other = first.scored(metrics[0]), second.scored(metrics[0])
+    one, other = first.verdicts(metrics[0]), second.verdicts(metrics[0])
     if one.keys() != other.keys():
         only = len(one.keys() - other), len(other.keys() - one)
         yield f"scored on one side only and left out: {only[0]} of the base, {only[1]} of the tuned model"
     settings, others = (evaluation.summary.get("settings") or {} for evaluation in (first, second))
-    for key in sorted({*settings, *others} - NAMES_THE_MODEL - {"prompt", "format"}):
+    for key in sorted({*settings, *others} - MODEL_SETTINGS - {"prompt", "format"}):
         if settings.get(key) != others.get(key):
             yield f"{key} differs: {settings.get(key)!r:.160} and {others.get(key)!r:.160}"
     if settings.get("weights") and settings.get("weights") == others.get("weights"):

@@ -105,7 +105,7 @@ class Model(Protocol):
         """One reply per request, in order; never raises for what a single request can cause."""
         ...
 
-    def room(self, request: Request) -> tuple[int, int] | None:
+    def context_usage(self, request: Request) -> tuple[int, int] | None:
         """(tokens that prompt and response would take, tokens the model holds); None where it cannot be known."""
         del request
         return None
@@ -138,16 +138,16 @@ class SingleTurn(Conversation):
     def record(self) -> Mapping[str, Any]:
         if self._reply is None:
             return {"response": "", "calls": []}
-        calls = read_reply(self._reply, self.format).calls
+        calls = parse_reply(self._reply, self.format).calls
         plain = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
         return {"response": self._reply.text, "calls": plain}
 
     def outcome(self) -> Mapping[str, Any]:
         assert self._reply is not None
-        return {**self.record(), **self.judge(self._reply, read_reply(self._reply, self.format))}
+        return {**self.record(), **self.judge(self._reply, parse_reply(self._reply, self.format))}
 
 
-def read_reply(reply: Reply, tool_format: ToolFormat) -> ParsedResponse:
+def parse_reply(reply: Reply, tool_format: ToolFormat) -> ParsedResponse:
     """The calls and the answer of a reply, from its text unless a server has read them out."""
     if reply.calls is None:
         return tool_format.parse(reply.text, spans=False)

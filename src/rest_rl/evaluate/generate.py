@@ -35,12 +35,12 @@ def generate(
     responses: list[list[int]] = [[] for _ in prompts]
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     done = 0
-    with undisturbed(model, seed):
-        for batch in batches_of(prompts, batch_size):
+    with evaluation_mode(model, seed):
+        for batch in batch_by_length(prompts, batch_size):
             batch_limits = [limits[i] for i in batch]
             settings = generation_settings(model, tokenizer, max(batch_limits), greedy=greedy)
-            texts, told = [prompts[i] for i in batch], Told(on_token, done) if on_token else None
-            ids = generate_batch(model, tokenizer, texts, settings, batch_limits, told)
+            texts, progress = [prompts[i] for i in batch], TokenProgress(on_token, done) if on_token else None
+            ids = generate_batch(model, tokenizer, texts, settings, batch_limits, progress)
             done += max(batch_limits)
             if on_token:
                 on_token(done)
@@ -49,7 +49,7 @@ def generate(
     return responses
 
 
-def batches_of(prompts: Sequence[str], batch_size: int) -> list[list[int]]:
+def batch_by_length(prompts: Sequence[str], batch_size: int) -> list[list[int]]:
     """The indices of the prompts in batches, those of like length together."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -57,18 +57,18 @@ def batches_of(prompts: Sequence[str], batch_size: int) -> list[list[int]]:
 
 def decoding_steps(prompts: Sequence[str], limits: Sequence[int], batch_size: int) -> int:
     """How many tokens `generate` samples one after the other at most."""
-    return sum(max(limits[i] for i in batch) for batch in batches_of(prompts, batch_size))
+    return sum(max(limits[i] for i in batch) for batch in batch_by_length(prompts, batch_size))
 
 
 def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, *, greedy: bool) -> GenerationConfig:
     """Decoding settings with every filter off, also those that `generate` would take over from the model's own."""
-    ends = end_ids(model, tokenizer)
+    ends = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     settings = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": pad, **NO_PENALTIES}
     return GenerationConfig(do_sample=not greedy, **settings, **({} if greedy else NO_FILTERS))
 
 
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
+def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a response: the model's own, if there is one, and the tokenizer's."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
@@ -82,7 +82,7 @@ def has_ended(ids: Sequence[int], ends: Collection[int]) -> bool:
     return not ends or (bool(ids) and ids[-1] in ends)
 
 
-class OwnLimits(StoppingCriteria):
+class PerRowLimit(StoppingCriteria):
     """Ends each row of a batch at a length of its own, so that one with little room stops and the others go on."""
 
     def __init__(self, lengths_B: torch.Tensor) -> None:
@@ -93,7 +93,7 @@ class OwnLimits(StoppingCriteria):
         return input_ids.shape[1] >= self.lengths_B
 
 
-class Told(StoppingCriteria):
+class TokenProgress(StoppingCriteria):
     """Stops nothing; tells after each token how many steps are done, `done` of them before this batch."""
 
     def __init__(self, on_token: Callable[[int], Any], done: int) -> None:
@@ -111,16 +111,16 @@ def generate_batch(
     prompts: Sequence[str],
     settings: GenerationConfig,
     limits: Sequence[int],
-    told: Told | None = None,
+    progress: TokenProgress | None = None,
 ) -> list[list[int]]:
     """One response per prompt of a single batch, each of as many tokens as its own limit at most."""
     rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     width = max(map(len, rows))  # padded here: Llama's and Mistral's tokenizers have no padding token
     padded = torch.tensor([[settings.pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    stops = StoppingCriteriaList([told] if told else [])
+    stops = StoppingCriteriaList([progress] if progress else [])
     if len(set(limits)) > 1:
-        stops.append(OwnLimits(torch.tensor(limits, device=model.device) + width))
+        stops.append(PerRowLimit(torch.tensor(limits, device=model.device) + width))
     output = model.generate(
         input_ids=padded.to(model.device),
         attention_mask=mask.to(model.device),
@@ -133,7 +133,7 @@ def generate_batch(
 
 
 @contextmanager
-def undisturbed(model: Any, seed: int) -> Iterator[None]:
+def evaluation_mode(model: Any, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients and a seed of its own; model mode and random state are restored."""
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []

@@ -34,12 +34,12 @@ def evaluate_all(
     evaluation; what was written stays.
     """
     done = {row["id"]: row for row in log.read_rows()}
-    batches = [batch for batch in cut(identities, model.batch_size) if not done.keys() >= set(batch)]
+    batches = [batch for batch in split_batches(identities, model.batch_size) if not done.keys() >= set(batch)]
     lock, stopped = Lock(), Event()
 
     def ask(batch: Sequence[str]) -> None:
         try:
-            for row in batch_rows(benchmark, model, tool_format, batch, stopped):
+            for row in evaluate_batch(benchmark, model, tool_format, batch, stopped):
                 with lock:
                     if row["id"] not in done and not ("error" in row and stopped.is_set()):
                         log.add(row)
@@ -64,50 +64,50 @@ def evaluate_all(
     return rows
 
 
-def cut(identities: Sequence[str], size: int) -> list[Sequence[str]]:
+def split_batches(identities: Sequence[str], size: int) -> list[Sequence[str]]:
     """The list in batches of `size`."""
     return [identities[start : start + size] for start in range(0, len(identities), max(1, size))]
 
 
-def batch_rows(
+def evaluate_batch(
     benchmark: Benchmark, model: Model, tool_format: ToolFormat, batch: Sequence[str], stopped: Event
 ) -> Iterator[Row]:
     """The rows of one batch, each as soon as its conversation is over; all conversations go one step at a time."""
-    talks = [Talk(benchmark, identity, tool_format) for identity in batch]
+    active = [ActiveConversation(benchmark, identity, tool_format) for identity in batch]
     try:
-        while talks and not stopped.is_set():
-            requests = [talk.conversation.request() for talk in talks]
-            yield from (talk.finish() for talk, request in zip(talks, requests, strict=True) if request is None)
-            talks = [talk for talk, request in zip(talks, requests, strict=True) if request is not None]
+        while active and not stopped.is_set():
+            requests = [each.conversation.request() for each in active]
+            yield from (each.finish() for each, request in zip(active, requests, strict=True) if request is None)
+            active = [each for each, request in zip(active, requests, strict=True) if request is not None]
             asked = [request for request in requests if request is not None]
-            for talk, reply in zip(list(talks), model.respond(asked) if asked else [], strict=True):
-                if row := talk.receive(reply):
+            for each, reply in zip(list(active), model.respond(asked) if asked else [], strict=True):
+                if row := each.receive(reply):
                     yield row
-                    talks.remove(talk)
+                    active.remove(each)
     finally:
-        for talk in talks:
-            talk.conversation.close()
+        for each in active:
+            each.conversation.close()
 
 
-class Talk:
+class ActiveConversation:
     """A conversation under way, and what its row says besides the verdict."""
 
     def __init__(self, benchmark: Benchmark, identity: str, tool_format: ToolFormat) -> None:
         self.conversation: Conversation = benchmark.start(identity, tool_format)
         self.metrics = benchmark.metrics
-        self.head: Row = {"id": identity, benchmark.group_field: benchmark.groups[identity]}
-        self.notes: Row = {}
+        self.row_start: Row = {"id": identity, benchmark.group_field: benchmark.groups[identity]}
+        self.reply_fields: Row = {}
 
     def receive(self, reply: Reply) -> Row | None:
         """Pass a reply on; the row of a sample that ends here because no text came."""
         if reply.tokens is not None:
-            self.notes["tokens"] = self.notes.get("tokens", 0) + reply.tokens
+            self.reply_fields["tokens"] = self.reply_fields.get("tokens", 0) + reply.tokens
         if reply.prompt_tokens is not None:
-            self.notes["prompt_tokens"] = max(self.notes.get("prompt_tokens", 0), reply.prompt_tokens)
+            self.reply_fields["prompt_tokens"] = max(self.reply_fields.get("prompt_tokens", 0), reply.prompt_tokens)
         if reply.is_truncated:
-            self.notes["truncated"] = True
+            self.reply_fields["truncated"] = True
         if reply.calls is not None:
-            self.notes["native"] = True
+            self.reply_fields["native"] = True
         ends = {"overflow": reply.overflow, "refused": reply.refusal, "error": reply.error}
         kind = next((name for name, why in ends.items() if why), None)
         if kind is None:
@@ -116,16 +116,18 @@ class Talk:
         record = self.conversation.record()
         self.conversation.close()
         if kind == "error":
-            return {**self.head, **record, **dict.fromkeys(self.metrics), "error": reply.error, **self.notes}
+            verdicts = dict.fromkeys(self.metrics)
+            return {**self.row_start, **record, **verdicts, "error": reply.error, **self.reply_fields}
         verdicts = dict.fromkeys(self.metrics, False)
-        return {**self.head, **record, **verdicts, "reason": f"{kind}: {ends[kind]}", kind: ends[kind], **self.notes}
+        why = {"reason": f"{kind}: {ends[kind]}", kind: ends[kind]}
+        return {**self.row_start, **record, **verdicts, **why, **self.reply_fields}
 
     def finish(self) -> Row:
         """The row of a conversation that is over."""
         try:
             outcome = self.conversation.outcome()
             verdicts = dict.fromkeys(self.metrics) if "error" in outcome else {}
-            return {**self.head, **outcome, **verdicts, **self.notes}
+            return {**self.row_start, **outcome, **verdicts, **self.reply_fields}
         finally:
             self.conversation.close()
 
@@ -137,11 +139,11 @@ def summarise(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
     for row in rows:
         members.setdefault(group_label(benchmark.group_field, row[benchmark.group_field]), []).append(row)
     groups = {
-        name: group_scores(members[name], benchmark.metrics, size) for name, size in sizes.items() if name in members
+        name: score_group(members[name], benchmark.metrics, size) for name, size in sizes.items() if name in members
     }
     extras = dict(benchmark.extras(rows))
     if "official" not in extras:
-        groups[OVERALL] = group_scores(rows, benchmark.metrics, len(benchmark.groups))
+        groups[OVERALL] = score_group(rows, benchmark.metrics, len(benchmark.groups))
     about = {"benchmark": benchmark.name, "pin": benchmark.pin, "metrics": list(benchmark.metrics)}
     return {**about, "group_field": benchmark.group_field, "groups": groups, **extras}
 
@@ -151,10 +153,10 @@ def group_label(field: str, group: str | int) -> str:
     return group if isinstance(group, str) else f"{field.title()}{group}"
 
 
-def group_scores(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict[str, Any]:
+def score_group(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict[str, Any]:
     """Scores of one group; samples without a response are not scored but named."""
     scored = [row for row in rows if "error" not in row]
-    headline, *others = (scores(scored, metric) for metric in metrics)
+    headline, *others = (score_metric(scored, metric) for metric in metrics)
     return {
         "n": len(scored),
         "of": size,
@@ -167,7 +169,7 @@ def group_scores(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict
     }
 
 
-def scores(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+def score_metric(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     """How many are correct, the share, and its 95 % Wilson interval; the share of nothing is null."""
     correct = sum(bool(row[metric]) for row in rows)
     low, high = wilson(correct, len(rows))

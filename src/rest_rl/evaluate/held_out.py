@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 
 from rest_rl.config import EvalTable, RunConfig
 from rest_rl.data.samples import ToolSample
-from rest_rl.evaluate.generate import decoding_steps, end_ids, generate, has_ended
+from rest_rl.evaluate.generate import decoding_steps, eos_token_ids, generate, has_ended
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import decode_ids
 from rest_rl.rewards import judge
 from rest_rl.runlog import SILENT, Observer
 from rest_rl.statistics import Outcome, summarise
 
-ROOM_TO_REASON = 256
+REASONING_ALLOWANCE = 256
 """Tokens beside twice the longest gold: for the thoughts of a model that reasons where gold has none."""
 
 
-class Prompt(NamedTuple):
+class HeldOutPrompt(NamedTuple):
     """A held-out sample, the text the model is asked to go on from, and how many tokens it may write."""
 
     text: str
@@ -33,10 +33,10 @@ class Prompt(NamedTuple):
     limit: int
 
 
-def evaluate(
+def evaluate_held_out(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[HeldOutPrompt],
     tool_format: ToolFormat,
     config: EvalTable,
     observer: Observer = SILENT,
@@ -46,7 +46,7 @@ def evaluate(
     settings: dict[str, Any] = {"max_new_tokens": limits, "batch_size": config.batch_size}
     steps = decoding_steps(texts, limits, config.batch_size)
     passes = [("sampled", {"seed": config.seed + draw}) for draw in range(config.samples_per_prompt)] + [("greedy", {})]
-    ends = end_ids(model, tokenizer)
+    ends = eos_token_ids(model, tokenizer)
     outcomes: dict[str, list[Outcome]] = {"sampled": [], "greedy": []}
     what = f"evaluating {len(prompts)} held-out prompts, decoding steps"
     with observer.track(what, steps * len(passes)) as advance:
@@ -57,7 +57,7 @@ def evaluate(
                 greedy=kind == "greedy",
                 on_token=lambda done, kind=kind, before=number * steps: advance(before + done, note=kind),
             )
-            outcomes[kind] += outcomes_of(ids, prompts, tokenizer, tool_format, ends)
+            outcomes[kind] += score_responses(ids, prompts, tokenizer, tool_format, ends)
     return {**summarise(outcomes["sampled"]), "greedy": summarise(outcomes["greedy"])}
 
 
@@ -69,10 +69,10 @@ def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> i
     if config.eval.max_new_tokens:
         return config.eval.max_new_tokens
     longest = max((len(tokenizer(gold, add_special_tokens=False)["input_ids"]) for gold in golds), default=0)
-    return min(config.max_response_tokens, 2 * longest + ROOM_TO_REASON)
+    return min(config.max_response_tokens, 2 * longest + REASONING_ALLOWANCE)
 
 
-def fixed_slice(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
+def select_interim_prompts(prompts: Sequence[HeldOutPrompt], number: int) -> list[HeldOutPrompt]:
     """At most `number` of the prompts in their order: as many of each split and kind as there are, the same every time.
 
     Those of one split and kind are taken at even distances, because neighbours often come from one dialogue.
@@ -86,9 +86,9 @@ def fixed_slice(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
     return [prompts[index] for index in sorted(chosen)]
 
 
-def outcomes_of(
+def score_responses(
     responses: Sequence[Sequence[int]],
-    prompts: Sequence[Prompt],
+    prompts: Sequence[HeldOutPrompt],
     tokenizer: Any,
     tool_format: ToolFormat,
     ends: Sequence[int],

@@ -31,7 +31,7 @@ class EvalLog:
         self.folder = Path(folder)
 
     @classmethod
-    def unused(cls, folder: str | Path) -> EvalLog:
+    def new(cls, folder: str | Path) -> EvalLog:
         """A folder to begin in; UserError if it holds an evaluation already. Nothing is written yet."""
         if any((Path(folder) / name).exists() for name in (SETTINGS, SAMPLES)):
             got, remedy = (
@@ -43,7 +43,7 @@ class EvalLog:
 
     def begin(self, settings: Mapping[str, Any], command: Iterable[str]) -> None:
         """Make the folder and record what is asked."""
-        with self._writing():
+        with self._convert_os_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
         self.write(ENVIRONMENT, as_json(describe_environment(command), indent=2) + "\n")
         self.write(SETTINGS, as_json(settings, indent=2) + "\n")
@@ -75,7 +75,7 @@ class EvalLog:
         """Append a sample, flushed; a folder that is full is left as it was."""
         path = self.folder / SAMPLES
         size = path.stat().st_size if path.exists() else 0
-        with self._writing():
+        with self._convert_os_errors():
             try:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(as_json(row) + "\n")
@@ -88,11 +88,11 @@ class EvalLog:
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the folder, atomically."""
-        with self._writing():
+        with self._convert_os_errors():
             replace_file(self.folder / name, text)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _convert_os_errors(self) -> Iterator[None]:
         """UserError for a folder that is full, read-only or no folder."""
         try:
             yield

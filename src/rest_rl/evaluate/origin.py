@@ -20,9 +20,9 @@ from rest_rl.errors import UserError
 from rest_rl.jsonl import reason
 from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
 
-PARTS = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 """Files of which a folder has one if it is a model, an adapter or a tokenizer."""
-BLOCK, STRIDE = 64 << 10, 16 << 20
+BLOCK_BYTES, STRIDE_BYTES = 64 << 10, 16 << 20
 """Of a file of weights, a block at every stride and one at its end are read: any training changes all of them."""
 
 
@@ -35,7 +35,7 @@ class Origin(NamedTuple):
     """The run's."""
 
 
-def recorded_run(path: str, option: str = "--model") -> Origin:
+def resolve_origin(path: str, option: str = "--model") -> Origin:
     """The origin of a model: a run folder stands for its model, a model may lie in one.
 
     UserError, which names the option, for a path that is no model's. A name on the hub is not looked up, unless it
@@ -50,38 +50,38 @@ def recorded_run(path: str, option: str = "--model") -> Origin:
     except OSError as error:
         raise UserError(f"{option} {path} ({reason(error)})", "a folder that can be read", "check the path") from error
     if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
-        return Origin(str(folder / MODEL), read_run_file(folder / CONFIG), shown(folder))
+        return Origin(str(folder / MODEL), read_run_file(folder / CONFIG), display_path(folder))
     if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():
         raise UserError(
             f"{path}, a run folder without {MODEL}/",
             "a finished run",
             f"finish it with rest-rl train --resume --out {path}, or pass one of its {CHECKPOINTS}/",
         )
-    for home, _ in homes(path):
-        if run := run_of(home):
-            return Origin(path, run, shown(home))
+    for home, _ in find_enclosing_runs(path):
+        if run := read_run_or_none(home):
+            return Origin(path, run, display_path(home))
     if path != EMBEDDED:
-        check_path(path, option)
+        check_model_path(path, option)
     return Origin(path)
 
 
-def check_path(path: str, option: str) -> None:
+def check_model_path(path: str, option: str) -> None:
     """UserError for what is no folder of a model, and no name that the hub or its cache could have."""
     folder = Path(path)
     if folder.is_dir():
-        if not any((folder / part).exists() for part in PARTS):
-            inside = [each.parent for part in PARTS for each in folder.glob(f"*/{part}")]
+        if not any((folder / part).exists() for part in MODEL_FILES):
+            inside = [each.parent for part in MODEL_FILES for each in folder.glob(f"*/{part}")]
             near = f"did you mean {inside[0]}?" if inside else "check the path"
             raise UserError(f"{option} {path}, a folder without a model", "one with config.json", near)
         return
     first, *others = folder.parts or (path,)
     got = f"{option} {path}, but there is no such folder"
     if not path.startswith(("/", ".")) and not folder.is_file() and is_hub_name(path):
-        if any(isinstance(try_to_load_from_cache(path, part), str) for part in PARTS):
+        if any(isinstance(try_to_load_from_cache(path, part), str) for part in MODEL_FILES):
             return
         if not has_hub():
             got = f"{option} {path}, which is no folder here, and the hub cannot be reached"
-        elif not (others and Path(first).is_dir()) or hub_has(path):  # `runs/mine`, or another model of an owner
+        elif not (others and Path(first).is_dir()) or exists_on_hub(path):  # `runs/mine`, or another model of an owner
             return
     here = folder.parent if folder.parent.is_dir() else Path()
     folders = sorted(each.name for each in here.iterdir() if each.is_dir() and not each.name.startswith("."))
@@ -101,7 +101,7 @@ def is_hub_name(path: str) -> bool:
     return True
 
 
-def hub_has(name: str) -> bool:
+def exists_on_hub(name: str) -> bool:
     """Whether the hub, which can be reached, has a model of this name, as far as it tells."""
     try:
         return repo_exists(name)
@@ -109,7 +109,7 @@ def hub_has(name: str) -> bool:
         return True
 
 
-def homes(path: str) -> Iterator[tuple[Path, Path]]:
+def find_enclosing_runs(path: str) -> Iterator[tuple[Path, Path]]:
     """(run folder, model in it) as far as the names of folders tell: of the path as given, then of what it links to.
 
     In that order, because a run's model may be a link itself.
@@ -123,14 +123,14 @@ def homes(path: str) -> Iterator[tuple[Path, Path]]:
             yield place.parent.parent, place
 
 
-def run_of(folder: Path) -> RunConfig | None:
+def read_run_or_none(folder: Path) -> RunConfig | None:
     try:
         return read_run_file(folder / CONFIG)
     except UserError:  # somebody else's config.toml
         return None
 
 
-def shown(folder: Path) -> Path:
+def display_path(folder: Path) -> Path:
     """A folder as one would type it here; its whole path where that is `.` or lies elsewhere."""
     place, here = Path(os.path.abspath(folder)), Path.cwd()  # noqa: PTH100
     return place.relative_to(here) if place != here and place.is_relative_to(here) else place
@@ -140,7 +140,7 @@ def model_label(path: str) -> str:
     """What a model is called where nobody names it: by its run and checkpoint, its folder, or its name on the hub."""
     if not Path(path).is_dir():
         return path.rstrip("/").rpartition("/")[2]
-    for home, model in homes(path):
+    for home, model in find_enclosing_runs(path):
         return home.name if model.name == MODEL else f"{home.name}-{model.name}"
     return Path(os.path.abspath(path)).name  # noqa: PTH100
 
@@ -164,20 +164,20 @@ def weights_digest(table: ModelTable) -> str | None:
 def folder_digest(folder: Path) -> str | None:
     """Of names, sizes and blocks of all files of weights in a folder; None without any."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    text = "".join(f"{path.name}\0{digest_of(path, weights_blocks)}\0" for path in files)
+    text = "".join(f"{path.name}\0{compute_digest(path, read_sample_blocks)}\0" for path in files)
     return hashlib.sha256(text.encode()).hexdigest()[:12] if files else None
 
 
-def weights_blocks(file: BinaryIO) -> Iterator[bytes]:
+def read_sample_blocks(file: BinaryIO) -> Iterator[bytes]:
     """The size of a file and blocks all over it, for gigabytes would take minutes."""
     size = file.seek(0, os.SEEK_END)
     yield str(size).encode()
-    for start in (*range(0, size, STRIDE), max(0, size - BLOCK)):
+    for start in (*range(0, size, STRIDE_BYTES), max(0, size - BLOCK_BYTES)):
         file.seek(start)
-        yield file.read(BLOCK)
+        yield file.read(BLOCK_BYTES)
 
 
-def digest_of(path: Path, pieces: Callable[[BinaryIO], Iterable[bytes]] | None = None) -> str:
+def compute_digest(path: Path, pieces: Callable[[BinaryIO], Iterable[bytes]] | None = None) -> str:
     """Of pieces of a file, all of it unless told."""
     digest = hashlib.sha256()
     try:

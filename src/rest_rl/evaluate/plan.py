@@ -13,7 +13,7 @@ from rest_rl.data.layout import PromptLayout, resolve_format, template_format
 from rest_rl.data.shapes.toolrl import FORMAT
 from rest_rl.errors import UserError
 from rest_rl.evaluate.log import SETTINGS
-from rest_rl.evaluate.origin import recorded_run
+from rest_rl.evaluate.origin import resolve_origin
 from rest_rl.evaluate.request import EvalRequest
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.formats.detect import choose_format
@@ -28,7 +28,7 @@ class Plan:
 
     prompt: str
     format: str
-    why: str
+    format_reason: str
     keep_prompts: bool = False
     """Whether API-Bank's published texts are the prompts."""
     table: ModelTable | None = None
@@ -51,7 +51,7 @@ def make_plan(request: EvalRequest) -> Plan:
     unasked = {"oracle": "not asked", "responses": "as recorded", "object": "training"}[request.source]
     name, why = _format_without_tokenizer(request)
     get_format(name)
-    frame, why = _published_frame(request, name, why)
+    frame, why = _resolve_published_frame(request, name, why)
     return Plan(request.prompt or unasked, name, why, request.prompt == "published", frame=frame)
 
 
@@ -71,30 +71,30 @@ def _checkpoint_plan(request: EvalRequest) -> Plan:
     """In the format and by the template variables of the run that a checkpoint comes from, if it comes from one."""
     from rest_rl.train.policy import policy_tokenizer
 
-    path, run, folder = recorded_run(request.checkpoint)
+    path, run, folder = resolve_origin(request.checkpoint)
     recorded = {"path": path, "chat_template_kwargs": dict(run.model.chat_template_kwargs) if run else {}}
     tables = apply_overrides({"model": recorded}, request.changes)
     if others := sorted(set(tables) - {"model"}):
         raise UserError(f"--set of {', '.join(others)}", "only keys of [model]", "leave the others out")
     table = from_mapping(ModelTable, tables["model"], "model")
     tokenizer = policy_tokenizer(table)
-    is_training = request.asked_prompt == "training"
+    is_training = request.prompt_mode == "training"
     keeps = request.prompt == "published" or bool(is_training and run and run.data.keep_prompts)
     asked = request.format or (run.rest.format if run and is_training else None)
     if request.prompt == "native":
         asked = _native_format(tokenizer, request.checkpoint, asked)
     name, why = resolve_format(asked or (FORMAT if keeps else AUTO), tokenizer, table.chat_template_kwargs)
     why = f"as in {folder}" if run and not request.format and is_training else why
-    frame, why = _published_frame(request, name, why, run)
+    frame, why = _resolve_published_frame(request, name, why, run)
     layout = _layout(tokenizer, name, frame, table.chat_template_kwargs)
-    return Plan(request.asked_prompt, name, why, keeps and request.benchmark == "api-bank", table, layout, frame)
+    return Plan(request.prompt_mode, name, why, keeps and request.benchmark == "api-bank", table, layout, frame)
 
 
 def _server_plan(request: EvalRequest) -> Plan:
     """The server's own tool calling, or the tools described in words in a format that must be named."""
     from rest_rl.train.policy import policy_tokenizer
 
-    tokenizer, variables = None, server_body(request).get("chat_template_kwargs")
+    tokenizer, variables = None, extra_request_fields(request).get("chat_template_kwargs")
     if request.tokenizer:
         tokenizer = policy_tokenizer(ModelTable(path=request.tokenizer))
         default = FORMAT if request.prompt == "published" else AUTO
@@ -111,9 +111,9 @@ def _server_plan(request: EvalRequest) -> Plan:
             "pass --format hermes (or toolrl, llama3, ...), --tokenizer DIR_OR_ID to read it off, or --prompt native "
             "for the server's own function calling",
         )
-    frame, why = _published_frame(request, name, why)
+    frame, why = _resolve_published_frame(request, name, why)
     layout = _layout(tokenizer, name, frame, variables) if tokenizer is not None else None
-    return Plan(request.asked_prompt, name, why, request.prompt == "published", layout=layout, frame=frame)
+    return Plan(request.prompt_mode, name, why, request.prompt == "published", layout=layout, frame=frame)
 
 
 def _layout(tokenizer: Any, name: str, frame: Frame | None, variables: Mapping[str, Any] | None) -> PromptLayout:
@@ -131,7 +131,7 @@ def _native_format(tokenizer: Any, model: str, asked: str | None) -> str:
     return own
 
 
-def _published_frame(
+def _resolve_published_frame(
     request: EvalRequest, name: str, why: str, run: RunConfig | None = None
 ) -> tuple[Frame | None, str]:
     """(ToolRL's texts, why with the file they come from) if the model is asked by its prompts; (None, why) if not.
@@ -140,11 +140,11 @@ def _published_frame(
     """
     given, is_toolrl = request.prompt_from, name.removesuffix(SUFFIX) == FORMAT
     kept = run.data.path if run and run.data.keep_prompts and is_toolrl else None
-    is_asked = request.prompt == "published" or (request.asked_prompt == "training" and kept is not None)
+    is_asked = request.prompt == "published" or (request.prompt_mode == "training" and kept is not None)
     if request.benchmark == "api-bank" or not is_asked:
         if given:
             raise UserError(
-                f"--prompt-from with --prompt {request.asked_prompt}",
+                f"--prompt-from with --prompt {request.prompt_mode}",
                 f"--prompt published, or the folder of a run that kept its prompts in {FORMAT}",
                 "leave it out",
             )
@@ -162,7 +162,7 @@ def _published_frame(
         raise UserError(error.problem, error.expected, error.remedy + other) from error
 
 
-def server_body(request: EvalRequest) -> dict[str, Any]:
+def extra_request_fields(request: EvalRequest) -> dict[str, Any]:
     """What `--extra-body` and `--set model.chat_template_kwargs.X=...` add to every request to a server."""
     table = apply_overrides({"model": {}}, request.changes)
     if set(table) != {"model"} or set(table["model"]) - {"chat_template_kwargs"}:

@@ -15,7 +15,7 @@ from matplotlib.projections.polar import PolarAxes
 
 from rest_rl.errors import UserError
 from rest_rl.evaluate.harness import OVERALL
-from rest_rl.evaluate.tables import Column, Summary, editions, how_asked, numbers, sections
+from rest_rl.evaluate.tables import Column, Summary, build_sections, column_scores, describe_prompt, group_by_edition
 from rest_rl.jsonl import reason
 from rest_rl.report.plots import FAINT, INK, colours, save
 
@@ -24,7 +24,7 @@ MIN_AXES = 3
 TICKS = (20, 40, 60, 80, 100)
 
 
-class Share(NamedTuple):
+class Accuracy(NamedTuple):
     accuracy: float
     low: float
     high: float
@@ -32,7 +32,7 @@ class Share(NamedTuple):
 
 def draw_radars(summaries: Sequence[Summary], folder: str | Path) -> Iterator[str]:
     """Draw a figure for each benchmark and pin; yields its path, or why there is none."""
-    kinds = [[summary for _, summary in models] for models in editions(summaries)]
+    kinds = [[summary for _, summary in models] for models in group_by_edition(summaries)]
     for same in kinds:
         slug = "-".join(re.findall(r"[a-z0-9]+", str(same[0].get("pin")).lower()))[:60]
         name = "radar.png" if len(kinds) == 1 else f"radar-{same[0]['benchmark']}-{slug}.png"
@@ -47,21 +47,23 @@ def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
     """Draw the accuracy of each model in the groups that all have, in per cent, headline metric; returns the file."""
     if not (columns := shared_columns(summaries)):
         raise UserError("evaluations that share no group", "at least one", "evaluate the same categories")
-    (models,) = editions(summaries)
+    (models,) = group_by_edition(summaries)
     metric = str((summaries[0].get("metrics") or ["correct"])[0])
-    cells = {name: [numbers(summary, column, metric) for column in columns] for name, summary in models}
+    cells = {name: [column_scores(summary, column, metric) for column in columns] for name, summary in models}
     figure = Figure(figsize=(7.2, 6.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    shares = {name: [Share(cell["accuracy"], cell["low"], cell["high"]) for cell in own] for name, own in cells.items()}
+    shares = {
+        name: [Accuracy(cell["accuracy"], cell["low"], cell["high"]) for cell in own] for name, own in cells.items()
+    }
     axes = (draw_polygons if len(columns) >= MIN_AXES else draw_bars)(
         figure, [column.label for column in columns], shares
     )
-    ways = {how_asked(summary) for summary in summaries}
+    ways = {describe_prompt(summary) for summary in summaries}
     asked = ways.pop() if len(ways) == 1 else "prompts and formats differ"
     is_partial = any(cell["n"] < cell["of"] for own in cells.values() for cell in own)
     partial = "; a part of the samples only" if is_partial else ""
     title = f"{summaries[0].get('pin')}\n{asked}; {metric} in per cent{partial}"
-    figure.suptitle(plain(title), fontsize=9, color=INK)
+    figure.suptitle(escape_label(title), fontsize=9, color=INK)
     style = {"fontsize": 9, "frameon": False, "labelcolor": INK}
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2 if sum(map(len, cells)) < 70 else 1, **style)
     try:
@@ -75,7 +77,7 @@ def shared_columns(summaries: Sequence[Summary]) -> list[Column]:
     """The groups with a score in every summary, in the order of the first; not what sums them up."""
     if not summaries:
         raise UserError("no evaluation", "at least one", "pass the folders of finished evaluations")
-    if len(models := editions(summaries)) > 1:
+    if len(models := group_by_edition(summaries)) > 1:
         pins = ", ".join(str(same[0][1].get("pin")) for same in models)
         raise UserError(
             f"evaluations of {pins}", "one: numbers of different pins do not compare", "draw them one by one"
@@ -83,7 +85,7 @@ def shared_columns(summaries: Sequence[Summary]) -> list[Column]:
     is_bfcl = summaries[0].get("benchmark") == "bfcl"
     labels = {
         column.group: column._replace(label=f"{section.title} {column.label}" if is_bfcl else column.label)
-        for section in sections(models[0])
+        for section in build_sections(models[0])
         for column in section.columns
         if not column.is_average
     }
@@ -91,7 +93,7 @@ def shared_columns(summaries: Sequence[Summary]) -> list[Column]:
     return [labels[name] for name in groups[0] if name != OVERALL and all(own.get(name, {}).get("n") for own in groups)]
 
 
-def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Share]]) -> Axes:
+def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Accuracy]]) -> Axes:
     """One closed line per model over a circle of axes, from 0 in the middle to 100."""
     axes = figure.add_subplot(projection="polar")
     assert isinstance(axes, PolarAxes)
@@ -101,7 +103,7 @@ def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Se
     for (name, own), colour in zip(models.items(), colours(len(models)), strict=True):
         values = [100 * share.accuracy for share in own]
         style = {"color": colour, "linewidth": 1.6, "marker": "."}
-        axes.plot([*angles, angles[0]], [*values, values[0]], label=plain(name), **style)
+        axes.plot([*angles, angles[0]], [*values, values[0]], label=escape_label(name), **style)
         axes.fill(angles, values, color=colour, alpha=0.16 / len(models))
     axes.set_ylim(0, 100)
     axes.set_yticks(TICKS, [str(tick) if tick < 100 else "" for tick in TICKS], fontsize=7, color=INK)
@@ -116,7 +118,7 @@ def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Se
     return axes
 
 
-def draw_bars(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Share]]) -> Axes:
+def draw_bars(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Accuracy]]) -> Axes:
     """A bar per model in each group, with its interval."""
     axes = figure.add_subplot()
     width = 0.8 / len(models)
@@ -124,7 +126,7 @@ def draw_bars(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequen
         places = [i + (index - (len(models) - 1) / 2) * width for i in range(len(labels))]
         below = [max(0.0, 100 * (share.accuracy - share.low)) for share in own]
         above = [max(0.0, 100 * (share.high - share.accuracy)) for share in own]
-        style = {"color": colour, "label": plain(name), "ecolor": INK, "capsize": 3}
+        style = {"color": colour, "label": escape_label(name), "ecolor": INK, "capsize": 3}
         axes.bar(places, [100 * share.accuracy for share in own], 0.9 * width, yerr=[below, above], **style)
     axes.set_xticks(range(len(labels)), labels, fontsize=9, color=INK)
     axes.set_xlim(-0.8, len(labels) - 0.2)
@@ -136,7 +138,7 @@ def draw_bars(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequen
     return axes
 
 
-def plain(name: str) -> str:
+def escape_label(name: str) -> str:
     """A name as matplotlib shows it: `$` starts no formula, a leading `_` does not hide it from the legend."""
     text = name.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

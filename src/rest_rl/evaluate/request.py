@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from rest_rl.evaluate.conversation import Benchmark, Model
 
 Source = Literal["oracle", "responses", "endpoint", "object", "checkpoint"]
-DEFAULT_NEW_TOKENS, WORLD_NEW_TOKENS = 4096, 160
+DEFAULT_MAX_NEW_TOKENS, TOOL_WORLD_MAX_NEW_TOKENS = 4096, 160
 """Tokens of a response where nobody says: API-Bank was published with the first; the tool world is small."""
 BATCH_SIZE, VLLM_BATCH_SIZE, BFCL_BATCH_SIZE = 16, 256, 64
 """Conversations at once. vLLM makes batches of its own; each conversation of BFCL may hold a process."""
 MODEL_OPTIONS = ("changes", "context", "max_new_tokens", "tokenizer", "requests_per_minute", "extra_body")
 SERVER_OPTIONS = ("tokenizer", "requests_per_minute", "extra_body")
 CHECKPOINT_OPTIONS = ("vllm", "batch_size")
-POSITIVE = ("max_new_tokens", "batch_size", "concurrency", "limit", "requests_per_minute", "prompts", "timeout")
-OF_BENCHMARK, ANSWERS, ASKED = "the benchmark", "who answers", "how it is asked"
-SERVER, SAMPLES, FOLDER = "a server", "which samples", "where to"
-MODEL_TEXT = "a run folder, a model or adapter folder, a hub name; a server's model (tool-world: the embedded one)"
-PROMPT_TEXT = (
+POSITIVE_FIELDS = ("max_new_tokens", "batch_size", "concurrency", "limit", "requests_per_minute", "prompts", "timeout")
+BENCHMARK_PANEL, MODEL_PANEL, PROMPT_PANEL = "the benchmark", "who answers", "how it is asked"
+SERVER_PANEL, SAMPLES_PANEL, OUTPUT_PANEL = "a server", "which samples", "where to"
+MODEL_HELP = "a run folder, a model or adapter folder, a hub name; a server's model (tool-world: the embedded one)"
+PROMPT_HELP = (
     "training (the default): laid out as in the model's run, or in --format; native: the model's (server's) own "
     "function calling; published: ToolRL's prompts with the texts of --prompt-from, for api-bank the benchmark's own"
 )
-TOKENIZER_TEXT = (
+TOKENIZER_HELP = (
     "the model's: prompts exactly as in training are sent to /completions as token ids, instead of messages to "
     "/chat/completions; also tells the format and what fits"
 )
@@ -48,60 +48,68 @@ class EvalRequest:
     """
 
     benchmark: str | Benchmark
-    model: str | Model | None = _option(None, ANSWERS, MODEL_TEXT, "DIR_OR_ID")  # noqa: RUF009 - a field
-    endpoint: str | None = _option(None, ANSWERS, "an OpenAI-compatible server that holds --model", "URL")
-    vllm: bool = _option(False, ANSWERS, "generate with vLLM instead of transformers")
-    responses: str | None = _option(None, ANSWERS, 'score recorded responses: JSONL of {"id", "response"}', "FILE")
-    oracle: bool = _option(False, ANSWERS, "answer with the gold: a self-test of the whole path")
-    changes: tuple[str, ...] = _option((), ANSWERS, "a key of [model], as in a run: model.dtype=bfloat16", "A.B=C")
-    prompt: str | None = _option(None, ASKED, PROMPT_TEXT, choices=("training", "native", "published"))
-    prompt_from: str | None = _option(None, ASKED, "rows as ToolRL published them, such as rlla_sft.json", "FILE")
-    format: str | None = _option(None, ASKED, "how the model writes calls (default: as its run or template)", "F")
-    max_new_tokens: int | None = _option(None, ASKED, "per response (default: 4096; tool world: 160)", "N")
-    context: int | None = _option(None, ASKED, "tokens that the model holds (default: what it says)", "N")
-    batch_size: int | None = _option(None, ASKED, "of a local model (default: 16; vLLM 256, BFCL 64)", "N")
-    concurrency: int = _option(8, SERVER, "requests at once", "N")
-    timeout: float = _option(120.0, SERVER, "seconds", "S")
-    retries: int = _option(5, SERVER, "per request", "N")
-    requests_per_minute: int | None = _option(None, SERVER, "at most (default: no limit)", "N")
-    api_key_env: str = _option("OPENAI_API_KEY", SERVER, "the environment variable that holds the key", "NAME")
-    tokenizer: str | None = _option(None, SERVER, TOKENIZER_TEXT, "DIR_OR_ID")
-    extra_body: Mapping[str, Any] | None = _option(None, SERVER, "an object whose fields go into every request", "JSON")
-    categories: tuple[str, ...] = _option((), SAMPLES, "groups of samples, as the tables name them", "A,B")
-    limit: int | None = _option(None, SAMPLES, "the first N samples of each category", "N")
-    ids: tuple[str, ...] = _option((), SAMPLES, "these samples only", "A,B")
-    out: str | None = _option(None, FOLDER, "the evaluation's folder (default: runs/eval-BENCHMARK-MODEL)", "DIR")
-    name: str | None = _option(None, FOLDER, "what tables call the model (default: its path)", "NAME")
-    resume: bool = _option(False, FOLDER, "ask for what is missing or failed in the folder")
+    model: str | Model | None = _option(None, MODEL_PANEL, MODEL_HELP, "DIR_OR_ID")  # noqa: RUF009 - a field
+    endpoint: str | None = _option(None, MODEL_PANEL, "an OpenAI-compatible server that holds --model", "URL")
+    vllm: bool = _option(False, MODEL_PANEL, "generate with vLLM instead of transformers")
+    responses: str | None = _option(None, MODEL_PANEL, 'score recorded responses: JSONL of {"id", "response"}', "FILE")
+    oracle: bool = _option(False, MODEL_PANEL, "answer with the gold: a self-test of the whole path")
+    changes: tuple[str, ...] = _option((), MODEL_PANEL, "a key of [model], as in a run: model.dtype=bfloat16", "A.B=C")
+    prompt: str | None = _option(None, PROMPT_PANEL, PROMPT_HELP, choices=("training", "native", "published"))
+    prompt_from: str | None = _option(
+        None, PROMPT_PANEL, "rows as ToolRL published them, such as rlla_sft.json", "FILE"
+    )
+    format: str | None = _option(
+        None, PROMPT_PANEL, "how the model writes calls (default: as its run or template)", "F"
+    )
+    max_new_tokens: int | None = _option(None, PROMPT_PANEL, "per response (default: 4096; tool world: 160)", "N")
+    context: int | None = _option(None, PROMPT_PANEL, "tokens that the model holds (default: what it says)", "N")
+    batch_size: int | None = _option(None, PROMPT_PANEL, "of a local model (default: 16; vLLM 256, BFCL 64)", "N")
+    concurrency: int = _option(8, SERVER_PANEL, "requests at once", "N")
+    timeout: float = _option(120.0, SERVER_PANEL, "seconds", "S")
+    retries: int = _option(5, SERVER_PANEL, "per request", "N")
+    requests_per_minute: int | None = _option(None, SERVER_PANEL, "at most (default: no limit)", "N")
+    api_key_env: str = _option("OPENAI_API_KEY", SERVER_PANEL, "the environment variable that holds the key", "NAME")
+    tokenizer: str | None = _option(None, SERVER_PANEL, TOKENIZER_HELP, "DIR_OR_ID")
+    extra_body: Mapping[str, Any] | None = _option(
+        None, SERVER_PANEL, "an object whose fields go into every request", "JSON"
+    )
+    categories: tuple[str, ...] = _option((), SAMPLES_PANEL, "groups of samples, as the tables name them", "A,B")
+    limit: int | None = _option(None, SAMPLES_PANEL, "the first N samples of each category", "N")
+    ids: tuple[str, ...] = _option((), SAMPLES_PANEL, "these samples only", "A,B")
+    out: str | None = _option(None, OUTPUT_PANEL, "the evaluation's folder (default: runs/eval-BENCHMARK-MODEL)", "DIR")
+    name: str | None = _option(None, OUTPUT_PANEL, "what tables call the model (default: its path)", "NAME")
+    resume: bool = _option(False, OUTPUT_PANEL, "ask for what is missing or failed in the folder")
     data: str | None = _option(
-        None, OF_BENCHMARK, "folder of level-{1,2,3}-api_processed.json", "DIR", only_of="api-bank"
+        None, BENCHMARK_PANEL, "folder of level-{1,2,3}-api_processed.json", "DIR", only_for="api-bank"
     )
     version: Literal["v3", "v4"] = _option(
-        "v3", OF_BENCHMARK, "bfcl-eval 2025.6.14, the paper's, or 2026.3.23", only_of="bfcl", choices=("v3", "v4")
+        "v3", BENCHMARK_PANEL, "bfcl-eval 2025.6.14, the paper's, or 2026.3.23", only_for="bfcl", choices=("v3", "v4")
     )
-    prompts: int = _option(256, OF_BENCHMARK, "per split", "N", only_of="tool-world")
-    seed: int = _option(20_000, OF_BENCHMARK, "of the prompts", "N", only_of="tool-world")
+    prompts: int = _option(256, BENCHMARK_PANEL, "per split", "N", only_for="tool-world")
+    seed: int = _option(20_000, BENCHMARK_PANEL, "of the prompts", "N", only_for="tool-world")
     decision: Literal["reasoning", "call"] = _option(
         "reasoning",
-        OF_BENCHMARK,
+        BENCHMARK_PANEL,
         "where it is decided what to call, as in [data]",
-        only_of="tool-world",
+        only_for="tool-world",
         choices=("reasoning", "call"),
     )
     command: tuple[str, ...] = field(default=(), repr=False)
     """The command line, for the record."""
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
+        for name in POSITIVE_FIELDS:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UserError(f"{option(name)} {value}", "more than 0", "raise it")
+                raise UserError(f"{option_name(name)} {value}", "more than 0", "raise it")
         if self.retries < 0:
             raise UserError(f"--retries {self.retries}", "0 or more", "raise it")
         for own in fields(self):
             choices, value = own.metadata.get("choices"), getattr(self, own.name)
             if choices and value not in (own.default, *choices):
-                raise UserError(f"{option(own.name)} {value!r}", f"one of {', '.join(choices)}", "choose one of them")
+                raise UserError(
+                    f"{option_name(own.name)} {value!r}", f"one of {', '.join(choices)}", "choose one of them"
+                )
         self._check_source()
         self._check_options()
         if self.format not in (None, "auto"):
@@ -124,17 +132,17 @@ class EvalRequest:
         return str(self.model or "embedded")
 
     @property
-    def asked_prompt(self) -> str:
+    def prompt_mode(self) -> str:
         return self.prompt or "training"
 
     @property
-    def new_tokens(self) -> int:
+    def response_limit(self) -> int:
         """Tokens of a response at most."""
-        usual = WORLD_NEW_TOKENS if self.benchmark == "tool-world" else DEFAULT_NEW_TOKENS
+        usual = TOOL_WORLD_MAX_NEW_TOKENS if self.benchmark == "tool-world" else DEFAULT_MAX_NEW_TOKENS
         return usual if self.max_new_tokens is None else self.max_new_tokens
 
     @property
-    def conversations(self) -> int:
+    def effective_batch_size(self) -> int:
         """How many conversations a checkpoint goes on with at once."""
         if self.batch_size is not None:
             return self.batch_size
@@ -163,9 +171,9 @@ class EvalRequest:
             idle, found, expected = SERVER_OPTIONS, "without --endpoint", "a server that it is for"
         for name in idle:
             if getattr(self, name) not in (None, False, ()):
-                raise UserError(f"{option(name)} {found}", expected, "leave it out")
+                raise UserError(f"{option_name(name)} {found}", expected, "leave it out")
 
 
-def option(name: str) -> str:
+def option_name(name: str) -> str:
     """A field as the command line writes it."""
     return "--set" if name == "changes" else f"--{name.replace('_', '-')}"

@@ -16,18 +16,18 @@ from rest_rl.evaluate.conversation import Benchmark, Model, Request
 from rest_rl.evaluate.harness import evaluate_all, group_label, summarise
 from rest_rl.evaluate.log import SUMMARY, EvalLog, Row
 from rest_rl.evaluate.models.recorded import Oracle, Recorded, read_responses
-from rest_rl.evaluate.models.token_prompts import room_of
-from rest_rl.evaluate.origin import digest_of, model_label, weights_digest
-from rest_rl.evaluate.plan import Plan, make_plan, server_body
+from rest_rl.evaluate.models.token_prompts import compute_context_usage
+from rest_rl.evaluate.origin import compute_digest, model_label, weights_digest
+from rest_rl.evaluate.plan import Plan, extra_request_fields, make_plan
 from rest_rl.evaluate.request import EvalRequest
 from rest_rl.evaluate.tables import write_tables
 from rest_rl.jsonl import as_json
 from rest_rl.objects import check_call, load_object
 from rest_rl.runlog import SILENT, Observer
 
-VLLM_CONTEXT = 65_536
+MAX_VLLM_CONTEXT = 65_536
 """Tokens of context that vLLM is asked to make room for at most; the longest prompts of BFCL take about half of it."""
-Room = Callable[[Request], tuple[int, int] | None]
+ContextUsage = Callable[[Request], tuple[int, int] | None]
 
 
 class Score(NamedTuple):
@@ -88,38 +88,41 @@ def evaluate(
 
 def run_request(request: EvalRequest, observer: Observer = SILENT) -> EvalResult:
     """As `evaluate`, for a request."""
-    with _opened(request, observer) as (plan, benchmark, identities):
-        settings = _settings(request, plan, benchmark)
+    with _open_evaluation(request, observer) as (plan, benchmark, identities):
+        settings = _collect_settings(request, plan, benchmark)
         out = Path(request.out or _default_folder(request))
-        log = EvalLog.resume(out, settings) if request.resume else EvalLog.unused(out)
+        log = EvalLog.resume(out, settings) if request.resume else EvalLog.new(out)
         with observer.track("loading"):
             model, notes = _make_model(request, plan, identities)
         try:
             asked = [one for one in identities if one in model.responses] if isinstance(model, Recorded) else identities
             with observer.track("measuring the prompts"):
-                notes += fit_notes(benchmark, model.room, plan, asked)
+                notes += context_notes(benchmark, model.context_usage, plan, asked)
             for note in notes:
                 observer.say(note)
             if not request.resume:
                 log.begin(settings, _public_command(request))
-            rows = _ask(benchmark, model, plan, asked, log, observer)
+            rows = _evaluate_samples(benchmark, model, plan, asked, log, observer)
         finally:
             if request.source != "object":
                 model.stop()
-        return _finish(request, plan, benchmark, rows, log, settings)
+        return _write_results(request, plan, benchmark, rows, log, settings)
 
 
 def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
     """What the model would be asked first; nothing is asked, written or loaded but the tokenizer."""
-    with _opened(request, observer) as (plan, benchmark, identities):
-        sample = opening(benchmark, plan, identities[0]).sample
+    with _open_evaluation(request, observer) as (plan, benchmark, identities):
+        sample = first_request(benchmark, plan, identities[0]).sample
         if plan.layout and plan.table:
             from rest_rl.train.policy import context_length, policy_config
 
             layout, context = plan.layout, request.context
             context = context or context_length(policy_config(plan.table), layout.tokenizer)
-            for note in fit_notes(
-                benchmark, lambda asked: room_of(asked, layout, request.new_tokens, context), plan, identities
+            for note in context_notes(
+                benchmark,
+                lambda asked: compute_context_usage(asked, layout, request.response_limit, context),
+                plan,
+                identities,
             ):
                 observer.say(note)
         if plan.layout:
@@ -138,14 +141,14 @@ def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
 
 
 @contextmanager
-def _opened(request: EvalRequest, observer: Observer) -> Iterator[tuple[Plan, Benchmark, list[str]]]:
+def _open_evaluation(request: EvalRequest, observer: Observer) -> Iterator[tuple[Plan, Benchmark, list[str]]]:
     plan = make_plan(request)
     own = isinstance(request.benchmark, str)
     benchmark = open_benchmark(request, plan)
     with closing(benchmark) if own else nullcontext():
         identities = choose_samples(benchmark, request)
         observer.say(f"{benchmark.pin}: {len(identities)} of {len(benchmark.groups)} samples")
-        observer.say(f"prompt {plan.prompt}, format {plan.format} ({plan.why})")
+        observer.say(f"prompt {plan.prompt}, format {plan.format} ({plan.format_reason})")
         yield plan, benchmark, identities
 
 
@@ -192,8 +195,8 @@ def choose_samples(benchmark: Benchmark, request: EvalRequest) -> list[str]:
     groups = benchmark.groups
     names = {group: {str(group), group_label(benchmark.group_field, group)} for group in set(groups.values())}
     wanted = set(request.categories) if request.benchmark != "bfcl" else set()  # BFCL has chosen itself
-    _refuse_unknown("categories", wanted, set().union(*names.values()))
-    _refuse_unknown("ids", request.ids, groups)
+    _check_known("categories", wanted, set().union(*names.values()))
+    _check_known("ids", request.ids, groups)
     taken: dict[str | int, int] = {}
     found = []
     for identity, group in groups.items():
@@ -207,26 +210,28 @@ def choose_samples(benchmark: Benchmark, request: EvalRequest) -> list[str]:
     return found
 
 
-def _refuse_unknown(option: str, wanted: Iterable[str], known: Iterable[str]) -> None:
+def _check_known(option: str, wanted: Iterable[str], known: Iterable[str]) -> None:
     if unknown := sorted(set(wanted) - set(known)):
         near = difflib.get_close_matches(unknown[0], known, n=1) or sorted(known)[:1]
         expected = f"names of what is asked for, such as {', '.join(near)}"
         raise UserError(f"--{option} {', '.join(unknown)}", expected, "correct the name")
 
 
-def opening(benchmark: Benchmark, plan: Plan, identity: str) -> Request:
+def first_request(benchmark: Benchmark, plan: Plan, identity: str) -> Request:
     with closing(benchmark.start(identity, plan.tool_format)) as conversation:
         request = conversation.request()
     assert request is not None
     return request
 
 
-def fit_notes(benchmark: Benchmark, room: Room, plan: Plan, identities: Sequence[str]) -> list[str]:
+def context_notes(
+    benchmark: Benchmark, context_usage: ContextUsage, plan: Plan, identities: Sequence[str]
+) -> list[str]:
     """Per group what does not fit the model, before anything is asked; later turns are longer still."""
     longest: dict[str, tuple[int, int, int]] = {}
     context = 0
     for identity in identities:
-        taken = room(opening(benchmark, plan, identity))
+        taken = context_usage(first_request(benchmark, plan, identity))
         if taken is None:
             return []
         needed, context = taken
@@ -270,13 +275,13 @@ def _make_server(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]]:
         request.checkpoint,
         plan.tool_format,
         native=plan.prompt == "native",
-        max_new_tokens=request.new_tokens,
+        max_new_tokens=request.response_limit,
         concurrency=request.concurrency,
         timeout=request.timeout,
         retries=request.retries,
         requests_per_minute=request.requests_per_minute,
         api_key_env=request.api_key_env,
-        extra_body=server_body(request),
+        extra_body=extra_request_fields(request),
         layout=plan.layout,
         frame=plan.frame,
         context=request.context,
@@ -294,12 +299,12 @@ def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]
     table, layout, context = plan.table, plan.layout, request.context
     assert table is not None
     assert layout is not None
-    sizes = {"batch_size": request.conversations, "max_new_tokens": request.new_tokens}
+    sizes = {"batch_size": request.effective_batch_size, "max_new_tokens": request.response_limit}
     if request.vllm:
         from rest_rl.evaluate.models.vllm import VllmModel
 
-        holds = context_length(policy_config(table), layout.tokenizer) or VLLM_CONTEXT
-        context = min(holds, VLLM_CONTEXT) if context is None else context
+        holds = context_length(policy_config(table), layout.tokenizer) or MAX_VLLM_CONTEXT
+        context = min(holds, MAX_VLLM_CONTEXT) if context is None else context
         return VllmModel(table.path, layout, **sizes, context=context), [f"vLLM, {context} tokens of context"]
     device = torch.accelerator.current_accelerator()
     dtype = "bfloat16" if device and table.dtype == AUTO else table.dtype
@@ -308,23 +313,23 @@ def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]
     return LocalModel(weights, layout, **sizes, context=context), [f"transformers on {device or 'the CPU'}"]
 
 
-def _settings(request: EvalRequest, plan: Plan, benchmark: Benchmark) -> dict[str, Any]:
+def _collect_settings(request: EvalRequest, plan: Plan, benchmark: Benchmark) -> dict[str, Any]:
     """Everything that the numbers depend on: what `resume` must find unchanged."""
     # sorted: samples are asked for in the benchmark's order, whatever that of the options is
     selection = {"categories": sorted(set(request.categories)), "ids": sorted(set(request.ids)), "limit": request.limit}
     about = {"benchmark": benchmark.name, "pin": benchmark.pin, "prompt": plan.prompt, "format": plan.format}
-    return {**about, **_model_settings(request, plan), **selection}
+    return {**about, **_collect_model_settings(request, plan), **selection}
 
 
-def _model_settings(request: EvalRequest, plan: Plan) -> dict[str, Any]:
+def _collect_model_settings(request: EvalRequest, plan: Plan) -> dict[str, Any]:
     texts = {"prompt_texts": plan.frame.digest} if plan.frame else {}
     if request.source == "object":
         return {"model": request.name or type(request.model).__name__, **texts}
     if request.oracle:
         return {"model": "oracle", **texts}
     if request.responses:
-        return {"model": "recorded", **texts, "responses": digest_of(Path(request.responses))}
-    settings: dict[str, Any] = {"model": request.checkpoint, **texts, "max_new_tokens": request.new_tokens}
+        return {"model": "recorded", **texts, "responses": compute_digest(Path(request.responses))}
+    settings: dict[str, Any] = {"model": request.checkpoint, **texts, "max_new_tokens": request.response_limit}
     if request.context is not None:
         settings["context"] = request.context
     template = hashlib.sha256(str(plan.layout.tokenizer.chat_template if plan.layout else "").encode()).hexdigest()[:12]
@@ -333,13 +338,13 @@ def _model_settings(request: EvalRequest, plan: Plan) -> dict[str, Any]:
 
         route = "chat" if plan.layout is None or plan.prompt == "native" else "completions"
         settings |= {"backend": "endpoint", "endpoint": public_url(request.endpoint), "route": route}
-        settings["body"] = server_body(request)
+        settings["body"] = extra_request_fields(request)
         return {**settings, "chat_template": template} if request.tokenizer else settings
     assert plan.table is not None
     return {
         **settings,
         "backend": "vllm" if request.vllm else "transformers",
-        "batch_size": request.conversations,
+        "batch_size": request.effective_batch_size,
         "weights": weights_digest(plan.table),
         "chat_template": template,
         "chat_template_kwargs": dict(plan.table.chat_template_kwargs),
@@ -365,7 +370,7 @@ def _default_folder(request: EvalRequest) -> str:
     return f"runs/eval-{name.rpartition(':')[2]}{edition}-{who}"
 
 
-def _ask(
+def _evaluate_samples(
     benchmark: Benchmark, model: Model, plan: Plan, identities: Sequence[str], log: EvalLog, observer: Observer
 ) -> list[Row]:
     """All rows, with the headline so far on the observer's bar."""
@@ -383,7 +388,7 @@ def _ask(
         return evaluate_all(benchmark, model, plan.tool_format, identities, log, on_row)
 
 
-def _finish(
+def _write_results(
     request: EvalRequest, plan: Plan, benchmark: Benchmark, rows: list[Row], log: EvalLog, settings: Mapping[str, Any]
 ) -> EvalResult:
     model = str(settings["model"])

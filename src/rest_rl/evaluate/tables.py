@@ -27,30 +27,30 @@ Summary = Mapping[str, Any]
 Models = Sequence[tuple[str, Summary]]
 """Names and summaries of one benchmark and pin."""
 AVERAGES = "Averages"
-TITLES = {"bfcl": "BFCL", "api_bank": "API-Bank", "tool_world": "Tool world"}
-METRICS = {"soft": "soft (the published metric)", "strict": "strict (exactly the one right call)"}
-LABELS = {
+BENCHMARK_TITLES = {"bfcl": "BFCL", "api_bank": "API-Bank", "tool_world": "Tool world"}
+METRIC_TITLES = {"soft": "soft (the published metric)", "strict": "strict (exactly the one right call)"}
+BFCL_LABELS = {
     "simple": "Simple Python",
     "java": "Simple Java",
     "javascript": "Simple JavaScript",
     "simple_javascript": "Simple JavaScript",
 }
-TROUBLES = {"overflow": "overflowed", "refused": "refused", "truncated": "truncated", "errors": "not scored"}
+ISSUE_LABELS = {"overflow": "overflowed", "refused": "refused", "truncated": "truncated", "errors": "not scored"}
 """What a group counts besides its verdicts, and how tables call it."""
-ABOUT = ("benchmark", "version", "pin", "model", "prompt", "format")
-NUMBERS = ("n", "of", "correct", "accuracy", "low", "high")
-COLUMNS = [*ABOUT, "metric", "table", "column", *NUMBERS, *TROUBLES]
-DASH, SIGNIFICANT = "–", 0.05
-STARRED = (
+MODEL_COLUMNS = ("benchmark", "version", "pin", "model", "prompt", "format")
+SCORE_FIELDS = ("n", "of", "correct", "accuracy", "low", "high")
+COLUMNS = [*MODEL_COLUMNS, "metric", "table", "column", *SCORE_FIELDS, *ISSUE_LABELS]
+DASH, SIGNIFICANCE_LEVEL = "–", 0.05
+SHORT_LEGEND = (
     "change: percentage points, with 95 % interval (Bonett-Price); flips: samples lost and gained; "
     "p: McNemar's exact test, * where q <= 0.05 among the groups (Benjamini-Hochberg)"
 )
-EXPLAINED = (
+LONG_LEGEND = (
     "Samples scored on both sides; change in percentage points with the 95 % interval of Bonett and Price (2012); "
     "lost and gained: right only at the base or only at the tuned model; p: McNemar's exact test; q: p among the "
     "groups after Benjamini and Hochberg (1995), * where it is at most 0.05."
 )
-AVERAGED = "official averages: intervals of the groups combined by MOVER (Zou and Donner, 2008); no test"
+AVERAGES_NOTE = "official averages: intervals of the groups combined by MOVER (Zou and Donner, 2008); no test"
 
 
 class Column(NamedTuple):
@@ -97,46 +97,48 @@ class TextTable(NamedTuple):
     notes: list[str]
 
 
-def results(summaries: Sequence[Summary]) -> pd.DataFrame:
+def results_frame(summaries: Sequence[Summary]) -> pd.DataFrame:
     """All numbers, a row per table, model and column; shares in [0, 1], None where nothing was measured."""
-    frames = [table.frame for table in eval_tables(summaries)]
+    frames = [table.frame for table in build_tables(summaries)]
     frames = frames or [pd.DataFrame(columns=COLUMNS, dtype=object)]
     return pd.concat(frames, ignore_index=True).reindex(columns=COLUMNS)
 
 
-def eval_tables(summaries: Sequence[Summary]) -> list[ResultTable]:
+def build_tables(summaries: Sequence[Summary]) -> list[ResultTable]:
     """The tables of one or several evaluations, those of one pin together; none without summaries."""
-    return [result_table(section, models) for models in editions(summaries) for section in sections(models)]
+    return [
+        build_table(section, models) for models in group_by_edition(summaries) for section in build_sections(models)
+    ]
 
 
-def editions(summaries: Sequence[Summary]) -> list[Models]:
+def group_by_edition(summaries: Sequence[Summary]) -> list[Models]:
     """The evaluations by what makes them comparable, each with its model's name."""
     found: dict[str, list[tuple[str, Summary]]] = {}
     for name, summary in zip(model_names(summaries), summaries, strict=True):
-        found.setdefault(edition(summary), []).append((name, summary))
+        found.setdefault(edition_key(summary), []).append((name, summary))
     return list(found.values())
 
 
-def edition(summary: Summary) -> str:
+def edition_key(summary: Summary) -> str:
     return str([summary.get(key) for key in ("benchmark", "version", "pin")])
 
 
 def model_names(summaries: Sequence[Summary]) -> list[str]:
     """A name per summary; namesakes on one benchmark are told apart by prompt and format, then by number."""
-    twins = [(str(summary.get("model") or "model"), edition(summary)) for summary in summaries]
+    twins = [(str(summary.get("model") or "model"), edition_key(summary)) for summary in summaries]
     twins = [
-        (f"{twin[0]} ({how_asked(summary)})" if twins.count(twin) > 1 else twin[0], twin[1])
+        (f"{twin[0]} ({describe_prompt(summary)})" if twins.count(twin) > 1 else twin[0], twin[1])
         for twin, summary in zip(twins, summaries, strict=True)
     ]
     numbers = [f" #{twins[:i].count(twin) + 1}" if twins.count(twin) > 1 else "" for i, twin in enumerate(twins)]
     return [name + number for (name, _), number in zip(twins, numbers, strict=True)]
 
 
-def how_asked(summary: Summary) -> str:
+def describe_prompt(summary: Summary) -> str:
     return f"prompt {summary.get('prompt', 'unknown')}, format {summary.get('format', 'unknown')}"
 
 
-def sections(models: Models) -> list[Section]:
+def build_sections(models: Models) -> list[Section]:
     """The tables of one edition, those without any number left out.
 
     BFCL has several: official averages, the parts of which a category was asked, then categories of no part.
@@ -145,9 +147,9 @@ def sections(models: Models) -> list[Section]:
     groups = list(dict.fromkeys(str(name) for _, summary in models for name in scored_groups(summary)))
     if first.get("benchmark") != "bfcl":
         groups.sort(key=lambda name: [*TURNS, OVERALL, name].index(name))
-        columns = [Column(group_label(name), name) for name in groups]
+        columns = [Column(display_label(name), name) for name in groups]
         metrics = [str(name) for name in first.get("metrics", ["correct"])]
-        return [Section(METRICS.get(name, name) if len(metrics) > 1 else "", columns, name) for name in metrics]
+        return [Section(METRIC_TITLES.get(name, name) if len(metrics) > 1 else "", columns, name) for name in metrics]
     official = list(dict.fromkeys(str(name) for _, summary in models for name in summary.get("official") or {}))
     official.sort(key=lambda name: name != "Overall")
     non_live = NON_LIVE["v4" if first.get("version") == "v4" else "v3"]
@@ -167,7 +169,7 @@ def scored_groups(summary: Summary) -> dict[str, Any]:
     return {**(summary.get("groups") or {}), **(summary.get("turns") or {})}
 
 
-def group_label(name: str) -> str:
+def display_label(name: str) -> str:
     """`Level1` as `Level 1`, `unseen_tools` as `Unseen tools`, `calls` as `Call turns`."""
     text = {**TURNS}.get(name) or re.sub(r"(?<=[a-z])(\d+)$", r" \1", name.replace("_", " "))
     return text.capitalize()
@@ -175,37 +177,37 @@ def group_label(name: str) -> str:
 
 def bfcl_label(name: str) -> str:
     """A category without its part, `multi_turn_miss_func` as `Miss Func`."""
-    return LABELS.get(name) or name.removeprefix("multi_turn_").removeprefix("live_").replace("_", " ").title()
+    return BFCL_LABELS.get(name) or name.removeprefix("multi_turn_").removeprefix("live_").replace("_", " ").title()
 
 
-def numbers(summary: Summary, column: Column, metric: str = "") -> dict[str, Any]:
+def column_scores(summary: Summary, column: Column, metric: str = "") -> dict[str, Any]:
     """The fields of `NUMBERS` of a model in a column, all None where nothing was scored."""
     found = ((summary.get("official") or {}) if column.is_average else scored_groups(summary)).get(column.group) or {}
     own = found[metric] if isinstance(found.get(metric), Mapping) else found
     if not is_number(own.get("accuracy")) or not (found.get("n") or column.is_average):
-        return dict.fromkeys(NUMBERS)
+        return dict.fromkeys(SCORE_FIELDS)
     return {
-        **{name: own.get(name) for name in NUMBERS},
+        **{name: own.get(name) for name in SCORE_FIELDS},
         "n": found.get("n"),
         "of": None if column.is_average else found.get("of"),
     }
 
 
-def result_table(section: Section, models: Models) -> ResultTable:
+def build_table(section: Section, models: Models) -> ResultTable:
     records = []
     for name, summary in models:
-        about = {**{key: summary.get(key) for key in ABOUT}, "model": name, "metric": section.metric}
+        about = {**{key: summary.get(key) for key in MODEL_COLUMNS}, "model": name, "metric": section.metric}
         for column in section.columns:
             group = {} if column.is_average else scored_groups(summary).get(column.group, {})
-            troubles = {key: count(group[key]) if key in group else None for key in TROUBLES}
+            troubles = {key: to_count(group[key]) if key in group else None for key in ISSUE_LABELS}
             place = {"table": section.title, "column": column.label, "group": column.group}
-            records.append({**about, **place, **numbers(summary, column, section.metric), **troubles})
+            records.append({**about, **place, **column_scores(summary, column, section.metric), **troubles})
     frame = pd.DataFrame(records, columns=[*COLUMNS, "group"], dtype=object)
-    first, ways = models[0][1], {how_asked(summary) for _, summary in models}
+    first, ways = models[0][1], {describe_prompt(summary) for _, summary in models}
     benchmark = str(first.get("benchmark"))
-    head = " ".join(filter(None, (TITLES.get(benchmark, benchmark), first.get("version"))))
+    head = " ".join(filter(None, (BENCHMARK_TITLES.get(benchmark, benchmark), first.get("version"))))
     asked = "prompt and format differ, see the notes" if len(ways) > 1 else next(iter(ways))
-    intervals = interval_words(has_averages=any(column.is_average for column in section.columns))
+    intervals = interval_method(has_averages=any(column.is_average for column in section.columns))
     return ResultTable(
         title=f"{head}, {section.title}" if section.title else head,
         span=section.title,
@@ -215,7 +217,7 @@ def result_table(section: Section, models: Models) -> ResultTable:
     )
 
 
-def interval_words(*, has_averages: bool) -> str:
+def interval_method(*, has_averages: bool) -> str:
     """Whose intervals a table shows."""
     return "95 % Wilson intervals" + (", combined by MOVER for averages" if has_averages else "")
 
@@ -229,9 +231,9 @@ def _notes(section: Section, models: Models, frame: pd.DataFrame, *, tell_asked:
     for name, summary in models:
         groups = {key: group for key, group in (summary.get("groups") or {}).items() if key != OVERALL}
         # each sample once: not what sums groups up; all groups where the table shows only averages
-        troubles = trouble_text([group for key, group in groups.items() if key in names or not names])
+        troubles = format_issues([group for key, group in groups.items() if key in names or not names])
         parts = ", ".join(f"{row.column} {row.n} of {row.of}" for row in partial if row.model == name)
-        if told := [text for text in (how_asked(summary) if tell_asked else "", troubles, parts) if text]:
+        if told := [text for text in (describe_prompt(summary) if tell_asked else "", troubles, parts) if text]:
             yield f"{name}: {'; '.join(told)}."
     if section.title == AVERAGES:
         for name, average in (models[0][1].get("official") or {}).items():
@@ -240,13 +242,13 @@ def _notes(section: Section, models: Models, frame: pd.DataFrame, *, tell_asked:
     yield from ceiling_notes(models[0][1])
 
 
-def trouble_text(groups: Sequence[Mapping[str, Any]]) -> str:
+def format_issues(groups: Sequence[Mapping[str, Any]]) -> str:
     """`3 overflowed, 2 truncated`, empty when all went well."""
-    counts = {name: sum(count(group.get(key)) for group in groups) for key, name in TROUBLES.items()}
+    counts = {name: sum(to_count(group.get(key)) for group in groups) for key, name in ISSUE_LABELS.items()}
     return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
 
 
-def count(value: Any) -> int:
+def to_count(value: Any) -> int:
     return value if isinstance(value, int) else len(value or ())
 
 
@@ -255,7 +257,7 @@ def ceiling_notes(summary: Summary) -> Iterator[str]:
     for name, ceiling in (summary.get("ceilings") or {}).items():
         if ceiling.get("ids") and name in (summary.get("groups") or {}):
             reach = f"answers by the tools on offer reach {percent(ceiling.get('accuracy'))}"
-            yield f"{group_label(str(name))}: {reach}; the gold of {', '.join(ceiling['ids'])} lies outside them."
+            yield f"{display_label(str(name))}: {reach}; the gold of {', '.join(ceiling['ids'])} lies outside them."
 
 
 def is_partial(row: Any) -> bool:
@@ -280,14 +282,14 @@ def latex_cell(row: Any) -> str:
     return rf"\withinterval{{{number}}}{{{interval}}}" if interval else number
 
 
-def csv_tables(summaries: Sequence[Summary]) -> str:
-    return results(summaries).to_csv(index=False, lineterminator="\n")
+def render_csv(summaries: Sequence[Summary]) -> str:
+    return results_frame(summaries).to_csv(index=False, lineterminator="\n")
 
 
-def markdown_tables(summaries: Sequence[Summary]) -> str:
+def render_markdown(summaries: Sequence[Summary]) -> str:
     """All tables as Markdown, each under its title and caption and over its notes."""
     parts = []
-    for table in eval_tables(summaries):
+    for table in build_tables(summaries):
         grid, notes = table.grid(markdown_cell), "\n".join(f"- {note}" for note in table.notes)
         parts += [
             f"### {table.title}",
@@ -298,8 +300,8 @@ def markdown_tables(summaries: Sequence[Summary]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-MACRO = r"\providecommand{\withinterval}[2]{\begin{tabular}[t]{@{}c@{}}#1\\[-3pt]{\tiny #2}\end{tabular}}"
-ESCAPES = str.maketrans(
+INTERVAL_MACRO = r"\providecommand{\withinterval}[2]{\begin{tabular}[t]{@{}c@{}}#1\\[-3pt]{\tiny #2}\end{tabular}}"
+LATEX_ESCAPES = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     # a row that starts with one of these would be read as an option of the line break before it
     | {character: f"{{{character}}}" for character in "[]*"}
@@ -308,32 +310,34 @@ ESCAPES = str.maketrans(
 )
 
 
-def escaped(text: str) -> str:
-    return text.translate(ESCAPES)
+def escape_latex(text: str) -> str:
+    return text.translate(LATEX_ESCAPES)
 
 
-def latex_tables(summaries: Sequence[Summary]) -> str:
+def render_latex(summaries: Sequence[Summary]) -> str:
     """All tables as LaTeX, each a float of its own, the words of a header one below the other."""
     texts = []
-    for table in eval_tables(summaries):
+    for table in build_tables(summaries):
         grid = table.grid(latex_cell)
-        stacks = [r"\\".join(map(escaped, label.split())) for label in grid.columns]
+        stacks = [r"\\".join(map(escape_latex, label.split())) for label in grid.columns]
         grid.columns = [rf"\shortstack{{{stack}}}" if r"\\" in stack else stack for stack in stacks]
-        grid.insert(0, "Model", list(map(escaped, grid.index)))
+        grid.insert(0, "Model", list(map(escape_latex, grid.index)))
         last = len(grid.columns)
         tabular = grid.to_latex(index=False, escape=False, column_format=f"@{{}}l{'c' * (last - 1)}@{{}}")
-        over = rf"& \multicolumn{{{last - 1}}}{{c}}{{{escaped(table.span)}}} \\" + f"\n\\cmidrule(l){{2-{last}}}\n"
+        over = rf"& \multicolumn{{{last - 1}}}{{c}}{{{escape_latex(table.span)}}} \\" + f"\n\\cmidrule(l){{2-{last}}}\n"
         tabular = tabular.replace("\\toprule\n", f"\\toprule\n{over}", 1) if table.span else tabular
-        notes = rf"\par\smallskip{{\scriptsize {escaped(' '.join(table.notes))}\par}}" + "\n" if table.notes else ""
-        begin = MACRO + "\n\\begin{table}[t]\n\\centering\\footnotesize\\setlength{\\tabcolsep}{3.5pt}"
-        caption = escaped(f"{table.title}. {table.caption}")
+        notes = (
+            rf"\par\smallskip{{\scriptsize {escape_latex(' '.join(table.notes))}\par}}" + "\n" if table.notes else ""
+        )
+        begin = INTERVAL_MACRO + "\n\\begin{table}[t]\n\\centering\\footnotesize\\setlength{\\tabcolsep}{3.5pt}"
+        caption = escape_latex(f"{table.title}. {table.caption}")
         texts.append(f"{begin}\n\\caption{{{caption}}}\n{tabular}{notes}\\end{{table}}\n")
     return "\n".join(texts)
 
 
 def write_tables(summaries: Sequence[Summary], folder: str | Path) -> list[Path]:
     target = Path(folder)
-    texts = {"md": markdown_tables(summaries), "csv": csv_tables(summaries), "tex": latex_tables(summaries)}
+    texts = {"md": render_markdown(summaries), "csv": render_csv(summaries), "tex": render_latex(summaries)}
     try:
         target.mkdir(parents=True, exist_ok=True)
         for ending, text in texts.items():
@@ -350,7 +354,7 @@ def terminal_table(summary: Summary) -> TextTable:
     Groups stand below the part they belong to, or above what sums them up.
     """
     groups, metrics = scored_groups(summary), [str(name) for name in summary.get("metrics") or ["correct"]]
-    parts = sections([("", summary)])
+    parts = build_sections([("", summary)])
     columns = [
         column._replace(label=section.title if column.is_average else f" {column.group}")
         for section in parts[: None if len(metrics) == 1 else 1]
@@ -364,22 +368,22 @@ def terminal_table(summary: Summary) -> TextTable:
     columns += [Column(label, name) for name, label in sums.items() if name in groups]
     rows = []
     for column in columns:
-        found = [numbers(summary, column, metric) for metric in metrics]
+        found = [column_scores(summary, column, metric) for metric in metrics]
         n, of = (groups[column.group].get(key, 0) for key in ("n", "of")) if not column.is_average else ("", "")
         cells = [text for own in found for text in (percent(own["accuracy"]), interval_text(own["low"], own["high"]))]
         rows.append((column.label, f"{n}" if n == of else f"{n} of {of}", *cells))
     header = ("", "n", *(title for name in metrics for title in (name if len(metrics) > 1 else "percent", "95 %")))
-    troubles = {name: trouble_text([group]) for name, group in groups.items() if name not in sums}
+    troubles = {name: format_issues([group]) for name, group in groups.items() if name not in sums}
     notes = [*(f"{name}: {text}." for name, text in troubles.items() if text), *ceiling_notes(summary)]
-    intervals = interval_words(has_averages=bool(summary.get("official")))
-    title = f"{model_names([summary])[0]}: {summary.get('pin')}; {how_asked(summary)}; {intervals}"
+    intervals = interval_method(has_averages=bool(summary.get("official")))
+    title = f"{model_names([summary])[0]}: {summary.get('pin')}; {describe_prompt(summary)}; {intervals}"
     return TextTable(title, header, rows, notes)
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
     """A table per metric of a comparison as its `to_json()` gives it; change and interval, p and q drawn together."""
     tables = []
-    for title, changes in _titled(comparison):
+    for title, changes in _iterate_metrics(comparison):
         rows = [_comparison_row(change) for change in changes]
         drawn = [
             (group, n, base, tuned, f"{change} {interval}", f"-{lost} +{gained}", p + ("*" if q.endswith("*") else " "))
@@ -387,20 +391,24 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
             else (group, n, *[DASH] * 5)
             for group, n, base, tuned, change, interval, lost, gained, p, q in rows
         ]
-        notes = [*(f"warning: {warning}" for warning in comparison.get("warnings", [])), STARRED, *_averaged(changes)]
+        notes = [
+            *(f"warning: {warning}" for warning in comparison.get("warnings", [])),
+            SHORT_LEGEND,
+            *_averages_note(changes),
+        ]
         tables.append(TextTable(title, ("", "n", "base", "tuned", "change", "flips", "p"), drawn, notes))
     return tables
 
 
-def _titled(comparison: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
+def _iterate_metrics(comparison: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
     base, tuned = (str(comparison[side].get("model") or comparison[side].get("folder")) for side in ("base", "tuned"))
     for metric, changes in comparison["metrics"].items():
         what = f", {metric}" if len(comparison["metrics"]) > 1 else ""
         yield f"{base} → {tuned}: {comparison.get('pin')}{what}", changes
 
 
-def _averaged(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [AVERAGED] if any(change["n"] and change["p"] is None for change in changes) else []
+def _averages_note(changes: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [AVERAGES_NOTE] if any(change["n"] and change["p"] is None for change in changes) else []
 
 
 def _comparison_row(change: Mapping[str, Any]) -> tuple[str, ...]:
@@ -412,7 +420,7 @@ def _comparison_row(change: Mapping[str, Any]) -> tuple[str, ...]:
     p_text, q_text = (DASH if p is None else "<.001" if p < 0.001 else f"{p:.3f}" for p in (change["p"], q))
     shares = (percent(change["base"]), percent(change["tuned"]), f"{100 * change['difference']:+.1f}")
     counts = (interval_text(change["low"], change["high"]), str(change["lost"]), str(change["gained"]))
-    star = "*" if q is not None and q <= SIGNIFICANT else ""
+    star = "*" if q is not None and q <= SIGNIFICANCE_LEVEL else ""
     return (label, str(change["n"]), *shares, *counts, p_text, q_text + star)
 
 
@@ -420,9 +428,12 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """A comparison as Markdown: a table per metric with p- and q-values, the warnings, how to read it."""
     header = ("group", "n", "base", "tuned", "change", "95 % interval", "lost", "gained", "p", "q")
     parts = []
-    for title, changes in _titled(comparison):
+    for title, changes in _iterate_metrics(comparison):
         parts += [f"### {title}", markdown_table(header, map(_comparison_row, changes))]
-    told = [f"{side}: {how_asked(comparison[side])}" for side in ("base", "tuned")]
+    told = [f"{side}: {describe_prompt(comparison[side])}" for side in ("base", "tuned")]
     told += [f"**warning**: {warning}" for warning in comparison.get("warnings", [])]
-    told += [EXPLAINED, *_averaged([change for _, changes in _titled(comparison) for change in changes])]
+    told += [
+        LONG_LEGEND,
+        *_averages_note([change for _, changes in _iterate_metrics(comparison) for change in changes]),
+    ]
     return "\n\n".join([*parts, "\n".join(f"- {text}" for text in told)]) + "\n"

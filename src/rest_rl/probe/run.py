@@ -18,8 +18,8 @@ from rest_rl.config import RestTable, RunConfig, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
-from rest_rl.evaluate.generate import end_ids
-from rest_rl.evaluate.origin import model_label, recorded_run
+from rest_rl.evaluate.generate import eos_token_ids
+from rest_rl.evaluate.origin import model_label, resolve_origin
 from rest_rl.jsonl import as_json, reason
 from rest_rl.probe.figures import compute_region_facts, compute_rule_facts, measure_signal, summarize_samples
 from rest_rl.probe.measure import SampledBatch, count_progress_steps, measure_gradients
@@ -133,7 +133,7 @@ def probe_format(
     signal, snr, heaviest = measure_signal(found.gram_KMKM)
     return ProbeReport(
         format=name,
-        sampled=summarize_samples(groups, end_ids(model, layout.tokenizer)),
+        sampled=summarize_samples(groups, eos_token_ids(model, layout.tokenizer)),
         regions=regions,
         rules=compute_rule_facts(found.rules, SHUFFLED),
         sure=sure,
@@ -154,7 +154,7 @@ def resolve_run(model: str | Path | None, data: str | Path | None, overrides: Se
     What a supervised run has trained is probed as the preset `rest` would go on from it, other data than a run's own
     without its held-out prompts.
     """
-    path, run, _ = recorded_run(str(model)) if model else (None, None, None)
+    path, run, _ = resolve_origin(str(model)) if model else (None, None, None)
     given = {"model.path": path, "data.path": str(data) if data else None}
     options = [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value), *overrides]
     if run is None:

@@ -13,7 +13,7 @@ from rest_rl.credit import AdvantageKind, group_advantages
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
-from rest_rl.evaluate.generate import end_ids, generate, has_ended
+from rest_rl.evaluate.generate import eos_token_ids, generate, has_ended
 from rest_rl.presets import PRESETS
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Gold
@@ -81,7 +81,7 @@ def sample_groups(
     advance: Callable[[], Any] = lambda: None,
 ) -> list[SampledGroup]:
     """A group of responses to each prompt, in order; equal arguments give equal groups."""
-    groups, ends = [], end_ids(model, layout.tokenizer)
+    groups, ends = [], eos_token_ids(model, layout.tokenizer)
     per_batch = max(1, sampling.batch_size // sampling.group_size)
     for first in range(0, len(prompts), per_batch):
         chunk = prompts[first : first + per_batch]

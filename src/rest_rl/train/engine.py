@@ -9,7 +9,7 @@ from rest_rl.runlog import Row, RunLog
 from rest_rl.train.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
-    from rest_rl.evaluate.held_out import Prompt
+    from rest_rl.evaluate.held_out import HeldOutPrompt
     from rest_rl.train.prompts import TrainingData
 
 
@@ -54,7 +54,7 @@ class Engine(Protocol):
         """The run folder is open, and cut back to the checkpoint: get ready to train."""
         ...
 
-    def evaluate(self, prompts: Sequence[Prompt]) -> Mapping[str, Any] | None:
+    def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> Mapping[str, Any] | None:
         """Scores of the policy as it is now; None where the engine measures by itself or cannot measure in the run."""
         ...
 

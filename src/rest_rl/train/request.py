@@ -27,7 +27,7 @@ from rest_rl.config import (
     unknown_key,
 )
 from rest_rl.errors import UserError
-from rest_rl.evaluate.origin import recorded_run
+from rest_rl.evaluate.origin import resolve_origin
 from rest_rl.formats import get_format
 from rest_rl.report.tables import flatten
 from rest_rl.runlog import CHECKPOINTS, CONFIG, holds_a_run, refuse_owned
@@ -87,7 +87,7 @@ def resolve_run(
 
 def with_model(config: RunConfig) -> RunConfig:
     """The run with the folder of its model, which a run folder may stand for; UserError if there is none."""
-    path = recorded_run(config.model.path, "model.path").path
+    path = resolve_origin(config.model.path, "model.path").path
     return replace(config, model=replace(config.model, path=path))
 
 

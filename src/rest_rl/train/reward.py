@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch.distributed
 
 from rest_rl.errors import UserError
-from rest_rl.evaluate.generate import end_ids, has_ended
+from rest_rl.evaluate.generate import eos_token_ids, has_ended
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.objects import name_of
 from rest_rl.presets import Preset, get_preset
@@ -46,7 +46,7 @@ def split_figures(rows: Iterable[tuple[Turn, Scored]]) -> dict[str, list[float]]
 
 def ending_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
     """The tokens that end a response: those of the model and its tokenizer, and padding, as some models write it."""
-    ends = end_ids(model, tokenizer)
+    ends = eos_token_ids(model, tokenizer)
     return frozenset(ends if tokenizer.pad_token_id is None else [*ends, tokenizer.pad_token_id])
 
 

@@ -17,7 +17,7 @@ from rest_rl.config import RunConfig, parse_toml, read_run_file
 from rest_rl.data.layout import PromptLayout, resolve_format
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
-from rest_rl.evaluate.held_out import Prompt, fixed_slice, response_limit
+from rest_rl.evaluate.held_out import HeldOutPrompt, response_limit, select_interim_prompts
 from rest_rl.objects import UserObject
 from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.plots import draw_all
@@ -310,10 +310,12 @@ class HeldOut:
         limit = response_limit(config, golds, layout.tokenizer)
         self.every = config.eval.every
         self.prompts = [
-            Prompt(s.prompt_text, s.sample, split, min(limit, (layout.context or sys.maxsize) - len(s.prompt_ids)))
+            HeldOutPrompt(
+                s.prompt_text, s.sample, split, min(limit, (layout.context or sys.maxsize) - len(s.prompt_ids))
+            )
             for split, s in samples
         ]
-        self.slice = fixed_slice(self.prompts, config.eval.interim_prompts)
+        self.slice = select_interim_prompts(self.prompts, config.eval.interim_prompts)
         steps = config.trl.get("max_steps", 0)
         if 0 < steps < self.every:
             observer.say(

@@ -13,7 +13,7 @@ from typing import Any
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import SPLITS, Decision, tool_world
 from rest_rl.evaluate.conversation import Benchmark, Reply, SingleTurn
-from rest_rl.evaluate.harness import group_scores
+from rest_rl.evaluate.harness import score_group
 from rest_rl.formats import ToolFormat
 from rest_rl.response import TURNS, ParsedResponse
 from rest_rl.rewards import judge_parsed
@@ -43,7 +43,7 @@ class ToolWorldTasks(Benchmark):
         turns = {identity: sample.gold.turn for identity, sample in self.samples.items()}
         sizes = Counter(turns.values())
         own = {turn: [dict(row) for row in rows if turns[row["id"]] == turn] for turn in TURNS}
-        return {"turns": {turn: group_scores(own[turn], self.metrics, sizes[turn]) for turn in TURNS if own[turn]}}
+        return {"turns": {turn: score_group(own[turn], self.metrics, sizes[turn]) for turn in TURNS if own[turn]}}
 
 
 def verdict(reply: Reply, parsed: ParsedResponse, sample: ToolSample) -> Mapping[str, Any]:

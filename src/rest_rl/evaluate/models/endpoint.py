@@ -26,7 +26,13 @@ from rest_rl.data.reading import load_json
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Model, Reply, Request
 from rest_rl.evaluate.models.chat_messages import OVERFLOW, GarbledError, chat_body, read_answer
-from rest_rl.evaluate.models.token_prompts import check_sizes, completion_body, prepare, read_completion, room_of
+from rest_rl.evaluate.models.token_prompts import (
+    build_completion_body,
+    check_positive,
+    compute_context_usage,
+    parse_completion,
+    prepare_prompt,
+)
 from rest_rl.formats import ToolFormat
 
 API_KEY = "OPENAI_API_KEY"
@@ -130,14 +136,14 @@ class Endpoint(Model):
         """`context` is what the server holds, where it does not state that itself; `frame` flattens the prompts.
 
         The client repeats a request `retries` times after a failed connection, 408, 409, 429 and 5xx, and waits as
-        long as the server's `Retry-After` says. With a `context` and a `layout`, `room` can tell what a prompt takes.
+        long as the server's `Retry-After` says. `context_usage` needs a `context` and a `layout`.
         """
         try:
             import openai
         except ImportError:
             raise UserError("an endpoint without the package openai", "it", "pip install 'openai>=2,<4'") from None
-        check_sizes(max_new_tokens=max_new_tokens, concurrency=concurrency, context=context)
-        check_sizes(requests_per_minute=requests_per_minute)
+        check_positive(max_new_tokens=max_new_tokens, concurrency=concurrency, context=context)
+        check_positive(requests_per_minute=requests_per_minute)
         if retries < 0 or not timeout > 0:
             wrong = f"retries = {retries}" if retries < 0 else f"timeout = {timeout}"
             raise UserError(wrong, "retries from 0 and a timeout above 0", "raise it")
@@ -185,10 +191,10 @@ class Endpoint(Model):
                 return answers.result()
         return [STOPPED] * len(requests)
 
-    def room(self, request: Request) -> tuple[int, int] | None:
-        """See `Model.room`; an estimate where the server lays out the prompt itself."""
+    def context_usage(self, request: Request) -> tuple[int, int] | None:
+        """See `Model.context_usage`; an estimate where the server lays out the prompt itself."""
         request = self._flattened(request)
-        return room_of(request, self.layout, self.max_new_tokens, self.context) if self.layout else None
+        return compute_context_usage(request, self.layout, self.max_new_tokens, self.context) if self.layout else None
 
     def stop(self) -> None:
         """End all requests at once, from any thread; they and all later ones are replies with an error."""
@@ -236,19 +242,19 @@ class Endpoint(Model):
         """(what is sent, how the answer is read); a prompt that cannot be made or does not fit is a reply already."""
         extra = dict(self.extra_body)
         if self.layout is None or self._chats:
-            room = self.room(request)
-            over = max(room[0] - room[1], 0) if room else 0
+            usage = self.context_usage(request)
+            over = max(usage[0] - usage[1], 0) if usage else 0
             body = chat_body(request.sample, self.tool_format, native=self.native)
             body["max_tokens"] = max(self.max_new_tokens - over, 1)  # whether the prompt fits is for the server to say
             read = functools.partial(read_answer, sample=request.sample, tool_format=self.tool_format)
         else:
-            prompt = prepare(request, self.layout, self.max_new_tokens, self.context)
+            prompt = prepare_prompt(request, self.layout, self.max_new_tokens, self.context)
             if isinstance(prompt, Reply):
                 return prompt
-            body = completion_body(prompt, self.layout)
+            body = build_completion_body(prompt, self.layout)
             extra.pop("chat_template_kwargs", None)  # the layout has them
             extra = {**body.pop("extra_body", {}), **extra}
-            read = functools.partial(read_completion, prompt=prompt, layout=self.layout)
+            read = functools.partial(parse_completion, prompt=prompt, layout=self.layout)
         return {"model": self.model, **body, "temperature": 0, "extra_body": extra or None}, read
 
     def _flattened(self, request: Request) -> Request:

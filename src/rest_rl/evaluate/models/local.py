@@ -8,8 +8,8 @@ import torch
 
 from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.conversation import Reply
-from rest_rl.evaluate.generate import end_ids, generate
-from rest_rl.evaluate.models.token_prompts import Prompt, TokenModel, check_sizes
+from rest_rl.evaluate.generate import eos_token_ids, generate
+from rest_rl.evaluate.models.token_prompts import TokenModel, TokenPrompt, check_positive
 from rest_rl.regions import decode_ids
 from rest_rl.train.policy import context_length
 
@@ -27,12 +27,12 @@ class LocalModel(TokenModel):
         self, model: Any, layout: PromptLayout, *, batch_size: int, max_new_tokens: int, context: int | None = None
     ) -> None:
         """`context` is what the model holds, where its configuration does not say so (stretched positions)."""
-        check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
+        check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
         self.model, self.layout, self.batch_size, self.max_new_tokens = model, layout, batch_size, max_new_tokens
         self.context = context if context is not None else context_length(model.config, layout.tokenizer)
         self._may_overrun = may_overrun(model.config)
 
-    def write(self, prompts: list[Prompt]) -> list[Reply]:
+    def generate_replies(self, prompts: list[TokenPrompt]) -> list[Reply]:
         """The replies, together for those that may share a batch."""
         replies = [Reply()] * len(prompts)
         together: dict[int, list[int]] = {}
@@ -44,7 +44,7 @@ class LocalModel(TokenModel):
                 replies[position] = reply
         return replies
 
-    def _replies(self, prompts: list[Prompt]) -> list[Reply]:
+    def _replies(self, prompts: list[TokenPrompt]) -> list[Reply]:
         """Halves of a batch that the memory does not hold, by and by.
 
         A prompt too large by itself is an error, because another process may hold the memory for a while.
@@ -77,8 +77,8 @@ class LocalModel(TokenModel):
                 replies[position] = reply
         return replies
 
-    def _reply(self, prompt: Prompt, ids: list[int]) -> Reply:
-        is_ended = bool(ids) and ids[-1] in end_ids(self.model, self.layout.tokenizer)
+    def _reply(self, prompt: TokenPrompt, ids: list[int]) -> Reply:
+        is_ended = bool(ids) and ids[-1] in eos_token_ids(self.model, self.layout.tokenizer)
         return Reply(
             decode_ids(ids, self.layout.tokenizer, self.layout.format.tags),
             prompt_tokens=len(prompt.ids),

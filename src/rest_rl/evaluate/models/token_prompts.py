@@ -12,7 +12,7 @@ from rest_rl.evaluate.conversation import Model, Reply, Request
 from rest_rl.evaluate.models.chat_messages import count, field, first_choice, read_body, whole
 
 
-class Prompt(NamedTuple):
+class TokenPrompt(NamedTuple):
     """What a model is to go on from: the text, its ids, and how many tokens there is room for."""
 
     text: str
@@ -20,7 +20,9 @@ class Prompt(NamedTuple):
     limit: int
 
 
-def prepare(request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None) -> Prompt | Reply:
+def prepare_prompt(
+    request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None
+) -> TokenPrompt | Reply:
     """The prompt of a request with its share of the context, or the reply that says why there is none."""
     try:
         text = layout.render(request.sample)
@@ -34,18 +36,20 @@ def prepare(request: Request, layout: PromptLayout, max_new_tokens: int, context
     limit = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
     if limit < 1:
         return Reply(overflow=f"got a prompt of {len(ids)} tokens, the model holds {context}", prompt_tokens=len(ids))
-    return Prompt(text, ids, limit)
+    return TokenPrompt(text, ids, limit)
 
 
-def room_of(request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None) -> tuple[int, int] | None:
+def compute_context_usage(
+    request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None
+) -> tuple[int, int] | None:
     """(tokens of the prompt and of the longest response, tokens the model holds); None for a model without end.
 
     A prompt that cannot be made takes nothing: its reply says why there is none.
     """
     if context is None:
         return None
-    prompt = prepare(request, layout, max_new_tokens, None)
-    return (len(prompt.ids) + max_new_tokens if isinstance(prompt, Prompt) else 0), context
+    prompt = prepare_prompt(request, layout, max_new_tokens, None)
+    return (len(prompt.ids) + max_new_tokens if isinstance(prompt, TokenPrompt) else 0), context
 
 
 class TokenModel(Model):
@@ -56,28 +60,28 @@ class TokenModel(Model):
     context: int | None
 
     @abstractmethod
-    def write(self, prompts: list[Prompt]) -> list[Reply]:
+    def generate_replies(self, prompts: list[TokenPrompt]) -> list[Reply]:
         """The replies to prompts that fit."""
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         """One reply per request, in order; a prompt that does not fit is an overflow, one without a text a refusal."""
-        prompts = [prepare(request, self.layout, self.max_new_tokens, self.context) for request in requests]
-        fitting = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
-        replies = iter(self.write(fitting) if fitting else [])
+        prompts = [prepare_prompt(request, self.layout, self.max_new_tokens, self.context) for request in requests]
+        fitting = [prompt for prompt in prompts if isinstance(prompt, TokenPrompt)]
+        replies = iter(self.generate_replies(fitting) if fitting else [])
         return [prompt if isinstance(prompt, Reply) else next(replies) for prompt in prompts]
 
-    def room(self, request: Request) -> tuple[int, int] | None:
-        return room_of(request, self.layout, self.max_new_tokens, self.context)
+    def context_usage(self, request: Request) -> tuple[int, int] | None:
+        return compute_context_usage(request, self.layout, self.max_new_tokens, self.context)
 
 
-def check_sizes(**sizes: int | None) -> None:
+def check_positive(**sizes: int | None) -> None:
     """UserError for a size below 1; None is no size."""
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise UserError(f"{name} = {size}", "at least 1", "raise it")
 
 
-def completion_body(prompt: Prompt, layout: PromptLayout) -> dict[str, Any]:
+def build_completion_body(prompt: TokenPrompt, layout: PromptLayout) -> dict[str, Any]:
     """The prompt as ids, because servers add a beginning-of-sequence token to a text, which has its own already.
 
     Tags that are special tokens are asked for, since servers leave special tokens out; the two fields are vLLM's and
@@ -89,7 +93,7 @@ def completion_body(prompt: Prompt, layout: PromptLayout) -> dict[str, Any]:
     return body
 
 
-def read_completion(data: bytes, prompt: Prompt, layout: PromptLayout) -> Reply:
+def parse_completion(data: bytes, prompt: TokenPrompt, layout: PromptLayout) -> Reply:
     """The reply in the body of a completion; GarbledError for one that is none."""
     body = read_body(data)
     if isinstance(body, Reply):
@@ -97,14 +101,14 @@ def read_completion(data: bytes, prompt: Prompt, layout: PromptLayout) -> Reply:
     choice, usage = first_choice(body), body.get("usage")
     text, prompt_tokens = field(choice, "text", str), count(usage, "prompt_tokens")
     return Reply(
-        without_end(whole(text), layout),
+        strip_end_tokens(whole(text), layout),
         prompt_tokens=len(prompt.ids) if prompt_tokens is None else prompt_tokens,
         tokens=count(usage, "completion_tokens"),
         is_truncated=choice.get("finish_reason") == "length",
     )
 
 
-def without_end(text: str, layout: PromptLayout) -> str:
+def strip_end_tokens(text: str, layout: PromptLayout) -> str:
     """A text without the special tokens at its end but for tags, as `regions.decode_ids` leaves them out of ids."""
     ends = tuple(sorted(layout.special_tokens.difference(layout.format.tags)))
     while end := max((end for end in ends if text.endswith(end)), key=len, default=""):

@@ -8,7 +8,7 @@ from typing import Any
 from rest_rl.data.layout import PromptLayout
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Reply
-from rest_rl.evaluate.models.token_prompts import Prompt, TokenModel, check_sizes
+from rest_rl.evaluate.models.token_prompts import TokenModel, TokenPrompt, check_positive
 from rest_rl.regions import decode_ids
 
 
@@ -29,7 +29,7 @@ class VllmModel(TokenModel):
 
         UserError without the package vllm and for an adapter's folder.
         """
-        check_sizes(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
+        check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
         if (Path(path) / "adapter_config.json").is_file():
             raise UserError(
                 f"{path}, an adapter",
@@ -45,7 +45,7 @@ class VllmModel(TokenModel):
         self._sampling = vllm.SamplingParams
         self._engine = vllm.LLM(model=str(path), max_model_len=context, **engine)
 
-    def write(self, prompts: list[Prompt]) -> list[Reply]:
+    def generate_replies(self, prompts: list[TokenPrompt]) -> list[Reply]:
         tokenizer, tags = self.layout.tokenizer, self.layout.format.tags
         ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # vLLM knows the model's own
         outputs = self._engine.generate(

@@ -24,7 +24,7 @@ from rest_rl.config import RunConfig, parse_toml, read_run_file
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
-from rest_rl.evaluate.held_out import Prompt, evaluate
+from rest_rl.evaluate.held_out import HeldOutPrompt, evaluate_held_out
 from rest_rl.formats import get_format
 from rest_rl.report.diagnosis import Diagnosis
 from rest_rl.report.diagnosis.history import step_of
@@ -163,7 +163,7 @@ class TrlEngine:
         """Whether no process holds the whole model (FSDP, DeepSpeed), so that it cannot generate by itself."""
         return self.trainer is not None and (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
 
-    def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
+    def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> dict[str, Any] | None:
         if self.is_sharded:
             return None
         if self.trainer is not None and self.trainer.state.global_step == 0:
@@ -173,7 +173,7 @@ class TrlEngine:
                 "eval.prompts=0 for none)"
             )
         with self._sampling():
-            return evaluate(
+            return evaluate_held_out(
                 self.model, self.layout.tokenizer, prompts, self.layout.format, self.config.eval, self.observer
             )
 

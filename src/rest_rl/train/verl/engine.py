@@ -45,7 +45,7 @@ from rest_rl.train.verl.model import merge_model
 from rest_rl.train.verl.responses import DATA_STATE, FAILED, LOOP, PLUGIN, STATE
 
 if TYPE_CHECKING:
-    from rest_rl.evaluate.held_out import Prompt
+    from rest_rl.evaluate.held_out import HeldOutPrompt
 
 LOG = "verl.log"
 """The file of the run folder that takes what verl, Ray and their workers print."""
@@ -110,7 +110,7 @@ class VerlEngine:
         self.verl.trainer.val_before_train = is_unmeasured(self.log, self.verl.trainer, self.checkpoint)
         self.observer.say(f"what verl prints is in {LOG}")
 
-    def evaluate(self, prompts: Sequence[Prompt]) -> Mapping[str, Any] | None:
+    def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> Mapping[str, Any] | None:
         return None
 
     def run(self, after_step: AfterStep) -> Reached:

@@ -32,7 +32,7 @@ from rest_rl.evaluate.benchmarks.bfcl.groups import (
 )
 from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage, Version, find_package
 from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox, SandboxError, Session, Verdict, again_if_ended
-from rest_rl.evaluate.conversation import Benchmark, Conversation, Reply, Request, SingleTurn, read_reply
+from rest_rl.evaluate.conversation import Benchmark, Conversation, Reply, Request, SingleTurn, parse_reply
 from rest_rl.formats import ToolFormat
 from rest_rl.response import Gold, ParsedResponse, ToolCall
 
@@ -204,7 +204,7 @@ class SeveralTurns(Conversation):
     def receive(self, reply: Reply) -> None:
         """Execute the calls of a response, or go on to the next turn where it has none."""
         assert not self._is_over
-        parsed = read_reply(reply, self._format)
+        parsed = parse_reply(reply, self._format)
         calls = typed_calls(parsed, self._properties)
         self._responses[-1].append(reply.text)
         self._messages.append(self._message(parsed, reply.text, calls))
