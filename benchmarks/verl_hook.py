@@ -27,9 +27,9 @@ from torch import Tensor
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS
 from rest_rl.response import ToolCall
-from rest_rl.train.policy import embedded_model, load_tokenizer
+from rest_rl.train.policy import embedded_model_dir, load_tokenizer
 from rest_rl.train.verl.responses import PER_TOKEN, Responses, advantages_of_groups, reshape_batch
-from rest_rl.train.weighing import EntropyTracker, Weigher
+from rest_rl.train.weighing import EntropyTracker, TokenWeighter
 
 WORDS = "the user asks for a table near the station so check what is open at eight and then book it for two".split()  # noqa: SIM905
 DISTINCT, GROUP = 512, 8
@@ -101,7 +101,7 @@ def ours(batch: dict[str, Any], tokenizer: Any) -> None:
         tokenizer=tokenizer,
         tool_format=tool_format,
     )
-    chosen, weigher = responses.first(8), Weigher(tokenizer, tool_format, PRESETS["paper"].weights)
+    chosen, weigher = responses.first(8), TokenWeighter(tokenizer, tool_format, PRESETS["paper"].weights)
     _, _, tokens = reshape_batch(batch, weigher, tracker, 0.5, 10, chosen)
     responses.figures()
     responses.rows(chosen, tokens, 10, 0.5)
@@ -130,7 +130,7 @@ def measure(side: str, size: int, folder: str) -> dict[str, float]:
 def main() -> int:
     """Measure every size, one process each; print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", default=str(embedded_model()), help="folder of a tokenizer")
+    parser.add_argument("--tokenizer", default=str(embedded_model_dir()), help="folder of a tokenizer")
     parser.add_argument("--sizes", default="2048,8192,32768,131072", help="responses per step")
     parser.add_argument("--sides", default="stock,ours", help="stock, ours or both")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

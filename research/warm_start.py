@@ -36,7 +36,7 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, decompose
 from rest_rl.data.tool_world import FILLER, Decision, dialogues
 from rest_rl.errors import UserError
-from rest_rl.train.policy import quiet_loading
+from rest_rl.train.policy import silence_transformers
 from rest_rl.train.prompts import IGNORED, encode
 
 RECORD_FILE = "warm_start.json"
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/sft", metavar="DIR", help="where to (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key of the recipe")
     arguments = parser.parse_args(argv)
-    quiet_loading()
+    silence_transformers()
 
     def work() -> None:
         warm_start(overridden(WarmStartConfig(), apply_overrides({}, arguments.set), "recipe"), arguments.out)

@@ -20,8 +20,8 @@ from rest_rl.cli.app import main
 from rest_rl.config import RunConfig
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import RunLog, read_run
-from rest_rl.train.checkpoints import checkpoint_state, find_checkpoint
-from rest_rl.train.request import free_folder
+from rest_rl.train.checkpoints import find_checkpoint, read_complete_state
+from rest_rl.train.request import find_free_dir
 from rest_rl.train.trl.settings import check_trl
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
@@ -186,7 +186,7 @@ def test_checkpoints_in_other_layouts(
             (folder / new).parent.mkdir(exist_ok=True)
             shutil.copy(folder / old, folder / new) if "." in new else (folder / new).mkdir()
         (folder / old).unlink()
-    assert bool(checkpoint_state(folder)) is whole
+    assert bool(read_complete_state(folder)) is whole
 
 
 @pytest.mark.parametrize("shards", [{"a": "model.safetensors"}, {"a": "model-00002-of-00002.safetensors"}])
@@ -194,7 +194,7 @@ def test_checkpoint_needs_every_shard(shards: dict[str, str], finished: Path, tm
     folder = tmp_path / "checkpoint-6"
     shutil.copytree(finished / "checkpoints" / "checkpoint-6", folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    assert bool(checkpoint_state(folder)) is ("model.safetensors" in shards.values())
+    assert bool(read_complete_state(folder)) is ("model.safetensors" in shards.values())
 
 
 def test_resume_after_the_last_step_only_evaluates(finished: Path, tmp_path: Path) -> None:
@@ -259,8 +259,8 @@ def test_runs_whose_folder_nobody_chose_are_numbered(tmp_path: Path) -> None:
     for name in ("run", "run-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.toml").touch()
-    assert free_folder(f"{tmp_path}/run") == f"{tmp_path}/run-3"
-    assert free_folder(f"{tmp_path}/other") == f"{tmp_path}/other"
+    assert find_free_dir(f"{tmp_path}/run") == f"{tmp_path}/run-3"
+    assert find_free_dir(f"{tmp_path}/other") == f"{tmp_path}/other"
 
 
 def test_processes_of_one_launch_need_a_folder(

@@ -206,14 +206,14 @@ def test_mistakes_are_told_in_one_line(
 
 def test_a_run_folder_stands_for_its_model_and_its_format(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rest_rl.config import RunConfig
-    from rest_rl.train.policy import embedded_model
+    from rest_rl.train.policy import embedded_model_dir
 
     run_folder = here / "mine"
     run_folder.mkdir()
     (run_folder / "config.toml").write_text(
         RunConfig.from_toml('[rest]\nformat = "hermes"').to_toml(), encoding="utf-8"
     )
-    (run_folder / "model").symlink_to(embedded_model())
+    (run_folder / "model").symlink_to(embedded_model_dir())
     assert run("tool-world", "--model", "mine", *SMALL, "--limit", "1") == 0
     assert "format hermes (as in mine)" in capsys.readouterr().out
     assert run("tool-world", "--model", "mine/model", *SMALL, "--dry-run", "--prompt", "native") == 0

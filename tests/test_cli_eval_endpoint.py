@@ -19,7 +19,7 @@ from rest_rl.config import ModelTable
 from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
 from rest_rl.formats import get_format
-from rest_rl.train.policy import embedded_model, policy_tokenizer
+from rest_rl.train.policy import embedded_model_dir, load_policy_tokenizer
 from tests.model_server import Handler, Server, hangs, says, sends, serve_models
 
 PROMPTS = 10
@@ -103,7 +103,7 @@ def test_failures_are_left_out_and_asked_for_again(server: Server, capsys: pytes
 
 def test_with_the_tokenizer_the_prompt_is_that_of_training(server: Server) -> None:
     server.models = serve_models("m", max_model_len=2000)
-    tokenizer = policy_tokenizer(ModelTable(path=str(embedded_model())))
+    tokenizer = load_policy_tokenizer(ModelTable(path=str(embedded_model_dir())))
     layout = PromptLayout(tokenizer, "toolrl")
     prompts = {layout.render(sample): identity for identity, sample in TASKS.samples.items()}
 
@@ -112,7 +112,7 @@ def test_with_the_tokenizer_the_prompt_is_that_of_training(server: Server) -> No
         sends({"choices": [{"text": gold_text(identity), "finish_reason": "stop"}]})(handler)
 
     server.steps = itertools.repeat(completes)
-    assert evaluate(server, "--tokenizer", str(embedded_model()), "--context", "120", "--max-new-tokens", "90") == 0
+    assert evaluate(server, "--tokenizer", str(embedded_model_dir()), "--context", "120", "--max-new-tokens", "90") == 0
     assert all(row["correct"] for row in rows())
     assert {path for path, _, _ in server.requests} == {"/v1/completions"}
     assert {tokenizer.decode(body["prompt"]) for _, _, body in server.requests} == {*prompts}

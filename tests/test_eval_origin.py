@@ -15,7 +15,7 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.origin import STRIDE_BYTES, compute_digest, model_label, resolve_origin, weights_digest
 from rest_rl.evaluate.plan import make_plan
 from rest_rl.evaluate.request import BATCH_SIZE, BFCL_BATCH_SIZE, VLLM_BATCH_SIZE, EvalRequest
-from rest_rl.train.policy import embedded_model, hub_commit
+from rest_rl.train.policy import embedded_model_dir, find_hub_commit
 from rest_rl.train.run import resolve_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -29,7 +29,7 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "checkpoints" / "checkpoint-5").mkdir(parents=True)
     text = RunConfig.from_toml('[rest]\nformat = "hermes"').to_toml()
     (folder / "config.toml").write_text(text, encoding="utf-8")
-    (folder / "model").symlink_to(embedded_model())
+    (folder / "model").symlink_to(embedded_model_dir())
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "five").symlink_to(folder / "checkpoints" / "checkpoint-5")
     (tmp_path / "links" / "whole").symlink_to(folder)
@@ -120,14 +120,14 @@ def test_an_adapter_is_told_apart_by_its_base_model_too(tmp_path: Path) -> None:
         digests.add(weights_digest(table))
     assert len(digests) == 3
     assert weights_digest(ModelTable(path=str(base.parent))) in str(weights_digest(table))
-    assert weights_digest(ModelTable(path=EMBEDDED)) == weights_digest(ModelTable(path=str(embedded_model())))
+    assert weights_digest(ModelTable(path=EMBEDDED)) == weights_digest(ModelTable(path=str(embedded_model_dir())))
 
 
 def test_a_hub_name_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_cached("who/what", tmp_path / "hub", monkeypatch)
-    assert hub_commit("who/what") == COMMIT
+    assert find_hub_commit("who/what") == COMMIT
     assert weights_digest(ModelTable(path="who/what")) == COMMIT
-    assert hub_commit("who/else") is None
+    assert find_hub_commit("who/else") is None
     assert weights_digest(ModelTable(path="who/else")) is None
 
 

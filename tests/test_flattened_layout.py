@@ -24,7 +24,7 @@ from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
 from rest_rl.evaluate.conversation import Reply
 from rest_rl.formats import get_format
 from rest_rl.response import Gold
-from rest_rl.train.policy import embedded_model
+from rest_rl.train.policy import embedded_model_dir
 from tests.made_up_rows import ASKED, HISTORY, RAW, ROWS, SYSTEM, WRAPPED
 from tests.model_families import FAMILIES, family_tokenizer
 from tests.model_server import Server, says
@@ -288,7 +288,7 @@ def test_a_run_that_kept_its_prompts_is_asked_by_them(
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / "model").symlink_to(embedded_model())
+    (folder / "model").symlink_to(embedded_model_dir())
 
     def trained(tool_format: str, path: str) -> tuple[str, ...]:
         text = f'[rest]\nformat = "{tool_format}"\n[data]\npath = "{path}"\nkeep_prompts = true'

@@ -11,7 +11,7 @@ import torch
 
 from rest_rl.presets import get_preset
 from rest_rl.train.prompts import build_training_dataset
-from rest_rl.train.reward import progress_of
+from rest_rl.train.reward import compute_progress
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
 
@@ -34,7 +34,7 @@ class Compared(ResTTrainer):
         self.page, self.pairs = page, []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        known, progress = self.tracker.statistics(), progress_of(self.state)
+        known, progress = self.tracker.statistics(), compute_progress(self.state)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         fields = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         rollout = self.page.Rollout(*(inputs[name] for name in fields))

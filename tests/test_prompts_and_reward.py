@@ -12,7 +12,7 @@ from rest_rl.presets import PRESETS
 from rest_rl.response import Gold, ToolCall
 from rest_rl.rewards import RewardConfig, random_rewards
 from rest_rl.train.prompts import build_training_dataset, render_prompt
-from rest_rl.train.reward import make_tool_reward, progress_of
+from rest_rl.train.reward import compute_progress, make_tool_reward
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
 
@@ -96,7 +96,7 @@ def test_the_reward_reads_ids_and_follows_progress(tokenizer):
     State.global_step = 2
     assert reward(**arguments, trainer_state=State) == [pytest.approx(0.8 * 2 / 3 + 0.2)]
     State.global_step = 3  # an evaluation after the last step
-    assert progress_of(State) == 1.0
+    assert compute_progress(State) == 1.0
     with pytest.raises(ValueError, match="expected JSON"):
         reward(completion_ids=[ids], gold=["{"])
 

@@ -16,7 +16,7 @@ from rest_rl.regions import decode_ids, tag_regions, token_lengths
 from rest_rl.response import Region
 from rest_rl.runlog import read_run
 from rest_rl.train.prompts import build_training_dataset
-from rest_rl.train.record import PLACE, KeepLast, ResponseRecord, WeighedBatch, recorded_reward
+from rest_rl.train.record import RESPONSE_INDEX, FlushAtEnd, ResponseRecord, WeightedBatch, with_response_record
 from rest_rl.train.reward import make_tool_reward
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.sample_files import save_samples
@@ -37,13 +37,15 @@ def run(tokenizer: Any, folder: Any, limit: int | None, **changes: Any) -> tuple
     record = ResponseRecord(lambda step, rows: kept.extend(rows))
     trainer = ResTTrainer(
         tiny_model(tokenizer),
-        reward_funcs=reward if limit is None else recorded_reward(reward, tokenizer, FORMATS["toolrl"], limit, record),
+        reward_funcs=reward
+        if limit is None
+        else with_response_record(reward, tokenizer, FORMATS["toolrl"], limit, record),
         args=args,
         train_dataset=build_training_dataset(tiny_samples(), tokenizer),
         processing_class=tokenizer,
     )
-    trainer.on_weighed = None if limit is None else record.fill
-    trainer.add_callback(KeepLast(record))
+    trainer.on_weighed = None if limit is None else record.add_token_fields
+    trainer.add_callback(FlushAtEnd(record))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer, kept
@@ -110,21 +112,21 @@ def test_recording_leaves_the_run_as_it_is(tokenizer, tmp_path):
         assert torch.equal(value, parameters(recorded.model)[name])
 
 
-def weighed(places: list[int], weight: float) -> WeighedBatch:
+def weighed(places: list[int], weight: float) -> WeightedBatch:
     numbers_BT = torch.full((len(places), 2), weight)
     regions_BT = torch.full((len(places), 2), int(Region.NAME))
-    return WeighedBatch(torch.tensor(places), regions_BT, numbers_BT, numbers_BT, -numbers_BT, torch.tensor([0.5]))
+    return WeightedBatch(torch.tensor(places), regions_BT, numbers_BT, numbers_BT, -numbers_BT, torch.tensor([0.5]))
 
 
 def test_rows_wait_for_the_loss_and_are_never_lost():
     kept: list[tuple[int, list[dict[str, Any]]]] = []
     record = ResponseRecord(lambda step, rows: kept.append((step, list(rows))))
-    record.begin([{"step": 1, "ids": [7]}, {"step": 1, "ids": [8, 9]}])
-    record.fill(weighed([1], 2.0))
-    record.fill(weighed([1], 3.0))  # seen again: the first numbers stay
-    record.fill(weighed([5], 3.0))  # not recorded
+    record.start_batch([{"step": 1, "ids": [7]}, {"step": 1, "ids": [8, 9]}])
+    record.add_token_fields(weighed([1], 2.0))
+    record.add_token_fields(weighed([1], 3.0))  # seen again: the first numbers stay
+    record.add_token_fields(weighed([5], 3.0))  # not recorded
     assert kept == []
-    record.fill(weighed([0], 4.0))
+    record.add_token_fields(weighed([0], 4.0))
     second = {
         "advantage": 0.5,
         "regions": [1, 1],
@@ -134,8 +136,8 @@ def test_rows_wait_for_the_loss_and_are_never_lost():
     }
     first = {"advantage": 0.5, "regions": [1], "weights": [4.0], "entropies": [4.0], "logps": [-4.0]}
     assert kept == [(1, [{"step": 1, "ids": [7], **first}, {"step": 1, "ids": [8, 9], **second}])]
-    record.begin([{"step": 2, "ids": [7]}])
-    record.begin([{"step": 3, "ids": [7]}])
+    record.start_batch([{"step": 2, "ids": [7]}])
+    record.start_batch([{"step": 3, "ids": [7]}])
     assert kept[1:] == [(2, [{"step": 2, "ids": [7]}])]
 
 
@@ -176,12 +178,14 @@ def test_the_command_records_them_too(tokenizer, tmp_path):
 def test_places_travel_through_trls_shuffle(tokenizer, tmp_path):
     trainer, rows = run(tokenizer, tmp_path, 8, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     batches = trainer._buffered_inputs
-    places = [place for batch in batches for place in batch[PLACE].tolist()]
+    places = [place for batch in batches for place in batch[RESPONSE_INDEX].tolist()]
     assert sorted(places) == list(range(8))
     assert places != sorted(places)
     last = rows[-8:]
     for batch in batches:
-        for ids, mask, place in zip(batch["completion_ids"], batch["completion_mask"], batch[PLACE], strict=True):
+        for ids, mask, place in zip(
+            batch["completion_ids"], batch["completion_mask"], batch[RESPONSE_INDEX], strict=True
+        ):
             assert ids[mask.bool()].tolist() == last[int(place)]["ids"]
 
 

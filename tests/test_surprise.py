@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rest_rl.train.weighing import surprise_metrics, surprise_sums
+from rest_rl.train.weighing import compute_surprise_metrics, sum_surprise
 from tests.test_trl_trainer import history, rest_trainer, tokenizer, trained  # noqa: F401
 
 
@@ -16,16 +16,16 @@ def test_sums_and_metrics_by_hand() -> None:
     # second token masked.
     logps_BT = torch.tensor([[-1.0, -3.0], [-0.25, math.nan]])
     entropies_BT = torch.tensor([[2.0, 1.5], [1.0, 9.0]])
-    sums_4 = surprise_sums(logps_BT, entropies_BT, torch.tensor([[1, 1], [1, 0]]))
+    sums_4 = sum_surprise(logps_BT, entropies_BT, torch.tensor([[1, 1], [1, 0]]))
     assert sums_4.tolist() == [3.0, 4.5, -0.25, 0.25 + 0.5625]
-    metrics = surprise_metrics(sums_4)
+    metrics = compute_surprise_metrics(sums_4)
     assert metrics["rest/surprise/excess"] == pytest.approx(-0.25 / 3)
     assert metrics["rest/surprise/error"] == pytest.approx(math.sqrt(0.8125) / 3)
     assert metrics["rest/surprise/nats"] == 4.5
 
 
 def test_nothing_is_said_of_no_tokens() -> None:
-    assert surprise_metrics(surprise_sums(torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2, 3))) == {}
+    assert compute_surprise_metrics(sum_surprise(torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2, 3))) == {}
 
 
 def sampled(temperature: float, top: int | None = None, responses: int = 4000) -> dict[str, float]:
@@ -44,7 +44,9 @@ def sampled(temperature: float, top: int | None = None, responses: int = 4000) -
     ended_BT = (ids_BT == 0).long().cumsum(-1)
     mask_BT = (ended_BT - (ids_BT == 0).long()) == 0
     entropies_BT = -(logps_BTV.exp() * logps_BTV).sum(-1)
-    return surprise_metrics(surprise_sums(logps_BTV.gather(-1, ids_BT[..., None])[..., 0], entropies_BT, mask_BT))
+    return compute_surprise_metrics(
+        sum_surprise(logps_BTV.gather(-1, ids_BT[..., None])[..., 0], entropies_BT, mask_BT)
+    )
 
 
 def test_samples_of_the_scored_distribution_have_no_excess_wherever_they_end() -> None:

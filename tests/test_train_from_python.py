@@ -18,7 +18,7 @@ import rest_rl
 from rest_rl.config import RunConfig
 from rest_rl.errors import UserError
 from rest_rl.runlog import Observer, read_run
-from rest_rl.train.policy import embedded_model
+from rest_rl.train.policy import embedded_model_dir
 from rest_rl.train.request import resolve_run
 from rest_rl.train.run import RunResult, estimate_run, make_plan, warn_of_memory
 from tests.tiny_policy import tiny_run
@@ -137,7 +137,7 @@ def test_options_of_a_resumed_run_are_changes_of_the_recorded_one(tmp_path: Path
 
 def test_a_model_in_the_home_folder_is_the_recorded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "model").symlink_to(embedded_model())
+    (tmp_path / "model").symlink_to(embedded_model_dir())
     asked = {"model": {"path": "~/model"}, "data": {"path": "rows.jsonl"}}
     recorded = resolve_run(asked, out=tmp_path / "run", resume=False, overrides=[])
     (tmp_path / "run").mkdir()

@@ -15,9 +15,9 @@ from transformers import GenerationConfig
 from rest_rl.credit import group_advantages
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS
-from rest_rl.train.policy import own_generation
+from rest_rl.train.policy import load_generation_config
 from rest_rl.train.prompts import build_training_dataset
-from rest_rl.train.reward import ending_ids
+from rest_rl.train.reward import get_stop_ids
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.verl import responses as verl_responses
 from rest_rl.train.verl.responses import (
@@ -27,7 +27,7 @@ from rest_rl.train.verl.responses import (
     reshape_batch,
     rows_by_group,
 )
-from rest_rl.train.weighing import EntropyTracker, Weigher
+from rest_rl.train.weighing import EntropyTracker, TokenWeighter
 from rest_rl.weights import WeightConfig
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
 
@@ -67,7 +67,7 @@ def test_weights_and_figures_equal_those_of_trl_on_the_same_responses(tmp_path, 
     trainer.train()
     assert len(seen) == len(batches) == trainer.state.max_steps == 3
     tracker = EntropyTracker(trainer.args.entropy_decay)
-    weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS[preset].weights)
+    weigher = TokenWeighter(tokenizer, FORMATS["toolrl"], PRESETS[preset].weights)
     figures = [row for row in trainer.state.log_history if "rest/format" in row]
     for step, (weighed, (ids_BT, mask_BT), logged) in enumerate(zip(seen, batches, figures, strict=True), start=1):
         order = torch.randperm(len(ids_BT), generator=torch.Generator().manual_seed(step))
@@ -149,7 +149,7 @@ def test_figures_and_rows_of_responses_by_hand():
     batch = {name: torch.nested.as_nested_tensor(rows, layout=torch.jagged) for name, rows in data.items()}
     chosen = responses.first(3)
     watched = [responses.places[i] for i in chosen]
-    weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS["grpo"].weights)
+    weigher = TokenWeighter(tokenizer, FORMATS["toolrl"], PRESETS["grpo"].weights)
     advantages, _, tokens = reshape_batch(batch, weigher, EntropyTracker(0.7), 0.0, 1, watched)
     assert [len(row) for row in advantages.unbind()] == [len(row) for row in data["responses"]]
     rows = responses.rows(chosen, tokens, step=1, progress=0.0)
@@ -167,7 +167,7 @@ def test_the_most_uncertain_tokens_are_those_of_the_whole_batch(monkeypatch):
     ones_BT = torch.ones(2, 2)
     columns = (torch.full((2, 2), 3), ones_BT.long(), entropies_BT, -ones_BT, ones_BT)
     top = replace(PRESETS["grpo"], weights=WeightConfig(rule="top_entropy", quantile=0.5))
-    weigher = Weigher(tokenizer, FORMATS["toolrl"], top.weights)
+    weigher = TokenWeighter(tokenizer, FORMATS["toolrl"], top.weights)
     advantages, _, _ = reshape_batch(dict(zip(PER_TOKEN, columns, strict=True)), weigher, EntropyTracker(0.7), 0.0, 1)
     # The two most uncertain tokens are the first response's; the second keeps its own most uncertain one.
     assert [row.tolist() for row in advantages.unbind()] == [[1.0, 1.0], [0.0, 2.0]]
@@ -180,7 +180,7 @@ def test_weights_of_one_change_no_bit_of_an_advantage():
     columns |= {PER_TOKEN[0]: [torch.full((len(row),), 3) for row in rows], "advantages": rows}
     columns[PER_TOKEN[1]] = [torch.ones(len(row), dtype=torch.long) for row in rows]
     batch = {name: torch.nested.as_nested_tensor(column, layout=torch.jagged) for name, column in columns.items()}
-    weigher = Weigher(tokenizer, FORMATS["toolrl"], PRESETS["grpo"].weights)
+    weigher = TokenWeighter(tokenizer, FORMATS["toolrl"], PRESETS["grpo"].weights)
     advantages, _, _ = reshape_batch(batch, weigher, EntropyTracker(0.7), 0.5, 2)
     assert all(torch.equal(ours, stock) for ours, stock in zip(advantages.unbind(), rows, strict=True))
 
@@ -188,6 +188,6 @@ def test_weights_of_one_change_no_bit_of_an_advantage():
 def test_a_model_may_have_ends_that_its_tokenizer_does_not_know(tmp_path):
     GenerationConfig(eos_token_id=[3, 4]).save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()
-    ends = ending_ids(tokenizer, own_generation(tmp_path))
+    ends = get_stop_ids(tokenizer, load_generation_config(tmp_path))
     assert ends == {3, 4, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    assert own_generation(tmp_path / "none") is None
+    assert load_generation_config(tmp_path / "none") is None

@@ -50,7 +50,7 @@ from rest_rl.probe.run import (
 from rest_rl.probe.sample import SampledGroup, Sampling, check_minimums, sample_groups
 from rest_rl.probe.variance import choose_num_blocks
 from rest_rl.runlog import Observer, replace_file
-from rest_rl.train.policy import quiet_loading
+from rest_rl.train.policy import silence_transformers
 
 JSON_FILE, PAGE_FILE = "theory.json", "theory.md"
 MIN_PILOT, MIN_PILOT_GROUP = 4, 8
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_theory(arguments: argparse.Namespace) -> None:
     """Sample, measure, show and write; whatever a user can have got wrong is found before anything is sampled."""
-    quiet_loading()
+    silence_transformers()
     screen = Screen(Console(stderr=arguments.json))
     check_numbers(arguments)
     out = Path(arguments.out) if arguments.out else choose_unused_folder("theory", arguments.model, JSON_FILE)

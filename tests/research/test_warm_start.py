@@ -23,7 +23,7 @@ from rest_rl.evaluate.generate import generate
 from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Region
-from rest_rl.train.policy import embedded_model
+from rest_rl.train.policy import embedded_model_dir
 from rest_rl.train.prompts import IGNORED, render_prompt
 from tests.scores import exact_match
 
@@ -143,7 +143,7 @@ def test_wrong_recipes_are_named(wrong: dict[str, Any]) -> None:
 
 
 def test_the_shipped_model_is_small_stock_and_its_tokenizer_is_the_recipe_s() -> None:
-    folder = embedded_model()
+    folder = embedded_model_dir()
     assert (folder / "model.safetensors").stat().st_size <= 10_000_000
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -153,7 +153,7 @@ def test_the_shipped_model_is_small_stock_and_its_tokenizer_is_the_recipe_s() ->
 
 
 def test_the_shipped_model_calls_tools_it_has_never_seen() -> None:
-    folder = embedded_model()
+    folder = embedded_model_dir()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert (model.generation_config.eos_token_id, model.dtype) == (tokenizer.eos_token_id, torch.float32)
     samples = list(islice(tool_world(8, 64, "unseen_tools"), 64))

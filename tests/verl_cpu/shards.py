@@ -10,7 +10,7 @@ import torch
 from torch import distributed, multiprocessing
 from transformers import AutoModelForCausalLM
 
-from rest_rl.train.policy import embedded_model, load_tokenizer
+from rest_rl.train.policy import embedded_model_dir, load_tokenizer
 
 CONTENTS = {"save_contents": ["model"], "load_contents": ["model"], "async_save": False}
 STEP = Path("checkpoints", "global_step_1")
@@ -19,7 +19,7 @@ STEP = Path("checkpoints", "global_step_1")
 def drawn_model(lora: dict[str, Any] | None) -> Any:
     """The embedded model with weights moved at random, or with an adapter drawn at random."""
     generator = torch.Generator().manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32, attn_implementation="eager")
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -46,7 +46,7 @@ def save_as_verl(rank: int, folder: Path, shape: tuple[int, ...], lora: dict[str
         if name.rpartition(".")[0].endswith("layers"):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    tokenizer, contents = load_tokenizer(embedded_model()), OmegaConf.create(CONTENTS)
+    tokenizer, contents = load_tokenizer(embedded_model_dir()), OmegaConf.create(CONTENTS)
     manager = FSDPCheckpointManager(model, processing_class=tokenizer, checkpoint_config=contents)
     manager.save_checkpoint(str(folder / STEP / "actor"), global_step=1)
     distributed.destroy_process_group()

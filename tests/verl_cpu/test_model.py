@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from rest_rl.config import ModelTable
 from rest_rl.runlog import read_run
-from rest_rl.train.policy import embedded_model, load_policy, load_tokenizer
+from rest_rl.train.policy import embedded_model_dir, load_policy, load_tokenizer
 from rest_rl.train.verl.model import joined, merge_model, targets
 from tests.verl_cpu.shards import drawn_model, save_checkpoint
 from tests.verl_cpu.test_rest import run_file, train
@@ -31,7 +31,7 @@ LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_
 
 def merged(checkpoint: Path, strategy: str = "fsdp2") -> Path:
     target = checkpoint.parents[1] / "model"
-    merge_model(checkpoint, strategy, target, base=embedded_model(), trust_remote_code=False)
+    merge_model(checkpoint, strategy, target, base=embedded_model_dir(), trust_remote_code=False)
     assert not target.with_name(".model.part").exists()
     return target
 
@@ -42,7 +42,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    ours = load_tokenizer(embedded_model())
+    ours = load_tokenizer(embedded_model_dir())
     assert tokenizer.chat_template == ours.chat_template
     assert tokenizer.get_vocab() == ours.get_vocab()
     assert tokenizer.eos_token == ours.eos_token
@@ -78,7 +78,7 @@ def test_an_adapter_alone(tmp_path, shape):
         "tokenizer_config.json",
     }
     recorded = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
-    assert recorded["base_model_name_or_path"] == str(embedded_model())
+    assert recorded["base_model_name_or_path"] == str(embedded_model_dir())
     assert (recorded["r"], recorded["lora_alpha"], recorded["target_modules"]) == (3, 12, LINEAR)
     trained = drawn_model(LORA)
     table = ModelTable(path=str(target), attn_implementation="eager")
@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_what_megatron_exports_is_taken_as_it_is(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "global_step_1"
     exported = checkpoint / "actor" / "model" / "huggingface"
-    shutil.copytree(embedded_model(), exported)
+    shutil.copytree(embedded_model_dir(), exported)
     model, tokenizer = load_policy(ModelTable(path=str(merged(checkpoint, "megatron")), attn_implementation="eager"))
     check_tokenizer(tokenizer)
     base, _ = load_policy(ModelTable(attn_implementation="eager"))
@@ -189,7 +189,7 @@ def test_what_megatron_exports_is_taken_as_it_is(tmp_path):
 def test_an_adapter_that_megatron_exports_gets_its_base(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "global_step_1"
     exported = checkpoint / "actor" / "model" / "huggingface"
-    shutil.copytree(embedded_model(), exported, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(embedded_model_dir(), exported, ignore=shutil.ignore_patterns("*.safetensors"))
     trained = drawn_model(LORA)
     trained.peft_config["default"].base_model_name_or_path = None
     trained.save_pretrained(exported / "adapter")

@@ -19,6 +19,7 @@ from rest_rl.response import Region
 from rest_rl.runlog import read_rows, read_run
 from rest_rl.train.policy import load_policy
 from rest_rl.train.prompts import build_training_dataset
+from rest_rl.train.record import RESPONSE_INDEX
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.weighing import EntropyTracker
 from rest_rl.weights import region_weights
@@ -221,7 +222,7 @@ def in_order(trainer: Any) -> Any:
 
     def prepared(inputs: Any) -> Any:
         batch = prepare(inputs)
-        order = batch["place"].argsort()
+        order = batch[RESPONSE_INDEX].argsort()
         rows = len(order)
         return {k: v[order] if isinstance(v, torch.Tensor) and v.shape[:1] == (rows,) else v for k, v in batch.items()}
 

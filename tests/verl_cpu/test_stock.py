@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rest_rl.train.policy import embedded_model
+from rest_rl.train.policy import embedded_model_dir
 from tests.verl_cpu.tiny import CPU_SETTINGS, hydra_overrides, logged_metrics, run_cpu, started
 
 pytestmark = [
@@ -34,7 +34,7 @@ def stock(folder: Path, ranks: int, steps: int) -> list[str]:
         "actor_rollout_ref": {
             "model": {
                 "external_lib": f"[rest_rl.train.verl.trl_shim,{__package__}.hf_rollout]",
-                "path": str(embedded_model()),
+                "path": str(embedded_model_dir()),
             },
             "actor": {"optim": {"lr": 1e-4}, "ppo_mini_batch_size": 2, "ppo_micro_batch_size_per_gpu": 4},
             "rollout": {"n": 4, "log_prob_micro_batch_size_per_gpu": 4},

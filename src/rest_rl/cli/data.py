@@ -84,12 +84,12 @@ class Reading:
 
         path = resolve_origin(self.model).path
         from rest_rl.config import ModelTable
-        from rest_rl.train.policy import model_context, policy_tokenizer
+        from rest_rl.train.policy import load_policy_tokenizer, policy_context_length
 
-        tokenizer = policy_tokenizer(ModelTable(path=path))
+        tokenizer = load_policy_tokenizer(ModelTable(path=path))
         name, why = resolve_format(self.format, tokenizer, keeps_prompts=self.keep_prompts)
         print(f"format {name}: {why}", file=sys.stderr)
-        return PromptLayout(tokenizer, name, context=model_context(ModelTable(path=path), tokenizer))
+        return PromptLayout(tokenizer, name, context=policy_context_length(ModelTable(path=path), tokenizer))
 
     def settings(self, layout: PromptLayout | None, test: str | None = None) -> dict[str, Any]:
         """As `check_data` and `read_rows` take them, with a progress bar on a terminal."""

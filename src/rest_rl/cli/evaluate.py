@@ -113,9 +113,9 @@ def _evaluate(values: dict[str, Any]) -> int:
 
     console = Console()
     if request.source == "checkpoint" and "--debug" not in sys.argv:
-        from rest_rl.train.policy import quiet_loading
+        from rest_rl.train.policy import silence_transformers
 
-        quiet_loading()
+        silence_transformers()
     if is_dry:
         shown = preview(request, Screen(console))
         for title, text in shown.parts:

@@ -89,7 +89,7 @@ def inspect(
     from rest_rl.jsonl import as_json, parse_row, read_lines
     from rest_rl.presets import get_preset
     from rest_rl.train.policy import load_tokenizer
-    from rest_rl.train.reward import ending_ids
+    from rest_rl.train.reward import get_stop_ids
 
     settings = {"preset": get_preset(preset), "progress": progress, "entropies": read_entropies(entropies)}
     loaded, console = load_tokenizer(tokenizer), Console()
@@ -99,7 +99,7 @@ def inspect(
         rows = read_lines(file)
     else:
         tool_format, rows = format_of_rows(tool_format, file)
-    settings["format"], ends = get_format(tool_format), ending_ids(loaded)
+    settings["format"], ends = get_format(tool_format), get_stop_ids(loaded)
     for number, line in rows:
         try:
             row = parse_row(line)

@@ -61,10 +61,10 @@ def probe(
     from rest_rl.probe.page import to_mapping
     from rest_rl.probe.run import JSON_FILE, PAGE_FILE, choose_unused_folder
     from rest_rl.probe.run import probe as run_probe
-    from rest_rl.train.policy import quiet_loading
+    from rest_rl.train.policy import silence_transformers
 
     if not is_debug(context):
-        quiet_loading()
+        silence_transformers()
     screen = Screen(Console(stderr=json))
 
     def show(report: ProbeReport) -> None:

@@ -26,7 +26,7 @@ from rest_rl.jsonl import parse_row
 from rest_rl.report.tables import headline_turn, is_number, scores_over
 from rest_rl.response import TURNS
 from rest_rl.runlog import CONFIG, METRICS, SUMMARY, Observer, owner_of, read_object, replace_file, unwritable
-from rest_rl.train.request import as_recorded, changed_keys
+from rest_rl.train.request import find_changed_keys, with_recorded_defaults
 
 POLL_SECONDS = 0.5
 TAIL_LINES, TAIL_BYTES = 12, 16_384
@@ -92,7 +92,7 @@ def check_recorded(job: Job) -> None:
     if not (job.folder / CONFIG).is_file():
         return
     recorded = read_run_file(job.folder / CONFIG)
-    changed = changed_keys(as_recorded(job.config, recorded), recorded)
+    changed = find_changed_keys(with_recorded_defaults(job.config, recorded), recorded)
     if changed:
         pairs = list(changed.items())[:3]
         parts = [f"{key} was {unset(old)}, now {unset(new)}" for key, (old, new) in pairs]

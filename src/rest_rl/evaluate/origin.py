@@ -150,11 +150,11 @@ def weights_digest(table: ModelTable) -> str | None:
 
     The commit stands for a name on the hub. None where nothing is known.
     """
-    from rest_rl.train.policy import base_and_adapter, hub_commit
+    from rest_rl.train.policy import find_hub_commit, resolve_adapter
 
-    base, adapter = base_and_adapter(table)
+    base, adapter = resolve_adapter(table)
     parts = [
-        folder_digest(Path(path)) if Path(path).is_dir() else hub_commit(str(path), is_adapter=path == adapter)
+        folder_digest(Path(path)) if Path(path).is_dir() else find_hub_commit(str(path), is_adapter=path == adapter)
         for path in (adapter, base)
         if path is not None
     ]

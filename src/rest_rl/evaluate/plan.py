@@ -69,7 +69,7 @@ def _format_without_tokenizer(request: EvalRequest) -> tuple[str, str]:
 
 def _checkpoint_plan(request: EvalRequest) -> Plan:
     """In the format and by the template variables of the run that a checkpoint comes from, if it comes from one."""
-    from rest_rl.train.policy import policy_tokenizer
+    from rest_rl.train.policy import load_policy_tokenizer
 
     path, run, folder = resolve_origin(request.checkpoint)
     recorded = {"path": path, "chat_template_kwargs": dict(run.model.chat_template_kwargs) if run else {}}
@@ -77,7 +77,7 @@ def _checkpoint_plan(request: EvalRequest) -> Plan:
     if others := sorted(set(tables) - {"model"}):
         raise UserError(f"--set of {', '.join(others)}", "only keys of [model]", "leave the others out")
     table = from_mapping(ModelTable, tables["model"], "model")
-    tokenizer = policy_tokenizer(table)
+    tokenizer = load_policy_tokenizer(table)
     is_training = request.prompt_mode == "training"
     keeps = request.prompt == "published" or bool(is_training and run and run.data.keep_prompts)
     asked = request.format or (run.rest.format if run and is_training else None)
@@ -92,11 +92,11 @@ def _checkpoint_plan(request: EvalRequest) -> Plan:
 
 def _server_plan(request: EvalRequest) -> Plan:
     """The server's own tool calling, or the tools described in words in a format that must be named."""
-    from rest_rl.train.policy import policy_tokenizer
+    from rest_rl.train.policy import load_policy_tokenizer
 
     tokenizer, variables = None, extra_request_fields(request).get("chat_template_kwargs")
     if request.tokenizer:
-        tokenizer = policy_tokenizer(ModelTable(path=request.tokenizer))
+        tokenizer = load_policy_tokenizer(ModelTable(path=request.tokenizer))
         default = FORMAT if request.prompt == "published" else AUTO
         name, why = resolve_format(request.format or default, tokenizer, variables)
     elif request.format or request.prompt == "native":

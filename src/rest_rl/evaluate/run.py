@@ -114,10 +114,10 @@ def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
     with _open_evaluation(request, observer) as (plan, benchmark, identities):
         sample = first_request(benchmark, plan, identities[0]).sample
         if plan.layout and plan.table:
-            from rest_rl.train.policy import context_length, policy_config
+            from rest_rl.train.policy import context_length, load_policy_config
 
             layout, context = plan.layout, request.context
-            context = context or context_length(policy_config(plan.table), layout.tokenizer)
+            context = context or context_length(load_policy_config(plan.table), layout.tokenizer)
             for note in context_notes(
                 benchmark,
                 lambda asked: compute_context_usage(asked, layout, request.response_limit, context),
@@ -294,7 +294,7 @@ def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]
     import torch
 
     from rest_rl.evaluate.models.local import LocalModel
-    from rest_rl.train.policy import context_length, load_policy, policy_config
+    from rest_rl.train.policy import context_length, load_policy, load_policy_config
 
     table, layout, context = plan.table, plan.layout, request.context
     assert table is not None
@@ -303,7 +303,7 @@ def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]
     if request.vllm:
         from rest_rl.evaluate.models.vllm import VllmModel
 
-        holds = context_length(policy_config(table), layout.tokenizer) or MAX_VLLM_CONTEXT
+        holds = context_length(load_policy_config(table), layout.tokenizer) or MAX_VLLM_CONTEXT
         context = min(holds, MAX_VLLM_CONTEXT) if context is None else context
         return VllmModel(table.path, layout, **sizes, context=context), [f"vLLM, {context} tokens of context"]
     device = torch.accelerator.current_accelerator()

@@ -29,9 +29,9 @@ from rest_rl.probe.rules import SHUFFLED, select_rules
 from rest_rl.probe.sample import Sampling, check_minimums, sample_groups
 from rest_rl.probe.variance import max_prompts_per_step
 from rest_rl.runlog import SILENT, Observer, replace_file
-from rest_rl.train.policy import load_policy, model_context, policy_tokenizer
+from rest_rl.train.policy import load_policy, load_policy_tokenizer, policy_context_length
 from rest_rl.train.prompts import read_data
-from rest_rl.train.request import read_source
+from rest_rl.train.request import read_run_source
 from rest_rl.weights import WeightRule
 
 JSON_FILE, PAGE_FILE = "probe.json", "probe.md"
@@ -162,7 +162,7 @@ def resolve_run(model: str | Path | None, data: str | Path | None, overrides: Se
     if run.rest.is_supervised:
         run = replace(run, rest=RestTable(format=run.rest.format), trl=read_run_file(None, options).trl)
     own = replace(run.data, held_out="") if data else run.data
-    return read_source(replace(run, data=own, eval=replace(run.eval, every=0)), options)
+    return read_run_source(replace(run, data=own, eval=replace(run.eval, every=0)), options)
 
 
 def build_sampling(
@@ -181,12 +181,12 @@ def build_sampling(
 
 def build_layouts(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
     """How prompts are laid out in each format, each once; in the run's own if there is none."""
-    tokenizer, variables = policy_tokenizer(config.model), config.model.chat_template_kwargs
+    tokenizer, variables = load_policy_tokenizer(config.model), config.model.chat_template_kwargs
     names = [
         resolve_format(name, tokenizer, variables, keeps_prompts=config.data.keep_prompts)[0]
         for name in formats or [config.rest.format]
     ]
-    context = model_context(config.model, tokenizer)
+    context = policy_context_length(config.model, tokenizer)
     return [PromptLayout(tokenizer, name, variables, context) for name in dict.fromkeys(names)]
 
 

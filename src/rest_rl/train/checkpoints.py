@@ -29,10 +29,10 @@ def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[st
     """
     broken: list[str] = []
     for folder in sorted(log.checkpoints.glob("checkpoint-*"), key=checkpoint_step, reverse=True):
-        if state := checkpoint_state(folder):
+        if state := read_complete_state(folder):
             return Checkpoint(state["global_step"], folder, state["global_step"] >= state["max_steps"]), broken
         broken.append(folder.name)
-    finished = finished_steps(log)
+    finished = count_finished_steps(log)
     if finished > save_steps:
         found = f"broken: {', '.join(broken)}" if broken else "none there"
         raise UserError(
@@ -43,7 +43,7 @@ def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[st
     return Checkpoint(0), broken
 
 
-def finished_steps(log: RunLog) -> int:
+def count_finished_steps(log: RunLog) -> int:
     """The steps that a run has certainly finished; the metrics alone may lag by `logging_steps`."""
     logged = [row.get("step", 0) for name in (METRICS, TIMING) for row in read_rows(log.folder / name)]
     begun = [row.get("step", 1) - 1 for row in read_rows(log.folder / RESPONSES)]
@@ -56,7 +56,7 @@ def checkpoint_step(folder: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def checkpoint_state(folder: Path) -> dict[str, Any] | None:
+def read_complete_state(folder: Path) -> dict[str, Any] | None:
     """The trainer's state in a checkpoint.
 
     None unless every part is there, every file can be opened and the state belongs to its step.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rest_rl.train.prompts import TrainingData
 
 
-class Reached(NamedTuple):
+class StopPoint(NamedTuple):
     """Where an engine stopped: the number of finished steps, and whether it was interrupted before the last one."""
 
     step: int
@@ -35,11 +35,11 @@ class Engine(Protocol):
     """
 
     @property
-    def response_tokens(self) -> int:
+    def max_response_tokens(self) -> int:
         """Tokens of the longest response that training samples; 1 where it samples none."""
         ...
 
-    def resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
+    def find_resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
         """The newest whole checkpoint of a run folder and the names of newer broken ones."""
         ...
 
@@ -58,13 +58,13 @@ class Engine(Protocol):
         """Scores of the policy as it is now; None where the engine measures by itself or cannot measure in the run."""
         ...
 
-    def run(self, after_step: AfterStep) -> Reached:
+    def run(self, after_step: AfterStep) -> StopPoint:
         """Train from the checkpoint to the last step; return at once if the checkpoint is the last step's.
 
         An engine that measures by itself does not call `after_step`.
         """
         ...
 
-    def keep_model(self) -> None:
+    def save_model(self) -> None:
         """Put the trained model, or its adapter, and its tokenizer into `log.model`."""
         ...

@@ -29,12 +29,12 @@ from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key
 from rest_rl.data.hub import has_hub
 from rest_rl.errors import RenamedWarning, UserError
 
-ADAPTER = "adapter_config.json"
-STRETCHED = ("yarn", "linear", "dynamic")
+ADAPTER_CONFIG = "adapter_config.json"
+SCALED_ROPE_TYPES = ("yarn", "linear", "dynamic")
 """Rotary positions whose factor stretches what the configuration states."""
 
 
-def embedded_model() -> Path:
+def embedded_model_dir() -> Path:
     """The directory of the warm-started model that the package ships."""
     folder = Path(str(resources.files("rest_rl").joinpath("assets/tool_world")))
     if not (folder / "model.safetensors").is_file():
@@ -42,7 +42,7 @@ def embedded_model() -> Path:
     return folder
 
 
-def quiet_loading() -> None:
+def silence_transformers() -> None:
     """Leave the terminal to the command: no bars, hints and deprecation warnings of transformers."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -51,11 +51,11 @@ def quiet_loading() -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """As `quiet_loading`, for as long as a workflow runs."""
+def quiet_transformers() -> Iterator[None]:
+    """As `silence_transformers`, for as long as a workflow runs."""
     shows_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     with warnings.catch_warnings():
-        quiet_loading()
+        silence_transformers()
         try:
             yield
         finally:
@@ -70,17 +70,17 @@ def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tu
     An adapter's folder gives its base model with the adapter: to be trained on with `[peft]`, which must not differ
     from it, and else merged in, in float32, for all weights to be trained.
     """
-    tokenizer = policy_tokenizer(config)
-    path, adapter = base_and_adapter(config)
+    tokenizer = load_policy_tokenizer(config)
+    path, adapter = resolve_adapter(config)
     dtype = torch.float32 if config.dtype == AUTO else getattr(torch, config.dtype)
     settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation:
         settings["attn_implementation"] = config.attn_implementation
     if config.load_in_4bit:
-        settings["quantization_config"] = four_bits()
+        settings["quantization_config"] = four_bit_config()
     if adapter is not None and not peft:
         settings["dtype"] = torch.float32  # a merge in 16 bits would round most of a small adapter away
-    with readable("model", path):
+    with explain_load_errors("model", path):
         model = AutoModelForCausalLM.from_pretrained(path, **settings)
         if adapter is not None:
             from peft import PeftModel
@@ -90,14 +90,14 @@ def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tu
     return model, tokenizer
 
 
-def policy_tokenizer(config: ModelTable) -> Any:
+def load_policy_tokenizer(config: ModelTable) -> Any:
     """The tokenizer of a policy: fast, left padded, with a chat template and an end of sequence, or a UserError.
 
     An adapter without a tokenizer of its own has its base model's.
     """
-    path = embedded_model() if config.path == EMBEDDED else config.path
+    path = embedded_model_dir() if config.path == EMBEDDED else config.path
     if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
-        path, _ = base_and_adapter(config)
+        path, _ = resolve_adapter(config)
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(
@@ -113,10 +113,10 @@ def policy_tokenizer(config: ModelTable) -> Any:
     return tokenizer
 
 
-def policy_config(config: ModelTable) -> Any:
+def load_policy_config(config: ModelTable) -> Any:
     """The architecture of a policy, without its weights; UserError if it cannot be read."""
-    path, _ = base_and_adapter(config)
-    with readable("model", path):
+    path, _ = resolve_adapter(config)
+    with explain_load_errors("model", path):
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
 
 
@@ -127,7 +127,7 @@ def context_length(config: Any, tokenizer: Any) -> int | None:
     """
     text = config.get_text_config() if config else None
     positions, rope = (getattr(text, name, None) for name in ("max_position_embeddings", "rope_parameters"))
-    if positions and rope and (factor := rope.get("factor")) and rope.get("rope_type") in STRETCHED:
+    if positions and rope and (factor := rope.get("factor")) and rope.get("rope_type") in SCALED_ROPE_TYPES:
         published = rope.get("original_max_position_embeddings") or positions
         positions = max(positions, int(factor * published))
     stated = getattr(tokenizer, "model_max_length", None)  # 10**30 where nobody said
@@ -135,15 +135,15 @@ def context_length(config: Any, tokenizer: Any) -> int | None:
     return min(known, default=None)
 
 
-def model_context(config: ModelTable, tokenizer: Any) -> int | None:
+def policy_context_length(config: ModelTable, tokenizer: Any) -> int | None:
     """As `context_length`, of a policy; a tokenizer has no configuration, and a broken one fails when it is loaded."""
     try:
-        return context_length(policy_config(config), tokenizer)
+        return context_length(load_policy_config(config), tokenizer)
     except UserError:
         return context_length(None, tokenizer)
 
 
-def own_generation(model: str | Path) -> Any:
+def load_generation_config(model: str | Path) -> Any:
     """What a model's generation_config.json says, at which samplers stop too; None without the file."""
     try:
         return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(str(model)))
@@ -151,11 +151,11 @@ def own_generation(model: str | Path) -> Any:
         return None
 
 
-def base_and_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
+def resolve_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
     """(where the weights are, the adapter that goes with them or None), for a folder as for a hub name."""
     if config.path == EMBEDDED:
-        return embedded_model(), None
-    recorded = adapter_record(config.path)
+        return embedded_model_dir(), None
+    recorded = read_adapter_config(config.path)
     if recorded is None:
         return config.path, None
     require_peft(f"{config.path}, an adapter,")
@@ -163,22 +163,22 @@ def base_and_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
     if not isinstance(base, str) or not base:
         raise UserError(f"the adapter {config.path} without base_model_name_or_path", "it", "add it")
     # The embedded model lies in the package, which may have moved since the adapter was trained.
-    moved = Path(base).name == embedded_model().name and not Path(base).exists()
-    return (embedded_model() if moved else base), config.path
+    moved = Path(base).name == embedded_model_dir().name and not Path(base).exists()
+    return (embedded_model_dir() if moved else base), config.path
 
 
-def adapter_record(path: str) -> dict[str, Any] | None:
+def read_adapter_config(path: str) -> dict[str, Any] | None:
     """The configuration of an adapter, None for a whole model."""
-    file = str(Path(path) / ADAPTER) if Path(path).is_dir() else hub_adapter(path)
+    file = str(Path(path) / ADAPTER_CONFIG) if Path(path).is_dir() else find_hub_adapter(path)
     if file is None or not Path(file).is_file():
         return None
-    with readable("adapter", path):
+    with explain_load_errors("adapter", path):
         recorded = json.loads(Path(file).read_text(encoding="utf-8"))
     return recorded if isinstance(recorded, dict) else {}
 
 
 @functools.cache
-def hub_adapter(name: str) -> str | None:
+def find_hub_adapter(name: str) -> str | None:
     """The configuration file of an adapter on the hub; None for a whole model, or where there is no such name."""
     has_hub()
     try:
@@ -187,16 +187,16 @@ def hub_adapter(name: str) -> str | None:
         return None
 
 
-def hub_commit(name: str, *, is_adapter: bool = False) -> str | None:
+def find_hub_commit(name: str, *, is_adapter: bool = False) -> str | None:
     """The commit that a name on the hub stands for here; None where there is no such name."""
     try:
-        file = hub_adapter(name) if is_adapter else cached_file(name, "config.json")
+        file = find_hub_adapter(name) if is_adapter else cached_file(name, "config.json")
     except (OSError, ValueError):  # as above
         return None
     return extract_commit_hash(file, None)
 
 
-def four_bits() -> BitsAndBytesConfig:
+def four_bit_config() -> BitsAndBytesConfig:
     """Weights in NF4, computed in bfloat16."""
     if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
@@ -212,13 +212,13 @@ def four_bits() -> BitsAndBytesConfig:
     )
 
 
-def new_adapter(config: RunConfig) -> Any | None:
+def new_adapter_config(config: RunConfig) -> Any | None:
     """The LoraConfig of the adapter that a run adds; None without `[peft]` and where the model brings its own.
 
     UserError for a `[peft]` that differs from the adapter it is to go on with.
     """
     asked = lora_config(config.peft)
-    recorded = None if config.model.path == EMBEDDED or asked is None else adapter_record(config.model.path)
+    recorded = None if config.model.path == EMBEDDED or asked is None else read_adapter_config(config.model.path)
     if recorded is None:
         return asked
     differing = [name for name, value in config.peft.items() if recorded.get(name) != value]
@@ -259,7 +259,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     lone = Path(path) / "tokenizer.json"
     if not Path(path).is_dir():
         has_hub()
-    with readable("tokenizer", path):
+    with explain_load_errors("tokenizer", path):
         if lone.is_file() and not (lone.parent / "tokenizer_config.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(lone))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -269,10 +269,10 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 @contextmanager
-def readable(what: str, path: str | Path) -> Iterator[None]:
+def explain_load_errors(what: str, path: str | Path) -> Iterator[None]:
     """UserError for a model or tokenizer that does not load; the loaders raise a dozen types."""
     try:
-        with quiet():
+        with quiet_transformers():
             yield
     except torch.OutOfMemoryError:
         raise

@@ -1,7 +1,7 @@
 """What the run folder keeps of responses: text, score, and what the loss made of each token.
 
-A response is scored before the loss sees it, so its row waits until the loss has weighed it. `PLACE` numbers the
-responses of one batch of generations; TRL shuffles and cuts the batch, the number travels along.
+A response is scored before the loss sees it, so its row waits until the loss has weighed it. `RESPONSE_INDEX` numbers
+the responses of one batch of generations; TRL shuffles and cuts the batch, the number travels along.
 
 Shapes: B responses of a micro-batch, T completion tokens.
 """
@@ -21,19 +21,19 @@ from rest_rl.evaluate.generate import has_ended
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import decode_ids, token_lengths
 from rest_rl.runlog import Row
-from rest_rl.train.reward import ending_ids, progress_of
+from rest_rl.train.reward import compute_progress, get_stop_ids
 
-PLACE = "place"
+RESPONSE_INDEX = "response_index"
 """Name of the responses' numbers in a batch."""
 DECIMALS = 4
 """Of weights, entropies, log-probabilities and advantages as recorded."""
 
 
 @dataclass(frozen=True, eq=False)
-class WeighedBatch:
+class WeightedBatch:
     """One micro-batch as the loss saw it."""
 
-    places_B: Tensor
+    indices_B: Tensor
     regions_BT: Tensor
     weights_BT: Tensor
     entropies_BT: Tensor
@@ -41,13 +41,13 @@ class WeighedBatch:
     advantages_B: Tensor
     """Before they are weighed."""
 
-    def tokens_of(self, row: int, length: int) -> Row:
+    def token_fields(self, row: int, length: int) -> Row:
         """The recorded fields of one response of `length` tokens."""
         values = {"weights": self.weights_BT, "entropies": self.entropies_BT, "logps": self.logps_BT}
         return {
             "advantage": round(float(self.advantages_B[row]), DECIMALS),
             "regions": self.regions_BT[row, :length].tolist(),
-            **{name: rounded(values_BT[row, :length]) for name, values_BT in values.items()},
+            **{name: round_values(values_BT[row, :length]) for name, values_BT in values.items()},
         }
 
 
@@ -60,18 +60,18 @@ class ResponseRecord:
         self._rows: list[Row] = []
         self._waiting: set[int] = set()
 
-    def begin(self, rows: Iterable[Row]) -> None:
+    def start_batch(self, rows: Iterable[Row]) -> None:
         """Take a batch's rows in order of their places; what is left of the batch before is handed on as it is."""
         self.flush()
         self._rows = list(rows)
         self._waiting = set(range(len(self._rows)))
 
-    def fill(self, batch: WeighedBatch) -> None:
+    def add_token_fields(self, batch: WeightedBatch) -> None:
         """Add what the loss made of the batch's tokens; a response that it sees again keeps the first."""
-        for index, place in enumerate(batch.places_B.tolist()):
+        for index, place in enumerate(batch.indices_B.tolist()):
             if place in self._waiting:
                 row = self._rows[place]
-                row.update(batch.tokens_of(index, len(row["ids"])))
+                row.update(batch.token_fields(index, len(row["ids"])))
                 self._waiting.remove(place)
         if not self._waiting:
             self.flush()
@@ -83,7 +83,7 @@ class ResponseRecord:
             self.keep(rows[0]["step"], rows)
 
 
-class KeepLast(TrainerCallback):
+class FlushAtEnd(TrainerCallback):
     """Hands on the last batch's responses when training ends, where it ends before the loss has seen them all."""
 
     def __init__(self, record: ResponseRecord) -> None:
@@ -93,7 +93,7 @@ class KeepLast(TrainerCallback):
         self.record.flush()
 
 
-def recorded_reward(
+def with_response_record(
     reward: Callable[..., list[float]],
     tokenizer: Any,
     tool_format: ToolFormat,
@@ -103,30 +103,30 @@ def recorded_reward(
     progress_steps: int = 0,
 ) -> Callable[..., list[float]]:
     """The reward, which also begins a record of the first `limit` responses of every batch; `ends` as the reward's."""
-    ends = ending_ids(tokenizer) if ends is None else ends
+    ends = get_stop_ids(tokenizer) if ends is None else ends
 
     @functools.wraps(reward)  # TRL names its metrics after the function
     def recorded(
         completion_ids: list[list[int]], gold: list[Any], trainer_state: Any = None, **columns: Any
     ) -> list[float]:
         totals = reward(completion_ids=completion_ids, gold=gold, trainer_state=trainer_state, **columns)
-        step, progress = trainer_state.global_step + 1, progress_of(trainer_state, progress_steps)
+        step, progress = trainer_state.global_step + 1, compute_progress(trainer_state, progress_steps)
         prompts = columns.get("prompts")
         rows = []
         for i, ids in enumerate(completion_ids[:limit]):
             row = {"step": step, "progress": progress, "id": columns["id"][i]}
-            row |= response_row(ids, json.loads(gold[i]), totals[i], tokenizer, tool_format, ends)
+            row |= make_response_row(ids, json.loads(gold[i]), totals[i], tokenizer, tool_format, ends)
             is_first = i == 0 or columns["id"][i - 1] != row["id"]  # a group shares its prompt
             if is_first and prompts and isinstance(prompts[i], str):
                 row["prompt"] = prompts[i]
             rows.append(row)
-        record.begin(rows)
+        record.start_batch(rows)
         return totals
 
     return recorded
 
 
-def response_row(
+def make_response_row(
     ids: Sequence[int], gold: Any, reward: float, tokenizer: Any, tool_format: ToolFormat, ends: Collection[int]
 ) -> Row:
     """The recorded fields of a response that are known before the loss has weighed it."""
@@ -140,5 +140,5 @@ def response_row(
     }
 
 
-def rounded(values_T: Tensor) -> list[float]:
+def round_values(values_T: Tensor) -> list[float]:
     return [round(value, DECIMALS) for value in values_T.double().tolist()]

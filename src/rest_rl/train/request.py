@@ -35,9 +35,9 @@ from rest_rl.runlog import CHECKPOINTS, CONFIG, holds_a_run, refuse_owned
 RunSource = RunConfig | Mapping[str, Any] | str | Path | None
 MACHINE_DEFAULTS = {"use_cpu": True, "bf16": False}
 """What a run fills in in `[trl]` where there is no accelerator."""
-LENGTHS = ("max_steps", "num_train_epochs")
+LENGTH_KEYS = ("max_steps", "num_train_epochs")
 """Keys of `[trl]` that a resumed run may raise."""
-RANGES = {
+VALUE_RANGES = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"), Positive),
     **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation", "max_length"), Positive),
     "generation_batch_size": Positive,
@@ -49,17 +49,17 @@ RANGES = {
     **dict.fromkeys(("min_p", "top_p", "top_entropy_quantile", "label_smoothing_factor"), Share),
 }
 """Fields whose other values mean nothing, though the trainer would take them."""
-DECLARED = {
+CONFIG_SOURCES = {
     "trl": ("transformers/training_args.py", "trl/trainer/base_config.py", "trl/trainer/grpo_config.py",
             "trl/trainer/sft_config.py"),
     "peft": ("peft/config.py", "peft/tuners/lora/config.py"),
 }  # fmt: skip
 """Where the libraries declare the keys of a table."""
-EPOCHS = 3.0
+DEFAULT_EPOCHS = 3.0
 """The trainer's default of `num_train_epochs`."""
 
 
-def is_first_process() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process of a launch that writes; the only one without a launch."""
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -69,23 +69,23 @@ def resolve_run(
 ) -> RunConfig:
     """The run that is asked for; with `resume` the one in the run folder, which `run` and `overrides` may repeat."""
     if resume and run is None:  # overrides on their own are changes of the recorded run
-        folder = Path(read_source(None, overrides).run.out if out is None else out)
-        asked = in_folder(read_run_file(recorded_file(folder), overrides), folder)
+        folder = Path(read_run_source(None, overrides).run.out if out is None else out)
+        asked = with_out_dir(read_run_file(find_run_file(folder), overrides), folder)
     else:
-        asked = read_source(run, overrides)
-        asked = asked if out is None else in_folder(asked, out)
+        asked = read_run_source(run, overrides)
+        asked = asked if out is None else with_out_dir(asked, out)
     check_names(asked)
     if resume:
         refuse_owned(Path(asked.run.out))
-        return resumed_run(asked)
+        return resolve_resumed_run(asked)
     if run is None and out is None and not is_dry:
-        asked = in_folder(asked, free_folder(asked.run.out))
-    elif (Path(asked.run.out) / CONFIG).exists() and is_first_process() and not is_dry:
+        asked = with_out_dir(asked, find_free_dir(asked.run.out))
+    elif (Path(asked.run.out) / CONFIG).exists() and is_main_process() and not is_dry:
         raise holds_a_run(asked.run.out)
-    return with_model(asked)
+    return with_model_dir(asked)
 
 
-def with_model(config: RunConfig) -> RunConfig:
+def with_model_dir(config: RunConfig) -> RunConfig:
     """The run with the folder of its model, which a run folder may stand for; UserError if there is none."""
     path = resolve_origin(config.model.path, "model.path").path
     return replace(config, model=replace(config.model, path=path))
@@ -98,7 +98,7 @@ def check_names(config: RunConfig, formats: Sequence[str] = ()) -> None:
     for name in {config.rest.format, *formats} - {AUTO}:
         get_format(name)
     for table, given in {"trl": config.trl, "peft": config.peft or {}}.items():
-        known = declared_keys(table)
+        known = read_declared_keys(table)
         for name in given if known else ():
             if name not in known:
                 raise unknown_key(f"{table}.{name}", name, known)
@@ -106,13 +106,13 @@ def check_names(config: RunConfig, formats: Sequence[str] = ()) -> None:
         check_ranges({key: value for key, value in config.trl.items() if (key, value) != ("max_completion_length", 0)})
 
 
-def declared_keys(table: str) -> set[str]:
+def read_declared_keys(table: str) -> set[str]:
     """What the libraries' sources declare as fields of a table, read without importing them; none if they cannot be.
 
     More than one trainer takes: the trainer's own check comes later.
     """
     keys: set[str] = set()
-    for name in DECLARED[table]:
+    for name in CONFIG_SOURCES[table]:
         spec = importlib.util.find_spec(name.partition("/")[0])
         path = Path(spec.origin).parents[1] / name if spec and spec.origin else Path()
         if not path.is_file():
@@ -127,7 +127,7 @@ def declared_keys(table: str) -> set[str]:
 
 def check_ranges(table: Mapping[str, Any]) -> None:
     """UserError for a value of `[trl]` that means nothing, though the trainer would take it."""
-    for name, hint in RANGES.items():
+    for name, hint in VALUE_RANGES.items():
         if (value := table.get(name)) is not None:
             checked(value, hint, f"trl.{name}")
     steps = table.get("max_steps", -1)
@@ -136,14 +136,14 @@ def check_ranges(table: Mapping[str, Any]) -> None:
         raise UserError(f"trl.max_steps = {steps}", expected, "change it")
 
 
-def recorded_file(folder: Path) -> Path:
+def find_run_file(folder: Path) -> Path:
     """The run that a folder records; UserError if it holds none."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"--resume and {folder}, which holds no run", "a run folder", "pass its --out")
     return folder / CONFIG
 
 
-def read_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
+def read_run_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
     """A run from whatever describes it, with overrides."""
     if isinstance(run, RunConfig):
         return RunConfig.from_toml(run.to_toml(), overrides) if overrides else run
@@ -152,12 +152,12 @@ def read_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
     return read_run_file(run, overrides)
 
 
-def in_folder(config: RunConfig, out: str | Path) -> RunConfig:
+def with_out_dir(config: RunConfig, out: str | Path) -> RunConfig:
     """The same run in another folder."""
     return replace(config, run=replace(config.run, out=str(out)))
 
 
-def free_folder(out: str) -> str:
+def find_free_dir(out: str) -> str:
     """`out`, or `out-2`, `out-3`, ... if it holds a run already; for runs whose folder nobody chose.
 
     UserError in a launch of several processes: each would find another one.
@@ -168,43 +168,43 @@ def free_folder(out: str) -> str:
     return next(name for name in names if not (Path(name) / CONFIG).exists())
 
 
-def resumed_run(asked: RunConfig) -> RunConfig:
+def resolve_resumed_run(requested: RunConfig) -> RunConfig:
     """The run recorded in the folder, made longer if that is what is asked for; UserError for any other change."""
-    folder = Path(asked.run.out)
-    recorded = in_folder(read_run_file(recorded_file(folder)), folder)
-    changed = changed_keys(as_recorded(asked, recorded), recorded)
+    folder = Path(requested.run.out)
+    recorded = with_out_dir(read_run_file(find_run_file(folder)), folder)
+    changed = find_changed_keys(with_recorded_defaults(requested, recorded), recorded)
     if not changed:
         return recorded
-    if not set(changed) <= {f"trl.{key}" for key in LENGTHS}:
+    if not set(changed) <= {f"trl.{key}" for key in LENGTH_KEYS}:
         raise UserError(
             f"--resume with another {', '.join(changed)}",
             "the run as it was recorded",
             "leave RUN.toml and --set out to go on with it, or pass another --out to start the changed run",
         )
-    return lengthened(recorded, {key: asked.trl[key] for key in LENGTHS if key in asked.trl})
+    return lengthen_run(recorded, {key: requested.trl[key] for key in LENGTH_KEYS if key in requested.trl})
 
 
-def as_recorded(asked: RunConfig, recorded: RunConfig) -> RunConfig:
+def with_recorded_defaults(requested: RunConfig, recorded: RunConfig) -> RunConfig:
     """The run that is asked for, with what `train` records of it: model, format, machine, the length of progress."""
-    asked = with_model(asked) if Path(asked.model.path).expanduser().is_dir() else asked
+    requested = with_model_dir(requested) if Path(requested.model.path).expanduser().is_dir() else requested
     filled = {key: recorded.trl[key] for key in MACHINE_DEFAULTS if key in recorded.trl}
-    given = {key: value for key, value in asked.trl.items() if (key, value) != ("max_completion_length", 0)}
-    if given != asked.trl:
+    given = {key: value for key, value in requested.trl.items() if (key, value) != ("max_completion_length", 0)}
+    if given != requested.trl:
         filled |= {"max_completion_length": recorded.trl.get("max_completion_length")}
-    rest = replace(asked.rest, progress_steps=asked.rest.progress_steps or recorded.rest.progress_steps)
+    rest = replace(requested.rest, progress_steps=requested.rest.progress_steps or recorded.rest.progress_steps)
     if rest.format == AUTO:
         rest = replace(rest, format=recorded.rest.format)
-    return replace(asked, rest=rest, trl={**filled, **given})
+    return replace(requested, rest=rest, trl={**filled, **given})
 
 
-def changed_keys(asked: RunConfig, recorded: RunConfig) -> dict[str, tuple[Any, Any]]:
+def find_changed_keys(requested: RunConfig, recorded: RunConfig) -> dict[str, tuple[Any, Any]]:
     """What two runs differ in besides their folder, in order: (recorded, asked) by key, None where it is not set."""
-    new, old = (flatten(parse_toml(config.to_toml(), "the run")) for config in (asked, recorded))
+    new, old = (flatten(parse_toml(config.to_toml(), "the run")) for config in (requested, recorded))
     pairs = {key: (old.get(key), new.get(key)) for key in sorted({*new, *old} - {"run.out"})}
     return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
 
 
-def lengthened(recorded: RunConfig, lengths: Mapping[str, Any]) -> RunConfig:
+def lengthen_run(recorded: RunConfig, lengths: Mapping[str, Any]) -> RunConfig:
     """The recorded run with more steps, all of them after its last one at progress 1; UserError if it is not longer."""
     if recorded.run.engine != "trl":
         raise UserError(
@@ -212,8 +212,11 @@ def lengthened(recorded: RunConfig, lengths: Mapping[str, Any]) -> RunConfig:
             "the run as it was recorded",
             "start a run from its model: --model RUN --out another",
         )
-    total, steps = planned_steps(recorded), lengths.get("max_steps", -1)
-    epochs, planned = lengths.get("num_train_epochs", EPOCHS), recorded.trl.get("num_train_epochs", EPOCHS)
+    total, steps = count_planned_steps(recorded), lengths.get("max_steps", -1)
+    epochs, planned = (
+        lengths.get("num_train_epochs", DEFAULT_EPOCHS),
+        recorded.trl.get("num_train_epochs", DEFAULT_EPOCHS),
+    )
     checked({"max_steps": steps, "num_train_epochs": epochs}, dict[str, float], "trl")
     if not (steps > total if steps > 0 else recorded.trl.get("max_steps", -1) < 1 and epochs > planned):
         raise UserError(
@@ -227,7 +230,7 @@ def lengthened(recorded: RunConfig, lengths: Mapping[str, Any]) -> RunConfig:
     return replace(recorded, rest=rest, trl={**recorded.trl, **lengths})
 
 
-def planned_steps(recorded: RunConfig) -> int:
+def count_planned_steps(recorded: RunConfig) -> int:
     """The steps of a recorded run; where they depend on the data, as its checkpoints say."""
     if (steps := recorded.trl.get("max_steps", -1)) > 0:
         return int(steps)

@@ -21,7 +21,7 @@ from rest_rl.response import Gold, Turn, gold_from_json
 from rest_rl.rewards import RewardRule, apply_reward, is_random, judge, random_rewards
 
 
-class Scored(NamedTuple):
+class ResponseScore(NamedTuple):
     """What a response is worth; all but `total` are in [0, 1] and independent of progress."""
 
     total: float
@@ -31,26 +31,26 @@ class Scored(NamedTuple):
     call_rate: float
 
 
-SPLIT = {"reward": "total", "accuracy": "accuracy", "exact_match": "exact_match"}
-"""Figures that are told apart by sort of turn, and their fields of `Scored`."""
+METRICS_BY_TURN = {"reward": "total", "accuracy": "accuracy", "exact_match": "exact_match"}
+"""Figures that are told apart by sort of turn, and their fields of `ResponseScore`."""
 
 
-def split_figures(rows: Iterable[tuple[Turn, Scored]]) -> dict[str, list[float]]:
+def collect_by_turn(rows: Iterable[tuple[Turn, ResponseScore]]) -> dict[str, list[float]]:
     """The values of rest/exact_match_calls, rest/exact_match_answers and so on, for the sorts of turns there are."""
     found: dict[str, list[float]] = {}
     for turn, scored in rows:
-        for name, field in SPLIT.items():
+        for name, field in METRICS_BY_TURN.items():
             found.setdefault(f"rest/{name}_{turn}", []).append(getattr(scored, field))
     return found
 
 
-def ending_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
+def get_stop_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
     """The tokens that end a response: those of the model and its tokenizer, and padding, as some models write it."""
     ends = eos_token_ids(model, tokenizer)
     return frozenset(ends if tokenizer.pad_token_id is None else [*ends, tokenizer.pad_token_id])
 
 
-def progress_of(state: Any, steps: int = 0) -> float:
+def compute_progress(state: Any, steps: int = 0) -> float:
     """Training progress nu in [0, 1] of a `TrainerState`: 0 in the first optimizer step, 1 in the last.
 
     Or 1 in the last of the first `steps` and after them.
@@ -72,11 +72,11 @@ def make_tool_reward(
     It reads the sampled ids, not the text that TRL decodes without special tokens, and the dataset column `gold`: a
     JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}. `steps_per_batch` are the optimizer steps
     that learn from one batch of responses: the published schedule of `authors-code` counts batches. `seed` is that of
-    the run, for rewards that are `random`. A response that ends with none of `ends` (by default `ending_ids` of the
+    the run, for rewards that are `random`. A response that ends with none of `ends` (by default `get_stop_ids` of the
     tokenizer) was cut off. `progress_steps` are the steps that progress takes, 0 for all.
     """
     chosen_format, reward = get_format(tool_format), get_preset(preset).reward
-    ends = ending_ids(tokenizer) if ends is None else ends
+    ends = get_stop_ids(tokenizer) if ends is None else ends
 
     def tool_reward(
         completion_ids: list[list[int]],
@@ -87,29 +87,29 @@ def make_tool_reward(
         **_: Any,
     ) -> list[float]:
         step = 0 if trainer_state is None else trainer_state.global_step
-        progress = 0.0 if trainer_state is None else progress_of(trainer_state, progress_steps)
-        golds, rows = [read_gold(target) for target in gold], []
+        progress = 0.0 if trainer_state is None else compute_progress(trainer_state, progress_steps)
+        golds, rows = [parse_gold(target) for target in gold], []
         for at, (ids, target) in enumerate(zip(completion_ids, golds, strict=True)):
             text = decode_ids(ids, tokenizer, chosen_format.tags)
             batch, is_cut = step // steps_per_batch + 1, not has_ended(ids, ends)
             try:
-                rows.append(score_text(text, target, chosen_format, reward, progress, batch, truncated=is_cut))
+                rows.append(score_response(text, target, chosen_format, reward, progress, batch, truncated=is_cut))
             except UserError as error:
-                raise of_sample(error, id[at] if id else None) from error
+                raise with_sample_id(error, id[at] if id else None) from error
         if log_metric is not None:
-            for name in Scored._fields[1:]:
+            for name in ResponseScore._fields[1:]:
                 log_metric(f"rest/{name}", sum(getattr(row, name) for row in rows) / len(rows))
-            for name, values in split_figures(zip((target.turn for target in golds), rows, strict=True)).items():
+            for name, values in collect_by_turn(zip((target.turn for target in golds), rows, strict=True)).items():
                 for value in values:  # one by one: processes have different numbers of them, and TRL takes the mean
                     log_metric(name, value)
         if is_random(reward):
-            return random_rewards(len(rows), seed, step, first=_rank() * len(rows))
+            return random_rewards(len(rows), seed, step, first=_process_rank() * len(rows))
         return [row.total for row in rows]
 
     return tool_reward
 
 
-def of_sample(error: UserError, name: Any) -> UserError:
+def with_sample_id(error: UserError, name: Any) -> UserError:
     """The error with the sample that it arose at, if that is known."""
     return error if name is None else UserError(f"{error.problem} (sample {name!r})", error.expected, error.remedy)
 
@@ -127,7 +127,7 @@ def refuse_non_finite(reward: Callable[..., Any]) -> Callable[..., Any]:
             if value is not None and not math.isfinite(value):
                 got = f"{float(value)} from the reward function {name_of(reward)}"
                 error = UserError(got, "finite numbers, or None for no reward", "guard the function against it")
-                raise of_sample(error, columns["id"][at] if "id" in columns else None)
+                raise with_sample_id(error, columns["id"][at] if "id" in columns else None)
         return values
 
     if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
@@ -145,21 +145,21 @@ def refuse_non_finite(reward: Callable[..., Any]) -> Callable[..., Any]:
     return now
 
 
-def _rank() -> int:
+def _process_rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def score_text(
+def score_response(
     text: str, gold: Gold, tool_format: ToolFormat, reward: RewardRule, progress: float, batch: int, *, truncated: bool
-) -> Scored:
+) -> ResponseScore:
     """Score one response; `batch` is the number of its batch of responses, counted from 1."""
     judgement = judge(text, gold, tool_format, truncated=truncated)
     total = apply_reward(reward, judgement, progress, batch).total
     exact, called = float(judgement.exact_match), float(judgement.parsed.attempted_call)
-    return Scored(total, judgement.format, judgement.accuracy, exact, called)
+    return ResponseScore(total, judgement.format, judgement.accuracy, exact, called)
 
 
-def read_gold(value: Any) -> Gold:
+def parse_gold(value: Any) -> Gold:
     """Gold as a dataset holds it: JSON text, or the object itself. ValueError for anything else."""
     try:
         return gold_from_json(json.loads(value) if isinstance(value, str) else value)

@@ -39,11 +39,18 @@ from rest_rl.runlog import (
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import Engine
 from rest_rl.train.estimate import Estimate, estimate, this_device, verdict
-from rest_rl.train.policy import lora_config, model_context, policy_config, policy_tokenizer, quiet, quiet_loading
+from rest_rl.train.policy import (
+    load_policy_config,
+    load_policy_tokenizer,
+    lora_config,
+    policy_context_length,
+    quiet_transformers,
+    silence_transformers,
+)
 from rest_rl.train.prompts import TrainingData, gold_demonstration, read_data
-from rest_rl.train.request import RunSource, changed_keys, in_folder, is_first_process, resolve_run
+from rest_rl.train.request import RunSource, find_changed_keys, is_main_process, resolve_run, with_out_dir
 from rest_rl.train.trl.settings import unread_keys, with_machine_defaults
-from rest_rl.train.weighing import try_rule
+from rest_rl.train.weighing import try_weight_rule
 
 COUNTED = 2000
 """Samples whose tokens an estimate counts."""
@@ -78,7 +85,7 @@ class Plan:
     data: TrainingData
 
 
-@quiet()
+@quiet_transformers()
 def train(
     run: RunSource = None,
     *,
@@ -100,7 +107,7 @@ def train(
     Raises:
         UserError: a mistake in the run, its data or its model; found before the run folder is made where possible.
     """
-    is_first = is_first_process()
+    is_first = is_main_process()
     observer = observer if is_first else SILENT
     config = resolve_run(run, out=out, resume=resume, overrides=overrides)
     folder = Path(config.run.out)
@@ -133,7 +140,7 @@ def carry_out(plan: Plan, log: RunLog, checkpoint: Checkpoint, observer: Observe
     if reached.is_interrupted:
         observer.say(f"stopped after step {reached.step}; go on with: rest-rl train --resume --out {folder}")
     else:
-        engine.keep_model()
+        engine.save_model()
         log.update_summary(steps=reached.step, preset=config.rest.preset, seed=config.run.seed)
         held_out.measure("after")
         if log.enabled:
@@ -156,12 +163,12 @@ def resume_folder(folder: Path, plan: Plan, observer: Observer, *, enabled: bool
     """A run folder cut back to its newest whole checkpoint, once the engine is ready to go on from there."""
     log = RunLog(folder)
     check_same_data(plan.data, log)
-    checkpoint, broken = plan.engine.resume_point(log)
+    checkpoint, broken = plan.engine.find_resume_point(log)
     checkpoint = plan.engine.prepare(plan.data, log, checkpoint)
     if broken:
         observer.say(f"{', '.join(broken)} is not whole and is left aside")
     observer.say(f"resuming after step {checkpoint.step}")
-    changed = changed_keys(plan.config, in_folder(read_run_file(folder / CONFIG), folder))
+    changed = find_changed_keys(plan.config, with_out_dir(read_run_file(folder / CONFIG), folder))
     log = RunLog.resume(folder, checkpoint.step, is_last=checkpoint.is_last, enabled=enabled)
     if changed:
         log.change(plan.config.to_toml(), {"after_step": checkpoint.step, **changed})
@@ -171,7 +178,7 @@ def resume_folder(folder: Path, plan: Plan, observer: Observer, *, enabled: bool
 
 def quiet_libraries() -> None:
     """Leave the terminal to the caller: no progress bars, hints and deprecation warnings of the libraries."""
-    quiet_loading()
+    silence_transformers()
     disable_progress_bars()
 
 
@@ -199,9 +206,9 @@ def plan_of(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: bool
     config, layout = resolve_layout(config, observer)
     rule = None if config.rest.is_supervised else config.rest.resolve().weights
     if isinstance(rule, UserObject):
-        try_rule(rule, layout.tokenizer, layout.format)
+        try_weight_rule(rule, layout.tokenizer, layout.format)
     engine = make_engine(config, layout, observer, is_dry=is_dry)
-    plan = Plan(config, layout, engine, read_data(config, layout, observer, engine.response_tokens))
+    plan = Plan(config, layout, engine, read_data(config, layout, observer, engine.max_response_tokens))
     if not is_dry and config.run.engine == "trl":
         warn_of_memory(plan, observer)
     return plan
@@ -242,7 +249,7 @@ def estimate_plan(plan: Plan, *, measure: bool = False) -> Estimate:
     engine: Any = plan.engine
     return estimate(
         plan.config,
-        policy_config(plan.config.model),
+        load_policy_config(plan.config.model),
         engine.args,
         lora=lora_config(plan.config.peft),
         prompt_tokens=engine.token_counts(plan.data.prepared[:COUNTED]),
@@ -264,10 +271,10 @@ def warn_of_memory(plan: Plan, observer: Observer) -> None:
 
 def resolve_layout(config: RunConfig, observer: Observer) -> tuple[RunConfig, PromptLayout]:
     """The run with its format resolved, and how prompts are laid out."""
-    tokenizer, variables = policy_tokenizer(config.model), config.model.chat_template_kwargs
+    tokenizer, variables = load_policy_tokenizer(config.model), config.model.chat_template_kwargs
     name, why = resolve_format(config.rest.format, tokenizer, variables, keeps_prompts=config.data.keep_prompts)
     observer.say(f"format {name}: {why}")
-    layout = PromptLayout(tokenizer, name, variables, model_context(config.model, tokenizer))
+    layout = PromptLayout(tokenizer, name, variables, policy_context_length(config.model, tokenizer))
     config = config.with_response_limit(layout.context)
     return replace(config, rest=replace(config.rest, format=name)), layout
 

@@ -73,11 +73,11 @@ class EntropyTracker(TrainerCallback, ExportableState):
             self.table = saved["attributes"]["table"]
 
 
-SUMS = 4
-"""Numbers that `surprise_sums` returns; they add up over micro-batches and processes."""
+NUM_SURPRISE_SUMS = 4
+"""Numbers that `sum_surprise` returns; they add up over micro-batches and processes."""
 
 
-def surprise_sums(logps_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def sum_surprise(logps_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Tokens, entropy, excess surprise -log p - H, and the excess of each response squared, summed: float64 (4,)."""
     mask_BT = mask_BT.to(torch.float64)
     entropies_BT = entropies_BT.double().where(mask_BT > 0, 0.0)
@@ -85,7 +85,7 @@ def surprise_sums(logps_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> Te
     return torch.stack([mask_BT.sum(), entropies_BT.sum(), excess_B.sum(), excess_B.square().sum()])
 
 
-def surprise_metrics(sums_4: Tensor) -> dict[str, float]:
+def compute_surprise_metrics(sums_4: Tensor) -> dict[str, float]:
     """Excess surprise per token with its standard error, and the entropy it was measured over; empty without tokens.
 
     The standard error is sqrt(sum_i D_i^2) / tokens, D_i the excess of response i: its mean under agreement is known.
@@ -101,7 +101,7 @@ def surprise_metrics(sums_4: Tensor) -> dict[str, float]:
     }
 
 
-def check_method(rule: WeightRule, tool_format: str, entropy_decay: float, *, truncates: bool) -> None:
+def check_weight_rule(rule: WeightRule, tool_format: str, entropy_decay: float, *, truncates: bool) -> None:
     """Refuse a weight rule that could not weigh, whatever the engine.
 
     `truncates`: tokens are sampled by top-p, top-k or min-p.
@@ -112,9 +112,9 @@ def check_method(rule: WeightRule, tool_format: str, entropy_decay: float, *, tr
         check(tool_format, truncates)
 
 
-def try_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -> None:
+def try_weight_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -> None:
     """UserError for a rule of the user's that fails on a short batch, before and after regions have been measured."""
-    weigher = Weigher(tokenizer, tool_format, rule)
+    weigher = TokenWeighter(tokenizer, tool_format, rule)
     ids = tokenizer(tool_format.render(None, [ToolCall("f", {"a": 1})], None), add_special_tokens=False)["input_ids"]
     ids_BT = torch.tensor([ids, ids])
     mask_BT = torch.ones_like(ids_BT)
@@ -124,13 +124,13 @@ def try_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -> None:
         regions_BT, entropies_BT = weigher.tag(ids_BT, mask_BT), torch.full(ids_BT.shape, 0.5)
         known = {"entropies_BT": entropies_BT} if needs_entropies(rule) else {}
         with trying(f"weight rule {name_of(rule)}", "rule(batch, statistics, progress) -> weights (docs/method.md)"):
-            weights_R = weigher.weigh(ids_BT, mask_BT, regions_BT, statistics, progress, 1, **known).rule_weights_R
+            weights_R = weigher.weight(ids_BT, mask_BT, regions_BT, statistics, progress, 1, **known).rule_weights_R
         if weights_R is not None and tuple(weights_R.shape) != (NUM_REGIONS,):
             got = f"region_weights of shape {tuple(weights_R.shape)} from the weight rule {name_of(rule)}"
             raise UserError(got, f"{NUM_REGIONS} numbers, one for each region", "correct it")
 
 
-class Weighed(NamedTuple):
+class WeightedTokens(NamedTuple):
     """The weights of one batch and where they come from."""
 
     regions_BT: Tensor
@@ -141,7 +141,7 @@ class Weighed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Weigher:
+class TokenWeighter:
     """A weight rule bound to a tokenizer and a format."""
 
     tokenizer: Any
@@ -152,7 +152,7 @@ class Weigher:
         """The region of every token, int64 (B, T); each run of ones in the mask is a turn of its own."""
         return tag_regions(ids_BT, mask_BT, self.tokenizer, self.format)
 
-    def weigh(
+    def weight(
         self,
         ids_BT: Tensor,
         mask_BT: Tensor,
@@ -162,7 +162,7 @@ class Weigher:
         step: int,
         entropies_BT: Tensor | None = None,
         entropies_N: Tensor | None = None,
-    ) -> Weighed:
+    ) -> WeightedTokens:
         """Weigh the tokens of a batch; `statistics` are those of the steps before, None in the first.
 
         `step` is the number of the batch of responses, counted from 1. The entropies of this batch, and in a part of a
@@ -172,21 +172,21 @@ class Weigher:
             ids_BT, mask_BT, regions_BT, self.tokenizer, self.format.name, step, entropies_BT, entropies_N
         )
         weights_BT = weigh(self.rule, batch, statistics, progress)
-        return Weighed(regions_BT, weights_BT, region_weights_of(self.rule, statistics, progress))
+        return WeightedTokens(regions_BT, weights_BT, region_weights_of(self.rule, statistics, progress))
 
 
-def sums_by_region(weighed: Weighed, mask_BT: Tensor, entropies_BT: Tensor, logps_BT: Tensor) -> Tensor:
+def sum_by_region(weighted: WeightedTokens, mask_BT: Tensor, entropies_BT: Tensor, logps_BT: Tensor) -> Tensor:
     """Tokens, entropies, collision estimates and weights, summed by region: float64 (4, R); they add up over batches.
 
     E[1 - p(sampled token)] = 1 - sum_v p_v^2 for tokens sampled from p itself.
     """
-    quantities = (entropies_BT, -torch.expm1(logps_BT), weighed.weights_BT)
-    sums = [region_sums(values_BT, weighed.regions_BT, mask_BT) for values_BT in quantities]
+    quantities = (entropies_BT, -torch.expm1(logps_BT), weighted.weights_BT)
+    sums = [region_sums(values_BT, weighted.regions_BT, mask_BT) for values_BT in quantities]
     return torch.stack([sums[0][1], *(sums_R for sums_R, _ in sums)])
 
 
-def region_metrics(sums_4R: Tensor, rule_weights_R: Tensor | None) -> dict[str, float]:
-    """A step's figures by name from its `sums_by_region`: means over a region's tokens, NaN for a region without any.
+def compute_region_metrics(sums_4R: Tensor, rule_weights_R: Tensor | None) -> dict[str, float]:
+    """A step's figures by name from its `sum_by_region`: means over a region's tokens, NaN for a region without any.
 
     rest/entropy/<region>, rest/collision/<region>, rest/weight/<region>, rest/share/<region> (of all tokens), and
     rest/rule_weight/<region> where the rule measures something.

@@ -30,13 +30,13 @@ from rest_rl.report.diagnosis import Diagnosis
 from rest_rl.report.diagnosis.history import step_of
 from rest_rl.runlog import CONFIG, EVALUATIONS, METRICS, Observer, Row, RunLog, cut_back, read_rows, unwritable
 from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
-from rest_rl.train.engine import AfterStep, Reached
+from rest_rl.train.engine import AfterStep, StopPoint
 from rest_rl.train.estimate import count_work
-from rest_rl.train.policy import load_policy, new_adapter
+from rest_rl.train.policy import load_policy, new_adapter_config
 from rest_rl.train.prompts import TrainingData, cannot_train_on, dataset_of, prompt_dataset
-from rest_rl.train.record import KeepLast, ResponseRecord, recorded_reward
-from rest_rl.train.request import LENGTHS
-from rest_rl.train.reward import ending_ids, make_tool_reward
+from rest_rl.train.record import FlushAtEnd, ResponseRecord, with_response_record
+from rest_rl.train.request import LENGTH_KEYS
+from rest_rl.train.reward import get_stop_ids, make_tool_reward
 from rest_rl.train.sft import demonstrations, region_trainer
 from rest_rl.train.trl.settings import check_lengthening, trainer_config
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, steps_per_generation
@@ -67,10 +67,10 @@ class TrlEngine:
         self.args = trainer_config(config, is_dry=is_dry)
 
     @property
-    def response_tokens(self) -> int:
+    def max_response_tokens(self) -> int:
         return int(self.args.max_completion_length or 1) if isinstance(self.args, ResTConfig) else 1
 
-    def resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
+    def find_resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
         return find_checkpoint(log, self.args.save_steps)
 
     def prepare(self, data: TrainingData, log: RunLog, checkpoint: Checkpoint) -> Checkpoint:
@@ -89,7 +89,7 @@ class TrlEngine:
         return checkpoint
 
     def _check_lengthened(self, recorded: RunConfig, checkpoint: Checkpoint) -> None:
-        if any(recorded.trl.get(key) != self.config.trl.get(key) for key in LENGTHS):
+        if any(recorded.trl.get(key) != self.config.trl.get(key) for key in LENGTH_KEYS):
             check_lengthening(self.args, checkpoint.step)
 
     def _dataset(self, data: TrainingData) -> Any:
@@ -121,15 +121,15 @@ class TrlEngine:
         shared: dict[str, Any] = {
             "model": self.model,
             "processing_class": self.layout.tokenizer,
-            "peft_config": new_adapter(self.config),
+            "peft_config": new_adapter_config(self.config),
             "callbacks": [self.recorder],
         }
         if isinstance(self.args, ResTConfig):
             record = ResponseRecord(self._keep_responses)
             reward = self._recorded_reward(self.args, record)
             self.trainer = ResTTrainer(args=self.args, reward_funcs=reward, train_dataset=self.dataset, **shared)
-            self.trainer.on_weighed = record.fill
-            self.trainer.add_callback(KeepLast(record))
+            self.trainer.on_weighed = record.add_token_fields
+            self.trainer.add_callback(FlushAtEnd(record))
         else:
             weights = self.config.rest.loss_weights()
             self.trainer = region_trainer(self.args, self.layout, self.dataset, weights, **shared)
@@ -144,10 +144,10 @@ class TrlEngine:
     def _recorded_reward(self, args: ResTConfig, record: ResponseRecord) -> Callable[..., list[float]]:
         """The preset's reward, which also records the first responses of every batch."""
         tool_format, tokenizer = get_format(self.config.rest.format), self.layout.tokenizer
-        ends, shares, steps = ending_ids(tokenizer, self.model), steps_per_generation(args), args.progress_steps
+        ends, shares, steps = get_stop_ids(tokenizer, self.model), steps_per_generation(args), args.progress_steps
         reward = make_tool_reward(tokenizer, tool_format, args.method(), shares, args.seed, ends, steps)
         kept = self.config.run.recorded_responses
-        return recorded_reward(reward, tokenizer, tool_format, kept, record, ends, steps)
+        return with_response_record(reward, tokenizer, tool_format, kept, record, ends, steps)
 
     def _keep_responses(self, step: int, rows: Sequence[Row]) -> None:
         self.log.add_responses(rows)
@@ -220,10 +220,10 @@ class TrlEngine:
             + (f"; the last checkpoint is {kept}" if kept else ""),
         )
 
-    def run(self, after_step: AfterStep) -> Reached:
+    def run(self, after_step: AfterStep) -> StopPoint:
         trainer, begin = self.trainer, self.checkpoint
         if trainer is None:
-            return Reached(begin.step)
+            return StopPoint(begin.step)
         trainer.add_callback(EveryStep(after_step, self))
         with (
             self._sampling(),
@@ -232,9 +232,9 @@ class TrlEngine:
         ):
             trainer.train(resume_from_checkpoint=str(begin.folder) if begin.folder else None)
         step = int(trainer.state.global_step)
-        return Reached(step, self.recorder.stop_requested and step < trainer.state.max_steps)
+        return StopPoint(step, self.recorder.stop_requested and step < trainer.state.max_steps)
 
-    def keep_model(self) -> None:
+    def save_model(self) -> None:
         """All processes take part."""
         if self.trainer is None:
             return  # `start` has copied it from the checkpoint

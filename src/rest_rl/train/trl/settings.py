@@ -17,7 +17,7 @@ from trl import GRPOConfig, SFTConfig
 from rest_rl.config import RunConfig, checked, unknown_key
 from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS
-from rest_rl.train.policy import new_adapter
+from rest_rl.train.policy import new_adapter_config
 from rest_rl.train.request import MACHINE_DEFAULTS, check_ranges
 from rest_rl.train.trl.trainer import ResTConfig, steps_per_generation
 
@@ -81,7 +81,7 @@ def trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfig | S
             "change one of them",
         )
     check_trackers(cast(list[str], args.report_to))
-    new_adapter(config)  # refused here, before there is a run folder
+    new_adapter_config(config)  # refused here, before there is a run folder
     return args
 
 

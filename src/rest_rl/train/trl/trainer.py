@@ -35,18 +35,18 @@ from rest_rl.objects import UserObject, address_of
 from rest_rl.presets import PRESETS, Preset
 from rest_rl.response import NUM_REGIONS
 from rest_rl.train.policy import load_tokenizer
-from rest_rl.train.record import PLACE, WeighedBatch
-from rest_rl.train.reward import ending_ids, make_tool_reward, progress_of, refuse_non_finite
+from rest_rl.train.record import RESPONSE_INDEX, WeightedBatch
+from rest_rl.train.reward import compute_progress, get_stop_ids, make_tool_reward, refuse_non_finite
 from rest_rl.train.weighing import (
-    SUMS,
+    NUM_SURPRISE_SUMS,
     EntropyTracker,
-    Weighed,
-    Weigher,
-    check_method,
-    region_metrics,
-    sums_by_region,
-    surprise_metrics,
-    surprise_sums,
+    TokenWeighter,
+    WeightedTokens,
+    check_weight_rule,
+    compute_region_metrics,
+    compute_surprise_metrics,
+    sum_by_region,
+    sum_surprise,
 )
 from rest_rl.weights import WeightRule, is_uniform, needs_entropies
 
@@ -187,7 +187,7 @@ class ResTConfig(GRPOConfig):
     def check_method(self, method: Preset) -> None:
         """UserError for weights that could not weigh, or a part of the objective that they would not reach."""
         truncates = self.top_p < 1 or self.top_k > 0 or self.min_p is not None
-        check_method(method.weights, self.tool_format, self.entropy_decay, truncates=truncates)
+        check_weight_rule(method.weights, self.tool_format, self.entropy_decay, truncates=truncates)
         if is_uniform(method.weights):
             return
         refused = {
@@ -234,7 +234,7 @@ class _MicroBatch:
     def __init__(self, batch: dict[str, Any]) -> None:
         self.batch, self.advantages_B = batch, batch["advantages"]
         self.mask_BT = sampled_mask(batch).cpu()
-        self.weighed: Weighed | None = None
+        self.weighed: WeightedTokens | None = None
         self.is_observed = False
 
 
@@ -288,10 +288,10 @@ class ResTTrainer(GRPOTrainer):
             args.check_method(self._method)
         self._format = get_format(args.tool_format)
         self._text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._weigher = Weigher(self._text_tokenizer, self._format, self._method.weights)
+        self._weigher = TokenWeighter(self._text_tokenizer, self._format, self._method.weights)
         if reward_funcs is None:
             _check_gold_column(train_dataset)
-            ends = ending_ids(self._text_tokenizer, model)
+            ends = get_stop_ids(self._text_tokenizer, model)
             reward_funcs = make_tool_reward(
                 self._text_tokenizer,
                 self._format,
@@ -312,10 +312,10 @@ class ResTTrainer(GRPOTrainer):
             **kwargs,
         )
         self.add_callback(EntropyTracker(args.entropy_decay))
-        self.on_weighed: Callable[[WeighedBatch], None] | None = None
+        self.on_weighed: Callable[[WeightedBatch], None] | None = None
         self._microbatch: _MicroBatch | None = None
         self._sums_4R = torch.zeros(4, NUM_REGIONS, dtype=torch.float64)
-        self._surprise_4 = torch.zeros(SUMS, dtype=torch.float64)
+        self._surprise_4 = torch.zeros(NUM_SURPRISE_SUMS, dtype=torch.float64)
         self._rule_weights_R: Tensor | None = None
 
     @property
@@ -336,7 +336,7 @@ class ResTTrainer(GRPOTrainer):
         """TRL's batch of scored responses, each with its number in it and the regions of its tokens."""
         batch = super()._generate_and_score_completions(inputs)
         regions_BT = self._weigher.tag(batch["completion_ids"], sampled_mask(batch))
-        return {**batch, PLACE: torch.arange(len(batch["completion_ids"])), REGIONS: regions_BT}
+        return {**batch, RESPONSE_INDEX: torch.arange(len(batch["completion_ids"])), REGIONS: regions_BT}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -374,12 +374,12 @@ class ResTTrainer(GRPOTrainer):
         """The weighted advantages of one micro-batch, (B, T)."""
         entropies_N = None if entropies_BT is None else self._all_entropies(entropies_BT, found.mask_BT)
         ids_BT, regions_BT = found.batch["completion_ids"].cpu(), found.batch.get(REGIONS)
-        found.weighed = self._weigher.weigh(
+        found.weighed = self._weigher.weight(
             ids_BT,
             found.mask_BT,
             self._weigher.tag(ids_BT, found.mask_BT) if regions_BT is None else regions_BT.cpu(),  # not generated here
             self.tracker.statistics(),
-            progress_of(self.state, cast(ResTConfig, self.args).progress_steps),
+            compute_progress(self.state, cast(ResTConfig, self.args).progress_steps),
             self.state.global_step // steps_per_generation(self.args) + 1,
             entropies_BT,
             entropies_N,
@@ -391,14 +391,14 @@ class ResTTrainer(GRPOTrainer):
         assert found.weighed is not None
         found.is_observed = True
         self._rule_weights_R = found.weighed.rule_weights_R
-        self._sums_4R += sums_by_region(found.weighed, found.mask_BT, entropies_BT, logps_BT)
-        self._surprise_4 += surprise_sums(logps_BT, entropies_BT, found.mask_BT)
+        self._sums_4R += sum_by_region(found.weighed, found.mask_BT, entropies_BT, logps_BT)
+        self._surprise_4 += sum_surprise(logps_BT, entropies_BT, found.mask_BT)
         if self.accelerator.sync_gradients or not self._training:
             self._close_step()
-        if self.on_weighed is not None and PLACE in found.batch:
+        if self.on_weighed is not None and RESPONSE_INDEX in found.batch:
             weighed = found.weighed
             kept = (weighed.regions_BT, weighed.weights_BT, entropies_BT, logps_BT, found.advantages_B.cpu())
-            self.on_weighed(WeighedBatch(found.batch[PLACE], *kept))
+            self.on_weighed(WeightedBatch(found.batch[RESPONSE_INDEX], *kept))
 
     def _all_entropies(self, entropies_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """The entropies of the unmasked tokens of all processes together, as TRL's own quantile takes them."""
@@ -414,9 +414,9 @@ class ResTTrainer(GRPOTrainer):
         sums_4R, self._sums_4R = self._summed(self._sums_4R), torch.zeros_like(self._sums_4R)
         surprise_4, self._surprise_4 = self._summed(self._surprise_4), torch.zeros_like(self._surprise_4)
         metrics = self._metrics["train" if self._training else "eval"]
-        figures = region_metrics(sums_4R, self._rule_weights_R)
+        figures = compute_region_metrics(sums_4R, self._rule_weights_R)
         if self._is_on_policy:
-            figures |= surprise_metrics(surprise_4)
+            figures |= compute_surprise_metrics(surprise_4)
         for name, value in figures.items():
             metrics[name].append(value)
         if self._training:

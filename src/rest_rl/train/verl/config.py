@@ -24,7 +24,7 @@ from rest_rl.presets import Preset
 from rest_rl.rewards import is_random
 from rest_rl.train.trl.settings import check_trl
 from rest_rl.train.verl.responses import LOOP, PLUGIN, TRAINER
-from rest_rl.train.weighing import check_method
+from rest_rl.train.weighing import check_weight_rule
 from rest_rl.weights import is_uniform
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, mega
         raise UserError(what, "a path without it", "pass another --out")
     tool_format = "toolrl" if config.rest.format == AUTO else config.rest.format
     truncates = trl["top_p"] < 1 or trl["top_k"] > 0
-    check_method(method.weights, tool_format, config.rest.entropy_decay, truncates=truncates)
+    check_weight_rule(method.weights, tool_format, config.rest.entropy_decay, truncates=truncates)
 
 
 # verl's configuration

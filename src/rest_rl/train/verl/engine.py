@@ -27,10 +27,10 @@ from rest_rl.jsonl import as_json
 from rest_rl.report.diagnosis import Diagnosis
 from rest_rl.runlog import EVALUATIONS, METRICS, RESPONSES, Observer, Row, RunLog, read_rows, replace_file, unwritable
 from rest_rl.train.checkpoints import Checkpoint
-from rest_rl.train.engine import AfterStep, Reached
-from rest_rl.train.policy import base_and_adapter, own_generation
+from rest_rl.train.engine import AfterStep, StopPoint
+from rest_rl.train.policy import load_generation_config, resolve_adapter
 from rest_rl.train.prompts import TrainingData, dataset_of, gold_text
-from rest_rl.train.reward import ending_ids
+from rest_rl.train.reward import get_stop_ids
 from rest_rl.train.verl.config import (
     HELD_OUT_FILE,
     LOOPS_FILE,
@@ -68,14 +68,14 @@ class VerlEngine:
             observer.say(f"the engine verl does not read {', '.join(unread)}; [verl] has its own settings for them")
 
     @property
-    def response_tokens(self) -> int:
+    def max_response_tokens(self) -> int:
         return int(trl_table(self.config)["max_completion_length"])
 
-    def resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
+    def find_resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
         return find_checkpoint(log)
 
     def prepare(self, data: TrainingData, log: RunLog, checkpoint: Checkpoint) -> Checkpoint:
-        model, adapter = base_and_adapter(self.config.model)
+        model, adapter = resolve_adapter(self.config.model)
         if adapter is not None:
             raise UserError(
                 f"the adapter {adapter} on verl", "a whole model", "merge it first, or set run.engine = 'trl'"
@@ -86,7 +86,7 @@ class VerlEngine:
             model=str(Path(model).absolute() if Path(model).is_dir() else model),
             num_train=len(data.prepared),
             prompt_tokens=max(len(row.prompt_ids) for row in (*data.prepared, *(row for _, row in data.held_out))),
-            ends=tuple(sorted(ending_ids(self.layout.tokenizer, own_generation(model)))),
+            ends=tuple(sorted(get_stop_ids(self.layout.tokenizer, load_generation_config(model)))),
             has_held_out=bool(data.held_out),
             resume_from=checkpoint.folder and checkpoint.folder.absolute(),
         )
@@ -113,10 +113,10 @@ class VerlEngine:
     def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> Mapping[str, Any] | None:
         return None
 
-    def run(self, after_step: AfterStep) -> Reached:
+    def run(self, after_step: AfterStep) -> StopPoint:
         """Run verl to the last step, or let it only measure what is not measured; UserError if it stops before."""
         if self.checkpoint.is_last and not self.verl.trainer.val_before_train:
-            return Reached(self.total)
+            return StopPoint(self.total)
         look = follower(self.log, self.observer, parse_toml(self.config.to_toml(), "the run"), self.total)
         path = self.log.folder / LOG
         remedy = f"see {path}; go on with: rest-rl train --resume --out {self.log.folder}"
@@ -130,7 +130,7 @@ class VerlEngine:
             ):
                 run_on_ray(self.verl)
         except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of SIGTERM
-            return Reached(last_step(self.log), is_interrupted=True)
+            return StopPoint(last_step(self.log), is_interrupted=True)
         except Exception as error:  # Ray wraps whatever a worker raised
             with path.open("a", encoding="utf-8", errors="replace") as file:
                 traceback.print_exception(error, file=file)
@@ -140,9 +140,9 @@ class VerlEngine:
             ) from error
         if (reached := last_step(self.log)) < self.total:
             raise UserError(f"a run that ended on verl after step {reached}", f"{self.total} steps", remedy)
-        return Reached(self.total)
+        return StopPoint(self.total)
 
-    def keep_model(self) -> None:
+    def save_model(self) -> None:
         if self.log.model.exists():
             return
         with self.observer.track("putting the model together"):

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import unwritable
-from rest_rl.train.policy import ADAPTER, load_tokenizer
+from rest_rl.train.policy import ADAPTER_CONFIG, load_tokenizer
 
 RANK_AND_ALPHA = "lora_train_meta.json"
 """The file of verl's checkpoint that is there if FSDP trained an adapter."""
@@ -44,10 +44,12 @@ def merge_model(
         if (actor / RANK_AND_ALPHA).is_file():
             write_adapter(actor, part, base)
             tokenizer = actor / "huggingface"
-        elif (exported / "adapter" / ADAPTER).is_file():
+        elif (exported / "adapter" / ADAPTER_CONFIG).is_file():
             shutil.copytree(exported / "adapter", part)
-            config = json.loads((part / ADAPTER).read_text(encoding="utf-8")) | {"base_model_name_or_path": str(base)}
-            (part / ADAPTER).write_text(as_json(config, indent=2), encoding="utf-8")
+            config = json.loads((part / ADAPTER_CONFIG).read_text(encoding="utf-8")) | {
+                "base_model_name_or_path": str(base)
+            }
+            (part / ADAPTER_CONFIG).write_text(as_json(config, indent=2), encoding="utf-8")
             tokenizer = exported
         elif any(exported.glob("*.safetensors")):
             shutil.copytree(exported, part)

@@ -32,7 +32,7 @@ from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import RunLog, replace_file
 from rest_rl.statistics import Outcome, summarise
-from rest_rl.train.reward import Scored, read_gold, score_text
+from rest_rl.train.reward import ResponseScore, parse_gold, score_response
 from rest_rl.train.verl.responses import (
     DATA_STATE,
     ESTIMATOR,
@@ -48,7 +48,7 @@ from rest_rl.train.verl.responses import (
     reshape_batch,
     timing_row,
 )
-from rest_rl.train.weighing import Weigher
+from rest_rl.train.weighing import TokenWeighter
 
 PER_RESPONSE = ("uid", "rm_scores", "reward_model", "extra_info", "extra_fields", "raw_prompt")
 """Fields of a response in verl's TransferQueue that are read, besides those of its tokens."""
@@ -91,7 +91,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         responses = self._responses(batch, data["responses"])
         chosen = responses.first(self.run.recorded_responses)
         watched = [responses.places[i] for i in chosen]
-        weigher = Weigher(self.tokenizer, self.format, self.method.weights)
+        weigher = TokenWeighter(self.tokenizer, self.format, self.method.weights)
         step, progress = self.global_steps, progress_of_step(self.global_steps, self.total_training_steps)
         advantages, figures, tokens = reshape_batch(data, weigher, self.tracker, progress, step, watched)
         asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
@@ -182,10 +182,10 @@ class ReSTRewardManager(RewardManagerBase):
         ids = ids[:length].tolist()
         text, is_cut = decode_ids(ids, self.tokenizer, self.format.tags), not has_ended(ids, self.ends)
         step = int(columns["global_steps"])
-        gold = read_gold(columns["reward_model"]["ground_truth"])
+        gold = parse_gold(columns["reward_model"]["ground_truth"])
         progress = progress_of_step(step, self.total)
-        scored = score_text(text, gold, self.format, self.method.reward, progress, max(1, step), truncated=is_cut)
-        extra = {name: getattr(scored, name) for name in Scored._fields[1:]}
+        scored = score_response(text, gold, self.format, self.method.reward, progress, max(1, step), truncated=is_cut)
+        extra = {name: getattr(scored, name) for name in ResponseScore._fields[1:]}
         kind = {"kind": columns["extra_info"]["kind"], "turn": gold.turn}
         return {"reward_score": scored.total, "reward_extra_info": {**extra, **kind}}
 

@@ -22,16 +22,16 @@ from rest_rl.formats import ToolFormat, get_format
 from rest_rl.presets import Preset
 from rest_rl.response import NUM_REGIONS, Turn
 from rest_rl.runlog import Row, RunLog
-from rest_rl.train.record import WeighedBatch, response_row
-from rest_rl.train.reward import Scored, read_gold, split_figures
+from rest_rl.train.record import WeightedBatch, make_response_row
+from rest_rl.train.reward import ResponseScore, collect_by_turn, parse_gold
 from rest_rl.train.weighing import (
-    SUMS,
+    NUM_SURPRISE_SUMS,
     EntropyTracker,
-    Weigher,
-    region_metrics,
-    sums_by_region,
-    surprise_metrics,
-    surprise_sums,
+    TokenWeighter,
+    compute_region_metrics,
+    compute_surprise_metrics,
+    sum_by_region,
+    sum_surprise,
 )
 
 PLUGIN = "rest_rl.train.verl.plugin"
@@ -68,7 +68,7 @@ def read_run(text: str) -> tuple[RunTable, Preset, ToolFormat, EntropyTracker]:
 
 def reshape_batch(
     data: Mapping[str, Tensor],
-    weigher: Weigher,
+    weigher: TokenWeighter,
     tracker: EntropyTracker,
     progress: float,
     step: int,
@@ -82,7 +82,10 @@ def reshape_batch(
     """
     rows = [data[name].unbind() for name in PER_TOKEN]
     size, statistics, rule_weights_R = len(rows[0]), tracker.statistics(), None
-    sums_4R, surprise_4 = torch.zeros(4, NUM_REGIONS, dtype=torch.float64), torch.zeros(SUMS, dtype=torch.float64)
+    sums_4R, surprise_4 = (
+        torch.zeros(4, NUM_REGIONS, dtype=torch.float64),
+        torch.zeros(NUM_SURPRISE_SUMS, dtype=torch.float64),
+    )
     advantages: list[Tensor] = []
     recorded: dict[int, Row] = {}
     entropies_N = torch.cat([row[mask.bool()] for row, mask in zip(rows[2], rows[1], strict=True)]).float().cpu()
@@ -90,17 +93,17 @@ def reshape_batch(
         ids_BT, mask_BT, entropies_BT, logps_BT, advantages_BT = (padded(row[first : first + PART]) for row in rows)
         lengths = [len(row) for row in rows[0][first : first + PART]]
         regions_BT = weigher.tag(ids_BT, mask_BT)
-        weighed = weigher.weigh(ids_BT, mask_BT, regions_BT, statistics, progress, step, entropies_BT, entropies_N)
+        weighed = weigher.weight(ids_BT, mask_BT, regions_BT, statistics, progress, step, entropies_BT, entropies_N)
         rule_weights_R = weighed.rule_weights_R
-        sums_4R += sums_by_region(weighed, mask_BT, entropies_BT, logps_BT)
-        surprise_4 += surprise_sums(logps_BT, entropies_BT, mask_BT)
+        sums_4R += sum_by_region(weighed, mask_BT, entropies_BT, logps_BT)
+        surprise_4 += sum_surprise(logps_BT, entropies_BT, mask_BT)
         reshaped_BT = advantages_BT * weighed.weights_BT
         advantages += [reshaped_BT[row, :length] for row, length in enumerate(lengths)]
         kept = (weighed.regions_BT, weighed.weights_BT, entropies_BT, logps_BT, advantages_BT[:, 0])
-        seen = WeighedBatch(torch.arange(first, first + len(lengths)), *kept)
-        recorded |= {at: seen.tokens_of(at - first, lengths[at - first]) for at in watched if 0 <= at - first < PART}
+        seen = WeightedBatch(torch.arange(first, first + len(lengths)), *kept)
+        recorded |= {at: seen.token_fields(at - first, lengths[at - first]) for at in watched if 0 <= at - first < PART}
     tracker.update(sums_4R[:3])
-    figures = region_metrics(sums_4R, rule_weights_R) | surprise_metrics(surprise_4)
+    figures = compute_region_metrics(sums_4R, rule_weights_R) | compute_surprise_metrics(surprise_4)
     figures["entropy"] = float(sums_4R[1].sum() / sums_4R[0].sum())
     return torch.nested.as_nested_tensor(advantages, layout=torch.jagged), figures, recorded
 
@@ -158,12 +161,12 @@ class Responses:
             "frac_reward_zero_std": sum(alike) / len(alike),
             "completions/clipped_ratio": 1 - float(ended_B.double().mean()),
         }
-        for name in Scored._fields[1:]:
+        for name in ResponseScore._fields[1:]:
             figures[f"rest/{name}"] = sum(float(row[name]) for row in self.scores) / len(self.scores)
-        turns: list[Turn] = [read_gold(gold).turn for gold in self.golds]
-        scored = (Scored(reward, *(float(row[name]) for name in Scored._fields[1:]))
+        turns: list[Turn] = [parse_gold(gold).turn for gold in self.golds]
+        scored = (ResponseScore(reward, *(float(row[name]) for name in ResponseScore._fields[1:]))
                   for reward, row in zip(rewards_B.tolist(), self.scores, strict=True))  # fmt: skip
-        for name, values in split_figures(zip(turns, scored, strict=True)).items():
+        for name, values in collect_by_turn(zip(turns, scored, strict=True)).items():
             figures[name] = sum(values) / len(values)
         for name, chosen_B in (("", lengths_B), ("_terminated", lengths_B[ended_B])):
             if len(chosen_B):
@@ -185,7 +188,7 @@ class Responses:
             if not rows or rows[-1]["id"] != row["id"]:  # a group shares its prompt
                 row["prompt"] = self.prompts[i]
             gold, reward = json.loads(self.golds[i]), float(self.rewards_B[i])
-            row |= response_row(self.ids[i].tolist(), gold, reward, self.tokenizer, self.tool_format, self.ends)
+            row |= make_response_row(self.ids[i].tolist(), gold, reward, self.tokenizer, self.tool_format, self.ends)
             rows.append(row | tokens[self.places[i]])
         return rows
 
