@@ -21,8 +21,8 @@ from typing import Any
 
 from rest_rl.evaluate.benchmarks.api_bank import LEVELS, published_calls, soft_match
 
-PER_RUN = 150
-STAND_IN = """
+BATCH_SIZE = 150
+FAKE_VLLM = """
 import json
 TEXTS = iter(json.load(open("texts.json")))
 class SamplingParams:
@@ -38,17 +38,17 @@ class LLM:
 Mutation = Callable[[dict[str, Any], random.Random], str]
 
 
-def line(name: Any, arguments: Any, **more: Any) -> str:
+def format_call(name: Any, arguments: Any, **more: Any) -> str:
     """A call as the format writes it."""
     return json.dumps({"name": name, "parameters": arguments, **more}, ensure_ascii=False)
 
 
-def tagged(*lines: str) -> str:
+def wrap_calls(*lines: str) -> str:
     """A whole response."""
     return "\n".join(["<think> a thought </think>", "<tool_call>", *lines, "</tool_call>"])
 
 
-def changed(arguments: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+def mutate_arguments(arguments: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """Arguments with one thing different, perhaps in the type alone."""
     result = dict(arguments)
     key = rng.choice(sorted(result)) if result else "x"
@@ -97,45 +97,45 @@ JUNK = (
 )
 
 
-def mutated(answer: dict[str, Any], rng: random.Random) -> str:
+def mutate_response(answer: dict[str, Any], rng: random.Random) -> str:
     """A text near the right response, or far from it."""
     name, arguments = answer["name"], answer["parameters"]
-    gold, junk = line(name, arguments), rng.choices(JUNK, k=rng.randrange(1, 4))
+    gold, junk = format_call(name, arguments), rng.choices(JUNK, k=rng.randrange(1, 4))
     shuffled = dict(rng.sample(sorted(arguments.items()), len(arguments)))
     choices = (
-        lambda: tagged(gold),
-        lambda: tagged(line(name, shuffled)),
-        lambda: tagged(line(name, changed(arguments, rng))),
-        lambda: tagged(*rng.sample([gold, *junk], len(junk) + 1)),
+        lambda: wrap_calls(gold),
+        lambda: wrap_calls(format_call(name, shuffled)),
+        lambda: wrap_calls(format_call(name, mutate_arguments(arguments, rng))),
+        lambda: wrap_calls(*rng.sample([gold, *junk], len(junk) + 1)),
         lambda: "\n".join(rng.sample([gold, *junk], len(junk) + 1)),
-        lambda: tagged(json.dumps(gold)),
-        lambda: tagged(json.dumps(arguments)),
-        lambda: tagged(json.dumps(json.dumps(arguments))),
-        lambda: tagged(json.dumps({"name": name, "arguments": arguments})),
-        lambda: tagged(line(name, arguments, extra=1)),
-        lambda: tagged(line(name.lower() + rng.choice(["", "x"]), arguments)),
-        lambda: tagged(json.dumps([{"name": name, "parameters": arguments}])),
-        lambda: tagged(line(name, json.dumps(arguments))),
-        lambda: tagged(gold + rng.choice([",", " ", "\t", ";", "\r", "\u2028", "\x0b"])),
+        lambda: wrap_calls(json.dumps(gold)),
+        lambda: wrap_calls(json.dumps(arguments)),
+        lambda: wrap_calls(json.dumps(json.dumps(arguments))),
+        lambda: wrap_calls(json.dumps({"name": name, "arguments": arguments})),
+        lambda: wrap_calls(format_call(name, arguments, extra=1)),
+        lambda: wrap_calls(format_call(name.lower() + rng.choice(["", "x"]), arguments)),
+        lambda: wrap_calls(json.dumps([{"name": name, "parameters": arguments}])),
+        lambda: wrap_calls(format_call(name, json.dumps(arguments))),
+        lambda: wrap_calls(gold + rng.choice([",", " ", "\t", ";", "\r", "\u2028", "\x0b"])),
         lambda: gold,
         lambda: f"<tool_call>{gold}</tool_call>",
-        lambda: tagged(*junk) + "\n" + tagged(gold),
-        lambda: tagged(gold) + "\n" + tagged(*junk),
-        lambda: tagged(gold)[: rng.randrange(len(tagged(gold)))],
-        lambda: "".join(c for c in tagged(gold) if rng.random() > 0.01),
-        lambda: tagged(json.dumps({"name": name, "parameters": arguments}, indent=1)),
+        lambda: wrap_calls(*junk) + "\n" + wrap_calls(gold),
+        lambda: wrap_calls(gold) + "\n" + wrap_calls(*junk),
+        lambda: wrap_calls(gold)[: rng.randrange(len(wrap_calls(gold)))],
+        lambda: "".join(c for c in wrap_calls(gold) if rng.random() > 0.01),
+        lambda: wrap_calls(json.dumps({"name": name, "parameters": arguments}, indent=1)),
         lambda: rng.choice(["", " ", "\n", "no call", *junk]),
-        lambda: tagged(gold, line(name, changed(arguments, rng))),
-        lambda: tagged(line(name, changed(arguments, rng)), gold),
+        lambda: wrap_calls(gold, format_call(name, mutate_arguments(arguments, rng))),
+        lambda: wrap_calls(format_call(name, mutate_arguments(arguments, rng)), gold),
     )
     return rng.choice(choices)()
 
 
-def published_scores(rows: list[dict[str, Any]], texts: list[str], scripts: Path) -> list[int]:
+def run_published_scripts(rows: list[dict[str, Any]], texts: list[str], scripts: Path) -> list[int]:
     """The verdicts of the published scripts on one batch."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        (place / "vllm.py").write_text(STAND_IN, encoding="utf-8")
+        (place / "vllm.py").write_text(FAKE_VLLM, encoding="utf-8")
         (place / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
         for level in LEVELS:
             content = json.dumps(rows if level == 1 else [])
@@ -163,11 +163,11 @@ def main() -> int:
         for row in json.loads((arguments.data / f"level-{level}-api_processed.json").read_text(encoding="utf-8"))
     ]
     verdicts: Counter[tuple[bool, bool]] = Counter()
-    for start in range(0, arguments.n, PER_RUN):
-        batch = rng.choices(rows, k=min(PER_RUN, arguments.n - start))
+    for start in range(0, arguments.n, BATCH_SIZE):
+        batch = rng.choices(rows, k=min(BATCH_SIZE, arguments.n - start))
         answers = [row["answer"][0] if isinstance(row["answer"], list) else row["answer"] for row in batch]
-        texts = [mutated(answer, rng) for answer in answers]
-        theirs = published_scores(batch, texts, arguments.published)
+        texts = [mutate_response(answer, rng) for answer in answers]
+        theirs = run_published_scripts(batch, texts, arguments.published)
         for answer, text, score in zip(answers, texts, theirs, strict=True):
             ours = soft_match(published_calls(text), answer)
             verdicts[ours, bool(score)] += 1

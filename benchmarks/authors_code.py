@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from method_cost import FORMAT, byte_level, load, responses
+from method_cost import FORMAT, load_module, make_responses, train_tokenizer
 
 from rest_rl.presets import compute_token_weights, score_response
 from rest_rl.response import Gold
@@ -24,7 +24,7 @@ from rest_rl.response import Gold
 FRAGMENTS = ['"', "{", "}", "\n", "</think>", "<tool_call>", "<response>", "</response>", "\\", " ", "1.0", "true"]
 
 
-def mutated(text: str, rng: random.Random) -> str:
+def mutate(text: str, rng: random.Random) -> str:
     """The text cut, spliced or left as it is."""
     at, end = sorted(rng.randrange(len(text) + 1) for _ in range(2))
     match rng.randrange(5):
@@ -35,12 +35,12 @@ def mutated(text: str, rng: random.Random) -> str:
         case 2:
             return text[:at] + text[min(at + 6, end) :]
         case 3:
-            return mutated(mutated(text, rng), rng)
+            return mutate(mutate(text, rng), rng)
         case _:
             return text
 
 
-def same_weights(text: str, step: int, tokenizer: Any, weighting: Any) -> bool | None:
+def compare_weights(text: str, step: int, tokenizer: Any, weighting: Any) -> bool | None:
     """Whether both sides weigh the canonical tokens of the text alike; None if the published code raises."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     mask_BT = torch.ones(1, len(ids))
@@ -53,7 +53,7 @@ def same_weights(text: str, step: int, tokenizer: Any, weighting: Any) -> bool |
     return torch.equal(ours_BT, published_BT)
 
 
-def same_reward(text: str, gold: Gold, step: int, reward: Any) -> bool:
+def compare_rewards(text: str, gold: Gold, step: int, reward: Any) -> bool:
     """Whether both sides give the same reward and the same two parts."""
     total, well_formatted, correctness, _ = reward.compute_score(
         text, FORMAT.render("a", gold.calls, gold.answer), step
@@ -67,17 +67,17 @@ def main() -> int:
     parser.add_argument("--responses", type=int, default=400)
     args = parser.parse_args()
     os.environ["SCHEDULEREWARD"] = "1"  # the published training script sets it
-    weighting = load(args.published / "recipe/custom/token_weighting.py")
-    reward = load(args.published / "verl/utils/reward_score/rlla.py")
+    weighting = load_module(args.published / "recipe/custom/token_weighting.py")
+    reward = load_module(args.published / "verl/utils/reward_score/rlla.py")
     rng = random.Random(0)
-    rows = responses(args.responses, rng)
-    tokenizer = byte_level([text for text, _ in rows])
+    rows = make_responses(args.responses, rng)
+    tokenizer = train_tokenizer([text for text, _ in rows])
     different = raised = 0
     for text, gold in rows:
-        changed, step = mutated(text, rng), rng.randrange(300)
-        weights_agree = same_weights(changed, step, tokenizer, weighting) if changed else None
+        changed, step = mutate(text, rng), rng.randrange(300)
+        weights_agree = compare_weights(changed, step, tokenizer, weighting) if changed else None
         raised += weights_agree is None
-        if weights_agree is False or not same_reward(changed, gold, step, reward):
+        if weights_agree is False or not compare_rewards(changed, gold, step, reward):
             different += 1
             print(f"step {step}: {changed!r}")
     print(f"{args.responses} responses, {different} different, {raised} on which the published weights raise")

@@ -15,20 +15,20 @@ from rest_rl.response import Gold
 
 Call = dict[str, Any]
 Sample = dict[str, Any]
-PLAUSIBLE = {"integer": 1, "number": 1.5, "float": 1.5, "boolean": True, "array": [], "object": {}, "dict": {}}
+PLACEHOLDERS = {"integer": 1, "number": 1.5, "float": 1.5, "boolean": True, "array": [], "object": {}, "dict": {}}
 
 
-def line(call: Call) -> str:
+def format_call(call: Call) -> str:
     """A call as the format writes it."""
     return json.dumps({"name": call["name"], "parameters": call["arguments"]}, ensure_ascii=False)
 
 
-def tagged(lines: Sequence[str]) -> str:
+def wrap_calls(lines: Sequence[str]) -> str:
     """A whole response."""
     return "\n".join(["<think> a thought </think>", "<tool_call>", *lines, "</tool_call>"])
 
 
-def other_value(value: Any, rng: random.Random) -> Any:
+def mutate_value(value: Any, rng: random.Random) -> Any:
     """A value near the given one: another type, other case or marks, another length."""
     wrapped = [[value], {"v": value}, None, str(value), "", [], True]
     if isinstance(value, bool):
@@ -44,35 +44,35 @@ def other_value(value: Any, rng: random.Random) -> Any:
         near += [int(value)] if value.isdecimal() and value.isascii() else []
     elif isinstance(value, list):
         near = [value[1:], value[::-1], [*value, *value[:1]], [value], tuple(value), [*value, "x"]]
-        near += [changed_at(value, rng)] * 4 if value else []
+        near += [mutate_item(value, rng)] * 4 if value else []
     elif isinstance(value, dict):
         near = [{**value, "extra": 1}, list(value), {str(key).upper(): item for key, item in value.items()}]
-        near += [changed_at(value, rng), dict(list(value.items())[1:])] * 2 if value else []
+        near += [mutate_item(value, rng), dict(list(value.items())[1:])] * 2 if value else []
     else:
         near = ["x", 0]
     return rng.choice(near if rng.random() < 0.8 else wrapped)
 
 
-def changed_at(value: Any, rng: random.Random) -> Any:
+def mutate_item(value: Any, rng: random.Random) -> Any:
     """A list or object with one other value."""
     other = dict(value) if isinstance(value, dict) else list(value)
     key = rng.choice(list(other)) if isinstance(other, dict) else rng.randrange(len(other))
-    other[key] = other_value(other[key], rng)
+    other[key] = mutate_value(other[key], rng)
     return other
 
 
-def change_arguments(call: Call, tools: dict[str, Any], rng: random.Random) -> tuple[str, Call]:
+def mutate_arguments(call: Call, tools: dict[str, Any], rng: random.Random) -> tuple[str, Call]:
     """The call with other arguments, and what was done."""
     arguments = dict(call["arguments"])
     unused = sorted(set(tools.get(call["name"], {})) - set(arguments))
     kind = rng.choice(["value", "value", "value", "missing argument", "extra argument", "unknown argument", "order"])
     if kind in ("value", "missing argument") and arguments:
         key = rng.choice(list(arguments))
-        value = other_value(arguments.pop(key), rng)
+        value = mutate_value(arguments.pop(key), rng)
         arguments = {**arguments, key: value} if kind == "value" else arguments
     elif kind == "extra argument" and unused:
         key = rng.choice(unused)
-        arguments[key] = PLAUSIBLE.get(tools[call["name"]][key].get("type"), "text")
+        arguments[key] = PLACEHOLDERS.get(tools[call["name"]][key].get("type"), "text")
     elif kind == "order":
         arguments = dict(rng.sample(list(arguments.items()), len(arguments)))
     else:
@@ -81,7 +81,7 @@ def change_arguments(call: Call, tools: dict[str, Any], rng: random.Random) -> t
     return kind, {"name": call["name"], "arguments": arguments}
 
 
-def change_name(call: Call, tools: dict[str, Any], rng: random.Random) -> Call:
+def mutate_name(call: Call, tools: dict[str, Any], rng: random.Random) -> Call:
     """The call under another name; none that evaluates to more than nothing."""
     name = call["name"]
     names = [name.upper(), name.replace(".", "_"), name + "x", "no_such_tool", "dict", "None", "", "self.x", "kill"]
@@ -92,10 +92,10 @@ def plausible_call(tools: dict[str, Any], rng: random.Random) -> Call:
     """Some call of some tool."""
     name = rng.choice([*tools] or ["no_such_tool"])
     chosen = [key for key in tools.get(name, {}) if rng.random() < 0.7]
-    return {"name": name, "arguments": {key: PLAUSIBLE.get(tools[name][key].get("type"), "text") for key in chosen}}
+    return {"name": name, "arguments": {key: PLACEHOLDERS.get(tools[name][key].get("type"), "text") for key in chosen}}
 
 
-def change_calls(calls: list[Call], tools: dict[str, Any], rng: random.Random) -> tuple[str, list[Call]]:
+def mutate_calls(calls: list[Call], tools: dict[str, Any], rng: random.Random) -> tuple[str, list[Call]]:
     """A list of calls with one thing different."""
     kind = rng.choice(["arguments"] * 5 + ["name", "missing call", "extra call", "copy", "order"])
     at = rng.randrange(len(calls)) if calls else 0
@@ -108,39 +108,41 @@ def change_calls(calls: list[Call], tools: dict[str, Any], rng: random.Random) -
     if kind == "missing call":
         return kind, calls[:at] + calls[at + 1 :]
     if kind == "name":
-        return kind, [*calls[:at], change_name(calls[at], tools, rng), *calls[at + 1 :]]
-    kind, changed = change_arguments(calls[at], tools, rng)
+        return kind, [*calls[:at], mutate_name(calls[at], tools, rng), *calls[at + 1 :]]
+    kind, changed = mutate_arguments(calls[at], tools, rng)
     return kind, [*calls[:at], changed, *calls[at + 1 :]]
 
 
 JUNK = ("{broken", "null", "5", "[]", "{}", '"text"', "prose", '{"name": "x"}', '{"parameters": {}}', "[" * 500)
 
 
-def written(calls: list[Call], rng: random.Random) -> tuple[str, str]:
+def write_response(calls: list[Call], rng: random.Random) -> tuple[str, str]:
     """The calls as text, now and then odd, and in which way."""
-    lines = [line(call) for call in calls]
+    lines = [format_call(call) for call in calls]
     if rng.random() < 0.7:
-        return "", tagged(lines) if calls else "<think> a thought </think>\n<response> no </response>"
+        return "", wrap_calls(lines) if calls else "<think> a thought </think>\n<response> no </response>"
     first = calls[0] if calls else {"name": "x", "arguments": {}}
     choices: dict[str, Callable[[], str]] = {
-        "no call": lambda: rng.choice(["", "no call", "<think> a </think>\n<response> b </response>", tagged([])]),
-        "broken lines": lambda: tagged(rng.sample([*lines, *rng.choices(JUNK, k=2)], len(lines) + 2)),
-        "broken call": lambda: tagged([*lines[1:], line(first)[: -rng.randrange(1, 6)]]),
-        "nested": lambda: tagged([json.dumps([json.loads(line(first))])]),
-        "one list": lambda: tagged(["[" + ", ".join(lines) + "]"]),
-        "other key": lambda: tagged([json.dumps(first)]),
-        "arguments as text": lambda: tagged([json.dumps({**first, "parameters": json.dumps(first["arguments"])})]),
-        "extra key": lambda: tagged([json.dumps({"id": 1, "parameters": first["arguments"], "name": first["name"]})]),
-        "two blocks": lambda: tagged(lines) + "\n" + tagged(lines[:1]),
-        "no end": lambda: tagged(lines).removesuffix("</tool_call>"),
-        "no thought": lambda: tagged(lines).partition("\n")[2],
-        "answer too": lambda: tagged(lines) + "\n<response> done </response>",
+        "no call": lambda: rng.choice(["", "no call", "<think> a </think>\n<response> b </response>", wrap_calls([])]),
+        "broken lines": lambda: wrap_calls(rng.sample([*lines, *rng.choices(JUNK, k=2)], len(lines) + 2)),
+        "broken call": lambda: wrap_calls([*lines[1:], format_call(first)[: -rng.randrange(1, 6)]]),
+        "nested": lambda: wrap_calls([json.dumps([json.loads(format_call(first))])]),
+        "one list": lambda: wrap_calls(["[" + ", ".join(lines) + "]"]),
+        "other key": lambda: wrap_calls([json.dumps(first)]),
+        "arguments as text": lambda: wrap_calls([json.dumps({**first, "parameters": json.dumps(first["arguments"])})]),
+        "extra key": lambda: wrap_calls(
+            [json.dumps({"id": 1, "parameters": first["arguments"], "name": first["name"]})]
+        ),
+        "two blocks": lambda: wrap_calls(lines) + "\n" + wrap_calls(lines[:1]),
+        "no end": lambda: wrap_calls(lines).removesuffix("</tool_call>"),
+        "no thought": lambda: wrap_calls(lines).partition("\n")[2],
+        "answer too": lambda: wrap_calls(lines) + "\n<response> done </response>",
     }
     kind = rng.choice(list(choices))
     return kind, choices[kind]()
 
 
-def alternatives(entry: Sample, gold: list[Call], rng: random.Random) -> list[Call]:
+def choose_alternatives(entry: Sample, gold: list[Call], rng: random.Random) -> list[Call]:
     """The right calls, in any of the spellings that the answers allow."""
     if "java" in entry["category"] or not entry.get("ground_truth"):
         return gold
@@ -159,20 +161,20 @@ def alternatives(entry: Sample, gold: list[Call], rng: random.Random) -> list[Ca
     return calls
 
 
-def one_turn(entry: Sample, gold: Gold, rng: random.Random) -> Sample:
+def mutate_single_turn(entry: Sample, gold: Gold, rng: random.Random) -> Sample:
     """A mutated prediction for a sample with one turn."""
     right = [{"name": call.name, "arguments": dict(call.arguments)} for call in gold.calls]
     tools = {doc["name"]: doc["parameters"]["properties"] for doc in entry["function"]}
-    calls, kinds = alternatives(entry, right, rng), []
+    calls, kinds = choose_alternatives(entry, right, rng), []
     for _ in range(rng.choice([0, 1, 1, 1, 1, 2])):
-        kind, calls = change_calls(calls, tools, rng)
+        kind, calls = mutate_calls(calls, tools, rng)
         kinds.append(kind)
-    kind, text = written(calls, rng)
+    kind, text = write_response(calls, rng)
     kinds += [kind] if kind else []
     return {"id": entry["id"], "category": entry["category"], "response": text, "kinds": kinds or ["right"]}
 
 
-def held_out_early(turns: list[list[list[Call]]], held_out: set[str], rng: random.Random) -> str:
+def call_held_out_early(turns: list[list[list[Call]]], held_out: set[str], rng: random.Random) -> str:
     """Say the first call of a held-out function in the first turn already."""
     calls = [(turn, step, call) for turn in turns for step in turn for call in step if call["name"] in held_out]
     turn, step, call = calls[0]
@@ -183,14 +185,14 @@ def held_out_early(turns: list[list[list[Call]]], held_out: set[str], rng: rando
     return "held-out function in the first turn"
 
 
-def change_turns(turns: list[list[list[Call]]], tools: dict[str, Any], rng: random.Random) -> str:
+def mutate_turns(turns: list[list[list[Call]]], tools: dict[str, Any], rng: random.Random) -> str:
     """Change a conversation, turns of steps of calls, in one place; what was done."""
     kind = rng.choice(["call", "call", "call", "call", "empty turn", "other turn", "extra step", "forever", "early"])
     turn = rng.choice(turns)
     everything = [call for other in turns for step in other for call in step]
     if kind == "call" and turn:
         at = rng.randrange(len(turn))
-        kind, turn[at] = change_calls(turn[at], tools, rng)
+        kind, turn[at] = mutate_calls(turn[at], tools, rng)
     elif kind == "empty turn":
         turn.clear()
     elif kind == "other turn" and turn:
@@ -212,7 +214,7 @@ def change_turns(turns: list[list[list[Call]]], tools: dict[str, Any], rng: rand
     return kind
 
 
-def several_turns(entry: Sample, gold: list[list[Call]], rng: random.Random) -> Sample:
+def mutate_multi_turn(entry: Sample, gold: list[list[Call]], rng: random.Random) -> Sample:
     """A mutated recording of a conversation."""
     one_step = rng.random() < 0.5
     turns = [([calls] if calls else []) if one_step else [[call] for call in calls] for calls in copy.deepcopy(gold)]
@@ -221,13 +223,17 @@ def several_turns(entry: Sample, gold: list[list[Call]], rng: random.Random) -> 
     tools = {doc["name"]: doc["parameters"]["properties"] for doc in [*entry["function"], *later]}
     kinds = []
     if rng.random() < 0.2 and any(call["name"] in held_out for turn in gold for call in turn):
-        kinds.append(held_out_early(turns, held_out, rng))
-    kinds += [change_turns(turns, tools, rng) for _ in range(rng.choice([0, 1, 1, 1, 2, 3]))]
+        kinds.append(call_held_out_early(turns, held_out, rng))
+    kinds += [mutate_turns(turns, tools, rng) for _ in range(rng.choice([0, 1, 1, 1, 2, 3]))]
     response = []
     for turn in turns:
         response.append([])
         for step in turn:
-            kind, text = written(step, rng) if rng.random() < 0.15 else ("", tagged([line(call) for call in step]))
+            kind, text = (
+                write_response(step, rng)
+                if rng.random() < 0.15
+                else ("", wrap_calls([format_call(call) for call in step]))
+            )
             response[-1].append(text if step else "prose")
             kinds += [kind] if kind else []
     return {"id": entry["id"], "category": entry["category"], "response": response, "kinds": kinds or ["right"]}

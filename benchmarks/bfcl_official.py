@@ -27,7 +27,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from bfcl_mutations import Call, Sample, one_turn, several_turns
+from bfcl_mutations import Call, Sample, mutate_multi_turn, mutate_single_turn
 
 from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
 from rest_rl.evaluate.benchmarks.bfcl.gold import gold_of
@@ -39,11 +39,11 @@ from rest_rl.evaluate.harness import evaluate_batch
 from rest_rl.evaluate.models.recorded import Recorded, Recording
 from rest_rl.formats import get_format
 
-REFUSED = "the call was not executed."
-UNKNOWN = "relevance_error:no_tool_of_the_sample"
+NOT_EXECUTED = "the call was not executed."
+UNKNOWN_TOOL = "relevance_error:no_tool_of_the_sample"
 
 
-class Watched(Recorded):
+class WatchedModel(Recorded):
     """Responses from a file that keeps the last request it was asked."""
 
     last: Request
@@ -54,9 +54,9 @@ class Watched(Recorded):
         return super().respond(requests)
 
 
-def judged(benchmark: Bfcl, sample: Sample) -> Sample:
+def judge(benchmark: Bfcl, sample: Sample) -> Sample:
     """Our verdict, what the tools said, and the time it took."""
-    model = Watched({sample["id"]: Recording(sample["response"])})
+    model = WatchedModel({sample["id"]: Recording(sample["response"])})
     start = time.perf_counter()
     [row] = evaluate_batch(benchmark, model, get_format("toolrl"), [sample["id"]], Event())
     seconds = time.perf_counter() - start
@@ -64,7 +64,7 @@ def judged(benchmark: Bfcl, sample: Sample) -> Sample:
     return {**row, "results": said, "seconds": seconds}
 
 
-def official(samples: list[Sample], version: Version, python: str) -> list[Sample]:
+def judge_officially(samples: list[Sample], version: Version, python: str) -> list[Sample]:
     """The verdicts of the package, in a process of its own."""
     side = Path(__file__).with_name("bfcl_official_side.py")
     with tempfile.TemporaryDirectory() as folder:
@@ -75,19 +75,19 @@ def official(samples: list[Sample], version: Version, python: str) -> list[Sampl
         return json.loads(target.read_text(encoding="utf-8"))
 
 
-def as_we_took_it(ours: Sample) -> Any:
+def executed_calls(ours: Sample) -> Any:
     """The recording as the calls that we read and executed; a turn ends where it ended."""
     if not isinstance(ours["response"], list):
-        return json.dumps([] if ours["reason"].startswith(UNKNOWN) else ours["calls"])
+        return json.dumps([] if ours["reason"].startswith(UNKNOWN_TOOL) else ours["calls"])
     results = iter(ours["results"])
     turns = []
     for turn in ours["calls"]:
-        steps = [[call for call in step if not next(results, "").endswith(REFUSED)] for step in turn]
+        steps = [[call for call in step if not next(results, "").endswith(NOT_EXECUTED)] for step in turn]
         turns.append([json.dumps(step) for step in steps if step])
     return turns
 
 
-def read_by_us(sample: Sample) -> Any:
+def parse_recording(sample: Sample) -> Any:
     """The calls of our reading in the shape of theirs, from the whole recording."""
     parse = get_format("toolrl").parse
 
@@ -98,7 +98,7 @@ def read_by_us(sample: Sample) -> Any:
     return calls(response) if isinstance(response, str) else [[calls(text) for text in turn] for turn in response]
 
 
-def reading_causes(response: Any) -> list[str]:
+def explain_parsing(response: Any) -> list[str]:
     """What in a recording the two readers are known to take differently."""
     texts = [response] if isinstance(response, str) else [text for turn in response for text in turn]
     found = {
@@ -110,10 +110,10 @@ def reading_causes(response: Any) -> list[str]:
     return [cause for cause, is_so in found.items() if is_so]
 
 
-def different_results(ours: Sample, theirs: Sample) -> list[tuple[str, str]]:
+def differing_results(ours: Sample, theirs: Sample) -> list[tuple[str, str]]:
     """What the tools said to us and to them where both executed the call, or they could and we did not."""
     pairs = zip(ours["results"], theirs["results"], strict=False)  # we do not see the results of a last step
-    return [(a, b) for a, b in pairs if a != b and not a.endswith(REFUSED)]
+    return [(a, b) for a, b in pairs if a != b and not a.endswith(NOT_EXECUTED)]
 
 
 class Tally:
@@ -138,10 +138,10 @@ class Tally:
         self.counts["the package raises"] += bool(theirs["raised"])
         why = self.reason(sample, ours, theirs)
         self.counts[f"all that are {why}"] += bool(why)
-        results = different_results(ours, theirs) if not why.startswith("read") else []
+        results = differing_results(ours, theirs) if not why.startswith("read") else []
         for mine, other in [] if why.startswith("read") else zip(ours["results"], theirs["results"], strict=False):
             fate = "refused too" if other.startswith("Error during execution") else f"executed: {mine[:40]}"
-            self.counts[f"calls that we refused and the package {fate}"] += mine.endswith(REFUSED)
+            self.counts[f"calls that we refused and the package {fate}"] += mine.endswith(NOT_EXECUTED)
         if is_equal and not results and on_ours["valid"] == ours["correct"]:
             self.same_verdict(why, ours, theirs)
             return
@@ -151,16 +151,16 @@ class Tally:
         self.unexplained += not why or "UNEXPLAINED" in why
         self.counts[f"differing, {why or 'UNEXPLAINED'}"] += 1
         if not why.startswith("read") or "UNEXPLAINED" in why:
-            show(why, sample, ours, theirs, on_ours, results)
+            print_difference(why, sample, ours, theirs, on_ours, results)
 
     def reason(self, sample: Sample, ours: Sample, theirs: Sample) -> str:
         """Why the verdicts may differ, if those on the calls that we took are equal; empty where they may not."""
-        mine, other = (json.dumps(read, sort_keys=True) for read in (read_by_us(sample), theirs["decoded"]))
+        mine, other = (json.dumps(read, sort_keys=True) for read in (parse_recording(sample), theirs["decoded"]))
         if mine != other:
-            return f"read differently ({', '.join(reading_causes(sample['response'])) or 'UNEXPLAINED'})"
-        if ours["reason"].startswith(UNKNOWN):
+            return f"read differently ({', '.join(explain_parsing(sample['response'])) or 'UNEXPLAINED'})"
+        if ours["reason"].startswith(UNKNOWN_TOOL):
             return "calls of no tool of the sample, for relevance"
-        return "not executed" if any(result.endswith(REFUSED) for result in ours["results"]) else ""
+        return "not executed" if any(result.endswith(NOT_EXECUTED) for result in ours["results"]) else ""
 
     def same_verdict(self, why: str, ours: Sample, theirs: Sample) -> None:
         """Note where a wrong sample is wrong for another reason."""
@@ -181,7 +181,9 @@ class Tally:
             print(f"  {title}: " + "; ".join(f"{key}: {value}" for key, value in sorted(found.items()) if value))
 
 
-def show(why: str, sample: Sample, ours: Sample, theirs: Sample, on_ours: Sample, results: Sequence[Any]) -> None:
+def print_difference(
+    why: str, sample: Sample, ours: Sample, theirs: Sample, on_ours: Sample, results: Sequence[Any]
+) -> None:
     """Print one difference."""
     print(f"\n{why or 'UNEXPLAINED'}: {sample['id']} {sample['kinds']}")
     print(f"  ours {ours['correct']} {ours['reason'][:200]!r}; results that differ: {results[:2]}")
@@ -192,12 +194,12 @@ def show(why: str, sample: Sample, ours: Sample, theirs: Sample, on_ours: Sample
 
 def compare(name: str, samples: list[Sample], benchmark: Bfcl, version: Version, python: str) -> int:
     """Judge all samples and print what differs; how many differences are not explained."""
-    ours = [judged(benchmark, sample) for sample in samples]
-    theirs = official(samples, version, python)
-    responses = [as_we_took_it(row) for row in ours]
+    ours = [judge(benchmark, sample) for sample in samples]
+    theirs = judge_officially(samples, version, python)
+    responses = [executed_calls(row) for row in ours]
     taken = [{**sample, "response": each, "is_json": True} for sample, each in zip(samples, responses, strict=True)]
     tally = Tally()
-    for rows in zip(samples, ours, theirs, official(taken, version, python), strict=True):
+    for rows in zip(samples, ours, theirs, judge_officially(taken, version, python), strict=True):
         tally.add(*rows)
     tally.report(f"{version} {name}")
     mine, other = (1e3 * sum(row["seconds"] for row in rows) / len(rows) for rows in (ours, theirs))
@@ -205,7 +207,7 @@ def compare(name: str, samples: list[Sample], benchmark: Bfcl, version: Version,
     return tally.unexplained
 
 
-def first_of_each_id(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def drop_duplicate_ids(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The samples without the one whose id another sample of v3 has as well: the package cannot tell them apart."""
     return list({entry["id"]: entry for entry in reversed(entries)}.values())[::-1]
 
@@ -223,14 +225,14 @@ def main() -> int:
     benchmark = Bfcl(options.version)
     names = select_categories(options.version, None)
     with Sandbox(find_package(options.version)) as sandbox:
-        entries = {name: first_of_each_id(sandbox.entries(name)) for name in names}
+        entries = {name: drop_duplicate_ids(sandbox.entries(name)) for name in names}
         singles = [name for name in names if name not in MULTI_TURN]
         asked = [rng.choice(entries[rng.choice(singles)]) for _ in range(options.single)]
-        samples = [one_turn(entry, gold_of(entry), rng) for entry in asked]
+        samples = [mutate_single_turn(entry, gold_of(entry), rng) for entry in asked]
         talks = []
         for _ in range(options.multi):
             entry = rng.choice(entries[rng.choice(MULTI_TURN)])
-            talks.append(several_turns(entry, sandbox.gold_calls(entry["id"]), rng))
+            talks.append(mutate_multi_turn(entry, sandbox.gold_calls(entry["id"]), rng))
     unexplained = 0
     for name, chosen in (("single turn", samples), ("multi-turn", talks)):
         if chosen:

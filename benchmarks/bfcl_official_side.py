@@ -21,12 +21,12 @@ import types
 from pathlib import Path
 from typing import Any
 
-NAME = "restrl"
+MODEL_NAME = "restrl"
 """Also what our sandbox calls the model: upstream puts it into texts that look like calls."""
-KINDS = ("irrelevance", "live_irrelevance", "live_relevance")
+RELEVANCE_CATEGORIES = ("irrelevance", "live_irrelevance", "live_relevance")
 
 
-def tool_lines(text: str) -> list[dict[str, Any]]:
+def parse_tool_lines(text: str) -> list[dict[str, Any]]:
     """The calls of a text as ToolRL's evaluation reads them: after the last tag, one per line, bad lines left out."""
     if "<tool_call>" not in text:
         raise ValueError("no call")
@@ -43,18 +43,18 @@ def tool_lines(text: str) -> list[dict[str, Any]]:
     return calls
 
 
-def json_calls(text: str) -> list[dict[str, Any]]:
+def parse_json_calls(text: str) -> list[dict[str, Any]]:
     """The calls of a text that is a JSON list of them; an empty text ends a turn."""
     return json.loads(text) if text else []
 
 
-class Replay:
+class ReplayHandler:
     """What a handler of the package says and reads: the recording, turn by turn and step by step."""
 
     def begin(self, sample: dict[str, Any]) -> None:
         self.is_fc_model = True
         self.recording, self.turn, self.step, self.results = sample["response"], 0, 0, []
-        self.read = json_calls if sample.get("is_json") else tool_lines
+        self.read = parse_json_calls if sample.get("is_json") else parse_tool_lines
 
     def said(self) -> str:
         if isinstance(self.recording, str):
@@ -103,27 +103,27 @@ class Replay:
         return inference_data
 
 
-def part(name: str) -> Any:
+def import_bfcl(name: str) -> Any:
     """A module of bfcl_eval."""
     return importlib.import_module(f"bfcl_eval.{name}")
 
 
-class Official:
+class OfficialEvaluator:
     """One release, its samples by category, and its runners with their score files kept in memory."""
 
     def __init__(self, version: str) -> None:
         self.version = version
         models = types.ModuleType("bfcl_eval.constants.model_config")
         config = types.SimpleNamespace(underscore_to_dot=False, is_fc_model=True)
-        vars(models)["MODEL_CONFIG_MAPPING"] = {NAME: config}
+        vars(models)["MODEL_CONFIG_MAPPING"] = {MODEL_NAME: config}
         sys.modules[models.__name__] = models
-        self.runner = part("eval_checker.eval_runner")
+        self.runner = import_bfcl("eval_checker.eval_runner")
         self.written: list[dict[str, Any]] = []
-        for module in (self.runner, part("eval_checker.eval_runner_helper")):
+        for module in (self.runner, import_bfcl("eval_checker.eval_runner_helper")):
             vars(module)["write_list_of_dicts_to_file"] = self.keep
-        named = {"registry_name": NAME, "is_fc_model": True} if version == "v4" else {}
-        handler = type("Handler", (Replay, part("model_handler.base_handler").BaseHandler), {})
-        self.handler = handler(NAME, 0, **named)
+        named = {"registry_name": MODEL_NAME, "is_fc_model": True} if version == "v4" else {}
+        handler = type("Handler", (ReplayHandler, import_bfcl("model_handler.base_handler").BaseHandler), {})
+        self.handler = handler(MODEL_NAME, 0, **named)
         self.loaded: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
 
     def keep(self, filename: str, data: list[dict[str, Any]], *_: Any, **__: Any) -> None:
@@ -132,18 +132,18 @@ class Official:
 
     def load(self, category: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """(samples for the loop, samples for the runner, answers) of a category, by id, as the package loads them."""
-        utils = part("utils")
-        config = part("constants.eval_config")
+        utils = import_bfcl("utils")
+        config = import_bfcl("constants.eval_config")
         if self.version == "v4":
             asked = utils.load_dataset_entry(category)
             judged = utils.load_dataset_entry(category, include_prereq=False, include_language_specific_hint=False)
-            answers = [] if category in KINDS else utils.load_ground_truth_entry(category)
+            answers = [] if category in RELEVANCE_CATEGORIES else utils.load_ground_truth_entry(category)
         else:
             path = utils.find_file_with_suffix(config.PROMPT_PATH, category)
             asked, judged = utils.load_file(path, sort_by_id=True), utils.load_file(path, sort_by_id=True)
-            asked = part("_llm_response_generation").process_multi_turn_test_case(asked)
+            asked = import_bfcl("_llm_response_generation").process_multi_turn_test_case(asked)
             answers = []
-            if category not in KINDS:
+            if category not in RELEVANCE_CATEGORIES:
                 path = utils.find_file_with_suffix(config.POSSIBLE_ANSWER_PATH, category)
                 answers = utils.load_file(path, sort_by_id=True)
         by_id = {row["id"]: row for row in reversed(asked)}, {row["id"]: row for row in reversed(judged)}
@@ -168,7 +168,7 @@ class Official:
         except Exception as problem:  # a run of the package would end here
             found = {"valid": False, "error": "", "raised": f"{type(problem).__name__}: {problem}"[:200]}
         seconds = time.perf_counter() - start
-        executor = vars(part("eval_checker.multi_turn_eval.multi_turn_utils"))
+        executor = vars(import_bfcl("eval_checker.multi_turn_eval.multi_turn_utils"))
         for name in [name for name in executor if name.endswith("_instance")]:
             del executor[name]  # or the next recording for this sample goes on from here
         return {**found, "results": self.handler.results, "seconds": seconds}
@@ -176,22 +176,24 @@ class Official:
     def run(self, category: str, result: dict[str, Any], prompt: Any, answer: Any) -> None:
         """The runner that `evaluate_task` takes for the category, on one sample."""
         results, prompts, answers, folder = [result], [prompt], [answer], Path()
-        if category in KINDS:
-            self.runner.relevance_file_runner(self.handler, results, prompts, NAME, category, folder)
+        if category in RELEVANCE_CATEGORIES:
+            self.runner.relevance_file_runner(self.handler, results, prompts, MODEL_NAME, category, folder)
         elif category.startswith("multi_turn"):
-            self.runner.multi_turn_runner(self.handler, results, prompts, answers, NAME, category, folder)
+            self.runner.multi_turn_runner(self.handler, results, prompts, answers, MODEL_NAME, category, folder)
         else:
             language = "JavaScript" if "javascript" in category else "Java" if "java" in category else "Python"
             languages = [] if self.version == "v4" else [language]
-            self.runner.ast_file_runner(self.handler, results, prompts, answers, *languages, category, NAME, folder)
+            self.runner.ast_file_runner(
+                self.handler, results, prompts, answers, *languages, category, MODEL_NAME, folder
+            )
 
 
-def decoded(response: Any) -> Any:
+def decode_recording(response: Any) -> Any:
     """The calls of a recording by turn and step, as the handler reads them."""
     if not isinstance(response, str):
-        return [[decoded(step) for step in turn] for turn in response]
+        return [[decode_recording(step) for step in turn] for turn in response]
     try:
-        return tool_lines(response)
+        return parse_tool_lines(response)
     except ValueError:
         return []
 
@@ -205,8 +207,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
         os.environ["BFCL_PROJECT_ROOT"] = place
         os.chdir(place)
-        official = Official(version)
-        verdicts = [{**official.verdict(sample), "decoded": decoded(sample["response"])} for sample in samples]
+        official = OfficialEvaluator(version)
+        verdicts = [{**official.verdict(sample), "decoded": decode_recording(sample["response"])} for sample in samples]
         os.chdir("/")
     output.write_text(json.dumps(verdicts), encoding="utf-8")
 

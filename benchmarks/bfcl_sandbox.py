@@ -27,17 +27,17 @@ from rest_rl.evaluate.models.recorded import Oracle
 from rest_rl.formats import FORMATS
 
 
-class InThisProcess:
+class InProcessSandbox:
     """The methods of a `Sandbox`, answered by the release in this process."""
 
     loaded: release.Bfcl | None = None
 
     def __init__(self, package: Any, **_: Any) -> None:
-        if InThisProcess.loaded is None:
+        if InProcessSandbox.loaded is None:
             sys.path.insert(0, str(package.folder))
             os.environ["BFCL_PROJECT_ROOT"] = tempfile.mkdtemp()
-            InThisProcess.loaded = release.Bfcl(package.version)
-        self.release = InThisProcess.loaded
+            InProcessSandbox.loaded = release.Bfcl(package.version)
+        self.release = InProcessSandbox.loaded
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.release, name)
@@ -73,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     find_package(arguments.version)
     apart = evaluate(arguments.version, arguments.categories)
-    benchmark.Sandbox = InThisProcess
+    benchmark.Sandbox = InProcessSandbox
     here = evaluate(arguments.version, arguments.categories)
     for name, (correct, seconds, wall) in {"apart": apart, "in this process": here}.items():
         print(f"{name:16} {correct} correct, {seconds:.1f} s of the processor, {wall:.1f} s")

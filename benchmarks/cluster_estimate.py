@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 
 PROMPTS, GROUP, UPDATES = 512, 4, 8
-PROMPT, RESPONSE, LONGEST = 700, 512, 2048
+PROMPT, RESPONSE, MAX_RESPONSE = 700, 512, 2048
 """Tokens of a prompt, of a response on average, of the longest one (assumed; a first run tells)."""
 MFU = 0.35
 """Share of the peak that forward and backward reach (assumed)."""
@@ -29,7 +29,7 @@ VOCABULARY = 151_936
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A Qwen3 model; `tokens` and `tensor_parallel` are the recipe's."""
 
     layers: int
@@ -58,14 +58,14 @@ class Shape:
 
 
 SHAPES = {
-    "1.7B": Shape(28, 2048, 2048, 6144, True, 8 * 4096, 1),
-    "4B": Shape(36, 2560, 4096, 9728, True, 8 * 4096, 1),
-    "8B": Shape(36, 4096, 4096, 12288, False, 4 * 4096, 1),
-    "14B": Shape(40, 5120, 5120, 17408, False, 4 * 4096, 2),
+    "1.7B": ModelShape(28, 2048, 2048, 6144, True, 8 * 4096, 1),
+    "4B": ModelShape(36, 2560, 4096, 9728, True, 8 * 4096, 1),
+    "8B": ModelShape(36, 4096, 4096, 12288, False, 4 * 4096, 1),
+    "14B": ModelShape(40, 5120, 5120, 17408, False, 4 * 4096, 2),
 }
 
 
-def memory(shape: Shape, gpus: int) -> dict[str, float]:
+def memory_parts(shape: ModelShape, gpus: int) -> dict[str, float]:
     """Bytes of one GPU by part; FSDP2 over all GPUs, products in bfloat16, activations checkpointed."""
     n, tokens = shape.parameters, shape.tokens
     return {
@@ -78,31 +78,31 @@ def memory(shape: Shape, gpus: int) -> dict[str, float]:
     }
 
 
-def update_bytes(shape: Shape, gpus: int) -> float:
+def update_bytes(shape: ModelShape, gpus: int) -> float:
     """The height of an optimizer step."""
-    return sum(memory(shape, gpus).values())
+    return sum(memory_parts(shape, gpus).values())
 
 
-def generation_bytes(shape: Shape, gpus: int) -> float:
+def generation_bytes(shape: ModelShape, gpus: int) -> float:
     """The height of sampling: weights and Adam stay (without offload), vLLM takes its share."""
     return 12 * shape.parameters / gpus + ROLLOUT_SHARE * GPU_BYTES + ALLOWANCE
 
 
-def cached_responses(shape: Shape, tokens: int) -> int:
+def cached_responses(shape: ModelShape, tokens: int) -> int:
     """Responses of a length, prompt included, that the cache of one vLLM engine holds at once; at most max_num_seqs."""
     kept = 2 * shape.parameters + 2 * 2**30 * shape.tensor_parallel
     room = shape.tensor_parallel * ROLLOUT_SHARE * GPU_BYTES - kept
     return min(256, int(room / (shape.cache * tokens)))
 
 
-def seconds(shape: Shape, gpus: int, gpu: str) -> dict[str, float]:
+def time_parts(shape: ModelShape, gpus: int, gpu: str) -> dict[str, float]:
     """Seconds of one batch of responses by part, without communication."""
     peak, bandwidth = GPUS[gpu]
     n, responses = shape.parameters, PROMPTS * GROUP
     tokens = responses * (PROMPT + RESPONSE)
     engine = shape.tensor_parallel * bandwidth * BANDWIDTH_SHARE
     a_share = responses / (gpus / shape.tensor_parallel)
-    steps = max(LONGEST, a_share * RESPONSE / cached_responses(shape, PROMPT + RESPONSE))
+    steps = max(MAX_RESPONSE, a_share * RESPONSE / cached_responses(shape, PROMPT + RESPONSE))
     cache_read = a_share * RESPONSE * (PROMPT + RESPONSE / 2) * shape.cache
     return {
         "prefill (2 N a prompt token)": 2 * n * PROMPTS * PROMPT / (gpus * peak * MFU),
@@ -115,7 +115,7 @@ def seconds(shape: Shape, gpus: int, gpu: str) -> dict[str, float]:
     }
 
 
-def network_seconds(shape: Shape, gpus: int, node_bytes: float) -> float:
+def network_seconds(shape: ModelShape, gpus: int, node_bytes: float) -> float:
     """Seconds of FSDP's traffic between nodes a batch, if none of it were hidden; 0 on one node.
 
     A micro-batch gathers the weights twice (2 bytes) and reduces gradients once (4 bytes), old log-probabilities gather
@@ -128,7 +128,7 @@ def network_seconds(shape: Shape, gpus: int, node_bytes: float) -> float:
     return shape.parameters * (8 * micro + 2 * passes) * (nodes - 1) / nodes / node_bytes
 
 
-def table() -> None:
+def print_tables() -> None:
     """The two tables of docs/cluster.md."""
     print("| model | GPUs | update | sampling | of 79.1 GiB | responses in one cache |\n|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
@@ -138,7 +138,7 @@ def table() -> None:
                 "fits" if max(heights) < 0.95 * GPU_BYTES else "tight" if max(heights) < GPU_BYTES else "does not fit"
             )
             shown = " | ".join(f"{height / 2**30:.0f} GiB" for height in heights)
-            print(f"| {name} | {gpus} | {shown} | {fits} | {cached_responses(shape, PROMPT + LONGEST)} |")
+            print(f"| {name} | {gpus} | {shown} | {fits} | {cached_responses(shape, PROMPT + MAX_RESPONSE)} |")
     print(
         "\n| model | GPUs | A100: sampling + log-probs + update | H100 | network 8 x 400 Gb/s | 100 Gb/s | run (H100) |"
     )
@@ -147,23 +147,23 @@ def table() -> None:
         for gpus in (8, 16, 32, 64):
             columns = []
             for gpu in GPUS:
-                prefill, decode, old, update = seconds(shape, gpus, gpu).values()
+                prefill, decode, old, update = time_parts(shape, gpus, gpu).values()
                 columns.append(f"{prefill + decode:.0f} + {old:.0f} + {update:.0f} s")
             columns += [f"{network_seconds(shape, gpus, speed):.0f} s" for speed in (400e9, 12.5e9)]
-            hours = 105 * sum(seconds(shape, gpus, "H100").values()) / 3600
+            hours = 105 * sum(time_parts(shape, gpus, "H100").values()) / 3600
             print(f"| {name} | {gpus} | {' | '.join(columns)} | {hours:.1f} h |")
 
 
-def terms(name: str, gpus: int) -> None:
+def print_terms(name: str, gpus: int) -> None:
     """One model on one cluster, term by term."""
     shape = SHAPES[name]
     print(f"Qwen3-{name}, {shape.parameters / 1e9:.2f} billion parameters, {gpus} GPUs, {shape.tokens} tokens a GPU")
-    for what, size in memory(shape, gpus).items():
+    for what, size in memory_parts(shape, gpus).items():
         print(f"{size / 2**30:8.1f} GiB  {what}")
     for gpu in GPUS:
-        for what, time in seconds(shape, gpus, gpu).items():
+        for what, time in time_parts(shape, gpus, gpu).items():
             print(f"{time:8.1f} s {gpu}  {what}")
 
 
 if __name__ == "__main__":
-    terms(sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 2 else table()
+    print_terms(sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 2 else print_tables()

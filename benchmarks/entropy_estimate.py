@@ -44,7 +44,7 @@ class StepSums(TrainerCallback):
         self.sums.append(self.trainer.tracker.totals_3R.clone())
 
 
-def run(options: argparse.Namespace) -> list[Tensor]:
+def record_sums(options: argparse.Namespace) -> list[Tensor]:
     model, tokenizer = load_policy(ModelTable(path=options.model))
     recorder = StepSums()
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,9 @@ def run(options: argparse.Namespace) -> list[Tensor]:
     return recorder.sums
 
 
-def errors(sums: Sequence[Tensor], decay: float, config: WeightConfig, first: int) -> tuple[float, float, Tensor]:
+def estimate_errors(
+    sums: Sequence[Tensor], decay: float, config: WeightConfig, first: int
+) -> tuple[float, float, Tensor]:
     """(entropy RMS in nats, weight RMS in log, entropy RMS by region) of the estimate at steps `first` and after."""
     tracker, entropy_R, weight_R, counts_R = EntropyTracker(decay), torch.zeros(6), torch.zeros(6), torch.zeros(6)
     for step, exact_3R in enumerate(sums):
@@ -103,7 +105,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    sums = run(options)
+    sums = record_sums(options)
     config = PRESETS[options.preset].weights
     assert config is not None
     means = torch.stack([table[ENTROPIES] / table[COUNTS] for table in sums])
@@ -112,7 +114,7 @@ def main() -> None:
     print("\n| decay | entropy RMS (nats) | weight RMS (log) | " + " | ".join(r.label for r in Region) + " |")
     print("|---|---|---|" + "---|" * len(Region))
     for decay in DECAYS:
-        entropy, weight, by_region_R = errors(sums, decay, config, first=1)
+        entropy, weight, by_region_R = estimate_errors(sums, decay, config, first=1)
         cells = " | ".join(f"{value:.4f}" for value in by_region_R.tolist())
         print(f"| {decay} | {entropy:.4f} | {weight:.4f} | {cells} |")
     flat = torch.zeros(6, dtype=torch.float64)

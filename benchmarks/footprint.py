@@ -39,7 +39,7 @@ from rest_rl.train.estimate import estimate
 from rest_rl.train.trl.trainer import ResTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.architectures import PARAMETERS, architecture
+from tests.architectures import NUM_PARAMETERS, published_config
 
 VOCABULARY = 8192
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class Measured(GRPOTrainer):
+class MeasuredTrainer(GRPOTrainer):
     """Notes the peak of generation and of everything from a loss to the end of its step."""
 
     live: LiveBytes
@@ -101,7 +101,7 @@ class Measured(GRPOTrainer):
         return super().compute_loss(*args, **kwargs)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
     backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -140,12 +140,12 @@ def measure(row: dict[str, Any], prompt: int, completion: int, batch: int, layer
         for tensor in [*model.parameters(), *model.buffers()]:
             live.add(tensor)
         text = " ".join(f"w{i + 2}" for i in range(prompt))
-        trainer = Measured(
+        trainer = MeasuredTrainer(
             model=model,
             args=args,
             reward_funcs=lambda completions, **_: [float(i % 3) for i in range(len(completions))],
             train_dataset=Dataset.from_list([{"prompt": text}] * 8),
-            processing_class=tokenizer(),
+            processing_class=build_tokenizer(),
             peft_config=lora,
         )
         trainer.live, trainer.peaks = live, {}
@@ -173,7 +173,7 @@ def count_published(name: str, *, lora: Any, checkpointing: bool, batch: int, to
     """(counted, estimated) bytes of two forward and backward passes, autocast to bfloat16."""
     dtype = "bfloat16" if lora else "float32"
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture(name), dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(published_config(name), dtype=getattr(torch, dtype))
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     model = get_peft_model(model, lora) if lora else model
     model.train()
@@ -199,14 +199,14 @@ def count_published(name: str, *, lora: Any, checkpointing: bool, batch: int, to
         report_to=[],
     )
     config = RunConfig.from_toml(f'[model]\ndtype = "{dtype}"\n[eval]\nprompts = 0\n')
-    guess = estimate(config, architecture(name), args, lora=lora, prompt_tokens=[tokens - tokens // 2] * batch)
+    guess = estimate(config, published_config(name), args, lora=lora, prompt_tokens=[tokens - tokens // 2] * batch)
     states = sum(part.bytes for part in guess.parts if part.name == "optimizer states")
     return live.peak, guess.phase_bytes("update") - states
 
 
 def print_published(batch: int, tokens: int) -> None:
     print(f"{batch} sequences of {tokens} tokens, GiB counted / estimated")
-    for name in PARAMETERS:
+    for name in NUM_PARAMETERS:
         for is_adapter, checkpointing in itertools.product((True, False), (True, False)):
             lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if is_adapter else None
             real, guess = count_published(name, lora=lora, checkpointing=checkpointing, batch=batch, tokens=tokens)

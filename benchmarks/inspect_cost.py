@@ -29,7 +29,7 @@ GOLD = {"calls": [{"name": "f", "arguments": {"a": 1}}], "answer": None}
 CALL = '{"name": "f", "%s": {"a": 1}}'
 
 
-def responses() -> list[str]:
+def hostile_responses() -> list[str]:
     """Long, deep, unclosed and broken responses, and a few short odd ones."""
     hermes = "<tool_call>\n" + CALL % "arguments" + "\n</tool_call>"
     deep = '{"a":' * 25_000 + "1" + "}" * 25_000
@@ -65,14 +65,14 @@ def responses() -> list[str]:
     return [*long, *odd, "", " ", "\ud800", "\x00\x1b[2J", "<think>"]
 
 
-def seconds(*arguments: str) -> float:
+def time_command(*arguments: str) -> float:
     begin = process_time()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         assert main(list(arguments)) == 0
     return process_time() - begin
 
 
-def tokenizing(texts: list[str], tokenizer: Any) -> float:
+def time_tokenizer(texts: list[str], tokenizer: Any) -> float:
     begin = process_time()
     for text in texts:
         tokenizer(text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False)
@@ -80,16 +80,16 @@ def tokenizing(texts: list[str], tokenizer: Any) -> float:
 
 
 def report(tokenizer: str) -> None:
-    texts = responses()
+    texts = hostile_responses()
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         rows.write_text("".join(json.dumps({"response": text, "gold": GOLD}) + "\n" for text in texts))
         name, loaded = ("--format", "toolrl"), AutoTokenizer.from_pretrained(tokenizer)
         run: dict[str, Callable[[], float]] = {
-            "score": lambda: seconds("score", str(rows), *name),
-            "tokenizing": lambda: tokenizing(texts, loaded),
-            "inspect": lambda: seconds("inspect", str(rows), "--tokenizer", tokenizer, *name),
-            "inspect --json": lambda: seconds("inspect", str(rows), "--tokenizer", tokenizer, *name, "--json"),
+            "score": lambda: time_command("score", str(rows), *name),
+            "tokenizing": lambda: time_tokenizer(texts, loaded),
+            "inspect": lambda: time_command("inspect", str(rows), "--tokenizer", tokenizer, *name),
+            "inspect --json": lambda: time_command("inspect", str(rows), "--tokenizer", tokenizer, *name, "--json"),
         }
         for call in run.values():
             call()  # imports and the tokenizer's table

@@ -35,7 +35,7 @@ WORDS = (
 )  # fmt: skip
 
 
-def responses(count: int, rng: random.Random) -> list[tuple[str, Gold]]:
+def make_responses(count: int, rng: random.Random) -> list[tuple[str, Gold]]:
     """Responses of about 400 tokens with one to three calls, most of them not quite their gold."""
     rows = []
     for _ in range(count):
@@ -51,7 +51,7 @@ def responses(count: int, rng: random.Random) -> list[tuple[str, Gold]]:
     return rows
 
 
-def byte_level(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE like Qwen's, small enough to train here."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -66,7 +66,7 @@ def byte_level(texts: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load(path: Path) -> ModuleType:
+def load_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -103,16 +103,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["SCHEDULEREWARD"] = "1"  # the published training script sets it
-    rows = responses(args.responses, random.Random(0))
+    rows = make_responses(args.responses, random.Random(0))
     texts = [text for text, _ in rows]
-    tokenizer = byte_level(texts)
+    tokenizer = train_tokenizer(texts)
     ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False)
     ids_BT, mask_BT = ids["input_ids"], ids["attention_mask"]
     entropies_BT = torch.rand(ids_BT.shape)
     weigh = score_theirs = None
     if args.published:
-        weighting = load(args.published / "recipe/custom/token_weighting.py")
-        reward = load(args.published / "verl/utils/reward_score/rlla.py")
+        weighting = load_module(args.published / "recipe/custom/token_weighting.py")
+        reward = load_module(args.published / "verl/utils/reward_score/rlla.py")
         batch = {"loss_mask": mask_BT.float(), "response_text": texts, "step": 30}
         golds = [FORMAT.render("a", gold.calls, gold.answer) for _, gold in rows]
 

@@ -25,17 +25,17 @@ from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 
 
-def is_stock(step: int) -> bool:
+def is_grpo_step(step: int) -> bool:
     return step % 4 in (0, 3)
 
 
-class Alternating(ResTTrainer):
+class AlternatingTrainer(ResTTrainer):
     """Stock GRPO in one step of a pair, ResT in the other; the reward is the same in both."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss_of = GRPOTrainer if is_stock(self.state.global_step) else ResTTrainer
+        loss_of = GRPOTrainer if is_grpo_step(self.state.global_step) else ResTTrainer
         return loss_of.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def _weigh(self, *args: Any) -> Any:
@@ -47,7 +47,7 @@ class Alternating(ResTTrainer):
     weighing: list[float] = []  # noqa: RUF012
 
 
-class Clock(TrainerCallback):
+class StepTimer(TrainerCallback):
     def __init__(self) -> None:
         self.steps: list[float] = []
 
@@ -68,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, tokenizer = load_policy(ModelTable(path=options.model))
-    clock = Clock()
+    clock = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
         args = ResTConfig(
             folder, max_steps=2 * options.pairs + 2, per_device_train_batch_size=options.batch, num_generations=8,
@@ -78,15 +78,15 @@ def main() -> None:
         size = options.batch // 8
         drawn = tool_world(0, (options.pairs + 1) * size)
         samples = [s for pair in range(options.pairs + 1) for s in drawn[pair * size : (pair + 1) * size] * 2]
-        trainer = Alternating(
+        trainer = AlternatingTrainer(
             model, args=args, train_dataset=build_training_dataset(samples, tokenizer), processing_class=tokenizer,
             callbacks=[clock],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    stock = [seconds for step, seconds in enumerate(clock.steps) if is_stock(step)][1:]
+    stock = [seconds for step, seconds in enumerate(clock.steps) if is_grpo_step(step)][1:]
     ours, weighing = (
-        [seconds for step, seconds in enumerate(clock.steps) if not is_stock(step)][1:],
+        [seconds for step, seconds in enumerate(clock.steps) if not is_grpo_step(step)][1:],
         trainer.weighing[1:],
     )
     ratios = [b / a for a, b in zip(stock, ours, strict=True)]

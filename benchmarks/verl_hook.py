@@ -35,7 +35,7 @@ WORDS = "the user asks for a table near the station so check what is open at eig
 DISTINCT, GROUP = 512, 8
 
 
-def response(rng: random.Random) -> str:
+def make_response(rng: random.Random) -> str:
     """A thought and one to five calls."""
     calls = [
         ToolCall(f"tool_{rng.randrange(40)}", {rng.choice(WORDS): " ".join(rng.choices(WORDS, k=6)) for _ in range(3)})
@@ -44,28 +44,28 @@ def response(rng: random.Random) -> str:
     return FORMATS["toolrl"].render(" ".join(rng.choices(WORDS, k=rng.randint(60, 300))), calls, None)
 
 
-def jagged(rows: Sequence[Tensor]) -> Tensor:
+def to_jagged(rows: Sequence[Tensor]) -> Tensor:
     """Rows of different lengths in one tensor."""
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
-def batch_of(size: int, tokenizer: Any) -> dict[str, Any]:
+def make_batch(size: int, tokenizer: Any) -> dict[str, Any]:
     """A batch of `size` responses, `DISTINCT` of them different."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-    texts = [response(rng) for _ in range(DISTINCT)]
+    texts = [make_response(rng) for _ in range(DISTINCT)]
     ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     rows = [torch.tensor(ids[i % DISTINCT]) for i in range(size)]
     rewards_B = torch.rand(size, generator=generator)
     entropies = [torch.rand(len(row), generator=generator) for row in rows]
     columns = (rows, [torch.ones_like(row) for row in rows], entropies, [-e for e in entropies])
-    batch: dict[str, Any] = {name: jagged(column) for name, column in zip(PER_TOKEN[:4], columns, strict=True)}
-    batch["advantages"] = jagged([reward.expand(len(row)) for reward, row in zip(rewards_B, rows, strict=True)])
+    batch: dict[str, Any] = {name: to_jagged(column) for name, column in zip(PER_TOKEN[:4], columns, strict=True)}
+    batch["advantages"] = to_jagged([reward.expand(len(row)) for reward, row in zip(rewards_B, rows, strict=True)])
     batch["rewards"] = rewards_B
     batch["groups"] = [f"prompt {i // GROUP}" for i in range(size)]
     return batch
 
 
-def stock(batch: dict[str, Any], tokenizer: Any) -> None:
+def run_stock(batch: dict[str, Any], tokenizer: Any) -> None:
     """What verl's trainer does here itself, by verl's own functions."""
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
     from verl.workers.utils.padding import response_to_nested
@@ -81,7 +81,7 @@ def stock(batch: dict[str, Any], tokenizer: Any) -> None:
     response_to_nested(returns_BT, batch["response_mask"])
 
 
-def ours(batch: dict[str, Any], tokenizer: Any) -> None:
+def run_ours(batch: dict[str, Any], tokenizer: Any) -> None:
     """What the plugin does besides."""
     tool_format = FORMATS["toolrl"]
     tracker = EntropyTracker(0.7)
@@ -107,10 +107,10 @@ def ours(batch: dict[str, Any], tokenizer: Any) -> None:
     responses.rows(chosen, tokens, 10, 0.5)
 
 
-SIDES: dict[str, Callable[[dict[str, Any], Any], None]] = {"stock": stock, "ours": ours}
+SIDES: dict[str, Callable[[dict[str, Any], Any], None]] = {"stock": run_stock, "ours": run_ours}
 
 
-def peak() -> float:
+def peak_gib() -> float:
     """The process's largest memory so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -119,12 +119,12 @@ def measure(side: str, size: int, folder: str) -> dict[str, float]:
     """CPU seconds on one thread and memory of one side at one size, after a small batch that warms everything up."""
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(folder)
-    SIDES[side](batch_of(2 * GROUP, tokenizer), tokenizer)
-    batch = batch_of(size, tokenizer)
-    before, begin = peak(), process_time()
+    SIDES[side](make_batch(2 * GROUP, tokenizer), tokenizer)
+    batch = make_batch(size, tokenizer)
+    before, begin = peak_gib(), process_time()
     SIDES[side](batch, tokenizer)
     tokens = batch["responses"].values().numel()
-    return {"seconds": process_time() - begin, "gib": peak() - before, "tokens": tokens}
+    return {"seconds": process_time() - begin, "gib": peak_gib() - before, "tokens": tokens}
 
 
 def main() -> int:

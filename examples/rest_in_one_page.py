@@ -112,7 +112,7 @@ def rest_loss(
     return loss, weights_BT, measured
 
 
-def rewards_of(
+def compute_rewards(
     rollout: Rollout, tokenizer: Any, samples: Sequence[ToolSample], preset: Preset, nu: float
 ) -> list[Reward]:
     """The rule reward of every response; the text is that of the sampled ids, without an end it was cut off."""
@@ -145,7 +145,7 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
         progress = step / max(1, args.steps - 1)
         samples = prompts[step * args.prompts : (step + 1) * args.prompts]
         rollout = sample(model, tokenizer, samples, args.group, args.max_tokens)
-        rewards = rewards_of(rollout, tokenizer, samples, preset, progress)
+        rewards = compute_rewards(rollout, tokenizer, samples, preset, progress)
         rewards_B = torch.tensor([reward.total for reward in rewards])
         logprobs_BT, entropies_BT = forward(model, rollout)
         loss, weights_BT, measured = rest_loss(

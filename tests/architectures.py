@@ -21,7 +21,7 @@ def qwen3(hidden: int, inner: int, layers: int, heads: int, *, tied: bool) -> Qw
     )
 
 
-def architecture(name: str) -> Any:
+def published_config(name: str) -> Any:
     """The configuration of the model that a recipe names."""
     if name.startswith("meta-llama/Llama-3.2-3B"):
         return LlamaConfig(
@@ -35,7 +35,7 @@ def architecture(name: str) -> Any:
     }[name]()
 
 
-PARAMETERS = {
+NUM_PARAMETERS = {
     "Qwen/Qwen3-1.7B": 1_720_574_976,
     "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
     "Qwen/Qwen3-8B": 8_190_735_360,

@@ -23,7 +23,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 VIRTUAL_KEYS = {"ArrowDown": 40, "ArrowUp": 38, "ArrowLeft": 37, "ArrowRight": 39, "Escape": 27, "End": 35, "Home": 36}
 
 
-def browser() -> str:
+def find_browser() -> str:
     """The browser's path; the test that asks is skipped where there is none."""
     if sys.platform == "win32":
         pytest.skip("the browser is driven over inherited file descriptors, which Windows has not")
@@ -38,12 +38,12 @@ IS_READY = """location.protocol === "file:" && document.readyState === "complete
 
 
 class Page:
-    """One tab. A JavaScript error or a request for anything but the page itself is kept in `complaints`."""
+    """One tab. A JavaScript error or a request for anything but the page itself is kept in `problems`."""
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._rest, self._last = write, os.fdopen(read, "rb", buffering=0), b"", 0
         self._session: str | None = None
-        self.complaints: list[str] = []
+        self.problems: list[str] = []
         self._url = ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -76,13 +76,13 @@ class Page:
     def _notice(self, event: dict[str, Any]) -> None:
         parameters = event.get("params", {})
         if event.get("method") == "Runtime.exceptionThrown":
-            self.complaints.append(json.dumps(parameters["exceptionDetails"])[:600])
+            self.problems.append(json.dumps(parameters["exceptionDetails"])[:600])
         elif event.get("method") == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(parameters["entry"]["text"])
+            self.problems.append(parameters["entry"]["text"])
         elif event.get("method") == "Network.requestWillBeSent":
             url = parameters["request"]["url"]
             if url.split("#")[0] != self._url:
-                self.complaints.append(f"request for {url[:200]}")
+                self.problems.append(f"request for {url[:200]}")
 
     def open(self, path: Path, fragment: str = "", *, width: int = 1400, height: int = 900, dark: bool = False) -> None:
         """Open a file and wait until it is ready."""
@@ -123,7 +123,7 @@ class Page:
 @contextmanager
 def open_browser(profile: Path) -> Iterator[Page]:
     """A browser with one tab, ended at the end."""
-    command, (to_read, to_write), (from_read, from_write) = browser(), os.pipe(), os.pipe()
+    command, (to_read, to_write), (from_read, from_write) = find_browser(), os.pipe(), os.pipe()
     # The protocol's pipe is file descriptors 3 and 4: ours are moved out of their way first.
     high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_read, from_write)]
     arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
@@ -145,10 +145,10 @@ def open_browser(profile: Path) -> Iterator[Page]:
         yield Page(to_write, from_read)
     finally:
         os.close(to_write)  # the browser ends when its pipe does
-        end_process(process)
+        wait_or_kill(process)
 
 
-def end_process(process: int) -> None:
+def wait_or_kill(process: int) -> None:
     """Wait for a process to end, at most twenty seconds, then end it."""
     deadline = time.monotonic() + 20
     while os.waitpid(process, os.WNOHANG) == (0, 0):

@@ -22,18 +22,18 @@ WEATHER = {
 }
 WRAPPED = {"type": "function", "function": WEATHER}
 CALL = ToolCall("get_weather", {"city": "Oslo", "days": 2})
-ASKED = {"role": "user", "content": "Weather in Oslo?"}
+QUESTION = {"role": "user", "content": "Weather in Oslo?"}
 ARGUMENTS = '{"city": "Oslo", "days": 2}'
 
 
-def read(tmp_path: Path, *rows: Any, **settings: Any) -> tuple[list[ToolSample], DataReport]:
+def load_rows(tmp_path: Path, *rows: Any, **settings: Any) -> tuple[list[ToolSample], DataReport]:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return load_dataset(str(path), **settings)
 
 
-def one(tmp_path: Path, row: Any, **settings: Any) -> ToolSample:
-    (sample,), report = read(tmp_path, row, **settings)
+def load_one(tmp_path: Path, row: Any, **settings: Any) -> ToolSample:
+    (sample,), report = load_rows(tmp_path, row, **settings)
     assert report.reasons == {}
     assert sum(report.sources.values()) == 1
     return sample

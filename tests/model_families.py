@@ -50,7 +50,7 @@ class Family(NamedTuple):
     tool_format: str
 
 
-def shipped(name: str) -> Callable[[], str]:
+def read_template(name: str) -> Callable[[], str]:
     return lambda: (TEMPLATES / name).read_text(encoding="utf-8")
 
 
@@ -59,11 +59,11 @@ LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot
 MISTRAL_TOKENS = ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]
 MISTRAL_TOKENS += ["[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
 FAMILIES = {
-    "qwen3": Family(shipped("qwen3.jinja"), CHATML, None, "<|im_end|>", Qwen3Config, "hermes"),
+    "qwen3": Family(read_template("qwen3.jinja"), CHATML, None, "<|im_end|>", Qwen3Config, "hermes"),
     "qwen3_5": Family(
-        shipped("qwen3_5_think.jinja"), CHATML, None, "<|im_end|>", Qwen3_5TextConfig, "qwen3_coder+think"
+        read_template("qwen3_5_think.jinja"), CHATML, None, "<|im_end|>", Qwen3_5TextConfig, "qwen3_coder+think"
     ),
-    "llama3_2": Family(shipped("llama3_2.jinja"), LLAMA, LLAMA[0], "<|eot_id|>", LlamaConfig, "llama3"),
+    "llama3_2": Family(read_template("llama3_2.jinja"), LLAMA, LLAMA[0], "<|eot_id|>", LlamaConfig, "llama3"),
     "mistral": Family(lambda: MISTRAL, MISTRAL_TOKENS, "<s>", "</s>", MistralConfig, "mistral"),
 }
 DIALOGUES = [

@@ -76,41 +76,41 @@ def serve_models(*names: str, **more: Any) -> Step:
     return lambda handler: handler.send(json.dumps({"data": [{"id": name, **more} for name in names]}))
 
 
-def completion(content: Any, *, finish: str = "stop", **message: Any) -> dict[str, Any]:
+def build_completion(content: Any, *, finish: str = "stop", **message: Any) -> dict[str, Any]:
     choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
     return {"id": "c", "choices": [choice], "usage": {"prompt_tokens": 11, "completion_tokens": 3}}
 
 
-def says(content: Any, **more: Any) -> Step:
-    return lambda handler: handler.send(json.dumps(completion(content, **more)))
+def reply_with(content: Any, **more: Any) -> Step:
+    return lambda handler: handler.send(json.dumps(build_completion(content, **more)))
 
 
-def sends(data: Any, status: int = 200, **headers: str) -> Step:
+def respond_with(data: Any, status: int = 200, **headers: str) -> Step:
     return lambda handler: handler.send(
         data if isinstance(data, (bytes, str)) else json.dumps(data), status, None, **headers
     )
 
 
-def hangs(handler: Handler) -> None:
+def hang(handler: Handler) -> None:
     handler.server.over.wait(30)
     handler.close_connection = True
 
 
-def drips(handler: Handler) -> None:
+def drip(handler: Handler) -> None:
     """A byte now and then, so that no single read is late."""
     handler.send(b"", length=100_000)
     while not handler.server.over.wait(0.02):
         handler.wfile.write(b" ")
 
 
-def hangs_up(handler: Handler) -> None:
+def hang_up(handler: Handler) -> None:
     handler.close_connection = True
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
-def breaks_off(handler: Handler) -> None:
+def break_off(handler: Handler) -> None:
     handler.send(b'{"choices": [', length=5000)
-    hangs_up(handler)
+    hang_up(handler)
 
 
 @contextmanager
@@ -127,6 +127,6 @@ def running_server() -> Iterator[Server]:
         thread.join()
 
 
-def asked(*messages: dict[str, Any], tools: tuple[dict[str, Any], ...] = (TOOL,), **more: Any) -> Request:
+def build_request(*messages: dict[str, Any], tools: tuple[dict[str, Any], ...] = (TOOL,), **more: Any) -> Request:
     messages = messages or ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "go"})
     return Request(ToolSample("s", messages, tools, Gold((), None), **more))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-def published(name: str) -> Path:
+def published_file(name: str) -> Path:
     """The file; the test is skipped, with the reason, where it is not there."""
     folders = [Path(folder) for folder in [os.environ.get("REST_RL_DATA", "")] if folder]
     folders.append(Path(__file__).parents[2] / "shared" / "data")

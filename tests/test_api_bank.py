@@ -12,7 +12,7 @@ from rest_rl.evaluate.benchmarks.api_bank import ApiBank, arguments_problem, pub
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.formats import FORMATS, get_format
 from rest_rl.response import ToolCall
-from tests.published_data import published
+from tests.published_data import published_file
 
 GOLD = {"name": "AddAgenda", "parameters": {"content": "Meeting", "count": "5"}}
 CALL = json.dumps(GOLD)
@@ -151,7 +151,7 @@ def test_a_missing_folder_says_what_is_expected(tmp_path: Path) -> None:
 
 
 def published_bank(*, keep_prompts: bool) -> ApiBank:
-    return ApiBank(published("api_bank/level-1-api_processed.json").parent, keep_prompts=keep_prompts)
+    return ApiBank(published_file("api_bank/level-1-api_processed.json").parent, keep_prompts=keep_prompts)
 
 
 def test_published_files_count_as_published() -> None:

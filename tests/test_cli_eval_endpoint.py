@@ -20,7 +20,7 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
 from rest_rl.formats import get_format
 from rest_rl.train.policy import embedded_model_dir, load_policy_tokenizer
-from tests.model_server import Handler, Server, hangs, says, sends, serve_models
+from tests.model_server import Handler, Server, hang, reply_with, respond_with, serve_models
 
 PROMPTS = 10
 TASKS = ToolWorldTasks(seed=20_000, prompts=PROMPTS)
@@ -45,7 +45,7 @@ def identity_of(text: str) -> str:
 
 
 def answers(handler: Handler) -> None:
-    says(gold_text(identity_of(handler.body["messages"][-1]["content"])))(handler)
+    reply_with(gold_text(identity_of(handler.body["messages"][-1]["content"])))(handler)
 
 
 def evaluate(server: Server, *more: str, url: str = "") -> int:
@@ -67,14 +67,14 @@ def test_every_question_is_told_from_the_others() -> None:
 
 def test_failures_are_left_out_and_asked_for_again(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     identities = [*TASKS.samples]
-    broken, garbled, hanging = set(identities[::5]), identities[1], itertools.chain([hangs], itertools.repeat(answers))
+    broken, garbled, hanging = set(identities[::5]), identities[1], itertools.chain([hang], itertools.repeat(answers))
 
     def step(handler: Handler) -> None:
         identity = identity_of(handler.body["messages"][-1]["content"])
         if identity in broken:
-            sends("<html>busy</html>", 503)(handler)
+            respond_with("<html>busy</html>", 503)(handler)
         elif identity == garbled:
-            says(GARBAGE)(handler)
+            reply_with(GARBAGE)(handler)
         elif identity == identities[2]:
             with handler.server.lock:
                 chosen = next(hanging)
@@ -109,7 +109,7 @@ def test_with_the_tokenizer_the_prompt_is_that_of_training(server: Server) -> No
 
     def completes(handler: Handler) -> None:
         identity = prompts[tokenizer.decode(handler.body["prompt"])]
-        sends({"choices": [{"text": gold_text(identity), "finish_reason": "stop"}]})(handler)
+        respond_with({"choices": [{"text": gold_text(identity), "finish_reason": "stop"}]})(handler)
 
     server.steps = itertools.repeat(completes)
     assert evaluate(server, "--tokenizer", str(embedded_model_dir()), "--context", "120", "--max-new-tokens", "90") == 0
@@ -170,14 +170,14 @@ def test_a_password_in_the_url_is_written_nowhere(
 
 def test_a_wrong_key_waits_for_no_other_request(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     """Three requests hang, for longer than any test takes, and a fourth is refused."""
-    steps = itertools.chain([hangs] * 3, itertools.repeat(sends({"error": {"message": "bad key"}}, 401)))
+    steps = itertools.chain([hang] * 3, itertools.repeat(respond_with({"error": {"message": "bad key"}}, 401)))
     over: list[bool] = []
 
     def step(handler: Handler) -> None:
         with handler.server.lock:
             chosen = next(steps)
         chosen(handler)
-        if chosen is hangs:
+        if chosen is hang:
             over.append(True)
 
     server.steps = itertools.repeat(step)
@@ -188,7 +188,7 @@ def test_a_wrong_key_waits_for_no_other_request(server: Server, capsys: pytest.C
 
 
 def test_an_interrupt_waits_for_no_request(server: Server) -> None:
-    server.steps = itertools.repeat(hangs)
+    server.steps = itertools.repeat(hang)
     who = ["--endpoint", server.url, "--model", "m", "--format", "toolrl", "--timeout", "10000", "--out", "out"]
     hears = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # ignored in a background job
@@ -200,7 +200,7 @@ def test_an_interrupt_waits_for_no_request(server: Server) -> None:
         while len(server.requests) < 8 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=25)  # `hangs` takes 30 seconds, and is tried again
+        _, told = process.communicate(timeout=25)  # `hang` takes 30 seconds, and is tried again
     finally:
         process.kill()
         process.wait()

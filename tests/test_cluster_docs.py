@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.architectures import PARAMETERS
+from tests.architectures import NUM_PARAMETERS
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def test_one_row_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["1.7B", "4B", "8B", "14B"])
 def test_parameters_are_the_published_ones(name: str) -> None:
-    published = next(count for model, count in PARAMETERS.items() if f"Qwen3-{name}" in model)
+    published = next(count for model, count in NUM_PARAMETERS.items() if f"Qwen3-{name}" in model)
     assert f"{published / 1e9:.2f} billion" in printed(name, "8")
 
 

@@ -14,7 +14,7 @@ from rest_rl.data.schemas import read_tools
 from rest_rl.data.shapes.calls_in_text import find_calls
 from rest_rl.formats import FORMATS
 from rest_rl.response import Gold, ToolCall
-from tests.made_up_rows import ARGUMENTS, ASKED, CALL, WEATHER, read
+from tests.made_up_rows import ARGUMENTS, CALL, QUESTION, WEATHER, load_rows
 
 TOOLS = read_tools([WEATHER, {"name": "stop", "description": "Stop", "parameters": {}}])
 OBJECT = f'{{"name": "get_weather", "arguments": {ARGUMENTS}}}'
@@ -157,7 +157,7 @@ def test_an_apostrophe_in_the_arguments_of_glaive() -> None:
 def turns(text: str) -> dict[str, Any]:
     said = {"role": "assistant", "content": f"<think>A call.</think>\n{text}"}
     result, answer = {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "It rains."}
-    return {"messages": [ASKED, said, result, answer], "tools": [WEATHER]}
+    return {"messages": [QUESTION, said, result, answer], "tools": [WEATHER]}
 
 
 @pytest.mark.parametrize("sharegpt", [False, True])
@@ -167,7 +167,7 @@ def test_gold_and_history_hold_the_calls(tmp_path: Path, sharegpt: bool) -> None
         names = {"user": "human", "assistant": "gpt", "tool": "observation"}
         shared = [{"from": names[m["role"]], "value": m["content"]} for m in row["messages"]]
         row = {"conversations": shared, "tools": json.dumps([WEATHER])}
-    (first, second), report = read(tmp_path, row)
+    (first, second), report = load_rows(tmp_path, row)
     assert (report.repaired, report.reasons) == (1, {"call_as_text": 1})
     assert (first.gold, first.thought, first.preamble) == (Gold((CALL,)), "A call.", "I look.")
     told = second.messages[1]
@@ -175,13 +175,13 @@ def test_gold_and_history_hold_the_calls(tmp_path: Path, sharegpt: bool) -> None
 
 
 def test_a_turn_that_cannot_be_read_costs_itself_and_what_follows(tmp_path: Path) -> None:
-    samples, report = read(tmp_path, turns('{"name": "get_weather", "parameters": {"city'))
+    samples, report = load_rows(tmp_path, turns('{"name": "get_weather", "parameters": {"city'))
     assert (samples, report.reasons) == ([], {"bad_turn": 1, "broken_history": 1})
 
 
 def test_without_tools_only_a_tag_makes_a_call(tmp_path: Path) -> None:
-    plain = {"messages": [ASKED, {"role": "assistant", "content": LLAMA}]}
-    tagged = {"messages": [{**ASKED, "content": "Rome?"}, {"role": "assistant", "content": WRITTEN["hermes"]}]}
-    (sample,), report = read(tmp_path, plain, tagged)
+    plain = {"messages": [QUESTION, {"role": "assistant", "content": LLAMA}]}
+    tagged = {"messages": [{**QUESTION, "content": "Rome?"}, {"role": "assistant", "content": WRITTEN["hermes"]}]}
+    (sample,), report = load_rows(tmp_path, plain, tagged)
     assert sample.gold == Gold((), LLAMA)
     assert report.reasons == {"call_as_text": 1, "unknown_tool": 1}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.made_up_rows import ASKED, WEATHER, read
+from tests.made_up_rows import QUESTION, WEATHER, load_rows
 
 
 @st.composite
@@ -41,7 +41,7 @@ def test_k_turns_are_k_samples(
     if broken_at < len(messages) and messages[broken_at].get("tool_calls"):
         messages[broken_at]["tool_calls"][0]["function"]["arguments"] = "{broken"
     row = {"messages": messages, "tools": [WEATHER]}
-    samples, report = read(tmp_path_factory.mktemp("dialogue"), row)
+    samples, report = load_rows(tmp_path_factory.mktemp("dialogue"), row)
     turns = sum(message["role"] == "assistant" for message in messages)
     lost = [f for _, _, f in report.findings if f.severity == "rejected" and f.reason != "no_assistant_turn"]
     assert len(samples) + len(lost) == turns
@@ -66,12 +66,12 @@ def test_k_turns_are_k_samples(
 def test_a_turn_that_is_wrong_as_gold_is_still_history(tmp_path: Path) -> None:
     call = {"function": {"name": "no_such_tool", "arguments": "{}"}}
     turns = [
-        ASKED,
+        QUESTION,
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "content": "?"},
         {"role": "assistant", "content": "Sorry."},
     ]
-    (sample,), report = read(tmp_path, {"messages": turns, "tools": [WEATHER]})
+    (sample,), report = load_rows(tmp_path, {"messages": turns, "tools": [WEATHER]})
     assert (sample.gold.answer, len(sample.messages)) == ("Sorry.", 3)
     assert (report.repaired, report.reasons) == (1, {"unknown_tool": 1})
     assert report.findings[0].finding.sample == "rows-1/0"
@@ -79,18 +79,18 @@ def test_a_turn_that_is_wrong_as_gold_is_still_history(tmp_path: Path) -> None:
 
 def test_a_turn_of_weight_zero_is_history_only(tmp_path: Path) -> None:
     turns = [
-        ASKED,
+        QUESTION,
         {"role": "assistant", "content": "Perhaps.", "weight": 0},
         {"role": "user", "content": "Look!"},
         {"role": "assistant", "content": "Rain.", "weight": 1},
     ]
-    (sample,), report = read(tmp_path, {"messages": turns})
+    (sample,), report = load_rows(tmp_path, {"messages": turns})
     assert [message["content"] for message in sample.messages] == ["Weather in Oslo?", "Perhaps.", "Look!"]
     assert not any("weight" in message for message in sample.messages)
     assert (sample.gold.answer, report.kept, report.reasons) == ("Rain.", 1, {"weight_zero": 1})
-    samples, report = read(tmp_path, {"messages": turns[:2]})
+    samples, report = load_rows(tmp_path, {"messages": turns[:2]})
     assert (samples, report.reasons) == ([], {"no_assistant_turn": 1})
     call = {"role": "assistant", "weight": 0, "function_call": {"name": "w", "arguments": "{}"}}
-    _, report = read(tmp_path, {"messages": [ASKED, {"role": "robot", "content": ""}, call, turns[3]]})
+    _, report = load_rows(tmp_path, {"messages": [QUESTION, {"role": "robot", "content": ""}, call, turns[3]]})
     assert report.reasons == {"bad_turn": 1, "broken_history": 1, "weight_zero": 1, "missing_result": 1}
     assert len([found for found in report.findings if found.finding.reason == "broken_history"]) == 1

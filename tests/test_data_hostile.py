@@ -21,7 +21,7 @@ from rest_rl.data.shapes import SHAPES
 from rest_rl.data.tool_world import tool_world
 from rest_rl.data.write import sample_writer
 from rest_rl.formats import FORMATS
-from tests.made_up_rows import ASKED, HISTORY, OUTPUT, RAW, ROWS, SYSTEM, TURNS, WEATHER
+from tests.made_up_rows import HISTORY, OUTPUT, QUESTION, RAW, ROWS, SYSTEM, TURNS, WEATHER
 
 TOOLACE = {
     "system": f"Functions: {json.dumps([WEATHER])}",
@@ -34,7 +34,10 @@ REQUEST = {
 }
 ROWS_OF = {
     "samples": to_json(tool_world(0, 1)[0]),
-    "messages": {"messages": [ASKED, {"role": "assistant", **TURNS["text arguments"]}, ASKED], "tools": [WEATHER]},
+    "messages": {
+        "messages": [QUESTION, {"role": "assistant", **TURNS["text arguments"]}, QUESTION],
+        "tools": [WEATHER],
+    },
     "toolrl": RAW,
     "toolace": TOOLACE,
     "xlam": {

@@ -13,7 +13,7 @@ from rest_rl.data.samples import to_json
 from rest_rl.data.shapes import SHAPES, find_shape, get_shapes
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Gold, ToolCall
-from tests.made_up_rows import ASKED, CALL, HISTORY, RAW, ROWS, SYSTEM, one, read
+from tests.made_up_rows import CALL, HISTORY, QUESTION, RAW, ROWS, SYSTEM, load_one, load_rows
 
 
 def source_of(row: dict[str, Any]) -> str | None:
@@ -23,7 +23,7 @@ def source_of(row: dict[str, Any]) -> str | None:
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_toolrl(tmp_path: Path, kind: str) -> None:
-    (sample,), report = read(tmp_path, ROWS[kind])
+    (sample,), report = load_rows(tmp_path, ROWS[kind])
     assert (report.sources, report.reasons) == ({"toolrl": 1}, {"thought_quotes_tags": 1})
     assert sample.gold == Gold((ToolCall("get weather", {"city": "Rome"}),), None)
     assert sample.thought is not None
@@ -50,7 +50,7 @@ def test_toolrl(tmp_path: Path, kind: str) -> None:
 
 
 def test_toolrl_with_its_own_prompts(tmp_path: Path) -> None:
-    (sample,), _ = read(tmp_path, RAW, keep_prompts=True)
+    (sample,), _ = load_rows(tmp_path, RAW, keep_prompts=True)
     assert [message["content"] for message in sample.messages] == [SYSTEM, HISTORY]
     assert sample.tools_in_prompt
     assert len(sample.tools) == 2
@@ -71,7 +71,7 @@ def test_toolrl_with_its_own_prompts(tmp_path: Path) -> None:
     ],
 )
 def test_toolrl_rows_that_cannot_be_read(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
-    samples, report = read(tmp_path, RAW, {**RAW, **change}, keep=("duplicate",))
+    samples, report = load_rows(tmp_path, RAW, {**RAW, **change}, keep=("duplicate",))
     assert (len(samples), report.rejected, report.findings[-1].finding.reason) == (1, 1, reason)
 
 
@@ -81,7 +81,7 @@ def test_api_bank(tmp_path: Path, many: bool) -> None:
     parameters = "{'rooms': {'type': 'int', 'description': \"how many\"}}"
     system = f"..following tools:\n1. Book: Books rooms\nParameters: {parameters}\n\n**Steps"
     user = "***Dialogue Records History**\n<user> A room. </user>\n<user> One call. </user>\n"
-    (sample,), report = read(
+    (sample,), report = load_rows(
         tmp_path, {"system": system, "user": user, "answer": [answer] if many else answer, "other": {}}
     )
     assert sample.gold.calls == (ToolCall("Book", {"rooms": "2"}),)  # as published, though the schema wants a number
@@ -106,30 +106,30 @@ def test_toolace(tmp_path: Path) -> None:
         },
         {"from": "assistant", "value": "One and two."},
     ]
-    (first, second), report = read(tmp_path, {"system": system, "conversations": turns})
+    (first, second), report = load_rows(tmp_path, {"system": system, "conversations": turns})
     assert (report.sources, report.kept) == ({"toolace": 1}, 1)
     assert [call.arguments for call in first.gold.calls] == [{"team": "Ajax"}, {"team": "PSV"}]
     assert first.tools[0]["function"]["parameters"]["type"] == "object"
     assert [message.get("content") for message in second.messages] == ["Stats of Ajax?", "", "1", "2"]
     turns[1]["value"] = "[Get Team Stats(team=]"
-    samples, report = read(tmp_path, {"system": system, "conversations": turns})
+    samples, report = load_rows(tmp_path, {"system": system, "conversations": turns})
     assert (samples, report.reasons) == ([], {"bad_turn": 1, "broken_history": 1})
 
 
 def test_a_system_text_without_tools_is_sharegpt(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Salve."}]
-    sample = one(tmp_path, {"system": "Speak Latin [always].", "conversations": turns})
+    sample = load_one(tmp_path, {"system": "Speak Latin [always].", "conversations": turns})
     assert sample.messages[0] == {"role": "system", "content": "Speak Latin [always]."}
     assert source_of({"system": "Speak Latin.", "conversations": turns}) == "messages"
     assert source_of({"system": 'Use [{"name": "f"}].', "conversations": turns}) == "toolace"
-    _, report = read(tmp_path, {"system": "Speak Latin.", "conversations": turns}, source="toolace")
+    _, report = load_rows(tmp_path, {"system": "Speak Latin.", "conversations": turns}, source="toolace")
     assert report.reasons == {"bad_tool_schema": 1}
 
 
 def test_toolace_with_its_own_prompts(tmp_path: Path) -> None:
     system = 'Functions: [{"name": "f", "parameters": {"type": "dict", "properties": {}}}]'
     turns = [{"from": "user", "value": "?"}, {"from": "assistant", "value": "[f()]"}]
-    sample = one(tmp_path, {"system": system, "conversations": turns}, keep_prompts=True)
+    sample = load_one(tmp_path, {"system": system, "conversations": turns}, keep_prompts=True)
     assert sample.tools_in_prompt
     assert sample.messages[0]["content"] == system
 
@@ -142,11 +142,13 @@ def test_xlam(tmp_path: Path) -> None:
         "tools": json.dumps([{"name": "get_weather", "description": "d", "parameters": arguments}]),
         "answers": json.dumps([{"name": "get_weather", "arguments": {"city": "Oslo", "days": 2}}]),
     }
-    sample = one(tmp_path, row)
+    sample = load_one(tmp_path, row)
     assert (sample.id, sample.kind, sample.gold.calls) == ("7", "single", (CALL,))
     schema = sample.tools[0]["function"]["parameters"]
     assert (schema["required"], schema["properties"]["days"]["type"]) == (["city"], "integer")
-    _, report = read(tmp_path, {**row, "answers": "[{"}, {**row, "answers": '[{"name": 3}]'}, {**row, "query": None})
+    _, report = load_rows(
+        tmp_path, {**row, "answers": "[{"}, {**row, "answers": '[{"name": 3}]'}, {**row, "query": None}
+    )
     assert report.reasons == {"bad_gold": 2, "bad_row": 1}
 
 
@@ -165,7 +167,7 @@ def test_api_bank_training(tmp_path: Path) -> None:
             "AI: There.",
         )
     ]
-    samples, report = read(tmp_path, *rows)
+    samples, report = load_rows(tmp_path, *rows)
     assert report.sources == {"api_bank_train": 4}
     assert report.reasons == {"unquoted_value": 1, "bad_gold": 1, "other_gold": 2}
     assert [sample.gold for sample in samples] == [
@@ -175,26 +177,26 @@ def test_api_bank_training(tmp_path: Path) -> None:
     ]
     assert [message["role"] for message in samples[0].messages] == ["user", "assistant", "tool"]
     assert [tool["function"]["name"] for tool in samples[0].tools] == ["ToolSearcher", "Route"]
-    kept, _ = read(tmp_path, rows[0], keep_prompts=True)
+    kept, _ = load_rows(tmp_path, rows[0], keep_prompts=True)
     assert kept[0].messages[0]["content"] == instruction + given_text
 
 
 def test_our_own_rows(tmp_path: Path) -> None:
     samples = tool_world(0, 5)
-    read_back, report = read(tmp_path, *map(to_json, samples))
+    read_back, report = load_rows(tmp_path, *map(to_json, samples))
     assert (read_back, report.sources) == (samples, {"samples": 5})
 
 
 def test_a_source_that_is_named_is_used(tmp_path: Path) -> None:
     assert (
-        one(
+        load_one(
             tmp_path,
-            {"conversations": [ASKED, {"role": "assistant", "content": "y"}], "system": "Be brief."},
+            {"conversations": [QUESTION, {"role": "assistant", "content": "y"}], "system": "Be brief."},
             source="messages",
         ).messages[0]["role"]
         == "system"
     )
-    _, report = read(tmp_path, RAW, source="xlam")
+    _, report = load_rows(tmp_path, RAW, source="xlam")
     assert report.reasons == {"bad_row": 1}
     with pytest.raises(ValueError, match="expected auto, one of samples"):
         CheckConfig(source="csv")

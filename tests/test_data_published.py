@@ -16,7 +16,7 @@ from rest_rl.data.check import DataReport
 from rest_rl.data.load import load_dataset
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import get_format
-from tests.published_data import published
+from tests.published_data import published_file
 from tests.scores import exact_match
 
 BLOCK = re.compile(r"<(user|tool_call|obs|response)>")
@@ -25,12 +25,12 @@ SFT = "toolrl/rlla_sft.json"
 
 @cache
 def raw(name: str) -> list[dict[str, Any]]:
-    return json.loads(published(name).read_text(encoding="utf-8"))
+    return json.loads(published_file(name).read_text(encoding="utf-8"))
 
 
 @cache
 def loaded(name: str, keep_prompts: bool = False) -> tuple[list[ToolSample], DataReport]:
-    return load_dataset(str(published(name)), keep_prompts=keep_prompts)
+    return load_dataset(str(published_file(name)), keep_prompts=keep_prompts)
 
 
 def literal(text: str) -> Any:

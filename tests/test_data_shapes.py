@@ -18,11 +18,11 @@ from rest_rl.data.samples import Dialogue, ToolSample
 from rest_rl.data.shapes import SHAPES, RowRejectedError, get_shapes
 from rest_rl.errors import UserError
 from rest_rl.response import Gold, ToolCall
-from tests.made_up_rows import ASKED, WEATHER
+from tests.made_up_rows import QUESTION, WEATHER
 
 DOCS = Path(__file__).parent.parent / "docs" / "data.md"
 TICKET = {"question": "How do I reset it?", "reply": "Hold the button."}
-CHAT = {"messages": [ASKED, {"role": "assistant", "content": "Rain."}]}
+CHAT = {"messages": [QUESTION, {"role": "assistant", "content": "Rain."}]}
 
 
 def save(path: Path, *rows: Any) -> Path:
@@ -66,7 +66,7 @@ def test_a_shape_may_give_samples_and_tools_in_any_spelling(tmp_path: Path) -> N
     def read(row: Any, context: Any) -> Any:
         context.note("unquoted_value", "got one")
         gold = Gold((ToolCall("get_weather", {"city": "Oslo", "days": row["x"]}),))
-        yield ToolSample(context.id, (ASKED,), (WEATHER,), gold)
+        yield ToolSample(context.id, (QUESTION,), (WEATHER,), gold)
 
     samples, report = load_dataset(str(save(tmp_path / "rows.jsonl", {"x": "2", "id": 7})), source=shape(read))
     assert (samples[0].id, samples[0].tools[0]["type"]) == ("7", "function")
@@ -88,7 +88,7 @@ def rejecting(row: Any, context: Any) -> Any:
         (lambda row, context: [Dialogue(context.id, ({"role": "robot", "content": "x"},))], "bad_turn"),
         (lambda row, context: row["y"], "bad_row"),
         (lambda row, context: [3], "bad_row"),
-        (lambda row, context: [Dialogue(context.id, (ASKED,), (3,))], "bad_tool_schema"),  # type: ignore[arg-type]
+        (lambda row, context: [Dialogue(context.id, (QUESTION,), (3,))], "bad_tool_schema"),  # type: ignore[arg-type]
         (lambda row, context: [ToolSample("x", ({},), (), Gold())], "bad_row"),
         (lambda row, context: context.note("no such reason", "x"), "bad_row"),
     ],

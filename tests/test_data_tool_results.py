@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rest_rl.data.samples import to_json
 from rest_rl.data.shapes import RowContext
 from rest_rl.data.shapes.chat import order_results
-from tests.made_up_rows import ASKED, WEATHER, read
+from tests.made_up_rows import QUESTION, WEATHER, load_rows
 
 SAID = {"role": "assistant", "content": "Rain."}
 
@@ -52,19 +52,19 @@ def test_results_follow_the_order_of_the_calls(
     tmp_path: Path, calls: list[Any], results: list[Any], order: list[int], reasons: dict[str, int]
 ) -> None:
     given_ones = [result(identity, str(number)) for number, identity in enumerate(results)]
-    row = {"messages": [ASKED, calling(*calls), *given_ones, SAID], "tools": [WEATHER]}
-    samples, report = read(tmp_path, row)
+    row = {"messages": [QUESTION, calling(*calls), *given_ones, SAID], "tools": [WEATHER]}
+    samples, report = load_rows(tmp_path, row)
     assert texts(samples[-1].messages) == [str(number) for number in order]
     assert report.reasons == reasons
     assert report.repaired == ("results_reordered" in reasons)
-    again, report = read(tmp_path, *map(to_json, samples))
+    again, report = load_rows(tmp_path, *map(to_json, samples))
     assert again == samples
     assert "results_reordered" not in report.reasons
 
 
 def test_a_dialogue_may_end_in_calls_and_begin_with_a_result(tmp_path: Path) -> None:
-    assert read(tmp_path, {"messages": [ASKED, calling("a")], "tools": [WEATHER]})[1].reasons == {}
-    samples, report = read(tmp_path, {"messages": [result("a"), ASKED, result(None, "x"), SAID]})
+    assert load_rows(tmp_path, {"messages": [QUESTION, calling("a")], "tools": [WEATHER]})[1].reasons == {}
+    samples, report = load_rows(tmp_path, {"messages": [result("a"), QUESTION, result(None, "x"), SAID]})
     assert (texts(samples[0].messages), report.occurrences) == (["rain", "x"], {"orphan_result": 2})
 
 
@@ -91,8 +91,8 @@ def test_a_repair_stands_in_the_prompts_of_later_turns(
     first = calling("a", **arguments) if isinstance(arguments, dict) else calling("a")
     if isinstance(arguments, str):
         first["tool_calls"][0]["function"]["arguments"] = arguments
-    row = {"messages": [ASKED, first, result("a"), SAID, ASKED, SAID], "tools": [WEATHER]}
-    samples, report = read(tmp_path, row, mask_names=mask)
+    row = {"messages": [QUESTION, first, result("a"), SAID, QUESTION, SAID], "tools": [WEATHER]}
+    samples, report = load_rows(tmp_path, row, mask_names=mask)
     assert report.occurrences == {reason: 1}
     for sample in samples[1:]:
         shown = sample.messages[1]["tool_calls"][0]["function"]["arguments"]
@@ -102,6 +102,6 @@ def test_a_repair_stands_in_the_prompts_of_later_turns(
 
 
 def test_what_is_kept_as_published_stays_in_histories_too(tmp_path: Path) -> None:
-    row = {"messages": [ASKED, calling("a", days="2"), result("a"), SAID], "tools": [WEATHER]}
-    samples, _ = read(tmp_path, row, keep=("number_as_string",))
+    row = {"messages": [QUESTION, calling("a", days="2"), result("a"), SAID], "tools": [WEATHER]}
+    samples, _ = load_rows(tmp_path, row, keep=("number_as_string",))
     assert samples[1].messages[1]["tool_calls"][0]["function"]["arguments"]["days"] == "2"

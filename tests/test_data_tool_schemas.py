@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rest_rl.data.schemas import json_type, read_tools
-from tests.made_up_rows import ASKED, read
+from tests.made_up_rows import QUESTION, load_rows
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ from tests.made_up_rows import ASKED, read
     ],
 )
 def test_a_tool_schema_that_is_no_schema(tmp_path: Path, tools: Any) -> None:
-    turns = [ASKED, {"role": "assistant", "content": "y"}]
-    samples, report = read(tmp_path, {"messages": turns}, {"messages": turns, "tools": tools})
+    turns = [QUESTION, {"role": "assistant", "content": "y"}]
+    samples, report = load_rows(tmp_path, {"messages": turns}, {"messages": turns, "tools": tools})
     assert (len(samples), report.kept, report.reasons) == (1, 1, {"bad_tool_schema": 1})
     assert report.findings[0].row == 2
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rest_rl.data.shapes.chat import split_tool_text
-from tests.made_up_rows import ARGUMENTS, ASKED, CALL, WEATHER, WRAPPED, read
+from tests.made_up_rows import ARGUMENTS, CALL, QUESTION, WEATHER, WRAPPED, load_rows
 
 CALLED = f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
 SHOWN = '<tool_call>\n{"arguments": <args-dict>, "name": <function-name>}\n</tool_call>'
@@ -41,22 +41,22 @@ def row(system: str, **more: Any) -> dict[str, Any]:
     ("system", "rest"), [(HERMES, ""), (LAST, ""), (QWEN, "Speak Latin."), (f"{HERMES}\nBe brief.", "Be brief.")]
 )
 def test_the_tools_are_described_once(tmp_path: Path, system: str, rest: str, column: dict[str, Any]) -> None:
-    (sample,), report = read(tmp_path, row(system, **column))
+    (sample,), report = load_rows(tmp_path, row(system, **column))
     said = ({"role": "system", "content": rest},) if rest else ()
-    assert (sample.messages, sample.tools, sample.tools_in_prompt) == ((*said, ASKED), (WRAPPED,), False)
+    assert (sample.messages, sample.tools, sample.tools_in_prompt) == ((*said, QUESTION), (WRAPPED,), False)
     assert sample.gold.calls == (CALL,)
     assert (report.repaired, report.reasons) == (1, {"call_as_text": 1, "tools_in_system": 1})
 
 
 @pytest.mark.parametrize("column", [{"tools": json.dumps([WRAPPED])}, {}])
 def test_a_kept_prompt_describes_its_tools(tmp_path: Path, column: dict[str, Any]) -> None:
-    (sample,), report = read(tmp_path, row(HERMES, **column), keep_prompts=True)
+    (sample,), report = load_rows(tmp_path, row(HERMES, **column), keep_prompts=True)
     assert sample.messages[0] == {"role": "system", "content": HERMES}
     assert (sample.tools, sample.tools_in_prompt, report.reasons) == ((WRAPPED,), True, {"call_as_text": 1})
 
 
 def test_a_text_of_unknown_build_stays_and_is_told(tmp_path: Path) -> None:
-    (sample,), report = read(tmp_path, row(OWN, tools=[WEATHER]))
+    (sample,), report = load_rows(tmp_path, row(OWN, tools=[WEATHER]))
     assert sample.messages[0]["content"] == OWN
     assert report.reasons == {"call_as_text": 1, "tools_twice": 1}
 
@@ -66,6 +66,6 @@ def test_a_text_of_unknown_build_stays_and_is_told(tmp_path: Path) -> None:
 )
 def test_other_system_texts_stay(tmp_path: Path, text: str) -> None:
     assert split_tool_text(text) == (text, None)
-    turns = {"messages": [{"role": "system", "content": text}, ASKED, {"role": "assistant", "content": "y"}]}
-    (sample,), report = read(tmp_path, {**turns, "tools": [WEATHER]})
+    turns = {"messages": [{"role": "system", "content": text}, QUESTION, {"role": "assistant", "content": "y"}]}
+    (sample,), report = load_rows(tmp_path, {**turns, "tools": [WEATHER]})
     assert (sample.messages[0]["content"], report.reasons) == (text, {})

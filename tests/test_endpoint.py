@@ -26,14 +26,14 @@ from tests.model_server import (
     Handler,
     Server,
     Step,
-    asked,
-    breaks_off,
-    completion,
-    drips,
-    hangs,
-    hangs_up,
-    says,
-    sends,
+    break_off,
+    build_completion,
+    build_request,
+    drip,
+    hang,
+    hang_up,
+    reply_with,
+    respond_with,
     serve_models,
 )
 from tests.tiny_policy import tiny_tokenizer
@@ -44,14 +44,14 @@ pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def endpoint(server: Server, *steps: Step, then: Step | None = None, **changes: Any) -> Endpoint:
-    last = says(CALL) if then is None else then
+    last = reply_with(CALL) if then is None else then
     server.steps = itertools.chain(steps, itertools.repeat(last))
     settings = {"native": False, "max_new_tokens": 64, "timeout": 10.0, "retries": 3, "concurrency": 1, **changes}
     return Endpoint(server.url, "m", get_format(settings.pop("tool_format", "hermes")), **settings)
 
 
 def one(model: Endpoint, request: Request | None = None) -> Reply:
-    return model.respond([request or asked()])[0]
+    return model.respond([request or build_request()])[0]
 
 
 def test_the_training_prompt_describes_the_tools(server) -> None:
@@ -71,7 +71,7 @@ def test_the_training_prompt_describes_the_tools(server) -> None:
 
 def test_kept_prompts_are_sent_as_they_are(server) -> None:
     for native in (False, True):
-        one(endpoint(server, native=native), asked(tools_in_prompt=True))
+        one(endpoint(server, native=native), build_request(tools_in_prompt=True))
         _, _, body = server.requests[-1]
         assert "tools" not in body
         assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "go"}]
@@ -86,8 +86,10 @@ def test_native_mode_sends_tools_and_history_in_openai_shape(server) -> None:
         {"role": "user", "content": "on"},
     )
     dotted = {"type": "function", "function": {**TOOL["function"], "name": "a.b"}}
-    answered = completion(None, tool_calls=[{"id": "1", "function": {"name": "a_b", "arguments": '{"q": 2}'}}])
-    reply = one(endpoint(server, then=sends(answered), native=True), asked(*history, tools=(dotted, TOOL)))
+    answered = build_completion(None, tool_calls=[{"id": "1", "function": {"name": "a_b", "arguments": '{"q": 2}'}}])
+    reply = one(
+        endpoint(server, then=respond_with(answered), native=True), build_request(*history, tools=(dotted, TOOL))
+    )
     assert reply == Reply("", (ToolCall("a.b", {"q": 2}),), 11, 3)
     _, _, body = server.requests[0]
     assert [tool["function"]["name"] for tool in body["tools"]] == ["a_b", "f"]
@@ -98,7 +100,7 @@ def test_native_mode_sends_tools_and_history_in_openai_shape(server) -> None:
 
 def test_names_stay_apart_when_they_are_made_plain() -> None:
     tools = tuple({"type": "function", "function": {"name": name}} for name in ("a.b", "a_b", "a/b", "x" * 80, ""))
-    names = wire_names(asked(tools=tools).sample)
+    names = wire_names(build_request(tools=tools).sample)
     assert list(names) == ["a.b", "a_b", "a/b", "x" * 80, ""]
     assert len(set(names.values())) == 5
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) for name in names.values())
@@ -117,7 +119,9 @@ def test_structured_calls_that_cannot_be_read_are_no_calls(server) -> None:
     ]
     empty = [{"function": {"name": "f", "arguments": ""}}, {"function": {"name": "f"}}]
     objects = [{"function": {"name": "f", "arguments": {"x": [1]}}}]
-    model = endpoint(server, says("I look.", tool_calls=[good, *bad]), says(None, tool_calls=bad[:1]), native=True)
+    model = endpoint(
+        server, reply_with("I look.", tool_calls=[good, *bad]), reply_with(None, tool_calls=bad[:1]), native=True
+    )
     reply = one(model)
     assert reply.calls == (ToolCall("f", {"x": 1}),)
     assert reply.text.startswith("I look.\n")
@@ -126,12 +130,12 @@ def test_structured_calls_that_cannot_be_read_are_no_calls(server) -> None:
     assert nothing.calls == ()
     assert json.dumps(bad[0]) in nothing.text
     assert parse_reply(nothing, model.tool_format).calls == ()
-    reply = one(endpoint(server, says("", tool_calls=[*empty, *objects]), native=True))
+    reply = one(endpoint(server, reply_with("", tool_calls=[*empty, *objects]), native=True))
     assert [call.arguments for call in reply.calls or ()] == [{}, {}, {"x": [1]}]
 
 
 def test_calls_in_the_text_count_where_the_server_reads_none(server) -> None:
-    model = endpoint(server, says(CALL, tool_calls=[]), says(CALL, tool_calls=None), native=True)
+    model = endpoint(server, reply_with(CALL, tool_calls=[]), reply_with(CALL, tool_calls=None), native=True)
     for _ in range(2):
         reply = one(model)
         assert reply.calls is None
@@ -139,20 +143,20 @@ def test_calls_in_the_text_count_where_the_server_reads_none(server) -> None:
 
 
 def test_length_parts_reasoning_and_odd_usage(server) -> None:
-    odd = completion("ok") | {"usage": {"prompt_tokens": "many", "completion_tokens": True}}
+    odd = build_completion("ok") | {"usage": {"prompt_tokens": "many", "completion_tokens": True}}
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "image"}]
     model = endpoint(
         server,
-        says("cut of", finish="length"),
-        says(None, finish="length", reasoning_content="hm"),
-        says(parts),
-        sends(odd),
-        says("yes", reasoning_content="hm"),
-        says(""),
-        sends(completion("x") | {"error": None, "usage": None}),
-        sends(json.dumps(completion("half \ud800 pair"))),
+        reply_with("cut of", finish="length"),
+        reply_with(None, finish="length", reasoning_content="hm"),
+        reply_with(parts),
+        respond_with(odd),
+        reply_with("yes", reasoning_content="hm"),
+        reply_with(""),
+        respond_with(build_completion("x") | {"error": None, "usage": None}),
+        respond_with(json.dumps(build_completion("half \ud800 pair"))),
     )
-    replies = model.respond([asked()] * 8)
+    replies = model.respond([build_request()] * 8)
     assert [reply.text for reply in replies] == ["cut of", "", "ab", "ok", "yes", "", "x", "half ? pair"]
     assert [reply.is_truncated for reply in replies] == [True, True] + [False] * 6
     assert not any(reply.error or reply.overflow for reply in replies)
@@ -161,42 +165,42 @@ def test_length_parts_reasoning_and_odd_usage(server) -> None:
 
 
 def test_reasoning_that_the_server_cuts_off_belongs_to_a_format_that_opens_it(server) -> None:
-    model = endpoint(server, then=says(CALL, reasoning_content="I look."), tool_format="hermes+think")
+    model = endpoint(server, then=reply_with(CALL, reasoning_content="I look."), tool_format="hermes+think")
     parsed = parse_reply(one(model), model.tool_format)
     assert (parsed.thought, parsed.calls) == ("I look.", (ToolCall("f", {"x": 1}),))
 
 
 FAILURES: dict[str, Step] = {
-    "500": sends({"error": {"message": "broken"}}, 500),
-    "503 in HTML": sends("<html>busy</html>", 503),
-    "408": sends("", 408),
-    "409": sends("", 409),
-    "429": sends({"error": {"message": "slow down"}}, 429),
-    "429 until a moment": sends("", 429, Retry_After="0.01"),
-    "429 until a past date": sends("", 429, Retry_After=formatdate(0, usegmt=True)),
-    "429 until nonsense": sends("", 429, Retry_After="soon"),
-    "HTML": sends("<!doctype html><p>Log in"),
-    "no text": sends(""),
-    "no UTF-8": sends(b"\xff\xfe{}"),
-    "no compression": sends("plain", Content_Encoding="gzip"),
-    "broken JSON": sends('{"choices": [{"mess'),
-    "deep JSON": sends("[" * 100_000),
-    "null": sends("null"),
-    "a list": sends("[]"),
-    "a number": sends("7"),
-    "no choices": sends({"id": "c"}),
-    "empty choices": sends({"choices": []}),
-    "choices of text": sends({"choices": ["hi"]}),
-    "choices as text": sends({"choices": "hi"}),
-    "no message": sends({"choices": [{"text": "hi"}]}),
-    "message as text": sends({"choices": [{"message": "hi"}]}),
-    "null content": says(None),
-    "content as number": says(5),
-    "content of texts": says(["a"]),
-    "tool_calls as text": says("a", tool_calls="f"),
-    "an error with 200": sends({"error": {"message": "upstream is down", "code": 502}}),
-    "hangs up": hangs_up,
-    "breaks off": breaks_off,
+    "500": respond_with({"error": {"message": "broken"}}, 500),
+    "503 in HTML": respond_with("<html>busy</html>", 503),
+    "408": respond_with("", 408),
+    "409": respond_with("", 409),
+    "429": respond_with({"error": {"message": "slow down"}}, 429),
+    "429 until a moment": respond_with("", 429, Retry_After="0.01"),
+    "429 until a past date": respond_with("", 429, Retry_After=formatdate(0, usegmt=True)),
+    "429 until nonsense": respond_with("", 429, Retry_After="soon"),
+    "HTML": respond_with("<!doctype html><p>Log in"),
+    "no text": respond_with(""),
+    "no UTF-8": respond_with(b"\xff\xfe{}"),
+    "no compression": respond_with("plain", Content_Encoding="gzip"),
+    "broken JSON": respond_with('{"choices": [{"mess'),
+    "deep JSON": respond_with("[" * 100_000),
+    "null": respond_with("null"),
+    "a list": respond_with("[]"),
+    "a number": respond_with("7"),
+    "no choices": respond_with({"id": "c"}),
+    "empty choices": respond_with({"choices": []}),
+    "choices of text": respond_with({"choices": ["hi"]}),
+    "choices as text": respond_with({"choices": "hi"}),
+    "no message": respond_with({"choices": [{"text": "hi"}]}),
+    "message as text": respond_with({"choices": [{"message": "hi"}]}),
+    "null content": reply_with(None),
+    "content as number": reply_with(5),
+    "content of texts": reply_with(["a"]),
+    "tool_calls as text": reply_with("a", tool_calls="f"),
+    "an error with 200": respond_with({"error": {"message": "upstream is down", "code": 502}}),
+    "hangs up": hang_up,
+    "breaks off": break_off,
 }
 
 
@@ -215,7 +219,7 @@ def test_what_always_fails_becomes_an_error_of_the_sample(server, kind: str) -> 
     assert len(server.requests) == 4
 
 
-@pytest.mark.parametrize("kind", [hangs, drips])
+@pytest.mark.parametrize("kind", [hang, drip])
 def test_a_server_that_hangs_is_left(server, kind: Step) -> None:
     model = endpoint(server, kind, timeout=0.3, retries=1)
     assert one(model).text == CALL
@@ -224,7 +228,7 @@ def test_a_server_that_hangs_is_left(server, kind: Step) -> None:
 
 def test_every_sample_is_answered_or_reported(server) -> None:
     """One request in five fails, each time in another way; two samples always do."""
-    numbers, failures = itertools.count(), itertools.cycle([*FAILURES.values(), hangs])
+    numbers, failures = itertools.count(), itertools.cycle([*FAILURES.values(), hang])
 
     def step(handler: Handler) -> None:
         text = handler.body["messages"][-1]["content"]
@@ -236,10 +240,10 @@ def test_every_sample_is_answered_or_reported(server) -> None:
         elif failure is not None:
             failure(handler)
         else:
-            says(f"answer {text}")(handler)
+            reply_with(f"answer {text}")(handler)
 
     model = endpoint(server, then=step, concurrency=8, retries=7, timeout=1.0)
-    requests = [asked({"role": "user", "content": str(number)}, tools=()) for number in range(120)]
+    requests = [build_request({"role": "user", "content": str(number)}, tools=()) for number in range(120)]
     with ThreadPoolExecutor(model.concurrency) as pool:
         replies = list(pool.map(lambda request: model.respond([request])[0], requests))
     failed = [number for number, reply in enumerate(replies) if reply.error]
@@ -262,31 +266,31 @@ def test_every_sample_is_answered_or_reported(server) -> None:
 )
 def test_a_prompt_that_does_not_fit_is_an_overflow(server, said: str) -> None:
     statuses = (400, 400, 422, 422, 200, 200)
-    model = endpoint(server, *(sends({"error": {"message": said}}, status) for status in statuses))
-    for reply in model.respond([asked()] * 3):
+    model = endpoint(server, *(respond_with({"error": {"message": said}}, status) for status in statuses))
+    for reply in model.respond([build_request()] * 3):
         assert said[:40] in reply.overflow
         assert (reply.text, reply.error) == ("", "")
     assert ["max_tokens" in body for _, _, body in server.requests] == [True, False] * 3
 
 
 def test_a_prompt_that_fits_without_the_longest_response_gets_what_is_left(server) -> None:
-    too_long = sends({"error": {"message": "This model's maximum context length is 4096 tokens."}}, 400)
-    reply = one(endpoint(server, too_long, sends("", 503), then=says("cut", finish="length")))
+    too_long = respond_with({"error": {"message": "This model's maximum context length is 4096 tokens."}}, 400)
+    reply = one(endpoint(server, too_long, respond_with("", 503), then=reply_with("cut", finish="length")))
     assert (reply.text, reply.is_truncated, reply.overflow, reply.error) == ("cut", True, "", "")
     assert ["max_tokens" in body for _, _, body in server.requests] == [True, False, False]
 
 
 def test_a_request_that_is_refused_is_an_error_at_once(server) -> None:
-    reply = one(endpoint(server, then=sends({"error": {"message": "tools[0].name is odd"}}, 400)))
+    reply = one(endpoint(server, then=respond_with({"error": {"message": "tools[0].name is odd"}}, 400)))
     assert "with 400" in reply.error
     assert "tools[0].name is odd" in reply.error
-    assert one(endpoint(server, then=sends({"detail": "no"}, 422))).error
-    assert one(endpoint(server, then=sends("", 413))).overflow
+    assert one(endpoint(server, then=respond_with({"detail": "no"}, 422))).error
+    assert one(endpoint(server, then=respond_with("", 413))).overflow
     assert len(server.requests) == 4
 
 
 def test_half_a_surrogate_pair_in_a_prompt_is_an_error_of_its_sample(server) -> None:
-    assert "no Unicode" in one(endpoint(server), asked({"role": "user", "content": "\ud800"})).error
+    assert "no Unicode" in one(endpoint(server), build_request({"role": "user", "content": "\ud800"})).error
     assert server.requests == []
 
 
@@ -302,7 +306,7 @@ def test_half_a_surrogate_pair_in_a_prompt_is_an_error_of_its_sample(server) -> 
     ],
 )
 def test_users_mistakes_stop_the_run(server, status: int, said: str, remedy: str) -> None:
-    model = endpoint(server, then=sends({"error": {"message": said}}, status))
+    model = endpoint(server, then=respond_with({"error": {"message": said}}, status))
     with pytest.raises(ValueError, match=f"got {status} from .*, expected .*; .*{re.escape(remedy)}"):
         one(model)
     assert len(server.requests) == 1
@@ -311,17 +315,17 @@ def test_users_mistakes_stop_the_run(server, status: int, said: str, remedy: str
 def test_a_quota_that_is_used_up_stops_the_run(server) -> None:
     said = {"error": {"message": "you exceeded your quota", "code": "insufficient_quota"}}
     with pytest.raises(ValueError, match="see to the quota"):
-        one(endpoint(server, then=sends(said, 429)))
+        one(endpoint(server, then=respond_with(said, 429)))
 
 
 def test_the_key_stays_out_of_every_message(server, monkeypatch) -> None:
     monkeypatch.setenv("MY_KEY", f"{KEY}\n")
-    model = endpoint(server, then=sends({"error": {"message": f"wrong key {KEY}"}}, 401), api_key_env="MY_KEY")
+    model = endpoint(server, then=respond_with({"error": {"message": f"wrong key {KEY}"}}, 401), api_key_env="MY_KEY")
     with pytest.raises(ValueError, match=r"wrong key \*\*\*") as caught:
         one(model)
     assert server.requests[0][1] == f"Bearer {KEY}"
     replies = [
-        one(endpoint(server, then=sends(data, status), api_key_env="MY_KEY", retries=1))
+        one(endpoint(server, then=respond_with(data, status), api_key_env="MY_KEY", retries=1))
         for data, status in ((f"<p>{KEY}", 200), (f"{KEY}", 500), (json.dumps({"error": {"message": KEY}}), 400))
     ]
     assert all(reply.error for reply in replies)
@@ -341,21 +345,21 @@ def test_keys_come_from_the_environment(server, monkeypatch) -> None:
 
 
 def test_the_rate_is_limited(server) -> None:
-    model = endpoint(server, sends("", 503), requests_per_minute=600)  # one every 0.1 s, repeated ones too
+    model = endpoint(server, respond_with("", 503), requests_per_minute=600)  # one every 0.1 s, repeated ones too
     began = time.monotonic()
-    model.respond([asked()] * 4)
+    model.respond([build_request()] * 4)
     assert len(server.requests) == 5
     assert time.monotonic() - began >= 0.4
 
 
 def test_a_server_that_asks_to_wait_is_left_alone(server) -> None:
     began = time.monotonic()
-    assert one(endpoint(server, sends("", 429, Retry_After="0.5"))).text == CALL
+    assert one(endpoint(server, respond_with("", 429, Retry_After="0.5"))).text == CALL
     assert time.monotonic() - began >= 0.5
 
 
 def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for(server) -> None:
-    assert "answers 429" in one(endpoint(server, then=sends("", 429, Retry_After="3600"))).error
+    assert "answers 429" in one(endpoint(server, then=respond_with("", 429, Retry_After="3600"))).error
     assert len(server.requests) == 1
 
 
@@ -369,9 +373,9 @@ def test_no_more_requests_are_under_way_than_allowed(server) -> None:
         time.sleep(0.02)
         with lock:
             under_way[0] -= 1
-        says(CALL)(handler)
+        reply_with(CALL)(handler)
 
-    replies = endpoint(server, then=step, concurrency=3).respond([asked()] * 20)
+    replies = endpoint(server, then=step, concurrency=3).respond([build_request()] * 20)
     assert [reply.text for reply in replies] == [CALL] * 20
     assert most[0] == 3
 
@@ -386,17 +390,17 @@ def test_the_server_is_asked_what_it_serves(server) -> None:
 
 @pytest.mark.parametrize("answer", [("", 404), ("<html>", 200), ("[]", 200), ('{"data": 3}', 200), ("", 500)])
 def test_servers_that_do_not_list_their_models_pass(server, answer) -> None:
-    server.models = sends(*answer)
+    server.models = respond_with(*answer)
     endpoint(server).check()
     server.models = serve_models()
     endpoint(server).check()
 
 
 def test_a_check_finds_a_wrong_key_and_a_server_that_is_not_there(server) -> None:
-    server.models = sends({"error": {"message": "no"}}, 401)
+    server.models = respond_with({"error": {"message": "no"}}, 401)
     with pytest.raises(ValueError, match="got 401 from"):
         endpoint(server).check()
-    server.models = hangs
+    server.models = hang
     with pytest.raises(ValueError, match=r"got no answer from .*no answer within"):
         endpoint(server, timeout=0.1, retries=0).check()
     with socket.socket() as unused:
@@ -410,13 +414,13 @@ def test_a_check_finds_a_wrong_key_and_a_server_that_is_not_there(server) -> Non
 def test_room_is_known_with_a_tokenizer_and_a_server_that_states_its_context(server) -> None:
     layout = PromptLayout(tiny_tokenizer())
     model = endpoint(server, layout=layout)
-    assert model.context_usage(asked()) is None
+    assert model.context_usage(build_request()) is None
     server.models = serve_models("m", max_model_len=512)
     model.check()
-    assert model.context_usage(asked()) == (layout.count_tokens(asked().sample) + 64, 512)
+    assert model.context_usage(build_request()) == (layout.count_tokens(build_request().sample) + 64, 512)
     bare = endpoint(server)
     bare.check()
-    assert bare.context_usage(asked()) is None
+    assert bare.context_usage(build_request()) is None
 
 
 def test_extra_fields_go_into_every_request(server) -> None:

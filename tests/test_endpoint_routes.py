@@ -18,7 +18,7 @@ from rest_rl.evaluate.models.token_prompts import strip_end_tokens
 from rest_rl.regions import decode_ids
 from rest_rl.response import ToolCall
 from tests.model_families import FAMILIES, family_tokenizer
-from tests.model_server import CALL, Handler, Server, Step, asked, hangs, says, sends, serve_models
+from tests.model_server import CALL, Handler, Server, Step, build_request, hang, reply_with, respond_with, serve_models
 from tests.tiny_policy import tiny_tokenizer
 
 PASSWORD = "p%40ss-4711"
@@ -43,7 +43,7 @@ def endpoint(server: Server, layout: PromptLayout, *steps: Step, then: Step | No
 
 
 def one(model: Endpoint, request: Request | None = None) -> Reply:
-    return model.respond([request or asked()])[0]
+    return model.respond([request or build_request()])[0]
 
 
 def completed(text: Any, finish: str = "stop") -> dict[str, Any]:
@@ -52,7 +52,7 @@ def completed(text: Any, finish: str = "stop") -> dict[str, Any]:
 
 
 def writes(text: Any, finish: str = "stop") -> Step:
-    return sends(completed(text, finish))
+    return respond_with(completed(text, finish))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama3_2", "mistral"])
@@ -61,7 +61,7 @@ def test_the_server_gets_the_ids_of_the_training_prompt(server: Server, family: 
     reply = one(endpoint(server, layout))
     path, _, body = server.requests[0]
     assert path == "/v1/completions"
-    assert layout.tokenizer.decode(body["prompt"]) == layout.render(asked().sample)
+    assert layout.tokenizer.decode(body["prompt"]) == layout.render(build_request().sample)
     if bos := layout.tokenizer.bos_token_id:
         assert body["prompt"].count(bos) == 1
         assert body["prompt"][0] == bos
@@ -73,7 +73,7 @@ def test_the_server_gets_the_ids_of_the_training_prompt(server: Server, family: 
 
 
 def test_native_keeps_the_chat_route(server: Server, layout: PromptLayout) -> None:
-    assert one(endpoint(server, layout, then=says("ok"), native=True)).text == "ok"
+    assert one(endpoint(server, layout, then=reply_with("ok"), native=True)).text == "ok"
     assert server.requests[0][0] == "/v1/chat/completions"
     assert "tools" in server.requests[0][2]
 
@@ -111,7 +111,15 @@ def test_the_end_is_taken_off_as_it_is_off_ids(server: Server, family: str, writ
 
 
 def test_what_is_no_completion_is_asked_for_again(server: Server, layout: PromptLayout) -> None:
-    garbage = [writes(None), writes(5), says("a chat"), sends({"choices": []}), sends("{"), sends("", 500), sends("[]")]
+    garbage = [
+        writes(None),
+        writes(5),
+        reply_with("a chat"),
+        respond_with({"choices": []}),
+        respond_with("{"),
+        respond_with("", 500),
+        respond_with("[]"),
+    ]
     model = endpoint(server, layout, *garbage, retries=len(garbage))
     assert one(model).text == CALL
     assert len(server.requests) == len(garbage) + 1
@@ -121,29 +129,29 @@ def test_what_is_no_completion_is_asked_for_again(server: Server, layout: Prompt
 
 def test_a_cut_off_completion_and_one_without_usage(server: Server, layout: PromptLayout) -> None:
     bare = {"choices": [{"text": "half \ud800"}]}
-    cut, odd = endpoint(server, layout, writes("so f", "length"), sends(bare)).respond([asked()] * 2)
+    cut, odd = endpoint(server, layout, writes("so f", "length"), respond_with(bare)).respond([build_request()] * 2)
     assert (cut.text, cut.is_truncated) == ("so f", True)
-    assert odd == Reply("half ?", None, layout.count_tokens(asked().sample), None)
+    assert odd == Reply("half ?", None, layout.count_tokens(build_request().sample), None)
 
 
 def test_a_response_is_given_what_the_prompt_leaves(server: Server, layout: PromptLayout) -> None:
-    tokens = layout.count_tokens(asked().sample)
+    tokens = layout.count_tokens(build_request().sample)
     for context, limit in ((tokens + 64, 64), (tokens + 5, 5), (tokens + 1, 1)):
         model = endpoint(server, layout, context=context)
         assert one(model).text == CALL
         assert server.requests[-1][2]["max_tokens"] == limit
-        assert model.context_usage(asked()) == (tokens + 64, context)
+        assert model.context_usage(build_request()) == (tokens + 64, context)
     reply = one(endpoint(server, layout, context=tokens))
     assert reply.overflow == f"got a prompt of {tokens} tokens, the model holds {tokens}"
     assert len(server.requests) == 3
 
 
 def test_on_the_chat_route_the_server_says_what_fits(server: Server, layout: PromptLayout) -> None:
-    tokens = layout.count_tokens(asked().sample)
+    tokens = layout.count_tokens(build_request().sample)
     for context, limit in ((tokens + 64, 64), (tokens + 5, 5), (tokens - 9, 1)):
-        assert one(endpoint(server, layout, then=says("ok"), native=True, context=context)).text == "ok"
+        assert one(endpoint(server, layout, then=reply_with("ok"), native=True, context=context)).text == "ok"
         assert server.requests[-1][2]["max_tokens"] == limit
-    long = sends({"error": {"message": "This model's maximum context length is 9 tokens."}}, 400)
+    long = respond_with({"error": {"message": "This model's maximum context length is 9 tokens."}}, 400)
     assert one(endpoint(server, layout, then=long, native=True, context=9)).overflow
     assert one(endpoint(server, layout, then=long)).overflow
 
@@ -164,14 +172,14 @@ def test_prompts_that_cannot_be_made_are_told_of_and_not_sent(server: Server) ->
         "{{ message.content }}", "{{ raise_exception('no!') if message.content == 'bad' else message.content }}"
     )
     model = endpoint(server, PromptLayout(tokenizer, "hermes"))
-    assert "chat template failed" in one(model, asked({"role": "user", "content": "bad"}, tools=())).refusal
-    assert "no Unicode" in one(model, asked({"role": "user", "content": "\ud800"})).error
+    assert "chat template failed" in one(model, build_request({"role": "user", "content": "bad"}, tools=())).refusal
+    assert "no Unicode" in one(model, build_request({"role": "user", "content": "\ud800"})).error
     assert server.requests == []
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])
 def test_a_server_without_the_route_is_told_of(server: Server, layout: PromptLayout, status: int) -> None:
-    model = endpoint(server, layout, then=sends({"detail": "Not Found"}, status))
+    model = endpoint(server, layout, then=respond_with({"detail": "Not Found"}, status))
     with pytest.raises(UserError, match=rf"got {status} from .*/completions; .*{LEFT} .*use --prompt native"):
         one(model)
     assert len(server.requests) == (1 if status < 500 else 4)  # the client repeats what the server failed on
@@ -187,14 +195,14 @@ def test_a_server_without_the_route_is_told_of(server: Server, layout: PromptLay
     ],
 )
 def test_fields_that_a_server_refuses_are_named(server: Server, status: int, said: str, remedy: str) -> None:
-    refusal = sends({"error": {"message": said}}, status)
+    refusal = respond_with({"error": {"message": said}}, status)
     model = endpoint(server, family_layout("mistral"), then=refusal, extra_body={"seed_of_mine": 1})
     with pytest.raises(ValueError, match=rf"got {status} from .*{re.escape(said)}.*, expected a server that {remedy}"):
         one(model)
 
 
 def test_other_refusals_stay_with_their_sample(server: Server, layout: PromptLayout) -> None:
-    refusal = sends({"error": {"message": "this prompt is against our policy"}}, 400)
+    refusal = respond_with({"error": {"message": "this prompt is against our policy"}}, 400)
     assert "against our policy" in one(endpoint(server, layout, then=refusal, extra_body={"seed": 1})).error
 
 
@@ -203,7 +211,7 @@ def test_template_variables_stay_with_the_layout(server: Server, layout: PromptL
     one(endpoint(server, layout, extra_body=extra))
     assert server.requests[-1][2]["seed"] == 3
     assert "chat_template_kwargs" not in server.requests[-1][2]
-    one(endpoint(server, layout, then=says("ok"), extra_body=extra, native=True))
+    one(endpoint(server, layout, then=reply_with("ok"), extra_body=extra, native=True))
     assert server.requests[-1][2]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
@@ -215,7 +223,7 @@ def test_an_extra_body_leaves_the_evaluations_own_fields_alone(server: Server, l
 
 def test_many_threads_share_the_tokenizer(server: Server) -> None:
     layout = family_layout("llama3_2")
-    steps = itertools.cycle([None, None, None, None, sends("", 503)])
+    steps = itertools.cycle([None, None, None, None, respond_with("", 503)])
 
     def step(handler: Handler) -> None:
         with handler.server.lock:
@@ -223,8 +231,8 @@ def test_many_threads_share_the_tokenizer(server: Server) -> None:
         text = layout.tokenizer.decode(handler.body["prompt"])
         (failure or writes(re.findall(r"number (\d+)\.", text)[-1]))(handler)
 
-    model = endpoint(server, layout, hangs, then=step, concurrency=8, retries=8, timeout=2.0)
-    requests = [asked({"role": "user", "content": f"number {n}."}, tools=()) for n in range(100)]
+    model = endpoint(server, layout, hang, then=step, concurrency=8, retries=8, timeout=2.0)
+    requests = [build_request({"role": "user", "content": f"number {n}."}, tools=()) for n in range(100)]
     with ThreadPoolExecutor(model.concurrency) as pool:
         replies = list(pool.map(lambda request: model.respond([request])[0], requests))
     assert [reply.text for reply in replies] == [str(n) for n in range(100)]
@@ -233,12 +241,12 @@ def test_many_threads_share_the_tokenizer(server: Server) -> None:
 def test_a_password_in_the_url_is_used_and_never_told(server: Server, layout: PromptLayout) -> None:
     url = server.url.replace("http://", f"http://me:{PASSWORD}@")
     told = f"no entry for me:{PASSWORD} and p@ss-4711"
-    model = endpoint(server, layout, writes(CALL), then=sends({"error": {"message": told}}, 401), url=url)
+    model = endpoint(server, layout, writes(CALL), then=respond_with({"error": {"message": told}}, 401), url=url)
     assert one(model).text == CALL
     assert server.requests[0][1] == f"Basic {b64encode(b'me:p@ss-4711').decode()}"
     with pytest.raises(ValueError, match=r"got 401 from http://127.*no entry for \*\*\* and \*\*\*") as caught:
         one(model)
-    server.models = sends("", 401)
+    server.models = respond_with("", 401)
     with pytest.raises(ValueError, match="got 401 from http://127") as listing:
         model.check()
     with pytest.raises(ValueError, match="expected a URL") as wrong:

@@ -13,12 +13,12 @@ from rest_rl.data.flattened_layout import Frame
 from rest_rl.evaluate.conversation import Reply
 from rest_rl.evaluate.models.endpoint import Endpoint, public_url, query_of, secrets_of
 from rest_rl.formats import get_format
-from tests.model_server import CALL, Server, Step, asked, drips, hangs, says, sends
+from tests.model_server import CALL, Server, Step, build_request, drip, hang, reply_with, respond_with
 
 LONG = 10_000.0
 """Seconds that no test waits for."""
 SOON = 25.0
-"""Seconds after which a request that was not stopped fails the test; `hangs` takes 30."""
+"""Seconds after which a request that was not stopped fails the test; `hang` takes 30."""
 
 
 def endpoint(server: Server, step: Step, **changes: Any) -> Endpoint:
@@ -40,38 +40,38 @@ def until_asked(server: Server, number: int) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    [hangs, drips, sends("", 503, Retry_After="100"), sends("<html>")],
+    [hang, drip, respond_with("", 503, Retry_After="100"), respond_with("<html>")],
     ids=["hangs", "drips", "retry-after", "pause"],
 )
 def test_whatever_is_under_way_is_given_up(server: Server, step: Step) -> None:
     model = endpoint(server, step, retries=100)
     pool = ThreadPoolExecutor(3)
-    replies = [pool.submit(model.respond, [asked()]) for _ in range(3)]
+    replies = [pool.submit(model.respond, [build_request()]) for _ in range(3)]
     until_asked(server, 3)
     model.stop()
     assert [reply.result(SOON) for reply in replies] == [[Reply(error="stopped")]] * 3
     pool.shutdown()
     asked_before = len(server.requests)
-    assert model.respond([asked()] * 2) == [Reply(error="stopped")] * 2
+    assert model.respond([build_request()] * 2) == [Reply(error="stopped")] * 2
     assert len(server.requests) == asked_before
 
 
 def test_a_limited_rate_is_not_waited_for(server: Server) -> None:
-    model = endpoint(server, says(CALL), requests_per_minute=1)
-    assert model.respond([asked()])[0].text == CALL
+    model = endpoint(server, reply_with(CALL), requests_per_minute=1)
+    assert model.respond([build_request()])[0].text == CALL
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(model.respond, [asked()])
+        waiting = pool.submit(model.respond, [build_request()])
         model.stop()
         assert waiting.result(SOON) == [Reply(error="stopped")]
     assert len(server.requests) == 1
 
 
 def test_a_stop_reaches_the_server_through_published_prompts(server: Server) -> None:
-    model = endpoint(server, says(CALL), frame=Frame("before ", " after"))
-    assert model.respond([asked()])[0].text == CALL
+    model = endpoint(server, reply_with(CALL), frame=Frame("before ", " after"))
+    assert model.respond([build_request()])[0].text == CALL
     assert server.requests[0][2]["messages"][0]["content"].startswith("before ")
     model.stop()
-    assert model.respond([asked()]) == [Reply(error="stopped")]
+    assert model.respond([build_request()]) == [Reply(error="stopped")]
 
 
 KEYED = "?api-key=q%2B-4711&v=2#frag-4711"
@@ -79,14 +79,16 @@ KEYED = "?api-key=q%2B-4711&v=2#frag-4711"
 
 def test_a_key_in_the_query_is_sent_and_never_told(server: Server) -> None:
     told = "no entry for q+-4711 (q%2B-4711) in v=2"
-    model = endpoint(server, sends({"error": {"message": told}}, 401), url=f"{server.url}/v1/{KEYED}")
+    model = endpoint(server, respond_with({"error": {"message": told}}, 401), url=f"{server.url}/v1/{KEYED}")
     with pytest.raises(ValueError, match=r"no entry for \*\*\* \(\*\*\*\) in v=2") as caught:
-        model.respond([asked()])
+        model.respond([build_request()])
     assert [path for path, _, _ in server.requests] == ["/v1/chat/completions?api-key=q%2B-4711&v=2"]
-    refused = endpoint(server, sends({"error": {"message": told}}, 400), url=f"{server.url}{KEYED}").respond([asked()])
-    absent = endpoint(server, says(CALL), url=f"http://127.0.0.1:1{KEYED}", retries=0).respond([asked()])
+    refused = endpoint(server, respond_with({"error": {"message": told}}, 400), url=f"{server.url}{KEYED}").respond(
+        [build_request()]
+    )
+    absent = endpoint(server, reply_with(CALL), url=f"http://127.0.0.1:1{KEYED}", retries=0).respond([build_request()])
     with pytest.raises(ValueError, match="expected a URL") as wrong:
-        endpoint(server, says(CALL), url=f"ftp://me:s-4711@host/v1{KEYED}")
+        endpoint(server, reply_with(CALL), url=f"ftp://me:s-4711@host/v1{KEYED}")
     assert "no connection" in absent[0].error
     assert "4711" not in f"{caught.value} {refused} {absent} {wrong.value} {model.url}"
 

@@ -30,7 +30,7 @@ from rest_rl.train.estimate import (
     verdict,
 )
 from rest_rl.train.trl.trainer import ResTConfig
-from tests.architectures import PARAMETERS, architecture, qwen3
+from tests.architectures import NUM_PARAMETERS, published_config, qwen3
 
 H100 = Device("NVIDIA H100 80GB HBM3", int(79.1 * GIB))
 TINY = {"vocab_size": 100, "head_dim": 8, "num_key_value_heads": 2}
@@ -79,9 +79,9 @@ def part(guessed: Estimate, name: str) -> int:
     return next(part.bytes for part in guessed.parts if part.name == name)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", NUM_PARAMETERS)
 def test_parameters_are_those_published(name: str) -> None:
-    assert count_parameters(architecture(name)).base == PARAMETERS[name]
+    assert count_parameters(published_config(name)).base == NUM_PARAMETERS[name]
 
 
 def test_parameters_of_an_adapter() -> None:
@@ -92,7 +92,7 @@ def test_parameters_of_an_adapter() -> None:
 
 
 def test_cache_of_keys_and_values() -> None:
-    config = architecture("Qwen/Qwen3-8B")
+    config = published_config("Qwen/Qwen3-8B")
     assert cache_bytes(config, 1, 2) == 36 * 8 * 128 * 2 * 2 == 147_456
     assert cache_bytes(config, 1000, 2) == 147_456_000
 

@@ -25,10 +25,10 @@ from rest_rl.evaluate.conversation import Reply
 from rest_rl.formats import get_format
 from rest_rl.response import Gold
 from rest_rl.train.policy import embedded_model_dir
-from tests.made_up_rows import ASKED, HISTORY, RAW, ROWS, SYSTEM, WRAPPED
+from tests.made_up_rows import HISTORY, QUESTION, RAW, ROWS, SYSTEM, WRAPPED
 from tests.model_families import FAMILIES, family_tokenizer
-from tests.model_server import Server, says
-from tests.published_data import published
+from tests.model_server import Server, reply_with
+from tests.published_data import published_file
 
 FRAME = Frame("Use the following tools:\n", "\n\n**Steps** one, two.")
 OPEN = {
@@ -154,7 +154,7 @@ def test_made_up_rows_come_out_as_they_went_in() -> None:
 
 
 def test_published_rows_come_out_as_they_went_in() -> None:
-    path = published("toolrl/rlla_sft.json")
+    path = published_file("toolrl/rlla_sft.json")
     rows, frame = json.loads(path.read_text(encoding="utf-8")), frame_of(str(path))
     texts = {row["input"]: history_text(with_thoughts(history_of(row["input"]), row["input"])) for row in rows}
     changed = [(text, written) for text, written in texts.items() if text != written]
@@ -185,20 +185,20 @@ def test_published_rows_come_out_as_they_went_in() -> None:
         ([calling("t", ("f", {}), ("g", {})), result(" both ")], "<obs> both </obs>"),
         ([result("stray")], "<obs> stray </obs>"),
         ([result('"quoted"', name="f")], '<obs> [{"name": "f", "results": "\\"quoted\\""}] </obs>'),
-        ([result("null", name="f"), ASKED],
+        ([result("null", name="f"), QUESTION],
          '<obs> [{"name": "f", "results": null}] </obs>\n\n<user> Weather in Oslo? </user>'),
         ([{"role": "assistant", "content": None}], "<think>  </think>"),
     ],
 )  # fmt: skip
 def test_odd_histories(messages: list[dict[str, Any]], text: str) -> None:
-    assert history_text([ASKED, *messages]).endswith(f"\n{text}")
+    assert history_text([QUESTION, *messages]).endswith(f"\n{text}")
 
 
 @pytest.mark.parametrize("shape", ["json", "jsonl", "parquet", "samples"])
 def test_the_frame_is_read_from_the_first_row_that_has_it(tmp_path: Path, shape: str) -> None:
     path = tmp_path / f"rows.{'jsonl' if shape == 'samples' else shape}"
     (kept,) = toolrl.read(RAW, RowContext("kept", keep_prompts=True))
-    rows: list[Any] = [{"messages": [ASKED]}, {**RAW, "instruction": "no tools"}, RAW]
+    rows: list[Any] = [{"messages": [QUESTION]}, {**RAW, "instruction": "no tools"}, RAW]
     if shape == "parquet":
         pq.write_table(pa.Table.from_pylist([ROWS["parquet"]]), path)
     elif shape == "json":
@@ -212,7 +212,7 @@ def test_the_frame_is_read_from_the_first_row_that_has_it(tmp_path: Path, shape:
     assert frame.digest != FRAME.digest == replace(FRAME).digest
 
 
-@pytest.mark.parametrize("row", [{"messages": [ASKED]}, {**RAW, "instruction": "Use them."}, "broken"])
+@pytest.mark.parametrize("row", [{"messages": [QUESTION]}, {**RAW, "instruction": "Use them."}, "broken"])
 def test_a_file_without_the_texts_is_refused(tmp_path: Path, row: Any) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row), encoding="utf-8")
@@ -226,7 +226,7 @@ def test_a_file_without_the_texts_is_refused(tmp_path: Path, row: Any) -> None:
 def test_other_layouts_do_not_show_thoughts(family: str, tool_format: str) -> None:
     layout = PromptLayout(family_tokenizer(family), tool_format)
     thinking = (
-        ASKED,
+        QUESTION,
         calling("secret", ("get_weather", {"city": "Oslo"})),
         result("rain", name="get_weather", tool_call_id="c0"),
     )
@@ -336,7 +336,9 @@ def test_mistakes_are_told(
 def test_a_server_is_sent_the_published_prompt(
     server: Server, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.steps = chain.from_iterable(iter(lambda: [says("<think> no </think>\n<response> x </response>")], None))
+    server.steps = chain.from_iterable(
+        iter(lambda: [reply_with("<think> no </think>\n<response> x </response>")], None)
+    )
     who = ("--endpoint", f"{server.url}/v1", "--model", "m", "--ids", "unseen_tools/0")
     out = tmp_path / "out"
     assert run("tool-world", *who, *PUBLISHED, str(rows_file), "--out", str(out)) == 0

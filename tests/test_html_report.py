@@ -308,14 +308,14 @@ def test_hostile_text_is_text(tab: Page, tmp_path: Path) -> None:
             for text in HOSTILE]  # fmt: skip
     rows += [{"step": 2, "id": "old", "response": text} for text in HOSTILE]
     page = write_html_report([make_run(tmp_path / "run", rows)])
-    tab.complaints.clear()
+    tab.problems.clear()
     shown = []
     tab.open(page)
     for _ in rows:
         shown.append(text_of(tab, "#tokens"))
         assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         tab.press("j")
-    assert tab.complaints == []
+    assert tab.problems == []
     assert tab.evaluate("document.title") == "run · rest-rl report"
     assert shown[0] == "<think>" + HOSTILE[0]
     assert shown[1] == "<think>" + HOSTILE[1]
@@ -346,7 +346,7 @@ def test_the_list_holds_only_the_rows_in_sight(tab: Page, many: Path) -> None:
 
 
 def test_keys_move_through_responses_tokens_and_steps(tab: Page, many: Path) -> None:
-    tab.complaints.clear()
+    tab.problems.clear()
     tab.open(many)
     tab.press("j", "j", "k")
     assert selected_row(tab) == 2
@@ -370,7 +370,7 @@ def test_keys_move_through_responses_tokens_and_steps(tab: Page, many: Path) -> 
     tab.press("t", "?")
     assert tab.evaluate("document.getElementById('help').open")
     tab.press("Escape")
-    assert tab.complaints == []
+    assert tab.problems == []
 
 
 def test_search_and_filters_find_responses(tab: Page, many: Path) -> None:
@@ -434,11 +434,11 @@ def test_it_fits_a_narrow_screen(tab: Page, many: Path) -> None:
 
 
 def test_a_run_without_responses_has_its_curves(tab: Page, tmp_path: Path) -> None:
-    tab.complaints.clear()
+    tab.problems.clear()
     tab.open(write_html_report([make_run(tmp_path / "run", [])]))
     assert count_of(tab, "figure svg") >= 2
     assert "recorded no responses" in text_of(tab, "#detail")
-    assert tab.complaints == []
+    assert tab.problems == []
 
 
 def legend_of(tab: Page, title: str) -> list[str]:
@@ -458,7 +458,7 @@ def test_a_line_without_a_value_at_a_step_has_a_dash(tab: Page, tmp_path: Path) 
         if step % 8 == 0:
             log.add_evaluation({"step": step, "exact_match": 0.25, "exact_match_error": 0.0})
     page, title = write_html_report([log.folder]), "Entropy by region"
-    tab.complaints.clear()
+    tab.problems.clear()
     tab.open(page)
     assert legend_of(tab, title) == ["name 0.500", "answer –", "at the end (–: no value there)"]
     assert legend_of(tab, "Exact match, held out, sampled") == ["rest 25.0 %", "at the end"]
@@ -469,7 +469,7 @@ def test_a_line_without_a_value_at_a_step_has_a_dash(tab: Page, tmp_path: Path) 
         assert legend_of(tab, title)[1] == shown
         assert legend_of(tab, title)[2].startswith(f"at step {step}")
         assert legend_of(tab, "Exact match, held out, sampled")[0] == "rest 25.0 %"
-    assert tab.complaints == []
+    assert tab.problems == []
 
 
 def test_a_run_that_was_killed_has_its_steps_of_how_many(tab: Page, tmp_path: Path) -> None:

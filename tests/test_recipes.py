@@ -14,7 +14,7 @@ from rest_rl.train.estimate import GIB, Device, Estimate, Sharding, estimate, ve
 from rest_rl.train.policy import lora_config
 from rest_rl.train.trl.settings import trainer_config
 from rest_rl.train.trl.trainer import ResTConfig
-from tests.architectures import architecture
+from tests.architectures import published_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.toml") if not path.name.startswith("compare-"))
@@ -99,7 +99,7 @@ def estimated(path: Path, prompts: int = 3920, device: Device = A100) -> Estimat
     longest = config.trl.get("max_length") or config.data.max_prompt_tokens
     return estimate(
         config,
-        architecture(model_of(config)),
+        published_config(model_of(config)),
         args,
         lora=lora_config(config.peft),
         prompt_tokens=[*[700] * (prompts - 1), longest],

@@ -21,7 +21,7 @@ from rest_rl.train.reward import make_tool_reward
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.sample_files import save_samples
 from tests.test_cli import RUN
-from tests.tiny_policy import history, parameters, tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
+from tests.tiny_policy import copy_parameters, logged_steps, tiny_model, tiny_samples, tiny_settings, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_recorded_numbers_are_those_of_the_metrics(tokenizer, tmp_path, changes)
         assert row["truncated"] is (row["ids"][-1] != tokenizer.eos_token_id)
         assert "advantage" in row
     if changes.keys() <= {"per_device_train_batch_size", "gradient_accumulation_steps"}:
-        for logged in history(trainer):  # every response of the step was recorded
+        for logged in logged_steps(trainer):  # every response of the step was recorded
             own = [row for row in rows if row["step"] == logged["step"]]
             for region in Region:
                 values = [
@@ -106,10 +106,10 @@ def test_recording_leaves_the_run_as_it_is(tokenizer, tmp_path):
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     plain, _ = run(tokenizer, tmp_path, None, **settings)
     recorded, rows = run(tokenizer, tmp_path, 3, **settings)
-    assert history(plain) == history(recorded)
+    assert logged_steps(plain) == logged_steps(recorded)
     assert len(rows) == 3 * 3
-    for name, value in parameters(plain.model).items():
-        assert torch.equal(value, parameters(recorded.model)[name])
+    for name, value in copy_parameters(plain.model).items():
+        assert torch.equal(value, copy_parameters(recorded.model)[name])
 
 
 def weighed(places: list[int], weight: float) -> WeightedBatch:

@@ -24,8 +24,8 @@ from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.weighing import EntropyTracker
 from rest_rl.weights import apply_curriculum, assign_weights, region_weights
 from tests.tiny_policy import (
-    history,
-    parameters,
+    copy_parameters,
+    logged_steps,
     scripted_completions,
     tiny_model,
     tiny_samples,
@@ -58,7 +58,7 @@ def trained(trainer):
 
 
 def same_parameters(left, right, **tolerance):
-    left, right = parameters(left.model), parameters(right.model)
+    left, right = copy_parameters(left.model), copy_parameters(right.model)
     for name, value in left.items():
         torch.testing.assert_close(value, right[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
@@ -88,8 +88,8 @@ def test_weights_of_one_are_stock_grpo_bit_for_bit(tokenizer, tmp_path, changes)
         )
     )
     ours = trained(rest_trainer(tokenizer, tmp_path, preset="grpo", **changes))
-    assert any(row["grad_norm"] > 0 for row in history(stock))
-    for stock_row, our_row in zip(history(stock), history(ours), strict=True):
+    assert any(row["grad_norm"] > 0 for row in logged_steps(stock))
+    for stock_row, our_row in zip(logged_steps(stock), logged_steps(ours), strict=True):
         assert {key: our_row[key] for key in stock_row} == stock_row
     same_parameters(stock, ours, rtol=0, atol=0)
 
@@ -98,8 +98,8 @@ def test_reshaping_changes_the_run(tokenizer, tmp_path):
     plain = trained(rest_trainer(tokenizer, tmp_path, preset="grpo"))
     reshaped = trained(rest_trainer(tokenizer, tmp_path, preset="rest"))
     # Nothing has been measured before the first step and the curriculum starts at 0: equal weights.
-    assert history(plain)[0]["grad_norm"] == history(reshaped)[0]["grad_norm"]
-    assert history(plain)[1]["grad_norm"] != history(reshaped)[1]["grad_norm"]
+    assert logged_steps(plain)[0]["grad_norm"] == logged_steps(reshaped)[0]["grad_norm"]
+    assert logged_steps(plain)[1]["grad_norm"] != logged_steps(reshaped)[1]["grad_norm"]
 
 
 def test_the_loss_is_the_clipped_surrogate_of_the_weighed_advantages(tokenizer, tmp_path):
@@ -175,7 +175,7 @@ def test_gradient_accumulation_equals_the_full_batch(tokenizer, tmp_path):
     split = trained(
         rest_trainer(tokenizer, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
     )
-    for full_row, split_row in zip(history(full), history(split), strict=True):
+    for full_row, split_row in zip(logged_steps(full), logged_steps(split), strict=True):
         for key, value in full_row.items():
             if key.startswith("rest/") or key in ("grad_norm", "reward"):
                 assert split_row[key] == (value and pytest.approx(value, rel=2e-4, abs=1e-6)), key
@@ -229,7 +229,7 @@ def test_resume_goes_on_bit_for_bit(tokenizer, tmp_path, restored_by_trainer):
     resumed = rest_trainer(tokenizer, tmp_path, **settings)
     resumed.remove_callback(PrinterCallback)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert history(resumed) == history(whole)
+    assert logged_steps(resumed) == logged_steps(whole)
     same_parameters(whole, resumed, rtol=0, atol=0)
     assert torch.equal(whole.tracker.totals_3R, resumed.tracker.totals_3R)
 
@@ -243,7 +243,7 @@ def test_a_killed_run_is_resumed_bit_for_bit(tokenizer, tmp_path):
     resumed.remove_callback(PrinterCallback)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     whole = trained(rest_trainer(tokenizer, tmp_path / "whole", **settings))
-    assert history(resumed) == history(whole)
+    assert logged_steps(resumed) == logged_steps(whole)
     same_parameters(whole, resumed, rtol=0, atol=0)
 
 
@@ -273,7 +273,7 @@ def test_the_tracker_forgets_by_its_decay_and_survives_json():
 
 def test_metrics_are_there_from_the_first_step(tokenizer, tmp_path):
     trainer = trained(rest_trainer(tokenizer, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2))
-    for row in history(trainer):
+    for row in logged_steps(trainer):
         for quantity in ("entropy", "collision", "weight", "share"):
             assert {f"rest/{quantity}/{region.label}" for region in Region} <= set(row)
         for name in ("format", "accuracy", "exact_match", "call_rate"):
@@ -284,12 +284,12 @@ def test_metrics_are_there_from_the_first_step(tokenizer, tmp_path):
         # The token mean of the weights is 1: each response's is.
         weights = [row[f"rest/weight/{region.label}"] for region in Region]
         assert sum(s * w for s, w in zip(shares, weights, strict=True) if s) == pytest.approx(1, abs=1e-6)
-    first = history(trainer)[0]
+    first = logged_steps(trainer)[0]
     assert all(first[f"rest/weight/{region.label}"] in (None, pytest.approx(1)) for region in Region)
 
 
 def test_region_entropies_add_up_to_trls_own(tokenizer, tmp_path):
-    for row in history(trained(rest_trainer(tokenizer, tmp_path))):
+    for row in logged_steps(trained(rest_trainer(tokenizer, tmp_path))):
         parts = [(row[f"rest/share/{r.label}"], row[f"rest/entropy/{r.label}"]) for r in Region]
         assert sum(share * entropy for share, entropy in parts if share) == pytest.approx(row["entropy"], rel=1e-4)
 
@@ -310,23 +310,23 @@ def test_evaluation_logs_regions_and_leaves_the_statistics_alone(tokenizer, tmp_
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(tokenizer, tmp_path, preset):
     trainer = rest_trainer(tokenizer, tmp_path, preset=preset, max_steps=2)
-    before = parameters(trainer.model)
+    before = copy_parameters(trainer.model)
     trainer.train()
-    assert any(not torch.equal(before[name], value) for name, value in parameters(trainer.model).items())
-    first = history(trainer)[0]
+    assert any(not torch.equal(before[name], value) for name, value in copy_parameters(trainer.model).items())
+    first = logged_steps(trainer)[0]
     if preset == "authors-code":  # step 1: arguments 0.602 against name 1.2, before normalisation
         assert first["rest/weight/arguments"] < first["rest/weight/name"]
     elif preset in ("rest", "paper"):  # nothing has been measured before step 0, and nu is 0
         assert first["rest/weight/name"] == pytest.approx(1.0)
-        assert history(trainer)[1]["rest/weight/name"] != pytest.approx(1.0)
+        assert logged_steps(trainer)[1]["rest/weight/name"] != pytest.approx(1.0)
     else:
-        assert first["rest/weight/name"] == history(trainer)[1]["rest/weight/name"] == 1.0
+        assert first["rest/weight/name"] == logged_steps(trainer)[1]["rest/weight/name"] == 1.0
 
 
 @pytest.mark.parametrize("rule", ["inverse", "collision", "constant", "inverted", "top_entropy", "permuted"])
 def test_every_rule_trains(tokenizer, tmp_path, rule):
     trainer = trained(rest_trainer(tokenizer, tmp_path, weights={"rule": rule}, max_steps=2))
-    row = history(trainer)[-1]
+    row = logged_steps(trainer)[-1]
     assert row["grad_norm"] < 1e4
     parts = [(row[f"rest/share/{r.label}"], row[f"rest/weight/{r.label}"]) for r in Region]
     assert sum(share * weight for share, weight in parts if share) == pytest.approx(1, abs=1e-6)
@@ -334,7 +334,7 @@ def test_every_rule_trains(tokenizer, tmp_path, rule):
 
 def test_a_dropped_region_has_no_gradient(tokenizer, tmp_path):
     trainer = trained(rest_trainer(tokenizer, tmp_path, preset="grpo", weights={"dropped": ["reasoning"]}, max_steps=1))
-    row = history(trainer)[0]
+    row = logged_steps(trainer)[0]
     assert row["rest/share/reasoning"] > 0
     assert row["rest/weight/reasoning"] == 0.0
     parts = [(row[f"rest/share/{r.label}"], row[f"rest/weight/{r.label}"]) for r in Region]
@@ -343,7 +343,7 @@ def test_a_dropped_region_has_no_gradient(tokenizer, tmp_path):
 
 def test_random_rewards_are_drawn_from_the_run_s_seed(tokenizer, tmp_path):
     rewards = [
-        history(
+        logged_steps(
             trained(
                 rest_trainer(tokenizer, tmp_path / name, preset="grpo", reward={"random": True}, seed=seed, max_steps=1)
             )
@@ -362,8 +362,8 @@ def test_lora_trains(tokenizer, tmp_path):
         processing_class=tokenizer,
         peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
     )
-    before = parameters(trainer.model)
+    before = copy_parameters(trainer.model)
     trained(trainer)
-    changed = [name for name, value in parameters(trainer.model).items() if not torch.equal(value, before[name])]
+    changed = [name for name, value in copy_parameters(trainer.model).items() if not torch.equal(value, before[name])]
     assert changed
     assert all("lora" in name for name in changed)

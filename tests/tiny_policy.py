@@ -90,10 +90,10 @@ def tiny_model(tokenizer: Any) -> Qwen3ForCausalLM:
     logits_VV = torch.full((size, size), -12.0)
     logits_VV[:, tokenizer.eos_token_id] = 0.0
     for piece, row in CHAIN.items():
-        at = one_id(tokenizer, piece)
+        at = single_token_id(tokenizer, piece)
         logits_VV[at] = -9.0
         for successor, probability in row.items():
-            logits_VV[at, one_id(tokenizer, successor)] = torch.log(torch.tensor(probability))
+            logits_VV[at, single_token_id(tokenizer, successor)] = torch.log(torch.tensor(probability))
         logits_VV[at] -= logits_VV[at].logsumexp(0)
     with torch.no_grad():  # the norm scales a one-hot vector to length sqrt(V)
         model.model.embed_tokens.weight.copy_(torch.eye(size))
@@ -101,7 +101,7 @@ def tiny_model(tokenizer: Any) -> Qwen3ForCausalLM:
     return model
 
 
-def one_id(tokenizer: Any, piece: str) -> int:
+def single_token_id(tokenizer: Any, piece: str) -> int:
     ids = tokenizer(piece)["input_ids"]
     assert len(ids) == 1, (piece, ids)
     return ids[0]
@@ -150,13 +150,13 @@ def tiny_run(folder: Path) -> dict[str, Any]:
     return {"model": {"path": str(folder)}, "data": {"path": data}, "trl": trl}
 
 
-def history(trainer: Any) -> list[dict[str, Any]]:
+def logged_steps(trainer: Any) -> list[dict[str, Any]]:
     """What was logged per step, without wall-clock times and the closing line."""
     rows = [row for row in trainer.state.log_history if "train_runtime" not in row]
     return [{key: value for key, value in row.items() if key != "step_time"} for row in rows]
 
 
-def parameters(model: Any) -> dict[str, torch.Tensor]:
+def copy_parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
@@ -169,6 +169,6 @@ def scripted_completions(prompts, trainer):
         rng, piece, ids = random.Random(f"{prompt} {seen[prompt]}"), ASK, []
         while piece != EOS and len(ids) < 20:
             piece = rng.choices(list(CHAIN[piece]), list(CHAIN[piece].values()))[0]
-            ids.append(tokenizer.eos_token_id if piece == EOS else one_id(tokenizer, piece))
+            ids.append(tokenizer.eos_token_id if piece == EOS else single_token_id(tokenizer, piece))
         rows.append(ids)
     return {"prompt_ids": tokenizer(list(prompts))["input_ids"], "completion_ids": rows, "logprobs": None}

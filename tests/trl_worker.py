@@ -12,8 +12,8 @@ from transformers import PrinterCallback, TrainerCallback
 from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from tests.tiny_policy import (
-    history,
-    parameters,
+    copy_parameters,
+    logged_steps,
     scripted_completions,
     tiny_model,
     tiny_samples,
@@ -28,7 +28,7 @@ class KillAfterThreeSteps(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed(folder: str) -> None:
+def run_until_killed(folder: str) -> None:
     tokenizer = tiny_tokenizer()
     trainer = ResTTrainer(
         tiny_model(tokenizer),
@@ -40,7 +40,7 @@ def killed(folder: str) -> None:
     trainer.train()
 
 
-def scripted(path: str, batch_size: str, rule: str) -> None:
+def run_scripted(path: str, batch_size: str, rule: str) -> None:
     tokenizer = tiny_tokenizer()
     settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, "max_grad_norm": 0.0, "weights": {"rule": rule}}
     trainer = ResTTrainer(
@@ -54,8 +54,8 @@ def scripted(path: str, batch_size: str, rule: str) -> None:
     trainer.train()
     if trainer.accelerator.is_main_process:
         result = {
-            "parameters": parameters(trainer.accelerator.unwrap_model(trainer.model)),
-            "history": history(trainer),
+            "parameters": copy_parameters(trainer.accelerator.unwrap_model(trainer.model)),
+            "history": logged_steps(trainer),
             "totals": trainer.tracker.totals_3R,
         }
         torch.save(result, path)
@@ -64,4 +64,4 @@ def scripted(path: str, batch_size: str, rule: str) -> None:
 
 
 if __name__ == "__main__":
-    {"killed": killed, "scripted": scripted}[sys.argv[1]](*sys.argv[2:])
+    {"killed": run_until_killed, "scripted": run_scripted}[sys.argv[1]](*sys.argv[2:])
