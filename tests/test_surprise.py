@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rest_rl.train.weighing import compute_surprise_metrics, sum_surprise
-from tests.test_trl_trainer import history, rest_trainer, tokenizer, trained  # noqa: F401
+from tests.test_trl_trainer import logged_steps, rest_trainer, tokenizer, trained  # noqa: F401
 
 
 def test_sums_and_metrics_by_hand() -> None:
@@ -61,18 +61,18 @@ def test_samples_of_another_distribution_have_it(temperature: float, top: int | 
 
 
 def test_it_is_logged_when_a_batch_is_new(tokenizer, tmp_path) -> None:  # noqa: F811
-    once = history(trained(rest_trainer(tokenizer, tmp_path)))
+    once = logged_steps(trained(rest_trainer(tokenizer, tmp_path)))
     assert all("rest/surprise/excess" in row for row in once)
-    twice = history(trained(rest_trainer(tokenizer, tmp_path, num_iterations=2, max_steps=4)))
+    twice = logged_steps(trained(rest_trainer(tokenizer, tmp_path, num_iterations=2, max_steps=4)))
     assert ["rest/surprise/excess" in row for row in twice] == [True, False, True, False]
-    masked = history(trained(rest_trainer(tokenizer, tmp_path, mask_truncated_completions=True)))
+    masked = logged_steps(trained(rest_trainer(tokenizer, tmp_path, mask_truncated_completions=True)))
     assert not any("rest/surprise/excess" in row for row in masked)
 
 
 def test_micro_batches_add_up_to_the_batch(tokenizer, tmp_path) -> None:  # noqa: F811
-    whole = history(trained(rest_trainer(tokenizer, tmp_path, max_steps=1)))[0]
+    whole = logged_steps(trained(rest_trainer(tokenizer, tmp_path, max_steps=1)))[0]
     halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
-    split = history(trained(rest_trainer(tokenizer, tmp_path, **halves)))[0]
+    split = logged_steps(trained(rest_trainer(tokenizer, tmp_path, **halves)))[0]
     keys = [key for key in whole if key.startswith(("rest/surprise/", "rest/rule_weight/"))]
     assert len(keys) == 3 + 6
     assert {key: split[key] for key in keys} == pytest.approx({key: whole[key] for key in keys}, rel=1e-4)
