@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rest_rl.evaluate.benchmarks.api_bank import LEVELS, published_calls, soft_match
+from rest_rl.evaluate.benchmarks.api_bank import LEVELS, parse_published_calls, soft_match
 
 BATCH_SIZE = 150
 FAKE_VLLM = """
@@ -169,7 +169,7 @@ def main() -> int:
         texts = [mutate_response(answer, rng) for answer in answers]
         theirs = run_published_scripts(batch, texts, arguments.published)
         for answer, text, score in zip(answers, texts, theirs, strict=True):
-            ours = soft_match(published_calls(text), answer)
+            ours = soft_match(parse_published_calls(text), answer)
             verdicts[ours, bool(score)] += 1
             if ours != bool(score):
                 print(f"published {score}, ours {ours}: {answer} {text[:300]!r}")

@@ -30,7 +30,7 @@ from typing import Any
 from bfcl_mutations import Call, Sample, mutate_multi_turn, mutate_single_turn
 
 from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
-from rest_rl.evaluate.benchmarks.bfcl.gold import gold_of
+from rest_rl.evaluate.benchmarks.bfcl.gold import build_gold
 from rest_rl.evaluate.benchmarks.bfcl.groups import MULTI_TURN, select_categories
 from rest_rl.evaluate.benchmarks.bfcl.package import Version, find_package
 from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox
@@ -228,7 +228,7 @@ def main() -> int:
         entries = {name: drop_duplicate_ids(sandbox.entries(name)) for name in names}
         singles = [name for name in names if name not in MULTI_TURN]
         asked = [rng.choice(entries[rng.choice(singles)]) for _ in range(options.single)]
-        samples = [mutate_single_turn(entry, gold_of(entry), rng) for entry in asked]
+        samples = [mutate_single_turn(entry, build_gold(entry), rng) for entry in asked]
         talks = []
         for _ in range(options.multi):
             entry = rng.choice(entries[rng.choice(MULTI_TURN)])

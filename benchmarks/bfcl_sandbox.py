@@ -30,24 +30,25 @@ from rest_rl.formats import FORMATS
 class InProcessSandbox:
     """The methods of a `Sandbox`, answered by the release in this process."""
 
-    loaded: release.Bfcl | None = None
+    loaded: release.BfclRelease | None = None
 
     def __init__(self, package: Any, **_: Any) -> None:
         if InProcessSandbox.loaded is None:
             sys.path.insert(0, str(package.folder))
             os.environ["BFCL_PROJECT_ROOT"] = tempfile.mkdtemp()
-            InProcessSandbox.loaded = release.Bfcl(package.version)
+            InProcessSandbox.loaded = release.BfclRelease(package.version)
         self.release = InProcessSandbox.loaded
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.release, name)
 
-    def check_calls(self, *of: Any) -> Verdict:
-        return Verdict(*self.release.check_calls(*of))
+    def check_calls(self, *arguments: Any) -> Verdict:
+        return Verdict(*self.release.check_calls(*arguments))
 
     def session(self, identity: str) -> Session:
-        def ask(do: str, *of: Any) -> Any:
-            return None if do in {"open", "end"} else json.loads(json.dumps(getattr(self.release, do)(*of)))
+        def ask(method: str, *arguments: Any) -> Any:
+            result = None if method in {"open", "end"} else getattr(self.release, method)(*arguments)
+            return json.loads(json.dumps(result))
 
         return Session(ask, identity)
 

@@ -32,7 +32,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """An endpoint repeats requests at once."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
-    monkeypatch.setattr("rest_rl.evaluate.models.endpoint.PAUSE", 0.001)
+    monkeypatch.setattr("rest_rl.evaluate.models.endpoint.FIRST_RETRY_DELAY", 0.001)
 
 
 def pytest_collection_finish() -> None:

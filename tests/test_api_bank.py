@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from rest_rl.evaluate.benchmarks.api_bank import ApiBank, arguments_problem, published_calls, soft_match, spells
+from rest_rl.evaluate.benchmarks.api_bank import (
+    ApiBank,
+    find_arguments_problem,
+    matches_gold_value,
+    parse_published_calls,
+    soft_match,
+)
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.formats import FORMATS, get_format
 from rest_rl.response import ToolCall
@@ -24,7 +30,7 @@ ROW = {"system": SYSTEM, "user": "**Dialogue Records History**\n<user> Add it. <
 
 
 def soft(text: str) -> bool:
-    return soft_match(published_calls(text), GOLD)
+    return soft_match(parse_published_calls(text), GOLD)
 
 
 @pytest.mark.parametrize(
@@ -64,16 +70,18 @@ def test_soft_is_the_published_metric(text: str, is_right: bool) -> None:
     ],
 )  # fmt: skip
 def test_a_value_equals_the_text_that_spells_it(value: Any, gold: str, is_equal: bool) -> None:
-    assert spells(value, gold) is is_equal
+    assert matches_gold_value(value, gold) is is_equal
 
 
 def test_a_difference_is_named() -> None:
     gold = GOLD["parameters"]
     assert isinstance(gold, dict)
-    assert arguments_problem(ToolCall("AddAgenda", {"content": "Meeting", "count": 5}), gold) == ""
-    assert arguments_problem(ToolCall("AddAgenda", {"content": "Meeting"}), gold) == "missing arguments ['count']"
-    assert arguments_problem(ToolCall("AddAgenda", {**gold, "x": 1}), gold) == "extra arguments ['x']"
-    assert "'Lunch', expected 'Meeting'" in arguments_problem(ToolCall("AddAgenda", {**gold, "content": "Lunch"}), gold)
+    assert find_arguments_problem(ToolCall("AddAgenda", {"content": "Meeting", "count": 5}), gold) == ""
+    assert find_arguments_problem(ToolCall("AddAgenda", {"content": "Meeting"}), gold) == "missing arguments ['count']"
+    assert find_arguments_problem(ToolCall("AddAgenda", {**gold, "x": 1}), gold) == "extra arguments ['x']"
+    assert "'Lunch', expected 'Meeting'" in find_arguments_problem(
+        ToolCall("AddAgenda", {**gold, "content": "Lunch"}), gold
+    )
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from rest_rl.evaluate.benchmarks.bfcl import groups
 from rest_rl.evaluate.benchmarks.bfcl import sandbox as sandbox_module
 from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
-from rest_rl.evaluate.benchmarks.bfcl.entries import properties_of
+from rest_rl.evaluate.benchmarks.bfcl.entries import parameter_schemas
 from rest_rl.evaluate.benchmarks.bfcl.package import Version
 from rest_rl.evaluate.conversation import Conversation, Reply, Request
 from rest_rl.formats import get_format
@@ -352,7 +352,7 @@ def test_a_process_that_is_ended_from_outside_costs_no_verdict(v4: Bfcl) -> None
     outcome = talk.outcome()
     talk.close()
     assert (outcome["correct"], outcome["reason"]) == (True, "")
-    with v4._pool.lent() as sandbox:
+    with v4._pool.borrow() as sandbox:
         sandbox.constants()
         os.kill(sandbox._process.pid, signal.SIGKILL)
         assert len(sandbox.gold_calls("multi_turn_base_1")) == 4
@@ -442,7 +442,7 @@ def test_hostile_responses_are_wrong_and_touch_nothing(v4: Bfcl, tmp_path: Path,
 def test_a_call_without_end_makes_its_sample_wrong() -> None:
     benchmark = opened("v4", ["multi_turn_base"], seconds=1.0)
     talks = ((name, started(benchmark, name)) for name in benchmark.groups)
-    name, talk = next((name, talk) for name, talk in talks if "power" in properties_of(asked(talk).sample.tools))
+    name, talk = next((name, talk) for name, talk in talks if "power" in parameter_schemas(asked(talk).sample.tools))
     talk.receive(calling({"name": "power", "arguments": {"base": 7, "exponent": 10**9}}))
     assert talk.request() is None
     outcome = talk.outcome()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rest_rl.evaluate.benchmarks.bfcl import groups
-from rest_rl.evaluate.benchmarks.bfcl.entries import call_problem, properties_of, tools_of, typed
-from rest_rl.evaluate.benchmarks.bfcl.gold import gold_of, java_literal, javascript_literal, plausible_call
+from rest_rl.evaluate.benchmarks.bfcl.entries import coerce_value, find_call_problem, parameter_schemas, to_tools
+from rest_rl.evaluate.benchmarks.bfcl.gold import build_gold, java_literal, javascript_literal, plausible_call
 from rest_rl.evaluate.benchmarks.bfcl.groups import Version, official_averages, select_categories
 from rest_rl.response import Gold, ToolCall
 
@@ -38,8 +38,8 @@ def test_tools_of_function_documents() -> None:
     mode = {"type": "string", "description": "How.", "default": "car"}
     parameters = {"type": "object", "properties": {"stops": stops, "mode": mode}, "required": ["stops"]}
     function = {"name": "trip.plan", "description": "Plan.", "parameters": parameters, "response": {"type": "dict"}}
-    assert tools_of([doc], TYPES) == ({"type": "function", "function": function},)
-    assert properties_of(tools_of([doc], TYPES)) == {"trip.plan": {"stops": stops, "mode": mode}}
+    assert to_tools([doc], TYPES) == ({"type": "function", "function": function},)
+    assert parameter_schemas(to_tools([doc], TYPES)) == {"trip.plan": {"stops": stops, "mode": mode}}
 
 
 @pytest.mark.parametrize(
@@ -52,19 +52,20 @@ def test_tools_of_function_documents() -> None:
     ],
 )  # fmt: skip
 def test_text_becomes_a_value_of_the_schema(value: Any, kind: str | None, meant: Any) -> None:
-    found = typed(value, {"type": kind} if kind else {})
+    found = coerce_value(value, {"type": kind} if kind else {})
     assert (found, type(found)) == (meant, type(meant))
 
 
 def test_what_is_wrong_with_a_call_is_said() -> None:
     tools = {"cat": {"file_name": {"type": "string"}}, "pwd": {}}
-    assert call_problem(ToolCall("cat", {"file_name": "x"}), tools) == ""
-    assert call_problem(ToolCall("dog", {}), tools) == "there is no tool named 'dog'"
+    assert find_call_problem(ToolCall("cat", {"file_name": "x"}), tools) == ""
+    assert find_call_problem(ToolCall("dog", {}), tools) == "there is no tool named 'dog'"
     assert (
-        call_problem(ToolCall("cat", {"name": 1}), tools) == "cat has no argument 'name'; its arguments are file_name"
+        find_call_problem(ToolCall("cat", {"name": 1}), tools)
+        == "cat has no argument 'name'; its arguments are file_name"
     )
-    assert call_problem(ToolCall("pwd", {"x": 1}), tools) == "pwd has no argument 'x'; its arguments are none"
-    assert "too large" in call_problem(ToolCall("cat", {"file_name": "x" * 1_000_001}), tools)
+    assert find_call_problem(ToolCall("pwd", {"x": 1}), tools) == "pwd has no argument 'x'; its arguments are none"
+    assert "too large" in find_call_problem(ToolCall("cat", {"file_name": "x" * 1_000_001}), tools)
 
 
 def test_the_first_alternative_is_the_gold() -> None:
@@ -79,9 +80,9 @@ def test_the_first_alternative_is_the_gold() -> None:
     }
     entry = {"category": "multiple", "checked": [doc], "ground_truth": [{"f": answer}]}
     expected = {"a": "needed", "c": {"y": 2}, "d": [{"x": 1}, {"x": 3}], "e": "first"}
-    assert gold_of(entry) == Gold((ToolCall("f", expected),))
-    assert gold_of({**entry, "category": "irrelevance"}).calls == ()
-    assert gold_of({**entry, "category": "live_relevance"}).calls == (ToolCall("f", {"a": "text"}),)
+    assert build_gold(entry) == Gold((ToolCall("f", expected),))
+    assert build_gold({**entry, "category": "irrelevance"}).calls == ()
+    assert build_gold({**entry, "category": "live_relevance"}).calls == (ToolCall("f", {"a": "text"}),)
     numbers = {"type": "dict", "properties": {"n": {"type": "integer"}, "l": {"type": "array"}}, "required": ["n", "l"]}
     assert plausible_call({"name": "g", "parameters": numbers}).arguments == {"n": 1, "l": []}
 

@@ -219,7 +219,7 @@ class Release:
         return [True, "", str(os.getpid())]
 
 server = Server(Pipes(*os.pipe()), Release(), 1, 4096)
-check = lambda seconds: server.checked({"do": "check_calls", "of": [seconds]})
+check = lambda seconds: server.check_in_worker({"method": "check_calls", "arguments": [seconds]})
 first, second, endless, last = check(0.7), check(0.7), check(1e9), check(0.0)
 assert first["ok"][2] == second["ok"][2] != last["ok"][2], (first, second, last)
 assert endless == {"died": "it ran out of processor time", "limit": True}, endless
@@ -522,7 +522,7 @@ import ctypes, os, runpy, shutil, signal, socket, subprocess, sys, tempfile
 from pathlib import Path
 
 folder = Path(sys.argv[2])
-guard = runpy.run_path(sys.argv[1])["guard"]
+guard = runpy.run_path(sys.argv[1])["install_audit_guard"]
 guard([*(path for path in sys.path if path), str(folder / "readable")])
 attempts = {
     "socket": lambda: socket.socket(),

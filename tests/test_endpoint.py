@@ -16,7 +16,7 @@ import pytest
 
 from rest_rl.data.layout import PromptLayout
 from rest_rl.evaluate.conversation import Reply, Request, parse_reply
-from rest_rl.evaluate.models.chat_messages import wire_names
+from rest_rl.evaluate.models.chat_messages import build_wire_names
 from rest_rl.evaluate.models.endpoint import Endpoint
 from rest_rl.formats import get_format
 from rest_rl.response import ToolCall
@@ -100,7 +100,7 @@ def test_native_mode_sends_tools_and_history_in_openai_shape(server) -> None:
 
 def test_names_stay_apart_when_they_are_made_plain() -> None:
     tools = tuple({"type": "function", "function": {"name": name}} for name in ("a.b", "a_b", "a/b", "x" * 80, ""))
-    names = wire_names(build_request(tools=tools).sample)
+    names = build_wire_names(build_request(tools=tools).sample)
     assert list(names) == ["a.b", "a_b", "a/b", "x" * 80, ""]
     assert len(set(names.values())) == 5
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) for name in names.values())

@@ -11,7 +11,7 @@ import pytest
 
 from rest_rl.data.flattened_layout import Frame
 from rest_rl.evaluate.conversation import Reply
-from rest_rl.evaluate.models.endpoint import Endpoint, public_url, query_of, secrets_of
+from rest_rl.evaluate.models.endpoint import Endpoint, find_secrets, parse_query, public_url
 from rest_rl.formats import get_format
 from tests.model_server import CALL, Server, Step, build_request, drip, hang, reply_with, respond_with
 
@@ -109,7 +109,7 @@ def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
 
 
 def test_the_parts_of_a_url_that_are_secret() -> None:
-    assert query_of("http://h/v1") == {}
-    assert query_of(f"http://h/v1{KEYED}") == {"api-key": "q+-4711", "v": "2"}
-    assert secrets_of("http://h/v1?a=1&b=12345") == ["12345"]
-    assert set(secrets_of("http://me:x%40y@h/v1?a=k+4711")) == {"me:x%40y", "x%40y", "x@y", "k+4711", "k 4711"}
+    assert parse_query("http://h/v1") == {}
+    assert parse_query(f"http://h/v1{KEYED}") == {"api-key": "q+-4711", "v": "2"}
+    assert find_secrets("http://h/v1?a=1&b=12345") == ["12345"]
+    assert set(find_secrets("http://me:x%40y@h/v1?a=k+4711")) == {"me:x%40y", "x%40y", "x@y", "k+4711", "k 4711"}

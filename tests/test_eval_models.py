@@ -12,7 +12,7 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import Dialogue, ToolSample, decompose
 from rest_rl.evaluate.conversation import Reply, Request
 from rest_rl.evaluate.generate import generate
-from rest_rl.evaluate.models.local import LocalModel, context_length, may_overrun
+from rest_rl.evaluate.models.local import LocalModel, can_exceed_context, context_length
 from rest_rl.evaluate.models.vllm import VllmModel
 from rest_rl.regions import decode_ids
 from rest_rl.response import Gold
@@ -149,15 +149,15 @@ def test_a_table_of_positions_is_never_overrun() -> None:
 
 def test_only_angles_that_stay_the_same_may_go_on() -> None:
     tiny_rope = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
-    assert may_overrun(LlamaConfig())
-    assert may_overrun(LlamaConfig(rope_parameters={"rope_type": "yarn", **tiny_rope}))
-    assert not may_overrun(LlamaConfig(rope_parameters={"rope_type": "dynamic", **tiny_rope}))
+    assert can_exceed_context(LlamaConfig())
+    assert can_exceed_context(LlamaConfig(rope_parameters={"rope_type": "yarn", **tiny_rope}))
+    assert not can_exceed_context(LlamaConfig(rope_parameters={"rope_type": "dynamic", **tiny_rope}))
     by_layer = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
     config = LlamaConfig()
     config.rope_parameters = by_layer
-    assert may_overrun(config)
-    assert not may_overrun(GPT2Config())
-    assert not may_overrun(OPTConfig())
+    assert can_exceed_context(config)
+    assert not can_exceed_context(GPT2Config())
+    assert not can_exceed_context(OPTConfig())
 
 
 def test_a_prompt_as_long_as_the_context_is_an_overflow(tiny) -> None:

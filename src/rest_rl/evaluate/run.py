@@ -131,9 +131,9 @@ def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
             messages = plan.frame.flatten(sample).messages
             parts, tokens = tuple((message["role"], message["content"]) for message in messages), None
         elif request.source == "endpoint":
-            from rest_rl.evaluate.models.chat_messages import chat_body
+            from rest_rl.evaluate.models.chat_messages import build_chat_body
 
-            body = chat_body(sample, plan.tool_format, native=plan.prompt == "native")
+            body = build_chat_body(sample, plan.tool_format, native=plan.prompt == "native")
             parts, tokens = (("", as_json(body, indent=2)),), None
         else:
             parts, tokens = (("", "no model is shown a prompt"),), None

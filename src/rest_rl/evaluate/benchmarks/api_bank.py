@@ -30,11 +30,11 @@ from rest_rl.rewards import json_equal
 
 LEVELS = {1: 399, 2: 67, 3: 131}
 """Samples per level as published; ten of level 1 are exact duplicates of others."""
-UNPASSABLE = ("unknown_tool", "undocumented_argument")
+UNSATISFIABLE = ("unknown_tool", "undocumented_argument")
 """Defects of a gold that an answer by the prompt's own tools cannot match."""
 
 
-class Item(NamedTuple):
+class ApiBankSample(NamedTuple):
     """One sample: its prompt, the gold as published, and why no correct answer passes (empty if one does)."""
 
     level: int
@@ -56,11 +56,11 @@ class ApiBank(Benchmark):
         UserError for a file that is missing or broken.
         """
         digest = hashlib.sha256()
-        self.items: dict[str, Item] = {}
+        self.items: dict[str, ApiBankSample] = {}
         for level in LEVELS:
-            for index, row in enumerate(rows_of(Path(folder), level, digest)):
+            for index, row in enumerate(read_rows(Path(folder), level, digest)):
                 identity = f"Level{level}_{index}"
-                self.items[identity] = read_item(row, identity, level, keep_prompts)
+                self.items[identity] = read_api_bank_sample(row, identity, level, keep_prompts)
         number = f"{len(self.items)} samples, sha256 {digest.hexdigest()[:12]}"
         self.pin = f"API-Bank as processed by ToolRL ({number})"
         self.groups = {identity: item.level for identity, item in self.items.items()}
@@ -68,7 +68,9 @@ class ApiBank(Benchmark):
     def start(self, identity: str, tool_format: ToolFormat) -> SingleTurn:
         item = self.items[identity]
         is_published = tool_format.name.removesuffix(SUFFIX) == FORMAT
-        return SingleTurn(item.sample, tool_format, lambda reply, parsed: verdicts(reply, parsed, item, is_published))
+        return SingleTurn(
+            item.sample, tool_format, lambda reply, parsed: judge_response(reply, parsed, item, is_published)
+        )
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """`ceilings`: per level the best that correct answers can reach, and the samples that stand in the way."""
@@ -82,15 +84,15 @@ class ApiBank(Benchmark):
         return {"ceilings": ceilings}
 
 
-def verdicts(reply: Reply, parsed: ParsedResponse, item: Item, is_published: bool) -> Mapping[str, Any]:
+def judge_response(reply: Reply, parsed: ParsedResponse, item: ApiBankSample, is_published: bool) -> Mapping[str, Any]:
     """Both verdicts and the reason of the stricter one; the published metric reads the text of its own format."""
     reads_text = is_published and reply.calls is None
-    lines = published_calls(reply.text) if reads_text else in_published_shape(parsed, item.answer)
-    problem = strict_problem(parsed, item.answer)
+    lines = parse_published_calls(reply.text) if reads_text else to_published_calls(parsed, item.answer)
+    problem = find_strict_problem(parsed, item.answer)
     return {"soft": soft_match(lines, item.answer), "strict": not problem, "reason": problem}
 
 
-def rows_of(folder: Path, level: int, digest: Any) -> list[Any]:
+def read_rows(folder: Path, level: int, digest: Any) -> list[Any]:
     """The rows of one level."""
     path = folder / f"level-{level}-api_processed.json"
     try:
@@ -105,7 +107,7 @@ def rows_of(folder: Path, level: int, digest: Any) -> list[Any]:
     return rows
 
 
-def read_item(row: Any, identity: str, level: int, keep_prompts: bool) -> Item:
+def read_api_bank_sample(row: Any, identity: str, level: int, keep_prompts: bool) -> ApiBankSample:
     """One sample."""
     if not isinstance(row, Mapping):
         raise UserError(f"{type(row).__name__} as {identity}", "an object", "restore the file")
@@ -114,12 +116,12 @@ def read_item(row: Any, identity: str, level: int, keep_prompts: bool) -> Item:
     except RowRejectedError as error:
         raise UserError(f"{identity}, which cannot be read ({error})", "it as published", "restore the file") from error
     found = check_against_tools(sample)[1]
-    defect = "; ".join(f"{problem.reason}: {problem.detail}" for problem in found if problem.reason in UNPASSABLE)
+    defect = "; ".join(f"{problem.reason}: {problem.detail}" for problem in found if problem.reason in UNSATISFIABLE)
     answer = row["answer"]
-    return Item(level, sample, answer[0] if isinstance(answer, list) else answer, defect)
+    return ApiBankSample(level, sample, answer[0] if isinstance(answer, list) else answer, defect)
 
 
-def published_calls(text: str) -> list[Any]:
+def parse_published_calls(text: str) -> list[Any]:
     """What the published evaluation takes for calls: each line of JSON after the last opening tag, of any kind."""
     block = text.strip().split("<tool_call>")[-1].split("</tool_call>")[0]
     found = []
@@ -131,7 +133,7 @@ def published_calls(text: str) -> list[Any]:
     return found
 
 
-def in_published_shape(parsed: ParsedResponse, answer: Mapping[str, Any]) -> list[Any]:
+def to_published_calls(parsed: ParsedResponse, answer: Mapping[str, Any]) -> list[Any]:
     """The calls of another format as the published evaluation writes them.
 
     Where a format writes all values as text, the gold's text is what a value that spells it was written as.
@@ -141,7 +143,7 @@ def in_published_shape(parsed: ParsedResponse, answer: Mapping[str, Any]) -> lis
         {
             "name": call.name,
             "parameters": {
-                name: gold[name] if name in gold and spells(value, gold[name]) else value
+                name: gold[name] if name in gold and matches_gold_value(value, gold[name]) else value
                 for name, value in call.arguments.items()
             },
         }
@@ -163,7 +165,7 @@ def soft_match(calls: Sequence[Any], answer: Mapping[str, Any]) -> bool:
     return False
 
 
-def strict_problem(parsed: ParsedResponse, answer: Mapping[str, Any]) -> str:
+def find_strict_problem(parsed: ParsedResponse, answer: Mapping[str, Any]) -> str:
     """Why the response is not the one right call; empty if it is."""
     if parsed.unreadable_calls:
         return f"unreadable call: {'; '.join(parsed.problems)[:200]}"
@@ -172,22 +174,22 @@ def strict_problem(parsed: ParsedResponse, answer: Mapping[str, Any]) -> str:
     call = parsed.calls[0]
     if call.name != answer["name"]:
         return f"name {call.name[:80]!r}, expected {answer['name']!r}"
-    return arguments_problem(call, answer["parameters"])
+    return find_arguments_problem(call, answer["parameters"])
 
 
-def arguments_problem(call: ToolCall, gold: Mapping[str, Any]) -> str:
+def find_arguments_problem(call: ToolCall, gold: Mapping[str, Any]) -> str:
     """The first difference of the arguments; empty if there is none."""
     if missing := [name for name in gold if name not in call.arguments]:
         return f"missing arguments {missing}"
     if extra := [name for name in call.arguments if name not in gold]:
         return f"extra arguments {[name[:80] for name in extra[:5]]}"
     for name, value in gold.items():
-        if not spells(call.arguments[name], value):
+        if not matches_gold_value(call.arguments[name], value):
             return f"{name} = {call.arguments[name]!r:.80}, expected {value!r:.80}"
     return ""
 
 
-def spells(value: Any, gold: Any) -> bool:
+def matches_gold_value(value: Any, gold: Any) -> bool:
     """Whether a value equals the gold, or the JSON (or Python literal) that the gold's text spells."""
     if json_equal(value, gold) or isinstance(value, str) or not isinstance(gold, str):
         return json_equal(value, gold)

@@ -36,7 +36,7 @@ class ToolWorldTasks(Benchmark):
 
     def start(self, identity: str, tool_format: ToolFormat) -> SingleTurn:
         sample = self.samples[identity]
-        return SingleTurn(sample, tool_format, lambda reply, parsed: verdict(reply, parsed, sample))
+        return SingleTurn(sample, tool_format, lambda reply, parsed: judge_response(reply, parsed, sample))
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """The scores of turns that call and of turns that answer, under `turns`."""
@@ -46,7 +46,7 @@ class ToolWorldTasks(Benchmark):
         return {"turns": {turn: score_group(own[turn], self.metrics, sizes[turn]) for turn in TURNS if own[turn]}}
 
 
-def verdict(reply: Reply, parsed: ParsedResponse, sample: ToolSample) -> Mapping[str, Any]:
+def judge_response(reply: Reply, parsed: ParsedResponse, sample: ToolSample) -> Mapping[str, Any]:
     """Exact match, and what cost the response its score."""
     judgement = judge_parsed(parsed, sample.gold, truncated=reply.is_truncated)
     return {

@@ -14,11 +14,11 @@ from rest_rl.evaluate.conversation import Reply
 from rest_rl.formats import OpenedThinkFormat, ToolFormat
 from rest_rl.response import ToolCall
 
-NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]")
-NAME_LENGTH = 64
-SENT = ("role", "content", "tool_calls", "tool_call_id", "name")
+INVALID_NAME_CHARACTER = re.compile(r"[^A-Za-z0-9_-]")
+MAX_NAME_LENGTH = 64
+MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
 """The fields of a message that every server takes."""
-OVERFLOW = re.compile(
+OVERFLOW_MESSAGE = re.compile(
     r"context[ _]?(length|window|size)|maximum (model|sequence|input) length|too large for model"
     r"|(prompt|input)\S* (is |are )?too (long|large)|max_tokens must be at least 1|input token count.*exceeds"
     r"|`inputs` tokens \+",
@@ -27,35 +27,35 @@ OVERFLOW = re.compile(
 """How servers say that a prompt does not fit (OpenAI, vLLM, SGLang, llama.cpp, TGI, Gemini and others)."""
 
 
-class GarbledError(Exception):
+class MalformedResponseError(Exception):
     """An answer that is no completion; it is asked for again."""
 
 
-def plain_name(name: str) -> str:
+def sanitize_name(name: str) -> str:
     """A name as servers that follow OpenAI take it: letters, digits, `_` and `-`."""
-    return NOT_IN_NAMES.sub("_", name)[:NAME_LENGTH] or "_"
+    return INVALID_NAME_CHARACTER.sub("_", name)[:MAX_NAME_LENGTH] or "_"
 
 
-def wire_names(sample: ToolSample) -> dict[str, str]:
+def build_wire_names(sample: ToolSample) -> dict[str, str]:
     """The plain name under which each tool is sent, a different one for each."""
     names: dict[str, str] = {}
     for tool in sample.tools:
         name = str(tool.get("function", tool).get("name"))
-        plain, number = plain_name(name), 1
+        plain, number = sanitize_name(name), 1
         while name not in names and plain in names.values():
             number += 1
-            plain = f"{plain_name(name)[: NAME_LENGTH - 4]}_{number}"
+            plain = f"{sanitize_name(name)[: MAX_NAME_LENGTH - 4]}_{number}"
         names.setdefault(name, plain)
     return names
 
 
-def chat_body(sample: ToolSample, tool_format: ToolFormat, *, native: bool) -> dict[str, Any]:
+def build_chat_body(sample: ToolSample, tool_format: ToolFormat, *, native: bool) -> dict[str, Any]:
     """`messages`, and `tools` where the server is to lay them out itself."""
     messages = [dict(message) for message in sample.messages]
     if not native and not sample.tools_in_prompt:
         return {"messages": as_text(messages, list(sample.tools), tool_format)}
-    names = wire_names(sample)
-    body: dict[str, Any] = {"messages": [wire_message(message, names) for message in with_call_ids(messages)]}
+    names = build_wire_names(sample)
+    body: dict[str, Any] = {"messages": [to_wire_message(message, names) for message in with_call_ids(messages)]}
     if sample.tools and not sample.tools_in_prompt:
         functions = [tool.get("function", tool) for tool in sample.tools]
         body["tools"] = [
@@ -65,61 +65,61 @@ def chat_body(sample: ToolSample, tool_format: ToolFormat, *, native: bool) -> d
     return body
 
 
-def wire_message(message: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def to_wire_message(message: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A message with the arguments of its calls as JSON text, which is how servers expect them."""
-    sent = {key: message[key] for key in SENT if key in message}
+    sent = {key: message[key] for key in MESSAGE_FIELDS if key in message}
     if calls := message.get("tool_calls"):
         sent["tool_calls"] = [
             {"id": call["id"], "type": "function", "function": dict(call["function"])} for call in calls
         ]
         for function in (call["function"] for call in sent["tool_calls"]):
-            function["name"] = names.get(function["name"], plain_name(function["name"]))
+            function["name"] = names.get(function["name"], sanitize_name(function["name"]))
             function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
     if "name" in sent:
-        sent["name"] = names.get(sent["name"], plain_name(sent["name"]))
+        sent["name"] = names.get(sent["name"], sanitize_name(sent["name"]))
     return sent
 
 
-def read_answer(data: bytes, sample: ToolSample, tool_format: ToolFormat) -> Reply:
+def parse_chat_completion(data: bytes, sample: ToolSample, tool_format: ToolFormat) -> Reply:
     """The reply in the body of an answer; GarbledError for one that is no chat completion.
 
     Calls that the server has read out are the reply's calls; one whose arguments are no JSON object is none, and
     stands in the text as it came.
     """
-    body = read_body(data)
+    body = parse_body(data)
     if isinstance(body, Reply):
         return body
     choice = first_choice(body)
-    message, is_truncated = field(choice, "message", dict), choice.get("finish_reason") == "length"
-    text, raw_calls, calls = text_of(message, tool_format), message.get("tool_calls") or [], None
+    message, is_truncated = require_field(choice, "message", dict), choice.get("finish_reason") == "length"
+    text, raw_calls, calls = extract_text(message, tool_format), message.get("tool_calls") or [], None
     if not isinstance(raw_calls, list):
-        raise GarbledError(f"tool_calls of type {type(raw_calls).__name__}")
+        raise MalformedResponseError(f"tool_calls of type {type(raw_calls).__name__}")
     if text is None and not (raw_calls or is_truncated):
-        raise GarbledError("neither content nor tool_calls")
+        raise MalformedResponseError("neither content nor tool_calls")
     if raw_calls:
-        names = {sent: name for name, sent in wire_names(sample).items()}
-        found = [read_call(raw, names) for raw in raw_calls]
+        names = {sent: name for name, sent in build_wire_names(sample).items()}
+        found = [parse_call(raw, names) for raw in raw_calls]
         unread = [json.dumps(raw, ensure_ascii=False) for raw, call in zip(raw_calls, found, strict=True) if not call]
         text, calls = "\n".join(filter(None, [text, *unread])), tuple(call for call in found if call)
     usage = body.get("usage")
-    numbers = (count(usage, "prompt_tokens"), count(usage, "completion_tokens"))
-    return Reply(whole(text or ""), calls, *numbers, is_truncated=is_truncated)
+    numbers = (token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens"))
+    return Reply(replace_surrogates(text or ""), calls, *numbers, is_truncated=is_truncated)
 
 
-def read_body(data: bytes) -> Any:
+def parse_body(data: bytes) -> Any:
     """The JSON of an answer, an overflow that it reports as a Reply; GarbledError for no JSON and for other errors."""
     try:
         body = load_json(data.decode("utf-8"))
     except ValueError as error:
-        raise GarbledError(f"no JSON ({error}): {data[:80]!r}") from None
+        raise MalformedResponseError(f"no JSON ({error}): {data[:80]!r}") from None
     if isinstance(body, dict) and body.get("error"):  # with status 200, as routers do
-        if OVERFLOW.search(said := str(body["error"])[:2000]):
+        if OVERFLOW_MESSAGE.search(said := str(body["error"])[:2000]):
             return Reply(overflow=f"the server says: {said:.400}")
-        raise GarbledError(f"an error: {said:.200}")
+        raise MalformedResponseError(f"an error: {said:.200}")
     return body
 
 
-def text_of(message: Mapping[str, Any], tool_format: ToolFormat) -> str | None:
+def extract_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str | None:
     """The text of a message, also where it comes in parts; None where it has none.
 
     Reasoning that the server has cut off is left out, but for a format that begins inside the think block.
@@ -128,7 +128,7 @@ def text_of(message: Mapping[str, Any], tool_format: ToolFormat) -> str | None:
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         content = "".join(part["text"] for part in content if isinstance(part.get("text"), str))
     if content is not None and not isinstance(content, str):
-        raise GarbledError(f"content of type {type(content).__name__}")
+        raise MalformedResponseError(f"content of type {type(content).__name__}")
     thought = message.get("reasoning_content") or message.get("reasoning")
     if isinstance(thought, str) and thought and isinstance(tool_format, OpenedThinkFormat):
         closing = f"{tool_format.opening[0]}/{tool_format.opening[1:]}"
@@ -136,7 +136,7 @@ def text_of(message: Mapping[str, Any], tool_format: ToolFormat) -> str | None:
     return content
 
 
-def read_call(raw: Any, names: Mapping[str, str]) -> ToolCall | None:
+def parse_call(raw: Any, names: Mapping[str, str]) -> ToolCall | None:
     """One structured call under its tool's own name; None without a name or with arguments that are no object."""
     function = raw.get("function") if isinstance(raw, dict) else None
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
@@ -151,27 +151,27 @@ def read_call(raw: Any, names: Mapping[str, str]) -> ToolCall | None:
     return ToolCall(names.get(name, name), arguments) if isinstance(arguments, dict) else None
 
 
-def field(value: Any, name: str, kind: type) -> Any:
+def require_field(value: Any, name: str, kind: type) -> Any:
     """A field of the answer; GarbledError where it is missing or of another type."""
     found = value.get(name) if isinstance(value, dict) else value
     if not isinstance(value, dict) or not isinstance(found, kind):
-        raise GarbledError(f"{name} of type {type(found).__name__}, expected {kind.__name__}")
+        raise MalformedResponseError(f"{name} of type {type(found).__name__}, expected {kind.__name__}")
     return found
 
 
 def first_choice(body: Any) -> dict[str, Any]:
-    choices = field(body, "choices", list)
+    choices = require_field(body, "choices", list)
     if not choices or not isinstance(choices[0], dict):
-        raise GarbledError("choices is empty or holds no object")
+        raise MalformedResponseError("choices is empty or holds no object")
     return choices[0]
 
 
-def whole(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Text without halves of surrogate pairs, which no file could hold."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def count(usage: Any, name: str) -> int | None:
+def token_count(usage: Any, name: str) -> int | None:
     """A number of tokens that the server reports, if it is one."""
     value = usage.get(name) if isinstance(usage, dict) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

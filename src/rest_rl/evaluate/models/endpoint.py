@@ -25,7 +25,12 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.data.reading import load_json
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Model, Reply, Request
-from rest_rl.evaluate.models.chat_messages import OVERFLOW, GarbledError, chat_body, read_answer
+from rest_rl.evaluate.models.chat_messages import (
+    OVERFLOW_MESSAGE,
+    MalformedResponseError,
+    build_chat_body,
+    parse_chat_completion,
+)
 from rest_rl.evaluate.models.token_prompts import (
     build_completion_body,
     check_positive,
@@ -38,16 +43,18 @@ from rest_rl.formats import ToolFormat
 API_KEY = "OPENAI_API_KEY"
 """The environment variable that holds the key unless another is named."""
 NO_KEY = "none"
-SHORTEST_SECRET = 4
+MIN_SECRET_LENGTH = 4
 """Shorter values of a query are no keys, and stand in every text."""
-PAUSE, LONGEST_PAUSE = 0.5, 8.0
+FIRST_RETRY_DELAY, MAX_RETRY_DELAY = 0.5, 8.0
 """Seconds before an answer that is no completion is asked for again, doubled each time; as the client does."""
-STOPPED = Reply(error="stopped")
-OWN_FIELDS = ("model", "messages", "prompt", "tools", "stream", "n")
+STOPPED_REPLY = Reply(error="stopped")
+RESERVED_FIELDS = ("model", "messages", "prompt", "tools", "stream", "n")
 """What `extra_body` must leave alone."""
-NO_IDS = re.compile(r"\bprompt\b.*\b(string|str|variant|type)\b|\bvariant\b.*\bprompt\b", re.IGNORECASE | re.DOTALL)
+TOKEN_IDS_REFUSED = re.compile(
+    r"\bprompt\b.*\b(string|str|variant|type)\b|\bvariant\b.*\bprompt\b", re.IGNORECASE | re.DOTALL
+)
 """How servers say that they take a prompt as text only."""
-OTHER_ROUTE = "use vLLM or SGLang, leave --tokenizer out to ask for chat completions, or use --prompt native"
+ROUTE_REMEDY = "use vLLM or SGLang, leave --tokenizer out to ask for chat completions, or use --prompt native"
 
 
 def base_url(url: str) -> str:
@@ -64,7 +71,7 @@ def base_url(url: str) -> str:
     return short if urlsplit(short).path else f"{short}/v1"
 
 
-def query_of(url: str) -> dict[str, str]:
+def parse_query(url: str) -> dict[str, str]:
     """The query of a URL, which goes with every request: some servers take the key or a version of their API there."""
     return dict(parse_qsl(urlsplit(url.strip()).query, keep_blank_values=True))
 
@@ -79,17 +86,17 @@ def public_url(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def secrets_of(url: str) -> list[str]:
+def find_secrets(url: str) -> list[str]:
     """User and password in a URL and the values of its query, as written and decoded; the longest first."""
     parts = urlsplit(url.strip())
     account, _, _ = parts.netloc.rpartition("@")
     password = account.partition(":")[2]
     written = [value for pair in parts.query.split("&") if (value := pair.partition("=")[2])]
-    values = [value for value in (*written, *query_of(url).values()) if len(value) >= SHORTEST_SECRET]
+    values = [value for value in (*written, *parse_query(url).values()) if len(value) >= MIN_SECRET_LENGTH]
     return sorted({secret for secret in (account, password, unquote(password), *values) if secret}, key=len)[::-1]
 
 
-def api_key(variable: str) -> str:
+def read_api_key(variable: str) -> str:
     """The key out of an environment variable; `none` where the usual one is not set."""
     key = os.environ.get(variable, "").strip()
     if not key and variable != API_KEY:
@@ -100,7 +107,7 @@ def api_key(variable: str) -> str:
 
 
 @functools.cache
-def event_loop() -> asyncio.AbstractEventLoop:
+def shared_event_loop() -> asyncio.AbstractEventLoop:
     """The loop of all endpoints, in a thread that keeps no process from ending."""
     loop = asyncio.new_event_loop()
     Thread(target=loop.run_forever, daemon=True).start()
@@ -147,30 +154,30 @@ class Endpoint(Model):
         if retries < 0 or not timeout > 0:
             wrong = f"retries = {retries}" if retries < 0 else f"timeout = {timeout}"
             raise UserError(wrong, "retries from 0 and a timeout above 0", "raise it")
-        if taken := sorted(set(extra_body or {}) & {*OWN_FIELDS}):
+        if taken := sorted(set(extra_body or {}) & {*RESERVED_FIELDS}):
             raise UserError(f"{', '.join(taken)} in the extra body", "other fields", "leave it out")
-        address, key = base_url(url), api_key(api_key_env)
+        address, key = base_url(url), read_api_key(api_key_env)
         self.url, self.model, self.tool_format, self.native = public_url(address), model, tool_format, native
         self.max_new_tokens, self.concurrency = max_new_tokens, concurrency
         self.timeout, self.retries, self.extra_body = timeout, retries, dict(extra_body or {})
         self.layout, self.frame = layout, frame
-        self.context, self._states_context = context, context is None
-        self._secrets = [*secrets_of(url), *([] if key == NO_KEY else [key])]
-        self._gap, self._next_turn = 60.0 / requests_per_minute if requests_per_minute else 0.0, 0.0
-        self._openai, self._loop, self._free = openai, event_loop(), asyncio.Semaphore(concurrency)
-        self._repeated = f"{retries + 1} times in a row"
-        self._under_way: set[Future[list[Reply]]] = set()
+        self.context, self._asks_server_for_context = context, context is None
+        self._secrets = [*find_secrets(url), *([] if key == NO_KEY else [key])]
+        self._send_interval, self._next_send_time = 60.0 / requests_per_minute if requests_per_minute else 0.0, 0.0
+        self._openai, self._loop, self._slots = openai, shared_event_loop(), asyncio.Semaphore(concurrency)
+        self._attempts_note = f"{retries + 1} times in a row"
+        self._pending: set[Future[list[Reply]]] = set()
         self._is_stopped = False
         self._client = openai.AsyncOpenAI(
             base_url=address,
             api_key=key,
             timeout=timeout,
             max_retries=retries,
-            default_query=query_of(url) or None,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._wait_for_turn]}),
+            default_query=parse_query(url) or None,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._wait_for_rate_limit]}),
         )
-        self._chats = native or layout is None
-        self._route = self._client.chat.completions if self._chats else self._client.completions
+        self._uses_chat = native or layout is None
+        self._route = self._client.chat.completions if self._uses_chat else self._client.completions
 
     def check(self) -> None:
         """Ask the server what it serves: UserError if it does not answer, refuses the key or lacks the model.
@@ -182,71 +189,73 @@ class Endpoint(Model):
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         """One reply per request, in order; UserError for what no repetition helps: key, model name, URL."""
         if not self._is_stopped:
-            answers = asyncio.run_coroutine_threadsafe(self._answer_all(requests), self._loop)
-            self._under_way.add(answers)
-            answers.add_done_callback(self._under_way.discard)
+            answers = asyncio.run_coroutine_threadsafe(self._respond_all(requests), self._loop)
+            self._pending.add(answers)
+            answers.add_done_callback(self._pending.discard)
             if self._is_stopped:  # meanwhile
                 answers.cancel()
             with suppress(CancelledError):
                 return answers.result()
-        return [STOPPED] * len(requests)
+        return [STOPPED_REPLY] * len(requests)
 
     def context_usage(self, request: Request) -> tuple[int, int] | None:
         """See `Model.context_usage`; an estimate where the server lays out the prompt itself."""
-        request = self._flattened(request)
+        request = self._flatten(request)
         return compute_context_usage(request, self.layout, self.max_new_tokens, self.context) if self.layout else None
 
     def stop(self) -> None:
         """End all requests at once, from any thread; they and all later ones are replies with an error."""
         self._is_stopped = True
-        for answers in self._under_way.copy():
+        for answers in self._pending.copy():
             answers.cancel()
         asyncio.run_coroutine_threadsafe(self._client.close(), self._loop)
 
-    async def _wait_for_turn(self, _: Any) -> None:
+    async def _wait_for_rate_limit(self, _: Any) -> None:
         """Before each request that is sent, also a repeated one: keeps `requests_per_minute`."""
         now = self._loop.time()
-        turn = max(now, self._next_turn)
-        self._next_turn = turn + self._gap
+        turn = max(now, self._next_send_time)
+        self._next_send_time = turn + self._send_interval
         await asyncio.sleep(turn - now)
 
-    async def _answer_all(self, requests: Sequence[Request]) -> list[Reply]:
-        return list(await asyncio.gather(*map(self._answer, requests)))
+    async def _respond_all(self, requests: Sequence[Request]) -> list[Reply]:
+        return list(await asyncio.gather(*map(self._respond_one, requests)))
 
-    async def _answer(self, request: Request) -> Reply:
+    async def _respond_one(self, request: Request) -> Reply:
         """The reply to a request.
 
         The client repeats failed requests. An answer that breaks off or is no completion (routers report failures of
         the server behind them with status 200) it takes for a success, so those are asked for again here.
         """
-        question = self._question(self._flattened(request))
+        question = self._build_request(self._flatten(request))
         if isinstance(question, Reply):
             return question
         body, read = question
         problem = ""
-        async with self._free:
+        async with self._slots:
             for attempt in range(self.retries + 1):
                 if attempt:
-                    await asyncio.sleep(min(PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.75, 1.0))
+                    await asyncio.sleep(
+                        min(FIRST_RETRY_DELAY * 2 ** (attempt - 1), MAX_RETRY_DELAY) * random.uniform(0.75, 1.0)
+                    )
                 try:
-                    reply = await self._attempt(body, read)
-                    if reply.overflow and self._chats and body.pop("max_tokens", None):
+                    reply = await self._send(body, read)
+                    if reply.overflow and self._uses_chat and body.pop("max_tokens", None):
                         # the prompt may fit where prompt and longest response do not: the server gives what is left
-                        reply = await self._attempt(body, read)
+                        reply = await self._send(body, read)
                     return reply
-                except GarbledError as error:
-                    problem = f"got {error}, expected {'a chat' if self._chats else 'a text'} completion"
-        return Reply(error=self._scrubbed(f"{problem}, {self._repeated}"))
+                except MalformedResponseError as error:
+                    problem = f"got {error}, expected {'a chat' if self._uses_chat else 'a text'} completion"
+        return Reply(error=self._redact(f"{problem}, {self._attempts_note}"))
 
-    def _question(self, request: Request) -> tuple[dict[str, Any], Callable[[bytes], Reply]] | Reply:
+    def _build_request(self, request: Request) -> tuple[dict[str, Any], Callable[[bytes], Reply]] | Reply:
         """(what is sent, how the answer is read); a prompt that cannot be made or does not fit is a reply already."""
         extra = dict(self.extra_body)
-        if self.layout is None or self._chats:
+        if self.layout is None or self._uses_chat:
             usage = self.context_usage(request)
             over = max(usage[0] - usage[1], 0) if usage else 0
-            body = chat_body(request.sample, self.tool_format, native=self.native)
+            body = build_chat_body(request.sample, self.tool_format, native=self.native)
             body["max_tokens"] = max(self.max_new_tokens - over, 1)  # whether the prompt fits is for the server to say
-            read = functools.partial(read_answer, sample=request.sample, tool_format=self.tool_format)
+            read = functools.partial(parse_chat_completion, sample=request.sample, tool_format=self.tool_format)
         else:
             prompt = prepare_prompt(request, self.layout, self.max_new_tokens, self.context)
             if isinstance(prompt, Reply):
@@ -257,51 +266,53 @@ class Endpoint(Model):
             read = functools.partial(parse_completion, prompt=prompt, layout=self.layout)
         return {"model": self.model, **body, "temperature": 0, "extra_body": extra or None}, read
 
-    def _flattened(self, request: Request) -> Request:
+    def _flatten(self, request: Request) -> Request:
         return replace(request, sample=self.frame.flatten(request.sample)) if self.frame else request
 
-    async def _attempt(self, body: Mapping[str, Any], read: Callable[[bytes], Reply]) -> Reply:
+    async def _send(self, body: Mapping[str, Any], read: Callable[[bytes], Reply]) -> Reply:
         try:
             async with self._route.with_streaming_response.create(**body) as response:
-                return read(await self._body(response))
+                return read(await self._read_body(response))
         except self._openai.APIConnectionError as error:
-            return Reply(error=f"{self._problem_of(error)}, {self._repeated}")
+            return Reply(error=f"{self._describe_connection_error(error)}, {self._attempts_note}")
         except self._openai.APIStatusError as error:
-            return self._refusal(error, body["extra_body"] or {})
+            return self._reply_for_status(error, body["extra_body"] or {})
         except UnicodeError as error:  # half of a surrogate pair in the prompt
             return Reply(error=f"got a prompt that is no Unicode text ({error})")
 
-    async def _body(self, response: Any) -> bytes:
+    async def _read_body(self, response: Any) -> bytes:
         """The body of an answer; it has `timeout` seconds in all, because a server may send a byte at a time."""
         try:
             return await asyncio.wait_for(response.read(), self.timeout)
         except asyncio.TimeoutError:
-            raise GarbledError(f"no end of the answer within {self.timeout:g} s") from None
+            raise MalformedResponseError(f"no end of the answer within {self.timeout:g} s") from None
         except Exception as error:  # the HTTP library's own types, which differ between releases of openai
-            raise GarbledError(f"an answer that breaks off ({type(error).__name__}: {error})") from None
+            raise MalformedResponseError(f"an answer that breaks off ({type(error).__name__}: {error})") from None
 
-    def _refusal(self, error: Any, extra: Mapping[str, Any]) -> Reply:
+    def _reply_for_status(self, error: Any, extra: Mapping[str, Any]) -> Reply:
         """What a status from 400 on means: too long a prompt, a user's mistake, a server that fails, a bad request."""
         status, said = error.status_code, str(error.message)
-        if status == 413 or (status in (400, 422) and OVERFLOW.search(said)):
-            return Reply(overflow=self._scrubbed(f"the server says: {said:.400}"))
+        if status == 413 or (status in (400, 422) and OVERFLOW_MESSAGE.search(said)):
+            return Reply(overflow=self._redact(f"the server says: {said:.400}"))
         if status in (401, 402, 403, 404, 405, 501) or getattr(error, "code", None) == "insufficient_quota":
-            raise self._mistake(error)
+            raise self._user_error(error)
         if status == 400 and "completion tokens" in said:
-            raise self._mistake(error)
+            raise self._user_error(error)
         if status in (400, 422):
             if named := [name for name in extra if re.search(rf"\b{re.escape(name)}\b", said)]:
-                remedy = "leave it out of --extra-body" if named[0] in self.extra_body else OTHER_ROUTE
-                raise self._mistake(error, f"a server that takes {', '.join(named)}", remedy)
-            if not self._chats and NO_IDS.search(said):
-                raise self._mistake(error, "a server that takes token ids", OTHER_ROUTE)
-            return Reply(error=self._scrubbed(f"the server refuses the request with {status}: {said:.400}"))
-        return Reply(error=self._scrubbed(f"the server answers {status}: {said:.200}, {self._repeated}"))
+                remedy = "leave it out of --extra-body" if named[0] in self.extra_body else ROUTE_REMEDY
+                raise self._user_error(error, f"a server that takes {', '.join(named)}", remedy)
+            if not self._uses_chat and TOKEN_IDS_REFUSED.search(said):
+                raise self._user_error(error, "a server that takes token ids", ROUTE_REMEDY)
+            return Reply(error=self._redact(f"the server refuses the request with {status}: {said:.400}"))
+        return Reply(error=self._redact(f"the server answers {status}: {said:.200}, {self._attempts_note}"))
 
-    def _mistake(self, error: Any, expected: str = "", remedy: str = "") -> UserError:
+    def _user_error(self, error: Any, expected: str = "", remedy: str = "") -> UserError:
         """The error for a status that stops the evaluation: every other request would end with it, too."""
-        place = "" if self._chats else f" at {self.url}/completions"
-        other = "" if self._chats else "; or leave --tokenizer out to ask for chat completions, or use --prompt native"
+        place = "" if self._uses_chat else f" at {self.url}/completions"
+        other = (
+            "" if self._uses_chat else "; or leave --tokenizer out to ask for chat completions, or use --prompt native"
+        )
         missing = (f"{self.model!r}{place}", f"correct the model's name or the URL (most end in /v1){other}")
         known = {
             400: ("fewer tokens per response", "lower --max-new-tokens"),
@@ -310,15 +321,15 @@ class Endpoint(Model):
             **dict.fromkeys((404, 405, 501), missing),
         }
         usual = known.get(error.status_code, ("an account that may go on", "see to the quota"))
-        said = self._scrubbed(f"{error.status_code} from {self.url} ({error.message:.200})")
+        said = self._redact(f"{error.status_code} from {self.url} ({error.message:.200})")
         return UserError(said, expected or usual[0], remedy or usual[1])
 
-    def _problem_of(self, error: Any) -> str:
+    def _describe_connection_error(self, error: Any) -> str:
         if isinstance(error, self._openai.APITimeoutError):
             return f"no answer within {self.timeout:g} s"
-        return self._scrubbed(f"no connection ({type(error.__cause__).__name__}: {error.__cause__})")
+        return self._redact(f"no connection ({type(error.__cause__).__name__}: {error.__cause__})")
 
-    def _scrubbed(self, text: str) -> str:
+    def _redact(self, text: str) -> str:
         """Text without key and password, which servers like to repeat."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
@@ -328,20 +339,25 @@ class Endpoint(Model):
         client = self._client.with_options(timeout=min(self.timeout, 30.0), max_retries=min(self.retries, 2))
         try:
             async with client.models.with_streaming_response.list() as response:
-                served = {str(entry["id"]): entry for entry in load_json((await self._body(response)).decode())["data"]}
+                served = {
+                    str(entry["id"]): entry for entry in load_json((await self._read_body(response)).decode())["data"]
+                }
         except self._openai.APIConnectionError as error:
-            got, expected = f"no answer from {self.url} ({self._problem_of(error)})", "an OpenAI-compatible server"
+            got, expected = (
+                f"no answer from {self.url} ({self._describe_connection_error(error)})",
+                "an OpenAI-compatible server",
+            )
             raise UserError(got, expected, "start it, or correct the URL") from None
         except self._openai.APIStatusError as error:
             if error.status_code in (401, 403):
-                raise self._mistake(error) from None
+                raise self._user_error(error) from None
             return
-        except (GarbledError, ValueError, TypeError, KeyError):
+        except (MalformedResponseError, ValueError, TypeError, KeyError):
             return
         if served and self.model not in served:
             near = difflib.get_close_matches(self.model, served, n=20, cutoff=0.4) or list(served)[:20]
             expected = f"one that {self.url} serves: {', '.join(near)}"
             raise UserError(f"the model {self.model!r}", expected, "change --model")
         length = served.get(self.model, {}).get("max_model_len")  # vLLM and SGLang say it
-        if self._states_context:
+        if self._asks_server_for_context:
             self.context = length if isinstance(length, int) and length > 0 else None

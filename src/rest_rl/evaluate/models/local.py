@@ -13,7 +13,7 @@ from rest_rl.evaluate.models.token_prompts import TokenModel, TokenPrompt, check
 from rest_rl.regions import decode_ids
 from rest_rl.train.policy import context_length
 
-FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+LENGTH_INDEPENDENT_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary positions whose angles do not depend on how long the longest row of a batch is."""
 
 
@@ -30,21 +30,21 @@ class LocalModel(TokenModel):
         check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
         self.model, self.layout, self.batch_size, self.max_new_tokens = model, layout, batch_size, max_new_tokens
         self.context = context if context is not None else context_length(model.config, layout.tokenizer)
-        self._may_overrun = may_overrun(model.config)
+        self._can_exceed_context = can_exceed_context(model.config)
 
     def generate_replies(self, prompts: list[TokenPrompt]) -> list[Reply]:
         """The replies, together for those that may share a batch."""
         replies = [Reply()] * len(prompts)
         together: dict[int, list[int]] = {}
         for position, prompt in enumerate(prompts):
-            together.setdefault(0 if self._may_overrun else prompt.limit, []).append(position)
+            together.setdefault(0 if self._can_exceed_context else prompt.limit, []).append(position)
         for positions in together.values():
-            written = self._replies([prompts[position] for position in positions])
+            written = self._generate_or_halve([prompts[position] for position in positions])
             for position, reply in zip(positions, written, strict=True):
                 replies[position] = reply
         return replies
 
-    def _replies(self, prompts: list[TokenPrompt]) -> list[Reply]:
+    def _generate_or_halve(self, prompts: list[TokenPrompt]) -> list[Reply]:
         """Halves of a batch that the memory does not hold, by and by.
 
         A prompt too large by itself is an error, because another process may hold the memory for a while.
@@ -63,7 +63,7 @@ class LocalModel(TokenModel):
             if "out of memory" not in str(error).lower():
                 raise
         if responses is not None:
-            return [self._reply(prompt, ids) for prompt, ids in zip(prompts, responses, strict=True)]
+            return [self._to_reply(prompt, ids) for prompt, ids in zip(prompts, responses, strict=True)]
         if torch.cuda.is_available():  # here, where the error no longer holds what it failed on
             torch.cuda.empty_cache()
         if len(prompts) == 1:
@@ -73,11 +73,11 @@ class LocalModel(TokenModel):
         half = len(prompts) // 2
         replies = [Reply()] * len(prompts)
         for part in (by_length[:half], by_length[half:]):
-            for position, reply in zip(part, self._replies([prompts[i] for i in part]), strict=True):
+            for position, reply in zip(part, self._generate_or_halve([prompts[i] for i in part]), strict=True):
                 replies[position] = reply
         return replies
 
-    def _reply(self, prompt: TokenPrompt, ids: list[int]) -> Reply:
+    def _to_reply(self, prompt: TokenPrompt, ids: list[int]) -> Reply:
         is_ended = bool(ids) and ids[-1] in eos_token_ids(self.model, self.layout.tokenizer)
         return Reply(
             decode_ids(ids, self.layout.tokenizer, self.layout.format.tags),
@@ -87,11 +87,13 @@ class LocalModel(TokenModel):
         )
 
 
-def may_overrun(config: Any) -> bool:
+def can_exceed_context(config: Any) -> bool:
     """Whether a finished row may stay in a batch beyond the context: where positions are angles, not rows of a table.
 
     Not with angles that change with the longest row (`dynamic`, `longrope`), which would change the others' texts.
     """
     settings = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [settings] if "rope_type" in settings else [*settings.values()]  # one for all layers, or one per type
-    return bool(kinds) and all(isinstance(kind, dict) and kind.get("rope_type") in FIXED_ROTATIONS for kind in kinds)
+    return bool(kinds) and all(
+        isinstance(kind, dict) and kind.get("rope_type") in LENGTH_INDEPENDENT_ROPE for kind in kinds
+    )

@@ -42,7 +42,7 @@ class Recorded(Model):
             is_first = request.turn == request.step == 0
             text, calls = (recording.texts, recording.calls) if is_first else ("", None)
         else:
-            text, calls = (step_of(nested, request) for nested in (recording.texts, recording.calls))
+            text, calls = (select_step(nested, request) for nested in (recording.texts, recording.calls))
         read_out = None
         if recording.calls is not None:
             read_out = tuple(ToolCall(str(call["name"]), dict(call["arguments"])) for call in calls or ())
@@ -50,7 +50,7 @@ class Recorded(Model):
         return Reply(text or "", read_out, **ends)
 
 
-def step_of(nested: Sequence[Sequence[Any]] | None, request: Request) -> Any:
+def select_step(nested: Sequence[Sequence[Any]] | None, request: Request) -> Any:
     steps = nested[request.turn] if nested is not None and request.turn < len(nested) else ()
     return steps[request.step] if request.step < len(steps) else None
 

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 from rest_rl.data.layout import PromptLayout
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Model, Reply, Request
-from rest_rl.evaluate.models.chat_messages import count, field, first_choice, read_body, whole
+from rest_rl.evaluate.models.chat_messages import (
+    first_choice,
+    parse_body,
+    replace_surrogates,
+    require_field,
+    token_count,
+)
 
 
 class TokenPrompt(NamedTuple):
@@ -95,15 +101,15 @@ def build_completion_body(prompt: TokenPrompt, layout: PromptLayout) -> dict[str
 
 def parse_completion(data: bytes, prompt: TokenPrompt, layout: PromptLayout) -> Reply:
     """The reply in the body of a completion; GarbledError for one that is none."""
-    body = read_body(data)
+    body = parse_body(data)
     if isinstance(body, Reply):
         return body
     choice, usage = first_choice(body), body.get("usage")
-    text, prompt_tokens = field(choice, "text", str), count(usage, "prompt_tokens")
+    text, prompt_tokens = require_field(choice, "text", str), token_count(usage, "prompt_tokens")
     return Reply(
-        strip_end_tokens(whole(text), layout),
+        strip_end_tokens(replace_surrogates(text), layout),
         prompt_tokens=len(prompt.ids) if prompt_tokens is None else prompt_tokens,
-        tokens=count(usage, "completion_tokens"),
+        tokens=token_count(usage, "completion_tokens"),
         is_truncated=choice.get("finish_reason") == "length",
     )
 

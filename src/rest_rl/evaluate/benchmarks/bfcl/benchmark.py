@@ -15,14 +15,14 @@ from typing import Any
 from rest_rl.data.samples import ToolSample
 from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.entries import (
-    call_problem,
-    properties_of,
-    recorded,
-    sendable,
-    tools_of,
-    typed_calls,
+    coerce_calls,
+    find_call_problem,
+    parameter_schemas,
+    to_record,
+    to_sendable,
+    to_tools,
 )
-from rest_rl.evaluate.benchmarks.bfcl.gold import DONE, gold_of
+from rest_rl.evaluate.benchmarks.bfcl.gold import DONE_GOLD, build_gold
 from rest_rl.evaluate.benchmarks.bfcl.groups import (
     MULTI_TURN,
     RELEVANCE,
@@ -31,13 +31,13 @@ from rest_rl.evaluate.benchmarks.bfcl.groups import (
     select_categories,
 )
 from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage, Version, find_package
-from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox, SandboxError, Session, Verdict, again_if_ended
+from rest_rl.evaluate.benchmarks.bfcl.sandbox import Sandbox, SandboxError, Session, Verdict, retry_if_ended
 from rest_rl.evaluate.conversation import Benchmark, Conversation, Reply, Request, SingleTurn, parse_reply
 from rest_rl.formats import ToolFormat
 from rest_rl.response import Gold, ParsedResponse, ToolCall
 
-MAX_REASON = 300
-ENDED = "sandbox_ended"
+MAX_REASON_LENGTH = 300
+SANDBOX_ENDED = "sandbox_ended"
 Entry = Mapping[str, Any]
 Calls = list[dict[str, Any]]
 
@@ -50,23 +50,23 @@ class SandboxPool:
         self._made: list[Sandbox] = []
         self._idle: list[Sandbox] = []
 
-    def take(self) -> Sandbox:
+    def acquire(self) -> Sandbox:
         try:
             return self._idle.pop()  # no check before it: several threads take
         except IndexError:
             self._made.append(sandbox := self._make())
             return sandbox
 
-    def put_back(self, sandbox: Sandbox) -> None:
+    def release(self, sandbox: Sandbox) -> None:
         self._idle.append(sandbox)
 
     @contextmanager
-    def lent(self) -> Iterator[Sandbox]:
-        sandbox = self.take()
+    def borrow(self) -> Iterator[Sandbox]:
+        sandbox = self.acquire()
         try:
             yield sandbox
         finally:
-            self.put_back(sandbox)
+            self.release(sandbox)
 
     def close(self) -> None:
         made, self._made, self._idle = self._made, [], []
@@ -97,20 +97,20 @@ class Bfcl(Benchmark):
         self.pin = package.pin
         self._pool = SandboxPool(package, seconds, memory_mb)
         try:
-            with self._pool.lent() as sandbox:
+            with self._pool.borrow() as sandbox:
                 self._constants = sandbox.constants()
                 entries = [entry for category in self.categories for entry in sandbox.entries(category)]
         except BaseException:
             self._pool.close()
             raise
-        self._entries = by_identity(entries)
+        self._entries = index_by_id(entries)
         self.groups: Mapping[str, Any] = {name: entry["category"] for name, entry in self._entries.items()}
 
     def start(self, identity: str, tool_format: ToolFormat) -> Conversation:
         if (entry := self._entries.get(identity)) is None:
             expected = f"one of the {len(self._entries)} samples of {', '.join(self.categories)}"
             raise UserError(f"id {identity!r}", expected, "correct the id, or add its category")
-        kind = SeveralTurns if entry["category"] in MULTI_TURN else OneTurn
+        kind = MultiTurnConversation if entry["category"] in MULTI_TURN else SingleTurnConversation
         try:
             return kind(entry, tool_format, self._pool, self._constants)
         except SandboxError as error:
@@ -128,58 +128,58 @@ class Bfcl(Benchmark):
         self._pool.close()
 
 
-class OneTurn(SingleTurn):
+class SingleTurnConversation(SingleTurn):
     """A conversation of one request, judged by its calls only."""
 
     def __init__(self, entry: Entry, tool_format: ToolFormat, pool: SandboxPool, constants: Mapping[str, Any]) -> None:
         self._entry, self._pool = entry, pool
-        tools = tools_of(entry["function"], constants["types"])
-        sample = ToolSample(entry["id"], opening(entry, 0), tools, gold_of(entry), kind=entry["category"])
-        super().__init__(sample, tool_format, lambda _, parsed: self._judgement(parsed))
+        tools = to_tools(entry["function"], constants["types"])
+        sample = ToolSample(entry["id"], opening_messages(entry, 0), tools, build_gold(entry), kind=entry["category"])
+        super().__init__(sample, tool_format, lambda _, parsed: self._judge(parsed))
 
-    def _judgement(self, parsed: ParsedResponse) -> Mapping[str, Any]:
+    def _judge(self, parsed: ParsedResponse) -> Mapping[str, Any]:
         """The calls as they were judged, and the verdict.
 
         Text that may be a string or a number is right if either is: some answers contradict their function's schema.
         """
-        calls = typed_calls(parsed, properties_of(self.sample.tools))
-        verdict = self._verdict(parsed, calls)
-        if not verdict.valid and calls != parsed.calls and (other := self._verdict(parsed, parsed.calls)).valid:
+        calls = coerce_calls(parsed, parameter_schemas(self.sample.tools))
+        verdict = self._check(parsed, calls)
+        if not verdict.valid and calls != parsed.calls and (other := self._check(parsed, parsed.calls)).valid:
             calls, verdict = parsed.calls, other
-        return {"calls": [recorded(call) for call in calls], **as_fields(verdict)}
+        return {"calls": [to_record(call) for call in calls], **verdict_fields(verdict)}
 
-    def _verdict(self, parsed: ParsedResponse, calls: Sequence[ToolCall]) -> Verdict:
+    def _check(self, parsed: ParsedResponse, calls: Sequence[ToolCall]) -> Verdict:
         category: str = self._entry["category"]
         if category in UNANSWERED:
             return Verdict(False, "irrelevance_error:call", f"{calls[0].name:.80}") if calls else Verdict(True)
         if not calls:
             return Verdict(False, "no_call", "; ".join(parsed.problems))
         if category == RELEVANCE:
-            offered = properties_of(self.sample.tools)
-            fits = any(not call_problem(call, offered) for call in calls)
+            offered = parameter_schemas(self.sample.tools)
+            fits = any(not find_call_problem(call, offered) for call in calls)
             return Verdict(fits, "" if fits else "relevance_error:no_tool_of_the_sample")
-        written = [call for call in map(sendable, calls) if call]
+        written = [call for call in map(to_sendable, calls) if call]
         if len(written) < len(calls):
             return Verdict(False, "too_large", "the arguments of a call are too large or no JSON")
         named = [{call["name"]: call["arguments"]} for call in written]
         try:
-            with self._pool.lent() as sandbox:
+            with self._pool.borrow() as sandbox:
                 return sandbox.check_calls(self._entry["id"], category, named)
         except SandboxError as error:
-            return Verdict(False, "sandbox" if error.is_limit else ENDED, str(error))
+            return Verdict(False, "sandbox" if error.is_limit else SANDBOX_ENDED, str(error))
 
 
-class SeveralTurns(Conversation):
+class MultiTurnConversation(Conversation):
     """A conversation of several turns, each of as many steps as the model makes calls."""
 
     def __init__(self, entry: Entry, tool_format: ToolFormat, pool: SandboxPool, constants: Mapping[str, Any]) -> None:
         self._entry, self._format, self._pool, self._constants = entry, tool_format, pool, constants
-        with pool.lent() as sandbox:
+        with pool.borrow() as sandbox:
             self._gold = sandbox.gold_calls(entry["id"])
-        self._tools = tools_of(entry["function"], constants["types"])
+        self._tools = to_tools(entry["function"], constants["types"])
         held_out = [doc for docs in (entry.get("missed_function") or {}).values() for doc in docs]
         # upstream executes a function before its turn as well, and the gold of multi_turn_miss_func_49 needs it
-        self._properties = properties_of([*self._tools, *tools_of(held_out, constants["types"])])
+        self._properties = parameter_schemas([*self._tools, *to_tools(held_out, constants["types"])])
         self._messages: list[dict[str, Any]] = []
         self._responses: list[list[str]] = []
         self._calls: list[list[Calls]] = []
@@ -196,7 +196,7 @@ class SeveralTurns(Conversation):
         if self._is_over:
             return None
         calls = self._gold[self._turn] if self._step == 0 else []
-        gold = Gold(tuple(ToolCall(call["name"], call["arguments"]) for call in calls)) if calls else DONE
+        gold = Gold(tuple(ToolCall(call["name"], call["arguments"]) for call in calls)) if calls else DONE_GOLD
         identity, kind = self._entry["id"], self._entry["category"]
         sample = ToolSample(identity, tuple(self._messages), self._tools, gold, kind=kind)
         return Request(sample, self._turn, self._step)
@@ -205,20 +205,20 @@ class SeveralTurns(Conversation):
         """Execute the calls of a response, or go on to the next turn where it has none."""
         assert not self._is_over
         parsed = parse_reply(reply, self._format)
-        calls = typed_calls(parsed, self._properties)
+        calls = coerce_calls(parsed, self._properties)
         self._responses[-1].append(reply.text)
-        self._messages.append(self._message(parsed, reply.text, calls))
+        self._messages.append(self._to_message(parsed, reply.text, calls))
         if not calls:
             self._turn += 1
             self._is_over = self._turn == len(self._entry["question"])
             if not self._is_over:
                 self._begin_turn()
             return
-        self._calls[-1].append([recorded(call) for call in calls])
+        self._calls[-1].append([to_record(call) for call in calls])
         try:
             self._execute(calls)
         except SandboxError as error:
-            self._give_up("multi_turn:sandbox" if error.is_limit else ENDED, str(error))
+            self._give_up("multi_turn:sandbox" if error.is_limit else SANDBOX_ENDED, str(error))
             return
         self._step += 1
         if self._step <= self._constants["max_steps"]:
@@ -239,8 +239,8 @@ class SeveralTurns(Conversation):
         try:
             verdict = verdict or self._open_session().check(self._executed)
         except SandboxError as error:
-            verdict = Verdict(False, "multi_turn:sandbox" if error.is_limit else ENDED, str(error))
-        return {**self.record(), **as_fields(verdict)}
+            verdict = Verdict(False, "multi_turn:sandbox" if error.is_limit else SANDBOX_ENDED, str(error))
+        return {**self.record(), **verdict_fields(verdict)}
 
     def close(self) -> None:
         """Give the sandbox back, without what this conversation did in it."""
@@ -254,14 +254,14 @@ class SeveralTurns(Conversation):
         except SandboxError:
             pass  # its process is gone, and with it what had to be closed; the next user finds a new one
         finally:
-            self._pool.put_back(sandbox)
+            self._pool.release(sandbox)
 
     def _begin_turn(self) -> None:
         """Show what the user says; in a turn without words the functions that were held out until now."""
-        messages = list(opening(self._entry, self._turn))
+        messages = list(opening_messages(self._entry, self._turn))
         held_out = (self._entry.get("missed_function") or {}).get(str(self._turn))
         if held_out:
-            self._tools += tools_of(held_out, self._constants["types"])
+            self._tools += to_tools(held_out, self._constants["types"])
             messages = messages or [{"role": "user", "content": self._constants["updated_functions"]}]
         self._messages += messages
         self._step = 0
@@ -271,7 +271,7 @@ class SeveralTurns(Conversation):
     def _give_up(self, error_type: str, message: str) -> None:
         self._failure, self._is_over = Verdict(False, error_type, message), True
 
-    def _message(self, parsed: ParsedResponse, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    def _to_message(self, parsed: ParsedResponse, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
         """The response as a message of the history; its thought stands apart, and most layouts do not show it."""
         rest = text.rpartition("</think>")[2].strip()  # of a response that the format cannot read
         is_unread = not parsed.answer and not calls and not rest.startswith("<think>")
@@ -279,7 +279,7 @@ class SeveralTurns(Conversation):
         message |= {"reasoning_content": parsed.thought} if parsed.thought else {}
         if calls:
             message["tool_calls"] = [
-                {"id": self._call_id(number), "type": "function", "function": recorded(call)}
+                {"id": self._call_id(number), "type": "function", "function": to_record(call)}
                 for number, call in enumerate(calls)
             ]
         return message
@@ -289,9 +289,9 @@ class SeveralTurns(Conversation):
 
     def _execute(self, calls: Sequence[ToolCall]) -> None:
         """Execute the calls that fit the tools, and tell the model what came of each."""
-        problems = [call_problem(call, self._properties) for call in calls]
-        good = [recorded(call) for call, problem in zip(calls, problems, strict=True) if not problem]
-        results = iter(self._results(good) if good else [])
+        problems = [find_call_problem(call, self._properties) for call in calls]
+        good = [to_record(call) for call, problem in zip(calls, problems, strict=True) if not problem]
+        results = iter(self._execute_in_session(good) if good else [])
         if good:
             self._executed[-1].append(good)
         for number, (call, problem) in enumerate(zip(calls, problems, strict=True)):
@@ -299,7 +299,7 @@ class SeveralTurns(Conversation):
             message = {"role": "tool", "name": call.name[:200], "tool_call_id": self._call_id(number)}
             self._messages.append({**message, "content": content})
 
-    def _results(self, calls: Calls) -> list[str]:
+    def _execute_in_session(self, calls: Calls) -> list[str]:
         """What calls return; where the process was ended from outside, in a new one that has made the earlier calls."""
         try:
             return self._open_session().execute(calls)
@@ -313,22 +313,22 @@ class SeveralTurns(Conversation):
                 self._open_session().execute(earlier)
             return self._open_session().execute(calls)
 
-        return again_if_ended(repeat)
+        return retry_if_ended(repeat)
 
     def _open_session(self) -> Session:
         """The instances of this conversation; a sandbox is taken when the first call wants one."""
         if self._session is None:
-            self._sandbox = self._sandbox or self._pool.take()
+            self._sandbox = self._sandbox or self._pool.acquire()
             self._session = self._sandbox.session(self._entry["id"])
         return self._session
 
 
-def opening(entry: Entry, turn: int) -> tuple[dict[str, Any], ...]:
+def opening_messages(entry: Entry, turn: int) -> tuple[dict[str, Any], ...]:
     """The messages that open a turn: a system message where there is one, and the history that some questions have."""
     return tuple({"role": message["role"], "content": message["content"]} for message in entry["question"][turn])
 
 
-def by_identity(entries: Sequence[dict[str, Any]]) -> dict[str, Entry]:
+def index_by_id(entries: Sequence[dict[str, Any]]) -> dict[str, Entry]:
     """The samples by id; where an id comes again (v3 has two live_relevance_3-3-0) it is numbered: `#2`."""
     found: dict[str, Entry] = {}
     seen: Counter[str] = Counter()
@@ -340,9 +340,9 @@ def by_identity(entries: Sequence[dict[str, Any]]) -> dict[str, Entry]:
     return found
 
 
-def as_fields(verdict: Verdict) -> dict[str, Any]:
+def verdict_fields(verdict: Verdict) -> dict[str, Any]:
     """The verdict as fields of a row; `error` where there is none, because the process kept ending."""
-    if verdict.error_type == ENDED:
-        return {"error": verdict.message[:MAX_REASON]}
-    reason = "" if verdict.valid else f"{verdict.error_type}: {verdict.message}"[:MAX_REASON]
+    if verdict.error_type == SANDBOX_ENDED:
+        return {"error": verdict.message[:MAX_REASON_LENGTH]}
+    reason = "" if verdict.valid else f"{verdict.error_type}: {verdict.message}"[:MAX_REASON_LENGTH]
     return {"correct": verdict.valid, "reason": reason}

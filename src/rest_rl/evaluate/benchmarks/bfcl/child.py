@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from rest_rl.evaluate.benchmarks.bfcl.release import MAX_MESSAGE, Bfcl, UnusableError
-from rest_rl.evaluate.benchmarks.bfcl.walls import cause, confine, leave_the_network
+from rest_rl.evaluate.benchmarks.bfcl.release import MAX_MESSAGE_LENGTH, BfclRelease, InvalidRequestError
+from rest_rl.evaluate.benchmarks.bfcl.walls import confine, describe_exit, enter_empty_network
 
-LOOK_UPS = ("constants", "entries", "load", "gold_calls")
-APART = ("open", "check_calls", "check_turns")
-CHECKS = 500
+LOOKUPS = ("constants", "entries", "load", "gold_calls")
+FORKED_REQUESTS = ("open", "check_calls", "check_turns")
+CHECKS_PER_WORKER = 500
 """How many samples a worker checks before a new one takes its place."""
 
 
@@ -59,39 +59,39 @@ class Pipes:
         os.close(self.outbox)
 
 
-def answer(handle: Callable[[], Any]) -> dict[str, Any]:
+def capture_result(handle: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"ok": handle()}
-    except UnusableError as error:
+    except InvalidRequestError as error:
         return {"invalid": str(error)}
     except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"[:MAX_MESSAGE]}
+        return {"failed": f"{type(error).__name__}: {error}"[:MAX_MESSAGE_LENGTH]}
 
 
 class Server:
     """Answers requests: what concerns only the release here, what concerns the text of a model in a fork."""
 
-    def __init__(self, pipes: Pipes, bfcl: Bfcl, seconds: int, memory_mb: int) -> None:
+    def __init__(self, pipes: Pipes, bfcl: BfclRelease, seconds: int, memory_mb: int) -> None:
         self.pipes, self.bfcl, self.seconds, self.memory_mb = pipes, bfcl, seconds, memory_mb
         self.worker: tuple[int, Pipes] | None = None
         """Process and connection."""
 
     def run(self) -> None:
         while (request := self.pipes.read()) is not None:
-            if request["do"] not in APART:
-                self.pipes.write(self.answer(request, LOOK_UPS))
-            elif "ok" not in (found := answer(partial(self.bfcl.prepare, *request["of"]))):
+            if request["method"] not in FORKED_REQUESTS:
+                self.pipes.write(self.dispatch(request, LOOKUPS))
+            elif "ok" not in (found := capture_result(partial(self.bfcl.prepare, *request["arguments"]))):
                 self.pipes.write(found)
-            elif request["do"] == "check_calls":
-                self.pipes.write(self.checked(request))
+            elif request["method"] == "check_calls":
+                self.pipes.write(self.check_in_worker(request))
             else:
-                self.serve_apart(request)
+                self.serve_in_fork(request)
 
-    def answer(self, request: dict[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
+    def dispatch(self, request: dict[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
         """What a method of the release gives."""
-        if request["do"] not in allowed:
+        if request["method"] not in allowed:
             return {"invalid": f"got {request['do']!r}, expected one of {', '.join(allowed)}"}
-        return answer(partial(getattr(self.bfcl, request["do"]), *request["of"]))
+        return capture_result(partial(getattr(self.bfcl, request["method"]), *request["arguments"]))
 
     def fork(self, seconds: int, serve: Callable[[], None]) -> int:
         """A confined process that does this and ends."""
@@ -106,24 +106,24 @@ class Server:
                 os._exit(status)  # no clean-up of the parent's
         return process
 
-    def serve_apart(self, request: dict[str, Any]) -> None:
+    def serve_in_fork(self, request: dict[str, Any]) -> None:
         """Have a fork answer for a while, and say so where that comes to no end of its own."""
-        serve = self.converse if request["do"] == "open" else self.check_turns
+        serve = self.serve_conversation if request["method"] == "open" else self.check_turns
         _, status = os.waitpid(self.fork(self.seconds, partial(serve, request)), 0)
         if status:
-            self.pipes.write(ended(status))
+            self.pipes.write(describe_death(status))
 
     def check_turns(self, request: dict[str, Any]) -> None:
-        self.pipes.write(self.answer(request, APART))
+        self.pipes.write(self.dispatch(request, FORKED_REQUESTS))
 
-    def converse(self, _: dict[str, Any]) -> None:
+    def serve_conversation(self, _: dict[str, Any]) -> None:
         """In the fork: a conversation until its end, its verdict included."""
         self.pipes.write({"ok": None})
-        while (step := self.pipes.read()) is not None and step["do"] != "end":
-            self.pipes.write(self.answer(step, ("execute", "check_turns", *LOOK_UPS)))
+        while (step := self.pipes.read()) is not None and step["method"] != "end":
+            self.pipes.write(self.dispatch(step, ("execute", "check_turns", *LOOKUPS)))
         self.pipes.write({"ok": None})
 
-    def checked(self, request: dict[str, Any]) -> dict[str, Any]:
+    def check_in_worker(self, request: dict[str, Any]) -> dict[str, Any]:
         """The worker's answer; it is replaced after its last one."""
         process, pipes = self.worker = self.worker or self.start_worker()
         try:
@@ -136,7 +136,7 @@ class Server:
         pipes.close()
         self.worker = None
         _, status = os.waitpid(process, 0)
-        return ended(status) if found is None else found
+        return describe_death(status) if found is None else found
 
     def start_worker(self) -> tuple[int, Pipes]:
         to_worker, from_worker = os.pipe(), os.pipe()
@@ -147,26 +147,26 @@ class Server:
             self.pipes.close()
             self.serve_checks(theirs)
 
-        process = self.fork(CHECKS * self.seconds, serve)
+        process = self.fork(CHECKS_PER_WORKER * self.seconds, serve)
         theirs.close()
         return process, ours
 
     def serve_checks(self, pipes: Pipes) -> None:
         """In the worker: checks until one goes wrong, each within its own time."""
         is_last = False
-        for left in reversed(range(CHECKS)):
+        for left in reversed(range(CHECKS_PER_WORKER)):
             if is_last or (request := pipes.read()) is None:
                 return
             signal.setitimer(signal.ITIMER_PROF, self.seconds)  # its signal ends the process
-            found = self.answer(request, APART)
+            found = self.dispatch(request, FORKED_REQUESTS)
             signal.setitimer(signal.ITIMER_PROF, 0)
             is_last = not left or "ok" not in found or found["ok"][1].startswith("checker_error")
             pipes.write({**found, "is_last": is_last})
 
 
-def ended(status: int) -> dict[str, Any]:
+def describe_death(status: int) -> dict[str, Any]:
     """The answer in the place of a fork that could not give one."""
-    why, is_limit = cause(status)
+    why, is_limit = describe_exit(status)
     return {"died": why, "limit": is_limit}
 
 
@@ -175,10 +175,10 @@ def main() -> None:
     version, folder, seconds, memory_mb = sys.argv[1:]
     sys.path.insert(0, folder)
     pipes = Pipes.standard()
-    started = answer(lambda: Bfcl(version))
+    started = capture_result(lambda: BfclRelease(version))
     if "ok" not in started:
         pipes.write(started)
         return
-    apart = leave_the_network()
+    apart = enter_empty_network()
     pipes.write({"ok": {"own_network": apart}})
     Server(pipes, started["ok"], int(seconds), int(memory_mb)).run()

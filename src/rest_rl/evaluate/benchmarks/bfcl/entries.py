@@ -10,11 +10,11 @@ from rest_rl.data.reading import read_literal
 from rest_rl.data.schemas import read_tool
 from rest_rl.response import ParsedResponse, ToolCall
 
-UNNAMED_TYPE = "string"
+FALLBACK_TYPE = "string"
 """What upstream shows for a type that it has no JSON name for."""
-MAX_CALL = 1_000_000
+MAX_CALL_LENGTH = 1_000_000
 """Characters of JSON beyond which a call is neither executed nor checked."""
-KINDS: Mapping[str, tuple[type, ...]] = {
+PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
     "integer": (int,),
     "number": (int, float),
     "boolean": (bool,),
@@ -24,7 +24,7 @@ KINDS: Mapping[str, tuple[type, ...]] = {
 """What a value of a JSON type is in Python; a boolean is no number."""
 
 
-def tools_of(docs: Iterable[Mapping[str, Any]], types: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+def to_tools(docs: Iterable[Mapping[str, Any]], types: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
     """The tools of function documents, their types in JSON schema's words by the table of upstream.
 
     All else stays: dots in names, defaults, `required`, and `response`, which a template may show or leave out.
@@ -33,7 +33,7 @@ def tools_of(docs: Iterable[Mapping[str, Any]], types: Mapping[str, str]) -> tup
     def in_json_types(schema: Mapping[str, Any]) -> dict[str, Any]:
         read = dict(schema)
         if "type" in read:
-            read["type"] = types.get(read["type"], UNNAMED_TYPE)
+            read["type"] = types.get(read["type"], FALLBACK_TYPE)
         if isinstance(read.get("properties"), Mapping):
             read["properties"] = {name: in_json_types(part) for name, part in read["properties"].items()}
         if isinstance(read.get("items"), Mapping):
@@ -44,23 +44,23 @@ def tools_of(docs: Iterable[Mapping[str, Any]], types: Mapping[str, str]) -> tup
     return tuple(read_tool(doc, f"function {doc['name']!r}") for doc in shown)
 
 
-def properties_of(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def parameter_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     functions = [tool["function"] for tool in tools]
     return {function["name"]: function["parameters"].get("properties", {}) for function in functions}
 
 
-def typed_calls(parsed: ParsedResponse, tools: Mapping[str, Mapping[str, Any]]) -> tuple[ToolCall, ...]:
+def coerce_calls(parsed: ParsedResponse, tools: Mapping[str, Mapping[str, Any]]) -> tuple[ToolCall, ...]:
     """The calls of a response; values that a format writes as text in the types of the tools' schemas."""
     if not parsed.text_values:
         return parsed.calls
     return tuple(
-        ToolCall(call.name, {name: typed(value, known.get(name, {})) for name, value in call.arguments.items()})
+        ToolCall(call.name, {name: coerce_value(value, known.get(name, {})) for name, value in call.arguments.items()})
         for call in parsed.calls
         for known in [tools.get(call.name, {})]
     )
 
 
-def typed(value: Any, schema: Mapping[str, Any]) -> Any:
+def coerce_value(value: Any, schema: Mapping[str, Any]) -> Any:
     """The value that was meant where text was read: `5` for a string is "5", "[1]" for an array is [1].
 
     Text that spells no value of the type stays text: the checker judges it.
@@ -68,28 +68,28 @@ def typed(value: Any, schema: Mapping[str, Any]) -> Any:
     kind = str(schema.get("type"))
     if kind == "string":
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    if not isinstance(value, str) or kind not in KINDS:
+    if not isinstance(value, str) or kind not in PYTHON_TYPES:
         return value
     meant = read_literal(value)
-    fits = isinstance(meant, KINDS[kind]) and isinstance(meant, bool) == (kind == "boolean")
+    fits = isinstance(meant, PYTHON_TYPES[kind]) and isinstance(meant, bool) == (kind == "boolean")
     return meant if fits else value
 
 
-def sendable(call: ToolCall) -> dict[str, Any] | None:
+def to_sendable(call: ToolCall) -> dict[str, Any] | None:
     """The call as an object of JSON; None for one that is too large to be executed or that JSON cannot hold."""
     written = {"name": call.name, "arguments": dict(call.arguments)}
     try:
-        return written if len(json.dumps(written)) <= MAX_CALL else None
+        return written if len(json.dumps(written)) <= MAX_CALL_LENGTH else None
     except (TypeError, ValueError, RecursionError):
         return None
 
 
-def recorded(call: ToolCall) -> dict[str, Any]:
+def to_record(call: ToolCall) -> dict[str, Any]:
     """The call as a row keeps it; without its arguments where it is too large."""
-    return sendable(call) or {"name": call.name[:200], "arguments": {}}
+    return to_sendable(call) or {"name": call.name[:200], "arguments": {}}
 
 
-def call_problem(call: ToolCall, tools: Mapping[str, Mapping[str, Any]]) -> str:
+def find_call_problem(call: ToolCall, tools: Mapping[str, Mapping[str, Any]]) -> str:
     """Why a call is not executed, in the words the model sees; empty for one that fits a tool on the list."""
     if call.name not in tools:
         return f"there is no tool named {call.name[:80]!r}"
@@ -97,6 +97,6 @@ def call_problem(call: ToolCall, tools: Mapping[str, Mapping[str, Any]]) -> str:
     if unknown := [name for name in call.arguments if name not in known]:
         named = ", ".join(repr(name[:80]) for name in unknown[:5])
         return f"{call.name} has no argument {named}; its arguments are {', '.join(known) or 'none'}"
-    if sendable(call) is None:
-        return f"the arguments of {call.name} are too large (more than {MAX_CALL:,} characters) or no JSON"
+    if to_sendable(call) is None:
+        return f"the arguments of {call.name} are too large (more than {MAX_CALL_LENGTH:,} characters) or no JSON"
     return ""

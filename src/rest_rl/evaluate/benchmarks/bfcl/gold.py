@@ -13,11 +13,11 @@ from typing import Any
 from rest_rl.evaluate.benchmarks.bfcl.groups import RELEVANCE, UNANSWERED
 from rest_rl.response import Gold, ToolCall
 
-Literal = Callable[[Any, Mapping[str, Any]], Any]
+LiteralWriter = Callable[[Any, Mapping[str, Any]], Any]
 """How a language writes a value, given the schema of its argument."""
-DONE = Gold((), "Done.")
+DONE_GOLD = Gold((), "Done.")
 """How an oracle ends a turn."""
-NO_TOOL = Gold((), "None of the tools can do this.")
+NO_TOOL_GOLD = Gold((), "None of the tools can do this.")
 OMITTED = ""
 """The alternative of an argument that may be left out."""
 JAVA_CLASSES = {"integer": "int", "any": "Object"}
@@ -26,21 +26,21 @@ PLAUSIBLE: Mapping[str, Any] = {"integer": 1, "float": 1.0, "boolean": True, "ar
 """A value of each published type; any other is text."""
 
 
-def gold_of(entry: Mapping[str, Any]) -> Gold:
+def build_gold(entry: Mapping[str, Any]) -> Gold:
     """An acceptable answer to a single-turn sample, as the sandbox lists it."""
     category: str = entry["category"]
     if category in UNANSWERED:
-        return NO_TOOL
+        return NO_TOOL_GOLD
     if category == RELEVANCE:
         return Gold((plausible_call(entry["checked"][0]),))
-    literal = literal_of(category)
+    literal = select_literal_writer(category)
     docs = {doc["name"]: doc for doc in entry["checked"]}
     calls = []
     for answer in entry["ground_truth"]:
         for name, alternatives in answer.items():
             # of a lone function the checker takes the name from its document, and v3's simple_363 has another
             doc = docs.get(name, entry["checked"][0])
-            calls.append(ToolCall(doc["name"], settled_arguments(alternatives, doc["parameters"], literal)))
+            calls.append(ToolCall(doc["name"], choose_arguments(alternatives, doc["parameters"], literal)))
     return Gold(tuple(calls))
 
 
@@ -51,39 +51,39 @@ def plausible_call(doc: Mapping[str, Any]) -> ToolCall:
     return ToolCall(doc["name"], {name: PLAUSIBLE.get(kind, "text") for name, kind in kinds.items()})
 
 
-def settled_arguments(
-    alternatives: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any], literal: Literal
+def choose_arguments(
+    alternatives: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any], literal: LiteralWriter
 ) -> dict[str, Any]:
     """One value per argument: the first alternative; nothing for what may be left out and is not required."""
     settled: dict[str, Any] = {}
     for name, choices in alternatives.items():
         may_go = OMITTED in choices and name not in parameters.get("required", [])
         if choices and not may_go:
-            settled[name] = literal(settled_value(first(choices)), parameters["properties"].get(name, {}))
+            settled[name] = literal(choose_value(first_given(choices)), parameters["properties"].get(name, {}))
     return settled
 
 
-def first(choices: Sequence[Any]) -> Any:
+def first_given(choices: Sequence[Any]) -> Any:
     return next((choice for choice in choices if choice != OMITTED), OMITTED)
 
 
-def settled_value(value: Any) -> Any:
+def choose_value(value: Any) -> Any:
     """An alternative with its own alternatives settled: those of an object's values, also in a list of objects.
 
     They go one level deep: the checker compares what lies further inside as it stands.
     """
     if isinstance(value, list):
-        return [settled_value(item) if isinstance(item, Mapping) else item for item in value]
+        return [choose_value(item) if isinstance(item, Mapping) else item for item in value]
     if not isinstance(value, Mapping):
         return value
     return {
-        key: first(choices) if isinstance(choices, list) else choices
+        key: first_given(choices) if isinstance(choices, list) else choices
         for key, choices in value.items()
         if not isinstance(choices, list) or OMITTED not in choices
     }
 
 
-def literal_of(category: str) -> Literal:
+def select_literal_writer(category: str) -> LiteralWriter:
     """How a category writes a value of an argument, given the argument's published schema."""
     if category.endswith("javascript"):
         return javascript_literal

@@ -72,21 +72,25 @@ def average_weights(version: Version, numbers: Mapping[str, int]) -> dict[str, M
     v4 takes the two (ir)relevance categories out of Non-Live and Live, and gives the mean of the two irrelevance ones
     as a part of its own.
     """
-    simple, plain = mean(*NON_LIVE[version][:3]), NON_LIVE[version][3:]
+    simple, plain = mean_weights(*NON_LIVE[version][:3]), NON_LIVE[version][3:]
     if version == "v4":
-        parts = {"Non-Live": mean(simple, *plain[:-1]), "Live": by_samples(LIVE[:4], numbers)}
-        return {**parts, "Irrelevance": mean(*UNANSWERED), "Multi-Turn": mean(*MULTI_TURN)}
-    parts = {"Non-Live": mean(simple, *plain), "Live": by_samples(LIVE, numbers), "Multi-Turn": mean(*MULTI_TURN)}
-    return {**parts, "Overall": mean(*parts.values())}
+        parts = {"Non-Live": mean_weights(simple, *plain[:-1]), "Live": weights_by_samples(LIVE[:4], numbers)}
+        return {**parts, "Irrelevance": mean_weights(*UNANSWERED), "Multi-Turn": mean_weights(*MULTI_TURN)}
+    parts = {
+        "Non-Live": mean_weights(simple, *plain),
+        "Live": weights_by_samples(LIVE, numbers),
+        "Multi-Turn": mean_weights(*MULTI_TURN),
+    }
+    return {**parts, "Overall": mean_weights(*parts.values())}
 
 
-def mean(*parts: str | Mapping[str, float]) -> Mapping[str, float]:
+def mean_weights(*parts: str | Mapping[str, float]) -> Mapping[str, float]:
     """The weights in the unweighted mean of categories or of parts that share no category."""
     weights = [{part: 1.0} if isinstance(part, str) else part for part in parts]
     return {name: weight / len(parts) for part in weights for name, weight in part.items()}
 
 
-def by_samples(names: Sequence[str], numbers: Mapping[str, int]) -> Mapping[str, float]:
+def weights_by_samples(names: Sequence[str], numbers: Mapping[str, int]) -> Mapping[str, float]:
     """The weights in the share over all samples; 0 for categories without any."""
     total = sum(numbers.get(name, 0) for name in names) or 1
     return {name: numbers.get(name, 0) / total for name in names}

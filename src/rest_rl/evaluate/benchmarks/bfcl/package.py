@@ -32,12 +32,12 @@ def find_package(version: Version) -> BfclPackage:
     """The release of an edition: in $REST_RL_BFCL_V3 (or _V4), in the environment's share folder, or installed."""
     variable, share = f"REST_RL_BFCL_{version.upper()}", share_folder(version)
     if given := os.environ.get(variable):
-        if (found := release_in(Path(given))) != PINS[version]:
+        if (found := find_release(Path(given))) != PINS[version]:
             expected = f"the folder with bfcl-eval {PINS[version]}"
             remedy = f"install it with: {install_command(version, Path(given))}"
             raise UserError(f"{variable}={given}, which holds {found or 'no bfcl-eval'}", expected, remedy)
         return BfclPackage(version, Path(given).resolve())
-    if release_in(share) == PINS[version]:
+    if find_release(share) == PINS[version]:
         return BfclPackage(version, share)
     installed = next(iter(importlib.metadata.distributions(name="bfcl-eval")), None)
     if installed is not None and installed.version == PINS[version]:
@@ -58,7 +58,7 @@ def install_command(version: Version, folder: Path) -> str:
     return f"pip install --no-deps --target {folder} bfcl-eval=={PINS[version]}"
 
 
-def release_in(folder: Path) -> str | None:
+def find_release(folder: Path) -> str | None:
     if not (folder / "bfcl_eval").is_dir():
         return None
     return next((each.version for each in importlib.metadata.distributions(name="bfcl-eval", path=[str(folder)])), None)

@@ -20,16 +20,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-NAME = "restrl"
+MODEL_NAME = "restrl"
 """The model, for the checkers: without `_`, which they take for a `/`, and listed in the stub of their models."""
 BACKENDS = [
     *("gorilla_file_system", "math_api", "message_api", "posting_api"),
     *("ticket_api", "trading_bot", "travel_booking", "vehicle_control"),
 ]
-MAX_MESSAGE = 2000
+MAX_MESSAGE_LENGTH = 2000
 
 
-class UnusableError(ValueError):
+class InvalidRequestError(ValueError):
     """The request asks for something that is not there; the other side raises a ValueError."""
 
 
@@ -38,7 +38,7 @@ def stub_unneeded_modules() -> None:
     model = types.SimpleNamespace(underscore_to_dot=False, is_fc_model=False)
     retries = ["retry", "retry_if_exception_message", "retry_if_exception_type", "wait_random_exponential"]
     stubs: dict[str, dict[str, Any]] = {
-        "bfcl_eval.constants.model_config": {"MODEL_CONFIG_MAPPING": {NAME: model}},
+        "bfcl_eval.constants.model_config": {"MODEL_CONFIG_MAPPING": {MODEL_NAME: model}},
         "filelock": {"FileLock": contextlib.nullcontext},
         "tenacity": dict.fromkeys(retries, lambda *_, **__: lambda function: function),
         "bfcl_eval.model_handler.parser.java_parser": {"parse_java_function_call": None},
@@ -49,35 +49,35 @@ def stub_unneeded_modules() -> None:
         vars(sys.modules[name]).update(attributes)
 
 
-def part(name: str) -> Any:
+def import_bfcl(name: str) -> Any:
     return importlib.import_module(f"bfcl_eval.{name}")
 
 
-class Bfcl:
+class BfclRelease:
     """The loaded release, with the samples asked for so far."""
 
     def __init__(self, version: str) -> None:
         stub_unneeded_modules()
         self.version = version
-        self.config = part("constants.eval_config")
-        self.categories = part("constants.category_mapping")
-        self.checker = part("eval_checker.ast_eval.ast_checker")
-        self.turns = part("eval_checker.multi_turn_eval.multi_turn_checker")
-        self.executor = part("eval_checker.multi_turn_eval.multi_turn_utils")
+        self.config = import_bfcl("constants.eval_config")
+        self.categories = import_bfcl("constants.category_mapping")
+        self.checker = import_bfcl("eval_checker.ast_eval.ast_checker")
+        self.turns = import_bfcl("eval_checker.multi_turn_eval.multi_turn_checker")
+        self.executor = import_bfcl("eval_checker.multi_turn_eval.multi_turn_utils")
         # Once a sample is under way, nothing may have to be imported.
         for backend in BACKENDS:
-            part(f"eval_checker.multi_turn_eval.func_source_code.{backend}")
+            import_bfcl(f"eval_checker.multi_turn_eval.func_source_code.{backend}")
         for lazily_imported in ("_strptime", "unicodedata"):
             importlib.import_module(lazily_imported)
         self.loaded: dict[str, dict[str, bytes]] = {}
 
     def constants(self) -> dict[str, Any]:
         """What the loop over a conversation must know."""
-        prompts = part("constants.default_prompts")
+        prompts = import_bfcl("constants.default_prompts")
         return {
             "updated_functions": prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC,
             "max_steps": prompts.MAXIMUM_STEP_LIMIT,
-            "types": part("constants.type_mappings").GORILLA_TO_OPENAPI,
+            "types": import_bfcl("constants.type_mappings").GORILLA_TO_OPENAPI,
         }
 
     def samples(self, category: str) -> dict[str, bytes]:
@@ -104,7 +104,7 @@ class Bfcl:
             return
         sample = json.loads(self.samples(category).get(identity, b"{}"))
         if sample.get("ground_truth") is None or "involved_classes" in sample:
-            raise UnusableError(f"got {identity!r}, expected a single-turn sample with an answer")
+            raise InvalidRequestError(f"got {identity!r}, expected a single-turn sample with an answer")
 
     def entries(self, category: str) -> list[dict[str, Any]]:
         """The samples of a category, with the docs as a model is shown them and, for one turn, as they are checked."""
@@ -115,7 +115,7 @@ class Bfcl:
             else [*named.NON_LIVE_CATEGORY, *named.LIVE_CATEGORY, *named.MULTI_TURN_CATEGORY]
         )
         if category not in known:
-            raise UnusableError(f"got category {category!r}, expected one of {', '.join(known)}")
+            raise InvalidRequestError(f"got category {category!r}, expected one of {', '.join(known)}")
         path = self.config.POSSIBLE_ANSWER_PATH / f"{named.VERSION_PREFIX}_{category}.json"
         answers = {row["id"]: row["ground_truth"] for row in read_lines(path)} if path.exists() else {}  # not relevance
         found = []
@@ -126,7 +126,7 @@ class Bfcl:
 
     def samples_v4(self, category: str) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         """Each sample as a model sees it, and as the checker does."""
-        load = part("utils").load_dataset_entry
+        load = import_bfcl("utils").load_dataset_entry
         shown = load(category)
         if "involved_classes" in shown[0]:
             return zip(shown, shown, strict=True)  # docs play no part in what is checked, and are slow to load
@@ -134,7 +134,7 @@ class Bfcl:
 
     def samples_v3(self, category: str) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
         """As `samples_v4`; this release puts its samples together inside its handlers."""
-        hinted = part("model_handler.utils").func_doc_language_specific_pre_processing
+        hinted = import_bfcl("model_handler.utils").func_doc_language_specific_pre_processing
         for sample in read_lines(self.config.PROMPT_PATH / self.categories.TEST_FILE_MAPPING[category]):
             if "involved_classes" in sample:
                 self.add_functions(sample)
@@ -160,10 +160,10 @@ class Bfcl:
     def conversation(self, identity: str) -> dict[str, Any]:
         samples = self.samples(identity.rpartition("_")[0])
         if identity not in samples:
-            raise UnusableError(f"got id {identity!r}, expected one of the {len(samples)} of its category")
+            raise InvalidRequestError(f"got id {identity!r}, expected one of the {len(samples)} of its category")
         sample = json.loads(samples[identity])
         if "involved_classes" not in sample:
-            raise UnusableError(f"got {identity}, which has a single turn, expected one of multi_turn_*")
+            raise InvalidRequestError(f"got {identity}, which has a single turn, expected one of multi_turn_*")
         return sample
 
     def methods(self, sample: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
@@ -177,16 +177,16 @@ class Bfcl:
         """Per turn the calls of the ground truth, their positional arguments named by the method's signature."""
         sample = self.conversation(identity)
         methods = self.methods(sample)
-        return [[read_call(text, methods) for text in turn] for turn in sample["ground_truth"]]
+        return [[parse_gold_call(text, methods) for text in turn] for turn in sample["ground_truth"]]
 
     def check_calls(self, identity: str, category: str, calls: list[dict[str, Any]]) -> list[Any]:
         """The checker's verdict on the calls of a sample with one turn; odd calls make it raise, which is a verdict."""
         sample = json.loads(self.samples(category)[identity])
         language = "Java" if category.endswith("java") else "JavaScript" if "javascript" in category else "Python"
         if self.version == "v4":
-            language = part("constants.enums").Language[language.upper()]
-        arguments = (sample["checked"], calls, sample["ground_truth"], language, category, NAME)
-        return verdict(self.checker.ast_checker, *arguments)
+            language = import_bfcl("constants.enums").Language[language.upper()]
+        arguments = (sample["checked"], calls, sample["ground_truth"], language, category, MODEL_NAME)
+        return run_checker(self.checker.ast_checker, *arguments)
 
     def check_turns(self, identity: str, category: str, turns: list[list[list[dict[str, Any]]]]) -> list[Any]:
         sample = self.conversation(identity)
@@ -194,20 +194,20 @@ class Bfcl:
             message = f"got {len(turns)} turns of {len(sample['ground_truth'])}"
             return [False, "multi_turn:force_terminated", message]
         methods = self.methods(sample)
-        texts = [[[text for text, why in map_calls(step, methods) if not why] for step in turn] for turn in turns]
+        texts = [[[text for text, why in write_calls(step, methods) if not why] for step in turn] for turn in turns]
         decoded = [[step for step in turn if step] for turn in texts]
-        arguments = (decoded, sample["ground_truth"], sample, category, NAME)
-        return verdict(self.turns.multi_turn_checker, *arguments)
+        arguments = (decoded, sample["ground_truth"], sample, category, MODEL_NAME)
+        return run_checker(self.turns.multi_turn_checker, *arguments)
 
     def execute(self, identity: str, calls: list[dict[str, Any]]) -> list[str]:
         """What each call returned, in the words of the official executor, also for those that are refused."""
         sample = self.conversation(identity)
-        written = map_calls(calls, self.methods(sample))
+        written = write_calls(calls, self.methods(sample))
         results, _ = self.executor.execute_multi_turn_func_call(
             [text for text, why in written if not why],
             sample["initial_config"],
             sample["involved_classes"],
-            NAME,
+            MODEL_NAME,
             identity,
             long_context="long_context" in identity,
         )
@@ -219,23 +219,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def verdict(check: Callable[..., dict[str, Any]], *arguments: Any) -> list[Any]:
+def run_checker(check: Callable[..., dict[str, Any]], *arguments: Any) -> list[Any]:
     """[valid, kind of error, message] of a checker, whatever it does."""
     try:
         result = check(*arguments)
     except Exception as error:
-        return [False, f"checker_error: {type(error).__name__}", str(error)[:MAX_MESSAGE]]
+        return [False, f"checker_error: {type(error).__name__}", str(error)[:MAX_MESSAGE_LENGTH]]
     message = result.get("error_message", result.get("error", ""))
     if isinstance(message, list):
         message = "; ".join(map(str, message))
-    return [bool(result["valid"]), str(result.get("error_type") or ""), str(message)[:MAX_MESSAGE]]
+    return [bool(result["valid"]), str(result.get("error_type") or ""), str(message)[:MAX_MESSAGE_LENGTH]]
 
 
-def read_call(text: str, methods: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+def parse_gold_call(text: str, methods: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
     """A call as the ground truth writes it, of literals only."""
     call = ast.parse(text.strip(), mode="eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise UnusableError(f"got {text!r}, expected a call by name")
+        raise InvalidRequestError(f"got {text!r}, expected a call by name")
     positional = [ast.literal_eval(argument) for argument in call.args]
     named = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
     parameters = list(inspect.signature(methods[call.func.id]).parameters)[1:]
@@ -243,7 +243,7 @@ def read_call(text: str, methods: Mapping[str, Callable[..., Any]]) -> dict[str,
     return {"name": call.func.id, "arguments": {**bound, **named}}
 
 
-def map_calls(calls: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[tuple[str, str]]:
+def write_calls(calls: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Per call its text and "", or "" and why there is none.
 
     The executor evaluates the text: a name that is a method, keywords that are identifiers and literals are all that
@@ -271,15 +271,15 @@ def write_call(call: dict[str, Any], methods: Mapping[str, Any]) -> str:
     for key in arguments:
         if not key.isidentifier() or keyword.iskeyword(key):
             raise ValueError(f"{key[:80]!r} is not the name of an argument")
-    return f"{name}({', '.join(f'{key}={literal(value)}' for key, value in arguments.items())})"
+    return f"{name}({', '.join(f'{key}={python_literal(value)}' for key, value in arguments.items())})"
 
 
-def literal(value: Any) -> str:
+def python_literal(value: Any) -> str:
     """A JSON value as Python writes it; infinities and NaN, which it writes as names, are refused."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {literal(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key!r}: {python_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(literal, value)) + "]"
+        return "[" + ", ".join(map(python_literal, value)) + "]"
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("a number is not finite")
     if value is None or isinstance(value, (bool, int, float, str)):

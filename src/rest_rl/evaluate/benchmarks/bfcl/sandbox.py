@@ -24,17 +24,17 @@ from typing import Any, NamedTuple
 from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage, install_command, share_folder
 
-ROOT = Path(__file__).parents[4]
-CHILD = f"import sys; sys.path.insert(0, sys.argv.pop(1)); from {__package__}.child import main; main()"
+PACKAGE_ROOT = Path(__file__).parents[4]
+CHILD_SCRIPT = f"import sys; sys.path.insert(0, sys.argv.pop(1)); from {__package__}.child import main; main()"
 """The process has an environment of its own, without PYTHONPATH, so it gets the path of this package."""
-FIXED = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "TZ": "UTC"}
+FIXED_ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "TZ": "UTC"}
 """The backends print sets and local times: what a model sees must not change from run to run."""
 LOADING_SECONDS = 120.0
 """For what only reads the release: no model has a hand in it, but a disk may be slow."""
-TRIES = 3
-PATIENCE = 3.0
+MAX_TRIES = 3
+WALL_SECONDS_PER_CPU_SECOND = 3.0
 """Seconds to wait for one of processor time: a machine may be busy, and the processor's clock is to judge."""
-FAILED = "the process that works with bfcl-eval failed: {}"
+FAILURE_MESSAGE = "the process that works with bfcl-eval failed: {}"
 MAX_DEPTH = 100
 MAX_INTEGER_BITS = 14_000
 """Below the 4300 digits that Python reads."""
@@ -86,69 +86,71 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
 
     def check_calls(self, identity: str, category: str, calls: Sequence[Mapping[str, Any]]) -> Verdict:
         """The official verdict on calls {name: {argument: value}} of a single-turn sample."""
-        if problem := _problem(calls):
+        if problem := _find_json_problem(calls):
             return Verdict(False, "checker_error: ValueError", problem)
         self._end_session()
-        return Verdict(*again_if_ended(partial(self._ask_of, category, "check_calls", identity, category, calls)))
+        return Verdict(
+            *retry_if_ended(partial(self._ask_about_sample, category, "check_calls", identity, category, calls))
+        )
 
     def session(self, identity: str) -> Session:
         """A conversation's own instances of the backends; a session that was open before it is over."""
         self._end_session()
-        self._session = Session(partial(self._ask_of, identity.rpartition("_")[0]), identity)
+        self._session = Session(partial(self._ask_about_sample, identity.rpartition("_")[0]), identity)
         return self._session
 
     def close(self) -> None:
-        self._drop(patience=1.0)
+        self._stop_process(patience=1.0)
 
-    def _look_up(self, do: str, *of: Any) -> Any:
-        return again_if_ended(partial(self._ask, do, of, LOADING_SECONDS))
+    def _look_up(self, method: str, *arguments: Any) -> Any:
+        return retry_if_ended(partial(self._ask, method, arguments, LOADING_SECONDS))
 
-    def _ask_of(self, category: str, do: str, *of: Any) -> Any:
+    def _ask_about_sample(self, category: str, method: str, *arguments: Any) -> Any:
         """The answer to a request about a sample, whose category is loaded before time counts."""
         if self._process is None or category not in self._loaded:
             self._look_up("load", category)
             self._loaded.add(category)
-        return self._ask(do, of, PATIENCE * self._seconds)
+        return self._ask(method, arguments, WALL_SECONDS_PER_CPU_SECOND * self._seconds)
 
     def _end_session(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             session.close()
 
-    def _ask(self, do: str, of: Sequence[Any], seconds: float) -> Any:
+    def _ask(self, method: str, arguments: Sequence[Any], seconds: float) -> Any:
         """The answer to a request; whatever goes wrong ends the process, so that the next request finds a new one."""
         if self._process is None:
             self._process = self._start()
         try:
-            answer = _exchange(self._process, {"do": do, "of": of}, seconds)
+            answer = _exchange(self._process, {"method": method, "arguments": arguments}, seconds)
         except BaseException:
             # Also a KeyboardInterrupt: an answer left in the pipe would be read as that to another request.
-            self._drop(patience=0.0)
+            self._stop_process(patience=0.0)
             raise
         if "invalid" in answer:
             raise ValueError(answer["invalid"])
         if "ok" in answer:
             return answer["ok"]
-        self._drop(patience=0.0)
+        self._stop_process(patience=0.0)
         limits = f"limits: {self._seconds:g} s, {self._memory_mb} MB"
         why = f"{answer['died']} ({limits})" if "died" in answer else answer.get("failed")
         is_limit = bool(answer.get("limit"))
         raise SandboxError(f"the process that works with {self._package.pin} failed: {why}", is_limit=is_limit)
 
-    def _drop(self, patience: float) -> None:
+    def _stop_process(self, patience: float) -> None:
         """End the process, and with it the session that lives in it."""
         process, self._process = self._process, None
         if self._session is not None and self._session.is_open:
             self._session.is_over, self._session = True, None
         if process is not None:
-            _end(process, patience)
+            _end_process(process, patience)
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Load the release; its import makes folders, in a place that is gone when it is done."""
         self._loaded.clear()
         limits = [str(math.ceil(self._seconds)), str(self._memory_mb)]
-        options = ["-s", "-B", "-X", "utf8", "-c", CHILD]
-        arguments = [str(ROOT), self._package.version, str(self._package.folder.resolve()), *limits]
+        options = ["-s", "-B", "-X", "utf8", "-c", CHILD_SCRIPT]
+        arguments = [str(PACKAGE_ROOT), self._package.version, str(self._package.folder.resolve()), *limits]
         with tempfile.TemporaryDirectory(prefix="rest-rl-") as folder:
             process = subprocess.Popen(  # noqa: S603
                 [sys.executable, *options, *arguments],
@@ -156,7 +158,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 cwd=self._package.folder,
-                env={**FIXED, "BFCL_PROJECT_ROOT": folder, "HOME": folder, "PATH": os.defpath},
+                env={**FIXED_ENVIRONMENT, "BFCL_PROJECT_ROOT": folder, "HOME": folder, "PATH": os.defpath},
                 start_new_session=True,
                 bufsize=0,
             )
@@ -165,10 +167,10 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             try:
                 answer = _exchange(process, None, LOADING_SECONDS)
             except BaseException:
-                _end(process, patience=0.0)
+                _end_process(process, patience=0.0)
                 raise
         if "ok" not in answer:
-            _end(process, patience=0.0)
+            _end_process(process, patience=0.0)
             command = install_command(self._package.version, share_folder(self._package.version))
             raise UserError(
                 f"{self._package.pin} in {self._package.folder}, which does not load ({answer.get('failed')})",
@@ -196,20 +198,20 @@ class Session(contextlib.AbstractContextManager["Session"]):
             self.is_open = True
         if self.is_over:
             raise SandboxError("this conversation has ended")
-        return self._ask("execute", self._sample[0], list(map(_sendable, calls)))
+        return self._ask("execute", self._sample[0], list(map(_to_sendable, calls)))
 
     def check(self, turns: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> Verdict:
         """The official verdict on all turns, each a list of steps, each a list of calls; it ends the instances.
 
         The checker makes instances of its own, in the process of the conversation or, if that has ended, in a new one.
         """
-        sendable = [[list(map(_sendable, step)) for step in turn] for turn in turns]
+        sendable = [[list(map(_to_sendable, step)) for step in turn] for turn in turns]
         if self.is_open and not self.is_over:
             with contextlib.suppress(SandboxError):
                 verdict = Verdict(*self._ask("check_turns", *self._sample, sendable))
                 self.close()
                 return verdict
-        return Verdict(*again_if_ended(partial(self._ask, "check_turns", *self._sample, sendable)))
+        return Verdict(*retry_if_ended(partial(self._ask, "check_turns", *self._sample, sendable)))
 
     def close(self) -> None:
         if self.is_open and not self.is_over:
@@ -218,9 +220,9 @@ class Session(contextlib.AbstractContextManager["Session"]):
                 self._ask("end")
 
 
-def again_if_ended(ask: Callable[[], Any]) -> Any:
+def retry_if_ended(ask: Callable[[], Any]) -> Any:
     """What `ask` gives, asked again where the process ended by no limit: it may have been ended from outside."""
-    for _ in range(TRIES - 1):
+    for _ in range(MAX_TRIES - 1):
         try:
             return ask()
         except SandboxError as error:  # noqa: PERF203 - a process is started anew
@@ -243,7 +245,7 @@ def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, 
             while not answer.endswith(b"\n"):
                 ready = waiting.select(max(0.0, deadline - monotonic()))
                 if not ready:
-                    raise SandboxError(FAILED.format(f"no answer within {seconds:g} s"), is_limit=True)
+                    raise SandboxError(FAILURE_MESSAGE.format(f"no answer within {seconds:g} s"), is_limit=True)
                 for key, _ in ready:
                     if key.fileobj is process.stdin:
                         rest = rest[process.stdin.write(rest) or 0 :]
@@ -255,10 +257,10 @@ def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, 
                         raise EOFError
             return json.loads(answer)
         except (OSError, ValueError, EOFError) as error:
-            raise SandboxError(FAILED.format("it ended without an answer")) from error
+            raise SandboxError(FAILURE_MESSAGE.format("it ended without an answer")) from error
 
 
-def _end(process: subprocess.Popen[bytes], patience: float) -> None:
+def _end_process(process: subprocess.Popen[bytes], patience: float) -> None:
     """Close the pipes, and end the process and its forks if they do not end at that within `patience` seconds."""
     if patience <= 0:
         _signal_group(process)
@@ -279,12 +281,12 @@ def _signal_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _sendable(call: Mapping[str, Any]) -> dict[str, Any]:
-    problem = _problem(call)
+def _to_sendable(call: Mapping[str, Any]) -> dict[str, Any]:
+    problem = _find_json_problem(call)
     return {"refused": problem} if problem else dict(call)
 
 
-def _problem(value: Any) -> str:
+def _find_json_problem(value: Any) -> str:
     """Why a value cannot be sent as JSON; empty when it can. Not recursive: nesting is what it must survive."""
     waiting = [(value, 1)]
     while waiting:

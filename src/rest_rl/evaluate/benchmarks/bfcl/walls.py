@@ -10,15 +10,15 @@ import signal
 import sys
 from typing import Any
 
-REFUSED = (
+REFUSED_EVENTS = (
     *("ctypes.", "fcntl.", "mmap.", "msvcrt.", "os.", "pty.", "resource.", "shutil.", "signal.", "socket."),
     *("sqlite3.", "subprocess.", "syslog.", "tempfile.", "webbrowser.", "winreg."),
 )
 """Beginnings of the audit events that end in a PermissionError: the outside world."""
-READS = {"os.listdir", "os.scandir"}
+READ_EVENTS = {"os.listdir", "os.scandir"}
 
 
-def leave_the_network() -> bool:
+def enter_empty_network() -> bool:
     """Move into an empty network namespace, where the kernel allows it."""
     new_user_and_network = 0x10000000 | 0x40000000
     try:
@@ -31,7 +31,7 @@ def leave_the_network() -> bool:
         return False
 
 
-def limit(kind: int, value: int, grace: int = 0) -> None:
+def set_limit(kind: int, value: int, grace: int = 0) -> None:
     """Lower one limit of the process; some systems refuse some (macOS: memory)."""
     _, most = resource.getrlimit(kind)
     hard = value + grace if most == resource.RLIM_INFINITY else min(value + grace, most)
@@ -41,14 +41,14 @@ def limit(kind: int, value: int, grace: int = 0) -> None:
 
 def confine(seconds: int, memory_mb: int) -> None:
     """From here on this process can compute, within limits, and nothing else."""
-    limit(resource.RLIMIT_AS, memory_mb << 20)
-    limit(resource.RLIMIT_CPU, seconds, grace=2)
+    set_limit(resource.RLIMIT_AS, memory_mb << 20)
+    set_limit(resource.RLIMIT_CPU, seconds, grace=2)
     for nothing in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
-        limit(nothing, 0)
-    guard([os.path.abspath(folder) for folder in sys.path if folder])  # noqa: PTH100
+        set_limit(nothing, 0)
+    install_audit_guard([os.path.abspath(folder) for folder in sys.path if folder])  # noqa: PTH100
 
 
-def guard(readable: list[str]) -> None:
+def install_audit_guard(readable: list[str]) -> None:
     """Refuse the outside world to this process for good; only files below the given folders can be read."""
     folders = tuple(folder.rstrip(os.sep) + os.sep for folder in readable)
 
@@ -56,24 +56,24 @@ def guard(readable: list[str]) -> None:
         if event == "open":
             path, mode, flags = arguments
             writes = (mode and set(mode) & set("wax+")) or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            if writes or not below(path, folders):
+            if writes or not is_below(path, folders):
                 raise PermissionError("no files here")
-        elif event in READS and arguments and below(arguments[0], folders):
+        elif event in READ_EVENTS and arguments and is_below(arguments[0], folders):
             return
-        elif event.startswith(REFUSED):
+        elif event.startswith(REFUSED_EVENTS):
             raise PermissionError(f"not here: {event}")
 
     sys.addaudithook(refuse)
 
 
-def below(path: Any, folders: tuple[str, ...]) -> bool:
+def is_below(path: Any, folders: tuple[str, ...]) -> bool:
     if not isinstance(path, (str, bytes, os.PathLike)):
         return False
     # Not Path.resolve: the guard calls this, and what it opens or reads would call the guard.
     return (os.path.abspath(os.fsdecode(path)) + os.sep).startswith(folders)  # noqa: PTH100
 
 
-def cause(status: int) -> tuple[str, bool]:
+def describe_exit(status: int) -> tuple[str, bool]:
     """Why a process ended, in words, and whether that was its own doing: only SIGKILL comes from outside."""
     code = os.waitstatus_to_exitcode(status)
     if -code in (signal.SIGXCPU, signal.SIGPROF):
