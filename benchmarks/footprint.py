@@ -35,7 +35,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from rest_rl.config import RunConfig
-from rest_rl.train.estimate import estimate
+from rest_rl.train.estimate import estimate_resources
 from rest_rl.train.trl.trainer import ResTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -151,7 +151,7 @@ def measure(row: dict[str, Any], prompt: int, completion: int, batch: int, layer
         trainer.live, trainer.peaks = live, {}
         trainer.train()
     config = RunConfig.from_toml(f'[model]\ndtype = "{row["dtype"]}"\n[eval]\nprompts = 0\n')
-    estimated = estimate(config, model_config, args, lora=lora, prompt_tokens=[prompt] * 8, device=None)
+    estimated = estimate_resources(config, model_config, args, lora=lora, prompt_tokens=[prompt] * 8, device=None)
     return {"measured": trainer.peaks, "estimated": estimated}
 
 
@@ -199,7 +199,9 @@ def count_published(name: str, *, lora: Any, checkpointing: bool, batch: int, to
         report_to=[],
     )
     config = RunConfig.from_toml(f'[model]\ndtype = "{dtype}"\n[eval]\nprompts = 0\n')
-    guess = estimate(config, published_config(name), args, lora=lora, prompt_tokens=[tokens - tokens // 2] * batch)
+    guess = estimate_resources(
+        config, published_config(name), args, lora=lora, prompt_tokens=[tokens - tokens // 2] * batch
+    )
     states = sum(part.bytes for part in guess.parts if part.name == "optimizer states")
     return live.peak, guess.phase_bytes("update") - states
 

@@ -28,7 +28,7 @@ from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS
 from rest_rl.response import ToolCall
 from rest_rl.train.policy import embedded_model_dir, load_tokenizer
-from rest_rl.train.verl.responses import PER_TOKEN, Responses, advantages_of_groups, reshape_batch
+from rest_rl.train.verl.responses import PER_TOKEN, Responses, compute_group_advantages, weight_batch
 from rest_rl.train.weighing import EntropyTracker, TokenWeighter
 
 WORDS = "the user asks for a table near the station so check what is open at eight and then book it for two".split()  # noqa: SIM905
@@ -86,11 +86,11 @@ def run_ours(batch: dict[str, Any], tokenizer: Any) -> None:
     tool_format = FORMATS["toolrl"]
     tracker = EntropyTracker(0.7)
     tracker.update(torch.tensor([[9.0] * 6, [0.3, 0.5, 1.0, 3.0, 2.0, 2.0], [1.0] * 6]))
-    advantages_of_groups(batch["rewards"], batch["groups"], "grpo")
+    compute_group_advantages(batch["rewards"], batch["groups"], "grpo")
     size = len(batch["groups"])
     scores = [{"format": 1.0, "accuracy": 1.0, "exact_match": 1.0, "call_rate": 1.0}] * size
     responses = Responses(
-        places=range(size),
+        indices=range(size),
         ids=batch["responses"].unbind(),
         rewards_B=batch["rewards"],
         groups=batch["groups"],
@@ -101,10 +101,10 @@ def run_ours(batch: dict[str, Any], tokenizer: Any) -> None:
         tokenizer=tokenizer,
         tool_format=tool_format,
     )
-    chosen, weigher = responses.first(8), TokenWeighter(tokenizer, tool_format, PRESETS["paper"].weights)
-    _, _, tokens = reshape_batch(batch, weigher, tracker, 0.5, 10, chosen)
-    responses.figures()
-    responses.rows(chosen, tokens, 10, 0.5)
+    chosen, weigher = responses.select_first(8), TokenWeighter(tokenizer, tool_format, PRESETS["paper"].weights)
+    _, _, tokens = weight_batch(batch, weigher, tracker, 0.5, 10, chosen)
+    responses.compute_metrics()
+    responses.make_rows(chosen, tokens, 10, 0.5)
 
 
 SIDES: dict[str, Callable[[dict[str, Any], Any], None]] = {"stock": run_stock, "ours": run_ours}

@@ -37,7 +37,7 @@ from rest_rl.data.samples import ToolSample, decompose
 from rest_rl.data.tool_world import FILLER, Decision, dialogues
 from rest_rl.errors import UserError
 from rest_rl.train.policy import silence_transformers
-from rest_rl.train.prompts import IGNORED, encode
+from rest_rl.train.prompts import IGNORED_LABEL, encode_demonstration
 
 RECORD_FILE = "warm_start.json"
 
@@ -161,9 +161,9 @@ def generate_batches(
         for sample in itertools.islice(samples, config.batch_size):
             is_spoilt = rng.random() < corruption
             response = render_corrupted_demonstration(sample, rng) if is_spoilt else render_demonstration(sample)
-            ids, labels = encode(layout.render(sample), response, layout.tokenizer)
+            ids, labels = encode_demonstration(layout.render(sample), response, layout.tokenizer)
             if skipped:
-                labels = [IGNORED if at in filler and rng.random() < skipped else at for at in labels]
+                labels = [IGNORED_LABEL if at in filler and rng.random() < skipped else at for at in labels]
             rows.append((ids, labels))
         yield pad_batch(rows, layout.tokenizer.pad_token_id)
 
@@ -172,7 +172,7 @@ def pad_batch(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
     """Rows of (ids, labels) as one batch, padded on the right, where a causal model needs no mask."""
     width = max(len(ids) for ids, _ in rows)
     ids_BT = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows])
-    labels_BT = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])
+    labels_BT = torch.tensor([labels + [IGNORED_LABEL] * (width - len(labels)) for _, labels in rows])
     return Batch(ids_BT, labels_BT)
 
 
@@ -197,7 +197,7 @@ def run_stage(model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Ba
 
 def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
     """One step on the mean cross entropy of the labelled tokens, gradient norm clipped to 1."""
-    is_labelled = batch.labels[:, 1:] != IGNORED
+    is_labelled = batch.labels[:, 1:] != IGNORED_LABEL
     labels_N = batch.labels[:, 1:][is_labelled]
     hidden_BTH = model.model(batch.ids, use_cache=False).last_hidden_state
     logits_NV = model.lm_head(hidden_BTH[:, :-1][is_labelled])

@@ -9,8 +9,8 @@ from typing import Any
 
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, from_json, to_json
-from rest_rl.train.prompts import dataset_of, prepared_or_error
-from rest_rl.train.sft import demonstrations
+from rest_rl.train.prompts import build_dataset, prepare_or_raise
+from rest_rl.train.sft import build_demonstrations
 
 
 def save_samples(samples: Iterable[ToolSample], path: Path) -> Path:
@@ -26,6 +26,6 @@ def load_samples(path: Path) -> list[ToolSample]:
 
 def labelled_dataset(samples: Iterable[ToolSample], layout: PromptLayout) -> Any:
     """What supervised training reads of samples that it can learn from."""
-    rows, rejected = demonstrations([prepared_or_error(sample, layout) for sample in samples], layout)
+    rows, rejected = build_demonstrations([prepare_or_raise(sample, layout) for sample in samples], layout)
     assert not rejected
-    return dataset_of(rows)
+    return build_dataset(rows)

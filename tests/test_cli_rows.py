@@ -12,7 +12,7 @@ import pytest
 from rest_rl.cli.app import main
 from rest_rl.config import RunConfig
 from rest_rl.presets import PRESETS, SUPERVISED
-from rest_rl.train.trl.settings import trainer_config
+from rest_rl.train.trl.settings import make_trainer_config
 from tests.test_cli import GOLD, RIGHT, error_of, lines
 from tests.tiny_policy import tiny_tokenizer
 
@@ -221,7 +221,7 @@ def test_a_preset_is_a_run_file(name: str, capsys: pytest.CaptureFixture[str]) -
     assert main(["presets", name]) == 0
     config = RunConfig.from_toml(capsys.readouterr().out, ["rest.format=toolrl"])
     assert config.rest.resolve() == preset
-    args = trainer_config(replace(config, trl={**config.trl, "use_cpu": True, "bf16": False}))
+    args = make_trainer_config(replace(config, trl={**config.trl, "use_cpu": True, "bf16": False}))
     assert (args.epsilon, args.epsilon_high or args.epsilon) == (preset.epsilon_low, preset.epsilon_high)
     assert args.method() == preset
 

@@ -18,7 +18,7 @@ from rest_rl.errors import UserError
 from rest_rl.runlog import RunLog
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import context_length
-from rest_rl.train.prompts import IGNORED
+from rest_rl.train.prompts import IGNORED_LABEL
 from rest_rl.train.request import resolve_run
 from rest_rl.train.run import make_plan, train
 from rest_rl.train.trl.engine import TrlEngine
@@ -102,7 +102,7 @@ def test_show_what_supervised_training_writes(tmp_path: Path, capsys: pytest.Cap
         out = run(capsys, "show", path, 1, "--model", tmp_path / "model")[1]
         (sample,), _ = load_dataset(str(path))
         row: Any = labelled_dataset([sample], layout)[0]
-        written = tokenizer.decode([token for token in row["labels"] if token != IGNORED][:-1])
+        written = tokenizer.decode([token for token in row["labels"] if token != IGNORED_LABEL][:-1])
         assert ("Hm." in written) == thinks
         assert "\n5\n" in written
         assert written.strip() in out.replace(layout.render(sample), "")

@@ -12,9 +12,9 @@ import pytest
 from rest_rl.config import ENTROPY_DECAY, RunConfig
 from rest_rl.presets import PRESETS
 from rest_rl.train.prompts import build_training_dataset
-from rest_rl.train.trl.settings import trainer_config, with_machine_defaults
+from rest_rl.train.trl.settings import make_trainer_config, with_machine_defaults
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
-from rest_rl.train.verl.config import ACTOR, ROLLOUT, start_values
+from rest_rl.train.verl.config import ACTOR, ROLLOUT, make_initial_values
 from rest_rl.train.verl.responses import read_run
 from rest_rl.train.weighing import EntropyTracker
 from tests.test_verl_config import BIG
@@ -31,7 +31,7 @@ def run(out: Path, *overrides: str) -> RunConfig:
 
 def on_trl(config: RunConfig) -> dict[str, Any]:
     """What the trainer on TRL holds once it is built."""
-    args, tokenizer = trainer_config(config), tiny_tokenizer()
+    args, tokenizer = make_trainer_config(config), tiny_tokenizer()
     assert isinstance(args, ResTConfig)
     trainer = ResTTrainer(
         tiny_model(tokenizer),
@@ -55,7 +55,7 @@ def on_trl(config: RunConfig) -> dict[str, Any]:
 def on_verl(config: RunConfig) -> dict[str, Any]:
     """What the plugin reads from verl's configuration, and what verl itself is told."""
     table, method, tool_format, tracker = read_run(config.to_toml())
-    told = start_values(config, BIG)
+    told = make_initial_values(config, BIG)
     return {
         "entropy_decay": tracker.decay,
         "method": method,

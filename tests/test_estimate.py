@@ -21,13 +21,13 @@ from rest_rl.train.estimate import (
     Device,
     Estimate,
     _Model,
-    cache_bytes,
+    count_cache_bytes,
     count_parameters,
     count_work,
-    estimate,
-    estimate_rows,
-    this_device,
-    verdict,
+    estimate_resources,
+    find_device,
+    judge_fit,
+    make_estimate_rows,
 )
 from rest_rl.train.trl.trainer import ResTConfig
 from tests.architectures import NUM_PARAMETERS, published_config, qwen3
@@ -72,7 +72,7 @@ def run(text: str = 'model.dtype = "float32"\neval.prompts = 0') -> RunConfig:
 
 def guess(args: Any = None, model: Any = None, config: RunConfig | None = None, **settings: Any) -> Estimate:
     settings = {"prompt_tokens": [20, 30, 40, 50], "processes": 1, "sharding": "none", **settings}
-    return estimate(config or run(), model or tiny(), args or rl(), **settings)
+    return estimate_resources(config or run(), model or tiny(), args or rl(), **settings)
 
 
 def part(guessed: Estimate, name: str) -> int:
@@ -93,15 +93,15 @@ def test_parameters_of_an_adapter() -> None:
 
 def test_cache_of_keys_and_values() -> None:
     config = published_config("Qwen/Qwen3-8B")
-    assert cache_bytes(config, 1, 2) == 36 * 8 * 128 * 2 * 2 == 147_456
-    assert cache_bytes(config, 1000, 2) == 147_456_000
+    assert count_cache_bytes(config, 1, 2) == 36 * 8 * 128 * 2 * 2 == 147_456
+    assert count_cache_bytes(config, 1000, 2) == 147_456_000
 
 
 def test_cache_of_a_sliding_window_and_of_linear_attention() -> None:
     kinds = ["full_attention", "sliding_attention"]
     windowed = tiny(layer_types=kinds, use_sliding_window=True, sliding_window=10)
     # 2 * 2 heads * 8 * 4 bytes = 128 a token and layer: 100 tokens in one layer, 10 in the other
-    assert cache_bytes(windowed, 100, 4) == 128 * 100 + 128 * 10
+    assert count_cache_bytes(windowed, 100, 4) == 128 * 100 + 128 * 10
     from transformers import AutoConfig
 
     hybrid = AutoConfig.for_model(
@@ -115,7 +115,7 @@ def test_cache_of_a_sliding_window_and_of_linear_attention() -> None:
         linear_value_head_dim=8,
     )
     # the one full layer, 2 * 2 * 8 * 2 bytes a token, and the state of the other
-    assert cache_bytes(hybrid, 100, 2) == 64 * 100 + 4 * 16 * 8 * 2
+    assert count_cache_bytes(hybrid, 100, 2) == 64 * 100 + 4 * 16 * 8 * 2
 
 
 def test_weights_gradients_and_optimizer_states_in_float32() -> None:
@@ -207,9 +207,9 @@ def test_prompts_far_beyond_do_not_fit_the_memory_here() -> None:
     here = Device("this machine", 20 * GIB, is_gpu=False)
     long = guess(args, model, prompt_tokens=[15_060] * 63 + [15_096], device=here)
     assert part(long, "prompts") > 64 * 5 * 15_096**2 > 72e9
-    assert verdict(long)[0] == "does not fit"
+    assert judge_fit(long)[0] == "does not fit"
     short = guess(args, model, prompt_tokens=[300] * 64, device=here)
-    assert verdict(short)[0] == "fits"
+    assert judge_fit(short)[0] == "fits"
     assert part(short, "context") == GIB // 4
 
 
@@ -281,12 +281,12 @@ def test_work_of_supervised_training() -> None:
         use_cpu=True,
     )
     guessed = guess(args, prompt_tokens=[10, 30, 50] * 7)
-    assert (guessed.work.steps, guessed.work.longest) == (2 * 3, 40)  # 21 demonstrations, 8 a step
+    assert (guessed.work.steps, guessed.work.longest_tokens) == (2 * 3, 40)  # 21 demonstrations, 8 a step
     assert {part.phase for part in guessed.parts} == {"always", "update"}
 
 
 def test_too_few_prompts_are_told() -> None:
-    word, text = verdict(guess(rl(steps_per_generation=8), prompt_tokens=[10] * 7))
+    word, text = judge_fit(guess(rl(steps_per_generation=8), prompt_tokens=[10] * 7))
     assert (word, "7 prompts" in text, "one batch of 8" in text) == ("no step", True, True)
 
 
@@ -295,12 +295,12 @@ def test_a_device_that_is_too_small_says_by_how_much_and_what_to_change() -> Non
     settings = {"model": big, "device": H100, "prompt_tokens": [1000] * 64}
     full = guess(rl(bf16=True), **settings)
     assert full.fits is False
-    assert verdict(full)[0] == "does not fit"
-    assert "[peft]" in verdict(full)[1]
+    assert judge_fit(full)[0] == "does not fit"
+    assert "[peft]" in judge_fit(full)[1]
     config = run("peft.r = 4\neval.prompts = 0")
     adapter = guess(rl(bf16=True, gradient_checkpointing=True), lora=LORA, config=config, **settings)
     assert adapter.fits is True
-    assert verdict(adapter)[0] == "fits"
+    assert judge_fit(adapter)[0] == "fits"
 
 
 def test_vllm_takes_its_share_always_or_only_while_awake() -> None:
@@ -314,7 +314,7 @@ def test_vllm_takes_its_share_always_or_only_while_awake() -> None:
 
 
 def test_rows_are_text_and_end_with_the_verdict() -> None:
-    rows = estimate_rows(guess(device=H100))
+    rows = make_estimate_rows(guess(device=H100))
     assert all(isinstance(cell, str) and cell for row in rows for cell in row)
     assert rows[-1][:2] == ("verdict", "fits")
     assert rows[0][1] == f"{TINY_PARAMETERS:,}"
@@ -332,10 +332,10 @@ def test_other_names_of_the_same_widths() -> None:
 def test_no_device_is_no_verdict() -> None:
     guessed = guess()
     assert guessed.fits is None
-    assert verdict(guessed)[0] == "no GPU"
-    assert (this_device(rl(use_cpu=False)) is None) == (not torch.cuda.is_available())
-    here = this_device(rl(use_cpu=True))
+    assert judge_fit(guessed)[0] == "no GPU"
+    assert (find_device(rl(use_cpu=False)) is None) == (not torch.cuda.is_available())
+    here = find_device(rl(use_cpu=True))
     assert here is not None
     assert not here.is_gpu
     assert 0 < here.bytes <= psutil.virtual_memory().total
-    assert this_device(rl(use_vllm=True)) == this_device(rl(use_cpu=False))  # for another machine
+    assert find_device(rl(use_vllm=True)) == find_device(rl(use_cpu=False))  # for another machine

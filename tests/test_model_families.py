@@ -23,7 +23,7 @@ from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Gold, Region
 from rest_rl.runlog import read_run
 from rest_rl.train.policy import load_policy
-from rest_rl.train.prompts import build_training_dataset, encode
+from rest_rl.train.prompts import build_training_dataset, encode_demonstration
 from rest_rl.train.run import make_plan
 from tests.model_families import DIALOGUES, FAMILIES, TEMPLATES, family_tokenizer, save_dialogues, save_family
 from tests.sample_files import labelled_dataset
@@ -88,7 +88,7 @@ def test_demonstrations_are_read_back_from_their_ids(name: str, samples: list[To
     tags, parse = layout.format.tags, layout.format.parse
     for sample in samples:
         response = layout.format.render("I look.", sample.gold.calls, sample.gold.answer)
-        ids, labels = encode(layout.render(sample), response, tokenizer)
+        ids, labels = encode_demonstration(layout.render(sample), response, tokenizer)
         learnt = [label for label in labels if label != -100]
         assert len(ids) > len(learnt) > 0
         parsed = parse(decode_ids(learnt, tokenizer, tags))

@@ -10,9 +10,9 @@ import pytest
 from trl import SFTConfig
 
 from rest_rl.config import RunConfig, read_run_file
-from rest_rl.train.estimate import GIB, Device, Estimate, Sharding, estimate, verdict
+from rest_rl.train.estimate import GIB, Device, Estimate, Sharding, estimate_resources, judge_fit
 from rest_rl.train.policy import lora_config
-from rest_rl.train.trl.settings import trainer_config
+from rest_rl.train.trl.settings import make_trainer_config
 from rest_rl.train.trl.trainer import ResTConfig
 from tests.architectures import published_config
 
@@ -44,7 +44,7 @@ def model_of(config: RunConfig) -> str:
 
 def test_parses_and_the_trainer_takes_it(path: Path) -> None:
     config = read_run_file(path)
-    args = trainer_config(read_run_file(path, [*HERE, *SHOWN.get(path.stem, ())]))
+    args = make_trainer_config(read_run_file(path, [*HERE, *SHOWN.get(path.stem, ())]))
     assert isinstance(args, SFTConfig if config.rest.is_supervised else ResTConfig)
     known = {field.name for field in dataclasses.fields(type(args))}
     assert set(config.trl) <= known
@@ -94,10 +94,10 @@ def estimated(path: Path, prompts: int = 3920, device: Device = A100) -> Estimat
     sharding: Sharding = "none"
     if processes > 1:
         sharding = "zero2" if path in COLD_START else "fsdp"
-    args = trainer_config(read_run_file(path, [*HERE, *SHOWN.get(path.stem, ())]))
+    args = make_trainer_config(read_run_file(path, [*HERE, *SHOWN.get(path.stem, ())]))
     args.use_vllm = config.trl.get("use_vllm", False)
     longest = config.trl.get("max_length") or config.data.max_prompt_tokens
-    return estimate(
+    return estimate_resources(
         config,
         published_config(model_of(config)),
         args,
@@ -112,5 +112,5 @@ def estimated(path: Path, prompts: int = 3920, device: Device = A100) -> Estimat
 def test_fits_the_gpu_it_is_for(path: Path) -> None:
     device = Device("NVIDIA GeForce RTX 3090", int(23.6 * GIB)) if path.stem == "own-tools" else A100
     guessed = estimated(path, device=device)
-    assert guessed.fits, verdict(guessed)
-    assert device.bytes - guessed.total > device.bytes / 20, verdict(guessed)
+    assert guessed.fits, judge_fit(guessed)
+    assert device.bytes - guessed.total > device.bytes / 20, judge_fit(guessed)

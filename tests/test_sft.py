@@ -20,8 +20,8 @@ from rest_rl.presets import SUPERVISED
 from rest_rl.regions import tag_regions
 from rest_rl.response import Gold, Region, ToolCall
 from rest_rl.runlog import read_run
-from rest_rl.train.prompts import IGNORED
-from rest_rl.train.sft import RegionSFTTrainer, region_trainer, token_loss_weights, weights_by_region
+from rest_rl.train.prompts import IGNORED_LABEL
+from rest_rl.train.sft import RegionSFTTrainer, compute_loss_weights, make_region_weights, make_sft_trainer
 from tests.sample_files import labelled_dataset, save_samples
 from tests.scores import exact_match
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
@@ -48,7 +48,7 @@ def trained(tmp_path: Path, weights: dict[str, float], **changes: Any) -> tuple[
         "args": SFTConfig(str(tmp_path), **ARGS | changes),
         "processing_class": TOKENIZER,
     }
-    trainer = region_trainer(
+    trainer = make_sft_trainer(
         layout=LAYOUT, dataset=labelled_dataset(SAMPLES, LAYOUT), region_weights=weights, **settings
     )
     trainer.train()
@@ -87,14 +87,14 @@ def test_the_first_loss_is_the_weighted_mean_of_token_losses(preset: str, tmp_pa
         with torch.no_grad():
             log_probs_BTV = model(ids_BT).logits[:, :-1].log_softmax(-1)
         targets_BT = labels_BT[:, 1:]
-        mask_BT = targets_BT != IGNORED
+        mask_BT = targets_BT != IGNORED_LABEL
         regions_BT = tag_regions(
             targets_BT.clamp(min=0),
             mask_BT,
             TOKENIZER,
             LAYOUT.format,
         )
-        raw_BT = weights_by_region(SUPERVISED[preset])[regions_BT] * mask_BT
+        raw_BT = make_region_weights(SUPERVISED[preset])[regions_BT] * mask_BT
         weights_BT = raw_BT / (raw_BT.sum() / mask_BT.sum())
         nll_BT = -log_probs_BTV.gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]
         total, count = total + float((weights_BT * nll_BT).sum()), count + int(mask_BT.sum())
@@ -115,8 +115,8 @@ def test_gradient_accumulation_is_the_full_batch(tmp_path: Path) -> None:
 def test_tsft_weighs_calls_twice_and_has_mean_one() -> None:
     row = labelled_dataset(SAMPLES[:1], LAYOUT)[0]
     labels_BT = torch.tensor([row["labels"]])[:, 1:]
-    weights_BT = token_loss_weights(labels_BT, LAYOUT, weights_by_region(SUPERVISED["tsft"]))
-    mask_BT = labels_BT != IGNORED
+    weights_BT = compute_loss_weights(labels_BT, LAYOUT, make_region_weights(SUPERVISED["tsft"]))
+    mask_BT = labels_BT != IGNORED_LABEL
     assert weights_BT[mask_BT].mean().item() == pytest.approx(1.0)
     regions_BT = tag_regions(labels_BT.clamp(min=0), mask_BT, TOKENIZER, LAYOUT.format)
     reasoning = weights_BT[mask_BT & (regions_BT == Region.REASONING)]
@@ -127,7 +127,7 @@ def test_tsft_weighs_calls_twice_and_has_mean_one() -> None:
 
 def test_wrong_region_weights_and_packing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected >= 0 for one of format, name"):
-        weights_by_region({"nam": 1.0})
+        make_region_weights({"nam": 1.0})
     with pytest.raises(ValueError, match="packing or padding_free"):
         trained(tmp_path, SUPERVISED["tsft"], packing=True)
     with pytest.raises(ValueError, match=r"rest\.region_weights .* with preset 'rest', which is no supervised one"):

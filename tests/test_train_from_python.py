@@ -20,7 +20,7 @@ from rest_rl.errors import UserError
 from rest_rl.runlog import Observer, read_run
 from rest_rl.train.policy import embedded_model_dir
 from rest_rl.train.request import resolve_run
-from rest_rl.train.run import RunResult, estimate_run, make_plan, warn_of_memory
+from rest_rl.train.run import RunResult, estimate_run, make_plan, warn_about_memory
 from tests.tiny_policy import tiny_run
 
 RULE = """
@@ -101,7 +101,7 @@ def test_an_estimate_for_another_machine_needs_no_vllm(tables: dict[str, Any], t
 def test_training_warns_of_memory_that_is_not_there(tables: dict[str, Any]) -> None:
     for together, warnings in ((8, 0), (10**12, 1)):
         plan, heard = make_plan({**tables, "eval": {"batch_size": together, "prompts": together}}, is_dry=True), Heard()
-        warn_of_memory(plan, heard)
+        warn_about_memory(plan, heard)
         assert len(heard.said) == warnings
 
 

@@ -10,7 +10,15 @@ import pytest
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.errors import UserError
 from rest_rl.train.verl import config as verl_config
-from rest_rl.train.verl.config import VerlJob, check_refused, fixed_values, leaves, schedule, start_values, unread_keys
+from rest_rl.train.verl.config import (
+    VerlJob,
+    check_refused,
+    compute_schedule,
+    leaves,
+    make_fixed_values,
+    make_initial_values,
+    unread_keys,
+)
 from rest_rl.weights import is_uniform
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -43,14 +51,14 @@ save_steps = 10
 
 def values_of(config: RunConfig, job: VerlJob = SMALL) -> dict[str, Any]:
     """verl's values as far as they are known without verl: where a run starts from, `[verl]`, batches and steps."""
-    start = start_values(config, job)
+    start = make_initial_values(config, job)
     given = {path.replace("+", ""): value for path, value in leaves(config.verl)}
     values = {verl_config.NODES: 1, verl_config.GPUS: 8, **start, **given}
     needed = {key: values[key] for key in ("trainer.nnodes", "trainer.n_gpus_per_node", f"{ROLLOUT}.n")}
     needed |= {key: values[key] for key in (verl_config.PASSES, *verl_config.OPEN)}
-    values |= schedule(needed, config, job.num_train)
+    values |= compute_schedule(needed, config, job.num_train)
     method = config.rest.resolve()
-    check_refused(values, fixed_values(method, job), reshapes=not is_uniform(method.weights))
+    check_refused(values, make_fixed_values(method, job), reshapes=not is_uniform(method.weights))
     return values
 
 
@@ -84,12 +92,12 @@ def test_every_recipe_keeps_the_published_batch(path: Path) -> None:
 
 
 def test_fifteen_keys_are_fixed() -> None:
-    fixed = fixed_values(RunConfig().rest.resolve(), SMALL)
+    fixed = make_fixed_values(RunConfig().rest.resolve(), SMALL)
     assert len(fixed) == 15
     assert fixed[f"{MODEL}.tokenizer_path"] == "/runs/mine/verl/tokenizer"
     assert fixed["data.train_files"] == fixed["data.val_files"] == "/runs/mine/verl/train.parquet"
     held_out = SMALL._replace(has_held_out=True, resume_from=Path("/runs/mine/checkpoints/global_step_5"))
-    fixed = fixed_values(RunConfig().rest.resolve(), held_out)
+    fixed = make_fixed_values(RunConfig().rest.resolve(), held_out)
     assert fixed["data.val_files"] == "/runs/mine/verl/held_out.parquet"
     assert fixed["trainer.resume_mode"] == "resume_path"
     assert fixed["trainer.resume_from_path"] == "/runs/mine/checkpoints/global_step_5"
@@ -97,8 +105,8 @@ def test_fifteen_keys_are_fixed() -> None:
 
 def test_the_tables_of_the_documentation_name_every_key() -> None:
     page = (CONFIGS.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
-    missing = [key for key in fixed_values(RunConfig().rest.resolve(), SMALL) if key not in page]
-    missing += [name for name in (*verl_config.TABLES["trl"], *verl_config.COUNTED) if name not in page]
+    missing = [key for key in make_fixed_values(RunConfig().rest.resolve(), SMALL) if key not in page]
+    missing += [name for name in (*verl_config.KEY_TABLES["trl"], *verl_config.DERIVED_TRL_KEYS) if name not in page]
     assert not missing
 
 
@@ -220,17 +228,17 @@ def test_adapters() -> None:
 
 def test_megatron_has_keys_of_its_own() -> None:
     config = RunConfig.from_toml(RUN)
-    told = start_values(config, SMALL, megatron=True)
+    told = make_initial_values(config, SMALL, megatron=True)
     assert told[f"{ACTOR}.megatron.seed"] == 7
     assert not any("fsdp" in key for key in told)
     with pytest.raises(UserError, match=r"\[peft\]"):
-        start_values(RunConfig.from_toml(RUN, ["peft.r=8"]), SMALL, megatron=True)
+        make_initial_values(RunConfig.from_toml(RUN, ["peft.r=8"]), SMALL, megatron=True)
 
 
 def test_keys_that_verl_does_not_read_are_named() -> None:
     config = RunConfig.from_toml(RUN, ["trl.logging_steps=1", "trl.max_grad_norm=2.0", "trl.use_vllm=true", "peft.r=8"])
     assert unread_keys(config) == ["trl.logging_steps", "trl.max_grad_norm", "trl.use_vllm"]
-    start_values(config, SMALL)
+    make_initial_values(config, SMALL)
     more = RunConfig.from_toml(RUN, ["peft.use_rslora=true", "model.dtype=bfloat16", "model.attn_implementation=sdpa"])
     assert unread_keys(more) == ["peft.use_rslora", "model.attn_implementation", "model.dtype"]
     assert unread_keys(RunConfig.from_toml(RUN, ["model.dtype=float32"])) == []

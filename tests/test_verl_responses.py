@@ -23,9 +23,9 @@ from rest_rl.train.verl import responses as verl_responses
 from rest_rl.train.verl.responses import (
     PER_TOKEN,
     Responses,
-    advantages_of_groups,
-    reshape_batch,
+    compute_group_advantages,
     rows_by_group,
+    weight_batch,
 )
 from rest_rl.train.weighing import EntropyTracker, TokenWeighter
 from rest_rl.weights import WeightConfig
@@ -39,8 +39,8 @@ def test_advantages_of_scattered_groups_by_hand():
     half = 0.5 / (math.sqrt(0.5) + 1e-4)
     whole = 1 / (1 + 1e-4)
     expected = torch.tensor([-half, -whole, 0.0, half, 0.0, whole])
-    torch.testing.assert_close(advantages_of_groups(rewards_B, groups, "grpo"), expected)
-    assert advantages_of_groups(rewards_B, groups, "dr_grpo").tolist() == [-0.5, -1.0, 0.0, 0.5, 0.0, 1.0]
+    torch.testing.assert_close(compute_group_advantages(rewards_B, groups, "grpo"), expected)
+    assert compute_group_advantages(rewards_B, groups, "dr_grpo").tolist() == [-0.5, -1.0, 0.0, 0.5, 0.0, 1.0]
     assert rows_by_group(groups) == [[0, 3], [1, 4, 5], [2]]
 
 
@@ -48,7 +48,7 @@ def test_advantages_of_scattered_groups_by_hand():
 def test_advantages_do_not_depend_on_the_order_of_the_batch(order):
     rewards_B = torch.linspace(0, 1, 12).square()
     in_order_B = group_advantages(rewards_B, 4)
-    scattered_B = advantages_of_groups(rewards_B[list(order)], [f"prompt-{i // 4}" for i in order], "grpo")
+    scattered_B = compute_group_advantages(rewards_B[list(order)], [f"prompt-{i // 4}" for i in order], "grpo")
     torch.testing.assert_close(scattered_B, in_order_B[list(order)])
 
 
@@ -86,7 +86,7 @@ def test_weights_and_figures_equal_those_of_trl_on_the_same_responses(tmp_path, 
         )
         padded = {name: torch.cat([values[order], torch.zeros_like(values[:1])]) for name, values in columns.items()}
         monkeypatch.setattr(verl_responses, "PART", 3)  # weighed in parts
-        replayed, ours, _ = reshape_batch(padded, weigher, tracker, (step - 1) / 2, step)
+        replayed, ours, _ = weight_batch(padded, weigher, tracker, (step - 1) / 2, step)
         expected_BT = weighed.advantages_B[order, None] * weighed.weights_BT[order]
         assert expected_BT.abs().sum() > 0 or not weighed.advantages_B.any()
         torch.testing.assert_close(torch.stack(replayed.unbind())[:-1], expected_BT, rtol=0, atol=1e-6)
@@ -117,7 +117,7 @@ def test_figures_and_rows_of_responses_by_hand():
     golds = [json.dumps({"calls": [], "answer": "yes"})] * 4
     scores = [{"format": f, "accuracy": 0.5, "exact_match": 0.0, "call_rate": 1.0} for f in (1.0, 0.0, 1.0, 0.0)]
     responses = Responses(
-        places=[3, 0, 2, 1],
+        indices=[3, 0, 2, 1],
         ids=[torch.tensor(row) for row in ids],
         rewards_B=torch.tensor([1.0, 0.0, 2.0, 2.0]),
         groups=["x", "x", "y", "y"],
@@ -129,7 +129,7 @@ def test_figures_and_rows_of_responses_by_hand():
         tool_format=FORMATS["toolrl"],
         ends=[eos],
     )
-    figures = responses.figures()
+    figures = responses.compute_metrics()
     assert figures["reward"] == 1.25
     assert figures["frac_reward_zero_std"] == 0.5  # group y
     assert figures["completions/clipped_ratio"] == 0.5
@@ -141,18 +141,18 @@ def test_figures_and_rows_of_responses_by_hand():
     assert (figures["rest/reward_answers"], figures["rest/accuracy_answers"]) == (1.25, 0.5)
     assert "rest/reward_calls" not in figures
     data = {name: [torch.zeros(0)] * 4 for name in PER_TOKEN}
-    for place, row in zip(responses.places, responses.ids, strict=True):
+    for place, row in zip(responses.indices, responses.ids, strict=True):
         ones = torch.ones(len(row))
         values = (row, ones.long(), 0 * ones, 0 * ones, place * ones)
         for name, value in zip(PER_TOKEN, values, strict=True):
             data[name][place] = value
     batch = {name: torch.nested.as_nested_tensor(rows, layout=torch.jagged) for name, rows in data.items()}
-    chosen = responses.first(3)
-    watched = [responses.places[i] for i in chosen]
+    chosen = responses.select_first(3)
+    watched = [responses.indices[i] for i in chosen]
     weigher = TokenWeighter(tokenizer, FORMATS["toolrl"], PRESETS["grpo"].weights)
-    advantages, _, tokens = reshape_batch(batch, weigher, EntropyTracker(0.7), 0.0, 1, watched)
+    advantages, _, tokens = weight_batch(batch, weigher, EntropyTracker(0.7), 0.0, 1, watched)
     assert [len(row) for row in advantages.unbind()] == [len(row) for row in data["responses"]]
-    rows = responses.rows(chosen, tokens, step=1, progress=0.0)
+    rows = responses.make_rows(chosen, tokens, step=1, progress=0.0)
     assert [row["id"] for row in rows] == ["sample 4", "sample 4", "sample 7"]  # in the order of the data
     assert [row.get("prompt") for row in rows] == ["q", None, "p"]
     assert [row["advantage"] for row in rows] == [2.0, 1.0, 3.0]  # those of places 2, 1 and 3
@@ -168,7 +168,7 @@ def test_the_most_uncertain_tokens_are_those_of_the_whole_batch(monkeypatch):
     columns = (torch.full((2, 2), 3), ones_BT.long(), entropies_BT, -ones_BT, ones_BT)
     top = replace(PRESETS["grpo"], weights=WeightConfig(rule="top_entropy", quantile=0.5))
     weigher = TokenWeighter(tokenizer, FORMATS["toolrl"], top.weights)
-    advantages, _, _ = reshape_batch(dict(zip(PER_TOKEN, columns, strict=True)), weigher, EntropyTracker(0.7), 0.0, 1)
+    advantages, _, _ = weight_batch(dict(zip(PER_TOKEN, columns, strict=True)), weigher, EntropyTracker(0.7), 0.0, 1)
     # The two most uncertain tokens are the first response's; the second keeps its own most uncertain one.
     assert [row.tolist() for row in advantages.unbind()] == [[1.0, 1.0], [0.0, 2.0]]
 
@@ -181,7 +181,7 @@ def test_weights_of_one_change_no_bit_of_an_advantage():
     columns[PER_TOKEN[1]] = [torch.ones(len(row), dtype=torch.long) for row in rows]
     batch = {name: torch.nested.as_nested_tensor(column, layout=torch.jagged) for name, column in columns.items()}
     weigher = TokenWeighter(tokenizer, FORMATS["toolrl"], PRESETS["grpo"].weights)
-    advantages, _, _ = reshape_batch(batch, weigher, EntropyTracker(0.7), 0.5, 2)
+    advantages, _, _ = weight_batch(batch, weigher, EntropyTracker(0.7), 0.5, 2)
     assert all(torch.equal(ours, stock) for ours, stock in zip(advantages.unbind(), rows, strict=True))
 
 

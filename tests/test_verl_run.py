@@ -22,9 +22,17 @@ from rest_rl.runlog import Observer, RunLog, read_run
 from rest_rl.statistics import Outcome, summarise
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import load_tokenizer
-from rest_rl.train.prompts import TrainingData, prepared_or_error
-from rest_rl.train.verl.engine import LOG, VerlEngine, find_checkpoint, follower, is_unmeasured, repeated, write_files
-from rest_rl.train.verl.responses import STATE, keep_outcomes, metrics_row, timing_row
+from rest_rl.train.prompts import TrainingData, prepare_or_raise
+from rest_rl.train.verl.engine import (
+    LOG,
+    VerlEngine,
+    find_checkpoint,
+    make_follower,
+    needs_evaluation,
+    repeated,
+    write_verl_files,
+)
+from rest_rl.train.verl.responses import STATE, make_metrics_row, make_timing_row, write_outcomes
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
 # Files
@@ -32,8 +40,8 @@ from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
 def written(tmp_path: Path, tokenizer: Any) -> tuple[PromptLayout, list[ToolSample], Path]:
     layout, samples = PromptLayout(tokenizer, "toolrl"), tiny_samples(3)
-    data = TrainingData([prepared_or_error(sample, layout) for sample in samples], [])
-    write_files(data, tokenizer, tmp_path / "run" / "verl")
+    data = TrainingData([prepare_or_raise(sample, layout) for sample in samples], [])
+    write_verl_files(data, tokenizer, tmp_path / "run" / "verl")
     return layout, samples, tmp_path / "run" / "verl"
 
 
@@ -109,9 +117,9 @@ def test_what_was_not_measured_before_a_kill_is_measured_after_it(tmp_path, step
     for at in evaluations:
         log.add_evaluation({"step": at})
     trainer = SimpleNamespace(test_freq=2, val_before_train=True)
-    assert is_unmeasured(log, trainer, Checkpoint(step, is_last=step == 8)) is expected
+    assert needs_evaluation(log, trainer, Checkpoint(step, is_last=step == 8)) is expected
     nothing = SimpleNamespace(test_freq=-1, val_before_train=False)
-    assert not is_unmeasured(log, nothing, Checkpoint(step, is_last=step == 8))
+    assert not needs_evaluation(log, nothing, Checkpoint(step, is_last=step == 8))
 
 
 # The run folder, and what is shown of it
@@ -131,8 +139,8 @@ def test_figures_get_the_names_that_they_have_on_trl(tmp_path):
         "a table": [1, 2],
         "a flag": True,
     }
-    log.add_metrics(metrics_row(4, figures))
-    log.add_timing(timing_row(4, figures))
+    log.add_metrics(make_metrics_row(4, figures))
+    log.add_timing(make_timing_row(4, figures))
     run = read_run(tmp_path / "run")
     row = {"step": 4, "loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-6, "rest/weight/name": None}
     assert run.metrics == (row,)
@@ -143,7 +151,7 @@ def test_measurements_before_during_and_after(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     for step, exact in ((0, 0.0), (5, 0.5), (10, 1.0)):
         outcomes = [Outcome("single", "held out", prompt, exact, exact, 1.0, "calls") for prompt in range(2)]
-        keep_outcomes(log, step, 10, summarise(outcomes))
+        write_outcomes(log, step, 10, summarise(outcomes))
     run = read_run(tmp_path / "run")
     assert run.summary["before"]["exact_match"] == 0.0
     assert run.summary["after"]["exact_match"] == 1.0
@@ -173,7 +181,7 @@ def test_a_follower_tells_of_each_row_once_and_waits_for_whole_lines(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     log.add_metrics({"step": 1, "reward": 0.1})
     told = Listener()
-    look = follower(log, told, {}, total=3)  # what is there when it begins was told before
+    look = make_follower(log, told, {}, total=3)  # what is there when it begins was told before
     log.add_metrics({"step": 2, "reward": 0.2, "completions/failed": 4.0})
     log.add_responses([{"step": 2, "id": "a"}, {"step": 2, "id": "b"}, {"step": 3, "id": "c"}])
     metrics = log.folder / "metrics.jsonl"
@@ -193,7 +201,7 @@ def test_a_follower_tells_of_each_row_once_and_waits_for_whole_lines(tmp_path):
 def test_a_follower_says_why_a_run_is_not_learning(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     told = Listener()
-    look = follower(log, told, {}, total=100)
+    look = make_follower(log, told, {}, total=100)
     for step in range(1, 40):
         log.add_metrics({"step": step, "reward": 0.1, "frac_reward_zero_std": 1.0})
     look()

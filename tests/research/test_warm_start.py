@@ -24,7 +24,7 @@ from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Region
 from rest_rl.train.policy import embedded_model_dir
-from rest_rl.train.prompts import IGNORED, render_prompt
+from rest_rl.train.prompts import IGNORED_LABEL, render_prompt
 from tests.scores import exact_match
 
 TOKENIZER: Any = build_tokenizer()
@@ -98,9 +98,9 @@ def test_first_layer_starts_as_a_look_at_the_tokens_before() -> None:
 def test_recall_labels_only_the_second_mention() -> None:
     ids_BT, labels_BT = build_recall_batch(TOKENIZER, random.Random(0), batch=4, pairs=3)
     for ids, labels in zip(ids_BT.tolist(), labels_BT.tolist(), strict=True):
-        first = next(i for i, label in enumerate(labels) if label != IGNORED)
-        assert all(ids[i] == label for i, label in enumerate(labels) if label != IGNORED)
-        assert {label for label in labels if label != IGNORED} <= set(ids[:first])
+        first = next(i for i, label in enumerate(labels) if label != IGNORED_LABEL)
+        assert all(ids[i] == label for i, label in enumerate(labels) if label != IGNORED_LABEL)
+        assert {label for label in labels if label != IGNORED_LABEL} <= set(ids[:first])
 
 
 def test_recall_shows_no_held_out_name_or_value() -> None:
@@ -118,7 +118,7 @@ def test_batches_learn_the_response_alone() -> None:
         generate_batches(iter(SAMPLES), PromptLayout(TOKENIZER), random.Random(0), WarmStartConfig(batch_size=8))
     )
     for sample, ids, labels in zip(SAMPLES, batch.ids.tolist(), batch.labels.tolist(), strict=False):
-        learnt = [label for label in labels if label != IGNORED]
+        learnt = [label for label in labels if label != IGNORED_LABEL]
         assert TOKENIZER.decode(learnt) == render_demonstration(sample) + TOKENIZER.eos_token
         assert TOKENIZER.decode(ids).startswith(render_prompt(sample, TOKENIZER))
 

@@ -10,7 +10,7 @@ import pytest
 
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.errors import UserError
-from rest_rl.train.verl.config import OPEN, compose_config, leaves, start_values
+from rest_rl.train.verl.config import OPEN, compose_config, leaves, make_initial_values
 from tests.test_verl_config import ACTOR, BIG, MODEL, RECIPES, ROLLOUT, RUN, SMALL, gpus_of, shown
 
 pytestmark = pytest.mark.verl
@@ -32,7 +32,7 @@ def test_verl_takes_every_recipe(path: Path) -> None:
     config = read_run_file(path, [*gpus_of(path), *shown(path)])
     verl = compose_config(config, BIG)
     given = dict(leaves(config.verl))
-    for key, value in start_values(config, BIG).items():
+    for key, value in make_initial_values(config, BIG).items():
         found = OmegaConf.select(verl, key, throw_on_missing=True)
         if key in OPEN:
             assert found is not None

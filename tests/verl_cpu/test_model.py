@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from rest_rl.config import ModelTable
 from rest_rl.runlog import read_run
 from rest_rl.train.policy import embedded_model_dir, load_policy, load_tokenizer
-from rest_rl.train.verl.model import joined, merge_model, targets
+from rest_rl.train.verl.model import find_target_modules, join_shards, merge_model
 from tests.verl_cpu.shards import drawn_model, save_checkpoint
 from tests.verl_cpu.test_rest import run_file, train
 from tests.verl_cpu.tiny import CPU_SETTINGS, run_cpu
@@ -134,12 +134,12 @@ def test_targets_by_hand():
         "base_model.model.a.0.q.base_layer.weight",
         "base_model.model.a.0.norm.weight",
     ]
-    assert targets(names) == ["q"]
-    assert targets([*names, "base_model.model.a.1.q.weight"]) == ["a.0.q"]
+    assert find_target_modules(names) == ["q"]
+    assert find_target_modules([*names, "base_model.model.a.1.q.weight"]) == ["a.0.q"]
 
 
 def test_a_tensor_that_is_not_sharded_is_the_first_ranks():
-    assert joined([torch.ones(2), torch.zeros(2)]).tolist() == [1, 1]
+    assert join_shards([torch.ones(2), torch.zeros(2)]).tolist() == [1, 1]
 
 
 def test_broken_checkpoints(tmp_path):

@@ -325,7 +325,7 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
     from rest_rl.data.reasons import REASONS
     from rest_rl.data.samples import to_json
     from rest_rl.formats import get_format
-    from rest_rl.train.prompts import demonstration_text
+    from rest_rl.train.prompts import render_demonstration
 
     console = Console()
     say(console, f"row {row.number} of {row.file}: {row.status}, shape {row.source or 'unknown'}")
@@ -343,7 +343,7 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
         say(console, layout.render(sample) if layout else plain_prompt(sample))
         console.rule(f"demonstration in format {chosen.name}{how}", align="left", style="dim")
         try:
-            text = demonstration_text(sample, chosen, thinks=not (layout and layout.closes_think))
+            text = render_demonstration(sample, chosen, thinks=not (layout and layout.closes_think))
         except ValueError as error:
             say(console, f"not for supervised training, whose format cannot write it: {error}", style="dim")
             say(console, json.dumps(to_json(sample)["gold"], ensure_ascii=False))

@@ -18,7 +18,7 @@ from rest_rl.cli.options import (
 from rest_rl.errors import UserError
 
 if TYPE_CHECKING:
-    from rest_rl.train.run import Plan
+    from rest_rl.train.run import RunPlan
 
 TRAIN_EPILOG = """\
 examples:
@@ -106,18 +106,18 @@ def train(
     from rich.console import Console
 
     from rest_rl.cli.terminal import Screen, show_estimate
-    from rest_rl.train.estimate import estimate_rows
-    from rest_rl.train.run import estimate_run, make_plan, quiet_libraries
+    from rest_rl.train.estimate import make_estimate_rows
+    from rest_rl.train.run import estimate_run, make_plan, silence_libraries
     from rest_rl.train.run import train as run_training
 
     if not is_debug(context):
-        quiet_libraries()
+        silence_libraries()
     screen = Screen(Console(stderr=print_config), config.run.show_every)  # the YAML has the output to itself
     if print_config:
         print(verl_settings(make_plan(**source, observer=screen, is_dry=True), resume=resume))
     elif is_dry:
         del source["resume"]
-        show_estimate("what the run needs", estimate_rows(estimate_run(**source, observer=screen)), screen.console)
+        show_estimate("what the run needs", make_estimate_rows(estimate_run(**source, observer=screen)), screen.console)
     elif run_training(**source, observer=screen).is_interrupted:
         return EXIT_INTERRUPTED
     return 0
@@ -158,7 +158,7 @@ def verl_overrides(nodes: int | None, gpus_per_node: int | None, settings: Seque
     return texts + ([f"verl.overrides={json.dumps(list(settings))}"] if settings else [])
 
 
-def verl_settings(plan: Plan, *, resume: bool) -> str:
+def verl_settings(plan: RunPlan, *, resume: bool) -> str:
     """What verl would get, as YAML."""
     from rest_rl.runlog import RunLog
     from rest_rl.train.checkpoints import Checkpoint

@@ -110,7 +110,7 @@ def unset(value: Any) -> Any:
 
 def check_startable(jobs: Sequence[Job]) -> None:
     """UserError for a method whose runs the trainer would refuse, before any other is trained."""
-    from rest_rl.train.trl.settings import trainer_config  # a page of runs that are there does without the trainer
+    from rest_rl.train.trl.settings import make_trainer_config  # a page of runs that are there does without the trainer
 
     for job in jobs:
         if job.state == "kept" or job.config.run.engine != "trl":
@@ -120,7 +120,7 @@ def check_startable(jobs: Sequence[Job]) -> None:
         rest = job.config.rest
         rest = replace(rest, format="toolrl") if rest.format == AUTO else rest
         try:
-            trainer_config(replace(job.config, rest=rest, trl=trl).with_response_limit(None))
+            make_trainer_config(replace(job.config, rest=rest, trl=trl).with_response_limit(None))
         except ValueError as error:  # the trainer's own checks raise no UserError
             raise error_of_method(job.name.label, error) from error
 

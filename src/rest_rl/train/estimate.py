@@ -55,7 +55,7 @@ class Device(NamedTuple):
     is_gpu: bool = True
 
 
-class Size(NamedTuple):
+class ParameterCounts(NamedTuple):
     """Numbers of parameters; `trained` are the adapter's if there is one; `linear` are what 4-bit loading shrinks."""
 
     base: int
@@ -63,12 +63,12 @@ class Size(NamedTuple):
     linear: int
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """A run in numbers, over all processes; supervised prompts are counted with their responses."""
 
     samples: int
-    median: int  # tokens, as are the next two
-    longest: int
+    median_tokens: int  # tokens, as are the next two
+    longest_tokens: int
     max_response: int
     prompts: int  # in one batch of responses, as is the next
     responses: int
@@ -76,7 +76,7 @@ class Work(NamedTuple):
     steps: int
 
 
-class Part(NamedTuple):
+class MemoryPart(NamedTuple):
     """A part of the memory of one process: when it is held, its size, and how that is known."""
 
     name: str
@@ -89,9 +89,9 @@ class Part(NamedTuple):
 class Estimate:
     """Memory and work of a run; memory is that of one process, on the device that trains."""
 
-    size: Size
-    work: Work
-    parts: tuple[Part, ...]
+    size: ParameterCounts
+    work: Workload
+    parts: tuple[MemoryPart, ...]
     device: Device | None
 
     def phase_bytes(self, phase: Phase) -> int:
@@ -109,7 +109,7 @@ class Estimate:
         return None if self.device is None else self.total <= self.device.bytes
 
 
-def estimate(
+def estimate_resources(
     config: RunConfig,
     model_config: Any,
     args: Any,
@@ -133,13 +133,13 @@ def estimate(
         samples: the number of training prompts where `prompt_tokens` are of some of them only.
         processes: by default as `args` says.
         sharding: how processes share the model, by default as `args` and the launcher say.
-        device: what to compare with (`this_device(args)`), if anything.
+        device: what to compare with (`find_device(args)`), if anything.
         measure: pass random weights through the GPU of this process, where the model is neither cut up nor 4-bit.
     """
     if not hasattr(text := model_config.get_text_config(), "num_attention_heads"):
         expected = "an architecture with attention"
         raise UserError(f"an estimate of {text.model_type}", expected, "try two steps: --set trl.max_steps=2")
-    processes, sharding = processes or int(args.world_size), sharding or sharding_of(args)
+    processes, sharding = processes or int(args.world_size), sharding or find_sharding(args)
     size = count_parameters(model_config, lora, trust_remote_code=config.model.trust_remote_code)
     work = count_work(args, prompt_tokens, processes, samples)
     model = _Model(config, model_config, args, lora, size, work, processes, sharding, device)
@@ -148,7 +148,7 @@ def estimate(
     return Estimate(size, work, (*model.states(), moving, *model.generation()), device)
 
 
-def this_device(args: Any) -> Device | None:
+def find_device(args: Any) -> Device | None:
     """The GPU of this process, or the memory of this machine where it trains on its CPU; None for another machine."""
     if args.use_cpu and not getattr(args, "use_vllm", False):
         limit = Path("/sys/fs/cgroup/memory.max")  # of a container
@@ -162,7 +162,7 @@ def this_device(args: Any) -> Device | None:
     return Device(properties.name, properties.total_memory)
 
 
-def sharding_of(args: Any) -> Sharding:
+def find_sharding(args: Any) -> Sharding:
     """How the trainer's configuration, or `accelerate launch` in the environment, cuts up the model."""
     if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
         return {1: "zero1", 2: "zero2", 3: "zero3"}.get(plugin.zero_stage, "none")  # pyright: ignore[reportReturnType]
@@ -170,14 +170,14 @@ def sharding_of(args: Any) -> Sharding:
     return "fsdp" if is_fsdp else "none"
 
 
-def count_parameters(model_config: Any, lora: Any = None, *, trust_remote_code: bool = False) -> Size:
+def count_parameters(model_config: Any, lora: Any = None, *, trust_remote_code: bool = False) -> ParameterCounts:
     """Count on the model itself, built without storage: exact, tied weights once, adapters included."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), trust_remote_code=trust_remote_code)
     head, base = model.get_output_embeddings(), sum(p.numel() for p in model.parameters())
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
     trained = sum(p.numel() for p in with_lora(model, lora).parameters() if p.requires_grad)
-    return Size(base, trained, linear)
+    return ParameterCounts(base, trained, linear)
 
 
 def with_lora(model: Any, lora: Any) -> Any:
@@ -194,7 +194,7 @@ def is_reinforcement(args: Any) -> bool:
     return hasattr(args, "num_generations")
 
 
-def count_work(args: Any, prompt_tokens: Sequence[int], processes: int = 1, samples: int | None = None) -> Work:
+def count_work(args: Any, prompt_tokens: Sequence[int], processes: int = 1, samples: int | None = None) -> Workload:
     """What the trainer's configuration (TRL's GRPOConfig or SFTConfig) makes of prompts of these lengths."""
     samples, longest = samples or len(prompt_tokens), max(prompt_tokens, default=0)
     median = int(statistics.median(prompt_tokens or [0]))
@@ -210,7 +210,7 @@ def count_work(args: Any, prompt_tokens: Sequence[int], processes: int = 1, samp
         median, longest = min(median, limit), min(longest, limit)
         responses, prompts, response, per_epoch = per_step, per_step, 0, math.ceil(samples / per_step)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    return Work(samples, median, longest, response, prompts, responses, per_step, steps)
+    return Workload(samples, median, longest, response, prompts, responses, per_step, steps)
 
 
 @dataclass
@@ -221,8 +221,8 @@ class _Model:
     model_config: Any
     args: Any
     lora: Any
-    size: Size
-    work: Work
+    size: ParameterCounts
+    work: Workload
     processes: int
     sharding: Sharding
     device: Device | None
@@ -230,7 +230,7 @@ class _Model:
     def __post_init__(self) -> None:
         args, text = self.args, self.model_config.get_text_config()
         self.text, self.cut_up, self.is_gpu = text, CUT_UP[self.sharding], bool(self.device and self.device.is_gpu)
-        self.micro_batch = args.per_device_train_batch_size, self.work.longest + self.work.max_response
+        self.micro_batch = args.per_device_train_batch_size, self.work.longest_tokens + self.work.max_response
         kept = "with checkpointing" if args.gradient_checkpointing else "no checkpointing"
         self.shape = f"{self.micro_batch[0]} x {self.micro_batch[1]:,} tokens, longest prompt and response, {kept}"
         loaded, self.is_mixed = 4 if self.config.weights_dtype == "float32" else 2, bool(args.bf16 or args.fp16)
@@ -248,7 +248,7 @@ class _Model:
         self.mask, self.pair = (0, 0) if "flash" in kind else (1, self.compute)
         self.pair += (2 * self.compute + 4) * heads if kind == "eager" else 0
 
-    def states(self) -> list[Part]:
+    def states(self) -> list[MemoryPart]:
         """What settings fix: weights, optimizer states, gradients, a reference model."""
         size = self.size
         cut = [self.processes if self.cut_up >= least else 1 for least in range(4)]
@@ -262,18 +262,22 @@ class _Model:
         each: float = OPTIMIZER_BYTES.get(name, copies) + 4 * self.is_deepspeed
         states, of_each = int(size.trained * each / cut[1]), "bytes for each trained parameter"
         parts = [
-            Part("weights", "always", weights, f"exact: {how}"),
-            Part("optimizer states", "always", states, f"exact: {name}, {each:g} {of_each}"),
-            Part("gradients", "update", size.trained * self.trained // cut[2], f"exact: {self.trained} {of_each}"),
+            MemoryPart("weights", "always", weights, f"exact: {how}"),
+            MemoryPart("optimizer states", "always", states, f"exact: {name}, {each:g} {of_each}"),
+            MemoryPart(
+                "gradients", "update", size.trained * self.trained // cut[2], f"exact: {self.trained} {of_each}"
+            ),
         ]
         if is_reinforcement(self.args) and self.args.beta and not self.lora:
-            parts.append(Part("reference model", "always", weights, "exact: a second model, because beta is not 0"))
+            parts.append(
+                MemoryPart("reference model", "always", weights, "exact: a second model, because beta is not 0")
+            )
         if self.device:
             allowance = ALLOWANCE[self.is_gpu]
-            parts.append(Part("context", "always", allowance, "bound: a flat allowance for device and libraries"))
+            parts.append(MemoryPart("context", "always", allowance, "bound: a flat allowance for device and libraries"))
         return parts
 
-    def activation_bound(self) -> Part:
+    def activation_bound(self) -> MemoryPart:
         """What forward and backward pass hold besides weights and gradients.
 
         The inputs of all layers, and what is kept of all of them, or with checkpointing of one; half a layer more for
@@ -288,9 +292,9 @@ class _Model:
         fixed = min(rows * length, TILE[0]) * tile + (0 if self.lora else 4 * text.vocab_size * text.hidden_size)
         fixed += 2 * self.size.linear if self.stream > self.compute else 0
         total = rows * (length * token + length**2 * (self.mask + self.pair * held)) + fixed
-        return Part("activations", "update", total, f"bound: {self.shape}")
+        return MemoryPart("activations", "update", total, f"bound: {self.shape}")
 
-    def measured(self) -> Part:
+    def measured(self) -> MemoryPart:
         """Peak memory of a forward and backward pass besides weights and gradients, or all if it needs more."""
         device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.reset_peak_memory_stats(device)
@@ -301,7 +305,7 @@ class _Model:
             total = torch.cuda.get_device_properties(device).total_memory
             extra, how = total, "a forward and backward pass ran out of memory"
         torch.cuda.empty_cache()
-        return Part("activations", "update", extra, f"measured: {how}; {self.shape}")
+        return MemoryPart("activations", "update", extra, f"measured: {how}; {self.shape}")
 
     def micro_step(self, device: torch.device) -> tuple[int, float]:
         """(bytes of weights and gradients, seconds) of one pass of the model with random weights through TRL's head."""
@@ -324,14 +328,14 @@ class _Model:
         tensors = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors), perf_counter() - begin
 
-    def generation(self) -> list[Part]:
+    def generation(self) -> list[MemoryPart]:
         """The larger of what training's and what evaluation's responses take; a vLLM that never sleeps comes on top."""
         args, table, data = self.args, self.config.eval, self.config.data
-        always, in_turn = list[Part](), list[list[Part]]()
+        always, in_turn = list[MemoryPart](), list[list[MemoryPart]]()
         if is_reinforcement(args) and args.use_vllm and args.vllm_mode == "colocate" and self.device:
             share, sleeps = args.vllm_gpu_memory_utilization, args.vllm_enable_sleep_mode
             how = f"exact: vllm_gpu_memory_utilization {share:g}"
-            vllm = Part("vLLM", "generation" if sleeps else "always", int(share * self.device.bytes), how)
+            vllm = MemoryPart("vLLM", "generation" if sleeps else "always", int(share * self.device.bytes), how)
             always, in_turn = ([], [[vllm]]) if sleeps else ([vllm], [])
         elif is_reinforcement(args) and not args.use_vllm:
             in_turn.append(self.responses(self.work.responses // self.processes, self.work.max_response, "responses"))
@@ -341,19 +345,19 @@ class _Model:
             in_turn.append(self.responses(together, limit, "evaluated responses"))
         return always + max(in_turn, key=lambda parts: sum(part.bytes for part in parts), default=[])
 
-    def responses(self, together: int, longest: int, what: str) -> list[Part]:
+    def responses(self, together: int, longest: int, what: str) -> list[MemoryPart]:
         """What responses to the longest prompts take: their cache, and the pass over all prompts that fills it."""
-        prompt, tokens = self.work.longest, self.work.longest + longest
+        prompt, tokens = self.work.longest_tokens, self.work.longest_tokens + longest
         value = (self.stream + self.compute) // 2  # autocast narrows values only
-        size, how = together * cache_bytes(self.text, tokens, value), f"{together} {what} at once"
+        size, how = together * count_cache_bytes(self.text, tokens, value), f"{together} {what} at once"
         begin = together * (prompt * self.layer // 2 + prompt**2 * (self.mask + self.pair))
         return [
-            Part("cache of keys and values", "generation", size, f"exact: {how}, {tokens:,} tokens each"),
-            Part("prompts", "generation", begin, f"bound: the first pass of {how}, {prompt:,} tokens each"),
+            MemoryPart("cache of keys and values", "generation", size, f"exact: {how}, {tokens:,} tokens each"),
+            MemoryPart("prompts", "generation", begin, f"bound: the first pass of {how}, {prompt:,} tokens each"),
         ]
 
 
-def cache_bytes(text: Any, tokens: int, value_bytes: int) -> int:
+def count_cache_bytes(text: Any, tokens: int, value_bytes: int) -> int:
     """The cache of one sequence: a sliding window keeps its length, linear attention one state instead."""
     kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -376,41 +380,49 @@ def head_dim(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def estimate_rows(of: Estimate) -> list[tuple[str, str, str]]:
+def make_estimate_rows(estimate: Estimate) -> list[tuple[str, str, str]]:
     """(quantity, value, how it is known) of every line, the verdict last."""
-    size, work = of.size, of.work
-    tokens = work.per_step * (work.median + work.max_response)
+    size, work = estimate.size, estimate.work
+    tokens = work.per_step * (work.median_tokens + work.max_response)
     return [
         ("parameters", f"{size.base:,}", "exact: counted on the model without storage, tied weights once"),
         ("trained", f"{size.trained:,}", f"exact: {size.trained / size.base:.2%} of them"),
-        *((f"{name} ({phase})", gib(number), how) for name, phase, number, how in of.parts),
-        ("memory of the update", gib(of.phase_bytes("update")), "with what is always there"),
-        ("memory of generation", gib(of.phase_bytes("generation")), "with what is always there"),
-        ("memory of one device", gib(of.total), "the larger of the two"),
-        ("prompt tokens", f"{work.median:,} / {work.longest:,}", f"median and longest of {work.samples:,}"),
+        *((f"{name} ({phase})", format_bytes(number), how) for name, phase, number, how in estimate.parts),
+        ("memory of the update", format_bytes(estimate.phase_bytes("update")), "with what is always there"),
+        ("memory of generation", format_bytes(estimate.phase_bytes("generation")), "with what is always there"),
+        ("memory of one device", format_bytes(estimate.total), "the larger of the two"),
+        (
+            "prompt tokens",
+            f"{work.median_tokens:,} / {work.longest_tokens:,}",
+            f"median and longest of {work.samples:,}",
+        ),
         ("responses at a time", f"{work.responses:,}", f"of {work.prompts:,} prompts; {work.per_step:,} in one step"),
         ("tokens a step", f"{tokens:,}", "at most: median prompts, longest responses"),
         ("steps", f"{work.steps:,}", "optimizer steps of the run"),
-        ("verdict", *verdict(of)),
+        ("verdict", *judge_fit(estimate)),
     ]
 
 
-def verdict(of: Estimate) -> tuple[str, str]:
+def judge_fit(estimate: Estimate) -> tuple[str, str]:
     """In a word, and in a sentence with what to change."""
-    if not of.work.steps:
-        few = f"{of.work.samples} prompts do not fill one batch of {of.work.prompts}: nothing would be trained"
+    if not estimate.work.steps:
+        work = estimate.work
+        few = f"{work.samples} prompts do not fill one batch of {work.prompts}: nothing would be trained"
         return "no step", f"{few}; lower steps_per_generation or per_device_train_batch_size"
-    if of.device is None:
-        return "no GPU", f"needs about {gib(of.total)} of memory; no GPU here to compare with"
-    spare, where = of.device.bytes - of.total, f"{of.device.name} ({gib(of.device.bytes)})"
+    if estimate.device is None:
+        return "no GPU", f"needs about {format_bytes(estimate.total)} of memory; no GPU here to compare with"
+    spare, where = (
+        estimate.device.bytes - estimate.total,
+        f"{estimate.device.name} ({format_bytes(estimate.device.bytes)})",
+    )
     if spare >= 0:
-        return "fits", f"fits {where} with {gib(spare)} to spare"
+        return "fits", f"fits {where} with {format_bytes(spare)} to spare"
     changes = "train an adapter ([peft]), set trl.gradient_checkpointing, lower trl.per_device_train_batch_size"
-    if of.phase_bytes("generation") > of.phase_bytes("update"):
+    if estimate.phase_bytes("generation") > estimate.phase_bytes("update"):
         changes = "lower data.max_prompt_tokens, trl.steps_per_generation or eval.batch_size, set trl.use_vllm"
-    return "does not fit", f"does not fit {where} by {gib(-spare)}; {changes}"
+    return "does not fit", f"does not fit {where} by {format_bytes(-spare)}; {changes}"
 
 
-def gib(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes for reading: GiB, or MiB for little."""
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -25,7 +25,7 @@ from rest_rl.runlog import SILENT, Observer
 if TYPE_CHECKING:
     from datasets import Dataset
 
-IGNORED = -100
+IGNORED_LABEL = -100
 """The label of a token that is not learnt."""
 TOO_LONG = ("beyond_context", "prompt_too_long")
 COUNTS = ("rows", "kept", "repaired", "rejected", "samples", "turns", "reasons")
@@ -44,19 +44,19 @@ def build_training_dataset(
             no response in the format could match (NaN, tags of the format in the answer).
     """
     layout = PromptLayout(tokenizer, tool_format, variables)
-    return prompt_dataset([prepared_or_error(sample, layout) for sample in samples], layout)
+    return build_prompt_dataset([prepare_or_raise(sample, layout) for sample in samples], layout)
 
 
-def prompt_dataset(rows: Sequence[Prepared], layout: PromptLayout) -> Dataset:
+def build_prompt_dataset(rows: Sequence[Prepared], layout: PromptLayout) -> Dataset:
     """As `build_training_dataset`, of prepared samples.
 
     The prompt is text because GRPOTrainer ignores a `tools` column; TRL adds the first token once more, so it is taken
     off here. `gold` is text because Arrow would give every row the argument names of all rows.
     """
-    return dataset_of(
+    return build_dataset(
         {
             "prompt": row.prompt_text.removeprefix(layout.first_token),
-            "gold": gold_text(row.sample),
+            "gold": gold_to_json(row.sample),
             "id": row.sample.id,
             "kind": row.sample.kind,
         }
@@ -64,12 +64,12 @@ def prompt_dataset(rows: Sequence[Prepared], layout: PromptLayout) -> Dataset:
     )
 
 
-def gold_text(sample: ToolSample) -> str:
+def gold_to_json(sample: ToolSample) -> str:
     """The gold of a sample as JSON text."""
     return json.dumps(to_json(sample)["gold"], ensure_ascii=False)
 
 
-def dataset_of(rows: Iterable[Mapping[str, Any]]) -> Dataset:
+def build_dataset(rows: Iterable[Mapping[str, Any]]) -> Dataset:
     """The rows as a dataset; UserError for none."""
     from datasets import Dataset  # only here: rendering a prompt needs no more than a tokenizer
 
@@ -78,16 +78,16 @@ def dataset_of(rows: Iterable[Mapping[str, Any]]) -> Dataset:
     return Dataset.from_list(listed)
 
 
-def cannot_train_on(rejected: Rejected) -> UserError:
+def make_rejection_error(rejected: Rejected) -> UserError:
     return UserError(
         rejected.reason, "a sample that the model and its format can hold", "correct or leave out the sample"
     )
 
 
-def prepared_or_error(sample: ToolSample, layout: PromptLayout) -> Prepared:
+def prepare_or_raise(sample: ToolSample, layout: PromptLayout) -> Prepared:
     prepared = prepare(sample, layout)
     if isinstance(prepared, Rejected):
-        raise cannot_train_on(prepared)
+        raise make_rejection_error(prepared)
     return prepared
 
 
@@ -101,7 +101,7 @@ def render_prompt(
     return PromptLayout(tokenizer, tool_format, variables).render(sample)
 
 
-def demonstration_text(sample: ToolSample, tool_format: ToolFormat, *, thinks: bool = True) -> str:
+def render_demonstration(sample: ToolSample, tool_format: ToolFormat, *, thinks: bool = True) -> str:
     """What supervised training has a model say to a sample; ValueError for what the format cannot write.
 
     What a turn says before its calls stands there as text where the format has room for it, and else as its thought if
@@ -114,19 +114,19 @@ def demonstration_text(sample: ToolSample, tool_format: ToolFormat, *, thinks: b
     return as_demonstrated(tool_format).render(thought, sample.gold.calls, said)
 
 
-def gold_demonstration(sample: ToolSample, layout: PromptLayout) -> str:
+def render_gold(sample: ToolSample, layout: PromptLayout) -> str:
     """The gold as a response, with its thought; nothing where the format cannot write it."""
     try:
-        return demonstration_text(sample, layout.format, thinks=not layout.closes_think)
+        return render_demonstration(sample, layout.format, thinks=not layout.closes_think)
     except ValueError:
         return ""
 
 
-def encode(prompt: str | Sequence[int], response: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+def encode_demonstration(prompt: str | Sequence[int], response: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     """(ids, labels) of a prompt (text or its ids) and its response, which ends with the end-of-sequence token."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else list(prompt)
     response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return [*ids, *response_ids], [IGNORED] * len(ids) + response_ids
+    return [*ids, *response_ids], [IGNORED_LABEL] * len(ids) + response_ids
 
 
 @dataclass
@@ -222,12 +222,12 @@ def tool_world_data(
     config: RunConfig, check: CheckConfig, layout: PromptLayout, say: Callable[[str], Any]
 ) -> TrainingData:
     data, evaluation = config.data, config.eval
-    training = fitting(tool_world(data.seed, data.num_samples, decision=data.decision), layout, check, data, say)
+    training = drop_too_long(tool_world(data.seed, data.num_samples, decision=data.decision), layout, check, data, say)
     check = held_out_check(config, check, layout)
     held_out = [
         (split, prepared)
         for split in SPLITS[1:]
-        for prepared in fitting(
+        for prepared in drop_too_long(
             tool_world(evaluation.seed, evaluation.prompts, split, decision=data.decision), layout, check, data, say
         )
     ]
@@ -252,11 +252,11 @@ def test_part(path: str) -> Path | None:
     return other if other and other.is_file() else None
 
 
-def fitting(
+def drop_too_long(
     samples: Sequence[ToolSample], layout: PromptLayout, check: CheckConfig, data: DataTable, say: Callable[[str], Any]
 ) -> list[Prepared]:
     """The samples that the model has room for; UserError if none is left, or one is not and that is refused."""
-    prepared = [prepared_or_error(sample, layout) for sample in samples]
+    prepared = [prepare_or_raise(sample, layout) for sample in samples]
     told = {index: detail for index, each in enumerate(prepared) for _, detail in refusals(each, layout, check)}
     if told:
         text = f"{len(told)} of {len(samples)} prompts that are too long ({next(iter(told.values()))})"

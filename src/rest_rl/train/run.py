@@ -38,7 +38,7 @@ from rest_rl.runlog import (
 )
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import Engine
-from rest_rl.train.estimate import Estimate, estimate, this_device, verdict
+from rest_rl.train.estimate import Estimate, estimate_resources, find_device, judge_fit
 from rest_rl.train.policy import (
     load_policy_config,
     load_policy_tokenizer,
@@ -47,9 +47,9 @@ from rest_rl.train.policy import (
     quiet_transformers,
     silence_transformers,
 )
-from rest_rl.train.prompts import TrainingData, gold_demonstration, read_data
+from rest_rl.train.prompts import TrainingData, read_data, render_gold
 from rest_rl.train.request import RunSource, find_changed_keys, is_main_process, resolve_run, with_out_dir
-from rest_rl.train.trl.settings import unread_keys, with_machine_defaults
+from rest_rl.train.trl.settings import find_unread_keys, with_machine_defaults
 from rest_rl.train.weighing import try_weight_rule
 
 COUNTED = 2000
@@ -76,7 +76,7 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A run that has been checked as far as is possible without loading its model."""
 
     config: RunConfig
@@ -126,7 +126,7 @@ def train(
         return carry_out(plan, log, checkpoint, observer)
 
 
-def carry_out(plan: Plan, log: RunLog, checkpoint: Checkpoint, observer: Observer) -> RunResult:
+def carry_out(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observer) -> RunResult:
     """Measure, train, keep and measure a run whose folder is open."""
     config, engine, data, folder = plan.config, plan.engine, plan.data, log.folder
     what = f"preset {config.rest.preset}, {len(data.prepared)} prompts, {len(data.held_out)} held out"
@@ -159,7 +159,7 @@ def carry_out(plan: Plan, log: RunLog, checkpoint: Checkpoint, observer: Observe
     )
 
 
-def resume_folder(folder: Path, plan: Plan, observer: Observer, *, enabled: bool) -> tuple[RunLog, Checkpoint]:
+def resume_folder(folder: Path, plan: RunPlan, observer: Observer, *, enabled: bool) -> tuple[RunLog, Checkpoint]:
     """A run folder cut back to its newest whole checkpoint, once the engine is ready to go on from there."""
     log = RunLog(folder)
     check_same_data(plan.data, log)
@@ -176,7 +176,7 @@ def resume_folder(folder: Path, plan: Plan, observer: Observer, *, enabled: bool
     return log, checkpoint
 
 
-def quiet_libraries() -> None:
+def silence_libraries() -> None:
     """Leave the terminal to the caller: no progress bars, hints and deprecation warnings of the libraries."""
     silence_transformers()
     disable_progress_bars()
@@ -190,7 +190,7 @@ def make_plan(
     overrides: Sequence[str] = (),
     observer: Observer = SILENT,
     is_dry: bool = False,
-) -> Plan:
+) -> RunPlan:
     """Read and check a run and its data; loads the tokenizer, writes nothing.
 
     A dry plan is of a run that will not begin: where nobody has named a folder it does not look for a free one.
@@ -199,7 +199,7 @@ def make_plan(
     return plan_of(config, observer, is_new=not resume, is_dry=is_dry)
 
 
-def plan_of(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: bool = False) -> Plan:
+def plan_of(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: bool = False) -> RunPlan:
     """The plan of a run, a new one with what this machine lacks filled in."""
     if is_new and config.run.engine == "trl":  # verl trains elsewhere
         config = with_machine_defaults(config)
@@ -208,9 +208,9 @@ def plan_of(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: bool
     if isinstance(rule, UserObject):
         try_weight_rule(rule, layout.tokenizer, layout.format)
     engine = make_engine(config, layout, observer, is_dry=is_dry)
-    plan = Plan(config, layout, engine, read_data(config, layout, observer, engine.max_response_tokens))
+    plan = RunPlan(config, layout, engine, read_data(config, layout, observer, engine.max_response_tokens))
     if not is_dry and config.run.engine == "trl":
-        warn_of_memory(plan, observer)
+        warn_about_memory(plan, observer)
     return plan
 
 
@@ -222,7 +222,7 @@ def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer, *, 
         return VerlEngine(config, layout, observer)
     from rest_rl.train.trl.engine import TrlEngine
 
-    if unread := unread_keys(config):
+    if unread := find_unread_keys(config):
         observer.say(f"preset {config.rest.preset} does not read trl.{', trl.'.join(unread)}")
     return TrlEngine(config, layout, observer, is_dry=is_dry)
 
@@ -244,25 +244,25 @@ def estimate_run(
     return estimate_plan(plan, measure=True)
 
 
-def estimate_plan(plan: Plan, *, measure: bool = False) -> Estimate:
+def estimate_plan(plan: RunPlan, *, measure: bool = False) -> Estimate:
     """What a plan for TRL needs; with `measure` a GPU that is here is asked."""
     engine: Any = plan.engine
-    return estimate(
+    return estimate_resources(
         plan.config,
         load_policy_config(plan.config.model),
         engine.args,
         lora=lora_config(plan.config.peft),
         prompt_tokens=engine.token_counts(plan.data.prepared[:COUNTED]),
         samples=len(plan.data.prepared),
-        device=this_device(engine.args),
+        device=find_device(engine.args),
         measure=measure,
     )
 
 
-def warn_of_memory(plan: Plan, observer: Observer) -> None:
+def warn_about_memory(plan: RunPlan, observer: Observer) -> None:
     """Say so if the run will hardly fit; it is not refused, because the estimate is a bound."""
     try:
-        word, text = verdict(estimate_plan(plan))
+        word, text = judge_fit(estimate_plan(plan))
     except Exception:  # somebody else's architecture may not let itself be counted, and an estimate stops no run
         return
     if word == "does not fit":
@@ -307,13 +307,13 @@ class HeldOut:
         self,
         engine: Engine,
         samples: Sequence[tuple[str, Prepared]],
-        plan: Plan,
+        plan: RunPlan,
         log: RunLog,
         observer: Observer,
     ) -> None:
         config, layout = plan.config, plan.layout
         self.engine, self.log, self.observer = engine, log, observer
-        golds = (gold_demonstration(sample.sample, layout) for _, sample in samples)
+        golds = (render_gold(sample.sample, layout) for _, sample in samples)
         limit = response_limit(config, golds, layout.tokenizer)
         self.every = config.eval.every
         self.prompts = [

@@ -20,7 +20,7 @@ from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
 from rest_rl.regions import tag_regions
 from rest_rl.response import Region
-from rest_rl.train.prompts import IGNORED, demonstration_text, encode
+from rest_rl.train.prompts import IGNORED_LABEL, encode_demonstration, render_demonstration
 from rest_rl.weights import assign_weights
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class RegionSFTTrainer(SFTTrainer):
                 "one response a row",
                 "set both false",
             )
-        self._layout, self._weights_R = layout, weights_by_region(region_weights)
+        self._layout, self._weights_R = layout, make_region_weights(region_weights)
         self._labels_BT: Tensor | None = None
         super().__init__(args=args, **kwargs)
         policy: Any = self.model
@@ -64,25 +64,25 @@ class RegionSFTTrainer(SFTTrainer):
         if labels_BT is None or getattr(output, "log_probs", None) is None:
             return output
         self._labels_BT = None
-        weights_BT = token_loss_weights(labels_BT[:, 1:], self._layout, self._weights_R)
+        weights_BT = compute_loss_weights(labels_BT[:, 1:], self._layout, self._weights_R)
         output.log_probs = output.log_probs * weights_BT.to(output.log_probs)
         return output
 
 
-def region_trainer(
+def make_sft_trainer(
     args: SFTConfig, layout: PromptLayout, dataset: Dataset, region_weights: Mapping[str, float], **settings: Any
 ) -> SFTTrainer:
-    """A trainer on a dataset of `demonstrations`; stock where all regions weigh alike.
+    """A trainer on a dataset of `build_demonstrations`; stock where all regions weigh alike.
 
     `region_weights` maps region labels (`name`, `reasoning`, ...) to loss weights, 1 where absent; UserError for
     another label or a negative weight.
     """
-    if set(weights_by_region(region_weights).tolist()) == {1.0}:
+    if set(make_region_weights(region_weights).tolist()) == {1.0}:
         return SFTTrainer(args=args, train_dataset=dataset, **settings)
     return RegionSFTTrainer(layout=layout, region_weights=region_weights, args=args, train_dataset=dataset, **settings)
 
 
-def demonstrations(
+def build_demonstrations(
     prepared: Iterable[Prepared], layout: PromptLayout, max_length: int | None = None
 ) -> tuple[list[dict[str, list[int]]], list[Rejected]]:
     """Rows of input_ids and labels (-100 on the prompt), and the samples that cannot be learnt from.
@@ -97,11 +97,11 @@ def demonstrations(
     rejected: list[Rejected] = []
     for each in prepared:
         try:
-            response = demonstration_text(each.sample, layout.format, thinks=not layout.closes_think)
+            response = render_demonstration(each.sample, layout.format, thinks=not layout.closes_think)
         except ValueError as error:
             rejected.append(Rejected(each.sample, str(error)))
             continue
-        ids, labels = encode(each.prompt_ids, response, layout.tokenizer)
+        ids, labels = encode_demonstration(each.prompt_ids, response, layout.tokenizer)
         if limit is not None and len(ids) > limit:
             told = f"got {len(ids)} tokens of prompt and demonstration, expected at most {limit}, {name}"
             reason = f"sample {each.sample.id!r}: {told}; raise it, or shorten the row"
@@ -111,7 +111,7 @@ def demonstrations(
     return rows, rejected
 
 
-def weights_by_region(region_weights: Mapping[str, float]) -> Tensor:
+def make_region_weights(region_weights: Mapping[str, float]) -> Tensor:
     """Loss weights (R,) from labels, 1 where absent; UserError for an unknown label or a negative weight."""
     known = {region.label: int(region) for region in Region}
     weights_R = torch.ones(len(known))
@@ -122,10 +122,10 @@ def weights_by_region(region_weights: Mapping[str, float]) -> Tensor:
     return weights_R
 
 
-def token_loss_weights(labels_BT: Tensor, layout: PromptLayout, weights_R: Tensor) -> Tensor:
+def compute_loss_weights(labels_BT: Tensor, layout: PromptLayout, weights_R: Tensor) -> Tensor:
     """The weight of every labelled token by its region, mean 1 over each response, 0 where nothing is learnt."""
     tool_format: ToolFormat = layout.format
     labels_BT = labels_BT.cpu()
-    mask_BT = labels_BT != IGNORED
+    mask_BT = labels_BT != IGNORED_LABEL
     regions_BT = tag_regions(labels_BT.clamp(min=0), mask_BT, layout.tokenizer, tool_format)
     return assign_weights(weights_R, regions_BT, mask_BT)

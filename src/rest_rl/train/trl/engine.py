@@ -33,13 +33,13 @@ from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
 from rest_rl.train.engine import AfterStep, StopPoint
 from rest_rl.train.estimate import count_work
 from rest_rl.train.policy import load_policy, new_adapter_config
-from rest_rl.train.prompts import TrainingData, cannot_train_on, dataset_of, prompt_dataset
+from rest_rl.train.prompts import TrainingData, build_dataset, build_prompt_dataset, make_rejection_error
 from rest_rl.train.record import FlushAtEnd, ResponseRecord, with_response_record
 from rest_rl.train.request import LENGTH_KEYS
 from rest_rl.train.reward import get_stop_ids, make_tool_reward
-from rest_rl.train.sft import demonstrations, region_trainer
-from rest_rl.train.trl.settings import check_lengthening, trainer_config
-from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, steps_per_generation
+from rest_rl.train.sft import build_demonstrations, make_sft_trainer
+from rest_rl.train.trl.settings import check_lengthening, make_trainer_config
+from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, optimizer_steps_per_batch
 
 WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
 """Parts of the names of what differs from run to run, or after a resume, and so stays out of the metrics."""
@@ -64,7 +64,7 @@ class TrlEngine:
 
     def __init__(self, config: RunConfig, layout: PromptLayout, observer: Observer, *, is_dry: bool = False) -> None:
         self.config, self.layout, self.observer = config, layout, observer
-        self.args = trainer_config(config, is_dry=is_dry)
+        self.args = make_trainer_config(config, is_dry=is_dry)
 
     @property
     def max_response_tokens(self) -> int:
@@ -95,20 +95,20 @@ class TrlEngine:
     def _dataset(self, data: TrainingData) -> Any:
         if isinstance(self.args, ResTConfig):
             check_size(len(data.prepared), self.args, self.config.data.path)
-            return prompt_dataset(data.prepared, self.layout)
-        rows, rejected = demonstrations(data.prepared, self.layout, self.args.max_length)
+            return build_prompt_dataset(data.prepared, self.layout)
+        rows, rejected = build_demonstrations(data.prepared, self.layout, self.args.max_length)
         data.reject(rejected)
         long = [each for each in rejected if each.is_too_long and self.config.data.too_long == "refuse"]
         if not rows or long:
             rejected = long or rejected
-            raise cannot_train_on(rejected[0])
-        return dataset_of(rows)
+            raise make_rejection_error(rejected[0])
+        return build_dataset(rows)
 
     def token_counts(self, prepared: Sequence[Prepared]) -> list[int]:
         """Tokens of each prompt, in supervised training with its demonstration."""
         if isinstance(self.args, ResTConfig):
             return [len(each.prompt_ids) for each in prepared]
-        return [len(row["input_ids"]) for row in demonstrations(prepared, self.layout, self.args.max_length)[0]]
+        return [len(row["input_ids"]) for row in build_demonstrations(prepared, self.layout, self.args.max_length)[0]]
 
     def start(self, log: RunLog) -> None:
         self.log = log
@@ -132,7 +132,7 @@ class TrlEngine:
             self.trainer.add_callback(FlushAtEnd(record))
         else:
             weights = self.config.rest.loss_weights()
-            self.trainer = region_trainer(self.args, self.layout, self.dataset, weights, **shared)
+            self.trainer = make_sft_trainer(self.args, self.layout, self.dataset, weights, **shared)
         guard_saving(self.trainer, log.folder)
         self.trainer.remove_callback(PrinterCallback)  # the recorder shows and keeps the metrics
         self.model = self.trainer.model
@@ -144,7 +144,7 @@ class TrlEngine:
     def _recorded_reward(self, args: ResTConfig, record: ResponseRecord) -> Callable[..., list[float]]:
         """The preset's reward, which also records the first responses of every batch."""
         tool_format, tokenizer = get_format(self.config.rest.format), self.layout.tokenizer
-        ends, shares, steps = get_stop_ids(tokenizer, self.model), steps_per_generation(args), args.progress_steps
+        ends, shares, steps = get_stop_ids(tokenizer, self.model), optimizer_steps_per_batch(args), args.progress_steps
         reward = make_tool_reward(tokenizer, tool_format, args.method(), shares, args.seed, ends, steps)
         kept = self.config.run.recorded_responses
         return with_response_record(reward, tokenizer, tool_format, kept, record, ends, steps)
@@ -345,7 +345,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop if asked, once every response generated so far has been learnt from."""
-        if self.stop_requested and state.global_step % steps_per_generation(args) == 0:
+        if self.stop_requested and state.global_step % optimizer_steps_per_batch(args) == 0:
             control.should_save = control.should_training_stop = True
 
 

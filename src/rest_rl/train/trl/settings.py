@@ -19,7 +19,7 @@ from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS
 from rest_rl.train.policy import new_adapter_config
 from rest_rl.train.request import MACHINE_DEFAULTS, check_ranges
-from rest_rl.train.trl.trainer import ResTConfig, steps_per_generation
+from rest_rl.train.trl.trainer import ResTConfig, optimizer_steps_per_batch
 
 OWNED = ("output_dir", "seed", "preset", "tool_format", "weights", "reward", "advantage", "entropy_decay")
 OWNED += ("progress_steps",)
@@ -41,13 +41,13 @@ def with_machine_defaults(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, trl={**MACHINE_DEFAULTS, **config.trl})
 
 
-def trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfig | SFTConfig:
+def make_trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfig | SFTConfig:
     """The trainer's configuration: `[trl]` as it stands, the rest from the other tables.
 
     A dry run may be of another machine, which has vLLM.
     """
     kind = SFTConfig if config.rest.is_supervised else ResTConfig
-    table = {name: value for name, value in config.trl.items() if name not in unread_keys(config)}
+    table = {name: value for name, value in config.trl.items() if name not in find_unread_keys(config)}
     check_trl({name: value for name, value in table.items() if not (is_dry and name == "use_vllm")}, kind)
     given: dict[str, Any] = {
         "output_dir": str(Path(config.run.out) / CHECKPOINTS),
@@ -66,11 +66,11 @@ def trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfig | S
         raise
     except (TypeError, ValueError) as error:  # the trainer's own checks of its fields
         raise UserError(f"[trl] {table} ({error})", f"what {kind.__name__} takes", "correct it") from error
-    if args.save_strategy == "steps" and args.save_steps % steps_per_generation(args) != 0:
+    if args.save_strategy == "steps" and args.save_steps % optimizer_steps_per_batch(args) != 0:
         raise UserError(
             f"trl.save_steps = {args.save_steps}",
-            f"a multiple of {steps_per_generation(args)}, the steps that share one batch of responses, or a resumed "
-            "run would differ",
+            f"a multiple of {optimizer_steps_per_batch(args)}, the steps that share one batch of responses, or a "
+            "resumed run would differ",
             "change save_steps",
         )
     if "steps" == args.save_strategy == args.logging_strategy and args.save_steps % args.logging_steps:
@@ -94,7 +94,7 @@ def method_fields(config: RunConfig) -> dict[str, Any]:
     return {"tool_format": rest.pop("format"), **rest}
 
 
-def unread_keys(config: RunConfig) -> list[str]:
+def find_unread_keys(config: RunConfig) -> list[str]:
     """Keys of `[trl]` for the other kind of training, left out so that one run file serves all presets."""
     reinforced, supervised = field_names(GRPOConfig), field_names(SFTConfig)
     only = reinforced - supervised if config.rest.is_supervised else supervised - reinforced
@@ -142,10 +142,10 @@ def check_lengthening(args: ResTConfig | SFTConfig, step: int) -> None:
             f"a schedule that does not ({', '.join(ENDLESS)})",
             f"train on from the run's model: --model {Path(cast(str, args.output_dir)).parent} --out another",
         )
-    if step % steps_per_generation(args):
+    if step % optimizer_steps_per_batch(args):
         raise UserError(
             f"--resume with another length after step {step}, in the middle of a batch of responses",
-            f"a multiple of {steps_per_generation(args)}, the steps that share one",
+            f"a multiple of {optimizer_steps_per_batch(args)}, the steps that share one",
             f"delete checkpoint-{step}, to go on from the one before it",
         )
 

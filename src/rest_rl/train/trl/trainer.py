@@ -220,7 +220,7 @@ def _changes(named: Any, given: Any) -> dict[str, Any] | None:
     return {name: value for name, value in asdict(given).items() if asdict(named)[name] != value}
 
 
-def steps_per_generation(args: Any) -> int:
+def optimizer_steps_per_batch(args: Any) -> int:
     """Optimizer steps that share one batch of responses; only between batches does a resumed run go on exactly."""
     if not isinstance(args, GRPOConfig):
         return 1
@@ -296,7 +296,7 @@ class ResTTrainer(GRPOTrainer):
                 self._text_tokenizer,
                 self._format,
                 self._method,
-                steps_per_generation(args),
+                optimizer_steps_per_batch(args),
                 args.seed,
                 ends,
                 args.progress_steps,
@@ -380,7 +380,7 @@ class ResTTrainer(GRPOTrainer):
             self._weigher.tag(ids_BT, found.mask_BT) if regions_BT is None else regions_BT.cpu(),  # not generated here
             self.tracker.statistics(),
             compute_progress(self.state, cast(ResTConfig, self.args).progress_steps),
-            self.state.global_step // steps_per_generation(self.args) + 1,
+            self.state.global_step // optimizer_steps_per_batch(self.args) + 1,
             entropies_BT,
             entropies_N,
         )
@@ -425,7 +425,7 @@ class ResTTrainer(GRPOTrainer):
     @property
     def _is_on_policy(self) -> bool:
         """Whether the step is the first one to learn from its responses, none of which was masked for its length."""
-        is_first = not self._training or self.state.global_step % steps_per_generation(self.args) == 0
+        is_first = not self._training or self.state.global_step % optimizer_steps_per_batch(self.args) == 0
         return is_first and not cast(ResTConfig, self.args).mask_truncated_completions
 
     def _summed(self, sums: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """verl's own configuration for a run: its stock YAML, then where a run file starts from, then `[verl]`.
 
-Fifteen keys carry the method and the run (`fixed_values`): `[verl]` cannot change them, everything else it can.
+Fifteen keys carry the method and the run (`make_fixed_values`): `[verl]` cannot change them, everything else it can.
 Importing this needs no verl; composing does.
 """
 
@@ -36,12 +36,12 @@ PROMPTS, MINI = "data.train_batch_size", f"{ACTOR}.ppo_mini_batch_size"
 TOTAL, EPOCHS = "trainer.total_training_steps", "trainer.total_epochs"
 SAVE, TEST, LIBRARIES = ("trainer.save_freq", "trainer.test_freq", f"{MODEL}.external_lib")
 OPEN = (PROMPTS, MINI, TOTAL, EPOCHS, SAVE, TEST)
-"""Keys that `schedule` fills in where `[verl]` does not."""
+"""Keys that `compute_schedule` fills in where `[verl]` does not."""
 TRAIN_FILE, HELD_OUT_FILE, LOOPS_FILE, TOKENIZER = "train.parquet", "held_out.parquet", "agent_loops.yaml", "tokenizer"
 
-TABLES = parse_toml(embedded_run("verl.toml"), "verl.toml")
+KEY_TABLES = parse_toml(embedded_run("verl.toml"), "verl.toml")
 """Which keys of the run file verl is given, and which of its own values are allowed."""
-COUNTED = [name for names in TABLES["trl_counted"].values() for name in names]
+DERIVED_TRL_KEYS = [name for names in KEY_TABLES["trl_counted"].values() for name in names]
 
 
 class VerlJob(NamedTuple):
@@ -68,7 +68,7 @@ class VerlJob(NamedTuple):
 # What a run file means on verl
 
 
-def fixed_values(method: Preset, job: VerlJob) -> dict[str, Any]:
+def make_fixed_values(method: Preset, job: VerlJob) -> dict[str, Any]:
     """The fifteen keys of verl that carry the method and the run."""
     return {
         "trainer.use_v1": True,
@@ -89,8 +89,8 @@ def fixed_values(method: Preset, job: VerlJob) -> dict[str, Any]:
     }
 
 
-def start_values(config: RunConfig, job: VerlJob, *, megatron: bool = False) -> dict[str, Any]:
-    """Dotted keys of verl and what they are unless `[verl]` says otherwise; None where `schedule` finds the value."""
+def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = False) -> dict[str, Any]:
+    """Return verl's dotted keys with their values before `[verl]`; None where `compute_schedule` finds the value."""
     method, trl = config.rest.resolve(), trl_table(config)
     check_run(config, trl, method, megatron=megatron)
     low = method.epsilon_low if trl["epsilon"] == 0.2 else trl["epsilon"]
@@ -98,12 +98,12 @@ def start_values(config: RunConfig, job: VerlJob, *, megatron: bool = False) -> 
     seeded = ("data.seed", f"{ROLLOUT}.seed", f"{ACTOR}.data_loader_seed")
     seeded += (f"{ACTOR}.megatron.seed" if megatron else f"{ACTOR}.fsdp_config.seed",)
     values = {
-        **fixed_values(method, job),
+        **make_fixed_values(method, job),
         **dict.fromkeys(OPEN),
         **dict.fromkeys(seeded, config.run.seed),
-        **TABLES["start"],
-        **{key: trl[name] for name, key in TABLES["trl"].items()},
-        f"{ACTOR}.loss_agg_mode": TABLES["aggregation"][method.advantage],
+        **KEY_TABLES["start"],
+        **{key: trl[name] for name, key in KEY_TABLES["trl"].items()},
+        f"{ACTOR}.loss_agg_mode": KEY_TABLES["aggregation"][method.advantage],
         f"{ACTOR}.loss_scale_factor": "${data.max_response_length}" if method.advantage == "dr_grpo" else None,
         f"{ACTOR}.clip_ratio": low,
         f"{ACTOR}.clip_ratio_low": low,
@@ -121,7 +121,7 @@ def start_values(config: RunConfig, job: VerlJob, *, megatron: bool = False) -> 
     if config.peft:
         rank = config.peft.get("r", 16)
         table = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", **config.peft}
-        values |= {key: table[name] for name, key in TABLES["peft"].items()}
+        values |= {key: table[name] for name, key in KEY_TABLES["peft"].items()}
     if trl["save_total_limit"]:  # with 1 verl deletes the old weights before the new checkpoint is whole
         values["trainer.max_actor_ckpt_to_keep"] = max(2, trl["save_total_limit"])
     return values
@@ -137,13 +137,13 @@ def trl_table(config: RunConfig) -> dict[str, Any]:
 
 def unread_keys(config: RunConfig) -> list[str]:
     """Keys of the run file that a run on verl does not read: `[verl]` has its own words for them."""
-    unread = [f"trl.{name}" for name in config.trl if name not in (*TABLES["trl"], *COUNTED)]
-    unread += [f"peft.{name}" for name in config.peft if name not in TABLES["peft"]]
+    unread = [f"trl.{name}" for name in config.trl if name not in (*KEY_TABLES["trl"], *DERIVED_TRL_KEYS)]
+    unread += [f"peft.{name}" for name in config.peft if name not in KEY_TABLES["peft"]]
     unread += [f"model.{name}" for name in ("attn_implementation", "load_in_4bit") if getattr(config.model, name)]
     return unread + (["model.dtype"] if config.model.dtype not in (AUTO, "float32") else [])
 
 
-def schedule(given: Mapping[str, Any], config: RunConfig, num_train: int) -> dict[str, int]:
+def compute_schedule(given: Mapping[str, Any], config: RunConfig, num_train: int) -> dict[str, int]:
     """Batches and steps: TRL counts responses per device and optimizer steps, verl prompts and batches of responses.
 
     8 responses x 8 GPUs x steps_per_generation 32 / num_generations 4 = 512 prompts a batch, and with
@@ -182,8 +182,8 @@ def schedule(given: Mapping[str, Any], config: RunConfig, num_train: int) -> dic
 
 def check_refused(values: Mapping[str, Any], fixed: Mapping[str, Any], *, reshapes: bool) -> None:
     """UserError for values of verl's keys that would silently drop the weights or the objective."""
-    weighing = TABLES["allowed_with_weights"]
-    allowed = TABLES["allowed"] | (weighing if reshapes else {}) | {key: [value] for key, value in fixed.items()}
+    weighing = KEY_TABLES["allowed_with_weights"]
+    allowed = KEY_TABLES["allowed"] | (weighing if reshapes else {}) | {key: [value] for key, value in fixed.items()}
     for key, texts in allowed.items():
         choices = [None if text == "null" else text for text in texts]
         if (value := values.get(key, None if key in fixed else choices[0])) not in choices:
@@ -235,13 +235,13 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
         verl = compose("ppo_trainer", overrides=choices)
         parsed = OverridesParser.create().parse_overrides([text for text in typed if text not in choices])
         last = [(f"{'+' * each.is_add()}{each.key_or_group}", each.value()) for each in parsed]
-    start = start_values(config, job, megatron=verl.actor_rollout_ref.actor.strategy == "megatron")
+    start = make_initial_values(config, job, megatron=verl.actor_rollout_ref.actor.strategy == "megatron")
     with refusals():
         for path, value in [*start.items(), *leaves(table), *last]:
             OmegaConf.update(verl, path.replace("+", ""), value, merge=False, force_add="+" in path)
     given = {key: OmegaConf.select(verl, key) for key in (NODES, GPUS, N, PASSES, *OPEN)}
     with refusals(TypeError, ZeroDivisionError):  # sizes that are no numbers
-        for path, value in schedule(given, config, job.num_train).items():
+        for path, value in compute_schedule(given, config, job.num_train).items():
             OmegaConf.update(verl, path, value)
     if not job.has_held_out:  # verl would measure training prompts
         verl.trainer.test_freq, verl.trainer.val_before_train = -1, False
@@ -251,7 +251,7 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
     )
     with refusals(AssertionError, TypeError, ValueError), redirect_stdout(io.StringIO()):
         plain: Any = OmegaConf.to_container(verl, resolve=True)
-        check_refused(dict(leaves(plain)), fixed_values(method, job), reshapes=not is_uniform(method.weights))
+        check_refused(dict(leaves(plain)), make_fixed_values(method, job), reshapes=not is_uniform(method.weights))
         # Without its check of the rank of an adapter, which asks for vLLM on this machine.
         checked: Any = OmegaConf.merge(verl, {"actor_rollout_ref": {"model": {"lora_rank": 0}}})
         omega_conf_to_dataclass(checked.actor_rollout_ref.rollout)

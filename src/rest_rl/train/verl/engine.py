@@ -29,7 +29,7 @@ from rest_rl.runlog import EVALUATIONS, METRICS, RESPONSES, Observer, Row, RunLo
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import AfterStep, StopPoint
 from rest_rl.train.policy import load_generation_config, resolve_adapter
-from rest_rl.train.prompts import TrainingData, dataset_of, gold_text
+from rest_rl.train.prompts import TrainingData, build_dataset, gold_to_json
 from rest_rl.train.reward import get_stop_ids
 from rest_rl.train.verl.config import (
     HELD_OUT_FILE,
@@ -104,10 +104,10 @@ class VerlEngine:
     def start(self, log: RunLog) -> None:
         self.log = RunLog(self.job.folder)
         try:
-            write_files(self.data, self.layout.tokenizer, self.job.files)
+            write_verl_files(self.data, self.layout.tokenizer, self.job.files)
         except OSError as error:
             raise unwritable(log.folder, error) from error
-        self.verl.trainer.val_before_train = is_unmeasured(self.log, self.verl.trainer, self.checkpoint)
+        self.verl.trainer.val_before_train = needs_evaluation(self.log, self.verl.trainer, self.checkpoint)
         self.observer.say(f"what verl prints is in {LOG}")
 
     def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> Mapping[str, Any] | None:
@@ -117,7 +117,7 @@ class VerlEngine:
         """Run verl to the last step, or let it only measure what is not measured; UserError if it stops before."""
         if self.checkpoint.is_last and not self.verl.trainer.val_before_train:
             return StopPoint(self.total)
-        look = follower(self.log, self.observer, parse_toml(self.config.to_toml(), "the run"), self.total)
+        look = make_follower(self.log, self.observer, parse_toml(self.config.to_toml(), "the run"), self.total)
         path = self.log.folder / LOG
         remedy = f"see {path}; go on with: rest-rl train --resume --out {self.log.folder}"
         try:
@@ -158,7 +158,7 @@ class VerlEngine:
 # Files
 
 
-def write_files(data: TrainingData, tokenizer: Any, folder: Path) -> None:
+def write_verl_files(data: TrainingData, tokenizer: Any, folder: Path) -> None:
     """What verl reads: prompts, the name of the agent loop, the tokenizer. OSError if it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts((("train", row) for row in data.prepared), folder / TRAIN_FILE)
@@ -184,12 +184,12 @@ def write_prompts(rows: Iterable[tuple[str, Prepared]], path: Path) -> None:
         {
             "prompt": [{"role": "user", "content": row.prompt_text}],
             "data_source": split,
-            "reward_model": {"style": "rule", "ground_truth": gold_text(row.sample)},
+            "reward_model": {"style": "rule", "ground_truth": gold_to_json(row.sample)},
             "extra_info": {"id": row.sample.id, "kind": row.sample.kind, "index": index},
         }
         for index, (split, row) in enumerate(rows)
     )
-    dataset_of(columns).to_parquet(str(path))
+    build_dataset(columns).to_parquet(str(path))
 
 
 def find_checkpoint(log: RunLog) -> tuple[Checkpoint, list[str]]:
@@ -201,13 +201,13 @@ def find_checkpoint(log: RunLog) -> tuple[Checkpoint, list[str]]:
     }
     broken: list[str] = []
     for step, name in sorted(folders.items(), reverse=True):
-        if is_whole(log.checkpoints / name):
+        if is_complete(log.checkpoints / name):
             return Checkpoint(step, log.checkpoints / name), broken
         broken.append(name)
     return Checkpoint(0), broken
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a checkpoint holds region statistics, weights and, written last, the place in the data."""
     try:
         table = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -221,7 +221,7 @@ def last_step(log: RunLog) -> int:
     return max((row["step"] for row in read_rows(log.folder / METRICS)), default=0)
 
 
-def is_unmeasured(log: RunLog, trainer: Any, checkpoint: Checkpoint) -> bool:
+def needs_evaluation(log: RunLog, trainer: Any, checkpoint: Checkpoint) -> bool:
     """Whether the held-out prompts are to be measured before the first step, or were not at the step of a checkpoint.
 
     verl measures after it has saved: a run that is killed in between has a checkpoint and no measurement of it.
@@ -273,7 +273,7 @@ def refuse_second_run() -> None:
     raise UserError("a Ray cluster with a run of verl on it", "one run at a time", "start another cluster")
 
 
-def tail(path: Path) -> Iterator[list[Row]]:
+def tail_jsonl(path: Path) -> Iterator[list[Row]]:
     """Yield, each time it is asked, the rows that were appended to a JSONL file; a line without its end waits."""
     at = path.stat().st_size if path.exists() else 0
     while True:
@@ -286,10 +286,10 @@ def tail(path: Path) -> Iterator[list[Row]]:
         yield [json.loads(line) for line in whole.split(b"\n") if line]
 
 
-def follower(log: RunLog, observer: Observer, table: Mapping[str, Any], total: int) -> Callable[[], None]:
+def make_follower(log: RunLog, observer: Observer, table: Mapping[str, Any], total: int) -> Callable[[], None]:
     """A function that tells of what verl's driver has written since the last call; `table` is the run file."""
     diagnosis = Diagnosis(table)
-    tails = [tail(log.folder / name) for name in (METRICS, RESPONSES, EVALUATIONS)]
+    tails = [tail_jsonl(log.folder / name) for name in (METRICS, RESPONSES, EVALUATIONS)]
 
     def look() -> None:
         metrics, responses, evaluations = map(next, tails)

@@ -98,7 +98,9 @@ def write_adapter(actor: Path, part: Path, base: str | Path) -> None:
         trained = json.loads((actor / RANK_AND_ALPHA).read_text(encoding="utf-8"))
         shards = read_shards(actor)
         names = [name for name in shards[0] if ".lora_" in name]
-        weights = {re.sub(r"(\.lora_\w+)\.default\b", r"\1", name): joined([s[name] for s in shards]) for name in names}
+        weights = {
+            re.sub(r"(\.lora_\w+)\.default\b", r"\1", name): join_shards([s[name] for s in shards]) for name in names
+        }
         config = LoraConfig(
             base_model_name_or_path=str(base),
             r=trained["r"],
@@ -106,7 +108,7 @@ def write_adapter(actor: Path, part: Path, base: str | Path) -> None:
             task_type=trained["task_type"],
             inference_mode=True,
         )
-        config.target_modules = targets(shards[0])  # set after __init__, which turns the list into a set
+        config.target_modules = find_target_modules(shards[0])  # set after __init__, which turns the list into a set
     except Exception as error:  # whatever torch finds in a broken file
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise broken(actor, part, why, f"restore {actor}") from error
@@ -124,7 +126,7 @@ def read_shards(actor: Path) -> list[dict[str, Any]]:
     return [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
 
 
-def joined(pieces: list[Any]) -> torch.Tensor:
+def join_shards(pieces: list[Any]) -> torch.Tensor:
     """A parameter from the pieces of all ranks; the ranks of a row of the mesh have one copy, the first row's."""
     first = pieces[0]
     if not isinstance(first, DTensor):
@@ -138,7 +140,7 @@ def joined(pieces: list[Any]) -> torch.Tensor:
     return whole
 
 
-def targets(names: Collection[str]) -> list[str]:
+def find_target_modules(names: Collection[str]) -> list[str]:
     """The adapted modules by the last part of their names, in full where others that are not adapted share it.
 
     `q_proj` if every layer's is adapted; `model.layers.0.self_attn.q_proj` if the other layers' are not.

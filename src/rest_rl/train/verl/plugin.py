@@ -41,12 +41,12 @@ from rest_rl.train.verl.responses import (
     STATE,
     TRAINER,
     Responses,
-    advantages_of_groups,
-    keep_outcomes,
-    metrics_row,
+    compute_group_advantages,
+    make_metrics_row,
+    make_timing_row,
     read_run,
-    reshape_batch,
-    timing_row,
+    weight_batch,
+    write_outcomes,
 )
 from rest_rl.train.weighing import TokenWeighter
 
@@ -69,7 +69,7 @@ def group_advantage(
     verl's own estimator `grpo` adds 1e-6.
     """
     kind = "grpo" if config is None or config.get("norm_adv_by_std_in_grpo", True) else "dr_grpo"
-    advantages_B = advantages_of_groups(token_level_rewards.sum(-1), list(index), kind)
+    advantages_B = compute_group_advantages(token_level_rewards.sum(-1), list(index), kind)
     advantages_BT = advantages_B[:, None] * response_mask
     return advantages_BT, advantages_BT
 
@@ -89,14 +89,14 @@ class ReSTPPOTrainer(PPOTrainerSync):
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         data = tq.kv_batch_get(**where, select_fields=list(PER_TOKEN))
         responses = self._responses(batch, data["responses"])
-        chosen = responses.first(self.run.recorded_responses)
-        watched = [responses.places[i] for i in chosen]
+        chosen = responses.select_first(self.run.recorded_responses)
+        watched = [responses.indices[i] for i in chosen]
         weigher = TokenWeighter(self.tokenizer, self.format, self.method.weights)
         step, progress = self.global_steps, progress_of_step(self.global_steps, self.total_training_steps)
-        advantages, figures, tokens = reshape_batch(data, weigher, self.tracker, progress, step, watched)
+        advantages, figures, tokens = weight_batch(data, weigher, self.tracker, progress, step, watched)
         asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
-        metrics |= figures | responses.figures() | {FAILED: asked - len(responses.places)}
-        self.log.add_responses(responses.rows(chosen, tokens, step, progress))
+        metrics |= figures | responses.compute_metrics() | {FAILED: asked - len(responses.indices)}
+        self.log.add_responses(responses.make_rows(chosen, tokens, step, progress))
         return tq.kv_batch_put(**where, fields=TensorDict({"advantages": advantages}, batch_size=len(batch.keys)))
 
     def _responses(self, batch: Any, ids: Tensor) -> Responses:
@@ -107,7 +107,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         columns = {name: to_list(data[name]) for name in PER_RESPONSE if name != "rm_scores"}
         rows = ids.unbind()
         return Responses(
-            places=places,
+            indices=places,
             ids=[rows[place] for place in places],
             rewards_B=torch.stack([scores.sum() for scores in data["rm_scores"].unbind()]),
             groups=columns["uid"],
@@ -124,12 +124,12 @@ class ReSTPPOTrainer(PPOTrainerSync):
         """One step, and a row of its figures in the run folder before the step is saved."""
         batch = super().step(metrics, timing_raw)
         metrics = {**metrics, "epoch": self.global_steps / self.steps_per_epoch}
-        self.log.add_metrics(metrics_row(self.global_steps, metrics))
+        self.log.add_metrics(make_metrics_row(self.global_steps, metrics))
         return batch
 
     def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)
-        self.log.add_timing(timing_row(self.global_steps, metrics))
+        self.log.add_timing(make_timing_row(self.global_steps, metrics))
 
     def _val_metrics_update(
         self, data_sources: Any, sample_uids: Any, reward_extra_infos_dict: Any, *args: Any, **kwargs: Any
@@ -141,7 +141,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         outcomes = [
             Outcome(kind, str(split), prompts[uid], *scores) for split, uid, kind, *scores in rows if kind is not None
         ]
-        keep_outcomes(self.log, self.global_steps, self.total_training_steps, summarise(outcomes))
+        write_outcomes(self.log, self.global_steps, self.total_training_steps, summarise(outcomes))
         return super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
 
     def _save_checkpoint(self) -> None:

@@ -66,7 +66,7 @@ def read_run(text: str) -> tuple[RunTable, Preset, ToolFormat, EntropyTracker]:
     return config.run, rest.resolve(), get_format(rest.format), EntropyTracker(rest.entropy_decay)
 
 
-def reshape_batch(
+def weight_batch(
     data: Mapping[str, Tensor],
     weigher: TokenWeighter,
     tracker: EntropyTracker,
@@ -122,7 +122,7 @@ def rows_by_group(groups: Sequence[Hashable]) -> list[list[int]]:
     return list(rows.values())
 
 
-def advantages_of_groups(rewards_B: Tensor, groups: Sequence[Hashable], kind: AdvantageKind) -> Tensor:
+def compute_group_advantages(rewards_B: Tensor, groups: Sequence[Hashable], kind: AdvantageKind) -> Tensor:
     """`group_advantages` of responses whose groups, named by `groups`, lie scattered and may differ in size: (B,)."""
     advantages_B = torch.zeros_like(rewards_B)
     for rows in rows_by_group(groups):
@@ -134,7 +134,7 @@ def advantages_of_groups(rewards_B: Tensor, groups: Sequence[Hashable], kind: Ad
 class Responses:
     """The responses of a batch, each with its place in it: rewards, prompts, gold."""
 
-    places: Sequence[int]
+    indices: Sequence[int]
     ids: Sequence[Tensor]
     rewards_B: Tensor
     groups: Sequence[Hashable]
@@ -149,7 +149,7 @@ class Responses:
     ends: Collection[int]
     """The tokens that end a response."""
 
-    def figures(self) -> dict[str, float]:
+    def compute_metrics(self) -> dict[str, float]:
         """Means over the responses, under the names that they have on TRL."""
         rewards_B = self.rewards_B.double()
         lengths_B = torch.tensor([len(ids) for ids in self.ids], dtype=torch.float64)
@@ -175,12 +175,12 @@ class Responses:
                 figures |= {f"completions/min{name}_length": least, f"completions/max{name}_length": most}
         return figures
 
-    def first(self, limit: int) -> list[int]:
+    def select_first(self, limit: int) -> list[int]:
         """The first `limit` responses in the order of the data, as indices into the fields of this object."""
-        order = sorted(range(len(self.places)), key=lambda i: (self.origins[i]["index"], str(self.groups[i])))
+        order = sorted(range(len(self.indices)), key=lambda i: (self.origins[i]["index"], str(self.groups[i])))
         return order[:limit]
 
-    def rows(self, chosen: Sequence[int], tokens: Mapping[int, Row], step: int, progress: float) -> list[Row]:
+    def make_rows(self, chosen: Sequence[int], tokens: Mapping[int, Row], step: int, progress: float) -> list[Row]:
         """The `chosen` responses as responses.jsonl holds them; `tokens` are the recorded fields by place."""
         rows: list[Row] = []
         for i in chosen:
@@ -189,22 +189,24 @@ class Responses:
                 row["prompt"] = self.prompts[i]
             gold, reward = json.loads(self.golds[i]), float(self.rewards_B[i])
             row |= make_response_row(self.ids[i].tolist(), gold, reward, self.tokenizer, self.tool_format, self.ends)
-            rows.append(row | tokens[self.places[i]])
+            rows.append(row | tokens[self.indices[i]])
         return rows
 
 
-def metrics_row(step: int, metrics: Mapping[str, Any]) -> Row:
+def make_metrics_row(step: int, metrics: Mapping[str, Any]) -> Row:
     """A step's figures under the names that they have on TRL, without times and what stands elsewhere."""
-    kept = {name: value for name, value in scalars(metrics).items() if not name.startswith(WALL_CLOCK + REPEATED)}
+    kept = {
+        name: value for name, value in select_scalars(metrics).items() if not name.startswith(WALL_CLOCK + REPEATED)
+    }
     return {"step": step, **{RENAMED.get(name, name): value for name, value in kept.items()}}
 
 
-def timing_row(step: int, metrics: Mapping[str, Any]) -> Row:
+def make_timing_row(step: int, metrics: Mapping[str, Any]) -> Row:
     """A step's times."""
-    return {"step": step, **{k: value for k, value in scalars(metrics).items() if k.startswith(WALL_CLOCK)}}
+    return {"step": step, **{k: value for k, value in select_scalars(metrics).items() if k.startswith(WALL_CLOCK)}}
 
 
-def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+def select_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The figures that are one number: Python's, NumPy's or a tensor's."""
     found = {}
     for name, value in metrics.items():
@@ -215,7 +217,7 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def keep_outcomes(log: RunLog, step: int, total: int, scores: Row) -> None:
+def write_outcomes(log: RunLog, step: int, total: int, scores: Row) -> None:
     """Record what a measurement on held-out prompts found: before, during or after training."""
     if 0 < step < total:
         log.add_evaluation({"step": step, **scores})
