@@ -31,7 +31,7 @@ def make_grid(folder: Path, effects: Mapping[str, Effect], seeds: int = 5, steps
     for label, effect in effects.items():
         method, _, start = label.partition("@")
         for seed in range(seeds):
-            make_run(folder, RunName(method, start, seed), grid.run(method, "", seed), effect, steps, every)
+            make_run(folder, RunName(method, start, seed), grid.run_config(method, "", seed), effect, steps, every)
     return grid
 
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rest_rl.cli.app import main
 from rest_rl.cli.terminal import Screen
 from rest_rl.compare.grid import RunName, read_grid
-from rest_rl.compare.jobs import Job, collect, run_jobs, tail
-from rest_rl.compare.run import keep_grid
+from rest_rl.compare.jobs import Job, read_tail, record_exit, run_jobs
+from rest_rl.compare.run import save_grid
 from rest_rl.config import RunConfig
 from rest_rl.runlog import Observer, owned, read_run
 from tests.made_up_grid import Effect, make_grid
@@ -136,7 +136,7 @@ def test_a_method_that_cannot_start_is_refused_before_any_run(
 
 def test_only_report_shows_a_method_without_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(noise=0.02)}, seeds=3)
-    keep_grid(read_grid(None, methods=["grpo", "rest", "dapo"]), tmp_path)
+    save_grid(read_grid(None, methods=["grpo", "rest", "dapo"]), tmp_path)
     assert main(["compare", str(tmp_path), "--only-report"]) == 0
     text = capsys.readouterr().out
     assert "3 of 9 runs are not finished: dapo-0, dapo-1, dapo-2. There is no finished run of dapo" in " ".join(
@@ -185,13 +185,13 @@ def test_mistakes_are_one_line(
 
 def test_a_grid_grows_in_its_folder(tmp_path: Path) -> None:
     small = read_grid(None, methods=["grpo", "rest"], seeds=[0, 1])
-    keep_grid(small, tmp_path)
-    keep_grid(read_grid(None, methods=["grpo", "permuted"], seeds=[5]), tmp_path)
+    save_grid(small, tmp_path)
+    save_grid(read_grid(None, methods=["grpo", "permuted"], seeds=[5]), tmp_path)
     kept = read_grid(tmp_path / "grid.toml")
     assert list(kept.methods) == ["grpo", "rest", "permuted"]
     assert kept.seeds == (0, 1, 5)
     with pytest.raises(ValueError, match=r"differs in \[base.trl\]"):
-        keep_grid(read_grid(None, methods=["grpo", "rest"], overrides=["trl.max_steps=7"]), tmp_path)
+        save_grid(read_grid(None, methods=["grpo", "rest"], overrides=["trl.max_steps=7"]), tmp_path)
     assert read_grid(tmp_path / "grid.toml") == kept
 
 
@@ -242,7 +242,7 @@ def test_the_end_of_a_log_commands_no_terminal(tmp_path: Path, capsys: pytest.Ca
     job = Job(RunName("grpo", "", 0), RunConfig(), tmp_path / "none", log, state="running")
     job.process = subprocess.Popen(["/bin/false"])
     job.process.wait()
-    collect(job, Screen(Console(width=200)), is_stopping=False)
+    record_exit(job, Screen(Console(width=200)), is_stopping=False)
     assert job.state == "failed"
     out = capsys.readouterr().out
     assert "  ␛]0;owned␇ [bold]end[/bold]" in out
@@ -265,8 +265,8 @@ def test_the_last_metrics_of_a_run_that_is_being_written(tmp_path: Path) -> None
     assert job.last_step() == 2
     path.write_text("x" * 40_000 + '\n{"step": 3}\nno json\n')
     assert job.last_metrics() == {"step": 3}
-    assert tail(path, since=path.stat().st_size - 8) == "no json\n"
-    assert tail(tmp_path / "absent") == ""
+    assert read_tail(path, since=path.stat().st_size - 8) == "no json\n"
+    assert read_tail(tmp_path / "absent") == ""
 
 
 # killed grids, in processes of their own

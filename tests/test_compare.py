@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rest_rl.compare.collect import ComparisonReport, figures, step_curves
+from rest_rl.compare.collect import ComparisonReport, compute_metrics, step_curves
 from rest_rl.compare.grid import METHODS, Grid, RunName, is_finished, read_grid
 from rest_rl.compare.run import compare as compare_grid
-from rest_rl.compare.statistics import area_under
+from rest_rl.compare.statistics import area_under_curve
 from rest_rl.config import RunConfig
 from rest_rl.runlog import RunLog, read_run
 from tests.made_up_grid import Effect, make_grid, make_run
@@ -55,7 +55,7 @@ def test_figures_of_a_run_by_hand(tmp_path: Path) -> None:
     log.update_summary(
         before={"exact_match": 0.25}, after={"exact_match": 0.5, "s_acc": None, "greedy": {"exact_match": 1}}
     )
-    found = figures(read_run(tmp_path / "run"))
+    found = compute_metrics(read_run(tmp_path / "run"))
     # mean of five steps 1.6 / 5; the last fifth is the last step; trapezoids 2 * .3 + 4 * .5 over 6 steps
     assert found == {
         "exact": 0.5,
@@ -67,7 +67,7 @@ def test_figures_of_a_run_by_hand(tmp_path: Path) -> None:
         "gain": 0.25,
         "tokens": 30.0,
     }
-    assert area_under({3: 0.5}) is None
+    assert area_under_curve({3: 0.5}) is None
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
@@ -128,7 +128,9 @@ def test_shuffled_weights_that_scatter_leave_it_open(tmp_path: Path) -> None:
 
 
 def permuted_run(grid: Grid, seed: int) -> RunConfig:
-    return replace(grid, methods={**grid.methods, "permuted": METHODS_AS_TABLES["permuted"]}).run("permuted", "", seed)
+    return replace(grid, methods={**grid.methods, "permuted": METHODS_AS_TABLES["permuted"]}).run_config(
+        "permuted", "", seed
+    )
 
 
 METHODS_AS_TABLES = read_grid(None, methods=list(METHODS)).methods
@@ -185,7 +187,7 @@ def test_whether_random_rewards_teach_has_three_answers(tmp_path: Path) -> None:
 def test_methods_short_of_seeds_are_named_and_random_is_none(tmp_path: Path) -> None:
     noisy = Effect(noise=0.02)
     grid = make_grid(tmp_path, {"grpo": noisy, "rest": noisy, "dapo": noisy})
-    make_run(tmp_path, RunName("random", "", 0), grid.run("grpo", "", 0), noisy)
+    make_run(tmp_path, RunName("random", "", 0), grid.run_config("grpo", "", 0), noisy)
     found = compare(tmp_path)
     assert found.seeds == 5
     assert "power" in kinds(found)
@@ -269,8 +271,8 @@ def test_runs_that_are_not_alike_are_named(tmp_path: Path) -> None:
     grid = make_grid(tmp_path, {"grpo": Effect(), "rest": Effect()}, seeds=2)
     assert compare(tmp_path).unequal == ()
     other = read_grid(None, methods=["grpo", "dapo"], overrides=["trl.max_steps=30", "data.num_samples=100"])
-    make_run(tmp_path, RunName("dapo", "", 0), other.run("dapo", "", 0), Effect(), steps=30)
-    make_run(tmp_path, RunName("rest", "", 2), grid.run("grpo", "", 2), Effect())
+    make_run(tmp_path, RunName("dapo", "", 0), other.run_config("dapo", "", 0), Effect(), steps=30)
+    make_run(tmp_path, RunName("rest", "", 2), grid.run_config("grpo", "", 2), Effect())
     text = "\n".join(compare(tmp_path).unequal)
     assert "trl.max_steps: 30 in dapo-0; 60 in grpo-0, grpo-1, rest-0 and 2 more" in text
     assert "data.num_samples: 100 in dapo-0" in text
@@ -296,7 +298,7 @@ def test_runs_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 def test_wanted_runs_without_a_folder_are_named(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(noise=0.02), "dapo": Effect()}, seeds=3)
-    for name, text in read_grid(None, methods=["grpo", "rest", "dapo", "inverted"]).files().items():
+    for name, text in read_grid(None, methods=["grpo", "rest", "dapo", "inverted"]).to_files().items():
         (tmp_path / name).write_text(text)
     for name in ("dapo-0", "dapo-1", "dapo-2", "rest-2"):
         shutil.rmtree(tmp_path / "runs" / name)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rest_rl.report.diagnosis import Diagnosis, Finding, diagnose
-from rest_rl.report.diagnosis.history import WINDOW, Column, History, Mean, SecondMoment
-from rest_rl.report.diagnosis.settings import Settings
+from rest_rl.report.diagnosis.history import WINDOW, History, MetricSeries, SecondMoment, WindowMean
+from rest_rl.report.diagnosis.settings import DiagnosisSettings
 from rest_rl.report.diagnosis.symptoms import SYMPTOMS
 from rest_rl.rewards import RewardConfig
 from rest_rl.runlog import Row
@@ -363,8 +363,8 @@ def test_messages_are_single_lines_without_a_full_stop() -> None:
 # Sums by hand
 
 
-def column_of(*values: float) -> Column:
-    column = Column()
+def column_of(*values: float) -> MetricSeries:
+    column = MetricSeries()
     for step, value in enumerate(values, 1):
         column.add(step, value)
     return column
@@ -376,24 +376,26 @@ def test_scatter_is_that_of_single_rows_whatever_the_trend() -> None:
     assert trend.scatter() == pytest.approx(math.sqrt(1.04 / 2))
     # without a trend 0.2^2 / 2 = 0.02, so the error of ten rows is sqrt(0.02 / 10)
     level = column_of(*(0.1 * (-1) ** row for row in range(11)))
-    mean = level.mean(11)
+    mean = level.window_mean(11)
     assert (mean.value, mean.error) == (pytest.approx(0.0), pytest.approx(math.sqrt(0.002)))
     assert (mean.first, mean.last) == (2, 11)
 
 
 def test_the_best_window_does_not_overlap_the_newest() -> None:
     peak = column_of(*[0.0] * 5, *[1.0] * WINDOW, *[0.5] * WINDOW)
-    best = peak.best()
+    best = peak.best_window()
     assert best is not None
     assert (best.value, best.first, best.last) == (1.0, 6, 15)
-    assert column_of(*range(10)).best() is None
-    (first,) = [column_of(3.0, 1.0, *[0.0] * WINDOW).best()]  # rows 1 and 2 are all that is before the newest window
+    assert column_of(*range(10)).best_window() is None
+    (first,) = [
+        column_of(3.0, 1.0, *[0.0] * WINDOW).best_window()
+    ]  # rows 1 and 2 are all that is before the newest window
     assert first is not None
     assert (first.value, first.first, first.last) == (2.0, 1, 2)
 
 
 def test_the_gain_of_a_straight_line_is_its_rise() -> None:
-    gain, error = column_of(*(0.5 + 0.01 * row for row in range(60))).gain()
+    gain, error = column_of(*(0.5 + 0.01 * row for row in range(60))).fit_trend()
     assert gain == pytest.approx(0.59)
     # scatter 0.01 / sqrt(2); over sqrt(60 (60^2 - 1) / 12) = 134.14 rows, times 59
     assert error == pytest.approx(0.01 / math.sqrt(2) * 59 / math.sqrt(60 * 3599 / 12))
@@ -401,8 +403,8 @@ def test_the_gain_of_a_straight_line_is_its_rise() -> None:
 
 def test_most_groups_hold_a_response_that_one_in_twelve_is() -> None:
     # 1 - (1 - s)^8 = 1/2 at s = 1 - 2^(-1/8) = 0.0830
-    assert Settings(group_size=8).most_groups == pytest.approx(0.0830, abs=5e-5)
-    assert 1 - (1 - Settings(group_size=4).most_groups) ** 4 == pytest.approx(0.5)
+    assert DiagnosisSettings(group_size=8).most_groups_threshold == pytest.approx(0.0830, abs=5e-5)
+    assert 1 - (1 - DiagnosisSettings(group_size=4).most_groups_threshold) ** 4 == pytest.approx(0.5)
 
 
 def test_errors_asked_for_grow_with_the_looks_taken() -> None:
@@ -422,15 +424,15 @@ def test_the_share_of_one_step_in_adams_average() -> None:
     for step, norm in enumerate((1.0, 8.0, 1.0), 1):
         moment.add(step, norm)
     # squares 1, 2^2 after the clip, 1, halved every step: 1/4 + 4/2 + 1 = 3.25
-    assert moment.share == pytest.approx(2 / 3.25)
+    assert moment.peak_share == pytest.approx(2 / 3.25)
     assert (moment.step, moment.norm) == (2, 8.0)
 
 
 def test_a_difference_passes_its_errors_and_its_least() -> None:
-    high, low = Mean(0.5, 0.03, 1, 10), Mean(0.3, 0.04, 11, 20)  # 0.2 apart, error of the difference 0.05
-    assert high.above(low, errors=3.9)
-    assert not high.above(low, errors=4.1)
-    assert not high.above(low, errors=1, least=0.21)
+    high, low = WindowMean(0.5, 0.03, 1, 10), WindowMean(0.3, 0.04, 11, 20)  # 0.2 apart, error of the difference 0.05
+    assert high.is_above(low, errors=3.9)
+    assert not high.is_above(low, errors=4.1)
+    assert not high.is_above(low, errors=1, min_difference=0.21)
     assert high.exceeds(0.4, errors=3)
     assert not high.exceeds(0.42, errors=3)
 
@@ -462,8 +464,10 @@ def test_no_value_of_a_row_or_table_is_an_error() -> None:
 
 
 def test_a_run_of_an_older_version_is_read_as_far_as_it_goes() -> None:
-    old = Settings.from_table({**TABLE, "rest": {**TABLE["rest"], "gone": 1}, "removed": {"x": 1}})
-    assert (old.max_length, old.total) == (96, 60)
-    assert old.clip == Settings.from_table({"trl": TABLE["trl"]}).clip  # [rest] as if it were not there
-    elsewhere = Settings.from_table({**TABLE, "rest": {"weights": {"rule": "no_such_module:RULE"}}})
-    assert (elsewhere.clip, elsewhere.shifts) == (None, {})
+    old = DiagnosisSettings.from_table({**TABLE, "rest": {**TABLE["rest"], "gone": 1}, "removed": {"x": 1}})
+    assert (old.max_length, old.total_steps) == (96, 60)
+    assert (
+        old.weight_clip == DiagnosisSettings.from_table({"trl": TABLE["trl"]}).weight_clip
+    )  # [rest] as if it were not there
+    elsewhere = DiagnosisSettings.from_table({**TABLE, "rest": {"weights": {"rule": "no_such_module:RULE"}}})
+    assert (elsewhere.weight_clip, elsewhere.curriculum_shifts) == (None, {})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rest_rl.cli.app import main
-from rest_rl.report.tables import findings_of
+from rest_rl.report.tables import diagnose_run
 from rest_rl.runlog import read_run
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
@@ -52,7 +52,7 @@ def found(run_file: Path, out: Path, *settings: str) -> dict[str, str]:
     assert (
         main(["train", str(run_file), "--out", str(out), *(word for each in settings for word in ("--set", each))]) == 0
     )
-    return {finding.kind: finding.cause for finding in findings_of(read_run(out))}
+    return {finding.kind: finding.cause for finding in diagnose_run(read_run(out))}
 
 
 def test_a_run_that_is_well_says_nothing(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ def test_a_resumed_run_does_not_say_it_again(
     said = capsys.readouterr().out
     assert "resuming after step 11" in said
     assert "hit the length limit" not in said
-    assert set(kinds) == {finding.kind for finding in findings_of(read_run(tmp_path / "run"))}
+    assert set(kinds) == {finding.kind for finding in diagnose_run(read_run(tmp_path / "run"))}
 
 
 def test_steps_that_are_too_large(run_file: Path, tmp_path: Path) -> None:

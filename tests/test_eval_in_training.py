@@ -24,7 +24,7 @@ from rest_rl.evaluate.generate import decoding_steps, generate
 from rest_rl.evaluate.held_out import HeldOutPrompt, response_limit, select_interim_prompts
 from rest_rl.report.page import write_report
 from rest_rl.report.plots import draw_evaluations
-from rest_rl.report.tables import Group, evaluation_curve, group_runs
+from rest_rl.report.tables import RunGroup, evaluation_curve, group_runs
 from rest_rl.runlog import EVALUATIONS, RunLog, read_run
 from rest_rl.train.checkpoints import find_checkpoint
 from tests.sample_files import save_samples
@@ -314,7 +314,7 @@ def test_the_plot_is_drawn_where_there_are_evaluations(tmp_path: Path, watched: 
     assert (tmp_path / "run" / "plots" / "evaluations.png").read_bytes().startswith(b"\x89PNG")
     assert (watched / "plots" / "evaluations.png").is_file()
     bare = read_run(watched_run(tmp_path / "bare", 0, (), every=0))
-    assert draw_evaluations([Group("rest", (bare,))], tmp_path / "none.png") is None
+    assert draw_evaluations([RunGroup("rest", (bare,))], tmp_path / "none.png") is None
     assert not (tmp_path / "none.png").exists()
 
 

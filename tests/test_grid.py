@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def settings(grid: Grid, method: str, seed: int = 0, start: str = "") -> dict[str, Any]:
-    return flatten(parse_toml(grid.run(method, start, seed).to_toml(), ""))
+    return flatten(parse_toml(grid.run_config(method, start, seed).to_toml(), ""))
 
 
 def changed(grid: Grid, ours: str, theirs: str) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def test_names_of_runs() -> None:
 
 def test_every_method_is_a_run_and_no_two_are_the_same() -> None:
     grid = read_grid(None, methods=list(METHODS))
-    assert len(grid.runs()) == len(METHODS) * 3
-    assert [name.seed for name, _ in grid.runs()[: len(METHODS)]] == [0] * len(METHODS)
+    assert len(grid.run_configs()) == len(METHODS) * 3
+    assert [name.seed for name, _ in grid.run_configs()[: len(METHODS)]] == [0] * len(METHODS)
     assert all(METHODS[name].role != "ablation" for name in DEFAULT_METHODS)
 
 
@@ -111,7 +111,7 @@ def test_a_grid_file(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[data]\nnum_samples = 100\n[trl]\nmax_steps = 3\nlearning_rate = 1e-3\n")
     (tmp_path / "grid.toml").write_text(GRID)
     grid = read_grid(tmp_path / "grid.toml", overrides=["trl.logging_steps=1"])
-    names = [str(name) for name, _ in grid.runs()]
+    names = [str(name) for name, _ in grid.run_configs()]
     assert names[:4] == ["grpo@cold-5", "mine@cold-5", "rest@cold-5", "grpo@sft-5"]
     assert len(names) == 12
     mine = settings(grid, "mine", 6, "sft")
@@ -120,7 +120,7 @@ def test_a_grid_file(tmp_path: Path) -> None:
     assert (mine["trl.max_steps"], mine["trl.learning_rate"], mine["trl.logging_steps"]) == (7, 1e-3, 1)
     # written down and read back it is the same grid, wherever it lies
     (tmp_path / "kept").mkdir()
-    for name, text in grid.files().items():
+    for name, text in grid.to_files().items():
         (tmp_path / "kept" / name).write_text(text)
     assert read_grid(tmp_path / "kept" / "grid.toml") == grid
     # arguments go before the file
@@ -130,7 +130,7 @@ def test_a_grid_file(tmp_path: Path) -> None:
 def kept(folder: Path, grid: Grid) -> Grid:
     """The grid as a folder would keep it."""
     folder.mkdir(exist_ok=True)
-    for name, text in grid.files().items():
+    for name, text in grid.to_files().items():
         (folder / name).write_text(text)
     return read_grid(folder / "grid.toml")
 
@@ -138,25 +138,25 @@ def kept(folder: Path, grid: Grid) -> Grid:
 def test_a_grid_grows_by_what_is_asked_later(tmp_path: Path) -> None:
     older = kept(tmp_path, read_grid(None, methods=["grpo", "rest"], seeds=[0, 1]))
     newer = read_grid(None, methods=["grpo", "permuted"], seeds=[5, 1])
-    joined = newer.joined(older)
+    joined = newer.merge(older)
     assert list(joined.methods) == ["grpo", "rest", "permuted"]
     assert joined.seeds == (0, 1, 5)
     assert kept(tmp_path, joined) == joined
-    assert joined.joined(joined) == joined
+    assert joined.merge(joined) == joined
     cold = replace(older, starts={"cold": {"model": {"path": "a"}}})
     sft = replace(older, starts={"sft": {"model": {"path": "b"}}})
-    assert list(sft.joined(cold).starts) == ["cold", "sft"]
+    assert list(sft.merge(cold).starts) == ["cold", "sft"]
 
 
 def test_a_grid_of_other_runs_is_not_joined(tmp_path: Path) -> None:
     older = kept(tmp_path, read_grid(None, methods=["grpo", "rest"]))
     longer = read_grid(None, methods=["grpo", "rest"], overrides=["trl.max_steps=7"])
     with pytest.raises(ValueError, match=r"differs in \[base.trl\] from the one that was begun"):
-        longer.joined(older)
+        longer.merge(older)
     with pytest.raises(ValueError, match=r"\[methods.rest\]"):
-        replace(older, methods={**older.methods, "rest": {"rest": {"weights": {"strength": 1.0}}}}).joined(older)
+        replace(older, methods={**older.methods, "rest": {"rest": {"weights": {"strength": 1.0}}}}).merge(older)
     with pytest.raises(ValueError, match=r"\[starts\]"):
-        replace(older, starts={"sft": {"model": {"path": "b"}}}).joined(older)
+        replace(older, starts={"sft": {"model": {"path": "b"}}}).merge(older)
 
 
 def test_own_methods_alone_are_compared_with_grpo(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_own_methods_alone_are_compared_with_grpo(tmp_path: Path) -> None:
 def test_every_grid_of_configs_can_be_run(path: Path) -> None:
     text = path.read_text()
     assert f"rest-rl compare configs/{path.name}" in text
-    assert len(read_grid(path).runs()) >= 6
+    assert len(read_grid(path).run_configs()) >= 6
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_every_grid_of_configs_can_be_run(path: Path) -> None:
         ("[grid]\nseeds = [0, 0]", "each once"),
         ("[grid]\nseed = [0]", "did you mean seeds"),
         ("[grids]\n", "did you mean grid"),
-        ("[methods]\nmine = 3", "got methods"),
+        ("[methods]\nmine = 3", "methods.mine = 3"),
         ("[methods.'a/b']\nrest.preset = 'rest'", "'a/b'"),
         ("[methods.mine]\nrest.weights.strenght = 0.1", "method mine.*did you mean strength"),
         ("[methods.mine]\nrest.preset = 'best'", "method mine.*'best'"),
@@ -238,7 +238,7 @@ def test_old_keys_of_a_grid_are_read_and_those_of_its_folder_without_a_warning(t
     with pytest.warns(RenamedWarning) as caught:
         grid = read_grid(tmp_path / "grid.toml")
     assert {str(warning.message).split()[0] for warning in caught} == {"eval.samples", "eval.slice", "data.samples"}
-    run = grid.run("mine", "", 0)
+    run = grid.run_config("mine", "", 0)
     assert (run.eval.samples_per_prompt, run.eval.interim_prompts, run.data.num_samples) == (2, 7, 50)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

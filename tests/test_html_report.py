@@ -16,9 +16,9 @@ import pytest
 from rest_rl.cli.app import main
 from rest_rl.config import RunConfig, parse_toml
 from rest_rl.report.diagnosis import diagnose
-from rest_rl.report.html import MOST_POINTS, condensed, page_data, source_hash, write_html_report
+from rest_rl.report.html import MAX_POINTS, build_page_data, downsample, source_hash, write_html_report
 from rest_rl.report.page import write_report
-from rest_rl.report.responses import MAX_CHARACTERS, MISSING, thinned
+from rest_rl.report.responses import MAX_CHARACTERS, MISSING_CODE, select_rows
 from rest_rl.report.tables import Curve
 from rest_rl.response import Region
 from rest_rl.runlog import RunLog, read_run
@@ -91,9 +91,9 @@ def test_tokens_stand_in_columns(tmp_path: Path) -> None:
     words = struct.unpack_from("<4I", columns)
     assert [data["words"][place] for place in words] == ["ab", "", "one ", "two"]
     weights, entropies, surprises = (struct.unpack_from("<4H", columns, 16 + 8 * i) for i in range(3))
-    assert weights == (500, 1000, MISSING, MISSING)
-    assert entropies == (50, 100, MISSING, MISSING)
-    assert surprises == (50, 200, MISSING, MISSING)  # 0.25 / 5 and 1 / 5 nats
+    assert weights == (500, 1000, MISSING_CODE, MISSING_CODE)
+    assert entropies == (50, 100, MISSING_CODE, MISSING_CODE)
+    assert surprises == (50, 200, MISSING_CODE, MISSING_CODE)  # 0.25 / 5 and 1 / 5 nats
     assert list(columns[40:]) == [Region.NAME, Region.FORMAT, Region.OTHER, Region.OTHER]
     assert (first["u"], first["A"], second["u"], second["A"]) == (1, 0.5, 0, None)
 
@@ -113,13 +113,13 @@ def test_tokens_stand_in_columns(tmp_path: Path) -> None:
 )
 def test_responses_can_be_filtered_by_what_went_wrong(tmp_path: Path, response: str, flags: set[str]) -> None:
     rows = [{"step": 1, "id": "a", "response": response}]
-    data, _ = page_data([read_run(make_run(tmp_path / "run", rows))])
+    data, _ = build_page_data([read_run(make_run(tmp_path / "run", rows))])
     assert set(data["responses"][0]["k"]) == flags
 
 
 def test_a_call_where_none_is_needed_is_extra_and_truncation_is_told(tmp_path: Path) -> None:
     rows = [{"step": 1, "id": "a", "response": RIGHT, "gold": {"calls": [], "answer": "no"}, "truncated": True}]
-    data, _ = page_data([read_run(make_run(tmp_path / "run", rows))])
+    data, _ = build_page_data([read_run(make_run(tmp_path / "run", rows))])
     assert set(data["responses"][0]["k"]) == {"format", "extra", "truncated"}
 
 
@@ -150,7 +150,7 @@ def test_a_format_that_is_not_here_costs_the_scores_alone(tmp_path: Path) -> Non
     folder = make_run(tmp_path / "run", rows)
     config = folder / "config.toml"
     config.write_text(config.read_text().replace('format = "toolrl"', 'format = "nowhere.at_all:FORMAT"'))
-    data, _ = page_data([read_run(folder)])
+    data, _ = build_page_data([read_run(folder)])
     assert (data["responses"][0]["F"], data["responses"][0]["k"]) == (None, [])
 
 
@@ -158,18 +158,18 @@ def test_prompts_are_kept_once_and_shared_by_their_group(tmp_path: Path) -> None
     rows = [{"step": step, "id": "a", "response": "r", **({"prompt": "P"} if i == 0 else {})}
             for step in (1, 2) for i in range(3)]  # fmt: skip
     rows.append({"step": 2, "id": "b", "response": "r"})
-    data, _ = page_data([read_run(make_run(tmp_path / "run", rows))])
+    data, _ = build_page_data([read_run(make_run(tmp_path / "run", rows))])
     assert data["prompts"] == ["P"]
     assert [response["p"] for response in data["responses"]] == [0] * 6 + [-1]
 
 
 def test_too_many_responses_leave_evenly_spaced_steps() -> None:
     rows = [{"step": step, "at": i} for step in range(1, 11) for i in range(8)]
-    assert thinned(rows, 80) == rows
+    assert select_rows(rows, 80) == rows
     # 40 of 80 rows are 5 of 10 steps: places 0, 9 * 1 // 4 = 2, 4, 6, 9
-    assert [row["step"] for row in thinned(rows, 40)] == [step for step in (1, 3, 5, 7, 10) for _ in range(8)]
-    assert [row["at"] for row in thinned(rows[:8], 3)] == [0, 1, 2]
-    assert thinned(rows, 0) == []
+    assert [row["step"] for row in select_rows(rows, 40)] == [step for step in (1, 3, 5, 7, 10) for _ in range(8)]
+    assert [row["at"] for row in select_rows(rows[:8], 3)] == [0, 1, 2]
+    assert select_rows(rows, 0) == []
 
 
 def test_long_responses_are_cut_and_the_page_says_so(tmp_path: Path) -> None:
@@ -178,23 +178,23 @@ def test_long_responses_are_cut_and_the_page_says_so(tmp_path: Path) -> None:
         "id": "a",
         **tokens(("a" * MAX_CHARACTERS, Region.OTHER), ("bc", Region.NAME), ("d", Region.NAME)),
     }
-    data, _ = page_data([read_run(make_run(tmp_path / "run", [row]))])
+    data, _ = build_page_data([read_run(make_run(tmp_path / "run", [row]))])
     assert (data["responses"][0]["n"], data["responses"][0]["m"]) == (3, 2)
     assert [len(word) for word in data["words"]] == [MAX_CHARACTERS, 0]
 
 
 def test_long_curves_keep_their_extremes() -> None:
-    values = [float(i) for i in range(2 * MOST_POINTS)]
+    values = [float(i) for i in range(2 * MAX_POINTS)]
     steps = list(range(1, len(values) + 1))
-    line = condensed(Curve(steps, values, values, values))
+    line = downsample(Curve(steps, values, values, values))
     # stretches of two: 0 and 1, 2 and 3, ...
     assert (line.steps[:2], line.mean[:2], line.low[:2], line.high[:2]) == ([2, 4], [0.5, 2.5], [0.0, 2.0], [1.0, 3.0])
-    assert len(line.steps) == MOST_POINTS
+    assert len(line.steps) == MAX_POINTS
 
 
 def test_curves_differences_and_findings_are_in_the_page(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name, [], **{"rest.preset": name}) for name in ("rest", "grpo")]
-    data, _ = page_data([read_run(folder) for folder in folders])
+    data, _ = build_page_data([read_run(folder) for folder in folders])
     titles = {chart["title"]: chart for chart in data["charts"]}
     assert [line["y"] for line in titles["Reward"]["series"]] == [[0.1, 0.2, 0.3]] * 2
     assert titles["Entropy by region"]["series"][0]["region"] == "name"
@@ -226,7 +226,7 @@ def test_metrics_without_a_step_are_left_out(tmp_path: Path, row: dict[str, Any]
 
 def test_findings_are_those_of_the_diagnosis(tmp_path: Path) -> None:
     run = read_run(truncated_run(tmp_path / "run"))
-    data, _ = page_data([read_run(make_run(tmp_path / "well", [], **{"run.seed": 7})), run])
+    data, _ = build_page_data([read_run(make_run(tmp_path / "well", [], **{"run.seed": 7})), run])
     expected = diagnose(run.metrics, run.evaluations, parse_toml(run.config, "run"))
     assert expected
     at = [facts["name"] for facts in data["runs"]].index("run")
@@ -420,7 +420,7 @@ def test_the_theme_follows_the_system(tab: Page, many: Path, dark: bool) -> None
 
 def test_findings_stand_at_the_top_and_lead_to_their_step(tab: Page, tmp_path: Path) -> None:
     folder = truncated_run(tmp_path / "run")
-    finding = page_data([read_run(folder)])[0]["findings"][0]
+    finding = build_page_data([read_run(folder)])[0]["findings"][0]
     tab.open(write_html_report([folder]))
     for part in (finding["figure"], finding["cause"], finding["remedy"]):
         assert part in text_of(tab, "#finding-list li")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from rest_rl.config import RunConfig
-from rest_rl.report.page import shown_responses, write_report
+from rest_rl.report.page import render_sample_responses, write_report
 from rest_rl.report.palette import REGION_COLOURS
-from rest_rl.report.plots import gaps, with_gaps
-from rest_rl.report.tables import comparison_rows, curve, group_runs, markdown_table, mean_and_sd, smoothed
+from rest_rl.report.plots import find_gaps, with_gaps
+from rest_rl.report.tables import before_after_rows, group_runs, markdown_table, mean_and_sd, metric_curve, running_mean
 from rest_rl.response import Region
 from rest_rl.runlog import Run, RunLog, read_run
 
@@ -74,7 +74,7 @@ def test_seeds_of_one_configuration_are_one_curve(tmp_path: Path) -> None:
         ("grpo", 1),
         ("rest strength=0.1", 1),
     ]
-    line = curve(groups[0].runs, "reward")
+    line = metric_curve(groups[0].runs, "reward")
     # step 1 of seeds 0, 1, 2: 0.01, 1.01, 2.01, so mean 1.01 and sample deviation 1
     assert (line.steps[0], line.mean[0]) == (1, pytest.approx(1.01))
     assert (line.low[0], line.high[0]) == (pytest.approx(0.01), pytest.approx(2.01))
@@ -90,26 +90,26 @@ def test_a_run_twice_is_no_spread(tmp_path: Path) -> None:
 
 def test_numbers_that_are_missing_are_left_out(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", seed=0))
-    assert curve([run], "rest/entropy/other").steps == []
-    assert curve([run], "nonsense").steps == []
+    assert metric_curve([run], "rest/entropy/other").steps == []
+    assert metric_curve([run], "nonsense").steps == []
 
 
 def test_unfinished_runs_compare_to_nothing() -> None:
-    rows = comparison_rows({"before": {"exact_match": 0.25, "s_acc": 0.5, "s_format": 1.0, "n": 4}})
+    rows = before_after_rows({"before": {"exact_match": 0.25, "s_acc": 0.5, "s_format": 1.0, "n": 4}})
     assert rows[0] == ("sampled, T = 1", "4", "25.0 → –", "–", "50.0 → –", "100.0 → –")
 
 
 def test_mean_spread_and_smoothing_by_hand() -> None:
     assert mean_and_sd([2.0, 4.0, 6.0]) == (4.0, 2.0)
     assert mean_and_sd([2.0]) == (2.0, 0.0)
-    assert smoothed([0.0, 3.0, 6.0], 3) == [1.5, 3.0, 4.5]
+    assert running_mean([0.0, 3.0, 6.0], 3) == [1.5, 3.0, 4.5]
 
 
 def test_missing_steps_are_gaps_and_not_lines() -> None:
     steps = [1, 2, 4, 20, 21]  # every step but two, then sixteen without a number
-    assert gaps(steps) == [3]
-    assert [value for value in with_gaps(steps, gaps(steps)) if value == value] == steps
-    assert math.isnan(with_gaps(steps, gaps(steps))[3])
+    assert find_gaps(steps) == [3]
+    assert [value for value in with_gaps(steps, find_gaps(steps)) if value == value] == steps
+    assert math.isnan(with_gaps(steps, find_gaps(steps))[3])
 
 
 def test_cells_cannot_break_a_table() -> None:
@@ -124,7 +124,7 @@ def test_folders_without_a_run_are_named(tmp_path: Path, make) -> None:
 
 def test_a_response_with_a_fence_stands_unaltered_in_a_longer_one(tmp_path: Path) -> None:
     row = {"step": 1, "reward": 1.0, "response": "a ``` b\n````\nc"}
-    text = shown_responses(Run(tmp_path, "", {}, (), (row,), (), (), {}))
+    text = render_sample_responses(Run(tmp_path, "", {}, (), (row,), (), (), {}))
     assert text.count("`````text\na ``` b\n````\nc\n`````") == 2
 
 

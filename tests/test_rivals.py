@@ -23,7 +23,7 @@ from rest_rl.weights import WeightConfig
     ],
 )
 def test_a_rule_is_what_a_grid_trains(rival: str, method: str) -> None:
-    trained = read_grid(None, methods=["grpo", method] if method != "grpo" else [method]).run(method, "", 2)
+    trained = read_grid(None, methods=["grpo", method] if method != "grpo" else [method]).run_config(method, "", 2)
     assert built_in_rules()[rival] == trained.rest.resolve().weights
 
 

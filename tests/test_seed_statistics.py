@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from scipy.stats import nct, t, ttest_rel
 
 from rest_rl.compare.statistics import (
-    DRAWS,
-    detectable,
-    first_at,
+    MAX_SIGN_DRAWS,
+    compare_paired,
+    count_seeds_needed,
+    detectable_difference,
+    first_step_reaching,
     mean_interval,
-    paired,
+    paired_t_power,
     pooled_sd,
-    power_of,
-    seeds_needed,
-    share_of_steps,
     sign_flip_test,
+    steps_ratio,
     steps_to_target,
     t_test,
 )
@@ -40,7 +40,7 @@ def test_the_interval_of_a_mean_is_students() -> None:
 
 
 def test_paired_differences_by_hand() -> None:
-    test = paired(OURS, THEIRS)
+    test = compare_paired(OURS, THEIRS)
     # common seeds 0, 1, 2: differences .1, .15, .05; mean .1, s = .05, half = 4.302653 * .05 / sqrt(3) = .124207
     assert (test.n, test.sd) == (3, pytest.approx(0.05))
     assert test.difference == pytest.approx((0.1, 0.1 - 0.124207, 0.1 + 0.124207), abs=1e-6)
@@ -48,7 +48,7 @@ def test_paired_differences_by_hand() -> None:
     assert test.p_t == pytest.approx(1 - math.sqrt(12 / 14))
     # of 8 assignments of signs only +++ and --- are as far from 0
     assert test.p_flip == 0.25
-    assert paired({0: 1.0}, {1: 1.0}).n == 0
+    assert compare_paired({0: 1.0}, {1: 1.0}).n == 0
 
 
 def test_sign_flips_by_hand() -> None:
@@ -58,7 +58,7 @@ def test_sign_flips_by_hand() -> None:
     assert sign_flip_test([0.0, 0.0]) == 1.0
     assert math.isnan(sign_flip_test([]))
     # beyond 14 seeds by drawing: 17 equal signs happen 2 times in 2**17, so of 20,000 draws almost none
-    assert 1 / (DRAWS + 1) <= sign_flip_test([0.1] * 17) < 0.001
+    assert 1 / (MAX_SIGN_DRAWS + 1) <= sign_flip_test([0.1] * 17) < 0.001
     noise = [random.Random(i).gauss(0, 1) for i in range(20)]
     assert sign_flip_test(noise) == pytest.approx(t_test(noise), abs=0.03)
 
@@ -85,22 +85,22 @@ def test_differences_without_spread_say_nothing_of_the_noise() -> None:
     assert mean_interval([0.0, 0.0]) == (0, 0, 0)
     assert math.isnan(mean_interval([0.5, 0.5]).low)
     # .53 - .5, .43 - .4 and .63 - .6 are 0.03 but for rounding, of which there is 3e-17
-    alike = paired({0: 0.53, 1: 0.43, 2: 0.63}, {0: 0.5, 1: 0.4, 2: 0.6})
+    alike = compare_paired({0: 0.53, 1: 0.43, 2: 0.63}, {0: 0.5, 1: 0.4, 2: 0.6})
     assert (alike.n, alike.sd) == (3, 0.0)
     assert alike.difference.value == pytest.approx(0.03)
     assert math.isnan(alike.p_t)
     assert math.isnan(alike.difference.low)
     # 0.1 + 0.2 is not quite 0.3: no difference, and not one of 1e-17 points
-    none = paired({0: 0.1 + 0.2, 1: 0.5}, {0: 0.3, 1: 0.5})
+    none = compare_paired({0: 0.1 + 0.2, 1: 0.5}, {0: 0.3, 1: 0.5})
     assert (none.difference, none.p_t) == ((0, 0, 0), 1.0)
 
 
 def test_power_is_that_of_the_noncentral_t() -> None:
     critical, shift = t.ppf(0.975, 4), 1.5 * math.sqrt(5)
     expected = nct.sf(critical, 4, shift) + nct.cdf(-critical, 4, shift)
-    assert power_of(0.03, 0.02, 5) == power_of(-0.03, 0.02, 5) == pytest.approx(expected, abs=1e-6)
-    assert power_of(0.0, 0.02, 5) == pytest.approx(0.05, abs=1e-6)
-    assert power_of(5.0, 0.02, 3) == pytest.approx(1.0, abs=1e-6)
+    assert paired_t_power(0.03, 0.02, 5) == paired_t_power(-0.03, 0.02, 5) == pytest.approx(expected, abs=1e-6)
+    assert paired_t_power(0.0, 0.02, 5) == pytest.approx(0.05, abs=1e-6)
+    assert paired_t_power(5.0, 0.02, 3) == pytest.approx(1.0, abs=1e-6)
     rng = random.Random(0)
     drawn = [t_test([rng.gauss(1.5, 1) for _ in range(5)]) <= 0.05 for _ in range(2000)]
     assert statistics.fmean(drawn) == pytest.approx(expected, abs=0.04)  # 4 standard errors
@@ -108,16 +108,16 @@ def test_power_is_that_of_the_noncentral_t() -> None:
 
 def test_what_a_grid_can_see() -> None:
     for n in (2, 3, 5, 12):
-        assert power_of(detectable(0.02, n), 0.02, n) == pytest.approx(0.8, abs=1e-6)
-    assert detectable(0.02, 3) > detectable(0.02, 5) > 0
-    assert math.isnan(detectable(0.02, 1))
-    assert math.isnan(detectable(NAN, 5))
-    needed = seeds_needed(0.03, 0.02)
+        assert paired_t_power(detectable_difference(0.02, n), 0.02, n) == pytest.approx(0.8, abs=1e-6)
+    assert detectable_difference(0.02, 3) > detectable_difference(0.02, 5) > 0
+    assert math.isnan(detectable_difference(0.02, 1))
+    assert math.isnan(detectable_difference(NAN, 5))
+    needed = count_seeds_needed(0.03, 0.02)
     assert needed is not None
-    assert power_of(0.03, 0.02, needed) >= 0.8 > power_of(0.03, 0.02, needed - 1)
-    assert seeds_needed(1.0, 0.001) == 2
-    assert seeds_needed(1e-6, 1.0) is None
-    assert seeds_needed(0.0, 1.0) is None
+    assert paired_t_power(0.03, 0.02, needed) >= 0.8 > paired_t_power(0.03, 0.02, needed - 1)
+    assert count_seeds_needed(1.0, 0.001) == 2
+    assert count_seeds_needed(1e-6, 1.0) is None
+    assert count_seeds_needed(0.0, 1.0) is None
     # variances 1 and 4 with 2 and 1 degrees of freedom: (2 * 1 + 1 * 4) / 3 = 2
     assert pooled_sd([(1.0, 3), (2.0, 2), (NAN, 1)]) == pytest.approx(math.sqrt(2))
     assert math.isnan(pooled_sd([]))
@@ -125,14 +125,14 @@ def test_what_a_grid_can_see() -> None:
 
 def test_steps_by_hand() -> None:
     theirs = {10: 0.1, 20: 0.4, 30: 0.5, 40: 0.4}
-    assert first_at(theirs, 0.4) == 20
-    assert first_at(theirs, 0.6) is None
+    assert first_step_reaching(theirs, 0.4) == 20
+    assert first_step_reaching(theirs, 0.6) is None
     ours = {10: 0.4, 20: 0.45, 30: 0.5, 40: 0.5}
     # the other ends at .4, where it first was at 20, and we were at 10; its best .5 both reach at 30
-    assert share_of_steps(ours, theirs, best=False) == 0.5
-    assert share_of_steps(ours, theirs, best=True) == 1.0
-    assert share_of_steps({10: 0.1}, theirs, best=False) is None
-    assert share_of_steps(theirs, theirs, best=True) == share_of_steps(theirs, theirs, best=False) == 1.0
+    assert steps_ratio(ours, theirs, best=False) == 0.5
+    assert steps_ratio(ours, theirs, best=True) == 1.0
+    assert steps_ratio({10: 0.1}, theirs, best=False) is None
+    assert steps_ratio(theirs, theirs, best=True) == steps_ratio(theirs, theirs, best=False) == 1.0
 
 
 def test_steps_over_seeds_by_hand() -> None:

@@ -23,9 +23,9 @@ from rest_rl.evaluate.held_out import HeldOutPrompt, score_responses
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS, score_response
 from rest_rl.probe.sample import Sampling, tag_and_score
-from rest_rl.report.html import page_data
+from rest_rl.report.html import build_page_data
 from rest_rl.report.page import write_report
-from rest_rl.report.tables import comparison_rows, evaluation_curve, headline_key, headline_turn
+from rest_rl.report.tables import before_after_rows, evaluation_curve, headline_key, headline_turn
 from rest_rl.response import Gold, ToolCall
 from rest_rl.rewards import RewardConfig, apply_reward, judge, token_overlap
 from rest_rl.runlog import RunLog, read_run
@@ -224,17 +224,17 @@ def told_apart(calls: float, answers: float, kinds: tuple[str, ...] = ("dialogue
 
 
 def test_the_table_has_call_turns_first_and_a_single_kind_once() -> None:
-    rows = comparison_rows({"before": told_apart(0.2, 0.8), "after": told_apart(0.4, 1.0)})
+    rows = before_after_rows({"before": told_apart(0.2, 0.8), "after": told_apart(0.4, 1.0)})
     names, figures = [row[0] for row in rows], [row[2] for row in rows]
     turns = ["  answers", "  all turns"]
     assert names == ["sampled, calls", *turns, "greedy, calls", *turns]
     assert figures == ["20.0 → 40.0", "80.0 → 100.0", "50.0 → 70.0"] * 2
-    several = comparison_rows({"before": told_apart(0.2, 0.8, ("one", "two"))})
+    several = before_after_rows({"before": told_apart(0.2, 0.8, ("one", "two"))})
     assert [row[0] for row in several][3:5] == ["  one", "  two"]
     # an old run knows of no turns, and one of its sides in a resumed run neither: never call turns beside all turns
     old = {**means_of(0.5, 20), "greedy": means_of(0.6, 20)}
     for summary in ({"before": old, "after": old}, {"before": old, "after": told_apart(0.4, 1.0)}):
-        assert [row[0] for row in comparison_rows(summary)] == ["sampled, T = 1", "greedy"]
+        assert [row[0] for row in before_after_rows(summary)] == ["sampled, T = 1", "greedy"]
     only_calls = {**means_of(0.5), "calls": means_of(0.5), "answers": {"n": 0}}
     assert headline_turn([only_calls]) is None
     assert headline_turn([only_calls, told_apart(0.4, 1.0), None]) == "calls"
@@ -267,12 +267,12 @@ def test_a_report_is_over_call_turns_unless_one_of_its_runs_cannot_tell(tmp_path
     text = write_report([old]).read_text()
     assert "| sampled, T = 1 | 20 | 50.0 → 50.0 |" in text
     assert "0.500 → 0.500" in write_report([new, old], tmp_path / "both").read_text()
-    data, _ = page_data([run])
+    data, _ = build_page_data([run])
     assert (data["turns"], data["runs"][0]["after"]["exact_match"]) == ("call turns", 0.2)
     assert data["runs"][0]["answers"]["exact_match"] == 0.9
     assert {"truncated", "format"} <= set(data["responses"][0]["k"])
     assert "exact" not in data["responses"][0]["k"]
-    mixed, _ = page_data([run, other])
+    mixed, _ = build_page_data([run, other])
     assert [row["after"]["exact_match"] for row in mixed["runs"]] == [0.55, 0.5]
 
 

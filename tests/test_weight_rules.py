@@ -14,7 +14,7 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.origin import resolve_origin
 from rest_rl.objects import add_search_folder, load_object
 from rest_rl.presets import PRESETS, WEIGHT_RULES
-from rest_rl.report.diagnosis.settings import Settings
+from rest_rl.report.diagnosis.settings import DiagnosisSettings
 from rest_rl.runlog import RunLog
 from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.trainer import REGIONS, ResTConfig, ResTTrainer
@@ -203,5 +203,5 @@ def test_the_diagnosis_takes_a_rule_of_ones_own_for_none_of_the_package(rules, t
     (tmp_path / f"{rules}_fields.py").write_text(
         "class Own:\n    w_min, w_max, strength = 'a', 'b', 'high'\n    def __call__(self, *_): ...\n"
     )
-    own = Settings.from_table({"rest": {"weights": {"rule": f"{rules}_fields:Own"}}})
-    assert (own.clip, own.strength, own.shifts, own.is_shuffled) == (None, None, {}, False)
+    own = DiagnosisSettings.from_table({"rest": {"weights": {"rule": f"{rules}_fields:Own"}}})
+    assert (own.weight_clip, own.strength, own.curriculum_shifts, own.is_shuffled) == (None, None, {}, False)

@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 from research.theory.measure import Theory
 from rest_rl.probe.rules import UNIFORM
 from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
-from rest_rl.report.plots import FAINT, INK, bare_style, legend_style, new_axes, save
+from rest_rl.report.plots import FAINT, INK, legend_style, new_axes, save_figure, style_bare_axes
 
 
 def draw_theory(theory: Theory, folder: Path) -> list[Path]:
@@ -22,7 +22,7 @@ def draw_theory(theory: Theory, folder: Path) -> list[Path]:
         **({"bound": draw_bound(theory)} if theory.bounds else {}),
         "rules": draw_rules(theory),
     }
-    return [Path(save(figure, folder / f"{name}.png").name) for name, figure in drawn.items()]
+    return [Path(save_figure(figure, folder / f"{name}.png").name) for name, figure in drawn.items()]
 
 
 def draw_group_size(theory: Theory) -> Figure:
@@ -45,7 +45,7 @@ def draw_group_size(theory: Theory) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
     axes.legend(**{**legend_style(), "loc": "best"})
-    bare_style(axes, f"Lemma 1: variance within prompts, over that at G = {sizes[0]}")
+    style_bare_axes(axes, f"Lemma 1: variance within prompts, over that at G = {sizes[0]}")
     return figure
 
 
@@ -60,7 +60,7 @@ def draw_regions(theory: Theory) -> Figure:
              ecolor=INK, error_kw={"elinewidth": 0.9, "capsize": 2})  # fmt: skip
     axes.set_yscale("log")
     axes.set_xticks(range(len(rows)), [f"{row.region}\n{row.tokens:,}" for row in rows])
-    bare_style(axes, "a token's E|s|² per unit of 1 - exp(-H) (tokens below)")
+    style_bare_axes(axes, "a token's E|s|² per unit of 1 - exp(-H) (tokens below)")
     return figure
 
 
@@ -77,7 +77,7 @@ def draw_bound(theory: Theory) -> Figure:
     axes.set_yticks(places, list(theory.bounds))
     axes.invert_yaxis()
     axes.legend(**{**legend_style(), "loc": "best"})
-    bare_style(axes, "Theorem 1: second moment of a response's gradient", grid="x")
+    style_bare_axes(axes, "Theorem 1: second moment of a response's gradient", grid="x")
     return figure
 
 
@@ -100,5 +100,5 @@ def draw_rules(theory: Theory) -> Figure:
     axes.set_yticks(range(len(rules)), [rule.name for rule in rules])
     axes.invert_yaxis()
     axes.legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
-    bare_style(axes, "expected improvement per step: lead over uniform, in errors", grid="x")
+    style_bare_axes(axes, "expected improvement per step: lead over uniform, in errors", grid="x")
     return figure

@@ -15,31 +15,31 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rest_rl.compare.grid import LOGS, METHODS, RUNS, Grid, RunName, is_finished
+from rest_rl.compare.grid import LOGS_FOLDER, METHODS, RUNS_FOLDER, Grid, RunName, is_finished
 from rest_rl.compare.statistics import (
     NAN,
     Curve,
     Paired,
     StepsToTarget,
-    area_under,
-    detectable,
+    area_under_curve,
+    compare_paired,
+    detectable_difference,
     mean_interval,
-    paired,
     pooled_sd,
     steps_to_target,
 )
 from rest_rl.config import parse_recorded_run
 from rest_rl.errors import UserError
 from rest_rl.report.tables import (
+    MONITORING_KEYS,
     SEED_KEYS,
-    WATCHING_KEYS,
-    finished_steps,
     flatten,
     headline_key,
     headline_turn,
     is_number,
-    points,
-    scores_over,
+    last_finished_step,
+    scores_for_turn,
+    values_by_step,
 )
 from rest_rl.response import TURNS, Turn
 from rest_rl.runlog import Run, read_run
@@ -59,7 +59,7 @@ class Metric(NamedTuple):
     is_share: bool = True
 
 
-OVER_ALL: dict[str, Metric] = {
+ALL_TURN_METRICS: dict[str, Metric] = {
     "exact": Metric("exact match", "held-out prompts after training, sampled at temperature 1"),
     "exact_greedy": Metric("greedy", "exact match on the same prompts, greedy"),
     "s_acc": Metric("S_acc", "held-out prompts after training, sampled"),
@@ -73,18 +73,18 @@ OVER_ALL: dict[str, Metric] = {
     "tokens": Metric("tokens", "mean length of a training response", is_share=False),
 }
 METRICS = {
-    **OVER_ALL,
+    **ALL_TURN_METRICS,
     **{
         f"{key}_{turn}": Metric(f"{metric.label}, {TURNS[turn]}", f"{metric.text}; {TURNS[turn]} only")
-        for key, metric in OVER_ALL.items()
+        for key, metric in ALL_TURN_METRICS.items()
         if metric.is_share
         for turn in TURNS
     },
 }
 """All figures: over all turns, and apart over call turns and answer turns."""
-DIFFERENCES = ("gain", *(f"gain_{turn}" for turn in TURNS))
+DIFFERENCE_METRICS = ("gain", *(f"gain_{turn}" for turn in TURNS))
 """Figures that are differences of shares and may be negative."""
-PRIMARY = ("exact", "train_exact_end")
+PRIMARY_CANDIDATES = ("exact", "train_exact_end")
 """What the verdict is about: the first that was measured, over call turns where the runs tell these from answer turns.
 Chosen before any grid was looked at."""
 
@@ -229,7 +229,7 @@ class ComparisonReport:
     @cached_property
     def detectable(self) -> float:
         """The smallest difference that the grid would have seen four times out of five, with all of its seeds."""
-        return detectable(self.sd, self.seeds)
+        return detectable_difference(self.sd, self.seeds)
 
 
 def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
@@ -239,33 +239,35 @@ def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport
     are no lines.
     """
     runs, unfinished = read_runs(folder, grid, reference)
-    headlines = {key: headline_figure(runs, key) for key in OVER_ALL}
-    primary = headlines[next((key for key in PRIMARY if any(key in run.values for run in runs)), PRIMARY[-1])]
+    headlines = {key: headline_metric(runs, key) for key in ALL_TURN_METRICS}
+    primary = headlines[
+        next((key for key in PRIMARY_CANDIDATES if any(key in run.values for run in runs)), PRIMARY_CANDIDATES[-1])
+    ]
     curves, counted_on = step_curves(runs)
     return ComparisonReport(
         folder=folder,
         reference=reference,
         primary=primary,
-        lines=method_results(runs, reference, primary, curves),
+        lines=compare_methods(runs, reference, primary, curves),
         unfinished=unfinished,
-        unequal=tuple(unequal_settings(runs)),
+        unequal=tuple(find_unequal_settings(runs)),
         counted_on=counted_on,
         headlines=headlines,
     )
 
 
-def headline_figure(runs: Sequence[FinishedRun], key: str) -> str:
+def headline_metric(runs: Sequence[FinishedRun], key: str) -> str:
     """The figure over call turns where every run has it and some run has answer turns: unlike figures never mix."""
     known = [run.values for run in runs if key in run.values]
-    is_told = known and all(f"{key}_calls" in own for own in known) and any(f"{key}_answers" in own for own in known)
-    return f"{key}_calls" if is_told else key
+    is_split = known and all(f"{key}_calls" in own for own in known) and any(f"{key}_answers" in own for own in known)
+    return f"{key}_calls" if is_split else key
 
 
 def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[FinishedRun], dict[str, str]]:
     """The finished runs, the reference's first, and why each of the others, found or wanted, is left out."""
     runs: list[FinishedRun] = []
     unfinished: dict[str, str] = {}
-    for path in sorted(path for path in (folder / RUNS).glob("[!.]*") if path.is_dir()):
+    for path in sorted(path for path in (folder / RUNS_FOLDER).glob("[!.]*") if path.is_dir()):
         name = RunName.parse(path.name)
         try:
             run = read_run(path)
@@ -275,13 +277,13 @@ def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[Fin
         if name is None:
             unfinished[path.name] = "is not called METHOD-SEED"
         elif not is_finished(run.summary):
-            unfinished[path.name] = f"has {finished_steps(run)} steps"
+            unfinished[path.name] = f"has {last_finished_step(run)} steps"
         else:
-            runs.append(FinishedRun(name, run, figures(run)))
+            runs.append(FinishedRun(name, run, compute_metrics(run)))
     found = {*unfinished, *(str(run.name) for run in runs)}
-    for name in map(str, grid.names() if grid else ()):
+    for name in map(str, grid.run_names() if grid else ()):
         if name not in found:  # a run that failed early has no folder
-            log = Path(LOGS) / f"{name}.log"
+            log = Path(LOGS_FOLDER) / f"{name}.log"
             is_begun = (folder / log).is_file() and (folder / log).stat().st_size > 0
             unfinished[name] = f"has no run folder (see {log})" if is_begun else "has not begun"
     order = {name: index for index, name in enumerate((reference, *(name for name in METHODS if name != reference)))}
@@ -289,20 +291,20 @@ def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[Fin
     return runs, unfinished
 
 
-def figures(run: Run) -> dict[str, float]:
+def compute_metrics(run: Run) -> dict[str, float]:
     """The figures of METRICS that a run recorded."""
-    lengths = list(points(run.metrics, LENGTH).values())
+    lengths = list(values_by_step(run.metrics, LENGTH).values())
     found: dict[str, Any] = {"tokens": statistics.fmean(lengths) if lengths else None}
     for turn in (None, *TURNS):
-        found |= {key if turn is None else f"{key}_{turn}": value for key, value in shares(run, turn).items()}
+        found |= {key if turn is None else f"{key}_{turn}": value for key, value in compute_shares(run, turn).items()}
     return {key: float(found[key]) for key in METRICS if is_number(found.get(key))}
 
 
-def shares(run: Run, turn: Turn | None) -> dict[str, Any]:
+def compute_shares(run: Run, turn: Turn | None) -> dict[str, Any]:
     """The figures that are shares, over one sort of turns or over all."""
-    before, after = (scores_over(run.summary.get(when), turn) for when in ("before", "after"))
+    before, after = (scores_for_turn(run.summary.get(when), turn) for when in ("before", "after"))
     ending = "" if turn is None else f"_{turn}"
-    exact, accuracy = (list(points(run.metrics, key + ending).values()) for key in (EXACT, ACCURACY))
+    exact, accuracy = (list(values_by_step(run.metrics, key + ending).values()) for key in (EXACT, ACCURACY))
     found = {
         "exact": after.get("exact_match"),
         "exact_greedy": (after.get("greedy") or {}).get("exact_match"),
@@ -310,16 +312,18 @@ def shares(run: Run, turn: Turn | None) -> dict[str, Any]:
         "train_exact": statistics.fmean(exact) if exact else None,
         "train_s_acc": statistics.fmean(accuracy) if accuracy else None,
         "train_exact_end": statistics.fmean(exact[-max(1, len(exact) // 5) :]) if exact else None,
-        "slice_exact": area_under(slice_points(run, turn)),
+        "slice_exact": area_under_curve(slice_curve(run, turn)),
     }
     if is_number(after.get("exact_match")) and is_number(before.get("exact_match")):
         found["gain"] = after["exact_match"] - before["exact_match"]
     return found
 
 
-def slice_points(run: Run, turn: Turn | None) -> dict[int, float]:
+def slice_curve(run: Run, turn: Turn | None) -> dict[int, float]:
     """Exact match on the held-out slice by step."""
-    return points([{**scores_over(row, turn), "step": row.get("step")} for row in run.evaluations], "exact_match")
+    return values_by_step(
+        [{**scores_for_turn(row, turn), "step": row.get("step")} for row in run.evaluations], "exact_match"
+    )
 
 
 def step_curves(runs: Sequence[FinishedRun]) -> tuple[dict[RunName, Curve], str]:
@@ -332,11 +336,11 @@ def step_curves(runs: Sequence[FinishedRun]) -> tuple[dict[RunName, Curve], str]
     if all(len(run.run.evaluations) >= MIN_EVALUATIONS for run in runs):
         turn = headline_turn(row for run in runs for row in run.run.evaluations)
         what = f"the held-out slice{f', {TURNS[turn]}' if turn else ''}, sampled"
-        return {run.name: slice_points(run.run, turn) for run in runs}, what
+        return {run.name: slice_curve(run.run, turn) for run in runs}, what
     key = headline_key([run.run for run in runs], EXACT)
     curves: dict[RunName, Curve] = {}
     for run in runs:
-        raw = points(run.run.metrics, key)
+        raw = values_by_step(run.run.metrics, key)
         window = max(1, len(raw) // 10)
         means = np.convolve(list(raw.values()), np.full(window, 1 / window), "valid").tolist() if raw else []
         curves[run.name] = dict(zip(list(raw)[window - 1 :], means, strict=False))
@@ -344,7 +348,7 @@ def step_curves(runs: Sequence[FinishedRun]) -> tuple[dict[RunName, Curve], str]
     return curves, f"{what}, mean of the last tenth of the steps"
 
 
-def method_results(
+def compare_methods(
     runs: Sequence[FinishedRun], reference: str, primary: str, curves: Mapping[RunName, Curve]
 ) -> tuple[MethodResult, ...]:
     """The runs by start and method, each method compared with the reference of its start."""
@@ -357,7 +361,11 @@ def method_results(
 
     def over(group: tuple[str, str], method: str, metric: str) -> Paired | None:
         other = (group[0], method)
-        return paired(by_seed(group, metric), by_seed(other, metric)) if group != other and other in groups else None
+        return (
+            compare_paired(by_seed(group, metric), by_seed(other, metric))
+            if group != other and other in groups
+            else None
+        )
 
     def steps(group: tuple[str, str], *, best: bool) -> StepsToTarget | None:
         pair = (groups[group], groups.get((group[0], reference), []))
@@ -372,7 +380,7 @@ def method_results(
         q = dict(zip(tested, q_values([tests[group].p_t for group in tested]), strict=True))
         for group in groups:
             if values := by_seed(group, metric):
-                is_bounded = about.is_share and metric not in DIFFERENCES
+                is_bounded = about.is_share and metric not in DIFFERENCE_METRICS
                 mean = mean_interval(list(values.values()), (0.0, 1.0) if is_bounded else None)
                 metrics[group][metric] = MetricResult(values, mean, tests.get(group), q.get(group, NAN))
     return tuple(
@@ -391,10 +399,10 @@ def method_results(
     )
 
 
-def unequal_settings(runs: Sequence[FinishedRun]) -> list[str]:
+def find_unequal_settings(runs: Sequence[FinishedRun]) -> list[str]:
     """What makes runs of one start differ besides method and seed, a line each: nothing should."""
     found = []
-    free = (*SEED_KEYS, *WATCHING_KEYS)
+    free = (*SEED_KEYS, *MONITORING_KEYS)
     for start in dict.fromkeys(run.name.start for run in runs):
         own = [run for run in runs if run.name.start == start]
         shared = {str(run.name): {"steps": run.run.summary.get("steps")} for run in own}
@@ -404,11 +412,11 @@ def unequal_settings(runs: Sequence[FinishedRun]) -> list[str]:
                 for key, value in run.settings.items()
                 if not key.startswith(("rest.", "run.")) and key not in free
             }
-        found += differing(shared)
+        found += find_differing_keys(shared)
         for seed in dict.fromkeys(run.name.seed for run in own):
             digests = {str(run.name): (run.run.summary.get("data") or {}).get("digest") for run in own
                        if run.name.seed == seed}  # fmt: skip
-            found += differing({name: {"samples trained on": digest} for name, digest in digests.items()})
+            found += find_differing_keys({name: {"samples trained on": digest} for name, digest in digests.items()})
     for label in dict.fromkeys(run.name.label for run in runs):
         tables = [method_settings(run) for run in runs if run.name.label == label]
         changed = sorted({key for table in tables for key in table if any(t.get(key) != table[key] for t in tables)})
@@ -417,7 +425,7 @@ def unequal_settings(runs: Sequence[FinishedRun]) -> list[str]:
     return found
 
 
-def differing(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def find_differing_keys(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A line for each key whose value differs between the named tables, the rarest value first."""
     found = []
     for key in sorted({key for table in settings.values() for key in table}):
@@ -426,12 +434,12 @@ def differing(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
             by_value.setdefault(str(table.get(key, "unset")), []).append(name)
         if len(by_value) > 1:
             rarest_first = sorted(by_value.items(), key=lambda item: len(item[1]))
-            found.append(f"{key}: " + "; ".join(f"{value} in {some_of(names)}" for value, names in rarest_first))
+            found.append(f"{key}: " + "; ".join(f"{value} in {list_some(names)}" for value, names in rarest_first))
     return found
 
 
-def some_of(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def list_some(names: Sequence[str], max_names: int = 3) -> str:
+    return ", ".join(names[:max_names]) + (f" and {len(names) - max_names} more" if len(names) > max_names else "")
 
 
 def method_settings(run: FinishedRun) -> dict[str, str]:

@@ -29,12 +29,12 @@ from rest_rl.objects import add_search_folder
 from rest_rl.presets import PRESETS
 from rest_rl.report.tables import flatten
 
-REFERENCE = "grpo"
-SEEDS = (0, 1, 2)
+DEFAULT_REFERENCE = "grpo"
+DEFAULT_SEEDS = (0, 1, 2)
 TUNED_CURRICULUM = "rest-tuned-curriculum"
-RUNS, LOGS, GRID, BASE = "runs", "logs", "grid.toml", "base.toml"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+RUNS_FOLDER, LOGS_FOLDER, GRID_FILE, BASE_FILE = "runs", "logs", "grid.toml", "base.toml"
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+OBJECT_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 """`package.module:OBJECT`, what stands for an object of the user's."""
 
 Tables = Mapping[str, Any]
@@ -84,15 +84,15 @@ class Grid:
 
     base: Tables
     methods: Mapping[str, Tables]
-    seeds: tuple[int, ...] = SEEDS
+    seeds: tuple[int, ...] = DEFAULT_SEEDS
     starts: Mapping[str, Tables] = field(default_factory=dict)
-    reference: str = REFERENCE
+    reference: str = DEFAULT_REFERENCE
     modules: tuple[str, ...] = field(default=(), compare=False)
     """Folders of users' modules; none unless the grid names an object `package.module:OBJECT`."""
 
     def __post_init__(self) -> None:
         for name in (*self.methods, *self.starts):
-            if not NAME.fullmatch(name):
+            if not NAME_PATTERN.fullmatch(name):
                 raise UserError(f"the name {name!r}", "letters, digits and _ . + - for a folder", "rename the method")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise UserError(f"seeds {list(self.seeds)}", "one or more, each once", "correct the seeds")
@@ -101,37 +101,39 @@ class Grid:
             remedy = "add it, or set [grid] reference"
             raise UserError(f"methods {names} without the reference {self.reference!r}", "it among them", remedy)
         seen: dict[str, RunName] = {}
-        for name, run in self.runs():
+        for name, run in self.run_configs():
             twin = seen.setdefault(run.to_toml(), name)
             if twin is not name:
                 labels = f"{twin.label} and {name.label}"
                 raise UserError(f"{labels}, which are the same run", "methods that differ", "leave one out")
 
-    def names(self) -> list[RunName]:
+    def run_names(self) -> list[RunName]:
         """Every run, seed by seed, so that an unfinished grid has its pairs complete."""
         starts = (*self.starts,) or ("",)
         return [RunName(method, start, seed) for seed in self.seeds for start in starts for method in self.methods]
 
-    def runs(self) -> list[tuple[RunName, RunConfig]]:
-        return [(name, self.run(*name)) for name in self.names()]
+    def run_configs(self) -> list[tuple[RunName, RunConfig]]:
+        return [(name, self.run_config(*name)) for name in self.run_names()]
 
-    def run(self, method: str, start: str, seed: int) -> RunConfig:
+    def run_config(self, method: str, start: str, seed: int) -> RunConfig:
         """The run of one name; its `run.out` is the base's. UserError for changes that no run takes."""
         changes = self.methods[method]
-        tables = merged(merged(for_preset(self.base, changes), self.starts.get(start, {})), changes)
-        tables = merged(tables, {"run": {"seed": seed}})
+        tables = merge_tables(
+            merge_tables(drop_foreign_overrides(self.base, changes), self.starts.get(start, {})), changes
+        )
+        tables = merge_tables(tables, {"run": {"seed": seed}})
         weights = (tables.get("rest") or {}).get("weights") or {}
         if weights.get("rule") == "permuted" and "seed" not in weights:
-            tables = merged(tables, {"rest": {"weights": {"seed": seed}}})
+            tables = merge_tables(tables, {"rest": {"weights": {"seed": seed}}})
         try:
             config = from_mapping(RunConfig, tables, "")
             if not config.rest.is_supervised:
                 config.rest.resolve()
         except ValueError as error:
-            raise error_of_method(method, error) from error
+            raise wrap_method_error(method, error) from error
         return config
 
-    def joined(self, older: Grid) -> Grid:
+    def merge(self, older: Grid) -> Grid:
         """This grid with the methods, starts and seeds of an older one of the same runs; UserError for other runs."""
         ours, theirs = self._parts(), older._parts()
         changed = [key for key, table in theirs.items() if key in ours and ours[key] != table]
@@ -157,15 +159,20 @@ class Grid:
         parts |= {f"[starts.{name}]": table for name, table in self.starts.items()}
         return {key: without_none(table) for key, table in parts.items()}
 
-    def files(self) -> dict[str, str]:
+    def to_files(self) -> dict[str, str]:
         """The grid as the files `grid.toml` and, beside it, `base.toml`; `read_grid` gives the same grid back."""
-        head = {"seeds": list(self.seeds), "reference": self.reference, "methods": list(self.methods), "base": BASE}
+        head = {
+            "seeds": list(self.seeds),
+            "reference": self.reference,
+            "methods": list(self.methods),
+            "base": BASE_FILE,
+        }
         head |= {"modules": list(self.modules)} if self.modules else {}
         tables = {"grid": head, "methods": self.methods, "starts": self.starts}
-        return {GRID: tomli_w.dumps(without_none(tables)), BASE: tomli_w.dumps(without_none(self.base))}
+        return {GRID_FILE: tomli_w.dumps(without_none(tables)), BASE_FILE: tomli_w.dumps(without_none(self.base))}
 
 
-def error_of_method(label: str, error: ValueError) -> UserError:
+def wrap_method_error(label: str, error: ValueError) -> UserError:
     if isinstance(error, UserError):
         return UserError(f"method {label}: {error.problem}", error.expected, error.remedy)
     return UserError(
@@ -181,8 +188,8 @@ class GridTable:
 
     methods: tuple[str, ...] = ()
     """Names of the package's methods or of `[methods]`; without any the file's own and `grpo`, or the default ones."""
-    seeds: tuple[int, ...] = SEEDS
-    reference: str = REFERENCE
+    seeds: tuple[int, ...] = DEFAULT_SEEDS
+    reference: str = DEFAULT_REFERENCE
     """What every method is compared with."""
     base: str = ""
     """A run file, as seen from the grid file; without it the package's own run."""
@@ -233,12 +240,12 @@ def read_grid(
     modules = dict.fromkeys(str(folder.resolve()) for folder in folders)
     for folder in modules:
         add_search_folder(folder)
-    tables = base_tables(base, file.base, overrides, warn=not is_recorded)
-    changes = {name: changes_of(name, file.methods) for name in names}
+    tables = build_base_tables(base, file.base, overrides, warn=not is_recorded)
+    changes = {name: find_changes(name, file.methods) for name in names}
     values = [
         value for table in (tables, *changes.values(), *file.starts.values()) for value in flatten(table).values()
     ]
-    has_own_objects = any(isinstance(value, str) and OBJECT.fullmatch(value) for value in values)
+    has_own_objects = any(isinstance(value, str) and OBJECT_PATTERN.fullmatch(value) for value in values)
     return Grid(
         base=tables,
         methods=changes,
@@ -249,7 +256,7 @@ def read_grid(
     )
 
 
-def changes_of(name: str, own: Mapping[str, Tables]) -> Tables:
+def find_changes(name: str, own: Mapping[str, Tables]) -> Tables:
     """The changes of a method of the grid file, or of the package; UserError for an unknown name."""
     if name in own:
         return own[name]
@@ -259,17 +266,19 @@ def changes_of(name: str, own: Mapping[str, Tables]) -> Tables:
     return METHODS[name].changes
 
 
-def base_tables(path: str | Path | None, changes: Tables, overrides: Iterable[str], *, warn: bool = True) -> Tables:
+def build_base_tables(
+    path: str | Path | None, changes: Tables, overrides: Iterable[str], *, warn: bool = True
+) -> Tables:
     """The base run's tables: the run file, `[base]`, the overrides. Folder and seed of a run are the grid's."""
     text, origin = (read_text(path), str(path)) if path else (embedded_run(), "the embedded run")
-    tables = apply_overrides(merged(rename_keys(parse_toml(text, origin), warn=warn), changes), overrides)
+    tables = apply_overrides(merge_tables(rename_keys(parse_toml(text, origin), warn=warn), changes), overrides)
     run = {key: value for key, value in (tables.get("run") or {}).items() if key not in ("out", "seed")}
     tables = {**tables, "run": {"show_every": 0, **run}}
     from_mapping(RunConfig, tables, "")
     return tables
 
 
-def for_preset(base: Tables, changes: Tables) -> Tables:
+def drop_foreign_overrides(base: Tables, changes: Tables) -> Tables:
     """The base run without what it sets for another preset than the method's.
 
     `[rest] weights` and `advantage` belong to the base's own preset: GRPO would no longer be GRPO with them. A reward
@@ -287,11 +296,11 @@ def for_preset(base: Tables, changes: Tables) -> Tables:
     return {**base, "rest": {key: value for key, value in rest.items() if key not in foreign}}
 
 
-def merged(tables: Tables, changes: Tables) -> dict[str, Any]:
+def merge_tables(tables: Tables, changes: Tables) -> dict[str, Any]:
     result = dict(tables)
     for key, value in changes.items():
         old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        result[key] = merge_tables(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return result
 
 

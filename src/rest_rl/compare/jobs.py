@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rest_rl.compare.grid import LOGS, RUNS, Grid, RunName, error_of_method, is_finished
+from rest_rl.compare.grid import LOGS_FOLDER, RUNS_FOLDER, Grid, RunName, is_finished, wrap_method_error
 from rest_rl.config import AUTO, RunConfig, read_run_file
 from rest_rl.errors import UserError
 from rest_rl.jsonl import parse_row
-from rest_rl.report.tables import headline_turn, is_number, scores_over
+from rest_rl.report.tables import headline_turn, is_number, scores_for_turn
 from rest_rl.response import TURNS
 from rest_rl.runlog import CONFIG, METRICS, SUMMARY, Observer, owner_of, read_object, replace_file, unwritable
 from rest_rl.train.request import find_changed_keys, with_recorded_defaults
@@ -63,7 +63,7 @@ class Job:
 
     def last_metrics(self) -> dict[str, Any]:
         """The newest whole row of the run's metrics; empty before the first."""
-        for line in reversed(tail(self.folder / METRICS).split("\n")[:-1]):
+        for line in reversed(read_tail(self.folder / METRICS).split("\n")[:-1]):
             with suppress(ValueError):
                 return dict(parse_row(line.encode()))
         return {}
@@ -76,18 +76,18 @@ class Job:
 def make_jobs(grid: Grid, out: Path) -> list[Job]:
     """A job for each run; finished ones are kept. UserError if a folder holds another run than the grid's."""
     jobs = []
-    for name, wanted in grid.runs():
-        folder = out / RUNS / str(name)
+    for name, wanted in grid.run_configs():
+        folder = out / RUNS_FOLDER / str(name)
         config = replace(wanted, run=replace(wanted.run, out=str(folder)))
-        job = Job(name, config, folder, out / LOGS / f"{name}.log", modules=grid.modules)
-        check_recorded(job)
+        job = Job(name, config, folder, out / LOGS_FOLDER / f"{name}.log", modules=grid.modules)
+        check_recorded_run(job)
         if job.is_complete:
             job.state = "kept"
         jobs.append(job)
     return jobs
 
 
-def check_recorded(job: Job) -> None:
+def check_recorded_run(job: Job) -> None:
     """UserError if the folder holds a run that differs from the one that is wanted."""
     if not (job.folder / CONFIG).is_file():
         return
@@ -95,7 +95,7 @@ def check_recorded(job: Job) -> None:
     changed = find_changed_keys(with_recorded_defaults(job.config, recorded), recorded)
     if changed:
         pairs = list(changed.items())[:3]
-        parts = [f"{key} was {unset(old)}, now {unset(new)}" for key, (old, new) in pairs]
+        parts = [f"{key} was {value_or_unset(old)}, now {value_or_unset(new)}" for key, (old, new) in pairs]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
             f"{job.folder}, which holds another run ({'; '.join(parts)}{more})",
@@ -104,7 +104,7 @@ def check_recorded(job: Job) -> None:
         )
 
 
-def unset(value: Any) -> Any:
+def value_or_unset(value: Any) -> Any:
     return "unset" if value is None else value
 
 
@@ -122,24 +122,24 @@ def check_startable(jobs: Sequence[Job]) -> None:
         try:
             make_trainer_config(replace(job.config, rest=rest, trl=trl).with_response_limit(None))
         except ValueError as error:  # the trainer's own checks raise no UserError
-            raise error_of_method(job.name.label, error) from error
+            raise wrap_method_error(job.name.label, error) from error
 
 
-def run_jobs(jobs: Sequence[Job], at_a_time: int, observer: Observer) -> bool:
+def run_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observer) -> bool:
     """Train what is not finished, at most `at_a_time` runs at once; returns False if it was interrupted."""
     for job in jobs:
         write_run_file(job)
-    with progress_bars(jobs, observer) as update_bars, stop_requests(jobs) as stop:
+    with progress_bars(jobs, observer) as update_bars, catch_stop_signals(jobs) as stop:
         while True:
             if stop.count:
                 if not stop.is_acknowledged:
                     observer.say("stopping every run after its step; once more to stop at once")
                     stop.is_acknowledged = True
-                stop_all(jobs, at_once=stop.count > 1)
+                stop_jobs(jobs, at_once=stop.count > 1)
             for job in jobs:
                 if job.state == "running":
-                    collect(job, observer, is_stopping=stop.count > 0)
-            start_some(jobs, at_a_time, observer, stop)
+                    record_exit(job, observer, is_stopping=stop.count > 0)
+            start_waiting_jobs(jobs, max_parallel, observer, stop)
             update_bars()
             is_idle = not any(job.state == "running" for job in jobs)
             if is_idle and (stop.count or not any(job.state == "waiting" for job in jobs)):
@@ -156,38 +156,38 @@ def write_run_file(job: Job) -> None:
         raise unwritable(job.log.parent, error) from error
 
 
-def start_some(jobs: Sequence[Job], at_a_time: int, observer: Observer, stop: StopRequests) -> None:
+def start_waiting_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observer, stop: StopRequests) -> None:
     """Start as many runs as there is room for; one that somebody else is training takes up room and waits."""
-    room = at_a_time - sum(job.state == "running" for job in jobs)
+    room = max_parallel - sum(job.state == "running" for job in jobs)
     for job in [job for job in jobs if job.state == "waiting"]:
         if room <= 0 or stop.count:
             return
         room -= 1
         if holder := owner_of(job.folder):
             if not job.note:
-                wait_for(job, holder, observer)
+                wait_for_owner(job, holder, observer)
         elif job.is_complete:  # somebody else has finished it
             job.state = "kept"
             room += 1
         else:
-            start(job, at_a_time)
+            start_job(job, max_parallel)
             observer.say(f"{job.name} {job.note}")
 
 
-def wait_for(job: Job, holder: str, observer: Observer) -> None:
+def wait_for_owner(job: Job, holder: str, observer: Observer) -> None:
     """Leave a run to the process that trains it, and look again later."""
     job.state, job.note = "waiting", f"is being trained by {holder}: waiting for it"
     observer.say(f"{job.name} {job.note}")
 
 
-def start(job: Job, at_a_time: int) -> None:
+def start_job(job: Job, max_parallel: int) -> None:
     """Start a run, or go on with it, in a session of its own: Ctrl-C reaches it only through us."""
     job.log_start = job.log.stat().st_size if job.log.exists() else 0
     command = [sys.executable, "-m", "rest_rl", "train", str(job.log.with_suffix(".toml")), "--out", str(job.folder)]
     resumes = (job.folder / CONFIG).is_file()
     job.note = f"goes on after step {job.last_step()}" if resumes else "begins"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // at_a_time))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // max_parallel))
     folders = [*filter(None, [os.environ.get("PYTHONPATH")]), *job.modules]
     python_path = {"PYTHONPATH": os.pathsep.join(folders)} if job.modules else {}
     with job.log.open("ab") as log:
@@ -202,7 +202,7 @@ def start(job: Job, at_a_time: int) -> None:
     job.state = "running"
 
 
-def collect(job: Job, observer: Observer, *, is_stopping: bool) -> None:
+def record_exit(job: Job, observer: Observer, *, is_stopping: bool) -> None:
     """Note the end of a run, if it has ended; a failed one is shown with the end of its log."""
     assert job.process is not None
     code = job.process.poll()
@@ -210,31 +210,31 @@ def collect(job: Job, observer: Observer, *, is_stopping: bool) -> None:
         return
     if code == 0 and job.is_complete:
         job.state, job.note = "done", "is done"
-        observer.say(f"{job.name} is done{exact_text(job)}")
+        observer.say(f"{job.name} is done{format_exact_match(job)}")
     elif is_stopping:
         job.state, job.note = "stopped", f"stopped after step {job.last_step()}"
         observer.say(f"{job.name} {job.note}")
     elif holder := owner_of(job.folder):  # who was faster; ours has been refused
-        wait_for(job, holder, observer)
+        wait_for_owner(job, holder, observer)
     else:
         how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
         job.state, job.note = "failed", f"{how} after step {job.last_step()}"
         observer.say(f"{job.name} {job.note}; the end of {job.log}:")
-        for line in tail(job.log, job.log_start).rstrip().split("\n")[-TAIL_LINES:]:
+        for line in read_tail(job.log, job.log_start).rstrip().split("\n")[-TAIL_LINES:]:
             observer.say(f"  {line}")
 
 
-def exact_text(job: Job) -> str:
+def format_exact_match(job: Job) -> str:
     summary = read_object(job.folder / SUMMARY)
     pair = [summary.get(when) for when in ("before", "after")]
     turn = headline_turn(pair)
-    before, after = (scores_over(scores, turn).get("exact_match") for scores in pair)
+    before, after = (scores_for_turn(scores, turn).get("exact_match") for scores in pair)
     if not is_number(before) or not is_number(after):
         return ""
     return f": exact match {100 * before:.1f} → {100 * after:.1f} %" + (f" of {TURNS[turn]}" if turn else "")
 
 
-def tail(path: Path, since: int = 0) -> str:
+def read_tail(path: Path, since: int = 0) -> str:
     """The end of a file that may still grow, at most 16 KiB and nothing before `since`; empty without the file."""
     try:
         with path.open("rb") as file:
@@ -254,7 +254,7 @@ class StopRequests:
 
 
 @contextmanager
-def stop_requests(jobs: Sequence[Job]) -> Iterator[StopRequests]:
+def catch_stop_signals(jobs: Sequence[Job]) -> Iterator[StopRequests]:
     """The first Ctrl-C (or SIGTERM) ends every run after its step, with a checkpoint; the second one at once.
 
     The handler only counts, and the loop tells the runs: none is missed that is just being started, and no line is
@@ -271,14 +271,14 @@ def stop_requests(jobs: Sequence[Job]) -> Iterator[StopRequests]:
     try:
         yield stop
     except BaseException:
-        stop_all(jobs)
+        stop_jobs(jobs)
         raise
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
-def stop_all(jobs: Sequence[Job], *, at_once: bool = False) -> None:
+def stop_jobs(jobs: Sequence[Job], *, at_once: bool = False) -> None:
     for job in jobs:
         if job.state == "running" and job.process is not None and (at_once or not job.is_stopping):
             job.is_stopping = True
@@ -293,7 +293,7 @@ class Bar:
         self.stack, self.shown = ExitStack(), (done, "")
         self.advance = self.stack.enter_context(observer.track(what, total, done))
 
-    def move(self, done: int, note: str) -> None:
+    def update(self, done: int, note: str) -> None:
         if self.shown != (done, note):
             self.shown = done, note
             self.advance(done, note=note)
@@ -306,7 +306,7 @@ def progress_bars(jobs: Sequence[Job], observer: Observer) -> Iterator[Callable[
 
     def update() -> None:
         failed = sum(job.state == "failed" for job in jobs)
-        whole.move(sum(job.state in ("done", "kept") for job in jobs), f"{failed} failed" if failed else "")
+        whole.update(sum(job.state in ("done", "kept") for job in jobs), f"{failed} failed" if failed else "")
         for job in jobs:
             if job.state == "running":
                 step, row = job.last_step(), job.last_metrics()
@@ -315,7 +315,7 @@ def progress_bars(jobs: Sequence[Job], observer: Observer) -> Iterator[Callable[
                 exact = row.get("rest/exact_match_calls", row.get("rest/exact_match"))
                 is_evaluating = not row or step == job.total
                 note = "evaluating" if is_evaluating else f"exact match {exact:.2f}" if is_number(exact) else ""
-                bars[job.name].move(step, note)
+                bars[job.name].update(step, note)
             elif job.name in bars:
                 bars.pop(job.name).stack.close()
 

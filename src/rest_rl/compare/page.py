@@ -13,49 +13,49 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from rest_rl.compare.collect import (
-    DIFFERENCES,
+    DIFFERENCE_METRICS,
     EXACT,
     METRICS,
     REST,
     ComparisonReport,
     FinishedRun,
     MethodResult,
-    slice_points,
+    slice_curve,
 )
 from rest_rl.compare.grid import METHODS, TUNED_CURRICULUM
 from rest_rl.compare.statistics import StepsToTarget
-from rest_rl.compare.verdict import interval_text, letter, p_text, points_text
+from rest_rl.compare.verdict import format_interval, format_p, format_points, p_or_q
 from rest_rl.jsonl import as_json
 from rest_rl.report.palette import SERIES_COLOURS
 from rest_rl.report.plots import (
     FAINT,
     INK,
-    colours,
     draw_curve,
     legend_style,
     new_axes,
     new_figure,
-    save,
-    style,
+    save_figure,
+    series_colours,
+    style_axes,
     white_figure,
 )
 from rest_rl.report.tables import (
     Curve,
-    curve,
+    average_curves,
     headline_key,
     headline_turn,
     is_number,
     markdown_table,
-    mean_curve,
-    points,
+    metric_curve,
+    values_by_step,
 )
 from rest_rl.response import TURNS
 from rest_rl.runlog import PLOTS, replace_file, unwritable
 
-PAGE, FIGURES = "compare.md", "compare.json"
-FINAL = ("exact", "exact_greedy", "s_acc")
-OVERALL = ("train_exact", "train_exact_end", "train_s_acc", "slice_exact")
-SCORES = ("exact", "gain", "exact_greedy", "s_acc", "train_exact", "train_exact_end", "train_s_acc", "tokens")
+PAGE_FILE, FIGURES_FILE = "compare.md", "compare.json"
+FINAL_METRICS = ("exact", "exact_greedy", "s_acc")
+TRAINING_METRICS = ("train_exact", "train_exact_end", "train_s_acc", "slice_exact")
+RUN_METRICS = ("exact", "gain", "exact_greedy", "s_acc", "train_exact", "train_exact_end", "train_s_acc", "tokens")
 ROLE_COLOURS: Mapping[str, str] = {
     "method": SERIES_COLOURS[0],
     "ablation": SERIES_COLOURS[4],
@@ -64,8 +64,8 @@ ROLE_COLOURS: Mapping[str, str] = {
     "control": SERIES_COLOURS[1],
 }
 REFERENCE_COLOUR = "#9a9a9a"
-PANELS_IN_A_ROW = 4
-DYNAMICS = {"entropy": "entropy of the policy (nats)", "grad_norm": "gradient norm"}
+PANELS_PER_ROW = 4
+DYNAMICS_METRICS = {"entropy": "entropy of the policy (nats)", "grad_norm": "gradient norm"}
 
 Row = tuple[Any, ...]
 RunCurve = Callable[[FinishedRun], Mapping[int, float]]
@@ -76,11 +76,11 @@ def write_page(report: ComparisonReport) -> ComparisonReport:
     folder = report.folder
     try:
         plots = draw_plots(report, folder / PLOTS)
-        replace_file(folder / PAGE, page_text(report, plots))
-        replace_file(folder / FIGURES, as_json(figures(report), indent=1) + "\n")
+        replace_file(folder / PAGE_FILE, render_page(report, plots))
+        replace_file(folder / FIGURES_FILE, as_json(build_figures(report), indent=1) + "\n")
     except OSError as error:
         raise unwritable(folder, error) from error
-    return replace(report, page=folder / PAGE)
+    return replace(report, page=folder / PAGE_FILE)
 
 
 # Terminal and JSON
@@ -89,15 +89,21 @@ def write_page(report: ComparisonReport) -> ComparisonReport:
 def terminal_table(report: ComparisonReport) -> tuple[str, tuple[str, ...], list[Row]]:
     """Title, header and rows of the primary figure by method."""
     key = report.primary
-    header = ("percent", "seeds", METRICS[key].label, f"- {report.reference}", letter(report))
+    header = ("percent", "seeds", METRICS[key].label, f"- {report.reference}", p_or_q(report))
     rows: list[Row] = [
-        (line.label, str(len(line.runs)), mean_text(line, key), difference_text(line, key), q_text(line, key))
+        (
+            line.label,
+            str(len(line.runs)),
+            format_method_mean(line, key),
+            format_difference(line, key),
+            format_q(line, key),
+        )
         for line in report.lines
     ]
     return METRICS[key].text, header, [*rows, *((label, "0", "–", "–", "–") for label in report.absent)]
 
 
-def figures(report: ComparisonReport) -> dict[str, Any]:
+def build_figures(report: ComparisonReport) -> dict[str, Any]:
     return {
         "reference": report.reference,
         "primary": report.primary,
@@ -108,27 +114,27 @@ def figures(report: ComparisonReport) -> dict[str, Any]:
         "unfinished": report.unfinished,
         "without_a_finished_run": report.absent,
         "unequal": report.unequal,
-        "methods": {line.label: line_figures(line) for line in report.lines},
+        "methods": {line.label: build_method_figures(line) for line in report.lines},
     }
 
 
-def line_figures(line: MethodResult) -> dict[str, Any]:
+def build_method_figures(line: MethodResult) -> dict[str, Any]:
     metrics = {}
     for key, result in line.metrics.items():
-        test = {} if result.paired is None else plain(result.paired)
-        metrics[key] = {"mean": plain(result.mean), "by_seed": result.by_seed, "q": result.q, **test}
-    steps = {"to_final": plain(line.to_final), "to_best": plain(line.to_best)}
+        test = {} if result.paired is None else to_plain(result.paired)
+        metrics[key] = {"mean": to_plain(result.mean), "by_seed": result.by_seed, "q": result.q, **test}
+    steps = {"to_final": to_plain(line.to_final), "to_best": to_plain(line.to_best)}
     return {"role": line.role, "seeds": line.seeds, "figures": metrics, "steps": steps}
 
 
-def plain(value: Any) -> Any:
-    return {key: plain(part) for key, part in value._asdict().items()} if hasattr(value, "_asdict") else value
+def to_plain(value: Any) -> Any:
+    return {key: to_plain(part) for key, part in value._asdict().items()} if hasattr(value, "_asdict") else value
 
 
 # Markdown
 
 
-def page_text(report: ComparisonReport, plots: Mapping[str, Path]) -> str:
+def render_page(report: ComparisonReport, plots: Mapping[str, Path]) -> str:
 
     def picture(title: str, text: str = "") -> str:
         if title not in plots:
@@ -140,44 +146,44 @@ def page_text(report: ComparisonReport, plots: Mapping[str, Path]) -> str:
     parts = [
         "# Comparison",
         "\n".join(f"* {statement.text}" for statement in report.verdict),
-        warnings_text(report),
+        render_warnings(report),
         picture("Differences"),
-        final_section(report),
-        pairs_section(report),
-        turn_section(report),
-        training_section(report),
+        render_final_scores(report),
+        render_seed_pairs(report),
+        render_turn_scores(report),
+        render_training_scores(report),
         picture("Learning", f"Exact match on the training samples, over `{report.reference}` in grey; ± one "
                 "standard deviation over seeds."),
         picture("Held-out slice", "Exact match on the held-out slice, sampled."),
-        steps_section(report),
+        render_steps_to_target(report),
         dynamics and f"## Entropy and gradient norm\n\n{dynamics}",
-        ablation_section(report),
-        start_section(report),
-        kind_section(report),
-        runs_section(report),
-        HOW + ("" if report.is_single else CORRECTED),
+        render_ablations(report),
+        render_warm_starts(report),
+        render_task_kinds(report),
+        render_runs(report),
+        METHOD_NOTE + ("" if report.is_single else CORRECTION_NOTE),
     ]  # fmt: skip
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
-def section(title: str, note: str, header: Sequence[str], rows: Sequence[Row]) -> str:
+def render_section(title: str, note: str, header: Sequence[str], rows: Sequence[Row]) -> str:
     return f"## {title}\n\n{note}\n\n{markdown_table(header, rows)}" if rows else ""
 
 
-def warnings_text(report: ComparisonReport) -> str:
+def render_warnings(report: ComparisonReport) -> str:
     lines = [f"* `{name}` {why} and is left out." for name, why in report.unfinished.items()]
     lines += [f"* Not alike in all runs: {text}" for text in report.unequal]
     return "**Mind**\n\n" + "\n".join(lines) if lines else ""
 
 
-def measured(report: ComparisonReport, keys: Sequence[str]) -> list[str]:
+def available_metrics(report: ComparisonReport, keys: Sequence[str]) -> list[str]:
     """The figures that stand for `keys`, of those that a run has."""
     return [key for key in map(report.headline, keys) if any(key in line.metrics for line in report.lines)]
 
 
-def final_section(report: ComparisonReport) -> str:
+def render_final_scores(report: ComparisonReport) -> str:
     """The main table: the first figure with its tests, the others beside it."""
-    keys = measured(report, FINAL)
+    keys = available_metrics(report, FINAL_METRICS)
     if not keys:
         return ""
     minus = f"– {report.reference}"
@@ -187,18 +193,18 @@ def final_section(report: ComparisonReport) -> str:
     rows: list[Row] = []
     for line in report.lines:
         test = line.metrics[keys[0]].paired if keys[0] in line.metrics else None
-        cells = [mean_text(line, keys[0]), difference_text(line, keys[0])]
-        cells += [p_text(test.p_t), p_text(test.p_flip)] if test else ["–", "–"]
-        cells += [q_text(line, keys[0])] if q_column else []
+        cells = [format_method_mean(line, keys[0]), format_difference(line, keys[0])]
+        cells += [format_p(test.p_t), format_p(test.p_flip)] if test else ["–", "–"]
+        cells += [format_q(line, keys[0])] if q_column else []
         for key in keys[1:]:
-            cells += [mean_text(line, key), difference_text(line, key)]
+            cells += [format_method_mean(line, key), format_difference(line, key)]
         rows.append((line.label, len(line.runs), *cells))
     rows += [(label, 0, *["–"] * (len(header) - 2)) for label in report.absent]
     note = f"Held-out prompts; means over seeds and differences to `{report.reference}` in points, [95 %]."
-    return section("After training", note, header, rows)
+    return render_section("After training", note, header, rows)
 
 
-def pairs_section(report: ComparisonReport) -> str:
+def render_seed_pairs(report: ComparisonReport) -> str:
     """A single judged method and the reference, seed by seed."""
     if not report.is_single:
         return ""
@@ -214,26 +220,30 @@ def pairs_section(report: ComparisonReport) -> str:
     return f"## Seed by seed\n\n{markdown_table(header, rows)}" if rows else ""
 
 
-def training_section(report: ComparisonReport) -> str:
-    keys = measured(report, OVERALL)
+def render_training_scores(report: ComparisonReport) -> str:
+    keys = available_metrics(report, TRAINING_METRICS)
     header = ["percent"]
     for key in keys:
-        header += [METRICS[key].label, f"– {report.reference}", letter(report)]
+        header += [METRICS[key].label, f"– {report.reference}", p_or_q(report)]
     rows: list[Row] = []
     for line in report.lines if keys else ():
-        cells = [cell for key in keys for cell in (mean_text(line, key), difference_text(line, key), q_text(line, key))]
+        cells = [
+            cell
+            for key in keys
+            for cell in (format_method_mean(line, key), format_difference(line, key), format_q(line, key))
+        ]
         length = f"{line.metrics['tokens'].mean.value:.1f}" if "tokens" in line.metrics else "–"
         rows.append((line.label, *cells, length))
     note = "Means over the steps of a run (area under the curve), of the samples that it trained on."
-    return section("During training", note, [*header, "tokens"], rows)
+    return render_section("During training", note, [*header, "tokens"], rows)
 
 
-def turn_section(report: ComparisonReport) -> str:
+def render_turn_scores(report: ComparisonReport) -> str:
     """The figures that are over call turns, over answer turns and over all beside them."""
-    bases = [base for base in (*FINAL, *OVERALL) if report.headline(base) != base]
+    bases = [base for base in (*FINAL_METRICS, *TRAINING_METRICS) if report.headline(base) != base]
     header = ["percent", *(METRICS[base].label + over for base in bases for over in (", calls", ", answers", ", all"))]
     rows: list[Row] = [
-        (line.label, *(mean_text(line, base + end) for base in bases for end in ("_calls", "_answers", "")))
+        (line.label, *(format_method_mean(line, base + end) for base in bases for end in ("_calls", "_answers", "")))
         for line in report.lines
         if bases
     ]
@@ -241,11 +251,13 @@ def turn_section(report: ComparisonReport) -> str:
         "The verdict is about call turns: the text of an answer is not compared, so any answer without a call counts "
         "as right. Means over seeds, first over call turns, then over answer turns, then over all."
     )
-    return section("Call turns and answer turns", note, header, rows)
+    return render_section("Call turns and answer turns", note, header, rows)
 
 
-def steps_section(report: ComparisonReport) -> str:
-    rows = [(line.label, *steps_cells(line.to_final), *steps_cells(line.to_best)) for line in report.rivals()]
+def render_steps_to_target(report: ComparisonReport) -> str:
+    rows = [
+        (line.label, *format_steps_cells(line.to_final), *format_steps_cells(line.to_best)) for line in report.rivals()
+    ]
     rows = [row for row in rows if any(cell != "–" for cell in row[1:])]
     name = report.reference
     header = ("share of its steps", f"to {name}'s end", "by seed", "seeds", f"to {name}'s best", "by seed", "seeds")
@@ -254,18 +266,18 @@ def steps_section(report: ComparisonReport) -> str:
         f"there; counted on {report.counted_on}. First of the mean curve, then by seed (geometric mean, [95 %], "
         "known only if every seed gets there), then how many seeds got there."
     )
-    return section("Steps", note, header, rows)
+    return render_section("Steps", note, header, rows)
 
 
-def steps_cells(steps: StepsToTarget | None) -> tuple[str, str, str]:
+def format_steps_cells(steps: StepsToTarget | None) -> tuple[str, str, str]:
     """Share of the mean curve, by seed with its interval, seeds that got there."""
     if steps is None:
         return "–", "–", "–"
     share = "never" if math.isnan(steps.share) else f"{steps.share:.2f}"
-    return share, interval_text(steps.by_seed, 1, 2), f"{steps.reached} of {steps.n}"
+    return share, format_interval(steps.by_seed, 1, 2), f"{steps.reached} of {steps.n}"
 
 
-def ablation_section(report: ComparisonReport) -> str:
+def render_ablations(report: ComparisonReport) -> str:
     """What a change of one part of `rest` does, in the layout of the paper's Table 3."""
     tables = []
     for start in report.starts:
@@ -273,116 +285,124 @@ def ablation_section(report: ComparisonReport) -> str:
         without = [line for line in report.lines if line.start == start and line.role == "ablation"]
         if whole is None or not without:
             continue
-        kinds = task_kinds([whole, *without])
+        kinds = find_task_kinds([whole, *without])
         over = TURNS["calls"] if report.primary.endswith("_calls") else "all"
         header = (f"percent{', from ' + start if start else ''}", *kinds, over, "– rest", "p (t)")
         rows = []
         for line in (whole, *without):
             test = line.over_rest
-            cells = (points_text(test.difference), p_text(test.p_t)) if test else ("–", "–")
+            cells = (format_points(test.difference), format_p(test.p_t)) if test else ("–", "–")
             text = REST if line is whole else METHODS[line.method].text
-            rows.append((text, *kind_cells(line, kinds), mean_text(line, report.primary), *cells))
+            rows.append((text, *format_kind_cells(line, kinds), format_method_mean(line, report.primary), *cells))
         tables.append(markdown_table(header, rows))
     note = "Each row changes one thing of `rest`; below 0, `rest` loses by the change."
     if any(line.method == TUNED_CURRICULUM for line in report.lines):
-        note += f" {NO_CURRICULUM}"
+        note += f" {CURRICULUM_NOTE}"
     return "\n\n".join([f"## Ablations\n\n{note}", *tables]) if tables else ""
 
 
-def start_section(report: ComparisonReport) -> str:
+def render_warm_starts(report: ComparisonReport) -> str:
     """The warm starts, in the layout of the paper's Table 4."""
     if len(report.starts) < 2:
         return ""
-    kinds, all_turns = task_kinds(report.lines), report.primary.removesuffix("_calls")
+    kinds, all_turns = find_task_kinds(report.lines), report.primary.removesuffix("_calls")
     rows: list[Row] = []
     for start in report.starts:
         own = [line for line in report.lines if line.start == start]
-        before = [scores for line in own for scores in evaluations(line, "before")]
-        rows.append((start, *exact_by_kind(before, kinds), mean_of(scores.get("exact_match") for scores in before)))
-        rows += [(f"  + {line.method}", *kind_cells(line, kinds), mean_text(line, all_turns)) for line in own]
+        before = [scores for line in own for scores in select_evaluations(line, "before")]
+        rows.append(
+            (start, *format_exact_by_kind(before, kinds), format_mean(scores.get("exact_match") for scores in before))
+        )
+        rows += [
+            (f"  + {line.method}", *format_kind_cells(line, kinds), format_method_mean(line, all_turns)) for line in own
+        ]
     note = "Exact match, sampled, in percent; first of the start itself."
-    return section("Warm starts", note, ("start", *kinds, "all"), rows)
+    return render_section("Warm starts", note, ("start", *kinds, "all"), rows)
 
 
-def kind_section(report: ComparisonReport) -> str:
-    kinds = task_kinds(report.lines)
-    rows = [(line.label, *kind_cells(line, kinds), mean_text(line, "exact")) for line in report.lines if kinds]
+def render_task_kinds(report: ComparisonReport) -> str:
+    kinds = find_task_kinds(report.lines)
+    rows = [
+        (line.label, *format_kind_cells(line, kinds), format_method_mean(line, "exact"))
+        for line in report.lines
+        if kinds
+    ]
     note = "Exact match, sampled, in percent; means over seeds."
-    return section("By kind of task", note, ("percent", *kinds, "all"), rows)
+    return render_section("By kind of task", note, ("percent", *kinds, "all"), rows)
 
 
-def evaluations(line: MethodResult, when: str) -> list[dict[str, Any]]:
+def select_evaluations(line: MethodResult, when: str) -> list[dict[str, Any]]:
     """The evaluations before or after training of a method's runs; empty ones where there is none."""
     return [run.run.summary.get(when) or {} for run in line.runs]
 
 
-def task_kinds(lines: Iterable[MethodResult]) -> list[str]:
-    after = (scores for line in lines for scores in evaluations(line, "after"))
+def find_task_kinds(lines: Iterable[MethodResult]) -> list[str]:
+    after = (scores for line in lines for scores in select_evaluations(line, "after"))
     return list(dict.fromkeys(kind for scores in after for kind in scores.get("kinds") or {}))
 
 
-def kind_cells(line: MethodResult, kinds: Sequence[str]) -> list[str]:
-    return exact_by_kind(evaluations(line, "after"), kinds)
+def format_kind_cells(line: MethodResult, kinds: Sequence[str]) -> list[str]:
+    return format_exact_by_kind(select_evaluations(line, "after"), kinds)
 
 
-def exact_by_kind(scores: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[str]:
+def format_exact_by_kind(scores: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[str]:
     """Mean over runs of the exact match of each kind of task, in percent."""
     by_kind = [row.get("kinds") or {} for row in scores]
-    return [mean_of(row.get(kind, {}).get("exact_match") for row in by_kind) for kind in kinds]
+    return [format_mean(row.get(kind, {}).get("exact_match") for row in by_kind) for kind in kinds]
 
 
-def mean_of(values: Iterable[Any]) -> str:
+def format_mean(values: Iterable[Any]) -> str:
     known = [value for value in values if is_number(value)]
     return f"{100 * statistics.fmean(known):.1f}" if known else "–"
 
 
-def runs_section(report: ComparisonReport) -> str:
-    keys = measured(report, SCORES)
+def render_runs(report: ComparisonReport) -> str:
+    keys = available_metrics(report, RUN_METRICS)
     rows = [
-        (str(run.name), *(value_text(key, run.values.get(key)) for key in keys))
+        (str(run.name), *(format_value(key, run.values.get(key)) for key in keys))
         for line in report.lines
         for run in line.runs
     ]
     return f"## Every run\n\n{markdown_table(('percent', *(METRICS[key].label for key in keys)), rows)}"
 
 
-def value_text(key: str, value: float | None) -> str:
+def format_value(key: str, value: float | None) -> str:
     if value is None:
         return "–"
-    if key in DIFFERENCES:
+    if key in DIFFERENCE_METRICS:
         return f"{100 * value:+.1f}"
     return f"{100 * value:.1f}" if METRICS[key].is_share else f"{value:.1f}"
 
 
-def mean_text(line: MethodResult, key: str) -> str:
+def format_method_mean(line: MethodResult, key: str) -> str:
     """Mean and interval of a figure over seeds, in percent."""
-    return interval_text(line.metrics[key].mean, 100, 1) if key in line.metrics else "–"
+    return format_interval(line.metrics[key].mean, 100, 1) if key in line.metrics else "–"
 
 
-def difference_text(line: MethodResult, key: str) -> str:
+def format_difference(line: MethodResult, key: str) -> str:
     """Difference to the reference in points; a dash for the reference itself."""
     test = line.metrics[key].paired if key in line.metrics else None
-    return points_text(test.difference) if test else "–"
+    return format_points(test.difference) if test else "–"
 
 
-def q_text(line: MethodResult, key: str) -> str:
-    return p_text(line.metrics[key].q) if key in line.metrics else "–"
+def format_q(line: MethodResult, key: str) -> str:
+    return format_p(line.metrics[key].q) if key in line.metrics else "–"
 
 
-NO_CURRICULUM = (
+CURRICULUM_NOTE = (
     "The paper's row without a curriculum is `rest` itself, which has none: the last row adds the published one, and a "
     "difference above 0 is what it is worth. The paper takes it from its own whole method, so the two figures are of "
     "one question and not of one experiment."
 )
-HOW = """## How it is computed
+METHOD_NOTE = """## How it is computed
 
 Intervals are of 95 %, Student's over seeds: they hold for new seeds on this data, not for new data. Those of shares end
 at 0 and 100 %, between which the true mean lies: cutting them off there loses no coverage. A difference is paired by
 seed: the same samples in the same order. p (t) is the paired t test's; p (flips) that of random signs, which assumes no
 normal distribution and with n seeds is never below 2/2ⁿ (0.25 for 3, 0.06 for 5). The verdict is about the first figure
 of the first table and about nothing else."""
-CORRECTED = """ q corrects p (t) for the number of methods (Benjamini and Hochberg): of those with q ≤ 0.05 at most 5 %
-are expected to be chance."""
+CORRECTION_NOTE = """ q corrects p (t) for the number of methods (Benjamini and Hochberg): of those with q ≤ 0.05 at
+most 5 % are expected to be chance."""
 
 
 # Plots
@@ -394,8 +414,8 @@ def draw_plots(report: ComparisonReport, folder: Path) -> dict[str, Path]:
     exact, turn = headline_key(runs, EXACT), headline_turn(row for run in runs for row in run.evaluations)
     drawn = {
         "Differences": draw_differences(report, folder / "differences.png"),
-        "Learning": draw_panels(report, lambda run: points(run.run.metrics, exact), folder / "learning.png"),
-        "Held-out slice": draw_panels(report, lambda run: slice_points(run.run, turn), folder / "slice.png"),
+        "Learning": draw_panels(report, lambda run: values_by_step(run.run.metrics, exact), folder / "learning.png"),
+        "Held-out slice": draw_panels(report, lambda run: slice_curve(run.run, turn), folder / "slice.png"),
         "Dynamics": draw_dynamics(report, folder / "dynamics.png"),
     }
     return {title: path for title, path in drawn.items() if path}
@@ -413,7 +433,7 @@ def draw_differences(report: ComparisonReport, path: Path) -> Path | None:
         draw_difference(axes, row, report, line)
     axes.set_yticks(range(len(lines)), [line.label for line in reversed(lines)])
     axes.set_ylim(-0.6, len(lines) - 0.4)
-    style(axes, f"{METRICS[key].label}, points above {report.reference} on the same seed")
+    style_axes(axes, f"{METRICS[key].label}, points above {report.reference} on the same seed")
     axes.set_xlabel("points; bar: 95 % interval of the mean over seeds, dots: seeds", fontsize=8, color=INK)
     axes.margins(x=0.06)
     axes.grid(axis="y", visible=False)
@@ -422,7 +442,7 @@ def draw_differences(report: ComparisonReport, path: Path) -> Path | None:
         axes.plot([], [], color=ROLE_COLOURS[role], linewidth=2.2, label=role)
     if len(roles) > 1:
         axes.legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_difference(axes: Axes, row: int, report: ComparisonReport, line: MethodResult) -> None:
@@ -444,12 +464,12 @@ def draw_panels(report: ComparisonReport, curve_of_run: RunCurve, path: Path) ->
     """A panel per method, its curve over the reference's in grey; bands are one standard deviation over seeds."""
 
     def seed_curve(line: MethodResult) -> Curve:
-        return mean_curve([curve_of_run(run) for run in line.runs])
+        return average_curves([curve_of_run(run) for run in line.runs])
 
     lines = [line for line in report.rivals() or report.lines if seed_curve(line).steps]
     if not lines:
         return None
-    across, down = min(PANELS_IN_A_ROW, len(lines)), -(-len(lines) // PANELS_IN_A_ROW)
+    across, down = min(PANELS_PER_ROW, len(lines)), -(-len(lines) // PANELS_PER_ROW)
     figure = white_figure(max(5.2, 2.55 * across + 0.6), 2.3 * down)
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
     for index, line in enumerate(lines):
@@ -458,7 +478,7 @@ def draw_panels(report: ComparisonReport, curve_of_run: RunCurve, path: Path) ->
         if reference is not None:
             draw_curve(axes, seed_curve(reference), REFERENCE_COLOUR, reference.label)
         draw_curve(axes, seed_curve(line), ROLE_COLOURS[line.role], line.label)
-        style(axes, line.label)
+        style_axes(axes, line.label)
         is_lowest = index >= len(lines) - across
         axes.tick_params(labelbottom=is_lowest)
         if not is_lowest:
@@ -467,32 +487,32 @@ def draw_panels(report: ComparisonReport, curve_of_run: RunCurve, path: Path) ->
         panels[0].legend(**legend_style())
     for axes in panels[len(lines) :]:
         axes.set_visible(False)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_dynamics(report: ComparisonReport, path: Path) -> Path | None:
     """Policy entropy and gradient norm over steps, one line per method (the paper's Fig. 3)."""
     first_runs = [line.runs[0].run for line in report.lines]
-    keys = [key for key in DYNAMICS if any(key in row for run in first_runs for row in run.metrics)]
+    keys = [key for key in DYNAMICS_METRICS if any(key in row for run in first_runs for row in run.metrics)]
     if not keys:
         return None
     figure, panels = new_figure(len(keys))
     figure.set_size_inches(4.2 * len(keys) + 1.8, 3.4)
     is_pair = len(report.lines) == 2
     for axes, key in zip(panels, keys, strict=True):
-        for index, (line, own) in enumerate(zip(report.lines, colours(len(report.lines)), strict=True)):
+        for index, (line, own) in enumerate(zip(report.lines, series_colours(len(report.lines)), strict=True)):
             colour = ROLE_COLOURS[line.role] if is_pair else own
             colour = REFERENCE_COLOUR if line.method == report.reference else colour
-            whole = curve([run.run for run in line.runs], key)
+            whole = metric_curve([run.run for run in line.runs], key)
             if not is_pair:  # bands of ten methods hide each other: only the means
                 whole = Curve(whole.steps, whole.mean, whole.mean, whole.mean)
             draw_curve(axes, whole, colour, line.label)
             if axes.lines:
                 axes.lines[-1].set_linestyle(("-", (0, (4, 2)), (0, (1, 1.5)))[index // len(SERIES_COLOURS) % 3])
-        style(axes, DYNAMICS[key])
+        style_axes(axes, DYNAMICS_METRICS[key])
         for drawn in axes.lines:
             if drawn.get_linewidth() < 1:
                 drawn.remove()
     panels[-1].legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
     panels[0].axhline(0, color=FAINT, linewidth=0.6)
-    return save(figure, path)
+    return save_figure(figure, path)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rest_rl.compare.grid import GRID, REFERENCE, RUNS, Grid, read_grid
+from rest_rl.compare.grid import DEFAULT_REFERENCE, GRID_FILE, RUNS_FOLDER, Grid, read_grid
 from rest_rl.compare.jobs import Job, check_startable, make_jobs, run_jobs
 from rest_rl.errors import UserError
 from rest_rl.runlog import SILENT, Observer, replace_file, unwritable
@@ -40,10 +40,10 @@ def compare(
     Raises:
         UserError: a grid or run file that cannot be run, or a folder without a finished run of the reference.
     """
-    file, folder = locate(grid, out, only_report=only_report)
+    file, folder = locate_grid(grid, out, only_report=only_report)
     if only_report:
-        kept = read_grid(folder / GRID, is_recorded=True) if (folder / GRID).is_file() else None
-        return report(folder, kept, reference or (kept.reference if kept else REFERENCE))
+        kept = read_grid(folder / GRID_FILE, is_recorded=True) if (folder / GRID_FILE).is_file() else None
+        return write_report(folder, kept, reference or (kept.reference if kept else DEFAULT_REFERENCE))
     if jobs < 1:
         raise UserError(f"--jobs {jobs}", "at least 1", "raise it")
     wanted = read_grid(
@@ -53,33 +53,35 @@ def compare(
         base=base,
         overrides=overrides,
         reference=reference,
-        is_recorded=file == folder / GRID,
+        is_recorded=file == folder / GRID_FILE,
     )
     planned = make_jobs(wanted, folder)
     check_startable(planned)
     if dry_run:
         observer.show_table("the grid", ("method", "runs", "finished", "steps of a run"), plan_rows(planned))
-        return collected(folder, wanted, wanted.reference)
-    whole = keep_grid(wanted, folder)
+        return collect_report(folder, wanted, wanted.reference)
+    whole = save_grid(wanted, folder)
     kept_runs = sum(job.state == "kept" for job in planned)
-    observer.say(f"{len(planned)} runs in {folder / RUNS}, {kept_runs} of them finished")
+    observer.say(f"{len(planned)} runs in {folder / RUNS_FOLDER}, {kept_runs} of them finished")
     is_whole = run_jobs(planned, jobs, observer)
     if any(job.state in ("done", "kept") and job.name.method == wanted.reference for job in planned):
-        result = report(folder, whole, wanted.reference)
+        result = write_report(folder, whole, wanted.reference)
     else:
-        result = with_verdict(collected(folder, whole, wanted.reference))
+        result = with_verdict(collect_report(folder, whole, wanted.reference))
     failed = {str(job.name): f"{job.note}; see {job.log}" for job in planned if job.state == "failed"}
     return replace(result, failed=failed, is_interrupted=not is_whole)
 
 
-def report(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
+def write_report(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
     """Compare the finished runs in a grid's folder and write the page."""
     from rest_rl.compare.page import write_page
 
-    found = with_verdict(collected(folder, grid, reference))
+    found = with_verdict(collect_report(folder, grid, reference))
     if not found.lines:
         raise UserError(
-            f"{folder} without a finished run", f"folders {RUNS}/METHOD-SEED of rest-rl train", "run the grid first"
+            f"{folder} without a finished run",
+            f"folders {RUNS_FOLDER}/METHOD-SEED of rest-rl train",
+            "run the grid first",
         )
     if all(line.method != reference for line in found.lines):
         methods = ", ".join(dict.fromkeys(line.method for line in found.lines))
@@ -91,19 +93,19 @@ def report(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
     return write_page(found)
 
 
-def collected(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
+def collect_report(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
     from rest_rl.compare.collect import collect  # scipy and matplotlib wait until the grid has been read
 
     return collect(folder, grid, reference)
 
 
 def with_verdict(found: ComparisonReport) -> ComparisonReport:
-    from rest_rl.compare.verdict import verdict
+    from rest_rl.compare.verdict import build_verdict
 
-    return replace(found, verdict=verdict(found))
+    return replace(found, verdict=build_verdict(found))
 
 
-def locate(grid: str | Path | None, out: str | Path | None, *, only_report: bool) -> tuple[Path | None, Path]:
+def locate_grid(grid: str | Path | None, out: str | Path | None, *, only_report: bool) -> tuple[Path | None, Path]:
     """The grid file, if there is one, and the grid's folder: `out`, or what was given in place of a grid file."""
     given = Path(grid) if grid else None
     if given is not None and not given.exists():
@@ -113,13 +115,13 @@ def locate(grid: str | Path | None, out: str | Path | None, *, only_report: bool
     if given is not None and given.is_dir():
         if out and Path(out).resolve() != given.resolve():
             raise UserError(f"the folder {given} and --out {out}", "one of them", "remove --out")
-        if not only_report and not (given / GRID).is_file():
+        if not only_report and not (given / GRID_FILE).is_file():
             raise UserError(
-                f"the folder {given} without {GRID}",
+                f"the folder {given} without {GRID_FILE}",
                 "a grid that was begun",
                 "pass a grid file or --methods, or --only-report for a page of the runs that are there",
             )
-        return given / GRID, given
+        return given / GRID_FILE, given
     if not out:
         raise UserError("no --out", "the folder of the grid", "pass --out DIR")
     return given, Path(out)
@@ -136,13 +138,13 @@ def plan_rows(jobs: Sequence[Job]) -> list[tuple[str, int, int, Any]]:
     ]
 
 
-def keep_grid(grid: Grid, folder: Path) -> Grid:
+def save_grid(grid: Grid, folder: Path) -> Grid:
     """Write the grid down, so that its folder suffices to go on; what was asked for there before stays in it."""
-    if (folder / GRID).is_file():
-        grid = grid.joined(read_grid(folder / GRID, is_recorded=True))
+    if (folder / GRID_FILE).is_file():
+        grid = grid.merge(read_grid(folder / GRID_FILE, is_recorded=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in grid.files().items():
+        for name, text in grid.to_files().items():
             replace_file(folder / name, text)
     except OSError as error:
         raise unwritable(folder, error) from error

@@ -19,11 +19,11 @@ from scipy.stats import nct, permutation_test, t, ttest_1samp
 from rest_rl.statistics import LEVEL, Interval
 
 POWER = 0.8
-DRAWS = 20_000
+MAX_SIGN_DRAWS = 20_000
 """Sign assignments tried at most: all of them up to 14 seeds, random ones beyond."""
 MAX_SEEDS = 10_000
 NAN = float("nan")
-ROUNDING = 1e-9
+ROUNDING_TOLERANCE = 1e-9
 """Share of a value, or of the largest of several, below which a difference counts as none: shares are not exact."""
 
 Curve = Mapping[int, float]
@@ -61,7 +61,7 @@ def mean_interval(values: Sequence[float], bounds: tuple[float, float] | None = 
     """
     if not values:
         return Interval(NAN, NAN, NAN)
-    mean, sd = statistics.fmean(values), spread(values)
+    mean, sd = statistics.fmean(values), sample_sd(values)
     if sd == 0:
         half = NAN if any(values) else 0.0
     else:
@@ -71,22 +71,22 @@ def mean_interval(values: Sequence[float], bounds: tuple[float, float] | None = 
     return Interval(mean, max(bounds[0], mean - half), min(bounds[1], mean + half))
 
 
-def spread(values: Sequence[float]) -> float:
+def sample_sd(values: Sequence[float]) -> float:
     """The sample standard deviation, 0 where it is only rounding; NaN for fewer than two values."""
     if len(values) < 2:
         return NAN
     sd = statistics.stdev(values)
-    return sd if sd > ROUNDING * max(abs(value) for value in values) else 0.0
+    return sd if sd > ROUNDING_TOLERANCE * max(abs(value) for value in values) else 0.0
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paired:
+def compare_paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paired:
     """The difference on the seeds that both have, with its interval and two tests."""
     pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    differences = [0.0 if math.isclose(a, b, rel_tol=ROUNDING) else a - b for a, b in pairs]
+    differences = [0.0 if math.isclose(a, b, rel_tol=ROUNDING_TOLERANCE) else a - b for a, b in pairs]
     return Paired(
         n=len(differences),
         difference=mean_interval(differences),
-        sd=spread(differences),
+        sd=sample_sd(differences),
         p_t=t_test(differences),
         p_flip=sign_flip_test(differences),
     )
@@ -96,7 +96,7 @@ def t_test(differences: Sequence[float]) -> float:
     """Student's t test against 0, two-sided. Differences that are all 0 have p = 1; other ones without spread, NaN."""
     if len(differences) < 2:
         return NAN
-    if spread(differences) == 0:
+    if sample_sd(differences) == 0:
         return NAN if any(differences) else 1.0
     result: Any = ttest_1samp(differences, 0.0)
     return float(result.pvalue)
@@ -116,13 +116,13 @@ def sign_flip_test(differences: Sequence[float]) -> float:
         np.sum,
         permutation_type="samples",
         vectorized=True,
-        n_resamples=DRAWS,
+        n_resamples=MAX_SIGN_DRAWS,
         rng=0,
     )
     return float(result.pvalue)
 
 
-def power_of(difference: float, sd: float, n: int) -> float:
+def paired_t_power(difference: float, sd: float, n: int) -> float:
     """Chance that a paired t test at the 5 % level finds a true difference with n seeds: the noncentral t's tails."""
     if n < 2 or not sd > 0:
         return NAN
@@ -131,21 +131,21 @@ def power_of(difference: float, sd: float, n: int) -> float:
     return float(nct.sf(critical, n - 1, shift) + np.nan_to_num(nct.cdf(-critical, n - 1, shift)))
 
 
-def detectable(sd: float, n: int) -> float:
+def detectable_difference(sd: float, n: int) -> float:
     """The smallest true difference that n seeds find with a chance of 80 %: where `power_of` is 0.8."""
     if n < 2 or not sd > 0:
         return NAN
-    return sd * float(brentq(lambda effect: power_of(effect, 1.0, n) - POWER, 1e-3, 100.0))  # type: ignore[arg-type]
+    return sd * float(brentq(lambda effect: paired_t_power(effect, 1.0, n) - POWER, 1e-3, 100.0))  # type: ignore[arg-type]
 
 
-def seeds_needed(difference: float, sd: float) -> int | None:
+def count_seeds_needed(difference: float, sd: float) -> int | None:
     """The fewest seeds that find a true difference with a chance of 80 %; None beyond 10,000."""
-    if not difference or not sd > 0 or power_of(difference, sd, MAX_SEEDS) < POWER:
+    if not difference or not sd > 0 or paired_t_power(difference, sd, MAX_SEEDS) < POWER:
         return None
     low, high = 1, MAX_SEEDS
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if power_of(difference, sd, middle) >= POWER else (middle, high)
+        low, high = (low, middle) if paired_t_power(difference, sd, middle) >= POWER else (middle, high)
     return high
 
 
@@ -156,7 +156,7 @@ def pooled_sd(groups: Sequence[tuple[float, int]]) -> float:
     return math.sqrt(sum(sd**2 * weight for sd, weight in known) / freedom) if freedom else NAN
 
 
-def area_under(curve: Curve) -> float | None:
+def area_under_curve(curve: Curve) -> float | None:
     """Area under a curve over its range of steps, so a mean over steps; None for less than two points."""
     steps = sorted(curve)
     if len(steps) < 2:
@@ -173,11 +173,11 @@ def steps_to_target(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], *, b
     seeds = sorted(seed for seed in ours.keys() & theirs.keys() if ours[seed] and theirs[seed])
     if not seeds:
         return None
-    shares = [share_of_steps(ours[seed], theirs[seed], best=best) for seed in seeds]
+    shares = [steps_ratio(ours[seed], theirs[seed], best=best) for seed in seeds]
     known = [share for share in shares if share is not None]
     logs = mean_interval([math.log(share) for share in known] if len(known) == len(seeds) else [])
-    mean_of_ours, mean_of_theirs = (mean_curve([curves[seed] for seed in seeds]) for curves in (ours, theirs))
-    whole = share_of_steps(mean_of_ours, mean_of_theirs, best=best)
+    mean_of_ours, mean_of_theirs = (mean_on_shared_steps([curves[seed] for seed in seeds]) for curves in (ours, theirs))
+    whole = steps_ratio(mean_of_ours, mean_of_theirs, best=best)
     return StepsToTarget(
         share=NAN if whole is None else whole,
         reached=len(known),
@@ -186,21 +186,21 @@ def steps_to_target(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], *, b
     )
 
 
-def share_of_steps(ours: Curve, theirs: Curve, *, best: bool) -> float | None:
+def steps_ratio(ours: Curve, theirs: Curve, *, best: bool) -> float | None:
     """First crossing of the other curve's last (or best) value, over that curve's own first crossing of it."""
     if not theirs:
         return None
     target = max(theirs.values()) if best else theirs[max(theirs)]
-    own, other = first_at(ours, target), first_at(theirs, target)
+    own, other = first_step_reaching(ours, target), first_step_reaching(theirs, target)
     assert other is not None
     return None if own is None else own / other
 
 
-def first_at(curve: Curve, target: float) -> int | None:
+def first_step_reaching(curve: Curve, target: float) -> int | None:
     """The first step at which a curve reaches a value; None if it never does."""
     return next((step for step in sorted(curve) if curve[step] >= target - 1e-12), None)
 
 
-def mean_curve(curves: Sequence[Curve]) -> dict[int, float]:
+def mean_on_shared_steps(curves: Sequence[Curve]) -> dict[int, float]:
     steps = set.intersection(*(set(curve) for curve in curves))
     return {step: statistics.fmean(curve[step] for curve in curves) for step in sorted(steps)}

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from rest_rl.compare.collect import METRICS, PERMUTED, RANDOM, ComparisonReport, MethodResult, Statement, some_of
-from rest_rl.compare.statistics import Paired, seeds_needed
+from rest_rl.compare.collect import METRICS, PERMUTED, RANDOM, ComparisonReport, MethodResult, Statement, list_some
+from rest_rl.compare.statistics import Paired, count_seeds_needed
 from rest_rl.statistics import LEVEL, Interval
 
 FEW_SEEDS = 3
-WORTH = 0.03
+RELEVANT_DIFFERENCE = 0.03
 """A difference that one would want to see: 3 points."""
-OWN_REWARD = ("paper", "authors-code")
+METHODS_WITH_OWN_REWARD = ("paper", "authors-code")
 
 
-def verdict(report: ComparisonReport) -> tuple[Statement, ...]:
+def build_verdict(report: ComparisonReport) -> tuple[Statement, ...]:
     """The findings, the one that matters first."""
     found = list(unfinished_statements(report))
     for start in report.starts:
@@ -25,7 +25,7 @@ def verdict(report: ComparisonReport) -> tuple[Statement, ...]:
             found.append(Statement("no_reference", text))
             continue
         where = f"From {start}: " if start else ""
-        found += [Statement(kind, where + text) for kind, text in statements_of_start(report, reference)]
+        found += [Statement(kind, where + text) for kind, text in start_statements(report, reference)]
     return (*found, *power_statements(report))
 
 
@@ -37,44 +37,44 @@ def unfinished_statements(report: ComparisonReport) -> Iterator[Statement]:
     absent = ", ".join(f"`{label}`" for label in report.absent)
     without = f" There is no finished run of {absent}: nothing here is about that." if absent else ""
     count = f"**{len(left)} of {total} runs {'is' if len(left) == 1 else 'are'} not finished**"
-    yield Statement("unfinished", f"{count}: {some_of([f'`{name}`' for name in left])}.{without}")
+    yield Statement("unfinished", f"{count}: {list_some([f'`{name}`' for name in left])}.{without}")
 
 
-def statements_of_start(report: ComparisonReport, reference: MethodResult) -> Iterator[Statement]:
+def start_statements(report: ComparisonReport, reference: MethodResult) -> Iterator[Statement]:
     judged = report.judged(reference.start)
-    noticed = [line for line in judged if is_noticed(report, line)]
+    noticed = [line for line in judged if is_significant(report, line)]
     if judged:
-        yield nothing_learnt(report, [reference, *judged]) or headline(report, judged, noticed)
+        yield nothing_learnt_statement(report, [reference, *judged]) or headline_statement(report, judged, noticed)
     for line in noticed:
-        points, p = points_text(lead(report, line)), p_text(q_of(report, line))
-        text = f"`{line.label}`: {points} points ({letter(report)} {p})."
+        points, p = format_points(difference_to_reference(report, line)), format_p(q_value(report, line))
+        text = f"`{line.label}`: {points} points ({p_or_q(report)} {p})."
         if line.to_final and not math.isnan(line.to_final.share):
             text += f" It gets to where `{report.reference}` ends in {line.to_final.share:.2f} of its steps."
         yield Statement("difference", text)
     yield from speed_statements(report, judged)
     yield from control_statements(report, judged, noticed)
     yield from gain_statements(report, reference)
-    if any(line.method in OWN_REWARD for line in noticed):
+    if any(line.method in METHODS_WITH_OWN_REWARD for line in noticed):
         text = "`paper` and `authors-code` have rewards of their own: their differences are not of weights only."
         yield Statement("own_reward", text)
 
 
-def q_of(report: ComparisonReport, line: MethodResult) -> float:
+def q_value(report: ComparisonReport, line: MethodResult) -> float:
     return line.metrics[report.primary].q if report.primary in line.metrics else math.nan
 
 
-def lead(report: ComparisonReport, line: MethodResult) -> Interval:
+def difference_to_reference(report: ComparisonReport, line: MethodResult) -> Interval:
     """How far a method is above the reference in the primary figure."""
     test = line.metrics[report.primary].paired
     return test.difference if test else Interval(math.nan, math.nan, math.nan)
 
 
-def is_noticed(report: ComparisonReport, line: MethodResult) -> bool:
+def is_significant(report: ComparisonReport, line: MethodResult) -> bool:
     """Whether a method differs from the reference beyond seed noise: q at most 5 %."""
-    return q_of(report, line) <= LEVEL
+    return q_value(report, line) <= LEVEL
 
 
-def nothing_learnt(report: ComparisonReport, lines: list[MethodResult]) -> Statement | None:
+def nothing_learnt_statement(report: ComparisonReport, lines: list[MethodResult]) -> Statement | None:
     """That every run of some methods ends exactly where it began, or at 0; None if any does not."""
     label = METRICS[report.primary].label
     ends = {
@@ -88,30 +88,32 @@ def nothing_learnt(report: ComparisonReport, lines: list[MethodResult]) -> State
     return None
 
 
-def headline(report: ComparisonReport, judged: list[MethodResult], noticed: list[MethodResult]) -> Statement:
+def headline_statement(
+    report: ComparisonReport, judged: list[MethodResult], significant: list[MethodResult]
+) -> Statement:
     label, reference = METRICS[report.primary].label, report.reference
-    known = [q for line in judged if not math.isnan(q := q_of(report, line))]
+    known = [q for line in judged if not math.isnan(q := q_value(report, line))]
     if not known:
         tests = [line.metrics[report.primary].paired for line in judged]
         alike = any(test and test.n > 1 for test in tests)
         why = "differences that are alike under every seed leave nothing for" if alike else "too few seeds for"
         return Statement("no_verdict", f"**No verdict**: {why} a test of {label}.")
-    if not noticed:
+    if not significant:
         tested = [line for line in judged if line.metrics[report.primary].paired]
-        far = max(tested, key=lambda line: abs(lead(report, line).value))
-        points, p = points_text(lead(report, far)), p_text(min(known))
+        far = max(tested, key=lambda line: abs(difference_to_reference(report, line).value))
+        points, p = format_points(difference_to_reference(report, far)), format_p(min(known))
         text = (
-            f"`{far.label}` is {points} points from `{reference}` in {label} ({letter(report)} {p})."
+            f"`{far.label}` is {points} points from `{reference}` in {label} ({p_or_q(report)} {p})."
             if len(judged) == 1
             else f"None of {len(judged)} methods differs from `{reference}` in {label} (smallest q {p}). The largest "
             f"difference is that of `{far.label}`, {points} points."
         )
         return Statement("no_difference", f"**No difference beyond seed noise.** {text}")
-    above = [line for line in noticed if lead(report, line).value > 0]
+    above = [line for line in significant if difference_to_reference(report, line).value > 0]
     if len(judged) == 1:
-        side, test = "above" if above else "below", f"{label}, {letter(report)} ≤ {LEVEL:g}"
+        side, test = "above" if above else "below", f"{label}, {p_or_q(report)} ≤ {LEVEL:g}"
         return Statement(side, f"**`{judged[0].label}` is {side} `{reference}` beyond seed noise** ({test}).")
-    counts = f"{len(above)} above `{reference}` and {len(noticed) - len(above)} below it"
+    counts = f"{len(above)} above `{reference}` and {len(significant) - len(above)} below it"
     text = f"**Of {len(judged)} methods, {counts} beyond seed noise** ({label}, q ≤ {LEVEL:g})."
     return Statement("some_differ", text)
 
@@ -131,17 +133,17 @@ def speed_statements(report: ComparisonReport, judged: list[MethodResult]) -> It
 
 
 def control_statements(
-    report: ComparisonReport, judged: list[MethodResult], noticed: list[MethodResult]
+    report: ComparisonReport, judged: list[MethodResult], significant: list[MethodResult]
 ) -> Iterator[Statement]:
     """Whether shuffled weights do as well as what did better; else whether only a control did better."""
-    leading = [line for line in noticed if lead(report, line).value > 0]
+    leading = [line for line in significant if difference_to_reference(report, line).value > 0]
     better = [line for line in leading if line.role in ("method", "ablation")]
     for line in better:
         if line.over_permuted is None:
             text = "Without `permuted` in the grid it is open whether the regions or any uneven weights do it."
             yield Statement("no_control", text)
             return
-        yield control_statement(line.label, line.over_permuted, lead(report, line).value)
+        yield control_statement(line.label, line.over_permuted, difference_to_reference(report, line).value)
     if not better and any(line.role == "method" for line in judged):
         for line in leading:
             if line.method in (PERMUTED, "inverted"):
@@ -155,10 +157,10 @@ def control_statement(label: str, test: Paired, lead_of_reference: float) -> Sta
         seeds = {0: "no seed", 1: "one seed"}[test.n]
         text = f"`{label}` and `permuted` have {seeds} in common: whether the regions explain the lead cannot be told."
         return Statement("control_unknown", text)
-    points = f"`{label}` is {points_text(test.difference)} points above shuffled weights"
+    points = f"`{label}` is {format_points(test.difference)} points above shuffled weights"
     if test.difference.low > 0:
         return Statement("regions_matter", f"{points}: which region gets the weight matters.")
-    if test.difference.high < min(WORTH, lead_of_reference / 2):
+    if test.difference.high < min(RELEVANT_DIFFERENCE, lead_of_reference / 2):
         text = (
             f"**Weights matter, but shuffled ones do as well**: {points}, less than half of its lead, so the regions "
             "do not explain it."
@@ -171,26 +173,26 @@ def control_statement(label: str, test: Paired, lead_of_reference: float) -> Sta
 def gain_statements(report: ComparisonReport, reference: MethodResult) -> Iterator[Statement]:
     gain = report.headline("gain")
     if result := reference.metrics.get(gain):
-        yield reference_gain(reference.label, result.mean)
+        yield reference_gain_statement(reference.label, result.mean)
     drawn = report.line(RANDOM, reference.start)
     if drawn and (result := drawn.metrics.get(gain)):
         if result.mean.low > 0:
             kind, meaning = "random_gains", "**part of every gain here needs no reward.**"
-        elif result.mean.high < WORTH:
-            kind, meaning = "random_flat", f"less than {100 * WORTH:.0f} points come without a signal."
+        elif result.mean.high < RELEVANT_DIFFERENCE:
+            kind, meaning = "random_flat", f"less than {100 * RELEVANT_DIFFERENCE:.0f} points come without a signal."
         else:
             kind, meaning = "random_unknown", "whether something is gained without a signal cannot be told."
-        points = points_text(result.mean)
+        points = format_points(result.mean)
         yield Statement(kind, f"Rewards that know nothing (`random`) change exact match by {points} points: {meaning}")
 
 
-def reference_gain(label: str, gain: Interval) -> Statement:
-    points = f"{points_text(gain)} points over its start"
+def reference_gain_statement(label: str, gain: Interval) -> Statement:
+    points = f"{format_points(gain)} points over its start"
     if math.isnan(gain.low):
         return Statement("reference_gain", f"`{label}` gained {points}.")
     if gain.low > 0:
         return Statement("reference_learnt", f"`{label}` learnt: {points}.")
-    if gain.high < WORTH:
+    if gain.high < RELEVANT_DIFFERENCE:
         text = (
             f"`{label}` itself gained nothing to speak of ({points}): a grid in which so little is learnt says little "
             "about methods. Train longer, or take another start."
@@ -207,9 +209,13 @@ def power_statements(report: ComparisonReport) -> Iterator[Statement]:
         yield Statement("one_seed", text)
         return
     if not math.isnan(report.detectable):
-        needed = seeds_needed(WORTH, report.sd)
+        needed = count_seeds_needed(RELEVANT_DIFFERENCE, report.sd)
         many = "" if report.is_single else ", before correction for the number of methods"
-        more = f"; for {100 * WORTH:.0f} points it takes {needed} seeds" if needed and needed > report.seeds else ""
+        more = (
+            f"; for {100 * RELEVANT_DIFFERENCE:.0f} points it takes {needed} seeds"
+            if needed and needed > report.seeds
+            else ""
+        )
         text = (
             f"With {report.seeds} seeds the grid would have seen a difference of {100 * report.detectable:.1f} points "
             f"four times out of five{many}{more}."
@@ -223,16 +229,16 @@ def power_statements(report: ComparisonReport) -> Iterator[Statement]:
         yield Statement("few_seeds", f"{report.seeds} seeds hardly allow a test: run at least 3, better 5.")
 
 
-def letter(report: ComparisonReport) -> str:
+def p_or_q(report: ComparisonReport) -> str:
     return "p" if report.is_single else "q"
 
 
-def points_text(interval: Interval) -> str:
+def format_points(interval: Interval) -> str:
     """`+3.1 [+0.4, +5.8]` in points."""
-    return interval_text(interval, 100, 1, sign="+")
+    return format_interval(interval, 100, 1, sign="+")
 
 
-def interval_text(interval: Interval, scale: float, digits: int, sign: str = "") -> str:
+def format_interval(interval: Interval, scale: float, digits: int, sign: str = "") -> str:
     """`41.2 [38.0, 44.4]`; only the value without an interval, a dash without a value."""
     if math.isnan(interval.value):
         return "–"
@@ -240,7 +246,7 @@ def interval_text(interval: Interval, scale: float, digits: int, sign: str = "")
     return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
 
 
-def p_text(p: float) -> str:
+def format_p(p: float) -> str:
     if math.isnan(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"

@@ -17,7 +17,7 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.harness import OVERALL
 from rest_rl.evaluate.tables import Column, Summary, build_sections, column_scores, describe_prompt, group_by_edition
 from rest_rl.jsonl import reason
-from rest_rl.report.plots import FAINT, INK, colours, save
+from rest_rl.report.plots import FAINT, INK, save_figure, series_colours
 
 MIN_AXES = 3
 """Fewer make no polygon; they become bars."""
@@ -68,7 +68,7 @@ def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2 if sum(map(len, cells)) < 70 else 1, **style)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return save(figure, Path(path))
+        return save_figure(figure, Path(path))
     except OSError as error:
         raise UserError(f"{path} ({reason(error)})", "a path to write to", "pass another") from error
 
@@ -100,7 +100,7 @@ def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Se
     angles = [2 * math.pi * i / len(labels) for i in range(len(labels))]
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
-    for (name, own), colour in zip(models.items(), colours(len(models)), strict=True):
+    for (name, own), colour in zip(models.items(), series_colours(len(models)), strict=True):
         values = [100 * share.accuracy for share in own]
         style = {"color": colour, "linewidth": 1.6, "marker": "."}
         axes.plot([*angles, angles[0]], [*values, values[0]], label=escape_label(name), **style)
@@ -122,7 +122,7 @@ def draw_bars(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequen
     """A bar per model in each group, with its interval."""
     axes = figure.add_subplot()
     width = 0.8 / len(models)
-    for index, ((name, own), colour) in enumerate(zip(models.items(), colours(len(models)), strict=True)):
+    for index, ((name, own), colour) in enumerate(zip(models.items(), series_colours(len(models)), strict=True)):
         places = [i + (index - (len(models) - 1) / 2) * width for i in range(len(labels))]
         below = [max(0.0, 100 * (share.accuracy - share.low)) for share in own]
         above = [max(0.0, 100 * (share.high - share.accuracy)) for share in own]

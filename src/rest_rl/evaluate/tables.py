@@ -19,7 +19,7 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.groups import LIVE, MULTI_TURN, NON_LIVE
 from rest_rl.evaluate.harness import OVERALL
 from rest_rl.jsonl import reason
-from rest_rl.report.tables import is_number, markdown_table, percent
+from rest_rl.report.tables import format_percent, is_number, markdown_table
 from rest_rl.response import TURNS
 from rest_rl.runlog import replace_file
 
@@ -256,7 +256,7 @@ def ceiling_notes(summary: Summary) -> Iterator[str]:
     """Where answers by what the prompts offer cannot reach 100, in the groups that were asked."""
     for name, ceiling in (summary.get("ceilings") or {}).items():
         if ceiling.get("ids") and name in (summary.get("groups") or {}):
-            reach = f"answers by the tools on offer reach {percent(ceiling.get('accuracy'))}"
+            reach = f"answers by the tools on offer reach {format_percent(ceiling.get('accuracy'))}"
             yield f"{display_label(str(name))}: {reach}; the gold of {', '.join(ceiling['ids'])} lies outside them."
 
 
@@ -272,13 +272,16 @@ def interval_text(low: Any, high: Any) -> str:
 def markdown_cell(row: Any) -> str:
     """`95.0 [92.4, 96.7]`, marked with its number of samples where they are a part."""
     mark, part = ("*", f"(n = {row.n} of {row.of})") if is_partial(row) else ("", "")
-    return " ".join(filter(None, (percent(row.accuracy) + mark, interval_text(row.low, row.high), part)))
+    return " ".join(filter(None, (format_percent(row.accuracy) + mark, interval_text(row.low, row.high), part)))
 
 
 def latex_cell(row: Any) -> str:
     if row.accuracy is None:
         return "--"
-    number, interval = percent(row.accuracy) + ("$^{*}$" if is_partial(row) else ""), interval_text(row.low, row.high)
+    number, interval = (
+        format_percent(row.accuracy) + ("$^{*}$" if is_partial(row) else ""),
+        interval_text(row.low, row.high),
+    )
     return rf"\withinterval{{{number}}}{{{interval}}}" if interval else number
 
 
@@ -370,7 +373,9 @@ def terminal_table(summary: Summary) -> TextTable:
     for column in columns:
         found = [column_scores(summary, column, metric) for metric in metrics]
         n, of = (groups[column.group].get(key, 0) for key in ("n", "of")) if not column.is_average else ("", "")
-        cells = [text for own in found for text in (percent(own["accuracy"]), interval_text(own["low"], own["high"]))]
+        cells = [
+            text for own in found for text in (format_percent(own["accuracy"]), interval_text(own["low"], own["high"]))
+        ]
         rows.append((column.label, f"{n}" if n == of else f"{n} of {of}", *cells))
     header = ("", "n", *(title for name in metrics for title in (name if len(metrics) > 1 else "percent", "95 %")))
     troubles = {name: format_issues([group]) for name, group in groups.items() if name not in sums}
@@ -418,7 +423,7 @@ def _comparison_row(change: Mapping[str, Any]) -> tuple[str, ...]:
     if not change["n"]:
         return (label, "0", *[DASH] * 8)
     p_text, q_text = (DASH if p is None else "<.001" if p < 0.001 else f"{p:.3f}" for p in (change["p"], q))
-    shares = (percent(change["base"]), percent(change["tuned"]), f"{100 * change['difference']:+.1f}")
+    shares = (format_percent(change["base"]), format_percent(change["tuned"]), f"{100 * change['difference']:+.1f}")
     counts = (interval_text(change["low"], change["high"]), str(change["lost"]), str(change["gained"]))
     star = "*" if q is not None and q <= SIGNIFICANCE_LEVEL else ""
     return (label, str(change["n"]), *shares, *counts, p_text, q_text + star)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rest_rl.probe.report import Advice, ProbeReport
 from rest_rl.probe.variance import Estimate
 from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
-from rest_rl.report.plots import INK, bare_style, legend_style, new_axes, save
+from rest_rl.report.plots import INK, legend_style, new_axes, save_figure, style_bare_axes
 from rest_rl.report.tables import markdown_table
 from rest_rl.response import Region
 
@@ -198,7 +198,7 @@ def draw_probe(report: ProbeReport, folder: Path) -> list[Path]:
             errors=2,
         ),
     }
-    return [Path(save(figure, folder / f"{stem}-{name}.png").name) for name, figure in drawn.items()]
+    return [Path(save_figure(figure, folder / f"{stem}-{name}.png").name) for name, figure in drawn.items()]
 
 
 def draw_entropies(report: ProbeReport) -> Figure:
@@ -218,7 +218,7 @@ def draw_entropies(report: ProbeReport) -> Figure:
         axes.plot([at], [np.quantile(own_T, 0.9)], marker="_", color=INK, markersize=10, zorder=4)
     names = [f"{label}\n{facts.tokens.number:,}" for label, facts in report.regions.items()]
     axes.set_xticks(range(len(names)), names)
-    bare_style(axes, f"{report.format}: token entropy by region, nats (● mean, – 90th percentile; tokens below)")
+    style_bare_axes(axes, f"{report.format}: token entropy by region, nats (● mean, – 90th percentile; tokens below)")
     return figure
 
 
@@ -239,5 +239,5 @@ def draw_estimates(
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.legend(**{**legend_style(), "loc": "best"})
-    bare_style(axes, title, grid="x")
+    style_bare_axes(axes, title, grid="x")
     return figure

@@ -22,28 +22,28 @@ from rest_rl.config import parse_recorded_run
 from rest_rl.errors import UserError
 from rest_rl.jsonl import finite
 from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
-from rest_rl.report.responses import FLAGS, pack_responses
+from rest_rl.report.responses import FLAG_LABELS, pack_responses
 from rest_rl.report.tables import (
     Curve,
-    Group,
-    curve,
+    RunGroup,
+    diagnose_run,
     evaluation_curve,
-    findings_of,
-    finished_steps,
     flatten,
     group_runs,
     headline_key,
     headline_turn,
+    headline_turn_of_runs,
     is_number,
-    measured_turn,
-    scores_over,
+    last_finished_step,
+    metric_curve,
+    scores_for_turn,
 )
 from rest_rl.response import TURNS, Turn
 from rest_rl.runlog import Row, Run, read_run, replace_file, unwritable
 
-PAGE = "report.html"
-MOST_RESPONSES = 5000
-MOST_POINTS = 1500
+PAGE_FILE = "report.html"
+MAX_RESPONSES = 5000
+MAX_POINTS = 1500
 """Of one curve; longer ones are drawn by the means of equal stretches, with a band from least to most."""
 SCRIPTS = ("data.js", "colours.js", "charts.js", "list.js", "detail.js", "page.js")
 REGION_QUANTITIES = {
@@ -80,7 +80,7 @@ CHARTS = (
 
 
 def write_html_report(
-    folders: Sequence[str | Path], out: str | Path | None = None, responses: int = MOST_RESPONSES
+    folders: Sequence[str | Path], out: str | Path | None = None, responses: int = MAX_RESPONSES
 ) -> Path:
     """Write one page from run folders; returns it. `out` is a folder or a file that ends in .html.
 
@@ -89,12 +89,12 @@ def write_html_report(
     if responses < 0:
         raise UserError(f"--responses {responses}", "at least 0", "raise it")
     runs = [read_run(folder) for folder in folders]
-    empty = [str(run.folder) for run in runs if not finished_steps(run) and not run.responses]
+    empty = [str(run.folder) for run in runs if not last_finished_step(run) and not run.responses]
     if empty:
         raise UserError(f"{', '.join(empty)} without a finished step", "metrics", "train it or leave it out")
     target = Path(out) if out else runs[0].folder if len(runs) == 1 else Path("report")
-    page = target if target.suffix == ".html" else target / PAGE
-    text = page_text(*page_data(runs, responses))
+    page = target if target.suffix == ".html" else target / PAGE_FILE
+    text = render_page(*build_page_data(runs, responses))
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         replace_file(page, text)
@@ -103,28 +103,28 @@ def write_html_report(
     return page
 
 
-def page_data(runs: Sequence[Run], limit: int = MOST_RESPONSES) -> tuple[Row, bytes]:
+def build_page_data(runs: Sequence[Run], limit: int = MAX_RESPONSES) -> tuple[Row, bytes]:
     """Everything the page shows: JSON values, and the columns of tokens."""
     groups = group_runs(runs)
     order = [run for group in groups for run in group.runs]
-    turn = measured_turn(order)
+    turn = headline_turn_of_runs(order)
     packed, tokens = pack_responses(order, limit)
     data = {
         "regions": dict(REGION_COLOURS),
         "series": list(SERIES_COLOURS),
-        "flags": dict(FLAGS),
+        "flags": dict(FLAG_LABELS),
         "groups": [group.label for group in groups],
         "turns": TURNS[turn] if turn else "prompts",
-        "runs": [run_facts(run, at, turn) for at, group in enumerate(groups) for run in group.runs],
-        "charts": list(charts(groups)),
-        "config": config_table(order),
-        "findings": [{"run": at, **found._asdict()} for at, run in enumerate(order) for found in findings_of(run)],
+        "runs": [build_run_row(run, at, turn) for at, group in enumerate(groups) for run in group.runs],
+        "charts": list(build_charts(groups)),
+        "config": build_config_rows(order),
+        "findings": [{"run": at, **found._asdict()} for at, run in enumerate(order) for found in diagnose_run(run)],
         **packed,
     }
     return data, tokens
 
 
-def run_facts(run: Run, group: int, turn: Turn | None) -> Row:
+def build_run_row(run: Run, group: int, turn: Turn | None) -> Row:
     """A run's row of the results; its scores are over the turns of the headline."""
     libraries, config = run.environment.get("libraries"), flatten(parse_recorded_run(run.config, str(run.folder)))
     planned = config.get("trl.max_steps")
@@ -133,85 +133,87 @@ def run_facts(run: Run, group: int, turn: Turn | None) -> Row:
         "name": run.name,
         "group": group,
         "seed": config.get("run.seed"),
-        "steps": finished_steps(run),
+        "steps": last_finished_step(run),
         "finished": "steps" in run.summary,
         "planned": planned if is_number(planned) and planned > 0 else None,
         "recorded": len(run.responses),
-        "before": scores_of(scores_over(run.summary.get("before"), turn)),
-        "after": scores_of(scores_over(run.summary.get("after"), turn)),
-        "answers": scores_of(scores_over(run.summary.get("after"), "answers")) if turn else None,
+        "before": select_scores(scores_for_turn(run.summary.get("before"), turn)),
+        "after": select_scores(scores_for_turn(run.summary.get("after"), turn)),
+        "answers": select_scores(scores_for_turn(run.summary.get("after"), "answers")) if turn else None,
         "libraries": libraries if isinstance(libraries, Mapping) else {},
         "commit": run.environment.get("commit"),
         "command": " ".join(map(str, command)) if isinstance(command, list) else "",
     }
 
 
-def scores_of(scores: Any) -> Row | None:
+def select_scores(scores: Any) -> Row | None:
     if not isinstance(scores, Mapping):
         return None
     greedy = scores.get("greedy")
     names = ("exact_match", "exact_match_error", "s_acc", "s_format", "n")
     kept = {name: scores[name] for name in names if is_number(scores.get(name))}
-    return {**kept, "greedy": scores_of({**greedy, "greedy": None}) if isinstance(greedy, Mapping) else None}
+    return {**kept, "greedy": select_scores({**greedy, "greedy": None}) if isinstance(greedy, Mapping) else None}
 
 
-def charts(groups: Sequence[Group]) -> Iterator[Row]:
+def build_charts(groups: Sequence[RunGroup]) -> Iterator[Row]:
     runs = [run for group in groups for run in group.runs]
     turn = headline_turn(row for run in runs for row in run.evaluations)
     over = f", {TURNS[turn]}" if turn else ""
     for greedy, how in ((False, "sampled"), (True, "greedy")):
         lines = [evaluation_curve(group.runs, turn, greedy=greedy) for group in groups]
-        yield from chart(Chart("", f"Exact match, held out, {how}{over}", "%"), enumerate(lines), dots=True)
+        yield from build_chart(Chart("", f"Exact match, held out, {how}{over}", "%"), enumerate(lines), dots=True)
     headlines = [one._replace(key=headline_key(runs, one.key)) for one in CHARTS]
     for one in headlines:
         title = f"{one.title}, {TURNS['calls']}" if one.key.endswith("_calls") else one.title
-        yield from chart(one._replace(title=title), group_curves(groups, one.key))
+        yield from build_chart(one._replace(title=title), group_curves(groups, one.key))
     for quantity, (title, unit) in REGION_QUANTITIES.items():
         series = (
-            (at, region, curve(group.runs, f"rest/{quantity}/{region}"))
+            (at, region, metric_curve(group.runs, f"rest/{quantity}/{region}"))
             for at, group in enumerate(groups)
             for region in REGION_COLOURS
         )
-        drawn = [line_of(line, at) | {"region": region} for at, region, line in series if line.steps]
+        drawn = [build_series(line, at) | {"region": region} for at, region, line in series if line.steps]
         if drawn:
             yield {"title": title, "unit": unit, "kind": "region", "aside": quantity == "collision", "series": drawn}
-    for key in other_keys(groups, headlines):
-        yield from chart(Chart(key, key), group_curves(groups, key), aside=True)
+    for key in find_other_keys(groups, headlines):
+        yield from build_chart(Chart(key, key), group_curves(groups, key), aside=True)
 
 
-def other_keys(groups: Sequence[Group], shown: Iterable[Chart]) -> list[str]:
+def find_other_keys(groups: Sequence[RunGroup], shown: Iterable[Chart]) -> list[str]:
     keys = {key for group in groups for run in group.runs for row in run.metrics for key in row}
     keys -= {"step", "epoch", *(one.key for one in shown)}
     by_region = tuple(f"rest/{quantity}/" for quantity in REGION_QUANTITIES)
     return sorted(key for key in keys if not key.startswith(by_region))
 
 
-def group_curves(groups: Sequence[Group], key: str) -> Iterator[tuple[int, Curve]]:
+def group_curves(groups: Sequence[RunGroup], key: str) -> Iterator[tuple[int, Curve]]:
     for at, group in enumerate(groups):
-        yield at, curve(group.runs, key)
+        yield at, metric_curve(group.runs, key)
 
 
-def chart(one: Chart, lines: Iterable[tuple[int, Curve]], *, aside: bool = False, dots: bool = False) -> Iterator[Row]:
+def build_chart(
+    spec: Chart, lines: Iterable[tuple[int, Curve]], *, aside: bool = False, dots: bool = False
+) -> Iterator[Row]:
     """A chart with a line per group, if there is any; `aside` shows it on demand."""
-    drawn = [line_of(line, at) for at, line in lines if line.steps]
+    drawn = [build_series(line, at) for at, line in lines if line.steps]
     if drawn:
-        yield {"title": one.title, "unit": one.unit, "kind": "group", "aside": aside, "dots": dots, "series": drawn}
+        yield {"title": spec.title, "unit": spec.unit, "kind": "group", "aside": aside, "dots": dots, "series": drawn}
 
 
-def line_of(line: Curve, group: int) -> Row:
+def build_series(line: Curve, group: int) -> Row:
     """One line with its band; a band without width is left out."""
-    steps, mean, low, high = condensed(line)
-    row: Row = {"group": group, "x": steps, "y": [short(value) for value in mean]}
+    steps, mean, low, high = downsample(line)
+    row: Row = {"group": group, "x": steps, "y": [round_for_page(value) for value in mean]}
     if low != high:
-        row |= {"low": [short(value) for value in low], "high": [short(value) for value in high]}
+        row |= {"low": [round_for_page(value) for value in low], "high": [round_for_page(value) for value in high]}
     return row
 
 
-def condensed(line: Curve) -> Curve:
+def downsample(line: Curve) -> Curve:
     """A curve of at most `MOST_POINTS` points."""
-    if len(line.steps) <= MOST_POINTS:
+    if len(line.steps) <= MAX_POINTS:
         return line
-    size = -(-len(line.steps) // MOST_POINTS)
+    size = -(-len(line.steps) // MAX_POINTS)
     cuts = [slice(at, at + size) for at in range(0, len(line.steps), size)]
     return Curve(
         [line.steps[cut][len(line.steps[cut]) // 2] for cut in cuts],
@@ -221,11 +223,11 @@ def condensed(line: Curve) -> Curve:
     )
 
 
-def short(value: float) -> float:
+def round_for_page(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def config_table(runs: Sequence[Run]) -> list[Row]:
+def build_config_rows(runs: Sequence[Run]) -> list[Row]:
     """Every key of the runs' configurations with its value in each, None where a run does not have it."""
     tables = [flatten(parse_recorded_run(run.config, str(run.folder))) for run in runs]
     keys = sorted({key for table in tables for key in table})
@@ -236,8 +238,8 @@ def config_table(runs: Sequence[Run]) -> list[Row]:
     return rows
 
 
-def page_text(data: Row, tokens: bytes) -> str:
-    style, script = asset("page.css"), "\n".join(asset(name) for name in SCRIPTS)
+def render_page(data: Row, tokens: bytes) -> str:
+    style, script = read_asset("page.css"), "\n".join(read_asset(name) for name in SCRIPTS)
     script = f'(() => {{\n"use strict";\n{script}\n}})();\n'
     names = [run["name"] for run in data["runs"]]
     parts = {
@@ -246,13 +248,13 @@ def page_text(data: Row, tokens: bytes) -> str:
         "base-uri 'none'; form-action 'none'",
         "style": style,
         "script": script,
-        "data": compressed(json.dumps(finite(data), separators=(",", ":")).encode("ascii")),
-        "tokens": compressed(tokens),
+        "data": compress_to_base64(json.dumps(finite(data), separators=(",", ":")).encode("ascii")),
+        "tokens": compress_to_base64(tokens),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], read_asset("page.html"))
 
 
-def compressed(content: bytes) -> str:
+def compress_to_base64(content: bytes) -> str:
     """Base64 of gzip; the same content gives the same letters."""
     return base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
 
@@ -262,5 +264,5 @@ def source_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def asset(name: str) -> str:
+def read_asset(name: str) -> str:
     return resources.files("rest_rl").joinpath("assets", "report", name).read_text(encoding="utf-8")

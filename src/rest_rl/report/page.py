@@ -12,21 +12,21 @@ from rest_rl.errors import UserError
 from rest_rl.report.diagnosis import Finding
 from rest_rl.report.diagnosis.history import step_of
 from rest_rl.report.palette import REGION_COLOURS
-from rest_rl.report.plots import REGION_KEY, draw_all
+from rest_rl.report.plots import REGION_METRIC, draw_all
 from rest_rl.report.tables import (
-    COMPARISON_HEADER,
-    Group,
-    change,
-    comparison_rows,
-    curve,
-    findings_of,
-    finished_steps,
+    BEFORE_AFTER_HEADER,
+    RunGroup,
+    before_after_rows,
+    diagnose_run,
+    format_change,
+    format_mean_and_sd,
     group_runs,
+    headline_turn_of_runs,
     is_number,
+    last_finished_step,
     markdown_table,
-    measured_turn,
-    scores_over,
-    spread_text,
+    metric_curve,
+    scores_for_turn,
 )
 from rest_rl.runlog import PLOTS, Run, read_run, unwritable
 
@@ -34,7 +34,7 @@ from rest_rl.runlog import PLOTS, Run, read_run, unwritable
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write `report.md` and its plots; returns the page. UserError for a folder without a run or without steps."""
     runs = [read_run(folder) for folder in folders]
-    empty = [str(run.folder) for run in runs if not finished_steps(run)]
+    empty = [str(run.folder) for run in runs if not last_finished_step(run)]
     if empty:
         raise UserError(f"{', '.join(empty)} without a finished step", "metrics", "train it or leave it out")
     target = Path(out) if out else runs[0].folder if len(runs) == 1 else Path("report")
@@ -42,39 +42,40 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     try:
         plots = draw_all(groups, target / PLOTS)
         page = target / "report.md"
-        page.write_text(report_text(groups, plots, page.parent), encoding="utf-8")
+        page.write_text(render_report(groups, plots, page.parent), encoding="utf-8")
     except OSError as error:
         raise unwritable(target, error) from error
     return page
 
 
-def report_text(groups: Sequence[Group], plots: dict[str, Path], base: Path) -> str:
+def render_report(groups: Sequence[RunGroup], plots: dict[str, Path], base: Path) -> str:
     runs = [run for group in groups for run in group.runs]
-    parts = ["# Report", results(groups) if len(runs) > 1 else single_result(runs[0])]
-    if findings := findings_text(runs):
+    parts = ["# Report", render_results(groups) if len(runs) > 1 else render_single_result(runs[0])]
+    if findings := render_findings(runs):
         parts.append(findings)
     for title, path in plots.items():
         parts.append(f"## {title}\n\n![{title}]({Path(os.path.relpath(path, base)).as_posix()})")
-    if rows := region_rows(groups):
+    if rows := build_region_rows(groups):
         header = ("region", "entropy (nats)", "weight", "share of tokens")
         parts.append("## Regions, first and last tenth of the run\n\n" + markdown_table(header, rows))
-    parts += [part for run in runs[:1] if (part := shown_responses(run))]
-    parts.append("## Runs\n\n" + run_table(groups))
+    parts += [part for run in runs[:1] if (part := render_sample_responses(run))]
+    parts.append("## Runs\n\n" + render_run_table(groups))
     return "\n\n".join(parts) + "\n"
 
 
-def findings_text(runs: Sequence[Run]) -> str:
+def render_findings(runs: Sequence[Run]) -> str:
     """A section with the findings of all runs; empty if there are none."""
     lines = [
-        f"- {f'{run.name}, ' if len(runs) > 1 else ''}{steps_text(finding, run)}: **{finding.figure}.** Likely cause: "
+        f"- {f'{run.name}, ' if len(runs) > 1 else ''}{format_step_range(finding, run)}: **{finding.figure}.** "
+        "Likely cause: "
         f"{finding.cause}. Remedy: {finding.remedy}."
         for run in runs
-        for finding in findings_of(run)
+        for finding in diagnose_run(run)
     ]
     return "\n".join(["## Why is it not learning?\n", *lines]) if lines else ""
 
 
-def steps_text(finding: Finding, run: Run) -> str:
+def format_step_range(finding: Finding, run: Run) -> str:
     """The steps in which a finding showed."""
     if finding.step == finding.last:
         return f"step {finding.step}"
@@ -82,31 +83,35 @@ def steps_text(finding: Finding, run: Run) -> str:
     return f"from step {finding.step} on" if is_last else f"steps {finding.step} to {finding.last}"
 
 
-def single_result(run: Run) -> str:
+def render_single_result(run: Run) -> str:
     if not run.summary.get("before"):
         return "No evaluation was recorded."
     note = (
         f"{run.name}: mean over held-out responses, before → after training; ± one standard error over prompts, of "
         "both sides."
     )
-    return f"## Result\n\n{note}\n\n{markdown_table(COMPARISON_HEADER, comparison_rows(run.summary))}"
+    return f"## Result\n\n{note}\n\n{markdown_table(BEFORE_AFTER_HEADER, before_after_rows(run.summary))}"
 
 
-def results(groups: Sequence[Group]) -> str:
+def render_results(groups: Sequence[RunGroup]) -> str:
     """Exact match before and after per group, mean and standard deviation over runs."""
-    turn = measured_turn(run for group in groups for run in group.runs)
+    turn = headline_turn_of_runs(run for group in groups for run in group.runs)
     header = ["", "runs", "before", "after", "gain", "greedy before", "greedy after", "S_acc after"]
     header += ["answers before", "answers after"] if turn else []
     rows = []
     for group in groups:
         evaluations = [[run.summary.get(when) for run in group.runs] for when in ("before", "after")]
-        before, after = ([scores_over(scores, turn) for scores in own] for own in evaluations)
-        gains = [b["exact_match"] - a["exact_match"] for a, b in zip(before, after, strict=True) if measured(a, b)]
-        cells = [exact_matches(before), exact_matches(after), gains]
-        cells += [exact_matches(scores.get("greedy") for scores in own) for own in (before, after)]
-        cells.append([scores["s_acc"] for scores in after if measured(scores)])
-        cells += [exact_matches(scores_over(scores, "answers") for scores in own) for own in evaluations if turn]
-        rows.append((group.label, len(group.runs), *map(spread_text, cells)))
+        before, after = ([scores_for_turn(scores, turn) for scores in own] for own in evaluations)
+        gains = [
+            b["exact_match"] - a["exact_match"] for a, b in zip(before, after, strict=True) if has_exact_match(a, b)
+        ]
+        cells = [exact_match_values(before), exact_match_values(after), gains]
+        cells += [exact_match_values(scores.get("greedy") for scores in own) for own in (before, after)]
+        cells.append([scores["s_acc"] for scores in after if has_exact_match(scores)])
+        cells += [
+            exact_match_values(scores_for_turn(scores, "answers") for scores in own) for own in evaluations if turn
+        ]
+        rows.append((group.label, len(group.runs), *map(format_mean_and_sd, cells)))
     note = (
         f"Exact match on held-out {'call turns' if turn else 'prompts'}, sampled at temperature 1, greedy beside it; ± "
         "one standard deviation of runs."
@@ -114,35 +119,35 @@ def results(groups: Sequence[Group]) -> str:
     return f"## Result\n\n{note}\n\n{markdown_table(header, rows)}"
 
 
-def exact_matches(evaluations: Iterable[Mapping[str, Any] | None]) -> list[float]:
-    return [scores["exact_match"] for scores in evaluations if scores and measured(scores)]
+def exact_match_values(evaluations: Iterable[Mapping[str, Any] | None]) -> list[float]:
+    return [scores["exact_match"] for scores in evaluations if scores and has_exact_match(scores)]
 
 
-def measured(*scores: Mapping[str, Any] | None) -> bool:
+def has_exact_match(*evaluations: Mapping[str, Any] | None) -> bool:
     """Whether every evaluation has an exact match."""
-    return all(is_number((score or {}).get("exact_match")) for score in scores)
+    return all(is_number((score or {}).get("exact_match")) for score in evaluations)
 
 
-def region_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
+def build_region_rows(groups: Sequence[RunGroup]) -> list[tuple[str, ...]]:
     rows = []
     for group in groups:
         for region in REGION_COLOURS:
-            cells = [early_and_late(group, quantity, region) for quantity in ("entropy", "weight", "share")]
+            cells = [format_early_to_late(group, quantity, region) for quantity in ("entropy", "weight", "share")]
             if any(cell != "–" for cell in cells):
                 rows.append((f"{group.label}: {region}" if len(groups) > 1 else region, *cells))
     return rows
 
 
-def early_and_late(group: Group, quantity: str, region: str) -> str:
+def format_early_to_late(group: RunGroup, quantity: str, region: str) -> str:
     """Mean of a region's metric over the first and the last tenth of the steps."""
-    values = curve(group.runs, REGION_KEY.format(quantity=quantity, region=region)).mean
+    values = metric_curve(group.runs, REGION_METRIC.format(quantity=quantity, region=region)).mean
     if not values:
         return "–"
     part = max(1, len(values) // 10)
-    return change(sum(values[:part]) / part, sum(values[-part:]) / part)
+    return format_change(sum(values[:part]) / part, sum(values[-part:]) / part)
 
 
-def shown_responses(run: Run) -> str:
+def render_sample_responses(run: Run) -> str:
     if not run.responses:
         return ""
     blocks = []
@@ -154,13 +159,13 @@ def shown_responses(run: Run) -> str:
     return f"## What the policy says ({run.name})\n\n" + "\n\n".join(blocks)
 
 
-def run_table(groups: Sequence[Group]) -> str:
-    rows, turn = [], measured_turn(run for group in groups for run in group.runs)
+def render_run_table(groups: Sequence[RunGroup]) -> str:
+    rows, turn = [], headline_turn_of_runs(run for group in groups for run in group.runs)
     for group in groups:
         for run in group.runs:
-            pair = [scores_over(run.summary.get(when), turn).get("exact_match") for when in ("before", "after")]
+            pair = [scores_for_turn(run.summary.get(when), turn).get("exact_match") for when in ("before", "after")]
             libraries = run.environment.get("libraries") or {}
             versions = [libraries.get(library, "–") for library in ("torch", "trl")]
-            rows.append((run.name, group.label, finished_steps(run), change(*pair), *versions))
+            rows.append((run.name, group.label, last_finished_step(run), format_change(*pair), *versions))
     exact = "exact match, call turns" if turn else "exact match"
     return markdown_table(("run", "curve", "steps", exact, "torch", "trl"), rows)

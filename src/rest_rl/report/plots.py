@@ -17,17 +17,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
-from rest_rl.report.tables import Curve, Group, curve, evaluation_curve, headline_key, headline_turn, smoothed
+from rest_rl.report.tables import (
+    Curve,
+    RunGroup,
+    evaluation_curve,
+    headline_key,
+    headline_turn,
+    metric_curve,
+    running_mean,
+)
 
-REGION_KEY = "rest/{quantity}/{region}"
-LEARNING = {
+REGION_METRIC = "rest/{quantity}/{region}"
+LEARNING_METRICS = {
     "reward": "reward",
     "rest/accuracy": "S_acc",
     "rest/format": "S_format",
     "rest/exact_match": "exact match",
     "rest/exact_match_answers": "exact match, answer turns",
 }
-REWARD_PARTS = {
+REWARD_METRICS = {
     "reward": ("reward", SERIES_COLOURS[0]),
     "rest/accuracy": ("S_acc", SERIES_COLOURS[1]),
     "rest/format": ("S_format", SERIES_COLOURS[2]),
@@ -40,20 +48,22 @@ MAX_PANELS = 4
 INK, FAINT = "#2b2b2b", "#d9d9d9"
 
 
-def draw_all(groups: Sequence[Group], folder: Path) -> dict[str, Path]:
+def draw_all(groups: Sequence[RunGroup], folder: Path) -> dict[str, Path]:
     """Draw every plot for which the runs have numbers; returns title -> file."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         "Learning": draw_learning(groups, folder / "learning.png"),
         "Held-out slice during training": draw_evaluations(groups, folder / "evaluations.png"),
-        "Entropy by region": draw_groups(groups, region_keys("entropy"), "entropy in nats", folder / "entropy.png"),
-        "Weight by region": draw_groups(
+        "Entropy by region": draw_group_panels(
+            groups, region_keys("entropy"), "entropy in nats", folder / "entropy.png"
+        ),
+        "Weight by region": draw_group_panels(
             groups, region_keys("weight"), "gradient weight", folder / "weights.png", level=1.0
         ),
-        "Share of tokens by region": draw_groups(
+        "Share of tokens by region": draw_group_panels(
             groups, region_keys("share"), "share of tokens", folder / "shares.png"
         ),
-        "Parts of the reward": draw_groups(groups, REWARD_PARTS, "reward and shares", folder / "reward.png"),
+        "Parts of the reward": draw_group_panels(groups, REWARD_METRICS, "reward and shares", folder / "reward.png"),
     }
     return {title: path for title, path in drawn.items() if path}
 
@@ -61,31 +71,31 @@ def draw_all(groups: Sequence[Group], folder: Path) -> dict[str, Path]:
 def region_keys(quantity: str) -> dict[str, tuple[str, str]]:
     """The metrics of a quantity by region, with label and colour."""
     return {
-        REGION_KEY.format(quantity=quantity, region=region): (region, colour)
+        REGION_METRIC.format(quantity=quantity, region=region): (region, colour)
         for region, colour in REGION_COLOURS.items()
     }
 
 
-def draw_learning(groups: Sequence[Group], path: Path) -> Path | None:
+def draw_learning(groups: Sequence[RunGroup], path: Path) -> Path | None:
     """Reward, S_acc, S_format and exact match of the training samples, one panel each, one line per group."""
     runs = [run for group in groups for run in group.runs]
-    told = {headline_key(runs, key): title for key, title in LEARNING.items()}
-    keys = {key: title for key, title in told.items() if any(curve(group.runs, key).steps for group in groups)}
+    titles = {headline_key(runs, key): title for key, title in LEARNING_METRICS.items()}
+    keys = {key: title for key, title in titles.items() if any(metric_curve(group.runs, key).steps for group in groups)}
     if "rest/exact_match" in keys:  # of all turns: where these are not told apart, or all turns are answers
         keys.pop("rest/exact_match_answers", None)
     if not keys:
         return None
     figure, panels = new_figure(len(keys))
     for axes, (key, title) in zip(panels, keys.items(), strict=True):
-        for group, colour in zip(groups, colours(len(groups)), strict=True):
-            draw_curve(axes, curve(group.runs, key), colour, group.label)
-        style(axes, f"{title}, call turns" if key.endswith("_calls") else title)
+        for group, colour in zip(groups, series_colours(len(groups)), strict=True):
+            draw_curve(axes, metric_curve(group.runs, key), colour, group.label)
+        style_axes(axes, f"{title}, call turns" if key.endswith("_calls") else title)
     if len(groups) > 1:
         panels[0].legend(**legend_style())
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
-def draw_evaluations(groups: Sequence[Group], path: Path) -> Path | None:
+def draw_evaluations(groups: Sequence[RunGroup], path: Path) -> Path | None:
     """Exact match on the held-out slice, a panel for sampled and one for greedy, one line per group.
 
     The band is the spread over the runs of a group, and for a single run its standard error.
@@ -95,17 +105,17 @@ def draw_evaluations(groups: Sequence[Group], path: Path) -> Path | None:
     figure, panels = new_figure(2, share=True)
     turn = headline_turn(row for group in groups for run in group.runs for row in run.evaluations)
     for axes, greedy in zip(panels, (False, True), strict=True):
-        for group, colour in zip(groups, colours(len(groups)), strict=True):
+        for group, colour in zip(groups, series_colours(len(groups)), strict=True):
             draw_curve(axes, evaluation_curve(group.runs, turn, greedy=greedy), colour, group.label, smooth=False)
         what = "exact match, call turns" if turn else "exact match"
-        style(axes, f"{what}, {'greedy' if greedy else 'sampled at T = 1'}")
+        style_axes(axes, f"{what}, {'greedy' if greedy else 'sampled at T = 1'}")
     if len(groups) > 1:
         panels[0].legend(**legend_style())
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
-def draw_groups(
-    groups: Sequence[Group],
+def draw_group_panels(
+    groups: Sequence[RunGroup],
     keys: Mapping[str, tuple[str, str]],
     title: str,
     path: Path,
@@ -113,7 +123,7 @@ def draw_groups(
     level: float | None = None,
 ) -> Path | None:
     """One panel per group, one line per metric with its label and colour; a dashed line at `level`."""
-    curves = [(group, {key: line for key in keys if (line := curve(group.runs, key)).steps}) for group in groups]
+    curves = [(group, {key: line for key in keys if (line := metric_curve(group.runs, key)).steps}) for group in groups]
     drawable = [(group, lines) for group, lines in curves if lines][:MAX_PANELS]
     if not drawable:
         return None
@@ -124,9 +134,9 @@ def draw_groups(
             draw_curve(axes, line, colour, label)
         if level is not None:
             axes.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        style(axes, f"{title}: {group.label}" if len(groups) > 1 else title)
+        style_axes(axes, f"{title}: {group.label}" if len(groups) > 1 else title)
     panels[-1].legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def new_figure(panels: int, *, share: bool = False) -> tuple[Figure, list[Axes]]:
@@ -155,19 +165,19 @@ def draw_curve(axes: Axes, line: Curve, colour: str, label: str, *, smooth: bool
     if not line.steps:
         return
     window = len(line.steps) // 8 | 1 if smooth else 1
-    breaks = gaps(line.steps)
+    breaks = find_gaps(line.steps)
     steps = with_gaps(line.steps, breaks)
     if window > 1:
         axes.plot(steps, with_gaps(line.mean, breaks), color=colour, linewidth=0.7, alpha=0.25)
-    mean = with_gaps(smoothed(line.mean, window), breaks)
+    mean = with_gaps(running_mean(line.mean, window), breaks)
     marker = "." if len(line.steps) == 1 or not smooth else ""
     axes.plot(steps, mean, color=colour, linewidth=1.8, label=label, marker=marker)
     if line.low != line.high:
-        low, high = (with_gaps(smoothed(side, window), breaks) for side in (line.low, line.high))
+        low, high = (with_gaps(running_mean(side, window), breaks) for side in (line.low, line.high))
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def gaps(steps: Sequence[int]) -> list[int]:
+def find_gaps(steps: Sequence[int]) -> list[int]:
     """Where steps are missing: positions of the steps that follow a gap of more than four times the usual distance."""
     distances = [after - before for before, after in pairwise(steps)]
     usual = min(distances, default=1)
@@ -179,14 +189,14 @@ def with_gaps(values: Sequence[float], breaks: Sequence[int]) -> list[float]:
     return [item for i, value in enumerate(values) for item in ((math.nan, value) if i in breaks else (value,))]
 
 
-def style(axes: Axes, title: str) -> None:
-    bare_style(axes, title, grid="both")
+def style_axes(axes: Axes, title: str) -> None:
+    style_bare_axes(axes, title, grid="both")
     axes.set_xlabel("step", fontsize=8, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.margins(x=0.02)
 
 
-def bare_style(axes: Axes, title: str, grid: Literal["x", "y", "both"] = "y") -> None:
+def style_bare_axes(axes: Axes, title: str, grid: Literal["x", "y", "both"] = "y") -> None:
     """Title to the left, light grid, no box."""
     axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
     axes.grid(axis=grid, color=FAINT, linewidth=0.6)
@@ -201,11 +211,11 @@ def legend_style() -> Mapping[str, Any]:
     return {"fontsize": 8, "frameon": False, "labelcolor": INK, "handlelength": 1.4, "loc": "upper left"}
 
 
-def colours(count: int) -> list[str]:
+def series_colours(count: int) -> list[str]:
     """Colours of `count` groups; they repeat after the last."""
     return [SERIES_COLOURS[i % len(SERIES_COLOURS)] for i in range(count)]
 
 
-def save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     figure.savefig(path, format="png", facecolor="white")
     return path

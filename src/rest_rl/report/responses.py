@@ -24,13 +24,13 @@ from rest_rl.response import NUM_REGIONS, Gold, ParsedResponse, Region, gold_fro
 from rest_rl.rewards import ScoreFinding, judge_parsed
 from rest_rl.runlog import Row, Run
 
-MISSING, MOST = 65535, 65534
-MAX_PIECES, MAX_CHARACTERS, MAX_PROMPT = 20_000, 200_000, 40_000
+MISSING_CODE, MAX_CODE = 65535, 65534
+MAX_PIECES, MAX_CHARACTERS, MAX_PROMPT_CHARACTERS = 20_000, 200_000, 40_000
 """What is shown of one response and of one prompt; the page says what it left out."""
-WORDS = re.compile(r"\s{1,40}|\S{1,40}\s?")
+WORD_PATTERN = re.compile(r"\s{1,40}|\S{1,40}\s?")
 
 Flag = Literal["format", "tool", "missing", "extra", "argument", "unreadable", "truncated", "exact"]
-FLAGS: Mapping[Flag, str] = {
+FLAG_LABELS: Mapping[Flag, str] = {
     "format": "failed format",
     "tool": "wrong tool",
     "argument": "wrong argument",
@@ -52,12 +52,12 @@ class Pieces(NamedTuple):
     entropies: list[float | None]
     logps: list[float | None]
 
-    def first(self, count: int) -> Pieces:
+    def truncate(self, count: int) -> Pieces:
         numbers = (values[:count] for values in (self.weights, self.entropies, self.logps))
         return Pieces(self.texts[:count], self.regions[:count], *numbers)
 
 
-class Columns:
+class TokenColumns:
     """The tokens of all responses: place of the text in the table of words, thousandths of each number, region."""
 
     def __init__(self) -> None:
@@ -65,13 +65,13 @@ class Columns:
         self.weights, self.entropies, self.surprises = array("H"), array("H"), array("H")
         self.regions = bytearray()
 
-    def add(self, pieces: Pieces, words: Tables) -> int:
+    def add(self, pieces: Pieces, table: StringTable) -> int:
         """Append a response; returns where it begins."""
         start, count = len(self.words), len(pieces.texts)
-        self.words.extend(words.place(text) for text in pieces.texts)
+        self.words.extend(table.index_of(text) for text in pieces.texts)
         surprises = [None if value is None else -value for value in pieces.logps]
         for column, values in zip(self.numbers, (pieces.weights, pieces.entropies, surprises), strict=True):
-            column.extend(thousandths(value) for value in values or [None] * count)
+            column.extend(to_thousandths(value) for value in values or [None] * count)
         self.regions.extend(pieces.regions)
         return start
 
@@ -89,31 +89,31 @@ class Columns:
         return b"".join([*(column.tobytes() for column in columns), self.regions])
 
 
-class Tables:
+class StringTable:
     """Texts that many responses share, each kept once."""
 
     def __init__(self) -> None:
-        self.places: dict[str, int] = {}
+        self.indices: dict[str, int] = {}
 
-    def place(self, text: str) -> int:
-        return self.places.setdefault(text, len(self.places))
+    def index_of(self, text: str) -> int:
+        return self.indices.setdefault(text, len(self.indices))
 
     @property
     def texts(self) -> list[str]:
-        return list(self.places)
+        return list(self.indices)
 
 
 def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
     """The responses of all runs, at most about `limit`, with the tables of texts that they point into; the tokens."""
-    words, prompts, golds, columns = Tables(), Tables(), Tables(), Columns()
+    words, prompts, golds, columns = StringTable(), StringTable(), StringTable(), TokenColumns()
     packed: list[Row] = []
     for index, run in enumerate(runs):
-        tool_format = format_of(run)
+        tool_format = find_format(run)
         asked: dict[tuple[Any, Any], int] = {}
-        for row in thinned(run.responses, limit // len(runs)):
+        for row in select_rows(run.responses, limit // len(runs)):
             key = (row.get("step"), str(row.get("id")))
             if isinstance(prompt := row.get("prompt"), str):
-                asked[key] = prompts.place(shortened(prompt, MAX_PROMPT))
+                asked[key] = prompts.index_of(shorten(prompt, MAX_PROMPT_CHARACTERS))
             one = {"r": index, "p": asked.get(key, -1)}
             facts, pieces = pack_response(row, tool_format, golds)
             packed.append(one | facts | {"o": columns.add(pieces, words)})
@@ -121,7 +121,7 @@ def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
     return {"responses": packed, **tables}, columns.as_bytes()
 
 
-def thinned(rows: Sequence[Row], limit: int) -> list[Row]:
+def select_rows(rows: Sequence[Row], limit: int) -> list[Row]:
     """Rows of evenly spaced steps, the first and the last among them, whole steps as far as `limit` allows."""
     if len(rows) <= limit:
         return list(rows)
@@ -138,7 +138,7 @@ def thinned(rows: Sequence[Row], limit: int) -> list[Row]:
     return chosen
 
 
-def format_of(run: Run) -> ToolFormat | None:
+def find_format(run: Run) -> ToolFormat | None:
     """The format of a run's calls; None if it cannot be had here."""
     try:
         return get_format(str(parse_recorded_run(run.config, str(run.folder)).get("rest", {}).get("format")))
@@ -146,21 +146,21 @@ def format_of(run: Run) -> ToolFormat | None:
         return None
 
 
-def pack_response(row: Row, tool_format: ToolFormat | None, golds: Tables) -> tuple[Row, Pieces]:
+def pack_response(row: Row, tool_format: ToolFormat | None, golds: StringTable) -> tuple[Row, Pieces]:
     """One response as the page reads it, and its tokens; its keys are short because there are thousands."""
     text = row.get("response")
     text = text if isinstance(text, str) else ""
     parsed = tool_format.parse(text) if tool_format else None
-    gold = gold_of(row)
-    pieces = pieces_of(row, text, parsed)
-    flags, findings, scores = judged(row, parsed, gold)
-    shown = cut(pieces)
+    gold = read_gold(row)
+    pieces = split_into_pieces(row, text, parsed)
+    flags, findings, scores = judge_row(row, parsed, gold)
+    shown = limit_pieces(pieces)
     facts = {
         "s": step_of(row),
         "i": str(row.get("id", "")),
-        "g": golds.place(target_text(gold)) if gold else -1,
-        "R": number(row.get("reward")),
-        "A": number(row.get("advantage")),
+        "g": golds.index_of(format_gold(gold)) if gold else -1,
+        "R": round_number(row.get("reward")),
+        "A": round_number(row.get("advantage")),
         "F": scores,
         "k": flags,
         "e": [[finding.kind, finding.message, round(finding.cost, 4)] for finding in findings],
@@ -171,11 +171,11 @@ def pack_response(row: Row, tool_format: ToolFormat | None, golds: Tables) -> tu
     return facts, shown
 
 
-def number(value: Any) -> float | None:
+def round_number(value: Any) -> float | None:
     return round(float(value), 5) if is_number(value) else None
 
 
-def gold_of(row: Row) -> Gold | None:
+def read_gold(row: Row) -> Gold | None:
     """What the response was scored against, if it can be read."""
     try:
         return gold_from_json(row.get("gold"))
@@ -183,14 +183,14 @@ def gold_of(row: Row) -> Gold | None:
         return None
 
 
-def target_text(gold: Gold) -> str:
+def format_gold(gold: Gold) -> str:
     """The calls that should be made, a line each, then the answer that should be given."""
     calls = [{"name": call.name, "arguments": call.arguments} for call in gold.calls]
     lines = [json.dumps(call, ensure_ascii=False, default=str) for call in calls] or ["no call"]
     return "\n".join([*lines, *([f"answer: {gold.answer}"] if gold.answer is not None else [])])
 
 
-def judged(
+def judge_row(
     row: Row, parsed: ParsedResponse | None, gold: Gold | None
 ) -> tuple[list[Flag], tuple[ScoreFinding, ...], list[float] | None]:
     """What the response can be filtered by, what cost what, and [S_format, S_acc] where they are known."""
@@ -199,13 +199,13 @@ def judged(
     if parsed is None or gold is None:
         return flags, (), None
     judgement = judge_parsed(parsed, gold, truncated=is_cut)
-    flags += call_flags(parsed, gold, {finding.kind for finding in judgement.explanation})
+    flags += find_call_flags(parsed, gold, {finding.kind for finding in judgement.explanation})
     if judgement.exact_match:
         flags.append("exact")
     return flags, judgement.explanation, [judgement.format, round(judgement.accuracy, 5)]
 
 
-def call_flags(parsed: ParsedResponse, gold: Gold, kinds: set[str]) -> Iterator[Flag]:
+def find_call_flags(parsed: ParsedResponse, gold: Gold, kinds: set[str]) -> Iterator[Flag]:
     """What went wrong with format and calls."""
     wanted, made = Counter(call.name for call in gold.calls), Counter(call.name for call in parsed.calls)
     num_made = len(parsed.calls) + parsed.unreadable_calls
@@ -223,41 +223,43 @@ def call_flags(parsed: ParsedResponse, gold: Gold, kinds: set[str]) -> Iterator[
         yield "unreadable"
 
 
-def pieces_of(row: Row, text: str, parsed: ParsedResponse | None) -> Pieces:
+def split_into_pieces(row: Row, text: str, parsed: ParsedResponse | None) -> Pieces:
     """The tokens that the row recorded; without them the words of its text."""
-    lengths, regions = counts(row.get("lengths")), counts(row.get("regions"))
+    lengths, regions = parse_counts(row.get("lengths")), parse_counts(row.get("regions"))
     if not lengths or len(lengths) != len(regions) or sum(lengths) != len(text) or max(regions) >= NUM_REGIONS:
-        return words_of(text, parsed)
+        return split_into_words(text, parsed)
     characters = iter(text)
     texts = ["".join(islice(characters, length)) for length in lengths]
-    return Pieces(texts, regions, *(column(row.get(name), len(texts)) for name in ("weights", "entropies", "logps")))
+    return Pieces(
+        texts, regions, *(parse_numbers(row.get(name), len(texts)) for name in ("weights", "entropies", "logps"))
+    )
 
 
-def counts(values: Any) -> list[int]:
+def parse_counts(values: Any) -> list[int]:
     """A list of whole numbers that are not negative; empty if it is something else."""
     if not isinstance(values, list):
         return []
     return values if all(type(value) is int and value >= 0 for value in values) else []
 
 
-def column(values: Any, length: int) -> list[float | None]:
+def parse_numbers(values: Any, length: int) -> list[float | None]:
     if not isinstance(values, list) or len(values) != length:
         return []
     return [value if is_number(value) else None for value in values]
 
 
-def words_of(text: str, parsed: ParsedResponse | None) -> Pieces:
+def split_into_words(text: str, parsed: ParsedResponse | None) -> Pieces:
     """The words of a text, with the regions it parses into."""
     texts: list[str] = []
     regions: list[int] = []
-    for piece, region in stretches(text, parsed):
-        found = WORDS.findall(piece)
+    for piece, region in split_by_region(text, parsed):
+        found = WORD_PATTERN.findall(piece)
         texts += found
         regions += [int(region)] * len(found)
     return Pieces(texts, regions, [], [], [])
 
 
-def stretches(text: str, parsed: ParsedResponse | None) -> Iterable[tuple[str, Region]]:
+def split_by_region(text: str, parsed: ParsedResponse | None) -> Iterable[tuple[str, Region]]:
     """The text cut where its region changes."""
     end = 0
     for span in parsed.spans if parsed else ():
@@ -267,7 +269,7 @@ def stretches(text: str, parsed: ParsedResponse | None) -> Iterable[tuple[str, R
     yield text[end:], Region.OTHER
 
 
-def cut(pieces: Pieces) -> Pieces:
+def limit_pieces(pieces: Pieces) -> Pieces:
     """The first pieces, as many as a page can bear."""
     total, keep = 0, 0
     for piece in pieces.texts[:MAX_PIECES]:
@@ -276,19 +278,19 @@ def cut(pieces: Pieces) -> Pieces:
             break
         keep += 1
     if keep == min(len(pieces.texts), MAX_PIECES):
-        return pieces.first(keep)
-    shown = pieces.first(keep + 1)  # of the piece that is too long a part
+        return pieces.truncate(keep)
+    shown = pieces.truncate(keep + 1)  # of the piece that is too long a part
     shown.texts[-1] = shown.texts[-1][: MAX_CHARACTERS - sum(map(len, shown.texts[:-1]))]
     return shown
 
 
-def thousandths(value: float | None) -> int:
+def to_thousandths(value: float | None) -> int:
     """A number >= 0 as uint16; what is out of range becomes its nearest end."""
-    return MISSING if value is None else min(max(round(1000 * value), 0), MOST)
+    return MISSING_CODE if value is None else min(max(round(1000 * value), 0), MAX_CODE)
 
 
-def shortened(text: str, most: int) -> str:
-    if len(text) <= most:
+def shorten(text: str, max_length: int) -> str:
+    if len(text) <= max_length:
         return text
-    half = most // 2
+    half = max_length // 2
     return f"{text[:half]}\n\n[... {len(text) - 2 * half} characters left out ...]\n\n{text[-half:]}"

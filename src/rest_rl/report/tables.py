@@ -17,7 +17,7 @@ from rest_rl.runlog import Row, Run
 SCORES = ("exact_match", "s_acc", "s_format")
 SEED_KEYS = ("run.seed", "run.out", "trl.seed", "trl.data_seed", "data.seed", "eval.seed")
 """What may differ between the runs of one group."""
-WATCHING_KEYS = ("eval.every", "eval.interim_prompts")
+MONITORING_KEYS = ("eval.every", "eval.interim_prompts")
 """What watches a run and leaves it the same: it sets no runs apart, neither groups nor twins."""
 
 
@@ -31,14 +31,14 @@ class Curve(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs of one configuration under several seeds."""
 
     label: str
     runs: tuple[Run, ...]
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
     """Runs by configuration without its seeds, each group named by its preset and by what else sets it apart.
 
     UserError for two runs of one configuration and seed, which would count as spread.
@@ -48,7 +48,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     seen: dict[str, Run] = {}
     for run in runs:
         table = flatten(parse_recorded_run(run.config, str(run.folder)))
-        flat = {key: str(value) for key, value in table.items() if key not in WATCHING_KEYS}
+        flat = {key: str(value) for key, value in table.items() if key not in MONITORING_KEYS}
         twin = seen.setdefault(str(sorted((key, value) for key, value in flat.items() if key != "run.out")), run)
         if twin is not run:
             raise UserError(
@@ -61,7 +61,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         settings[identity] = kept
         members.setdefault(identity, []).append(run)
     labels = group_labels(list(settings.values()))
-    return [Group(label, tuple(members[identity])) for label, identity in zip(labels, settings, strict=True)]
+    return [RunGroup(label, tuple(members[identity])) for label, identity in zip(labels, settings, strict=True)]
 
 
 def group_labels(settings: Sequence[Mapping[str, str]]) -> list[str]:
@@ -84,37 +84,37 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def finished_steps(run: Run) -> int:
+def last_finished_step(run: Run) -> int:
     """Steps that a run has finished; one that logged no metrics has them in its times and its summary."""
     rows = (*run.metrics, *run.timing, {"step": run.summary.get("steps")})
     return max(step_of(row) for row in rows)
 
 
-def points(rows: Iterable[Row], key: str) -> dict[int, float]:
+def values_by_step(rows: Iterable[Row], key: str) -> dict[int, float]:
     """The numbers of one column of metrics.jsonl or evaluations.jsonl by step."""
     return {step_of(row): float(row[key]) for row in rows if is_number(row.get("step")) and is_number(row.get(key))}
 
 
-def findings_of(run: Run) -> list[Finding]:
+def diagnose_run(run: Run) -> list[Finding]:
     """What the diagnosis finds in a run, in the order in which it showed."""
     return diagnose(run.metrics, run.evaluations, parse_recorded_run(run.config, str(run.folder)))
 
 
-def curve(runs: Iterable[Run], key: str) -> Curve:
+def metric_curve(runs: Iterable[Run], key: str) -> Curve:
     """A metric over steps, mean and spread over runs; steps where no run has a number are left out."""
-    return mean_curve([points(run.metrics, key) for run in runs])
+    return average_curves([values_by_step(run.metrics, key) for run in runs])
 
 
-def mean_curve(curves: Iterable[Mapping[int, float]]) -> Curve:
+def average_curves(curves: Iterable[Mapping[int, float]]) -> Curve:
     """The mean of several curves at every step that one of them has, with one standard deviation to each side."""
     by_step: dict[int, list[float]] = {}
     for one in curves:
         for step, value in one.items():
             by_step.setdefault(step, []).append(value)
-    return curve_of({step: mean_and_sd(values) for step, values in by_step.items()})
+    return build_curve({step: mean_and_sd(values) for step, values in by_step.items()})
 
 
-def curve_of(moments: Mapping[int, tuple[float, float]]) -> Curve:
+def build_curve(moments: Mapping[int, tuple[float, float]]) -> Curve:
     """The curve through a mean and a spread per step."""
     steps = sorted(moments)
     spread = [moments[step] for step in steps]
@@ -133,13 +133,13 @@ def headline_turn(evaluations: Iterable[Mapping[str, Any] | None]) -> Turn | Non
     return "calls" if counts and all(own[0] for own in counts) and any(own[1] for own in counts) else None
 
 
-def scores_over(scores: Mapping[str, Any] | None, turn: Turn | None) -> Mapping[str, Any]:
+def scores_for_turn(scores: Mapping[str, Any] | None, turn: Turn | None) -> Mapping[str, Any]:
     """An evaluation's scores over one sort of turns, sampled and `greedy`; those over all turns for None."""
     scores = scores or {}
     return scores if turn is None else {**(scores.get(turn) or {}), "greedy": (scores.get("greedy") or {}).get(turn)}
 
 
-def measured_turn(runs: Iterable[Run]) -> Turn | None:
+def headline_turn_of_runs(runs: Iterable[Run]) -> Turn | None:
     """The `headline_turn` of what runs measured before and after training."""
     return headline_turn(run.summary.get(when) for run in runs for when in ("before", "after"))
 
@@ -148,8 +148,8 @@ def headline_key(runs: Sequence[Run], key: str) -> str:
     """A metric of the training samples, over call turns alone where every run tells these from answer turns."""
     known = [names for run in runs if key in (names := {name for row in run.metrics for name in row})]
     split = [{f"{key}_{turn}" for turn in TURNS} & names for names in known]
-    is_told = known and all(f"{key}_calls" in own for own in split) and any(len(own) == 2 for own in split)
-    return f"{key}_calls" if is_told else key
+    is_split = known and all(f"{key}_calls" in own for own in split) and any(len(own) == 2 for own in split)
+    return f"{key}_calls" if is_split else key
 
 
 def evaluation_curve(runs: Sequence[Run], turn: Turn | None = None, *, greedy: bool) -> Curve:
@@ -158,16 +158,16 @@ def evaluation_curve(runs: Sequence[Run], turn: Turn | None = None, *, greedy: b
     measured = [run for run in runs if run.evaluations]
     for run in measured:
         for row in run.evaluations:
-            scores = scores_over(row, turn)
+            scores = scores_for_turn(row, turn)
             scores = (scores.get("greedy") or {}) if greedy else scores
             if is_number(value := scores.get("exact_match")) and is_number(row.get("step")):
                 by_step.setdefault(step_of(row), []).append((value, scores.get("exact_match_error") or 0.0))
     if len(measured) == 1:
-        return curve_of({step: pairs[0] for step, pairs in by_step.items()})
-    return curve_of({step: mean_and_sd([value for value, _ in pairs]) for step, pairs in by_step.items()})
+        return build_curve({step: pairs[0] for step, pairs in by_step.items()})
+    return build_curve({step: mean_and_sd([value for value, _ in pairs]) for step, pairs in by_step.items()})
 
 
-def smoothed(values: Sequence[float], window: int) -> list[float]:
+def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Centred running mean; at the ends over what there is. A window of 1 changes nothing."""
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
@@ -187,10 +187,10 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-COMPARISON_HEADER = ("percent", "n", "exact match", "gain", "S_acc", "S_format")
+BEFORE_AFTER_HEADER = ("percent", "n", "exact match", "gain", "S_acc", "S_format")
 
 
-def comparison_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def before_after_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Before → after in percent, sampled and greedy: over call turns first, then answer turns and all turns.
 
     Sampled also for every kind of task and split, where there are several. One row each where turns are not told apart.
@@ -200,24 +200,26 @@ def comparison_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
     def rows_of(name: str, pair: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         if turn is None:
-            return [comparison_row(name, *pair)]
+            return [before_after_row(name, *pair)]
         names = {"calls": f"{name.partition(',')[0]}, calls", "answers": "  answers"}
-        apart = [comparison_row(names[each], *(scores.get(each) for scores in pair)) for each in TURNS]
-        return [*apart, comparison_row("  all turns", *pair)]
+        apart = [before_after_row(names[each], *(scores.get(each) for scores in pair)) for each in TURNS]
+        return [*apart, before_after_row("  all turns", *pair)]
 
     rows = rows_of("sampled, T = 1", pair)
     for group in ("kinds", "splits"):
         parts = [scores.get(group) or {} for scores in pair]
         names = list(dict.fromkeys(name for part in parts for name in part))
         for name in names if len(names) > 1 else ():  # a single one is all there is
-            rows.append(comparison_row(f"  {name.replace('_', ' ')}", *(part.get(name) for part in parts)))
+            rows.append(before_after_row(f"  {name.replace('_', ' ')}", *(part.get(name) for part in parts)))
     return rows + rows_of("greedy", [scores.get("greedy") or {} for scores in pair])
 
 
-def comparison_row(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, ...]:
+def before_after_row(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, ...]:
     """One line of the before/after table; the gain comes with the standard error of its two sides."""
     before, after = before or {}, after or {}
-    exact, s_acc, s_format = (f"{percent(before.get(score))} → {percent(after.get(score))}" for score in SCORES)
+    exact, s_acc, s_format = (
+        f"{format_percent(before.get(score))} → {format_percent(after.get(score))}" for score in SCORES
+    )
     gain = "–"
     if is_number(before.get("exact_match")) and is_number(after.get("exact_match")):
         error = math.hypot(before.get("exact_match_error", 0.0), after.get("exact_match_error", 0.0))
@@ -225,12 +227,12 @@ def comparison_row(name: str, before: Mapping[str, Any] | None, after: Mapping[s
     return (name, str(after.get("n", before.get("n", 0))), exact, gain, s_acc, s_format)
 
 
-def percent(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     """A share in percent, a dash if it was not measured."""
     return f"{100 * value:.1f}" if value is not None else "–"
 
 
-def change(before: float | None, after: float | None) -> str:
+def format_change(before: float | None, after: float | None) -> str:
     """`0.263 → 0.412`; a side that was not measured is a dash."""
     return " → ".join("–" if value is None else f"{value:.3f}" for value in (before, after))
 
@@ -238,16 +240,16 @@ def change(before: float | None, after: float | None) -> str:
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table, text left and numbers right."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell_text(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(escape_cell(cell) for cell in line) + " |" for line in lines)
 
 
-def cell_text(cell: Any) -> str:
+def escape_cell(cell: Any) -> str:
     """A cell that cannot break its table; leading blanks are kept."""
     text = str(cell).replace("|", "\\|").replace("\n", " ")
     return "&nbsp;" * (len(text) - len(text.lstrip())) + text.strip()
 
 
-def spread_text(values: Sequence[float]) -> str:
+def format_mean_and_sd(values: Sequence[float]) -> str:
     """`0.412 ± 0.013` over several values, one value alone, a dash for none."""
     if not values:
         return "–"

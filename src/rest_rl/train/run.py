@@ -21,7 +21,7 @@ from rest_rl.evaluate.held_out import HeldOutPrompt, response_limit, select_inte
 from rest_rl.objects import UserObject
 from rest_rl.report.diagnosis import Finding, diagnose
 from rest_rl.report.plots import draw_all
-from rest_rl.report.tables import COMPARISON_HEADER, comparison_rows, group_runs, headline_turn, scores_over
+from rest_rl.report.tables import BEFORE_AFTER_HEADER, before_after_rows, group_runs, headline_turn, scores_for_turn
 from rest_rl.response import TURNS, Turn
 from rest_rl.runlog import (
     CONFIG,
@@ -355,7 +355,7 @@ def evaluation_texts(scores: Mapping[str, Any]) -> Iterator[str]:
     """Exact match sampled and greedy in words: over call turns, then over answer turns, or over all alike."""
     turns: Sequence[Turn | None] = tuple(TURNS) if headline_turn([scores]) else (None,)
     for turn in turns:
-        own = scores_over(scores, turn)
+        own = scores_for_turn(scores, turn)
         parts = ((own, "sampled"), (own["greedy"], "greedy"))
         shown = (f"{100 * s['exact_match']:.1f} ± {100 * s['exact_match_error']:.1f} % {name}" for s, name in parts)
         yield f"{', '.join(shown)} ({own['greedy']['n']} {f'{TURNS[turn]} ' if turn else ''}held out)"
@@ -369,5 +369,5 @@ def finish(log: RunLog, observer: Observer) -> None:
     except OSError as error:
         raise unwritable(log.folder, error) from error
     if run.summary.get("after"):
-        observer.show_table("before → after training", COMPARISON_HEADER, comparison_rows(run.summary))
+        observer.show_table("before → after training", BEFORE_AFTER_HEADER, before_after_rows(run.summary))
     observer.say(f"plots in {log.plots}; rest-rl report {log.folder} writes a page")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rest_rl.report.diagnosis.history import History, SecondMoment, step_of
-from rest_rl.report.diagnosis.settings import Settings
+from rest_rl.report.diagnosis.settings import DiagnosisSettings
 from rest_rl.report.diagnosis.symptoms import SYMPTOMS, Finding
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
@@ -21,7 +21,7 @@ class Diagnosis:
 
     def __init__(self, table: Mapping[str, Any]) -> None:
         """`table` is the run's config.toml as read; a setting that is not there counts as the trainer's default."""
-        self._settings = Settings.from_table(table)
+        self._settings = DiagnosisSettings.from_table(table)
         self._history = History(SecondMoment(self._settings.beta2, self._settings.max_norm))
         self._found: dict[str, Finding] = {}
 
@@ -33,7 +33,7 @@ class Diagnosis:
     def add(self, row: Mapping[str, Any], total: int = 0) -> list[Finding]:
         """Take in one step's metrics; returns what is found for the first time. `total` steps unless the table says."""
         self._history.add(row)
-        settings = self._settings.lasting(total)
+        settings = self._settings.with_total_steps(total)
         new = []
         for kind, symptom in SYMPTOMS.items():
             if shown := symptom(self._history, settings):

@@ -16,17 +16,17 @@ from typing import Any, NamedTuple, TypeGuard
 
 WINDOW = 10
 """Rows of metrics in a window: few enough to warn early, and the error of a mean is a third of one row's scatter."""
-MEMORY = 10 * WINDOW
+SCATTER_ROWS = 10 * WINDOW
 """Rows that the scatter is estimated from."""
 
 
-LARGEST = 1e100
+MAX_MAGNITUDE = 1e100
 """Beyond it a value counts as not finite: sums of squares would be."""
-CHANCE = 1e-3
+FALSE_ALARM_RATE = 1e-3
 """Chance of an alarm, over all pairs of separate windows, that `History.threshold` is made for."""
 
 
-class Mean(NamedTuple):
+class WindowMean(NamedTuple):
     """A metric's mean over some steps, `error` its standard error."""
 
     value: float
@@ -37,19 +37,19 @@ class Mean(NamedTuple):
     def exceeds(self, limit: float, errors: float) -> bool:
         return self.value - errors * self.error > limit
 
-    def above(self, other: Mean, errors: float, least: float = 0.0) -> bool:
+    def is_above(self, other: WindowMean, errors: float, min_difference: float = 0.0) -> bool:
         """Whether it is larger by more than `least` and by more than so many standard errors of the difference."""
-        return self.value - other.value > max(least, errors * math.hypot(self.error, other.error))
+        return self.value - other.value > max(min_difference, errors * math.hypot(self.error, other.error))
 
 
-class Column:
+class MetricSeries:
     """The finite numbers of one metric, in step order."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.values: list[float] = []
         self._best, self._sum, self._moment = 0, 0.0, 0.0
-        self._squares: deque[float] = deque(maxlen=MEMORY)
+        self._squares: deque[float] = deque(maxlen=SCATTER_ROWS)
 
     def add(self, step: int, value: float) -> None:
         """Append a number; keep track of the highest window that does not overlap the newest."""
@@ -63,25 +63,25 @@ class Column:
         if end >= WINDOW and (not self._best or self._window(end) > self._window(self._best)):
             self._best = end
 
-    def mean(self, end: int) -> Mean:
+    def window_mean(self, end: int) -> WindowMean:
         """Mean over the window that ends before row `end`, a shorter one among the first rows."""
         steps = self.steps[max(0, end - WINDOW) : end]
-        return Mean(self._window(end) / len(steps), self.scatter() / math.sqrt(len(steps)), steps[0], steps[-1])
+        return WindowMean(self._window(end) / len(steps), self.scatter() / math.sqrt(len(steps)), steps[0], steps[-1])
 
     def scatter(self) -> float:
         """Standard deviation of single rows about their trend."""
         return math.sqrt(math.fsum(self._squares) / (2 * len(self._squares))) if self._squares else 0.0
 
-    def best(self) -> Mean | None:
+    def best_window(self) -> WindowMean | None:
         """The highest window apart from the newest, the first rows while there is none; None without any."""
-        return self.mean(self._best) if self._best else self.first()
+        return self.window_mean(self._best) if self._best else self.first_window()
 
-    def first(self) -> Mean | None:
+    def first_window(self) -> WindowMean | None:
         """The first window, or as many of its rows as are not in the newest; None without any."""
         end = min(WINDOW, len(self.values) - WINDOW)
-        return self.mean(end) if end > 0 else None
+        return self.window_mean(end) if end > 0 else None
 
-    def gain(self) -> tuple[float, float]:
+    def fit_trend(self) -> tuple[float, float]:
         """What the least squares line through two rows or more has gained from first to last, and its error."""
         rows = len(self.values)
         squares = rows * (rows**2 - 1) / 12  # sum of (row - middle)^2
@@ -109,7 +109,7 @@ class SecondMoment:
             self._peak, self.step, self.norm = square, step, norm
 
     @property
-    def share(self) -> float:
+    def peak_share(self) -> float:
         """What the largest step holds of the whole."""
         return self._peak / self._total if self._total > 0 else 0.0
 
@@ -118,12 +118,12 @@ class History:
     """Rows of metrics and of evaluations, in step order."""
 
     def __init__(self, second_moment: SecondMoment) -> None:
-        self.row: Mapping[str, Any] = {}
+        self.newest_row: Mapping[str, Any] = {}
         self.second_moment = second_moment
         self.evaluations: list[Mapping[str, Any]] = []
-        self.repeats: list[tuple[int, int]] = []
+        self.repeated_steps: list[tuple[int, int]] = []
         """Steps of a row and of the next one, where that is not a later one."""
-        self._columns: dict[str, Column] = {}
+        self._series: dict[str, MetricSeries] = {}
         self._rows = 0
 
     @property
@@ -135,77 +135,77 @@ class History:
         too: von Neumann's has v = 2/3 of its differences as degrees of freedom.
         """
         windows = max(self._rows / WINDOW, math.sqrt(2))
-        z = math.sqrt(2 * math.log(windows**2 / 2 / CHANCE))
-        freedom = 2 / 3 * max(1, min(self._rows - 1, MEMORY))
+        z = math.sqrt(2 * math.log(windows**2 / 2 / FALSE_ALARM_RATE))
+        freedom = 2 / 3 * max(1, min(self._rows - 1, SCATTER_ROWS))
         return z + (z**3 + z) / (4 * freedom)
 
     @property
     def step(self) -> int:
-        return step_of(self.row)
+        return step_of(self.newest_row)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Take in one row of metrics; what is no finite number is left out."""
         if self._rows and step_of(row) <= self.step:
-            self.repeats.append((self.step, step_of(row)))
-        self.row = row
+            self.repeated_steps.append((self.step, step_of(row)))
+        self.newest_row = row
         self._rows += 1
         for key, value in row.items():
-            if is_number(value):
-                self._columns.setdefault(key, Column()).add(self.step, float(value))
-        if is_number(norm := row.get("grad_norm")):
+            if has_finite_square(value):
+                self._series.setdefault(key, MetricSeries()).add(self.step, float(value))
+        if has_finite_square(norm := row.get("grad_norm")):
             self.second_moment.add(self.step, float(norm))
 
-    def column(self, key: str) -> Column | None:
+    def current_series(self, key: str) -> MetricSeries | None:
         """A metric with a full window and a number in the newest row."""
-        column = self._columns.get(key)
-        is_current = column is not None and len(column.values) >= WINDOW and column.steps[-1] == self.step
-        return column if is_current else None
+        series = self._series.get(key)
+        is_current = series is not None and len(series.values) >= WINDOW and series.steps[-1] == self.step
+        return series if is_current else None
 
-    def now(self, key: str) -> Mean | None:
+    def newest_window(self, key: str) -> WindowMean | None:
         """The newest window."""
-        column = self.column(key)
-        return column.mean(len(column.values)) if column else None
+        series = self.current_series(key)
+        return series.window_mean(len(series.values)) if series else None
 
-    def start(self, key: str) -> Mean | None:
+    def first_window(self, key: str) -> WindowMean | None:
         """The first window, as far as the newest does not overlap it."""
-        column = self.column(key)
-        return column.first() if column else None
+        series = self.current_series(key)
+        return series.first_window() if series else None
 
-    def best(self, key: str) -> Mean | None:
+    def best_window(self, key: str) -> WindowMean | None:
         """The highest window that does not overlap the newest."""
-        column = self.column(key)
-        return column.best() if column else None
+        series = self.current_series(key)
+        return series.best_window() if series else None
 
-    def fall(self, key: str, least: float = 0.0) -> tuple[Mean, Mean] | None:
+    def find_fall(self, key: str, min_difference: float = 0.0) -> tuple[WindowMean, WindowMean] | None:
         """The highest window and the newest one, if that is lower beyond noise and by more than `least`."""
-        best, now = self.best(key), self.now(key)
-        return (best, now) if best and now and best.above(now, self.threshold, least) else None
+        best, now = self.best_window(key), self.newest_window(key)
+        return (best, now) if best and now and best.is_above(now, self.threshold, min_difference) else None
 
-    def until(self, key: str, step: int) -> Mean | None:
+    def window_ending_at(self, key: str, step: int) -> WindowMean | None:
         """The window that ended with `step`."""
-        column = self.column(key)
-        end = bisect_right(column.steps, step) if column else 0
-        return column.mean(end) if column and end else None
+        series = self.current_series(key)
+        end = bisect_right(series.steps, step) if series else 0
+        return series.window_mean(end) if series and end else None
 
-    def values(self, key: str) -> list[float]:
-        return self._columns[key].values if key in self._columns else []
+    def all_values(self, key: str) -> list[float]:
+        return self._series[key].values if key in self._series else []
 
-    def latest(self, key: str) -> list[float]:
+    def newest_values(self, key: str) -> list[float]:
         """The numbers of the newest window; none if it is not full."""
-        column = self.column(key)
-        return column.values[-WINDOW:] if column else []
+        series = self.current_series(key)
+        return series.values[-WINDOW:] if series else []
 
-    def labels(self, prefix: str) -> list[str]:
+    def find_labels(self, prefix: str) -> list[str]:
         """What follows the prefix in the names of metrics."""
-        return [key.removeprefix(prefix) for key in self._columns if key.startswith(prefix)]
+        return [key.removeprefix(prefix) for key in self._series if key.startswith(prefix)]
 
 
 def step_of(row: Mapping[str, Any]) -> int:
     """The step of a row, 0 where it has none."""
     step = row.get("step")
-    return int(step) if is_number(step) else 0
+    return int(step) if has_finite_square(step) else 0
 
 
-def is_number(value: Any) -> TypeGuard[float]:
+def has_finite_square(value: Any) -> TypeGuard[float]:
     """Whether a JSON value is a number whose square is finite."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_MAGNITUDE
