@@ -187,8 +187,8 @@ def test_every_grid_of_configs_can_be_run(path: Path) -> None:
         ("[methods.mine]\nrest.preset = 'grpo'", "grpo and mine, which are the same run"),
         ("[grid]\nbase = 'absent.toml'", "absent.toml"),
         ("[base]\ntrl = 3", "trl"),
-        ("[grid]\nmethods = 'grpo'", "got grid.methods = 'grpo', expected a list"),
-        ("[grid]\nseeds = ['0']", "got grid.seeds.*whole number"),
+        ("[grid]\nmethods = 'grpo'", "grid.methods = 'grpo', expected a list"),
+        ("[grid]\nseeds = ['0']", "grid.seeds.*whole number"),
     ],
 )
 def test_mistakes_are_named(text: str, words: str, tmp_path: Path) -> None:
