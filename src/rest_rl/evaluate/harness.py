@@ -79,8 +79,9 @@ def evaluate_batch(
             requests = [each.conversation.request() for each in active]
             yield from (each.finish() for each, request in zip(active, requests, strict=True) if request is None)
             active = [each for each, request in zip(active, requests, strict=True) if request is not None]
-            asked = [request for request in requests if request is not None]
-            for each, reply in zip(list(active), model.respond(asked) if asked else [], strict=True):
+            pending_requests = [request for request in requests if request is not None]
+            replies = model.respond(pending_requests) if pending_requests else []
+            for each, reply in zip(list(active), replies, strict=True):
                 if row := each.receive(reply):
                     yield row
                     active.remove(each)

@@ -48,11 +48,11 @@ def make_plan(request: EvalRequest) -> Plan:
         return _server_plan(request)
     if request.source == "checkpoint":
         return _checkpoint_plan(request)
-    unasked = {"oracle": "not asked", "responses": "as recorded", "object": "training"}[request.source]
-    name, why = _format_without_tokenizer(request)
+    placeholder = {"oracle": "not asked", "responses": "as recorded", "object": "training"}[request.source]
+    name, reason = _format_without_tokenizer(request)
     get_format(name)
-    frame, why = _resolve_published_frame(request, name, why)
-    return Plan(request.prompt or unasked, name, why, request.prompt == "published", frame=frame)
+    frame, reason = _resolve_published_frame(request, name, reason)
+    return Plan(request.prompt or placeholder, name, reason, request.prompt == "published", frame=frame)
 
 
 def _format_without_tokenizer(request: EvalRequest) -> tuple[str, str]:
@@ -83,11 +83,11 @@ def _checkpoint_plan(request: EvalRequest) -> Plan:
     asked = request.format or (run.rest.format if run and is_training else None)
     if request.prompt == "native":
         asked = _native_format(tokenizer, request.checkpoint, asked)
-    name, why = resolve_format(asked or (FORMAT if keeps else AUTO), tokenizer, table.chat_template_kwargs)
-    why = f"as in {folder}" if run and not request.format and is_training else why
-    frame, why = _resolve_published_frame(request, name, why, run)
+    name, reason = resolve_format(asked or (FORMAT if keeps else AUTO), tokenizer, table.chat_template_kwargs)
+    reason = f"as in {folder}" if run and not request.format and is_training else reason
+    frame, reason = _resolve_published_frame(request, name, reason, run)
     layout = _layout(tokenizer, name, frame, table.chat_template_kwargs)
-    return Plan(request.prompt_mode, name, why, keeps and request.benchmark == "api-bank", table, layout, frame)
+    return Plan(request.prompt_mode, name, reason, keeps and request.benchmark == "api-bank", table, layout, frame)
 
 
 def _server_plan(request: EvalRequest) -> Plan:
@@ -98,12 +98,12 @@ def _server_plan(request: EvalRequest) -> Plan:
     if request.tokenizer:
         tokenizer = load_policy_tokenizer(ModelTable(path=request.tokenizer))
         default = FORMAT if request.prompt == "published" else AUTO
-        name, why = resolve_format(request.format or default, tokenizer, variables)
+        name, reason = resolve_format(request.format or default, tokenizer, variables)
     elif request.format or request.prompt == "native":
-        name, why = request.format or "hermes", "as set" if request.format else "where the server reads out none"
+        name, reason = request.format or "hermes", "as set" if request.format else "where the server reads out none"
         get_format(name)
     elif request.prompt == "published":
-        name, why = FORMAT, "the published texts ask for it"
+        name, reason = FORMAT, "the published texts ask for it"
     else:
         raise UserError(
             "--endpoint without --format",
@@ -111,9 +111,9 @@ def _server_plan(request: EvalRequest) -> Plan:
             "pass --format hermes (or toolrl, llama3, ...), --tokenizer DIR_OR_ID to read it off, or --prompt native "
             "for the server's own function calling",
         )
-    frame, why = _resolve_published_frame(request, name, why)
+    frame, reason = _resolve_published_frame(request, name, reason)
     layout = _layout(tokenizer, name, frame, variables) if tokenizer is not None else None
-    return Plan(request.prompt_mode, name, why, request.prompt == "published", layout=layout, frame=frame)
+    return Plan(request.prompt_mode, name, reason, request.prompt == "published", layout=layout, frame=frame)
 
 
 def _layout(tokenizer: Any, name: str, frame: Frame | None, variables: Mapping[str, Any] | None) -> PromptLayout:
@@ -132,7 +132,7 @@ def _native_format(tokenizer: Any, model: str, asked: str | None) -> str:
 
 
 def _resolve_published_frame(
-    request: EvalRequest, name: str, why: str, run: RunConfig | None = None
+    request: EvalRequest, name: str, reason: str, run: RunConfig | None = None
 ) -> tuple[Frame | None, str]:
     """(ToolRL's texts, why with the file they come from) if the model is asked by its prompts; (None, why) if not.
 
@@ -148,7 +148,7 @@ def _resolve_published_frame(
                 f"--prompt published, or the folder of a run that kept its prompts in {FORMAT}",
                 "leave it out",
             )
-        return None, why
+        return None, reason
     if not is_toolrl:
         expected = f"{FORMAT}, which those prompts ask for"
         raise UserError(f"--prompt published and format {name}", expected, "leave --format out")
@@ -156,7 +156,7 @@ def _resolve_published_frame(
         expected = "a file of ToolRL's rows, whose texts are no part of this package"
         raise UserError("--prompt published without --prompt-from", expected, "pass --prompt-from rlla_sft.json")
     try:
-        return frame_of(path), f"{why}; texts from {path}"
+        return frame_of(path), f"{reason}; texts from {path}"
     except UserError as error:
         other = "" if given else "; --prompt-from names another file than the run's data.path"
         raise UserError(error.problem, error.expected, error.remedy + other) from error

@@ -32,15 +32,15 @@ class Accuracy(NamedTuple):
 
 def draw_radars(summaries: Sequence[Summary], folder: str | Path) -> Iterator[str]:
     """Draw a figure for each benchmark and pin; yields its path, or why there is none."""
-    kinds = [[summary for _, summary in models] for models in group_by_edition(summaries)]
-    for same in kinds:
-        slug = "-".join(re.findall(r"[a-z0-9]+", str(same[0].get("pin")).lower()))[:60]
-        name = "radar.png" if len(kinds) == 1 else f"radar-{same[0]['benchmark']}-{slug}.png"
-        if shared_columns(same):
-            yield str(draw_radar(same, Path(folder) / name))
+    editions = [[summary for _, summary in models] for models in group_by_edition(summaries)]
+    for edition in editions:
+        slug = "-".join(re.findall(r"[a-z0-9]+", str(edition[0].get("pin")).lower()))[:60]
+        name = "radar.png" if len(editions) == 1 else f"radar-{edition[0]['benchmark']}-{slug}.png"
+        if shared_columns(edition):
+            yield str(draw_radar(edition, Path(folder) / name))
         else:
-            who = "the evaluations share no group with a scored sample" if len(same) > 1 else "no sample was scored"
-            yield f"no radar figure: {who} ({same[0].get('pin')})"
+            many, single = "the evaluations share no group with a scored sample", "no sample was scored"
+            yield f"no radar figure: {many if len(edition) > 1 else single} ({edition[0].get('pin')})"
 
 
 def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
@@ -58,8 +58,8 @@ def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
     axes = (draw_polygons if len(columns) >= MIN_AXES else draw_bars)(
         figure, [column.label for column in columns], shares
     )
-    ways = {describe_prompt(summary) for summary in summaries}
-    asked = ways.pop() if len(ways) == 1 else "prompts and formats differ"
+    prompts = {describe_prompt(summary) for summary in summaries}
+    asked = prompts.pop() if len(prompts) == 1 else "prompts and formats differ"
     is_partial = any(cell["n"] < cell["of"] for own in cells.values() for cell in own)
     partial = "; a part of the samples only" if is_partial else ""
     title = f"{summaries[0].get('pin')}\n{asked}; {metric} in per cent{partial}"
@@ -78,7 +78,7 @@ def shared_columns(summaries: Sequence[Summary]) -> list[Column]:
     if not summaries:
         raise UserError("no evaluation", "at least one", "pass the folders of finished evaluations")
     if len(models := group_by_edition(summaries)) > 1:
-        pins = ", ".join(str(same[0][1].get("pin")) for same in models)
+        pins = ", ".join(str(edition[0][1].get("pin")) for edition in models)
         raise UserError(
             f"evaluations of {pins}", "one: numbers of different pins do not compare", "draw them one by one"
         )

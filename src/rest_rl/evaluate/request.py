@@ -138,8 +138,8 @@ class EvalRequest:
     @property
     def response_limit(self) -> int:
         """Tokens of a response at most."""
-        usual = TOOL_WORLD_MAX_NEW_TOKENS if self.benchmark == "tool-world" else DEFAULT_MAX_NEW_TOKENS
-        return usual if self.max_new_tokens is None else self.max_new_tokens
+        default = TOOL_WORLD_MAX_NEW_TOKENS if self.benchmark == "tool-world" else DEFAULT_MAX_NEW_TOKENS
+        return default if self.max_new_tokens is None else self.max_new_tokens
 
     @property
     def effective_batch_size(self) -> int:
@@ -162,14 +162,14 @@ class EvalRequest:
     def _check_options(self) -> None:
         """UserError for an option that would change nothing, because it is for another kind of model."""
         if self.source in ("oracle", "responses", "object"):
-            idle = (*CHECKPOINT_OPTIONS, *MODEL_OPTIONS)
+            unused = (*CHECKPOINT_OPTIONS, *MODEL_OPTIONS)
             where = "a model object" if self.source == "object" else f"--{self.source}"
             found, expected = f"with {where}", "it with a checkpoint or a server"
         elif self.source == "endpoint":
-            idle, found, expected = CHECKPOINT_OPTIONS, "with --endpoint", "it with a checkpoint as --model"
+            unused, found, expected = CHECKPOINT_OPTIONS, "with --endpoint", "it with a checkpoint as --model"
         else:
-            idle, found, expected = SERVER_OPTIONS, "without --endpoint", "a server that it is for"
-        for name in idle:
+            unused, found, expected = SERVER_OPTIONS, "without --endpoint", "a server that it is for"
+        for name in unused:
             if getattr(self, name) not in (None, False, ()):
                 raise UserError(f"{option_name(name)} {found}", expected, "leave it out")
 

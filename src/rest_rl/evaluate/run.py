@@ -95,14 +95,16 @@ def run_request(request: EvalRequest, observer: Observer = SILENT) -> EvalResult
         with observer.track("loading"):
             model, notes = _make_model(request, plan, identities)
         try:
-            asked = [one for one in identities if one in model.responses] if isinstance(model, Recorded) else identities
+            available = identities
+            if isinstance(model, Recorded):
+                available = [identity for identity in identities if identity in model.responses]
             with observer.track("measuring the prompts"):
-                notes += context_notes(benchmark, model.context_usage, plan, asked)
+                notes += context_notes(benchmark, model.context_usage, plan, available)
             for note in notes:
                 observer.say(note)
             if not request.resume:
                 log.begin(settings, _public_command(request))
-            rows = _evaluate_samples(benchmark, model, plan, asked, log, observer)
+            rows = _evaluate_samples(benchmark, model, plan, available, log, observer)
         finally:
             if request.source != "object":
                 model.stop()
@@ -143,9 +145,9 @@ def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
 @contextmanager
 def _open_evaluation(request: EvalRequest, observer: Observer) -> Iterator[tuple[Plan, Benchmark, list[str]]]:
     plan = make_plan(request)
-    own = isinstance(request.benchmark, str)
+    is_ours = isinstance(request.benchmark, str)
     benchmark = open_benchmark(request, plan)
-    with closing(benchmark) if own else nullcontext():
+    with closing(benchmark) if is_ours else nullcontext():
         identities = choose_samples(benchmark, request)
         observer.say(f"{benchmark.pin}: {len(identities)} of {len(benchmark.groups)} samples")
         observer.say(f"prompt {plan.prompt}, format {plan.format} ({plan.format_reason})")
@@ -197,13 +199,13 @@ def choose_samples(benchmark: Benchmark, request: EvalRequest) -> list[str]:
     wanted = set(request.categories) if request.benchmark != "bfcl" else set()  # BFCL has chosen itself
     _check_known("categories", wanted, set().union(*names.values()))
     _check_known("ids", request.ids, groups)
-    taken: dict[str | int, int] = {}
+    counts: dict[str | int, int] = {}
     found = []
     for identity, group in groups.items():
         if (wanted and not names[group] & wanted) or (request.ids and identity not in request.ids):
             continue
-        taken[group] = taken.get(group, 0) + 1
-        if not request.limit or taken[group] <= request.limit:
+        counts[group] = counts.get(group, 0) + 1
+        if not request.limit or counts[group] <= request.limit:
             found.append(identity)
     if not found:
         raise UserError("--categories and --ids that share no sample", "at least one", "leave one of them out")
@@ -231,19 +233,19 @@ def context_notes(
     longest: dict[str, tuple[int, int, int]] = {}
     context = 0
     for identity in identities:
-        taken = context_usage(first_request(benchmark, plan, identity))
-        if taken is None:
+        usage = context_usage(first_request(benchmark, plan, identity))
+        if usage is None:
             return []
-        needed, context = taken
+        needed, context = usage
         group = group_label(benchmark.group_field, benchmark.groups[identity])
-        most, tight, count = longest.get(group, (0, 0, 0))
-        longest[group] = max(most, needed), tight + (needed > context), count + 1
+        most, over, count = longest.get(group, (0, 0, 0))
+        longest[group] = max(most, needed), over + (needed > context), count + 1
     notes = [
-        f"{group}: {tight} of {count} first prompts and a response of full length exceed the {context} tokens "
+        f"{group}: {over} of {count} first prompts and a response of full length exceed the {context} tokens "
         f"that the model holds (the longest take {most}); responses end there, and a prompt that leaves no "
         "room counts as wrong"
-        for group, (most, tight, count) in longest.items()
-        if tight
+        for group, (most, over, count) in longest.items()
+        if over
     ]
     if longest and not notes:
         most = max(most for most, _, _ in longest.values())
@@ -259,10 +261,10 @@ def _make_model(request: EvalRequest, plan: Plan, identities: Sequence[str]) -> 
     if request.oracle:
         return Oracle(plan.tool_format), []
     if request.responses:
-        responses, strangers = read_responses(request.responses, dict.fromkeys(identities))
+        responses, unknown_ids = read_responses(request.responses, dict.fromkeys(identities))
         notes = [f"{len(responses)} responses in {request.responses} to {len(identities)} samples"]
-        if strangers:
-            notes.append(f"{len(strangers)} of others are left aside, the first of {strangers[0]!r}")
+        if unknown_ids:
+            notes.append(f"{len(unknown_ids)} of others are left aside, the first of {unknown_ids[0]!r}")
         return Recorded(responses), notes
     return _make_server(request, plan) if request.endpoint else _make_checkpoint(request, plan)
 
@@ -303,8 +305,8 @@ def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]
     if request.vllm:
         from rest_rl.evaluate.models.vllm import VllmModel
 
-        holds = context_length(load_policy_config(table), layout.tokenizer) or MAX_VLLM_CONTEXT
-        context = min(holds, MAX_VLLM_CONTEXT) if context is None else context
+        model_context = context_length(load_policy_config(table), layout.tokenizer) or MAX_VLLM_CONTEXT
+        context = min(model_context, MAX_VLLM_CONTEXT) if context is None else context
         return VllmModel(table.path, layout, **sizes, context=context), [f"vLLM, {context} tokens of context"]
     device = torch.accelerator.current_accelerator()
     dtype = "bfloat16" if device and table.dtype == AUTO else table.dtype

@@ -199,21 +199,21 @@ def build_table(section: Section, models: Models) -> ResultTable:
         about = {**{key: summary.get(key) for key in MODEL_COLUMNS}, "model": name, "metric": section.metric}
         for column in section.columns:
             group = {} if column.is_average else scored_groups(summary).get(column.group, {})
-            troubles = {key: to_count(group[key]) if key in group else None for key in ISSUE_LABELS}
+            issues = {key: to_count(group[key]) if key in group else None for key in ISSUE_LABELS}
             place = {"table": section.title, "column": column.label, "group": column.group}
-            records.append({**about, **place, **column_scores(summary, column, section.metric), **troubles})
+            records.append({**about, **place, **column_scores(summary, column, section.metric), **issues})
     frame = pd.DataFrame(records, columns=[*COLUMNS, "group"], dtype=object)
-    first, ways = models[0][1], {describe_prompt(summary) for _, summary in models}
+    first, prompts = models[0][1], {describe_prompt(summary) for _, summary in models}
     benchmark = str(first.get("benchmark"))
     head = " ".join(filter(None, (BENCHMARK_TITLES.get(benchmark, benchmark), first.get("version"))))
-    asked = "prompt and format differ, see the notes" if len(ways) > 1 else next(iter(ways))
+    asked = "prompt and format differ, see the notes" if len(prompts) > 1 else next(iter(prompts))
     intervals = interval_method(has_averages=any(column.is_average for column in section.columns))
     return ResultTable(
         title=f"{head}, {section.title}" if section.title else head,
         span=section.title,
         caption=f"{first.get('pin')}; {asked}; accuracy in per cent with {intervals}.",
         frame=frame,
-        notes=tuple(_notes(section, models, frame, tell_asked=len(ways) > 1)),
+        notes=tuple(_notes(section, models, frame, with_prompts=len(prompts) > 1)),
     )
 
 
@@ -222,7 +222,7 @@ def interval_method(*, has_averages: bool) -> str:
     return "95 % Wilson intervals" + (", combined by MOVER for averages" if has_averages else "")
 
 
-def _notes(section: Section, models: Models, frame: pd.DataFrame, *, tell_asked: bool) -> Iterator[str]:
+def _notes(section: Section, models: Models, frame: pd.DataFrame, *, with_prompts: bool) -> Iterator[str]:
     """What must be known to read the numbers: what is missing, what went wrong, what an average takes, ceilings."""
     partial: list[Any] = [row for row in frame.itertuples() if is_partial(row)]
     if partial:
@@ -231,10 +231,10 @@ def _notes(section: Section, models: Models, frame: pd.DataFrame, *, tell_asked:
     for name, summary in models:
         groups = {key: group for key, group in (summary.get("groups") or {}).items() if key != OVERALL}
         # each sample once: not what sums groups up; all groups where the table shows only averages
-        troubles = format_issues([group for key, group in groups.items() if key in names or not names])
+        issues = format_issues([group for key, group in groups.items() if key in names or not names])
         parts = ", ".join(f"{row.column} {row.n} of {row.of}" for row in partial if row.model == name)
-        if told := [text for text in (describe_prompt(summary) if tell_asked else "", troubles, parts) if text]:
-            yield f"{name}: {'; '.join(told)}."
+        if notes := [text for text in (describe_prompt(summary) if with_prompts else "", issues, parts) if text]:
+            yield f"{name}: {'; '.join(notes)}."
     if section.title == AVERAGES:
         for name, average in (models[0][1].get("official") or {}).items():
             if of := average.get("of"):
@@ -378,8 +378,8 @@ def terminal_table(summary: Summary) -> TextTable:
         ]
         rows.append((column.label, f"{n}" if n == of else f"{n} of {of}", *cells))
     header = ("", "n", *(title for name in metrics for title in (name if len(metrics) > 1 else "percent", "95 %")))
-    troubles = {name: format_issues([group]) for name, group in groups.items() if name not in sums}
-    notes = [*(f"{name}: {text}." for name, text in troubles.items() if text), *ceiling_notes(summary)]
+    issues = {name: format_issues([group]) for name, group in groups.items() if name not in sums}
+    notes = [*(f"{name}: {text}." for name, text in issues.items() if text), *ceiling_notes(summary)]
     intervals = interval_method(has_averages=bool(summary.get("official")))
     title = f"{model_names([summary])[0]}: {summary.get('pin')}; {describe_prompt(summary)}; {intervals}"
     return TextTable(title, header, rows, notes)
@@ -390,7 +390,7 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
     tables = []
     for title, changes in _iterate_metrics(comparison):
         rows = [_comparison_row(change) for change in changes]
-        drawn = [
+        lines = [
             (group, n, base, tuned, f"{change} {interval}", f"-{lost} +{gained}", p + ("*" if q.endswith("*") else " "))
             if n != "0"
             else (group, n, *[DASH] * 5)
@@ -401,7 +401,7 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
             SHORT_LEGEND,
             *_averages_note(changes),
         ]
-        tables.append(TextTable(title, ("", "n", "base", "tuned", "change", "flips", "p"), drawn, notes))
+        tables.append(TextTable(title, ("", "n", "base", "tuned", "change", "flips", "p"), lines, notes))
     return tables
 
 
@@ -435,10 +435,10 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     parts = []
     for title, changes in _iterate_metrics(comparison):
         parts += [f"### {title}", markdown_table(header, map(_comparison_row, changes))]
-    told = [f"{side}: {describe_prompt(comparison[side])}" for side in ("base", "tuned")]
-    told += [f"**warning**: {warning}" for warning in comparison.get("warnings", [])]
-    told += [
+    notes = [f"{side}: {describe_prompt(comparison[side])}" for side in ("base", "tuned")]
+    notes += [f"**warning**: {warning}" for warning in comparison.get("warnings", [])]
+    notes += [
         LONG_LEGEND,
         *_averages_note([change for _, changes in _iterate_metrics(comparison) for change in changes]),
     ]
-    return "\n\n".join([*parts, "\n".join(f"- {text}" for text in told)]) + "\n"
+    return "\n\n".join([*parts, "\n".join(f"- {text}" for text in notes)]) + "\n"

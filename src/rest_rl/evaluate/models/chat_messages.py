@@ -113,9 +113,9 @@ def parse_body(data: bytes) -> Any:
     except ValueError as error:
         raise MalformedResponseError(f"no JSON ({error}): {data[:80]!r}") from None
     if isinstance(body, dict) and body.get("error"):  # with status 200, as routers do
-        if OVERFLOW_MESSAGE.search(said := str(body["error"])[:2000]):
-            return Reply(overflow=f"the server says: {said:.400}")
-        raise MalformedResponseError(f"an error: {said:.200}")
+        if OVERFLOW_MESSAGE.search(message := str(body["error"])[:2000]):
+            return Reply(overflow=f"the server says: {message:.400}")
+        raise MalformedResponseError(f"an error: {message:.200}")
     return body
 
 

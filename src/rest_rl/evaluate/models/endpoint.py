@@ -154,8 +154,8 @@ class Endpoint(Model):
         if retries < 0 or not timeout > 0:
             wrong = f"retries = {retries}" if retries < 0 else f"timeout = {timeout}"
             raise UserError(wrong, "retries from 0 and a timeout above 0", "raise it")
-        if taken := sorted(set(extra_body or {}) & {*RESERVED_FIELDS}):
-            raise UserError(f"{', '.join(taken)} in the extra body", "other fields", "leave it out")
+        if reserved := sorted(set(extra_body or {}) & {*RESERVED_FIELDS}):
+            raise UserError(f"{', '.join(reserved)} in the extra body", "other fields", "leave it out")
         address, key = base_url(url), read_api_key(api_key_env)
         self.url, self.model, self.tool_format, self.native = public_url(address), model, tool_format, native
         self.max_new_tokens, self.concurrency = max_new_tokens, concurrency
@@ -291,21 +291,21 @@ class Endpoint(Model):
 
     def _reply_for_status(self, error: Any, extra: Mapping[str, Any]) -> Reply:
         """What a status from 400 on means: too long a prompt, a user's mistake, a server that fails, a bad request."""
-        status, said = error.status_code, str(error.message)
-        if status == 413 or (status in (400, 422) and OVERFLOW_MESSAGE.search(said)):
-            return Reply(overflow=self._redact(f"the server says: {said:.400}"))
+        status, message = error.status_code, str(error.message)
+        if status == 413 or (status in (400, 422) and OVERFLOW_MESSAGE.search(message)):
+            return Reply(overflow=self._redact(f"the server says: {message:.400}"))
         if status in (401, 402, 403, 404, 405, 501) or getattr(error, "code", None) == "insufficient_quota":
             raise self._user_error(error)
-        if status == 400 and "completion tokens" in said:
+        if status == 400 and "completion tokens" in message:
             raise self._user_error(error)
         if status in (400, 422):
-            if named := [name for name in extra if re.search(rf"\b{re.escape(name)}\b", said)]:
+            if named := [name for name in extra if re.search(rf"\b{re.escape(name)}\b", message)]:
                 remedy = "leave it out of --extra-body" if named[0] in self.extra_body else ROUTE_REMEDY
                 raise self._user_error(error, f"a server that takes {', '.join(named)}", remedy)
-            if not self._uses_chat and TOKEN_IDS_REFUSED.search(said):
+            if not self._uses_chat and TOKEN_IDS_REFUSED.search(message):
                 raise self._user_error(error, "a server that takes token ids", ROUTE_REMEDY)
-            return Reply(error=self._redact(f"the server refuses the request with {status}: {said:.400}"))
-        return Reply(error=self._redact(f"the server answers {status}: {said:.200}, {self._attempts_note}"))
+            return Reply(error=self._redact(f"the server refuses the request with {status}: {message:.400}"))
+        return Reply(error=self._redact(f"the server answers {status}: {message:.200}, {self._attempts_note}"))
 
     def _user_error(self, error: Any, expected: str = "", remedy: str = "") -> UserError:
         """The error for a status that stops the evaluation: every other request would end with it, too."""
@@ -321,8 +321,8 @@ class Endpoint(Model):
             **dict.fromkeys((404, 405, 501), missing),
         }
         usual = known.get(error.status_code, ("an account that may go on", "see to the quota"))
-        said = self._redact(f"{error.status_code} from {self.url} ({error.message:.200})")
-        return UserError(said, expected or usual[0], remedy or usual[1])
+        message = self._redact(f"{error.status_code} from {self.url} ({error.message:.200})")
+        return UserError(message, expected or usual[0], remedy or usual[1])
 
     def _describe_connection_error(self, error: Any) -> str:
         if isinstance(error, self._openai.APITimeoutError):

@@ -89,14 +89,14 @@ def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Reco
             raise UserError(f"{path}, line {number}: {error.problem}", error.expected, error.remedy) from error
         if recording is not None:
             responses[identity] = recording
-    strangers = [identity for identity in responses if identity not in groups]
-    if len(strangers) == len(responses):
+    unknown_ids = [identity for identity in responses if identity not in groups]
+    if len(unknown_ids) == len(responses):
         raise UserError(
             f"{path} with {len(responses)} responses, none to a sample that is asked for",
             f"ids such as {next(iter(groups), None)!r}",
             "check the file, the version and the categories",
         )
-    return {identity: responses[identity] for identity in responses if identity in groups}, strangers
+    return {identity: responses[identity] for identity in responses if identity in groups}, unknown_ids
 
 
 def read_recording(row: Mapping[str, Any]) -> tuple[str, Recording | None]:
@@ -115,8 +115,8 @@ def read_recording(row: Mapping[str, Any]) -> tuple[str, Recording | None]:
     if row.get("native") and not (is_calls(calls) if isinstance(texts, str) else is_nested(calls, is_calls)):
         expected = 'a list of {"name": ..., "arguments": {...}} for each text'
         raise UserError(f"calls of type {type(calls).__name__} ({calls!r:.80})", expected, "correct the row")
-    is_cut = row.get("truncated") is True
-    return identity, Recording(texts, calls, str(row.get("overflow", "")), str(row.get("refused", "")), is_cut)
+    is_truncated = row.get("truncated") is True
+    return identity, Recording(texts, calls, str(row.get("overflow", "")), str(row.get("refused", "")), is_truncated)
 
 
 def is_nested(value: Any, is_step: Callable[[Any], bool]) -> bool:

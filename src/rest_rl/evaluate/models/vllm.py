@@ -55,9 +55,9 @@ class VllmModel(TokenModel):
         )
         replies = []
         for prompt, output in zip(prompts, outputs, strict=True):
-            said = output.outputs[0]
-            ids = list(said.token_ids)
+            completion = output.outputs[0]
+            ids = list(completion.token_ids)
             text = decode_ids(ids, tokenizer, tags)  # not vLLM's text, which leaves special tokens out
-            is_truncated = said.finish_reason == "length"
+            is_truncated = completion.finish_reason == "length"
             replies.append(Reply(text, None, len(prompt.ids), len(ids), is_truncated=is_truncated))
         return replies

@@ -290,10 +290,10 @@ class MultiTurnConversation(Conversation):
     def _execute(self, calls: Sequence[ToolCall]) -> None:
         """Execute the calls that fit the tools, and tell the model what came of each."""
         problems = [find_call_problem(call, self._properties) for call in calls]
-        good = [to_record(call) for call, problem in zip(calls, problems, strict=True) if not problem]
-        results = iter(self._execute_in_session(good) if good else [])
-        if good:
-            self._executed[-1].append(good)
+        valid_calls = [to_record(call) for call, problem in zip(calls, problems, strict=True) if not problem]
+        results = iter(self._execute_in_session(valid_calls) if valid_calls else [])
+        if valid_calls:
+            self._executed[-1].append(valid_calls)
         for number, (call, problem) in enumerate(zip(calls, problems, strict=True)):
             content = f"Error: {problem}; the call was not executed." if problem else next(results)
             message = {"role": "tool", "name": call.name[:200], "tool_call_id": self._call_id(number)}
@@ -307,13 +307,13 @@ class MultiTurnConversation(Conversation):
             if error.is_limit:
                 raise
 
-        def repeat() -> list[str]:
+        def replay() -> list[str]:
             self._session = None
             for earlier in (step for turn in self._executed for step in turn):
                 self._open_session().execute(earlier)
             return self._open_session().execute(calls)
 
-        return retry_if_ended(repeat)
+        return retry_if_ended(replay)
 
     def _open_session(self) -> Session:
         """The instances of this conversation; a sandbox is taken when the first call wants one."""

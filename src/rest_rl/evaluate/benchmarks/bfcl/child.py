@@ -80,8 +80,8 @@ class Server:
         while (request := self.pipes.read()) is not None:
             if request["method"] not in FORKED_REQUESTS:
                 self.pipes.write(self.dispatch(request, LOOKUPS))
-            elif "ok" not in (found := capture_result(partial(self.bfcl.prepare, *request["arguments"]))):
-                self.pipes.write(found)
+            elif "ok" not in (result := capture_result(partial(self.bfcl.prepare, *request["arguments"]))):
+                self.pipes.write(result)
             elif request["method"] == "check_calls":
                 self.pipes.write(self.check_in_worker(request))
             else:
@@ -128,15 +128,15 @@ class Server:
         process, pipes = self.worker = self.worker or self.start_worker()
         try:
             pipes.write(request)
-            found = pipes.read()
+            result = pipes.read()
         except (OSError, ValueError):  # it ended before it had read, or in the middle of its answer
-            found = None
-        if found is not None and not found.pop("is_last"):
-            return found
+            result = None
+        if result is not None and not result.pop("is_last"):
+            return result
         pipes.close()
         self.worker = None
         _, status = os.waitpid(process, 0)
-        return describe_death(status) if found is None else found
+        return describe_death(status) if result is None else result
 
     def start_worker(self) -> tuple[int, Pipes]:
         to_worker, from_worker = os.pipe(), os.pipe()
@@ -158,10 +158,10 @@ class Server:
             if is_last or (request := pipes.read()) is None:
                 return
             signal.setitimer(signal.ITIMER_PROF, self.seconds)  # its signal ends the process
-            found = self.dispatch(request, FORKED_REQUESTS)
+            result = self.dispatch(request, FORKED_REQUESTS)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            is_last = not left or "ok" not in found or found["ok"][1].startswith("checker_error")
-            pipes.write({**found, "is_last": is_last})
+            is_last = not left or "ok" not in result or result["ok"][1].startswith("checker_error")
+            pipes.write({**result, "is_last": is_last})
 
 
 def describe_death(status: int) -> dict[str, Any]:
@@ -179,6 +179,6 @@ def main() -> None:
     if "ok" not in started:
         pipes.write(started)
         return
-    apart = enter_empty_network()
-    pipes.write({"ok": {"own_network": apart}})
+    has_own_network = enter_empty_network()
+    pipes.write({"ok": {"own_network": has_own_network}})
     Server(pipes, started["ok"], int(seconds), int(memory_mb)).run()

@@ -70,9 +70,9 @@ def coerce_value(value: Any, schema: Mapping[str, Any]) -> Any:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str) or kind not in PYTHON_TYPES:
         return value
-    meant = read_literal(value)
-    fits = isinstance(meant, PYTHON_TYPES[kind]) and isinstance(meant, bool) == (kind == "boolean")
-    return meant if fits else value
+    literal = read_literal(value)
+    fits = isinstance(literal, PYTHON_TYPES[kind]) and isinstance(literal, bool) == (kind == "boolean")
+    return literal if fits else value
 
 
 def to_sendable(call: ToolCall) -> dict[str, Any] | None:

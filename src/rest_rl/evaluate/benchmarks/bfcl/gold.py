@@ -55,12 +55,12 @@ def choose_arguments(
     alternatives: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any], literal: LiteralWriter
 ) -> dict[str, Any]:
     """One value per argument: the first alternative; nothing for what may be left out and is not required."""
-    settled: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     for name, choices in alternatives.items():
-        may_go = OMITTED in choices and name not in parameters.get("required", [])
-        if choices and not may_go:
-            settled[name] = literal(choose_value(first_given(choices)), parameters["properties"].get(name, {}))
-    return settled
+        may_be_omitted = OMITTED in choices and name not in parameters.get("required", [])
+        if choices and not may_be_omitted:
+            chosen[name] = literal(choose_value(first_given(choices)), parameters["properties"].get(name, {}))
+    return chosen
 
 
 def first_given(choices: Sequence[Any]) -> Any:
