@@ -40,7 +40,7 @@ class AlternatingTrainer(ResTTrainer):
 
     def _weigh(self, *args: Any) -> Any:
         start = time.process_time()
-        weights_BT = super()._weigh(*args)
+        weights_BT = super()._weight_advantages(*args)
         self.weighing.append(time.process_time() - start)
         return weights_BT
 

@@ -22,7 +22,7 @@ from rest_rl.jsonl import as_json
 from rest_rl.runlog import RunLog, read_run
 from rest_rl.train.checkpoints import find_checkpoint, read_complete_state
 from rest_rl.train.request import find_free_dir
-from rest_rl.train.trl.settings import check_trl
+from rest_rl.train.trl.settings import check_trl_table
 from tests.sample_files import save_samples
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
@@ -325,8 +325,10 @@ def test_missing_vllm_is_found_before_the_folder_is_made(
 
 
 def test_values_of_the_trainer_that_fit_are_kept() -> None:
-    check_trl({"learning_rate": 1, "scale_rewards": False, "lr_scheduler_kwargs": {"a": 1}, "report_to": ["none"]})
-    check_trl({"max_steps": 5, "bf16": True, "save_total_limit": 2, "optim": "sgd", "delta": 2.0})
+    check_trl_table(
+        {"learning_rate": 1, "scale_rewards": False, "lr_scheduler_kwargs": {"a": 1}, "report_to": ["none"]}
+    )
+    check_trl_table({"max_steps": 5, "bf16": True, "save_total_limit": 2, "optim": "sgd", "delta": 2.0})
 
 
 def test_rows_that_are_left_out_are_accounted_for(

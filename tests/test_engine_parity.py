@@ -15,12 +15,12 @@ from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.trl.settings import make_trainer_config, with_machine_defaults
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 from rest_rl.train.verl.config import ACTOR, ROLLOUT, make_initial_values
-from rest_rl.train.verl.responses import read_run
+from rest_rl.train.verl.responses import parse_run
 from rest_rl.train.weighing import EntropyTracker
 from tests.test_verl_config import BIG
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
-PLUGIN = Path(inspect.getfile(read_run)).with_name("plugin.py")
+PLUGIN = Path(inspect.getfile(parse_run)).with_name("plugin.py")
 
 
 def run(out: Path, *overrides: str) -> RunConfig:
@@ -54,7 +54,7 @@ def on_trl(config: RunConfig) -> dict[str, Any]:
 
 def on_verl(config: RunConfig) -> dict[str, Any]:
     """What the plugin reads from verl's configuration, and what verl itself is told."""
-    table, method, tool_format, tracker = read_run(config.to_toml())
+    table, method, tool_format, tracker = parse_run(config.to_toml())
     told = make_initial_values(config, BIG)
     return {
         "entropy_decay": tracker.decay,
@@ -91,7 +91,7 @@ def test_a_decay_reaches_both_engines(tmp_path: Path, decay: float) -> None:
 def test_no_engine_has_a_decay_of_its_own() -> None:
     assert inspect.signature(EntropyTracker).parameters["decay"].default is inspect.Parameter.empty
     assert inspect.signature(ResTConfig).parameters["entropy_decay"].default == ENTROPY_DECAY
-    assert "EntropyTracker" not in PLUGIN.read_text(encoding="utf-8")  # it takes the tracker of read_run
+    assert "EntropyTracker" not in PLUGIN.read_text(encoding="utf-8")  # it takes the tracker of parse_run
 
 
 def test_a_recorded_run_holds_the_decay_and_one_without_it_reads_the_same() -> None:

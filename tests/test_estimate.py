@@ -20,7 +20,7 @@ from rest_rl.train.estimate import (
     OPTIMIZER_COPIES,
     Device,
     Estimate,
-    _Model,
+    _MemoryModel,
     count_cache_bytes,
     count_parameters,
     count_work,
@@ -229,7 +229,7 @@ def test_a_bound_holds_what_a_run_was_seen_to_take() -> None:
 def test_a_micro_step_runs_through_the_head_of_trl() -> None:
     """On a GPU its peak memory is read; here only the bytes of weights and gradients."""
     for lora, checkpointing in ((None, False), (LORA, True)):
-        model = _Model(
+        model = _MemoryModel(
             run(),
             tiny(),
             rl(gradient_checkpointing=checkpointing),
@@ -240,7 +240,7 @@ def test_a_micro_step_runs_through_the_head_of_trl() -> None:
             sharding="none",
             device=None,
         )
-        held, seconds = model.micro_step(torch.device("cpu"))
+        held, seconds = model.run_micro_step(torch.device("cpu"))
         assert held == 4 * (TINY_PARAMETERS + (2 * model.size.trained if lora else TINY_PARAMETERS))
         assert seconds > 0
 

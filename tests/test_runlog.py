@@ -142,10 +142,10 @@ def test_a_model_that_was_cut_short_is_kept_anew_and_a_whole_one_stays(tmp_path:
     ],
 )
 def test_only_what_the_folder_refuses_is_an_error_of_the_folder(tmp_path: Path, error: Exception, is_the_folder: bool):
-    from rest_rl.train.trl.engine import writing
+    from rest_rl.train.trl.engine import explain_write_errors
 
     (tmp_path / "optimizer.pt").write_bytes(b"torn")
-    with pytest.raises(UserError if is_the_folder else type(error)) as caught, writing(tmp_path):
+    with pytest.raises(UserError if is_the_folder else type(error)) as caught, explain_write_errors(tmp_path):
         raise error
     assert is_the_folder == isinstance(caught.value, UserError)
     assert (tmp_path / "optimizer.pt").read_bytes() == b"torn"
@@ -160,10 +160,10 @@ import resource, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from rest_rl.train.trl.engine import writing
+from rest_rl.train.trl.engine import explain_write_errors
 folder = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-with writing(folder):
+with explain_write_errors(folder):
     exec(sys.argv[2])
 """
 

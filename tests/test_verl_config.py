@@ -12,12 +12,12 @@ from rest_rl.errors import UserError
 from rest_rl.train.verl import config as verl_config
 from rest_rl.train.verl.config import (
     VerlJob,
-    check_refused,
+    check_allowed_values,
     compute_schedule,
-    leaves,
+    find_unread_keys,
+    iter_leaves,
     make_fixed_values,
     make_initial_values,
-    unread_keys,
 )
 from rest_rl.weights import is_uniform
 
@@ -52,13 +52,13 @@ save_steps = 10
 def values_of(config: RunConfig, job: VerlJob = SMALL) -> dict[str, Any]:
     """verl's values as far as they are known without verl: where a run starts from, `[verl]`, batches and steps."""
     start = make_initial_values(config, job)
-    given = {path.replace("+", ""): value for path, value in leaves(config.verl)}
+    given = {path.replace("+", ""): value for path, value in iter_leaves(config.verl)}
     values = {verl_config.NODES: 1, verl_config.GPUS: 8, **start, **given}
     needed = {key: values[key] for key in ("trainer.nnodes", "trainer.n_gpus_per_node", f"{ROLLOUT}.n")}
-    needed |= {key: values[key] for key in (verl_config.PASSES, *verl_config.OPEN)}
+    needed |= {key: values[key] for key in (verl_config.PASSES, *verl_config.SCHEDULE_KEYS)}
     values |= compute_schedule(needed, config, job.num_train)
     method = config.rest.resolve()
-    check_refused(values, make_fixed_values(method, job), reshapes=not is_uniform(method.weights))
+    check_allowed_values(values, make_fixed_values(method, job), reshapes=not is_uniform(method.weights))
     return values
 
 
@@ -237,11 +237,11 @@ def test_megatron_has_keys_of_its_own() -> None:
 
 def test_keys_that_verl_does_not_read_are_named() -> None:
     config = RunConfig.from_toml(RUN, ["trl.logging_steps=1", "trl.max_grad_norm=2.0", "trl.use_vllm=true", "peft.r=8"])
-    assert unread_keys(config) == ["trl.logging_steps", "trl.max_grad_norm", "trl.use_vllm"]
+    assert find_unread_keys(config) == ["trl.logging_steps", "trl.max_grad_norm", "trl.use_vllm"]
     make_initial_values(config, SMALL)
     more = RunConfig.from_toml(RUN, ["peft.use_rslora=true", "model.dtype=bfloat16", "model.attn_implementation=sdpa"])
-    assert unread_keys(more) == ["peft.use_rslora", "model.attn_implementation", "model.dtype"]
-    assert unread_keys(RunConfig.from_toml(RUN, ["model.dtype=float32"])) == []
+    assert find_unread_keys(more) == ["peft.use_rslora", "model.attn_implementation", "model.dtype"]
+    assert find_unread_keys(RunConfig.from_toml(RUN, ["model.dtype=float32"])) == []
 
 
 REFUSALS = {

@@ -24,7 +24,7 @@ from rest_rl.train.verl.responses import (
     PER_TOKEN,
     Responses,
     compute_group_advantages,
-    rows_by_group,
+    group_rows,
     weight_batch,
 )
 from rest_rl.train.weighing import EntropyTracker, TokenWeighter
@@ -41,7 +41,7 @@ def test_advantages_of_scattered_groups_by_hand():
     expected = torch.tensor([-half, -whole, 0.0, half, 0.0, whole])
     torch.testing.assert_close(compute_group_advantages(rewards_B, groups, "grpo"), expected)
     assert compute_group_advantages(rewards_B, groups, "dr_grpo").tolist() == [-0.5, -1.0, 0.0, 0.5, 0.0, 1.0]
-    assert rows_by_group(groups) == [[0, 3], [1, 4, 5], [2]]
+    assert group_rows(groups) == [[0, 3], [1, 4, 5], [2]]
 
 
 @given(st.permutations(range(12)))
@@ -85,7 +85,7 @@ def test_weights_and_figures_equal_those_of_trl_on_the_same_responses(tmp_path, 
             )
         )
         padded = {name: torch.cat([values[order], torch.zeros_like(values[:1])]) for name, values in columns.items()}
-        monkeypatch.setattr(verl_responses, "PART", 3)  # weighed in parts
+        monkeypatch.setattr(verl_responses, "CHUNK_SIZE", 3)  # weighed in parts
         replayed, ours, _ = weight_batch(padded, weigher, tracker, (step - 1) / 2, step)
         expected_BT = weighed.advantages_B[order, None] * weighed.weights_BT[order]
         assert expected_BT.abs().sum() > 0 or not weighed.advantages_B.any()
@@ -161,7 +161,7 @@ def test_figures_and_rows_of_responses_by_hand():
 
 
 def test_the_most_uncertain_tokens_are_those_of_the_whole_batch(monkeypatch):
-    monkeypatch.setattr(verl_responses, "PART", 1)
+    monkeypatch.setattr(verl_responses, "CHUNK_SIZE", 1)
     tokenizer = tiny_tokenizer()
     entropies_BT = torch.tensor([[0.9, 0.8], [0.1, 0.2]])
     ones_BT = torch.ones(2, 2)

@@ -24,15 +24,15 @@ from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.prompts import TrainingData, prepare_or_raise
 from rest_rl.train.verl.engine import (
-    LOG,
+    LOG_FILE,
     VerlEngine,
+    call_repeatedly,
     find_checkpoint,
     make_follower,
     needs_evaluation,
-    repeated,
     write_verl_files,
 )
-from rest_rl.train.verl.responses import STATE, make_metrics_row, make_timing_row, write_outcomes
+from rest_rl.train.verl.responses import STATISTICS_FILE, make_metrics_row, make_timing_row, write_outcomes
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
 # Files
@@ -75,7 +75,7 @@ def test_workers_get_a_tokenizer_without_code(tmp_path):
 def checkpoint(log: RunLog, step: int, *, whole: bool = True) -> Path:
     folder = log.checkpoints / f"global_step_{step}"
     (folder / "actor").mkdir(parents=True)
-    (folder / STATE).write_text("[[1.0], [2.0], [0.5]]")
+    (folder / STATISTICS_FILE).write_text("[[1.0], [2.0], [0.5]]")
     torch.save({}, folder / "actor" / "model_world_size_1_rank_0.pt")
     if whole:
         torch.save({}, folder / "data.pt")  # what verl writes last
@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
     tenth = log.checkpoints / "global_step_10"
     torch.save({}, tenth / "data.pt")
     assert find_checkpoint(log)[0].folder == tenth
-    (tenth / STATE).write_text("[[1.0")
+    (tenth / STATISTICS_FILE).write_text("[[1.0")
     assert find_checkpoint(log)[0].folder == second
     for path in (second / "actor").iterdir():  # verl removes the weights of old checkpoints, not their folders
         path.unlink()
@@ -193,7 +193,7 @@ def test_a_follower_tells_of_each_row_once_and_waits_for_whole_lines(tmp_path):
     assert told.said == ["step 2: 4 responses failed and are left out"]
     with metrics.open("a") as file:
         file.write('ard": 0.3}\n')
-    with repeated(look):
+    with call_repeatedly(look):
         pass
     assert told.steps == [(2, 3, 0.2), (3, 3, 0.3)]
 
@@ -239,6 +239,6 @@ def test_what_stops_a_run_is_in_its_log_with_its_traceback(tmp_path):
     engine = object.__new__(VerlEngine)
     engine.config, engine.observer, engine.log = RunConfig(), Observer(), RunLog(tmp_path)
     engine.total, engine.checkpoint, engine.verl = 1, Checkpoint(0), None
-    with pytest.raises(UserError, match=LOG):
+    with pytest.raises(UserError, match=LOG_FILE):
         engine.run(lambda step: None)
-    assert "Traceback" in (tmp_path / LOG).read_text()
+    assert "Traceback" in (tmp_path / LOG_FILE).read_text()

@@ -10,7 +10,7 @@ import pytest
 
 from rest_rl.config import RunConfig, read_run_file
 from rest_rl.errors import UserError
-from rest_rl.train.verl.config import OPEN, compose_config, leaves, make_initial_values
+from rest_rl.train.verl.config import SCHEDULE_KEYS, compose_config, iter_leaves, make_initial_values
 from tests.test_verl_config import ACTOR, BIG, MODEL, RECIPES, ROLLOUT, RUN, SMALL, gpus_of, shown
 
 pytestmark = pytest.mark.verl
@@ -31,10 +31,10 @@ def typed(*texts: str) -> str:
 def test_verl_takes_every_recipe(path: Path) -> None:
     config = read_run_file(path, [*gpus_of(path), *shown(path)])
     verl = compose_config(config, BIG)
-    given = dict(leaves(config.verl))
+    given = dict(iter_leaves(config.verl))
     for key, value in make_initial_values(config, BIG).items():
         found = OmegaConf.select(verl, key, throw_on_missing=True)
-        if key in OPEN:
+        if key in SCHEDULE_KEYS:
             assert found is not None
         elif key not in given and key != f"{ACTOR}.loss_scale_factor":
             assert found == value, key

@@ -167,4 +167,4 @@ def verl_settings(plan: RunPlan, *, resume: bool) -> str:
     assert isinstance(plan.engine, VerlEngine)
     log = RunLog(plan.config.run.out)
     plan.engine.prepare(plan.data, log, plan.engine.find_resume_point(log)[0] if resume else Checkpoint(0))
-    return plan.engine.settings_text()
+    return plan.engine.to_yaml()

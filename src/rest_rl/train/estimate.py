@@ -30,13 +30,13 @@ from rest_rl.errors import UserError
 GIB = 2**30
 Sharding = Literal["none", "zero1", "zero2", "zero3", "fsdp"]
 Phase = Literal["always", "update", "generation"]
-CUT_UP = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
+SHARDING_LEVELS = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
 """How much is cut up over processes: from 1 on optimizer states, from 2 on gradients, from 3 on weights."""
-TILE = 4096, 32768
+FUSED_HEAD_TILE = 4096, 32768
 """TRL's fused head projects this many positions onto this much of the vocabulary at a time."""
-ALLOWANCE = {True: int(1.5 * GIB), False: GIB // 4}
+DEVICE_ALLOWANCE = {True: int(1.5 * GIB), False: GIB // 4}
 """For a GPU's context and libraries, and for what the libraries take on a CPU besides what is loaded (ours)."""
-FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a 4-bit weight of bitsandbytes: half a byte, a scale of 8 bits for 64, a float32 for 256 scales."""
 OPTIMIZER_BYTES: dict[str, float] = {
     "adamw_torch_8bit": 2, "adamw_torch_4bit": 1, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2,
@@ -142,9 +142,9 @@ def estimate_resources(
     processes, sharding = processes or int(args.world_size), sharding or find_sharding(args)
     size = count_parameters(model_config, lora, trust_remote_code=config.model.trust_remote_code)
     work = count_work(args, prompt_tokens, processes, samples)
-    model = _Model(config, model_config, args, lora, size, work, processes, sharding, device)
+    model = _MemoryModel(config, model_config, args, lora, size, work, processes, sharding, device)
     can_measure = measure and device and device.is_gpu and sharding == "none" and not config.model.load_in_4bit
-    moving = model.measured() if can_measure else model.activation_bound()
+    moving = model.measure_activations() if can_measure else model.activation_bound()
     return Estimate(size, work, (*model.states(), moving, *model.generation()), device)
 
 
@@ -176,11 +176,11 @@ def count_parameters(model_config: Any, lora: Any = None, *, trust_remote_code: 
         model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), trust_remote_code=trust_remote_code)
     head, base = model.get_output_embeddings(), sum(p.numel() for p in model.parameters())
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    trained = sum(p.numel() for p in with_lora(model, lora).parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in add_lora(model, lora).parameters() if p.requires_grad)
     return ParameterCounts(base, trained, linear)
 
 
-def with_lora(model: Any, lora: Any) -> Any:
+def add_lora(model: Any, lora: Any) -> Any:
     """The model with its adapter, if there is one."""
     if lora is None:
         return model
@@ -214,7 +214,7 @@ def count_work(args: Any, prompt_tokens: Sequence[int], processes: int = 1, samp
 
 
 @dataclass
-class _Model:
+class _MemoryModel:
     """The model in one process of the run: bytes of its numbers, and the parts of memory that follow."""
 
     config: RunConfig
@@ -229,7 +229,11 @@ class _Model:
 
     def __post_init__(self) -> None:
         args, text = self.args, self.model_config.get_text_config()
-        self.text, self.cut_up, self.is_gpu = text, CUT_UP[self.sharding], bool(self.device and self.device.is_gpu)
+        self.text, self.sharding_level, self.is_gpu = (
+            text,
+            SHARDING_LEVELS[self.sharding],
+            bool(self.device and self.device.is_gpu),
+        )
         self.micro_batch = args.per_device_train_batch_size, self.work.longest_tokens + self.work.max_response
         kept = "with checkpointing" if args.gradient_checkpointing else "no checkpointing"
         self.shape = f"{self.micro_batch[0]} x {self.micro_batch[1]:,} tokens, longest prompt and response, {kept}"
@@ -240,21 +244,21 @@ class _Model:
         self.trained = 4 if self.lora or is_fsdp else 2 if self.is_deepspeed else loaded
         self.weight = loaded if self.lora else self.trained
         self.compute = 2 if self.is_mixed else loaded  # bytes of a product's input
-        self.stream = 2 if self.is_mixed and self.cut_up else loaded  # bytes of a value between layers
+        self.stream = 2 if self.is_mixed and self.sharding_level else loaded  # bytes of a value between layers
         # Bounds of what autograd keeps of a layer: for each token (gated feed-forward layers), and for each pair of
         # tokens (the mask of padded rows in the type of the products; the eager kind's scores). `mask` is kept once.
         kind, heads = self.config.model.attn_implementation, text.num_attention_heads
-        self.layer = self.compute * (14 * text.hidden_size + 4 * heads * head_dim(text) + 4 * feed_forward(text))
+        self.layer = self.compute * (14 * text.hidden_size + 4 * heads * head_dim(text) + 4 * feed_forward_width(text))
         self.mask, self.pair = (0, 0) if "flash" in kind else (1, self.compute)
         self.pair += (2 * self.compute + 4) * heads if kind == "eager" else 0
 
     def states(self) -> list[MemoryPart]:
         """What settings fix: weights, optimizer states, gradients, a reference model."""
         size = self.size
-        cut = [self.processes if self.cut_up >= least else 1 for least in range(4)]
+        cut = [self.processes if self.sharding_level >= least else 1 for least in range(4)]
         weights, how = size.base * self.weight, f"{size.base:,} parameters of {self.weight} bytes"
         if self.config.model.load_in_4bit:
-            weights = int(size.linear * FOUR_BIT) + (size.base - size.linear) * self.weight
+            weights = int(size.linear * NF4_BYTES) + (size.base - size.linear) * self.weight
             how = f"{size.linear:,} parameters of 4 bits with their scales, {size.base - size.linear:,} of 16"
         weights = (weights + (4 * size.trained if self.lora else 0)) // cut[3]
         name = str(getattr(self.args.optim, "value", self.args.optim))
@@ -273,7 +277,7 @@ class _Model:
                 MemoryPart("reference model", "always", weights, "exact: a second model, because beta is not 0")
             )
         if self.device:
-            allowance = ALLOWANCE[self.is_gpu]
+            allowance = DEVICE_ALLOWANCE[self.is_gpu]
             parts.append(MemoryPart("context", "always", allowance, "bound: a flat allowance for device and libraries"))
         return parts
 
@@ -288,18 +292,19 @@ class _Model:
         inputs = text.num_hidden_layers * text.hidden_size * self.stream
         token = self.layer * (2 * held + 1) // 2 + inputs + 8 * text.hidden_size
         # a buffer of one tile, and without a GPU's kernel eight more of the tile's logits in float32
-        tile = 4 * TILE[1] + (0 if self.is_gpu else 32 * min(text.vocab_size, TILE[1]))
-        fixed = min(rows * length, TILE[0]) * tile + (0 if self.lora else 4 * text.vocab_size * text.hidden_size)
+        positions, vocabulary = FUSED_HEAD_TILE
+        tile = 4 * vocabulary + (0 if self.is_gpu else 32 * min(text.vocab_size, vocabulary))
+        fixed = min(rows * length, positions) * tile + (0 if self.lora else 4 * text.vocab_size * text.hidden_size)
         fixed += 2 * self.size.linear if self.stream > self.compute else 0
         total = rows * (length * token + length**2 * (self.mask + self.pair * held)) + fixed
         return MemoryPart("activations", "update", total, f"bound: {self.shape}")
 
-    def measured(self) -> MemoryPart:
+    def measure_activations(self) -> MemoryPart:
         """Peak memory of a forward and backward pass besides weights and gradients, or all if it needs more."""
         device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            held, seconds = self.micro_step(device)
+            held, seconds = self.run_micro_step(device)
             extra, how = torch.cuda.max_memory_allocated(device) - held, f"a forward and backward pass, {seconds:.2f} s"
         except torch.cuda.OutOfMemoryError:
             total = torch.cuda.get_device_properties(device).total_memory
@@ -307,13 +312,13 @@ class _Model:
         torch.cuda.empty_cache()
         return MemoryPart("activations", "update", extra, f"measured: {how}; {self.shape}")
 
-    def micro_step(self, device: torch.device) -> tuple[int, float]:
+    def run_micro_step(self, device: torch.device) -> tuple[int, float]:
         """(bytes of weights and gradients, seconds) of one pass of the model with random weights through TRL's head."""
         args, dtype = self.args, getattr(torch, self.config.weights_dtype)
         with device:
             model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(self.model_config), dtype=dtype)
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-        model = with_lora(model, self.lora).train()
+        model = add_lora(model, self.lora).train()
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -339,7 +344,7 @@ class _Model:
             always, in_turn = ([], [[vllm]]) if sleeps else ([vllm], [])
         elif is_reinforcement(args) and not args.use_vllm:
             in_turn.append(self.responses(self.work.responses // self.processes, self.work.max_response, "responses"))
-        if table.prompts and self.cut_up < 3 and (data.held_out or data.path == EMBEDDED):
+        if table.prompts and self.sharding_level < 3 and (data.held_out or data.path == EMBEDDED):
             together = min(table.batch_size, table.prompts * table.samples_per_prompt)
             limit = table.max_new_tokens or self.config.max_response_tokens
             in_turn.append(self.responses(together, limit, "evaluated responses"))
@@ -369,7 +374,7 @@ def count_cache_bytes(text: Any, tokens: int, value_bytes: int) -> int:
     return values * value_bytes
 
 
-def feed_forward(text: Any) -> int:
+def feed_forward_width(text: Any) -> int:
     """Width of a feed-forward layer, by any of its names; four times the model's by default."""
     names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
     return next((size for name in names if (size := getattr(text, name, None))), 4 * text.hidden_size)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 IGNORED_LABEL = -100
 """The label of a token that is not learnt."""
-TOO_LONG = ("beyond_context", "prompt_too_long")
-COUNTS = ("rows", "kept", "repaired", "rejected", "samples", "turns", "reasons")
+TOO_LONG_REASONS = ("beyond_context", "prompt_too_long")
+REPORTED_COUNTS = ("rows", "kept", "repaired", "rejected", "samples", "turns", "reasons")
 
 
 def build_training_dataset(
@@ -167,63 +167,63 @@ def read_data(
     The model has to hold a prompt with `response_tokens` more, and a held-out prompt with `eval.max_new_tokens`.
     """
     data, say = config.data, observer.say
-    check_room("trl.max_completion_length", response_tokens, layout)
-    check = check_config(config, response_tokens)
+    check_response_limit("trl.max_completion_length", response_tokens, layout)
+    check = make_check_config(config, response_tokens)
     if data.path == EMBEDDED:
         if config.model.path != EMBEDDED:
             say("no data given: the prompts are the tool world's")
-        return tool_world_data(config, check, layout, say)
-    held_out = held_out_samples(config, check, layout, observer)
-    if not data.held_out and (beside := test_part(data.path)):
+        return make_tool_world_data(config, check, layout, say)
+    held_out = read_held_out(config, check, layout, observer)
+    if not data.held_out and (beside := find_test_split(data.path)):
         say(f"{beside} lies beside {data.path} and is not measured: --held-out {beside} measures on it")
     if data.held_out == data.path:
         say(f"{data.path} is both data.path and data.held_out: what is measured was trained on")
     elsewhere = bool(data.held_out) and data.held_out != data.path
     report, training = DataReport(), TrainingData([], held_out)
-    for row, prepared in prepared_rows(
+    for row, prepared in prepare_rows(
         data.path, check, layout, test=data.held_out if elsewhere else None, observer=observer
     ):
         report.add(row)
-        training.prepared += learnt(prepared, data)
-        training.rejected += rejection(row)
-    training.report = counts_of(report)
-    say(account(data.path, training.report))
+        training.prepared += select_turns(prepared, data)
+        training.rejected += make_rejection_lines(row)
+    training.report = select_counts(report)
+    say(summarize_file(data.path, training.report))
     if data.turns == "calls" and report.turns["answers"]:
         say(f'data.turns = "calls": {report.turns["answers"]} {TURNS["answers"]} are not trained on')
-    elif (warning := mix_warning(report.turns)) and takes_any_answer(config):
+    elif (warning := mix_warning(report.turns)) and accepts_any_answer(config):
         say(f"warning: {warning}")
     if report.samples and not training.prepared:
         raise UserError(f'data.turns = "calls" and {data.path}, none of whose turns calls', "calls", "remove it")
     if not training.prepared:
         first = training.rejected[0]["reasons"][0] if training.rejected else "the file has no rows"
-        raise empty(data.path, report.rows, first)
-    check_lengths(data, data.path, report)
+        raise make_no_samples_error(data.path, report.rows, first)
+    refuse_too_long(data, data.path, report)
     if config.rest.format in FORMATS and any(sample.tools_in_prompt for sample in training.samples):
         say(f"some prompts describe their own tools and format; {config.rest.format} must be the one they ask for")
     return training
 
 
-def check_lengths(data: DataTable, path: str, report: DataReport) -> None:
+def refuse_too_long(data: DataTable, path: str, report: DataReport) -> None:
     """UserError for prompts that are too long, where that is refused."""
-    long = [f"{reason} {report.reasons[reason]}" for reason in TOO_LONG if reason in report.reasons]
+    long = [f"{reason} {report.reasons[reason]}" for reason in TOO_LONG_REASONS if reason in report.reasons]
     if long and data.too_long == "refuse":
         remedy = f'see rest-rl data check {path} --model DIR, or set data.too_long = "drop"'
         raise UserError(f'{path}, {", ".join(long)} rows with data.too_long = "refuse"', "none", remedy)
 
 
-def check_room(key: str, response_tokens: int, layout: PromptLayout) -> None:
+def check_response_limit(key: str, response_tokens: int, layout: PromptLayout) -> None:
     """UserError for responses that leave no room for a prompt."""
     if layout.context and response_tokens >= layout.context:
         expected = f"less than the {layout.context} tokens that the model holds, prompt included"
         raise UserError(f"{key} = {response_tokens}", expected, "lower it, or take a model with a longer context")
 
 
-def tool_world_data(
+def make_tool_world_data(
     config: RunConfig, check: CheckConfig, layout: PromptLayout, say: Callable[[str], Any]
 ) -> TrainingData:
     data, evaluation = config.data, config.eval
     training = drop_too_long(tool_world(data.seed, data.num_samples, decision=data.decision), layout, check, data, say)
-    check = held_out_check(config, check, layout)
+    check = make_held_out_check(config, check, layout)
     held_out = [
         (split, prepared)
         for split in SPLITS[1:]
@@ -231,20 +231,20 @@ def tool_world_data(
             tool_world(evaluation.seed, evaluation.prompts, split, decision=data.decision), layout, check, data, say
         )
     ]
-    return TrainingData(learnt(training, data), held_out)
+    return TrainingData(select_turns(training, data), held_out)
 
 
-def learnt(prepared: Sequence[Prepared], data: DataTable) -> list[Prepared]:
+def select_turns(prepared: Sequence[Prepared], data: DataTable) -> list[Prepared]:
     """The samples that `data.turns` trains on."""
     return [each for each in prepared if data.turns == "all" or each.sample.gold.turn == "calls"]
 
 
-def takes_any_answer(config: RunConfig) -> bool:
+def accepts_any_answer(config: RunConfig) -> bool:
     """Whether the reward of a run takes any text as an answer: not where answers are demonstrated or scored."""
     return not config.rest.is_supervised and getattr(config.rest.resolve().reward, "answer", "") == "presence"
 
 
-def test_part(path: str) -> Path | None:
+def find_test_split(path: str) -> Path | None:
     """The other part of a split beside `X.train.*`, which `rest-rl data split` wrote; None without one."""
     file = Path(path)
     stem, part, ending = file.name.partition(".train.")
@@ -266,7 +266,7 @@ def drop_too_long(
     return [each for index, each in enumerate(prepared) if index not in told]
 
 
-def check_config(config: RunConfig, response_tokens: int) -> CheckConfig:
+def make_check_config(config: RunConfig, response_tokens: int) -> CheckConfig:
     """`[data]` as the checks of a file take it."""
     data = config.data
     return CheckConfig(
@@ -280,22 +280,22 @@ def check_config(config: RunConfig, response_tokens: int) -> CheckConfig:
     )
 
 
-def held_out_check(config: RunConfig, check: CheckConfig, layout: PromptLayout) -> CheckConfig:
+def make_held_out_check(config: RunConfig, check: CheckConfig, layout: PromptLayout) -> CheckConfig:
     """As for training, with the evaluation's own length of responses if it has one; nothing is masked."""
     if config.eval.prompts:
-        check_room("eval.max_new_tokens", config.eval.max_new_tokens, layout)
+        check_response_limit("eval.max_new_tokens", config.eval.max_new_tokens, layout)
     response_tokens = config.eval.max_new_tokens or check.max_response_tokens
     return replace(check, mask_names=0.0, max_response_tokens=response_tokens)
 
 
-def prepared_rows(
+def prepare_rows(
     path: str, check: CheckConfig, layout: PromptLayout, **settings: Any
 ) -> Iterable[tuple[CheckedRow, list[Prepared]]]:
     """Each row of a file, and its samples prepared for the model."""
     return (prepare_row(row, layout, check) for row in checked_rows(path, check, **settings))
 
 
-def held_out_samples(
+def read_held_out(
     config: RunConfig, check: CheckConfig, layout: PromptLayout, observer: Observer
 ) -> list[tuple[str, Prepared]]:
     """At most `eval.prompts` samples that the model can be given, checked as the training file is and never masked.
@@ -306,23 +306,23 @@ def held_out_samples(
     if not path or not number:
         return []
     report, samples = DataReport(), list[Prepared]()
-    for row, prepared in prepared_rows(path, held_out_check(config, check, layout), layout, observer=observer):
+    for row, prepared in prepare_rows(path, make_held_out_check(config, check, layout), layout, observer=observer):
         report.add(row)
         samples += prepared
-    counts = counts_of(report)
-    observer.say(f"held out, {account(path, counts)}")
-    check_lengths(config.data, path, report)
+    counts = select_counts(report)
+    observer.say(f"held out, {summarize_file(path, counts)}")
+    refuse_too_long(config.data, path, report)
     if not samples:
-        raise empty(path, report.rows, ", ".join(counts["reasons"]) or "no rows")
+        raise make_no_samples_error(path, report.rows, ", ".join(counts["reasons"]) or "no rows")
     number = min(number, len(samples))
     return [("held out", samples[index * len(samples) // number]) for index in range(number)]
 
 
-def counts_of(report: DataReport) -> dict[str, Any]:
-    return {name: value for name, value in report.to_json().items() if name in COUNTS}
+def select_counts(report: DataReport) -> dict[str, Any]:
+    return {name: value for name, value in report.to_json().items() if name in REPORTED_COUNTS}
 
 
-def empty(path: str, rows: int, first: str) -> UserError:
+def make_no_samples_error(path: str, rows: int, first: str) -> UserError:
     """The error for a file without a usable sample; `first` begins with the first reason."""
     reason = REASONS.get(first.partition(":")[0])
     remedy = f"{reason.remedy}; see" if reason else "see"
@@ -330,13 +330,13 @@ def empty(path: str, rows: int, first: str) -> UserError:
     return UserError(got, "dialogues", f"{remedy} rest-rl data check {path}")
 
 
-def rejection(row: CheckedRow) -> list[dict[str, Any]]:
+def make_rejection_lines(row: CheckedRow) -> list[dict[str, Any]]:
     """What a row lost, as one line of rejected.jsonl; nothing for a row that lost nothing."""
     reasons = [f"{found.reason}: {found.detail}" for found in row.findings if found.severity == "rejected"]
     return [{"file": row.file, "row": row.number, "reasons": reasons}] if reasons else []
 
 
-def account(path: str, report: Mapping[str, Any]) -> str:
+def summarize_file(path: str, report: Mapping[str, Any]) -> str:
     """One line on a file: what was kept, and why the rest was not."""
     counts = ", ".join(f"{report[name]} {name}" for name in ("kept", "repaired", "rejected"))
     reasons = ", ".join(f"{reason} {count}" for reason, count in report["reasons"].items())

@@ -133,16 +133,16 @@ def refuse_non_finite(reward: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
 
         @functools.wraps(reward)
-        async def later(**columns: Any) -> Any:
+        async def async_wrapper(**columns: Any) -> Any:
             return checked(await reward(**columns), columns)
 
-        return later
+        return async_wrapper
 
     @functools.wraps(reward)  # TRL names its metrics after the function
-    def now(**columns: Any) -> Any:
+    def wrapper(**columns: Any) -> Any:
         return checked(reward(**columns), columns)
 
-    return now
+    return wrapper
 
 
 def _process_rank() -> int:

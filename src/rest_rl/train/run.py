@@ -52,7 +52,7 @@ from rest_rl.train.request import RunSource, find_changed_keys, is_main_process,
 from rest_rl.train.trl.settings import find_unread_keys, with_machine_defaults
 from rest_rl.train.weighing import try_weight_rule
 
-COUNTED = 2000
+MAX_COUNTED_PROMPTS = 2000
 """Samples whose tokens an estimate counts."""
 
 
@@ -111,29 +111,29 @@ def train(
     observer = observer if is_first else SILENT
     config = resolve_run(run, out=out, resume=resume, overrides=overrides)
     folder = Path(config.run.out)
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if resume:
-            held.enter_context(owned(folder, observer, enabled=is_first))
-        plan = plan_of(config, observer, is_new=not resume)
+            stack.enter_context(owned(folder, observer, enabled=is_first))
+        plan = plan_run(config, observer, is_new=not resume)
         config, engine, data = plan.config, plan.engine, plan.data
         if resume:
-            log, checkpoint = resume_folder(folder, plan, observer, enabled=is_first)
+            log, checkpoint = resume_run_folder(folder, plan, observer, enabled=is_first)
         else:
             checkpoint = engine.prepare(data, RunLog(folder), Checkpoint(0))
-            held.enter_context(owned(folder, observer, enabled=is_first))
+            stack.enter_context(owned(folder, observer, enabled=is_first))
             run_file = run if isinstance(run, str | Path) else None
             log = RunLog.create(folder, config.to_toml(), sys.argv, enabled=is_first, run_file=run_file)
-        return carry_out(plan, log, checkpoint, observer)
+        return execute(plan, log, checkpoint, observer)
 
 
-def carry_out(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observer) -> RunResult:
+def execute(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observer) -> RunResult:
     """Measure, train, keep and measure a run whose folder is open."""
     config, engine, data, folder = plan.config, plan.engine, plan.data, log.folder
     what = f"preset {config.rest.preset}, {len(data.prepared)} prompts, {len(data.held_out)} held out"
     observer.say(f"run folder {folder}, {what}")
-    keep_account(data, log, observer)
+    record_data(data, log, observer)
     engine.start(log)
-    held_out = HeldOut(engine, data.held_out, plan, log, observer)
+    held_out = HeldOutEvaluator(engine, data.held_out, plan, log, observer)
     if not checkpoint.is_last:
         held_out.measure("before")
     reached = engine.run(held_out.after_step)
@@ -144,7 +144,7 @@ def carry_out(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Obse
         log.update_summary(steps=reached.step, preset=config.rest.preset, seed=config.run.seed)
         held_out.measure("after")
         if log.enabled:
-            finish(log, observer)
+            write_plots(log, observer)
     summary, table = log.read_summary(), parse_toml(config.to_toml(), "the run")
     metrics, evaluations = read_rows(folder / METRICS), read_rows(folder / EVALUATIONS)  # none on another machine
     return RunResult(
@@ -159,7 +159,7 @@ def carry_out(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Obse
     )
 
 
-def resume_folder(folder: Path, plan: RunPlan, observer: Observer, *, enabled: bool) -> tuple[RunLog, Checkpoint]:
+def resume_run_folder(folder: Path, plan: RunPlan, observer: Observer, *, enabled: bool) -> tuple[RunLog, Checkpoint]:
     """A run folder cut back to its newest whole checkpoint, once the engine is ready to go on from there."""
     log = RunLog(folder)
     check_same_data(plan.data, log)
@@ -196,10 +196,10 @@ def make_plan(
     A dry plan is of a run that will not begin: where nobody has named a folder it does not look for a free one.
     """
     config = resolve_run(run, out=out, resume=resume, overrides=overrides, is_dry=is_dry)
-    return plan_of(config, observer, is_new=not resume, is_dry=is_dry)
+    return plan_run(config, observer, is_new=not resume, is_dry=is_dry)
 
 
-def plan_of(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: bool = False) -> RunPlan:
+def plan_run(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: bool = False) -> RunPlan:
     """The plan of a run, a new one with what this machine lacks filled in."""
     if is_new and config.run.engine == "trl":  # verl trains elsewhere
         config = with_machine_defaults(config)
@@ -252,7 +252,7 @@ def estimate_plan(plan: RunPlan, *, measure: bool = False) -> Estimate:
         load_policy_config(plan.config.model),
         engine.args,
         lora=lora_config(plan.config.peft),
-        prompt_tokens=engine.token_counts(plan.data.prepared[:COUNTED]),
+        prompt_tokens=engine.count_tokens(plan.data.prepared[:MAX_COUNTED_PROMPTS]),
         samples=len(plan.data.prepared),
         device=find_device(engine.args),
         measure=measure,
@@ -291,7 +291,7 @@ def check_same_data(data: TrainingData, log: RunLog) -> None:
         )
 
 
-def keep_account(data: TrainingData, log: RunLog, observer: Observer) -> None:
+def record_data(data: TrainingData, log: RunLog, observer: Observer) -> None:
     """What training was given and what not, in the run folder."""
     if refused := [row for row in data.rejected if "sample" in row]:
         first = shorten(f"{refused[0]['sample']}: {refused[0]['reason']}", 250, placeholder=" ...")
@@ -300,7 +300,7 @@ def keep_account(data: TrainingData, log: RunLog, observer: Observer) -> None:
     log.update_summary(data={**data.report, "refused": len(refused), "digest": data.digest})
 
 
-class HeldOut:
+class HeldOutEvaluator:
     """Measures the policy on held-out prompts, before, after and, with `[eval] every`, during training."""
 
     def __init__(
@@ -347,11 +347,11 @@ class HeldOut:
         row = {"step": step, **scores}
         self.log.add_evaluation(row)
         self.log.add_timing({"step": step, "evaluation_time": perf_counter() - begin})
-        self.observer.say(f"step {step}: exact match {'; '.join(evaluation_texts(scores))}")
+        self.observer.say(f"step {step}: exact match {'; '.join(format_scores(scores))}")
         return row
 
 
-def evaluation_texts(scores: Mapping[str, Any]) -> Iterator[str]:
+def format_scores(scores: Mapping[str, Any]) -> Iterator[str]:
     """Exact match sampled and greedy in words: over call turns, then over answer turns, or over all alike."""
     turns: Sequence[Turn | None] = tuple(TURNS) if headline_turn([scores]) else (None,)
     for turn in turns:
@@ -361,7 +361,7 @@ def evaluation_texts(scores: Mapping[str, Any]) -> Iterator[str]:
         yield f"{', '.join(shown)} ({own['greedy']['n']} {f'{TURNS[turn]} ' if turn else ''}held out)"
 
 
-def finish(log: RunLog, observer: Observer) -> None:
+def write_plots(log: RunLog, observer: Observer) -> None:
     """Plots and the before/after table."""
     run = read_run(log.folder)
     try:

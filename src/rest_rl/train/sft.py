@@ -48,7 +48,7 @@ class RegionSFTTrainer(SFTTrainer):
         super().__init__(args=args, **kwargs)
         policy: Any = self.model
         model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-        model.register_forward_hook(self._weigh)
+        model.register_forward_hook(self._weight_log_probs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, with the labels at hand for `_weigh`."""
@@ -58,7 +58,7 @@ class RegionSFTTrainer(SFTTrainer):
             raise UserError("a TRL whose supervised loss is not the head's own", "TRL 1.16", "upgrade trl")
         return loss
 
-    def _weigh(self, module: Any, args: Any, output: Any) -> Any:
+    def _weight_log_probs(self, module: Any, args: Any, output: Any) -> Any:
         """The head's output with its log-probabilities (zero where nothing is learnt) times the region weights."""
         labels_BT = self._labels_BT
         if labels_BT is None or getattr(output, "log_probs", None) is None:

@@ -114,17 +114,17 @@ def check_weight_rule(rule: WeightRule, tool_format: str, entropy_decay: float, 
 
 def try_weight_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -> None:
     """UserError for a rule of the user's that fails on a short batch, before and after regions have been measured."""
-    weigher = TokenWeighter(tokenizer, tool_format, rule)
+    weighter = TokenWeighter(tokenizer, tool_format, rule)
     ids = tokenizer(tool_format.render(None, [ToolCall("f", {"a": 1})], None), add_special_tokens=False)["input_ids"]
     ids_BT = torch.tensor([ids, ids])
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, len(ids) // 2 :] = 0
     halves_R = torch.full((NUM_REGIONS,), 0.5, dtype=torch.float64)
     for statistics, progress in ((None, 0.0), (RegionStatistics(100 * halves_R, halves_R, halves_R), 1.0)):
-        regions_BT, entropies_BT = weigher.tag(ids_BT, mask_BT), torch.full(ids_BT.shape, 0.5)
+        regions_BT, entropies_BT = weighter.tag(ids_BT, mask_BT), torch.full(ids_BT.shape, 0.5)
         known = {"entropies_BT": entropies_BT} if needs_entropies(rule) else {}
         with trying(f"weight rule {name_of(rule)}", "rule(batch, statistics, progress) -> weights (docs/method.md)"):
-            weights_R = weigher.weight(ids_BT, mask_BT, regions_BT, statistics, progress, 1, **known).rule_weights_R
+            weights_R = weighter.weight(ids_BT, mask_BT, regions_BT, statistics, progress, 1, **known).rule_weights_R
         if weights_R is not None and tuple(weights_R.shape) != (NUM_REGIONS,):
             got = f"region_weights of shape {tuple(weights_R.shape)} from the weight rule {name_of(rule)}"
             raise UserError(got, f"{NUM_REGIONS} numbers, one for each region", "correct it")

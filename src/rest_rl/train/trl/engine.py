@@ -41,14 +41,14 @@ from rest_rl.train.sft import build_demonstrations, make_sft_trainer
 from rest_rl.train.trl.settings import check_lengthening, make_trainer_config
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, optimizer_steps_per_batch
 
-WALL_CLOCK = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
+TIMING_KEYS = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
 """Parts of the names of what differs from run to run, or after a resume, and so stays out of the metrics."""
 
-PROBED = 64
+PROBE_TOKENS = 64
 """Tokens of a prompt at whose logits a diverged model is noticed."""
-LARGEST = 1e19
+MAX_WEIGHT = 1e19
 """Weights from which on their squares, which a norm takes, overflow."""
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """What the system says where a folder cannot be written to."""
 
 
@@ -74,10 +74,10 @@ class TrlEngine:
         return find_checkpoint(log, self.args.save_steps)
 
     def prepare(self, data: TrainingData, log: RunLog, checkpoint: Checkpoint) -> Checkpoint:
-        self.dataset = self._dataset(data)
-        self.probe_ids = data.prepared[0].prompt_ids[-PROBED:]
+        self.dataset = self._build_dataset(data)
+        self.probe_ids = data.prepared[0].prompt_ids[-PROBE_TOKENS:]
         if (log.folder / CONFIG).is_file():
-            self._check_lengthened(read_run_file(log.folder / CONFIG), checkpoint)
+            self._check_lengthening(read_run_file(log.folder / CONFIG), checkpoint)
         if checkpoint.is_last and checkpoint.step < self.steps:  # the run has been lengthened since
             checkpoint = checkpoint._replace(is_last=False)
         self.checkpoint = checkpoint
@@ -88,13 +88,13 @@ class TrlEngine:
             self.model, _ = load_policy(table, self.config.peft)
         return checkpoint
 
-    def _check_lengthened(self, recorded: RunConfig, checkpoint: Checkpoint) -> None:
+    def _check_lengthening(self, recorded: RunConfig, checkpoint: Checkpoint) -> None:
         if any(recorded.trl.get(key) != self.config.trl.get(key) for key in LENGTH_KEYS):
             check_lengthening(self.args, checkpoint.step)
 
-    def _dataset(self, data: TrainingData) -> Any:
+    def _build_dataset(self, data: TrainingData) -> Any:
         if isinstance(self.args, ResTConfig):
-            check_size(len(data.prepared), self.args, self.config.data.path)
+            check_prompt_count(len(data.prepared), self.args, self.config.data.path)
             return build_prompt_dataset(data.prepared, self.layout)
         rows, rejected = build_demonstrations(data.prepared, self.layout, self.args.max_length)
         data.reject(rejected)
@@ -104,7 +104,7 @@ class TrlEngine:
             raise make_rejection_error(rejected[0])
         return build_dataset(rows)
 
-    def token_counts(self, prepared: Sequence[Prepared]) -> list[int]:
+    def count_tokens(self, prepared: Sequence[Prepared]) -> list[int]:
         """Tokens of each prompt, in supervised training with its demonstration."""
         if isinstance(self.args, ResTConfig):
             return [len(each.prompt_ids) for each in prepared]
@@ -125,8 +125,8 @@ class TrlEngine:
             "callbacks": [self.recorder],
         }
         if isinstance(self.args, ResTConfig):
-            record = ResponseRecord(self._keep_responses)
-            reward = self._recorded_reward(self.args, record)
+            record = ResponseRecord(self._write_responses)
+            reward = self._make_reward(self.args, record)
             self.trainer = ResTTrainer(args=self.args, reward_funcs=reward, train_dataset=self.dataset, **shared)
             self.trainer.on_weighed = record.add_token_fields
             self.trainer.add_callback(FlushAtEnd(record))
@@ -141,7 +141,7 @@ class TrlEngine:
                 "the model is sharded: it is not evaluated in the run; evaluate its model folder when it is done"
             )
 
-    def _recorded_reward(self, args: ResTConfig, record: ResponseRecord) -> Callable[..., list[float]]:
+    def _make_reward(self, args: ResTConfig, record: ResponseRecord) -> Callable[..., list[float]]:
         """The preset's reward, which also records the first responses of every batch."""
         tool_format, tokenizer = get_format(self.config.rest.format), self.layout.tokenizer
         ends, shares, steps = get_stop_ids(tokenizer, self.model), optimizer_steps_per_batch(args), args.progress_steps
@@ -149,7 +149,7 @@ class TrlEngine:
         kept = self.config.run.recorded_responses
         return with_response_record(reward, tokenizer, tool_format, kept, record, ends, steps)
 
-    def _keep_responses(self, step: int, rows: Sequence[Row]) -> None:
+    def _write_responses(self, step: int, rows: Sequence[Row]) -> None:
         self.log.add_responses(rows)
         self.observer.on_responses(step, rows)
 
@@ -172,31 +172,31 @@ class TrlEngine:
                 f"{prompts[0].limit} tokens each (less: --set eval.prompts=N, --set eval.max_new_tokens=N; "
                 "eval.prompts=0 for none)"
             )
-        with self._sampling():
+        with self._explaining_divergence():
             return evaluate_held_out(
                 self.model, self.layout.tokenizer, prompts, self.layout.format, self.config.eval, self.observer
             )
 
     @contextmanager
-    def _sampling(self) -> Iterator[None]:
+    def _explaining_divergence(self) -> Iterator[None]:
         """UserError instead of what sampling from a model raises that has no probabilities."""
         try:
             yield
         except RuntimeError as error:
-            is_sound = True
+            is_finite = True
             with suppress(RuntimeError):  # a device that has failed answers nothing any more
-                is_sound = self.is_sound()
-            if not is_sound:
-                raise self.divergence() from error
+                is_finite = self.is_finite()
+            if not is_finite:
+                raise self.make_divergence_error() from error
             raise
 
-    def is_sound(self) -> bool:
+    def is_finite(self) -> bool:
         """Whether trained weights and logits for the end of a prompt are finite; a sharded model is not asked."""
         if self.is_sharded:
             return True
         model, was_training = self.model, self.model.training
         trained = [torch.linalg.vector_norm(p.detach(), math.inf) for p in model.parameters() if p.requires_grad]
-        if trained and not torch.stack([norm.to(trained[0]) for norm in trained]).max() < LARGEST:
+        if trained and not torch.stack([norm.to(trained[0]) for norm in trained]).max() < MAX_WEIGHT:
             return False
         ids_BT = torch.tensor([self.probe_ids], device=model.device)
         model.eval()
@@ -205,7 +205,7 @@ class TrlEngine:
         model.train(was_training)
         return bool(torch.isfinite(logits_BTV).all())
 
-    def divergence(self) -> UserError:
+    def make_divergence_error(self) -> UserError:
         """The error for a model that is not sound."""
         step = self.checkpoint.step if self.trainer is None else self.trainer.state.global_step
         if step == 0:
@@ -224,11 +224,11 @@ class TrlEngine:
         trainer, begin = self.trainer, self.checkpoint
         if trainer is None:
             return StopPoint(begin.step)
-        trainer.add_callback(EveryStep(after_step, self))
+        trainer.add_callback(AfterStepCallback(after_step, self))
         with (
-            self._sampling(),
+            self._explaining_divergence(),
             self.observer.track("training", self.steps, begin.step),
-            stopping(self.recorder, self.observer),
+            stop_on_signal(self.recorder, self.observer),
         ):
             trainer.train(resume_from_checkpoint=str(begin.folder) if begin.folder else None)
         step = int(trainer.state.global_step)
@@ -238,30 +238,30 @@ class TrlEngine:
         """All processes take part."""
         if self.trainer is None:
             return  # `start` has copied it from the checkpoint
-        with writing(self.log.folder):
+        with explain_write_errors(self.log.folder):
             self.trainer.save_model(str(self.log.model))
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def explain_write_errors(folder: Path) -> Iterator[None]:
     """UserError for what the system says of the run folder: it is full or read-only; others are no fault of it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if number := refusal(folder, error):
+        if number := find_write_error(folder, error):
             raise unwritable(folder, OSError(number, os.strerror(number))) from error
         raise
 
 
-def refusal(folder: Path, error: Exception) -> int | None:
+def find_write_error(folder: Path, error: Exception) -> int | None:
     """The number of the system's error, if it was the folder that kept a model from being written.
 
     safetensors has it in its text. torch's writer has none: the file that it has left behind is asked for more room.
     """
     if isinstance(error, OSError):
-        return error.errno if error.errno in REFUSALS else None
+        return error.errno if error.errno in WRITE_ERRORS else None
     if found := re.search(r"\(os error (\d+)\)", str(error)):
-        return int(found[1]) if int(found[1]) in REFUSALS else None
+        return int(found[1]) if int(found[1]) in WRITE_ERRORS else None
     files = [path for path in folder.rglob("*") if path.is_file()]
     if not files:
         return None
@@ -284,13 +284,13 @@ def guard_saving(trainer: Any, folder: Path) -> None:
     save = trainer._save_checkpoint  # noqa: SLF001 - where transformers writes a checkpoint's parts
 
     def guarded(*args: Any, **settings: Any) -> None:
-        with writing(folder):
+        with explain_write_errors(folder):
             save(*args, **settings)
 
     trainer._save_checkpoint = guarded  # noqa: SLF001
 
 
-def check_size(prompts: int, args: ResTConfig, path: str) -> None:
+def check_prompt_count(prompts: int, args: ResTConfig, path: str) -> None:
     """UserError for fewer prompts than one step takes: the trainer would silently do nothing."""
     responses = cast(int, args.generation_batch_size)
     needed = responses // cast(int, args.num_generations)
@@ -334,7 +334,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         """One row of metrics and one of times."""
         row = {"step": state.global_step}
-        timing = {key: value for key, value in (logs or {}).items() if any(part in key for part in WALL_CLOCK)}
+        timing = {key: value for key, value in (logs or {}).items() if any(part in key for part in TIMING_KEYS)}
         metrics = {key: value for key, value in (logs or {}).items() if key not in timing}
         if "train_loss" not in metrics:  # the closing line of the trainer repeats what is known
             self.log.add_metrics(row | metrics)
@@ -349,7 +349,7 @@ class Recorder(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class EveryStep(TrainerCallback):
+class AfterStepCallback(TrainerCallback):
     """Lets the workflow measure after every finished step, before the step is logged and saved.
 
     So what it writes is there whenever the step's checkpoint is. A run that has diverged is logged and ends.
@@ -360,7 +360,7 @@ class EveryStep(TrainerCallback):
         self.has_diverged = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.has_diverged = not self.engine.is_sound()
+        self.has_diverged = not self.engine.is_finite()
         if self.has_diverged:
             control.should_log = True
         elif row := self.after_step(state.global_step):
@@ -368,11 +368,11 @@ class EveryStep(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.has_diverged:  # logged by the recorder, not saved
-            raise self.engine.divergence()
+            raise self.engine.make_divergence_error()
 
 
 @contextmanager
-def stopping(recorder: Recorder, observer: Observer) -> Iterator[None]:
+def stop_on_signal(recorder: Recorder, observer: Observer) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) asks for a checkpoint and an end after this step, the second one ends at once.
 
     Signals belong to the main thread: called from another one, this does nothing.

@@ -21,12 +21,12 @@ from rest_rl.train.policy import new_adapter_config
 from rest_rl.train.request import MACHINE_DEFAULTS, check_ranges
 from rest_rl.train.trl.trainer import ResTConfig, optimizer_steps_per_batch
 
-OWNED = ("output_dir", "seed", "preset", "tool_format", "weights", "reward", "advantage", "entropy_decay")
-OWNED += ("progress_steps",)
+MANAGED_FIELDS = ("output_dir", "seed", "preset", "tool_format", "weights", "reward", "advantage", "entropy_decay")
+MANAGED_FIELDS += ("progress_steps",)
 """Fields of the trainer's configuration that other tables of a run set."""
-ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
+LENGTH_INDEPENDENT_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 """Learning rate schedules in which no rate depends on the length of the run."""
-PACKAGES = {
+OPTIONAL_PACKAGES = {
     "use_vllm": ("vllm", "'trl[vllm]'"),
     "deepspeed": ("deepspeed", "deepspeed"),
     "use_liger_kernel": ("liger_kernel", "liger-kernel"),
@@ -48,7 +48,7 @@ def make_trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfi
     """
     kind = SFTConfig if config.rest.is_supervised else ResTConfig
     table = {name: value for name, value in config.trl.items() if name not in find_unread_keys(config)}
-    check_trl({name: value for name, value in table.items() if not (is_dry and name == "use_vllm")}, kind)
+    check_trl_table({name: value for name, value in table.items() if not (is_dry and name == "use_vllm")}, kind)
     given: dict[str, Any] = {
         "output_dir": str(Path(config.run.out) / CHECKPOINTS),
         "seed": config.run.seed,
@@ -96,19 +96,19 @@ def method_fields(config: RunConfig) -> dict[str, Any]:
 
 def find_unread_keys(config: RunConfig) -> list[str]:
     """Keys of `[trl]` for the other kind of training, left out so that one run file serves all presets."""
-    reinforced, supervised = field_names(GRPOConfig), field_names(SFTConfig)
+    reinforced, supervised = get_field_names(GRPOConfig), get_field_names(SFTConfig)
     only = reinforced - supervised if config.rest.is_supervised else supervised - reinforced
     return [name for name in config.trl if name in only]
 
 
-def field_names(kind: type) -> set[str]:
+def get_field_names(kind: type) -> set[str]:
     """What a trainer's configuration can be given."""
     return {field.name for field in dataclasses.fields(kind) if field.init}
 
 
-def check_trl(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
+def check_trl_table(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
     """UserError for a key or value of `[trl]` that the trainer would not take, or could not resume from."""
-    fields = field_names(kind) - set(OWNED)
+    fields = get_field_names(kind) - set(MANAGED_FIELDS)
     stock = SFTConfig if kind is SFTConfig else GRPOConfig
     hints = {**typing.get_type_hints(kind), **typing.get_type_hints(stock)}
     for name, value in table.items():
@@ -135,11 +135,11 @@ def check_lengthening(args: ResTConfig | SFTConfig, step: int) -> None:
     """UserError unless a run can be lengthened after `step` as if it had been as long from the beginning."""
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     warms_up = schedule != "constant" and 0 < args.warmup_steps < 1  # a share of the run
-    if schedule not in ENDLESS or warms_up:
+    if schedule not in LENGTH_INDEPENDENT_SCHEDULES or warms_up:
         raise UserError(
             f"--resume with another length and trl.lr_scheduler_type = {schedule!r}, whose learning rates depend on it"
             + " by its warmup" * warms_up,
-            f"a schedule that does not ({', '.join(ENDLESS)})",
+            f"a schedule that does not ({', '.join(LENGTH_INDEPENDENT_SCHEDULES)})",
             f"train on from the run's model: --model {Path(cast(str, args.output_dir)).parent} --out another",
         )
     if step % optimizer_steps_per_batch(args):
@@ -153,7 +153,7 @@ def check_lengthening(args: ResTConfig | SFTConfig, step: int) -> None:
 def check_packages(table: Mapping[str, Any]) -> None:
     """UserError for a setting whose package is not there: the trainer would find out once it is built."""
     optimizer = str(table.get("optim", ""))
-    needed = {key: package for key, package in PACKAGES.items() if table.get(key)}
+    needed = {key: package for key, package in OPTIONAL_PACKAGES.items() if table.get(key)}
     if "8bit" in optimizer or "bnb" in optimizer:
         needed["optim"] = ("bitsandbytes", "bitsandbytes")
     for key, (module, package) in needed.items():

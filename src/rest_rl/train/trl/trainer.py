@@ -140,17 +140,17 @@ class ResTConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.preset, Preset):
-            self._flatten(self.preset)
+            self._record_preset(self.preset)
         self.tool_format = format_name(self.tool_format)
         method = self.method()
         get_format(self.tool_format)
         self.check_method(method)
         for name, value in TRL_SETTINGS[method.advantage].items():
-            self._fill(name, value, FROM_PRESET)
+            self._fill_from_preset(name, value, FROM_PRESET)
         if method.epsilon_low != 0.2:
-            self._fill("epsilon", method.epsilon_low, 0.2)
+            self._fill_from_preset("epsilon", method.epsilon_low, 0.2)
         if method.epsilon_high != method.epsilon_low:
-            self._fill("epsilon_high", method.epsilon_high, None)
+            self._fill_from_preset("epsilon_high", method.epsilon_high, None)
 
     def method(self) -> Preset:
         """The preset with the overrides applied."""
@@ -161,7 +161,7 @@ class ResTConfig(GRPOConfig):
         }
         return RestTable(preset=self.preset, **table).resolve()
 
-    def _flatten(self, preset: Preset) -> None:
+    def _record_preset(self, preset: Preset) -> None:
         """Write a preset object as its name and what it has different, which a checkpoint can record."""
         if (named := PRESETS.get(preset.name)) is None:
             raise UserError(
@@ -170,13 +170,13 @@ class ResTConfig(GRPOConfig):
                 "give it the name of the preset that it changes, or set rest_rl.PRESETS[name] to it",
             )
         self.preset = preset.name
-        self.weights = self.weights or _changes(named.weights, preset.weights)
-        self.reward = self.reward or _changes(named.reward, preset.reward)
+        self.weights = self.weights or _find_changes(named.weights, preset.weights)
+        self.reward = self.reward or _find_changes(named.reward, preset.reward)
         self.advantage = self.advantage or preset.advantage
         self.epsilon = preset.epsilon_low if self.epsilon == 0.2 else self.epsilon
         self.epsilon_high = preset.epsilon_high if self.epsilon_high is None else self.epsilon_high
 
-    def _fill(self, name: str, value: Any, unset: Any) -> None:
+    def _fill_from_preset(self, name: str, value: Any, unset: Any) -> None:
         given = getattr(self, name)
         if given == unset:
             setattr(self, name, value)
@@ -205,7 +205,7 @@ class ResTConfig(GRPOConfig):
                 )
 
 
-def _changes(named: Any, given: Any) -> dict[str, Any] | None:
+def _find_changes(named: Any, given: Any) -> dict[str, Any] | None:
     """The fields of `given` that differ from those of the named preset; None if none does."""
     if named == given:
         return None
@@ -234,8 +234,8 @@ class _MicroBatch:
     def __init__(self, batch: dict[str, Any]) -> None:
         self.batch, self.advantages_B = batch, batch["advantages"]
         self.mask_BT = sampled_mask(batch).cpu()
-        self.weighed: WeightedTokens | None = None
-        self.is_observed = False
+        self.weighted: WeightedTokens | None = None
+        self.has_entropies = False
 
 
 def sampled_mask(batch: Mapping[str, Any]) -> Tensor:
@@ -288,7 +288,7 @@ class ResTTrainer(GRPOTrainer):
             args.check_method(self._method)
         self._format = get_format(args.tool_format)
         self._text_tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._weigher = TokenWeighter(self._text_tokenizer, self._format, self._method.weights)
+        self._weighter = TokenWeighter(self._text_tokenizer, self._format, self._method.weights)
         if reward_funcs is None:
             _check_gold_column(train_dataset)
             ends = get_stop_ids(self._text_tokenizer, model)
@@ -335,7 +335,7 @@ class ResTTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's batch of scored responses, each with its number in it and the regions of its tokens."""
         batch = super()._generate_and_score_completions(inputs)
-        regions_BT = self._weigher.tag(batch["completion_ids"], sampled_mask(batch))
+        regions_BT = self._weighter.tag(batch["completion_ids"], sampled_mask(batch))
         return {**batch, RESPONSE_INDEX: torch.arange(len(batch["completion_ids"])), REGIONS: regions_BT}
 
     def compute_loss(
@@ -343,17 +343,17 @@ class ResTTrainer(GRPOTrainer):
     ) -> Any:
         """TRL's loss of advantages weighted by region; the buffered batch keeps its own (B,) advantages."""
         batch = dict(inputs)
-        found = _MicroBatch(batch)
-        self._microbatch = found
-        if needs_entropies(self._weigher.rule):
+        micro_batch = _MicroBatch(batch)
+        self._microbatch = micro_batch
+        if needs_entropies(self._weighter.rule):
             # The weights wait for the forward pass below. If TRL read the advantages before it, this would be a
             # KeyError and not an unweighted loss.
             del batch["advantages"]
         else:
-            batch["advantages"] = self._weigh(found)
+            batch["advantages"] = self._weight_advantages(micro_batch)
         try:
             loss = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
-            if not found.is_observed:
+            if not micro_batch.has_entropies:
                 raise RuntimeError("TRL's loss made no forward pass whose entropies could be read; use trl>=1.14,<1.17")
         finally:
             self._microbatch = None
@@ -363,44 +363,48 @@ class ResTTrainer(GRPOTrainer):
         """TRL's forward pass, unchanged; inside `compute_loss` its entropies are read."""
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._microbatch is not None:
-            found, self._microbatch = self._microbatch, None
+            micro_batch, self._microbatch = self._microbatch, None
             logps_BT, entropies_BT = (values_BT.detach().float().cpu() for values_BT in result[:2])
-            if found.weighed is None:
-                found.batch["advantages"] = self._weigh(found, entropies_BT)
-            self._observe(found, logps_BT, entropies_BT)
+            if micro_batch.weighted is None:
+                micro_batch.batch["advantages"] = self._weight_advantages(micro_batch, entropies_BT)
+            self._add_to_step(micro_batch, logps_BT, entropies_BT)
         return result
 
-    def _weigh(self, found: _MicroBatch, entropies_BT: Tensor | None = None) -> Tensor:
+    def _weight_advantages(self, micro_batch: _MicroBatch, entropies_BT: Tensor | None = None) -> Tensor:
         """The weighted advantages of one micro-batch, (B, T)."""
-        entropies_N = None if entropies_BT is None else self._all_entropies(entropies_BT, found.mask_BT)
-        ids_BT, regions_BT = found.batch["completion_ids"].cpu(), found.batch.get(REGIONS)
-        found.weighed = self._weigher.weight(
+        entropies_N = None if entropies_BT is None else self._gather_entropies(entropies_BT, micro_batch.mask_BT)
+        ids_BT, regions_BT = micro_batch.batch["completion_ids"].cpu(), micro_batch.batch.get(REGIONS)
+        if regions_BT is None:  # a batch that this trainer did not generate
+            regions_BT = self._weighter.tag(ids_BT, micro_batch.mask_BT)
+        micro_batch.weighted = self._weighter.weight(
             ids_BT,
-            found.mask_BT,
-            self._weigher.tag(ids_BT, found.mask_BT) if regions_BT is None else regions_BT.cpu(),  # not generated here
+            micro_batch.mask_BT,
+            self._weighter.tag(ids_BT, micro_batch.mask_BT)
+            if regions_BT is None
+            else regions_BT.cpu(),  # not generated here
             self.tracker.statistics(),
             compute_progress(self.state, cast(ResTConfig, self.args).progress_steps),
             self.state.global_step // optimizer_steps_per_batch(self.args) + 1,
             entropies_BT,
             entropies_N,
         )
-        return weight_advantages(found.advantages_B, found.weighed.weights_BT)
+        return weight_advantages(micro_batch.advantages_B, micro_batch.weighted.weights_BT)
 
-    def _observe(self, found: _MicroBatch, logps_BT: Tensor, entropies_BT: Tensor) -> None:
+    def _add_to_step(self, micro_batch: _MicroBatch, logps_BT: Tensor, entropies_BT: Tensor) -> None:
         """Add the micro-batch's sums by region to those of the step, and show its tokens to the record."""
-        assert found.weighed is not None
-        found.is_observed = True
-        self._rule_weights_R = found.weighed.rule_weights_R
-        self._sums_4R += sum_by_region(found.weighed, found.mask_BT, entropies_BT, logps_BT)
-        self._surprise_4 += sum_surprise(logps_BT, entropies_BT, found.mask_BT)
+        assert micro_batch.weighted is not None
+        micro_batch.has_entropies = True
+        self._rule_weights_R = micro_batch.weighted.rule_weights_R
+        self._sums_4R += sum_by_region(micro_batch.weighted, micro_batch.mask_BT, entropies_BT, logps_BT)
+        self._surprise_4 += sum_surprise(logps_BT, entropies_BT, micro_batch.mask_BT)
         if self.accelerator.sync_gradients or not self._training:
-            self._close_step()
-        if self.on_weighed is not None and RESPONSE_INDEX in found.batch:
-            weighed = found.weighed
-            kept = (weighed.regions_BT, weighed.weights_BT, entropies_BT, logps_BT, found.advantages_B.cpu())
-            self.on_weighed(WeightedBatch(found.batch[RESPONSE_INDEX], *kept))
+            self._finish_step()
+        if self.on_weighed is not None and RESPONSE_INDEX in micro_batch.batch:
+            weighted = micro_batch.weighted
+            kept = (weighted.regions_BT, weighted.weights_BT, entropies_BT, logps_BT, micro_batch.advantages_B.cpu())
+            self.on_weighed(WeightedBatch(micro_batch.batch[RESPONSE_INDEX], *kept))
 
-    def _all_entropies(self, entropies_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    def _gather_entropies(self, entropies_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """The entropies of the unmasked tokens of all processes together, as TRL's own quantile takes them."""
         own_N = entropies_BT[mask_BT.bool()]
         if self.accelerator.num_processes == 1:
@@ -409,10 +413,10 @@ class ResTTrainer(GRPOTrainer):
         all_N = cast(Tensor, self.accelerator.gather(padded)).cpu()
         return all_N[all_N != -1]  # rounding makes some entropies slightly negative
 
-    def _close_step(self) -> None:
+    def _finish_step(self) -> None:
         """Sum over processes, log, and in training move the average on for the next step."""
-        sums_4R, self._sums_4R = self._summed(self._sums_4R), torch.zeros_like(self._sums_4R)
-        surprise_4, self._surprise_4 = self._summed(self._surprise_4), torch.zeros_like(self._surprise_4)
+        sums_4R, self._sums_4R = self._sum_over_processes(self._sums_4R), torch.zeros_like(self._sums_4R)
+        surprise_4, self._surprise_4 = self._sum_over_processes(self._surprise_4), torch.zeros_like(self._surprise_4)
         metrics = self._metrics["train" if self._training else "eval"]
         figures = compute_region_metrics(sums_4R, self._rule_weights_R)
         if self._is_on_policy:
@@ -428,7 +432,7 @@ class ResTTrainer(GRPOTrainer):
         is_first = not self._training or self.state.global_step % optimizer_steps_per_batch(self.args) == 0
         return is_first and not cast(ResTConfig, self.args).mask_truncated_completions
 
-    def _summed(self, sums: Tensor) -> Tensor:
+    def _sum_over_processes(self, sums: Tensor) -> Tensor:
         """Sums over all processes."""
         if self.accelerator.num_processes == 1:
             return sums

@@ -22,7 +22,7 @@ from rest_rl.config import AUTO, RunConfig, embedded_run, parse_toml
 from rest_rl.errors import UserError
 from rest_rl.presets import Preset
 from rest_rl.rewards import is_random
-from rest_rl.train.trl.settings import check_trl
+from rest_rl.train.trl.settings import check_trl_table
 from rest_rl.train.verl.responses import LOOP, PLUGIN, TRAINER
 from rest_rl.train.weighing import check_weight_rule
 from rest_rl.weights import is_uniform
@@ -34,8 +34,8 @@ ACTOR, ROLLOUT, MODEL = ("actor_rollout_ref.actor", "actor_rollout_ref.rollout",
 NODES, GPUS, N, PASSES = ("trainer.nnodes", "trainer.n_gpus_per_node", f"{ROLLOUT}.n", f"{ACTOR}.ppo_epochs")
 PROMPTS, MINI = "data.train_batch_size", f"{ACTOR}.ppo_mini_batch_size"
 TOTAL, EPOCHS = "trainer.total_training_steps", "trainer.total_epochs"
-SAVE, TEST, LIBRARIES = ("trainer.save_freq", "trainer.test_freq", f"{MODEL}.external_lib")
-OPEN = (PROMPTS, MINI, TOTAL, EPOCHS, SAVE, TEST)
+SAVE, TEST, EXTERNAL_LIB = ("trainer.save_freq", "trainer.test_freq", f"{MODEL}.external_lib")
+SCHEDULE_KEYS = (PROMPTS, MINI, TOTAL, EPOCHS, SAVE, TEST)
 """Keys that `compute_schedule` fills in where `[verl]` does not."""
 TRAIN_FILE, HELD_OUT_FILE, LOOPS_FILE, TOKENIZER = "train.parquet", "held_out.parquet", "agent_loops.yaml", "tokenizer"
 
@@ -91,7 +91,7 @@ def make_fixed_values(method: Preset, job: VerlJob) -> dict[str, Any]:
 
 def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = False) -> dict[str, Any]:
     """Return verl's dotted keys with their values before `[verl]`; None where `compute_schedule` finds the value."""
-    method, trl = config.rest.resolve(), trl_table(config)
+    method, trl = config.rest.resolve(), with_trl_defaults(config)
     check_run(config, trl, method, megatron=megatron)
     low = method.epsilon_low if trl["epsilon"] == 0.2 else trl["epsilon"]
     high = low if method.epsilon_high == method.epsilon_low else method.epsilon_high
@@ -99,7 +99,7 @@ def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = Fal
     seeded += (f"{ACTOR}.megatron.seed" if megatron else f"{ACTOR}.fsdp_config.seed",)
     values = {
         **make_fixed_values(method, job),
-        **dict.fromkeys(OPEN),
+        **dict.fromkeys(SCHEDULE_KEYS),
         **dict.fromkeys(seeded, config.run.seed),
         **KEY_TABLES["start"],
         **{key: trl[name] for name, key in KEY_TABLES["trl"].items()},
@@ -127,15 +127,17 @@ def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = Fal
     return values
 
 
-def trl_table(config: RunConfig) -> dict[str, Any]:
+def with_trl_defaults(config: RunConfig) -> dict[str, Any]:
     """`[trl]` over the defaults of TRL's GRPOConfig, which is not built: that looks for devices on this machine."""
-    check_trl({name: value for name, value in config.trl.items() if name != "use_vllm"})  # vLLM is where the GPUs are
+    check_trl_table(
+        {name: value for name, value in config.trl.items() if name != "use_vllm"}
+    )  # vLLM is where the GPUs are
     fields = dataclasses.fields(GRPOConfig)
     defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields}
     return {**defaults, **config.trl}
 
 
-def unread_keys(config: RunConfig) -> list[str]:
+def find_unread_keys(config: RunConfig) -> list[str]:
     """Keys of the run file that a run on verl does not read: `[verl]` has its own words for them."""
     unread = [f"trl.{name}" for name in config.trl if name not in (*KEY_TABLES["trl"], *DERIVED_TRL_KEYS)]
     unread += [f"peft.{name}" for name in config.peft if name not in KEY_TABLES["peft"]]
@@ -150,7 +152,7 @@ def compute_schedule(given: Mapping[str, Any], config: RunConfig, num_train: int
     gradient_accumulation_steps 4, 64 prompts an optimizer step: a batch is learnt from in 8. Steps of `[trl]` and
     `[eval]` are rounded up to whole batches. `given` are verl's values; those of the keys OPEN are kept unless None.
     """
-    trl, group, devices = trl_table(config), given[N], given[NODES] * given[GPUS]
+    trl, group, devices = with_trl_defaults(config), given[N], given[NODES] * given[GPUS]
     together, accumulated = trl["per_device_train_batch_size"] * devices, trl["gradient_accumulation_steps"]
     # Several batches an optimizer step (steps_per_generation below gradient_accumulation_steps) are one batch here.
     steps = max(trl["steps_per_generation"] or accumulated, accumulated)
@@ -180,7 +182,7 @@ def compute_schedule(given: Mapping[str, Any], config: RunConfig, num_train: int
 # What is refused
 
 
-def check_refused(values: Mapping[str, Any], fixed: Mapping[str, Any], *, reshapes: bool) -> None:
+def check_allowed_values(values: Mapping[str, Any], fixed: Mapping[str, Any], *, reshapes: bool) -> None:
     """UserError for values of verl's keys that would silently drop the weights or the objective."""
     weighing = KEY_TABLES["allowed_with_weights"]
     allowed = KEY_TABLES["allowed"] | (weighing if reshapes else {}) | {key: [value] for key, value in fixed.items()}
@@ -231,27 +233,29 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
     table = {name: value for name, value in config.verl.items() if isinstance(value, Mapping)}
     choices = [f"{name}={value}" for name, value in config.verl.items() if isinstance(value, str)]
     choices += [text for text in typed if "." not in text.partition("=")[0]]  # model_engine=megatron
-    with refusals(), initialize_config_module("verl.trainer.config", version_base=None):
+    with explain_config_errors(), initialize_config_module("verl.trainer.config", version_base=None):
         verl = compose("ppo_trainer", overrides=choices)
         parsed = OverridesParser.create().parse_overrides([text for text in typed if text not in choices])
         last = [(f"{'+' * each.is_add()}{each.key_or_group}", each.value()) for each in parsed]
     start = make_initial_values(config, job, megatron=verl.actor_rollout_ref.actor.strategy == "megatron")
-    with refusals():
-        for path, value in [*start.items(), *leaves(table), *last]:
+    with explain_config_errors():
+        for path, value in [*start.items(), *iter_leaves(table), *last]:
             OmegaConf.update(verl, path.replace("+", ""), value, merge=False, force_add="+" in path)
-    given = {key: OmegaConf.select(verl, key) for key in (NODES, GPUS, N, PASSES, *OPEN)}
-    with refusals(TypeError, ZeroDivisionError):  # sizes that are no numbers
+    given = {key: OmegaConf.select(verl, key) for key in (NODES, GPUS, N, PASSES, *SCHEDULE_KEYS)}
+    with explain_config_errors(TypeError, ZeroDivisionError):  # sizes that are no numbers
         for path, value in compute_schedule(given, config, job.num_train).items():
             OmegaConf.update(verl, path, value)
     if not job.has_held_out:  # verl would measure training prompts
         verl.trainer.test_freq, verl.trainer.val_before_train = -1, False
-    libraries = OmegaConf.select(verl, LIBRARIES) or []
+    libraries = OmegaConf.select(verl, EXTERNAL_LIB) or []
     OmegaConf.update(
-        verl, LIBRARIES, ["rest_rl.train.verl.trl_shim", *([libraries] if isinstance(libraries, str) else libraries)]
+        verl, EXTERNAL_LIB, ["rest_rl.train.verl.trl_shim", *([libraries] if isinstance(libraries, str) else libraries)]
     )
-    with refusals(AssertionError, TypeError, ValueError), redirect_stdout(io.StringIO()):
+    with explain_config_errors(AssertionError, TypeError, ValueError), redirect_stdout(io.StringIO()):
         plain: Any = OmegaConf.to_container(verl, resolve=True)
-        check_refused(dict(leaves(plain)), make_fixed_values(method, job), reshapes=not is_uniform(method.weights))
+        check_allowed_values(
+            dict(iter_leaves(plain)), make_fixed_values(method, job), reshapes=not is_uniform(method.weights)
+        )
         # Without its check of the rank of an adapter, which asks for vLLM on this machine.
         checked: Any = OmegaConf.merge(verl, {"actor_rollout_ref": {"model": {"lora_rank": 0}}})
         omega_conf_to_dataclass(checked.actor_rollout_ref.rollout)
@@ -264,7 +268,7 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
 
 
 @contextmanager
-def refusals(*kinds: type[Exception]) -> Iterator[None]:
+def explain_config_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Make what verl, Hydra and OmegaConf raise about a configuration an error of its user."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -278,10 +282,10 @@ def refusals(*kinds: type[Exception]) -> Iterator[None]:
         raise UserError(f"a configuration that verl refuses ({text:.300})", "one it takes", "change [verl]") from error
 
 
-def leaves(table: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
+def iter_leaves(table: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
     """The values of nested tables with their dotted paths, the word null as None; what a `+` adds is taken whole."""
     for name, value in table.items():
         if isinstance(value, Mapping) and "+" not in name:
-            yield from leaves(value, f"{parent}{name}.")
+            yield from iter_leaves(value, f"{parent}{name}.")
         else:
             yield f"{parent}{name}", None if value == "null" else value

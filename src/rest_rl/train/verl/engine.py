@@ -38,18 +38,18 @@ from rest_rl.train.verl.config import (
     TRAIN_FILE,
     VerlJob,
     compose_config,
-    trl_table,
-    unread_keys,
+    find_unread_keys,
+    with_trl_defaults,
 )
 from rest_rl.train.verl.model import merge_model
-from rest_rl.train.verl.responses import DATA_STATE, FAILED, LOOP, PLUGIN, STATE
+from rest_rl.train.verl.responses import DATA_STATE_FILE, FAILED_METRIC, LOOP, PLUGIN, STATISTICS_FILE
 
 if TYPE_CHECKING:
     from rest_rl.evaluate.held_out import HeldOutPrompt
 
-LOG = "verl.log"
+LOG_FILE = "verl.log"
 """The file of the run folder that takes what verl, Ray and their workers print."""
-PATIENCE = 30
+SHUTDOWN_SECONDS = 30
 """Seconds that an ended run may take to leave the cluster."""
 
 
@@ -64,12 +64,12 @@ class VerlEngine:
             remedy = "pip install 'verl[verl-core]>=0.9,<0.10', in an environment of its own (docs/cluster.md)"
             raise UserError(f"the engine verl without the package {missing[0]}", "it", remedy)
         self.config, self.layout, self.observer = config, layout, observer
-        if unread := unread_keys(config):
+        if unread := find_unread_keys(config):
             observer.say(f"the engine verl does not read {', '.join(unread)}; [verl] has its own settings for them")
 
     @property
     def max_response_tokens(self) -> int:
-        return int(trl_table(self.config)["max_completion_length"])
+        return int(with_trl_defaults(self.config)["max_completion_length"])
 
     def find_resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
         return find_checkpoint(log)
@@ -95,7 +95,7 @@ class VerlEngine:
         self.checkpoint = checkpoint._replace(is_last=checkpoint.step >= self.total)
         return self.checkpoint
 
-    def settings_text(self) -> str:
+    def to_yaml(self) -> str:
         """What verl gets, as its own YAML; after `prepare`."""
         from omegaconf import OmegaConf
 
@@ -108,7 +108,7 @@ class VerlEngine:
         except OSError as error:
             raise unwritable(log.folder, error) from error
         self.verl.trainer.val_before_train = needs_evaluation(self.log, self.verl.trainer, self.checkpoint)
-        self.observer.say(f"what verl prints is in {LOG}")
+        self.observer.say(f"what verl prints is in {LOG_FILE}")
 
     def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> Mapping[str, Any] | None:
         return None
@@ -118,19 +118,19 @@ class VerlEngine:
         if self.checkpoint.is_last and not self.verl.trainer.val_before_train:
             return StopPoint(self.total)
         look = make_follower(self.log, self.observer, parse_toml(self.config.to_toml(), "the run"), self.total)
-        path = self.log.folder / LOG
+        path = self.log.folder / LOG_FILE
         remedy = f"see {path}; go on with: rest-rl train --resume --out {self.log.folder}"
         try:
             with (
                 self.observer.track("training", self.total, self.checkpoint.step),
-                repeated(look),
+                call_repeatedly(look),
                 path.open("a", encoding="utf-8", errors="replace") as file,
                 redirect_stdout(file),  # an observer holds on to its terminal
                 redirect_stderr(file),
             ):
                 run_on_ray(self.verl)
         except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of SIGTERM
-            return StopPoint(last_step(self.log), is_interrupted=True)
+            return StopPoint(read_last_step(self.log), is_interrupted=True)
         except Exception as error:  # Ray wraps whatever a worker raised
             with path.open("a", encoding="utf-8", errors="replace") as file:
                 traceback.print_exception(error, file=file)
@@ -138,7 +138,7 @@ class VerlEngine:
             raise UserError(
                 f"a run that stopped on verl ({last.strip():.500})", f"{self.total} steps", remedy
             ) from error
-        if (reached := last_step(self.log)) < self.total:
+        if (reached := read_last_step(self.log)) < self.total:
             raise UserError(f"a run that ended on verl after step {reached}", f"{self.total} steps", remedy)
         return StopPoint(self.total)
 
@@ -210,14 +210,14 @@ def find_checkpoint(log: RunLog) -> tuple[Checkpoint, list[str]]:
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint holds region statistics, weights and, written last, the place in the data."""
     try:
-        table = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        table = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     weights = any(path.is_file() for path in (folder / "actor").rglob("*"))
-    return isinstance(table, list) and weights and zipfile.is_zipfile(folder / DATA_STATE)
+    return isinstance(table, list) and weights and zipfile.is_zipfile(folder / DATA_STATE_FILE)
 
 
-def last_step(log: RunLog) -> int:
+def read_last_step(log: RunLog) -> int:
     return max((row["step"] for row in read_rows(log.folder / METRICS)), default=0)
 
 
@@ -264,7 +264,7 @@ def refuse_second_run() -> None:
     """UserError where another run uses this Ray: they would share a queue and learn from each other's responses."""
     import ray
 
-    for _ in range(PATIENCE):  # a run that was killed a moment ago may still be there
+    for _ in range(SHUTDOWN_SECONDS):  # a run that was killed a moment ago may still be there
         try:
             ray.get_actor("TransferQueueController", namespace="transfer_queue")
         except ValueError:
@@ -297,7 +297,7 @@ def make_follower(log: RunLog, observer: Observer, table: Mapping[str, Any], tot
             diagnosis.add_evaluation(row)
         for row in metrics:
             observer.on_step(row["step"], total, row)
-            if failed := row.get(FAILED):
+            if failed := row.get(FAILED_METRIC):
                 observer.say(f"step {row['step']}: {failed:.0f} responses failed and are left out")
             for finding in diagnosis.add(row, total):
                 observer.on_finding(finding)
@@ -310,7 +310,7 @@ def make_follower(log: RunLog, observer: Observer, table: Mapping[str, Any], tot
 
 
 @contextmanager
-def repeated(look: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
+def call_repeatedly(look: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
     """Call `look` every now and then while the block runs, and once more after it."""
     done = threading.Event()
 

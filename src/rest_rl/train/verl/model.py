@@ -23,7 +23,7 @@ from rest_rl.jsonl import as_json
 from rest_rl.runlog import unwritable
 from rest_rl.train.policy import ADAPTER_CONFIG, load_tokenizer
 
-RANK_AND_ALPHA = "lora_train_meta.json"
+LORA_META = "lora_train_meta.json"
 """The file of verl's checkpoint that is there if FSDP trained an adapter."""
 
 
@@ -41,7 +41,7 @@ def merge_model(
     tokenizer: Path | None = None
     try:
         shutil.rmtree(part, ignore_errors=True)  # of a command that was killed at this point
-        if (actor / RANK_AND_ALPHA).is_file():
+        if (actor / LORA_META).is_file():
             write_adapter(actor, part, base)
             tokenizer = actor / "huggingface"
         elif (exported / "adapter" / ADAPTER_CONFIG).is_file():
@@ -75,10 +75,10 @@ def run_merger(actor: Path, strategy: str, part: Path, *, trust_remote_code: boo
     if done.returncode or (part / "lora_adapter").exists():
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         why = lines[-1] if done.returncode and lines else "an adapter without its rank, or no message"
-        raise broken(actor, part, why, f"see why with: {shlex.join(command)}")
+        raise make_broken_error(actor, part, why, f"see why with: {shlex.join(command)}")
 
 
-def broken(actor: Path, part: Path, why: str, remedy: str) -> UserError:
+def make_broken_error(actor: Path, part: Path, why: str, remedy: str) -> UserError:
     """The error for a checkpoint that is no model."""
     return UserError(
         f"the checkpoint {actor.parent} ({why:.300})",
@@ -95,7 +95,7 @@ def write_adapter(actor: Path, part: Path, base: str | Path) -> None:
     from peft import LoraConfig
 
     try:
-        trained = json.loads((actor / RANK_AND_ALPHA).read_text(encoding="utf-8"))
+        trained = json.loads((actor / LORA_META).read_text(encoding="utf-8"))
         shards = read_shards(actor)
         names = [name for name in shards[0] if ".lora_" in name]
         weights = {
@@ -111,7 +111,7 @@ def write_adapter(actor: Path, part: Path, base: str | Path) -> None:
         config.target_modules = find_target_modules(shards[0])  # set after __init__, which turns the list into a set
     except Exception as error:  # whatever torch finds in a broken file
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        raise broken(actor, part, why, f"restore {actor}") from error
+        raise make_broken_error(actor, part, why, f"restore {actor}") from error
     part.mkdir(parents=True)
     save_file(weights, part / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(str(part))

@@ -34,17 +34,17 @@ from rest_rl.runlog import RunLog, replace_file
 from rest_rl.statistics import Outcome, summarise
 from rest_rl.train.reward import ResponseScore, parse_gold, score_response
 from rest_rl.train.verl.responses import (
-    DATA_STATE,
+    DATA_STATE_FILE,
     ESTIMATOR,
-    FAILED,
+    FAILED_METRIC,
     PER_TOKEN,
-    STATE,
+    STATISTICS_FILE,
     TRAINER,
     Responses,
     compute_group_advantages,
     make_metrics_row,
     make_timing_row,
-    read_run,
+    parse_run,
     weight_batch,
     write_outcomes,
 )
@@ -81,25 +81,25 @@ class ReSTPPOTrainer(PPOTrainerSync):
     def __init__(self, config: Any) -> None:
         config.trainer.v1.trainer_mode = "sync"  # verl's base class asks for its own name
         super().__init__(config)
-        self.run, self.method, self.format, self.tracker = read_run(config.rest.run)
+        self.run, self.method, self.format, self.tracker = parse_run(config.rest.run)
         self.log = RunLog(config.rest.folder)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._compute_advantage(batch, metrics)
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         data = tq.kv_batch_get(**where, select_fields=list(PER_TOKEN))
-        responses = self._responses(batch, data["responses"])
+        responses = self._read_responses(batch, data["responses"])
         chosen = responses.select_first(self.run.recorded_responses)
         watched = [responses.indices[i] for i in chosen]
-        weigher = TokenWeighter(self.tokenizer, self.format, self.method.weights)
+        weighter = TokenWeighter(self.tokenizer, self.format, self.method.weights)
         step, progress = self.global_steps, progress_of_step(self.global_steps, self.total_training_steps)
-        advantages, figures, tokens = weight_batch(data, weigher, self.tracker, progress, step, watched)
+        advantages, figures, tokens = weight_batch(data, weighter, self.tracker, progress, step, watched)
         asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
-        metrics |= figures | responses.compute_metrics() | {FAILED: asked - len(responses.indices)}
+        metrics |= figures | responses.compute_metrics() | {FAILED_METRIC: asked - len(responses.indices)}
         self.log.add_responses(responses.make_rows(chosen, tokens, step, progress))
         return tq.kv_batch_put(**where, fields=TensorDict({"advantages": advantages}, batch_size=len(batch.keys)))
 
-    def _responses(self, batch: Any, ids: Tensor) -> Responses:
+    def _read_responses(self, batch: Any, ids: Tensor) -> Responses:
         """What is known of the batch's responses, without verl's padding rows."""
         places = [place for place, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
         fields = {"keys": [batch.keys[place] for place in places], "partition_id": batch.partition_id}
@@ -148,15 +148,17 @@ class ReSTPPOTrainer(PPOTrainerSync):
         """The checkpoint, and before it is marked as whole the region statistics."""
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / DATA_STATE).unlink(missing_ok=True)  # of a run that was killed here before: not whole until the end
-        replace_file(folder / STATE, json.dumps(self.tracker.table))
+        (folder / DATA_STATE_FILE).unlink(
+            missing_ok=True
+        )  # of a run that was killed here before: not whole until the end
+        replace_file(folder / STATISTICS_FILE, json.dumps(self.tracker.table))
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         if self.global_steps:
             folder = Path(self.config.trainer.resume_from_path)
-            self.tracker.table = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            self.tracker.table = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
 
 
 def to_list(column: Any) -> list[Any]:

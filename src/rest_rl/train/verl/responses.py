@@ -38,28 +38,28 @@ PLUGIN = "rest_rl.train.verl.plugin"
 """The module that registers the trainer and the advantage estimator."""
 TRAINER, ESTIMATOR, LOOP = "rest", "rest_group", "rendered_prompt"
 """What the trainer, the advantage estimator and the agent loop are registered as."""
-STATE, DATA_STATE = "rest.json", "data.pt"
+STATISTICS_FILE, DATA_STATE_FILE = "rest.json", "data.pt"
 """Files of a checkpoint: the moving average of region entropies, and what verl writes last, the place in the data."""
-FAILED = "completions/failed"
+FAILED_METRIC = "completions/failed"
 """The figure that says how many responses of a step verl could not make or score."""
 PER_TOKEN = ("responses", "response_mask", "entropy", "old_log_probs", "advantages")
 """verl's names of what is known of every token before it is learnt from."""
-PART = 4096
+CHUNK_SIZE = 4096
 """Responses that are weighed at a time. The weights do not depend on it: they come from the steps before."""
-RENAMED: Mapping[str, str] = {
+TRL_METRIC_NAMES: Mapping[str, str] = {
     "actor/pg_loss": "loss",
     "actor/grad_norm": "grad_norm",
     "actor/lr": "learning_rate",
     "actor/pg_clipfrac": "clip_ratio/region_mean",
 }
 """verl's name of a figure and TRL's; all others keep verl's."""
-REPEATED = ("critic/", "response_length", "response/", "prompt_length/", "num_turns/", "val-")
+DUPLICATE_PREFIXES = ("critic/", "response_length", "response/", "prompt_length/", "num_turns/", "val-")
 """Beginnings of names of what is recorded under another name, or elsewhere."""
-WALL_CLOCK = ("timing", "perf/", "throughput")
+TIMING_PREFIXES = ("timing", "perf/", "throughput")
 """Beginnings of names of what differs from run to run."""
 
 
-def read_run(text: str) -> tuple[RunTable, Preset, ToolFormat, EntropyTracker]:
+def parse_run(text: str) -> tuple[RunTable, Preset, ToolFormat, EntropyTracker]:
     """What verl's trainer needs of the run file that verl's configuration carries."""
     config = RunConfig.from_toml(text)
     rest = config.rest
@@ -68,7 +68,7 @@ def read_run(text: str) -> tuple[RunTable, Preset, ToolFormat, EntropyTracker]:
 
 def weight_batch(
     data: Mapping[str, Tensor],
-    weigher: TokenWeighter,
+    weighter: TokenWeighter,
     tracker: EntropyTracker,
     progress: float,
     step: int,
@@ -89,32 +89,36 @@ def weight_batch(
     advantages: list[Tensor] = []
     recorded: dict[int, Row] = {}
     entropies_N = torch.cat([row[mask.bool()] for row, mask in zip(rows[2], rows[1], strict=True)]).float().cpu()
-    for first in range(0, size, PART):
-        ids_BT, mask_BT, entropies_BT, logps_BT, advantages_BT = (padded(row[first : first + PART]) for row in rows)
-        lengths = [len(row) for row in rows[0][first : first + PART]]
-        regions_BT = weigher.tag(ids_BT, mask_BT)
-        weighed = weigher.weight(ids_BT, mask_BT, regions_BT, statistics, progress, step, entropies_BT, entropies_N)
-        rule_weights_R = weighed.rule_weights_R
-        sums_4R += sum_by_region(weighed, mask_BT, entropies_BT, logps_BT)
+    for first in range(0, size, CHUNK_SIZE):
+        ids_BT, mask_BT, entropies_BT, logps_BT, advantages_BT = (
+            pad_rows(row[first : first + CHUNK_SIZE]) for row in rows
+        )
+        lengths = [len(row) for row in rows[0][first : first + CHUNK_SIZE]]
+        regions_BT = weighter.tag(ids_BT, mask_BT)
+        weighted = weighter.weight(ids_BT, mask_BT, regions_BT, statistics, progress, step, entropies_BT, entropies_N)
+        rule_weights_R = weighted.rule_weights_R
+        sums_4R += sum_by_region(weighted, mask_BT, entropies_BT, logps_BT)
         surprise_4 += sum_surprise(logps_BT, entropies_BT, mask_BT)
-        reshaped_BT = advantages_BT * weighed.weights_BT
-        advantages += [reshaped_BT[row, :length] for row, length in enumerate(lengths)]
-        kept = (weighed.regions_BT, weighed.weights_BT, entropies_BT, logps_BT, advantages_BT[:, 0])
+        weighted_advantages_BT = advantages_BT * weighted.weights_BT
+        advantages += [weighted_advantages_BT[row, :length] for row, length in enumerate(lengths)]
+        kept = (weighted.regions_BT, weighted.weights_BT, entropies_BT, logps_BT, advantages_BT[:, 0])
         seen = WeightedBatch(torch.arange(first, first + len(lengths)), *kept)
-        recorded |= {at: seen.token_fields(at - first, lengths[at - first]) for at in watched if 0 <= at - first < PART}
+        recorded |= {
+            at: seen.token_fields(at - first, lengths[at - first]) for at in watched if 0 <= at - first < CHUNK_SIZE
+        }
     tracker.update(sums_4R[:3])
     figures = compute_region_metrics(sums_4R, rule_weights_R) | compute_surprise_metrics(surprise_4)
     figures["entropy"] = float(sums_4R[1].sum() / sums_4R[0].sum())
     return torch.nested.as_nested_tensor(advantages, layout=torch.jagged), figures, recorded
 
 
-def padded(rows: Sequence[Tensor]) -> Tensor:
+def pad_rows(rows: Sequence[Tensor]) -> Tensor:
     """Rows of different lengths as one (B, T) on the CPU, padded with 0; 16-bit numbers in float32."""
     values_BT = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).cpu()
     return values_BT.float() if values_BT.is_floating_point() else values_BT
 
 
-def rows_by_group(groups: Sequence[Hashable]) -> list[list[int]]:
+def group_rows(groups: Sequence[Hashable]) -> list[list[int]]:
     """The rows of each group, whose name every row has."""
     rows: dict[Hashable, list[int]] = {}
     for row, name in enumerate(groups):
@@ -125,7 +129,7 @@ def rows_by_group(groups: Sequence[Hashable]) -> list[list[int]]:
 def compute_group_advantages(rewards_B: Tensor, groups: Sequence[Hashable], kind: AdvantageKind) -> Tensor:
     """`group_advantages` of responses whose groups, named by `groups`, lie scattered and may differ in size: (B,)."""
     advantages_B = torch.zeros_like(rewards_B)
-    for rows in rows_by_group(groups):
+    for rows in group_rows(groups):
         advantages_B[rows] = group_advantages(rewards_B[rows], len(rows), kind)
     return advantages_B
 
@@ -154,7 +158,7 @@ class Responses:
         rewards_B = self.rewards_B.double()
         lengths_B = torch.tensor([len(ids) for ids in self.ids], dtype=torch.float64)
         ended_B = torch.tensor([has_ended(ids[-1:].tolist(), self.ends) for ids in self.ids])
-        alike = [bool((rewards_B[rows] == rewards_B[rows[0]]).all()) for rows in rows_by_group(self.groups)]
+        alike = [bool((rewards_B[rows] == rewards_B[rows[0]]).all()) for rows in group_rows(self.groups)]
         figures = {
             "reward": float(rewards_B.mean()),
             "reward_std": float(rewards_B.std()) if len(rewards_B) > 1 else 0.0,
@@ -196,14 +200,16 @@ class Responses:
 def make_metrics_row(step: int, metrics: Mapping[str, Any]) -> Row:
     """A step's figures under the names that they have on TRL, without times and what stands elsewhere."""
     kept = {
-        name: value for name, value in select_scalars(metrics).items() if not name.startswith(WALL_CLOCK + REPEATED)
+        name: value
+        for name, value in select_scalars(metrics).items()
+        if not name.startswith(TIMING_PREFIXES + DUPLICATE_PREFIXES)
     }
-    return {"step": step, **{RENAMED.get(name, name): value for name, value in kept.items()}}
+    return {"step": step, **{TRL_METRIC_NAMES.get(name, name): value for name, value in kept.items()}}
 
 
 def make_timing_row(step: int, metrics: Mapping[str, Any]) -> Row:
     """A step's times."""
-    return {"step": step, **{k: value for k, value in select_scalars(metrics).items() if k.startswith(WALL_CLOCK)}}
+    return {"step": step, **{k: value for k, value in select_scalars(metrics).items() if k.startswith(TIMING_PREFIXES)}}
 
 
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -10,8 +10,8 @@ import importlib.util
 import sys
 from types import ModuleType
 
-GONE = "trl.experimental.ppo"
+REMOVED_MODULE, REMOVED_CLASS = "trl.experimental.ppo", "AutoModelForCausalLMWithValueHead"
 
-if importlib.util.find_spec(GONE) is None:
-    sys.modules[GONE] = ModuleType(GONE)
-    sys.modules[GONE].__dict__["AutoModelForCausalLMWithValueHead"] = type("AutoModelForCausalLMWithValueHead", (), {})
+if importlib.util.find_spec(REMOVED_MODULE) is None:
+    sys.modules[REMOVED_MODULE] = ModuleType(REMOVED_MODULE)
+    sys.modules[REMOVED_MODULE].__dict__[REMOVED_CLASS] = type(REMOVED_CLASS, (), {})
