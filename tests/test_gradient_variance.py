@@ -70,7 +70,7 @@ def test_adam_divides_the_signal_of_one_half_by_the_scales_of_the_other():
     assert halves[1].progress(halves[0]) == pytest.approx(expected)
 
 
-def test_blocks_are_halved_so_that_most_meet():
+def test_blocks_are_split_into_halves_in_several_ways():
     assert list(generate_halvings(4)) == [[0, 1, 0, 1], [0, 0, 1, 1]]
     sixteen = list(generate_halvings(16))
     assert all(sum(sides) == 8 for sides in sixteen)
@@ -81,7 +81,7 @@ def test_blocks_are_halved_so_that_most_meet():
     assert [max_prompts_per_step(units) for units in (8, 12, 64, 96)] == [1, 2, 16, 24]
 
 
-def test_a_coordinate_that_half_of_the_units_do_not_touch_drowns_no_other():
+def test_a_rarely_touched_coordinate_does_not_drown_the_others():
     g = torch.ones(16, 1001) + 0.3 * normal(16, 1001)
     g[:, 0] = 1e-7
     g[[1, 5], 0] = 1.0  # a rare event, whose two units are often in the same half
@@ -91,8 +91,8 @@ def test_a_coordinate_that_half_of_the_units_do_not_touch_drowns_no_other():
     assert found.error == pytest.approx(rest.error, rel=0.2)
 
 
-def test_no_signal_is_no_progress_under_adam():
-    # Each unit's g and t are alike but for noise and turned by a sign of its own, so E g = E t = 0.
+def test_adam_progress_is_zero_without_signal():
+    # g and t of a unit agree except for noise and share a random sign, so E g = E t = 0.
     crossed, same_units = [], []
     for seed in range(12):
         rng = torch.Generator().manual_seed(seed)
@@ -107,20 +107,20 @@ def test_no_signal_is_no_progress_under_adam():
     assert abs(values.mean()) < 3 * values.std() / 12**0.5
     assert sum(abs(one.value) < 2 * one.error for one in crossed) >= 10
     same = torch.tensor(same_units)
-    assert same.mean() < -10 * same.std() / 12**0.5  # what signals over scales of the same units would say
+    assert same.mean() < -10 * same.std() / 12**0.5  # signals and scales from the same units are biased
 
 
-def test_progress_under_adam_is_found_where_there_is_some():
+def test_adam_progress_matches_the_closed_form():
     rng = torch.Generator().manual_seed(0)
     g = torch.randn(96, 5000, generator=rng)
     t = 0.8 * g + 0.6 * torch.randn(96, 5000, generator=rng)
     found = Estimate.from_jackknife(compute_adam_progress(sum_by_block(g + 0.1, t + 0.1, 16), 8))
-    # sqrt(N) mu^2 / sqrt(mu^2 + 1 / P); the noise of the scales adds a few per cent
+    # sqrt(N) mu^2 / sqrt(mu^2 + 1 / P); noise in the scales adds a few percent
     assert found.value == pytest.approx(math.sqrt(5000) * 0.01 / math.sqrt(0.01 + 1 / 8), rel=0.1)
     assert found.error < 0.2
 
 
-def test_without_a_block_is_the_rest():
+def test_subtracting_a_block_leaves_the_sums_of_the_others():
     g, t = normal(10, 3), normal(10, 3, seed=1)
     blocks = sum_by_block(g, t, 4)
     rest = add_sums(blocks).without(blocks[0])
@@ -129,7 +129,7 @@ def test_without_a_block_is_the_rest():
     torch.testing.assert_close(rest._asdict(), again._asdict())
 
 
-def test_shared_noise_is_no_signal():
+def test_shared_noise_is_not_counted_as_signal():
     # g and t are the same pure noise: their true means are 0, and so is every estimate, within its error.
     values = []
     for seed in range(200):
@@ -138,10 +138,10 @@ def test_shared_noise_is_no_signal():
     values = torch.tensor(values)
     assert abs(values.mean()) < 4 * values.std() / 200**0.5
     naive = normal(12, 4).mean(0).square().sum()
-    assert naive > 0.05  # what products of a unit with itself would have said
+    assert naive > 0.05  # products of a unit with itself count the noise as signal
 
 
-def test_a_batch_of_units_is_predicted_by_single_ones():
+def test_single_units_predict_a_batch():
     mean = torch.tensor([1.0, -0.5, 0.0], dtype=torch.float64)
     units, t = mean + normal(60_000, 3), mean.expand(60_000, 3)
     batches = units.reshape(-1, 6, 3).mean(1)
@@ -155,7 +155,7 @@ def test_a_batch_of_units_is_predicted_by_single_ones():
     assert adam.value == pytest.approx(closed, abs=0.01)
 
 
-def test_scale_and_direction():
+def test_figures_under_scaling_and_reversal():
     g, t = normal(40, 5) + 1, normal(40, 5, seed=1) + 1
     one, seven = efficiency(g, t, batch=3), efficiency(7 * g, t, batch=3)
     assert one == pytest.approx(seven)
@@ -169,7 +169,7 @@ def test_scale_and_direction():
     assert figures.lead == pytest.approx((0, 0), abs=1e-12)
 
 
-def test_a_lead_is_a_gain_without_the_quotient():
+def test_a_lead_is_the_difference_that_a_gain_divides():
     g, base, t = normal(40, 5) + 1, normal(40, 5, seed=1) + 1, normal(40, 5, seed=2) + 1
     figures = gradient_figures(g, base, t, batch=2)
     of_base = gradient_figures(base, base, t, batch=2)
@@ -195,7 +195,7 @@ def test_paired_errors_are_smaller_where_the_noise_is_shared():
     assert paired.error < 0.3 * alone.error / alone.value
 
 
-def test_one_unit_that_dominates_is_said_and_capped():
+def test_a_dominant_unit_is_flagged_and_capped():
     g = torch.ones(12, 2, dtype=torch.float64)
     g[5] = 30
     g[7] = 0
@@ -212,7 +212,7 @@ def test_one_unit_that_dominates_is_said_and_capped():
     assert capped.eff == pytest.approx(by_hand.eff)
 
 
-def test_no_gradient_at_all_is_no_number():
+def test_zero_gradients_give_nan():
     nothing = torch.zeros(8, 3)
     figures = gradient_figures(nothing, nothing, nothing, blocks=4)
     assert math.isnan(figures.eff.value)
@@ -221,14 +221,14 @@ def test_no_gradient_at_all_is_no_number():
     assert compute_norm_scales(nothing, 2.0).tolist() == [1.0] * 8
 
 
-def test_errors_name_what_was_got():
-    with pytest.raises(ValueError, match=r"got gradients \(4, 2\) and true gradients \(4, 3\)"):
+def test_errors_quote_the_wrong_value():
+    with pytest.raises(ValueError, match=r"gradients are \(4, 2\) and true gradients \(4, 3\)"):
         efficiency(torch.ones(4, 2), torch.ones(4, 3))
-    with pytest.raises(ValueError, match="9 units for 8 blocks"):
+    with pytest.raises(ValueError, match="9 units cannot form 8 blocks"):
         efficiency(torch.ones(9, 2), torch.ones(9, 2))
-    with pytest.raises(ValueError, match="12 units for 6 blocks"):
+    with pytest.raises(ValueError, match="12 units cannot form 6 blocks"):
         efficiency(normal(12, 2), normal(12, 2), blocks=6)
-    with pytest.raises(ValueError, match="a batch of 10 units, expected 1 to 2 of 12"):
+    with pytest.raises(ValueError, match="12 units cannot predict a batch of 10, expected a batch of 1 to 2"):
         efficiency(normal(12, 2), normal(12, 2), batch=10, blocks=4)
-    with pytest.raises(ValueError, match="norm cap of 0"):
+    with pytest.raises(ValueError, match="norm cap is 0"):
         compute_norm_scales(torch.ones(4, 2), 0)

@@ -37,7 +37,7 @@ def flat_gradient(value, model):
     )
 
 
-def test_gradients_are_those_of_the_reference_loss(model):
+def test_gradients_match_the_reference_loss(model):
     weights_BT = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     advantages_B = torch.tensor([1.5, -0.5, -1.0], dtype=torch.float64)
     _, mask_BT = pad_responses(RESPONSES)
@@ -83,7 +83,7 @@ def test_gradients_are_linear_in_the_weights_and_ignore_padding(model):
     torch.testing.assert_close(parts[0], one, rtol=1e-5, atol=1e-5)  # added up in float32
 
 
-def test_the_model_stays_as_it_was(model):
+def test_the_model_stays_unchanged(model):
     model.train()
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     compute_weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates.choose(model))
@@ -115,7 +115,7 @@ def test_inner_products_of_kept_coordinates_are_unbiased():
     assert abs(values.mean() - a @ b) < 4 * values.std() / len(values) ** 0.5
 
 
-def test_statistics_are_those_of_each_response_alone(model):
+def test_statistics_do_not_depend_on_the_batch(model):
     logps_BT, entropies_BT, collisions_BT = compute_token_statistics(model, PROMPT, RESPONSES)
     for row, (response, expected) in enumerate(zip(RESPONSES, row_by_row_logps(model, PROMPT, RESPONSES), strict=True)):
         length = len(response)
@@ -127,7 +127,7 @@ def test_statistics_are_those_of_each_response_alone(model):
         assert not entropies_BT[row, length:].any()
 
 
-def test_a_score_is_e_y_minus_p_on_the_logits(model):
+def test_the_score_of_the_logits_is_e_y_minus_p(model):
     # The head of the tiny model is untied: its gradient is (e_y - p) h^T, whose squared norm is |e_y - p|^2 |h|^2.
     ids_BT, mask_BT = pad_responses([[4]])
     p = compute_response_logits(model, PROMPT, ids_BT, mask_BT)[0, 0].softmax(-1).detach()
@@ -151,23 +151,23 @@ def test_responses_without_tokens_have_no_gradient(model):
     assert compute_token_statistics(model, PROMPT, [[]]).logps_BT.shape == (1, 0)
 
 
-def test_errors_name_what_was_got(model):
+def test_errors_quote_the_wrong_value(model):
     coordinates = Coordinates.choose(model)
-    with pytest.raises(ValueError, match=r"got weights \(1, 3, 5\)"):
+    with pytest.raises(ValueError, match=r"weights are \(1, 3, 5\)"):
         compute_weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 5), coordinates)
     with pytest.raises(ValueError, match="another model"):
         compute_weighted_gradients(model, PROMPT, RESPONSES, torch.ones(1, 3, 4), Coordinates((3,), torch.arange(3)))
-    with pytest.raises(ValueError, match="empty prompt"):
+    with pytest.raises(ValueError, match="prompt is empty"):
         compute_token_statistics(model, [], RESPONSES)
     with pytest.raises(ValueError, match="no responses"):
         pad_responses([])
-    with pytest.raises(ValueError, match="limit of 0"):
+    with pytest.raises(ValueError, match="limit is 0"):
         Coordinates.choose(model, 0)
-    with pytest.raises(ValueError, match="without trainable"):
+    with pytest.raises(ValueError, match="no trainable parameters"):
         Coordinates.choose(torch.nn.Identity())
 
 
-def test_expected_squares_are_means_over_all_next_tokens(model):
+def test_expected_squares_average_over_all_next_tokens(model):
     # Exactly: sum over the vocabulary of p_y |grad log p_y|^2, at both positions of a response.
     coordinates = Coordinates.choose(model, None)
     response, exact = [4, 7], torch.zeros(2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The figures of a probe: hand-computed numbers, unbiased estimators, what the verdict makes of them."""
+"""Figures of a probe checked by hand, unbiasedness of the estimators, verdict and recommendation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def group(*responses: tuple[list[int], list[Region], float]) -> SampledGroup:
     )
 
 
-def test_products_leave_each_prompt_out() -> None:
+def test_inner_products_with_each_prompt_left_out() -> None:
     rng = np.random.default_rng(0)
     left, right = rng.normal(size=(2, 6, 5))
     found = InnerProducts.from_gram(left @ right.T)
@@ -64,7 +64,7 @@ def test_products_leave_each_prompt_out() -> None:
         assert found.within_1M[1 + dropped] == pytest.approx(smaller.within_1M[0])
 
 
-def test_products_of_different_prompts_are_free_of_noise() -> None:
+def test_products_of_different_prompts_contain_no_noise() -> None:
     # mean e1, noise ±e2 twice each: |sum|² = 4² + 0, sum |.|² = 8, so across = (16 - 8) / (4 * 3) = 2/3
     vectors = np.array([[1, 1], [1, 1], [1, -1], [1, -1]], dtype=float)
     found = InnerProducts.from_gram(vectors @ vectors.T)
@@ -96,7 +96,7 @@ def test_shares_of_norm_and_signal_add_up() -> None:
     assert sum(one.signal_share.value for one in facts) == pytest.approx(1)
 
 
-def test_signal_snr_and_the_heaviest_prompt() -> None:
+def test_signal_snr_and_largest_prompt_share() -> None:
     vectors = np.zeros((NUM_REGIONS + 1, 4, 2))
     vectors[NAME] = [[1, 1], [1, 1], [1, -1], [1, -1]]
     vectors[-1] = [1, 0]
@@ -107,7 +107,7 @@ def test_signal_snr_and_the_heaviest_prompt() -> None:
     assert measure_signal(np.zeros((7, 4, 7, 4)))[2] == 0
 
 
-def test_a_region_tells_the_reward() -> None:
+def test_a_region_difference_predicts_a_reward_difference() -> None:
     names = [
         group(([5, 7], [FORMAT, NAME], 1), ([5, 7], [FORMAT, NAME], 1), ([5, 8], [FORMAT, NAME], 0)) for _ in "abcd"
     ]
@@ -122,7 +122,7 @@ def test_a_region_tells_the_reward() -> None:
     assert compute_difference_facts(mixed, NAME).best_worst.value == pytest.approx(4 / 5)
 
 
-def test_nothing_is_told_without_spread() -> None:
+def test_equal_rewards_leave_the_auc_undefined() -> None:
     flat = [group(([5], [NAME], 1), ([6], [NAME], 1)) for _ in "abc"]
     facts = compute_difference_facts(flat, NAME)
     assert math.isnan(facts.auc.value)
@@ -146,11 +146,11 @@ def test_token_figures() -> None:
     assert (name.entropy.value, reasoning.entropy.value) == pytest.approx((0.2, 2.0))
     assert name.collision.value == pytest.approx(0.02)
     assert reasoning.entropy_p90 == pytest.approx(2.7)  # between 2 and 3: rank 0.9 * 3 = 2.7
-    # left out: shares 1/2 and 1/4, mean 3/8, se² = 1/2 * 2 * (1/8)²
+    # leaving one out: shares 1/2 and 1/4, mean 3/8, se² = 1/2 * 2 * (1/8)²
     assert name.share.error == pytest.approx(1 / 8)
 
 
-def test_the_sure_regions_together() -> None:
+def test_low_entropy_regions_together() -> None:
     vectors = np.zeros((NUM_REGIONS + 1, 3, 2))
     vectors[NAME, :, 0], vectors[REASONING, :, 1], vectors[-1] = 3, 1, 1
     sampled = [group(([5, 6], [NAME, REASONING], 1), ([5, 7], [NAME, REASONING], 0)) for _ in range(3)]
@@ -189,7 +189,7 @@ def test_the_true_gradient_is_unbiased() -> None:
     assert torch.allclose(expected, wanted)
 
 
-def test_gains_are_free_of_scale_and_see_noise_that_a_rule_removes() -> None:
+def test_gains_ignore_scale_and_reward_less_noise() -> None:
     rng = torch.Generator().manual_seed(0)
     true = torch.tensor([[1.0, 0.0]]).expand(400, 2)
     noise = torch.randn(400, 2, generator=rng) * torch.tensor([0.0, 2.0])
@@ -217,11 +217,11 @@ def test_the_rules_begin_with_uniform_weights() -> None:
 
 
 def words(batch: TaggedBatch, statistics: object, progress: float) -> torch.Tensor:
-    """A user's rule."""
+    """A weight rule that a user wrote."""
     return 1.0 + batch.regions_BT
 
 
-def test_a_run_s_own_rule_stands_beside_the_built_in_ones() -> None:
+def test_the_rule_of_the_run_is_added_to_the_built_in_rules() -> None:
     default, tuned = PRESETS["rest"].weights, WeightConfig(strength=0.3)
     assert list(select_rules("toolrl", default)) == list(built_in_rules())
     assert list(select_rules("hermes", words)) == [*built_in_rules(), "words"]
@@ -231,7 +231,7 @@ def test_a_run_s_own_rule_stands_beside_the_built_in_ones() -> None:
 
 
 def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, signal: float = 1.0) -> ProbeReport:
-    """A probe with reasoning of high and names of low entropy, the gain of the default strength as asked."""
+    """A probe with high-entropy reasoning, low-entropy names, and the given gain at the default strength."""
 
     def region(share: float, entropy: float, signal_share: float, auc: float) -> RegionFacts:
         return RegionFacts(
@@ -267,7 +267,7 @@ def made_probe(adam: float = 0.0, error: float = 0.01, shuffled: float = 0.0, si
     )
 
 
-def test_weights_are_recommended_where_they_help_beyond_chance_and_shuffling() -> None:
+def test_rest_is_recommended_if_its_gain_is_significant_and_beats_shuffling() -> None:
     found = made_probe(adam=0.2).advice
     own = built_in_rules()["rest"]
     assert isinstance(own, WeightConfig)
@@ -286,7 +286,7 @@ def test_weights_are_recommended_where_they_help_beyond_chance_and_shuffling() -
         (made_probe(adam=-0.1), "likely", "rest, strength 1 would cost 30 ± 1 %"),
         (made_probe(adam=0.2, signal=0.3), "not measurable", "noise"),
         (made_probe(adam=0.2, signal=math.nan), "not measurable", "noise"),
-        (made_probe(adam=math.nan, error=math.nan), "not measurable", "more --prompts"),
+        (made_probe(adam=math.nan, error=math.nan), "not measurable", "increase --prompts"),
     ],
 )
 def test_uniform_weights_are_recommended_otherwise(probe: ProbeReport, sureness: str, why: str) -> None:
@@ -300,7 +300,7 @@ def kinds(report: ProbeReport) -> list[str]:
     return [remark.kind for remark in report.verdict]
 
 
-def test_the_verdict_names_where_the_signal_is() -> None:
+def test_the_verdict_names_the_regions_with_the_signal() -> None:
     own = made_probe()
     assert kinds(own) == ["signal", "signal", "noise", "sure regions above", "telling"]
     name, reasoning, noise, sure, telling = (remark.text for remark in own.verdict)
@@ -312,7 +312,7 @@ def test_the_verdict_names_where_the_signal_is() -> None:
     assert "0.80 ± 0.05" in telling
 
 
-def test_the_verdict_names_what_stands_in_the_way() -> None:
+def test_the_verdict_names_obstacles() -> None:
     own = made_probe(signal=0.1)
     hampered = replace(own, sampled=own.sampled._replace(no_spread=0.9, truncated=0.4), heaviest=0.8)
     assert kinds(hampered) == ["no spread", "cut off", "one prompt", "no signal", "telling"]
@@ -320,7 +320,7 @@ def test_the_verdict_names_what_stands_in_the_way() -> None:
     assert ("90 %" in spread, "40 %" in cut, "80 %" in heavy) == (True, True, True)
 
 
-def test_a_format_that_is_never_met_is_no_lack_of_prompts() -> None:
+def test_a_format_that_is_never_met_is_not_blamed_on_too_few_prompts() -> None:
     own = made_probe(signal=0.0)
     never = replace(own, sampled=own.sampled._replace(no_spread=1.0, s_format=0.0, truncated=0.4))
     assert kinds(never) == ["no format", "cut off", "telling"]  # too few tokens may be why
@@ -331,7 +331,7 @@ def test_a_format_that_is_never_met_is_no_lack_of_prompts() -> None:
     assert "no spread" in kinds(replace(never, sampled=never.sampled._replace(s_format=0.2)))
 
 
-def test_what_tells_nothing_does_not_tell_best() -> None:
+def test_an_insignificant_auc_is_not_reported_as_the_best() -> None:
     def told(name: Estimate, reasoning: Estimate) -> list[str]:
         own = made_probe()
         regions = {
@@ -344,15 +344,15 @@ def test_what_tells_nothing_does_not_tell_best() -> None:
     assert "0.60 ± 0.03" in told(Estimate(0.6, 0.03), Estimate(0.9, 0.3))[0]
 
 
-def test_a_ratio_to_nothing_is_a_dash() -> None:
+def test_a_ratio_with_an_insignificant_divisor_shows_as_a_dash() -> None:
     own = made_probe()
     lost = [rule._replace(noise_ratio=Estimate(51.0, 1.2e19), cosine=Estimate(0.3, 35.0)) for rule in own.rules]
     text = render_page("Probe", [replace(own, rules=tuple(lost), prompts_per_step=1)], {})
     assert "| rest | +0 ± 1 | +0 ± 10 | – | – |" in text.replace("+0.0 ± 1.0", "+0 ± 1")
-    assert "per step of 1 prompt, against" in text
+    assert "per step of 1 prompt, compared with uniform weights" in text
 
 
-def test_what_is_written_can_be_read() -> None:
+def test_page_and_json_show_the_figures() -> None:
     own = made_probe(adam=math.nan, error=math.nan)
     row = json.loads(as_json(to_mapping(own)))
     assert row["regions"]["name"]["gradient"]["signal_share"] == [0.7, 0.05]

@@ -22,19 +22,19 @@ from rest_rl.weights import WeightConfig
         (SHUFFLED[1], "permuted"),
     ],
 )
-def test_a_rule_is_what_a_grid_trains(rival: str, method: str) -> None:
+def test_a_probe_rule_equals_the_rule_that_a_grid_trains(rival: str, method: str) -> None:
     trained = read_grid(None, methods=["grpo", method] if method != "grpo" else [method]).run_config(method, "", 2)
     assert built_in_rules()[rival] == trained.rest.resolve().weights
 
 
-def test_no_reasoning_is_uniform_but_for_the_reasoning() -> None:
+def test_no_reasoning_is_uniform_except_for_the_reasoning() -> None:
     weights = built_in_rules()[NO_REASONING]
     assert isinstance(weights, WeightConfig)
     assert (weights.rule, weights.dropped) == ("uniform", ("reasoning",))
     assert (weights.decay_format, weights.gain_arguments, weights.gain_reasoning) == (0, 0, 0)
 
 
-def test_probe_and_theory_read_one_table() -> None:
+def test_probe_and_theory_share_one_table() -> None:
     every = built_in_rules()
     assert next(iter(every)) == UNIFORM
     assert set(candidate_rules()) < set(every)

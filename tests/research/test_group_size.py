@@ -35,7 +35,7 @@ def test_a_fixed_baseline_follows_the_lemma():
     assert [one.value / first for one in fixed.variances] == pytest.approx([1, 1 / 2, 1 / 4, 1 / 8], rel=0.1)
 
 
-def test_own_baselines_cost_more_in_small_groups():
+def test_group_baselines_add_variance_in_small_groups():
     # Leave-one-out has the variance factor 1 + 1 / (G - 1), so its curve is steeper than the lemma's.
     curves = {curve.advantage: curve for curve in measure_group_size_curves(prompts(12), repeats=100)}
     assert curves["leave-one-out"].slope.value < -1.1
@@ -55,7 +55,7 @@ def test_equal_rewards_have_no_variance():
     assert all(one.value == pytest.approx(0, abs=1e-20) for curve in curves for one in curve.variances)
 
 
-def test_too_few_are_an_error():
+def test_too_few_prompts_or_responses_raise():
     with pytest.raises(ValueError, match="2 prompts with 32"):
         measure_group_size_curves(prompts(2))
     with pytest.raises(ValueError, match="3 prompts with 4"):

@@ -41,7 +41,7 @@ def test_closed_form_by_hand():
     assert solve_closed_form(np.full(5, 0.3)).tolist() == pytest.approx([1] * 5)
 
 
-def test_regions_are_tokens_joined():
+def test_a_region_solution_equals_the_token_solution():
     # Two tokens of beta 2 and one of beta 8 in a region of its own: shares 2/3 and 1/3, region sums 4 and 8.
     by_token = solve_closed_form(np.array([2.0, 2.0, 8.0]))
     by_region = solve_closed_form(np.array([4.0, 8.0]), np.array([2 / 3, 1 / 3]))
@@ -63,7 +63,7 @@ def test_no_other_weights_of_mean_one_are_better(betas, seed):
     assert solve_closed_form(betas) ** 2 @ betas <= (other**2 @ betas) * (1 + 1e-12)
 
 
-def test_the_numerical_optimum_knows_cross_terms():
+def test_the_numerical_optimum_includes_cross_terms():
     # C^-1 s / (s' C^-1 s) with C = [[2, 1], [1, 3]], s = (1/2, 1/2): C^-1 s ~ (2, 1) / 10, so w = (4/3, 2/3)
     w = solve_numerically(np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([0.5, 0.5]))
     assert w.tolist() == pytest.approx([4 / 3, 2 / 3], abs=1e-5)
@@ -72,7 +72,7 @@ def test_the_numerical_optimum_knows_cross_terms():
     assert w.tolist() == pytest.approx([2, 0], abs=1e-5)
 
 
-def test_the_theorem_keeps_its_promise_where_its_assumptions_hold():
+def test_the_theorem_holds_if_its_assumptions_do():
     name, reasoning = int(Region.NAME), int(Region.REASONING)
     some = [response(prompt, [1, 4], [name, reasoning]) for prompt in range(6)]
     found = find_region_optimum(some)
@@ -86,7 +86,7 @@ def test_the_theorem_keeps_its_promise_where_its_assumptions_hold():
     assert found.second_moment["entropy rule"].value == pytest.approx(0.64)
 
 
-def test_cross_terms_break_the_promise():
+def test_cross_terms_break_the_theorem():
     name, reasoning = int(Region.NAME), int(Region.REASONING)
     gram = [[1, 1.9], [1.9, 4]]
     found = find_region_optimum([response(prompt, [1, 4], [name, reasoning], gram) for prompt in range(6)])
@@ -96,7 +96,7 @@ def test_cross_terms_break_the_promise():
     assert found.cross_share.value == pytest.approx(3.8 / 8.8)
 
 
-def test_solutions_are_judged_on_the_other_half():
+def test_solutions_are_evaluated_on_the_other_half():
     # Even prompts: all gradient in NAME; odd ones: in REASONING. What suits one half is the worst for the other.
     name, reasoning = int(Region.NAME), int(Region.REASONING)
     some = [response(p, [9, 1] if p % 2 else [1, 9], [name, reasoning]) for p in range(8)]
@@ -117,7 +117,7 @@ def test_every_response_is_checked():
     assert max(abs(found.entropy_excess), abs(found.gradient_excess)) < 1e-7
 
 
-def test_too_little_spread_has_no_optimum():
+def test_too_little_spread_gives_no_optimum():
     some = [response(p, [1, 4], [0, 1], advantage=float(p % 2)) for p in range(6)]
     assert find_region_optimum(some) is None
     with pytest.raises(ValueError, match="beta of 0"):

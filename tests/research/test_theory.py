@@ -68,7 +68,7 @@ def measured(policy, sampled):
     return found, len(calls)
 
 
-def test_products_are_those_of_sums_of_token_gradients(policy, sampled):
+def test_token_products_add_up_to_the_response_norm(policy, sampled):
     # The gram of the tokens adds up to the squared norm of the response's gradient, from another pass.
     model, _ = policy
     group: SampledGroup = sampled[0][0]
@@ -82,7 +82,7 @@ def test_products_are_those_of_sums_of_token_gradients(policy, sampled):
         )
 
 
-def test_statistics_and_weights_are_those_of_training(policy, sampled):
+def test_statistics_and_weights_match_training(policy, sampled):
     model, tokenizer = policy
     statistics, lemma = measure_pilot(model, sampled[0])
     assert lemma.violations == 0
@@ -114,7 +114,7 @@ def test_everything_is_measured(measured):
     assert found.coordinate_share == pytest.approx(20_000 / Coordinates.choose(tiny_model(tiny_tokenizer()), None).size)
 
 
-def test_what_is_written_can_be_read(measured, tmp_path: Path):
+def test_page_and_json_show_the_figures(measured, tmp_path: Path):
     found, _ = measured
     text = render_page("Title", "what.", found, 1, draw_theory(found, tmp_path))
     assert "nan" not in text.lower().replace("finance", "")
@@ -136,11 +136,11 @@ def test_what_is_written_can_be_read(measured, tmp_path: Path):
         (Estimate(math.nan, math.nan), "is not decided by"),
     ],
 )
-def test_a_large_error_is_no_agreement(slope, word):
+def test_a_large_error_leaves_the_slope_undecided(slope, word):
     assert judge_slope(slope, 2.0) == word
 
 
-def test_random_signs_differ_from_prompt_to_prompt(policy, sampled):
+def test_random_signs_differ_between_prompts(policy, sampled):
     model, _ = policy
     coordinates = Coordinates.choose(model, 20_000)
     first, second = (measure_tokens(model, sampled[0][0], number, 1, coordinates)[0] for number in (0, 1))
@@ -155,7 +155,7 @@ def test_gradients_stay_within_memory():
     assert max_coordinates(10, 8) == 2**20
 
 
-def test_figures_end_with_the_second_digit_of_their_error():
+def test_figures_are_rounded_to_the_second_digit_of_their_error():
     assert format_significant(Estimate(0.123456, 0.0123)) == "0.123 ± 0.012"
     assert format_significant(Estimate(6012.3, 4900.0)) == "6012 ± 4900"
     assert format_significant(Estimate(math.nan, 1.0)) == "–"
@@ -183,13 +183,13 @@ def test_a_pilot_without_spread_keeps_the_lemmas(policy, sampled, tmp_path: Path
     assert json.loads(as_json(to_mapping(found, SETTINGS)))["optimum"] is None
 
 
-def test_a_mean_gradient_lost_in_noise_has_no_ratio(measured):
+def test_an_insignificant_mean_gradient_has_no_ratio(measured):
     found, _ = measured
     lost = found.rules[0].plain._replace(ratio=Estimate(51.0, 1.2e19), cosine=Estimate(0.3, 35.0))
     assert direction_cells(lost)[-2:] == ("–", "–")
 
 
-def test_the_folder_is_tried_before_the_work(tmp_path, monkeypatch, capsys):
+def test_the_folder_is_checked_before_the_measurement(tmp_path, monkeypatch, capsys):
     def measured_too_early(*_):
         raise KeyboardInterrupt
 
@@ -215,7 +215,7 @@ def test_the_folder_is_tried_before_the_work(tmp_path, monkeypatch, capsys):
         (("--format", "nonsense"), "nonsense"),
     ],
 )
-def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
+def test_mistakes_print_one_line(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli_theory.main([*options]) == 2
     error = capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_embedded_model_from_the_command(tmp_path, capsys):
+def test_the_command_measures_the_embedded_model(tmp_path, capsys):
     out = tmp_path / "out"
     small = ["--prompts", "8", "--pilot", "6", "--pilot-group", "8", "--group", "4", "--step", "1", "--out", str(out)]
     assert cli_theory.main([*small, "--json"]) == 0

@@ -58,7 +58,7 @@ def test_lemma_two_by_hand():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_lemma_two_holds_on_any_distribution_and_tells_other_policies(seed):
+def test_lemma_two_holds_on_any_distribution_and_detects_other_policies(seed):
     found = check_lemma_two(*drawn_tokens(seed))
     assert found.violations == 0
     assert 0 < found.tightness < 1
@@ -101,7 +101,7 @@ def test_weights_enter_squared():
     assert first_only.measured.value == pytest.approx(4)
 
 
-def test_largest_advantage_is_that_of_one_against_all_others():
+def test_the_largest_advantage_is_one_response_against_all_others():
     from torch import tensor
 
     from rest_rl.credit import group_advantages
@@ -110,11 +110,11 @@ def test_largest_advantage_is_that_of_one_against_all_others():
     assert largest_advantage(8) == pytest.approx(float(group_advantages(rewards, 8).max()), rel=1e-3)
 
 
-def test_gain_leaves_certain_tokens_out():
+def test_the_gain_ignores_certain_tokens():
     assert max_gain_square([response(0, 1.0, [3, 5], [0.5, 1e-9])]) == pytest.approx(6)
 
 
-def test_region_tokens_by_hand():
+def test_region_summary_by_hand():
     name, reasoning = int(Region.NAME), int(Region.REASONING)
     rows = summarize_regions(
         [
@@ -130,7 +130,7 @@ def test_region_tokens_by_hand():
     assert rows[1].square_per_bound.value == pytest.approx(5 / 0.375)
 
 
-def test_ranks_ignore_scale():
+def test_spearman_ignores_scale():
     assert spearman([1, 2, 3], [1, 10, 1000]) == pytest.approx(1)
     assert spearman([1, 2, 3], [5, 2, 1]) == pytest.approx(-1)
 
@@ -147,7 +147,7 @@ def test_a_region_of_one_prompt_has_no_error():
     assert math.isnan(rows[1].square.error)
 
 
-def test_regions_are_apart_only_beyond_their_errors():
+def test_regions_contrast_only_beyond_their_errors():
     name, reasoning = int(Region.NAME), int(Region.REASONING)
 
     def contrast(squares):

@@ -31,11 +31,11 @@ TOKENIZER: Any = build_tokenizer()
 SAMPLES = [sample for split in SPLITS for sample in tool_world(9, 60, split)]
 
 
-def test_the_tokenizer_is_the_same_every_time() -> None:
+def test_the_tokenizer_is_deterministic() -> None:
     assert build_tokenizer().get_vocab() == TOKENIZER.get_vocab()
 
 
-def test_world_texts_round_trip_in_few_tokens() -> None:
+def test_tool_world_texts_round_trip_in_few_tokens() -> None:
     for sample in SAMPLES:
         text = render_prompt(sample, TOKENIZER) + render_demonstration(sample) + TOKENIZER.eos_token
         ids = TOKENIZER(text)["input_ids"]
@@ -48,7 +48,7 @@ def test_any_text_round_trips(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
 
 
-def test_a_name_or_value_is_the_same_ids_in_prompt_and_call() -> None:
+def test_names_and_values_have_the_same_ids_in_prompt_and_call() -> None:
     for sample in tool_world(9, 40, kinds=["single"]):
         prompt, response = render_prompt(sample, TOKENIZER), render_demonstration(sample)
         for call in sample.gold.calls:
@@ -67,7 +67,7 @@ def test_tools_are_described_before_they_are_named() -> None:
     assert prompt.endswith("<|im_start|>assistant\n")
 
 
-def test_histories_are_laid_out_without_reasoning() -> None:
+def test_rendered_histories_omit_the_reasoning() -> None:
     second = tool_world(9, 2, kinds=["dependent"])[1]
     prompt = render_prompt(second, TOKENIZER)
     assert "<think>" not in prompt
@@ -75,7 +75,7 @@ def test_histories_are_laid_out_without_reasoning() -> None:
     assert '<|im_start|>tool\n{"result": "' in prompt
 
 
-def test_every_region_of_a_demonstration_is_found() -> None:
+def test_every_region_of_a_demonstration_is_tagged() -> None:
     rows = [TOKENIZER(render_demonstration(s))["input_ids"] + [TOKENIZER.eos_token_id] for s in SAMPLES[:20]]
     tool_format = get_format("toolrl")
     found = set()
@@ -86,7 +86,7 @@ def test_every_region_of_a_demonstration_is_found() -> None:
     assert found == {int(r) for r in Region} - {int(Region.OTHER)}
 
 
-def test_first_layer_starts_as_a_look_at_the_tokens_before() -> None:
+def test_the_first_layer_starts_by_attending_to_previous_tokens() -> None:
     torch.manual_seed(0)
     model = build_model(TOKENIZER)
     model.set_attn_implementation("eager")
@@ -103,7 +103,7 @@ def test_recall_labels_only_the_second_mention() -> None:
         assert {label for label in labels if label != IGNORED_LABEL} <= set(ids[:first])
 
 
-def test_recall_shows_no_held_out_name_or_value() -> None:
+def test_recall_contains_no_held_out_name_or_value() -> None:
     text = TOKENIZER.decode(build_recall_batch(TOKENIZER, random.Random(1), batch=64, pairs=6)[0].flatten().tolist())
     quoted = set(text.split('"')[1::2])
     names, values = {t for t in quoted if "_" in t}, {t for t in quoted if "-" in t}
@@ -113,7 +113,7 @@ def test_recall_shows_no_held_out_name_or_value() -> None:
     assert not any(map(is_held_out_value, values))
 
 
-def test_batches_learn_the_response_alone() -> None:
+def test_batches_label_only_the_response() -> None:
     batch = next(
         generate_batches(iter(SAMPLES), PromptLayout(TOKENIZER), random.Random(0), WarmStartConfig(batch_size=8))
     )
@@ -137,12 +137,12 @@ def test_the_recipe_is_deterministic_and_its_folder_loads(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "wrong", [{"clean_steps": -1}, {"hidden": 60}, {"corruption": 1.5}, {"learning_rate": 0.0}, {"layers": 0}]
 )
-def test_wrong_recipes_are_named(wrong: dict[str, Any]) -> None:
+def test_wrong_recipes_raise(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         WarmStartConfig(**wrong)
 
 
-def test_the_shipped_model_is_small_stock_and_its_tokenizer_is_the_recipe_s() -> None:
+def test_the_shipped_model_is_a_small_stock_model_with_the_recipe_tokenizer() -> None:
     folder = embedded_model_dir()
     assert (folder / "model.safetensors").stat().st_size <= 10_000_000
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
@@ -152,7 +152,7 @@ def test_the_shipped_model_is_small_stock_and_its_tokenizer_is_the_recipe_s() ->
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (TOKENIZER.eos_token_id, TOKENIZER.pad_token_id)
 
 
-def test_the_shipped_model_calls_tools_it_has_never_seen() -> None:
+def test_the_shipped_model_calls_unseen_tools() -> None:
     folder = embedded_model_dir()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert (model.generation_config.eos_token_id, model.dtype) == (tokenizer.eos_token_id, torch.float32)

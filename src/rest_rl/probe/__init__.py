@@ -1,4 +1,4 @@
-"""`rest_rl.probe(...)` is `probe/run.py:probe`."""
+"""Predict, without training, whether token weights would help; `rest_rl.probe(...)` calls `probe/run.py:probe`."""
 
 from rest_rl.objects import make_callable
 

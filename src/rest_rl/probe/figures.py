@@ -1,9 +1,8 @@
-"""The figures of a probe, from sampled groups, their tokens and the inner products of gradients; takes no model.
+"""Figures of a probe, computed from sampled groups, their tokens and the inner products of gradients, without a model.
 
 Shapes: M prompts with a group of responses each, R regions, T sampled tokens, K = R + 1 gradients of a prompt: g_r of
-every region in the order of `Region`, then t, that of the expected reward. A leading axis "1+M" holds a statistic of
-all prompts and then that with each prompt left out (`rest_rl.probe.variance`). Products of gradients are averaged
-over pairs of different prompts, so that no sample's noise is taken for signal.
+every region in the order of `Region`, then t, the gradient of the expected reward. A leading axis "1+M" contains a
+statistic of all prompts, followed by the statistics that leave out one prompt each (`rest_rl.probe.variance`).
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from rest_rl.probe.variance import Estimate, GradientSeries, divide_or_nan, leav
 from rest_rl.response import NUM_REGIONS, Region
 
 REGION_INDICES, TRUE_INDEX = list(Region), [NUM_REGIONS]
-"""Positions among the K gradients."""
+"""Positions along the axis of the K gradients."""
 
 
 class RuleSeries(NamedTuple):
-    """A rule, its weights, and its figures of a step."""
+    """A weight rule, its mean weights by region, and its figures for one optimizer step."""
 
     name: str
     weights: Mapping[str, float]
@@ -42,16 +41,19 @@ class RuleSeries(NamedTuple):
 
 
 class InnerProducts(NamedTuple):
-    """Mean inner products <a_m, b_n> of two stacks of gradients, a row per prompt."""
+    """Mean inner products <a_m, b_n> of two stacks of gradients with one row per prompt."""
 
     across_1M: np.ndarray
-    """Over m != n: unbiased for <E a, E b>."""
+    """Mean over m != n: unbiased for <E a, E b>."""
     within_1M: np.ndarray
-    """Over m = n: unbiased for E<a, b>."""
+    """Mean over m = n: unbiased for E<a, b>."""
 
+    # Signal and noise from one Gram matrix: gradients of different prompts are independent, so the mean of their
+    # products has no noise term, while the diagonal contains signal plus noise. Leaving out prompt m subtracts row and
+    # column m from both sums; all M + 1 statistics cost O(M²).
     @classmethod
     def from_gram(cls, gram_MM: np.ndarray) -> InnerProducts:
-        """From all products of M prompts, and with each prompt left out."""
+        """Compute both means from all products of M prompts, and again with each prompt left out."""
         count = len(gram_MM)
         own_M = np.diagonal(gram_MM)
         others = gram_MM.sum() - own_M.sum()
@@ -62,11 +64,10 @@ class InnerProducts(NamedTuple):
 
     @classmethod
     def between(cls, gram_KMKM: np.ndarray, left: Sequence[int], right: Sequence[int]) -> InnerProducts:
-        """Of the sum of some of a prompt's gradients with the sum of others."""
         return cls.from_gram(sum_gram_blocks(gram_KMKM, left, right))
 
     def noise(self) -> np.ndarray:
-        """E<a, b> - <E a, E b>, the variance of one prompt where a is b: (1+M,)."""
+        """Return E<a, b> - <E a, E b>, the variance of one prompt's gradient if a is b: (1+M,)."""
         return self.within_1M - self.across_1M
 
 
@@ -77,17 +78,20 @@ def sum_gram_blocks(gram_KMKM: np.ndarray, left: Sequence[int], right: Sequence[
 def compute_region_facts(
     groups: Sequence[SampledGroup], tokens: SampledTokens, gram_KMKM: np.ndarray
 ) -> tuple[dict[str, RegionFacts], LowEntropyFacts]:
-    """Figures of every region that has tokens, and of those that are surer than all tokens together."""
-    seen = compute_token_facts(tokens)
-    regions = {region.label: region for region in Region if region.label in seen}
+    """Compute the figures of every region that has tokens, and of the low-entropy regions together.
+
+    A region counts as low-entropy if its mean entropy is below the mean over all tokens.
+    """
+    by_region = compute_token_facts(tokens)
+    regions = {region.label: region for region in Region if region.label in by_region}
     facts = {
         label: RegionFacts(
-            seen[label], compute_difference_facts(groups, region), compute_gradient_facts(gram_KMKM, [region])
+            by_region[label], compute_difference_facts(groups, region), compute_gradient_facts(gram_KMKM, [region])
         )
         for label, region in regions.items()
     }
     overall = float(np.mean(tokens.entropies_T))
-    sure = [region for label, region in regions.items() if seen[label].entropy.value < overall]
+    sure = [region for label, region in regions.items() if by_region[label].entropy.value < overall]
     counts_1MR = leave_one_out_sums(tokens.sums(np.ones_like(tokens.entropies_T)))
     share_1M, signal_1M = (
         divide_or_nan(counts_1MR[:, sure].sum(1), counts_1MR.sum(1)),
@@ -98,7 +102,6 @@ def compute_region_facts(
 
 
 def compute_token_facts(tokens: SampledTokens) -> dict[str, TokenFacts]:
-    """Figures of every region that has a token, errors over prompts."""
     counts_1MR, entropies_1MR, collisions_1MR = (
         leave_one_out_sums(tokens.sums(values_T))
         for values_T in (np.ones_like(tokens.entropies_T), tokens.entropies_T, tokens.collisions_T)
@@ -118,44 +121,48 @@ def compute_token_facts(tokens: SampledTokens) -> dict[str, TokenFacts]:
 
 
 def compute_difference_facts(groups: Sequence[SampledGroup], region: Region) -> DifferenceFacts:
-    """How telling a difference in a region is about a difference in reward.
+    """Measure how well a difference in a region predicts a difference in reward.
 
-    Over all pairs of responses of a group: AUC = 1/2 + (P(region differs | reward differs) - P(region differs | reward
-    equal)) / 2, which is the area under the curve of a predictor with two values. NaN if all pairs or none differ in
-    reward. A region differs if its sampled ids do.
+    A region differs between two responses of a group if its sampled token ids differ. The figures are NaN if all pairs
+    or no pairs differ in reward.
     """
+    # The predictor has two values, so its ROC curve has one corner and the area is
+    # AUC = 1/2 + (hit rate - false alarm rate) / 2, with
+    # hit rate = P(region differs | rewards differ), false alarm rate = P(region differs | rewards equal).
     rows_M6 = np.array([count_pairs(group.responses, region) for group in groups], dtype=float)
-    told_1M, unequal_1M, false_1M, equal_1M, differing_1M, extremes_1M = leave_one_out_sums(rows_M6).T
-    hits_1M, alarms_1M = divide_or_nan(told_1M, unequal_1M), divide_or_nan(false_1M, equal_1M)
+    hits_1M, unequal_1M, alarms_1M, equal_1M, differing_1M, extremes_1M = leave_one_out_sums(rows_M6).T
+    hit_rate_1M, alarm_rate_1M = divide_or_nan(hits_1M, unequal_1M), divide_or_nan(alarms_1M, equal_1M)
     return DifferenceFacts(
         Estimate.from_jackknife(divide_or_nan(differing_1M, extremes_1M)),
-        Estimate.from_jackknife(0.5 + (hits_1M - alarms_1M) / 2),
+        Estimate.from_jackknife(0.5 + (hit_rate_1M - alarm_rate_1M) / 2),
     )
 
 
 def count_pairs(responses: Sequence[SampledResponse], region: Region) -> tuple[float, ...]:
-    """(differing, all) pairs of unequal reward, of equal reward, and of a best with a worst response as shares of 1."""
+    # (differing, all) pairs of unequal reward, then of equal reward, then (share of differing pairs of a best and a
+    # worst response, 1): the last two count every group once, however many best and worst responses it has.
     parts = [
         tuple(i for i, r in zip(response.ids, response.regions, strict=True) if r == region) for response in responses
     ]
     rewards = [response.reward for response in responses]
     counts = {True: [0, 0], False: [0, 0]}
     for (part, reward), (other_part, other_reward) in combinations(zip(parts, rewards, strict=True), 2):
-        of_kind = counts[reward != other_reward]
-        of_kind[0] += part != other_part
-        of_kind[1] += 1
+        count = counts[reward != other_reward]
+        count[0] += part != other_part
+        count[1] += 1
     if not counts[True][1]:
         return (0, 0, *counts[False], 0, 0)
     best, worst = (
         [part for part, reward in zip(parts, rewards, strict=True) if reward == extreme]
         for extreme in (max(rewards), min(rewards))
     )
-    differing = sum(one != other for one in best for other in worst) / (len(best) * len(worst))
+    differing = sum(good != bad for good in best for bad in worst) / (len(best) * len(worst))
     return (*counts[True], *counts[False], differing, 1)
 
 
 def compute_gradient_facts(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> GradientFacts:
-    """Figures of some regions together; g = sum_r g_r is the unweighted gradient."""
+    # With g = sum_r g_r: E|g|² = sum_r E<g_r, g>, so each region's share of the squared norm includes its overlaps and
+    # the shares of all regions add up to 1. The signal <E g, t> decomposes in the same way.
     own, overlap, square = (
         InnerProducts.between(gram_KMKM, *pair)
         for pair in ((regions, regions), (regions, REGION_INDICES), (REGION_INDICES, REGION_INDICES))
@@ -171,13 +178,13 @@ def compute_gradient_facts(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> 
 
 
 def compute_signal_shares(gram_KMKM: np.ndarray, regions: Sequence[Region]) -> np.ndarray:
-    """<E g_r, t> / <E g, t> of some regions together: (1+M,)."""
+    """Return <E g_r, t> / <E g, t> of some regions together: (1+M,)."""
     along, signal = (InnerProducts.between(gram_KMKM, part, TRUE_INDEX) for part in (regions, REGION_INDICES))
     return divide_or_nan(along.across_1M, signal.across_1M)
 
 
 def measure_signal(gram_KMKM: np.ndarray) -> tuple[Estimate, Estimate, float]:
-    """(signal <E g, t>, SNR of one prompt, share of the heaviest prompt in |g|²) of the unweighted gradient."""
+    """Return signal <E g, t>, SNR of one prompt and largest share of one prompt in |g|² of the unweighted gradient."""
     whole_MM = sum_gram_blocks(gram_KMKM, REGION_INDICES, REGION_INDICES)
     square, along = InnerProducts.from_gram(whole_MM), InnerProducts.between(gram_KMKM, REGION_INDICES, TRUE_INDEX)
     squares_M = np.diagonal(whole_MM)
@@ -190,7 +197,7 @@ def measure_signal(gram_KMKM: np.ndarray) -> tuple[Estimate, Estimate, float]:
 
 
 def compute_rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> tuple[RuleFacts, ...]:
-    """Figures of every rule against the first one, which has uniform weights, and the mean of the shuffled ones."""
+    """Compare every rule with the first, which must have uniform weights, and with the mean of the shuffled rules."""
     base = rules[0].series
     gains = [relative_gain(rule.series.adam_1K, base.adam_1K) for rule in rules]
     control_1K = np.mean([own for own, rule in zip(gains, rules, strict=True) if rule.name in shuffled], axis=0)
@@ -210,12 +217,12 @@ def compute_rule_facts(rules: Sequence[RuleSeries], shuffled: Sequence[str]) -> 
 
 
 def summarize_samples(groups: Sequence[SampledGroup], eos_ids: Collection[int]) -> SamplingFacts:
-    """Scores and lengths; a response whose last token is none of `ends` was cut off."""
+    """Average scores and lengths; a response that does not end with one of `eos_ids` was cut off."""
     no_spread = float(np.mean([len({response.reward for response in group.responses}) == 1 for group in groups]))
     rows = [
-        (one.is_exact, one.s_format, one.s_acc, one.reward, not one.ids or one.ids[-1] not in eos_ids, len(one.ids))
+        (r.is_exact, r.s_format, r.s_acc, r.reward, not r.ids or r.ids[-1] not in eos_ids, len(r.ids))
         for group in groups
-        for one in group.responses
+        for r in group.responses
     ]
     means = (float(np.mean(column)) for column in zip(*rows, strict=True))
     return SamplingFacts(len(groups), len(groups[0].responses), no_spread, *means)

@@ -1,7 +1,7 @@
-"""Exact policy gradients of sampled responses, as plain vectors, and what each of their tokens looks like.
+"""Exact policy gradients of sampled responses as flat vectors, and statistics of their tokens.
 
 Shapes: B responses to one prompt, T tokens of the longest, V vocabulary, K weightings, N kept coordinates. Responses
-stand right padded after the prompt, so that column t of a (B, T) tensor is token t of its response.
+follow the prompt and are padded on the right: column t of a (B, T) tensor is token t of its response.
 """
 
 from __future__ import annotations
@@ -23,26 +23,29 @@ from rest_rl.loss import collision_mass, token_entropy
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Which entries of the trainable parameters, laid end to end, a gradient vector holds.
+    """Entries of the concatenated trainable parameters that a gradient vector keeps.
 
-    Of a large model a uniform random subset is kept: an inner product over it times `scale` is an unbiased estimate of
-    that over all entries, and a ratio of inner products (a cosine, eff) needs no scale.
+    A large model keeps a uniform random subset. An inner product over the subset times `scale` is an unbiased estimate
+    of the inner product over all entries; ratios of inner products (a cosine, eff) need no scale.
     """
 
+    # All prompts share one subset, so that their vectors have inner products at all. It is drawn before any gradient is
+    # known: keeping the largest entries would bias every product. Memory is 4 N bytes per vector instead of 4 bytes per
+    # parameter.
     parameter_sizes: tuple[int, ...]
-    """Entries of each trainable parameter, in the order of `model.parameters()`."""
+    """Number of entries of each trainable parameter, in the order of `model.parameters()`."""
     indices_N: Tensor
     """int64 (N,), ascending."""
 
     @classmethod
     def choose(cls, model: Any, limit: int | None = 2**20, seed: int = 0) -> Coordinates:
-        """All entries where there are at most `limit` (None: no limit), else `limit` of them drawn without repeats."""
+        """Keep all entries if there are at most `limit` (None: no limit), else draw `limit` without replacement."""
         lengths = tuple(parameter.numel() for parameter in trainable_parameters(model))
         total = sum(lengths)
         if total == 0:
-            raise UserError("a model without trainable parameters", "some", "call model.requires_grad_()")
+            raise UserError("the model has no trainable parameters", remedy="call model.requires_grad_()")
         if limit is not None and limit < 1:
-            raise ValueError(f"got a limit of {limit} coordinates, expected at least 1, or None for all")
+            raise ValueError(f"limit is {limit}, expected at least 1 coordinate, or None for all")
         if limit is None or total <= limit:
             return cls(lengths, torch.arange(total))
         return cls(lengths, torch.tensor(sorted(random.Random(seed).sample(range(total), limit))))
@@ -54,16 +57,17 @@ class Coordinates:
 
     @property
     def size(self) -> int:
-        """N."""
+        """Number of kept entries N."""
         return len(self.indices_N)
 
     @property
     def scale(self) -> float:
-        """All entries per kept one."""
+        """All entries divided by kept entries."""
         return self.num_parameters / self.size
 
     def gather(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """The kept entries of one gradient tensor (None: zeros) per trainable parameter: float32 (N,) on the CPU."""
+        """Return the kept entries of one gradient per trainable parameter (None: zeros): float32 (N,) on the CPU."""
+        # `indices_N` is sorted, so each parameter owns one contiguous slice: only the kept entries leave the device.
         starts = list(accumulate(self.parameter_sizes, initial=0))
         bounds = torch.searchsorted(self.indices_N, torch.tensor(starts)).tolist()
         vector_N = torch.zeros(self.size)
@@ -75,7 +79,7 @@ class Coordinates:
 
 
 class TokenStatistics(NamedTuple):
-    """Per token, at temperature 1: log pi of the token, H in nats, 1 - sum_v p_v²; float64 on the CPU, 0 on padding."""
+    """Log-probability, entropy (nats) and 1 - sum_v p_v² of tokens at temperature 1: float64 on the CPU, padding 0."""
 
     logps_BT: Tensor
     entropies_BT: Tensor
@@ -89,19 +93,21 @@ def compute_weighted_gradients(
     weights_KBT: Tensor,
     coordinates: Coordinates,
 ) -> Tensor:
-    """Gradient of sum_i sum_t weights[k, i, t] log pi(y_it | prompt, y_i<t) for each k: float32 (K, N) on the CPU.
+    """Return the gradient of sum_i sum_t weights[k, i, t] log pi(y_it | prompt, y_i<t) for each k.
 
-    One forward pass, K backward passes, evaluation mode, temperature 1. With weights A_i w_it / (G T_i) it is the
-    ascent direction of the GRPO objective on-policy (`rest_rl.loss.clipped_surrogate` at ratio 1, with its sign
-    turned). Weights past a response's end are ignored. The model, its `.grad` and its mode stay as they were. The sum
-    runs over responses, so a batch too large for memory may be cut and the results added.
+    With weights A_i w_it / (G T_i) it is the ascent direction of the on-policy GRPO objective: the negative gradient of
+    `rest_rl.loss.clipped_surrogate` at ratio 1. The model runs at temperature 1 in evaluation mode; its `.grad` and its
+    mode stay unchanged. Weights past the end of a response are ignored. The result, float32 (K, N) on the CPU, is a sum
+    over responses: split a batch that is too large for memory and add the results.
     """
+    # The objective is linear in the weights, so K weightings share one forward pass and its graph; each adds a backward
+    # pass. `autograd.grad` does not touch `.grad`, and the last weighting that is not all 0 frees the graph.
     ids_BT, mask_BT = pad_responses(responses)
     if weights_KBT.ndim != 3 or weights_KBT.shape[1:] != ids_BT.shape:
-        raise ValueError(f"got weights {tuple(weights_KBT.shape)}, expected (K, *{tuple(ids_BT.shape)})")
+        raise ValueError(f"weights are {tuple(weights_KBT.shape)}, expected (K, *{tuple(ids_BT.shape)})")
     parameters = trainable_parameters(model)
     if tuple(parameter.numel() for parameter in parameters) != coordinates.parameter_sizes:
-        raise ValueError("got coordinates of another model, expected those that Coordinates.choose gives for this one")
+        raise ValueError("coordinates belong to another model, expected the result of Coordinates.choose for this one")
     weights_KBT = torch.where(mask_BT, weights_KBT, 0)
     vectors_KN = torch.zeros(len(weights_KBT), coordinates.size)
     live = [k for k in range(len(weights_KBT)) if weights_KBT[k].any()]
@@ -117,7 +123,7 @@ def compute_weighted_gradients(
 
 
 def gather_gradient(value: Tensor, parameters: Sequence[Tensor], coordinates: Coordinates, *, retain: bool) -> Tensor:
-    """The kept entries of a scalar's gradient: float32 (N,) on the CPU."""
+    """Return the kept entries of the gradient of a scalar: float32 (N,) on the CPU."""
     return coordinates.gather(torch.autograd.grad(value, parameters, retain_graph=retain, allow_unused=True))
 
 
@@ -125,26 +131,27 @@ def gather_gradient(value: Tensor, parameters: Sequence[Tensor], coordinates: Co
 def compute_token_statistics(
     model: Any, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]
 ) -> TokenStatistics:
-    """Log-probability, entropy and collision mass of every token of the responses, from one forward pass."""
+    """Compute log-probability, entropy and collision mass of every response token in one forward pass."""
     ids_BT, mask_BT = pad_responses(responses)
-    found = TokenStatistics(*(torch.zeros(ids_BT.shape, dtype=torch.float64) for _ in range(3)))
+    statistics = TokenStatistics(*(torch.zeros(ids_BT.shape, dtype=torch.float64) for _ in range(3)))
     if not mask_BT.any():
-        return found
+        return statistics
     with evaluation_mode(model):
         logits_BTV = compute_response_logits(model, prompt_ids, ids_BT, mask_BT)
-    for row, mask_T in enumerate(mask_BT):  # in double precision, one response at a time: V may be large
+    # Double precision for one response at a time: float64 logits of the whole batch could exceed memory, V is large.
+    for row, mask_T in enumerate(mask_BT):
         logits_1TV = logits_BTV[row : row + 1, mask_T].double()
         ids_1T = ids_BT[row : row + 1, mask_T].to(logits_1TV.device)
         own = (gather_logps(logits_1TV, ids_1T), token_entropy(logits_1TV), collision_mass(logits_1TV))
-        for values_BT, values_1T in zip(found, own, strict=True):
+        for values_BT, values_1T in zip(statistics, own, strict=True):
             values_BT[row, mask_T] = values_1T[0].cpu()
-    return found
+    return statistics
 
 
 def pad_responses(responses: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Responses as (ids_BT, mask_BT), right padded."""
+    """Return responses as (ids_BT, mask_BT), padded on the right."""
     if not responses:
-        raise ValueError("got no responses, expected at least one")
+        raise ValueError("no responses, expected at least one")
     width = max(map(len, responses))
     ids_BT = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in responses], dtype=torch.long)
     lengths_B1 = torch.tensor([[len(row)] for row in responses])
@@ -152,18 +159,19 @@ def pad_responses(responses: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[
 
 
 def trainable_parameters(model: Any) -> list[Tensor]:
-    """The parameters that gradients are taken for, tied ones once."""
+    """Return the parameters that require a gradient; tied parameters appear once."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def compute_response_logits(model: Any, prompt_ids: Sequence[int], ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The logits from which each token of the responses was drawn: (B, T, V) on the model's device."""
+    """Return the logits from which each response token was drawn: (B, T, V) on the model's device."""
     if not len(prompt_ids):
-        raise ValueError("got an empty prompt, expected at least one token for the first logits to come from")
+        raise ValueError("the prompt is empty, expected at least one token, which yields the first logits")
     batch, width = ids_BT.shape
     prompt_BP = torch.tensor([list(prompt_ids)] * batch, dtype=torch.long)
     mask_BS = torch.cat([torch.ones_like(prompt_BP), mask_BT.long()], dim=1)
     settings: dict[str, Any] = {"use_cache": False}
+    # Where the model can, skip the vocabulary projection of the prompt: (B, P, V) logits are most of the memory.
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         settings["logits_to_keep"] = width + 1
     output = model(
@@ -171,18 +179,19 @@ def compute_response_logits(model: Any, prompt_ids: Sequence[int], ids_BT: Tenso
         attention_mask=mask_BS.to(model.device),
         **settings,
     )
+    # The logits at position t - 1 predict token t: from the last prompt token to the last but one of the response.
     return output.logits[:, -width - 1 : -1]
 
 
 def gather_logps(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Log-probability of the chosen tokens, in float32 at least: (B, T)."""
+    """Return the log-probabilities of the chosen tokens in float32 or float64: (B, T)."""
     logits_BTV = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
     return logits_BTV.log_softmax(-1).gather(-1, ids_BT.unsqueeze(-1)).squeeze(-1)
 
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Evaluation mode within, the former mode after."""
+    """Put the model in evaluation mode inside the block; restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:

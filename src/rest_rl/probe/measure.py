@@ -1,7 +1,7 @@
-"""What a probe takes from the model: the statistics of sampled tokens, and gradients by region and by weight rule.
+"""Measurements of a probe that need the model: token statistics, and gradients by region and by weight rule.
 
 Shapes: M prompts, G responses each, B = M G of all prompts, T tokens of the longest, R regions, K weightings, N kept
-coordinates. The rules follow each other in rounds, so that memory holds the gradients of a few of them at a time.
+coordinates.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from rest_rl.response import NUM_REGIONS, Region
 from rest_rl.weights import RegionStatistics, TaggedBatch, WeightRule, region_weights_of, weigh
 
 RULES_PER_PASS = 3
-"""Rules whose gradients are in memory at a time."""
+"""Rules that share a forward pass and whose gradients are in memory at the same time."""
 MAX_GRADIENT_BYTES = 2**31
-"""Bytes of gradients in memory; beyond it a random subset of the coordinates is kept."""
+"""Limit for the gradients in memory; a larger model keeps a random subset of its coordinates."""
 CHUNK_SIZE = 2**16
 Advance = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class SampledBatch:
-    """All sampled groups, one after the other, as the batch that a weight rule sees."""
+    """All sampled groups in one batch, in the form that a weight rule reads."""
 
     groups: Sequence[SampledGroup]
     tagged: TaggedBatch
@@ -54,7 +54,7 @@ class SampledBatch:
         progress: float = 0.0,
         advance: Advance = lambda: None,
     ) -> SampledBatch:
-        """With the entropy and collision mass of every token, from a forward pass for each group."""
+        """Build the batch; one forward pass per group gives the entropy and collision mass of every token."""
         responses = [response for group in groups for response in group.responses]
         ids_BT, mask_BT = pad_responses([response.ids for response in responses], tokenizer.pad_token_id)
         regions_BT, _ = pad_responses([response.regions for response in responses], Region.OTHER)
@@ -71,7 +71,7 @@ class SampledBatch:
 
     @cached_property
     def statistics(self) -> RegionStatistics:
-        """Of all sampled tokens, as training takes them of a batch."""
+        """Region statistics of all sampled tokens, as training computes them from a batch."""
         own = self.tagged
         assert own.entropies_BT is not None
         sums_R, counts_R = region_sums(own.entropies_BT, own.regions_BT, own.mask_BT)
@@ -80,6 +80,7 @@ class SampledBatch:
 
     @cached_property
     def tokens(self) -> SampledTokens:
+        """The same tokens without padding."""
         own = self.tagged
         assert own.entropies_BT is not None
         lengths = [sum(len(response.ids) for response in group.responses) for group in self.groups]
@@ -90,21 +91,21 @@ class SampledBatch:
         )
 
     def mean_weights(self, weights_BT: Tensor) -> dict[str, float]:
-        """Mean weight of each region's tokens, as training logs it; regions without tokens are left out."""
+        """Return the mean weight of each region's tokens, as training logs it; omit regions without tokens."""
         means_R = region_means(weights_BT, self.tagged.regions_BT, self.tagged.mask_BT)
         return {region.label: float(means_R[region]) for region in Region if self.statistics.counts_R[region]}
 
     def region_weight_range(self, rule: WeightRule, progress: float) -> tuple[float, float]:
-        """Least and greatest weight of a region that has tokens, before normalisation; NaN where it has none."""
+        """Return the smallest and largest region weight before normalization; NaN for a rule without region weights."""
         weights_R = region_weights_of(rule, self.statistics, progress)
         if weights_R is None:
             return math.nan, math.nan
-        seen = weights_R[self.statistics.counts_R > 0]
-        return float(seen.min()), float(seen.max())
+        sampled_R = weights_R[self.statistics.counts_R > 0]
+        return float(sampled_R.min()), float(sampled_R.max())
 
 
 class MeasuredGradients(NamedTuple):
-    """Inner products of the regions' gradients and, last, that of the expected reward (K = R + 1); figures of rules."""
+    """Inner products of K = R + 1 gradients (one per region, then the true one), and the figures of each rule."""
 
     gram_KMKM: np.ndarray
     rules: tuple[RuleSeries, ...]
@@ -123,11 +124,15 @@ def measure_gradients(
     cap: float = 0.0,
     advance: Advance = lambda: None,
 ) -> MeasuredGradients:
-    """Gradients of every region, of the expected reward and of every rule; `advance` is called per group and round.
+    """Measure the gradients of every region, of the expected reward and of every rule.
 
-    Of the GRPO objective on-policy: responses have their group's standardised advantage and their own mean over
-    tokens. `batch_size` responses share a forward pass. The first of `rules` is uniform.
+    The objective is on-policy GRPO: advantages standardized within a group, mean over the tokens of each response. The
+    first of `rules` must be uniform. `cap` limits the gradient norm of a prompt to a multiple of the median norm (0: no
+    limit). `advance` is called `count_progress_steps` times.
     """
+    # Region gradients are needed only as inner products: their Gram matrix replaces (R + 1) M N floats. The rules
+    # follow in rounds of `RULES_PER_PASS`; each round adds its figures and drops its vectors, so memory stays at
+    # (R + RULES_PER_PASS) M N floats for any number of rules.
     count = len(sampled.groups)
     coordinates = Coordinates.choose(
         model, max(1, MAX_GRADIENT_BYTES // (4 * count * (NUM_REGIONS + RULES_PER_PASS))), seed
@@ -159,23 +164,23 @@ def measure_gradients(
 
 
 def count_progress_steps(groups: int, rules: int) -> int:
-    """How often `measure_gradients` calls `advance`."""
+    """Return how often `measure_gradients` calls `advance`."""
     return groups * (1 + -(-(rules - 1) // RULES_PER_PASS))
 
 
 def batch_names(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The rules that share a forward pass."""
+    """Yield the names of the rules that share a forward pass."""
     for first in range(0, len(names), RULES_PER_PASS):
         yield names[first : first + RULES_PER_PASS]
 
 
 def slice_groups(groups: Sequence[SampledGroup]) -> list[slice]:
-    """Each group's rows of the batch."""
+    """Return the rows of each group in the batch."""
     return [slice(*ends) for ends in pairwise(accumulate((len(group.responses) for group in groups), initial=0))]
 
 
 def compute_grpo_weights(groups: Sequence[SampledGroup]) -> Tensor:
-    """What multiplies each token's log-probability in the GRPO objective: A_i / (G T_i), float64 (B, T)."""
+    """Return the factor of each token's log-probability in the GRPO objective, A_i / (G T_i): float64 (B, T)."""
     _, mask_BT = pad_responses([response.ids for group in groups for response in group.responses])
     sizes_B = torch.tensor([len(group.responses) for group in groups for _ in group.responses])
     advantages_B = torch.cat([group.advantages("grpo") for group in groups])
@@ -183,11 +188,12 @@ def compute_grpo_weights(groups: Sequence[SampledGroup]) -> Tensor:
 
 
 def compute_region_and_true_weights(groups: Sequence[SampledGroup]) -> Tensor:
-    """As `compute_grpo_weights` by region, then those of the gradient of the expected reward: float64 (R + 1, B, T).
+    """Return `compute_grpo_weights` split by region, then the weights of the true gradient: float64 (R + 1, B, T).
 
-    The latter (REINFORCE) sums over tokens, with the mean reward of the group's other responses as its baseline, which
-    leaves it unbiased: (R_i - mean_-i) / G = (R_i - mean) / (G - 1).
+    The true gradient is that of the expected reward: REINFORCE, a sum over tokens with the mean reward of the group's
+    other responses as the baseline, which keeps it unbiased.
     """
+    # (R_i - mean_-i) / G = (R_i - mean) / (G - 1), where mean_-i is the mean reward of the other responses.
     regions_BT, mask_BT = pad_responses(
         [response.regions for group in groups for response in group.responses], Region.OTHER
     )
@@ -204,7 +210,7 @@ def compute_gradients(
     batch_size: int,
     advance: Advance,
 ) -> Tensor:
-    """The gradient of each weighting and group: float32 (K, M, N)."""
+    """Return the gradient of each weighting and group: float32 (K, M, N)."""
     vectors_KMN = torch.zeros(len(weights_KBT), len(sampled.groups), coordinates.size)
     for m, (rows, group) in enumerate(zip(slice_groups(sampled.groups), sampled.groups, strict=True)):
         group_KGT, ids = weights_KBT[:, rows], [response.ids for response in group.responses]
@@ -217,7 +223,9 @@ def compute_gradients(
 
 
 def compute_gram(vectors_KMN: Tensor, scale: float) -> np.ndarray:
-    """Inner products of all pairs, summed in double precision over chunks of coordinates: (K, M, K, M)."""
+    """Return the inner products of all pairs: (K, M, K, M)."""
+    # The products of a chunk are float32 (one BLAS call); adding the chunks in float64 keeps the rounding error small
+    # over millions of coordinates.
     weightings, prompts, size = vectors_KMN.shape
     flat_XN = vectors_KMN.reshape(weightings * prompts, size)
     gram_XX = torch.zeros(len(flat_XN), len(flat_XN), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A probe report as tables, the Markdown page, pictures, and the JSON object."""
+"""Show a probe report as tables, as a Markdown page, as plots and as a JSON object."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from rest_rl.report.tables import markdown_table
 from rest_rl.response import Region
 
 MAX_VIOLIN_TOKENS = 20_000
-"""Tokens of a region that give its violin its shape."""
+"""Tokens of a region from which its violin is drawn."""
 MAX_PLOTTED_VALUE = 5.0
-"""Relative figures beyond ± 500 % would leave the others no room in a picture."""
+"""Relative figures beyond ±500 % are left out of the plots, where they would squeeze all others."""
 DASH = "–"
 MAX_TABLE_VALUE = 9.995
-"""Relative figures beyond ±999 % are not worth their digits in a table."""
+"""Relative figures beyond ±999 % show as a dash in the tables."""
 REGIONS_NOTE = (
     "± is one standard error over prompts (jackknife). |g|²: share of the squared norm of the policy gradient. Signal: "
-    "share of the first-order improvement of the expected reward, from pairs of different prompts. SNR: squared mean "
-    "over variance of one prompt's gradient. Differs: how often the best and the worst response to a prompt differ in "
-    'the region. AUC: how well "the region differs" tells "the reward differs" between two responses to a prompt; 0.5 '
-    "tells nothing."
+    "share of the first-order improvement of the expected reward, estimated from pairs of different prompts. SNR: "
+    "squared mean divided by variance of one prompt's gradient. Differs: how often the best and the worst response to "
+    'a prompt differ in the region. AUC: how well "the region differs" predicts "the reward differs" for two responses '
+    "to a prompt; 0.5 is chance."
 )
 RULES_NOTE = (
-    "Against uniform weights on the same responses: improvement per step of given length, under Adam and under plain "
-    "gradient ascent; cosine of the mean gradient to that of the expected reward; variance / |mean|² of a step's "
-    "gradient (less is not by itself better, since weights turn the gradient, too). The rules `permuted` are controls: "
-    "the weights of `rest`, dealt to regions by chance. – stands where the prompts do not determine a figure."
+    "Compared with uniform weights on the same responses. Adam, plain: predicted improvement per step of fixed length "
+    "under Adam and under plain gradient ascent. Cosine: between the mean gradient and the gradient of the expected "
+    "reward. var/|mean|²: noise of a step's gradient; less noise is not better by itself, because weights also turn "
+    "the gradient. The rules `permuted` are controls: the weights of `rest`, assigned to regions at random. A dash (–) "
+    "means that the prompts do not determine the figure."
 )
 
 
 class Table(NamedTuple):
-    """What the terminal and the page show alike."""
+    """A table for the terminal and for the page."""
 
     title: str
     header: tuple[str, ...]
@@ -49,7 +50,7 @@ class Table(NamedTuple):
 
 
 def build_formats_table(reports: Sequence[ProbeReport]) -> Table:
-    """The formats side by side."""
+    """Build the table that compares the formats."""
     rows = []
     for report in reports:
         own, advice = report.sampled, report.advice
@@ -62,7 +63,7 @@ def build_formats_table(reports: Sequence[ProbeReport]) -> Table:
 
 
 def build_tables(report: ProbeReport) -> list[Table]:
-    """Tokens, signal, weights and rules of one format."""
+    """Build the tables of one format: tokens, signal, weights and rules."""
     tokens, signal = [], []
     for label, (own, differences, gradient) in report.regions.items():
         entropy, collision = format_estimate(own.entropy, 3), format_estimate(own.collision, 3)
@@ -80,7 +81,7 @@ def build_tables(report: ProbeReport) -> list[Table]:
         noise = format_estimate(hide_noisy_ratio(rule.noise_ratio), 1)
         rules.append((rule.name, *gains, format_estimate(hide_noisy_cosine(rule.cosine), 2), noise))
     prompts = f"{report.prompts_per_step} prompt{'s' * (report.prompts_per_step > 1)}"
-    step = f"predicted improvement per step of {prompts}, against uniform"
+    step = f"predicted improvement per step of {prompts}, compared with uniform weights"
     parts = {
         "tokens": (("region", "tokens", "share %", "entropy (nats)", "p90", "1 - Σp²"), tokens),
         "signal": (("region", "|g|² %", "signal %", "SNR", "differs %", "AUC"), signal),
@@ -91,7 +92,7 @@ def build_tables(report: ProbeReport) -> list[Table]:
 
 
 def render_page(title: str, reports: Sequence[ProbeReport], pictures: Mapping[str, Sequence[Path]]) -> str:
-    """The Markdown page; `pictures` by format, as paths relative to it."""
+    """Return the Markdown page; `pictures` are paths relative to the page, by format."""
     parts = [f"# {title}"]
     if len(reports) > 1:
         formats = build_formats_table(reports)
@@ -107,31 +108,30 @@ def render_page(title: str, reports: Sequence[ProbeReport], pictures: Mapping[st
 
 
 def describe_samples(report: ProbeReport) -> str:
-    """What was sampled."""
+    """Describe the sampled responses in one sentence."""
     own = report.sampled
     return (
         f"{report.format}: {own.prompts} prompts × {own.group_size} responses of {own.mean_tokens:.0f} tokens; exact "
-        f"match {own.exact_match:.1%}, S_acc {own.s_acc:.3f}, S_format {own.s_format:.3f}; no spread in "
-        f"{own.no_spread:.1%} of groups, {own.truncated:.1%} of responses cut off"
+        f"match {own.exact_match:.1%}, S_acc {own.s_acc:.3f}, S_format {own.s_format:.3f}; no "
+        f"spread of rewards in {own.no_spread:.1%} of groups, {own.truncated:.1%} of responses cut off"
     )
 
 
 def describe_gradients(report: ProbeReport) -> str:
-    """What the gradients were taken of."""
-    part = "all" if report.coordinates == report.parameters else f"{report.coordinates:,} random ones of"
+    """Describe which parameters the gradients cover and how noisy they are."""
+    part = "all" if report.coordinates == report.parameters else f"{report.coordinates:,} random entries of"
     return (
-        f"Gradients of {part} {report.parameters:,} parameters, progress {report.progress:g}; SNR of one prompt "
-        f"{format_estimate(report.snr, 4)}, the heaviest prompt makes {report.heaviest:.0%} of the squared norm."
+        f"Gradients of {part} {report.parameters:,} parameters at progress {report.progress:g}. One prompt has an SNR "
+        f"of {format_estimate(report.snr, 4)}; the largest contributes {report.heaviest:.0%} of the squared norm."
     )
 
 
 def format_advice(advice: Advice) -> str:
-    """The recommendation as a paragraph of Markdown."""
     return f"**Recommendation ({advice.sureness}): {advice.what}.** {advice.why}"
 
 
 def format_estimate(estimate: Estimate, digits: int, sign: str = "") -> str:
-    """`0.42 ± 0.03`; a dash where the data do not determine it or its error."""
+    """Return `0.42 ± 0.03`, or a dash if the data do not determine the value or its error."""
     if not math.isfinite(estimate.value) or not math.isfinite(estimate.error):
         return DASH
     value = round(estimate.value, digits) + 0.0  # no -0.0
@@ -139,7 +139,7 @@ def format_estimate(estimate: Estimate, digits: int, sign: str = "") -> str:
 
 
 def format_percent(estimate: Estimate, sign: str = "") -> str:
-    """`42 ± 3`; a dash where it is not defined, or so noisy that its digits say nothing."""
+    """Return `42 ± 3`, or a dash if the share is undefined or too large to be meaningful."""
     if not abs(estimate.value) < MAX_TABLE_VALUE or not estimate.error < MAX_TABLE_VALUE:
         return DASH
     digits = 0 if estimate.error >= 0.02 else 1
@@ -147,24 +147,24 @@ def format_percent(estimate: Estimate, sign: str = "") -> str:
 
 
 def hide_noisy_ratio(ratio: Estimate) -> Estimate:
-    """Not defined for a ratio with an error beyond itself: what it divides by is not told from 0."""
+    """Return NaN for a ratio whose error exceeds its value: its divisor cannot be distinguished from 0."""
     return ratio if ratio.error <= ratio.value else Estimate(math.nan, math.nan)
 
 
 def hide_noisy_cosine(cosine: Estimate) -> Estimate:
-    """Not defined for a figure in [-1, 1] with an error beyond 1."""
+    """Return NaN for a cosine whose error exceeds 1."""
     return cosine if cosine.error <= 1 else Estimate(math.nan, math.nan)
 
 
 def to_mapping(report: ProbeReport) -> dict[str, Any]:
-    """The report as a JSON object: an estimate is [value, error]."""
+    """Return the report as a JSON object, in which an estimate is [value, error]."""
     names = [field.name for field in dataclasses.fields(report) if field.name != "tokens"]
     figures = {name: to_plain(getattr(report, name)) for name in names}
     return {**figures, "verdict": [remark.text for remark in report.verdict], "recommendation": report.advice._asdict()}
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses and named tuples as mappings, an estimate as a pair."""
+    """Turn dataclasses and named tuples into mappings, and estimates into pairs, recursively."""
     if isinstance(value, Estimate):
         return list(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -177,13 +177,13 @@ def to_plain(value: Any) -> Any:
 
 
 def draw_probe(report: ProbeReport, folder: Path) -> list[Path]:
-    """The pictures of one format, as names within the folder."""
+    """Draw the plots of one format; return their names within the folder."""
     stem = "".join(character if character.isalnum() else "-" for character in report.format)
     facts, rules = report.regions.values(), report.rules[1:]
     drawn = {
         "entropy": draw_entropies(report),
         "shares": draw_estimates(
-            f"{report.format}: share by region, per cent (± one standard error)",
+            f"{report.format}: share by region in % (± 1 standard error)",
             list(report.regions),
             {
                 "tokens": [own.tokens.share for own in facts],
@@ -192,7 +192,7 @@ def draw_probe(report: ProbeReport, folder: Path) -> list[Path]:
             },
         ),
         "rules": draw_estimates(
-            f"{report.format}: predicted gain over uniform weights, per cent (± 2 standard errors)",
+            f"{report.format}: predicted gain over uniform weights in % (± 2 standard errors)",
             [rule.name for rule in rules],
             {"under Adam": [rule.adam_gain for rule in rules], "plain": [rule.gain for rule in rules]},
             errors=2,
@@ -202,13 +202,13 @@ def draw_probe(report: ProbeReport, folder: Path) -> list[Path]:
 
 
 def draw_entropies(report: ProbeReport) -> Figure:
-    """The distribution of the token entropies of each region, its mean as a mark (Figure 4 of the paper)."""
+    # Figure 4 of the paper.
     figure, axes = new_axes(7.2, 3.2)
     codes = {region.label: region for region in Region}
     for at, (label, facts) in enumerate(report.regions.items()):
         own_T = np.sort(report.tokens.entropies_T[report.tokens.regions_T == codes[label]])
         drawn_T = own_T[:: math.ceil(len(own_T) / MAX_VIOLIN_TOKENS)]
-        if np.ptp(drawn_T) == 0:  # values that are all the same have no shape
+        if np.ptp(drawn_T) == 0:  # the kernel density of equal values is singular
             axes.plot([at - 0.35, at + 0.35], [drawn_T[0]] * 2, color=REGION_COLOURS[label], linewidth=2)
         else:
             violin = axes.violinplot(drawn_T, positions=[at], widths=0.8, showextrema=False, points=200, bw_method=0.15)
@@ -218,14 +218,13 @@ def draw_entropies(report: ProbeReport) -> Figure:
         axes.plot([at], [np.quantile(own_T, 0.9)], marker="_", color=INK, markersize=10, zorder=4)
     names = [f"{label}\n{facts.tokens.number:,}" for label, facts in report.regions.items()]
     axes.set_xticks(range(len(names)), names)
-    style_bare_axes(axes, f"{report.format}: token entropy by region, nats (● mean, – 90th percentile; tokens below)")
+    style_bare_axes(axes, f"{report.format}: token entropy by region in nats (● mean, – 90th percentile; tokens below)")
     return figure
 
 
 def draw_estimates(
     title: str, names: Sequence[str], series: Mapping[str, Sequence[Estimate]], errors: float = 1.0
 ) -> Figure:
-    """Figures by name, in per cent with their errors; one that is not defined or beyond reading is left out."""
     figure, axes = new_axes(7.2, 1.0 + 0.32 * len(names))
     for index, (label, estimates) in enumerate(series.items()):
         percents_X2 = 100 * np.array(estimates)

@@ -1,4 +1,4 @@
-"""What a probe found, what it says in words, and what it recommends: weights only where their gain is not chance."""
+"""Results of a probe, its verdict in words, and its recommendation: weights only if their gain is significant."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from rest_rl.probe.variance import Estimate
 from rest_rl.response import NUM_REGIONS
 
 SIGNIFICANT = 2.0
-"""Standard errors that a figure must be from 0 to be read."""
+"""Standard errors from 0 at which a figure counts as significant."""
+# Bonferroni at a one-sided 5 % would ask for 2.33 errors for the best of 5, 2.39 for the best of 6.
 SIGNIFICANT_FOR_BEST = 2.5
-"""The same for the most striking of several: at a one-sided 5 % Bonferroni's would be 2.33 for 5, 2.39 for 6."""
+"""Standard errors for the best of several figures."""
+# A 5 % larger learning rate gains as much per step, and training runs of this size cannot resolve less.
 MIN_USEFUL_GAIN = 0.05
-"""A gain per step of 5 % is what a 5 % larger learning rate gives as well; runs of this project could not tell less."""
+"""Gain per step below which weights are not recommended."""
 MAX_NAMED_REGIONS = 3
 NO_SPREAD_LIMIT, TRUNCATED_LIMIT, DOMINANT_LIMIT = 0.5, 0.1, 0.25
-"""Shares from which on a lack of spread, cut responses and a single prompt's gradient are worth a word."""
-FORMAT_NEVER_MET = "the format is never met (S_format is 0 for every response)"
-FORMAT_REMEDY = "check --format, or warm-start the model with `rest-rl sft` on such calls"
+"""Shares of groups without spread, cut responses and one prompt's gradient from which on the verdict mentions them."""
+FORMAT_NEVER_MET = "no response is in the format (S_format is always 0)"
+FORMAT_REMEDY = "check --format, or warm-start the model with `rest-rl sft` on calls in this format"
 Sureness = Literal["likely", "unsure", "not measurable"]
 
 
 class SampledTokens(NamedTuple):
-    """All sampled tokens, those of each prompt one after the other."""
+    """All sampled tokens, prompt by prompt."""
 
     prompts: int
-    """M"""
+    """Number of prompts M."""
     prompts_T: np.ndarray
-    """The position of each token's prompt."""
+    """Index of each token's prompt."""
     regions_T: np.ndarray
     entropies_T: np.ndarray
     """Nats."""
@@ -41,13 +43,13 @@ class SampledTokens(NamedTuple):
     """1 - sum_v p_v²."""
 
     def sums(self, values_T: np.ndarray) -> np.ndarray:
-        """Sums by prompt and region: float64 (M, R)."""
+        """Sum values by prompt and region: float64 (M, R)."""
         cells_T = self.prompts_T * NUM_REGIONS + self.regions_T
         return np.bincount(cells_T, weights=values_T, minlength=self.prompts * NUM_REGIONS).reshape(-1, NUM_REGIONS)
 
 
 class TokenFacts(NamedTuple):
-    """What the tokens of a region are like: entropies in nats, `collision` the mean of 1 - sum_v p_v²."""
+    """Token figures of a region: entropies in nats; `collision` is the mean of 1 - sum_v p_v²."""
 
     number: int
     share: Estimate
@@ -59,8 +61,9 @@ class TokenFacts(NamedTuple):
 class DifferenceFacts(NamedTuple):
     """How a region differs between responses to one prompt.
 
-    `best_worst` is how often the best and the worst response of a group differ in it, over groups with spread; `auc`
-    that of "the region differs" for "the reward differs", over pairs of a group: 0.5 tells nothing, 1 everything.
+    `best_worst` is how often the best and the worst response of a group differ in the region, over groups with unequal
+    rewards. `auc` is the area under the curve of "the region differs" as a predictor of "the reward differs", over
+    pairs within a group: 0.5 is chance, 1 is perfect.
     """
 
     best_worst: Estimate
@@ -68,20 +71,20 @@ class DifferenceFacts(NamedTuple):
 
 
 class GradientFacts(NamedTuple):
-    """What a region contributes to the gradient g; t is the gradient of the expected reward."""
+    """Contribution of a region to the gradient g; t is the gradient of the expected reward."""
 
     norm_share: Estimate
-    """E<g_r, g> / E|g|²: with its share of the overlaps, so that regions add up to 1."""
+    """E<g_r, g> / E|g|², which includes half of each overlap; the regions add up to 1."""
     signal_share: Estimate
-    """<E g_r, t> / <E g, t>; regions add up to 1."""
+    """<E g_r, t> / <E g, t>; the regions add up to 1."""
     surplus: Estimate
-    """norm_share - signal_share: above 0 where there is more noise than signal."""
+    """norm_share - signal_share: above 0 if the region has more noise than signal."""
     snr: Estimate
-    """|E g_r|² / E|g_r - E g_r|² of one prompt; of a step of P prompts it is P times as much."""
+    """|E g_r|² / E|g_r - E g_r|² of one prompt; P times as large for a step of P prompts."""
 
 
 class RegionFacts(NamedTuple):
-    """Everything about one region; a region without a token is left out of a probe."""
+    """All figures of one region; regions without tokens are omitted."""
 
     tokens: TokenFacts
     differences: DifferenceFacts
@@ -89,13 +92,13 @@ class RegionFacts(NamedTuple):
 
 
 class RuleFacts(NamedTuple):
-    """What a weight rule would do in the next step, against uniform weights on the same responses.
+    """Predicted effect of a weight rule in the next step, compared with uniform weights on the same responses.
 
-    `weights` is the mean weight of each region's tokens, `bounds` the least and greatest region weight before it is
-    normalised (NaN for a rule that has none). `noise_ratio` is variance / |mean|² of a step's gradient (less is not by
-    itself better), `cosine` that of the mean gradient to the gradient of the expected reward. `gain` is the expected
-    improvement per step of given length relative to uniform weights (0.05 is 5 % more), `adam_gain` the same after
-    Adam's scaling, `adam_over_shuffled` how far that is above the mean of the rules with shuffled weights.
+    `weights` is the mean weight of each region's tokens; `bounds` are the smallest and largest region weight before
+    normalization (NaN for a rule without region weights). `noise_ratio` is variance / |mean|² of a step's gradient;
+    less is not better by itself. `cosine` is between the mean gradient and the gradient of the expected reward. `gain`
+    is the expected improvement per step of fixed length relative to uniform weights (0.05 is 5 % more), `adam_gain` the
+    same after Adam's scaling, and `adam_over_shuffled` its difference from the mean of the shuffled rules.
     """
 
     name: str
@@ -109,7 +112,7 @@ class RuleFacts(NamedTuple):
 
 
 class SamplingFacts(NamedTuple):
-    """What was sampled; shares are of responses, that without spread of groups."""
+    """Figures of the sampled responses: shares and means over responses, except `no_spread`, a share of groups."""
 
     prompts: int
     group_size: int
@@ -123,7 +126,7 @@ class SamplingFacts(NamedTuple):
 
 
 class LowEntropyFacts(NamedTuple):
-    """The regions whose mean entropy is below that of all tokens, taken together; surplus is signal_share - share."""
+    """The regions whose mean entropy is below the overall mean, together; surplus is signal_share - share."""
 
     regions: tuple[str, ...]
     share: Estimate
@@ -132,14 +135,14 @@ class LowEntropyFacts(NamedTuple):
 
 
 class Remark(NamedTuple):
-    """A sentence of the verdict, and its kind, which stays the same whatever the words are."""
+    """A sentence of the verdict and its kind, a stable identifier."""
 
     kind: str
     text: str
 
 
 class Advice(NamedTuple):
-    """What to train with; rule, strength and clip range are settings of `[rest.weights]`, None for grpo."""
+    """The recommendation; rule, strength and clip range are settings of `[rest.weights]`, None for grpo."""
 
     preset: Literal["rest", "grpo"]
     rule: str | None
@@ -153,7 +156,7 @@ class Advice(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """All figures of one model, format and set of prompts, and what follows from them."""
+    """All figures for one model, format and set of prompts, with the verdict and the recommendation."""
 
     format: str
     sampled: SamplingFacts
@@ -162,63 +165,65 @@ class ProbeReport:
     """Uniform weights first."""
     sure: LowEntropyFacts
     signal: Estimate
-    """<E g, t>: first-order improvement by the unweighted gradient; shares of it mean nothing unless it is above 0."""
+    """<E g, t>: first-order improvement by the unweighted gradient; its shares are meaningless unless it is above 0."""
     snr: Estimate
-    """Of the unweighted gradient of one prompt."""
+    """SNR of the unweighted gradient of one prompt."""
     heaviest: float
-    """Share of the most extreme prompt in the sum of |g|²."""
+    """Largest share of one prompt in the sum of |g|²."""
     prompts_per_step: int
-    """Of the training step that the rules are judged for."""
+    """Prompts of the training step that the rules are predicted for."""
     progress: float
     coordinates: int
     """Parameters whose gradients were kept."""
     parameters: int
     tokens: SampledTokens
-    """For the picture of their entropies; not in probe.json."""
+    """For the plot of the entropies; not in probe.json."""
 
     @property
     def misses_format(self) -> bool:
-        """Whether no response is in the format, for which no number of prompts makes up."""
+        """Whether no response is in the format; more prompts would not help."""
         return self.sampled.s_format == 0 and self.sampled.no_spread == 1
 
     @property
     def has_signal(self) -> bool:
-        """Whether the first-order improvement is above 0 beyond its error."""
+        """Whether the first-order improvement is significantly above 0."""
         return self.signal.is_above(0, SIGNIFICANT)
 
     @property
     def verdict(self) -> list[Remark]:
-        """What stands in the way, where signal and noise are, which region decides over the reward."""
+        """Obstacles, the location of signal and noise, and the region that best predicts the reward."""
         return [*obstacle_remarks(self), *signal_remarks(self), *auc_remarks(self)]
 
     @property
     def advice(self) -> Advice:
-        """Weights of `rest` where their gain is beyond chance and beyond that of shuffled weights, else grpo."""
+        """The preset `rest` if its gain is significant and exceeds that of shuffled weights, else `grpo`."""
         return recommend(self)
 
 
 def obstacle_remarks(probe: ProbeReport) -> Iterator[Remark]:
-    """What keeps any weights from working."""
     own = probe.sampled
     if probe.misses_format:
-        yield Remark("no format", f"{FORMAT_NEVER_MET}, so all rewards are alike and teach nothing: {FORMAT_REMEDY}")
+        yield Remark(
+            "no format", f"{FORMAT_NEVER_MET}, so all rewards are equal and no training signal exists: {FORMAT_REMEDY}"
+        )
     elif own.no_spread >= NO_SPREAD_LIMIT:
-        text = "of the groups have no spread of rewards and teach nothing: prompts of fitting difficulty matter most"
+        text = "of the groups have equal rewards and therefore no gradient: choose prompts of suitable difficulty first"
         yield Remark("no spread", f"{whole_percent(own.no_spread)} {text}")
     if own.truncated >= TRUNCATED_LIMIT:
         yield Remark("cut off", f"{whole_percent(own.truncated)} of the responses are cut off: raise --max-new-tokens")
     if probe.heaviest >= DOMINANT_LIMIT:
-        text = "of the squared gradient norm and dominates the gradient figures; --norm-cap 2 scales such prompts down"
-        yield Remark("one prompt", f"one prompt makes {whole_percent(probe.heaviest)} {text}")
+        text = "of the squared gradient norm and dominates the gradient figures: --norm-cap 2 scales such prompts down"
+        yield Remark("one prompt", f"one prompt contributes {whole_percent(probe.heaviest)} {text}")
 
 
 def signal_remarks(probe: ProbeReport) -> Iterator[Remark]:
-    """Which regions carry the signal, against their share of the tokens and of the gradient."""
     if probe.misses_format:
         return
     if not probe.has_signal:
-        text = f"{probe.sampled.prompts} prompts cannot tell the signal from noise, so its shares mean nothing yet"
-        yield Remark("no signal", f"{text}; take more --prompts")
+        text = (
+            f"{probe.sampled.prompts} prompts cannot distinguish the signal from noise, so its shares are meaningless"
+        )
+        yield Remark("no signal", f"{text}: increase --prompts")
         return
     ranked = sorted(probe.regions.items(), key=lambda item: -item[1].gradient.signal_share.value)
     for label, (tokens, _, gradient) in ranked[:MAX_NAMED_REGIONS]:
@@ -235,66 +240,65 @@ def signal_remarks(probe: ProbeReport) -> Iterator[Remark]:
     if own.surplus.is_above(0, SIGNIFICANT_FOR_BEST):
         norm, signal = percent_text(own.norm_share), percent_text(own.signal_share)
         text = f"{norm} of the squared gradient norm, {signal} of the signal"
-        yield Remark("noise", f"the region {noisiest} holds more noise than signal: {text}")
+        yield Remark("noise", f"the region {noisiest} contains more noise than signal: {text}")
     gain = next((rule.adam_gain for rule in probe.rules if rule.name == NO_REASONING), Estimate(math.nan, math.nan))
     if gain.is_above(0, SIGNIFICANT):
         change = percent_text(gain, "+.0f")
-        text = f"without the gradient of the reasoning the next step improves by {change} under Adam"
-        yield Remark("no reasoning", f"{text}; a longer run may need it all the same")
+        text = f"without the gradient of the reasoning, the predicted improvement under Adam changes by {change}"
+        yield Remark("no reasoning", f"{text}; a longer run may still need that gradient")
     if probe.sure.regions:
         yield low_entropy_remark(probe.sure)
 
 
 def low_entropy_remark(sure: LowEntropyFacts) -> Remark:
-    """Whether the regions of low entropy carry more signal than tokens, which is what ResT builds on."""
-    kind, against = "sure regions alike", "which may well be their share"
+    kind, comparison = "sure regions alike", "not distinguishable from their share of the tokens"
     if sure.surplus.is_above(0, SIGNIFICANT):
-        kind, against = "sure regions above", "more than their share, as ResT supposes"
+        kind, comparison = "sure regions above", "more than their share, as ResT assumes"
     elif Estimate(-sure.surplus.value, sure.surplus.error).is_above(0, SIGNIFICANT):
-        kind, against = "sure regions below", "less than their share, against what ResT supposes"
+        kind, comparison = "sure regions below", "less than their share, contrary to what ResT assumes"
     carried = f"{percent_text(sure.signal_share)} of the signal in {whole_percent(sure.share.value)} of the tokens"
-    return Remark(kind, f"the regions of low entropy ({', '.join(sure.regions)}) carry {carried}, {against}")
+    return Remark(kind, f"the low-entropy regions ({', '.join(sure.regions)}) carry {carried}: {comparison}")
 
 
 def auc_remarks(probe: ProbeReport) -> Iterator[Remark]:
-    """Which region's differences go with differences in reward."""
     known = {label: facts.differences.auc for label, facts in probe.regions.items()}
     known = {label: auc for label, auc in known.items() if auc.is_above(0.5, SIGNIFICANT)}
     if known:
         label, auc = max(known.items(), key=lambda item: item[1].value)
-        text = f"a difference in the region {label} tells best of a difference in reward"
+        text = f"a difference in the region {label} best predicts a difference in reward"
         yield Remark("telling", f"{text} (AUC {auc.value:.2f} ± {auc.error:.2f})")
 
 
 def recommend(probe: ProbeReport) -> Advice:
-    """See `ProbeReport.advice`."""
+    # From hopeless to decided: no format, no signal, no figure, a significant gain, a significant lack of gain, unsure.
     if probe.misses_format:
         return recommend_uniform("not measurable", f"{FORMAT_NEVER_MET}; {FORMAT_REMEDY}")
     if not probe.has_signal:
         return recommend_uniform(
-            "not measurable", f"{probe.sampled.prompts} prompts cannot tell the signal from noise; take more"
+            "not measurable", f"{probe.sampled.prompts} prompts cannot distinguish the signal from noise; measure more"
         )
     named = [rule for rule in probe.rules if rule.name in candidate_rules()]
     best = max(named, key=lambda rule: rule.adam_gain.value)
     change = percent_text(best.adam_gain, "+.1f")
-    found = f"under Adam, {best.name} changes the predicted improvement per step by {change}"
-    shuffled = f"{percent_text(best.adam_over_shuffled, '+.1f')} against shuffled weights"
+    result = f"under Adam, {best.name} changes the predicted improvement per step by {change}"
+    shuffled = f"{percent_text(best.adam_over_shuffled, '+.1f')} compared with shuffled weights"
     if not math.isfinite(best.adam_gain.error):
-        return recommend_uniform("not measurable", "no improvement under Adam can be told; take more --prompts")
+        return recommend_uniform("not measurable", "the improvement under Adam is undetermined; increase --prompts")
     if best.adam_gain.is_above(MIN_USEFUL_GAIN, SIGNIFICANT_FOR_BEST):
         if best.adam_over_shuffled.is_above(0, SIGNIFICANT):
-            return recommend_rest(best, f"{found}, {shuffled}")
-        return recommend_uniform("unsure", f"{found}, but only {shuffled}: which region weighs more may not matter")
+            return recommend_rest(best, f"{result}, {shuffled}")
+        return recommend_uniform("unsure", f"{result}, but only {shuffled}: which region gets more may not matter")
     if all(rule.adam_gain.value + SIGNIFICANT * rule.adam_gain.error < MIN_USEFUL_GAIN for rule in named):
         worst = min(named, key=lambda rule: rule.adam_gain.value)
         loss = Estimate(-worst.adam_gain.value, worst.adam_gain.error)
         harm = f"; {worst.name} would cost {percent_text(loss)}" if loss.is_above(0, SIGNIFICANT) else ""
         why = (
-            f"weights are unlikely to help: {found}, the best of {len(named)} ways to set rest, and a gain below "
-            f"{whole_percent(MIN_USEFUL_GAIN)} is not worth a setting{harm}"
+            f"weights are unlikely to help: {result}, the best of {len(named)} ways to set rest, and a gain below "
+            f"{whole_percent(MIN_USEFUL_GAIN)} does not justify them{harm}"
         )
         return recommend_uniform("likely", why)
-    return recommend_uniform("unsure", f"{found}, which may be chance; more --prompts, or `rest-rl compare`, can tell")
+    remedy = "increase --prompts, or train both with `rest-rl compare`"
+    return recommend_uniform("unsure", f"{result}, which may be chance; {remedy}")
 
 
 def recommend_uniform(sureness: Sureness, why: str) -> Advice:
@@ -302,7 +306,8 @@ def recommend_uniform(sureness: Sureness, why: str) -> Advice:
 
 
 def recommend_rest(rule: RuleFacts, why: str) -> Advice:
-    """Preset `rest` by a rule, clipped to the region weights that it gives here: the prediction holds for no others."""
+    # The prediction covers only the weights that the rule gives to these tokens. Later in training the entropies move,
+    # and without the clip range the weights would leave what was measured.
     config = candidate_rules()[rule.name]
     w_min = max(0.1, math.floor(10 * min(rule.bounds[0], 1)) / 10)
     w_max = math.ceil(10 * max(rule.bounds[1], 1)) / 10
@@ -313,10 +318,9 @@ def recommend_rest(rule: RuleFacts, why: str) -> Advice:
 
 
 def percent_text(estimate: Estimate, digits: str = ".0f") -> str:
-    """`62 ± 5 %`; with digits `+.1f` as `+6.2 ± 0.7 %`."""
+    """Return `62 ± 5 %`, or `+6.2 ± 0.7 %` for digits `+.1f`."""
     return f"{100 * estimate.value:{digits}} ± {100 * estimate.error:{digits.removeprefix('+')}} %"
 
 
 def whole_percent(share: float) -> str:
-    """`14 %`."""
     return f"{100 * share:.0f} %"

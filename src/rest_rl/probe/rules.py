@@ -1,4 +1,4 @@
-"""The weight rules that are held against uniform weights: those of `rest`, its rivals, and controls."""
+"""The weight rules that a probe compares with uniform weights: those of `rest`, its rivals, and controls."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rest_rl.weights import Rule, WeightConfig, WeightRule
 UNIFORM, NO_REASONING = "uniform", "no reasoning"
 ENTROPY_RULES: tuple[Rule, ...] = ("one_minus_exp", "inverse", "collision")
 SHUFFLED = ("permuted 1", "permuted 2", "permuted 3")
-"""The controls: weights of `rest`, dealt to regions by chance."""
+"""Controls: the weights of `rest`, assigned to regions at random."""
 
 
 def select_rules(tool_format: str, run_rule: WeightRule) -> dict[str, WeightRule]:
-    """The rules that can weigh responses in a format, uniform weights first; the run's own last, if it is another."""
+    """Return the rules that support a format, uniform weights first; the run's rule last if it is not among them."""
     rules = built_in_rules()
     if run_rule not in rules.values():
         rules["this run" if isinstance(run_rule, WeightConfig) else name_of(run_rule)] = run_rule
@@ -33,7 +33,9 @@ def supports_format(rule: WeightRule, tool_format: str) -> bool:
 
 
 def built_in_rules() -> dict[str, WeightRule]:
-    """The built-in rules by name, uniform first; `inverted` and `permuted` change nothing else of `rest`."""
+    """Return the built-in rules by name, uniform first."""
+    # `inverted` and `permuted` change only the rule of `rest`, so that any difference is due to which region gets which
+    # weight.
     own = rest_weights()
     return {
         UNIFORM: PRESETS["grpo"].weights,
@@ -48,7 +50,7 @@ def built_in_rules() -> dict[str, WeightRule]:
 
 
 def candidate_rules() -> dict[str, WeightConfig]:
-    """The weights that may be recommended: those of `rest`, at other strengths, and by other rules of entropy."""
+    """Return the rules that may be recommended: `rest`, other strengths of it, and its other entropy rules."""
     own = rest_weights()
     strengths = [strength for strength in (0.25, 0.5, 1.0) if strength != own.strength]
     others: list[Rule] = [rule for rule in ENTROPY_RULES if rule != own.rule]

@@ -1,4 +1,4 @@
-"""Where the reward signal of a model lies and whether token weights would help, without training."""
+"""Measure where a model's reward signal is and whether token weights would help, without training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from rest_rl.weights import WeightRule
 
 JSON_FILE, PAGE_FILE = "probe.json", "probe.md"
 MIN_PROMPTS = 8
-"""Fewer leave no pairs to speak of when some are left out."""
+"""With fewer, too few pairs remain when a jackknife block is left out."""
 
 
 def probe(
@@ -57,31 +57,35 @@ def probe(
     on_report: Callable[[ProbeReport], Any] = lambda report: None,
     observer: Observer = SILENT,
 ) -> list[ProbeReport]:
-    """Sample responses and measure what each region and each weight rule means for the next training step.
+    """Sample responses and predict what each region and each weight rule contributes to the next optimizer step.
 
     Args:
-        model: a run folder, a model, an adapter or a hub name; the embedded model if None.
-        data: dialogues, as `train` takes them; those of the model's run if None.
-        formats: tool-call formats, a report each; the run's if empty.
-        prompts: drawn from the data; at least 8.
-        group: responses to each prompt, at least 2.
-        seed: of the choice of prompts and of sampling.
-        progress: training progress in [0, 1] that reward and curriculum are taken at.
-        step: prompts of the optimizer step that is predicted; the run's if None.
-        norm_cap: scale prompts whose gradient is longer than so many medians down to that length; 0 for none.
-        max_new_tokens: of a response; the run's if None.
-        batch_size: responses in one forward pass; the run's if None.
-        overrides: settings of the run, such as "rest.preset=paper".
-        out: a folder for probe.md, probe.json and the pictures; nothing is written if None.
-        on_report: is given each report as soon as it is measured, before anything is written.
-        observer: gets the progress.
+        model: A run folder, a model, an adapter or a hub name; the embedded model if None.
+        data: Dialogues, as for `train`; those of the model's run if None.
+        formats: Tool-call formats, one report each; the run's format if empty.
+        prompts: Number of prompts to draw from the data, at least 8.
+        group: Responses per prompt, at least 2.
+        seed: Seed for drawing prompts and for sampling.
+        progress: Training progress in [0, 1] at which reward and curriculum are evaluated.
+        step: Prompts of the optimizer step to predict; the run's if None.
+        norm_cap: Scale down prompts whose gradient norm exceeds this multiple of the median; 0 for none.
+        max_new_tokens: Maximum length of a response; the run's if None.
+        batch_size: Responses per forward pass; the run's if None.
+        overrides: Settings of the run, such as "rest.preset=paper".
+        out: Folder for probe.md, probe.json and the plots; nothing is written if None.
+        on_report: Called with each report as soon as it is measured, before anything is written.
+        observer: Receives the progress.
+
+    Returns:
+        One report per format.
 
     Raises:
-        UserError: before anything is sampled, except for a folder that cannot be written at the end.
+        UserError: For a wrong argument before anything is sampled, or if the folder cannot be written at the end.
     """
-    check_minimums(prompts=(prompts, MIN_PROMPTS), step=(step, 1))
+    check_minimums(prompts=(prompts, MIN_PROMPTS), prompts_per_step=(step, 1))
     if not 0 <= norm_cap < float("inf"):
-        raise UserError(f"norm cap {norm_cap}", "a multiple of the median norm, 0 for none", "change it")
+        raise UserError(f"norm cap is {norm_cap}", "a multiple of the median norm, or 0 for none", "change it")
+    # Mistakes surface here, before minutes of loading and sampling.
     config = resolve_run(model, data, overrides)
     own = build_layouts(config, formats)
     limited = config.with_response_limit(own[0].context)
@@ -102,7 +106,6 @@ def probe(
 
 
 def write_reports(subject: str, reports: Sequence[ProbeReport], folder: Path) -> None:
-    """Write probe.md, probe.json and the pictures; UserError if the folder cannot be written."""
     with convert_write_errors(folder):
         pictures = {report.format: draw_probe(report, folder) for report in reports}
         replace_file(folder / PAGE_FILE, render_page(f"Probe of {subject}", reports, pictures))
@@ -119,7 +122,6 @@ def probe_format(
     norm_cap: float,
     observer: Observer,
 ) -> ProbeReport:
-    """The report on one format; `rule` is the run's own, `step` the prompts of the step to predict."""
     name, progress = layout.format.name, sampling.progress
     rules = select_rules(name, rule)
     with track_steps(observer, name, 2 * len(prompts) + count_progress_steps(len(prompts), len(rules))) as done:
@@ -149,11 +151,9 @@ def probe_format(
 
 
 def resolve_run(model: str | Path | None, data: str | Path | None, overrides: Sequence[str]) -> RunConfig:
-    """The run that would train this model: that of its run folder, or the package's own with the settings given.
-
-    What a supervised run has trained is probed as the preset `rest` would go on from it, other data than a run's own
-    without its held-out prompts.
-    """
+    """Return the run that would train this model: the one of its run folder, or the package's with `overrides`."""
+    # A supervised run is followed by reinforcement learning, so its model is probed under the preset `rest`. Held-out
+    # prompts belong to the run's own data; with other data they are dropped.
     path, run, _ = resolve_origin(str(model)) if model else (None, None, None)
     given = {"model.path": path, "data.path": str(data) if data else None}
     options = [*(f"{key}={json.dumps(value)}" for key, value in given.items() if value), *overrides]
@@ -168,7 +168,7 @@ def resolve_run(model: str | Path | None, data: str | Path | None, overrides: Se
 def build_sampling(
     config: RunConfig, group: int, seed: int, progress: float, max_new_tokens: int | None, batch_size: int | None
 ) -> Sampling:
-    """Sampling and reward as the run has them, where nothing else is asked for."""
+    """Return the sampling settings and reward of the run, changed by the arguments that are not None."""
     return Sampling(
         group,
         config.max_response_tokens if max_new_tokens is None else max_new_tokens,
@@ -180,7 +180,7 @@ def build_sampling(
 
 
 def build_layouts(config: RunConfig, formats: Sequence[str]) -> list[PromptLayout]:
-    """How prompts are laid out in each format, each once; in the run's own if there is none."""
+    """Return a prompt layout for each distinct format; for the run's format if none is given."""
     tokenizer, variables = load_policy_tokenizer(config.model), config.model.chat_template_kwargs
     names = [
         resolve_format(name, tokenizer, variables, keeps_prompts=config.data.keep_prompts)[0]
@@ -200,32 +200,36 @@ def draw_prompts(
     min_prompts: int = MIN_PROMPTS,
     remedy: str = "add data",
 ) -> list[Prepared]:
-    """A random part of what training would see in this format, or all of it; each with room for a response."""
+    """Draw prompts that training would use in this format and that leave room for a response; all if too few."""
+    # Held-out measurement is switched off, so that `read_data` returns all training prompts.
     rest = replace(config.rest, format=layout.format.name)
     unmeasured = replace(config, rest=rest, eval=replace(config.eval, prompts=0, every=0))
     prompts = read_data(unmeasured, layout, observer, response_tokens).prepared
     if len(prompts) < min_prompts:
-        raise UserError(f"{len(prompts)} samples", f"at least {min_prompts}", remedy)
+        raise UserError(f"the data has {len(prompts)} usable samples", f"at least {min_prompts}", remedy)
     if len(prompts) < count:
-        observer.say(f"{len(prompts)} samples, fewer than the {count} prompts asked for: all are taken")
+        observer.say(
+            f"the data has {len(prompts)} samples, fewer than the {count} prompts requested; using all of them"
+        )
     return random.Random(seed).sample(prompts, min(count, len(prompts)))
 
 
 def resolve_prompts_per_step(config: RunConfig, requested: int | None, num_prompts: int, observer: Observer) -> int:
-    """Prompts of the step to predict: as many as asked for, or the run's, as far as so many prompts can tell."""
+    """Return the prompts per step to predict: the requested number or the run's, limited by `num_prompts`."""
     if requested is None:
+        # TRL counts responses: a step has batch size x accumulation / group size prompts on one device.
         names = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_generations": 8}
         responses, parts, group = (int(config.trl.get(name, default)) for name, default in names.items())
         requested = max(1, responses * parts // max(1, group))
     if requested > (most := max_prompts_per_step(num_prompts)):
         observer.say(
-            f"{num_prompts} prompts can predict a step of {most} at most, not of {requested}: it is taken for {most}"
+            f"{num_prompts} prompts can predict a step of at most {most}, not {requested}; predicting a step of {most}"
         )
     return min(requested, most)
 
 
 def load_model(config: RunConfig, observer: Observer) -> Any:
-    """The model on the accelerator where there is one."""
+    """Load the model, on the accelerator if there is one."""
     with observer.track("loading"):
         model, _ = load_policy(replace(config.model, dtype=config.weights_dtype))
         return model.to(torch.accelerator.current_accelerator() or "cpu")
@@ -233,44 +237,42 @@ def load_model(config: RunConfig, observer: Observer) -> Any:
 
 @contextmanager
 def track_steps(observer: Observer, name: str, total: int) -> Iterator[Callable[[str], Callable[[], None]]]:
-    """A bar over several kinds of work: `done("sampling")` is to be called after each piece of it."""
+    """Show one progress bar over several kinds of work; call `done("sampling")` once to get the step callback."""
     pieces = count(1)
     with observer.track(name, total) as advance:
         yield lambda what: lambda: advance(next(pieces), note=what)
 
 
 def label_model(model: str | Path | None) -> str:
-    """What a page calls the model."""
     return model_label(str(model)) if model else "the embedded model"
 
 
 def choose_unused_folder(verb: str, model: str | Path | None, file: str) -> Path:
-    """runs/probe-MODEL, or with a number after it where results are already."""
+    """Return runs/VERB-MODEL, with a number appended if results exist there."""
     base = f"runs/{verb}-{model_label(str(model))}" if model else f"runs/{verb}"
     names = chain([base], (f"{base}-{number}" for number in count(2)))
     return next(Path(name) for name in names if not (Path(name) / file).exists())
 
 
 def create_folder(folder: Path, file: str) -> None:
-    """Make the folder of the results and try to write to it, before there are any."""
+    """Create the results folder and test that it is writable, before the long measurement starts."""
     if (folder / file).exists():
-        raise UserError(f"{folder}, which holds a {file} already", "another folder", "pass a new --out")
+        raise UserError(f"--out {folder} already contains a {file}", remedy="pass another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"--out {folder} ({reason(error)})", "a folder to write to", "pass another --out") from error
+        raise UserError(f"cannot write to --out {folder} ({reason(error)})", remedy="pass another --out") from error
 
 
 @contextmanager
 def convert_write_errors(folder: Path) -> Iterator[None]:
-    """Write results that have been shown; UserError for a folder that can be written to no more."""
+    """Turn an OSError while writing results into a UserError; the results have been shown by then."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"--out {folder} ({reason(error)})",
-            "to write the results to it",
-            "save what stands above, or make room and measure again (the same seed gives the same figures)",
+            f"cannot write the results to --out {folder} ({reason(error)})",
+            remedy="save the output above, or free disk space and measure again (the same seed gives the same figures)",
         ) from error

@@ -1,4 +1,4 @@
-"""Groups of sampled responses as training would see them, without training."""
+"""Sample and score groups of responses as training would, without training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rest_rl.rewards import RewardRule, apply_reward, is_random, judge
 
 
 class SampledResponse(NamedTuple):
-    """One sampled response: `ids` with the end-of-sequence token, and the `Region` of each of them."""
+    """A scored response: `ids` with the end-of-sequence token, and the `Region` of each token."""
 
     ids: list[int]
     regions: list[int]
@@ -38,39 +38,39 @@ class SampledGroup(NamedTuple):
     responses: tuple[SampledResponse, ...]
 
     def advantages(self, kind: AdvantageKind = "grpo") -> Tensor:
-        """The advantage of each response within the group: float64 (G,)."""
+        """Return the advantage of each response within the group: float64 (G,)."""
         rewards_G = torch.tensor([response.reward for response in self.responses], dtype=torch.float64)
         return group_advantages(rewards_G, len(self.responses), kind)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled, at temperature 1, and scored; the default reward is that of the preset `rest`."""
+    """Settings for sampling, at temperature 1, and scoring; the default reward is that of the preset `rest`."""
 
     group_size: int = 8
-    """Responses to each prompt."""
+    """Responses per prompt."""
     max_new_tokens: int = 160
     batch_size: int = 128
-    """Responses in one pass."""
+    """Responses per forward pass."""
     seed: int = 0
     progress: float = 0.0
     reward: RewardRule = PRESETS["rest"].reward
 
     def __post_init__(self) -> None:
-        check_minimums(group=(self.group_size, 2), max_new_tokens=(self.max_new_tokens, 1))
+        check_minimums(group_size=(self.group_size, 2), max_new_tokens=(self.max_new_tokens, 1))
         check_minimums(batch_size=(self.batch_size, 1), seed=(self.seed, 0))
         if not 0 <= self.progress <= 1:
-            raise UserError(f"progress {self.progress}", "training progress in [0, 1]", "change it")
+            raise UserError(f"progress is {self.progress}", "a number from 0 to 1", "change it")
         if is_random(self.reward):
             remedy = "pass --set rest.reward.random=false"
-            raise UserError("reward.random = true", "a reward that reads the responses", remedy)
+            raise UserError("rest.reward.random is true", "a reward that reads the responses", remedy)
 
 
 def check_minimums(**values: tuple[int | None, int]) -> None:
-    """UserError for the first (value, least value) that is too small."""
-    for name, (value, least) in values.items():
-        if value is not None and value < least:
-            raise UserError(f"{name.replace('_', ' ')} {value}", f"at least {least}", "raise it")
+    """Raise UserError for the first (value, minimum) whose value is too small; None always passes."""
+    for name, (value, minimum) in values.items():
+        if value is not None and value < minimum:
+            raise UserError(f"{name.replace('_', ' ')} is {value}", f"at least {minimum}", "raise it")
 
 
 def sample_groups(
@@ -80,11 +80,12 @@ def sample_groups(
     sampling: Sampling,
     advance: Callable[[], Any] = lambda: None,
 ) -> list[SampledGroup]:
-    """A group of responses to each prompt, in order; equal arguments give equal groups."""
+    """Sample a group of responses to each prompt, in order; equal arguments give equal groups."""
     groups, ends = [], eos_token_ids(model, layout.tokenizer)
     per_batch = max(1, sampling.batch_size // sampling.group_size)
     for first in range(0, len(prompts), per_batch):
         chunk = prompts[first : first + per_batch]
+        # Each batch has its own seed, so a group does not depend on how many prompts follow.
         ids = generate(
             model,
             layout.tokenizer,
@@ -104,7 +105,7 @@ def sample_groups(
 def tag_and_score(
     ids: list[int], gold: Gold, layout: PromptLayout, sampling: Sampling, eos_ids: Sequence[int]
 ) -> SampledResponse:
-    """A response with its regions and scores; one that ends with none of `ends` was cut off."""
+    """Tag the regions of a response and score it; a response that does not end with one of `eos_ids` was cut off."""
     text = decode_ids(ids, layout.tokenizer, layout.format.tags)
     judgement = judge(text, gold, layout.format, truncated=not has_ended(ids, eos_ids))
     ids_1T = torch.tensor([ids], dtype=torch.long)

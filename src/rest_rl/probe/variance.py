@@ -1,14 +1,14 @@
-"""How good a gradient estimator is: variance, |mean|², cosine with the true gradient, expected progress per unit step.
+"""Quality of a gradient estimator: variance, |mean|², cosine with the true gradient, expected progress per unit step.
 
 Shapes: M independent units (prompts with their group of responses, or whole batches), N coordinates, K blocks of units.
-Every function takes stacked vectors: `gradients_MN[m]` is what one unit contributes under a token weighting,
-`true_MN[m]` an unbiased estimate of the true gradient t from the same unit, such as REINFORCE with a leave-one-out
+Every function takes stacked vectors. `gradients_MN[m]` is the contribution of unit m under a token weighting, and
+`true_MN[m]` is an unbiased estimate of the true gradient t from the same unit, such as REINFORCE with a leave-one-out
 baseline.
 
-No product pairs a unit with itself: <E g, t>, |E g|² and |t|² are means over pairs of different units, so the noise
-that g and t share cannot pose as signal. What a batch of P units would do follows exactly: E|g_P|² = |E g|² + Var / P.
-Errors are those of the jackknife over blocks of units; a difference to a baseline is one of the same units, so that
-what they share cancels.
+No product pairs a unit with itself: <E g, t>, |E g|² and |t|² are means over pairs of different units, so noise that g
+and t share is never counted as signal. The second moment of a batch of P units follows exactly:
+E|g_P|² = |E g|² + Var / P. Standard errors are jackknife errors over blocks of units. A rule is compared with the
+baseline on the same units, so the noise they share cancels.
 """
 
 from __future__ import annotations
@@ -25,55 +25,60 @@ from torch import Tensor
 from rest_rl.errors import UserError
 
 MAX_BLOCKS = 16
-"""Blocks of units, where there are enough units; a power of two, see `generate_halvings`."""
+"""Blocks of units if there are enough units; a power of two, see `generate_halvings`."""
+# A coordinate in which half of the units have almost no gradient gets a second moment close to 0 by chance. A signal
+# divided by its root would drown every other coordinate.
 MOMENT_FLOOR = 1e-3
-"""Least second moment of a coordinate, relative to the mean over coordinates. Where half of the units barely have a
-gradient, the estimate from them is chance, and a signal divided by it would drown all others."""
+"""Smallest second moment of a coordinate, relative to the mean over coordinates."""
 
 
 class Estimate(NamedTuple):
-    """A figure and its standard error over prompts; NaN where it is not defined."""
+    """A value and its standard error over prompts; NaN where it is undefined."""
 
     value: float
     error: float
 
     @classmethod
     def from_jackknife(cls, values_1M: np.ndarray) -> Estimate:
-        """From a statistic of all units and of all but one: se² = (M-1)/M sum_m (x_-m - mean)² (jackknife)."""
+        """Return the estimate from a statistic of all units, followed by the M statistics that leave one unit out.
+
+        The squared standard error is (M-1)/M sum_m (x_-m - mean)².
+        """
         left_out_M = values_1M[1:]
         count = len(left_out_M)
         spread = float(((left_out_M - left_out_M.mean()) ** 2).sum())
         return cls(float(values_1M[0]), math.sqrt((count - 1) / count * spread))
 
     def is_above(self, threshold: float, num_errors: float) -> bool:
-        """Whether it is more than so many errors above `least`; False where it is not defined."""
+        """Return whether the value exceeds `threshold` by more than `num_errors` standard errors; False for NaN."""
         return self.value - num_errors * self.error > threshold
 
 
 def leave_one_out_sums(sums_M: np.ndarray) -> np.ndarray:
-    """The sum over units, then the sums without each of them: (1+M, ...)."""
+    """Return the sum over all units, then the sums that leave out one unit each: (1+M, ...)."""
     total = sums_M.sum(0, keepdims=True)
     return np.concatenate([total, total - sums_M])
 
 
 def divide_or_nan(above: np.ndarray | float, below: np.ndarray | float) -> np.ndarray:
-    """Element by element, NaN where the divisor is 0."""
+    """Divide element by element; NaN where the divisor is 0."""
     above, below = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, math.nan), where=below != 0)
 
 
 def relative_gain(own: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """Own over baseline, minus 1; NaN where the baseline makes no progress."""
+    """Return own / baseline - 1; NaN where the baseline makes no progress."""
     return divide_or_nan(own, np.where(baseline > 0, baseline, math.nan)) - 1
 
 
 class GradientSeries(NamedTuple):
-    """A weighting's figures in a batch of units: from all that were measured, then with each of K blocks left out.
+    """Figures of one token weighting for a batch of units: from all units, then with each of the K blocks left out.
 
-    `variance` is tr Cov of the batch's gradient, `mean_square` |E g|² (unbiased, so it may come out negative), `cosine`
-    that of E g and the true gradient t, `true_norm` |t|. `progress` is <E g, t> / sqrt(E|g|²), the expected improvement
-    of a step of length 1; `adam` sum_j t_j E g_j / sqrt(E g_j²) / sqrt(N), that of a step of root mean square
-    1 / sqrt(N) in every coordinate.
+    `variance` is the trace of the covariance of the batch's gradient. `mean_square` is |E g|²; its estimate is unbiased
+    and can therefore be negative. `cosine` is the cosine between E g and the true gradient t, `true_norm` is |t|.
+    `progress` is <E g, t> / sqrt(E|g|²), the expected improvement of a step of length 1. `adam` is
+    sum_j t_j E g_j / sqrt(E g_j²) / sqrt(N), the expected improvement of a step whose root mean square is 1 / sqrt(N)
+    in every coordinate.
     """
 
     variance_1K: np.ndarray
@@ -85,26 +90,32 @@ class GradientSeries(NamedTuple):
 
     @property
     def noise_ratio(self) -> np.ndarray:
-        """Variance / |E g|²"""
+        """Variance / |E g|²."""
         return divide_or_nan(self.variance_1K, np.maximum(self.mean_square_1K, 0.0))
 
 
 def compute_gradient_series(
     gradients_MN: Tensor, true_MN: Tensor, *, batch: int = 1, blocks: int = MAX_BLOCKS, scales_M: Tensor | None = None
 ) -> GradientSeries:
-    """The figures of one weighting; `scales_M` multiplies each unit's two vectors (see `compute_norm_scales`)."""
+    """Compute the figures of one weighting in a batch of `batch` units; UserError for too few units.
+
+    `scales_M` multiplies both vectors of each unit, see `compute_norm_scales`.
+    """
     sums = sum_by_block(gradients_MN, true_MN, blocks, scales_M)
     most = max_batch_size([one.units for one in sums])
     if not 1 <= batch <= most:
-        raise UserError(f"a batch of {batch} units", f"1 to {most} of {len(true_MN)}", "measure more prompts")
+        raise UserError(
+            f"{len(true_MN)} units cannot predict a batch of {batch}", f"a batch of 1 to {most}", "measure more prompts"
+        )
     whole = add_sums(sums)
     rows = [compute_batch_figures(one, batch) for one in (whole, *(whole.without(one) for one in sums))]
     return GradientSeries(*np.array(rows).T, adam_1K=compute_adam_progress(sums, batch))
 
 
 class UnitSums(NamedTuple):
-    """Sums over units from which every figure follows; those of disjoint units add up."""
+    """Sums over units from which every figure follows; the sums of disjoint units can be added."""
 
+    # g: gradients under the weighting; t: true gradients; gg, gt: products by coordinate; tt: sum of |t|².
     units: int
     g_N: Tensor
     t_N: Tensor
@@ -122,18 +133,20 @@ class UnitSums(NamedTuple):
 
     @property
     def signals(self) -> Tensor:
-        """E g_j t_j per coordinate (N,), from pairs of different units: sum_{m != n} g_m t_n / (M (M - 1))."""
+        """E g_j t_j by coordinate (N,), from pairs of different units: sum_{m != n} g_m t_n / (M (M - 1))."""
         return (self.g_N * self.t_N - self.gt_N) / (self.units * (self.units - 1))
 
     def second_moments(self, batch: int) -> Tensor:
-        """E g_j² of a batch of units, per coordinate (N,), never negative: mean² + s² (1/P - 1/M)."""
+        """Return E g_j² of a batch of P units by coordinate (N,), never negative: mean² + s² (1/P - 1/M)."""
+        # mean² overestimates (E g_j)² by s²/M, the batch adds s²/P; P < M keeps the sum positive.
         mean_N = self.g_N / self.units
         spread_N = (self.gg_N / self.units - mean_N.square()).clamp_min(0) * self.units / (self.units - 1)
         return mean_N.square() + spread_N * (1 / batch - 1 / self.units)
 
 
+# |sum_m g_m|² = sum_m |g_m|² + sum_{m != n} <g_m, g_n>. Subtracting the squares leaves M (M - 1) products of different
+# units, whose mean is unbiased for |E g|². The same identity gives |t|² and <E g, t>; the cost is linear in M.
 def compute_batch_figures(sums: UnitSums, batch: int) -> tuple[float, float, float, float, float]:
-    """The figures of `GradientSeries`, but for Adam's, in its order."""
     signal, pairs = float(sums.signals.sum()), sums.units * (sums.units - 1)
     mean_square = float((sums.g_N.square() - sums.gg_N).sum()) / pairs
     true_norm = sqrt_or_nan((float(sums.t_N.square().sum()) - sums.tt) / pairs)
@@ -144,12 +157,12 @@ def compute_batch_figures(sums: UnitSums, batch: int) -> tuple[float, float, flo
 
 
 class HalfStatistics(NamedTuple):
-    """What one half of the units has to say about every coordinate."""
+    """Signal and Adam scale of every coordinate, estimated from one half of the units."""
 
     signals_N: Tensor
-    """E g_j t_j"""
+    """E g_j t_j."""
     inverse_N: Tensor
-    """1 / sqrt(E g_j²) of a batch, see `MOMENT_FLOOR`; 0 where there is no gradient at all."""
+    """1 / sqrt(E g_j²) of a batch, see `MOMENT_FLOOR`; 0 if no coordinate has a gradient."""
 
     @classmethod
     def from_sums(cls, sums: UnitSums, batch: int) -> HalfStatistics:
@@ -158,20 +171,19 @@ class HalfStatistics(NamedTuple):
         return cls(sums.signals, torch.where(moments_N > 0, moments_N.rsqrt(), 0.0))
 
     def progress(self, other: HalfStatistics) -> float:
-        """The signals of either half over the scales of the other, averaged."""
+        """Multiply the signals of each half by the scales of the other, and average both."""
         both = self.signals_N @ other.inverse_N + other.signals_N @ self.inverse_N
         return float(both) / 2 / math.sqrt(len(self.signals_N))
 
 
+# 1. Split the blocks into two halves. Each half gives signals E g_j t_j and scales 1 / sqrt(E g_j²) by coordinate.
+# 2. Progress is the signals of one half times the scales of the other, averaged over both directions. If both came from
+#    the same units, a unit with a large gradient would raise them together and bias the estimate far below 0.
+# 3. Leaving a block out changes only its own half. The result is the average over log2(K) ways to split, and every
+#    figure comes from the block sums: K log2(K) passes over N coordinates, whatever M is.
 def compute_adam_progress(sums: Sequence[UnitSums], batch: int) -> np.ndarray:
-    """`GradientSeries.adam_1K` from the sums of each block, cross-fitted between halves of the blocks.
-
-    1. Put the blocks into two halves; signals E g_j t_j and scales 1 / sqrt(E g_j²) follow from each half's sums.
-    2. Progress is the signals of one half times the scales of the other, both ways. Were signal and scale taken from
-       the same units, a unit with a large gradient would raise both, and the estimate would come out too low.
-    3. To leave a block out, take it from its own half only. Average over the ways to halve (`generate_halvings`).
-    """
-    found = []
+    """Return `GradientSeries.adam_1K` from the sums of each block, cross-fitted between halves of the blocks."""
+    splits = []
     for sides in generate_halvings(len(sums)):
         halves = [add_sums([one for one, side in zip(sums, sides, strict=True) if side == own]) for own in (0, 1)]
         first, second = (HalfStatistics.from_sums(half, batch) for half in halves)
@@ -179,32 +191,31 @@ def compute_adam_progress(sums: Sequence[UnitSums], batch: int) -> np.ndarray:
         for one, side in zip(sums, sides, strict=True):
             left = HalfStatistics.from_sums(halves[side].without(one), batch)
             own.append(left.progress(first if side else second))
-        found.append(own)
-    return np.mean(found, axis=0)
+        splits.append(own)
+    return np.mean(splits, axis=0)
 
 
 def generate_halvings(blocks: int) -> Iterator[list[int]]:
-    """The side, 0 or 1, of each of 2^k blocks in k ways: by the bits of their numbers, so that most pairs meet."""
+    """Yield the half, 0 or 1, of each of 2^k blocks in k ways."""
+    # Split k by bit k of the block's number: any two blocks differ in a bit, so some split separates every pair.
     for bit in range(blocks.bit_length() - 1):
         yield [number >> bit & 1 for number in range(blocks)]
 
 
 def choose_num_blocks(units: int) -> int:
-    """The largest power of two of blocks, 16 at most, that so many units can be put into."""
+    """Return the largest power of two, at most 16, that leaves enough units for each block."""
     return 2 ** (min(MAX_BLOCKS, max(4, units - 2)).bit_length() - 1)
 
 
 def max_prompts_per_step(units: int) -> int:
-    """The largest step that can be predicted from so many units, in `choose_num_blocks` blocks."""
+    """Return the largest step, in prompts, that `units` prompts can predict."""
     return max_batch_size([len(own) for own in np.array_split(np.arange(units), choose_num_blocks(units))])
 
 
 def max_batch_size(sizes: Sequence[int]) -> int:
-    """The largest batch that can be predicted from blocks of these sizes.
-
-    A quarter of the units, and fewer than there are in half of the blocks when one is left out: else the variance of a
-    batch would be taken for nearly 0 and the squared mean, which is noise above all, would be all that Adam divides by.
-    """
+    """Return the largest batch that blocks of these sizes can predict."""
+    # At most a quarter of the units, and less than a half of the blocks with one left out: as P approaches the number M
+    # of units in a half, (1/P - 1/M) approaches 0 and Adam would divide by the squared mean, which is mostly noise.
     halves = [
         [size for size, side in zip(sizes, sides, strict=True) if side == own]
         for sides in generate_halvings(len(sizes))
@@ -214,13 +225,13 @@ def max_batch_size(sizes: Sequence[int]) -> int:
 
 
 def compute_norm_scales(baseline_MN: Tensor, cap: float) -> Tensor:
-    """The factor that brings each unit's norm down to `cap` times the median of the norms above 0: float64 (M,).
+    """Return the factors that limit each unit's norm to `cap` times the median of the nonzero norms: float64 (M,).
 
-    The same factors for every weighting, so that they stay comparable. What is measured then is the typical unit and no
-    longer the expectation.
+    Every weighting gets the factors of the baseline, so that rules stay comparable. The figures then describe the
+    typical unit instead of the expectation.
     """
     if not cap > 0:
-        raise ValueError(f"got a norm cap of {cap}, expected a positive multiple of the median norm")
+        raise ValueError(f"norm cap is {cap}, expected a positive multiple of the median norm")
     norms_M = torch.linalg.vector_norm(baseline_MN, dim=1, dtype=torch.float64)
     live_M = norms_M[norms_M > 0]
     if not len(live_M):
@@ -229,14 +240,14 @@ def compute_norm_scales(baseline_MN: Tensor, cap: float) -> Tensor:
 
 
 def sum_by_block(gradients_MN: Tensor, true_MN: Tensor, blocks: int, scales_M: Tensor | None = None) -> list[UnitSums]:
-    """Sums over `blocks` runs of consecutive units, sizes as equal as they can be."""
+    """Sum over `blocks` runs of consecutive units, whose sizes differ by at most 1."""
     if gradients_MN.ndim != 2 or gradients_MN.shape != true_MN.shape:
         shapes = tuple(gradients_MN.shape), tuple(true_MN.shape)
-        raise ValueError(f"got gradients {shapes[0]} and true gradients {shapes[1]}, expected one (M, N) for both")
+        raise ValueError(f"gradients are {shapes[0]} and true gradients {shapes[1]}, expected the same (M, N) for both")
     if blocks < 4 or blocks.bit_count() != 1 or len(gradients_MN) < max(8, blocks + 2):
         raise UserError(
-            f"{len(gradients_MN)} units for {blocks} blocks",
-            "a power of two of blocks from 4 on, 8 units and 2 more than blocks",
+            f"{len(gradients_MN)} units cannot form {blocks} blocks",
+            "a power of two of at least 4 blocks, and at least 8 units and 2 more than blocks",
             "measure more prompts",
         )
     sums = []
@@ -254,5 +265,4 @@ def add_sums(sums: Sequence[UnitSums]) -> UnitSums:
 
 
 def sqrt_or_nan(square: float) -> float:
-    """The square root; NaN for an estimate of a square that came out negative."""
     return math.sqrt(square) if square >= 0 else math.nan
