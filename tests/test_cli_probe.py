@@ -149,7 +149,7 @@ def test_a_random_model_of_another_format(
         (("--group", "1"), "expected at least 2"),
         (("--step", "0"), "prompts per step is 0, expected at least 1"),
         (("--set", "rest.preset=grpo", "--set", "rest.reward.random=true"), "expected a reward that reads"),
-        (("--progress", "1.5"), "from 0 to 1"),
+        (("--progress", "1.5"), "1.5"),
         (("--norm-cap", "-1"), "0 for none"),
         (("--format", "nonsense"), "nonsense"),
         (("--model", "nowhere/to/be/found"), "--model nowhere/to/be/found"),
