@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rest_rl.credit import group_advantages, weight_advantages, zero_spread
+from rest_rl.credit import group_advantages, weight_advantages, zero_spread_mask
 from rest_rl.data.samples import ToolSample
 from rest_rl.data.tool_world import tool_world
 from rest_rl.formats import get_format
@@ -165,7 +165,7 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
         optimizer.step()
         known = smooth(known, measured)
         history.append(sum(reward.accuracy for reward in rewards) / len(rewards))
-        flat = zero_spread(rewards_B, args.group).float().mean().item()
+        flat = zero_spread_mask(rewards_B, args.group).float().mean().item()
         report(step, history[-1], flat, rewards, measured, weights_BT)
     return history
 

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from research.command import run_command
 from research.demonstrations import render_corrupted_demonstration, render_demonstration
 from research.tool_world_model import build_model, build_recall_batch, build_tokenizer
-from rest_rl.config import apply_overrides, overridden
+from rest_rl.config import apply_overrides, override_fields
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, decompose
 from rest_rl.data.tool_world import FILLER, Decision, dialogues
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     silence_transformers()
 
     def work() -> None:
-        warm_start(overridden(WarmStartConfig(), apply_overrides({}, arguments.set), "recipe"), arguments.out)
+        warm_start(override_fields(WarmStartConfig(), apply_overrides({}, arguments.set), "recipe"), arguments.out)
 
     return run_command(work)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rest_rl.credit import group_advantages, weight_advantages, zero_spread
+from rest_rl.credit import group_advantages, weight_advantages, zero_spread_mask
 
 
 def test_grpo_by_hand():
@@ -20,7 +20,7 @@ def test_grpo_by_hand():
 def test_groups_without_spread_have_no_advantage_and_are_marked():
     rewards_B = torch.tensor([0.3, 0.3, 0.3, 0.0, 1.0, 0.0])
     assert group_advantages(rewards_B, 3)[:3].tolist() == [0, 0, 0]
-    assert zero_spread(rewards_B, 3).tolist() == [True] * 3 + [False] * 3
+    assert zero_spread_mask(rewards_B, 3).tolist() == [True] * 3 + [False] * 3
 
 
 def test_a_group_of_one_has_no_advantage():

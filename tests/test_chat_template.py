@@ -9,7 +9,7 @@ import jinja2
 import pytest
 import trl
 
-from rest_rl.formats import FORMATS, format_of_template, get_format
+from rest_rl.formats import FORMATS, detect_template_format, get_format
 from rest_rl.response import ToolCall
 
 TEMPLATES = {path.stem: path.read_text() for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")}
@@ -35,7 +35,7 @@ WRITES = {
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_the_templates_that_trl_ships(name):
-    assert format_of_template(TEMPLATES[name]) == WRITES.get(name.removesuffix("_training"))
+    assert detect_template_format(TEMPLATES[name]) == WRITES.get(name.removesuffix("_training"))
 
 
 def test_the_families_named_here_are_there():
@@ -59,8 +59,8 @@ SHORT = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_short_template_of_each_format(name):
-    assert format_of_template(SHORT[name]) == name
-    assert format_of_template(SHORT[name].replace("tools", "items")) is None  # renders no tools
+    assert detect_template_format(SHORT[name]) == name
+    assert detect_template_format(SHORT[name].replace("tools", "items")) is None  # renders no tools
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_short_template_of_each_format(name):
     ],
 )
 def test_other_shapes_are_not_told_as_one_of_ours(marks):
-    assert format_of_template(TOOLS + marks) is None
+    assert detect_template_format(TOOLS + marks) is None
 
 
 @pytest.mark.parametrize(

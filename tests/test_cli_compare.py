@@ -19,7 +19,7 @@ from rest_rl.compare.grid import RunName, read_grid
 from rest_rl.compare.jobs import Job, read_tail, record_exit, run_jobs
 from rest_rl.compare.run import save_grid
 from rest_rl.config import RunConfig
-from rest_rl.runlog import Observer, owned, read_run
+from rest_rl.runlog import Observer, lock_run_folder, read_run
 from tests.made_up_grid import Effect, make_grid
 from tests.sample_files import save_samples
 from tests.test_cli import RUN, error_of, wait_for_steps
@@ -354,7 +354,7 @@ def test_ctrl_c_ends_every_run_in_order(base: Path, whole: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_a_locked_run_is_waited_for(base: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "grid", tmp_path / "log"
-    with owned(out / "runs" / "grpo-0"):
+    with lock_run_folder(out / "runs" / "grpo-0"):
         process = start(grid(base, out, methods="grpo", steps=1), log)
         wait_until(lambda: f"process {os.getpid()} on" in log.read_text())
         assert not (out / "runs" / "grpo-0" / "config.toml").exists()

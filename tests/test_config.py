@@ -16,9 +16,9 @@ from rest_rl.config import (
     RENAMED_KEYS,
     EvalTable,
     RunConfig,
-    embedded_run,
     parse_recorded_run,
     parse_toml,
+    read_asset,
     read_run_file,
 )
 from rest_rl.errors import RenamedWarning, UserError
@@ -42,7 +42,7 @@ def test_resolved_run_of_every_preset_reads_back(preset: str) -> None:
 
 def test_set_takes_toml_values_and_bare_words() -> None:
     overrides = ["run.seed=7", "rest.preset=grpo", 'run.out="a b"', "trl.learning_rate=3e-4", "trl.bf16=false"]
-    config = RunConfig.from_toml(embedded_run(), [*overrides, "rest.weights.strength=0.25"])
+    config = RunConfig.from_toml(read_asset(), [*overrides, "rest.weights.strength=0.25"])
     assert (config.run.seed, config.rest.preset, config.run.out) == (7, "grpo", "a b")
     assert (config.trl["learning_rate"], config.trl["bf16"]) == (3e-4, False)
     assert config.rest.resolve().weights.strength == 0.25

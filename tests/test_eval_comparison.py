@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rest_rl.errors import UserError
 from rest_rl.evaluate.compare import Change, compare_evaluations, compute_change, write_comparison
 from rest_rl.jsonl import as_json
-from rest_rl.statistics import mcnemar, paired_difference
+from rest_rl.statistics import mcnemar_p_value, paired_difference
 
 SUMMARY: dict[str, Any] = {
     "benchmark": "bfcl",
@@ -225,7 +225,7 @@ def test_the_change_is_the_difference_of_the_accuracies(pairs: list[tuple[bool, 
     found = compute_change("any", pairs)
     assert found.difference == pytest.approx(found.tuned - found.base)
     assert found.low <= found.difference <= found.high
-    assert found.p == mcnemar(found.lost, found.gained)
+    assert found.p == mcnemar_p_value(found.lost, found.gained)
     swapped = compute_change("any", [(new, old) for old, new in pairs])
     assert (swapped.lost, swapped.gained, swapped.base) == (found.gained, found.lost, found.tuned)
     assert isinstance(swapped, Change)

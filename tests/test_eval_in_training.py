@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rest_rl.cli.app import main
-from rest_rl.config import RunConfig, embedded_run
+from rest_rl.config import RunConfig, read_asset
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.evaluate.generate import decoding_steps, generate
 from rest_rl.evaluate.held_out import HeldOutPrompt, response_limit, select_interim_prompts
@@ -346,4 +346,4 @@ def test_a_response_may_be_as_long_as_the_golds_call_for() -> None:
         ({"eval": {"max_new_tokens": 5}}, 5),
     ):
         assert response_limit(RunConfig.from_tables(tables), golds, tokenizer) == limit
-    assert RunConfig.from_toml(embedded_run()).eval.max_new_tokens == 96
+    assert RunConfig.from_toml(read_asset()).eval.max_new_tokens == 96

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from rest_rl.statistics import Interval, mcnemar, paired_difference, weighted_mean, wilson
+from rest_rl.statistics import Interval, mcnemar_p_value, paired_difference, weighted_mean, wilson_interval
 
 COUNTS = st.integers(0, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 FLIPS = st.integers(0, 500).flatmap(
@@ -20,28 +20,28 @@ Z = 1.959963984540054
 
 def test_wilson_by_hand() -> None:
     # z² = 3.8415; centre (8 + 1.9207) / 13.8415 = 0.7167, half = 1.96 sqrt(8 * 2 / 10 + 0.9604) / 13.8415 = 0.2266
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
     # none of 10: [0, z² / (10 + z²)] = [0, 3.8415 / 13.8415]
-    assert wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=5e-6)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=5e-6)
 
 
 @pytest.mark.parametrize(("n", "points"), [(200, 6.9), (1053, 3.0), (16, 22.0)])
 def test_half_widths_that_the_documents_name(n: int, points: float) -> None:
-    low, high = wilson(n // 2, n)
+    low, high = wilson_interval(n // 2, n)
     assert round(50 * (high - low), 1) == points
 
 
 def test_nothing_is_known_of_no_samples() -> None:
-    assert wilson(0, 0) == (0.0, 1.0)
-    assert mcnemar(0, 0) == 1.0
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert mcnemar_p_value(0, 0) == 1.0
     assert paired_difference(0, 0, 0) == (0.0, -1.0, 1.0)
 
 
 def test_mcnemar_by_hand() -> None:
     # 1 lost and 7 gained: both tails of a fair coin, 2 * (C(8,0) + C(8,1)) / 2^8 = 18 / 256
-    assert mcnemar(1, 7) == pytest.approx(18 / 256)
-    assert mcnemar(0, 5) == pytest.approx(2 / 32)
-    assert mcnemar(3, 3) == 1.0
+    assert mcnemar_p_value(1, 7) == pytest.approx(18 / 256)
+    assert mcnemar_p_value(0, 5) == pytest.approx(2 / 32)
+    assert mcnemar_p_value(3, 3) == 1.0
 
 
 def test_paired_difference_by_hand() -> None:
@@ -55,7 +55,7 @@ def test_paired_difference_by_hand() -> None:
 
 
 def share(correct: int, n: int) -> Interval:
-    return Interval(correct / n, *wilson(correct, n))
+    return Interval(correct / n, *wilson_interval(correct, n))
 
 
 def test_a_weighted_mean_by_hand() -> None:
@@ -91,10 +91,10 @@ def test_a_weighted_mean_covers_the_truth_as_often_as_it_says(first: float, seco
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: wilson(3, 2),
-        lambda: wilson(-1, 2),
-        lambda: mcnemar(-1, 2),
-        lambda: mcnemar(2, -1),
+        lambda: wilson_interval(3, 2),
+        lambda: wilson_interval(-1, 2),
+        lambda: mcnemar_p_value(-1, 2),
+        lambda: mcnemar_p_value(2, -1),
         lambda: paired_difference(2, 2, 3),
         lambda: paired_difference(0, -1, 3),
     ],
@@ -107,12 +107,12 @@ def test_impossible_counts_are_refused(call) -> None:
 @given(COUNTS)
 def test_wilson_holds_the_share_and_mirrors(counts: tuple[int, int]) -> None:
     correct, n = counts
-    low, high = wilson(correct, n)
+    low, high = wilson_interval(correct, n)
     assert 0 <= low <= high <= 1
     if n:
         assert low - 1e-12 <= correct / n <= high + 1e-12
         assert low < high
-    mirrored = wilson(n - correct, n)
+    mirrored = wilson_interval(n - correct, n)
     assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=1e-9)
 
 
@@ -136,7 +136,7 @@ def test_a_difference_holds_its_estimate_and_changes_sign(flips: tuple[int, int,
 
 @given(st.integers(0, 400), st.integers(0, 400))
 def test_mcnemar_is_a_probability_of_either_order(lost: int, gained: int) -> None:
-    p = mcnemar(lost, gained)
+    p = mcnemar_p_value(lost, gained)
     assert 0 <= p <= 1 + 1e-12
-    assert p == pytest.approx(mcnemar(gained, lost))
+    assert p == pytest.approx(mcnemar_p_value(gained, lost))
     assert p == pytest.approx(1.0) or lost != gained

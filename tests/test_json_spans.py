@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rest_rl.json_spans import MAX_DEPTH, bare_value, scan_object
+from rest_rl.json_spans import MAX_DEPTH, parse_bare_value, scan_object
 
 json_values = st.recursive(
     st.none()
@@ -108,4 +108,4 @@ def test_an_unclosed_string_full_of_quotes_is_linear():
     ],
 )
 def test_what_a_text_without_quotes_spells(text, value):
-    assert repr(bare_value(text)) == repr(value)
+    assert repr(parse_bare_value(text)) == repr(value)

@@ -12,7 +12,7 @@ import tomli_w
 
 import rest_rl
 from rest_rl.cli.app import main
-from rest_rl.config import embedded_run, parse_toml, read_run_file
+from rest_rl.config import parse_toml, read_asset, read_run_file
 from rest_rl.formats import FORMATS, HermesFormat, OpenedThinkFormat, get_format
 from rest_rl.presets import PRESETS
 from rest_rl.response import Region, ToolCall
@@ -36,7 +36,7 @@ CALL = ToolCall("f", {"a": 1})
 def run_file(tmp_path: Path) -> Path:
     code, table = (re.search(f"```{kind}\n(.*?)```", SECTION, re.DOTALL)[1] for kind in ("python", "toml"))
     (tmp_path / "my_rules.py").write_text(code)
-    run = parse_toml(embedded_run(), "the embedded run")
+    run = parse_toml(read_asset(), "the embedded run")
     run["run"] = {**run.get("run", {}), "out": str(tmp_path / "out"), "show_every": 0}
     run["eval"] = {**run.get("eval", {}), "prompts": 0}
     run["rest"] = {"preset": "grpo", **parse_toml(table, "docs")["rest"]}

@@ -13,7 +13,7 @@ import torch
 from rest_rl.authors_code import authors_normalise, authors_step, authors_weights
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS, compute_token_weights, get_preset, score_response
-from rest_rl.regions import region_means, tag_regions, token_bytes
+from rest_rl.regions import get_token_bytes, region_means, tag_regions
 from rest_rl.response import Gold, Region, ToolCall, gold_from_json
 from rest_rl.weights import RegionStatistics, WeightConfig
 from tests.tokenizers_in_memory import KINDS, byte_level
@@ -73,7 +73,7 @@ def test_authors_code_finds_its_weights_turn_by_turn():
     ids = [*turns[0], *result, *turns[1], *result, *turns[2]]
     lengths = [len(part) for part in (turns[0], result, turns[1], result, turns[2])]
     mask = np.repeat([1, 0, 1, 0, 1], lengths)
-    split = token_bytes(TOKENIZER).text_pieces
+    split = get_token_bytes(TOKENIZER).text_pieces
     raw = np.zeros(len(ids), dtype=np.float32)
     raw[mask == 1] = np.concatenate([authors_weights(split(turn), 75) for turn in turns])
     expected = authors_normalise(raw, mask)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rest_rl.formats.python_values import BRACKET_OR_STRING, NotLiteralError, read_arguments, write_arguments
-from rest_rl.json_spans import bracket_end
+from rest_rl.json_spans import find_bracket_end
 from tests.test_json_spans import json_values
 
 
@@ -141,4 +141,4 @@ def test_depth_and_digits_at_their_limits_are_read():
     ],
 )
 def test_the_closing_bracket_is_found_past_strings(text, end):
-    assert bracket_end(text, 0, BRACKET_OR_STRING) == end  # an unclosed string ends with its line
+    assert find_bracket_end(text, 0, BRACKET_OR_STRING) == end  # an unclosed string ends with its line

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from rest_rl.formats import FORMATS, get_format
-from rest_rl.regions import TIE_ORDER, decode_ids, region_means, region_sums, tag_regions, token_bytes, turns
+from rest_rl.regions import TIE_ORDER, decode_ids, find_turns, get_token_bytes, region_means, region_sums, tag_regions
 from rest_rl.response import Region, Span, ToolCall
 from tests.test_formats import ALL
 from tests.tokenizers_in_memory import KINDS, byte_level
@@ -82,7 +82,7 @@ def test_each_character_of_a_response_lies_in_a_token_of_its_region(kind, name):
     assert joined.strip() == tokenizer.decode(ids, skip_special_tokens=False).strip()
     regions = tag(ids, tokenizer, tool_format)
     text_of = dict.fromkeys(Region, "")
-    for piece, region in zip(token_bytes(tokenizer).split(ids), regions, strict=True):
+    for piece, region in zip(get_token_bytes(tokenizer).split(ids), regions, strict=True):
         text_of[Region(region)] += piece.decode("utf-8", "replace")
     assert "get_weather" in text_of[Region.NAME]
     assert "ity" in text_of[Region.ARGUMENTS]  # the BPE without pre-tokenizer merges across the brace
@@ -94,7 +94,7 @@ def test_each_character_of_a_response_lies_in_a_token_of_its_region(kind, name):
 
 def test_a_plain_word_level_tokenizer_goes_through_the_incremental_decoder():
     tokenizer = TOKENIZERS["word_level"]
-    assert token_bytes(tokenizer).pieces_V == ()
+    assert get_token_bytes(tokenizer).pieces_V == ()
     # <think> I should call </think>  ->  one token per word; the space before a word belongs to the word
     ids = ids_of("<think> I should call </think>", tokenizer)
     assert decode_ids(ids, tokenizer) == "<think> I should call </think>"
@@ -165,7 +165,7 @@ def test_several_calls_are_tagged_where_the_markers_are_special_tokens(name):
     assert regions[-2:] == [Region.FORMAT, Region.FORMAT]
     assert decode_ids([*ids, *end], tokenizer, tool_format.tags) == text
     # the naive tagger knows the pieces of the byte-level vocabulary and of the added tokens
-    pieces = list(token_bytes(tokenizer).split(ids))
+    pieces = list(get_token_bytes(tokenizer).split(ids))
     assert b"".join(pieces).decode() == text
     assert regions[:-2] == naive_regions(pieces, list(tool_format.parse(text).spans), text)
     assert Region.OTHER not in regions
@@ -262,7 +262,7 @@ def test_every_turn_of_a_row_has_its_name_reasoning_and_answer(name):
     parts = [[*ids_of(text), end] for text in texts]
     ids, mask = joined(parts, [[], ids_of("24 degrees"), []])
     regions = tag(ids, tool_format=tool_format, mask=mask)
-    pieces, text_of = token_bytes(BYTE_LEVEL).split(ids), dict.fromkeys(Region, b"")
+    pieces, text_of = get_token_bytes(BYTE_LEVEL).split(ids), dict.fromkeys(Region, b"")
     for piece, region in zip(pieces, regions, strict=True):
         text_of[Region(region)] += piece
     assert text_of[Region.NAME] == b"get_weather"
@@ -275,10 +275,10 @@ def test_every_turn_of_a_row_has_its_name_reasoning_and_answer(name):
 
 def test_turns_are_the_runs_of_ones_of_each_row():
     mask_BT = np.array([[1, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=bool)
-    rows, starts, ends = turns(mask_BT)
+    rows, starts, ends = find_turns(mask_BT)
     expected = [(0, 0, 1), (0, 2, 4), (1, 0, 2), (3, 0, 1), (3, 3, 4)]  # the ones of rows 0 and 1 touch in memory
     assert list(zip(rows, starts, ends, strict=True)) == expected
-    assert [len(column) for column in turns(np.zeros((2, 0), dtype=bool))] == [0, 0, 0]
+    assert [len(column) for column in find_turns(np.zeros((2, 0), dtype=bool))] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -303,9 +303,9 @@ def test_rows_of_a_batch_do_not_touch_each_other():
 
 def test_adding_tokens_later_renews_the_table():
     tokenizer = byte_level()
-    before = token_bytes(tokenizer)
+    before = get_token_bytes(tokenizer)
     tokenizer.add_tokens(["<new>"])
-    assert token_bytes(tokenizer) is not before
+    assert get_token_bytes(tokenizer) is not before
     assert decode_ids([len(tokenizer) - 1], tokenizer) == "<new>"
 
 
@@ -327,6 +327,6 @@ def test_wrong_shapes_and_wrong_tokenizers_are_refused():
     with pytest.raises(ValueError, match="expected one shape"):
         region_sums(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(2, 2))
     with pytest.raises(ValueError, match="use_fast=True"):
-        token_bytes("gpt2")
+        get_token_bytes("gpt2")
     with pytest.raises(ValueError, match="use_fast=True"):
-        token_bytes({})
+        get_token_bytes({})

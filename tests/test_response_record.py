@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 
 from rest_rl.cli.app import main
 from rest_rl.formats import FORMATS
-from rest_rl.regions import decode_ids, tag_regions, token_lengths
+from rest_rl.regions import decode_ids, tag_regions, token_char_lengths
 from rest_rl.response import Region
 from rest_rl.runlog import read_run
 from rest_rl.train.prompts import build_training_dataset
@@ -195,13 +195,13 @@ def test_lengths_give_a_character_to_the_token_that_completes_it():
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     # the euro sign is E2 82 AC; FF is no UTF-8, and F0 begins a character that never ends
     assert decode_ids([0, 1, 2, 3, 4, 5], backend) == "\u20acab\ufffd\ufffd"
-    assert token_lengths([0, 1, 2, 3, 4, 5], backend) == [0, 0, 1, 2, 1, 1]
-    assert token_lengths([0, 3], backend) == [0, 3]  # the broken start shows with the token that breaks it
-    assert token_lengths([3, 99, 3], backend) == [2, 0, 2]
-    assert token_lengths([], backend) == []
+    assert token_char_lengths([0, 1, 2, 3, 4, 5], backend) == [0, 0, 1, 2, 1, 1]
+    assert token_char_lengths([0, 3], backend) == [0, 3]  # the broken start shows with the token that breaks it
+    assert token_char_lengths([3, 99, 3], backend) == [2, 0, 2]
+    assert token_char_lengths([], backend) == []
 
 
 def test_lengths_leave_out_what_ends_a_response(tokenizer):
     ids = [*tokenizer("<think> a")["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id]
-    assert token_lengths(ids, tokenizer) == [7, 2, 0, 0]
+    assert token_char_lengths(ids, tokenizer) == [7, 2, 0, 0]
     assert json.dumps(decode_ids(ids, tokenizer)) == '"<think> a"'

@@ -17,7 +17,7 @@ from rest_rl import runlog
 from rest_rl.cli.app import main
 from rest_rl.errors import UserError
 from rest_rl.report.page import write_report
-from rest_rl.runlog import Observer, RunLog, owned, owner_of, read_run
+from rest_rl.runlog import Observer, RunLog, find_lock_owner, lock_run_folder, read_run
 from tests.sample_files import save_samples
 from tests.test_cli import RUN
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
@@ -25,8 +25,8 @@ from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 HOLD = """
 import sys, time
 from pathlib import Path
-from rest_rl.runlog import owned
-with owned(Path(sys.argv[1])):
+from rest_rl.runlog import lock_run_folder
+with lock_run_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(300)
 """
@@ -53,18 +53,18 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     name = f"process {holder.pid} on {socket.gethostname()}"
-    assert owner_of(tmp_path / "run") == name
-    with pytest.raises(UserError, match=name), owned(tmp_path / "run"):
+    assert find_lock_owner(tmp_path / "run") == name
+    with pytest.raises(UserError, match=name), lock_run_folder(tmp_path / "run"):
         pass
-    with owned(tmp_path / "run", enabled=False):  # another process of the same launch
+    with lock_run_folder(tmp_path / "run", enabled=False):  # another process of the same launch
         pass
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    assert owner_of(tmp_path / "run") is None
-    with owned(tmp_path / "run"):
-        assert owner_of(tmp_path / "run") == f"process {os.getpid()} on {socket.gethostname()}"
-    assert owner_of(tmp_path / "run") is None
-    assert owner_of(tmp_path / "nowhere") is None
+    assert find_lock_owner(tmp_path / "run") is None
+    with lock_run_folder(tmp_path / "run"):
+        assert find_lock_owner(tmp_path / "run") == f"process {os.getpid()} on {socket.gethostname()}"
+    assert find_lock_owner(tmp_path / "run") is None
+    assert find_lock_owner(tmp_path / "nowhere") is None
 
 
 def test_resume_of_a_run_that_is_being_trained_is_refused_and_changes_nothing(
@@ -84,8 +84,8 @@ def test_a_system_without_locks_is_told_and_refuses_nothing(tmp_path: Path, monk
         def say(self, text: str) -> None:
             said.append(text)
 
-    with owned(tmp_path, Heard()), owned(tmp_path, Heard()):
-        assert owner_of(tmp_path) is None
+    with lock_run_folder(tmp_path, Heard()), lock_run_folder(tmp_path, Heard()):
+        assert find_lock_owner(tmp_path) is None
     assert [str(tmp_path) in text for text in said] == [True, True]
 
 

@@ -194,9 +194,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         replace_file(path, "half of it\ud800")
     assert {one.name: one.read_text(encoding="utf-8") for one in tmp_path.iterdir()} == {"file.json": "new"}
-    for unwritable in (path / "below-a-file", tmp_path / "missing" / "file"):
+    for unwritable_folder_error in (path / "below-a-file", tmp_path / "missing" / "file"):
         with pytest.raises(OSError, match=r"Not a directory|No such file"):
-            replace_file(unwritable, "")
+            replace_file(unwritable_folder_error, "")
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match=r"Is a directory"):
         replace_file(tmp_path / "folder", "")

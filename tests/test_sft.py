@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from rest_rl.cli.app import main
 from rest_rl.config import RunConfig
 from rest_rl.data.layout import PromptLayout
-from rest_rl.formats import as_demonstrated, get_format
+from rest_rl.formats import demonstration_format, get_format
 from rest_rl.presets import SUPERVISED
 from rest_rl.regions import tag_regions
 from rest_rl.response import Gold, Region, ToolCall
@@ -200,11 +200,11 @@ def test_demonstrations_are_written_as_the_models_write_them() -> None:
     call = ToolCall("send", {"zip": "12345", "note": "true", "n": 5, "tags": "a <function=x> b"})
     for name in ("qwen3_coder", "qwen3_coder+think"):
         tool_format = get_format(name)
-        text = as_demonstrated(tool_format).render("hm", [call], None)
+        text = demonstration_format(tool_format).render("hm", [call], None)
         assert "<parameter=zip>\n12345\n" in text
         assert "<parameter=note>\ntrue\n" in text
         assert '"12345"' in tool_format.render("hm", [call], None)
         parsed = tool_format.parse(text)
         assert exact_match(parsed, Gold((call,)))
         assert parsed.well_formed
-    assert as_demonstrated(get_format("hermes")) is get_format("hermes")
+    assert demonstration_format(get_format("hermes")) is get_format("hermes")

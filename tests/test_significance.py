@@ -14,7 +14,7 @@ def test_an_interval_that_is_not_known_excludes_nothing() -> None:
     assert Interval(-1.0, -1.5, -0.5).excludes_zero
     assert not Interval(1.0, -0.5, 2.5).excludes_zero
     assert not Interval(1.0, math.nan, math.nan).excludes_zero
-    assert Interval(1.0, 0.5, 1.5).half == 0.5
+    assert Interval(1.0, 0.5, 1.5).half_width == 0.5
 
 
 def test_q_values_by_hand() -> None:

@@ -17,8 +17,8 @@ from rest_rl.presets import PRESETS, WEIGHT_RULES
 from rest_rl.report.diagnosis.settings import DiagnosisSettings
 from rest_rl.runlog import RunLog
 from rest_rl.train.prompts import build_training_dataset
-from rest_rl.train.trl.trainer import REGIONS, ResTConfig, ResTTrainer
-from rest_rl.weights import RegionStatistics, TaggedBatch, WeightConfig, region_weights_of, weigh
+from rest_rl.train.trl.trainer import REGION_LABELS, ResTConfig, ResTTrainer
+from rest_rl.weights import RegionStatistics, TaggedBatch, WeightConfig, apply_weight_rule, get_region_weights
 from tests.test_trl_trainer import tokenizer  # noqa: F401
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings
 
@@ -65,25 +65,25 @@ def batch(rows: int = 2, width: int = 4) -> TaggedBatch:
 
 def test_a_function_weighs_and_the_mean_is_one(rules):
     rule = RestTable(weights={"rule": f"{rules}:later"}).resolve().weights
-    weights_BT = weigh(rule, batch(), None, 0.0)
+    weights_BT = apply_weight_rule(rule, batch(), None, 0.0)
     # 1.25, 1.5, 1.75, 2 have mean 1.625; 1.25, 1.5, 1.75 have mean 1.5
     assert weights_BT.tolist() == [
         pytest.approx([1.25 / 1.625, 1.5 / 1.625, 1.75 / 1.625, 2 / 1.625]),
         pytest.approx([1.25 / 1.5, 1.0, 1.75 / 1.5, 0.0]),
     ]
-    assert region_weights_of(rule, None, 0.0) is None
+    assert get_region_weights(rule, None, 0.0) is None
 
 
 def test_a_class_takes_its_options_from_the_table(rules):
     rule = RestTable(weights={"rule": f"{rules}:Arguments", "factor": 5.0}).resolve().weights
-    assert weigh(rule, batch(), None, 0.0)[0].tolist() == pytest.approx([0.5, 0.5, 2.5, 0.5])  # 1, 1, 5, 1
+    assert apply_weight_rule(rule, batch(), None, 0.0)[0].tolist() == pytest.approx([0.5, 0.5, 2.5, 0.5])  # 1, 1, 5, 1
 
 
 @pytest.mark.parametrize("name", ["wrong_shape", "negative"])
 def test_weights_that_are_none_are_refused_by_the_rule_s_name(rules, name):
     rule = RestTable(weights={"rule": f"{rules}:{name}"}).resolve().weights
     with pytest.raises(UserError) as error:
-        weigh(rule, batch(), None, 0.0)
+        apply_weight_rule(rule, batch(), None, 0.0)
     assert f"{rules}:{name}" in error.value.problem
 
 
@@ -125,9 +125,9 @@ def test_every_rule_of_the_package_is_an_object_of_the_protocol(name):
     tagged = TaggedBatch(
         ids_BT, tagged.mask_BT, tagged.regions_BT, None, "toolrl", entropies_BT=torch.rand(2, 4).double() + 0.1
     )
-    weights_BT = weigh(rule, tagged, measured, 0.5)
+    weights_BT = apply_weight_rule(rule, tagged, measured, 0.5)
     assert (weights_BT.sum(-1) / tagged.mask_BT.sum(-1)).tolist() == pytest.approx([1.0, 1.0])
-    assert (region_weights_of(rule, measured, 0.5) is not None) is (name not in ("constant", "uniform", "top_entropy"))
+    assert (get_region_weights(rule, measured, 0.5) is not None) is (name not in ("constant", "uniform", "top_entropy"))
 
 
 def test_the_top_of_a_part_is_that_of_the_whole_batch():
@@ -172,7 +172,7 @@ def test_the_trainer_trains_by_a_rule_of_ones_own_with_regions_tagged_once(token
     assert all(None in pair or pair[0] == pytest.approx(4 * pair[1], rel=0.5) for pair in weights)
     batches = sum(1 for row in trainer.state.log_history if "reward" in row)
     assert len(tags) == batches  # once for each batch of responses, never inside the loss
-    assert REGIONS in trainer._buffered_inputs[0]
+    assert REGION_LABELS in trainer._buffered_inputs[0]
     json.loads(args.to_json_string())
 
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from rest_rl.response import Region
 from rest_rl.weights import (
     RegionStatistics,
-    Rule,
+    RuleName,
     WeightConfig,
     apply_curriculum,
     assign_weights,
-    keep_top_entropy,
-    normalise,
+    normalise_weights,
     region_weights,
+    top_entropy_mask,
 )
 
 NAN = float("nan")
@@ -70,7 +70,7 @@ def test_strength_interpolates_geometrically_down_to_grpo():
     mean = (3 * math.sqrt(2) + math.sqrt(4 / 3)) / 4
     half_R = region_weights(statistics(*TWO_REGIONS), replace(WIDE, strength=0.5))
     assert half_R[[0, 3]].tolist() == pytest.approx([math.sqrt(2) / mean, math.sqrt(4 / 3) / mean])
-    for rule in get_args(Rule):
+    for rule in get_args(RuleName):
         config = WeightConfig(rule=rule, strength=0.0, decay_format=0.5, gain_arguments=0.5, gain_reasoning=0.5)
         weights_R = apply_curriculum(region_weights(statistics(*TWO_REGIONS, [0.5] * 6), config), 1.0, config)
         assert weights_R.tolist() == [1.0] * 6, rule
@@ -163,7 +163,7 @@ entropies = st.one_of(st.floats(0, 20), st.just(0.0), st.just(NAN), st.just(math
 
 
 @given(
-    st.sampled_from(get_args(Rule)),
+    st.sampled_from(get_args(RuleName)),
     st.lists(entropies, min_size=6, max_size=6),
     st.lists(st.integers(0, 10**6), min_size=6, max_size=6),
     st.floats(0, 1),
@@ -184,13 +184,13 @@ def test_top_entropy_keeps_the_most_uncertain_tokens_and_one_of_every_response()
     entropies_BT = torch.tensor([[5.0, 4.0, 1.0, 9.0], [0.1, 0.3, 0.2, 0.0]])
     mask_BT = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0]])
     # 6 unmasked tokens, 1/3 of them kept: 5 and 4; the second response has none of these and keeps its own 0.3
-    kept_BT = keep_top_entropy(entropies_BT, mask_BT, 1 / 3)
+    kept_BT = top_entropy_mask(entropies_BT, mask_BT, 1 / 3)
     assert kept_BT.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0]]
-    assert normalise(kept_BT, mask_BT)[0].tolist() == [1.5, 1.5, 0, 0]
-    assert keep_top_entropy(entropies_BT, torch.zeros_like(mask_BT), 0.2).sum() == 0
-    assert keep_top_entropy(entropies_BT * NAN, mask_BT, 0.2).sum(-1).min() >= 1
+    assert normalise_weights(kept_BT, mask_BT)[0].tolist() == [1.5, 1.5, 0, 0]
+    assert top_entropy_mask(entropies_BT, torch.zeros_like(mask_BT), 0.2).sum() == 0
+    assert top_entropy_mask(entropies_BT * NAN, mask_BT, 0.2).sum(-1).min() >= 1
     with pytest.raises(ValueError, match="one shape"):
-        keep_top_entropy(entropies_BT[:1], mask_BT, 0.2)
+        top_entropy_mask(entropies_BT[:1], mask_BT, 0.2)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ from rest_rl.probe.sample import SampledGroup
 from rest_rl.probe.variance import MAX_BLOCKS, GradientSeries, compute_gradient_series, compute_norm_scales
 from rest_rl.regions import region_sums
 from rest_rl.response import Region
-from rest_rl.weights import AUTHORS_CONSTANTS, RegionStatistics, TaggedBatch, WeightConfig, weigh
+from rest_rl.weights import AUTHORS_CONSTANTS, RegionStatistics, TaggedBatch, WeightConfig, apply_weight_rule
 
 THEOREM_RULE, AUTHORS_RULE = "Theorem 2", "authors' constants"
 MAX_COORDINATES = 2**20
@@ -269,7 +269,7 @@ def check_theorem_one(
     return {
         name: measure_bound_chain(
             tokens,
-            [weigh(rule, batch, statistics, settings.progress)[0].double().numpy() for batch in batches],
+            [apply_weight_rule(rule, batch, statistics, settings.progress)[0].double().numpy() for batch in batches],
             settings.token_responses,
         )
         for name, rule in rules.items()
@@ -311,7 +311,7 @@ def judge_rules(
     for names in batch_names([name for name in rules if name != UNIFORM]):
         weights_KBT = torch.stack(
             [
-                torch.cat([weigh(rules[name], batch, statistics, settings.progress) for batch in batches])
+                torch.cat([apply_weight_rule(rules[name], batch, statistics, settings.progress) for batch in batches])
                 for name in names
             ]
         )

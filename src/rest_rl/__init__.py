@@ -60,7 +60,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _RENAMED = {"token_weights": "compute_token_weights", "training_dataset": "build_training_dataset"}
 _WORKFLOWS = ("compare", "evaluate", "probe", "train")
-"""Packages that are called like a function (`rest_rl.objects.make_callable`)."""
+"""Packages that are called like a function (`rest_rl.objects.make_package_callable`)."""
 
 __all__ = [
     "FORMATS",

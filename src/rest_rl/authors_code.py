@@ -70,7 +70,7 @@ def _correctness_score(text: str, gold: Gold, step: float) -> float:
 
 def _greedy_points(wanted: list[dict[str, Any]], made: list[Any]) -> tuple[float, float]:
     """The points of the made calls and the most there are; each gold call in turn takes its best unused partner."""
-    points = _match([call["name"] for call in wanted], [call["name"] for call in made])
+    points = _multiset_jaccard([call["name"] for call in wanted], [call["name"] for call in made])
     best, used = 1.0, set[int]()
     for call in wanted:
         best += 1.0 + len(call["parameters"])
@@ -78,7 +78,7 @@ def _greedy_points(wanted: list[dict[str, Any]], made: list[Any]) -> tuple[float
         for i, other in enumerate(made):
             if i in used or other["name"] != call["name"]:
                 continue
-            keys = _match(list(call["parameters"]), list(other["parameters"].keys()))
+            keys = _multiset_jaccard(list(call["parameters"]), list(other["parameters"].keys()))
             given = other["parameters"]
             similarity = keys + sum(1.0 for k, v in call["parameters"].items() if k in given and given[k] == v)
             if similarity > partner_points:
@@ -89,7 +89,7 @@ def _greedy_points(wanted: list[dict[str, Any]], made: list[Any]) -> tuple[float
     return points, best
 
 
-def _match(left: list[Any], right: list[Any]) -> float:
+def _multiset_jaccard(left: list[Any], right: list[Any]) -> float:
     if left == right:
         return 1.0
     if not left or not right:
@@ -127,12 +127,12 @@ def _weighted_spans(text: str, step: float) -> list[tuple[int, int, float]]:
     arguments_weight = min(0.6 + 0.002 * step, 1.2)
     spans: list[tuple[int, int, float]] = []
     for tag in ("think", "response", "tool_call"):
-        for start, inner_start, inner_end, end in _blocks(text, f"<{tag}>", f"</{tag}>"):
+        for start, inner_start, inner_end, end in _find_blocks(text, f"<{tag}>", f"</{tag}>"):
             spans.append((start, inner_start, TAG_WEIGHT))
             spans.append((text.rindex("<", start, end), end, TAG_WEIGHT))
             if tag == "think":
                 spans.append((inner_start, inner_end, reasoning_weight))
-    for _, offset, inner_end, _ in _blocks(text, "<tool_?call>", "</tool_?call>"):
+    for _, offset, inner_end, _ in _find_blocks(text, "<tool_?call>", "</tool_?call>"):
         block = text[offset:inner_end]
         if name := _NAME.search(block):
             spans.append((offset + name.start(1), offset + name.end(1), NAME_WEIGHT))
@@ -144,7 +144,7 @@ def _weighted_spans(text: str, step: float) -> list[tuple[int, int, float]]:
     return spans
 
 
-def _blocks(text: str, opening: str, closing: str) -> Iterator[tuple[int, int, int, int]]:
+def _find_blocks(text: str, opening: str, closing: str) -> Iterator[tuple[int, int, int, int]]:
     """(start, inner start, inner end, end) of each block, each opening paired with the first closing after it."""
     opening_pattern, closing_pattern, at = re.compile(opening), re.compile(closing), 0
     while (first := opening_pattern.search(text, at)) and (last := closing_pattern.search(text, first.end())):

@@ -27,7 +27,7 @@ from rest_rl.errors import RenamedWarning, UserError
 from rest_rl.objects import UserObject, add_search_folder
 from rest_rl.presets import REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
 from rest_rl.rewards import try_reward
-from rest_rl.runlog import CONFIG, ENVIRONMENT, find_modules, read_toml
+from rest_rl.runlog import CONFIG, ENVIRONMENT, add_module_folders, read_toml_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,7 +38,7 @@ EMBEDDED = "embedded"
 """The value of `model.path` and `data.path` that means what the package ships."""
 AUTO = "auto"
 """The value of `rest.format` and `data.source` that means what the model and the file show."""
-LONGEST_RESPONSE = 1024
+DEFAULT_RESPONSE_LIMIT = 1024
 """Tokens of a response where neither the run nor the model sets a limit."""
 
 ENTROPY_DECAY = 0.7
@@ -54,11 +54,11 @@ RENAMED_KEYS = {
 """Old names of keys that still work, and their new names in the same table."""
 
 T = TypeVar("T")
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveAmount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -67,7 +67,7 @@ class Table:
 
     def __post_init__(self) -> None:
         name = type(self).__name__.removesuffix("Table").lower()
-        checked_fields(type(self), vars(self), name)
+        validate_fields(type(self), vars(self), name)
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class RunTable(Table):
 
     out: str = "runs/tool-world"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    show_every: Count = 10
+    show_every: NonNegativeInt = 10
     """Steps between two sample responses in the terminal; 0 for none."""
-    recorded_responses: Count = 8
+    recorded_responses: NonNegativeInt = 8
     """Responses kept in responses.jsonl per step."""
     engine: Literal["trl", "verl"] = "trl"
     """What trains: TRL on one machine or a few, verl on a Ray cluster (docs/cluster.md)."""
@@ -109,7 +109,7 @@ class DataTable(Table):
     path: str = EMBEDDED
     source: str = "auto"
     """Shape of the rows; `auto` tells it by their keys."""
-    num_samples: Positive = 2000
+    num_samples: PositiveInt = 2000
     """Training prompts drawn from the tool world; a file is read whole."""
     seed: int = 0
     """Of the tool world and of the masking."""
@@ -119,7 +119,7 @@ class DataTable(Table):
     """`calls` trains on the turns that call only; the held-out prompts stay all."""
     held_out: str = ""
     """Evaluation data when `path` is not the tool world; without it nothing is evaluated."""
-    max_prompt_tokens: Count = 0
+    max_prompt_tokens: NonNegativeInt = 0
     """Longer prompts are too long; 0 for no limit but the model's context less the longest response."""
     too_long: Literal["drop", "refuse"] = "drop"
     """Leave samples out that are too long and count them (one odd row stops no large run), or refuse to train."""
@@ -127,7 +127,7 @@ class DataTable(Table):
     """Reasons of `rest-rl data check` that do not reject a sample."""
     keep_prompts: bool = False
     """Take the prompts of ToolRL and API-Bank rows as they were published instead of laying them out anew."""
-    mask_names: Share = 0.0
+    mask_names: Fraction = 0.0
     """Share of the samples whose tool and argument names are replaced by random ones (Hammer, arXiv 2410.04587)."""
 
     def __post_init__(self) -> None:
@@ -141,17 +141,17 @@ class DataTable(Table):
 class EvalTable(Table):
     """`[eval]`: the measurement before, during and after training, sampled at temperature 1 and greedy."""
 
-    prompts: Count = 256
+    prompts: NonNegativeInt = 256
     """Held-out prompts per split; 0 switches the evaluation off."""
-    samples_per_prompt: Positive = 1
+    samples_per_prompt: PositiveInt = 1
     """Sampled responses per prompt."""
-    batch_size: Positive = 128
-    max_new_tokens: Count = 0
+    batch_size: PositiveInt = 128
+    max_new_tokens: NonNegativeInt = 0
     """Tokens of a response; 0 takes what the longest gold calls for, at most the limit of training."""
     seed: int = 20_000
-    every: Count = 0
+    every: NonNegativeInt = 0
     """Steps between two measurements during training; 0 for none."""
-    interim_prompts: Positive = 64
+    interim_prompts: PositiveInt = 64
     """Held-out prompts that are measured during training, as many of each split and kind; always the same ones."""
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ class RestTable(Table):
     advantage: AdvantageKind | None = None
     entropy_decay: float = ENTROPY_DECAY
     """Decay per step of the moving average of region entropies; 0 uses the last step only."""
-    progress_steps: Count = 0
+    progress_steps: NonNegativeInt = 0
     """Steps in which progress goes from 0 to 1, where it stays; 0 for all of the run. Set where a run is lengthened."""
     region_weights: Mapping[str, float] = field(default_factory=dict)
     """Loss weight by region of a supervised preset, such as `name = 2.0`, 1 where absent."""
@@ -208,7 +208,7 @@ class RestTable(Table):
         changes: dict[str, Any] = {} if self.advantage is None else {"advantage": self.advantage}
         for name, rules, what in (("weights", WEIGHT_RULES, "weight rule"), ("reward", REWARD_RULES, "reward")):
             if table := getattr(self, name):
-                changes[name] = changed_rule(getattr(preset, name), table, rules, what, f"rest.{name}")
+                changes[name] = override_rule(getattr(preset, name), table, rules, what, f"rest.{name}")
         return dataclasses.replace(preset, **changes)
 
 
@@ -257,7 +257,7 @@ class RunConfig:
         """With `trl.max_completion_length`, if it is 0, as a model that holds `context` tokens (None: any) allows."""
         if self.trl.get("max_completion_length") != 0:
             return self
-        return dataclasses.replace(self, trl={**self.trl, "max_completion_length": default_response(context)})
+        return dataclasses.replace(self, trl={**self.trl, "max_completion_length": default_response_limit(context)})
 
     @property
     def weights_dtype(self) -> str:
@@ -273,26 +273,26 @@ class RunConfig:
             method: dict[str, Any] = {"region_weights": self.rest.loss_weights(), "entropy_decay": None}
             method["progress_steps"] = None
         else:
-            preset = preset_table(self.rest.resolve())
+            preset = preset_to_table(self.rest.resolve())
             method = {name: preset[name] for name in ("advantage", "weights", "reward") if name in preset}
         plain = dataclasses.asdict(self)
         return tomli_w.dumps(without_none({**plain, "rest": {**plain["rest"], **method}}))
 
 
-def preset_table(preset: Preset) -> dict[str, Any]:
+def preset_to_table(preset: Preset) -> dict[str, Any]:
     """A preset as plain TOML values, without its name."""
     table = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)[1:]}
-    return without_none({**table, "weights": rule_table(preset.weights), "reward": rule_table(preset.reward)})
+    return without_none({**table, "weights": rule_to_table(preset.weights), "reward": rule_to_table(preset.reward)})
 
 
-def rule_table(rule: Any) -> dict[str, Any]:
-    """A weight rule or reward as the table of a run file that `changed_rule` reads back."""
+def rule_to_table(rule: Any) -> dict[str, Any]:
+    """A weight rule or reward as the table of a run file that `override_rule` reads back."""
     if isinstance(rule, UserObject):
         return {"rule": rule.address, **rule.options}
     return dataclasses.asdict(rule) if dataclasses.is_dataclass(rule) and not isinstance(rule, type) else {}
 
 
-def changed_rule(own: Any, table: Mapping[str, Any], rules: Mapping[str, type], what: str, where: str) -> Any:
+def override_rule(own: Any, table: Mapping[str, Any], rules: Mapping[str, type], what: str, where: str) -> Any:
     """A preset's weight rule or reward with a table's changes: other fields, another rule, or a user's object."""
     name = table.get("rule")
     options = {key: value for key, value in table.items() if key != "rule"}
@@ -307,7 +307,7 @@ def changed_rule(own: Any, table: Mapping[str, Any], rules: Mapping[str, type], 
         raise UserError(f"{where}.rule = {name!r}", expected, "choose one of them")
     base = own if type(own) is kind else kind()
     has_rule = any(field.name == "rule" for field in dataclasses.fields(kind))
-    return overridden(base, table if has_rule else options, where)
+    return override_fields(base, table if has_rule else options, where)
 
 
 def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> RunConfig:
@@ -318,16 +318,16 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
         is_own = any("path" in asked.get(table, {}) for table in ("model", "data"))
         is_supervised = asked.get("rest", {}).get("preset") in SUPERVISED
         name = "own_model_sft.toml" if is_supervised else "own_model.toml" if is_own else "tool_world.toml"
-        return RunConfig.from_toml(embedded_run(name), overrides, origin="the embedded run")
-    text, folder = read_toml(Path(path)), Path(path).parent
+        return RunConfig.from_toml(read_asset(name), overrides, origin="the embedded run")
+    text, folder = read_toml_text(Path(path)), Path(path).parent
     add_search_folder(folder)  # a user's rule or reward may lie beside the run file
     is_recorded = Path(path).name == CONFIG and (folder / ENVIRONMENT).exists()
     if Path(path).name == CONFIG:
-        find_modules(folder)
+        add_module_folders(folder)
     return RunConfig.from_toml(text, overrides, origin=str(path), is_recorded=is_recorded)
 
 
-def embedded_run(name: str = "tool_world.toml") -> str:
+def read_asset(name: str = "tool_world.toml") -> str:
     """The text of a run file of the package, by default of what `rest-rl train` does without arguments."""
     return resources.files("rest_rl").joinpath("assets", name).read_text(encoding="utf-8")
 
@@ -369,7 +369,7 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[str]) -> dict
         *parents, key = path.strip().split(".")
         if not separator or not key or not all(parents):
             raise UserError(f"--set {override}", "--set table.key=value", "for example --set run.seed=1")
-        value = toml_value(text.strip(), override)
+        value = parse_toml_value(text.strip(), override)
         if len(parents) == 1:
             ((key, value),) = rename_keys({parents[0]: {key: value}})[parents[0]].items()
         elif not parents:
@@ -383,7 +383,7 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Iterable[str]) -> dict
     return result
 
 
-def toml_value(text: str, override: str) -> Any:
+def parse_toml_value(text: str, override: str) -> Any:
     """One TOML value; a bare word (`grpo`, `runs/a`) that is no TOML value counts as a string."""
     try:
         parsed = tomllib.loads(f"value = {text}")
@@ -396,10 +396,10 @@ def toml_value(text: str, override: str) -> Any:
     return parsed["value"]
 
 
-def overridden(config: T, changes: Mapping[str, Any], where: str) -> T:
+def override_fields(config: T, changes: Mapping[str, Any], where: str) -> T:
     """A frozen dataclass with some fields changed, each checked against its declared type."""
     merged = {name: merge(getattr(config, name, None), value) for name, value in changes.items()}
-    return dataclasses.replace(cast(Any, config), **checked_fields(type(config), merged, where))
+    return dataclasses.replace(cast(Any, config), **validate_fields(type(config), merged, where))
 
 
 def merge(old: Any, new: Any) -> Any:
@@ -409,20 +409,20 @@ def merge(old: Any, new: Any) -> Any:
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Build a dataclass from a TOML table, nested dataclasses included."""
-    return cls(**checked_fields(cls, values, where))
+    return cls(**validate_fields(cls, values, where))
 
 
-def checked_fields(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def validate_fields(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The keyword arguments for a dataclass: known names only, each value fit for its annotation."""
     hints = typing.get_type_hints(cls, include_extras=True)
     known = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
-            raise unknown_key(f"{where}.{name}".lstrip("."), name, known)
-    return {name: checked(value, hints[name], f"{where}.{name}".lstrip(".")) for name, value in values.items()}
+            raise unknown_key_error(f"{where}.{name}".lstrip("."), name, known)
+    return {name: validate_value(value, hints[name], f"{where}.{name}".lstrip(".")) for name, value in values.items()}
 
 
-def unknown_key(path: str, name: str, known: Iterable[str]) -> UserError:
+def unknown_key_error(path: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a key that nothing reads: the nearest known one, and all of them if they are few."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
@@ -430,7 +430,7 @@ def unknown_key(path: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown key {path}", expected, f"did you mean {near[0]}?" if near else "remove or rename it")
 
 
-def checked(value: Any, hint: Any, path: str) -> Any:
+def validate_value(value: Any, hint: Any, path: str) -> Any:
     """`value` as its annotation has it (an integer becomes a float, a list a tuple); UserError if it does not fit."""
     if dataclasses.is_dataclass(hint):
         kind = cast(type, hint)
@@ -440,21 +440,21 @@ def checked(value: Any, hint: Any, path: str) -> Any:
     if typing.get_origin(hint) is tuple and isinstance(value, list):  # TOML has lists only
         value = tuple(value)
     try:
-        return adapter(hint).validate_python(value, strict=True)
+        return type_adapter(hint).validate_python(value, strict=True)
     except ValidationError as error:
         faults = error.errors(include_url=False)
     if len(faults) == 1:  # name the key inside a table or list; several faults are those of a union's types
         path, value = ".".join(map(str, (path, *faults[0]["loc"]))), faults[0]["input"]
     expected = dict.fromkeys(
-        EXPECTED[fault["type"]].format_map(fault.get("ctx") or {})
-        if fault["type"] in EXPECTED
+        EXPECTED_TEXTS[fault["type"]].format_map(fault.get("ctx") or {})
+        if fault["type"] in EXPECTED_TEXTS
         else fault["msg"].removeprefix("Input should be ")
         for fault in faults
     )
     raise UserError(f"{path} = {value!r}", " or ".join(expected), "change the value")
 
 
-EXPECTED = {
+EXPECTED_TEXTS = {
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
@@ -473,7 +473,7 @@ EXPECTED = {
 """pydantic's kinds of errors in the words of a run file; others keep pydantic's own."""
 
 
-adapter = cache(TypeAdapter)
+type_adapter = cache(TypeAdapter)
 
 
 def without_none(value: Any) -> Any:
@@ -483,6 +483,6 @@ def without_none(value: Any) -> Any:
     return [without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def default_response(context: int | None) -> int:
+def default_response_limit(context: int | None) -> int:
     """Tokens of a response, where the run does not say, of a model that holds `context` tokens (None: any number)."""
-    return min(LONGEST_RESPONSE, max(1, (context or 2 * LONGEST_RESPONSE) // 2))
+    return min(DEFAULT_RESPONSE_LIMIT, max(1, (context or 2 * DEFAULT_RESPONSE_LIMIT) // 2))

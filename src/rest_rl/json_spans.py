@@ -65,7 +65,7 @@ def scan_object(text: str, start: int = 0) -> ObjectScan:
         value_start = skip_space(text, colon + 1)
         value, end = decode_at(text, value_start)
         if end < 0:
-            closed = bracket_end(text, value_start)
+            closed = find_bracket_end(text, value_start)
             entries.append(Entry(key, None, value_start, len(text) if closed < 0 else closed))
             return ObjectScan(tuple(entries), value_start, f"the value of {_shorten(key)} is not JSON")
         entries.append(Entry(key, value, value_start, end))
@@ -83,7 +83,7 @@ def decode_at(text: str, at: int) -> tuple[Any, int]:
         value, end = _DECODER.raw_decode(text, at)
     except (ValueError, RecursionError):
         return None, -1
-    return (None, -1) if _too_deep(text, at, end) else (value, end)
+    return (None, -1) if _is_too_deep(text, at, end) else (value, end)
 
 
 def _refuse_constant(literal: str) -> NoReturn:
@@ -99,7 +99,7 @@ def _bounded_int(digits: str) -> int:
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_bounded_int)
 
 
-def _too_deep(text: str, start: int, end: int) -> bool:
+def _is_too_deep(text: str, start: int, end: int) -> bool:
     if text.count("{", start, end) + text.count("[", start, end) <= MAX_DEPTH:
         return False
     depth = 0
@@ -110,7 +110,7 @@ def _too_deep(text: str, start: int, end: int) -> bool:
     return False
 
 
-def bracket_end(text: str, start: int, pattern: re.Pattern[str] = _BRACKET_OR_STRING) -> int:
+def find_bracket_end(text: str, start: int, pattern: re.Pattern[str] = _BRACKET_OR_STRING) -> int:
     """The position after the bracket that closes the one at `start`, strings skipped; -1 when there is none.
 
     `pattern` matches brackets and strings; JSON's, unless it is another language's.
@@ -126,11 +126,11 @@ def bracket_end(text: str, start: int, pattern: re.Pattern[str] = _BRACKET_OR_ST
     return -1
 
 
-def bare_value(text: str) -> Any:
+def parse_bare_value(text: str) -> Any:
     """The value that a text without quotes spells: a JSON value that is no string, or else the text itself.
 
     `True`, `False` and `None` are read as Python writes them. White space around a value is ignored.
-    Example: `bare_value(" 12") == 12` and `bare_value("012") == "012"`.
+    Example: `parse_bare_value(" 12") == 12` and `parse_bare_value("012") == "012"`.
     """
     stripped = text.strip(" \t\n\r")
     if stripped in _PYTHON_WORDS:

@@ -17,14 +17,14 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """The numbered non-blank lines of a file or of standard input."""
     try:
         with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as file:
-            yield from numbered(file)
+            yield from enumerate_lines(file)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        raise UserError(f"{path} ({reason(error)})", "a readable JSONL file", "check the path") from error
+        raise UserError(f"{path} ({describe_os_error(error)})", "a readable JSONL file", "check the path") from error
 
 
-def numbered(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def enumerate_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """The non-blank lines of an open file, counted from 1."""
     for number, line in enumerate(file, start=1):
         if line.strip():
@@ -42,7 +42,7 @@ def parse_row(line: bytes) -> Mapping[str, Any]:
     return row
 
 
-def text_field(row: Mapping[str, Any], name: str) -> str:
+def require_text(row: Mapping[str, Any], name: str) -> str:
     """A field of a row that must be text."""
     value = row.get(name)
     if not isinstance(value, str):
@@ -61,17 +61,17 @@ def response_texts(lines: Iterable[bytes]) -> Iterator[str]:
 
 def as_json(value: Any, indent: int | None = None) -> str:
     """JSON that every reader accepts: NaN and infinities become null, lone surrogates are escaped."""
-    text = json.dumps(finite(value), ensure_ascii=False, indent=indent)
-    return text if text.isascii() or not has_surrogates(text) else json.dumps(finite(value), indent=indent)
+    text = json.dumps(replace_non_finite(value), ensure_ascii=False, indent=indent)
+    return text if text.isascii() or not has_surrogates(text) else json.dumps(replace_non_finite(value), indent=indent)
 
 
-def finite(value: Any) -> Any:
+def replace_non_finite(value: Any) -> Any:
     """`value` with every float that JSON cannot hold replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): replace_non_finite(item) for key, item in value.items()}
+    return [replace_non_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def has_surrogates(text: str) -> bool:
@@ -79,6 +79,6 @@ def has_surrogates(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def reason(error: Exception) -> str:
+def describe_os_error(error: Exception) -> str:
     """Why an operation of the system failed, without its number."""
     return getattr(error, "strerror", None) or str(error)

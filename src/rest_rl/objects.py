@@ -39,7 +39,7 @@ def load_object(address: str, what: str) -> Any:
             sys.path.append(folder)
     try:
         found: Any = importlib.import_module(module)
-        if other := _another_file(module, getattr(found, "__file__", None)):
+        if other := _find_conflicting_file(module, getattr(found, "__file__", None)):
             raise UserError(
                 f"{what} {address!r}, of which there are two: {found.__file__} and {other}",
                 "one module of that name in a Python process",
@@ -58,14 +58,14 @@ def load_object(address: str, what: str) -> Any:
     return found
 
 
-def _another_file(module: str, file: str | None) -> Path | None:
+def _find_conflicting_file(module: str, file: str | None) -> Path | None:
     """A file in the search folders that the module's name stands for, too, and that says something else."""
     beside = (Path(folder, *module.split(".")).with_suffix(".py") for folder in _search_folders)
     others = (path for path in beside if file and path.is_file() and not path.samefile(file))
     return next((path for path in others if path.read_bytes() != Path(str(file)).read_bytes()), None)
 
 
-def address_of(found: object) -> str | None:
+def find_address(found: object) -> str | None:
     """The `package.module:OBJECT` at which a loaded module holds the object; `__main__` has no other name."""
     for module in [name for name in sys.modules if name != "__main__"]:
         for name, value in list(vars(sys.modules[module] or object).items()):
@@ -74,7 +74,7 @@ def address_of(found: object) -> str | None:
     return None
 
 
-def check_call(function: Callable[..., Any], what: str, *parameters: str) -> None:
+def check_signature(function: Callable[..., Any], what: str, *parameters: str) -> None:
     """UserError for a user's function that cannot be called with these parameters by position."""
     try:
         inspect.signature(function).bind(*parameters)
@@ -87,7 +87,7 @@ def check_call(function: Callable[..., Any], what: str, *parameters: str) -> Non
 
 
 @contextmanager
-def trying(what: str, expected: str) -> Iterator[None]:
+def wrap_user_errors(what: str, expected: str) -> Iterator[None]:
     """Around the first calls of a user's object: UserError for whatever it raises."""
     try:
         yield
@@ -143,12 +143,12 @@ class UserObject:
         return hash(self.address)
 
 
-def name_of(found: object) -> str:
+def display_name(found: object) -> str:
     """What an error calls a user's object: its address, or its own name."""
     return getattr(found, "address", None) or getattr(found, "__name__", type(found).__name__)
 
 
-def make_callable(package: str, workflow: str) -> None:
+def make_package_callable(package: str, workflow: str) -> None:
     """Let `rest_rl.train(...)` call the function at `workflow` ("rest_rl.train.run:train"), imported at the first call.
 
     The package `rest_rl.train` stays a package: its modules are imported as usual.

@@ -18,11 +18,11 @@ from rest_rl.rewards import AuthorsReward, Reward, RewardConfig, RewardRule, app
 from rest_rl.weights import (
     AuthorsWeights,
     RegionStatistics,
-    Rule,
+    RuleName,
     TaggedBatch,
     WeightConfig,
     WeightRule,
-    weigh,
+    apply_weight_rule,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Preset:
     epsilon_high: float = 0.2
 
 
-WEIGHT_RULES: Mapping[str, type] = {**dict.fromkeys(get_args(Rule), WeightConfig), "authors-code": AuthorsWeights}
+WEIGHT_RULES: Mapping[str, type] = {**dict.fromkeys(get_args(RuleName), WeightConfig), "authors-code": AuthorsWeights}
 """The package's weight rules by name: `rule` in `[rest.weights]`."""
 REWARD_RULES: Mapping[str, type] = {"rescaled": RewardConfig, "authors-code": AuthorsReward}
 """The package's rewards by name: `rule` in `[rest.reward]`."""
@@ -169,11 +169,11 @@ def compute_token_weights(
         step=1 if step is None else step,
         entropies_BT=entropies if isinstance(entropies, torch.Tensor) else None,
     )
-    statistics = _statistics(batch, chosen, entropies, collisions)
-    return weigh(chosen, batch, statistics, progress).to(device)
+    statistics = _resolve_statistics(batch, chosen, entropies, collisions)
+    return apply_weight_rule(chosen, batch, statistics, progress).to(device)
 
 
-def _statistics(
+def _resolve_statistics(
     batch: TaggedBatch,
     rule: WeightRule,
     entropies: Tensor | Mapping[str, float] | RegionStatistics | None,

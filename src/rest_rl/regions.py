@@ -88,7 +88,7 @@ class TokenBytes:
             pieces.append((chunk or "").encode("utf-8", "surrogateescape"))
         return pieces
 
-    def num_text_tokens(self, ids: Sequence[int], keep: frozenset[int] = frozenset()) -> int:
+    def count_text_tokens(self, ids: Sequence[int], keep: frozenset[int] = frozenset()) -> int:
         """How many ids are left when the run of special tokens at the end is taken off (`keep` stops the run)."""
         n = len(ids)
         while n and ids[n - 1] in self.special_ids and ids[n - 1] not in keep:
@@ -96,7 +96,7 @@ class TokenBytes:
         return n
 
 
-def token_bytes(tokenizer: Any) -> TokenBytes:
+def get_token_bytes(tokenizer: Any) -> TokenBytes:
     """The byte table of a transformers fast tokenizer or a `tokenizers.Tokenizer`, built once per vocabulary.
 
     ValueError for a tokenizer that is not backed by the tokenizers library.
@@ -110,11 +110,11 @@ def token_bytes(tokenizer: Any) -> TokenBytes:
             "one backed by the tokenizers library",
             "load it with AutoTokenizer.from_pretrained(..., use_fast=True)",
         )
-    return _token_bytes(tokenizer, backend, backend.get_vocab_size())
+    return _build_token_bytes(tokenizer, backend, backend.get_vocab_size())
 
 
 @lru_cache(maxsize=8)
-def _token_bytes(tokenizer: Any, backend: Tokenizer, size: int) -> TokenBytes:
+def _build_token_bytes(tokenizer: Any, backend: Tokenizer, size: int) -> TokenBytes:
     del size  # part of the key alone: a tokenizer that has gained tokens needs a new table
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     special.update(getattr(tokenizer, "all_special_ids", ()))
@@ -163,13 +163,13 @@ def _decoder_steps(backend: Tokenizer) -> list[Callable[[str], str | bytes]] | N
     steps: list[Callable[[str], str | bytes]] = []
     for at, part in enumerate(parts):
         if part["type"] == "ByteLevel":
-            steps.append(_byte_level)
+            steps.append(_decode_byte_level)
         elif part["type"] == "ByteFallback":
-            steps.append(_byte_fallback)
+            steps.append(_decode_byte_fallback)
         elif part["type"] == "Metaspace":
-            steps.append(_replacer(part["replacement"], " "))
+            steps.append(_make_replacer(part["replacement"], " "))
         elif part["type"] == "Replace" and "String" in part["pattern"]:
-            steps.append(_replacer(part["pattern"]["String"], part["content"]))
+            steps.append(_make_replacer(part["pattern"]["String"], part["content"]))
         elif part["type"] == "Strip" and any(earlier["type"] == "Fuse" for earlier in parts[:at]):
             continue  # takes a space off the start of the whole text, which is no start here: the prompt precedes it
         elif part["type"] != "Fuse":
@@ -177,25 +177,25 @@ def _decoder_steps(backend: Tokenizer) -> list[Callable[[str], str | bytes]] | N
     return steps
 
 
-def _replacer(old: str, new: str) -> Callable[[str], str]:
+def _make_replacer(old: str, new: str) -> Callable[[str], str]:
     return lambda token: token.replace(old, new)
 
 
-def _byte_fallback(token: str) -> str | bytes:
+def _decode_byte_fallback(token: str) -> str | bytes:
     match = _BYTE_TOKEN.fullmatch(token)
     return bytes([int(match.group(1), 16)]) if match else token
 
 
 @lru_cache(maxsize=1)
-def _byte_of_char() -> dict[str, int]:
+def _bytes_by_char() -> dict[str, int]:
     """GPT-2's printable stand-ins for the 256 bytes (https://github.com/openai/gpt-2, encoder.py)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def _byte_level(token: str) -> bytes:
-    table = _byte_of_char()
+def _decode_byte_level(token: str) -> bytes:
+    table = _bytes_by_char()
     try:
         return bytes([table[char] for char in token])
     except KeyError:  # an added token may hold characters that stand for no byte; the library keeps its text
@@ -207,21 +207,21 @@ def decode_ids(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] = ()) -> 
 
     A special token that is one of `tags` is text also at the end. Bytes that are not UTF-8 become U+FFFD.
     """
-    table = token_bytes(tokenizer)
+    table = get_token_bytes(tokenizer)
     known_ids = table.known(np.array(ids, dtype=np.int64)).tolist()
-    known_ids = known_ids[: table.num_text_tokens(known_ids, _tag_ids(table, tags))]
+    known_ids = known_ids[: table.count_text_tokens(known_ids, _tag_ids(table, tags))]
     return b"".join(table.split(known_ids)).decode("utf-8", "replace")
 
 
-def token_lengths(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] = ()) -> list[int]:
+def token_char_lengths(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] = ()) -> list[int]:
     """How many characters of `decode_ids` each id adds; they sum to its length.
 
     A character belongs to the id that completes it, an incomplete last one to the last id; an id that adds none, such
     as the end of sequence, has 0.
     """
-    table = token_bytes(tokenizer)
+    table = get_token_bytes(tokenizer)
     known_ids = table.known(np.array(ids, dtype=np.int64)).tolist()
-    num_text = table.num_text_tokens(known_ids, _tag_ids(table, tags))
+    num_text = table.count_text_tokens(known_ids, _tag_ids(table, tags))
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     lengths = [len(decoder.decode(piece)) for piece in table.split(known_ids[:num_text])]
     if lengths:
@@ -234,7 +234,7 @@ def _tag_ids(table: TokenBytes, tags: Sequence[str]) -> frozenset[int]:
     return frozenset(i for i in ids if i is not None)
 
 
-def turns(mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def find_turns(mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, first token, token after the last) of every run of ones, row by row: turn k of a row is its k-th run."""
     num_rows, width = mask_BT.shape
     apart = np.zeros((num_rows, width + 1), dtype=bool)  # a gap before each row, so that no run goes on into the next
@@ -264,15 +264,15 @@ def tag_regions(
             f"got ids of shape {tuple(ids_BT.shape)} and a mask of {tuple(mask_BT.shape)}, expected one (B, T)"
         )
     find_spans, tags = _span_finder(format)
-    table = token_bytes(tokenizer)
+    table = get_token_bytes(tokenizer)
     tag_ids = _tag_ids(table, tags)
     mask = mask_BT.detach().cpu().numpy().astype(bool)
     ids = table.known(ids_BT.detach().cpu().numpy())
     ids_N = ids[mask]  # the unmasked tokens of all turns, one after the other
     layout, tokens, at = _ByteLayout(), ids_N.tolist(), 0
-    _, starts, ends = turns(mask)
+    _, starts, ends = find_turns(mask)
     for end in np.cumsum(ends - starts).tolist():
-        _lay_out_turn(layout, tokens[at:end], table, tag_ids, find_spans)
+        _append_turn(layout, tokens[at:end], table, tag_ids, find_spans)
         at = end
     if table.pieces_V:
         layout.token_lengths = [table.lengths_V[ids_N]]
@@ -298,32 +298,32 @@ def _span_finder(
 class _ByteLayout:
     """All turns end to end in bytes, one byte of padding after each, so that an empty last token stays inside."""
 
-    run_starts: list[int] = field(default_factory=lambda: [0])
-    run_regions: list[int] = field(default_factory=lambda: [int(Region.OTHER)])
+    segment_starts: list[int] = field(default_factory=lambda: [0])
+    segment_regions: list[int] = field(default_factory=lambda: [int(Region.OTHER)])
     token_lengths: list[np.ndarray] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     num_text_tokens: list[int] = field(default_factory=list)
     total: int = 0
 
 
-def _lay_out_turn(
+def _append_turn(
     layout: _ByteLayout,
     ids: list[int],
     table: TokenBytes,
     tag_ids: frozenset[int],
     find_spans: Callable[[str], Sequence[Span]],
 ) -> None:
-    num_text = table.num_text_tokens(ids, tag_ids)
+    num_text = table.count_text_tokens(ids, tag_ids)
     pieces = table.split(ids[:num_text])
     if not table.pieces_V:
         layout.token_lengths.append(np.array([*map(len, pieces)] + [0] * (len(ids) - num_text), dtype=np.int64))
     layout.num_tokens.append(len(ids))
     layout.num_text_tokens.append(num_text)
     text = b"".join(pieces).decode("utf-8", "surrogateescape")
-    _lay_out_spans(layout, text, find_spans(text))
+    _append_spans(layout, text, find_spans(text))
 
 
-def _lay_out_spans(layout: _ByteLayout, text: str, spans: Sequence[Span]) -> None:
+def _append_spans(layout: _ByteLayout, text: str, spans: Sequence[Span]) -> None:
     """Append the runs of one turn; characters become bytes on the way."""
     bounds = [bound for span in spans for bound in (span.start, span.end)] + [len(text)]
     if not text.isascii():
@@ -331,18 +331,20 @@ def _lay_out_spans(layout: _ByteLayout, text: str, spans: Sequence[Span]) -> Non
         bounds = list(accumulate(map(len, parts)))
     base = layout.total
     layout.total += bounds[-1] + 1
-    layout.run_starts.extend([base + bound for bound in bounds[:-1]])
-    layout.run_regions.extend([region for span in spans for region in (span.region, Region.OTHER)])
-    layout.run_starts.append(layout.total)
-    layout.run_regions.append(Region.OTHER)
+    layout.segment_starts.extend([base + bound for bound in bounds[:-1]])
+    layout.segment_regions.extend([region for span in spans for region in (span.region, Region.OTHER)])
+    layout.segment_starts.append(layout.total)
+    layout.segment_regions.append(Region.OTHER)
 
 
 def _regions_of_tokens(layout: _ByteLayout) -> np.ndarray:
     """The region of every token of the layout, in order: that of most of its bytes."""
-    run_starts = np.array(layout.run_starts, dtype=np.int64)
-    run_regions = np.array(layout.run_regions, dtype=np.int64)
-    keep = np.append(run_starts[1:] > run_starts[:-1], True)  # of runs that start together only the last has bytes
-    run_starts, run_regions = run_starts[keep], run_regions[keep]
+    segment_starts = np.array(layout.segment_starts, dtype=np.int64)
+    segment_regions = np.array(layout.segment_regions, dtype=np.int64)
+    keep = np.append(
+        segment_starts[1:] > segment_starts[:-1], True
+    )  # of runs that start together only the last has bytes
+    segment_starts, segment_regions = segment_starts[keep], segment_regions[keep]
     turn_starts = np.cumsum([0, *layout.num_tokens])
     tails = [
         slice(turn_starts[turn] + num_text, turn_starts[turn + 1])
@@ -353,18 +355,18 @@ def _regions_of_tokens(layout: _ByteLayout) -> np.ndarray:
         lengths[tail] = 0
     ends = np.cumsum(lengths) + np.repeat(np.arange(len(layout.num_tokens)), layout.num_tokens)
     starts = ends - lengths
-    first = _runs_at(starts, run_starts)
-    last = _runs_at(np.maximum(ends - 1, starts), run_starts)
-    regions = run_regions[first]
-    straddling = np.flatnonzero((run_regions[last] != regions) | (last - first > 1))
+    first = _segments_at(starts, segment_starts)
+    last = _segments_at(np.maximum(ends - 1, starts), segment_starts)
+    regions = segment_regions[first]
+    straddling = np.flatnonzero((segment_regions[last] != regions) | (last - first > 1))
     if len(straddling):
         order = np.array(TIE_ORDER)
-        is_region = run_regions[:, None] == order
-        before = np.zeros((len(run_starts), NUM_REGIONS), dtype=np.int64)  # bytes of each region before each run
-        before[1:] = np.cumsum(np.diff(run_starts)[:, None] * is_region[:-1], axis=0)
+        is_region = segment_regions[:, None] == order
+        before = np.zeros((len(segment_starts), NUM_REGIONS), dtype=np.int64)  # bytes of each region before each run
+        before[1:] = np.cumsum(np.diff(segment_starts)[:, None] * is_region[:-1], axis=0)
 
         def bytes_before(position: np.ndarray, run: np.ndarray) -> np.ndarray:
-            return before[run] + (position - run_starts[run])[:, None] * is_region[run]
+            return before[run] + (position - segment_starts[run])[:, None] * is_region[run]
 
         owned = bytes_before(ends[straddling], last[straddling]) - bytes_before(starts[straddling], first[straddling])
         regions[straddling] = order[np.argmax(owned, axis=1)]
@@ -373,9 +375,9 @@ def _regions_of_tokens(layout: _ByteLayout) -> np.ndarray:
     return regions
 
 
-def _runs_at(positions: np.ndarray, run_starts: np.ndarray) -> np.ndarray:
+def _segments_at(positions: np.ndarray, segment_starts: np.ndarray) -> np.ndarray:
     """The run that holds each position; both ascend, so the few runs are looked up among the many positions."""
-    entered = np.bincount(np.searchsorted(positions, run_starts, side="left"), minlength=len(positions) + 1)
+    entered = np.bincount(np.searchsorted(positions, segment_starts, side="left"), minlength=len(positions) + 1)
     return np.cumsum(entered)[: len(positions)] - 1
 
 

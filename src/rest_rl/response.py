@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from rest_rl.errors import UserError
 
-FIX = "correct or leave out the row"
+ROW_REMEDY = "correct or leave out the row"
 
 
 class Region(IntEnum):
@@ -106,15 +106,15 @@ def gold_from_json(value: Any) -> Gold:
     A blank answer is none: no format can tell the two apart.
     """
     if not isinstance(value, Mapping):
-        raise UserError(f"gold of type {type(value).__name__}", '{"calls": [...], "answer": ...}', FIX)
+        raise UserError(f"gold of type {type(value).__name__}", '{"calls": [...], "answer": ...}', ROW_REMEDY)
     unknown = set(value) - {"calls", "answer"}
     if unknown or not value:
-        raise UserError(f"gold with the keys {sorted(map(str, value))}", "calls, answer", FIX)
+        raise UserError(f"gold with the keys {sorted(map(str, value))}", "calls, answer", ROW_REMEDY)
     calls, answer = value.get("calls", []), value.get("answer")
     if not isinstance(calls, (list, tuple)):
-        raise UserError(f"gold calls of type {type(calls).__name__}", "a list", FIX)
+        raise UserError(f"gold calls of type {type(calls).__name__}", "a list", ROW_REMEDY)
     if answer is not None and not isinstance(answer, str):
-        raise UserError(f"a gold answer of type {type(answer).__name__}", "a string or null", FIX)
+        raise UserError(f"a gold answer of type {type(answer).__name__}", "a string or null", ROW_REMEDY)
     return Gold(
         tuple(_call_from_json(call, number) for number, call in enumerate(calls, 1)), (answer or "").strip() or None
     )
@@ -130,11 +130,11 @@ def _call_from_json(call: Any, number: int) -> ToolCall:
             if is_object
             else f"{call!r:.80} as gold call {number}"
         )
-        raise UserError(got, shape, FIX)
+        raise UserError(got, shape, ROW_REMEDY)
     arguments = call.get("arguments")
     if not isinstance(arguments, Mapping):
         got = f"arguments of type {type(arguments).__name__} in gold call {number} ({call['name']!r})"
-        raise UserError(got, "an object", FIX)
+        raise UserError(got, "an object", ROW_REMEDY)
     return ToolCall(call["name"], arguments)
 
 

@@ -20,8 +20,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat, get_format
-from rest_rl.json_spans import bare_value
-from rest_rl.objects import UserObject, check_call, name_of, trying
+from rest_rl.json_spans import parse_bare_value
+from rest_rl.objects import UserObject, check_signature, display_name, wrap_user_errors
 from rest_rl.response import Gold, ParsedResponse, ToolCall, check_progress
 
 _Equality = Callable[[Any, Any], bool]
@@ -110,23 +110,23 @@ class RewardConfig:
             raise UserError(
                 f"scales {self.accuracy_scale} and {self.format_scale}", "finite numbers >= 0", "change the scale"
             )
-        answer_function(self.answer)
+        load_answer_function(self.answer)
 
     def __call__(self, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
         check_progress(progress)
         share = self.accuracy_share_start + (self.accuracy_share_end - self.accuracy_share_start) * progress
         accuracy, explanation = judgement.accuracy, judgement.explanation
         if judgement.gold.turn == "answers" and judgement.gold.answer is not None and accuracy == 1:
-            accuracy = self._answer_worth(judgement, judgement.gold.answer)
+            accuracy = self._answer_score(judgement, judgement.gold.answer)
             if accuracy < 1:
                 explanation += (ScoreFinding("answer", f"the answer is worth {accuracy:.2f} of 1", 1 - accuracy),)
         total = self.accuracy_scale * accuracy * share + self.format_scale * judgement.format * (1 - share)
         return Reward(total, judgement.format, accuracy, explanation)
 
-    def _answer_worth(self, judgement: Judgement, wanted: str) -> float:
+    def _answer_score(self, judgement: Judgement, wanted: str) -> float:
         if judgement.truncated:
             return 0.0
-        if (own := answer_function(self.answer)) is None:
+        if (own := load_answer_function(self.answer)) is None:
             return 1.0 if self.answer == "presence" else token_overlap(judgement.parsed.answer or "", wanted)
         worth = own(judgement.text, judgement.gold)
         try:
@@ -163,7 +163,7 @@ class AuthorsReward:
 
 
 @cache
-def answer_function(name: str) -> UserObject | None:
+def load_answer_function(name: str) -> UserObject | None:
     """The function of (response text, gold) that `RewardConfig.answer` names; None for `presence` and `overlap`."""
     if name in ("presence", "overlap"):
         return None
@@ -171,7 +171,7 @@ def answer_function(name: str) -> UserObject | None:
         expected = "presence, overlap, or package.module:OBJECT"
         raise UserError(f"rest.reward.answer = {name!r}", expected, "choose one of them")
     own = UserObject(name, "answer reward", {})
-    check_call(own.target, f"answer reward {name!r}", "text", "gold")
+    check_signature(own.target, f"answer reward {name!r}", "text", "gold")
     return own
 
 
@@ -216,10 +216,14 @@ def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: 
         number = float(total)
     except (TypeError, ValueError):
         raise UserError(
-            f"a {type(total).__name__} from the reward {name_of(rule)}", "a number", "return a float from the function"
+            f"a {type(total).__name__} from the reward {display_name(rule)}",
+            "a number",
+            "return a float from the function",
         ) from None
     if not math.isfinite(number):  # TRL takes NaN for a reward of 0
-        raise UserError(f"{number} from the reward {name_of(rule)}", "a finite number", "guard the function against it")
+        raise UserError(
+            f"{number} from the reward {display_name(rule)}", "a finite number", "guard the function against it"
+        )
     if isinstance(found, Reward):
         return found._replace(total=number)
     return Reward(number, judgement.format, judgement.accuracy, judgement.explanation)
@@ -230,12 +234,14 @@ def try_reward(rule: RewardRule) -> None:
     """Reward a right call, a response without the call, and an answer; UserError for a rule that fails on one."""
     call, answer = Gold((ToolCall("f", {"a": 1}),)), Gold(answer="It rains.")
     right = get_format("hermes").render(None, call.calls, None)
-    with trying(f"reward {name_of(rule)!r}", "a function (judgement, progress, step) that returns a number"):
+    with wrap_user_errors(
+        f"reward {display_name(rule)!r}", "a function (judgement, progress, step) that returns a number"
+    ):
         for text, gold in ((right, call), ("", call), ("It rains.", answer)):
             apply_reward(rule, judge(text, gold, "hermes"), 0.0, 1)
 
 
-def is_random(rule: RewardRule) -> bool:
+def uses_random_rewards(rule: RewardRule) -> bool:
     """Whether training learns from `random_rewards` instead of what the rule returns."""
     return isinstance(rule, RewardConfig) and rule.random
 
@@ -288,7 +294,7 @@ def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Sco
     names = _name_score(parsed, gold, points, findings)
     equal = text_equal if parsed.text_values else json_equal
     matched = 0.0
-    for call, partner in zip(gold.calls, _assign(gold.calls, parsed.calls, equal), strict=True):
+    for call, partner in zip(gold.calls, _match_calls(gold.calls, parsed.calls, equal), strict=True):
         if partner is None:
             cost = (1 + len(call.arguments)) / points
             findings.append(
@@ -306,7 +312,7 @@ def _name_score(parsed: ParsedResponse, gold: Gold, points: int, findings: list[
     wanted, made = Counter(wanted), Counter(made)
     common = sum((wanted & made).values())
     union = len(gold.calls) + len(parsed.calls) + parsed.unreadable_calls - common
-    parts = _differences(list((wanted - made).elements()), list((made - wanted).elements()))
+    parts = _describe_differences(list((wanted - made).elements()), list((made - wanted).elements()))
     parts += [f"{parsed.unreadable_calls} unreadable"] * bool(parsed.unreadable_calls)
     findings.append(ScoreFinding("names", "tool names: " + ", ".join(parts), (1 - common / union) / points))
     return common / union
@@ -319,7 +325,7 @@ def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[Scor
     if wanted.keys() != given.keys():
         keys = _jaccard(wanted, given)
         missing = [key for key in wanted if key not in given]
-        parts = _differences(missing, [key for key in given if key not in wanted])
+        parts = _describe_differences(missing, [key for key in given if key not in wanted])
         findings.append(
             ScoreFinding("keys", f"arguments of {_show(gold.name)}: " + ", ".join(parts), (1 - keys) / points)
         )
@@ -350,7 +356,7 @@ def _jaccard(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
     return common / union if union else 1.0
 
 
-def _assign(gold: Sequence[ToolCall], made: Sequence[ToolCall], equal: _Equality) -> list[ToolCall | None]:
+def _match_calls(gold: Sequence[ToolCall], made: Sequence[ToolCall], equal: _Equality) -> list[ToolCall | None]:
     """For each gold call its partner among the calls of the same name: the assignment of the highest total score."""
     partners: list[ToolCall | None] = [None] * len(gold)
     rows_of: dict[str, list[int]] = {}
@@ -364,12 +370,14 @@ def _assign(gold: Sequence[ToolCall], made: Sequence[ToolCall], equal: _Equality
         if len(rows) == len(columns) == 1:
             partners[rows[0]] = columns[0]
         elif columns:
-            for row, column in _best_pairs([[_similarity(gold[i], call, equal) for call in columns] for i in rows]):
+            for row, column in _best_assignment(
+                [[_similarity(gold[i], call, equal) for call in columns] for i in rows]
+            ):
                 partners[rows[row]] = columns[column]
     return partners
 
 
-def _best_pairs(scores: list[list[float]]) -> list[tuple[int, int]]:
+def _best_assignment(scores: list[list[float]]) -> list[tuple[int, int]]:
     if len(scores) == 1:
         return [(0, max(range(len(scores[0])), key=scores[0].__getitem__))]
     from scipy.optimize import linear_sum_assignment  # only here: its import costs more than a thousand scores
@@ -400,10 +408,10 @@ def text_equal(wanted: Any, given: Any) -> bool:
     """
     if json_equal(wanted, given):
         return True
-    return isinstance(wanted, str) and not isinstance(given, str) and json_equal(bare_value(wanted), given)
+    return isinstance(wanted, str) and not isinstance(given, str) and json_equal(parse_bare_value(wanted), given)
 
 
-def _differences(missing: list[str], extra: list[str]) -> list[str]:
+def _describe_differences(missing: list[str], extra: list[str]) -> list[str]:
     return [f"{word} {_show(items[:8])}" for word, items in (("missing", missing), ("extra", extra)) if items]
 
 

@@ -5,7 +5,7 @@
     metrics.jsonl      one object per step               checkpoints/   what `--resume` starts from
     responses.jsonl    some responses of each step       model/         what was trained, and its tokenizer
     rejected.jsonl     rows that were left out, and why  plots/
-    evaluations.jsonl  scores on the slice, during training      .lock  held by the process that trains (`owned`)
+    evaluations.jsonl  scores on the slice, during training      .lock  held by the process that trains
 
 Every line is written and flushed whole. A process killed in mid-line leaves a last line that readers skip and a resumed
 run removes. Wall-clock times stand apart from the metrics: a resumed run's metrics equal an uninterrupted run's.
@@ -35,7 +35,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from rest_rl.errors import UserError
-from rest_rl.jsonl import as_json, reason
+from rest_rl.jsonl import as_json, describe_os_error
 from rest_rl.objects import add_search_folder
 
 CONFIG, ENVIRONMENT, SUMMARY = "config.toml", "environment.json", "summary.json"
@@ -131,7 +131,7 @@ class RunLog:
         """
         log = cls(folder, enabled=enabled)
         if (log.folder / CONFIG).exists() and enabled:
-            raise holds_a_run(folder)
+            raise existing_run_error(folder)
         log._make_folders()
         log._write(CONFIG, config)
         environment = describe_environment(command)
@@ -151,7 +151,7 @@ class RunLog:
             raise UserError(f"{folder}, which holds no run", "a run folder", "start one without --resume")
         log._make_folders()
         for name in (METRICS, RESPONSES, TIMING, EVALUATIONS):
-            log._keep_until(name, step)
+            log._drop_rows_after(name, step)
         if not is_last and (summary := log.read_summary()):
             kept = {key: value for key, value in summary.items() if key in ("data", "before")}
             log._write(SUMMARY, as_json(kept, indent=2) + "\n")
@@ -159,7 +159,7 @@ class RunLog:
 
     def change(self, config: str, changes: Mapping[str, Any]) -> None:
         """Record that a resumed run goes on as `config`; what has changed is kept in `changes` of environment.json."""
-        environment = read_object(self.folder / ENVIRONMENT)
+        environment = read_json_object(self.folder / ENVIRONMENT)
         environment["changes"] = [*environment.get("changes", []), changes]
         self._write(ENVIRONMENT, as_json(environment, indent=2) + "\n")
         self._write(CONFIG, config)
@@ -172,7 +172,7 @@ class RunLog:
         if not self.enabled or (self.model.exists() and "steps" in self.read_summary()):
             return
         part = self.folder / f".{MODEL}.part"
-        with self._writing():
+        with self._wrap_write_errors():
             shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns(*TRAINER_FILES))
             shutil.rmtree(self.model, ignore_errors=True)
@@ -180,7 +180,7 @@ class RunLog:
 
     def write_rejected(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows that training leaves out; without any there is no file."""
-        if text := as_lines(rows):
+        if text := to_jsonl(rows):
             self._write(REJECTED, text)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
@@ -201,49 +201,49 @@ class RunLog:
 
     def read_summary(self) -> Row:
         """The summary so far, empty if there is none."""
-        return read_object(self.folder / SUMMARY)
+        return read_json_object(self.folder / SUMMARY)
 
     def update_summary(self, **entries: Any) -> None:
         """Merge entries into summary.json, atomically."""
         self._write(SUMMARY, as_json({**self.read_summary(), **entries}, indent=2) + "\n")
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _wrap_write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise unwritable(self.folder, error) from error
+            raise unwritable_folder_error(self.folder, error) from error
 
     def _make_folders(self) -> None:
         if self.enabled:
-            with self._writing():
+            with self._wrap_write_errors():
                 for folder in (self.folder, self.checkpoints, self.plots):
                     folder.mkdir(parents=True, exist_ok=True)
 
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        text, path = as_lines(rows), self.folder / name
+        text, path = to_jsonl(rows), self.folder / name
         if not self.enabled or not text:
             return
         size = path.stat().st_size if path.exists() else 0
-        with self._writing():
+        with self._wrap_write_errors():
             try:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(text)
             except OSError:
-                cut_back(path, size)
+                truncate_file(path, size)
                 raise
 
-    def _keep_until(self, name: str, step: int) -> None:
+    def _drop_rows_after(self, name: str, step: int) -> None:
         if (self.folder / name).exists():
-            self._write(name, as_lines(row for row in read_rows(self.folder / name) if row.get("step", 0) <= step))
+            self._write(name, to_jsonl(row for row in read_rows(self.folder / name) if row.get("step", 0) <= step))
 
     def _write(self, name: str, text: str) -> None:
         if self.enabled:
-            with self._writing():
+            with self._wrap_write_errors():
                 replace_file(self.folder / name, text)
 
 
-def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(as_json(row) + "\n" for row in rows)
 
 
@@ -262,13 +262,13 @@ def replace_file(path: Path, text: str) -> None:
         raise
 
 
-def find_modules(folder: Path) -> None:
+def add_module_folders(folder: Path) -> None:
     """Look for users' modules (a weight rule, a format) where a recorded run found them: beside its run file."""
-    if file := read_object(folder / ENVIRONMENT).get("run_file"):
+    if file := read_json_object(folder / ENVIRONMENT).get("run_file"):
         run_file = Path(file)
         add_search_folder(run_file.parent)
         if run_file.name == CONFIG and run_file.parent != folder.absolute():  # that of another run
-            find_modules(run_file.parent)
+            add_module_folders(run_file.parent)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -278,25 +278,25 @@ def read_run(folder: str | Path) -> Run:
         inside = [pattern for pattern in ("*", "runs/*") if any(path.glob(f"{pattern}/{CONFIG}"))]  # of a grid: runs/*
         remedy = f"did you mean {path / inside[0]}?" if inside else "pass what --out was"
         raise UserError(f"{folder}, which holds no {CONFIG}", "a run folder", f"{remedy}")
-    find_modules(path)
+    add_module_folders(path)
     return Run(
         folder=path,
-        config=read_toml(path / CONFIG),
-        environment=read_object(path / ENVIRONMENT),
+        config=read_toml_text(path / CONFIG),
+        environment=read_json_object(path / ENVIRONMENT),
         metrics=tuple(read_rows(path / METRICS)),
         responses=tuple(read_rows(path / RESPONSES)),
         timing=tuple(read_rows(path / TIMING)),
         evaluations=tuple(read_rows(path / EVALUATIONS)),
-        summary=read_object(path / SUMMARY),
+        summary=read_json_object(path / SUMMARY),
     )
 
 
-def read_toml(path: Path) -> str:
+def read_toml_text(path: Path) -> str:
     """The text of a run file; UserError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} ({reason(error)})", "a readable TOML file", "check the path") from error
+        raise UserError(f"{path} ({describe_os_error(error)})", "a readable TOML file", "check the path") from error
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -315,7 +315,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def read_object(path: Path) -> Row:
+def read_json_object(path: Path) -> Row:
     """The object of a JSON file; empty if it is missing."""
     if not path.exists():
         return {}
@@ -328,7 +328,7 @@ def read_object(path: Path) -> Row:
     return value
 
 
-def cut_back(path: Path, size: int) -> None:
+def truncate_file(path: Path, size: int) -> None:
     """Remove what a failed write left behind, as far as the folder lets us."""
     try:
         os.truncate(path, size)
@@ -336,25 +336,25 @@ def cut_back(path: Path, size: int) -> None:
         return
 
 
-def unwritable(folder: Path, error: OSError) -> ValueError:
+def unwritable_folder_error(folder: Path, error: OSError) -> ValueError:
     """The error for a folder that is full, read-only or no folder."""
     if folder.is_file():
         return UserError(f"run folder {folder}, which is a file", "a new folder", "pass another --out")
     return UserError(
-        f"run folder {folder} ({reason(error)})",
+        f"run folder {folder} ({describe_os_error(error)})",
         "a writable folder with free space",
         "make room and go on with --resume (what was cut short is passed over), or pass another --out",
     )
 
 
-def holds_a_run(folder: str | Path) -> UserError:
+def existing_run_error(folder: str | Path) -> UserError:
     """The error for a new run in the folder of another."""
     remedy = "add --resume to go on with it, or pass another --out"
     return UserError(f"{folder}, which holds a run already", "a new folder", remedy)
 
 
 @contextmanager
-def owned(folder: Path, observer: Observer = SILENT, *, enabled: bool = True) -> Iterator[None]:
+def lock_run_folder(folder: Path, observer: Observer = SILENT, *, enabled: bool = True) -> Iterator[None]:
     """Own a run folder until the block ends or this process dies; UserError if another process does.
 
     Where the system or the file system has no locks, it says so to the observer and refuses nothing.
@@ -366,32 +366,32 @@ def owned(folder: Path, observer: Observer = SILENT, *, enabled: bool = True) ->
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise unwritable_folder_error(folder, error) from error
     with file:
         try:
-            is_ours = locks(file)
-            for _ in range(5):  # `owner_of` holds the lock for a moment
+            is_ours = try_lock(file)
+            for _ in range(5):  # `find_lock_owner` holds the lock for a moment
                 if not is_ours:
                     time.sleep(0.1)
-                    is_ours = locks(file)
+                    is_ours = try_lock(file)
         except OSError as error:
-            observer.say(f"{folder} cannot be locked ({reason(error)}): let no other process train in it")
+            observer.say(f"{folder} cannot be locked ({describe_os_error(error)}): let no other process train in it")
             is_ours = True
         if not is_ours:
-            raise is_owned(folder, owner_of(folder))
+            raise locked_folder_error(folder, find_lock_owner(folder))
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
 
 
-def refuse_owned(folder: Path) -> None:
+def check_unlocked(folder: Path) -> None:
     """UserError if another process trains in a run folder; of use before much is loaded, it takes no lock."""
-    if owner := owner_of(folder):
-        raise is_owned(folder, owner)
+    if owner := find_lock_owner(folder):
+        raise locked_folder_error(folder, owner)
 
 
-def is_owned(folder: Path, owner: str | None) -> UserError:
+def locked_folder_error(folder: Path, owner: str | None) -> UserError:
     return UserError(
         f"{folder}, in which {owner} is training",
         "a run folder that no other process trains in",
@@ -399,16 +399,16 @@ def is_owned(folder: Path, owner: str | None) -> UserError:
     )
 
 
-def owner_of(folder: Path) -> str | None:
+def find_lock_owner(folder: Path) -> str | None:
     """Which process trains in a run folder, as far as locks can tell; None if none does."""
     try:
         with (folder / LOCK).open("r+", encoding="utf-8", errors="replace") as file:
-            return None if locks(file) else file.readline(200).strip() or "another process"
+            return None if try_lock(file) else file.readline(200).strip() or "another process"
     except OSError:
         return None
 
 
-def locks(file: IO[str]) -> bool:
+def try_lock(file: IO[str]) -> bool:
     """Lock a file until it is closed; False if another process has locked it, OSError where there are no locks."""
     if fcntl is None:
         raise OSError(errno.ENOTSUP, "this system has no fcntl")
@@ -430,27 +430,27 @@ def describe_environment(command: Iterable[str]) -> Row:
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "libraries": {name: version for name in LIBRARIES if (version := version_of(name))},
-        "commit": commit_of(Path(__file__).parent),
+        "libraries": {name: version for name in LIBRARIES if (version := installed_version(name))},
+        "commit": source_commit(Path(__file__).parent),
     }
 
 
-def version_of(library: str) -> str | None:
+def installed_version(library: str) -> str | None:
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def commit_of(folder: Path) -> str | None:
+def source_commit(folder: Path) -> str | None:
     """Commit of the source tree that holds `folder`, marked when it has changes; None outside a repository."""
     # An installed package may lie inside somebody else's repository: only a tracked file has a commit.
-    if git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if run_git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
-    return git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return run_git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
-def git(folder: Path, *arguments: str) -> str | None:
+def run_git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(  # noqa: S603
             ["git", "-C", str(folder), *arguments],  # noqa: S607

@@ -11,7 +11,7 @@ from scipy.stats import binomtest, false_discovery_control, norm
 from rest_rl.errors import UserError
 from rest_rl.response import TURNS, Turn
 
-LEVEL = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 """Of every test; intervals are of 95 %."""
 
 
@@ -23,7 +23,7 @@ class Interval(NamedTuple):
     high: float
 
     @property
-    def half(self) -> float:
+    def half_width(self) -> float:
         return (self.high - self.low) / 2
 
     @property
@@ -44,23 +44,23 @@ def q_values(p_values: Sequence[float]) -> list[float]:
     return [math.nan if math.isnan(p) else float(next(adjusted)) for p in p_values]
 
 
-CONFIDENCE = 0.95
+CONFIDENCE_LEVEL = 0.95
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """Wilson's score interval of a share, which stays in [0, 1] and has a width at 0 and 1 too.
 
     Wilson, E. B. (1927), https://doi.org/10.1080/01621459.1927.10502953. Nothing is known of a share of no samples:
-    `wilson(0, 0) == (0.0, 1.0)`. ValueError unless 0 <= correct <= n.
+    `wilson_interval(0, 0) == (0.0, 1.0)`. ValueError unless 0 <= correct <= n.
     """
     check_counts(correct, n)
     if n == 0:
         return 0.0, 1.0
-    interval = binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
+    interval = binomtest(correct, n).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def mcnemar(lost: int, gained: int) -> float:
+def mcnemar_p_value(lost: int, gained: int) -> float:
     """The p-value of McNemar's exact test, two-sided: how often a fair coin splits the flipped samples as unevenly.
 
     McNemar, Q. (1947), https://doi.org/10.1007/BF02295996. Samples that both models answer alike say nothing; without
@@ -82,7 +82,7 @@ def paired_difference(lost: int, gained: int, n: int) -> Interval:
     if n == 0:
         return Interval(0.0, -1.0, 1.0)
     p, q = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
-    half = float(norm.ppf(0.5 + CONFIDENCE / 2)) * math.sqrt((p + q - (q - p) ** 2) / (n + 2))
+    half = float(norm.ppf(0.5 + CONFIDENCE_LEVEL / 2)) * math.sqrt((p + q - (q - p) ** 2) / (n + 2))
     return Interval((gained - lost) / n, max(-1.0, q - p - half), min(1.0, q - p + half))
 
 
@@ -128,14 +128,14 @@ class Outcome(NamedTuple):
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Means over all outcomes, over those of call turns and of answer turns, per kind of task and per split."""
     return {
-        **means(outcomes),
-        **{turn: means([outcome for outcome in outcomes if outcome.turn == turn]) for turn in TURNS},
-        "kinds": {kind: means(group) for kind, group in grouped(outcomes, "kind").items()},
-        "splits": {split: means(group) for split, group in grouped(outcomes, "split").items()},
+        **mean_scores(outcomes),
+        **{turn: mean_scores([outcome for outcome in outcomes if outcome.turn == turn]) for turn in TURNS},
+        "kinds": {kind: mean_scores(group) for kind, group in group_by(outcomes, "kind").items()},
+        "splits": {split: mean_scores(group) for split, group in group_by(outcomes, "split").items()},
     }
 
 
-def grouped(outcomes: Sequence[Outcome], name: str) -> dict[str, list[Outcome]]:
+def group_by(outcomes: Sequence[Outcome], name: str) -> dict[str, list[Outcome]]:
     """Outcomes by one of their fields, in alphabetical order."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in sorted(outcomes, key=lambda outcome: str(getattr(outcome, name))):
@@ -143,7 +143,7 @@ def grouped(outcomes: Sequence[Outcome], name: str) -> dict[str, list[Outcome]]:
     return groups
 
 
-def means(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def mean_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Mean scores, the number of responses and the standard error of the exact match over prompts."""
     n = len(outcomes)
     if n == 0:
@@ -162,7 +162,7 @@ def standard_error(outcomes: Sequence[Outcome]) -> float:
 
     0 for fewer than two prompts.
     """
-    by_prompt: Mapping[str, list[Outcome]] = grouped(outcomes, "prompt")
+    by_prompt: Mapping[str, list[Outcome]] = group_by(outcomes, "prompt")
     values = [sum(outcome.exact_match for outcome in group) / len(group) for group in by_prompt.values()]
     n = len(values)
     if n < 2:

@@ -12,15 +12,17 @@ from itertools import permutations
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from rest_rl.errors import UserError
-from rest_rl.objects import name_of
+from rest_rl.objects import display_name
 from rest_rl.response import NUM_REGIONS, Region, check_progress
 
 if TYPE_CHECKING:  # torch is imported inside the functions: presets and run files are read without it
     from torch import Tensor
 
-Rule = Literal["one_minus_exp", "inverse", "collision", "constant", "uniform", "inverted", "top_entropy", "permuted"]
+RuleName = Literal[
+    "one_minus_exp", "inverse", "collision", "constant", "uniform", "inverted", "top_entropy", "permuted"
+]
 
-REGIONS = tuple(region.label for region in Region)
+REGION_LABELS = tuple(region.label for region in Region)
 AUTHORS_CONSTANTS: Mapping[str, float] = {
     "format": 1.0,
     "name": 1.2,
@@ -68,8 +70,9 @@ class TaggedBatch:
 class WeightRule(Protocol):
     """What each token's gradient weighs; pass your own function or object wherever a name is accepted.
 
-    Returns weights >= 0 of shape (B, T), which `weigh` divides by their mean over each response. `statistics` are the
-    region means of the steps before, None in the first step; `progress` is nu in [0, 1]. Leave the batch as it is.
+    Returns weights >= 0 of shape (B, T), which `apply_weight_rule` divides by their mean over each response.
+    `statistics` are the region means of the steps before, None in the first step; `progress` is nu in [0, 1]. Leave the
+    batch as it is.
 
     A rule may also have these attributes (defaults in parentheses):
 
@@ -85,7 +88,9 @@ class WeightRule(Protocol):
     def __call__(self, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor: ...
 
 
-def weigh(rule: WeightRule, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor:
+def apply_weight_rule(
+    rule: WeightRule, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float
+) -> Tensor:
     """The rule's weights, of mean 1 over each response's unmasked tokens: float32 (B, T), 0 where masked.
 
     Raises:
@@ -97,23 +102,23 @@ def weigh(rule: WeightRule, batch: TaggedBatch, statistics: RegionStatistics | N
     if not isinstance(weights_BT, torch.Tensor) or weights_BT.shape != batch.mask_BT.shape:
         got = tuple(weights_BT.shape) if isinstance(weights_BT, torch.Tensor) else type(weights_BT).__name__
         raise UserError(
-            f"{got} from the weight rule {name_of(rule)}",
+            f"{got} from the weight rule {display_name(rule)}",
             f"a tensor of weights of shape {tuple(batch.mask_BT.shape)}, as batch.mask_BT has",
             "return one weight for every token",
         )
     weights_BT = weights_BT.detach().cpu().masked_fill(~batch.mask_BT.bool(), 0.0)
     if not (torch.isfinite(weights_BT).all() and (weights_BT >= 0).all()):
         raise UserError(
-            f"negative, infinite or NaN weights from the weight rule {name_of(rule)}",
+            f"negative, infinite or NaN weights from the weight rule {display_name(rule)}",
             "finite numbers >= 0",
             "guard the rule against regions that have not been seen (statistics is None in the first step)",
         )
     if getattr(rule, "is_normalised", False):
         return weights_BT.float()
-    return normalise(weights_BT, batch.mask_BT)
+    return normalise_weights(weights_BT, batch.mask_BT)
 
 
-def region_weights_of(rule: WeightRule, statistics: RegionStatistics | None, progress: float) -> Tensor | None:
+def get_region_weights(rule: WeightRule, statistics: RegionStatistics | None, progress: float) -> Tensor | None:
     """The rule's `region_weights`, None for a rule without them."""
     method = getattr(rule, "region_weights", None)
     return None if method is None else method(statistics, progress)
@@ -136,7 +141,7 @@ class WeightConfig:
     Every default that is not the paper's is ours and marked so.
     """
 
-    rule: Rule = "one_minus_exp"
+    rule: RuleName = "one_minus_exp"
     """one_minus_exp 1/(1-exp(-H)), inverse 1/H, collision 1/mean(1-sum p^2), constant, uniform (GRPO); rivals: inverted
     (1-exp(-H)), top_entropy (only the most uncertain tokens), permuted (one_minus_exp dealt to shuffled regions)."""
     strength: float = 1.0
@@ -157,7 +162,7 @@ class WeightConfig:
     """Share of tokens that the rule `top_entropy` keeps (arXiv 2506.01939)."""
     seed: int = 0
     """Shuffle of the rule `permuted`."""
-    scope: tuple[str, ...] = REGIONS
+    scope: tuple[str, ...] = REGION_LABELS
     """Labels of the regions that the rule weighs; the others weigh 1 (ours)."""
     dropped: tuple[str, ...] = ()
     """Labels of regions whose tokens get no gradient, whatever the rule (an ablation of the paper: no reasoning)."""
@@ -166,8 +171,8 @@ class WeightConfig:
     would otherwise weigh infinitely much."""
 
     def __post_init__(self) -> None:
-        if self.rule not in get_args(Rule):
-            raise UserError(f"rule {self.rule!r}", f"one of {', '.join(get_args(Rule))}", "choose one of them")
+        if self.rule not in get_args(RuleName):
+            raise UserError(f"rule {self.rule!r}", f"one of {', '.join(get_args(RuleName))}", "choose one of them")
         if not 0 <= self.strength <= 1:
             raise UserError(f"strength {self.strength}", "a number in [0, 1]", "change it")
         if not 0 < self.w_min <= 1 <= self.w_max < float("inf"):
@@ -180,20 +185,20 @@ class WeightConfig:
             raise UserError(f"uncertainty_floor {self.uncertainty_floor}", "a positive number", "change it")
         self._check_regions()
         numbers = self.constants.values()
-        known = set(self.constants) == set(REGIONS)
+        known = set(self.constants) == set(REGION_LABELS)
         if not known or not all(0 <= value < float("inf") for value in numbers) or not any(numbers):
             raise UserError(
                 f"constants {dict(self.constants)}",
-                f"a finite number >= 0, not all of them 0, for each of {', '.join(REGIONS)}",
+                f"a finite number >= 0, not all of them 0, for each of {', '.join(REGION_LABELS)}",
                 "give every region one",
             )
 
     def _check_regions(self) -> None:
         for name in ("scope", "dropped"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # TOML and JSON have lists
-            if unknown := sorted(set(getattr(self, name)) - set(REGIONS)):
-                raise UserError(f"{name} {unknown}", f"some of {', '.join(REGIONS)}", "correct the label")
-        if set(self.dropped) == set(REGIONS):
+            if unknown := sorted(set(getattr(self, name)) - set(REGION_LABELS)):
+                raise UserError(f"{name} {unknown}", f"some of {', '.join(REGION_LABELS)}", "correct the label")
+        if set(self.dropped) == set(REGION_LABELS):
             raise UserError("every region in dropped", "one to learn from", "leave one out")
         if self.dropped and self.rule == "top_entropy":
             raise UserError(
@@ -226,20 +231,20 @@ class WeightConfig:
             )
 
     def region_weights(self, statistics: RegionStatistics | None, progress: float) -> Tensor | None:
-        return self._by_region(statistics, progress) if self.needs_statistics else None
+        return self._weights_by_region(statistics, progress) if self.needs_statistics else None
 
     def __call__(self, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor:
         if not self.needs_entropies:
-            return self._by_region(statistics, progress)[batch.regions_BT]
+            return self._weights_by_region(statistics, progress)[batch.regions_BT]
         if batch.entropies_BT is None:
             raise UserError(
                 "the rule 'top_entropy' without the entropies of the batch",
                 "one for every token, because it chooses single tokens",
                 "pass entropies as a (B, T) tensor",
             )
-        return keep_top_entropy(batch.entropies_BT, batch.mask_BT, self.quantile, batch.entropies_N)
+        return top_entropy_mask(batch.entropies_BT, batch.mask_BT, self.quantile, batch.entropies_N)
 
-    def _by_region(self, statistics: RegionStatistics | None, progress: float) -> Tensor:
+    def _weights_by_region(self, statistics: RegionStatistics | None, progress: float) -> Tensor:
         return apply_curriculum(region_weights(statistics, self), progress, self)
 
 
@@ -264,12 +269,12 @@ class AuthorsWeights:
         import torch
 
         from rest_rl.authors_code import authors_normalise, authors_weights
-        from rest_rl.regions import token_bytes, turns
+        from rest_rl.regions import find_turns, get_token_bytes
 
         self.check(batch.format, truncates=False)
-        table, mask = token_bytes(batch.tokenizer), batch.mask_BT.numpy().astype(bool)
+        table, mask = get_token_bytes(batch.tokenizer), batch.mask_BT.numpy().astype(bool)
         weights = np.zeros(mask.shape, dtype=np.float32)
-        for row, start, end in zip(*turns(mask), strict=True):
+        for row, start, end in zip(*find_turns(mask), strict=True):
             pieces = table.text_pieces(batch.ids_BT[row, start:end].tolist())
             weights[row, start:end] = authors_weights(pieces, batch.step, trim_spaces=table.trims_offsets)
         for row in range(len(weights)):
@@ -295,16 +300,16 @@ def region_weights(statistics: RegionStatistics | None, config: WeightConfig) ->
     uncertainty_R = _uncertainty(statistics, config).clamp_min(config.uncertainty_floor)
     exponent = config.strength if config.rule == "inverted" else -config.strength
     raw_R = uncertainty_R**exponent
-    scope_R = torch.tensor([label in config.scope for label in REGIONS])
+    scope_R = torch.tensor([label in config.scope for label in REGION_LABELS])
     seen_R = scope_R & torch.isfinite(uncertainty_R) & torch.isfinite(raw_R) & (statistics.counts_R > 0)
     if not seen_R.any():
         return torch.ones(NUM_REGIONS, dtype=torch.float64)
     mean = (raw_R * statistics.counts_R)[seen_R].sum() / statistics.counts_R[seen_R].sum()
     weights_R = torch.where(seen_R, raw_R / mean, torch.ones_like(raw_R)).clamp(config.w_min, config.w_max)
-    return weights_R[_dealing(config)] if config.rule == "permuted" else weights_R
+    return weights_R[_permutation(config)] if config.rule == "permuted" else weights_R
 
 
-def _dealing(config: WeightConfig) -> Tensor:
+def _permutation(config: WeightConfig) -> Tensor:
     """Which region's weight each region gets under the rule `permuted`: int64 (R,).
 
     The four regions of a call are dealt so that none keeps its own weight; nine seeds give all nine ways. ANSWER and
@@ -352,7 +357,7 @@ def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -
     shift_R[Region.ARGUMENTS] = config.gain_arguments * progress
     shift_R[Region.REASONING] = shift_R[Region.ANSWER] = config.gain_reasoning * progress
     if config.rule == "permuted":
-        shift_R = shift_R[_dealing(config)]
+        shift_R = shift_R[_permutation(config)]
     weights_R = torch.minimum(torch.maximum(weights_R + config.strength * shift_R, lowest), highest)
     weights_R[[region for region in Region if region.label in config.dropped]] = 0.0
     return weights_R
@@ -363,10 +368,10 @@ def assign_weights(weights_R: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> Te
 
     w_t / mean_t w_t over the unmasked tokens of the response (ResT's normalisation), so every response's mean is 1.
     """
-    return normalise(weights_R.to(regions_BT.device)[regions_BT], mask_BT)
+    return normalise_weights(weights_R.to(regions_BT.device)[regions_BT], mask_BT)
 
 
-def normalise(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def normalise_weights(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Divide each response's weights by their mean over its unmasked tokens: float32 (B, T), 0 where masked.
 
     A response without unmasked tokens, or whose weights are all 0, stays 0.
@@ -381,7 +386,7 @@ def normalise(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return (weights_BT / torch.where(means_B1 > 0, means_B1, 1.0)).float()
 
 
-def keep_top_entropy(
+def top_entropy_mask(
     entropies_BT: Tensor, mask_BT: Tensor, quantile: float, entropies_N: Tensor | None = None
 ) -> Tensor:
     """1 for the `quantile` most uncertain tokens of the batch and 0 elsewhere (arXiv 2506.01939): float64 (B, T).

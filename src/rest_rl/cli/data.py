@@ -96,9 +96,9 @@ class Reading:
         settings = {**vars(self), "keep": self.keep or (), "layout": layout, "test": test}
         del settings["model"], settings["format"]
         if self.max_response_tokens is None:
-            from rest_rl.config import default_response
+            from rest_rl.config import default_response_limit
 
-            settings["max_response_tokens"] = default_response(layout.context) if layout else 1
+            settings["max_response_tokens"] = default_response_limit(layout.context) if layout else 1
         if sys.stderr.isatty():
             from rich.console import Console
 

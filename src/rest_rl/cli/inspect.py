@@ -55,13 +55,13 @@ def presets(name: Annotated[str | None, typer.Argument(metavar="NAME", help="pri
 
 def run_tables(name: str) -> dict[str, Any]:
     """A preset as tables of a run file; the clip range is the trainer's."""
-    from rest_rl.config import preset_table
+    from rest_rl.config import preset_to_table
     from rest_rl.presets import SUPERVISED, get_preset
 
     if name in SUPERVISED:
         return {"rest": {"preset": name, "region_weights": SUPERVISED[name]}}
     preset = get_preset(name)
-    table = preset_table(preset)
+    table = preset_to_table(preset)
     clip = {"epsilon": table.pop("epsilon_low"), "epsilon_high": table.pop("epsilon_high")}
     return {"rest": {"preset": preset.name, **table}, "trl": clip}
 
@@ -120,7 +120,7 @@ def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> 
     import torch
 
     from rest_rl.presets import compute_token_weights
-    from rest_rl.regions import tag_regions, token_bytes
+    from rest_rl.regions import get_token_bytes, tag_regions
 
     if not ids:
         return Inspected([], [], [], [])
@@ -128,7 +128,7 @@ def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> 
     mask_BT = torch.ones_like(ids_BT)
     regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, settings["format"])
     weights_BT = compute_token_weights(ids_BT, mask_BT, tokenizer, **settings, regions_BT=regions_BT)
-    pieces = token_bytes(tokenizer).split(ids)
+    pieces = get_token_bytes(tokenizer).split(ids)
     for at in (at for at, piece in enumerate(pieces) if not piece):
         # the end of a sequence carries no text of its own: show its name
         pieces[at] = tokenizer.decode([ids[at]]).encode("utf-8", errors="replace")
@@ -163,11 +163,11 @@ def runs(response: Inspected) -> Iterator[tuple[str, str]]:
 
 def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
     """The token ids of a row to inspect: its `ids`, else its `response` as the tokenizer reads it."""
-    from rest_rl.jsonl import text_field
+    from rest_rl.jsonl import require_text
 
     ids = row.get("ids")
     if ids is None:
-        text = text_field(row, "response").encode("utf-8", "replace").decode("utf-8")  # JSON can hold lone surrogates
+        text = require_text(row, "response").encode("utf-8", "replace").decode("utf-8")  # JSON can hold lone surrogates
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise UserError(f"ids {ids!r:.80}", "a list of integers", "correct the row")

@@ -35,13 +35,13 @@ def score(
 def format_of_rows(name: str, file: str) -> tuple[str, Iterator[tuple[int, bytes]]]:
     """The format of that name, or for `auto` the one that the first responses show, said on stderr; and all rows."""
     from rest_rl.formats import get_format
-    from rest_rl.formats.detect import ENOUGH, choose_format
+    from rest_rl.formats.detect import MAX_RESPONSES, choose_format
     from rest_rl.jsonl import read_lines, response_texts
 
     if name != AUTO:
         get_format(name)
     rows = read_lines(file)
-    first = list(islice(rows, ENOUGH))
+    first = list(islice(rows, MAX_RESPONSES))
     name, why = choose_format(name, response_texts(line for _, line in first))
     print(f"format {name}: {why}", file=sys.stderr)
     return name, chain(first, rows)
@@ -51,7 +51,7 @@ def score_row(row: Mapping[str, Any], tool_format: str, preset: str, progress: f
     """The score of one row; its `step` goes before `progress`: step 150 of the paper's schedule is progress 1."""
     from rest_rl.authors_code import SCHEDULE_STEPS
     from rest_rl.errors import UserError
-    from rest_rl.jsonl import text_field
+    from rest_rl.jsonl import require_text
     from rest_rl.presets import score_response
     from rest_rl.response import gold_from_json
 
@@ -62,7 +62,7 @@ def score_row(row: Mapping[str, Any], tool_format: str, preset: str, progress: f
         progress = min(1.0, step / SCHEDULE_STEPS)
     if not isinstance(is_cut := row.get("truncated", False), bool):
         raise UserError(f"truncated {is_cut!r:.80}", "true or false", "correct or leave it out")
-    text, gold = text_field(row, "response"), gold_from_json(row.get("gold"))
+    text, gold = require_text(row, "response"), gold_from_json(row.get("gold"))
     settings = {"preset": preset, "progress": progress, "step": step, "truncated": is_cut}
     reward = score_response(text, gold, format=tool_format, **settings)
     return {

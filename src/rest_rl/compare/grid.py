@@ -17,14 +17,14 @@ import tomli_w
 from rest_rl.config import (
     RunConfig,
     apply_overrides,
-    embedded_run,
     from_mapping,
     parse_toml,
+    read_asset,
     rename_keys,
     without_none,
 )
 from rest_rl.errors import UserError
-from rest_rl.jsonl import reason
+from rest_rl.jsonl import describe_os_error
 from rest_rl.objects import add_search_folder
 from rest_rl.presets import PRESETS
 from rest_rl.report.tables import flatten
@@ -50,7 +50,7 @@ class Method(NamedTuple):
 
 METHODS = {
     name: Method(**table)
-    for name, table in parse_toml(embedded_run("compare-methods.toml"), "compare-methods.toml").items()
+    for name, table in parse_toml(read_asset("compare-methods.toml"), "compare-methods.toml").items()
 }
 DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.role != "ablation")
 
@@ -270,7 +270,7 @@ def build_base_tables(
     path: str | Path | None, changes: Tables, overrides: Iterable[str], *, warn: bool = True
 ) -> Tables:
     """The base run's tables: the run file, `[base]`, the overrides. Folder and seed of a run are the grid's."""
-    text, origin = (read_text(path), str(path)) if path else (embedded_run(), "the embedded run")
+    text, origin = (read_text(path), str(path)) if path else (read_asset(), "the embedded run")
     tables = apply_overrides(merge_tables(rename_keys(parse_toml(text, origin), warn=warn), changes), overrides)
     run = {key: value for key, value in (tables.get("run") or {}).items() if key not in ("out", "seed")}
     tables = {**tables, "run": {"show_every": 0, **run}}
@@ -308,7 +308,7 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} ({reason(error)})", "a readable TOML file", "check the path") from error
+        raise UserError(f"{path} ({describe_os_error(error)})", "a readable TOML file", "check the path") from error
 
 
 def is_finished(summary: Mapping[str, Any]) -> bool:

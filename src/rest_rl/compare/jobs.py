@@ -1,7 +1,7 @@
 """The runs of a grid, each `rest-rl train` in a process of its own: some at a time, resumed, stopped in order.
 
-The process of a run owns its folder (`runlog.owned`). So nobody trains a run twice, also when an earlier command was
-killed and left its runs behind, or another one starts the same run at the same moment: we wait for it.
+The process of a run locks its folder (`runlog.lock_run_folder`). So nobody trains a run twice, also when an earlier
+command was killed and left its runs behind, or another one starts the same run at the same moment: we wait for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ from rest_rl.errors import UserError
 from rest_rl.jsonl import parse_row
 from rest_rl.report.tables import headline_turn, is_number, scores_for_turn
 from rest_rl.response import TURNS
-from rest_rl.runlog import CONFIG, METRICS, SUMMARY, Observer, owner_of, read_object, replace_file, unwritable
+from rest_rl.runlog import (
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    Observer,
+    find_lock_owner,
+    read_json_object,
+    replace_file,
+    unwritable_folder_error,
+)
 from rest_rl.train.request import find_changed_keys, with_recorded_defaults
 
 POLL_SECONDS = 0.5
@@ -59,7 +68,7 @@ class Job:
     @property
     def is_complete(self) -> bool:
         """Whether its folder holds the finished run."""
-        return (self.folder / CONFIG).is_file() and is_finished(read_object(self.folder / SUMMARY))
+        return (self.folder / CONFIG).is_file() and is_finished(read_json_object(self.folder / SUMMARY))
 
     def last_metrics(self) -> dict[str, Any]:
         """The newest whole row of the run's metrics; empty before the first."""
@@ -153,7 +162,7 @@ def write_run_file(job: Job) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         replace_file(job.log.with_suffix(".toml"), job.config.to_toml())
     except OSError as error:
-        raise unwritable(job.log.parent, error) from error
+        raise unwritable_folder_error(job.log.parent, error) from error
 
 
 def start_waiting_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observer, stop: StopRequests) -> None:
@@ -163,7 +172,7 @@ def start_waiting_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observe
         if room <= 0 or stop.count:
             return
         room -= 1
-        if holder := owner_of(job.folder):
+        if holder := find_lock_owner(job.folder):
             if not job.note:
                 wait_for_owner(job, holder, observer)
         elif job.is_complete:  # somebody else has finished it
@@ -214,7 +223,7 @@ def record_exit(job: Job, observer: Observer, *, is_stopping: bool) -> None:
     elif is_stopping:
         job.state, job.note = "stopped", f"stopped after step {job.last_step()}"
         observer.say(f"{job.name} {job.note}")
-    elif holder := owner_of(job.folder):  # who was faster; ours has been refused
+    elif holder := find_lock_owner(job.folder):  # who was faster; ours has been refused
         wait_for_owner(job, holder, observer)
     else:
         how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
@@ -225,7 +234,7 @@ def record_exit(job: Job, observer: Observer, *, is_stopping: bool) -> None:
 
 
 def format_exact_match(job: Job) -> str:
-    summary = read_object(job.folder / SUMMARY)
+    summary = read_json_object(job.folder / SUMMARY)
     pair = [summary.get(when) for when in ("before", "after")]
     turn = headline_turn(pair)
     before, after = (scores_for_turn(scores, turn).get("exact_match") for scores in pair)

@@ -50,7 +50,7 @@ from rest_rl.report.tables import (
     values_by_step,
 )
 from rest_rl.response import TURNS
-from rest_rl.runlog import PLOTS, replace_file, unwritable
+from rest_rl.runlog import PLOTS, replace_file, unwritable_folder_error
 
 PAGE_FILE, FIGURES_FILE = "compare.md", "compare.json"
 FINAL_METRICS = ("exact", "exact_greedy", "s_acc")
@@ -79,7 +79,7 @@ def write_page(report: ComparisonReport) -> ComparisonReport:
         replace_file(folder / PAGE_FILE, render_page(report, plots))
         replace_file(folder / FIGURES_FILE, as_json(build_figures(report), indent=1) + "\n")
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise unwritable_folder_error(folder, error) from error
     return replace(report, page=folder / PAGE_FILE)
 
 

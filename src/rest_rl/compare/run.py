@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rest_rl.compare.grid import DEFAULT_REFERENCE, GRID_FILE, RUNS_FOLDER, Grid, read_grid
 from rest_rl.compare.jobs import Job, check_startable, make_jobs, run_jobs
 from rest_rl.errors import UserError
-from rest_rl.runlog import SILENT, Observer, replace_file, unwritable
+from rest_rl.runlog import SILENT, Observer, replace_file, unwritable_folder_error
 
 if TYPE_CHECKING:
     from rest_rl.compare.collect import ComparisonReport
@@ -147,5 +147,5 @@ def save_grid(grid: Grid, folder: Path) -> Grid:
         for name, text in grid.to_files().items():
             replace_file(folder / name, text)
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise unwritable_folder_error(folder, error) from error
     return grid

@@ -16,7 +16,7 @@ from scipy.integrate import trapezoid
 from scipy.optimize import brentq
 from scipy.stats import nct, permutation_test, t, ttest_1samp
 
-from rest_rl.statistics import LEVEL, Interval
+from rest_rl.statistics import SIGNIFICANCE_LEVEL, Interval
 
 POWER = 0.8
 MAX_SIGN_DRAWS = 20_000
@@ -65,7 +65,7 @@ def mean_interval(values: Sequence[float], bounds: tuple[float, float] | None = 
     if sd == 0:
         half = NAN if any(values) else 0.0
     else:
-        half = float(t.ppf(1 - LEVEL / 2, len(values) - 1)) * sd / math.sqrt(len(values))
+        half = float(t.ppf(1 - SIGNIFICANCE_LEVEL / 2, len(values) - 1)) * sd / math.sqrt(len(values))
     if bounds is None or math.isnan(half):
         return Interval(mean, mean - half, mean + half)
     return Interval(mean, max(bounds[0], mean - half), min(bounds[1], mean + half))
@@ -126,7 +126,7 @@ def paired_t_power(difference: float, sd: float, n: int) -> float:
     """Chance that a paired t test at the 5 % level finds a true difference with n seeds: the noncentral t's tails."""
     if n < 2 or not sd > 0:
         return NAN
-    critical, shift = t.ppf(1 - LEVEL / 2, n - 1), abs(difference) / sd * math.sqrt(n)
+    critical, shift = t.ppf(1 - SIGNIFICANCE_LEVEL / 2, n - 1), abs(difference) / sd * math.sqrt(n)
     # scipy gives NaN for a left tail that is too small for it, below 1e-16
     return float(nct.sf(critical, n - 1, shift) + np.nan_to_num(nct.cdf(-critical, n - 1, shift)))
 

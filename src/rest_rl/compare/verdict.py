@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rest_rl.compare.collect import METRICS, PERMUTED, RANDOM, ComparisonReport, MethodResult, Statement, list_some
 from rest_rl.compare.statistics import Paired, count_seeds_needed
-from rest_rl.statistics import LEVEL, Interval
+from rest_rl.statistics import SIGNIFICANCE_LEVEL, Interval
 
 FEW_SEEDS = 3
 RELEVANT_DIFFERENCE = 0.03
@@ -71,7 +71,7 @@ def difference_to_reference(report: ComparisonReport, line: MethodResult) -> Int
 
 def is_significant(report: ComparisonReport, line: MethodResult) -> bool:
     """Whether a method differs from the reference beyond seed noise: q at most 5 %."""
-    return q_value(report, line) <= LEVEL
+    return q_value(report, line) <= SIGNIFICANCE_LEVEL
 
 
 def nothing_learnt_statement(report: ComparisonReport, lines: list[MethodResult]) -> Statement | None:
@@ -111,10 +111,10 @@ def headline_statement(
         return Statement("no_difference", f"**No difference beyond seed noise.** {text}")
     above = [line for line in significant if difference_to_reference(report, line).value > 0]
     if len(judged) == 1:
-        side, test = "above" if above else "below", f"{label}, {p_or_q(report)} ≤ {LEVEL:g}"
+        side, test = "above" if above else "below", f"{label}, {p_or_q(report)} ≤ {SIGNIFICANCE_LEVEL:g}"
         return Statement(side, f"**`{judged[0].label}` is {side} `{reference}` beyond seed noise** ({test}).")
     counts = f"{len(above)} above `{reference}` and {len(significant) - len(above)} below it"
-    text = f"**Of {len(judged)} methods, {counts} beyond seed noise** ({label}, q ≤ {LEVEL:g})."
+    text = f"**Of {len(judged)} methods, {counts} beyond seed noise** ({label}, q ≤ {SIGNIFICANCE_LEVEL:g})."
     return Statement("some_differ", text)
 
 

@@ -11,8 +11,15 @@ from jinja2 import TemplateError
 from rest_rl.config import AUTO
 from rest_rl.data.samples import ToolSample, calls_of
 from rest_rl.errors import UserError
-from rest_rl.formats import FORMATS, OpenedThinkFormat, ToolFormat, as_demonstrated, format_of_template, get_format
-from rest_rl.formats.opened_think import OPENINGS, SUFFIX
+from rest_rl.formats import (
+    FORMATS,
+    OpenedThinkFormat,
+    ToolFormat,
+    demonstration_format,
+    detect_template_format,
+    get_format,
+)
+from rest_rl.formats.opened_think import OPENING_TAGS, THINK_SUFFIX
 
 FALLBACK = "hermes"
 """The format described in a system message to a model whose template shows no known one."""
@@ -111,7 +118,7 @@ class PromptLayout:
     @cached_property
     def opens_think(self) -> bool:
         """Whether a prompt ends in an open think block."""
-        return self._probe.rstrip().endswith(OPENINGS)
+        return self._probe.rstrip().endswith(OPENING_TAGS)
 
     @cached_property
     def closes_think(self) -> bool:
@@ -181,7 +188,7 @@ def tool_response(content: str) -> str:
 def _assistant_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
     """An assistant message as the model would have written it, without reasoning; ValueError for unwritable calls."""
     calls, content = calls_of(message), message.get("content") or ""
-    written = as_demonstrated(tool_format.inner if isinstance(tool_format, OpenedThinkFormat) else tool_format)
+    written = demonstration_format(tool_format.inner if isinstance(tool_format, OpenedThinkFormat) else tool_format)
     try:
         return written.render(None, calls, content or None)
     except ValueError:  # a text with tags in it: it is left as it is, or out where there are calls
@@ -224,7 +231,7 @@ def template_format(tokenizer: Any) -> str | None:
     template = tokenizer.chat_template
     if isinstance(template, Mapping):  # several by name, the one for tools among them
         template = template.get("tool_use") or template.get("default") or ""
-    return format_of_template(template or "")
+    return detect_template_format(template or "")
 
 
 def resolve_format(
@@ -242,7 +249,7 @@ def resolve_format(
             "pass --format (rest.format): toolrl for ToolRL and API-Bank, pythonic for ToolACE",
         )
     found = template_format(tokenizer)
-    base, asks_think = name.removesuffix(SUFFIX), name.endswith(SUFFIX)
+    base, asks_think = name.removesuffix(THINK_SUFFIX), name.endswith(THINK_SUFFIX)
     if base == AUTO:
         base = found or FALLBACK
         why = "from the chat template" if found else f"the chat template shows no known one, so {IN_WORDS}"
@@ -258,4 +265,4 @@ def resolve_format(
             f"{base!r}",
             "leave out +think, or set model.chat_template_kwargs so that it does",
         )
-    return (base + SUFFIX, f"{why}; it opens the think block") if opens else (base, why)
+    return (base + THINK_SUFFIX, f"{why}; it opens the think block") if opens else (base, why)

@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 
 from rest_rl.errors import UserError
 from rest_rl.json_spans import MAX_DEPTH, decode_at
-from rest_rl.jsonl import reason
+from rest_rl.jsonl import describe_os_error
 
 MAX_ROW_BYTES = 8 * 2**20
 """A longer row is no training sample: 8 MiB are about two million tokens."""
@@ -146,7 +146,7 @@ class RowReader:
                 self._file = file
                 yield from _parquet_rows(file) if _suffix(path) == ".parquet" else _text_rows(file, path)
         except OSError as error:
-            raise UserError(f"{path} ({reason(error)})", "a readable data file", "check the path") from error
+            raise UserError(f"{path} ({describe_os_error(error)})", "a readable data file", "check the path") from error
 
 
 class _Input(NamedTuple):

@@ -60,7 +60,7 @@ FILLER = (
 """Words of a thought that decides nothing."""
 FILLER_LENGTHS = range(24, 41)
 """Numbers of words of such a thought."""
-OPENINGS = ("please", "kindly", "now", "hello")
+OPENING_TAGS = ("please", "kindly", "now", "hello")
 NAME_PARTS = tuple(c + v for c in "kstnmrvbdg" for v in "aeio")
 KEY_PARTS = tuple(c + v for c in "pzfljhwc" for v in "aeio")
 _NOUNS = tuple(YIELDS)
@@ -194,7 +194,7 @@ def _dialogue(
     else:
         turns = [_turn(calls, schemas)]
     joint = " then " if kind == "dependent" else " and "
-    user = {"role": "user", "content": f"{rng.choice(OPENINGS)} {joint.join(wishes)}"}
+    user = {"role": "user", "content": f"{rng.choice(OPENING_TAGS)} {joint.join(wishes)}"}
     return Dialogue(identity, (user, *turns), tuple(schemas), kind)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rest_rl.data.check import CheckedRow
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.errors import UserError
-from rest_rl.jsonl import as_json, reason
+from rest_rl.jsonl import as_json, describe_os_error
 
 BATCH_ROWS = 1000
 Write = Callable[[Mapping[str, Any]], None]
@@ -69,7 +69,9 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except OSError as error:
-        raise UserError(f"{path} ({reason(error)})", "a place to write to", "choose another --out") from error
+        raise UserError(
+            f"{path} ({describe_os_error(error)})", "a place to write to", "choose another --out"
+        ) from error
     finally:
         with suppress(OSError):  # where the folder is a file there is no part either
             part.unlink(missing_ok=True)

@@ -16,10 +16,10 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.harness import group_label
 from rest_rl.evaluate.log import SAMPLES, SUMMARY, EvalLog, Row
 from rest_rl.evaluate.tables import comparison_markdown
-from rest_rl.jsonl import as_json, reason
+from rest_rl.jsonl import as_json, describe_os_error
 from rest_rl.response import TURNS
-from rest_rl.runlog import read_object, replace_file
-from rest_rl.statistics import Interval, mcnemar, paired_difference, q_values, weighted_mean
+from rest_rl.runlog import read_json_object, replace_file
+from rest_rl.statistics import Interval, mcnemar_p_value, paired_difference, q_values, weighted_mean
 
 FLIPS = "flips.jsonl"
 ALL_SAMPLES = "all"
@@ -147,14 +147,14 @@ def write_comparison(comparison: EvalComparison, folder: str | Path) -> list[Pat
         for name, text in texts.items():
             replace_file(target / name, text)
     except OSError as error:
-        raise UserError(f"{folder} ({reason(error)})", "a writable folder", "pass another") from error
+        raise UserError(f"{folder} ({describe_os_error(error)})", "a writable folder", "pass another") from error
     return [target / name for name in texts]
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
     """Read an evaluation folder; UserError if it holds none. Of several rows of a sample the last one stands."""
     path = Path(folder)
-    summary, rows = read_object(path / SUMMARY), EvalLog(path).read_rows()
+    summary, rows = read_json_object(path / SUMMARY), EvalLog(path).read_rows()
     if "benchmark" not in summary or not rows:
         missing = SAMPLES if "benchmark" in summary else f"{SUMMARY} of an evaluation"
         expected, remedy = (
@@ -213,7 +213,9 @@ def compute_change(group: str, pairs: Sequence[tuple[bool, bool]]) -> Change:
     n, lost = len(pairs), sum(old and not new for old, new in pairs)
     gained = sum(new and not old for old, new in pairs)
     base, tuned = (sum(pair[side] for pair in pairs) / n if n else 0.0 for side in (0, 1))
-    return Change(group, n, base, tuned, *paired_difference(lost, gained, n), lost, gained, mcnemar(lost, gained))
+    return Change(
+        group, n, base, tuned, *paired_difference(lost, gained, n), lost, gained, mcnemar_p_value(lost, gained)
+    )
 
 
 def find_flips(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> Iterator[Flip]:

@@ -15,7 +15,7 @@ from typing import Any
 from rest_rl.evaluate.conversation import Benchmark, Conversation, Model, Reply
 from rest_rl.evaluate.log import EvalLog, Row
 from rest_rl.formats import ToolFormat
-from rest_rl.statistics import wilson
+from rest_rl.statistics import wilson_interval
 
 OVERALL = "overall"
 
@@ -173,5 +173,5 @@ def score_group(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict[
 def score_metric(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     """How many are correct, the share, and its 95 % Wilson interval; the share of nothing is null."""
     correct = sum(bool(row[metric]) for row in rows)
-    low, high = wilson(correct, len(rows))
+    low, high = wilson_interval(correct, len(rows))
     return {"correct": correct, "accuracy": correct / len(rows) if rows else None, "low": low, "high": high}

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rest_rl.errors import UserError
-from rest_rl.jsonl import as_json, reason
-from rest_rl.runlog import cut_back, describe_environment, read_object, replace_file
+from rest_rl.jsonl import as_json, describe_os_error
+from rest_rl.runlog import describe_environment, read_json_object, replace_file, truncate_file
 
 SETTINGS, SAMPLES, SUMMARY, ENVIRONMENT = "settings.json", "samples.jsonl", "summary.json", "environment.json"
 
@@ -52,7 +52,7 @@ class EvalLog:
     def resume(cls, folder: str | Path, settings: Mapping[str, Any]) -> EvalLog:
         """Go on in a folder: failed samples and a torn last line are removed. UserError for other settings."""
         log = cls(folder)
-        recorded = read_object(log.folder / SETTINGS)
+        recorded = read_json_object(log.folder / SETTINGS)
         if not recorded:
             raise UserError(f"--resume and {folder}, which holds no evaluation", "one", "leave --resume out")
         asked = json.loads(as_json(settings))
@@ -80,7 +80,7 @@ class EvalLog:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(as_json(row) + "\n")
             except OSError:
-                cut_back(path, size)
+                truncate_file(path, size)
                 raise
 
     def write_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -97,6 +97,9 @@ class EvalLog:
         try:
             yield
         except OSError as error:
-            got, expected = f"evaluation folder {self.folder} ({reason(error)})", "a writable folder with free space"
+            got, expected = (
+                f"evaluation folder {self.folder} ({describe_os_error(error)})",
+                "a writable folder with free space",
+            )
             remedy = "make room and go on with --resume (what was written is whole), or pass another --out"
             raise UserError(got, expected, remedy) from error

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from rest_rl.config import EMBEDDED, ModelTable, RunConfig, read_run_file
 from rest_rl.data.hub import has_hub
 from rest_rl.errors import UserError
-from rest_rl.jsonl import reason
+from rest_rl.jsonl import describe_os_error
 from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
 
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -48,7 +48,9 @@ def resolve_origin(path: str, option: str = "--model") -> Origin:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UserError(f"{option} {path} ({reason(error)})", "a folder that can be read", "check the path") from error
+        raise UserError(
+            f"{option} {path} ({describe_os_error(error)})", "a folder that can be read", "check the path"
+        ) from error
     if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
         return Origin(str(folder / MODEL), read_run_file(folder / CONFIG), display_path(folder))
     if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():

@@ -17,9 +17,9 @@ from rest_rl.evaluate.origin import resolve_origin
 from rest_rl.evaluate.request import EvalRequest
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.formats.detect import choose_format
-from rest_rl.formats.opened_think import SUFFIX
+from rest_rl.formats.opened_think import THINK_SUFFIX
 from rest_rl.jsonl import read_lines, response_texts
-from rest_rl.runlog import read_object
+from rest_rl.runlog import read_json_object
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _format_without_tokenizer(request: EvalRequest) -> tuple[str, str]:
     if request.format and request.format != AUTO:
         return request.format, "as set"
     if request.responses:
-        recorded = read_object(Path(request.responses).with_name(SETTINGS))
+        recorded = read_json_object(Path(request.responses).with_name(SETTINGS))
         if isinstance(recorded.get("format"), str):
             return recorded["format"], f"as in the {SETTINGS} beside the responses"
         return choose_format(AUTO, response_texts(line for _, line in read_lines(request.responses)))
@@ -138,7 +138,7 @@ def _resolve_published_frame(
 
     So it is asked where the request says so, and where its run has trained on them. API-Bank brings its own texts.
     """
-    given, is_toolrl = request.prompt_from, name.removesuffix(SUFFIX) == FORMAT
+    given, is_toolrl = request.prompt_from, name.removesuffix(THINK_SUFFIX) == FORMAT
     kept = run.data.path if run and run.data.keep_prompts and is_toolrl else None
     is_asked = request.prompt == "published" or (request.prompt_mode == "training" and kept is not None)
     if request.benchmark == "api-bank" or not is_asked:

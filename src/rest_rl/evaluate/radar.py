@@ -16,7 +16,7 @@ from matplotlib.projections.polar import PolarAxes
 from rest_rl.errors import UserError
 from rest_rl.evaluate.harness import OVERALL
 from rest_rl.evaluate.tables import Column, Summary, build_sections, column_scores, describe_prompt, group_by_edition
-from rest_rl.jsonl import reason
+from rest_rl.jsonl import describe_os_error
 from rest_rl.report.plots import FAINT, INK, save_figure, series_colours
 
 MIN_AXES = 3
@@ -70,7 +70,7 @@ def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return save_figure(figure, Path(path))
     except OSError as error:
-        raise UserError(f"{path} ({reason(error)})", "a path to write to", "pass another") from error
+        raise UserError(f"{path} ({describe_os_error(error)})", "a path to write to", "pass another") from error
 
 
 def shared_columns(summaries: Sequence[Summary]) -> list[Column]:

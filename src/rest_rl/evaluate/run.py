@@ -22,7 +22,7 @@ from rest_rl.evaluate.plan import Plan, extra_request_fields, make_plan
 from rest_rl.evaluate.request import EvalRequest
 from rest_rl.evaluate.tables import write_tables
 from rest_rl.jsonl import as_json
-from rest_rl.objects import check_call, load_object
+from rest_rl.objects import check_signature, load_object
 from rest_rl.runlog import SILENT, Observer
 
 MAX_VLLM_CONTEXT = 65_536
@@ -188,7 +188,7 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
         raise UserError(
             f"benchmark {name!r} without {', '.join(missing)}", "a rest_rl.Benchmark", "add what is missing"
         )
-    check_call(benchmark.start, f"start of benchmark {name!r}", "identity", "tool_format")
+    check_signature(benchmark.start, f"start of benchmark {name!r}", "identity", "tool_format")
     return benchmark
 
 

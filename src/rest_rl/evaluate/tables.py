@@ -18,7 +18,7 @@ import pandas as pd
 from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.groups import LIVE, MULTI_TURN, NON_LIVE
 from rest_rl.evaluate.harness import OVERALL
-from rest_rl.jsonl import reason
+from rest_rl.jsonl import describe_os_error
 from rest_rl.report.tables import format_percent, is_number, markdown_table
 from rest_rl.response import TURNS
 from rest_rl.runlog import replace_file
@@ -347,7 +347,7 @@ def write_tables(summaries: Sequence[Summary], folder: str | Path) -> list[Path]
             replace_file(target / f"tables.{ending}", text)
     except OSError as error:
         expected = "a writable folder with free space"
-        raise UserError(f"{folder} ({reason(error)})", expected, "make room or pass another") from error
+        raise UserError(f"{folder} ({describe_os_error(error)})", expected, "make room or pass another") from error
     return [target / f"tables.{ending}" for ending in texts]
 
 

@@ -11,16 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 from rest_rl.errors import UserError
-from rest_rl.formats.chat_template import format_of_template
+from rest_rl.formats.chat_template import detect_template_format
 from rest_rl.formats.hermes import HermesFormat
 from rest_rl.formats.llama3 import Llama3Format
 from rest_rl.formats.mistral import MistralFormat, MistralV11Format
-from rest_rl.formats.opened_think import SUFFIX, OpenedThinkFormat
+from rest_rl.formats.opened_think import THINK_SUFFIX, OpenedThinkFormat
 from rest_rl.formats.protocol import ToolFormat
 from rest_rl.formats.pythonic import PythonicFormat
 from rest_rl.formats.qwen3_coder import Qwen3CoderFormat
 from rest_rl.formats.toolrl import ToolRLFormat
-from rest_rl.objects import address_of, load_object, trying
+from rest_rl.objects import find_address, load_object, wrap_user_errors
 from rest_rl.response import ParsedResponse, ToolCall
 
 __all__ = [
@@ -34,9 +34,9 @@ __all__ = [
     "Qwen3CoderFormat",
     "ToolFormat",
     "ToolRLFormat",
-    "as_demonstrated",
+    "demonstration_format",
+    "detect_template_format",
     "format_name",
-    "format_of_template",
     "get_format",
 ]
 
@@ -55,28 +55,28 @@ def get_format(tool_format: str | ToolFormat) -> ToolFormat:
     object of your own. UserError for an unknown name.
     """
     if not isinstance(tool_format, str):
-        return _checked_object(tool_format, f"a format object of type {type(tool_format).__name__}")
-    name = tool_format.removesuffix(SUFFIX)
+        return _validate_object(tool_format, f"a format object of type {type(tool_format).__name__}")
+    name = tool_format.removesuffix(THINK_SUFFIX)
     if name in FORMATS:
         found = FORMATS[name]
     elif ":" in name:
-        found = _checked_object(load_object(name, "format"), f"format {name!r}")
+        found = _validate_object(load_object(name, "format"), f"format {name!r}")
     else:
         raise UserError(
             f"format {tool_format!r}",
             f"one of {', '.join(FORMATS)}, or package.module:OBJECT",
-            f"add {SUFFIX} to a name when the prompt ends with the opening think tag",
+            f"add {THINK_SUFFIX} to a name when the prompt ends with the opening think tag",
         )
     return found if name == tool_format else OpenedThinkFormat(found)
 
 
-def as_demonstrated(tool_format: ToolFormat) -> ToolFormat:
+def demonstration_format(tool_format: ToolFormat) -> ToolFormat:
     """The format as its models write it themselves, for demonstrations to learn from.
 
     Only qwen3_coder differs: its `render` quotes strings that `parse` would take for a number, its models do not.
     """
     if isinstance(tool_format, OpenedThinkFormat):
-        return OpenedThinkFormat(as_demonstrated(tool_format.inner))
+        return OpenedThinkFormat(demonstration_format(tool_format.inner))
     if isinstance(tool_format, Qwen3CoderFormat):
         return replace(tool_format, quotes_strings=False)
     return tool_format
@@ -90,11 +90,11 @@ def format_name(tool_format: str | ToolFormat) -> str:
     if isinstance(tool_format, str):
         return tool_format
     if isinstance(tool_format, OpenedThinkFormat):
-        return format_name(tool_format.inner) + SUFFIX
+        return format_name(tool_format.inner) + THINK_SUFFIX
     name = get_format(tool_format).name
     if FORMATS.get(name) == tool_format:
         return name
-    if address := address_of(tool_format):
+    if address := find_address(tool_format):
         return address
     raise UserError(
         f"a format object {name!r} that no module holds",
@@ -104,13 +104,13 @@ def format_name(tool_format: str | ToolFormat) -> str:
     )
 
 
-_tried: dict[int, Any] = {}
+_validated: dict[int, Any] = {}
 """The objects that have been tried, by their identity."""
 _TOOL = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 
 
-def _checked_object(found: Any, what: str) -> ToolFormat:
-    if _tried.get(id(found)) is found:
+def _validate_object(found: Any, what: str) -> ToolFormat:
+    if _validated.get(id(found)) is found:
         return found
     parts = ("name", "tags", "parse", "render", "instructions")
     missing = [part for part in parts if not hasattr(found, part)]
@@ -118,13 +118,13 @@ def _checked_object(found: Any, what: str) -> ToolFormat:
         raise UserError(f"{what}, which is a class", "an object", f"make one with {found.__name__}()")
     if missing:
         raise UserError(f"{what} without {', '.join(missing)}", f"an object with {', '.join(parts)}", "add them")
-    with trying(what, "the methods of rest_rl.ToolFormat"):
-        _try(found, what)
-    _tried[id(found)] = found
+    with wrap_user_errors(what, "the methods of rest_rl.ToolFormat"):
+        _check_round_trip(found, what)
+    _validated[id(found)] = found
     return found
 
 
-def _try(found: ToolFormat, what: str) -> None:
+def _check_round_trip(found: ToolFormat, what: str) -> None:
     """Write one call, read it back and describe a tool; UserError for what the package could not use."""
     call = ToolCall("f", {"a": 1})
     text = found.render(None, (call,), None)

@@ -24,7 +24,7 @@ _MARKS = (
 """What a template of each format contains; the first that fits is taken."""
 
 
-def format_of_template(template: str) -> str | None:
+def detect_template_format(template: str) -> str | None:
     """The name in FORMATS of the calls that a chat template writes; None when it renders no tools or other calls.
 
     Reads the source of the template and renders nothing. Example: Qwen3's gives `"hermes"`.

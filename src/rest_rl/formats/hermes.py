@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rest_rl.formats.json_calls import dump_call, read_call
-from rest_rl.formats.reading import Block, Reading, checked, describe_tools, find_blocks
+from rest_rl.formats.reading import Block, ResponseBuilder, clean_text, describe_tools, find_blocks
 from rest_rl.response import ParsedResponse, Region, ToolCall
 
 
@@ -28,60 +28,60 @@ class HermesFormat:
         """Read a response; never raises."""
         blocks, strays, nested = find_blocks(text, self._pattern)
         first_stray = strays[0].position if strays else len(text)
-        reading = Reading(wants_spans=spans)
+        builder = ResponseBuilder(wants_spans=spans)
         answers: list[str] = []
         at = 0
         for block in [*blocks, Block("end", len(text), len(text), len(text), len(text))]:
-            answers.append(self._read_gap(reading, text, at, block.start, first_stray))
-            reading.mark(block.start, block.inner_start, Region.FORMAT)
-            self._read_block(reading, text, block)
-            reading.mark(block.inner_end, block.end, Region.FORMAT)
+            answers.append(self._read_gap(builder, text, at, block.start, first_stray))
+            builder.mark(block.start, block.inner_start, Region.FORMAT)
+            self._read_block(builder, text, block)
+            builder.mark(block.inner_end, block.end, Region.FORMAT)
             at = block.end
-        reading.complain_of_tags(strays, nested)
+        builder.add_tag_problems(strays, nested)
         thoughts = [block for block in blocks if block.tag == "think"]
         in_order = not thoughts or (len(thoughts) == 1 and not text[: thoughts[0].start].strip())
         if not in_order:
-            reading.complain("expected at most one think block, at the start")
+            builder.add_problem("expected at most one think block, at the start")
         return ParsedResponse(
             thought=text[thoughts[0].inner_start : thoughts[0].inner_end].strip() if thoughts else None,
-            calls=tuple(reading.calls),
+            calls=tuple(builder.calls),
             answer="\n".join(filter(None, answers)) or None,
-            spans=tuple(reading.spans),
-            problems=tuple(reading.problems),
+            spans=tuple(builder.spans),
+            problems=tuple(builder.problems),
             well_formed=in_order and not strays and not nested,
             attempted_call=len(blocks) > len(thoughts) or any(tag.text == "<tool_call>" for tag in strays),
-            unreadable_calls=reading.unreadable_calls,
+            unreadable_calls=builder.unreadable_calls,
             untagged_answer=True,
         )
 
     @staticmethod
-    def _read_gap(reading: Reading, text: str, start: int, end: int, first_stray: int) -> str:
+    def _read_gap(builder: ResponseBuilder, text: str, start: int, end: int, first_stray: int) -> str:
         """Mark the text between blocks up to the first unmatched tag as the answer, its outer white space as format."""
         gap = text[start : min(end, first_stray)]
         answer = gap.strip()
         begin = start + len(gap) - len(gap.lstrip())
-        reading.mark(start, begin, Region.FORMAT)
-        reading.mark(begin, begin + len(answer), Region.ANSWER)
-        reading.mark(begin + len(answer), start + len(gap), Region.FORMAT)
+        builder.mark(start, begin, Region.FORMAT)
+        builder.mark(begin, begin + len(answer), Region.ANSWER)
+        builder.mark(begin + len(answer), start + len(gap), Region.FORMAT)
         return answer
 
     @staticmethod
-    def _read_block(reading: Reading, text: str, block: Block) -> None:
+    def _read_block(builder: ResponseBuilder, text: str, block: Block) -> None:
         inner = text[block.inner_start : block.inner_end]
         if block.tag == "think":
-            reading.mark(block.inner_start, block.inner_end, Region.REASONING)
+            builder.mark(block.inner_start, block.inner_end, Region.REASONING)
         elif block.tag == "tool_call":
             start = block.inner_start + len(inner) - len(inner.lstrip())
             end = start + len(inner.strip())
-            reading.mark(block.inner_start, start, Region.FORMAT)
-            read_call(reading, text, start, end, "arguments")
-            reading.mark(end, block.inner_end, Region.FORMAT)
+            builder.mark(block.inner_start, start, Region.FORMAT)
+            read_call(builder, text, start, end, "arguments")
+            builder.mark(end, block.inner_end, Region.FORMAT)
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
         """Thought, then answer, then calls, each where there is one; an empty answer counts as none."""
-        head = "" if thought is None else f"<think>\n{checked(thought, self.tags, 'thought')}\n</think>\n\n"
+        head = "" if thought is None else f"<think>\n{clean_text(thought, self.tags, 'thought')}\n</think>\n\n"
         blocks = [f"<tool_call>\n{dump_call(call, 'arguments', self._pattern)}\n</tool_call>" for call in calls]
-        text = [] if not answer else [checked(answer, self.tags, "answer")]
+        text = [] if not answer else [clean_text(answer, self.tags, "answer")]
         return head + "\n".join(text + blocks)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:

@@ -6,63 +6,63 @@ import json
 import re
 
 from rest_rl.errors import UserError
-from rest_rl.formats.reading import Reading
-from rest_rl.json_spans import Entry, bracket_end, decode_at, scan_object, skip_space
+from rest_rl.formats.reading import ResponseBuilder
+from rest_rl.json_spans import Entry, decode_at, find_bracket_end, scan_object, skip_space
 from rest_rl.response import Region, Span, ToolCall
 
 
-def read_object(reading: Reading, text: str, start: int, arguments_key: str) -> int:
+def read_call_object(builder: ResponseBuilder, text: str, start: int, arguments_key: str) -> int:
     """Read the JSON object that opens at `text[start]` as a call, or count it as unreadable; the position after it.
 
     A broken object ends where its brackets close; -1 when they do not, and then it is read to the end of the text.
     """
     end = -1
-    if not reading.unreadable_calls:
-        if plain := _plain_call(text, start, arguments_key):
+    if not builder.unreadable_calls:
+        if plain := _match_plain_call(text, start, arguments_key):
             end, call, parts = plain
-            reading.calls.append(call)
-            reading.mark_parts(start, end, parts, Region.FORMAT)
+            builder.calls.append(call)
+            builder.mark_parts(start, end, parts, Region.FORMAT)
             return end
         end = decode_at(text, start)[1]
     if end < 0:  # after a broken call objects are cut out first: a JSON error takes time in proportion to its position
-        end = bracket_end(text, start)
-    read_call(reading, text, start, len(text) if end < 0 else end, arguments_key)
+        end = find_bracket_end(text, start)
+    read_call(builder, text, start, len(text) if end < 0 else end, arguments_key)
     return end
 
 
-def read_call(reading: Reading, text: str, start: int, end: int, arguments_key: str) -> None:
+def read_call(builder: ResponseBuilder, text: str, start: int, end: int, arguments_key: str) -> None:
     """Read the one JSON object in `text[start:end]` as a call, or count it as unreadable."""
     line = text[start:end]
-    plain = _plain_call(line, 0, arguments_key)
+    plain = _match_plain_call(line, 0, arguments_key)
     if plain and not line[plain[0] :].strip():
         _, call, (name, arguments) = plain
-        reading.calls.append(call)
-        reading.mark_parts(start, end, (_shifted(name, start), _shifted(arguments, start)), Region.FORMAT)
+        builder.calls.append(call)
+        builder.mark_parts(start, end, (_shift(name, start), _shift(arguments, start)), Region.FORMAT)
     else:
-        _read_any_call(reading, text, start, end, arguments_key)
+        _read_any_call(builder, text, start, end, arguments_key)
 
 
-def _read_any_call(reading: Reading, text: str, start: int, end: int, arguments_key: str) -> None:
+def _read_any_call(builder: ResponseBuilder, text: str, start: int, end: int, arguments_key: str) -> None:
     line = text[start:end]
     scan = scan_object(line)
     entries = {entry.key: entry for entry in scan.entries}  # the last of equal keys wins, as in json.loads
     name, arguments = entries.get("name"), entries.get(arguments_key)
     error = scan.error or _call_error(line, scan.end, name, arguments, arguments_key)
     if error is None and name is not None and arguments is not None:
-        reading.calls.append(ToolCall(name.value, arguments.value))
+        builder.calls.append(ToolCall(name.value, arguments.value))
     else:
-        reading.refuse_call(start, error or "not a call")
-    parts = [_shifted(part, start) for part in _parts(line, name, arguments)]
-    reading.mark_parts(start, end, parts, Region.OTHER if error else Region.FORMAT)
+        builder.add_unreadable_call(start, error or "not a call")
+    parts = [_shift(part, start) for part in _parts(line, name, arguments)]
+    builder.mark_parts(start, end, parts, Region.OTHER if error else Region.FORMAT)
 
 
-def _shifted(span: Span, by: int) -> Span:
+def _shift(span: Span, by: int) -> Span:
     return Span(span.start + by, span.end + by, span.region)
 
 
-def _plain_call(text: str, start: int, arguments_key: str) -> tuple[int, ToolCall, tuple[Span, Span]] | None:
+def _match_plain_call(text: str, start: int, arguments_key: str) -> tuple[int, ToolCall, tuple[Span, Span]] | None:
     """A call laid out as most are, name first, then arguments, no more: where it ends, and where its parts lie."""
-    head = _PLAIN_CALL[arguments_key].match(text, start)
+    head = _PLAIN_CALL_PATTERNS[arguments_key].match(text, start)
     if head is None:
         return None
     arguments, end = decode_at(text, head.end())
@@ -73,7 +73,7 @@ def _plain_call(text: str, start: int, arguments_key: str) -> tuple[int, ToolCal
     return close + 1, ToolCall(head.group(1), arguments), parts
 
 
-_PLAIN_CALL = {
+_PLAIN_CALL_PATTERNS = {
     key: re.compile(
         r'\{_"name"_:_"([^"\\\x00-\x1f]*)"_,_"KEY"_:_(?=\{)'.replace("_", r"[ \t\n\r]*").replace("KEY", key)
     )
@@ -102,7 +102,7 @@ def _call_error(line: str, end: int, name: Entry | None, arguments: Entry | None
     return None
 
 
-def call_lines(text: str, start: int, end: int) -> list[tuple[int, int]]:
+def split_call_lines(text: str, start: int, end: int) -> list[tuple[int, int]]:
     """The non-blank lines of `text[start:end]`, without their surrounding white space."""
     lines: list[tuple[int, int]] = []
     at = start

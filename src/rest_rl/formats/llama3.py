@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rest_rl.formats.json_calls import dump_call, read_object
-from rest_rl.formats.plain_answer import PlainReading, write_plain
+from rest_rl.formats.json_calls import dump_call, read_call_object
+from rest_rl.formats.plain_answer import PlainResponseBuilder, render_plain
 from rest_rl.formats.reading import describe_tools
 from rest_rl.response import ParsedResponse, Region, ToolCall
 
@@ -31,13 +31,13 @@ class Llama3Format:
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
         """Read a response; never raises."""
-        reading = PlainReading(wants_spans=spans, tags=self._pattern)
-        at = reading.read_thought(text)
+        builder = PlainResponseBuilder(wants_spans=spans, tags=self._pattern)
+        at = builder.read_thought(text)
         start = self._calls_start(text, at)
-        reading.read_text(text, at, start)
+        builder.read_text(text, at, start)
         if start < len(text):
-            self._read_calls(reading, text, start)
-        return reading.response()
+            self._read_calls(builder, text, start)
+        return builder.response()
 
     def _calls_start(self, text: str, at: int) -> int:
         first = at + len(text[at:]) - len(text[at:].lstrip())
@@ -46,26 +46,26 @@ class Llama3Format:
         begin = self._begin.search(text, at)
         return begin.start() if begin else len(text)
 
-    def _read_calls(self, reading: PlainReading, text: str, start: int) -> None:
-        reading.attempted_call = True
+    def _read_calls(self, builder: PlainResponseBuilder, text: str, start: int) -> None:
+        builder.attempted_call = True
         at, count = start, 0
         while (between := self._between.match(text, at)) and text.startswith("{", between.end()):
             count += 1
-            reading.mark(at, between.end(), Region.FORMAT)
-            end = read_object(reading, text, between.end(), "parameters")
+            builder.mark(at, between.end(), Region.FORMAT)
+            end = read_call_object(builder, text, between.end(), "parameters")
             if end < 0:
-                reading.violate(f"the call at character {between.end()} is cut off")
+                builder.add_violation(f"the call at character {between.end()} is cut off")
                 return
             at = end
         if count:
-            reading.read_gap(text, at, len(text))
+            builder.read_gap(text, at, len(text))
         else:
-            reading.refuse_call(start, "expected a JSON object")
+            builder.add_unreadable_call(start, "expected a JSON object")
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
         """Thought, then answer, then calls, each where there is one; an answer that looks like a call is refused."""
         written = "; ".join(dump_call(call, "parameters", self._pattern) for call in calls)
-        return write_plain(self, thought, calls, answer, written)
+        return render_plain(self, thought, calls, answer, written)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
         """A system message that describes the tools and the format."""

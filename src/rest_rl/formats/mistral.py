@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rest_rl.formats.json_calls import dump_call, dump_json, escape_tags, read_object
-from rest_rl.formats.plain_answer import THINK, PlainReading, write_plain
-from rest_rl.formats.reading import describe_tools, unwritable
-from rest_rl.json_spans import bracket_end, decode_at, skip_space
+from rest_rl.formats.json_calls import dump_call, dump_json, escape_tags, read_call_object
+from rest_rl.formats.plain_answer import THINK_TAGS, PlainResponseBuilder, render_plain
+from rest_rl.formats.reading import describe_tools, unwritable_error
+from rest_rl.json_spans import decode_at, find_bracket_end, skip_space
 from rest_rl.response import ParsedResponse, Region, Span, ToolCall
 
 _MARKER = "[TOOL_CALLS]"
@@ -34,31 +34,31 @@ class MistralFormat:
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
         """Read a response; never raises."""
-        reading = PlainReading(wants_spans=spans, tags=_PATTERN)
-        at = reading.read_thought(text, (THINK, _BRACKET_THINK))
+        builder = PlainResponseBuilder(wants_spans=spans, tags=_PATTERN)
+        at = builder.read_thought(text, (THINK_TAGS, _BRACKET_THINK))
         start = text.find(_MARKER, at)
-        reading.read_text(text, at, len(text) if start < 0 else start)
+        builder.read_text(text, at, len(text) if start < 0 else start)
         all_json = True
         while start >= 0:
-            reading.attempted_call = True
+            builder.attempted_call = True
             body = start + len(_MARKER)
-            reading.mark(start, body, Region.FORMAT)
-            end = _json_end(text, body) if all_json else -1
+            builder.mark(start, body, Region.FORMAT)
+            end = _find_json_end(text, body) if all_json else -1
             if end < 0:  # from here on each call is looked for up to the next marker, or the time would be quadratic
                 all_json = False
                 following = text.find(_MARKER, body)
                 end = len(text) if following < 0 else following
-            reading.offset = body
-            end = body + _read_calls(reading, text[body:end])
-            reading.offset = 0
+            builder.offset = body
+            end = body + _read_calls(builder, text[body:end])
+            builder.offset = 0
             start = text.find(_MARKER, end)
-            reading.read_gap(text, end, len(text) if start < 0 else start)
-        return reading.response()
+            builder.read_gap(text, end, len(text) if start < 0 else start)
+        return builder.response()
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
         """Thought, then answer, then calls, each where there is one."""
         objects = ", ".join(dump_call(call, "arguments", _PATTERN) for call in calls)
-        return write_plain(self, thought, calls, answer, f"{_MARKER} [{objects}]" if calls else "")
+        return render_plain(self, thought, calls, answer, f"{_MARKER} [{objects}]" if calls else "")
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
         """A system message that describes the tools and the format."""
@@ -85,12 +85,12 @@ class MistralV11Format(MistralFormat):
         for call in calls:
             if not call.name.strip() or call.name != call.name.strip() or re.search(r"[\[{\n]", call.name):
                 expected = "a name without `[`, `{`, line breaks and outer spaces"
-                raise unwritable(self.name, f"tool name {call.name!r}", expected)
+                raise unwritable_error(self.name, f"tool name {call.name!r}", expected)
         written = "".join(
             f"{_MARKER}{call.name}[ARGS]{escape_tags(dump_json(call, dict(call.arguments)), _PATTERN)}"
             for call in calls
         )
-        return write_plain(self, thought, calls, answer, written, _BRACKET_THINK)
+        return render_plain(self, thought, calls, answer, written, _BRACKET_THINK)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
         """A system message that describes the tools and the format."""
@@ -101,7 +101,7 @@ class MistralV11Format(MistralFormat):
         )
 
 
-def _json_end(text: str, body: int) -> int:
+def _find_json_end(text: str, body: int) -> int:
     """The position after the JSON of the call or list of calls at `body`; -1 when it is none."""
     at = skip_space(text, body)
     if _opens_list(text, at):
@@ -114,7 +114,7 @@ def _opens_list(text: str, at: int) -> bool:
     return text.startswith("[", at) and not text.startswith(("[ARGS]", "[CALL_ID]"), at)
 
 
-class _Head(NamedTuple):
+class _CallHead(NamedTuple):
     """What stands before the arguments of a named call."""
 
     name: Span
@@ -124,83 +124,83 @@ class _Head(NamedTuple):
     """Where the arguments begin."""
 
 
-def _read_head(text: str, at: int) -> _Head | None:
-    start, end = _word(text, at)
+def _read_head(text: str, at: int) -> _CallHead | None:
+    start, end = _word_bounds(text, at)
     name, at = text[start:end].strip(), end
     if text.startswith("[CALL_ID]", at):
-        _, at = _word(text, at + len("[CALL_ID]"))
+        _, at = _word_bounds(text, at + len("[CALL_ID]"))
     marked = text.startswith("[ARGS]", at)
     at = skip_space(text, at + len("[ARGS]") * marked)
-    return _Head(Span(start, start + len(name), Region.NAME), marked, at) if text.startswith("{", at) else None
+    return _CallHead(Span(start, start + len(name), Region.NAME), marked, at) if text.startswith("{", at) else None
 
 
-def _word(text: str, at: int) -> tuple[int, int]:
+def _word_bounds(text: str, at: int) -> tuple[int, int]:
     match = _WORD.match(text, skip_space(text, at))
     assert match is not None  # the pattern matches the empty string
     return match.span()
 
 
-def _read_calls(reading: PlainReading, text: str) -> int:
+def _read_calls(builder: PlainResponseBuilder, text: str) -> int:
     """Read the list of calls or the one call at the start of `text`; the position after it."""
     at = skip_space(text, 0)
     if _opens_list(text, at):
-        reading.mark(0, at + 1, Region.FORMAT)
-        return _read_list(reading, text, at + 1)
+        builder.mark(0, at + 1, Region.FORMAT)
+        return _read_list(builder, text, at + 1)
     if text.startswith("{", at):
-        reading.violate(f"expected a JSON list at character {at + reading.offset}")
-        reading.mark(0, at, Region.FORMAT)
-        return _read_item(reading, text, at)
+        builder.add_violation(f"expected a JSON list at character {at + builder.offset}")
+        builder.mark(0, at, Region.FORMAT)
+        return _read_item(builder, text, at)
     head = _read_head(text, at)
     if head is None:
-        reading.refuse_call(0, "expected a JSON list of calls, or name[ARGS]{...}")
+        builder.add_unreadable_call(0, "expected a JSON list of calls, or name[ARGS]{...}")
         return len(text)
-    return _read_named_call(reading, text, head)
+    return _read_named_call(builder, text, head)
 
 
-def _read_named_call(reading: PlainReading, text: str, head: _Head) -> int:
+def _read_named_call(builder: PlainResponseBuilder, text: str, head: _CallHead) -> int:
     if not head.marked:
-        reading.violate(f"no [ARGS] at character {head.arguments + reading.offset}")
+        builder.add_violation(f"no [ARGS] at character {head.arguments + builder.offset}")
     name = text[head.name.start : head.name.end]
     arguments, end = decode_at(text, head.arguments)
     readable = bool(name) and end >= 0
     if readable:
-        reading.calls.append(ToolCall(name, arguments))
+        builder.calls.append(ToolCall(name, arguments))
     else:
-        reading.refuse_call(0, "the arguments are not a JSON object" if name else "no name")
+        builder.add_unreadable_call(0, "the arguments are not a JSON object" if name else "no name")
     if end < 0:
-        end = _end_or_cut_off(reading, text, head.arguments, bracket_end(text, head.arguments))
+        end = _end_or_cut_off(builder, text, head.arguments, find_bracket_end(text, head.arguments))
     parts = [head.name] * bool(name) + [Span(head.arguments, end, Region.ARGUMENTS)]
-    reading.mark_parts(0, end, parts, Region.FORMAT if readable else Region.OTHER)
+    builder.mark_parts(0, end, parts, Region.FORMAT if readable else Region.OTHER)
     return end
 
 
-def _read_list(reading: PlainReading, text: str, at: int) -> int:
+def _read_list(builder: PlainResponseBuilder, text: str, at: int) -> int:
     """Read the items of a list of calls from after its `[` on; the position after its `]`."""
     begin, comma = skip_space(text, at), -1
     while not text.startswith("]", begin):
-        reading.mark(at, begin, Region.FORMAT)
-        at = _read_item(reading, text, begin)
+        builder.mark(at, begin, Region.FORMAT)
+        at = _read_item(builder, text, begin)
         begin = comma = skip_space(text, at)
         if text.startswith(",", comma):
             begin = skip_space(text, comma + 1)
         elif not text.startswith("]", comma):
-            reading.violate(f"expected ',' or ']' at character {comma + reading.offset}")
+            builder.add_violation(f"expected ',' or ']' at character {comma + builder.offset}")
             return at
     if comma >= 0 and begin > comma:
-        reading.violate(f"a comma without a call at character {comma + reading.offset}")
-    reading.mark(at, begin + 1, Region.FORMAT)
+        builder.add_violation(f"a comma without a call at character {comma + builder.offset}")
+    builder.mark(at, begin + 1, Region.FORMAT)
     return begin + 1
 
 
-def _read_item(reading: PlainReading, text: str, at: int) -> int:
+def _read_item(builder: PlainResponseBuilder, text: str, at: int) -> int:
     if text.startswith("{", at):
-        return _end_or_cut_off(reading, text, at, read_object(reading, text, at, "arguments"))
-    reading.refuse_call(at, "expected a JSON object")
-    return _end_or_cut_off(reading, text, at, decode_at(text, at)[1])
+        return _end_or_cut_off(builder, text, at, read_call_object(builder, text, at, "arguments"))
+    builder.add_unreadable_call(at, "expected a JSON object")
+    return _end_or_cut_off(builder, text, at, decode_at(text, at)[1])
 
 
-def _end_or_cut_off(reading: PlainReading, text: str, start: int, end: int) -> int:
+def _end_or_cut_off(builder: PlainResponseBuilder, text: str, start: int, end: int) -> int:
     if end >= 0:
         return end
-    reading.violate(f"the call at character {start + reading.offset} is cut off")
+    builder.add_violation(f"the call at character {start + builder.offset} is cut off")
     return len(text)

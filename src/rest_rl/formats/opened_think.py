@@ -11,7 +11,7 @@ from rest_rl.errors import UserError
 from rest_rl.formats.protocol import ToolFormat
 from rest_rl.response import ParsedResponse, Span, ToolCall
 
-SUFFIX = "+think"
+THINK_SUFFIX = "+think"
 
 _POSITION = re.compile(r"(?<=at character )\d+")
 
@@ -26,14 +26,14 @@ class OpenedThinkFormat:
     inner: ToolFormat
 
     def __post_init__(self) -> None:
-        if not any(tag in OPENINGS for tag in self.inner.tags):
-            expected = f"{' or '.join(OPENINGS)} among its tags"
-            raise UserError(f"format {self.name!r} without think tags", expected, f"leave out {SUFFIX}")
+        if not any(tag in OPENING_TAGS for tag in self.inner.tags):
+            expected = f"{' or '.join(OPENING_TAGS)} among its tags"
+            raise UserError(f"format {self.name!r} without think tags", expected, f"leave out {THINK_SUFFIX}")
 
     @property
     def name(self) -> str:
         """The name of the inner format with the suffix."""
-        return self.inner.name + SUFFIX
+        return self.inner.name + THINK_SUFFIX
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ class OpenedThinkFormat:
     @property
     def opening(self) -> str:
         """The tag that stands in the prompt: the first opening think tag of the inner format."""
-        return next(tag for tag in self.inner.tags if tag in OPENINGS)
+        return next(tag for tag in self.inner.tags if tag in OPENING_TAGS)
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
         """Read the response as if the opening tag stood before it; positions count from the response's own start."""
@@ -64,5 +64,5 @@ class OpenedThinkFormat:
         return self.inner.instructions(tools)
 
 
-OPENINGS = ("<think>", "[THINK]")
+OPENING_TAGS = ("<think>", "[THINK]")
 """The tags that open a think block."""

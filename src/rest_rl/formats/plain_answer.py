@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rest_rl.formats.protocol import ToolFormat
-from rest_rl.formats.reading import Reading, checked, unwritable
+from rest_rl.formats.reading import ResponseBuilder, clean_text, unwritable_error
 from rest_rl.response import ParsedResponse, Region, ToolCall
 
-THINK = ("<think>", "</think>")
+THINK_TAGS = ("<think>", "</think>")
 
 
 @dataclass(slots=True, kw_only=True)
-class PlainReading(Reading):
+class PlainResponseBuilder(ResponseBuilder):
     """The reading of a response whose text outside calls is its answer; a tag in that text is a violation."""
 
     tags: re.Pattern[str]
@@ -23,15 +23,15 @@ class PlainReading(Reading):
     attempted_call: bool = False
     thought: str | None = None
     answers: list[str] = field(default_factory=list)
-    broken: bool = False
+    has_stray_tag: bool = False
     """A tag that belongs to no block was met: text from there on is no answer."""
 
-    def violate(self, problem: str) -> None:
+    def add_violation(self, problem: str) -> None:
         """The blocks of the format do not stand as they should."""
         self.well_formed = False
-        self.complain(problem)
+        self.add_problem(problem)
 
-    def read_thought(self, text: str, think: Sequence[tuple[str, str]] = (THINK,)) -> int:
+    def read_thought(self, text: str, think: Sequence[tuple[str, str]] = (THINK_TAGS,)) -> int:
         """Read the think block if the response starts with one; the position after it."""
         begin = len(text) - len(text.lstrip())
         for opening, closing in think:
@@ -40,15 +40,15 @@ class PlainReading(Reading):
             start = begin + len(opening)
             end = text.find(closing, start)
             if end < 0:
-                self.broken = True
-                self.violate(f"unmatched {opening} at character {begin}")
+                self.has_stray_tag = True
+                self.add_violation(f"unmatched {opening} at character {begin}")
                 return start
             self.thought = text[start:end].strip()
             self.mark(0, start, Region.FORMAT)
             self.mark(start, end, Region.REASONING)
             self.mark(end, end + len(closing), Region.FORMAT)
             for tag in self.tags.finditer(text, start, end):
-                self.violate(f"inside a block: {tag.group()} at character {tag.start()}")
+                self.add_violation(f"inside a block: {tag.group()} at character {tag.start()}")
             return end + len(closing)
         return 0
 
@@ -57,8 +57,8 @@ class PlainReading(Reading):
         first_tag = end
         for tag in self.tags.finditer(text, start, end):
             first_tag = min(first_tag, tag.start())
-            self.violate(f"unmatched {tag.group()} at character {tag.start()}")
-        if not self.broken:
+            self.add_violation(f"unmatched {tag.group()} at character {tag.start()}")
+        if not self.has_stray_tag:
             gap = text[start:first_tag]
             answer = gap.strip()
             begin = start + len(gap) - len(gap.lstrip())
@@ -66,14 +66,14 @@ class PlainReading(Reading):
             self.mark(begin, begin + len(answer), Region.ANSWER)
             self.mark(begin + len(answer), first_tag, Region.FORMAT)
             self.answers.append(answer)
-        self.broken = self.broken or first_tag < end
+        self.has_stray_tag = self.has_stray_tag or first_tag < end
 
     def read_gap(self, text: str, start: int, end: int, after: str = "the calls") -> None:
         """White space is format; anything else here is a violation and belongs to no region."""
         if not text[start:end].strip():
             self.mark(start, end, Region.FORMAT)
         else:
-            self.violate(f"text after {after} at character {start + self.offset}")
+            self.add_violation(f"text after {after} at character {start + self.offset}")
 
     def response(self, *, text_values: bool = False) -> ParsedResponse:
         """What was read."""
@@ -91,35 +91,35 @@ class PlainReading(Reading):
         )
 
 
-def write_plain(
+def render_plain(
     tool_format: ToolFormat,
     thought: str | None,
     calls: Sequence[ToolCall],
     answer: str | None,
     written: str,
-    think: tuple[str, str] = THINK,
+    think: tuple[str, str] = THINK_TAGS,
 ) -> str:
     """Thought, then answer, then the calls as `written`; ValueError when the format would read them differently."""
     head = ""
     if thought is not None:
-        head = f"{think[0]}\n{checked(thought, tool_format.tags, 'thought')}\n{think[1]}\n\n"
-    said = checked(answer or "", tool_format.tags, "answer")
+        head = f"{think[0]}\n{clean_text(thought, tool_format.tags, 'thought')}\n{think[1]}\n\n"
+    said = clean_text(answer or "", tool_format.tags, "answer")
     text = head + "\n\n".join(filter(None, [said, written]))
     parsed = tool_format.parse(text, spans=False)
     if parsed.answer != (said or None) or len(parsed.calls) + parsed.unreadable_calls != len(calls):
-        raise unwritable(tool_format.name, "an answer of which a part would be read as a call", "other words")
+        raise unwritable_error(tool_format.name, "an answer of which a part would be read as a call", "other words")
     for call, read in zip(calls, parsed.calls, strict=False):
-        if (call.name, _as_json(call.arguments)) != (read.name, read.arguments):
+        if (call.name, _to_json_types(call.arguments)) != (read.name, read.arguments):
             got = f"the call of {call.name!r}, which would be read as another call of {read.name!r}"
-            raise unwritable(tool_format.name, got, "integers of at most 400 digits and at most 64 levels")
+            raise unwritable_error(tool_format.name, got, "integers of at most 400 digits and at most 64 levels")
     if len(parsed.calls) != len(calls) or not parsed.well_formed:
         got = f"the calls of {', '.join(repr(call.name) for call in calls)} ({'; '.join(parsed.problems[:2])})"
-        raise unwritable(tool_format.name, got, "calls that read back")
+        raise unwritable_error(tool_format.name, got, "calls that read back")
     return text
 
 
-def _as_json(value: Any) -> Any:
+def _to_json_types(value: Any) -> Any:
     """The value with tuples as lists and keys as strings, as JSON reads it back."""
     if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else str(key): _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key if isinstance(key, str) else str(key): _to_json_types(item) for key, item in value.items()}
+    return [_to_json_types(item) for item in value] if isinstance(value, (list, tuple)) else value

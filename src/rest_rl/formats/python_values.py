@@ -30,7 +30,7 @@ BRACKET_OR_STRING = re.compile(
     r"|[()\[\]{}]",
     re.DOTALL,
 )
-"""Python's brackets and strings, for `bracket_end`.
+"""Python's brackets and strings, for `find_bracket_end`.
 
 An unclosed string runs to the end of its line: were it skipped, every quote in it would start its own search.
 """
@@ -68,7 +68,7 @@ def read_arguments(text: str, start: int) -> tuple[dict[str, Any], int]:
             if key is None or not text.startswith("=", equals):
                 raise NotLiteralError(f"expected a keyword argument at character {at}")
             arguments[key.group()], at = _read_value(text, skip_space(text, equals + 1), 1)
-        at = _after_item(text, at, ")")
+        at = _skip_separator(text, at, ")")
     return arguments, at + 1
 
 
@@ -97,7 +97,7 @@ def _write_key(key: Any) -> str:
     return json.dumps(key, ensure_ascii=False)
 
 
-def _after_item(text: str, at: int, close: str) -> int:
+def _skip_separator(text: str, at: int, close: str) -> int:
     """Past the comma after an item, or at the closing bracket."""
     at = skip_space(text, at)
     if text.startswith(",", at):
@@ -138,7 +138,7 @@ def _read_list(text: str, at: int, depth: int) -> tuple[list[Any], int]:
     while not text.startswith("]", at):
         item, at = _read_value(text, at, depth + 1)
         items.append(item)
-        at = _after_item(text, at, "]")
+        at = _skip_separator(text, at, "]")
     return items, at + 1
 
 
@@ -151,7 +151,7 @@ def _read_dict(text: str, at: int, depth: int) -> tuple[dict[str, Any], int]:
         if not text.startswith(":", colon):
             raise NotLiteralError(f"expected ':' at character {colon}")
         items[key], at = _read_value(text, skip_space(text, colon + 1), depth + 1)
-        at = _after_item(text, at, "}")
+        at = _skip_separator(text, at, "}")
     return items, at + 1
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rest_rl.formats.json_calls import dump_json, escape_tags
-from rest_rl.formats.plain_answer import PlainReading, write_plain
+from rest_rl.formats.plain_answer import PlainResponseBuilder, render_plain
 from rest_rl.formats.python_values import BRACKET_OR_STRING, NotLiteralError, read_arguments, write_arguments
-from rest_rl.formats.reading import checked, describe_tools, unwritable
-from rest_rl.json_spans import bracket_end, skip_space
+from rest_rl.formats.reading import clean_text, describe_tools, unwritable_error
+from rest_rl.json_spans import find_bracket_end, skip_space
 from rest_rl.response import ParsedResponse, Region, Span, ToolCall
 
 _START, _END = "<|python_start|>", "<|python_end|>"
@@ -38,75 +38,75 @@ class PythonicFormat:
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
         """Read a response; never raises."""
-        reading = PlainReading(wants_spans=spans, tags=self._pattern)
-        at = reading.read_thought(text)
+        builder = PlainResponseBuilder(wants_spans=spans, tags=self._pattern)
+        at = builder.read_thought(text)
         begin = self._on_line.match(text, at) or self._begin.search(text, at)
         start = begin.start() if begin else len(text)
-        reading.read_text(text, at, start)
+        builder.read_text(text, at, start)
         if begin:
-            reading.attempted_call = True
-            self._read_list(reading, text, start)
-        return reading.response()
+            builder.attempted_call = True
+            self._read_list(builder, text, start)
+        return builder.response()
 
-    def _read_list(self, reading: PlainReading, text: str, start: int) -> None:
+    def _read_list(self, builder: PlainResponseBuilder, text: str, start: int) -> None:
         at = skip_space(text, start)
         if text.startswith(_START, at):
             at = skip_space(text, at + len(_START))
         if not text.startswith("[", at):
-            reading.refuse_call(start, f"expected a list of calls after {_START}")
+            builder.add_unreadable_call(start, f"expected a list of calls after {_START}")
             return
-        reading.mark(start, at + 1, Region.FORMAT)
+        builder.mark(start, at + 1, Region.FORMAT)
         at += 1
         while True:
             begin = skip_space(text, at)
             if text.startswith("]", begin):
                 break
-            reading.mark(at, begin, Region.FORMAT)
-            at = self._read_call(reading, text, begin)
+            builder.mark(at, begin, Region.FORMAT)
+            at = self._read_call(builder, text, begin)
             comma = skip_space(text, at)
             if text.startswith(",", comma):
-                reading.mark(at, comma + 1, Region.FORMAT)
+                builder.mark(at, comma + 1, Region.FORMAT)
                 at = comma + 1
             elif not text.startswith("]", comma):
-                reading.violate(f"expected ',' or ']' at character {comma}")
+                builder.add_violation(f"expected ',' or ']' at character {comma}")
                 return
         end = skip_space(text, begin + 1)
         end = end + len(_END) if text.startswith(_END, end) else begin + 1
-        reading.mark(at, end, Region.FORMAT)
-        reading.read_gap(text, end, len(text))
+        builder.mark(at, end, Region.FORMAT)
+        builder.read_gap(text, end, len(text))
 
-    def _read_call(self, reading: PlainReading, text: str, start: int) -> int:
+    def _read_call(self, builder: PlainResponseBuilder, text: str, start: int) -> int:
         """Read the call that begins at `start`; the position after it."""
         head = self._call.match(text, start)
         if head is None:
-            reading.refuse_call(start, "expected name(")
+            builder.add_unreadable_call(start, "expected name(")
             return len(text)
         name, opening = head.group(1).rstrip(), head.end() - 1
         try:
             arguments, end = read_arguments(text, opening)
         except NotLiteralError as error:
-            reading.refuse_call(start, str(error))
-            rest, end = Region.OTHER, bracket_end(text, opening, BRACKET_OR_STRING)
+            builder.add_unreadable_call(start, str(error))
+            rest, end = Region.OTHER, find_bracket_end(text, opening, BRACKET_OR_STRING)
         else:
-            reading.calls.append(ToolCall(name, arguments))
+            builder.calls.append(ToolCall(name, arguments))
             rest = Region.FORMAT
         if end < 0:
-            reading.violate(f"the call at character {start} is cut off")
+            builder.add_violation(f"the call at character {start} is cut off")
             end = len(text)
         parts = Span(start, start + len(name), Region.NAME), Span(opening, end, Region.ARGUMENTS)
-        reading.mark_parts(start, end, parts, rest)
+        builder.mark_parts(start, end, parts, rest)
         return end
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
         """Thought, then answer, then calls, each where there is one; an answer that looks like a call is refused."""
         written = ", ".join(map(self._write_call, calls))
-        return write_plain(self, thought, calls, answer, f"[{written}]" if calls else "")
+        return render_plain(self, thought, calls, answer, f"[{written}]" if calls else "")
 
     def _write_call(self, call: ToolCall) -> str:
         if not self._written_name.fullmatch(call.name) or call.name != call.name.rstrip():
             expected = "a name without brackets, quotes, commas, `=`, line breaks and outer spaces"
-            raise unwritable(self.name, f"tool name {call.name!r}", expected)
-        checked(call.name, self.tags, "tool name")
+            raise unwritable_error(self.name, f"tool name {call.name!r}", expected)
+        clean_text(call.name, self.tags, "tool name")
         dump_json(call, dict(call.arguments))  # refuses what is not JSON
         return call.name + escape_tags(write_arguments(call.arguments), self._pattern)
 

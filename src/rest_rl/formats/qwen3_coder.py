@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from rest_rl.formats.json_calls import dump_json
-from rest_rl.formats.plain_answer import PlainReading, write_plain
-from rest_rl.formats.reading import describe_tools, unwritable
-from rest_rl.json_spans import bare_value, decode_at
+from rest_rl.formats.plain_answer import PlainResponseBuilder, render_plain
+from rest_rl.formats.reading import describe_tools, unwritable_error
+from rest_rl.json_spans import decode_at, parse_bare_value
 from rest_rl.response import ParsedResponse, Region, Span, ToolCall
 
 _PATTERN = re.compile(r"</?(?:tool_call|think|function|parameter)>|<(?:function|parameter)=[^<>\n]*>")
@@ -52,23 +52,23 @@ class Qwen3CoderFormat:
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
         """Read a response; never raises."""
-        reading = PlainReading(wants_spans=spans, tags=_PATTERN)
-        at = reading.read_thought(text)
+        builder = PlainResponseBuilder(wants_spans=spans, tags=_PATTERN)
+        at = builder.read_thought(text)
         marks = [_Mark(_kind(tag.group()), *tag.span()) for tag in _PATTERN.finditer(text, at)]
-        for first, last, end in _stretches(marks, len(text)):
+        for first, last, end in _find_call_blocks(marks, len(text)):
             start = marks[first].start
-            reading.read_text(text, at, start)
-            reading.attempted_call = True
-            _read_stretch(reading, text, marks[first:last], end)
+            builder.read_text(text, at, start)
+            builder.attempted_call = True
+            _read_call_block(builder, text, marks[first:last], end)
             at = end
-        reading.read_text(text, at, len(text))
-        return reading.response(text_values=True)
+        builder.read_text(text, at, len(text))
+        return builder.response(text_values=True)
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
         """Thought, then answer, then calls, each where there is one."""
         written = "\n".join(map(self._write_call, calls))
         if self.quotes_strings:
-            return write_plain(self, thought, calls, answer, written)
+            return render_plain(self, thought, calls, answer, written)
         exact = replace(self, quotes_strings=True)  # what would not read back is refused as ever
         quoted = "\n".join(map(exact._write_call, calls))  # noqa: SLF001 - its own kind
         return exact.render(thought, calls, answer).removesuffix(quoted) + written
@@ -78,7 +78,7 @@ class Qwen3CoderFormat:
         for name in (call.name, *call.arguments):
             if not _NAME.fullmatch(name):
                 expected = "names without `<`, `>`, line breaks and outer spaces"
-                raise unwritable(self.name, f"name {name!r} in the call of {call.name!r}", expected)
+                raise unwritable_error(self.name, f"name {name!r} in the call of {call.name!r}", expected)
         parameters = "".join(
             f"<parameter={key}>\n{self._write_value(call, value)}\n</parameter>\n"
             for key, value in call.arguments.items()
@@ -112,7 +112,7 @@ def _kind(tag: str) -> str:
     return _KINDS.get(tag, "x")
 
 
-def _stretches(marks: Sequence[_Mark], length: int) -> list[tuple[int, int, int]]:
+def _find_call_blocks(marks: Sequence[_Mark], length: int) -> list[tuple[int, int, int]]:
     """The tags of each call block or lone function, from the first up to the last, and where it ends in the text.
 
     A block goes up to its closing tag or, without one, up to the next block or the end of the text.
@@ -134,53 +134,53 @@ def _stretches(marks: Sequence[_Mark], length: int) -> list[tuple[int, int, int]
     return found
 
 
-def _read_stretch(reading: PlainReading, text: str, marks: Sequence[_Mark], end: int) -> None:
+def _read_call_block(builder: PlainResponseBuilder, text: str, marks: Sequence[_Mark], end: int) -> None:
     kinds = "".join(mark.kind for mark in marks)
     start, complete = marks[0].start, _BLOCK.fullmatch(kinds) is not None
     if not complete:
         wrong = "no <tool_call>" if kinds[0] == "F" else "expected one complete function in the block"
-        reading.violate(f"{wrong} at character {start}")
+        builder.add_violation(f"{wrong} at character {start}")
     scaffold = Region.FORMAT if complete or _CALL.fullmatch(kinds) else Region.OTHER
     functions = [n for n, kind in enumerate(kinds) if kind == "F"]
     if not functions:
-        reading.refuse_call(start, "expected <function=name>")
+        builder.add_unreadable_call(start, "expected <function=name>")
         return
     at = start
     for n, following in zip(functions, [*functions[1:], len(marks)], strict=True):
-        _mark_scaffold(reading, text, at, marks[n].start, scaffold)
+        _mark_around_functions(builder, text, at, marks[n].start, scaffold)
         closed = kinds.find("f", n, following)
         last = closed + 1 if closed >= 0 else following - (kinds[following - 1] == "t")
         at = marks[closed].end if closed >= 0 else marks[last].start if last < len(marks) else end
-        _read_function(reading, text, marks[n:last], at)
-    _mark_scaffold(reading, text, at, end, scaffold)
+        _read_function(builder, text, marks[n:last], at)
+    _mark_around_functions(builder, text, at, end, scaffold)
 
 
-def _mark_scaffold(reading: PlainReading, text: str, start: int, end: int, region: Region) -> None:
+def _mark_around_functions(builder: PlainResponseBuilder, text: str, start: int, end: int, region: Region) -> None:
     """Mark what stands around a function inside its block; text that is no tag there is a violation."""
     if _PATTERN.sub("", text[start:end]).strip():
-        reading.violate(f"text inside a block at character {start}")
+        builder.add_violation(f"text inside a block at character {start}")
         region = Region.OTHER
-    reading.mark(start, end, region)
+    builder.mark(start, end, region)
 
 
-def _read_function(reading: PlainReading, text: str, marks: Sequence[_Mark], end: int) -> None:
+def _read_function(builder: PlainResponseBuilder, text: str, marks: Sequence[_Mark], end: int) -> None:
     """Read a function that ends at `end` as a call, or count it as unreadable."""
     head, inner = marks[0], marks[1:]
-    name = Span(*_trimmed(text, head.start + len("<function="), head.end - 1), Region.NAME)
+    name = Span(*_trim(text, head.start + len("<function="), head.end - 1), Region.NAME)
     error = _function_error(text, marks)
     if error is None and name.start < name.end:
         pairs = list(zip(inner[:-1:2], inner[1:-1:2], strict=True))
         arguments = {_key(text, opened): _read_value(text[opened.end : closed.start]) for opened, closed in pairs}
-        reading.calls.append(ToolCall(text[name.start : name.end], arguments))
+        builder.calls.append(ToolCall(text[name.start : name.end], arguments))
     else:
-        reading.refuse_call(head.start, error or "no name")
+        builder.add_unreadable_call(head.start, error or "no name")
     parts = [name] * (name.start < name.end)
     opened = [mark.start for mark in inner if mark.kind == "P"]
     if opened:
         closed = [mark.end for mark in inner if mark.kind == "p" and mark.start > opened[-1]]
         whole = inner[-1].start if inner[-1].kind == "f" else end
         parts.append(Span(opened[0], closed[-1] if closed else whole, Region.ARGUMENTS))
-    reading.mark_parts(head.start, end, parts, Region.OTHER if error else Region.FORMAT)
+    builder.mark_parts(head.start, end, parts, Region.OTHER if error else Region.FORMAT)
 
 
 def _function_error(text: str, marks: Sequence[_Mark]) -> str | None:
@@ -193,21 +193,21 @@ def _function_error(text: str, marks: Sequence[_Mark]) -> str | None:
 
 
 def _key(text: str, mark: _Mark) -> str:
-    start, end = _trimmed(text, mark.start + len("<parameter="), mark.end - 1)
+    start, end = _trim(text, mark.start + len("<parameter="), mark.end - 1)
     return text[start:end]
 
 
-def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
     inner = text[start:end]
     return start + len(inner) - len(inner.lstrip()), start + len(inner.rstrip()) if inner.strip() else start
 
 
 def _read_value(raw: str) -> Any:
-    return _spelled_value(raw.removeprefix("\n").removesuffix("\n"))
+    return _parse_value_text(raw.removeprefix("\n").removesuffix("\n"))
 
 
-def _spelled_value(text: str) -> Any:
-    value = bare_value(text)
+def _parse_value_text(text: str) -> Any:
+    value = parse_bare_value(text)
     stripped = text.strip(" \t\n\r")
     if stripped.startswith('"'):
         string, end = decode_at(stripped, 0)
@@ -217,4 +217,4 @@ def _spelled_value(text: str) -> Any:
 
 
 def _needs_quotes(string: str) -> bool:
-    return _PATTERN.search(string) is not None or _spelled_value(string) != string
+    return _PATTERN.search(string) is not None or _parse_value_text(string) != string

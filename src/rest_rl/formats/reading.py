@@ -35,7 +35,7 @@ class Tag(NamedTuple):
 
 
 @dataclass(slots=True)
-class Reading:
+class ResponseBuilder:
     """What has been read so far, in text order."""
 
     wants_spans: bool
@@ -57,21 +57,21 @@ class Reading:
         else:
             self.spans.append(Span(start, end, region))
 
-    def complain(self, problem: str) -> None:
+    def add_problem(self, problem: str) -> None:
         """Keep a problem, the first `MAX_PROBLEMS` of them."""
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(problem)
 
-    def refuse_call(self, start: int, error: str) -> None:
+    def add_unreadable_call(self, start: int, error: str) -> None:
         """Count the stretch that begins at `start` as an unreadable call."""
         self.unreadable_calls += 1
-        self.complain(f"call at character {start + self.offset}: {error}")
+        self.add_problem(f"call at character {start + self.offset}: {error}")
 
-    def complain_of_tags(self, strays: Sequence[Tag], nested: Sequence[Tag]) -> None:
+    def add_tag_problems(self, strays: Sequence[Tag], nested: Sequence[Tag]) -> None:
         """Keep the positions of tags that belong to no block and of tags inside blocks."""
         for word, tags in (("unmatched", strays), ("inside a block:", nested)):
             for tag in tags[:MAX_PROBLEMS]:
-                self.complain(f"{word} {tag.text} at character {tag.position}")
+                self.add_problem(f"{word} {tag.text} at character {tag.position}")
 
     def mark_parts(self, start: int, end: int, parts: Sequence[Span], rest: Region) -> None:
         """Mark the parts, which stand in order between `start` and `end`, and what lies between them."""
@@ -107,7 +107,7 @@ def find_blocks(text: str, pattern: re.Pattern[str]) -> tuple[list[Block], list[
     return blocks, strays, nested
 
 
-def checked(text: str, forbidden: Sequence[str], what: str) -> str:
+def clean_text(text: str, forbidden: Sequence[str], what: str) -> str:
     """The text without its outer white space; UserError when it contains one of the forbidden strings."""
     for tag in forbidden:
         if tag in text:
@@ -115,7 +115,7 @@ def checked(text: str, forbidden: Sequence[str], what: str) -> str:
     return text.strip()
 
 
-def unwritable(tool_format: str, got: str, expected: str) -> UserError:
+def unwritable_error(tool_format: str, got: str, expected: str) -> UserError:
     """The error for what a format cannot write."""
     return UserError(f"{got} in format {tool_format!r}", expected, "change it, or take another format")
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rest_rl.formats.json_calls import call_lines, dump_call, read_call
-from rest_rl.formats.reading import Block, Reading, checked, describe_tools, find_blocks
+from rest_rl.formats.json_calls import dump_call, read_call, split_call_lines
+from rest_rl.formats.reading import Block, ResponseBuilder, clean_text, describe_tools, find_blocks
 from rest_rl.response import ParsedResponse, Region, ToolCall
 
 
@@ -29,57 +29,57 @@ class ToolRLFormat:
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
         """Read a response; never raises."""
         blocks, strays, nested = find_blocks(text, self._pattern)
-        reading = Reading(wants_spans=spans)
+        builder = ResponseBuilder(wants_spans=spans)
         at = 0
         for block in blocks:
-            self._read_gap(reading, text, at, block.start)
-            reading.mark(block.start, block.inner_start, Region.FORMAT)
-            self._read_block(reading, text, block)
-            reading.mark(block.inner_end, block.end, Region.FORMAT)
+            self._read_gap(builder, text, at, block.start)
+            builder.mark(block.start, block.inner_start, Region.FORMAT)
+            self._read_block(builder, text, block)
+            builder.mark(block.inner_end, block.end, Region.FORMAT)
             at = block.end
         if blocks:
-            self._read_gap(reading, text, at, len(text))
-        reading.complain_of_tags(strays, nested)
+            self._read_gap(builder, text, at, len(text))
+        builder.add_tag_problems(strays, nested)
         layout = tuple(block.tag for block in blocks)
         if layout not in self._layouts:
-            reading.complain(
+            builder.add_problem(
                 f"expected the blocks think, tool_call, response once and in order, got {list(layout)[:9]}"
             )
         inner = {block.tag: text[block.inner_start : block.inner_end].strip() for block in reversed(blocks)}
         return ParsedResponse(
             thought=inner.get("think"),
-            calls=tuple(reading.calls),
+            calls=tuple(builder.calls),
             answer=inner.get("response"),
-            spans=tuple(reading.spans),
-            problems=tuple(reading.problems),
+            spans=tuple(builder.spans),
+            problems=tuple(builder.problems),
             well_formed=layout in self._layouts and not strays and not nested,
             attempted_call="tool_call" in inner or any(tag.text == "<tool_call>" for tag in strays),
-            unreadable_calls=reading.unreadable_calls,
+            unreadable_calls=builder.unreadable_calls,
         )
 
     @staticmethod
-    def _read_gap(reading: Reading, text: str, start: int, end: int) -> None:
+    def _read_gap(builder: ResponseBuilder, text: str, start: int, end: int) -> None:
         if text[start:end].isspace():
-            reading.mark(start, end, Region.FORMAT)
+            builder.mark(start, end, Region.FORMAT)
         elif start < end:
-            reading.complain(f"text outside the blocks at character {start}")
+            builder.add_problem(f"text outside the blocks at character {start}")
 
     @staticmethod
-    def _read_block(reading: Reading, text: str, block: Block) -> None:
+    def _read_block(builder: ResponseBuilder, text: str, block: Block) -> None:
         if block.tag != "tool_call":
             region = Region.REASONING if block.tag == "think" else Region.ANSWER
-            reading.mark(block.inner_start, block.inner_end, region)
+            builder.mark(block.inner_start, block.inner_end, region)
             return
         at = block.inner_start
-        for start, end in call_lines(text, block.inner_start, block.inner_end):
-            reading.mark(at, start, Region.FORMAT)
-            read_call(reading, text, start, end, "parameters")
+        for start, end in split_call_lines(text, block.inner_start, block.inner_end):
+            builder.mark(at, start, Region.FORMAT)
+            read_call(builder, text, start, end, "parameters")
             at = end
-        reading.mark(at, block.inner_end, Region.FORMAT)
+        builder.mark(at, block.inner_end, Region.FORMAT)
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
         """A missing thought is written as an empty think block, because the format requires one."""
-        parts = [f"<think> {checked(thought or '', self.tags, 'thought')} </think>"]
+        parts = [f"<think> {clean_text(thought or '', self.tags, 'thought')} </think>"]
         if calls:
             parts.append(
                 "\n".join(
@@ -87,7 +87,7 @@ class ToolRLFormat:
                 )
             )
         if answer is not None:
-            parts.append(f"<response> {checked(answer, self.tags, 'answer')} </response>")
+            parts.append(f"<response> {clean_text(answer, self.tags, 'answer')} </response>")
         return "\n".join(parts)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:

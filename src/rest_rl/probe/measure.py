@@ -26,7 +26,7 @@ from rest_rl.probe.sample import SampledGroup
 from rest_rl.probe.variance import choose_num_blocks, compute_gradient_series, compute_norm_scales
 from rest_rl.regions import region_means, region_sums
 from rest_rl.response import NUM_REGIONS, Region
-from rest_rl.weights import RegionStatistics, TaggedBatch, WeightRule, region_weights_of, weigh
+from rest_rl.weights import RegionStatistics, TaggedBatch, WeightRule, apply_weight_rule, get_region_weights
 
 RULES_PER_PASS = 3
 """Rules that share a forward pass and whose gradients are in memory at the same time."""
@@ -97,7 +97,7 @@ class SampledBatch:
 
     def region_weight_range(self, rule: WeightRule, progress: float) -> tuple[float, float]:
         """Return the smallest and largest region weight before normalization; NaN for a rule without region weights."""
-        weights_R = region_weights_of(rule, self.statistics, progress)
+        weights_R = get_region_weights(rule, self.statistics, progress)
         if weights_R is None:
             return math.nan, math.nan
         sampled_R = weights_R[self.statistics.counts_R > 0]
@@ -157,7 +157,9 @@ def measure_gradients(
     own_BT = compute_grpo_weights(sampled.groups)
     found = [series(UNIFORM, torch.ones_like(own_BT), (1.0, 1.0), uniform_MN)]
     for names in batch_names([name for name in rules if name != UNIFORM]):
-        weights_KBT = torch.stack([weigh(rules[name], sampled.tagged, sampled.statistics, progress) for name in names])
+        weights_KBT = torch.stack(
+            [apply_weight_rule(rules[name], sampled.tagged, sampled.statistics, progress) for name in names]
+        )
         for name, weights_BT, vectors_MN in zip(names, weights_KBT, vectors(weights_KBT * own_BT), strict=True):
             found.append(series(name, weights_BT, sampled.region_weight_range(rules[name], progress), vectors_MN))
     return MeasuredGradients(gram_KMKM, tuple(found), coordinates)

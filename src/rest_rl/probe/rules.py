@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rest_rl.errors import UserError
-from rest_rl.objects import name_of
+from rest_rl.objects import display_name
 from rest_rl.presets import PRESETS
 from rest_rl.response import Region
-from rest_rl.weights import Rule, WeightConfig, WeightRule
+from rest_rl.weights import RuleName, WeightConfig, WeightRule
 
 UNIFORM, NO_REASONING = "uniform", "no reasoning"
-ENTROPY_RULES: tuple[Rule, ...] = ("one_minus_exp", "inverse", "collision")
+ENTROPY_RULES: tuple[RuleName, ...] = ("one_minus_exp", "inverse", "collision")
 SHUFFLED = ("permuted 1", "permuted 2", "permuted 3")
 """Controls: the weights of `rest`, assigned to regions at random."""
 
@@ -20,7 +20,7 @@ def select_rules(tool_format: str, run_rule: WeightRule) -> dict[str, WeightRule
     """Return the rules that support a format, uniform weights first; the run's rule last if it is not among them."""
     rules = built_in_rules()
     if run_rule not in rules.values():
-        rules["this run" if isinstance(run_rule, WeightConfig) else name_of(run_rule)] = run_rule
+        rules["this run" if isinstance(run_rule, WeightConfig) else display_name(run_rule)] = run_rule
     return {name: rule for name, rule in rules.items() if supports_format(rule, tool_format)}
 
 
@@ -53,7 +53,7 @@ def candidate_rules() -> dict[str, WeightConfig]:
     """Return the rules that may be recommended: `rest`, other strengths of it, and its other entropy rules."""
     own = rest_weights()
     strengths = [strength for strength in (0.25, 0.5, 1.0) if strength != own.strength]
-    others: list[Rule] = [rule for rule in ENTROPY_RULES if rule != own.rule]
+    others: list[RuleName] = [rule for rule in ENTROPY_RULES if rule != own.rule]
     return {
         "rest": own,
         **{f"rest, strength {strength:g}": replace(own, strength=strength) for strength in strengths},

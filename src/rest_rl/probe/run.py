@@ -20,7 +20,7 @@ from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import eos_token_ids
 from rest_rl.evaluate.origin import model_label, resolve_origin
-from rest_rl.jsonl import as_json, reason
+from rest_rl.jsonl import as_json, describe_os_error
 from rest_rl.probe.figures import compute_region_facts, compute_rule_facts, measure_signal, summarize_samples
 from rest_rl.probe.measure import SampledBatch, count_progress_steps, measure_gradients
 from rest_rl.probe.page import build_formats_table, draw_probe, render_page, to_mapping
@@ -263,7 +263,9 @@ def create_folder(folder: Path, file: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to --out {folder} ({reason(error)})", remedy="pass another --out") from error
+        raise UserError(
+            f"cannot write to --out {folder} ({describe_os_error(error)})", remedy="pass another --out"
+        ) from error
 
 
 @contextmanager
@@ -273,6 +275,6 @@ def convert_write_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write the results to --out {folder} ({reason(error)})",
+            f"cannot write the results to --out {folder} ({describe_os_error(error)})",
             remedy="save the output above, or free disk space and measure again (the same seed gives the same figures)",
         ) from error

@@ -17,7 +17,7 @@ from rest_rl.evaluate.generate import eos_token_ids, generate, has_ended
 from rest_rl.presets import PRESETS
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Gold
-from rest_rl.rewards import RewardRule, apply_reward, is_random, judge
+from rest_rl.rewards import RewardRule, apply_reward, judge, uses_random_rewards
 
 
 class SampledResponse(NamedTuple):
@@ -61,7 +61,7 @@ class Sampling:
         check_minimums(batch_size=(self.batch_size, 1), seed=(self.seed, 0))
         if not 0 <= self.progress <= 1:
             raise UserError(f"progress is {self.progress}", "a number from 0 to 1", "change it")
-        if is_random(self.reward):
+        if uses_random_rewards(self.reward):
             remedy = "pass --set rest.reward.random=false"
             raise UserError("rest.reward.random is true", "a reward that reads the responses", remedy)
 

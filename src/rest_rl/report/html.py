@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from rest_rl.config import parse_recorded_run
 from rest_rl.errors import UserError
-from rest_rl.jsonl import finite
+from rest_rl.jsonl import replace_non_finite
 from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
 from rest_rl.report.responses import FLAG_LABELS, pack_responses
 from rest_rl.report.tables import (
@@ -39,7 +39,7 @@ from rest_rl.report.tables import (
     scores_for_turn,
 )
 from rest_rl.response import TURNS, Turn
-from rest_rl.runlog import Row, Run, read_run, replace_file, unwritable
+from rest_rl.runlog import Row, Run, read_run, replace_file, unwritable_folder_error
 
 PAGE_FILE = "report.html"
 MAX_RESPONSES = 5000
@@ -99,7 +99,7 @@ def write_html_report(
         page.parent.mkdir(parents=True, exist_ok=True)
         replace_file(page, text)
     except OSError as error:
-        raise unwritable(page.parent, error) from error
+        raise unwritable_folder_error(page.parent, error) from error
     return page
 
 
@@ -248,7 +248,7 @@ def render_page(data: Row, tokens: bytes) -> str:
         "base-uri 'none'; form-action 'none'",
         "style": style,
         "script": script,
-        "data": compress_to_base64(json.dumps(finite(data), separators=(",", ":")).encode("ascii")),
+        "data": compress_to_base64(json.dumps(replace_non_finite(data), separators=(",", ":")).encode("ascii")),
         "tokens": compress_to_base64(tokens),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], read_asset("page.html"))

@@ -28,7 +28,7 @@ from rest_rl.report.tables import (
     metric_curve,
     scores_for_turn,
 )
-from rest_rl.runlog import PLOTS, Run, read_run, unwritable
+from rest_rl.runlog import PLOTS, Run, read_run, unwritable_folder_error
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -44,7 +44,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
         page = target / "report.md"
         page.write_text(render_report(groups, plots, page.parent), encoding="utf-8")
     except OSError as error:
-        raise unwritable(target, error) from error
+        raise unwritable_folder_error(target, error) from error
     return page
 
 

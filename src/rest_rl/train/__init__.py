@@ -1,5 +1,5 @@
 """Training: `rest_rl.train(run)`."""
 
-from rest_rl.objects import make_callable
+from rest_rl.objects import make_package_callable
 
-make_callable(__name__, "rest_rl.train.run:train")
+make_package_callable(__name__, "rest_rl.train.run:train")

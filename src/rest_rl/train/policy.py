@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file, logging
 
-from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key
+from rest_rl.config import AUTO, EMBEDDED, ModelTable, RunConfig, unknown_key_error
 from rest_rl.data.hub import has_hub
 from rest_rl.errors import RenamedWarning, UserError
 
@@ -243,7 +243,7 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
     fields = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
     for name in table:
         if name not in fields:
-            raise unknown_key(f"peft.{name}", name, fields)
+            raise unknown_key_error(f"peft.{name}", name, fields)
     rank = table.get("r", 16)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise UserError(f"peft.r = {rank!r}", "a rank of at least 1", "change it")

@@ -18,7 +18,7 @@ from rest_rl.data.reasons import REASONS
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.data.tool_world import SPLITS, tool_world
 from rest_rl.errors import UserError
-from rest_rl.formats import FORMATS, ToolFormat, as_demonstrated
+from rest_rl.formats import FORMATS, ToolFormat, demonstration_format
 from rest_rl.response import TURNS
 from rest_rl.runlog import SILENT, Observer
 
@@ -111,7 +111,7 @@ def render_demonstration(sample: ToolSample, tool_format: ToolFormat, *, thinks:
     if sample.preamble and said is None:
         has_room = tool_format.parse("", spans=False).untagged_answer
         said, thought = (sample.preamble, thought) if has_room else (said, thought or sample.preamble)
-    return as_demonstrated(tool_format).render(thought, sample.gold.calls, said)
+    return demonstration_format(tool_format).render(thought, sample.gold.calls, said)
 
 
 def render_gold(sample: ToolSample, layout: PromptLayout) -> str:

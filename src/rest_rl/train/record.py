@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rest_rl.evaluate.generate import has_ended
 from rest_rl.formats import ToolFormat
-from rest_rl.regions import decode_ids, token_lengths
+from rest_rl.regions import decode_ids, token_char_lengths
 from rest_rl.runlog import Row
 from rest_rl.train.reward import compute_progress, get_stop_ids
 
@@ -136,7 +136,7 @@ def make_response_row(
         "gold": gold,
         "reward": reward,
         "truncated": not has_ended(ids, ends),
-        "lengths": token_lengths(ids, tokenizer, tool_format.tags),
+        "lengths": token_char_lengths(ids, tokenizer, tool_format.tags),
     }
 
 

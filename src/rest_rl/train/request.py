@@ -15,22 +15,22 @@ from typing import Any
 
 from rest_rl.config import (
     AUTO,
-    Amount,
     Decay,
-    Positive,
-    PositiveAmount,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
     RunConfig,
-    Share,
-    checked,
     parse_toml,
     read_run_file,
-    unknown_key,
+    unknown_key_error,
+    validate_value,
 )
 from rest_rl.errors import UserError
 from rest_rl.evaluate.origin import resolve_origin
 from rest_rl.formats import get_format
 from rest_rl.report.tables import flatten
-from rest_rl.runlog import CHECKPOINTS, CONFIG, holds_a_run, refuse_owned
+from rest_rl.runlog import CHECKPOINTS, CONFIG, check_unlocked, existing_run_error
 
 RunSource = RunConfig | Mapping[str, Any] | str | Path | None
 MACHINE_DEFAULTS = {"use_cpu": True, "bf16": False}
@@ -38,15 +38,17 @@ MACHINE_DEFAULTS = {"use_cpu": True, "bf16": False}
 LENGTH_KEYS = ("max_steps", "num_train_epochs")
 """Keys of `[trl]` that a resumed run may raise."""
 VALUE_RANGES = {
-    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"), Positive),
-    **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation", "max_length"), Positive),
-    "generation_batch_size": Positive,
-    **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps"), PositiveAmount),
-    **dict.fromkeys(("temperature", "repetition_penalty", "delta"), PositiveAmount),
-    **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "warmup_steps", "adam_epsilon"), Amount),
-    **dict.fromkeys(("beta", "epsilon", "epsilon_high"), Amount),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"), PositiveInt),
+    **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation", "max_length"), PositiveInt),
+    "generation_batch_size": PositiveInt,
+    **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps"), PositiveFloat),
+    **dict.fromkeys(("temperature", "repetition_penalty", "delta"), PositiveFloat),
+    **dict.fromkeys(
+        ("learning_rate", "max_grad_norm", "weight_decay", "warmup_steps", "adam_epsilon"), NonNegativeFloat
+    ),
+    **dict.fromkeys(("beta", "epsilon", "epsilon_high"), NonNegativeFloat),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), Decay),
-    **dict.fromkeys(("min_p", "top_p", "top_entropy_quantile", "label_smoothing_factor"), Share),
+    **dict.fromkeys(("min_p", "top_p", "top_entropy_quantile", "label_smoothing_factor"), Fraction),
 }
 """Fields whose other values mean nothing, though the trainer would take them."""
 CONFIG_SOURCES = {
@@ -76,12 +78,12 @@ def resolve_run(
         asked = asked if out is None else with_out_dir(asked, out)
     check_names(asked)
     if resume:
-        refuse_owned(Path(asked.run.out))
+        check_unlocked(Path(asked.run.out))
         return resolve_resumed_run(asked)
     if run is None and out is None and not is_dry:
         asked = with_out_dir(asked, find_free_dir(asked.run.out))
     elif (Path(asked.run.out) / CONFIG).exists() and is_main_process() and not is_dry:
-        raise holds_a_run(asked.run.out)
+        raise existing_run_error(asked.run.out)
     return with_model_dir(asked)
 
 
@@ -101,7 +103,7 @@ def check_names(config: RunConfig, formats: Sequence[str] = ()) -> None:
         known = read_declared_keys(table)
         for name in given if known else ():
             if name not in known:
-                raise unknown_key(f"{table}.{name}", name, known)
+                raise unknown_key_error(f"{table}.{name}", name, known)
     if config.run.engine == "trl":
         check_ranges({key: value for key, value in config.trl.items() if (key, value) != ("max_completion_length", 0)})
 
@@ -129,7 +131,7 @@ def check_ranges(table: Mapping[str, Any]) -> None:
     """UserError for a value of `[trl]` that means nothing, though the trainer would take it."""
     for name, hint in VALUE_RANGES.items():
         if (value := table.get(name)) is not None:
-            checked(value, hint, f"trl.{name}")
+            validate_value(value, hint, f"trl.{name}")
     steps = table.get("max_steps", -1)
     if isinstance(steps, int) and steps < 1 and steps != -1:
         expected = "at least 1, or -1 for as many as trl.num_train_epochs takes"
@@ -217,7 +219,7 @@ def lengthen_run(recorded: RunConfig, lengths: Mapping[str, Any]) -> RunConfig:
         lengths.get("num_train_epochs", DEFAULT_EPOCHS),
         recorded.trl.get("num_train_epochs", DEFAULT_EPOCHS),
     )
-    checked({"max_steps": steps, "num_train_epochs": epochs}, dict[str, float], "trl")
+    validate_value({"max_steps": steps, "num_train_epochs": epochs}, dict[str, float], "trl")
     if not (steps > total if steps > 0 else recorded.trl.get("max_steps", -1) < 1 and epochs > planned):
         raise UserError(
             f"--resume with {', '.join(f'trl.{key} = {value}' for key, value in lengths.items())}",

@@ -14,11 +14,11 @@ import torch.distributed
 from rest_rl.errors import UserError
 from rest_rl.evaluate.generate import eos_token_ids, has_ended
 from rest_rl.formats import ToolFormat, get_format
-from rest_rl.objects import name_of
+from rest_rl.objects import display_name
 from rest_rl.presets import Preset, get_preset
 from rest_rl.regions import decode_ids
 from rest_rl.response import Gold, Turn, gold_from_json
-from rest_rl.rewards import RewardRule, apply_reward, is_random, judge, random_rewards
+from rest_rl.rewards import RewardRule, apply_reward, judge, random_rewards, uses_random_rewards
 
 
 class ResponseScore(NamedTuple):
@@ -102,7 +102,7 @@ def make_tool_reward(
             for name, values in collect_by_turn(zip((target.turn for target in golds), rows, strict=True)).items():
                 for value in values:  # one by one: processes have different numbers of them, and TRL takes the mean
                     log_metric(name, value)
-        if is_random(reward):
+        if uses_random_rewards(reward):
             return random_rewards(len(rows), seed, step, first=_process_rank() * len(rows))
         return [row.total for row in rows]
 
@@ -125,7 +125,7 @@ def refuse_non_finite(reward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(values: Any, columns: Mapping[str, Any]) -> Any:
         for at, value in enumerate(values):
             if value is not None and not math.isfinite(value):
-                got = f"{float(value)} from the reward function {name_of(reward)}"
+                got = f"{float(value)} from the reward function {display_name(reward)}"
                 error = UserError(got, "finite numbers, or None for no reward", "guard the function against it")
                 raise with_sample_id(error, columns["id"][at] if "id" in columns else None)
         return values

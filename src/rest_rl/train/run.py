@@ -31,10 +31,10 @@ from rest_rl.runlog import (
     Observer,
     Row,
     RunLog,
-    owned,
+    lock_run_folder,
     read_rows,
     read_run,
-    unwritable,
+    unwritable_folder_error,
 )
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import Engine
@@ -113,14 +113,14 @@ def train(
     folder = Path(config.run.out)
     with ExitStack() as stack:
         if resume:
-            stack.enter_context(owned(folder, observer, enabled=is_first))
+            stack.enter_context(lock_run_folder(folder, observer, enabled=is_first))
         plan = plan_run(config, observer, is_new=not resume)
         config, engine, data = plan.config, plan.engine, plan.data
         if resume:
             log, checkpoint = resume_run_folder(folder, plan, observer, enabled=is_first)
         else:
             checkpoint = engine.prepare(data, RunLog(folder), Checkpoint(0))
-            stack.enter_context(owned(folder, observer, enabled=is_first))
+            stack.enter_context(lock_run_folder(folder, observer, enabled=is_first))
             run_file = run if isinstance(run, str | Path) else None
             log = RunLog.create(folder, config.to_toml(), sys.argv, enabled=is_first, run_file=run_file)
         return execute(plan, log, checkpoint, observer)
@@ -367,7 +367,7 @@ def write_plots(log: RunLog, observer: Observer) -> None:
     try:
         draw_all(group_runs([run]), log.plots)
     except OSError as error:
-        raise unwritable(log.folder, error) from error
+        raise unwritable_folder_error(log.folder, error) from error
     if run.summary.get("after"):
         observer.show_table("before → after training", BEFORE_AFTER_HEADER, before_after_rows(run.summary))
     observer.say(f"plots in {log.plots}; rest-rl report {log.folder} writes a page")

@@ -17,10 +17,17 @@ from transformers.trainer_callback import ExportableState
 
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
-from rest_rl.objects import name_of, trying
+from rest_rl.objects import display_name, wrap_user_errors
 from rest_rl.regions import region_sums, tag_regions
 from rest_rl.response import NUM_REGIONS, Region, ToolCall
-from rest_rl.weights import RegionStatistics, TaggedBatch, WeightRule, needs_entropies, region_weights_of, weigh
+from rest_rl.weights import (
+    RegionStatistics,
+    TaggedBatch,
+    WeightRule,
+    apply_weight_rule,
+    get_region_weights,
+    needs_entropies,
+)
 
 COUNTS, ENTROPIES, COLLISIONS = range(3)
 
@@ -123,10 +130,12 @@ def try_weight_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -
     for statistics, progress in ((None, 0.0), (RegionStatistics(100 * halves_R, halves_R, halves_R), 1.0)):
         regions_BT, entropies_BT = weighter.tag(ids_BT, mask_BT), torch.full(ids_BT.shape, 0.5)
         known = {"entropies_BT": entropies_BT} if needs_entropies(rule) else {}
-        with trying(f"weight rule {name_of(rule)}", "rule(batch, statistics, progress) -> weights (docs/method.md)"):
+        with wrap_user_errors(
+            f"weight rule {display_name(rule)}", "rule(batch, statistics, progress) -> weights (docs/method.md)"
+        ):
             weights_R = weighter.weight(ids_BT, mask_BT, regions_BT, statistics, progress, 1, **known).rule_weights_R
         if weights_R is not None and tuple(weights_R.shape) != (NUM_REGIONS,):
-            got = f"region_weights of shape {tuple(weights_R.shape)} from the weight rule {name_of(rule)}"
+            got = f"region_weights of shape {tuple(weights_R.shape)} from the weight rule {display_name(rule)}"
             raise UserError(got, f"{NUM_REGIONS} numbers, one for each region", "correct it")
 
 
@@ -171,8 +180,8 @@ class TokenWeighter:
         batch = TaggedBatch(
             ids_BT, mask_BT, regions_BT, self.tokenizer, self.format.name, step, entropies_BT, entropies_N
         )
-        weights_BT = weigh(self.rule, batch, statistics, progress)
-        return WeightedTokens(regions_BT, weights_BT, region_weights_of(self.rule, statistics, progress))
+        weights_BT = apply_weight_rule(self.rule, batch, statistics, progress)
+        return WeightedTokens(regions_BT, weights_BT, get_region_weights(self.rule, statistics, progress))
 
 
 def sum_by_region(weighted: WeightedTokens, mask_BT: Tensor, entropies_BT: Tensor, logps_BT: Tensor) -> Tensor:

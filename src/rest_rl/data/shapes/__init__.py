@@ -21,7 +21,7 @@ from rest_rl.data.reasons import RowContext, RowRejectedError
 from rest_rl.data.samples import Dialogue, ToolSample
 from rest_rl.data.shapes import api_bank, api_bank_train, chat, own, toolace, toolrl, xlam
 from rest_rl.errors import UserError
-from rest_rl.objects import check_call, load_object
+from rest_rl.objects import check_signature, load_object
 
 __all__ = ["AUTO", "BENCHMARKS", "SHAPES", "RowContext", "RowRejectedError", "RowShape", "find_shape", "get_shapes"]
 AUTO = "auto"
@@ -72,8 +72,8 @@ def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
     if missing or isinstance(shape, type):
         got = "a class" if isinstance(shape, type) else f"an object without {', '.join(missing)}"
         raise UserError(f"row shape {source!r}, {got}", "an object with name, matches and read", "see docs/data.md")
-    check_call(shape.matches, f"matches of row shape {source!r}", "row")
-    check_call(shape.read, f"read of row shape {source!r}", "row", "context")
+    check_signature(shape.matches, f"matches of row shape {source!r}", "row")
+    check_signature(shape.read, f"read of row shape {source!r}", "row", "context")
     return (shape, *_ALL)
 
 

@@ -23,8 +23,8 @@ from rest_rl.data.shapes.toolrl import FORMAT
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Benchmark, Reply, SingleTurn
 from rest_rl.formats import ToolFormat
-from rest_rl.formats.opened_think import SUFFIX
-from rest_rl.jsonl import reason
+from rest_rl.formats.opened_think import THINK_SUFFIX
+from rest_rl.jsonl import describe_os_error
 from rest_rl.response import ParsedResponse, ToolCall
 from rest_rl.rewards import json_equal
 
@@ -67,7 +67,7 @@ class ApiBank(Benchmark):
 
     def start(self, identity: str, tool_format: ToolFormat) -> SingleTurn:
         item = self.items[identity]
-        is_published = tool_format.name.removesuffix(SUFFIX) == FORMAT
+        is_published = tool_format.name.removesuffix(THINK_SUFFIX) == FORMAT
         return SingleTurn(
             item.sample, tool_format, lambda reply, parsed: judge_response(reply, parsed, item, is_published)
         )
@@ -100,7 +100,7 @@ def read_rows(folder: Path, level: int, digest: Any) -> list[Any]:
         rows = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         remedy = "pass the folder with ToolRL's level-1-, level-2- and level-3-api_processed.json as --data"
-        raise UserError(f"{path} ({reason(error)})", "a JSON list of API-Bank samples", remedy) from error
+        raise UserError(f"{path} ({describe_os_error(error)})", "a JSON list of API-Bank samples", remedy) from error
     if not isinstance(rows, list):
         raise UserError(f"{path}, which holds a {type(rows).__name__}", "a list of samples", "restore it")
     digest.update(content)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Model, Reply, Request
 from rest_rl.formats import ToolFormat
-from rest_rl.jsonl import parse_row, read_lines, text_field
+from rest_rl.jsonl import parse_row, read_lines, require_text
 from rest_rl.response import Gold, ToolCall
 
 Texts = str | list[list[str]]
@@ -101,7 +101,7 @@ def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Reco
 
 def read_recording(row: Mapping[str, Any]) -> tuple[str, Recording | None]:
     """(id, response) of a row; no response where one was never given."""
-    identity = text_field(row, "id")
+    identity = require_text(row, "id")
     if "error" in row:
         return identity, None
     texts: Any = row.get("response")

@@ -28,7 +28,17 @@ from rest_rl.evaluate.held_out import HeldOutPrompt, evaluate_held_out
 from rest_rl.formats import get_format
 from rest_rl.report.diagnosis import Diagnosis
 from rest_rl.report.diagnosis.history import step_of
-from rest_rl.runlog import CONFIG, EVALUATIONS, METRICS, Observer, Row, RunLog, cut_back, read_rows, unwritable
+from rest_rl.runlog import (
+    CONFIG,
+    EVALUATIONS,
+    METRICS,
+    Observer,
+    Row,
+    RunLog,
+    read_rows,
+    truncate_file,
+    unwritable_folder_error,
+)
 from rest_rl.train.checkpoints import Checkpoint, find_checkpoint
 from rest_rl.train.engine import AfterStep, StopPoint
 from rest_rl.train.estimate import count_work
@@ -249,7 +259,7 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if number := find_write_error(folder, error):
-            raise unwritable(folder, OSError(number, os.strerror(number))) from error
+            raise unwritable_folder_error(folder, OSError(number, os.strerror(number))) from error
         raise
 
 
@@ -275,7 +285,7 @@ def find_write_error(folder: Path, error: Exception) -> int | None:
     except OSError as refused:
         return refused.errno
     finally:
-        cut_back(last, size)
+        truncate_file(last, size)
     return None
 
 

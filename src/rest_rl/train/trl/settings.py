@@ -14,7 +14,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig, SFTConfig
 
-from rest_rl.config import RunConfig, checked, unknown_key
+from rest_rl.config import RunConfig, unknown_key_error, validate_value
 from rest_rl.errors import UserError
 from rest_rl.runlog import CHECKPOINTS
 from rest_rl.train.policy import new_adapter_config
@@ -113,12 +113,12 @@ def check_trl_table(table: Mapping[str, Any], kind: type = ResTConfig) -> None:
     hints = {**typing.get_type_hints(kind), **typing.get_type_hints(stock)}
     for name, value in table.items():
         if name not in fields:
-            raise unknown_key(f"trl.{name}", name, fields)
+            raise unknown_key_error(f"trl.{name}", name, fields)
         # Others are left to the trainer; some of its texts (scale_rewards) may be true or false as well.
         options = {*typing.get_args(hints[name])} or {hints[name]}
         is_switch = isinstance(value, bool) and str in options
         if options <= {int, float, bool, str, type(None)} and not is_switch:
-            checked(value, hints[name], f"trl.{name}")
+            validate_value(value, hints[name], f"trl.{name}")
     check_ranges(table)
     if table.get("save_only_model"):
         raise UserError(

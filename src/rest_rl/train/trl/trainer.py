@@ -27,11 +27,11 @@ from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from rest_rl.config import ENTROPY_DECAY, RestTable, rule_table
+from rest_rl.config import ENTROPY_DECAY, RestTable, rule_to_table
 from rest_rl.credit import AdvantageKind, weight_advantages
 from rest_rl.errors import UserError
 from rest_rl.formats import format_name, get_format
-from rest_rl.objects import UserObject, address_of
+from rest_rl.objects import UserObject, find_address
 from rest_rl.presets import PRESETS, Preset
 from rest_rl.response import NUM_REGIONS
 from rest_rl.train.policy import load_tokenizer
@@ -50,7 +50,7 @@ from rest_rl.train.weighing import (
 )
 from rest_rl.weights import WeightRule, is_uniform, needs_entropies
 
-REGIONS = "regions"
+REGION_LABELS = "regions"
 """Name of the tokens' regions in a batch."""
 
 
@@ -210,8 +210,8 @@ def _find_changes(named: Any, given: Any) -> dict[str, Any] | None:
     if named == given:
         return None
     if type(named) is not type(given) or not is_dataclass(given) or isinstance(given, type):
-        if isinstance(given, UserObject) or address_of(given):
-            return rule_table(given) or {"rule": address_of(given)}
+        if isinstance(given, UserObject) or find_address(given):
+            return rule_to_table(given) or {"rule": find_address(given)}
         raise UserError(
             f"a preset object with a {type(given).__name__} of your own that no module holds",
             "one that a checkpoint can record",
@@ -336,7 +336,7 @@ class ResTTrainer(GRPOTrainer):
         """TRL's batch of scored responses, each with its number in it and the regions of its tokens."""
         batch = super()._generate_and_score_completions(inputs)
         regions_BT = self._weighter.tag(batch["completion_ids"], sampled_mask(batch))
-        return {**batch, RESPONSE_INDEX: torch.arange(len(batch["completion_ids"])), REGIONS: regions_BT}
+        return {**batch, RESPONSE_INDEX: torch.arange(len(batch["completion_ids"])), REGION_LABELS: regions_BT}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -373,7 +373,7 @@ class ResTTrainer(GRPOTrainer):
     def _weight_advantages(self, micro_batch: _MicroBatch, entropies_BT: Tensor | None = None) -> Tensor:
         """The weighted advantages of one micro-batch, (B, T)."""
         entropies_N = None if entropies_BT is None else self._gather_entropies(entropies_BT, micro_batch.mask_BT)
-        ids_BT, regions_BT = micro_batch.batch["completion_ids"].cpu(), micro_batch.batch.get(REGIONS)
+        ids_BT, regions_BT = micro_batch.batch["completion_ids"].cpu(), micro_batch.batch.get(REGION_LABELS)
         if regions_BT is None:  # a batch that this trainer did not generate
             regions_BT = self._weighter.tag(ids_BT, micro_batch.mask_BT)
         micro_batch.weighted = self._weighter.weight(

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trl import GRPOConfig
 
-from rest_rl.config import AUTO, RunConfig, embedded_run, parse_toml
+from rest_rl.config import AUTO, RunConfig, parse_toml, read_asset
 from rest_rl.errors import UserError
 from rest_rl.presets import Preset
-from rest_rl.rewards import is_random
+from rest_rl.rewards import uses_random_rewards
 from rest_rl.train.trl.settings import check_trl_table
 from rest_rl.train.verl.responses import LOOP, PLUGIN, TRAINER
 from rest_rl.train.weighing import check_weight_rule
@@ -39,7 +39,7 @@ SCHEDULE_KEYS = (PROMPTS, MINI, TOTAL, EPOCHS, SAVE, TEST)
 """Keys that `compute_schedule` fills in where `[verl]` does not."""
 TRAIN_FILE, HELD_OUT_FILE, LOOPS_FILE, TOKENIZER = "train.parquet", "held_out.parquet", "agent_loops.yaml", "tokenizer"
 
-KEY_TABLES = parse_toml(embedded_run("verl.toml"), "verl.toml")
+KEY_TABLES = parse_toml(read_asset("verl.toml"), "verl.toml")
 """Which keys of the run file verl is given, and which of its own values are allowed."""
 DERIVED_TRL_KEYS = [name for names in KEY_TABLES["trl_counted"].values() for name in names]
 
@@ -195,7 +195,7 @@ def check_allowed_values(values: Mapping[str, Any], fixed: Mapping[str, Any], *,
 
 def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, megatron: bool) -> None:
     """UserError for what the other tables of a run file ask that verl cannot do."""
-    if is_random(method.reward):
+    if uses_random_rewards(method.reward):
         remedy = "set run.engine = 'trl'"
         raise UserError("rest.reward.random = true on verl, which scores each response by itself", "false", remedy)
     if config.rest.progress_steps:

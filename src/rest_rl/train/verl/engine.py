@@ -25,7 +25,17 @@ from rest_rl.data.prepare import Prepared
 from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.report.diagnosis import Diagnosis
-from rest_rl.runlog import EVALUATIONS, METRICS, RESPONSES, Observer, Row, RunLog, read_rows, replace_file, unwritable
+from rest_rl.runlog import (
+    EVALUATIONS,
+    METRICS,
+    RESPONSES,
+    Observer,
+    Row,
+    RunLog,
+    read_rows,
+    replace_file,
+    unwritable_folder_error,
+)
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.engine import AfterStep, StopPoint
 from rest_rl.train.policy import load_generation_config, resolve_adapter
@@ -106,7 +116,7 @@ class VerlEngine:
         try:
             write_verl_files(self.data, self.layout.tokenizer, self.job.files)
         except OSError as error:
-            raise unwritable(log.folder, error) from error
+            raise unwritable_folder_error(log.folder, error) from error
         self.verl.trainer.val_before_train = needs_evaluation(self.log, self.verl.trainer, self.checkpoint)
         self.observer.say(f"what verl prints is in {LOG_FILE}")
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
-from rest_rl.runlog import unwritable
+from rest_rl.runlog import unwritable_folder_error
 from rest_rl.train.policy import ADAPTER_CONFIG, load_tokenizer
 
 LORA_META = "lora_train_meta.json"
@@ -59,7 +59,7 @@ def merge_model(
             load_tokenizer(tokenizer, trust_remote_code=trust_remote_code).save_pretrained(part)
         part.replace(target)
     except (OSError, SafetensorError) as error:
-        raise unwritable(target.parent, OSError(None, str(error))) from error
+        raise unwritable_folder_error(target.parent, OSError(None, str(error))) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rest_rl.errors import UserError
 from rest_rl.evaluate.benchmarks.bfcl.package import Version
-from rest_rl.statistics import Interval, weighted_mean, wilson
+from rest_rl.statistics import Interval, weighted_mean, wilson_interval
 
 NON_LIVE: Mapping[Version, tuple[str, ...]] = {
     "v3": ("simple", "java", "javascript", "multiple", "parallel", "parallel_multiple", "irrelevance"),
@@ -54,7 +54,9 @@ def official_averages(version: Version, complete: Mapping[str, tuple[int, int]])
     Each has `accuracy` (a share), its 95 % interval `low` and `high` over the categories' Wilson intervals (see
     `weighted_mean`), `of` (its categories) and their `weights`.
     """
-    shares = {name: Interval(right / number, *wilson(right, number)) for name, (right, number) in complete.items()}
+    shares = {
+        name: Interval(right / number, *wilson_interval(right, number)) for name, (right, number) in complete.items()
+    }
     found: dict[str, dict[str, Any]] = {}
     for name, weights in average_weights(version, {name: number for name, (_, number) in complete.items()}).items():
         if complete.keys() >= weights.keys():
