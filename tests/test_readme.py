@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from rest_rl.cli.app import app, main, split_overrides
@@ -15,18 +16,28 @@ from rest_rl.runlog import read_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def test_the_python_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (code,) = python_blocks(README)
     monkeypatch.chdir(tmp_path)
-    for part in ("train", "test"):
-        assert main(["data", "world", "--out", f"dialogues.{part}.jsonl", "-n", "16"]) == 0
+    for seed, part in enumerate(("train", "test")):
+        assert main(["data", "world", "--out", f"dialogues.{part}.jsonl", "-n", "16", "--seed", str(seed)]) == 0
     names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
+    (parts,) = (block for block in python_blocks(TRAINING) if "ResTTrainer" in block)
+    exec(compile(parts, "docs/training.md", "exec"), names)
     assert names["checked"].kept == 16
     assert names["result"].steps == len(read_run(tmp_path / "runs" / "mine").metrics) == 2
-    assert names["evaluation"].summary["done"] == 2
+    assert sum(score.n for score in names["evaluation"].scores().values()) > 0
+    assert names["judgement"].format == 1
+    assert names["weights_BT"].mean() == pytest.approx(1)
+    assert torch.equal(names["advantages_BT"], 0.5 * names["weights_BT"])
 
 
 def command_lines() -> list[str]:

@@ -74,7 +74,7 @@ class Preview(NamedTuple):
 
 
 def evaluate(
-    benchmark: str | Benchmark, model: str | Model | None = None, *, observer: Observer = SILENT, **options: Any
+    benchmark: str | Benchmark, model: str | Path | Model | None = None, *, observer: Observer = SILENT, **options: Any
 ) -> EvalResult:
     """Ask a model for every sample of a benchmark, judge its responses, write the folder.
 
@@ -83,7 +83,7 @@ def evaluate(
     Raises:
         UserError: the request contradicts itself, or something that it names is missing.
     """
-    return run_request(EvalRequest(benchmark, model, **options), observer)
+    return run_request(EvalRequest(benchmark, str(model) if isinstance(model, Path) else model, **options), observer)
 
 
 def run_request(request: EvalRequest, observer: Observer = SILENT) -> EvalResult:
