@@ -1,5 +1,5 @@
-"""What serves the paper's referees and the package's makers, not its users; outside the wheel.
+"""Research commands that are not part of the wheel.
 
-`python -m research.theory` measures the theory behind the weights, `python -m research.warm_start` makes the embedded
-model. Both run from the repository's root, with rest-rl installed.
+`python -m research.theory` tests the theory behind the weights, `python -m research.warm_start` trains the embedded
+model. Run both from the root of the repository, with rest-rl installed.
 """

@@ -1,4 +1,4 @@
-"""What the commands in this folder share."""
+"""Error handling for the commands in this folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rest_rl.errors import UserError
 
 
 def run_command(work: Callable[[], None]) -> int:
-    """Do the work; 0, or 2 after one line about what the user can correct, or 130 after Ctrl-C."""
+    """Run the work and return the exit code: 0, 2 after one line about a mistake of the user, 130 after Ctrl-C."""
     try:
         work()
     except UserError as error:

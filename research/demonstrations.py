@@ -1,4 +1,4 @@
-"""Demonstrations of the tool world, right ones and ones with exactly one defect, to warm the embedded model up on."""
+"""Correct tool-world demonstrations, and ones with exactly one defect, for the warm start of the embedded model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ DEFECTS: tuple[Defect, ...] = get_args(Defect)
 
 
 def render_demonstration(sample: ToolSample, tool_format: str = "toolrl") -> str:
-    """The clean response text of a sample."""
+    """Return the correct response text of a sample."""
     return get_format(tool_format).render(sample.thought, sample.gold.calls, sample.gold.answer)
 
 
 def render_corrupted_demonstration(
     sample: ToolSample, rng: random.Random, defect: Defect | None = None, tool_format: str = "toolrl"
 ) -> str:
-    """A response text with exactly one defect, drawn at random unless named; never fully correct.
+    """Return a response text with exactly one defect, drawn at random unless given; it is never fully correct.
 
-    The thought explains the defective calls, unless it is filler. `missing_call` leaves out one of two calls, refuses
-    where one call is due and calls a tool where none serves; a sample without calls has no argument to spoil and knows
-    `missing_call` and `broken_tag` only.
+    `missing_call` omits one of two calls, refuses if one call is due, and calls a tool if none is suitable. A sample
+    without calls has no arguments to corrupt: every defect except `broken_tag` then adds a needless call.
     """
+    # Corrupt the calls, not the text, and render them again: a wrong call stays well-formed and costs only accuracy.
+    # The thought is rewritten to explain the defective calls, because a thought that announces the correct ones would
+    # teach the model to ignore its reasoning. Filler names no call and stays.
     defect = defect or rng.choice(DEFECTS)
     calls = list(sample.gold.calls)
     if defect == "broken_tag":
@@ -80,7 +82,7 @@ def _draw_other_value(rng: random.Random, slot: str, value: str) -> str:
 
 
 def _break_markup(text: str, rng: random.Random) -> str:
-    """The text without one of its tags or without its last bracket."""
+    # Drop one tag, or the last bracket.
     parts = [part for part in ("</think>", "<tool_call>", "</tool_call>", "</response>", "}\n</") if part in text]
     part = rng.choice(parts)
     return text.replace(part, "\n</" if part.startswith("}") else "", 1)

@@ -1,4 +1,4 @@
-"""The tokenizer and the small stock Qwen3 model that learn the tool world from nothing."""
+"""The tokenizer and the small stock Qwen3 model that are trained on the tool world from scratch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PIECES = (
     r" ?[A-Za-z]+|_[a-z]+|-\d\d|\n?-(?= )",
     r"[\s\S]",
 )
-"""Pre-tokens. A name or value is the same ids wherever it stands in quotes: the model has to copy it."""
+"""Pre-tokens. A quoted name or value has the same ids everywhere, because the model has to copy it."""
 
 CHAT_TEMPLATE = """\
 {%- if tools or messages[0].role == 'system' %}<|im_start|>system
@@ -53,17 +53,19 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-"""Tools one per line, description before name; earlier turns without their reasoning."""
+"""Renders one tool per line, the description before the name, and earlier turns without their reasoning."""
 
 
 def build_tokenizer(decision: Decision = "reasoning") -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer in which every piece of the world is one token and any other text falls to its bytes.
+    """Return a byte-level tokenizer with one token per piece of the tool world; other text is split into bytes.
 
-    `decode(encode(text)) == text` for every text.
+    `decode(encode(text)) == text` holds for every text.
     """
     split = pre_tokenizers.Split(Regex("|".join(_PIECES)), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     steps = pre_tokenizers.Sequence([split, to_bytes])
+    # The vocabulary comes from rendered texts, which need a tokenizer with a chat template: a first one that knows only
+    # bytes renders the corpus, and every pre-token found there becomes one token of the second.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     wrapped = _wrap_backend(_build_backend(alphabet, steps))
     seen = {piece for text in _build_corpus(wrapped, decision) for piece, _ in steps.pre_tokenize_str(text)}
@@ -72,6 +74,7 @@ def build_tokenizer(decision: Decision = "reasoning") -> PreTrainedTokenizerFast
 
 def _build_backend(vocabulary: Sequence[str], steps: pre_tokenizers.PreTokenizer) -> Tokenizer:
     ids = {piece: i for i, piece in enumerate(vocabulary)}
+    # BPE without merges: a pre-token in the vocabulary is one token, any other falls back to its bytes.
     backend = Tokenizer(models.BPE(vocab=ids, merges=[], ignore_merges=True))
     backend.pre_tokenizer = steps
     backend.decoder = decoders.ByteLevel()
@@ -99,7 +102,7 @@ def _build_corpus(tokenizer: Any, decision: Decision) -> list[str]:
 
 
 def build_model(tokenizer: Any, *, hidden: int = 128, layers: int = 3) -> Qwen3ForCausalLM:
-    """A stock Qwen3 model of about half a million parameters, tied embeddings, fp32; see `initialize_shift_heads`."""
+    """Return a stock Qwen3 model with about half a million parameters, tied embeddings and float32 weights."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -125,14 +128,14 @@ def build_model(tokenizer: Any, *, hidden: int = 128, layers: int = 3) -> Qwen3F
 
 @torch.no_grad()
 def initialize_shift_heads(model: Any, offsets: Sequence[int] = (1, 2, 3), gain: float = 3.0) -> None:
-    """Start head h of the first layer as "look `offsets[h]` tokens back"; everything stays trainable.
+    """Initialize head h of the first layer to attend `offsets[h]` tokens back; everything stays trainable.
 
-    Copying needs to know what stood before a token; from a plain start no binding of words to names had been learnt
-    after 2,200 recall steps (one seed, 3 pairs), with this one it came within 1,500. All embeddings get the same first
-    coordinate (one constant added to all logits of the tied head: no effect there), the projections read it alone, so
-    query and key are constants u, v and the rotary score is sum_j |u_j| |v_j| cos(theta_j (distance - offset)),
-    largest at the offset.
+    Copying requires the token before the current one. With the default initialization the model had not learned to bind
+    words to names after 2,200 recall steps (one seed, 3 pairs); with this one it did within 1,500.
     """
+    # All embeddings get the same first coordinate, which adds one constant to all logits of the tied head and changes
+    # no probability. Query and key projections read only that coordinate, so query and key are constants u and v, and
+    # the rotary score is sum_j |u_j| |v_j| cos(theta_j (distance - offset)), which is largest at the offset.
     config, layer = model.config, model.model.layers[0].self_attn
     size, frequencies = config.head_dim, 4
     theta = model.model.rotary_emb.inv_freq.float()
@@ -149,6 +152,7 @@ def initialize_shift_heads(model: Any, offsets: Sequence[int] = (1, 2, 3), gain:
             rows = projection.weight.view(-1, size, config.hidden_size)[head]
             rows.zero_()
             rows[:, 0] = value
+    # A larger spread than the default, so that what the heads copy reaches the residual stream from the first step.
     for projection in (layer.v_proj, layer.o_proj):
         projection.weight.normal_(0.0, config.hidden_size**-0.5)
 
@@ -156,11 +160,12 @@ def initialize_shift_heads(model: Any, offsets: Sequence[int] = (1, 2, 3), gain:
 def build_recall_batch(
     tokenizer: Any, rng: random.Random, batch: int, pairs: int, decision: Decision = "reasoning"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of a word and a quoted text, then the same pairs in another order; (ids_BT, labels_BT).
+    """Return (ids_BT, labels_BT): pairs of a word and a quoted text, then the same pairs in another order.
 
-    Only the second mention of the quoted texts is labelled (-100 elsewhere): the model can know it from the first
-    mention alone, which forces the copy circuit that plain attention is slow to find on the task itself.
+    Only the second mention of a quoted text is labeled (-100 elsewhere).
     """
+    # The model can predict the second mention only by copying the first, which trains the copy circuit that attention
+    # finds slowly on the task itself.
     rows = [_build_recall_row(tokenizer, rng, pairs, decision) for _ in range(batch)]
     width = max(len(ids) for ids, _ in rows)
     ids_BT = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in rows])
@@ -186,10 +191,8 @@ def _build_recall_row(
 
 
 def _draw_quoted(rng: random.Random, decision: Decision) -> list[str]:
-    """The pieces of a tool name, an argument name or a value of the training split, so held-out texts stay unseen.
-
-    Where names are not masked it is always a value.
-    """
+    # Pieces of a tool name, an argument name or a value of the training split, so that held-out texts stay unseen. If
+    # the call decides, names are fixed and only values are copied.
     kind = rng.randrange(3) if decision == "reasoning" else 2
     if kind == 0:
         first, second = draw_name(rng, "train").split("_")

@@ -1,14 +1,14 @@
-"""Supervised training of the tool world's small model from nothing: the warm start that RL begins with.
+"""Supervised training of the small tool-world model from scratch: the warm start for reinforcement learning.
 
     python -m research.warm_start --out model                            the embedded model, in 8 minutes
-    python -m research.warm_start --set decision=call --out runs/call    that of the second tool world
+    python -m research.warm_start --set decision=call --out runs/call    the model of the second tool world
 
-It has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean:
-right demonstrations. Noisy: a share of the demonstrations has one defect, so that sampling at temperature 1 errs in
-ways a reward can see and reinforcement learning has something to do, while greedy decoding errs much less.
+Training has three stages. Recall: pairs of words and quoted texts, until the model copies by content. Clean: correct
+demonstrations. Noisy: a share of the demonstrations has one defect, so that sampling at temperature 1 makes mistakes
+that a reward detects and reinforcement learning can correct, while greedy decoding makes far fewer.
 
-Its loop is our own and short: the data are endless and drawn on the way, three stages share one optimizer, and the
-head is applied to labelled positions only; a Trainer would add its bookkeeping to steps of a tenth of a second.
+The training loop is written out here because the data are generated on the fly, the stages share one optimizer, and the
+head is applied only to labeled positions. A Trainer would add its bookkeeping to steps of a tenth of a second.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ RECORD_FILE = "warm_start.json"
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """The recipe of the shipped model; all numbers are ours, found by trial."""
+    """The recipe of the shipped model; we found all values by trial."""
 
     seed: int = 0
     hidden: int = 128
     layers: int = 3
     recall_steps: int = 2000
-    """At most; the stage ends when `recall_accuracy` is reached. The circuit appears all at once, early or late."""
+    """Upper limit; the stage ends once `recall_accuracy` is reached. Copying appears abruptly, early or late."""
     recall_accuracy: float = 0.95
     recall_pairs: int = 6
     recall_batch: int = 16
@@ -62,32 +62,34 @@ class WarmStartConfig:
     corruption: float = 0.5
     """Share of the noisy stage's demonstrations that have a defect."""
     decision: Decision = "reasoning"
-    """Where demonstrations decide what to call: in the reasoning, or in the call after reasoning of filler."""
+    """Where demonstrations decide what to call: in the reasoning, or in the call after filler reasoning."""
+    # Filler is random and cannot be predicted; trained on in full, its loss would swamp the loss of the call.
     filler_share: float = 0.2
-    """Share of the filler's tokens that are learnt: nothing is in them, but their loss swamps the call's."""
+    """Share of the filler tokens that are trained on."""
 
     def __post_init__(self) -> None:
-        """ValueError for numbers outside their range."""
         steps = (self.recall_steps, self.clean_steps, self.noisy_steps)
         if min(steps) < 0 or min(self.layers, self.recall_pairs, self.recall_batch, self.batch_size) < 1:
-            raise UserError(f"{self}", "steps >= 0 and sizes >= 1", "change the field that is not")
+            raise UserError(f"a value of the recipe is out of range: {self}", "steps >= 0 and sizes >= 1", "change it")
         if self.hidden < 64 or self.hidden % 8:
-            raise UserError(f"hidden {self.hidden}", "a multiple of 8 from 64 on", "try 128")
+            raise UserError(f"hidden is {self.hidden}", "a multiple of 8, at least 64", "try 128")
         if self.decision not in get_args(Decision) or not 0 < self.filler_share <= 1:
-            raise UserError(f"{self}", "decision reasoning or call and filler_share in (0, 1]", "change it")
+            expected = "decision reasoning or call, and filler_share in (0, 1]"
+            raise UserError(f"a value of the recipe is out of range: {self}", expected, "change it")
         if not (0 <= self.corruption <= 1 and self.learning_rate > 0 and self.noisy_learning_rate > 0):
-            raise UserError(f"{self}", "corruption in [0, 1] and learning rates > 0", "change the field that is not")
+            expected = "corruption in [0, 1] and learning rates > 0"
+            raise UserError(f"a value of the recipe is out of range: {self}", expected, "change it")
 
 
 class Batch(NamedTuple):
-    """Token ids and labels, both (B, T), right padded; labels are -100 where nothing is learnt."""
+    """Token ids and labels, both (B, T), padded on the right; labels are -100 for tokens that are not trained on."""
 
     ids: Tensor
     labels: Tensor
 
 
 class Stage(NamedTuple):
-    """A stretch of training: at most `steps` steps, fewer once the mean accuracy exceeds `stop_accuracy`."""
+    """A training stage of at most `steps` steps; it ends once the mean accuracy exceeds `stop_accuracy`."""
 
     name: str
     steps: int
@@ -96,7 +98,7 @@ class Stage(NamedTuple):
     stop_accuracy: float = 1.0
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate rises over 50 steps and falls to a twentieth over the last `decay` of the stage."""
+        """Return the learning rate, which rises over 50 steps and falls to 5 % over the last `decay` of the stage."""
         left = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
         return self.learning_rate * min(1.0, step / 50) * max(0.05, min(1.0, left))
 
@@ -104,9 +106,9 @@ class Stage(NamedTuple):
 def warm_start(
     config: WarmStartConfig | None = None, out: str | Path = "runs/sft", log: Callable[[str], Any] = print
 ) -> Path:
-    """Train the small model and save it with its tokenizer in `out`, beside the recipe and what each stage reached.
+    """Train the small model; save it to `out` with its tokenizer, the recipe and the result of each stage.
 
-    Deterministic for a seed on one machine and number of threads. A progress bar shows stage, loss and accuracy.
+    Deterministic for a seed on one machine with one number of threads. A progress bar shows stage, loss and accuracy.
     """
     config, out = config or WarmStartConfig(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -114,8 +116,9 @@ def warm_start(
     rng = random.Random(config.seed)
     tokenizer = build_tokenizer(config.decision)
     model = build_model(tokenizer, hidden=config.hidden, layers=config.layers)
-    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces")
+    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    # One generator and one optimizer for all stages: the order of the draws is part of the recipe.
     pairs = (config.recall_batch, config.recall_pairs, config.decision)
     recall = (Batch(*build_recall_batch(tokenizer, rng, *pairs)) for _ in iter(int, 1))
     world, layout = generate_samples(config.seed, config.decision), PromptLayout(tokenizer)
@@ -138,7 +141,7 @@ def warm_start(
 
 
 def generate_samples(seed: int, decision: Decision = "reasoning") -> Iterator[ToolSample]:
-    """Training samples without end; far from the seeds a run is likely to draw its prompts from."""
+    # Endless training samples, from seeds far from those that a run is likely to use for its prompts.
     for dialogue in dialogues(1_000_000 + seed, decision=decision):
         yield from decompose(dialogue)
 
@@ -150,17 +153,15 @@ def generate_batches(
     config: WarmStartConfig,
     corruption: float = 0.0,
 ) -> Iterator[Batch]:
-    """Batches of prompt and demonstration, labels on the demonstration.
-
-    Rows are not sorted by length: lengths go with kinds, and every batch should hold all kinds.
-    """
+    # Prompts followed by demonstrations, labeled on the demonstration. Rows are not sorted by length, because length
+    # depends on the kind of sample and every batch should contain all kinds.
     filler = set(layout.tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in FILLER]))
     skipped = 1 - config.filler_share if config.decision == "call" else 0.0
     while True:
         rows = []
         for sample in itertools.islice(samples, config.batch_size):
-            is_spoilt = rng.random() < corruption
-            response = render_corrupted_demonstration(sample, rng) if is_spoilt else render_demonstration(sample)
+            is_corrupted = rng.random() < corruption
+            response = render_corrupted_demonstration(sample, rng) if is_corrupted else render_demonstration(sample)
             ids, labels = encode_demonstration(layout.render(sample), response, layout.tokenizer)
             if skipped:
                 labels = [IGNORED_LABEL if at in filler and rng.random() < skipped else at for at in labels]
@@ -169,7 +170,7 @@ def generate_batches(
 
 
 def pad_batch(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
-    """Rows of (ids, labels) as one batch, padded on the right, where a causal model needs no mask."""
+    # Padding on the right needs no attention mask in a causal model.
     width = max(len(ids) for ids, _ in rows)
     ids_BT = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows])
     labels_BT = torch.tensor([labels + [IGNORED_LABEL] * (width - len(labels)) for _, labels in rows])
@@ -177,7 +178,7 @@ def pad_batch(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
 
 
 def run_stage(model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], stage: Stage) -> dict[str, float]:
-    """Take the steps of a stage; returns their number and moving averages of loss and accuracy."""
+    """Train one stage; return the number of steps and moving averages of loss and accuracy."""
     averages = {"loss": 0.0, "accuracy": 0.0}
     step = 0
     model.train()
@@ -185,6 +186,7 @@ def run_stage(model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Ba
         for step in range(1, stage.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate_at(step)
+            # A plain mean over the first 20 steps, then an exponential moving average: no bias towards the initial 0.
             measured = train_step(model, optimizer, next(batches))
             keep = min(0.95, (step - 1) / step)
             averages = {key: keep * old + (1 - keep) * measured[key] for key, old in averages.items()}
@@ -196,7 +198,7 @@ def run_stage(model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Ba
 
 
 def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
-    """One step on the mean cross entropy of the labelled tokens, gradient norm clipped to 1."""
+    # The head is applied only to labeled positions: its (B, T, V) logits would be most of the cost of a step.
     is_labelled = batch.labels[:, 1:] != IGNORED_LABEL
     labels_N = batch.labels[:, 1:][is_labelled]
     hidden_BTH = model.model(batch.ids, use_cache=False).last_hidden_state
@@ -210,12 +212,12 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> di
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m research.warm_start", description="Train the small model of the tool world from nothing."
+        prog="python -m research.warm_start", description="Train the small model of the tool world from scratch."
     )
-    parser.add_argument("--out", default="runs/sft", metavar="DIR", help="where to (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key of the recipe")
+    parser.add_argument("--out", default="runs/sft", metavar="DIR", help="output folder (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one value of the recipe")
     arguments = parser.parse_args(argv)
     silence_transformers()
 

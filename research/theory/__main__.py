@@ -1,4 +1,4 @@
-"""`python -m research.theory`: the lemmas and theorems behind the weights, measured on a model, without training."""
+"""`python -m research.theory`: test the lemmas and theorems behind the weights on a model, without training."""
 
 from __future__ import annotations
 
@@ -55,55 +55,77 @@ from rest_rl.train.policy import silence_transformers
 JSON_FILE, PAGE_FILE = "theory.json", "theory.md"
 MIN_PILOT, MIN_PILOT_GROUP = 4, 8
 LONG_PILOT_SECONDS = 600.0
-"""Seconds of a pilot from which on a user is warned."""
+"""Estimated time of a pilot above which the command prints a warning."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options."""
     parser = argparse.ArgumentParser(
         prog="python -m research.theory",
-        description="Measure, without training, where the variance theory of ResT holds and where it does not: Lemmas "
-        "1 and 2, Theorems 1 and 2, and for each weight rule variance, direction and expected improvement.",
+        description="Test, without training, where the variance theory of ResT holds: Lemmas 1 and 2, Theorems 1 and "
+        "2, and the variance, direction and expected improvement of each weight rule.",
     )
     add = parser.add_argument
-    add("--model", metavar="DIR_OR_ID", help="a run folder, a model, an adapter or a hub name (the embedded model)")
-    add("--data", metavar="FILE", help="dialogues, as in train (default: the model's run's own)")
+    add(
+        "--model",
+        metavar="DIR_OR_ID",
+        help="a run folder, a model, an adapter or a hub name (default: the embedded model)",
+    )
+    add("--data", metavar="FILE", help="dialogues, as in train (default: those of the model's run)")
     add("--format", action="append", default=[], metavar="F", help="tool-call format (default: auto)")
-    add("--prompts", type=int, default=96, metavar="N", help="prompts for the rules, at least 8 (%(default)s)")
-    add("--group", type=int, default=8, metavar="G", help="responses per prompt (%(default)s)")
-    add("--pilot", type=int, default=12, metavar="N", help="prompts for lemmas and theorems, at least 4 (%(default)s)")
-    add("--pilot-group", type=int, default=16, metavar="G", help="responses to each, at least 8 (%(default)s)")
-    add("--seed", type=int, default=0, metavar="S", help="of prompts and sampling (%(default)s)")
-    add("--progress", type=float, default=0.0, metavar="X", help="training progress of reward and curriculum (0)")
-    add("--step", type=int, metavar="P", help="prompts of the training step to predict (the run's)")
-    add("--cap", type=float, default=3.0, metavar="C", help="norm cap in medians (%(default)s)")
-    add("--max-new-tokens", type=int, metavar="N", help="per response (default: the run's)")
-    add("--batch-size", type=int, metavar="N", help="responses sampled at once (eval.batch_size)")
-    add("--set", action="append", default=[], metavar="A.B=C", help="set one key of the run")
-    add("--out", metavar="DIR", help="where to (default: runs/theory-MODEL)")
+    add(
+        "--prompts",
+        type=int,
+        default=96,
+        metavar="N",
+        help="prompts on which the rules are judged, at least 8 (%(default)s)",
+    )
+    add("--group", type=int, default=8, metavar="G", help="responses per prompt for the rules (%(default)s)")
+    add(
+        "--pilot",
+        type=int,
+        default=12,
+        metavar="N",
+        help="pilot prompts for lemmas and theorems, at least 4 (%(default)s)",
+    )
+    add("--pilot-group", type=int, default=16, metavar="G", help="responses per pilot prompt, at least 8 (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="seed for drawing prompts and for sampling (%(default)s)")
+    add(
+        "--progress",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="training progress for reward and curriculum, 0 to 1 (0)",
+    )
+    add("--step", type=int, metavar="P", help="prompts of the optimizer step to predict (default: the run's)")
+    add("--cap", type=float, default=3.0, metavar="C", help="norm cap, in multiples of the median norm (%(default)s)")
+    add("--max-new-tokens", type=int, metavar="N", help="maximum tokens per response (default: the run's)")
+    add("--batch-size", type=int, metavar="N", help="responses per forward pass (default: eval.batch_size)")
+    add("--set", action="append", default=[], metavar="A.B=C", help="set one key of the run file")
+    add("--out", metavar="DIR", help="output folder (default: runs/theory-MODEL)")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     arguments = build_parser().parse_args(argv)
     return run_command(lambda: run_theory(arguments))
 
 
 def run_theory(arguments: argparse.Namespace) -> None:
-    """Sample, measure, show and write; whatever a user can have got wrong is found before anything is sampled."""
+    # Everything that depends on the user is checked before the model is loaded and anything is sampled.
     silence_transformers()
     screen = Screen(Console(stderr=arguments.json))
     check_numbers(arguments)
     out = Path(arguments.out) if arguments.out else choose_unused_folder("theory", arguments.model, JSON_FILE)
     config = resolve_run(arguments.model, arguments.data, arguments.set)
+    # Pilot and judged prompts are sampled with different seeds, 2 S and 2 S + 1, so that no seed of a user repeats one.
     samplings = [
         build_sampling(config, group, seed, arguments.progress, arguments.max_new_tokens, arguments.batch_size)
         for seed, group in enumerate((arguments.pilot_group, arguments.group), start=2 * arguments.seed)
     ]
     (layout,) = build_layouts(config, arguments.format)
-    remedy = "add data" + (f", or lower --pilot (to {MIN_PILOT} at the least)" * (arguments.pilot > MIN_PILOT))
+    remedy = "add data" + (f", or lower --pilot (at least {MIN_PILOT})" * (arguments.pilot > MIN_PILOT))
     number, least = arguments.prompts + arguments.pilot, MIN_PROMPTS + arguments.pilot
     prompts = draw_prompts(config, layout, number, arguments.seed, screen, samplings[0].max_new_tokens, least, remedy)
     pilot, judged = prompts[: arguments.pilot], prompts[arguments.pilot :]
@@ -133,17 +155,20 @@ def run_theory(arguments: argparse.Namespace) -> None:
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
-    """UserError for numbers with which nothing can be estimated."""
     least = {"prompts": MIN_PROMPTS, "pilot": MIN_PILOT, "pilot_group": MIN_PILOT_GROUP, "seed": 0, "step": 1}
     check_minimums(**{name: (getattr(arguments, name), number) for name, number in least.items()})
     if len(arguments.format) > 1:
-        raise UserError(f"{len(arguments.format)} times --format", "one", "measure them one by one")
+        raise UserError(
+            f"--format is given {len(arguments.format)} times", "one format", "measure the formats one by one"
+        )
     if arguments.pilot_group < arguments.group:
         raise UserError(
-            f"--pilot-group {arguments.pilot_group} with --group {arguments.group}", "at least as many", "raise it"
+            f"--pilot-group is {arguments.pilot_group}",
+            f"at least the --group of {arguments.group}",
+            "raise --pilot-group",
         )
     if not arguments.cap > 0:
-        raise UserError(f"--cap {arguments.cap}", "a positive multiple of the median norm", "raise it")
+        raise UserError(f"--cap is {arguments.cap}", "a positive multiple of the median norm", "raise it")
 
 
 def sample_and_measure(
@@ -154,7 +179,6 @@ def sample_and_measure(
     settings: TheorySettings,
     observer: Observer,
 ) -> tuple[Theory, str]:
-    """The theory on this model, and what it was measured on."""
     pilots, judged = map(len, prompts)
     with track_steps(observer, layout.format.name, pilots + judged + count_steps(pilots, judged)) as done:
         pilot, groups = (
@@ -168,7 +192,7 @@ def sample_and_measure(
     what = (
         f"{layout.format.name}: pilot of {len(pilot)} prompts × {samplings[0].group_size} responses, rules on "
         f"{len(groups)} other prompts × {samplings[1].group_size} ({found.live_groups:.0%} of these groups have "
-        "spread); "
+        "unequal rewards); "
         f"{found.coordinate_share:.0%} of the parameters, progress {settings.progress:g}, seed {settings.seed}, norm "
         f"cap {settings.cap:g} × median"
     )
@@ -178,7 +202,8 @@ def sample_and_measure(
 def limit_coordinates(
     model: torch.nn.Module, pilot: Sequence[SampledGroup], groups: int, settings: TheorySettings, observer: Observer
 ) -> TheorySettings:
-    """The settings with as many coordinates as memory has room for; says how long a long pilot will take."""
+    # Keep as many coordinates as memory allows. One timed response predicts the time of the pilot, which needs two
+    # backward passes per token, and a long pilot is announced before it starts.
     longest = max((one for group in pilot for one in group.responses), key=lambda one: len(one.ids))
     settings = replace(settings, coordinates=max_coordinates(len(longest.ids), groups))
     coordinates = Coordinates.choose(model, settings.coordinates, settings.seed)
@@ -188,14 +213,13 @@ def limit_coordinates(
     seconds = passes * (time.monotonic() - begun) / max(1, len(longest.ids[:4]))
     if seconds > LONG_PILOT_SECONDS:
         observer.say(
-            f"{passes:,} backward passes through single tokens: about {seconds / 60:.0f} minutes before the rules are "
-            "judged; fewer --pilot prompts, a smaller --group or --max-new-tokens take less"
+            f"the pilot needs {passes:,} backward passes through single tokens, about {seconds / 60:.0f} "
+            "minutes; to shorten it, lower --pilot, --group or --max-new-tokens"
         )
     return settings
 
 
 def show_results(what: str, found: Theory, screen: Screen) -> None:
-    """The tables and findings."""
     for table in build_tables(found):
         screen.show_table(*table)
     screen.say(f"{what}.\n")

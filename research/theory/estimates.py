@@ -1,4 +1,4 @@
-"""What the theory's figures share: every figure of a weighting against a baseline, jackknife errors, thresholds."""
+"""Shared statistics of the theory checks: figures of a weighting against a baseline, jackknife errors, thresholds."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from torch import Tensor
 
 from rest_rl.probe.variance import Estimate, GradientSeries, divide_or_nan, relative_gain
 
+# 2 * (1 - Phi(2)).
 TWO_SIGMA_TAIL = 0.0455
-"""How often a normal figure is more than two standard errors off, to either side."""
+"""Probability that a normal variable is more than two standard errors off, in either direction."""
 DOMINANT_SHARE = 0.5
-"""A unit with more than this share of the summed squared norms decides the second moment."""
+"""A unit with a larger share of the summed squared norms dominates the second moment."""
 
 
 class GradientFigures(NamedTuple):
-    """What a weighting does to the gradient of a batch of `batch` units; relative figures are against the baseline."""
+    """Effect of a weighting on the gradient of a batch of units; relative figures compare it with the baseline."""
 
     variance: Estimate
-    """tr Cov of the batch's gradient."""
+    """Trace of the covariance of the batch's gradient."""
     mean_square: Estimate
-    """|E g|²; an unbiased estimate, so it may be negative where there is no signal."""
+    """|E g|²; the estimate is unbiased and can be negative if there is no signal."""
     ratio: Estimate
-    """variance / |E g|²"""
+    """variance / |E g|²."""
     cosine: Estimate
-    """Between E g and the true gradient: what reweighting costs in direction."""
+    """Between E g and the true gradient: the directional cost of reweighting."""
     eff: Estimate
     """<E g, t> / sqrt(E|g|² |t|²): expected improvement per unit step, in [-1, 1]."""
     eff_adam: Estimate
     """sum_j t_j E g_j / sqrt(E g_j²) / (sqrt(N) |t|): the same after Adam's scaling, in [-1, 1]."""
     eff_gain: Estimate
-    """eff over the baseline's, minus 1."""
+    """eff / eff of the baseline - 1."""
     eff_adam_gain: Estimate
-    """eff_adam over the baseline's, minus 1."""
+    """eff_adam / eff_adam of the baseline - 1."""
     lead: Estimate
-    """<E g, t> / sqrt(E|g|²) minus the baseline's: what tells the sign of a gain where |t| or a quotient is noise."""
+    """<E g, t> / sqrt(E|g|²) minus the baseline's; it has no divisor, so its sign is reliable where a gain is noise."""
     adam_lead: Estimate
     """The same after Adam's scaling."""
     largest_share: float
@@ -46,12 +47,12 @@ class GradientFigures(NamedTuple):
 
     @property
     def is_dominated(self) -> bool:
-        """Whether a single unit decides the second moment, so that the figures say little about others."""
+        """Whether one unit dominates the second moment, so that the figures say little about the others."""
         return self.largest_share > DOMINANT_SHARE
 
     @classmethod
     def from_series(cls, own: GradientSeries, baseline: GradientSeries, largest_share: float) -> GradientFigures:
-        """All figures of one weighting against the baseline, on the same units."""
+        """Compare one weighting with the baseline on the same units."""
         return cls(
             variance=Estimate.from_jackknife(own.variance_1K),
             mean_square=Estimate.from_jackknife(own.mean_square_1K),
@@ -68,12 +69,12 @@ class GradientFigures(NamedTuple):
 
 
 def ratio_or_nan(above: float, below: float) -> float:
-    """NaN where the divisor is 0."""
+    """Divide; NaN if the divisor is 0."""
     return float(divide_or_nan(above, below))
 
 
 def largest_share(gradients_MN: Tensor, scales_M: Tensor | None = None) -> float:
-    """The largest unit's share of the sum of squared norms; NaN where all are 0."""
+    """Return the largest unit's share of the sum of squared norms; NaN if all are 0."""
     squares_M = torch.linalg.vector_norm(gradients_MN, dim=1, dtype=torch.float64).square()
     if scales_M is not None:
         squares_M = squares_M * scales_M.square()
@@ -81,7 +82,7 @@ def largest_share(gradients_MN: Tensor, scales_M: Tensor | None = None) -> float
 
 
 def jackknife(count: int, statistic: Callable[[np.ndarray], float]) -> Estimate:
-    """A statistic of the positions 0 to count - 1 that it is given, and its error by leaving each of them out."""
+    """Estimate `statistic`, a function of the kept positions out of 0 to count - 1, by leaving out each position."""
     every = np.arange(count)
     return Estimate.from_jackknife(
         np.array([statistic(every), *(statistic(np.delete(every, i)) for i in every)], dtype=float)
@@ -89,9 +90,9 @@ def jackknife(count: int, statistic: Callable[[np.ndarray], float]) -> Estimate:
 
 
 def critical_value(units: int, comparisons: int = 1) -> float:
-    """The standard errors from `units` units beyond which a figure is more than chance, to either side.
+    """Return the number of standard errors beyond which a two-sided figure is significant.
 
-    Student's quantile that many units give for the certainty of two errors of many, shared out among `comparisons` of
-    which the most striking is picked (Bonferroni).
+    It is the quantile of Student's t with `units` - 1 degrees of freedom at the level of two normal standard errors,
+    divided by `comparisons` if the most extreme of several figures is picked (Bonferroni).
     """
     return float(t.isf(TWO_SIGMA_TAIL / 2 / comparisons, units - 1))

@@ -1,4 +1,4 @@
-"""The expected squared norm of a token's score, in one backward pass a position."""
+"""The expected squared norm of a token's score, from one backward pass per position."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from rest_rl.probe.gradients import (
 def expected_squares(
     model: Any, prompt_ids: Sequence[int], response: Sequence[int], coordinates: Coordinates, seed: int = 0
 ) -> Tensor:
-    """E_y |grad log pi(y | prompt, y_<t)|² over all tokens y that could come at position t: float64 (T,) on the CPU.
+    """Return an unbiased estimate of E_y |grad log pi(y | prompt, y_<t)|² at each position: float64 (T,) on the CPU.
 
-    Unbiased, from one backward pass per position: with the logits' Jacobian J, q = sqrt(p) and random signs e it is
-    E_e |J'(q e - p (q . e))|², since (diag q - p q')(diag q - p q')' = diag p - p p', the covariance of the score.
-    Over sampled tokens the same mean rests on rare ones: a token of probability 0.999 is seldom seen to be missed.
+    The expectation is over all tokens y of the vocabulary.
     """
+    # A sum over V tokens would need V backward passes. With the Jacobian J of the logits, q = sqrt(p) and random signs
+    # e, E_e |J'(q e - p (q . e))|² has the same expectation, because (diag q - p q')(diag q - p q')' = diag p - p p',
+    # the covariance of the score: one backward pass per position. An average over sampled tokens would depend on rare
+    # events: a token of probability 0.999 is almost never missing from the sample.
     parameters = trainable_parameters(model)
     squares_T = torch.zeros(len(response), dtype=torch.float64)
     if not len(response):

@@ -1,13 +1,12 @@
-"""Lemma 1 on measured gradients: how the variance of a prompt's gradient falls with the number G of its responses.
+"""Test Lemma 1 on measured gradients: how the variance of a prompt's gradient falls with the group size G.
 
-Shapes: n responses to one prompt (many more than a group), sizes of groups K. `gram_nn` holds the inner products of the
-responses' gradients 1 / T_i sum_t grad log pi(y_it), so sum_i c_i g_i has the squared norm c'Kc: disjoint groups drawn
-from the n responses give as many independent gradients of the same prompt, and their sample variance is unbiased.
+Shapes: n responses to one prompt (many more than a group), K group sizes. `gram_nn` contains the inner products of the
+responses' gradients 1 / T_i sum_t grad log pi(y_it).
 
-The form that is tested: Var(1/G sum_i A_i g_i) = Var(A_1 g_1) / G. For advantages that do not depend on the group's
-other responses (a fixed baseline) it is an identity, and so is its estimate from random divisions: that curve is 1 / G
-by construction and stands there as the reference. A group's own mean and standard deviation make the lemma an
-approximation, which is what is measured.
+The lemma is tested in the form Var(1/G sum_i A_i g_i) = Var(A_1 g_1) / G. For advantages that do not depend on the
+other responses of the group (a fixed baseline) it is an identity, and so is its estimate from random divisions: that
+curve is 1 / G by construction and serves as the reference. With the group's own mean and standard deviation the lemma
+is an approximation, and its error is measured.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class PromptResponses(NamedTuple):
 
 
 class GroupSizeCurve(NamedTuple):
-    """Variance within prompts by group size under one advantage, and its log-log slope (-1 in Lemma 1)."""
+    """Variance within prompts by group size for one kind of advantage, and its log-log slope (-1 in Lemma 1)."""
 
     advantage: str
     sizes: tuple[int, ...]
@@ -43,22 +42,19 @@ class GroupSizeCurve(NamedTuple):
 FIXED_BASELINE = "fixed baseline"
 """The advantage whose curve is 1 / G by construction."""
 Advantages = Callable[[np.ndarray, float], np.ndarray]
-"""(rewards (groups, G), mean reward of the other prompts) -> advantages (groups, G)."""
+"""Maps rewards (groups, G) and the mean reward of the other prompts to advantages (groups, G)."""
 
 
 def subtract_fixed_baseline(rewards_kG: np.ndarray, elsewhere: float) -> np.ndarray:
-    """R - b, with the mean reward of other prompts as b."""
     return rewards_kG - elsewhere
 
 
 def subtract_leave_one_out_mean(rewards_kG: np.ndarray, _elsewhere: float) -> np.ndarray:
-    """R_i minus the mean of the group's others; unbiased as well."""
     size = rewards_kG.shape[1]
     return (rewards_kG - rewards_kG.mean(1, keepdims=True)) * size / (size - 1)
 
 
 def standardize(rewards_kG: np.ndarray, _elsewhere: float) -> np.ndarray:
-    """GRPO's (R - mean) / std."""
     size = rewards_kG.shape[1]
     return group_advantages(torch.from_numpy(rewards_kG.ravel()), size, "grpo").numpy().reshape(rewards_kG.shape)
 
@@ -73,14 +69,18 @@ ADVANTAGES: dict[str, Advantages] = {
 def measure_group_size_curves(
     prompts: Sequence[PromptResponses], *, repeats: int = 128, seed: int = 0
 ) -> list[GroupSizeCurve]:
-    """The curve of each advantage over G = 2, 4, ... up to half the responses; errors by leaving out prompts.
+    """Return the curve of each kind of advantage over G = 2, 4, ... up to half the responses.
 
-    Each size averages over `repeats` random divisions of the responses into groups. ValueError for fewer than 3 prompts
-    or 8 responses.
+    Each size averages over `repeats` random divisions of the responses into groups. Errors are jackknife errors over
+    prompts. UserError for fewer than 3 prompts or 8 responses.
     """
     count = min((len(one.rewards_n) for one in prompts), default=0)
     if len(prompts) < 3 or count < 8:
-        raise UserError(f"{len(prompts)} prompts with {count} responses each", "at least 3 with 8", "sample more")
+        raise UserError(
+            f"there are {len(prompts)} prompts with {count} responses each",
+            "at least 3 prompts with 8 responses",
+            "sample more",
+        )
     sizes = tuple(2**k for k in range(1, count.bit_length()) if 2 ** (k + 1) <= count)
     rewards = np.array([one.rewards_n.mean() for one in prompts])
     elsewhere_P = (rewards.sum() - rewards) / (len(rewards) - 1)
@@ -105,7 +105,8 @@ def measure_within_variance(
     repeats: int,
     rng: np.random.Generator,
 ) -> float:
-    """Tr Cov of the gradient of a group of `size` responses to the prompt, over disjoint groups."""
+    # The gradient of a group is sum_i c_i g_i with c = A / G on its members, so every squared norm is c'Kc and no
+    # vector is needed. Disjoint groups are independent gradients of one prompt: their sample covariance is unbiased.
     groups = len(prompt.rewards_n) // size
     found = []
     for _ in range(repeats):
@@ -118,7 +119,6 @@ def measure_within_variance(
 
 
 def fit_curve(name: str, sizes: tuple[int, ...], variances_PK: np.ndarray) -> GroupSizeCurve:
-    """Means over prompts, and the slope of their logarithms."""
     prompts = len(variances_PK)
     measured = tuple(
         jackknife(prompts, lambda kept, k=k: float(variances_PK[kept, k].mean())) for k in range(len(sizes))
@@ -129,7 +129,7 @@ def fit_curve(name: str, sizes: tuple[int, ...], variances_PK: np.ndarray) -> Gr
 
 
 def fit_log_log_slope(sizes: Sequence[int], variances_K: np.ndarray) -> float:
-    """Least-squares slope of log variance over log size; NaN where there is no variance or a single size."""
+    """Return the least-squares slope of log variance over log size; NaN for zero variance or a single size."""
     if len(sizes) < 2 or not (variances_K > 0).all():
         return float("nan")
     return float(np.polyfit(np.log(sizes), np.log(variances_K), 1)[0])

@@ -1,8 +1,8 @@
-"""The theory behind ResT, measured on a real model: its lemmas and theorems, and what each weight rule does.
+"""Test the theory behind ResT on a real model: its lemmas and theorems, and the effect of each weight rule.
 
-Shapes: M prompts with G responses each, T tokens, N kept coordinates. Two sets of prompts: a pilot (many responses
-each) gives region statistics, Lemma 1, Lemma 2, Theorem 1 and Theorem 2; the rules are judged on the other prompts, so
-that no weight is judged on what it was made from.
+Shapes: M prompts with G responses each, T tokens, N kept coordinates. There are two sets of prompts: a pilot with many
+responses each gives region statistics, Lemmas 1 and 2, and Theorems 1 and 2. The rules are judged on the other prompts,
+so that no weight is judged on the data it was computed from.
 """
 
 from __future__ import annotations
@@ -52,33 +52,33 @@ from rest_rl.weights import AUTHORS_CONSTANTS, RegionStatistics, TaggedBatch, We
 
 THEOREM_RULE, AUTHORS_RULE = "Theorem 2", "authors' constants"
 MAX_COORDINATES = 2**20
-"""Parameter entries kept of a larger model, memory permitting."""
+"""Parameter entries to keep of a larger model, if memory allows."""
 Advance = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class TheorySettings:
-    """How much is measured."""
+    """Sizes of the measurement."""
 
     token_responses: int = 8
-    """Responses of each pilot prompt, as one group, whose tokens get a gradient each."""
+    """Responses per pilot prompt, as one group, for which every token's gradient is computed."""
     batch: int = 16
-    """Prompts of a training step, for which the rules' figures hold."""
+    """Prompts of the training step to predict."""
     progress: float = 0.0
-    """Where in training the curriculum stands."""
+    """Training progress at which the curriculum is evaluated."""
     cap: float = 3.0
-    """Norm beyond which a prompt's gradient is scaled down, in medians, for the second set of figures."""
+    """Limit for the norm of a prompt's gradient in the capped figures, as a multiple of the median."""
     blocks: int = MAX_BLOCKS
-    """Blocks of prompts of the jackknife, a power of two."""
+    """Jackknife blocks of prompts, a power of two."""
     coordinates: int | None = MAX_COORDINATES
-    """Parameter entries kept of a larger model."""
+    """Parameter entries to keep of a larger model."""
     batch_size: int = 128
-    """Responses that share a forward pass."""
+    """Responses per forward pass."""
     seed: int = 0
 
 
 class RuleFigures(NamedTuple):
-    """What one weight rule does on the same prompts as uniform weights."""
+    """Figures of one weight rule on the same prompts as uniform weights."""
 
     name: str
     weights: dict[str, float]
@@ -88,26 +88,26 @@ class RuleFigures(NamedTuple):
 
 
 class Theory(NamedTuple):
-    """Everything measured."""
+    """All results."""
 
     group_size: tuple[GroupSizeCurve, ...]
     lemma_two: LemmaTwo
     regions: tuple[RegionTokens, ...]
     contrast: RegionContrast | None
     rank_correlation: float
-    """Spearman's, of a token's 1 - exp(-H) with E_y |s_t|²."""
+    """Spearman's, between 1 - exp(-H) and E_y |s_t|² of a token."""
     bounds: dict[str, BoundChain]
-    """Theorem 1, by rule; empty where `optimum` is None."""
+    """Theorem 1 by rule; empty if `optimum` is None."""
     closed_form: ClosedFormCheck
     optimum: RegionOptimum | None
-    """None where a half of the pilot has too little spread of rewards."""
+    """None if the rewards in a half of the pilot have too little spread."""
     rules: tuple[RuleFigures, ...]
     pilot: int
-    """Prompts of the pilot."""
+    """Number of pilot prompts."""
     blocks: int
-    """Blocks of the judged prompts."""
+    """Jackknife blocks of the judged prompts."""
     live_groups: float
-    """Share of the judged groups with any spread of rewards."""
+    """Share of the judged groups whose rewards differ."""
     coordinate_share: float
 
 
@@ -119,7 +119,10 @@ def measure(
     tokenizer: Any,
     advance: Advance = lambda: None,
 ) -> Theory:
-    """Measure everything; `advance` is called `count_steps` times. Too little spread leaves out Theorem 1 and 2."""
+    """Measure everything, calling `advance` `count_steps` times.
+
+    Theorem 1 and the region optimum of Theorem 2 are left out if the pilot's rewards have too little spread.
+    """
     coordinates = Coordinates.choose(model, settings.coordinates, settings.seed)
     statistics, lemma = measure_pilot(model, pilot)
     prompts = []
@@ -128,6 +131,7 @@ def measure(
         prompts.append(measure_responses(model, group, coordinates))
         tokens += measure_tokens(model, group, number, settings.token_responses, coordinates)
         advance()
+    # The optimum of the pilot becomes one more rule, judged like the others on prompts it has not seen.
     optimum = find_region_optimum(tokens)
     rules = select_theory_rules()
     if optimum is not None:
@@ -152,32 +156,33 @@ def measure(
 
 
 def has_spread(pilot: Sequence[SampledGroup], settings: TheorySettings) -> bool:
-    """Whether two prompts of either half of the pilot have rewards that differ."""
+    """Return whether each half of the pilot has at least two prompts with unequal rewards."""
     firsts = [group._replace(responses=group.responses[: settings.token_responses]) for group in pilot]
     live = [bool(group.advantages().any()) for group in firsts]
     return min(sum(live[::2]), sum(live[1::2])) >= 2
 
 
 def count_steps(pilot: int, groups: int) -> int:
-    """How often `measure` calls `advance`."""
+    """Return how often `measure` calls `advance`."""
     return pilot + groups * (1 + -(-len(select_theory_rules()) // RULES_PER_PASS))
 
 
 def max_coordinates(longest: int, groups: int) -> int:
-    """Entries to keep so that the gradients of a response's tokens, or of all groups, stay within `MAX_GRADIENT_BYTES`.
+    """Return how many entries to keep so that all gradients in memory stay within `MAX_GRADIENT_BYTES`.
 
     `longest` is the number of tokens of the longest pilot response.
     """
+    # Two peaks at 4 bytes an entry: one vector per token of a response, or one per group for each rule of a round.
     return max(1, min(MAX_COORDINATES, MAX_GRADIENT_BYTES // (4 * max(longest, groups * (RULES_PER_PASS + 2)))))
 
 
 def count_token_passes(pilot: Sequence[SampledGroup], count: int) -> int:
-    """Backward passes through a single token's log-probability that the pilot needs: two per token."""
+    """Return the number of backward passes for single tokens in the pilot: two per token."""
     return 2 * sum(len(response.ids) for group in pilot for response in group.responses[:count])
 
 
 def select_theory_rules() -> dict[str, WeightConfig]:
-    """The rules compared, uniform first: `built_in_rules` with one control, and the published code's constants."""
+    """Return the compared rules, uniform first: `built_in_rules` with one control, and the authors' constants."""
     every = built_in_rules()
     names = (UNIFORM, "rest", *(f"rest, {rule}" for rule in ENTROPY_RULES), "paper", "inverted", "top_entropy")
     names += (NO_REASONING, SHUFFLED[0])
@@ -186,12 +191,11 @@ def select_theory_rules() -> dict[str, WeightConfig]:
 
 
 def build_constant_rule(weights: Mapping[str, float]) -> WeightConfig:
-    """Fixed weights by region label; a region that is left out weighs 1."""
     return WeightConfig(rule="constant", constants={region.label: weights.get(region.label, 1.0) for region in Region})
 
 
 def measure_pilot(model: Any, pilot: Sequence[SampledGroup]) -> tuple[RegionStatistics, LemmaTwo]:
-    """Mean entropy and collision mass by region over all pilot tokens, and Lemma 2 on each of them."""
+    """Return mean entropy and collision mass by region over all pilot tokens, and Lemma 2 checked on each token."""
     sums = [torch.zeros(len(Region), dtype=torch.float64) for _ in range(3)]
     rows = []
     for group in pilot:
@@ -208,10 +212,11 @@ def measure_pilot(model: Any, pilot: Sequence[SampledGroup]) -> tuple[RegionStat
 
 
 def measure_responses(model: Any, group: SampledGroup, coordinates: Coordinates) -> PromptResponses:
-    """Inner products of the gradients 1 / T sum_t grad log pi(y_t) of the responses to a prompt."""
+    """Return the inner products of the gradients 1 / T sum_t grad log pi(y_t) of the responses to a prompt."""
     vectors_nN = torch.zeros(len(group.responses), coordinates.size)
     for i, response in enumerate(group.responses):
-        if length := len(response.ids):  # one by one: a backward pass through all of them for each would cost n times
+        # One forward pass per response: in a shared one, each of the n backward passes would cross all n responses.
+        if length := len(response.ids):
             weights_111 = torch.full((1, 1, length), 1 / length)
             vectors_nN[i] = compute_weighted_gradients(
                 model, group.prompt_ids, [response.ids], weights_111, coordinates
@@ -223,13 +228,14 @@ def measure_responses(model: Any, group: SampledGroup, coordinates: Coordinates)
 def measure_tokens(
     model: Any, group: SampledGroup, number: int, count: int, coordinates: Coordinates
 ) -> list[ResponseTokens]:
-    """The tokens of the first `count` responses, which form a group, with the products of their gradients."""
+    """Measure the tokens of the first `count` responses, which form a group, and the products of their gradients."""
     some = group._replace(responses=group.responses[:count])
     rows = []
     for response, advantage in zip(some.responses, some.advantages().tolist(), strict=True):
         if not (length := len(response.ids)):
             continue
         logps_BT, entropies_BT, collisions_BT = compute_token_statistics(model, group.prompt_ids, [response.ids])
+        # T weightings that select one token each: T gradients from one forward pass.
         each_T1T = torch.eye(length)[:, None]
         vectors_TN = compute_weighted_gradients(model, group.prompt_ids, [response.ids], each_T1T, coordinates)
         expected_T = expected_squares(
@@ -251,7 +257,7 @@ def measure_tokens(
 
 
 def inner_products(vectors_nN: Tensor, coordinates: Coordinates) -> np.ndarray:
-    """Inner products of all pairs over the whole model, estimated from the kept coordinates: float64 (n, n)."""
+    """Return the inner products of all pairs, scaled from the kept coordinates to the whole model: float64 (n, n)."""
     return coordinates.scale * (vectors_nN @ vectors_nN.T).double().numpy()
 
 
@@ -261,7 +267,7 @@ def check_theorem_one(
     statistics: RegionStatistics,
     settings: TheorySettings,
 ) -> dict[str, BoundChain]:
-    """The bound and its assumptions under the weights of each rule."""
+    """Check the bound and each of its assumptions under the weights of each rule."""
     batches = []
     for one in tokens:
         regions_1T, entropies_1T = (torch.from_numpy(values_T)[None] for values_T in (one.regions_T, one.entropies_T))
@@ -277,7 +283,8 @@ def check_theorem_one(
 
 
 def build_batch(regions_BT: Tensor, mask_BT: Tensor, entropies_BT: Tensor) -> TaggedBatch:
-    """Tokens whose ids no rule here reads; `top_entropy` takes its threshold from them, as from a batch in training."""
+    # The rules used here read no token ids. `top_entropy` takes its threshold from these tokens, as from a batch of
+    # training.
     return TaggedBatch(regions_BT, mask_BT, regions_BT, None, "toolrl", entropies_BT=entropies_BT)
 
 
@@ -291,7 +298,7 @@ def judge_rules(
     tokenizer: Any,
     advance: Advance,
 ) -> Iterator[RuleFigures]:
-    """Every rule on the same groups, uniform weights first; those of a round share a forward pass."""
+    """Yield the figures of every rule on the same groups, uniform weights first."""
     sampled = SampledBatch.from_groups(groups, model, tokenizer, "toolrl")
     every, own_BT = sampled.tagged, compute_grpo_weights(groups)
     assert every.entropies_BT is not None
@@ -300,11 +307,13 @@ def judge_rules(
         for rows in slice_groups(groups)
     ]
 
+    # Scaled once by the root, every inner product below estimates that of the whole model, |t| included.
     def vectors(weights_KBT: Tensor) -> Tensor:
         vectors_KMN = compute_gradients(model, sampled, weights_KBT, coordinates, settings.batch_size, advance)
         return vectors_KMN.mul_(math.sqrt(coordinates.scale))
 
     true_MN, uniform_MN = vectors(torch.stack([compute_region_and_true_weights(groups)[-1], own_BT]))
+    # The caps come from uniform weights and apply to all rules: a cap of its own would hide what a rule does to norms.
     judge = RuleJudge(true_MN, (None, compute_norm_scales(uniform_MN, settings.cap)), settings)
     baseline = judge.series(uniform_MN)
     yield judge.figures(UNIFORM, sampled.mean_weights(torch.ones_like(own_BT)), uniform_MN, baseline)
@@ -320,14 +329,13 @@ def judge_rules(
 
 
 class RuleJudge(NamedTuple):
-    """What the gradients of all rules are judged by: the true gradient, with norms as they are and capped."""
+    """The true gradient and the norm caps against which the gradients of all rules are judged."""
 
     true_MN: Tensor
     caps: tuple[None, Tensor]
     settings: TheorySettings
 
     def series(self, vectors_MN: Tensor) -> list[GradientSeries]:
-        """The figures of a rule without and with the cap."""
         own = self.settings
         return [
             compute_gradient_series(vectors_MN, self.true_MN, batch=own.batch, blocks=own.blocks, scales_M=scales_M)
@@ -337,7 +345,6 @@ class RuleJudge(NamedTuple):
     def figures(
         self, name: str, weights: dict[str, float], vectors_MN: Tensor, baseline: Sequence[GradientSeries]
     ) -> RuleFigures:
-        """The same against uniform weights."""
         plain, capped = (
             GradientFigures.from_series(own, base, largest_share(vectors_MN, scales_M))
             for own, base, scales_M in zip(self.series(vectors_MN), baseline, self.caps, strict=True)

@@ -1,9 +1,9 @@
-"""Theorem 2 on measured gradients: the token or region weights of least second moment, in closed form and numerically.
+"""Test Theorem 2 (Eq. 7 of the paper): the token or region weights of smallest second moment.
 
-Shapes: T tokens, R regions, P prompts. Among weights of mean 1, sum_t w_t² beta_t is least at w_t = T / (sum_u 1 /
-beta_u) / beta_t, where beta_t is the second moment of token t's gradient. The theorem leaves the products of different
-tokens' gradients out, so its optimum is judged here with them in, on prompts that it was not computed from. Least
-variance is not best progress: that is `rest_rl.probe.variance.efficiency`.
+Shapes: T tokens, R regions, P prompts. Among weights of mean 1, sum_t w_t² beta_t is smallest at
+w_t = T / (sum_u 1 / beta_u) / beta_t, where beta_t is the second moment of token t's gradient. The theorem ignores the
+products of different tokens' gradients. Its optimum is therefore judged with them, on prompts that it was not computed
+from. The smallest variance is not the best progress, which `rest_rl.probe.variance` measures.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from rest_rl.probe.variance import Estimate
 from rest_rl.response import NUM_REGIONS, Region
 
 NO_SPREAD_NOTE = (
-    "Theorem 1 and Theorem 2 by region are left out: they hold one half of the pilot's prompts against the other, and "
-    "in a half fewer than 2 prompts have responses of different reward; for them raise --pilot, or take data that the "
-    "model neither always nor never gets right"
+    "Theorem 1 and the region form of Theorem 2 are left out: they compare one half of the pilot's prompts with the "
+    "other, and in one half fewer than 2 prompts have responses with different rewards; raise --pilot, or use data "
+    "that the model gets right sometimes but not always"
 )
 
 
 class RegionOptimum(NamedTuple):
-    """Region weights of least second moment, found on one half of the prompts and judged on the other."""
+    """Region weights of smallest second moment, computed on one half of the prompts and judged on the other."""
 
     weights: dict[str, dict[str, float]]
-    """From all prompts, by name of the solution and region."""
+    """Weights from all prompts, by solution and region."""
     predicted: dict[str, float]
-    """What the theorem, which leaves advantages and cross terms out, expects of them, relative to uniform weights."""
+    """Second moment that the theorem predicts without advantages and cross terms, relative to uniform weights."""
     second_moment: dict[str, Estimate]
-    """Estimate on the other half, advantages and cross terms included, relative to uniform weights."""
+    """Second moment measured on the other half, with advantages and cross terms, relative to uniform weights."""
     cross_share: Estimate
     """Share of the cross terms between regions in the second moment under uniform weights."""
 
 
 class ClosedFormCheck(NamedTuple):
-    """Theorem 2 token by token against a numerical minimiser; the worst response of each kind."""
+    """Theorem 2 compared with a numerical minimizer, token by token; the response with the largest difference."""
 
     responses: int
     entropy_excess: float
-    """Least sum w² beta of scipy over the closed form's, minus 1, with beta_t = 1 - exp(-H_t); 0 is equal."""
+    """Minimum of sum w² beta by scipy / by the closed form - 1, with beta_t = 1 - exp(-H_t); 0 if equal."""
     gradient_excess: float
     """The same with beta_t = E_y |s_t|², measured."""
 
 
 def check_closed_form(responses: Sequence[ResponseTokens], floor: float = 1e-3) -> ClosedFormCheck:
-    """Hold the closed form against scipy on every response; `floor` is the smallest beta relative to the largest."""
+    """Compare the closed form with scipy on every response; `floor` is the smallest beta relative to the largest."""
 
     def worst(pick: Callable[[ResponseTokens], np.ndarray]) -> float:
         excesses = [compare_with_scipy(np.maximum(pick(one), floor * pick(one).max())) for one in responses]
@@ -62,7 +62,7 @@ def check_closed_form(responses: Sequence[ResponseTokens], floor: float = 1e-3) 
 
 
 def compare_with_scipy(betas_T: np.ndarray) -> float:
-    """By how much scipy's least sum w² beta exceeds that of the closed form, relative; not below 0 if that is least."""
+    # At least 0 if the closed form is the minimum.
     shares_T = np.full(len(betas_T), 1 / len(betas_T))
     ours, theirs = (
         float(w_T**2 @ betas_T) for w_T in (solve_closed_form(betas_T), solve_numerically(np.diag(betas_T), shares_T))
@@ -71,23 +71,22 @@ def compare_with_scipy(betas_T: np.ndarray) -> float:
 
 
 def solve_closed_form(betas_T: np.ndarray, shares_T: np.ndarray | None = None) -> np.ndarray:
-    """Theorem 2: the weights of mean 1 with the least sum w² beta, w_t = T / (sum_u 1 / beta_u) / beta_t.
+    """Return the weights of Theorem 2, w_t = T / (sum_u 1 / beta_u) / beta_t.
 
-    With `shares` (summing to 1) the constraint is sum share w = 1 and w ~ share / beta: for regions, whose beta is
-    the second moment of their part of the gradient. ValueError unless every beta is positive.
+    With `shares_T` (summing to 1) the constraint is sum share w = 1, and w is proportional to share / beta. This is the
+    region form, in which beta is the second moment of a region's part of the gradient.
     """
     if not (betas_T > 0).all():
-        raise UserError(f"a beta of {betas_T.min()}", "positive ones", "give a floor to those of sure tokens")
+        raise UserError(f"the smallest beta is {betas_T.min()}", "positive betas", "floor the betas of certain tokens")
     shares_T = np.full(len(betas_T), 1 / len(betas_T)) if shares_T is None else shares_T
     raw_T = shares_T / betas_T
     return raw_T / (shares_T @ raw_T)
 
 
 def solve_numerically(moments_RR: np.ndarray, shares_R: np.ndarray) -> np.ndarray:
-    """The weights with the least w'Cw under sum share w = 1 and w >= 0, cross terms and all, by scipy's SLSQP.
-
-    What the closed form, which is its case of a diagonal C, is held against.
-    """
+    """Return the weights w >= 0 that minimize w'Cw under sum share w = 1, with cross terms, by scipy's SLSQP."""
+    # Dividing by the trace brings the objective to order 1, which SLSQP's absolute tolerance `ftol` assumes. A diagonal
+    # C is the case that the closed form solves.
     scale = float(np.trace(moments_RR)) or 1.0
     found = minimize(
         lambda w: float(w @ moments_RR @ w) / scale,
@@ -102,9 +101,9 @@ def solve_numerically(moments_RR: np.ndarray, shares_R: np.ndarray) -> np.ndarra
 
 
 def find_region_optimum(responses: Sequence[ResponseTokens], uncertainty_floor: float = 1e-3) -> RegionOptimum | None:
-    """Theorem 2 by region: closed form, true optimum and entropy rule, each judged on prompts that it has not seen.
+    """Judge the closed form, the measured optimum and the entropy rule by region, each on prompts it was not fitted to.
 
-    None when fewer than 2 prompts of a half have a response with an advantage.
+    Return None if fewer than 2 prompts of a half have a response with a nonzero advantage.
     """
     table = MomentTable.from_responses(responses, uncertainty_floor)
     if not len(table.regions):
@@ -122,25 +121,26 @@ def find_region_optimum(responses: Sequence[ResponseTokens], uncertainty_floor: 
 
 
 class Moments(NamedTuple):
-    """Mean second moments of the regions' parts of a gradient, token shares, and what the theorem makes of them."""
+    """Mean second moments of the regions' parts of a gradient, token shares, and the quantities of the theorem."""
 
     moments_RR: np.ndarray
-    """Estimate, with advantages and cross terms."""
+    """Measured second moments, with advantages and cross terms."""
     shares_R: np.ndarray
     betas_R: np.ndarray
-    """sum_{t in r} E_y |s_t|² / T²: neither advantages nor cross terms."""
+    """sum_{t in r} E_y |s_t|² / T², without advantages and cross terms."""
     bounds_R: np.ndarray
     """Mean 1 - exp(-H)."""
 
     def relative(self, weights_R: np.ndarray, *, by_theorem: bool = False) -> float:
-        """The second moment over that under uniform weights, with w scaled to a token mean of 1."""
+        """Return the second moment relative to uniform weights, with the weights scaled to a token mean of 1."""
+        # Solutions of one half need not have mean 1 on the other.
         weights_R = weights_R / (self.shares_R @ weights_R)
         moments_RR = np.diag(self.betas_R) if by_theorem else self.moments_RR
         return ratio_or_nan(float(weights_R @ moments_RR @ weights_R), float(moments_RR.sum()))
 
     @property
     def cross_share(self) -> float:
-        """Share of what lies off the diagonal."""
+        """Share of the off-diagonal terms."""
         return 1 - ratio_or_nan(float(np.trace(self.moments_RR)), float(self.moments_RR.sum()))
 
 
@@ -152,10 +152,10 @@ SOLUTIONS: dict[str, Callable[[Moments], np.ndarray]] = {
 
 
 class MomentTable(NamedTuple):
-    """Sums over the responses to each prompt, for the regions that both halves of the prompts have gradients in."""
+    """Sums over the responses to each prompt, for the regions in which both halves of the prompts have gradients."""
 
     prompts: np.ndarray
-    """Their positions, 0 to P - 1."""
+    """Positions of the prompts, 0 to P - 1."""
     regions: np.ndarray
     sums_PRR: np.ndarray
     shares_PR: np.ndarray
@@ -167,13 +167,13 @@ class MomentTable(NamedTuple):
 
     @classmethod
     def from_responses(cls, responses: Sequence[ResponseTokens], floor: float) -> MomentTable:
-        """Add up by prompt."""
+        # Sums by prompt are all that halves and jackknife need: leaving a prompt out subtracts a row.
         prompts = sorted({one.prompt for one in responses})
         own = [[one for one in responses if one.prompt == prompt] for prompt in prompts]
         sums_PRR = np.array([sum(one.second_moments() for one in some) for some in own])
-        odd_P = np.arange(len(prompts)) % 2 == 1  # by position, as in `cross_fitted`
+        odd_P = np.arange(len(prompts)) % 2 == 1  # halves by position, as in `cross_fit`
         live_PR = np.diagonal(sums_PRR, axis1=1, axis2=2) > 0
-        # two prompts of each half, so that one is left when one is left out
+        # At least two prompts of each half, so that one remains when the jackknife leaves one out.
         regions = np.flatnonzero((live_PR[odd_P].sum(0) >= 2) & (live_PR[~odd_P].sum(0) >= 2))
         bins = [[np.bincount(one.regions_T, minlength=NUM_REGIONS) for one in some] for some in own]
         betas = [
@@ -194,7 +194,7 @@ class MomentTable(NamedTuple):
         )
 
     def mean(self, kept: np.ndarray) -> Moments:
-        """Over the responses to the prompts at these positions."""
+        """Average over the responses to the prompts at these positions."""
         count = self.counts_P[kept].sum()
         bounds_R = self.bounds_PR[kept].sum(0) / np.maximum(self.tokens_PR[kept].sum(0), 1)
         shares_R = self.shares_PR[kept].sum(0) / count
@@ -202,10 +202,10 @@ class MomentTable(NamedTuple):
         return Moments(self.sums_PRR[kept].sum(0) / count, shares_R, betas_R, np.maximum(bounds_R, self.floor))
 
     def cross_fit(self, name: str, kept: np.ndarray) -> float:
-        """W'Cw relative to uniform of the solution of either half on the other, averaged."""
+        """Evaluate w'Cw, relative to uniform weights, of each half's solution on the other half; return the mean."""
+        # Judged on its own half, a solution fitted to noise would always look better than uniform weights.
         halves = [self.mean(kept[kept % 2 == parity]) for parity in (0, 1)]
         return sum(halves[1 - i].relative(SOLUTIONS[name](halves[i])) for i in (0, 1)) / 2
 
     def jackknife(self, statistic: Callable[[np.ndarray], float]) -> Estimate:
-        """The statistic of all prompts and its error by leaving each of them out."""
         return jackknife(len(self.prompts), statistic)

@@ -1,4 +1,4 @@
-"""The measured theory in words: tables for the terminal and for Markdown, findings, the page, the JSON object."""
+"""Show the results of the theory checks: tables, findings in words, the Markdown page, the JSON object."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from rest_rl.probe.variance import Estimate
 from rest_rl.report.tables import markdown_table
 
 SLOPE_TOLERANCE, MAX_SLOPE_ERROR = 0.05, 0.1
-"""How far a slope may be from -1, and how large its error may be, to be called -1."""
+"""Distance of a slope from -1, and its error, up to which the slope agrees with -1."""
 NOTES = {
     "Lemma 1": "Trace of the covariance of one prompt's gradient, within prompts, for groups of G responses. The "
-    f"lemma's slope is -1, which the {FIXED_BASELINE} has by construction. ± is one standard error over prompts "
-    "(jackknife), here as everywhere.",
-    "Lemma 2": "E|s|²: the expected squared norm of a token's gradient over all tokens that could have come, in all "
-    "parameters.",
+    f"lemma predicts a slope of -1, which the {FIXED_BASELINE} has by construction. Everywhere, ± is one standard "
+    "error over prompts (jackknife).",
+    "Lemma 2": "E|s|²: expected squared norm of a token's gradient in all parameters, over all tokens of the "
+    "vocabulary.",
     "Theorem 1": "E|g|² of one response's gradient A / T Σ w s, and its bound A_max² L² Σ w² (1 - exp(-H)) / T². The "
-    "factors, whose product is the looseness: the largest advantage for each one's own, tokens taken as uncorrelated, "
-    "the largest gain L² for each token's, and 1 - exp(-H) for 1 - Σp². The errors hold L² fixed.",
-    "Theorem 2": "Second moment of the gradient relative to uniform weights: what the theorem expects, and what is "
-    "measured on prompts that the weights were not computed from.",
-    "Rules": "For a step of {batch}. eff: expected improvement per step of given length, <E g, t> / sqrt(E|g|² "
-    "|t|²), t the gradient of the expected reward; Adam: after its scaling by coordinate. Gains are against uniform "
-    "weights on the same responses, with the norms of prompts as they are and capped. Largest: the heaviest prompt's "
-    "share of the squared norms.",
+    "looseness is the product of four factors: the largest advantage instead of each response's, uncorrelated tokens, "
+    "the largest gain L² instead of each token's, and 1 - exp(-H) instead of 1 - Σp². The errors treat L² as fixed.",
+    "Theorem 2": "Second moment of the gradient relative to uniform weights: the theorem's prediction, and the "
+    "measurement on prompts that the weights were not computed from.",
+    "Rules": "For a step of {batch}. eff: expected improvement per step of fixed length, <E g, t> / sqrt(E|g|² "
+    "|t|²), where t is the gradient of the expected reward; Adam: the same after Adam's scaling of each coordinate. "
+    "Gains compare a rule with uniform weights on the same responses, with and without the norm cap. Largest: the "
+    "largest share of one prompt in the squared norms.",
 }
 
 
 def build_tables(theory: Theory) -> list[Table]:
-    """One table or two for each part of the theory."""
+    """Build the tables of all parts."""
     return [
         build_lemma_one_table(theory),
         Table(
@@ -77,7 +77,6 @@ def build_tables(theory: Theory) -> list[Table]:
 
 
 def build_lemma_one_table(theory: Theory) -> Table:
-    """Variance by group size."""
     sizes = theory.group_size[0].sizes
     return Table(
         "Lemma 1: variance within prompts by group size",
@@ -90,7 +89,6 @@ def build_lemma_one_table(theory: Theory) -> Table:
 
 
 def build_bound_tables(theory: Theory) -> list[Table]:
-    """Theorem 1 and what its looseness is made of."""
     return [
         Table(
             "Theorem 1: bound and measured second moment",
@@ -102,7 +100,7 @@ def build_bound_tables(theory: Theory) -> list[Table]:
         ),
         Table(
             "Theorem 1: the factors of the looseness",
-            ("rule", "advantage", "uncorrelated", "gain", "entropy"),
+            ("rule", "largest advantage", "uncorrelated tokens", "largest gain", "entropy bound"),
             [
                 (
                     name,
@@ -115,7 +113,6 @@ def build_bound_tables(theory: Theory) -> list[Table]:
 
 
 def build_optimum_tables(theory: Theory, optimum: RegionOptimum) -> list[Table]:
-    """The solutions of Theorem 2: their weights by region, and what they make of the second moment."""
     regions = list(next(iter(optimum.weights.values())))
     return [
         Table(
@@ -128,7 +125,7 @@ def build_optimum_tables(theory: Theory, optimum: RegionOptimum) -> list[Table]:
         ),
         Table(
             "Theorem 2: second moment relative to uniform weights",
-            ("solution", "expected", "measured"),
+            ("solution", "predicted", "measured"),
             [
                 (name, f"{optimum.predicted[name]:.3g}", format_significant(optimum.second_moment[name]))
                 for name in optimum.weights
@@ -138,13 +135,12 @@ def build_optimum_tables(theory: Theory, optimum: RegionOptimum) -> list[Table]:
 
 
 def mean_weight(theory: Theory, weights: dict[str, float]) -> float:
-    """The token mean of region weights."""
+    """Return the mean over tokens of region weights."""
     shares = {row.region: row.share for row in theory.regions}
     return sum(shares[region] * weight for region, weight in weights.items()) / sum(shares[r] for r in weights)
 
 
 def build_rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
-    """Figures of every rule, and the gains with and without the norm cap."""
     labels = list(rules[0].weights)
     return [
         Table(
@@ -170,7 +166,7 @@ def build_rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
             ],
         ),
         Table(
-            "Rules: lead over uniform weights in standard errors",
+            "Rules: difference from uniform weights in standard errors",
             ("rule", "plain", "Adam", "plain, capped", "Adam, capped"),
             [
                 (rule.name, *(format_lead(x) for own in (rule.plain, rule.capped) for x in (own.lead, own.adam_lead)))
@@ -179,7 +175,7 @@ def build_rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
             ],
         ),
         Table(
-            "Rules: the same in % of uniform weights",
+            "Rules: gain over uniform weights in %",
             ("rule", "plain", "Adam", "plain, capped", "Adam, capped"),
             [
                 (
@@ -198,7 +194,6 @@ def build_rule_tables(rules: Sequence[RuleFigures]) -> list[Table]:
 
 
 def direction_cells(own: GradientFigures) -> tuple[str, ...]:
-    """Size, noise and direction of one rule's gradient."""
     return (
         *(format_significant(x) for x in (own.variance, own.mean_square, hide_noisy_ratio(own.ratio))),
         format_estimate(hide_noisy_cosine(own.cosine), 2),
@@ -206,24 +201,24 @@ def direction_cells(own: GradientFigures) -> tuple[str, ...]:
 
 
 def format_whole_percent(share: float) -> str:
-    """`42`; a dash where it is not defined."""
+    """Return `42`, or a dash for NaN."""
     return f"{100 * share:.0f}" if math.isfinite(share) else DASH
 
 
 def format_significant(estimate: Estimate) -> str:
-    """`0.0123 ± 0.0045`, to the second digit of the error; a dash where it is not defined."""
+    """Return `0.0123 ± 0.0045`, rounded to the second digit of the error, or a dash if undefined."""
     if not math.isfinite(estimate.value) or not estimate.error > 0 or math.isinf(estimate.error):
         return format_estimate(estimate, 3)
     return format_estimate(estimate, min(6, max(0, 1 - math.floor(math.log10(estimate.error)))))
 
 
 def format_lead(lead: Estimate) -> str:
-    """A difference in its standard errors; a dash where it has none."""
+    """Return a difference in units of its standard error, or a dash if the error is 0."""
     return f"{lead.value / lead.error:+.1f}" if lead.error > 0 else format_estimate(Estimate(math.nan, math.nan), 1)
 
 
 def findings(theory: Theory) -> list[str]:
-    """Where theory and measurement agree and where they part, in sentences."""
+    """Return sentences on where theory and measurement agree and where they differ."""
     return [
         *lemma_findings(theory),
         *(theorem_one_findings(theory) if theory.bounds else []),
@@ -234,121 +229,119 @@ def findings(theory: Theory) -> list[str]:
 
 
 def lemma_findings(theory: Theory) -> list[str]:
-    """Lemmas 1 and 2."""
     errors = critical_value(theory.pilot)
     lines = [
-        f"Lemma 1 {judge_slope(curve.slope, errors)} the measurement for the advantage {curve.advantage}: slope "
-        f"{format_estimate(curve.slope, 2)}, expected -1"
+        f"Lemma 1 {judge_slope(curve.slope, errors)} for the advantage {curve.advantage}: the slope is "
+        f"{format_estimate(curve.slope, 2)}, the lemma predicts -1"
         for curve in theory.group_size
         if curve.advantage != FIXED_BASELINE
     ]
     own = theory.lemma_two
     state = "holds on all" if own.violations == 0 else f"fails on {own.violations} of"
     lines.append(
-        f"Lemma 2 {state} {own.tokens} tokens; 1 - Σp² is {own.tightness:.0%} of 1 - exp(-H). The sampled tokens' mean "
-        f"|e_y - p|² is {own.z:+.1f} standard errors from 1 - Σp²"
-        + ("" if abs(own.z) < 4 else ": they were not drawn from this policy at temperature 1")
+        f"Lemma 2 {state} {own.tokens} tokens; 1 - Σp² is {own.tightness:.0%} of 1 - exp(-H). The mean |e_y - p|² of "
+        f"the sampled tokens differs from 1 - Σp² by {own.z:+.1f} standard errors"
+        + ("" if abs(own.z) < 4 else ": the tokens were not drawn from this policy at temperature 1")
     )
     if (found := theory.contrast) is not None:
         times = f"{math.exp(found.log_ratio.value):.2g} times"
         lines.append(
-            f"A token's gradient is not its uncertainty times a constant: E|s|² per unit of 1 - exp(-H) is {times} as "
-            f"large in {found.high} as in {found.low}"
+            f"The size of a token's gradient is not proportional to its uncertainty: E|s|² / (1 - exp(-H)) is {times} "
+            f"as large in {found.high} as in {found.low}"
             if found.is_sure
-            else f"Whether a token's gradient is its uncertainty times a constant cannot be told: E|s|² per unit of "
-            f"1 - exp(-H) is {times} as large in {found.high} as in {found.low}, which may be chance"
+            else "The data do not decide whether the size of a token's gradient is proportional to its uncertainty: "
+            f"E|s|² / (1 - exp(-H)) is {times} as large in {found.high} as in {found.low}, which may be chance"
         )
-        lines[-1] += f". In ranks they go together (Spearman {theory.rank_correlation:.2f} over tokens)"
+        lines[-1] += f". Spearman's rank correlation of both over tokens is {theory.rank_correlation:.2f}"
     return lines
 
 
 def judge_slope(slope: Estimate, errors: float) -> str:
-    """What a slope says about the lemma's -1; a large error says nothing."""
+    """Return whether a slope agrees with the lemma's -1; a large error leaves it undecided."""
+    # A slope that differs significantly is no failure of the lemma within the tolerance, and a slope close to -1 is no
+    # confirmation if its error is large.
     off = abs(slope.value + 1)
     if off > max(errors * slope.error, SLOPE_TOLERANCE):
-        return "parts from"
-    return "agrees with" if slope.error < MAX_SLOPE_ERROR else "is not decided by"
+        return "fails"
+    return "holds" if slope.error < MAX_SLOPE_ERROR else "is undecided"
 
 
 def theorem_one_findings(theory: Theory) -> list[str]:
-    """Whether the bound holds, how loose it is, and whether it orders the rules."""
     chains = list(theory.bounds.values())
     broken = [name for name, chain in theory.bounds.items() if chain.looseness < 1]
     loosest = [chain.looseness for chain in chains]
-    held = f"is broken for {', '.join(broken)}" if broken else f"holds for all {len(chains)} rules"
+    held = f"fails for {', '.join(broken)}" if broken else f"holds for all {len(chains)} rules"
     measured, bound = ([getattr(chain, name).value for chain in chains] for name in ("measured", "bound"))
     uniform = theory.bounds[UNIFORM]
     parts = {"advantages": uniform.advantage, "the gain": uniform.gain, "entropy": uniform.entropy}
     costs = ", ".join(f"{estimate.value:.2g} from {name}" for name, estimate in parts.items())
     line = (
-        f"Theorem 1's bound {held} and is {min(loosest):.2g} to {max(loosest):.2g} times the measured second moment "
-        f"(uniform weights: {costs}; cross terms {uniform.cross_terms.value:.2f}). It orders the rules with a rank "
-        f"correlation of {spearman(measured, bound):.2f}"
+        f"The bound of Theorem 1 {held} and is {min(loosest):.2g} to {max(loosest):.2g} times the measured second "
+        f"moment (uniform weights: {costs}; cross terms {uniform.cross_terms.value:.2f}). Across rules, bound and "
+        f"measurement have a rank correlation of {spearman(measured, bound):.2f}"
     )
     return [line]
 
 
 def closed_form_finding(check: ClosedFormCheck) -> str:
-    """Theorem 2's closed form against the minimiser."""
+    # Either sign counts: above 0 scipy stopped early, below 0 the closed form would not be the minimum.
     worst = max(abs(check.entropy_excess), abs(check.gradient_excess))
-    return f"Theorem 2's closed form is scipy's minimum to {worst:.0e} on {check.responses} responses"
+    return f"The closed form of Theorem 2 agrees with scipy's minimum within {worst:.0e} on {check.responses} responses"
 
 
 def optimum_finding(optimum: RegionOptimum, errors: float) -> str:
-    """Theorem 2's promise against the measurement."""
     closed = optimum.second_moment["closed form"]
     promised = optimum.predicted["closed form"]
-    parts = abs(closed.value - promised) > errors * closed.error
+    differ = abs(closed.value - promised) > errors * closed.error
     return (
-        f"By region it promises {promised:.3g} of the second moment under uniform weights; on other prompts it is "
-        f"{format_significant(closed)}{' – theory and measurement part' if parts else ''}. Cross terms between "
-        f"regions make {format_percent(optimum.cross_share)} % of it"
+        f"By region, Theorem 2 predicts {promised:.3g} times the second moment under uniform weights; on other prompts "
+        f"it is {format_significant(closed)} times{': theory and measurement differ' if differ else ''}. Cross terms "
+        f"between regions contribute {format_percent(optimum.cross_share)} % of the second moment"
     )
 
 
 def rule_findings(rules: Sequence[RuleFigures], errors: float) -> list[str]:
-    """Whether low variance is progress, which gains are resolved, which figures one prompt decides."""
     lines = []
+    # Ratios whose error exceeds their value divide by noise and cannot be ranked.
     known = [rule for rule in rules if 0 < rule.plain.ratio.error < rule.plain.ratio.value]
     if known:
         calmest, best = min(known, key=lambda rule: rule.plain.ratio.value), max(rules, key=eff_adam_or_neg_inf)
         lines.append(
-            f"The least variance / |mean|² has {calmest.name} (eff under Adam "
-            f"{format_estimate(calmest.plain.eff_adam, 3)}); the best eff under Adam has {best.name} "
+            f"{calmest.name} has the smallest variance / |mean|² (eff under Adam "
+            f"{format_estimate(calmest.plain.eff_adam, 3)}); {best.name} has the largest eff under Adam "
             f"({format_estimate(best.plain.eff_adam, 3)})"
         )
     if len(known) < len(rules):
         lines.append(
-            f"The mean gradient is lost in the noise under {len(rules) - len(known)} of {len(rules)} rules; more "
-            "prompts would tell"
+            f"For {len(rules) - len(known)} of {len(rules)} rules the mean gradient cannot be distinguished from "
+            "noise; measure more prompts"
         )
-    for kind, field in (("under Adam", "adam_lead"), ("for plain steps", "lead")):
-        for word, sign in (("gain", 1), ("lose", -1)):
+    for kind, field in (("under Adam", "adam_lead"), ("under plain gradient ascent", "lead")):
+        for word, sign in (("beat", 1), ("trail", -1)):
             sure = [rule.name for rule in rules if is_resolved(rule, field, sign, errors)]
-            lines.append(f"{', '.join(sure) or 'No rule'}: {word} against uniform weights {kind} by more than "
-                         f"{errors:.1f} standard errors, with and without the norm cap")  # fmt: skip
+            lines.append(f"Rules that {word} uniform weights {kind} by more than {errors:.1f} standard errors, with "
+                         f"and without the norm cap: {', '.join(sure) or 'none'}")  # fmt: skip
     if dominated := [rule.name for rule in rules if rule.plain.is_dominated]:
         lines.append(
-            f"WARNING: one prompt makes more than half of the squared norm under {', '.join(dominated)}; their plain "
-            "figures say little, read those with capped norms or measure more prompts"
+            f"WARNING: one prompt contributes more than half of the squared norm under {', '.join(dominated)}; use "
+            "the figures with capped norms instead, or measure more prompts"
         )
     return lines
 
 
 def is_resolved(rule: RuleFigures, field: str, sign: int, errors: float) -> bool:
-    """Whether a lead has this sign beyond so many standard errors, with and without the cap."""
+    """Return whether a lead has this sign by more than `errors` standard errors, with and without the cap."""
     leads: list[Estimate] = [getattr(own, field) for own in (rule.plain, rule.capped)]
     return rule.name != UNIFORM and all(sign * lead.value > errors * lead.error for lead in leads)
 
 
 def eff_adam_or_neg_inf(rule: RuleFigures) -> float:
-    """Its eff under Adam, or less than any where that is not defined."""
     value = rule.plain.eff_adam.value
     return value if math.isfinite(value) else -math.inf
 
 
 def render_page(title: str, what: str, theory: Theory, batch: int, pictures: Sequence[Path]) -> str:
-    """The Markdown page; `pictures` are paths relative to it."""
+    """Return the Markdown page; `pictures` are paths relative to it."""
     parts = [f"# {title}", what, "\n".join(f"* {line}." for line in findings(theory))]
     parts += [f"![]({path.as_posix()})" for path in pictures]
     tables = build_tables(theory)
@@ -363,5 +356,5 @@ def render_page(title: str, what: str, theory: Theory, batch: int, pictures: Seq
 
 
 def to_mapping(theory: Theory, settings: Any) -> dict[str, Any]:
-    """The JSON object: an estimate is [value, error]."""
+    """Return the JSON object, in which an estimate is [value, error]."""
     return {"settings": to_plain(settings), **to_plain(theory), "findings": findings(theory)}

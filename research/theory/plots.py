@@ -1,4 +1,4 @@
-"""Pictures of the measured theory: variance by group size, gradient per uncertainty, the bound, what rules gain."""
+"""Plots of the theory checks: variance by group size, gradient per uncertainty, the bound, gains of the rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rest_rl.report.plots import FAINT, INK, legend_style, new_axes, save_figure
 
 
 def draw_theory(theory: Theory, folder: Path) -> list[Path]:
-    """All pictures, as names within the folder."""
+    """Draw all plots; return their names within the folder."""
     drawn = {
         "group-size": draw_group_size(theory),
         "gradient-per-uncertainty": draw_regions(theory),
@@ -26,11 +26,10 @@ def draw_theory(theory: Theory, folder: Path) -> list[Path]:
 
 
 def draw_group_size(theory: Theory) -> Figure:
-    """Lemma 1: variance against G on logarithmic axes, relative to the smallest group, beside 1 / G."""
     figure, axes = new_axes(5.6, 3.2)
     for curve, colour in zip(theory.group_size, SERIES_COLOURS, strict=False):
         first = curve.variances[0].value
-        if first > 0:
+        if first > 0:  # advantages that are 0 in every group have no curve
             values = [one.value / first for one in curve.variances]
             label = f"{curve.advantage}, slope {curve.slope.value:.2f}"
             axes.plot(curve.sizes, values, marker="o", markersize=4, color=colour, label=label)
@@ -45,12 +44,11 @@ def draw_group_size(theory: Theory) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
     axes.legend(**{**legend_style(), "loc": "best"})
-    style_bare_axes(axes, f"Lemma 1: variance within prompts, over that at G = {sizes[0]}")
+    style_bare_axes(axes, f"Lemma 1: variance within prompts relative to G = {sizes[0]}")
     return figure
 
 
 def draw_regions(theory: Theory) -> Figure:
-    """E|s|² over 1 - exp(-H) by region: flat if uncertainty alone made gradients large."""
     rows = [row for row in theory.regions if row.square_per_bound.value > 0]
     figure, axes = new_axes(5.6, 3.0)
     values = [row.square_per_bound.value for row in rows]
@@ -60,12 +58,11 @@ def draw_regions(theory: Theory) -> Figure:
              ecolor=INK, error_kw={"elinewidth": 0.9, "capsize": 2})  # fmt: skip
     axes.set_yscale("log")
     axes.set_xticks(range(len(rows)), [f"{row.region}\n{row.tokens:,}" for row in rows])
-    style_bare_axes(axes, "a token's E|s|² per unit of 1 - exp(-H) (tokens below)")
+    style_bare_axes(axes, "E|s|² / (1 - exp(-H)) by region (number of tokens below)")
     return figure
 
 
 def draw_bound(theory: Theory) -> Figure:
-    """Theorem 1: measured second moment and bound of each rule, on a logarithmic axis."""
     figure, axes = new_axes(6.4, 1.0 + 0.26 * len(theory.bounds))
     places = range(len(theory.bounds))
     measured = [chain.measured.value for chain in theory.bounds.values()]
@@ -82,7 +79,6 @@ def draw_bound(theory: Theory) -> Figure:
 
 
 def draw_rules(theory: Theory) -> Figure:
-    """Leads over uniform weights in standard errors, under Adam and for plain steps, norms as they are and capped."""
     rules = [rule for rule in theory.rules if rule.name != UNIFORM]
     figure, axes = new_axes(6.8, 1.2 + 0.3 * len(rules))
     axes.axvspan(-2, 2, color=FAINT, alpha=0.5, linewidth=0)
@@ -100,5 +96,5 @@ def draw_rules(theory: Theory) -> Figure:
     axes.set_yticks(range(len(rules)), [rule.name for rule in rules])
     axes.invert_yaxis()
     axes.legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
-    style_bare_axes(axes, "expected improvement per step: lead over uniform, in errors", grid="x")
+    style_bare_axes(axes, "improvement per step: difference from uniform weights, in standard errors", grid="x")
     return figure

@@ -120,5 +120,5 @@ def test_every_response_is_checked():
 def test_too_little_spread_gives_no_optimum():
     some = [response(p, [1, 4], [0, 1], advantage=float(p % 2)) for p in range(6)]
     assert find_region_optimum(some) is None
-    with pytest.raises(ValueError, match="beta of 0"):
+    with pytest.raises(ValueError, match="smallest beta is 0"):
         solve_closed_form(np.array([1.0, 0.0]))

@@ -130,10 +130,10 @@ def test_page_and_json_show_the_figures(measured, tmp_path: Path):
 @pytest.mark.parametrize(
     ("slope", "word"),
     [
-        (Estimate(-1.02, 0.01), "agrees with"),
-        (Estimate(-0.8, 0.05), "parts from"),
-        (Estimate(-0.8, 0.5), "is not decided by"),
-        (Estimate(math.nan, math.nan), "is not decided by"),
+        (Estimate(-1.02, 0.01), "holds"),
+        (Estimate(-0.8, 0.05), "fails"),
+        (Estimate(-0.8, 0.5), "is undecided"),
+        (Estimate(math.nan, math.nan), "is undecided"),
     ],
 )
 def test_a_large_error_leaves_the_slope_undecided(slope, word):
@@ -174,7 +174,7 @@ def test_a_pilot_without_spread_keeps_the_lemmas(policy, sampled, tmp_path: Path
     assert found.lemma_two.violations == 0
     assert found.optimum is None
     assert [rule.name for rule in found.rules] == list(select_theory_rules())
-    assert any("Theorem 2 by region are left out" in line for line in findings(found))
+    assert any("region form of Theorem 2 are left out" in line for line in findings(found))
     text = render_page("Title", "what.", found, 1, draw_theory(found, tmp_path))
     assert "nan" not in text.lower().replace("finance", "")
     assert "For a step of 1 prompt." in text
@@ -202,15 +202,15 @@ def test_the_folder_is_checked_before_the_measurement(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--prompts", "2"), "prompts 2, expected at least 8"),
-        (("--pilot-group", "8", "--group", "9"), "--pilot-group 8 with --group 9"),
-        (("--step", "-3"), "step -3, expected at least 1"),
-        (("--format", "toolrl", "--format", "hermes"), "2 times --format"),
-        (("--progress", "2"), "progress 2"),
-        (("--cap", "0"), "--cap 0"),
+        (("--prompts", "2"), "prompts is 2, expected at least 8"),
+        (("--pilot-group", "8", "--group", "9"), "expected at least the --group of 9"),
+        (("--step", "-3"), "step is -3, expected at least 1"),
+        (("--format", "toolrl", "--format", "hermes"), "--format is given 2 times"),
+        (("--progress", "2"), "progress is 2"),
+        (("--cap", "0"), "--cap is 0"),
         (
             ("--prompts", "8", "--pilot", "1996", "--set", "data.num_samples=2000"),
-            "2000 samples, expected at least 2004",
+            "2000 usable samples, expected at least 2004",
         ),
         (("--format", "nonsense"), "nonsense"),
     ],
