@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 
 from rest_rl.cli.app import main
+from rest_rl.cli.options import RENAMED, with_new_names
 from rest_rl.config import RunConfig
+from rest_rl.errors import UserError
 from rest_rl.jsonl import as_json
 from rest_rl.runlog import RunLog, read_run
 from rest_rl.train.checkpoints import find_checkpoint, read_complete_state
@@ -523,3 +526,49 @@ def test_wheel_in_an_empty_environment_trains(tmp_path: Path) -> None:
     run(tmp_path / "venv/bin/rest-rl", "train", "--out", "run", *(part for o in options for part in ("--set", o)))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["n"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warning"),
+    [
+        (["data", "check", "rows.jsonl", "--keep", "leak"], "--keep is now --allow"),
+        (["data", "check", "rows.jsonl", "--keep=leak"], "--keep is now --allow"),
+        (["data", "convert", "rows.jsonl", "--out", "x.jsonl", "--mask", "1"], "--mask is now --mask-names"),
+        (["data", "check", "rows.jsonl", "--max-prompt", "9"], "--max-prompt is now --max-prompt-tokens"),
+        (
+            ["data", "check", "rows.jsonl", "--max-response", "9"],
+            "--max-response is now --max-completion-length",
+        ),
+        (["--debug", "probe", "--group", "1"], "--group is now --group-size"),
+        (["probe", "--step", "0"], "--step is now --prompts-per-step"),
+        (["compare", "missing.toml", "--reference", "grpo"], "--reference is now --baseline"),
+        (["compare", "missing", "--only-report"], "--only-report is now --report-only"),
+        (["eval", "bfcl", "--oracle", "--context", "9"], "--context is now --context-length"),
+        (["eval", "compare", "missing", "missing"], "compare is now diff"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_old_names_of_options_and_commands_still_work(
+    arguments: list[str],
+    warning: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    with suppress(UserError):  # --debug lets it through
+        main(arguments)
+    first, *others = capfd.readouterr().err.splitlines()
+    assert first == f"warning: {warning}"
+    assert not any("No such" in line for line in others)
+
+
+def test_an_old_name_in_another_place_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert with_new_names(["eval", "tool-world", "--out", "compare"]) == ["eval", "tool-world", "--out", "compare"]
+    assert with_new_names(["train", "--keep", "x"]) == ["train", "--keep", "x"]
+    assert with_new_names([]) == []
+    assert capsys.readouterr().err == ""
+    for name in RENAMED:
+        main([name, "--help"])
+        assert not {old for old in RENAMED[name] if f"{old} " in capsys.readouterr().out}

@@ -78,7 +78,7 @@ def test_a_grid_is_trained_once_and_kept(base: Path, tmp_path: Path, capsys: pyt
     assert not (out / "runs" / "dapo-0").exists()
     error = error_of(capsys, *grid(base, out, steps=3))
     assert "runs/grpo-0, which holds another run (trl.max_steps was 2, now 3)" in error
-    assert main(["compare", str(out), "--only-report"]) == 0
+    assert main(["compare", str(out), "--report-only"]) == 0
     assert "page: " in capsys.readouterr().out
 
 
@@ -95,7 +95,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert "broken-0 failed with exit code 2 after step 0; the end of" in text
     assert "grpo-0 is done" in text
     assert "exact match" in (out / "compare.md").read_text()
-    assert main(["compare", str(out), "--only-report"]) == 0
+    assert main(["compare", str(out), "--report-only"]) == 0
     text = capsys.readouterr().out
     assert "1 of 2 runs is not finished: broken-0. There is no finished run of broken" in " ".join(text.split())
     assert "`broken-0` has no run folder (see logs/broken-0.log)" in (out / "compare.md").read_text()
@@ -137,7 +137,7 @@ def test_a_method_that_cannot_start_is_refused_before_any_run(
 def test_only_report_shows_a_method_without_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(noise=0.02)}, seeds=3)
     save_grid(read_grid(None, methods=["grpo", "rest", "dapo"]), tmp_path)
-    assert main(["compare", str(tmp_path), "--only-report"]) == 0
+    assert main(["compare", str(tmp_path), "--report-only"]) == 0
     text = capsys.readouterr().out
     assert "3 of 9 runs are not finished: dapo-0, dapo-1, dapo-2. There is no finished run of dapo" in " ".join(
         text.split()
@@ -149,13 +149,13 @@ def test_only_report_reads_folders_that_another_loop_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(noise=0.02)}, seeds=3)
-    assert main(["compare", str(tmp_path), "--only-report"]) == 0
+    assert main(["compare", str(tmp_path), "--report-only"]) == 0
     out = capsys.readouterr().out
     assert "No difference beyond seed noise" in out
-    assert main(["compare", str(tmp_path), "--only-report", "--reference", "rest"]) == 0
+    assert main(["compare", str(tmp_path), "--report-only", "--baseline", "rest"]) == 0
     assert "from rest" in capsys.readouterr().out
     assert "without grid.toml" in error_of(capsys, "compare", str(tmp_path))
-    assert "without a finished run" in error_of(capsys, "compare", "--only-report", "--out", str(tmp_path / "none"))
+    assert "without a finished run" in error_of(capsys, "compare", "--report-only", "--out", str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_grid_grows_in_its_folder(tmp_path: Path) -> None:
 def test_names_in_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "[v2]"
     make_grid(out, {"grpo": Effect(noise=0.02), "rest": Effect(noise=0.02)}, seeds=2)
-    assert main(["compare", str(out), "--only-report"]) == 0
+    assert main(["compare", str(out), "--report-only"]) == 0
     assert f"page: {out / 'compare.md'}" in capsys.readouterr().out
 
 
@@ -253,7 +253,7 @@ def test_the_help_tells_it_from_eval_compare(capsys: pytest.CaptureFixture[str])
     assert main(["compare", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Train every method under every seed" in text
-    assert "rest-rl eval compare" in text
+    assert "rest-rl eval diff" in text
 
 
 def test_the_last_metrics_of_a_run_that_is_being_written(tmp_path: Path) -> None:

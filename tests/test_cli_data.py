@@ -148,7 +148,7 @@ def test_two_tools_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (told["reasons"], told["samples"]) == ({"duplicate_tool": 1}, 1)  # the turn that calls none of them stays
     assert told["findings"][0]["detail"] == "got tool w twice"
     assert [found["severity"] for found in told["findings"]] == ["rejected", "noted"]
-    assert json.loads(run(capsys, "check", path, "--json", "--keep", "duplicate_tool")[1])["samples"] == 2
+    assert json.loads(run(capsys, "check", path, "--json", "--allow", "duplicate_tool")[1])["samples"] == 2
     path.write_text(json.dumps({**row, "tools": [TOOL, TOOL]}))
     assert json.loads(run(capsys, "check", path, "--json")[1])["kept"] == 1
 
@@ -187,7 +187,7 @@ def test_check_against_a_test_file(rows: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_keep_turns_a_rejection_into_a_note(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = json.loads(run(capsys, "check", rows, "--keep", "unknown_tool", "--keep", "number_as_string", "--json")[1])
+    told = json.loads(run(capsys, "check", rows, "--allow", "unknown_tool", "--allow", "number_as_string", "--json")[1])
     assert (told["kept"], told["repaired"], told["samples"], told["reasons"]) == (4, 0, 8, REASONS)
 
 
@@ -243,8 +243,8 @@ def test_convert_that_fails_leaves_the_old_file(rows: Path, tmp_path: Path, caps
     out = tmp_path / "out.jsonl"
     out.write_text("old")
     error_of(capsys, "convert", rows, tmp_path / "nowhere.jsonl", "--out", out)
-    error_of(capsys, "convert", rows, "--out", out, "--max-prompt", 3)
-    error_of(capsys, "convert", rows, "--out", out, "--keep", "nonsense")
+    error_of(capsys, "convert", rows, "--out", out, "--max-prompt-tokens", 3)
+    error_of(capsys, "convert", rows, "--out", out, "--allow", "nonsense")
     error_of(capsys, "convert", rows, "--out", out, "--limit", -1)
     error_of(capsys, "convert", rows, "--out", out, "--format", "nonsense")
     assert out.read_text() == "old"
@@ -253,7 +253,7 @@ def test_convert_that_fails_leaves_the_old_file(rows: Path, tmp_path: Path, caps
 
 def test_convert_can_mask(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (0, 0, 1):
-        run(capsys, "convert", rows, "--out", tmp_path / f"{seed}.jsonl", "--mask", 1, "--seed", seed)
+        run(capsys, "convert", rows, "--out", tmp_path / f"{seed}.jsonl", "--mask-names", 1, "--seed", seed)
     zero, one = load_samples(tmp_path / "0.jsonl"), load_samples(tmp_path / "1.jsonl")
     assert zero != one
     assert all(tool["function"]["name"] != "w" for sample in zero for tool in sample.tools)
@@ -351,9 +351,9 @@ def test_split_groups_dialogues_not_prefixes_of_ids(
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"id": f"toolbench/{n}", "messages": t}) for n, t in enumerate(turns)))
     if own:
-        run(capsys, "convert", path, "--out", tmp_path / "samples.jsonl", "--keep", "duplicate")
+        run(capsys, "convert", path, "--out", tmp_path / "samples.jsonl", "--allow", "duplicate")
         path = tmp_path / "samples.jsonl"
-    run(capsys, "split", path, "--test", 0.3, "--keep", "duplicate")
+    run(capsys, "split", path, "--test", 0.3, "--allow", "duplicate")
     sides = [load_samples(tmp_path / f"{path.stem}.{side}.jsonl") for side in ("train", "test")]
     dialogues = [{sample.id.rpartition("/")[0] for sample in side} for side in sides]
     assert not dialogues[0] & dialogues[1]

@@ -110,7 +110,7 @@ def test_recorded_responses_of_some_samples(here: Path, bank: Path, capsys: pyte
     assert run(*options, "--format", "toolrl", "--out", "b", "--categories", "3") == 0
     assert [(row["id"], row["soft"], row["strict"]) for row in rows_of(here / "b")] == [("Level3_1", True, False)]
     assert "1 of others are left aside" in capsys.readouterr().out
-    assert run("compare", "a", "b", "--json") == 0
+    assert run("diff", "a", "b", "--json") == 0
     change = json.loads(capsys.readouterr().out)["metrics"]["soft"][-1]
     assert (change["n"], change["gained"], change["lost"]) == (1, 1, 0)
 
@@ -125,7 +125,7 @@ def test_an_earlier_evaluation_says_what_its_responses_are_written_in(here: Path
 def test_comparing_and_tabulating(here: Path, bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tool-world", *SMALL, "--out", "base", "--name", "before") == 0
     assert run("tool-world", *SMALL[:2], "--oracle", "--out", "gold") == 0
-    assert run("compare", "base", "gold", "--out", "c") == 0
+    assert run("diff", "base", "gold", "--out", "c") == 0
     wrong = [row["id"] for row in rows_of(here / "base") if not row["correct"]]
     flips = [json.loads(line) for line in (here / "c" / "flips.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [flip["id"] for flip in flips] == wrong
@@ -135,7 +135,7 @@ def test_comparing_and_tabulating(here: Path, bank: Path, capsys: pytest.Capture
     assert "before" in (here / "t" / "tables.tex").read_text(encoding="utf-8")
     assert run("api-bank", "--data", str(bank), "--oracle", "--out", "o") == 0
     capsys.readouterr()
-    assert "expected" in refused(capsys, "compare", "base", "o")
+    assert "expected" in refused(capsys, "diff", "base", "o")
     assert "expected" in refused(capsys, "table", "nothing")
 
 

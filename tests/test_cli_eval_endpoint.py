@@ -112,7 +112,10 @@ def test_with_the_tokenizer_the_prompt_is_that_of_training(server: Server) -> No
         respond_with({"choices": [{"text": gold_text(identity), "finish_reason": "stop"}]})(handler)
 
     server.steps = itertools.repeat(completes)
-    assert evaluate(server, "--tokenizer", str(embedded_model_dir()), "--context", "120", "--max-new-tokens", "90") == 0
+    assert (
+        evaluate(server, "--tokenizer", str(embedded_model_dir()), "--context-length", "120", "--max-new-tokens", "90")
+        == 0
+    )
     assert all(row["correct"] for row in rows())
     assert {path for path, _, _ in server.requests} == {"/v1/completions"}
     assert {tokenizer.decode(body["prompt"]) for _, _, body in server.requests} == {*prompts}
@@ -145,7 +148,7 @@ def test_an_extra_body_is_an_object(server: Server, capsys: pytest.CaptureFixtur
 def test_an_extra_body_needs_a_server(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "tool-world", "--extra-body", "{}"]) == 2
     assert "--extra-body without --endpoint" in capsys.readouterr().err
-    assert main(["eval", "tool-world", "--context", "0", "--prompts", "2"]) == 2
+    assert main(["eval", "tool-world", "--context-length", "0", "--prompts", "2"]) == 2
     assert "got context = 0" in capsys.readouterr().err
     assert server.requests == []
 
@@ -209,7 +212,7 @@ def test_an_interrupt_waits_for_no_request(server: Server) -> None:
 
 
 def test_the_context_of_a_local_model(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--prompts", "2", "--out", "out", "--context", "70"]
+    options = ["--prompts", "2", "--out", "out", "--context-length", "70"]
     assert main(["eval", "tool-world", *options]) == 0
     assert "exceed the 70 tokens" in re.sub(r"\s+", " ", capsys.readouterr().out)
     assert all(row["prompt_tokens"] + row["tokens"] <= 70 for row in rows() if "overflow" not in row)

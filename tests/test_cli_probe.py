@@ -29,7 +29,7 @@ from tests.model_families import save_family
 from tests.test_probe import made_probe
 from tests.tiny_policy import tiny_model, tiny_prompts, tiny_tokenizer
 
-SMALL = ("--prompts", "8", "--group", "4", "--max-new-tokens", "20")
+SMALL = ("--prompts", "8", "--group-size", "4", "--max-new-tokens", "20")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_random_model_of_another_format(
     here: Path, tmp_path: Path, dialogues: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_family("qwen3", tmp_path / "model")
-    options = ("--model", model, "--data", dialogues, *SMALL, "--group", "2")
+    options = ("--model", model, "--data", dialogues, *SMALL, "--group-size", "2")
     assert run(*options, "--format", "auto", "--format", "toolrl", "--format", "hermes", "--out", "out") == 0
     found = written(here / "out")
     assert [one["format"] for one in found] == ["hermes", "toolrl"]  # auto is hermes, once
@@ -146,8 +146,8 @@ def test_a_random_model_of_another_format(
     ("options", "message"),
     [
         (("--prompts", "7"), "expected at least 8"),
-        (("--group", "1"), "expected at least 2"),
-        (("--step", "0"), "prompts per step is 0, expected at least 1"),
+        (("--group-size", "1"), "expected at least 2"),
+        (("--prompts-per-step", "0"), "prompts per step is 0, expected at least 1"),
         (("--set", "rest.preset=grpo", "--set", "rest.reward.random=true"), "expected a reward that reads"),
         (("--progress", "1.5"), "1.5"),
         (("--norm-cap", "-1"), "0 for none"),

@@ -12,7 +12,7 @@ from rest_rl.data.check import MAX_FINDINGS, CheckConfig, DataReport
 from rest_rl.data.gold import check_against_tools
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.load import check_data, load_dataset
-from rest_rl.data.reasons import KEEPABLE, REASONS
+from rest_rl.data.reasons import ALLOWABLE_REASONS, REASONS
 from rest_rl.data.samples import ToolSample, leak_digest, to_json
 from rest_rl.data.tool_world import tool_world
 from rest_rl.errors import UserError
@@ -140,7 +140,7 @@ def test_gold_that_no_answer_could_match_is_rejected(
     samples, report = check(tmp_path, bad, good)
     assert samples == [good]
     assert (report.rows, report.kept, report.rejected, report.reasons) == (2, 1, 1, {reason: 1})
-    samples, report = check(tmp_path, bad, good, keep=(reason,))
+    samples, report = check(tmp_path, bad, good, allow=(reason,))
     assert (samples, report.kept, report.reasons) == ([bad, good], 2, {reason: 1})
     assert report.findings[0].finding.severity == "noted"
 
@@ -166,7 +166,7 @@ def test_values_stored_as_text_are_repaired(tmp_path: Path, key: str, text: str,
     assert read.gold.calls[0].arguments == {key: value}
     assert type(read.gold.calls[0].arguments[key]) is type(value)
     assert (report.repaired, report.reasons) == (1, {reason: 1})
-    (read,), report = check(tmp_path, given_sample, keep=(reason,))
+    (read,), report = check(tmp_path, given_sample, allow=(reason,))
     assert (read, report.kept, report.reasons) == (given_sample, 1, {reason: 1})
 
 
@@ -222,7 +222,7 @@ def test_duplicates_and_other_golds(tmp_path: Path) -> None:
     assert [each.id for each in samples] == ["one", "two", "four"]
     assert report.reasons == {"duplicate": 1, "other_gold": 1}
     assert report.first_rows == {"other_gold": [2], "duplicate": [3]}
-    assert check(tmp_path, *rows, keep=("duplicate",))[1].kept == 4
+    assert check(tmp_path, *rows, allow=("duplicate",))[1].kept == 4
 
 
 def test_prompts_that_the_test_file_has_are_leaks(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_prompts_over_the_limit(tmp_path: Path) -> None:
     samples, report = load_dataset(str(path), layout=layout, max_prompt_tokens=short)
     assert (len(samples), report.reasons) == (1, {"prompt_too_long": 1})
     assert f"{long} tokens, the limit is {short}" in report.findings[0].finding.detail
-    kept = check_data(str(path), layout=layout, max_prompt_tokens=short, keep=("prompt_too_long",))
+    kept = check_data(str(path), layout=layout, max_prompt_tokens=short, allow=("prompt_too_long",))
     assert (kept.kept, kept.reasons) == (2, {"prompt_too_long": 1})
     with pytest.raises(UserError, match="without a model"):
         check_data(str(path), max_prompt_tokens=short)
@@ -304,7 +304,7 @@ def test_settings_that_no_run_can_use(settings: dict[str, Any]) -> None:
 
 
 def test_every_reason_has_a_remedy() -> None:
-    assert set(KEEPABLE) <= set(REASONS)
+    assert set(ALLOWABLE_REASONS) <= set(REASONS)
     assert all(reason.meaning and reason.remedy for reason in REASONS.values())
 
 
@@ -317,7 +317,7 @@ def test_a_sample_that_the_format_cannot_write_costs_itself_only(tmp_path: Path)
     assert [sample.id for sample in samples] == ["x/0"]
     assert (report.reasons, report.repaired, report.lost_turns) == ({"not_laid_out": 1}, 1, 1)
     with pytest.raises(UserError, match="keep reason 'not_laid_out'"):
-        CheckConfig(keep=("not_laid_out",))
+        CheckConfig(allow=("not_laid_out",))
 
 
 def test_a_tool_without_parameters_takes_no_arguments(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rest_rl.cli.app import main
 from rest_rl.data.load import load_dataset
-from rest_rl.data.reasons import KEEPABLE
+from rest_rl.data.reasons import ALLOWABLE_REASONS
 from rest_rl.data.samples import from_json, to_json
 from rest_rl.data.shapes import SHAPES
 from rest_rl.data.tool_world import tool_world
@@ -142,7 +142,7 @@ def test_no_row_crashes_the_check(
     config = {"source": source if named else "auto", "keep_prompts": keep_prompts}
     config["mask_names"] = 0.0 if keep_prompts else 0.5
     load_dataset(str(path), test=str(path), **config)
-    samples, report = load_dataset(str(path), test=str(path), keep=KEEPABLE, **config)
+    samples, report = load_dataset(str(path), test=str(path), allow=ALLOWABLE_REASONS, **config)
     assert report.rows == len(rows) == report.kept + report.repaired + report.rejected
     assert len(samples) == report.samples
     assert all(located.finding.detail for located in report.findings)
@@ -163,7 +163,7 @@ def test_no_row_crashes_a_command(tmp_path_factory: pytest.TempPathFactory, sour
     for name in ("rows", "test"):
         rows = data.draw(st.lists(spoiled(source), min_size=2, max_size=5))
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"--mask": ["1.0", "0.5"], "--keep": ["unknown_tool", "duplicate"], "--source": ["auto", source]}
+    options = {"--mask-names": ["1.0", "0.5"], "--allow": ["unknown_tool", "duplicate"], "--source": ["auto", source]}
     chosen = [
         part for key in options if data.draw(st.booleans()) for part in (key, data.draw(st.sampled_from(options[key])))
     ]
@@ -172,7 +172,7 @@ def test_no_row_crashes_a_command(tmp_path_factory: pytest.TempPathFactory, sour
     test = ["--test", str(folder / "test.jsonl")]
     for command in (
         ["check", path, "--json", *test],
-        ["check", path, "--max-prompt", "1"],
+        ["check", path, "--max-prompt-tokens", "1"],
         ["convert", path, "--out", str(folder / "out.parquet"), *test],
         ["show", path, "1", "--format", data.draw(st.sampled_from(["auto", *FORMATS]))],
         ["split", path, "--test", "0.5", "--out", str(folder / "split")],

@@ -71,7 +71,7 @@ def test_toolrl_with_its_own_prompts(tmp_path: Path) -> None:
     ],
 )
 def test_toolrl_rows_that_cannot_be_read(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
-    samples, report = load_rows(tmp_path, RAW, {**RAW, **change}, keep=("duplicate",))
+    samples, report = load_rows(tmp_path, RAW, {**RAW, **change}, allow=("duplicate",))
     assert (len(samples), report.rejected, report.findings[-1].finding.reason) == (1, 1, reason)
 
 

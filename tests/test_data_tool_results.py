@@ -103,5 +103,5 @@ def test_a_repair_stands_in_the_prompts_of_later_turns(
 
 def test_what_is_kept_as_published_stays_in_histories_too(tmp_path: Path) -> None:
     row = {"messages": [QUESTION, calling("a", days="2"), result("a"), SAID], "tools": [WEATHER]}
-    samples, _ = load_rows(tmp_path, row, keep=("number_as_string",))
+    samples, _ = load_rows(tmp_path, row, allow=("number_as_string",))
     assert samples[1].messages[1]["tool_calls"][0]["function"]["arguments"]["days"] == "2"

@@ -34,7 +34,9 @@ def test_show_a_row_as_a_model_sees_it(tmp_path: Path, capsys: pytest.CaptureFix
     _, out = run(capsys, "show", rows, 1, "--model", tmp_path / "policy", "--format", "toolrl")
     assert out.count("assistant:") >= 1
     counts = [
-        json.loads(run(capsys, "check", rows, "--json", "--tokenizer", tmp_path / "policy", "--max-prompt", limit)[1])
+        json.loads(
+            run(capsys, "check", rows, "--json", "--tokenizer", tmp_path / "policy", "--max-prompt-tokens", limit)[1]
+        )
         for limit in (1, 10**6)
     ]
     assert [told["reasons"].get("prompt_too_long", 0) for told in counts] == [4, 0]
@@ -125,11 +127,11 @@ def test_prompts_beyond_the_context_are_rejected(
     folder, sizes = small
     default = min(1024, sizes[-2] // 2)
     for room in (1, 40, default):
-        options = [] if room == default else ["--max-response", room]
+        options = [] if room == default else ["--max-completion-length", room]
         told = json.loads(run(capsys, "check", tmp_path / "rows.jsonl", "--json", "--model", folder, *options)[1])
         beyond = sum(size + room > sizes[-2] for size in sizes)
         assert (told["occurrences"]["beyond_context"], told["samples"]) == (beyond, len(sizes) - beyond)
-    assert "--model" in error_of(capsys, "check", tmp_path / "rows.jsonl", "--max-response", 9)
+    assert "--model" in error_of(capsys, "check", tmp_path / "rows.jsonl", "--max-completion-length", 9)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def test_control_tokens_in_gold_and_prompt(tmp_path: Path, folder: Path, capsys:
     told = json.loads(run(capsys, "check", path, "--json", "--model", folder)[1])
     assert told["reasons"] == {"control_token_in_gold": 1, "control_token_in_prompt": 1}
     assert told["samples"] == 0
-    kept = json.loads(run(capsys, "check", path, "--json", "--model", folder, "--keep", "control_token_in_prompt")[1])
+    kept = json.loads(run(capsys, "check", path, "--json", "--model", folder, "--allow", "control_token_in_prompt")[1])
     assert (kept["samples"], kept["rejected"]) == (3, 1)
     assert json.loads(run(capsys, "check", path, "--json")[1])["samples"] == 4  # to another tokenizer they are text
 

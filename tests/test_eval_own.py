@@ -68,7 +68,7 @@ def test_python_runs_it_and_its_groups_are_compared(here: Path, capsys: pytest.C
     again = rest_rl.evaluate(BENCH, Lazy(), out="lazy", resume=True)
     assert again.rows == result.rows
     rest_rl.evaluate("my_bench:BENCH", oracle=True, out="gold")
-    assert main(["eval", "compare", "lazy", "gold", "--json"]) == 0
+    assert main(["eval", "diff", "lazy", "gold", "--json"]) == 0
     changes = {change["group"]: change for change in json.loads(capsys.readouterr().out)["metrics"]["correct"]}
     assert list(changes) == ["small", "large", "all"]
     assert changes["small"]["gained"] == 0

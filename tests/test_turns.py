@@ -137,7 +137,7 @@ def test_the_tool_world_tells_turns_apart_and_counts_no_cut_off_response(
     turns = json.loads(Path("b/summary.json").read_text())["turns"]
     assert (turns["calls"]["accuracy"], turns["calls"]["n"]) == (1, len(rows) - len(answers))
     assert (turns["answers"]["correct"], turns["answers"]["n"]) == (len(answers) - 1, len(answers))
-    assert main(["eval", "compare", "a", "b", "--out", "c"]) == 0
+    assert main(["eval", "diff", "a", "b", "--out", "c"]) == 0
     (changes,) = json.loads(Path("c/comparison.json").read_text())["metrics"].values()
     assert {row["group"]: row["lost"] for row in changes if row["group"] in ("calls", "answers", "all")} == {
         "calls": 0,

@@ -16,7 +16,7 @@ import typer
 
 from rest_rl.cli import compare, data, inspect, probe, report, score, train
 from rest_rl.cli.evaluate import eval_app
-from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, verb_group
+from rest_rl.cli.options import EXIT_INTERRUPTED, EXIT_USER_ERROR, Verb, verb_group, with_new_names
 from rest_rl.errors import RenamedWarning, UserError
 
 EPILOG = """\
@@ -105,7 +105,7 @@ def run_command(given: list[str], after_dashes: list[str]) -> int:
     context: Any = None
     try:
         command = typer.main.get_command(app)
-        context = command.make_context("rest-rl", given, obj=after_dashes)
+        context = command.make_context("rest-rl", with_new_names(given), obj=after_dashes)
         with context:
             return command.invoke(context) or 0
     except typer.Exit as stopped:

@@ -20,7 +20,7 @@ examples:
   rest-rl compare --base run.toml --methods grpo,rest,permuted --jobs 1 --out runs/grid
   rest-rl compare grid.toml --out runs/grid          your own methods and warm starts
   rest-rl compare runs/grid                          go on after Ctrl-C, a crash or kill -9
-  rest-rl compare runs/grid --only-report
+  rest-rl compare runs/grid --report-only
 """
 EXIT_FAILED = 1
 
@@ -37,22 +37,22 @@ def compare(
         str | None, typer.Option(metavar="RUN.toml", help="the run that methods change (default: the embedded one)")
     ] = None,
     overrides: Overrides = [],
-    reference: Annotated[
+    baseline: Annotated[
         str | None, typer.Option(metavar="M", help="method that the others are compared with (default: grpo)")
     ] = None,
     jobs: Annotated[int, typer.Option(metavar="N", help="runs at a time")] = 2,
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="folder of the grid: runs/, logs/, compare.md, compare.json")
     ] = None,
-    only_report: Annotated[
-        bool, typer.Option("--only-report", help="train nothing, write the page of what is there")
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="train nothing, write the page of what is there")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the grid, train nothing")] = False,
 ) -> int:
     """Train every method under every seed on the same data, in the same order, for the same steps, and write a page.
 
     The page has differences to GRPO with intervals and tests, controls, and a verdict. Finished runs are kept, broken
-    ones go on. (Two evaluations of models that there are already: rest-rl eval compare.)
+    ones go on. (Two evaluations of models that there are already: rest-rl eval diff.)
     """
     from rich.console import Console
 
@@ -66,10 +66,10 @@ def compare(
         seeds=[seed_of(seed) for seed in split_commas(seeds)],
         base=base,
         overrides=overrides,
-        reference=reference,
+        reference=baseline,
         out=out,
         jobs=jobs,
-        only_report=only_report,
+        only_report=report_only,
         dry_run=dry_run,
         observer=Screen(console),
     )

@@ -54,18 +54,26 @@ class Reading:
 
     source: Annotated[str, Option(metavar="S", help=f"shape of the rows: {SHAPES}")] = "auto"
     keep_prompts: Annotated[bool, Option("--keep-prompts", help="keep published prompts word for word")] = False
-    keep: Annotated[list[str] | None, Option(metavar="REASON", help="only note it; see docs/data.md, Reasons")] = None
-    max_prompt_tokens: Annotated[int, Option("--max-prompt", metavar="N", help="reject longer prompts, in tokens")] = 0
+    allow: Annotated[list[str] | None, Option(metavar="REASON", help="only note it; see docs/data.md, Reasons")] = None
+    max_prompt_tokens: Annotated[
+        int, Option("--max-prompt-tokens", metavar="N", help="reject longer prompts, in tokens")
+    ] = 0
     max_response_tokens: Annotated[
         int | None,
-        Option("--max-response", metavar="N", help="reject prompts without room for N tokens (default: as train does)"),
+        Option(
+            "--max-completion-length",
+            metavar="N",
+            help="reject prompts without room for N tokens (default: as train does)",
+        ),
     ] = None
     model: Annotated[
         str | None, Option("--model", "--tokenizer", metavar="DIR", help="reject what its chat template cannot lay out")
     ] = None
     format: Annotated[str, Option(metavar="F", help="format of the calls (auto: the template's)")] = "auto"
     limit: Annotated[int, Option(metavar="N", help="read the first N rows only")] = 0
-    mask_names: Annotated[float, Option("--mask", metavar="SHARE", help="share of samples with random names")] = 0.0
+    mask_names: Annotated[float, Option("--mask-names", metavar="SHARE", help="share of samples with random names")] = (
+        0.0
+    )
     seed: Annotated[int, Option(metavar="S", help="seed")] = 0
 
     def layout(self) -> PromptLayout | None:
@@ -73,7 +81,8 @@ class Reading:
         from rest_rl.formats import get_format
 
         if self.model is None:
-            for option, is_given in (("prompt", self.max_prompt_tokens), ("response", self.max_response_tokens)):
+            limits = {"prompt-tokens": self.max_prompt_tokens, "completion-length": self.max_response_tokens}
+            for option, is_given in limits.items():
                 if is_given:
                     raise UserError(f"--max-{option} without --model", "the model that counts", "add --model DIR")
             if self.format != "auto":
@@ -93,7 +102,7 @@ class Reading:
 
     def settings(self, layout: PromptLayout | None, test: str | None = None) -> dict[str, Any]:
         """As `check_data` and `read_rows` take them, with a progress bar on a terminal."""
-        settings = {**vars(self), "keep": self.keep or (), "layout": layout, "test": test}
+        settings = {**vars(self), "allow": self.allow or (), "layout": layout, "test": test}
         del settings["model"], settings["format"]
         if self.max_response_tokens is None:
             from rest_rl.config import default_response_limit

@@ -22,7 +22,7 @@ examples:
   rest-rl eval bfcl --oracle                          the gold through the whole path: does everything work here?
   rest-rl eval tool-world --model runs/tool-world
   rest-rl eval run my_bench:BENCH --model runs/mine   your own benchmark
-  rest-rl eval compare runs/eval-base runs/eval-mine  differences with intervals, McNemar's test, what flipped
+  rest-rl eval diff runs/eval-base runs/eval-mine  differences with intervals, McNemar's test, what flipped
   rest-rl eval table runs/eval-*                      Markdown, CSV, LaTeX and a radar figure
 a killed evaluation goes on with --resume; --responses FILE scores recorded responses without a model
 """
@@ -54,8 +54,6 @@ DRY_RUN = {"panel": "where to", "help": "show one prompt and what fits, ask for 
 
 
 def _add_benchmark(name: str, help: str, example: str, *arguments: inspect.Parameter) -> None:
-    """Add the command of a benchmark: its own options, then those of all."""
-
     def command(**values: Any) -> int:
         return _evaluate({"benchmark": name, **values})
 
@@ -95,7 +93,6 @@ _add_benchmark(
 
 
 def _evaluate(values: dict[str, Any]) -> int:
-    """Ask, judge, write and show; returns 1 if a sample was left without a response."""
     is_dry = values.pop("dry_run")
     values["changes"] = tuple(values["changes"])
     values |= {name: _parts(name, values[name]) for name in ("categories", "ids")}
@@ -136,7 +133,6 @@ def _evaluate(values: dict[str, Any]) -> int:
 
 
 def _parts(name: str, text: str | None) -> tuple[str, ...]:
-    """The parts of a list with commas."""
     parts = tuple(part.strip() for part in (text or "").split(",") if part.strip())
     if text is not None and not parts:
         raise UserError(f"--{name} without a name", "some with commas between them", "leave it out for all")
@@ -163,7 +159,6 @@ def _show_summary(summary: Any) -> None:
 
 
 def _show(table: Any) -> None:
-    """A table and its notes."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -175,8 +170,8 @@ def _show(table: Any) -> None:
         console.print(note, highlight=False, markup=False)
 
 
-@eval_app.command("compare", cls=Verb, short_help="two evaluations: paired differences, McNemar's test, what flipped")
-def compare(
+@eval_app.command("diff", cls=Verb, short_help="two evaluations: paired differences, McNemar's test, what flipped")
+def diff(
     base: Annotated[str, typer.Argument(metavar="BASE", help="an evaluation's folder")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="another one's")],
     out: Annotated[str | None, typer.Option(metavar="DIR", help="write comparison.md, .json and flips.jsonl")] = None,

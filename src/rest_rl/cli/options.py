@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +12,18 @@ from typer.core import TyperCommand, TyperGroup
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+RENAMED = {
+    "compare": {"--reference": "--baseline", "--only-report": "--report-only"},
+    "data": {
+        "--keep": "--allow",
+        "--mask": "--mask-names",
+        "--max-prompt": "--max-prompt-tokens",
+        "--max-response": "--max-completion-length",
+    },
+    "eval": {"compare": "diff", "--context": "--context-length"},
+    "probe": {"--group": "--group-size", "--step": "--prompts-per-step"},
+}
+"""Old names of options and subcommands by command; they still work, with a warning."""
 AUTO = "auto"  # as in rest_rl.config, which takes a while to import
 
 RowsFile = Annotated[str, typer.Argument(metavar="FILE.jsonl", help="the rows; - for standard input")]
@@ -71,6 +85,19 @@ class VerbGroup(_Help, TyperGroup):
 def verb_group(**settings: Any) -> typer.Typer:
     """A Typer application in the style of this command; `app.add_typer(group, name="data")` adds it as a verb."""
     return typer.Typer(cls=VerbGroup, rich_markup_mode=None, add_completion=False, **settings)
+
+
+def with_new_names(arguments: Sequence[str]) -> list[str]:
+    """Return the command line with renamed options and subcommands under their new names; warn about each on stderr."""
+    command_at = next((at for at, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
+    renamed = RENAMED.get(arguments[command_at], {}) if command_at < len(arguments) else {}
+    changed = list(arguments)
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in renamed and (name.startswith("--") or at == command_at + 1):
+            print(f"warning: {name} is now {renamed[name]}", file=sys.stderr)
+            changed[at] = f"{renamed[name]}{equals}{value}"
+    return changed
 
 
 def is_debug(context: typer.Context) -> bool:

@@ -35,10 +35,12 @@ def probe(
         list[str], typer.Option("--format", metavar="F", help="tool-call format, once for each section (auto)")
     ] = [],
     prompts: Annotated[int, typer.Option(metavar="N", help="prompts, at least 8")] = 96,
-    group: Annotated[int, typer.Option(metavar="G", help="responses per prompt")] = 8,
+    group_size: Annotated[int, typer.Option(metavar="G", help="responses per prompt")] = 8,
     seed: Annotated[int, typer.Option(metavar="S", help="of prompts and sampling")] = 0,
     progress: Progress = 0.0,
-    step: Annotated[int | None, typer.Option(metavar="P", help="prompts of the step to predict (the run's)")] = None,
+    prompts_per_step: Annotated[
+        int | None, typer.Option(metavar="P", help="prompts of the step to predict (the run's)")
+    ] = None,
     norm_cap: Annotated[
         float, typer.Option(metavar="C", help="scale prompts above C median gradient norms down; 0: off")
     ] = 0.0,
@@ -75,9 +77,9 @@ def probe(
 
     folder = Path(out) if out else choose_unused_folder("probe", model, JSON_FILE)
     run_probe(
-        model, data, formats=formats, prompts=prompts, group=group, seed=seed, progress=progress, step=step,
-        norm_cap=norm_cap, max_new_tokens=max_new_tokens, batch_size=batch_size, overrides=overrides, out=folder,
-        on_report=show, observer=screen,
+        model, data, formats=formats, prompts=prompts, group=group_size, seed=seed, progress=progress,
+        step=prompts_per_step, norm_cap=norm_cap, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        overrides=overrides, out=folder, on_report=show, observer=screen,
     )  # fmt: skip
     screen.say(f"{folder / PAGE_FILE}, {JSON_FILE} and plots")
 

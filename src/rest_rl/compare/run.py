@@ -88,7 +88,7 @@ def write_report(folder: Path, grid: Grid | None, reference: str) -> ComparisonR
         raise UserError(
             f"no finished run of the reference {reference!r} in {folder}, only of {methods}",
             "one for each seed",
-            "finish it, or name another with --reference",
+            "finish it, or name another with --baseline",
         )
     return write_page(found)
 
@@ -119,7 +119,7 @@ def locate_grid(grid: str | Path | None, out: str | Path | None, *, only_report:
             raise UserError(
                 f"the folder {given} without {GRID_FILE}",
                 "a grid that was begun",
-                "pass a grid file or --methods, or --only-report for a page of the runs that are there",
+                "pass a grid file or --methods, or --report-only for a page of the runs that are there",
             )
         return given / GRID_FILE, given
     if not out:

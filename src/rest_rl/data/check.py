@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from rest_rl.data.gold import check_against_tools, repair_history
 from rest_rl.data.mask import mask_names
 from rest_rl.data.reading import Row, RowError, RowReader
-from rest_rl.data.reasons import KEEPABLE, REASONS, RowContext, RowFinding, RowRejectedError, finding
+from rest_rl.data.reasons import ALLOWABLE_REASONS, REASONS, RowContext, RowFinding, RowRejectedError, finding
 from rest_rl.data.samples import (
     Dialogue,
     ToolSample,
@@ -46,7 +46,7 @@ class CheckConfig:
     """Shape of the rows: a name in `shapes.SHAPES` or `package.module:OBJECT`; `auto` tells it from the keys."""
     keep_prompts: bool = False
     """Published prompts stay word for word, with the tools they describe (ToolRL, API-Bank, ToolACE)."""
-    keep: Sequence[str] = ()
+    allow: Sequence[str] = ()
     """Reasons that are only noted: nothing is rejected or repaired for them."""
     mask_names: float = 0.0
     """Share of the samples whose tool and argument names become random strings (Hammer, arXiv 2410.04587)."""
@@ -59,8 +59,10 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         get_shapes(self.source)
-        if unknown := [name for name in self.keep if name not in KEEPABLE]:
-            raise UserError(f"keep reason {unknown[0]!r}", f"one of {', '.join(KEEPABLE)}", "see rest-rl data check")
+        if unknown := [name for name in self.allow if name not in ALLOWABLE_REASONS]:
+            raise UserError(
+                f"allow reason {unknown[0]!r}", f"one of {', '.join(ALLOWABLE_REASONS)}", "see rest-rl data check"
+            )
         if not 0 <= self.mask_names <= 1:
             raise UserError(f"mask_names {self.mask_names}", "a share in [0, 1]", "0 masks nothing")
         if self.mask_names and self.keep_prompts:
@@ -94,9 +96,9 @@ class CheckedRow(NamedTuple):
         samples = tuple(sample for sample in self.samples if sample.id not in lost)
         return self._replace(samples=samples, findings=(*self.findings, *found))
 
-    def reasons_to_keep(self, config: CheckConfig) -> Collection[str]:
+    def reasons_to_allow(self, config: CheckConfig) -> Collection[str]:
         """Reasons that are only noted in this row: those that are kept, and all in a benchmark."""
-        return KEEPABLE if self.source in BENCHMARKS else config.keep
+        return ALLOWABLE_REASONS if self.source in BENCHMARKS else config.allow
 
 
 def outcome(row: CheckedRow, found: RowFinding) -> str:
@@ -219,15 +221,15 @@ def checked_rows(
 def prompts_of(path: str, config: CheckConfig | None = None) -> set[int]:
     """Digests of all prompts of a test file; its histories are repaired as the config says."""
     config = config or CheckConfig()
-    keep = tuple(reason for reason in KEEPABLE if reason in config.keep or REASONS[reason].severity != "repaired")
+    allow = tuple(
+        reason for reason in ALLOWABLE_REASONS if reason in config.allow or REASONS[reason].severity != "repaired"
+    )
     source = AUTO if isinstance(config.source, str) and config.source in SHAPES else config.source
-    everything = replace(config, keep=keep, mask_names=0.0, source=source)
+    everything = replace(config, allow=allow, mask_names=0.0, source=source)
     return {leak_digest(sample) for row in checked_rows(path, everything) for sample in row.samples}
 
 
 class _Checker:
-    """What is remembered from row to row."""
-
     def __init__(self, config: CheckConfig, test_prompts: Collection[int]) -> None:
         self.config, self.test_prompts = config, test_prompts
         self.shapes = get_shapes(config.source)
@@ -257,7 +259,7 @@ class _Checker:
         repaired: dict[int, Gold] = {}
         kept: list[ToolSample] = []
         for read in samples:
-            sample, found = self._check_sample(read, checked.reasons_to_keep(self.config), repaired)
+            sample, found = self._check_sample(read, checked.reasons_to_allow(self.config), repaired)
             context.findings += found
             kept += [] if any(each.severity == "rejected" for each in found) else [sample]
         return checked._replace(samples=tuple(kept), findings=tuple(context.findings))
@@ -270,16 +272,16 @@ class _Checker:
         return shape
 
     def _check_sample(
-        self, sample: ToolSample, keep: Collection[str], repaired: dict[int, Gold]
+        self, sample: ToolSample, allow: Collection[str], repaired: dict[int, Gold]
     ) -> tuple[ToolSample, list[RowFinding]]:
         """The sample, and what was found; `repaired` are the golds of its dialogue by the position of their turn."""
         published = sample.gold
-        sample, found = check_against_tools(repair_history(sample, repaired), keep)
+        sample, found = check_against_tools(repair_history(sample, repaired), allow)
         if sample.gold != published:
             repaired[len(sample.messages)] = sample.gold
         if not sample.messages:
             found.append(finding("empty_prompt", "got no message before the turn", sample.id))
-        found += [finding(reason, detail, sample.id, keep) for reason, detail in self._among_others(sample)]
+        found += [finding(reason, detail, sample.id, allow) for reason, detail in self._among_others(sample)]
         return mask_names(sample, self.config.mask_names, self.config.seed), found
 
     def _among_others(self, sample: ToolSample) -> Iterator[tuple[str, str]]:
@@ -312,7 +314,6 @@ def _read_samples(shape: RowShape, value: Mapping[str, Any], context: RowContext
 
 
 def _as_samples(read: Dialogue | ToolSample, context: RowContext) -> list[ToolSample]:
-    """One sample per assistant turn of a dialogue, and a finding for every turn that gives none."""
     if isinstance(read, ToolSample):
         return [read]
     samples, bad = decompose_around(read)
@@ -338,7 +339,6 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _has_padded_call(value: Any, *, inside: bool = False) -> bool:
-    """Whether there is a null below `arguments`, `parameters` or `properties`."""
     if isinstance(value, Mapping):
         below = ("arguments", "parameters", "properties")
         return any(

@@ -41,7 +41,7 @@ _KINDS: dict[str, Any] = {
 Problems = Iterator[tuple[str, str]]
 
 
-def check_against_tools(sample: ToolSample, keep: Collection[str] = ()) -> tuple[ToolSample, list[RowFinding]]:
+def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tuple[ToolSample, list[RowFinding]]:
     """The sample, its values of the schema's types where text spelt them exactly, and what was found.
 
     Reasons in `keep` are noted and change nothing.
@@ -52,26 +52,26 @@ def check_against_tools(sample: ToolSample, keep: Collection[str] = ()) -> tuple
     uncalled = twice - {call.name for call in sample.gold.calls}  # which leaves the gold right
     found = [
         finding(
-            "duplicate_tool", f"got tool {name} twice", sample.id, ("duplicate_tool",) if name in uncalled else keep
+            "duplicate_tool", f"got tool {name} twice", sample.id, ("duplicate_tool",) if name in uncalled else allow
         )
         for name in sorted(twice)
     ]
     if not sample.gold.calls:
         is_empty = not sample.gold.answer
-        found += [finding("empty_turn", "got neither calls nor text", sample.id, keep)] if is_empty else []
+        found += [finding("empty_turn", "got neither calls nor text", sample.id, allow)] if is_empty else []
         return sample, found
     schemas = {function["name"]: function.get("parameters", _NO_ARGUMENTS) or {} for function in functions}
     calls = []
     for call in sample.gold.calls:
         if call.name not in schemas:
             detail = f"got {call.name!r}, offered are {', '.join(schemas) or 'none'}"
-            found.append(finding("unknown_tool", detail, sample.id, keep))
-        if call.name not in schemas or (call.name in twice and "duplicate_tool" not in keep):
+            found.append(finding("unknown_tool", detail, sample.id, allow))
+        if call.name not in schemas or (call.name in twice and "duplicate_tool" not in allow):
             calls.append(call)
             continue
         arguments = dict(call.arguments)
-        problems = list(_repair(arguments, schemas[call.name], keep))
-        found += [finding(reason, f"{call.name}: {detail}", sample.id, keep) for reason, detail in problems]
+        problems = list(_repair(arguments, schemas[call.name], allow))
+        found += [finding(reason, f"{call.name}: {detail}", sample.id, allow) for reason, detail in problems]
         calls.append(ToolCall(call.name, arguments))
     return replace(sample, gold=Gold(tuple(calls), sample.gold.answer)), found
 
@@ -89,13 +89,12 @@ def repair_history(sample: ToolSample, repaired: Mapping[int, Gold]) -> ToolSamp
     return replace(sample, messages=tuple(messages)) if repaired else sample
 
 
-def _repair(arguments: dict[str, Any], schema: Mapping[str, Any], keep: Collection[str]) -> Problems:
-    """Put values right in place, and tell what was wrong."""
+def _repair(arguments: dict[str, Any], schema: Mapping[str, Any], allow: Collection[str]) -> Problems:
     properties = schema.get("properties")
     if isinstance(properties, Mapping):
         for name, value in arguments.items():
             if name in properties:
-                arguments[name], problems = _repair_value(value, properties[name], name, keep)
+                arguments[name], problems = _repair_value(value, properties[name], name, allow)
                 yield from problems
             elif schema.get("additionalProperties") in (None, False) and not _OPEN & set(schema):
                 yield "undocumented_argument", f"got {name!r}, documented are {', '.join(properties) or 'none'}"
@@ -111,7 +110,7 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _repair_value(value: Any, schema: Any, name: str, keep: Collection[str]) -> tuple[Any, list[tuple[str, str]]]:
+def _repair_value(value: Any, schema: Any, name: str, allow: Collection[str]) -> tuple[Any, list[tuple[str, str]]]:
     schema = schema if isinstance(schema, Mapping) else {}
     if _has_type(value, schema) or value in _list(schema.get("enum")):
         return value, list(_outside_enum(value, schema, name))
@@ -121,7 +120,7 @@ def _repair_value(value: Any, schema: Any, name: str, keep: Collection[str]) -> 
         is_fragment = isinstance(value, str) and spelt is None and value.lstrip().startswith(("[", "{"))
         return value, [("broken_value" if is_fragment else "wrong_type", shown)]
     reason = "json_as_string" if isinstance(spelt, list | dict) else "number_as_string"
-    return value if reason in keep else spelt, [(reason, shown), *_outside_enum(spelt, schema, name)]
+    return value if reason in allow else spelt, [(reason, shown), *_outside_enum(spelt, schema, name)]
 
 
 def _has_type(value: Any, schema: Mapping[str, Any]) -> bool:

@@ -143,7 +143,6 @@ class PromptLayout:
         return SYSTEM_PROBE["content"] in self._try([SYSTEM_PROBE, PROBE])
 
     def _try(self, messages: Messages, tools: Sequence[Any] = ()) -> str:
-        """What the template makes of a probe; nothing where it fails."""
         try:
             return self._apply(messages, tools)
         except TEMPLATE_ERRORS:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, checked_rows
 from rest_rl.data.samples import ToolSample
-from rest_rl.errors import UserError
+from rest_rl.errors import RenamedWarning, UserError
 from rest_rl.runlog import SILENT, Observer
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class LoadedData(NamedTuple):
 def check_data(*paths: str, **settings: Any) -> DataReport:
     """What training would make of every row of files, folders or hub names; the settings are those of `read_rows`.
 
-    Example: `check_data("dialogues.jsonl", source="messages", keep=["duplicate"]).rejected`.
+    Example: `check_data("dialogues.jsonl", source="messages", allow=["duplicate"]).rejected`.
 
     Raises:
         UserError: there is no such input, or a setting that no run can use. A row that cannot be read is a finding.
@@ -58,6 +59,9 @@ def read_rows(
     With the `layout` of a model, samples that it cannot hold are rejected. Prompts that the file `test` has as well
     are rejected. `limit` is the number of rows to read, 0 for all. The other settings are those of `CheckConfig`.
     """
+    if "keep" in settings:
+        warnings.warn("keep is now allow", RenamedWarning, stacklevel=3)
+        settings["allow"] = settings.pop("keep")
     config = CheckConfig(**settings)
     if config.max_prompt_tokens and layout is None:
         raise UserError("max_prompt_tokens without a model", "both", "name the model that counts")

@@ -141,7 +141,6 @@ def _rename_text(text: str, called: Iterable[str], names: Names) -> str:
 
 
 def _unambiguous(*maps: Mapping[str, str]) -> dict[str, str]:
-    """The old names that have one new name in all maps."""
     news: dict[str, set[str]] = {}
     for names in maps:
         for old, new in names.items():

@@ -90,7 +90,7 @@ def prepare_row(row: CheckedRow, layout: PromptLayout, config: CheckConfig) -> t
         if isinstance(prepared, Rejected):
             found.append(finding("not_laid_out", prepared.reason, sample.id))
             continue
-        keep = row.reasons_to_keep(config)
+        keep = row.reasons_to_allow(config)
         new = [finding(reason, detail, sample.id, keep) for reason, detail in refusals(prepared, layout, config)]
         kept += [] if any(each.severity == "rejected" for each in new) else [prepared]
         found += new

@@ -150,8 +150,6 @@ class RowReader:
 
 
 class _Input(NamedTuple):
-    """A path or hub id, the split of it, and its data files; none for what `datasets` reads."""
-
     name: str
     split: str
     files: list[Path]
@@ -310,7 +308,6 @@ def _parquet_rows(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
 
 
 def _dataset_rows(name: str, split: str) -> Iterator[Any]:
-    """Rows through `datasets`: a folder that it saved, or a dataset of the hub as a stream."""
     import datasets
     import datasets.config
 

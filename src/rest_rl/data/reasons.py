@@ -112,16 +112,16 @@ REASONS: dict[str, Reason] = {
     "control_token_in_prompt": Reason(
         "rejected",
         "a text that spells a special token of the tokenizer, which would act as one",
-        "take it out, or --keep it if it is meant",
+        "take it out, or --allow it if it is meant",
     ),
     # the sample among the others
     "duplicate": Reason("rejected", "the same prompt and gold as an earlier sample", "remove one of them"),
     "other_gold": Reason("noted", "the same prompt as an earlier sample with another gold", "decide for one of them"),
     "leak": Reason("rejected", "a prompt that the test file holds as well", "take it out of one of the files"),
-    "prompt_too_long": Reason("rejected", "a prompt over the limit", "raise --max-prompt or shorten the prompt"),
+    "prompt_too_long": Reason("rejected", "a prompt over the limit", "raise --max-prompt-tokens or shorten the prompt"),
 }
 
-KEEPABLE = tuple(REASONS)[tuple(REASONS).index("unknown_tool") :]
+ALLOWABLE_REASONS = tuple(REASONS)[tuple(REASONS).index("unknown_tool") :]
 """Reasons about a sample that exists: these can be kept."""
 
 
@@ -134,9 +134,9 @@ class RowFinding(NamedTuple):
     sample: str | None = None
 
 
-def finding(reason: str, detail: str, sample: str | None = None, keep: Iterable[str] = ()) -> RowFinding:
+def finding(reason: str, detail: str, sample: str | None = None, allow: Iterable[str] = ()) -> RowFinding:
     """A finding with the severity of its reason, or `noted` for a reason in `keep`."""
-    severity: Severity = "noted" if reason in keep else REASONS[reason].severity
+    severity: Severity = "noted" if reason in allow else REASONS[reason].severity
     shown = " ".join(detail.split())[:400].encode(errors="replace").decode()  # lone surrogates cannot be printed
     return RowFinding(reason, shown, severity, sample)
 

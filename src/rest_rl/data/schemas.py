@@ -64,7 +64,6 @@ def read_tool(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _read_function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The function with its parameters as a schema, in its own order of keys."""
     given = next((key for key in _PARAMETERS if function.get(key) is not None), None)
     value = _json_text(function[given], f"the parameters of {where}") if given else None
     schema = _parameters(value, where, function.get("required"))
@@ -80,7 +79,6 @@ def _read_function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _parameters(value: Any, where: str, required: Any) -> dict[str, Any]:
-    """A schema of an object, from one or from a bare table of arguments."""
     if not isinstance(value, Mapping | None):
         raise _bad(f"got parameters of type {type(value).__name__} in {where}")
     if not value:
@@ -183,7 +181,6 @@ def json_type(text: str) -> dict[str, Any]:
 
 
 def _parts(text: str) -> list[str]:
-    """The text cut at the commas outside brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[(") - (character in "])")

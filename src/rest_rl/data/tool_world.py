@@ -160,7 +160,6 @@ def dialogues(
 
 
 def _with_filler(rng: random.Random, dialogue: Dialogue) -> Dialogue:
-    """The dialogue with other reasoning in every assistant turn: random words that decide nothing."""
     messages = [dict(message) for message in dialogue.messages]
     for message in messages:
         if message["role"] == "assistant":

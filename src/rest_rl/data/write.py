@@ -62,7 +62,6 @@ def rejected_writer(out: Path) -> Iterator[Callable[[CheckedRow], None]]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place when all is well and goes away when not."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`rest-rl eval compare`: two evaluations of one benchmark, sample by sample.
+"""`rest-rl eval diff`: two evaluations of one benchmark, sample by sample.
 
 Only samples that both sides scored count, so every difference is paired: what one model loses and the other gains.
 The test of all samples stands alone; those of the groups are a family of tests and carry q-values too. An official

@@ -176,4 +176,4 @@ class EvalRequest:
 
 def option_name(name: str) -> str:
     """A field as the command line writes it."""
-    return "--set" if name == "changes" else f"--{name.replace('_', '-')}"
+    return {"changes": "--set", "context": "--context-length"}.get(name, f"--{name.replace('_', '-')}")

@@ -272,7 +272,7 @@ def make_check_config(config: RunConfig, response_tokens: int) -> CheckConfig:
     return CheckConfig(
         source=data.source,
         keep_prompts=data.keep_prompts,
-        keep=tuple(data.allow),
+        allow=tuple(data.allow),
         mask_names=data.mask_names,
         seed=data.seed,
         max_prompt_tokens=data.max_prompt_tokens,

@@ -59,7 +59,6 @@ def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> WrittenCalls | 
 
 
 def _read_tagged(body: str) -> WrittenCalls | None:
-    """Objects between (or behind) tags."""
     for opening, closing in _OBJECT_TAGS:
         if opening in body:
             said, inside = _cut(body, opening, closing)
@@ -80,7 +79,6 @@ def _read_llama_functions(body: str) -> WrittenCalls | None:
 
 
 def _cut(body: str, opening: str, closing: str | None) -> tuple[str, list[str]]:
-    """(the text outside, each text inside) of tags; what is not closed ends with the text."""
     outside, *pieces = body.split(opening)
     cut = [piece.partition(closing) if closing else (piece, "", "") for piece in pieces]
     said = [outside.strip(), *(after.strip() for _, _, after in cut)]
@@ -137,7 +135,6 @@ def _has_begun(body: str, offered: Collection[str]) -> bool:
 
 
 def _read_objects(text: str, *, needs_arguments: bool) -> tuple[ToolCall, ...] | None:
-    """All objects of a text as calls; None unless each of them is one."""
     text = text.strip().strip(";").strip()
     if glaive := _GLAIVE.match(text):
         arguments = read_literal(glaive[2])

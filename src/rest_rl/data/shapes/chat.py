@@ -82,7 +82,6 @@ def read_message(raw: Any, context: RowContext) -> dict[str, Any]:
 
 
 def _join_parts(content: Any) -> Any:
-    """Content parts that are all text as one text."""
     if not isinstance(content, list | tuple):
         return content
     parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
@@ -91,7 +90,6 @@ def _join_parts(content: Any) -> Any:
 
 
 def _read_calls(value: Any, context: RowContext) -> Any:
-    """A list of calls from one call, a list, or the text of either."""
     value = _read_text(value, context) if isinstance(value, str) else value
     value = [value] if isinstance(value, Mapping) else value
     return [_read_call(call, context) for call in value] if isinstance(value, list | tuple) else value
@@ -187,7 +185,6 @@ def split_tool_text(system: str) -> tuple[str, list[Any] | None]:
 
 
 def _listed_tools(system: str) -> list[Any] | None:
-    """The objects between `<tools>` and `</tools>`, from the first such pair that holds any."""
     for piece in system.split("<tools>")[1:]:
         inner, closed, _ = piece.partition("</tools>")
         values = read_literals(inner) if closed else None
@@ -246,7 +243,6 @@ def _blocks(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int]]:
 
 
 def _match_results(calls: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[int | None]:
-    """For each result the number of its call, or None."""
     left = list(range(len(calls)))
     have_ids = any(call.get("id") is not None for call in calls)
     matched: list[int | None] = [None] * len(results)

@@ -58,7 +58,6 @@ def _read_calls(text: str, count: int) -> dict[str, Any]:
 
 
 def _listed_tools(system: str) -> list[Any] | None:
-    """The first JSON list of objects with names that stands in a text."""
     for match in _LIST.finditer(system):
         try:
             _, end = json.JSONDecoder().raw_decode(system, match.start())
