@@ -13,7 +13,7 @@ from rest_rl.data.gold import check_against_tools
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.load import check_data, load_dataset
 from rest_rl.data.reasons import ALLOWABLE_REASONS, REASONS
-from rest_rl.data.samples import ToolSample, leak_digest, to_json
+from rest_rl.data.samples import ToolSample, compute_leak_digest, to_json
 from rest_rl.data.tool_world import tool_world
 from rest_rl.errors import UserError
 from rest_rl.response import Gold, ToolCall
@@ -238,8 +238,8 @@ def test_a_leak_is_found_in_another_layout(tmp_path: Path) -> None:
     spaced = ToolSample(
         "x", ({"role": "system", "content": "Hi"}, {"role": "user", "content": " ?\n"}), plain.tools, Gold((), "no")
     )
-    assert leak_digest(plain) == leak_digest(spaced)
-    assert leak_digest(plain) != leak_digest(sample("f", {}, user="!"))
+    assert compute_leak_digest(plain) == compute_leak_digest(spaced)
+    assert compute_leak_digest(plain) != compute_leak_digest(sample("f", {}, user="!"))
 
 
 def test_prompts_over_the_limit(tmp_path: Path) -> None:
@@ -291,8 +291,8 @@ def test_rows_of_several_shapes_are_noted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"keep": ("not_json",)},
-        {"keep": ("nonsense",)},
+        {"allow": ("not_json",)},
+        {"allow": ("nonsense",)},
         {"mask_names": 2},
         {"mask_names": 0.5, "keep_prompts": True},
         {"max_prompt_tokens": -1},

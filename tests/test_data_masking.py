@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rest_rl.data.gold import check_against_tools
-from rest_rl.data.mask import Names, draw_names, mask_names, rename
+from rest_rl.data.mask import NameMap, draw_names, mask_names, rename_sample
 from rest_rl.data.samples import Dialogue, ToolSample, decompose
 from rest_rl.data.tool_world import tool_world
 from rest_rl.response import Gold, ToolCall
@@ -68,9 +68,9 @@ def names_in(sample: ToolSample) -> Iterator[str]:
 def test_the_inverse_map_restores(sample: ToolSample, seed: int) -> None:
     sample = replace(sample, thought=None)
     names = draw_names(sample, random.Random(seed))
-    new = rename(sample, names)
+    new = rename_sample(sample, names)
     back = {names.tools[tool]: {new: old for old, new in keys.items()} for tool, keys in names.arguments.items()}
-    assert rename(new, Names({new: old for old, new in names.tools.items()}, back)) == sample
+    assert rename_sample(new, NameMap({new: old for old, new in names.tools.items()}, back)) == sample
     assert not set(names_in(new)) & set(names_in(sample))
     assert len(set(names.tools.values())) == len(names.tools)
 
@@ -125,7 +125,7 @@ def tool(name: str, *arguments: str) -> dict[str, Any]:
 
 
 TOOLS = (tool("weather", "city", "day"), tool("trains", "city", "from_time"), tool("search", "city", "search"))
-NEW_NAMES = Names(
+NEW_NAMES = NameMap(
     {"weather": "T1", "trains": "T2", "search": "T3"},
     {
         "weather": {"city": "A1", "day": "A2"},
@@ -138,7 +138,7 @@ NEW_NAMES = Names(
 def thought_of(text: str, *called: str) -> str | None:
     calls = tuple(ToolCall(name, {"city": "Oslo"}) for name in called)
     sample = ToolSample("s", ({"role": "user", "content": "?"},), TOOLS, Gold(calls), text)
-    new = rename(sample, NEW_NAMES)
+    new = rename_sample(sample, NEW_NAMES)
     assert [call.arguments for call in new.gold.calls] == [
         {NEW_NAMES.arguments[name]["city"]: "Oslo"} for name in called
     ]
@@ -176,20 +176,20 @@ def test_words_of_the_prose_stay(old: str, new: str | None) -> None:
 @pytest.mark.parametrize("name", ["getWeather", "get_weather", "api.get", "GetWeather2"])
 def test_names_like_no_word_are_renamed_without_quotes(name: str) -> None:
     sample = ToolSample("s", ({"role": "user", "content": "?"},), (tool(name),), Gold(), f"I use {name}.")
-    assert rename(sample, Names({name: "T"}, {name: {}})).thought == "I use T."
+    assert rename_sample(sample, NameMap({name: "T"}, {name: {}})).thought == "I use T."
 
 
 @pytest.mark.parametrize("name", ["weather", "Weather", "API", "get weather", "get-weather", "a."])
 def test_names_like_words_are_not(name: str) -> None:
     sample = ToolSample("s", ({"role": "user", "content": "?"},), (tool(name),), Gold(), f"I use {name} and `{name}`.")
-    assert rename(sample, Names({name: "T"}, {name: {}})).thought == f"I use {name} and `T`."
+    assert rename_sample(sample, NameMap({name: "T"}, {name: {}})).thought == f"I use {name} and `T`."
 
 
 def test_what_was_said_beside_earlier_calls_is_renamed() -> None:
     call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
     said = {"role": "assistant", "content": "I give `city` to `weather`.", "tool_calls": [call]}
     answer = {"role": "assistant", "content": "The `city` is wet."}
-    new = rename(ToolSample("s", (said, answer), TOOLS, Gold((), "y")), NEW_NAMES)
+    new = rename_sample(ToolSample("s", (said, answer), TOOLS, Gold((), "y")), NEW_NAMES)
     assert [message["content"] for message in new.messages] == ["I give `A1` to `T1`.", "The `city` is wet."]
 
 

@@ -101,7 +101,7 @@ def test_lines_may_have_no_ending(tmp_path: Path) -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("chunk", [7, 64, 2**18])
 def test_an_array_is_streamed(tmp_path: Path, indent: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", chunk)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(GOOD, indent=indent, ensure_ascii=False), encoding="utf-8")
     assert values(path) == GOOD
@@ -127,7 +127,7 @@ BREAKS = {
 @pytest.mark.parametrize("kind", BREAKS)
 @pytest.mark.parametrize("chunk", [16, 2**18])
 def test_a_broken_element_ends_the_file(tmp_path: Path, kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", chunk)
     texts = [json.dumps(row, ensure_ascii=False) for row in GOOD]
     texts[1] = BREAKS[kind](texts[1])
     path = tmp_path / "rows.json"
@@ -196,7 +196,7 @@ def test_any_array_comes_back(
     if any("\ud800" <= character <= "\udfff" for character in json.dumps(rows, ensure_ascii=False)):
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "CHUNK", chunk)
+        patch.setattr(reading, "CHUNK_BYTES", chunk)
         assert values(path) == rows
 
 

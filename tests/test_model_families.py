@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rest_rl.cli.app import main
 from rest_rl.config import ModelTable, RunConfig
-from rest_rl.data.layout import PromptLayout, resolve_format, with_call_ids
+from rest_rl.data.layout import PromptLayout, assign_call_ids, resolve_format
 from rest_rl.data.load import load_dataset
 from rest_rl.data.samples import ToolSample
 from rest_rl.formats import Qwen3CoderFormat
@@ -67,7 +67,7 @@ def test_prompts_hold_tools_and_history_and_one_first_token(name: str, samples: 
     tokenizer = family_tokenizer(name)
     layout = PromptLayout(tokenizer, FAMILIES[name].tool_format)
     assert layout.is_native
-    assert layout.first_token == (FAMILIES[name].bos or "")
+    assert layout.bos_prefix == (FAMILIES[name].bos or "")
     for sample in samples:
         text = layout.render(sample)
         assert text.count("Flights to a city") == 1
@@ -469,7 +469,7 @@ def test_results_of_calls_with_one_id_go_to_the_calls_in_order() -> None:
         {"role": "tool", "tool_call_id": "x", "content": "first"},
         {"role": "tool", "tool_call_id": "x", "content": "second"},
     ]
-    named = with_call_ids(messages)
+    named = assign_call_ids(messages)
     assert [c["id"] for c in named[0]["tool_calls"]] == ["call00000", "call00001", "call00002"]
     assert [m["tool_call_id"] for m in named[1:]] == ["call00002", "call00000", "call00001"]
 

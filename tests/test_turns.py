@@ -16,7 +16,7 @@ from rest_rl.compare import run as compare_run
 from rest_rl.compare.collect import collect
 from rest_rl.compare.statistics import mean_interval
 from rest_rl.config import RunConfig
-from rest_rl.data.check import mix_warning
+from rest_rl.data.check import warn_about_answers
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.held_out import HeldOutPrompt, score_responses
@@ -362,9 +362,9 @@ def test_the_mix_is_printed_and_many_answers_are_warned_of(
     run_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert mix_warning({"calls": 7, "answers": 3}) is None
-    assert mix_warning({"calls": 69, "answers": 31}) is not None
-    assert mix_warning({"calls": 0, "answers": 0}) is None
+    assert warn_about_answers({"calls": 7, "answers": 3}) is None
+    assert warn_about_answers({"calls": 69, "answers": 31}) is not None
+    assert warn_about_answers({"calls": 0, "answers": 0}) is None
     data = str(run_file.parent / "d.train.jsonl")
     assert main(["data", "check", data]) == 0
     assert "8 call turns, 8 answer turns (50%)" in (out := capsys.readouterr().out)

@@ -292,14 +292,14 @@ def show_report(report: DataReport, per_reason: int) -> None:
     from rich.table import Table
 
     from rest_rl.cli.terminal import say
-    from rest_rl.data.check import mix_text, mix_warning
+    from rest_rl.data.check import format_turn_mix, warn_about_answers
     from rest_rl.data.reasons import REASONS
 
     console = Console()
     shapes = ", ".join(f"{name} ({count} rows)" for name, count in report.sources.items()) or "unknown"
-    mix = f": {mix_text(report.turns)}" if report.samples else ""
+    mix = f": {format_turn_mix(report.turns)}" if report.samples else ""
     say(console, f"shape: {shapes}\n{counts(report)}{mix}")
-    if warning := mix_warning(report.turns):
+    if warning := warn_about_answers(report.turns):
         say(console, f"warning: {warning}", style="yellow")
     known = [reason for reason in REASONS if reason in report.reasons]
     columns = ("reason", "what happened", "rows", "first rows", "meaning")
@@ -330,7 +330,7 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
     from rich.markup import escape
 
     from rest_rl.cli.terminal import legend, pieces, say, show_coloured
-    from rest_rl.data.check import outcome
+    from rest_rl.data.check import describe_outcome
     from rest_rl.data.reasons import REASONS
     from rest_rl.data.samples import to_json
     from rest_rl.formats import get_format
@@ -339,7 +339,7 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
     console = Console()
     say(console, f"row {row.number} of {row.file}: {row.status}, shape {row.source or 'unknown'}")
     for found in row.findings:
-        line = f"{outcome(row, found)}: {found.reason}: {found.detail}; {REASONS[found.reason].remedy}"
+        line = f"{describe_outcome(row, found)}: {found.reason}: {found.detail}; {REASONS[found.reason].remedy}"
         say(console, line, style=STYLES[found.severity])
     if not row.samples:
         is_text = isinstance(row.raw, str)

@@ -1,6 +1,6 @@
 """Every row of a data file accounted for: kept, repaired or rejected, with its number and the reasons.
 
-`checked_rows` streams; memory holds one row and two numbers per sample seen, which find duplicates.
+`check_rows` streams; memory holds one row and two numbers per sample seen, which find duplicates.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, Literal, NamedTuple
 from rest_rl.data.gold import check_against_tools, repair_history
 from rest_rl.data.mask import mask_names
 from rest_rl.data.reading import Row, RowError, RowReader
-from rest_rl.data.reasons import ALLOWABLE_REASONS, REASONS, RowContext, RowFinding, RowRejectedError, finding
+from rest_rl.data.reasons import ALLOWABLE_REASONS, REASONS, RowContext, RowFinding, RowRejectedError, make_finding
 from rest_rl.data.samples import (
     Dialogue,
     ToolSample,
-    decompose_around,
-    digest_of,
+    compute_digest,
+    compute_leak_digest,
+    decompose_readable,
     from_json,
-    leak_digest,
     to_json,
 )  # fmt: skip
 from rest_rl.data.schemas import read_tools
@@ -32,10 +32,10 @@ from rest_rl.runlog import SILENT, Observer
 
 Status = Literal["kept", "repaired", "rejected"]
 MAX_FINDINGS = 1000
-FIRST_ROWS = 5
-MOST_ANSWERS = 0.3
+MAX_FIRST_ROWS = 5
+MAX_ANSWER_SHARE = 0.3
 """Share of answer turns above which a warning says what it means."""
-PROGRESS_EVERY = 256
+ROWS_PER_PROGRESS = 256
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CheckedRow(NamedTuple):
         is_changed = any(found.severity != "noted" for found in self.findings)
         return ("repaired" if is_changed else "kept") if self.samples else "rejected"
 
-    def add(self, found: Iterable[RowFinding]) -> CheckedRow:
+    def with_findings(self, found: Iterable[RowFinding]) -> CheckedRow:
         """The row with more findings, without the samples that they reject."""
         found = tuple(found)
         lost = {each.sample for each in found if each.severity == "rejected"}
@@ -101,7 +101,7 @@ class CheckedRow(NamedTuple):
         return ALLOWABLE_REASONS if self.source in BENCHMARKS else config.allow
 
 
-def outcome(row: CheckedRow, found: RowFinding) -> str:
+def describe_outcome(row: CheckedRow, found: RowFinding) -> str:
     """What a finding did: `row rejected`, `turn rejected` (the row keeps others), `repaired` or `noted`."""
     if found.severity != "rejected":
         return found.severity
@@ -154,11 +154,11 @@ class DataReport:
         self.findings_left_off += max(0, len(self.findings) - MAX_FINDINGS)
         del self.findings[MAX_FINDINGS:]
         for found in row.findings:
-            self.outcomes.setdefault(found.reason, set()).add(outcome(row, found))
+            self.outcomes.setdefault(found.reason, set()).add(describe_outcome(row, found))
         for reason in {found.reason for found in row.findings}:
             self.reasons[reason] += 1
             first = self.first_rows.setdefault(reason, [])
-            first += [row.number] if len(first) < FIRST_ROWS else []
+            first += [row.number] if len(first) < MAX_FIRST_ROWS else []
 
     def to_json(self) -> dict[str, Any]:
         """The report as one JSON object."""
@@ -177,15 +177,15 @@ class DataReport:
         }
 
 
-def mix_text(turns: Mapping[Turn, int]) -> str:
+def format_turn_mix(turns: Mapping[Turn, int]) -> str:
     """`453 call turns, 510 answer turns (53 %)`."""
     share = turns["answers"] / max(1, sum(turns.values()))
     return f"{turns['calls']} {TURNS['calls']}, {turns['answers']} {TURNS['answers']} ({share:.0%})"
 
 
-def mix_warning(turns: Mapping[Turn, int]) -> str | None:
-    """What many answer turns mean for a reward; None for at most `MOST_ANSWERS` of them."""
-    if turns["answers"] <= MOST_ANSWERS * sum(turns.values()):
+def warn_about_answers(turns: Mapping[Turn, int]) -> str | None:
+    """What many answer turns mean for a reward; None for at most `MAX_ANSWER_SHARE` of them."""
+    if turns["answers"] <= MAX_ANSWER_SHARE * sum(turns.values()):
         return None
     return (
         f"{turns['answers'] / sum(turns.values()):.0%} of the samples are answer turns, for which the reward takes any "
@@ -194,7 +194,7 @@ def mix_warning(turns: Mapping[Turn, int]) -> str | None:
     )
 
 
-def checked_rows(
+def check_rows(
     paths: str | Sequence[str],
     config: CheckConfig | None = None,
     *,
@@ -208,17 +208,17 @@ def checked_rows(
     for an input that does not exist; a row that cannot be read is a finding.
     """
     reader = RowReader(*([paths] if isinstance(paths, str) else paths))
-    checker = _Checker(config or CheckConfig(), prompts_of(test, config) if test else frozenset())
+    checker = _RowChecker(config or CheckConfig(), collect_prompt_digests(test, config) if test else frozenset())
     with observer.track("reading", reader.total_bytes or None) as advance:
         for count, row in enumerate(reader, 1):
             yield checker.check(row)
             if count == limit:
                 return
-            if count % PROGRESS_EVERY == 0:
+            if count % ROWS_PER_PROGRESS == 0:
                 advance(min(reader.read_bytes, reader.total_bytes), note=f"{count} rows")
 
 
-def prompts_of(path: str, config: CheckConfig | None = None) -> set[int]:
+def collect_prompt_digests(path: str, config: CheckConfig | None = None) -> set[int]:
     """Digests of all prompts of a test file; its histories are repaired as the config says."""
     config = config or CheckConfig()
     allow = tuple(
@@ -226,10 +226,10 @@ def prompts_of(path: str, config: CheckConfig | None = None) -> set[int]:
     )
     source = AUTO if isinstance(config.source, str) and config.source in SHAPES else config.source
     everything = replace(config, allow=allow, mask_names=0.0, source=source)
-    return {leak_digest(sample) for row in checked_rows(path, everything) for sample in row.samples}
+    return {compute_leak_digest(sample) for row in check_rows(path, everything) for sample in row.samples}
 
 
-class _Checker:
+class _RowChecker:
     def __init__(self, config: CheckConfig, test_prompts: Collection[int]) -> None:
         self.config, self.test_prompts = config, test_prompts
         self.shapes = get_shapes(config.source)
@@ -239,8 +239,8 @@ class _Checker:
     def check(self, row: Row) -> CheckedRow:
         if isinstance(row.value, RowError):
             error = row.value
-            return CheckedRow(row.file, row.number, "", (), (finding(error.reason, error.detail),), error.raw)
-        value, is_padded = _without_padding(row.value) if row.is_columnar else (row.value, False)
+            return CheckedRow(row.file, row.number, "", (), (make_finding(error.reason, error.detail),), error.raw)
+        value, is_padded = _remove_padding(row.value) if row.is_columnar else (row.value, False)
         checked = CheckedRow(row.file, row.number, "", (), (), row.value)
         given = value.get("id")
         has_id = isinstance(given, str | int) and str(given)
@@ -250,9 +250,11 @@ class _Checker:
             checked = checked._replace(source=shape.name)
             samples = _read_samples(shape, value, context)
         except RowRejectedError as error:
-            return checked.add([finding(error.reason, error.detail)])
+            return checked.with_findings([make_finding(error.reason, error.detail)])
         if is_padded:
-            context.findings.insert(0, finding("null_padding", "got null arguments or schema fields and left them out"))
+            context.findings.insert(
+                0, make_finding("null_padding", "got null arguments or schema fields and left them out")
+            )
         self.first_source = self.first_source or shape.name
         if shape.name != self.first_source:
             context.note("mixed_shapes", f"got shape {shape.name}, the first row has shape {self.first_source}")
@@ -280,31 +282,31 @@ class _Checker:
         if sample.gold != published:
             repaired[len(sample.messages)] = sample.gold
         if not sample.messages:
-            found.append(finding("empty_prompt", "got no message before the turn", sample.id))
-        found += [finding(reason, detail, sample.id, allow) for reason, detail in self._among_others(sample)]
+            found.append(make_finding("empty_prompt", "got no message before the turn", sample.id))
+        found += [make_finding(reason, detail, sample.id, allow) for reason, detail in self._among_others(sample)]
         return mask_names(sample, self.config.mask_names, self.config.seed), found
 
     def _among_others(self, sample: ToolSample) -> Iterator[tuple[str, str]]:
-        prompt = digest_of([sample.messages, sample.tools])
+        prompt = compute_digest([sample.messages, sample.tools])
         gold = [[(call.name, call.arguments) for call in sample.gold.calls], sample.gold.answer]
-        whole = digest_of([prompt, gold])
+        whole = compute_digest([prompt, gold])
         if whole in self.seen:
             yield "duplicate", "got a sample that has been there before"
         elif prompt in self.seen:
             yield "other_gold", "got a prompt that has been there before with another gold"
         self.seen |= {prompt, whole}
-        if self.test_prompts and leak_digest(sample) in self.test_prompts:
+        if self.test_prompts and compute_leak_digest(sample) in self.test_prompts:
             yield "leak", "got a prompt that the test file has as well"
 
 
 def _read_samples(shape: RowShape, value: Mapping[str, Any], context: RowContext) -> list[ToolSample]:
     if shape in SHAPES.values():
-        return [sample for each in shape.read(value, context) for sample in _as_samples(each, context)]
+        return [sample for each in shape.read(value, context) for sample in _split_dialogue(each, context)]
     samples: list[ToolSample] = []
     try:
         for each in shape.read(value, context):
             tools = read_tools(list(each.tools))
-            samples += [from_json(to_json(sample)) for sample in _as_samples(replace(each, tools=tools), context)]
+            samples += [from_json(to_json(sample)) for sample in _split_dialogue(replace(each, tools=tools), context)]
     except RowRejectedError:
         raise
     except Exception as error:  # the shape is the user's, and a row that it cannot read is no reason to stop
@@ -313,10 +315,10 @@ def _read_samples(shape: RowShape, value: Mapping[str, Any], context: RowContext
     return samples
 
 
-def _as_samples(read: Dialogue | ToolSample, context: RowContext) -> list[ToolSample]:
+def _split_dialogue(read: Dialogue | ToolSample, context: RowContext) -> list[ToolSample]:
     if isinstance(read, ToolSample):
         return [read]
-    samples, bad = decompose_around(read)
+    samples, bad = decompose_readable(read)
     for turn in bad:
         context.note(turn.reason, turn.problem)
     if not samples and not bad:
@@ -326,16 +328,16 @@ def _as_samples(read: Dialogue | ToolSample, context: RowContext) -> list[ToolSa
     return samples
 
 
-def _without_padding(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+def _remove_padding(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """The row without the nulls that Arrow gives to objects of different keys, and whether it held any in its calls."""
     inside = ("messages", "conversations", "conversation", "tools", "functions", "gold", "answers")
-    return _without_nulls(row), any(_has_padded_call(row.get(key)) for key in inside)
+    return _remove_nulls(row), any(_has_padded_call(row.get(key)) for key in inside)
 
 
-def _without_nulls(value: Any) -> Any:
+def _remove_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _remove_nulls(item) for key, item in value.items() if item is not None}
+    return [_remove_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _has_padded_call(value: Any, *, inside: bool = False) -> bool:

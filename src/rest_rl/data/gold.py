@@ -13,29 +13,29 @@ from functools import cache
 from typing import Any
 
 from rest_rl.data.reading import load_json, read_literal
-from rest_rl.data.reasons import RowFinding, finding
-from rest_rl.data.samples import ToolSample, as_message_call
+from rest_rl.data.reasons import RowFinding, make_finding
+from rest_rl.data.samples import ToolSample, to_message_call
 from rest_rl.response import Gold, ToolCall
 
-_OPEN = {
+_EXTRA_ARGUMENT_KEYWORDS = {
     "patternProperties", "propertyNames", "unevaluatedProperties", "dependentSchemas",
     "anyOf", "oneOf", "allOf", "if", "then", "else", "$ref", "$dynamicRef",
 }  # fmt: skip
 """Words of JSON schema that may allow arguments beside `properties`."""
-_MORE = {
+_VALIDATOR_KEYWORDS = {
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "not",
     "minLength", "maxLength", "minItems", "maxItems", "uniqueItems", "prefixItems", "contains",
     "minProperties", "maxProperties", "dependentRequired", "anyOf", "oneOf", "allOf", "if", "$ref",
 }  # fmt: skip
 """Words of JSON schema that are jsonschema's to check."""
-_PATTERNS = ("pattern", "patternProperties", "$dynamicRef")
+_SKIPPED_KEYWORDS = ("pattern", "patternProperties", "$dynamicRef")
 """Words that are left unchecked: somebody else's regular expression may take for ever."""
 _MAX_REFERENCES = 32
 """Schemas with more of them are left unchecked: each that refers to the next one twice would take for ever."""
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 """What a tool without parameters takes."""
 _PYTHON_WORDS = {"True": True, "False": False}
-_KINDS: dict[str, Any] = {
+_PYTHON_TYPES: dict[str, Any] = {
     "string": str, "boolean": bool, "array": (list, tuple), "object": Mapping, "null": type(None)
 }  # fmt: skip
 Problems = Iterator[tuple[str, str]]
@@ -51,27 +51,27 @@ def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tupl
     twice = {each["name"] for each in functions if by_name.setdefault(each["name"], each) != each}
     uncalled = twice - {call.name for call in sample.gold.calls}  # which leaves the gold right
     found = [
-        finding(
+        make_finding(
             "duplicate_tool", f"got tool {name} twice", sample.id, ("duplicate_tool",) if name in uncalled else allow
         )
         for name in sorted(twice)
     ]
     if not sample.gold.calls:
         is_empty = not sample.gold.answer
-        found += [finding("empty_turn", "got neither calls nor text", sample.id, allow)] if is_empty else []
+        found += [make_finding("empty_turn", "got neither calls nor text", sample.id, allow)] if is_empty else []
         return sample, found
     schemas = {function["name"]: function.get("parameters", _NO_ARGUMENTS) or {} for function in functions}
     calls = []
     for call in sample.gold.calls:
         if call.name not in schemas:
             detail = f"got {call.name!r}, offered are {', '.join(schemas) or 'none'}"
-            found.append(finding("unknown_tool", detail, sample.id, allow))
+            found.append(make_finding("unknown_tool", detail, sample.id, allow))
         if call.name not in schemas or (call.name in twice and "duplicate_tool" not in allow):
             calls.append(call)
             continue
         arguments = dict(call.arguments)
-        problems = list(_repair(arguments, schemas[call.name], allow))
-        found += [finding(reason, f"{call.name}: {detail}", sample.id, allow) for reason, detail in problems]
+        problems = list(_repair_arguments(arguments, schemas[call.name], allow))
+        found += [make_finding(reason, f"{call.name}: {detail}", sample.id, allow) for reason, detail in problems]
         calls.append(ToolCall(call.name, arguments))
     return replace(sample, gold=Gold(tuple(calls), sample.gold.answer)), found
 
@@ -85,73 +85,73 @@ def repair_history(sample: ToolSample, repaired: Mapping[int, Gold]) -> ToolSamp
     for at, gold in repaired.items():
         if at < len(messages):
             pairs = zip(messages[at]["tool_calls"], gold.calls, strict=True)
-            messages[at] = {**messages[at], "tool_calls": [{**old, **as_message_call(new)} for old, new in pairs]}
+            messages[at] = {**messages[at], "tool_calls": [{**old, **to_message_call(new)} for old, new in pairs]}
     return replace(sample, messages=tuple(messages)) if repaired else sample
 
 
-def _repair(arguments: dict[str, Any], schema: Mapping[str, Any], allow: Collection[str]) -> Problems:
+def _repair_arguments(arguments: dict[str, Any], schema: Mapping[str, Any], allow: Collection[str]) -> Problems:
     properties = schema.get("properties")
     if isinstance(properties, Mapping):
         for name, value in arguments.items():
             if name in properties:
                 arguments[name], problems = _repair_value(value, properties[name], name, allow)
                 yield from problems
-            elif schema.get("additionalProperties") in (None, False) and not _OPEN & set(schema):
+            elif schema.get("additionalProperties") in (None, False) and not _EXTRA_ARGUMENT_KEYWORDS & set(schema):
                 yield "undocumented_argument", f"got {name!r}, documented are {', '.join(properties) or 'none'}"
-    for name in _list(schema.get("required")):
+    for name in _as_list(schema.get("required")):
         if name not in arguments:
             yield "missing_argument", f"got no {name!r}, which is required"
     if not all(map(_is_finite, arguments.values())):
         yield "not_a_number", "got NaN or an infinity as a value"
-    yield from _breaks_more(arguments, schema)
+    yield from _validate_rest(arguments, schema)
 
 
-def _list(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
 def _repair_value(value: Any, schema: Any, name: str, allow: Collection[str]) -> tuple[Any, list[tuple[str, str]]]:
     schema = schema if isinstance(schema, Mapping) else {}
-    if _has_type(value, schema) or value in _list(schema.get("enum")):
-        return value, list(_outside_enum(value, schema, name))
+    if _has_type(value, schema) or value in _as_list(schema.get("enum")):
+        return value, list(_check_enum(value, schema, name))
     shown = f"got {name} = {value!r:.80}, the schema says {schema.get('type')}"
-    spelt = _spelt(value) if isinstance(value, str) else None
+    spelt = _parse_spelled_value(value) if isinstance(value, str) else None
     if spelt is None or not _has_type(spelt, schema):
         is_fragment = isinstance(value, str) and spelt is None and value.lstrip().startswith(("[", "{"))
         return value, [("broken_value" if is_fragment else "wrong_type", shown)]
     reason = "json_as_string" if isinstance(spelt, list | dict) else "number_as_string"
-    return value if reason in allow else spelt, [(reason, shown), *_outside_enum(spelt, schema, name)]
+    return value if reason in allow else spelt, [(reason, shown), *_check_enum(spelt, schema, name)]
 
 
 def _has_type(value: Any, schema: Mapping[str, Any]) -> bool:
     """Whether a value has one of the schema's types; a schema without types takes all, and so does null."""
     names = schema.get("type")
     names = [names] if isinstance(names, str) else names
-    return not names or value is None or any(_is(value, name) for name in names)
+    return not names or value is None or any(_is_of_type(value, name) for name in names)
 
 
-def _is(value: Any, name: str) -> bool:
+def _is_of_type(value: Any, name: str) -> bool:
     if name in ("integer", "number"):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return is_number and (name == "number" or isinstance(value, int) or value.is_integer())
-    return isinstance(value, _KINDS[name]) if name in _KINDS else True
+    return isinstance(value, _PYTHON_TYPES[name]) if name in _PYTHON_TYPES else True
 
 
-def _outside_enum(value: Any, schema: Mapping[str, Any], name: str) -> Problems:
+def _check_enum(value: Any, schema: Mapping[str, Any], name: str) -> Problems:
     """For a value, and each one inside it, that its enum does not have; null is left out and fits every schema."""
     enum, items, properties = (schema.get(key) for key in ("enum", "items", "properties"))
     if value is not None and isinstance(enum, list) and enum and value not in enum:
         yield "not_in_enum", f"got {name} = {value!r:.80}, the enum has {', '.join(map(str, enum))}"
     if isinstance(value, list | tuple) and isinstance(items, Mapping):
         for number, item in enumerate(value):
-            yield from _outside_enum(item, items, f"{name}[{number}]")
+            yield from _check_enum(item, items, f"{name}[{number}]")
     if isinstance(value, Mapping) and isinstance(properties, Mapping):
         for key in value:
             if isinstance(properties.get(key), Mapping):
-                yield from _outside_enum(value[key], properties[key], f"{name}.{key}")
+                yield from _check_enum(value[key], properties[key], f"{name}.{key}")
 
 
-def _spelt(text: str) -> Any:
+def _parse_spelled_value(text: str) -> Any:
     """The number, boolean, array or object that a text spells, with no white space around it; None for another.
 
     Arrays and objects may be written as Python's.
@@ -173,10 +173,10 @@ def _is_finite(value: Any) -> bool:
     return all(map(_is_finite, value)) if isinstance(value, list | tuple) else True
 
 
-def _breaks_more(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> Problems:
+def _validate_rest(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> Problems:
     """The first thing that arguments break in what a schema says beyond types, enums and required ones."""
-    words = list(_words(schema))
-    if _MORE.isdisjoint(words) or words.count("$ref") > _MAX_REFERENCES:
+    words = list(_iter_keywords(schema))
+    if _VALIDATOR_KEYWORDS.isdisjoint(words) or words.count("$ref") > _MAX_REFERENCES:
         return
     from referencing import Registry
 
@@ -197,15 +197,15 @@ def _validator_class() -> Any:
     from jsonschema import Draft202012Validator
     from jsonschema.validators import create
 
-    checks = {word: check for word, check in Draft202012Validator.VALIDATORS.items() if word not in _PATTERNS}
+    checks = {word: check for word, check in Draft202012Validator.VALIDATORS.items() if word not in _SKIPPED_KEYWORDS}
     return create(Draft202012Validator.META_SCHEMA, checks)
 
 
-def _words(schema: Any) -> Iterator[str]:
+def _iter_keywords(schema: Any) -> Iterator[str]:
     if isinstance(schema, Mapping):
         for key, value in schema.items():
             yield key
-            yield from _words(value)
+            yield from _iter_keywords(value)
     elif isinstance(schema, list):
         for item in schema:
-            yield from _words(item)
+            yield from _iter_keywords(item)

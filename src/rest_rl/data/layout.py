@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rest_rl.config import AUTO
-from rest_rl.data.samples import ToolSample, calls_of
+from rest_rl.data.samples import ToolSample, get_calls
 from rest_rl.errors import UserError
 from rest_rl.formats import (
     FORMATS,
@@ -21,16 +21,16 @@ from rest_rl.formats import (
 )
 from rest_rl.formats.opened_think import OPENING_TAGS, THINK_SUFFIX
 
-FALLBACK = "hermes"
+FALLBACK_FORMAT = "hermes"
 """The format described in a system message to a model whose template shows no known one."""
-PROBE = {"role": "user", "content": "probe of the user message"}
-SYSTEM_PROBE = {"role": "system", "content": "probe of the system message"}
+PROBE_MESSAGE = {"role": "user", "content": "probe of the user message"}
+PROBE_SYSTEM_MESSAGE = {"role": "system", "content": "probe of the system message"}
 PROBE_TOOL = {
     "type": "function",
     "function": {"name": "probe", "description": "?", "parameters": {"type": "object", "properties": {}}},
 }
-IN_WORDS = "it is described in a system message, unless the prompts do so themselves"
-RESULTS = "\n\nThe results of calls follow in <tool_response> </tool_response>."
+DESCRIBED_IN_SYSTEM = "it is described in a system message, unless the prompts do so themselves"
+RESULTS_NOTE = "\n\nThe results of calls follow in <tool_response> </tool_response>."
 """Added to a format's instructions unless the format writes results in its own way."""
 TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)
 """What a chat template, a program of its own, may fail with."""
@@ -64,8 +64,8 @@ class PromptLayout:
                 "use an instruct model, or set tokenizer.chat_template",
             )
         self.tokenizer, self.format, self.variables = tokenizer, get_format(tool_format), dict(variables or {})
-        self._probe = self._try([PROBE])
-        if self._probe and PROBE["content"] not in self._probe:
+        self._probe = self._render_or_empty([PROBE_MESSAGE])
+        if self._probe and PROBE_MESSAGE["content"] not in self._probe:
             raise UserError(
                 "a chat template that leaves the text of messages out (some of models for images do)",
                 "one that writes it",
@@ -82,21 +82,21 @@ class PromptLayout:
         ]
         tools = [] if sample.tools_in_prompt else list(sample.tools)
         if not (sample.tools_in_prompt or self.is_native):
-            messages, tools = as_text(messages, tools, self.format), []
-        if not self._takes_system:
-            messages = _with_system_in_user(messages)
+            messages, tools = messages_to_text(messages, tools, self.format), []
+        if not self._supports_system:
+            messages = _move_system_into_user(messages)
         try:
-            text = self._apply(messages, tools)
+            text = self._apply_template(messages, tools)
         except TEMPLATE_ERRORS as error:
             try:  # a template may want calls to have ids of its own kind
-                text = self._apply(with_call_ids(messages), tools)
+                text = self._apply_template(assign_call_ids(messages), tools)
             except TEMPLATE_ERRORS:
                 raise UserError(
                     f"sample {sample.id!r}, on which the chat template failed ({type(error).__name__}: {error})",
                     "messages and tools that it can lay out",
                     "complete the row (tools need name, description and parameters)",
                 ) from error
-        return self.first_token + text.removeprefix(self.first_token)
+        return self.bos_prefix + text.removeprefix(self.bos_prefix)
 
     def count_tokens(self, sample: ToolSample) -> int:
         """How many tokens the prompt has; 0 where the template fails, which is found again when it is laid out."""
@@ -112,8 +112,8 @@ class PromptLayout:
         A format of your own says so by an attribute `is_native`.
         """
         inner = self.format.inner if isinstance(self.format, OpenedThinkFormat) else self.format
-        is_known = template_format(self.tokenizer) == inner.name or getattr(inner, "is_native", False)
-        return is_known and self._try([PROBE], [PROBE_TOOL]) not in ("", self._probe)
+        is_known = detect_template_format(self.tokenizer) == inner.name or getattr(inner, "is_native", False)
+        return is_known and self._render_or_empty([PROBE_MESSAGE], [PROBE_TOOL]) not in ("", self._probe)
 
     @cached_property
     def opens_think(self) -> bool:
@@ -126,7 +126,7 @@ class PromptLayout:
         return self._probe.rstrip().endswith(("</think>", "[/THINK]"))
 
     @cached_property
-    def first_token(self) -> str:
+    def bos_prefix(self) -> str:
         """The beginning-of-sequence token where the tokenizer adds it by itself, else nothing."""
         bos = self.tokenizer.bos_token
         return bos if bos and self.tokenizer("x")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
@@ -138,23 +138,23 @@ class PromptLayout:
         return frozenset(filter(None, (*added, *self.tokenizer.all_special_tokens)))
 
     @cached_property
-    def _takes_system(self) -> bool:
+    def _supports_system(self) -> bool:
         """Whether the template lays out system messages; Gemma's refuses them, others leave them out."""
-        return SYSTEM_PROBE["content"] in self._try([SYSTEM_PROBE, PROBE])
+        return PROBE_SYSTEM_MESSAGE["content"] in self._render_or_empty([PROBE_SYSTEM_MESSAGE, PROBE_MESSAGE])
 
-    def _try(self, messages: Messages, tools: Sequence[Any] = ()) -> str:
+    def _render_or_empty(self, messages: Messages, tools: Sequence[Any] = ()) -> str:
         try:
-            return self._apply(messages, tools)
+            return self._apply_template(messages, tools)
         except TEMPLATE_ERRORS:
             return ""
 
-    def _apply(self, messages: Messages, tools: Sequence[Any]) -> str:
+    def _apply_template(self, messages: Messages, tools: Sequence[Any]) -> str:
         return self.tokenizer.apply_chat_template(
             messages, tools=list(tools) or None, add_generation_prompt=True, tokenize=False, **self.variables
         )
 
 
-def as_text(messages: Messages, tools: Sequence[Any], tool_format: ToolFormat) -> Messages:
+def messages_to_text(messages: Messages, tools: Sequence[Any], tool_format: ToolFormat) -> Messages:
     """Messages without tool roles: tools described in the system message, calls and results written out.
 
     Neighbours of one role become one message, since some templates insist on alternation.
@@ -164,14 +164,14 @@ def as_text(messages: Messages, tools: Sequence[Any], tool_format: ToolFormat) -
     observation = getattr(inner, "observation", None)
     texts: Messages = []
     if needs_words:
-        explained = tool_format.instructions(tools) + ("" if observation else RESULTS)
+        explained = tool_format.instructions(tools) + ("" if observation else RESULTS_NOTE)
         texts.append({"role": "system", "content": explained})
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
-            content = _assistant_text(message, tool_format)
+            content = _render_assistant(message, tool_format)
         elif role == "tool":
-            role, content = "user", observation(content) if observation else tool_response(content)
+            role, content = "user", observation(content) if observation else wrap_tool_response(content)
         if texts and texts[-1]["role"] == role != "assistant":
             texts[-1]["content"] += f"\n\n{content}"
         else:
@@ -179,14 +179,14 @@ def as_text(messages: Messages, tools: Sequence[Any], tool_format: ToolFormat) -
     return texts
 
 
-def tool_response(content: str) -> str:
+def wrap_tool_response(content: str) -> str:
     """A tool's result in words as Hermes and Qwen are served."""
     return f"<tool_response>\n{content}\n</tool_response>"
 
 
-def _assistant_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
+def _render_assistant(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
     """An assistant message as the model would have written it, without reasoning; ValueError for unwritable calls."""
-    calls, content = calls_of(message), message.get("content") or ""
+    calls, content = get_calls(message), message.get("content") or ""
     written = demonstration_format(tool_format.inner if isinstance(tool_format, OpenedThinkFormat) else tool_format)
     try:
         return written.render(None, calls, content or None)
@@ -194,7 +194,7 @@ def _assistant_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
         return written.render(None, calls, None) if calls else content
 
 
-def _with_system_in_user(messages: Messages) -> Messages:
+def _move_system_into_user(messages: Messages) -> Messages:
     """Messages without a system message: what it says opens the first user message, or is one."""
     said = [message["content"] for message in messages if message["role"] == "system"]
     others = [message for message in messages if message["role"] != "system"]
@@ -205,7 +205,7 @@ def _with_system_in_user(messages: Messages) -> Messages:
     return [{"role": "user", "content": "\n\n".join(said)}, *others]
 
 
-def with_call_ids(messages: Messages) -> Messages:
+def assign_call_ids(messages: Messages) -> Messages:
     """Messages whose calls have ids of nine letters and digits, as Mistral's templates demand; results name them."""
     named: Messages = []
     waiting: list[tuple[str, str]] = []  # (id as given, new id) of the calls without a result yet
@@ -225,7 +225,7 @@ def with_call_ids(messages: Messages) -> Messages:
     return named
 
 
-def template_format(tokenizer: Any) -> str | None:
+def detect_template_format(tokenizer: Any) -> str | None:
     """The name of the format in which a tokenizer's chat template writes calls; None for an unknown one."""
     template = tokenizer.chat_template
     if isinstance(template, Mapping):  # several by name, the one for tools among them
@@ -247,14 +247,14 @@ def resolve_format(
             "the one that they ask for",
             "pass --format (rest.format): toolrl for ToolRL and API-Bank, pythonic for ToolACE",
         )
-    found = template_format(tokenizer)
+    found = detect_template_format(tokenizer)
     base, asks_think = name.removesuffix(THINK_SUFFIX), name.endswith(THINK_SUFFIX)
     if base == AUTO:
-        base = found or FALLBACK
-        why = "from the chat template" if found else f"the chat template shows no known one, so {IN_WORDS}"
+        base = found or FALLBACK_FORMAT
+        why = "from the chat template" if found else f"the chat template shows no known one, so {DESCRIBED_IN_SYSTEM}"
     elif base in FORMATS and found != base:
         shows = f"writes {found}" if found else "shows no known format"
-        why = f"as set; the chat template {shows}, so {IN_WORDS}"
+        why = f"as set; the chat template {shows}, so {DESCRIBED_IN_SYSTEM}"
     else:
         why = "as set"
     opens = PromptLayout(tokenizer, base, variables).opens_think

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, checked_rows
+from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, check_rows
 from rest_rl.data.samples import ToolSample
 from rest_rl.errors import RenamedWarning, UserError
 from rest_rl.runlog import SILENT, Observer
@@ -67,7 +67,7 @@ def read_rows(
         raise UserError("max_prompt_tokens without a model", "both", "name the model that counts")
     if limit < 0:
         raise UserError(f"limit {limit}", "a number of rows >= 0", "0 reads all")
-    rows = checked_rows(paths, config, test=test, limit=limit, observer=observer)
+    rows = check_rows(paths, config, test=test, limit=limit, observer=observer)
     if layout is None:
         return rows
     from rest_rl.data.prepare import prepare_row  # which takes a while to import

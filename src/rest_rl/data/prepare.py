@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rest_rl.data.check import CheckConfig, CheckedRow
 from rest_rl.data.layout import PromptLayout
-from rest_rl.data.reasons import RowFinding, finding
+from rest_rl.data.reasons import RowFinding, make_finding
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat
@@ -31,7 +31,7 @@ class Prepared:
         """The prompt's tokens, made when they are first asked for."""
         return array("I", self.tokenizer(self.prompt_text, add_special_tokens=False)["input_ids"])
 
-    def exceeds(self, limit: int) -> int:
+    def tokens_if_over(self, limit: int) -> int:
         """The tokens of a prompt of more than `limit`, else 0; a token has a byte, so short prompts need no count."""
         if len(self.prompt_text) <= limit and len(self.prompt_text.encode(errors="replace")) <= limit:
             return 0
@@ -88,29 +88,31 @@ def prepare_row(row: CheckedRow, layout: PromptLayout, config: CheckConfig) -> t
     for sample in row.samples:
         prepared = prepare(sample, layout)
         if isinstance(prepared, Rejected):
-            found.append(finding("not_laid_out", prepared.reason, sample.id))
+            found.append(make_finding("not_laid_out", prepared.reason, sample.id))
             continue
         keep = row.reasons_to_allow(config)
-        new = [finding(reason, detail, sample.id, keep) for reason, detail in refusals(prepared, layout, config)]
+        new = [
+            make_finding(reason, detail, sample.id, keep) for reason, detail in find_refusals(prepared, layout, config)
+        ]
         kept += [] if any(each.severity == "rejected" for each in new) else [prepared]
         found += new
-    return row.add(found), kept
+    return row.with_findings(found), kept
 
 
-def refusals(prepared: Prepared, layout: PromptLayout, config: CheckConfig) -> Iterator[tuple[str, str]]:
+def find_refusals(prepared: Prepared, layout: PromptLayout, config: CheckConfig) -> Iterator[tuple[str, str]]:
     """(reason, detail) of what speaks against a sample that can be laid out."""
     sample, room = prepared.sample, config.max_response_tokens
-    if layout.context and (tokens := prepared.exceeds(layout.context - room)):
+    if layout.context and (tokens := prepared.tokens_if_over(layout.context - room)):
         yield "beyond_context", f"got {tokens} tokens and {room} for the response, the model holds {layout.context}"
-    elif config.max_prompt_tokens and (tokens := prepared.exceeds(config.max_prompt_tokens)):
+    elif config.max_prompt_tokens and (tokens := prepared.tokens_if_over(config.max_prompt_tokens)):
         yield "prompt_too_long", f"got {tokens} tokens, the limit is {config.max_prompt_tokens}"
     gold = [to_json(sample)["gold"], sample.preamble, sample.thought]
     for where, value in (("gold", gold), ("prompt", [sample.messages, sample.tools])):
-        if tokens := control_tokens(value, layout):
+        if tokens := find_control_tokens(value, layout):
             yield f"control_token_in_{where}", f"got {', '.join(tokens)}"
 
 
-def control_tokens(value: Any, layout: PromptLayout) -> list[str]:
+def find_control_tokens(value: Any, layout: PromptLayout) -> list[str]:
     """The special tokens, but for tags of the format, that texts of a JSON value spell."""
     text = json.dumps(value, ensure_ascii=False)
     return sorted(token for token in layout.special_tokens - {*layout.format.tags} if len(token) > 2 and token in text)

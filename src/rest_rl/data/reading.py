@@ -22,7 +22,7 @@ from rest_rl.jsonl import describe_os_error
 
 MAX_ROW_BYTES = 8 * 2**20
 """A longer row is no training sample: 8 MiB are about two million tokens."""
-CHUNK = 2**18
+CHUNK_BYTES = 2**18
 BATCH_ROWS = 256
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -79,7 +79,7 @@ def read_literals(text: str) -> list[Any] | None:
     values: list[Any] = []
     at, end = 0, len(text.rstrip())
     while 0 <= at < end:
-        value, at = decode_at(text, _after(_BETWEEN_VALUES, text, at))
+        value, at = decode_at(text, _skip(_BETWEEN_VALUES, text, at))
         values.append(value)
     if at >= end:
         return values
@@ -87,7 +87,7 @@ def read_literals(text: str) -> list[Any] | None:
     return None if None in values else values
 
 
-def _after(pattern: re.Pattern[str], text: str, at: int) -> int:
+def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:
     match = pattern.match(text, at)
     return match.end() if match else at
 
@@ -132,19 +132,19 @@ class RowReader:
         self._done_bytes = 0
         for each in self.inputs:
             for file in each.files:
-                for number, value in enumerate(self._values(file), 1):
-                    yield Row(str(file), number, value, _suffix(file) == ".parquet")
+                for number, value in enumerate(self._read_file(file), 1):
+                    yield Row(str(file), number, value, _data_suffix(file) == ".parquet")
                 self._done_bytes += file.stat().st_size
                 self._file = None
             if not each.files:
-                for number, value in enumerate(_dataset_rows(each.name, each.split), 1):
+                for number, value in enumerate(_read_dataset(each.name, each.split), 1):
                     yield Row(each.name, number, value, is_columnar=True)
 
-    def _values(self, path: Path) -> Iterator[Mapping[str, Any] | RowError]:
+    def _read_file(self, path: Path) -> Iterator[Mapping[str, Any] | RowError]:
         try:
             with path.open("rb") as file:
                 self._file = file
-                yield from _parquet_rows(file) if _suffix(path) == ".parquet" else _text_rows(file, path)
+                yield from _read_parquet(file) if _data_suffix(path) == ".parquet" else _read_text_rows(file, path)
         except OSError as error:
             raise UserError(f"{path} ({describe_os_error(error)})", "a readable data file", "check the path") from error
 
@@ -158,10 +158,10 @@ class _Input(NamedTuple):
 def _find_input(path: str) -> _Input:
     """`name:split` names a split unless such a file exists."""
     if Path(path).exists():
-        return _Input(path, "train", _files(Path(path), ""))
+        return _Input(path, "train", _find_files(Path(path), ""))
     name, _, split = path.partition(":")
     if Path(name).is_dir():
-        return _Input(name, split or "train", _files(Path(name), split))
+        return _Input(name, split or "train", _find_files(Path(name), split))
     if _HUB.fullmatch(name) and Path(name).suffix not in (*SUFFIXES, ".gz"):
         return _Input(name, split or "train", [])
     raise UserError(
@@ -171,16 +171,16 @@ def _find_input(path: str) -> _Input:
     )
 
 
-def _files(path: Path, split: str) -> list[Path]:
+def _find_files(path: Path, split: str) -> list[Path]:
     """The data files of a path; none for a folder that `datasets` has saved."""
     endings = ", ".join(SUFFIXES)
     if path.is_file():
-        if _suffix(path) not in SUFFIXES:
+        if _data_suffix(path) not in SUFFIXES:
             raise UserError(f"{path}, whose ending says nothing", f"one of {endings} (or with .gz)", "rename it")
         return [path]
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return []
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _data_suffix(file) in SUFFIXES)
     if split:
         word = re.compile(rf"(?<![^\W_]){re.escape(split)}(?![^\W_])")
         files = [file for file in files if word.search(file.relative_to(path).as_posix())]
@@ -190,11 +190,11 @@ def _files(path: Path, split: str) -> list[Path]:
     return files
 
 
-def _suffix(path: Path) -> str:
+def _data_suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
-def _text_rows(file: IO[bytes], path: Path) -> Iterator[Mapping[str, Any] | RowError]:
+def _read_text_rows(file: IO[bytes], path: Path) -> Iterator[Mapping[str, Any] | RowError]:
     text: IO[bytes] = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file  # type: ignore[assignment]
     try:
         head = text.read(4)
@@ -202,12 +202,12 @@ def _text_rows(file: IO[bytes], path: Path) -> Iterator[Mapping[str, Any] | RowE
             yield RowError("encoding", "got a file in UTF-16 or UTF-32, expected UTF-8")
             return
         text.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-        yield from _elements(text) if _suffix(path) == ".json" else _lines(text)
+        yield from _read_json_array(text) if _data_suffix(path) == ".json" else _read_jsonl(text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield RowError("truncated", f"got a compressed file that breaks off or is damaged ({error})")
 
 
-def _lines(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
+def _read_jsonl(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
     """The non-blank lines; a line beyond the limit is passed over in pieces."""
     while line := file.readline(MAX_ROW_BYTES + 1):
         if len(line) > MAX_ROW_BYTES:
@@ -216,10 +216,10 @@ def _lines(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
                 size += len(line)
             yield RowError("row_too_long", f"got a row of {size / 2**20:.1f} MiB", head)
         elif line.strip():
-            yield _decode(line)
+            yield _decode_row(line)
 
 
-def _decode(text: bytes | str) -> Mapping[str, Any] | RowError:
+def _decode_row(text: bytes | str) -> Mapping[str, Any] | RowError:
     """One JSON object, or why it is none; bytes that are not UTF-8 may stand in a text as lone surrogates."""
     if len(text) > MAX_ROW_BYTES:
         return RowError("row_too_long", f"got a row of over {MAX_ROW_BYTES / 2**20:.0f} MiB", str(text[:200]))
@@ -252,7 +252,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise _ConstantError(name)
 
 
-def _elements(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
+def _read_json_array(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
     """The elements of an array, or objects one after the other; a broken or overlong one ends the file.
 
     The standard decoder tells where an element ends, and more is read as long as it may go on. (ijson would be no
@@ -262,7 +262,7 @@ def _elements(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     text, at, is_ended, is_array = "", 0, False, None
     while True:
-        at = _after(_BETWEEN_ROWS, text, at)
+        at = _skip(_BETWEEN_ROWS, text, at)
         if at < len(text) and is_array is None:
             is_array = text[at] == "["
             at += is_array
@@ -278,25 +278,25 @@ def _elements(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
             except (ValueError, RecursionError):
                 is_broken = True
         if at < end < len(text) or (at < end and is_ended):
-            yield _decode(text[at:end])
+            yield _decode_row(text[at:end])
             at = end
         elif at == len(text) and is_ended:
             return
         elif is_broken or is_ended or len(text) - at > MAX_ROW_BYTES:
-            yield _broken_element(text[at:])
+            yield _explain_broken_element(text[at:])
             return
         else:
-            data = file.read(max(CHUNK, len(text) - at))  # doubling: no element is scanned too often
+            data = file.read(max(CHUNK_BYTES, len(text) - at))  # doubling: no element is scanned too often
             text, at, is_ended = text[at:] + decoder.decode(data, final=not data), 0, not data
 
 
-def _broken_element(text: str) -> RowError:
-    error = _decode(text)
+def _explain_broken_element(text: str) -> RowError:
+    error = _decode_row(text)
     reason, detail = error[:2] if isinstance(error, RowError) else ("not_json", "")
     return RowError(reason, f"{detail}; the rest of the file is not read", text[:200])
 
 
-def _parquet_rows(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
+def _read_parquet(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -307,7 +307,7 @@ def _parquet_rows(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
         yield RowError("truncated", f"got a Parquet file that cannot be read on ({' '.join(str(error).split())})")
 
 
-def _dataset_rows(name: str, split: str) -> Iterator[Any]:
+def _read_dataset(name: str, split: str) -> Iterator[Any]:
     import datasets
     import datasets.config
 

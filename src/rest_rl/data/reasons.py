@@ -134,7 +134,7 @@ class RowFinding(NamedTuple):
     sample: str | None = None
 
 
-def finding(reason: str, detail: str, sample: str | None = None, allow: Iterable[str] = ()) -> RowFinding:
+def make_finding(reason: str, detail: str, sample: str | None = None, allow: Iterable[str] = ()) -> RowFinding:
     """A finding with the severity of its reason, or `noted` for a reason in `keep`."""
     severity: Severity = "noted" if reason in allow else REASONS[reason].severity
     shown = " ".join(detail.split())[:400].encode(errors="replace").decode()  # lone surrogates cannot be printed
@@ -164,4 +164,4 @@ class RowContext:
 
     def note(self, reason: str, detail: str, sample: str | None = None) -> None:
         """Add a finding; `reason` is a key of REASONS and decides what happens to the row."""
-        self.findings.append(finding(reason, detail, sample))
+        self.findings.append(make_finding(reason, detail, sample))

@@ -78,13 +78,13 @@ def decompose(dialogue: Dialogue) -> list[ToolSample]:
     """
     if not dialogue.messages:
         raise UserError(f"dialogue {dialogue.id!r} with no messages", "at least a user message", "remove the row")
-    samples, bad = decompose_around(dialogue)
+    samples, bad = decompose_readable(dialogue)
     if bad:
         raise UserError(f"dialogue {dialogue.id!r} ({bad[0].problem})", "messages as OpenAI writes them", "fix the row")
     return samples
 
 
-def decompose_around(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn]]:
+def decompose_readable(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn]]:
     """`decompose` that stops at a message it cannot read: (samples of the turns before it, what gave none).
 
     The history of every later turn would have a hole, so each of them is named as well.
@@ -96,10 +96,10 @@ def decompose_around(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn
             message = _read_message(raw, f"message {index}")
         except UserError as error:
             reason = "too_deep" if isinstance(error.__cause__, TooDeepError) else "bad_turn"
-            return samples, [BadTurn(index, str(error), reason), *_turns_after(dialogue, index)]
+            return samples, [BadTurn(index, str(error), reason), *_report_turns_after(dialogue, index)]
         is_learnt = message.pop("weight", 1) != 0
         if message["role"] == "assistant":
-            thought, said, calls = _split_turn(message)
+            thought, said, calls = _read_assistant(message)
             if is_learnt:
                 samples.append(
                     ToolSample(
@@ -119,7 +119,7 @@ def decompose_around(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn
     return samples, []
 
 
-def _turns_after(dialogue: Dialogue, index: int) -> Iterator[BadTurn]:
+def _report_turns_after(dialogue: Dialogue, index: int) -> Iterator[BadTurn]:
     for at, raw in enumerate(dialogue.messages):
         if at > index and isinstance(raw, Mapping) and raw.get("role") == "assistant" and raw.get("weight", 1) != 0:
             told = f"got message {at}, a turn after message {index}, which cannot be read"
@@ -165,25 +165,25 @@ def _read_call(raw: Any, where: str) -> dict[str, Any]:
             "{'function': {'name': text, 'arguments': object}}",
             "give every call a name and an arguments object ({} if it takes none)",
         )
-    return as_message_call(ToolCall(name, arguments), **({"id": raw["id"]} if "id" in raw else {}))
+    return to_message_call(ToolCall(name, arguments), **({"id": raw["id"]} if "id" in raw else {}))
 
 
-def _split_turn(message: Mapping[str, Any]) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:
+def _read_assistant(message: Mapping[str, Any]) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:
     """(thought, text, calls) of an assistant message; the text is its answer, or stands beside its calls."""
     text = (message.get("content") or "").strip()
     thought = (message.get("reasoning_content") or "").strip()
     if match := THINK.match(text):
         thought, text = thought or match.group(1).strip(), text[match.end() :].strip()
-    return thought or None, text or None, calls_of(message)
+    return thought or None, text or None, get_calls(message)
 
 
-def calls_of(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+def get_calls(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
     """The calls of a message that was read."""
     functions = [call["function"] for call in message.get("tool_calls") or ()]
     return tuple(ToolCall(function["name"], function["arguments"]) for function in functions)
 
 
-def as_message_call(call: ToolCall, **extra: Any) -> dict[str, Any]:
+def to_message_call(call: ToolCall, **extra: Any) -> dict[str, Any]:
     """A call as an entry of `tool_calls`; `extra` goes before it, such as its id."""
     return {**extra, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
 
@@ -206,21 +206,21 @@ def to_json(sample: ToolSample) -> dict[str, Any]:
 def from_json(row: Mapping[str, Any]) -> ToolSample:
     """The sample of one JSONL row; UserError names the field that is missing or of the wrong type."""
     where = f"sample {row.get('id')!r}" if isinstance(row, Mapping) else "sample"
-    messages, tools = _field(row, "messages", list, where), _field(row, "tools", list, where)
+    messages, tools = _require_field(row, "messages", list, where), _require_field(row, "tools", list, where)
     if not messages:
         raise UserError(f"{where} with no messages", "at least a user message", "remove the row")
-    gold = _field(row, "gold", Mapping, where)
-    calls = [_read_call(call, f"{where}, gold") for call in _field(gold, "calls", list, f"{where}, gold")]
-    answer = _field(gold, "answer", str | None, f"{where}, gold")
+    gold = _require_field(row, "gold", Mapping, where)
+    calls = [_read_call(call, f"{where}, gold") for call in _require_field(gold, "calls", list, f"{where}, gold")]
+    answer = _require_field(gold, "answer", str | None, f"{where}, gold")
     return ToolSample(
-        id=_field(row, "id", str, where),
+        id=_require_field(row, "id", str, where),
         messages=tuple(_read_message(message, f"{where}, message {i}") for i, message in enumerate(messages)),
         tools=tuple(_read_tool(tool, f"{where}, tool {i}") for i, tool in enumerate(tools)),
-        gold=Gold(calls_of({"tool_calls": calls}), (answer or "").strip() or None),
-        thought=_field(row, "thought", str | None, where),
-        kind=_field({"kind": "single", **row}, "kind", str, where),
-        tools_in_prompt=_field({"tools_in_prompt": False, **row}, "tools_in_prompt", bool, where),
-        preamble=(_field(row, "preamble", str | None, where) or "").strip() or None,
+        gold=Gold(get_calls({"tool_calls": calls}), (answer or "").strip() or None),
+        thought=_require_field(row, "thought", str | None, where),
+        kind=_require_field({"kind": "single", **row}, "kind", str, where),
+        tools_in_prompt=_require_field({"tools_in_prompt": False, **row}, "tools_in_prompt", bool, where),
+        preamble=(_require_field(row, "preamble", str | None, where) or "").strip() or None,
     )
 
 
@@ -235,7 +235,7 @@ def _read_tool(raw: Any, where: str) -> dict[str, Any]:
     return dict(raw)
 
 
-def _field(row: Any, name: str, kind: Any, where: str) -> Any:
+def _require_field(row: Any, name: str, kind: Any, where: str) -> Any:
     value = row.get(name) if isinstance(row, Mapping) else row
     if not isinstance(value, kind):
         expected = getattr(kind, "__name__", str(kind))
@@ -243,13 +243,13 @@ def _field(row: Any, name: str, kind: Any, where: str) -> Any:
     return value
 
 
-def digest_of(value: Any) -> int:
+def compute_digest(value: Any) -> int:
     """64 bits of a JSON value; the order of keys does not count. Of a million, two share one with probability 3e-8."""
     text = json.dumps(value, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def leak_digest(sample: ToolSample) -> int:
+def compute_leak_digest(sample: ToolSample) -> int:
     """Digest of what a prompt asks, for finding it in another file.
 
     Roles, texts without their white space, calls, and the names of the tools; not the system text, the ids and the
@@ -264,4 +264,4 @@ def leak_digest(sample: ToolSample) -> int:
         for message in sample.messages
         if message["role"] != "system"
     ]
-    return digest_of([said, sorted(str(tool.get("function", tool).get("name")) for tool in sample.tools)])
+    return compute_digest([said, sorted(str(tool.get("function", tool).get("name")) for tool in sample.tools)])

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from rest_rl.data.check import CheckedRow
-from rest_rl.data.samples import ToolSample, digest_of
+from rest_rl.data.samples import ToolSample, compute_digest
 from rest_rl.errors import UserError
 
 
@@ -63,12 +63,12 @@ def _opening_of(row: CheckedRow, sample: ToolSample) -> tuple[int | None, int]:
     start = 0
     if asked is None or spoke < asked:
         name = sample.id.rpartition("/")[0] or sample.id if row.source == "samples" else [row.file, row.number]
-        start = digest_of([name, sample.messages[:spoke]])
+        start = compute_digest([name, sample.messages[:spoke]])
     if asked is None:
         return None, start
     question = str(sample.messages[asked].get("content"))
     question = question.partition("</user>")[0] if sample.tools_in_prompt else question
-    return digest_of(question.strip()), start
+    return compute_digest(question.strip()), start
 
 
 def _first_groups(sizes: Counter[int], seed: int, wanted: float) -> set[int]:

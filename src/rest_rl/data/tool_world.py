@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from rest_rl.data.samples import Dialogue, ToolSample, as_message_call, decompose
+from rest_rl.data.samples import Dialogue, ToolSample, decompose, to_message_call
 from rest_rl.errors import UserError
 from rest_rl.response import ToolCall
 
@@ -239,7 +239,7 @@ def _wish(rng: random.Random, tool: WorldTool, values: Sequence[str], reference:
 
 
 def _turn(calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    tool_calls = [as_message_call(call) for call in calls]
+    tool_calls = [to_message_call(call) for call in calls]
     return {"role": "assistant", "reasoning_content": explain(calls, tools), "content": "", "tool_calls": tool_calls}
 
 

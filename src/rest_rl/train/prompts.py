@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rest_rl.config import EMBEDDED, DataTable, RunConfig
-from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, checked_rows, mix_text, mix_warning
+from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, check_rows, format_turn_mix, warn_about_answers
 from rest_rl.data.layout import PromptLayout
-from rest_rl.data.prepare import Prepared, Rejected, prepare, prepare_row, refusals
+from rest_rl.data.prepare import Prepared, Rejected, find_refusals, prepare, prepare_row
 from rest_rl.data.reasons import REASONS
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.data.tool_world import SPLITS, tool_world
@@ -55,7 +55,7 @@ def build_prompt_dataset(rows: Sequence[Prepared], layout: PromptLayout) -> Data
     """
     return build_dataset(
         {
-            "prompt": row.prompt_text.removeprefix(layout.first_token),
+            "prompt": row.prompt_text.removeprefix(layout.bos_prefix),
             "gold": gold_to_json(row.sample),
             "id": row.sample.id,
             "kind": row.sample.kind,
@@ -190,7 +190,7 @@ def read_data(
     say(summarize_file(data.path, training.report))
     if data.turns == "calls" and report.turns["answers"]:
         say(f'data.turns = "calls": {report.turns["answers"]} {TURNS["answers"]} are not trained on')
-    elif (warning := mix_warning(report.turns)) and accepts_any_answer(config):
+    elif (warning := warn_about_answers(report.turns)) and accepts_any_answer(config):
         say(f"warning: {warning}")
     if report.samples and not training.prepared:
         raise UserError(f'data.turns = "calls" and {data.path}, none of whose turns calls', "calls", "remove it")
@@ -257,7 +257,7 @@ def drop_too_long(
 ) -> list[Prepared]:
     """The samples that the model has room for; UserError if none is left, or one is not and that is refused."""
     prepared = [prepare_or_raise(sample, layout) for sample in samples]
-    told = {index: detail for index, each in enumerate(prepared) for _, detail in refusals(each, layout, check)}
+    told = {index: detail for index, each in enumerate(prepared) for _, detail in find_refusals(each, layout, check)}
     if told:
         text = f"{len(told)} of {len(samples)} prompts that are too long ({next(iter(told.values()))})"
         if len(told) == len(samples) or data.too_long == "refuse":
@@ -292,7 +292,7 @@ def prepare_rows(
     path: str, check: CheckConfig, layout: PromptLayout, **settings: Any
 ) -> Iterable[tuple[CheckedRow, list[Prepared]]]:
     """Each row of a file, and its samples prepared for the model."""
-    return (prepare_row(row, layout, check) for row in checked_rows(path, check, **settings))
+    return (prepare_row(row, layout, check) for row in check_rows(path, check, **settings))
 
 
 def read_held_out(
@@ -340,5 +340,5 @@ def summarize_file(path: str, report: Mapping[str, Any]) -> str:
     """One line on a file: what was kept, and why the rest was not."""
     counts = ", ".join(f"{report[name]} {name}" for name in ("kept", "repaired", "rejected"))
     reasons = ", ".join(f"{reason} {count}" for reason, count in report["reasons"].items())
-    samples = f"{report['samples']} samples: {mix_text(report['turns'])}" if report["samples"] else "0 samples"
+    samples = f"{report['samples']} samples: {format_turn_mix(report['turns'])}" if report["samples"] else "0 samples"
     return f"{path}: {report['rows']} rows, {counts}, {samples}" + (f" ({reasons})" if reasons else "")

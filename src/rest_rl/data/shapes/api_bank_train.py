@@ -8,7 +8,7 @@ from typing import Any
 
 from rest_rl.data.reading import read_literal
 from rest_rl.data.reasons import RowContext, RowRejectedError
-from rest_rl.data.samples import ToolSample, as_message_call
+from rest_rl.data.samples import ToolSample, to_message_call
 from rest_rl.data.schemas import argument_table
 from rest_rl.data.shapes import toolrl
 from rest_rl.formats import get_format
@@ -69,7 +69,7 @@ def _read_history(text: str, tools: Tools, context: RowContext) -> list[dict[str
             call, identity = _read_request(f"{request}]", context, "bad_history"), toolrl.call_id(count)
             count += 1
             messages += [
-                {"role": "assistant", "content": "", "tool_calls": [as_message_call(call, id=identity)]},
+                {"role": "assistant", "content": "", "tool_calls": [to_message_call(call, id=identity)]},
                 {"role": "tool", "content": result, "name": call.name, "tool_call_id": identity},
             ]
             if call.name == "ToolSearcher":

@@ -9,7 +9,7 @@ from typing import Any
 
 from rest_rl.data.reading import load_json, read_literal, read_literals
 from rest_rl.data.reasons import RowContext, RowRejectedError
-from rest_rl.data.samples import THINK, Dialogue, as_message_call
+from rest_rl.data.samples import THINK, Dialogue, to_message_call
 from rest_rl.data.schemas import read_tools
 from rest_rl.data.shapes.calls_in_text import find_calls
 
@@ -50,7 +50,7 @@ def read(row: Mapping[str, Any], context: RowContext) -> list[Dialogue]:
 
 
 def read_message(raw: Any, context: RowContext) -> dict[str, Any]:
-    """One message under our names; what cannot be read is left for `decompose_around` to name."""
+    """One message under our names; what cannot be read is left for `decompose_readable` to name."""
     if not isinstance(raw, Mapping):
         return {"role": None}
     given = raw.get("role", raw.get("from"))
@@ -141,7 +141,7 @@ def _read_calls_in_text(message: dict[str, Any], tools: Sequence[Any], context: 
     if written is None:
         return message
     context.note("call_as_text", f"got {body!r:.120}")
-    calls = [as_message_call(call) for call in written.calls]
+    calls = [to_message_call(call) for call in written.calls]
     return {**message, "content": head + written.said, "tool_calls": calls}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rest_rl.data.reading import load_json
 from rest_rl.data.reasons import RowContext, RowRejectedError
-from rest_rl.data.samples import Dialogue, as_message_call
+from rest_rl.data.samples import Dialogue, to_message_call
 from rest_rl.data.schemas import read_tools
 from rest_rl.data.shapes.chat import read_message
 from rest_rl.data.shapes.toolrl import call_id, split_results
@@ -53,7 +53,7 @@ def _read_calls(text: str, count: int) -> dict[str, Any]:
         return {}
     if not parsed.calls or parsed.unreadable_calls or not parsed.well_formed:
         return {"tool_calls": text}
-    calls = [as_message_call(call, id=call_id(number)) for number, call in enumerate(parsed.calls, count)]
+    calls = [to_message_call(call, id=call_id(number)) for number, call in enumerate(parsed.calls, count)]
     return {"content": parsed.answer or "", "tool_calls": calls}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rest_rl.data.reading import read_literal
 from rest_rl.data.reasons import RowContext, RowRejectedError
-from rest_rl.data.samples import ToolSample, as_message_call
+from rest_rl.data.samples import ToolSample, to_message_call
 from rest_rl.data.schemas import argument_table
 from rest_rl.formats import get_format
 from rest_rl.response import Gold, ToolCall
@@ -167,7 +167,7 @@ def _read_calls(inner: str, count: int) -> list[dict[str, Any]]:
         arguments = call.get("parameters", {}) if isinstance(call, Mapping) else None
         if not isinstance(arguments, Mapping) or not isinstance(call.get("name"), str):
             raise RowRejectedError("bad_history", f"got the call {line[:80]!r} in the history")
-        calls.append(as_message_call(ToolCall(call["name"], arguments), id=call_id(count + len(calls))))
+        calls.append(to_message_call(ToolCall(call["name"], arguments), id=call_id(count + len(calls))))
     return calls
 
 

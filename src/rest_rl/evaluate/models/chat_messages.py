@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rest_rl.data.layout import as_text, with_call_ids
+from rest_rl.data.layout import assign_call_ids, messages_to_text
 from rest_rl.data.reading import load_json
 from rest_rl.data.samples import ToolSample
 from rest_rl.evaluate.conversation import Reply
@@ -53,9 +53,9 @@ def build_chat_body(sample: ToolSample, tool_format: ToolFormat, *, native: bool
     """`messages`, and `tools` where the server is to lay them out itself."""
     messages = [dict(message) for message in sample.messages]
     if not native and not sample.tools_in_prompt:
-        return {"messages": as_text(messages, list(sample.tools), tool_format)}
+        return {"messages": messages_to_text(messages, list(sample.tools), tool_format)}
     names = build_wire_names(sample)
-    body: dict[str, Any] = {"messages": [to_wire_message(message, names) for message in with_call_ids(messages)]}
+    body: dict[str, Any] = {"messages": [to_wire_message(message, names) for message in assign_call_ids(messages)]}
     if sample.tools and not sample.tools_in_prompt:
         functions = [tool.get("function", tool) for tool in sample.tools]
         body["tools"] = [
