@@ -112,7 +112,7 @@ class PromptLayout:
         A format of your own says so by an attribute `is_native`.
         """
         inner = self.format.inner if isinstance(self.format, OpenedThinkFormat) else self.format
-        is_known = detect_template_format(self.tokenizer) == inner.name or getattr(inner, "is_native", False)
+        is_known = detect_tokenizer_format(self.tokenizer) == inner.name or getattr(inner, "is_native", False)
         return is_known and self._render_or_empty([PROBE_MESSAGE], [PROBE_TOOL]) not in ("", self._probe)
 
     @cached_property
@@ -225,7 +225,7 @@ def assign_call_ids(messages: Messages) -> Messages:
     return named
 
 
-def detect_template_format(tokenizer: Any) -> str | None:
+def detect_tokenizer_format(tokenizer: Any) -> str | None:
     """The name of the format in which a tokenizer's chat template writes calls; None for an unknown one."""
     template = tokenizer.chat_template
     if isinstance(template, Mapping):  # several by name, the one for tools among them
@@ -247,7 +247,7 @@ def resolve_format(
             "the one that they ask for",
             "pass --format (rest.format): toolrl for ToolRL and API-Bank, pythonic for ToolACE",
         )
-    found = detect_template_format(tokenizer)
+    found = detect_tokenizer_format(tokenizer)
     base, asks_think = name.removesuffix(THINK_SUFFIX), name.endswith(THINK_SUFFIX)
     if base == AUTO:
         base = found or FALLBACK_FORMAT

@@ -9,7 +9,7 @@ from typing import Any
 
 from rest_rl.config import AUTO, ModelTable, RunConfig, apply_overrides, from_mapping
 from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of
-from rest_rl.data.layout import PromptLayout, detect_template_format, resolve_format
+from rest_rl.data.layout import PromptLayout, detect_tokenizer_format, resolve_format
 from rest_rl.data.shapes.toolrl import FORMAT
 from rest_rl.errors import UserError
 from rest_rl.evaluate.log import SETTINGS
@@ -121,7 +121,7 @@ def _layout(tokenizer: Any, name: str, frame: Frame | None, variables: Mapping[s
 
 
 def _native_format(tokenizer: Any, model: str, asked: str | None) -> str:
-    own = detect_template_format(tokenizer)
+    own = detect_tokenizer_format(tokenizer)
     if not own:
         shown = f"--prompt native and {model}, whose chat template shows no known format of calls"
         raise UserError(shown, "one that does", "leave --prompt out")
