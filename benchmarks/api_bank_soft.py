@@ -1,7 +1,7 @@
-"""Our `soft` verdict on API-Bank against the published evaluation, run unchanged, on mutated predictions.
+"""Compare our `soft` API-Bank verdict with the unchanged published evaluation on mutated predictions.
 
-The published `generate.py` is run with a stand-in for vLLM that hands out our texts, then its `evaluate.py`; both are
-scripts of the folder API-Bank of ToolRL or of the published ResT code.
+The published `generate.py` runs with a fake vLLM that returns our texts, followed by the published `evaluate.py`. Both
+scripts are in the folder API-Bank of ToolRL and of the published ResT code.
 
     python benchmarks/api_bank_soft.py --published PUBLISHED/API-Bank --data DIR -n 10000
 """
@@ -39,17 +39,15 @@ Mutation = Callable[[dict[str, Any], random.Random], str]
 
 
 def format_call(name: Any, arguments: Any, **more: Any) -> str:
-    """A call as the format writes it."""
     return json.dumps({"name": name, "parameters": arguments, **more}, ensure_ascii=False)
 
 
 def wrap_calls(*lines: str) -> str:
-    """A whole response."""
     return "\n".join(["<think> a thought </think>", "<tool_call>", *lines, "</tool_call>"])
 
 
 def mutate_arguments(arguments: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Arguments with one thing different, perhaps in the type alone."""
+    # Change one thing, sometimes only the type of a value.
     result = dict(arguments)
     key = rng.choice(sorted(result)) if result else "x"
     kind = rng.randrange(7)
@@ -98,7 +96,7 @@ JUNK = (
 
 
 def mutate_response(answer: dict[str, Any], rng: random.Random) -> str:
-    """A text near the right response, or far from it."""
+    # Most choices stay close to the correct response, where the two evaluations could differ.
     name, arguments = answer["name"], answer["parameters"]
     gold, junk = format_call(name, arguments), rng.choices(JUNK, k=rng.randrange(1, 4))
     shuffled = dict(rng.sample(sorted(arguments.items()), len(arguments)))
@@ -132,7 +130,8 @@ def mutate_response(answer: dict[str, Any], rng: random.Random) -> str:
 
 
 def run_published_scripts(rows: list[dict[str, Any]], texts: list[str], scripts: Path) -> list[int]:
-    """The verdicts of the published scripts on one batch."""
+    # The scripts use fixed file names in their working directory, so each batch runs in its own folder. Level 1 gets
+    # all rows and the other levels none, which keeps one verdict per row.
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "vllm.py").write_text(FAKE_VLLM, encoding="utf-8")
@@ -149,11 +148,15 @@ def run_published_scripts(rows: list[dict[str, Any]], texts: list[str], scripts:
 
 
 def main() -> int:
-    """Compare, and print what differs; 1 if anything does."""
+    """Compare both evaluations and print every difference; return 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--published", required=True, type=Path, help="folder with generate.py and evaluate.py")
-    parser.add_argument("--data", required=True, type=Path, help="folder of level-{1,2,3}-api_processed.json")
-    parser.add_argument("-n", type=int, default=10_000, help="predictions")
+    parser.add_argument(
+        "--published", required=True, type=Path, help="folder that contains generate.py and evaluate.py"
+    )
+    parser.add_argument(
+        "--data", required=True, type=Path, help="folder that contains level-{1,2,3}-api_processed.json"
+    )
+    parser.add_argument("-n", type=int, default=10_000, help="number of predictions (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
@@ -172,10 +175,11 @@ def main() -> int:
             ours = soft_match(parse_published_calls(text), answer)
             verdicts[ours, bool(score)] += 1
             if ours != bool(score):
-                print(f"published {score}, ours {ours}: {answer} {text[:300]!r}")
-        print(f"\r{sum(verdicts.values())} of {arguments.n}", end="", file=sys.stderr)
+                print(f"published: {score}, ours: {ours}, gold: {answer}, response: {text[:300]!r}")
+        print(f"\r{sum(verdicts.values())} of {arguments.n} predictions", end="", file=sys.stderr)
     equal = verdicts[True, True] + verdicts[False, False]
-    print(f"\n{equal} of {sum(verdicts.values())} equal: {verdicts[True, True]} right, {verdicts[False, False]} wrong")
+    counts = f"{verdicts[True, True]} correct, {verdicts[False, False]} wrong"
+    print(f"\n{equal} of {sum(verdicts.values())} verdicts agree: {counts}")
     return int(equal != sum(verdicts.values()))
 
 

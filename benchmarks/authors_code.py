@@ -1,9 +1,9 @@
-"""`authors-code` beside the published files: rewards and weights of mutated responses, equal to the last bit.
+"""Compare the preset `authors-code` with the published code: rewards and weights of mutated responses, bit by bit.
 
     python benchmarks/authors_code.py --published DIR --responses 400
 
-DIR is a checkout of https://github.com/1229095296/ResT_Tool_use_LLM at d6c29b5. Every difference is printed; the exit
-status is 1 if there is one. A response on which the published code raises is counted and left out.
+DIR is a checkout of https://github.com/1229095296/ResT_Tool_use_LLM at d6c29b5. The script prints every difference and
+exits with 1 if there is one. Responses on which the published code raises an exception are counted and skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FRAGMENTS = ['"', "{", "}", "\n", "</think>", "<tool_call>", "<response>", "</re
 
 
 def mutate(text: str, rng: random.Random) -> str:
-    """The text cut, spliced or left as it is."""
+    """Cut the text, insert or remove a fragment, or leave it unchanged."""
     at, end = sorted(rng.randrange(len(text) + 1) for _ in range(2))
     match rng.randrange(5):
         case 0:
@@ -41,7 +41,7 @@ def mutate(text: str, rng: random.Random) -> str:
 
 
 def compare_weights(text: str, step: int, tokenizer: Any, weighting: Any) -> bool | None:
-    """Whether both sides weigh the canonical tokens of the text alike; None if the published code raises."""
+    """Return whether both sides give the tokens of the text equal weights; None if the published code raises."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     mask_BT = torch.ones(1, len(ids))
     try:
@@ -54,7 +54,7 @@ def compare_weights(text: str, step: int, tokenizer: Any, weighting: Any) -> boo
 
 
 def compare_rewards(text: str, gold: Gold, step: int, reward: Any) -> bool:
-    """Whether both sides give the same reward and the same two parts."""
+    """Return whether both sides give the same reward, format score and correctness."""
     total, well_formatted, correctness, _ = reward.compute_score(
         text, FORMAT.render("a", gold.calls, gold.answer), step
     )
@@ -80,7 +80,7 @@ def main() -> int:
         if weights_agree is False or not compare_rewards(changed, gold, step, reward):
             different += 1
             print(f"step {step}: {changed!r}")
-    print(f"{args.responses} responses, {different} different, {raised} on which the published weights raise")
+    print(f"{args.responses} responses: {different} differ; the published weights raise an exception on {raised}")
     return int(different > 0)
 
 

@@ -1,6 +1,6 @@
-"""Mutated predictions for the samples of BFCL, near the right ones or far from them; see `bfcl_official.py`.
+"""Mutate correct predictions for the samples of BFCL, slightly or heavily; see `bfcl_official.py`.
 
-What is made here is evaluated by the official executor, so no mutation may name a function that does harm.
+The official executor evaluates these predictions, so no mutation may name a function that does harm.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ PLACEHOLDERS = {"integer": 1, "number": 1.5, "float": 1.5, "boolean": True, "arr
 
 
 def format_call(call: Call) -> str:
-    """A call as the format writes it."""
     return json.dumps({"name": call["name"], "parameters": call["arguments"]}, ensure_ascii=False)
 
 
 def wrap_calls(lines: Sequence[str]) -> str:
-    """A whole response."""
     return "\n".join(["<think> a thought </think>", "<tool_call>", *lines, "</tool_call>"])
 
 
 def mutate_value(value: Any, rng: random.Random) -> Any:
-    """A value near the given one: another type, other case or marks, another length."""
+    """Return a value close to the given one: another type, case, punctuation or length."""
     wrapped = [[value], {"v": value}, None, str(value), "", [], True]
     if isinstance(value, bool):
         near = [not value, int(value), str(value), str(value).lower()]
@@ -54,7 +52,7 @@ def mutate_value(value: Any, rng: random.Random) -> Any:
 
 
 def mutate_item(value: Any, rng: random.Random) -> Any:
-    """A list or object with one other value."""
+    """Return a copy of a list or object with one value changed."""
     other = dict(value) if isinstance(value, dict) else list(value)
     key = rng.choice(list(other)) if isinstance(other, dict) else rng.randrange(len(other))
     other[key] = mutate_value(other[key], rng)
@@ -62,7 +60,7 @@ def mutate_item(value: Any, rng: random.Random) -> Any:
 
 
 def mutate_arguments(call: Call, tools: dict[str, Any], rng: random.Random) -> tuple[str, Call]:
-    """The call with other arguments, and what was done."""
+    """Return the kind of change and the call with changed arguments."""
     arguments = dict(call["arguments"])
     unused = sorted(set(tools.get(call["name"], {})) - set(arguments))
     kind = rng.choice(["value", "value", "value", "missing argument", "extra argument", "unknown argument", "order"])
@@ -82,21 +80,20 @@ def mutate_arguments(call: Call, tools: dict[str, Any], rng: random.Random) -> t
 
 
 def mutate_name(call: Call, tools: dict[str, Any], rng: random.Random) -> Call:
-    """The call under another name; none that evaluates to more than nothing."""
+    # None of these names does anything when the official executor evaluates it.
     name = call["name"]
     names = [name.upper(), name.replace(".", "_"), name + "x", "no_such_tool", "dict", "None", "", "self.x", "kill"]
     return {"name": rng.choice([*names, *list(tools)[:3]]), "arguments": call["arguments"]}
 
 
 def plausible_call(tools: dict[str, Any], rng: random.Random) -> Call:
-    """Some call of some tool."""
     name = rng.choice([*tools] or ["no_such_tool"])
     chosen = [key for key in tools.get(name, {}) if rng.random() < 0.7]
     return {"name": name, "arguments": {key: PLACEHOLDERS.get(tools[name][key].get("type"), "text") for key in chosen}}
 
 
 def mutate_calls(calls: list[Call], tools: dict[str, Any], rng: random.Random) -> tuple[str, list[Call]]:
-    """A list of calls with one thing different."""
+    """Return the kind of change and the calls with one change."""
     kind = rng.choice(["arguments"] * 5 + ["name", "missing call", "extra call", "copy", "order"])
     at = rng.randrange(len(calls)) if calls else 0
     if not calls or kind == "extra call":
@@ -117,7 +114,7 @@ JUNK = ("{broken", "null", "5", "[]", "{}", '"text"', "prose", '{"name": "x"}', 
 
 
 def write_response(calls: list[Call], rng: random.Random) -> tuple[str, str]:
-    """The calls as text, now and then odd, and in which way."""
+    """Write the calls as text, sometimes in an odd form; return the kind of oddity (empty for none) and the text."""
     lines = [format_call(call) for call in calls]
     if rng.random() < 0.7:
         return "", wrap_calls(lines) if calls else "<think> a thought </think>\n<response> no </response>"
@@ -143,7 +140,7 @@ def write_response(calls: list[Call], rng: random.Random) -> tuple[str, str]:
 
 
 def choose_alternatives(entry: Sample, gold: list[Call], rng: random.Random) -> list[Call]:
-    """The right calls, in any of the spellings that the answers allow."""
+    """Return the correct calls, with values drawn from the alternatives that the answers allow."""
     if "java" in entry["category"] or not entry.get("ground_truth"):
         return gold
     calls = []
@@ -152,7 +149,7 @@ def choose_alternatives(entry: Sample, gold: list[Call], rng: random.Random) -> 
         arguments = {}
         for name, values in choices.items():
             value = rng.choice(values) if values else None
-            is_plain = not isinstance(value, (dict, list))  # the values of an object have alternatives of their own
+            is_plain = not isinstance(value, (dict, list))  # the values of an object have their own alternatives
             if value != "" and values:
                 arguments[name] = value if is_plain else call["arguments"].get(name, value)
             elif name in call["arguments"] and rng.random() < 0.8:
@@ -162,7 +159,7 @@ def choose_alternatives(entry: Sample, gold: list[Call], rng: random.Random) -> 
 
 
 def mutate_single_turn(entry: Sample, gold: Gold, rng: random.Random) -> Sample:
-    """A mutated prediction for a sample with one turn."""
+    """Return a mutated prediction for a single-turn sample."""
     right = [{"name": call.name, "arguments": dict(call.arguments)} for call in gold.calls]
     tools = {doc["name"]: doc["parameters"]["properties"] for doc in entry["function"]}
     calls, kinds = choose_alternatives(entry, right, rng), []
@@ -175,7 +172,7 @@ def mutate_single_turn(entry: Sample, gold: Gold, rng: random.Random) -> Sample:
 
 
 def call_held_out_early(turns: list[list[list[Call]]], held_out: set[str], rng: random.Random) -> str:
-    """Say the first call of a held-out function in the first turn already."""
+    """Make the first call of a held-out function in the first turn, where its documentation is still missing."""
     calls = [(turn, step, call) for turn in turns for step in turn for call in step if call["name"] in held_out]
     turn, step, call = calls[0]
     if rng.random() < 0.5:
@@ -186,7 +183,7 @@ def call_held_out_early(turns: list[list[list[Call]]], held_out: set[str], rng: 
 
 
 def mutate_turns(turns: list[list[list[Call]]], tools: dict[str, Any], rng: random.Random) -> str:
-    """Change a conversation, turns of steps of calls, in one place; what was done."""
+    """Change a conversation (turns of steps of calls) in one place; return the kind of change."""
     kind = rng.choice(["call", "call", "call", "call", "empty turn", "other turn", "extra step", "forever", "early"])
     turn = rng.choice(turns)
     everything = [call for other in turns for step in other for call in step]
@@ -202,7 +199,7 @@ def mutate_turns(turns: list[list[list[Call]]], tools: dict[str, Any], rng: rand
             {"name": name, "arguments": {}} for name in tools if name in ("pwd", "get_zipcode", "view_watchlist")
         ]
         call = rng.choice(harmless or everything or [plausible_call(tools, rng)])
-        number = rng.choice([18, 19, 20, 21, 25])
+        number = rng.choice([18, 19, 20, 21, 25])  # on both sides of BFCL's limit of 20 steps per turn
         turn += [[call] for _ in range(number - len(turn))]
         return f"{number} steps in the {'last' if turn is turns[-1] else 'a'} turn"
     elif kind == "early" and len(turn) > 1:
@@ -215,7 +212,7 @@ def mutate_turns(turns: list[list[list[Call]]], tools: dict[str, Any], rng: rand
 
 
 def mutate_multi_turn(entry: Sample, gold: list[list[Call]], rng: random.Random) -> Sample:
-    """A mutated recording of a conversation."""
+    """Return a mutated recording of a conversation."""
     one_step = rng.random() < 0.5
     turns = [([calls] if calls else []) if one_step else [[call] for call in calls] for calls in copy.deepcopy(gold)]
     later = [doc for docs in entry.get("missed_function", {}).values() for doc in docs]

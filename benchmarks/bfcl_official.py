@@ -1,15 +1,15 @@
-"""Our verdicts on BFCL against those of the package itself, on mutated predictions; status 1 if one is unexplained.
+"""Compare our BFCL verdicts with those of the package on mutated predictions; exit with 1 for unexplained differences.
 
-The package's own loop (`BaseHandler.inference`) and its own runners judge the same texts in a process, and an
-environment, of their own: python 3.10 to 3.12 with
+The package's own loop (`BaseHandler.inference`) and runners judge the same texts in a separate process and environment:
+python 3.10 to 3.12 with
 
     pip install overrides tqdm python-dotenv tenacity numpy pandas filelock mpmath==1.3.0 \
         tree_sitter==0.21.3 tree-sitter-java==0.21.0 tree-sitter-javascript==0.21.4
     python benchmarks/bfcl_official.py --version v3 --official-python OTHER/bin/python --single 3000 --multi 400
 
-A difference is explained where the texts are read differently (ToolRL's reader keeps the last block alone, and no call
-named none), where we did not execute a call, and where relevance is claimed by calls of no tool of the sample: then the
-package judges the recording once more without that call, and must come to our verdict.
+Three kinds of differences are explained: the two sides parse the text differently (ToolRL's parser keeps only the last
+block, and no call named none), we did not execute a call, or a relevance sample is answered by a call of a tool it does
+not have. In these cases the package judges the recording again without that call and must agree with our verdict.
 """
 
 from __future__ import annotations
@@ -44,18 +44,17 @@ UNKNOWN_TOOL = "relevance_error:no_tool_of_the_sample"
 
 
 class WatchedModel(Recorded):
-    """Responses from a file that keeps the last request it was asked."""
+    """Recorded responses; remembers the last request."""
 
     last: Request
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """What was recorded."""
         self.last = requests[-1]
         return super().respond(requests)
 
 
 def judge(benchmark: Bfcl, sample: Sample) -> Sample:
-    """Our verdict, what the tools said, and the time it took."""
+    """Return our verdict with the tool results and the time."""
     model = WatchedModel({sample["id"]: Recording(sample["response"])})
     start = time.perf_counter()
     [row] = evaluate_batch(benchmark, model, get_format("toolrl"), [sample["id"]], Event())
@@ -65,20 +64,22 @@ def judge(benchmark: Bfcl, sample: Sample) -> Sample:
 
 
 def judge_officially(samples: list[Sample], version: Version, python: str) -> list[Sample]:
-    """The verdicts of the package, in a process of its own."""
+    """Return the verdicts of the package, which runs in a separate process."""
     side = Path(__file__).with_name("bfcl_official_side.py")
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "samples.json", Path(folder) / "verdicts.json"
         source.write_text(json.dumps(samples), encoding="utf-8")
         command = [python, str(side), version, str(find_package(version).folder), str(source), str(target)]
+        # A fixed hash seed keeps the order of sets in upstream's results.
         subprocess.run(command, check=True, env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "HOME": folder})
         return json.loads(target.read_text(encoding="utf-8"))
 
 
 def executed_calls(ours: Sample) -> Any:
-    """The recording as the calls that we read and executed; a turn ends where it ended."""
+    """Reduce a recording to the calls that we parsed and executed, turn by turn."""
     if not isinstance(ours["response"], list):
         return json.dumps([] if ours["reason"].startswith(UNKNOWN_TOOL) else ours["calls"])
+    # Results follow the calls in order. Those of a last step are not in our log; its calls count as executed.
     results = iter(ours["results"])
     turns = []
     for turn in ours["calls"]:
@@ -88,7 +89,7 @@ def executed_calls(ours: Sample) -> Any:
 
 
 def parse_recording(sample: Sample) -> Any:
-    """The calls of our reading in the shape of theirs, from the whole recording."""
+    """Parse a whole recording with our parser; return the calls in the shape that the package uses."""
     parse = get_format("toolrl").parse
 
     def calls(text: str) -> list[Call]:
@@ -99,7 +100,7 @@ def parse_recording(sample: Sample) -> Any:
 
 
 def explain_parsing(response: Any) -> list[str]:
-    """What in a recording the two readers are known to take differently."""
+    """Return the known differences between the two parsers that occur in a recording."""
     texts = [response] if isinstance(response, str) else [text for turn in response for text in turn]
     found = {
         "no end": any("</tool_call>" not in text.rpartition("<tool_call>")[2] for text in texts if "<tool" in text),
@@ -111,16 +112,15 @@ def explain_parsing(response: Any) -> list[str]:
 
 
 def differing_results(ours: Sample, theirs: Sample) -> list[tuple[str, str]]:
-    """What the tools said to us and to them where both executed the call, or they could and we did not."""
-    pairs = zip(ours["results"], theirs["results"], strict=False)  # we do not see the results of a last step
+    """Return pairs of tool results that differ, ours first, without calls that we did not execute."""
+    pairs = zip(ours["results"], theirs["results"], strict=False)  # our log ends before the results of a last step
     return [(a, b) for a, b in pairs if a != b and not a.endswith(NOT_EXECUTED)]
 
 
 class Tally:
-    """What the comparison has found so far."""
+    """Counts of the comparison."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
         self.counts: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
         self.differing: Counter[str] = Counter()
@@ -128,20 +128,23 @@ class Tally:
         self.unexplained = 0
 
     def add(self, sample: Sample, ours: Sample, theirs: Sample, on_ours: Sample) -> None:
-        """Two verdicts on a sample, and theirs on the calls that we took; what has no reason is printed."""
+        """Add the verdicts on a sample; print a difference that has no reason.
+
+        `on_ours` is the package's verdict on only the calls that we executed.
+        """
         kinds = set(sample["kinds"])
         self.kinds.update(kinds)
         is_equal = ours["correct"] == theirs["valid"]
         self.counts["equal" if is_equal else "differing"] += 1
-        self.counts["equal on the calls we took"] += on_ours["valid"] == ours["correct"]
-        self.counts["right for both"] += ours["correct"] and theirs["valid"]
-        self.counts["the package raises"] += bool(theirs["raised"])
+        self.counts["equal on the calls we executed"] += on_ours["valid"] == ours["correct"]
+        self.counts["correct for both"] += ours["correct"] and theirs["valid"]
+        self.counts["the package raises an exception"] += bool(theirs["raised"])
         why = self.reason(sample, ours, theirs)
-        self.counts[f"all that are {why}"] += bool(why)
-        results = differing_results(ours, theirs) if not why.startswith("read") else []
-        for mine, other in [] if why.startswith("read") else zip(ours["results"], theirs["results"], strict=False):
-            fate = "refused too" if other.startswith("Error during execution") else f"executed: {mine[:40]}"
-            self.counts[f"calls that we refused and the package {fate}"] += mine.endswith(NOT_EXECUTED)
+        self.counts[f"all with the reason: {why}"] += bool(why)
+        results = differing_results(ours, theirs) if not why.startswith("parsed") else []
+        for mine, other in [] if why.startswith("parsed") else zip(ours["results"], theirs["results"], strict=False):
+            fate = "rejected too" if other.startswith("Error during execution") else f"executed: {mine[:40]}"
+            self.counts[f"calls that we did not execute and the package {fate}"] += mine.endswith(NOT_EXECUTED)
         if is_equal and not results and on_ours["valid"] == ours["correct"]:
             self.same_verdict(why, ours, theirs)
             return
@@ -150,31 +153,30 @@ class Tally:
             why = "UNEXPLAINED"
         self.unexplained += not why or "UNEXPLAINED" in why
         self.counts[f"differing, {why or 'UNEXPLAINED'}"] += 1
-        if not why.startswith("read") or "UNEXPLAINED" in why:
+        if not why.startswith("parsed") or "UNEXPLAINED" in why:
             print_difference(why, sample, ours, theirs, on_ours, results)
 
     def reason(self, sample: Sample, ours: Sample, theirs: Sample) -> str:
-        """Why the verdicts may differ, if those on the calls that we took are equal; empty where they may not."""
+        """Return why the verdicts may differ although those on the executed calls agree; empty if they must agree."""
         mine, other = (json.dumps(read, sort_keys=True) for read in (parse_recording(sample), theirs["decoded"]))
         if mine != other:
-            return f"read differently ({', '.join(explain_parsing(sample['response'])) or 'UNEXPLAINED'})"
+            return f"parsed differently ({', '.join(explain_parsing(sample['response'])) or 'UNEXPLAINED'})"
         if ours["reason"].startswith(UNKNOWN_TOOL):
-            return "calls of no tool of the sample, for relevance"
+            return "a relevance sample answered by a tool that it does not have"
         return "not executed" if any(result.endswith(NOT_EXECUTED) for result in ours["results"]) else ""
 
     def same_verdict(self, why: str, ours: Sample, theirs: Sample) -> None:
-        """Note where a wrong sample is wrong for another reason."""
-        self.counts["equal words of all tools"] += bool(ours["results"]) and not why
+        """Count a sample with equal verdicts, and note if both sides give different reasons for an error."""
+        self.counts["equal results of all tools"] += bool(ours["results"]) and not why
         error = ours["reason"].partition(": ")[0]
         if not why and not theirs["raised"] and error != theirs["error"]:
             self.errors[f"{error} for {theirs['error']}"] += 1
 
     def report(self, name: str) -> None:
-        """Print all of it."""
-        print(f"\n{name}: {self.counts['equal']} of {self.counts['equal'] + self.counts['differing']} verdicts equal")
+        print(f"\n{name}: {self.counts['equal']} of {self.counts['equal'] + self.counts['differing']} verdicts agree")
         listed = {
             "counts": self.counts,
-            "other reasons of equal verdicts, ours for theirs": self.errors,
+            "different reasons for equal verdicts, ours for theirs": self.errors,
             "mutations": {kind: f"{number}, {self.differing[kind]} differ" for kind, number in self.kinds.items()},
         }
         for title, found in listed.items():
@@ -184,16 +186,15 @@ class Tally:
 def print_difference(
     why: str, sample: Sample, ours: Sample, theirs: Sample, on_ours: Sample, results: Sequence[Any]
 ) -> None:
-    """Print one difference."""
     print(f"\n{why or 'UNEXPLAINED'}: {sample['id']} {sample['kinds']}")
     print(f"  ours {ours['correct']} {ours['reason'][:200]!r}; results that differ: {results[:2]}")
-    for name, verdict in (("theirs", theirs), ("theirs on the calls we took", on_ours)):
+    for name, verdict in (("theirs", theirs), ("theirs on the calls we executed", on_ours)):
         print(f"  {name} {verdict['valid']} {verdict['error']} {verdict['raised']}")
     print(f"  {sample['response']!r:.1500}")
 
 
 def compare(name: str, samples: list[Sample], benchmark: Bfcl, version: Version, python: str) -> int:
-    """Judge all samples and print what differs; how many differences are not explained."""
+    """Judge all samples, print the differences, and return the number of unexplained ones."""
     ours = [judge(benchmark, sample) for sample in samples]
     theirs = judge_officially(samples, version, python)
     responses = [executed_calls(row) for row in ours]
@@ -208,16 +209,18 @@ def compare(name: str, samples: list[Sample], benchmark: Bfcl, version: Version,
 
 
 def drop_duplicate_ids(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples without the one whose id another sample of v3 has as well: the package cannot tell them apart."""
+    """Keep the first sample of each id: v3 has a duplicate id, which the package cannot distinguish."""
     return list({entry["id"]: entry for entry in reversed(entries)}.values())[::-1]
 
 
 def main() -> int:
-    """Compare on both kinds of samples; 1 if anything differs for no known reason."""
+    """Compare on single-turn and multi-turn samples; return 1 if any difference is unexplained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", required=True, choices=["v3", "v4"])
-    parser.add_argument("--official-python", required=True, help="interpreter that can import bfcl_eval's eval_runner")
-    parser.add_argument("--single", type=int, default=3000, help="predictions for samples with one turn")
+    parser.add_argument(
+        "--official-python", required=True, help="Python interpreter that can import eval_runner of bfcl_eval"
+    )
+    parser.add_argument("--single", type=int, default=3000, help="predictions for single-turn samples")
     parser.add_argument("--multi", type=int, default=400, help="predictions for conversations")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""The official verdicts for `bfcl_official.py`: bfcl-eval's own inference loop and its own runners, in its own process.
+"""Official verdicts for `bfcl_official.py`: the inference loop and the runners of bfcl-eval in a separate process.
 
-Runs in an environment that has what `bfcl_eval.eval_checker.eval_runner` imports (see `bfcl_official.py`); needs
-nothing of rest_rl. The official executor evaluates what it is given: feed it harmless texts only.
+Needs an environment with the imports of `bfcl_eval.eval_checker.eval_runner` (see `bfcl_official.py`), but not rest_rl.
+The official executor evaluates the calls as Python code: pass it only harmless texts.
 
     python benchmarks/bfcl_official_side.py VERSION FOLDER SAMPLES.json VERDICTS.json
 """
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 MODEL_NAME = "restrl"
-"""Also what our sandbox calls the model: upstream puts it into texts that look like calls."""
+"""The model name that our sandbox uses too, because upstream writes it into tool results."""
 RELEVANCE_CATEGORIES = ("irrelevance", "live_irrelevance", "live_relevance")
 
 
 def parse_tool_lines(text: str) -> list[dict[str, Any]]:
-    """The calls of a text as ToolRL's evaluation reads them: after the last tag, one per line, bad lines left out."""
+    """Parse the calls of a text like ToolRL's evaluation: after the last tag, one per line, skipping bad lines."""
     if "<tool_call>" not in text:
         raise ValueError("no call")
     block = text.rsplit("<tool_call>", maxsplit=1)[-1].split("</tool_call>", maxsplit=1)[0]
@@ -44,12 +44,12 @@ def parse_tool_lines(text: str) -> list[dict[str, Any]]:
 
 
 def parse_json_calls(text: str) -> list[dict[str, Any]]:
-    """The calls of a text that is a JSON list of them; an empty text ends a turn."""
+    """Parse a text that is a JSON list of calls; an empty text ends a turn."""
     return json.loads(text) if text else []
 
 
 class ReplayHandler:
-    """What a handler of the package says and reads: the recording, turn by turn and step by step."""
+    """Overrides of the package's model handler that replay a recording turn by turn and step by step."""
 
     def begin(self, sample: dict[str, Any]) -> None:
         self.is_fc_model = True
@@ -104,15 +104,15 @@ class ReplayHandler:
 
 
 def import_bfcl(name: str) -> Any:
-    """A module of bfcl_eval."""
     return importlib.import_module(f"bfcl_eval.{name}")
 
 
 class OfficialEvaluator:
-    """One release, its samples by category, and its runners with their score files kept in memory."""
+    """One release: its samples by category, and its runners with their score files kept in memory."""
 
     def __init__(self, version: str) -> None:
         self.version = version
+        # A stand-in for the module that imports the client libraries of all model vendors.
         models = types.ModuleType("bfcl_eval.constants.model_config")
         config = types.SimpleNamespace(underscore_to_dot=False, is_fc_model=True)
         vars(models)["MODEL_CONFIG_MAPPING"] = {MODEL_NAME: config}
@@ -127,11 +127,11 @@ class OfficialEvaluator:
         self.loaded: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
 
     def keep(self, filename: str, data: list[dict[str, Any]], *_: Any, **__: Any) -> None:
-        """The rows of a score file: a head, then those that failed."""
+        # Called instead of writing a score file, which has a header row and then the failed samples.
         self.written = data
 
     def load(self, category: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """(samples for the loop, samples for the runner, answers) of a category, by id, as the package loads them."""
+        """Load a category as the package does; return samples for the loop, samples for the runner, answers, by id."""
         utils = import_bfcl("utils")
         config = import_bfcl("constants.eval_config")
         if self.version == "v4":
@@ -151,7 +151,7 @@ class OfficialEvaluator:
         return *by_id, {row["id"]: answer for row, answer in pairs}
 
     def verdict(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """What the loop and the runner of the category make of one recording."""
+        """Run the loop and the category's runner on one recording."""
         category, identity = sample["category"], sample["id"].partition("#")[0]
         if category not in self.loaded:
             self.loaded[category] = self.load(category)
@@ -165,16 +165,16 @@ class OfficialEvaluator:
             failed = self.written[1:]
             error = failed[0].get("error_type") or failed[0].get("error", {}).get("error_type") if failed else ""
             found = {"valid": not failed, "error": error, "raised": ""}
-        except Exception as problem:  # a run of the package would end here
+        except Exception as problem:  # a run of the package would stop here
             found = {"valid": False, "error": "", "raised": f"{type(problem).__name__}: {problem}"[:200]}
         seconds = time.perf_counter() - start
         executor = vars(import_bfcl("eval_checker.multi_turn_eval.multi_turn_utils"))
         for name in [name for name in executor if name.endswith("_instance")]:
-            del executor[name]  # or the next recording for this sample goes on from here
+            del executor[name]  # otherwise the next recording of this sample continues with this state
         return {**found, "results": self.handler.results, "seconds": seconds}
 
     def run(self, category: str, result: dict[str, Any], prompt: Any, answer: Any) -> None:
-        """The runner that `evaluate_task` takes for the category, on one sample."""
+        """Run the runner that `evaluate_task` selects for the category on one sample."""
         results, prompts, answers, folder = [result], [prompt], [answer], Path()
         if category in RELEVANCE_CATEGORIES:
             self.runner.relevance_file_runner(self.handler, results, prompts, MODEL_NAME, category, folder)
@@ -189,7 +189,7 @@ class OfficialEvaluator:
 
 
 def decode_recording(response: Any) -> Any:
-    """The calls of a recording by turn and step, as the handler reads them."""
+    """Return the calls of a recording by turn and step, as the handler parses them."""
     if not isinstance(response, str):
         return [[decode_recording(step) for step in turn] for turn in response]
     try:
@@ -199,7 +199,7 @@ def decode_recording(response: Any) -> Any:
 
 
 def main() -> None:
-    """Judge every sample of the first file into the second."""
+    """Judge every sample of the first file and write the verdicts to the second."""
     version, folder, source, target = sys.argv[1:]
     samples = json.loads(Path(source).read_text(encoding="utf-8"))
     output = Path(target).resolve()

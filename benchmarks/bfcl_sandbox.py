@@ -1,7 +1,7 @@
-"""What keeping a model's calls in processes apart costs: BFCL by oracle in the sandbox and in this process.
+"""Measure the cost of the BFCL sandbox: gold responses evaluated in the sandbox and in this process.
 
-Both evaluate the same samples by the same code; the second asks the release directly, without a process, limits or
-walls. Times are of the processor, of this process and those that it has waited for.
+Both evaluate the same samples with the same code; the second calls the release directly, without a separate process or
+limits. CPU times include this process and its finished children.
 
     python benchmarks/bfcl_sandbox.py --version v4 [--categories non_live]
 """
@@ -53,11 +53,11 @@ class InProcessSandbox:
         return Session(ask, identity)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is no process to end."""
 
 
 def evaluate(version: Any, categories: Sequence[str] | None) -> tuple[int, float, float]:
-    """(correct samples, seconds of the processor, seconds) of an evaluation from its start to its end."""
+    """Return (correct samples, CPU seconds, wall seconds) of an evaluation."""
     wall, before = perf_counter(), sum(os.times()[:4])
     bfcl = benchmark.Bfcl(version, categories)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,9 +76,9 @@ def main() -> None:
     apart = evaluate(arguments.version, arguments.categories)
     benchmark.Sandbox = InProcessSandbox
     here = evaluate(arguments.version, arguments.categories)
-    for name, (correct, seconds, wall) in {"apart": apart, "in this process": here}.items():
-        print(f"{name:16} {correct} correct, {seconds:.1f} s of the processor, {wall:.1f} s")
-    print(f"ratio            {apart[1] / here[1]:.2f} of the processor, {apart[2] / here[2]:.2f} in all")
+    for name, (correct, seconds, wall) in {"in the sandbox": apart, "in this process": here}.items():
+        print(f"{name:16} {correct} correct, {seconds:.1f} s of CPU time, {wall:.1f} s of wall time")
+    print(f"ratio            {apart[1] / here[1]:.2f} in CPU time, {apart[2] / here[2]:.2f} in wall time")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Memory and time of a run on verl by arithmetic, for docs/cluster.md: nothing here is measured.
+"""Calculate memory and time of a run on verl for docs/cluster.md; nothing here is measured.
 
     python benchmarks/cluster_estimate.py            # the tables of docs/cluster.md
     python benchmarks/cluster_estimate.py 8B 32      # one model on 32 GPUs, term by term
 
-The batch is the paper's: 512 prompts x 4 responses, learnt from in 8 optimizer steps. Change the constants for yours.
+The batch is the paper's: 512 prompts x 4 responses in 8 optimizer steps. Change the constants for your own run.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from dataclasses import dataclass
 
 PROMPTS, GROUP, UPDATES = 512, 4, 8
 PROMPT, RESPONSE, MAX_RESPONSE = 700, 512, 2048
-"""Tokens of a prompt, of a response on average, of the longest one (assumed; a first run tells)."""
+"""Tokens of a prompt, of an average response and of the longest response (assumed; your first run shows them)."""
 MFU = 0.35
-"""Share of the peak that forward and backward reach (assumed)."""
+"""Share of the peak FLOP/s that forward and backward passes reach (assumed)."""
 BANDWIDTH_SHARE = 0.5
-"""Share of the memory's bandwidth that decoding reaches (assumed)."""
+"""Share of the memory bandwidth that decoding reaches (assumed)."""
 GPUS = {"A100": (312e12, 2.04e12), "H100": (989e12, 3.35e12)}
-"""Dense bfloat16 FLOP/s and bytes/s of the 80 GB models, from the vendor's data sheets."""
+"""Dense bfloat16 FLOP/s and memory bytes/s of the 80 GB models, from the vendor's data sheets."""
 GPU_BYTES = 79.1 * 2**30
 ALLOWANCE = 4 * 2**30
 """CUDA, NCCL, fragmentation and a sleeping vLLM (assumed)."""
 ROLLOUT_SHARE = 0.5
-"""gpu_memory_utilization of the recipes."""
+"""`gpu_memory_utilization` of the recipes."""
 VOCABULARY = 151_936
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Qwen3 model; `tokens` and `tensor_parallel` are the recipe's."""
+    """A Qwen3 model; `tokens` (per micro-batch and GPU) and `tensor_parallel` come from the recipe."""
 
     layers: int
     hidden: int
@@ -66,37 +66,41 @@ SHAPES = {
 
 
 def memory_parts(shape: ModelShape, gpus: int) -> dict[str, float]:
-    """Bytes of one GPU by part; FSDP2 over all GPUs, products in bfloat16, activations checkpointed."""
+    """Return the bytes on one GPU by part: FSDP2 over all GPUs, bfloat16 products, activation checkpointing."""
     n, tokens = shape.parameters, shape.tokens
     return {
-        "weights, gradients, Adam (4 + 4 + 8 bytes a parameter / GPUs)": 16 * n / gpus,
-        "two layers and the embedding gathered (2 bytes)": 2 * (2 * shape.layer + VOCABULARY * shape.hidden),
-        "checkpoints: an input a layer (2 bytes x hidden x layers x tokens)": 2 * shape.hidden * shape.layers * tokens,
-        "one layer run again": 2 * tokens * (8 * shape.hidden + 4 * shape.inner),
+        "weights, gradients, Adam (4 + 4 + 8 bytes per parameter / GPUs)": 16 * n / gpus,
+        "two gathered layers and the embedding (2 bytes)": 2 * (2 * shape.layer + VOCABULARY * shape.hidden),
+        "checkpoints: one input per layer (2 bytes x hidden x layers x tokens)": 2
+        * shape.hidden
+        * shape.layers
+        * tokens,
+        "one recomputed layer": 2 * tokens * (8 * shape.hidden + 4 * shape.inner),
         "logits and their gradient (2 + 2 bytes x vocabulary x tokens)": 4 * VOCABULARY * tokens,
         "allowance": ALLOWANCE,
     }
 
 
 def update_bytes(shape: ModelShape, gpus: int) -> float:
-    """The height of an optimizer step."""
+    """Return the peak of an optimizer step."""
     return sum(memory_parts(shape, gpus).values())
 
 
 def generation_bytes(shape: ModelShape, gpus: int) -> float:
-    """The height of sampling: weights and Adam stay (without offload), vLLM takes its share."""
+    """Return the peak of sampling: weights and Adam states stay (no offload), vLLM takes its share."""
     return 12 * shape.parameters / gpus + ROLLOUT_SHARE * GPU_BYTES + ALLOWANCE
 
 
 def cached_responses(shape: ModelShape, tokens: int) -> int:
-    """Responses of a length, prompt included, that the cache of one vLLM engine holds at once; at most max_num_seqs."""
+    """Return how many responses of `tokens` tokens, prompt included, fit in the cache of one vLLM engine."""
     kept = 2 * shape.parameters + 2 * 2**30 * shape.tensor_parallel
     room = shape.tensor_parallel * ROLLOUT_SHARE * GPU_BYTES - kept
+    # At most max_num_seqs of vLLM.
     return min(256, int(room / (shape.cache * tokens)))
 
 
 def time_parts(shape: ModelShape, gpus: int, gpu: str) -> dict[str, float]:
-    """Seconds of one batch of responses by part, without communication."""
+    """Return the seconds of one batch of responses by part, without communication."""
     peak, bandwidth = GPUS[gpu]
     n, responses = shape.parameters, PROMPTS * GROUP
     tokens = responses * (PROMPT + RESPONSE)
@@ -105,22 +109,20 @@ def time_parts(shape: ModelShape, gpus: int, gpu: str) -> dict[str, float]:
     steps = max(MAX_RESPONSE, a_share * RESPONSE / cached_responses(shape, PROMPT + RESPONSE))
     cache_read = a_share * RESPONSE * (PROMPT + RESPONSE / 2) * shape.cache
     return {
-        "prefill (2 N a prompt token)": 2 * n * PROMPTS * PROMPT / (gpus * peak * MFU),
-        "decode (2 N bytes a step, at least as many as the longest response has tokens; cache)": (
+        "prefill (2 N per prompt token)": 2 * n * PROMPTS * PROMPT / (gpus * peak * MFU),
+        "decode (2 N bytes per step, at least one step per token of the longest response; plus cache reads)": (
             steps * 2 * n + cache_read
         )
         / engine,
-        "old log-probabilities (2 N a token)": 2 * n * tokens / (gpus * peak * MFU),
-        "update (6 N a token + 2 N for checkpointing)": 8 * n * tokens / (gpus * peak * MFU),
+        "old log-probabilities (2 N per token)": 2 * n * tokens / (gpus * peak * MFU),
+        "update (6 N per token + 2 N for checkpointing)": 8 * n * tokens / (gpus * peak * MFU),
     }
 
 
 def network_seconds(shape: ModelShape, gpus: int, node_bytes: float) -> float:
-    """Seconds of FSDP's traffic between nodes a batch, if none of it were hidden; 0 on one node.
-
-    A micro-batch gathers the weights twice (2 bytes) and reduces gradients once (4 bytes), old log-probabilities gather
-    once more; each node takes in all but its own part.
-    """
+    """Return the seconds of FSDP traffic between nodes per batch if none of it overlaps with computation."""
+    # A micro-batch gathers the weights twice (2 bytes each) and reduces the gradients once (4 bytes); old
+    # log-probabilities gather the weights once more. Each node receives everything except its own part.
     nodes = gpus // 8
     tokens = PROMPTS * GROUP * (PROMPT + RESPONSE)
     micro = UPDATES * max(1.0, tokens / UPDATES / gpus / shape.tokens)
@@ -129,7 +131,7 @@ def network_seconds(shape: ModelShape, gpus: int, node_bytes: float) -> float:
 
 
 def print_tables() -> None:
-    """The two tables of docs/cluster.md."""
+    """Print the two tables of docs/cluster.md."""
     print("| model | GPUs | update | sampling | of 79.1 GiB | responses in one cache |\n|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         for gpus in (8, 16, 32, 64):
@@ -155,9 +157,9 @@ def print_tables() -> None:
 
 
 def print_terms(name: str, gpus: int) -> None:
-    """One model on one cluster, term by term."""
+    """Print the terms for one model on one cluster."""
     shape = SHAPES[name]
-    print(f"Qwen3-{name}, {shape.parameters / 1e9:.2f} billion parameters, {gpus} GPUs, {shape.tokens} tokens a GPU")
+    print(f"Qwen3-{name}, {shape.parameters / 1e9:.2f} billion parameters, {gpus} GPUs, {shape.tokens} tokens per GPU")
     for what, size in memory_parts(shape, gpus).items():
         print(f"{size / 2**30:8.1f} GiB  {what}")
     for gpu in GPUS:

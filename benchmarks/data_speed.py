@@ -1,8 +1,8 @@
-"""Rows a second and peak memory of `rest-rl data check` on a made-up file of dialogues, by its number of rows.
+"""Measure rows per second and peak memory of `rest-rl data check` on generated dialogues, by number of rows.
 
     python benchmarks/data_speed.py --rows 20000 200000
 
-Each size is checked in a process of its own; that the peak hardly grows with the rows is the point.
+Each size runs in a separate process. The peak should hardly grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+# `ru_maxrss` never falls, so every size needs a process of its own.
 CHILD = """
 import resource, sys
 from rest_rl.cli.app import main
@@ -26,7 +27,7 @@ sys.exit(code)
 
 
 def write_dialogues(path: Path, rows: int) -> None:
-    """Dialogues of a call, its result and an answer, no two alike."""
+    """Write distinct dialogues of a call, its result and an answer."""
     properties = {"city": {"type": "string"}, "day": {"type": "integer"}}
     parameters = {"type": "object", "properties": properties, "required": ["city"]}
     tools = [{"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": parameters}}]
@@ -47,7 +48,7 @@ def write_dialogues(path: Path, rows: int) -> None:
 
 
 def main() -> None:
-    """Print one line a size."""
+    """Print one line per size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
     with tempfile.TemporaryDirectory() as folder:

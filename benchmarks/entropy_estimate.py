@@ -1,8 +1,9 @@
-"""How far the lagged moving average of region entropies is from the exact mean of the step it weighs.
+"""Measure the error of the lagged moving average of region entropies against the exact mean of the step it weights.
 
-Trains on the tool world, records the exact global sums of every step and replays them through `EntropyTracker` at
-several decays. For step k >= 1 the estimate is the average over steps < k. Two errors per decay: RMS of the entropy
-estimate in nats, and RMS of log(weight from estimate / weight from exact means), both weighed by token share.
+The script trains on the tool world, records the exact global sums of every step, and replays them through
+`EntropyTracker` at several decays. The estimate for step k >= 1 is the average over the steps before k. It prints two
+errors per decay, weighted by token share: the RMS error of the entropy in nats, and the RMS of
+log(weight from the estimate / weight from the exact means).
 
     python benchmarks/entropy_estimate.py --steps 60 --batch 64
 """
@@ -33,7 +34,7 @@ DECAYS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 class StepSums(TrainerCallback):
-    """With a decay of 0 the tracker holds the sums of the last step alone."""
+    """Records the sums of every step; with a decay of 0 the tracker contains only the last step."""
 
     def __init__(self) -> None:
         self.trainer: ResTTrainer | None = None
@@ -71,7 +72,8 @@ def record_sums(options: argparse.Namespace) -> list[Tensor]:
 def estimate_errors(
     sums: Sequence[Tensor], decay: float, config: WeightConfig, first: int
 ) -> tuple[float, float, Tensor]:
-    """(entropy RMS in nats, weight RMS in log, entropy RMS by region) of the estimate at steps `first` and after."""
+    """Return (entropy RMS in nats, weight RMS in log, entropy RMS by region) of the estimate from step `first` on."""
+    # Replay: at each step, compare the statistics of the steps before with the exact ones, then add the step.
     tracker, entropy_R, weight_R, counts_R = EntropyTracker(decay), torch.zeros(6), torch.zeros(6), torch.zeros(6)
     for step, exact_3R in enumerate(sums):
         estimate = tracker.statistics()
@@ -83,7 +85,7 @@ def estimate_errors(
             seen_R = (exact_3R[COUNTS] > 0) & (estimate.counts_R > 0)
             gap_R = (estimate.entropies_R - truth.entropies_R).square()
             log_R = (region_weights(estimate, config) / region_weights(truth, config)).log().square()
-            # Every region of a step counts by its share of tokens.
+            # Each region of a step counts by its share of tokens.
             shares_R = exact_3R[COUNTS] / exact_3R[COUNTS].sum()
             entropy_R += torch.where(seen_R, gap_R * shares_R, 0.0)
             weight_R += torch.where(seen_R, log_R * shares_R, 0.0)
@@ -96,7 +98,7 @@ def estimate_errors(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED, help="model folder; the packaged one by default")
+    parser.add_argument("--model", default=EMBEDDED, help="model folder (default: the embedded model)")
     parser.add_argument("--preset", default="rest")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=64)
@@ -117,6 +119,7 @@ def main() -> None:
         entropy, weight, by_region_R = estimate_errors(sums, decay, config, first=1)
         cells = " | ".join(f"{value:.4f}" for value in by_region_R.tolist())
         print(f"| {decay} | {entropy:.4f} | {weight:.4f} | {cells} |")
+    # The yardstick: the error of equal weights, which need no estimate at all.
     flat = torch.zeros(6, dtype=torch.float64)
     for table in sums[1:]:
         exact = EntropyTracker()

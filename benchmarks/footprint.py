@@ -1,10 +1,10 @@
-"""The memory estimate against real training steps on the CPU: bytes of live tensors, counted allocation by allocation.
+"""Compare the memory estimate with real training steps on the CPU, counting the bytes of all live tensors.
 
 Each row trains a model of some tens of millions of parameters for two optimizer steps with TRL's GRPOTrainer (two
-micro-batches a step, `model.generate`) and prints the peak of the update and of generation as shares of the estimate.
-Counted are the storages of all tensors, not the process's memory: no allocator, no library buffers, no fragmentation.
-With --published it does the same for the forward and backward pass of the published architectures, with tensors that
-have no storage (optimizer states are left out on both sides): what torch would hold on a CPU, in seconds.
+micro-batches per step, `model.generate`) and prints the measured peaks of update and generation relative to the
+estimate. It counts tensor storages, not the memory of the process: no allocator, library buffers or fragmentation. With
+--published it counts a forward and backward pass of the published architectures with fake tensors, which have no
+storage and take seconds; optimizer states are left out on both sides.
 
 python benchmarks/footprint.py
 python benchmarks/footprint.py --published
@@ -47,7 +47,7 @@ MODELS = {"qwen3": Qwen3Config, "llama": LlamaConfig}
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation returns, until it is freed."""
+    """Counts the bytes of every storage returned by an operation until the storage is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,6 +68,7 @@ class LiveBytes(TorchDispatchMode):
             self.seen.add(key)
             self.now += size
             self.peak = max(self.peak, self.now)
+            # `_cdata` identifies a storage across views; it can be reused only after this callback has dropped it.
             weakref.finalize(storage, self.drop, key, size)
 
     def drop(self, key: int, size: int) -> None:
@@ -76,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class MeasuredTrainer(GRPOTrainer):
-    """Notes the peak of generation and of everything from a loss to the end of its step."""
+    """Records the peak of generation, and the peak from the loss to the end of the step."""
 
     live: LiveBytes
     peaks: dict[str, int]
@@ -97,6 +98,7 @@ class MeasuredTrainer(GRPOTrainer):
         return result
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        # Restart the peak here: generation and rewards before the loss are measured separately.
         self.live.peak = self.live.now
         return super().compute_loss(*args, **kwargs)
 
@@ -157,7 +159,7 @@ def measure(row: dict[str, Any], prompt: int, completion: int, batch: int, layer
 
 @contextlib.contextmanager
 def without_storage(model: Any) -> Iterator[LiveBytes]:
-    """Give a model on the meta device fake tensors on the CPU, and count."""
+    """Replace the meta tensors of a model by fake CPU tensors, and count their bytes."""
     with FakeTensorMode(), LiveBytes() as live:
         for module in model.modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:  # noqa: SLF001
@@ -170,7 +172,7 @@ def without_storage(model: Any) -> Iterator[LiveBytes]:
 
 
 def count_published(name: str, *, lora: Any, checkpointing: bool, batch: int, tokens: int) -> tuple[int, int]:
-    """(counted, estimated) bytes of two forward and backward passes, autocast to bfloat16."""
+    """Return (counted, estimated) bytes of two forward and backward passes under bfloat16 autocast."""
     dtype = "bfloat16" if lora else "float32"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(published_config(name), dtype=getattr(torch, dtype))
@@ -183,6 +185,7 @@ def count_published(name: str, *, lora: Any, checkpointing: bool, batch: int, to
     with without_storage(model) as live:
         model.get_base_model().tie_weights() if lora else model.tie_weights()
         ids = torch.zeros(batch, tokens, dtype=torch.long)
+        # The first pass allocates the gradients; the second one shows the peak of a steady state.
         for _ in range(2):
             live.peak = live.now
             with torch.autocast("cpu", torch.bfloat16):

@@ -1,9 +1,9 @@
-"""Cost of reading a response in each format, as a ratio to toolrl, with and without spans.
+"""Measure the cost of parsing a response in each format relative to toolrl, with and without spans.
 
     python benchmarks/format_cost.py
 
-The same 200 responses (a thought of 250 words, one to four calls) are written and parsed in every format in one
-process, in turns; the table gives the median CPU time of a response and its ratio.
+One process renders the same 200 responses (a thought of 250 words, one to four calls) in every format and parses them
+in alternation. The table shows the median CPU time per response and its ratio.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ WORDS = (
 
 
 def main() -> None:
-    """Print the table."""
     rng = random.Random(0)
     turns = [
         (
@@ -37,6 +36,7 @@ def main() -> None:
     ]
     texts = {name: [f.render(thought, calls, None) for thought, calls in turns] for name, f in FORMATS.items()}
     seconds: dict[tuple[str, bool], list[float]] = {}
+    # Formats alternate within a round, so that drift of the machine affects all of them alike.
     for _ in range(ROUNDS):
         for name, tool_format in FORMATS.items():
             for spans in (True, False):

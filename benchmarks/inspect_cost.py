@@ -1,11 +1,11 @@
-"""What `inspect` costs beside `score` on responses that are made to hurt a parser, in one process, as a ratio.
+"""Measure the cost of `inspect` relative to `score` on responses that are hard to parse.
 
-    python benchmarks/inspect_cost.py            # the embedded tokenizer; add --tokenizer DIR for another
+    python benchmarks/inspect_cost.py            # the embedded tokenizer; pass --tokenizer DIR for another
 
-Both commands run on the same file of 38 responses (3.4 million characters, 3 million tokens): 100,000 braces, think
-tags 20,000 deep, JSON 25,000 deep, 10,000 calls, a string of a megabyte. Seconds are those of the processor, the best
-of three. `inspect` cannot be cheaper than tokenizing, which `score` does not do. The peak of memory is that of the
-whole process.
+Both commands run in one process on the same file of 38 responses (3.4 million characters, 3 million tokens): 100,000
+braces, think tags nested 20,000 deep, JSON nested 25,000 deep, 10,000 calls, a string of one megabyte. Times are CPU
+seconds, the best of three. `inspect` cannot be cheaper than tokenizing, which `score` does not do. The memory peak is
+that of the whole process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CALL = '{"name": "f", "%s": {"a": 1}}'
 
 
 def hostile_responses() -> list[str]:
-    """Long, deep, unclosed and broken responses, and a few short odd ones."""
+    """Return long, deeply nested, unclosed and malformed responses, and a few short odd ones."""
     hermes = "<tool_call>\n" + CALL % "arguments" + "\n</tool_call>"
     deep = '{"a":' * 25_000 + "1" + "}" * 25_000
     long = [
@@ -96,11 +96,11 @@ def report(tokenizer: str) -> None:
         times = {what: min(call() for _ in range(3)) for what, call in run.items()}
     print(f"{len(texts)} responses, {sum(map(len, texts)):,} characters")
     for what, taken in times.items():
-        print(f"{what:15} {taken:6.2f} s, {taken / times['score']:5.1f} times score")
+        print(f"{what:15} {taken:6.2f} s, {taken / times['score']:5.1f} x score")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="What inspect costs beside score")
+    parser = argparse.ArgumentParser(description="Measure the cost of inspect relative to score")
     parser.add_argument("--tokenizer", default=str(Path(__file__).parent.parent / "src/rest_rl/assets/tool_world"))
     report(parser.parse_args().tokenizer)

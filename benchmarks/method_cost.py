@@ -1,10 +1,10 @@
-"""Cost of tagging, weighing and scoring, beside the published code where a copy of it is at hand.
+"""Measure the cost of tagging, weighting and scoring, compared with the published code if a copy is given.
 
     python benchmarks/method_cost.py --published DIR
 
 DIR is a checkout of https://github.com/1229095296/ResT_Tool_use_LLM (for `recipe/custom/token_weighting.py` and
-`verl/utils/reward_score/rlla.py`). Both sides run in one process on the same texts, ids and tokenizer, in turns; the
-table gives the median CPU time of each and their ratio. What the published code prints is discarded unformatted.
+`verl/utils/reward_score/rlla.py`). Both sides run alternately in one process on the same texts, ids and tokenizer. The
+table shows their median CPU times and the ratio. The output of the published code is discarded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WORDS = (
 
 
 def make_responses(count: int, rng: random.Random) -> list[tuple[str, Gold]]:
-    """Responses of about 400 tokens with one to three calls, most of them not quite their gold."""
+    """Return responses of about 400 tokens with one to three calls, most of which differ from the gold calls."""
     rows = []
     for _ in range(count):
         thought = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(250, 410)))
@@ -52,7 +52,7 @@ def make_responses(count: int, rng: random.Random) -> list[tuple[str, Gold]]:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE like Qwen's, small enough to train here."""
+    """Train a small byte-level BPE tokenizer like Qwen's."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -72,7 +72,7 @@ def load_module(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.print = lambda *_, **__: None  # type: ignore[attr-defined] - shadows the built-in in that module alone
+    module.print = lambda *_, **__: None  # type: ignore[attr-defined] - shadows the built-in only in that module
     return module
 
 
@@ -83,7 +83,7 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 
 
 def compare(title: str, count: int, ours: Callable[[], Any], theirs: Callable[[], Any] | None, rounds: int) -> None:
-    """One line of the table: median CPU time per response of both sides, measured in turns."""
+    """Print one line of the table: median CPU time per response of both sides, measured alternately."""
     ours()
     mine, other = [], []
     for _ in range(rounds):
@@ -109,30 +109,32 @@ def main() -> None:
     ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False)
     ids_BT, mask_BT = ids["input_ids"], ids["attention_mask"]
     entropies_BT = torch.rand(ids_BT.shape)
-    weigh = score_theirs = None
+    weight_theirs = score_theirs = None
     if args.published:
         weighting = load_module(args.published / "recipe/custom/token_weighting.py")
         reward = load_module(args.published / "verl/utils/reward_score/rlla.py")
         batch = {"loss_mask": mask_BT.float(), "response_text": texts, "step": 30}
         golds = [FORMAT.render("a", gold.calls, gold.answer) for _, gold in rows]
 
-        def weigh() -> None:
+        def weight_theirs() -> None:
             weighting.build_token_weight(batch, tokenizer)
 
         def score_theirs() -> None:
             for text, gold in zip(texts, golds, strict=True):
                 reward.compute_score(text, gold, 30)
 
-    print(f"{args.responses} responses, mean {mask_BT.sum(-1).float().mean():.0f} tokens; CPU microseconds a response")
+    print(
+        f"{args.responses} responses, mean {mask_BT.sum(-1).float().mean():.0f} tokens; CPU microseconds per response"
+    )
     print(f"{'':28s} {'rest-rl':>12s} {'published':>12s} {'ratio':>8s}")
     for preset in ("rest", "authors-code"):
         compare(
-            f"tag and weigh, {preset}",
+            f"tag and weight, {preset}",
             args.responses,
             lambda preset=preset: compute_token_weights(
                 ids_BT, mask_BT, tokenizer, preset=preset, entropies=entropies_BT
             ),
-            weigh,
+            weight_theirs,
             args.rounds,
         )
     for preset in ("rest", "authors-code"):

@@ -1,7 +1,7 @@
-"""What a ResT step costs over a GRPO step: one run, the two alternating, in CPU seconds of this process.
+"""Measure the cost of a ResT step relative to a GRPO step in CPU seconds, alternating both in one run.
 
-The two steps of a pair have the same prompts, the same random state and, at learning rate 0, the same policy, so they
-sample and score the same responses; which of them comes first alternates too.
+The two steps of a pair have the same prompts, the same random state and, at learning rate 0, the same policy. They
+therefore sample and score the same responses. Which step comes first alternates as well.
 
 python benchmarks/step_cost.py --pairs 12 --batch 64
 """
@@ -26,11 +26,11 @@ from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer
 
 
 def is_grpo_step(step: int) -> bool:
-    return step % 4 in (0, 3)
+    return step % 4 in (0, 3)  # GRPO, ResT, ResT, GRPO: each method is first in every other pair
 
 
 class AlternatingTrainer(ResTTrainer):
-    """Stock GRPO in one step of a pair, ResT in the other; the reward is the same in both."""
+    """Uses stock GRPO in one step of a pair and ResT in the other, with the same reward."""
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -38,7 +38,7 @@ class AlternatingTrainer(ResTTrainer):
         loss_of = GRPOTrainer if is_grpo_step(self.state.global_step) else ResTTrainer
         return loss_of.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
-    def _weigh(self, *args: Any) -> Any:
+    def _weight_advantages(self, *args: Any) -> Any:
         start = time.process_time()
         weights_BT = super()._weight_advantages(*args)
         self.weighing.append(time.process_time() - start)
@@ -52,6 +52,7 @@ class StepTimer(TrainerCallback):
         self.steps: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Both steps of a pair sample the same responses.
         torch.manual_seed(state.global_step // 2)
         self.start = time.process_time()
 
@@ -61,7 +62,7 @@ class StepTimer(TrainerCallback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMBEDDED, help="model folder; the packaged one by default")
+    parser.add_argument("--model", default=EMBEDDED, help="model folder (default: the embedded model)")
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
@@ -84,6 +85,7 @@ def main() -> None:
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    # The first pair warms up and is dropped.
     stock = [seconds for step, seconds in enumerate(clock.steps) if is_grpo_step(step)][1:]
     ours, weighing = (
         [seconds for step, seconds in enumerate(clock.steps) if not is_grpo_step(step)][1:],
@@ -91,7 +93,7 @@ def main() -> None:
     )
     ratios = [b / a for a, b in zip(stock, ours, strict=True)]
     print(f"{options.pairs} pairs of steps, {options.batch} responses each, {options.threads} thread(s), CPU seconds\n")
-    print("| GRPO step | ResT step | ratio of medians | median of paired ratios | weighing | weighing / GRPO step |")
+    print("| GRPO step | ResT step | ratio of medians | median of paired ratios | weighting | weighting / GRPO step |")
     print("|---|---|---|---|---|---|")
     a, b, w = map(statistics.median, (stock, ours, weighing))
     print(f"| {a:.3f} | {b:.3f} | {b / a:.3f} | {statistics.median(ratios):.3f} | {w:.4f} | {w / a:.2%} |")

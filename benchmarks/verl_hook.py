@@ -1,9 +1,9 @@
-"""What the token weights cost the process that drives a run on verl, by the number of responses of a step.
+"""Measure the cost of the token weights in the driver process of a verl run, by number of responses per step.
 
-Responses are made up: a thought and one to five calls, 130 to 700 tokens, in jagged tensors as verl's TransferQueue
-hands them over. Timed side by side: what the stock trainer computes at this place with verl's own functions (padding
-and GRPO's advantages; without verl it is left out), then ours: regions, weights, sums, the reshaped advantages and the
-figures of the step. Each in a process of its own, with its peak of memory above the batch.
+The responses are generated: a thought and one to five calls, 130 to 700 tokens, in jagged tensors as from verl's
+TransferQueue. The script times the stock trainer's work at this point with verl's own functions (padding and GRPO
+advantages; pass --sides ours if verl is not installed) and ours: regions, weights, sums, the weighted advantages and
+the metrics of the step. Each side runs in a separate process and reports its memory peak above the batch.
 
     python benchmarks/verl_hook.py --tokenizer DIR --sizes 2048,8192,32768,131072
 """
@@ -36,7 +36,6 @@ DISTINCT, GROUP = 512, 8
 
 
 def make_response(rng: random.Random) -> str:
-    """A thought and one to five calls."""
     calls = [
         ToolCall(f"tool_{rng.randrange(40)}", {rng.choice(WORDS): " ".join(rng.choices(WORDS, k=6)) for _ in range(3)})
         for _ in range(rng.randint(1, 5))
@@ -45,12 +44,11 @@ def make_response(rng: random.Random) -> str:
 
 
 def to_jagged(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of different lengths in one tensor."""
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
 def make_batch(size: int, tokenizer: Any) -> dict[str, Any]:
-    """A batch of `size` responses, `DISTINCT` of them different."""
+    """Return a batch of `size` responses, of which `DISTINCT` are different."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     texts = [make_response(rng) for _ in range(DISTINCT)]
     ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -66,7 +64,7 @@ def make_batch(size: int, tokenizer: Any) -> dict[str, Any]:
 
 
 def run_stock(batch: dict[str, Any], tokenizer: Any) -> None:
-    """What verl's trainer does here itself, by verl's own functions."""
+    """Do the work of verl's trainer at this point with verl's own functions."""
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
     from verl.workers.utils.padding import response_to_nested
 
@@ -82,7 +80,7 @@ def run_stock(batch: dict[str, Any], tokenizer: Any) -> None:
 
 
 def run_ours(batch: dict[str, Any], tokenizer: Any) -> None:
-    """What the plugin does besides."""
+    """Do the additional work of the plugin."""
     tool_format = FORMATS["toolrl"]
     tracker = EntropyTracker(0.7)
     tracker.update(torch.tensor([[9.0] * 6, [0.3, 0.5, 1.0, 3.0, 2.0, 2.0], [1.0] * 6]))
@@ -111,12 +109,13 @@ SIDES: dict[str, Callable[[dict[str, Any], Any], None]] = {"stock": run_stock, "
 
 
 def peak_gib() -> float:
-    """The process's largest memory so far, in GiB."""
+    """Return the memory peak of the process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure(side: str, size: int, folder: str) -> dict[str, float]:
-    """CPU seconds on one thread and memory of one side at one size, after a small batch that warms everything up."""
+    """Measure CPU seconds on one thread and memory of one side at one size, after a small warm-up batch."""
+    # The batch exists before the clock and the memory baseline start.
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(folder)
     SIDES[side](make_batch(2 * GROUP, tokenizer), tokenizer)
@@ -128,12 +127,14 @@ def measure(side: str, size: int, folder: str) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measure every size, one process each; print a table."""
+    """Measure every size in its own process and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", default=str(embedded_model_dir()), help="folder of a tokenizer")
+    parser.add_argument(
+        "--tokenizer", default=str(embedded_model_dir()), help="tokenizer folder (default: the embedded model)"
+    )
     parser.add_argument("--sizes", default="2048,8192,32768,131072", help="responses per step")
     parser.add_argument("--sides", default="stock,ours", help="stock, ours or both")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     rows = []
     print("responses    tokens    side  CPU seconds  ms each   GiB above the batch   MB from and to the queue")

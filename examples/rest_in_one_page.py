@@ -1,10 +1,10 @@
-"""ResT in one page: the whole method in a plain PyTorch loop, without a trainer library, in about two minutes on a CPU.
+"""ResT on one page: the whole method in a plain PyTorch loop without a trainer library, about two minutes on a CPU.
 
     python examples/rest_in_one_page.py --steps 20
 
-What a trainer adds and this page leaves out: several updates per batch of samples, gradient accumulation, several
-processes, checkpoints. What it shares with `rest-rl train`: every equation. Shapes: B = P * G responses (P prompts, G
-responses each), S prompt tokens, T completion tokens, R regions, V vocabulary.
+Every equation is that of `rest-rl train`. A trainer adds several updates per batch of samples, gradient accumulation,
+several processes and checkpoints. Shapes: B = P * G responses (P prompts, G responses each), S prompt tokens, T
+completion tokens, R regions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORMAT = get_format("toolrl")
 
 
 class Rollout(NamedTuple):
-    """B sampled responses: prompts padded on the left, completions on the right, 1 in a mask for a real token."""
+    """B sampled responses: prompts padded on the left, completions on the right; masks are 1 for real tokens."""
 
     prompt_ids_BS: Tensor
     prompt_mask_BS: Tensor
@@ -44,7 +44,7 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, samples: Sequence[ToolSample], group_size: int, max_tokens: int) -> Rollout:
-    """G responses at temperature 1 to every prompt, the G responses to one prompt next to each other."""
+    """Sample G responses to every prompt at temperature 1; the responses to one prompt are adjacent."""
     texts = [
         tokenizer.apply_chat_template(list(s.messages), tools=list(s.tools), add_generation_prompt=True, tokenize=False)
         for s in samples
@@ -63,12 +63,12 @@ def sample(model: Any, tokenizer: Any, samples: Sequence[ToolSample], group_size
     )
     ids_BT = out[:, prompts["input_ids"].shape[1] :]
     ended_BT = (ids_BT == tokenizer.eos_token_id).long()
-    mask_BT = (ended_BT.cumsum(-1) - ended_BT == 0).long()  # up to and with the first end-of-sequence token
+    mask_BT = (ended_BT.cumsum(-1) - ended_BT == 0).long()  # up to and including the first end-of-sequence token
     return Rollout(prompts["input_ids"], prompts["attention_mask"], ids_BT, mask_BT)
 
 
 def forward(model: Any, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Log-probability and policy entropy of every completion token: two (B, T)."""
+    """Return log-probability and policy entropy of every completion token: two tensors (B, T)."""
     T = rollout.ids_BT.shape[1]
     logits_BTV = model(
         input_ids=torch.cat([rollout.prompt_ids_BS, rollout.ids_BT], dim=1),
@@ -90,9 +90,9 @@ def rest_loss(
     progress: float,
     known: RegionStatistics | None,
 ) -> tuple[Tensor, Tensor, RegionStatistics]:
-    """The ResT loss of one batch, its weights (B, T), and this batch's region statistics.
+    """Return the ResT loss of a batch, its token weights (B, T), and the region statistics of this batch.
 
-    `known` are the statistics that set the weights: those of the steps before, or None when nothing has been measured.
+    `known` are the region statistics of earlier steps, from which the weights are computed; None in the first step.
     """
     regions_BT = tag_regions(rollout.ids_BT, rollout.mask_BT, tokenizer, FORMAT)
     entropy_sums_R, counts_R = region_sums(entropies_BT, regions_BT, rollout.mask_BT)
@@ -115,7 +115,7 @@ def rest_loss(
 def compute_rewards(
     rollout: Rollout, tokenizer: Any, samples: Sequence[ToolSample], preset: Preset, nu: float
 ) -> list[Reward]:
-    """The rule reward of every response; the text is that of the sampled ids, without an end it was cut off."""
+    """Return the rule-based reward of every response; one without an end-of-sequence token was cut off."""
     group_size = len(rollout.ids_BT) // len(samples)
     rows = zip(rollout.ids_BT.tolist(), rollout.mask_BT.sum(-1).tolist(), strict=True)
     responses = [ids[:length] for ids, length in rows]
@@ -128,7 +128,7 @@ def compute_rewards(
 
 
 def smooth(old: RegionStatistics | None, new: RegionStatistics, decay: float = 0.7) -> RegionStatistics:
-    """Moving average over steps, by token counts: sums and counts decay alike (`EntropyTracker` in the trainer)."""
+    """Average over steps, weighted by token counts: sums and counts decay alike (`EntropyTracker` in the trainer)."""
     if old is None:
         return new
     counts_R = decay * old.counts_R + new.counts_R
@@ -137,7 +137,7 @@ def smooth(old: RegionStatistics | None, new: RegionStatistics, decay: float = 0
 
 
 def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
-    """Train in place; the mean S_acc of the sampled responses of each step."""
+    """Train the model in place; return the mean S_acc of the sampled responses of each step."""
     preset, known, history = get_preset(args.preset), None, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     prompts = tool_world(args.seed, args.steps * args.prompts)
@@ -173,7 +173,7 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
 def report(
     step: int, accuracy: float, flat: float, rewards: list[Reward], measured: RegionStatistics, weights_BT: Tensor
 ) -> None:
-    """One line: scores, share of groups that teach nothing, entropy of each region, spread of the weights."""
+    """Print one line: scores, share of groups with equal rewards, entropy of each region, range of the weights."""
     exact = sum(reward.format == 1 == reward.accuracy for reward in rewards) / len(rewards)
     entropies = " ".join(f"{Region(r).label} {measured.entropies_R[r]:.2f}" for r in range(NUM_REGIONS - 1))
     low, high = weights_BT[weights_BT > 0].min(), weights_BT.max()
@@ -186,8 +186,8 @@ if __name__ == "__main__":
     parser.add_argument("--model", default=str(resources.files("rest_rl") / "assets" / "tool_world"))
     parser.add_argument("--preset", default="rest", choices=["rest", "paper", "grpo", "dr_grpo", "dapo"])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--prompts", type=int, default=16, help="P, prompts a step")
-    parser.add_argument("--group", type=int, default=8, help="G, responses to each prompt")
+    parser.add_argument("--prompts", type=int, default=16, help="P, prompts per step")
+    parser.add_argument("--group", type=int, default=8, help="G, responses per prompt")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)

@@ -270,7 +270,7 @@ def theorem_one_findings(theory: Theory) -> list[str]:
     chains = list(theory.bounds.values())
     broken = [name for name, chain in theory.bounds.items() if chain.looseness < 1]
     loosest = [chain.looseness for chain in chains]
-    held = f"fails for {', '.join(broken)}" if broken else f"holds for all {len(chains)} rules"
+    held = f"fails for {'; '.join(broken)}" if broken else f"holds for all {len(chains)} rules"
     measured, bound = ([getattr(chain, name).value for chain in chains] for name in ("measured", "bound"))
     uniform = theory.bounds[UNIFORM]
     parts = {"advantages": uniform.advantage, "the gain": uniform.gain, "entropy": uniform.entropy}
@@ -320,7 +320,7 @@ def rule_findings(rules: Sequence[RuleFigures], errors: float) -> list[str]:
         for word, sign in (("beat", 1), ("trail", -1)):
             sure = [rule.name for rule in rules if is_resolved(rule, field, sign, errors)]
             lines.append(f"Rules that {word} uniform weights {kind} by more than {errors:.1f} standard errors, with "
-                         f"and without the norm cap: {', '.join(sure) or 'none'}")  # fmt: skip
+                         f"and without the norm cap: {'; '.join(sure) or 'none'}")  # fmt: skip
     if dominated := [rule.name for rule in rules if rule.plain.is_dominated]:
         lines.append(
             f"WARNING: one prompt contributes more than half of the squared norm under {', '.join(dominated)}; use "
