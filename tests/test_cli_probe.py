@@ -24,7 +24,7 @@ from rest_rl.probe.run import resolve_prompts_per_step
 from rest_rl.probe.sample import SampledGroup, Sampling, sample_groups
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import Observer
-from rest_rl.weights import weigh
+from rest_rl.weights import apply_weight_rule
 from tests.model_families import save_family
 from tests.test_probe import made_probe
 from tests.tiny_policy import tiny_model, tiny_prompts, tiny_tokenizer
@@ -307,7 +307,7 @@ def test_rules_weigh_as_training_does(sampled: tuple[Any, PromptLayout, list[Sam
     batch = SampledBatch.from_groups(groups, model, layout.tokenizer, "toolrl", 0.5)
     own = batch.tagged
     for rule in built_in_rules().values():
-        found_BT = weigh(rule, own, batch.statistics, 0.5)
+        found_BT = apply_weight_rule(rule, own, batch.statistics, 0.5)
         wanted_BT = compute_token_weights(
             own.ids_BT, own.mask_BT, layout.tokenizer, format="toolrl", rule=rule, progress=0.5,
             entropies=own.entropies_BT, collisions=batch.collisions_BT,

@@ -40,7 +40,7 @@ from rest_rl.probe.rules import UNIFORM
 from rest_rl.probe.sample import SampledGroup, Sampling, sample_groups
 from rest_rl.probe.variance import Estimate
 from rest_rl.response import Region
-from rest_rl.weights import weigh
+from rest_rl.weights import apply_weight_rule
 from tests.tiny_policy import tiny_model, tiny_prompts, tiny_tokenizer
 
 SETTINGS = TheorySettings(token_responses=4, batch=1, blocks=4, coordinates=20_000)
@@ -97,7 +97,7 @@ def test_statistics_and_weights_match_training(policy, sampled):
     for name, rule in select_theory_rules().items():
         reads = entropies_BT if rule.needs_entropies else statistics
         expected = compute_token_weights(ids_BT, mask_BT, tokenizer, rule=rule, progress=0.5, entropies=reads)
-        torch.testing.assert_close(weigh(rule, batch, statistics, 0.5), expected, msg=name)
+        torch.testing.assert_close(apply_weight_rule(rule, batch, statistics, 0.5), expected, msg=name)
 
 
 def test_everything_is_measured(measured):
