@@ -1,4 +1,4 @@
-"""Why a run is not learning: every symptom from rows that show it alone, none from rows that are well, sums by hand."""
+"""Diagnosis: each symptom from rows that show only that one, none from a healthy run, and sums checked by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Columns = Mapping[str, Callable[[int], Any]]
 
 
 def line(start: float, end: float) -> Callable[[int], float]:
-    """From start to end in 60 steps, 0.03 to either side of it in turn."""
+    """A line from start to end in 60 steps, alternately 0.03 above and below it."""
     return lambda step: start + (end - start) * (step - 1) / 59 + 0.03 * (-1) ** step
 
 
@@ -67,7 +67,7 @@ def rows_of(changes: Columns, steps: int = 60) -> list[Row]:
 
 
 def evaluations_of(*shares: float) -> list[Row]:
-    """One every ten steps, of 400 prompts: their error is that of a coin, sqrt(p (1 - p) / 400)."""
+    """An evaluation of 400 prompts every ten steps, with the binomial error sqrt(p (1 - p) / 400)."""
     return [
         {"step": 10 * (i + 1), "exact_match": share, "exact_match_error": math.sqrt(share * (1 - share) / 400)}
         for i, share in enumerate(shares)
@@ -79,18 +79,18 @@ def constant(value: Any) -> Callable[[int], Any]:
 
 
 STEADY: Columns = {"rest/format": line(0.9, 0.9)}
-ILL: list[tuple[str, Columns, str]] = [
-    ("not_finite", {"grad_norm": lambda step: None if step == 33 else 0.3}, "grad_norm of step 33 is not finite"),
-    ("not_finite", {"loss": lambda step: math.nan if step > 50 else 0.0}, "loss of step 60 is not finite"),
+FAULTY: list[tuple[str, Columns, str]] = [
+    ("not_finite", {"grad_norm": lambda step: None if step == 33 else 0.3}, "NaN or infinite at step 33: grad_norm"),
+    ("not_finite", {"loss": lambda step: math.nan if step > 50 else 0.0}, "NaN or infinite at step 60: loss"),
     ("reward_not_finite", {"reward": lambda step: None if step == 33 else 0.6}, "mean reward of step 33"),
     (
         "rows_out_of_order",
         {"step": lambda step: 29 if step == 31 else step},
-        "go back: 1, the first step 29 after 30",
+        "step 29 comes after step 30 (rows out of order: 1)",
     ),
     ("no_spread", {"frac_reward_zero_std": line(0.8, 0.8)}, "80.0 ± 1.3 % of the groups have equal rewards"),
     ("truncated", {"completions/clipped_ratio": constant(0.2)}, "20.0 ± 0.0 % of the responses hit the length limit"),
-    ("format_falls", {"rest/format": falls(0.95, 0.5)}, "format rate 95.0 ± "),
+    ("format_falls", {"rest/format": falls(0.95, 0.5)}, "the share of well-formed responses fell 95.0 ± "),
     ("calls_fall", {"rest/call_rate": falls(0.8, 0.2), "rest/accuracy": falls(0.5, 0.3, 11), **STEADY}, "80.0 ± "),
     (
         "entropy_collapses",
@@ -100,80 +100,85 @@ ILL: list[tuple[str, Columns, str]] = [
     ("sampler_disagrees", {"rest/surprise/excess": constant(-0.05)}, "less surprising"),
     ("weight_at_its_clip", {"rest/rule_weight/reasoning": constant(0.25)}, "reasoning at w_min = 0.25 (60 % of the"),
     ("weight_at_its_clip", {"rest/rule_weight/format": constant(4.0)}, "format at w_max = 4 (30 % of the tokens)"),
-    ("gradient_spike", {"grad_norm": lambda step: 5.0 if step == 40 else 0.02}, "step 40 holds "),
+    ("gradient_spike", {"grad_norm": lambda step: 5.0 if step == 40 else 0.02}, "step 40 accounts for "),
     ("exact_match_falls", {"rest/exact_match": line(0.7, 0.4)}, ", while the reward rose "),
     ("format_alone", {"rest/accuracy": line(0.5, 0.5), "rest/exact_match": line(0.4, 0.4)}, "the reward rose "),
     ("no_progress", {"rest/accuracy": line(0.5, 0.5), **STEADY}, "S_acc changed by "),
 ]
-EXPECTED_BESIDE = {"calls_fall": {"no_progress"}, "format_alone": {"no_progress"}}
-"""Where accuracy does not rise at all, that is said too."""
+ALSO_EXPECTED = {"calls_fall": {"no_progress"}, "format_alone": {"no_progress"}}
+"""Where accuracy does not rise at all, `no_progress` shows as well."""
 
 
-# Well and ill
+# Healthy and faulty runs
 
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 20, 59, 60])
-def test_a_run_that_is_well_is_left_alone(steps: int) -> None:
+def test_a_healthy_run_has_no_finding(steps: int) -> None:
     evaluations = evaluations_of(0.4, 0.45, 0.5, 0.55, 0.6, 0.6)
     assert diagnose(rows_of({}, steps), evaluations, TABLE) == []
 
 
-@pytest.mark.parametrize(("kind", "changes", "figure"), ILL, ids=[f"{kind}-{i}" for i, (kind, _, _) in enumerate(ILL)])
-def test_each_symptom_is_told_by_its_figure_and_alone(kind: str, changes: Columns, figure: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "changes", "figure"), FAULTY, ids=[f"{kind}-{i}" for i, (kind, _, _) in enumerate(FAULTY)]
+)
+def test_each_symptom_shows_without_the_others(kind: str, changes: Columns, figure: str) -> None:
     findings = {finding.kind: finding for finding in diagnose(rows_of(changes), (), TABLE)}
     assert kind in findings
-    assert findings.keys() - {kind} <= EXPECTED_BESIDE.get(kind, set())
+    assert findings.keys() - {kind} <= ALSO_EXPECTED.get(kind, set())
     assert figure in findings[kind].figure
     assert findings[kind].cause
     assert findings[kind].remedy
 
 
-def test_held_out_prompts_are_forgotten_while_the_training_prompts_are_learnt() -> None:
+def test_held_out_scores_fall_while_training_scores_rise() -> None:
     # 0.6 -> 0.4: errors sqrt(.24 / 400) = 0.0245 each, of the difference 0.0346; 0.2 is 5.8 of them, at 60 rows 5.0 do
     (finding,) = diagnose(rows_of({}), evaluations_of(0.5, 0.6, 0.55, 0.5, 0.45, 0.4), TABLE)
     assert finding.kind == "held_out_falls"
     assert (finding.step, finding.last) == (60, 60)
-    assert finding.figure.startswith("held-out exact match 60 ± 2 % (step 20) → 40 ± 2 % (step 60), while that of")
+    assert finding.figure.startswith(
+        "held-out exact match fell 60 ± 2 % (step 20) → 40 ± 2 % (step 60), while training"
+    )
     assert "checkpoint of step 20" in finding.remedy
     assert diagnose(rows_of({}), evaluations_of(0.5, 0.6, 0.55, 0.5, 0.5, 0.5), TABLE) == []
 
 
-def test_every_symptom_is_triggered_here_and_documented() -> None:
-    assert {kind for kind, _, _ in ILL} | {"held_out_falls"} == set(SYMPTOMS)
+def test_every_symptom_is_tested_and_documented() -> None:
+    assert {kind for kind, _, _ in FAULTY} | {"held_out_falls"} == set(SYMPTOMS)
     page = (Path(__file__).parents[1] / "docs" / "diagnosis.md").read_text(encoding="utf-8")
     assert [kind for kind in SYMPTOMS if f"\n### `{kind}`" not in page] == []
 
 
-def test_what_is_told_while_a_run_goes_on_is_what_its_report_says() -> None:
+def test_findings_during_training_equal_those_of_the_report() -> None:
     rows = rows_of({"rest/format": falls(0.95, 0.5), "frac_reward_zero_std": line(0.8, 0.8)})
     diagnosis = Diagnosis(TABLE)
-    told = [finding for row in rows for finding in diagnosis.add(row, 60)]
-    assert [finding.kind for finding in told] == ["no_spread", "format_falls"]
-    assert [finding.last for finding in told] == [finding.step for finding in told]
+    new = [finding for row in rows for finding in diagnosis.add(row, 60)]
+    assert [finding.kind for finding in new] == ["no_spread", "format_falls"]
+    assert [finding.last for finding in new] == [finding.step for finding in new]
     assert diagnosis.findings == diagnose(rows, (), TABLE)
-    assert [(finding.kind, finding.step) for finding in diagnosis.findings] == [(f.kind, f.step) for f in told]
+    assert [(finding.kind, finding.step) for finding in diagnosis.findings] == [(f.kind, f.step) for f in new]
 
 
-def test_a_symptom_that_passes_has_an_end() -> None:
+def test_a_symptom_that_ends_has_a_last_step() -> None:
     (finding,) = diagnose(rows_of({"completions/clipped_ratio": lambda step: 0.4 if step <= 20 else 0.0}), (), TABLE)
     # Row 25: a window of five rows of 0.4 has mean 0.2; one difference of 0.4 in 24 makes a scatter of sqrt(0.16 / 48)
     # = 0.058 and an error of 0.0183; 5.08 of them leave 0.107, above 0.083. Row 26: 0.16 - 5.07 x 0.0179 = 0.069.
     assert (finding.step, finding.last) == (10, 25)
 
 
-def test_chance_alone_is_rarely_an_alarm() -> None:
-    """Rates of 200 responses a step that stay what they are, in 20 runs of 300 steps."""
+def test_noise_rarely_causes_a_finding() -> None:
+    """20 runs of 300 steps whose rates only fluctuate."""
     alarms: list[Finding] = []
     for seed in range(20):
         rng = random.Random(seed)
         rows = [
-            {"step": step, **{key: rng.gauss(mean, 0.08) for key, mean in steady.items()}} for step in range(1, 301)
+            {"step": step, **{key: rng.gauss(mean, 0.08) for key, mean in STEADY_RATES.items()}}
+            for step in range(1, 301)
         ]
         alarms += diagnose(rows, (), {"trl": {"num_generations": 8, "max_steps": 10_000}})
     assert alarms == []
 
 
-steady = {
+STEADY_RATES = {
     "reward": 0.6,
     "frac_reward_zero_std": 0.4,
     "completions/clipped_ratio": 0.05,
@@ -187,90 +192,92 @@ steady = {
 # Causes
 
 
-def cause_of(kind: str, changes: Columns) -> Finding:
+def finding_of(kind: str, changes: Columns) -> Finding:
     return next(finding for finding in diagnose(rows_of(changes), (), TABLE) if finding.kind == kind)
 
 
-def test_groups_without_spread_are_solved_unreadable_or_alike() -> None:
+def test_groups_without_spread_are_solved_malformed_or_identical() -> None:
     flat: Columns = {"frac_reward_zero_std": line(0.8, 0.8)}
-    solved = cause_of("no_spread", {**flat, "rest/exact_match": line(0.9, 0.9), "rest/accuracy": line(0.9, 0.95)})
+    solved = finding_of("no_spread", {**flat, "rest/exact_match": line(0.9, 0.9), "rest/accuracy": line(0.9, 0.95)})
     # if all responses of the other 20 % were right, 70 % of the 80 % without spread still must be: 87.5 %
-    assert solved.cause == "at least 88 % of them are right throughout (exact match 90.0 ± 1.3 %)"
-    unreadable = cause_of("no_spread", {**flat, "rest/format": line(0.1, 0.2), "rest/exact_match": line(0.1, 0.1)})
-    assert "break the format" in unreadable.cause
-    assert "hardly differ" in cause_of("no_spread", {**flat, "rest/exact_match": line(0.2, 0.4)}).cause
+    assert solved.cause == "in at least 88 % of these groups every response is right (exact match 90.0 ± 1.3 %)"
+    unreadable = finding_of("no_spread", {**flat, "rest/format": line(0.1, 0.2), "rest/exact_match": line(0.1, 0.1)})
+    assert "violate the format" in unreadable.cause
+    assert "hardly differ" in finding_of("no_spread", {**flat, "rest/exact_match": line(0.2, 0.4)}).cause
 
 
-def test_responses_that_do_not_differ_are_told_by_the_entropy_or_the_temperature() -> None:
+def test_entropy_or_temperature_shows_that_responses_do_not_differ() -> None:
     flat: Columns = {"frac_reward_zero_std": constant(1.0), "rest/exact_match": line(0.75, 0.75)}
     flat = {**flat, "rest/accuracy": line(0.7, 0.9), "completions/mean_length": constant(38.0)}
 
-    def told(changes: Columns, temperature: float | None) -> Finding:
+    def find(changes: Columns, temperature: float | None) -> Finding:
         trl = TABLE["trl"] if temperature is None else {**TABLE["trl"], "temperature": temperature}
         found = diagnose(rows_of({**flat, **changes}), (), {**TABLE, "trl": trl})
         return next(finding for finding in found if finding.kind == "no_spread")
 
     # 8 equal responses in most groups: 7 x 38 tokens x 2e-3 nats = 0.53 < ln 2 = 0.69; at 3e-3 0.80
-    cold = told({"entropy": constant(2e-3)}, 0.01)
+    cold = find({"entropy": constant(2e-3)}, 0.01)
     assert cold.remedy == "raise trl.temperature (now 0.01)"
     assert cold.cause == (
-        "the responses to a prompt do not differ (trl.temperature = 0.01, entropy 0.002 nats a token, as in the first "
-        "rows)"
+        "the responses to a prompt do not differ (trl.temperature = 0.01, entropy 0.002 nats per token, as in the "
+        "first rows)"
     )
-    assert told({"entropy": constant(2e-3)}, None).remedy == "raise trl.temperature"
-    warm = told({"entropy": constant(3e-3)}, 0.01)
+    assert find({"entropy": constant(2e-3)}, None).remedy == "raise trl.temperature"
+    warm = find({"entropy": constant(3e-3)}, 0.01)
     assert (warm.cause[:42], warm.remedy) == ("the responses to a prompt hardly differ (t", cold.remedy)
-    assert told({"entropy": constant(3e-3)}, 1.0).cause.startswith("at least 75 % of them are right throughout")
-    # spent by learning, or right as good as everywhere: a temperature would not change it
+    assert find({"entropy": constant(3e-3)}, 1.0).cause.startswith(
+        "in at least 75 % of these groups every response is right"
+    )
+    # the entropy fell by learning, or nearly every response is right: a higher temperature would not help
     spent: Columns = {"entropy": lambda step: 0.25 if step < 5 else 1e-4}
-    assert told(spent, 1.0).cause.startswith("at least 75 %")
+    assert find(spent, 1.0).cause.startswith("in at least 75 %")
     for temperature in (0.01, 1.0):
-        learnt = told({"entropy": constant(1e-4), "rest/exact_match": line(0.95, 0.95)}, temperature)
+        learnt = find({"entropy": constant(1e-4), "rest/exact_match": line(0.95, 0.95)}, temperature)
         assert learnt.remedy.startswith("little is left to learn here")
-    # an unreadable policy needs demonstrations, unless its responses are surely the same
+    # a policy without the format needs supervised fine-tuning, unless its responses are certainly identical
     unreadable: Columns = {"rest/format": line(0.1, 0.1), "rest/exact_match": line(0.1, 0.1)}
-    assert "break the format" in told(unreadable, 0.5).cause
-    assert "do not differ" in told({**unreadable, "entropy": constant(2e-3)}, 0.5).cause
+    assert "violate the format" in find(unreadable, 0.5).cause
+    assert "do not differ" in find({**unreadable, "entropy": constant(2e-3)}, 0.5).cause
 
 
-def test_groups_that_are_cut_off_throughout_are_told_of_the_limit() -> None:
+def test_groups_that_are_always_truncated_blame_the_limit() -> None:
     # 80 % cut off are more than half of the 90 % or so without format; 30 % are not
     broken: Columns = {"frac_reward_zero_std": line(0.9, 0.9), "rest/format": line(0.1, 0.1)}
     broken = {**broken, "rest/exact_match": line(0.1, 0.1), "completions/mean_terminated_length": constant(80.0)}
-    cut = cause_of("no_spread", {**broken, "completions/clipped_ratio": constant(0.8)})
-    assert cut.cause.startswith("80.0 ± 0.0 % of the responses hit the length limit of 96 tokens, and what is cut off")
+    cut = finding_of("no_spread", {**broken, "completions/clipped_ratio": constant(0.8)})
+    assert cut.cause.startswith("80.0 ± 0.0 % of the responses hit the length limit of 96 tokens; truncated responses")
     assert cut.remedy == "raise trl.max_completion_length (now 96)"
-    assert "break the format" in cause_of("no_spread", {**broken, "completions/clipped_ratio": constant(0.3)}).cause
+    assert "violate the format" in finding_of("no_spread", {**broken, "completions/clipped_ratio": constant(0.3)}).cause
 
 
-def test_figures_that_nobody_knows_say_nothing() -> None:
+def test_unknown_metrics_are_ignored() -> None:
     assert diagnose(rows_of({"completions/failed": constant(3.0)}), (), TABLE) == []
 
 
-def test_a_limit_that_is_short_and_a_policy_that_does_not_end() -> None:
+def test_a_short_limit_and_a_policy_that_does_not_end() -> None:
     cut: Columns = {"completions/clipped_ratio": constant(0.5), "completions/mean_terminated_length": constant(20.0)}
-    endless = cause_of("truncated", cut)  # of 96 tokens
-    assert "run on" in endless.cause
-    assert "demonstrations" in endless.remedy
-    short = cause_of("truncated", {**cut, "completions/mean_terminated_length": constant(80.0)})
+    endless = finding_of("truncated", cut)  # of 96 tokens
+    assert "would not end at any limit" in endless.cause
+    assert "supervised fine-tuning" in endless.remedy
+    short = finding_of("truncated", {**cut, "completions/mean_terminated_length": constant(80.0)})
     assert short.remedy == "raise trl.max_completion_length (now 96)"
-    none_ends = cause_of(
+    none_ends = finding_of(
         "truncated", {"completions/clipped_ratio": constant(1.0), "completions/mean_terminated_length": constant(0.0)}
     )
     assert none_ends.remedy == short.remedy
-    grown = cause_of("truncated", {"completions/clipped_ratio": falls(0.0, 0.5)})
-    assert "they fitted before (-3 % cut off" in grown.cause  # the noise of these rows goes below 0
+    grown = finding_of("truncated", {"completions/clipped_ratio": falls(0.0, 0.5)})
+    assert "the responses fitted before (-3 % truncated" in grown.cause  # the noise of these rows goes below 0
     assert "(now 0.0003)" in grown.remedy
 
 
-def test_format_that_falls_because_responses_grow() -> None:
-    grown = cause_of("format_falls", {"rest/format": falls(0.9, 0.5), "completions/clipped_ratio": falls(0.0, 0.4)})
-    assert "more of them hit the length limit" in grown.cause
-    assert "if they make sense raise trl.max_completion_length" in grown.remedy
-    assert "updates so large" in cause_of("format_falls", {"rest/format": falls(0.9, 0.5)}).cause
+def test_format_falls_because_responses_grow() -> None:
+    grown = finding_of("format_falls", {"rest/format": falls(0.9, 0.5), "completions/clipped_ratio": falls(0.0, 0.4)})
+    assert "more responses hit the length limit" in grown.cause
+    assert "if they make sense, raise trl.max_completion_length" in grown.remedy
+    assert "the updates are so large" in finding_of("format_falls", {"rest/format": falls(0.9, 0.5)}).cause
 
 
-def test_calls_that_fall_with_the_format_are_told_once() -> None:
+def test_calls_that_fall_with_the_format_are_one_finding() -> None:
     lost: Columns = {
         "rest/call_rate": falls(0.8, 0.2),
         "rest/format": falls(0.9, 0.3),
@@ -279,72 +286,74 @@ def test_calls_that_fall_with_the_format_are_told_once() -> None:
     assert "calls_fall" not in {finding.kind for finding in diagnose(rows_of(lost), (), TABLE)}
 
 
-def test_fewer_calls_are_no_symptom_where_accuracy_gains() -> None:
+def test_fewer_calls_are_no_finding_if_accuracy_rises() -> None:
     assert diagnose(rows_of({"rest/call_rate": falls(0.9, 0.6)}), (), TABLE) == []
 
 
-def test_a_distribution_that_the_run_asked_to_change_is_named() -> None:
+def test_sampling_settings_that_change_the_distribution_are_named() -> None:
     rows = rows_of({"rest/surprise/excess": constant(-0.05)})
     (finding,) = diagnose(rows, (), {**TABLE, "trl": {**TABLE["trl"], "top_p": 0.9, "top_k": 0}})
     assert finding.cause.startswith("trl.top_p = 0.9: ")
     assert finding.remedy == "remove trl.top_p"
 
 
-def test_too_few_nats_say_nothing_about_the_sampler() -> None:
+def test_the_sampler_is_not_judged_from_too_few_nats() -> None:
     few: Columns = {"rest/surprise/excess": constant(-0.05), "rest/surprise/nats": constant(99.0)}
     assert diagnose(rows_of(few), (), TABLE) == []
 
 
-def test_float16_may_skip_its_first_steps() -> None:
+def test_float16_may_skip_the_first_steps() -> None:
     rows = rows_of({"grad_norm": lambda step: None if step <= 3 else 0.3})
     assert diagnose(rows, (), {**TABLE, "trl": {**TABLE["trl"], "fp16": True}}) == []
     assert [finding.kind for finding in diagnose(rows, (), TABLE)] == ["not_finite"]
 
 
-def test_supervised_training_has_no_entropy_to_keep() -> None:
+def test_supervised_training_may_lose_its_entropy() -> None:
     rows = [{"step": step, "loss": 1 / step, "grad_norm": 1.0, "entropy": 2.0 * 0.8**step} for step in range(1, 61)]
     assert diagnose(rows, (), TABLE) == []
 
 
-def test_a_weight_that_the_curriculum_pushed_to_its_clip_is_not_the_entropy_s() -> None:
+def test_a_weight_at_its_clip_is_due_to_the_curriculum_or_to_the_entropy() -> None:
     # strength 0.5, gain 0.6: shifts of 0.3 * (step - 1) / 59; what the rule puts at 3.9 is at 4 from step 21 on
     weights = {**TABLE["rest"]["weights"], "gain_reasoning": 0.6, "decay_format": 0.6}
     table = {**TABLE, "rest": {"weights": weights}}
 
-    def told(region: str, weight: Callable[[int], float], changes: Mapping[str, Any] | None = None) -> Finding:
+    def find(region: str, weight: Callable[[int], float], changes: Mapping[str, Any] | None = None) -> Finding:
         rows = rows_of({f"rest/rule_weight/{region}": weight})
         rested = {**weights, **(changes or {})}
         return next(
             f for f in diagnose(rows, (), {**table, "rest": {"weights": rested}}) if f.kind == "weight_at_its_clip"
         )
 
-    pushed = told("reasoning", lambda step: min(4.0, 3.9 + 0.3 * (step - 1) / 59))
+    pushed = find("reasoning", lambda step: min(4.0, 3.9 + 0.3 * (step - 1) / 59))
     assert (
         pushed.cause
-        == "the curriculum has moved it there: reasoning by +0.30 so far, from 3.90 by its entropy in step 20"
+        == "the curriculum moved it there: reasoning by +0.30 so far (its entropy alone gave 3.90 at step 20)"
     )
     assert pushed.remedy.startswith("lower rest.weights.gain_reasoning, or widen")
-    down = told("format", lambda step: max(0.25, 0.3 - 0.3 * (step - 1) / 59))
-    assert "format by -0.30 so far, from 0.30 by its entropy" in down.cause
-    # at the clip from the first row, where the curriculum had moved nothing; or moved the other way; or dealt
+    down = find("format", lambda step: max(0.25, 0.3 - 0.3 * (step - 1) / 59))
+    assert "format by -0.30 so far (its entropy alone gave 0.30" in down.cause
+    # at the clip from the first row, before the curriculum moved anything; moved the other way; or permuted
     for region, weight in (("reasoning", 4.0), ("reasoning", 0.25), ("format", 4.0)):
-        assert told(region, constant(weight)).cause.startswith("its entropy lies so far")
-    late = told("reasoning", lambda step: max(0.25, 0.6 - 0.02 * step))
-    assert late.cause.startswith("its entropy lies so far")
-    assert told("reasoning", constant(4.0), {"rule": "permuted"}).cause.startswith("it was dealt the weight of another")
+        assert find(region, constant(weight)).cause.startswith("its entropy is so far")
+    late = find("reasoning", lambda step: max(0.25, 0.6 - 0.02 * step))
+    assert late.cause.startswith("its entropy is so far")
+    assert find("reasoning", constant(4.0), {"rule": "permuted"}).cause.startswith(
+        "the rule `permuted` gave it the weight"
+    )
 
 
 # Messages
 
 
-def words_of_all_findings() -> Iterator[str]:
-    for _, changes, _ in ILL:
+def texts_of_all_findings() -> Iterator[str]:
+    for _, changes, _ in FAULTY:
         for finding in diagnose(rows_of(changes), (), TABLE):
             yield f"{finding.figure} {finding.cause} {finding.remedy}"
 
 
-def test_remedies_name_settings_that_there_are() -> None:
-    text = " ".join(words_of_all_findings())
+def test_remedies_name_existing_settings() -> None:
+    text = " ".join(texts_of_all_findings())
     named = {prefix: set(re.findall(rf"\b{prefix}\.(\w+)", text)) for prefix in ("trl", "rest.reward", "rest.weights")}
     homes: dict[str, type] = {"trl": ResTConfig, "rest.reward": RewardConfig, "rest.weights": WeightConfig}
     for prefix, names in named.items():
@@ -353,61 +362,59 @@ def test_remedies_name_settings_that_there_are() -> None:
 
 
 def test_messages_are_single_lines_without_a_full_stop() -> None:
-    for _, changes, _ in ILL:
+    for _, changes, _ in FAULTY:
         for finding in diagnose(rows_of(changes), (), TABLE):
             for text in (finding.figure, finding.cause, finding.remedy):
                 assert text == text.strip().rstrip(".")
                 assert "\n" not in text
 
 
-# Sums by hand
+# Sums checked by hand
 
 
-def column_of(*values: float) -> MetricSeries:
-    column = MetricSeries()
+def series_of(*values: float) -> MetricSeries:
+    series = MetricSeries()
     for step, value in enumerate(values, 1):
-        column.add(step, value)
-    return column
+        series.add(step, value)
+    return series
 
 
-def test_scatter_is_that_of_single_rows_whatever_the_trend() -> None:
+def test_a_trend_does_not_enlarge_the_scatter() -> None:
     # differences 1 + 0.2, 1 - 0.2, ...: half their mean square is (1 + 0.04) / 2
-    trend = column_of(*(row + 0.1 * (-1) ** (row + 1) for row in range(11)))
+    trend = series_of(*(row + 0.1 * (-1) ** (row + 1) for row in range(11)))
     assert trend.scatter() == pytest.approx(math.sqrt(1.04 / 2))
     # without a trend 0.2^2 / 2 = 0.02, so the error of ten rows is sqrt(0.02 / 10)
-    level = column_of(*(0.1 * (-1) ** row for row in range(11)))
+    level = series_of(*(0.1 * (-1) ** row for row in range(11)))
     mean = level.window_mean(11)
     assert (mean.value, mean.error) == (pytest.approx(0.0), pytest.approx(math.sqrt(0.002)))
     assert (mean.first, mean.last) == (2, 11)
 
 
 def test_the_best_window_does_not_overlap_the_newest() -> None:
-    peak = column_of(*[0.0] * 5, *[1.0] * WINDOW, *[0.5] * WINDOW)
+    peak = series_of(*[0.0] * 5, *[1.0] * WINDOW, *[0.5] * WINDOW)
     best = peak.best_window()
     assert best is not None
     assert (best.value, best.first, best.last) == (1.0, 6, 15)
-    assert column_of(*range(10)).best_window() is None
-    (first,) = [
-        column_of(3.0, 1.0, *[0.0] * WINDOW).best_window()
-    ]  # rows 1 and 2 are all that is before the newest window
+    assert series_of(*range(10)).best_window() is None
+    first = series_of(3.0, 1.0, *[0.0] * WINDOW).best_window()  # only rows 1 and 2 precede the newest window
     assert first is not None
     assert (first.value, first.first, first.last) == (2.0, 1, 2)
 
 
-def test_the_gain_of_a_straight_line_is_its_rise() -> None:
-    gain, error = column_of(*(0.5 + 0.01 * row for row in range(60))).fit_trend()
+def test_the_trend_of_a_straight_line_is_its_rise() -> None:
+    gain, error = series_of(*(0.5 + 0.01 * row for row in range(60))).fit_trend()
     assert gain == pytest.approx(0.59)
     # scatter 0.01 / sqrt(2); over sqrt(60 (60^2 - 1) / 12) = 134.14 rows, times 59
     assert error == pytest.approx(0.01 / math.sqrt(2) * 59 / math.sqrt(60 * 3599 / 12))
 
 
-def test_most_groups_hold_a_response_that_one_in_twelve_is() -> None:
+def test_the_share_of_responses_that_affects_most_groups() -> None:
     # 1 - (1 - s)^8 = 1/2 at s = 1 - 2^(-1/8) = 0.0830
     assert DiagnosisSettings(group_size=8).most_groups_threshold == pytest.approx(0.0830, abs=5e-5)
     assert 1 - (1 - DiagnosisSettings(group_size=4).most_groups_threshold) ** 4 == pytest.approx(0.5)
 
 
-def test_errors_asked_for_grow_with_the_looks_taken() -> None:
+def test_the_threshold_grows_with_the_number_of_tests() -> None:
     history = History(SecondMoment(0.999, 1.0))
     for step in range(1, 11):
         history.add({"step": step})
@@ -428,7 +435,7 @@ def test_the_share_of_one_step_in_adams_average() -> None:
     assert (moment.step, moment.norm) == (2, 8.0)
 
 
-def test_a_difference_passes_its_errors_and_its_least() -> None:
+def test_a_difference_must_exceed_its_errors_and_a_minimum() -> None:
     high, low = WindowMean(0.5, 0.03, 1, 10), WindowMean(0.3, 0.04, 11, 20)  # 0.2 apart, error of the difference 0.05
     assert high.is_above(low, errors=3.9)
     assert not high.is_above(low, errors=4.1)
@@ -440,34 +447,33 @@ def test_a_difference_passes_its_errors_and_its_least() -> None:
 # Hostile input
 
 
-NASTY = [None, True, "x", math.nan, math.inf, -math.inf, 1e308, 10**400, -1e-320, [], {}]
+HOSTILE = [None, True, "x", math.nan, math.inf, -math.inf, 1e308, 10**400, -1e-320, [], {}]
 
 
-def test_no_value_of_a_row_or_table_is_an_error() -> None:
+def test_no_value_of_a_row_or_table_raises() -> None:
     rng = random.Random(0)
     rows = [
-        {key: rng.choice([*NASTY, make(step)]) for key, make in {**HEALTHY, "step": lambda step: step}.items()}
+        {key: rng.choice([*HOSTILE, make(step)]) for key, make in {**HEALTHY, "step": lambda step: step}.items()}
         for step in range(1, 120)
     ]
     tables = [
-        {"trl": value, "rest": {"weights": {"w_min": value, "w_max": value}}} for value in [*NASTY, {"top_p": "x"}]
+        {"trl": value, "rest": {"weights": {"w_min": value, "w_max": value}}} for value in [*HOSTILE, {"top_p": "x"}]
     ]
     tables += [
         {"trl": dict.fromkeys(("num_generations", "adam_beta2", "max_steps", "max_grad_norm"), value)}
-        for value in NASTY
+        for value in HOSTILE
     ]
     for table in tables:
         for finding in diagnose(rows, [dict.fromkeys(("step", "exact_match", "exact_match_error"), 0.1)] * 3, table):
             assert isinstance(finding.figure, str)
-    evaluations = [{"step": value, "exact_match": value, "exact_match_error": value} for value in NASTY]
+    evaluations = [{"step": value, "exact_match": value, "exact_match_error": value} for value in HOSTILE]
     assert isinstance(diagnose(rows, evaluations), list)
 
 
-def test_a_run_of_an_older_version_is_read_as_far_as_it_goes() -> None:
+def test_a_config_of_an_older_version_is_read_as_far_as_possible() -> None:
     old = DiagnosisSettings.from_table({**TABLE, "rest": {**TABLE["rest"], "gone": 1}, "removed": {"x": 1}})
     assert (old.max_length, old.total_steps) == (96, 60)
-    assert (
-        old.weight_clip == DiagnosisSettings.from_table({"trl": TABLE["trl"]}).weight_clip
-    )  # [rest] as if it were not there
+    # an unreadable [rest] counts as missing
+    assert old.weight_clip == DiagnosisSettings.from_table({"trl": TABLE["trl"]}).weight_clip
     elsewhere = DiagnosisSettings.from_table({**TABLE, "rest": {"weights": {"rule": "no_such_module:RULE"}}})
     assert (elsewhere.weight_clip, elsewhere.curriculum_shifts) == (None, {})

@@ -1,4 +1,4 @@
-"""Runs that go wrong on purpose say so, while they train and in their report; one that is well says nothing."""
+"""Diagnosis of real runs: faulty ones have findings, in the terminal and in the report; a healthy one has none."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def found(run_file: Path, out: Path, *settings: str) -> dict[str, str]:
-    """The kinds that a run's report has, with their causes."""
+    """Train a run and return the kinds of its findings with their causes."""
     assert (
         main(["train", str(run_file), "--out", str(out), *(word for each in settings for word in ("--set", each))]) == 0
     )
     return {finding.kind: finding.cause for finding in diagnose_run(read_run(out))}
 
 
-def test_a_run_that_is_well_says_nothing(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_healthy_run_has_no_finding(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found(run_file, tmp_path / "run") == {}
     assert "likely cause" not in capsys.readouterr().out
     assert main(["report", str(tmp_path / "run")]) == 0
@@ -65,7 +65,7 @@ def test_a_run_that_is_well_says_nothing(run_file: Path, tmp_path: Path, capsys:
 def test_a_limit_that_is_too_short(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = found(run_file, tmp_path / "run", "trl.max_completion_length=4")
     assert set(kinds) == {"truncated", "no_spread"}
-    assert "shorter than what the policy has to say" in kinds["truncated"]
+    assert "shorter than the responses need to be" in kinds["truncated"]
     said = capsys.readouterr().out
     assert said.count("of the responses hit the length limit of 4 tokens (steps") == 1
     assert "remedy: raise trl.max_completion_length (now 4)" in said
@@ -75,7 +75,7 @@ def test_a_limit_that_is_too_short(run_file: Path, tmp_path: Path, capsys: pytes
     assert "- from step 10 on: **" in page
 
 
-def test_a_resumed_run_does_not_say_it_again(
+def test_a_resumed_run_does_not_repeat_its_findings(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("trl.max_completion_length=4", "trl.save_steps=11")
@@ -89,12 +89,12 @@ def test_a_resumed_run_does_not_say_it_again(
     assert set(kinds) == {finding.kind for finding in diagnose_run(read_run(tmp_path / "run"))}
 
 
-def test_steps_that_are_too_large(run_file: Path, tmp_path: Path) -> None:
+def test_a_learning_rate_that_is_too_high(run_file: Path, tmp_path: Path) -> None:
     kinds = found(run_file, tmp_path / "run", "trl.learning_rate=0.3")
     assert set(kinds) == {"no_spread", "truncated"}
-    assert "the policy rambles or forgets to end" in kinds["truncated"]
+    assert "the policy has become verbose or forgets to end" in kinds["truncated"]
     assert "hit the length limit of 20 tokens" in kinds["no_spread"]
-    assert "they fitted before" in kinds["truncated"]
+    assert "the responses fitted before" in kinds["truncated"]
 
 
 def test_responses_from_another_distribution(run_file: Path, tmp_path: Path) -> None:
@@ -110,6 +110,6 @@ def test_a_clip_that_is_too_narrow(run_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_rewards_that_know_nothing(run_file: Path, tmp_path: Path) -> None:
+def test_random_rewards(run_file: Path, tmp_path: Path) -> None:
     kinds = found(run_file, tmp_path / "run", "rest.reward.random=true", "trl.max_steps=50", "rest.preset=grpo")
     assert "no_progress" in kinds

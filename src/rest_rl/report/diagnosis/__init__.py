@@ -1,7 +1,8 @@
-"""Why a run is not learning: what its metrics show, the likely cause and the remedy, each only beyond noise.
+"""Diagnosis of a run that does not learn: what the metrics show, the likely cause and a remedy.
 
-Reads rows of `metrics.jsonl` and `evaluations.jsonl` and the table of `config.toml`; imports nothing heavy. Each
-symptom, its limit and the reason for that limit: docs/diagnosis.md.
+The diagnosis reads rows of `metrics.jsonl` and `evaluations.jsonl` and the table of `config.toml`, and imports neither
+torch nor the trainer. A finding is reported only if it is beyond noise. docs/diagnosis.md describes every finding, its
+limit and the reason for that limit.
 """
 
 from __future__ import annotations
@@ -17,21 +18,30 @@ __all__ = ["Diagnosis", "Finding", "diagnose"]
 
 
 class Diagnosis:
-    """A run watched row by row; `findings` are those so far, with the figures of the last row that showed them."""
+    """The diagnosis of a run while it trains; `findings` has the figures of the last row that showed each finding."""
 
     def __init__(self, table: Mapping[str, Any]) -> None:
-        """`table` is the run's config.toml as read; a setting that is not there counts as the trainer's default."""
+        """Start without rows.
+
+        Args:
+            table: the run's config.toml as read; settings that are missing have the trainer's defaults.
+        """
         self._settings = DiagnosisSettings.from_table(table)
         self._history = History(SecondMoment(self._settings.beta2, self._settings.max_norm))
         self._found: dict[str, Finding] = {}
 
     @property
     def findings(self) -> list[Finding]:
-        """In the order in which they appeared."""
+        """All findings so far, in the order in which they first appeared."""
         return list(self._found.values())
 
     def add(self, row: Mapping[str, Any], total: int = 0) -> list[Finding]:
-        """Take in one step's metrics; returns what is found for the first time. `total` steps unless the table says."""
+        """Add the metrics of one step and return the findings that are new.
+
+        Args:
+            row: a row of metrics.jsonl.
+            total: the number of steps of the run, if the configuration does not set it; 0 if unknown.
+        """
         self._history.add(row)
         settings = self._settings.with_total_steps(total)
         new = []
@@ -45,7 +55,7 @@ class Diagnosis:
         return new
 
     def add_evaluation(self, row: Mapping[str, Any]) -> None:
-        """Take in an evaluation; it is judged with the next row of metrics."""
+        """Add an evaluation; the next row of metrics takes it into account."""
         self._history.evaluations.append(row)
 
 
@@ -54,9 +64,12 @@ def diagnose(
     evaluations: Iterable[Mapping[str, Any]] = (),
     table: Mapping[str, Any] | None = None,
 ) -> list[Finding]:
-    """All findings of a run, in the order in which they appeared: what `Diagnosis` says row by row.
+    """Return all findings of a run, in the order in which they first appeared.
 
-    `rows` are those of metrics.jsonl and `evaluations` those of evaluations.jsonl, both in step order.
+    Args:
+        rows: the rows of metrics.jsonl, in step order.
+        evaluations: the rows of evaluations.jsonl, in step order.
+        table: the table of config.toml; without it all settings have the trainer's defaults.
     """
     rows, waiting = list(rows), list(evaluations)
     diagnosis = Diagnosis(table or {})

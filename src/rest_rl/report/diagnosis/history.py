@@ -1,9 +1,9 @@
 """The metrics of a run so far, as means over windows with their standard errors.
 
-A metric of one step is a mean over a batch of responses to prompts that were drawn anew, so steps scatter independently
-about a slow trend. Half the mean square of successive differences estimates that scatter whatever the trend (von
-Neumann, J. (1941), https://doi.org/10.1214/aoms/1177731677), and a window's error is the scatter over the square root
-of its rows.
+A metric of one step is a mean over responses to newly drawn prompts, so steps scatter independently around a slow
+trend. Half the mean square of successive differences estimates that scatter independently of the trend (von Neumann, J.
+(1941), https://doi.org/10.1214/aoms/1177731677). The standard error of a window's mean is the scatter divided by the
+square root of the number of rows.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from typing import Any, NamedTuple, TypeGuard
 WINDOW = 10
 """Rows of metrics in a window: few enough to warn early, and the error of a mean is a third of one row's scatter."""
 SCATTER_ROWS = 10 * WINDOW
-"""Rows that the scatter is estimated from."""
 
-
+# Larger values count as not finite, because sums of their squares would overflow.
 MAX_MAGNITUDE = 1e100
-"""Beyond it a value counts as not finite: sums of squares would be."""
+# Accepted chance of a false alarm per metric, over all pairs of separate windows; see `History.threshold`.
 FALSE_ALARM_RATE = 1e-3
-"""Chance of an alarm, over all pairs of separate windows, that `History.threshold` is made for."""
 
 
 class WindowMean(NamedTuple):
-    """A metric's mean over some steps, `error` its standard error."""
+    """The mean of a metric over the steps `first` to `last`, and the standard error of that mean."""
 
     value: float
     error: float
@@ -35,15 +33,16 @@ class WindowMean(NamedTuple):
     last: int
 
     def exceeds(self, limit: float, errors: float) -> bool:
+        """Return whether the mean is above the limit by more than this number of standard errors."""
         return self.value - errors * self.error > limit
 
     def is_above(self, other: WindowMean, errors: float, min_difference: float = 0.0) -> bool:
-        """Whether it is larger by more than `least` and by more than so many standard errors of the difference."""
+        """Return whether the mean exceeds another by `min_difference` and by `errors` standard errors of both."""
         return self.value - other.value > max(min_difference, errors * math.hypot(self.error, other.error))
 
 
 class MetricSeries:
-    """The finite numbers of one metric, in step order."""
+    """The finite values of one metric, in step order."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -52,7 +51,7 @@ class MetricSeries:
         self._squares: deque[float] = deque(maxlen=SCATTER_ROWS)
 
     def add(self, step: int, value: float) -> None:
-        """Append a number; keep track of the highest window that does not overlap the newest."""
+        """Append a value, and update the highest window that does not overlap the newest."""
         if self.values:
             self._squares.append((value - self.values[-1]) ** 2)
         self._sum += value
@@ -64,25 +63,26 @@ class MetricSeries:
             self._best = end
 
     def window_mean(self, end: int) -> WindowMean:
-        """Mean over the window that ends before row `end`, a shorter one among the first rows."""
+        """Return the mean over the window that ends before row `end`; near the start the window is shorter."""
         steps = self.steps[max(0, end - WINDOW) : end]
         return WindowMean(self._window(end) / len(steps), self.scatter() / math.sqrt(len(steps)), steps[0], steps[-1])
 
     def scatter(self) -> float:
-        """Standard deviation of single rows about their trend."""
+        """Return the standard deviation of single rows around their trend."""
         return math.sqrt(math.fsum(self._squares) / (2 * len(self._squares))) if self._squares else 0.0
 
     def best_window(self) -> WindowMean | None:
-        """The highest window apart from the newest, the first rows while there is none; None without any."""
+        """Return the highest window that does not overlap the newest, or `first_window` while there is none."""
         return self.window_mean(self._best) if self._best else self.first_window()
 
     def first_window(self) -> WindowMean | None:
-        """The first window, or as many of its rows as are not in the newest; None without any."""
+        """Return the first window, without the rows that are also in the newest; None if no row is left."""
         end = min(WINDOW, len(self.values) - WINDOW)
         return self.window_mean(end) if end > 0 else None
 
     def fit_trend(self) -> tuple[float, float]:
-        """What the least squares line through two rows or more has gained from first to last, and its error."""
+        """Return the rise of the least-squares line from the first row to the last, and its standard error."""
+        # The x axis is the row number, so all sums have closed forms and the cost per call is constant. Needs two rows.
         rows = len(self.values)
         squares = rows * (rows**2 - 1) / 12  # sum of (row - middle)^2
         slope = (self._moment - (rows - 1) / 2 * self._sum) / squares
@@ -93,16 +93,22 @@ class MetricSeries:
 
 
 class SecondMoment:
-    """Adam's average of squared gradient norms, up to a factor, and the step that holds most of it."""
+    """Adam's average of squared gradient norms, up to a constant factor, and the step that contributes most to it."""
 
     def __init__(self, decay: float, max_norm: float) -> None:
-        """`decay` is Adam's beta2; norms are clipped to `max_norm` first, unless it is 0."""
+        """Start at zero.
+
+        Args:
+            decay: Adam's beta2.
+            max_norm: the norm to which gradients are clipped before Adam sees them; 0 if they are not.
+        """
         self.decay, self.max_norm = decay, max_norm
         self.step, self.norm = 0, 0.0
         self._total, self._peak = 0.0, 0.0
 
     def add(self, step: int, norm: float) -> None:
-        """Take in the gradient norm of a step."""
+        # Both terms decay alike, so the step with the largest decayed square stays the largest until a new one exceeds
+        # it: no history of norms is needed.
         square = min(norm, self.max_norm or math.inf) ** 2
         self._total, self._peak = self.decay * self._total + square, self.decay * self._peak
         if square > self._peak:
@@ -110,30 +116,29 @@ class SecondMoment:
 
     @property
     def peak_share(self) -> float:
-        """What the largest step holds of the whole."""
+        """The share of the largest step in the whole average."""
         return self._peak / self._total if self._total > 0 else 0.0
 
 
 class History:
-    """Rows of metrics and of evaluations, in step order."""
+    """The rows of metrics and of evaluations so far, in the order in which they were logged."""
 
     def __init__(self, second_moment: SecondMoment) -> None:
         self.newest_row: Mapping[str, Any] = {}
         self.second_moment = second_moment
         self.evaluations: list[Mapping[str, Any]] = []
         self.repeated_steps: list[tuple[int, int]] = []
-        """Steps of a row and of the next one, where that is not a later one."""
+        """Pairs of successive rows whose steps do not increase: (step before, step after)."""
         self._series: dict[str, MetricSeries] = {}
         self._rows = 0
 
     @property
     def threshold(self) -> float:
-        """Standard errors that a figure must pass its limit by: 6.0 in the first window, 5.0 at 60 rows, 6.2 at 1000.
-
-        z = sqrt(2 ln(n^2 / 2 / CHANCE)) with n windows, for Gaussian tails exp(-z^2 / 2) and every pair of windows as a
-        look; then Student's t in place of z, to first order z + (z^3 + z) / (4 v), since the scatter is an estimate
-        too: von Neumann's has v = 2/3 of its differences as degrees of freedom.
-        """
+        """How many standard errors a mean must be beyond its limit: 6.0 in the first window, 5.0 at 60 rows."""
+        # Every pair of windows is a test, n^2 / 2 of them with n windows. A Gaussian tail of about exp(-z^2 / 2) gives
+        # the Bonferroni limit z = sqrt(2 ln(n^2 / 2 / FALSE_ALARM_RATE)). The scatter is itself an estimate, so
+        # Student's t replaces z, to first order t = z + (z^3 + z) / (4 v). Von Neumann's estimate has about 2/3 of the
+        # number of differences as degrees of freedom v, so the limit is high at first, falls, and then grows with ln n.
         windows = max(self._rows / WINDOW, math.sqrt(2))
         z = math.sqrt(2 * math.log(windows**2 / 2 / FALSE_ALARM_RATE))
         freedom = 2 / 3 * max(1, min(self._rows - 1, SCATTER_ROWS))
@@ -141,10 +146,11 @@ class History:
 
     @property
     def step(self) -> int:
+        """The step of the newest row."""
         return step_of(self.newest_row)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take in one row of metrics; what is no finite number is left out."""
+        """Add one row of metrics; values that are not finite numbers are left out."""
         if self._rows and step_of(row) <= self.step:
             self.repeated_steps.append((self.step, step_of(row)))
         self.newest_row = row
@@ -156,56 +162,57 @@ class History:
             self.second_moment.add(self.step, float(norm))
 
     def current_series(self, key: str) -> MetricSeries | None:
-        """A metric with a full window and a number in the newest row."""
+        """Return the series of a metric if it fills a window and has a value in the newest row, else None."""
         series = self._series.get(key)
         is_current = series is not None and len(series.values) >= WINDOW and series.steps[-1] == self.step
         return series if is_current else None
 
     def newest_window(self, key: str) -> WindowMean | None:
-        """The newest window."""
+        """Return the mean over the newest window."""
         series = self.current_series(key)
         return series.window_mean(len(series.values)) if series else None
 
     def first_window(self, key: str) -> WindowMean | None:
-        """The first window, as far as the newest does not overlap it."""
+        """Return the mean over the first window, without the rows that are also in the newest."""
         series = self.current_series(key)
         return series.first_window() if series else None
 
     def best_window(self, key: str) -> WindowMean | None:
-        """The highest window that does not overlap the newest."""
+        """Return the highest mean over a window that does not overlap the newest."""
         series = self.current_series(key)
         return series.best_window() if series else None
 
     def find_fall(self, key: str, min_difference: float = 0.0) -> tuple[WindowMean, WindowMean] | None:
-        """The highest window and the newest one, if that is lower beyond noise and by more than `least`."""
+        """Return the highest window and the newest if the newest is lower beyond noise and by `min_difference`."""
         best, now = self.best_window(key), self.newest_window(key)
         return (best, now) if best and now and best.is_above(now, self.threshold, min_difference) else None
 
     def window_ending_at(self, key: str, step: int) -> WindowMean | None:
-        """The window that ended with `step`."""
+        """Return the mean over the window that ended at `step`."""
         series = self.current_series(key)
         end = bisect_right(series.steps, step) if series else 0
         return series.window_mean(end) if series and end else None
 
     def all_values(self, key: str) -> list[float]:
+        """Return all finite values of a metric so far."""
         return self._series[key].values if key in self._series else []
 
     def newest_values(self, key: str) -> list[float]:
-        """The numbers of the newest window; none if it is not full."""
+        """Return the values in the newest window; empty if the window is not full."""
         series = self.current_series(key)
         return series.values[-WINDOW:] if series else []
 
     def find_labels(self, prefix: str) -> list[str]:
-        """What follows the prefix in the names of metrics."""
+        """Return the rest of the name of every metric that starts with this prefix."""
         return [key.removeprefix(prefix) for key in self._series if key.startswith(prefix)]
 
 
 def step_of(row: Mapping[str, Any]) -> int:
-    """The step of a row, 0 where it has none."""
+    """Return the step of a row; 0 if it has none."""
     step = row.get("step")
     return int(step) if has_finite_square(step) else 0
 
 
 def has_finite_square(value: Any) -> TypeGuard[float]:
-    """Whether a JSON value is a number whose square is finite."""
+    """Return whether a JSON value is a number whose square is finite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_MAGNITUDE

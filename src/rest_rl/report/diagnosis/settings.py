@@ -1,4 +1,4 @@
-"""What of a run's configuration the diagnosis reads."""
+"""The settings of a run that the diagnosis reads from its configuration."""
 
 from __future__ import annotations
 
@@ -11,55 +11,58 @@ from rest_rl.config import RunConfig
 from rest_rl.report.diagnosis.history import has_finite_square
 from rest_rl.weights import WeightConfig
 
+# The field of WeightConfig by which the curriculum moves the weight of a region, and the direction.
 CURRICULUM_FIELDS = {
     "format": ("decay_format", -1.0),
     "arguments": ("gain_arguments", 1.0),
     "reasoning": ("gain_reasoning", 1.0),
     "answer": ("gain_reasoning", 1.0),
 }
-"""Which field of the package's weight rules moves which region, and where."""
+# At this temperature and below, responses to a prompt differ little: at 0.5 the odds between any two tokens are
+# squared.
 LOW_TEMPERATURE = 0.5
-"""Temperature from which on downwards responses differ little: at it the odds of any two tokens are squared."""
 NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
 class DiagnosisSettings:
-    """What of a run's configuration the symptoms read; what it does not say is the trainer's default."""
+    """The settings of a run that the symptoms read; those that the run did not set have the trainer's defaults."""
 
     group_size: int = 8
     max_length: int | None = None
-    """Tokens of a response at most."""
+    """Maximum length of a response in tokens."""
     temperature: float | None = None
     learning_rate: float | None = None
     max_norm: float = 1.0
-    """Gradient norm that is clipped to; 0 for no clip."""
+    """Maximum gradient norm; 0 turns clipping off."""
     beta2: float = 0.999
     """Decay of Adam's second moment."""
     is_half_precision: bool = False
-    """Whether a loss scale may skip steps (float16)."""
+    """Whether the run uses float16, where the loss scale may skip steps."""
     weight_clip: tuple[float, float] | None = None
-    """Least and largest weight of a region."""
+    """Minimum and maximum weight of a region; None if the rule is not the package's own."""
     strength: float | None = None
     curriculum_shifts: Mapping[str, float] = field(default_factory=dict)
-    """How far the curriculum moves the weight of a region by the end, by label; others are not there."""
+    """How far the curriculum has moved the weight of a region at the end of the run; only regions that it moves."""
     is_shuffled: bool = False
-    """Whether regions get one another's weights."""
+    """Whether the rule `permuted` shuffles the weights among the regions."""
     changed_sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that sample from another distribution than the policy's own, with their values."""
+    """Sampling settings that change the policy's distribution, with their values."""
     total_steps: int = 0
-    """Steps of the whole run; 0 if unknown."""
+    """Number of steps of the whole run; 0 if unknown."""
     progress_steps: int = 0
-    """Steps in which the curriculum moves; 0 for all."""
+    """Number of steps over which the curriculum moves; 0 for the whole run."""
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> DiagnosisSettings:
-        """Read a run's config.toml, also one of an older version or one that was damaged."""
+        """Read the settings from a run's config.toml, as far as it is readable: it may be old or damaged."""
         config = parse_readable_tables(table)
         trl, rule = config.trl, None
-        with suppress(ValueError):  # a supervised preset, or a rule of the user's that is not here
+        # resolve() raises for supervised presets, and for a user's rule whose module is not installed here. Fields of
+        # other rules may share the names but not the meaning, so only the package's own rule counts.
+        with suppress(ValueError):
             found = config.rest.resolve().weights
-            rule = found if isinstance(found, WeightConfig) else None  # fields of other rules mean other things
+            rule = found if isinstance(found, WeightConfig) else None
 
         def number(name: str) -> float | None:
             return float(trl[name]) if has_finite_square(trl.get(name)) else None
@@ -92,44 +95,43 @@ class DiagnosisSettings:
         )
 
     def with_total_steps(self, total_steps: int) -> DiagnosisSettings:
-        """The same of a run of `total` steps, unless its configuration says how many."""
+        """Return the settings with this number of steps, unless the configuration sets one."""
         return self if self.total_steps > 0 else replace(self, total_steps=total_steps)
 
     def curriculum_shift(self, region: str, step: int) -> float:
-        """How far the curriculum has moved a region's weight at a step; 0 where that is not known."""
+        """Return how far the curriculum has moved a region's weight at a step; 0 if that is unknown."""
         steps = self.progress_steps or self.total_steps
         return self.curriculum_shifts.get(region, 0.0) * min(1.0, max(0, step - 1) / (steps - 1)) if steps > 1 else 0.0
 
     @property
     def most_groups_threshold(self) -> float:
-        """The share of responses that leaves a mark on most groups: 1 - (1 - s)^G > 1/2; 0.083 for groups of 8."""
-        return 1 - 0.5 ** (1 / self.group_size)
+        """The share s of responses beyond which most groups contain such a response: 1 - (1 - s)^G > 1/2."""
+        return 1 - 0.5 ** (1 / self.group_size)  # 0.083 for groups of 8
 
     @property
     def is_low_temperature(self) -> bool:
-        """Whether sampling is so far below temperature 1 that responses to a prompt are much alike."""
         return self.temperature is not None and self.temperature <= LOW_TEMPERATURE
 
     @property
     def limit_text(self) -> str:
-        """` of 96 tokens`, empty if the limit is unknown."""
+        """Text such as ` of 96 tokens`; empty if the limit is unknown."""
         return f" of {self.max_length} tokens" if self.max_length else ""
 
     @property
     def lower_rate_remedy(self) -> str:
         now = "" if self.learning_rate is None else f" (now {self.learning_rate:g})"
-        return f"lower trl.learning_rate{now} and begin anew"
+        return f"lower trl.learning_rate{now} and train again from the start"
 
     @property
     def truncation_remedy(self) -> str:
         return (
-            "read those that are cut off: if they make sense raise trl.max_completion_length, else "
+            "read the truncated responses: if they make sense, raise trl.max_completion_length, otherwise "
             f"{self.lower_rate_remedy}"
         )
 
 
 def parse_readable_tables(table: Mapping[str, Any]) -> RunConfig:
-    """`[trl]` and `[rest]` of a recorded run, each as far as this version can read it."""
+    # Each table on its own, so that one key that this version does not know costs only its own table.
     tables: dict[str, Any] = {}
     for name in ("trl", "rest"):
         with suppress(ValueError):

@@ -1,7 +1,7 @@
-"""What can be wrong with a run: each symptom a function of its history that says figure, cause and remedy, or nothing.
+"""The symptoms of a run that does not learn: each function returns what it observed, the likely cause and a remedy.
 
-A limit is either beyond noise, by `History.sure` standard errors, or a size at which harm begins, or both;
-docs/diagnosis.md derives every one.
+A symptom shows when a metric passes its limit by `History.threshold` standard errors, when the harm reaches a minimum
+size, or both. docs/diagnosis.md derives every limit.
 """
 
 from __future__ import annotations
@@ -13,34 +13,35 @@ from typing import NamedTuple
 from rest_rl.report.diagnosis.history import WINDOW, History, WindowMean, has_finite_square
 from rest_rl.report.diagnosis.settings import CURRICULUM_FIELDS, DiagnosisSettings
 
-COLLAPSED_ENTROPY_SHARE = 0.9
-"""Share of the first entropy whose loss is a collapse: what is left can buy a ninth of what was gained."""
+# Losing this share of the initial entropy is a collapse: the rest can buy a ninth of the reward gained so far.
+LOST_ENTROPY_SHARE = 0.9
+# The share of the gap to S_acc = 1 that the policy must have closed in exchange for that entropy.
 MIN_GAP_CLOSED = 0.5
-"""Share of the gap to full accuracy that a spent entropy must have closed."""
+# Excess surprise as a share of the entropy; sampling at temperature 0.95 or 1.05 causes about this much.
 MAX_EXCESS_SHARE = 0.05
-"""Excess surprise as a share of the entropy: about what a temperature of 0.95 or 1.05 does."""
+# Entropy of all tokens of a window, in nats, that the excess surprise needs. Rare tokens contribute some ten nats each,
+# so about a hundred of them were expected.
 MIN_WINDOW_NATS = 1000.0
-"""Entropy of all tokens of a window from which its excess surprise can be judged: rare tokens bring some ten nats each,
-so about a hundred of them were due."""
+# The weight of a region with fewer tokens than this share moves the mean weight too little to matter.
 MIN_REGION_SHARE = 0.1
-"""Share of the tokens from which a region's weight matters."""
+# One step with this share of the second moment doubles Adam's denominator: 1 / sqrt(1 - 0.75) = 2.
 SPIKE_SHARE = 0.75
-"""Share of the second moment that one step holds when it doubles Adam's denominator: 1 / sqrt(1 - 0.75) = 2."""
 MIN_TREND_ROWS = 5 * WINDOW
-"""Rows without progress that are worth a word."""
+# float16 may skip this many steps while its loss scale falls from 2**16.
 FP16_WARMUP_STEPS = 16
-"""Steps that float16 may skip while its loss scale falls from 2**16."""
+# Responses that end do so, on average, below this share of the length limit only if the others would never end. With a
+# constant chance of ending at every token the share is 0.31 where most groups have one truncated response, and higher
+# where they have more.
 ENDED_LENGTH_SHARE = 0.25
-"""Mean length of the responses that end, as a share of the limit, below which the others do not end: with a constant
-chance to end at every token it would be 0.31 where most groups hold one that is cut off, and more where more are."""
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong, first seen at `step` and last at `last`."""
+    """One problem of a run, first observed at step `step` and most recently at step `last`."""
 
     kind: str
-    """A key of SYMPTOMS; docs/diagnosis.md has a section for each."""
+    """A key of SYMPTOMS; docs/diagnosis.md has a section on each."""
     figure: str
+    """What the metrics show."""
     cause: str
     remedy: str
     step: int
@@ -56,7 +57,6 @@ class Symptom(NamedTuple):
 
 
 def not_finite(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """A loss or gradient norm that is NaN or infinite."""
     broken = [
         key
         for key in ("loss", "grad_norm")
@@ -65,51 +65,51 @@ def not_finite(history: History, settings: DiagnosisSettings) -> Symptom | None:
     if not broken or (settings.is_half_precision and history.step <= FP16_WARMUP_STEPS):
         return None
     return Symptom(
-        f"{' and '.join(broken)} of step {history.step} is not finite",
-        "numbers that overflow: steps that are too large, float16, or a model whose weights are broken already",
-        f"{settings.lower_rate_remedy}; use bf16 instead of fp16; the last checkpoint may hold the broken "
-        "weights already",
+        f"NaN or infinite at step {history.step}: {' and '.join(broken)}",
+        "a numerical overflow: the updates are too large, float16 ran out of range, or the model's weights were broken "
+        "before",
+        f"{settings.lower_rate_remedy}; use bf16 instead of fp16; do not trust the last checkpoint, which may already "
+        "contain broken weights",
     )
 
 
 def reward_not_finite(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """A mean reward that is NaN or infinite."""
     if "reward" not in history.newest_row or has_finite_square(history.newest_row["reward"]):
         return None
     return Symptom(
-        f"the mean reward of step {history.step} is not finite",
-        "a reward function that returned inf or NaN: its group, and with inf the whole batch, has no gradient",
-        "guard the reward function, and begin anew",
+        f"the mean reward of step {history.step} is NaN or infinite",
+        "a reward function returned NaN, which removes the gradient of its group, or infinity, which can remove that "
+        "of the whole batch",
+        "make the reward function return finite values only, then train again from the start",
     )
 
 
 def rows_out_of_order(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """Rows of metrics whose step is not after that of the row before."""
     if not history.repeated_steps:
         return None
     before, step = history.repeated_steps[0]
     return Symptom(
-        f"rows of metrics that repeat a step or go back: {len(history.repeated_steps)}, the first step {step} "
-        f"after {before}",
-        "two processes trained in this folder at once, or files of two runs were joined: curves and model are mixed",
-        "trust none of its numbers; train it anew in a folder of its own",
+        f"metrics.jsonl has steps out of order: step {step} comes after step {before} (rows out of order: "
+        f"{len(history.repeated_steps)})",
+        "two processes trained in this folder at the same time, or the files of two runs were joined; the curves and "
+        "the model are a mixture of both",
+        "discard this run and train it again in a separate folder",
     )
 
 
 def no_spread(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """Most groups have equal rewards throughout: they have no advantage and no gradient."""
+    # Half, because beyond it more than half of the generated responses contribute no gradient.
     zero_variance = history.newest_window("frac_reward_zero_std")
     if zero_variance is None or not zero_variance.exceeds(0.5, history.threshold):
         return None
     return Symptom(
-        f"{format_percent(zero_variance)} of the groups have equal rewards and so no gradient "
+        f"{format_percent(zero_variance)} of the groups have equal rewards and therefore no gradient "
         f"({format_steps(zero_variance)})",
         *explain_zero_variance(history, settings, zero_variance),
     )
 
 
 def truncated(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """Responses hit the length limit in most groups."""
     cut = history.newest_window("completions/clipped_ratio")
     if cut is None or not cut.exceeds(settings.most_groups_threshold, history.threshold):
         return None
@@ -120,7 +120,6 @@ def truncated(history: History, settings: DiagnosisSettings) -> Symptom | None:
 
 
 def format_falls(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """Fewer responses keep the format than did before, by enough to show in most groups."""
     fall = history.find_fall("rest/format", settings.most_groups_threshold)
     if not fall:
         return None
@@ -128,20 +127,21 @@ def format_falls(history: History, settings: DiagnosisSettings) -> Symptom | Non
     cut, was_cut = (history.window_ending_at("completions/clipped_ratio", mean.last) for mean in (now, best))
     if cut and was_cut and cut.is_above(was_cut, history.threshold, (best.value - now.value) / 2):
         cause = (
-            f"more of them hit the length limit ({format_percent(was_cut)} → {format_percent(cut)}), and what is cut "
-            "off fails it"
+            f"more responses hit the length limit ({format_percent(was_cut)} → {format_percent(cut)}), and a truncated "
+            "response violates the format"
         )
         remedy = settings.truncation_remedy
     else:
-        cause = "updates so large that the policy forgets what it knew, or a reward that no longer asks for format"
+        cause = "the updates are so large that the policy forgets the format, or the reward no longer pays for it"
         remedy = (
             f"{settings.lower_rate_remedy}; lower rest.reward.accuracy_share_end, so that format stays worth something"
         )
-    return Symptom(f"format rate {format_change(best, now)}", cause, remedy)
+    return Symptom(f"the share of well-formed responses fell {format_change(best, now)}", cause, remedy)
 
 
 def calls_fall(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """Fewer responses attempt a call, accuracy has not gained by it, and broken format is not why."""
+    # Fewer calls are no problem if accuracy rose: some prompts need none. If the format fell too, its finding covers
+    # this.
     fall = history.find_fall("rest/call_rate", settings.most_groups_threshold)
     if not fall:
         return None
@@ -151,8 +151,8 @@ def calls_fall(history: History, settings: DiagnosisSettings) -> Symptom | None:
         return None
     gained = f", S_acc {format_change(before, accuracy)}" if accuracy and before else ""
     return Symptom(
-        f"share of responses with a call {format_change(best, now)}{gained}",
-        "a call costs more in bad format than it earns, or prompts that need none outweigh those that do",
+        f"the share of responses with a call fell {format_change(best, now)}{gained}",
+        "a call loses more reward by format errors than it earns, or prompts that need no call outweigh those that do",
         f"{settings.lower_rate_remedy}; raise rest.reward.accuracy_share_start; check the share of prompts "
         "whose gold has no call "
         "(rest-rl data check)",
@@ -160,11 +160,12 @@ def calls_fall(history: History, settings: DiagnosisSettings) -> Symptom | None:
 
 
 def entropy_collapses(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """Nearly all entropy is spent, and accuracy has little to show for it."""
+    # Reward R and entropy H trade as R = b - a exp(H) (arXiv 2505.22617), so the last tenth of the entropy can buy a
+    # ninth of the reward gained so far. A low entropy is harmless if accuracy has risen in exchange.
     now, start = history.newest_window("entropy"), history.first_window("entropy")
     if now is None or start is None or start.value <= 0:
         return None
-    if now.value + history.threshold * now.error > (1 - COLLAPSED_ENTROPY_SHARE) * start.value:
+    if now.value + history.threshold * now.error > (1 - LOST_ENTROPY_SHARE) * start.value:
         return None
     accuracy, before = history.newest_window("rest/accuracy"), history.first_window("rest/accuracy")
     if accuracy is None or before is None or before.value >= 1:
@@ -173,16 +174,18 @@ def entropy_collapses(history: History, settings: DiagnosisSettings) -> Symptom 
     if closed >= MIN_GAP_CLOSED:
         return None
     return Symptom(
-        f"entropy fell {start.value:.3f} → {now.value:.3f} nats a token, while S_acc went {before.value:.2f} → "
+        f"entropy fell {start.value:.3f} → {now.value:.3f} nats per token, while S_acc went {before.value:.2f} → "
         f"{accuracy.value:.2f} ({format_steps(start)} → {format_steps(now)})",
-        "the policy has settled on its answers before they were right; it no longer tries others",
-        f"{settings.lower_rate_remedy}; raise trl.epsilon_high (0.28 as in dapo) or trl.num_generations "
+        "the policy became certain of its responses before they were right, and no longer explores",
+        f"{settings.lower_rate_remedy}; raise trl.epsilon_high (dapo uses 0.28) or trl.num_generations "
         f"(now {settings.group_size}); keep trl.temperature at 1",
     )
 
 
 def sampler_disagrees(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """The trained policy finds the responses more or less surprising than its own samples are."""
+    # For a token drawn from the policy p, the expected surprise -log p equals the entropy of p. Surprises minus
+    # entropies are therefore a martingale with mean 0, wherever a response ends; a drift means that the sampler is not
+    # p.
     excess, entropy = history.newest_window("rest/surprise/excess"), history.newest_window("entropy")
     errors, nats = history.newest_values("rest/surprise/error"), history.newest_values("rest/surprise/nats")
     if excess is None or entropy is None or entropy.value <= 0 or not errors or sum(nats) < MIN_WINDOW_NATS:
@@ -199,28 +202,29 @@ def sampler_disagrees(history: History, settings: DiagnosisSettings) -> Symptom 
         changed = ", ".join(f"{name} = {value}" for name, value in settings.changed_sampling.items())
         return Symptom(
             figure,
-            f"{changed}: responses come from another distribution than the loss has gradients for",
+            f"{changed}: the responses are sampled from another distribution than the one that the loss differentiates",
             f"remove {', '.join(settings.changed_sampling)}",
         )
-    cause = "responses are sampled by other weights, in another precision, or from a changed distribution"
-    remedy = "take top_p, top_k and penalties out of the model's generation_config.json; give vLLM the trainer's dtype"
-    return Symptom(figure, cause, f"{remedy}; switch dropout off")
+    cause = "the sampler uses other weights, another precision, or a modified distribution"
+    remedy = (
+        "remove top_p, top_k and penalties from the model's generation_config.json; run vLLM in the trainer's dtype"
+    )
+    return Symptom(figure, cause, f"{remedy}; disable dropout")
 
 
 def weight_at_its_clip(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """A region's weight has been at its clip for a whole window: it no longer follows the entropies."""
     stuck = find_clipped_weights(history, settings)
     if not stuck:
         return None
     figures = [
         f"{region} at {name} = {bound:g} ({100 * share:.0f} % of the tokens)" for region, name, bound, share in stuck
     ]
-    figure = f"the weight of {', '.join(figures)} throughout the last {WINDOW} rows"
+    figure = f"a region's weight stayed at its limit in the last {WINDOW} rows: {', '.join(figures)}"
     strength = "" if settings.strength is None else f" (now {settings.strength:g})"
-    widen = f"widen rest.weights.w_min and rest.weights.w_max, or lower rest.weights.strength{strength}"
+    widen = f"widen the range from rest.weights.w_min to rest.weights.w_max, or lower rest.weights.strength{strength}"
     if settings.is_shuffled:
         return Symptom(
-            figure, "it was dealt the weight of another region, which asks for more than the clip allows", widen
+            figure, "the rule `permuted` gave it the weight of another region, which lies outside this range", widen
         )
     pushed = [
         push for region, name, _, _ in stuck if (push := explain_curriculum_push(history, settings, region, name))
@@ -228,13 +232,14 @@ def weight_at_its_clip(history: History, settings: DiagnosisSettings) -> Symptom
     if pushed:
         keys = dict.fromkeys(f"rest.weights.{CURRICULUM_FIELDS[region][0]}" for region, _ in pushed)
         moved = ", ".join(text for _, text in pushed)
-        return Symptom(figure, f"the curriculum has moved it there: {moved}", f"lower {' and '.join(keys)}, or {widen}")
-    cause = "its entropy lies so far from that of the other tokens that the rule asks for more than the clip allows"
+        return Symptom(figure, f"the curriculum moved it there: {moved}", f"lower {' and '.join(keys)}, or {widen}")
+    cause = "its entropy is so far from that of the other tokens that the rule's weight falls outside this range"
     return Symptom(figure, cause, widen)
 
 
 def find_clipped_weights(history: History, settings: DiagnosisSettings) -> list[tuple[str, str, float, float]]:
-    """Regions of some size whose weight was at an end of the clip for a window: label, which end, its value, share."""
+    # Returns (region, "w_min" or "w_max", that bound, share of the tokens). A zero weight means that the rule drops the
+    # region; it is no clip.
     if settings.weight_clip is None or settings.weight_clip[0] == settings.weight_clip[1]:
         return []
     w_min, w_max = settings.weight_clip
@@ -256,10 +261,8 @@ def find_clipped_weights(history: History, settings: DiagnosisSettings) -> list[
 def explain_curriculum_push(
     history: History, settings: DiagnosisSettings, region: str, end: str
 ) -> tuple[str, str] | None:
-    """The region and how far the curriculum has moved its weight, if without it the weight was last inside the clip.
-
-    What the rule asks for shows only where the clip does not cut it: in the last row inside, less the shift of then.
-    """
+    # The curriculum is the cause if it moves the weight towards this bound and the weight was inside the clip before.
+    # Clipped weights hide what the entropy alone would give; the last unclipped row minus its shift shows it.
     series = history.current_series(f"rest/rule_weight/{region}")
     shift = settings.curriculum_shift(region, history.step)
     if series is None or settings.weight_clip is None or shift * (1 if end == "w_max" else -1) <= 0:
@@ -271,12 +274,11 @@ def explain_curriculum_push(
     ruled = series.values[inside[-1]] - settings.curriculum_shift(region, series.steps[inside[-1]])
     return (
         region,
-        f"{region} by {shift:+.2f} so far, from {ruled:.2f} by its entropy in step {series.steps[inside[-1]]}",
+        f"{region} by {shift:+.2f} so far (its entropy alone gave {ruled:.2f} at step {series.steps[inside[-1]]})",
     )
 
 
 def gradient_spike(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """One step holds so much of Adam's second moment that the steps after it are halved."""
     series, moment = history.current_series("grad_norm"), history.second_moment
     if series is None or moment.peak_share <= SPIKE_SHARE:
         return None
@@ -285,16 +287,14 @@ def gradient_spike(history: History, settings: DiagnosisSettings) -> Symptom | N
         return None
     now = f" (now {settings.max_norm:g})" if settings.max_norm else ""
     return Symptom(
-        f"step {moment.step} holds {100 * moment.peak_share:.0f} % of all squared gradient norms in Adam's "
-        "average (norm "
+        f"step {moment.step} accounts for {100 * moment.peak_share:.0f} % of Adam's second moment (gradient norm "
         f"{moment.norm:.2g}, median {median:.2g})",
-        "one batch with a very unlikely or very long response; Adam's steps after it are less than half as long",
+        "a batch contained a very unlikely or very long response; Adam's steps after it are less than half as long",
         f"set trl.max_grad_norm{now} to about {3 * median:.1g}, three times the median norm",
     )
 
 
 def exact_match_falls(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """The reward rises while exact match falls: what is paid for is not what is wanted."""
     fall = history.find_fall("rest/exact_match")
     if not fall:
         return None
@@ -303,15 +303,16 @@ def exact_match_falls(history: History, settings: DiagnosisSettings) -> Symptom 
     if reward is None or before is None or not reward.is_above(before, history.threshold):
         return None
     return Symptom(
-        f"exact match {format_change(best, now)}, while the reward rose {before.value:.3f} → {reward.value:.3f}",
-        "the reward pays for something else than right calls, such as format or a part of the arguments",
-        "read what is rewarded (rest-rl report, rest-rl score); raise rest.reward.accuracy_share_start and "
-        "accuracy_share_end",
+        f"exact match fell {format_change(best, now)}, while the reward rose {before.value:.3f} → {reward.value:.3f}",
+        "the reward pays for something other than correct calls, such as the format or some of the arguments",
+        "check which responses are rewarded (rest-rl report, rest-rl score); raise rest.reward.accuracy_share_start "
+        "and rest.reward.accuracy_share_end",
     )
 
 
 def held_out_falls(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """Exact match on held-out prompts falls while that of training does not: the policy learns its prompts by heart."""
+    # The errors are those over prompts. Every evaluation uses the same prompts, so the true error of the difference is
+    # smaller: the finding comes late rather than wrongly.
     scores = [
         (row["exact_match"], row["exact_match_error"], row.get("step"))
         for row in history.evaluations
@@ -324,16 +325,17 @@ def held_out_falls(history: History, settings: DiagnosisSettings) -> Symptom | N
     if best[0] - last[0] <= history.threshold * math.hypot(best[1], last[1]):
         return None
     return Symptom(
-        f"held-out exact match {100 * best[0]:.0f} ± {100 * best[1]:.0f} % (step {best[2]}) → {100 * last[0]:.0f} ± "
-        f"{100 * last[1]:.0f} % (step {last[2]}), while that of training went {format_percent(start)} → "
+        f"held-out exact match fell {100 * best[0]:.0f} ± {100 * best[1]:.0f} % (step {best[2]}) → {100 * last[0]:.0f} "
+        f"± {100 * last[1]:.0f} % (step {last[2]}), while training exact match went {format_percent(start)} → "
         f"{format_percent(training)}",
-        "the policy learns its training prompts by heart",
-        f"more prompts or fewer epochs; take the checkpoint of step {best[2]}",
+        "the policy overfits to its training prompts",
+        f"train on more prompts or for fewer epochs; use the checkpoint of step {best[2]}",
     )
 
 
 def format_alone(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """The reward rose by format alone, and there is no more of it to gain."""
+    # Early in a run the format is meant to lead. It is a standstill once most groups are free of format errors and
+    # S_acc, at its upper limit, gained less than half of what the format gained.
     pairs = {
         key: (history.first_window(key), history.newest_window(key))
         for key in ("reward", "rest/format", "rest/accuracy")
@@ -348,17 +350,17 @@ def format_alone(history: History, settings: DiagnosisSettings) -> Symptom | Non
     if gain + history.threshold * error > (formed.value - rough.value) / 2:
         return None
     return Symptom(
-        f"the reward rose {reward.value:.3f} → {paid.value:.3f} by format ({format_percent(rough)} → "
-        f"{format_percent(formed)}); "
-        f"S_acc changed by {100 * gain:+.1f} ± {100 * error:.1f} points ({format_steps(before)} → "
-        f"{format_steps(accuracy)})",
-        "format is learnt, and is no longer a reason for spread; accuracy weighs too little to be learnt",
-        "raise rest.reward.accuracy_share_start; begin with demonstrations (rest-rl sft) if S_acc is near 0",
+        f"the reward rose {reward.value:.3f} → {paid.value:.3f} only through the format ({format_percent(rough)} → "
+        f"{format_percent(formed)}); S_acc changed by {100 * gain:+.1f} ± {100 * error:.1f} points "
+        f"({format_steps(before)} → {format_steps(accuracy)})",
+        "the policy has learned the format, which therefore no longer separates its responses; accuracy has too small "
+        "a share of the reward",
+        "raise rest.reward.accuracy_share_start; if S_acc is near 0, start with supervised fine-tuning (rest-rl sft)",
     )
 
 
 def no_progress(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    """Half of the run is over, and the slope of accuracy over it is not distinguishable from none."""
+    # The only finding about an absence. It reports the error, which shows how large a gain it could have missed.
     series = history.current_series("rest/accuracy")
     if series is None or len(series.values) < MIN_TREND_ROWS or 2 * history.step < settings.total_steps:
         return None
@@ -367,8 +369,10 @@ def no_progress(history: History, settings: DiagnosisSettings) -> Symptom | None
         return None
     return Symptom(
         f"S_acc changed by {100 * gain:+.1f} ± {100 * error:.1f} points in {history.step} steps",
-        "too small a learning rate or batch, a reward that does not tell better from worse, or nothing left to learn",
-        "see the other findings and the responses in the report; raise trl.learning_rate or the responses per step",
+        "the learning rate or the batch is too small, the reward does not separate good responses from bad ones, or "
+        "there is nothing left to learn",
+        "check the other findings and read the responses in the report; raise trl.learning_rate or the number of "
+        "responses per step",
     )
 
 
@@ -392,15 +396,17 @@ SYMPTOMS: Mapping[str, Callable[[History, DiagnosisSettings], Symptom | None]] =
         no_progress,
     )
 }
-"""By the kind of the finding."""
+"""The symptoms by kind of finding, in the order in which they are checked."""
 
 
-# Causes of what can have several
+# Symptoms with several possible causes
 
 
 def explain_zero_variance(history: History, settings: DiagnosisSettings, zero_variance: WindowMean) -> tuple[str, str]:
     exact, well_formed = history.newest_window("rest/exact_match"), history.newest_window("rest/format")
-    solved = exact.value - (1 - zero_variance.value) if exact else 0.0  # were every response of the other groups right
+    # A lower bound on the share of all groups that are solved throughout: even if every response of the groups with
+    # spread were right, the rest of the exact match comes from groups without spread.
+    solved = exact.value - (1 - zero_variance.value) if exact else 0.0
     is_learnt = exact is not None and exact.value >= 1 - settings.most_groups_threshold
     is_broken = well_formed is not None and well_formed.value < 0.5
     is_same = is_deterministic(history, settings)
@@ -409,24 +415,25 @@ def explain_zero_variance(history: History, settings: DiagnosisSettings, zero_va
     if exact and solved >= zero_variance.value / 2:
         share = min(1.0, solved / zero_variance.value)
         return (
-            f"at least {100 * share:.0f} % of them are right throughout (exact match {format_percent(exact)})",
-            "little is left to learn here: take harder prompts or more kinds of them, or end",
+            (
+                f"in at least {100 * share:.0f} % of these groups every response is right (exact match "
+                f"{format_percent(exact)})"
+            ),
+            "little is left to learn here: use harder or more varied prompts, or stop training",
         )
     if well_formed and is_broken:
         return explain_broken_format(history, settings, well_formed)
     remedy = (
-        f"raise trl.num_generations (now {settings.group_size}); begin with demonstrations (rest-rl sft); leave out "
-        "prompts that are never or always answered right"
+        f"raise trl.num_generations (now {settings.group_size}); start with supervised fine-tuning (rest-rl "
+        "sft); remove prompts that are never or always answered correctly"
     )
-    return "responses to one prompt hardly differ, or the prompts are beyond the policy", remedy
+    return "the responses to a prompt hardly differ, or the prompts are too hard for the policy", remedy
 
 
 def is_deterministic(history: History, settings: DiagnosisSettings) -> bool:
-    """Whether most groups hold one response G times, in the newest window as in the first rows.
-
-    By Jensen the chance of G equal responses, E[p^(G-1)], is at least exp(-(G-1) H) with H the entropy of a response,
-    so more than 1/2 where (G-1) H < ln 2.
-    """
+    # Whether most groups consist of one response, repeated G times, both in the first rows and in the newest window.
+    # By Jensen's inequality the chance of G equal responses, E[p^(G-1)], is at least exp(-(G-1) H), where H is the
+    # entropy of a response. It exceeds 1/2 if (G-1) H < ln 2.
     latest, length = history.newest_values("entropy"), history.newest_window("completions/mean_length")
     tokens = length.value if length else settings.max_length
     if not latest or tokens is None:
@@ -438,7 +445,7 @@ def is_deterministic(history: History, settings: DiagnosisSettings) -> bool:
 def explain_identical_responses(history: History, settings: DiagnosisSettings, is_same: bool) -> tuple[str, str]:
     now, entropy = settings.temperature, history.newest_window("entropy")
     figures = [f"trl.temperature = {now:g}"] if now is not None else []
-    figures += [f"entropy {entropy.value:.1g} nats a token{', as in the first rows' * is_same}"] if entropy else []
+    figures += [f"entropy {entropy.value:.1g} nats per token{', as in the first rows' * is_same}"] if entropy else []
     return (
         f"the responses to a prompt {'do not differ' if is_same else 'hardly differ'} ({', '.join(figures)})",
         f"raise trl.temperature{f' (now {now:g})' if now is not None else ''}",
@@ -449,16 +456,18 @@ def explain_broken_format(history: History, settings: DiagnosisSettings, well_fo
     cut, was = history.newest_window("completions/clipped_ratio"), max(history.all_values("rest/format"))
     if cut and cut.value >= (1 - well_formed.value) / 2:
         cause = (
-            f"{format_percent(cut)} of the responses hit the length limit{settings.limit_text}, and what is cut "
-            "off fails the "
-            f"format and so scores alike (format {format_percent(well_formed)})"
+            f"{format_percent(cut)} of the responses hit the length limit{settings.limit_text}; truncated responses "
+            f"violate the format and therefore score alike (well-formed: {format_percent(well_formed)})"
         )
         return cause, explain_truncation(history, settings)[1]
-    cause = f"most responses break the format and so score alike (format {format_percent(well_formed)})"
+    cause = f"most responses violate the format and therefore score alike (well-formed: {format_percent(well_formed)})"
     if was >= 0.5:
-        forgotten = f", which {100 * was:.0f} % of them kept in the best step: the policy has forgotten it"
+        forgotten = f"; in the best step {100 * was:.0f} % were well-formed, so the policy has forgotten the format"
         return cause + forgotten, settings.lower_rate_remedy
-    return cause, "begin with demonstrations (rest-rl sft); check that rest.format is how this model writes calls"
+    return (
+        cause,
+        "start with supervised fine-tuning (rest-rl sft); check that rest.format is how this model writes calls",
+    )
 
 
 def explain_truncation(history: History, settings: DiagnosisSettings) -> tuple[str, str]:
@@ -469,21 +478,27 @@ def explain_truncation(history: History, settings: DiagnosisSettings) -> tuple[s
     )
     if least < settings.most_groups_threshold:
         return (
-            f"they fitted before ({100 * least:.0f} % cut off in the best step): the policy rambles or forgets to end",
+            (
+                f"the responses fitted before ({100 * least:.0f} % truncated in the best step); the policy has become "
+                "verbose or forgets to end"
+            ),
             settings.truncation_remedy,
         )
     if limit and ended and 0 < ended.value < ENDED_LENGTH_SHARE * limit:
         return (
-            f"those that end do so after {ended.value:.0f} tokens: the others run on and would not end",
-            "begin with demonstrations (rest-rl sft), which teach the end; check that the end-of-turn token is right",
+            f"responses that end do so after {ended.value:.0f} tokens, so the others would not end at any limit",
+            (
+                "start with supervised fine-tuning (rest-rl sft), which teaches the model to end its turn; check that "
+                "the end-of-turn token is right"
+            ),
         )
     return (
-        "the limit is shorter than what the policy has to say; what is cut off fails the format",
+        "the limit is shorter than the responses need to be, and a truncated response violates the format",
         f"raise trl.max_completion_length{f' (now {limit})' if limit else ''}",
     )
 
 
-# Figures
+# Formatting
 
 
 def format_percent(mean: WindowMean) -> str:
