@@ -382,7 +382,7 @@ def test_search_and_filters_find_responses(tab: Page, many: Path) -> None:
     assert text_of(tab, "#count") == "500 of 5,000"
     tab.evaluate("document.querySelector('[data-flag=exact]').click()")
     assert text_of(tab, "#count") == "0 of 5,000"
-    assert "No response passes the filters" in text_of(tab, "#detail")
+    assert "No response matches the filters" in text_of(tab, "#detail")
 
 
 def test_the_address_keeps_the_view(tab: Page, many: Path) -> None:
@@ -460,7 +460,7 @@ def test_a_line_without_a_value_at_a_step_has_a_dash(tab: Page, tmp_path: Path) 
     page, title = write_html_report([log.folder]), "Entropy by region"
     tab.problems.clear()
     tab.open(page)
-    assert legend_of(tab, title) == ["name 0.500", "answer –", "at the end (–: no value there)"]
+    assert legend_of(tab, title) == ["name 0.500", "answer –", "at the end (–: no value)"]
     assert legend_of(tab, "Exact match, held out, sampled") == ["rest 25.0 %", "at the end"]
     label = tab.evaluate("[...document.querySelectorAll('svg')].map((svg) => svg.ariaLabel)")
     assert "Entropy by region, at the end: name 0.500 nats, answer –" in label

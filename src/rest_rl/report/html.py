@@ -1,8 +1,8 @@
-"""`rest-rl report --html`: run folders as one file to look at, which opens from disk and asks no network.
+"""The HTML report: run folders as one interactive file that opens from disk and loads nothing from the network.
 
-The page is its style, its script and its data. The data are compressed, as base64 letters: whatever a model
-wrote, it cannot end the element that holds it. A content security policy names the hashes of the page's own style and
-script and allows nothing else.
+The page consists of its style, its script and its data. The data are compressed and encoded as base64, so that no
+response can close the element that contains it. A content security policy allows only the page's own style and script,
+by their hashes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from rest_rl.runlog import Row, Run, read_run, replace_file, unwritable_folder_e
 PAGE_FILE = "report.html"
 MAX_RESPONSES = 5000
 MAX_POINTS = 1500
-"""Of one curve; longer ones are drawn by the means of equal stretches, with a band from least to most."""
+"""Longer curves are reduced to the means of equal intervals, with a band from the smallest to the largest value."""
 SCRIPTS = ("data.js", "colours.js", "charts.js", "list.js", "detail.js", "page.js")
 REGION_QUANTITIES = {
     "entropy": ("Entropy by region", "nats"),
@@ -55,7 +55,7 @@ REGION_QUANTITIES = {
 
 
 class Chart(NamedTuple):
-    """One metric as it is drawn; the unit % multiplies by 100."""
+    """A metric with the title and unit of its chart; the unit % multiplies by 100."""
 
     key: str
     title: str
@@ -68,7 +68,7 @@ CHARTS = (
     Chart("rest/accuracy", "S_acc"),
     Chart("rest/format", "S_format"),
     Chart("rest/call_rate", "Responses with a call", "%"),
-    Chart("frac_reward_zero_std", "Groups without spread", "%"),
+    Chart("frac_reward_zero_std", "Groups with equal rewards", "%"),
     Chart("completions/clipped_ratio", "Truncated responses", "%"),
     Chart("completions/mean_length", "Length", "tokens"),
     Chart("entropy", "Entropy", "nats"),
@@ -76,22 +76,28 @@ CHARTS = (
     Chart("loss", "Loss"),
     Chart("mean_token_accuracy", "Token accuracy", "%"),
 )
-"""Shown at once; all other metrics on demand."""
+"""Charts that the page shows at first; all other metrics are folded away."""
 
 
 def write_html_report(
     folders: Sequence[str | Path], out: str | Path | None = None, responses: int = MAX_RESPONSES
 ) -> Path:
-    """Write one page from run folders; returns it. `out` is a folder or a file that ends in .html.
+    """Write one HTML page about run folders, and return its path.
 
-    UserError for a folder without a run, and if no run has a step or a response.
+    Args:
+        folders: run folders.
+        out: a folder, or a file that ends in .html; by default the folder of a single run, or `report` for several.
+        responses: the maximum number of responses in the page; beyond it the page keeps evenly spaced steps.
+
+    Raises:
+        UserError: a folder has no run, or its run has neither a finished step nor a response.
     """
     if responses < 0:
-        raise UserError(f"--responses {responses}", "at least 0", "raise it")
+        raise UserError(f"--responses is {responses}", "0 or more", "pass a larger number")
     runs = [read_run(folder) for folder in folders]
     empty = [str(run.folder) for run in runs if not last_finished_step(run) and not run.responses]
     if empty:
-        raise UserError(f"{', '.join(empty)} without a finished step", "metrics", "train it or leave it out")
+        raise UserError(f"no finished step in {', '.join(empty)}", remedy="train the run, or leave it out")
     target = Path(out) if out else runs[0].folder if len(runs) == 1 else Path("report")
     page = target if target.suffix == ".html" else target / PAGE_FILE
     text = render_page(*build_page_data(runs, responses))
@@ -104,7 +110,7 @@ def write_html_report(
 
 
 def build_page_data(runs: Sequence[Run], limit: int = MAX_RESPONSES) -> tuple[Row, bytes]:
-    """Everything the page shows: JSON values, and the columns of tokens."""
+    """Return everything that the page shows: JSON values, and the columns of tokens as bytes."""
     groups = group_runs(runs)
     order = [run for group in groups for run in group.runs]
     turn = headline_turn_of_runs(order)
@@ -125,7 +131,6 @@ def build_page_data(runs: Sequence[Run], limit: int = MAX_RESPONSES) -> tuple[Ro
 
 
 def build_run_row(run: Run, group: int, turn: Turn | None) -> Row:
-    """A run's row of the results; its scores are over the turns of the headline."""
     libraries, config = run.environment.get("libraries"), flatten(parse_recorded_run(run.config, str(run.folder)))
     planned = config.get("trl.max_steps")
     command = run.environment.get("command")
@@ -194,14 +199,13 @@ def group_curves(groups: Sequence[RunGroup], key: str) -> Iterator[tuple[int, Cu
 def build_chart(
     spec: Chart, lines: Iterable[tuple[int, Curve]], *, aside: bool = False, dots: bool = False
 ) -> Iterator[Row]:
-    """A chart with a line per group, if there is any; `aside` shows it on demand."""
+    # `aside` folds the chart away until the reader opens all metrics.
     drawn = [build_series(line, at) for at, line in lines if line.steps]
     if drawn:
         yield {"title": spec.title, "unit": spec.unit, "kind": "group", "aside": aside, "dots": dots, "series": drawn}
 
 
 def build_series(line: Curve, group: int) -> Row:
-    """One line with its band; a band without width is left out."""
     steps, mean, low, high = downsample(line)
     row: Row = {"group": group, "x": steps, "y": [round_for_page(value) for value in mean]}
     if low != high:
@@ -210,7 +214,7 @@ def build_series(line: Curve, group: int) -> Row:
 
 
 def downsample(line: Curve) -> Curve:
-    """A curve of at most `MOST_POINTS` points."""
+    """Reduce a curve to at most `MAX_POINTS` points; the band keeps the extremes, so that no spike disappears."""
     if len(line.steps) <= MAX_POINTS:
         return line
     size = -(-len(line.steps) // MAX_POINTS)
@@ -228,7 +232,7 @@ def round_for_page(value: float) -> float:
 
 
 def build_config_rows(runs: Sequence[Run]) -> list[Row]:
-    """Every key of the runs' configurations with its value in each, None where a run does not have it."""
+    # Every key of any configuration, with its value in each run; None where a run lacks it.
     tables = [flatten(parse_recorded_run(run.config, str(run.folder))) for run in runs]
     keys = sorted({key for table in tables for key in table})
     rows = []
@@ -255,12 +259,12 @@ def render_page(data: Row, tokens: bytes) -> str:
 
 
 def compress_to_base64(content: bytes) -> str:
-    """Base64 of gzip; the same content gives the same letters."""
+    # mtime=0 keeps the time out of the gzip header: equal content gives equal bytes.
     return base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
 
 
 def source_hash(text: str) -> str:
-    """How a content security policy names an inline element."""
+    """Return the hash by which a content security policy allows an inline element."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

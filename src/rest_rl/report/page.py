@@ -1,4 +1,4 @@
-"""`rest-rl report`: a Markdown page with plots from one or several run folders; reads nothing but run folders."""
+"""The Markdown report: a page with plots about one or several run folders. It reads only the run folders."""
 
 from __future__ import annotations
 
@@ -32,11 +32,19 @@ from rest_rl.runlog import PLOTS, Run, read_run, unwritable_folder_error
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write `report.md` and its plots; returns the page. UserError for a folder without a run or without steps."""
+    """Write report.md and its plots, and return the path of the page.
+
+    Args:
+        folders: run folders.
+        out: the folder to write to; by default that of a single run, or `report` for several.
+
+    Raises:
+        UserError: a folder has no run, or its run has not finished a step.
+    """
     runs = [read_run(folder) for folder in folders]
     empty = [str(run.folder) for run in runs if not last_finished_step(run)]
     if empty:
-        raise UserError(f"{', '.join(empty)} without a finished step", "metrics", "train it or leave it out")
+        raise UserError(f"no finished step in {', '.join(empty)}", remedy="train the run, or leave it out")
     target = Path(out) if out else runs[0].folder if len(runs) == 1 else Path("report")
     groups = group_runs(runs)
     try:
@@ -57,14 +65,13 @@ def render_report(groups: Sequence[RunGroup], plots: dict[str, Path], base: Path
         parts.append(f"## {title}\n\n![{title}]({Path(os.path.relpath(path, base)).as_posix()})")
     if rows := build_region_rows(groups):
         header = ("region", "entropy (nats)", "weight", "share of tokens")
-        parts.append("## Regions, first and last tenth of the run\n\n" + markdown_table(header, rows))
+        parts.append("## Regions: first and last tenth of the run\n\n" + markdown_table(header, rows))
     parts += [part for run in runs[:1] if (part := render_sample_responses(run))]
     parts.append("## Runs\n\n" + render_run_table(groups))
     return "\n\n".join(parts) + "\n"
 
 
 def render_findings(runs: Sequence[Run]) -> str:
-    """A section with the findings of all runs; empty if there are none."""
     lines = [
         f"- {f'{run.name}, ' if len(runs) > 1 else ''}{format_step_range(finding, run)}: **{finding.figure}.** "
         "Likely cause: "
@@ -76,7 +83,6 @@ def render_findings(runs: Sequence[Run]) -> str:
 
 
 def format_step_range(finding: Finding, run: Run) -> str:
-    """The steps in which a finding showed."""
     if finding.step == finding.last:
         return f"step {finding.step}"
     is_last = finding.last >= max(map(step_of, run.metrics), default=0)
@@ -87,14 +93,13 @@ def render_single_result(run: Run) -> str:
     if not run.summary.get("before"):
         return "No evaluation was recorded."
     note = (
-        f"{run.name}: mean over held-out responses, before → after training; ± one standard error over prompts, of "
-        "both sides."
+        f"Mean scores of `{run.name}` on held-out prompts, before → after training. The gain has one standard error "
+        "over prompts, which combines the errors of both evaluations."
     )
     return f"## Result\n\n{note}\n\n{markdown_table(BEFORE_AFTER_HEADER, before_after_rows(run.summary))}"
 
 
 def render_results(groups: Sequence[RunGroup]) -> str:
-    """Exact match before and after per group, mean and standard deviation over runs."""
     turn = headline_turn_of_runs(run for group in groups for run in group.runs)
     header = ["", "runs", "before", "after", "gain", "greedy before", "greedy after", "S_acc after"]
     header += ["answers before", "answers after"] if turn else []
@@ -113,8 +118,8 @@ def render_results(groups: Sequence[RunGroup]) -> str:
         ]
         rows.append((group.label, len(group.runs), *map(format_mean_and_sd, cells)))
     note = (
-        f"Exact match on held-out {'call turns' if turn else 'prompts'}, sampled at temperature 1, greedy beside it; ± "
-        "one standard deviation of runs."
+        f"Exact match on held-out {'call turns' if turn else 'prompts'}, sampled at temperature 1 and greedy; mean "
+        "over runs ± one standard deviation."
     )
     return f"## Result\n\n{note}\n\n{markdown_table(header, rows)}"
 
@@ -124,7 +129,6 @@ def exact_match_values(evaluations: Iterable[Mapping[str, Any] | None]) -> list[
 
 
 def has_exact_match(*evaluations: Mapping[str, Any] | None) -> bool:
-    """Whether every evaluation has an exact match."""
     return all(is_number((score or {}).get("exact_match")) for score in evaluations)
 
 
@@ -139,7 +143,6 @@ def build_region_rows(groups: Sequence[RunGroup]) -> list[tuple[str, ...]]:
 
 
 def format_early_to_late(group: RunGroup, quantity: str, region: str) -> str:
-    """Mean of a region's metric over the first and the last tenth of the steps."""
     values = metric_curve(group.runs, REGION_METRIC.format(quantity=quantity, region=region)).mean
     if not values:
         return "–"
@@ -154,9 +157,10 @@ def render_sample_responses(run: Run) -> str:
     for row in (run.responses[0], run.responses[-1]):
         title = f"Step {row.get('step')}, reward {row.get('reward', float('nan')):.3f}"
         text = str(row.get("response", ""))
+        # A fence longer than any run of backticks in the response, so that the response cannot close it.
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         blocks.append(f"{title}\n\n{fence}text\n{text}\n{fence}")
-    return f"## What the policy says ({run.name})\n\n" + "\n\n".join(blocks)
+    return f"## First and last recorded response ({run.name})\n\n" + "\n\n".join(blocks)
 
 
 def render_run_table(groups: Sequence[RunGroup]) -> str:

@@ -1,4 +1,4 @@
-"""One colour per region, the same in the terminal and in every plot; told apart by colour-blind readers too."""
+"""One colour per region, the same in the terminal and in all plots, chosen to be distinct for colour-blind readers."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ REGION_COLOURS: Mapping[str, str] = {
 }
 
 SERIES_COLOURS = ("#2b7bba", "#d6401f", "#1a9e6c", "#e69f00", "#8c6bb1", "#5c5c5c", "#c2438a", "#6b8e23")
-"""Colours of runs and of reward parts, in order."""
+"""Colours for runs and for parts of the reward, in order."""

@@ -1,6 +1,6 @@
 """Plots of runs as small PNG files: learning curves, evaluations, entropy and weight by region, parts of the reward.
 
-One group of runs gives one line with its spread. Region plots of several groups stand side by side on one scale.
+Each group of runs is one line with its spread over seeds. Region plots have one panel per group, all on one scale.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ REWARD_METRICS = {
     "reward": ("reward", SERIES_COLOURS[0]),
     "rest/accuracy": ("S_acc", SERIES_COLOURS[1]),
     "rest/format": ("S_format", SERIES_COLOURS[2]),
-    "frac_reward_zero_std": ("groups without spread", SERIES_COLOURS[3]),
+    "frac_reward_zero_std": ("groups with equal rewards", SERIES_COLOURS[3]),
     "completions/clipped_ratio": ("truncated", SERIES_COLOURS[4]),
-    "rest/call_rate": ("responses that call", SERIES_COLOURS[5]),
+    "rest/call_rate": ("responses with a call", SERIES_COLOURS[5]),
 }
-"""What limits learning: spread within groups, truncation, call rate."""
+"""Metrics that limit learning: the spread of rewards within groups, truncation, the call rate."""
 MAX_PANELS = 4
 INK, FAINT = "#2b2b2b", "#d9d9d9"
 
 
 def draw_all(groups: Sequence[RunGroup], folder: Path) -> dict[str, Path]:
-    """Draw every plot for which the runs have numbers; returns title -> file."""
+    """Draw every plot for which the runs have values, and return the files by title."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         "Learning": draw_learning(groups, folder / "learning.png"),
@@ -69,7 +69,6 @@ def draw_all(groups: Sequence[RunGroup], folder: Path) -> dict[str, Path]:
 
 
 def region_keys(quantity: str) -> dict[str, tuple[str, str]]:
-    """The metrics of a quantity by region, with label and colour."""
     return {
         REGION_METRIC.format(quantity=quantity, region=region): (region, colour)
         for region, colour in REGION_COLOURS.items()
@@ -77,11 +76,11 @@ def region_keys(quantity: str) -> dict[str, tuple[str, str]]:
 
 
 def draw_learning(groups: Sequence[RunGroup], path: Path) -> Path | None:
-    """Reward, S_acc, S_format and exact match of the training samples, one panel each, one line per group."""
     runs = [run for group in groups for run in group.runs]
     titles = {headline_key(runs, key): title for key, title in LEARNING_METRICS.items()}
     keys = {key: title for key, title in titles.items() if any(metric_curve(group.runs, key).steps for group in groups)}
-    if "rest/exact_match" in keys:  # of all turns: where these are not told apart, or all turns are answers
+    # Without call turns of its own, the headline covers all turns: the panel of the answer turns would repeat it.
+    if "rest/exact_match" in keys:
         keys.pop("rest/exact_match_answers", None)
     if not keys:
         return None
@@ -96,10 +95,7 @@ def draw_learning(groups: Sequence[RunGroup], path: Path) -> Path | None:
 
 
 def draw_evaluations(groups: Sequence[RunGroup], path: Path) -> Path | None:
-    """Exact match on the held-out slice, a panel for sampled and one for greedy, one line per group.
-
-    The band is the spread over the runs of a group, and for a single run its standard error.
-    """
+    # The band is the spread over the runs of a group; for a single run it is the standard error over prompts.
     if not any(run.evaluations for group in groups for run in group.runs):
         return None
     figure, panels = new_figure(2, share=True)
@@ -122,7 +118,6 @@ def draw_group_panels(
     *,
     level: float | None = None,
 ) -> Path | None:
-    """One panel per group, one line per metric with its label and colour; a dashed line at `level`."""
     curves = [(group, {key: line for key in keys if (line := metric_curve(group.runs, key)).steps}) for group in groups]
     drawable = [(group, lines) for group, lines in curves if lines][:MAX_PANELS]
     if not drawable:
@@ -140,7 +135,7 @@ def draw_group_panels(
 
 
 def new_figure(panels: int, *, share: bool = False) -> tuple[Figure, list[Axes]]:
-    """A white figure with panels in a row; no global state of matplotlib is touched."""
+    """Return a white figure with panels in a row, without touching the global state of matplotlib."""
     figure = white_figure(max(5.2, 3.1 * panels + 1.0), 3.0)
     grid = figure.subplots(1, panels, squeeze=False, sharey=share)
     return figure, list(grid[0])
@@ -158,9 +153,9 @@ def white_figure(width: float, height: float) -> Figure:
 
 
 def draw_curve(axes: Axes, line: Curve, colour: str, label: str, *, smooth: bool = True) -> None:
-    """The smoothed mean over the raw one, with the spread over runs; steps without a number leave a gap.
+    """Draw the smoothed mean over the raw mean, with a band for the spread over runs.
 
-    A curve that is not smoothed has a mark at every step instead.
+    Missing steps leave a gap in the line. Without smoothing, every step has a marker.
     """
     if not line.steps:
         return
@@ -178,14 +173,14 @@ def draw_curve(axes: Axes, line: Curve, colour: str, label: str, *, smooth: bool
 
 
 def find_gaps(steps: Sequence[int]) -> list[int]:
-    """Where steps are missing: positions of the steps that follow a gap of more than four times the usual distance."""
+    """Return the positions of the steps that follow a gap: more than four times the smallest distance between steps."""
     distances = [after - before for before, after in pairwise(steps)]
     usual = min(distances, default=1)
     return [i for i, distance in enumerate(distances, start=1) if distance > 4 * usual]
 
 
 def with_gaps(values: Sequence[float], breaks: Sequence[int]) -> list[float]:
-    """The values with a NaN before each break, where a plotted line stops."""
+    """Return the values with a NaN before each break, where matplotlib interrupts the line."""
     return [item for i, value in enumerate(values) for item in ((math.nan, value) if i in breaks else (value,))]
 
 
@@ -197,7 +192,7 @@ def style_axes(axes: Axes, title: str) -> None:
 
 
 def style_bare_axes(axes: Axes, title: str, grid: Literal["x", "y", "both"] = "y") -> None:
-    """Title to the left, light grid, no box."""
+    """Set a title on the left, a light grid, and no box."""
     axes.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold")
     axes.grid(axis=grid, color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -212,7 +207,6 @@ def legend_style() -> Mapping[str, Any]:
 
 
 def series_colours(count: int) -> list[str]:
-    """Colours of `count` groups; they repeat after the last."""
     return [SERIES_COLOURS[i % len(SERIES_COLOURS)] for i in range(count)]
 
 

@@ -1,8 +1,8 @@
-"""Recorded responses as the HTML report holds them: pieces of text with a region and numbers each, and what cost what.
+"""Recorded responses for the HTML report: tokens with their regions and numbers, scores, and the mistakes.
 
-A row of a run that recorded no tokens becomes words coloured by the regions that its text parses into. Rows are read
-with mistrust: a field of the wrong type or length counts as missing. The tokens of all responses stand in columns, one
-response after the other: thousands of small arrays would take the browser long to make.
+If a run recorded no tokens, the page shows words, coloured by the regions into which the text parses. A field of a row
+that has the wrong type or length counts as missing. The tokens of all responses are stored in shared columns, one
+response after the other, because creating thousands of small arrays is slow in a browser.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from rest_rl.response import NUM_REGIONS, Gold, ParsedResponse, Region, gold_fro
 from rest_rl.rewards import ScoreFinding, judge_parsed
 from rest_rl.runlog import Row, Run
 
+# Numbers are stored as uint16 in thousandths; the largest code marks a missing number. data.js reads the same code.
 MISSING_CODE, MAX_CODE = 65535, 65534
 MAX_PIECES, MAX_CHARACTERS, MAX_PROMPT_CHARACTERS = 20_000, 200_000, 40_000
-"""What is shown of one response and of one prompt; the page says what it left out."""
+"""Limits for one response and one prompt; the page says how much it leaves out."""
 WORD_PATTERN = re.compile(r"\s{1,40}|\S{1,40}\s?")
 
 Flag = Literal["format", "tool", "missing", "extra", "argument", "unreadable", "truncated", "exact"]
 FLAG_LABELS: Mapping[Flag, str] = {
-    "format": "failed format",
+    "format": "format violation",
     "tool": "wrong tool",
     "argument": "wrong argument",
     "extra": "extra call",
     "missing": "missing call",
     "unreadable": "unreadable call",
     "truncated": "truncated",
-    "exact": "exact",
+    "exact": "exact match",
 }
-"""What a response can be filtered by."""
+"""The filters of the list of responses, with their labels."""
 
 
 class Pieces(NamedTuple):
-    """A response cut into tokens, or into words where no tokens were recorded; columns without numbers are empty."""
+    """A response split into tokens, or into words if none were recorded; missing numbers are empty lists."""
 
     texts: list[str]
     regions: list[int]
@@ -58,7 +59,7 @@ class Pieces(NamedTuple):
 
 
 class TokenColumns:
-    """The tokens of all responses: place of the text in the table of words, thousandths of each number, region."""
+    """The tokens of all responses: the index of the text in the table of words, numbers in thousandths, the region."""
 
     def __init__(self) -> None:
         self.words = array("I")
@@ -66,7 +67,7 @@ class TokenColumns:
         self.regions = bytearray()
 
     def add(self, pieces: Pieces, table: StringTable) -> int:
-        """Append a response; returns where it begins."""
+        """Append a response, and return the index of its first token."""
         start, count = len(self.words), len(pieces.texts)
         self.words.extend(table.index_of(text) for text in pieces.texts)
         surprises = [None if value is None else -value for value in pieces.logps]
@@ -80,7 +81,7 @@ class TokenColumns:
         return self.weights, self.entropies, self.surprises
 
     def as_bytes(self) -> bytes:
-        """All columns, one after the other, little-endian: uint32, three times uint16, uint8."""
+        """Return all columns one after the other, little-endian: one of uint32, three of uint16, one of uint8."""
         columns = (self.words, *self.numbers)
         assert [column.itemsize for column in columns] == [4, 2, 2, 2]
         if sys.byteorder == "big":
@@ -90,7 +91,7 @@ class TokenColumns:
 
 
 class StringTable:
-    """Texts that many responses share, each kept once."""
+    """Texts that many responses share, each stored once."""
 
     def __init__(self) -> None:
         self.indices: dict[str, int] = {}
@@ -104,7 +105,12 @@ class StringTable:
 
 
 def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
-    """The responses of all runs, at most about `limit`, with the tables of texts that they point into; the tokens."""
+    """Return the responses of all runs with the tables of texts that they refer to, and the columns of tokens.
+
+    Args:
+        runs: recorded runs, which share `limit` evenly.
+        limit: the approximate maximum number of responses.
+    """
     words, prompts, golds, columns = StringTable(), StringTable(), StringTable(), TokenColumns()
     packed: list[Row] = []
     for index, run in enumerate(runs):
@@ -122,7 +128,7 @@ def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
 
 
 def select_rows(rows: Sequence[Row], limit: int) -> list[Row]:
-    """Rows of evenly spaced steps, the first and the last among them, whole steps as far as `limit` allows."""
+    """Return the rows of evenly spaced steps, including the first and the last, in whole steps if `limit` allows."""
     if len(rows) <= limit:
         return list(rows)
     steps = sorted({step_of(row) for row in rows})
@@ -139,7 +145,7 @@ def select_rows(rows: Sequence[Row], limit: int) -> list[Row]:
 
 
 def find_format(run: Run) -> ToolFormat | None:
-    """The format of a run's calls; None if it cannot be had here."""
+    # None for a format of the user's whose module is not installed here: the page then has no scores.
     try:
         return get_format(str(parse_recorded_run(run.config, str(run.folder)).get("rest", {}).get("format")))
     except (ValueError, ImportError, AttributeError):
@@ -147,7 +153,9 @@ def find_format(run: Run) -> ToolFormat | None:
 
 
 def pack_response(row: Row, tool_format: ToolFormat | None, golds: StringTable) -> tuple[Row, Pieces]:
-    """One response as the page reads it, and its tokens; its keys are short because there are thousands."""
+    # One-letter keys, because the page has thousands of responses: s step, i id, g index of the gold, R reward, A
+    # advantage, F [S_format, S_acc], k flags, e mistakes, n tokens, m tokens in the page, u whether they are tokens and
+    # not words.
     text = row.get("response")
     text = text if isinstance(text, str) else ""
     parsed = tool_format.parse(text) if tool_format else None
@@ -176,7 +184,6 @@ def round_number(value: Any) -> float | None:
 
 
 def read_gold(row: Row) -> Gold | None:
-    """What the response was scored against, if it can be read."""
     try:
         return gold_from_json(row.get("gold"))
     except ValueError:
@@ -184,7 +191,6 @@ def read_gold(row: Row) -> Gold | None:
 
 
 def format_gold(gold: Gold) -> str:
-    """The calls that should be made, a line each, then the answer that should be given."""
     calls = [{"name": call.name, "arguments": call.arguments} for call in gold.calls]
     lines = [json.dumps(call, ensure_ascii=False, default=str) for call in calls] or ["no call"]
     return "\n".join([*lines, *([f"answer: {gold.answer}"] if gold.answer is not None else [])])
@@ -193,7 +199,7 @@ def format_gold(gold: Gold) -> str:
 def judge_row(
     row: Row, parsed: ParsedResponse | None, gold: Gold | None
 ) -> tuple[list[Flag], tuple[ScoreFinding, ...], list[float] | None]:
-    """What the response can be filtered by, what cost what, and [S_format, S_acc] where they are known."""
+    # Returns the flags, the mistakes with their costs, and [S_format, S_acc], or None without a format or a gold turn.
     is_cut = row.get("truncated") is True
     flags: list[Flag] = ["truncated"] if is_cut else []
     if parsed is None or gold is None:
@@ -206,7 +212,6 @@ def judge_row(
 
 
 def find_call_flags(parsed: ParsedResponse, gold: Gold, kinds: set[str]) -> Iterator[Flag]:
-    """What went wrong with format and calls."""
     wanted, made = Counter(call.name for call in gold.calls), Counter(call.name for call in parsed.calls)
     num_made = len(parsed.calls) + parsed.unreadable_calls
     if "format" in kinds:
@@ -224,7 +229,7 @@ def find_call_flags(parsed: ParsedResponse, gold: Gold, kinds: set[str]) -> Iter
 
 
 def split_into_pieces(row: Row, text: str, parsed: ParsedResponse | None) -> Pieces:
-    """The tokens that the row recorded; without them the words of its text."""
+    # The recorded token lengths must add up to the text; if they do not, the text is split into words instead.
     lengths, regions = parse_counts(row.get("lengths")), parse_counts(row.get("regions"))
     if not lengths or len(lengths) != len(regions) or sum(lengths) != len(text) or max(regions) >= NUM_REGIONS:
         return split_into_words(text, parsed)
@@ -236,7 +241,6 @@ def split_into_pieces(row: Row, text: str, parsed: ParsedResponse | None) -> Pie
 
 
 def parse_counts(values: Any) -> list[int]:
-    """A list of whole numbers that are not negative; empty if it is something else."""
     if not isinstance(values, list):
         return []
     return values if all(type(value) is int and value >= 0 for value in values) else []
@@ -249,7 +253,6 @@ def parse_numbers(values: Any, length: int) -> list[float | None]:
 
 
 def split_into_words(text: str, parsed: ParsedResponse | None) -> Pieces:
-    """The words of a text, with the regions it parses into."""
     texts: list[str] = []
     regions: list[int] = []
     for piece, region in split_by_region(text, parsed):
@@ -260,7 +263,6 @@ def split_into_words(text: str, parsed: ParsedResponse | None) -> Pieces:
 
 
 def split_by_region(text: str, parsed: ParsedResponse | None) -> Iterable[tuple[str, Region]]:
-    """The text cut where its region changes."""
     end = 0
     for span in parsed.spans if parsed else ():
         yield text[end : span.start], Region.OTHER
@@ -270,7 +272,6 @@ def split_by_region(text: str, parsed: ParsedResponse | None) -> Iterable[tuple[
 
 
 def limit_pieces(pieces: Pieces) -> Pieces:
-    """The first pieces, as many as a page can bear."""
     total, keep = 0, 0
     for piece in pieces.texts[:MAX_PIECES]:
         total += len(piece)
@@ -279,13 +280,13 @@ def limit_pieces(pieces: Pieces) -> Pieces:
         keep += 1
     if keep == min(len(pieces.texts), MAX_PIECES):
         return pieces.truncate(keep)
-    shown = pieces.truncate(keep + 1)  # of the piece that is too long a part
+    shown = pieces.truncate(keep + 1)  # the last one is shortened to what still fits
     shown.texts[-1] = shown.texts[-1][: MAX_CHARACTERS - sum(map(len, shown.texts[:-1]))]
     return shown
 
 
 def to_thousandths(value: float | None) -> int:
-    """A number >= 0 as uint16; what is out of range becomes its nearest end."""
+    # Values beyond the range of the code become its nearest end.
     return MISSING_CODE if value is None else min(max(round(1000 * value), 0), MAX_CODE)
 
 

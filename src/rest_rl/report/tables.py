@@ -1,4 +1,4 @@
-"""Numbers from run folders: groups of runs that differ in their seed alone, curves with spread, result tables."""
+"""Groups of runs that differ only in their seeds, curves with spread over runs, and result tables."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rest_rl.runlog import Row, Run
 
 SCORES = ("exact_match", "s_acc", "s_format")
 SEED_KEYS = ("run.seed", "run.out", "trl.seed", "trl.data_seed", "data.seed", "eval.seed")
-"""What may differ between the runs of one group."""
+"""Keys in which the runs of one group may differ."""
 MONITORING_KEYS = ("eval.every", "eval.interim_prompts")
-"""What watches a run and leaves it the same: it sets no runs apart, neither groups nor twins."""
+"""Keys that only observe a run. They change no result, so runs that differ only in them count as the same."""
 
 
 class Curve(NamedTuple):
-    """Mean over runs per step, with one standard deviation to each side; a single run has no spread."""
+    """The mean over runs at each step, and one standard deviation below and above it; a single run has no spread."""
 
     steps: list[int]
     mean: list[float]
@@ -32,17 +32,20 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs of one configuration under several seeds."""
+    """Runs of one configuration with different seeds."""
 
     label: str
     runs: tuple[Run, ...]
 
 
 def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
-    """Runs by configuration without its seeds, each group named by its preset and by what else sets it apart.
+    """Group runs by their configuration without its seeds, and label each group.
 
-    UserError for two runs of one configuration and seed, which would count as spread.
+    Raises:
+        UserError: two runs have the same configuration and seed. Counted as two seeds they would understate the spread.
     """
+    # The flattened configuration as sorted text is the identity: without seed and folder that of a group, with the seed
+    # that of a run. Groups keep the order of their first runs, so the result depends only on the order of `runs`.
     settings: dict[str, dict[str, str]] = {}
     members: dict[str, list[Run]] = {}
     seen: dict[str, Run] = {}
@@ -52,9 +55,9 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
         twin = seen.setdefault(str(sorted((key, value) for key, value in flat.items() if key != "run.out")), run)
         if twin is not run:
             raise UserError(
-                f"{twin.folder} and {run.folder}, the same configuration with the same seed",
-                "runs that differ: their spread would say nothing",
-                "leave one out",
+                f"{twin.folder} and {run.folder} have the same configuration and the same seed",
+                "runs that differ in their settings or seeds",
+                "leave one of them out",
             )
         kept = {key: value for key, value in flat.items() if key not in SEED_KEYS}
         identity = str(sorted(kept.items()))
@@ -65,7 +68,7 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
 
 
 def group_labels(settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """The preset of each group, with the keys in which groups of one preset differ."""
+    # The preset, and up to three keys in which groups of this preset differ; a number where labels are still equal.
     labels: list[str] = []
     for own in settings:
         preset = own.get("rest.preset", "run")
@@ -77,7 +80,7 @@ def group_labels(settings: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, keys joined by dots."""
+    """Return nested tables as one table whose keys are joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -85,28 +88,28 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def last_finished_step(run: Run) -> int:
-    """Steps that a run has finished; one that logged no metrics has them in its times and its summary."""
+    """Return the last step that a run has finished; runs without metrics record it in timing and summary."""
     rows = (*run.metrics, *run.timing, {"step": run.summary.get("steps")})
     return max(step_of(row) for row in rows)
 
 
 def values_by_step(rows: Iterable[Row], key: str) -> dict[int, float]:
-    """The numbers of one column of metrics.jsonl or evaluations.jsonl by step."""
+    """Return the finite numbers in one column of metrics.jsonl or evaluations.jsonl, by step."""
     return {step_of(row): float(row[key]) for row in rows if is_number(row.get("step")) and is_number(row.get(key))}
 
 
 def diagnose_run(run: Run) -> list[Finding]:
-    """What the diagnosis finds in a run, in the order in which it showed."""
+    """Return the findings of a recorded run, in the order in which they first appeared."""
     return diagnose(run.metrics, run.evaluations, parse_recorded_run(run.config, str(run.folder)))
 
 
 def metric_curve(runs: Iterable[Run], key: str) -> Curve:
-    """A metric over steps, mean and spread over runs; steps where no run has a number are left out."""
+    """Return the mean and spread of a metric over runs; steps at which no run has a value are left out."""
     return average_curves([values_by_step(run.metrics, key) for run in runs])
 
 
 def average_curves(curves: Iterable[Mapping[int, float]]) -> Curve:
-    """The mean of several curves at every step that one of them has, with one standard deviation to each side."""
+    """Return the mean and standard deviation of several curves at every step that at least one of them has."""
     by_step: dict[int, list[float]] = {}
     for one in curves:
         for step, value in one.items():
@@ -115,7 +118,6 @@ def average_curves(curves: Iterable[Mapping[int, float]]) -> Curve:
 
 
 def build_curve(moments: Mapping[int, tuple[float, float]]) -> Curve:
-    """The curve through a mean and a spread per step."""
     steps = sorted(moments)
     spread = [moments[step] for step in steps]
     return Curve(
@@ -124,9 +126,10 @@ def build_curve(moments: Mapping[int, tuple[float, float]]) -> Curve:
 
 
 def headline_turn(evaluations: Iterable[Mapping[str, Any] | None]) -> Turn | None:
-    """What the headline is over: call turns where answers were measured too, None for all turns.
+    """Return "calls" if the headline score covers call turns only, None if it covers all turns.
 
-    None as well where one of the evaluations does not tell the two apart: figures over different turns never mix.
+    It covers call turns if every evaluation has scores on call turns and at least one has scores on answer turns too.
+    If a single evaluation lacks the split, all are compared over all turns: scores over different turns never mix.
     """
     measured = [scores for scores in evaluations if scores and is_number(scores.get("exact_match"))]
     counts = [[(scores.get(turn) or {}).get("n", 0) for turn in TURNS] for scores in measured]
@@ -134,18 +137,18 @@ def headline_turn(evaluations: Iterable[Mapping[str, Any] | None]) -> Turn | Non
 
 
 def scores_for_turn(scores: Mapping[str, Any] | None, turn: Turn | None) -> Mapping[str, Any]:
-    """An evaluation's scores over one sort of turns, sampled and `greedy`; those over all turns for None."""
+    """Return the scores of an evaluation, sampled and `greedy`, over one kind of turn, or over all turns for None."""
     scores = scores or {}
     return scores if turn is None else {**(scores.get(turn) or {}), "greedy": (scores.get("greedy") or {}).get(turn)}
 
 
 def headline_turn_of_runs(runs: Iterable[Run]) -> Turn | None:
-    """The `headline_turn` of what runs measured before and after training."""
+    """Return the `headline_turn` of the evaluations of runs before and after training."""
     return headline_turn(run.summary.get(when) for run in runs for when in ("before", "after"))
 
 
 def headline_key(runs: Sequence[Run], key: str) -> str:
-    """A metric of the training samples, over call turns alone where every run tells these from answer turns."""
+    """Return the key of a training metric, over call turns only if every run logs call and answer turns separately."""
     known = [names for run in runs if key in (names := {name for row in run.metrics for name in row})]
     split = [{f"{key}_{turn}" for turn in TURNS} & names for names in known]
     is_split = known and all(f"{key}_calls" in own for own in split) and any(len(own) == 2 for own in split)
@@ -153,7 +156,10 @@ def headline_key(runs: Sequence[Run], key: str) -> str:
 
 
 def evaluation_curve(runs: Sequence[Run], turn: Turn | None = None, *, greedy: bool) -> Curve:
-    """Exact match during training, mean and spread over runs; the spread of a single run is its standard error."""
+    """Return held-out exact match during training, with its spread.
+
+    The spread is the standard deviation over runs; for a single run it is the standard error over prompts.
+    """
     by_step: dict[int, list[tuple[float, float]]] = {}
     measured = [run for run in runs if run.evaluations]
     for run in measured:
@@ -168,14 +174,14 @@ def evaluation_curve(runs: Sequence[Run], turn: Turn | None = None, *, greedy: b
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Centred running mean; at the ends over what there is. A window of 1 changes nothing."""
+    """Return the centred running mean; windows are shorter at both ends."""
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the deviation of one value is 0."""
+    """Return the mean and the sample standard deviation, which is 0 for one value."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, 0.0
@@ -183,7 +189,7 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a JSON value is a finite number."""
+    """Return whether a JSON value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -191,9 +197,10 @@ BEFORE_AFTER_HEADER = ("percent", "n", "exact match", "gain", "S_acc", "S_format
 
 
 def before_after_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Before → after in percent, sampled and greedy: over call turns first, then answer turns and all turns.
+    """Return the rows of the table of scores before and after training, in percent, sampled and greedy.
 
-    Sampled also for every kind of task and split, where there are several. One row each where turns are not told apart.
+    Scores over call turns come first, then answer turns and all turns, if the evaluations separate them. Sampled scores
+    also have a row for each kind of task and each split if there are several.
     """
     pair = [summary.get(when) or {} for when in ("before", "after")]
     turn = headline_turn(pair)
@@ -209,13 +216,14 @@ def before_after_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for group in ("kinds", "splits"):
         parts = [scores.get(group) or {} for scores in pair]
         names = list(dict.fromkeys(name for part in parts for name in part))
-        for name in names if len(names) > 1 else ():  # a single one is all there is
+        for name in names if len(names) > 1 else ():  # a single one would repeat the row above
             rows.append(before_after_row(f"  {name.replace('_', ' ')}", *(part.get(name) for part in parts)))
     return rows + rows_of("greedy", [scores.get("greedy") or {} for scores in pair])
 
 
 def before_after_row(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """One line of the before/after table; the gain comes with the standard error of its two sides."""
+    # The gain's error combines both standard errors as if the two evaluations were independent. They share their
+    # prompts, so the true error is smaller.
     before, after = before or {}, after or {}
     exact, s_acc, s_format = (
         f"{format_percent(before.get(score))} → {format_percent(after.get(score))}" for score in SCORES
@@ -228,29 +236,29 @@ def before_after_row(name: str, before: Mapping[str, Any] | None, after: Mapping
 
 
 def format_percent(value: float | None) -> str:
-    """A share in percent, a dash if it was not measured."""
+    """Return a share in percent; a dash if it was not measured."""
     return f"{100 * value:.1f}" if value is not None else "–"
 
 
 def format_change(before: float | None, after: float | None) -> str:
-    """`0.263 → 0.412`; a side that was not measured is a dash."""
+    """Return text such as `0.263 → 0.412`, with a dash for a value that was not measured."""
     return " → ".join("–" if value is None else f"{value:.3f}" for value in (before, after))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table, text left and numbers right."""
+    """Return a Markdown table whose first column is aligned left and whose other columns are aligned right."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(escape_cell(cell) for cell in line) + " |" for line in lines)
 
 
 def escape_cell(cell: Any) -> str:
-    """A cell that cannot break its table; leading blanks are kept."""
+    # Pipes and line breaks would break the table; leading blanks indent the row.
     text = str(cell).replace("|", "\\|").replace("\n", " ")
     return "&nbsp;" * (len(text) - len(text.lstrip())) + text.strip()
 
 
 def format_mean_and_sd(values: Sequence[float]) -> str:
-    """`0.412 ± 0.013` over several values, one value alone, a dash for none."""
+    """Return text such as `0.412 ± 0.013`; only the value if there is one, a dash if there is none."""
     if not values:
         return "–"
     mean, sd = mean_and_sd(values)

@@ -1,4 +1,4 @@
-// Curves as SVG. All charts share the step under the pointer, or the one that the slider stands at.
+// Curves as SVG. All charts mark the same step: the one under the pointer, or else that of the slider.
 
 const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 150, LEFT = 44, RIGHT = 10, TOP = 8, BOTTOM = 20;
@@ -12,7 +12,7 @@ function draw(tag, attributes, parent) {
   return element;
 }
 
-// Centred running mean; at the ends over what there is.
+// Centred running mean; windows are shorter at both ends.
 function smoothed(values) {
   const half = Math.floor(smoothing / 2);
   if (!half) return values;
@@ -111,7 +111,7 @@ function axes(one, svg, y0, y1) {
   }
 }
 
-// Where steps without a number lie between points, the line breaks.
+// The line breaks where steps between two points have no value.
 function pathOf(one, xs, ys) {
   const gaps = xs.slice(1).map((x, i) => x - xs[i]).sort((a, b) => a - b);
   const longest = 3 * (gaps[Math.floor(gaps.length / 2)] ?? 1);
@@ -144,13 +144,13 @@ function nearest(xs, step) {
   return Math.abs(xs[high] - step) < Math.abs(xs[low] - step) ? high : low;
 }
 
-// Steps from point to point of a line, as a rule; the first counts from 0.
+// The usual number of steps between points of a line; the first point counts from step 0.
 function gapOf(line) {
   line.gap ??= line.x.map((x, i) => x - (line.x[i - 1] ?? 0)).sort((a, b) => a - b)[Math.floor(line.x.length / 2)];
   return line.gap;
 }
 
-// The place of a line's point at a step, or at the end of its runs (null); -1 where the chart has points and the line none.
+// The index of a line's point at a step, or at the end of its runs (null); -1 where the line has no point but the chart does.
 function placeOf(chart, line, step) {
   const sought = step ?? Math.max(...data.runs.filter((run) => run.group === line.group).map((run) => run.steps));
   const gap = Math.min(...chart.series.filter((other) => other.group === line.group).map(gapOf));
@@ -168,7 +168,7 @@ function markChart(one) {
     key.firstChild.style.backgroundColor = colour;
     return { key, line, at, colour };
   });
-  const when = step === null ? "at the end" : `at step ${step}`, nothing = entries.some(({ at }) => at < 0) ? " (–: no value there)" : "";
+  const when = step === null ? "at the end" : `at step ${step}`, nothing = entries.some(({ at }) => at < 0) ? " (–: no value)" : "";
   one.legend.replaceChildren(...entries.map(({ key }) => key), make("span", { className: "faint" }, when + nothing));
   if (!one.marker) return;
   one.marker.style.display = step === null ? "none" : "";

@@ -1,4 +1,4 @@
-// How a token is coloured: one hue per region, or a scale. A colour is [red, green, blue, strength from 0 to 1].
+// The colours of tokens: one hue per region, or a scale. A colour is [red, green, blue, strength from 0 to 1].
 
 const ORANGE = [224, 112, 16], BLUE = [43, 123, 186], VIOLET = [136, 84, 184], RED = [214, 64, 31], TEAL = [18, 148, 128], GREY = [128, 128, 128];
 const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
@@ -12,7 +12,7 @@ const MODES = {
 let regionNames = [], regionColours = [];
 const scale = { weight: 1, entropy: 1, surprise: 1, advantage: 1 };
 
-// The ends of the scales: the 99th percentile over a sample of the tokens, so that one outlier does not pale the rest.
+// Each scale ends at the 99th percentile over a sample of the tokens, so that one outlier does not make the others pale.
 function setScales(responses) {
   regionNames = Object.keys(data.regions);
   regionColours = Object.values(data.regions).map(rgb);
@@ -34,7 +34,7 @@ function setScales(responses) {
   }
 }
 
-// What the loss multiplies a token's log-probability by: weight times advantage.
+// The factor by which the loss multiplies a token's log-probability: weight times advantage.
 const credit = (response, tokens, i) => (response.A === null ? NaN : tokens.weights[i] * response.A);
 
 const blended = (hue, strength) => [...hue, Math.min(1, Math.max(0, strength))];
@@ -57,16 +57,16 @@ function colourOf(mode, response, tokens, i) {
 
 const css = ([red, green, blue, strength], most = 1) => `rgb(${red} ${green} ${blue} / ${Math.round(100 * strength * most)}%)`;
 
-// The legend of a mode: a swatch per region, or a ramp with its ends.
+// The legend of a mode: one swatch per region, or a ramp with the values at its ends.
 function legendOf(mode) {
   if (mode === "region") {
     return regionNames.map((name, at) => make("span", { className: "key" }, swatch([...regionColours[at], 0.8]), name));
   }
   const ends = {
-    weight: [(-scale.weight), scale.weight, `${(2 ** -scale.weight).toFixed(2)}×`, `${(2 ** scale.weight).toFixed(2)}×`, "gradient weight against the response's mean of 1"],
+    weight: [(-scale.weight), scale.weight, `${(2 ** -scale.weight).toFixed(2)}×`, `${(2 ** scale.weight).toFixed(2)}×`, "gradient weight relative to the mean of 1 over the response"],
     entropy: [0, 1, "0", `${scale.entropy.toFixed(2)} nats`, "entropy of the policy before the token"],
     surprise: [0, 1, "0", `${scale.surprise.toFixed(2)} nats`, "−log p of the sampled token"],
-    advantage: [-1, 1, `−${scale.advantage.toFixed(2)}`, `+${scale.advantage.toFixed(2)}`, "weight × advantage: how hard the loss pushes the token, and which way"],
+    advantage: [-1, 1, `−${scale.advantage.toFixed(2)}`, `+${scale.advantage.toFixed(2)}`, "weight × advantage: how strongly the loss makes the token more likely (+) or less likely (−)"],
   }[mode];
   const ramp = make("span", { className: "ramp", "aria-hidden": "true" });
   for (let i = 0; i < 25; i += 1) {

@@ -1,8 +1,9 @@
-// What the page holds: unpacked once, the columns of a response when it is first shown.
+// The data of the page, unpacked once. The columns of a response are read when it is first shown.
 
 const byId = (id) => document.getElementById(id);
 
-// An element with properties, and children that are elements or plain text: no markup is ever parsed.
+// Makes an element with properties, and children that are elements or plain text. No markup is ever parsed, so responses
+// cannot inject any.
 function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -13,7 +14,7 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-// The content of a data element, which is emptied: base64 letters of a gzip stream.
+// Decodes the content of a data element, the base64 text of a gzip stream, and empties the element.
 async function unpacked(element) {
   const text = atob(element.textContent.trim());
   element.textContent = "";
@@ -25,7 +26,7 @@ async function unpacked(element) {
 const MISSING = 65535;
 const columns = {};
 
-// Columns over the tokens of all responses, as the writer puts them one after the other.
+// The columns over the tokens of all responses, in the order in which report/responses.py writes them.
 function readColumns(buffer) {
   const count = buffer.byteLength / 11, view = new DataView(buffer);
   columns.words = new Uint32Array(count);
@@ -41,7 +42,7 @@ function readColumns(buffer) {
   columns.regions = new Uint8Array(buffer, 10 * count, count);
 }
 
-// The tokens of a response: places in the table of words, regions, and numbers, NaN where the run recorded none.
+// The tokens of a response: indices into the table of words, regions, and numbers (NaN if the run recorded none).
 function tokensOf(response) {
   response.tokens ??= Object.fromEntries(Object.entries(columns).map(([name, column]) => [name, column.subarray(response.o, response.o + response.m)]));
   return response.tokens;
@@ -53,7 +54,7 @@ function textOf(response) {
   return text;
 }
 
-// Lower-case text that a search looks into, made when first searched.
+// The lower-case text that a search looks at, built on the first search.
 function haystack(response) {
   if (response.hay === undefined) {
     const prompt = response.p >= 0 ? data.prompts[response.p] : "";
@@ -66,7 +67,8 @@ const NAMED = { 9: "⇥\t", 10: "↵\n", 13: "\\r" };
 const PLAIN = { 9: "\t", 10: "\n" };
 const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202f\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff\u{1d173}-\u{1d17a}\u{e0000}-\u{e0fff}]/u;
 
-// Text with everything in it to be seen: controls, marks of direction, lone surrogates. In pieces: [text, is a stand-in].
+// Splits text into pieces [text, is a placeholder], with placeholders for everything invisible: control characters, marks
+// of direction, lone surrogates.
 function visible(text, named) {
   const pieces = [];
   let plain = "";
@@ -87,13 +89,13 @@ function visible(text, named) {
 
 const nodes = (pieces) => pieces.map(([piece, stands]) => (stands ? make("span", { className: "unseen" }, piece) : piece));
 
-// Text as nodes, with what is not to be seen made visible: in tokens line breaks too, in passages they stay as they are.
+// Text as nodes with placeholders for invisible characters: in tokens also for line breaks, which passages keep.
 const seen = (text) => nodes(visible(text, NAMED));
 const passage = (text) => nodes(visible(text, PLAIN));
 
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
-// Three digits that mean something: 0.123, 12.3, 1,234.
+// Three significant digits: 0.123, 12.3, 1,234.
 function shown(value, unit = "") {
   if (!isNumber(value)) return "–";
   if (unit === "%") return `${(100 * value).toFixed(1)} %`;

@@ -1,4 +1,4 @@
-// The selected response: its tokens in colours, what cost what, the target, the prompt, its group.
+// The selected response: its coloured tokens, its mistakes and their costs, the gold turn, the prompt, its group.
 
 const FIRST_TOKENS = 3000, LONG_TOKEN = 4000;
 let cursor = -1;
@@ -16,7 +16,7 @@ function showDetail() {
   cursor = -1;
   hideTip();
   if (!response || !hits.length) {
-    detail.replaceChildren(make("p", { className: "faint" }, data.responses.length ? "No response passes the filters." : "These runs recorded no responses."));
+    detail.replaceChildren(make("p", { className: "faint" }, data.responses.length ? "No response matches the filters." : "These runs recorded no responses."));
     return;
   }
   const run = data.runs[response.r];
@@ -26,9 +26,9 @@ function showDetail() {
     make("div", { className: "legend", id: "legend" }, ...legendOf(state.mode)),
     notice(response) ?? "",
     tokenBlock(response),
-    make("div", { className: "readout", id: "readout", role: "status" }, "Point at a token, or use ← and →."),
+    make("div", { className: "readout", id: "readout", role: "status" }, "Point at a token, or press ← and →."),
     losses(response),
-    response.g >= 0 ? make("div", {}, make("h3", {}, "Target"), make("pre", { className: "target" }, ...passage(data.golds[response.g]))) : "",
+    response.g >= 0 ? make("div", {}, make("h3", {}, "Gold turn"), make("pre", { className: "target" }, ...passage(data.golds[response.g]))) : "",
     group(response) ?? "",
     regionTable(response) ?? "",
     folded("Prompt", response.p >= 0 ? data.prompts[response.p] : ""),
@@ -42,11 +42,11 @@ function figures(response) {
 
 function notice(response) {
   if (response.u || state.mode === "region") return null;
-  return make("p", { className: "notice" }, "This run recorded the text alone: its regions are those of the text, and weights, entropies and advantages are not known.");
+  return make("p", { className: "notice" }, "This run recorded only the text of its responses. The regions come from parsing that text; weights, entropies and advantages are unknown.");
 }
 
 function tokenBlock(response) {
-  const block = make("div", { className: `tokens mode-${state.mode}`, id: "tokens", tabIndex: 0, role: "group", dir: "ltr", "aria-label": "Tokens of the response; left and right arrow read them" });
+  const block = make("div", { className: `tokens mode-${state.mode}`, id: "tokens", tabIndex: 0, role: "group", dir: "ltr", "aria-label": "Tokens of the response; use the left and right arrow keys to move between them" });
   appendTokens(block, response, 0, FIRST_TOKENS);
   block.addEventListener("pointerover", (event) => pointToken(event.target.closest?.(".t")));
   block.addEventListener("pointerleave", hideTip);
@@ -62,14 +62,14 @@ function appendTokens(block, response, from, count) {
   const found = matches(response);
   for (let i = from; i < to; i += 1) block.append(tokenElement(response, tokens, i, found.has(i)));
   if (to < tokens.words.length) {
-    const more = make("button", { type: "button" }, `Show ${Math.min(count, tokens.words.length - to).toLocaleString("en")} more of ${(tokens.words.length - to).toLocaleString("en")}`);
+    const more = make("button", { type: "button" }, `Show ${Math.min(count, tokens.words.length - to).toLocaleString("en")} of ${(tokens.words.length - to).toLocaleString("en")} more tokens`);
     more.addEventListener("click", () => {
       more.remove();
       appendTokens(block, response, to, count);
     });
     block.append(more);
   } else if (response.m < response.n) {
-    block.append(make("span", { className: "unseen" }, ` … ${(response.n - response.m).toLocaleString("en")} more are in responses.jsonl`));
+    block.append(make("span", { className: "unseen" }, ` … ${(response.n - response.m).toLocaleString("en")} more in responses.jsonl`));
   }
 }
 
@@ -78,7 +78,7 @@ function tokenElement(response, tokens, i, isHit) {
   const element = make("span", { className: isHit ? "t hit" : "t" });
   element.dataset.i = i;
   const isEnd = !text && i === tokens.words.length - 1;
-  if (!text) element.append(make("span", { className: "unseen", title: "a token that adds no character" }, isEnd ? "end" : "·"));
+  if (!text) element.append(make("span", { className: "unseen", title: "token without characters" }, isEnd ? "end" : "·"));
   else element.append(...seen(text.slice(0, LONG_TOKEN)));
   if (text.length > LONG_TOKEN) element.append(make("span", { className: "unseen" }, `… ${(text.length - LONG_TOKEN).toLocaleString("en")} more characters`));
   element.style.backgroundColor = css(colourOf(state.mode, response, tokens, i), state.mode === "region" ? 0.45 : 0.75);
@@ -87,7 +87,7 @@ function tokenElement(response, tokens, i, isHit) {
   return element;
 }
 
-// The tokens that a search has found.
+// The indices of the tokens that match the search.
 function matches(response) {
   const found = new Set(), query = state.query.toLowerCase();
   if (!query) return found;
@@ -103,7 +103,7 @@ function matches(response) {
   return found;
 }
 
-// Numbers of one token, in the order of the tooltip.
+// The numbers of one token, in the order of the tooltip.
 function factsOf(response, i) {
   const tokens = tokensOf(response);
   const probability = Math.exp(-tokens.surprises[i]);
@@ -121,7 +121,7 @@ function pointToken(element) {
   const i = Number(element.dataset.i), response = state.selected, tip = byId("tip");
   const text = data.words[tokensOf(response).words[i]];
   tip.replaceChildren(
-    make("div", { className: "word" }, ...(text ? seen(text.slice(0, 80)) : ["(adds no character)"])),
+    make("div", { className: "word" }, ...(text ? seen(text.slice(0, 80)) : ["(no characters)"])),
     make("dl", {}, ...factsOf(response, i).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])),
     make("div", { className: "faint" }, `${response.u ? "token" : "word"} ${i + 1} of ${response.n}`),
   );
@@ -149,20 +149,20 @@ function setCursor(at) {
   element.scrollIntoView({ block: "nearest" });
   const text = data.words[tokensOf(response).words[cursor]];
   const facts = factsOf(response, cursor).filter(([, value]) => value !== "–").map(([name, value]) => `${name} ${value}`);
-  byId("readout").replaceChildren(make("b", {}, ...(text ? seen(text.slice(0, 80)) : ["(adds no character)"])), ` ${cursor + 1} of ${response.n} · ${facts.join(" · ")}`);
+  byId("readout").replaceChildren(make("b", {}, ...(text ? seen(text.slice(0, 80)) : ["(no characters)"])), ` ${cursor + 1} of ${response.n} · ${facts.join(" · ")}`);
 }
 
 const KINDS = { format: "S_format", unneeded_call: "S_acc", names: "S_acc", missing_call: "S_acc", keys: "S_acc", missing_argument: "S_acc", value: "S_acc" };
 
 function losses(response) {
-  if (!response.F) return make("p", { className: "faint" }, "The format of this run cannot be read here, so its scores are not explained.");
-  if (!response.e.length) return make("p", { className: "good-line" }, "Full marks in both scores.");
+  if (!response.F) return make("p", { className: "faint" }, "The tool format of this run is not available, so the page cannot explain its scores.");
+  if (!response.e.length) return make("p", { className: "good-line" }, "Both scores are perfect.");
   const rows = response.e.map(([kind, message, cost]) => {
     const bar = make("i", { className: "cost" });
     bar.style.width = `${Math.max(2, 60 * cost).toFixed(1)}px`;
     return make("tr", {}, make("td", {}, KINDS[kind] ?? kind), make("td", { className: "number" }, `−${cost.toFixed(3)}`), make("td", {}, bar), make("td", {}, ...seen(message)));
   });
-  return make("div", { className: "wide" }, make("table", { className: "losses" }, make("caption", {}, "What it lost"), make("tbody", {}, ...rows)));
+  return make("div", { className: "wide" }, make("table", { className: "losses" }, make("caption", {}, "Mistakes and their costs"), make("tbody", {}, ...rows)));
 }
 
 function regionTable(response) {
@@ -176,18 +176,18 @@ function regionTable(response) {
     const cells = [String(own.length), shown(own.length / tokens.regions.length, "%"), shown(mean(tokens.weights)), shown(weight / all, "%"), shown(mean(tokens.entropies))];
     return make("tr", {}, make("th", { scope: "row" }, swatch([...regionColours[region], 0.9]), name), ...cells.map((cell) => make("td", { className: "number" }, cell)));
   });
-  const head = ["region", "tokens", "of tokens", "weight", "of weight", "entropy"];
+  const head = ["region", "tokens", "share of tokens", "mean weight", "share of weight", "mean entropy"];
   return make("div", { className: "wide" }, make("table", {}, make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rows.filter(Boolean))));
 }
 
-// Other responses to the same prompt: the group first, then other steps and runs.
+// Other responses to the same prompt: first those of the group, then those of other steps and runs.
 function group(response) {
   const same = samePrompt.get(response.i);
   const own = same.filter((other) => other.s === response.s && other.r === response.r);
   const others = same.filter((other) => !own.includes(other)).slice(0, 60);
   if (same.length < 2) return null;
   const parts = [];
-  if (own.length > 1) parts.push(make("h3", {}, `Its group: ${own.length} responses to one prompt`), siblings(own, response, () => ""));
+  if (own.length > 1) parts.push(make("h3", {}, `Group: ${own.length} responses to this prompt at this step`), siblings(own, response, () => ""));
   if (others.length) parts.push(make("h3", {}, "The same prompt at other steps" + (data.runs.length > 1 ? " and in other runs" : "")), siblings(others, response, (other) => `${data.runs.length > 1 ? `${data.runs[other.r].name} ` : ""}step ${other.s} `));
   return make("div", {}, ...parts);
 }

@@ -1,13 +1,13 @@
-// The list of responses: only the rows in sight exist. Each shows its tokens as a strip of colours.
+// The list of responses. Only the visible rows exist; each shows its tokens as a strip of colours.
 
 const ROW = 46, SPARE = 4, MOST_STRIPES = 300;
-const MOST_PIXELS = 8_000_000; // browsers cap an element's height; beyond, the scroll bar moves by more than a pixel a pixel
+const MOST_PIXELS = 8_000_000; // Browsers limit the height of an element. Beyond this limit, one pixel of the scroll bar moves the list by more than one.
 let hits = [], usualLength = 1;
 const live = new Map();
 
 const listHeight = () => Math.min(MOST_PIXELS, hits.length * ROW);
 
-// The row at the top of the window, in rows, and the place of a row in the scrolled area.
+// The index of the row at the top of the visible part; fractions are partly visible rows.
 function firstInSight() {
   const list = byId("list");
   const room = Math.max(1, listHeight() - list.clientHeight);
@@ -61,9 +61,9 @@ function rowParts(response) {
 
 const badges = (response) => response.k.map((flag) => make("span", { className: `badge ${flag === "exact" ? "good" : "bad"}` }, data.flags[flag]));
 
-// A stripe per token, as wide in every row, so that lengths compare; a response that is too long for its row is
-// squeezed, and of very many tokens some are left out. Equal neighbours are one stripe. (A background costs the browser
-// far less than a canvas in each row.)
+// One stripe per token, equally wide in all rows, so that lengths are comparable. A response that is too long for its row
+// is compressed, and beyond MOST_STRIPES tokens some are left out. Equal neighbours are one stripe. A gradient as
+// background is far cheaper for the browser than a canvas in each row.
 function paint(strip, response) {
   const tokens = tokensOf(response), stride = Math.max(1, Math.ceil(response.m / MOST_STRIPES));
   const stops = [];
@@ -121,15 +121,15 @@ function move(by) {
 // Filters
 
 const ORDERS = {
-  step: ["step", (a, b) => a.s - b.s || a.at - b.at],
-  latest: ["latest first", (a, b) => b.s - a.s || a.at - b.at],
+  step: ["earliest step", (a, b) => a.s - b.s || a.at - b.at],
+  latest: ["latest step", (a, b) => b.s - a.s || a.at - b.at],
   worst: ["lowest reward", (a, b) => (a.R ?? 0) - (b.R ?? 0) || a.at - b.at],
   best: ["highest reward", (a, b) => (b.R ?? 0) - (a.R ?? 0) || a.at - b.at],
-  longest: ["longest", (a, b) => b.n - a.n || a.at - b.at],
-  push: ["largest advantage", (a, b) => Math.abs(b.A ?? 0) - Math.abs(a.A ?? 0) || a.at - b.at],
+  longest: ["longest response", (a, b) => b.n - a.n || a.at - b.at],
+  push: ["largest absolute advantage", (a, b) => Math.abs(b.A ?? 0) - Math.abs(a.A ?? 0) || a.at - b.at],
 };
 
-// The recorded step that stands for a step of the slider: the last one up to it, else the first.
+// The recorded step to show for a step of the slider: the last one up to it, or else the first.
 function recordedStep(step) {
   let found = recordedSteps[0] ?? 0;
   for (const one of recordedSteps) if (one <= step) found = one;
@@ -146,8 +146,8 @@ function filterResponses() {
   const found = data.responses.filter((response) => inScope(response, step) && (!query || haystack(response).includes(query)));
   countFlags(found);
   hits = found.filter((response) => [...state.flags].every((flag) => response.k.includes(flag))).sort(ORDERS[state.order][1]);
-  const at = step === null ? "" : step === state.step ? ` at step ${step}` : ` at step ${step}, the recorded one before`;
-  const lost = total > data.responses.length ? ` (${total.toLocaleString("en")} recorded; the page holds evenly spaced steps)` : "";
+  const at = step === null ? "" : step === state.step ? ` at step ${step}` : ` at step ${step}, the last recorded step before`;
+  const lost = total > data.responses.length ? ` (${total.toLocaleString("en")} recorded; this page contains evenly spaced steps only)` : "";
   byId("count").textContent = `${hits.length.toLocaleString("en")} of ${data.responses.length.toLocaleString("en")}${at}${lost}`;
   byId("list").scrollTop = 0;
   showList();

@@ -1,4 +1,4 @@
-// The page as a whole: its state, its address, its keys.
+// The whole page: its state, its address, its keyboard shortcuts.
 
 let data = null, lastStep = 0, recordedSteps = [], total = 0;
 const state = { step: null, run: -1, group: 0, mode: "region", query: "", flags: new Set(), order: "step", selected: null, open: new Set() };
@@ -22,7 +22,7 @@ function setStep(step) {
 
 const firstStep = () => recordedSteps[0] ?? 0;
 
-// To the next recorded step in a direction.
+// Moves to the next recorded step in a direction.
 function stepBy(direction) {
   const now = state.step ?? (direction < 0 ? lastStep + 1 : -1);
   const steps = recordedSteps.length ? recordedSteps : Array.from({ length: lastStep + 1 }, (_, i) => i);
@@ -54,7 +54,7 @@ function setTheme(theme) {
   try {
     localStorage.setItem("rest-rl-theme", theme);
   } catch {
-    // a page opened from disk may have no storage; the theme then follows the system
+    // A page opened from disk may have no storage. The theme then follows the system.
   }
 }
 
@@ -68,7 +68,7 @@ function startTheme() {
   document.documentElement.dataset.theme = kept ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 }
 
-// The address keeps the view, so that a link or a reload leads back to it.
+// The address stores the view, so that a link or a reload restores it.
 
 let resting = 0;
 function keepAddress() {
@@ -85,7 +85,7 @@ function keepAddress() {
     try {
       history.replaceState(null, "", `#${parts}`);
     } catch {
-      // some browsers refuse this for files
+      // Some browsers refuse this for local files.
     }
   }, 150);
 }
@@ -115,7 +115,7 @@ function withError(scores) {
   return `${(100 * scores.exact_match).toFixed(1)}${error}`;
 }
 
-// Steps done; of how many, unless the run has finished.
+// The number of finished steps, and the planned number unless the run has finished.
 const stepsOf = (run) => (run.finished ? run.steps : `${run.steps} of ${run.planned ?? "?"}`);
 
 function showResults() {
@@ -127,24 +127,24 @@ function showResults() {
     return [[dot, ...seen(run.name)], data.groups[run.group], run.seed ?? "–", stepsOf(run), withError(before), withError(after), gain, withError(before?.greedy), withError(after?.greedy), shown(after?.s_acc), shown(after?.s_format), ...(data.runs.some((any) => any.answers) ? [withError(run.answers)] : [])];
   });
   const head = ["run", "curve", "seed", "steps", "exact match before, %", "after, %", "gain", "greedy before", "greedy after", "S_acc after", "S_format after", ...(data.runs.some((run) => run.answers) ? ["answer turns after, %"] : [])];
-  byId("result-table").replaceChildren(table(head, rows), make("p", { className: "faint" }, `Held-out ${data.turns}, sampled at temperature 1, ± one standard error over prompts; greedy beside it.`));
+  byId("result-table").replaceChildren(table(head, rows), make("p", { className: "faint" }, `Scores on held-out ${data.turns}, sampled at temperature 1 and greedy, ± one standard error over prompts.`));
 }
 
 function showConfig() {
   const all = byId("config-all").checked || data.runs.length === 1;
   const rows = data.config.filter((row) => all || row.differs).map((row) => [[row.differs ? make("b", {}, row.key) : row.key], ...row.values.map((value) => [make("code", {}, ...(value === null ? ["–"] : seen(value)))])]);
-  const nothing = make("p", { className: "faint" }, "The runs have one configuration.");
-  const environment = data.runs.map((run) => make("details", {}, make("summary", {}, ...seen(run.name), ": versions and command"), make("pre", {}, ...passage([run.command, run.commit ?? "", ...Object.entries(run.libraries).map(([name, version]) => `${name} ${version}`)].filter(Boolean).join("\n")))));
+  const nothing = make("p", { className: "faint" }, "All runs have the same configuration.");
+  const environment = data.runs.map((run) => make("details", {}, make("summary", {}, ...seen(run.name), ": library versions and command"), make("pre", {}, ...passage([run.command, run.commit ?? "", ...Object.entries(run.libraries).map(([name, version]) => `${name} ${version}`)].filter(Boolean).join("\n")))));
   byId("config-table").replaceChildren(rows.length ? table(["key", ...data.runs.map((run) => run.name)], rows) : nothing, ...environment);
 }
 
 function showFindings() {
   byId("findings").hidden = !data.findings.length;
   byId("finding-list").replaceChildren(...data.findings.map((finding) => {
-    const at = make("button", { type: "button", title: "Go to this step" }, `since step ${finding.step}`);
+    const at = make("button", { type: "button", title: "Go to this step" }, `from step ${finding.step}`);
     at.addEventListener("click", () => setStep(finding.step));
     const run = data.runs.length > 1 ? seen(`${data.runs[finding.run].name}: `) : [];
-    return make("li", {}, make("div", {}, make("b", {}, ...run, ...seen(finding.figure)), " ", at), make("p", {}, ...seen(finding.cause)), make("p", {}, make("b", {}, "Remedy: "), ...seen(finding.remedy)));
+    return make("li", {}, make("div", {}, make("b", {}, ...run, ...seen(finding.figure)), " ", at), make("p", {}, make("b", {}, "Likely cause: "), ...seen(finding.cause)), make("p", {}, make("b", {}, "Remedy: "), ...seen(finding.remedy)));
   }));
 }
 
@@ -164,7 +164,7 @@ function startControls() {
     button.addEventListener("click", () => setMode(mode));
     return button;
   }));
-  byId("filters").replaceChildren(make("span", { className: "faint" }, "Only"), ...Object.entries(data.flags).map(([flag, text]) => {
+  byId("filters").replaceChildren(make("span", { className: "faint" }, "Show only"), ...Object.entries(data.flags).map(([flag, text]) => {
     const button = make("button", { type: "button", className: "filter" }, `${text} `, make("b", {}));
     button.dataset.flag = flag;
     button.addEventListener("click", () => toggleFlag(flag));
@@ -229,25 +229,26 @@ const flipTheme = () => setTheme(document.documentElement.dataset.theme === "dar
 const page = () => Math.max(1, Math.floor(byId("list").clientHeight / ROW) - 1);
 const KEYS = [
   [["j", "ArrowDown"], "next response", () => move(1)],
-  [["k", "ArrowUp"], "response before", () => move(-1)],
-  [["PageDown"], "a page down the list", () => move(page())],
-  [["PageUp"], "a page up the list", () => move(-page())],
+  [["k", "ArrowUp"], "previous response", () => move(-1)],
+  [["PageDown"], "one page down", () => move(page())],
+  [["PageUp"], "one page up", () => move(-page())],
   [["Home"], "first response", () => move(-hits.length)],
   [["End"], "last response", () => move(hits.length)],
   [["ArrowRight"], "next token", () => setCursor(cursor + 1)],
-  [["ArrowLeft"], "token before", () => setCursor(cursor - 1)],
-  [["]"], "later step", () => stepBy(1)],
-  [["["], "earlier step", () => stepBy(-1)],
+  [["ArrowLeft"], "previous token", () => setCursor(cursor - 1)],
+  [["]"], "next step", () => stepBy(1)],
+  [["["], "previous step", () => stepBy(-1)],
   [["a"], "all steps", () => setStep(null)],
-  ...Object.entries(MODES).map(([mode, { title }], at) => [[String(at + 1)], `colour by ${title.toLowerCase()}`, () => setMode(mode)]),
+  ...Object.entries(MODES).map(([mode, { title }], at) => [[String(at + 1)], `color tokens by ${title.toLowerCase()}`, () => setMode(mode)]),
   [["/"], "search", () => byId("query").focus()],
-  [["t"], "light or dark", flipTheme],
-  [["?"], "these keys", () => byId("help").showModal()],
+  [["t"], "light or dark theme", flipTheme],
+  [["?"], "keyboard shortcuts", () => byId("help").showModal()],
 ];
 const SHOWN_KEYS = { ArrowDown: "↓", ArrowUp: "↑", ArrowRight: "→", ArrowLeft: "←", PageDown: "page down", PageUp: "page up" };
 const IN_LIST = ["ArrowDown", "ArrowUp", "PageDown", "PageUp", "Home", "End"];
 
-// Letters work wherever nothing is being typed; keys that scroll a page do so unless the list or the tokens have focus.
+// Letters work wherever the reader is not typing. Arrow and page keys scroll the page unless the list or the tokens have
+// the focus.
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
   const target = event.target, isBench = target.closest?.(".bench");
@@ -308,6 +309,6 @@ function startOthers(others) {
 }
 
 start().catch((error) => {
-  byId("failure").textContent = `The page could not be shown: ${error}. It needs a browser of 2023 or later.`;
+  byId("failure").textContent = `The page could not be displayed: ${error}. It needs a browser from 2023 or later.`;
   byId("failure").hidden = false;
 });
