@@ -1,4 +1,4 @@
-"""Run folders of a grid without training: a method's level and speed are given, seeds shift all methods alike."""
+"""Synthetic run folders of a grid: level and speed of each method are given, seeds shift all methods equally."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = ("single", "parallel", "none")
 
 
 class Effect(NamedTuple):
-    """What a made-up method does: exact match at the end above the base's, steps per step of the base."""
+    """The effect of a synthetic method: its lead in final exact match, its speed relative to the base, its noise."""
 
     lead: float = 0.0
     speed: float = 1.0
@@ -25,7 +25,7 @@ class Effect(NamedTuple):
 
 
 def make_grid(folder: Path, effects: Mapping[str, Effect], seeds: int = 5, steps: int = 60, every: int = 0) -> Grid:
-    """Finished runs of every method and seed, as `rest-rl train` would leave them."""
+    """Write finished runs of every method and seed, as `rest-rl train` would."""
     names = list(dict.fromkeys(name.split("@")[0] for name in effects))
     grid = read_grid(None, methods=names, seeds=range(seeds), overrides=[f"trl.max_steps={steps}"])
     for label, effect in effects.items():

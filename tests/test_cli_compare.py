@@ -1,4 +1,4 @@
-"""`rest-rl compare` as its users meet it: real grids of a tiny policy, kept, resumed, killed, and every mistake."""
+"""The command `rest-rl compare`: real grids of a tiny policy, kept, resumed and killed, and every user error."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_a_grid_is_trained_once_and_kept(base: Path, tmp_path: Path, capsys: pyt
     assert main(grid(base, out)) == 0
     first = capsys.readouterr().out
     assert "2 runs in" in first
-    assert "grpo-0 is done: exact match" in first
+    assert "grpo-0 is finished: exact match" in first
     for name in ("grpo-0", "random-0"):
         run = read_run(out / "runs" / name)
         assert [row["step"] for row in run.metrics] == [1, 2]
         assert "after" in run.summary
-    # random is grpo with other rewards: the same prompts and, before anything was learnt, the same responses
+    # random is grpo with other rewards: the same prompts and, before the first update, the same responses
     of_first_step = [read_run(out / "runs" / name).responses[0] for name in ("grpo-0", "random-0")]
     assert of_first_step[0]["ids"] == of_first_step[1]["ids"]
     assert of_first_step[0]["reward"] != of_first_step[1]["reward"]
@@ -71,13 +71,13 @@ def test_a_grid_is_trained_once_and_kept(base: Path, tmp_path: Path, capsys: pyt
     before = recorded(out, "grpo-0", "random-0")
     assert main(["compare", str(out)]) == 0  # the folder says what the grid is
     assert "2 runs in" in (again := capsys.readouterr().out)
-    assert "2 of them finished" in again
-    assert "begins" not in again
+    assert "2 already finished" in again
+    assert "starts" not in again
     assert recorded(out, "grpo-0", "random-0") == before
     assert main([*grid(base, out, methods="grpo,random,dapo"), "--dry-run"]) == 0
     assert not (out / "runs" / "dapo-0").exists()
     error = error_of(capsys, *grid(base, out, steps=3))
-    assert "runs/grpo-0, which holds another run (trl.max_steps was 2, now 3)" in error
+    assert "runs/grpo-0 contains a run with other settings (trl.max_steps was 2, now 3)" in error
     assert main(["compare", str(out), "--report-only"]) == 0
     assert "page: " in capsys.readouterr().out
 
@@ -92,12 +92,14 @@ def test_a_run_that_fails_does_not_stop_the_others(
     command = ["compare", str(tmp_path / "grid.toml"), "--base", str(base), "--seeds", "0", "--out", str(out)]
     assert main([*command, "--jobs", "1"]) == 1
     text = capsys.readouterr().out
-    assert "broken-0 failed with exit code 2 after step 0; the end of" in text
-    assert "grpo-0 is done" in text
+    assert "broken-0 failed with exit code 2 after step 0; last lines of" in text
+    assert "grpo-0 is finished" in text
     assert "exact match" in (out / "compare.md").read_text()
     assert main(["compare", str(out), "--report-only"]) == 0
     text = capsys.readouterr().out
-    assert "1 of 2 runs is not finished: broken-0. There is no finished run of broken" in " ".join(text.split())
+    assert "1 of 2 runs is not finished: broken-0. Methods without a finished run are not compared: broken" in " ".join(
+        text.split()
+    )
     assert "`broken-0` has no run folder (see logs/broken-0.log)" in (out / "compare.md").read_text()
 
 
@@ -139,8 +141,9 @@ def test_only_report_shows_a_method_without_a_finished_run(tmp_path: Path, capsy
     save_grid(read_grid(None, methods=["grpo", "rest", "dapo"]), tmp_path)
     assert main(["compare", str(tmp_path), "--report-only"]) == 0
     text = capsys.readouterr().out
-    assert "3 of 9 runs are not finished: dapo-0, dapo-1, dapo-2. There is no finished run of dapo" in " ".join(
-        text.split()
+    assert (
+        "3 of 9 runs are not finished: dapo-0, dapo-1, dapo-2. Methods without a finished run are not compared: dapo"
+        in " ".join(text.split())
     )
     assert ["dapo", "0", "–", "–", "–"] in [line.split() for line in text.split("\n")]
 
@@ -154,21 +157,21 @@ def test_only_report_reads_folders_that_another_loop_trained(
     assert "No difference beyond seed noise" in out
     assert main(["compare", str(tmp_path), "--report-only", "--baseline", "rest"]) == 0
     assert "from rest" in capsys.readouterr().out
-    assert "without grid.toml" in error_of(capsys, "compare", str(tmp_path))
-    assert "without a finished run" in error_of(capsys, "compare", "--report-only", "--out", str(tmp_path / "none"))
+    assert "has no grid.toml" in error_of(capsys, "compare", str(tmp_path))
+    assert "has no finished run" in error_of(capsys, "compare", "--report-only", "--out", str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["compare"], "no --out"),
+        (["compare"], "no folder for the grid"),
         (["compare", "--out", "x", "--seeds", "0,a"], "the seed 'a'"),
-        (["compare", "--out", "x", "--jobs", "0"], "--jobs 0"),
-        (["compare", "--out", "x", "--methods", "rest"], "without the reference"),
+        (["compare", "--out", "x", "--jobs", "0"], "--jobs is 0"),
+        (["compare", "--out", "x", "--methods", "rest"], "the baseline 'grpo' is not among the methods rest"),
         (["compare", "--out", "x", "--methods", "grpo,best"], "'best'"),
         (["compare", "--out", "x", "--set", "trl.max_stepz"], "--set trl.max_stepz"),
         (["compare", "absent.toml", "--out", "x"], "absent.toml"),
-        (["compare", "g1nothere"], "g1nothere, which is neither a TOML file nor the folder of a grid"),
+        (["compare", "g1nothere"], "g1nothere does not exist"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -203,7 +206,7 @@ def test_names_in_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureF
 
 
 class Listener(Observer):
-    """Collects what is said."""
+    """Collects the messages."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -213,10 +216,10 @@ class Listener(Observer):
 
 
 class AskingToStop(Listener):
-    """A listener who presses Ctrl-C when the first run begins."""
+    """A listener that presses Ctrl-C when the first run starts."""
 
     def say(self, text: str) -> None:
-        if "begins" in text and not any("begins" in line for line in self.lines):
+        if "starts" in text and not any("starts" in line for line in self.lines):
             os.kill(os.getpid(), signal.SIGINT)
         super().say(text)
 
@@ -232,11 +235,11 @@ def test_ctrl_c_between_two_starts_stops_the_first_and_starts_no_second(tmp_path
     assert [job.state for job in jobs] == ["stopped", "waiting"]
     assert jobs[0].process is not None
     assert jobs[0].process.poll() is not None
-    assert not any("grpo-1 begins" in line for line in listener.lines)
+    assert not any("grpo-1 starts" in line for line in listener.lines)
     assert not (tmp_path / "runs" / "1").exists()
 
 
-def test_the_end_of_a_log_commands_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tail_of_a_log_cannot_control_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"\x1b]0;owned\x07 [bold]end[/bold]\n")
     job = Job(RunName("grpo", "", 0), RunConfig(), tmp_path / "none", log, state="running")
@@ -249,7 +252,7 @@ def test_the_end_of_a_log_commands_no_terminal(tmp_path: Path, capsys: pytest.Ca
     assert "\x1b" not in out
 
 
-def test_the_help_tells_it_from_eval_compare(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_refers_to_the_other_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Train every method under every seed" in text
@@ -269,7 +272,7 @@ def test_the_last_metrics_of_a_run_that_is_being_written(tmp_path: Path) -> None
     assert read_tail(tmp_path / "absent") == ""
 
 
-# killed grids, in processes of their own
+# killed grids, in separate processes
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -304,21 +307,21 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_when_the_grid_is_asked_for_again(base: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_with_the_grid(base: Path, whole: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "grid", tmp_path / "log"
     process = start(grid(base, out, methods="grpo,rest", steps=12), log)
     wait_for_steps(out / "runs" / "rest-0", 5)
     os.kill(pid_of(out / "runs" / "rest-0"), signal.SIGKILL)
     assert process.wait(300) == 1
-    assert "rest-0 was ended by signal 9 after step" in log.read_text()
-    assert "`rest-0` has" in (out / "compare.md").read_text()  # the page of what there is
+    assert "rest-0 was killed by signal 9 after step" in log.read_text()
+    assert "`rest-0` is unfinished" in (out / "compare.md").read_text()  # the page about the finished runs
     assert main(["compare", str(out)]) == 0
     assert recorded(out, "grpo-0", "rest-0") == recorded(whole, "grpo-0", "rest-0")
-    assert "`rest-0` has" not in (out / "compare.md").read_text()
+    assert "`rest-0` is unfinished" not in (out / "compare.md").read_text()
 
 
 @pytest.mark.slow
-def test_a_killed_grid_leaves_runs_that_nobody_trains_twice(base: Path, whole: Path, tmp_path: Path) -> None:
+def test_runs_of_a_killed_grid_are_not_trained_twice(base: Path, whole: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "grid", tmp_path / "log"
     arguments = grid(base, out, methods="grpo,rest", steps=12)
     process = start(arguments, log)
@@ -336,7 +339,7 @@ def test_a_killed_grid_leaves_runs_that_nobody_trains_twice(base: Path, whole: P
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_every_run_in_order(base: Path, whole: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_every_run_after_its_step(base: Path, whole: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "grid", tmp_path / "log"
     process = start(grid(base, out, methods="grpo,rest", steps=12), log)
     for name in ("grpo-0", "rest-0"):
@@ -344,7 +347,7 @@ def test_ctrl_c_ends_every_run_in_order(base: Path, whole: Path, tmp_path: Path)
     process.send_signal(signal.SIGINT)
     assert process.wait(300) == 130
     text = log.read_text()
-    assert "stopping every run after its step" in text
+    assert "stopping every run after its current step" in text
     assert "rest-0 stopped after step" in text
     assert f"go on with: rest-rl compare {out}" in text
     assert main(["compare", str(out)]) == 0

@@ -1,4 +1,4 @@
-"""Comparisons: figures of made-up runs by hand, the verdicts that a grid can end in, the page and its pictures."""
+"""Comparisons: metrics of synthetic runs checked by hand, every verdict, the page and its plots."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def said(folder: Path) -> str:
     return "\n".join(texts(compare(folder)))
 
 
-def test_figures_of_a_run_by_hand(tmp_path: Path) -> None:
+def test_metrics_of_a_run_by_hand(tmp_path: Path) -> None:
     log = RunLog.create(tmp_path / "run", "", [])
     for step, exact in enumerate((0.0, 0.2, 0.4, 0.4, 0.6), start=1):
         log.add_metrics(
@@ -76,7 +76,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     assert rest is not None
     test = rest.metrics["exact"].paired
     assert test is not None
-    # seeds shift both methods alike, so the paired difference is .05 although the means spread by far more
+    # seeds shift both methods equally, so the paired difference is .05 although the means spread far more
     assert test.difference.value == pytest.approx(0.05)
     assert test.sd < 1e-12
     assert rest.metrics["exact"].mean.half_width > 0.03
@@ -92,15 +92,15 @@ def test_no_difference_beyond_seed_noise(tmp_path: Path) -> None:
     assert f"{100 * found.detectable:.1f} points" in text_of(found, "power")
 
 
-def test_a_lead_that_shuffled_weights_do_not_have(tmp_path: Path) -> None:
+def test_a_lead_over_shuffled_weights(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.004), "rest": Effect(0.08, 2, 0.004), "permuted": Effect(noise=0.004)})
     found = compare(tmp_path)
     assert kinds(found)[:2] == ["some_differ", "difference"]
     assert "regions_matter" in kinds(found)
-    assert re.search(r"`rest`: \+\d.* 0\.\d\d of its steps", text_of(found, "difference"))
+    assert re.search(r"`rest`: \+\d.* 0\.\d\d times as many steps", text_of(found, "difference"))
 
 
-def test_a_lead_that_shuffled_weights_have_too(tmp_path: Path) -> None:
+def test_shuffled_weights_with_the_same_lead(tmp_path: Path) -> None:
     better = Effect(0.08, noise=0.004)
     make_grid(tmp_path, {"grpo": Effect(noise=0.004), "rest": better, "permuted": better})
     assert "shuffled_as_good" in kinds(compare(tmp_path))
@@ -110,7 +110,7 @@ LEADING = {"grpo": Effect(noise=0.004), "rest": Effect(0.08, noise=0.004)}
 
 
 @pytest.mark.parametrize(("seeds", "words"), [((7, 8), "no seed"), ((0,), "one seed")])
-def test_shuffled_weights_under_other_seeds_say_nothing(tmp_path: Path, seeds: tuple[int, ...], words: str) -> None:
+def test_shuffled_weights_with_other_seeds_are_no_control(tmp_path: Path, seeds: tuple[int, ...], words: str) -> None:
     grid = make_grid(tmp_path, LEADING)
     for seed in seeds:
         make_run(tmp_path, RunName("permuted", "", seed), permuted_run(grid, seed), Effect(0.08, noise=0.004))
@@ -120,7 +120,7 @@ def test_shuffled_weights_under_other_seeds_say_nothing(tmp_path: Path, seeds: t
     assert "shuffled_as_good" not in kinds(found)
 
 
-def test_shuffled_weights_that_scatter_leave_it_open(tmp_path: Path) -> None:
+def test_noisy_shuffled_weights_leave_it_open(tmp_path: Path) -> None:
     make_grid(tmp_path, {**LEADING, "permuted": Effect(0.06, noise=0.06)})
     found = compare(tmp_path)
     assert "[-" in text_of(found, "control_unknown")
@@ -136,7 +136,7 @@ def permuted_run(grid: Grid, seed: int) -> RunConfig:
 METHODS_AS_TABLES = read_grid(None, methods=list(METHODS)).methods
 
 
-def test_a_lead_without_the_control_is_left_open(tmp_path: Path) -> None:
+def test_a_lead_without_the_control_is_open(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.004), "rest": Effect(0.08, noise=0.004)})
     assert "no_control" in kinds(compare(tmp_path))
 
@@ -149,7 +149,7 @@ def test_only_the_control_leads(tmp_path: Path) -> None:
 
 
 def with_gains(folder: Path, gains: dict[str, tuple[float, ...]]) -> ComparisonReport:
-    """What is said of runs that gained so much over their start, seed by seed."""
+    """The comparison of runs with these gains over their start, seed by seed."""
     make_grid(folder, dict.fromkeys(gains, Effect()), seeds=max(map(len, gains.values())))
     for method, own in gains.items():
         for seed in range(max(map(len, gains.values()))):
@@ -162,8 +162,8 @@ def with_gains(folder: Path, gains: dict[str, tuple[float, ...]]) -> ComparisonR
     return compare(folder)
 
 
-def test_whether_the_reference_learnt_has_three_answers(tmp_path: Path) -> None:
-    # five gains of .0 ± .002: half = 2.776 * .0016 / sqrt(5) = .002, so below 3 points for sure
+def test_whether_the_baseline_learned_has_three_answers(tmp_path: Path) -> None:
+    # five gains of .0 ± .002: half = 2.776 * .0016 / sqrt(5) = .002, so certainly below 3 points
     flat = with_gains(tmp_path / "a", {"grpo": (0.002, -0.002, 0.0, 0.001, -0.001)})
     assert "reference_flat" in kinds(flat)
     learnt = with_gains(tmp_path / "b", {"grpo": (0.2, 0.25, 0.21)})
@@ -174,7 +174,7 @@ def test_whether_the_reference_learnt_has_three_answers(tmp_path: Path) -> None:
     assert "+20.0 points" in text_of(with_gains(tmp_path / "d", {"grpo": (0.2,)}), "reference_gain")
 
 
-def test_whether_random_rewards_teach_has_three_answers(tmp_path: Path) -> None:
+def test_whether_random_rewards_help_has_three_answers(tmp_path: Path) -> None:
     grpo = (0.2, 0.25, 0.21)
     taught = with_gains(tmp_path / "a", {"grpo": grpo, "random": (0.1, 0.12, 0.11)})
     assert "+11.0 [+8.5, +13.5] points" in text_of(taught, "random_gains")
@@ -184,7 +184,7 @@ def test_whether_random_rewards_teach_has_three_answers(tmp_path: Path) -> None:
         assert "random_unknown" in kinds(with_gains(tmp_path / name, {"grpo": grpo, "random": gains}))
 
 
-def test_methods_short_of_seeds_are_named_and_random_is_none(tmp_path: Path) -> None:
+def test_methods_with_fewer_seeds_are_named_except_random(tmp_path: Path) -> None:
     noisy = Effect(noise=0.02)
     grid = make_grid(tmp_path, {"grpo": noisy, "rest": noisy, "dapo": noisy})
     make_run(tmp_path, RunName("random", "", 0), grid.run_config("grpo", "", 0), noisy)
@@ -202,12 +202,12 @@ def test_methods_short_of_seeds_are_named_and_random_is_none(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("lead", "kind", "words"),
     [
-        (0.0, "no_difference", "`rest` is "),
+        (0.0, "no_difference", "`rest` differs by "),
         (0.1, "above", "(exact match, p ≤ 0.05)"),
         (-0.1, "below", "(exact match, p ≤ 0.05)"),
     ],
 )
-def test_two_arms_are_one_comparison(tmp_path: Path, lead: float, kind: str, words: str) -> None:
+def test_two_methods_are_one_test_without_correction(tmp_path: Path, lead: float, kind: str, words: str) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(lead, noise=0.02)})
     found = compare(tmp_path)
     assert found.verdict[0].kind == kind
@@ -224,7 +224,7 @@ def test_two_arms_are_one_comparison(tmp_path: Path, lead: float, kind: str, wor
     assert "## Ablations" not in text
 
 
-def test_one_seed_is_no_test(tmp_path: Path) -> None:
+def test_one_seed_allows_no_test(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(), "rest": Effect(0.2)}, seeds=1)
     assert kinds(compare(tmp_path)) == ["no_verdict", "reference_gain", "one_seed"]
 
@@ -248,7 +248,7 @@ def test_steps_are_counted_on_the_held_out_slice_where_there_is_one(tmp_path: Pa
     assert rest.to_final is not None
     # twice the speed: grpo is at step 60 where rest is at 30
     assert rest.to_final.share == rest.to_final.by_seed.value == pytest.approx(0.5)
-    assert "sooner" not in kinds(found)  # as fast under every seed alike: no spread, no interval
+    assert "sooner" not in kinds(found)  # equally fast under every seed: no spread, no interval
     assert grpo.to_final is not None
     assert grpo.to_final.share == 1.0
     make_grid(tmp_path / "b", {"grpo": Effect(), "rest": Effect(speed=2)})
@@ -259,15 +259,15 @@ def test_steps_are_counted_on_the_held_out_slice_where_there_is_one(tmp_path: Pa
     assert min(curves[RunName("rest", "", 0)]) == 6
 
 
-def test_a_method_that_is_sooner_and_ends_alike(tmp_path: Path) -> None:
+def test_a_method_that_is_faster_with_the_same_final_score(tmp_path: Path) -> None:
     noisy = Effect(noise=0.004)
     make_grid(tmp_path, {"grpo": noisy, "rest": Effect(0.01, 2, 0.004), "permuted": noisy}, every=2)
     text = text_of(compare(tmp_path), "sooner")
-    assert re.search(r"`rest` in 0\.\d\d \[0\.\d\d, 0\.\d\d\] of its steps", text)
+    assert re.search(r"`rest` in 0\.\d\d \[0\.\d\d, 0\.\d\d\] times as many steps", text)
     assert "`permuted`" not in text
 
 
-def test_runs_that_are_not_alike_are_named(tmp_path: Path) -> None:
+def test_settings_that_differ_between_runs_are_named(tmp_path: Path) -> None:
     grid = make_grid(tmp_path, {"grpo": Effect(), "rest": Effect()}, seeds=2)
     assert compare(tmp_path).unequal == ()
     other = read_grid(None, methods=["grpo", "dapo"], overrides=["trl.max_steps=30", "data.num_samples=100"])
@@ -276,39 +276,43 @@ def test_runs_that_are_not_alike_are_named(tmp_path: Path) -> None:
     text = "\n".join(compare(tmp_path).unequal)
     assert "trl.max_steps: 30 in dapo-0; 60 in grpo-0, grpo-1, rest-0 and 2 more" in text
     assert "data.num_samples: 100 in dapo-0" in text
-    assert "rest is not the same method under each of its seeds: rest.preset" in text
+    assert "the settings of rest differ between its seeds: rest.preset" in text
 
 
-def test_runs_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_unfinished_runs_are_named(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(), "rest": Effect()}, seeds=2)
     log = RunLog.create(tmp_path / "runs" / "dapo-0", "", [])
     log.update_summary(before={"exact_match": 0.1})
     log.add_metrics({"step": 7})
     (tmp_path / "runs" / "notes").mkdir()
-    (tmp_path / "runs" / "grpo-0.log").write_text("a log beside the runs")
+    (tmp_path / "runs" / "grpo-0.log").write_text("a log next to the runs")
     RunLog.create(tmp_path / "runs" / "mine", "", []).update_summary(steps=3)
     log.add_metrics({"step": None, "loss": 1.0})
     found = compare(tmp_path)
-    assert found.unfinished == {"dapo-0": "has 7 steps", "mine": "is not called METHOD-SEED", "notes": "holds no run"}
-    with pytest.raises(ValueError, match=r"no finished run of the reference 'paper'.*rest, grpo"):
+    assert found.unfinished == {
+        "dapo-0": "is unfinished at step 7",
+        "mine": "is not named METHOD-SEED",
+        "notes": "contains no run",
+    }
+    with pytest.raises(ValueError, match=r"no finished run of the baseline 'paper'.*rest, grpo"):
         compare(tmp_path, "paper")
-    with pytest.raises(ValueError, match="without a finished run"):
+    with pytest.raises(ValueError, match="has no finished run"):
         compare(tmp_path / "runs")
 
 
-def test_wanted_runs_without_a_folder_are_named(tmp_path: Path) -> None:
+def test_planned_runs_without_a_folder_are_named(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.02), "rest": Effect(noise=0.02), "dapo": Effect()}, seeds=3)
     for name, text in read_grid(None, methods=["grpo", "rest", "dapo", "inverted"]).to_files().items():
         (tmp_path / name).write_text(text)
     for name in ("dapo-0", "dapo-1", "dapo-2", "rest-2"):
         shutil.rmtree(tmp_path / "runs" / name)
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "dapo-0.log").write_text("error: got a model that is not there")
+    (tmp_path / "logs" / "dapo-0.log").write_text("error: the model does not exist")
     (tmp_path / "logs" / "dapo-1.log").write_text("")
     found = compare(tmp_path)
     assert found.unfinished["dapo-0"] == "has no run folder (see logs/dapo-0.log)"
-    assert found.unfinished["dapo-1"] == found.unfinished["rest-2"] == "has not begun"
-    assert len(found.unfinished) == 7  # of 12: dapo and inverted whole, one of rest
+    assert found.unfinished["dapo-1"] == found.unfinished["rest-2"] == "has not started"
+    assert len(found.unfinished) == 7  # of 12: all of dapo and inverted, one of rest
     assert found.verdict[0].kind == "unfinished"
     assert "7 of 12 runs" in found.verdict[0].text
     assert set(found.absent) == {"dapo", "inverted"}
@@ -322,7 +326,7 @@ def test_wanted_runs_without_a_folder_are_named(tmp_path: Path) -> None:
     assert sorted(figures["without_a_finished_run"]) == ["dapo", "inverted"]
 
 
-def test_a_grid_in_which_nothing_is_learnt_says_so_first(tmp_path: Path) -> None:
+def test_a_grid_without_learning_says_so_first(tmp_path: Path) -> None:
     found = with_gains(tmp_path / "a", {"grpo": (0.0, 0.0, 0.0), "rest": (0.0, 0.0, 0.0)})
     assert found.verdict[0].kind == "nothing_learnt"
     # no difference, but both learn
@@ -334,7 +338,7 @@ def test_a_grid_in_which_nothing_is_learnt_says_so_first(tmp_path: Path) -> None
     assert compare(tmp_path / "c").verdict[0].kind == "nothing_learnt"
 
 
-def test_finished_is_measured_after_training_if_it_was_before() -> None:
+def test_a_run_is_finished_after_its_second_evaluation() -> None:
     assert is_finished({"steps": 3, "before": {}, "after": {}})
     assert is_finished({"steps": 3})
     assert not is_finished({"steps": 3, "before": {}})
@@ -351,23 +355,30 @@ def whole_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return page
 
 
-def test_the_page_has_every_part_and_every_run(whole_page: Path) -> None:
+def test_the_page_has_every_section_and_every_run(whole_page: Path) -> None:
     text = whole_page.read_text()
-    for title in ("After training", "During training", "Steps", "Entropy and gradient norm", "Ablations", "Every run"):
+    for title in (
+        "After training",
+        "During training",
+        "Steps to the same score",
+        "Entropy and gradient norm",
+        "Ablations",
+        "Every run",
+    ):
         assert f"\n## {title}\n" in text
     assert "nan" not in text.lower()
     for method in METHODS:
         for seed in range(3):
             assert f"\n| {method}-{seed} |" in text
-    # Table 3: `rest` first, then without each of its parts, a column a kind
+    # Table 3: `rest` first, then without each of its parts, with a column per kind of task
     table = text.split("## Ablations")[1]
     assert table.split("\n")[4].startswith("| percent | single | parallel | none | all | – rest |")
     assert table.split("\n")[6].startswith("| rest |")
-    assert "| rest, no gradient on reasoning |" in table
+    assert "| rest without gradient on reasoning |" in table
     # the paper's "no curriculum" is rest itself: the row that adds one is the last, its difference to rest
     rows = [line for line in table.split("\n## ")[0].split("\n") if line.startswith("| rest")]
     assert rows[-1].startswith("| rest with the curriculum of the published schedule (a_f = a_p = a_t = 0.3) |")
-    assert "row without a curriculum is `rest` itself" in table
+    assert "row without a curriculum corresponds to `rest` itself" in table
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert [Path(picture).name for picture in pictures] == [
         "differences.png",
@@ -380,7 +391,7 @@ def test_the_page_has_every_part_and_every_run(whole_page: Path) -> None:
         assert (whole_page.parent / picture).stat().st_size < 250_000
 
 
-def test_the_figures_are_there_as_json(whole_page: Path) -> None:
+def test_the_results_are_also_json(whole_page: Path) -> None:
     figures = json.loads((whole_page.parent / "compare.json").read_text())
     rest = figures["methods"]["rest"]["figures"]["exact"]
     assert set(rest) >= {"mean", "by_seed", "difference", "sd", "p_t", "p_flip", "q", "n"}
@@ -390,7 +401,7 @@ def test_the_figures_are_there_as_json(whole_page: Path) -> None:
     assert figures["verdict"]
 
 
-def test_warm_starts_have_a_table_of_their_own(tmp_path: Path) -> None:
+def test_warm_starts_have_their_own_table(tmp_path: Path) -> None:
     effects = {"grpo@cold": Effect(-0.1), "rest@cold": Effect(-0.1), "grpo@sft": Effect(), "rest@sft": Effect(0.02)}
     make_grid(tmp_path, effects, seeds=2)
     found = compare(tmp_path)
@@ -401,10 +412,12 @@ def test_warm_starts_have_a_table_of_their_own(tmp_path: Path) -> None:
     rest = found.line("rest", "sft")
     assert rest is not None
     assert rest.metrics["exact"].paired is not None
-    assert rest.metrics["exact"].paired.difference.value == pytest.approx(0.02)  # over grpo from the same start
+    assert rest.metrics["exact"].paired.difference.value == pytest.approx(
+        0.02
+    )  # compared with grpo from the same start
 
 
-def test_runs_without_held_out_data_are_compared_by_their_training(tmp_path: Path) -> None:
+def test_runs_without_held_out_data_are_compared_on_training_samples(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.01), "rest": Effect(0.1, noise=0.01)}, seeds=3)
     for place in (tmp_path / "runs").iterdir():
         (place / "summary.json").write_text('{"steps": 60}')
@@ -414,7 +427,7 @@ def test_runs_without_held_out_data_are_compared_by_their_training(tmp_path: Pat
     assert "nan" not in page_of(found).lower()
 
 
-def test_no_heading_stands_over_a_picture_that_is_not_there(tmp_path: Path) -> None:
+def test_a_section_without_its_plot_is_left_out(tmp_path: Path) -> None:
     make_grid(tmp_path, {"grpo": Effect(noise=0.01), "rest": Effect(0.1, noise=0.01)}, seeds=3)
     for place in (tmp_path / "runs").iterdir():
         (place / "metrics.jsonl").write_text('{"step": 60, "rest/exact_match": 0.5}\n')

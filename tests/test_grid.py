@@ -1,4 +1,4 @@
-"""Grids: names of runs, what a method changes and what it leaves, and grids that compare nothing."""
+"""Grids: names of runs, the settings that a method changes, and grids with mistakes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_methods_differ_from_rest_in_one_thing() -> None:
         assert not [key for key in changed(grid, name, "rest") if key.startswith("rest.reward")]
 
 
-def test_seeds_change_the_seed_alone_and_the_shuffle_of_permuted() -> None:
+def test_seeds_change_only_the_seed_and_the_shuffle_of_permuted() -> None:
     grid = read_grid(None)
     for method in grid.methods:
         first, second = settings(grid, method, 0), settings(grid, method, 2)
@@ -74,7 +74,7 @@ def test_seeds_change_the_seed_alone_and_the_shuffle_of_permuted() -> None:
     assert settings(grid, "permuted", 2)["rest.weights.seed"] == 2
 
 
-def test_the_base_s_weights_are_not_those_of_other_presets() -> None:
+def test_weights_of_the_base_run_apply_only_to_its_preset() -> None:
     overrides = ["rest.weights.gain_reasoning=0.9", "rest.reward.accuracy_share_end=1.0", "rest.advantage=dapo"]
     grid = read_grid(None, methods=["grpo", "rest", "paper", "authors-code", "permuted"], overrides=overrides)
     for name in ("rest", "permuted"):
@@ -118,12 +118,12 @@ def test_a_grid_file(tmp_path: Path) -> None:
     assert mine["rest.weights.strength"] == 0.25
     assert (mine["data.num_samples"], mine["model.path"], mine["run.seed"]) == (50, "models/sft", 6)
     assert (mine["trl.max_steps"], mine["trl.learning_rate"], mine["trl.logging_steps"]) == (7, 1e-3, 1)
-    # written down and read back it is the same grid, wherever it lies
+    # written and read back it is the same grid, in any folder
     (tmp_path / "kept").mkdir()
     for name, text in grid.to_files().items():
         (tmp_path / "kept" / name).write_text(text)
     assert read_grid(tmp_path / "kept" / "grid.toml") == grid
-    # arguments go before the file
+    # arguments take precedence over the file
     assert list(read_grid(tmp_path / "grid.toml", methods=["grpo"], seeds=[1]).methods) == ["grpo"]
 
 
@@ -135,7 +135,7 @@ def kept(folder: Path, grid: Grid) -> Grid:
     return read_grid(folder / "grid.toml")
 
 
-def test_a_grid_grows_by_what_is_asked_later(tmp_path: Path) -> None:
+def test_a_grid_grows_by_later_methods_and_seeds(tmp_path: Path) -> None:
     older = kept(tmp_path, read_grid(None, methods=["grpo", "rest"], seeds=[0, 1]))
     newer = read_grid(None, methods=["grpo", "permuted"], seeds=[5, 1])
     joined = newer.merge(older)
@@ -148,10 +148,10 @@ def test_a_grid_grows_by_what_is_asked_later(tmp_path: Path) -> None:
     assert list(sft.merge(cold).starts) == ["cold", "sft"]
 
 
-def test_a_grid_of_other_runs_is_not_joined(tmp_path: Path) -> None:
+def test_a_grid_of_other_runs_is_not_merged(tmp_path: Path) -> None:
     older = kept(tmp_path, read_grid(None, methods=["grpo", "rest"]))
     longer = read_grid(None, methods=["grpo", "rest"], overrides=["trl.max_steps=7"])
-    with pytest.raises(ValueError, match=r"differs in \[base.trl\] from the one that was begun"):
+    with pytest.raises(ValueError, match=r"differs in \[base.trl\] from the one in this folder"):
         longer.merge(older)
     with pytest.raises(ValueError, match=r"\[methods.rest\]"):
         replace(older, methods={**older.methods, "rest": {"rest": {"weights": {"strength": 1.0}}}}).merge(older)
@@ -159,7 +159,7 @@ def test_a_grid_of_other_runs_is_not_joined(tmp_path: Path) -> None:
         replace(older, starts={"sft": {"model": {"path": "b"}}}).merge(older)
 
 
-def test_own_methods_alone_are_compared_with_grpo(tmp_path: Path) -> None:
+def test_methods_of_the_grid_file_are_compared_with_grpo(tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text("[methods.weak]\nrest.weights.strength = 0.1\n")
     assert list(read_grid(tmp_path / "grid.toml").methods) == ["grpo", "weak"]
 
@@ -174,7 +174,7 @@ def test_every_grid_of_configs_can_be_run(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[grid]\nmethods = ['rest']", "without the reference 'grpo'"),
+        ("[grid]\nmethods = ['rest']", "the baseline 'grpo' is not among the methods rest"),
         ("[grid]\nmethods = ['grpo', 'best']", r"method 'best'.*\[methods.best\]"),
         ("[grid]\nmethods = 'grpo'", "grid.methods"),
         ("[grid]\nseeds = [0, 0]", "each once"),
@@ -184,7 +184,7 @@ def test_every_grid_of_configs_can_be_run(path: Path) -> None:
         ("[methods.'a/b']\nrest.preset = 'rest'", "'a/b'"),
         ("[methods.mine]\nrest.weights.strenght = 0.1", "method mine.*did you mean strength"),
         ("[methods.mine]\nrest.preset = 'best'", "method mine.*'best'"),
-        ("[methods.mine]\nrest.preset = 'grpo'", "grpo and mine, which are the same run"),
+        ("[methods.mine]\nrest.preset = 'grpo'", "grpo and mine are the same run"),
         ("[grid]\nbase = 'absent.toml'", "absent.toml"),
         ("[base]\ntrl = 3", "trl"),
         ("[grid]\nmethods = 'grpo'", "grid.methods = 'grpo', expected a list"),
@@ -206,7 +206,7 @@ RULE = Rule()
 """
 
 
-def test_folders_of_modules_are_seen_from_where_the_grid_file_lies(tmp_path: Path) -> None:
+def test_module_folders_are_relative_to_the_grid_file(tmp_path: Path) -> None:
     own = tmp_path / "own"
     (own / "rules").mkdir(parents=True)
     (own / "rules" / "rule_below_a_grid.py").write_text(OWN_RULE)
@@ -216,7 +216,7 @@ def test_folders_of_modules_are_seen_from_where_the_grid_file_lies(tmp_path: Pat
     assert read_grid(own / "grid.toml").modules == (str(own / "rules"), str(own))
 
 
-def test_a_rule_of_your_own_lies_beside_the_grid_file(tmp_path: Path) -> None:
+def test_your_own_rule_is_found_next_to_the_grid_file(tmp_path: Path) -> None:
     own, other = tmp_path / "own", tmp_path / "kept"
     own.mkdir()
     (own / "rule_beside_a_grid.py").write_text(OWN_RULE)

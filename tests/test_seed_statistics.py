@@ -1,4 +1,4 @@
-"""What a few seeds say, by hand-computed numbers."""
+"""Statistics over a few seeds, against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_sign_flips_by_hand() -> None:
     assert sign_flip_test([0.3] * 5) == 2 / 32
     assert sign_flip_test([0.0, 0.0]) == 1.0
     assert math.isnan(sign_flip_test([]))
-    # beyond 14 seeds by drawing: 17 equal signs happen 2 times in 2**17, so of 20,000 draws almost none
+    # beyond 14 seeds it draws: 17 equal signs have a chance of 2 / 2**17, so almost no draw has them
     assert 1 / (MAX_SIGN_DRAWS + 1) <= sign_flip_test([0.1] * 17) < 0.001
     noise = [random.Random(i).gauss(0, 1) for i in range(20)]
     assert sign_flip_test(noise) == pytest.approx(t_test(noise), abs=0.03)
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=8))
-def test_both_tests_do_not_mind_the_sign_and_stay_in_0_to_1(differences: list[float]) -> None:
+def test_both_tests_ignore_the_sign_and_stay_between_0_and_1(differences: list[float]) -> None:
     for test in (t_test, sign_flip_test):
         p, mirrored = test(differences), test([-value for value in differences])
         assert p == pytest.approx(mirrored, nan_ok=True)
@@ -78,19 +78,19 @@ def test_the_t_test_is_scipys() -> None:
     assert t_test(differences) == pytest.approx(ttest_rel(ours, theirs).pvalue)
 
 
-def test_differences_without_spread_say_nothing_of_the_noise() -> None:
+def test_equal_differences_show_no_noise() -> None:
     assert t_test([0.0, 0.0, 0.0]) == 1.0
     assert math.isnan(t_test([0.5, 0.5]))
     assert math.isnan(t_test([0.1]))
     assert mean_interval([0.0, 0.0]) == (0, 0, 0)
     assert math.isnan(mean_interval([0.5, 0.5]).low)
-    # .53 - .5, .43 - .4 and .63 - .6 are 0.03 but for rounding, of which there is 3e-17
+    # .53 - .5, .43 - .4 and .63 - .6 equal 0.03 up to rounding, about 3e-17
     alike = compare_paired({0: 0.53, 1: 0.43, 2: 0.63}, {0: 0.5, 1: 0.4, 2: 0.6})
     assert (alike.n, alike.sd) == (3, 0.0)
     assert alike.difference.value == pytest.approx(0.03)
     assert math.isnan(alike.p_t)
     assert math.isnan(alike.difference.low)
-    # 0.1 + 0.2 is not quite 0.3: no difference, and not one of 1e-17 points
+    # 0.1 + 0.2 is not exactly 0.3: this counts as no difference
     none = compare_paired({0: 0.1 + 0.2, 1: 0.5}, {0: 0.3, 1: 0.5})
     assert (none.difference, none.p_t) == ((0, 0, 0), 1.0)
 
@@ -106,7 +106,7 @@ def test_power_is_that_of_the_noncentral_t() -> None:
     assert statistics.fmean(drawn) == pytest.approx(expected, abs=0.04)  # 4 standard errors
 
 
-def test_what_a_grid_can_see() -> None:
+def test_the_difference_that_a_grid_can_detect() -> None:
     for n in (2, 3, 5, 12):
         assert paired_t_power(detectable_difference(0.02, n), 0.02, n) == pytest.approx(0.8, abs=1e-6)
     assert detectable_difference(0.02, 3) > detectable_difference(0.02, 5) > 0
@@ -128,7 +128,7 @@ def test_steps_by_hand() -> None:
     assert first_step_reaching(theirs, 0.4) == 20
     assert first_step_reaching(theirs, 0.6) is None
     ours = {10: 0.4, 20: 0.45, 30: 0.5, 40: 0.5}
-    # the other ends at .4, where it first was at 20, and we were at 10; its best .5 both reach at 30
+    # theirs ends at .4, which it first reached at 20 and ours at 10; both reach its best of .5 at 30
     assert steps_ratio(ours, theirs, best=False) == 0.5
     assert steps_ratio(ours, theirs, best=True) == 1.0
     assert steps_ratio({10: 0.1}, theirs, best=False) is None
@@ -137,7 +137,7 @@ def test_steps_by_hand() -> None:
 
 def test_steps_over_seeds_by_hand() -> None:
     theirs = {seed: {10: 0.1, 20: 0.2, 40: 0.4} for seed in (0, 1)}
-    # each has its own target .4 at 40: we get there at 10 and at 40, so 1/4 and 1, geometric mean 1/2
+    # the target of each seed is .4 at 40; ours reaches it at 10 and at 40: ratios 1/4 and 1, geometric mean 1/2
     ours = {0: {10: 0.4, 20: 0.4, 40: 0.4}, 1: {10: 0.1, 20: 0.2, 40: 0.4}, 2: {10: 1.0}}
     found = steps_to_target(ours, theirs, best=False)
     assert found is not None

@@ -1,6 +1,6 @@
-"""Everything a grid's run folders say, collected once into a frozen `ComparisonReport`; the renderers only format it.
+"""Collects the run folders of a grid into a frozen `ComparisonReport`, which the renderers only format.
 
-Reads run folders `DIR/runs/METHOD-SEED` (`METHOD@START-SEED` with several warm starts). A figure that a run did not
+The run folders are `DIR/runs/METHOD-SEED`, or `METHOD@START-SEED` with several warm starts. A metric that a run did not
 record is missing, never 0.
 """
 
@@ -47,12 +47,12 @@ from rest_rl.statistics import Interval, q_values
 
 EXACT, ACCURACY, LENGTH = "rest/exact_match", "rest/accuracy", "completions/mean_length"
 RANDOM, PERMUTED, REST = "random", "permuted", "rest"
+# With fewer evaluations during training, steps are counted on the training samples instead.
 MIN_EVALUATIONS = 4
-"""Measurements during training from which on steps are counted on them instead of on the training samples."""
 
 
 class Metric(NamedTuple):
-    """A figure of a run."""
+    """A number that describes a finished run: its label in tables, and what it measures."""
 
     label: str
     text: str
@@ -63,13 +63,13 @@ ALL_TURN_METRICS: dict[str, Metric] = {
     "exact": Metric("exact match", "held-out prompts after training, sampled at temperature 1"),
     "exact_greedy": Metric("greedy", "exact match on the same prompts, greedy"),
     "s_acc": Metric("S_acc", "held-out prompts after training, sampled"),
-    "train_exact": Metric(
-        "training exact match", "mean over all steps, of the samples trained on: area under the curve"
+    "train_exact": Metric("training exact match", "mean over all steps on the training samples (area under the curve)"),
+    "train_s_acc": Metric("training S_acc", "mean over all steps on the training samples (area under the curve)"),
+    "train_exact_end": Metric(
+        "exact match, last fifth", "mean over the last fifth of the steps on the training samples"
     ),
-    "train_s_acc": Metric("training S_acc", "mean over all steps: area under the curve"),
-    "train_exact_end": Metric("exact match, last fifth", "mean over the last fifth of the steps, training samples"),
-    "slice_exact": Metric("slice", "exact match on the held-out slice during training, area under the curve"),
-    "gain": Metric("gain", "exact match on held-out prompts, after - before training, sampled"),
+    "slice_exact": Metric("slice", "exact match on the held-out slice during training (area under the curve)"),
+    "gain": Metric("gain", "exact match on held-out prompts, after minus before training, sampled"),
     "tokens": Metric("tokens", "mean length of a training response", is_share=False),
 }
 METRICS = {
@@ -81,17 +81,17 @@ METRICS = {
         for turn in TURNS
     },
 }
-"""All figures: over all turns, and apart over call turns and answer turns."""
+"""All metrics: over all turns, and separately over call turns and answer turns."""
 DIFFERENCE_METRICS = ("gain", *(f"gain_{turn}" for turn in TURNS))
-"""Figures that are differences of shares and may be negative."""
+"""Metrics that are differences of shares and may be negative."""
+# The verdict rests on the first of these that was measured, over call turns if the runs separate them from answer
+# turns. It was fixed before any grid was trained, so that no result could influence the choice.
 PRIMARY_CANDIDATES = ("exact", "train_exact_end")
-"""What the verdict is about: the first that was measured, over call turns where the runs tell these from answer turns.
-Chosen before any grid was looked at."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run of the grid and its figures, by the keys of METRICS."""
+    """A finished run of the grid, with its values by the keys of METRICS."""
 
     name: RunName
     run: Run
@@ -99,24 +99,25 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
+        """The recorded configuration as one table whose keys are joined by dots."""
         return flatten(parse_recorded_run(self.run.config, str(self.run.folder)))
 
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One figure of a method: by seed, its mean, and its difference to the reference."""
+    """One metric of a method: its values by seed, their mean, and the difference to the baseline."""
 
     by_seed: Mapping[int, float]
     mean: Interval
     paired: Paired | None
-    """None for the reference itself, and without a common seed."""
+    """None for the baseline itself, and without a common seed."""
     q: float
-    """The t test's p, corrected for the number of methods; NaN where there is none."""
+    """p of the t test, corrected for the number of methods; NaN without a test."""
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """All finished runs of one method from one start."""
+    """All finished runs of one method from one warm start, and their metrics."""
 
     label: str
     method: str
@@ -126,22 +127,23 @@ class MethodResult:
     to_final: StepsToTarget | None
     to_best: StepsToTarget | None
     over_rest: Paired | None
-    """The primary figure minus that of `rest` from the same start, if it is another method of the grid."""
+    """The primary metric minus that of `rest` from the same start; None for `rest` itself."""
     over_permuted: Paired | None
-    """Likewise minus that of `permuted`."""
+    """The same for `permuted`."""
 
     @property
     def seeds(self) -> list[int]:
+        """The seeds of the finished runs."""
         return [run.name.seed for run in self.runs]
 
     @property
     def role(self) -> str:
-        """What the method is there for; one of the grid file's own is a method."""
+        """The purpose of the method in a grid; methods that the grid file defines have the role "method"."""
         return METHODS[self.method].role if self.method in METHODS else "method"
 
 
 class Statement(NamedTuple):
-    """One finding of the verdict; `kind` is for programs, `text` is a sentence or two of Markdown."""
+    """One statement of the verdict: `kind` is for programs, `text` is one or two sentences of Markdown."""
 
     kind: str
     text: str
@@ -149,94 +151,99 @@ class Statement(NamedTuple):
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """What a grid's runs say, and what became of the runs."""
+    """The results of a grid: metrics and tests by method, the verdict, and which runs are missing."""
 
     folder: Path
     reference: str
+    """The baseline method that all others are compared with."""
     primary: str
-    """The key of METRICS that the verdict is about."""
+    """The key of METRICS on which the verdict rests."""
     lines: tuple[MethodResult, ...]
-    """By start and method, the reference first."""
+    """The methods by warm start, the baseline first."""
     unfinished: Mapping[str, str]
-    """Why a run, wanted by the grid or found in its folder, is left out."""
+    """By run folder, why a run of the grid, or one found in its folder, is left out."""
     unequal: tuple[str, ...]
-    """What differs between runs that should only differ in method and seed."""
+    """Settings that differ between runs that should differ only in method and seed."""
     counted_on: str
-    """The curve on which steps are counted, in words."""
+    """A description of the curves on which steps are counted."""
     verdict: tuple[Statement, ...] = ()
     page: Path | None = None
-    """compare.md; None where no run of the reference is finished."""
+    """compare.md; None if no run of the baseline is finished."""
     headlines: Mapping[str, str] = field(default_factory=dict)
-    """By figure over all turns the one that stands for it: that over call turns where answers were measured too."""
+    """By metric over all turns, the one to show in its place: over call turns if answer turns were measured too."""
     failed: Mapping[str, str] = field(default_factory=dict)
-    """By run of this call what ended it and where its log is."""
+    """By run that failed in this call, how it ended and where its log is."""
     is_interrupted: bool = False
-    """Whether the user stopped the training of the grid; the same call goes on with it."""
+    """Whether the user stopped the training; the same call resumes it."""
 
     @property
     def starts(self) -> list[str]:
-        """The warm starts; one empty name if the grid has none."""
+        """The names of the warm starts; one empty name if the grid has none."""
         return list(dict.fromkeys(line.start for line in self.lines))
 
     @property
     def unfinished_runs(self) -> list[RunName]:
-        """Which of the unfinished are runs of the grid."""
+        """The unfinished runs whose folders have the name of a run of the grid."""
         return [name for folder in self.unfinished if (name := RunName.parse(folder))]
 
     @property
     def absent(self) -> list[str]:
-        """Labels of the methods without a finished run, which have no line."""
+        """The labels of the methods without a finished run."""
         present = {line.label for line in self.lines}
         return list(dict.fromkeys(name.label for name in self.unfinished_runs if name.label not in present))
 
     def headline(self, key: str) -> str:
-        """The figure that stands for `key`."""
+        """Return the metric to show for `key`; see `headlines`."""
         return self.headlines.get(key, key)
 
     def line(self, method: str, start: str = "") -> MethodResult | None:
+        """Return the result of a method from a warm start; None without a finished run."""
         return next((line for line in self.lines if (line.method, line.start) == (method, start)), None)
 
     def rivals(self) -> list[MethodResult]:
+        """Return the results of all methods except the baseline."""
         return [line for line in self.lines if line.method != self.reference]
 
     def judged(self, start: str | None = None) -> list[MethodResult]:
-        """The rivals that the verdict is about: those with the primary figure, without `random`."""
+        """Return the rivals that the verdict judges: those with the primary metric, without the control `random`."""
         rivals = [line for line in self.rivals() if start in (None, line.start)]
         return [line for line in rivals if self.primary in line.metrics and line.method != RANDOM]
 
     @property
     def is_single(self) -> bool:
-        """Whether only one method is judged, whose p needs no correction."""
+        """Whether only one method is judged, so that p needs no correction."""
         return len(self.judged()) == 1
 
     @cached_property
     def shared_seeds(self) -> dict[str, int]:
-        """How many seeds with the primary figure each judged method shares with the reference."""
+        """By judged method, how many seeds with the primary metric it shares with the baseline."""
         tests = {line.label: line.metrics[self.primary].paired for line in self.judged()}
         return {label: test.n if test else 0 for label, test in tests.items()}
 
     @property
     def seeds(self) -> int:
-        """The most seeds that a judged method shares with the reference."""
+        """The largest number of seeds that a judged method shares with the baseline."""
         return max(self.shared_seeds.values(), default=0)
 
     @cached_property
     def sd(self) -> float:
-        """Common standard deviation of the paired differences of the primary figure."""
+        """The pooled standard deviation of the paired differences in the primary metric."""
         tests = [line.metrics[self.primary].paired for line in self.judged()]
         return pooled_sd([(test.sd, test.n) for test in tests if test])
 
     @cached_property
     def detectable(self) -> float:
-        """The smallest difference that the grid would have seen four times out of five, with all of its seeds."""
+        """The smallest difference that the grid detects with a power of 80 %, with all of its seeds."""
         return detectable_difference(self.sd, self.seeds)
 
 
 def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
-    """Read the run folders of a grid and compare every method with the reference from the same start.
+    """Read the run folders of a grid, and compare every method with the baseline from the same warm start.
 
-    `grid` names the runs that were wanted; None if another loop trained in the folder. Without a finished run there
-    are no lines.
+    Args:
+        folder: the folder of the grid.
+        grid: the planned runs; None for runs that another program trained.
+        reference: the baseline method.
     """
     runs, unfinished = read_runs(folder, grid, reference)
     headlines = {key: headline_metric(runs, key) for key in ALL_TURN_METRICS}
@@ -257,14 +264,14 @@ def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport
 
 
 def headline_metric(runs: Sequence[FinishedRun], key: str) -> str:
-    """The figure over call turns where every run has it and some run has answer turns: unlike figures never mix."""
+    # The same rule as `headline_turn`: call turns only if every run has them, so that unlike scores never mix.
     known = [run.values for run in runs if key in run.values]
     is_split = known and all(f"{key}_calls" in own for own in known) and any(f"{key}_answers" in own for own in known)
     return f"{key}_calls" if is_split else key
 
 
 def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[FinishedRun], dict[str, str]]:
-    """The finished runs, the reference's first, and why each of the others, found or wanted, is left out."""
+    # Returns the finished runs, those of the baseline first, and by folder name why any other run is left out.
     runs: list[FinishedRun] = []
     unfinished: dict[str, str] = {}
     for path in sorted(path for path in (folder / RUNS_FOLDER).glob("[!.]*") if path.is_dir()):
@@ -272,27 +279,26 @@ def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[Fin
         try:
             run = read_run(path)
         except UserError:
-            unfinished[path.name] = "holds no run"
+            unfinished[path.name] = "contains no run"
             continue
         if name is None:
-            unfinished[path.name] = "is not called METHOD-SEED"
+            unfinished[path.name] = "is not named METHOD-SEED"
         elif not is_finished(run.summary):
-            unfinished[path.name] = f"has {last_finished_step(run)} steps"
+            unfinished[path.name] = f"is unfinished at step {last_finished_step(run)}"
         else:
             runs.append(FinishedRun(name, run, compute_metrics(run)))
     found = {*unfinished, *(str(run.name) for run in runs)}
     for name in map(str, grid.run_names() if grid else ()):
-        if name not in found:  # a run that failed early has no folder
+        if name not in found:  # a run that fails before its first step leaves a log but no folder
             log = Path(LOGS_FOLDER) / f"{name}.log"
             is_begun = (folder / log).is_file() and (folder / log).stat().st_size > 0
-            unfinished[name] = f"has no run folder (see {log})" if is_begun else "has not begun"
+            unfinished[name] = f"has no run folder (see {log})" if is_begun else "has not started"
     order = {name: index for index, name in enumerate((reference, *(name for name in METHODS if name != reference)))}
     runs.sort(key=lambda run: (run.name.start, order.get(run.name.method, 0.5), run.name))
     return runs, unfinished
 
 
 def compute_metrics(run: Run) -> dict[str, float]:
-    """The figures of METRICS that a run recorded."""
     lengths = list(values_by_step(run.metrics, LENGTH).values())
     found: dict[str, Any] = {"tokens": statistics.fmean(lengths) if lengths else None}
     for turn in (None, *TURNS):
@@ -301,7 +307,6 @@ def compute_metrics(run: Run) -> dict[str, float]:
 
 
 def compute_shares(run: Run, turn: Turn | None) -> dict[str, Any]:
-    """The figures that are shares, over one sort of turns or over all."""
     before, after = (scores_for_turn(run.summary.get(when), turn) for when in ("before", "after"))
     ending = "" if turn is None else f"_{turn}"
     exact, accuracy = (list(values_by_step(run.metrics, key + ending).values()) for key in (EXACT, ACCURACY))
@@ -320,19 +325,17 @@ def compute_shares(run: Run, turn: Turn | None) -> dict[str, Any]:
 
 
 def slice_curve(run: Run, turn: Turn | None) -> dict[int, float]:
-    """Exact match on the held-out slice by step."""
+    """Return exact match on the held-out slice by step."""
     return values_by_step(
         [{**scores_for_turn(row, turn), "step": row.get("step")} for row in run.evaluations], "exact_match"
     )
 
 
 def step_curves(runs: Sequence[FinishedRun]) -> tuple[dict[RunName, Curve], str]:
-    """The curve of each run on which steps are counted, and what it is.
-
-    The held-out slice where every run measured it often enough; else exact match on the training samples (which the
-    policy has not learnt from when it is measured), as the mean of the last tenth of the steps. Over call turns where
-    the headline is.
-    """
+    """Return by run the curve on which steps are counted, and a description of these curves."""
+    # The held-out slice if every run evaluated it often enough. Otherwise exact match on the training samples, which
+    # are new to the policy when they are scored. Their curve is a trailing mean over a tenth of the steps: it uses no
+    # later step, so that no run appears to reach a target before it does.
     if all(len(run.run.evaluations) >= MIN_EVALUATIONS for run in runs):
         turn = headline_turn(row for run in runs for row in run.run.evaluations)
         what = f"the held-out slice{f', {TURNS[turn]}' if turn else ''}, sampled"
@@ -345,13 +348,13 @@ def step_curves(runs: Sequence[FinishedRun]) -> tuple[dict[RunName, Curve], str]
         means = np.convolve(list(raw.values()), np.full(window, 1 / window), "valid").tolist() if raw else []
         curves[run.name] = dict(zip(list(raw)[window - 1 :], means, strict=False))
     what = "the training samples" if key == EXACT else "the call turns of the training samples"
-    return curves, f"{what}, mean of the last tenth of the steps"
+    return curves, f"{what}, trailing mean over a tenth of the steps"
 
 
 def compare_methods(
     runs: Sequence[FinishedRun], reference: str, primary: str, curves: Mapping[RunName, Curve]
 ) -> tuple[MethodResult, ...]:
-    """The runs by start and method, each method compared with the reference of its start."""
+    # Every method is compared with the baseline from the same warm start, metric by metric.
     groups: dict[tuple[str, str], list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault((run.name.start, run.name.method), []).append(run)
@@ -375,7 +378,8 @@ def compare_methods(
     metrics: dict[tuple[str, str], dict[str, MetricResult]] = {group: {} for group in groups}
     for metric, about in METRICS.items():
         tests = {group: test for group in groups if (test := over(group, reference, metric)) and test.n}
-        # What certainly differs would make the others' q smaller: random rewards are left out of the correction.
+        # `random` is left out of the correction for the number of methods: it is certain to differ, and a certain
+        # rejection would make the q of all others smaller.
         tested = [group for group in tests if group[1] != RANDOM]
         q = dict(zip(tested, q_values([tests[group].p_t for group in tested]), strict=True))
         for group in groups:
@@ -400,7 +404,8 @@ def compare_methods(
 
 
 def find_unequal_settings(runs: Sequence[FinishedRun]) -> list[str]:
-    """What makes runs of one start differ besides method and seed, a line each: nothing should."""
+    # One line per difference between runs of one warm start, other than method and seed. There should be none. The
+    # digest covers the samples that a run trained on, which must be equal for all methods of a seed.
     found = []
     free = (*SEED_KEYS, *MONITORING_KEYS)
     for start in dict.fromkeys(run.name.start for run in runs):
@@ -421,12 +426,11 @@ def find_unequal_settings(runs: Sequence[FinishedRun]) -> list[str]:
         tables = [method_settings(run) for run in runs if run.name.label == label]
         changed = sorted({key for table in tables for key in table if any(t.get(key) != table[key] for t in tables)})
         if changed:
-            found.append(f"{label} is not the same method under each of its seeds: {', '.join(changed)}")
+            found.append(f"the settings of {label} differ between its seeds: {', '.join(changed)}")
     return found
 
 
 def find_differing_keys(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each key whose value differs between the named tables, the rarest value first."""
     found = []
     for key in sorted({key for table in settings.values() for key in table}):
         by_value: dict[str, list[str]] = {}
@@ -443,7 +447,7 @@ def list_some(names: Sequence[str], max_names: int = 3) -> str:
 
 
 def method_settings(run: FinishedRun) -> dict[str, str]:
-    """The settings of a run's method; the shuffle of `permuted` changes with the seed."""
+    # Without the seed of the shuffle: `permuted` takes it from the seed of the run.
     return {
         key: str(value) for key, value in run.settings.items() if key.startswith("rest.") and key != "rest.weights.seed"
     }

@@ -1,7 +1,7 @@
-"""A grid of runs: which methods, from which warm starts, under which seeds, and what each run is.
+"""A grid of runs: methods x warm starts x seeds, and the configuration of each run.
 
-A method is a table of changes to the base run. Its run for a seed differs from the other methods' in `[rest]` alone:
-data, order of prompts, steps and evaluation are the same.
+A method is a table of changes to the base run. For one seed the runs of the package's methods differ only in `[rest]`:
+data, order of prompts, number of steps and evaluation are the same.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ TUNED_CURRICULUM = "rest-tuned-curriculum"
 RUNS_FOLDER, LOGS_FOLDER, GRID_FILE, BASE_FILE = "runs", "logs", "grid.toml", "base.toml"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 OBJECT_PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-"""`package.module:OBJECT`, what stands for an object of the user's."""
+"""`package.module:OBJECT`, the reference to an object in a module of the user."""
 
 Tables = Mapping[str, Any]
 
 
 class Method(NamedTuple):
-    """A method of the package: what it is there for, and its changes to a run."""
+    """A method of the package: its purpose in a grid, a description, and its changes to the base run."""
 
     role: Literal["method", "baseline", "rival", "control", "ablation"]
     text: str
@@ -56,7 +56,7 @@ DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if method.role 
 
 
 class RunName(NamedTuple):
-    """What a run folder `METHOD-SEED`, or `METHOD@START-SEED`, is called after."""
+    """The parts of the name of a run folder, `METHOD-SEED` or `METHOD@START-SEED`."""
 
     method: str
     start: str
@@ -67,12 +67,12 @@ class RunName(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The method, with its start if the grid has several."""
+        """The method, with its warm start if the grid has several."""
         return f"{self.method}@{self.start}" if self.start else self.method
 
     @classmethod
     def parse(cls, folder: str) -> RunName | None:
-        """The name of a run folder; None if it is none of a grid's."""
+        """Return the parts of the name of a run folder; None if it is not the name of a run of a grid."""
         label, separator, seed = folder.rpartition("-")
         method, _, start = label.partition("@")
         return cls(method, start, int(seed)) if separator and method and seed.isdecimal() else None
@@ -80,7 +80,7 @@ class RunName(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """Methods x starts x seeds over one base run."""
+    """Methods x warm starts x seeds over one base run."""
 
     base: Tables
     methods: Mapping[str, Tables]
@@ -88,35 +88,44 @@ class Grid:
     starts: Mapping[str, Tables] = field(default_factory=dict)
     reference: str = DEFAULT_REFERENCE
     modules: tuple[str, ...] = field(default=(), compare=False)
-    """Folders of users' modules; none unless the grid names an object `package.module:OBJECT`."""
+    """Folders of users' modules; empty unless the grid refers to an object `package.module:OBJECT`."""
 
     def __post_init__(self) -> None:
         for name in (*self.methods, *self.starts):
             if not NAME_PATTERN.fullmatch(name):
-                raise UserError(f"the name {name!r}", "letters, digits and _ . + - for a folder", "rename the method")
+                raise UserError(
+                    f"the name {name!r} cannot be part of a folder name", "letters, digits and _ . + -", "rename it"
+                )
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            raise UserError(f"seeds {list(self.seeds)}", "one or more, each once", "correct the seeds")
+            raise UserError(f"seeds are {list(self.seeds)}", "one or more, each once", "change the seeds")
         if self.reference not in self.methods:
             names = ", ".join(self.methods)
-            remedy = "add it, or set [grid] reference"
-            raise UserError(f"methods {names} without the reference {self.reference!r}", "it among them", remedy)
+            remedy = "add it, or choose another with --baseline or [grid] reference"
+            raise UserError(f"the baseline {self.reference!r} is not among the methods {names}", remedy=remedy)
         seen: dict[str, RunName] = {}
         for name, run in self.run_configs():
             twin = seen.setdefault(run.to_toml(), name)
             if twin is not name:
                 labels = f"{twin.label} and {name.label}"
-                raise UserError(f"{labels}, which are the same run", "methods that differ", "leave one out")
+                raise UserError(f"{labels} are the same run", "methods that differ", "leave one of them out")
 
     def run_names(self) -> list[RunName]:
-        """Every run, seed by seed, so that an unfinished grid has its pairs complete."""
+        """Return the name of every run, seed by seed, so that the pairs of an unfinished grid are complete."""
         starts = (*self.starts,) or ("",)
         return [RunName(method, start, seed) for seed in self.seeds for start in starts for method in self.methods]
 
     def run_configs(self) -> list[tuple[RunName, RunConfig]]:
+        """Return every run with its configuration, in the order of `run_names`."""
         return [(name, self.run_config(*name)) for name in self.run_names()]
 
     def run_config(self, method: str, start: str, seed: int) -> RunConfig:
-        """The run of one name; its `run.out` is the base's. UserError for changes that no run takes."""
+        """Return the configuration of one run; its `run.out` is that of the base run.
+
+        Raises:
+            UserError: the changes of the method do not give a valid run.
+        """
+        # Later tables override earlier ones: base run, warm start, method, seed. `permuted` also shuffles by the seed
+        # of the run, so that its seeds differ in their assignment of weights.
         changes = self.methods[method]
         tables = merge_tables(
             merge_tables(drop_foreign_overrides(self.base, changes), self.starts.get(start, {})), changes
@@ -134,15 +143,19 @@ class Grid:
         return config
 
     def merge(self, older: Grid) -> Grid:
-        """This grid with the methods, starts and seeds of an older one of the same runs; UserError for other runs."""
+        """Return this grid extended by the methods, warm starts and seeds of an older one.
+
+        Raises:
+            UserError: the older grid has another base run, or other changes under the same name.
+        """
         ours, theirs = self._parts(), older._parts()
         changed = [key for key, table in theirs.items() if key in ours and ours[key] != table]
         if bool(self.starts) != bool(older.starts):
             changed.append("[starts]")
         if changed:
             raise UserError(
-                f"a grid that differs in {', '.join(changed[:3])} from the one that was begun in this folder",
-                "the same runs, or more methods, starts or seeds",
+                f"the grid differs in {', '.join(changed[:3])} from the one in this folder",
+                "the same runs, or additional methods, starts or seeds",
                 "pass another --out",
             )
         return replace(
@@ -160,7 +173,7 @@ class Grid:
         return {key: without_none(table) for key, table in parts.items()}
 
     def to_files(self) -> dict[str, str]:
-        """The grid as the files `grid.toml` and, beside it, `base.toml`; `read_grid` gives the same grid back."""
+        """Return the texts of grid.toml and base.toml, from which `read_grid` reads the same grid."""
         head = {
             "seeds": list(self.seeds),
             "reference": self.reference,
@@ -176,9 +189,8 @@ def wrap_method_error(label: str, error: ValueError) -> UserError:
     if isinstance(error, UserError):
         return UserError(f"method {label}: {error.problem}", error.expected, error.remedy)
     return UserError(
-        f"method {label} with settings that its trainer refuses ({str(error).rstrip('.')})",
-        "settings that its runs can start with",
-        "correct them in the grid file, the base run or --set",
+        f"method {label}: the trainer refuses its settings ({str(error).rstrip('.')})",
+        remedy="change them in the grid file, the base run or --set",
     )
 
 
@@ -187,19 +199,19 @@ class GridTable:
     """`[grid]` of a grid file."""
 
     methods: tuple[str, ...] = ()
-    """Names of the package's methods or of `[methods]`; without any the file's own and `grpo`, or the default ones."""
+    """Names of the package's methods or of `[methods]`; by default those of `[methods]` and the baseline."""
     seeds: tuple[int, ...] = DEFAULT_SEEDS
     reference: str = DEFAULT_REFERENCE
-    """What every method is compared with."""
+    """The baseline, with which every method is compared."""
     base: str = ""
-    """A run file, as seen from the grid file; without it the package's own run."""
+    """A run file, relative to the grid file; by default the embedded run."""
     modules: tuple[str, ...] = ()
-    """Folders of users' modules, such as that of a weight rule, besides the grid file's and the base run file's own."""
+    """Folders of users' modules, relative to the grid file, in addition to those of the grid file and the base run."""
 
 
 @dataclass(frozen=True)
 class GridFile:
-    """A grid file: `[base]` holds changes to the base run, `[methods.NAME]` and `[starts.NAME]` changes to that."""
+    """A grid file. `[base]` changes the base run; `[methods.NAME]` and `[starts.NAME]` change the result of that."""
 
     grid: GridTable = field(default_factory=GridTable)
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -224,19 +236,29 @@ def read_grid(
     reference: str | None = None,
     is_recorded: bool = False,
 ) -> Grid:
-    """The grid of a file, or of the package's default run; arguments take precedence over the file.
+    """Read a grid from a file, or build one over the embedded run; arguments take precedence over the file.
 
-    With `is_recorded`, for the grid.toml of a grid's folder, renamed keys pass without a warning.
+    Args:
+        path: the grid file; None for a grid without one.
+        methods: names of methods of the file or of the package.
+        seeds: seeds of the runs.
+        base: the run file of the base run.
+        overrides: changes to the base run, such as `trl.max_steps=100`.
+        reference: the baseline method.
+        is_recorded: the file is the grid.toml of a grid's folder, so deprecated keys cause no warning.
     """
     file = from_mapping(GridFile, {} if path is None else parse_toml(read_text(path), str(path)), "")
     file = file.with_present_keys(warn=not is_recorded)
-    beside = Path(path or ".").parent  # what the file names is seen from where it lies
-    base = base or (beside / file.grid.base if file.grid.base else None)
+    grid_folder = Path(path or ".").parent  # paths in the file are relative to it
+    base = base or (grid_folder / file.grid.base if file.grid.base else None)
     reference = reference or file.grid.reference
     names = methods or file.grid.methods
     if not names:
         names = [*dict.fromkeys((reference, *file.methods))] if file.methods else DEFAULT_METHODS
-    folders = (*(beside / each for each in file.grid.modules), *(Path(each).parent for each in (path, base) if each))
+    folders = (
+        *(grid_folder / each for each in file.grid.modules),
+        *(Path(each).parent for each in (path, base) if each),
+    )
     modules = dict.fromkeys(str(folder.resolve()) for folder in folders)
     for folder in modules:
         add_search_folder(folder)
@@ -257,19 +279,22 @@ def read_grid(
 
 
 def find_changes(name: str, own: Mapping[str, Tables]) -> Tables:
-    """The changes of a method of the grid file, or of the package; UserError for an unknown name."""
+    # Methods of the grid file take precedence over those of the package.
     if name in own:
         return own[name]
     if name not in METHODS:
         known = ", ".join((*own, *METHODS))
-        raise UserError(f"method {name!r}", f"one of {known}", f"or define it in the grid file: [methods.{name}]")
+        raise UserError(
+            f"unknown method {name!r}", f"one of {known}", f"choose one, or define [methods.{name}] in the grid file"
+        )
     return METHODS[name].changes
 
 
 def build_base_tables(
     path: str | Path | None, changes: Tables, overrides: Iterable[str], *, warn: bool = True
 ) -> Tables:
-    """The base run's tables: the run file, `[base]`, the overrides. Folder and seed of a run are the grid's."""
+    # The run file, then `[base]`, then the overrides. The grid sets the folder and the seed of every run itself, and
+    # does not print responses while it trains.
     text, origin = (read_text(path), str(path)) if path else (read_asset(), "the embedded run")
     tables = apply_overrides(merge_tables(rename_keys(parse_toml(text, origin), warn=warn), changes), overrides)
     run = {key: value for key, value in (tables.get("run") or {}).items() if key not in ("out", "seed")}
@@ -279,11 +304,8 @@ def build_base_tables(
 
 
 def drop_foreign_overrides(base: Tables, changes: Tables) -> Tables:
-    """The base run without what it sets for another preset than the method's.
-
-    `[rest] weights` and `advantage` belong to the base's own preset: GRPO would no longer be GRPO with them. A reward
-    stays where the two presets share one.
-    """
+    # `[rest] weights` and `advantage` of the base run belong to its own preset: with them, GRPO would no longer be
+    # GRPO. The reward settings stay if both presets use the same reward.
     rest = base.get("rest") or {}
     own = rest.get("preset", "rest")
     preset = (changes.get("rest") or {}).get("preset", own)
@@ -308,9 +330,9 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} ({describe_os_error(error)})", "a readable TOML file", "check the path") from error
+        raise UserError(f"cannot read {path} ({describe_os_error(error)})", "a TOML file", "check the path") from error
 
 
 def is_finished(summary: Mapping[str, Any]) -> bool:
-    """Whether a run has all its steps and, if it was measured before training, was measured after it too."""
+    """Return whether a run has all its steps and, if it was evaluated before training, also the evaluation after it."""
     return "steps" in summary and ("after" in summary or "before" not in summary)

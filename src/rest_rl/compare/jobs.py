@@ -1,7 +1,7 @@
-"""The runs of a grid, each `rest-rl train` in a process of its own: some at a time, resumed, stopped in order.
+"""Trains the runs of a grid, each as a separate `rest-rl train` process: several at a time, resumable, stoppable.
 
-The process of a run locks its folder (`runlog.lock_run_folder`). So nobody trains a run twice, also when an earlier
-command was killed and left its runs behind, or another one starts the same run at the same moment: we wait for it.
+The process of a run owns its folder (`runlog.lock_run_folder`), so no run is trained twice: if an earlier command was killed and
+left its runs training, or another command starts the same run, this one waits for that process.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TAIL_LINES, TAIL_BYTES = 12, 16_384
 
 @dataclass
 class Job:
-    """One run of the grid and what became of it."""
+    """One run of the grid, and its state."""
 
     name: RunName
     config: RunConfig
@@ -52,38 +52,44 @@ class Job:
     state: Literal["waiting", "running", "done", "kept", "failed", "stopped"] = "waiting"
     process: subprocess.Popen[bytes] | None = None
     log_start: int = 0
-    """Size of the log when this attempt began."""
+    """Size of the log in bytes when this attempt started."""
     note: str = ""
     modules: tuple[str, ...] = ()
-    """Folders of users' modules."""
+    """Folders of users' modules, which the run needs on its PYTHONPATH."""
     is_stopping: bool = False
-    """Whether we have asked it to stop after its step: asked twice it would stop at once."""
+    """Whether the run was asked to stop after its step; a second request would stop it at once."""
 
     @property
     def total(self) -> int:
-        """Steps of the run; 0 if they depend on the data."""
+        """The number of steps of the run; 0 if it depends on the data."""
         steps = self.config.trl.get("max_steps", 0)
         return steps if isinstance(steps, int) and steps > 0 else 0
 
     @property
     def is_complete(self) -> bool:
-        """Whether its folder holds the finished run."""
+        """Whether the folder contains the finished run."""
         return (self.folder / CONFIG).is_file() and is_finished(read_json_object(self.folder / SUMMARY))
 
     def last_metrics(self) -> dict[str, Any]:
-        """The newest whole row of the run's metrics; empty before the first."""
+        """Return the newest complete row of the run's metrics; empty before the first."""
+        # The run may be writing its last line right now, and a reader of the tail sees the first line only in part.
         for line in reversed(read_tail(self.folder / METRICS).split("\n")[:-1]):
             with suppress(ValueError):
                 return dict(parse_row(line.encode()))
         return {}
 
     def last_step(self) -> int:
+        """Return the newest step in the run's metrics; 0 before the first."""
         step = self.last_metrics().get("step", 0)
         return int(step) if is_number(step) else 0
 
 
 def make_jobs(grid: Grid, out: Path) -> list[Job]:
-    """A job for each run; finished ones are kept. UserError if a folder holds another run than the grid's."""
+    """Return a job for each run of the grid; finished runs are kept.
+
+    Raises:
+        UserError: a folder contains a run with other settings than those of the grid.
+    """
     jobs = []
     for name, wanted in grid.run_configs():
         folder = out / RUNS_FOLDER / str(name)
@@ -97,7 +103,6 @@ def make_jobs(grid: Grid, out: Path) -> list[Job]:
 
 
 def check_recorded_run(job: Job) -> None:
-    """UserError if the folder holds a run that differs from the one that is wanted."""
     if not (job.folder / CONFIG).is_file():
         return
     recorded = read_run_file(job.folder / CONFIG)
@@ -107,9 +112,9 @@ def check_recorded_run(job: Job) -> None:
         parts = [f"{key} was {value_or_unset(old)}, now {value_or_unset(new)}" for key, (old, new) in pairs]
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"{job.folder}, which holds another run ({'; '.join(parts)}{more})",
+            f"{job.folder} contains a run with other settings ({'; '.join(parts)}{more})",
             "the run of this grid",
-            "pass another --out, or delete the folder to train it anew",
+            "pass another --out, or delete the folder to train the run again",
         )
 
 
@@ -118,31 +123,39 @@ def value_or_unset(value: Any) -> Any:
 
 
 def check_startable(jobs: Sequence[Job]) -> None:
-    """UserError for a method whose runs the trainer would refuse, before any other is trained."""
-    from rest_rl.train.trl.settings import make_trainer_config  # a page of runs that are there does without the trainer
+    """Check the settings of all unfinished runs, so that a mistake shows before the first run starts.
+
+    Raises:
+        UserError: the trainer would refuse the settings of a method.
+    """
+    from rest_rl.train.trl.settings import make_trainer_config  # slow, and not needed for the page of finished runs
 
     for job in jobs:
         if job.state == "kept" or job.config.run.engine != "trl":
             continue
-        # On the CPU, as we outlive every run and hold no memory of its GPU; no tokenizer is loaded to find the format.
+        # On the CPU: this process outlives every run and must not occupy memory of their GPUs. Any fixed format will
+        # do, so no tokenizer has to be loaded to detect it.
         trl = {**job.config.trl, "use_cpu": True, "bf16": False, "fp16": False}
         rest = job.config.rest
         rest = replace(rest, format="toolrl") if rest.format == AUTO else rest
         try:
             make_trainer_config(replace(job.config, rest=rest, trl=trl).with_response_limit(None))
-        except ValueError as error:  # the trainer's own checks raise no UserError
+        except ValueError as error:  # the trainer's own checks raise other ValueErrors
             raise wrap_method_error(job.name.label, error) from error
 
 
 def run_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observer) -> bool:
-    """Train what is not finished, at most `at_a_time` runs at once; returns False if it was interrupted."""
+    """Train the unfinished runs, at most `max_parallel` at a time; return False if the user interrupted them."""
+    # One polling loop owns all state: signal handlers only count requests, and runs report only through their exit
+    # codes and files. Each round handles stop requests before it starts runs, so that none starts after Ctrl-C; it ends
+    # when no run is active and either none is waiting or the user has stopped the grid.
     for job in jobs:
         write_run_file(job)
     with progress_bars(jobs, observer) as update_bars, catch_stop_signals(jobs) as stop:
         while True:
             if stop.count:
                 if not stop.is_acknowledged:
-                    observer.say("stopping every run after its step; once more to stop at once")
+                    observer.say("stopping every run after its current step; press Ctrl-C again to stop at once")
                     stop.is_acknowledged = True
                 stop_jobs(jobs, at_once=stop.count > 1)
             for job in jobs:
@@ -166,7 +179,7 @@ def write_run_file(job: Job) -> None:
 
 
 def start_waiting_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observer, stop: StopRequests) -> None:
-    """Start as many runs as there is room for; one that somebody else is training takes up room and waits."""
+    # A run that another process is training uses one of the slots, because it uses the same machine.
     room = max_parallel - sum(job.state == "running" for job in jobs)
     for job in [job for job in jobs if job.state == "waiting"]:
         if room <= 0 or stop.count:
@@ -175,7 +188,7 @@ def start_waiting_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observe
         if holder := find_lock_owner(job.folder):
             if not job.note:
                 wait_for_owner(job, holder, observer)
-        elif job.is_complete:  # somebody else has finished it
+        elif job.is_complete:  # another process has finished it meanwhile
             job.state = "kept"
             room += 1
         else:
@@ -184,17 +197,16 @@ def start_waiting_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observe
 
 
 def wait_for_owner(job: Job, holder: str, observer: Observer) -> None:
-    """Leave a run to the process that trains it, and look again later."""
-    job.state, job.note = "waiting", f"is being trained by {holder}: waiting for it"
+    job.state, job.note = "waiting", f"is being trained by {holder}; waiting for it"
     observer.say(f"{job.name} {job.note}")
 
 
 def start_job(job: Job, max_parallel: int) -> None:
-    """Start a run, or go on with it, in a session of its own: Ctrl-C reaches it only through us."""
+    # A separate session, so that the terminal sends Ctrl-C only to this process, which forwards it in order.
     job.log_start = job.log.stat().st_size if job.log.exists() else 0
     command = [sys.executable, "-m", "rest_rl", "train", str(job.log.with_suffix(".toml")), "--out", str(job.folder)]
     resumes = (job.folder / CONFIG).is_file()
-    job.note = f"goes on after step {job.last_step()}" if resumes else "begins"
+    job.note = f"resumes after step {job.last_step()}" if resumes else "starts"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // max_parallel))
     folders = [*filter(None, [os.environ.get("PYTHONPATH")]), *job.modules]
@@ -212,23 +224,22 @@ def start_job(job: Job, max_parallel: int) -> None:
 
 
 def record_exit(job: Job, observer: Observer, *, is_stopping: bool) -> None:
-    """Note the end of a run, if it has ended; a failed one is shown with the end of its log."""
     assert job.process is not None
     code = job.process.poll()
     if code is None:
         return
     if code == 0 and job.is_complete:
-        job.state, job.note = "done", "is done"
-        observer.say(f"{job.name} is done{format_exact_match(job)}")
+        job.state, job.note = "done", "is finished"
+        observer.say(f"{job.name} is finished{format_exact_match(job)}")
     elif is_stopping:
         job.state, job.note = "stopped", f"stopped after step {job.last_step()}"
         observer.say(f"{job.name} {job.note}")
-    elif holder := find_lock_owner(job.folder):  # who was faster; ours has been refused
+    elif holder := find_lock_owner(job.folder):  # another process took the folder first, so ours was refused
         wait_for_owner(job, holder, observer)
     else:
-        how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
         job.state, job.note = "failed", f"{how} after step {job.last_step()}"
-        observer.say(f"{job.name} {job.note}; the end of {job.log}:")
+        observer.say(f"{job.name} {job.note}; last lines of {job.log}:")
         for line in read_tail(job.log, job.log_start).rstrip().split("\n")[-TAIL_LINES:]:
             observer.say(f"  {line}")
 
@@ -240,11 +251,11 @@ def format_exact_match(job: Job) -> str:
     before, after = (scores_for_turn(scores, turn).get("exact_match") for scores in pair)
     if not is_number(before) or not is_number(after):
         return ""
-    return f": exact match {100 * before:.1f} → {100 * after:.1f} %" + (f" of {TURNS[turn]}" if turn else "")
+    return f": exact match {100 * before:.1f} → {100 * after:.1f} %" + (f" on {TURNS[turn]}" if turn else "")
 
 
 def read_tail(path: Path, since: int = 0) -> str:
-    """The end of a file that may still grow, at most 16 KiB and nothing before `since`; empty without the file."""
+    """Return at most the last 16 KiB of a file, and nothing before byte `since`; empty without the file."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -256,7 +267,7 @@ def read_tail(path: Path, since: int = 0) -> str:
 
 @dataclass
 class StopRequests:
-    """How often the user has asked for an end, by Ctrl-C or SIGTERM."""
+    """How often the user has asked to stop, by Ctrl-C or SIGTERM."""
 
     count: int = 0
     is_acknowledged: bool = False
@@ -264,11 +275,9 @@ class StopRequests:
 
 @contextmanager
 def catch_stop_signals(jobs: Sequence[Job]) -> Iterator[StopRequests]:
-    """The first Ctrl-C (or SIGTERM) ends every run after its step, with a checkpoint; the second one at once.
-
-    The handler only counts, and the loop tells the runs: none is missed that is just being started, and no line is
-    printed within another. Outside the main thread there are no signals to handle.
-    """
+    # The first Ctrl-C (or SIGTERM) stops every run after its step, with a checkpoint; the second stops them at once.
+    # The handler only counts and the loop forwards the request: a run that is just starting is not missed, and no
+    # message is printed inside another. Python delivers signals only to the main thread.
     stop = StopRequests()
 
     def request(number: int, frame: types.FrameType | None) -> None:
@@ -296,7 +305,7 @@ def stop_jobs(jobs: Sequence[Job], *, at_once: bool = False) -> None:
 
 
 class Bar:
-    """A bar of the observer's, moved only when something has changed."""
+    """A progress bar of the observer that is redrawn only when it changes."""
 
     def __init__(self, observer: Observer, what: str, total: int | None, done: int = 0) -> None:
         self.stack, self.shown = ExitStack(), (done, "")
@@ -310,7 +319,7 @@ class Bar:
 
 @contextmanager
 def progress_bars(jobs: Sequence[Job], observer: Observer) -> Iterator[Callable[[], None]]:
-    """A bar over the grid and one for each run that is being trained; call it to move them to where the runs are."""
+    """Show a bar for the grid and one for each run in training; the yielded function updates them all."""
     whole, bars = Bar(observer, "runs", len(jobs)), dict[RunName, Bar]()
 
     def update() -> None:

@@ -1,4 +1,4 @@
-"""The renderers of a `ComparisonReport`: the page with its plots, JSON, and the rows for the terminal."""
+"""Renderers of a `ComparisonReport`: the page with its plots, the JSON file, and the table for the terminal."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ ROLE_COLOURS: Mapping[str, str] = {
 }
 REFERENCE_COLOUR = "#9a9a9a"
 PANELS_PER_ROW = 4
-DYNAMICS_METRICS = {"entropy": "entropy of the policy (nats)", "grad_norm": "gradient norm"}
+DYNAMICS_METRICS = {"entropy": "policy entropy (nats)", "grad_norm": "gradient norm"}
 
 Row = tuple[Any, ...]
 RunCurve = Callable[[FinishedRun], Mapping[int, float]]
 
 
 def write_page(report: ComparisonReport) -> ComparisonReport:
-    """Write compare.md, compare.json and the plots into the grid's folder; returns the report with its page."""
+    """Write compare.md, compare.json and the plots into the grid's folder, and return the report with its page."""
     folder = report.folder
     try:
         plots = draw_plots(report, folder / PLOTS)
@@ -87,7 +87,7 @@ def write_page(report: ComparisonReport) -> ComparisonReport:
 
 
 def terminal_table(report: ComparisonReport) -> tuple[str, tuple[str, ...], list[Row]]:
-    """Title, header and rows of the primary figure by method."""
+    """Return the title, header and rows of the table of the primary metric by method."""
     key = report.primary
     header = ("percent", "seeds", METRICS[key].label, f"- {report.reference}", p_or_q(report))
     rows: list[Row] = [
@@ -142,7 +142,7 @@ def render_page(report: ComparisonReport, plots: Mapping[str, Path]) -> str:
         path = Path(os.path.relpath(plots[title], report.folder)).as_posix()
         return f"![{title}]({path})\n\n{text}"
 
-    dynamics = picture("Dynamics", "Means over seeds, smoothed (the paper's Fig. 3).")
+    dynamics = picture("Dynamics", "Smoothed means over seeds (the paper's Fig. 3).")
     parts = [
         "# Comparison",
         "\n".join(f"* {statement.text}" for statement in report.verdict),
@@ -152,9 +152,9 @@ def render_page(report: ComparisonReport, plots: Mapping[str, Path]) -> str:
         render_seed_pairs(report),
         render_turn_scores(report),
         render_training_scores(report),
-        picture("Learning", f"Exact match on the training samples, over `{report.reference}` in grey; ± one "
-                "standard deviation over seeds."),
-        picture("Held-out slice", "Exact match on the held-out slice, sampled."),
+        picture("Learning", f"Exact match on the training samples; `{report.reference}` is grey, bands are ± "
+                "one standard deviation over seeds."),
+        picture("Held-out slice", "Sampled exact match on the held-out slice."),
         render_steps_to_target(report),
         dynamics and f"## Entropy and gradient norm\n\n{dynamics}",
         render_ablations(report),
@@ -172,17 +172,17 @@ def render_section(title: str, note: str, header: Sequence[str], rows: Sequence[
 
 def render_warnings(report: ComparisonReport) -> str:
     lines = [f"* `{name}` {why} and is left out." for name, why in report.unfinished.items()]
-    lines += [f"* Not alike in all runs: {text}" for text in report.unequal]
-    return "**Mind**\n\n" + "\n".join(lines) if lines else ""
+    lines += [f"* Differs between runs: {text}" for text in report.unequal]
+    return "**Warnings**\n\n" + "\n".join(lines) if lines else ""
 
 
 def available_metrics(report: ComparisonReport, keys: Sequence[str]) -> list[str]:
-    """The figures that stand for `keys`, of those that a run has."""
+    # The headline metrics of `keys` (over call turns where the runs separate them) that at least one run recorded.
     return [key for key in map(report.headline, keys) if any(key in line.metrics for line in report.lines)]
 
 
 def render_final_scores(report: ComparisonReport) -> str:
-    """The main table: the first figure with its tests, the others beside it."""
+    # The first metric has its tests; the others are only described.
     keys = available_metrics(report, FINAL_METRICS)
     if not keys:
         return ""
@@ -200,12 +200,11 @@ def render_final_scores(report: ComparisonReport) -> str:
             cells += [format_method_mean(line, key), format_difference(line, key)]
         rows.append((line.label, len(line.runs), *cells))
     rows += [(label, 0, *["–"] * (len(header) - 2)) for label in report.absent]
-    note = f"Held-out prompts; means over seeds and differences to `{report.reference}` in points, [95 %]."
+    note = f"Held-out prompts: means over seeds and differences to `{report.reference}` in points, [95 % interval]."
     return render_section("After training", note, header, rows)
 
 
 def render_seed_pairs(report: ComparisonReport) -> str:
-    """A single judged method and the reference, seed by seed."""
     if not report.is_single:
         return ""
     key, (line,) = report.primary, report.judged()
@@ -234,12 +233,11 @@ def render_training_scores(report: ComparisonReport) -> str:
         ]
         length = f"{line.metrics['tokens'].mean.value:.1f}" if "tokens" in line.metrics else "–"
         rows.append((line.label, *cells, length))
-    note = "Means over the steps of a run (area under the curve), of the samples that it trained on."
+    note = "Scores on the samples that the runs trained on: means over all steps (area under the curve)."
     return render_section("During training", note, [*header, "tokens"], rows)
 
 
 def render_turn_scores(report: ComparisonReport) -> str:
-    """The figures that are over call turns, over answer turns and over all beside them."""
     bases = [base for base in (*FINAL_METRICS, *TRAINING_METRICS) if report.headline(base) != base]
     header = ["percent", *(METRICS[base].label + over for base in bases for over in (", calls", ", answers", ", all"))]
     rows: list[Row] = [
@@ -248,8 +246,8 @@ def render_turn_scores(report: ComparisonReport) -> str:
         if bases
     ]
     note = (
-        "The verdict is about call turns: the text of an answer is not compared, so any answer without a call counts "
-        "as right. Means over seeds, first over call turns, then over answer turns, then over all."
+        "The verdict is about call turns. The text of an answer is not compared, so any answer without a call counts "
+        "as right. Means over seeds: over call turns, answer turns and all turns."
     )
     return render_section("Call turns and answer turns", note, header, rows)
 
@@ -260,17 +258,17 @@ def render_steps_to_target(report: ComparisonReport) -> str:
     ]
     rows = [row for row in rows if any(cell != "–" for cell in row[1:])]
     name = report.reference
-    header = ("share of its steps", f"to {name}'s end", "by seed", "seeds", f"to {name}'s best", "by seed", "seeds")
+    header = ("ratio of steps", f"to final {name}", "by seed", "seeds", f"to best {name}", "by seed", "seeds")
     note = (
-        f"Steps until a method gets to where `{name}` ends, or to its best, as a share of the steps of `{name}` to "
-        f"there; counted on {report.counted_on}. First of the mean curve, then by seed (geometric mean, [95 %], "
-        "known only if every seed gets there), then how many seeds got there."
+        f"Steps until a method first reaches the final or the best score of `{name}`, divided by the steps that "
+        f"`{name}` needed for it; below 1 is faster. Measured on {report.counted_on}. The first number is from the "
+        "mean curve, the second is the geometric mean over seeds with its 95 % interval (only if all seeds reach the "
+        "score), the third counts the seeds that reach it."
     )
-    return render_section("Steps", note, header, rows)
+    return render_section("Steps to the same score", note, header, rows)
 
 
 def format_steps_cells(steps: StepsToTarget | None) -> tuple[str, str, str]:
-    """Share of the mean curve, by seed with its interval, seeds that got there."""
     if steps is None:
         return "–", "–", "–"
     share = "never" if math.isnan(steps.share) else f"{steps.share:.2f}"
@@ -278,7 +276,7 @@ def format_steps_cells(steps: StepsToTarget | None) -> tuple[str, str, str]:
 
 
 def render_ablations(report: ComparisonReport) -> str:
-    """What a change of one part of `rest` does, in the layout of the paper's Table 3."""
+    # The layout of the paper's Table 3.
     tables = []
     for start in report.starts:
         whole = report.line(REST, start)
@@ -295,14 +293,14 @@ def render_ablations(report: ComparisonReport) -> str:
             text = REST if line is whole else METHODS[line.method].text
             rows.append((text, *format_kind_cells(line, kinds), format_method_mean(line, report.primary), *cells))
         tables.append(markdown_table(header, rows))
-    note = "Each row changes one thing of `rest`; below 0, `rest` loses by the change."
+    note = "Each row changes one part of `rest`. A negative difference means that the change makes `rest` worse."
     if any(line.method == TUNED_CURRICULUM for line in report.lines):
         note += f" {CURRICULUM_NOTE}"
     return "\n\n".join([f"## Ablations\n\n{note}", *tables]) if tables else ""
 
 
 def render_warm_starts(report: ComparisonReport) -> str:
-    """The warm starts, in the layout of the paper's Table 4."""
+    # The layout of the paper's Table 4.
     if len(report.starts) < 2:
         return ""
     kinds, all_turns = find_task_kinds(report.lines), report.primary.removesuffix("_calls")
@@ -316,7 +314,7 @@ def render_warm_starts(report: ComparisonReport) -> str:
         rows += [
             (f"  + {line.method}", *format_kind_cells(line, kinds), format_method_mean(line, all_turns)) for line in own
         ]
-    note = "Exact match, sampled, in percent; first of the start itself."
+    note = "Sampled exact match in percent, means over seeds: first the warm start before training, then each method."
     return render_section("Warm starts", note, ("start", *kinds, "all"), rows)
 
 
@@ -327,12 +325,11 @@ def render_task_kinds(report: ComparisonReport) -> str:
         for line in report.lines
         if kinds
     ]
-    note = "Exact match, sampled, in percent; means over seeds."
+    note = "Sampled exact match in percent, means over seeds."
     return render_section("By kind of task", note, ("percent", *kinds, "all"), rows)
 
 
 def select_evaluations(line: MethodResult, when: str) -> list[dict[str, Any]]:
-    """The evaluations before or after training of a method's runs; empty ones where there is none."""
     return [run.run.summary.get(when) or {} for run in line.runs]
 
 
@@ -346,7 +343,6 @@ def format_kind_cells(line: MethodResult, kinds: Sequence[str]) -> list[str]:
 
 
 def format_exact_by_kind(scores: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[str]:
-    """Mean over runs of the exact match of each kind of task, in percent."""
     by_kind = [row.get("kinds") or {} for row in scores]
     return [format_mean(row.get(kind, {}).get("exact_match") for row in by_kind) for kind in kinds]
 
@@ -375,12 +371,10 @@ def format_value(key: str, value: float | None) -> str:
 
 
 def format_method_mean(line: MethodResult, key: str) -> str:
-    """Mean and interval of a figure over seeds, in percent."""
     return format_interval(line.metrics[key].mean, 100, 1) if key in line.metrics else "–"
 
 
 def format_difference(line: MethodResult, key: str) -> str:
-    """Difference to the reference in points; a dash for the reference itself."""
     test = line.metrics[key].paired if key in line.metrics else None
     return format_points(test.difference) if test else "–"
 
@@ -390,19 +384,19 @@ def format_q(line: MethodResult, key: str) -> str:
 
 
 CURRICULUM_NOTE = (
-    "The paper's row without a curriculum is `rest` itself, which has none: the last row adds the published one, and a "
-    "difference above 0 is what it is worth. The paper takes it from its own whole method, so the two figures are of "
-    "one question and not of one experiment."
+    "The paper's row without a curriculum corresponds to `rest` itself, which has none. The last row adds the "
+    "published curriculum; a positive difference means that it helps. The paper removes it from its own full method, "
+    "so the two numbers answer the same question by different experiments."
 )
 METHOD_NOTE = """## How it is computed
 
-Intervals are of 95 %, Student's over seeds: they hold for new seeds on this data, not for new data. Those of shares end
-at 0 and 100 %, between which the true mean lies: cutting them off there loses no coverage. A difference is paired by
-seed: the same samples in the same order. p (t) is the paired t test's; p (flips) that of random signs, which assumes no
-normal distribution and with n seeds is never below 2/2ⁿ (0.25 for 3, 0.06 for 5). The verdict is about the first figure
-of the first table and about nothing else."""
-CORRECTION_NOTE = """ q corrects p (t) for the number of methods (Benjamini and Hochberg): of those with q ≤ 0.05 at
-most 5 % are expected to be chance."""
+Intervals are 95 % Student intervals over seeds. They describe new seeds on this data, not new data. Intervals of shares
+end at 0 and 100 %: the true mean lies between them, so the cut loses no coverage. Differences are paired by seed: both
+methods see the same samples in the same order. p (t) is the paired t test. p (flips) is the sign-flip permutation test,
+which assumes no normal distribution; with n seeds it is never below 2/2ⁿ (0.25 for 3, 0.06 for 5). The verdict rests
+only on the first metric of the first table, which was fixed in advance; all others are descriptive."""
+CORRECTION_NOTE = """ q is p (t) corrected for the number of methods (Benjamini and Hochberg): of the methods with
+q ≤ 0.05, at most 5 % are expected to be false positives."""
 
 
 # Plots
@@ -422,7 +416,6 @@ def draw_plots(report: ComparisonReport, folder: Path) -> dict[str, Path]:
 
 
 def draw_differences(report: ComparisonReport, path: Path) -> Path | None:
-    """The primary figure minus the reference's: a dot a seed, the mean and its interval, one row per method."""
     key = report.primary
     lines = [line for line in report.rivals() if key in line.metrics and line.metrics[key].paired]
     if not lines:
@@ -433,8 +426,8 @@ def draw_differences(report: ComparisonReport, path: Path) -> Path | None:
         draw_difference(axes, row, report, line)
     axes.set_yticks(range(len(lines)), [line.label for line in reversed(lines)])
     axes.set_ylim(-0.6, len(lines) - 0.4)
-    style_axes(axes, f"{METRICS[key].label}, points above {report.reference} on the same seed")
-    axes.set_xlabel("points; bar: 95 % interval of the mean over seeds, dots: seeds", fontsize=8, color=INK)
+    style_axes(axes, f"{METRICS[key].label}: difference to {report.reference} on the same seed")
+    axes.set_xlabel("points (diamond: mean over seeds, bar: its 95 % interval, dots: seeds)", fontsize=8, color=INK)
     axes.margins(x=0.06)
     axes.grid(axis="y", visible=False)
     roles = dict.fromkeys(line.role for line in lines)
@@ -446,7 +439,6 @@ def draw_differences(report: ComparisonReport, path: Path) -> Path | None:
 
 
 def draw_difference(axes: Axes, row: int, report: ComparisonReport, line: MethodResult) -> None:
-    """One method: its interval as a bar, its mean as a diamond, its seeds as dots."""
     reference, result = report.line(report.reference, line.start), line.metrics[report.primary]
     assert reference is not None
     assert result.paired is not None
@@ -461,7 +453,6 @@ def draw_difference(axes: Axes, row: int, report: ComparisonReport, line: Method
 
 
 def draw_panels(report: ComparisonReport, curve_of_run: RunCurve, path: Path) -> Path | None:
-    """A panel per method, its curve over the reference's in grey; bands are one standard deviation over seeds."""
 
     def seed_curve(line: MethodResult) -> Curve:
         return average_curves([curve_of_run(run) for run in line.runs])
@@ -491,7 +482,6 @@ def draw_panels(report: ComparisonReport, curve_of_run: RunCurve, path: Path) ->
 
 
 def draw_dynamics(report: ComparisonReport, path: Path) -> Path | None:
-    """Policy entropy and gradient norm over steps, one line per method (the paper's Fig. 3)."""
     first_runs = [line.runs[0].run for line in report.lines]
     keys = [key for key in DYNAMICS_METRICS if any(key in row for run in first_runs for row in run.metrics)]
     if not keys:
@@ -504,14 +494,14 @@ def draw_dynamics(report: ComparisonReport, path: Path) -> Path | None:
             colour = ROLE_COLOURS[line.role] if is_pair else own
             colour = REFERENCE_COLOUR if line.method == report.reference else colour
             whole = metric_curve([run.run for run in line.runs], key)
-            if not is_pair:  # bands of ten methods hide each other: only the means
+            if not is_pair:  # the bands of ten methods would hide each other, so draw only the means
                 whole = Curve(whole.steps, whole.mean, whole.mean, whole.mean)
             draw_curve(axes, whole, colour, line.label)
             if axes.lines:
                 axes.lines[-1].set_linestyle(("-", (0, (4, 2)), (0, (1, 1.5)))[index // len(SERIES_COLOURS) % 3])
         style_axes(axes, DYNAMICS_METRICS[key])
         for drawn in axes.lines:
-            if drawn.get_linewidth() < 1:
+            if drawn.get_linewidth() < 1:  # the unsmoothed means of ten methods would hide the smoothed ones
                 drawn.remove()
     panels[-1].legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
     panels[0].axhline(0, color=FAINT, linewidth=0.6)

@@ -1,4 +1,4 @@
-"""`rest_rl.compare`: methods x seeds on the same data, trained, kept, resumed, and what their runs say."""
+"""`rest_rl.compare`: trains a grid of methods x seeds on the same data, resumes it, and compares the results."""
 
 from __future__ import annotations
 
@@ -30,22 +30,30 @@ def compare(
     dry_run: bool = False,
     observer: Observer = SILENT,
 ) -> ComparisonReport:
-    """Train what is missing of a grid, `jobs` runs at a time, then compare its methods with the reference.
+    """Train the unfinished runs of a grid, then compare its methods with the baseline over seeds.
 
-    `grid` is a grid file, the folder of a grid that was begun (as `out`), or None for the package's methods on the
-    `base` run file, or without one on the embedded run. The runs, the page and its figures lie in `out`. The first
-    Ctrl-C stops every run after its step, the second one at once. With `only_report` nothing is trained; with `dry_run`
-    nothing is written either, and the observer gets a table of the grid.
+    Args:
+        grid: a grid file, the folder of an existing grid, or None for the package's methods.
+        methods: names of methods, instead of those of the grid file.
+        seeds: seeds of the runs, instead of those of the grid file.
+        base: the run file that the methods change; by default the embedded run.
+        overrides: changes to the base run, such as `trl.max_steps=100`.
+        reference: the baseline method.
+        out: the folder for the runs, their logs and the page.
+        jobs: how many runs to train at a time. Ctrl-C stops them after their step, a second Ctrl-C at once.
+        only_report: train nothing; only write the page about the finished runs.
+        dry_run: train and write nothing; show the observer a table of the grid.
+        observer: receives messages and progress.
 
     Raises:
-        UserError: a grid or run file that cannot be run, or a folder without a finished run of the reference.
+        UserError: the grid or its runs have invalid settings, or the baseline has no finished run.
     """
     file, folder = locate_grid(grid, out, only_report=only_report)
     if only_report:
-        kept = read_grid(folder / GRID_FILE, is_recorded=True) if (folder / GRID_FILE).is_file() else None
-        return write_report(folder, kept, reference or (kept.reference if kept else DEFAULT_REFERENCE))
+        saved = read_grid(folder / GRID_FILE, is_recorded=True) if (folder / GRID_FILE).is_file() else None
+        return write_report(folder, saved, reference or (saved.reference if saved else DEFAULT_REFERENCE))
     if jobs < 1:
-        raise UserError(f"--jobs {jobs}", "at least 1", "raise it")
+        raise UserError(f"--jobs is {jobs}", "1 or more", "pass a larger number")
     wanted = read_grid(
         file,
         methods=methods,
@@ -58,11 +66,11 @@ def compare(
     planned = make_jobs(wanted, folder)
     check_startable(planned)
     if dry_run:
-        observer.show_table("the grid", ("method", "runs", "finished", "steps of a run"), plan_rows(planned))
+        observer.show_table("grid", ("method", "runs", "finished", "steps per run"), plan_rows(planned))
         return collect_report(folder, wanted, wanted.reference)
     whole = save_grid(wanted, folder)
-    kept_runs = sum(job.state == "kept" for job in planned)
-    observer.say(f"{len(planned)} runs in {folder / RUNS_FOLDER}, {kept_runs} of them finished")
+    kept, plural = sum(job.state == "kept" for job in planned), "" if len(planned) == 1 else "s"
+    observer.say(f"{len(planned)} run{plural} in {folder / RUNS_FOLDER}, {kept} already finished")
     is_whole = run_jobs(planned, jobs, observer)
     if any(job.state in ("done", "kept") and job.name.method == wanted.reference for job in planned):
         result = write_report(folder, whole, wanted.reference)
@@ -73,28 +81,27 @@ def compare(
 
 
 def write_report(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
-    """Compare the finished runs in a grid's folder and write the page."""
+    """Compare the finished runs in the folder of a grid, and write the page."""
     from rest_rl.compare.page import write_page
 
     found = with_verdict(collect_report(folder, grid, reference))
     if not found.lines:
         raise UserError(
-            f"{folder} without a finished run",
-            f"folders {RUNS_FOLDER}/METHOD-SEED of rest-rl train",
-            "run the grid first",
+            f"{folder} has no finished run",
+            f"run folders {RUNS_FOLDER}/METHOD-SEED",
+            "train the grid first",
         )
     if all(line.method != reference for line in found.lines):
         methods = ", ".join(dict.fromkeys(line.method for line in found.lines))
         raise UserError(
-            f"no finished run of the reference {reference!r} in {folder}, only of {methods}",
-            "one for each seed",
-            "finish it, or name another with --baseline",
+            f"{folder} has no finished run of the baseline {reference!r}, only of {methods}",
+            remedy="train the baseline, or choose another with --baseline",
         )
     return write_page(found)
 
 
 def collect_report(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
-    from rest_rl.compare.collect import collect  # scipy and matplotlib wait until the grid has been read
+    from rest_rl.compare.collect import collect  # imports scipy, so only once the grid is valid
 
     return collect(folder, grid, reference)
 
@@ -106,29 +113,26 @@ def with_verdict(found: ComparisonReport) -> ComparisonReport:
 
 
 def locate_grid(grid: str | Path | None, out: str | Path | None, *, only_report: bool) -> tuple[Path | None, Path]:
-    """The grid file, if there is one, and the grid's folder: `out`, or what was given in place of a grid file."""
+    # Returns the grid file, if there is one, and the folder of the grid. A folder in place of the file serves as both.
     given = Path(grid) if grid else None
     if given is not None and not given.exists():
-        raise UserError(
-            f"{given}, which is neither a TOML file nor the folder of a grid", "one of them", "check the path"
-        )
+        raise UserError(f"{given} does not exist", "a TOML file or the folder of a grid", "check the path")
     if given is not None and given.is_dir():
         if out and Path(out).resolve() != given.resolve():
-            raise UserError(f"the folder {given} and --out {out}", "one of them", "remove --out")
+            raise UserError(f"the folder {given} and --out {out} are both given", "one of them", "remove --out")
         if not only_report and not (given / GRID_FILE).is_file():
             raise UserError(
-                f"the folder {given} without {GRID_FILE}",
-                "a grid that was begun",
-                "pass a grid file or --methods, or --report-only for a page of the runs that are there",
+                f"the folder {given} has no {GRID_FILE}",
+                "the folder of an existing grid",
+                "pass a grid file or --methods, or --report-only for a page about the finished runs in it",
             )
         return given / GRID_FILE, given
     if not out:
-        raise UserError("no --out", "the folder of the grid", "pass --out DIR")
+        raise UserError("no folder for the grid", remedy="pass --out DIR")
     return given, Path(out)
 
 
 def plan_rows(jobs: Sequence[Job]) -> list[tuple[str, int, int, Any]]:
-    """By method how many runs it has, how many of them are finished, and their steps."""
     by_label: dict[str, list[Job]] = {}
     for job in jobs:
         by_label.setdefault(job.name.label, []).append(job)
@@ -139,7 +143,7 @@ def plan_rows(jobs: Sequence[Job]) -> list[tuple[str, int, int, Any]]:
 
 
 def save_grid(grid: Grid, folder: Path) -> Grid:
-    """Write the grid down, so that its folder suffices to go on; what was asked for there before stays in it."""
+    # The folder alone must be enough to resume. A grid grows: methods and seeds of earlier calls stay in it.
     if (folder / GRID_FILE).is_file():
         grid = grid.merge(read_grid(folder / GRID_FILE, is_recorded=True))
     try:

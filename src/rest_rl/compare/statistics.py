@@ -1,7 +1,7 @@
-"""What a few seeds say: intervals of means, paired differences and their tests, power, steps to a target.
+"""Statistics over a few seeds: intervals of means, paired differences and their tests, power, steps to a target.
 
-Seeds count as independent draws and are few, so intervals are Student's; those of shares end at 0 and 1.
-NaN stands for what is not known: one seed has no spread. All intervals are of 95 %.
+Seeds count as independent draws. They are few, so all intervals are 95 % Student intervals; those of shares end at 0
+and 1. Values that are unknown are NaN: a single seed has no spread.
 """
 
 from __future__ import annotations
@@ -19,45 +19,49 @@ from scipy.stats import nct, permutation_test, t, ttest_1samp
 from rest_rl.statistics import SIGNIFICANCE_LEVEL, Interval
 
 POWER = 0.8
+# Up to 14 seeds the sign-flip test enumerates all assignments of signs; beyond, it draws this many.
 MAX_SIGN_DRAWS = 20_000
-"""Sign assignments tried at most: all of them up to 14 seeds, random ones beyond."""
 MAX_SEEDS = 10_000
 NAN = float("nan")
+# Relative differences below this count as zero. Scores are quotients, so equal ones may differ by rounding.
 ROUNDING_TOLERANCE = 1e-9
-"""Share of a value, or of the largest of several, below which a difference counts as none: shares are not exact."""
 
-Curve = Mapping[int, float]
-"""A value by training step."""
+Curve = Mapping[int, float]  # by training step
 
 
 class Paired(NamedTuple):
-    """One quantity of two methods on the same seeds: ours minus theirs."""
+    """The difference of one quantity between two methods on the same seeds: ours minus theirs."""
 
     n: int
     difference: Interval
     sd: float
     """Standard deviation of the differences."""
     p_t: float
-    """Paired t test, two-sided."""
+    """p of the paired t test, two-sided."""
     p_flip: float
-    """Sign-flip permutation test, two-sided: never below 2 / 2**n."""
+    """p of the sign-flip permutation test, two-sided; never below 2 / 2**n."""
 
 
 class StepsToTarget(NamedTuple):
-    """How many steps a method takes to the reference's last (or best) value, as a share of the reference's steps."""
+    """The steps a method needs to reach the baseline's last (or best) value, divided by the steps of the baseline."""
 
     share: float
-    """Of the curves of the mean over seeds; NaN if the method's never gets there."""
+    """The ratio for the mean curves over seeds; NaN if the method never reaches the value."""
     reached: int
+    """Number of seeds that reach the value, of `n`."""
     n: int
     by_seed: Interval
-    """Geometric mean over seeds, each with its own target; NaN unless every seed gets there."""
+    """The geometric mean over seeds, each with its own target; NaN unless all seeds reach theirs."""
 
 
 def mean_interval(values: Sequence[float], bounds: tuple[float, float] | None = None) -> Interval:
-    """Mean ± t(0.975, n - 1) s / sqrt(n); without two values, or without spread around a mean that is not 0, no ±.
+    """Return the mean with its Student interval, mean ± t(0.975, n - 1) s / sqrt(n).
 
-    Limits beyond `bounds`, within which the true mean must lie, are cut off there: this loses no coverage.
+    The limits are NaN for fewer than two values, and for equal values other than 0, which show no noise to measure.
+
+    Args:
+        values: one value per seed.
+        bounds: the range of the true mean. Limits beyond it are cut off, which loses no coverage.
     """
     if not values:
         return Interval(NAN, NAN, NAN)
@@ -72,7 +76,6 @@ def mean_interval(values: Sequence[float], bounds: tuple[float, float] | None = 
 
 
 def sample_sd(values: Sequence[float]) -> float:
-    """The sample standard deviation, 0 where it is only rounding; NaN for fewer than two values."""
     if len(values) < 2:
         return NAN
     sd = statistics.stdev(values)
@@ -80,7 +83,9 @@ def sample_sd(values: Sequence[float]) -> float:
 
 
 def compare_paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paired:
-    """The difference on the seeds that both have, with its interval and two tests."""
+    """Return the difference on the seeds that both methods have, with its interval and two tests."""
+    # Both methods of a seed see the same prompts in the same order, so the seed shifts both scores alike. Subtracting
+    # seed by seed removes this shared part of the variance, which is most of it; unpaired means would be far noisier.
     pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
     differences = [0.0 if math.isclose(a, b, rel_tol=ROUNDING_TOLERANCE) else a - b for a, b in pairs]
     return Paired(
@@ -93,7 +98,7 @@ def compare_paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Pa
 
 
 def t_test(differences: Sequence[float]) -> float:
-    """Student's t test against 0, two-sided. Differences that are all 0 have p = 1; other ones without spread, NaN."""
+    """Return p of the t test against 0, two-sided: 1 if all differences are 0, NaN if they are equal but not 0."""
     if len(differences) < 2:
         return NAN
     if sample_sd(differences) == 0:
@@ -103,13 +108,12 @@ def t_test(differences: Sequence[float]) -> float:
 
 
 def sign_flip_test(differences: Sequence[float]) -> float:
-    """How often random signs of the differences give a sum at least as far from 0, two-sided; NaN without any.
-
-    It needs no normal distribution, only that a difference could as well have come with the other sign.
-    """
+    """Return p of the sign-flip permutation test, two-sided; NaN without differences."""
+    # If the methods are equal, each difference could as well have had the other sign. p is the share of the 2**n sign
+    # assignments whose sum is at least as far from 0 as the observed one; no normal distribution is assumed.
     if not differences:
         return NAN
-    if len(differences) == 1:  # scipy wants two observations; both signs are as far from 0
+    if len(differences) == 1:  # scipy requires two observations; with one, both signs are equally far from 0
         return 1.0
     result = permutation_test(
         (np.asarray(differences, dtype=float),),
@@ -123,23 +127,27 @@ def sign_flip_test(differences: Sequence[float]) -> float:
 
 
 def paired_t_power(difference: float, sd: float, n: int) -> float:
-    """Chance that a paired t test at the 5 % level finds a true difference with n seeds: the noncentral t's tails."""
+    """Return the power of a paired t test at the 5 % level: the chance that n seeds show a true difference."""
+    # Under a true difference the t statistic has a noncentral t distribution; the power is the mass of both its tails
+    # beyond the critical value.
     if n < 2 or not sd > 0:
         return NAN
     critical, shift = t.ppf(1 - SIGNIFICANCE_LEVEL / 2, n - 1), abs(difference) / sd * math.sqrt(n)
-    # scipy gives NaN for a left tail that is too small for it, below 1e-16
+    # scipy returns NaN for a left tail below about 1e-16
     return float(nct.sf(critical, n - 1, shift) + np.nan_to_num(nct.cdf(-critical, n - 1, shift)))
 
 
 def detectable_difference(sd: float, n: int) -> float:
-    """The smallest true difference that n seeds find with a chance of 80 %: where `power_of` is 0.8."""
+    """Return the smallest true difference that n seeds detect with a power of 80 %."""
+    # The power depends only on difference / sd, so solve once for sd = 1 and scale.
     if n < 2 or not sd > 0:
         return NAN
     return sd * float(brentq(lambda effect: paired_t_power(effect, 1.0, n) - POWER, 1e-3, 100.0))  # type: ignore[arg-type]
 
 
 def count_seeds_needed(difference: float, sd: float) -> int | None:
-    """The fewest seeds that find a true difference with a chance of 80 %; None beyond 10,000."""
+    """Return the fewest seeds that detect a true difference with a power of 80 %; None above 10,000."""
+    # The power grows with n, so bisect: `low` never suffices, `high` always does.
     if not difference or not sd > 0 or paired_t_power(difference, sd, MAX_SEEDS) < POWER:
         return None
     low, high = 1, MAX_SEEDS
@@ -150,14 +158,14 @@ def count_seeds_needed(difference: float, sd: float) -> int | None:
 
 
 def pooled_sd(groups: Sequence[tuple[float, int]]) -> float:
-    """The common standard deviation of groups of (sd, n): variances weighted by n - 1; groups without one left out."""
+    """Return the common standard deviation of groups of (sd, n), with variances weighted by n - 1."""
     known = [(sd, n - 1) for sd, n in groups if n > 1 and not math.isnan(sd)]
     freedom = sum(weight for _, weight in known)
     return math.sqrt(sum(sd**2 * weight for sd, weight in known) / freedom) if freedom else NAN
 
 
 def area_under_curve(curve: Curve) -> float | None:
-    """Area under a curve over its range of steps, so a mean over steps; None for less than two points."""
+    """Return the area under a curve divided by its range of steps, a mean over steps; None below two points."""
     steps = sorted(curve)
     if len(steps) < 2:
         return None
@@ -165,11 +173,19 @@ def area_under_curve(curve: Curve) -> float | None:
 
 
 def steps_to_target(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], *, best: bool) -> StepsToTarget | None:
-    """Steps to the reference's last (or `best`) value over the reference's own steps to it, on the seeds of both.
+    """Compare how many steps two methods need to reach the baseline's last (or `best`) value, on their common seeds.
 
-    Curves are smoothed, by seed and step. Both counts are first crossings, so a method that is the reference has 1.
-    None without a common seed with curves.
+    Args:
+        ours: the smoothed curves of the method, by seed.
+        theirs: those of the baseline.
+        best: use the highest value of the baseline as the target instead of its last.
+
+    Returns:
+        None without a common seed that has both curves.
     """
+    # Both counts are first crossings of the same target, so the baseline compared with itself has exactly 1. The mean
+    # over seeds is geometric, because ratios are multiplicative. It is NaN as soon as one seed never reaches its
+    # target: dropping that seed would favour the method that fails.
     seeds = sorted(seed for seed in ours.keys() & theirs.keys() if ours[seed] and theirs[seed])
     if not seeds:
         return None
@@ -187,17 +203,15 @@ def steps_to_target(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], *, b
 
 
 def steps_ratio(ours: Curve, theirs: Curve, *, best: bool) -> float | None:
-    """First crossing of the other curve's last (or best) value, over that curve's own first crossing of it."""
     if not theirs:
         return None
     target = max(theirs.values()) if best else theirs[max(theirs)]
     own, other = first_step_reaching(ours, target), first_step_reaching(theirs, target)
-    assert other is not None
+    assert other is not None  # the target is a value of this curve
     return None if own is None else own / other
 
 
 def first_step_reaching(curve: Curve, target: float) -> int | None:
-    """The first step at which a curve reaches a value; None if it never does."""
     return next((step for step in sorted(curve) if curve[step] >= target - 1e-12), None)
 
 

@@ -1,4 +1,4 @@
-"""A comparison in words: what is beyond seed noise, whether shuffled weights do as well, what could not be seen."""
+"""The verdict of a comparison: differences beyond seed noise, the control with shuffled weights, statistical power."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from rest_rl.compare.statistics import Paired, count_seeds_needed
 from rest_rl.statistics import SIGNIFICANCE_LEVEL, Interval
 
 FEW_SEEDS = 3
-RELEVANT_DIFFERENCE = 0.03
-"""A difference that one would want to see: 3 points."""
+RELEVANT_DIFFERENCE = 0.03  # the smallest difference in exact match that a grid should be able to detect
 METHODS_WITH_OWN_REWARD = ("paper", "authors-code")
 
 
 def build_verdict(report: ComparisonReport) -> tuple[Statement, ...]:
-    """The findings, the one that matters first."""
+    """Return the statements about a comparison, the most important first."""
+    # The verdict rests on one metric that was fixed in advance (`report.primary`). A method differs if its paired t
+    # test over seeds, corrected for the number of methods, has q <= 0.05. A lead is attributed to the regions only if
+    # it also exceeds the control with shuffled weights; anything that an interval leaves open is stated as open.
     found = list(unfinished_statements(report))
     for start in report.starts:
         reference = report.line(report.reference, start)
         if reference is None:
-            text = f"From {start} there is no finished {report.reference} to compare with."
+            text = f"From {start} there is no finished run of `{report.reference}`, so nothing is compared."
             found.append(Statement("no_reference", text))
             continue
         where = f"From {start}: " if start else ""
@@ -35,7 +37,7 @@ def unfinished_statements(report: ComparisonReport) -> Iterator[Statement]:
         return
     total = len(left) + sum(len(line.runs) for line in report.lines)
     absent = ", ".join(f"`{label}`" for label in report.absent)
-    without = f" There is no finished run of {absent}: nothing here is about that." if absent else ""
+    without = f" Methods without a finished run are not compared: {absent}." if absent else ""
     count = f"**{len(left)} of {total} runs {'is' if len(left) == 1 else 'are'} not finished**"
     yield Statement("unfinished", f"{count}: {list_some([f'`{name}`' for name in left])}.{without}")
 
@@ -47,15 +49,17 @@ def start_statements(report: ComparisonReport, reference: MethodResult) -> Itera
         yield nothing_learnt_statement(report, [reference, *judged]) or headline_statement(report, judged, noticed)
     for line in noticed:
         points, p = format_points(difference_to_reference(report, line)), format_p(q_value(report, line))
-        text = f"`{line.label}`: {points} points ({p_or_q(report)} {p})."
+        text = f"`{line.label}`: {points} points compared with `{report.reference}` ({p_or_q(report)} {p})."
         if line.to_final and not math.isnan(line.to_final.share):
-            text += f" It gets to where `{report.reference}` ends in {line.to_final.share:.2f} of its steps."
+            text += (
+                f" It reaches the final score of `{report.reference}` in {line.to_final.share:.2f} times as many steps."
+            )
         yield Statement("difference", text)
     yield from speed_statements(report, judged)
     yield from control_statements(report, judged, noticed)
     yield from gain_statements(report, reference)
     if any(line.method in METHODS_WITH_OWN_REWARD for line in noticed):
-        text = "`paper` and `authors-code` have rewards of their own: their differences are not of weights only."
+        text = "`paper` and `authors-code` use their own rewards, so their differences are not due to the weights only."
         yield Statement("own_reward", text)
 
 
@@ -64,18 +68,16 @@ def q_value(report: ComparisonReport, line: MethodResult) -> float:
 
 
 def difference_to_reference(report: ComparisonReport, line: MethodResult) -> Interval:
-    """How far a method is above the reference in the primary figure."""
     test = line.metrics[report.primary].paired
     return test.difference if test else Interval(math.nan, math.nan, math.nan)
 
 
 def is_significant(report: ComparisonReport, line: MethodResult) -> bool:
-    """Whether a method differs from the reference beyond seed noise: q at most 5 %."""
     return q_value(report, line) <= SIGNIFICANCE_LEVEL
 
 
 def nothing_learnt_statement(report: ComparisonReport, lines: list[MethodResult]) -> Statement | None:
-    """That every run of some methods ends exactly where it began, or at 0; None if any does not."""
+    # None unless all runs end exactly where they began, or at 0.
     label = METRICS[report.primary].label
     ends = {
         report.headline("gain"): f"every run ends exactly where it began in {label}",
@@ -83,7 +85,7 @@ def nothing_learnt_statement(report: ComparisonReport, lines: list[MethodResult]
     }
     for key, what in ends.items():
         if all(run.values.get(key) == 0 for line in lines for run in line.runs):
-            text = f"**Nothing was learnt**: {what}, so this grid says nothing about methods."
+            text = f"**Nothing was learned**: {what}, so this grid says nothing about the methods."
             return Statement("nothing_learnt", text)
     return None
 
@@ -96,77 +98,83 @@ def headline_statement(
     if not known:
         tests = [line.metrics[report.primary].paired for line in judged]
         alike = any(test and test.n > 1 for test in tests)
-        why = "differences that are alike under every seed leave nothing for" if alike else "too few seeds for"
-        return Statement("no_verdict", f"**No verdict**: {why} a test of {label}.")
+        why = (
+            "the differences are equal under every seed, so they allow no" if alike else "there are too few seeds for a"
+        )
+        return Statement("no_verdict", f"**No verdict**: {why} test of {label}.")
     if not significant:
         tested = [line for line in judged if line.metrics[report.primary].paired]
         far = max(tested, key=lambda line: abs(difference_to_reference(report, line).value))
         points, p = format_points(difference_to_reference(report, far)), format_p(min(known))
         text = (
-            f"`{far.label}` is {points} points from `{reference}` in {label} ({p_or_q(report)} {p})."
+            f"`{far.label}` differs by {points} points from `{reference}` in {label} ({p_or_q(report)} {p})."
             if len(judged) == 1
-            else f"None of {len(judged)} methods differs from `{reference}` in {label} (smallest q {p}). The largest "
-            f"difference is that of `{far.label}`, {points} points."
+            else f"None of the {len(judged)} methods differs from `{reference}` in {label} (smallest q {p}). The "
+            f"largest difference is that of `{far.label}`: {points} points."
         )
         return Statement("no_difference", f"**No difference beyond seed noise.** {text}")
     above = [line for line in significant if difference_to_reference(report, line).value > 0]
     if len(judged) == 1:
         side, test = "above" if above else "below", f"{label}, {p_or_q(report)} ≤ {SIGNIFICANCE_LEVEL:g}"
         return Statement(side, f"**`{judged[0].label}` is {side} `{reference}` beyond seed noise** ({test}).")
-    counts = f"{len(above)} above `{reference}` and {len(significant) - len(above)} below it"
-    text = f"**Of {len(judged)} methods, {counts} beyond seed noise** ({label}, q ≤ {SIGNIFICANCE_LEVEL:g})."
+    counts = f"{len(above)} above `{reference}`, {len(significant) - len(above)} below"
+    text = f"**Of {len(judged)} methods, beyond seed noise: {counts}** ({label}, q ≤ {SIGNIFICANCE_LEVEL:g})."
     return Statement("some_differ", text)
 
 
 def speed_statements(report: ComparisonReport, judged: list[MethodResult]) -> Iterator[Statement]:
-    """Who gets to where the reference ends in fewer steps: the interval of the mean over seeds is below 1."""
+    # Faster means that the whole interval of the ratio of steps is below 1.
     reached = [(line.label, line.to_final.by_seed) for line in judged if line.to_final]
     parts = [
-        f"`{label}` in {share.value:.2f} [{share.low:.2f}, {share.high:.2f}] of its steps"
+        f"`{label}` in {share.value:.2f} [{share.low:.2f}, {share.high:.2f}] times as many steps"
         for label, share in reached
         if share.high < 1
     ]
     if parts:
         many = "" if report.is_single else ", not corrected for the number of methods"
-        text = f"Sooner where `{report.reference}` ends: {'; '.join(parts)} (geometric mean over seeds{many})."
+        text = (
+            f"Faster to the final score of `{report.reference}`: {'; '.join(parts)} (geometric mean over seeds{many})."
+        )
         yield Statement("sooner", text)
 
 
 def control_statements(
     report: ComparisonReport, judged: list[MethodResult], significant: list[MethodResult]
 ) -> Iterator[Statement]:
-    """Whether shuffled weights do as well as what did better; else whether only a control did better."""
     leading = [line for line in significant if difference_to_reference(report, line).value > 0]
     better = [line for line in leading if line.role in ("method", "ablation")]
     for line in better:
         if line.over_permuted is None:
-            text = "Without `permuted` in the grid it is open whether the regions or any uneven weights do it."
+            text = (
+                "Without `permuted` runs it is open whether the regions explain the lead or any uneven weights would."
+            )
             yield Statement("no_control", text)
             return
         yield control_statement(line.label, line.over_permuted, difference_to_reference(report, line).value)
     if not better and any(line.role == "method" for line in judged):
         for line in leading:
             if line.method in (PERMUTED, "inverted"):
-                text = f"`{line.method}` does better beyond seed noise; no method with ResT's own weights was seen to."
+                text = f"`{line.method}` is better beyond seed noise, but no method with ResT's own weights is."
                 yield Statement("only_control_leads", text)
 
 
 def control_statement(label: str, test: Paired, lead_of_reference: float) -> Statement:
-    """What a lead over shuffled weights says of a lead over the reference."""
+    # Three outcomes by the interval of the difference to `permuted`: above 0, the regions matter; below both 3 points
+    # and half of the lead over the baseline, shuffled weights do as well; otherwise it is open.
     if test.n < 2:
         seeds = {0: "no seed", 1: "one seed"}[test.n]
-        text = f"`{label}` and `permuted` have {seeds} in common: whether the regions explain the lead cannot be told."
+        text = f"`{label}` and `permuted` have {seeds} in common, so it is open whether the regions explain the lead."
         return Statement("control_unknown", text)
     points = f"`{label}` is {format_points(test.difference)} points above shuffled weights"
     if test.difference.low > 0:
-        return Statement("regions_matter", f"{points}: which region gets the weight matters.")
+        return Statement("regions_matter", f"{points}: it matters which region gets which weight.")
     if test.difference.high < min(RELEVANT_DIFFERENCE, lead_of_reference / 2):
         text = (
-            f"**Weights matter, but shuffled ones do as well**: {points}, less than half of its lead, so the regions "
-            "do not explain it."
+            f"**Weights matter, but shuffled weights do as well**: {points}, less than half of its lead, so the "
+            "regions do not explain it."
         )
         return Statement("shuffled_as_good", text)
-    text = f"{points}: whether the regions explain its lead or any uneven weights would do cannot be told."
+    text = f"{points}: it is open whether the regions explain its lead or any uneven weights would."
     return Statement("control_unknown", text)
 
 
@@ -177,13 +185,18 @@ def gain_statements(report: ComparisonReport, reference: MethodResult) -> Iterat
     drawn = report.line(RANDOM, reference.start)
     if drawn and (result := drawn.metrics.get(gain)):
         if result.mean.low > 0:
-            kind, meaning = "random_gains", "**part of every gain here needs no reward.**"
+            kind, meaning = "random_gains", "**part of every gain in this grid needs no reward signal.**"
         elif result.mean.high < RELEVANT_DIFFERENCE:
-            kind, meaning = "random_flat", f"less than {100 * RELEVANT_DIFFERENCE:.0f} points come without a signal."
+            kind, meaning = (
+                "random_flat",
+                f"without a reward signal, less than {100 * RELEVANT_DIFFERENCE:.0f} points are gained.",
+            )
         else:
-            kind, meaning = "random_unknown", "whether something is gained without a signal cannot be told."
+            kind, meaning = "random_unknown", "it is open whether anything is gained without a reward signal."
         points = format_points(result.mean)
-        yield Statement(kind, f"Rewards that know nothing (`random`) change exact match by {points} points: {meaning}")
+        yield Statement(
+            kind, f"Training on random rewards (`random`) changes exact match by {points} points: {meaning}"
+        )
 
 
 def reference_gain_statement(label: str, gain: Interval) -> Statement:
@@ -191,42 +204,44 @@ def reference_gain_statement(label: str, gain: Interval) -> Statement:
     if math.isnan(gain.low):
         return Statement("reference_gain", f"`{label}` gained {points}.")
     if gain.low > 0:
-        return Statement("reference_learnt", f"`{label}` learnt: {points}.")
+        return Statement("reference_learnt", f"`{label}` learned: {points}.")
     if gain.high < RELEVANT_DIFFERENCE:
         text = (
-            f"`{label}` itself gained nothing to speak of ({points}): a grid in which so little is learnt says little "
-            "about methods. Train longer, or take another start."
+            f"`{label}` itself gained almost nothing ({points}). A grid in which so little is learned says little "
+            "about the methods: train longer, or use another start."
         )
         return Statement("reference_flat", text)
-    text = f"Whether `{label}` itself learnt cannot be told ({points}): more seeds or longer runs would."
+    text = f"It is open whether `{label}` itself learned ({points}); more seeds or longer runs would show it."
     return Statement("reference_unknown", text)
 
 
 def power_statements(report: ComparisonReport) -> Iterator[Statement]:
     shared = report.shared_seeds
     if shared and report.seeds < 2:
-        text = "One seed has no spread: nothing here can be told from noise. Run at least 3 seeds, better 5."
+        text = (
+            "One seed has no spread, so no difference can be distinguished from noise. Run at least 3 seeds, better 5."
+        )
         yield Statement("one_seed", text)
         return
     if not math.isnan(report.detectable):
         needed = count_seeds_needed(RELEVANT_DIFFERENCE, report.sd)
         many = "" if report.is_single else ", before correction for the number of methods"
         more = (
-            f"; for {100 * RELEVANT_DIFFERENCE:.0f} points it takes {needed} seeds"
+            f"; for {100 * RELEVANT_DIFFERENCE:.0f} points it would take {needed} seeds"
             if needed and needed > report.seeds
             else ""
         )
         text = (
-            f"With {report.seeds} seeds the grid would have seen a difference of {100 * report.detectable:.1f} points "
-            f"four times out of five{many}{more}."
+            f"With {report.seeds} seeds, this grid detects a difference of {100 * report.detectable:.1f} points with a "
+            f"power of 80 %{many}{more}."
         )
         yield Statement("power", text)
     short = [f"`{label}` {count}" for label, count in shared.items() if count < report.seeds]
     if short:
         common = f"Fewer seeds in common with `{report.reference}`"
-        yield Statement("fewer_seeds", f"{common}, so less was to be seen of them: {', '.join(short)}.")
+        yield Statement("fewer_seeds", f"{common}, and therefore less power: {', '.join(short)}.")
     if shared and report.seeds < FEW_SEEDS:
-        yield Statement("few_seeds", f"{report.seeds} seeds hardly allow a test: run at least 3, better 5.")
+        yield Statement("few_seeds", f"{report.seeds} seeds are hardly enough for a test. Run at least 3, better 5.")
 
 
 def p_or_q(report: ComparisonReport) -> str:
@@ -234,12 +249,12 @@ def p_or_q(report: ComparisonReport) -> str:
 
 
 def format_points(interval: Interval) -> str:
-    """`+3.1 [+0.4, +5.8]` in points."""
+    """Return a difference in points, such as `+3.1 [+0.4, +5.8]`."""
     return format_interval(interval, 100, 1, sign="+")
 
 
 def format_interval(interval: Interval, scale: float, digits: int, sign: str = "") -> str:
-    """`41.2 [38.0, 44.4]`; only the value without an interval, a dash without a value."""
+    """Return text such as `41.2 [38.0, 44.4]`: only the value without an interval, a dash without a value."""
     if math.isnan(interval.value):
         return "–"
     value, low, high = (f"{scale * number:{sign}.{digits}f}" for number in interval)
