@@ -1,7 +1,7 @@
 """Trains the runs of a grid, each as a separate `rest-rl train` process: several at a time, resumable, stoppable.
 
-The process of a run owns its folder (`runlog.lock_run_folder`), so no run is trained twice: if an earlier command was killed and
-left its runs training, or another command starts the same run, this one waits for that process.
+The process of a run locks its folder (`runlog.lock_run_folder`), so no run is trained twice: if an earlier command was
+killed and left its runs training, or another command starts the same run, this one waits for that process.
 """
 
 from __future__ import annotations
