@@ -82,7 +82,7 @@ def test_each_character_of_a_response_lies_in_a_token_of_its_region(kind, name):
     assert joined.strip() == tokenizer.decode(ids, skip_special_tokens=False).strip()
     regions = tag(ids, tokenizer, tool_format)
     text_of = dict.fromkeys(Region, "")
-    for piece, region in zip(get_token_bytes(tokenizer).split(ids), regions, strict=True):
+    for piece, region in zip(get_token_bytes(tokenizer).to_bytes(ids), regions, strict=True):
         text_of[Region(region)] += piece.decode("utf-8", "replace")
     assert "get_weather" in text_of[Region.NAME]
     assert "ity" in text_of[Region.ARGUMENTS]  # the BPE without pre-tokenizer merges across the brace
@@ -165,7 +165,7 @@ def test_several_calls_are_tagged_where_the_markers_are_special_tokens(name):
     assert regions[-2:] == [Region.FORMAT, Region.FORMAT]
     assert decode_ids([*ids, *end], tokenizer, tool_format.tags) == text
     # the naive tagger knows the pieces of the byte-level vocabulary and of the added tokens
-    pieces = list(get_token_bytes(tokenizer).split(ids))
+    pieces = list(get_token_bytes(tokenizer).to_bytes(ids))
     assert b"".join(pieces).decode() == text
     assert regions[:-2] == naive_regions(pieces, list(tool_format.parse(text).spans), text)
     assert Region.OTHER not in regions
@@ -262,7 +262,7 @@ def test_every_turn_of_a_row_has_its_name_reasoning_and_answer(name):
     parts = [[*ids_of(text), end] for text in texts]
     ids, mask = joined(parts, [[], ids_of("24 degrees"), []])
     regions = tag(ids, tool_format=tool_format, mask=mask)
-    pieces, text_of = get_token_bytes(BYTE_LEVEL).split(ids), dict.fromkeys(Region, b"")
+    pieces, text_of = get_token_bytes(BYTE_LEVEL).to_bytes(ids), dict.fromkeys(Region, b"")
     for piece, region in zip(pieces, regions, strict=True):
         text_of[Region(region)] += piece
     assert text_of[Region.NAME] == b"get_weather"

@@ -228,12 +228,12 @@ def test_an_explanation_names_what_cost_what():
     gold = Gold((call("f", city="Paris", n=1), call("g")))
     reward = score(respond(call("f", city="Rome", m=1), call("h"), answer="x"), gold)
     messages = {finding.kind: finding.message for finding in reward.explanation}
-    assert messages["format"] == "an answer block is not needed"
+    assert messages["format"] == "no answer block was expected"
     assert messages["names"] == 'tool names: missing ["g"], extra ["h"]'
     assert messages["keys"] == 'arguments of "f": missing ["n"], extra ["m"]'
     assert messages["missing_argument"] == '"f": no value for "n", expected 1'
-    assert messages["value"] == '"f": "city" got "Rome", expected "Paris"'
-    assert messages["missing_call"] == 'no call of "g" was made for a gold call'
+    assert messages["value"] == '"f": "city" is "Rome", expected "Paris"'
+    assert messages["missing_call"] == 'no call matches the gold call of "g"'
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""The published code's rewards and token weights, number for number, gaps included, for reproduction.
+"""Reproduces the rewards and token weights of the authors' published code exactly, including its gaps.
 
 Source: https://github.com/1229095296/ResT_Tool_use_LLM at d6c29b5, `verl/utils/reward_score/rlla.py` with
-SCHEDULEREWARD=1 and `recipe/custom/token_weighting.py`. What it leaves out is listed in docs/method.md. Where that code
-raises (a span that begins after the last token) the span is skipped here.
+SCHEDULEREWARD=1 and `recipe/custom/token_weighting.py`. docs/method.md lists the gaps. The only deviation: if a span
+starts after the last token, that code raises an exception and this one skips the span.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import numpy as np
 from rest_rl.response import Gold, check_progress
 
 SCHEDULE_STEPS = 150
-"""Steps over which the reward's bounds move; progress 1 stands for this step."""
+"""Length of the published schedule in steps; progress 1 corresponds to the last one."""
 
 
 def authors_step(progress: float) -> float:
-    """The step of the published 150-step schedule that a progress in [0, 1] stands for; exact for step / 150."""
+    """Convert a progress in [0, 1] to a step of the published 150-step schedule; exact for step / 150."""
     check_progress(progress)
     return round(progress * SCHEDULE_STEPS, 9)
 
 
 def authors_reward(response: str, gold: Gold, step: float) -> tuple[float, float]:
-    """(format score, correctness score) of a response at an absolute training step; the reward is their sum."""
+    """Return (format score, correctness score) at an absolute training step; the reward is their sum."""
     text = response.rsplit("<|im_start|>assistant", maxsplit=1)[-1].split("<|im_end|>", maxsplit=1)[0].strip()
     return _format_score(text, gold, step), _correctness_score(text, gold, step)
 
@@ -39,10 +39,10 @@ def _format_score(text: str, gold: Gold, step: float) -> float:
     lowest = min(-1.0, -2 + (2 + 0.0) * step / SCHEDULE_STEPS)
     order = ["think"] + ["tool_call"] * bool(gold.calls) + ["response"] * (gold.answer is not None)
     tags = [tag for name in order for tag in (f"<{name}>", f"</{name}>")]
-    once = tags[2:] or tags  # the think tags may repeat as long as another block is required
+    once = tags[2:] or tags  # the published code lets think tags repeat if another block is required
     positions = [text.find(tag) for tag in tags]
     fits = min(positions) >= 0 and all(text.count(tag) == 1 for tag in once)
-    if len(order) > 1:  # a lone think block may even close before it opens
+    if len(order) > 1:  # ... and lets a think block that stands by itself close before it opens
         fits = fits and positions == sorted(set(positions))
     if order == ["think", "tool_call"]:
         fits = fits and "<response>" not in text and "</response>" not in text
@@ -69,7 +69,8 @@ def _correctness_score(text: str, gold: Gold, step: float) -> float:
 
 
 def _greedy_points(wanted: list[dict[str, Any]], made: list[Any]) -> tuple[float, float]:
-    """The points of the made calls and the most there are; each gold call in turn takes its best unused partner."""
+    # (points, maximum points). The published code assigns greedily: each gold call in turn takes the best predicted
+    # call that is not used yet, which can be worse than the optimal assignment (`rewards.accuracy_score`).
     points = _multiset_jaccard([call["name"] for call in wanted], [call["name"] for call in made])
     best, used = 1.0, set[int]()
     for call in wanted:
@@ -107,17 +108,19 @@ LOWEST_WEIGHT, HIGHEST_WEIGHT = 0.001, 8.0
 
 
 def authors_weights(pieces: Sequence[bytes], step: float, *, trim_spaces: bool = False) -> np.ndarray:
-    """Raw weight of every token of one response: float32 (T,), 0 where the published code gives none.
+    """Return the raw weight of every token of a response: float32 (T,), 0 where the published code assigns none.
 
-    `pieces` are the bytes of each token; `trim_spaces` is set for tokenizers whose offsets leave out the spaces around
-    a token. The result still has to be clipped and normalised (`authors_normalise`).
+    Args:
+        pieces: The bytes of each token.
+        step: Absolute training step.
+        trim_spaces: Whether the tokenizer's offsets exclude the spaces around a token.
     """
     text = b"".join(pieces).decode("utf-8", "surrogateescape")
     starts, ends = _character_offsets(text, pieces, trim_spaces)
     weights = np.zeros(len(pieces), dtype=np.float32)
     for start, end, weight in _weighted_spans(text, step):
         low = int(np.searchsorted(starts, start, side="left"))
-        high = max(low + 1, int(np.searchsorted(ends, end, side="left")))  # exclusive: the last token is left out
+        high = max(low + 1, int(np.searchsorted(ends, end, side="left")))  # omits a span's last token, as published
         weights[low:high] = np.maximum(weights[low:high], np.float32(weight))
     return weights
 
@@ -145,7 +148,7 @@ def _weighted_spans(text: str, step: float) -> list[tuple[int, int, float]]:
 
 
 def _find_blocks(text: str, opening: str, closing: str) -> Iterator[tuple[int, int, int, int]]:
-    """(start, inner start, inner end, end) of each block, each opening paired with the first closing after it."""
+    # (start, inner start, inner end, end) of each block; an opening tag matches the first closing tag after it.
     opening_pattern, closing_pattern, at = re.compile(opening), re.compile(closing), 0
     while (first := opening_pattern.search(text, at)) and (last := closing_pattern.search(text, first.end())):
         yield first.start(), first.end(), last.start(), last.end()
@@ -162,7 +165,8 @@ def _closing_brace(block: str, start: int) -> int:
 
 
 def _character_offsets(text: str, pieces: Sequence[bytes], trim_spaces: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The characters `[start, end)` that each token touches; a part of a character counts as all of it."""
+    # The characters [start, end) that each token touches, as a tokenizer's offset mapping reports them: a token with
+    # only some bytes of a character covers the whole character.
     ends_in_bytes = np.fromiter(accumulate(map(len, pieces)), dtype=np.int64, count=len(pieces))
     starts_in_bytes = ends_in_bytes - np.array([len(piece) for piece in pieces], dtype=np.int64)
     sizes = [len(char.encode("utf-8", "surrogateescape")) for char in text]
@@ -179,8 +183,8 @@ def _character_offsets(text: str, pieces: Sequence[bytes], trim_spaces: bool) ->
 
 
 def authors_normalise(weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Clip the positive weights of unmasked tokens, divide by the mean of those alone, drop the rest: float32 (T,)."""
-    import torch  # only here: a reward worker needs none; numpy's float32 mean differs
+    """Clip the positive weights of unmasked tokens and divide them by their mean; others become 0: float32 (T,)."""
+    import torch  # NumPy's float32 mean differs in the last bits; the rewards above must not need torch
 
     raw = torch.from_numpy(weights)
     valid = torch.from_numpy(mask.astype(bool))

@@ -1,4 +1,4 @@
-"""The exception for mistakes a user can fix; imports nothing of the package."""
+"""The exception for mistakes that the user can fix. This module imports nothing from the package."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import warnings
 
 
 class RenamedWarning(FutureWarning):
-    """A name that still works but has a new spelling; the command line prints it as one line."""
+    """Warns about a deprecated name; the message names its replacement. The command prints it as one line."""
 
 
 class UserError(ValueError):
-    """A mistake the user can fix.
+    """A mistake that the user can fix.
 
-    The command line prints it as one line and exits with code 2; any other exception is a bug and keeps its traceback.
+    The command prints it as one line and exits with code 2. Any other exception is a bug and keeps its traceback.
 
     Args:
         problem: What is wrong, with the offending value quoted: "trl.learning_rate is -1".

@@ -1,9 +1,7 @@
-"""Where in a (possibly broken) JSON object each top-level key and value lies.
+"""Character positions of the keys and values of a JSON object, which may be broken.
 
-The scan rides the standard library's C scanner, value by value, and never raises: what breaks it is reported in
-`ObjectScan.error`, and what was found before the break is kept. Stricter than `json.loads` in three ways, each
-because a model response is hostile input: `NaN` and `Infinity` are not JSON, integers of over 400 digits and nesting
-deeper than 64 levels are refused.
+Model responses are untrusted input. Nothing here raises, all scans take linear time, and decoding is stricter than
+`json.loads`: it rejects `NaN` and `Infinity`, integers of over 400 digits and nesting deeper than 64 levels.
 """
 
 from __future__ import annotations
@@ -16,13 +14,14 @@ MAX_INTEGER_DIGITS = 400
 MAX_DEPTH = 64
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-# an unclosed string runs to the end: were it skipped, every quote in it would start a search of its own
+# An unclosed string matches up to the end of the text. If it did not match, the search would start again at each
+# following quote and take quadratic time.
 _BRACKET_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)
 _DEPTHS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
 
 class Entry(NamedTuple):
-    """One `key: value` pair of an object; `[start, end)` is the extent of the value in the text."""
+    """A `key: value` pair of an object; the value is `text[start:end]`."""
 
     key: str
     value: Any
@@ -31,10 +30,10 @@ class Entry(NamedTuple):
 
 
 class ObjectScan(NamedTuple):
-    """The entries of one object in order, the position after it, and what broke it (None when it is valid JSON).
+    """The entries of an object in order, the position after it, and the first error (None for valid JSON).
 
-    Of a broken object the last entry may be a value whose JSON is broken: its `value` is None and its extent ends
-    where its brackets close or, when they do not, at the end of the text.
+    If the error is in a value, that value is the last entry: its `value` is None, and it ends where its brackets close,
+    or at the end of the text.
     """
 
     entries: tuple[Entry, ...]
@@ -43,10 +42,13 @@ class ObjectScan(NamedTuple):
 
 
 def scan_object(text: str, start: int = 0) -> ObjectScan:
-    """Scan the object that opens at `text[start]`; linear in the length of the text.
+    """Scan the object that opens at `text[start]`.
 
     Example: `scan_object('{"a": [1]}').entries == (Entry("a", [1], 6, 9),)`.
     """
+    # A small state machine over the top level only: key, colon, value, comma. The standard library's C scanner reads
+    # each key and value and returns where it ended, so nested values cost no Python loop and every character is read
+    # once. Entries found before an error are kept: a broken call may still have a name that can be tagged.
     entries: list[Entry] = []
     if not text.startswith("{", start):
         return ObjectScan((), start, "expected '{'")
@@ -78,7 +80,7 @@ def scan_object(text: str, start: int = 0) -> ObjectScan:
 
 
 def decode_at(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value at `text[at]` and the position after it; the position is -1 when there is no such value."""
+    """Return the JSON value at `text[at]` and the position after it, or (None, -1) if there is no valid value."""
     try:
         value, end = _DECODER.raw_decode(text, at)
     except (ValueError, RecursionError):
@@ -100,6 +102,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_bounded_
 
 
 def _is_too_deep(text: str, start: int, end: int) -> bool:
+    # Counting brackets is fast and settles nearly every value; the exact depth is only needed above the limit.
     if text.count("{", start, end) + text.count("[", start, end) <= MAX_DEPTH:
         return False
     depth = 0
@@ -111,10 +114,15 @@ def _is_too_deep(text: str, start: int, end: int) -> bool:
 
 
 def find_bracket_end(text: str, start: int, pattern: re.Pattern[str] = _BRACKET_OR_STRING) -> int:
-    """The position after the bracket that closes the one at `start`, strings skipped; -1 when there is none.
+    """Return the position after the bracket that closes the one at `start`, or -1.
 
-    `pattern` matches brackets and strings; JSON's, unless it is another language's.
+    Args:
+        text: The text.
+        start: Position of an opening bracket.
+        pattern: Matches brackets and whole strings, so that brackets in strings do not count; JSON's by default.
     """
+    # Bracket types are not compared: `[}` counts as closed. The text is known to be broken, and the position only
+    # has to be plausible.
     opening = pattern.match(text, start)
     if opening is None or _DEPTHS.get(opening.group()) != 1:
         return -1
@@ -127,9 +135,9 @@ def find_bracket_end(text: str, start: int, pattern: re.Pattern[str] = _BRACKET_
 
 
 def parse_bare_value(text: str) -> Any:
-    """The value that a text without quotes spells: a JSON value that is no string, or else the text itself.
+    """Parse unquoted text as a JSON value, or return the text itself if it is not one or is a JSON string.
 
-    `True`, `False` and `None` are read as Python writes them. White space around a value is ignored.
+    `True`, `False` and `None` count as values, too. Surrounding white space is ignored.
     Example: `parse_bare_value(" 12") == 12` and `parse_bare_value("012") == "012"`.
     """
     stripped = text.strip(" \t\n\r")
@@ -145,7 +153,7 @@ _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 
 def skip_space(text: str, at: int) -> int:
-    """The position of the first character from `at` on that is not JSON's white space (nor Python's in brackets)."""
+    """Return the position of the first character at or after `at` that is not JSON white space."""
     match = _SPACE.match(text, at)
     assert match is not None  # the pattern matches the empty string
     return match.end()

@@ -1,6 +1,6 @@
-"""The reference objective, for the one-page example, the analyses and the tests; training uses the engine's own.
+"""A reference loss for the one-page example, the analyses and the tests; training uses the engine's loss.
 
-Shapes: B responses, T completion tokens, V vocabulary. `logprobs_BT[b, t]` is the log-probability of token t itself.
+Shapes: B responses, T completion tokens, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -24,36 +24,45 @@ def clipped_surrogate(
     aggregation: Aggregation = "grpo",
     max_length: int | None = None,
 ) -> Tensor:
-    """The loss to minimise: a scalar, -aggregate(min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)) (ResT's objective).
+    """Return the loss -aggregate(min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)), a scalar (ResT's objective).
 
-    Aggregation grpo: mean over responses of the mean over their tokens, 1/B sum_i 1/T_i sum_t; dapo: mean over all
-    tokens; dr_grpo: sum over tokens divided by the constant B * max_length. Responses without tokens count as 0.
+    Args:
+        logprobs_BT: Log-probability of each sampled token under the policy.
+        old_logprobs_BT: The same under the policy that sampled it.
+        advantages_BT: Advantage of each token, weights included.
+        mask_BT: 1 for tokens in the loss.
+        epsilon_low: Lower bound of the ratio is 1 - epsilon_low.
+        epsilon_high: Upper bound of the ratio is 1 + epsilon_high.
+        aggregation: grpo averages over the tokens of a response, then over responses; dapo averages over all tokens;
+            dr_grpo divides the sum over tokens by B * max_length. A response without tokens counts as 0.
+        max_length: The constant length of dr_grpo.
     """
     tensors = (logprobs_BT, old_logprobs_BT, advantages_BT, mask_BT)
     if len({tensor.shape for tensor in tensors}) != 1 or logprobs_BT.ndim != 2:
-        raise ValueError(f"got shapes {[tuple(tensor.shape) for tensor in tensors]}, expected one (B, T) for all")
+        raise ValueError(f"shapes are {[tuple(tensor.shape) for tensor in tensors]}, expected (B, T) for all")
     if aggregation not in get_args(Aggregation):
-        raise ValueError(f"got aggregation {aggregation!r}, expected one of {', '.join(get_args(Aggregation))}")
+        raise ValueError(f"unknown aggregation {aggregation!r}, expected one of {', '.join(get_args(Aggregation))}")
     ratio_BT = torch.exp(logprobs_BT - old_logprobs_BT)
     clipped_BT = ratio_BT.clamp(1 - epsilon_low, 1 + epsilon_high)
     losses_BT = -torch.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
     mask_BT = mask_BT.to(losses_BT.dtype)
+    # `where`, not a product: padding may have infinite or NaN log-probabilities, and 0 * inf is NaN.
     losses_BT = torch.where(mask_BT > 0, losses_BT, 0.0)
     if aggregation == "grpo":
         return (losses_BT.sum(-1) / mask_BT.sum(-1).clamp_min(1)).mean()
     if aggregation == "dapo":
         return losses_BT.sum() / mask_BT.sum().clamp_min(1)
     if max_length is None:
-        raise ValueError("aggregation 'dr_grpo' divides by a constant length; pass max_length")
+        raise ValueError("aggregation 'dr_grpo' needs max_length, expected the maximum response length")
     return losses_BT.sum() / (len(losses_BT) * max_length)
 
 
 def token_entropy(logits_BTV: Tensor, temperature: float = 1.0) -> Tensor:
-    """H_t = -sum_v p log p in nats of the temperature-scaled distribution: (B, T)."""
+    """Return the entropy H_t = -sum_v p log p of the temperature-scaled distribution in nats: (B, T)."""
     log_p_BTV = torch.log_softmax(logits_BTV / temperature, dim=-1)
     return -(log_p_BTV.exp() * log_p_BTV).sum(-1)
 
 
 def collision_mass(logits_BTV: Tensor, temperature: float = 1.0) -> Tensor:
-    """1 - sum_v p_v^2 = E||e_y - p||^2, the exact second moment that Lemma 2 bounds by 1 - exp(-H): (B, T)."""
+    """Return 1 - sum_v p_v^2 = E||e_y - p||^2, the second moment that ResT's Lemma 2 bounds by 1 - exp(-H): (B, T)."""
     return 1 - torch.softmax(logits_BTV / temperature, dim=-1).square().sum(-1)

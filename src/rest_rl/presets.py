@@ -1,4 +1,4 @@
-"""The method put together: the named presets, and one call that weighs the tokens of a batch for any engine.
+"""The presets (named combinations of weights, reward and advantages), and token weights for any engine.
 
 Shapes: B responses, T completion tokens, R regions.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """A training method: how tokens are weighed, how responses are rewarded and compared, where ratios are clipped."""
+    """A training method: weight rule, reward rule, advantages, and the bounds of the clipped ratio."""
 
     name: str
     weights: WeightRule
@@ -47,12 +47,12 @@ REWARD_RULES: Mapping[str, type] = {"rescaled": RewardConfig, "authors-code": Au
 """The package's rewards by name: `rule` in `[rest.reward]`."""
 
 _UNIFORM = WeightConfig(rule="uniform")
-# No schedule: the weights follow the running entropies. The strength is gentle because twice as much costs accuracy
-# where the reasoning decides (docs/results.md).
+# No schedule: the weights follow the moving averages of the entropies. The strength is low because twice as much costs
+# accuracy on tasks in which the reasoning decides (docs/results.md).
 _REST = WeightConfig(strength=0.25, w_min=0.25, w_max=4.0)
 # a_f = a_p = a_t = 0.3: the published code moves its weights by 0.002 a step over a schedule of 150 steps
 _PAPER = WeightConfig(w_min=0.001, w_max=8.0, decay_format=0.3, gain_arguments=0.3, gain_reasoning=0.3)
-# The baselines share the reward of `rest`, so that a comparison with them is one of token weights only.
+# The baselines use the same reward as `rest`, so that a comparison with them isolates the token weights.
 _REWARD = RewardConfig()
 
 PRESETS: dict[str, Preset] = {
@@ -72,20 +72,20 @@ SUPERVISED: dict[str, dict[str, float]] = {
     "tsft": {"format": 2.0, "name": 2.0, "arguments": 2.0},
     "rsft": {"reasoning": 2.0},
 }
-"""The supervised baselines: loss weight by region, 1 where absent, of mean 1 over each response.
+"""The supervised baselines: loss weight by region (default 1), normalised to mean 1 over each response.
 
-The factor of tsft is that of ms-swift's loss scale `hermes` on call blocks (https://github.com/modelscope/ms-swift),
-which the published code carries; that of rsft is ours.
+tsft's factor is that of ms-swift's loss scale `hermes` for call blocks (https://github.com/modelscope/ms-swift), which
+the published code includes. rsft's factor is ours.
 """
 
 
 def get_preset(preset: str | Preset) -> Preset:
-    """The preset of that name, or the object itself; UserError for an unknown name."""
+    """Return the preset of this name, or the object itself; UserError for an unknown name."""
     if isinstance(preset, Preset):
         return preset
     if preset not in PRESETS:
         raise UserError(
-            f"preset {preset!r}",
+            f"unknown preset {preset!r}",
             f"one of {', '.join(PRESETS)} (for training also {', '.join(SUPERVISED)})",
             "choose one of them, or pass a Preset object",
         )
@@ -102,10 +102,16 @@ def score_response(
     step: float | None = None,
     truncated: bool = False,
 ) -> Reward:
-    """Reward a response as the preset does at training progress in [0, 1]; malformed text scores low and never raises.
+    """Return the preset's reward for a response; malformed text scores low and never raises.
 
-    For the preset `authors-code` the schedule counts absolute steps: `step`, or progress * 150. `truncated`: the
-    response was cut off before its end, which leaves it without S_format.
+    Args:
+        text: The response.
+        gold: The expected calls and answer.
+        format: A format's name or a `ToolFormat`.
+        preset: A preset's name or a `Preset`.
+        progress: Curriculum progress in [0, 1].
+        step: Absolute training step, for `authors-code` only; by default progress * 150.
+        truncated: Whether the response was cut off; S_format is then 0.
     """
     judgement = judge(text, gold, format, truncated=truncated)
     return apply_reward(get_preset(preset).reward, judgement, progress, step)
@@ -125,26 +131,27 @@ def compute_token_weights(
     collisions: Tensor | Mapping[str, float] | None = None,
     regions_BT: Tensor | None = None,
 ) -> Tensor:
-    """The gradient weight of every sampled token: float32 (B, T), mean 1 over each response, 0 where masked.
+    """Return the weight of every sampled token: float32 (B, T), mean 1 over each response, 0 where masked.
 
-    Multiply them into the advantages (`rest_rl.credit.weight_advantages`) and leave the engine's loss as it is.
+    Multiply the advantages by them (`rest_rl.credit.weight_advantages`); your engine's loss stays unchanged.
 
     Args:
-        ids_BT: sampled token ids of the completions, end-of-sequence token included.
-        mask_BT: 1 for tokens that take part in the loss, 0 for padding and tool results.
-        tokenizer: transformers' or a `tokenizers.Tokenizer`.
-        format: a name or a `ToolFormat` object.
-        preset: a name or a `Preset` object.
-        rule: a weight rule instead of the preset's.
-        progress: training progress nu in [0, 1]. The preset authors-code reads it as step / 150.
-        step: absolute training step, for authors-code only, instead of progress.
-        entropies: policy entropies in nats: one per token (B, T); a mapping from region label to mean, where a region
-            that is left out weighs 1; or `RegionStatistics`, such as those of the global batch for each micro-batch.
-        collisions: 1 - sum_v p_v^2 in the same two forms, for the rule `collision`.
-        regions_BT: what `tag_regions` found, if it has been called.
+        ids_BT: Sampled token ids, including the end-of-sequence token.
+        mask_BT: 1 for tokens in the loss, 0 for padding and tool results.
+        tokenizer: A transformers fast tokenizer or a `tokenizers.Tokenizer`.
+        format: A format's name or a `ToolFormat`.
+        preset: A preset's name or a `Preset`.
+        rule: A weight rule to use instead of the preset's.
+        progress: Curriculum progress nu in [0, 1]; step / 150 for `authors-code`.
+        step: Absolute training step instead of the progress, for `authors-code` only.
+        entropies: Policy entropies in nats: one per token (B, T), the mean of each region by label (regions that are
+            missing get weight 1), or `RegionStatistics`, such as those of the global batch for each micro-batch.
+        collisions: 1 - sum_v p_v^2 per token or per region, for the rule `collision`.
+        regions_BT: Result of `tag_regions`, if you already have it.
 
     Raises:
-        UserError: an unknown name, a progress out of range, a rule that got no entropies; ValueError: other shapes.
+        UserError: An unknown name, a progress out of range, or missing entropies.
+        ValueError: Shapes that do not match.
     """
     import torch
 
@@ -152,12 +159,13 @@ def compute_token_weights(
 
     preset, tool_format, device = get_preset(preset), get_format(format), ids_BT.device
     chosen = preset.weights if rule is None else rule
-    ids_BT, mask_BT = ids_BT.cpu(), mask_BT.cpu()  # tagging runs there, and not every device has float64
+    ids_BT, mask_BT = ids_BT.cpu(), mask_BT.cpu()  # tagging needs NumPy, and MPS has no float64
     entropies = entropies.cpu() if isinstance(entropies, torch.Tensor) else entropies
     collisions = collisions.cpu() if isinstance(collisions, torch.Tensor) else collisions
     is_published = isinstance(chosen, AuthorsWeights)
     if step is not None and not (is_published and 0 <= step < float("inf")):
-        raise UserError(f"step {step} for preset {preset.name!r}", "step >= 0, and for authors-code only", "remove it")
+        problem = f"step is {step} with preset {preset.name!r}"
+        raise UserError(problem, "a step of at least 0, and only with authors-code", "pass progress instead")
     if is_published and step is None:
         step = authors_step(progress)
     batch = TaggedBatch(
@@ -179,7 +187,6 @@ def _resolve_statistics(
     entropies: Tensor | Mapping[str, float] | RegionStatistics | None,
     collisions: Tensor | Mapping[str, float] | None,
 ) -> RegionStatistics | None:
-    """Region statistics from what the caller knows; UserError where a rule of the package needs more."""
     import torch
 
     from rest_rl.regions import region_sums
@@ -190,9 +197,9 @@ def _resolve_statistics(
         known = entropies is not None or (rule.rule == "collision" and collisions is not None)
         if not known:
             raise UserError(
-                f"no entropies, which the rule {rule.rule!r} needs",
-                "a (B, T) tensor or region means",
-                "pass them, or choose a preset that measures nothing (grpo, dr_grpo, dapo, authors-code)",
+                f"the rule {rule.rule!r} needs entropies",
+                "a (B, T) tensor or the mean of each region",
+                "pass entropies, or choose a preset that needs none (grpo, dr_grpo, dapo, authors-code)",
             )
     if entropies is None and collisions is None:
         return None
@@ -202,7 +209,7 @@ def _resolve_statistics(
 
 
 def _means(values: Tensor | Mapping[str, float] | None, batch: TaggedBatch) -> Tensor:
-    """Region means of per-token values, or the given ones in the order of `Region`: float64 (R,), NaN where unknown."""
+    # float64 (R,) in the order of `Region`, NaN where unknown.
     import torch
 
     from rest_rl.regions import region_means
@@ -211,5 +218,5 @@ def _means(values: Tensor | Mapping[str, float] | None, batch: TaggedBatch) -> T
         return region_means(values, batch.regions_BT, batch.mask_BT)
     given, labels = dict(values or {}), [region.label for region in Region]
     if unknown := sorted(set(given) - set(labels)):
-        raise UserError(f"values for the regions {unknown}", f"some of {', '.join(labels)}", "correct the label")
+        raise UserError(f"unknown regions {unknown}", f"some of {', '.join(labels)}", "correct them")
     return torch.tensor([float(given.get(label, float("nan"))) for label in labels], dtype=torch.float64)

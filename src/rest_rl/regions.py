@@ -1,9 +1,11 @@
-"""Which region every sampled token lies in, found from the token ids' own bytes.
+"""Assigns a region to every sampled token, from the bytes of the token ids.
 
-Shapes: B responses, T completion tokens, R regions, V token ids. Text is never encoded again: the bytes of the sampled
-ids, joined, are the text that is parsed, and a token covers exactly its own bytes. For byte-level BPE and
-SentencePiece-style tokenizers these bytes are a table; a tokenizer whose decoder looks at its neighbours (a plain
-word-level one joins words by spaces) goes through the tokenizers library's incremental decoder.
+Text is never tokenized again, because that could give other ids than were sampled. Instead the bytes of the sampled ids
+are joined and parsed, and each token covers exactly its own bytes. For byte-level BPE and SentencePiece tokenizers the
+bytes of an id come from a table. If the decoder depends on neighbouring tokens (a word-level tokenizer joins words with
+spaces), the tokenizers library's incremental decoder is used.
+
+Shapes: B responses, T completion tokens, R regions, V token ids, N unmasked tokens.
 """
 
 from __future__ import annotations
@@ -29,17 +31,17 @@ from rest_rl.formats import ToolFormat, get_format
 from rest_rl.response import NUM_REGIONS, Region, Span
 
 TIE_ORDER = (Region.NAME, Region.ARGUMENTS, Region.FORMAT, Region.REASONING, Region.ANSWER, Region.OTHER)
-"""A token with as many bytes in two regions takes the one that stands earlier here."""
+"""If a token has equally many bytes in several regions, the first of them in this order wins."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True, eq=False)
 class TokenBytes:
-    """The bytes of every token id of one tokenizer.
+    """The bytes of every token id of a tokenizer.
 
-    `pieces_V[i]` are the bytes of id i; the end-of-sequence id and the last place, which stands for every unknown id,
-    have none. `pieces_V` is empty when the decoder depends on context and the incremental one must be used.
+    `pieces_V[i]` are the bytes of id i. The end-of-sequence id has none, and neither has the last entry, which all
+    unknown ids share. `pieces_V` is empty if the bytes of an id depend on its neighbours.
     """
 
     tokenizer: Tokenizer
@@ -47,26 +49,26 @@ class TokenBytes:
     lengths_V: np.ndarray
     eos_id: int | None
     special_ids: frozenset[int]
-    """Ids of special tokens; a run of them at the end of a response carries no text."""
+    """Special tokens at the end of a response are not text."""
     trims_offsets: bool
-    """The tokenizer's own character offsets leave out the spaces around a token."""
+    """Whether the tokenizer's character offsets exclude the spaces around a token."""
 
-    def known(self, ids_BT: np.ndarray) -> np.ndarray:
-        """The ids, those beyond the vocabulary (a padded embedding samples them) mapped to the last place."""
+    def to_known_ids(self, ids_BT: np.ndarray) -> np.ndarray:
+        """Map ids outside the vocabulary, which a padded embedding can sample, to the shared unknown id."""
         unknown = len(self.pieces_V) - 1 if self.pieces_V else self.tokenizer.get_vocab_size()
         return np.where((ids_BT >= 0) & (ids_BT < unknown), ids_BT, unknown)
 
-    def split(self, known_ids: Sequence[int]) -> list[bytes]:
-        """The bytes of each known id in turn."""
+    def to_bytes(self, known_ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of each id."""
         if not self.pieces_V:
             return self._stream(known_ids)
-        if len(known_ids) < 2:  # itemgetter of one item returns no tuple
+        if len(known_ids) < 2:  # itemgetter with a single item returns no tuple
             return [self.pieces_V[i] for i in known_ids]
         return list(itemgetter(*known_ids)(self.pieces_V))
 
     def text_pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """The bytes of each id within the tokenizer's own decoded text, which may lack a space put before the first."""
-        pieces = self.split(self.known(np.array(ids, dtype=np.int64)).tolist())
+        """Return the bytes of each id, without a leading space that the tokenizer's `decode` would drop."""
+        pieces = self.to_bytes(self.to_known_ids(np.array(ids, dtype=np.int64)).tolist())
         text = self.tokenizer.decode([i for i in ids if i != self.eos_id], skip_special_tokens=False)
         if b"".join(pieces).decode("utf-8", "replace") == " " + text:
             first = next(i for i, piece in enumerate(pieces) if piece)
@@ -82,32 +84,33 @@ class TokenBytes:
                 continue
             try:
                 chunk = stream.step(self.tokenizer, i)
-            except Exception:  # the library raises a bare Exception when a decoder rewrites what it has already emitted
+            except Exception:  # tokenizers raises a bare Exception if a decoder changes text that it already emitted
                 stream = DecodeStream(skip_special_tokens=False)
                 chunk = self.tokenizer.decode([i], skip_special_tokens=False)
             pieces.append((chunk or "").encode("utf-8", "surrogateescape"))
         return pieces
 
-    def count_text_tokens(self, ids: Sequence[int], keep: frozenset[int] = frozenset()) -> int:
-        """How many ids are left when the run of special tokens at the end is taken off (`keep` stops the run)."""
+    def count_text_tokens(self, ids: Sequence[int], text_ids: frozenset[int] = frozenset()) -> int:
+        """Count the ids before the special tokens at the end; special tokens in `text_ids` count as text."""
         n = len(ids)
-        while n and ids[n - 1] in self.special_ids and ids[n - 1] not in keep:
+        while n and ids[n - 1] in self.special_ids and ids[n - 1] not in text_ids:
             n -= 1
         return n
 
 
 def get_token_bytes(tokenizer: Any) -> TokenBytes:
-    """The byte table of a transformers fast tokenizer or a `tokenizers.Tokenizer`, built once per vocabulary.
+    """Return the bytes of all token ids of a transformers fast tokenizer or `tokenizers.Tokenizer`, cached.
 
-    ValueError for a tokenizer that is not backed by the tokenizers library.
+    Raises:
+        UserError: The tokenizer is not backed by the tokenizers library.
     """
     if isinstance(tokenizer, TokenBytes):
         return tokenizer
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UserError(
-            f"a tokenizer of type {type(tokenizer).__name__}",
-            "one backed by the tokenizers library",
+            f"the tokenizer is a {type(tokenizer).__name__}",
+            "one that is backed by the tokenizers library",
             "load it with AutoTokenizer.from_pretrained(..., use_fast=True)",
         )
     return _build_token_bytes(tokenizer, backend, backend.get_vocab_size())
@@ -115,7 +118,7 @@ def get_token_bytes(tokenizer: Any) -> TokenBytes:
 
 @lru_cache(maxsize=8)
 def _build_token_bytes(tokenizer: Any, backend: Tokenizer, size: int) -> TokenBytes:
-    del size  # part of the key alone: a tokenizer that has gained tokens needs a new table
+    del size  # only a part of the cache key: a tokenizer to which tokens were added needs a new table
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     special.update(getattr(tokenizer, "all_special_ids", ()))
     pieces, eos_id = _byte_table(backend), getattr(tokenizer, "eos_token_id", None)
@@ -140,7 +143,8 @@ def _trims_offsets(backend: Tokenizer) -> bool:
 
 
 def _byte_table(backend: Tokenizer) -> list[bytes]:
-    """The bytes of every id and none for an unknown one; [] when the decoder needs more than one token at a time."""
+    # Runs the decoder's steps on each token by itself. That is exact only if no step looks at other tokens; otherwise
+    # the table is empty. A step may return bytes (part of a character); the later steps only apply to text.
     steps = _decoder_steps(backend)
     if steps is None:
         return []
@@ -155,8 +159,7 @@ def _byte_table(backend: Tokenizer) -> list[bytes]:
 
 
 def _decoder_steps(backend: Tokenizer) -> list[Callable[[str], str | bytes]] | None:
-    """The decoder as functions of a single token; None when it has a step that needs more than one."""
-    if backend.decoder is None:  # tokens are joined by spaces
+    if backend.decoder is None:  # the library then joins tokens with spaces
         return None
     config = json.loads(backend.decoder.__getstate__())
     parts = config["decoders"] if config["type"] == "Sequence" else [config]
@@ -171,7 +174,7 @@ def _decoder_steps(backend: Tokenizer) -> list[Callable[[str], str | bytes]] | N
         elif part["type"] == "Replace" and "String" in part["pattern"]:
             steps.append(_make_replacer(part["pattern"]["String"], part["content"]))
         elif part["type"] == "Strip" and any(earlier["type"] == "Fuse" for earlier in parts[:at]):
-            continue  # takes a space off the start of the whole text, which is no start here: the prompt precedes it
+            continue  # strips the start of the whole text, but a response follows its prompt
         elif part["type"] != "Fuse":
             return None
     return steps
@@ -188,7 +191,7 @@ def _decode_byte_fallback(token: str) -> str | bytes:
 
 @lru_cache(maxsize=1)
 def _bytes_by_char() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes (https://github.com/openai/gpt-2, encoder.py)."""
+    # GPT-2 maps the 256 bytes to printable characters (https://github.com/openai/gpt-2, encoder.py).
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -198,32 +201,31 @@ def _decode_byte_level(token: str) -> bytes:
     table = _bytes_by_char()
     try:
         return bytes([table[char] for char in token])
-    except KeyError:  # an added token may hold characters that stand for no byte; the library keeps its text
+    except KeyError:  # an added token with a character that encodes no byte; the library keeps its text
         return token.encode("utf-8", "surrogateescape")
 
 
 def decode_ids(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] = ()) -> str:
-    """The exact text of the sampled ids, special tokens included but for those that end the response.
+    """Decode sampled ids to the text that the formats parse.
 
-    A special token that is one of `tags` is text also at the end. Bytes that are not UTF-8 become U+FFFD.
+    Special tokens are kept, except for those at the end that are not in `tags`. Invalid UTF-8 becomes U+FFFD.
     """
     table = get_token_bytes(tokenizer)
-    known_ids = table.known(np.array(ids, dtype=np.int64)).tolist()
+    known_ids = table.to_known_ids(np.array(ids, dtype=np.int64)).tolist()
     known_ids = known_ids[: table.count_text_tokens(known_ids, _tag_ids(table, tags))]
-    return b"".join(table.split(known_ids)).decode("utf-8", "replace")
+    return b"".join(table.to_bytes(known_ids)).decode("utf-8", "replace")
 
 
 def token_char_lengths(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] = ()) -> list[int]:
-    """How many characters of `decode_ids` each id adds; they sum to its length.
+    """Return the number of characters that each id adds to `decode_ids`.
 
-    A character belongs to the id that completes it, an incomplete last one to the last id; an id that adds none, such
-    as the end of sequence, has 0.
+    A character counts for the id that completes it, and an incomplete character at the end for the last id.
     """
     table = get_token_bytes(tokenizer)
-    known_ids = table.known(np.array(ids, dtype=np.int64)).tolist()
+    known_ids = table.to_known_ids(np.array(ids, dtype=np.int64)).tolist()
     num_text = table.count_text_tokens(known_ids, _tag_ids(table, tags))
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    lengths = [len(decoder.decode(piece)) for piece in table.split(known_ids[:num_text])]
+    lengths = [len(decoder.decode(piece)) for piece in table.to_bytes(known_ids[:num_text])]
     if lengths:
         lengths[-1] += len(decoder.decode(b"", final=True))
     return lengths + [0] * (len(ids) - num_text)
@@ -235,11 +237,13 @@ def _tag_ids(table: TokenBytes, tags: Sequence[str]) -> frozenset[int]:
 
 
 def find_turns(mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, first token, token after the last) of every run of ones, row by row: turn k of a row is its k-th run."""
+    """Return (row, start, end) arrays of the turns: the runs of ones in each row of the mask, in order."""
     num_rows, width = mask_BT.shape
-    apart = np.zeros((num_rows, width + 1), dtype=bool)  # a gap before each row, so that no run goes on into the next
-    apart[:, 1:] = mask_BT
-    flat = np.append(apart.ravel(), False)
+    # A zero before each row keeps a run at the end of one row apart from a run at the start of the next. In the
+    # flattened mask every change of value is then an edge, alternately the start and the end of a turn.
+    padded = np.zeros((num_rows, width + 1), dtype=bool)
+    padded[:, 1:] = mask_BT
+    flat = np.append(padded.ravel(), False)
     edges = np.flatnonzero(flat[1:] != flat[:-1])
     rows = edges[::2] // (width + 1)
     return rows, edges[::2] - rows * (width + 1), edges[1::2] - rows * (width + 1)
@@ -251,24 +255,29 @@ def tag_regions(
     tokenizer: Any,
     format: str | ToolFormat | Callable[[str], Sequence[Span]] = "toolrl",
 ) -> Tensor:
-    """The region of every token: int64 (B, T); tokens that the mask leaves out are OTHER.
+    """Return the region of every token: int64 (B, T), OTHER where masked.
 
-    `format` reads the text of one turn, or is a function from it to its spans. Each run of ones in a row's mask is one
-    turn and is parsed on its own: pass `completion_mask * tool_mask` for rows with tool results. A
-    token that straddles regions takes the one that owns most of its bytes (ties: `TIE_ORDER`); a turn's
-    end-of-sequence token and the special tokens after it are FORMAT; a token without bytes, such as the first part of
-    a character under an incremental decoder, takes the region at its position.
+    Each run of ones in a row of the mask is a turn and is parsed separately; for rows with tool results pass
+    `completion_mask * tool_mask`. A token that overlaps several regions gets the one with most of its bytes (ties:
+    `TIE_ORDER`). The special tokens at the end of a turn are FORMAT. A token without bytes, such as the first part of a
+    character under an incremental decoder, gets the region at its position.
+
+    Args:
+        ids_BT: Sampled token ids.
+        mask_BT: 1 for tokens to tag, 0 for padding and tool results.
+        tokenizer: A transformers fast tokenizer or a `tokenizers.Tokenizer`.
+        format: A format's name, a `ToolFormat`, or a function that returns the spans of a turn's text.
     """
     if ids_BT.shape != mask_BT.shape or ids_BT.ndim != 2:
         raise ValueError(
-            f"got ids of shape {tuple(ids_BT.shape)} and a mask of {tuple(mask_BT.shape)}, expected one (B, T)"
+            f"ids have shape {tuple(ids_BT.shape)} and mask has shape {tuple(mask_BT.shape)}, expected (B, T) for both"
         )
     find_spans, tags = _span_finder(format)
     table = get_token_bytes(tokenizer)
     tag_ids = _tag_ids(table, tags)
     mask = mask_BT.detach().cpu().numpy().astype(bool)
-    ids = table.known(ids_BT.detach().cpu().numpy())
-    ids_N = ids[mask]  # the unmasked tokens of all turns, one after the other
+    ids = table.to_known_ids(ids_BT.detach().cpu().numpy())
+    ids_N = ids[mask]  # the unmasked tokens of all turns, concatenated
     layout, tokens, at = _ByteLayout(), ids_N.tolist(), 0
     _, starts, ends = find_turns(mask)
     for end in np.cumsum(ends - starts).tolist():
@@ -287,7 +296,7 @@ def tag_regions(
 def _span_finder(
     format: str | ToolFormat | Callable[[str], Sequence[Span]],
 ) -> tuple[Callable[[str], Sequence[Span]], Sequence[str]]:
-    """The function from text to spans, and the tags that are text although a tokenizer calls them special."""
+    # Returns the function from text to spans, and the tags that are text even if the tokenizer makes them special.
     if not isinstance(format, str) and not hasattr(format, "parse"):
         return cast("Callable[[str], Sequence[Span]]", format), ()
     tool_format = get_format(cast("str | ToolFormat", format))
@@ -296,7 +305,9 @@ def _span_finder(
 
 @dataclass
 class _ByteLayout:
-    """All turns end to end in bytes, one byte of padding after each, so that an empty last token stays inside."""
+    # All turns of a batch, concatenated in bytes. A segment is a stretch of bytes in one region; it starts at
+    # segment_starts[i] and ends where the next one starts. One padding byte follows each turn, so that a last token
+    # without bytes has a position inside its own turn.
 
     segment_starts: list[int] = field(default_factory=lambda: [0])
     segment_regions: list[int] = field(default_factory=lambda: [int(Region.OTHER)])
@@ -314,7 +325,7 @@ def _append_turn(
     find_spans: Callable[[str], Sequence[Span]],
 ) -> None:
     num_text = table.count_text_tokens(ids, tag_ids)
-    pieces = table.split(ids[:num_text])
+    pieces = table.to_bytes(ids[:num_text])
     if not table.pieces_V:
         layout.token_lengths.append(np.array([*map(len, pieces)] + [0] * (len(ids) - num_text), dtype=np.int64))
     layout.num_tokens.append(len(ids))
@@ -324,7 +335,8 @@ def _append_turn(
 
 
 def _append_spans(layout: _ByteLayout, text: str, spans: Sequence[Span]) -> None:
-    """Append the runs of one turn; characters become bytes on the way."""
+    # Spans count characters, segments count bytes. Both are the same for ASCII; otherwise the stretches between the
+    # bounds are encoded once each, which keeps this linear. Every span is followed by an OTHER segment, often empty.
     bounds = [bound for span in spans for bound in (span.start, span.end)] + [len(text)]
     if not text.isascii():
         parts = [text[a:b].encode("utf-8", "surrogateescape") for a, b in zip([0, *bounds], bounds, strict=False)]
@@ -338,21 +350,24 @@ def _append_spans(layout: _ByteLayout, text: str, spans: Sequence[Span]) -> None
 
 
 def _regions_of_tokens(layout: _ByteLayout) -> np.ndarray:
-    """The region of every token of the layout, in order: that of most of its bytes."""
+    # Token i covers the bytes [starts[i], ends[i]); we find the segments of its first and last byte with one merge of
+    # two sorted arrays. If both are the same segment, or adjacent ones of the same region, that is the answer. For the
+    # few other tokens, a cumulative sum over segments gives the number of bytes of each region before any position;
+    # the difference between a token's end and start is what each region owns of it. O(tokens + segments) in NumPy.
     segment_starts = np.array(layout.segment_starts, dtype=np.int64)
     segment_regions = np.array(layout.segment_regions, dtype=np.int64)
-    keep = np.append(
-        segment_starts[1:] > segment_starts[:-1], True
-    )  # of runs that start together only the last has bytes
-    segment_starts, segment_regions = segment_starts[keep], segment_regions[keep]
+    # Of segments that start at the same byte only the last is not empty.
+    is_filled = np.append(segment_starts[1:] > segment_starts[:-1], True)
+    segment_starts, segment_regions = segment_starts[is_filled], segment_regions[is_filled]
     turn_starts = np.cumsum([0, *layout.num_tokens])
     tails = [
         slice(turn_starts[turn] + num_text, turn_starts[turn + 1])
         for turn, num_text in enumerate(layout.num_text_tokens)
     ]
     lengths = np.concatenate([*layout.token_lengths, np.zeros(0, dtype=np.int64)])
-    for tail in tails:
+    for tail in tails:  # the special tokens at the end of each turn are not part of its text
         lengths[tail] = 0
+    # One padding byte per earlier turn shifts the positions.
     ends = np.cumsum(lengths) + np.repeat(np.arange(len(layout.num_tokens)), layout.num_tokens)
     starts = ends - lengths
     first = _segments_at(starts, segment_starts)
@@ -362,44 +377,43 @@ def _regions_of_tokens(layout: _ByteLayout) -> np.ndarray:
     if len(straddling):
         order = np.array(TIE_ORDER)
         is_region = segment_regions[:, None] == order
-        before = np.zeros((len(segment_starts), NUM_REGIONS), dtype=np.int64)  # bytes of each region before each run
+        before = np.zeros((len(segment_starts), NUM_REGIONS), dtype=np.int64)  # bytes per region before each segment
         before[1:] = np.cumsum(np.diff(segment_starts)[:, None] * is_region[:-1], axis=0)
 
-        def bytes_before(position: np.ndarray, run: np.ndarray) -> np.ndarray:
-            return before[run] + (position - segment_starts[run])[:, None] * is_region[run]
+        def bytes_before(position: np.ndarray, segment: np.ndarray) -> np.ndarray:
+            return before[segment] + (position - segment_starts[segment])[:, None] * is_region[segment]
 
         owned = bytes_before(ends[straddling], last[straddling]) - bytes_before(starts[straddling], first[straddling])
-        regions[straddling] = order[np.argmax(owned, axis=1)]
+        regions[straddling] = order[np.argmax(owned, axis=1)]  # argmax takes the first maximum: TIE_ORDER
     for tail in tails:
         regions[tail] = int(Region.FORMAT)
     return regions
 
 
 def _segments_at(positions: np.ndarray, segment_starts: np.ndarray) -> np.ndarray:
-    """The run that holds each position; both ascend, so the few runs are looked up among the many positions."""
+    # The index of the segment that contains each position. Both arrays are sorted and there are far fewer segments, so
+    # we search for the segments among the positions and count how many have started at each position.
     entered = np.bincount(np.searchsorted(positions, segment_starts, side="left"), minlength=len(positions) + 1)
     return np.cumsum(entered)[: len(positions)] - 1
 
 
 def region_sums(values_BT: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of any per-token values over each region, and its number of tokens: two float64 (R,) on the values' device.
+    """Return the sum of per-token values and the number of tokens by region: two float64 (R,) on the values' device.
 
-    Sums and counts add up over micro-batches and ranks; their quotient is the mean over the global batch.
+    Both can be added over micro-batches and ranks; the quotient is then the mean over the global batch.
     """
     if not values_BT.shape == regions_BT.shape == mask_BT.shape:
         raise ValueError(
-            f"got values {tuple(values_BT.shape)}, regions {tuple(regions_BT.shape)} and mask {tuple(mask_BT.shape)}, "
-            "expected one shape"
+            f"values, regions and mask have shapes {tuple(values_BT.shape)}, {tuple(regions_BT.shape)} and "
+            f"{tuple(mask_BT.shape)}, expected (B, T) for all"
         )
-    bins_N = torch.where(
-        mask_BT.bool(), regions_BT, NUM_REGIONS
-    ).flatten()  # masked tokens fall into a bin of their own
+    bins_N = torch.where(mask_BT.bool(), regions_BT, NUM_REGIONS).flatten()  # an extra bin for masked tokens
     sums = torch.bincount(bins_N, weights=values_BT.detach().double().flatten(), minlength=NUM_REGIONS + 1)
     counts = torch.bincount(bins_N, minlength=NUM_REGIONS + 1)
     return sums[:NUM_REGIONS], counts[:NUM_REGIONS].double()
 
 
 def region_means(values_BT: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean of any per-token values over each region: float64 (R,), NaN for a region without tokens."""
+    """Return the mean of per-token values by region: float64 (R,), NaN for a region without tokens."""
     sums_R, counts_R = region_sums(values_BT, regions_BT, mask_BT)
     return sums_R / counts_R

@@ -1,8 +1,8 @@
-"""Judging a response against gold: format score, accuracy score, what each mistake cost, and the reward made of them.
+"""Scores responses against gold turns: format, accuracy, what each mistake costs, and the reward.
 
-The rules are ToolRL's (arXiv 2504.13958, section 3.3) with the best instead of a greedy assignment of calls. Not
-judged here: the text of an answer (`RewardConfig.answer` can), the truth of the reasoning, argument types against a
-tool's schema.
+The scores are those of ToolRL (arXiv 2504.13958, section 3.3), with an optimal instead of a greedy assignment of calls.
+They ignore the text of an answer (see `RewardConfig.answer`), the content of the reasoning, and the types in a tool's
+schema.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ FindingKind = Literal["format", "unneeded_call", "names", "missing_call", "keys"
 
 
 class ScoreFinding(NamedTuple):
-    """One thing that cost something: `cost` is its share of S_format (kind format) or of S_acc (all others).
+    """A mistake in a response and what it costs.
 
-    The costs of the accuracy findings add up to 1 - S_acc.
+    `cost` is a share of S_format for the kind `format`, and of S_acc for all others. The latter add up to 1 - S_acc.
     """
 
     kind: FindingKind
@@ -41,7 +41,7 @@ class ScoreFinding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a response is worth against gold at any training progress: S_format and S_acc, and why they are not 1."""
+    """The scores of a response, which do not depend on the training progress, and the mistakes that lowered them."""
 
     text: str
     gold: Gold
@@ -52,16 +52,16 @@ class Judgement:
     """S_acc in [0, 1]."""
     explanation: tuple[ScoreFinding, ...]
     truncated: bool = False
-    """The response was cut off before its end, which leaves it without S_format."""
+    """Whether the response was cut off at the length limit; S_format is then 0."""
 
     @property
     def exact_match(self) -> bool:
-        """Full marks in both scores: complete, the right blocks and exactly the gold calls."""
+        """Whether the response is complete, has the required blocks and exactly the gold calls."""
         return self.format == self.accuracy == 1
 
 
 class Reward(NamedTuple):
-    """The reward of one response, the two scores it is made of, and why they are not at their best."""
+    """The reward of a response, the two scores it combines, and the mistakes that lowered them."""
 
     total: float
     format: float
@@ -70,10 +70,10 @@ class Reward(NamedTuple):
 
 
 class RewardRule(Protocol):
-    """How a judged response is rewarded; pass your own function or object wherever a name is accepted.
+    """Turns a judgement into a reward; you can pass your own function wherever a name is accepted.
 
-    `progress` is the training progress nu in [0, 1]; `step` is the number of the batch of responses, counted from 1, or
-    None outside training. Return the reward, or a `Reward` to replace the two scores that are shown with it.
+    `progress` is the curriculum progress nu in [0, 1]. `step` counts the batches of responses from 1 and is None
+    outside training. Return the reward, or a `Reward` to also replace the scores that are reported with it.
     """
 
     def __call__(self, judgement: Judgement, progress: float, step: float | None = None) -> float | Reward: ...
@@ -81,35 +81,34 @@ class RewardRule(Protocol):
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """ResT's rescaled reward, R = beta_acc S_acc nu' + beta_fmt S_format (1 - nu'), nu' linear in the progress nu."""
+    """ResT's reward R = beta_acc S_acc nu' + beta_fmt S_format (1 - nu'), with nu' linear in the progress nu."""
 
     accuracy_scale: float = 1.0
     """beta_acc"""
     format_scale: float = 1.0
     """beta_fmt"""
     accuracy_share_start: float = 0.3
-    """nu' at progress 0 (ours: some accuracy from the start, or a group that all formats well has no spread)."""
+    """nu' at progress 0 (our choice: at 0, a group of well-formatted responses would have no spread in its rewards)."""
     accuracy_share_end: float = 0.8
-    """nu' at progress 1 (ours: format stays worth something)."""
+    """nu' at progress 1 (our choice: at 1, format would not be rewarded any more)."""
     answer: str = "presence"
-    """What S_acc of an answer turn without a call is in the reward: `presence`, ToolRL's rule, gives any text 1;
-    `overlap` is `token_overlap` with gold; `package.module:OBJECT` a function of (response text, gold) in [0, 1]. An
-    answer that was cut off is worth 0 by each."""
+    """S_acc of an answer turn in which no tool was called: 1 for any text with `presence` (as in ToolRL),
+    `token_overlap` with the gold answer with `overlap`, or the result of your function of (response text, gold) in
+    [0, 1] with `package.module:OBJECT`. It is 0 if the response was cut off."""
     random: bool = False
-    """Train on `random_rewards` instead (a control: what is learnt without a signal). The two scores stay the rule's,
-    and a call of the rule knows nothing of it."""
+    """Train on `random_rewards` as a control. The trainer replaces the rewards; calling this rule does not, and the
+    reported scores stay correct."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.accuracy_share_start <= self.accuracy_share_end <= 1:
             raise UserError(
-                f"accuracy_share_start {self.accuracy_share_start}, accuracy_share_end {self.accuracy_share_end}",
+                f"accuracy_share_start is {self.accuracy_share_start} and accuracy_share_end {self.accuracy_share_end}",
                 "0 <= start <= end <= 1",
                 "change one of them",
             )
         if not (0 <= self.accuracy_scale < float("inf") and 0 <= self.format_scale < float("inf")):
-            raise UserError(
-                f"scales {self.accuracy_scale} and {self.format_scale}", "finite numbers >= 0", "change the scale"
-            )
+            scales = f"accuracy_scale is {self.accuracy_scale} and format_scale {self.format_scale}"
+            raise UserError(scales, "finite numbers, at least 0", "change them")
         load_answer_function(self.answer)
 
     def __call__(self, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
@@ -119,7 +118,7 @@ class RewardConfig:
         if judgement.gold.turn == "answers" and judgement.gold.answer is not None and accuracy == 1:
             accuracy = self._answer_score(judgement, judgement.gold.answer)
             if accuracy < 1:
-                explanation += (ScoreFinding("answer", f"the answer is worth {accuracy:.2f} of 1", 1 - accuracy),)
+                explanation += (ScoreFinding("answer", f"the answer scores {accuracy:.2f} of 1", 1 - accuracy),)
         total = self.accuracy_scale * accuracy * share + self.format_scale * judgement.format * (1 - share)
         return Reward(total, judgement.format, accuracy, explanation)
 
@@ -128,22 +127,23 @@ class RewardConfig:
             return 0.0
         if (own := load_answer_function(self.answer)) is None:
             return 1.0 if self.answer == "presence" else token_overlap(judgement.parsed.answer or "", wanted)
-        worth = own(judgement.text, judgement.gold)
+        value = own(judgement.text, judgement.gold)
         try:
-            number = float(worth)
+            score = float(value)
         except (TypeError, ValueError):
-            number = math.nan
-        if not 0 <= number <= 1:
-            raise UserError(f"{worth!r:.80} from the answer reward {self.answer}", "a number in [0, 1]", "scale it")
-        return number
+            score = math.nan
+        if not 0 <= score <= 1:
+            problem = f"the answer reward {self.answer} returned {value!r:.80}"
+            raise UserError(problem, "a number in [0, 1]", "rescale it")
+        return score
 
 
 @dataclass(frozen=True)
 class AuthorsReward:
-    """The published code's reward, whose schedule counts batches of responses: `step`, or progress * 150.
+    """The reward of the authors' published code, with its schedule over the batch number: `step`, or progress * 150.
 
-    Its format and accuracy are that code's raw scores, which add up to the reward. Like that code it reads the text
-    only and does not know whether it was cut off.
+    `format` and `accuracy` are that code's raw scores, whose sum is the reward. As in that code, responses that were
+    cut off are scored like others.
     """
 
     rule: Literal["authors-code"] = "authors-code"
@@ -153,7 +153,7 @@ class AuthorsReward:
 
         step = authors_step(progress) if step is None else step
         if not 0 <= step < float("inf"):
-            raise UserError(f"step {step}", "a number >= 0", "count the batches of responses from 0")
+            raise UserError(f"step is {step}", "a number, at least 0", "pass the number of the batch")
         well_formatted, correctness = authors_reward(judgement.text, judgement.gold, step)
         findings = (
             ScoreFinding("format", f"published format score {well_formatted:g}", 0.0),
@@ -164,19 +164,19 @@ class AuthorsReward:
 
 @cache
 def load_answer_function(name: str) -> UserObject | None:
-    """The function of (response text, gold) that `RewardConfig.answer` names; None for `presence` and `overlap`."""
+    # The user's function of (response text, gold), or None for the two built-in ways.
     if name in ("presence", "overlap"):
         return None
     if ":" not in name:
         expected = "presence, overlap, or package.module:OBJECT"
-        raise UserError(f"rest.reward.answer = {name!r}", expected, "choose one of them")
+        raise UserError(f"rest.reward.answer is {name!r}", expected, "change it")
     own = UserObject(name, "answer reward", {})
     check_signature(own.target, f"answer reward {name!r}", "text", "gold")
     return own
 
 
 def token_overlap(text: str, wanted: str) -> float:
-    """F1 of the lower-cased word tokens of two texts, counted as multisets; 1 for equal texts.
+    """Return the F1 score of the lower-cased words of two texts, as multisets; 1 for equal texts.
 
     Example: `token_overlap("It is Paris", "Paris") == 2 * 1 / (3 + 1)`.
     """
@@ -189,41 +189,41 @@ def token_overlap(text: str, wanted: str) -> float:
 def judge(
     text: str, gold: Gold, format: str | ToolFormat = "toolrl", *, spans: bool = False, truncated: bool = False
 ) -> Judgement:
-    """Read a response and score it against gold; malformed text scores low and never raises.
+    """Parse a response and score it against gold; malformed text scores low and never raises.
 
-    `spans` also locates the regions (`judgement.parsed.spans`), which takes longer. `truncated`: the response does not
-    end with an end of sequence, so it has no S_format and is no exact match.
+    Args:
+        text: The response.
+        gold: The expected calls and answer.
+        format: A format's name or a `ToolFormat`.
+        spans: Also locate the regions (`judgement.parsed.spans`), which takes longer.
+        truncated: Whether the response was cut off; S_format is then 0.
     """
     parsed = get_format(format).parse(text, spans=spans)
     return judge_parsed(parsed, gold, text, truncated=truncated)
 
 
 def judge_parsed(parsed: ParsedResponse, gold: Gold, text: str = "", *, truncated: bool = False) -> Judgement:
-    """Score a response that has been read already; `text` is kept for rewards that look at it."""
+    """Score a parsed response; rewards that read the response itself need its `text`."""
     well_formatted, format_findings = format_score(parsed, gold)
     if truncated:
-        messages = ("the response is cut off before its end", *(found.message for found in format_findings))
+        messages = ("the response was cut off", *(found.message for found in format_findings))
         well_formatted, format_findings = 0.0, (ScoreFinding("format", "; ".join(messages), 1.0),)
     accuracy, accuracy_findings = accuracy_score(parsed, gold)
     return Judgement(text, gold, parsed, well_formatted, accuracy, format_findings + accuracy_findings, truncated)
 
 
 def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: float | None = None) -> Reward:
-    """The rule's reward; a rule that returns a plain number keeps the judgement's own scores beside it."""
+    """Apply a reward rule; if it returns a plain number, the judgement's scores are reported with it."""
     found = rule(judgement, progress, step)
     total = found.total if isinstance(found, Reward) else found
     try:
         number = float(total)
     except (TypeError, ValueError):
-        raise UserError(
-            f"a {type(total).__name__} from the reward {display_name(rule)}",
-            "a number",
-            "return a float from the function",
-        ) from None
-    if not math.isfinite(number):  # TRL takes NaN for a reward of 0
-        raise UserError(
-            f"{number} from the reward {display_name(rule)}", "a finite number", "guard the function against it"
-        )
+        problem = f"the reward {display_name(rule)} returned a {type(total).__name__}"
+        raise UserError(problem, "a number", "return a float") from None
+    if not math.isfinite(number):  # TRL 1.x adds up rewards with nansum: NaN would silently be 0
+        problem = f"the reward {display_name(rule)} returned {number}"
+        raise UserError(problem, "a finite number", "handle this case in the function")
     if isinstance(found, Reward):
         return found._replace(total=number)
     return Reward(number, judgement.format, judgement.accuracy, judgement.explanation)
@@ -231,7 +231,7 @@ def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: 
 
 @cache
 def try_reward(rule: RewardRule) -> None:
-    """Reward a right call, a response without the call, and an answer; UserError for a rule that fails on one."""
+    """Try a reward rule on a correct call, a missing call and an answer; UserError if it fails on one."""
     call, answer = Gold((ToolCall("f", {"a": 1}),)), Gold(answer="It rains.")
     right = get_format("hermes").render(None, call.calls, None)
     with wrap_user_errors(
@@ -242,14 +242,14 @@ def try_reward(rule: RewardRule) -> None:
 
 
 def uses_random_rewards(rule: RewardRule) -> bool:
-    """Whether training learns from `random_rewards` instead of what the rule returns."""
+    """Whether the trainer replaces the rule's rewards by `random_rewards`."""
     return isinstance(rule, RewardConfig) and rule.random
 
 
 def random_rewards(count: int, seed: int, step: int, first: int = 0) -> list[float]:
-    """Rewards in [0, 1) that know nothing of the responses: positions `first` to `first + count` of a batch.
+    """Return uniform random rewards in [0, 1) for positions `first` to `first + count` of a batch.
 
-    They depend on the seed, the step and the position only, so a resumed run draws the same ones:
+    They depend only on the seed, the step and the position, so a resumed run draws the same ones:
     `random_rewards(2, s, k, first=3) == random_rewards(5, s, k)[3:]`.
     """
     draws = random.Random(f"{seed} {step}")
@@ -257,9 +257,10 @@ def random_rewards(count: int, seed: int, step: int, first: int = 0) -> list[flo
 
 
 def format_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[ScoreFinding, ...]]:
-    """S_format in {0, 1}: the blocks that gold needs and no others, each once, complete, in order.
+    """Return S_format in {0, 1} and what lowered it.
 
-    Where the answer is untagged text, text beside calls is allowed. What the blocks hold is not judged here.
+    It is 1 if the response has exactly the blocks that gold requires, complete and in order. Formats with untagged
+    answers allow text next to calls. The content of the blocks does not matter.
     """
     problem = _format_problem(parsed, gold)
     return (1.0, ()) if problem is None else (0.0, (ScoreFinding("format", problem, 1.0),))
@@ -267,28 +268,28 @@ def format_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Score
 
 def _format_problem(parsed: ParsedResponse, gold: Gold) -> str | None:
     if not parsed.well_formed:
-        return "; ".join(parsed.problems[:3]) or "the blocks are not complete and in order"
+        return "; ".join(parsed.problems[:3]) or "the blocks are incomplete or out of order"
     if (parsed.attempted_call or bool(parsed.calls)) != bool(gold.calls):
-        return "a call block is missing" if gold.calls else "a call block is not needed"
+        return "the call block is missing" if gold.calls else "no call block was expected"
     if gold.answer is not None and parsed.answer is None:
         return "the answer is missing"
     if gold.answer is None and parsed.answer is not None and not parsed.untagged_answer:
-        return "an answer block is not needed"
+        return "no answer block was expected"
     return None
 
 
 def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[ScoreFinding, ...]]:
-    """S_acc in [0, 1] = (r_name + r_keys + r_values) / (1 + |Gold| + sum_j |keys(G_j)|).
+    """Return S_acc in [0, 1] = (r_name + r_keys + r_values) / (1 + |Gold| + sum_j |keys(G_j)|), and what lowered it.
 
-    r_name is the multiset Jaccard of tool names, r_keys the sum of Jaccards of argument names, r_values the number of
-    equal argument values, under the best one-to-one assignment of predicted to gold calls of the same name. Stretches
-    of a call block that are not a call count as calls of no known name. Where the format writes values as text, a gold
-    string also equals the value that its text spells. Without gold calls: 1 if no call was attempted, else 0.
+    r_name is the Jaccard index of the multisets of tool names. Under the best one-to-one assignment of predicted to
+    gold calls of the same name, r_keys sums the Jaccard indices of the argument names, and r_values counts the equal
+    values. Unreadable calls count as calls of an unknown tool. If the format writes values as text, a gold string also
+    equals the value that it spells. Without gold calls, S_acc is 1 if no call was attempted and 0 otherwise.
     """
     if not gold.calls:
         if not parsed.attempted_call:
             return 1.0, ()
-        return 0.0, (ScoreFinding("unneeded_call", "a call was made where none is needed", 1.0),)
+        return 0.0, (ScoreFinding("unneeded_call", "a tool was called, but no call was expected", 1.0),)
     points = 1 + len(gold.calls) + sum(len(call.arguments) for call in gold.calls)
     findings: list[ScoreFinding] = []
     names = _name_score(parsed, gold, points, findings)
@@ -297,9 +298,7 @@ def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Sco
     for call, partner in zip(gold.calls, _match_calls(gold.calls, parsed.calls, equal), strict=True):
         if partner is None:
             cost = (1 + len(call.arguments)) / points
-            findings.append(
-                ScoreFinding("missing_call", f"no call of {_show(call.name)} was made for a gold call", cost)
-            )
+            findings.append(ScoreFinding("missing_call", f"no call matches the gold call of {_show(call.name)}", cost))
         else:
             matched += _call_score(call, partner, points, findings, equal)
     return (names + matched) / points, tuple(findings)
@@ -319,7 +318,7 @@ def _name_score(parsed: ParsedResponse, gold: Gold, points: int, findings: list[
 
 
 def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[ScoreFinding], equal: _Equality) -> float:
-    """Jaccard of the argument names plus the number of equal values, each loss recorded."""
+    # Jaccard index of the argument names plus the number of equal values; appends what lowered them to `findings`.
     wanted, given = gold.arguments, made.arguments
     keys = 1.0
     if wanted.keys() != given.keys():
@@ -339,7 +338,7 @@ def _call_score(gold: ToolCall, made: ToolCall, points: int, findings: list[Scor
         if equal(value, given[key]):
             values += 1
         else:
-            message = f"{_show(gold.name)}: {_show(key)} got {_show(given[key])}, expected {_show(value)}"
+            message = f"{_show(gold.name)}: {_show(key)} is {_show(given[key])}, expected {_show(value)}"
             findings.append(ScoreFinding("value", message, 1 / points))
     return keys + values
 
@@ -357,7 +356,9 @@ def _jaccard(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
 
 
 def _match_calls(gold: Sequence[ToolCall], made: Sequence[ToolCall], equal: _Equality) -> list[ToolCall | None]:
-    """For each gold call its partner among the calls of the same name: the assignment of the highest total score."""
+    # For each gold call, its partner among the predicted calls of the same name, or None. Calls of different names
+    # never match, so the assignment splits into one problem per name. A single pair needs no scores; other groups are
+    # solved optimally by their matrix of similarities (O(n^3), with n rarely above 3).
     partners: list[ToolCall | None] = [None] * len(gold)
     rows_of: dict[str, list[int]] = {}
     columns_of: dict[str, list[ToolCall]] = {}
@@ -380,15 +381,17 @@ def _match_calls(gold: Sequence[ToolCall], made: Sequence[ToolCall], equal: _Equ
 def _best_assignment(scores: list[list[float]]) -> list[tuple[int, int]]:
     if len(scores) == 1:
         return [(0, max(range(len(scores[0])), key=scores[0].__getitem__))]
-    from scipy.optimize import linear_sum_assignment  # only here: its import costs more than a thousand scores
+    from scipy.optimize import linear_sum_assignment  # importing scipy takes longer than scoring 1000 responses
 
     rows, columns = linear_sum_assignment(scores, maximize=True)
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
 def json_equal(left: Any, right: Any) -> bool:
-    """Equality of JSON values: 1 == 1.0, true != 1, the order of keys is irrelevant, that of lists is not."""
-    if left != right:  # equal JSON values are equal Python values, but not the other way round: True == 1
+    """Whether two JSON values are equal: 1 == 1.0 but true != 1; the order of keys does not matter."""
+    # Python's == is the fast path, because unequal Python values are always unequal JSON values. The reverse does not
+    # hold, since True == 1, so equal values are compared again by type.
+    if left != right:
         return False
     if isinstance(left, str):
         return True
@@ -402,9 +405,10 @@ def json_equal(left: Any, right: Any) -> bool:
 
 
 def text_equal(wanted: Any, given: Any) -> bool:
-    """`json_equal`, or `wanted` is a string that spells the value `given`, for formats that write all values as text.
+    """Whether two values are equal in a format that writes all values as text.
 
-    Example: wanted `"12345"` equals given `12345`, for `<parameter=zip>12345` may mean either.
+    Besides `json_equal` values, a wanted string equals the value that it spells: `"12345"` equals `12345`, because
+    `<parameter=zip>12345` can mean either.
     """
     if json_equal(wanted, given):
         return True

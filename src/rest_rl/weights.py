@@ -1,7 +1,7 @@
-"""Weight rules: what the gradient of each sampled token weighs, from regions, their statistics and the progress.
+"""Weight rules: token weights from regions, region statistics and the curriculum progress.
 
-Shapes: B responses, T completion tokens, R regions (the order of `Region`). Entropies are in nats at the sampling
-temperature; `progress` (nu in the paper) runs from 0 at the first step to 1 at the last.
+Shapes: B responses, T completion tokens, R regions in the order of `Region`. Entropies are in nats at the sampling
+temperature. `progress` (nu in the paper) goes from 0 at the first step to 1 at the last.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ AUTHORS_CONSTANTS: Mapping[str, float] = {
     "answer": 0.6,
     "other": 0.6,
 }
-"""The published code's weights at step 0; it gives `answer` and `other` no weight at all, we give them its lowest."""
+"""The published code's weights at step 0. It gives `answer` and `other` no weight; we use its lowest one."""
 
 
 @dataclass(frozen=True)
 class RegionStatistics:
-    """What is known about each region: float64 (R,) each; NaN where a region has not been seen.
+    """Mean statistics of each region: float64 (R,), NaN for regions without tokens so far.
 
-    `counts_R` weigh the token mean by which the rule's weights are divided; any common factor cancels.
-    `collisions_R` is the mean of 1 - sum_v p_v^2, needed by the rule `collision` only.
+    `counts_R` are numbers of tokens; only their ratios matter. `collisions_R` is the mean of 1 - sum_v p_v^2, which
+    only the rule `collision` needs.
     """
 
     counts_R: Tensor
@@ -49,40 +49,39 @@ class RegionStatistics:
 
 @dataclass(frozen=True, eq=False)
 class TaggedBatch:
-    """Sampled responses as a weight rule sees them, on the CPU."""
+    """A batch of sampled responses, on the CPU: the input of a weight rule."""
 
     ids_BT: Tensor
     mask_BT: Tensor
-    """1 for tokens that the policy sampled, 0 for padding and tool results."""
+    """1 for sampled tokens, 0 for padding and tool results."""
     regions_BT: Tensor
     """`Region` of every token, int64; OTHER where masked."""
     tokenizer: Any
     format: str
     """Name of the tool-call format."""
     step: float = 1
-    """Number of the batch of responses, counted from 1."""
+    """Number of the batch, counted from 1."""
     entropies_BT: Tensor | None = None
-    """Policy entropy of every token in nats, for rules that set `needs_entropies`."""
+    """Policy entropy of each token in nats, for rules with `needs_entropies`."""
     entropies_N: Tensor | None = None
-    """Entropies of all unmasked tokens of the global batch, where this one is a part of it."""
+    """Entropies of all unmasked tokens of the global batch, if this is only a part of it."""
 
 
 class WeightRule(Protocol):
-    """What each token's gradient weighs; pass your own function or object wherever a name is accepted.
+    """Computes token weights; you can pass your own function or object wherever a name is accepted.
 
-    Returns weights >= 0 of shape (B, T), which `apply_weight_rule` divides by their mean over each response.
-    `statistics` are the region means of the steps before, None in the first step; `progress` is nu in [0, 1]. Leave the
-    batch as it is.
+    Return weights >= 0 of shape (B, T); `apply_weight_rule` divides them by their mean over each response. `statistics`
+    describe the previous steps and are None in the first one; `progress` is nu in [0, 1]. Do not modify the batch.
 
-    A rule may also have these attributes (defaults in parentheses):
+    Optional attributes (defaults in parentheses):
 
-    * `needs_entropies` (False): `batch.entropies_BT` is read, so the rule waits for the forward pass.
-    * `is_uniform` (False): all tokens of a response always weigh the same.
-    * `is_normalised` (False): the weights stay as they are returned.
-    * `region_weights(statistics, progress)`: the weight of each region before responses are normalised, float64 (R,),
-      for figures and plots; None where the rule weighs no regions by what was measured.
-    * `check(format, truncates)`: raises `UserError` if the rule cannot weigh responses in that format, or sampled by
-      top-p, top-k or min-p.
+    * `needs_entropies` (False): the rule reads `batch.entropies_BT` and therefore runs after the forward pass.
+    * `is_uniform` (False): the weights of all tokens of a response are always equal.
+    * `is_normalised` (False): the weights are used as returned.
+    * `region_weights(statistics, progress)`: the weight of each region before normalisation, float64 (R,), for logs and
+      plots; None if the rule does not weight regions by measured statistics.
+    * `check(format, truncates)`: raises `UserError` if the rule does not support this format, or responses sampled with
+      top-p, top-k or min-p (`truncates`).
     """
 
     def __call__(self, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor: ...
@@ -91,27 +90,28 @@ class WeightRule(Protocol):
 def apply_weight_rule(
     rule: WeightRule, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float
 ) -> Tensor:
-    """The rule's weights, of mean 1 over each response's unmasked tokens: float32 (B, T), 0 where masked.
+    """Return the rule's weights, normalised to mean 1 over each response's unmasked tokens: float32 (B, T), else 0.
 
     Raises:
-        UserError: the rule returned something else than finite weights >= 0 of shape (B, T).
+        UserError: The rule did not return finite weights >= 0 of shape (B, T).
     """
     import torch
 
     weights_BT = rule(batch, statistics, progress)
     if not isinstance(weights_BT, torch.Tensor) or weights_BT.shape != batch.mask_BT.shape:
-        got = tuple(weights_BT.shape) if isinstance(weights_BT, torch.Tensor) else type(weights_BT).__name__
+        is_tensor = isinstance(weights_BT, torch.Tensor)
+        returned = f"shape {tuple(weights_BT.shape)}" if is_tensor else f"a {type(weights_BT).__name__}"
         raise UserError(
-            f"{got} from the weight rule {display_name(rule)}",
-            f"a tensor of weights of shape {tuple(batch.mask_BT.shape)}, as batch.mask_BT has",
-            "return one weight for every token",
+            f"the weight rule {display_name(rule)} returned {returned}",
+            f"a tensor of the shape of batch.mask_BT, {tuple(batch.mask_BT.shape)}",
+            "return one weight per token",
         )
     weights_BT = weights_BT.detach().cpu().masked_fill(~batch.mask_BT.bool(), 0.0)
     if not (torch.isfinite(weights_BT).all() and (weights_BT >= 0).all()):
         raise UserError(
-            f"negative, infinite or NaN weights from the weight rule {display_name(rule)}",
-            "finite numbers >= 0",
-            "guard the rule against regions that have not been seen (statistics is None in the first step)",
+            f"the weight rule {display_name(rule)} returned negative, infinite or NaN weights",
+            "finite numbers, at least 0",
+            "handle regions without tokens (NaN statistics) and the first step (statistics is None)",
         )
     if getattr(rule, "is_normalised", False):
         return weights_BT.float()
@@ -119,97 +119,95 @@ def apply_weight_rule(
 
 
 def get_region_weights(rule: WeightRule, statistics: RegionStatistics | None, progress: float) -> Tensor | None:
-    """The rule's `region_weights`, None for a rule without them."""
+    """Return the rule's region weights, or None if it has none."""
     method = getattr(rule, "region_weights", None)
     return None if method is None else method(statistics, progress)
 
 
 def needs_entropies(rule: WeightRule) -> bool:
-    """Whether the rule reads the entropies of the batch that it weighs."""
+    """Whether the rule reads the entropies of the batch that it weights."""
     return bool(getattr(rule, "needs_entropies", False))
 
 
 def is_uniform(rule: WeightRule) -> bool:
-    """Whether the rule never gives two tokens of a response different weights."""
+    """Whether the weights of all tokens of a response are always equal."""
     return bool(getattr(rule, "is_uniform", False))
 
 
 @dataclass(frozen=True)
 class WeightConfig:
-    """The package's own weight rules: by region from its statistics, or by token (`top_entropy`).
+    """The package's weight rules: by region from its statistics, or by token (`top_entropy`).
 
-    Every default that is not the paper's is ours and marked so.
+    Defaults that the paper does not specify are marked "ours".
     """
 
     rule: RuleName = "one_minus_exp"
-    """one_minus_exp 1/(1-exp(-H)), inverse 1/H, collision 1/mean(1-sum p^2), constant, uniform (GRPO); rivals: inverted
-    (1-exp(-H)), top_entropy (only the most uncertain tokens), permuted (one_minus_exp dealt to shuffled regions)."""
+    """one_minus_exp 1/(1-exp(-H)), inverse 1/H, collision 1/mean(1-sum p^2), constant, uniform (GRPO). Alternatives for
+    comparison: inverted (1-exp(-H)), top_entropy (only the most uncertain tokens), permuted (one_minus_exp with the
+    weights permuted between regions)."""
     strength: float = 1.0
-    """Exponent of the rule in [0, 1]: 0 is GRPO, 1 the rule itself (ours)."""
+    """Exponent in [0, 1] (ours): 0 is GRPO, 1 the full rule."""
     w_min: float = 0.2
-    """Lower clip of a region weight after division by the token mean (ours)."""
+    """Lower bound of a region weight after division by the token mean (ours)."""
     w_max: float = 5.0
-    """Upper clip of a region weight (ours)."""
+    """Upper bound of a region weight (ours)."""
     decay_format: float = 0.0
-    """Curriculum: how much FORMAT has lost at progress 1 (a_f)."""
+    """Curriculum: decrease of FORMAT's weight at progress 1 (a_f)."""
     gain_arguments: float = 0.0
-    """Curriculum: how much ARGUMENTS has gained at progress 1 (a_p)."""
+    """Curriculum: increase of ARGUMENTS' weight at progress 1 (a_p)."""
     gain_reasoning: float = 0.0
-    """Curriculum: how much REASONING and ANSWER have gained at progress 1 (a_t)."""
+    """Curriculum: increase of the weights of REASONING and ANSWER at progress 1 (a_t)."""
     constants: Mapping[str, float] = field(default_factory=lambda: dict(AUTHORS_CONSTANTS))
-    """Region weights of the rule `constant`, by region label."""
+    """Region weights of the rule `constant`."""
     quantile: float = 0.2
-    """Share of tokens that the rule `top_entropy` keeps (arXiv 2506.01939)."""
+    """Fraction of tokens that the rule `top_entropy` keeps (arXiv 2506.01939)."""
     seed: int = 0
-    """Shuffle of the rule `permuted`."""
+    """Chooses the permutation of the rule `permuted`."""
     scope: tuple[str, ...] = REGION_LABELS
-    """Labels of the regions that the rule weighs; the others weigh 1 (ours)."""
+    """Regions that the rule weights; the others have weight 1 (ours)."""
     dropped: tuple[str, ...] = ()
-    """Labels of regions whose tokens get no gradient, whatever the rule (an ablation of the paper: no reasoning)."""
+    """Regions whose tokens get no gradient under any rule (the paper's ablation drops reasoning)."""
     uncertainty_floor: float = 1e-3
-    """Smallest H, 1-exp(-H) or collision mass that a rule divides by (ours): a region that has become deterministic
-    would otherwise weigh infinitely much."""
+    """Lower bound of H, 1-exp(-H) or the collision mass (ours), so that a deterministic region's weight is finite."""
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(RuleName):
-            raise UserError(f"rule {self.rule!r}", f"one of {', '.join(get_args(RuleName))}", "choose one of them")
+            raise UserError(f"rule is {self.rule!r}", f"one of {', '.join(get_args(RuleName))}", "change it")
         if not 0 <= self.strength <= 1:
-            raise UserError(f"strength {self.strength}", "a number in [0, 1]", "change it")
+            raise UserError(f"strength is {self.strength}", "a number in [0, 1]", "change it")
         if not 0 < self.w_min <= 1 <= self.w_max < float("inf"):
-            raise UserError(
-                f"w_min {self.w_min} and w_max {self.w_max}", "0 < w_min <= 1 <= w_max", "change one of them"
-            )
+            problem = f"w_min is {self.w_min} and w_max is {self.w_max}"
+            raise UserError(problem, "0 < w_min <= 1 <= w_max", "change one of them")
         if not 0 < self.quantile <= 1:
-            raise UserError(f"quantile {self.quantile}", "a number in (0, 1]", "change it")
+            raise UserError(f"quantile is {self.quantile}", "a number in (0, 1]", "change it")
         if not self.uncertainty_floor > 0:
-            raise UserError(f"uncertainty_floor {self.uncertainty_floor}", "a positive number", "change it")
+            raise UserError(f"uncertainty_floor is {self.uncertainty_floor}", "a number above 0", "change it")
         self._check_regions()
         numbers = self.constants.values()
         known = set(self.constants) == set(REGION_LABELS)
         if not known or not all(0 <= value < float("inf") for value in numbers) or not any(numbers):
             raise UserError(
-                f"constants {dict(self.constants)}",
-                f"a finite number >= 0, not all of them 0, for each of {', '.join(REGION_LABELS)}",
-                "give every region one",
+                f"constants are {dict(self.constants)}",
+                f"one finite number, at least 0, for each of {', '.join(REGION_LABELS)}, and not all 0",
+                "correct them",
             )
 
     def _check_regions(self) -> None:
         for name in ("scope", "dropped"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # TOML and JSON have lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # TOML and JSON have no tuples
             if unknown := sorted(set(getattr(self, name)) - set(REGION_LABELS)):
-                raise UserError(f"{name} {unknown}", f"some of {', '.join(REGION_LABELS)}", "correct the label")
+                raise UserError(f"{name} contains {unknown}", f"some of {', '.join(REGION_LABELS)}", "correct them")
         if set(self.dropped) == set(REGION_LABELS):
-            raise UserError("every region in dropped", "one to learn from", "leave one out")
+            raise UserError("dropped contains every region", remedy="keep one to train on")
         if self.dropped and self.rule == "top_entropy":
             raise UserError(
-                f"dropped {list(self.dropped)} with the rule 'top_entropy', which weighs tokens and no regions",
-                "one of the two",
-                "remove the other",
+                f"dropped is {list(self.dropped)}, but the rule 'top_entropy' weights tokens, not regions",
+                remedy="set only one of the two",
             )
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether the rule reads region statistics at all."""
+        """Whether the rule reads region statistics."""
         return self.rule not in ("constant", "uniform", "top_entropy") and self.strength > 0
 
     @property
@@ -225,9 +223,8 @@ class WeightConfig:
     def check(self, format: str, truncates: bool) -> None:
         if self.rule == "collision" and truncates:
             raise UserError(
-                "the rule 'collision' with top_p, top_k or min_p",
-                "tokens sampled from the whole distribution, which its estimate needs",
-                "leave these at their defaults, or use the rule 'one_minus_exp'",
+                "the rule 'collision' cannot estimate the collision mass of tokens sampled with top_p, top_k or min_p",
+                remedy="remove these settings, or use the rule 'one_minus_exp'",
             )
 
     def region_weights(self, statistics: RegionStatistics | None, progress: float) -> Tensor | None:
@@ -238,9 +235,8 @@ class WeightConfig:
             return self._weights_by_region(statistics, progress)[batch.regions_BT]
         if batch.entropies_BT is None:
             raise UserError(
-                "the rule 'top_entropy' without the entropies of the batch",
-                "one for every token, because it chooses single tokens",
-                "pass entropies as a (B, T) tensor",
+                "the rule 'top_entropy' selects single tokens, but there is no entropy for each token",
+                remedy="pass entropies as a (B, T) tensor",
             )
         return top_entropy_mask(batch.entropies_BT, batch.mask_BT, self.quantile, batch.entropies_N)
 
@@ -250,7 +246,10 @@ class WeightConfig:
 
 @dataclass(frozen=True)
 class AuthorsWeights:
-    """The published code's token weights, gaps and normalisation included; they know the tags of two formats."""
+    """The token weights of the authors' published code, which supports the tags of two formats.
+
+    Reproduced with the code's own normalisation and with the tokens that it leaves without a weight.
+    """
 
     rule: Literal["authors-code"] = "authors-code"
     is_normalised = True
@@ -258,13 +257,13 @@ class AuthorsWeights:
     def check(self, format: str, truncates: bool) -> None:
         if format not in ("toolrl", "hermes"):
             raise UserError(
-                f"format {format!r} with the weights of 'authors-code', whose published code knows two formats",
+                f"the weights of 'authors-code' do not support format {format!r}",
                 "toolrl or hermes",
                 "choose one of them, or another preset",
             )
 
     def __call__(self, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor:
-        """The weights of the published code at step `batch.step`: found turn by turn, normalised over the response."""
+        """Return the published code's weights at step `batch.step`, found per turn and normalised per response."""
         import numpy as np
         import torch
 
@@ -283,13 +282,16 @@ class AuthorsWeights:
 
 
 def region_weights(statistics: RegionStatistics | None, config: WeightConfig) -> Tensor:
-    """The rule's weight of each region, before the curriculum: float64 (R,), within [w_min, w_max] but for `constant`.
+    """Return the rule's weight of each region before the curriculum: float64 (R,).
 
-    rule(region) ** strength, divided by its token mean, clipped (ResT's region weights; Lemma 2: the second moment of a
-    token's score is 1 - sum p^2 <= 1 - exp(-H)). A region out of scope or without finite statistics weighs 1, and so do
-    all of them when `statistics` is None: nothing has been measured yet. Equal statistics give equal weights. The
-    numbers of the rule `constant` are taken as they stand, in every region.
+    The weight is rule(region) ** strength, divided by its mean over tokens and clipped to [w_min, w_max] (ResT's region
+    weights; by its Lemma 2 the second moment of a token's score function is 1 - sum p^2 <= 1 - exp(-H)). Regions out of
+    scope or without finite statistics have weight 1, and so has every region before the first measurement (`statistics`
+    is None). The rule `constant` uses its numbers unchanged.
     """
+    # Dividing by the mean over tokens, not over regions, keeps the average weight of a token near 1, so that a rule
+    # changes how the gradient is distributed and not its size. `measured_R` leaves NaN regions out of this mean;
+    # otherwise one region without tokens would make all weights NaN.
     import torch
 
     if config.rule == "constant":
@@ -301,20 +303,18 @@ def region_weights(statistics: RegionStatistics | None, config: WeightConfig) ->
     exponent = config.strength if config.rule == "inverted" else -config.strength
     raw_R = uncertainty_R**exponent
     scope_R = torch.tensor([label in config.scope for label in REGION_LABELS])
-    seen_R = scope_R & torch.isfinite(uncertainty_R) & torch.isfinite(raw_R) & (statistics.counts_R > 0)
-    if not seen_R.any():
+    measured_R = scope_R & torch.isfinite(uncertainty_R) & torch.isfinite(raw_R) & (statistics.counts_R > 0)
+    if not measured_R.any():
         return torch.ones(NUM_REGIONS, dtype=torch.float64)
-    mean = (raw_R * statistics.counts_R)[seen_R].sum() / statistics.counts_R[seen_R].sum()
-    weights_R = torch.where(seen_R, raw_R / mean, torch.ones_like(raw_R)).clamp(config.w_min, config.w_max)
+    mean = (raw_R * statistics.counts_R)[measured_R].sum() / statistics.counts_R[measured_R].sum()
+    weights_R = torch.where(measured_R, raw_R / mean, torch.ones_like(raw_R)).clamp(config.w_min, config.w_max)
     return weights_R[_permutation(config)] if config.rule == "permuted" else weights_R
 
 
 def _permutation(config: WeightConfig) -> Tensor:
-    """Which region's weight each region gets under the rule `permuted`: int64 (R,).
-
-    The four regions of a call are dealt so that none keeps its own weight; nine seeds give all nine ways. ANSWER and
-    OTHER, of which there may be few tokens, keep theirs.
-    """
+    # The region whose weight each region gets: int64 (R,). Of the nine derangements of the four regions of a call, the
+    # seed selects one; its stride is coprime to 9, so nine seeds give all of them. ANSWER and OTHER keep their
+    # weights, because they may have few tokens.
     import torch
 
     shuffled = (Region.FORMAT, Region.NAME, Region.ARGUMENTS, Region.REASONING)
@@ -331,25 +331,26 @@ def _uncertainty(statistics: RegionStatistics, config: WeightConfig) -> Tensor:
         return statistics.entropies_R.double()
     if config.rule == "collision":
         if statistics.collisions_R is None:
-            raise UserError(
-                "no collision mass with the rule 'collision'", "the mass of every region", "pass collisions"
-            )
+            raise UserError("the rule 'collision' needs the collision mass of each region", remedy="pass collisions")
         return statistics.collisions_R.double()
     return -torch.expm1(-statistics.entropies_R.double())
 
 
 def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -> Tensor:
-    """Move weight from structure to reasoning as training goes on (ResT's curriculum): float64 (R,).
+    """Shift weight from structure to reasoning with the progress (ResT's curriculum): float64 (R,).
 
-    NAME and OTHER constant; FORMAT max(w_min, w - a_f nu); ARGUMENTS min(w_max, w + a_p nu); REASONING and ANSWER
-    min(w_max, w + a_t nu). The shifts are scaled by `strength`, so that strength 0 is GRPO throughout; the rule
-    `permuted` deals them as it deals the weights. Regions in `dropped` then weigh 0. ValueError for a progress outside
-    [0, 1].
+    FORMAT becomes max(w_min, w - a_f nu), ARGUMENTS min(w_max, w + a_p nu), REASONING and ANSWER
+    min(w_max, w + a_t nu); NAME and OTHER stay. The shifts are multiplied by `strength`, so that 0 is GRPO, and the
+    rule `permuted` permutes them with the weights. Regions in `dropped` get weight 0.
+
+    Raises:
+        UserError: The progress is outside [0, 1].
     """
     import torch
 
     check_progress(progress)
     weights_R = weights_R.clone()
+    # A weight that is already outside [w_min, w_max] (the rule `constant` is not clipped) only bounds its own shift.
     lowest = torch.minimum(weights_R, torch.tensor(config.w_min, dtype=weights_R.dtype))
     highest = torch.maximum(weights_R, torch.tensor(config.w_max, dtype=weights_R.dtype))
     shift_R = torch.zeros_like(weights_R)
@@ -364,22 +365,21 @@ def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -
 
 
 def assign_weights(weights_R: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Give each token its region's weight, normalised per response: float32 (B, T), 0 where masked.
-
-    w_t / mean_t w_t over the unmasked tokens of the response (ResT's normalisation), so every response's mean is 1.
-    """
+    """Return each token's region weight, normalised to mean 1 over its response: float32 (B, T), 0 where masked."""
     return normalise_weights(weights_R.to(regions_BT.device)[regions_BT], mask_BT)
 
 
 def normalise_weights(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Divide each response's weights by their mean over its unmasked tokens: float32 (B, T), 0 where masked.
 
-    A response without unmasked tokens, or whose weights are all 0, stays 0.
+    This is ResT's normalisation, w_t / mean_t w_t. Responses without unmasked tokens or positive weights stay 0.
     """
+    # Summed in float64, so that long responses lose no accuracy; the result is rounded to float32 once.
     import torch
 
     if weights_BT.shape != mask_BT.shape:
-        raise ValueError(f"got weights {tuple(weights_BT.shape)} and mask {tuple(mask_BT.shape)}, expected one shape")
+        shapes = f"{tuple(weights_BT.shape)} and {tuple(mask_BT.shape)}"
+        raise ValueError(f"weights and mask have shapes {shapes}, expected (B, T) for both")
     mask_BT = mask_BT.to(device=weights_BT.device, dtype=torch.float64)
     weights_BT = weights_BT.double() * mask_BT
     means_B1 = weights_BT.sum(-1, keepdim=True) / mask_BT.sum(-1, keepdim=True).clamp_min(1)
@@ -389,23 +389,29 @@ def normalise_weights(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def top_entropy_mask(
     entropies_BT: Tensor, mask_BT: Tensor, quantile: float, entropies_N: Tensor | None = None
 ) -> Tensor:
-    """1 for the `quantile` most uncertain tokens of the batch and 0 elsewhere (arXiv 2506.01939): float64 (B, T).
+    """Return 1 for the most uncertain tokens of the batch and 0 for the others (arXiv 2506.01939): float64 (B, T).
 
-    `entropies_N` are those of all unmasked tokens of the global batch, if this is a part of it. A response below the
-    threshold throughout keeps its own most uncertain token, so that it has a gradient.
+    If no token of a response is among them, its most uncertain one is kept, so that the response has a gradient.
+
+    Args:
+        entropies_BT: Entropy of each token in nats.
+        mask_BT: 1 for tokens that count.
+        quantile: Fraction of tokens to keep.
+        entropies_N: Entropies of all unmasked tokens of the global batch, if this is only a part of it.
     """
     import torch
 
     mask_BT = mask_BT.bool()
     if entropies_BT.shape != mask_BT.shape:
-        raise ValueError(
-            f"got entropies {tuple(entropies_BT.shape)} and mask {tuple(mask_BT.shape)}, expected one shape"
-        )
+        shapes = f"{tuple(entropies_BT.shape)} and {tuple(mask_BT.shape)}"
+        raise ValueError(f"entropies and mask have shapes {shapes}, expected (B, T) for both")
     values_BT = entropies_BT.double().nan_to_num().masked_fill(~mask_BT, -1.0)
     if not mask_BT.any():
         return torch.zeros_like(values_BT)
-    found_N = values_BT[mask_BT] if entropies_N is None else entropies_N.double().nan_to_num()
-    ordered = found_N.sort(descending=True).values
+    all_N = values_BT[mask_BT] if entropies_N is None else entropies_N.double().nan_to_num()
+    ordered = all_N.sort(descending=True).values
     threshold = ordered[max(0, round(quantile * len(ordered)) - 1)]
-    own_B1 = values_BT.max(-1, keepdim=True).values
-    return ((values_BT >= torch.minimum(threshold, own_B1)) & mask_BT).double()
+    highest_B1 = values_BT.max(
+        -1, keepdim=True
+    ).values  # a response below the threshold is compared with its own maximum
+    return ((values_BT >= torch.minimum(threshold, highest_B1)) & mask_BT).double()

@@ -128,7 +128,7 @@ def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> 
     mask_BT = torch.ones_like(ids_BT)
     regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, settings["format"])
     weights_BT = compute_token_weights(ids_BT, mask_BT, tokenizer, **settings, regions_BT=regions_BT)
-    pieces = get_token_bytes(tokenizer).split(ids)
+    pieces = get_token_bytes(tokenizer).to_bytes(ids)
     for at in (at for at, piece in enumerate(pieces) if not piece):
         # the end of a sequence carries no text of its own: show its name
         pieces[at] = tokenizer.decode([ids[at]]).encode("utf-8", errors="replace")
