@@ -65,25 +65,25 @@ def test_one_constant_is_changed_and_the_others_stay() -> None:
             r"unknown key runs, expected one of data, eval, model, peft, rest, run, trl, verl; did you mean run\?",
         ),
         ("[rest.weights]\nstrenght = 1", r"unknown key rest\.weights\.strenght.*did you mean strength\?"),
-        ("[rest.weights]\nrule = 'best'", r"rest\.weights\.rule = 'best', expected one of one_minus_exp"),
-        ("[run]\nseed = 'a'", r"run\.seed = 'a', expected a whole number"),
-        ("[run]\nseed = true", r"run\.seed = True, expected a whole number"),
-        ("[rest.weights]\nscope = 'name'", r"rest\.weights\.scope = 'name', expected a list"),
-        ("[rest.weights]\nconstants = 1", r"rest\.weights\.constants = 1, expected a table"),
-        ("[rest.weights.constants]\nname = 'a'", r"rest\.weights\.constants\.name = 'a', expected a number"),
-        ("[data]\nallow = 'a'", r"data\.allow = 'a', expected a list"),
-        ("[data]\nallow = ['a', 1]", r"data\.allow\.1 = 1, expected text"),
-        ("[data]\nkeep_prompts = 'yes'", r"data\.keep_prompts = 'yes', expected true or false"),
-        ("[data]\nmask_names = 2", r"data\.mask_names = 2, expected at most 1"),
-        ("[model]\ndtype = 'int8'", r"model\.dtype = 'int8', expected one of 'auto'"),
-        ("run = 3", r"run = 3, expected a table; write \[run\]"),
+        ("[rest.weights]\nrule = 'best'", r"rest\.weights\.rule is 'best', expected one of one_minus_exp"),
+        ("[run]\nseed = 'a'", r"run\.seed is 'a', expected a whole number"),
+        ("[run]\nseed = true", r"run\.seed is True, expected a whole number"),
+        ("[rest.weights]\nscope = 'name'", r"rest\.weights\.scope is 'name', expected a list"),
+        ("[rest.weights]\nconstants = 1", r"rest\.weights\.constants is 1, expected a table"),
+        ("[rest.weights.constants]\nname = 'a'", r"rest\.weights\.constants\.name is 'a', expected a number"),
+        ("[data]\nallow = 'a'", r"data\.allow is 'a', expected a list"),
+        ("[data]\nallow = ['a', 1]", r"data\.allow\.1 is 1, expected text"),
+        ("[data]\nkeep_prompts = 'yes'", r"data\.keep_prompts is 'yes', expected true or false"),
+        ("[data]\nmask_names = 2", r"data\.mask_names is 2, expected at most 1"),
+        ("[model]\ndtype = 'int8'", r"model\.dtype is 'int8', expected one of 'auto'"),
+        ("run = 3", r"run is 3, expected a table; write \[run\]"),
         ("[rest]\npreset = 'best'", r"preset 'best', expected one of rest, paper"),
         (
             "[rest]\npreset = 'authors-code'\n[rest.weights]\nstrength = 1.0",
             r"unknown key rest\.weights\.strength",
         ),
-        ("[rest]\nadvantage = 'ppo'", r"rest\.advantage = 'ppo', expected one of 'grpo', 'dr_grpo' or 'dapo'"),
-        ("[run", r"that is not TOML .*; correct it"),
+        ("[rest]\nadvantage = 'ppo'", r"rest\.advantage is 'ppo', expected one of 'grpo', 'dr_grpo' or 'dapo'"),
+        ("[run", r"is not valid TOML .*; correct the syntax"),
     ],
 )
 def test_mistakes_say_what_was_expected(text: str, message: str) -> None:
@@ -94,11 +94,11 @@ def test_mistakes_say_what_was_expected(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run.seed", "expected --set table.key=value"),
+        ("run.seed", "--set run.seed is not an assignment, expected --set table.key=value"),
         ("=3", "expected --set table.key=value"),
-        ("run.seed=", "expected a TOML value"),
-        ("run.seed=1\nmore=2", "expected one value"),
-        ("run.seed.deeper=1", "expected seed to be a table"),
+        ("run.seed=", "is not a TOML value"),
+        ("run.seed=1\nmore=2", "sets several keys; use one --set per key"),
+        ("run.seed.deeper=1", "seed is not a table; set seed itself"),
         ("run.out=a b", "quote strings"),
     ],
 )
@@ -122,26 +122,26 @@ def test_mistakes_in_set_say_what_was_expected(override: str, message: str) -> N
 )
 def test_numbers_have_a_least_value(override: str, least: int) -> None:
     key, _, value = override.partition("=")
-    with pytest.raises(ValueError, match=rf"{key} = {value}, expected at least {least}"):
+    with pytest.raises(ValueError, match=rf"{key} is {value}, expected at least {least}"):
         RunConfig.from_toml("", [override])
     RunConfig.from_toml("", [f"{key}={least}"])
 
 
 def test_seed_has_32_bits() -> None:
-    with pytest.raises(ValueError, match=r"run\.seed = 4294967296, expected less than 4294967296"):
+    with pytest.raises(ValueError, match=r"run\.seed is 4294967296, expected less than 4294967296"):
         RunConfig.from_toml("", [f"run.seed={2**32}"])
 
 
 def test_held_out_file_beside_the_tool_world_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.held_out = 'a\.jsonl' with data\.path = 'embedded'"):
+    with pytest.raises(ValueError, match=r"data\.held_out is 'a\.jsonl', but data\.path 'embedded' has its own"):
         RunConfig.from_toml("", ["data.held_out=a.jsonl"])
     RunConfig.from_toml("", ["data.held_out=a.jsonl", "data.path=b.jsonl"])
 
 
 def test_a_table_made_in_python_is_checked_as_one_in_a_file() -> None:
-    with pytest.raises(UserError, match=r"eval\.samples_per_prompt = 0, expected at least 1"):
+    with pytest.raises(UserError, match=r"eval\.samples_per_prompt is 0, expected at least 1"):
         EvalTable(samples_per_prompt=0)
-    with pytest.raises(UserError, match=r"run\.seed = 'a', expected a whole number"):
+    with pytest.raises(UserError, match=r"run\.seed is 'a', expected a whole number"):
         replace(RunConfig().run, seed="a")
 
 
@@ -192,7 +192,9 @@ def test_an_override_with_either_name_changes_a_file_with_either_name() -> None:
 
 
 def test_a_file_with_the_old_and_the_new_name_is_refused() -> None:
-    with pytest.raises(UserError, match=r"both eval\.samples and eval\.samples_per_prompt .*; remove eval\.samples$"):
+    with pytest.raises(
+        UserError, match=r"eval\.samples and eval\.samples_per_prompt are both set, .*; remove eval\.samples$"
+    ):
         RunConfig.from_toml("[eval]\nsamples = 2\nsamples_per_prompt = 2")
 
 

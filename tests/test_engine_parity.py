@@ -105,5 +105,5 @@ def test_a_supervised_preset_refuses_only_a_decay_that_was_changed() -> None:
     config = RunConfig.from_toml("", ["rest.preset=sft", f"rest.entropy_decay={ENTROPY_DECAY}"])
     assert "entropy_decay" not in config.to_toml()
     for decay in (0.0, 0.5):
-        with pytest.raises(ValueError, match=rf"got rest\.entropy_decay = {decay} with preset 'sft'"):
+        with pytest.raises(ValueError, match=rf"rest\.entropy_decay is {decay}, but preset 'sft' is supervised"):
             RunConfig.from_toml("", ["rest.preset=sft", f"rest.entropy_decay={decay}"])

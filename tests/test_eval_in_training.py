@@ -227,12 +227,12 @@ def test_two_processes_write_one_row_a_step(run_file: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("every = -1", r"eval\.every = -1, expected at least 0"),
-        ("every = 2.5", r"eval\.every = 2\.5, expected a whole number"),
-        ("interim_prompts = 0", r"eval\.interim_prompts = 0, expected at least 1"),
+        ("every = -1", r"eval\.every is -1, expected at least 0"),
+        ("every = 2.5", r"eval\.every is 2\.5, expected a whole number"),
+        ("interim_prompts = 0", r"eval\.interim_prompts is 0, expected at least 1"),
         ("evry = 1", r"did you mean every\?"),
-        ("every = 5\nprompts = 0", r"eval\.every = 5 with eval\.prompts = 0, expected held-out prompts"),
-        ("every = 5\n[data]\npath = 'a.jsonl'", r"eval\.every = 5 without data\.held_out, expected a file"),
+        ("every = 5\nprompts = 0", r"eval\.every is 5, but eval\.prompts is 0; raise eval\.prompts"),
+        ("every = 5\n[data]\npath = 'a.jsonl'", r"eval\.every is 5, but there is no held-out set; set data\.held_out"),
     ],
 )
 def test_mistakes_are_named(text: str, message: str) -> None:

@@ -187,7 +187,7 @@ def test_every_grid_of_configs_can_be_run(path: Path) -> None:
         ("[methods.mine]\nrest.preset = 'grpo'", "grpo and mine are the same run"),
         ("[grid]\nbase = 'absent.toml'", "absent.toml"),
         ("[base]\ntrl = 3", "trl"),
-        ("[grid]\nmethods = 'grpo'", "grid.methods = 'grpo', expected a list"),
+        ("[grid]\nmethods = 'grpo'", "grid.methods is 'grpo', expected a list"),
         ("[grid]\nseeds = ['0']", "grid.seeds.*whole number"),
     ],
 )

@@ -477,7 +477,7 @@ def test_results_of_calls_with_one_id_go_to_the_calls_in_order() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("trl.per_device_train_batch_size=0", "got trl.per_device_train_batch_size = 0, expected at least 1"),
+        ("trl.per_device_train_batch_size=0", "trl.per_device_train_batch_size is 0, expected at least 1"),
         ("trl.logging_steps=2", "got trl.save_steps = 1 and trl.logging_steps = 2"),
     ],
 )

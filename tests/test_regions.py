@@ -322,9 +322,9 @@ def test_sums_and_means_by_region():
 
 
 def test_wrong_shapes_and_wrong_tokenizers_are_refused():
-    with pytest.raises(ValueError, match="expected one"):
+    with pytest.raises(ValueError, match=r"expected \(B, T\) for both"):
         tag_regions(torch.zeros(1, 2), torch.zeros(1, 3), BYTE_LEVEL, lambda text: ())
-    with pytest.raises(ValueError, match="expected one shape"):
+    with pytest.raises(ValueError, match=r"expected \(B, T\) for all"):
         region_sums(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(2, 2))
     with pytest.raises(ValueError, match="use_fast=True"):
         get_token_bytes("gpt2")

@@ -299,7 +299,7 @@ def test_a_reward_that_is_no_finite_number_is_refused(number, wrap):
 def test_bad_reward_settings_and_progress_are_refused():
     with pytest.raises(ValueError, match="start <= end"):
         RewardConfig(accuracy_share_start=0.9, accuracy_share_end=0.1)
-    with pytest.raises(ValueError, match="scales"):
+    with pytest.raises(ValueError, match="format_scale -1"):
         RewardConfig(format_scale=-1)
     with pytest.raises(ValueError, match="progress"):
         score(respond(), Gold(), 2.0)

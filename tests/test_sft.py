@@ -130,9 +130,9 @@ def test_wrong_region_weights_and_packing_are_refused(tmp_path: Path) -> None:
         make_region_weights({"nam": 1.0})
     with pytest.raises(ValueError, match="packing or padding_free"):
         trained(tmp_path, SUPERVISED["tsft"], packing=True)
-    with pytest.raises(ValueError, match=r"rest\.region_weights .* with preset 'rest', which is no supervised one"):
+    with pytest.raises(ValueError, match=r"rest\.region_weights is .*, but preset 'rest' is not supervised"):
         RunConfig.from_toml("[rest]\nregion_weights = {name = 2.0}")
-    with pytest.raises(ValueError, match=r"rest\.weights .* with preset 'tsft', which is supervised"):
+    with pytest.raises(ValueError, match=r"rest\.weights is .*, but preset 'tsft' is supervised"):
         RunConfig.from_toml("[rest]\npreset = 'tsft'\nweights = {strength = 1.0}")
 
 

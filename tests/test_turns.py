@@ -194,7 +194,7 @@ def test_an_answers_reward_is_presence_overlap_or_ones_own(tmp_path: Path, monke
         judgement = judge(text, gold)
         assert reward("overlap", judgement) == reward("presence", judgement)
     for name in ("nonsense", "answer_rules:none", "answer_rules:one"):
-        with pytest.raises(ValueError, match="got"):
+        with pytest.raises(ValueError, match=name):
             RewardConfig(answer=name)
     with pytest.raises(ValueError, match=r"a number in \[0, 1\]"):
         reward("answer_rules:far")

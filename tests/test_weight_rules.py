@@ -162,8 +162,8 @@ def test_the_trainer_trains_by_a_rule_of_ones_own_with_regions_tagged_once(token
         processing_class=tokenizer,
     )
     tags = []
-    tag = trainer._weigher.tag
-    object.__setattr__(trainer._weigher, "tag", lambda *given: tags.append(1) or tag(*given))
+    tag = trainer._weighter.tag
+    object.__setattr__(trainer._weighter, "tag", lambda *given: tags.append(1) or tag(*given))
     trainer.train()
     rows = [row for row in trainer.state.log_history if "rest/weight/format" in row]
     assert rows

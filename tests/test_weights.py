@@ -189,7 +189,7 @@ def test_top_entropy_keeps_the_most_uncertain_tokens_and_one_of_every_response()
     assert normalise_weights(kept_BT, mask_BT)[0].tolist() == [1.5, 1.5, 0, 0]
     assert top_entropy_mask(entropies_BT, torch.zeros_like(mask_BT), 0.2).sum() == 0
     assert top_entropy_mask(entropies_BT * NAN, mask_BT, 0.2).sum(-1).min() >= 1
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="have shapes"):
         top_entropy_mask(entropies_BT[:1], mask_BT, 0.2)
 
 
@@ -201,13 +201,13 @@ def test_top_entropy_keeps_the_most_uncertain_tokens_and_one_of_every_response()
         ({"w_min": 0.0}, "w_min"),
         ({"w_max": math.inf}, "w_max"),
         ({"quantile": 0.0}, "quantile"),
-        ({"uncertainty_floor": 0.0}, "positive"),
+        ({"uncertainty_floor": 0.0}, "above 0"),
         ({"constants": {"format": 1.0}}, "reasoning"),
         ({"dropped": ("think",)}, "'think'.*reasoning"),
         ({"scope": ("call",)}, "'call'.*reasoning"),
         ({"dropped": tuple(WeightConfig().constants)}, "every region"),
         ({"dropped": ("name",), "rule": "top_entropy"}, "top_entropy"),
-        ({"constants": dict.fromkeys(WeightConfig().constants, 0.0)}, "not all of them 0"),
+        ({"constants": dict.fromkeys(WeightConfig().constants, 0.0)}, "and not all 0"),
     ],
 )
 def test_bad_settings_are_refused_with_what_is_expected(settings, message):

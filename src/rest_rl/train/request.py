@@ -135,7 +135,7 @@ def check_ranges(table: Mapping[str, Any]) -> None:
     steps = table.get("max_steps", -1)
     if isinstance(steps, int) and steps < 1 and steps != -1:
         expected = "at least 1, or -1 for as many as trl.num_train_epochs takes"
-        raise UserError(f"trl.max_steps = {steps}", expected, "change it")
+        raise UserError(f"trl.max_steps is {steps}", expected, "change it")
 
 
 def find_run_file(folder: Path) -> Path:
