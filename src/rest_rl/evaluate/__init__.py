@@ -1,4 +1,4 @@
-"""`rest_rl.evaluate(benchmark, model, ...)`: models on benchmarks; as a package, what that is made of."""
+"""Evaluate models on benchmarks: `rest_rl.evaluate(benchmark, model, ...)` and the package behind it."""
 
 from rest_rl.objects import make_package_callable
 

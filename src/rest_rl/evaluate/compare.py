@@ -1,8 +1,8 @@
-"""`rest-rl eval diff`: two evaluations of one benchmark, sample by sample.
+"""`rest-rl eval diff`: compare two evaluations of the same benchmark, sample by sample.
 
-Only samples that both sides scored count, so every difference is paired: what one model loses and the other gains.
-The test of all samples stands alone; those of the groups are a family of tests and carry q-values too. An official
-average whose categories were scored whole on both sides has its change and an interval, but no test.
+Only samples that both evaluations scored are used, so all differences are paired. The test over all samples is one
+hypothesis; the tests of the groups form a family and get q-values as well. Official averages whose categories were
+fully scored on both sides get a difference with an interval, but no test.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from rest_rl.statistics import Interval, mcnemar_p_value, paired_difference, q_v
 FLIPS = "flips.jsonl"
 ALL_SAMPLES = "all"
 MODEL_SETTINGS = {"model", "endpoint", "responses", "weights"}
-"""Settings that say who answered, not how; they are expected to differ."""
+"""Settings that identify the model; they are expected to differ."""
 
 
 class Evaluation(NamedTuple):
-    """An evaluation folder as read back; `rows` by id."""
+    """The contents of an evaluation folder; `rows` by sample id."""
 
     folder: str
     summary: Row
@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
         return {identity: row[metric] for identity, row in self.rows.items() if isinstance(row.get(metric), bool)}
 
     def group_of(self, identity: str) -> str:
-        """The group of a sample as the summary calls it; summaries that do not say where rows have it are older."""
+        # summaries of older versions have no group_field
         row = self.rows[identity]
         field = self.summary.get("group_field") or ("level" if "level" in row else "category")
         return group_label(field, row[field])
@@ -49,10 +49,13 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """The paired change of one group: accuracies and their difference as shares, with a 95 % interval.
+    """The paired change of one group: accuracies and their difference as fractions, with a 95 % interval.
 
-    `lost` samples were right at the base alone, `gained` ones at the tuned model alone. `p` is of McNemar's exact test,
-    None for an official average; `q` is it among the groups of the table, None for what spans several.
+    Attributes:
+        lost: Number of samples that only the base model got right.
+        gained: Number of samples that only the tuned model got right.
+        p: p-value of McNemar's exact test; None for an official average.
+        q: p adjusted for the number of groups (Benjamini-Hochberg); None for averages and for all samples.
     """
 
     group: str
@@ -70,7 +73,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Flip:
-    """A sample on which the two sides differ, with what each was told."""
+    """A sample with different verdicts, and the reason of each verdict."""
 
     metric: str
     id: str
@@ -82,9 +85,9 @@ class Flip:
 
 @dataclass(frozen=True)
 class EvalComparison:
-    """What changed from a base to a tuned model; `metrics` holds a table per metric.
+    """The changes from a base to a tuned model; `metrics` contains one table per metric.
 
-    A table's rows are groups, then the official averages that both sides have, then all samples.
+    The rows of a table are the groups, the official averages that both evaluations have, and all samples.
     """
 
     benchmark: str
@@ -101,14 +104,18 @@ class EvalComparison:
 
 
 def compare_evaluations(base: str | Path, tuned: str | Path) -> EvalComparison:
-    """Compare two evaluation folders; UserError when they hold no evaluations or have nothing to compare."""
+    """Compare two evaluation folders.
+
+    Raises:
+        UserError: A folder contains no evaluation, or the two evaluations share no scored sample.
+    """
     first, second = read_evaluation(base), read_evaluation(tuned)
     for key in ("benchmark", "version", "pin"):
         one, other = first.summary.get(key), second.summary.get(key)
         if one != other:
             raise UserError(
-                f"{key} {one!r} in {first.folder} and {other!r} in {second.folder}",
-                "the same: their samples or their judges differ",
+                f"different {key}: {one!r} in {first.folder} and {other!r} in {second.folder}",
+                "the same samples and the same judge",
                 "compare evaluations of one benchmark and release",
             )
     metrics = [name for name in first.summary.get("metrics", []) if name in second.summary.get("metrics", [])]
@@ -118,9 +125,8 @@ def compare_evaluations(base: str | Path, tuned: str | Path) -> EvalComparison:
         shared[metric] = [identity for identity in first.verdicts(metric) if identity in others]
     if not any(shared.values()):
         raise UserError(
-            f"{base} and {tuned}, which share no scored sample",
-            "evaluations of the same samples",
-            "run both with the same --limit, --ids and --categories, and go on with --resume where one was stopped",
+            f"{base} and {tuned} share no scored sample",
+            remedy="run both with the same --limit, --ids and --categories, and resume one that was stopped",
         )
     return EvalComparison(
         benchmark=str(first.summary["benchmark"]),
@@ -135,7 +141,7 @@ def compare_evaluations(base: str | Path, tuned: str | Path) -> EvalComparison:
 
 
 def write_comparison(comparison: EvalComparison, folder: str | Path) -> list[Path]:
-    """Write comparison.md, comparison.json and flips.jsonl, which has a line per flipped sample."""
+    """Write comparison.md, comparison.json and flips.jsonl (one line per sample with different verdicts)."""
     target, content = Path(folder), comparison.to_json()
     texts = {
         FLIPS: "".join(as_json(flip) + "\n" for flip in content["flips"]),
@@ -147,26 +153,28 @@ def write_comparison(comparison: EvalComparison, folder: str | Path) -> list[Pat
         for name, text in texts.items():
             replace_file(target / name, text)
     except OSError as error:
-        raise UserError(f"{folder} ({describe_os_error(error)})", "a writable folder", "pass another") from error
+        raise UserError(
+            f"cannot write to {folder} ({describe_os_error(error)})", remedy="pass another folder"
+        ) from error
     return [target / name for name in texts]
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
-    """Read an evaluation folder; UserError if it holds none. Of several rows of a sample the last one stands."""
+    """Read an evaluation folder; the last row of a sample counts.
+
+    Raises:
+        UserError: The folder contains no finished evaluation.
+    """
     path = Path(folder)
     summary, rows = read_json_object(path / SUMMARY), EvalLog(path).read_rows()
     if "benchmark" not in summary or not rows:
         missing = SAMPLES if "benchmark" in summary else f"{SUMMARY} of an evaluation"
-        expected, remedy = (
-            "the folder of a finished `rest-rl eval`",
-            "pass what its --out was, or finish it with --resume",
-        )
-        raise UserError(f"{folder}, which holds no {missing}", expected, remedy)
+        expected, remedy = "the folder of a finished `rest-rl eval`", "pass its --out, or finish it with --resume"
+        raise UserError(f"{folder} contains no {missing}", expected, remedy)
     return Evaluation(str(folder), summary, {row["id"]: row for row in rows})
 
 
 def compute_changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> tuple[Change, ...]:
-    """A change per group in the order of the summary, then of official averages, then one of all samples."""
     members: dict[str, list[tuple[bool, bool]]] = {str(name): [] for name in first.summary.get("groups", {})}
     for identity in ids:
         pair = first.rows[identity][metric], second.rows[identity][metric]
@@ -179,12 +187,12 @@ def compute_changes(first: Evaluation, second: Evaluation, metric: str, ids: Seq
     return (*groups, *averages, compute_change(ALL_SAMPLES, [pair for pairs in members.values() for pair in pairs]))
 
 
+# The paired intervals of the official averages: an average is sum w_c acc_c over disjoint categories, so its change is
+# the same weighted sum of the categories' paired differences. MOVER (`weighted_mean`) combines their Bonett-Price
+# intervals by adding the squared, weighted distances to the limits on each side, which keeps their asymmetry. If a
+# category is missing on one side or the weights differ, the two averages are not comparable and are left out.
+# There is no p-value: McNemar's test counts flips, and flips of different weights have no exact distribution.
 def compute_average_changes(first: Evaluation, second: Evaluation, groups: Sequence[Change]) -> list[Change]:
-    """The changes of the official averages that both summaries have, by the weights that these record.
-
-    The paired intervals of the categories are put together as those of single averages are (see `weighted_mean`).
-    There is no test: lost and gained samples of different weights make no exact one.
-    """
     own = {group.group: group for group in groups}
     sides = [evaluation.summary.get("official") or {} for evaluation in (first, second)]
     found: list[Change] = []
@@ -202,14 +210,15 @@ def compute_average_changes(first: Evaluation, second: Evaluation, groups: Seque
 
 
 def compute_turn_changes(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> list[Change]:
-    """The changes over turns that call and turns that answer, where rows say which is which."""
     rows = [(first.rows[identity], second.rows[identity]) for identity in ids]
     own = {turn: [(a[metric], b[metric]) for a, b in rows if a.get("turn") == turn] for turn in TURNS}
     return [compute_change(turn, pairs) for turn, pairs in own.items() if pairs]
 
 
+# McNemar's exact test: samples with equal verdicts carry no information about the difference. Under the null hypothesis
+# a flipped sample is lost or gained with probability 1/2, so `lost` is binomial(lost + gained, 1/2); two-sided p.
 def compute_change(group: str, pairs: Sequence[tuple[bool, bool]]) -> Change:
-    """The change over (base, tuned) verdicts; without any it is 0 in [-1, 1]."""
+    """Return the change over pairs of (base, tuned) verdicts; without pairs it is 0 with interval [-1, 1]."""
     n, lost = len(pairs), sum(old and not new for old, new in pairs)
     gained = sum(new and not old for old, new in pairs)
     base, tuned = (sum(pair[side] for pair in pairs) / n if n else 0.0 for side in (0, 1))
@@ -219,7 +228,6 @@ def compute_change(group: str, pairs: Sequence[tuple[bool, bool]]) -> Change:
 
 
 def find_flips(first: Evaluation, second: Evaluation, metric: str, ids: Sequence[str]) -> Iterator[Flip]:
-    """The samples on which the verdicts differ."""
     for identity in ids:
         old, new = first.rows[identity], second.rows[identity]
         if old[metric] != new[metric]:
@@ -228,7 +236,7 @@ def find_flips(first: Evaluation, second: Evaluation, metric: str, ids: Sequence
 
 
 def find_warnings(first: Evaluation, second: Evaluation, metrics: Sequence[str]) -> Iterator[str]:
-    """What may explain a difference other than the model: prompt, format, samples of one side, settings."""
+    # anything other than the model that may explain a difference
     for key in ("prompt", "format"):
         if first.summary.get(key) != second.summary.get(key):
             yield f"{key} differs: {first.summary.get(key)!r} and {second.summary.get(key)!r}"
@@ -237,10 +245,10 @@ def find_warnings(first: Evaluation, second: Evaluation, metrics: Sequence[str])
     one, other = first.verdicts(metrics[0]), second.verdicts(metrics[0])
     if one.keys() != other.keys():
         only = len(one.keys() - other), len(other.keys() - one)
-        yield f"scored on one side only and left out: {only[0]} of the base, {only[1]} of the tuned model"
+        yield f"left out, scored on one side only: {only[0]} of the base model, {only[1]} of the tuned model"
     settings, others = (evaluation.summary.get("settings") or {} for evaluation in (first, second))
     for key in sorted({*settings, *others} - MODEL_SETTINGS - {"prompt", "format"}):
         if settings.get(key) != others.get(key):
             yield f"{key} differs: {settings.get(key)!r:.160} and {others.get(key)!r:.160}"
     if settings.get("weights") and settings.get("weights") == others.get("weights"):
-        yield "both sides have the same weights: what differs is how they were asked, or chance"
+        yield "both evaluations use the same weights: any difference is due to settings or chance"

@@ -1,7 +1,7 @@
-"""What an evaluation is made of: benchmarks hold conversations, models answer their requests.
+"""The interface between benchmarks and models: conversations, requests and replies.
 
-A benchmark knows its samples and judges; a model knows how to write; neither knows the other. A single-turn sample is
-a conversation of one request, a multi-turn one of as many as it takes.
+A benchmark provides samples and judges responses; a model generates them. Neither knows the other. A single-turn
+sample is a conversation with one request; a multi-turn sample takes as many requests as it needs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from rest_rl.response import ParsedResponse, ToolCall
 
 @dataclass(frozen=True)
 class Request:
-    """One thing a model is asked: the history and the tools as a sample, whose `gold` is what an oracle would say.
+    """A prompt for the model: message history and tools as a `ToolSample`.
 
-    `step` counts the responses within one turn of the user; both count from 0.
+    The sample's `gold` is a correct response, which the oracle returns. `turn` counts the user's turns and `step` the
+    responses within a turn; both start at 0.
     """
 
     sample: ToolSample
@@ -28,97 +29,104 @@ class Request:
 
 
 class Reply(NamedTuple):
-    """What came back for a request: a text, or in one of the last three why there is none."""
+    """The model's reply: a text, or in one of the last three fields the reason why there is none."""
 
     text: str = ""
     calls: tuple[ToolCall, ...] | None = None
-    """Calls that a server has read out already; None when they stand in the text."""
+    """Tool calls that the server parsed; None if the calls are still in the text."""
     prompt_tokens: int | None = None
     tokens: int | None = None
     is_truncated: bool = False
-    """The response ran into the limit of its length."""
+    """Whether the response reached its length limit."""
     overflow: str = ""
-    """Why the prompt did not fit the model; the sample counts as wrong."""
+    """Why the prompt did not fit into the context; the sample counts as wrong."""
     refusal: str = ""
-    """Why the model cannot be given the prompt at all, such as a template that fails; the sample counts as wrong."""
+    """Why there is no prompt, for example because the chat template fails; the sample counts as wrong."""
     error: str = ""
-    """Why there is no response (a server that fails); the sample is not scored and is tried again on resume."""
+    """Why there is no response, for example a server failure; the sample is not scored, and resuming retries it."""
 
 
 class Conversation(Protocol):
     def request(self) -> Request | None:
-        """What the model is asked next; None when the conversation is over."""
+        """Return the next request, or None when the conversation is over."""
         ...
 
     def receive(self, reply: Reply) -> None:
-        """Take the reply to the last request; only replies with a text arrive here."""
+        """Process the reply to the last request. Only replies with a text are passed here."""
         ...
 
     def record(self) -> Mapping[str, Any]:
-        """`response` and `calls` so far, also of a conversation that was given up."""
+        """Return `response` and `calls` so far, also for an abandoned conversation."""
         ...
 
     def outcome(self) -> Mapping[str, Any]:
-        """The record and the verdict: one boolean per metric and `reason`; or `error`, why there is none."""
+        """Return the record with one boolean per metric and a `reason`, or with `error` if there is no verdict."""
         ...
 
     def close(self) -> None:
-        """Release what the conversation holds; called once, also for one that was given up."""
+        """Release resources. Called exactly once, also for an abandoned conversation."""
 
 
 class Benchmark(Protocol):
-    """Samples with their judge; a subclass needs `name`, `pin`, `groups` and `start`."""
+    """A set of samples and the code that judges responses. Subclasses need `name`, `pin`, `groups` and `start`."""
 
     name: str
-    """Such as `bfcl`."""
+    """A short name, such as `bfcl`."""
     pin: str
-    """Which edition of data and checker, printed on every table."""
+    """The exact version of data and checker; printed on every table."""
     metrics: tuple[str, ...] = ("correct",)
-    """Booleans of each row, the headline first."""
+    """Names of the boolean verdicts in each row, the headline metric first."""
     group_field: str = "category"
-    """What rows call their group."""
+    """The row field that contains the group."""
     groups: Mapping[str, Any]
-    """The group of every sample by its id, a text or a number, in the order in which they are asked."""
+    """The group (text or number) of each sample by its id, in evaluation order."""
 
     def start(self, identity: str, tool_format: ToolFormat) -> Conversation:
-        """Begin a sample; responses are read in the given format."""
+        """Start the conversation of a sample; its responses are parsed in `tool_format`."""
         ...
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """What the summary holds besides the groups: ceilings, official averages where they are complete."""
+        """Return further entries for the summary, such as ceilings or official averages."""
         del rows
         return {}
 
     def close(self) -> None:
-        """Release what the benchmark holds."""
+        """Release resources, such as subprocesses."""
 
 
 class Model(Protocol):
-    """A source of responses: a checkpoint, a server, recorded responses, the gold; a subclass needs `respond`."""
+    """A source of responses: a checkpoint, a server, recorded responses or the gold. Subclasses need `respond`."""
 
     batch_size: int = 1
-    """How many requests one call of `respond` is given at most."""
+    """The maximum number of requests per call of `respond`."""
     concurrency: int = 1
-    """How many threads may call `respond` at once."""
+    """The number of threads that may call `respond` at the same time."""
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """One reply per request, in order; never raises for what a single request can cause."""
+        """Return one reply per request, in order. Problems with a single request are replies, not exceptions."""
         ...
 
     def context_usage(self, request: Request) -> tuple[int, int] | None:
-        """(tokens that prompt and response would take, tokens the model holds); None where it cannot be known."""
+        """Return (tokens of prompt plus longest response, context length), or None if unknown."""
         del request
         return None
 
     def stop(self) -> None:
-        """Give up what is under way, from any thread; later requests end with an error.
+        """Cancel pending requests; later ones get an error reply. May be called from any thread.
 
-        A model that one thread asks has nothing to give up: the exception that ends an evaluation has ended that, too.
+        A model with `concurrency` 1 needs no implementation: the exception that ends the evaluation has already
+        interrupted its only call.
         """
 
 
 class SingleTurn(Conversation):
-    """A conversation of one request, whose response `judge` reads: metrics, reason and what else its row holds."""
+    """A conversation with a single request.
+
+    Args:
+        sample: The prompt and its gold.
+        tool_format: The format in which responses are parsed.
+        judge: Maps the reply and its parsed form to the row fields: one boolean per metric, `reason`, and others.
+    """
 
     def __init__(
         self,
@@ -148,7 +156,7 @@ class SingleTurn(Conversation):
 
 
 def parse_reply(reply: Reply, tool_format: ToolFormat) -> ParsedResponse:
-    """The calls and the answer of a reply, from its text unless a server has read them out."""
+    """Parse the text of a reply, unless the server already parsed its tool calls."""
     if reply.calls is None:
         return tool_format.parse(reply.text, spans=False)
     return ParsedResponse(calls=reply.calls, answer=reply.text.strip() or None, well_formed=True)

@@ -1,4 +1,4 @@
-"""Sampling at temperature 1 and greedy decoding in left-padded batches, without touching anybody's random state."""
+"""Sampling at temperature 1 and greedy decoding in left-padded batches; the global random state is preserved."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 NO_PENALTIES: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "min_length": 0}
-"""Qwen2.5's generation_config.json has a repetition penalty of 1.05, which would count in greedy decoding, too."""
+"""Qwen2.5's generation_config.json sets a repetition penalty of 1.05, which also applies to greedy decoding."""
 NO_FILTERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
+# Batching: prompts are sorted by length (in characters, a cheap proxy for tokens), so that a batch needs little padding
+# and short prompts do not wait for long ones. Each batch runs until its largest limit or until all of its rows ended.
+# The results go back to the original order. Progress counts a batch that ended early as if it had used all its steps.
 def generate(
     model: Any,
     tokenizer: Any,
@@ -25,12 +28,12 @@ def generate(
     seed: int = 0,
     on_token: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
-    """The sampled ids of one response per prompt, in order, with the end-of-sequence token and without padding.
+    """Generate one response per prompt and return its token ids, in the order of the prompts.
 
-    Sampling is from the whole distribution at temperature 1, whatever the model's own generation settings say. The
-    global random state and the model's mode are as before afterwards. Prompts of like length share a batch.
-    `max_new_tokens` is one limit for all, or one per prompt. After every token of a batch `on_token` gets how many
-    of `decoding_steps` are done; a batch that ends early has done all of its own.
+    Responses include the end-of-sequence token but no padding. Sampling uses the full distribution at temperature 1
+    and ignores the model's generation config. The global random state and the model's mode are restored.
+    `max_new_tokens` is one limit for all prompts or one per prompt. After each decoding step `on_token` is called with
+    the number of finished steps, out of `decoding_steps`.
     """
     responses: list[list[int]] = [[] for _ in prompts]
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -50,18 +53,17 @@ def generate(
 
 
 def batch_by_length(prompts: Sequence[str], batch_size: int) -> list[list[int]]:
-    """The indices of the prompts in batches, those of like length together."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def decoding_steps(prompts: Sequence[str], limits: Sequence[int], batch_size: int) -> int:
-    """How many tokens `generate` samples one after the other at most."""
+    """Return the maximum number of sequential decoding steps of `generate`."""
     return sum(max(limits[i] for i in batch) for batch in batch_by_length(prompts, batch_size))
 
 
 def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, *, greedy: bool) -> GenerationConfig:
-    """Decoding settings with every filter off, also those that `generate` would take over from the model's own."""
+    # set every filter explicitly: `model.generate` fills missing values from the model's generation config
     ends = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     settings = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": pad, **NO_PENALTIES}
@@ -69,7 +71,7 @@ def generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, *, gree
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a response: the model's own, if there is one, and the tokenizer's."""
+    """Return the ids that end a response, from the model's generation config and the tokenizer."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
@@ -78,15 +80,14 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def has_ended(ids: Sequence[int], ends: Collection[int]) -> bool:
-    """Whether a response ends with one of `ends`; every one does where nothing is known to end any."""
+    """Return whether a response ends with one of `ends`; always true if `ends` is empty."""
     return not ends or (bool(ids) and ids[-1] in ends)
 
 
 class PerRowLimit(StoppingCriteria):
-    """Ends each row of a batch at a length of its own, so that one with little room stops and the others go on."""
+    """Stop each row of a batch at its own length, including padding and prompt."""
 
     def __init__(self, lengths_B: torch.Tensor) -> None:
-        """`lengths_B` are the rows' lengths with padding and prompt."""
         self.lengths_B = lengths_B
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
@@ -94,7 +95,7 @@ class PerRowLimit(StoppingCriteria):
 
 
 class TokenProgress(StoppingCriteria):
-    """Stops nothing; tells after each token how many steps are done, `done` of them before this batch."""
+    """Report progress after each step; never stops. `done` counts the steps of earlier batches."""
 
     def __init__(self, on_token: Callable[[int], Any], done: int) -> None:
         self.on_token, self.done = on_token, done
@@ -113,9 +114,9 @@ def generate_batch(
     limits: Sequence[int],
     progress: TokenProgress | None = None,
 ) -> list[list[int]]:
-    """One response per prompt of a single batch, each of as many tokens as its own limit at most."""
+    """Generate one batch and return the ids of each response, at most as many as its limit."""
     rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    width = max(map(len, rows))  # padded here: Llama's and Mistral's tokenizers have no padding token
+    width = max(map(len, rows))  # pad here: the tokenizers of Llama and Mistral have no padding token
     padded = torch.tensor([[settings.pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     stops = StoppingCriteriaList([progress] if progress else [])
@@ -127,14 +128,15 @@ def generate_batch(
         generation_config=settings,
         stopping_criteria=stops,
     )
-    ends = set(settings.eos_token_id or [])  # a row at its limit goes on as padding, or as text in a model without ends
+    # a row that stopped at its limit continues as padding, or as text if the model has no end-of-sequence token
+    ends = set(settings.eos_token_id or [])
     rows = (row[:limit].tolist() for row, limit in zip(output[:, width:], limits, strict=True))
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row)) + 1] for row in rows]
 
 
 @contextmanager
 def evaluation_mode(model: Any, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients and a seed of its own; model mode and random state are restored."""
+    """Enter evaluation mode without gradients and with a fixed seed; restore mode and random state on exit."""
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()

@@ -1,8 +1,4 @@
-"""The loop of an evaluation: conversations in batches, a row per sample as it finishes, the summary.
-
-Batches are cut from the whole list in its order, and a batch of which anything is missing is asked for again whole: on
-one machine a resumed evaluation gives the same texts as one that was never stopped.
-"""
+"""The evaluation loop: run conversations in batches, log one row per finished sample, summarize the rows."""
 
 from __future__ import annotations
 
@@ -20,6 +16,14 @@ from rest_rl.statistics import wilson_interval
 OVERALL = "overall"
 
 
+# Resume: batches are cut from the full list in a fixed order, and a batch with a missing sample runs again as a whole.
+# In 16-bit arithmetic a text depends on the shape of its batch; with the same batches, a resumed evaluation produces
+# the same texts as an uninterrupted one (on the same machine). Rows already in the log are not written twice.
+#
+# Threads: one worker per unit of `model.concurrency`, each with one batch at a time. `lock` serializes the log and
+# `on_row`. On the first exception `stopped` ends all conversations between two steps, queued batches are cancelled
+# and `model.stop` interrupts pending requests. Their error replies are results of the stop, not of the samples, and
+# are therefore not logged.
 def evaluate_all(
     benchmark: Benchmark,
     model: Model,
@@ -28,10 +32,10 @@ def evaluate_all(
     log: EvalLog,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Ask for every sample that the folder does not hold yet; all rows, in the order of `identities`.
+    """Evaluate the samples that are missing in the log and return all rows, in the order of `identities`.
 
-    `on_row` gets each row that is written. An exception of the model (a wrong key, an unknown name) stops the
-    evaluation; what was written stays.
+    `on_row` is called for each row that is written. An exception of the model, such as a wrong API key, stops the
+    evaluation; the rows written so far remain in the log.
     """
     done = {row["id"]: row for row in log.read_rows()}
     batches = [batch for batch in split_batches(identities, model.batch_size) if not done.keys() >= set(batch)]
@@ -46,7 +50,7 @@ def evaluate_all(
                         done[row["id"]] = row
                         on_row(row)
         except BaseException:
-            stopped.set()  # here, before this thread begins another batch
+            stopped.set()  # set it here: otherwise this thread might start another batch first
             raise
 
     with ThreadPoolExecutor(max(1, model.concurrency)) as pool:
@@ -57,7 +61,7 @@ def evaluate_all(
         except BaseException:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            model.stop()  # or leaving this block would wait for every request under way, and for its repetitions
+            model.stop()  # otherwise leaving this block waits for every pending request and its retries
             raise
     rows = [done[identity] for identity in identities]
     log.write_rows(rows)
@@ -65,14 +69,15 @@ def evaluate_all(
 
 
 def split_batches(identities: Sequence[str], size: int) -> list[Sequence[str]]:
-    """The list in batches of `size`."""
     return [identities[start : start + size] for start in range(0, len(identities), max(1, size))]
 
 
+# All conversations of a batch advance one step at a time: each round collects their next requests and sends them to
+# the model together. A conversation leaves the batch when it has no further request or its reply contains no text.
 def evaluate_batch(
     benchmark: Benchmark, model: Model, tool_format: ToolFormat, batch: Sequence[str], stopped: Event
 ) -> Iterator[Row]:
-    """The rows of one batch, each as soon as its conversation is over; all conversations go one step at a time."""
+    """Yield the rows of one batch, each as soon as its conversation is over."""
     active = [ActiveConversation(benchmark, identity, tool_format) for identity in batch]
     try:
         while active and not stopped.is_set():
@@ -91,7 +96,7 @@ def evaluate_batch(
 
 
 class ActiveConversation:
-    """A conversation under way, and what its row says besides the verdict."""
+    """A running conversation and the row fields that do not come from the benchmark."""
 
     def __init__(self, benchmark: Benchmark, identity: str, tool_format: ToolFormat) -> None:
         self.conversation: Conversation = benchmark.start(identity, tool_format)
@@ -100,7 +105,7 @@ class ActiveConversation:
         self.reply_fields: Row = {}
 
     def receive(self, reply: Reply) -> Row | None:
-        """Pass a reply on; the row of a sample that ends here because no text came."""
+        """Pass a reply to the conversation, or return the final row if the reply contains no text."""
         if reply.tokens is not None:
             self.reply_fields["tokens"] = self.reply_fields.get("tokens", 0) + reply.tokens
         if reply.prompt_tokens is not None:
@@ -124,7 +129,7 @@ class ActiveConversation:
         return {**self.row_start, **record, **verdicts, **why, **self.reply_fields}
 
     def finish(self) -> Row:
-        """The row of a conversation that is over."""
+        """Return the row of a finished conversation and close it."""
         try:
             outcome = self.conversation.outcome()
             verdicts = dict.fromkeys(self.metrics) if "error" in outcome else {}
@@ -134,7 +139,10 @@ class ActiveConversation:
 
 
 def summarise(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
-    """The scores by group, over all where the benchmark has no averages of its own, and what is missing."""
+    """Return the contents of summary.json.
+
+    `groups` contains the scores by group, plus `overall` unless the benchmark defines official averages.
+    """
     sizes = Counter(group_label(benchmark.group_field, group) for group in benchmark.groups.values())
     members: dict[str, list[Row]] = {}
     for row in rows:
@@ -150,12 +158,12 @@ def summarise(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def group_label(field: str, group: str | int) -> str:
-    """A group's name in the summary: a number gets the name of its field, `Level1`."""
+    """Return the group's name in the summary; a number is prefixed by its field, as in `Level1`."""
     return group if isinstance(group, str) else f"{field.title()}{group}"
 
 
 def score_group(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict[str, Any]:
-    """Scores of one group; samples without a response are not scored but named."""
+    """Return the scores of one group. Samples without a response are not scored; their ids are under `errors`."""
     scored = [row for row in rows if "error" not in row]
     headline, *others = (score_metric(scored, metric) for metric in metrics)
     return {
@@ -171,7 +179,7 @@ def score_group(rows: Sequence[Row], metrics: Sequence[str], size: int) -> dict[
 
 
 def score_metric(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    """How many are correct, the share, and its 95 % Wilson interval; the share of nothing is null."""
+    """Return the number of correct rows, the accuracy (None without rows) and its 95 % Wilson interval."""
     correct = sum(bool(row[metric]) for row in rows)
     low, high = wilson_interval(correct, len(rows))
     return {"correct": correct, "accuracy": correct / len(rows) if rows else None, "low": low, "high": high}

@@ -1,7 +1,7 @@
-"""Exact match, S_acc and S_format on held-out prompts: sampled at temperature 1 and greedy, per kind and per split,
-and apart for turns that call and turns that answer.
+"""Exact match, S_acc and S_format on held-out prompts, sampled at temperature 1 and greedy.
 
-Every score carries its number of responses `n` and the standard error of its exact match over prompts.
+Scores are reported in total, per kind, per split, and separately for call turns and answer turns. Each comes with its
+number of responses `n` and the standard error of exact match over prompts.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rest_rl.runlog import SILENT, Observer
 from rest_rl.statistics import Outcome, summarise
 
 REASONING_ALLOWANCE = 256
-"""Tokens beside twice the longest gold: for the thoughts of a model that reasons where gold has none."""
+"""Tokens in addition to twice the longest gold, for a model that reasons although the gold contains no thoughts."""
 
 
 class HeldOutPrompt(NamedTuple):
-    """A held-out sample, the text the model is asked to go on from, and how many tokens it may write."""
+    """A held-out sample with its rendered prompt and its response limit in tokens."""
 
     text: str
     sample: ToolSample
@@ -41,7 +41,7 @@ def evaluate_held_out(
     config: EvalTable,
     observer: Observer = SILENT,
 ) -> dict[str, Any]:
-    """Scores sampled at temperature 1, with `calls`, `answers`, `kinds`, `splits`; the same greedy under `greedy`."""
+    """Return the sampled scores with `calls`, `answers`, `kinds` and `splits`; the greedy ones are under `greedy`."""
     texts, limits = [prompt.text for prompt in prompts], [prompt.limit for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": limits, "batch_size": config.batch_size}
     steps = decoding_steps(texts, limits, config.batch_size)
@@ -62,9 +62,9 @@ def evaluate_held_out(
 
 
 def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> int:
-    """Tokens that a held-out response may have: `eval.max_new_tokens`, or if that is 0 what the golds call for.
+    """Return the response limit in tokens: `eval.max_new_tokens`, or a limit derived from the golds if that is 0.
 
-    That is twice the longest gold plus room to reason, and at most what training allows a response.
+    The derived limit is twice the longest gold plus `REASONING_ALLOWANCE`, at most the response limit of training.
     """
     if config.eval.max_new_tokens:
         return config.eval.max_new_tokens
@@ -72,11 +72,12 @@ def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> i
     return min(config.max_response_tokens, 2 * longest + REASONING_ALLOWANCE)
 
 
+# Sampling at even distances: the prompts are dealt round-robin over the (split, kind) groups until `number` are placed,
+# which gives each group its quota (equal, as far as the group has enough prompts). A group of size n with quota q then
+# contributes its indices 0, n/q, 2n/q, ...: neighbours often come from the same dialogue, so a prefix would be less
+# diverse. No randomness: every evaluation of a run uses the same prompts.
 def select_interim_prompts(prompts: Sequence[HeldOutPrompt], number: int) -> list[HeldOutPrompt]:
-    """At most `number` of the prompts in their order: as many of each split and kind as there are, the same every time.
-
-    Those of one split and kind are taken at even distances, because neighbours often come from one dialogue.
-    """
+    """Select at most `number` prompts, balanced over splits and kinds; deterministic, in the original order."""
     groups: dict[tuple[str, str], list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault((prompt.split, prompt.sample.kind), []).append(index)
@@ -93,7 +94,7 @@ def score_responses(
     tool_format: ToolFormat,
     ends: Sequence[int],
 ) -> list[Outcome]:
-    """The worth of one response per prompt, read from its sampled ids; without one of `ends` it was cut off."""
+    """Score one response per prompt, given as token ids; a response that ends with none of `ends` was truncated."""
     outcomes: list[Outcome] = []
     for index, (ids, prompt) in enumerate(zip(responses, prompts, strict=True)):
         text, gold = decode_ids(ids, tokenizer, tool_format.tags), prompt.sample.gold

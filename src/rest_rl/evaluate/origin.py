@@ -1,4 +1,4 @@
-"""Where an evaluated model comes from: the run that its folder belongs to, its name, what tells its weights apart."""
+"""Identify an evaluated model: the training run it belongs to, its name, and a digest of its weights."""
 
 from __future__ import annotations
 
@@ -21,25 +21,31 @@ from rest_rl.jsonl import describe_os_error
 from rest_rl.runlog import CHECKPOINTS, CONFIG, MODEL
 
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
-"""Files of which a folder has one if it is a model, an adapter or a tokenizer."""
+"""A folder with one of these files is a model, an adapter or a tokenizer."""
 BLOCK_BYTES, STRIDE_BYTES = 64 << 10, 16 << 20
-"""Of a file of weights, a block at every stride and one at its end are read: any training changes all of them."""
+"""The digest reads one block per stride and one at the end of a weights file; training changes all of them."""
 
 
 class Origin(NamedTuple):
-    """Where the weights lie, and the run that they come from, if they come from one."""
+    """The folder or name of the weights, and the training run that produced them, if any."""
 
     path: str
     run: RunConfig | None = None
     folder: Path | None = None
-    """The run's."""
+    """The run folder."""
 
 
 def resolve_origin(path: str, option: str = "--model") -> Origin:
-    """The origin of a model: a run folder stands for its model, a model may lie in one.
+    """Resolve a run folder, a model folder or a name on the hub to its weights and its run.
 
-    UserError, which names the option, for a path that is no model's. A name on the hub is not looked up, unless it
-    begins with a folder that is here.
+    A name on the hub is only looked up if its first part is also a local folder.
+
+    Args:
+        path: The folder or name.
+        option: The option that error messages mention.
+
+    Raises:
+        UserError: There is no model at `path`.
     """
     path = os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
     folder = Path(path)
@@ -48,16 +54,13 @@ def resolve_origin(path: str, option: str = "--model") -> Origin:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UserError(
-            f"{option} {path} ({describe_os_error(error)})", "a folder that can be read", "check the path"
-        ) from error
+        raise UserError(f"cannot read {option} {path} ({describe_os_error(error)})", remedy="check the path") from error
     if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
         return Origin(str(folder / MODEL), read_run_file(folder / CONFIG), display_path(folder))
     if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():
         raise UserError(
-            f"{path}, a run folder without {MODEL}/",
-            "a finished run",
-            f"finish it with rest-rl train --resume --out {path}, or pass one of its {CHECKPOINTS}/",
+            f"the run {path} is not finished (no {MODEL}/)",
+            remedy=f"finish it with rest-rl train --resume --out {path}, or pass a folder of its {CHECKPOINTS}/",
         )
     for home, _ in find_enclosing_runs(path):
         if run := read_run_or_none(home):
@@ -68,34 +71,34 @@ def resolve_origin(path: str, option: str = "--model") -> Origin:
 
 
 def check_model_path(path: str, option: str) -> None:
-    """UserError for what is no folder of a model, and no name that the hub or its cache could have."""
     folder = Path(path)
     if folder.is_dir():
         if not any((folder / part).exists() for part in MODEL_FILES):
             inside = [each.parent for part in MODEL_FILES for each in folder.glob(f"*/{part}")]
             near = f"did you mean {inside[0]}?" if inside else "check the path"
-            raise UserError(f"{option} {path}, a folder without a model", "one with config.json", near)
+            raise UserError(f"{option} {path} contains no model", "a folder with config.json", near)
         return
     first, *others = folder.parts or (path,)
-    got = f"{option} {path}, but there is no such folder"
+    problem = f"{option} {path} does not exist"
     if not path.startswith(("/", ".")) and not folder.is_file() and is_hub_name(path):
         if any(isinstance(try_to_load_from_cache(path, part), str) for part in MODEL_FILES):
             return
         if not has_hub():
-            got = f"{option} {path}, which is no folder here, and the hub cannot be reached"
-        elif not (others and Path(first).is_dir()) or exists_on_hub(path):  # `runs/mine`, or another model of an owner
+            problem = f"{option} {path} is not a local folder, and the hub cannot be reached"
+        elif not (others and Path(first).is_dir()) or exists_on_hub(path):  # not `runs/mine` with a local folder `runs`
             return
     here = folder.parent if folder.parent.is_dir() else Path()
     folders = sorted(each.name for each in here.iterdir() if each.is_dir() and not each.name.startswith("."))
     near = difflib.get_close_matches(folder.name if here == folder.parent else first, folders, n=1)
     remedy = (
-        f"did you mean {here / near[0]}?" if near else f"{here.absolute()} holds {', '.join(folders[:5]) or 'none'}"
+        f"did you mean {here / near[0]}?"
+        if near
+        else f"check the path; the folders in {here.absolute()} are {', '.join(folders[:5]) or 'none'}"
     )
-    raise UserError(got, "a folder or a name on the hub", remedy)
+    raise UserError(problem, "a folder or a name on the hub", remedy)
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a model on the hub could be called so: NAME or OWNER/NAME, of certain letters."""
     try:
         validate_repo_id(path)
     except HFValidationError:
@@ -104,18 +107,15 @@ def is_hub_name(path: str) -> bool:
 
 
 def exists_on_hub(name: str) -> bool:
-    """Whether the hub, which can be reached, has a model of this name, as far as it tells."""
     try:
         return repo_exists(name)
-    except Exception:  # whatever the client's transport raises: loading the model tells more
+    except Exception:  # the client's transport may raise anything; loading the model gives the better error
         return True
 
 
 def find_enclosing_runs(path: str) -> Iterator[tuple[Path, Path]]:
-    """(run folder, model in it) as far as the names of folders tell: of the path as given, then of what it links to.
-
-    In that order, because a run's model may be a link itself.
-    """
+    # Yields (run folder, model in it), judging by folder names: first for the path as given, then for the target of
+    # its links. This order matters because model/ in a run may itself be a link.
     if not Path(path).is_dir():
         return
     for place in (Path(os.path.abspath(path)), Path(path).resolve()):  # noqa: PTH100 - Path.absolute keeps `..`
@@ -128,18 +128,18 @@ def find_enclosing_runs(path: str) -> Iterator[tuple[Path, Path]]:
 def read_run_or_none(folder: Path) -> RunConfig | None:
     try:
         return read_run_file(folder / CONFIG)
-    except UserError:  # somebody else's config.toml
+    except UserError:  # a config.toml of another program
         return None
 
 
 def display_path(folder: Path) -> Path:
-    """A folder as one would type it here; its whole path where that is `.` or lies elsewhere."""
+    # the path as the user would type it here, absolute if it is the current folder or outside of it
     place, here = Path(os.path.abspath(folder)), Path.cwd()  # noqa: PTH100
     return place.relative_to(here) if place != here and place.is_relative_to(here) else place
 
 
 def model_label(path: str) -> str:
-    """What a model is called where nobody names it: by its run and checkpoint, its folder, or its name on the hub."""
+    """Return a model's default name: its run and checkpoint, its folder, or its name on the hub."""
     if not Path(path).is_dir():
         return path.rstrip("/").rpartition("/")[2]
     for home, model in find_enclosing_runs(path):
@@ -148,9 +148,9 @@ def model_label(path: str) -> str:
 
 
 def weights_digest(table: ModelTable) -> str | None:
-    """What tells a model's weights from others': of its folder and of its base model's, where it is an adapter.
+    """Return a digest of a model's weights, or None if nothing is known about them.
 
-    The commit stands for a name on the hub. None where nothing is known.
+    An adapter's digest also covers its base model. For a name on the hub it is the commit.
     """
     from rest_rl.train.policy import find_hub_commit, resolve_adapter
 
@@ -164,14 +164,13 @@ def weights_digest(table: ModelTable) -> str | None:
 
 
 def folder_digest(folder: Path) -> str | None:
-    """Of names, sizes and blocks of all files of weights in a folder; None without any."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     text = "".join(f"{path.name}\0{compute_digest(path, read_sample_blocks)}\0" for path in files)
     return hashlib.sha256(text.encode()).hexdigest()[:12] if files else None
 
 
 def read_sample_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """The size of a file and blocks all over it, for gigabytes would take minutes."""
+    # reading gigabytes in full would take minutes
     size = file.seek(0, os.SEEK_END)
     yield str(size).encode()
     for start in (*range(0, size, STRIDE_BYTES), max(0, size - BLOCK_BYTES)):
@@ -180,12 +179,12 @@ def read_sample_blocks(file: BinaryIO) -> Iterator[bytes]:
 
 
 def compute_digest(path: Path, pieces: Callable[[BinaryIO], Iterable[bytes]] | None = None) -> str:
-    """Of pieces of a file, all of it unless told."""
+    """Return the first 12 hex digits of the SHA-256 of a file, or of the `pieces` of it."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             for piece in pieces(file) if pieces else iter(partial(file.read, 1 << 20), b""):
                 digest.update(piece)
     except OSError as error:
-        raise UserError(f"{path} ({error.strerror})", "a readable file", "check the path") from error
+        raise UserError(f"cannot read {path} ({error.strerror})", remedy="check the path") from error
     return digest.hexdigest()[:12]

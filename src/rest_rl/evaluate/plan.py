@@ -1,4 +1,4 @@
-"""How a model is asked: prompt and format, read off the request and the run that the model comes from."""
+"""Choose prompt and tool-call format from the request and from the model's training run."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from rest_rl.runlog import read_json_object
 
 @dataclass(frozen=True)
 class Plan:
-    """How the model is asked, settled before any weights are loaded."""
+    """The prompt and format of an evaluation, resolved before any weights are loaded."""
 
     prompt: str
     format: str
     format_reason: str
     keep_prompts: bool = False
-    """Whether API-Bank's published texts are the prompts."""
+    """Whether to use API-Bank's published prompts."""
     table: ModelTable | None = None
-    """Of a checkpoint."""
+    """Only for a checkpoint."""
     layout: PromptLayout | None = None
     frame: Frame | None = None
-    """ToolRL's texts, where the model is asked by its published prompts."""
+    """ToolRL's texts, if the model gets ToolRL's published prompts."""
 
     @property
     def tool_format(self) -> ToolFormat:
@@ -43,7 +43,11 @@ class Plan:
 
 
 def make_plan(request: EvalRequest) -> Plan:
-    """Prompt and format for a request; UserError for options that contradict each other or leave it open."""
+    """Resolve prompt and format.
+
+    Raises:
+        UserError: The options contradict each other or do not determine the format.
+    """
     if request.source == "endpoint":
         return _server_plan(request)
     if request.source == "checkpoint":
@@ -56,26 +60,25 @@ def make_plan(request: EvalRequest) -> Plan:
 
 
 def _format_without_tokenizer(request: EvalRequest) -> tuple[str, str]:
-    """(format, why); an earlier evaluation says what its responses are written in."""
     if request.format and request.format != AUTO:
         return request.format, "as set"
     if request.responses:
         recorded = read_json_object(Path(request.responses).with_name(SETTINGS))
         if isinstance(recorded.get("format"), str):
-            return recorded["format"], f"as in the {SETTINGS} beside the responses"
+            return recorded["format"], f"from the {SETTINGS} next to the responses"
         return choose_format(AUTO, response_texts(line for _, line in read_lines(request.responses)))
-    return FORMAT, "the default without a model"
+    return FORMAT, "default without a model"
 
 
 def _checkpoint_plan(request: EvalRequest) -> Plan:
-    """In the format and by the template variables of the run that a checkpoint comes from, if it comes from one."""
+    # a checkpoint of a run keeps the format and the chat-template variables that it was trained with
     from rest_rl.train.policy import load_policy_tokenizer
 
     path, run, folder = resolve_origin(request.checkpoint)
     recorded = {"path": path, "chat_template_kwargs": dict(run.model.chat_template_kwargs) if run else {}}
     tables = apply_overrides({"model": recorded}, request.changes)
     if others := sorted(set(tables) - {"model"}):
-        raise UserError(f"--set of {', '.join(others)}", "only keys of [model]", "leave the others out")
+        raise UserError(f"--set changes {', '.join(others)}", "only keys of [model]", "remove the others")
     table = from_mapping(ModelTable, tables["model"], "model")
     tokenizer = load_policy_tokenizer(table)
     is_training = request.prompt_mode == "training"
@@ -91,7 +94,7 @@ def _checkpoint_plan(request: EvalRequest) -> Plan:
 
 
 def _server_plan(request: EvalRequest) -> Plan:
-    """The server's own tool calling, or the tools described in words in a format that must be named."""
+    # Without a tokenizer nothing reveals the model's format: the user names it or leaves calls to the server.
     from rest_rl.train.policy import load_policy_tokenizer
 
     tokenizer, variables = None, extra_request_fields(request).get("chat_template_kwargs")
@@ -100,16 +103,15 @@ def _server_plan(request: EvalRequest) -> Plan:
         default = FORMAT if request.prompt == "published" else AUTO
         name, reason = resolve_format(request.format or default, tokenizer, variables)
     elif request.format or request.prompt == "native":
-        name, reason = request.format or "hermes", "as set" if request.format else "where the server reads out none"
+        name, reason = request.format or "hermes", "as set" if request.format else "if the server parses no calls"
         get_format(name)
     elif request.prompt == "published":
-        name, reason = FORMAT, "the published texts ask for it"
+        name, reason = FORMAT, "required by the published texts"
     else:
         raise UserError(
-            "--endpoint without --format",
-            "the format that the model writes calls in",
-            "pass --format hermes (or toolrl, llama3, ...), --tokenizer DIR_OR_ID to read it off, or --prompt native "
-            "for the server's own function calling",
+            "the format of the model's tool calls is unknown",
+            remedy="pass --format hermes (or toolrl, llama3, ...), --tokenizer DIR_OR_ID to detect it, or "
+            "--prompt native for the server's function calling",
         )
     frame, reason = _resolve_published_frame(request, name, reason)
     layout = _layout(tokenizer, name, frame, variables) if tokenizer is not None else None
@@ -123,53 +125,52 @@ def _layout(tokenizer: Any, name: str, frame: Frame | None, variables: Mapping[s
 def _native_format(tokenizer: Any, model: str, asked: str | None) -> str:
     own = detect_tokenizer_format(tokenizer)
     if not own:
-        shown = f"--prompt native and {model}, whose chat template shows no known format of calls"
-        raise UserError(shown, "one that does", "leave --prompt out")
+        raise UserError(
+            f"--prompt native: the chat template of {model} renders tool calls in no known format",
+            remedy="remove --prompt",
+        )
     if asked not in (None, own):
-        expected = f"{own}, which the model's template writes"
-        raise UserError(f"--prompt native and format {asked}", expected, "leave --format out, or --prompt")
+        expected = f"{own}, the format of the model's chat template"
+        raise UserError(f"--prompt native with format {asked}", expected, "remove --format or --prompt")
     return own
 
 
 def _resolve_published_frame(
     request: EvalRequest, name: str, reason: str, run: RunConfig | None = None
 ) -> tuple[Frame | None, str]:
-    """(ToolRL's texts, why with the file they come from) if the model is asked by its prompts; (None, why) if not.
-
-    So it is asked where the request says so, and where its run has trained on them. API-Bank brings its own texts.
-    """
+    # ToolRL's prompts apply if the request names them, or if the model's run trained on them. API-Bank has its own.
     given, is_toolrl = request.prompt_from, name.removesuffix(THINK_SUFFIX) == FORMAT
     kept = run.data.path if run and run.data.keep_prompts and is_toolrl else None
     is_asked = request.prompt == "published" or (request.prompt_mode == "training" and kept is not None)
     if request.benchmark == "api-bank" or not is_asked:
         if given:
             raise UserError(
-                f"--prompt-from with --prompt {request.prompt_mode}",
-                f"--prompt published, or the folder of a run that kept its prompts in {FORMAT}",
-                "leave it out",
+                f"--prompt-from has no effect with --prompt {request.prompt_mode}",
+                f"--prompt published, or a run that kept its prompts in {FORMAT}",
+                "remove it",
             )
         return None, reason
     if not is_toolrl:
-        expected = f"{FORMAT}, which those prompts ask for"
-        raise UserError(f"--prompt published and format {name}", expected, "leave --format out")
+        expected = f"{FORMAT}, which these prompts describe"
+        raise UserError(f"--prompt published with format {name}", expected, "remove --format")
     if not (path := given or kept):
-        expected = "a file of ToolRL's rows, whose texts are no part of this package"
-        raise UserError("--prompt published without --prompt-from", expected, "pass --prompt-from rlla_sft.json")
+        expected = "a file of ToolRL's rows (its texts are not part of this package)"
+        raise UserError("--prompt published needs --prompt-from", expected, "pass --prompt-from rlla_sft.json")
     try:
         return frame_of(path), f"{reason}; texts from {path}"
     except UserError as error:
-        other = "" if given else "; --prompt-from names another file than the run's data.path"
+        other = "" if given else "; or pass --prompt-from to replace the run's data.path"
         raise UserError(error.problem, error.expected, error.remedy + other) from error
 
 
 def extra_request_fields(request: EvalRequest) -> dict[str, Any]:
-    """What `--extra-body` and `--set model.chat_template_kwargs.X=...` add to every request to a server."""
+    """Return what `--extra-body` and `--set model.chat_template_kwargs.X=...` add to every server request."""
     table = apply_overrides({"model": {}}, request.changes)
     if set(table) != {"model"} or set(table["model"]) - {"chat_template_kwargs"}:
         raise UserError(
             f"--set {' '.join(request.changes)} with --endpoint",
             "only keys of model.chat_template_kwargs, which are sent with every request",
-            "leave the others out",
+            "remove the others",
         )
     body = dict(request.extra_body or {})
     variables = {**body.get("chat_template_kwargs", {}), **table["model"].get("chat_template_kwargs", {})}

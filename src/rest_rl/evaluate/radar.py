@@ -1,4 +1,4 @@
-"""A picture of evaluations of one benchmark: an axis per group that all models share, a polygon per model."""
+"""Radar charts of evaluations of one benchmark: one axis per group that all models share, one polygon per model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rest_rl.jsonl import describe_os_error
 from rest_rl.report.plots import FAINT, INK, save_figure, series_colours
 
 MIN_AXES = 3
-"""Fewer make no polygon; they become bars."""
+"""Fewer groups are drawn as bars."""
 TICKS = (20, 40, 60, 80, 100)
 
 
@@ -31,7 +31,7 @@ class Accuracy(NamedTuple):
 
 
 def draw_radars(summaries: Sequence[Summary], folder: str | Path) -> Iterator[str]:
-    """Draw a figure for each benchmark and pin; yields its path, or why there is none."""
+    """Draw one figure per benchmark and pin; yield its path, or the reason why there is none."""
     editions = [[summary for _, summary in models] for models in group_by_edition(summaries)]
     for edition in editions:
         slug = "-".join(re.findall(r"[a-z0-9]+", str(edition[0].get("pin")).lower()))[:60]
@@ -44,9 +44,9 @@ def draw_radars(summaries: Sequence[Summary], folder: str | Path) -> Iterator[st
 
 
 def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
-    """Draw the accuracy of each model in the groups that all have, in per cent, headline metric; returns the file."""
+    """Draw each model's accuracy (headline metric, in per cent) in the groups that all share; return the path."""
     if not (columns := shared_columns(summaries)):
-        raise UserError("evaluations that share no group", "at least one", "evaluate the same categories")
+        raise UserError("the evaluations share no group", remedy="evaluate the same categories")
     (models,) = group_by_edition(summaries)
     metric = str((summaries[0].get("metrics") or ["correct"])[0])
     cells = {name: [column_scores(summary, column, metric) for column in columns] for name, summary in models}
@@ -61,7 +61,7 @@ def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
     prompts = {describe_prompt(summary) for summary in summaries}
     asked = prompts.pop() if len(prompts) == 1 else "prompts and formats differ"
     is_partial = any(cell["n"] < cell["of"] for own in cells.values() for cell in own)
-    partial = "; a part of the samples only" if is_partial else ""
+    partial = "; not all samples evaluated" if is_partial else ""
     title = f"{summaries[0].get('pin')}\n{asked}; {metric} in per cent{partial}"
     figure.suptitle(escape_label(title), fontsize=9, color=INK)
     style = {"fontsize": 9, "frameon": False, "labelcolor": INK}
@@ -70,17 +70,17 @@ def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return save_figure(figure, Path(path))
     except OSError as error:
-        raise UserError(f"{path} ({describe_os_error(error)})", "a path to write to", "pass another") from error
+        raise UserError(f"cannot write {path} ({describe_os_error(error)})", remedy="pass another path") from error
 
 
 def shared_columns(summaries: Sequence[Summary]) -> list[Column]:
-    """The groups with a score in every summary, in the order of the first; not what sums them up."""
+    """Return the groups that every summary scored, in the order of the first, without totals."""
     if not summaries:
-        raise UserError("no evaluation", "at least one", "pass the folders of finished evaluations")
+        raise UserError("no evaluations given", remedy="pass the folders of finished evaluations")
     if len(models := group_by_edition(summaries)) > 1:
         pins = ", ".join(str(edition[0][1].get("pin")) for edition in models)
         raise UserError(
-            f"evaluations of {pins}", "one: numbers of different pins do not compare", "draw them one by one"
+            f"evaluations with different pins ({pins})", "comparable evaluations", "draw each pin separately"
         )
     is_bfcl = summaries[0].get("benchmark") == "bfcl"
     labels = {
@@ -94,7 +94,7 @@ def shared_columns(summaries: Sequence[Summary]) -> list[Column]:
 
 
 def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Accuracy]]) -> Axes:
-    """One closed line per model over a circle of axes, from 0 in the middle to 100."""
+    """Draw one closed line per model on radial axes from 0 (center) to 100."""
     axes = figure.add_subplot(projection="polar")
     assert isinstance(axes, PolarAxes)
     angles = [2 * math.pi * i / len(labels) for i in range(len(labels))]
@@ -110,7 +110,7 @@ def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Se
     axes.set_rlabel_position(180 / len(labels))
     axes.set_xticks(angles, [label.replace(" ", "\n", 1) if len(label) > 10 else label for label in labels])
     axes.tick_params(axis="x", pad=4, labelsize=8, labelcolor=INK)
-    for text, angle in zip(axes.get_xticklabels(), angles, strict=True):  # labels grow away from the circle
+    for text, angle in zip(axes.get_xticklabels(), angles, strict=True):  # align labels away from the circle
         across = math.sin(angle)
         text.set_horizontalalignment("center" if abs(across) < 0.1 else "left" if across > 0 else "right")
     axes.grid(color=FAINT, linewidth=0.6)
@@ -119,7 +119,7 @@ def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Se
 
 
 def draw_bars(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequence[Accuracy]]) -> Axes:
-    """A bar per model in each group, with its interval."""
+    """Draw one bar per model in each group, with its interval."""
     axes = figure.add_subplot()
     width = 0.8 / len(models)
     for index, ((name, own), colour) in enumerate(zip(models.items(), series_colours(len(models)), strict=True)):
@@ -139,6 +139,6 @@ def draw_bars(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequen
 
 
 def escape_label(name: str) -> str:
-    """A name as matplotlib shows it: `$` starts no formula, a leading `_` does not hide it from the legend."""
+    """Escape a name for matplotlib: `$` would start a formula, and a leading `_` would hide the legend entry."""
     text = name.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do, parsed once and checked; imports nothing heavy."""
+"""The options of an evaluation, validated once. Importing this module loads neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -14,96 +14,92 @@ if TYPE_CHECKING:
 
 Source = Literal["oracle", "responses", "endpoint", "object", "checkpoint"]
 DEFAULT_MAX_NEW_TOKENS, TOOL_WORLD_MAX_NEW_TOKENS = 4096, 160
-"""Tokens of a response where nobody says: API-Bank was published with the first; the tool world is small."""
+"""Default response limits in tokens: API-Bank's published setting, and the tool world's short tasks."""
 BATCH_SIZE, VLLM_BATCH_SIZE, BFCL_BATCH_SIZE = 16, 256, 64
-"""Conversations at once. vLLM makes batches of its own; each conversation of BFCL may hold a process."""
+"""Conversations per batch. vLLM schedules its own batches; each BFCL conversation may occupy a process."""
 MODEL_OPTIONS = ("changes", "context", "max_new_tokens", "tokenizer", "requests_per_minute", "extra_body")
 SERVER_OPTIONS = ("tokenizer", "requests_per_minute", "extra_body")
 CHECKPOINT_OPTIONS = ("vllm", "batch_size")
 POSITIVE_FIELDS = ("max_new_tokens", "batch_size", "concurrency", "limit", "requests_per_minute", "prompts", "timeout")
-BENCHMARK_PANEL, MODEL_PANEL, PROMPT_PANEL = "the benchmark", "who answers", "how it is asked"
-SERVER_PANEL, SAMPLES_PANEL, OUTPUT_PANEL = "a server", "which samples", "where to"
-MODEL_HELP = "a run folder, a model or adapter folder, a hub name; a server's model (tool-world: the embedded one)"
+BENCHMARK_PANEL, MODEL_PANEL, PROMPT_PANEL = "benchmark", "model", "prompt and generation"
+SERVER_PANEL, SAMPLES_PANEL, OUTPUT_PANEL = "server", "samples", "output"
+MODEL_HELP = "run folder, model or adapter folder, hub name, or the server's model (tool-world: the embedded model)"
 PROMPT_HELP = (
-    "training (the default): laid out as in the model's run, or in --format; native: the model's (server's) own "
-    "function calling; published: ToolRL's prompts with the texts of --prompt-from, for api-bank the benchmark's own"
+    "training (the default): rendered as in the model's training run, or in --format; native: the function calling of "
+    "the chat template or server; published: ToolRL's prompts with the texts of --prompt-from or of API-Bank"
 )
 TOKENIZER_HELP = (
-    "the model's: prompts exactly as in training are sent to /completions as token ids, instead of messages to "
-    "/chat/completions; also tells the format and what fits"
+    "the model's tokenizer: sends prompts rendered as in training to /completions as token ids, instead of messages to "
+    "/chat/completions; also determines the format and the length of prompts"
 )
 
 
 def _option(default: Any, panel: str, help: str, metavar: str | None = None, **more: Any) -> Any:
-    """A field, and the option that the command makes of it; a metavar N is an integer."""
+    # a dataclass field with what the command line needs to make it an option; metavar N marks an integer
     return field(default=default, metadata={"panel": panel, "help": help, "metavar": metavar, **more})
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What is asked of whom, and how; the fields are the options of `rest-rl eval`, which explains each.
+    """The benchmark, the model and the options of one evaluation.
 
-    `benchmark` is `bfcl`, `api-bank`, `tool-world`, a `package.module:OBJECT`, or a `Benchmark` itself; `model` may be
-    a `Model` itself.
+    The fields are the options of `rest-rl eval`; `rest-rl eval --help` explains them. `benchmark` is `bfcl`,
+    `api-bank`, `tool-world`, a `package.module:OBJECT` or a `Benchmark`; `model` may also be a `Model`.
     """
 
     benchmark: str | Benchmark
     model: str | Model | None = _option(None, MODEL_PANEL, MODEL_HELP, "DIR_OR_ID")  # noqa: RUF009 - a field
-    endpoint: str | None = _option(None, MODEL_PANEL, "an OpenAI-compatible server that holds --model", "URL")
+    endpoint: str | None = _option(None, MODEL_PANEL, "an OpenAI-compatible server that serves --model", "URL")
     vllm: bool = _option(False, MODEL_PANEL, "generate with vLLM instead of transformers")
     responses: str | None = _option(None, MODEL_PANEL, 'score recorded responses: JSONL of {"id", "response"}', "FILE")
-    oracle: bool = _option(False, MODEL_PANEL, "answer with the gold: a self-test of the whole path")
-    changes: tuple[str, ...] = _option((), MODEL_PANEL, "a key of [model], as in a run: model.dtype=bfloat16", "A.B=C")
+    oracle: bool = _option(False, MODEL_PANEL, "respond with the gold answers, as a self-test")
+    changes: tuple[str, ...] = _option((), MODEL_PANEL, "override a key of [model]: model.dtype=bfloat16", "A.B=C")
     prompt: str | None = _option(None, PROMPT_PANEL, PROMPT_HELP, choices=("training", "native", "published"))
     prompt_from: str | None = _option(
-        None, PROMPT_PANEL, "rows as ToolRL published them, such as rlla_sft.json", "FILE"
+        None, PROMPT_PANEL, "a file of ToolRL's published rows, such as rlla_sft.json", "FILE"
     )
-    format: str | None = _option(
-        None, PROMPT_PANEL, "how the model writes calls (default: as its run or template)", "F"
-    )
-    max_new_tokens: int | None = _option(None, PROMPT_PANEL, "per response (default: 4096; tool world: 160)", "N")
-    context: int | None = _option(None, PROMPT_PANEL, "tokens that the model holds (default: what it says)", "N")
-    batch_size: int | None = _option(None, PROMPT_PANEL, "of a local model (default: 16; vLLM 256, BFCL 64)", "N")
-    concurrency: int = _option(8, SERVER_PANEL, "requests at once", "N")
-    timeout: float = _option(120.0, SERVER_PANEL, "seconds", "S")
-    retries: int = _option(5, SERVER_PANEL, "per request", "N")
-    requests_per_minute: int | None = _option(None, SERVER_PANEL, "at most (default: no limit)", "N")
-    api_key_env: str = _option("OPENAI_API_KEY", SERVER_PANEL, "the environment variable that holds the key", "NAME")
+    format: str | None = _option(None, PROMPT_PANEL, "format of tool calls (default: from run or template)", "F")
+    max_new_tokens: int | None = _option(None, PROMPT_PANEL, "tokens per response (default: 4096; tool world 160)", "N")
+    context: int | None = _option(None, PROMPT_PANEL, "context length in tokens (default: the model's)", "N")
+    batch_size: int | None = _option(None, PROMPT_PANEL, "batch of a local model (default: 16; vLLM 256, BFCL 64)", "N")
+    concurrency: int = _option(8, SERVER_PANEL, "requests at the same time", "N")
+    timeout: float = _option(120.0, SERVER_PANEL, "seconds per request", "S")
+    retries: int = _option(5, SERVER_PANEL, "retries per request", "N")
+    requests_per_minute: int | None = _option(None, SERVER_PANEL, "rate limit (default: none)", "N")
+    api_key_env: str = _option("OPENAI_API_KEY", SERVER_PANEL, "the environment variable with the API key", "NAME")
     tokenizer: str | None = _option(None, SERVER_PANEL, TOKENIZER_HELP, "DIR_OR_ID")
-    extra_body: Mapping[str, Any] | None = _option(
-        None, SERVER_PANEL, "an object whose fields go into every request", "JSON"
-    )
-    categories: tuple[str, ...] = _option((), SAMPLES_PANEL, "groups of samples, as the tables name them", "A,B")
-    limit: int | None = _option(None, SAMPLES_PANEL, "the first N samples of each category", "N")
-    ids: tuple[str, ...] = _option((), SAMPLES_PANEL, "these samples only", "A,B")
-    out: str | None = _option(None, OUTPUT_PANEL, "the evaluation's folder (default: runs/eval-BENCHMARK-MODEL)", "DIR")
-    name: str | None = _option(None, OUTPUT_PANEL, "what tables call the model (default: its path)", "NAME")
-    resume: bool = _option(False, OUTPUT_PANEL, "ask for what is missing or failed in the folder")
+    extra_body: Mapping[str, Any] | None = _option(None, SERVER_PANEL, "fields to add to every request", "JSON")
+    categories: tuple[str, ...] = _option((), SAMPLES_PANEL, "only these groups, named as in the tables", "A,B")
+    limit: int | None = _option(None, SAMPLES_PANEL, "only the first N samples of each group", "N")
+    ids: tuple[str, ...] = _option((), SAMPLES_PANEL, "only these samples", "A,B")
+    out: str | None = _option(None, OUTPUT_PANEL, "evaluation folder (default: runs/eval-BENCHMARK-MODEL)", "DIR")
+    name: str | None = _option(None, OUTPUT_PANEL, "name of the model in tables (default: its path)", "NAME")
+    resume: bool = _option(False, OUTPUT_PANEL, "continue in the folder: run missing and failed samples")
     data: str | None = _option(
-        None, BENCHMARK_PANEL, "folder of level-{1,2,3}-api_processed.json", "DIR", only_for="api-bank"
+        None, BENCHMARK_PANEL, "folder with level-{1,2,3}-api_processed.json", "DIR", only_for="api-bank"
     )
     version: Literal["v3", "v4"] = _option(
-        "v3", BENCHMARK_PANEL, "bfcl-eval 2025.6.14, the paper's, or 2026.3.23", only_for="bfcl", choices=("v3", "v4")
+        "v3", BENCHMARK_PANEL, "bfcl-eval 2025.6.14 (the paper's) or 2026.3.23", only_for="bfcl", choices=("v3", "v4")
     )
-    prompts: int = _option(256, BENCHMARK_PANEL, "per split", "N", only_for="tool-world")
-    seed: int = _option(20_000, BENCHMARK_PANEL, "of the prompts", "N", only_for="tool-world")
+    prompts: int = _option(256, BENCHMARK_PANEL, "prompts per split", "N", only_for="tool-world")
+    seed: int = _option(20_000, BENCHMARK_PANEL, "seed of the prompts", "N", only_for="tool-world")
     decision: Literal["reasoning", "call"] = _option(
         "reasoning",
         BENCHMARK_PANEL,
-        "where it is decided what to call, as in [data]",
+        "where the tool is chosen, as in [data]",
         only_for="tool-world",
         choices=("reasoning", "call"),
     )
     command: tuple[str, ...] = field(default=(), repr=False)
-    """The command line, for the record."""
+    """The command line, recorded in environment.json."""
 
     def __post_init__(self) -> None:
         for name in POSITIVE_FIELDS:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UserError(f"{option_name(name)} {value}", "more than 0", "raise it")
+                raise UserError(f"{option_name(name)} is {value}", "a number above 0", "raise it")
         if self.retries < 0:
-            raise UserError(f"--retries {self.retries}", "0 or more", "raise it")
+            raise UserError(f"--retries is {self.retries}", "0 or more", "raise it")
         for own in fields(self):
             choices, value = own.metadata.get("choices"), getattr(self, own.name)
             if choices and value not in (own.default, *choices):
@@ -117,7 +113,7 @@ class EvalRequest:
 
     @property
     def source(self) -> Source:
-        """Where responses come from."""
+        """The kind of model."""
         if self.oracle:
             return "oracle"
         if self.responses:
@@ -128,7 +124,7 @@ class EvalRequest:
 
     @property
     def checkpoint(self) -> str:
-        """The model's address; the tool world is the embedded model's home."""
+        """The model's path or name; only the tool world has a default, the embedded model."""
         return str(self.model or "embedded")
 
     @property
@@ -137,13 +133,13 @@ class EvalRequest:
 
     @property
     def response_limit(self) -> int:
-        """Tokens of a response at most."""
+        """The maximum number of tokens per response."""
         default = TOOL_WORLD_MAX_NEW_TOKENS if self.benchmark == "tool-world" else DEFAULT_MAX_NEW_TOKENS
         return default if self.max_new_tokens is None else self.max_new_tokens
 
     @property
     def effective_batch_size(self) -> int:
-        """How many conversations a checkpoint goes on with at once."""
+        """The number of conversations that a local model processes together."""
         if self.batch_size is not None:
             return self.batch_size
         size = VLLM_BATCH_SIZE if self.vllm else BATCH_SIZE
@@ -153,27 +149,27 @@ class EvalRequest:
         chosen = [name for name in ("oracle", "responses", "endpoint") if getattr(self, name)]
         if len(chosen) > 1 or (self.model and chosen not in ([], ["endpoint"])):
             given = " and ".join(f"--{name}" for name in [*chosen, *(["model"] if self.model else [])])
-            raise UserError(given, "one that answers", "leave the others out")
+            raise UserError(f"{given} exclude each other", remedy="pass only one of them")
         if not chosen and not self.model and self.benchmark != "tool-world":
-            raise UserError("no model", "--model, --endpoint with --model, --responses or --oracle", "pass one of them")
+            raise UserError("no model given", remedy="pass --model, --endpoint, --responses or --oracle")
         if chosen == ["endpoint"] and not isinstance(self.model, str):
-            raise UserError("--endpoint without --model", "the name that the server holds", "pass --model NAME")
+            raise UserError("--endpoint needs the name of the served model", remedy="pass it as --model NAME")
 
     def _check_options(self) -> None:
-        """UserError for an option that would change nothing, because it is for another kind of model."""
+        # An option for another kind of model would have no effect, and the user would not notice.
         if self.source in ("oracle", "responses", "object"):
             unused = (*CHECKPOINT_OPTIONS, *MODEL_OPTIONS)
             where = "a model object" if self.source == "object" else f"--{self.source}"
-            found, expected = f"with {where}", "it with a checkpoint or a server"
+            found, expected = f"has no effect with {where}", "a checkpoint or a server"
         elif self.source == "endpoint":
-            unused, found, expected = CHECKPOINT_OPTIONS, "with --endpoint", "it with a checkpoint as --model"
+            unused, found, expected = CHECKPOINT_OPTIONS, "has no effect with --endpoint", "a checkpoint as --model"
         else:
-            unused, found, expected = SERVER_OPTIONS, "without --endpoint", "a server that it is for"
+            unused, found, expected = SERVER_OPTIONS, "has no effect without --endpoint", "a server"
         for name in unused:
             if getattr(self, name) not in (None, False, ()):
-                raise UserError(f"{option_name(name)} {found}", expected, "leave it out")
+                raise UserError(f"{option_name(name)} {found}", expected, "remove it")
 
 
 def option_name(name: str) -> str:
-    """A field as the command line writes it."""
+    """Return the command-line spelling of a field."""
     return {"changes": "--set", "context": "--context-length"}.get(name, f"--{name.replace('_', '-')}")

@@ -1,4 +1,4 @@
-"""`rest_rl.evaluate`: one evaluation from the request to its folder, and what it would ask (`preview`)."""
+"""`rest_rl.evaluate`: run one evaluation and write its folder, or preview its first prompt."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from rest_rl.objects import check_signature, load_object
 from rest_rl.runlog import SILENT, Observer
 
 MAX_VLLM_CONTEXT = 65_536
-"""Tokens of context that vLLM is asked to make room for at most; the longest prompts of BFCL take about half of it."""
+"""The largest context length, in tokens, that vLLM reserves memory for; BFCL's longest prompts need about half."""
 ContextUsage = Callable[[Request], tuple[int, int] | None]
 
 
 class Score(NamedTuple):
-    """Of one group and metric: scored samples, how many are right, their share and its 95 % interval."""
+    """The score of one group by one metric: samples, correct samples, accuracy and its 95 % interval."""
 
     n: int
     correct: int
@@ -42,14 +42,14 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class EvalResult:
-    """A finished evaluation; `summary` and `rows` are as in summary.json and samples.jsonl of the folder."""
+    """A finished evaluation; `summary` and `rows` are the contents of summary.json and samples.jsonl."""
 
     folder: Path
     summary: Mapping[str, Any]
     rows: tuple[Row, ...]
 
     def scores(self, metric: str | None = None) -> dict[str, Score]:
-        """The score of each group by one of the benchmark's metrics, the headline by default."""
+        """Return the score of each group by one of the benchmark's metrics (default: the headline metric)."""
         is_headline = metric in (None, self.summary["metrics"][0])
         found = {
             name: (group, group if is_headline else group[metric]) for name, group in self.summary["groups"].items()
@@ -61,12 +61,12 @@ class EvalResult:
 
     @property
     def failed(self) -> list[Row]:
-        """The samples without a response; `resume=True` asks for them again."""
+        """The samples without a response; `resume=True` evaluates them again."""
         return [row for row in self.rows if "error" in row]
 
 
 class Preview(NamedTuple):
-    """The first prompt as the model would be given it: (title, text) of its parts, and its tokens where known."""
+    """The first prompt: the sample's id, (title, text) of each part, and the number of tokens if known."""
 
     identity: str
     parts: tuple[tuple[str, str], ...]
@@ -76,18 +76,22 @@ class Preview(NamedTuple):
 def evaluate(
     benchmark: str | Benchmark, model: str | Path | Model | None = None, *, observer: Observer = SILENT, **options: Any
 ) -> EvalResult:
-    """Ask a model for every sample of a benchmark, judge its responses, write the folder.
+    """Evaluate a model on a benchmark and write the evaluation folder.
 
-    `options` are the other fields of `EvalRequest`: `data=`, `endpoint=`, `format=`, `limit=`, `out=`, `resume=`, ...
+    Args:
+        benchmark: `bfcl`, `api-bank`, `tool-world`, a `package.module:OBJECT`, or a `Benchmark`.
+        model: A run folder, a model or adapter folder, a name on the hub, or a `Model`.
+        observer: Receives progress and notes.
+        options: The other fields of `EvalRequest`: `data=`, `endpoint=`, `format=`, `limit=`, `out=`, `resume=`, ...
 
     Raises:
-        UserError: the request contradicts itself, or something that it names is missing.
+        UserError: The options contradict each other, or something they refer to is missing.
     """
     return run_request(EvalRequest(benchmark, str(model) if isinstance(model, Path) else model, **options), observer)
 
 
 def run_request(request: EvalRequest, observer: Observer = SILENT) -> EvalResult:
-    """As `evaluate`, for a request."""
+    """Run the evaluation described by `request`; see `evaluate`."""
     with _open_evaluation(request, observer) as (plan, benchmark, identities):
         settings = _collect_settings(request, plan, benchmark)
         out = Path(request.out or _default_folder(request))
@@ -112,7 +116,7 @@ def run_request(request: EvalRequest, observer: Observer = SILENT) -> EvalResult
 
 
 def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
-    """What the model would be asked first; nothing is asked, written or loaded but the tokenizer."""
+    """Return the first prompt without calling the model. Loads only the tokenizer and writes nothing."""
     with _open_evaluation(request, observer) as (plan, benchmark, identities):
         sample = first_request(benchmark, plan, identities[0]).sample
         if plan.layout and plan.table:
@@ -138,7 +142,7 @@ def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
             body = build_chat_body(sample, plan.tool_format, native=plan.prompt == "native")
             parts, tokens = (("", as_json(body, indent=2)),), None
         else:
-            parts, tokens = (("", "no model is shown a prompt"),), None
+            parts, tokens = (("", "no prompt: no model is called"),), None
         return Preview(identities[0], parts, tokens)
 
 
@@ -155,9 +159,12 @@ def _open_evaluation(request: EvalRequest, observer: Observer) -> Iterator[tuple
 
 
 def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
-    """The benchmark of a request: one that is built in, a user's at `package.module:OBJECT`, or the object itself.
+    """Return the benchmark of a request: a built-in one, an object, or the user's `package.module:OBJECT`.
 
-    What is no benchmark yet (a class, a function) is called without arguments.
+    A class or a factory function at OBJECT is called without arguments.
+
+    Raises:
+        UserError: The benchmark is unknown, incomplete or lacks its data.
     """
     name = request.benchmark
     if not isinstance(name, str):
@@ -166,7 +173,7 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
         from rest_rl.evaluate.benchmarks.api_bank import ApiBank
 
         if not request.data:
-            raise UserError("api-bank without --data", "the folder of its files", "pass --data DIR")
+            raise UserError("api-bank needs its data", remedy="pass --data with the folder of its files")
         return ApiBank(request.data, keep_prompts=plan.keep_prompts)
     if name == "tool-world":
         from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
@@ -178,7 +185,7 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
         return Bfcl(request.version, request.categories or None)
     if ":" not in name:
         expected = "bfcl, api-bank, tool-world or package.module:OBJECT"
-        raise UserError(f"benchmark {name!r}", expected, "name one of them")
+        raise UserError(f"unknown benchmark {name!r}", expected, "correct the name")
     found: Any = load_object(name, "benchmark")
     makes_one = isinstance(found, type) or (callable(found) and not hasattr(found, "start"))
     benchmark: Any = found() if makes_one else found
@@ -186,17 +193,17 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
         part for part in ("name", "pin", "metrics", "group_field", "groups", "start") if not hasattr(benchmark, part)
     ]:
         raise UserError(
-            f"benchmark {name!r} without {', '.join(missing)}", "a rest_rl.Benchmark", "add what is missing"
+            f"benchmark {name!r} has no {', '.join(missing)}", "a rest_rl.Benchmark", "add the missing attributes"
         )
     check_signature(benchmark.start, f"start of benchmark {name!r}", "identity", "tool_format")
     return benchmark
 
 
 def choose_samples(benchmark: Benchmark, request: EvalRequest) -> list[str]:
-    """The samples to ask for, in the benchmark's order."""
+    """Return the ids of the samples to evaluate, in the benchmark's order."""
     groups = benchmark.groups
     names = {group: {str(group), group_label(benchmark.group_field, group)} for group in set(groups.values())}
-    wanted = set(request.categories) if request.benchmark != "bfcl" else set()  # BFCL has chosen itself
+    wanted = set(request.categories) if request.benchmark != "bfcl" else set()  # Bfcl selected its own
     _check_known("categories", wanted, set().union(*names.values()))
     _check_known("ids", request.ids, groups)
     counts: dict[str | int, int] = {}
@@ -208,15 +215,15 @@ def choose_samples(benchmark: Benchmark, request: EvalRequest) -> list[str]:
         if not request.limit or counts[group] <= request.limit:
             found.append(identity)
     if not found:
-        raise UserError("--categories and --ids that share no sample", "at least one", "leave one of them out")
+        raise UserError("no sample matches both --categories and --ids", remedy="remove one of the two options")
     return found
 
 
 def _check_known(option: str, wanted: Iterable[str], known: Iterable[str]) -> None:
     if unknown := sorted(set(wanted) - set(known)):
         near = difflib.get_close_matches(unknown[0], known, n=1) or sorted(known)[:1]
-        expected = f"names of what is asked for, such as {', '.join(near)}"
-        raise UserError(f"--{option} {', '.join(unknown)}", expected, "correct the name")
+        expected = f"names such as {', '.join(near)}"
+        raise UserError(f"--{option} contains unknown names: {', '.join(unknown)}", expected, "correct the name")
 
 
 def first_request(benchmark: Benchmark, plan: Plan, identity: str) -> Request:
@@ -229,7 +236,7 @@ def first_request(benchmark: Benchmark, plan: Plan, identity: str) -> Request:
 def context_notes(
     benchmark: Benchmark, context_usage: ContextUsage, plan: Plan, identities: Sequence[str]
 ) -> list[str]:
-    """Per group what does not fit the model, before anything is asked; later turns are longer still."""
+    """Report per group how many first prompts exceed the context length; later turns are even longer."""
     longest: dict[str, tuple[int, int, int]] = {}
     context = 0
     for identity in identities:
@@ -241,20 +248,19 @@ def context_notes(
         most, over, count = longest.get(group, (0, 0, 0))
         longest[group] = max(most, needed), over + (needed > context), count + 1
     notes = [
-        f"{group}: {over} of {count} first prompts and a response of full length exceed the {context} tokens "
-        f"that the model holds (the longest take {most}); responses end there, and a prompt that leaves no "
-        "room counts as wrong"
+        f"{group}: {over} of {count} first prompts plus a response of maximum length exceed the context length of "
+        f"{context} tokens (the longest needs {most}); responses are cut off there, and a prompt that leaves no "
+        "room for a response counts as wrong"
         for group, (most, over, count) in longest.items()
         if over
     ]
     if longest and not notes:
         most = max(most for most, _, _ in longest.values())
-        return [f"all first prompts fit: the longest takes {most} of {context} tokens with its response"]
+        return [f"all first prompts fit: the longest needs {most} of {context} tokens, response included"]
     return notes
 
 
 def _make_model(request: EvalRequest, plan: Plan, identities: Sequence[str]) -> tuple[Model, list[str]]:
-    """(model, notes about it); loads the weights."""
     if request.source == "object":
         assert not isinstance(request.model, (str, type(None)))
         return request.model, []
@@ -262,9 +268,9 @@ def _make_model(request: EvalRequest, plan: Plan, identities: Sequence[str]) -> 
         return Oracle(plan.tool_format), []
     if request.responses:
         responses, unknown_ids = read_responses(request.responses, dict.fromkeys(identities))
-        notes = [f"{len(responses)} responses in {request.responses} to {len(identities)} samples"]
+        notes = [f"{request.responses} contains responses to {len(responses)} of {len(identities)} samples"]
         if unknown_ids:
-            notes.append(f"{len(unknown_ids)} of others are left aside, the first of {unknown_ids[0]!r}")
+            notes.append(f"ignored responses to other samples: {len(unknown_ids)} (first id {unknown_ids[0]!r})")
         return Recorded(responses), notes
     return _make_server(request, plan) if request.endpoint else _make_checkpoint(request, plan)
 
@@ -289,7 +295,7 @@ def _make_server(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]]:
         context=request.context,
     )
     server.check()
-    return server, [f"{request.concurrency} requests at once to {server.url}"]
+    return server, [f"requests at the same time to {server.url}: {request.concurrency}"]
 
 
 def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]]:
@@ -307,7 +313,7 @@ def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]
 
         model_context = context_length(load_policy_config(table), layout.tokenizer) or MAX_VLLM_CONTEXT
         context = min(model_context, MAX_VLLM_CONTEXT) if context is None else context
-        return VllmModel(table.path, layout, **sizes, context=context), [f"vLLM, {context} tokens of context"]
+        return VllmModel(table.path, layout, **sizes, context=context), [f"vLLM, context length {context} tokens"]
     device = torch.accelerator.current_accelerator()
     dtype = "bfloat16" if device and table.dtype == AUTO else table.dtype
     weights, _ = load_policy(replace(table, dtype=dtype))
@@ -316,8 +322,8 @@ def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]
 
 
 def _collect_settings(request: EvalRequest, plan: Plan, benchmark: Benchmark) -> dict[str, Any]:
-    """Everything that the numbers depend on: what `resume` must find unchanged."""
-    # sorted: samples are asked for in the benchmark's order, whatever that of the options is
+    # Everything that the scores depend on; `resume` compares it with settings.json. The selection is sorted because
+    # samples run in the benchmark's order, independent of the order of the options.
     selection = {"categories": sorted(set(request.categories)), "ids": sorted(set(request.ids)), "limit": request.limit}
     about = {"benchmark": benchmark.name, "pin": benchmark.pin, "prompt": plan.prompt, "format": plan.format}
     return {**about, **_collect_model_settings(request, plan), **selection}
@@ -355,7 +361,7 @@ def _collect_model_settings(request: EvalRequest, plan: Plan) -> dict[str, Any]:
 
 
 def _public_command(request: EvalRequest) -> list[str]:
-    """The command line without what the server's URL may hold in secret."""
+    # environment.json is shared with others, but the server's URL may contain a password or a key
     if not request.endpoint:
         return list(request.command)
     from rest_rl.evaluate.models.endpoint import public_url
@@ -364,7 +370,6 @@ def _public_command(request: EvalRequest) -> list[str]:
 
 
 def _default_folder(request: EvalRequest) -> str:
-    """`runs/eval-BENCHMARK-MODEL`."""
     names = {"oracle": "oracle", "responses": "responses", "object": request.name or type(request.model).__name__}
     edition = f"-{request.version}" if request.benchmark == "bfcl" else ""
     who = names.get(request.source) or model_label(request.checkpoint)
@@ -375,10 +380,9 @@ def _default_folder(request: EvalRequest) -> str:
 def _evaluate_samples(
     benchmark: Benchmark, model: Model, plan: Plan, identities: Sequence[str], log: EvalLog, observer: Observer
 ) -> list[Row]:
-    """All rows, with the headline so far on the observer's bar."""
     headline, rows = benchmark.metrics[0], log.read_rows()
     done, correct, failed = len(rows), sum(bool(row.get(headline)) for row in rows), 0
-    # of what is there already nothing has failed: that is asked for again
+    # a resumed log contains no failed sample: EvalLog.resume dropped them
     with observer.track("evaluating", len(identities), done) as advance:
 
         def on_row(row: Row) -> None:

@@ -1,8 +1,8 @@
-"""Tables of evaluations in the paper's layout (rows are models, columns are groups), and those of a comparison.
+"""Result tables in the paper's layout (rows are models, columns are groups), and the tables of a comparison.
 
-Everything is read from plain mappings: summaries of evaluations, and a comparison's `to_json()`. Numbers of two pins
-never share a table, a group that was not asked whole is marked, and an average stands only where the summary has it,
-that is where nothing is missing.
+The input is plain mappings: summaries of evaluations, and a comparison's `to_json()`. Evaluations with different pins
+never share a table, a partially evaluated group is marked, and an average is shown only if the summary contains it,
+that is, if none of its categories is incomplete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rest_rl.runlog import replace_file
 
 Summary = Mapping[str, Any]
 Models = Sequence[tuple[str, Summary]]
-"""Names and summaries of one benchmark and pin."""
+"""(name, summary) of evaluations with the same benchmark and pin."""
 AVERAGES = "Averages"
 BENCHMARK_TITLES = {"bfcl": "BFCL", "api_bank": "API-Bank", "tool_world": "Tool world"}
 METRIC_TITLES = {"soft": "soft (the published metric)", "strict": "strict (exactly the one right call)"}
@@ -35,26 +35,31 @@ BFCL_LABELS = {
     "javascript": "Simple JavaScript",
     "simple_javascript": "Simple JavaScript",
 }
-ISSUE_LABELS = {"overflow": "overflowed", "refused": "refused", "truncated": "truncated", "errors": "not scored"}
-"""What a group counts besides its verdicts, and how tables call it."""
+ISSUE_LABELS = {
+    "overflow": "exceeded the context",
+    "refused": "without a prompt",
+    "truncated": "truncated",
+    "errors": "not scored",
+}
+"""What a group counts besides verdicts, and its label in tables."""
 MODEL_COLUMNS = ("benchmark", "version", "pin", "model", "prompt", "format")
 SCORE_FIELDS = ("n", "of", "correct", "accuracy", "low", "high")
 COLUMNS = [*MODEL_COLUMNS, "metric", "table", "column", *SCORE_FIELDS, *ISSUE_LABELS]
 DASH, SIGNIFICANCE_LEVEL = "–", 0.05
 SHORT_LEGEND = (
-    "change: percentage points, with 95 % interval (Bonett-Price); flips: samples lost and gained; "
-    "p: McNemar's exact test, * where q <= 0.05 among the groups (Benjamini-Hochberg)"
+    "change: percentage points with 95 % interval (Bonett-Price); flips: samples lost and gained; "
+    "p: McNemar's exact test, * if q <= 0.05 among the groups (Benjamini-Hochberg)"
 )
 LONG_LEGEND = (
-    "Samples scored on both sides; change in percentage points with the 95 % interval of Bonett and Price (2012); "
-    "lost and gained: right only at the base or only at the tuned model; p: McNemar's exact test; q: p among the "
-    "groups after Benjamini and Hochberg (1995), * where it is at most 0.05."
+    "Only samples scored in both evaluations count. change: percentage points with the 95 % interval of Bonett and "
+    "Price (2012); lost, gained: samples that only the base model or only the tuned model got right; p: McNemar's "
+    "exact test; q: p adjusted over the groups by Benjamini and Hochberg (1995), * if at most 0.05."
 )
-AVERAGES_NOTE = "official averages: intervals of the groups combined by MOVER (Zou and Donner, 2008); no test"
+AVERAGES_NOTE = "official averages: intervals combined from the groups' by MOVER (Zou and Donner, 2008); no test"
 
 
 class Column(NamedTuple):
-    """A column: its label and the group that it shows, or the official average."""
+    """A column: its label and the group or official average that it shows."""
 
     label: str
     group: str
@@ -62,7 +67,7 @@ class Column(NamedTuple):
 
 
 class Section(NamedTuple):
-    """The columns of one table; the metric of a benchmark with several."""
+    """The columns of one table, and its metric."""
 
     title: str
     columns: Sequence[Column]
@@ -71,17 +76,17 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class ResultTable:
-    """One table; `frame` has a row per model and column, in this order, with the fields of `COLUMNS` and `group`."""
+    """One table. `frame` has one row per model and column, in this order, with the fields `COLUMNS` and `group`."""
 
     title: str
     span: str
-    """What stands over its columns."""
+    """The heading over all columns."""
     caption: str
     frame: pd.DataFrame
     notes: tuple[str, ...]
 
     def grid(self, text: Callable[[Any], str]) -> pd.DataFrame:
-        """A row per model and a column per group, each cell the text of its row of `frame`."""
+        """Return one row per model and one column per group; `text` formats the rows of `frame`."""
         names, labels = self.frame["model"].unique(), self.frame["column"].unique()
         cells = [text(row) for row in self.frame.itertuples()]
         rows = [cells[start : start + len(labels)] for start in range(0, len(cells), len(labels))]
@@ -89,7 +94,7 @@ class ResultTable:
 
 
 class TextTable(NamedTuple):
-    """A table of texts, whose first column names the rows, and lines to print below."""
+    """A table of strings whose first column labels the rows, and notes to print below it."""
 
     title: str
     header: tuple[str, ...]
@@ -98,21 +103,21 @@ class TextTable(NamedTuple):
 
 
 def results_frame(summaries: Sequence[Summary]) -> pd.DataFrame:
-    """All numbers, a row per table, model and column; shares in [0, 1], None where nothing was measured."""
+    """Return all results, one row per table, model and column. Shares are in [0, 1], missing values None."""
     frames = [table.frame for table in build_tables(summaries)]
     frames = frames or [pd.DataFrame(columns=COLUMNS, dtype=object)]
     return pd.concat(frames, ignore_index=True).reindex(columns=COLUMNS)
 
 
 def build_tables(summaries: Sequence[Summary]) -> list[ResultTable]:
-    """The tables of one or several evaluations, those of one pin together; none without summaries."""
+    """Return the tables of the evaluations, grouped by benchmark and pin."""
     return [
         build_table(section, models) for models in group_by_edition(summaries) for section in build_sections(models)
     ]
 
 
 def group_by_edition(summaries: Sequence[Summary]) -> list[Models]:
-    """The evaluations by what makes them comparable, each with its model's name."""
+    """Group the evaluations by benchmark, version and pin, each with its model's name."""
     found: dict[str, list[tuple[str, Summary]]] = {}
     for name, summary in zip(model_names(summaries), summaries, strict=True):
         found.setdefault(edition_key(summary), []).append((name, summary))
@@ -124,7 +129,7 @@ def edition_key(summary: Summary) -> str:
 
 
 def model_names(summaries: Sequence[Summary]) -> list[str]:
-    """A name per summary; namesakes on one benchmark are told apart by prompt and format, then by number."""
+    """Return a name per summary; duplicates within an edition get prompt and format, then a number, appended."""
     twins = [(str(summary.get("model") or "model"), edition_key(summary)) for summary in summaries]
     twins = [
         (f"{twin[0]} ({describe_prompt(summary)})" if twins.count(twin) > 1 else twin[0], twin[1])
@@ -139,9 +144,9 @@ def describe_prompt(summary: Summary) -> str:
 
 
 def build_sections(models: Models) -> list[Section]:
-    """The tables of one edition, those without any number left out.
+    """Return the non-empty tables of one edition.
 
-    BFCL has several: official averages, the parts of which a category was asked, then categories of no part.
+    BFCL has several: the official averages, each part with an evaluated category, and categories of no part.
     """
     first = models[0][1]
     groups = list(dict.fromkeys(str(name) for _, summary in models for name in scored_groups(summary)))
@@ -165,23 +170,22 @@ def build_sections(models: Models) -> list[Section]:
 
 
 def scored_groups(summary: Summary) -> dict[str, Any]:
-    """The groups, and turns that call and turns that answer where they are scored apart."""
     return {**(summary.get("groups") or {}), **(summary.get("turns") or {})}
 
 
 def display_label(name: str) -> str:
-    """`Level1` as `Level 1`, `unseen_tools` as `Unseen tools`, `calls` as `Call turns`."""
+    """Return a group's label: `Level 1` for `Level1`, `Unseen tools` for `unseen_tools`, `Call turns` for `calls`."""
     text = {**TURNS}.get(name) or re.sub(r"(?<=[a-z])(\d+)$", r" \1", name.replace("_", " "))
     return text.capitalize()
 
 
 def bfcl_label(name: str) -> str:
-    """A category without its part, `multi_turn_miss_func` as `Miss Func`."""
+    """Return a category's label without its part: `Miss Func` for `multi_turn_miss_func`."""
     return BFCL_LABELS.get(name) or name.removeprefix("multi_turn_").removeprefix("live_").replace("_", " ").title()
 
 
 def column_scores(summary: Summary, column: Column, metric: str = "") -> dict[str, Any]:
-    """The fields of `NUMBERS` of a model in a column, all None where nothing was scored."""
+    """Return the `SCORE_FIELDS` of a model in a column; all None if nothing was scored."""
     found = ((summary.get("official") or {}) if column.is_average else scored_groups(summary)).get(column.group) or {}
     own = found[metric] if isinstance(found.get(metric), Mapping) else found
     if not is_number(own.get("accuracy")) or not (found.get("n") or column.is_average):
@@ -206,7 +210,7 @@ def build_table(section: Section, models: Models) -> ResultTable:
     first, prompts = models[0][1], {describe_prompt(summary) for _, summary in models}
     benchmark = str(first.get("benchmark"))
     head = " ".join(filter(None, (BENCHMARK_TITLES.get(benchmark, benchmark), first.get("version"))))
-    asked = "prompt and format differ, see the notes" if len(prompts) > 1 else next(iter(prompts))
+    asked = "prompts or formats differ, see the notes" if len(prompts) > 1 else next(iter(prompts))
     intervals = interval_method(has_averages=any(column.is_average for column in section.columns))
     return ResultTable(
         title=f"{head}, {section.title}" if section.title else head,
@@ -218,19 +222,18 @@ def build_table(section: Section, models: Models) -> ResultTable:
 
 
 def interval_method(*, has_averages: bool) -> str:
-    """Whose intervals a table shows."""
     return "95 % Wilson intervals" + (", combined by MOVER for averages" if has_averages else "")
 
 
 def _notes(section: Section, models: Models, frame: pd.DataFrame, *, with_prompts: bool) -> Iterator[str]:
-    """What must be known to read the numbers: what is missing, what went wrong, what an average takes, ceilings."""
+    # what readers must know to interpret the scores: partial groups, failures, the scope of averages, ceilings
     partial: list[Any] = [row for row in frame.itertuples() if is_partial(row)]
     if partial:
-        yield "Cells with * hold a part of their group."
+        yield "Cells with * cover only a part of their group."
     names = {column.group for column in section.columns if not column.is_average}
     for name, summary in models:
         groups = {key: group for key, group in (summary.get("groups") or {}).items() if key != OVERALL}
-        # each sample once: not what sums groups up; all groups where the table shows only averages
+        # count each sample once: skip sums of groups; use all groups if the table shows only averages
         issues = format_issues([group for key, group in groups.items() if key in names or not names])
         parts = ", ".join(f"{row.column} {row.n} of {row.of}" for row in partial if row.model == name)
         if notes := [text for text in (describe_prompt(summary) if with_prompts else "", issues, parts) if text]:
@@ -238,12 +241,12 @@ def _notes(section: Section, models: Models, frame: pd.DataFrame, *, with_prompt
     if section.title == AVERAGES:
         for name, average in (models[0][1].get("official") or {}).items():
             if of := average.get("of"):
-                yield f"{name} is over {', '.join(of) if len(of) < 10 else f'all {len(of)} categories'}."
+                yield f"{name} averages {', '.join(of) if len(of) < 10 else f'all {len(of)} categories'}."
     yield from ceiling_notes(models[0][1])
 
 
 def format_issues(groups: Sequence[Mapping[str, Any]]) -> str:
-    """`3 overflowed, 2 truncated`, empty when all went well."""
+    """Return, for example, `3 truncated, 2 not scored`; empty if there are no issues."""
     counts = {name: sum(to_count(group.get(key)) for group in groups) for key, name in ISSUE_LABELS.items()}
     return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
 
@@ -253,11 +256,12 @@ def to_count(value: Any) -> int:
 
 
 def ceiling_notes(summary: Summary) -> Iterator[str]:
-    """Where answers by what the prompts offer cannot reach 100, in the groups that were asked."""
+    """Yield a note per evaluated group in which a correct use of the offered tools cannot reach 100 %."""
     for name, ceiling in (summary.get("ceilings") or {}).items():
         if ceiling.get("ids") and name in (summary.get("groups") or {}):
-            reach = f"answers by the tools on offer reach {format_percent(ceiling.get('accuracy'))}"
-            yield f"{display_label(str(name))}: {reach}; the gold of {', '.join(ceiling['ids'])} lies outside them."
+            limit = f"the offered tools allow at most {format_percent(ceiling.get('accuracy'))}"
+            why = "uses a tool or argument that is not offered"
+            yield f"{display_label(str(name))}: {limit}; the gold of {', '.join(ceiling['ids'])} {why}."
 
 
 def is_partial(row: Any) -> bool:
@@ -265,12 +269,12 @@ def is_partial(row: Any) -> bool:
 
 
 def interval_text(low: Any, high: Any) -> str:
-    """`[92.4, 96.7]` in per cent; empty without an interval."""
+    """Return the interval in per cent, such as `[92.4, 96.7]`; empty if there is none."""
     return f"[{100 * low:.1f}, {100 * high:.1f}]" if is_number(low) and is_number(high) else ""
 
 
 def markdown_cell(row: Any) -> str:
-    """`95.0 [92.4, 96.7]`, marked with its number of samples where they are a part."""
+    """Return, for example, `95.0 [92.4, 96.7]`; a partial group is marked with its number of samples."""
     mark, part = ("*", f"(n = {row.n} of {row.of})") if is_partial(row) else ("", "")
     return " ".join(filter(None, (format_percent(row.accuracy) + mark, interval_text(row.low, row.high), part)))
 
@@ -290,7 +294,7 @@ def render_csv(summaries: Sequence[Summary]) -> str:
 
 
 def render_markdown(summaries: Sequence[Summary]) -> str:
-    """All tables as Markdown, each under its title and caption and over its notes."""
+    """Render all tables as Markdown, each with title, caption and notes."""
     parts = []
     for table in build_tables(summaries):
         grid, notes = table.grid(markdown_cell), "\n".join(f"- {note}" for note in table.notes)
@@ -306,7 +310,7 @@ def render_markdown(summaries: Sequence[Summary]) -> str:
 INTERVAL_MACRO = r"\providecommand{\withinterval}[2]{\begin{tabular}[t]{@{}c@{}}#1\\[-3pt]{\tiny #2}\end{tabular}}"
 LATEX_ESCAPES = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
-    # a row that starts with one of these would be read as an option of the line break before it
+    # LaTeX reads one of these at the start of a row as an option of the preceding line break
     | {character: f"{{{character}}}" for character in "[]*"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": " ", "\r": " "}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "±": r"$\pm$", "≤": r"$\leq$"}
@@ -318,7 +322,7 @@ def escape_latex(text: str) -> str:
 
 
 def render_latex(summaries: Sequence[Summary]) -> str:
-    """All tables as LaTeX, each a float of its own, the words of a header one below the other."""
+    """Render all tables as LaTeX, one float per table, with the words of a header stacked."""
     texts = []
     for table in build_tables(summaries):
         grid = table.grid(latex_cell)
@@ -346,15 +350,15 @@ def write_tables(summaries: Sequence[Summary], folder: str | Path) -> list[Path]
         for ending, text in texts.items():
             replace_file(target / f"tables.{ending}", text)
     except OSError as error:
-        expected = "a writable folder with free space"
-        raise UserError(f"{folder} ({describe_os_error(error)})", expected, "make room or pass another") from error
+        remedy = "free some space or pass another folder"
+        raise UserError(f"cannot write to {folder} ({describe_os_error(error)})", remedy=remedy) from error
     return [target / f"tables.{ending}" for ending in texts]
 
 
 def terminal_table(summary: Summary) -> TextTable:
-    """One evaluation from top to bottom in 80 columns; the notes say of each group what went wrong.
+    """Return one evaluation as a table of at most 80 columns, with the issues of each group as notes.
 
-    Groups stand below the part they belong to, or above what sums them up.
+    Groups come after the part they belong to; totals come last.
     """
     groups, metrics = scored_groups(summary), [str(name) for name in summary.get("metrics") or ["correct"]]
     parts = build_sections([("", summary)])
@@ -386,7 +390,7 @@ def terminal_table(summary: Summary) -> TextTable:
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
-    """A table per metric of a comparison as its `to_json()` gives it; change and interval, p and q drawn together."""
+    """Return one table per metric of a comparison (its `to_json()`); a star on p marks a significant q."""
     tables = []
     for title, changes in _iterate_metrics(comparison):
         rows = [_comparison_row(change) for change in changes]
@@ -417,7 +421,7 @@ def _averages_note(changes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _comparison_row(change: Mapping[str, Any]) -> tuple[str, ...]:
-    """Group, n, base, tuned, change, interval, lost, gained, p and q of one group, dashes for one without samples."""
+    # group, n, base, tuned, change, interval, lost, gained, p, q; dashes if the group has no samples
     q = change.get("q")
     label = str(change["group"]) if q is None else f" {change['group']}"
     if not change["n"]:
@@ -430,7 +434,7 @@ def _comparison_row(change: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
-    """A comparison as Markdown: a table per metric with p- and q-values, the warnings, how to read it."""
+    """Render a comparison as Markdown: one table per metric, warnings, and a legend."""
     header = ("group", "n", "base", "tuned", "change", "95 % interval", "lost", "gained", "p", "q")
     parts = []
     for title, changes in _iterate_metrics(comparison):

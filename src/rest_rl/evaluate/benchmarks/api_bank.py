@@ -1,9 +1,9 @@
-"""API-Bank as ToolRL processed it: 597 prompts in three levels, one gold call each, judged twice.
+"""API-Bank as processed by ToolRL: 597 prompts in three levels with one gold call each, scored by two metrics.
 
-`soft` is the published metric (https://github.com/qiancheng0/ToolRL, benchmarks/API-Bank) with its quirks: any line of
-the response may be the gold call, no tag is needed, an object without a name counts as arguments of the right tool,
-and a line that is JSON but no object ends the search. `strict` asks for exactly one call of the format, of the right
-name, whose values are equal or spell the gold's text (the gold holds every value as text: 5 equals "5").
+`soft` is the published metric (https://github.com/qiancheng0/ToolRL, benchmarks/API-Bank) with all its quirks: any
+line of the response may be the gold call, tags are not required, an object without a name counts as the arguments of
+the right tool, and a line that is JSON but not an object ends the search. `strict` requires exactly one call in the
+model's format, with the right name and arguments. The gold stores every value as text, so 5 equals "5".
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from rest_rl.response import ParsedResponse, ToolCall
 from rest_rl.rewards import json_equal
 
 LEVELS = {1: 399, 2: 67, 3: 131}
-"""Samples per level as published; ten of level 1 are exact duplicates of others."""
+"""Published number of samples per level; ten samples of level 1 are exact duplicates of others."""
 UNSATISFIABLE = ("unknown_tool", "undocumented_argument")
-"""Defects of a gold that an answer by the prompt's own tools cannot match."""
+"""Defects of a gold call that no correct use of the prompt's tools can match."""
 
 
 class ApiBankSample(NamedTuple):
-    """One sample: its prompt, the gold as published, and why no correct answer passes (empty if one does)."""
+    """One sample: prompt, published gold, and the reason why no correct response can pass (normally empty)."""
 
     level: int
     sample: ToolSample
@@ -44,16 +44,21 @@ class ApiBankSample(NamedTuple):
 
 
 class ApiBank(Benchmark):
-    """The samples of a folder with level-1-, level-2- and level-3-api_processed.json."""
+    """The samples of level-1-, level-2- and level-3-api_processed.json in one folder."""
 
     name = "api_bank"
     metrics = ("soft", "strict")
     group_field = "level"
 
     def __init__(self, folder: str | Path, *, keep_prompts: bool) -> None:
-        """With `keep_prompts` the prompts are the published texts; without, they are laid out anew for the model.
+        """Read the samples.
 
-        UserError for a file that is missing or broken.
+        Args:
+            folder: The folder of the three files.
+            keep_prompts: Whether to use the published prompt texts instead of rendering the prompts for the model.
+
+        Raises:
+            UserError: A file is missing or invalid.
         """
         digest = hashlib.sha256()
         self.items: dict[str, ApiBankSample] = {}
@@ -73,7 +78,7 @@ class ApiBank(Benchmark):
         )
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """`ceilings`: per level the best that correct answers can reach, and the samples that stand in the way."""
+        """Return `ceilings`: the best score of correct responses per level, and the samples that limit it."""
         del rows
         ceilings = {}
         for level in LEVELS:
@@ -85,7 +90,8 @@ class ApiBank(Benchmark):
 
 
 def judge_response(reply: Reply, parsed: ParsedResponse, item: ApiBankSample, is_published: bool) -> Mapping[str, Any]:
-    """Both verdicts and the reason of the stricter one; the published metric reads the text of its own format."""
+    """Return both verdicts, and the reason of the strict one."""
+    # the published metric parses the text; responses in other formats are converted to its notation first
     reads_text = is_published and reply.calls is None
     lines = parse_published_calls(reply.text) if reads_text else to_published_calls(parsed, item.answer)
     problem = find_strict_problem(parsed, item.answer)
@@ -93,50 +99,53 @@ def judge_response(reply: Reply, parsed: ParsedResponse, item: ApiBankSample, is
 
 
 def read_rows(folder: Path, level: int, digest: Any) -> list[Any]:
-    """The rows of one level."""
     path = folder / f"level-{level}-api_processed.json"
     try:
         content = path.read_bytes()
         rows = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         remedy = "pass the folder with ToolRL's level-1-, level-2- and level-3-api_processed.json as --data"
-        raise UserError(f"{path} ({describe_os_error(error)})", "a JSON list of API-Bank samples", remedy) from error
+        raise UserError(
+            f"cannot read {path} ({describe_os_error(error)})", "a JSON list of API-Bank samples", remedy
+        ) from error
     if not isinstance(rows, list):
-        raise UserError(f"{path}, which holds a {type(rows).__name__}", "a list of samples", "restore it")
+        raise UserError(f"{path} contains a {type(rows).__name__}", "a list of samples", "restore the file")
     digest.update(content)
     return rows
 
 
 def read_api_bank_sample(row: Any, identity: str, level: int, keep_prompts: bool) -> ApiBankSample:
-    """One sample."""
     if not isinstance(row, Mapping):
-        raise UserError(f"{type(row).__name__} as {identity}", "an object", "restore the file")
+        raise UserError(f"{identity} is a {type(row).__name__}", "an object", "restore the file")
     try:
         (sample,) = api_bank.read(row, RowContext(identity, keep_prompts))
     except RowRejectedError as error:
-        raise UserError(f"{identity}, which cannot be read ({error})", "it as published", "restore the file") from error
+        raise UserError(f"cannot read {identity} ({error})", "the published sample", "restore the file") from error
     found = check_against_tools(sample)[1]
     defect = "; ".join(f"{problem.reason}: {problem.detail}" for problem in found if problem.reason in UNSATISFIABLE)
     answer = row["answer"]
     return ApiBankSample(level, sample, answer[0] if isinstance(answer, list) else answer, defect)
 
 
+# The soft metric reproduces the published script, bug for bug, so that scores are comparable with the paper. The script
+# takes the text after the last <tool_call> up to the next </tool_call> (the whole response if there is no tag), tries
+# json.loads on each line, and compares each parsed line with the gold until one matches.
 def parse_published_calls(text: str) -> list[Any]:
-    """What the published evaluation takes for calls: each line of JSON after the last opening tag, of any kind."""
+    """Return the JSON values that the published script takes for calls."""
     block = text.strip().split("<tool_call>")[-1].split("</tool_call>")[0]
     found = []
     for line in block.strip().split("\n"):
         try:
             found.append(json.loads(line))
-        except (ValueError, RecursionError):  # noqa: PERF203 - most lines of prose fail at their first character
+        except (ValueError, RecursionError):  # noqa: PERF203 - lines of prose fail at their first character
             continue
     return found
 
 
 def to_published_calls(parsed: ParsedResponse, answer: Mapping[str, Any]) -> list[Any]:
-    """The calls of another format as the published evaluation writes them.
+    """Convert the calls of another format to the published notation.
 
-    Where a format writes all values as text, the gold's text is what a value that spells it was written as.
+    If the format writes all values as text, a value that matches the gold's text is replaced by that text.
     """
     gold = answer["parameters"] if parsed.text_values else {}
     return [
@@ -155,22 +164,22 @@ def soft_match(calls: Sequence[Any], answer: Mapping[str, Any]) -> bool:
     for line in calls:
         try:
             call = json.loads(line) if isinstance(line, str) else line
-            # what lacks either key is taken for the arguments of the right tool, also text and lists
+            # quirk: anything without both keys, even a text or a list, counts as the arguments of the right tool
             is_named = "name" in call and "parameters" in call
             name, arguments = (call["name"], call["parameters"]) if is_named else (answer["name"], call)
             if name == answer["name"] and arguments == answer["parameters"]:
                 return True
-        except (TypeError, ValueError, RecursionError):  # noqa: PERF203 - a number or null ends the published search
+        except (TypeError, ValueError, RecursionError):  # noqa: PERF203 - quirk: a number or null ends the search
             return False
     return False
 
 
 def find_strict_problem(parsed: ParsedResponse, answer: Mapping[str, Any]) -> str:
-    """Why the response is not the one right call; empty if it is."""
+    """Return why the response is not exactly the gold call; empty if it is."""
     if parsed.unreadable_calls:
         return f"unreadable call: {'; '.join(parsed.problems)[:200]}"
     if len(parsed.calls) != 1:
-        return f"{len(parsed.calls)} calls, expected one"
+        return f"{len(parsed.calls)} calls, expected 1"
     call = parsed.calls[0]
     if call.name != answer["name"]:
         return f"name {call.name[:80]!r}, expected {answer['name']!r}"
@@ -178,7 +187,7 @@ def find_strict_problem(parsed: ParsedResponse, answer: Mapping[str, Any]) -> st
 
 
 def find_arguments_problem(call: ToolCall, gold: Mapping[str, Any]) -> str:
-    """The first difference of the arguments; empty if there is none."""
+    """Return the first difference between the arguments; empty if there is none."""
     if missing := [name for name in gold if name not in call.arguments]:
         return f"missing arguments {missing}"
     if extra := [name for name in call.arguments if name not in gold]:
@@ -190,9 +199,9 @@ def find_arguments_problem(call: ToolCall, gold: Mapping[str, Any]) -> str:
 
 
 def matches_gold_value(value: Any, gold: Any) -> bool:
-    """Whether a value equals the gold, or the JSON (or Python literal) that the gold's text spells."""
+    """Return whether a value equals the gold, or the JSON value or Python literal that the gold's text denotes."""
     if json_equal(value, gold) or isinstance(value, str) or not isinstance(gold, str):
         return json_equal(value, gold)
-    if value is None:  # which `read_literal` also gives for what is no literal
+    if value is None:  # `read_literal` also returns None for text that is not a literal
         return gold.strip() in ("null", "None")
     return json_equal(value, read_literal(gold))

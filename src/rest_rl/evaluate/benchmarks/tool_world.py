@@ -1,6 +1,6 @@
-"""The held-out splits of the tool world as a benchmark: exact match, greedy, for any checkpoint.
+"""The held-out splits of the tool world as a benchmark: exact match with greedy decoding, for any checkpoint.
 
-Turns that call and turns that answer are scored apart as well: any answer without a call is right.
+Call turns and answer turns are also scored separately. In an answer turn any response without a call is right.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rest_rl.rewards import judge_parsed
 
 
 class ToolWorldTasks(Benchmark):
-    """The first prompts of each held-out split, those that a training run measures by default."""
+    """The first prompts of each held-out split; a training run evaluates the same ones by default."""
 
     name = "tool_world"
 
     def __init__(self, *, seed: int, prompts: int, decision: Decision = "reasoning") -> None:
-        """`prompts` per split, as `[eval]` of a run counts them."""
+        # `prompts` is the number per split, as in [eval] of a run file
         decided = "" if decision == "reasoning" else f", decided in the {decision}"
         self.pin = f"tool world (seed {seed}, {prompts} prompts per split{decided})"
         self.samples: dict[str, ToolSample] = {}
@@ -39,7 +39,7 @@ class ToolWorldTasks(Benchmark):
         return SingleTurn(sample, tool_format, lambda reply, parsed: judge_response(reply, parsed, sample))
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The scores of turns that call and of turns that answer, under `turns`."""
+        """Return the scores of call turns and answer turns under `turns`."""
         turns = {identity: sample.gold.turn for identity, sample in self.samples.items()}
         sizes = Counter(turns.values())
         own = {turn: [dict(row) for row in rows if turns[row["id"]] == turn] for turn in TURNS}
@@ -47,7 +47,7 @@ class ToolWorldTasks(Benchmark):
 
 
 def judge_response(reply: Reply, parsed: ParsedResponse, sample: ToolSample) -> Mapping[str, Any]:
-    """Exact match, and what cost the response its score."""
+    """Return exact match, and the mistakes of the response as the reason."""
     judgement = judge_parsed(parsed, sample.gold, truncated=reply.is_truncated)
     return {
         "kind": sample.kind,

@@ -1,4 +1,4 @@
-"""What is sent to a chat-completions server and what is read out of its answer; no network here."""
+"""Build chat-completion requests and parse their responses; no network access."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from rest_rl.response import ToolCall
 INVALID_NAME_CHARACTER = re.compile(r"[^A-Za-z0-9_-]")
 MAX_NAME_LENGTH = 64
 MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
-"""The fields of a message that every server takes."""
+"""The message fields that every server accepts."""
 OVERFLOW_MESSAGE = re.compile(
     r"context[ _]?(length|window|size)|maximum (model|sequence|input) length|too large for model"
     r"|(prompt|input)\S* (is |are )?too (long|large)|max_tokens must be at least 1|input token count.*exceeds"
     r"|`inputs` tokens \+",
     re.IGNORECASE,
 )
-"""How servers say that a prompt does not fit (OpenAI, vLLM, SGLang, llama.cpp, TGI, Gemini and others)."""
+"""Matches how servers report a prompt that is too long (OpenAI, vLLM, SGLang, llama.cpp, TGI, Gemini and others)."""
 
 
 class MalformedResponseError(Exception):
-    """An answer that is no completion; it is asked for again."""
+    """The server's response is not a completion; the request is retried."""
 
 
 def sanitize_name(name: str) -> str:
-    """A name as servers that follow OpenAI take it: letters, digits, `_` and `-`."""
+    """Restrict a name to what OpenAI-compatible servers accept: letters, digits, `_` and `-`."""
     return INVALID_NAME_CHARACTER.sub("_", name)[:MAX_NAME_LENGTH] or "_"
 
 
 def build_wire_names(sample: ToolSample) -> dict[str, str]:
-    """The plain name under which each tool is sent, a different one for each."""
+    """Map each tool's name to a distinct sanitized name for the request."""
     names: dict[str, str] = {}
     for tool in sample.tools:
         name = str(tool.get("function", tool).get("name"))
@@ -50,7 +50,7 @@ def build_wire_names(sample: ToolSample) -> dict[str, str]:
 
 
 def build_chat_body(sample: ToolSample, tool_format: ToolFormat, *, native: bool) -> dict[str, Any]:
-    """`messages`, and `tools` where the server is to lay them out itself."""
+    """Return `messages`, and `tools` if the server renders them itself."""
     messages = [dict(message) for message in sample.messages]
     if not native and not sample.tools_in_prompt:
         return {"messages": messages_to_text(messages, list(sample.tools), tool_format)}
@@ -66,7 +66,7 @@ def build_chat_body(sample: ToolSample, tool_format: ToolFormat, *, native: bool
 
 
 def to_wire_message(message: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A message with the arguments of its calls as JSON text, which is how servers expect them."""
+    """Convert a message for the request; servers expect the arguments of calls as JSON text."""
     sent = {key: message[key] for key in MESSAGE_FIELDS if key in message}
     if calls := message.get("tool_calls"):
         sent["tool_calls"] = [
@@ -81,10 +81,13 @@ def to_wire_message(message: Mapping[str, Any], names: Mapping[str, str]) -> dic
 
 
 def parse_chat_completion(data: bytes, sample: ToolSample, tool_format: ToolFormat) -> Reply:
-    """The reply in the body of an answer; GarbledError for one that is no chat completion.
+    """Parse the body of a chat completion.
 
-    Calls that the server has read out are the reply's calls; one whose arguments are no JSON object is none, and
-    stands in the text as it came.
+    Tool calls that the server parsed become the reply's calls. A call whose arguments are not a JSON object is
+    appended to the text instead.
+
+    Raises:
+        MalformedResponseError: The body is not a chat completion.
     """
     body = parse_body(data)
     if isinstance(body, Reply):
@@ -107,23 +110,25 @@ def parse_chat_completion(data: bytes, sample: ToolSample, tool_format: ToolForm
 
 
 def parse_body(data: bytes) -> Any:
-    """The JSON of an answer, an overflow that it reports as a Reply; GarbledError for no JSON and for other errors."""
+    """Parse the JSON body of a response; a reported context overflow is returned as a `Reply`.
+
+    Raises:
+        MalformedResponseError: The body is not JSON, or it reports another error.
+    """
     try:
         body = load_json(data.decode("utf-8"))
     except ValueError as error:
-        raise MalformedResponseError(f"no JSON ({error}): {data[:80]!r}") from None
-    if isinstance(body, dict) and body.get("error"):  # with status 200, as routers do
+        raise MalformedResponseError(f"invalid JSON ({error}): {data[:80]!r}") from None
+    if isinstance(body, dict) and body.get("error"):  # routers report errors with status 200
         if OVERFLOW_MESSAGE.search(message := str(body["error"])[:2000]):
             return Reply(overflow=f"the server says: {message:.400}")
-        raise MalformedResponseError(f"an error: {message:.200}")
+        raise MalformedResponseError(f"the error {message:.200}")
     return body
 
 
 def extract_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str | None:
-    """The text of a message, also where it comes in parts; None where it has none.
-
-    Reasoning that the server has cut off is left out, but for a format that begins inside the think block.
-    """
+    # The content may be a list of parts. Reasoning that the server returns separately is dropped, except for a format
+    # whose responses begin inside the think block: there it is part of the text.
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         content = "".join(part["text"] for part in content if isinstance(part.get("text"), str))
@@ -137,7 +142,7 @@ def extract_text(message: Mapping[str, Any], tool_format: ToolFormat) -> str | N
 
 
 def parse_call(raw: Any, names: Mapping[str, str]) -> ToolCall | None:
-    """One structured call under its tool's own name; None without a name or with arguments that are no object."""
+    # None for a call without a name, or with arguments that are not a JSON object
     function = raw.get("function") if isinstance(raw, dict) else None
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
         return None
@@ -152,7 +157,7 @@ def parse_call(raw: Any, names: Mapping[str, str]) -> ToolCall | None:
 
 
 def require_field(value: Any, name: str, kind: type) -> Any:
-    """A field of the answer; GarbledError where it is missing or of another type."""
+    """Return a field of the response; MalformedResponseError if it is missing or has another type."""
     found = value.get(name) if isinstance(value, dict) else value
     if not isinstance(value, dict) or not isinstance(found, kind):
         raise MalformedResponseError(f"{name} of type {type(found).__name__}, expected {kind.__name__}")
@@ -162,16 +167,16 @@ def require_field(value: Any, name: str, kind: type) -> Any:
 def first_choice(body: Any) -> dict[str, Any]:
     choices = require_field(body, "choices", list)
     if not choices or not isinstance(choices[0], dict):
-        raise MalformedResponseError("choices is empty or holds no object")
+        raise MalformedResponseError("choices is empty or its first entry is not an object")
     return choices[0]
 
 
 def replace_surrogates(text: str) -> str:
-    """Text without halves of surrogate pairs, which no file could hold."""
+    """Replace unpaired surrogates, which cannot be written to a UTF-8 file."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def token_count(usage: Any, name: str) -> int | None:
-    """A number of tokens that the server reports, if it is one."""
+    """Return a token count that the server reports, or None if it is missing or invalid."""
     value = usage.get(name) if isinstance(usage, dict) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

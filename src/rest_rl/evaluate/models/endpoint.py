@@ -1,7 +1,7 @@
-"""Any OpenAI-compatible server as a model: greedy, many requests at once, repeated by the client where that may help.
+"""An OpenAI-compatible server as a model: greedy decoding, concurrent requests, retries.
 
-All requests run on one event loop in a thread of its own. The threads of an evaluation wait for it, because what they
-do between requests (executing and judging calls) blocks.
+All requests run on one event loop in a separate thread. The evaluation's threads submit requests to it and wait,
+because their own work between requests (executing and judging calls) is blocking.
 """
 
 from __future__ import annotations
@@ -41,53 +41,53 @@ from rest_rl.evaluate.models.token_prompts import (
 from rest_rl.formats import ToolFormat
 
 API_KEY = "OPENAI_API_KEY"
-"""The environment variable that holds the key unless another is named."""
+"""The default environment variable of the API key."""
 NO_KEY = "none"
 MIN_SECRET_LENGTH = 4
-"""Shorter values of a query are no keys, and stand in every text."""
+"""Shorter query values are not keys, and redacting them would garble ordinary text."""
 FIRST_RETRY_DELAY, MAX_RETRY_DELAY = 0.5, 8.0
-"""Seconds before an answer that is no completion is asked for again, doubled each time; as the client does."""
+"""Seconds before a malformed response is retried, doubled each time; the openai client uses the same delays."""
 STOPPED_REPLY = Reply(error="stopped")
 RESERVED_FIELDS = ("model", "messages", "prompt", "tools", "stream", "n")
-"""What `extra_body` must leave alone."""
+"""Fields that `extra_body` must not set."""
 TOKEN_IDS_REFUSED = re.compile(
     r"\bprompt\b.*\b(string|str|variant|type)\b|\bvariant\b.*\bprompt\b", re.IGNORECASE | re.DOTALL
 )
-"""How servers say that they take a prompt as text only."""
-ROUTE_REMEDY = "use vLLM or SGLang, leave --tokenizer out to ask for chat completions, or use --prompt native"
+"""Matches how servers report that they accept prompts only as text."""
+ROUTE_REMEDY = "use vLLM or SGLang, remove --tokenizer to use chat completions, or pass --prompt native"
 
 
 def base_url(url: str) -> str:
-    """The address under which `/completions` and `/chat/completions` lie, from one with or without them and `/v1`."""
+    """Return the base URL of the API, without `/completions` or `/chat/completions`; `/v1` is added to a bare host."""
     try:
         parts = urlsplit(url.strip())
         is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         parts, is_usable = None, False
     if parts is None or not is_usable:
-        raise UserError(f"the endpoint {public_url(url)!r}", "a URL", "write http://HOST:PORT/v1")
+        raise UserError(f"--endpoint {public_url(url)!r} is not a URL", "http://HOST:PORT/v1", "correct the URL")
     plain = parts._replace(query="", fragment="").geturl()
     short = plain.rstrip("/").removesuffix("/completions").removesuffix("/chat").rstrip("/")
     return short if urlsplit(short).path else f"{short}/v1"
 
 
 def parse_query(url: str) -> dict[str, str]:
-    """The query of a URL, which goes with every request: some servers take the key or a version of their API there."""
+    """Return the query of a URL; it is sent with every request because some servers expect a key or version there."""
     return dict(parse_qsl(urlsplit(url.strip()).query, keep_blank_values=True))
 
 
 def public_url(url: str) -> str:
-    """A URL without the user and password, the query and the fragment that it may hold."""
+    """Return a URL without user, password, query and fragment."""
     try:
         parts = urlsplit(url.strip())
-        _ = parts.port  # part of a password with a # or ? in it is no number
+        _ = parts.port  # raises ValueError for a password with # or ?, which splits the URL in the wrong place
     except ValueError:
         return re.split(r"[?#]", re.sub(r"//.*@", "//", url.strip()))[0]
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def find_secrets(url: str) -> list[str]:
-    """User and password in a URL and the values of its query, as written and decoded; the longest first."""
+    """Return user, password and query values of a URL, both encoded and decoded, the longest first."""
     parts = urlsplit(url.strip())
     account, _, _ = parts.netloc.rpartition("@")
     password = account.partition(":")[2]
@@ -97,18 +97,18 @@ def find_secrets(url: str) -> list[str]:
 
 
 def read_api_key(variable: str) -> str:
-    """The key out of an environment variable; `none` where the usual one is not set."""
+    """Return the API key from an environment variable, or `none` if the default variable is not set."""
     key = os.environ.get(variable, "").strip()
     if not key and variable != API_KEY:
-        raise UserError(f"no key in the environment variable {variable}", "one", "set it")
+        raise UserError(f"the environment variable {variable} is not set", "the API key", "set it")
     if not key.isascii() or not key.isprintable():
-        raise UserError(f"a key with unusual characters in {variable}", "plain ASCII", "copy it again")
+        raise UserError(f"the key in {variable} contains unusual characters", "printable ASCII", "copy the key again")
     return key or NO_KEY
 
 
 @functools.cache
 def shared_event_loop() -> asyncio.AbstractEventLoop:
-    """The loop of all endpoints, in a thread that keeps no process from ending."""
+    """Return the event loop of all endpoints; it runs in a daemon thread."""
     loop = asyncio.new_event_loop()
     Thread(target=loop.run_forever, daemon=True).start()
     return loop
@@ -117,9 +117,10 @@ def shared_event_loop() -> asyncio.AbstractEventLoop:
 class Endpoint(Model):
     """A model behind an OpenAI-compatible server; `respond` may be called from several threads.
 
-    `native` gives the server messages and tools as they are, and takes the calls that it reads out. Without it a
-    `layout` makes the very prompt of training, which `/completions` goes on from as token ids; without either, tools
-    and format are described in a system message, which the server lays out. The calls stand in the text then.
+    There are three ways to prompt it. With `native` the server gets messages and tools, renders them, and parses the
+    tool calls. With a `layout` the prompt is rendered as in training and sent to `/completions` as token ids. Without
+    either, a system message describes tools and format, and the server renders it. In the last two cases the tool
+    calls are parsed from the text.
     """
 
     def __init__(
@@ -140,22 +141,23 @@ class Endpoint(Model):
         frame: Frame | None = None,
         context: int | None = None,
     ) -> None:
-        """`context` is what the server holds, where it does not state that itself; `frame` flattens the prompts.
+        """Create the client.
 
-        The client repeats a request `retries` times after a failed connection, 408, 409, 429 and 5xx, and waits as
-        long as the server's `Retry-After` says. `context_usage` needs a `context` and a `layout`.
+        `retries` is how often the client repeats a request after a failed connection, 408, 409, 429 or 5xx, after the
+        delay of the server's `Retry-After`. `context` is the context length, if the server does not report it;
+        `context_usage` needs it and a `layout`. `frame` contains ToolRL's texts, which flatten a prompt to one message.
         """
         try:
             import openai
         except ImportError:
-            raise UserError("an endpoint without the package openai", "it", "pip install 'openai>=2,<4'") from None
+            raise UserError("--endpoint needs the package openai", remedy="pip install 'openai>=2,<4'") from None
         check_positive(max_new_tokens=max_new_tokens, concurrency=concurrency, context=context)
         check_positive(requests_per_minute=requests_per_minute)
         if retries < 0 or not timeout > 0:
-            wrong = f"retries = {retries}" if retries < 0 else f"timeout = {timeout}"
-            raise UserError(wrong, "retries from 0 and a timeout above 0", "raise it")
+            wrong = f"retries is {retries}" if retries < 0 else f"timeout is {timeout}"
+            raise UserError(wrong, "retries of at least 0 and a timeout above 0", "raise it")
         if reserved := sorted(set(extra_body or {}) & {*RESERVED_FIELDS}):
-            raise UserError(f"{', '.join(reserved)} in the extra body", "other fields", "leave it out")
+            raise UserError(f"--extra-body must not set {', '.join(reserved)}", remedy="remove it")
         address, key = base_url(url), read_api_key(api_key_env)
         self.url, self.model, self.tool_format, self.native = public_url(address), model, tool_format, native
         self.max_new_tokens, self.concurrency = max_new_tokens, concurrency
@@ -180,38 +182,45 @@ class Endpoint(Model):
         self._route = self._client.chat.completions if self._uses_chat else self._client.completions
 
     def check(self) -> None:
-        """Ask the server what it serves: UserError if it does not answer, refuses the key or lacks the model.
+        """Query the server's list of models. A server that does not list its models passes.
 
-        A server that does not list its models passes.
+        Raises:
+            UserError: The server does not respond, rejects the key or does not serve the model.
         """
         asyncio.run_coroutine_threadsafe(self._check(), self._loop).result()
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """One reply per request, in order; UserError for what no repetition helps: key, model name, URL."""
+        """Return one reply per request, in order.
+
+        Raises:
+            UserError: A problem that every request would have: a wrong key, model name or URL.
+        """
         if not self._is_stopped:
             answers = asyncio.run_coroutine_threadsafe(self._respond_all(requests), self._loop)
             self._pending.add(answers)
             answers.add_done_callback(self._pending.discard)
-            if self._is_stopped:  # meanwhile
+            if self._is_stopped:  # stop() may have run before the future was registered
                 answers.cancel()
             with suppress(CancelledError):
                 return answers.result()
         return [STOPPED_REPLY] * len(requests)
 
     def context_usage(self, request: Request) -> tuple[int, int] | None:
-        """See `Model.context_usage`; an estimate where the server lays out the prompt itself."""
+        """See `Model.context_usage`. This is an estimate if the server renders the prompt."""
         request = self._flatten(request)
         return compute_context_usage(request, self.layout, self.max_new_tokens, self.context) if self.layout else None
 
     def stop(self) -> None:
-        """End all requests at once, from any thread; they and all later ones are replies with an error."""
+        """Cancel all requests immediately; they and all later ones get an error reply. Thread-safe."""
         self._is_stopped = True
         for answers in self._pending.copy():
             answers.cancel()
         asyncio.run_coroutine_threadsafe(self._client.close(), self._loop)
 
+    # Rate limit: each request reserves the next free slot on a timeline with slots 60 / requests_per_minute seconds
+    # apart, and sleeps until then. There is no await between reading and advancing the timeline, so the single event
+    # loop makes this atomic. As a hook of the HTTP client it also delays the client's own retries.
     async def _wait_for_rate_limit(self, _: Any) -> None:
-        """Before each request that is sent, also a repeated one: keeps `requests_per_minute`."""
         now = self._loop.time()
         turn = max(now, self._next_send_time)
         self._next_send_time = turn + self._send_interval
@@ -220,12 +229,15 @@ class Endpoint(Model):
     async def _respond_all(self, requests: Sequence[Request]) -> list[Reply]:
         return list(await asyncio.gather(*map(self._respond_one, requests)))
 
+    # Two layers of retries. The openai client retries failed connections and statuses 408, 409, 429 and 5xx. It counts
+    # a body that breaks off or is not a completion as a success (routers report failures of the server behind them with
+    # status 200), so this loop retries those, with the client's delays. `_slots` bounds the concurrent requests of all
+    # threads and is held across retries, so that a failing server does not get more requests.
+    #
+    # Context overflow of a chat: prompt plus `max_tokens` may exceed the context although the prompt fits. The request
+    # is repeated once without `max_tokens`, which lets the server use what is left; if it overflows again, the prompt
+    # itself is too long.
     async def _respond_one(self, request: Request) -> Reply:
-        """The reply to a request.
-
-        The client repeats failed requests. An answer that breaks off or is no completion (routers report failures of
-        the server behind them with status 200) it takes for a success, so those are asked for again here.
-        """
         question = self._build_request(self._flatten(request))
         if isinstance(question, Reply):
             return question
@@ -240,28 +252,29 @@ class Endpoint(Model):
                 try:
                     reply = await self._send(body, read)
                     if reply.overflow and self._uses_chat and body.pop("max_tokens", None):
-                        # the prompt may fit where prompt and longest response do not: the server gives what is left
                         reply = await self._send(body, read)
                     return reply
                 except MalformedResponseError as error:
-                    problem = f"got {error}, expected {'a chat' if self._uses_chat else 'a text'} completion"
+                    expected = "a chat completion" if self._uses_chat else "a text completion"
+                    problem = f"the server returned {error}, expected {expected}"
         return Reply(error=self._redact(f"{problem}, {self._attempts_note}"))
 
     def _build_request(self, request: Request) -> tuple[dict[str, Any], Callable[[bytes], Reply]] | Reply:
-        """(what is sent, how the answer is read); a prompt that cannot be made or does not fit is a reply already."""
+        # returns the request body and the parser of its response, or a reply if the prompt cannot be rendered or is too
+        # long
         extra = dict(self.extra_body)
         if self.layout is None or self._uses_chat:
             usage = self.context_usage(request)
             over = max(usage[0] - usage[1], 0) if usage else 0
             body = build_chat_body(request.sample, self.tool_format, native=self.native)
-            body["max_tokens"] = max(self.max_new_tokens - over, 1)  # whether the prompt fits is for the server to say
+            body["max_tokens"] = max(self.max_new_tokens - over, 1)  # the server decides whether the prompt fits
             read = functools.partial(parse_chat_completion, sample=request.sample, tool_format=self.tool_format)
         else:
             prompt = prepare_prompt(request, self.layout, self.max_new_tokens, self.context)
             if isinstance(prompt, Reply):
                 return prompt
             body = build_completion_body(prompt, self.layout)
-            extra.pop("chat_template_kwargs", None)  # the layout has them
+            extra.pop("chat_template_kwargs", None)  # the layout has already applied them
             extra = {**body.pop("extra_body", {}), **extra}
             read = functools.partial(parse_completion, prompt=prompt, layout=self.layout)
         return {"model": self.model, **body, "temperature": 0, "extra_body": extra or None}, read
@@ -277,20 +290,21 @@ class Endpoint(Model):
             return Reply(error=f"{self._describe_connection_error(error)}, {self._attempts_note}")
         except self._openai.APIStatusError as error:
             return self._reply_for_status(error, body["extra_body"] or {})
-        except UnicodeError as error:  # half of a surrogate pair in the prompt
-            return Reply(error=f"got a prompt that is no Unicode text ({error})")
+        except UnicodeError as error:  # an unpaired surrogate in the prompt
+            return Reply(error=f"the prompt is not valid Unicode text ({error})")
 
     async def _read_body(self, response: Any) -> bytes:
-        """The body of an answer; it has `timeout` seconds in all, because a server may send a byte at a time."""
+        # The client's timeout applies to each read, and a server may send one byte at a time: limit the whole body.
         try:
             return await asyncio.wait_for(response.read(), self.timeout)
         except asyncio.TimeoutError:
-            raise MalformedResponseError(f"no end of the answer within {self.timeout:g} s") from None
-        except Exception as error:  # the HTTP library's own types, which differ between releases of openai
-            raise MalformedResponseError(f"an answer that breaks off ({type(error).__name__}: {error})") from None
+            raise MalformedResponseError(f"an incomplete response after {self.timeout:g} s") from None
+        except Exception as error:  # exception types of the HTTP library, which differ between openai releases
+            raise MalformedResponseError(f"an incomplete response ({type(error).__name__}: {error})") from None
 
     def _reply_for_status(self, error: Any, extra: Mapping[str, Any]) -> Reply:
-        """What a status from 400 on means: too long a prompt, a user's mistake, a server that fails, a bad request."""
+        # A status of 400 or more: a prompt that is too long (a wrong sample), a mistake of the user (stops the
+        # evaluation), a rejected request or a failing server (an unscored sample).
         status, message = error.status_code, str(error.message)
         if status == 413 or (status in (400, 422) and OVERFLOW_MESSAGE.search(message)):
             return Reply(overflow=self._redact(f"the server says: {message:.400}"))
@@ -300,37 +314,35 @@ class Endpoint(Model):
             raise self._user_error(error)
         if status in (400, 422):
             if named := [name for name in extra if re.search(rf"\b{re.escape(name)}\b", message)]:
-                remedy = "leave it out of --extra-body" if named[0] in self.extra_body else ROUTE_REMEDY
-                raise self._user_error(error, f"a server that takes {', '.join(named)}", remedy)
+                remedy = "remove it from --extra-body" if named[0] in self.extra_body else ROUTE_REMEDY
+                raise self._user_error(error, f"a server that accepts {', '.join(named)}", remedy)
             if not self._uses_chat and TOKEN_IDS_REFUSED.search(message):
-                raise self._user_error(error, "a server that takes token ids", ROUTE_REMEDY)
-            return Reply(error=self._redact(f"the server refuses the request with {status}: {message:.400}"))
-        return Reply(error=self._redact(f"the server answers {status}: {message:.200}, {self._attempts_note}"))
+                raise self._user_error(error, "a server that accepts token ids", ROUTE_REMEDY)
+            return Reply(error=self._redact(f"the server rejects the request with {status}: {message:.400}"))
+        return Reply(error=self._redact(f"the server returns {status}: {message:.200}, {self._attempts_note}"))
 
     def _user_error(self, error: Any, expected: str = "", remedy: str = "") -> UserError:
-        """The error for a status that stops the evaluation: every other request would end with it, too."""
+        # for a status that stops the evaluation, because every other request would fail in the same way
         place = "" if self._uses_chat else f" at {self.url}/completions"
-        other = (
-            "" if self._uses_chat else "; or leave --tokenizer out to ask for chat completions, or use --prompt native"
-        )
-        missing = (f"{self.model!r}{place}", f"correct the model's name or the URL (most end in /v1){other}")
+        other = "" if self._uses_chat else "; or remove --tokenizer to use chat completions, or pass --prompt native"
+        missing = (f"the model {self.model!r}{place}", f"correct the model's name or the URL (most end in /v1){other}")
         known = {
             400: ("fewer tokens per response", "lower --max-new-tokens"),
-            401: ("a key that it takes", f"set {API_KEY}, or name another variable with --api-key-env"),
-            403: ("a key that may use this model", "use another key or model"),
+            401: ("a valid API key", f"set {API_KEY}, or name another variable with --api-key-env"),
+            403: ("a key with access to this model", "use another key or model"),
             **dict.fromkeys((404, 405, 501), missing),
         }
-        usual = known.get(error.status_code, ("an account that may go on", "see to the quota"))
-        message = self._redact(f"{error.status_code} from {self.url} ({error.message:.200})")
+        usual = known.get(error.status_code, ("an account with credit left", "check the quota"))
+        message = self._redact(f"{self.url} returned status {error.status_code} ({error.message:.200})")
         return UserError(message, expected or usual[0], remedy or usual[1])
 
     def _describe_connection_error(self, error: Any) -> str:
         if isinstance(error, self._openai.APITimeoutError):
-            return f"no answer within {self.timeout:g} s"
+            return f"no response within {self.timeout:g} s"
         return self._redact(f"no connection ({type(error.__cause__).__name__}: {error.__cause__})")
 
     def _redact(self, text: str) -> str:
-        """Text without key and password, which servers like to repeat."""
+        # servers tend to echo keys and passwords in their error messages
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
@@ -356,8 +368,8 @@ class Endpoint(Model):
             return
         if served and self.model not in served:
             near = difflib.get_close_matches(self.model, served, n=20, cutoff=0.4) or list(served)[:20]
-            expected = f"one that {self.url} serves: {', '.join(near)}"
-            raise UserError(f"the model {self.model!r}", expected, "change --model")
-        length = served.get(self.model, {}).get("max_model_len")  # vLLM and SGLang say it
+            problem = f"{self.url} does not serve a model {self.model!r}"
+            raise UserError(problem, f"one of {', '.join(near)}", "change --model")
+        length = served.get(self.model, {}).get("max_model_len")  # vLLM and SGLang report it
         if self._asks_server_for_context:
             self.context = length if isinstance(length, int) and length > 0 else None

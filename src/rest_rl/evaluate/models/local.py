@@ -1,4 +1,4 @@
-"""A checkpoint that answers through transformers: greedy, in left-padded batches."""
+"""A checkpoint in transformers: greedy decoding in left-padded batches."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from rest_rl.regions import decode_ids
 from rest_rl.train.policy import context_length
 
 LENGTH_INDEPENDENT_ROPE = ("default", "linear", "llama3", "yarn")
-"""Rotary positions whose angles do not depend on how long the longest row of a batch is."""
+"""RoPE types whose angles do not depend on the longest row of a batch."""
 
 
 class LocalModel(TokenModel):
-    """A transformers model with its tokenizer, asked greedily.
+    """A transformers model with greedy decoding.
 
-    A reply depends on its own prompt alone, up to the rounding of 16-bit arithmetic in batches of different shape.
+    A reply depends only on its own prompt, up to rounding in 16-bit arithmetic, which varies with the batch's shape.
     """
 
     def __init__(
         self, model: Any, layout: PromptLayout, *, batch_size: int, max_new_tokens: int, context: int | None = None
     ) -> None:
-        """`context` is what the model holds, where its configuration does not say so (stretched positions)."""
+        # pass `context` if the model's config does not state the context length, as with stretched positions
         check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
         self.model, self.layout, self.batch_size, self.max_new_tokens = model, layout, batch_size, max_new_tokens
         self.context = context if context is not None else context_length(model.config, layout.tokenizer)
         self._can_exceed_context = can_exceed_context(model.config)
 
+    # Token budget: each prompt has its own limit, because prompt plus response must fit into the context. Rows of one
+    # batch run until the longest limit, so a row that already stopped keeps occupying positions. With computed (RoPE)
+    # positions that is harmless. A position table ends at the context length: there, only equal limits share a batch.
     def generate_replies(self, prompts: list[TokenPrompt]) -> list[Reply]:
-        """The replies, together for those that may share a batch."""
         replies = [Reply()] * len(prompts)
         together: dict[int, list[int]] = {}
         for position, prompt in enumerate(prompts):
@@ -45,10 +47,8 @@ class LocalModel(TokenModel):
         return replies
 
     def _generate_or_halve(self, prompts: list[TokenPrompt]) -> list[Reply]:
-        """Halves of a batch that the memory does not hold, by and by.
-
-        A prompt too large by itself is an error, because another process may hold the memory for a while.
-        """
+        # Out of memory: retry both halves, split by length, down to single prompts. One prompt that does not fit is an
+        # error and not a wrong sample, because another process may be using the memory temporarily.
         responses: list[list[int]] | None = None
         try:
             responses = generate(
@@ -59,12 +59,12 @@ class LocalModel(TokenModel):
                 batch_size=min(self.batch_size, len(prompts)),
                 greedy=True,
             )
-        except RuntimeError as error:  # CUDA's own type, and plain RuntimeErrors of other devices
+        except RuntimeError as error:  # CUDA has a subclass, other devices raise a plain RuntimeError
             if "out of memory" not in str(error).lower():
                 raise
         if responses is not None:
             return [self._to_reply(prompt, ids) for prompt, ids in zip(prompts, responses, strict=True)]
-        if torch.cuda.is_available():  # here, where the error no longer holds what it failed on
+        if torch.cuda.is_available():  # outside of `except`: the traceback keeps the failed tensors alive
             torch.cuda.empty_cache()
         if len(prompts) == 1:
             tokens = len(prompts[0].ids)
@@ -88,9 +88,10 @@ class LocalModel(TokenModel):
 
 
 def can_exceed_context(config: Any) -> bool:
-    """Whether a finished row may stay in a batch beyond the context: where positions are angles, not rows of a table.
+    """Return whether a finished row may stay in a batch beyond the context length.
 
-    Not with angles that change with the longest row (`dynamic`, `longrope`), which would change the others' texts.
+    True for rotary positions, which are computed, and not for a table of positions. False for RoPE types whose angles
+    depend on the longest row (`dynamic`, `longrope`), because the other rows' texts would change.
     """
     settings = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [settings] if "rope_type" in settings else [*settings.values()]  # one for all layers, or one per type

@@ -1,4 +1,4 @@
-"""Models that need no weights: responses recorded in a file, and the gold itself (a self-test of the whole path)."""
+"""Models without weights: recorded responses from a file, and the gold answers as a self-test of the evaluation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Texts = str | list[list[str]]
 
 
 class Recording(NamedTuple):
-    """What was recorded of a sample: a text, or for several turns a list of lists of step texts; or why there is none.
+    """The recorded response to a sample: a text, or for multi-turn samples a list of turns with a list of step texts.
 
-    `calls` are those that a server had read out, in the shape of the texts.
+    `calls` are the tool calls that a server parsed, nested like the texts.
     """
 
     texts: Texts = ""
@@ -28,7 +28,7 @@ class Recording(NamedTuple):
 
 
 class Recorded(Model):
-    """Recorded responses by the id of their sample; nothing where a recording ends, which ends the turn."""
+    """Recorded responses by sample id. After the end of a recording the reply is empty, which ends the turn."""
 
     def __init__(self, responses: Mapping[str, Recording]) -> None:
         self.responses = responses
@@ -56,7 +56,7 @@ def select_step(nested: Sequence[Sequence[Any]] | None, request: Request) -> Any
 
 
 class Oracle(Model):
-    """Answers with the gold, written in a format: what does not pass then cannot be passed, or we are wrong."""
+    """Respond with the gold. A sample that fails then is either impossible or reveals a bug in the evaluation."""
 
     def __init__(self, tool_format: ToolFormat) -> None:
         self.format = tool_format
@@ -68,23 +68,26 @@ class Oracle(Model):
         try:
             return self.format.render(None, gold.calls, gold.answer)
         except ValueError as error:
-            return f"this format cannot hold the gold: {error}"
+            return f"this format cannot represent the gold: {error}"
 
 
 def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Recording], list[str]]:
-    """(responses to samples of the benchmark, ids of others) in a JSONL file of `{"id", "response"}`.
+    """Read a JSONL file of `{"id", "response"}`, such as the samples.jsonl of an evaluation.
 
-    The rows of samples.jsonl will do as they are. UserError for a row that is something else, for an id that comes
-    twice, and for a file without a response to any sample.
+    Returns:
+        The responses to samples of the benchmark, and the ids of all others.
+
+    Raises:
+        UserError: A row is invalid, an id occurs twice, or no response belongs to a sample.
     """
     responses: dict[str, Recording] = {}
     for number, line in read_lines(path):
         try:
             identity, recording = read_recording(parse_row(line))
             if identity in responses and f"{identity}#2" in groups:
-                identity += "#2"  # two samples of BFCL v3 have one id, and recordings of others do not tell them apart
+                identity += "#2"  # two samples of BFCL v3 share an id, and recordings made elsewhere do not number them
             if identity in responses:
-                raise UserError(f"id {identity!r} a second time", "one response per sample", "remove one")
+                raise UserError(f"id {identity!r} occurs twice", "one response per sample", "remove one of them")
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error.problem}", error.expected, error.remedy) from error
         if recording is not None:
@@ -92,7 +95,7 @@ def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Reco
     unknown_ids = [identity for identity in responses if identity not in groups]
     if len(unknown_ids) == len(responses):
         raise UserError(
-            f"{path} with {len(responses)} responses, none to a sample that is asked for",
+            f"none of the responses in {path} belongs to a selected sample",
             f"ids such as {next(iter(groups), None)!r}",
             "check the file, the version and the categories",
         )
@@ -100,7 +103,7 @@ def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Reco
 
 
 def read_recording(row: Mapping[str, Any]) -> tuple[str, Recording | None]:
-    """(id, response) of a row; no response where one was never given."""
+    # returns (id, recording), with None for a sample that was never answered
     identity = require_text(row, "id")
     if "error" in row:
         return identity, None
@@ -108,19 +111,18 @@ def read_recording(row: Mapping[str, Any]) -> tuple[str, Recording | None]:
     calls = row.get("calls") if row.get("native") else None
     if not isinstance(texts, str) and not is_nested(texts, lambda step: isinstance(step, str)):
         raise UserError(
-            f"a response of type {type(texts).__name__} ({texts!r:.60})",
-            "text, or for several turns a list of turns, each a list of step texts",
+            f"response has type {type(texts).__name__} ({texts!r:.60})",
+            "a text, or for multi-turn samples a list of turns with lists of step texts",
             "correct the row",
         )
     if row.get("native") and not (is_calls(calls) if isinstance(texts, str) else is_nested(calls, is_calls)):
         expected = 'a list of {"name": ..., "arguments": {...}} for each text'
-        raise UserError(f"calls of type {type(calls).__name__} ({calls!r:.80})", expected, "correct the row")
+        raise UserError(f"calls has type {type(calls).__name__} ({calls!r:.80})", expected, "correct the row")
     is_truncated = row.get("truncated") is True
     return identity, Recording(texts, calls, str(row.get("overflow", "")), str(row.get("refused", "")), is_truncated)
 
 
 def is_nested(value: Any, is_step: Callable[[Any], bool]) -> bool:
-    """Whether a value is a list of turns, each a list of steps."""
     return isinstance(value, list) and all(isinstance(turn, list) and all(map(is_step, turn)) for turn in value)
 
 

@@ -1,4 +1,4 @@
-"""Prompts as token ids with their share of the context, and how a completions server is asked to go on from them."""
+"""Prompts as token ids with their response limits, and requests to a completions server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rest_rl.evaluate.models.chat_messages import (
 
 
 class TokenPrompt(NamedTuple):
-    """What a model is to go on from: the text, its ids, and how many tokens there is room for."""
+    """A rendered prompt, its token ids, and the maximum number of tokens of the response."""
 
     text: str
     ids: list[int]
@@ -29,28 +29,32 @@ class TokenPrompt(NamedTuple):
 def prepare_prompt(
     request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None
 ) -> TokenPrompt | Reply:
-    """The prompt of a request with its share of the context, or the reply that says why there is none."""
+    """Render and tokenize a prompt, or return the reply that explains why there is none.
+
+    The response limit is `max_new_tokens`, reduced to what the prompt leaves of the context. A prompt that leaves no
+    room for a single token is an overflow, which counts as wrong.
+    """
     try:
         text = layout.render(request.sample)
     except ValueError as error:
         return Reply(refusal=str(error))
     try:
         text.encode()
-    except UnicodeError as error:  # half of a surrogate pair
-        return Reply(error=f"got a prompt that is no Unicode text ({error})")
+    except UnicodeError as error:  # an unpaired surrogate
+        return Reply(error=f"the prompt is not valid Unicode text ({error})")
     ids = layout.tokenizer(text, add_special_tokens=False)["input_ids"]
     limit = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
     if limit < 1:
-        return Reply(overflow=f"got a prompt of {len(ids)} tokens, the model holds {context}", prompt_tokens=len(ids))
+        return Reply(overflow=f"the prompt has {len(ids)} tokens, the context {context}", prompt_tokens=len(ids))
     return TokenPrompt(text, ids, limit)
 
 
 def compute_context_usage(
     request: Request, layout: PromptLayout, max_new_tokens: int, context: int | None
 ) -> tuple[int, int] | None:
-    """(tokens of the prompt and of the longest response, tokens the model holds); None for a model without end.
+    """Return (tokens of prompt plus longest response, context length), or None for an unlimited context.
 
-    A prompt that cannot be made takes nothing: its reply says why there is none.
+    A prompt that cannot be rendered counts as 0 tokens; its reply explains the reason.
     """
     if context is None:
         return None
@@ -59,7 +63,7 @@ def compute_context_usage(
 
 
 class TokenModel(Model):
-    """A model in this process that goes on from token ids; its prompts, limits and overflows."""
+    """Base class of models in this process that continue token ids; renders prompts and handles limits."""
 
     layout: PromptLayout
     max_new_tokens: int
@@ -67,10 +71,10 @@ class TokenModel(Model):
 
     @abstractmethod
     def generate_replies(self, prompts: list[TokenPrompt]) -> list[Reply]:
-        """The replies to prompts that fit."""
+        """Return one reply per prompt; all prompts fit into the context."""
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """One reply per request, in order; a prompt that does not fit is an overflow, one without a text a refusal."""
+        """Return one reply per request, in order; prompts that are too long or cannot be rendered skip the model."""
         prompts = [prepare_prompt(request, self.layout, self.max_new_tokens, self.context) for request in requests]
         fitting = [prompt for prompt in prompts if isinstance(prompt, TokenPrompt)]
         replies = iter(self.generate_replies(fitting) if fitting else [])
@@ -81,18 +85,17 @@ class TokenModel(Model):
 
 
 def check_positive(**sizes: int | None) -> None:
-    """UserError for a size below 1; None is no size."""
+    """Raise UserError for a size below 1; None is allowed."""
     for name, size in sizes.items():
         if size is not None and size < 1:
-            raise UserError(f"{name} = {size}", "at least 1", "raise it")
+            raise UserError(f"{name} is {size}", "at least 1", "raise it")
 
 
 def build_completion_body(prompt: TokenPrompt, layout: PromptLayout) -> dict[str, Any]:
-    """The prompt as ids, because servers add a beginning-of-sequence token to a text, which has its own already.
-
-    Tags that are special tokens are asked for, since servers leave special tokens out; the two fields are vLLM's and
-    SGLang's, so no other format asks for them.
-    """
+    """Return the request body for `/completions`."""
+    # Ids instead of text: the text already contains a beginning-of-sequence token, and servers would add another.
+    # Servers strip special tokens. If the format's tags are special tokens, the two extra fields keep them; only vLLM
+    # and SGLang know these fields, so requests for other formats do not contain them.
     body: dict[str, Any] = {"prompt": prompt.ids, "max_tokens": prompt.limit}
     if not layout.special_tokens.isdisjoint(layout.format.tags):
         body["extra_body"] = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
@@ -100,7 +103,11 @@ def build_completion_body(prompt: TokenPrompt, layout: PromptLayout) -> dict[str
 
 
 def parse_completion(data: bytes, prompt: TokenPrompt, layout: PromptLayout) -> Reply:
-    """The reply in the body of a completion; GarbledError for one that is none."""
+    """Parse the body of a text completion.
+
+    Raises:
+        MalformedResponseError: The body is not a completion.
+    """
     body = parse_body(data)
     if isinstance(body, Reply):
         return body
@@ -115,7 +122,7 @@ def parse_completion(data: bytes, prompt: TokenPrompt, layout: PromptLayout) -> 
 
 
 def strip_end_tokens(text: str, layout: PromptLayout) -> str:
-    """A text without the special tokens at its end but for tags, as `regions.decode_ids` leaves them out of ids."""
+    """Strip special tokens other than tags from the end of a text, as `regions.decode_ids` does for ids."""
     ends = tuple(sorted(layout.special_tokens.difference(layout.format.tags)))
     while end := max((end for end in ends if text.endswith(end)), key=len, default=""):
         text = text.removesuffix(end)

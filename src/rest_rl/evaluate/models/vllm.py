@@ -1,4 +1,4 @@
-"""A checkpoint that answers through vLLM, where that is installed: greedy, with batches of vLLM's own making."""
+"""A checkpoint in vLLM (optional): greedy decoding, with vLLM's own batching."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rest_rl.regions import decode_ids
 
 
 class VllmModel(TokenModel):
-    """A vLLM engine in this process, asked greedily with token ids; prompts, texts and limits as for `LocalModel`."""
+    """A vLLM engine in this process with greedy decoding; prompts, texts and limits are those of `LocalModel`."""
 
     def __init__(
         self,
@@ -25,21 +25,25 @@ class VllmModel(TokenModel):
         batch_size: int = 256,
         **engine: Any,
     ) -> None:
-        """`context` is what vLLM makes room for (`max_model_len`); `engine` goes to `vllm.LLM` as it is.
+        """Start the engine.
 
-        UserError without the package vllm and for an adapter's folder.
+        `context` is the context length that vLLM reserves memory for (`max_model_len`); `engine` contains further
+        arguments of `vllm.LLM`.
+
+        Raises:
+            UserError: vLLM is not installed, or `path` is an adapter.
         """
         check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
         if (Path(path) / "adapter_config.json").is_file():
             raise UserError(
-                f"{path}, an adapter",
-                "a whole model for vLLM",
-                "merge it into its base model and save that (peft's merge_and_unload), or leave vLLM out",
+                f"{path} is an adapter",
+                "a full model for vLLM",
+                "merge the adapter into its base model (peft's merge_and_unload), or remove --vllm",
             )
         try:
             import vllm  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise UserError(f"no working package vllm ({error})", "it", "pip install 'trl[vllm]'") from error
+            raise UserError(f"cannot import vllm ({error})", remedy="pip install 'trl[vllm]'") from error
         self.layout, self.batch_size, self.max_new_tokens = layout, batch_size, max_new_tokens
         self.context = context
         self._sampling = vllm.SamplingParams
@@ -47,7 +51,8 @@ class VllmModel(TokenModel):
 
     def generate_replies(self, prompts: list[TokenPrompt]) -> list[Reply]:
         tokenizer, tags = self.layout.tokenizer, self.layout.format.tags
-        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]  # vLLM knows the model's own
+        # vLLM adds the end tokens of the generation config
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         outputs = self._engine.generate(
             [{"prompt_token_ids": prompt.ids} for prompt in prompts],
             [self._sampling(temperature=0.0, max_tokens=prompt.limit, stop_token_ids=ends) for prompt in prompts],
@@ -57,7 +62,7 @@ class VllmModel(TokenModel):
         for prompt, output in zip(prompts, outputs, strict=True):
             completion = output.outputs[0]
             ids = list(completion.token_ids)
-            text = decode_ids(ids, tokenizer, tags)  # not vLLM's text, which leaves special tokens out
+            text = decode_ids(ids, tokenizer, tags)  # vLLM's text lacks special tokens
             is_truncated = completion.finish_reason == "length"
             replies.append(Reply(text, None, len(prompt.ids), len(ids), is_truncated=is_truncated))
         return replies

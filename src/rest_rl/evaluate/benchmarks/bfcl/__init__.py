@@ -1,1 +1,1 @@
-"""The Berkeley function-calling leaderboard, judged by its own package in a process apart."""
+"""The Berkeley Function-Calling Leaderboard (BFCL), judged by the bfcl-eval package in a separate process."""

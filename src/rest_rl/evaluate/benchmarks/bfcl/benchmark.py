@@ -1,8 +1,8 @@
-"""BFCL as conversations: single-turn samples of one request, multi-turn ones with tools that are really executed.
+"""BFCL as conversations: single-turn samples with one request, and multi-turn samples whose calls are executed.
 
-The conversation over several turns follows upstream's loop for models with function calling: a turn ends with the
-first response without a call, and a conversation is given up after the official number of steps in one turn. Calls are
-executed, and judged, in a process apart; only those that fit the tools on offer get there.
+The multi-turn loop follows upstream's loop for models with function calling: a turn ends with the first response
+without a call, and a conversation fails after the official number of steps in one turn. Calls are executed and judged
+in a separate process, and only if they match the offered tools.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Calls = list[dict[str, Any]]
 
 
 class SandboxPool:
-    """Sandboxes that are lent out one user at a time; a new one is made when all are out."""
+    """A pool of sandboxes with one user at a time each; it grows when all are in use. Thread-safe."""
 
     def __init__(self, package: BfclPackage, seconds: float, memory_mb: int) -> None:
         self._make = lambda: Sandbox(package, seconds=seconds, memory_mb=memory_mb)
@@ -52,7 +52,7 @@ class SandboxPool:
 
     def acquire(self) -> Sandbox:
         try:
-            return self._idle.pop()  # no check before it: several threads take
+            return self._idle.pop()  # pop without checking first: another thread may take the last one in between
         except IndexError:
             self._made.append(sandbox := self._make())
             return sandbox
@@ -75,7 +75,7 @@ class SandboxPool:
 
 
 class Bfcl(Benchmark):
-    """The samples of some categories of one edition."""
+    """The samples of some categories of BFCL v3 or v4."""
 
     name = "bfcl"
 
@@ -87,9 +87,16 @@ class Bfcl(Benchmark):
         seconds: float = 20.0,
         memory_mb: int = 2048,
     ) -> None:
-        """`categories` by name or by group (non_live, live, multi_turn, all); limits on what a model's calls may take.
+        """Load the samples.
 
-        UserError for an unknown category, and where the release is not installed.
+        Args:
+            version: `v3` or `v4`.
+            categories: Names of categories or groups (non_live, live, multi_turn, all); None for all.
+            seconds: CPU time limit for the calls of a sample.
+            memory_mb: Memory limit for the calls of a sample.
+
+        Raises:
+            UserError: A category is unknown, or the bfcl-eval release is not installed.
         """
         self.version: Version = version
         self.categories = select_categories(version, categories)
@@ -109,15 +116,15 @@ class Bfcl(Benchmark):
     def start(self, identity: str, tool_format: ToolFormat) -> Conversation:
         if (entry := self._entries.get(identity)) is None:
             expected = f"one of the {len(self._entries)} samples of {', '.join(self.categories)}"
-            raise UserError(f"id {identity!r}", expected, "correct the id, or add its category")
+            raise UserError(f"unknown id {identity!r}", expected, "correct the id, or add its category")
         kind = MultiTurnConversation if entry["category"] in MULTI_TURN else SingleTurnConversation
         try:
             return kind(entry, tool_format, self._pool, self._constants)
         except SandboxError as error:
-            raise UserError(f"{error}", "it to last", "see to the memory, and go on with --resume") from error
+            raise UserError(f"{error}", remedy="check the available memory and continue with --resume") from error
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """`official`: the group averages of the official table whose categories were scored whole; the `version`."""
+        """Return `official`, the official averages whose categories were fully scored, and the `version`."""
         numbers = Counter(self.groups.values())
         scored = Counter(row["category"] for row in rows if "error" not in row)
         correct = Counter(row["category"] for row in rows if row.get("correct"))
@@ -129,7 +136,7 @@ class Bfcl(Benchmark):
 
 
 class SingleTurnConversation(SingleTurn):
-    """A conversation of one request, judged by its calls only."""
+    """A conversation with one request, judged only by its calls."""
 
     def __init__(self, entry: Entry, tool_format: ToolFormat, pool: SandboxPool, constants: Mapping[str, Any]) -> None:
         self._entry, self._pool = entry, pool
@@ -138,10 +145,8 @@ class SingleTurnConversation(SingleTurn):
         super().__init__(sample, tool_format, lambda _, parsed: self._judge(parsed))
 
     def _judge(self, parsed: ParsedResponse) -> Mapping[str, Any]:
-        """The calls as they were judged, and the verdict.
-
-        Text that may be a string or a number is right if either is: some answers contradict their function's schema.
-        """
+        # Formats that write values as text leave open whether 5 is a number or a string. The schema decides, but some
+        # gold answers contradict their function's schema, so the untyped calls get a second chance.
         calls = coerce_calls(parsed, parameter_schemas(self.sample.tools))
         verdict = self._check(parsed, calls)
         if not verdict.valid and calls != parsed.calls and (other := self._check(parsed, parsed.calls)).valid:
@@ -170,7 +175,12 @@ class SingleTurnConversation(SingleTurn):
 
 
 class MultiTurnConversation(Conversation):
-    """A conversation of several turns, each of as many steps as the model makes calls."""
+    """A conversation of several turns; each turn has as many steps as the model needs."""
+
+    # State: `_messages` is the history that the next request shows. `_responses`, `_calls` and `_executed` are nested
+    # by turn and step: texts and calls for the record, and the calls that passed the check, which are the ones executed
+    # and judged. The backends' state (files, orders, tickets, ...) exists only in the sandbox's fork. It is created by
+    # the first call, and if the process dies it is rebuilt by replaying `_executed`.
 
     def __init__(self, entry: Entry, tool_format: ToolFormat, pool: SandboxPool, constants: Mapping[str, Any]) -> None:
         self._entry, self._format, self._pool, self._constants = entry, tool_format, pool, constants
@@ -178,7 +188,7 @@ class MultiTurnConversation(Conversation):
             self._gold = sandbox.gold_calls(entry["id"])
         self._tools = to_tools(entry["function"], constants["types"])
         held_out = [doc for docs in (entry.get("missed_function") or {}).values() for doc in docs]
-        # upstream executes a function before its turn as well, and the gold of multi_turn_miss_func_49 needs it
+        # upstream also executes held-out functions before their turn, and the gold of multi_turn_miss_func_49 needs it
         self._properties = parameter_schemas([*self._tools, *to_tools(held_out, constants["types"])])
         self._messages: list[dict[str, Any]] = []
         self._responses: list[list[str]] = []
@@ -192,7 +202,6 @@ class MultiTurnConversation(Conversation):
         self._begin_turn()
 
     def request(self) -> Request | None:
-        """The history so far; None after the last turn and once the conversation is given up."""
         if self._is_over:
             return None
         calls = self._gold[self._turn] if self._step == 0 else []
@@ -202,7 +211,6 @@ class MultiTurnConversation(Conversation):
         return Request(sample, self._turn, self._step)
 
     def receive(self, reply: Reply) -> None:
-        """Execute the calls of a response, or go on to the next turn where it has none."""
         assert not self._is_over
         parsed = parse_reply(reply, self._format)
         calls = coerce_calls(parsed, self._properties)
@@ -224,16 +232,14 @@ class MultiTurnConversation(Conversation):
         if self._step <= self._constants["max_steps"]:
             return
         if self._turn + 1 == len(self._entry["question"]):
-            self._is_over = True  # upstream tells a forced end by the turns that never came: the last one is judged
+            self._is_over = True  # upstream detects a forced end by missing turns, so the last turn is still judged
         else:
-            self._give_up("multi_turn:force_terminated", f"turn {self._turn} was not over after {self._step} steps")
+            self._give_up("multi_turn:force_terminated", f"turn {self._turn} did not end within {self._step} steps")
 
     def record(self) -> Mapping[str, Any]:
-        """All responses and calls by turn and step."""
         return {"response": self._responses, "calls": self._calls}
 
     def outcome(self) -> Mapping[str, Any]:
-        """The record, and the verdict on the calls that could be executed."""
         assert self._is_over
         verdict = self._failure
         try:
@@ -243,7 +249,6 @@ class MultiTurnConversation(Conversation):
         return {**self.record(), **verdict_fields(verdict)}
 
     def close(self) -> None:
-        """Give the sandbox back, without what this conversation did in it."""
         session, self._session = self._session, None
         sandbox, self._sandbox = self._sandbox, None
         if sandbox is None:
@@ -252,12 +257,12 @@ class MultiTurnConversation(Conversation):
             if session is not None:
                 session.close()
         except SandboxError:
-            pass  # its process is gone, and with it what had to be closed; the next user finds a new one
+            pass  # the process died with the session; the next user of the sandbox gets a new one
         finally:
             self._pool.release(sandbox)
 
     def _begin_turn(self) -> None:
-        """Show what the user says; in a turn without words the functions that were held out until now."""
+        # A turn may reveal held-out functions; without a user message, upstream's fixed text announces them.
         messages = list(opening_messages(self._entry, self._turn))
         held_out = (self._entry.get("missed_function") or {}).get(str(self._turn))
         if held_out:
@@ -272,8 +277,9 @@ class MultiTurnConversation(Conversation):
         self._failure, self._is_over = Verdict(False, error_type, message), True
 
     def _to_message(self, parsed: ParsedResponse, text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
-        """The response as a message of the history; its thought stands apart, and most layouts do not show it."""
-        rest = text.rpartition("</think>")[2].strip()  # of a response that the format cannot read
+        # The thought is a separate field, which most chat templates do not render. A response that the format cannot
+        # parse enters the history as its text after the thoughts.
+        rest = text.rpartition("</think>")[2].strip()
         is_unread = not parsed.answer and not calls and not rest.startswith("<think>")
         message: dict[str, Any] = {"role": "assistant", "content": rest if is_unread else parsed.answer or ""}
         message |= {"reasoning_content": parsed.thought} if parsed.thought else {}
@@ -288,7 +294,7 @@ class MultiTurnConversation(Conversation):
         return f"call_{self._turn}_{self._step}_{number}"
 
     def _execute(self, calls: Sequence[ToolCall]) -> None:
-        """Execute the calls that fit the tools, and tell the model what came of each."""
+        # invalid calls are not executed, but the model sees one result per call, in order
         problems = [find_call_problem(call, self._properties) for call in calls]
         valid_calls = [to_record(call) for call, problem in zip(calls, problems, strict=True) if not problem]
         results = iter(self._execute_in_session(valid_calls) if valid_calls else [])
@@ -300,7 +306,8 @@ class MultiTurnConversation(Conversation):
             self._messages.append({**message, "content": content})
 
     def _execute_in_session(self, calls: Calls) -> list[str]:
-        """What calls return; where the process was ended from outside, in a new one that has made the earlier calls."""
+        # If something outside killed the process (say, the kernel under memory pressure), a new process repeats all
+        # earlier calls of the conversation first; the backends are deterministic. A limit would be hit again: no retry.
         try:
             return self._open_session().execute(calls)
         except SandboxError as error:
@@ -316,7 +323,7 @@ class MultiTurnConversation(Conversation):
         return retry_if_ended(replay)
 
     def _open_session(self) -> Session:
-        """The instances of this conversation; a sandbox is taken when the first call wants one."""
+        # lazily: a conversation without calls needs no sandbox
         if self._session is None:
             self._sandbox = self._sandbox or self._pool.acquire()
             self._session = self._sandbox.session(self._entry["id"])
@@ -324,12 +331,12 @@ class MultiTurnConversation(Conversation):
 
 
 def opening_messages(entry: Entry, turn: int) -> tuple[dict[str, Any], ...]:
-    """The messages that open a turn: a system message where there is one, and the history that some questions have."""
+    # the user's message, in some samples preceded by a system message or earlier turns
     return tuple({"role": message["role"], "content": message["content"]} for message in entry["question"][turn])
 
 
 def index_by_id(entries: Sequence[dict[str, Any]]) -> dict[str, Entry]:
-    """The samples by id; where an id comes again (v3 has two live_relevance_3-3-0) it is numbered: `#2`."""
+    # v3 has two samples named live_relevance_3-3-0; the second becomes live_relevance_3-3-0#2
     found: dict[str, Entry] = {}
     seen: Counter[str] = Counter()
     for entry in entries:
@@ -341,7 +348,7 @@ def index_by_id(entries: Sequence[dict[str, Any]]) -> dict[str, Entry]:
 
 
 def verdict_fields(verdict: Verdict) -> dict[str, Any]:
-    """The verdict as fields of a row; `error` where there is none, because the process kept ending."""
+    # a process that keeps dying yields an error, not a verdict
     if verdict.error_type == SANDBOX_ENDED:
         return {"error": verdict.message[:MAX_REASON_LENGTH]}
     reason = "" if verdict.valid else f"{verdict.error_type}: {verdict.message}"[:MAX_REASON_LENGTH]

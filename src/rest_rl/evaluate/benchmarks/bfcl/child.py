@@ -1,10 +1,17 @@
-"""The process that holds bfcl_eval: JSON lines in and out, no third-party library but what bfcl_eval takes.
+"""The server process that loads bfcl_eval: JSON lines in and out, no third-party imports except bfcl_eval's."""
 
-Everything a model has written is handled in forks of it, with limits. A conversation, whose calls are executed, has a
-fork for itself, which answers on the same pipes while this process waits: that needs no more care than never to read
-ahead, since a request is sent only when the last one has been answered. The calls of single turns are compared and not
-executed; one fork, the worker, checks many of them and is replaced after a while, and at once if a check goes wrong.
-"""
+# Three kinds of processes, because loading the release takes seconds and model output is not trusted:
+#
+# * This process loads the release once and never touches model output; it answers look-ups. Forks inherit the loaded
+#   release for free.
+# * One fork per conversation executes its calls, since the backends' state must not leak into other samples. The fork
+#   uses the same pipes while this process waits for its end. That works because nobody reads ahead: the client sends a
+#   request only after the answer to the previous one.
+# * One long-lived fork, the worker, checks single-turn calls. They are compared, not executed, so there is no state to
+#   isolate, and a fork per check would dominate the time. It is replaced after CHECKS_PER_WORKER checks, and at once
+#   after a check that failed, in case the checker was left in a broken state.
+#
+# All forks are confined (see walls.py) before they read model output.
 
 from __future__ import annotations
 
@@ -22,18 +29,18 @@ from rest_rl.evaluate.benchmarks.bfcl.walls import confine, describe_exit, enter
 LOOKUPS = ("constants", "entries", "load", "gold_calls")
 FORKED_REQUESTS = ("open", "check_calls", "check_turns")
 CHECKS_PER_WORKER = 500
-"""How many samples a worker checks before a new one takes its place."""
+"""The number of checks after which the worker is replaced."""
 
 
 class Pipes:
-    """One side of a connection: JSON lines in and out."""
+    """One end of a connection that carries JSON lines."""
 
     def __init__(self, inbox: int, outbox: int) -> None:
         self.inbox, self.outbox = inbox, outbox
 
     @classmethod
     def standard(cls) -> Pipes:
-        """Standard input and output, out of reach of whatever is printed."""
+        # redirect the original stdin and stdout to /dev/null: a print of bfcl_eval must not corrupt the protocol
         pipes, null = cls(os.dup(0), os.dup(1)), os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(null, standard)
@@ -41,7 +48,6 @@ class Pipes:
         return pipes
 
     def read(self) -> dict[str, Any] | None:
-        """The next message, None at the end."""
         pieces = []
         while piece := os.read(self.inbox, 1 << 20):
             pieces.append(piece)
@@ -69,12 +75,12 @@ def capture_result(handle: Callable[[], Any]) -> dict[str, Any]:
 
 
 class Server:
-    """Answers requests: what concerns only the release here, what concerns the text of a model in a fork."""
+    """Answers look-ups in this process, and requests that involve model output in forks."""
 
     def __init__(self, pipes: Pipes, bfcl: BfclRelease, seconds: int, memory_mb: int) -> None:
         self.pipes, self.bfcl, self.seconds, self.memory_mb = pipes, bfcl, seconds, memory_mb
         self.worker: tuple[int, Pipes] | None = None
-        """Process and connection."""
+        """Process id and connection of the worker."""
 
     def run(self) -> None:
         while (request := self.pipes.read()) is not None:
@@ -88,13 +94,12 @@ class Server:
                 self.serve_in_fork(request)
 
     def dispatch(self, request: dict[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
-        """What a method of the release gives."""
         if request["method"] not in allowed:
-            return {"invalid": f"got {request['do']!r}, expected one of {', '.join(allowed)}"}
+            return {"invalid": f"unknown method {request['method']!r}, expected one of {', '.join(allowed)}"}
         return capture_result(partial(getattr(self.bfcl, request["method"]), *request["arguments"]))
 
     def fork(self, seconds: int, serve: Callable[[], None]) -> int:
-        """A confined process that does this and ends."""
+        # runs `serve` in a confined child process; returns its id
         process = os.fork()
         if process == 0:
             status = 1
@@ -103,11 +108,11 @@ class Server:
                 serve()
                 status = 0
             finally:
-                os._exit(status)  # no clean-up of the parent's
+                os._exit(status)  # skip the parent's exit handlers
         return process
 
     def serve_in_fork(self, request: dict[str, Any]) -> None:
-        """Have a fork answer for a while, and say so where that comes to no end of its own."""
+        # the fork answers on our pipes; if it dies, the client still waits for an answer, which we send
         serve = self.serve_conversation if request["method"] == "open" else self.check_turns
         _, status = os.waitpid(self.fork(self.seconds, partial(serve, request)), 0)
         if status:
@@ -117,19 +122,19 @@ class Server:
         self.pipes.write(self.dispatch(request, FORKED_REQUESTS))
 
     def serve_conversation(self, _: dict[str, Any]) -> None:
-        """In the fork: a conversation until its end, its verdict included."""
+        # in the fork: executes the calls of one conversation and finally judges it
         self.pipes.write({"ok": None})
         while (step := self.pipes.read()) is not None and step["method"] != "end":
             self.pipes.write(self.dispatch(step, ("execute", "check_turns", *LOOKUPS)))
         self.pipes.write({"ok": None})
 
     def check_in_worker(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The worker's answer; it is replaced after its last one."""
+        # after an answer marked `is_last`, or without any answer, the worker is gone; the next check starts a new one
         process, pipes = self.worker = self.worker or self.start_worker()
         try:
             pipes.write(request)
             result = pipes.read()
-        except (OSError, ValueError):  # it ended before it had read, or in the middle of its answer
+        except (OSError, ValueError):  # the worker died before reading the request or while answering
             result = None
         if result is not None and not result.pop("is_last"):
             return result
@@ -152,12 +157,12 @@ class Server:
         return process, ours
 
     def serve_checks(self, pipes: Pipes) -> None:
-        """In the worker: checks until one goes wrong, each within its own time."""
+        # In the worker. The process-wide CPU limit covers all its checks, so an interval timer limits each single one.
         is_last = False
         for left in reversed(range(CHECKS_PER_WORKER)):
             if is_last or (request := pipes.read()) is None:
                 return
-            signal.setitimer(signal.ITIMER_PROF, self.seconds)  # its signal ends the process
+            signal.setitimer(signal.ITIMER_PROF, self.seconds)  # SIGPROF kills the process
             result = self.dispatch(request, FORKED_REQUESTS)
             signal.setitimer(signal.ITIMER_PROF, 0)
             is_last = not left or "ok" not in result or result["ok"][1].startswith("checker_error")
@@ -165,13 +170,13 @@ class Server:
 
 
 def describe_death(status: int) -> dict[str, Any]:
-    """The answer in the place of a fork that could not give one."""
+    # the answer on behalf of a fork that died
     why, is_limit = describe_exit(status)
     return {"died": why, "limit": is_limit}
 
 
 def main() -> None:
-    """Load the release in the given folder, say how that went, and serve."""
+    """Load the release, report the result, and serve requests until the input ends."""
     version, folder, seconds, memory_mb = sys.argv[1:]
     sys.path.insert(0, folder)
     pipes = Pipes.standard()

@@ -1,4 +1,4 @@
-"""BFCL's function documents and calls -> tools and calls as every prompt of this package has them."""
+"""Convert BFCL's function documents and calls to the tools and calls of this package."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rest_rl.data.schemas import read_tool
 from rest_rl.response import ParsedResponse, ToolCall
 
 FALLBACK_TYPE = "string"
-"""What upstream shows for a type that it has no JSON name for."""
+"""What upstream shows for a type without a JSON name."""
 MAX_CALL_LENGTH = 1_000_000
-"""Characters of JSON beyond which a call is neither executed nor checked."""
+"""Calls with more characters of JSON are neither executed nor checked."""
 PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
     "integer": (int,),
     "number": (int, float),
@@ -21,13 +21,13 @@ PYTHON_TYPES: Mapping[str, tuple[type, ...]] = {
     "array": (list,),
     "object": (dict,),
 }
-"""What a value of a JSON type is in Python; a boolean is no number."""
+"""The Python types of each JSON type; bool is checked separately because it is a subclass of int."""
 
 
 def to_tools(docs: Iterable[Mapping[str, Any]], types: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
-    """The tools of function documents, their types in JSON schema's words by the table of upstream.
+    """Convert function documents to tools; upstream's table `types` maps their types to JSON schema.
 
-    All else stays: dots in names, defaults, `required`, and `response`, which a template may show or leave out.
+    Everything else is kept: dots in names, defaults, `required`, and `response`, which chat templates may ignore.
     """
 
     def in_json_types(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def parameter_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[s
 
 
 def coerce_calls(parsed: ParsedResponse, tools: Mapping[str, Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-    """The calls of a response; values that a format writes as text in the types of the tools' schemas."""
+    """Return the calls of a response; if the format writes values as text, convert them by the tools' schemas."""
     if not parsed.text_values:
         return parsed.calls
     return tuple(
@@ -61,9 +61,9 @@ def coerce_calls(parsed: ParsedResponse, tools: Mapping[str, Mapping[str, Any]])
 
 
 def coerce_value(value: Any, schema: Mapping[str, Any]) -> Any:
-    """The value that was meant where text was read: `5` for a string is "5", "[1]" for an array is [1].
+    """Convert a value to the schema's type: 5 becomes "5" for a string, "[1]" becomes [1] for an array.
 
-    Text that spells no value of the type stays text: the checker judges it.
+    Text that does not represent a value of the type stays text, and the checker decides.
     """
     kind = str(schema.get("type"))
     if kind == "string":
@@ -76,7 +76,7 @@ def coerce_value(value: Any, schema: Mapping[str, Any]) -> Any:
 
 
 def to_sendable(call: ToolCall) -> dict[str, Any] | None:
-    """The call as an object of JSON; None for one that is too large to be executed or that JSON cannot hold."""
+    """Return the call as a JSON object, or None if it is too large or cannot be represented in JSON."""
     written = {"name": call.name, "arguments": dict(call.arguments)}
     try:
         return written if len(json.dumps(written)) <= MAX_CALL_LENGTH else None
@@ -85,12 +85,12 @@ def to_sendable(call: ToolCall) -> dict[str, Any] | None:
 
 
 def to_record(call: ToolCall) -> dict[str, Any]:
-    """The call as a row keeps it; without its arguments where it is too large."""
+    """Return the call for the row; arguments that are too large are dropped."""
     return to_sendable(call) or {"name": call.name[:200], "arguments": {}}
 
 
 def find_call_problem(call: ToolCall, tools: Mapping[str, Mapping[str, Any]]) -> str:
-    """Why a call is not executed, in the words the model sees; empty for one that fits a tool on the list."""
+    """Return why a call cannot be executed, or an empty text. The model sees it: do not change the wording."""
     if call.name not in tools:
         return f"there is no tool named {call.name[:80]!r}"
     known = tools[call.name]

@@ -1,7 +1,7 @@
-"""One acceptable answer per sample of BFCL, as an oracle gives it: what proves that the whole path can score 100 %.
+"""One acceptable answer per BFCL sample, for the oracle, which must score 100 %.
 
-The published answers list alternatives per argument; an alternative "" means that the argument may be left out. The
-arguments of Java and JavaScript functions are asked for, and checked, as literals of these languages in strings.
+The published answers list alternatives per argument; the alternative "" means that the argument may be omitted. The
+arguments of Java and JavaScript functions are strings that contain literals of these languages.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from rest_rl.evaluate.benchmarks.bfcl.groups import RELEVANCE, UNANSWERED
 from rest_rl.response import Gold, ToolCall
 
 LiteralWriter = Callable[[Any, Mapping[str, Any]], Any]
-"""How a language writes a value, given the schema of its argument."""
+"""Writes a value in a programming language, given the schema of its argument."""
 DONE_GOLD = Gold((), "Done.")
-"""How an oracle ends a turn."""
+"""The oracle's response at the end of a turn."""
 NO_TOOL_GOLD = Gold((), "None of the tools can do this.")
 OMITTED = ""
-"""The alternative of an argument that may be left out."""
+"""The alternative that marks an optional argument."""
 JAVA_CLASSES = {"integer": "int", "any": "Object"}
-"""Types of the published functions that Java calls something else."""
+"""Java's names of published types."""
 PLAUSIBLE: Mapping[str, Any] = {"integer": 1, "float": 1.0, "boolean": True, "array": [], "tuple": [], "dict": {}}
-"""A value of each published type; any other is text."""
+"""An example value per published type; other types get a text."""
 
 
 def build_gold(entry: Mapping[str, Any]) -> Gold:
-    """An acceptable answer to a single-turn sample, as the sandbox lists it."""
+    """Return an acceptable answer to a single-turn sample from `Sandbox.entries`."""
     category: str = entry["category"]
     if category in UNANSWERED:
         return NO_TOOL_GOLD
@@ -38,14 +38,14 @@ def build_gold(entry: Mapping[str, Any]) -> Gold:
     calls = []
     for answer in entry["ground_truth"]:
         for name, alternatives in answer.items():
-            # of a lone function the checker takes the name from its document, and v3's simple_363 has another
+            # if there is one function, the checker takes the name from its document; v3's simple_363 has another there
             doc = docs.get(name, entry["checked"][0])
             calls.append(ToolCall(doc["name"], choose_arguments(alternatives, doc["parameters"], literal)))
     return Gold(tuple(calls))
 
 
 def plausible_call(doc: Mapping[str, Any]) -> ToolCall:
-    """A call with a value for every required argument."""
+    """Return a call with an example value for every required argument."""
     parameters = doc["parameters"]
     kinds = {name: parameters["properties"].get(name, {}).get("type") for name in parameters.get("required", [])}
     return ToolCall(doc["name"], {name: PLAUSIBLE.get(kind, "text") for name, kind in kinds.items()})
@@ -54,7 +54,7 @@ def plausible_call(doc: Mapping[str, Any]) -> ToolCall:
 def choose_arguments(
     alternatives: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any], literal: LiteralWriter
 ) -> dict[str, Any]:
-    """One value per argument: the first alternative; nothing for what may be left out and is not required."""
+    """Choose the first alternative of each argument; omit optional arguments."""
     chosen: dict[str, Any] = {}
     for name, choices in alternatives.items():
         may_be_omitted = OMITTED in choices and name not in parameters.get("required", [])
@@ -68,9 +68,9 @@ def first_given(choices: Sequence[Any]) -> Any:
 
 
 def choose_value(value: Any) -> Any:
-    """An alternative with its own alternatives settled: those of an object's values, also in a list of objects.
+    """Resolve alternatives inside a value: those of an object's values, also in a list of objects.
 
-    They go one level deep: the checker compares what lies further inside as it stands.
+    They are only one level deep; the checker compares deeper values literally.
     """
     if isinstance(value, list):
         return [choose_value(item) if isinstance(item, Mapping) else item for item in value]
@@ -84,14 +84,14 @@ def choose_value(value: Any) -> Any:
 
 
 def select_literal_writer(category: str) -> LiteralWriter:
-    """How a category writes a value of an argument, given the argument's published schema."""
+    """Return the literal writer of a category's language."""
     if category.endswith("javascript"):
         return javascript_literal
     return java_literal if category.endswith("java") else lambda value, schema: value
 
 
 def java_literal(value: Any, schema: Mapping[str, Any]) -> str:
-    """A value as Java source, by the type of its argument; text is left bare, as the answers have it.
+    """Write a value as Java source, by the type of its argument; text stays unquoted, as in the published answers.
 
     >>> java_literal([101, 202], {"type": "ArrayList", "items": {"type": "long"}})
     'new ArrayList<>(Arrays.asList(101L, 202L))'
@@ -104,7 +104,7 @@ def java_literal(value: Any, schema: Mapping[str, Any]) -> str:
     if isinstance(value, list) and kind == "ArrayList":
         return f"new ArrayList<>(Arrays.asList({', '.join(_java_element(item, items) for item in value)}))"
     if isinstance(value, list):
-        # upstream takes the quotes off the strings of an ArrayList and leaves them on those of an array
+        # upstream removes the quotes from the strings of an ArrayList, but not from those of an array
         elements = ", ".join(item if isinstance(item, str) else _java_element(item, items) for item in value)
         return f"new {JAVA_CLASSES.get(items, items)}[]{{{elements}}}"
     return value if isinstance(value, str) else _java_element(value, kind)
@@ -117,7 +117,7 @@ def _java_element(value: Any, kind: str | None) -> str:
 
 
 def javascript_literal(value: Any, schema: Mapping[str, Any]) -> str:
-    """A value as JavaScript source, by the type of its argument; text is left bare, as the answers have it."""
+    """Write a value as JavaScript source; text stays unquoted, as in the published answers."""
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False) + ("n" if schema.get("type") == "Bigint" else "")

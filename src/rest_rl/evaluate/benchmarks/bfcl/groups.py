@@ -1,8 +1,8 @@
-"""The categories of BFCL, how users select them, and the averages that the official table makes of them.
+"""The categories of BFCL, their selection, and the averages of the official table.
 
-An average over categories of which one is missing or cut short would look like the official number and be another
-(upstream counts a missing category as 0), so only complete ones are averaged, and v4's overall score, 40 % of which is
-its agentic part, is never given.
+An average over incomplete categories would look like the official number without being comparable to it (upstream
+counts a missing category as 0). Averages are therefore only computed from complete categories. The overall score of v4
+is never reported, because 40 % of it comes from the agentic part, which is not supported.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ NON_LIVE: Mapping[Version, tuple[str, ...]] = {
         *("multiple", "parallel", "parallel_multiple", "irrelevance"),
     ),
 }
-"""In the order of the official table; the first three are its column Simple."""
+"""In the order of the official table; the first three form its column Simple."""
 LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 UNANSWERED = ("irrelevance", "live_irrelevance")
-"""No tool on offer helps: a response without a call is right."""
+"""No offered tool helps; a response is correct if it contains no call."""
 RELEVANCE = "live_relevance"
-"""Some tool helps: a response with any call is right."""
+"""Some offered tool helps; a response is correct if it calls any of them."""
 
 
 def select_categories(version: Version, names: Sequence[str] | None) -> tuple[str, ...]:
-    """The categories of the given names (of categories or groups), once each, in official order; all for None."""
+    """Return the categories of the given category or group names, without duplicates, in official order.
+
+    Raises:
+        UserError: A name is unknown, or there are no names.
+    """
     parts = {"non_live": NON_LIVE[version], "live": LIVE, "multi_turn": MULTI_TURN}
     known = tuple(category for part in parts.values() for category in part)
     groups = {"all": known, **parts}
@@ -40,19 +44,25 @@ def select_categories(version: Version, names: Sequence[str] | None) -> tuple[st
     for name in names if names is not None else ["all"]:
         if name not in groups and name not in known:
             near = difflib.get_close_matches(name, [*known, *groups], n=1)
-            hint = f"did you mean {near[0]}?" if near else "pick one of these"
-            raise UserError(f"category {name!r} of BFCL {version}", f"one of {', '.join([*groups, *known])}", hint)
+            hint = f"did you mean {near[0]}?" if near else "correct the name"
+            expected = f"one of {', '.join([*groups, *known])}"
+            raise UserError(f"BFCL {version} has no category {name!r}", expected, hint)
         wanted.update(groups.get(name, (name,)))
     if not wanted:
-        raise UserError(f"no category of BFCL {version}", "at least one", "name some, or leave it out for all")
+        raise UserError(f"no category of BFCL {version} given", remedy="name some, or remove the option for all")
     return tuple(category for category in known if category in wanted)
 
 
 def official_averages(version: Version, complete: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, Any]]:
-    """The group averages of the official table, of those groups whose categories are all `complete` (correct, number).
+    """Return the averages of the official table whose categories are all complete.
 
-    Each has `accuracy` (a share), its 95 % interval `low` and `high` over the categories' Wilson intervals (see
-    `weighted_mean`), `of` (its categories) and their `weights`.
+    Args:
+        version: `v3` or `v4`.
+        complete: (correct, number of samples) of each fully scored category.
+
+    Returns:
+        Per average its `accuracy`, the 95 % interval `low` and `high`, combined from the categories' Wilson intervals
+        by `weighted_mean`, its categories as `of`, and their `weights`.
     """
     shares = {
         name: Interval(right / number, *wilson_interval(right, number)) for name, (right, number) in complete.items()
@@ -67,12 +77,16 @@ def official_averages(version: Version, complete: Mapping[str, tuple[int, int]])
 
 
 def average_weights(version: Version, numbers: Mapping[str, int]) -> dict[str, Mapping[str, float]]:
-    """What each category counts in the averages of the official table; `numbers` holds the categories' samples.
+    """Return the weight of each category in the averages of the official table.
 
-    v3: Non-Live is the mean of Simple (itself a mean of three), multiple, parallel, parallel_multiple and irrelevance;
-    Live the share over the samples of its six categories; Multi-Turn the mean of four; Overall the mean of the three.
-    v4 takes the two (ir)relevance categories out of Non-Live and Live, and gives the mean of the two irrelevance ones
-    as a part of its own.
+    v3: Non-Live is the mean of Simple (itself a mean of three), multiple, parallel, parallel_multiple and irrelevance.
+    Live is the accuracy over all samples of its six categories, Multi-Turn the mean of its four categories, and Overall
+    the mean of the three. v4 removes the relevance and irrelevance categories from Non-Live and Live and reports the
+    mean of the two irrelevance categories as a separate part.
+
+    Args:
+        version: `v3` or `v4`.
+        numbers: The number of samples of each category.
     """
     simple, plain = mean_weights(*NON_LIVE[version][:3]), NON_LIVE[version][3:]
     if version == "v4":
@@ -87,12 +101,12 @@ def average_weights(version: Version, numbers: Mapping[str, int]) -> dict[str, M
 
 
 def mean_weights(*parts: str | Mapping[str, float]) -> Mapping[str, float]:
-    """The weights in the unweighted mean of categories or of parts that share no category."""
+    """Return the weights of an unweighted mean of categories or of disjoint parts."""
     weights = [{part: 1.0} if isinstance(part, str) else part for part in parts]
     return {name: weight / len(parts) for part in weights for name, weight in part.items()}
 
 
 def weights_by_samples(names: Sequence[str], numbers: Mapping[str, int]) -> Mapping[str, float]:
-    """The weights in the share over all samples; 0 for categories without any."""
+    """Return weights proportional to the number of samples; 0 for categories without any."""
     total = sum(numbers.get(name, 0) for name in names) or 1
     return {name: numbers.get(name, 0) / total for name in names}

@@ -1,4 +1,4 @@
-"""Where the two supported releases of bfcl-eval are found; nothing of them is imported into this process."""
+"""Find the two supported releases of bfcl-eval; nothing of them is imported into this process."""
 
 from __future__ import annotations
 
@@ -12,30 +12,34 @@ from rest_rl.errors import UserError
 
 Version = Literal["v3", "v4"]
 PINS: dict[Version, str] = {"v3": "2025.6.14", "v4": "2026.3.23"}
-"""The release that holds each edition of the data; numbers of different releases cannot be compared."""
+"""The bfcl-eval release of each version; scores of different releases are not comparable."""
 
 
 class BfclPackage(NamedTuple):
-    """One release on this machine."""
+    """An installed release."""
 
     version: Version
     folder: Path
-    """What has to stand on `sys.path` to import `bfcl_eval`."""
+    """The `sys.path` entry for importing `bfcl_eval`."""
 
     @property
     def pin(self) -> str:
-        """Such as `bfcl-eval 2025.6.14 (BFCL v3)`, printed on every table."""
+        """The pin printed on every table, such as `bfcl-eval 2025.6.14 (BFCL v3)`."""
         return f"bfcl-eval {PINS[self.version]} (BFCL {self.version})"
 
 
 def find_package(version: Version) -> BfclPackage:
-    """The release of an edition: in $REST_RL_BFCL_V3 (or _V4), in the environment's share folder, or installed."""
+    """Find the release in $REST_RL_BFCL_V3 (or _V4), in the environment's share folder, or among installed packages.
+
+    Raises:
+        UserError: The release is not installed, or the variable names a folder without it.
+    """
     variable, share = f"REST_RL_BFCL_{version.upper()}", share_folder(version)
     if given := os.environ.get(variable):
         if (found := find_release(Path(given))) != PINS[version]:
             expected = f"the folder with bfcl-eval {PINS[version]}"
             remedy = f"install it with: {install_command(version, Path(given))}"
-            raise UserError(f"{variable}={given}, which holds {found or 'no bfcl-eval'}", expected, remedy)
+            raise UserError(f"{variable}={given} contains {found or 'no bfcl-eval'}", expected, remedy)
         return BfclPackage(version, Path(given).resolve())
     if find_release(share) == PINS[version]:
         return BfclPackage(version, share)
@@ -43,9 +47,8 @@ def find_package(version: Version) -> BfclPackage:
     if installed is not None and installed.version == PINS[version]:
         return BfclPackage(version, Path(str(installed.locate_file(""))).resolve())
     raise UserError(
-        f"no bfcl-eval {PINS[version]}",
-        f"it for BFCL {version}",
-        f"install it with: {install_command(version, share)} (--no-deps leaves your other packages as they are; "
+        f"BFCL {version} needs bfcl-eval {PINS[version]}, which is not installed",
+        remedy=f"install it with: {install_command(version, share)} (--no-deps keeps your other packages unchanged; "
         f"${variable} may name another folder)",
     )
 

@@ -1,6 +1,6 @@
-"""bfcl_eval itself: its samples, its executor and its checkers; loaded only in the process that `sandbox` starts.
+"""The bfcl_eval package: its samples, executor and checkers. Only the process that `sandbox` starts loads it.
 
-What a model has written comes here as JSON and becomes text for the executor's `eval` in one place, `write_call`.
+Calls of a model arrive as JSON. `write_call` is the only place that turns them into text for the executor's `eval`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL_NAME = "restrl"
-"""The model, for the checkers: without `_`, which they take for a `/`, and listed in the stub of their models."""
+"""The model name for the checkers; it contains no `_`, which they replace by `/`, and is in the stubbed config."""
 BACKENDS = [
     *("gorilla_file_system", "math_api", "message_api", "posting_api"),
     *("ticket_api", "trading_bot", "travel_booking", "vehicle_control"),
@@ -30,11 +30,11 @@ MAX_MESSAGE_LENGTH = 2000
 
 
 class InvalidRequestError(ValueError):
-    """The request asks for something that is not there; the other side raises a ValueError."""
+    """The request refers to something that does not exist; the caller raises a ValueError."""
 
 
 def stub_unneeded_modules() -> None:
-    """Leave out the vendors' libraries, retries, parsers of Java and JavaScript, and locks on files only read."""
+    # bfcl_eval imports vendor SDKs, retries, parsers for Java and JavaScript, and file locks, none of which we need
     model = types.SimpleNamespace(underscore_to_dot=False, is_fc_model=False)
     retries = ["retry", "retry_if_exception_message", "retry_if_exception_type", "wait_random_exponential"]
     stubs: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ def import_bfcl(name: str) -> Any:
 
 
 class BfclRelease:
-    """The loaded release, with the samples asked for so far."""
+    """The loaded release and the samples read so far."""
 
     def __init__(self, version: str) -> None:
         stub_unneeded_modules()
@@ -64,7 +64,7 @@ class BfclRelease:
         self.checker = import_bfcl("eval_checker.ast_eval.ast_checker")
         self.turns = import_bfcl("eval_checker.multi_turn_eval.multi_turn_checker")
         self.executor = import_bfcl("eval_checker.multi_turn_eval.multi_turn_utils")
-        # Once a sample is under way, nothing may have to be imported.
+        # Import everything now: an import in a limited fork might fail, and its time would count against the sample.
         for backend in BACKENDS:
             import_bfcl(f"eval_checker.multi_turn_eval.func_source_code.{backend}")
         for lazily_imported in ("_strptime", "unicodedata"):
@@ -72,7 +72,6 @@ class BfclRelease:
         self.loaded: dict[str, dict[str, bytes]] = {}
 
     def constants(self) -> dict[str, Any]:
-        """What the loop over a conversation must know."""
         prompts = import_bfcl("constants.default_prompts")
         return {
             "updated_functions": prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC,
@@ -81,33 +80,30 @@ class BfclRelease:
         }
 
     def samples(self, category: str) -> dict[str, bytes]:
-        """What is needed to judge the samples of a category, as JSON by id.
-
-        Bytes rather than objects: a fork costs what this process holds in memory, and every sample is a fork.
-        """
+        # Only what judging needs, as JSON bytes by id: the fewer objects this process has, the cheaper is each fork.
         if category not in self.loaded:
             kept = ("id", "category", "ground_truth", "involved_classes", "initial_config", "checked")
             rows = ({key: entry[key] for key in kept if key in entry} for entry in self.entries(category))
             self.loaded[category] = {row["id"]: json.dumps(row).encode() for row in rows}
             gc.collect()
-            gc.freeze()  # what a fork's collector never touches is never copied
+            gc.freeze()  # the collector of a fork would touch, and thereby copy, every page
         return self.loaded[category]
 
     def load(self, category: str) -> int:
-        """Read a category, before time counts; how many samples it has."""
+        # called before a sample's time limit starts
         return len(self.samples(category))
 
     def prepare(self, identity: str, category: str, *_: Any) -> None:
-        """Read what a fork will need of a sample; one with a single turn must have an answer."""
+        # before forking, so that no fork has to read the file again
         if category.startswith("multi_turn"):
             self.conversation(identity)
             return
         sample = json.loads(self.samples(category).get(identity, b"{}"))
         if sample.get("ground_truth") is None or "involved_classes" in sample:
-            raise InvalidRequestError(f"got {identity!r}, expected a single-turn sample with an answer")
+            raise InvalidRequestError(f"{identity!r} is not a single-turn sample with an answer")
 
     def entries(self, category: str) -> list[dict[str, Any]]:
-        """The samples of a category, with the docs as a model is shown them and, for one turn, as they are checked."""
+        # `function` is what the model sees; `checked` (single-turn only) lacks the language-specific hints
         named = self.categories
         known = (
             list(named.TEST_FILE_MAPPING)
@@ -115,9 +111,10 @@ class BfclRelease:
             else [*named.NON_LIVE_CATEGORY, *named.LIVE_CATEGORY, *named.MULTI_TURN_CATEGORY]
         )
         if category not in known:
-            raise InvalidRequestError(f"got category {category!r}, expected one of {', '.join(known)}")
+            raise InvalidRequestError(f"unknown category {category!r}, expected one of {', '.join(known)}")
         path = self.config.POSSIBLE_ANSWER_PATH / f"{named.VERSION_PREFIX}_{category}.json"
-        answers = {row["id"]: row["ground_truth"] for row in read_lines(path)} if path.exists() else {}  # not relevance
+        # the relevance categories have no answers
+        answers = {row["id"]: row["ground_truth"] for row in read_lines(path)} if path.exists() else {}
         found = []
         for shown, checked in (self.samples_v3 if self.version == "v3" else self.samples_v4)(category):
             docs = {} if "involved_classes" in shown else {"checked": checked["function"]}
@@ -125,15 +122,15 @@ class BfclRelease:
         return found
 
     def samples_v4(self, category: str) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-        """Each sample as a model sees it, and as the checker does."""
+        # yields (sample for the model, sample for the checker)
         load = import_bfcl("utils").load_dataset_entry
         shown = load(category)
         if "involved_classes" in shown[0]:
-            return zip(shown, shown, strict=True)  # docs play no part in what is checked, and are slow to load
+            return zip(shown, shown, strict=True)  # the checker does not use the docs, and loading them is slow
         return zip(shown, load(category, include_language_specific_hint=False), strict=True)
 
     def samples_v3(self, category: str) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-        """As `samples_v4`; this release puts its samples together inside its handlers."""
+        # this release assembles its samples inside its model handlers
         hinted = import_bfcl("model_handler.utils").func_doc_language_specific_pre_processing
         for sample in read_lines(self.config.PROMPT_PATH / self.categories.TEST_FILE_MAPPING[category]):
             if "involved_classes" in sample:
@@ -147,7 +144,7 @@ class BfclRelease:
             yield shown, sample
 
     def add_functions(self, sample: dict[str, Any]) -> None:
-        """Give a conversation the docs of its classes, and set apart those that are held out at first."""
+        # adds the docs of the sample's classes, without those of functions that are held out until a later turn
         files = self.categories.MULTI_TURN_FUNC_DOC_FILE_MAPPING
         folder = self.config.MULTI_TURN_FUNC_DOC_PATH
         docs = [doc for name in sample["involved_classes"] for doc in read_lines(folder / files[name])]
@@ -160,27 +157,25 @@ class BfclRelease:
     def conversation(self, identity: str) -> dict[str, Any]:
         samples = self.samples(identity.rpartition("_")[0])
         if identity not in samples:
-            raise InvalidRequestError(f"got id {identity!r}, expected one of the {len(samples)} of its category")
+            raise InvalidRequestError(f"unknown id {identity!r}, expected one of the {len(samples)} of its category")
         sample = json.loads(samples[identity])
         if "involved_classes" not in sample:
-            raise InvalidRequestError(f"got {identity}, which has a single turn, expected one of multi_turn_*")
+            raise InvalidRequestError(f"{identity} is a single-turn sample, expected one of multi_turn_*")
         return sample
 
     def methods(self, sample: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
-        """The methods a sample may call by name; where two classes share a name the last has it, as upstream."""
+        # if two classes have a method of the same name, the last one wins, as upstream
         homes = {name: self.executor.CLASS_FILE_PATH_MAPPING[name] for name in sample["involved_classes"]}
         classes = [getattr(importlib.import_module(home), name) for name, home in homes.items()]
         found = [pair for each in classes for pair in inspect.getmembers(each, inspect.isfunction)]
         return {name: function for name, function in found if not name.startswith("_")}
 
     def gold_calls(self, identity: str) -> list[list[dict[str, Any]]]:
-        """Per turn the calls of the ground truth, their positional arguments named by the method's signature."""
         sample = self.conversation(identity)
         methods = self.methods(sample)
         return [[parse_gold_call(text, methods) for text in turn] for turn in sample["ground_truth"]]
 
     def check_calls(self, identity: str, category: str, calls: list[dict[str, Any]]) -> list[Any]:
-        """The checker's verdict on the calls of a sample with one turn; odd calls make it raise, which is a verdict."""
         sample = json.loads(self.samples(category)[identity])
         language = "Java" if category.endswith("java") else "JavaScript" if "javascript" in category else "Python"
         if self.version == "v4":
@@ -191,7 +186,7 @@ class BfclRelease:
     def check_turns(self, identity: str, category: str, turns: list[list[list[dict[str, Any]]]]) -> list[Any]:
         sample = self.conversation(identity)
         if len(turns) != len(sample["ground_truth"]):
-            message = f"got {len(turns)} turns of {len(sample['ground_truth'])}"
+            message = f"{len(turns)} of {len(sample['ground_truth'])} turns"
             return [False, "multi_turn:force_terminated", message]
         methods = self.methods(sample)
         texts = [[[text for text, why in write_calls(step, methods) if not why] for step in turn] for turn in turns]
@@ -200,7 +195,7 @@ class BfclRelease:
         return run_checker(self.turns.multi_turn_checker, *arguments)
 
     def execute(self, identity: str, calls: list[dict[str, Any]]) -> list[str]:
-        """What each call returned, in the words of the official executor, also for those that are refused."""
+        # calls that are not executed get their reason in the executor's words
         sample = self.conversation(identity)
         written = write_calls(calls, self.methods(sample))
         results, _ = self.executor.execute_multi_turn_func_call(
@@ -220,7 +215,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def run_checker(check: Callable[..., dict[str, Any]], *arguments: Any) -> list[Any]:
-    """[valid, kind of error, message] of a checker, whatever it does."""
+    # returns [valid, error type, message]; unusual calls make the checkers raise, which counts as wrong
     try:
         result = check(*arguments)
     except Exception as error:
@@ -232,10 +227,10 @@ def run_checker(check: Callable[..., dict[str, Any]], *arguments: Any) -> list[A
 
 
 def parse_gold_call(text: str, methods: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-    """A call as the ground truth writes it, of literals only."""
+    # arguments are literals; positional ones get their name from the method's signature
     call = ast.parse(text.strip(), mode="eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise InvalidRequestError(f"got {text!r}, expected a call by name")
+        raise InvalidRequestError(f"{text!r} is not a function call")
     positional = [ast.literal_eval(argument) for argument in call.args]
     named = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
     parameters = list(inspect.signature(methods[call.func.id]).parameters)[1:]
@@ -244,11 +239,9 @@ def parse_gold_call(text: str, methods: Mapping[str, Callable[..., Any]]) -> dic
 
 
 def write_calls(calls: list[dict[str, Any]], methods: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Per call its text and "", or "" and why there is none.
-
-    The executor evaluates the text: a name that is a method, keywords that are identifiers and literals are all that
-    may stand in it. It also drops blanks before a bracket, in the gold's strings too, so nothing is escaped here.
-    """
+    # Returns per call (text, "") or ("", reason). Security: the executor passes the text to `eval`, so it may contain
+    # only the name of a method, identifiers as keywords, and literals. Strings are not escaped further: the executor
+    # removes blanks before brackets, in the gold's strings as well, and both sides must be treated alike.
 
     def write(call: dict[str, Any]) -> tuple[str, str]:
         try:
@@ -259,8 +252,8 @@ def write_calls(calls: list[dict[str, Any]], methods: Mapping[str, Any]) -> list
     return list(map(write, calls))
 
 
+# The model sees these messages: changing one changes what models respond.
 def write_call(call: dict[str, Any], methods: Mapping[str, Any]) -> str:
-    """The text of a call; ValueError for anything but a method with arguments that are JSON."""
     if "refused" in call:
         raise ValueError(call["refused"])
     name, arguments = call.get("name"), call.get("arguments")
@@ -275,7 +268,7 @@ def write_call(call: dict[str, Any], methods: Mapping[str, Any]) -> str:
 
 
 def python_literal(value: Any) -> str:
-    """A JSON value as Python writes it; infinities and NaN, which it writes as names, are refused."""
+    # repr of inf and nan would be a name, not a literal
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {python_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""bfcl_eval at arm's length: its data, its executors and its checkers, asked of a process of its own.
+"""Client of the process that runs bfcl_eval: its data, executors and checkers.
 
-What a model has written is handled in forks of that process, with limits and without the outside world; whatever goes
-wrong there is a verdict or a SandboxError, and the next sample finds a fresh process.
+Model output is handled in confined forks of that process. Any failure there becomes a verdict or a `SandboxError`, and
+the next sample gets a fresh process.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage, install_comman
 
 PACKAGE_ROOT = Path(__file__).parents[4]
 CHILD_SCRIPT = f"import sys; sys.path.insert(0, sys.argv.pop(1)); from {__package__}.child import main; main()"
-"""The process has an environment of its own, without PYTHONPATH, so it gets the path of this package."""
+"""The process gets a clean environment without PYTHONPATH, and therefore the path of this package as an argument."""
 FIXED_ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "TZ": "UTC"}
-"""The backends print sets and local times: what a model sees must not change from run to run."""
+"""The backends print sets and local times; these settings make the model's inputs reproducible."""
 LOADING_SECONDS = 120.0
-"""For what only reads the release: no model has a hand in it, but a disk may be slow."""
+"""The time limit of requests without model output, which only wait for a slow disk."""
 MAX_TRIES = 3
 WALL_SECONDS_PER_CPU_SECOND = 3.0
-"""Seconds to wait for one of processor time: a machine may be busy, and the processor's clock is to judge."""
+"""Wall-clock seconds to wait per second of CPU time. The CPU limit decides; on a busy machine it takes longer."""
 FAILURE_MESSAGE = "the process that works with bfcl-eval failed: {}"
 MAX_DEPTH = 100
 MAX_INTEGER_BITS = 14_000
-"""Below the 4300 digits that Python reads."""
+"""Keeps integers below the 4300 digits that Python parses."""
 
 
 class Verdict(NamedTuple):
-    """What a checker says."""
+    """The verdict of a checker."""
 
     valid: bool
     error_type: str = ""
@@ -49,21 +49,24 @@ class Verdict(NamedTuple):
 
 
 class SandboxError(RuntimeError):
-    """The process ended, or had to be ended, on this request; the message says why."""
+    """The process died or was killed during a request; the message contains the reason."""
 
     def __init__(self, message: str, *, is_limit: bool = False) -> None:
-        """`is_limit`: it ran into a limit, and would again; anything else may have come from outside."""
+        # is_limit: the request exceeded a limit and would again; otherwise the cause may lie outside, and a retry helps
         super().__init__(message)
         self.is_limit = is_limit
 
 
 class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
-    """One process with one release; it is started when first needed, and again after it has ended."""
+    """One server process with one release, started on the first request and restarted after it died.
+
+    Not thread-safe; the pool lends each sandbox to one user at a time.
+    """
 
     def __init__(self, package: BfclPackage, *, seconds: float = 20.0, memory_mb: int = 2048) -> None:
-        """Limits on what a model wrote: seconds of processor time of a sample, memory of the fork."""
+        """Set the limits of the forks: CPU seconds per sample, and memory."""
         if not hasattr(os, "fork"):
-            raise UserError(f"the platform {sys.platform}", "one that can fork", "use Linux, macOS or WSL")
+            raise UserError(f"BFCL does not run on {sys.platform}", remedy="use Linux, macOS or WSL")
         self._package, self._seconds, self._memory_mb = package, seconds, memory_mb
         self._process: subprocess.Popen[bytes] | None = None
         self._session: Session | None = None
@@ -73,19 +76,19 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         self.close()
 
     def entries(self, category: str) -> list[dict[str, Any]]:
-        """The samples of a category: `function` as a model is shown it, `checked` without the hints; ground truth."""
+        """Return the samples of a category: `function` for the model, `checked` without hints, `ground_truth`."""
         return self._look_up("entries", category)
 
     def constants(self) -> dict[str, Any]:
-        """The words that announce functions held out, the most steps of a turn, JSON schema types by BFCL's."""
+        """Return the text that announces held-out functions, the step limit of a turn, and the map of types."""
         return self._look_up("constants")
 
     def gold_calls(self, identity: str) -> list[list[dict[str, Any]]]:
-        """Per turn of a conversation the calls of the ground truth as {"name", "arguments"}."""
+        """Return the gold calls of each turn of a conversation as {"name", "arguments"}."""
         return self._look_up("gold_calls", identity)
 
     def check_calls(self, identity: str, category: str, calls: Sequence[Mapping[str, Any]]) -> Verdict:
-        """The official verdict on calls {name: {argument: value}} of a single-turn sample."""
+        """Return the official verdict on the calls {name: {argument: value}} of a single-turn sample."""
         if problem := _find_json_problem(calls):
             return Verdict(False, "checker_error: ValueError", problem)
         self._end_session()
@@ -94,7 +97,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         )
 
     def session(self, identity: str) -> Session:
-        """A conversation's own instances of the backends; a session that was open before it is over."""
+        """Start a conversation with fresh backends; this ends the previous session."""
         self._end_session()
         self._session = Session(partial(self._ask_about_sample, identity.rpartition("_")[0]), identity)
         return self._session
@@ -106,7 +109,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         return retry_if_ended(partial(self._ask, method, arguments, LOADING_SECONDS))
 
     def _ask_about_sample(self, category: str, method: str, *arguments: Any) -> Any:
-        """The answer to a request about a sample, whose category is loaded before time counts."""
+        # load the category first, so that reading files does not count against the sample's time limit
         if self._process is None or category not in self._loaded:
             self._look_up("load", category)
             self._loaded.add(category)
@@ -118,13 +121,13 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             session.close()
 
     def _ask(self, method: str, arguments: Sequence[Any], seconds: float) -> Any:
-        """The answer to a request; whatever goes wrong ends the process, so that the next request finds a new one."""
+        # any failure stops the process: its state is unknown, and the next request starts a new one
         if self._process is None:
             self._process = self._start()
         try:
             answer = _exchange(self._process, {"method": method, "arguments": arguments}, seconds)
         except BaseException:
-            # Also a KeyboardInterrupt: an answer left in the pipe would be read as that to another request.
+            # Including KeyboardInterrupt: the next request would read the answer that is still in the pipe.
             self._stop_process(patience=0.0)
             raise
         if "invalid" in answer:
@@ -138,7 +141,6 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         raise SandboxError(f"the process that works with {self._package.pin} failed: {why}", is_limit=is_limit)
 
     def _stop_process(self, patience: float) -> None:
-        """End the process, and with it the session that lives in it."""
         process, self._process = self._process, None
         if self._session is not None and self._session.is_open:
             self._session.is_over, self._session = True, None
@@ -146,7 +148,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             _end_process(process, patience)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """Load the release; its import makes folders, in a place that is gone when it is done."""
+        # Importing bfcl_eval creates folders under BFCL_PROJECT_ROOT; a temporary folder keeps them out of the way.
         self._loaded.clear()
         limits = [str(math.ceil(self._seconds)), str(self._memory_mb)]
         options = ["-s", "-B", "-X", "utf8", "-c", CHILD_SCRIPT]
@@ -163,7 +165,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
                 bufsize=0,
             )
             assert process.stdin is not None
-            os.set_blocking(process.stdin.fileno(), False)  # a process that hangs reads nothing
+            os.set_blocking(process.stdin.fileno(), False)  # or a write would hang together with the process
             try:
                 answer = _exchange(process, None, LOADING_SECONDS)
             except BaseException:
@@ -173,26 +175,25 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             _end_process(process, patience=0.0)
             command = install_command(self._package.version, share_folder(self._package.version))
             raise UserError(
-                f"{self._package.pin} in {self._package.folder}, which does not load ({answer.get('failed')})",
-                "it whole",
-                f"pip install mpmath, which it needs, and {command} puts it there",
+                f"cannot load {self._package.pin} from {self._package.folder} ({answer.get('failed')})",
+                remedy=f"run pip install mpmath, which it needs, or reinstall it: {command}",
             )
         return process
 
 
 class Session(contextlib.AbstractContextManager["Session"]):
-    """One conversation's calls, executed on instances of its own; from `Sandbox.session`."""
+    """Executes the calls of one conversation on its own backends; created by `Sandbox.session`."""
 
     def __init__(self, ask: Callable[..., Any], identity: str) -> None:
         self._ask, self._sample = ask, (identity, identity.rpartition("_")[0])
         self.is_open = self.is_over = False
-        """Whether instances were made (the first `execute` does so); whether they, or their process, are gone."""
+        """Whether the backends exist (the first `execute` creates them); whether they or their process are gone."""
 
     def __exit__(self, *raised: object) -> None:
         self.close()
 
     def execute(self, calls: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What each call {"name", "arguments"} returned, in the official words; an error text where it cannot be."""
+        """Execute calls {"name", "arguments"} and return each result, or the official error text."""
         if not self.is_open:
             self._ask("open", *self._sample)
             self.is_open = True
@@ -201,10 +202,8 @@ class Session(contextlib.AbstractContextManager["Session"]):
         return self._ask("execute", self._sample[0], list(map(_to_sendable, calls)))
 
     def check(self, turns: Sequence[Sequence[Sequence[Mapping[str, Any]]]]) -> Verdict:
-        """The official verdict on all turns, each a list of steps, each a list of calls; it ends the instances.
-
-        The checker makes instances of its own, in the process of the conversation or, if that has ended, in a new one.
-        """
+        """Return the official verdict on all turns (lists of steps, which are lists of calls) and end the session."""
+        # The checker replays all calls on its own backends, so the session's process need not be alive any more.
         sendable = [[list(map(_to_sendable, step)) for step in turn] for turn in turns]
         if self.is_open and not self.is_over:
             with contextlib.suppress(SandboxError):
@@ -216,23 +215,24 @@ class Session(contextlib.AbstractContextManager["Session"]):
     def close(self) -> None:
         if self.is_open and not self.is_over:
             self.is_over = True
-            with contextlib.suppress(SandboxError):  # they are gone all the same
+            with contextlib.suppress(SandboxError):  # either way the backends are gone
                 self._ask("end")
 
 
 def retry_if_ended(ask: Callable[[], Any]) -> Any:
-    """What `ask` gives, asked again where the process ended by no limit: it may have been ended from outside."""
+    """Call `ask`, and repeat it if the process died without exceeding a limit (e.g. killed from outside)."""
     for _ in range(MAX_TRIES - 1):
         try:
             return ask()
-        except SandboxError as error:  # noqa: PERF203 - a process is started anew
+        except SandboxError as error:  # noqa: PERF203 - starting a process dominates
             if error.is_limit:
                 raise
     return ask()
 
 
+# One loop writes and reads: a large request and a large answer could otherwise fill both pipes and block both sides.
+# The deadline covers the whole exchange.
 def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
-    """Send a request, if any, and read one answer; SandboxError when the process ends or the time is up."""
     assert process.stdin is not None
     assert process.stdout is not None
     rest = memoryview(b"" if request is None else json.dumps(request, default=dict).encode() + b"\n")
@@ -261,7 +261,7 @@ def _exchange(process: subprocess.Popen[bytes], request: dict[str, Any] | None, 
 
 
 def _end_process(process: subprocess.Popen[bytes], patience: float) -> None:
-    """Close the pipes, and end the process and its forks if they do not end at that within `patience` seconds."""
+    # closing the pipes ends a healthy process; after `patience` seconds it is killed together with its forks
     if patience <= 0:
         _signal_group(process)
     for pipe in (process.stdin, process.stdout):
@@ -276,7 +276,7 @@ def _end_process(process: subprocess.Popen[bytes], patience: float) -> None:
 
 
 def _signal_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process that has not been waited for, so its number is still its own, with its forks."""
+    # the process has not been waited for, so its id cannot belong to another one; its group contains the forks
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -287,7 +287,8 @@ def _to_sendable(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find_json_problem(value: Any) -> str:
-    """Why a value cannot be sent as JSON; empty when it can. Not recursive: nesting is what it must survive."""
+    # Returns why a value cannot be sent as JSON, or an empty text. Iterative, because deep nesting is one reason.
+    # The model sees these messages: changing one changes what models respond.
     waiting = [(value, 1)]
     while waiting:
         item, depth = waiting.pop()

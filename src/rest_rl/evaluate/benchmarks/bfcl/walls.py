@@ -1,4 +1,10 @@
-"""What keeps a process in that handles text of a model: limits, no files, no network, no other processes."""
+"""Confinement of a process that handles model output: limits, no files, no network, no other processes."""
+
+# What this isolates, and what it does not. A model's calls are JSON values passed to known methods (see
+# `release.write_call`), so running arbitrary code would take a bug there or in a backend. This is the second line of
+# defense: rlimits bound CPU, memory, file size and processes; the audit hook refuses files outside the Python path,
+# sockets, processes, signals and ctypes; if the kernel allows it, the network namespace is empty. An audit hook is not
+# a security boundary: it does not see native code. Never use this to run arbitrary untrusted code.
 
 from __future__ import annotations
 
@@ -14,13 +20,13 @@ REFUSED_EVENTS = (
     *("ctypes.", "fcntl.", "mmap.", "msvcrt.", "os.", "pty.", "resource.", "shutil.", "signal.", "socket."),
     *("sqlite3.", "subprocess.", "syslog.", "tempfile.", "webbrowser.", "winreg."),
 )
-"""Beginnings of the audit events that end in a PermissionError: the outside world."""
+"""Prefixes of the audit events that raise a PermissionError."""
 READ_EVENTS = {"os.listdir", "os.scandir"}
 
 
 def enter_empty_network() -> bool:
-    """Move into an empty network namespace, where the kernel allows it."""
-    new_user_and_network = 0x10000000 | 0x40000000
+    """Move into an empty network namespace; return whether the kernel allowed it."""
+    new_user_and_network = 0x10000000 | 0x40000000  # CLONE_NEWUSER | CLONE_NEWNET
     try:
         if sys.version_info >= (3, 12):
             os.unshare(new_user_and_network)
@@ -32,7 +38,7 @@ def enter_empty_network() -> bool:
 
 
 def set_limit(kind: int, value: int, grace: int = 0) -> None:
-    """Lower one limit of the process; some systems refuse some (macOS: memory)."""
+    """Lower one resource limit, if the system supports it (macOS does not limit memory)."""
     _, most = resource.getrlimit(kind)
     hard = value + grace if most == resource.RLIM_INFINITY else min(value + grace, most)
     with contextlib.suppress(ValueError, OSError):
@@ -40,7 +46,7 @@ def set_limit(kind: int, value: int, grace: int = 0) -> None:
 
 
 def confine(seconds: int, memory_mb: int) -> None:
-    """From here on this process can compute, within limits, and nothing else."""
+    """Restrict this process to computing within the limits; this cannot be undone."""
     set_limit(resource.RLIMIT_AS, memory_mb << 20)
     set_limit(resource.RLIMIT_CPU, seconds, grace=2)
     for nothing in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
@@ -49,7 +55,7 @@ def confine(seconds: int, memory_mb: int) -> None:
 
 
 def install_audit_guard(readable: list[str]) -> None:
-    """Refuse the outside world to this process for good; only files below the given folders can be read."""
+    """Refuse files, network and processes for good, except for reading below the given folders."""
     folders = tuple(folder.rstrip(os.sep) + os.sep for folder in readable)
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
@@ -69,12 +75,12 @@ def install_audit_guard(readable: list[str]) -> None:
 def is_below(path: Any, folders: tuple[str, ...]) -> bool:
     if not isinstance(path, (str, bytes, os.PathLike)):
         return False
-    # Not Path.resolve: the guard calls this, and what it opens or reads would call the guard.
+    # not Path.resolve: it accesses the file system, which would call the guard again
     return (os.path.abspath(os.fsdecode(path)) + os.sep).startswith(folders)  # noqa: PTH100
 
 
 def describe_exit(status: int) -> tuple[str, bool]:
-    """Why a process ended, in words, and whether that was its own doing: only SIGKILL comes from outside."""
+    """Return why a process ended, and whether it caused that itself: only SIGKILL comes from outside."""
     code = os.waitstatus_to_exitcode(status)
     if -code in (signal.SIGXCPU, signal.SIGPROF):
         return "it ran out of processor time", True
