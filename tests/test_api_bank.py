@@ -145,7 +145,7 @@ def test_groups_and_pin(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [("{", "Expecting"), ("{}", "holds a dict"), ("[3]", "got int as Level1_0"), ("[{}]", "Level1_0")],
+    [("{", "Expecting"), ("{}", "contains dict"), ("[3]", "Level1_0 has type int"), ("[{}]", "Level1_0")],
 )
 def test_a_broken_file_is_named(folder: Path, content: str, match: str) -> None:
     (folder / "level-1-api_processed.json").write_text(content, encoding="utf-8")

@@ -181,7 +181,7 @@ def test_every_sample_is_listed_by_its_category(bfcl: Bfcl) -> None:
     assert len(bfcl.groups) == 4441
     assert list(dict.fromkeys(bfcl.groups.values())) == list(groups.select_categories(bfcl.version, None))
     assert ("live_relevance_3-3-0#2" in bfcl.groups) == (bfcl.version == "v3")  # two samples have this id there
-    with pytest.raises(ValueError, match=r"got id 'simple_python_0x', expected one of the 4441"):
+    with pytest.raises(ValueError, match=r"unknown id 'simple_python_0x', expected one of the 4441"):
         started(bfcl, "simple_python_0x")
 
 
@@ -378,7 +378,7 @@ def test_a_process_that_keeps_being_ended_is_an_error_and_no_verdict(v4: Bfcl, m
         assert "ended without an answer" in outcome["error"]
         assert "correct" not in outcome
     talk.close()
-    with pytest.raises(ValueError, match="go on with --resume"):
+    with pytest.raises(ValueError, match="continue with --resume"):
         v4.start("multi_turn_base_1", get_format("toolrl"))
 
 

@@ -128,7 +128,7 @@ def test_categories_are_chosen_by_name_or_group() -> None:
     assert select_categories("v3", ["live_simple", "java"]) == ("java", "live_simple")
     assert select_categories("v4", ["multi_turn"]) == groups.MULTI_TURN
     assert len(select_categories("v4", ["non_live", "multiple"])) == 7
-    with pytest.raises(ValueError, match=r"'simple_pyton' of BFCL v4.*did you mean simple_python\?"):
+    with pytest.raises(ValueError, match=r"BFCL v4 has no category 'simple_pyton'.*did you mean simple_python\?"):
         select_categories("v4", ["simple_pyton"])
     with pytest.raises(ValueError, match="no category"):
         select_categories("v4", [])

@@ -86,7 +86,7 @@ def test_failures_are_left_out_and_asked_for_again(server: Server, capsys: pytes
     assert evaluate(server, "--format", "toolrl", "--timeout", "1") == 1
     out = capsys.readouterr().out
     assert "4 samples are not scored" in out
-    assert "the server answers 503" in out
+    assert "the server returns 503" in out
     assert {row["id"] for row in rows() if "error" in row} == broken
     assert {row["id"] for row in rows() if row["correct"]} == {*identities} - broken - {garbled}
     assert next(row for row in rows() if row["id"] == garbled)["response"] == GARBAGE
@@ -135,21 +135,21 @@ def test_extra_fields_are_sent_and_recorded(server: Server, capsys: pytest.Captu
     for _, _, sent in server.requests:
         assert {name: sent[name] for name in body} == body
     assert evaluate(server, "--format", "toolrl", "--limit", "1", "--resume") == 2
-    assert "another body" in capsys.readouterr().err
+    assert "a different body" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", '{"chat_template_kwargs": 1}'])
 def test_an_extra_body_is_an_object(server: Server, capsys: pytest.CaptureFixture[str], text: str) -> None:
     assert evaluate(server, "--format", "toolrl", "--extra-body", text) == 2
-    assert f"got --extra-body {text}, expected a JSON object" in capsys.readouterr().err
+    assert f"--extra-body {text}, expected a JSON object" in capsys.readouterr().err
     assert server.requests == []
 
 
 def test_an_extra_body_needs_a_server(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "tool-world", "--extra-body", "{}"]) == 2
-    assert "--extra-body without --endpoint" in capsys.readouterr().err
+    assert "--extra-body has no effect without --endpoint" in capsys.readouterr().err
     assert main(["eval", "tool-world", "--context-length", "0", "--prompts", "2"]) == 2
-    assert "got context = 0" in capsys.readouterr().err
+    assert "context is 0" in capsys.readouterr().err
     assert server.requests == []
 
 
@@ -186,7 +186,7 @@ def test_a_wrong_key_waits_for_no_other_request(server: Server, capsys: pytest.C
     server.steps = itertools.repeat(step)
     assert evaluate(server, "--format", "toolrl", "--concurrency", "4", "--timeout", "10000") == 2
     assert over == []
-    assert "got 401 from" in capsys.readouterr().err
+    assert "returned status 401" in capsys.readouterr().err
     assert not Path("out/samples.jsonl").exists()  # what was given up is no result, not even a failed one
 
 

@@ -87,7 +87,7 @@ def test_a_key_in_the_query_is_sent_and_never_told(server: Server) -> None:
         [build_request()]
     )
     absent = endpoint(server, reply_with(CALL), url=f"http://127.0.0.1:1{KEYED}", retries=0).respond([build_request()])
-    with pytest.raises(ValueError, match="expected a URL") as wrong:
+    with pytest.raises(ValueError, match="is not a URL") as wrong:
         endpoint(server, reply_with(CALL), url=f"ftp://me:s-4711@host/v1{KEYED}")
     assert "no connection" in absent[0].error
     assert "4711" not in f"{caught.value} {refused} {absent} {wrong.value} {model.url}"

@@ -118,7 +118,7 @@ def test_flips_name_their_samples_and_both_reasons(tmp_path: Path) -> None:
     assert lines == json.loads(json.dumps(result.to_json()["flips"]))
     assert lines[0]["metric"] == "correct"
     assert sorted(one.name for one in path.parent.iterdir()) == ["comparison.json", "comparison.md", "flips.jsonl"]
-    with pytest.raises(UserError, match="expected a writable folder"):
+    with pytest.raises(UserError, match="cannot write to"):
         write_comparison(result, path / "below-a-file")
 
 
@@ -151,7 +151,7 @@ def test_only_samples_scored_on_both_sides_count(tmp_path: Path) -> None:
         ("simple", 1, 1),
         ("all", 1, 1),
     ]
-    assert result.warnings == ("scored on one side only and left out: 2 of the base, 2 of the tuned model",)
+    assert result.warnings == ("left out, scored on one side only: 2 of the base model, 2 of the tuned model",)
 
 
 def test_what_else_may_explain_a_difference_is_told(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_what_else_may_explain_a_difference_is_told(tmp_path: Path) -> None:
         "prompt differs: 'training' and 'native'",
         "format differs: 'toolrl' and 'hermes'",
         "number of samples differs: 2 and 3",
-        "scored on one side only and left out: 0 of the base, 1 of the tuned model",
+        "left out, scored on one side only: 0 of the base model, 1 of the tuned model",
     )
     assert warnings[4] == "max_new_tokens differs: 512 and 1024"
     assert warnings[5].startswith("note differs: None and 'xxx")
@@ -176,7 +176,7 @@ def test_what_else_may_explain_a_difference_is_told(tmp_path: Path) -> None:
 def test_a_model_compared_with_itself_is_told(tmp_path: Path) -> None:
     pair = [write_folder(tmp_path / name, rows("10", ""), settings={"weights": "abc"}) for name in ("one", "other")]
     result = compare_evaluations(*pair)
-    assert result.warnings == ("both sides have the same weights: what differs is how they were asked, or chance",)
+    assert result.warnings == ("both evaluations use the same weights: any difference is due to settings or chance",)
     assert (result.flips, result.metrics["correct"][-1].p) == ((), 1.0)
 
 
@@ -188,7 +188,9 @@ def test_other_editions_are_refused(tmp_path: Path, key: str, value: str) -> Non
         write_folder(tmp_path / "a", rows("1", "")),
         write_folder(tmp_path / "b", rows("1", ""), **{key: value}),
     )
-    with pytest.raises(ValueError, match=rf"got {key} .* expected the same: .* compare evaluations of one"):
+    with pytest.raises(
+        ValueError, match=rf"different {key}: .* expected the same samples .* compare evaluations of one"
+    ):
         compare_evaluations(base, tuned)
 
 
@@ -198,9 +200,9 @@ def test_folders_without_an_evaluation_are_refused(tmp_path: Path) -> None:
     run.mkdir()
     (run / "summary.json").write_text('{"before": {}}', encoding="utf-8")
     for other in (run, tmp_path / "nothing"):
-        with pytest.raises(ValueError, match=r"holds no summary.json of an evaluation, expected .* --resume"):
+        with pytest.raises(ValueError, match=r"contains no summary.json of an evaluation, expected .* --resume"):
             compare_evaluations(base, other)
-    with pytest.raises(ValueError, match=r"holds no samples.jsonl"):
+    with pytest.raises(ValueError, match=r"contains no samples.jsonl"):
         compare_evaluations(write_folder(tmp_path / "empty", []), base)
 
 

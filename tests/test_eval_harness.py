@@ -166,18 +166,18 @@ def test_threads_write_every_row_once(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     new_log(tmp_path / "a")
-    with pytest.raises(ValueError, match="another model than"):
+    with pytest.raises(ValueError, match="a different model than"):
         EvalLog.resume(tmp_path / "a", {"model": "y"})
-    with pytest.raises(ValueError, match="holds an evaluation already"):
+    with pytest.raises(ValueError, match="already contains an evaluation"):
         EvalLog.new(tmp_path / "a")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / SAMPLES).write_text("", encoding="utf-8")
-    with pytest.raises(ValueError, match="holds an evaluation already"):
+    with pytest.raises(ValueError, match="already contains an evaluation"):
         EvalLog.new(tmp_path / "c")  # rows of who knows what
-    with pytest.raises(ValueError, match="holds no evaluation"):
+    with pytest.raises(ValueError, match="contains no evaluation"):
         EvalLog.resume(tmp_path / "b", SETTINGS)
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(ValueError, match="expected a writable folder"):
+    with pytest.raises(ValueError, match="cannot write to the evaluation folder"):
         EvalLog(tmp_path / "file").begin(SETTINGS, [])
 
 
@@ -198,8 +198,8 @@ def test_recorded_responses_are_scored_as_they_are(tmp_path: Path) -> None:
         {"id": IDS[1], "response": "nothing"},
         {"id": "x", "response": ""},
     ]
-    responses, strangers = read_responses(write(tmp_path / "r.jsonl", *rows), TASKS.groups)
-    assert strangers == ["x"]
+    responses, unknown_ids = read_responses(write(tmp_path / "r.jsonl", *rows), TASKS.groups)
+    assert unknown_ids == ["x"]
     scored = evaluate_all(TASKS, Recorded(responses), FORMAT, IDS[:2], new_log(tmp_path / "a"))
     assert [row["correct"] for row in scored] == [True, False]
     assert scored[1]["response"] == "nothing"
@@ -212,9 +212,9 @@ def test_a_second_response_to_an_id_that_two_samples_share_is_the_second_samples
 
 
 def test_samples_of_an_evaluation_are_responses(whole: Path) -> None:
-    responses, strangers = read_responses(str(whole / SAMPLES), TASKS.groups)
+    responses, unknown_ids = read_responses(str(whole / SAMPLES), TASKS.groups)
     assert list(responses) == IDS
-    assert strangers == []
+    assert unknown_ids == []
     log = EvalLog.new(whole.parent / "again")
     log.begin(SETTINGS, [])
     rows = evaluate_all(TASKS, Recorded(responses), FORMAT, IDS, log)
@@ -260,15 +260,15 @@ def test_turns_and_steps_of_a_recording() -> None:
     ("rows", "match"),
     [
         ([{"id": 3, "response": "a"}], "line 1: id of type int"),
-        ([{"id": IDS[0], "response": 3}], "response of type int"),
-        ([{"id": IDS[0], "response": [["a"], "b"]}], "response of type list"),
-        ([{"id": IDS[0]}], "response of type NoneType"),
-        ([{"id": IDS[0], "response": "", "native": True, "calls": [{"name": "x"}]}], "line 1: calls of type list"),
-        ([{"id": IDS[0], "response": "", "native": True, "calls": "abc"}], "calls of type str"),
-        ([{"id": IDS[0], "response": [[""]], "native": True, "calls": [["x"]]}], "calls of type list"),
-        ([{"id": IDS[0], "response": ""}, {"id": IDS[0], "response": ""}], "line 2: .* a second time"),
-        ([{"id": "nobody", "response": ""}], "none to a sample that is asked for"),
-        ([], "none to a sample"),
+        ([{"id": IDS[0], "response": 3}], "response has type int"),
+        ([{"id": IDS[0], "response": [["a"], "b"]}], "response has type list"),
+        ([{"id": IDS[0]}], "response has type NoneType"),
+        ([{"id": IDS[0], "response": "", "native": True, "calls": [{"name": "x"}]}], "line 1: calls has type list"),
+        ([{"id": IDS[0], "response": "", "native": True, "calls": "abc"}], "calls has type str"),
+        ([{"id": IDS[0], "response": [[""]], "native": True, "calls": [["x"]]}], "calls has type list"),
+        ([{"id": IDS[0], "response": ""}, {"id": IDS[0], "response": ""}], "line 2: .* occurs twice"),
+        ([{"id": "nobody", "response": ""}], "none of the responses in .* belongs to a selected sample"),
+        ([], "none of the responses"),
     ],
 )
 def test_responses_that_cannot_be_scored_are_named(tmp_path: Path, rows: list[object], match: str) -> None:

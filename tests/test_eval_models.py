@@ -99,7 +99,7 @@ def test_the_context_limits_a_response_whoever_shares_its_batch(tiny) -> None:
     assert together[0].tokens
     assert together[0].tokens > 3
     assert (together[2].text, together[2].tokens) == ("", None)
-    assert together[2].overflow == f"got a prompt of {prompt + 20} tokens, the model holds {prompt + 3}"
+    assert together[2].overflow == f"the prompt has {prompt + 20} tokens, the context {prompt + 3}"
     assert tight.context_usage(request) == (prompt + 60, prompt + 3)
 
 
@@ -270,13 +270,13 @@ def test_a_tokenizer_without_padding_token_pads_all_the_same(tiny) -> None:
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"max_new_tokens": 0}, {"context": 0}])
 def test_sizes_are_checked(tiny, wrong) -> None:
     model, layout = tiny
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} = 0, expected at least 1"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is 0, expected at least 1"):
         LocalModel(model, layout, **{"batch_size": 1, "max_new_tokens": 1, **wrong})
 
 
 def test_vllm_wants_a_whole_model(tiny, tmp_path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="an adapter, expected a whole model for vLLM"):
+    with pytest.raises(ValueError, match="is an adapter, expected a full model for vLLM"):
         VllmModel(tmp_path, tiny[1], max_new_tokens=4, context=64)
 
 

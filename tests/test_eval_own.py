@@ -63,7 +63,7 @@ def test_python_runs_it_and_its_groups_are_compared(here: Path, capsys: pytest.C
     assert scores["small"].accuracy == 1.0
     assert scores["large"].accuracy == 0.0
     assert scores["overall"].n == len(result.rows) == len(BENCH.groups)
-    with pytest.raises(UserError, match="holds an evaluation already"):
+    with pytest.raises(UserError, match="already contains an evaluation"):
         rest_rl.evaluate(BENCH, Lazy(), out="lazy")
     again = rest_rl.evaluate(BENCH, Lazy(), out="lazy", resume=True)
     assert again.rows == result.rows

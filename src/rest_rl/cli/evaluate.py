@@ -50,7 +50,7 @@ def _parameter(name: str, default: Any, about: Mapping[str, Any]) -> inspect.Par
     )
 
 
-DRY_RUN = {"panel": "output", "help": "show the first prompt and which prompts fit; do not evaluate", "metavar": None}
+DRY_RUN = {"panel": "Output", "help": "show the first prompt and which prompts fit; do not evaluate", "metavar": None}
 
 
 def _add_benchmark(name: str, help: str, example: str, *arguments: inspect.Parameter) -> None:

@@ -180,6 +180,7 @@ def compute_changes(first: Evaluation, second: Evaluation, metric: str, ids: Seq
         pair = first.rows[identity][metric], second.rows[identity][metric]
         members.setdefault(first.group_of(identity), []).append(pair)
     groups = [compute_change(name, pairs) for name, pairs in members.items() if pairs]
+    # only the groups form a family of tests; averages and the test over all samples are not adjusted
     q = q_values([group.p for group in groups if group.p is not None])
     groups = [replace(group, q=value) for group, value in zip(groups, q, strict=True)]
     averages = compute_average_changes(first, second, groups) if metric == first.summary["metrics"][0] else []

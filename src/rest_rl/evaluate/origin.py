@@ -54,7 +54,9 @@ def resolve_origin(path: str, option: str = "--model") -> Origin:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UserError(f"cannot read {option} {path} ({describe_os_error(error)})", remedy="check the path") from error
+        raise UserError(
+            f"{option} {path} cannot be read ({describe_os_error(error)})", remedy="check the path"
+        ) from error
     if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
         return Origin(str(folder / MODEL), read_run_file(folder / CONFIG), display_path(folder))
     if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():
@@ -62,6 +64,7 @@ def resolve_origin(path: str, option: str = "--model") -> Origin:
             f"the run {path} is not finished (no {MODEL}/)",
             remedy=f"finish it with rest-rl train --resume --out {path}, or pass a folder of its {CHECKPOINTS}/",
         )
+    # a model inside of a run folder, such as runs/x/model or runs/x/checkpoints/checkpoint-20
     for home, _ in find_enclosing_runs(path):
         if run := read_run_or_none(home):
             return Origin(path, run, display_path(home))

@@ -51,7 +51,7 @@ def draw_radar(summaries: Sequence[Summary], path: str | Path) -> Path:
     metric = str((summaries[0].get("metrics") or ["correct"])[0])
     cells = {name: [column_scores(summary, column, metric) for column in columns] for name, summary in models}
     figure = Figure(figsize=(7.2, 6.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # not pyplot: no global state, and no display needed
     shares = {
         name: [Accuracy(cell["accuracy"], cell["low"], cell["high"]) for cell in own] for name, own in cells.items()
     }

@@ -21,8 +21,8 @@ MODEL_OPTIONS = ("changes", "context", "max_new_tokens", "tokenizer", "requests_
 SERVER_OPTIONS = ("tokenizer", "requests_per_minute", "extra_body")
 CHECKPOINT_OPTIONS = ("vllm", "batch_size")
 POSITIVE_FIELDS = ("max_new_tokens", "batch_size", "concurrency", "limit", "requests_per_minute", "prompts", "timeout")
-BENCHMARK_PANEL, MODEL_PANEL, PROMPT_PANEL = "benchmark", "model", "prompt and generation"
-SERVER_PANEL, SAMPLES_PANEL, OUTPUT_PANEL = "server", "samples", "output"
+BENCHMARK_PANEL, MODEL_PANEL, PROMPT_PANEL = "Benchmark", "Model", "Prompt and generation"
+SERVER_PANEL, SAMPLES_PANEL, OUTPUT_PANEL = "Server", "Samples", "Output"
 MODEL_HELP = "run folder, model or adapter folder, hub name, or the server's model (tool-world: the embedded model)"
 PROMPT_HELP = (
     "training (the default): rendered as in the model's training run, or in --format; native: the function calling of "
@@ -100,6 +100,7 @@ class EvalRequest:
                 raise UserError(f"{option_name(name)} is {value}", "a number above 0", "raise it")
         if self.retries < 0:
             raise UserError(f"--retries is {self.retries}", "0 or more", "raise it")
+        # the command line checks choices itself; this is for calls from Python
         for own in fields(self):
             choices, value = own.metadata.get("choices"), getattr(self, own.name)
             if choices and value not in (own.default, *choices):

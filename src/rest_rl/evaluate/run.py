@@ -118,6 +118,7 @@ def run_request(request: EvalRequest, observer: Observer = SILENT) -> EvalResult
 def preview(request: EvalRequest, observer: Observer = SILENT) -> Preview:
     """Return the first prompt without calling the model. Loads only the tokenizer and writes nothing."""
     with _open_evaluation(request, observer) as (plan, benchmark, identities):
+        # the branches follow the three ways to build a prompt: a chat template, ToolRL's texts, a server's messages
         sample = first_request(benchmark, plan, identities[0]).sample
         if plan.layout and plan.table:
             from rest_rl.train.policy import context_length, load_policy_config
@@ -315,6 +316,7 @@ def _make_checkpoint(request: EvalRequest, plan: Plan) -> tuple[Model, list[str]
         context = min(model_context, MAX_VLLM_CONTEXT) if context is None else context
         return VllmModel(table.path, layout, **sizes, context=context), [f"vLLM, context length {context} tokens"]
     device = torch.accelerator.current_accelerator()
+    # on an accelerator, evaluation needs no more than 16 bits; `load_policy` would choose float32, as in training
     dtype = "bfloat16" if device and table.dtype == AUTO else table.dtype
     weights, _ = load_policy(replace(table, dtype=dtype))
     weights = weights if table.load_in_4bit else weights.to(device or "cpu")
@@ -340,6 +342,7 @@ def _collect_model_settings(request: EvalRequest, plan: Plan) -> dict[str, Any]:
     settings: dict[str, Any] = {"model": request.checkpoint, **texts, "max_new_tokens": request.response_limit}
     if request.context is not None:
         settings["context"] = request.context
+    # users edit the chat template in a model's folder, and the prompts change with it
     template = hashlib.sha256(str(plan.layout.tokenizer.chat_template if plan.layout else "").encode()).hexdigest()[:12]
     if request.endpoint:
         from rest_rl.evaluate.models.endpoint import public_url

@@ -87,6 +87,7 @@ class ResultTable:
 
     def grid(self, text: Callable[[Any], str]) -> pd.DataFrame:
         """Return one row per model and one column per group; `text` formats the rows of `frame`."""
+        # not a pivot, which would sort: the frame is in row-major order, all columns of the first model first
         names, labels = self.frame["model"].unique(), self.frame["column"].unique()
         cells = [text(row) for row in self.frame.itertuples()]
         rows = [cells[start : start + len(labels)] for start in range(0, len(cells), len(labels))]
@@ -104,6 +105,7 @@ class TextTable(NamedTuple):
 
 def results_frame(summaries: Sequence[Summary]) -> pd.DataFrame:
     """Return all results, one row per table, model and column. Shares are in [0, 1], missing values None."""
+    # dtype=object keeps counts with missing values as int and None; pandas would convert them to float and NaN
     frames = [table.frame for table in build_tables(summaries)]
     frames = frames or [pd.DataFrame(columns=COLUMNS, dtype=object)]
     return pd.concat(frames, ignore_index=True).reindex(columns=COLUMNS)
@@ -128,6 +130,7 @@ def edition_key(summary: Summary) -> str:
     return str([summary.get(key) for key in ("benchmark", "version", "pin")])
 
 
+# Two passes: names that occur twice within an edition get prompt and format appended; if they still collide, a number.
 def model_names(summaries: Sequence[Summary]) -> list[str]:
     """Return a name per summary; duplicates within an edition get prompt and format, then a number, appended."""
     twins = [(str(summary.get("model") or "model"), edition_key(summary)) for summary in summaries]
@@ -260,8 +263,8 @@ def ceiling_notes(summary: Summary) -> Iterator[str]:
     for name, ceiling in (summary.get("ceilings") or {}).items():
         if ceiling.get("ids") and name in (summary.get("groups") or {}):
             limit = f"the offered tools allow at most {format_percent(ceiling.get('accuracy'))}"
-            why = "uses a tool or argument that is not offered"
-            yield f"{display_label(str(name))}: {limit}; the gold of {', '.join(ceiling['ids'])} {why}."
+            why = f"tools or arguments of the gold are missing in {', '.join(ceiling['ids'])}"
+            yield f"{display_label(str(name))}: {limit}; {why}."
 
 
 def is_partial(row: Any) -> bool:
@@ -368,6 +371,7 @@ def terminal_table(summary: Summary) -> TextTable:
         for column in section.columns
         if section.title != AVERAGES and (column.is_average or column.group in groups)
     ]
+    # with several metrics each has its own section with the same columns: one is enough, the metrics become columns
     shown = {column.group for column in columns}
     columns += [Column(name, name, is_average=True) for name in summary.get("official") or {} if name not in shown]
     sums = {"answers": TURNS["answers"], OVERALL: OVERALL, "calls": TURNS["calls"]}  # the headline last
@@ -394,6 +398,7 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
     tables = []
     for title, changes in _iterate_metrics(comparison):
         rows = [_comparison_row(change) for change in changes]
+        # the blank after an unstarred p aligns it with starred ones
         lines = [
             (group, n, base, tuned, f"{change} {interval}", f"-{lost} +{gained}", p + ("*" if q.endswith("*") else " "))
             if n != "0"

@@ -109,14 +109,14 @@ def read_rows(folder: Path, level: int, digest: Any) -> list[Any]:
             f"cannot read {path} ({describe_os_error(error)})", "a JSON list of API-Bank samples", remedy
         ) from error
     if not isinstance(rows, list):
-        raise UserError(f"{path} contains a {type(rows).__name__}", "a list of samples", "restore the file")
+        raise UserError(f"{path} contains {type(rows).__name__}", "a list of samples", "restore the file")
     digest.update(content)
     return rows
 
 
 def read_api_bank_sample(row: Any, identity: str, level: int, keep_prompts: bool) -> ApiBankSample:
     if not isinstance(row, Mapping):
-        raise UserError(f"{identity} is a {type(row).__name__}", "an object", "restore the file")
+        raise UserError(f"{identity} has type {type(row).__name__}", "an object", "restore the file")
     try:
         (sample,) = api_bank.read(row, RowContext(identity, keep_prompts))
     except RowRejectedError as error:
@@ -179,7 +179,7 @@ def find_strict_problem(parsed: ParsedResponse, answer: Mapping[str, Any]) -> st
     if parsed.unreadable_calls:
         return f"unreadable call: {'; '.join(parsed.problems)[:200]}"
     if len(parsed.calls) != 1:
-        return f"{len(parsed.calls)} calls, expected 1"
+        return f"{len(parsed.calls)} calls, expected one"
     call = parsed.calls[0]
     if call.name != answer["name"]:
         return f"name {call.name[:80]!r}, expected {answer['name']!r}"

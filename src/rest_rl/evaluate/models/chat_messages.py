@@ -122,7 +122,7 @@ def parse_body(data: bytes) -> Any:
     if isinstance(body, dict) and body.get("error"):  # routers report errors with status 200
         if OVERFLOW_MESSAGE.search(message := str(body["error"])[:2000]):
             return Reply(overflow=f"the server says: {message:.400}")
-        raise MalformedResponseError(f"the error {message:.200}")
+        raise MalformedResponseError(f"error: {message:.200}")
     return body
 
 

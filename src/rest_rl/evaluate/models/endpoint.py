@@ -88,6 +88,7 @@ def public_url(url: str) -> str:
 
 def find_secrets(url: str) -> list[str]:
     """Return user, password and query values of a URL, both encoded and decoded, the longest first."""
+    # longest first: a secret may contain another one, and replacing the shorter one first would leave the rest visible
     parts = urlsplit(url.strip())
     account, _, _ = parts.netloc.rpartition("@")
     password = account.partition(":")[2]
@@ -109,6 +110,7 @@ def read_api_key(variable: str) -> str:
 @functools.cache
 def shared_event_loop() -> asyncio.AbstractEventLoop:
     """Return the event loop of all endpoints; it runs in a daemon thread."""
+    # connections of an HTTP client belong to one event loop; a daemon thread does not keep the process from exiting
     loop = asyncio.new_event_loop()
     Thread(target=loop.run_forever, daemon=True).start()
     return loop
@@ -167,7 +169,7 @@ class Endpoint(Model):
         self._secrets = [*find_secrets(url), *([] if key == NO_KEY else [key])]
         self._send_interval, self._next_send_time = 60.0 / requests_per_minute if requests_per_minute else 0.0, 0.0
         self._openai, self._loop, self._slots = openai, shared_event_loop(), asyncio.Semaphore(concurrency)
-        self._attempts_note = f"{retries + 1} times in a row"
+        self._attempts_note = f"after {retries + 1} attempt{'s' * (retries > 0)}"
         self._pending: set[Future[list[Reply]]] = set()
         self._is_stopped = False
         self._client = openai.AsyncOpenAI(
@@ -256,7 +258,7 @@ class Endpoint(Model):
                     return reply
                 except MalformedResponseError as error:
                     expected = "a chat completion" if self._uses_chat else "a text completion"
-                    problem = f"the server returned {error}, expected {expected}"
+                    problem = f"malformed response ({error}), expected {expected}"
         return Reply(error=self._redact(f"{problem}, {self._attempts_note}"))
 
     def _build_request(self, request: Request) -> tuple[dict[str, Any], Callable[[bytes], Reply]] | Reply:
@@ -298,9 +300,9 @@ class Endpoint(Model):
         try:
             return await asyncio.wait_for(response.read(), self.timeout)
         except asyncio.TimeoutError:
-            raise MalformedResponseError(f"an incomplete response after {self.timeout:g} s") from None
+            raise MalformedResponseError(f"not complete within {self.timeout:g} s") from None
         except Exception as error:  # exception types of the HTTP library, which differ between openai releases
-            raise MalformedResponseError(f"an incomplete response ({type(error).__name__}: {error})") from None
+            raise MalformedResponseError(f"it breaks off: {type(error).__name__}: {error}") from None
 
     def _reply_for_status(self, error: Any, extra: Mapping[str, Any]) -> Reply:
         # A status of 400 or more: a prompt that is too long (a wrong sample), a mistake of the user (stops the

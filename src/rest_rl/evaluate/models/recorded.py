@@ -43,6 +43,7 @@ class Recorded(Model):
             text, calls = (recording.texts, recording.calls) if is_first else ("", None)
         else:
             text, calls = (select_step(nested, request) for nested in (recording.texts, recording.calls))
+        # with recorded calls the text is never parsed, not even after the end of the recording
         read_out = None
         if recording.calls is not None:
             read_out = tuple(ToolCall(str(call["name"]), dict(call["arguments"])) for call in calls or ())
