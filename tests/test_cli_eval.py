@@ -78,7 +78,7 @@ def test_the_embedded_model_on_the_tool_world(here: Path, capsys: pytest.Capture
     (folder / "samples.jsonl").write_bytes(before[: len(before) // 2])
     assert run("tool-world", *SMALL, "--resume") == 0
     assert (folder / "samples.jsonl").read_bytes() == before
-    assert "another limit" in refused(capsys, "tool-world", *SMALL, "--resume", "--limit", "2")
+    assert "a different limit" in refused(capsys, "tool-world", *SMALL, "--resume", "--limit", "2")
     split = ("tool-world", *SMALL, "--out", "o", "--categories")
     assert run(*split, "unseen_values,unseen_tools") == run(*split, "unseen_tools,unseen_values", "--resume") == 0
 

@@ -98,7 +98,7 @@ def test_failures_are_left_out_and_asked_for_again(server: Server, capsys: pytes
     assert {row["id"] for row in rows() if not row["correct"]} == {garbled}
     assert sorted(row["id"] for row in rows()) == sorted(identities)
     assert evaluate(server, "--format", "hermes", "--timeout", "1", "--resume") == 2
-    assert "another format" in capsys.readouterr().err
+    assert "a different format" in capsys.readouterr().err
 
 
 def test_with_the_tokenizer_the_prompt_is_that_of_training(server: Server) -> None:
@@ -214,7 +214,7 @@ def test_an_interrupt_waits_for_no_request(server: Server) -> None:
 def test_the_context_of_a_local_model(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--prompts", "2", "--out", "out", "--context-length", "70"]
     assert main(["eval", "tool-world", *options]) == 0
-    assert "exceed the 70 tokens" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "exceed the context length of 70 tokens" in re.sub(r"\s+", " ", capsys.readouterr().out)
     assert all(row["prompt_tokens"] + row["tokens"] <= 70 for row in rows() if "overflow" not in row)
     assert any(row.get("truncated") or "overflow" in row for row in rows())
     assert server.requests == []
