@@ -60,4 +60,4 @@ def test_slurm_file_is_bash() -> None:
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True, check=False).returncode == 0
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "expected RUN.toml" in done.stderr
+    assert "pass RUN.toml" in done.stderr
