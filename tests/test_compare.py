@@ -97,7 +97,7 @@ def test_a_lead_over_shuffled_weights(tmp_path: Path) -> None:
     found = compare(tmp_path)
     assert kinds(found)[:2] == ["some_differ", "difference"]
     assert "regions_matter" in kinds(found)
-    assert re.search(r"`rest`: \+\d.* 0\.\d\d times as many steps", text_of(found, "difference"))
+    assert re.search(r"`rest`: \+\d.* 0\.\d\d times the steps", text_of(found, "difference"))
 
 
 def test_shuffled_weights_with_the_same_lead(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_a_method_that_is_faster_with_the_same_final_score(tmp_path: Path) -> No
     noisy = Effect(noise=0.004)
     make_grid(tmp_path, {"grpo": noisy, "rest": Effect(0.01, 2, 0.004), "permuted": noisy}, every=2)
     text = text_of(compare(tmp_path), "sooner")
-    assert re.search(r"`rest` in 0\.\d\d \[0\.\d\d, 0\.\d\d\] times as many steps", text)
+    assert re.search(r"`rest` in 0\.\d\d \[0\.\d\d, 0\.\d\d\] times the steps", text)
     assert "`permuted`" not in text
 
 

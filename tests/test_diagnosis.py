@@ -86,7 +86,7 @@ FAULTY: list[tuple[str, Columns, str]] = [
     (
         "rows_out_of_order",
         {"step": lambda step: 29 if step == 31 else step},
-        "step 29 comes after step 30 (rows out of order: 1)",
+        "out of order: 1; the first is step 29 after step 30",
     ),
     ("no_spread", {"frac_reward_zero_std": line(0.8, 0.8)}, "80.0 ± 1.3 % of the groups have equal rewards"),
     ("truncated", {"completions/clipped_ratio": constant(0.2)}, "20.0 ± 0.0 % of the responses hit the length limit"),
@@ -200,7 +200,7 @@ def test_groups_without_spread_are_solved_malformed_or_identical() -> None:
     flat: Columns = {"frac_reward_zero_std": line(0.8, 0.8)}
     solved = finding_of("no_spread", {**flat, "rest/exact_match": line(0.9, 0.9), "rest/accuracy": line(0.9, 0.95)})
     # if all responses of the other 20 % were right, 70 % of the 80 % without spread still must be: 87.5 %
-    assert solved.cause == "in at least 88 % of these groups every response is right (exact match 90.0 ± 1.3 %)"
+    assert solved.cause == "in at least 88 % of them every response is right (exact match 90.0 ± 1.3 %)"
     unreadable = finding_of("no_spread", {**flat, "rest/format": line(0.1, 0.2), "rest/exact_match": line(0.1, 0.1)})
     assert "violate the format" in unreadable.cause
     assert "hardly differ" in finding_of("no_spread", {**flat, "rest/exact_match": line(0.2, 0.4)}).cause
@@ -225,9 +225,7 @@ def test_entropy_or_temperature_shows_that_responses_do_not_differ() -> None:
     assert find({"entropy": constant(2e-3)}, None).remedy == "raise trl.temperature"
     warm = find({"entropy": constant(3e-3)}, 0.01)
     assert (warm.cause[:42], warm.remedy) == ("the responses to a prompt hardly differ (t", cold.remedy)
-    assert find({"entropy": constant(3e-3)}, 1.0).cause.startswith(
-        "in at least 75 % of these groups every response is right"
-    )
+    assert find({"entropy": constant(3e-3)}, 1.0).cause.startswith("in at least 75 % of them every response is right")
     # the entropy fell by learning, or nearly every response is right: a higher temperature would not help
     spent: Columns = {"entropy": lambda step: 0.25 if step < 5 else 1e-4}
     assert find(spent, 1.0).cause.startswith("in at least 75 %")
@@ -273,7 +271,7 @@ def test_a_short_limit_and_a_policy_that_does_not_end() -> None:
 def test_format_falls_because_responses_grow() -> None:
     grown = finding_of("format_falls", {"rest/format": falls(0.9, 0.5), "completions/clipped_ratio": falls(0.0, 0.4)})
     assert "more responses hit the length limit" in grown.cause
-    assert "if they make sense, raise trl.max_completion_length" in grown.remedy
+    assert "make sense, raise trl.max_completion_length" in grown.remedy
     assert "the updates are so large" in finding_of("format_falls", {"rest/format": falls(0.9, 0.5)}).cause
 
 

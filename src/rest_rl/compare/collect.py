@@ -133,7 +133,6 @@ class MethodResult:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of the finished runs."""
         return [run.name.seed for run in self.runs]
 
     @property
@@ -238,12 +237,9 @@ class ComparisonReport:
 
 
 def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport:
-    """Read the run folders of a grid, and compare every method with the baseline from the same warm start.
+    """Read the run folders of a grid, and compare every method with the baseline `reference` from the same warm start.
 
-    Args:
-        folder: the folder of the grid.
-        grid: the planned runs; None for runs that another program trained.
-        reference: the baseline method.
+    `grid` has the planned runs; None for runs that another program trained.
     """
     runs, unfinished = read_runs(folder, grid, reference)
     headlines = {key: headline_metric(runs, key) for key in ALL_TURN_METRICS}

@@ -119,11 +119,7 @@ class Grid:
         return [(name, self.run_config(*name)) for name in self.run_names()]
 
     def run_config(self, method: str, start: str, seed: int) -> RunConfig:
-        """Return the configuration of one run; its `run.out` is that of the base run.
-
-        Raises:
-            UserError: the changes of the method do not give a valid run.
-        """
+        """Return the configuration of one run; UserError if the changes of the method do not give a valid run."""
         # Later tables override earlier ones: base run, warm start, method, seed. `permuted` also shuffles by the seed
         # of the run, so that its seeds differ in their assignment of weights.
         changes = self.methods[method]
@@ -143,11 +139,7 @@ class Grid:
         return config
 
     def merge(self, older: Grid) -> Grid:
-        """Return this grid extended by the methods, warm starts and seeds of an older one.
-
-        Raises:
-            UserError: the older grid has another base run, or other changes under the same name.
-        """
+        """Return this grid extended by an older one; UserError if the two differ in the base run or in a method."""
         ours, theirs = self._parts(), older._parts()
         changed = [key for key, table in theirs.items() if key in ours and ours[key] != table]
         if bool(self.starts) != bool(older.starts):
@@ -238,14 +230,7 @@ def read_grid(
 ) -> Grid:
     """Read a grid from a file, or build one over the embedded run; arguments take precedence over the file.
 
-    Args:
-        path: the grid file; None for a grid without one.
-        methods: names of methods of the file or of the package.
-        seeds: seeds of the runs.
-        base: the run file of the base run.
-        overrides: changes to the base run, such as `trl.max_steps=100`.
-        reference: the baseline method.
-        is_recorded: the file is the grid.toml of a grid's folder, so deprecated keys cause no warning.
+    With `is_recorded`, for the grid.toml of a grid's folder, deprecated keys cause no warning.
     """
     file = from_mapping(GridFile, {} if path is None else parse_toml(read_text(path), str(path)), "")
     file = file.with_present_keys(warn=not is_recorded)

@@ -79,17 +79,12 @@ class Job:
         return {}
 
     def last_step(self) -> int:
-        """Return the newest step in the run's metrics; 0 before the first."""
         step = self.last_metrics().get("step", 0)
         return int(step) if is_number(step) else 0
 
 
 def make_jobs(grid: Grid, out: Path) -> list[Job]:
-    """Return a job for each run of the grid; finished runs are kept.
-
-    Raises:
-        UserError: a folder contains a run with other settings than those of the grid.
-    """
+    """Return a job for each run of the grid; UserError if its folder contains a run with other settings."""
     jobs = []
     for name, wanted in grid.run_configs():
         folder = out / RUNS_FOLDER / str(name)
@@ -123,11 +118,7 @@ def value_or_unset(value: Any) -> Any:
 
 
 def check_startable(jobs: Sequence[Job]) -> None:
-    """Check the settings of all unfinished runs, so that a mistake shows before the first run starts.
-
-    Raises:
-        UserError: the trainer would refuse the settings of a method.
-    """
+    """Raise UserError if the trainer would refuse the settings of a method, before any run starts."""
     from rest_rl.train.trl.settings import make_trainer_config  # slow, and not needed for the page of finished runs
 
     for job in jobs:

@@ -90,16 +90,7 @@ def terminal_table(report: ComparisonReport) -> tuple[str, tuple[str, ...], list
     """Return the title, header and rows of the table of the primary metric by method."""
     key = report.primary
     header = ("percent", "seeds", METRICS[key].label, f"- {report.reference}", p_or_q(report))
-    rows: list[Row] = [
-        (
-            line.label,
-            str(len(line.runs)),
-            format_method_mean(line, key),
-            format_difference(line, key),
-            format_q(line, key),
-        )
-        for line in report.lines
-    ]
+    rows: list[Row] = [(line.label, str(len(line.runs)), *format_test(line, key)) for line in report.lines]
     return METRICS[key].text, header, [*rows, *((label, "0", "–", "–", "–") for label in report.absent)]
 
 
@@ -193,11 +184,11 @@ def render_final_scores(report: ComparisonReport) -> str:
     rows: list[Row] = []
     for line in report.lines:
         test = line.metrics[keys[0]].paired if keys[0] in line.metrics else None
-        cells = [format_method_mean(line, keys[0]), format_difference(line, keys[0])]
+        cells = [format_score(line, keys[0]), format_difference(line, keys[0])]
         cells += [format_p(test.p_t), format_p(test.p_flip)] if test else ["–", "–"]
         cells += [format_q(line, keys[0])] if q_column else []
         for key in keys[1:]:
-            cells += [format_method_mean(line, key), format_difference(line, key)]
+            cells += [format_score(line, key), format_difference(line, key)]
         rows.append((line.label, len(line.runs), *cells))
     rows += [(label, 0, *["–"] * (len(header) - 2)) for label in report.absent]
     note = f"Held-out prompts: means over seeds and differences to `{report.reference}` in points, [95 % interval]."
@@ -226,11 +217,7 @@ def render_training_scores(report: ComparisonReport) -> str:
         header += [METRICS[key].label, f"– {report.reference}", p_or_q(report)]
     rows: list[Row] = []
     for line in report.lines if keys else ():
-        cells = [
-            cell
-            for key in keys
-            for cell in (format_method_mean(line, key), format_difference(line, key), format_q(line, key))
-        ]
+        cells = [cell for key in keys for cell in format_test(line, key)]
         length = f"{line.metrics['tokens'].mean.value:.1f}" if "tokens" in line.metrics else "–"
         rows.append((line.label, *cells, length))
     note = "Scores on the samples that the runs trained on: means over all steps (area under the curve)."
@@ -241,7 +228,7 @@ def render_turn_scores(report: ComparisonReport) -> str:
     bases = [base for base in (*FINAL_METRICS, *TRAINING_METRICS) if report.headline(base) != base]
     header = ["percent", *(METRICS[base].label + over for base in bases for over in (", calls", ", answers", ", all"))]
     rows: list[Row] = [
-        (line.label, *(format_method_mean(line, base + end) for base in bases for end in ("_calls", "_answers", "")))
+        (line.label, *(format_score(line, base + end) for base in bases for end in ("_calls", "_answers", "")))
         for line in report.lines
         if bases
     ]
@@ -253,9 +240,7 @@ def render_turn_scores(report: ComparisonReport) -> str:
 
 
 def render_steps_to_target(report: ComparisonReport) -> str:
-    rows = [
-        (line.label, *format_steps_cells(line.to_final), *format_steps_cells(line.to_best)) for line in report.rivals()
-    ]
+    rows = [(line.label, *format_steps(line.to_final), *format_steps(line.to_best)) for line in report.rivals()]
     rows = [row for row in rows if any(cell != "–" for cell in row[1:])]
     name = report.reference
     header = ("ratio of steps", f"to final {name}", "by seed", "seeds", f"to best {name}", "by seed", "seeds")
@@ -268,7 +253,7 @@ def render_steps_to_target(report: ComparisonReport) -> str:
     return render_section("Steps to the same score", note, header, rows)
 
 
-def format_steps_cells(steps: StepsToTarget | None) -> tuple[str, str, str]:
+def format_steps(steps: StepsToTarget | None) -> tuple[str, str, str]:
     if steps is None:
         return "–", "–", "–"
     share = "never" if math.isnan(steps.share) else f"{steps.share:.2f}"
@@ -291,7 +276,7 @@ def render_ablations(report: ComparisonReport) -> str:
             test = line.over_rest
             cells = (format_points(test.difference), format_p(test.p_t)) if test else ("–", "–")
             text = REST if line is whole else METHODS[line.method].text
-            rows.append((text, *format_kind_cells(line, kinds), format_method_mean(line, report.primary), *cells))
+            rows.append((text, *format_kinds(line, kinds), format_score(line, report.primary), *cells))
         tables.append(markdown_table(header, rows))
     note = "Each row changes one part of `rest`. A negative difference means that the change makes `rest` worse."
     if any(line.method == TUNED_CURRICULUM for line in report.lines):
@@ -308,23 +293,16 @@ def render_warm_starts(report: ComparisonReport) -> str:
     for start in report.starts:
         own = [line for line in report.lines if line.start == start]
         before = [scores for line in own for scores in select_evaluations(line, "before")]
-        rows.append(
-            (start, *format_exact_by_kind(before, kinds), format_mean(scores.get("exact_match") for scores in before))
-        )
-        rows += [
-            (f"  + {line.method}", *format_kind_cells(line, kinds), format_method_mean(line, all_turns)) for line in own
-        ]
+        overall = format_mean(scores.get("exact_match") for scores in before)
+        rows.append((start, *format_exact_match(before, kinds), overall))
+        rows += [(f"  + {line.method}", *format_kinds(line, kinds), format_score(line, all_turns)) for line in own]
     note = "Sampled exact match in percent, means over seeds: first the warm start before training, then each method."
     return render_section("Warm starts", note, ("start", *kinds, "all"), rows)
 
 
 def render_task_kinds(report: ComparisonReport) -> str:
     kinds = find_task_kinds(report.lines)
-    rows = [
-        (line.label, *format_kind_cells(line, kinds), format_method_mean(line, "exact"))
-        for line in report.lines
-        if kinds
-    ]
+    rows = [(line.label, *format_kinds(line, kinds), format_score(line, "exact")) for line in report.lines if kinds]
     note = "Sampled exact match in percent, means over seeds."
     return render_section("By kind of task", note, ("percent", *kinds, "all"), rows)
 
@@ -338,11 +316,11 @@ def find_task_kinds(lines: Iterable[MethodResult]) -> list[str]:
     return list(dict.fromkeys(kind for scores in after for kind in scores.get("kinds") or {}))
 
 
-def format_kind_cells(line: MethodResult, kinds: Sequence[str]) -> list[str]:
-    return format_exact_by_kind(select_evaluations(line, "after"), kinds)
+def format_kinds(line: MethodResult, kinds: Sequence[str]) -> list[str]:
+    return format_exact_match(select_evaluations(line, "after"), kinds)
 
 
-def format_exact_by_kind(scores: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[str]:
+def format_exact_match(scores: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[str]:
     by_kind = [row.get("kinds") or {} for row in scores]
     return [format_mean(row.get(kind, {}).get("exact_match") for row in by_kind) for kind in kinds]
 
@@ -370,13 +348,17 @@ def format_value(key: str, value: float | None) -> str:
     return f"{100 * value:.1f}" if METRICS[key].is_share else f"{value:.1f}"
 
 
-def format_method_mean(line: MethodResult, key: str) -> str:
+def format_score(line: MethodResult, key: str) -> str:
     return format_interval(line.metrics[key].mean, 100, 1) if key in line.metrics else "–"
 
 
 def format_difference(line: MethodResult, key: str) -> str:
     test = line.metrics[key].paired if key in line.metrics else None
     return format_points(test.difference) if test else "–"
+
+
+def format_test(line: MethodResult, key: str) -> tuple[str, str, str]:
+    return format_score(line, key), format_difference(line, key), format_q(line, key)
 
 
 def format_q(line: MethodResult, key: str) -> str:

@@ -58,10 +58,7 @@ def mean_interval(values: Sequence[float], bounds: tuple[float, float] | None = 
     """Return the mean with its Student interval, mean ± t(0.975, n - 1) s / sqrt(n).
 
     The limits are NaN for fewer than two values, and for equal values other than 0, which show no noise to measure.
-
-    Args:
-        values: one value per seed.
-        bounds: the range of the true mean. Limits beyond it are cut off, which loses no coverage.
+    Limits outside `bounds`, the range of the true mean, are cut off, which loses no coverage.
     """
     if not values:
         return Interval(NAN, NAN, NAN)
@@ -175,13 +172,7 @@ def area_under_curve(curve: Curve) -> float | None:
 def steps_to_target(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], *, best: bool) -> StepsToTarget | None:
     """Compare how many steps two methods need to reach the baseline's last (or `best`) value, on their common seeds.
 
-    Args:
-        ours: the smoothed curves of the method, by seed.
-        theirs: those of the baseline.
-        best: use the highest value of the baseline as the target instead of its last.
-
-    Returns:
-        None without a common seed that has both curves.
+    `ours` and `theirs`, the baseline, are smoothed curves by seed. Returns None without a common seed.
     """
     # Both counts are first crossings of the same target, so the baseline compared with itself has exactly 1. The mean
     # over seeds is geometric, because ratios are multiplicative. It is NaN as soon as one seed never reaches its

@@ -44,21 +44,19 @@ def unfinished_statements(report: ComparisonReport) -> Iterator[Statement]:
 
 def start_statements(report: ComparisonReport, reference: MethodResult) -> Iterator[Statement]:
     judged = report.judged(reference.start)
-    noticed = [line for line in judged if is_significant(report, line)]
+    significant = [line for line in judged if is_significant(report, line)]
     if judged:
-        yield nothing_learnt_statement(report, [reference, *judged]) or headline_statement(report, judged, noticed)
-    for line in noticed:
-        points, p = format_points(difference_to_reference(report, line)), format_p(q_value(report, line))
+        yield nothing_learnt_statement(report, [reference, *judged]) or main_statement(report, judged, significant)
+    for line in significant:
+        points, p = format_points(get_lead(report, line)), format_p(q_value(report, line))
         text = f"`{line.label}`: {points} points compared with `{report.reference}` ({p_or_q(report)} {p})."
         if line.to_final and not math.isnan(line.to_final.share):
-            text += (
-                f" It reaches the final score of `{report.reference}` in {line.to_final.share:.2f} times as many steps."
-            )
+            text += f" It reaches the final score of `{report.reference}` in {line.to_final.share:.2f} times the steps."
         yield Statement("difference", text)
     yield from speed_statements(report, judged)
-    yield from control_statements(report, judged, noticed)
+    yield from control_statements(report, judged, significant)
     yield from gain_statements(report, reference)
-    if any(line.method in METHODS_WITH_OWN_REWARD for line in noticed):
+    if any(line.method in METHODS_WITH_OWN_REWARD for line in significant):
         text = "`paper` and `authors-code` use their own rewards, so their differences are not due to the weights only."
         yield Statement("own_reward", text)
 
@@ -67,7 +65,7 @@ def q_value(report: ComparisonReport, line: MethodResult) -> float:
     return line.metrics[report.primary].q if report.primary in line.metrics else math.nan
 
 
-def difference_to_reference(report: ComparisonReport, line: MethodResult) -> Interval:
+def get_lead(report: ComparisonReport, line: MethodResult) -> Interval:
     test = line.metrics[report.primary].paired
     return test.difference if test else Interval(math.nan, math.nan, math.nan)
 
@@ -90,22 +88,18 @@ def nothing_learnt_statement(report: ComparisonReport, lines: list[MethodResult]
     return None
 
 
-def headline_statement(
-    report: ComparisonReport, judged: list[MethodResult], significant: list[MethodResult]
-) -> Statement:
+def main_statement(report: ComparisonReport, judged: list[MethodResult], significant: list[MethodResult]) -> Statement:
     label, reference = METRICS[report.primary].label, report.reference
     known = [q for line in judged if not math.isnan(q := q_value(report, line))]
     if not known:
         tests = [line.metrics[report.primary].paired for line in judged]
         alike = any(test and test.n > 1 for test in tests)
-        why = (
-            "the differences are equal under every seed, so they allow no" if alike else "there are too few seeds for a"
-        )
+        why = "equal differences under all seeds allow no" if alike else "there are too few seeds for a"
         return Statement("no_verdict", f"**No verdict**: {why} test of {label}.")
     if not significant:
         tested = [line for line in judged if line.metrics[report.primary].paired]
-        far = max(tested, key=lambda line: abs(difference_to_reference(report, line).value))
-        points, p = format_points(difference_to_reference(report, far)), format_p(min(known))
+        far = max(tested, key=lambda line: abs(get_lead(report, line).value))
+        points, p = format_points(get_lead(report, far)), format_p(min(known))
         text = (
             f"`{far.label}` differs by {points} points from `{reference}` in {label} ({p_or_q(report)} {p})."
             if len(judged) == 1
@@ -113,7 +107,7 @@ def headline_statement(
             f"largest difference is that of `{far.label}`: {points} points."
         )
         return Statement("no_difference", f"**No difference beyond seed noise.** {text}")
-    above = [line for line in significant if difference_to_reference(report, line).value > 0]
+    above = [line for line in significant if get_lead(report, line).value > 0]
     if len(judged) == 1:
         side, test = "above" if above else "below", f"{label}, {p_or_q(report)} ≤ {SIGNIFICANCE_LEVEL:g}"
         return Statement(side, f"**`{judged[0].label}` is {side} `{reference}` beyond seed noise** ({test}).")
@@ -126,7 +120,7 @@ def speed_statements(report: ComparisonReport, judged: list[MethodResult]) -> It
     # Faster means that the whole interval of the ratio of steps is below 1.
     reached = [(line.label, line.to_final.by_seed) for line in judged if line.to_final]
     parts = [
-        f"`{label}` in {share.value:.2f} [{share.low:.2f}, {share.high:.2f}] times as many steps"
+        f"`{label}` in {share.value:.2f} [{share.low:.2f}, {share.high:.2f}] times the steps"
         for label, share in reached
         if share.high < 1
     ]
@@ -141,7 +135,7 @@ def speed_statements(report: ComparisonReport, judged: list[MethodResult]) -> It
 def control_statements(
     report: ComparisonReport, judged: list[MethodResult], significant: list[MethodResult]
 ) -> Iterator[Statement]:
-    leading = [line for line in significant if difference_to_reference(report, line).value > 0]
+    leading = [line for line in significant if get_lead(report, line).value > 0]
     better = [line for line in leading if line.role in ("method", "ablation")]
     for line in better:
         if line.over_permuted is None:
@@ -150,7 +144,7 @@ def control_statements(
             )
             yield Statement("no_control", text)
             return
-        yield control_statement(line.label, line.over_permuted, difference_to_reference(report, line).value)
+        yield control_statement(line.label, line.over_permuted, get_lead(report, line).value)
     if not better and any(line.role == "method" for line in judged):
         for line in leading:
             if line.method in (PERMUTED, "inverted"):
@@ -226,11 +220,8 @@ def power_statements(report: ComparisonReport) -> Iterator[Statement]:
     if not math.isnan(report.detectable):
         needed = count_seeds_needed(RELEVANT_DIFFERENCE, report.sd)
         many = "" if report.is_single else ", before correction for the number of methods"
-        more = (
-            f"; for {100 * RELEVANT_DIFFERENCE:.0f} points it would take {needed} seeds"
-            if needed and needed > report.seeds
-            else ""
-        )
+        points = f"{100 * RELEVANT_DIFFERENCE:.0f} points"
+        more = f"; for {points} it would take {needed} seeds" if needed and needed > report.seeds else ""
         text = (
             f"With {report.seeds} seeds, this grid detects a difference of {100 * report.detectable:.1f} points with a "
             f"power of 80 %{many}{more}."

@@ -82,12 +82,9 @@ CHARTS = (
 def write_html_report(
     folders: Sequence[str | Path], out: str | Path | None = None, responses: int = MAX_RESPONSES
 ) -> Path:
-    """Write one HTML page about run folders, and return its path.
+    """Write one HTML page about run folders, with at most about this many responses, and return its path.
 
-    Args:
-        folders: run folders.
-        out: a folder, or a file that ends in .html; by default the folder of a single run, or `report` for several.
-        responses: the maximum number of responses in the page; beyond it the page keeps evenly spaced steps.
+    `out` is a folder or a file that ends in .html; by default it is the folder of a single run.
 
     Raises:
         UserError: a folder has no run, or its run has neither a finished step nor a response.

@@ -32,11 +32,7 @@ from rest_rl.runlog import PLOTS, Run, read_run, unwritable_folder_error
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write report.md and its plots, and return the path of the page.
-
-    Args:
-        folders: run folders.
-        out: the folder to write to; by default that of a single run, or `report` for several.
+    """Write report.md and its plots into `out`, by default the folder of a single run, and return the page.
 
     Raises:
         UserError: a folder has no run, or its run has not finished a step.
@@ -74,8 +70,7 @@ def render_report(groups: Sequence[RunGroup], plots: dict[str, Path], base: Path
 def render_findings(runs: Sequence[Run]) -> str:
     lines = [
         f"- {f'{run.name}, ' if len(runs) > 1 else ''}{format_step_range(finding, run)}: **{finding.figure}.** "
-        "Likely cause: "
-        f"{finding.cause}. Remedy: {finding.remedy}."
+        f"Likely cause: {finding.cause}. Remedy: {finding.remedy}."
         for run in runs
         for finding in diagnose_run(run)
     ]

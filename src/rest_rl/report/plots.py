@@ -54,16 +54,14 @@ def draw_all(groups: Sequence[RunGroup], folder: Path) -> dict[str, Path]:
     drawn = {
         "Learning": draw_learning(groups, folder / "learning.png"),
         "Held-out slice during training": draw_evaluations(groups, folder / "evaluations.png"),
-        "Entropy by region": draw_group_panels(
-            groups, region_keys("entropy"), "entropy in nats", folder / "entropy.png"
-        ),
-        "Weight by region": draw_group_panels(
+        "Entropy by region": draw_panels(groups, region_keys("entropy"), "entropy in nats", folder / "entropy.png"),
+        "Weight by region": draw_panels(
             groups, region_keys("weight"), "gradient weight", folder / "weights.png", level=1.0
         ),
-        "Share of tokens by region": draw_group_panels(
+        "Share of tokens by region": draw_panels(
             groups, region_keys("share"), "share of tokens", folder / "shares.png"
         ),
-        "Parts of the reward": draw_group_panels(groups, REWARD_METRICS, "reward and shares", folder / "reward.png"),
+        "Parts of the reward": draw_panels(groups, REWARD_METRICS, "reward and shares", folder / "reward.png"),
     }
     return {title: path for title, path in drawn.items() if path}
 
@@ -110,7 +108,7 @@ def draw_evaluations(groups: Sequence[RunGroup], path: Path) -> Path | None:
     return save_figure(figure, path)
 
 
-def draw_group_panels(
+def draw_panels(
     groups: Sequence[RunGroup],
     keys: Mapping[str, tuple[str, str]],
     title: str,

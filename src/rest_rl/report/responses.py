@@ -105,12 +105,7 @@ class StringTable:
 
 
 def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
-    """Return the responses of all runs with the tables of texts that they refer to, and the columns of tokens.
-
-    Args:
-        runs: recorded runs, which share `limit` evenly.
-        limit: the approximate maximum number of responses.
-    """
+    """Return at most about `limit` responses with the tables of texts that they refer to, and the columns of tokens."""
     words, prompts, golds, columns = StringTable(), StringTable(), StringTable(), TokenColumns()
     packed: list[Row] = []
     for index, run in enumerate(runs):

@@ -226,7 +226,7 @@ def before_after_row(name: str, before: Mapping[str, Any] | None, after: Mapping
     # prompts, so the true error is smaller.
     before, after = before or {}, after or {}
     exact, s_acc, s_format = (
-        f"{format_percent(before.get(score))} → {format_percent(after.get(score))}" for score in SCORES
+        " → ".join(format_percent(side.get(score)) for side in (before, after)) for score in SCORES
     )
     gain = "–"
     if is_number(before.get("exact_match")) and is_number(after.get("exact_match")):

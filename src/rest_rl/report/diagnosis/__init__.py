@@ -21,11 +21,7 @@ class Diagnosis:
     """The diagnosis of a run while it trains; `findings` has the figures of the last row that showed each finding."""
 
     def __init__(self, table: Mapping[str, Any]) -> None:
-        """Start without rows.
-
-        Args:
-            table: the run's config.toml as read; settings that are missing have the trainer's defaults.
-        """
+        """Start without rows. `table` is the run's config.toml; missing settings have the trainer's defaults."""
         self._settings = DiagnosisSettings.from_table(table)
         self._history = History(SecondMoment(self._settings.beta2, self._settings.max_norm))
         self._found: dict[str, Finding] = {}
@@ -36,12 +32,7 @@ class Diagnosis:
         return list(self._found.values())
 
     def add(self, row: Mapping[str, Any], total: int = 0) -> list[Finding]:
-        """Add the metrics of one step and return the findings that are new.
-
-        Args:
-            row: a row of metrics.jsonl.
-            total: the number of steps of the run, if the configuration does not set it; 0 if unknown.
-        """
+        """Add one row of metrics.jsonl and return the new findings; the run has `total` steps unless the table says."""
         self._history.add(row)
         settings = self._settings.with_total_steps(total)
         new = []
@@ -66,10 +57,7 @@ def diagnose(
 ) -> list[Finding]:
     """Return all findings of a run, in the order in which they first appeared.
 
-    Args:
-        rows: the rows of metrics.jsonl, in step order.
-        evaluations: the rows of evaluations.jsonl, in step order.
-        table: the table of config.toml; without it all settings have the trainer's defaults.
+    `rows` are those of metrics.jsonl and `evaluations` those of evaluations.jsonl, both in step order.
     """
     rows, waiting = list(rows), list(evaluations)
     diagnosis = Diagnosis(table or {})

@@ -96,12 +96,7 @@ class SecondMoment:
     """Adam's average of squared gradient norms, up to a constant factor, and the step that contributes most to it."""
 
     def __init__(self, decay: float, max_norm: float) -> None:
-        """Start at zero.
-
-        Args:
-            decay: Adam's beta2.
-            max_norm: the norm to which gradients are clipped before Adam sees them; 0 if they are not.
-        """
+        """Start at zero. `decay` is Adam's beta2; norms are clipped to `max_norm` first, unless it is 0."""
         self.decay, self.max_norm = decay, max_norm
         self.step, self.norm = 0, 0.0
         self._total, self._peak = 0.0, 0.0
@@ -146,7 +141,6 @@ class History:
 
     @property
     def step(self) -> int:
-        """The step of the newest row."""
         return step_of(self.newest_row)
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -194,7 +188,6 @@ class History:
         return series.window_mean(end) if series and end else None
 
     def all_values(self, key: str) -> list[float]:
-        """Return all finite values of a metric so far."""
         return self._series[key].values if key in self._series else []
 
     def newest_values(self, key: str) -> list[float]:

@@ -124,10 +124,8 @@ class DiagnosisSettings:
 
     @property
     def truncation_remedy(self) -> str:
-        return (
-            "read the truncated responses: if they make sense, raise trl.max_completion_length, otherwise "
-            f"{self.lower_rate_remedy}"
-        )
+        longer = "if the truncated responses make sense, raise trl.max_completion_length"
+        return f"{longer}; otherwise {self.lower_rate_remedy}"
 
 
 def parse_readable_tables(table: Mapping[str, Any]) -> RunConfig:

@@ -57,17 +57,13 @@ class Symptom(NamedTuple):
 
 
 def not_finite(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    broken = [
-        key
-        for key in ("loss", "grad_norm")
-        if key in history.newest_row and not has_finite_square(history.newest_row[key])
-    ]
+    row = history.newest_row
+    broken = [key for key in ("loss", "grad_norm") if key in row and not has_finite_square(row[key])]
     if not broken or (settings.is_half_precision and history.step <= FP16_WARMUP_STEPS):
         return None
     return Symptom(
         f"NaN or infinite at step {history.step}: {' and '.join(broken)}",
-        "a numerical overflow: the updates are too large, float16 ran out of range, or the model's weights were broken "
-        "before",
+        "a numerical overflow: updates too large, float16 out of range, or model weights that were already broken",
         f"{settings.lower_rate_remedy}; use bf16 instead of fp16; do not trust the last checkpoint, which may already "
         "contain broken weights",
     )
@@ -78,8 +74,7 @@ def reward_not_finite(history: History, settings: DiagnosisSettings) -> Symptom 
         return None
     return Symptom(
         f"the mean reward of step {history.step} is NaN or infinite",
-        "a reward function returned NaN, which removes the gradient of its group, or infinity, which can remove that "
-        "of the whole batch",
+        "a reward function returned NaN or infinity, which removes the gradient of its group or of the whole batch",
         "make the reward function return finite values only, then train again from the start",
     )
 
@@ -89,10 +84,9 @@ def rows_out_of_order(history: History, settings: DiagnosisSettings) -> Symptom 
         return None
     before, step = history.repeated_steps[0]
     return Symptom(
-        f"metrics.jsonl has steps out of order: step {step} comes after step {before} (rows out of order: "
-        f"{len(history.repeated_steps)})",
-        "two processes trained in this folder at the same time, or the files of two runs were joined; the curves and "
-        "the model are a mixture of both",
+        f"rows of metrics.jsonl out of order: {len(history.repeated_steps)}; the first is step {step} after step "
+        f"{before}",
+        "two processes trained in this folder at once, or files of two runs were joined: curves and model are mixed",
         "discard this run and train it again in a separate folder",
     )
 
@@ -133,15 +127,12 @@ def format_falls(history: History, settings: DiagnosisSettings) -> Symptom | Non
         remedy = settings.truncation_remedy
     else:
         cause = "the updates are so large that the policy forgets the format, or the reward no longer pays for it"
-        remedy = (
-            f"{settings.lower_rate_remedy}; lower rest.reward.accuracy_share_end, so that format stays worth something"
-        )
+        remedy = f"{settings.lower_rate_remedy}; lower rest.reward.accuracy_share_end to keep rewarding the format"
     return Symptom(f"the share of well-formed responses fell {format_change(best, now)}", cause, remedy)
 
 
 def calls_fall(history: History, settings: DiagnosisSettings) -> Symptom | None:
-    # Fewer calls are no problem if accuracy rose: some prompts need none. If the format fell too, its finding covers
-    # this.
+    # Fewer calls are no problem if accuracy rose: some prompts need none. A falling format is a finding of its own.
     fall = history.find_fall("rest/call_rate", settings.most_groups_threshold)
     if not fall:
         return None
@@ -153,9 +144,8 @@ def calls_fall(history: History, settings: DiagnosisSettings) -> Symptom | None:
     return Symptom(
         f"the share of responses with a call fell {format_change(best, now)}{gained}",
         "a call loses more reward by format errors than it earns, or prompts that need no call outweigh those that do",
-        f"{settings.lower_rate_remedy}; raise rest.reward.accuracy_share_start; check the share of prompts "
-        "whose gold has no call "
-        "(rest-rl data check)",
+        f"{settings.lower_rate_remedy}; raise rest.reward.accuracy_share_start; check how many prompts "
+        "have no gold call (rest-rl data check)",
     )
 
 
@@ -184,8 +174,7 @@ def entropy_collapses(history: History, settings: DiagnosisSettings) -> Symptom 
 
 def sampler_disagrees(history: History, settings: DiagnosisSettings) -> Symptom | None:
     # For a token drawn from the policy p, the expected surprise -log p equals the entropy of p. Surprises minus
-    # entropies are therefore a martingale with mean 0, wherever a response ends; a drift means that the sampler is not
-    # p.
+    # entropies are therefore a martingale with mean 0, wherever a response ends; a drift means another sampler.
     excess, entropy = history.newest_window("rest/surprise/excess"), history.newest_window("entropy")
     errors, nats = history.newest_values("rest/surprise/error"), history.newest_values("rest/surprise/nats")
     if excess is None or entropy is None or entropy.value <= 0 or not errors or sum(nats) < MIN_WINDOW_NATS:
@@ -207,9 +196,9 @@ def sampler_disagrees(history: History, settings: DiagnosisSettings) -> Symptom 
         )
     cause = "the sampler uses other weights, another precision, or a modified distribution"
     remedy = (
-        "remove top_p, top_k and penalties from the model's generation_config.json; run vLLM in the trainer's dtype"
+        "remove top_p, top_k and penalties from generation_config.json; run vLLM in the trainer's dtype; no dropout"
     )
-    return Symptom(figure, cause, f"{remedy}; disable dropout")
+    return Symptom(figure, cause, remedy)
 
 
 def weight_at_its_clip(history: History, settings: DiagnosisSettings) -> Symptom | None:
@@ -223,12 +212,9 @@ def weight_at_its_clip(history: History, settings: DiagnosisSettings) -> Symptom
     strength = "" if settings.strength is None else f" (now {settings.strength:g})"
     widen = f"widen the range from rest.weights.w_min to rest.weights.w_max, or lower rest.weights.strength{strength}"
     if settings.is_shuffled:
-        return Symptom(
-            figure, "the rule `permuted` gave it the weight of another region, which lies outside this range", widen
-        )
-    pushed = [
-        push for region, name, _, _ in stuck if (push := explain_curriculum_push(history, settings, region, name))
-    ]
+        cause = "the rule `permuted` gave it the weight of another region, which lies outside this range"
+        return Symptom(figure, cause, widen)
+    pushed = [push for region, name, _, _ in stuck if (push := explain_push(history, settings, region, name))]
     if pushed:
         keys = dict.fromkeys(f"rest.weights.{CURRICULUM_FIELDS[region][0]}" for region, _ in pushed)
         moved = ", ".join(text for _, text in pushed)
@@ -245,10 +231,8 @@ def find_clipped_weights(history: History, settings: DiagnosisSettings) -> list[
     w_min, w_max = settings.weight_clip
     stuck = []
     for region in history.find_labels("rest/rule_weight/"):
-        weights, share = (
-            history.newest_values(f"rest/rule_weight/{region}"),
-            history.newest_window(f"rest/share/{region}"),
-        )
+        weights = history.newest_values(f"rest/rule_weight/{region}")
+        share = history.newest_window(f"rest/share/{region}")
         if not weights or share is None or share.value < MIN_REGION_SHARE or min(weights) <= 0:
             continue
         if max(weights) <= w_min:
@@ -258,9 +242,7 @@ def find_clipped_weights(history: History, settings: DiagnosisSettings) -> list[
     return stuck
 
 
-def explain_curriculum_push(
-    history: History, settings: DiagnosisSettings, region: str, end: str
-) -> tuple[str, str] | None:
+def explain_push(history: History, settings: DiagnosisSettings, region: str, end: str) -> tuple[str, str] | None:
     # The curriculum is the cause if it moves the weight towards this bound and the weight was inside the clip before.
     # Clipped weights hide what the entropy alone would give; the last unclipped row minus its shift shows it.
     series = history.current_series(f"rest/rule_weight/{region}")
@@ -271,11 +253,9 @@ def explain_curriculum_push(
     inside = [at for at, weight in enumerate(series.values) if w_min < weight < w_max]
     if not inside:
         return None
-    ruled = series.values[inside[-1]] - settings.curriculum_shift(region, series.steps[inside[-1]])
-    return (
-        region,
-        f"{region} by {shift:+.2f} so far (its entropy alone gave {ruled:.2f} at step {series.steps[inside[-1]]})",
-    )
+    step = series.steps[inside[-1]]
+    ruled = series.values[inside[-1]] - settings.curriculum_shift(region, step)
+    return region, f"{region} by {shift:+.2f} so far (its entropy alone gave {ruled:.2f} at step {step})"
 
 
 def gradient_spike(history: History, settings: DiagnosisSettings) -> Symptom | None:
@@ -336,11 +316,9 @@ def held_out_falls(history: History, settings: DiagnosisSettings) -> Symptom | N
 def format_alone(history: History, settings: DiagnosisSettings) -> Symptom | None:
     # Early in a run the format is meant to lead. It is a standstill once most groups are free of format errors and
     # S_acc, at its upper limit, gained less than half of what the format gained.
-    pairs = {
-        key: (history.first_window(key), history.newest_window(key))
-        for key in ("reward", "rest/format", "rest/accuracy")
-    }
-    (reward, paid), (rough, formed), (before, accuracy) = pairs.values()
+    reward, paid = history.first_window("reward"), history.newest_window("reward")
+    rough, formed = history.first_window("rest/format"), history.newest_window("rest/format")
+    before, accuracy = history.first_window("rest/accuracy"), history.newest_window("rest/accuracy")
     if not (reward and paid and rough and formed and before and accuracy):
         return None
     rose = paid.is_above(reward, history.threshold) and formed.is_above(rough, history.threshold)
@@ -353,8 +331,7 @@ def format_alone(history: History, settings: DiagnosisSettings) -> Symptom | Non
         f"the reward rose {reward.value:.3f} → {paid.value:.3f} only through the format ({format_percent(rough)} → "
         f"{format_percent(formed)}); S_acc changed by {100 * gain:+.1f} ± {100 * error:.1f} points "
         f"({format_steps(before)} → {format_steps(accuracy)})",
-        "the policy has learned the format, which therefore no longer separates its responses; accuracy has too small "
-        "a share of the reward",
+        "the format is learned and no longer separates responses; accuracy has too small a share of the reward",
         "raise rest.reward.accuracy_share_start; if S_acc is near 0, start with supervised fine-tuning (rest-rl sft)",
     )
 
@@ -369,10 +346,8 @@ def no_progress(history: History, settings: DiagnosisSettings) -> Symptom | None
         return None
     return Symptom(
         f"S_acc changed by {100 * gain:+.1f} ± {100 * error:.1f} points in {history.step} steps",
-        "the learning rate or the batch is too small, the reward does not separate good responses from bad ones, or "
-        "there is nothing left to learn",
-        "check the other findings and read the responses in the report; raise trl.learning_rate or the number of "
-        "responses per step",
+        "the learning rate or batch is too small, the reward does not rank responses, or nothing is left to learn",
+        "read the other findings and the recorded responses; raise trl.learning_rate or the responses per step",
     )
 
 
@@ -415,10 +390,7 @@ def explain_zero_variance(history: History, settings: DiagnosisSettings, zero_va
     if exact and solved >= zero_variance.value / 2:
         share = min(1.0, solved / zero_variance.value)
         return (
-            (
-                f"in at least {100 * share:.0f} % of these groups every response is right (exact match "
-                f"{format_percent(exact)})"
-            ),
+            f"in at least {100 * share:.0f} % of them every response is right (exact match {format_percent(exact)})",
             "little is left to learn here: use harder or more varied prompts, or stop training",
         )
     if well_formed and is_broken:
@@ -464,33 +436,21 @@ def explain_broken_format(history: History, settings: DiagnosisSettings, well_fo
     if was >= 0.5:
         forgotten = f"; in the best step {100 * was:.0f} % were well-formed, so the policy has forgotten the format"
         return cause + forgotten, settings.lower_rate_remedy
-    return (
-        cause,
-        "start with supervised fine-tuning (rest-rl sft); check that rest.format is how this model writes calls",
-    )
+    return cause, "start with supervised fine-tuning (rest-rl sft); check that rest.format fits this model"
 
 
 def explain_truncation(history: History, settings: DiagnosisSettings) -> tuple[str, str]:
     limit = settings.max_length
-    ended, least = (
-        history.newest_window("completions/mean_terminated_length"),
-        min(history.all_values("completions/clipped_ratio")),
-    )
+    ended = history.newest_window("completions/mean_terminated_length")
+    least = min(history.all_values("completions/clipped_ratio"))
     if least < settings.most_groups_threshold:
-        return (
-            (
-                f"the responses fitted before ({100 * least:.0f} % truncated in the best step); the policy has become "
-                "verbose or forgets to end"
-            ),
-            settings.truncation_remedy,
-        )
+        best = f"{100 * least:.0f} % truncated in the best step"
+        cause = f"the responses fitted before ({best}); the policy has become verbose or forgets to end"
+        return cause, settings.truncation_remedy
     if limit and ended and 0 < ended.value < ENDED_LENGTH_SHARE * limit:
         return (
             f"responses that end do so after {ended.value:.0f} tokens, so the others would not end at any limit",
-            (
-                "start with supervised fine-tuning (rest-rl sft), which teaches the model to end its turn; check that "
-                "the end-of-turn token is right"
-            ),
+            "start with supervised fine-tuning (rest-rl sft), which teaches the end; check the end-of-turn token",
         )
     return (
         "the limit is shorter than the responses need to be, and a truncated response violates the format",
