@@ -1,4 +1,4 @@
-"""Which checkpoint of a run folder is whole, so that a run can go on from it."""
+"""Find the newest complete checkpoint of a run folder, from which a run can resume."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from rest_rl.runlog import METRICS, RESPONSES, TIMING, RunLog, read_rows
 
 
 class Checkpoint(NamedTuple):
-    """Where a run can go on from; without a folder it is the beginning."""
+    """The point from which a run resumes; without a folder, its beginning."""
 
     step: int
     folder: Path | None = None
+    # The run has finished. TRL would train one step too many if it resumed from here.
     is_last: bool = False
-    """The run has finished its steps; the trainer would do one more if it was asked to go on from here."""
 
 
 def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[str]]:
-    """The newest whole checkpoint of a run folder and the names of newer broken ones.
+    """Return the newest complete checkpoint of a run folder and the names of newer incomplete ones.
 
-    A run killed before its first checkpoint goes on from the beginning. UserError if there should be one by now.
+    A run that was killed before its first checkpoint resumes from the beginning.
+
+    Raises:
+        UserError: the run is past its first `save_steps` steps, but no checkpoint is complete.
     """
     broken: list[str] = []
     for folder in sorted(log.checkpoints.glob("checkpoint-*"), key=checkpoint_step, reverse=True):
@@ -34,33 +37,30 @@ def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[st
         broken.append(folder.name)
     finished = count_finished_steps(log)
     if finished > save_steps:
-        found = f"broken: {', '.join(broken)}" if broken else "none there"
+        found = f"incomplete: {', '.join(broken)}" if broken else "the folder has none"
         raise UserError(
-            f"{log.checkpoints} without a whole checkpoint ({found}) after {finished} steps",
-            "one to go on from",
-            "restore it from a copy or start anew with another --out",
+            f"{log.checkpoints} has no complete checkpoint after {finished} steps ({found})",
+            remedy="restore one from a copy, or start a new run with another --out",
         )
     return Checkpoint(0), broken
 
 
+# The metrics can lag by `logging_steps`. A recorded response of step k proves that k - 1 steps are finished.
 def count_finished_steps(log: RunLog) -> int:
-    """The steps that a run has certainly finished; the metrics alone may lag by `logging_steps`."""
     logged = [row.get("step", 0) for name in (METRICS, TIMING) for row in read_rows(log.folder / name)]
     begun = [row.get("step", 1) - 1 for row in read_rows(log.folder / RESPONSES)]
     return max([*logged, *begun], default=0)
 
 
 def checkpoint_step(folder: Path) -> int:
-    """The step in a checkpoint's name, -1 if there is none."""
     number = folder.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
 
 
+# A killed process leaves a torn checkpoint: a file is missing or cut short. Every file is therefore opened:
+# safetensors compares its header with the file's length, and a zip archive (torch.save) has its directory at the end.
+# None unless all parts are there and the trainer's state belongs to the step in the folder's name.
 def read_complete_state(folder: Path) -> dict[str, Any] | None:
-    """The trainer's state in a checkpoint.
-
-    None unless every part is there, every file can be opened and the state belongs to its step.
-    """
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         for weights in folder.glob("*.safetensors"):
@@ -75,12 +75,10 @@ def read_complete_state(folder: Path) -> dict[str, Any] | None:
     return state if state.get("global_step") == checkpoint_step(folder) else None
 
 
+# transformers loads the files that it finds: without its file, the optimizer would silently start from zero. This
+# therefore requires weights, optimizer, learning rate schedule and random state, whole or sharded.
 def has_all_parts(folder: Path) -> bool:
-    """Whether a checkpoint holds weights, optimizer, schedule and random state, in whole or in shards.
-
-    The trainer loads what it finds: without its file an optimizer would silently start anew.
-    """
-    is_deepspeed = any(folder.glob("global_step*/*"))  # holds weights, optimizer and schedule; not looked into
+    is_deepspeed = any(folder.glob("global_step*/*"))  # weights, optimizer and schedule; not opened
     indices = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.safetensors.index.json")]
     shards = {shard for index in indices for shard in index["weight_map"].values()} if indices else set()
     if not all((folder / shard).is_file() for shard in shards):

@@ -1,4 +1,4 @@
-"""What trains a run: the protocol that the workflow of `train/run.py` drives, once for TRL and once for verl."""
+"""The protocol of a training engine: `train/run.py` drives TRL and verl through the same methods."""
 
 from __future__ import annotations
 
@@ -14,57 +14,55 @@ if TYPE_CHECKING:
 
 
 class StopPoint(NamedTuple):
-    """Where an engine stopped: the number of finished steps, and whether it was interrupted before the last one."""
+    """The number of finished steps when an engine returned, and whether it was interrupted before the last one."""
 
     step: int
     is_interrupted: bool = False
 
 
+# Called with the number of finished steps before that step is logged and saved; returns the evaluation that it made.
+# It must change neither the model nor the random state, or a resumed run would differ.
 AfterStep = Callable[[int], "Row | None"]
-"""Called with the number of finished steps, before that step is logged and saved; returns the evaluation it made.
-
-It changes neither model nor random state.
-"""
 
 
 class Engine(Protocol):
     """The workflow calls these methods in this order.
 
-    The constructor `(config, layout, observer)` and `prepare` raise a UserError for whatever a user can have got wrong;
-    the run folder is only made after them.
+    The constructor `(config, layout, observer)` and `prepare` find every mistake of the user and raise a UserError. The
+    run folder is created only after both have succeeded.
     """
 
     @property
     def max_response_tokens(self) -> int:
-        """Tokens of the longest response that training samples; 1 where it samples none."""
+        """Tokens of the longest response that training samples; 1 if training samples none."""
         ...
 
     def find_resume_point(self, log: RunLog) -> tuple[Checkpoint, list[str]]:
-        """The newest whole checkpoint of a run folder and the names of newer broken ones."""
+        """Return the newest complete checkpoint of a run folder and the names of newer incomplete ones."""
         ...
 
     def prepare(self, data: TrainingData, log: RunLog, checkpoint: Checkpoint) -> Checkpoint:
-        """Load and check everything; nothing is written to `log.folder`.
+        """Load and check everything; write nothing to `log.folder`.
 
-        Samples that the engine cannot train on are given to `data.reject`. Returns the checkpoint with `is_last` known.
+        Passes samples that the engine cannot train on to `data.reject`. Returns the checkpoint with `is_last` set.
         """
         ...
 
     def start(self, log: RunLog) -> None:
-        """The run folder is open, and cut back to the checkpoint: get ready to train."""
+        """Get ready to train; the run folder is open and has been truncated to the checkpoint."""
         ...
 
     def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> Mapping[str, Any] | None:
-        """Scores of the policy as it is now; None where the engine measures by itself or cannot measure in the run."""
+        """Return the scores of the current policy; None if the engine evaluates by itself or cannot evaluate here."""
         ...
 
     def run(self, after_step: AfterStep) -> StopPoint:
-        """Train from the checkpoint to the last step; return at once if the checkpoint is the last step's.
+        """Train from the checkpoint to the last step; return at once if the checkpoint is that of the last step.
 
-        An engine that measures by itself does not call `after_step`.
+        An engine that evaluates by itself does not call `after_step`.
         """
         ...
 
     def save_model(self) -> None:
-        """Put the trained model, or its adapter, and its tokenizer into `log.model`."""
+        """Save the trained model, or its adapter, and the tokenizer to `log.model`."""
         ...

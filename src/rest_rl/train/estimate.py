@@ -1,10 +1,10 @@
-"""What a run needs before it starts: memory of one process by part, work by step, and whether the device has room.
+"""Estimate a run before it starts: memory of one process by part, work per step, and whether the device has room.
 
-Three kinds of numbers, marked as such. *Exact*: what shapes and settings fix (weights, gradients, optimizer states, the
-cache of keys and values). *Bound*: activations, one generous line each for update and prompts, and a flat allowance.
-*Measured*: on a GPU, the peak memory of one forward and backward pass over the longest prompt with the longest
-response, which takes the place of the bound. Left out: images, fragmentation. Mixtures of experts count as if every
-expert were active, `paged_` optimizers as if they stayed on the device.
+Every figure names its kind. *Exact*: shapes and settings determine it (weights, gradients, optimizer states, KV cache).
+*Bound*: activations, one generous term each for update and prefill, and a flat allowance. *Measured*: on a GPU, the
+peak memory of a forward and backward pass over the longest prompt with the longest response replaces the bound.
+Not included: images and fragmentation. Mixtures of experts count as if every expert were active, `paged_` optimizers as
+if they stayed on the device.
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ from rest_rl.errors import UserError
 GIB = 2**30
 Sharding = Literal["none", "zero1", "zero2", "zero3", "fsdp"]
 Phase = Literal["always", "update", "generation"]
+# What is sharded over processes: from 1 optimizer states, from 2 gradients too, from 3 weights too (ZeRO's stages).
 SHARDING_LEVELS = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
-"""How much is cut up over processes: from 1 on optimizer states, from 2 on gradients, from 3 on weights."""
+# TRL's fused head (1.16) multiplies this many positions by this much of the vocabulary at a time.
 FUSED_HEAD_TILE = 4096, 32768
-"""TRL's fused head projects this many positions onto this much of the vocabulary at a time."""
+# Our allowance: a GPU's context and libraries, or what the libraries take on a CPU besides the loaded model.
 DEVICE_ALLOWANCE = {True: int(1.5 * GIB), False: GIB // 4}
-"""For a GPU's context and libraries, and for what the libraries take on a CPU besides what is loaded (ours)."""
+# Bytes of a 4-bit weight in bitsandbytes: half a byte, an 8-bit scale per 64 weights, a float32 per 256 scales.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a 4-bit weight of bitsandbytes: half a byte, a scale of 8 bits for 64, a float32 for 256 scales."""
+# Optimizer states per trained parameter, in bytes or as copies of the parameter. Other optimizers count as AdamW, 2
+# copies.
 OPTIMIZER_BYTES: dict[str, float] = {
     "adamw_torch_8bit": 2, "adamw_torch_4bit": 1, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2,
     "paged_adamw_32bit": 8, "ademamix": 12, "ademamix_8bit": 3, "paged_ademamix_8bit": 3, "lion_8bit": 1,
     "paged_lion_8bit": 1, "lion_32bit": 4, "paged_lion_32bit": 4, "rmsprop_bnb_8bit": 1,
 }  # fmt: skip
 OPTIMIZER_COPIES: dict[str, float] = {"sgd": 0, "adafactor": 0.01, "adagrad": 1, "rmsprop": 1}
-"""Optimizer states of a trained parameter, in bytes or as copies of it; others count as AdamW with two copies."""
 
 
 class Device(NamedTuple):
-    """What trains: its name and the bytes it has; of a machine that trains on its CPU, those that are available."""
+    """The device that trains: its name and memory in bytes; for a CPU the memory that is available now."""
 
     name: str
     bytes: int
@@ -56,7 +57,7 @@ class Device(NamedTuple):
 
 
 class ParameterCounts(NamedTuple):
-    """Numbers of parameters; `trained` are the adapter's if there is one; `linear` are what 4-bit loading shrinks."""
+    """Numbers of parameters: all, trained (with an adapter, only its own), and those that 4-bit loading shrinks."""
 
     base: int
     trained: int
@@ -64,20 +65,20 @@ class ParameterCounts(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """A run in numbers, over all processes; supervised prompts are counted with their responses."""
+    """A run in numbers over all processes; in supervised training a prompt includes its demonstration."""
 
     samples: int
-    median_tokens: int  # tokens, as are the next two
+    median_tokens: int  # of the prompts
     longest_tokens: int
     max_response: int
-    prompts: int  # in one batch of responses, as is the next
-    responses: int
+    prompts: int  # of one generation batch
+    responses: int  # of one generation batch
     per_step: int  # responses in one optimizer step
     steps: int
 
 
 class MemoryPart(NamedTuple):
-    """A part of the memory of one process: when it is held, its size, and how that is known."""
+    """One part of a process's memory: its name, when it is in use, its size, and where the figure comes from."""
 
     name: str
     phase: Phase
@@ -87,7 +88,7 @@ class MemoryPart(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory and work of a run; memory is that of one process, on the device that trains."""
+    """Memory and work of a run; memory is that of one process on its device."""
 
     size: ParameterCounts
     work: Workload
@@ -95,17 +96,17 @@ class Estimate:
     device: Device | None
 
     def phase_bytes(self, phase: Phase) -> int:
-        """What is held at the height of a phase, with what is always there."""
+        """Return the peak of a phase, including what is always in use."""
         return sum(part.bytes for part in self.parts if part.phase in ("always", phase))
 
     @property
     def total(self) -> int:
-        """The larger of the two phases' heights."""
+        """The larger peak of the two phases."""
         return max(self.phase_bytes("update"), self.phase_bytes("generation"))
 
     @property
     def fits(self) -> bool | None:
-        """Whether the device has room; None without a device."""
+        """Whether the device has enough memory; None without a device."""
         return None if self.device is None else self.total <= self.device.bytes
 
 
@@ -122,23 +123,23 @@ def estimate_resources(
     device: Device | None = None,
     measure: bool = False,
 ) -> Estimate:
-    """Estimate a run from `[model]`, `[data]` and `[eval]` and its trainer's configuration; loads no weights.
+    """Estimate a run from `[model]`, `[data]`, `[eval]` and its trainer's configuration; loads no weights.
 
     Args:
         config: the run.
         model_config: the model's transformers configuration.
-        args: a `ResTConfig` / `GRPOConfig`, or an `SFTConfig`.
+        args: a `ResTConfig`, `GRPOConfig` or `SFTConfig`.
         lora: the `peft.LoraConfig`, or None for full fine-tuning.
-        prompt_tokens: tokens of each training prompt, with an `SFTConfig` of prompt and demonstration together.
-        samples: the number of training prompts where `prompt_tokens` are of some of them only.
-        processes: by default as `args` says.
-        sharding: how processes share the model, by default as `args` and the launcher say.
-        device: what to compare with (`find_device(args)`), if anything.
-        measure: pass random weights through the GPU of this process, where the model is neither cut up nor 4-bit.
+        prompt_tokens: tokens of each training prompt; for an `SFTConfig`, of prompt and demonstration.
+        samples: the number of training prompts, if `prompt_tokens` covers only some of them.
+        processes: the number of processes; default: as `args` says.
+        sharding: how processes share the model; default: as `args` and the launcher say.
+        device: the device to compare with (`find_device(args)`), if any.
+        measure: run the model with random weights on this process's GPU; not for sharded or 4-bit models.
     """
     if not hasattr(text := model_config.get_text_config(), "num_attention_heads"):
-        expected = "an architecture with attention"
-        raise UserError(f"an estimate of {text.model_type}", expected, "try two steps: --set trl.max_steps=2")
+        remedy = "try two steps instead: --set trl.max_steps=2"
+        raise UserError(f"{text.model_type} cannot be estimated", "an architecture with attention", remedy)
     processes, sharding = processes or int(args.world_size), sharding or find_sharding(args)
     size = count_parameters(model_config, lora, trust_remote_code=config.model.trust_remote_code)
     work = count_work(args, prompt_tokens, processes, samples)
@@ -149,9 +150,9 @@ def estimate_resources(
 
 
 def find_device(args: Any) -> Device | None:
-    """The GPU of this process, or the memory of this machine where it trains on its CPU; None for another machine."""
+    """Return this process's GPU, or this machine's memory if it trains on the CPU; None for another machine's run."""
     if args.use_cpu and not getattr(args, "use_vllm", False):
-        limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+        limit = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
         text = limit.read_text().strip() if limit.exists() else ""
         available = psutil.virtual_memory().available
         size = min(available, int(text)) if text.isdigit() else available
@@ -163,7 +164,7 @@ def find_device(args: Any) -> Device | None:
 
 
 def find_sharding(args: Any) -> Sharding:
-    """How the trainer's configuration, or `accelerate launch` in the environment, cuts up the model."""
+    """Return how the trainer's configuration, or `accelerate launch` in the environment, shards the model."""
     if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
         return {1: "zero1", 2: "zero2", 3: "zero3"}.get(plugin.zero_stage, "none")  # pyright: ignore[reportReturnType]
     is_fsdp = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
@@ -171,7 +172,8 @@ def find_sharding(args: Any) -> Sharding:
 
 
 def count_parameters(model_config: Any, lora: Any = None, *, trust_remote_code: bool = False) -> ParameterCounts:
-    """Count on the model itself, built without storage: exact, tied weights once, adapters included."""
+    """Count the parameters of a model without allocating it: exact, tied weights once, adapters included."""
+    # Tensors on the meta device have shapes and no storage. peft changes the config that it is given, hence the copies.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config), trust_remote_code=trust_remote_code)
     head, base = model.get_output_embeddings(), sum(p.numel() for p in model.parameters())
@@ -181,7 +183,7 @@ def count_parameters(model_config: Any, lora: Any = None, *, trust_remote_code: 
 
 
 def add_lora(model: Any, lora: Any) -> Any:
-    """The model with its adapter, if there is one."""
+    """Return the model with its adapter, if there is one."""
     if lora is None:
         return model
     from peft import get_peft_model
@@ -189,18 +191,21 @@ def add_lora(model: Any, lora: Any) -> Any:
     return get_peft_model(model, copy.deepcopy(lora))
 
 
+# A GRPOConfig generates responses, an SFTConfig does not.
 def is_reinforcement(args: Any) -> bool:
-    """Whether responses are generated, that is, whether this is a GRPOConfig."""
     return hasattr(args, "num_generations")
 
 
 def count_work(args: Any, prompt_tokens: Sequence[int], processes: int = 1, samples: int | None = None) -> Workload:
-    """What the trainer's configuration (TRL's GRPOConfig or SFTConfig) makes of prompts of these lengths."""
+    """Return the workload of a trainer's configuration (TRL's GRPOConfig or SFTConfig) on prompts of these lengths."""
     samples, longest = samples or len(prompt_tokens), max(prompt_tokens, default=0)
     median = int(statistics.median(prompt_tokens or [0]))
     together = args.per_device_train_batch_size * processes
     per_step = together * args.gradient_accumulation_steps
     if is_reinforcement(args):
+        # TRL's units: a generation batch is steps_per_generation micro-batches, trained on num_iterations times; the
+        # sampler drops the last incomplete generation batch of an epoch, and gradient_accumulation_steps micro-batches
+        # are a step.
         responses = together * args.steps_per_generation
         prompts, response = responses // args.num_generations, args.max_completion_length
         micro_batches = samples // prompts * args.steps_per_generation * args.num_iterations
@@ -213,10 +218,9 @@ def count_work(args: Any, prompt_tokens: Sequence[int], processes: int = 1, samp
     return Workload(samples, median, longest, response, prompts, responses, per_step, steps)
 
 
+# Bytes per number of the model in one process, and the parts of memory that follow from them.
 @dataclass
 class _MemoryModel:
-    """The model in one process of the run: bytes of its numbers, and the parts of memory that follow."""
-
     config: RunConfig
     model_config: Any
     args: Any
@@ -229,47 +233,53 @@ class _MemoryModel:
 
     def __post_init__(self) -> None:
         args, text = self.args, self.model_config.get_text_config()
-        self.text, self.sharding_level, self.is_gpu = (
-            text,
-            SHARDING_LEVELS[self.sharding],
-            bool(self.device and self.device.is_gpu),
-        )
+        self.text, self.sharding_level = text, SHARDING_LEVELS[self.sharding]
+        self.is_gpu = bool(self.device and self.device.is_gpu)
         self.micro_batch = args.per_device_train_batch_size, self.work.longest_tokens + self.work.max_response
-        kept = "with checkpointing" if args.gradient_checkpointing else "no checkpointing"
-        self.shape = f"{self.micro_batch[0]} x {self.micro_batch[1]:,} tokens, longest prompt and response, {kept}"
+        checkpointing = "with checkpointing" if args.gradient_checkpointing else "without checkpointing"
+        self.shape = (
+            f"{self.micro_batch[0]} x {self.micro_batch[1]:,} tokens, longest prompt and response, {checkpointing}"
+        )
         loaded, self.is_mixed = 4 if self.config.weights_dtype == "float32" else 2, bool(args.bf16 or args.fp16)
-        # DeepSpeed trains in 16 bits and keeps 32-bit weights with the optimizer; accelerate makes FSDP's float32.
+        # DeepSpeed trains 16-bit weights and keeps float32 copies with the optimizer; accelerate trains float32 with
+        # FSDP.
         self.is_deepspeed = self.is_mixed and self.sharding.startswith("zero")
         is_fsdp = self.is_mixed and self.sharding == "fsdp"
-        self.trained = 4 if self.lora or is_fsdp else 2 if self.is_deepspeed else loaded
-        self.weight = loaded if self.lora else self.trained
-        self.compute = 2 if self.is_mixed else loaded  # bytes of a product's input
-        self.stream = 2 if self.is_mixed and self.sharding_level else loaded  # bytes of a value between layers
-        # Bounds of what autograd keeps of a layer: for each token (gated feed-forward layers), and for each pair of
-        # tokens (the mask of padded rows in the type of the products; the eager kind's scores). `mask` is kept once.
+        self.trained_bytes = 4 if self.lora or is_fsdp else 2 if self.is_deepspeed else loaded
+        self.weight_bytes = loaded if self.lora else self.trained_bytes
+        self.compute_bytes = 2 if self.is_mixed else loaded  # of an input of a matrix product
+        self.value_bytes = 2 if self.is_mixed and self.sharding_level else loaded  # of an activation between layers
+        # Upper bounds of what autograd stores of a layer: per token, counted generously for gated feed-forward layers;
+        # per pair of tokens, with eager attention, the scores of every head. The mask of padded rows, in the type of
+        # the products, is stored once per model; flash attention needs none.
         kind, heads = self.config.model.attn_implementation, text.num_attention_heads
-        self.layer = self.compute * (14 * text.hidden_size + 4 * heads * head_dim(text) + 4 * feed_forward_width(text))
-        self.mask, self.pair = (0, 0) if "flash" in kind else (1, self.compute)
-        self.pair += (2 * self.compute + 4) * heads if kind == "eager" else 0
+        self.layer_bytes = self.compute_bytes * (
+            14 * text.hidden_size + 4 * heads * head_dim(text) + 4 * feed_forward_width(text)
+        )
+        self.num_masks, self.pair_bytes = (0, 0) if "flash" in kind else (1, self.compute_bytes)
+        self.pair_bytes += (2 * self.compute_bytes + 4) * heads if kind == "eager" else 0
 
+    # Determined by the settings: weights, optimizer states, gradients, reference model, allowance.
     def states(self) -> list[MemoryPart]:
-        """What settings fix: weights, optimizer states, gradients, a reference model."""
         size = self.size
-        cut = [self.processes if self.sharding_level >= least else 1 for least in range(4)]
-        weights, how = size.base * self.weight, f"{size.base:,} parameters of {self.weight} bytes"
+        shards = [self.processes if self.sharding_level >= least else 1 for least in range(4)]
+        weights, how = size.base * self.weight_bytes, f"{size.base:,} parameters of {self.weight_bytes} bytes"
         if self.config.model.load_in_4bit:
-            weights = int(size.linear * NF4_BYTES) + (size.base - size.linear) * self.weight
+            weights = int(size.linear * NF4_BYTES) + (size.base - size.linear) * self.weight_bytes
             how = f"{size.linear:,} parameters of 4 bits with their scales, {size.base - size.linear:,} of 16"
-        weights = (weights + (4 * size.trained if self.lora else 0)) // cut[3]
+        weights = (weights + (4 * size.trained if self.lora else 0)) // shards[3]
         name = str(getattr(self.args.optim, "value", self.args.optim))
-        copies = OPTIMIZER_COPIES.get(name, 2) * (4 if self.is_deepspeed else self.trained)
+        copies = OPTIMIZER_COPIES.get(name, 2) * (4 if self.is_deepspeed else self.trained_bytes)
         each: float = OPTIMIZER_BYTES.get(name, copies) + 4 * self.is_deepspeed
-        states, of_each = int(size.trained * each / cut[1]), "bytes for each trained parameter"
+        states, of_each = int(size.trained * each / shards[1]), "bytes for each trained parameter"
         parts = [
             MemoryPart("weights", "always", weights, f"exact: {how}"),
             MemoryPart("optimizer states", "always", states, f"exact: {name}, {each:g} {of_each}"),
             MemoryPart(
-                "gradients", "update", size.trained * self.trained // cut[2], f"exact: {self.trained} {of_each}"
+                "gradients",
+                "update",
+                size.trained * self.trained_bytes // shards[2],
+                f"exact: {self.trained_bytes} {of_each}",
             ),
         ]
         if is_reinforcement(self.args) and self.args.beta and not self.lora:
@@ -278,42 +288,46 @@ class _MemoryModel:
             )
         if self.device:
             allowance = DEVICE_ALLOWANCE[self.is_gpu]
-            parts.append(MemoryPart("context", "always", allowance, "bound: a flat allowance for device and libraries"))
+            parts.append(
+                MemoryPart("context", "always", allowance, "bound: a flat allowance for the device and the libraries")
+            )
         return parts
 
+    # Peak of forward and backward pass beyond weights and gradients. Without checkpointing every layer's activations
+    # are stored; with it only every layer's input, and one layer at a time is recomputed. The backward pass of a layer
+    # takes half a layer more. Fixed terms: TRL's tile of logits, the gradient of the output head, and with sharding
+    # autocast's 16-bit copies of the weights. Cost: O(1).
     def activation_bound(self) -> MemoryPart:
-        """What forward and backward pass hold besides weights and gradients.
-
-        The inputs of all layers, and what is kept of all of them, or with checkpointing of one; half a layer more for
-        the backward pass. Then TRL's tile of the logits, the head's gradient, and autocast's 16-bit copies of weights.
-        """
         text, (rows, length) = self.text, self.micro_batch
-        held = 1 if self.args.gradient_checkpointing else text.num_hidden_layers
-        inputs = text.num_hidden_layers * text.hidden_size * self.stream
-        token = self.layer * (2 * held + 1) // 2 + inputs + 8 * text.hidden_size
-        # a buffer of one tile, and without a GPU's kernel eight more of the tile's logits in float32
+        stored = 1 if self.args.gradient_checkpointing else text.num_hidden_layers
+        inputs = text.num_hidden_layers * text.hidden_size * self.value_bytes
+        token = self.layer_bytes * (2 * stored + 1) // 2 + inputs + 8 * text.hidden_size
+        # One buffer of a tile; without the GPU kernel eight more float32 copies of its logits.
         positions, vocabulary = FUSED_HEAD_TILE
         tile = 4 * vocabulary + (0 if self.is_gpu else 32 * min(text.vocab_size, vocabulary))
         fixed = min(rows * length, positions) * tile + (0 if self.lora else 4 * text.vocab_size * text.hidden_size)
-        fixed += 2 * self.size.linear if self.stream > self.compute else 0
-        total = rows * (length * token + length**2 * (self.mask + self.pair * held)) + fixed
+        fixed += 2 * self.size.linear if self.value_bytes > self.compute_bytes else 0
+        total = rows * (length * token + length**2 * (self.num_masks + self.pair_bytes * stored)) + fixed
         return MemoryPart("activations", "update", total, f"bound: {self.shape}")
 
+    # If the pass runs out of memory, the device's whole memory counts, so that the verdict is "does not fit".
     def measure_activations(self) -> MemoryPart:
-        """Peak memory of a forward and backward pass besides weights and gradients, or all if it needs more."""
         device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            held, seconds = self.run_micro_step(device)
-            extra, how = torch.cuda.max_memory_allocated(device) - held, f"a forward and backward pass, {seconds:.2f} s"
+            resident, seconds = self.run_micro_step(device)
+            extra, how = (
+                torch.cuda.max_memory_allocated(device) - resident,
+                f"a forward and backward pass, {seconds:.2f} s",
+            )
         except torch.cuda.OutOfMemoryError:
             total = torch.cuda.get_device_properties(device).total_memory
             extra, how = total, "a forward and backward pass ran out of memory"
         torch.cuda.empty_cache()
         return MemoryPart("activations", "update", extra, f"measured: {how}; {self.shape}")
 
+    # Returns (bytes of weights and gradients, seconds) of one pass of random weights through the model with TRL's head.
     def run_micro_step(self, device: torch.device) -> tuple[int, float]:
-        """(bytes of weights and gradients, seconds) of one pass of the model with random weights through TRL's head."""
         args, dtype = self.args, getattr(torch, self.config.weights_dtype)
         with device:
             model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(self.model_config), dtype=dtype)
@@ -324,7 +338,7 @@ class _MemoryModel:
             model.enable_input_require_grads()
         ids_BT, begin = torch.zeros(self.micro_batch, dtype=torch.long, device=device), perf_counter()
         mask_BT = torch.ones_like(ids_BT)
-        mask_BT[0, 0] = 0  # prompts differ in length: without padding, attention would need no mask
+        mask_BT[0, 0] = 0  # a padded row, as prompts differ in length: without one, attention builds no mask
         with torch.autocast(device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=self.is_mixed):
             inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": ids_BT}
             loss = model(**inputs, fused_lm_head=True).loss
@@ -333,37 +347,41 @@ class _MemoryModel:
         tensors = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors), perf_counter() - begin
 
+    # Training and evaluation generate at different times, so the larger of the two counts. A vLLM in the same process
+    # reserves its share of the GPU, always or, with sleep mode, only while generating.
     def generation(self) -> list[MemoryPart]:
-        """The larger of what training's and what evaluation's responses take; a vLLM that never sleeps comes on top."""
         args, table, data = self.args, self.config.eval, self.config.data
-        always, in_turn = list[MemoryPart](), list[list[MemoryPart]]()
+        always, alternatives = list[MemoryPart](), list[list[MemoryPart]]()
         if is_reinforcement(args) and args.use_vllm and args.vllm_mode == "colocate" and self.device:
             share, sleeps = args.vllm_gpu_memory_utilization, args.vllm_enable_sleep_mode
             how = f"exact: vllm_gpu_memory_utilization {share:g}"
             vllm = MemoryPart("vLLM", "generation" if sleeps else "always", int(share * self.device.bytes), how)
-            always, in_turn = ([], [[vllm]]) if sleeps else ([vllm], [])
+            always, alternatives = ([], [[vllm]]) if sleeps else ([vllm], [])
         elif is_reinforcement(args) and not args.use_vllm:
-            in_turn.append(self.responses(self.work.responses // self.processes, self.work.max_response, "responses"))
+            together = self.work.responses // self.processes
+            alternatives.append(self.responses(together, self.work.max_response, "responses"))
         if table.prompts and self.sharding_level < 3 and (data.held_out or data.path == EMBEDDED):
             together = min(table.batch_size, table.prompts * table.samples_per_prompt)
             limit = table.max_new_tokens or self.config.max_response_tokens
-            in_turn.append(self.responses(together, limit, "evaluated responses"))
-        return always + max(in_turn, key=lambda parts: sum(part.bytes for part in parts), default=[])
+            alternatives.append(self.responses(together, limit, "held-out responses"))
+        return always + max(alternatives, key=lambda parts: sum(part.bytes for part in parts), default=[])
 
+    # The KV cache of responses to the longest prompts, and the prefill, one forward pass over all prompts.
     def responses(self, together: int, longest: int, what: str) -> list[MemoryPart]:
-        """What responses to the longest prompts take: their cache, and the pass over all prompts that fills it."""
         prompt, tokens = self.work.longest_tokens, self.work.longest_tokens + longest
-        value = (self.stream + self.compute) // 2  # autocast narrows values only
+        value = (self.value_bytes + self.compute_bytes) // 2  # autocast narrows the values but not the keys
         size, how = together * count_cache_bytes(self.text, tokens, value), f"{together} {what} at once"
-        begin = together * (prompt * self.layer // 2 + prompt**2 * (self.mask + self.pair))
+        begin = together * (prompt * self.layer_bytes // 2 + prompt**2 * (self.num_masks + self.pair_bytes))
         return [
-            MemoryPart("cache of keys and values", "generation", size, f"exact: {how}, {tokens:,} tokens each"),
-            MemoryPart("prompts", "generation", begin, f"bound: the first pass of {how}, {prompt:,} tokens each"),
+            MemoryPart("KV cache", "generation", size, f"exact: {how}, {tokens:,} tokens each"),
+            MemoryPart(
+                "prefill", "generation", begin, f"bound: one pass over the prompts of {how}, {prompt:,} tokens each"
+            ),
         ]
 
 
 def count_cache_bytes(text: Any, tokens: int, value_bytes: int) -> int:
-    """The cache of one sequence: a sliding window keeps its length, linear attention one state instead."""
+    """Return the KV cache size of one sequence; sliding windows have a fixed length, linear attention a fixed state."""
     kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     kept = {"sliding_attention": min(tokens, getattr(text, "sliding_window", None) or tokens), "linear_attention": 0}
@@ -374,60 +392,62 @@ def count_cache_bytes(text: Any, tokens: int, value_bytes: int) -> int:
     return values * value_bytes
 
 
+# Architectures name it differently; without a name it is 4 x hidden_size, as in the original Transformer.
 def feed_forward_width(text: Any) -> int:
-    """Width of a feed-forward layer, by any of its names; four times the model's by default."""
     names = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
     return next((size for name in names if (size := getattr(text, name, None))), 4 * text.hidden_size)
 
 
 def head_dim(text: Any) -> int:
-    """Width of an attention head."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def make_estimate_rows(estimate: Estimate) -> list[tuple[str, str, str]]:
-    """(quantity, value, how it is known) of every line, the verdict last."""
+    """Return (quantity, value, source) for every row of the table, the verdict last."""
     size, work = estimate.size, estimate.work
     tokens = work.per_step * (work.median_tokens + work.max_response)
     return [
-        ("parameters", f"{size.base:,}", "exact: counted on the model without storage, tied weights once"),
+        ("parameters", f"{size.base:,}", "exact: counted on the model, tied weights once"),
         ("trained", f"{size.trained:,}", f"exact: {size.trained / size.base:.2%} of them"),
         *((f"{name} ({phase})", format_bytes(number), how) for name, phase, number, how in estimate.parts),
-        ("memory of the update", format_bytes(estimate.phase_bytes("update")), "with what is always there"),
-        ("memory of generation", format_bytes(estimate.phase_bytes("generation")), "with what is always there"),
-        ("memory of one device", format_bytes(estimate.total), "the larger of the two"),
+        ("peak memory, update", format_bytes(estimate.phase_bytes("update")), "with the parts always in use"),
+        ("peak memory, generation", format_bytes(estimate.phase_bytes("generation")), "with the parts always in use"),
+        ("peak memory of one device", format_bytes(estimate.total), "the larger of the two"),
         (
             "prompt tokens",
             f"{work.median_tokens:,} / {work.longest_tokens:,}",
-            f"median and longest of {work.samples:,}",
+            f"median and longest of {work.samples:,} prompts",
         ),
-        ("responses at a time", f"{work.responses:,}", f"of {work.prompts:,} prompts; {work.per_step:,} in one step"),
-        ("tokens a step", f"{tokens:,}", "at most: median prompts, longest responses"),
+        ("responses per batch", f"{work.responses:,}", f"to {work.prompts:,} prompts; {work.per_step:,} in one step"),
+        ("tokens per step", f"{tokens:,}", "upper bound: median prompts, longest responses"),
         ("steps", f"{work.steps:,}", "optimizer steps of the run"),
         ("verdict", *judge_fit(estimate)),
     ]
 
 
 def judge_fit(estimate: Estimate) -> tuple[str, str]:
-    """In a word, and in a sentence with what to change."""
+    """Return the verdict in a word or two, and a sentence with what to change."""
     if not estimate.work.steps:
         work = estimate.work
-        few = f"{work.samples} prompts do not fill one batch of {work.prompts}: nothing would be trained"
+        few = f"{work.samples} prompts do not fill one batch of {work.prompts}, so nothing would be trained"
         return "no step", f"{few}; lower steps_per_generation or per_device_train_batch_size"
     if estimate.device is None:
-        return "no GPU", f"needs about {format_bytes(estimate.total)} of memory; no GPU here to compare with"
+        return (
+            "no GPU",
+            f"needs about {format_bytes(estimate.total)} of memory; this machine has no GPU to compare with",
+        )
     spare, where = (
         estimate.device.bytes - estimate.total,
         f"{estimate.device.name} ({format_bytes(estimate.device.bytes)})",
     )
     if spare >= 0:
         return "fits", f"fits {where} with {format_bytes(spare)} to spare"
-    changes = "train an adapter ([peft]), set trl.gradient_checkpointing, lower trl.per_device_train_batch_size"
+    changes = "train an adapter ([peft]), set trl.gradient_checkpointing, or lower trl.per_device_train_batch_size"
     if estimate.phase_bytes("generation") > estimate.phase_bytes("update"):
-        changes = "lower data.max_prompt_tokens, trl.steps_per_generation or eval.batch_size, set trl.use_vllm"
-    return "does not fit", f"does not fit {where} by {format_bytes(-spare)}; {changes}"
+        changes = "lower data.max_prompt_tokens, trl.steps_per_generation or eval.batch_size, or set trl.use_vllm"
+    return "does not fit", f"exceeds {where} by {format_bytes(-spare)}; {changes}"
 
 
 def format_bytes(size: float) -> str:
-    """Bytes for reading: GiB, or MiB for little."""
+    """Return bytes as text, in GiB or, below 0.1 GiB, in MiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""The model to train and its tokenizer, from a directory, the hub or the package itself; adapters for it."""
+"""Load the model to train, its tokenizer and its adapter, from a folder, the hub or the package itself."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from rest_rl.data.hub import has_hub
 from rest_rl.errors import RenamedWarning, UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+# Types of rotary embeddings whose `factor` extends the configured number of positions.
 SCALED_ROPE_TYPES = ("yarn", "linear", "dynamic")
-"""Rotary positions whose factor stretches what the configuration states."""
 
 
 def embedded_model_dir() -> Path:
-    """The directory of the warm-started model that the package ships."""
+    """Return the folder of the warm-started model that the package ships."""
     folder = Path(str(resources.files("rest_rl").joinpath("assets/tool_world")))
     if not (folder / "model.safetensors").is_file():
-        raise UserError(f"no model in {folder}", "the embedded one", "install the package again")
+        raise UserError(f"the embedded model is missing from {folder}", remedy="reinstall the package")
     return folder
 
 
 def silence_transformers() -> None:
-    """Leave the terminal to the command: no bars, hints and deprecation warnings of transformers."""
+    """Turn off the progress bars, hints and deprecation warnings of transformers."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -52,7 +52,7 @@ def silence_transformers() -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """As `silence_transformers`, for as long as a workflow runs."""
+    """Silence transformers in a `with` block or a decorated function."""
     shows_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     with warnings.catch_warnings():
         silence_transformers()
@@ -65,10 +65,13 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer), left padded; UserError if either cannot be read or the tokenizer has no chat template.
+    """Load a model and its tokenizer, which pads on the left.
 
-    An adapter's folder gives its base model with the adapter: to be trained on with `[peft]`, which must not differ
-    from it, and else merged in, in float32, for all weights to be trained.
+    The folder of an adapter gives its base model with the adapter on it. With `peft` (the run's `[peft]`) training
+    continues on that adapter; without it the adapter is merged in and all weights are trained.
+
+    Raises:
+        UserError: the model or its tokenizer cannot be read, or the tokenizer has no chat template.
     """
     tokenizer = load_policy_tokenizer(config)
     path, adapter = resolve_adapter(config)
@@ -79,7 +82,7 @@ def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tu
     if config.load_in_4bit:
         settings["quantization_config"] = four_bit_config()
     if adapter is not None and not peft:
-        settings["dtype"] = torch.float32  # a merge in 16 bits would round most of a small adapter away
+        settings["dtype"] = torch.float32  # merging in 16 bits would round away most of a small adapter
     with explain_load_errors("model", path):
         model = AutoModelForCausalLM.from_pretrained(path, **settings)
         if adapter is not None:
@@ -91,9 +94,12 @@ def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tu
 
 
 def load_policy_tokenizer(config: ModelTable) -> Any:
-    """The tokenizer of a policy: fast, left padded, with a chat template and an end of sequence, or a UserError.
+    """Return the tokenizer of a policy: fast, left-padded, with a chat template and an end-of-sequence token.
 
-    An adapter without a tokenizer of its own has its base model's.
+    An adapter without a tokenizer uses that of its base model.
+
+    Raises:
+        UserError: the tokenizer cannot be read, or lacks a chat template or an end-of-sequence token.
     """
     path = embedded_model_dir() if config.path == EMBEDDED else config.path
     if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
@@ -101,12 +107,14 @@ def load_policy_tokenizer(config: ModelTable) -> Any:
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(
-            f"{path}, whose tokenizer has no chat template",
-            "one that lays out tools and messages",
-            "put a chat_template.jinja beside its tokenizer.json",
+            f"the tokenizer of {path} has no chat template",
+            "one that renders messages and tools",
+            "put a chat_template.jinja next to its tokenizer.json",
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}, whose tokenizer has no end-of-sequence token", "one", "set eos_token in its config")
+        raise UserError(
+            f"the tokenizer of {path} has no end-of-sequence token", remedy="set eos_token in tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -114,37 +122,39 @@ def load_policy_tokenizer(config: ModelTable) -> Any:
 
 
 def load_policy_config(config: ModelTable) -> Any:
-    """The architecture of a policy, without its weights; UserError if it cannot be read."""
+    """Return the architecture of a policy without loading its weights; UserError if it cannot be read."""
     path, _ = resolve_adapter(config)
     with explain_load_errors("model", path):
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
 
 
 def context_length(config: Any, tokenizer: Any) -> int | None:
-    """How many tokens a model holds: its positions, or what its tokenizer says if that is less; None if unlimited.
+    """Return a model's context length in tokens, None if unlimited.
 
-    Positions that are stretched (YaRN, linear, dynamic) count stretched; other kinds are published so.
+    It is the smaller of the model's positions and its tokenizer's limit. Positions that YaRN, linear or dynamic scaling
+    extends count extended; models with other kinds of scaling publish the extended number.
     """
     text = config.get_text_config() if config else None
     positions, rope = (getattr(text, name, None) for name in ("max_position_embeddings", "rope_parameters"))
     if positions and rope and (factor := rope.get("factor")) and rope.get("rope_type") in SCALED_ROPE_TYPES:
         published = rope.get("original_max_position_embeddings") or positions
         positions = max(positions, int(factor * published))
-    stated = getattr(tokenizer, "model_max_length", None)  # 10**30 where nobody said
+    stated = getattr(tokenizer, "model_max_length", None)  # transformers writes 10**30 for no limit
     known = [number for number in (positions, stated) if isinstance(number, int) and 0 < number < 10**9]
     return min(known, default=None)
 
 
 def policy_context_length(config: ModelTable, tokenizer: Any) -> int | None:
-    """As `context_length`, of a policy; a tokenizer has no configuration, and a broken one fails when it is loaded."""
+    """Return the `context_length` of a policy; a folder with only a tokenizer has no model configuration."""
     try:
         return context_length(load_policy_config(config), tokenizer)
     except UserError:
+        # A broken configuration is reported when the model is loaded.
         return context_length(None, tokenizer)
 
 
 def load_generation_config(model: str | Path) -> Any:
-    """What a model's generation_config.json says, at which samplers stop too; None without the file."""
+    """Return an object with a model's generation_config, which has more stop tokens; None without the file."""
     try:
         return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(str(model)))
     except OSError:
@@ -152,23 +162,27 @@ def load_generation_config(model: str | Path) -> Any:
 
 
 def resolve_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
-    """(where the weights are, the adapter that goes with them or None), for a folder as for a hub name."""
+    """Return where the base weights are and the adapter on top of them, None for a whole model."""
     if config.path == EMBEDDED:
         return embedded_model_dir(), None
     recorded = read_adapter_config(config.path)
     if recorded is None:
         return config.path, None
-    require_peft(f"{config.path}, an adapter,")
+    require_peft(f"the adapter {config.path}")
     base = recorded.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(f"the adapter {config.path} without base_model_name_or_path", "it", "add it")
-    # The embedded model lies in the package, which may have moved since the adapter was trained.
+        raise UserError(
+            f"{ADAPTER_CONFIG} of {config.path} has no base_model_name_or_path",
+            "the folder or hub name of its base model",
+            "add it",
+        )
+    # The embedded model is part of the package, which may have moved since the adapter was trained.
     moved = Path(base).name == embedded_model_dir().name and not Path(base).exists()
     return (embedded_model_dir() if moved else base), config.path
 
 
+# The adapter_config.json of a folder or hub name; None for a whole model.
 def read_adapter_config(path: str) -> dict[str, Any] | None:
-    """The configuration of an adapter, None for a whole model."""
     file = str(Path(path) / ADAPTER_CONFIG) if Path(path).is_dir() else find_hub_adapter(path)
     if file is None or not Path(file).is_file():
         return None
@@ -177,32 +191,30 @@ def read_adapter_config(path: str) -> dict[str, Any] | None:
     return recorded if isinstance(recorded, dict) else {}
 
 
+# None also if the name does not exist: loading the model then reports what is wrong with it.
 @functools.cache
 def find_hub_adapter(name: str) -> str | None:
-    """The configuration file of an adapter on the hub; None for a whole model, or where there is no such name."""
     has_hub()
     try:
         return find_adapter_config_file(name)
-    except (OSError, ValueError):  # loading the model reports what is wrong with the name
+    except (OSError, ValueError):
         return None
 
 
 def find_hub_commit(name: str, *, is_adapter: bool = False) -> str | None:
-    """The commit that a name on the hub stands for here; None where there is no such name."""
+    """Return the commit that a hub name resolves to on this machine; None if there is no such name."""
     try:
         file = find_hub_adapter(name) if is_adapter else cached_file(name, "config.json")
-    except (OSError, ValueError):  # as above
+    except (OSError, ValueError):
         return None
     return extract_commit_hash(file, None)
 
 
 def four_bit_config() -> BitsAndBytesConfig:
-    """Weights in NF4, computed in bfloat16."""
     if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            "model.load_in_4bit = true",
-            "a CUDA device and the package bitsandbytes",
-            "pip install 'trl[peft,quantization]', or set load_in_4bit = false",
+            "model.load_in_4bit is true, but this machine lacks a CUDA device or the package bitsandbytes",
+            remedy="pip install 'trl[peft,quantization]', or set model.load_in_4bit = false",
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -213,28 +225,28 @@ def four_bit_config() -> BitsAndBytesConfig:
 
 
 def new_adapter_config(config: RunConfig) -> Any | None:
-    """The LoraConfig of the adapter that a run adds; None without `[peft]` and where the model brings its own.
+    """Return the LoraConfig of the adapter that a run adds; None without `[peft]` or if the model is an adapter.
 
-    UserError for a `[peft]` that differs from the adapter it is to go on with.
+    Raises:
+        UserError: `[peft]` differs from the adapter on which training would continue.
     """
-    asked = lora_config(config.peft)
-    recorded = None if config.model.path == EMBEDDED or asked is None else read_adapter_config(config.model.path)
+    requested = lora_config(config.peft)
+    recorded = None if config.model.path == EMBEDDED or requested is None else read_adapter_config(config.model.path)
     if recorded is None:
-        return asked
+        return requested
     differing = [name for name, value in config.peft.items() if recorded.get(name) != value]
     if differing:
         name = differing[0]
         raise UserError(
-            f"peft.{name} = {config.peft[name]!r} for the adapter {config.model.path}, whose own is "
-            f"{recorded.get(name)!r}",
-            "the same, because the run goes on with that adapter",
-            "change it, or leave [peft] out to merge the adapter and train all weights",
+            f"peft.{name} is {config.peft[name]!r}, but the adapter {config.model.path} has {recorded.get(name)!r}",
+            "the adapter's value, because training continues on that adapter",
+            "change it, or remove [peft] to merge the adapter and train all weights",
         )
     return None
 
 
 def lora_config(table: Mapping[str, Any]) -> Any | None:
-    """`[peft]` as peft's LoraConfig, None without it: rank 16, alpha twice the rank, all linear layers but the head."""
+    """Return `[peft]` as a LoraConfig, by default rank 16, alpha 2 x rank, all linear layers but the head."""
     if not table:
         return None
     require_peft("[peft]")
@@ -246,31 +258,31 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
             raise unknown_key_error(f"peft.{name}", name, fields)
     rank = table.get("r", 16)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise UserError(f"peft.r = {rank!r}", "a rank of at least 1", "change it")
+        raise UserError(f"peft.r is {rank!r}", "an integer of at least 1", "change it")
     given = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **table}
     try:
         return LoraConfig(**given)
     except (TypeError, ValueError) as error:
-        raise UserError(f"[peft] {dict(table)} ({error})", "fields of LoraConfig", "correct it") from error
+        raise UserError(f"peft rejects [peft] = {dict(table)} ({error})", remedy="correct it") from error
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """A fast tokenizer from a directory or the hub; a lone tokenizer.json will do. UserError if there is none."""
-    lone = Path(path) / "tokenizer.json"
+    """Load a fast tokenizer from a folder or the hub; tokenizer.json is enough. UserError if there is none."""
+    file = Path(path) / "tokenizer.json"
     if not Path(path).is_dir():
         has_hub()
     with explain_load_errors("tokenizer", path):
-        if lone.is_file() and not (lone.parent / "tokenizer_config.json").is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(lone))
+        if file.is_file() and not (file.parent / "tokenizer_config.json").is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(file))
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
-        raise UserError(f"{path}, a slow tokenizer", "a fast one", "save it with a tokenizer.json")
+        raise UserError(f"the tokenizer of {path} is slow", "a fast one", "save it with a tokenizer.json")
     return tokenizer
 
 
+# The loaders of transformers raise about a dozen types for a model that is missing or damaged.
 @contextmanager
 def explain_load_errors(what: str, path: str | Path) -> Iterator[None]:
-    """UserError for a model or tokenizer that does not load; the loaders raise a dozen types."""
     try:
         with quiet_transformers():
             yield
@@ -279,12 +291,12 @@ def explain_load_errors(what: str, path: str | Path) -> Iterator[None]:
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         raise UserError(
-            f"{what} {path} ({type(error).__name__}: {first_line:.200})",
-            "a directory with config.json, model.safetensors and tokenizer.json, or a hub name",
+            f"the {what} {path} cannot be loaded ({type(error).__name__}: {first_line:.200})",
+            "a folder with config.json, model.safetensors and tokenizer.json, or a hub name",
             "check the path",
         ) from error
 
 
 def require_peft(what: str) -> None:
     if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{what} without the package peft", "it", "pip install peft")
+        raise UserError(f"{what} requires the package peft, which is not installed", remedy="pip install peft")

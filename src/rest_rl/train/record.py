@@ -1,7 +1,7 @@
-"""What the run folder keeps of responses: text, score, and what the loss made of each token.
+"""Record responses for responses.jsonl: text, score, and the loss's values for each token.
 
-A response is scored before the loss sees it, so its row waits until the loss has weighed it. `RESPONSE_INDEX` numbers
-the responses of one batch of generations; TRL shuffles and cuts the batch, the number travels along.
+A response is scored before the loss is computed, so its row waits for the token values. `RESPONSE_INDEX` numbers the
+responses of one generation batch: TRL shuffles and splits the batch, and the number travels along.
 
 Shapes: B responses of a micro-batch, T completion tokens.
 """
@@ -23,26 +23,26 @@ from rest_rl.regions import decode_ids, token_char_lengths
 from rest_rl.runlog import Row
 from rest_rl.train.reward import compute_progress, get_stop_ids
 
+# Key of the response numbers in TRL's batch; TRL shuffles and splits every tensor of the batch by its first axis.
 RESPONSE_INDEX = "response_index"
-"""Name of the responses' numbers in a batch."""
+# Of weights, entropies, log-probabilities and advantages in responses.jsonl.
 DECIMALS = 4
-"""Of weights, entropies, log-probabilities and advantages as recorded."""
 
 
 @dataclass(frozen=True, eq=False)
 class WeightedBatch:
-    """One micro-batch as the loss saw it."""
+    """One micro-batch with the values that the loss used."""
 
     indices_B: Tensor
     regions_BT: Tensor
     weights_BT: Tensor
     entropies_BT: Tensor
     logps_BT: Tensor
+    # Before weighting.
     advantages_B: Tensor
-    """Before they are weighed."""
 
     def token_fields(self, row: int, length: int) -> Row:
-        """The recorded fields of one response of `length` tokens."""
+        """Return the recorded fields of one response of `length` tokens."""
         values = {"weights": self.weights_BT, "entropies": self.entropies_BT, "logps": self.logps_BT}
         return {
             "advantage": round(float(self.advantages_B[row]), DECIMALS),
@@ -52,22 +52,21 @@ class WeightedBatch:
 
 
 class ResponseRecord:
-    """Rows of one batch of responses, handed on together once the loss has seen them all."""
+    """The rows of one generation batch; `keep` receives the step they were generated in (from 1) and all of them."""
 
     def __init__(self, keep: Callable[[int, Sequence[Row]], None]) -> None:
-        """`keep` takes the step, counted from 1, that the responses were made in, and their rows."""
         self.keep = keep
         self._rows: list[Row] = []
         self._waiting: set[int] = set()
 
     def start_batch(self, rows: Iterable[Row]) -> None:
-        """Take a batch's rows in order of their places; what is left of the batch before is handed on as it is."""
+        """Take the rows of a new batch in the order of their numbers; hand over what is left of the previous batch."""
         self.flush()
         self._rows = list(rows)
         self._waiting = set(range(len(self._rows)))
 
     def add_token_fields(self, batch: WeightedBatch) -> None:
-        """Add what the loss made of the batch's tokens; a response that it sees again keeps the first."""
+        """Add the token values of a micro-batch; with num_iterations > 1 the first pass over a response counts."""
         for index, place in enumerate(batch.indices_B.tolist()):
             if place in self._waiting:
                 row = self._rows[place]
@@ -77,14 +76,14 @@ class ResponseRecord:
             self.flush()
 
     def flush(self) -> None:
-        """Hand on what there is."""
+        """Hand over the rows, complete or not."""
         rows, self._rows, self._waiting = self._rows, [], set()
         if rows:
             self.keep(rows[0]["step"], rows)
 
 
 class FlushAtEnd(TrainerCallback):
-    """Hands on the last batch's responses when training ends, where it ends before the loss has seen them all."""
+    """Hands over the rows of the last batch if training ends before the loss has seen all of its responses."""
 
     def __init__(self, record: ResponseRecord) -> None:
         self.record = record
@@ -102,7 +101,7 @@ def with_response_record(
     ends: Collection[int] | None = None,
     progress_steps: int = 0,
 ) -> Callable[..., list[float]]:
-    """The reward, which also begins a record of the first `limit` responses of every batch; `ends` as the reward's."""
+    """Wrap a reward function so that it also records the first `limit` responses of every batch."""
     ends = get_stop_ids(tokenizer) if ends is None else ends
 
     @functools.wraps(reward)  # TRL names its metrics after the function
@@ -129,7 +128,7 @@ def with_response_record(
 def make_response_row(
     ids: Sequence[int], gold: Any, reward: float, tokenizer: Any, tool_format: ToolFormat, ends: Collection[int]
 ) -> Row:
-    """The recorded fields of a response that are known before the loss has weighed it."""
+    """Return the recorded fields of a response that are known before the loss is computed."""
     return {
         "response": decode_ids(ids, tokenizer, tool_format.tags),
         "ids": list(ids),

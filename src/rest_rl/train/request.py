@@ -1,4 +1,4 @@
-"""Which run is asked for: a run file with changes, a resumed run, the embedded one; read and checked without torch."""
+"""Resolve which run is requested: a run file with overrides, a resumed run or the embedded run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ from rest_rl.report.tables import flatten
 from rest_rl.runlog import CHECKPOINTS, CONFIG, check_unlocked, existing_run_error
 
 RunSource = RunConfig | Mapping[str, Any] | str | Path | None
+# Values of `[trl]` that a run gets on a machine without an accelerator.
 MACHINE_DEFAULTS = {"use_cpu": True, "bf16": False}
-"""What a run fills in in `[trl]` where there is no accelerator."""
+# Keys of `[trl]` that a resumed run may raise.
 LENGTH_KEYS = ("max_steps", "num_train_epochs")
-"""Keys of `[trl]` that a resumed run may raise."""
+# Ranges of `[trl]` values that TRL and transformers accept although they make no sense, such as a learning rate of -1.
 VALUE_RANGES = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"), PositiveInt),
     **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation", "max_length"), PositiveInt),
@@ -50,51 +51,58 @@ VALUE_RANGES = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), Decay),
     **dict.fromkeys(("min_p", "top_p", "top_entropy_quantile", "label_smoothing_factor"), Fraction),
 }
-"""Fields whose other values mean nothing, though the trainer would take them."""
+# Source files of the libraries that declare the keys of a table as dataclass fields.
 CONFIG_SOURCES = {
     "trl": ("transformers/training_args.py", "trl/trainer/base_config.py", "trl/trainer/grpo_config.py",
             "trl/trainer/sft_config.py"),
     "peft": ("peft/config.py", "peft/tuners/lora/config.py"),
 }  # fmt: skip
-"""Where the libraries declare the keys of a table."""
+# transformers' default of `num_train_epochs`.
 DEFAULT_EPOCHS = 3.0
-"""The trainer's default of `num_train_epochs`."""
 
 
 def is_main_process() -> bool:
-    """Whether this is the process of a launch that writes; the only one without a launch."""
+    """Return whether this process writes files: the first one of a launch, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def resolve_run(
     run: RunSource, *, out: str | Path | None, resume: bool, overrides: Sequence[str], is_dry: bool = False
 ) -> RunConfig:
-    """The run that is asked for; with `resume` the one in the run folder, which `run` and `overrides` may repeat."""
-    if resume and run is None:  # overrides on their own are changes of the recorded run
+    """Return the requested run; with `resume` the recorded one, which `run` and `overrides` may repeat.
+
+    Raises:
+        UserError: a mistake in the run file or the overrides, or a run folder that is taken, locked or missing.
+    """
+    if resume and run is None:  # then the overrides apply to the recorded run
         folder = Path(read_run_source(None, overrides).run.out if out is None else out)
-        asked = with_out_dir(read_run_file(find_run_file(folder), overrides), folder)
+        requested = with_out_dir(read_run_file(find_run_file(folder), overrides), folder)
     else:
-        asked = read_run_source(run, overrides)
-        asked = asked if out is None else with_out_dir(asked, out)
-    check_names(asked)
+        requested = read_run_source(run, overrides)
+        requested = requested if out is None else with_out_dir(requested, out)
+    check_names(requested)
     if resume:
-        check_unlocked(Path(asked.run.out))
-        return resolve_resumed_run(asked)
+        check_unlocked(Path(requested.run.out))
+        return resolve_resumed_run(requested)
     if run is None and out is None and not is_dry:
-        asked = with_out_dir(asked, find_free_dir(asked.run.out))
-    elif (Path(asked.run.out) / CONFIG).exists() and is_main_process() and not is_dry:
-        raise existing_run_error(asked.run.out)
-    return with_model_dir(asked)
+        requested = with_out_dir(requested, find_free_dir(requested.run.out))
+    elif (Path(requested.run.out) / CONFIG).exists() and is_main_process() and not is_dry:
+        raise existing_run_error(requested.run.out)
+    return with_model_dir(requested)
 
 
+# `model.path` may be a run folder; its trained model is then the one to load.
 def with_model_dir(config: RunConfig) -> RunConfig:
-    """The run with the folder of its model, which a run folder may stand for; UserError if there is none."""
     path = resolve_origin(config.model.path, "model.path").path
     return replace(config, model=replace(config.model, path=path))
 
 
 def check_names(config: RunConfig, formats: Sequence[str] = ()) -> None:
-    """UserError for a preset, a rule or a format that there is not."""
+    """Check that a run's preset, rules, format and keys of `[trl]` and `[peft]` exist; the formats in `formats` too.
+
+    Raises:
+        UserError: one of them does not exist.
+    """
     if not config.rest.is_supervised:
         config.rest.resolve()
     for name in {config.rest.format, *formats} - {AUTO}:
@@ -108,11 +116,10 @@ def check_names(config: RunConfig, formats: Sequence[str] = ()) -> None:
         check_ranges({key: value for key, value in config.trl.items() if (key, value) != ("max_completion_length", 0)})
 
 
+# A misspelt key is reported before torch and TRL are imported, which is slow: the libraries' sources are parsed
+# instead. This accepts the keys of both trainers; the chosen trainer's configuration checks again.
+# Empty, which skips the check, if a source file is not where it is in transformers 5.23, TRL 1.16 and peft 0.21.
 def read_declared_keys(table: str) -> set[str]:
-    """What the libraries' sources declare as fields of a table, read without importing them; none if they cannot be.
-
-    More than one trainer takes: the trainer's own check comes later.
-    """
     keys: set[str] = set()
     for name in CONFIG_SOURCES[table]:
         spec = importlib.util.find_spec(name.partition("/")[0])
@@ -128,25 +135,24 @@ def read_declared_keys(table: str) -> set[str]:
 
 
 def check_ranges(table: Mapping[str, Any]) -> None:
-    """UserError for a value of `[trl]` that means nothing, though the trainer would take it."""
+    """Raise a UserError for values of `[trl]` that the trainer accepts although they make no sense."""
     for name, hint in VALUE_RANGES.items():
         if (value := table.get(name)) is not None:
             validate_value(value, hint, f"trl.{name}")
     steps = table.get("max_steps", -1)
     if isinstance(steps, int) and steps < 1 and steps != -1:
-        expected = "at least 1, or -1 for as many as trl.num_train_epochs takes"
+        expected = "at least 1, or -1 for the steps of trl.num_train_epochs"
         raise UserError(f"trl.max_steps is {steps}", expected, "change it")
 
 
 def find_run_file(folder: Path) -> Path:
-    """The run that a folder records; UserError if it holds none."""
     if not (folder / CONFIG).is_file():
-        raise UserError(f"--resume and {folder}, which holds no run", "a run folder", "pass its --out")
+        raise UserError(f"{folder} contains no run to resume", remedy="pass the run folder with --out")
     return folder / CONFIG
 
 
 def read_run_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
-    """A run from whatever describes it, with overrides."""
+    """Return the run that `run` describes, with the overrides applied."""
     if isinstance(run, RunConfig):
         return RunConfig.from_toml(run.to_toml(), overrides) if overrides else run
     if isinstance(run, Mapping):
@@ -155,23 +161,22 @@ def read_run_source(run: RunSource, overrides: Iterable[str]) -> RunConfig:
 
 
 def with_out_dir(config: RunConfig, out: str | Path) -> RunConfig:
-    """The same run in another folder."""
+    """Return the same run with another run folder."""
     return replace(config, run=replace(config.run, out=str(out)))
 
 
+# For runs without a chosen folder. The processes of one launch would race for the number, so a launch must name its
+# folder.
 def find_free_dir(out: str) -> str:
-    """`out`, or `out-2`, `out-3`, ... if it holds a run already; for runs whose folder nobody chose.
-
-    UserError in a launch of several processes: each would find another one.
-    """
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(f"{processes} processes without --out", "one folder for all", "pass --out DIR")
+        raise UserError(f"{processes} processes were launched without --out", "one folder for all", "pass --out DIR")
     names = chain([out], (f"{out}-{number}" for number in count(2)))
     return next(name for name in names if not (Path(name) / CONFIG).exists())
 
 
+# A resumed run must be the recorded one, or its metrics would mix two configurations. Only a greater length is allowed.
+# What `train` filled in when the run began (see below) does not count as a difference.
 def resolve_resumed_run(requested: RunConfig) -> RunConfig:
-    """The run recorded in the folder, made longer if that is what is asked for; UserError for any other change."""
     folder = Path(requested.run.out)
     recorded = with_out_dir(read_run_file(find_run_file(folder)), folder)
     changed = find_changed_keys(with_recorded_defaults(requested, recorded), recorded)
@@ -180,14 +185,15 @@ def resolve_resumed_run(requested: RunConfig) -> RunConfig:
     if not set(changed) <= {f"trl.{key}" for key in LENGTH_KEYS}:
         raise UserError(
             f"--resume with another {', '.join(changed)}",
-            "the run as it was recorded",
-            "leave RUN.toml and --set out to go on with it, or pass another --out to start the changed run",
+            "the recorded run",
+            "omit RUN.toml and --set to resume it, or pass another --out to start the changed run",
         )
     return lengthen_run(recorded, {key: requested.trl[key] for key in LENGTH_KEYS if key in requested.trl})
 
 
+# `train` records more than the user wrote: the model's folder, the detected format, the machine's defaults, the
+# response limit that a 0 stands for, and the progress length of a lengthened run. The request gets the same values.
 def with_recorded_defaults(requested: RunConfig, recorded: RunConfig) -> RunConfig:
-    """The run that is asked for, with what `train` records of it: model, format, machine, the length of progress."""
     requested = with_model_dir(requested) if Path(requested.model.path).expanduser().is_dir() else requested
     filled = {key: recorded.trl[key] for key in MACHINE_DEFAULTS if key in recorded.trl}
     given = {key: value for key, value in requested.trl.items() if (key, value) != ("max_completion_length", 0)}
@@ -200,19 +206,20 @@ def with_recorded_defaults(requested: RunConfig, recorded: RunConfig) -> RunConf
 
 
 def find_changed_keys(requested: RunConfig, recorded: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """What two runs differ in besides their folder, in order: (recorded, asked) by key, None where it is not set."""
+    """Return (recorded, requested) for every key in which two runs differ but the folder; None if it is not set."""
     new, old = (flatten(parse_toml(config.to_toml(), "the run")) for config in (requested, recorded))
     pairs = {key: (old.get(key), new.get(key)) for key in sorted({*new, *old} - {"run.out"})}
     return {key: (before, after) for key, (before, after) in pairs.items() if before != after}
 
 
+# Progress (nu) would jump back if its length grew with the run: the steps so far were weighted on the old schedule. It
+# therefore keeps the old length (`rest.progress_steps`) and the added steps all run at progress 1.
+# verl's learning rate schedule and progress span the whole run, so a run on verl cannot be lengthened.
 def lengthen_run(recorded: RunConfig, lengths: Mapping[str, Any]) -> RunConfig:
-    """The recorded run with more steps, all of them after its last one at progress 1; UserError if it is not longer."""
     if recorded.run.engine != "trl":
         raise UserError(
-            f"--resume with another length on the engine {recorded.run.engine}, whose schedules span the whole run",
-            "the run as it was recorded",
-            "start a run from its model: --model RUN --out another",
+            f"a run on {recorded.run.engine} cannot be lengthened, because its schedules span the whole run",
+            remedy="resume it unchanged, or train on from its model: --model RUN --out another",
         )
     total, steps = count_planned_steps(recorded), lengths.get("max_steps", -1)
     epochs, planned = (
@@ -223,8 +230,8 @@ def lengthen_run(recorded: RunConfig, lengths: Mapping[str, Any]) -> RunConfig:
     if not (steps > total if steps > 0 else recorded.trl.get("max_steps", -1) < 1 and epochs > planned):
         raise UserError(
             f"--resume with {', '.join(f'trl.{key} = {value}' for key, value in lengths.items())}",
-            f"more than the {total} steps of the run",
-            "raise it, or leave it out to go on with the run as it was recorded",
+            f"more than the run's {total} steps",
+            "raise it, or omit it to resume the recorded run",
         )
     rest = recorded.rest
     if not rest.is_supervised and not rest.progress_steps:
@@ -233,17 +240,16 @@ def lengthen_run(recorded: RunConfig, lengths: Mapping[str, Any]) -> RunConfig:
 
 
 def count_planned_steps(recorded: RunConfig) -> int:
-    """The steps of a recorded run; where they depend on the data, as its checkpoints say."""
     if (steps := recorded.trl.get("max_steps", -1)) > 0:
         return int(steps)
+    # With epochs the number of steps depends on the data; every checkpoint records it.
     folder, totals = Path(recorded.run.out) / CHECKPOINTS, []
     for path in folder.glob("checkpoint-*/trainer_state.json"):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # cut short by a kill
+        with suppress(OSError, ValueError, LookupError, TypeError):  # torn when the process was killed
             totals.append(int(json.loads(path.read_text(encoding="utf-8"))["max_steps"]))
     if not totals:
         raise UserError(
-            f"--resume with another length and no checkpoint in {folder}",
-            "a run that has begun",
-            "start the longer run with another --out",
+            f"the run cannot be lengthened, because {folder} has no checkpoint",
+            remedy="start the longer run with another --out",
         )
     return max(totals)

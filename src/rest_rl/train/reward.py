@@ -1,4 +1,4 @@
-"""The rule reward of a response, and the same as TRL calls it: sampled ids and a gold column in, numbers out."""
+"""Score a response with the preset's rule reward, on its own and as a reward function for TRL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rest_rl.rewards import RewardRule, apply_reward, judge, random_rewards, use
 
 
 class ResponseScore(NamedTuple):
-    """What a response is worth; all but `total` are in [0, 1] and independent of progress."""
+    """The score of one response; all fields but `total` are in [0, 1] and do not depend on progress."""
 
     total: float
     format: float
@@ -31,12 +31,12 @@ class ResponseScore(NamedTuple):
     call_rate: float
 
 
+# Metrics that are also logged separately for call turns and answer turns, with their field of `ResponseScore`.
 METRICS_BY_TURN = {"reward": "total", "accuracy": "accuracy", "exact_match": "exact_match"}
-"""Figures that are told apart by sort of turn, and their fields of `ResponseScore`."""
 
 
 def collect_by_turn(rows: Iterable[tuple[Turn, ResponseScore]]) -> dict[str, list[float]]:
-    """The values of rest/exact_match_calls, rest/exact_match_answers and so on, for the sorts of turns there are."""
+    """Return the values of rest/exact_match_calls, rest/exact_match_answers, ... for the kinds of turns that occur."""
     found: dict[str, list[float]] = {}
     for turn, scored in rows:
         for name, field in METRICS_BY_TURN.items():
@@ -45,15 +45,15 @@ def collect_by_turn(rows: Iterable[tuple[Turn, ResponseScore]]) -> dict[str, lis
 
 
 def get_stop_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
-    """The tokens that end a response: those of the model and its tokenizer, and padding, as some models write it."""
+    """Return the tokens that end a response: those of model and tokenizer, and padding, which some models emit."""
     ends = eos_token_ids(model, tokenizer)
     return frozenset(ends if tokenizer.pad_token_id is None else [*ends, tokenizer.pad_token_id])
 
 
 def compute_progress(state: Any, steps: int = 0) -> float:
-    """Training progress nu in [0, 1] of a `TrainerState`: 0 in the first optimizer step, 1 in the last.
+    """Return training progress nu in [0, 1] of a `TrainerState`: 0 in the first optimizer step, 1 in the last.
 
-    Or 1 in the last of the first `steps` and after them.
+    With `steps` > 0 progress reaches 1 in the last of the first `steps` steps and stays there.
     """
     return min(1.0, state.global_step / max(1, (steps or state.max_steps) - 1))
 
@@ -67,13 +67,20 @@ def make_tool_reward(
     ends: Collection[int] | None = None,
     progress_steps: int = 0,
 ) -> Callable[..., list[float]]:
-    """The preset's rule reward as a reward function for TRL, also for its stock trainers.
+    """Return the preset's rule reward as a reward function for TRL; it also works with TRL's stock trainers.
 
     It reads the sampled ids, not the text that TRL decodes without special tokens, and the dataset column `gold`: a
-    JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}. `steps_per_batch` are the optimizer steps
-    that learn from one batch of responses: the published schedule of `authors-code` counts batches. `seed` is that of
-    the run, for rewards that are `random`. A response that ends with none of `ends` (by default `get_stop_ids` of the
-    tokenizer) was cut off. `progress_steps` are the steps that progress takes, 0 for all.
+    JSON string or a mapping {"calls": [{"name", "arguments"}], "answer"}.
+
+    Args:
+        tokenizer: the policy's tokenizer.
+        tool_format: how the model writes tool calls.
+        preset: the method whose reward to use.
+        steps_per_batch: optimizer steps that train on one generation batch; the published schedule of `authors-code`
+            counts batches.
+        seed: the run's seed, for random rewards.
+        ends: the stop tokens; a response that ends with none of them counts as truncated. Default: `get_stop_ids`.
+        progress_steps: the steps in which progress goes from 0 to 1; 0 for all steps of the run.
     """
     chosen_format, reward = get_format(tool_format), get_preset(preset).reward
     ends = get_stop_ids(tokenizer) if ends is None else ends
@@ -100,7 +107,7 @@ def make_tool_reward(
             for name in ResponseScore._fields[1:]:
                 log_metric(f"rest/{name}", sum(getattr(row, name) for row in rows) / len(rows))
             for name, values in collect_by_turn(zip((target.turn for target in golds), rows, strict=True)).items():
-                for value in values:  # one by one: processes have different numbers of them, and TRL takes the mean
+                for value in values:  # not their mean: TRL averages over processes, which have different counts
                     log_metric(name, value)
         if uses_random_rewards(reward):
             return random_rewards(len(rows), seed, step, first=_process_rank() * len(rows))
@@ -110,14 +117,13 @@ def make_tool_reward(
 
 
 def with_sample_id(error: UserError, name: Any) -> UserError:
-    """The error with the sample that it arose at, if that is known."""
     return error if name is None else UserError(f"{error.problem} (sample {name!r})", error.expected, error.remedy)
 
 
 def refuse_non_finite(reward: Callable[..., Any]) -> Callable[..., Any]:
-    """A reward function for TRL, or the same that refuses inf and NaN, at which no group would have a gradient.
+    """Wrap a reward function for TRL so that inf and NaN raise a UserError: the group's advantages would be NaN.
 
-    None, which is TRL's word for no reward, is left to it.
+    None, TRL's value for "no reward", passes through.
     """
     if not callable(reward) or isinstance(reward, torch.nn.Module):
         return reward
@@ -125,8 +131,8 @@ def refuse_non_finite(reward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(values: Any, columns: Mapping[str, Any]) -> Any:
         for at, value in enumerate(values):
             if value is not None and not math.isfinite(value):
-                got = f"{float(value)} from the reward function {display_name(reward)}"
-                error = UserError(got, "finite numbers, or None for no reward", "guard the function against it")
+                problem = f"the reward function {display_name(reward)} returned {float(value)}"
+                error = UserError(problem, "a finite number, or None for no reward", "guard against it")
                 raise with_sample_id(error, columns["id"][at] if "id" in columns else None)
         return values
 
@@ -152,7 +158,7 @@ def _process_rank() -> int:
 def score_response(
     text: str, gold: Gold, tool_format: ToolFormat, reward: RewardRule, progress: float, batch: int, *, truncated: bool
 ) -> ResponseScore:
-    """Score one response; `batch` is the number of its batch of responses, counted from 1."""
+    """Score one response; `batch` is the number of its generation batch, from 1."""
     judgement = judge(text, gold, tool_format, truncated=truncated)
     total = apply_reward(reward, judgement, progress, batch).total
     exact, called = float(judgement.exact_match), float(judgement.parsed.attempted_call)
@@ -160,10 +166,10 @@ def score_response(
 
 
 def parse_gold(value: Any) -> Gold:
-    """Gold as a dataset holds it: JSON text, or the object itself. ValueError for anything else."""
+    """Parse the `gold` of a dataset row: JSON text, or the object itself; UserError for anything else."""
     try:
         return gold_from_json(json.loads(value) if isinstance(value, str) else value)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"gold {value!r} ({error})", "JSON", "build the dataset with build_training_dataset(samples, tokenizer)"
+            f"gold is {value!r} ({error})", "JSON", "build the dataset with build_training_dataset(samples, tokenizer)"
         ) from None

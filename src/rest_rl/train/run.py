@@ -1,4 +1,4 @@
-"""The workflow of a training run, the same for every engine: check, open the folder, measure, train, keep, measure."""
+"""The workflow of a training run for every engine: check, open the run folder, evaluate, train, save, evaluate."""
 
 from __future__ import annotations
 
@@ -52,32 +52,32 @@ from rest_rl.train.request import RunSource, find_changed_keys, is_main_process,
 from rest_rl.train.trl.settings import find_unread_keys, with_machine_defaults
 from rest_rl.train.weighing import try_weight_rule
 
+# An estimate counts the tokens of at most this many prompts.
 MAX_COUNTED_PROMPTS = 2000
-"""Samples whose tokens an estimate counts."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that has ended; everything else is in its folder (`runlog.read_run`)."""
+    """A run that has ended; its folder contains everything else (`runlog.read_run`)."""
 
     folder: Path
     config: RunConfig
     steps: int
     """Finished optimizer steps."""
     is_interrupted: bool
-    """Whether it was stopped before its last step; `train(..., resume=True)` goes on."""
+    """Whether it was stopped before its last step; `train(..., resume=True)` continues it."""
     model: Path | None
-    """Where the trained model, or its adapter, and its tokenizer lie."""
+    """The folder of the trained model, or its adapter, and its tokenizer."""
     before: Row | None
-    """Scores on held-out prompts before training, as in summary.json; None without held-out prompts."""
+    """Scores on the held-out prompts before training, as in summary.json; None without held-out prompts."""
     after: Row | None
     findings: tuple[Finding, ...]
-    """What the diagnosis found in the metrics."""
+    """Problems that the diagnosis found in the metrics."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run that has been checked as far as is possible without loading its model."""
+    """A run after every check that does not load its model."""
 
     config: RunConfig
     layout: PromptLayout
@@ -94,23 +94,28 @@ def train(
     overrides: Sequence[str] = (),
     observer: Observer = SILENT,
 ) -> RunResult:
-    """Train a model and measure it on held-out prompts before and after; everything lands in the run folder.
+    """Train a model and evaluate it on held-out prompts before and after; all results go to the run folder.
 
     Args:
-        run: the run as a RunConfig, its tables, or the path of a TOML file; by default the embedded run, or one for
-            your own model if `overrides` name a model or data set.
+        run: the run as a RunConfig, its tables, or the path of a TOML file. Default: the embedded run, or one for your
+            own model if `overrides` name a model or data set.
         out: the run folder, instead of `run.out`.
-        resume: go on with the run in that folder; `run` may then be left out and must not differ from it.
+        resume: continue the run in that folder; `run` may then be omitted and must not differ from the recorded run.
         overrides: changes such as "trl.max_steps=10".
-        observer: told of progress; by default nothing is shown.
+        observer: receives progress; by default nothing is shown.
+
+    Returns:
+        The finished or interrupted run.
 
     Raises:
-        UserError: a mistake in the run, its data or its model; found before the run folder is made where possible.
+        UserError: a mistake in the run, its data or its model. Most are found before the run folder is created.
     """
     is_first = is_main_process()
     observer = observer if is_first else SILENT
     config = resolve_run(run, out=out, resume=resume, overrides=overrides)
     folder = Path(config.run.out)
+    # The order protects the run folder. A resumed run takes the folder's lock first, so that nothing it reads can
+    # change. A new run creates the folder only when model and data have loaded: a failed start leaves nothing behind.
     with ExitStack() as stack:
         if resume:
             stack.enter_context(lock_run_folder(folder, observer, enabled=is_first))
@@ -127,10 +132,11 @@ def train(
 
 
 def execute(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observer) -> RunResult:
-    """Measure, train, keep and measure a run whose folder is open."""
     config, engine, data, folder = plan.config, plan.engine, plan.data, log.folder
-    what = f"preset {config.rest.preset}, {len(data.prepared)} prompts, {len(data.held_out)} held out"
-    observer.say(f"run folder {folder}, {what}")
+    details = (
+        f"preset {config.rest.preset}, {len(data.prepared)} training prompts, {len(data.held_out)} held-out prompts"
+    )
+    observer.say(f"run folder {folder}: {details}")
     record_data(data, log, observer)
     engine.start(log)
     held_out = HeldOutEvaluator(engine, data.held_out, plan, log, observer)
@@ -138,7 +144,7 @@ def execute(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observ
         held_out.measure("before")
     reached = engine.run(held_out.after_step)
     if reached.is_interrupted:
-        observer.say(f"stopped after step {reached.step}; go on with: rest-rl train --resume --out {folder}")
+        observer.say(f"stopped after step {reached.step}; to continue: rest-rl train --resume --out {folder}")
     else:
         engine.save_model()
         log.update_summary(steps=reached.step, preset=config.rest.preset, seed=config.run.seed)
@@ -146,7 +152,10 @@ def execute(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observ
         if log.enabled:
             write_plots(log, observer)
     summary, table = log.read_summary(), parse_toml(config.to_toml(), "the run")
-    metrics, evaluations = read_rows(folder / METRICS), read_rows(folder / EVALUATIONS)  # none on another machine
+    metrics, evaluations = (
+        read_rows(folder / METRICS),
+        read_rows(folder / EVALUATIONS),
+    )  # empty on the other machines of a launch
     return RunResult(
         folder=folder,
         config=config,
@@ -159,14 +168,16 @@ def execute(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observ
     )
 
 
+# A resumed run must equal an uninterrupted one bit for bit. Data, checkpoint and model are checked first; only then are
+# the folder's logs truncated to the checkpoint's step, so that a failed resume loses nothing. Steps after the
+# checkpoint are trained again from its random state and produce the same rows.
 def resume_run_folder(folder: Path, plan: RunPlan, observer: Observer, *, enabled: bool) -> tuple[RunLog, Checkpoint]:
-    """A run folder cut back to its newest whole checkpoint, once the engine is ready to go on from there."""
     log = RunLog(folder)
     check_same_data(plan.data, log)
     checkpoint, broken = plan.engine.find_resume_point(log)
     checkpoint = plan.engine.prepare(plan.data, log, checkpoint)
     if broken:
-        observer.say(f"{', '.join(broken)} is not whole and is left aside")
+        observer.say(f"ignoring {', '.join(broken)}: incomplete")
     observer.say(f"resuming after step {checkpoint.step}")
     changed = find_changed_keys(plan.config, with_out_dir(read_run_file(folder / CONFIG), folder))
     log = RunLog.resume(folder, checkpoint.step, is_last=checkpoint.is_last, enabled=enabled)
@@ -177,7 +188,7 @@ def resume_run_folder(folder: Path, plan: RunPlan, observer: Observer, *, enable
 
 
 def silence_libraries() -> None:
-    """Leave the terminal to the caller: no progress bars, hints and deprecation warnings of the libraries."""
+    """Turn off the progress bars, hints and deprecation warnings of transformers and datasets."""
     silence_transformers()
     disable_progress_bars()
 
@@ -193,15 +204,14 @@ def make_plan(
 ) -> RunPlan:
     """Read and check a run and its data; loads the tokenizer, writes nothing.
 
-    A dry plan is of a run that will not begin: where nobody has named a folder it does not look for a free one.
+    With `is_dry` the run will not start: no free folder is looked for and vLLM need not be installed.
     """
     config = resolve_run(run, out=out, resume=resume, overrides=overrides, is_dry=is_dry)
     return plan_run(config, observer, is_new=not resume, is_dry=is_dry)
 
 
 def plan_run(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: bool = False) -> RunPlan:
-    """The plan of a run, a new one with what this machine lacks filled in."""
-    if is_new and config.run.engine == "trl":  # verl trains elsewhere
+    if is_new and config.run.engine == "trl":  # verl trains on other machines
         config = with_machine_defaults(config)
     config, layout = resolve_layout(config, observer)
     rule = None if config.rest.is_supervised else config.rest.resolve().weights
@@ -215,7 +225,7 @@ def plan_run(config: RunConfig, observer: Observer, *, is_new: bool, is_dry: boo
 
 
 def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer, *, is_dry: bool = False) -> Engine:
-    """The engine that `run.engine` names; UserError for settings that it refuses."""
+    """Return the engine that `run.engine` names; UserError for settings that it rejects."""
     if config.run.engine == "verl":
         from rest_rl.train.verl.engine import VerlEngine
 
@@ -223,7 +233,7 @@ def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer, *, 
     from rest_rl.train.trl.engine import TrlEngine
 
     if unread := find_unread_keys(config):
-        observer.say(f"preset {config.rest.preset} does not read trl.{', trl.'.join(unread)}")
+        observer.say(f"preset {config.rest.preset} ignores trl.{', trl.'.join(unread)}")
     return TrlEngine(config, layout, observer, is_dry=is_dry)
 
 
@@ -234,18 +244,20 @@ def estimate_run(
     overrides: Sequence[str] = (),
     observer: Observer = SILENT,
 ) -> Estimate:
-    """What `train` with these arguments would need in memory and do; writes nothing and loads no weights.
+    """Estimate the memory and work of `train` with these arguments; writes nothing and loads no weights.
 
-    Where there is a GPU, one forward and backward pass of random weights is measured on it.
+    On a GPU it measures one forward and backward pass of the model with random weights.
     """
     plan = make_plan(run, out=out, overrides=overrides, observer=observer, is_dry=True)
     if plan.config.run.engine != "trl":
-        raise UserError("--dry-run with the engine verl", "--print-config", "for memory see docs/cluster.md")
+        raise UserError(
+            "--dry-run does not support verl", remedy="use --print-config; docs/cluster.md has notes on memory"
+        )
     return estimate_plan(plan, measure=True)
 
 
 def estimate_plan(plan: RunPlan, *, measure: bool = False) -> Estimate:
-    """What a plan for TRL needs; with `measure` a GPU that is here is asked."""
+    """Estimate a plan for TRL; with `measure` run a pass on this machine's GPU."""
     engine: Any = plan.engine
     return estimate_resources(
         plan.config,
@@ -259,18 +271,18 @@ def estimate_plan(plan: RunPlan, *, measure: bool = False) -> Estimate:
     )
 
 
+# The estimate is an upper bound, so a run that seems too large gets a warning and starts.
 def warn_about_memory(plan: RunPlan, observer: Observer) -> None:
-    """Say so if the run will hardly fit; it is not refused, because the estimate is a bound."""
     try:
-        word, text = judge_fit(estimate_plan(plan))
-    except Exception:  # somebody else's architecture may not let itself be counted, and an estimate stops no run
+        verdict, text = judge_fit(estimate_plan(plan))
+    except Exception:  # remote code may not build on the meta device; a failed estimate must not stop the run
         return
-    if word == "does not fit":
-        observer.say(f"warning: the run needs more memory than there is, by its estimate: {text}")
+    if verdict == "does not fit":
+        observer.say(f"warning: the run may run out of memory: {text}")
 
 
 def resolve_layout(config: RunConfig, observer: Observer) -> tuple[RunConfig, PromptLayout]:
-    """The run with its format resolved, and how prompts are laid out."""
+    """Return the run with its format resolved, and the layout that renders its prompts."""
     tokenizer, variables = load_policy_tokenizer(config.model), config.model.chat_template_kwargs
     name, why = resolve_format(config.rest.format, tokenizer, variables, keeps_prompts=config.data.keep_prompts)
     observer.say(f"format {name}: {why}")
@@ -280,28 +292,25 @@ def resolve_layout(config: RunConfig, observer: Observer) -> tuple[RunConfig, Pr
 
 
 def check_same_data(data: TrainingData, log: RunLog) -> None:
-    """UserError if a resumed run would go on with other samples than it began with."""
     recorded = log.read_summary().get("data", {})
     if recorded.get("digest", data.digest) != data.digest:
         raise UserError(
-            f"--resume with other training data than the run in {log.folder} began with (then "
-            f"{recorded.get('samples')} samples, now {len(data.prepared)})",
-            "the same",
-            "restore the file, or start anew with another --out",
+            f"the training data has changed since the run in {log.folder} started "
+            f"({recorded.get('samples')} samples then, {len(data.prepared)} now)",
+            remedy="restore the file, or start a new run with another --out",
         )
 
 
 def record_data(data: TrainingData, log: RunLog, observer: Observer) -> None:
-    """What training was given and what not, in the run folder."""
     if refused := [row for row in data.rejected if "sample" in row]:
         first = shorten(f"{refused[0]['sample']}: {refused[0]['reason']}", 250, placeholder=" ...")
-        observer.say(f"{len(refused)} of these samples cannot be laid out and are left out; the first, {first}")
+        observer.say(f"{len(refused)} of these samples cannot be used and are left out; the first, {first}")
     log.write_rejected(data.rejected)
     log.update_summary(data={**data.report, "refused": len(refused), "digest": data.digest})
 
 
 class HeldOutEvaluator:
-    """Measures the policy on held-out prompts, before, after and, with `[eval] every`, during training."""
+    """Evaluates the policy on held-out prompts: before, after and, with `[eval] every`, during training."""
 
     def __init__(
         self,
@@ -326,11 +335,11 @@ class HeldOutEvaluator:
         steps = config.trl.get("max_steps", 0)
         if 0 < steps < self.every:
             observer.say(
-                f"eval.every = {self.every} is more than the run's {steps} steps: nothing is measured in between"
+                f"eval.every is {self.every}, but the run has {steps} steps: it is not evaluated during training"
             )
 
     def measure(self, when: str) -> None:
-        """Keep the scores in the summary; a resumed run does not repeat what is there."""
+        """Write the scores to the summary as `when`, unless a run that is now resumed has done so."""
         if not self.prompts or when in self.log.read_summary():
             return
         scores = self.engine.evaluate(self.prompts)
@@ -338,7 +347,7 @@ class HeldOutEvaluator:
             self.log.update_summary(**{when: scores})
 
     def after_step(self, step: int) -> Row | None:
-        """Measure the slice if the step is due: a row in the run folder, which is returned, and a line of text."""
+        """Evaluate the interim prompts if the step is due; return the row that was added to the run folder."""
         if not self.every or step % self.every or not self.slice:
             return None
         begin = perf_counter()
@@ -351,18 +360,17 @@ class HeldOutEvaluator:
         return row
 
 
+# Sampled and greedy exact match with their standard errors: for call turns, then for answer turns, or for all turns.
 def format_scores(scores: Mapping[str, Any]) -> Iterator[str]:
-    """Exact match sampled and greedy in words: over call turns, then over answer turns, or over all alike."""
     turns: Sequence[Turn | None] = tuple(TURNS) if headline_turn([scores]) else (None,)
     for turn in turns:
         own = scores_for_turn(scores, turn)
         parts = ((own, "sampled"), (own["greedy"], "greedy"))
         shown = (f"{100 * s['exact_match']:.1f} ± {100 * s['exact_match_error']:.1f} % {name}" for s, name in parts)
-        yield f"{', '.join(shown)} ({own['greedy']['n']} {f'{TURNS[turn]} ' if turn else ''}held out)"
+        yield f"{', '.join(shown)} ({own['greedy']['n']} held-out {TURNS[turn] if turn else 'prompts'})"
 
 
 def write_plots(log: RunLog, observer: Observer) -> None:
-    """Plots and the before/after table."""
     run = read_run(log.folder)
     try:
         draw_all(group_runs([run]), log.plots)
@@ -370,4 +378,4 @@ def write_plots(log: RunLog, observer: Observer) -> None:
         raise unwritable_folder_error(log.folder, error) from error
     if run.summary.get("after"):
         observer.show_table("before → after training", BEFORE_AFTER_HEADER, before_after_rows(run.summary))
-    observer.say(f"plots in {log.plots}; rest-rl report {log.folder} writes a page")
+    observer.say(f"plots are in {log.plots}; rest-rl report {log.folder} writes a report")

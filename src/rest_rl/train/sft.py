@@ -1,8 +1,7 @@
-"""Supervised fine-tuning of any causal model on tool samples, riding TRL's `SFTTrainer`.
+"""Supervised fine-tuning of a causal language model on tool samples, on top of TRL's `SFTTrainer`.
 
-The labels are the demonstration (reasoning, calls or answer, end of sequence). With region weights the loss is
-L = -sum_t w_t log p_t / sum_t 1 with w_t the weight of token t's region, per response of mean 1: weight on calls or on
-reasoning instead of all tokens alike.
+The labels are the demonstration: reasoning, calls or answer, end of sequence. With region weights the loss is
+L = -sum_t w_t log p_t / sum_t 1, where w_t is the weight of token t's region, with mean 1 over each response.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class RegionSFTTrainer(SFTTrainer):
-    """`SFTTrainer` whose token losses are weighed by region; with weights of 1 it is the stock trainer.
+    """`SFTTrainer` whose token losses are weighted by region; with weights of 1 it is the stock trainer.
 
-    TRL computes the log-probabilities of the labels in the model's head; they are multiplied on their way out, so
-    the loss is TRL's own and no logits are built. UserError where this TRL's head does not hand them out.
+    Raises:
+        UserError: `args` pack several responses into a row, or the installed TRL computes its loss in another way.
     """
 
     def __init__(
@@ -39,9 +38,9 @@ class RegionSFTTrainer(SFTTrainer):
     ) -> None:
         if args.packing or args.padding_free:
             raise UserError(
-                "packing or padding_free with region weights, which are normalised per row of a batch",
-                "one response a row",
-                "set both false",
+                "region weights cannot be combined with trl.packing or trl.padding_free",
+                "one response per row, because the weights have mean 1 over a row",
+                "set both to false",
             )
         self._layout, self._weights_R = layout, make_region_weights(region_weights)
         self._labels_BT: Tensor | None = None
@@ -50,20 +49,23 @@ class RegionSFTTrainer(SFTTrainer):
         model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         model.register_forward_hook(self._weight_log_probs)
 
+    # TRL 1.16 computes the labels' log-probabilities inside the model's patched head, tile by tile, and the loss from
+    # the head's output. A forward hook multiplies them on their way out: the loss stays TRL's own and no (B, T, V)
+    # logits are built. The labels travel to the hook in `_labels_BT`; if it is still set afterwards, the hook never saw
+    # them.
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss, with the labels at hand for `_weigh`."""
         self._labels_BT = inputs["labels"]
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self._labels_BT is not None:
-            raise UserError("a TRL whose supervised loss is not the head's own", "TRL 1.16", "upgrade trl")
+            raise UserError("the installed trl computes its supervised loss in another way", "trl 1.16", "upgrade trl")
         return loss
 
     def _weight_log_probs(self, module: Any, args: Any, output: Any) -> Any:
-        """The head's output with its log-probabilities (zero where nothing is learnt) times the region weights."""
         labels_BT = self._labels_BT
         if labels_BT is None or getattr(output, "log_probs", None) is None:
             return output
         self._labels_BT = None
+        # log_probs[t] belongs to label t + 1 and is 0 where the label is IGNORED_LABEL.
         weights_BT = compute_loss_weights(labels_BT[:, 1:], self._layout, self._weights_R)
         output.log_probs = output.log_probs * weights_BT.to(output.log_probs)
         return output
@@ -72,10 +74,12 @@ class RegionSFTTrainer(SFTTrainer):
 def make_sft_trainer(
     args: SFTConfig, layout: PromptLayout, dataset: Dataset, region_weights: Mapping[str, float], **settings: Any
 ) -> SFTTrainer:
-    """A trainer on a dataset of `build_demonstrations`; stock where all regions weigh alike.
+    """Return a trainer on a dataset of `build_demonstrations`; the stock one if all regions have weight 1.
 
-    `region_weights` maps region labels (`name`, `reasoning`, ...) to loss weights, 1 where absent; UserError for
-    another label or a negative weight.
+    `region_weights` maps region labels (`name`, `reasoning`, ...) to loss weights, 1 where absent.
+
+    Raises:
+        UserError: an unknown label or a negative weight.
     """
     if set(make_region_weights(region_weights).tolist()) == {1.0}:
         return SFTTrainer(args=args, train_dataset=dataset, **settings)
@@ -85,11 +89,11 @@ def make_sft_trainer(
 def build_demonstrations(
     prepared: Iterable[Prepared], layout: PromptLayout, max_length: int | None = None
 ) -> tuple[list[dict[str, list[int]]], list[Rejected]]:
-    """Rows of input_ids and labels (-100 on the prompt), and the samples that cannot be learnt from.
+    """Return rows of input_ids and labels (-100 on the prompt), and the samples that cannot be trained on.
 
-    A sample of more than `max_length` tokens, or than the model holds, is rejected: cut off, it would teach a response
-    without its end. So is a thought that the format cannot hold. Where the prompt ends in a closed think block, the
-    demonstration does not think either.
+    A sample of more than `max_length` tokens, or more than the model's context length, is rejected: truncated, it would
+    teach responses without an end. A thought that the format cannot express is rejected too. If the prompt ends in a
+    closed think block, the demonstration has no thought.
     """
     limits = {"trl.max_length": max_length, "the model's context": layout.context}
     limit, name = min(((limit, name) for name, limit in limits.items() if limit), default=(None, ""))
@@ -103,8 +107,8 @@ def build_demonstrations(
             continue
         ids, labels = encode_demonstration(each.prompt_ids, response, layout.tokenizer)
         if limit is not None and len(ids) > limit:
-            told = f"got {len(ids)} tokens of prompt and demonstration, expected at most {limit}, {name}"
-            reason = f"sample {each.sample.id!r}: {told}; raise it, or shorten the row"
+            size = f"has {len(ids)} tokens of prompt and demonstration, expected at most {limit}, {name}"
+            reason = f"sample {each.sample.id!r} {size}; raise the limit or shorten the row"
             rejected.append(Rejected(each.sample, reason, is_too_long=True))
         else:
             rows.append({"input_ids": ids, "labels": labels})
@@ -112,18 +116,19 @@ def build_demonstrations(
 
 
 def make_region_weights(region_weights: Mapping[str, float]) -> Tensor:
-    """Loss weights (R,) from labels, 1 where absent; UserError for an unknown label or a negative weight."""
+    """Return loss weights (R,) from region labels, 1 where absent; UserError for an unknown label."""
     known = {region.label: int(region) for region in Region}
     weights_R = torch.ones(len(known))
     for label, weight in region_weights.items():
         if label not in known or not weight >= 0:
-            raise UserError(f"region weight {label} = {weight}", f">= 0 for one of {', '.join(known)}", "change it")
+            expected = f"a weight of at least 0 for one of {', '.join(known)}"
+            raise UserError(f"rest.region_weights.{label} is {weight}", expected, "change it")
         weights_R[known[label]] = weight
     return weights_R
 
 
 def compute_loss_weights(labels_BT: Tensor, layout: PromptLayout, weights_R: Tensor) -> Tensor:
-    """The weight of every labelled token by its region, mean 1 over each response, 0 where nothing is learnt."""
+    """Return the weight of every label by its region: mean 1 over each response, 0 on the prompt."""
     tool_format: ToolFormat = layout.format
     labels_BT = labels_BT.cpu()
     mask_BT = labels_BT != IGNORED_LABEL

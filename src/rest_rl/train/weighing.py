@@ -1,7 +1,7 @@
-"""What every engine does with a batch of sampled responses: find regions, weigh tokens, sum up, name the figures.
+"""Operations on a batch of sampled responses that all engines share: tag regions, weight tokens, sum, name the metrics.
 
-Shapes: B responses, T completion tokens, R regions. Everything is on the CPU: the tagging runs there, and sums in
-float64 are not to be had on every device.
+Shapes: B responses, T completion tokens, R regions. Everything runs on the CPU: tagging needs it, and not every device
+has float64 for the sums.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from rest_rl.weights import (
     needs_entropies,
 )
 
+# Rows of the (3, R) sums.
 COUNTS, ENTROPIES, COLLISIONS = range(3)
 
 
 class EntropyTracker(TrainerCallback, ExportableState):
-    """Moving sums S <- decay * S + s over optimizer steps; the quotient of two of them is a region's mean.
+    """Moving sums S <- decay * S + s over optimizer steps; the quotient of two of them is the mean of a region.
 
-    s are the sums over the global batch of a step (all micro-batches, all processes), so the averages are the same on
-    every process. Sums instead of means: a region with few tokens in a step moves its average little, one with none
-    keeps it, and the first step needs no correction for a start at 0.
+    s are the sums over the global batch of a step (all micro-batches and processes), so every process has the same
+    averages. Sums rather than means: a region with few tokens in a step moves its average little, one with none keeps
+    it, and the first step needs no bias correction.
     """
 
     def __init__(self, decay: float) -> None:
@@ -45,13 +46,13 @@ class EntropyTracker(TrainerCallback, ExportableState):
         self.totals_3R = torch.zeros(3, NUM_REGIONS, dtype=torch.float64)
 
     def update(self, sums_3R: Tensor) -> None:
-        """Take in the global sums of one optimizer step; sums that are not finite are left out."""
+        """Add the global sums of one optimizer step; sums that are not finite are ignored."""
         if torch.isfinite(sums_3R).all():
             self.totals_3R = self.decay * self.totals_3R + sums_3R.cpu()
 
     def statistics(self) -> RegionStatistics | None:
-        """Counts and means by region, NaN for a region never seen; None before the first step."""
-        counts_R = self.totals_3R[COUNTS].clone()  # a rule may change what it is given
+        """Return counts and means by region, NaN for a region without tokens so far; None before the first step."""
+        counts_R = self.totals_3R[COUNTS].clone()  # a user's rule may write to its argument
         if not counts_R.any():
             return None
         return RegionStatistics(
@@ -62,7 +63,7 @@ class EntropyTracker(TrainerCallback, ExportableState):
 
     @property
     def table(self) -> list[list[float]]:
-        """The totals as JSON numbers; Python writes and reads a double without loss."""
+        """The totals as JSON numbers; a double survives JSON unchanged."""
         return self.totals_3R.tolist()
 
     @table.setter
@@ -70,22 +71,23 @@ class EntropyTracker(TrainerCallback, ExportableState):
         self.totals_3R = torch.tensor(rows, dtype=torch.float64)
 
     def state(self) -> dict[str, Any]:
-        """What `Trainer` writes into trainer_state.json."""
+        """Return what `Trainer` writes to trainer_state.json."""
         return {"args": {"decay": self.decay}, "attributes": {"table": self.table}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on from the checkpoint: `Trainer` restores callbacks only if `restore_callback_states_from_checkpoint`."""
+        """Restore the totals of the checkpoint."""
+        # transformers restores callbacks itself only with `restore_callback_states_from_checkpoint`.
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if isinstance(saved, dict):
             self.table = saved["attributes"]["table"]
 
 
+# Length of `sum_surprise`'s result.
 NUM_SURPRISE_SUMS = 4
-"""Numbers that `sum_surprise` returns; they add up over micro-batches and processes."""
 
 
 def sum_surprise(logps_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Tokens, entropy, excess surprise -log p - H, and the excess of each response squared, summed: float64 (4,)."""
+    """Return sums of tokens, entropies, excess surprise -log p - H and each response's squared excess, float64 (4,)."""
     mask_BT = mask_BT.to(torch.float64)
     entropies_BT = entropies_BT.double().where(mask_BT > 0, 0.0)
     excess_B = (-logps_BT.double()).where(mask_BT > 0, 0.0).sum(-1) - entropies_BT.sum(-1)
@@ -93,10 +95,11 @@ def sum_surprise(logps_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> Ten
 
 
 def compute_surprise_metrics(sums_4: Tensor) -> dict[str, float]:
-    """Excess surprise per token with its standard error, and the entropy it was measured over; empty without tokens.
+    """Return the mean excess surprise per token, its standard error and the total entropy; empty without tokens.
 
-    The standard error is sqrt(sum_i D_i^2) / tokens, D_i the excess of response i: its mean under agreement is known.
-    `nats` says how much chance was seen: of 10 nats hardly any token can have been surprising.
+    If sampler and loss agree, the excess D_i of a response has expectation 0 and the standard error of the mean is
+    sqrt(sum_i D_i^2) / tokens. `nats` is the entropy that was sampled: with 10 nats, few tokens could have been
+    surprising.
     """
     tokens, nats, excess, squares = sums_4.tolist()
     if tokens == 0:
@@ -109,18 +112,19 @@ def compute_surprise_metrics(sums_4: Tensor) -> dict[str, float]:
 
 
 def check_weight_rule(rule: WeightRule, tool_format: str, entropy_decay: float, *, truncates: bool) -> None:
-    """Refuse a weight rule that could not weigh, whatever the engine.
+    """Check a weight rule against the run's format and sampling; `truncates` means top-p, top-k or min-p sampling.
 
-    `truncates`: tokens are sampled by top-p, top-k or min-p.
+    Raises:
+        UserError: the rule cannot be applied, or `entropy_decay` is out of range.
     """
     if not 0 <= entropy_decay < 1:
-        raise UserError(f"entropy_decay {entropy_decay}", "a number in [0, 1)", "change it")
+        raise UserError(f"rest.entropy_decay is {entropy_decay}", "a number in [0, 1)", "change it")
     if check := getattr(rule, "check", None):
         check(tool_format, truncates)
 
 
 def try_weight_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -> None:
-    """UserError for a rule of the user's that fails on a short batch, before and after regions have been measured."""
+    """Run a user's rule on a short batch, without and with region statistics; UserError if it fails."""
     weighter = TokenWeighter(tokenizer, tool_format, rule)
     ids = tokenizer(tool_format.render(None, [ToolCall("f", {"a": 1})], None), add_special_tokens=False)["input_ids"]
     ids_BT = torch.tensor([ids, ids])
@@ -135,12 +139,12 @@ def try_weight_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -
         ):
             weights_R = weighter.weight(ids_BT, mask_BT, regions_BT, statistics, progress, 1, **known).rule_weights_R
         if weights_R is not None and tuple(weights_R.shape) != (NUM_REGIONS,):
-            got = f"region_weights of shape {tuple(weights_R.shape)} from the weight rule {display_name(rule)}"
-            raise UserError(got, f"{NUM_REGIONS} numbers, one for each region", "correct it")
+            problem = f"the weight rule {display_name(rule)} has region_weights of shape {tuple(weights_R.shape)}"
+            raise UserError(problem, f"{NUM_REGIONS} numbers, one for each region", "correct it")
 
 
 class WeightedTokens(NamedTuple):
-    """The weights of one batch and where they come from."""
+    """The weights of one batch and the regions they come from."""
 
     regions_BT: Tensor
     weights_BT: Tensor
@@ -158,7 +162,7 @@ class TokenWeighter:
     rule: WeightRule
 
     def tag(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """The region of every token, int64 (B, T); each run of ones in the mask is a turn of its own."""
+        """Return the region of every token, int64 (B, T); each run of ones in the mask counts as a turn."""
         return tag_regions(ids_BT, mask_BT, self.tokenizer, self.format)
 
     def weight(
@@ -172,10 +176,11 @@ class TokenWeighter:
         entropies_BT: Tensor | None = None,
         entropies_N: Tensor | None = None,
     ) -> WeightedTokens:
-        """Weigh the tokens of a batch; `statistics` are those of the steps before, None in the first.
+        """Weight the tokens of a batch.
 
-        `step` is the number of the batch of responses, counted from 1. The entropies of this batch, and in a part of a
-        global batch those of all its tokens, are for rules that need them.
+        `statistics` are the region statistics of the steps before, None in the first step; `step` is the number of the
+        generation batch, from 1. Rules that need entropies get this batch's and, if it is a part of a global batch,
+        those of all tokens of the global batch, `entropies_N`.
         """
         batch = TaggedBatch(
             ids_BT, mask_BT, regions_BT, self.tokenizer, self.format.name, step, entropies_BT, entropies_N
@@ -185,9 +190,9 @@ class TokenWeighter:
 
 
 def sum_by_region(weighted: WeightedTokens, mask_BT: Tensor, entropies_BT: Tensor, logps_BT: Tensor) -> Tensor:
-    """Tokens, entropies, collision estimates and weights, summed by region: float64 (4, R); they add up over batches.
+    """Return the sums of tokens, entropies, collision estimates and weights by region: (4, R), float64.
 
-    E[1 - p(sampled token)] = 1 - sum_v p_v^2 for tokens sampled from p itself.
+    For tokens sampled from p, E[1 - p(token)] = 1 - sum_v p_v^2. The sums add up over batches and processes.
     """
     quantities = (entropies_BT, -torch.expm1(logps_BT), weighted.weights_BT)
     sums = [region_sums(values_BT, weighted.regions_BT, mask_BT) for values_BT in quantities]
@@ -195,10 +200,10 @@ def sum_by_region(weighted: WeightedTokens, mask_BT: Tensor, entropies_BT: Tenso
 
 
 def compute_region_metrics(sums_4R: Tensor, rule_weights_R: Tensor | None) -> dict[str, float]:
-    """A step's figures by name from its `sum_by_region`: means over a region's tokens, NaN for a region without any.
+    """Return a step's metrics from its `sum_by_region`: means over a region's tokens, NaN for a region without any.
 
     rest/entropy/<region>, rest/collision/<region>, rest/weight/<region>, rest/share/<region> (of all tokens), and
-    rest/rule_weight/<region> where the rule measures something.
+    rest/rule_weight/<region> for rules that use the statistics.
     """
     counts_R = sums_4R[0]
     rows = {

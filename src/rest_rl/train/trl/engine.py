@@ -1,4 +1,4 @@
-"""The engine trl: GRPO by `ResTTrainer`, supervised training by TRL's `SFTTrainer`, on one machine or a few."""
+"""The engine trl: GRPO with `ResTTrainer` and supervised training with TRL's `SFTTrainer`."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ from rest_rl.train.sft import build_demonstrations, make_sft_trainer
 from rest_rl.train.trl.settings import check_lengthening, make_trainer_config
 from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, optimizer_steps_per_batch
 
+# Substrings of logged keys that depend on the machine or on a resume; they go to timing.jsonl, not to metrics.jsonl.
 TIMING_KEYS = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
-"""Parts of the names of what differs from run to run, or after a resume, and so stays out of the metrics."""
 
+# The divergence check computes the logits of this many prompt tokens.
 PROBE_TOKENS = 64
-"""Tokens of a prompt at whose logits a diverged model is noticed."""
+# The squares of larger float32 weights overflow, and with them every norm.
 MAX_WEIGHT = 1e19
-"""Weights from which on their squares, which a norm takes, overflow."""
+# The errors of the operating system for a folder that cannot be written.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-"""What the system says where a folder cannot be written to."""
 
 
 class TrlEngine:
@@ -88,11 +88,11 @@ class TrlEngine:
         self.probe_ids = data.prepared[0].prompt_ids[-PROBE_TOKENS:]
         if (log.folder / CONFIG).is_file():
             self._check_lengthening(read_run_file(log.folder / CONFIG), checkpoint)
-        if checkpoint.is_last and checkpoint.step < self.steps:  # the run has been lengthened since
+        if checkpoint.is_last and checkpoint.step < self.steps:  # the run is being lengthened
             checkpoint = checkpoint._replace(is_last=False)
         self.checkpoint = checkpoint
         table = replace(self.config.model, dtype=self.config.weights_dtype)
-        if checkpoint.is_last:  # killed after its last step: only its model is to be kept and measured
+        if checkpoint.is_last:  # killed after its last step: save and evaluate its model
             table = replace(table, path=str(checkpoint.folder))
         with self.observer.track("loading the model"):
             self.model, _ = load_policy(table, self.config.peft)
@@ -115,7 +115,7 @@ class TrlEngine:
         return build_dataset(rows)
 
     def count_tokens(self, prepared: Sequence[Prepared]) -> list[int]:
-        """Tokens of each prompt, in supervised training with its demonstration."""
+        """Return the number of tokens of each prompt; in supervised training with its demonstration."""
         if isinstance(self.args, ResTConfig):
             return [len(each.prompt_ids) for each in prepared]
         return [len(row["input_ids"]) for row in build_demonstrations(prepared, self.layout, self.args.max_length)[0]]
@@ -144,15 +144,14 @@ class TrlEngine:
             weights = self.config.rest.loss_weights()
             self.trainer = make_sft_trainer(self.args, self.layout, self.dataset, weights, **shared)
         guard_saving(self.trainer, log.folder)
-        self.trainer.remove_callback(PrinterCallback)  # the recorder shows and keeps the metrics
+        self.trainer.remove_callback(PrinterCallback)  # the recorder shows the metrics
         self.model = self.trainer.model
         if self.is_sharded:
             self.observer.say(
-                "the model is sharded: it is not evaluated in the run; evaluate its model folder when it is done"
+                "the model is sharded and is not evaluated during the run; evaluate its model folder afterwards"
             )
 
     def _make_reward(self, args: ResTConfig, record: ResponseRecord) -> Callable[..., list[float]]:
-        """The preset's reward, which also records the first responses of every batch."""
         tool_format, tokenizer = get_format(self.config.rest.format), self.layout.tokenizer
         ends, shares, steps = get_stop_ids(tokenizer, self.model), optimizer_steps_per_batch(args), args.progress_steps
         reward = make_tool_reward(tokenizer, tool_format, args.method(), shares, args.seed, ends, steps)
@@ -170,7 +169,7 @@ class TrlEngine:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether no process holds the whole model (FSDP, DeepSpeed), so that it cannot generate by itself."""
+        """Whether no process has the whole model (FSDP, DeepSpeed), so that generate() is not available."""
         return self.trainer is not None and (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
 
     def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> dict[str, Any] | None:
@@ -179,29 +178,32 @@ class TrlEngine:
         if self.trainer is not None and self.trainer.state.global_step == 0:
             self.observer.say(
                 f"evaluating before training: {len(prompts)} held-out prompts, sampled and greedy, at most "
-                f"{prompts[0].limit} tokens each (less: --set eval.prompts=N, --set eval.max_new_tokens=N; "
-                "eval.prompts=0 for none)"
+                f"{prompts[0].limit} tokens each (to shorten: --set eval.prompts=N or eval.max_new_tokens=N; "
+                "to skip: --set eval.prompts=0)"
             )
         with self._explaining_divergence():
             return evaluate_held_out(
                 self.model, self.layout.tokenizer, prompts, self.layout.format, self.config.eval, self.observer
             )
 
+    # Sampling from NaN logits raises a RuntimeError in torch.multinomial, or a failed assertion on a GPU.
     @contextmanager
     def _explaining_divergence(self) -> Iterator[None]:
-        """UserError instead of what sampling from a model raises that has no probabilities."""
         try:
             yield
         except RuntimeError as error:
             is_finite = True
-            with suppress(RuntimeError):  # a device that has failed answers nothing any more
+            with suppress(RuntimeError):  # after a failed assertion every CUDA call raises
                 is_finite = self.is_finite()
             if not is_finite:
                 raise self.make_divergence_error() from error
             raise
 
+    # Runs after every step, so it is cheap: one maximum norm per trained tensor, and one forward pass over 64 tokens.
+    # Both are needed: the logits show NaN in frozen parts or overflow in the products, the norms show weights whose
+    # squares overflow before the logits do. It draws no random numbers, so training stays bit-identical.
     def is_finite(self) -> bool:
-        """Whether trained weights and logits for the end of a prompt are finite; a sharded model is not asked."""
+        """Return whether trained weights and logits for the end of a prompt are finite; True for a sharded model."""
         if self.is_sharded:
             return True
         model, was_training = self.model, self.model.training
@@ -216,17 +218,15 @@ class TrlEngine:
         return bool(torch.isfinite(logits_BTV).all())
 
     def make_divergence_error(self) -> UserError:
-        """The error for a model that is not sound."""
         step = self.checkpoint.step if self.trainer is None else self.trainer.state.global_step
         if step == 0:
-            remedy = "take another model, or another model.dtype"
-            return UserError(f"infinite or NaN weights or logits of {self.config.model.path}", "finite numbers", remedy)
+            problem = f"the model {self.config.model.path} has infinite or NaN weights or logits"
+            return UserError(problem, remedy="use another model or another model.dtype")
         kept = find_checkpoint(self.log, math.inf)[0].folder
         return UserError(
-            f"infinite or NaN weights or logits after step {step}: the run has diverged",
-            "finite numbers",
-            f"lower trl.learning_rate (now {self.args.learning_rate:g}), set trl.max_grad_norm (now "
-            f"{self.args.max_grad_norm:g}; 1 is usual) and begin anew with another --out"
+            f"the run diverged: infinite or NaN weights or logits after step {step}",
+            remedy=f"lower trl.learning_rate (now {self.args.learning_rate:g}), set trl.max_grad_norm (now "
+            f"{self.args.max_grad_norm:g}; 1 is usual) and start again with another --out"
             + (f"; the last checkpoint is {kept}" if kept else ""),
         )
 
@@ -245,16 +245,15 @@ class TrlEngine:
         return StopPoint(step, self.recorder.stop_requested and step < trainer.state.max_steps)
 
     def save_model(self) -> None:
-        """All processes take part."""
         if self.trainer is None:
-            return  # `start` has copied it from the checkpoint
+            return  # `start` copied it from the checkpoint
         with explain_write_errors(self.log.folder):
+            # A collective operation: with FSDP or DeepSpeed every process sends its shard.
             self.trainer.save_model(str(self.log.model))
 
 
 @contextmanager
 def explain_write_errors(folder: Path) -> Iterator[None]:
-    """UserError for what the system says of the run folder: it is full or read-only; others are no fault of it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -263,11 +262,10 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         raise
 
 
+# Returns the errno if the folder is why a model was not written, else None: the exception may be a bug. An OSError has
+# it; safetensors writes it into its message; torch's zip writer has none. For the latter, the newest file is extended
+# by 1 MiB, which fails with the errno if the disk is full, and then truncated to its size.
 def find_write_error(folder: Path, error: Exception) -> int | None:
-    """The number of the system's error, if it was the folder that kept a model from being written.
-
-    safetensors has it in its text. torch's writer has none: the file that it has left behind is asked for more room.
-    """
     if isinstance(error, OSError):
         return error.errno if error.errno in WRITE_ERRORS else None
     if found := re.search(r"\(os error (\d+)\)", str(error)):
@@ -289,9 +287,9 @@ def find_write_error(folder: Path, error: Exception) -> int | None:
     return None
 
 
+# transformers writes a checkpoint's parts in `Trainer._save_checkpoint`; a full disk should not look like a bug.
 def guard_saving(trainer: Any, folder: Path) -> None:
-    """Tell a full disk from a bug where the trainer writes its checkpoints."""
-    save = trainer._save_checkpoint  # noqa: SLF001 - where transformers writes a checkpoint's parts
+    save = trainer._save_checkpoint  # noqa: SLF001
 
     def guarded(*args: Any, **settings: Any) -> None:
         with explain_write_errors(folder):
@@ -300,29 +298,28 @@ def guard_saving(trainer: Any, folder: Path) -> None:
     trainer._save_checkpoint = guarded  # noqa: SLF001
 
 
+# TRL's sampler drops the last incomplete batch: with fewer prompts than one batch it would train nothing, silently.
 def check_prompt_count(prompts: int, args: ResTConfig, path: str) -> None:
-    """UserError for fewer prompts than one step takes: the trainer would silently do nothing."""
     responses = cast(int, args.generation_batch_size)
     needed = responses // cast(int, args.num_generations)
     if prompts < needed:
         raise UserError(
-            f"{prompts} training prompts from {path}",
-            f"at least {needed}, which one batch of {responses} responses takes",
+            f"{path} gives {prompts} training prompts",
+            f"at least {needed}, for one batch of {responses} responses",
             "lower trl.gradient_accumulation_steps or trl.per_device_train_batch_size, or add data",
         )
 
 
 class Recorder(TrainerCallback):
-    """Writes each step to the run folder, tells the observer, and stops in an orderly way when asked."""
+    """Writes each step to the run folder, reports it to the observer, and stops cleanly on request."""
 
     def __init__(self, log: RunLog, observer: Observer, table: Mapping[str, Any]) -> None:
-        """`table` is the run's configuration, for its diagnosis."""
         self.log, self.observer = log, observer
         self.stop_requested = False
         self._diagnosis = Diagnosis(table)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What a resumed run has shown before is not told again."""
+        """Replay the metrics of a resumed run, so that its findings are not reported twice."""
         rows = read_rows(self.log.folder / METRICS) if self.log.enabled else []
         evaluations = read_rows(self.log.folder / EVALUATIONS) if rows else []
         for row in rows:
@@ -331,7 +328,7 @@ class Recorder(TrainerCallback):
             self._diagnosis.add(row, state.max_steps)
 
     def add_evaluation(self, row: Row) -> None:
-        """Take in an evaluation during training; it is judged with the next row of metrics."""
+        """Pass an evaluation to the diagnosis, which judges it with the next row of metrics."""
         self._diagnosis.add_evaluation(row)
 
     def on_log(
@@ -342,11 +339,11 @@ class Recorder(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """One row of metrics and one of times."""
+        """Write one row of metrics and one of times."""
         row = {"step": state.global_step}
         timing = {key: value for key, value in (logs or {}).items() if any(part in key for part in TIMING_KEYS)}
         metrics = {key: value for key, value in (logs or {}).items() if key not in timing}
-        if "train_loss" not in metrics:  # the closing line of the trainer repeats what is known
+        if "train_loss" not in metrics:  # the trainer's last line is a summary
             self.log.add_metrics(row | metrics)
             self.observer.on_step(state.global_step, state.max_steps, metrics)
             for finding in self._diagnosis.add(row | metrics, state.max_steps):
@@ -354,15 +351,16 @@ class Recorder(TrainerCallback):
         self.log.add_timing(row | timing)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save and stop if asked, once every response generated so far has been learnt from."""
+        """Save and stop on request, once every response generated so far has been trained on."""
         if self.stop_requested and state.global_step % optimizer_steps_per_batch(args) == 0:
             control.should_save = control.should_training_stop = True
 
 
 class AfterStepCallback(TrainerCallback):
-    """Lets the workflow measure after every finished step, before the step is logged and saved.
+    """Lets the workflow evaluate after every finished step, before the step is logged and saved.
 
-    So what it writes is there whenever the step's checkpoint is. A run that has diverged is logged and ends.
+    The evaluation is therefore in the run folder whenever the step's checkpoint is. A diverged run is logged and
+    stopped.
     """
 
     def __init__(self, after_step: AfterStep, engine: TrlEngine) -> None:
@@ -377,16 +375,14 @@ class AfterStepCallback(TrainerCallback):
             self.engine.recorder.add_evaluation(row)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.has_diverged:  # logged by the recorder, not saved
+        if self.has_diverged:  # after the recorder has logged the step and before it is saved
             raise self.engine.make_divergence_error()
 
 
+# The first Ctrl-C or SIGTERM requests a checkpoint and a stop after the current step, the second one stops at once.
+# Python delivers signals to the main thread only; in another thread (a notebook, a server) nothing is installed.
 @contextmanager
 def stop_on_signal(recorder: Recorder, observer: Observer) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) asks for a checkpoint and an end after this step, the second one ends at once.
-
-    Signals belong to the main thread: called from another one, this does nothing.
-    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -395,7 +391,7 @@ def stop_on_signal(recorder: Recorder, observer: Observer) -> Iterator[None]:
         if recorder.stop_requested:
             raise KeyboardInterrupt
         recorder.stop_requested = True
-        observer.say("stopping after this step; once more to stop at once")
+        observer.say("stopping after this step; press Ctrl-C again to stop at once")
 
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,17 +1,18 @@
-"""ResT on TRL's `GRPOTrainer`: token weights folded into the advantages, everything else is TRL.
+"""ResT on TRL's `GRPOTrainer`: the advantages are multiplied by token weights; everything else is TRL.
 
-Shapes: B responses, T completion tokens, R regions. TRL's loss takes advantages of shape (B, T), and for w >= 0
-min(r w A, clip(r) w A) = w min(r A, clip(r) A), so weighting the advantage is weighting the clipped surrogate.
+Shapes: B responses, T completion tokens, R regions. TRL's loss accepts advantages of shape (B, T), and for w >= 0
+min(r w A, clip(r) w A) = w min(r A, clip(r) A): weighting the advantage weights the clipped surrogate.
 
-Region statistics. The weights of optimizer step k come from a moving average over the steps up to k - 1 of the global
-sums of entropies by region (all micro-batches, all processes; `EntropyTracker`). So they cost no extra forward pass and
-are the same in every micro-batch and on every process: gradient accumulation equals the full batch and two processes
-equal one. In step 0 nothing has been measured yet and regions count as equally uncertain. With num_iterations > 1 every
-optimizer step is a step, also one over responses seen before.
+Region statistics: the weights of optimizer step k come from a moving average, over the steps before k, of the global
+sums of entropies by region (all micro-batches and processes; `EntropyTracker`). They cost no extra forward pass and are
+the same in every micro-batch and process, so gradient accumulation equals the full batch and two processes equal one.
+In step 0 no entropy has been measured and all regions count as equally uncertain. With num_iterations > 1 every
+optimizer step updates the average, also a second step on the same responses.
 
-The lag costs little: in three runs of 60 steps on the tool world (batches of 32 and 64, learning rates 3e-4 and 1e-3)
-the average at decay 0.7 was 0.07 to 0.12 nats (RMS by token) from the exact mean of the step it weighed, within 2 % of
-the best decay in each run; the last step alone was 0.09 to 0.16 nats off (benchmarks/entropy_estimate.py).
+The lag costs little. In three runs of 60 steps on the tool world (batches of 32 and 64, learning rates 3e-4 and 1e-3)
+the average at decay 0.7 was 0.07 to 0.12 nats (RMS over tokens) from the exact mean of the step that it weighted,
+within 2 % of the best decay in each run; with the last step only it was 0.09 to 0.16 nats
+(benchmarks/entropy_estimate.py).
 """
 
 from __future__ import annotations
@@ -50,23 +51,22 @@ from rest_rl.train.weighing import (
 )
 from rest_rl.weights import WeightRule, is_uniform, needs_entropies
 
+# Key of the tokens' regions in TRL's batch.
 REGION_LABELS = "regions"
-"""Name of the tokens' regions in a batch."""
 
 
+# TRL's RepeatSampler (1.16) shuffles with one generator that advances from epoch to epoch, and a resumed process starts
+# it anew: after the first epoch it would see other prompts than an uninterrupted run. `Trainer` calls `set_epoch`
+# before each epoch, which is the place to restore the generator.
 class EpochOrder(Sampler[int]):
-    """TRL's sampler, whose order in epoch e does not depend on whether this process has seen the epochs before it.
-
-    `RepeatSampler` shuffles with one generator that moves on from epoch to epoch, and a resumed run starts it anew:
-    after the first epoch it would see other prompts than an uninterrupted run. `Trainer` calls `set_epoch` before each.
-    """
+    """TRL's sampler, with an order of epoch e that does not depend on whether this process ran the epochs before."""
 
     def __init__(self, sampler: Sampler[int]) -> None:
         assert isinstance(sampler, RepeatSampler), type(sampler)
         self.sampler = sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Bring the generator to where it stands after `epoch` shuffles."""
+        """Restore the generator to its state after `epoch` shuffles."""
         if self.sampler.shuffle and self.sampler.seed is not None:
             self.sampler.generator.manual_seed(self.sampler.seed)
             for _ in range(epoch):
@@ -79,24 +79,26 @@ class EpochOrder(Sampler[int]):
         return len(self.sampler)
 
 
+# The value of a setting that the preset decides.
 FROM_PRESET = "preset"
-"""Value of a setting that the preset decides."""
 
+# TRL's settings for each kind of advantage. One departure from DAPO: TRL does not resample groups whose rewards are all
+# equal. They have no gradient, but their tokens count in the token mean.
 TRL_SETTINGS: Mapping[AdvantageKind, Mapping[str, str]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "dapo": {"loss_type": "dapo", "scale_rewards": "group"},
 }
-"""What each kind of advantage is called in TRL. A departure from DAPO: TRL does not sample groups without spread anew;
-they have no gradient, but their tokens stay in the token mean."""
 
 
 @dataclass
 class ResTConfig(GRPOConfig):
-    """`GRPOConfig` with a preset of ResT; the preset decides `loss_type`, `scale_rewards` and the clip range.
+    """`GRPOConfig` with a ResT preset, which decides `loss_type`, `scale_rewards` and the clip range.
 
-    A setting of TRL that is given explicitly and differs from the preset's is kept, and a warning names it. ValueError
-    for unknown names and for settings of TRL that would leave part of the objective unweighted.
+    A TRL setting that is passed explicitly and differs from the preset's is kept, with a warning that names it.
+
+    Raises:
+        ValueError: an unknown name, or a TRL setting that would leave a part of the objective unweighted.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "weights", "reward"]  # noqa: RUF012, SLF001 - HF's own pattern
@@ -108,15 +110,15 @@ class ResTConfig(GRPOConfig):
     tool_format: str = field(
         default="toolrl",
         metadata={
-            "help": "How the model writes tool calls: a name out of `rest_rl.FORMATS`, 'module:OBJECT' or the object."
+            "help": "How the model writes tool calls: a name from `rest_rl.FORMATS`, 'module:OBJECT' or the object."
         },
     )
     weights: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Fields of `rest_rl.WeightConfig` to set differently from the preset: {'strength': 0.5}."},
+        metadata={"help": "Fields of `rest_rl.weights.WeightConfig` that replace the preset's: {'strength': 0.5}."},
     )
     reward: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of `rest_rl.RewardConfig` to set differently from the preset."}
+        default=None, metadata={"help": "Fields of `rest_rl.rewards.RewardConfig` that replace the preset's."}
     )
     advantage: str | None = field(
         default=None,
@@ -124,17 +126,17 @@ class ResTConfig(GRPOConfig):
     )
     entropy_decay: float = field(
         default=ENTROPY_DECAY,
-        metadata={"help": "Decay per step of the moving average of region entropies; 0 uses the last step only."},
+        metadata={"help": "Decay per step of the moving average of region entropies; 0 uses only the last step."},
     )
     progress_steps: int = field(
         default=0,
         metadata={"help": "Steps in which progress goes from 0 to 1, where it stays; 0 for all steps of the run."},
     )
     loss_type: str = field(
-        default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) takes the preset's."}
+        default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) uses the preset's value."}
     )
     scale_rewards: str = field(
-        default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) takes the preset's."}
+        default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) uses the preset's value."}
     )
 
     def __post_init__(self) -> None:
@@ -153,7 +155,7 @@ class ResTConfig(GRPOConfig):
             self._fill_from_preset("epsilon_high", method.epsilon_high, None)
 
     def method(self) -> Preset:
-        """The preset with the overrides applied."""
+        """Return the preset with the overrides applied."""
         table: dict[str, Any] = {
             "weights": self.weights or {},
             "reward": self.reward or {},
@@ -161,13 +163,14 @@ class ResTConfig(GRPOConfig):
         }
         return RestTable(preset=self.preset, **table).resolve()
 
+    # A checkpoint records the configuration as JSON: a preset object becomes its name and the fields that differ from
+    # it.
     def _record_preset(self, preset: Preset) -> None:
-        """Write a preset object as its name and what it has different, which a checkpoint can record."""
         if (named := PRESETS.get(preset.name)) is None:
             raise UserError(
-                f"a preset object {preset.name!r}, which no name of rest_rl.PRESETS stands for",
-                "one that a checkpoint can record",
-                "give it the name of the preset that it changes, or set rest_rl.PRESETS[name] to it",
+                f"the preset object is named {preset.name!r}, which is not in rest_rl.PRESETS",
+                "a name that a checkpoint can record",
+                "use the name of the preset that it changes, or set rest_rl.PRESETS[name] to it",
             )
         self.preset = preset.name
         self.weights = self.weights or _find_changes(named.weights, preset.weights)
@@ -181,11 +184,11 @@ class ResTConfig(GRPOConfig):
         if given == unset:
             setattr(self, name, value)
         elif given != value:
-            message = f"preset {self.preset!r} has {name}={value!r}; {given!r} was given and is kept"
+            message = f"preset {self.preset!r} has {name}={value!r}, but {given!r} was passed and is used"
             warnings.warn(message, stacklevel=4)  # the caller of the dataclass's __init__
 
     def check_method(self, method: Preset) -> None:
-        """UserError for weights that could not weigh, or a part of the objective that they would not reach."""
+        """Raise a UserError for weights that cannot be applied or would not reach a part of the objective."""
         truncates = self.top_p < 1 or self.top_k > 0 or self.min_p is not None
         check_weight_rule(method.weights, self.tool_format, self.entropy_decay, truncates=truncates)
         if is_uniform(method.weights):
@@ -199,38 +202,37 @@ class ResTConfig(GRPOConfig):
         for setting, is_set in refused.items():
             if is_set:
                 raise UserError(
-                    f"{setting} with preset {self.preset!r}",
-                    "its default: the token weights would not apply to that term or no longer have mean 1",
-                    "remove it, or use preset 'grpo', 'dr_grpo' or 'dapo'",
+                    f"{setting} cannot be combined with preset {self.preset!r}: the token weights would not apply to "
+                    "that term or no longer have mean 1",
+                    remedy="remove it, or use preset 'grpo', 'dr_grpo' or 'dapo'",
                 )
 
 
+# The fields of `given` that differ from the named preset's; None if none does.
 def _find_changes(named: Any, given: Any) -> dict[str, Any] | None:
-    """The fields of `given` that differ from those of the named preset; None if none does."""
     if named == given:
         return None
     if type(named) is not type(given) or not is_dataclass(given) or isinstance(given, type):
         if isinstance(given, UserObject) or find_address(given):
             return rule_to_table(given) or {"rule": find_address(given)}
         raise UserError(
-            f"a preset object with a {type(given).__name__} of your own that no module holds",
-            "one that a checkpoint can record",
-            "define it in a module, or set weights or reward to {'rule': 'package.module:OBJECT'}",
+            f"the preset's {type(given).__name__} is not an attribute of a module, so a checkpoint cannot record it",
+            remedy="define it in a module, or set weights or reward to {'rule': 'package.module:OBJECT'}",
         )
     return {name: value for name, value in asdict(given).items() if asdict(named)[name] != value}
 
 
 def optimizer_steps_per_batch(args: Any) -> int:
-    """Optimizer steps that share one batch of responses; only between batches does a resumed run go on exactly."""
+    """Return how many optimizer steps train on one generation batch; a resume is exact only between batches."""
     if not isinstance(args, GRPOConfig):
         return 1
+    # In TRL `steps_per_generation` counts micro-batches, of which gradient accumulation makes one step (rounded up).
     shared = cast(int, args.steps_per_generation) * args.num_iterations
     return max(1, -(-shared // args.gradient_accumulation_steps))
 
 
+# What `compute_loss` hands to the forward pass that it triggers, and gets back from it.
 class _MicroBatch:
-    """What one call of the loss knows before its forward pass."""
-
     def __init__(self, batch: dict[str, Any]) -> None:
         self.batch, self.advantages_B = batch, batch["advantages"]
         self.mask_BT = sampled_mask(batch).cpu()
@@ -239,21 +241,23 @@ class _MicroBatch:
 
 
 def sampled_mask(batch: Mapping[str, Any]) -> Tensor:
-    """1 for the tokens that the policy sampled: neither padding nor tool results, (B, T)."""
+    """Return 1 for the tokens that the policy sampled, 0 for padding and tool results: (B, T)."""
     mask_BT = batch["completion_mask"]
     return mask_BT * batch["tool_mask"] if "tool_mask" in batch else mask_BT
 
 
 class ResTTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose advantages are reshaped by region; with weights of 1 it is stock GRPO bit for bit.
+    """`GRPOTrainer` with advantages weighted by region; with weights of 1 it is stock GRPO bit for bit.
 
-    Without `reward_funcs` the preset's rule reward is used, which reads the dataset's `gold` column
-    (`build_training_dataset`). Logged from the first step on, besides what TRL logs: rest/entropy/<region>,
-    rest/collision/<region>, rest/weight/<region> (means over the region's tokens, None for a region without any),
-    rest/share/<region> (of all tokens), rest/rule_weight/<region> (the weight before responses are normalised, where
-    the rule measures something), rest/surprise/<figure> (`train/weighing.py`, on the first step over a batch), and by
-    the reward rest/format, rest/accuracy, rest/exact_match, rest/call_rate, and apart for turns with and without gold
-    calls rest/reward_calls, rest/reward_answers, rest/accuracy_calls and so on.
+    Without `reward_funcs` it uses the preset's rule reward, which reads the dataset's `gold` column
+    (`build_training_dataset`). In addition to TRL's metrics it logs, from the first step on:
+
+    - rest/entropy/<region>, rest/collision/<region>, rest/weight/<region>: means over the region's tokens, None without
+    any; - rest/share/<region>: the region's share of all tokens; - rest/rule_weight/<region>: the weight before
+    normalization per response, if the rule uses statistics; - rest/surprise/<figure>: see `train/weighing.py`; on the
+    first step on a generation batch; - rest/format, rest/accuracy, rest/exact_match, rest/call_rate: from the reward;
+    separately for turns with and without
+      gold calls, rest/reward_calls, rest/reward_answers, rest/accuracy_calls, ...
     """
 
     _tag_names = ["trl", "grpo", "rest"]  # noqa: RUF012 - HF's own pattern
@@ -275,10 +279,10 @@ class ResTTrainer(GRPOTrainer):
         weight_rule: WeightRule | None = None,
         **kwargs: Any,
     ) -> None:
-        """As `GRPOTrainer`; `weight_rule` replaces the preset's rule by an object of yours."""
+        """Create a trainer like `GRPOTrainer`; `weight_rule`, your own object, replaces the preset's rule."""
         args = args if args is not None else ResTConfig("rest-output")
         if not isinstance(args, ResTConfig):
-            raise UserError(f"args of type {type(args).__name__}", "ResTConfig", "it takes the same settings")
+            raise UserError(f"args is a {type(args).__name__}", "a ResTConfig", "pass the same settings to ResTConfig")
         if processing_class is None:
             processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)  # noqa: SLF001
             processing_class.padding_side = processing_class.truncation_side = "left"
@@ -320,7 +324,7 @@ class ResTTrainer(GRPOTrainer):
 
     @property
     def tracker(self) -> EntropyTracker:
-        """The region statistics; looked up each time because `Trainer` may put a restored one in its place."""
+        """The region statistics; looked up on every access because `Trainer` may replace a restored callback."""
         return next(c for c in self.callback_handler.callbacks if isinstance(c, EntropyTracker))
 
     @property
@@ -329,38 +333,44 @@ class ResTTrainer(GRPOTrainer):
         return self.model.training
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochOrder:
-        """TRL's order of the prompts, also in a run that resumes after its first epoch."""
         return EpochOrder(super()._get_train_sampler(*args, **kwargs))
 
+    # Regions depend only on the ids, so they are tagged once per generation batch. TRL shuffles the batch and splits it
+    # into micro-batches by the first axis of every tensor, so regions (B, T) and response numbers (B,) stay aligned.
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's batch of scored responses, each with its number in it and the regions of its tokens."""
         batch = super()._generate_and_score_completions(inputs)
         regions_BT = self._weighter.tag(batch["completion_ids"], sampled_mask(batch))
         return {**batch, RESPONSE_INDEX: torch.arange(len(batch["completion_ids"])), REGION_LABELS: regions_BT}
 
+    # The override. `inputs` is a micro-batch from TRL's buffer, which num_iterations > 1 reads again: it is copied, and
+    # only the copy gets the weighted advantages (B, T) in place of (B,). `super()` then computes TRL's own loss, so
+    # clipping, loss types and distributed scaling stay TRL's. Most rules need only the statistics of earlier steps and
+    # weight here. Rules that need this batch's entropies weight inside TRL's forward pass
+    # (`_get_per_token_logps_and_entropies`), which TRL 1.14 to 1.16 runs before it reads the advantages.
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss of advantages weighted by region; the buffered batch keeps its own (B,) advantages."""
         batch = dict(inputs)
         micro_batch = _MicroBatch(batch)
         self._microbatch = micro_batch
         if needs_entropies(self._weighter.rule):
-            # The weights wait for the forward pass below. If TRL read the advantages before it, this would be a
-            # KeyError and not an unweighted loss.
+            # If TRL read the advantages before the forward pass, this would raise a KeyError; it could not silently
+            # compute an unweighted loss.
             del batch["advantages"]
         else:
             batch["advantages"] = self._weight_advantages(micro_batch)
         try:
             loss = super().compute_loss(model, batch, return_outputs, num_items_in_batch)
             if not micro_batch.has_entropies:
-                raise RuntimeError("TRL's loss made no forward pass whose entropies could be read; use trl>=1.14,<1.17")
+                raise RuntimeError("TRL's loss ran no forward pass that returns entropies; install trl>=1.14,<1.17")
         finally:
             self._microbatch = None
         return loss
 
+    # TRL computes the entropies of the sampled tokens in every forward pass of the loss and uses them only for a
+    # metric. Reading them here costs no second pass. TRL also calls this for old and reference log-probabilities; then
+    # no micro-batch is pending and nothing happens. Clearing `_microbatch` first makes sure that each one is read once.
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's forward pass, unchanged; inside `compute_loss` its entropies are read."""
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._microbatch is not None:
             micro_batch, self._microbatch = self._microbatch, None
@@ -371,7 +381,6 @@ class ResTTrainer(GRPOTrainer):
         return result
 
     def _weight_advantages(self, micro_batch: _MicroBatch, entropies_BT: Tensor | None = None) -> Tensor:
-        """The weighted advantages of one micro-batch, (B, T)."""
         entropies_N = None if entropies_BT is None else self._gather_entropies(entropies_BT, micro_batch.mask_BT)
         ids_BT, regions_BT = micro_batch.batch["completion_ids"].cpu(), micro_batch.batch.get(REGION_LABELS)
         if regions_BT is None:  # a batch that this trainer did not generate
@@ -379,9 +388,7 @@ class ResTTrainer(GRPOTrainer):
         micro_batch.weighted = self._weighter.weight(
             ids_BT,
             micro_batch.mask_BT,
-            self._weighter.tag(ids_BT, micro_batch.mask_BT)
-            if regions_BT is None
-            else regions_BT.cpu(),  # not generated here
+            regions_BT.cpu(),
             self.tracker.statistics(),
             compute_progress(self.state, cast(ResTConfig, self.args).progress_steps),
             self.state.global_step // optimizer_steps_per_batch(self.args) + 1,
@@ -390,8 +397,10 @@ class ResTTrainer(GRPOTrainer):
         )
         return weight_advantages(micro_batch.advantages_B, micro_batch.weighted.weights_BT)
 
+    # Bookkeeping: sums of all micro-batches are collected and closed in the micro-batch that ends an optimizer step
+    # (`sync_gradients`), so with gradient accumulation the statistics are those of the global batch. An evaluation has
+    # no steps; each of its batches is closed at once.
     def _add_to_step(self, micro_batch: _MicroBatch, logps_BT: Tensor, entropies_BT: Tensor) -> None:
-        """Add the micro-batch's sums by region to those of the step, and show its tokens to the record."""
         assert micro_batch.weighted is not None
         micro_batch.has_entropies = True
         self._rule_weights_R = micro_batch.weighted.rule_weights_R
@@ -404,8 +413,9 @@ class ResTTrainer(GRPOTrainer):
             kept = (weighted.regions_BT, weighted.weights_BT, entropies_BT, logps_BT, micro_batch.advantages_B.cpu())
             self.on_weighed(WeightedBatch(micro_batch.batch[RESPONSE_INDEX], *kept))
 
+    # Entropies of the unmasked tokens of all processes; they differ in number, so they are padded with -1 for the
+    # gather.
     def _gather_entropies(self, entropies_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """The entropies of the unmasked tokens of all processes together, as TRL's own quantile takes them."""
         own_N = entropies_BT[mask_BT.bool()]
         if self.accelerator.num_processes == 1:
             return own_N
@@ -413,8 +423,8 @@ class ResTTrainer(GRPOTrainer):
         all_N = cast(Tensor, self.accelerator.gather(padded)).cpu()
         return all_N[all_N != -1]  # rounding makes some entropies slightly negative
 
+    # Reduce over processes, log, and only then update the average: a step never sees its own statistics.
     def _finish_step(self) -> None:
-        """Sum over processes, log, and in training move the average on for the next step."""
         sums_4R, self._sums_4R = self._sum_over_processes(self._sums_4R), torch.zeros_like(self._sums_4R)
         surprise_4, self._surprise_4 = self._sum_over_processes(self._surprise_4), torch.zeros_like(self._surprise_4)
         metrics = self._metrics["train" if self._training else "eval"]
@@ -426,14 +436,14 @@ class ResTTrainer(GRPOTrainer):
         if self._training:
             self.tracker.update(sums_4R[:3])
 
+    # The surprise check compares sampler and loss. It holds only for the policy that sampled, in the first step on a
+    # batch, and only if no response was masked for its length, which depends on the sampled tokens.
     @property
     def _is_on_policy(self) -> bool:
-        """Whether the step is the first one to learn from its responses, none of which was masked for its length."""
         is_first = not self._training or self.state.global_step % optimizer_steps_per_batch(self.args) == 0
         return is_first and not cast(ResTConfig, self.args).mask_truncated_completions
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
-        """Sums over all processes."""
         if self.accelerator.num_processes == 1:
             return sums
         return cast(Tensor, self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")).cpu()
@@ -443,7 +453,7 @@ def _check_gold_column(dataset: Any) -> None:
     columns = getattr(dataset, "column_names", None)
     if columns is not None and not {"prompt", "gold"} <= set(columns):
         raise UserError(
-            f"a training dataset with the columns {sorted(columns)}",
+            f"the training dataset has the columns {sorted(columns)}",
             "prompt and gold",
             "build it with build_training_dataset(samples, tokenizer), or pass reward_funcs",
         )

@@ -1,11 +1,11 @@
-"""verl's own configuration for a run: its stock YAML, then where a run file starts from, then `[verl]`.
+"""Compose verl's configuration for a run: its stock YAML, then the values from the run file, then `[verl]`.
 
-Fifteen keys carry the method and the run (`make_fixed_values`): `[verl]` cannot change them, everything else it can.
-Importing this needs no verl; composing does.
+Fifteen keys carry the method and the run (`make_fixed_values`). `[verl]` may change any other key. Importing this
+module does not require verl; composing does.
 """
 
 # pyright: reportMissingImports=false
-# verl has an environment of its own.
+# verl is installed in a separate environment.
 from __future__ import annotations
 
 import dataclasses
@@ -35,27 +35,27 @@ NODES, GPUS, N, PASSES = ("trainer.nnodes", "trainer.n_gpus_per_node", f"{ROLLOU
 PROMPTS, MINI = "data.train_batch_size", f"{ACTOR}.ppo_mini_batch_size"
 TOTAL, EPOCHS = "trainer.total_training_steps", "trainer.total_epochs"
 SAVE, TEST, EXTERNAL_LIB = ("trainer.save_freq", "trainer.test_freq", f"{MODEL}.external_lib")
+# Keys that `compute_schedule` fills in if `[verl]` does not set them.
 SCHEDULE_KEYS = (PROMPTS, MINI, TOTAL, EPOCHS, SAVE, TEST)
-"""Keys that `compute_schedule` fills in where `[verl]` does not."""
 TRAIN_FILE, HELD_OUT_FILE, LOOPS_FILE, TOKENIZER = "train.parquet", "held_out.parquet", "agent_loops.yaml", "tokenizer"
 
+# Which keys of the run file verl gets under which name, and which values of verl's keys are allowed.
 KEY_TABLES = parse_toml(read_asset("verl.toml"), "verl.toml")
-"""Which keys of the run file verl is given, and which of its own values are allowed."""
 DERIVED_TRL_KEYS = [name for names in KEY_TABLES["trl_counted"].values() for name in names]
 
 
 class VerlJob(NamedTuple):
-    """What a run on verl starts from, besides its run file."""
+    """What a run on verl needs in addition to its run file."""
 
+    # The run folder, absolute.
     folder: Path
-    """The run folder, absolute."""
     model: str
+    # Rows of the training file.
     num_train: int
-    """Rows of the training file."""
+    # Of the longest prompt.
     prompt_tokens: int
-    """Of the longest prompt."""
+    # The stop tokens.
     ends: tuple[int, ...] = ()
-    """The tokens that end a response."""
     has_held_out: bool = False
     resume_from: Path | None = None
 
@@ -65,11 +65,11 @@ class VerlJob(NamedTuple):
         return self.folder / "verl"
 
 
-# What a run file means on verl
+# From the run file to verl's keys
 
 
 def make_fixed_values(method: Preset, job: VerlJob) -> dict[str, Any]:
-    """The fifteen keys of verl that carry the method and the run."""
+    """Return the fifteen keys of verl that carry the method and the run."""
     return {
         "trainer.use_v1": True,
         "trainer.v1.trainer_mode": TRAINER,
@@ -80,9 +80,9 @@ def make_fixed_values(method: Preset, job: VerlJob) -> dict[str, Any]:
         f"{ROLLOUT}.agent.default_agent_loop": LOOP,
         f"{ROLLOUT}.agent.agent_loop_config_path": str(job.files / LOOPS_FILE),
         "data.train_files": str(job.files / TRAIN_FILE),
-        "data.val_files": str(job.files / (HELD_OUT_FILE if job.has_held_out else TRAIN_FILE)),  # verl wants one
+        "data.val_files": str(job.files / (HELD_OUT_FILE if job.has_held_out else TRAIN_FILE)),  # verl requires one
         f"{MODEL}.path": job.model,
-        f"{MODEL}.tokenizer_path": str(job.files / TOKENIZER),  # verl's reward workers run code that comes with one
+        f"{MODEL}.tokenizer_path": str(job.files / TOKENIZER),  # stripped of remote code, see `write_verl_files`
         "trainer.default_local_dir": str(job.folder / "checkpoints"),
         "trainer.resume_mode": "resume_path" if job.resume_from else "disable",
         "trainer.resume_from_path": str(job.resume_from) if job.resume_from else None,
@@ -90,7 +90,7 @@ def make_fixed_values(method: Preset, job: VerlJob) -> dict[str, Any]:
 
 
 def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = False) -> dict[str, Any]:
-    """Return verl's dotted keys with their values before `[verl]`; None where `compute_schedule` finds the value."""
+    """Return verl's keys with their values before `[verl]`; None where `compute_schedule` sets the value."""
     method, trl = config.rest.resolve(), with_trl_defaults(config)
     check_run(config, trl, method, megatron=megatron)
     low = method.epsilon_low if trl["epsilon"] == 0.2 else trl["epsilon"]
@@ -108,11 +108,11 @@ def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = Fal
         f"{ACTOR}.clip_ratio": low,
         f"{ACTOR}.clip_ratio_low": low,
         f"{ACTOR}.clip_ratio_high": high if trl["epsilon_high"] is None else trl["epsilon_high"],
-        f"{ACTOR}.clip_ratio_c": trl["delta"] or 1e9,  # without `delta` TRL has no such bound
+        f"{ACTOR}.clip_ratio_c": trl["delta"] or 1e9,  # without `delta` TRL has no such bound, verl always has one
         f"{ACTOR}.ppo_max_token_len_per_gpu": max(16384, job.prompt_tokens + trl["max_completion_length"]),
         "data.max_prompt_length": job.prompt_tokens,
         f"{MODEL}.trust_remote_code": config.model.trust_remote_code,
-        f"{ROLLOUT}.top_k": trl["top_k"] or -1,  # all tokens are 0 to TRL, -1 to vLLM
+        f"{ROLLOUT}.top_k": trl["top_k"] or -1,  # no limit is 0 in TRL and -1 in vLLM
         f"{ROLLOUT}.val_kwargs.n": config.eval.samples_per_prompt,
         "trainer.experiment_name": Path(config.run.out).name,
     }
@@ -122,23 +122,24 @@ def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = Fal
         rank = config.peft.get("r", 16)
         table = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", **config.peft}
         values |= {key: table[name] for name, key in KEY_TABLES["peft"].items()}
-    if trl["save_total_limit"]:  # with 1 verl deletes the old weights before the new checkpoint is whole
+    if trl["save_total_limit"]:  # with 1, verl 0.9 deletes the old checkpoint before the new one is complete
         values["trainer.max_actor_ckpt_to_keep"] = max(2, trl["save_total_limit"])
     return values
 
 
+# GRPOConfig is not instantiated: its __post_init__ looks for devices on this machine, and the run trains elsewhere.
 def with_trl_defaults(config: RunConfig) -> dict[str, Any]:
-    """`[trl]` over the defaults of TRL's GRPOConfig, which is not built: that looks for devices on this machine."""
+    """Return `[trl]` over the defaults of TRL's GRPOConfig."""
     check_trl_table(
         {name: value for name, value in config.trl.items() if name != "use_vllm"}
-    )  # vLLM is where the GPUs are
+    )  # vLLM is installed on the cluster
     fields = dataclasses.fields(GRPOConfig)
     defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields}
     return {**defaults, **config.trl}
 
 
 def find_unread_keys(config: RunConfig) -> list[str]:
-    """Keys of the run file that a run on verl does not read: `[verl]` has its own words for them."""
+    """Return the keys of the run file that verl ignores because `[verl]` has its own keys for them."""
     unread = [f"trl.{name}" for name in config.trl if name not in (*KEY_TABLES["trl"], *DERIVED_TRL_KEYS)]
     unread += [f"peft.{name}" for name in config.peft if name not in KEY_TABLES["peft"]]
     unread += [f"model.{name}" for name in ("attn_implementation", "load_in_4bit") if getattr(config.model, name)]
@@ -146,21 +147,23 @@ def find_unread_keys(config: RunConfig) -> list[str]:
 
 
 def compute_schedule(given: Mapping[str, Any], config: RunConfig, num_train: int) -> dict[str, int]:
-    """Batches and steps: TRL counts responses per device and optimizer steps, verl prompts and batches of responses.
+    """Return batch sizes and step counts in verl's units. Steps of `[trl]` and `[eval]` are rounded up to whole batches.
 
-    8 responses x 8 GPUs x steps_per_generation 32 / num_generations 4 = 512 prompts a batch, and with
-    gradient_accumulation_steps 4, 64 prompts an optimizer step: a batch is learnt from in 8. Steps of `[trl]` and
-    `[eval]` are rounded up to whole batches. `given` are verl's values; those of the keys OPEN are kept unless None.
+    TRL counts responses per device and optimizer steps; verl counts prompts, and batches of responses as steps.
+    Example: 8 responses x 8 GPUs x steps_per_generation 32 / num_generations 4 = 512 prompts per batch; with
+    gradient_accumulation_steps 4, 64 prompts per optimizer step, so 8 optimizer steps train on a batch. `given` are
+    verl's values; those of SCHEDULE_KEYS are kept unless None.
     """
     trl, group, devices = with_trl_defaults(config), given[N], given[NODES] * given[GPUS]
     together, accumulated = trl["per_device_train_batch_size"] * devices, trl["gradient_accumulation_steps"]
-    # Several batches an optimizer step (steps_per_generation below gradient_accumulation_steps) are one batch here.
+    # If TRL generates several batches per optimizer step (steps_per_generation below gradient_accumulation_steps),
+    # verl generates them as one.
     steps = max(trl["steps_per_generation"] or accumulated, accumulated)
     prompts, mini = given[PROMPTS] or together * steps / group, given[MINI] or together * accumulated / group
     if prompts % 1 or mini % 1 or prompts > num_train:
-        got = f"{num_train} training prompts, batches of {prompts:g} prompts and optimizer steps of {mini:g}"
+        problem = f"{num_train} training prompts give batches of {prompts:g} prompts and optimizer steps of {mini:g}"
         remedy = f"change trl.per_device_train_batch_size, or set verl.{PROMPTS} and verl.{MINI}"
-        raise UserError(got, "whole numbers, and prompts for a batch", remedy)
+        raise UserError(problem, "whole numbers, and enough prompts for one batch", remedy)
     updates, an_epoch = math.ceil(prompts / mini) * given[PASSES], num_train // int(prompts)
     total = math.ceil((given[EPOCHS] or trl["num_train_epochs"]) * an_epoch)
     if given[EPOCHS] is None and trl["max_steps"] > 0:
@@ -173,42 +176,47 @@ def compute_schedule(given: Mapping[str, Any], config: RunConfig, num_train: int
         MINI: int(mini),
         TOTAL: total,
         EPOCHS: given[EPOCHS] or math.ceil(total / an_epoch),
-        # verl writes a checkpoint after the last batch, which becomes the run's model, only where there is a frequency.
+        # verl writes the last checkpoint, which becomes the run's model, only if a frequency is set.
         SAVE: save if save > 0 else total,
         TEST: given[TEST] or math.ceil(config.eval.every / updates) or total,
     }
 
 
-# What is refused
+# Refused settings
 
 
+# The weights multiply the advantages. A loss, estimator or correction that skips verl's advantages, mixes them over
+# tokens or adds a term without them would silently train another objective: `[allowed]` in assets/verl.toml lists what
+# works for every preset, `[allowed_with_weights]` what works for weights other than 1, each with its reason. Fixed keys
+# must keep their value: they load the plugin and point verl at the run's own files.
 def check_allowed_values(values: Mapping[str, Any], fixed: Mapping[str, Any], *, reshapes: bool) -> None:
-    """UserError for values of verl's keys that would silently drop the weights or the objective."""
     weighing = KEY_TABLES["allowed_with_weights"]
     allowed = KEY_TABLES["allowed"] | (weighing if reshapes else {}) | {key: [value] for key, value in fixed.items()}
     for key, texts in allowed.items():
         choices = [None if text == "null" else text for text in texts]
         if (value := values.get(key, None if key in fixed else choices[0])) not in choices:
-            remedy = "or use preset 'grpo', 'dr_grpo' or 'dapo'" if key in weighing else "see docs/cluster.md"
-            raise UserError(f"verl.{key} = {value!r}", " or ".join(map(repr, choices)), f"change it, {remedy}")
+            remedy = "change it or use preset 'grpo', 'dr_grpo' or 'dapo'" if key in weighing else "see docs/cluster.md"
+            raise UserError(f"verl.{key} is {value!r}", " or ".join(map(repr, choices)), remedy)
 
 
+# Refused because verl would do something else: it scores each response separately (random rewards need the batch), its
+# progress spans the run, its KL term has its own key, Megatron would train all weights despite [peft], and verl expands
+# the run folder as a file pattern.
 def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, megatron: bool) -> None:
-    """UserError for what the other tables of a run file ask that verl cannot do."""
     if uses_random_rewards(method.reward):
-        remedy = "set run.engine = 'trl'"
-        raise UserError("rest.reward.random = true on verl, which scores each response by itself", "false", remedy)
+        problem = "rest.reward.random is true, but verl scores each response separately"
+        raise UserError(problem, "false", "set run.engine = 'trl'")
     if config.rest.progress_steps:
-        got = f"rest.progress_steps = {config.rest.progress_steps} on verl"
-        raise UserError(got, "0, for all steps of the run", "remove it")
+        problem = f"rest.progress_steps is {config.rest.progress_steps}, which verl does not support"
+        raise UserError(problem, "0, for all steps of the run", "remove it")
     if trl["beta"]:
         remedy = f"set verl.{ACTOR}.use_kl_loss, with preset 'grpo', 'dr_grpo' or 'dapo'"
-        raise UserError(f"trl.beta = {trl['beta']} on verl", "0", remedy)
+        raise UserError(f"trl.beta is {trl['beta']}, which verl does not read", "0", remedy)
     if config.peft and megatron:
-        raise UserError("[peft] with Megatron, which would train all weights", "none", f"set verl.{MODEL}.lora instead")
+        raise UserError("[peft] has no effect with Megatron", remedy=f"remove it and set verl.{MODEL}.lora")
     if pattern := next((sign for sign in ("[", "]", "*", "?", "::") if sign in config.run.out), None):
-        what = f"the run folder {config.run.out} on verl, to which {pattern} is part of a pattern of file names"
-        raise UserError(what, "a path without it", "pass another --out")
+        problem = f"the run folder {config.run.out} contains {pattern}, which verl expands as a file name pattern"
+        raise UserError(problem, remedy="pass another --out")
     tool_format = "toolrl" if config.rest.format == AUTO else config.rest.format
     truncates = trl["top_p"] < 1 or trl["top_k"] > 0
     check_weight_rule(method.weights, tool_format, config.rest.entropy_decay, truncates=truncates)
@@ -218,10 +226,13 @@ def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, mega
 
 
 def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
-    """What verl gets, checked by verl itself; UserError for what its configuration does not have or it refuses.
+    """Compose verl's configuration and let verl validate it.
 
-    The table `rest` of it is the plugin's: `rest.run` is the run file whole, `rest.folder` the run folder, `rest.ends`
-    the tokens that end a response.
+    Its table `rest` is for our plugin: `rest.run` is the whole run file, `rest.folder` the run folder, `rest.ends` the
+    stop tokens.
+
+    Raises:
+        UserError: a key that verl does not have, or a value that verl or this package rejects.
     """
     from hydra import compose, initialize_config_module
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -242,10 +253,10 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
         for path, value in [*start.items(), *iter_leaves(table), *last]:
             OmegaConf.update(verl, path.replace("+", ""), value, merge=False, force_add="+" in path)
     given = {key: OmegaConf.select(verl, key) for key in (NODES, GPUS, N, PASSES, *SCHEDULE_KEYS)}
-    with explain_config_errors(TypeError, ZeroDivisionError):  # sizes that are no numbers
+    with explain_config_errors(TypeError, ZeroDivisionError):  # sizes that are not numbers
         for path, value in compute_schedule(given, config, job.num_train).items():
             OmegaConf.update(verl, path, value)
-    if not job.has_held_out:  # verl would measure training prompts
+    if not job.has_held_out:  # verl would evaluate on training prompts
         verl.trainer.test_freq, verl.trainer.val_before_train = -1, False
     libraries = OmegaConf.select(verl, EXTERNAL_LIB) or []
     OmegaConf.update(
@@ -256,20 +267,20 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
         check_allowed_values(
             dict(iter_leaves(plain)), make_fixed_values(method, job), reshapes=not is_uniform(method.weights)
         )
-        # Without its check of the rank of an adapter, which asks for vLLM on this machine.
+        # verl 0.9 checks an adapter's rank against vLLM's limits, which needs vLLM on this machine: rank 0 skips that.
         checked: Any = OmegaConf.merge(verl, {"actor_rollout_ref": {"model": {"lora_rank": 0}}})
         omega_conf_to_dataclass(checked.actor_rollout_ref.rollout)
         omega_conf_to_dataclass(checked.algorithm)
         validate_config(checked, use_reference_policy=need_reference_policy(checked), use_critic=False)
-    # TOML's own way to write a dollar, so that OmegaConf finds nothing to fill in.
+    # OmegaConf would interpolate ${...} in the run file; \u0024 is the same dollar sign in TOML.
     rest = {"run": config.to_toml().replace("${", "\\u0024{"), "folder": str(job.folder), "ends": list(job.ends)}
     OmegaConf.update(verl, "rest", rest, force_add=True)
     return verl
 
 
+# Turns the exceptions of verl, Hydra and OmegaConf about a configuration into errors of the user.
 @contextmanager
 def explain_config_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Make what verl, Hydra and OmegaConf raise about a configuration an error of its user."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -279,11 +290,11 @@ def explain_config_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise
     except (HydraException, OmegaConfBaseException, *kinds) as error:
         text = " ".join(str(error).split())
-        raise UserError(f"a configuration that verl refuses ({text:.300})", "one it takes", "change [verl]") from error
+        raise UserError(f"verl rejects the configuration ({text:.300})", remedy="change [verl]") from error
 
 
+# Dotted paths and values of nested tables, "null" as None. A key with Hydra's `+` adds its value as a whole.
 def iter_leaves(table: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested tables with their dotted paths, the word null as None; what a `+` adds is taken whole."""
     for name, value in table.items():
         if isinstance(value, Mapping) and "+" not in name:
             yield from iter_leaves(value, f"{parent}{name}.")

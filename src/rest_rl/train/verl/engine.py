@@ -1,7 +1,7 @@
-"""The engine verl: the same run file on a Ray cluster, followed from its folder and kept like any other run."""
+"""The engine verl: train the same run file on a Ray cluster, and follow the run from its folder."""
 
 # pyright: reportMissingImports=false
-# verl has an environment of its own.
+# verl is installed in a separate environment.
 from __future__ import annotations
 
 import importlib
@@ -57,25 +57,25 @@ from rest_rl.train.verl.responses import DATA_STATE_FILE, FAILED_METRIC, LOOP, P
 if TYPE_CHECKING:
     from rest_rl.evaluate.held_out import HeldOutPrompt
 
+# The file of the run folder with the output of verl, Ray and their workers.
 LOG_FILE = "verl.log"
-"""The file of the run folder that takes what verl, Ray and their workers print."""
+# Seconds that a run may take to leave the cluster after it ended.
 SHUTDOWN_SECONDS = 30
-"""Seconds that an ended run may take to leave the cluster."""
 
 
 class VerlEngine:
-    """Trains with verl, on the Ray that is there or on one of this machine's own; see `train.engine.Engine`.
+    """Trains with verl on a running Ray cluster, or on a local one that it starts; see `train.engine.Engine`.
 
-    verl measures the held-out prompts itself, before, during and after training.
+    verl evaluates the held-out prompts itself, before, during and after training.
     """
 
     def __init__(self, config: RunConfig, layout: PromptLayout, observer: Observer) -> None:
         if missing := [name for name in ("verl", "transfer_queue") if importlib.util.find_spec(name) is None]:
-            remedy = "pip install 'verl[verl-core]>=0.9,<0.10', in an environment of its own (docs/cluster.md)"
-            raise UserError(f"the engine verl without the package {missing[0]}", "it", remedy)
+            remedy = "pip install 'verl[verl-core]>=0.9,<0.10' in a separate environment (docs/cluster.md)"
+            raise UserError(f"the engine verl requires the package {missing[0]}, which is not installed", remedy=remedy)
         self.config, self.layout, self.observer = config, layout, observer
         if unread := find_unread_keys(config):
-            observer.say(f"the engine verl does not read {', '.join(unread)}; [verl] has its own settings for them")
+            observer.say(f"the engine verl ignores {', '.join(unread)}; [verl] has its own keys for them")
 
     @property
     def max_response_tokens(self) -> int:
@@ -88,7 +88,7 @@ class VerlEngine:
         model, adapter = resolve_adapter(self.config.model)
         if adapter is not None:
             raise UserError(
-                f"the adapter {adapter} on verl", "a whole model", "merge it first, or set run.engine = 'trl'"
+                f"verl cannot train the adapter {adapter}", "a whole model", "merge it, or set run.engine = 'trl'"
             )
         self.data = data
         self.job = VerlJob(
@@ -106,7 +106,7 @@ class VerlEngine:
         return self.checkpoint
 
     def to_yaml(self) -> str:
-        """What verl gets, as its own YAML; after `prepare`."""
+        """Return verl's configuration as YAML; call after `prepare`."""
         from omegaconf import OmegaConf
 
         return OmegaConf.to_yaml(self.verl)
@@ -118,44 +118,42 @@ class VerlEngine:
         except OSError as error:
             raise unwritable_folder_error(log.folder, error) from error
         self.verl.trainer.val_before_train = needs_evaluation(self.log, self.verl.trainer, self.checkpoint)
-        self.observer.say(f"what verl prints is in {LOG_FILE}")
+        self.observer.say(f"the output of verl is in {LOG_FILE}")
 
     def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> Mapping[str, Any] | None:
         return None
 
     def run(self, after_step: AfterStep) -> StopPoint:
-        """Run verl to the last step, or let it only measure what is not measured; UserError if it stops before."""
+        """Run verl to the last step, or only the evaluation that is missing; UserError if verl stops early."""
         if self.checkpoint.is_last and not self.verl.trainer.val_before_train:
             return StopPoint(self.total)
         look = make_follower(self.log, self.observer, parse_toml(self.config.to_toml(), "the run"), self.total)
         path = self.log.folder / LOG_FILE
-        remedy = f"see {path}; go on with: rest-rl train --resume --out {self.log.folder}"
+        remedy = f"see {path}; to continue: rest-rl train --resume --out {self.log.folder}"
         try:
             with (
                 self.observer.track("training", self.total, self.checkpoint.step),
                 call_repeatedly(look),
                 path.open("a", encoding="utf-8", errors="replace") as file,
-                redirect_stdout(file),  # an observer holds on to its terminal
+                redirect_stdout(file),  # the observer keeps its own handle of the terminal
                 redirect_stderr(file),
             ):
                 run_on_ray(self.verl)
-        except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of SIGTERM
+        except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into SystemExit
             return StopPoint(read_last_step(self.log), is_interrupted=True)
-        except Exception as error:  # Ray wraps whatever a worker raised
+        except Exception as error:  # Ray wraps a worker's exception
             with path.open("a", encoding="utf-8", errors="replace") as file:
                 traceback.print_exception(error, file=file)
             last = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise UserError(
-                f"a run that stopped on verl ({last.strip():.500})", f"{self.total} steps", remedy
-            ) from error
+            raise UserError(f"verl stopped before step {self.total} ({last.strip():.500})", remedy=remedy) from error
         if (reached := read_last_step(self.log)) < self.total:
-            raise UserError(f"a run that ended on verl after step {reached}", f"{self.total} steps", remedy)
+            raise UserError(f"verl ended after step {reached} of {self.total}", remedy=remedy)
         return StopPoint(self.total)
 
     def save_model(self) -> None:
         if self.log.model.exists():
             return
-        with self.observer.track("putting the model together"):
+        with self.observer.track("merging the model"):
             merge_model(
                 self.log.checkpoints / f"global_step_{self.total}",
                 self.verl.actor_rollout_ref.actor.strategy,
@@ -169,14 +167,14 @@ class VerlEngine:
 
 
 def write_verl_files(data: TrainingData, tokenizer: Any, folder: Path) -> None:
-    """What verl reads: prompts, the name of the agent loop, the tokenizer. OSError if it cannot be written."""
+    """Write the files that verl reads: prompts, the name of the agent loop, the tokenizer. OSError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts((("train", row) for row in data.prepared), folder / TRAIN_FILE)
     if data.held_out:
         write_prompts(data.held_out, folder / HELD_OUT_FILE)
     loops = [{"name": LOOP, "_target_": f"{PLUGIN}.RenderedPromptLoop"}]
     replace_file(folder / LOOPS_FILE, as_json(loops, indent=2))  # JSON is YAML
-    # Without a reference to code: verl's workers would run any that there is.
+    # Security: verl's workers would execute any remote code that the tokenizer references.
     tokenizer.save_pretrained(folder / TOKENIZER)
     path = folder / TOKENIZER / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -185,10 +183,10 @@ def write_verl_files(data: TrainingData, tokenizer: Any, folder: Path) -> None:
 
 
 def write_prompts(rows: Iterable[tuple[str, Prepared]], path: Path) -> None:
-    """Write prompts, each with its split, as verl reads them.
+    """Write prompts as verl reads them.
 
-    Columns: `prompt`, one message whose content is the text that the model is given; `data_source`, the split;
-    `reward_model`, with the gold as JSON text; `extra_info`, with index, id and kind of the sample.
+    Columns: `prompt`, one message whose content is the rendered prompt; `data_source`, the split; `reward_model`, with
+    the gold as JSON text; `extra_info`, with index, id and kind of the sample.
     """
     columns = (
         {
@@ -203,7 +201,7 @@ def write_prompts(rows: Iterable[tuple[str, Prepared]], path: Path) -> None:
 
 
 def find_checkpoint(log: RunLog) -> tuple[Checkpoint, list[str]]:
-    """The newest whole checkpoint of a run on verl and the names of newer broken ones; the beginning without any."""
+    """Return a run's newest complete checkpoint (the beginning without one) and the names of newer incomplete ones."""
     folders = {
         int(match[1]): match.string
         for path in log.checkpoints.glob("*")
@@ -217,8 +215,8 @@ def find_checkpoint(log: RunLog) -> tuple[Checkpoint, list[str]]:
     return Checkpoint(0), broken
 
 
+# verl writes the position in the data last: its file completes a checkpoint.
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint holds region statistics, weights and, written last, the place in the data."""
     try:
         table = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -231,11 +229,9 @@ def read_last_step(log: RunLog) -> int:
     return max((row["step"] for row in read_rows(log.folder / METRICS)), default=0)
 
 
+# verl evaluates after it has saved: a run that is killed in between has a checkpoint without its evaluation, which the
+# resumed run has to make up for.
 def needs_evaluation(log: RunLog, trainer: Any, checkpoint: Checkpoint) -> bool:
-    """Whether the held-out prompts are to be measured before the first step, or were not at the step of a checkpoint.
-
-    verl measures after it has saved: a run that is killed in between has a checkpoint and no measurement of it.
-    """
     every, summary = trainer.test_freq, log.read_summary()
     if every <= 0 and not trainer.val_before_train:
         return False
@@ -251,40 +247,38 @@ def needs_evaluation(log: RunLog, trainer: Any, checkpoint: Checkpoint) -> bool:
 
 
 def run_on_ray(config: Any, plugin: str = PLUGIN) -> None:
-    """Run verl's trainer, which the module `plugin` registers; returns when it has finished, raises what stops it."""
+    """Run verl's trainer, which the module `plugin` registers, to its end; raises what stops it."""
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
     class ReSTRunner(TaskRunnerV1.__ray_metadata__.modified_class):
-        """The driver of a run, in a process that knows the trainer."""
-
         def run(self, config: Any) -> None:
             refuse_second_run()
-            importlib.import_module(plugin)  # here, where verl looks the trainer up
+            importlib.import_module(plugin)  # in this process, in which verl looks up the trainer
             super().run(config)
 
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # a user's rule may lie beside the run file
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # a user's rule may be next to the run file
     try:
         run_ppo(config, ray.remote(ReSTRunner))
     finally:
         ray.shutdown()
 
 
+# verl 0.9 names its queue for the whole cluster: two runs would train on each other's responses.
 def refuse_second_run() -> None:
-    """UserError where another run uses this Ray: they would share a queue and learn from each other's responses."""
     import ray
 
-    for _ in range(SHUTDOWN_SECONDS):  # a run that was killed a moment ago may still be there
+    for _ in range(SHUTDOWN_SECONDS):  # a run that was just killed may still be there
         try:
             ray.get_actor("TransferQueueController", namespace="transfer_queue")
         except ValueError:
             return
         time.sleep(1)
-    raise UserError("a Ray cluster with a run of verl on it", "one run at a time", "start another cluster")
+    raise UserError("another verl run uses this Ray cluster", "one run at a time", "wait, or start another cluster")
 
 
+# Yields the rows appended to a JSONL file since the last call; an incomplete last line waits for its end.
 def tail_jsonl(path: Path) -> Iterator[list[Row]]:
-    """Yield, each time it is asked, the rows that were appended to a JSONL file; a line without its end waits."""
     at = path.stat().st_size if path.exists() else 0
     while True:
         whole = b""
@@ -296,8 +290,8 @@ def tail_jsonl(path: Path) -> Iterator[list[Row]]:
         yield [json.loads(line) for line in whole.split(b"\n") if line]
 
 
+# Returns a function that reports what verl's driver has written since the last call; `table` is the run file.
 def make_follower(log: RunLog, observer: Observer, table: Mapping[str, Any], total: int) -> Callable[[], None]:
-    """A function that tells of what verl's driver has written since the last call; `table` is the run file."""
     diagnosis = Diagnosis(table)
     tails = [tail_jsonl(log.folder / name) for name in (METRICS, RESPONSES, EVALUATIONS)]
 
@@ -308,20 +302,19 @@ def make_follower(log: RunLog, observer: Observer, table: Mapping[str, Any], tot
         for row in metrics:
             observer.on_step(row["step"], total, row)
             if failed := row.get(FAILED_METRIC):
-                observer.say(f"step {row['step']}: {failed:.0f} responses failed and are left out")
+                observer.say(f"step {row['step']}: {failed:.0f} responses failed and were left out")
             for finding in diagnosis.add(row, total):
                 observer.on_finding(finding)
         for step in dict.fromkeys(row["step"] for row in responses):
             observer.on_responses(step, [row for row in responses if row["step"] == step])
 
-    for tailed in tails:  # what is there already was told before
-        next(tailed)
+    for rows in tails:  # skip what an earlier process has reported
+        next(rows)
     return look
 
 
 @contextmanager
 def call_repeatedly(look: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
-    """Call `look` every now and then while the block runs, and once more after it."""
     done = threading.Event()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""What a run on verl leaves behind: the whole model, or its adapter alone, as on TRL."""
+"""Turn verl's last checkpoint into the run's model folder: the whole model, or only its adapter, as on TRL."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ from rest_rl.jsonl import as_json
 from rest_rl.runlog import unwritable_folder_error
 from rest_rl.train.policy import ADAPTER_CONFIG, load_tokenizer
 
+# The file of a verl checkpoint that exists if FSDP trained an adapter.
 LORA_META = "lora_train_meta.json"
-"""The file of verl's checkpoint that is there if FSDP trained an adapter."""
 
 
 def merge_model(
     checkpoint: Path, strategy: str, target: Path, *, base: str | Path, trust_remote_code: bool = False
 ) -> None:
-    """Make `target` of a checkpoint: its adapter, over the model `base`, or without one the whole model; the tokenizer.
+    """Write a checkpoint's model to `target`: its adapter (of the model `base`) or the whole model, and the tokenizer.
 
-    An adapter keeps the type that it was trained in; verl's merger gives whole models in bfloat16. `target` is there
-    when it is whole. UserError for a checkpoint that cannot be put together and for a folder that cannot be written.
+    An adapter keeps its dtype; verl's merger writes whole models in bfloat16. `target` appears only when it is
+    complete.
+
+    Raises:
+        UserError: the checkpoint cannot be merged, or the folder cannot be written.
     """
     actor, part = checkpoint / "actor", target.with_name(f".{target.name}.part")
-    # Megatron saves whole models and adapters as Hugging Face does, unless asked for shards of its own.
+    # Megatron saves models and adapters in Hugging Face's layout, unless configured to save its own shards.
     exported = actor / "model" / "huggingface"
     tokenizer: Path | None = None
     try:
-        shutil.rmtree(part, ignore_errors=True)  # of a command that was killed at this point
+        shutil.rmtree(part, ignore_errors=True)  # left by a command that was killed here
         if (actor / LORA_META).is_file():
             write_adapter(actor, part, base)
             tokenizer = actor / "huggingface"
@@ -65,13 +68,12 @@ def merge_model(
 
 
 def run_merger(actor: Path, strategy: str, part: Path, *, trust_remote_code: bool) -> None:
-    """The whole model, by verl's own merger in a process of its own; UserError with its last words if it fails."""
     backend = "megatron" if strategy == "megatron" else "fsdp"
     command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", backend]
     command += ["--local_dir", str(actor), "--target_dir", str(part)]
     command += ["--trust-remote-code"] if trust_remote_code else []
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
-    # With an adapter in it the merger would save the weights beneath, untrained, as the model.
+    # For a checkpoint with an adapter, verl 0.9's merger would save the untrained base weights as the model.
     if done.returncode or (part / "lora_adapter").exists():
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         why = lines[-1] if done.returncode and lines else "an adapter without its rank, or no message"
@@ -79,19 +81,17 @@ def run_merger(actor: Path, strategy: str, part: Path, *, trust_remote_code: boo
 
 
 def make_broken_error(actor: Path, part: Path, why: str, remedy: str) -> UserError:
-    """The error for a checkpoint that is no model."""
     return UserError(
-        f"the checkpoint {actor.parent} ({why:.300})",
-        "one that can be put together",
-        f"the run's steps are done: {remedy}, then try again with: rest-rl train --resume --out {part.parent}",
+        f"the checkpoint {actor.parent} cannot be merged ({why:.300})",
+        remedy=f"all steps are finished: {remedy}, then run: rest-rl train --resume --out {part.parent}",
     )
 
 
-# Adapters, which verl's merger would save with the untrained weights beneath, rounded
+# Adapters: verl's merger would save them with the untrained base weights, rounded
 
 
+# Converts FSDP's shards of an adapter to peft's files.
 def write_adapter(actor: Path, part: Path, base: str | Path) -> None:
-    """FSDP's shards of an adapter as peft saves it."""
     from peft import LoraConfig
 
     try:
@@ -109,7 +109,7 @@ def write_adapter(actor: Path, part: Path, base: str | Path) -> None:
             inference_mode=True,
         )
         config.target_modules = find_target_modules(shards[0])  # set after __init__, which turns the list into a set
-    except Exception as error:  # whatever torch finds in a broken file
+    except Exception as error:  # torch raises many types for a damaged file
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise make_broken_error(actor, part, why, f"restore {actor}") from error
     part.mkdir(parents=True)
@@ -117,17 +117,17 @@ def write_adapter(actor: Path, part: Path, base: str | Path) -> None:
     config.save_pretrained(str(part))
 
 
+# The state of each rank, in order. With mmap, tensors that are not used are not read from disk.
 def read_shards(actor: Path) -> list[dict[str, Any]]:
-    """The state that each rank saved, in their order; what is not used is not read from the disk."""
-    # It warns of meshes without processes, once a file; nothing is computed on these.
+    # torch warns once per file about device meshes without processes; nothing is computed on them.
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
     ranks = json.loads((actor / "fsdp_config.json").read_text(encoding="utf-8"))["world_size"]
     files = [actor / f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
     return [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
 
 
+# FSDP shards over the last axis of the device mesh; the other axis (HSDP) has replicas, of which the first row is used.
 def join_shards(pieces: list[Any]) -> torch.Tensor:
-    """A parameter from the pieces of all ranks; the ranks of a row of the mesh have one copy, the first row's."""
     first = pieces[0]
     if not isinstance(first, DTensor):
         return first.contiguous()
@@ -141,7 +141,7 @@ def join_shards(pieces: list[Any]) -> torch.Tensor:
 
 
 def find_target_modules(names: Collection[str]) -> list[str]:
-    """The adapted modules by the last part of their names, in full where others that are not adapted share it.
+    """Return the adapted modules for `LoraConfig.target_modules`: short names, or full ones where those are ambiguous.
 
     `q_proj` if every layer's is adapted; `model.layers.0.self_attn.q_proj` if the other layers' are not.
     """

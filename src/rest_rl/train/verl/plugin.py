@@ -1,15 +1,15 @@
-"""ResT on stock verl: registered from outside, loaded by the process that drives the run and by verl's workers.
+"""ResT on stock verl: registered from outside, loaded by the driver process and by verl's workers.
 
-`ReSTPPOTrainer` lets verl compute its advantages and multiplies them by the token weights, which for w >= 0 is to weigh
-the clipped surrogate; the process that drives the run does so once per batch of responses, whatever trains and samples.
-A step is verl's: one batch, however many optimizer steps learn from it. `ReSTRewardManager` scores responses and knows
-the progress; `RenderedPromptLoop` samples from prompts as this package has laid them out.
+`ReSTPPOTrainer` lets verl compute its advantages and multiplies them by the token weights, which for w >= 0 weights the
+clipped surrogate. The driver does this once per generation batch, whatever backend trains and samples. A step is
+verl's: one batch, however many optimizer steps train on it. `ReSTRewardManager` scores responses with the step's
+progress. `RenderedPromptLoop` samples from prompts that this package has rendered.
 
 Shapes: B responses, T completion tokens.
 """
 
 # pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
-# verl has an environment of its own.
+# verl is installed in a separate environment.
 from __future__ import annotations
 
 import json
@@ -50,12 +50,12 @@ from rest_rl.train.verl.responses import (
 )
 from rest_rl.train.weighing import TokenWeighter
 
+# Fields of a response in verl's TransferQueue that are read in addition to the token fields.
 PER_RESPONSE = ("uid", "rm_scores", "reward_model", "extra_info", "extra_fields", "raw_prompt")
-"""Fields of a response in verl's TransferQueue that are read, besides those of its tokens."""
 
 
 def progress_of_step(step: int, total: int) -> float:
-    """Training progress nu in [0, 1] of verl's steps, counted from 1: 0 in the first and before it, 1 in the last."""
+    """Return training progress nu in [0, 1] of verl's steps, counted from 1: 0 up to the first one, 1 in the last."""
     return min(1.0, max(0, step - 1) / max(1, total - 1))
 
 
@@ -63,10 +63,9 @@ def progress_of_step(step: int, total: int) -> float:
 def group_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, config: Any = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Advantages within a group as `rest_rl.credit` and TRL compute them, and the returns, which are the same.
+    """Return advantages (B, T) within a group as `rest_rl.credit` and TRL compute them, and equal returns; 0 if masked.
 
-    (R - mean) / (std + 1e-4), or R - mean without `algorithm.norm_adv_by_std_in_grpo`; both (B, T), 0 where masked.
-    verl's own estimator `grpo` adds 1e-6.
+    (R - mean) / (std + 1e-4), or R - mean without `algorithm.norm_adv_by_std_in_grpo`; verl's `grpo` adds 1e-6 instead.
     """
     kind = "grpo" if config is None or config.get("norm_adv_by_std_in_grpo", True) else "dr_grpo"
     advantages_B = compute_group_advantages(token_level_rewards.sum(-1), list(index), kind)
@@ -76,14 +75,17 @@ def group_advantage(
 
 @register_trainer(TRAINER)
 class ReSTPPOTrainer(PPOTrainerSync):
-    """verl's synchronous trainer whose advantages are reshaped by region; with weights of 1 it is verl's own."""
+    """verl's synchronous trainer with advantages weighted by region; with weights of 1 it is verl's own."""
 
     def __init__(self, config: Any) -> None:
-        config.trainer.v1.trainer_mode = "sync"  # verl's base class asks for its own name
+        config.trainer.v1.trainer_mode = "sync"  # verl's base class requires its own name
         super().__init__(config)
         self.run, self.method, self.format, self.tracker = parse_run(config.rest.run)
         self.log = RunLog(config.rest.folder)
 
+    # First hook. `super()` has computed the advantages in the driver's TransferQueue, before any optimizer step on the
+    # batch; they are read, weighted and written back. Everything after that (dispatch, clipping, aggregation) is
+    # verl's.
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._compute_advantage(batch, metrics)
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
@@ -100,7 +102,6 @@ class ReSTPPOTrainer(PPOTrainerSync):
         return tq.kv_batch_put(**where, fields=TensorDict({"advantages": advantages}, batch_size=len(batch.keys)))
 
     def _read_responses(self, batch: Any, ids: Tensor) -> Responses:
-        """What is known of the batch's responses, without verl's padding rows."""
         places = [place for place, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
         fields = {"keys": [batch.keys[place] for place in places], "partition_id": batch.partition_id}
         data = tq.kv_batch_get(**fields, select_fields=list(PER_RESPONSE))
@@ -121,7 +122,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         )
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
-        """One step, and a row of its figures in the run folder before the step is saved."""
+        """Run one step, and write its metrics before the step is saved."""
         batch = super().step(metrics, timing_raw)
         metrics = {**metrics, "epoch": self.global_steps / self.steps_per_epoch}
         self.log.add_metrics(make_metrics_row(self.global_steps, metrics))
@@ -131,10 +132,10 @@ class ReSTPPOTrainer(PPOTrainerSync):
         super()._compute_metrics(batch, metrics, *args, **kwargs)
         self.log.add_timing(make_timing_row(self.global_steps, metrics))
 
+    # Second hook: verl calls it after each evaluation, before, during and after training.
     def _val_metrics_update(
         self, data_sources: Any, sample_uids: Any, reward_extra_infos_dict: Any, *args: Any, **kwargs: Any
     ) -> dict[str, float]:
-        """The figures of a validation, and its summary in the run folder: before, during or after training."""
         prompts = {uid: place for place, uid in enumerate(dict.fromkeys(sample_uids))}
         columns = (reward_extra_infos_dict[name] for name in ("kind", "exact_match", "accuracy", "format", "turn"))
         rows = zip(data_sources, sample_uids, *columns, strict=True)
@@ -144,8 +145,8 @@ class ReSTPPOTrainer(PPOTrainerSync):
         write_outcomes(self.log, self.global_steps, self.total_training_steps, summarise(outcomes))
         return super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
 
+    # The region statistics must be in the checkpoint before verl writes DATA_STATE_FILE, which marks it as complete.
     def _save_checkpoint(self) -> None:
-        """The checkpoint, and before it is marked as whole the region statistics."""
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DATA_STATE_FILE).unlink(
@@ -161,19 +162,19 @@ class ReSTPPOTrainer(PPOTrainerSync):
             self.tracker.table = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
 
 
+# tensordict returns a column of lists as a list, and other columns as a stack.
 def to_list(column: Any) -> list[Any]:
-    """A column of the TransferQueue as a list: tensordict gives back lists of lists as they are, others in a stack."""
     return list(column) if isinstance(column, list) else column.tolist()
 
 
 class ReSTRewardManager(RewardManagerBase):
-    """The preset's rule reward, rescaled by the progress of the step that a response is for."""
+    """The preset's rule reward, scaled by the progress of the step that a response belongs to."""
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any, *_: Any, **__: Any) -> None:
         super().__init__(config, tokenizer, compute_score)
         rest = RunConfig.from_toml(config.rest.run).rest
         self.format, self.method, self.ends = get_format(rest.format), rest.resolve(), frozenset(config.rest.ends)
-        self.total = int(config.actor_rollout_ref.actor.optim.total_training_steps)  # verl has counted them by now
+        self.total = int(config.actor_rollout_ref.actor.optim.total_training_steps)  # verl has computed it by now
 
     async def run_single(self, data: Any) -> dict[str, Any]:
         return await self.loop.run_in_executor(None, self._score, data[-1:][0])
@@ -193,7 +194,7 @@ class ReSTRewardManager(RewardManagerBase):
 
 
 class RenderedPromptLoop(SingleTurnAgentLoop):
-    """One response to a prompt that is text already; no chat template is applied to it."""
+    """Samples one response to a rendered prompt; no chat template is applied to it."""
 
     async def ct_build_initial_tokens(self, messages: list[dict[str, Any]], *_: Any, **__: Any) -> list[int]:
         return self.tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]

@@ -1,7 +1,7 @@
-"""What is computed from a batch of responses in verl's layout, and what the run folder keeps of it; imports no verl.
+"""Computations on a batch of responses in verl's layout, and what the run folder records of it; does not import verl.
 
-Shapes: B responses in verl's order (balanced over devices, groups are not consecutive), T completion tokens. verl keeps
-responses as jagged tensors and may append rows that are padding: their mask is 0 throughout.
+Shapes: B responses in verl's order (balanced over devices, so groups are not consecutive), T completion tokens. verl
+stores responses as jagged tensors and may append padding rows, whose mask is 0.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from rest_rl.train.weighing import (
     sum_surprise,
 )
 
+# The module that registers the trainer and the advantage estimator.
 PLUGIN = "rest_rl.train.verl.plugin"
-"""The module that registers the trainer and the advantage estimator."""
+# Their registered names, and that of the agent loop.
 TRAINER, ESTIMATOR, LOOP = "rest", "rest_group", "rendered_prompt"
-"""What the trainer, the advantage estimator and the agent loop are registered as."""
+# Files of a checkpoint: the moving sums of the region statistics, and the position in the data, which verl writes last.
 STATISTICS_FILE, DATA_STATE_FILE = "rest.json", "data.pt"
-"""Files of a checkpoint: the moving average of region entropies, and what verl writes last, the place in the data."""
+# The number of responses of a step that verl could not generate or score.
 FAILED_METRIC = "completions/failed"
-"""The figure that says how many responses of a step verl could not make or score."""
+# verl's names of the per-token fields that are known before a batch is trained on.
 PER_TOKEN = ("responses", "response_mask", "entropy", "old_log_probs", "advantages")
-"""verl's names of what is known of every token before it is learnt from."""
+# Responses that are weighted at a time, to bound memory. The weights do not depend on it.
 CHUNK_SIZE = 4096
-"""Responses that are weighed at a time. The weights do not depend on it: they come from the steps before."""
+# TRL's names of verl's metrics; others keep verl's name.
 TRL_METRIC_NAMES: Mapping[str, str] = {
     "actor/pg_loss": "loss",
     "actor/grad_norm": "grad_norm",
     "actor/lr": "learning_rate",
     "actor/pg_clipfrac": "clip_ratio/region_mean",
 }
-"""verl's name of a figure and TRL's; all others keep verl's."""
+# Prefixes of metrics that are recorded under another name or elsewhere.
 DUPLICATE_PREFIXES = ("critic/", "response_length", "response/", "prompt_length/", "num_turns/", "val-")
-"""Beginnings of names of what is recorded under another name, or elsewhere."""
+# Prefixes of metrics that differ from run to run.
 TIMING_PREFIXES = ("timing", "perf/", "throughput")
-"""Beginnings of names of what differs from run to run."""
 
 
 def parse_run(text: str) -> tuple[RunTable, Preset, ToolFormat, EntropyTracker]:
-    """What verl's trainer needs of the run file that verl's configuration carries."""
+    """Return what verl's trainer needs of the run file in its configuration."""
     config = RunConfig.from_toml(text)
     rest = config.rest
     return config.run, rest.resolve(), get_format(rest.format), EntropyTracker(rest.entropy_decay)
@@ -74,11 +74,19 @@ def weight_batch(
     step: int,
     watched: Collection[int] = (),
 ) -> tuple[Tensor, dict[str, float], dict[int, Row]]:
-    """Weigh a batch's advantages by what `tracker` knows of the steps before, then let it take in this one.
+    """Weight a batch's advantages with the statistics of the steps before, then add this step's to `tracker`.
 
-    `data` holds verl's fields `PER_TOKEN`, jagged or dense; `step` is counted from 1. Returns the weighed advantages of
-    all tokens, jagged, with the row lengths of the batch; the step's figures; and by place the recorded fields of the
-    responses at the places `watched`.
+    Args:
+        data: verl's fields `PER_TOKEN`, jagged or dense.
+        weighter: the weight rule with tokenizer and format.
+        tracker: the region statistics; updated.
+        progress: training progress nu.
+        step: the number of the step, from 1.
+        watched: the responses whose token fields to return.
+
+    Returns:
+        The weighted advantages of all tokens (jagged, with the batch's row lengths), the step's metrics, and the
+        recorded fields of the `watched` responses by their index.
     """
     rows = [data[name].unbind() for name in PER_TOKEN]
     size, statistics, rule_weights_R = len(rows[0]), tracker.statistics(), None
@@ -112,14 +120,14 @@ def weight_batch(
     return torch.nested.as_nested_tensor(advantages, layout=torch.jagged), figures, recorded
 
 
+# (B, T) on the CPU, padded with 0; 16-bit numbers become float32.
 def pad_rows(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of different lengths as one (B, T) on the CPU, padded with 0; 16-bit numbers in float32."""
     values_BT = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).cpu()
     return values_BT.float() if values_BT.is_floating_point() else values_BT
 
 
 def group_rows(groups: Sequence[Hashable]) -> list[list[int]]:
-    """The rows of each group, whose name every row has."""
+    """Return the row numbers of each group; `groups` has the group name of every row."""
     rows: dict[Hashable, list[int]] = {}
     for row, name in enumerate(groups):
         rows.setdefault(str(name), []).append(row)
@@ -127,7 +135,7 @@ def group_rows(groups: Sequence[Hashable]) -> list[list[int]]:
 
 
 def compute_group_advantages(rewards_B: Tensor, groups: Sequence[Hashable], kind: AdvantageKind) -> Tensor:
-    """`group_advantages` of responses whose groups, named by `groups`, lie scattered and may differ in size: (B,)."""
+    """Return `group_advantages` (B,) for groups whose rows are scattered and may differ in number."""
     advantages_B = torch.zeros_like(rewards_B)
     for rows in group_rows(groups):
         advantages_B[rows] = group_advantages(rewards_B[rows], len(rows), kind)
@@ -136,25 +144,22 @@ def compute_group_advantages(rewards_B: Tensor, groups: Sequence[Hashable], kind
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """The responses of a batch, each with its place in it: rewards, prompts, gold."""
+    """The responses of a batch, without padding rows, and their indices in the batch."""
 
     indices: Sequence[int]
     ids: Sequence[Tensor]
     rewards_B: Tensor
     groups: Sequence[Hashable]
-    golds: Sequence[str]
-    """JSON text."""
-    origins: Sequence[Mapping[str, Any]]
-    """Of each response the `index` and `id` of its sample."""
+    golds: Sequence[str]  # JSON text
+    origins: Sequence[Mapping[str, Any]]  # `index` and `id` of each response's sample
     scores: Sequence[Mapping[str, Any]]
     prompts: Sequence[str]
     tokenizer: Any
     tool_format: ToolFormat
-    ends: Collection[int]
-    """The tokens that end a response."""
+    ends: Collection[int]  # the stop tokens
 
     def compute_metrics(self) -> dict[str, float]:
-        """Means over the responses, under the names that they have on TRL."""
+        """Return means over the responses under TRL's names."""
         rewards_B = self.rewards_B.double()
         lengths_B = torch.tensor([len(ids) for ids in self.ids], dtype=torch.float64)
         ended_B = torch.tensor([has_ended(ids[-1:].tolist(), self.ends) for ids in self.ids])
@@ -180,16 +185,16 @@ class Responses:
         return figures
 
     def select_first(self, limit: int) -> list[int]:
-        """The first `limit` responses in the order of the data, as indices into the fields of this object."""
+        """Return the first `limit` responses in the order of the data, as indices into the fields of this object."""
         order = sorted(range(len(self.indices)), key=lambda i: (self.origins[i]["index"], str(self.groups[i])))
         return order[:limit]
 
     def make_rows(self, chosen: Sequence[int], tokens: Mapping[int, Row], step: int, progress: float) -> list[Row]:
-        """The `chosen` responses as responses.jsonl holds them; `tokens` are the recorded fields by place."""
+        """Return the `chosen` responses as rows of responses.jsonl; `tokens` are the recorded token fields by index."""
         rows: list[Row] = []
         for i in chosen:
             row: Row = {"step": step, "progress": progress, "id": self.origins[i]["id"]}
-            if not rows or rows[-1]["id"] != row["id"]:  # a group shares its prompt
+            if not rows or rows[-1]["id"] != row["id"]:  # once per group
                 row["prompt"] = self.prompts[i]
             gold, reward = json.loads(self.golds[i]), float(self.rewards_B[i])
             row |= make_response_row(self.ids[i].tolist(), gold, reward, self.tokenizer, self.tool_format, self.ends)
@@ -198,7 +203,7 @@ class Responses:
 
 
 def make_metrics_row(step: int, metrics: Mapping[str, Any]) -> Row:
-    """A step's figures under the names that they have on TRL, without times and what stands elsewhere."""
+    """Return a step's metrics under TRL's names, without times and duplicates."""
     kept = {
         name: value
         for name, value in select_scalars(metrics).items()
@@ -208,12 +213,12 @@ def make_metrics_row(step: int, metrics: Mapping[str, Any]) -> Row:
 
 
 def make_timing_row(step: int, metrics: Mapping[str, Any]) -> Row:
-    """A step's times."""
+    """Return a step's times."""
     return {"step": step, **{k: value for k, value in select_scalars(metrics).items() if k.startswith(TIMING_PREFIXES)}}
 
 
+# Python's, NumPy's or torch's numbers.
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The figures that are one number: Python's, NumPy's or a tensor's."""
     found = {}
     for name, value in metrics.items():
         if isinstance(value, (bool, str, bytes)) or value is None:
@@ -224,7 +229,7 @@ def select_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_outcomes(log: RunLog, step: int, total: int, scores: Row) -> None:
-    """Record what a measurement on held-out prompts found: before, during or after training."""
+    """Write the scores of an evaluation before, during or after training."""
     if 0 < step < total:
         log.add_evaluation({"step": step, **scores})
     else:

@@ -1,7 +1,7 @@
-"""verl's FSDP engine beside the trl of this package: imported by every worker through `model.external_lib`.
+"""Let verl's FSDP engine run with this package's trl; every worker imports this module through `model.external_lib`.
 
-The engine imports `AutoModelForCausalLMWithValueHead` wherever trl is installed, to patch the critics of old; trl has
-dropped it, and no model of ours has a value head. It gets an empty class under the name that it asks for first.
+If trl is installed, verl 0.9's engine imports `AutoModelForCausalLMWithValueHead` to patch old critics. trl 1 has
+removed it, and no model here has a value head: an empty class takes the place under the name that verl tries first.
 """
 
 from __future__ import annotations
