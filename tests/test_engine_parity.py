@@ -88,13 +88,13 @@ def test_a_decay_reaches_both_engines(tmp_path: Path, decay: float) -> None:
     assert on_trl(config)["entropy_decay"] == on_verl(config)["entropy_decay"] == decay
 
 
-def test_no_engine_has_a_decay_of_its_own() -> None:
+def test_no_engine_defines_a_decay_default() -> None:
     assert inspect.signature(EntropyTracker).parameters["decay"].default is inspect.Parameter.empty
     assert inspect.signature(ResTConfig).parameters["entropy_decay"].default == ENTROPY_DECAY
     assert "EntropyTracker" not in PLUGIN.read_text(encoding="utf-8")  # it takes the tracker of parse_run
 
 
-def test_a_recorded_run_holds_the_decay_and_one_without_it_reads_the_same() -> None:
+def test_a_recorded_run_contains_the_decay_and_old_runs_get_the_same() -> None:
     recorded = RunConfig.from_toml("").to_toml()
     line = f"entropy_decay = {ENTROPY_DECAY}\n"
     assert line in recorded

@@ -13,7 +13,7 @@ def stock() -> RepeatSampler:
 
 
 @pytest.mark.parametrize("first", [0, 1, 3])
-def test_order_is_the_stock_samplers_from_any_epoch_on(first: int) -> None:
+def test_the_order_equals_the_stock_samplers_from_any_epoch(first: int) -> None:
     sampler = stock()
     orders = [list(sampler) for _ in range(5)]
     resumed = EpochOrder(stock())

@@ -80,7 +80,7 @@ def part(guessed: Estimate, name: str) -> int:
 
 
 @pytest.mark.parametrize("name", NUM_PARAMETERS)
-def test_parameters_are_those_published(name: str) -> None:
+def test_parameter_counts_equal_the_published_ones(name: str) -> None:
     assert count_parameters(published_config(name)).base == NUM_PARAMETERS[name]
 
 
@@ -91,13 +91,13 @@ def test_parameters_of_an_adapter() -> None:
     assert (size.base, size.trained) == (TINY_PARAMETERS, by_hand)
 
 
-def test_cache_of_keys_and_values() -> None:
+def test_kv_cache() -> None:
     config = published_config("Qwen/Qwen3-8B")
     assert count_cache_bytes(config, 1, 2) == 36 * 8 * 128 * 2 * 2 == 147_456
     assert count_cache_bytes(config, 1000, 2) == 147_456_000
 
 
-def test_cache_of_a_sliding_window_and_of_linear_attention() -> None:
+def test_kv_cache_of_sliding_window_and_linear_attention() -> None:
     kinds = ["full_attention", "sliding_attention"]
     windowed = tiny(layer_types=kinds, use_sliding_window=True, sliding_window=10)
     # 2 * 2 heads * 8 * 4 bytes = 128 a token and layer: 100 tokens in one layer, 10 in the other
@@ -143,7 +143,7 @@ def test_optimizer_states(optimizer: str, dtype: str, each: float) -> None:
     assert part(guess(rl(optim=optimizer), config=config), "optimizer states") == int(each * TINY_PARAMETERS)
 
 
-def test_optimizers_are_called_as_in_transformers() -> None:
+def test_optimizers_have_the_names_of_transformers() -> None:
     assert {*OPTIMIZER_BYTES, *OPTIMIZER_COPIES} <= {optimizer.value for optimizer in OptimizerNames}
 
 
@@ -192,28 +192,28 @@ def test_checkpointing_shrinks_the_bound_of_activations() -> None:
     ("attention", "bytes_of_a_pair"),
     [("", 1 + 4), ("sdpa", 1 + 4), ("flash_attention_2", 0), ("eager", 1 + 4 + 4 * 12)],
 )
-def test_the_first_pass_over_prompts_holds_a_mask_of_all_pairs(attention: str, bytes_of_a_pair: int) -> None:
+def test_prefill_includes_a_mask_of_all_pairs_of_tokens(attention: str, bytes_of_a_pair: int) -> None:
     config = run(f'model.dtype = "float32"\nmodel.attn_implementation = "{attention}"\neval.prompts = 0')
     layer = 4 * (14 * 32 + 4 * 32 + 4 * 48)
     # 8 responses of the longest prompt, 50 tokens
-    assert part(guess(config=config), "prompts") == 8 * (50 * layer // 2 + 50**2 * bytes_of_a_pair)
+    assert part(guess(config=config), "prefill") == 8 * (50 * layer // 2 + 50**2 * bytes_of_a_pair)
 
 
-def test_prompts_far_beyond_do_not_fit_the_memory_here() -> None:
+def test_very_long_prompts_exceed_the_memory() -> None:
     """The embedded model's sizes and 64 responses to prompts of 15,096 tokens: most of it is the mask, 73 GB."""
     sizes = {"vocab_size": 559, "hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256, "head_dim": 32}
     model = tiny(**sizes, num_key_value_heads=4)
     args = rl(per_device_train_batch_size=8, gradient_accumulation_steps=8, num_generations=8)
     here = Device("this machine", 20 * GIB, is_gpu=False)
     long = guess(args, model, prompt_tokens=[15_060] * 63 + [15_096], device=here)
-    assert part(long, "prompts") > 64 * 5 * 15_096**2 > 72e9
+    assert part(long, "prefill") > 64 * 5 * 15_096**2 > 72e9
     assert judge_fit(long)[0] == "does not fit"
     short = guess(args, model, prompt_tokens=[300] * 64, device=here)
     assert judge_fit(short)[0] == "fits"
     assert part(short, "context") == GIB // 4
 
 
-def test_a_bound_holds_what_a_run_was_seen_to_take() -> None:
+def test_the_bound_exceeds_a_measured_run() -> None:
     """MiB of peak resident memory above what a process with its model has: prompts of 3,060 tokens, torch 2.13, CPU."""
     sizes = {"vocab_size": 559, "hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256, "head_dim": 32}
     model = tiny(**sizes, num_key_value_heads=4)
@@ -226,7 +226,7 @@ def test_a_bound_holds_what_a_run_was_seen_to_take() -> None:
         assert update <= guessed.phase_bytes("update") / 2**20 <= 1.5 * update
 
 
-def test_a_micro_step_runs_through_the_head_of_trl() -> None:
+def test_a_micro_step_uses_the_head_of_trl() -> None:
     """On a GPU its peak memory is read; here only the bytes of weights and gradients."""
     for lora, checkpointing in ((None, False), (LORA, True)):
         model = _MemoryModel(
@@ -245,10 +245,10 @@ def test_a_micro_step_runs_through_the_head_of_trl() -> None:
         assert seconds > 0
 
 
-def test_generation_holds_a_cache_for_every_response_at_once() -> None:
+def test_generation_needs_a_cache_for_every_response() -> None:
     guessed = guess(rl(steps_per_generation=8))
     # 4 a micro-batch x 8 micro-batches, 50 + 100 tokens, 2 layers * 2 heads * 8 * 2 * 4 bytes
-    assert part(guessed, "cache of keys and values") == 32 * 150 * 256
+    assert part(guessed, "KV cache") == 32 * 150 * 256
 
 
 def test_work_of_reinforcement_learning() -> None:
@@ -266,7 +266,7 @@ def test_work_of_several_generations_in_one_step() -> None:
     assert (work.prompts, work.responses, work.per_step, work.steps) == (1, 4, 16, 15)
 
 
-def test_steps_are_those_of_all_prompts_where_some_are_counted() -> None:
+def test_steps_count_all_prompts_although_only_some_are_tokenized() -> None:
     assert guess(prompt_tokens=[10] * 20, samples=200).work.steps == guess(prompt_tokens=[10] * 200).work.steps
 
 
@@ -285,12 +285,12 @@ def test_work_of_supervised_training() -> None:
     assert {part.phase for part in guessed.parts} == {"always", "update"}
 
 
-def test_too_few_prompts_are_told() -> None:
+def test_too_few_prompts_are_reported() -> None:
     word, text = judge_fit(guess(rl(steps_per_generation=8), prompt_tokens=[10] * 7))
     assert (word, "7 prompts" in text, "one batch of 8" in text) == ("no step", True, True)
 
 
-def test_a_device_that_is_too_small_says_by_how_much_and_what_to_change() -> None:
+def test_the_verdict_says_by_how_much_a_device_is_too_small_and_what_to_change() -> None:
     big = qwen3(4096, 12288, 36, 32, tied=False)
     settings = {"model": big, "device": H100, "prompt_tokens": [1000] * 64}
     full = guess(rl(bf16=True), **settings)
@@ -303,7 +303,7 @@ def test_a_device_that_is_too_small_says_by_how_much_and_what_to_change() -> Non
     assert judge_fit(adapter)[0] == "fits"
 
 
-def test_vllm_takes_its_share_always_or_only_while_awake() -> None:
+def test_vllm_counts_always_or_with_sleep_mode_only_in_generation() -> None:
     model = qwen3(4096, 12288, 36, 32, tied=False)
     settings = {"model": model, "device": H100, "lora": LORA, "config": run("peft.r = 4\neval.prompts = 0")}
     awake = guess(rl(use_vllm=True, vllm_gpu_memory_utilization=0.4), **settings)
@@ -313,23 +313,23 @@ def test_vllm_takes_its_share_always_or_only_while_awake() -> None:
     assert awake.phase_bytes("generation") == asleep.phase_bytes("generation")
 
 
-def test_rows_are_text_and_end_with_the_verdict() -> None:
+def test_the_table_ends_with_the_verdict() -> None:
     rows = make_estimate_rows(guess(device=H100))
     assert all(isinstance(cell, str) and cell for row in rows for cell in row)
     assert rows[-1][:2] == ("verdict", "fits")
     assert rows[0][1] == f"{TINY_PARAMETERS:,}"
 
 
-def test_other_names_of_the_same_widths() -> None:
+def test_alternative_names_of_layer_widths() -> None:
     shape: dict[str, Any] = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}
     narrow, usual = (guess(model=GPT2Config(**shape, n_inner=n)) for n in (64, None))
     # 4 bytes of 4 values a token for each of 64 more of width, in two layers and half of one more, of 4 x 150 tokens
     assert part(usual, "activations") - part(narrow, "activations") == 4 * 4 * 64 * 5 // 2 * 4 * 150
-    with pytest.raises(UserError, match="an estimate of mamba"):
+    with pytest.raises(UserError, match="mamba cannot be estimated"):
         guess(model=MambaConfig())
 
 
-def test_no_device_is_no_verdict() -> None:
+def test_without_a_device_there_is_no_verdict() -> None:
     guessed = guess()
     assert guessed.fits is None
     assert judge_fit(guessed)[0] == "no GPU"

@@ -132,7 +132,7 @@ def test_rows_at_every_nth_step_and_a_line_each(
     assert (row["n"], row["greedy"]["n"], row["splits"]["held out"]["n"]) == (5, 5, 5)
     shown = " ".join(capsys.readouterr().out.split())
     number = r"\d+\.\d ± \d+\.\d %"
-    assert re.search(rf"step 4: exact match {number} sampled, {number} greedy \(5 held out\)", shown)
+    assert re.search(rf"step 4: exact match {number} sampled, {number} greedy \(5 held-out prompts\)", shown)
     assert "step 5: exact match" not in shown
 
 

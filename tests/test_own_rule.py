@@ -53,7 +53,7 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_rule_beside_the_run_file_trains(run_file: Path) -> None:
+def test_a_rule_next_to_the_run_file_trains(run_file: Path) -> None:
     result = rest_rl.train(run_file)
     row = read_run(result.folder).metrics[0]
     assert result.steps == 1
@@ -122,7 +122,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_object_is_one_line_before_there_is_a_run_folder(
+def test_a_wrong_object_is_a_one_line_error_before_the_run_folder_exists(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -142,14 +142,14 @@ def test_a_wrong_object_is_one_line_before_there_is_a_run_folder(
 MINE = HermesFormat(name="mine")
 
 
-def test_a_trainer_records_a_format_object_by_where_it_is_found(tmp_path: Path) -> None:
+def test_a_trainer_records_a_format_object_by_its_address(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": []}
     here = f"{__name__}:MINE"
     for given, recorded in ((MINE, here), (OpenedThinkFormat(MINE), f"{here}+think"), (FORMATS["llama3"], "llama3")):
         args = rest_rl.ResTConfig(str(tmp_path), tool_format=given, **settings)  # type: ignore[arg-type]
         assert args.tool_format == args.to_dict()["tool_format"] == recorded
         assert get_format(args.tool_format) == given
-    with pytest.raises(rest_rl.UserError, match="no module holds"):
+    with pytest.raises(rest_rl.UserError, match="not an attribute of a module"):
         rest_rl.ResTConfig(str(tmp_path), tool_format=HermesFormat(name="lost"), **settings)  # type: ignore[arg-type]
 
 
@@ -159,7 +159,7 @@ def test_a_trainer_records_a_preset_object_by_its_changes(tmp_path: Path) -> Non
     args = rest_rl.ResTConfig(str(tmp_path), preset=mine, **settings)  # type: ignore[arg-type]
     assert (args.preset, args.reward) == ("grpo", {"rule": f"{__name__}:own_reward"})
     for wrong in (replace(mine, name="mine"), replace(mine, reward=lambda *_: 0.0)):
-        with pytest.raises(rest_rl.UserError, match="expected one that a checkpoint can record"):
+        with pytest.raises(rest_rl.UserError, match="expected a name that a checkpoint can record"):
             rest_rl.ResTConfig(str(tmp_path), preset=wrong, **settings)  # type: ignore[arg-type]
 
 

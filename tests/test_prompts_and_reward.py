@@ -21,7 +21,7 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def test_the_dataset_holds_prompts_with_tools_and_gold(tokenizer):
+def test_the_dataset_has_prompts_with_tools_and_gold(tokenizer):
     row = build_training_dataset(tiny_samples(1), tokenizer)[0]
     assert row["prompt"] == "f do 0;assistant:"
     assert json.loads(row["gold"]) == {"calls": [{"name": "f", "arguments": {"x": 1}}], "answer": None}
@@ -31,7 +31,7 @@ def test_the_dataset_holds_prompts_with_tools_and_gold(tokenizer):
 
 
 @pytest.mark.parametrize("part", ["prompt", "gold", "thought"])
-def test_half_of_a_surrogate_pair_cannot_be_trained_on(tokenizer, part):
+def test_unpaired_surrogates_are_refused(tokenizer, part):
     sample, half = tiny_samples(1)[0], "half \ud800"
     changes = {
         "prompt": {"messages": ({"role": "user", "content": half},)},
@@ -58,7 +58,7 @@ def test_a_tokenizer_without_a_template_is_refused():
         build_training_dataset(tiny_samples(1), tokenizer)
 
 
-def test_the_beginning_of_sequence_token_comes_once():
+def test_the_bos_token_occurs_once():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny_tokenizer()
@@ -101,7 +101,7 @@ def test_the_reward_reads_ids_and_follows_progress(tokenizer):
         reward(completion_ids=[ids], gold=["{"])
 
 
-def test_random_rewards_know_nothing_of_the_responses_and_the_scores_are_still_logged(tokenizer):
+def test_random_rewards_ignore_the_responses_and_the_scores_are_still_logged(tokenizer):
     text = '<think> a</think>\n<tool_call>\n{"name": "f", "parameters": {"x": 1}}\n</tool_call>'
     right, wrong = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id], tokenizer("<think>")["input_ids"]
     preset = replace(PRESETS["grpo"], reward=RewardConfig(random=True))
@@ -135,7 +135,7 @@ def test_random_rewards_know_nothing_of_the_responses_and_the_scores_are_still_l
         (Gold((), "see <tool_call>"), "'<tool_call>' in the answer"),
     ],
 )
-def test_gold_that_no_response_can_match_is_refused_by_its_id(tokenizer, gold, words):
+def test_the_error_for_unmatchable_gold_names_the_sample(tokenizer, gold, words):
     sample = replace(tiny_samples(1)[0], gold=gold)
     with pytest.raises(ValueError, match=words) as error:
         build_training_dataset([sample], tokenizer)
@@ -166,7 +166,7 @@ def test_the_published_schedule_counts_batches_and_not_optimizer_steps():
     assert total(0, 1) != total(60, 1)
 
 
-def test_a_reward_that_keeps_a_generator_called_random_is_still_learnt_from(tokenizer):
+def test_a_reward_with_an_attribute_called_random_is_not_random(tokenizer):
     class Own:
         random = random.Random(0)
 

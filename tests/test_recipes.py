@@ -42,7 +42,7 @@ def model_of(config: RunConfig) -> str:
     return config.model.path
 
 
-def test_parses_and_the_trainer_takes_it(path: Path) -> None:
+def test_every_recipe_is_accepted_by_the_trainer(path: Path) -> None:
     config = read_run_file(path)
     args = make_trainer_config(read_run_file(path, [*HERE, *SHOWN.get(path.stem, ())]))
     assert isinstance(args, SFTConfig if config.rest.is_supervised else ResTConfig)
@@ -60,7 +60,7 @@ def test_every_value_has_its_source(path: Path) -> None:
             assert comment.startswith(SOURCES), line
 
 
-def test_head_says_how_to_start_it(path: Path) -> None:
+def test_the_header_shows_the_command(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert f"train configs/{path.name}" in text
     for named in re.findall(r"configs/[\w./-]+\.(?:toml|yaml)", text):
@@ -109,7 +109,7 @@ def estimated(path: Path, prompts: int = 3920, device: Device = A100) -> Estimat
     )
 
 
-def test_fits_the_gpu_it_is_for(path: Path) -> None:
+def test_fits_the_intended_gpu(path: Path) -> None:
     device = Device("NVIDIA GeForce RTX 3090", int(23.6 * GIB)) if path.stem == "own-tools" else A100
     guessed = estimated(path, device=device)
     assert guessed.fits, judge_fit(guessed)

@@ -61,7 +61,7 @@ def run(tokenizer: Any, folder: Any, limit: int | None, **changes: Any) -> tuple
     ],
     ids=["plain", "micro-batches", "two steps a batch", "seen twice"],
 )
-def test_recorded_numbers_are_those_of_the_metrics(tokenizer, tmp_path, changes):
+def test_recorded_values_add_up_to_the_metrics(tokenizer, tmp_path, changes):
     trainer, rows = run(tokenizer, tmp_path, 8, **changes)
     spans = FORMATS["toolrl"].parse
     for row in rows:
@@ -89,7 +89,7 @@ def test_recorded_numbers_are_those_of_the_metrics(tokenizer, tmp_path, changes)
                     assert mean == pytest.approx(logged[f"rest/{name}/{region.label}"], abs=2e-4)
 
 
-def test_advantages_are_the_groups_own(tokenizer, tmp_path):
+def test_recorded_advantages_are_computed_within_groups(tokenizer, tmp_path):
     _, rows = run(tokenizer, tmp_path, 8, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert any(row["advantage"] for row in rows)
     for at in range(0, len(rows), 4):
@@ -102,7 +102,7 @@ def test_advantages_are_the_groups_own(tokenizer, tmp_path):
         assert [row["advantage"] for row in group] == pytest.approx(expected.tolist(), abs=2e-4)
 
 
-def test_recording_leaves_the_run_as_it_is(tokenizer, tmp_path):
+def test_recording_does_not_change_the_run(tokenizer, tmp_path):
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     plain, _ = run(tokenizer, tmp_path, None, **settings)
     recorded, rows = run(tokenizer, tmp_path, 3, **settings)
@@ -118,7 +118,7 @@ def weighed(places: list[int], weight: float) -> WeightedBatch:
     return WeightedBatch(torch.tensor(places), regions_BT, numbers_BT, numbers_BT, -numbers_BT, torch.tensor([0.5]))
 
 
-def test_rows_wait_for_the_loss_and_are_never_lost():
+def test_rows_wait_for_the_loss_and_none_is_lost():
     kept: list[tuple[int, list[dict[str, Any]]]] = []
     record = ResponseRecord(lambda step, rows: kept.append((step, list(rows))))
     record.start_batch([{"step": 1, "ids": [7]}, {"step": 1, "ids": [8, 9]}])
@@ -141,7 +141,7 @@ def test_rows_wait_for_the_loss_and_are_never_lost():
     assert kept[1:] == [(2, [{"step": 2, "ids": [7]}])]
 
 
-def test_the_last_batch_is_recorded_where_training_ends_within_it(tokenizer, tmp_path):
+def test_a_last_batch_that_training_does_not_finish_is_recorded(tokenizer, tmp_path):
     # two steps a batch, three steps: the loss sees half of the second batch
     changes = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "max_steps": 3}
     _, rows = run(tokenizer, tmp_path, 8, **changes)
@@ -149,7 +149,7 @@ def test_the_last_batch_is_recorded_where_training_ends_within_it(tokenizer, tmp
     assert ["weights" in row for row in rows].count(True) == 8 + 4
 
 
-def test_the_command_records_them_too(tokenizer, tmp_path):
+def test_the_command_records_responses(tokenizer, tmp_path):
     tiny_model(tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     data = save_samples(tiny_samples(8), tmp_path / "samples.jsonl")
@@ -175,7 +175,7 @@ def test_the_command_records_them_too(tokenizer, tmp_path):
     assert [row["step"] for row in read_run(tmp_path / "run").responses] == [1, 1, 3, 3]
 
 
-def test_places_travel_through_trls_shuffle(tokenizer, tmp_path):
+def test_response_numbers_survive_the_shuffle_of_trl(tokenizer, tmp_path):
     trainer, rows = run(tokenizer, tmp_path, 8, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     batches = trainer._buffered_inputs
     places = [place for batch in batches for place in batch[RESPONSE_INDEX].tolist()]
@@ -189,7 +189,7 @@ def test_places_travel_through_trls_shuffle(tokenizer, tmp_path):
             assert ids[mask.bool()].tolist() == last[int(place)]["ids"]
 
 
-def test_lengths_give_a_character_to_the_token_that_completes_it():
+def test_a_character_counts_for_the_token_that_completes_it():
     pieces = ["<0xE2>", "<0x82>", "<0xAC>", "ab", "<0xFF>", "<0xF0>"]
     backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -201,7 +201,7 @@ def test_lengths_give_a_character_to_the_token_that_completes_it():
     assert token_char_lengths([], backend) == []
 
 
-def test_lengths_leave_out_what_ends_a_response(tokenizer):
+def test_lengths_exclude_the_stop_token(tokenizer):
     ids = [*tokenizer("<think> a")["input_ids"], tokenizer.eos_token_id, tokenizer.pad_token_id]
     assert token_char_lengths(ids, tokenizer) == [7, 2, 0, 0]
     assert json.dumps(decode_ids(ids, tokenizer)) == '"<think> a"'

@@ -34,7 +34,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("every", [0, 1])
-def test_a_diverged_run_ends_at_the_step_with_a_remedy(tables: dict[str, Any], tmp_path: Path, every: int) -> None:
+def test_a_diverged_run_stops_at_the_step_with_a_remedy(tables: dict[str, Any], tmp_path: Path, every: int) -> None:
     wild = ["trl.learning_rate=1e30", "trl.max_grad_norm=0.0", "trl.save_steps=1"]
     if every:  # nothing is sampled from the broken model
         wild += [f"data.held_out={json.dumps(tables['data']['path'])}", "eval.every=1", "eval.max_new_tokens=8"]
@@ -57,7 +57,7 @@ def test_a_supervised_run_that_diverges_names_its_last_checkpoint(tables: dict[s
     assert caught.value.remedy.endswith("checkpoint-1")
 
 
-def test_a_model_that_is_broken_already_is_named(tables: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_with_nan_weights_is_reported_before_training(tables: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(tiny_tokenizer())
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
@@ -80,9 +80,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX")
-def test_a_disk_that_is_full_at_a_checkpoint_is_said_and_the_run_goes_on(
-    tables: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_full_disk_at_a_checkpoint_is_reported_and_the_run_can_resume(tables: dict[str, Any], tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train(tables, out=whole)
     model, optimizer = (
@@ -102,9 +100,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_said_and_the_run_goes_on(
 # A longer run
 
 
-def test_a_lengthened_run_equals_one_that_was_as_long_from_the_beginning(
-    tables: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_lengthened_run_equals_one_of_that_length(tables: dict[str, Any], tmp_path: Path) -> None:
     said: list[str] = []
 
     class Heard(Observer):
@@ -154,14 +150,14 @@ def test_a_run_of_epochs_is_lengthened_by_epochs(tables: dict[str, Any], tmp_pat
     ("begun", "longer", "words"),
     [
         (["trl.lr_scheduler_type=linear"], [], "'linear'"),
-        (["trl.lr_scheduler_type=constant_with_warmup", "trl.warmup_steps=0.5"], [], "by its warmup"),
-        (["trl.num_iterations=2", "trl.max_steps=3"], [], "after step 3, in the middle of a batch"),
-        ([], ["run.seed=1"], "another run.seed"),
-        ([], ["trl.max_steps=3"], "more than the 4 steps"),
+        (["trl.lr_scheduler_type=constant_with_warmup", "trl.warmup_steps=0.5"], [], "trl.warmup_steps is a share"),
+        (["trl.num_iterations=2", "trl.max_steps=3"], [], "after step 3, in the middle of a generation batch"),
+        ([], ["run.seed=1"], "cannot change run.seed"),
+        ([], ["trl.max_steps=3"], "more than the run's 4 steps"),
         ([], ["trl.max_steps=many"], "expected a number"),
     ],
 )
-def test_what_cannot_be_lengthened_is_refused_and_stays_as_it_was(
+def test_a_refused_lengthening_changes_nothing(
     tables: dict[str, Any], tmp_path: Path, begun: list[str], longer: list[str], words: str
 ) -> None:
     folder = tmp_path / "run"
@@ -172,7 +168,7 @@ def test_what_cannot_be_lengthened_is_refused_and_stays_as_it_was(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path in before} == before
 
 
-# Rewards and rules of one's own
+# Your own rewards and rules
 
 REWARD = """
 import math
@@ -205,7 +201,7 @@ class Measures:
 
 
 @pytest.mark.parametrize("rule", ["wrong_signature", "wrong_shape", "negative", "fails_once_measured", "Measures"])
-def test_a_rule_that_fails_is_found_before_the_folder_is_made(
+def test_a_failing_rule_is_found_before_the_folder_is_created(
     tables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:
     (tmp_path / "rules_that_fail.py").write_text(RULES)
@@ -216,7 +212,7 @@ def test_a_rule_that_fails_is_found_before_the_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_infinite_reward_names_its_sample(
+def test_the_error_for_an_infinite_reward_names_its_sample(
     tables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "reward_that_overflows.py").write_text(REWARD)
@@ -227,7 +223,7 @@ def test_an_infinite_reward_names_its_sample(
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), None])
-def test_a_reward_function_of_the_trainer_that_is_not_finite_is_refused(tmp_path: Path, value: float | None) -> None:
+def test_non_finite_rewards_of_a_trainer_are_refused(tmp_path: Path, value: float | None) -> None:
     from datasets import Dataset
 
     def spoilt(completions: list[str], **_: Any) -> list[float | None]:
@@ -237,15 +233,15 @@ def test_a_reward_function_of_the_trainer_that_is_not_finite_is_refused(tmp_path
     tokenizer = tiny_tokenizer()
     args = ResTConfig(**tiny_settings(tmp_path, preset="grpo", max_steps=1))
     trainer = ResTTrainer(tiny_model(tokenizer), spoilt, args, dataset, processing_class=tokenizer)
-    if value is None:  # TRL's word for no reward
+    if value is None:  # TRL's value for no reward
         trainer.train()
         assert "rewards/spoilt/mean" in trainer.state.log_history[0]
     else:
-        with pytest.raises(UserError, match=rf"{value} from the reward function spoilt \(sample 's\d'\)"):
+        with pytest.raises(UserError, match=rf"spoilt returned {value} \(sample 's\d'\)"):
             trainer.train()
 
 
-def test_a_reward_that_is_not_finite_is_found_in_the_metrics() -> None:
+def test_the_diagnosis_finds_non_finite_rewards() -> None:
     from rest_rl.report.diagnosis import diagnose
 
     rows = [{"step": step, "reward": None if step == 3 else 0.5, "loss": 0.0} for step in range(1, 5)]

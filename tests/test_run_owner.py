@@ -51,7 +51,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     name = f"process {holder.pid} on {socket.gethostname()}"
     assert find_lock_owner(tmp_path / "run") == name
     with pytest.raises(UserError, match=name), lock_run_folder(tmp_path / "run"):
@@ -67,7 +67,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path, hol
     assert find_lock_owner(tmp_path / "nowhere") is None
 
 
-def test_resume_of_a_run_that_is_being_trained_is_refused_and_changes_nothing(
+def test_resuming_a_run_in_progress_is_refused_and_changes_nothing(
     tmp_path: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run" / "config.toml").write_text("")
@@ -76,7 +76,7 @@ def test_resume_of_a_run_that_is_being_trained_is_refused_and_changes_nothing(
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.toml"]
 
 
-def test_a_system_without_locks_is_told_and_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_only_causes_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runlog, "fcntl", None)
     said: list[str] = []
 
@@ -90,7 +90,7 @@ def test_a_system_without_locks_is_told_and_refuses_nothing(tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_two_trainings_of_one_folder_leave_the_rows_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_on_one_folder_leave_the_rows_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer, folder = tiny_tokenizer(), tmp_path / "run"
     tiny_model(tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -111,7 +111,7 @@ def test_two_trainings_of_one_folder_leave_the_rows_of_one(tmp_path: Path, capsy
     assert [row["step"] for row in read_run(folder).metrics] == [*range(1, 13)]
 
 
-def test_a_report_says_that_rows_are_mixed(tmp_path: Path) -> None:
+def test_a_report_warns_of_mixed_rows(tmp_path: Path) -> None:
     log = RunLog.create(tmp_path / "run", "", [])
     for step in (28, 29, 30, 29, 31, 30, 32):
         log.add_metrics({"step": step, "reward": 0.5})

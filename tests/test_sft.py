@@ -112,7 +112,7 @@ def test_gradient_accumulation_is_the_full_batch(tmp_path: Path) -> None:
     assert all(torch.allclose(full[name], parts[name], atol=2e-4) for name in full)
 
 
-def test_tsft_weighs_calls_twice_and_has_mean_one() -> None:
+def test_tsft_weights_calls_twice_with_mean_one() -> None:
     row = labelled_dataset(SAMPLES[:1], LAYOUT)[0]
     labels_BT = torch.tensor([row["labels"]])[:, 1:]
     weights_BT = compute_loss_weights(labels_BT, LAYOUT, make_region_weights(SUPERVISED["tsft"]))
@@ -125,10 +125,10 @@ def test_tsft_weighs_calls_twice_and_has_mean_one() -> None:
     assert name[0].item() == pytest.approx(2 * reasoning[0].item())
 
 
-def test_wrong_region_weights_and_packing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected >= 0 for one of format, name"):
+def test_invalid_region_weights_and_packing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a weight of at least 0 for one of format, name"):
         make_region_weights({"nam": 1.0})
-    with pytest.raises(ValueError, match="packing or padding_free"):
+    with pytest.raises(ValueError, match=r"trl\.packing or trl\.padding_free"):
         trained(tmp_path, SUPERVISED["tsft"], packing=True)
     with pytest.raises(ValueError, match=r"rest\.region_weights is .*, but preset 'rest' is not supervised"):
         RunConfig.from_toml("[rest]\nregion_weights = {name = 2.0}")
@@ -154,7 +154,7 @@ def options(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
 
 
 @pytest.mark.parametrize("preset", ["sft", "rsft"])
-def test_a_supervised_run_leaves_a_whole_run_folder(preset: str, options: list[str], tmp_path: Path) -> None:
+def test_a_supervised_run_leaves_a_complete_run_folder(preset: str, options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert main(["train", "--preset", preset, *options, "--out", str(folder)]) == 0
     run = read_run(folder)
@@ -178,7 +178,7 @@ def test_sft_then_rl_is_two_commands(options: list[str], tmp_path: Path, capsys:
     command = ["train", "--model", str(sft / "model"), "--data", data]
     command += [part for change in changes for part in ("--set", change)]
     assert main([*command, "--out", str(tmp_path / "few")]) == 2
-    assert "got 4 training prompts" in capsys.readouterr().err
+    assert "gives 4 training prompts" in capsys.readouterr().err
     assert main([*command, "--set", "trl.gradient_accumulation_steps=2", "--out", str(rl)]) == 0
     assert read_run(rl).metrics[0]["step"] == 1
 
@@ -191,11 +191,11 @@ def test_one_run_file_serves_all_presets(
     changes = [*options, "--set", "eval.prompts=0", "--set", "trl.max_steps=2"]
     for preset in ("grpo", "tsft"):
         assert main(["train", str(run), "--preset", preset, *changes, "--out", str(tmp_path / preset)]) == 0
-    assert "does not read trl.num_generations, trl.max_completion_length" in capsys.readouterr().out
+    assert "ignores trl.num_generations, trl.max_completion_length" in capsys.readouterr().out
     assert len(read_run(tmp_path / "tsft").metrics) == 2
 
 
-def test_demonstrations_are_written_as_the_models_write_them() -> None:
+def test_demonstrations_follow_the_models_own_style() -> None:
     # a number as text is quoted by qwen3_coder's render, so that it reads back, but never by the models themselves
     call = ToolCall("send", {"zip": "12345", "note": "true", "n": 5, "tags": "a <function=x> b"})
     for name in ("qwen3_coder", "qwen3_coder+think"):

@@ -24,7 +24,7 @@ def test_sums_and_metrics_by_hand() -> None:
     assert metrics["rest/surprise/nats"] == 4.5
 
 
-def test_nothing_is_said_of_no_tokens() -> None:
+def test_no_tokens_give_no_metrics() -> None:
     assert compute_surprise_metrics(sum_surprise(torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2, 3))) == {}
 
 
@@ -49,18 +49,18 @@ def sampled(temperature: float, top: int | None = None, responses: int = 4000) -
     )
 
 
-def test_samples_of_the_scored_distribution_have_no_excess_wherever_they_end() -> None:
+def test_samples_of_the_scored_distribution_have_no_excess() -> None:
     metrics = sampled(1.0)
     assert abs(metrics["rest/surprise/excess"]) < 3 * metrics["rest/surprise/error"]
 
 
 @pytest.mark.parametrize(("temperature", "top", "sign"), [(0.9, None, -1), (1.1, None, 1), (1.0, 8, -1)])
-def test_samples_of_another_distribution_have_it(temperature: float, top: int | None, sign: int) -> None:
+def test_samples_of_another_distribution_have_excess(temperature: float, top: int | None, sign: int) -> None:
     metrics = sampled(temperature, top)
     assert sign * metrics["rest/surprise/excess"] > 10 * metrics["rest/surprise/error"]
 
 
-def test_it_is_logged_when_a_batch_is_new(tokenizer, tmp_path) -> None:  # noqa: F811
+def test_surprise_is_logged_on_the_first_step_of_a_batch(tokenizer, tmp_path) -> None:  # noqa: F811
     once = logged_steps(trained(rest_trainer(tokenizer, tmp_path)))
     assert all("rest/surprise/excess" in row for row in once)
     twice = logged_steps(trained(rest_trainer(tokenizer, tmp_path, num_iterations=2, max_steps=4)))

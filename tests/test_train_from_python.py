@@ -32,7 +32,7 @@ def arguments_twice(batch, statistics, progress):
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "probe", "compare"])
-def test_a_package_is_called_like_its_workflow(name: str) -> None:
+def test_a_package_is_callable_as_its_workflow(name: str) -> None:
     workflow = importlib.import_module(f"rest_rl.{name}.run")
     package = getattr(rest_rl, name)
     assert package is sys.modules[f"rest_rl.{name}"]  # still the package, whatever has been imported of it
@@ -59,7 +59,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**found, "eval": {"max_new_tokens": 20}}
 
 
-def test_a_run_in_a_thread_and_its_result(
+def test_train_runs_in_a_thread_and_returns_the_result(
     tables: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     results: list[RunResult] = []
@@ -98,14 +98,14 @@ def test_an_estimate_for_another_machine_needs_no_vllm(tables: dict[str, Any], t
         rest_rl.train(tables, out=tmp_path / "run")  # pyright: ignore[reportCallIssue]
 
 
-def test_training_warns_of_memory_that_is_not_there(tables: dict[str, Any]) -> None:
+def test_training_warns_when_the_estimate_exceeds_the_memory(tables: dict[str, Any]) -> None:
     for together, warnings in ((8, 0), (10**12, 1)):
         plan, heard = make_plan({**tables, "eval": {"batch_size": together, "prompts": together}}, is_dry=True), Heard()
         warn_about_memory(plan, heard)
         assert len(heard.said) == warnings
 
 
-def test_a_resumed_run_finds_the_rule_beside_its_run_file(tables: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_run_finds_the_rule_next_to_its_run_file(tables: dict[str, Any], tmp_path: Path) -> None:
     own, elsewhere, folder = tmp_path / "own", tmp_path / "elsewhere", tmp_path / "run"
     own.mkdir()
     elsewhere.mkdir()
@@ -124,18 +124,18 @@ def test_a_resumed_run_finds_the_rule_beside_its_run_file(tables: dict[str, Any]
     assert (folder / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_options_of_a_resumed_run_are_changes_of_the_recorded_one(tmp_path: Path) -> None:
+def test_overrides_of_a_resumed_run_apply_to_the_recorded_run(tmp_path: Path) -> None:
     recorded = RunConfig.from_toml("[rest]\npreset = 'tsft'\n[data]\npath = 'rows.jsonl'\n[model]\npath = 'model'")
     (tmp_path / "config.toml").write_text(recorded.to_toml())
     same = ["rest.region_weights.name=2.0"]  # what the preset has; the embedded run's own preset knows no such key
     assert resolve_run(None, out=tmp_path, resume=True, overrides=same).rest.preset == "tsft"
     with pytest.raises(UserError, match="region_weights"):
         resolve_run(None, out=tmp_path, resume=True, overrides=["rest.region_weights.name=3.0"])
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="contains no run"):
         resolve_run(None, out=tmp_path / "other", resume=True, overrides=same)
 
 
-def test_a_model_in_the_home_folder_is_the_recorded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_the_home_folder_matches_the_recorded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").symlink_to(embedded_model_dir())
     asked = {"model": {"path": "~/model"}, "data": {"path": "rows.jsonl"}}

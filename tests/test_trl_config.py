@@ -34,8 +34,8 @@ def test_the_preset_decides_trl_settings(tmp_path, preset, expected):
     assert args.beta == 0.0
 
 
-def test_a_setting_given_explicitly_is_kept_and_named(tmp_path):
-    with pytest.warns(UserWarning, match="loss_type='dapo'; 'bnpo' was given") as record:
+def test_an_explicit_setting_is_kept_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="loss_type='dapo', but 'bnpo' was passed") as record:
         args = ResTConfig(**tiny_settings(tmp_path, preset="dapo", loss_type="bnpo", epsilon_high=0.3))
     assert any("epsilon_high=0.28; 0.3 was given" in str(warning.message) for warning in record)
     assert record[0].filename == __file__
@@ -54,7 +54,7 @@ def test_the_configuration_survives_json(tmp_path):
     assert args.method().weights.constants["format"] == 1.0
 
 
-def test_a_preset_object_becomes_its_name_and_its_changes(tmp_path):
+def test_a_preset_object_is_recorded_as_its_name_and_changes(tmp_path):
     preset = Preset("rest", WeightConfig(rule="inverse"), RewardConfig(), advantage="dapo", epsilon_high=0.3)
     args = ResTConfig(**tiny_settings(tmp_path, preset=preset))
     assert args.preset == "rest"
@@ -83,7 +83,7 @@ def test_a_preset_object_becomes_its_name_and_its_changes(tmp_path):
     ],
 )
 def test_refused_settings(tmp_path, changes, words):
-    with pytest.raises(ValueError, match=r"got|expected") as error:
+    with pytest.raises(ValueError, match=r"expected|cannot be combined") as error:
         ResTConfig(**tiny_settings(tmp_path, **changes))
     assert all(word in str(error.value) for word in words), error.value
 
@@ -97,7 +97,7 @@ def test_uniform_weights_allow_every_setting_of_trl(tmp_path, preset):
 
 def test_refused_arguments(tokenizer, tmp_path):
     dataset = build_training_dataset(tiny_samples(), tokenizer)
-    with pytest.raises(ValueError, match="GRPOConfig, expected ResTConfig"):
+    with pytest.raises(ValueError, match="GRPOConfig, expected a ResTConfig"):
         ResTTrainer(tiny_model(tokenizer), args=GRPOConfig(**tiny_settings(tmp_path)), train_dataset=dataset)
     with pytest.raises(ValueError, match="expected prompt and gold"):
         ResTTrainer(
@@ -108,7 +108,7 @@ def test_refused_arguments(tokenizer, tmp_path):
         )
 
 
-def test_the_published_code_s_preset_knows_two_formats(tmp_path):
+def test_authors_code_supports_two_formats(tmp_path):
     with pytest.raises(ValueError, match="toolrl or hermes"):
         ResTConfig(**tiny_settings(tmp_path, preset="authors-code", tool_format="llama3"))
     assert ResTConfig(**tiny_settings(tmp_path, preset="rest", tool_format="qwen3_coder+think"))
@@ -127,7 +127,7 @@ def later(batch, statistics, progress):
         ({"tool_format": "llama3"}, PRESETS["authors-code"].weights, "llama3"),
     ],
 )
-def test_a_rule_given_to_the_trainer_is_checked_as_that_of_a_preset(tokenizer, tmp_path, changes, rule, word):
+def test_a_rule_passed_to_the_trainer_is_checked_like_that_of_a_preset(tokenizer, tmp_path, changes, rule, word):
     args = ResTConfig(**tiny_settings(tmp_path, preset="grpo", **changes))
     with pytest.raises(UserError, match=word):
         ResTTrainer(

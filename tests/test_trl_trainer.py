@@ -94,7 +94,7 @@ def test_weights_of_one_are_stock_grpo_bit_for_bit(tokenizer, tmp_path, changes)
     same_parameters(stock, ours, rtol=0, atol=0)
 
 
-def test_reshaping_changes_the_run(tokenizer, tmp_path):
+def test_token_weights_change_the_run(tokenizer, tmp_path):
     plain = trained(rest_trainer(tokenizer, tmp_path, preset="grpo"))
     reshaped = trained(rest_trainer(tokenizer, tmp_path, preset="rest"))
     # Nothing has been measured before the first step and the curriculum starts at 0: equal weights.
@@ -102,7 +102,7 @@ def test_reshaping_changes_the_run(tokenizer, tmp_path):
     assert logged_steps(plain)[1]["grad_norm"] != logged_steps(reshaped)[1]["grad_norm"]
 
 
-def test_the_loss_is_the_clipped_surrogate_of_the_weighed_advantages(tokenizer, tmp_path):
+def test_the_loss_is_the_clipped_surrogate_of_the_weighted_advantages(tokenizer, tmp_path):
     trainer = rest_trainer(tokenizer, tmp_path, preset="paper")
     totals_3R = torch.rand(3, NUM_REGIONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     trainer.tracker.update(totals_3R * torch.tensor([[1.0], [2.0], [1.0]]))
@@ -156,7 +156,7 @@ def batch_far_from_its_policy(trainer, tokenizer):
     return inputs, logps_BT
 
 
-def test_tokens_that_the_model_did_not_write_have_no_weight_and_no_statistics(tokenizer, tmp_path):
+def test_tool_result_tokens_have_no_weight_and_no_statistics(tokenizer, tmp_path):
     trainer = rest_trainer(tokenizer, tmp_path)
     trainer.current_gradient_accumulation_steps = 1
     inputs, _ = batch_far_from_its_policy(trainer, tokenizer)
@@ -217,7 +217,7 @@ def test_two_processes_equal_one(tmp_path, rule):
 
 
 @pytest.mark.parametrize("restored_by_trainer", [False, True])
-def test_resume_goes_on_bit_for_bit(tokenizer, tmp_path, restored_by_trainer):
+def test_resume_is_bit_identical(tokenizer, tmp_path, restored_by_trainer):
     settings = {
         "max_steps": 4,
         "save_strategy": "steps",
@@ -234,7 +234,7 @@ def test_resume_goes_on_bit_for_bit(tokenizer, tmp_path, restored_by_trainer):
     assert torch.equal(whole.tracker.totals_3R, resumed.tracker.totals_3R)
 
 
-def test_a_killed_run_is_resumed_bit_for_bit(tokenizer, tmp_path):
+def test_resume_after_a_kill_is_bit_identical(tokenizer, tmp_path):
     killed = run_worker("killed", tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert (tmp_path / "checkpoint-2").is_dir()
@@ -271,7 +271,7 @@ def test_the_tracker_forgets_by_its_decay_and_survives_json():
 # Metrics
 
 
-def test_metrics_are_there_from_the_first_step(tokenizer, tmp_path):
+def test_metrics_are_logged_from_the_first_step(tokenizer, tmp_path):
     trainer = trained(rest_trainer(tokenizer, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2))
     for row in logged_steps(trainer):
         for quantity in ("entropy", "collision", "weight", "share"):
@@ -294,7 +294,7 @@ def test_region_entropies_add_up_to_trls_own(tokenizer, tmp_path):
         assert sum(share * entropy for share, entropy in parts if share) == pytest.approx(row["entropy"], rel=1e-4)
 
 
-def test_evaluation_logs_regions_and_leaves_the_statistics_alone(tokenizer, tmp_path):
+def test_evaluation_logs_regions_without_updating_the_statistics(tokenizer, tmp_path):
     trainer = rest_trainer(tokenizer, tmp_path, max_steps=2)
     trainer.eval_dataset = build_training_dataset(tiny_samples(2), tokenizer)
     trained(trainer)
@@ -341,7 +341,7 @@ def test_a_dropped_region_has_no_gradient(tokenizer, tmp_path):
     assert sum(share * weight for share, weight in parts if share) == pytest.approx(1, abs=1e-6)
 
 
-def test_random_rewards_are_drawn_from_the_run_s_seed(tokenizer, tmp_path):
+def test_random_rewards_depend_on_the_seed_of_the_run(tokenizer, tmp_path):
     rewards = [
         logged_steps(
             trained(

@@ -390,7 +390,7 @@ def test_held_out_is_an_option_and_the_other_part_of_a_split_is_told(
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "--held-out" not in out
-    assert "(2 call turns held out); " in " ".join(out.split())
+    assert "(2 held-out call turns); " in " ".join(out.split())
     run = read_run(tmp_path / "run")
     assert RunConfig.from_toml(run.config).data.held_out == test
     for scores in (run.summary["before"], run.summary["after"], *run.evaluations):
@@ -398,4 +398,4 @@ def test_held_out_is_an_option_and_the_other_part_of_a_split_is_told(
     assert any({"rest/exact_match_calls", "rest/reward_answers"} <= row.keys() for row in run.metrics)
     model = ["sft", "--model", str(run_file.parent / "policy"), "--data", str(run_file.parent / "d.train.jsonl")]
     assert main([*model, "--held-out", test, "--set", "eval.max_new_tokens=20", "--dry-run"]) == 0
-    assert "held out, " in capsys.readouterr().out
+    assert "held out: " in capsys.readouterr().out

@@ -127,7 +127,7 @@ def test_a_run_always_has_a_checkpoint_at_its_end() -> None:
 
 
 @pytest.mark.parametrize(("limit", "kept"), [("1", 2), ("2", 2), ("5", 5), ("0", None)])
-def test_a_whole_checkpoint_stays_while_the_next_is_written(limit: str, kept: int | None) -> None:
+def test_a_complete_checkpoint_is_kept_while_the_next_is_written(limit: str, kept: int | None) -> None:
     assert values(f"trl.save_total_limit={limit}").get("trainer.max_actor_ckpt_to_keep") == kept
     assert "trainer.max_actor_ckpt_to_keep" not in values()
 
@@ -138,20 +138,20 @@ def test_epochs_without_max_steps() -> None:
     assert (told["trainer.total_training_steps"], told["trainer.total_epochs"]) == (8, 3)
 
 
-def test_several_reuses_of_a_batch() -> None:
+def test_num_iterations_multiplies_the_optimizer_steps() -> None:
     # two passes: 4 optimizer steps a batch, so 20 steps are 5 batches and 10 steps, rounded up, 3
     told = values("trl.num_iterations=2")
     assert (told[f"{ACTOR}.ppo_epochs"], told["trainer.total_training_steps"], told["trainer.save_freq"]) == (2, 5, 3)
 
 
-def test_several_batches_a_step_are_one() -> None:
+def test_several_batches_per_step_become_one() -> None:
     # steps_per_generation 1 below 2: nothing is learnt between the two, which are 4 x 8 x 2 / 4 = 16 prompts
     told = values("trl.steps_per_generation=1")
     assert (told["data.train_batch_size"], told[f"{ACTOR}.ppo_mini_batch_size"]) == (16, 16)
     assert told["trainer.total_training_steps"] == 20
 
 
-def test_verl_sets_gpus_and_batches() -> None:
+def test_verl_keys_set_gpus_and_batches() -> None:
     # 2 x 4 GPUs are the same 8; 16 GPUs are twice the prompts; a batch of [verl] is the batch
     assert values("verl.trainer.nnodes=2", "verl.trainer.n_gpus_per_node=4")["data.train_batch_size"] == 32
     assert values("verl.trainer.nnodes=2")["data.train_batch_size"] == 64
@@ -169,7 +169,7 @@ def test_verl_sets_gpus_and_batches() -> None:
         (("verl.trainer.total_epochs=5", "verl.trainer.total_training_steps=14"), (14, 5)),
     ],
 )
-def test_verl_sets_the_length(overrides: tuple[str, ...], expected: tuple[int, int]) -> None:
+def test_verl_keys_set_the_length(overrides: tuple[str, ...], expected: tuple[int, int]) -> None:
     told = values(*overrides)
     assert (told["trainer.total_training_steps"], told["trainer.total_epochs"]) == expected
 
@@ -226,7 +226,7 @@ def test_adapters() -> None:
     assert f"{MODEL}.lora_rank" not in values()
 
 
-def test_megatron_has_keys_of_its_own() -> None:
+def test_megatron_has_different_keys() -> None:
     config = RunConfig.from_toml(RUN)
     told = make_initial_values(config, SMALL, megatron=True)
     assert told[f"{ACTOR}.megatron.seed"] == 7
@@ -235,7 +235,7 @@ def test_megatron_has_keys_of_its_own() -> None:
         make_initial_values(RunConfig.from_toml(RUN, ["peft.r=8"]), SMALL, megatron=True)
 
 
-def test_keys_that_verl_does_not_read_are_named() -> None:
+def test_ignored_keys_are_listed() -> None:
     config = RunConfig.from_toml(RUN, ["trl.logging_steps=1", "trl.max_grad_norm=2.0", "trl.use_vllm=true", "peft.r=8"])
     assert find_unread_keys(config) == ["trl.logging_steps", "trl.max_grad_norm", "trl.use_vllm"]
     make_initial_values(config, SMALL)
@@ -250,7 +250,7 @@ REFUSALS = {
     "format of the published code": (("rest.preset=authors-code", "rest.format=llama3"), "llama3"),
     "decay": (("rest.entropy_decay=1.5",), "entropy_decay"),
     "unknown key": (("trl.learning_rat=1",), "did you mean learning_rate"),
-    "beta": (("trl.beta=0.1",), "trl.beta = 0.1"),
+    "beta": (("trl.beta=0.1",), "trl.beta is 0.1"),
     "collision": (("rest.weights.rule=collision", "trl.top_p=0.9"), "collision"),
     "part of a group": (("trl.num_generations=6",), "whole numbers"),
     "few prompts": (("verl.trainer.nnodes=8",), "100 training prompts"),
@@ -258,7 +258,7 @@ REFUSALS = {
     "bypass by plus": (("verl.algorithm.rollout_correction.+bypass_mode=true",), "bypass_mode"),
     "bypass as a loss": (
         ("rest.preset=grpo", f"verl.{ACTOR}.policy_loss.loss_mode=bypass_mode"),
-        "loss_mode = 'bypass_mode'",
+        "loss_mode is 'bypass_mode'",
     ),
     "rejection": (("verl.algorithm.rollout_correction.rollout_rs=token_k1",), "rollout_rs"),
     "old trainer": (("verl.trainer.use_v1=false",), "trainer.use_v1"),
@@ -286,19 +286,19 @@ def test_refusals(name: str) -> None:
     overrides, message = REFUSALS[name]
     with pytest.raises(ValueError, match=message) as caught:
         values(*overrides)
-    assert str(caught.value).startswith("got "), caught.value
+    assert isinstance(caught.value, UserError)
 
 
 @pytest.mark.parametrize(
     "override",
     [f"{ACTOR}.policy_loss.loss_mode=clip_cov", f"{ACTOR}.use_kl_loss=true", "algorithm.adv_estimator=grpo"],
 )
-def test_presets_that_do_not_reshape_may_have_another_loss(override: str) -> None:
+def test_presets_with_uniform_weights_allow_other_losses(override: str) -> None:
     key, _, value = override.partition("=")
     assert str(values("rest.preset=grpo", f"verl.{override}")[key]).lower() == value
 
 
 @pytest.mark.parametrize("name", ["a[b]c", "a]", "[", "a*", "what?", "a::b"])
-def test_a_run_folder_that_reads_as_a_pattern_is_refused(name: str) -> None:
+def test_a_run_folder_with_glob_characters_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="pattern"):
         values(f'run.out="/runs/{name}"')

@@ -53,7 +53,7 @@ def test_advantages_do_not_depend_on_the_order_of_the_batch(order):
 
 
 @pytest.mark.parametrize("preset", ["rest", "paper", "authors-code", "grpo"])
-def test_weights_and_figures_equal_those_of_trl_on_the_same_responses(tmp_path, monkeypatch, preset):
+def test_weights_and_metrics_equal_those_of_trl_on_the_same_responses(tmp_path, monkeypatch, preset):
     """Three steps on TRL, each of its batches replayed in another order and with a padding row."""
     tokenizer, seen = tiny_tokenizer(), []
     trainer = ResTTrainer(
@@ -109,7 +109,7 @@ def recorded_batches(trainer):
     return batches
 
 
-def test_figures_and_rows_of_responses_by_hand():
+def test_metrics_and_rows_of_responses_by_hand():
     tokenizer = tiny_tokenizer()
     eos = tokenizer.eos_token_id
     words = tokenizer("<think> a </think>", add_special_tokens=False)["input_ids"]
@@ -160,7 +160,7 @@ def test_figures_and_rows_of_responses_by_hand():
     assert all(len(row["weights"]) == len(row["ids"]) == len(row["regions"]) for row in rows)
 
 
-def test_the_most_uncertain_tokens_are_those_of_the_whole_batch(monkeypatch):
+def test_top_entropy_tokens_are_those_of_the_global_batch(monkeypatch):
     monkeypatch.setattr(verl_responses, "CHUNK_SIZE", 1)
     tokenizer = tiny_tokenizer()
     entropies_BT = torch.tensor([[0.9, 0.8], [0.1, 0.2]])
@@ -173,7 +173,7 @@ def test_the_most_uncertain_tokens_are_those_of_the_whole_batch(monkeypatch):
     assert [row.tolist() for row in advantages.unbind()] == [[1.0, 1.0], [0.0, 2.0]]
 
 
-def test_weights_of_one_change_no_bit_of_an_advantage():
+def test_weights_of_one_keep_advantages_bit_identical():
     tokenizer, generator = tiny_tokenizer(), torch.Generator().manual_seed(0)
     rows = [torch.randn(n, generator=generator) for n in (5, 1, 9)]
     columns = {name: [torch.rand(len(row), generator=generator) for row in rows] for name in PER_TOKEN[2:4]}
@@ -185,7 +185,7 @@ def test_weights_of_one_change_no_bit_of_an_advantage():
     assert all(torch.equal(ours, stock) for ours, stock in zip(advantages.unbind(), rows, strict=True))
 
 
-def test_a_model_may_have_ends_that_its_tokenizer_does_not_know(tmp_path):
+def test_stop_tokens_of_the_model_are_added_to_those_of_the_tokenizer(tmp_path):
     GenerationConfig(eos_token_id=[3, 4]).save_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()
     ends = get_stop_ids(tokenizer, load_generation_config(tmp_path))

@@ -45,7 +45,7 @@ def written(tmp_path: Path, tokenizer: Any) -> tuple[PromptLayout, list[ToolSamp
     return layout, samples, tmp_path / "run" / "verl"
 
 
-def test_prompts_are_the_texts_that_trl_trains_on(tmp_path):
+def test_prompts_equal_those_of_trl(tmp_path):
     layout, samples, folder = written(tmp_path, tiny_tokenizer())
     rows = parquet.read_table(folder / "train.parquet").to_pylist()
     assert [row["prompt"] for row in rows] == [[{"role": "user", "content": layout.render(s)}] for s in samples]
@@ -58,7 +58,7 @@ def test_prompts_are_the_texts_that_trl_trains_on(tmp_path):
     assert loops[0]["_target_"] == "rest_rl.train.verl.plugin.RenderedPromptLoop"
 
 
-def test_workers_get_a_tokenizer_without_code(tmp_path):
+def test_the_saved_tokenizer_references_no_remote_code(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", None]}
     folder = written(tmp_path, tokenizer)[2] / "tokenizer"
@@ -82,7 +82,7 @@ def checkpoint(log: RunLog, step: int, *, whole: bool = True) -> Path:
     return folder
 
 
-def test_a_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
+def test_a_run_resumes_from_its_newest_complete_checkpoint(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     assert find_checkpoint(log) == ((0, None, False), [])
     second = checkpoint(log, 2)
@@ -111,7 +111,7 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
         (8, {"before": {}, "after": {}}, [2, 4, 6], False),
     ],
 )
-def test_what_was_not_measured_before_a_kill_is_measured_after_it(tmp_path, step, summary, evaluations, expected):
+def test_an_evaluation_that_a_kill_prevented_is_made_on_resume(tmp_path, step, summary, evaluations, expected):
     log = RunLog.create(tmp_path / "run", "", [])
     log.update_summary(**summary)
     for at in evaluations:
@@ -125,7 +125,7 @@ def test_what_was_not_measured_before_a_kill_is_measured_after_it(tmp_path, step
 # The run folder, and what is shown of it
 
 
-def test_figures_get_the_names_that_they_have_on_trl(tmp_path):
+def test_metrics_get_the_names_of_trl(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     figures = {
         "actor/pg_loss": torch.tensor(0.5),
@@ -147,7 +147,7 @@ def test_figures_get_the_names_that_they_have_on_trl(tmp_path):
     assert run.timing == ({"step": 4, "timing_s/step": 3.0, "perf/throughput": 9.0},)
 
 
-def test_measurements_before_during_and_after(tmp_path):
+def test_evaluations_before_during_and_after_training(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     for step, exact in ((0, 0.0), (5, 0.5), (10, 1.0)):
         outcomes = [Outcome("single", "held out", prompt, exact, exact, 1.0, "calls") for prompt in range(2)]
@@ -177,7 +177,7 @@ class Listener:
         self.said.append(text)
 
 
-def test_a_follower_tells_of_each_row_once_and_waits_for_whole_lines(tmp_path):
+def test_a_follower_reports_each_row_once_and_waits_for_complete_lines(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     log.add_metrics({"step": 1, "reward": 0.1})
     told = Listener()
@@ -190,7 +190,7 @@ def test_a_follower_tells_of_each_row_once_and_waits_for_whole_lines(tmp_path):
     look()
     assert told.steps == [(2, 3, 0.2)]
     assert told.responses == [(2, ["a", "b"]), (3, ["c"])]
-    assert told.said == ["step 2: 4 responses failed and are left out"]
+    assert told.said == ["step 2: 4 responses failed and were left out"]
     with metrics.open("a") as file:
         file.write('ard": 0.3}\n')
     with call_repeatedly(look):
@@ -198,7 +198,7 @@ def test_a_follower_tells_of_each_row_once_and_waits_for_whole_lines(tmp_path):
     assert told.steps == [(2, 3, 0.2), (3, 3, 0.3)]
 
 
-def test_a_follower_says_why_a_run_is_not_learning(tmp_path):
+def test_a_follower_reports_findings(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     told = Listener()
     look = make_follower(log, told, {}, total=100)
@@ -211,7 +211,7 @@ def test_a_follower_says_why_a_run_is_not_learning(tmp_path):
 # The command
 
 
-def test_settings_of_verl_after_two_dashes():
+def test_verl_settings_after_a_double_dash():
     assert split_overrides(["train", "a.toml", "--", "a.b=1", "+c.d=x"]) == (["train", "a.toml"], ["a.b=1", "+c.d=x"])
     assert split_overrides(["presets"]) == (["presets"], [])
     texts = ["data.seed=3", "+ray_kwargs.ray_init.num_gpus=1", "a.b=[x,'y z']"]
@@ -223,19 +223,19 @@ def test_settings_of_verl_after_two_dashes():
 
 
 @pytest.mark.parametrize("extra", [["--nodes", "2"], ["--print-config"], ["--", "data.seed=1"]])
-def test_options_of_verl_without_verl_are_refused(tmp_path, capsys, extra):
+def test_verl_settings_with_another_engine_are_refused(tmp_path, capsys, extra):
     assert main(["train", "--out", str(tmp_path / "run"), *extra]) == 2
     assert "--engine verl" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_two_dashes_belong_to_train_alone(capsys):
+def test_only_train_accepts_a_double_dash(capsys):
     assert main(["presets", "--", "a.b=1"]) == 2
     assert "unrecognized" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="without Ray nothing starts")
-def test_what_stops_a_run_is_in_its_log_with_its_traceback(tmp_path):
+def test_the_log_has_the_traceback_of_a_failed_run(tmp_path):
     engine = object.__new__(VerlEngine)
     engine.config, engine.observer, engine.log = RunConfig(), Observer(), RunLog(tmp_path)
     engine.total, engine.checkpoint, engine.verl = 1, Checkpoint(0), None

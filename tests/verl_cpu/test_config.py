@@ -28,7 +28,7 @@ def typed(*texts: str) -> str:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_verl_takes_every_recipe(path: Path) -> None:
+def test_verl_accepts_every_recipe(path: Path) -> None:
     config = read_run_file(path, [*gpus_of(path), *shown(path)])
     verl = compose_config(config, BIG)
     given = dict(iter_leaves(config.verl))
@@ -73,12 +73,12 @@ def test_every_preset(preset: str) -> None:
         (("verl.trainer.val_before_train=true", "verl.trainer.test_freq=2"), "trainer.test_freq", -1),
     ],
 )
-def test_what_else_a_run_can_ask_for(overrides: tuple[str, ...], key: str, value: Any) -> None:
+def test_further_overrides(overrides: tuple[str, ...], key: str, value: Any) -> None:
     assert OmegaConf.select(composed(*overrides), key) == value
 
 
 @pytest.mark.parametrize("override", ["verl.model_engine=megatron", typed("model_engine=megatron")])
-def test_megatron_is_chosen_among_verl_s_files(override: str) -> None:
+def test_megatron_is_selected_from_the_config_groups_of_verl(override: str) -> None:
     verl = composed(override, f"verl.{ACTOR}.megatron.tensor_model_parallel_size=2")
     assert verl.actor_rollout_ref.actor.strategy == "megatron"
     assert verl.actor_rollout_ref.actor.megatron.seed == 7
@@ -87,7 +87,7 @@ def test_megatron_is_chosen_among_verl_s_files(override: str) -> None:
         composed(override, "peft.r=8")
 
 
-def test_verl_s_table_comes_last() -> None:
+def test_the_verl_table_is_applied_last() -> None:
     verl = composed(
         *("verl.trainer.nnodes=2", "verl.trainer.project_name=mine", "verl.trainer.rollout_data_dir=null"),
         *("verl.ray_kwargs.ray_init.+num_gpus=1", f"verl.{ROLLOUT}.engine_kwargs.vllm.+max_num_seqs=64"),
@@ -98,7 +98,7 @@ def test_verl_s_table_comes_last() -> None:
     assert verl.data.train_batch_size == 64  # 16 GPUs
 
 
-def test_workers_import_our_module_and_those_of_the_run() -> None:
+def test_workers_import_the_shim_and_the_modules_of_the_run() -> None:
     ours = "rest_rl.train.verl.trl_shim"
     assert composed().actor_rollout_ref.model.external_lib == [ours]
     both = composed(f"verl.{MODEL}.external_lib=another.module").actor_rollout_ref.model.external_lib
@@ -113,8 +113,8 @@ def test_workers_import_our_module_and_those_of_the_run() -> None:
         (f"verl.{ROLLOUT}.engine_kwargs.vllm.max_num_seqs=64", "max_num_seqs"),
         ("verl.trainer.nnodes.x=2", "trainer.nnodes.x"),
         ("verl.trainer.v1=2", "trainer_mode"),
-        ('verl.trainer.nnodes="two"', "refuses"),
-        ("verl.trainer.nnodes=null", "refuses"),
+        ('verl.trainer.nnodes="two"', "rejects"),
+        ("verl.trainer.nnodes=null", "rejects"),
         ("verl.colour=blue", "colour"),
         ("verl.rest.folder=x", "rest"),
         (f"verl.{ACTOR}.loss_agg_mode=mean", "Invalid loss_agg_mode"),
@@ -127,7 +127,7 @@ def test_workers_import_our_module_and_those_of_the_run() -> None:
         (typed("trainer.nnodes"), "trainer.nnodes"),
         (typed("trainer.nnodes=[a"), r"\[a"),
         (typed("trainer.nnodes=1,2"), "Sweep"),
-        (typed("~trainer.nnodes"), "refuses"),
+        (typed("~trainer.nnodes"), "rejects"),
         (typed("trainer.nnode=2"), "nnode"),
     ],
 )
@@ -136,7 +136,7 @@ def test_refusals(override: str, message: str) -> None:
         composed(override)
 
 
-def test_settings_after_two_dashes_mean_what_they_mean_to_hydra() -> None:
+def test_settings_after_a_double_dash_follow_the_grammar_of_hydra() -> None:
     texts = (
         *(f"{ACTOR}.fsdp_config.param_offload=True", f"{ROLLOUT}.free_cache_engine=False", "trainer.logger=[console]"),
         *("trainer.rollout_data_dir=null", f"{ACTOR}.optim.lr=2e-6", "trainer.experiment_name=a b"),

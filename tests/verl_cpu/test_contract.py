@@ -32,7 +32,7 @@ def trainer():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_methods_that_are_extended(name):
+def test_the_overridden_methods(name):
     method = getattr(trainer(), name, None)
     assert callable(method), f"verl's trainer has no method {name}"
     parameters = list(inspect.signature(method).parameters)
@@ -52,7 +52,7 @@ def test_entropies_and_log_probabilities_stay_in_the_queue():
     assert "calculate_entropy" in source
 
 
-def test_the_batch_is_found_in_the_queue_under_these_names():
+def test_the_queue_has_these_fields():
     from rest_rl.train.verl.plugin import PER_RESPONSE
     from rest_rl.train.verl.responses import PER_TOKEN
 
@@ -89,14 +89,14 @@ def test_the_registries_and_the_driver_of_a_run():
     assert list(inspect.signature(run_ppo).parameters) == ["config", "task_runner_class"]
 
 
-def test_the_agent_loop_takes_its_prompt_from_the_method_that_is_replaced():
+def test_the_agent_loop_gets_its_prompt_from_the_overridden_method():
     from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
     assert inspect.iscoroutinefunction(SingleTurnAgentLoop.ct_build_initial_tokens)
     assert "self.ct_build_initial_tokens(" in inspect.getsource(SingleTurnAgentLoop.run)
 
 
-def test_the_reward_manager_is_asked_for_one_response_at_a_time():
+def test_the_reward_manager_gets_one_response_at_a_time():
     from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
     assert inspect.iscoroutinefunction(RewardManagerBase.run_single)
@@ -108,7 +108,7 @@ def test_the_reward_manager_is_asked_for_one_response_at_a_time():
 
 
 @pytest.mark.parametrize("clip_c", [3.0, 1e9])
-def test_weighing_the_advantage_is_weighing_the_surrogate_in_verl_s_own_loss(clip_c):
+def test_weighting_the_advantage_weights_the_surrogate_in_verl_s_loss(clip_c):
     """Also where its dual clip binds; the gradients with respect to the log-probabilities."""
     from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla
 

@@ -67,7 +67,7 @@ def train(path: Path, *options: str) -> list[str]:
 # Whole runs
 
 
-def test_a_run_on_two_ranks_is_killed_and_goes_on(tmp_path):
+def test_a_killed_run_on_two_ranks_resumes(tmp_path):
     path = run_file(tmp_path, 4, ranks=2, trl={"save_steps": 2}, eval={"prompts": 4, "max_new_tokens": 64})
     folder = tmp_path / "run"
     with started(train(path), tmp_path) as run:  # its Ray, too, ends without notice
@@ -137,7 +137,7 @@ def test_weights_of_one_are_stock_grpo(tmp_path):
 # The same responses on TRL
 
 
-def test_the_same_responses_teach_the_same_on_trl(tmp_path, monkeypatch):
+def test_trl_computes_the_same_update_from_the_same_responses(tmp_path, monkeypatch):
     path = run_file(tmp_path, 2)
     run_cpu(["-m", f"{__package__}.variants", "recording", str(path)], tmp_path)
     folder = tmp_path / "run"

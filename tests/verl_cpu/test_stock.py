@@ -78,7 +78,7 @@ def test_stock_verl_trains_on_one_rank(tmp_path):
     check(tmp_path, [1, 2])
 
 
-def test_a_killed_run_on_two_ranks_goes_on_from_its_checkpoint(tmp_path):
+def test_a_killed_run_on_two_ranks_resumes_from_its_checkpoint(tmp_path):
     arguments = stock(tmp_path, ranks=2, steps=3)
     saved = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
     with started(arguments, tmp_path) as run:

@@ -25,10 +25,7 @@ class Checkpoint(NamedTuple):
 def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[str]]:
     """Return the newest complete checkpoint of a run folder and the names of newer incomplete ones.
 
-    A run that was killed before its first checkpoint resumes from the beginning.
-
-    Raises:
-        UserError: the run is past its first `save_steps` steps, but no checkpoint is complete.
+    A run that was killed before its first checkpoint resumes from the beginning; UserError if it should have one.
     """
     broken: list[str] = []
     for folder in sorted(log.checkpoints.glob("checkpoint-*"), key=checkpoint_step, reverse=True):

@@ -237,12 +237,10 @@ class _MemoryModel:
         self.is_gpu = bool(self.device and self.device.is_gpu)
         self.micro_batch = args.per_device_train_batch_size, self.work.longest_tokens + self.work.max_response
         checkpointing = "with checkpointing" if args.gradient_checkpointing else "without checkpointing"
-        self.shape = (
-            f"{self.micro_batch[0]} x {self.micro_batch[1]:,} tokens, longest prompt and response, {checkpointing}"
-        )
+        rows, length = self.micro_batch
+        self.shape = f"{rows} x {length:,} tokens, longest prompt and response, {checkpointing}"
         loaded, self.is_mixed = 4 if self.config.weights_dtype == "float32" else 2, bool(args.bf16 or args.fp16)
-        # DeepSpeed trains 16-bit weights and keeps float32 copies with the optimizer; accelerate trains float32 with
-        # FSDP.
+        # DeepSpeed trains 16-bit weights, with float32 copies in the optimizer; FSDP with accelerate trains float32.
         self.is_deepspeed = self.is_mixed and self.sharding.startswith("zero")
         is_fsdp = self.is_mixed and self.sharding == "fsdp"
         self.trained_bytes = 4 if self.lora or is_fsdp else 2 if self.is_deepspeed else loaded
@@ -253,9 +251,8 @@ class _MemoryModel:
         # per pair of tokens, with eager attention, the scores of every head. The mask of padded rows, in the type of
         # the products, is stored once per model; flash attention needs none.
         kind, heads = self.config.model.attn_implementation, text.num_attention_heads
-        self.layer_bytes = self.compute_bytes * (
-            14 * text.hidden_size + 4 * heads * head_dim(text) + 4 * feed_forward_width(text)
-        )
+        values = 14 * text.hidden_size + 4 * heads * head_dim(text) + 4 * feed_forward_width(text)
+        self.layer_bytes = self.compute_bytes * values
         self.num_masks, self.pair_bytes = (0, 0) if "flash" in kind else (1, self.compute_bytes)
         self.pair_bytes += (2 * self.compute_bytes + 4) * heads if kind == "eager" else 0
 
@@ -271,32 +268,24 @@ class _MemoryModel:
         name = str(getattr(self.args.optim, "value", self.args.optim))
         copies = OPTIMIZER_COPIES.get(name, 2) * (4 if self.is_deepspeed else self.trained_bytes)
         each: float = OPTIMIZER_BYTES.get(name, copies) + 4 * self.is_deepspeed
-        states, of_each = int(size.trained * each / shards[1]), "bytes for each trained parameter"
+        states, per_parameter = int(size.trained * each / shards[1]), "bytes per trained parameter"
+        gradients = size.trained * self.trained_bytes // shards[2]
         parts = [
             MemoryPart("weights", "always", weights, f"exact: {how}"),
-            MemoryPart("optimizer states", "always", states, f"exact: {name}, {each:g} {of_each}"),
-            MemoryPart(
-                "gradients",
-                "update",
-                size.trained * self.trained_bytes // shards[2],
-                f"exact: {self.trained_bytes} {of_each}",
-            ),
+            MemoryPart("optimizer states", "always", states, f"exact: {name}, {each:g} {per_parameter}"),
+            MemoryPart("gradients", "update", gradients, f"exact: {self.trained_bytes} {per_parameter}"),
         ]
         if is_reinforcement(self.args) and self.args.beta and not self.lora:
-            parts.append(
-                MemoryPart("reference model", "always", weights, "exact: a second model, because beta is not 0")
-            )
+            parts.append(MemoryPart("reference model", "always", weights, "exact: a copy, because beta is not 0"))
         if self.device:
             allowance = DEVICE_ALLOWANCE[self.is_gpu]
-            parts.append(
-                MemoryPart("context", "always", allowance, "bound: a flat allowance for the device and the libraries")
-            )
+            parts.append(MemoryPart("context", "always", allowance, "bound: allowance for device and libraries"))
         return parts
 
     # Peak of forward and backward pass beyond weights and gradients. Without checkpointing every layer's activations
     # are stored; with it only every layer's input, and one layer at a time is recomputed. The backward pass of a layer
-    # takes half a layer more. Fixed terms: TRL's tile of logits, the gradient of the output head, and with sharding
-    # autocast's 16-bit copies of the weights. Cost: O(1).
+    # takes half a layer more. Fixed terms: TRL's tile of logits, the gradient of the output head, and without
+    # sharding autocast's 16-bit copies of the weights.
     def activation_bound(self) -> MemoryPart:
         text, (rows, length) = self.text, self.micro_batch
         stored = 1 if self.args.gradient_checkpointing else text.num_hidden_layers

@@ -65,13 +65,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
-    """Load a model and its tokenizer, which pads on the left.
+    """Load a model and its tokenizer; UserError if either cannot be read.
 
     The folder of an adapter gives its base model with the adapter on it. With `peft` (the run's `[peft]`) training
     continues on that adapter; without it the adapter is merged in and all weights are trained.
-
-    Raises:
-        UserError: the model or its tokenizer cannot be read, or the tokenizer has no chat template.
     """
     tokenizer = load_policy_tokenizer(config)
     path, adapter = resolve_adapter(config)
@@ -94,12 +91,9 @@ def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tu
 
 
 def load_policy_tokenizer(config: ModelTable) -> Any:
-    """Return the tokenizer of a policy: fast, left-padded, with a chat template and an end-of-sequence token.
+    """Return a policy's tokenizer, or an adapter's base model's: fast and left-padded.
 
-    An adapter without a tokenizer uses that of its base model.
-
-    Raises:
-        UserError: the tokenizer cannot be read, or lacks a chat template or an end-of-sequence token.
+    UserError if it cannot be read, or has no chat template or end-of-sequence token.
     """
     path = embedded_model_dir() if config.path == EMBEDDED else config.path
     if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
@@ -112,9 +106,8 @@ def load_policy_tokenizer(config: ModelTable) -> Any:
             "put a chat_template.jinja next to its tokenizer.json",
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {path} has no end-of-sequence token", remedy="set eos_token in tokenizer_config.json"
-        )
+        remedy = "set eos_token in tokenizer_config.json"
+        raise UserError(f"the tokenizer of {path} has no end-of-sequence token", remedy=remedy)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -171,11 +164,8 @@ def resolve_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
     require_peft(f"the adapter {config.path}")
     base = recorded.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(
-            f"{ADAPTER_CONFIG} of {config.path} has no base_model_name_or_path",
-            "the folder or hub name of its base model",
-            "add it",
-        )
+        expected = "the folder or hub name of its base model"
+        raise UserError(f"{ADAPTER_CONFIG} of {config.path} has no base_model_name_or_path", expected, "add it")
     # The embedded model is part of the package, which may have moved since the adapter was trained.
     moved = Path(base).name == embedded_model_dir().name and not Path(base).exists()
     return (embedded_model_dir() if moved else base), config.path
@@ -225,15 +215,12 @@ def four_bit_config() -> BitsAndBytesConfig:
 
 
 def new_adapter_config(config: RunConfig) -> Any | None:
-    """Return the LoraConfig of the adapter that a run adds; None without `[peft]` or if the model is an adapter.
-
-    Raises:
-        UserError: `[peft]` differs from the adapter on which training would continue.
-    """
+    """Return the LoraConfig of the adapter that a run adds; None without `[peft]` or if the model is an adapter."""
     requested = lora_config(config.peft)
     recorded = None if config.model.path == EMBEDDED or requested is None else read_adapter_config(config.model.path)
     if recorded is None:
         return requested
+    # Training continues on the recorded adapter: another [peft] would silently have no effect.
     differing = [name for name, value in config.peft.items() if recorded.get(name) != value]
     if differing:
         name = differing[0]

@@ -44,10 +44,8 @@ VALUE_RANGES = {
     "generation_batch_size": PositiveInt,
     **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps"), PositiveFloat),
     **dict.fromkeys(("temperature", "repetition_penalty", "delta"), PositiveFloat),
-    **dict.fromkeys(
-        ("learning_rate", "max_grad_norm", "weight_decay", "warmup_steps", "adam_epsilon"), NonNegativeFloat
-    ),
-    **dict.fromkeys(("beta", "epsilon", "epsilon_high"), NonNegativeFloat),
+    **dict.fromkeys(("learning_rate", "max_grad_norm", "weight_decay", "warmup_steps"), NonNegativeFloat),
+    **dict.fromkeys(("adam_epsilon", "beta", "epsilon", "epsilon_high"), NonNegativeFloat),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), Decay),
     **dict.fromkeys(("min_p", "top_p", "top_entropy_quantile", "label_smoothing_factor"), Fraction),
 }
@@ -69,11 +67,7 @@ def is_main_process() -> bool:
 def resolve_run(
     run: RunSource, *, out: str | Path | None, resume: bool, overrides: Sequence[str], is_dry: bool = False
 ) -> RunConfig:
-    """Return the requested run; with `resume` the recorded one, which `run` and `overrides` may repeat.
-
-    Raises:
-        UserError: a mistake in the run file or the overrides, or a run folder that is taken, locked or missing.
-    """
+    """Return the requested run; with `resume` the recorded one, which `run` and `overrides` may repeat."""
     if resume and run is None:  # then the overrides apply to the recorded run
         folder = Path(read_run_source(None, overrides).run.out if out is None else out)
         requested = with_out_dir(read_run_file(find_run_file(folder), overrides), folder)
@@ -98,11 +92,7 @@ def with_model_dir(config: RunConfig) -> RunConfig:
 
 
 def check_names(config: RunConfig, formats: Sequence[str] = ()) -> None:
-    """Check that a run's preset, rules, format and keys of `[trl]` and `[peft]` exist; the formats in `formats` too.
-
-    Raises:
-        UserError: one of them does not exist.
-    """
+    """Raise a UserError for a preset, rule, format or key of `[trl]` or `[peft]` that does not exist."""
     if not config.rest.is_supervised:
         config.rest.resolve()
     for name in {config.rest.format, *formats} - {AUTO}:
@@ -126,10 +116,8 @@ def read_declared_keys(table: str) -> set[str]:
         path = Path(spec.origin).parents[1] / name if spec and spec.origin else Path()
         if not path.is_file():
             return set()
-        bodies = (
-            node.body for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)
-        )
-        fields = (line.target for body in bodies for line in body if isinstance(line, ast.AnnAssign))
+        classes = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef)]
+        fields = (line.target for each in classes for line in each.body if isinstance(line, ast.AnnAssign))
         keys |= {target.id for target in fields if isinstance(target, ast.Name)}
     return keys
 
@@ -165,8 +153,7 @@ def with_out_dir(config: RunConfig, out: str | Path) -> RunConfig:
     return replace(config, run=replace(config.run, out=str(out)))
 
 
-# For runs without a chosen folder. The processes of one launch would race for the number, so a launch must name its
-# folder.
+# For runs without a chosen folder. The processes of a launch would race for the number, so they must be given one.
 def find_free_dir(out: str) -> str:
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UserError(f"{processes} processes were launched without --out", "one folder for all", "pass --out DIR")
@@ -183,11 +170,8 @@ def resolve_resumed_run(requested: RunConfig) -> RunConfig:
     if not changed:
         return recorded
     if not set(changed) <= {f"trl.{key}" for key in LENGTH_KEYS}:
-        raise UserError(
-            f"--resume with another {', '.join(changed)}",
-            "the recorded run",
-            "omit RUN.toml and --set to resume it, or pass another --out to start the changed run",
-        )
+        remedy = "omit RUN.toml and --set to resume it, or pass another --out to start the changed run"
+        raise UserError(f"--resume cannot change {', '.join(changed)} of the recorded run", remedy=remedy)
     return lengthen_run(recorded, {key: requested.trl[key] for key in LENGTH_KEYS if key in requested.trl})
 
 
@@ -222,14 +206,11 @@ def lengthen_run(recorded: RunConfig, lengths: Mapping[str, Any]) -> RunConfig:
             remedy="resume it unchanged, or train on from its model: --model RUN --out another",
         )
     total, steps = count_planned_steps(recorded), lengths.get("max_steps", -1)
-    epochs, planned = (
-        lengths.get("num_train_epochs", DEFAULT_EPOCHS),
-        recorded.trl.get("num_train_epochs", DEFAULT_EPOCHS),
-    )
+    epochs, planned = (table.get("num_train_epochs", DEFAULT_EPOCHS) for table in (lengths, recorded.trl))
     validate_value({"max_steps": steps, "num_train_epochs": epochs}, dict[str, float], "trl")
     if not (steps > total if steps > 0 else recorded.trl.get("max_steps", -1) < 1 and epochs > planned):
         raise UserError(
-            f"--resume with {', '.join(f'trl.{key} = {value}' for key, value in lengths.items())}",
+            f"--resume sets {', '.join(f'trl.{key} = {value}' for key, value in lengths.items())}",
             f"more than the run's {total} steps",
             "raise it, or omit it to resume the recorded run",
         )

@@ -104,9 +104,6 @@ def train(
         overrides: changes such as "trl.max_steps=10".
         observer: receives progress; by default nothing is shown.
 
-    Returns:
-        The finished or interrupted run.
-
     Raises:
         UserError: a mistake in the run, its data or its model. Most are found before the run folder is created.
     """
@@ -152,10 +149,8 @@ def execute(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observ
         if log.enabled:
             write_plots(log, observer)
     summary, table = log.read_summary(), parse_toml(config.to_toml(), "the run")
-    metrics, evaluations = (
-        read_rows(folder / METRICS),
-        read_rows(folder / EVALUATIONS),
-    )  # empty on the other machines of a launch
+    # On the other machines of a launch both are empty.
+    metrics, evaluations = read_rows(folder / METRICS), read_rows(folder / EVALUATIONS)
     return RunResult(
         folder=folder,
         config=config,
@@ -250,9 +245,8 @@ def estimate_run(
     """
     plan = make_plan(run, out=out, overrides=overrides, observer=observer, is_dry=True)
     if plan.config.run.engine != "trl":
-        raise UserError(
-            "--dry-run does not support verl", remedy="use --print-config; docs/cluster.md has notes on memory"
-        )
+        remedy = "use --print-config; docs/cluster.md has notes on memory"
+        raise UserError("--dry-run does not support verl", remedy=remedy)
     return estimate_plan(plan, measure=True)
 
 
@@ -325,18 +319,15 @@ class HeldOutEvaluator:
         golds = (render_gold(sample.sample, layout) for _, sample in samples)
         limit = response_limit(config, golds, layout.tokenizer)
         self.every = config.eval.every
+        context = layout.context or sys.maxsize
         self.prompts = [
-            HeldOutPrompt(
-                s.prompt_text, s.sample, split, min(limit, (layout.context or sys.maxsize) - len(s.prompt_ids))
-            )
+            HeldOutPrompt(s.prompt_text, s.sample, split, min(limit, context - len(s.prompt_ids)))
             for split, s in samples
         ]
         self.slice = select_interim_prompts(self.prompts, config.eval.interim_prompts)
         steps = config.trl.get("max_steps", 0)
         if 0 < steps < self.every:
-            observer.say(
-                f"eval.every is {self.every}, but the run has {steps} steps: it is not evaluated during training"
-            )
+            observer.say(f"eval.every is {self.every}, but the run has {steps} steps: no interim evaluation")
 
     def measure(self, when: str) -> None:
         """Write the scores to the summary as `when`, unless a run that is now resumed has done so."""

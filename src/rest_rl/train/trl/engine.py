@@ -53,7 +53,6 @@ from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, optimizer_steps_p
 
 # Substrings of logged keys that depend on the machine or on a resume; they go to timing.jsonl, not to metrics.jsonl.
 TIMING_KEYS = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
-
 # The divergence check computes the logits of this many prompt tokens.
 PROBE_TOKENS = 64
 # The squares of larger float32 weights overflow, and with them every norm.
@@ -148,7 +147,7 @@ class TrlEngine:
         self.model = self.trainer.model
         if self.is_sharded:
             self.observer.say(
-                "the model is sharded and is not evaluated during the run; evaluate its model folder afterwards"
+                "the model is sharded: the run does not evaluate it; evaluate its model folder afterwards"
             )
 
     def _make_reward(self, args: ResTConfig, record: ResponseRecord) -> Callable[..., list[float]]:
@@ -182,9 +181,8 @@ class TrlEngine:
                 "to skip: --set eval.prompts=0)"
             )
         with self._explaining_divergence():
-            return evaluate_held_out(
-                self.model, self.layout.tokenizer, prompts, self.layout.format, self.config.eval, self.observer
-            )
+            tokenizer, tool_format = self.layout.tokenizer, self.layout.format
+            return evaluate_held_out(self.model, tokenizer, prompts, tool_format, self.config.eval, self.observer)
 
     # Sampling from NaN logits raises a RuntimeError in torch.multinomial, or a failed assertion on a GPU.
     @contextmanager

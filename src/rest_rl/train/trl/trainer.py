@@ -252,12 +252,11 @@ class ResTTrainer(GRPOTrainer):
     Without `reward_funcs` it uses the preset's rule reward, which reads the dataset's `gold` column
     (`build_training_dataset`). In addition to TRL's metrics it logs, from the first step on:
 
-    - rest/entropy/<region>, rest/collision/<region>, rest/weight/<region>: means over the region's tokens, None without
-    any; - rest/share/<region>: the region's share of all tokens; - rest/rule_weight/<region>: the weight before
-    normalization per response, if the rule uses statistics; - rest/surprise/<figure>: see `train/weighing.py`; on the
-    first step on a generation batch; - rest/format, rest/accuracy, rest/exact_match, rest/call_rate: from the reward;
-    separately for turns with and without
-      gold calls, rest/reward_calls, rest/reward_answers, rest/accuracy_calls, ...
+    - rest/entropy/<region>, rest/collision/<region>, rest/weight/<region>: means over the region's tokens, None
+    without; - rest/share/<region>: the region's share of all tokens; - rest/rule_weight/<region>: the weight before
+    normalization per response, if the rule uses statistics; - rest/surprise/<figure>: see `train/weighing.py`; in the
+    first step on a generation batch; - rest/format, rest/accuracy, rest/exact_match, rest/call_rate: from the reward; -
+    rest/reward_calls, rest/reward_answers, rest/accuracy_calls, ...: for turns with and without gold calls.
     """
 
     _tag_names = ["trl", "grpo", "rest"]  # noqa: RUF012 - HF's own pattern
@@ -367,9 +366,9 @@ class ResTTrainer(GRPOTrainer):
             self._microbatch = None
         return loss
 
-    # TRL computes the entropies of the sampled tokens in every forward pass of the loss and uses them only for a
-    # metric. Reading them here costs no second pass. TRL also calls this for old and reference log-probabilities; then
-    # no micro-batch is pending and nothing happens. Clearing `_microbatch` first makes sure that each one is read once.
+    # TRL computes the sampled tokens' entropies in every forward pass of the loss, at least for a metric: reading them
+    # here costs no second pass. TRL also calls this for old and reference log-probabilities, when no micro-batch is
+    # pending. `_microbatch` is cleared first, so that each micro-batch is counted once.
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._microbatch is not None:
@@ -413,8 +412,7 @@ class ResTTrainer(GRPOTrainer):
             kept = (weighted.regions_BT, weighted.weights_BT, entropies_BT, logps_BT, micro_batch.advantages_B.cpu())
             self.on_weighed(WeightedBatch(micro_batch.batch[RESPONSE_INDEX], *kept))
 
-    # Entropies of the unmasked tokens of all processes; they differ in number, so they are padded with -1 for the
-    # gather.
+    # Entropies of the unmasked tokens of all processes, whose numbers differ: padded with -1 for the gather.
     def _gather_entropies(self, entropies_BT: Tensor, mask_BT: Tensor) -> Tensor:
         own_N = entropies_BT[mask_BT.bool()]
         if self.accelerator.num_processes == 1:

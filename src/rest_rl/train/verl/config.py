@@ -130,9 +130,8 @@ def make_initial_values(config: RunConfig, job: VerlJob, *, megatron: bool = Fal
 # GRPOConfig is not instantiated: its __post_init__ looks for devices on this machine, and the run trains elsewhere.
 def with_trl_defaults(config: RunConfig) -> dict[str, Any]:
     """Return `[trl]` over the defaults of TRL's GRPOConfig."""
-    check_trl_table(
-        {name: value for name, value in config.trl.items() if name != "use_vllm"}
-    )  # vLLM is installed on the cluster
+    # vLLM is installed on the cluster, not on this machine.
+    check_trl_table({name: value for name, value in config.trl.items() if name != "use_vllm"})
     fields = dataclasses.fields(GRPOConfig)
     defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields}
     return {**defaults, **config.trl}
@@ -147,7 +146,7 @@ def find_unread_keys(config: RunConfig) -> list[str]:
 
 
 def compute_schedule(given: Mapping[str, Any], config: RunConfig, num_train: int) -> dict[str, int]:
-    """Return batch sizes and step counts in verl's units. Steps of `[trl]` and `[eval]` are rounded up to whole batches.
+    """Return batch sizes and step counts in verl's units, steps of `[trl]` and `[eval]` rounded up to whole batches.
 
     TRL counts responses per device and optimizer steps; verl counts prompts, and batches of responses as steps.
     Example: 8 responses x 8 GPUs x steps_per_generation 32 / num_generations 4 = 512 prompts per batch; with
@@ -259,14 +258,12 @@ def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
     if not job.has_held_out:  # verl would evaluate on training prompts
         verl.trainer.test_freq, verl.trainer.val_before_train = -1, False
     libraries = OmegaConf.select(verl, EXTERNAL_LIB) or []
-    OmegaConf.update(
-        verl, EXTERNAL_LIB, ["rest_rl.train.verl.trl_shim", *([libraries] if isinstance(libraries, str) else libraries)]
-    )
+    libraries = [libraries] if isinstance(libraries, str) else libraries
+    OmegaConf.update(verl, EXTERNAL_LIB, ["rest_rl.train.verl.trl_shim", *libraries])
     with explain_config_errors(AssertionError, TypeError, ValueError), redirect_stdout(io.StringIO()):
         plain: Any = OmegaConf.to_container(verl, resolve=True)
-        check_allowed_values(
-            dict(iter_leaves(plain)), make_fixed_values(method, job), reshapes=not is_uniform(method.weights)
-        )
+        fixed, reshapes = make_fixed_values(method, job), not is_uniform(method.weights)
+        check_allowed_values(dict(iter_leaves(plain)), fixed, reshapes=reshapes)
         # verl 0.9 checks an adapter's rank against vLLM's limits, which needs vLLM on this machine: rank 0 skips that.
         checked: Any = OmegaConf.merge(verl, {"actor_rollout_ref": {"model": {"lora_rank": 0}}})
         omega_conf_to_dataclass(checked.actor_rollout_ref.rollout)

@@ -76,32 +76,21 @@ def weight_batch(
 ) -> tuple[Tensor, dict[str, float], dict[int, Row]]:
     """Weight a batch's advantages with the statistics of the steps before, then add this step's to `tracker`.
 
-    Args:
-        data: verl's fields `PER_TOKEN`, jagged or dense.
-        weighter: the weight rule with tokenizer and format.
-        tracker: the region statistics; updated.
-        progress: training progress nu.
-        step: the number of the step, from 1.
-        watched: the responses whose token fields to return.
-
-    Returns:
-        The weighted advantages of all tokens (jagged, with the batch's row lengths), the step's metrics, and the
-        recorded fields of the `watched` responses by their index.
+    `data` has verl's fields `PER_TOKEN`, jagged or dense; `step` counts from 1. Returns the weighted advantages of all
+    tokens (jagged, with the batch's row lengths), the step's metrics, and the recorded token fields of the responses
+    whose indices are in `watched`, by index.
     """
     rows = [data[name].unbind() for name in PER_TOKEN]
     size, statistics, rule_weights_R = len(rows[0]), tracker.statistics(), None
-    sums_4R, surprise_4 = (
-        torch.zeros(4, NUM_REGIONS, dtype=torch.float64),
-        torch.zeros(NUM_SURPRISE_SUMS, dtype=torch.float64),
-    )
+    sums_4R = torch.zeros(4, NUM_REGIONS, dtype=torch.float64)
+    surprise_4 = torch.zeros(NUM_SURPRISE_SUMS, dtype=torch.float64)
     advantages: list[Tensor] = []
     recorded: dict[int, Row] = {}
     entropies_N = torch.cat([row[mask.bool()] for row, mask in zip(rows[2], rows[1], strict=True)]).float().cpu()
     for first in range(0, size, CHUNK_SIZE):
-        ids_BT, mask_BT, entropies_BT, logps_BT, advantages_BT = (
-            pad_rows(row[first : first + CHUNK_SIZE]) for row in rows
-        )
-        lengths = [len(row) for row in rows[0][first : first + CHUNK_SIZE]]
+        chunks = [row[first : first + CHUNK_SIZE] for row in rows]
+        ids_BT, mask_BT, entropies_BT, logps_BT, advantages_BT = map(pad_rows, chunks)
+        lengths = [len(row) for row in chunks[0]]
         regions_BT = weighter.tag(ids_BT, mask_BT)
         weighted = weighter.weight(ids_BT, mask_BT, regions_BT, statistics, progress, step, entropies_BT, entropies_N)
         rule_weights_R = weighted.rule_weights_R
