@@ -37,16 +37,16 @@ def soft(text: str) -> bool:
     ("text", "is_right"),
     [
         (f"<think> a </think>\n<tool_call>\n{CALL}\n</tool_call>", True),
-        (CALL, True),  # no tag is needed
-        (f"<tool_call>\nprose\n{CALL}\n</tool_call>", True),  # a line that is no JSON is passed over
+        (CALL, True),  # tags are not required
+        (f"<tool_call>\nprose\n{CALL}\n</tool_call>", True),  # lines that are not JSON are skipped
         (f'<tool_call>\n{{"name": "X", "parameters": {{}}}}\n{CALL}\n</tool_call>', True),  # any call may match
         ('{"content": "Meeting", "count": "5"}', True),  # without a name: arguments of the right tool
         ('{"count": "5", "content": "Meeting"}', True),  # keys have no order
-        (json.dumps(CALL), True),  # text that spells a call is read once more
+        (json.dumps(CALL), True),  # a JSON string that contains a call is parsed again
         (f"[1]\n{CALL}", True),  # a list is compared as arguments, and differs
         (f'<tool_call>\n{{"name": "AddAgenda", "arguments": {json.dumps(GOLD["parameters"])}}}\n</tool_call>', False),
         (CALL.replace('"5"', "5"), False),  # the published metric compares types
-        (f"null\n{CALL}", False),  # a line that is no object ends the search
+        (f"null\n{CALL}", False),  # a JSON line that is not an object ends the search
         (f"7\n{CALL}", False),
         (f'"prose"\n{CALL}', False),
         (f'["name", "parameters"]\n{CALL}', False),
@@ -69,11 +69,11 @@ def test_soft_is_the_published_metric(text: str, is_right: bool) -> None:
         ("meeting", "Meeting", False),
     ],
 )  # fmt: skip
-def test_a_value_equals_the_text_that_spells_it(value: Any, gold: str, is_equal: bool) -> None:
+def test_a_value_equals_the_text_that_denotes_it(value: Any, gold: str, is_equal: bool) -> None:
     assert matches_gold_value(value, gold) is is_equal
 
 
-def test_a_difference_is_named() -> None:
+def test_a_difference_is_described() -> None:
     gold = GOLD["parameters"]
     assert isinstance(gold, dict)
     assert find_arguments_problem(ToolCall("AddAgenda", {"content": "Meeting", "count": 5}), gold) == ""
@@ -102,7 +102,7 @@ def verdict(bank: ApiBank, text: str, name: str = "toolrl", identity: str = "Lev
     return dict(conversation.outcome())
 
 
-def test_strict_wants_one_call_in_its_tags(folder: Path) -> None:
+def test_strict_requires_one_call_in_tags(folder: Path) -> None:
     bank = ApiBank(folder, keep_prompts=False)
     right = f"<think> a </think>\n<tool_call>\n{CALL}\n</tool_call>"
     assert verdict(bank, right)["strict"]
@@ -125,7 +125,7 @@ def test_gold_passes_in_every_format(folder: Path, name: str) -> None:
         assert (outcome["soft"], outcome["strict"], outcome["reason"]) == (True, True, "")
 
 
-def test_calls_that_a_server_read_out_are_judged_like_text(folder: Path) -> None:
+def test_calls_parsed_by_a_server_are_judged_like_text(folder: Path) -> None:
     bank = ApiBank(folder, keep_prompts=False)
     conversation = bank.start("Level2_0", get_format("toolrl"))
     arguments = GOLD["parameters"]
@@ -140,20 +140,20 @@ def test_groups_and_pin(folder: Path) -> None:
         ("Level1_0", 1), ("Level2_0", 2), ("Level2_1", 2), ("Level3_0", 3), ("Level3_1", 3), ("Level3_2", 3)
     ]  # fmt: skip
     assert "6 samples" in bank.pin
-    assert bank.items["Level1_0"].sample.messages[0]["content"] == SYSTEM  # kept prompts are word for word
+    assert bank.items["Level1_0"].sample.messages[0]["content"] == SYSTEM  # kept prompts are verbatim
 
 
 @pytest.mark.parametrize(
     ("content", "match"),
     [("{", "Expecting"), ("{}", "contains dict"), ("[3]", "Level1_0 has type int"), ("[{}]", "Level1_0")],
 )
-def test_a_broken_file_is_named(folder: Path, content: str, match: str) -> None:
+def test_a_broken_file_is_reported(folder: Path, content: str, match: str) -> None:
     (folder / "level-1-api_processed.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=match):
         ApiBank(folder, keep_prompts=False)
 
 
-def test_a_missing_folder_says_what_is_expected(tmp_path: Path) -> None:
+def test_a_missing_folder_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"level-1-, level-2- and level-3-api_processed\.json as --data"):
         ApiBank(tmp_path / "none", keep_prompts=False)
 
@@ -177,7 +177,7 @@ def test_published_gold_scores_full_marks(name: str) -> None:
         assert (identity, outcome["soft"], outcome["strict"]) == (identity, True, True)
 
 
-def test_numbers_as_numbers_lose_under_the_published_metric_alone() -> None:
+def test_only_the_published_metric_rejects_numbers() -> None:
     bank = published_bank(keep_prompts=True)
     counts = {"soft": 0, "strict": 0}
     for identity in bank.groups:
@@ -194,7 +194,7 @@ def test_numbers_as_numbers_lose_under_the_published_metric_alone() -> None:
     assert counts == {"soft": 487, "strict": 597}  # 81.57 % of 597, as the published script counts them
 
 
-def test_what_no_correct_answer_passes_is_listed() -> None:
+def test_samples_that_no_correct_response_passes_are_listed() -> None:
     ceilings = published_bank(keep_prompts=False).extras([])["ceilings"]
     assert {level: len(ceiling["ids"]) for level, ceiling in ceilings.items()} == {
         "Level1": 8,

@@ -1,4 +1,4 @@
-"""BFCL as conversations: what is asked, the gold that passes, and what must not; both releases of bfcl-eval."""
+"""BFCL as conversations: requests, gold that passes, responses that must fail; both releases of bfcl-eval."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ IMPOSSIBLE: Mapping[Version, set[str]] = {
     "v3": {*LIVE_IMPOSSIBLE, "java_36", "java_64", "java_65"},
     "v4": {*LIVE_IMPOSSIBLE, "simple_java_36", "simple_java_64", "simple_java_65"},
 }
-"""No correct answer passes: arguments that are required and have no answer, or that the checker cannot read."""
+"""No correct answer passes: required arguments have no answer, or the checker cannot read it."""
 ODD = ["multi_turn_miss_func_49", "live_multiple_552-153-1", "live_multiple_595-158-1", "live_multiple_1038-265-0"]
-"""A gold that needs a function before its turn; golds that are no strings where their schemas say so."""
+"""A gold that needs a function before its turn; golds that are not strings although their schemas require strings."""
 
 
 def opened(version: Version, categories: Sequence[str] | None = None, **limits: Any) -> Bfcl:
@@ -43,7 +43,7 @@ def opened(version: Version, categories: Sequence[str] | None = None, **limits: 
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[Callable[[Version], Bfcl]]:
-    """All samples of an edition, read once."""
+    """All samples of a version, read once."""
     found: dict[Version, Bfcl] = {}
 
     def load(version: Version) -> Bfcl:
@@ -71,7 +71,7 @@ def started(benchmark: Bfcl, identity: str, tool_format: str = "toolrl") -> Conv
 
 
 def oracle(benchmark: Bfcl, identity: str, tool_format: str = "toolrl") -> Mapping[str, Any]:
-    """The outcome of a sample whose every request is answered with its gold, as text."""
+    """The outcome if every request is answered with the gold, as text."""
     talk = started(benchmark, identity, tool_format)
     while (request := talk.request()) is not None:
         talk.receive(Reply(text=written(request.sample.gold, tool_format)))
@@ -96,7 +96,7 @@ def asked(talk: Conversation) -> Request:
 
 
 def answered(benchmark: Bfcl, identity: str, text: str) -> Mapping[str, Any]:
-    """The outcome when every request is answered with one text."""
+    """The outcome if every request is answered with the same text."""
     talk = started(benchmark, identity)
     while talk.request() is not None:
         talk.receive(Reply(text=text))
@@ -123,7 +123,7 @@ def test_the_gold_passes(bfcl: Bfcl, tool_format: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool_format", FORMATS)
-def test_the_whole_gold_passes_but_for_what_cannot(bfcl: Bfcl, tool_format: str) -> None:
+def test_all_gold_passes_except_known_defects(bfcl: Bfcl, tool_format: str) -> None:
     rows = [
         {"category": category, **oracle(bfcl, name, tool_format), "id": name} for name, category in bfcl.groups.items()
     ]
@@ -146,7 +146,7 @@ def test_calls_that_differ_from_the_gold_are_wrong(bfcl: Bfcl) -> None:
             assert 0 < len(outcome["reason"]) <= 300
 
 
-def test_relevance_is_a_matter_of_any_call_to_a_tool_of_the_sample(bfcl: Bfcl) -> None:
+def test_relevance_accepts_any_call_to_an_offered_tool(bfcl: Bfcl) -> None:
     call, prose = written(Gold((ToolCall("whatever", {}),))), "<think></think>\n<response>No.</response>"
     broken = "<think></think>\n<tool_call>\n{broken\n</tool_call>"
     verdicts = {
@@ -164,7 +164,7 @@ def test_relevance_is_a_matter_of_any_call_to_a_tool_of_the_sample(bfcl: Bfcl) -
     assert answered(bfcl, name, written(Gold((odd,))))["correct"] is False
 
 
-def test_the_outcome_of_one_turn(v4: Bfcl) -> None:
+def test_the_outcome_of_a_single_turn(v4: Bfcl) -> None:
     outcome = oracle(v4, "parallel_0")
     assert set(outcome) == {"response", "calls", "correct", "reason"}
     assert outcome["response"].startswith("<think>")
@@ -172,7 +172,7 @@ def test_the_outcome_of_one_turn(v4: Bfcl) -> None:
     assert (outcome["correct"], outcome["reason"]) == (True, "")
     talk = started(v4, "parallel_0")
     calls = asked(talk).sample.gold.calls
-    talk.receive(Reply(text="", calls=calls))  # read by a server
+    talk.receive(Reply(text="", calls=calls))  # parsed by a server
     assert talk.outcome()["correct"] is True
     assert answered(v4, "parallel_0", "no call")["reason"].startswith("no_call")
 
@@ -185,7 +185,7 @@ def test_every_sample_is_listed_by_its_category(bfcl: Bfcl) -> None:
         started(bfcl, "simple_python_0x")
 
 
-def test_questions_keep_their_system_message_and_their_history(bfcl: Bfcl) -> None:
+def test_questions_keep_system_message_and_history(bfcl: Bfcl) -> None:
     live = [asked(started(bfcl, name)).sample for name, group in bfcl.groups.items() if str(group).startswith("live")]
     roles = [tuple(message["role"] for message in sample.messages) for sample in live]
     assert sum(each[0] == "system" for each in roles) == 92
@@ -218,7 +218,7 @@ def kinds(schema: Mapping[str, Any]) -> Iterator[str]:
         yield from kinds(schema["items"])
 
 
-def test_a_step_stands_in_the_history(v4: Bfcl) -> None:
+def test_each_step_enters_the_history(v4: Bfcl) -> None:
     talk = started(v4, "multi_turn_base_0")
     first = asked(talk)
     assert (first.turn, first.step, len(first.sample.messages)) == (0, 0, 1)
@@ -236,7 +236,7 @@ def test_a_step_stands_in_the_history(v4: Bfcl) -> None:
     assert [message["role"] for message in third.sample.messages[-2:]] == ["assistant", "user"]
     assert third.sample.messages[-2]["content"] == "Done."
     talk.close()
-    assert first.sample.messages[0]["role"] == "user"  # what was asked before has not changed
+    assert first.sample.messages[0]["role"] == "user"  # earlier requests have not changed
     assert len(first.sample.messages) == 1
 
 
@@ -250,7 +250,7 @@ def test_a_step_stands_in_the_history(v4: Bfcl) -> None:
         ("", ""),
     ],
 )
-def test_thoughts_stand_apart_from_what_was_said(v4: Bfcl, text: str, said: str) -> None:
+def test_thoughts_are_separate_from_the_content(v4: Bfcl, text: str, said: str) -> None:
     talk = started(v4, "multi_turn_base_0")
     talk.receive(Reply(text=text))
     message = dict(asked(talk).sample.messages[-2])
@@ -259,7 +259,7 @@ def test_thoughts_stand_apart_from_what_was_said(v4: Bfcl, text: str, said: str)
     talk.close()
 
 
-def test_calls_that_do_not_fit_the_tools_are_not_executed(v4: Bfcl) -> None:
+def test_invalid_calls_are_not_executed(v4: Bfcl) -> None:
     talk = started(v4, "multi_turn_base_0")
     offered = {tool["function"]["name"] for tool in asked(talk).sample.tools}
     assert "pwd" in offered
@@ -278,7 +278,7 @@ def test_calls_that_do_not_fit_the_tools_are_not_executed(v4: Bfcl) -> None:
     talk.close()
 
 
-def test_a_call_that_does_not_fit_leaves_a_right_conversation_right(v4: Bfcl) -> None:
+def test_an_invalid_call_does_not_fail_a_correct_conversation(v4: Bfcl) -> None:
     talk = started(v4, "multi_turn_base_0")
     talk.receive(calling({"name": "no_such_tool", "arguments": {}}))
     assert asked(talk).step == 1
@@ -293,7 +293,7 @@ def test_a_call_that_does_not_fit_leaves_a_right_conversation_right(v4: Bfcl) ->
     assert [len(turn) for turn in outcome["calls"]] == [len(turn) - 1 for turn in outcome["response"]]
 
 
-def test_functions_held_out_are_shown_in_their_turn(bfcl: Bfcl) -> None:
+def test_held_out_functions_appear_in_their_turn(bfcl: Bfcl) -> None:
     talk = started(bfcl, "multi_turn_miss_func_0")
     tools_by_turn: list[set[str]] = []
     spoken = []
@@ -312,7 +312,7 @@ def test_functions_held_out_are_shown_in_their_turn(bfcl: Bfcl) -> None:
     talk.close()
 
 
-def test_a_turn_without_end_is_given_up_after_the_official_steps(v4: Bfcl) -> None:
+def test_an_endless_turn_stops_after_the_official_steps(v4: Bfcl) -> None:
     talk = started(v4, "multi_turn_base_0")
     requests = 0
     while talk.request() is not None:
@@ -326,7 +326,7 @@ def test_a_turn_without_end_is_given_up_after_the_official_steps(v4: Bfcl) -> No
 
 
 @pytest.mark.parametrize("idle", ["pwd", "rm_everything"])
-def test_a_last_turn_without_end_is_judged_as_it_stands(v4: Bfcl, idle: str) -> None:
+def test_an_endless_last_turn_is_still_judged(v4: Bfcl, idle: str) -> None:
     talk = started(v4, "multi_turn_base_1")
     while (request := talk.request()) is not None and request.turn < 3:
         gold = request.sample.gold
@@ -342,7 +342,7 @@ def test_a_last_turn_without_end_is_judged_as_it_stands(v4: Bfcl, idle: str) -> 
     assert (requests, outcome["correct"], outcome["reason"]) == (21, True, "")  # as upstream's runner judges it
 
 
-def test_a_process_that_is_ended_from_outside_costs_no_verdict(v4: Bfcl) -> None:
+def test_a_killed_process_does_not_cost_a_verdict(v4: Bfcl) -> None:
     talk = started(v4, "multi_turn_base_1")
     while (request := talk.request()) is not None:
         talk.receive(Reply(text=written(request.sample.gold)))
@@ -362,7 +362,7 @@ def test_a_process_that_is_ended_from_outside_costs_no_verdict(v4: Bfcl) -> None
         )
 
 
-def test_a_process_that_keeps_being_ended_is_an_error_and_no_verdict(v4: Bfcl, monkeypatch) -> None:
+def test_a_process_that_keeps_dying_is_an_error(v4: Bfcl, monkeypatch) -> None:
     def killed(process: Any, request: Any, seconds: float) -> Any:
         if request is not None:
             os.kill(process.pid, signal.SIGKILL)
@@ -382,7 +382,7 @@ def test_a_process_that_keeps_being_ended_is_an_error_and_no_verdict(v4: Bfcl, m
         v4.start("multi_turn_base_1", get_format("toolrl"))
 
 
-def test_a_wrong_conversation_leaves_nothing_behind(v4: Bfcl) -> None:
+def test_a_failed_conversation_leaves_no_state(v4: Bfcl) -> None:
     talk = started(v4, "multi_turn_base_0")
     talk.receive(calling({"name": "mkdir", "arguments": {"dir_name": "left_over"}}))
     while talk.request() is not None:
@@ -396,7 +396,7 @@ def test_a_wrong_conversation_leaves_nothing_behind(v4: Bfcl) -> None:
     assert oracle(v4, "multi_turn_base_0")["correct"] is True
 
 
-def test_conversations_at_once_do_not_touch_one_another(v4: Bfcl) -> None:
+def test_parallel_conversations_are_isolated(v4: Bfcl) -> None:
     names = ["multi_turn_base_0", "parallel_0", "multi_turn_base_1", "multi_turn_base_0", "simple_python_3"] * 3
     with ThreadPoolExecutor(5) as threads:
         outcomes = list(threads.map(lambda name: oracle(v4, name), names))
@@ -404,7 +404,7 @@ def test_conversations_at_once_do_not_touch_one_another(v4: Bfcl) -> None:
 
 
 def hostile(folder: Path) -> dict[str, str]:
-    """Responses that want to do harm by what they say or by how long it is."""
+    """Responses that try to do harm by their content or their length."""
     touch = f"__import__('os').system('touch {folder}/touched')"
     write = f"open('{folder}/touched', 'w').write('x')"
 
@@ -429,7 +429,7 @@ def hostile(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", list(hostile(Path())))
-def test_hostile_responses_are_wrong_and_touch_nothing(v4: Bfcl, tmp_path: Path, kind: str) -> None:
+def test_hostile_responses_are_wrong_and_have_no_effect(v4: Bfcl, tmp_path: Path, kind: str) -> None:
     text = hostile(tmp_path)[kind]
     for name in ("simple_python_0", "parallel_0", "multi_turn_base_0"):
         outcome = answered(v4, name, text)
@@ -439,7 +439,7 @@ def test_hostile_responses_are_wrong_and_touch_nothing(v4: Bfcl, tmp_path: Path,
     assert oracle(v4, "multi_turn_base_0")["correct"] is True
 
 
-def test_a_call_without_end_makes_its_sample_wrong() -> None:
+def test_an_endless_call_makes_its_sample_wrong() -> None:
     benchmark = opened("v4", ["multi_turn_base"], seconds=1.0)
     talks = ((name, started(benchmark, name)) for name in benchmark.groups)
     name, talk = next((name, talk) for name, talk in talks if "power" in parameter_schemas(asked(talk).sample.tools))
@@ -453,7 +453,7 @@ def test_a_call_without_end_makes_its_sample_wrong() -> None:
     benchmark.close()
 
 
-def test_only_categories_scored_whole_count() -> None:
+def test_only_complete_categories_are_averaged() -> None:
     live = opened("v4", ["live"])
     rows = [{"id": name, "category": group, "correct": True} for name, group in live.groups.items()]
     official = live.extras(rows)["official"]

@@ -1,4 +1,4 @@
-"""What BFCL's samples are made of: tools of function documents, gold of alternatives, averages of categories."""
+"""Parts of BFCL samples: tools from function documents, gold from alternatives, averages of categories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TYPES = {"dict": "object", "float": "number", "string": "string", "integer": "in
          "tuple": "array", "any": "string", "boolean": "boolean"}  # fmt: skip
 
 
-def test_tools_of_function_documents() -> None:
+def test_function_documents_become_tools() -> None:
     doc = {
         "name": "trip.plan",
         "description": "Plan.",
@@ -51,12 +51,12 @@ def test_tools_of_function_documents() -> None:
         (7, "number", 7), ("7", None, "7"), ("__import__('os')", "object", "__import__('os')"),
     ],
 )  # fmt: skip
-def test_text_becomes_a_value_of_the_schema(value: Any, kind: str | None, meant: Any) -> None:
+def test_text_is_converted_by_the_schema(value: Any, kind: str | None, meant: Any) -> None:
     found = coerce_value(value, {"type": kind} if kind else {})
     assert (found, type(found)) == (meant, type(meant))
 
 
-def test_what_is_wrong_with_a_call_is_said() -> None:
+def test_problems_of_a_call_are_described() -> None:
     tools = {"cat": {"file_name": {"type": "string"}}, "pwd": {}}
     assert find_call_problem(ToolCall("cat", {"file_name": "x"}), tools) == ""
     assert find_call_problem(ToolCall("dog", {}), tools) == "there is no tool named 'dog'"
@@ -103,7 +103,7 @@ def test_the_first_alternative_is_the_gold() -> None:
         ({"k": "v", "n": 1}, {"type": "HashMap"}, 'new HashMap<String, Object>() {{ put("k", "v"); put("n", 1); }}'),
     ],
 )  # fmt: skip
-def test_values_as_java_writes_them(value: Any, schema: Mapping[str, Any], literal: str) -> None:
+def test_java_literals(value: Any, schema: Mapping[str, Any], literal: str) -> None:
     assert java_literal(value, schema) == literal
 
 
@@ -119,11 +119,11 @@ def test_values_as_java_writes_them(value: Any, schema: Mapping[str, Any], liter
         ({}, {"type": "dict"}, "{}"),
     ],
 )
-def test_values_as_javascript_writes_them(value: Any, schema: Mapping[str, Any], literal: str) -> None:
+def test_javascript_literals(value: Any, schema: Mapping[str, Any], literal: str) -> None:
     assert javascript_literal(value, schema) == literal
 
 
-def test_categories_are_chosen_by_name_or_group() -> None:
+def test_categories_are_selected_by_name_or_group() -> None:
     assert len(select_categories("v3", None)) == len(select_categories("v4", ["all"])) == 17
     assert select_categories("v3", ["live_simple", "java"]) == ("java", "live_simple")
     assert select_categories("v4", ["multi_turn"]) == groups.MULTI_TURN
@@ -201,6 +201,6 @@ def test_official_averages_have_intervals(right: float | None) -> None:
 @pytest.mark.parametrize(
     ("missing", "gone"), [("java", "Non-Live"), ("live_relevance", "Live"), ("multi_turn_base", "Multi-Turn")]
 )
-def test_averages_of_what_is_incomplete_are_not_given(missing: str, gone: str) -> None:
+def test_incomplete_averages_are_omitted(missing: str, gone: str) -> None:
     scores = {name: score for name, score in scores_of("v3").items() if name != missing}
     assert {"Non-Live", "Live", "Multi-Turn", "Overall"} - set(official_averages("v3", scores)) == {gone, "Overall"}

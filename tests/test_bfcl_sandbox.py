@@ -1,4 +1,4 @@
-"""The process apart that executes and checks what models write: real processes, both releases of bfcl-eval."""
+"""The separate process that executes and checks model output: real processes, both releases of bfcl-eval."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OWN_COUNTS = {
 MULTI_TURN = ["multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context"]
 SIMPLE = {"v3": "simple", "v4": "simple_python"}
 POWER = {"name": "power", "arguments": {"base": 7, "exponent": 10**9}}
-"""A number of 845 million digits: hours of multiplication inside C, where no signal handler of Python runs."""
+"""A number of 845 million digits: hours of multiplication in C code, during which Python runs no signal handler."""
 
 
 def package_of(version: Version) -> BfclPackage:
@@ -56,7 +56,7 @@ def sandbox(package: BfclPackage) -> Iterator[Sandbox]:
 
 @pytest.fixture
 def hasty() -> Iterator[Sandbox]:
-    """A sandbox that waits for a second."""
+    """A sandbox with a time limit of one second."""
     with Sandbox(package_of("v4"), seconds=1.0) as opened:
         yield opened
 
@@ -65,7 +65,7 @@ LOADED: dict[tuple[str, str], list[dict]] = {}
 
 
 def entries(sandbox: Sandbox, category: str) -> list[dict]:
-    """The entries of a category, asked for once per release."""
+    """The entries of a category, read once per release."""
     key = (sandbox._package.version, category)
     if key not in LOADED:
         LOADED[key] = sandbox.entries(category)
@@ -78,12 +78,12 @@ def simple(sandbox: Sandbox, package: BfclPackage) -> tuple[str, dict]:
 
 
 def math_sample(sandbox: Sandbox) -> str:
-    """A conversation that can do sums."""
+    """A conversation with the math backend."""
     return next(entry["id"] for entry in entries(sandbox, "multi_turn_base") if "MathAPI" in entry["involved_classes"])
 
 
 def still_running(group: int) -> list[int]:
-    """Processes of a group but for those that are dead and merely not waited for, as orphans may be in containers."""
+    """The processes of a group without zombies, which orphans may become in containers."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -93,7 +93,7 @@ def still_running(group: int) -> list[int]:
 
 
 def are_gone(group: int) -> bool:
-    """Whether the processes of a group end; one that was killed may still be seen for a moment on a busy machine."""
+    """Whether the processes of a group end; on a busy machine a killed one may remain visible for a moment."""
     deadline = time.monotonic() + 60
     while still_running(group) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -108,16 +108,16 @@ def oracle(session: Session, gold: list[list[dict]]) -> Verdict:
 
 
 class TestData:
-    def test_every_category_is_whole(self, sandbox: Sandbox, package: BfclPackage) -> None:
+    def test_every_category_is_complete(self, sandbox: Sandbox, package: BfclPackage) -> None:
         expected = COUNTS | OWN_COUNTS[package.version]
         assert {category: len(entries(sandbox, category)) for category in expected} == expected
         assert sum(expected.values()) == 4441
 
-    def test_another_category_is_refused(self, sandbox: Sandbox) -> None:
+    def test_unknown_categories_are_refused(self, sandbox: Sandbox) -> None:
         with pytest.raises(ValueError, match=r"unknown category '../secret', expected one of .*live_simple"):
             sandbox.entries("../secret")
 
-    def test_hints_are_for_the_model_alone(self, sandbox: Sandbox, package: BfclPackage) -> None:
+    def test_only_the_model_sees_hints(self, sandbox: Sandbox, package: BfclPackage) -> None:
         category = {"v3": "java", "v4": "simple_java"}[package.version]
         entry = entries(sandbox, category)[0]
         (shown,), (checked,) = entry["function"], entry["checked"]
@@ -186,7 +186,7 @@ class TestSingleTurn:
         verdict = sandbox.check_calls(entry["id"], category, [{"calculate_triangle_area": {"base": deep}}])
         assert verdict == Verdict(False, "checker_error: ValueError", "nesting deeper than 100 levels")
 
-    def test_checks_share_a_process_until_one_goes_wrong(self) -> None:
+    def test_checks_share_a_process_until_one_fails(self) -> None:
         package = package_of("v4")
         with Sandbox(package) as sandbox:
             category, entry = simple(sandbox, package)
@@ -206,7 +206,7 @@ class TestSingleTurn:
             assert sandbox.check_calls(entry["id"], category, right).valid
             assert second not in workers(right)
 
-    def test_each_check_has_its_own_time(self, tmp_path: Path) -> None:
+    def test_each_check_has_its_own_time_limit(self, tmp_path: Path) -> None:
         script = """
 import os, sys, time
 from rest_rl.evaluate.benchmarks.bfcl.child import Pipes, Server
@@ -252,7 +252,7 @@ class TestConversations:
         calls = [call for turn in sandbox.gold_calls(identity) for call in turn]
         assert {"name": "sort", "arguments": {"file_name": "final_report.pdf"}} in calls
 
-    def test_no_state_is_left_to_the_next_session(self, sandbox: Sandbox) -> None:
+    def test_sessions_do_not_share_state(self, sandbox: Sandbox) -> None:
         gold = sandbox.gold_calls("multi_turn_base_0")
         with sandbox.session("multi_turn_base_0") as session:
             session.execute([{"name": "mkdir", "arguments": {"dir_name": "left_behind"}}])
@@ -264,7 +264,7 @@ class TestConversations:
             assert session.check([[turn] for turn in gold]) == Verdict(True)
             assert session.check([[turn] for turn in gold]) == Verdict(True)
 
-    def test_turns_that_are_missing_or_empty_are_wrong(self, sandbox: Sandbox) -> None:
+    def test_missing_or_empty_turns_are_wrong(self, sandbox: Sandbox) -> None:
         gold = sandbox.gold_calls("multi_turn_base_0")
         session = sandbox.session("multi_turn_base_0")
         assert session.check([[turn] for turn in gold[:-1]]).error_type == "multi_turn:force_terminated"
@@ -280,7 +280,7 @@ class TestConversations:
             assert sandbox.constants()["max_steps"] == 20
             assert session.execute([{"name": "pwd", "arguments": {}}])[0].startswith("{")
 
-    def test_a_sample_of_one_turn_has_no_session(self, sandbox: Sandbox, package: BfclPackage) -> None:
+    def test_single_turn_samples_have_no_session(self, sandbox: Sandbox, package: BfclPackage) -> None:
         _, entry = simple(sandbox, package)
         with pytest.raises(ValueError, match=r"is a single-turn sample, expected one of multi_turn"):
             sandbox.session(entry["id"]).execute([])
@@ -340,7 +340,7 @@ class TestHostileCalls:
             assert session.execute([huge]) == ["Error during execution: "]
             assert session.execute([{"name": "add", "arguments": {"a": 1, "b": 2}}]) == ['{"result": 3}']
 
-    def test_an_endless_computation_ends_and_the_next_sample_works(self, hasty: Sandbox) -> None:
+    def test_an_endless_computation_is_killed_and_the_next_sample_works(self, hasty: Sandbox) -> None:
         identity = math_sample(hasty)
         session = hasty.session(identity)
         session.execute([])
@@ -400,7 +400,7 @@ class TestWalls:
         assert sorted(package.folder.rglob("*")) == before
         assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["cwd", "temporary"]
 
-    def test_nothing_outlives_a_killed_owner(self, package: BfclPackage) -> None:
+    def test_no_process_outlives_its_killed_owner(self, package: BfclPackage) -> None:
         code = (
             "import os, signal, sys; from pathlib import Path; "
             "from rest_rl.evaluate.benchmarks.bfcl.package import BfclPackage; "
@@ -414,7 +414,7 @@ class TestWalls:
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert are_gone(int(done.stdout))
 
-    def test_no_secret_is_inherited(self, package: BfclPackage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_secrets_are_not_inherited(self, package: BfclPackage, monkeypatch: pytest.MonkeyPatch) -> None:
         environment = Path("/proc/self/environ")
         if not environment.exists():
             pytest.skip("needs /proc")
@@ -425,7 +425,7 @@ class TestWalls:
         assert "BFCL_PROJECT_ROOT" in inherited
         assert "secret" not in inherited
 
-    def test_the_process_has_a_network_of_its_own(self, sandbox: Sandbox) -> None:
+    def test_the_process_has_its_own_network_namespace(self, sandbox: Sandbox) -> None:
         try:
             subprocess.run(["unshare", "-Un", "true"], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
@@ -444,8 +444,8 @@ class TestWalls:
         assert done.stdout.split() == ["inside", "imported", "refused:16"]
         assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "file", "readable"]
 
-    def test_the_walls_stand_where_calls_are_executed(self, tmp_path: Path) -> None:
-        """A release whose backend tries to get out, and prints what the protocol must not see."""
+    def test_calls_are_executed_inside_the_walls(self, tmp_path: Path) -> None:
+        """A release whose backend tries to escape, and prints text that must not reach the protocol."""
         copied, trace = tmp_path / "release", tmp_path / "trace"
         shutil.copytree(package_of("v4").folder, copied)
         backend = copied / "bfcl_eval/eval_checker/multi_turn_eval/func_source_code/math_api.py"
@@ -472,7 +472,7 @@ class TestPackage:
         assert BfclPackage("v3", Path()).pin == "bfcl-eval 2025.6.14 (BFCL v3)"
 
     @pytest.mark.parametrize("version", ["v3", "v4"])
-    def test_a_missing_release_says_how_to_install_it(
+    def test_a_missing_release_explains_how_to_install_it(
         self, version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv(f"REST_RL_BFCL_{version.upper()}", raising=False)
@@ -500,7 +500,7 @@ class TestPackage:
         with pytest.raises(ValueError, match=r"contains no bfcl-eval"):
             find_package("v3")
 
-    def test_a_release_that_does_not_load_says_why(self, tmp_path: Path) -> None:
+    def test_a_release_that_does_not_load_explains_why(self, tmp_path: Path) -> None:
         pretend_release(tmp_path, "2025.6.14")
         with (
             Sandbox(BfclPackage("v3", tmp_path)) as sandbox,
@@ -583,7 +583,7 @@ MathAPI.add = escape
 """
 
 
-def test_what_a_backend_says_is_the_same_in_every_process() -> None:
+def test_backend_outputs_are_the_same_in_every_process() -> None:
     package, said = package_of("v4"), set()
     flight = {"travel_class": "none", "travel_from": "a", "travel_to": "b", "travel_date": "2024-11-10"}
     call = {"name": "book_flight", "arguments": {"access_token": "t", "card_id": "c", **flight}}

@@ -1,4 +1,4 @@
-"""The verb `eval` as a user types it: a model, the oracle, recorded responses, tables, comparisons, kills."""
+"""`rest-rl eval` as a user types it: a model, the oracle, recorded responses, tables, comparisons, kills."""
 
 from __future__ import annotations
 
@@ -115,14 +115,14 @@ def test_recorded_responses_of_some_samples(here: Path, bank: Path, capsys: pyte
     assert (change["n"], change["gained"], change["lost"]) == (1, 1, 0)
 
 
-def test_an_earlier_evaluation_says_what_its_responses_are_written_in(here: Path) -> None:
+def test_an_earlier_evaluation_determines_the_format(here: Path) -> None:
     assert run("tool-world", "--prompts", "3", "--oracle", "--format", "hermes", "--out", "a") == 0
     assert run("tool-world", "--prompts", "3", "--responses", "a/samples.jsonl", "--out", "b") == 0
     assert [row["correct"] for row in rows_of(here / "b")] == [True] * 6
     assert (summary_of(here / "b")["format"], summary_of(here / "b")["prompt"]) == ("hermes", "as recorded")
 
 
-def test_comparing_and_tabulating(here: Path, bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_and_table(here: Path, bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tool-world", *SMALL, "--out", "base", "--name", "before") == 0
     assert run("tool-world", *SMALL[:2], "--oracle", "--out", "gold") == 0
     assert run("diff", "base", "gold", "--out", "c") == 0
@@ -197,7 +197,7 @@ def test_a_dry_run_shows_the_prompt_and_writes_nothing(here: Path, capsys: pytes
         (("api-bank", "--data", "nowhere", "--oracle"), "level-1-api_processed.json"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_user_errors_take_one_line(
     here: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], told: str
 ) -> None:
     message = refused(capsys, *arguments)
@@ -207,7 +207,7 @@ def test_mistakes_are_told_in_one_line(
     assert list(here.iterdir()) == []
 
 
-def test_a_run_folder_stands_for_its_model_and_its_format(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_folder_provides_model_and_format(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rest_rl.config import RunConfig
     from rest_rl.train.policy import embedded_model_dir
 
@@ -227,7 +227,7 @@ def test_a_run_folder_stands_for_its_model_and_its_format(here: Path, capsys: py
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_the_same(here: Path) -> None:
+def test_repeatedly_killed_evaluations_end_the_same(here: Path) -> None:
     command = [sys.executable, "-m", "rest_rl", "eval", "tool-world", "--prompts", "60", "--batch-size", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -1,4 +1,4 @@
-"""`eval --endpoint` as a user types it, against a server that fails, hangs and writes nonsense; then `--resume`."""
+"""`eval --endpoint` as a user types it, against a server that fails, hangs and returns nonsense; then `--resume`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def gold_text(identity: str) -> str:
 
 
 def identity_of(text: str) -> str:
-    """The sample whose question a prompt ends with."""
+    """The id of the sample whose question ends the prompt."""
     found = [one for one, sample in TASKS.samples.items() if sample.messages[-1]["content"] in text]
     return max(found, key=lambda one: len(TASKS.samples[one].messages[-1]["content"]))
 
@@ -61,11 +61,11 @@ def written() -> str:
     return "".join(path.read_text(encoding="utf-8", errors="replace") for path in Path("out").iterdir())
 
 
-def test_every_question_is_told_from_the_others() -> None:
+def test_all_questions_differ() -> None:
     assert [identity_of(sample.messages[-1]["content"]) for sample in TASKS.samples.values()] == [*TASKS.samples]
 
 
-def test_failures_are_left_out_and_asked_for_again(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_are_excluded_and_retried(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     identities = [*TASKS.samples]
     broken, garbled, hanging = set(identities[::5]), identities[1], itertools.chain([hang], itertools.repeat(answers))
 
@@ -101,7 +101,7 @@ def test_failures_are_left_out_and_asked_for_again(server: Server, capsys: pytes
     assert "a different format" in capsys.readouterr().err
 
 
-def test_with_the_tokenizer_the_prompt_is_that_of_training(server: Server) -> None:
+def test_with_a_tokenizer_prompts_equal_training_prompts(server: Server) -> None:
     server.models = serve_models("m", max_model_len=2000)
     tokenizer = load_policy_tokenizer(ModelTable(path=str(embedded_model_dir())))
     layout = PromptLayout(tokenizer, "toolrl")
@@ -154,7 +154,7 @@ def test_an_extra_body_needs_a_server(server: Server, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_a_password_in_the_url_is_written_nowhere(
+def test_a_password_in_the_url_is_never_written(
     server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, joined: bool
 ) -> None:
     url = server.url.replace("http://", "http://me:secret-4711@") + "/v1?api-key=key-4711#part-4711"
@@ -171,8 +171,8 @@ def test_a_password_in_the_url_is_written_nowhere(
     assert "4711" not in captured.out + captured.err
 
 
-def test_a_wrong_key_waits_for_no_other_request(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three requests hang, for longer than any test takes, and a fourth is refused."""
+def test_a_wrong_key_does_not_wait_for_other_requests(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three requests hang for longer than any test takes, and a fourth is rejected."""
     steps = itertools.chain([hang] * 3, itertools.repeat(respond_with({"error": {"message": "bad key"}}, 401)))
     over: list[bool] = []
 
@@ -187,10 +187,10 @@ def test_a_wrong_key_waits_for_no_other_request(server: Server, capsys: pytest.C
     assert evaluate(server, "--format", "toolrl", "--concurrency", "4", "--timeout", "10000") == 2
     assert over == []
     assert "returned status 401" in capsys.readouterr().err
-    assert not Path("out/samples.jsonl").exists()  # what was given up is no result, not even a failed one
+    assert not Path("out/samples.jsonl").exists()  # cancelled requests are not results, not even failed ones
 
 
-def test_an_interrupt_waits_for_no_request(server: Server) -> None:
+def test_an_interrupt_does_not_wait_for_requests(server: Server) -> None:
     server.steps = itertools.repeat(hang)
     who = ["--endpoint", server.url, "--model", "m", "--format", "toolrl", "--timeout", "10000", "--out", "out"]
     hears = (
@@ -203,7 +203,7 @@ def test_an_interrupt_waits_for_no_request(server: Server) -> None:
         while len(server.requests) < 8 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=25)  # `hang` takes 30 seconds, and is tried again
+        _, told = process.communicate(timeout=25)  # `hang` takes 30 seconds and is retried
     finally:
         process.kill()
         process.wait()

@@ -1,4 +1,4 @@
-"""Endpoints against a real server in a thread: right answers, failures of every kind, users' mistakes."""
+"""Endpoints against a real server in a thread: correct responses, failures of every kind, user errors."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_native_mode_sends_tools_and_history_in_openai_shape(server) -> None:
     assert body["messages"][2] == {"role": "tool", "name": "a_b", "content": "[1]", "tool_call_id": call["id"]}
 
 
-def test_names_stay_apart_when_they_are_made_plain() -> None:
+def test_sanitized_names_stay_distinct() -> None:
     tools = tuple({"type": "function", "function": {"name": name}} for name in ("a.b", "a_b", "a/b", "x" * 80, ""))
     names = build_wire_names(build_request(tools=tools).sample)
     assert list(names) == ["a.b", "a_b", "a/b", "x" * 80, ""]
@@ -106,7 +106,7 @@ def test_names_stay_apart_when_they_are_made_plain() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) for name in names.values())
 
 
-def test_structured_calls_that_cannot_be_read_are_no_calls(server) -> None:
+def test_unreadable_structured_calls_are_not_calls(server) -> None:
     good = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     bad = [
         {"function": {"name": "f", "arguments": '{"x": '}},
@@ -134,7 +134,7 @@ def test_structured_calls_that_cannot_be_read_are_no_calls(server) -> None:
     assert [call.arguments for call in reply.calls or ()] == [{}, {}, {"x": [1]}]
 
 
-def test_calls_in_the_text_count_where_the_server_reads_none(server) -> None:
+def test_calls_in_the_text_count_if_the_server_parses_none(server) -> None:
     model = endpoint(server, reply_with(CALL, tool_calls=[]), reply_with(CALL, tool_calls=None), native=True)
     for _ in range(2):
         reply = one(model)
@@ -164,7 +164,7 @@ def test_length_parts_reasoning_and_odd_usage(server) -> None:
     assert len(server.requests) == 8
 
 
-def test_reasoning_that_the_server_cuts_off_belongs_to_a_format_that_opens_it(server) -> None:
+def test_separate_reasoning_belongs_to_formats_that_open_it(server) -> None:
     model = endpoint(server, then=reply_with(CALL, reasoning_content="I look."), tool_format="hermes+think")
     parsed = parse_reply(one(model), model.tool_format)
     assert (parsed.thought, parsed.calls) == ("I look.", (ToolCall("f", {"x": 1}),))
@@ -205,14 +205,14 @@ FAILURES: dict[str, Step] = {
 
 
 @pytest.mark.parametrize("kind", FAILURES)
-def test_an_attempt_that_fails_is_made_again(server, kind: str) -> None:
+def test_failed_attempts_are_retried(server, kind: str) -> None:
     model = endpoint(server, FAILURES[kind], FAILURES[kind])
     assert one(model).text == CALL
     assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize("kind", ["500", "HTML", "empty choices", "null content", "hangs up", "breaks off"])
-def test_what_always_fails_becomes_an_error_of_the_sample(server, kind: str) -> None:
+def test_permanent_failures_become_errors_of_the_sample(server, kind: str) -> None:
     reply = one(endpoint(server, then=FAILURES[kind]))
     assert reply.error.endswith(", after 4 attempts")
     assert (reply.text, reply.overflow) == ("", "")
@@ -220,14 +220,14 @@ def test_what_always_fails_becomes_an_error_of_the_sample(server, kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", [hang, drip])
-def test_a_server_that_hangs_is_left(server, kind: Step) -> None:
+def test_a_hanging_server_times_out(server, kind: Step) -> None:
     model = endpoint(server, kind, timeout=0.3, retries=1)
     assert one(model).text == CALL
     assert "within 0.1 s" in one(endpoint(server, then=kind, timeout=0.1, retries=0)).error
 
 
 def test_every_sample_is_answered_or_reported(server) -> None:
-    """One request in five fails, each time in another way; two samples always do."""
+    """One request in five fails, each time differently; two samples always fail."""
     numbers, failures = itertools.count(), itertools.cycle([*FAILURES.values(), hang])
 
     def step(handler: Handler) -> None:
@@ -280,7 +280,7 @@ def test_a_prompt_that_fits_without_the_longest_response_gets_what_is_left(serve
     assert ["max_tokens" in body for _, _, body in server.requests] == [True, False, False]
 
 
-def test_a_request_that_is_refused_is_an_error_at_once(server) -> None:
+def test_a_rejected_request_is_not_retried(server) -> None:
     reply = one(endpoint(server, then=respond_with({"error": {"message": "tools[0].name is odd"}}, 400)))
     assert "with 400" in reply.error
     assert "tools[0].name is odd" in reply.error
@@ -289,7 +289,7 @@ def test_a_request_that_is_refused_is_an_error_at_once(server) -> None:
     assert len(server.requests) == 4
 
 
-def test_half_a_surrogate_pair_in_a_prompt_is_an_error_of_its_sample(server) -> None:
+def test_an_unpaired_surrogate_in_a_prompt_is_an_error_of_its_sample(server) -> None:
     assert "not valid Unicode" in one(endpoint(server), build_request({"role": "user", "content": "\ud800"})).error
     assert server.requests == []
 
@@ -305,14 +305,14 @@ def test_half_a_surrogate_pair_in_a_prompt_is_an_error_of_its_sample(server) -> 
         (400, "max_tokens is too large. This model supports at most 9 completion tokens", "lower --max-new-tokens"),
     ],
 )
-def test_users_mistakes_stop_the_run(server, status: int, said: str, remedy: str) -> None:
+def test_user_errors_stop_the_evaluation(server, status: int, said: str, remedy: str) -> None:
     model = endpoint(server, then=respond_with({"error": {"message": said}}, status))
     with pytest.raises(ValueError, match=f"returned status {status} .*, expected .*; .*{re.escape(remedy)}"):
         one(model)
     assert len(server.requests) == 1
 
 
-def test_a_quota_that_is_used_up_stops_the_run(server) -> None:
+def test_an_exhausted_quota_stops_the_evaluation(server) -> None:
     said = {"error": {"message": "you exceeded your quota", "code": "insufficient_quota"}}
     with pytest.raises(ValueError, match="check the quota"):
         one(endpoint(server, then=respond_with(said, 429)))
@@ -345,25 +345,25 @@ def test_keys_come_from_the_environment(server, monkeypatch) -> None:
 
 
 def test_the_rate_is_limited(server) -> None:
-    model = endpoint(server, respond_with("", 503), requests_per_minute=600)  # one every 0.1 s, repeated ones too
+    model = endpoint(server, respond_with("", 503), requests_per_minute=600)  # one every 0.1 s, including retries
     began = time.monotonic()
     model.respond([build_request()] * 4)
     assert len(server.requests) == 5
     assert time.monotonic() - began >= 0.4
 
 
-def test_a_server_that_asks_to_wait_is_left_alone(server) -> None:
+def test_retry_after_is_respected(server) -> None:
     began = time.monotonic()
     assert one(endpoint(server, respond_with("", 429, Retry_After="0.5"))).text == CALL
     assert time.monotonic() - began >= 0.5
 
 
-def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for(server) -> None:
+def test_an_excessive_retry_after_is_not_awaited(server) -> None:
     assert "returns 429" in one(endpoint(server, then=respond_with("", 429, Retry_After="3600"))).error
     assert len(server.requests) == 1
 
 
-def test_no_more_requests_are_under_way_than_allowed(server) -> None:
+def test_concurrency_is_bounded(server) -> None:
     under_way, most, lock = [0], [0], threading.Lock()
 
     def step(handler: Handler) -> None:
@@ -380,7 +380,7 @@ def test_no_more_requests_are_under_way_than_allowed(server) -> None:
     assert most[0] == 3
 
 
-def test_the_server_is_asked_what_it_serves(server) -> None:
+def test_the_servers_model_list_is_checked(server) -> None:
     model = endpoint(server)
     model.check()
     server.models = serve_models("mm", "other")
@@ -411,7 +411,7 @@ def test_a_check_finds_a_wrong_key_and_a_server_that_is_not_there(server) -> Non
             absent.check()
 
 
-def test_room_is_known_with_a_tokenizer_and_a_server_that_states_its_context(server) -> None:
+def test_context_usage_needs_a_tokenizer_and_a_stated_context(server) -> None:
     layout = PromptLayout(tiny_tokenizer())
     model = endpoint(server, layout=layout)
     assert model.context_usage(build_request()) is None

@@ -1,4 +1,4 @@
-"""Endpoints in the exact format of training: token ids to `/completions`, what comes back, and who does not take it."""
+"""Endpoints with training prompts: token ids to `/completions`, their responses, and servers that reject them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def writes(text: Any, finish: str = "stop") -> Step:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama3_2", "mistral"])
-def test_the_server_gets_the_ids_of_the_training_prompt(server: Server, family: str) -> None:
+def test_the_server_gets_the_token_ids_of_the_training_prompt(server: Server, family: str) -> None:
     layout = family_layout(family)
     reply = one(endpoint(server, layout))
     path, _, body = server.requests[0]
@@ -78,7 +78,7 @@ def test_native_keeps_the_chat_route(server: Server, layout: PromptLayout) -> No
     assert "tools" in server.requests[0][2]
 
 
-def test_special_tokens_are_asked_for_where_tags_are_some(server: Server) -> None:
+def test_special_tokens_are_requested_if_tags_are_special(server: Server) -> None:
     kept = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
     for family, expected in (("mistral", kept), ("llama3_2", kept), ("qwen3", {})):
         one(endpoint(server, family_layout(family), extra_body={"seed": 1}))
@@ -86,7 +86,7 @@ def test_special_tokens_are_asked_for_where_tags_are_some(server: Server) -> Non
         assert {name: body[name] for name in kept if name in body} == expected
         assert body["seed"] == 1
     one(endpoint(server, family_layout("mistral"), extra_body={"skip_special_tokens": True}))
-    assert server.requests[-1][2]["skip_special_tokens"] is True  # whoever asks decides
+    assert server.requests[-1][2]["skip_special_tokens"] is True  # the extra body overrides ours
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_special_tokens_are_asked_for_where_tags_are_some(server: Server) -> Non
         ("qwen3", ""),
     ],
 )
-def test_the_end_is_taken_off_as_it_is_off_ids(server: Server, family: str, written: str) -> None:
+def test_end_tokens_are_stripped_like_those_of_ids(server: Server, family: str, written: str) -> None:
     layout = family_layout(family)
     ids = layout.tokenizer(written, add_special_tokens=False)["input_ids"]
     expected = decode_ids(ids, layout.tokenizer, layout.format.tags)
@@ -110,7 +110,7 @@ def test_the_end_is_taken_off_as_it_is_off_ids(server: Server, family: str, writ
     assert one(endpoint(server, layout, then=writes(written))).text == expected
 
 
-def test_what_is_no_completion_is_asked_for_again(server: Server, layout: PromptLayout) -> None:
+def test_malformed_completions_are_retried(server: Server, layout: PromptLayout) -> None:
     garbage = [
         writes(None),
         writes(5),
@@ -127,14 +127,14 @@ def test_what_is_no_completion_is_asked_for_again(server: Server, layout: Prompt
     assert "expected a text completion, after 2 attempts" in failed.error
 
 
-def test_a_cut_off_completion_and_one_without_usage(server: Server, layout: PromptLayout) -> None:
+def test_truncated_completions_and_missing_usage(server: Server, layout: PromptLayout) -> None:
     bare = {"choices": [{"text": "half \ud800"}]}
     cut, odd = endpoint(server, layout, writes("so f", "length"), respond_with(bare)).respond([build_request()] * 2)
     assert (cut.text, cut.is_truncated) == ("so f", True)
     assert odd == Reply("half ?", None, layout.count_tokens(build_request().sample), None)
 
 
-def test_a_response_is_given_what_the_prompt_leaves(server: Server, layout: PromptLayout) -> None:
+def test_the_response_limit_is_what_the_prompt_leaves(server: Server, layout: PromptLayout) -> None:
     tokens = layout.count_tokens(build_request().sample)
     for context, limit in ((tokens + 64, 64), (tokens + 5, 5), (tokens + 1, 1)):
         model = endpoint(server, layout, context=context)
@@ -146,7 +146,7 @@ def test_a_response_is_given_what_the_prompt_leaves(server: Server, layout: Prom
     assert len(server.requests) == 3
 
 
-def test_on_the_chat_route_the_server_says_what_fits(server: Server, layout: PromptLayout) -> None:
+def test_on_the_chat_route_the_server_decides_what_fits(server: Server, layout: PromptLayout) -> None:
     tokens = layout.count_tokens(build_request().sample)
     for context, limit in ((tokens + 64, 64), (tokens + 5, 5), (tokens - 9, 1)):
         assert one(endpoint(server, layout, then=reply_with("ok"), native=True, context=context)).text == "ok"
@@ -156,7 +156,7 @@ def test_on_the_chat_route_the_server_says_what_fits(server: Server, layout: Pro
     assert one(endpoint(server, layout, then=long)).overflow
 
 
-def test_a_context_that_is_given_counts_more_than_the_servers(server: Server, layout: PromptLayout) -> None:
+def test_a_given_context_overrides_the_servers(server: Server, layout: PromptLayout) -> None:
     server.models = serve_models("m", max_model_len=512)
     for given, context in ((None, 512), (300, 300)):
         model = endpoint(server, layout, context=given)
@@ -166,7 +166,7 @@ def test_a_context_that_is_given_counts_more_than_the_servers(server: Server, la
         endpoint(server, layout, context=0)
 
 
-def test_prompts_that_cannot_be_made_are_told_of_and_not_sent(server: Server) -> None:
+def test_prompts_that_cannot_be_rendered_are_reported_and_not_sent(server: Server) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = str(tokenizer.chat_template).replace(
         "{{ message.content }}", "{{ raise_exception('no!') if message.content == 'bad' else message.content }}"
@@ -178,11 +178,11 @@ def test_prompts_that_cannot_be_made_are_told_of_and_not_sent(server: Server) ->
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])
-def test_a_server_without_the_route_is_told_of(server: Server, layout: PromptLayout, status: int) -> None:
+def test_a_server_without_the_route_is_reported(server: Server, layout: PromptLayout, status: int) -> None:
     model = endpoint(server, layout, then=respond_with({"detail": "Not Found"}, status))
     with pytest.raises(UserError, match=rf"returned status {status} .*/completions; .*{LEFT} .*pass --prompt native"):
         one(model)
-    assert len(server.requests) == (1 if status < 500 else 4)  # the client repeats what the server failed on
+    assert len(server.requests) == (1 if status < 500 else 4)  # the client retries server failures
 
 
 @pytest.mark.parametrize(
@@ -194,19 +194,19 @@ def test_a_server_without_the_route_is_told_of(server: Server, layout: PromptLay
         (400, "Invalid type for 'prompt': expected a string", f"accepts token ids; .*{LEFT}"),
     ],
 )
-def test_fields_that_a_server_refuses_are_named(server: Server, status: int, said: str, remedy: str) -> None:
+def test_fields_that_a_server_rejects_are_named(server: Server, status: int, said: str, remedy: str) -> None:
     refusal = respond_with({"error": {"message": said}}, status)
     model = endpoint(server, family_layout("mistral"), then=refusal, extra_body={"seed_of_mine": 1})
     with pytest.raises(ValueError, match=rf"status {status} .*{re.escape(said)}.*, expected a server that {remedy}"):
         one(model)
 
 
-def test_other_refusals_stay_with_their_sample(server: Server, layout: PromptLayout) -> None:
+def test_other_rejections_affect_only_their_sample(server: Server, layout: PromptLayout) -> None:
     refusal = respond_with({"error": {"message": "this prompt is against our policy"}}, 400)
     assert "against our policy" in one(endpoint(server, layout, then=refusal, extra_body={"seed": 1})).error
 
 
-def test_template_variables_stay_with_the_layout(server: Server, layout: PromptLayout) -> None:
+def test_the_layout_handles_template_variables(server: Server, layout: PromptLayout) -> None:
     extra = {"chat_template_kwargs": {"enable_thinking": False}, "seed": 3}
     one(endpoint(server, layout, extra_body=extra))
     assert server.requests[-1][2]["seed"] == 3
@@ -216,7 +216,7 @@ def test_template_variables_stay_with_the_layout(server: Server, layout: PromptL
 
 
 @pytest.mark.parametrize("name", ["model", "messages", "prompt", "tools", "stream", "n"])
-def test_an_extra_body_leaves_the_evaluations_own_fields_alone(server: Server, layout: PromptLayout, name: str) -> None:
+def test_the_extra_body_must_not_set_reserved_fields(server: Server, layout: PromptLayout, name: str) -> None:
     with pytest.raises(ValueError, match=f"--extra-body must not set {name}"):
         endpoint(server, layout, extra_body={name: 1, "seed": 2})
 
@@ -238,7 +238,7 @@ def test_many_threads_share_the_tokenizer(server: Server) -> None:
     assert [reply.text for reply in replies] == [str(n) for n in range(100)]
 
 
-def test_a_password_in_the_url_is_used_and_never_told(server: Server, layout: PromptLayout) -> None:
+def test_a_password_in_the_url_is_used_and_never_shown(server: Server, layout: PromptLayout) -> None:
     url = server.url.replace("http://", f"http://me:{PASSWORD}@")
     told = f"no entry for me:{PASSWORD} and p@ss-4711"
     model = endpoint(server, layout, writes(CALL), then=respond_with({"error": {"message": told}}, 401), url=url)
@@ -284,11 +284,11 @@ def test_urls_are_shown_without_their_user(url: str, shown: str) -> None:
         ("https://h/v1/completions/", "https://h/v1"),
     ],
 )
-def test_urls_in_any_form(given: str, meant: str) -> None:
+def test_accepted_urls(given: str, meant: str) -> None:
     assert base_url(given) == meant
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://h/v1", "http://", "h/v1", "http://[::1"])
-def test_urls_that_are_none(url: str) -> None:
+def test_invalid_urls_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="is not a URL, expected http://HOST:PORT/v1"):
         base_url(url)

@@ -1,4 +1,4 @@
-"""An endpoint that is stopped gives up at once whatever its threads wait for; keys in a URL's query stay secret."""
+"""A stopped endpoint cancels all pending requests at once; keys in a URL's query stay secret."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rest_rl.formats import get_format
 from tests.model_server import CALL, Server, Step, build_request, drip, hang, reply_with, respond_with
 
 LONG = 10_000.0
-"""Seconds that no test waits for."""
+"""Seconds; longer than any test waits."""
 SOON = 25.0
 """Seconds after which a request that was not stopped fails the test; `hang` takes 30."""
 
@@ -43,7 +43,7 @@ def until_asked(server: Server, number: int) -> None:
     [hang, drip, respond_with("", 503, Retry_After="100"), respond_with("<html>")],
     ids=["hangs", "drips", "retry-after", "pause"],
 )
-def test_whatever_is_under_way_is_given_up(server: Server, step: Step) -> None:
+def test_pending_requests_are_cancelled(server: Server, step: Step) -> None:
     model = endpoint(server, step, retries=100)
     pool = ThreadPoolExecutor(3)
     replies = [pool.submit(model.respond, [build_request()]) for _ in range(3)]
@@ -56,7 +56,7 @@ def test_whatever_is_under_way_is_given_up(server: Server, step: Step) -> None:
     assert len(server.requests) == asked_before
 
 
-def test_a_limited_rate_is_not_waited_for(server: Server) -> None:
+def test_stop_does_not_wait_for_the_rate_limit(server: Server) -> None:
     model = endpoint(server, reply_with(CALL), requests_per_minute=1)
     assert model.respond([build_request()])[0].text == CALL
     with ThreadPoolExecutor(1) as pool:
@@ -77,7 +77,7 @@ def test_a_stop_reaches_the_server_through_published_prompts(server: Server) -> 
 KEYED = "?api-key=q%2B-4711&v=2#frag-4711"
 
 
-def test_a_key_in_the_query_is_sent_and_never_told(server: Server) -> None:
+def test_a_key_in_the_query_is_sent_and_never_shown(server: Server) -> None:
     told = "no entry for q+-4711 (q%2B-4711) in v=2"
     model = endpoint(server, respond_with({"error": {"message": told}}, 401), url=f"{server.url}/v1/{KEYED}")
     with pytest.raises(ValueError, match=r"no entry for \*\*\* \(\*\*\*\) in v=2") as caught:
@@ -104,11 +104,11 @@ def test_a_key_in_the_query_is_sent_and_never_told(server: Server) -> None:
         ("https://me:ab?cd@h/v1", "https://h/v1"),
     ],
 )
-def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
+def test_public_url_removes_secrets(url: str, shown: str) -> None:
     assert public_url(url) == shown
 
 
-def test_the_parts_of_a_url_that_are_secret() -> None:
+def test_secret_parts_of_a_url() -> None:
     assert parse_query("http://h/v1") == {}
     assert parse_query(f"http://h/v1{KEYED}") == {"api-key": "q+-4711", "v": "2"}
     assert find_secrets("http://h/v1?a=1&b=12345") == ["12345"]

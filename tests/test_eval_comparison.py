@@ -49,7 +49,7 @@ def rows(simple: str, java: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_changes_are_paired_and_in_the_order_of_the_summary(tmp_path: Path) -> None:
+def test_changes_are_paired_and_follow_the_summary(tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", rows("1100000000", "111"))
     tuned = write_folder(tmp_path / "tuned", rows("1011111110", "110"), model="tuned")
     result = compare_evaluations(base, tuned)
@@ -59,7 +59,7 @@ def test_changes_are_paired_and_in_the_order_of_the_summary(tmp_path: Path) -> N
     assert (simple.n, simple.base, simple.tuned, simple.lost, simple.gained) == (10, 0.2, 0.8, 1, 7)
     assert simple.difference == pytest.approx(0.6)
     assert simple.p == pytest.approx(18 / 256)
-    # one flipped sample says nothing: p = 1; q = p times 2 groups / rank, and never above 1
+    # one flipped sample is no evidence: p = 1; q = p times 2 groups / rank, and never above 1
     assert (java.lost, java.gained, java.p) == (1, 0, 1.0)
     assert (simple.q, java.q, everything.q) == (pytest.approx(36 / 256), 1.0, None)
     # all: 2 lost and 7 gained of 13; p = 2 (C(9,0) + C(9,1) + C(9,2)) / 2^9 = 92 / 512
@@ -79,7 +79,7 @@ def test_official_averages_are_compared_by_their_weights(tmp_path: Path) -> None
     base = write_folder(tmp_path / "base", rows("1100000000", "11110"), official=official)
     tuned = write_folder(tmp_path / "tuned", rows("1011111110", "11011"), official=official)
     table = {found.group: found for found in compare_evaluations(base, tuned).metrics["correct"]}
-    # neither what was not asked nor what says no weights
+    # neither averages of one side only nor those without weights
     assert list(table) == ["simple", "java", "Overall", "all"]
     overall = table["Overall"]
     # simple 2 and 8 of 10, java 4 and 4 of 5: 0.75 * 0.2 + 0.25 * 0.8 = 0.35 and 0.75 * 0.8 + 0.25 * 0.8 = 0.8
@@ -99,7 +99,7 @@ def test_official_averages_are_compared_by_their_weights(tmp_path: Path) -> None
         ]
 
 
-def test_flips_name_their_samples_and_both_reasons(tmp_path: Path) -> None:
+def test_flips_list_samples_with_both_reasons(tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", rows("10", "1"))
     overflown = [
         row("simple", 0, False, overflow="too long"),
@@ -154,7 +154,7 @@ def test_only_samples_scored_on_both_sides_count(tmp_path: Path) -> None:
     assert result.warnings == ("left out, scored on one side only: 2 of the base model, 2 of the tuned model",)
 
 
-def test_what_else_may_explain_a_difference_is_told(tmp_path: Path) -> None:
+def test_other_explanations_of_a_difference_are_warnings(tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", rows("11", ""))
     settings = {"model": "tuned", "weights": "abc", "max_new_tokens": 1024, "note": "x" * 500}
     tuned = write_folder(
@@ -173,7 +173,7 @@ def test_what_else_may_explain_a_difference_is_told(tmp_path: Path) -> None:
     assert len(warnings) == 6
 
 
-def test_a_model_compared_with_itself_is_told(tmp_path: Path) -> None:
+def test_comparing_a_model_with_itself_warns(tmp_path: Path) -> None:
     pair = [write_folder(tmp_path / name, rows("10", ""), settings={"weights": "abc"}) for name in ("one", "other")]
     result = compare_evaluations(*pair)
     assert result.warnings == ("both evaluations use the same weights: any difference is due to settings or chance",)
@@ -183,7 +183,7 @@ def test_a_model_compared_with_itself_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [("benchmark", "api_bank"), ("version", "v4"), ("pin", "bfcl-eval 2026.3.23 (BFCL v4)")]
 )
-def test_other_editions_are_refused(tmp_path: Path, key: str, value: str) -> None:
+def test_different_versions_are_refused(tmp_path: Path, key: str, value: str) -> None:
     base, tuned = (
         write_folder(tmp_path / "a", rows("1", "")),
         write_folder(tmp_path / "b", rows("1", ""), **{key: value}),
@@ -206,14 +206,14 @@ def test_folders_without_an_evaluation_are_refused(tmp_path: Path) -> None:
         compare_evaluations(write_folder(tmp_path / "empty", []), base)
 
 
-def test_nothing_shared_is_refused(tmp_path: Path) -> None:
+def test_disjoint_evaluations_are_refused(tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", rows("1?", ""))
     for name, others in (("other", rows("", "1")), ("failed", rows("?1", ""))):
         with pytest.raises(ValueError, match="share no scored sample"):
             compare_evaluations(base, write_folder(tmp_path / name, others))
 
 
-def test_a_torn_last_line_and_earlier_attempts_are_left_out(tmp_path: Path) -> None:
+def test_incomplete_lines_and_earlier_attempts_are_ignored(tmp_path: Path) -> None:
     base = write_folder(tmp_path / "base", rows("10", ""))
     tuned = write_folder(tmp_path / "tuned", [row("simple", 0, None, error="503"), row("simple", 0, True)])
     with (tuned / "samples.jsonl").open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The loop of an evaluation: rows, resume at any byte, errors and overflows, threads; on the tool world."""
+"""The evaluation loop: rows, resuming at any byte, errors and overflows, threads; on the tool world."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = {"model": "x"}
 
 @dataclass
 class Faulty:
-    """Answers with the gold; of the named samples some fail, do not fit, are cut or stop everything."""
+    """Responds with the gold, but some named samples fail, overflow, are truncated or stop the evaluation."""
 
     errors: frozenset[str] = frozenset()
     overflows: frozenset[str] = frozenset()
@@ -73,7 +73,7 @@ def new_log(folder: Path) -> EvalLog:
     return log
 
 
-def test_oracle_is_right_everywhere(tmp_path: Path) -> None:
+def test_oracle_scores_100_percent(tmp_path: Path) -> None:
     log = new_log(tmp_path / "a")
     rows = evaluate_all(TASKS, Oracle(FORMAT), FORMAT, IDS, log)
     assert [row["id"] for row in rows] == IDS
@@ -90,7 +90,7 @@ def test_oracle_is_right_everywhere(tmp_path: Path) -> None:
     assert log.read_rows() == rows
 
 
-def test_what_does_not_come_back_is_told_and_asked_again(tmp_path: Path) -> None:
+def test_missing_responses_are_reported_and_retried(tmp_path: Path) -> None:
     log = new_log(tmp_path / "a")
     faulty = Faulty(frozenset({IDS[2]}), frozenset({IDS[3]}), frozenset({IDS[4]}), refusals=frozenset({IDS[5]}))
     summary = summarise(TASKS, evaluate_all(TASKS, faulty, FORMAT, IDS, log))
@@ -102,17 +102,17 @@ def test_what_does_not_come_back_is_told_and_asked_again(tmp_path: Path) -> None
     assert by_id[IDS[2]] == {"id": IDS[2], **failed}
     assert by_id[IDS[3]]["correct"] is False
     assert by_id[IDS[3]]["overflow"] == "too long"
-    assert (by_id[IDS[4]]["truncated"], by_id[IDS[4]]["correct"]) == (True, False)  # the right text, but cut off
+    assert (by_id[IDS[4]]["truncated"], by_id[IDS[4]]["correct"]) == (True, False)  # the right text, but truncated
     assert (by_id[IDS[5]]["correct"], by_id[IDS[5]]["reason"]) == (False, "refused: the template fails")
     again = EvalLog.resume(tmp_path / "a", SETTINGS)
     healthy = Faulty()
     rows = evaluate_all(TASKS, healthy, FORMAT, IDS, again)
-    assert healthy.asked == [tuple(IDS[:4])]  # the batch of the one that failed, whole
+    assert healthy.asked == [tuple(IDS[:4])]  # the whole batch of the failed sample
     assert [row["id"] for row in rows] == IDS
     assert (rows[2]["correct"], rows[3]["correct"]) == (True, False)  # an overflow is a verdict and stays
 
 
-def test_a_mistake_of_the_user_stops_and_loses_nothing(tmp_path: Path) -> None:
+def test_user_errors_stop_without_losing_rows(tmp_path: Path) -> None:
     log, faulty = new_log(tmp_path / "a"), Faulty(fatal=frozenset({IDS[9]}))
     with pytest.raises(ValueError, match="wrong key"):
         evaluate_all(TASKS, faulty, FORMAT, IDS, log)
@@ -132,7 +132,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=40, deadline=None)
 @given(share=st.floats(0, 1))
-def test_cut_off_at_any_byte_it_resumes_to_the_same(whole: Path, share: float) -> None:
+def test_resume_after_a_cut_at_any_byte_gives_the_same_result(whole: Path, share: float) -> None:
     content = (whole / SAMPLES).read_bytes()
     torn = whole.parent / "torn"
     shutil.rmtree(torn, ignore_errors=True)
@@ -143,7 +143,7 @@ def test_cut_off_at_any_byte_it_resumes_to_the_same(whole: Path, share: float) -
     assert (torn / SAMPLES).read_bytes() == content
 
 
-def test_a_damaged_line_costs_its_own_sample_alone(whole: Path, tmp_path: Path) -> None:
+def test_a_damaged_line_costs_only_its_sample(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "a")
     lines = (whole / SAMPLES).read_bytes().split(b"\n")
     (tmp_path / "a" / SAMPLES).write_bytes(b"\n".join([lines[0], lines[1][:30], b"[1]", *lines[2:]]))
@@ -173,7 +173,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / SAMPLES).write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="already contains an evaluation"):
-        EvalLog.new(tmp_path / "c")  # rows of who knows what
+        EvalLog.new(tmp_path / "c")  # rows without settings
     with pytest.raises(ValueError, match="contains no evaluation"):
         EvalLog.resume(tmp_path / "b", SETTINGS)
     (tmp_path / "file").write_text("", encoding="utf-8")
@@ -181,7 +181,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         EvalLog(tmp_path / "file").begin(SETTINGS, [])
 
 
-def test_batches_are_cut_in_order() -> None:
+def test_batches_keep_the_order() -> None:
     assert split_batches(["a", "b", "c"], 2) == [["a", "b"], ["c"]]
     assert split_batches([], 2) == []
 
@@ -191,7 +191,7 @@ def write(path: Path, *rows: object) -> str:
     return str(path)
 
 
-def test_recorded_responses_are_scored_as_they_are(tmp_path: Path) -> None:
+def test_recorded_responses_are_scored_unchanged(tmp_path: Path) -> None:
     gold = {identity: FORMAT.render(None, s.gold.calls, s.gold.answer) for identity, s in TASKS.samples.items()}
     rows = [
         {"id": IDS[0], "response": gold[IDS[0]]},
@@ -205,13 +205,13 @@ def test_recorded_responses_are_scored_as_they_are(tmp_path: Path) -> None:
     assert scored[1]["response"] == "nothing"
 
 
-def test_a_second_response_to_an_id_that_two_samples_share_is_the_second_samples(tmp_path: Path) -> None:
+def test_a_shared_id_assigns_the_second_response_to_the_second_sample(tmp_path: Path) -> None:
     rows = [{"id": "a", "response": "first"}, {"id": "a", "response": "second"}]
     responses, _ = read_responses(write(tmp_path / "r.jsonl", *rows), {"a": 1, "a#2": 1})
     assert {identity: recording.texts for identity, recording in responses.items()} == {"a": "first", "a#2": "second"}
 
 
-def test_samples_of_an_evaluation_are_responses(whole: Path) -> None:
+def test_samples_jsonl_is_accepted_as_responses(whole: Path) -> None:
     responses, unknown_ids = read_responses(str(whole / SAMPLES), TASKS.groups)
     assert list(responses) == IDS
     assert unknown_ids == []
@@ -223,7 +223,7 @@ def test_samples_of_an_evaluation_are_responses(whole: Path) -> None:
     assert rows[5]["overflow"] == before[5]["overflow"]
 
 
-def test_calls_that_a_server_read_out_are_replayed(tmp_path: Path) -> None:
+def test_calls_parsed_by_a_server_are_replayed(tmp_path: Path) -> None:
     class Native(Faulty):
         def reply(self, request: Request) -> Reply:
             return Reply(text="", calls=request.sample.gold.calls)
@@ -237,7 +237,7 @@ def test_calls_that_a_server_read_out_are_replayed(tmp_path: Path) -> None:
     assert [(row["correct"], row["calls"]) for row in again] == [(row["correct"], row["calls"]) for row in first]
 
 
-def test_turns_and_steps_of_a_recording() -> None:
+def test_recordings_are_indexed_by_turn_and_step() -> None:
     model = Recorded({"m": Recording([["a", "b"], ["c"]]), "s": Recording("text")})
     sample = TASKS.samples[IDS[0]]
 
@@ -271,12 +271,12 @@ def test_turns_and_steps_of_a_recording() -> None:
         ([], "none of the responses"),
     ],
 )
-def test_responses_that_cannot_be_scored_are_named(tmp_path: Path, rows: list[object], match: str) -> None:
+def test_invalid_responses_are_reported(tmp_path: Path, rows: list[object], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         read_responses(write(tmp_path / "r.jsonl", *rows), TASKS.groups)
 
 
-def test_the_tasks_of_the_other_tool_world_say_so() -> None:
+def test_the_pin_names_the_decision_of_the_tool_world() -> None:
     tasks = ToolWorldTasks(seed=1, prompts=4, decision="call")
     assert tasks.pin == "tool world (seed 1, 4 prompts per split, decided in the call)"
     assert [sample.gold for sample in tasks.samples.values()] == [

@@ -1,4 +1,4 @@
-"""`[eval] every`: a run that is measured while it trains is the same run, and its curve survives a kill."""
+"""Evaluation during training leaves the run bit-identical, and its curve survives a kill."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ KINDS = {
     "sft": ["--preset", "tsft"],
     "sft of an adapter": ["--preset", "sft", *DROPOUT],
 }
-"""Dropout draws from the random state in every step, and is off unless the model is in its mode of training."""
+"""Dropout draws from the random state in every step, and is off unless the model is in training mode."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def watched(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(run_file, tmp_path_factory.mktemp("watched") / "run", every=1)
 
 
-# A watched run is the same run
+# A run with evaluations is the same run
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
@@ -96,7 +96,7 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_is_bit_identical_with_and_without(kind: str, run_file: Path, tmp_path: Path) -> None:
+def test_training_is_bit_identical_with_and_without_evaluation(kind: str, run_file: Path, tmp_path: Path) -> None:
     with_it = train(run_file, tmp_path / "with", *KINDS[kind], every=1)
     without = train(run_file, tmp_path / "without", *KINDS[kind], every=0)
     assert [row["step"] for row in read_run(with_it).evaluations] == [*range(1, STEPS + 1)]
@@ -110,7 +110,7 @@ def test_training_is_bit_identical_with_and_without(kind: str, run_file: Path, t
     assert weights_of(with_it) == weights_of(without)
 
 
-def test_the_trainers_times_and_counts_are_those_of_training(watched: Path) -> None:
+def test_trainer_times_and_counts_exclude_evaluation(watched: Path) -> None:
     rows = read_run(watched).timing
     evaluated = [row for row in rows if "evaluation_time" in row]
     assert [row["step"] for row in evaluated] == [*range(1, STEPS + 1)]
@@ -119,14 +119,14 @@ def test_the_trainers_times_and_counts_are_those_of_training(watched: Path) -> N
     assert not any("evaluation_time" in row for row in steps)
 
 
-# What is measured, when, and where it lands
+# What is evaluated, when, and where the scores are stored
 
 
-def test_rows_at_every_nth_step_and_a_line_each(
+def test_every_nth_step_has_a_row_and_a_line(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = read_run(train(run_file, tmp_path / "run", every=4))
-    (row,) = run.evaluations  # six steps: after the fourth alone
+    (row,) = run.evaluations  # six steps: only after the fourth
     assert row["step"] == 4
     assert row.keys() >= {"exact_match", "exact_match_error", "s_acc", "s_format", "n", "kinds", "splits", "greedy"}
     assert (row["n"], row["greedy"]["n"], row["splits"]["held out"]["n"]) == (5, 5, 5)
@@ -136,13 +136,13 @@ def test_rows_at_every_nth_step_and_a_line_each(
     assert "step 5: exact match" not in shown
 
 
-def test_the_last_step_is_on_the_curve_with_the_scores_of_the_trained_model(run_file: Path, tmp_path: Path) -> None:
+def test_the_last_step_has_the_scores_of_the_trained_model(run_file: Path, tmp_path: Path) -> None:
     run = read_run(train(run_file, tmp_path / "run", "--set", "eval.interim_prompts=64", every=STEPS))
-    # a slice of everything: the same prompts, seed and weights as the evaluation after training
+    # all prompts are selected: the same prompts, seed and weights as the evaluation after training
     assert run.evaluations == ({"step": STEPS, **run.summary["after"]},)
 
 
-def test_a_slice_is_spread_over_splits_and_kinds_and_fixed() -> None:
+def test_interim_prompts_cover_splits_and_kinds_deterministically() -> None:
     unseen = [(split, sample) for split in SPLITS if split != "train" for sample in tool_world(7, 60, split)]
     prompts = [HeldOutPrompt(f"{i}", sample, split, 1) for i, (split, sample) in enumerate(unseen)]
     groups = Counter((prompt.split, prompt.sample.kind) for prompt in prompts)
@@ -157,7 +157,7 @@ def test_a_slice_is_spread_over_splits_and_kinds_and_fixed() -> None:
     assert select_interim_prompts([], 3) == []
 
 
-def test_a_slice_takes_even_distances_and_what_a_small_group_leaves() -> None:
+def test_interim_prompts_are_evenly_spaced_and_refill_from_large_groups() -> None:
     one, other = tiny_samples(1)[0], tiny_samples(2)[1]
     prompts = [HeldOutPrompt(f"a{i}", one, "a", 1) for i in range(10)] + [HeldOutPrompt("b0", other, "b", 1)]
     # b has one prompt, so a gives four of its ten: 0, 10/4, 20/4, 30/4 rounded down
@@ -168,12 +168,12 @@ def test_a_slice_takes_even_distances_and_what_a_small_group_leaves() -> None:
 
 
 @pytest.mark.parametrize("last", [2, 4, STEPS])
-def test_resume_leaves_the_same_curve(last: int, watched: Path, run_file: Path, tmp_path: Path) -> None:
+def test_resume_gives_the_same_curve(last: int, watched: Path, run_file: Path, tmp_path: Path) -> None:
     folder = train(run_file, tmp_path / "run", every=1)
     for later in range(last + 2, STEPS + 1, 2):
         for path in (folder / "checkpoints" / f"checkpoint-{later}").iterdir():
             path.unlink()
-    # only what the run computes anew can match again
+    # only recomputed rows can match again
     rows = [{**row, "exact_match": -1.0} if row["step"] > last else row for row in read_run(folder).evaluations]
     torn = '{"step": 7, "exa' if last < STEPS else ""
     (folder / EVALUATIONS).write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
@@ -184,7 +184,7 @@ def test_resume_leaves_the_same_curve(last: int, watched: Path, run_file: Path, 
 
 
 @pytest.mark.parametrize("change", ["eval.every=2", "eval.interim_prompts=3"])
-def test_another_curve_is_another_run(change: str, watched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_refuses_a_different_curve(change: str, watched: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", "--set", change, "--out", str(watched)]) == 2
     assert f"another {change.partition('=')[0]}, expected the run as it was recorded" in capsys.readouterr().err
 
@@ -240,7 +240,7 @@ def test_mistakes_are_named(text: str, message: str) -> None:
         RunConfig.from_toml(f"[eval]\n{text}")
 
 
-def test_more_steps_than_the_run_has_are_said(
+def test_an_interval_longer_than_the_run_is_reported(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = read_run(train(run_file, tmp_path / "run", "--set", "trl.max_steps=2", every=3))
@@ -248,13 +248,13 @@ def test_more_steps_than_the_run_has_are_said(
     assert "eval.every = 3 is more than the run's 2 steps" in " ".join(capsys.readouterr().out.split())
 
 
-def test_nothing_is_measured_unless_asked() -> None:
+def test_nothing_is_evaluated_by_default() -> None:
     table = RunConfig().eval
     assert (table.every, table.interim_prompts) == (0, 64)
     assert RunConfig.from_toml(RunConfig().to_toml()).eval == table
 
 
-def test_a_curve_that_cannot_be_written_is_the_usual_error(
+def test_an_unwritable_curve_is_a_user_error(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run" / EVALUATIONS).mkdir(parents=True)
@@ -283,7 +283,7 @@ def watched_run(folder: Path, seed: int, values: tuple[float, ...], every: int =
     return folder
 
 
-def test_one_run_has_its_standard_error_and_several_their_spread(tmp_path: Path) -> None:
+def test_one_run_shows_its_standard_error_and_several_their_spread(tmp_path: Path) -> None:
     folders = [watched_run(tmp_path / "0", 0, (0.2, 0.4)), watched_run(tmp_path / "1", 1, (0.4, 0.6))]
     runs = [read_run(folder) for folder in folders]
     alone = evaluation_curve(runs[:1], greedy=True)
@@ -296,7 +296,7 @@ def test_one_run_has_its_standard_error_and_several_their_spread(tmp_path: Path)
     assert both.high[0] - both.mean[0] == pytest.approx(0.2 / math.sqrt(2))
 
 
-def test_watching_sets_no_runs_apart(tmp_path: Path) -> None:
+def test_evaluation_settings_do_not_distinguish_runs(tmp_path: Path) -> None:
     runs = [
         read_run(watched_run(tmp_path / "0", 0, (0.2, 0.4))),
         read_run(watched_run(tmp_path / "1", 1, (), every=0)),
@@ -318,10 +318,10 @@ def test_the_plot_is_drawn_where_there_are_evaluations(tmp_path: Path, watched: 
     assert not (tmp_path / "none.png").exists()
 
 
-# What it costs
+# Progress and cost
 
 
-def test_every_token_is_told_and_changes_nothing() -> None:
+def test_progress_is_reported_per_token_without_side_effects() -> None:
     tokenizer = tiny_tokenizer()
     model, texts = tiny_model(tokenizer), ["assistant:", "a a a assistant:", "a assistant:"]
     limits, told = [3, 50, 7], []
@@ -334,7 +334,7 @@ def test_every_token_is_told_and_changes_nothing() -> None:
     assert (told[0], 7 in told, told[-1]) == (1, True, 57)  # a batch that ends early has done all of its steps
 
 
-def test_a_response_may_be_as_long_as_the_golds_call_for() -> None:
+def test_the_response_limit_follows_the_golds() -> None:
     tokenizer = tiny_tokenizer()
     golds = ["a", '<tool_call>\n{"name": "f"}']
     longest = len(tokenizer(golds[1])["input_ids"])

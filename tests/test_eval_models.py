@@ -1,4 +1,4 @@
-"""The answers of a local model: batches, limits, overflow, memory, and whatever training must not notice."""
+"""Replies of a local model: batches, limits, overflow, memory, and no side effects on training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_batches_of_any_size_give_the_same_texts(family: str) -> None:
     tokenizer = family_tokenizer(family)
     layout, model = PromptLayout(tokenizer, FAMILIES[family].tool_format), family_model(family, tokenizer).eval()
     torch.manual_seed(1)
-    for parameter in model.parameters():  # at their small initial size nothing but the last token counts
+    for parameter in model.parameters():  # at their small initial size only the last token would matter
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     requests = family_requests()[:6]
@@ -69,7 +69,7 @@ def test_a_reply_is_the_greedy_text_without_its_end(tiny) -> None:
     assert not reply.text.endswith("<|im_end|>")
 
 
-def test_a_response_that_runs_into_the_limit_is_truncated(tiny) -> None:
+def test_a_response_at_its_limit_is_truncated(tiny) -> None:
     model, layout = tiny
     whole = LocalModel(model, layout, batch_size=1, max_new_tokens=60).respond([asked("go")])[0]
     assert not whole.is_truncated
@@ -81,7 +81,7 @@ def test_a_response_that_runs_into_the_limit_is_truncated(tiny) -> None:
     assert short.tokens == whole.tokens - 1
 
 
-def test_the_context_limits_a_response_whoever_shares_its_batch(tiny) -> None:
+def test_the_context_limits_a_response_independent_of_its_batch(tiny) -> None:
     model, layout = tiny
     request = asked("x" * 20)
     prompt = layout.count_tokens(request.sample)
@@ -104,7 +104,7 @@ def test_the_context_limits_a_response_whoever_shares_its_batch(tiny) -> None:
 
 
 class Counted(Qwen3ForCausalLM):
-    """Keeps the number of rows of every pass."""
+    """Records the number of rows of every forward pass."""
 
     def forward(self, input_ids=None, **others):
         self.rows = [*getattr(self, "rows", []), input_ids.shape[0]]
@@ -112,7 +112,7 @@ class Counted(Qwen3ForCausalLM):
 
 
 @pytest.mark.parametrize("has_end", [True, False])
-def test_prompts_with_different_room_share_a_batch(has_end: bool) -> None:
+def test_prompts_with_different_limits_share_a_batch(has_end: bool) -> None:
     tokenizer = tiny_tokenizer()
     counted = Counted(tiny_model(tokenizer).config).eval()
     torch.manual_seed(2)
@@ -137,7 +137,7 @@ def test_prompts_with_different_room_share_a_batch(has_end: bool) -> None:
     assert len({reply.text[:2] for reply in replies}) > 1
 
 
-def test_a_table_of_positions_is_never_overrun() -> None:
+def test_position_tables_are_never_exceeded() -> None:
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     sizes = {"n_positions": 40, "n_embd": 8, "n_layer": 1, "n_head": 1, "eos_token_id": None}
@@ -147,7 +147,7 @@ def test_a_table_of_positions_is_never_overrun() -> None:
     assert [(reply.prompt_tokens or 0) + (reply.tokens or 0) for reply in replies if reply.is_truncated] == [40] * 3
 
 
-def test_only_angles_that_stay_the_same_may_go_on() -> None:
+def test_only_length_independent_rope_may_exceed_the_context() -> None:
     tiny_rope = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
     assert can_exceed_context(LlamaConfig())
     assert can_exceed_context(LlamaConfig(rope_parameters={"rope_type": "yarn", **tiny_rope}))
@@ -171,9 +171,9 @@ def test_a_prompt_as_long_as_the_context_is_an_overflow(tiny) -> None:
     assert one_left.respond([request])[0].tokens == 1
 
 
-def test_the_context_is_the_least_that_is_stated(tiny) -> None:
+def test_the_context_is_the_smallest_stated_length(tiny) -> None:
     model, layout = tiny
-    assert context_length(model.config, layout.tokenizer) == 256  # the tokenizer says 10**30
+    assert context_length(model.config, layout.tokenizer) == 256  # the tokenizer states 10**30
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 100
     assert context_length(model.config, tokenizer) == 100
@@ -181,7 +181,7 @@ def test_the_context_is_the_least_that_is_stated(tiny) -> None:
     assert LocalModel(model, layout, batch_size=1, max_new_tokens=4, context=9).context == 9
 
 
-def test_a_sample_that_the_template_refuses_is_a_refusal() -> None:
+def test_a_template_error_is_a_refusal() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{{ message.content }}", "{{ raise_exception('no!') if message.content == 'bad' else message.content }}"
@@ -195,7 +195,7 @@ def test_a_sample_that_the_template_refuses_is_a_refusal() -> None:
     assert model.context_usage(asked("bad")) == (0, model.context)
 
 
-def test_random_state_and_mode_are_as_before(tiny) -> None:
+def test_random_state_and_mode_are_restored(tiny) -> None:
     model, layout = tiny
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -207,7 +207,7 @@ def test_random_state_and_mode_are_as_before(tiny) -> None:
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_models_own_penalties_are_left_out(tiny) -> None:
+def test_penalties_of_the_generation_config_are_ignored(tiny) -> None:
     model, layout = tiny
     asker = LocalModel(model, layout, batch_size=1, max_new_tokens=60)
     plain = asker.respond([asked("go")])
@@ -220,7 +220,7 @@ def test_the_models_own_penalties_are_left_out(tiny) -> None:
 
 
 class SmallMemory(Qwen3ForCausalLM):
-    """Holds so many rows and columns, as a small card does."""
+    """Runs out of memory beyond a number of rows and columns, like a small GPU."""
 
     rows = columns = 10**6
 
@@ -230,7 +230,7 @@ class SmallMemory(Qwen3ForCausalLM):
         return super().forward(input_ids=input_ids, **others)
 
 
-def test_a_batch_that_the_memory_does_not_hold_is_halved() -> None:
+def test_a_batch_that_exceeds_memory_is_halved() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer).eval()
     small = SmallMemory(model.config)
@@ -257,7 +257,7 @@ def test_other_errors_of_the_device_are_not_hidden() -> None:
         LocalModel(model, PromptLayout(tokenizer), batch_size=1, max_new_tokens=4).respond([asked("a")])
 
 
-def test_a_tokenizer_without_padding_token_pads_all_the_same(tiny) -> None:
+def test_padding_works_without_a_padding_token(tiny) -> None:
     model, layout = tiny
     bare = tiny_tokenizer()
     bare.pad_token = None
@@ -274,13 +274,13 @@ def test_sizes_are_checked(tiny, wrong) -> None:
         LocalModel(model, layout, **{"batch_size": 1, "max_new_tokens": 1, **wrong})
 
 
-def test_vllm_wants_a_whole_model(tiny, tmp_path) -> None:
+def test_vllm_needs_a_full_model(tiny, tmp_path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is an adapter, expected a full model for vLLM"):
         VllmModel(tmp_path, tiny[1], max_new_tokens=4, context=64)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
-def test_missing_vllm_is_named(tiny, tmp_path) -> None:
+def test_missing_vllm_is_reported(tiny, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"pip install 'trl\[vllm\]'"):
         VllmModel(tmp_path, tiny[1], max_new_tokens=4, context=64)

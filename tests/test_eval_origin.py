@@ -1,4 +1,4 @@
-"""Where an evaluated model comes from: its run, its name, the digest of its weights, and options that mean nothing."""
+"""The origin of an evaluated model: its run, its name, the digest of its weights; options without effect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run with a model, that is a link, and a checkpoint; links to both lie elsewhere."""
+    """A run with a model (a link) and a checkpoint, and links to both elsewhere."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "mine"
     (folder / "checkpoints" / "checkpoint-5").mkdir(parents=True)
@@ -53,7 +53,7 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("runs/mine/checkpoints/checkpoint-5", "../../model", "../../model", "mine"),
     ],
 )
-def test_a_run_is_recognised_however_its_model_is_named(
+def test_a_run_is_recognized_from_any_path_to_its_model(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, here: str, path: str, weights: str, label: str
 ) -> None:
     monkeypatch.chdir(here)
@@ -78,7 +78,7 @@ def test_models_without_a_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(other)
     assert model_label(".") == "model"
     assert model_label(EMBEDDED) == EMBEDDED
-    (other.parent / "config.toml").write_text("[server]\nport = 1\n", encoding="utf-8")  # somebody else's
+    (other.parent / "config.toml").write_text("[server]\nport = 1\n", encoding="utf-8")  # of another program
     assert resolve_origin(".").run is None
 
 
@@ -97,7 +97,7 @@ def change(path: Path, position: int) -> None:
 
 @pytest.mark.parametrize("position", [0, STRIDE_BYTES + 5, 2 * STRIDE_BYTES + 7, 2 * STRIDE_BYTES + 99_999])
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_weights_are_told_apart_all_over(tmp_path: Path, name: str, position: int) -> None:
+def test_the_digest_detects_changes_anywhere(tmp_path: Path, name: str, position: int) -> None:
     path = weights(tmp_path, name)
     table = ModelTable(path=str(tmp_path))
     before = weights_digest(table)
@@ -110,7 +110,7 @@ def test_weights_are_told_apart_all_over(tmp_path: Path, name: str, position: in
     assert weights_digest(table) != before
 
 
-def test_an_adapter_is_told_apart_by_its_base_model_too(tmp_path: Path) -> None:
+def test_the_digest_of_an_adapter_covers_its_base_model(tmp_path: Path) -> None:
     base, adapter = weights(tmp_path / "base", size=100), weights(tmp_path / "adapter", "adapter_model.safetensors", 9)
     (adapter.parent / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base.parent)}))
     table = ModelTable(path=str(adapter.parent))
@@ -123,7 +123,7 @@ def test_an_adapter_is_told_apart_by_its_base_model_too(tmp_path: Path) -> None:
     assert weights_digest(ModelTable(path=EMBEDDED)) == weights_digest(ModelTable(path=str(embedded_model_dir())))
 
 
-def test_a_hub_name_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_is_identified_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_cached("who/what", tmp_path / "hub", monkeypatch)
     assert find_hub_commit("who/what") == COMMIT
     assert weights_digest(ModelTable(path="who/what")) == COMMIT
@@ -132,7 +132,7 @@ def test_a_hub_name_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def with_cached(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub that cannot be reached, and this model in its cache."""
+    """An unreachable hub with this model in its cache."""
     snapshot = cache / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}", encoding="utf-8")
@@ -148,7 +148,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
 
 
-def test_recorded_responses_are_digested_whole(tmp_path: Path) -> None:
+def test_the_digest_of_responses_covers_the_whole_file(tmp_path: Path) -> None:
     path = weights(tmp_path, "r.jsonl", 3 << 20)
     before = compute_digest(path)
     change(path, (3 << 19) + 1)
@@ -175,7 +175,7 @@ ORACLE, SERVER = {"oracle": True}, {"endpoint": "http://h", "model": "m", "forma
         ({}, {"extra_body": {}}, "without --endpoint"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(
+def test_options_without_effect_are_refused(
     who: dict[str, Any], option: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -198,7 +198,7 @@ def test_options_that_mean_nothing_are_refused(
         ("bfcl", {"vllm": True, "batch_size": 500}, 500),
     ],
 )
-def test_the_number_of_conversations_at_once(benchmark: str, options: dict[str, Any], size: int) -> None:
+def test_the_effective_batch_size(benchmark: str, options: dict[str, Any], size: int) -> None:
     assert EvalRequest(benchmark, "m", **options).effective_batch_size == size
 
 
@@ -217,7 +217,7 @@ def test_the_number_of_conversations_at_once(benchmark: str, options: dict[str, 
         ("Qwen/Qwen2..5", None),
     ],
 )
-def test_a_path_that_is_no_model_is_refused_without_a_hub(run_folder: Path, path: str, near: str | None) -> None:
+def test_a_path_without_a_model_is_refused_offline(run_folder: Path, path: str, near: str | None) -> None:
     (run_folder / "config.json").write_text("{}")
     Path("rows.jsonl").touch()
     with pytest.raises(UserError) as refused:
@@ -226,7 +226,7 @@ def test_a_path_that_is_no_model_is_refused_without_a_hub(run_folder: Path, path
     assert near is None or f"did you mean {near}?" in refused.value.remedy
 
 
-def test_a_folder_named_like_an_owner_does_not_hide_models_on_the_hub(
+def test_a_folder_named_like_a_hub_owner_does_not_hide_its_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

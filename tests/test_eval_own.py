@@ -20,7 +20,7 @@ EXAMPLE = Path(__file__).parents[1] / "docs" / "evaluation.md"
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the documented benchmark in it."""
+    """A folder with the benchmark from the documentation."""
     (code,) = re.findall(r"```python\n(# my_bench\.py.*?)```", EXAMPLE.read_text(encoding="utf-8"), flags=re.DOTALL)
     (tmp_path / "my_bench.py").write_text(code, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Lazy(Model):
-    """Answers the easy sums only."""
+    """Only answers the easy sums."""
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         return [self.reply(request) for request in requests]
@@ -76,6 +76,6 @@ def test_python_runs_it_and_its_groups_are_compared(here: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("name", ["bfcll", "my_bench", "my_bench:NONE", "nowhere:BENCH", "my_bench:ADD"])
-def test_what_is_no_benchmark(here: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_objects_that_are_not_benchmarks_are_refused(here: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "run", name, "--oracle"]) == 2
     assert "benchmark" in capsys.readouterr().err

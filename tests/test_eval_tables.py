@@ -1,4 +1,4 @@
-"""Tables and pictures of evaluations: the paper's layout, what is missing marked, names that are hard to print."""
+"""Tables and figures of evaluations: the paper's layout, marks for partial groups, names that are hard to print."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def accuracies(table: Any) -> list[float | None]:
     return list(table.frame["accuracy"])
 
 
-def test_the_layout_is_that_of_the_paper() -> None:
+def test_tables_follow_the_papers_layout() -> None:
     tables = {table.title: table for table in build_tables([whole_bfcl()])}
     assert {title: columns(table) for title, table in tables.items()} == {
         "BFCL v3, Averages": ("Overall", "Non-Live", "Live", "Multi-Turn"),
@@ -109,14 +109,14 @@ def test_the_layout_is_that_of_the_paper() -> None:
     assert len(results_frame([whole_bfcl()])) == sum(len(table.frame) for table in tables.values())
 
 
-def test_the_names_of_v4_fill_the_same_columns() -> None:
+def test_v4_names_fill_the_same_columns() -> None:
     summary = bfcl({"simple_python": group(0.5), "simple_java": group(0.25)}, version="v4", pin="bfcl-eval 2026.3.23")
     (table,) = build_tables([summary])
     assert table.title == "BFCL v4, Non-Live"
     assert accuracies(table) == [None, 0.5, 0.25, None, None, None, None, None]
 
 
-def test_every_table_says_pin_prompt_and_format() -> None:
+def test_every_table_shows_pin_prompt_and_format() -> None:
     text = render_markdown([whole_bfcl(), api_bank()])
     blocks = text.split("### ")[1:]
     assert len(blocks) == 6
@@ -155,7 +155,7 @@ def test_official_averages_have_their_interval_everywhere() -> None:
     assert all("MOVER" not in other for other in (render_markdown([api_bank()]), terminal_table(api_bank()).title))
 
 
-def test_trouble_is_counted_per_table_and_once() -> None:
+def test_issues_are_counted_once_per_table() -> None:
     groups = {
         "simple": group(overflow=2, refused=4, truncated=3),
         "live_simple": group(truncated=1),
@@ -179,7 +179,7 @@ def test_api_bank_has_a_table_per_metric_with_the_ceilings() -> None:
     assert soft.notes == (CEILING,)
 
 
-def test_other_benchmarks_show_their_groups() -> None:
+def test_other_benchmarks_show_all_groups() -> None:
     summary = {"benchmark": "tool_world", "pin": "tool world", "model": "m", "prompt": "training", "format": "toolrl"}
     groups = {"held_out": group(0.5), "unseen_tools": group(0.25), "overall": group(0.4)}
     (table,) = build_tables([{**summary, "metrics": ["correct"], "groups": groups}])
@@ -187,7 +187,7 @@ def test_other_benchmarks_show_their_groups() -> None:
     assert accuracies(table) == [0.4, 0.5, 0.25]
 
 
-def test_pins_share_no_table() -> None:
+def test_different_pins_get_separate_tables() -> None:
     tables = build_tables(
         [bfcl({"simple": group()}), bfcl({"simple": group()}, pin="another"), bfcl({"simple": group()})]
     )
@@ -196,7 +196,7 @@ def test_pins_share_no_table() -> None:
     assert render_markdown([]) == "\n"
 
 
-def test_models_asked_differently_are_told_apart() -> None:
+def test_models_with_different_prompts_are_distinguished() -> None:
     pair = [bfcl({"simple": group()}), bfcl({"simple": group()}, prompt="native", format="hermes")]
     (table,) = build_tables(pair)
     assert list(table.frame["model"].unique()) == [
@@ -242,7 +242,7 @@ def test_latex_is_escaped_and_its_columns_agree() -> None:
 
 
 @given(st.text(alphabet=r"a_&%$#{}~^\<>|[]*" + "\n"))
-def test_nothing_special_is_left_in_escaped_text(text: str) -> None:
+def test_escaped_text_contains_no_special_characters(text: str) -> None:
     commands = r"\\text(backslash|asciitilde|asciicircum|less|greater|bar)\{\}|\\[_&%$#{}]|\{[\[\]*]\}"
     assert set(re.sub(commands, "", escape_latex(text))) <= {"a", " "}
 
@@ -253,7 +253,7 @@ def shown(table: Any, width: int) -> list[str]:
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
-def test_a_terminal_of_80_columns_holds_an_evaluation() -> None:
+def test_an_evaluation_fits_into_80_columns() -> None:
     summary = whole_bfcl(model="base")
     summary["groups"]["multi_turn_long_context"] = group(0.2, 123, 200, overflow=77)
     del summary["official"]["Multi-Turn"], summary["official"]["Overall"]
@@ -270,7 +270,7 @@ def test_a_terminal_of_80_columns_holds_an_evaluation() -> None:
     assert {len(row) for row in table.rows} == {len(table.header)}
 
 
-def test_both_metrics_stand_side_by_side_in_the_terminal() -> None:
+def test_the_terminal_shows_both_metrics_side_by_side() -> None:
     table = terminal_table(api_bank())
     assert table.header == ("", "n", "soft", "95 %", "strict", "95 %")
     assert table.rows[0] == (" Level1", "100", "75.0", "[72.0, 77.0]", "50.0", "[40.0, 60.0]")
@@ -342,7 +342,7 @@ def test_tables_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 17])
-def test_a_picture_is_drawn(tmp_path: Path, number: int) -> None:
+def test_a_radar_chart_is_drawn(tmp_path: Path, number: int) -> None:
     names = (*MULTI_TURN, *NON_LIVE, *LIVE)[:number]
     pair = [
         bfcl({name: group(level) for name in names}, model=model) for level, model in ((0.3, "_a$b"), (0.9, "tuned"))
@@ -354,7 +354,7 @@ def test_a_picture_is_drawn(tmp_path: Path, number: int) -> None:
     assert alone != content
 
 
-def test_bars_are_told_from_polygons() -> None:
+def test_few_groups_are_drawn_as_bars() -> None:
     axes = draw_polygons(Figure(), ["a", "b", "c"], {"m": [Accuracy(value, value, value) for value in (0.5, 1.0, 0.0)]})
     (line,) = axes.lines
     assert list(line.get_ydata()) == [50.0, 100.0, 0.0, 50.0]
@@ -376,7 +376,7 @@ def test_bars_are_told_from_polygons() -> None:
         ([api_bank(groups={"overall": group()})], "share no group"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(tmp_path: Path, summaries: list[dict[str, Any]], message: str) -> None:
+def test_undrawable_evaluations_are_refused(tmp_path: Path, summaries: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw_radar(summaries, tmp_path / "radar.png")
     assert list(tmp_path.iterdir()) == []

@@ -105,7 +105,7 @@ class EvalRequest:
             choices, value = own.metadata.get("choices"), getattr(self, own.name)
             if choices and value not in (own.default, *choices):
                 raise UserError(
-                    f"{option_name(own.name)} {value!r}", f"one of {', '.join(choices)}", "choose one of them"
+                    f"{option_name(own.name)} is {value!r}", f"one of {', '.join(choices)}", "choose one of them"
                 )
         self._check_source()
         self._check_options()

@@ -121,7 +121,7 @@ def parse_body(data: bytes) -> Any:
         raise MalformedResponseError(f"invalid JSON ({error}): {data[:80]!r}") from None
     if isinstance(body, dict) and body.get("error"):  # routers report errors with status 200
         if OVERFLOW_MESSAGE.search(message := str(body["error"])[:2000]):
-            return Reply(overflow=f"the server says: {message:.400}")
+            return Reply(overflow=f"the server reports: {message:.400}")
         raise MalformedResponseError(f"error: {message:.200}")
     return body
 

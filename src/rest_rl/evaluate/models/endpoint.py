@@ -309,7 +309,7 @@ class Endpoint(Model):
         # evaluation), a rejected request or a failing server (an unscored sample).
         status, message = error.status_code, str(error.message)
         if status == 413 or (status in (400, 422) and OVERFLOW_MESSAGE.search(message)):
-            return Reply(overflow=self._redact(f"the server says: {message:.400}"))
+            return Reply(overflow=self._redact(f"the server reports: {message:.400}"))
         if status in (401, 402, 403, 404, 405, 501) or getattr(error, "code", None) == "insufficient_quota":
             raise self._user_error(error)
         if status == 400 and "completion tokens" in message:

@@ -5,8 +5,8 @@
 # * This process loads the release once and never touches model output; it answers look-ups. Forks inherit the loaded
 #   release for free.
 # * One fork per conversation executes its calls, since the backends' state must not leak into other samples. The fork
-#   uses the same pipes while this process waits for its end. That works because nobody reads ahead: the client sends a
-#   request only after the answer to the previous one.
+#   uses the same pipes while this process waits for its end. That works because neither side reads ahead: the client
+#   sends a request only after the answer to the previous one.
 # * One long-lived fork, the worker, checks single-turn calls. They are compared, not executed, so there is no state to
 #   isolate, and a fork per check would dominate the time. It is replaced after CHECKS_PER_WORKER checks, and at once
 #   after a check that failed, in case the checker was left in a broken state.
