@@ -1,4 +1,4 @@
-# `make train` and `make test` set everything up by themselves; both are quick the second time.
+# `make train` and `make test` create the environment on first use; later calls reuse it.
 CANDIDATES := python3.11 python3.12 python3.13 python3.10 python3
 FITS := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
@@ -7,20 +7,20 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VENV_VERL ?= .venv-verl
 READY_VERL := $(VENV_VERL)/.ready
-NEEDS_PYTHON = @test -n "$(PYTHON)" || { echo "got none of $(CANDIDATES) in versions 3.10 to 3.13; install one or pass PYTHON=..."; exit 2; }
+NEEDS_PYTHON = @test -n "$(PYTHON)" || { echo "error: none of $(CANDIDATES) is Python 3.10 to 3.13; install one, or pass PYTHON=..."; exit 2; }
 BFCL_PINS := 2025.6.14 2026.3.23
 
 .PHONY: train test slow test-verl lint wheel clean help
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train   set up, then train the embedded model with ResT (ARGS='--set run.seed=1' and the like pass through)"
-	@echo "make test    set up, then run the default tests (ARGS='-k formats' and the like pass through)"
-	@echo "make slow    the slow tests: wheel in an empty environment, kill and resume, ..."
-	@echo "make test-verl  set up $(VENV_VERL), then the tests on verl: whole runs on a CPU, a minute or two each"
-	@echo "make lint    ruff, pyright, import contract"
-	@echo "make wheel   build dist/*.whl"
-	@echo "make clean   remove $(VENV), $(VENV_VERL), dist and caches (runs/ stays)"
+	@echo "make train      set up, then train the embedded model with ResT (pass options with ARGS='--set run.seed=1')"
+	@echo "make test       set up, then run the default tests (pass options with ARGS='-k formats')"
+	@echo "make slow       run the slow tests: wheel in an empty environment, kill and resume, ..."
+	@echo "make test-verl  set up $(VENV_VERL), then run the verl tests: whole runs on a CPU, one or two minutes each"
+	@echo "make lint       run ruff, pyright and the import contracts"
+	@echo "make wheel      build dist/*.whl"
+	@echo "make clean      remove $(VENV), $(VENV_VERL), dist and caches, but keep runs/"
 
 $(READY): pyproject.toml constraints.txt
 	$(NEEDS_PYTHON)

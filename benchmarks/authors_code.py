@@ -47,6 +47,7 @@ def compare_weights(text: str, step: int, tokenizer: Any, weighting: Any) -> boo
     try:
         batch = {"loss_mask": mask_BT, "response_text": [text], "step": step}
         published_BT = weighting.build_token_weight(batch, tokenizer)
+    # The published code raises an exception if a span begins after the last token.
     except (StopIteration, RuntimeError):
         return None
     ours_BT = compute_token_weights(torch.tensor([ids]), mask_BT, tokenizer, preset="authors-code", step=step)

@@ -146,6 +146,7 @@ class OfficialEvaluator:
             if category not in RELEVANCE_CATEGORIES:
                 path = utils.find_file_with_suffix(config.POSSIBLE_ANSWER_PATH, category)
                 answers = utils.load_file(path, sort_by_id=True)
+        # Reversed, so that the first sample of a duplicate id wins.
         by_id = {row["id"]: row for row in reversed(asked)}, {row["id"]: row for row in reversed(judged)}
         pairs = zip(reversed(judged), reversed(answers), strict=True) if answers else ()
         return *by_id, {row["id"]: answer for row, answer in pairs}
@@ -203,6 +204,7 @@ def main() -> None:
     version, folder, source, target = sys.argv[1:]
     samples = json.loads(Path(source).read_text(encoding="utf-8"))
     output = Path(target).resolve()
+    # Upstream reads BFCL_PROJECT_ROOT at import and writes there; a temporary folder keeps the release untouched.
     sys.path.insert(0, str(Path(folder).resolve()))
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
         os.environ["BFCL_PROJECT_ROOT"] = place

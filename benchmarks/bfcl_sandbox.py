@@ -58,6 +58,7 @@ class InProcessSandbox:
 
 def evaluate(version: Any, categories: Sequence[str] | None) -> tuple[int, float, float]:
     """Return (correct samples, CPU seconds, wall seconds) of an evaluation."""
+    # os.times()[:4]: user and system time of this process and of its finished children.
     wall, before = perf_counter(), sum(os.times()[:4])
     bfcl = benchmark.Bfcl(version, categories)
     with tempfile.TemporaryDirectory() as folder:
@@ -74,6 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     find_package(arguments.version)
     apart = evaluate(arguments.version, arguments.categories)
+    # Replaces the class that the benchmark looks up at run time.
     benchmark.Sandbox = InProcessSandbox
     here = evaluate(arguments.version, arguments.categories)
     for name, (correct, seconds, wall) in {"in the sandbox": apart, "in this process": here}.items():

@@ -67,6 +67,7 @@ SHAPES = {
 
 def memory_parts(shape: ModelShape, gpus: int) -> dict[str, float]:
     """Return the bytes on one GPU by part: FSDP2 over all GPUs, bfloat16 products, activation checkpointing."""
+    # FSDP2 shards states over all GPUs and gathers one layer while it prefetches the next; logits are not checkpointed.
     n, tokens = shape.parameters, shape.tokens
     return {
         "weights, gradients, Adam (4 + 4 + 8 bytes per parameter / GPUs)": 16 * n / gpus,
@@ -104,6 +105,7 @@ def time_parts(shape: ModelShape, gpus: int, gpu: str) -> dict[str, float]:
     peak, bandwidth = GPUS[gpu]
     n, responses = shape.parameters, PROMPTS * GROUP
     tokens = responses * (PROMPT + RESPONSE)
+    # Decoding is bound by memory: each step reads the weights once, and each token reads its response's cache.
     engine = shape.tensor_parallel * bandwidth * BANDWIDTH_SHARE
     a_share = responses / (gpus / shape.tensor_parallel)
     steps = max(MAX_RESPONSE, a_share * RESPONSE / cached_responses(shape, PROMPT + RESPONSE))

@@ -92,7 +92,7 @@ def report(tokenizer: str) -> None:
             "inspect --json": lambda: time_command("inspect", str(rows), "--tokenizer", tokenizer, *name, "--json"),
         }
         for call in run.values():
-            call()  # imports and the tokenizer's table
+            call()  # warm up: imports and the tokenizer's vocabulary
         times = {what: min(call() for _ in range(3)) for what, call in run.items()}
     print(f"{len(texts)} responses, {sum(map(len, texts)):,} characters")
     for what, taken in times.items():

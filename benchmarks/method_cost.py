@@ -84,7 +84,7 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 
 def compare(title: str, count: int, ours: Callable[[], Any], theirs: Callable[[], Any] | None, rounds: int) -> None:
     """Print one line of the table: median CPU time per response of both sides, measured alternately."""
-    ours()
+    ours()  # warm up caches before the first round
     mine, other = [], []
     for _ in range(rounds):
         mine.append(cpu_seconds(ours) / count)

@@ -140,6 +140,7 @@ def main() -> int:
     print("responses    tokens    side  CPU seconds  ms each   GiB above the batch   MB from and to the queue")
     for size in map(int, arguments.sizes.split(",")):
         for side in arguments.sides.split(","):
+            # `ru_maxrss` never falls, so every measurement needs a fresh process.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 found = pool.apply(measure, (side, size, arguments.tokenizer))
             # int64 ids and mask, float32 entropies, log-probabilities and advantages out, advantages back

@@ -66,6 +66,7 @@ def _corrupt_call(call: ToolCall, sample: ToolSample, rng: random.Random, defect
         others = [t["function"]["name"] for t in sample.tools if t["function"]["name"] != call.name]
         return ToolCall(rng.choice(others), arguments)
     if defect == "wrong_value":
+        # Another value of the same slot, so that the argument stays plausible.
         slot = next(slot for slot, words in SLOTS.items() if arguments[key].split("-")[0] in words)
         return ToolCall(call.name, {**arguments, key: _draw_other_value(rng, slot, arguments[key])})
     if defect == "wrong_key":
@@ -83,6 +84,7 @@ def _draw_other_value(rng: random.Random, slot: str, value: str) -> str:
 
 def _break_markup(text: str, rng: random.Random) -> str:
     # Drop one tag, or the last bracket.
+    # The last bracket alone would also occur inside a call, hence the newline and the next tag.
     parts = [part for part in ("</think>", "<tool_call>", "</tool_call>", "</response>", "}\n</") if part in text]
     part = rng.choice(parts)
     return text.replace(part, "\n</" if part.startswith("}") else "", 1)

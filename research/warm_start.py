@@ -117,6 +117,7 @@ def warm_start(
     tokenizer = build_tokenizer(config.decision)
     model = build_model(tokenizer, hidden=config.hidden, layers=config.layers)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
+    # beta2 = 0.98 adapts faster than the default when the loss changes between stages.
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     # One generator and one optimizer for all stages: the order of the draws is part of the recipe.
     pairs = (config.recall_batch, config.recall_pairs, config.decision)
@@ -163,6 +164,7 @@ def generate_batches(
             is_corrupted = rng.random() < corruption
             response = render_corrupted_demonstration(sample, rng) if is_corrupted else render_demonstration(sample)
             ids, labels = encode_demonstration(layout.render(sample), response, layout.tokenizer)
+            # Drawn anew for each token and batch, so every filler token is trained on now and then.
             if skipped:
                 labels = [IGNORED_LABEL if at in filler and rng.random() < skipped else at for at in labels]
             rows.append((ids, labels))

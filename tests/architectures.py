@@ -1,4 +1,4 @@
-"""Published architectures as transformers configurations: numbers only, no weights."""
+"""Published architectures as transformers configurations, without weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def qwen3(hidden: int, inner: int, layers: int, heads: int, *, tied: bool) -> Qw
 
 
 def published_config(name: str) -> Any:
-    """The configuration of the model that a recipe names."""
+    """Return the configuration of a model named in a recipe."""
     if name.startswith("meta-llama/Llama-3.2-3B"):
         return LlamaConfig(
             **LLAMA3, hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, tie_word_embeddings=True
@@ -42,4 +42,4 @@ NUM_PARAMETERS = {
     "Qwen/Qwen3-14B": 14_768_307_200,
     "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
 }
-"""As published with the weights; the tied embeddings of 1.7B, 4B and Llama counted once."""
+"""Numbers of parameters as published; tied embeddings (1.7B, 4B, Llama) count once."""

@@ -1,4 +1,4 @@
-"""A headless Chromium driven over a pipe by the DevTools protocol, without a driver or a library."""
+"""Control a headless Chromium through a pipe with the DevTools protocol, without a driver or library."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ VIRTUAL_KEYS = {"ArrowDown": 40, "ArrowUp": 38, "ArrowLeft": 37, "ArrowRight": 3
 
 
 def find_browser() -> str:
-    """The browser's path; the test that asks is skipped where there is none."""
+    """Return the path of the browser; skip the test if there is none."""
     if sys.platform == "win32":
-        pytest.skip("the browser is driven over inherited file descriptors, which Windows has not")
+        pytest.skip("the browser is controlled through inherited file descriptors, which Windows does not support")
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip("no Chromium on the PATH (Debian: apt-get install chromium)")
@@ -38,7 +38,7 @@ IS_READY = """location.protocol === "file:" && document.readyState === "complete
 
 
 class Page:
-    """One tab. A JavaScript error or a request for anything but the page itself is kept in `problems`."""
+    """One tab. `problems` collects JavaScript errors and requests for anything other than the page itself."""
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._rest, self._last = write, os.fdopen(read, "rb", buffering=0), b"", 0
@@ -68,7 +68,7 @@ class Page:
         while b"\0" not in self._rest:
             chunk = self._read.read(1 << 16)
             if not chunk:
-                raise AssertionError("the browser has gone")
+                raise AssertionError("the browser has exited")
             self._rest += chunk
         message, self._rest = self._rest.split(b"\0", 1)
         return json.loads(message)
@@ -85,7 +85,7 @@ class Page:
                 self.problems.append(f"request for {url[:200]}")
 
     def open(self, path: Path, fragment: str = "", *, width: int = 1400, height: int = 900, dark: bool = False) -> None:
-        """Open a file and wait until it is ready."""
+        """Open a file and wait until the page is ready."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -98,14 +98,14 @@ class Page:
             time.sleep(0.02)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression, awaited."""
+        """Return the awaited value of an expression."""
         result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in result:
             raise AssertionError(json.dumps(result["exceptionDetails"])[:600])
         return result["result"].get("value")
 
     def press(self, *keys: str) -> None:
-        """Real key presses."""
+        """Press and release keys."""
         for key in keys:
             event = {
                 "key": key,
@@ -116,15 +116,15 @@ class Page:
             self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def screenshot(self, path: Path) -> None:
-        """What is in sight, as PNG."""
+        """Save the visible part of the page as PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[Page]:
-    """A browser with one tab, ended at the end."""
+    """Run a browser with one tab inside the block."""
     command, (to_read, to_write), (from_read, from_write) = find_browser(), os.pipe(), os.pipe()
-    # The protocol's pipe is file descriptors 3 and 4: ours are moved out of their way first.
+    # The protocol uses file descriptors 3 and 4, so move ours out of the way first.
     high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (to_read, from_write)]
     arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
     arguments += ["--no-first-run", "--disable-background-networking", "--disable-dev-shm-usage"]
@@ -144,12 +144,12 @@ def open_browser(profile: Path) -> Iterator[Page]:
     try:
         yield Page(to_write, from_read)
     finally:
-        os.close(to_write)  # the browser ends when its pipe does
+        os.close(to_write)  # the browser exits when its pipe closes
         wait_or_kill(process)
 
 
 def wait_or_kill(process: int) -> None:
-    """Wait for a process to end, at most twenty seconds, then end it."""
+    """Wait at most twenty seconds for a process to end, then kill it."""
     deadline = time.monotonic() + 20
     while os.waitpid(process, os.WNOHANG) == (0, 0):
         if time.monotonic() > deadline:

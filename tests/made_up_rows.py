@@ -1,4 +1,4 @@
-"""Rows of every published shape, made up, and how tests read them."""
+"""Fabricated rows of every supported shape, and helpers that load them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models of the families that users bring, built from their configurations, with the families' chat templates."""
+"""Small models of common families, built from their configurations, with the original chat templates."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MISTRAL = """\
 
 
 class Family(NamedTuple):
-    """What sets a family apart: its template, its special tokens and its architecture."""
+    """Chat template, special tokens and architecture of a model family."""
 
     template: Callable[[], str]
     specials: list[str]
@@ -130,7 +130,7 @@ DIALOGUES = [
 
 
 def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with the family's special tokens; where the family's adds a first token, so does this."""
+    """Return a byte-level tokenizer with the special tokens of the family, including its BOS token if it has one."""
     family = FAMILIES[name]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -155,7 +155,7 @@ def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def family_model(name: str, tokenizer: Any) -> Any:
-    """A model of the family's architecture with some ten thousand parameters."""
+    """Return a model with the architecture of the family and about ten thousand parameters."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 4096, "tie_word_embeddings": True}

@@ -1,4 +1,4 @@
-"""A model server in a thread that answers as it is told, and fails in every way that servers do."""
+"""A model server in a thread that returns scripted responses and scripted failures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Step = Callable[["Handler"], None]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as the server's `steps` say, one per chat request; the listing of models by `models`."""
+    """Answers each chat request with the next of the server's `steps`, and the model list with `models`."""
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -97,7 +97,7 @@ def hang(handler: Handler) -> None:
 
 
 def drip(handler: Handler) -> None:
-    """A byte now and then, so that no single read is late."""
+    """Send single bytes slowly, so that no single read times out."""
     handler.send(b"", length=100_000)
     while not handler.server.over.wait(0.02):
         handler.wfile.write(b" ")

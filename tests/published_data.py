@@ -1,4 +1,4 @@
-"""Where published data lie that the project does not ship: $REST_RL_DATA, or shared/data beside the checkout."""
+"""Locate published data that the project does not ship: in $REST_RL_DATA, or in shared/data next to the checkout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def published_file(name: str) -> Path:
-    """The file; the test is skipped, with the reason, where it is not there."""
+    """Return the path of the file; skip the test if it does not exist."""
     folders = [Path(folder) for folder in [os.environ.get("REST_RL_DATA", "")] if folder]
     folders.append(Path(__file__).parents[2] / "shared" / "data")
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Files of samples, for tests that write and read them."""
+"""Write and read files of samples."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from rest_rl.train.sft import build_demonstrations
 
 
 def save_samples(samples: Iterable[ToolSample], path: Path) -> Path:
-    """Write one JSON object per line; returns the path."""
+    """Write one JSON object per line and return the path."""
     path.write_text("".join(json.dumps(to_json(sample)) + "\n" for sample in samples), encoding="utf-8")
     return path
 
 
 def load_samples(path: Path) -> list[ToolSample]:
-    """Read such a file."""
     return [from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def labelled_dataset(samples: Iterable[ToolSample], layout: PromptLayout) -> Any:
-    """What supervised training reads of samples that it can learn from."""
+    """Return the dataset that supervised training builds from samples that it can train on."""
     rows, rejected = build_demonstrations([prepare_or_raise(sample, layout) for sample in samples], layout)
     assert not rejected
     return build_dataset(rows)

@@ -1,4 +1,4 @@
-"""Scores of responses that have been parsed already."""
+"""Score responses that are already parsed."""
 
 from __future__ import annotations
 

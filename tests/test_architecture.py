@@ -1,4 +1,4 @@
-"""The shape of the package: sizes, one address per third-party library, what an import costs, the layers."""
+"""Limits on sizes, on where libraries may be imported, on the cost of imports, and on the layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "rest_rl"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE, MAX_FUNCTION, MAX_AT_THE_ROOT, MAX_LINES = 700, 60, 17, 26_800
-ADDRESSES = {
+IMPORTED_IN = {
     "trl": ["train/trl/*.py", "train/sft.py", "train/estimate.py", "train/verl/*.py"],
     "datasets": ["data/reading.py", "train/prompts.py", "train/sft.py", "train/run.py"],
     "matplotlib": ["report/plots.py", "compare/page.py", "probe/page.py", "evaluate/*.py"],
@@ -44,7 +44,7 @@ ADDRESSES = {
     "tensordict": ["train/verl/*.py"],
     "tomli_w": ["config.py", "compare/grid.py", "cli/inspect.py"],
 }
-"""Where each library may be imported; torch and numpy are at home wherever tensors are."""
+"""The files that may import each library; torch and numpy are allowed everywhere."""
 ANYWHERE = {"torch", "numpy", "tomli", "rest_rl", *sys.stdlib_module_names}
 TORCH_FREE = [
     "rest_rl",
@@ -108,13 +108,13 @@ def test_the_package_is_small() -> None:
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES) <= MAX_LINES
 
 
-def test_each_library_has_its_address() -> None:
+def test_each_library_is_imported_only_where_allowed() -> None:
     strays = []
     for path in SOURCES:
         for library in set(imported(path)) - ANYWHERE:
-            homes = ADDRESSES.get(library, [])
+            homes = IMPORTED_IN.get(library, [])
             if not any(path.relative_to(PACKAGE).match(home) for home in homes):
-                strays.append(f"{relative(path)} imports {library}, whose address is {homes or 'none'}")
+                strays.append(f"{relative(path)} imports {library}, which is allowed only in {homes or 'no file'}")
     assert strays == []
 
 
@@ -122,7 +122,7 @@ def test_no_file_has_a_vague_name() -> None:
     assert [relative(path) for path in SOURCES if path.stem in VAGUE_NAMES or path.parent.name in VAGUE_NAMES] == []
 
 
-def test_imports_leave_torch_out() -> None:
+def test_light_modules_do_not_import_torch() -> None:
     code = """
 import importlib, sys
 for module in sys.argv[1:]:

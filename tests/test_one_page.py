@@ -1,4 +1,4 @@
-"""The one-page example as an oracle: independent of TRL, it must give the trainer's loss and learn by itself."""
+"""The one-page example as a reference: it must have the trainer's loss and train without TRL."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def page():
 
 
 class Compared(ResTTrainer):
-    """Beside every loss of the trainer, the page's loss of the same batch under the same policy."""
+    """Computes the page's loss next to every loss of the trainer, on the same batch and policy."""
 
     def __init__(self, page, **kwargs):
         super().__init__(**kwargs)
@@ -67,7 +67,7 @@ class Compared(ResTTrainer):
 
 
 @pytest.mark.parametrize("changes", [{}, {"preset": "paper"}, {"num_iterations": 2, "learning_rate": 0.05}])
-def test_the_trainer_gives_the_pages_loss_and_gradient(page, tmp_path, changes):
+def test_trainer_and_page_have_the_same_loss_and_gradient(page, tmp_path, changes):
     tokenizer = tiny_tokenizer()
     trainer = Compared(
         page,
@@ -88,7 +88,7 @@ def test_the_page_is_short():
     assert len(PATH.read_text().splitlines()) <= 200
 
 
-def test_the_page_trains_by_itself(page):
+def test_the_page_trains_without_trl(page):
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     model = tiny_model(tokenizer)

@@ -1,4 +1,4 @@
-"""What README.md prints: its Python runs as it stands, its command lines are accepted."""
+"""The Python example of README.md runs, and the command lines of README.md and docs/ are accepted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def python_blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
-def test_the_python_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = python_blocks(README)
     monkeypatch.chdir(tmp_path)
     for seed, part in enumerate(("train", "test")):
@@ -41,15 +41,15 @@ def test_the_python_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def command_lines() -> list[str]:
-    """The lines of code blocks that call the command, without comments and line ends."""
+    """Return the lines of code blocks that call rest-rl, without comments and continuations."""
     pages = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
-    whole = [page.replace("\\\n", " ") for page in pages]  # a line that ends in a backslash goes on
+    whole = [page.replace("\\\n", " ") for page in pages]  # join continued lines
     found = [line for page in whole for line in re.findall(r"^ {4}(rest-rl .*)$", page, re.MULTILINE)]
     return sorted({re.split(r"\s#\s", line)[0].strip() for line in found})
 
 
 def without_calls(command: Any) -> Any:
-    """The command with every verb's function replaced by one that does nothing."""
+    """Replace the function of every command by one that does nothing."""
     for verb in getattr(command, "commands", {}).values():
         without_calls(verb)
     if not getattr(command, "commands", {}):

@@ -1,4 +1,4 @@
-"""Every recipe of configs/: parses, is accepted by the trainer, says where each line is from, adds up, and fits."""
+"""Every recipe in configs/ parses, is accepted by the trainer, names its sources, has the right batches, and fits."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ COLD_START = [path for path in RECIPES if path.stem.startswith("sft-")]
 SOURCES = ("published script", "published code", "paper", "TRL default", "ours")
 A100 = Device("NVIDIA A100-SXM4-80GB", int(79.1 * GIB))
 HERE = ("trl.use_vllm=false", "trl.use_cpu=true")
-"""What a machine without GPUs and vLLM cannot be asked for."""
+"""Overrides for a machine without GPU and vLLM."""
 SHOWN = {"own-tools": ("rest.format=hermes",)}
-"""What the model's chat template shows for `auto`."""
+"""The format that `auto` detects from the model's chat template."""
 
 pytestmark = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
@@ -36,7 +36,7 @@ def processes_of(path: Path) -> int:
 
 
 def model_of(config: RunConfig) -> str:
-    if config.model.path.startswith("runs/"):  # what another recipe leaves behind
+    if config.model.path.startswith("runs/"):  # the result of another recipe
         before = next(p for p in COLD_START if read_run_file(p).run.out + "/model" == config.model.path)
         return read_run_file(before).model.path
     return config.model.path
@@ -53,7 +53,7 @@ def test_every_recipe_is_accepted_by_the_trainer(path: Path) -> None:
     assert RunConfig.from_toml(config.to_toml()) is not None
 
 
-def test_every_value_has_its_source(path: Path) -> None:
+def test_every_value_names_its_source(path: Path) -> None:
     for line in path.read_text(encoding="utf-8").splitlines():
         if re.match(r"\w+ = ", line):
             _, _, comment = line.partition("  # ")
@@ -70,7 +70,7 @@ def test_the_header_shows_the_command(path: Path) -> None:
     assert ("ray start" in text) == on_cluster == (read_run_file(path).run.engine == "verl")
 
 
-def test_batches_are_the_published_ones(path: Path) -> None:
+def test_batches_match_the_published_ones(path: Path) -> None:
     trl, processes = read_run_file(path).trl, processes_of(path)
     together = trl["per_device_train_batch_size"] * processes
     if path in PAPER:

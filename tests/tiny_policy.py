@@ -1,7 +1,7 @@
-"""A policy that calls tools without having learnt it: a Qwen3 whose logits start as a table of next pieces.
+"""A policy that calls tools without training: a Qwen3 model whose logits are initialized to a table of next pieces.
 
-Its responses are well-formed often enough that every region but OTHER has tokens, and vary enough that groups have
-spread. Everything about it is random-free but for the small noise in its attention.
+Its responses are well-formed often enough that every region except OTHER has tokens, and vary enough that the rewards
+of a group differ. Only the small noise in its attention weights is random, with a fixed seed.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def tiny_model(tokenizer: Any) -> Qwen3ForCausalLM:
         for successor, probability in row.items():
             logits_VV[at, single_token_id(tokenizer, successor)] = torch.log(torch.tensor(probability))
         logits_VV[at] -= logits_VV[at].logsumexp(0)
-    with torch.no_grad():  # the norm scales a one-hot vector to length sqrt(V)
+    with torch.no_grad():  # the final norm scales a one-hot vector to length sqrt(V)
         model.model.embed_tokens.weight.copy_(torch.eye(size))
         model.lm_head.weight.copy_(logits_VV.T / size**0.5)
     return model
@@ -120,7 +120,7 @@ def tiny_prompts(layout: PromptLayout, n: int = 8) -> list[Prepared]:
 
 
 def tiny_settings(folder: Any, **changes: Any) -> dict[str, Any]:
-    """Settings of a run of a few steps that is quick, deterministic and logs every step."""
+    """Return trainer settings for a fast, deterministic run of a few steps that logs every step."""
     settings = {
         "output_dir": str(folder),
         "bf16": False,
@@ -140,7 +140,7 @@ def tiny_settings(folder: Any, **changes: Any) -> dict[str, Any]:
 
 
 def tiny_run(folder: Path) -> dict[str, Any]:
-    """The tables of a run of four steps of a tiny model, whose files and data are written to the folder."""
+    """Write a tiny model and its data to the folder; return the run-file tables of a run of four steps."""
     tokenizer = tiny_tokenizer()
     tiny_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -151,7 +151,7 @@ def tiny_run(folder: Path) -> dict[str, Any]:
 
 
 def logged_steps(trainer: Any) -> list[dict[str, Any]]:
-    """What was logged per step, without wall-clock times and the closing line."""
+    """Return the log rows of all steps without times and without the final summary row."""
     rows = [row for row in trainer.state.log_history if "train_runtime" not in row]
     return [{key: value for key, value in row.items() if key != "step_time"} for row in rows]
 
@@ -161,7 +161,7 @@ def copy_parameters(model: Any) -> dict[str, torch.Tensor]:
 
 
 def scripted_completions(prompts, trainer):
-    """Completions that depend on the prompt and its place in the group alone, not on the process."""
+    """Return completions that depend only on the prompt and the position in its group, not on the process."""
     tokenizer, seen = trainer.processing_class, {}
     rows = []
     for prompt in prompts:

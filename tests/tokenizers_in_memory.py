@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that the region tagger must handle, trained in memory."""
+"""Small tokenizers of every kind that the region tagger supports, trained in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rest_rl.formats import FORMATS
 from rest_rl.response import ToolCall
 
 _CORPUS = [
-    "f; g, (h)",  # what stands between several calls
+    "f; g, (h)",  # separators between calls
 ]
 _CORPUS += [
     tool_format.render(
@@ -26,7 +26,7 @@ _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def byte_level(*, tags_added: bool = True) -> PreTrainedTokenizerFast:
-    """GPT-2 style byte-level BPE, as in Qwen and Llama 3; the tags are added tokens, as in Qwen3."""
+    """Return a GPT-2 style byte-level BPE as in Qwen and Llama 3; the tags are added tokens, as in Qwen3."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -49,7 +49,7 @@ def byte_level(*, tags_added: bool = True) -> PreTrainedTokenizerFast:
 
 
 def special_tags() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer whose tags are special tokens, which a plain decode would drop."""
+    """Return a byte-level tokenizer whose tags are special tokens, which `decode` drops by default."""
     tokenizer = byte_level(tags_added=False)
     tags = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<response>", "</response>"]
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(tag, special=True) for tag in tags]})
@@ -57,7 +57,7 @@ def special_tags() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """SentencePiece-style BPE with byte fallback, as in Llama 2, Mistral and Gemma."""
+    """Return a SentencePiece-style BPE with byte fallback, as in Llama 2, Mistral and Gemma."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
@@ -77,7 +77,7 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """SentencePiece-style Unigram with a Metaspace decoder, as in T5."""
+    """Return a SentencePiece-style Unigram with a Metaspace decoder, as in T5."""
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
@@ -96,7 +96,7 @@ def metaspace() -> PreTrainedTokenizerFast:
 
 
 def word_level() -> PreTrainedTokenizerFast:
-    """Plain words split at white space and joined by spaces: the decoder needs its neighbours."""
+    """Return a word-level tokenizer; decoding one token alone loses the space to its neighbors."""
     words = sorted({word for text in _CORPUS for word in text.split()})
     vocabulary = {"<unk>": 0, "</s>": 1} | {word: n for n, word in enumerate(words, 2)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -114,5 +114,5 @@ KINDS = {
 
 
 def gold_line(name: str, arguments: dict[str, object], key: str = "parameters") -> str:
-    """One call as a model would write it, independent of the renderer under test."""
+    """Return one call as a model would write it, independent of the tested renderer."""
     return json.dumps({"name": name, key: arguments}, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""What the tests run in processes of its own: a run that is killed, a run on one or two processes."""
+"""Runs that tests start in separate processes: one that is killed, and one on one or two processes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run_scripted(path: str, batch_size: str, rule: str) -> None:
         }
         torch.save(result, path)
     trainer.accelerator.wait_for_everyone()
-    os._exit(0)  # the destructors of gloo's process group abort or hang now and then
+    os._exit(0)  # the destructors of gloo's process group sometimes abort or hang
 
 
 if __name__ == "__main__":

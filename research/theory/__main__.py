@@ -128,6 +128,7 @@ def run_theory(arguments: argparse.Namespace) -> None:
     remedy = "add data" + (f", or lower --pilot (at least {MIN_PILOT})" * (arguments.pilot > MIN_PILOT))
     number, least = arguments.prompts + arguments.pilot, MIN_PROMPTS + arguments.pilot
     prompts = draw_prompts(config, layout, number, arguments.seed, screen, samplings[0].max_new_tokens, least, remedy)
+    # Disjoint: no rule is judged on a prompt that the optimum was computed from.
     pilot, judged = prompts[: arguments.pilot], prompts[arguments.pilot :]
     settings = TheorySettings(
         token_responses=arguments.group,

@@ -64,6 +64,7 @@ def check_closed_form(responses: Sequence[ResponseTokens], floor: float = 1e-3) 
 def compare_with_scipy(betas_T: np.ndarray) -> float:
     # At least 0 if the closed form is the minimum.
     shares_T = np.full(len(betas_T), 1 / len(betas_T))
+    # Token form: equal shares and a diagonal C.
     ours, theirs = (
         float(w_T**2 @ betas_T) for w_T in (solve_closed_form(betas_T), solve_numerically(np.diag(betas_T), shares_T))
     )
@@ -196,6 +197,7 @@ class MomentTable(NamedTuple):
     def mean(self, kept: np.ndarray) -> Moments:
         """Average over the responses to the prompts at these positions."""
         count = self.counts_P[kept].sum()
+        # A floor for regions whose tokens are all certain: the entropy rule divides by the bound.
         bounds_R = self.bounds_PR[kept].sum(0) / np.maximum(self.tokens_PR[kept].sum(0), 1)
         shares_R = self.shares_PR[kept].sum(0) / count
         betas_R = self.betas_PR[kept].sum(0) / count

@@ -209,6 +209,7 @@ def format_significant(estimate: Estimate) -> str:
     """Return `0.0123 ± 0.0045`, rounded to the second digit of the error, or a dash if undefined."""
     if not math.isfinite(estimate.value) or not estimate.error > 0 or math.isinf(estimate.error):
         return format_estimate(estimate, 3)
+    # log10 of the error gives its first digit; one more digit is kept.
     return format_estimate(estimate, min(6, max(0, 1 - math.floor(math.log10(estimate.error)))))
 
 

@@ -221,6 +221,7 @@ def largest_advantage(group_size: int) -> float:
 
 def max_gain_square(responses: Sequence[ResponseTokens]) -> float:
     """Return L², the largest E_y |s_t|² / (1 - sum p²) of any token that is not certain."""
+    # Both sides of the ratio vanish for a certain token, so its gain would be rounding error.
     ratios = [
         one.expected_T[one.collisions_T > MIN_COLLISION] / one.collisions_T[one.collisions_T > MIN_COLLISION]
         for one in responses
@@ -236,6 +237,7 @@ def measure_bound_chain(
     # the largest gain among the prompts of the other half (even or odd index): a response does not set its own bound.
     # The errors treat L as fixed, because the jackknife does not work for a maximum.
     halves = [max_gain_square([one for one in responses if one.prompt % 2 != parity]) for parity in (0, 1)]
+    # `terms` has one row per response and one column per step of the chain; every ratio is one of mean columns.
     largest = largest_advantage(group_size) ** 2
     terms = np.array(
         [

@@ -144,6 +144,7 @@ def measure_gradients(
     parts_KMN = vectors(compute_region_and_true_weights(sampled.groups))
     true_MN, uniform_MN = parts_KMN[-1].clone(), parts_KMN[:-1].sum(0)
     scales_M = compute_norm_scales(uniform_MN, cap) if cap else torch.ones(count, dtype=torch.float64)
+    # Scaling the vectors of prompt m by s_m scales <a_m, b_n> by s_m s_n: no scaled copies are needed.
     scales_MM = torch.outer(scales_M, scales_M).numpy()
     gram_KMKM = compute_gram(parts_KMN, coordinates.scale) * scales_MM[:, None, :]
     del parts_KMN

@@ -207,6 +207,7 @@ def draw_entropies(report: ProbeReport) -> Figure:
     codes = {region.label: region for region in Region}
     for at, (label, facts) in enumerate(report.regions.items()):
         own_T = np.sort(report.tokens.entropies_T[report.tokens.regions_T == codes[label]])
+        # Every k-th of the sorted entropies keeps the shape of the distribution.
         drawn_T = own_T[:: math.ceil(len(own_T) / MAX_VIOLIN_TOKENS)]
         if np.ptp(drawn_T) == 0:  # the kernel density of equal values is singular
             axes.plot([at - 0.35, at + 0.35], [drawn_T[0]] * 2, color=REGION_COLOURS[label], linewidth=2)
@@ -228,6 +229,7 @@ def draw_estimates(
     figure, axes = new_axes(7.2, 1.0 + 0.32 * len(names))
     for index, (label, estimates) in enumerate(series.items()):
         percents_X2 = 100 * np.array(estimates)
+        # A NaN fails the comparison too, and matplotlib skips NaN.
         percents_X2[~(np.abs(percents_X2) < 100 * MAX_PLOTTED_VALUE).all(1)] = math.nan
         places = np.arange(len(names)) + 0.24 * (index - (len(series) - 1) / 2)
         axes.errorbar(

@@ -44,6 +44,7 @@ class SampledTokens(NamedTuple):
 
     def sums(self, values_T: np.ndarray) -> np.ndarray:
         """Sum values by prompt and region: float64 (M, R)."""
+        # One bin per pair of prompt and region.
         cells_T = self.prompts_T * NUM_REGIONS + self.regions_T
         return np.bincount(cells_T, weights=values_T, minlength=self.prompts * NUM_REGIONS).reshape(-1, NUM_REGIONS)
 
@@ -285,9 +286,11 @@ def recommend(probe: ProbeReport) -> Advice:
     if not math.isfinite(best.adam_gain.error):
         return recommend_uniform("not measurable", "the improvement under Adam is undetermined; increase --prompts")
     if best.adam_gain.is_above(MIN_USEFUL_GAIN, SIGNIFICANT_FOR_BEST):
+        # A gain that shuffled weights have too comes from unequal weights as such, not from the choice of regions.
         if best.adam_over_shuffled.is_above(0, SIGNIFICANT):
             return recommend_rest(best, f"{result}, {shuffled}")
         return recommend_uniform("unsure", f"{result}, but only {shuffled}: which region gets more may not matter")
+    # "Unlikely to help" needs an upper bound below the threshold for every candidate, not only for the best.
     if all(rule.adam_gain.value + SIGNIFICANT * rule.adam_gain.error < MIN_USEFUL_GAIN for rule in named):
         worst = min(named, key=lambda rule: rule.adam_gain.value)
         loss = Estimate(-worst.adam_gain.value, worst.adam_gain.error)

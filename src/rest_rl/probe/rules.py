@@ -25,6 +25,7 @@ def select_rules(tool_format: str, run_rule: WeightRule) -> dict[str, WeightRule
 
 
 def supports_format(rule: WeightRule, tool_format: str) -> bool:
+    # `check` is optional in the protocol of weight rules; without it a rule supports every format.
     try:
         getattr(rule, "check", lambda *_: None)(tool_format, False)
     except UserError:

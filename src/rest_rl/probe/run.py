@@ -57,7 +57,7 @@ def probe(
     on_report: Callable[[ProbeReport], Any] = lambda report: None,
     observer: Observer = SILENT,
 ) -> list[ProbeReport]:
-    """Sample responses and predict what each region and each weight rule contributes to the next optimizer step.
+    """Predict the effect of each region and weight rule on the next optimizer step; return one report per format.
 
     Args:
         model: A run folder, a model, an adapter or a hub name; the embedded model if None.
@@ -76,28 +76,24 @@ def probe(
         on_report: Called with each report as soon as it is measured, before anything is written.
         observer: Receives the progress.
 
-    Returns:
-        One report per format.
-
     Raises:
         UserError: For a wrong argument before anything is sampled, or if the folder cannot be written at the end.
     """
     check_minimums(prompts=(prompts, MIN_PROMPTS), prompts_per_step=(step, 1))
     if not 0 <= norm_cap < float("inf"):
         raise UserError(f"norm cap is {norm_cap}", "a multiple of the median norm, or 0 for none", "change it")
-    # Mistakes surface here, before minutes of loading and sampling.
-    config = resolve_run(model, data, overrides)
-    own = build_layouts(config, formats)
-    limited = config.with_response_limit(own[0].context)
+    config = resolve_run(model, data, overrides)  # mistakes surface up here, before minutes of loading and sampling
+    layouts = build_layouts(config, formats)
+    limited = config.with_response_limit(layouts[0].context)
     sampling = build_sampling(limited, group, seed, progress, max_new_tokens, batch_size)
-    asked = [(each, draw_prompts(config, each, prompts, seed, observer, sampling.max_new_tokens)) for each in own]
+    drawn_prompts = [draw_prompts(config, own, prompts, seed, observer, sampling.max_new_tokens) for own in layouts]
     if out is not None:
         create_folder(Path(out), JSON_FILE)
     policy, rule, reports = load_model(config, observer), config.rest.resolve().weights, list[ProbeReport]()
-    for layout, drawn in asked:
+    for layout, drawn in zip(layouts, drawn_prompts, strict=True):
         size = resolve_prompts_per_step(config, step, len(drawn), observer)
         reports.append(probe_format(policy, layout, drawn, sampling, rule, size, norm_cap, observer))
-        on_report(reports[-1])
+        on_report(reports[-1])  # at once: an interrupt in the next format loses nothing
     if len(reports) > 1:
         observer.show_table(*build_formats_table(reports))
     if out is not None:
