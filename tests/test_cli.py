@@ -253,7 +253,7 @@ def test_run_without_metrics_resumes_and_is_reported(
 
 
 def test_existing_run_is_refused(finished: Path, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "holds a run already" in error_of(capsys, "train", str(run_file), "--out", str(finished))
+    assert "already contains a run" in error_of(capsys, "train", str(run_file), "--out", str(finished))
 
 
 def test_runs_whose_folder_nobody_chose_are_numbered(tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_corrupt_model_is_named(
 
 def test_unwritable_folder_is_named(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
-    assert "expected a writable folder" in error_of(capsys, "train", str(run_file), "--out", f"{tmp_path}/file/run")
+    assert "cannot write to run folder" in error_of(capsys, "train", str(run_file), "--out", f"{tmp_path}/file/run")
 
 
 # killed runs, in processes of their own

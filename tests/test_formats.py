@@ -188,11 +188,11 @@ def test_a_tag_more_than_the_blocks_have_is_a_violation(text):
 
 
 def test_text_that_cannot_be_written_is_refused_by_name():
-    with pytest.raises(UserError, match=r"'</think>' in the thought"):
+    with pytest.raises(UserError, match=r"the thought contains '</think>'"):
         FORMATS["toolrl"].render("a </think> b", [], None)
-    with pytest.raises(UserError, match=r"'<tool_call>' in the answer"):
+    with pytest.raises(UserError, match=r"the answer contains '<tool_call>'"):
         FORMATS["hermes"].render(None, [], "see <tool_call>")
-    with pytest.raises(UserError, match=r"a call of 'f' that is no JSON"):
+    with pytest.raises(UserError, match=r"the call of 'f' is not JSON"):
         FORMATS["toolrl"].render("x", [ToolCall("f", {"a": float("nan")})], None)
 
 
@@ -220,7 +220,7 @@ def test_a_name_that_the_grammar_cannot_write_is_refused(name, call, words):
 )
 def test_an_answer_that_would_be_read_as_a_call_is_refused(name, answer):
     for made in ([], [ToolCall("f", {})]):
-        with pytest.raises(UserError, match="read as a call"):
+        with pytest.raises(UserError, match="looks like a call"):
             FORMATS[name].render(None, made, answer)
 
 

@@ -24,17 +24,17 @@ def test_a_name_an_object_and_an_address_give_a_format(monkeypatch):
     assert get_format("someones_formats:MINE") is mine
     assert get_format("someones_formats:MINE+think") == OpenedThinkFormat(mine)
     assert get_format("someones_formats:MINE+think").name == "mine+think"
-    with pytest.raises(ValueError, match=r"someones_formats:empty' without name, tags, parse, render, instructions"):
+    with pytest.raises(ValueError, match=r"someones_formats:empty' has no name, tags, parse, render, instructions"):
         get_format("someones_formats:empty")
-    with pytest.raises(ValueError, match=r"is a class, expected an object; make one with HermesFormat\(\)"):
+    with pytest.raises(ValueError, match=r"is a class, expected an object; create one with HermesFormat\(\)"):
         get_format("someones_formats:Class")
-    with pytest.raises(ValueError, match="someones_formats:absent', which cannot be imported"):
+    with pytest.raises(ValueError, match="cannot import format .someones_formats:absent"):
         get_format("someones_formats:absent")
 
 
 @pytest.mark.parametrize("address", ["no_such_module:X", ":X", "json:", "os.path:no.such", ".:X"])
 def test_what_cannot_be_imported_is_refused(address):
-    with pytest.raises(UserError, match=r"expected package\.module:OBJECT"):
+    with pytest.raises(UserError, match=r"expected package\.module:OBJECT|cannot import format"):
         get_format(address)
 
 
@@ -45,12 +45,12 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
 
 
 def test_an_object_that_is_no_format_is_refused():
-    with pytest.raises(ValueError, match="format object of type int without name, tags"):
+    with pytest.raises(ValueError, match="format object int has no name, tags"):
         get_format(3)  # type: ignore[arg-type]
 
 
 def test_a_format_without_think_tags_has_no_opened_block():
-    with pytest.raises(ValueError, match="without think tags"):
+    with pytest.raises(ValueError, match="has no think tags"):
         OpenedThinkFormat(HermesFormat(name="bare", tags=("<tool_call>", "</tool_call>")))
 
 

@@ -72,7 +72,7 @@ def test_a_weighted_mean_by_hand() -> None:
     assert weighted_mean([(0.1, share(10, 10))] * 3).value == 1.0
     assert weighted_mean([(0.2, share(3, 9))]) == pytest.approx(share(3, 9))
     for weights in ([], [0.0], [1.0, -1.0], [2.0, -1.0]):
-        with pytest.raises(ValueError, match="expected some above 0 and none below"):
+        with pytest.raises(ValueError, match="expected none below 0 and some above"):
             weighted_mean([(weight, share(1, 2)) for weight in weights])
 
 
@@ -100,7 +100,7 @@ def test_a_weighted_mean_covers_the_truth_as_often_as_it_says(first: float, seco
     ],
 )
 def test_impossible_counts_are_refused(call) -> None:
-    with pytest.raises(ValueError, match="expected a count from 0 to the whole"):
+    with pytest.raises(ValueError, match="expected 0 <= count <= total"):
         call()
 
 

@@ -130,9 +130,9 @@ def test_random_rewards_ignore_the_responses_and_the_scores_are_still_logged(tok
 @pytest.mark.parametrize(
     ("gold", "words"),
     [
-        (Gold((ToolCall("f", {"x": float("nan")}),)), "that is no JSON"),
+        (Gold((ToolCall("f", {"x": float("nan")}),)), "is not JSON"),
         (Gold((ToolCall("f", {"x": 10**500}),)), "full marks"),
-        (Gold((), "see <tool_call>"), "'<tool_call>' in the answer"),
+        (Gold((), "see <tool_call>"), "the answer contains '<tool_call>'"),
     ],
 )
 def test_the_error_for_unmatchable_gold_names_the_sample(tokenizer, gold, words):

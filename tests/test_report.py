@@ -57,11 +57,11 @@ def test_one_run_gives_a_page_in_its_folder(tmp_path: Path) -> None:
 
 def test_a_grid_in_place_of_its_runs_is_told(tmp_path: Path) -> None:
     make_run(tmp_path / "grid" / "runs" / "rest-0", seed=0, steps=1)
-    with pytest.raises(ValueError, match=r"holds no config\.toml, .*; did you mean .*/grid/runs/\*\?"):
+    with pytest.raises(ValueError, match=r"contains no config\.toml, .*; did you mean .*/grid/runs/\*\?"):
         write_report([tmp_path / "grid"])
     with pytest.raises(ValueError, match=r"did you mean .*/grid/runs/\*\?"):
         write_report([tmp_path / "grid" / "runs"])
-    with pytest.raises(ValueError, match="pass what --out was"):
+    with pytest.raises(ValueError, match="pass the --out of a run"):
         write_report([tmp_path / "none"])
 
 
@@ -118,7 +118,7 @@ def test_cells_cannot_break_a_table() -> None:
 
 @pytest.mark.parametrize("make", [lambda path: path, lambda path: RunLog.create(path, "", []).folder])
 def test_folders_without_a_run_are_named(tmp_path: Path, make) -> None:
-    with pytest.raises(ValueError, match=r"holds no config\.toml|no finished step in"):
+    with pytest.raises(ValueError, match=r"contains no config\.toml|no finished step in"):
         write_report([make(tmp_path)])
 
 

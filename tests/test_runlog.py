@@ -41,7 +41,7 @@ def test_folder_holds_what_was_written(tmp_path: Path) -> None:
 
 def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     start(tmp_path, steps=2)
-    with pytest.raises(ValueError, match=r"holds a run already.*--resume"):
+    with pytest.raises(ValueError, match=r"already contains a run.*--resume"):
         start(tmp_path)
     assert len(read_run(tmp_path).metrics) == 2
 
@@ -75,18 +75,18 @@ def test_resume_before_the_end_drops_the_evaluation_after_it(tmp_path: Path, is_
 def test_summary_that_is_no_object_is_named(tmp_path: Path) -> None:
     start(tmp_path)
     (tmp_path / SUMMARY).write_text("[]")
-    with pytest.raises(ValueError, match=r"summary\.json, which holds a list, expected an object"):
+    with pytest.raises(ValueError, match=r"summary\.json contains a list, expected an object"):
         read_run(tmp_path)
 
 
 def test_resume_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no run.*without --resume"):
+    with pytest.raises(ValueError, match=r"contains no run.*without --resume"):
         RunLog.resume(tmp_path, 0)
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(ValueError, match="which is a file"):
+    with pytest.raises(ValueError, match="is a file"):
         start(tmp_path / "run")
     assert (tmp_path / "run").read_text() == "mine"
 
@@ -110,7 +110,7 @@ def test_no_room_leaves_what_was_written_whole(tmp_path: Path) -> None:
     before = (tmp_path / RESPONSES).read_bytes()
     done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True)
     assert "File too large" in done.stdout
-    assert "go on with --resume" in done.stdout
+    assert "continue with --resume" in done.stdout
     assert (tmp_path / RESPONSES).read_bytes() == before
 
 

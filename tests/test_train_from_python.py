@@ -79,7 +79,7 @@ def test_train_runs_in_a_thread_and_returns_the_result(
     assert heard.steps == [1, 2, 3, 4]
     again = rest_rl.train(RunConfig.from_toml(run.config), out=tmp_path / "again")  # pyright: ignore[reportCallIssue]
     assert (again.before, again.after) == (result.before, result.after)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         rest_rl.train(tables, out=tmp_path / "run")  # pyright: ignore[reportCallIssue]
 
 

@@ -1,6 +1,6 @@
-"""ResT: token-level policy gradients, reshaped by region, for language models that call tools.
+"""ResT: region-weighted policy gradients for language models that call tools.
 
-Public names load their module when first used; `import rest_rl` imports no torch.
+Public names are imported when they are first used; `import rest_rl` does not import torch.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _RENAMED = {"token_weights": "compute_token_weights", "training_dataset": "build_training_dataset"}
 _WORKFLOWS = ("compare", "evaluate", "probe", "train")
-"""Packages that are called like a function (`rest_rl.objects.make_package_callable`)."""
+"""Packages that can be called like functions (`rest_rl.objects.make_package_callable`)."""
 
 __all__ = [
     "FORMATS",

@@ -1,4 +1,4 @@
-"""What a user may replace, named `package.module:OBJECT`; packages that are called like their workflow."""
+"""Loads users' objects by `package.module:OBJECT`, and makes the workflow packages callable."""
 
 from __future__ import annotations
 
@@ -17,56 +17,59 @@ _search_folders: list[str] = []
 
 
 def add_search_folder(folder: str | Path) -> None:
-    """Look for users' modules in this folder too; a run file's own folder is one, so that a rule can lie beside it."""
+    """Add a folder in which `load_object` looks for modules, such as that of the run file."""
     path = str(Path(folder).resolve())
     if path not in _search_folders:
         _search_folders.append(path)
 
 
 def load_object(address: str, what: str) -> Any:
-    """The object at `package.module:OBJECT`; `what` names its use in the error ("format", "weight rule").
+    """Import the object at `package.module:OBJECT`.
 
-    The Python path is searched first, then the current directory and the folders of `add_search_folder`.
+    Searches the Python path first, then the current directory and the folders of `add_search_folder`.
+
+    Args:
+        address: Module and object, separated by a colon.
+        what: The object's role in error messages, such as "weight rule".
 
     Raises:
-        UserError: there is no such module or object, or importing it failed.
+        UserError: There is no such module or object, or its import fails.
     """
     module, separator, path = address.partition(":")
     if not separator or not module or not path:
-        raise UserError(f"{what} {address!r}", "package.module:OBJECT", "write the module, a colon and the object")
+        raise UserError(f"{what} is {address!r}", "package.module:OBJECT", "correct the name")
+    # The folders are appended, never put first: a user's random.py must not hide the standard library's.
     for folder in (str(Path.cwd()), *_search_folders):
         if folder not in sys.path:
             sys.path.append(folder)
     try:
         found: Any = importlib.import_module(module)
         if other := _find_conflicting_file(module, getattr(found, "__file__", None)):
-            raise UserError(
-                f"{what} {address!r}, of which there are two: {found.__file__} and {other}",
-                "one module of that name in a Python process",
-                "rename one of them",
-            )
+            problem = f"{what} {address!r} is ambiguous: {found.__file__} and {other} are different modules"
+            raise UserError(problem, remedy="rename one of them")
         for part in path.split("."):
             found = getattr(found, part)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # the module is the user's, and so is whatever it raises
+    except (Exception, SystemExit) as error:  # a user's module can raise anything
         raise UserError(
-            f"{what} {address!r}, which cannot be imported ({type(error).__name__}: {error})",
-            "package.module:OBJECT in the current directory, beside the run file or on the Python path",
+            f"cannot import {what} {address!r} ({type(error).__name__}: {error})",
+            "a module in the current directory, next to the run file or on the Python path",
             "correct the name, or set PYTHONPATH",
         ) from error
     return found
 
 
 def _find_conflicting_file(module: str, file: str | None) -> Path | None:
-    """A file in the search folders that the module's name stands for, too, and that says something else."""
-    beside = (Path(folder, *module.split(".")).with_suffix(".py") for folder in _search_folders)
-    others = (path for path in beside if file and path.is_file() and not path.samefile(file))
+    # Python imports a module of a given name once per process. If two run folders have different modules of the same
+    # name, the second one would silently get the first one's object; identical copies do no harm.
+    candidates = (Path(folder, *module.split(".")).with_suffix(".py") for folder in _search_folders)
+    others = (path for path in candidates if file and path.is_file() and not path.samefile(file))
     return next((path for path in others if path.read_bytes() != Path(str(file)).read_bytes()), None)
 
 
 def find_address(found: object) -> str | None:
-    """The `package.module:OBJECT` at which a loaded module holds the object; `__main__` has no other name."""
+    """Return the `package.module:OBJECT` of an object in a loaded module other than `__main__`, or None."""
     for module in [name for name in sys.modules if name != "__main__"]:
         for name, value in list(vars(sys.modules[module] or object).items()):
             if value is found and not name.startswith("_"):
@@ -75,64 +78,58 @@ def find_address(found: object) -> str | None:
 
 
 def check_signature(function: Callable[..., Any], what: str, *parameters: str) -> None:
-    """UserError for a user's function that cannot be called with these parameters by position."""
+    """Raise a UserError if a user's function cannot be called with these positional parameters."""
     try:
         inspect.signature(function).bind(*parameters)
     except TypeError as error:
-        raise UserError(
-            f"{what}, which cannot be called with ({', '.join(parameters)}): {error}", "these", "correct its parameters"
-        ) from None
-    except ValueError:  # a function in C that does not tell
+        problem = f"{what} cannot be called with ({', '.join(parameters)}): {error}"
+        raise UserError(problem, remedy="correct its parameters") from None
+    except ValueError:  # some functions in C have no signature
         return
 
 
 @contextmanager
 def wrap_user_errors(what: str, expected: str) -> Iterator[None]:
-    """Around the first calls of a user's object: UserError for whatever it raises."""
+    """Turn every exception of the block, which tries a user's object, into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        got = f"{what}, which fails when it is tried ({type(error).__name__}: {error})"
-        raise UserError(got, expected, "correct it; --debug shows where") from error
+        problem = f"{what} failed in a test call ({type(error).__name__}: {error})"
+        raise UserError(problem, expected, "correct it; --debug shows the traceback") from error
 
 
 class UserObject:
-    """A user's callable with the address and the options that it was made from; it behaves as the object itself."""
+    """A user's callable that remembers its address and options, so that it can be recorded and compared.
+
+    A class is instantiated with the options. All other attributes are those of the object.
+
+    Raises:
+        UserError: The object cannot be imported or called, or does not accept the options.
+    """
 
     def __init__(self, address: str, what: str, options: Mapping[str, Any]) -> None:
-        """Import the object; a class is called with the options.
-
-        Raises:
-            UserError: it cannot be imported, does not take these options, or cannot be called.
-        """
         self.address, self.options = address, dict(options)
         target = load_object(address, what)
         if isinstance(target, type):
             try:
                 target = target(**options)
             except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"{what} {address!r} with {dict(options)} ({error})", f"options of {address}", "change them"
-                ) from error
+                problem = f"{what} {address!r} does not accept the options {dict(options)} ({error})"
+                raise UserError(problem, remedy="change them") from error
         elif options:
-            raise UserError(
-                f"{what} {address!r} with the options {', '.join(options)}",
-                "none, because it is no class that takes options",
-                "remove them, or name a class",
-            )
+            problem = f"{what} {address!r} is not a class and takes no options, but {', '.join(options)} is set"
+            raise UserError(problem, remedy="remove the options, or name a class")
         if not callable(target):
-            raise UserError(
-                f"{what} {address!r}, which is a {type(target).__name__}", "something to call", "name a function"
-            )
+            raise UserError(f"{what} {address!r} is a {type(target).__name__}", "a callable", "name a function")
         self.target = target
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.target(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "target" or name.startswith("__"):  # before __init__ has run, as in a copy
+        if name == "target" or name.startswith("__"):  # copying asks before __init__ has run
             raise AttributeError(name)
         return getattr(self.target, name)
 
@@ -144,15 +141,16 @@ class UserObject:
 
 
 def display_name(found: object) -> str:
-    """What an error calls a user's object: its address, or its own name."""
+    """Return a user's object's name for error messages: its address, or else its `__name__`."""
     return getattr(found, "address", None) or getattr(found, "__name__", type(found).__name__)
 
 
 def make_package_callable(package: str, workflow: str) -> None:
-    """Let `rest_rl.train(...)` call the function at `workflow` ("rest_rl.train.run:train"), imported at the first call.
+    """Make a package callable: `rest_rl.train(...)` calls `workflow` ("rest_rl.train.run:train"), imported lazily.
 
-    The package `rest_rl.train` stays a package: its modules are imported as usual.
+    The package stays a package, and its modules are imported as usual.
     """
+    # Python looks up __call__ on the type, and a module's __class__ may be assigned, so the module gets a subclass.
 
     def load() -> Callable[..., Any]:
         module, _, name = workflow.partition(":")

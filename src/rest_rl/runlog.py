@@ -1,14 +1,15 @@
-"""A run folder: what was asked, where it ran, what happened at each step, and how it ended.
+"""The run folder: writing it, reading it back, and locking it.
 
-    config.toml        the resolved run                  summary.json   evaluation before and after
-    environment.json   versions, platform, command       timing.jsonl   seconds per step
-    metrics.jsonl      one object per step               checkpoints/   what `--resume` starts from
-    responses.jsonl    some responses of each step       model/         what was trained, and its tokenizer
-    rejected.jsonl     rows that were left out, and why  plots/
-    evaluations.jsonl  scores on the slice, during training      .lock  held by the process that trains
+    config.toml        the resolved configuration           summary.json   evaluation before and after
+    environment.json   versions, platform, command line     timing.jsonl   seconds per step
+    metrics.jsonl      one row per step                     checkpoints/   for `--resume`
+    responses.jsonl    some responses of each step          model/         the trained model and its tokenizer
+    rejected.jsonl     rejected rows, with reasons          plots/
+    evaluations.jsonl  evaluations during training          .lock          locked by the process that trains
 
-Every line is written and flushed whole. A process killed in mid-line leaves a last line that readers skip and a resumed
-run removes. Wall-clock times stand apart from the metrics: a resumed run's metrics equal an uninterrupted run's.
+JSONL rows are appended whole. If the process is killed within a row, readers skip the incomplete last line and a
+resumed run removes it. Wall-clock times are not in the metrics, so that the metrics of a resumed run equal those of an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ EVALUATIONS = "evaluations.jsonl"
 REJECTED = "rejected.jsonl"
 CHECKPOINTS, PLOTS, MODEL = "checkpoints", "plots", "model"
 LOCK = ".lock"
-"""The file that the process holds that trains in a folder, and what it is called."""
 TRAINER_FILES = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "global_step*", "optimizer_*")
-"""What of a checkpoint is for the trainer alone."""
+"""Checkpoint files that only the trainer needs; they are not copied to model/."""
 LIBRARIES = ("rest-rl", "torch", "transformers", "trl", "accelerate", "tokenizers", "numpy", "peft")
 LIBRARIES += ("vllm", "verl", "ray")
 
@@ -57,29 +57,29 @@ Row = dict[str, Any]
 
 
 class Advance(Protocol):
-    """Moves a bar: how much is done, of how much if that has become known, and a note beside it."""
+    """Updates a progress bar: the amount done, the total if it is known by now, and a note."""
 
     def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
 
 
 class Observer:
-    """Whom a workflow tells what happens; this one shows nothing, override what you want to hear of."""
+    """Receives the events of a workflow. This class ignores them; override the methods that you need."""
 
     def say(self, text: str) -> None:
-        """One line of text."""
+        """Receive a line of text."""
 
     def show_table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table whose first column is text and whose other columns are numbers."""
+        """Receive a table with text in the first column and numbers in the others."""
 
     def track(self, what: str, total: int | None = None, done: int = 0) -> AbstractContextManager[Advance]:
-        """Progress of something that takes a while; `total` is None where it is not known."""
+        """Open a progress display; `total` is None if it is unknown."""
         return nullcontext(lambda done, total=None, note="": None)
 
     def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
-        """A training step has finished; its metrics are in the run folder."""
+        """Called after each training step, once its metrics are in the run folder."""
 
     def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Some responses that `step`, counted from 1, learns from; `rows` are as in responses.jsonl."""
+        """Called with some responses of a training step, counted from 1; the rows are those of responses.jsonl."""
 
     def on_finding(self, finding: Finding) -> None:
         """Called once for each new finding of the diagnosis."""
@@ -90,7 +90,7 @@ SILENT = Observer()
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as read back; `metrics`, `responses` and `evaluations` are in step order."""
+    """The contents of a run folder; rows are in the order of their steps."""
 
     folder: Path
     config: str
@@ -108,10 +108,12 @@ class Run:
 
 
 class RunLog:
-    """The writing side of a run folder; with `enabled=False` (a rank other than the first) it writes nothing."""
+    """Writes a run folder; with `enabled=False` (all ranks but the first) it writes nothing.
+
+    Use `create` or `resume`; the constructor does not touch the folder.
+    """
 
     def __init__(self, folder: str | Path, *, enabled: bool = True) -> None:
-        """Use `create` or `resume`; this only binds the folder."""
         self.folder, self.enabled = Path(folder), enabled
         self.checkpoints, self.plots, self.model = (self.folder / name for name in (CHECKPOINTS, PLOTS, MODEL))
 
@@ -125,9 +127,9 @@ class RunLog:
         enabled: bool = True,
         run_file: str | Path | None = None,
     ) -> RunLog:
-        """Start a run in an empty or new folder; UserError if it holds a run already or cannot be written.
+        """Start a run in a new folder; UserError if it already contains a run or is not writable.
 
-        `run_file` is recorded because a user's own objects (a weight rule, a format) may lie beside it.
+        `run_file` is recorded because a user's weight rule or format may be defined next to it.
         """
         log = cls(folder, enabled=enabled)
         if (log.folder / CONFIG).exists() and enabled:
@@ -142,13 +144,13 @@ class RunLog:
 
     @classmethod
     def resume(cls, folder: str | Path, step: int, *, is_last: bool = False, enabled: bool = True) -> RunLog:
-        """Go on with the run in `folder` from a checkpoint at `step`: later rows and a torn last line are removed.
+        """Reopen a run folder at a checkpoint, and remove later rows and an incomplete last line.
 
-        Unless `step` is the run's last one, the summary keeps the evaluation before training alone.
+        Unless the checkpoint is the last one of the run, only the evaluation before training stays in the summary.
         """
         log = cls(folder, enabled=enabled)
         if not (log.folder / CONFIG).is_file():
-            raise UserError(f"{folder}, which holds no run", "a run folder", "start one without --resume")
+            raise UserError(f"{folder} contains no run", remedy="start one without --resume")
         log._make_folders()
         for name in (METRICS, RESPONSES, TIMING, EVALUATIONS):
             log._drop_rows_after(name, step)
@@ -158,53 +160,52 @@ class RunLog:
         return log
 
     def change(self, config: str, changes: Mapping[str, Any]) -> None:
-        """Record that a resumed run goes on as `config`; what has changed is kept in `changes` of environment.json."""
+        """Replace the configuration of a resumed run, and append the changes to environment.json."""
         environment = read_json_object(self.folder / ENVIRONMENT)
         environment["changes"] = [*environment.get("changes", []), changes]
         self._write(ENVIRONMENT, as_json(environment, indent=2) + "\n")
         self._write(CONFIG, config)
 
     def keep_model(self, checkpoint: Path) -> None:
-        """Copy what a checkpoint holds besides the trainer's state to `model`, unless a whole one is there.
-
-        The steps stand in the summary once the model has been kept: one without them may have been cut short.
-        """
+        """Copy a checkpoint without the trainer's state to model/, unless a complete model is already there."""
+        # The summary gets its `steps` after this copy, so a model without them may be incomplete. The copy goes to a
+        # temporary folder first and is then renamed, which is atomic.
         if not self.enabled or (self.model.exists() and "steps" in self.read_summary()):
             return
-        part = self.folder / f".{MODEL}.part"
+        temporary = self.folder / f".{MODEL}.part"
         with self._wrap_write_errors():
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(checkpoint, part, ignore=shutil.ignore_patterns(*TRAINER_FILES))
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns(*TRAINER_FILES))
             shutil.rmtree(self.model, ignore_errors=True)
-            part.replace(self.model)
+            temporary.replace(self.model)
 
     def write_rejected(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the rows that training leaves out; without any there is no file."""
+        """Write the rejected rows; no rows, no file."""
         if text := to_jsonl(rows):
             self._write(REJECTED, text)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one step's metrics; `row["step"]` is the number of finished steps."""
+        """Append the metrics of a step; `row["step"]` counts the finished steps."""
         self._append(METRICS, [row])
 
     def add_responses(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append responses; each row has its `step`."""
+        """Append responses; each row has a `step`."""
         self._append(RESPONSES, rows)
 
     def add_evaluation(self, row: Mapping[str, Any]) -> None:
-        """Append the scores of one evaluation during training; the row has its `step`."""
+        """Append the scores of an evaluation during training; the row has a `step`."""
         self._append(EVALUATIONS, [row])
 
     def add_timing(self, row: Mapping[str, Any]) -> None:
-        """Append one step's wall-clock times."""
+        """Append the wall-clock times of a step."""
         self._append(TIMING, [row])
 
     def read_summary(self) -> Row:
-        """The summary so far, empty if there is none."""
+        """Return the summary, empty if there is none yet."""
         return read_json_object(self.folder / SUMMARY)
 
     def update_summary(self, **entries: Any) -> None:
-        """Merge entries into summary.json, atomically."""
+        """Add entries to summary.json; the file is replaced atomically."""
         self._write(SUMMARY, as_json({**self.read_summary(), **entries}, indent=2) + "\n")
 
     @contextmanager
@@ -224,6 +225,8 @@ class RunLog:
         text, path = to_jsonl(rows), self.folder / name
         if not self.enabled or not text:
             return
+        # On a full disk a part of the text may have been written. Cutting the file back to its old size keeps the rows
+        # whole, and a later append starts on a new line.
         size = path.stat().st_size if path.exists() else 0
         with self._wrap_write_errors():
             try:
@@ -248,36 +251,38 @@ def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a reader finds the old text or the new one. OSError if it fails."""
-    part = path.with_name(f".{path.name}.part")
+    """Replace a file atomically: readers find the old text or the new one. OSError if it fails."""
+    # Without fsync a crash could leave the renamed file empty: some file systems write the rename before the data.
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        temporary.replace(path)
     except BaseException:
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
 
 
 def add_module_folders(folder: Path) -> None:
-    """Look for users' modules (a weight rule, a format) where a recorded run found them: beside its run file."""
+    """Add the folder of a recorded run's run file to the search path for users' modules."""
     if file := read_json_object(folder / ENVIRONMENT).get("run_file"):
         run_file = Path(file)
         add_search_folder(run_file.parent)
-        if run_file.name == CONFIG and run_file.parent != folder.absolute():  # that of another run
+        # The run file may itself be the config.toml of another run, whose modules are next to its own run file.
+        if run_file.name == CONFIG and run_file.parent != folder.absolute():
             add_module_folders(run_file.parent)
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder, finished or not; ValueError if it is none."""
+    """Read the folder of a finished or unfinished run; UserError if it is none."""
     path = Path(folder)
     if not (path / CONFIG).is_file():
-        inside = [pattern for pattern in ("*", "runs/*") if any(path.glob(f"{pattern}/{CONFIG}"))]  # of a grid: runs/*
-        remedy = f"did you mean {path / inside[0]}?" if inside else "pass what --out was"
-        raise UserError(f"{folder}, which holds no {CONFIG}", "a run folder", f"{remedy}")
+        inside = [pattern for pattern in ("*", "runs/*") if any(path.glob(f"{pattern}/{CONFIG}"))]  # runs/*: a grid
+        remedy = f"did you mean {path / inside[0]}?" if inside else "pass the --out of a run"
+        raise UserError(f"{folder} contains no {CONFIG}", "a run folder", remedy)
     add_module_folders(path)
     return Run(
         folder=path,
@@ -292,19 +297,19 @@ def read_run(folder: str | Path) -> Run:
 
 
 def read_toml_text(path: Path) -> str:
-    """The text of a run file; UserError if it cannot be read."""
+    """Return the text of a run file; UserError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} ({describe_os_error(error)})", "a readable TOML file", "check the path") from error
+        raise UserError(f"cannot read {path} ({describe_os_error(error)})", remedy="check the path") from error
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The objects of a JSONL file up to its first broken line; a missing file has none."""
+    """Return the rows of a JSONL file up to the first broken line; none if the file is missing."""
     rows: list[Row] = []
     if not path.exists():
         return rows
-    # Not splitlines: JSON leaves U+2028 and its kin as they are.
+    # Not splitlines(), which also splits at U+2028 and similar characters; JSON strings contain them unescaped.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
@@ -316,49 +321,48 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_json_object(path: Path) -> Row:
-    """The object of a JSON file; empty if it is missing."""
+    """Return the object in a JSON file; empty if the file is missing."""
     if not path.exists():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}, not JSON ({error})", "an object", "restore or delete it") from error
+        raise UserError(f"{path} is not JSON ({error})", "an object", "restore or delete it") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}, which holds a {type(value).__name__}", "an object", "restore or delete it")
+        raise UserError(f"{path} contains a {type(value).__name__}", "an object", "restore or delete it")
     return value
 
 
 def truncate_file(path: Path, size: int) -> None:
-    """Remove what a failed write left behind, as far as the folder lets us."""
-    try:
+    """Cut a file back to a size; errors are ignored."""
+    with suppress(OSError):
         os.truncate(path, size)
-    except OSError:
-        return
 
 
 def unwritable_folder_error(folder: Path, error: OSError) -> ValueError:
-    """The error for a folder that is full, read-only or no folder."""
+    """Return the error for a folder that cannot be written."""
     if folder.is_file():
-        return UserError(f"run folder {folder}, which is a file", "a new folder", "pass another --out")
+        return UserError(f"run folder {folder} is a file", remedy="pass another --out")
     return UserError(
-        f"run folder {folder} ({describe_os_error(error)})",
-        "a writable folder with free space",
-        "make room and go on with --resume (what was cut short is passed over), or pass another --out",
+        f"cannot write to run folder {folder} ({describe_os_error(error)})",
+        remedy="free some space and continue with --resume, or pass another --out",
     )
 
 
 def existing_run_error(folder: str | Path) -> UserError:
-    """The error for a new run in the folder of another."""
-    remedy = "add --resume to go on with it, or pass another --out"
-    return UserError(f"{folder}, which holds a run already", "a new folder", remedy)
+    """Return the error for starting a run in the folder of another."""
+    remedy = "add --resume to continue it, or pass another --out"
+    return UserError(f"{folder} already contains a run", remedy=remedy)
 
 
 @contextmanager
 def lock_run_folder(folder: Path, observer: Observer = SILENT, *, enabled: bool = True) -> Iterator[None]:
-    """Own a run folder until the block ends or this process dies; UserError if another process does.
+    """Lock a run folder until the block ends or this process dies; UserError if another process has locked it.
 
-    Where the system or the file system has no locks, it says so to the observer and refuses nothing.
+    If the system or the file system has no locks, the observer gets a warning and the block runs without a lock.
     """
+    # The lock is an flock on the open file `.lock`. The kernel releases it when the process ends, even after kill -9,
+    # so there are no stale locks to detect. The text in the file is only for the error message.
     if not enabled:
         yield
         return
@@ -370,12 +374,13 @@ def lock_run_folder(folder: Path, observer: Observer = SILENT, *, enabled: bool 
     with file:
         try:
             is_ours = try_lock(file)
-            for _ in range(5):  # `find_lock_owner` holds the lock for a moment
+            for _ in range(5):  # another process may hold it for a moment, in `find_lock_owner`
                 if not is_ours:
                     time.sleep(0.1)
                     is_ours = try_lock(file)
         except OSError as error:
-            observer.say(f"{folder} cannot be locked ({describe_os_error(error)}): let no other process train in it")
+            reason = describe_os_error(error)
+            observer.say(f"warning: cannot lock {folder} ({reason}); do not start a second process in it")
             is_ours = True
         if not is_ours:
             raise locked_folder_error(folder, find_lock_owner(folder))
@@ -386,21 +391,18 @@ def lock_run_folder(folder: Path, observer: Observer = SILENT, *, enabled: bool 
 
 
 def check_unlocked(folder: Path) -> None:
-    """UserError if another process trains in a run folder; of use before much is loaded, it takes no lock."""
+    """Raise a UserError if another process trains in a run folder; takes no lock."""
     if owner := find_lock_owner(folder):
         raise locked_folder_error(folder, owner)
 
 
 def locked_folder_error(folder: Path, owner: str | None) -> UserError:
-    return UserError(
-        f"{folder}, in which {owner} is training",
-        "a run folder that no other process trains in",
-        "wait for its end or stop it, or pass another --out",
-    )
+    remedy = "wait for it or stop it, or pass another --out"
+    return UserError(f"{owner} is already training in {folder}", remedy=remedy)
 
 
 def find_lock_owner(folder: Path) -> str | None:
-    """Which process trains in a run folder, as far as locks can tell; None if none does."""
+    """Return the process that has locked a run folder, or None."""
     try:
         with (folder / LOCK).open("r+", encoding="utf-8", errors="replace") as file:
             return None if try_lock(file) else file.readline(200).strip() or "another process"
@@ -409,7 +411,7 @@ def find_lock_owner(folder: Path) -> str | None:
 
 
 def try_lock(file: IO[str]) -> bool:
-    """Lock a file until it is closed; False if another process has locked it, OSError where there are no locks."""
+    # False if another process has locked the file; OSError if locks are not supported. Closing the file unlocks it.
     if fcntl is None:
         raise OSError(errno.ENOTSUP, "this system has no fcntl")
     try:
@@ -422,7 +424,7 @@ def try_lock(file: IO[str]) -> bool:
 
 
 def describe_environment(command: Iterable[str]) -> Row:
-    """Versions, platform, commit and command line; nothing that changes the numbers is left out."""
+    """Return versions, platform, commit and command line, for reproduction."""
     return {
         "command": list(command),
         "python": sys.version.split()[0],
@@ -443,8 +445,8 @@ def installed_version(library: str) -> str | None:
 
 
 def source_commit(folder: Path) -> str | None:
-    """Commit of the source tree that holds `folder`, marked when it has changes; None outside a repository."""
-    # An installed package may lie inside somebody else's repository: only a tracked file has a commit.
+    # The commit of this source tree, marked if there are changes. An installed package may be inside an unrelated
+    # repository, so this file must be tracked for the commit to count.
     if run_git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     return run_git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

@@ -1,4 +1,4 @@
-"""What every comparison needs, of models as of methods: a value with its interval, and p-values of many tests."""
+"""Statistics of comparisons: confidence intervals, tests, q-values, and mean scores of responses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from rest_rl.errors import UserError
 from rest_rl.response import TURNS, Turn
 
 SIGNIFICANCE_LEVEL = 0.05
-"""Of every test; intervals are of 95 %."""
 
 
 class Interval(NamedTuple):
-    """A value and its 95 % interval; NaN limits where there is no spread to tell from."""
+    """A value and its 95 % confidence interval; the limits are NaN if the spread is unknown."""
 
     value: float
     low: float
@@ -28,16 +27,16 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside; an unknown interval excludes nothing."""
+        """Whether 0 is outside the interval; False for unknown limits."""
         return self.low > 0 or self.high < 0
 
 
 def q_values(p_values: Sequence[float]) -> list[float]:
-    """Benjamini and Hochberg's q-values: among the tests with q <= 0.05 at most 5 % are expected to be chance.
+    """Return Benjamini and Hochberg's q-values, which bound the expected share of false positives.
 
-    NaN for tests without a p, which count for none. Benjamini, Y. and Hochberg, Y. (1995),
-    https://doi.org/10.1111/j.2517-6161.1995.tb02031.x, for independent tests. Tests that share a reference depend on
-    each other positively, under which the bound is known to hold for one-sided tests and taken to hold for these.
+    A NaN p-value gives NaN and does not count as a test. Benjamini, Y. and Hochberg, Y. (1995),
+    https://doi.org/10.1111/j.2517-6161.1995.tb02031.x, for independent tests. Our tests share a baseline and are
+    therefore positively dependent; the bound is proven for such one-sided tests, and we assume it for two-sided ones.
     """
     known = [p for p in p_values if not math.isnan(p)]
     adjusted = iter(false_discovery_control(known) if known else [])
@@ -48,10 +47,10 @@ CONFIDENCE_LEVEL = 0.95
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """Wilson's score interval of a share, which stays in [0, 1] and has a width at 0 and 1 too.
+    """Return Wilson's score interval of the fraction correct / n; (0, 1) without samples.
 
-    Wilson, E. B. (1927), https://doi.org/10.1080/01621459.1927.10502953. Nothing is known of a share of no samples:
-    `wilson_interval(0, 0) == (0.0, 1.0)`. ValueError unless 0 <= correct <= n.
+    It stays in [0, 1] and has a positive width at 0 and 1, too. Wilson, E. B. (1927),
+    https://doi.org/10.1080/01621459.1927.10502953.
     """
     check_counts(correct, n)
     if n == 0:
@@ -61,21 +60,21 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar_p_value(lost: int, gained: int) -> float:
-    """The p-value of McNemar's exact test, two-sided: how often a fair coin splits the flipped samples as unevenly.
+    """Return the two-sided p-value of McNemar's exact test; 1 if no sample changed.
 
-    McNemar, Q. (1947), https://doi.org/10.1007/BF02295996. Samples that both models answer alike say nothing; without
-    a flipped sample p is 1. ValueError for negative counts.
+    Only samples that one model answers correctly and the other does not count: under the null hypothesis each of them
+    is equally likely to be lost or gained. McNemar, Q. (1947), https://doi.org/10.1007/BF02295996.
     """
     check_counts(lost, lost + gained)
     return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
 def paired_difference(lost: int, gained: int, n: int) -> Interval:
-    """The change (gained - lost) / n of accuracy on the same n samples, with Bonett and Price's adjusted Wald interval.
+    """Return the difference (gained - lost) / n of two accuracies on the same n samples.
 
-    With p = (lost + 1) / (n + 2) and q = (gained + 1) / (n + 2) the interval is q - p ± z sqrt((p + q - (q - p)²) /
-    (n + 2)), cut to [-1, 1]. Bonett, D. G. and Price, R. M. (2012), https://doi.org/10.3102/1076998611411915. Without
-    samples the change is 0 in [-1, 1]. ValueError unless lost + gained <= n.
+    The interval is Bonett and Price's adjusted Wald interval: with p = (lost + 1) / (n + 2) and
+    q = (gained + 1) / (n + 2) it is q - p ± z sqrt((p + q - (q - p)²) / (n + 2)), clipped to [-1, 1]. Bonett, D. G. and
+    Price, R. M. (2012), https://doi.org/10.3102/1076998611411915. Without samples it is 0 in [-1, 1].
     """
     check_counts(lost, n)
     check_counts(gained, n - lost)
@@ -87,34 +86,36 @@ def paired_difference(lost: int, gained: int, n: int) -> Interval:
 
 
 def weighted_mean(parts: Iterable[tuple[float, Interval]]) -> Interval:
-    """The mean of (weight, estimate) pairs of separate samples, with the interval of the method MOVER.
+    """Return the weighted mean of independent estimates, with a MOVER interval.
 
-    The distances from the mean to its limits are the roots of the sums of squares of the parts' own distances, times
-    their weights: low = mean - sqrt(sum w² (value - low)²), high likewise. So the interval is asymmetric where those of
-    the parts are, and never beyond the mean of their limits. Zou, G. Y. and Donner, A. (2008),
-    https://doi.org/10.1002/sim.3095; over Wilson's intervals: Zou, G. Y., Huang, W. and Zhang, X. (2009),
-    https://doi.org/10.1016/j.csda.2008.09.033. Weights count by their shares; ValueError for a negative one and without
-    a positive one.
+    With weights that add up to 1, low = mean - sqrt(sum w² (value - low)²), and high accordingly. The interval is
+    asymmetric if those of the estimates are. Zou, G. Y. and Donner, A. (2008), https://doi.org/10.1002/sim.3095; with
+    Wilson's intervals: Zou, G. Y., Huang, W. and Zhang, X. (2009), https://doi.org/10.1016/j.csda.2008.09.033.
+
+    Args:
+        parts: (weight, estimate) pairs. Only the ratios of the weights matter.
+
+    Raises:
+        UserError: A weight is negative, or none is positive.
     """
     pairs = list(parts)
     total = math.fsum(weight for weight, _ in pairs)
     if not total > 0 or any(weight < 0 for weight, _ in pairs):
         weights = [weight for weight, _ in pairs]
-        raise UserError(f"weights {weights}", "some above 0 and none below", "check the weights")
+        raise UserError(f"weights are {weights}", "none below 0 and some above", "correct the weights")
     value, least, most = (math.fsum(weight * part[i] for weight, part in pairs) / total for i in range(3))
     below, above = (math.hypot(*(weight * (part[i] - part.value) for weight, part in pairs)) / total for i in (1, 2))
-    # The mean of the limits bounds them anyway; rounding is kept from passing 0 or 1.
+    # In exact arithmetic the mean of the limits bounds the interval anyway; here rounding could pass 0 or 1.
     return Interval(value, max(least, value - below), min(most, value + above))
 
 
 def check_counts(part: int, whole: int) -> None:
-    """ValueError unless 0 <= part <= whole."""
     if not 0 <= part <= whole:
-        raise UserError(f"{part} of {whole} samples", "a count from 0 to the whole", "check the counts")
+        raise UserError(f"the counts are {part} of {whole} samples", "0 <= count <= total", "correct the counts")
 
 
 class Outcome(NamedTuple):
-    """What one response to a prompt was worth."""
+    """The scores of one response to a held-out prompt."""
 
     kind: str
     split: str
@@ -126,7 +127,7 @@ class Outcome(NamedTuple):
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Means over all outcomes, over those of call turns and of answer turns, per kind of task and per split."""
+    """Return mean scores over all responses, by kind of turn, by kind of task and by split."""
     return {
         **mean_scores(outcomes),
         **{turn: mean_scores([outcome for outcome in outcomes if outcome.turn == turn]) for turn in TURNS},
@@ -136,7 +137,6 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def group_by(outcomes: Sequence[Outcome], name: str) -> dict[str, list[Outcome]]:
-    """Outcomes by one of their fields, in alphabetical order."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in sorted(outcomes, key=lambda outcome: str(getattr(outcome, name))):
         groups.setdefault(str(getattr(outcome, name)), []).append(outcome)
@@ -144,7 +144,6 @@ def group_by(outcomes: Sequence[Outcome], name: str) -> dict[str, list[Outcome]]
 
 
 def mean_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Mean scores, the number of responses and the standard error of the exact match over prompts."""
     n = len(outcomes)
     if n == 0:
         return {"n": 0}
@@ -158,10 +157,8 @@ def mean_scores(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def standard_error(outcomes: Sequence[Outcome]) -> float:
-    """Standard error of the mean exact match: sd over prompts / sqrt(prompts), draws of one prompt averaged first.
-
-    0 for fewer than two prompts.
-    """
+    # Standard error of the mean exact match, 0 for fewer than two prompts. Several responses to a prompt are not
+    # independent, so they are averaged first, and the standard deviation is taken over prompts.
     by_prompt: Mapping[str, list[Outcome]] = group_by(outcomes, "prompt")
     values = [sum(outcome.exact_match for outcome in group) / len(group) for group in by_prompt.values()]
     n = len(values)

@@ -170,7 +170,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     checkpoint = save_checkpoint(tmp_path, lora=LORA)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").touch()
-    with pytest.raises(ValueError, match="expected a writable folder"):
+    with pytest.raises(ValueError, match="cannot write to run folder"):
         merged(checkpoint)
 
 

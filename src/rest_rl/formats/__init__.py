@@ -1,8 +1,7 @@
-"""The tool-call formats: text of a response -> ParsedResponse, and back.
+"""Tool-call formats: parse the text of a response into a ParsedResponse, and render it back.
 
-Parsing is total: any string gives a ParsedResponse. A complete block is read; what lies outside complete blocks
-belongs to no region (OTHER). Of a call whose arguments are broken, the name and the arguments keep their regions as
-far as they can be located and the rest of that call is OTHER.
+Every string can be parsed. Text outside complete blocks is OTHER. If the arguments of a call are broken, its name and
+arguments keep their regions as far as they can be located, and the rest of the call is OTHER.
 """
 
 from __future__ import annotations
@@ -45,17 +44,17 @@ _ALL: tuple[ToolFormat, ...] = (
     *(Qwen3CoderFormat(), PythonicFormat()),
 )
 FORMATS: dict[str, ToolFormat] = {tool_format.name: tool_format for tool_format in _ALL}
-"""The built-in formats by name; a table, not a registry."""
+"""The built-in formats by name."""
 
 
 def get_format(tool_format: str | ToolFormat) -> ToolFormat:
-    """The format of that name; an object passes through, once it has been tried.
+    """Return the format of a name, or validate and return a format object.
 
-    `NAME+think` is the format for prompts that end with the opening think tag, `package.module:OBJECT` imports an
-    object of your own. UserError for an unknown name.
+    `NAME+think` is the format for prompts that end with the opening think tag; `package.module:OBJECT` imports your own
+    object. An unknown name or an object that is not a valid format is a UserError.
     """
     if not isinstance(tool_format, str):
-        return _validate_object(tool_format, f"a format object of type {type(tool_format).__name__}")
+        return _validate_object(tool_format, f"format object {type(tool_format).__name__}")
     name = tool_format.removesuffix(THINK_SUFFIX)
     if name in FORMATS:
         found = FORMATS[name]
@@ -63,17 +62,17 @@ def get_format(tool_format: str | ToolFormat) -> ToolFormat:
         found = _validate_object(load_object(name, "format"), f"format {name!r}")
     else:
         raise UserError(
-            f"format {tool_format!r}",
+            f"unknown format {tool_format!r}",
             f"one of {', '.join(FORMATS)}, or package.module:OBJECT",
-            f"add {THINK_SUFFIX} to a name when the prompt ends with the opening think tag",
+            f"change it, or append {THINK_SUFFIX} to a name if the prompt ends with the opening think tag",
         )
     return found if name == tool_format else OpenedThinkFormat(found)
 
 
 def demonstration_format(tool_format: ToolFormat) -> ToolFormat:
-    """The format as its models write it themselves, for demonstrations to learn from.
+    """Return the variant of a format for training on demonstrations: text exactly as the models write it.
 
-    Only qwen3_coder differs: its `render` quotes strings that `parse` would take for a number, its models do not.
+    Only qwen3_coder differs. Its `render` quotes strings that would otherwise be parsed as numbers; its models do not.
     """
     if isinstance(tool_format, OpenedThinkFormat):
         return OpenedThinkFormat(demonstration_format(tool_format.inner))
@@ -83,9 +82,9 @@ def demonstration_format(tool_format: ToolFormat) -> ToolFormat:
 
 
 def format_name(tool_format: str | ToolFormat) -> str:
-    """The name or address from which `get_format` makes the format again, for what a checkpoint records.
+    """Return the name or address with which `get_format` finds a format again; checkpoints record it.
 
-    UserError for an object that no module holds.
+    An object that is not an attribute of a module is a UserError.
     """
     if isinstance(tool_format, str):
         return tool_format
@@ -97,15 +96,14 @@ def format_name(tool_format: str | ToolFormat) -> str:
     if address := find_address(tool_format):
         return address
     raise UserError(
-        f"a format object {name!r} that no module holds",
-        "one that a checkpoint can record",
-        f"define it in a module (MINE = {type(tool_format).__name__}(...) in my_format.py), or set "
-        f"rest_rl.FORMATS[{name!r}] to it and pass that name",
+        f"format object {name!r} is not an attribute of a module, so a checkpoint cannot record it",
+        remedy=f"define it in a module (MINE = {type(tool_format).__name__}(...) in my_format.py), or set "
+        f"rest_rl.FORMATS[{name!r}] and pass that name",
     )
 
 
 _validated: dict[int, Any] = {}
-"""The objects that have been tried, by their identity."""
+"""Objects that passed validation, by id. Keeping a reference ensures that no other object gets the same id."""
 _TOOL = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 
 
@@ -115,9 +113,9 @@ def _validate_object(found: Any, what: str) -> ToolFormat:
     parts = ("name", "tags", "parse", "render", "instructions")
     missing = [part for part in parts if not hasattr(found, part)]
     if isinstance(found, type):
-        raise UserError(f"{what}, which is a class", "an object", f"make one with {found.__name__}()")
+        raise UserError(f"{what} is a class", "an object", f"create one with {found.__name__}()")
     if missing:
-        raise UserError(f"{what} without {', '.join(missing)}", f"an object with {', '.join(parts)}", "add them")
+        raise UserError(f"{what} has no {', '.join(missing)}", f"the attributes {', '.join(parts)}", "add them")
     with wrap_user_errors(what, "the methods of rest_rl.ToolFormat"):
         _check_round_trip(found, what)
     _validated[id(found)] = found
@@ -125,7 +123,7 @@ def _validate_object(found: Any, what: str) -> ToolFormat:
 
 
 def _check_round_trip(found: ToolFormat, what: str) -> None:
-    """Write one call, read it back and describe a tool; UserError for what the package could not use."""
+    # Renders a call, parses it and describes a tool once, so that mistakes in a user's format show up before training.
     call = ToolCall("f", {"a": 1})
     text = found.render(None, (call,), None)
     read, _ = found.parse(text), found.parse("", spans=False)
@@ -137,11 +135,11 @@ def _check_round_trip(found: ToolFormat, what: str) -> None:
         ("instructions(...)", found.instructions([_TOOL]), str),
     ):
         if not isinstance(value, kind):
-            raise UserError(f"{what}, whose {part} is a {type(value).__name__}", f"a {kind.__name__}", "correct it")
+            raise UserError(f"{part} of {what} is a {type(value).__name__}", f"a {kind.__name__}", "correct it")
     if read.calls != (call,) or not read.well_formed:
-        read_as = f"{list(read.calls)}, well_formed {read.well_formed} {'; '.join(read.problems)}".rstrip()
-        raise UserError(f"{what}, which writes {call} as {text!r} and reads {read_as}", "the same call", "correct it")
+        result = f"{list(read.calls)}, well_formed {read.well_formed} {'; '.join(read.problems)}".rstrip()
+        raise UserError(f"{what} renders {call} as {text!r} and parses that as {result}", "the same call", "correct it")
     bounds = [bound for span in read.spans for bound in span[:2]]
     if bounds != sorted(bounds) or not read.spans or bounds[0] < 0 or bounds[-1] > len(text):
-        got = f"{what}, whose parse of {text!r} has the spans {[tuple(span) for span in read.spans]}"
-        raise UserError(got, "sorted, disjoint intervals of the text", "correct it")
+        problem = f"{what} parses {text!r} into the spans {[tuple(span) for span in read.spans]}"
+        raise UserError(problem, "sorted, disjoint intervals of the text", "correct it")

@@ -1,4 +1,4 @@
-"""Which format a chat template writes, told by the marks in its source."""
+"""Detects the tool-call format of a chat template from its source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _OTHER_FORMATS = re.compile(
     r"""<arg_key>|<tool_calls>|<function_calls>|<\|tool_call|tool▁call|<\|channel\|>|\A(?!.*<parameter=).*<function=""",
     re.DOTALL,
 )
-"""Marks of formats that are not ours, some of which share a tag with one that is."""
+"""Marks of formats that we do not support; some of them share a tag with one that we do."""
 
 _MARKS = (
     ("qwen3_coder", r"<tool_call>.*<function=.*<parameter="),
@@ -21,14 +21,16 @@ _MARKS = (
     ("pythonic", r"\[\w+\(\w+=\w+"),
     ("llama3", r'<\|(?:start_header_id|header_start)\|>.*\\?"parameters\\?"\s*:'),
 )
-"""What a template of each format contains; the first that fits is taken."""
+"""Marks of our formats. The first match wins, so a format must precede those whose marks are a part of its own."""
 
 
 def detect_template_format(template: str) -> str | None:
-    """The name in FORMATS of the calls that a chat template writes; None when it renders no tools or other calls.
+    """Return the name of a chat template's format in FORMATS, or None if it renders no tools or another format.
 
-    Reads the source of the template and renders nothing. Example: Qwen3's gives `"hermes"`.
+    Example: `"hermes"` for Qwen3's template.
     """
+    # We search the source instead of rendering an example: many templates need variables, fail on some message or hide
+    # calls behind conditions, but the text of a call always appears literally. Quotes may be escaped in a Jinja string.
     if not _TOOLS.search(template) or _OTHER_FORMATS.search(template):
         return None
     return next((name for name, marks in _MARKS if re.search(marks, template, re.DOTALL)), None)

@@ -1,4 +1,4 @@
-"""Which format some responses are written in, told by what each format reads of them."""
+"""Detects the format of responses by parsing them with every format."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from rest_rl.formats.opened_think import OPENING_TAGS
 
 AUTO = "auto"
 MAX_RESPONSES = 200
-"""Responses that are looked at, the first ones."""
+"""Number of responses to parse, the first ones."""
 MAX_CHARACTERS = 10_000
-"""Characters of each that are looked at."""
+"""Characters of each response to parse."""
 
 
 class FormatReading(NamedTuple):
-    """What a format reads of some responses, in the order in which formats are compared."""
+    """How many responses a format can parse; formats are compared by these numbers in order."""
 
     calls: int
-    """Responses of whose calls all are read."""
+    """Responses with calls, all of which are readable."""
     attempts: int
-    """Responses that open a call."""
+    """Responses that open a call block."""
     well_formed: int
 
 
 def choose_format(name: str, texts: Iterable[str]) -> tuple[str, str]:
-    """(format, why) for responses of a model that is not at hand; `auto` is the format that reads the most of them.
+    """Return (format, reason) for recorded responses whose model is not available.
 
-    That is the one that reads the calls of most responses, on a tie the one that finds more attempts at a call, then
-    more responses well-formed, then the first of FORMATS, without `+think` before with it. A format that is named is
-    kept; `why` names another one that reads the calls of more than twice as many.
+    `auto` selects the format that reads the calls of most responses. Ties are broken by the number of attempted calls,
+    then of well-formed responses, then by the order of FORMATS, with `+think` variants last. Any other name is returned
+    unchanged; the reason then mentions a format that reads the calls of more than twice as many responses.
     """
     looked_at = [text[:MAX_CHARACTERS] for text in islice(texts, MAX_RESPONSES)]
     readings = {found.name: measure_format(found, looked_at) for found in candidate_formats()}
@@ -42,11 +42,11 @@ def choose_format(name: str, texts: Iterable[str]) -> tuple[str, str]:
     own = readings.get(name) or measure_format(get_format(name), looked_at)
     if readings[best].calls <= 2 * own.calls:
         return name, "as set"
-    return name, f"as set, but {best} reads more ({reads}, {name} of {own.calls}); try --format {best}"
+    return name, f"as set, but {best} reads more ({reads}, {name} those of {own.calls}); try --format {best}"
 
 
 def candidate_formats() -> list[ToolFormat]:
-    """The built-in formats, then those for prompts that open the think block."""
+    # Built-in formats first, so that a tie does not select a `+think` variant.
     thinking = (found for found in FORMATS.values() if not set(OPENING_TAGS).isdisjoint(found.tags))
     return [*FORMATS.values(), *map(OpenedThinkFormat, thinking)]
 

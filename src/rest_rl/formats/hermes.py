@@ -1,4 +1,4 @@
-"""The format of Hermes and Qwen."""
+"""The tool-call format of Hermes and Qwen."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rest_rl.response import ParsedResponse, Region, ToolCall
 
 @dataclass(frozen=True)
 class HermesFormat:
-    """Hermes / Qwen: each call is one JSON object keyed `name` and `arguments` in a block of its own.
+    """Hermes and Qwen: each call is a `<tool_call>` block with a JSON object with `name` and `arguments`.
 
-    The answer is plain text; a think block is optional and comes first. Text beside calls is allowed.
+    The answer is plain text, also next to calls. A think block is optional and comes first.
     """
 
     name: str = "hermes"
@@ -25,7 +25,7 @@ class HermesFormat:
     _pattern = re.compile(r"<(/?)(think|tool_call)>")
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Read a response; never raises."""
+        """Parse a response; never raises."""
         blocks, strays, nested = find_blocks(text, self._pattern)
         first_stray = strays[0].position if strays else len(text)
         builder = ResponseBuilder(wants_spans=spans)
@@ -56,7 +56,8 @@ class HermesFormat:
 
     @staticmethod
     def _read_gap(builder: ResponseBuilder, text: str, start: int, end: int, first_stray: int) -> str:
-        """Mark the text between blocks up to the first unmatched tag as the answer, its outer white space as format."""
+        # Text between blocks is the answer, and white space around it is FORMAT. After an unmatched tag nothing counts
+        # as the answer, because the text may be the inside of a broken block.
         gap = text[start : min(end, first_stray)]
         answer = gap.strip()
         begin = start + len(gap) - len(gap.lstrip())
@@ -78,14 +79,14 @@ class HermesFormat:
             builder.mark(end, block.inner_end, Region.FORMAT)
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """Thought, then answer, then calls, each where there is one; an empty answer counts as none."""
+        """Return the think block, the answer and the calls, if present; an empty answer counts as none."""
         head = "" if thought is None else f"<think>\n{clean_text(thought, self.tags, 'thought')}\n</think>\n\n"
         blocks = [f"<tool_call>\n{dump_call(call, 'arguments', self._pattern)}\n</tool_call>" for call in calls]
         text = [] if not answer else [clean_text(answer, self.tags, "answer")]
         return head + "\n".join(text + blocks)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """A system message that describes the tools and the format."""
+        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these tools:\n<tools>\n{describe_tools(tools)}\n</tools>\n\n"
             "For each call write one JSON object in a block of its own:\n"

@@ -1,4 +1,4 @@
-"""Calls written as JSON objects with a name and an arguments object."""
+"""Calls as JSON objects with a name and an arguments object."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from rest_rl.response import Region, Span, ToolCall
 
 
 def read_call_object(builder: ResponseBuilder, text: str, start: int, arguments_key: str) -> int:
-    """Read the JSON object that opens at `text[start]` as a call, or count it as unreadable; the position after it.
+    """Read the JSON object at `text[start]` as a call and return the position after it, or -1 if it is cut off.
 
-    A broken object ends where its brackets close; -1 when they do not, and then it is read to the end of the text.
+    A broken object counts as an unreadable call. It ends where its brackets close, or at the end of the text.
     """
+    # Fast path first: a call in the usual form is matched by one regular expression, which is several times faster than
+    # the general scan. After the first unreadable call we search for the closing bracket before decoding: the position
+    # of a JSON error is reported as line and column, which takes time linear in the text before it.
     end = -1
     if not builder.unreadable_calls:
         if plain := _match_plain_call(text, start, arguments_key):
@@ -24,14 +27,14 @@ def read_call_object(builder: ResponseBuilder, text: str, start: int, arguments_
             builder.mark_parts(start, end, parts, Region.FORMAT)
             return end
         end = decode_at(text, start)[1]
-    if end < 0:  # after a broken call objects are cut out first: a JSON error takes time in proportion to its position
+    if end < 0:
         end = find_bracket_end(text, start)
     read_call(builder, text, start, len(text) if end < 0 else end, arguments_key)
     return end
 
 
 def read_call(builder: ResponseBuilder, text: str, start: int, end: int, arguments_key: str) -> None:
-    """Read the one JSON object in `text[start:end]` as a call, or count it as unreadable."""
+    """Read the JSON object in `text[start:end]` as a call, or count it as unreadable."""
     line = text[start:end]
     plain = _match_plain_call(line, 0, arguments_key)
     if plain and not line[plain[0] :].strip():
@@ -61,7 +64,8 @@ def _shift(span: Span, by: int) -> Span:
 
 
 def _match_plain_call(text: str, start: int, arguments_key: str) -> tuple[int, ToolCall, tuple[Span, Span]] | None:
-    """A call laid out as most are, name first, then arguments, no more: where it ends, and where its parts lie."""
+    # A call in the usual form, the name and then the arguments and no other key: (end, call, spans of the two parts).
+    # Names with escapes do not match, so that the characters of the name are those of the text.
     head = _PLAIN_CALL_PATTERNS[arguments_key].match(text, start)
     if head is None:
         return None
@@ -82,7 +86,7 @@ _PLAIN_CALL_PATTERNS = {
 
 
 def _parts(line: str, name: Entry | None, arguments: Entry | None) -> list[Span]:
-    """The characters of the name, without quotes, and of the arguments, as far as they were located, in text order."""
+    # The characters of the name, without quotes, and of the arguments, if they were found, in the order of the text.
     parts: list[Span] = []
     if name is not None and line.startswith('"', name.start):
         closed = line.endswith('"', name.start + 1, name.end)
@@ -103,7 +107,7 @@ def _call_error(line: str, end: int, name: Entry | None, arguments: Entry | None
 
 
 def split_call_lines(text: str, start: int, end: int) -> list[tuple[int, int]]:
-    """The non-blank lines of `text[start:end]`, without their surrounding white space."""
+    """Return (start, end) of the non-blank lines of `text[start:end]`, stripped."""
     lines: list[tuple[int, int]] = []
     at = start
     for line in text[start:end].split("\n"):
@@ -116,18 +120,18 @@ def split_call_lines(text: str, start: int, end: int) -> list[tuple[int, int]]:
 
 
 def dump_call(call: ToolCall, arguments_key: str, tags: re.Pattern[str]) -> str:
-    """One call as one line of JSON; the `<` of a tag is written as an escape, so that no argument can end the block."""
+    """Return a call as one line of JSON; tags inside are escaped, so that no argument can end the block."""
     return escape_tags(dump_json(call, {"name": call.name, arguments_key: dict(call.arguments)}), tags)
 
 
 def dump_json(call: ToolCall, value: object) -> str:
-    """The value, which is or belongs to `call`, as JSON; UserError when JSON cannot write it."""
+    """Return a value of a call as JSON; UserError if JSON cannot represent it."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"a call of {call.name!r} that is no JSON ({error})", "JSON values", "change them") from None
+        raise UserError(f"the call of {call.name!r} is not JSON ({error})", "JSON values", "change them") from None
 
 
 def escape_tags(line: str, tags: re.Pattern[str]) -> str:
-    r"""JSON in which the first character of every tag is written as `\uXXXX`; tags stand in strings alone."""
+    r"""Escape the first character of every tag in JSON as `\uXXXX`; tags can only occur in its strings."""
     return tags.sub(lambda tag: f"\\u{ord(tag.group()[0]):04x}" + tag.group()[1:], line)

@@ -1,4 +1,4 @@
-"""The format of Llama 3.1 to 3.3: bare JSON objects."""
+"""The tool-call format of Llama 3.1 to 3.3: JSON objects without tags."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rest_rl.response import ParsedResponse, Region, ToolCall
 
 @dataclass(frozen=True)
 class Llama3Format:
-    """Llama 3: each call is one JSON object keyed `name` and `parameters`; several are joined by `; `.
+    """Llama 3: each call is a JSON object with `name` and `parameters`; several are joined by `; `.
 
-    The calls begin at `<|python_tag|>`, at a `{` that opens the response (after its think block), or at a line that
-    begins with `{"name":`, and go on to the end. They may also stand on lines of their own or side by side. What
-    precedes them is the answer, plain text.
+    The calls begin at `<|python_tag|>`, at a `{` at the start of the response (after the think block), or at a line
+    that begins with `{"name":`, and continue to the end. Line breaks or nothing between calls are accepted, too. The
+    text before the calls is the answer.
     """
 
     name: str = "llama3"
@@ -30,7 +30,7 @@ class Llama3Format:
     _between = re.compile(r"[ \t\n\r]*(?:;[ \t\n\r]*)?(?:<\|python_tag\|>[ \t\n\r]*)?")
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Read a response; never raises."""
+        """Parse a response; never raises."""
         builder = PlainResponseBuilder(wants_spans=spans, tags=self._pattern)
         at = builder.read_thought(text)
         start = self._calls_start(text, at)
@@ -63,12 +63,12 @@ class Llama3Format:
             builder.add_unreadable_call(start, "expected a JSON object")
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """Thought, then answer, then calls, each where there is one; an answer that looks like a call is refused."""
+        """Return think block, answer and calls, if present; UserError for an answer that looks like a call."""
         written = "; ".join(dump_call(call, "parameters", self._pattern) for call in calls)
         return render_plain(self, thought, calls, answer, written)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """A system message that describes the tools and the format."""
+        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these functions, one JSON description per line:\n{describe_tools(tools)}\n\n"
             "To call a function, respond with one JSON object and nothing else:\n"

@@ -1,4 +1,4 @@
-"""The formats of Mistral's models: calls behind `[TOOL_CALLS]`."""
+"""The tool-call formats of Mistral's models: calls after `[TOOL_CALLS]`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _BRACKET_THINK = ("[THINK]", "[/THINK]")
 _TAGS = ("<think>", "</think>", "[THINK]", "[/THINK]", _MARKER, "[ARGS]", "[CALL_ID]")
 _PATTERN = re.compile("|".join(map(re.escape, _TAGS)))
 _WORD = re.compile(r"[^\[{\n]*")
-"""A tool name or the id of a call."""
+"""A tool name or a call id."""
 
 
 @dataclass(frozen=True)
 class MistralFormat:
-    """Mistral up to tokenizer v7: `[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`; further keys are allowed.
+    """Mistral up to tokenizer v7: `[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`, with optional further keys.
 
-    Reads the later generation too. The answer is plain text before the calls. After a call that is no JSON every
-    `[TOOL_CALLS]` begins a call, also one inside a string.
+    Also parses the v11 format. The answer is plain text before the calls. After a call that is not valid JSON, every
+    `[TOOL_CALLS]` begins a call, even inside a string.
     """
 
     name: str = "mistral"
     tags: tuple[str, ...] = _TAGS
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Read a response; never raises."""
+        """Parse a response; never raises."""
         builder = PlainResponseBuilder(wants_spans=spans, tags=_PATTERN)
         at = builder.read_thought(text, (THINK_TAGS, _BRACKET_THINK))
         start = text.find(_MARKER, at)
@@ -44,7 +44,10 @@ class MistralFormat:
             body = start + len(_MARKER)
             builder.mark(start, body, Region.FORMAT)
             end = _find_json_end(text, body) if all_json else -1
-            if end < 0:  # from here on each call is looked for up to the next marker, or the time would be quadratic
+            # While all calls are valid JSON, markers inside their strings can be skipped. After the first broken call
+            # we only look up to the next marker, because decoding to the end again for each one would take quadratic
+            # time.
+            if end < 0:
                 all_json = False
                 following = text.find(_MARKER, body)
                 end = len(text) if following < 0 else following
@@ -56,12 +59,12 @@ class MistralFormat:
         return builder.response()
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """Thought, then answer, then calls, each where there is one."""
+        """Return think block, answer and calls, if present."""
         objects = ", ".join(dump_call(call, "arguments", _PATTERN) for call in calls)
         return render_plain(self, thought, calls, answer, f"{_MARKER} [{objects}]" if calls else "")
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """A system message that describes the tools and the format."""
+        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these tools, one JSON description per line:\n{describe_tools(tools)}\n\n"
             "To call tools, write one JSON list of all calls:\n"
@@ -72,19 +75,19 @@ class MistralFormat:
 
 @dataclass(frozen=True)
 class MistralV11Format(MistralFormat):
-    """Mistral from tokenizer v11 on: `[TOOL_CALLS]name[ARGS]{...}` for each call, `[THINK]` for thoughts.
+    """Mistral since tokenizer v11: `[TOOL_CALLS]name[ARGS]{...}` for each call, `[THINK]` for the thought.
 
-    Reads the earlier generation too, and `[CALL_ID]id` before `[ARGS]`.
+    Also parses the earlier format, and `[CALL_ID]id` before `[ARGS]`.
     """
 
     name: str = "mistral_v11"
     tags: tuple[str, ...] = (*_BRACKET_THINK, *(tag for tag in _TAGS if tag not in _BRACKET_THINK))
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """Thought, then answer, then calls, each where there is one; a name with a bracket or brace is refused."""
+        """Return think block, answer and calls, if present; UserError for a name with a bracket or brace."""
         for call in calls:
             if not call.name.strip() or call.name != call.name.strip() or re.search(r"[\[{\n]", call.name):
-                expected = "a name without `[`, `{`, line breaks and outer spaces"
+                expected = "a name without `[`, `{`, line breaks or surrounding spaces"
                 raise unwritable_error(self.name, f"tool name {call.name!r}", expected)
         written = "".join(
             f"{_MARKER}{call.name}[ARGS]{escape_tags(dump_json(call, dict(call.arguments)), _PATTERN)}"
@@ -93,7 +96,7 @@ class MistralV11Format(MistralFormat):
         return render_plain(self, thought, calls, answer, written, _BRACKET_THINK)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """A system message that describes the tools and the format."""
+        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these tools, one JSON description per line:\n{describe_tools(tools)}\n\n"
             f'Write each call as {_MARKER}tool name[ARGS]{{"argument": "value"}}\n'
@@ -102,7 +105,7 @@ class MistralV11Format(MistralFormat):
 
 
 def _find_json_end(text: str, body: int) -> int:
-    """The position after the JSON of the call or list of calls at `body`; -1 when it is none."""
+    # The position after the JSON of the call or list of calls at `body`; -1 if it is not valid JSON.
     at = skip_space(text, body)
     if _opens_list(text, at):
         return decode_at(text, at)[1]
@@ -115,13 +118,10 @@ def _opens_list(text: str, at: int) -> bool:
 
 
 class _CallHead(NamedTuple):
-    """What stands before the arguments of a named call."""
-
+    # The part of a v11 call before its arguments.
     name: Span
-    marked: bool
-    """`[ARGS]` stands before the arguments."""
-    arguments: int
-    """Where the arguments begin."""
+    marked: bool  # [ARGS] precedes the arguments
+    arguments: int  # position of the arguments
 
 
 def _read_head(text: str, at: int) -> _CallHead | None:
@@ -141,7 +141,7 @@ def _word_bounds(text: str, at: int) -> tuple[int, int]:
 
 
 def _read_calls(builder: PlainResponseBuilder, text: str) -> int:
-    """Read the list of calls or the one call at the start of `text`; the position after it."""
+    # Reads the list of calls or the single call at the start of `text`; returns the position after it.
     at = skip_space(text, 0)
     if _opens_list(text, at):
         builder.mark(0, at + 1, Region.FORMAT)
@@ -175,7 +175,7 @@ def _read_named_call(builder: PlainResponseBuilder, text: str, head: _CallHead) 
 
 
 def _read_list(builder: PlainResponseBuilder, text: str, at: int) -> int:
-    """Read the items of a list of calls from after its `[` on; the position after its `]`."""
+    # Reads the items of a list, starting after its `[`; returns the position after its `]`.
     begin, comma = skip_space(text, at), -1
     while not text.startswith("]", begin):
         builder.mark(at, begin, Region.FORMAT)

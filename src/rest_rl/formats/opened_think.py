@@ -1,4 +1,4 @@
-"""A format whose think block the prompt has already opened."""
+"""Formats for prompts that end with an opening think tag."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _POSITION = re.compile(r"(?<=at character )\d+")
 
 @dataclass(frozen=True)
 class OpenedThinkFormat:
-    """`inner` for a prompt that ends with the opening think tag: the response starts inside the think block.
+    """The format `inner` for responses that start inside the think block, because the prompt already opened it.
 
-    Example: `<think>` stands in the prompt and the response is `I look.</think>Done`.
+    Example: the prompt ends with `<think>`, and the response is `I look.</think>Done`.
     """
 
     inner: ToolFormat
@@ -28,25 +28,25 @@ class OpenedThinkFormat:
     def __post_init__(self) -> None:
         if not any(tag in OPENING_TAGS for tag in self.inner.tags):
             expected = f"{' or '.join(OPENING_TAGS)} among its tags"
-            raise UserError(f"format {self.name!r} without think tags", expected, f"leave out {THINK_SUFFIX}")
+            raise UserError(f"format {self.name!r} has no think tags", expected, f"remove {THINK_SUFFIX}")
 
     @property
     def name(self) -> str:
-        """The name of the inner format with the suffix."""
         return self.inner.name + THINK_SUFFIX
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The tags of the inner format."""
         return self.inner.tags
 
     @property
     def opening(self) -> str:
-        """The tag that stands in the prompt: the first opening think tag of the inner format."""
+        """The tag at the end of the prompt: the inner format's first opening think tag."""
         return next(tag for tag in self.inner.tags if tag in OPENING_TAGS)
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Read the response as if the opening tag stood before it; positions count from the response's own start."""
+        """Parse a response; never raises."""
+        # We prepend the tag and shift everything back by its length: spans, of which the tag's own disappears, and the
+        # positions inside the messages of `problems`, which are text by then.
         shift = len(self.opening)
         parsed = self.inner.parse(self.opening + text, spans=spans)
         moved = (Span(max(0, span.start - shift), span.end - shift, span.region) for span in parsed.spans)
@@ -56,13 +56,12 @@ class OpenedThinkFormat:
         return replace(parsed, spans=tuple(span for span in moved if span.start < span.end), problems=tuple(problems))
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """The inner format's text without its opening tag and the white space after it; the block is always closed."""
+        """Return the inner format's text without the opening tag and the white space after it."""
         return self.inner.render(thought or "", calls, answer).removeprefix(self.opening).lstrip()
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """The inner format's system message."""
         return self.inner.instructions(tools)
 
 
 OPENING_TAGS = ("<think>", "[THINK]")
-"""The tags that open a think block."""
+"""Tags that open a think block."""

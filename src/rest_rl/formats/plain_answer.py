@@ -1,4 +1,4 @@
-"""What the formats share whose answer is plain text: an optional think block first, calls, text beside them."""
+"""Shared code of the formats with a plain-text answer: an optional think block, then text and calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ THINK_TAGS = ("<think>", "</think>")
 
 @dataclass(slots=True, kw_only=True)
 class PlainResponseBuilder(ResponseBuilder):
-    """The reading of a response whose text outside calls is its answer; a tag in that text is a violation."""
+    """Collects the parts of a response whose text outside of calls is the answer; tags in it are violations."""
 
     tags: re.Pattern[str]
     well_formed: bool = True
@@ -24,15 +24,15 @@ class PlainResponseBuilder(ResponseBuilder):
     thought: str | None = None
     answers: list[str] = field(default_factory=list)
     has_stray_tag: bool = False
-    """A tag that belongs to no block was met: text from there on is no answer."""
+    """Whether there was a tag outside of blocks; text after it is not part of the answer."""
 
     def add_violation(self, problem: str) -> None:
-        """The blocks of the format do not stand as they should."""
+        """Add a problem that makes the response malformed."""
         self.well_formed = False
         self.add_problem(problem)
 
     def read_thought(self, text: str, think: Sequence[tuple[str, str]] = (THINK_TAGS,)) -> int:
-        """Read the think block if the response starts with one; the position after it."""
+        """Read the think block, if the response starts with one, and return the position after it."""
         begin = len(text) - len(text.lstrip())
         for opening, closing in think:
             if not text.startswith(opening, begin):
@@ -53,7 +53,7 @@ class PlainResponseBuilder(ResponseBuilder):
         return 0
 
     def read_text(self, text: str, start: int, end: int) -> None:
-        """Mark the text up to the first tag as the answer, its outer white space as format."""
+        """Mark the text up to the first tag as the answer, and white space around it as format."""
         first_tag = end
         for tag in self.tags.finditer(text, start, end):
             first_tag = min(first_tag, tag.start())
@@ -69,14 +69,14 @@ class PlainResponseBuilder(ResponseBuilder):
         self.has_stray_tag = self.has_stray_tag or first_tag < end
 
     def read_gap(self, text: str, start: int, end: int, after: str = "the calls") -> None:
-        """White space is format; anything else here is a violation and belongs to no region."""
+        """Mark white space as format; any other text is a violation and stays OTHER."""
         if not text[start:end].strip():
             self.mark(start, end, Region.FORMAT)
         else:
             self.add_violation(f"text after {after} at character {start + self.offset}")
 
     def response(self, *, text_values: bool = False) -> ParsedResponse:
-        """What was read."""
+        """Return the parsed response."""
         return ParsedResponse(
             thought=self.thought,
             calls=tuple(self.calls),
@@ -99,7 +99,9 @@ def render_plain(
     written: str,
     think: tuple[str, str] = THINK_TAGS,
 ) -> str:
-    """Thought, then answer, then the calls as `written`; ValueError when the format would read them differently."""
+    """Return think block, answer and the rendered calls; UserError if the format would parse them differently."""
+    # Each format has its own texts that it cannot represent, such as an answer that looks like a call. Parsing the
+    # result again finds all of them, so no format needs its own rules.
     head = ""
     if thought is not None:
         head = f"{think[0]}\n{clean_text(thought, tool_format.tags, 'thought')}\n{think[1]}\n\n"
@@ -107,19 +109,19 @@ def render_plain(
     text = head + "\n\n".join(filter(None, [said, written]))
     parsed = tool_format.parse(text, spans=False)
     if parsed.answer != (said or None) or len(parsed.calls) + parsed.unreadable_calls != len(calls):
-        raise unwritable_error(tool_format.name, "an answer of which a part would be read as a call", "other words")
+        raise unwritable_error(tool_format.name, "an answer that contains what looks like a call", "another text")
     for call, read in zip(calls, parsed.calls, strict=False):
         if (call.name, _to_json_types(call.arguments)) != (read.name, read.arguments):
-            got = f"the call of {call.name!r}, which would be read as another call of {read.name!r}"
+            got = f"the call of {call.name!r}, which would be parsed as another call of {read.name!r}"
             raise unwritable_error(tool_format.name, got, "integers of at most 400 digits and at most 64 levels")
     if len(parsed.calls) != len(calls) or not parsed.well_formed:
         got = f"the calls of {', '.join(repr(call.name) for call in calls)} ({'; '.join(parsed.problems[:2])})"
-        raise unwritable_error(tool_format.name, got, "calls that read back")
+        raise unwritable_error(tool_format.name, got, "calls that can be parsed again")
     return text
 
 
 def _to_json_types(value: Any) -> Any:
-    """The value with tuples as lists and keys as strings, as JSON reads it back."""
+    # Tuples become lists and keys strings, as after a round trip through JSON.
     if isinstance(value, Mapping):
         return {key if isinstance(key, str) else str(key): _to_json_types(item) for key, item in value.items()}
     return [_to_json_types(item) for item in value] if isinstance(value, (list, tuple)) else value

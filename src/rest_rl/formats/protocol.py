@@ -1,4 +1,4 @@
-"""What a tool-call format must offer."""
+"""The protocol of tool-call formats."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from rest_rl.response import ParsedResponse, ToolCall
 
 
 class ToolFormat(Protocol):
-    """How a model writes its reasoning, its calls and its answer; docs/training.md shows one of your own.
+    """How a model writes its reasoning, tool calls and answer; docs/training.md has an example of your own.
 
-    Pass the object wherever a format is accepted. A run file and a command take `package.module:OBJECT`, and so does
-    what a checkpoint records: `ResTConfig` takes an object that a module holds under a name.
+    You can pass an object wherever a format is accepted. Run files, commands and checkpoints refer to it as
+    `package.module:OBJECT`, so for training it must be an attribute of a module.
     """
 
     @property
     def name(self) -> str:
-        """How configs call the format."""
+        """Name of the format in run files."""
         ...
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The literal tags; they are kept when token ids are decoded, also where a tokenizer calls them special."""
+        """The literal tags. Decoding keeps them, even if they are special tokens of the tokenizer."""
         ...
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Read a response; never raises. Without `spans` they are left empty, which is quicker and enough to score."""
+        """Parse a response; never raises. `spans=False` leaves the spans empty, which is faster and enough to score."""
         ...
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """Write a response that `parse` reads back; ValueError when a text contains a tag of the format."""
+        """Return a response that `parse` reads back; UserError if a text contains a tag of the format."""
         ...
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """A system message that describes the tools and the format, for models whose template renders no tools."""
+        """Return a system message that describes tools and format, for chat templates that do not render tools."""
         ...

@@ -1,8 +1,8 @@
-"""Python's literals and keyword arguments, read from text that may hold anything; nothing is evaluated.
+"""Parses Python literals and keyword arguments from untrusted text, without evaluating anything.
 
-Strings, numbers, `True`, `False`, `None` (and JSON's `true`, `false`, `null`), lists and dicts with string keys. Each
-character is read once, so the time is linear; integers of over 400 digits and nesting deeper than 64 levels are
-refused, as in `json_spans`.
+Supports strings, numbers, `True`, `False`, `None` (and JSON's `true`, `false`, `null`), lists and dicts with string
+keys. `ast.literal_eval` is no alternative: it fails on JSON's words, parses the whole text or nothing, and compiles
+input that can exhaust memory. Takes linear time; rejects integers of over 400 digits and nesting deeper than 64 levels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ BRACKET_OR_STRING = re.compile(
 )
 """Python's brackets and strings, for `find_bracket_end`.
 
-An unclosed string runs to the end of its line: were it skipped, every quote in it would start its own search.
+An unclosed string matches up to the end of its line. If it did not match, the search would start again at each
+following quote and take quadratic time.
 """
 _NUMBER = re.compile(r"[+-]?(?:(?P<integer>\d+)(?![\d.eE])|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
 _WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
@@ -46,14 +47,16 @@ _ESCAPED = {
 
 
 class NotLiteralError(ValueError):
-    """The text is no literal; the message says what was expected and where."""
+    """The text is not a literal; the message says what was expected where."""
 
 
 def read_arguments(text: str, start: int) -> tuple[dict[str, Any], int]:
-    """The keyword arguments in the parentheses that open at `start`, and the position after them.
+    """Return the keyword arguments in the parentheses that open at `start`, and the position after them.
 
-    `**{...}` adds the entries of a dict. NotLiteralError for positional arguments and for anything but literals.
+    `**{...}` adds the entries of a dict. Positional arguments and expressions are a NotLiteralError.
     """
+    # A recursive-descent parser without look-ahead: each function reads one construct at `at` and returns it with the
+    # position after it. Each character is read once, and the depth is bounded before Python's own recursion limit.
     arguments: dict[str, Any] = {}
     at = skip_space(text, start + 1)
     while not text.startswith(")", at):
@@ -73,7 +76,7 @@ def read_arguments(text: str, start: int) -> tuple[dict[str, Any], int]:
 
 
 def write_arguments(arguments: Mapping[str, Any]) -> str:
-    """The arguments in parentheses, keys that are no identifiers in a `**{...}` at the end; ValueError for no JSON."""
+    """Return arguments in parentheses; keys that are not identifiers go into a `**{...}` at the end."""
     plain = {key: value for key, value in arguments.items() if key.isidentifier() and not iskeyword(key)}
     items = [f"{key}={write_value(value)}" for key, value in plain.items()]
     others = {key: value for key, value in arguments.items() if key not in plain}
@@ -81,7 +84,7 @@ def write_arguments(arguments: Mapping[str, Any]) -> str:
 
 
 def write_value(value: Any) -> str:
-    """A JSON value as a Python literal; ValueError for anything else."""
+    """Return a JSON value as a Python literal; ValueError for anything else."""
     if value is None or isinstance(value, bool):
         return str(value)
     if isinstance(value, Mapping):
@@ -93,12 +96,12 @@ def write_value(value: Any) -> str:
 
 def _write_key(key: Any) -> str:
     if not isinstance(key, str):
-        raise ValueError(f"got a key of type {type(key).__name__}, expected a string")
+        raise ValueError(f"a key is a {type(key).__name__}, expected a string")
     return json.dumps(key, ensure_ascii=False)
 
 
 def _skip_separator(text: str, at: int, close: str) -> int:
-    """Past the comma after an item, or at the closing bracket."""
+    # Returns the position after the comma that follows an item, or of the closing bracket.
     at = skip_space(text, at)
     if text.startswith(",", at):
         return skip_space(text, at + 1)
@@ -128,7 +131,7 @@ def _number(match: re.Match[str]) -> int | float:
     if digits is None:
         return float(match.group())
     if len(digits) > MAX_INTEGER_DIGITS or (digits[0] == "0" and digits.strip("0")):
-        raise NotLiteralError(f"no integer literal at character {match.start()}")
+        raise NotLiteralError(f"invalid integer at character {match.start()}")
     return int(match.group())
 
 
@@ -169,5 +172,5 @@ def _unescape(match: re.Match[str]) -> str:
         return _ESCAPED.get(other, match.group())
     code = int(octal, 8) if octal is not None else int(next(filter(None, hexadecimal)), 16)
     if code > 0x10FFFF:
-        raise NotLiteralError("no character has the code of an escape")
+        raise NotLiteralError("invalid character code in an escape")
     return chr(code)

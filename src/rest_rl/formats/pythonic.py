@@ -1,4 +1,4 @@
-"""The format of Llama 4 and of many function-calling prompts: a Python list of calls."""
+"""The tool-call format of Llama 4 and of many function-calling prompts: a Python list of calls."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _NAME = r"""[^\s()\[\]=,"'][^()\[\]=,"'\n]*"""
 class PythonicFormat:
     """A Python list of calls with keyword arguments, `[f(a=1), g(b="x")]`; nothing is evaluated.
 
-    The list begins at `<|python_start|>` or at a line that begins with `[name(`, and nothing but `<|python_end|>`
-    follows it; what precedes it is the answer, plain text. A name is anything without brackets, quotes, commas, `=`
-    and line breaks. Positional arguments and expressions make a call unreadable.
+    The list begins at `<|python_start|>` or at a line that begins with `[name(`, and only `<|python_end|>` may follow.
+    The text before it is the answer. Names must not contain brackets, quotes, commas, `=` or line breaks. Calls with
+    positional arguments or expressions are unreadable.
     """
 
     name: str = "pythonic"
@@ -37,7 +37,7 @@ class PythonicFormat:
     _written_name = re.compile(_NAME)
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Read a response; never raises."""
+        """Parse a response; never raises."""
         builder = PlainResponseBuilder(wants_spans=spans, tags=self._pattern)
         at = builder.read_thought(text)
         begin = self._on_line.match(text, at) or self._begin.search(text, at)
@@ -76,7 +76,8 @@ class PythonicFormat:
         builder.read_gap(text, end, len(text))
 
     def _read_call(self, builder: PlainResponseBuilder, text: str, start: int) -> int:
-        """Read the call that begins at `start`; the position after it."""
+        # Returns the position after the call. The end of a broken call is where its parentheses close, so that the
+        # calls after it are still read.
         head = self._call.match(text, start)
         if head is None:
             builder.add_unreadable_call(start, "expected name(")
@@ -98,20 +99,20 @@ class PythonicFormat:
         return end
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """Thought, then answer, then calls, each where there is one; an answer that looks like a call is refused."""
+        """Return think block, answer and calls, if present; UserError for an answer that looks like a call."""
         written = ", ".join(map(self._write_call, calls))
         return render_plain(self, thought, calls, answer, f"[{written}]" if calls else "")
 
     def _write_call(self, call: ToolCall) -> str:
         if not self._written_name.fullmatch(call.name) or call.name != call.name.rstrip():
-            expected = "a name without brackets, quotes, commas, `=`, line breaks and outer spaces"
+            expected = "a name without brackets, quotes, commas, `=`, line breaks or surrounding spaces"
             raise unwritable_error(self.name, f"tool name {call.name!r}", expected)
         clean_text(call.name, self.tags, "tool name")
-        dump_json(call, dict(call.arguments))  # refuses what is not JSON
+        dump_json(call, dict(call.arguments))  # raises for values that are not JSON
         return call.name + escape_tags(write_arguments(call.arguments), self._pattern)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """A system message that describes the tools and the format."""
+        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these functions, one JSON description per line:\n{describe_tools(tools)}\n\n"
             "To call functions, respond with a Python list of calls with keyword arguments and nothing else:\n"

@@ -1,4 +1,4 @@
-"""The format of Qwen3-Coder, Qwen3.5 and later, and Nemotron 3: calls in tags, values as text."""
+"""The tool-call format of Qwen3-Coder, Qwen3.5 and later, and Nemotron 3: calls in tags, values as text."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ _KINDS = {"<tool_call>": "T", "</tool_call>": "t", "</function>": "f", "</parame
 _CALL = re.compile("F(?:Pp)*f")
 _BLOCK = re.compile("TF(?:Pp)*ft")
 _NAME = re.compile(r"[^\s<>](?:[^<>\n]*[^\s<>])?")
-"""What can be written as the name of a tool or of an argument."""
+"""Valid names of tools and arguments."""
 
 
 class _Mark(NamedTuple):
-    """A tag: T and t open and close a call block, F and f a function, P and p a parameter, x is any other."""
-
+    # A tag. Kinds: T and t open and close a call block, F and f a function, P and p a parameter; x is any other tag.
     kind: str
     start: int
     end: int
@@ -32,15 +31,15 @@ class _Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Qwen3CoderFormat:
-    r"""Qwen3-Coder: each call is a `<tool_call>` block of one `<function=NAME>` with a `<parameter=KEY>` a value.
+    r"""Qwen3-Coder: each call is a `<tool_call>` block with a `<function=NAME>` and a `<parameter=KEY>` per argument.
 
-    A value is text, without the line breaks next to its tags. Text that spells a JSON value other than a string (or
-    `True`, `False`, `None`) is that value; `"5"` is the string 5, for a string is quoted as in JSON if it would be read
-    as something else without the quotes, and only then. A value cannot hold a tag of the format unless it is quoted,
-    with `<` as `\u003c`. A function without `<tool_call>` is read as a call, but the response is not well formed.
+    Values are text, without the line breaks next to their tags. Text that spells a JSON value other than a string (or
+    `True`, `False`, `None`) is that value. A string is quoted as in JSON only if it would otherwise be parsed as
+    another value, such as `"5"`, or if it contains a tag, whose `<` becomes `\u003c`. A function without `<tool_call>`
+    is read as a call, but the response is then not well formed.
 
-    Without `quotes_strings` no string is quoted that need not be for its tags: so the models' own templates write them,
-    who leave it to the tool's schema what `5` is.
+    `quotes_strings=False` quotes only strings with tags, as the models' chat templates do; they leave it to the tool's
+    schema whether `5` is a string.
     """
 
     name: str = "qwen3_coder"
@@ -51,7 +50,9 @@ class Qwen3CoderFormat:
     )
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Read a response; never raises."""
+        """Parse a response; never raises."""
+        # The tags are found with one regular expression and reduced to a string with a letter per tag. Whether a call
+        # is complete is then a match against that string, such as "F(?:Pp)*f", instead of a parser with a state.
         builder = PlainResponseBuilder(wants_spans=spans, tags=_PATTERN)
         at = builder.read_thought(text)
         marks = [_Mark(_kind(tag.group()), *tag.span()) for tag in _PATTERN.finditer(text, at)]
@@ -65,19 +66,19 @@ class Qwen3CoderFormat:
         return builder.response(text_values=True)
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """Thought, then answer, then calls, each where there is one."""
+        """Return think block, answer and calls, if present."""
         written = "\n".join(map(self._write_call, calls))
         if self.quotes_strings:
             return render_plain(self, thought, calls, answer, written)
-        exact = replace(self, quotes_strings=True)  # what would not read back is refused as ever
-        quoted = "\n".join(map(exact._write_call, calls))  # noqa: SLF001 - its own kind
+        exact = replace(self, quotes_strings=True)  # this variant checks that the response parses
+        quoted = "\n".join(map(exact._write_call, calls))  # noqa: SLF001 - an object of the same class
         return exact.render(thought, calls, answer).removesuffix(quoted) + written
 
     def _write_call(self, call: ToolCall) -> str:
-        dump_json(call, dict(call.arguments))  # refuses what is not JSON
+        dump_json(call, dict(call.arguments))  # raises for values that are not JSON
         for name in (call.name, *call.arguments):
             if not _NAME.fullmatch(name):
-                expected = "names without `<`, `>`, line breaks and outer spaces"
+                expected = "names without `<`, `>`, line breaks or surrounding spaces"
                 raise unwritable_error(self.name, f"name {name!r} in the call of {call.name!r}", expected)
         parameters = "".join(
             f"<parameter={key}>\n{self._write_value(call, value)}\n</parameter>\n"
@@ -86,18 +87,18 @@ class Qwen3CoderFormat:
         return f"<tool_call>\n<function={call.name}>\n{parameters}</function>\n</tool_call>"
 
     def _write_value(self, call: ToolCall, value: Any) -> str:
-        """Strings as they are and True, False, None as Python writes them, as the templates do; others as JSON."""
+        # As in the chat templates: strings as they are, True, False and None as in Python, everything else as JSON.
         if value is None or isinstance(value, bool):
             return str(value)
         must_quote = _needs_quotes if self.quotes_strings else _PATTERN.search
         if isinstance(value, str) and not must_quote(value):
             return value
         line = dump_json(call, value)
-        # every `<`, for between what is left of two tags a third may stand
+        # We escape every `<`, because removing only the tags could form a new tag from the text around them.
         return line.replace("<", "\\u003c") if _PATTERN.search(line) else line
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """A system message that describes the tools and the format."""
+        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these functions:\n<tools>\n{describe_tools(tools)}\n</tools>\n\n"
             "Write each call in a block of its own, strings as they are and other values as JSON:\n"
@@ -113,10 +114,8 @@ def _kind(tag: str) -> str:
 
 
 def _find_call_blocks(marks: Sequence[_Mark], length: int) -> list[tuple[int, int, int]]:
-    """The tags of each call block or lone function, from the first up to the last, and where it ends in the text.
-
-    A block goes up to its closing tag or, without one, up to the next block or the end of the text.
-    """
+    # (first tag, tag after the last, end in the text) of each call block, or of a function outside of blocks. Without a
+    # closing tag a block ends at the next block or at the end of the text.
     found: list[tuple[int, int, int]] = []
     at = 0
     while at < len(marks):
@@ -156,7 +155,7 @@ def _read_call_block(builder: PlainResponseBuilder, text: str, marks: Sequence[_
 
 
 def _mark_around_functions(builder: PlainResponseBuilder, text: str, start: int, end: int, region: Region) -> None:
-    """Mark what stands around a function inside its block; text that is no tag there is a violation."""
+    # The part of a block before or after its function; text other than tags is a violation.
     if _PATTERN.sub("", text[start:end]).strip():
         builder.add_violation(f"text inside a block at character {start}")
         region = Region.OTHER
@@ -164,7 +163,8 @@ def _mark_around_functions(builder: PlainResponseBuilder, text: str, start: int,
 
 
 def _read_function(builder: PlainResponseBuilder, text: str, marks: Sequence[_Mark], end: int) -> None:
-    """Read a function that ends at `end` as a call, or count it as unreadable."""
+    # Reads a function that ends at `end` as a call, or counts it as unreadable. The region ARGUMENTS extends from the
+    # first parameter's opening tag to the last one's closing tag, even if the call is broken.
     head, inner = marks[0], marks[1:]
     name = Span(*_trim(text, head.start + len("<function="), head.end - 1), Region.NAME)
     error = _function_error(text, marks)

@@ -1,4 +1,4 @@
-"""What the parsers of the formats share: the running reading of one response, blocks between tags, checked text."""
+"""Shared parts of the parsers: collecting results, and finding blocks between tags."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_PROBLEMS = 20
 
 
 class Block(NamedTuple):
-    """A complete block `<tag>inner</tag>`: `[start, end)` with its tags, `[inner_start, inner_end)` without."""
+    """A complete block `<tag>inner</tag>`; `inner_start` and `inner_end` exclude the tags."""
 
     tag: str
     start: int
@@ -28,7 +28,7 @@ _NO_SPAN = Span(-1, -1, Region.OTHER)
 
 
 class Tag(NamedTuple):
-    """A tag that neither opens nor closes a block."""
+    """A tag that does not open or close a block."""
 
     position: int
     text: str
@@ -36,7 +36,7 @@ class Tag(NamedTuple):
 
 @dataclass(slots=True)
 class ResponseBuilder:
-    """What has been read so far, in text order."""
+    """Collects the spans, calls and problems of a response, in text order."""
 
     wants_spans: bool
     spans: list[Span] = field(default_factory=list)
@@ -44,10 +44,10 @@ class ResponseBuilder:
     problems: list[str] = field(default_factory=list)
     unreadable_calls: int = 0
     offset: int = 0
-    """Where the text that is being read starts in the response; positions count from there."""
+    """Added to all positions, while the parser reads a part of the response that starts there."""
 
     def mark(self, start: int, end: int, region: Region) -> None:
-        """Add a span, joined to its neighbour when that has the same region; OTHER is left as a gap."""
+        """Add a span, merged with the previous one if they touch and have the same region; OTHER stays a gap."""
         if start >= end or region is Region.OTHER or not self.wants_spans:
             return
         start, end = start + self.offset, end + self.offset
@@ -58,23 +58,23 @@ class ResponseBuilder:
             self.spans.append(Span(start, end, region))
 
     def add_problem(self, problem: str) -> None:
-        """Keep a problem, the first `MAX_PROBLEMS` of them."""
+        """Add a problem, unless there are `MAX_PROBLEMS` already."""
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(problem)
 
     def add_unreadable_call(self, start: int, error: str) -> None:
-        """Count the stretch that begins at `start` as an unreadable call."""
+        """Count an unreadable call that begins at `start`."""
         self.unreadable_calls += 1
         self.add_problem(f"call at character {start + self.offset}: {error}")
 
     def add_tag_problems(self, strays: Sequence[Tag], nested: Sequence[Tag]) -> None:
-        """Keep the positions of tags that belong to no block and of tags inside blocks."""
+        """Add a problem for each tag outside and inside blocks."""
         for word, tags in (("unmatched", strays), ("inside a block:", nested)):
             for tag in tags[:MAX_PROBLEMS]:
                 self.add_problem(f"{word} {tag.text} at character {tag.position}")
 
     def mark_parts(self, start: int, end: int, parts: Sequence[Span], rest: Region) -> None:
-        """Mark the parts, which stand in order between `start` and `end`, and what lies between them."""
+        """Mark the parts, which are in order between `start` and `end`, and the rest of that range as `rest`."""
         at = start
         for part in parts if self.wants_spans else ():
             self.mark(at, part.start, rest)
@@ -84,7 +84,10 @@ class ResponseBuilder:
 
 
 def find_blocks(text: str, pattern: re.Pattern[str]) -> tuple[list[Block], list[Tag], list[Tag]]:
-    """The complete blocks in order, the unmatched tags outside them, the tags inside them. Linear time."""
+    """Return the complete blocks, the unmatched tags outside of them, and the tags inside of them."""
+    # One pass over the tags. An opening tag only opens a block if its closing tag occurs later; otherwise everything
+    # after an unclosed tag would be inside a block. The last occurrence of each closing tag is searched once and
+    # remembered, so the time stays linear even for a response of nothing but opening tags.
     blocks: list[Block] = []
     strays: list[Tag] = []
     nested: list[Tag] = []
@@ -108,18 +111,18 @@ def find_blocks(text: str, pattern: re.Pattern[str]) -> tuple[list[Block], list[
 
 
 def clean_text(text: str, forbidden: Sequence[str], what: str) -> str:
-    """The text without its outer white space; UserError when it contains one of the forbidden strings."""
+    """Return the stripped text; UserError if it contains one of the format's tags."""
     for tag in forbidden:
         if tag in text:
-            raise UserError(f"{tag!r} in the {what}", "a text without the tags of the format", "remove it")
+            raise UserError(f"the {what} contains {tag!r}", "text without tags of the format", "remove it")
     return text.strip()
 
 
 def unwritable_error(tool_format: str, got: str, expected: str) -> UserError:
-    """The error for what a format cannot write."""
-    return UserError(f"{got} in format {tool_format!r}", expected, "change it, or take another format")
+    """Return the error for something that a format cannot represent."""
+    return UserError(f"format {tool_format!r} cannot represent {got}", expected, "change it, or use another format")
 
 
 def describe_tools(tools: Sequence[Mapping[str, Any]]) -> str:
-    """One JSON description per line."""
+    """Return one JSON description per line."""
     return "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)

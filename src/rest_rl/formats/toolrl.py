@@ -1,4 +1,4 @@
-"""The format of ToolRL."""
+"""The tool-call format of ToolRL."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from rest_rl.response import ParsedResponse, Region, ToolCall
 
 @dataclass(frozen=True)
 class ToolRLFormat:
-    """ToolRL's tags (https://github.com/qiancheng0/ToolRL): one think block, one call block, one response block.
+    """ToolRL (https://github.com/qiancheng0/ToolRL): a think block, then a call block, a response block or both.
 
-    Each line of the call block is one JSON object keyed `name` and `parameters`. The think block is required; a
-    call block and a response block follow as needed, in this order.
+    Each line of the call block is a JSON object with `name` and `parameters`. The think block is required.
     """
 
     name: str = "toolrl"
@@ -27,7 +26,7 @@ class ToolRLFormat:
     _layouts = (("think",), ("think", "tool_call"), ("think", "response"), ("think", "tool_call", "response"))
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Read a response; never raises."""
+        """Parse a response; never raises."""
         blocks, strays, nested = find_blocks(text, self._pattern)
         builder = ResponseBuilder(wants_spans=spans)
         at = 0
@@ -78,7 +77,7 @@ class ToolRLFormat:
         builder.mark(at, block.inner_end, Region.FORMAT)
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """A missing thought is written as an empty think block, because the format requires one."""
+        """Return the blocks of a response; a missing thought becomes an empty think block, which is required."""
         parts = [f"<think> {clean_text(thought or '', self.tags, 'thought')} </think>"]
         if calls:
             parts.append(
@@ -91,7 +90,7 @@ class ToolRLFormat:
         return "\n".join(parts)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """A system message that describes the tools and the format."""
+        """Return a system message that describes the tools and the format."""
         return (
             "You can call these tools, one JSON description per line:\n"
             f"{describe_tools(tools)}\n\n"
@@ -101,5 +100,5 @@ class ToolRLFormat:
         )
 
     def observation(self, result: str) -> str:
-        """A tool's result in the history, as ToolRL's prompts show it."""
+        """Return a tool result as it appears in ToolRL's prompts."""
         return f"<obs> {result} </obs>"
