@@ -24,8 +24,8 @@ from rest_rl.response import Gold
 FRAGMENTS = ['"', "{", "}", "\n", "</think>", "<tool_call>", "<response>", "</response>", "\\", " ", "1.0", "true"]
 
 
+# Cut the text, insert or remove a fragment, or leave it unchanged.
 def mutate(text: str, rng: random.Random) -> str:
-    """Cut the text, insert or remove a fragment, or leave it unchanged."""
     at, end = sorted(rng.randrange(len(text) + 1) for _ in range(2))
     match rng.randrange(5):
         case 0:
@@ -40,8 +40,8 @@ def mutate(text: str, rng: random.Random) -> str:
             return text
 
 
+# Return whether both sides give the tokens of the text equal weights; None if the published code raises.
 def compare_weights(text: str, step: int, tokenizer: Any, weighting: Any) -> bool | None:
-    """Return whether both sides give the tokens of the text equal weights; None if the published code raises."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     mask_BT = torch.ones(1, len(ids))
     try:
@@ -54,8 +54,8 @@ def compare_weights(text: str, step: int, tokenizer: Any, weighting: Any) -> boo
     return torch.equal(ours_BT, published_BT)
 
 
+# Return whether both sides give the same reward, format score and correctness.
 def compare_rewards(text: str, gold: Gold, step: int, reward: Any) -> bool:
-    """Return whether both sides give the same reward, format score and correctness."""
     total, well_formatted, correctness, _ = reward.compute_score(
         text, FORMAT.render("a", gold.calls, gold.answer), step
     )

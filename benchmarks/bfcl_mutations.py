@@ -26,8 +26,8 @@ def wrap_calls(lines: Sequence[str]) -> str:
     return "\n".join(["<think> a thought </think>", "<tool_call>", *lines, "</tool_call>"])
 
 
+# Return a value close to the given one: another type, case, punctuation or length.
 def mutate_value(value: Any, rng: random.Random) -> Any:
-    """Return a value close to the given one: another type, case, punctuation or length."""
     wrapped = [[value], {"v": value}, None, str(value), "", [], True]
     if isinstance(value, bool):
         near = [not value, int(value), str(value), str(value).lower()]
@@ -51,8 +51,8 @@ def mutate_value(value: Any, rng: random.Random) -> Any:
     return rng.choice(near if rng.random() < 0.8 else wrapped)
 
 
+# Return a copy of a list or object with one value changed.
 def mutate_item(value: Any, rng: random.Random) -> Any:
-    """Return a copy of a list or object with one value changed."""
     other = dict(value) if isinstance(value, dict) else list(value)
     key = rng.choice(list(other)) if isinstance(other, dict) else rng.randrange(len(other))
     other[key] = mutate_value(other[key], rng)
@@ -92,8 +92,8 @@ def plausible_call(tools: dict[str, Any], rng: random.Random) -> Call:
     return {"name": name, "arguments": {key: PLACEHOLDERS.get(tools[name][key].get("type"), "text") for key in chosen}}
 
 
+# Return the kind of change and the calls with one change.
 def mutate_calls(calls: list[Call], tools: dict[str, Any], rng: random.Random) -> tuple[str, list[Call]]:
-    """Return the kind of change and the calls with one change."""
     kind = rng.choice(["arguments"] * 5 + ["name", "missing call", "extra call", "copy", "order"])
     at = rng.randrange(len(calls)) if calls else 0
     if not calls or kind == "extra call":
@@ -113,8 +113,8 @@ def mutate_calls(calls: list[Call], tools: dict[str, Any], rng: random.Random) -
 JUNK = ("{broken", "null", "5", "[]", "{}", '"text"', "prose", '{"name": "x"}', '{"parameters": {}}', "[" * 500)
 
 
+# Write the calls as text, sometimes in an odd form; return the kind of oddity (empty for none) and the text.
 def write_response(calls: list[Call], rng: random.Random) -> tuple[str, str]:
-    """Write the calls as text, sometimes in an odd form; return the kind of oddity (empty for none) and the text."""
     lines = [format_call(call) for call in calls]
     if rng.random() < 0.7:
         return "", wrap_calls(lines) if calls else "<think> a thought </think>\n<response> no </response>"
@@ -139,8 +139,8 @@ def write_response(calls: list[Call], rng: random.Random) -> tuple[str, str]:
     return kind, choices[kind]()
 
 
+# Return the correct calls, with values drawn from the alternatives that the answers allow.
 def choose_alternatives(entry: Sample, gold: list[Call], rng: random.Random) -> list[Call]:
-    """Return the correct calls, with values drawn from the alternatives that the answers allow."""
     if "java" in entry["category"] or not entry.get("ground_truth"):
         return gold
     calls = []
@@ -171,8 +171,8 @@ def mutate_single_turn(entry: Sample, gold: Gold, rng: random.Random) -> Sample:
     return {"id": entry["id"], "category": entry["category"], "response": text, "kinds": kinds or ["right"]}
 
 
+# Make the first call of a held-out function in the first turn, where its documentation is still missing.
 def call_held_out_early(turns: list[list[list[Call]]], held_out: set[str], rng: random.Random) -> str:
-    """Make the first call of a held-out function in the first turn, where its documentation is still missing."""
     calls = [(turn, step, call) for turn in turns for step in turn for call in step if call["name"] in held_out]
     turn, step, call = calls[0]
     if rng.random() < 0.5:
@@ -182,8 +182,8 @@ def call_held_out_early(turns: list[list[list[Call]]], held_out: set[str], rng: 
     return "held-out function in the first turn"
 
 
+# Change a conversation (turns of steps of calls) in one place; return the kind of change.
 def mutate_turns(turns: list[list[list[Call]]], tools: dict[str, Any], rng: random.Random) -> str:
-    """Change a conversation (turns of steps of calls) in one place; return the kind of change."""
     kind = rng.choice(["call", "call", "call", "call", "empty turn", "other turn", "extra step", "forever", "early"])
     turn = rng.choice(turns)
     everything = [call for other in turns for step in other for call in step]

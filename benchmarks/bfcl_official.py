@@ -63,8 +63,8 @@ def judge(benchmark: Bfcl, sample: Sample) -> Sample:
     return {**row, "results": said, "seconds": seconds}
 
 
+# Return the verdicts of the package, which runs in a separate process.
 def judge_officially(samples: list[Sample], version: Version, python: str) -> list[Sample]:
-    """Return the verdicts of the package, which runs in a separate process."""
     side = Path(__file__).with_name("bfcl_official_side.py")
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "samples.json", Path(folder) / "verdicts.json"
@@ -75,8 +75,8 @@ def judge_officially(samples: list[Sample], version: Version, python: str) -> li
         return json.loads(target.read_text(encoding="utf-8"))
 
 
+# Reduce a recording to the calls that we parsed and executed, turn by turn.
 def executed_calls(ours: Sample) -> Any:
-    """Reduce a recording to the calls that we parsed and executed, turn by turn."""
     if not isinstance(ours["response"], list):
         return json.dumps([] if ours["reason"].startswith(UNKNOWN_TOOL) else ours["calls"])
     # Results follow the calls in order. Those of a last step are not in our log; its calls count as executed.
@@ -88,8 +88,8 @@ def executed_calls(ours: Sample) -> Any:
     return turns
 
 
+# Parse a whole recording with our parser; return the calls in the shape that the package uses.
 def parse_recording(sample: Sample) -> Any:
-    """Parse a whole recording with our parser; return the calls in the shape that the package uses."""
     parse = get_format("toolrl").parse
 
     def calls(text: str) -> list[Call]:
@@ -99,8 +99,8 @@ def parse_recording(sample: Sample) -> Any:
     return calls(response) if isinstance(response, str) else [[calls(text) for text in turn] for turn in response]
 
 
+# Return the known differences between the two parsers that occur in a recording.
 def explain_parsing(response: Any) -> list[str]:
-    """Return the known differences between the two parsers that occur in a recording."""
     texts = [response] if isinstance(response, str) else [text for turn in response for text in turn]
     found = {
         "no end": any("</tool_call>" not in text.rpartition("<tool_call>")[2] for text in texts if "<tool" in text),
@@ -111,8 +111,8 @@ def explain_parsing(response: Any) -> list[str]:
     return [cause for cause, is_so in found.items() if is_so]
 
 
+# Return pairs of tool results that differ, ours first, without calls that we did not execute.
 def differing_results(ours: Sample, theirs: Sample) -> list[tuple[str, str]]:
-    """Return pairs of tool results that differ, ours first, without calls that we did not execute."""
     pairs = zip(ours["results"], theirs["results"], strict=False)  # our log ends before the results of a last step
     return [(a, b) for a, b in pairs if a != b and not a.endswith(NOT_EXECUTED)]
 
@@ -208,8 +208,8 @@ def compare(name: str, samples: list[Sample], benchmark: Bfcl, version: Version,
     return tally.unexplained
 
 
+# Keep the first sample of each id: v3 has a duplicate id, which the package cannot distinguish.
 def drop_duplicate_ids(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep the first sample of each id: v3 has a duplicate id, which the package cannot distinguish."""
     return list({entry["id"]: entry for entry in reversed(entries)}.values())[::-1]
 
 

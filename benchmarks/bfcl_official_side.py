@@ -26,8 +26,8 @@ MODEL_NAME = "restrl"
 RELEVANCE_CATEGORIES = ("irrelevance", "live_irrelevance", "live_relevance")
 
 
+# Parse the calls of a text like ToolRL's evaluation: after the last tag, one per line, skipping bad lines.
 def parse_tool_lines(text: str) -> list[dict[str, Any]]:
-    """Parse the calls of a text like ToolRL's evaluation: after the last tag, one per line, skipping bad lines."""
     if "<tool_call>" not in text:
         raise ValueError("no call")
     block = text.rsplit("<tool_call>", maxsplit=1)[-1].split("</tool_call>", maxsplit=1)[0]
@@ -43,8 +43,8 @@ def parse_tool_lines(text: str) -> list[dict[str, Any]]:
     return calls
 
 
+# Parse a text that is a JSON list of calls; an empty text ends a turn.
 def parse_json_calls(text: str) -> list[dict[str, Any]]:
-    """Parse a text that is a JSON list of calls; an empty text ends a turn."""
     return json.loads(text) if text else []
 
 
@@ -189,8 +189,8 @@ class OfficialEvaluator:
             )
 
 
+# Return the calls of a recording by turn and step, as the handler parses them.
 def decode_recording(response: Any) -> Any:
-    """Return the calls of a recording by turn and step, as the handler parses them."""
     if not isinstance(response, str):
         return [[decode_recording(step) for step in turn] for turn in response]
     try:

@@ -65,8 +65,8 @@ SHAPES = {
 }
 
 
+# Return the bytes on one GPU by part: FSDP2 over all GPUs, bfloat16 products, activation checkpointing.
 def memory_parts(shape: ModelShape, gpus: int) -> dict[str, float]:
-    """Return the bytes on one GPU by part: FSDP2 over all GPUs, bfloat16 products, activation checkpointing."""
     # FSDP2 shards states over all GPUs and gathers one layer while it prefetches the next; logits are not checkpointed.
     n, tokens = shape.parameters, shape.tokens
     return {
@@ -82,26 +82,26 @@ def memory_parts(shape: ModelShape, gpus: int) -> dict[str, float]:
     }
 
 
+# Return the peak of an optimizer step.
 def update_bytes(shape: ModelShape, gpus: int) -> float:
-    """Return the peak of an optimizer step."""
     return sum(memory_parts(shape, gpus).values())
 
 
+# Return the peak of sampling: weights and Adam states stay (no offload), vLLM takes its share.
 def generation_bytes(shape: ModelShape, gpus: int) -> float:
-    """Return the peak of sampling: weights and Adam states stay (no offload), vLLM takes its share."""
     return 12 * shape.parameters / gpus + ROLLOUT_SHARE * GPU_BYTES + ALLOWANCE
 
 
+# Return how many responses of `tokens` tokens, prompt included, fit in the cache of one vLLM engine.
 def cached_responses(shape: ModelShape, tokens: int) -> int:
-    """Return how many responses of `tokens` tokens, prompt included, fit in the cache of one vLLM engine."""
     kept = 2 * shape.parameters + 2 * 2**30 * shape.tensor_parallel
     room = shape.tensor_parallel * ROLLOUT_SHARE * GPU_BYTES - kept
     # At most max_num_seqs of vLLM.
     return min(256, int(room / (shape.cache * tokens)))
 
 
+# Return the seconds of one batch of responses by part, without communication.
 def time_parts(shape: ModelShape, gpus: int, gpu: str) -> dict[str, float]:
-    """Return the seconds of one batch of responses by part, without communication."""
     peak, bandwidth = GPUS[gpu]
     n, responses = shape.parameters, PROMPTS * GROUP
     tokens = responses * (PROMPT + RESPONSE)
@@ -121,8 +121,8 @@ def time_parts(shape: ModelShape, gpus: int, gpu: str) -> dict[str, float]:
     }
 
 
+# Return the seconds of FSDP traffic between nodes per batch if none of it overlaps with computation.
 def network_seconds(shape: ModelShape, gpus: int, node_bytes: float) -> float:
-    """Return the seconds of FSDP traffic between nodes per batch if none of it overlaps with computation."""
     # A micro-batch gathers the weights twice (2 bytes each) and reduces the gradients once (4 bytes); old
     # log-probabilities gather the weights once more. Each node receives everything except its own part.
     nodes = gpus // 8
@@ -132,8 +132,8 @@ def network_seconds(shape: ModelShape, gpus: int, node_bytes: float) -> float:
     return shape.parameters * (8 * micro + 2 * passes) * (nodes - 1) / nodes / node_bytes
 
 
+# Print the two tables of docs/cluster.md.
 def print_tables() -> None:
-    """Print the two tables of docs/cluster.md."""
     print("| model | GPUs | update | sampling | of 79.1 GiB | responses in one cache |\n|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         for gpus in (8, 16, 32, 64):
@@ -158,8 +158,8 @@ def print_tables() -> None:
             print(f"| {name} | {gpus} | {' | '.join(columns)} | {hours:.1f} h |")
 
 
+# Print the terms for one model on one cluster.
 def print_terms(name: str, gpus: int) -> None:
-    """Print the terms for one model on one cluster."""
     shape = SHAPES[name]
     print(f"Qwen3-{name}, {shape.parameters / 1e9:.2f} billion parameters, {gpus} GPUs, {shape.tokens} tokens per GPU")
     for what, size in memory_parts(shape, gpus).items():

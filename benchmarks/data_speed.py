@@ -26,8 +26,8 @@ sys.exit(code)
 """
 
 
+# Write distinct dialogues of a call, its result and an answer.
 def write_dialogues(path: Path, rows: int) -> None:
-    """Write distinct dialogues of a call, its result and an answer."""
     properties = {"city": {"type": "string"}, "day": {"type": "integer"}}
     parameters = {"type": "object", "properties": properties, "required": ["city"]}
     tools = [{"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": parameters}}]

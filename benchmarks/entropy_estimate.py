@@ -69,10 +69,10 @@ def record_sums(options: argparse.Namespace) -> list[Tensor]:
     return recorder.sums
 
 
+# Return (entropy RMS in nats, weight RMS in log, entropy RMS by region) of the estimate from step `first` on.
 def estimate_errors(
     sums: Sequence[Tensor], decay: float, config: WeightConfig, first: int
 ) -> tuple[float, float, Tensor]:
-    """Return (entropy RMS in nats, weight RMS in log, entropy RMS by region) of the estimate from step `first` on."""
     # Replay: at each step, compare the statistics of the steps before with the exact ones, then add the step.
     tracker, entropy_R, weight_R, counts_R = EntropyTracker(decay), torch.zeros(6), torch.zeros(6), torch.zeros(6)
     for step, exact_3R in enumerate(sums):

@@ -157,9 +157,9 @@ def measure(row: dict[str, Any], prompt: int, completion: int, batch: int, layer
     return {"measured": trainer.peaks, "estimated": estimated}
 
 
+# Replace the meta tensors of a model by fake CPU tensors, and count their bytes.
 @contextlib.contextmanager
 def without_storage(model: Any) -> Iterator[LiveBytes]:
-    """Replace the meta tensors of a model by fake CPU tensors, and count their bytes."""
     with FakeTensorMode(), LiveBytes() as live:
         for module in model.modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:  # noqa: SLF001
@@ -171,8 +171,8 @@ def without_storage(model: Any) -> Iterator[LiveBytes]:
         yield live
 
 
+# Return (counted, estimated) bytes of two forward and backward passes under bfloat16 autocast.
 def count_published(name: str, *, lora: Any, checkpointing: bool, batch: int, tokens: int) -> tuple[int, int]:
-    """Return (counted, estimated) bytes of two forward and backward passes under bfloat16 autocast."""
     dtype = "bfloat16" if lora else "float32"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(published_config(name), dtype=getattr(torch, dtype))

@@ -29,8 +29,8 @@ GOLD = {"calls": [{"name": "f", "arguments": {"a": 1}}], "answer": None}
 CALL = '{"name": "f", "%s": {"a": 1}}'
 
 
+# Return long, deeply nested, unclosed and malformed responses, and a few short odd ones.
 def hostile_responses() -> list[str]:
-    """Return long, deeply nested, unclosed and malformed responses, and a few short odd ones."""
     hermes = "<tool_call>\n" + CALL % "arguments" + "\n</tool_call>"
     deep = '{"a":' * 25_000 + "1" + "}" * 25_000
     long = [

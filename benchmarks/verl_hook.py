@@ -47,8 +47,8 @@ def to_jagged(rows: Sequence[Tensor]) -> Tensor:
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
+# Return a batch of `size` responses, of which `DISTINCT` are different.
 def make_batch(size: int, tokenizer: Any) -> dict[str, Any]:
-    """Return a batch of `size` responses, of which `DISTINCT` are different."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     texts = [make_response(rng) for _ in range(DISTINCT)]
     ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -63,8 +63,8 @@ def make_batch(size: int, tokenizer: Any) -> dict[str, Any]:
     return batch
 
 
+# Do the work of verl's trainer at this point with verl's own functions.
 def run_stock(batch: dict[str, Any], tokenizer: Any) -> None:
-    """Do the work of verl's trainer at this point with verl's own functions."""
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
     from verl.workers.utils.padding import response_to_nested
 
@@ -79,8 +79,8 @@ def run_stock(batch: dict[str, Any], tokenizer: Any) -> None:
     response_to_nested(returns_BT, batch["response_mask"])
 
 
+# Do the additional work of the plugin.
 def run_ours(batch: dict[str, Any], tokenizer: Any) -> None:
-    """Do the additional work of the plugin."""
     tool_format = FORMATS["toolrl"]
     tracker = EntropyTracker(0.7)
     tracker.update(torch.tensor([[9.0] * 6, [0.3, 0.5, 1.0, 3.0, 2.0, 2.0], [1.0] * 6]))
@@ -108,8 +108,8 @@ def run_ours(batch: dict[str, Any], tokenizer: Any) -> None:
 SIDES: dict[str, Callable[[dict[str, Any], Any], None]] = {"stock": run_stock, "ours": run_ours}
 
 
+# Return the memory peak of the process so far, in GiB.
 def peak_gib() -> float:
-    """Return the memory peak of the process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

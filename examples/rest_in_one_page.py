@@ -97,8 +97,10 @@ def rest_loss(
     regions_BT = tag_regions(rollout.ids_BT, rollout.mask_BT, tokenizer, FORMAT)
     entropy_sums_R, counts_R = region_sums(entropies_BT, regions_BT, rollout.mask_BT)
     measured = RegionStatistics(counts_R, entropy_sums_R / counts_R)
+    # Eq. 9 of the paper: the weight of a region follows from its mean entropy; the curriculum shifts it with progress.
     weights_R = apply_curriculum(region_weights(known, preset.weights), progress, preset.weights)
     weights_BT = assign_weights(weights_R, regions_BT, rollout.mask_BT)
+    # Eq. 19: the clipped surrogate of GRPO with the advantage w_it A_i for each token.
     loss = clipped_surrogate(
         logprobs_BT,
         old_logprobs_BT,
@@ -163,6 +165,7 @@ def train(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        # Only now: the weights of a step come from earlier steps, so that no response influences its own weight.
         known = smooth(known, measured)
         history.append(sum(reward.accuracy for reward in rewards) / len(rewards))
         flat = zero_spread_mask(rewards_B, args.group).float().mean().item()

@@ -179,8 +179,8 @@ def pad_batch(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
     return Batch(ids_BT, labels_BT)
 
 
+# Train one stage; return the number of steps and moving averages of loss and accuracy.
 def run_stage(model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], stage: Stage) -> dict[str, float]:
-    """Train one stage; return the number of steps and moving averages of loss and accuracy."""
     averages = {"loss": 0.0, "accuracy": 0.0}
     step = 0
     model.train()

@@ -349,7 +349,7 @@ def test_a_ratio_with_an_insignificant_divisor_shows_as_a_dash() -> None:
     lost = [rule._replace(noise_ratio=Estimate(51.0, 1.2e19), cosine=Estimate(0.3, 35.0)) for rule in own.rules]
     text = render_page("Probe", [replace(own, rules=tuple(lost), prompts_per_step=1)], {})
     assert "| rest | +0 ± 1 | +0 ± 10 | – | – |" in text.replace("+0.0 ± 1.0", "+0 ± 1")
-    assert "per step of 1 prompt, compared with uniform weights" in text
+    assert "gain over uniform weights per step of 1 prompt\n" in text
 
 
 def test_page_and_json_show_the_figures() -> None:

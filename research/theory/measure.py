@@ -157,6 +157,7 @@ def measure(
 
 def has_spread(pilot: Sequence[SampledGroup], settings: TheorySettings) -> bool:
     """Return whether each half of the pilot has at least two prompts with unequal rewards."""
+    # Halves by position, as in `MomentTable`; only the responses whose tokens are measured count.
     firsts = [group._replace(responses=group.responses[: settings.token_responses]) for group in pilot]
     live = [bool(group.advantages().any()) for group in firsts]
     return min(sum(live[::2]), sum(live[1::2])) >= 2
@@ -256,18 +257,18 @@ def measure_tokens(
     return rows
 
 
+# Return the inner products of all pairs, scaled from the kept coordinates to the whole model: float64 (n, n).
 def inner_products(vectors_nN: Tensor, coordinates: Coordinates) -> np.ndarray:
-    """Return the inner products of all pairs, scaled from the kept coordinates to the whole model: float64 (n, n)."""
     return coordinates.scale * (vectors_nN @ vectors_nN.T).double().numpy()
 
 
+# Check the bound and each of its assumptions under the weights of each rule.
 def check_theorem_one(
     tokens: Sequence[ResponseTokens],
     rules: Mapping[str, WeightConfig],
     statistics: RegionStatistics,
     settings: TheorySettings,
 ) -> dict[str, BoundChain]:
-    """Check the bound and each of its assumptions under the weights of each rule."""
     batches = []
     for one in tokens:
         regions_1T, entropies_1T = (torch.from_numpy(values_T)[None] for values_T in (one.regions_T, one.entropies_T))
@@ -288,6 +289,7 @@ def build_batch(regions_BT: Tensor, mask_BT: Tensor, entropies_BT: Tensor) -> Ta
     return TaggedBatch(regions_BT, mask_BT, regions_BT, None, "toolrl", entropies_BT=entropies_BT)
 
 
+# Yield the figures of every rule on the same groups, uniform weights first.
 def judge_rules(
     model: Any,
     groups: Sequence[SampledGroup],
@@ -298,7 +300,6 @@ def judge_rules(
     tokenizer: Any,
     advance: Advance,
 ) -> Iterator[RuleFigures]:
-    """Yield the figures of every rule on the same groups, uniform weights first."""
     sampled = SampledBatch.from_groups(groups, model, tokenizer, "toolrl")
     every, own_BT = sampled.tagged, compute_grpo_weights(groups)
     assert every.entropies_BT is not None

@@ -90,6 +90,7 @@ def compute_region_facts(
         )
         for label, region in regions.items()
     }
+    # Together as one group: the error of a sum of shares is not the sum of their errors.
     overall = float(np.mean(tokens.entropies_T))
     sure = [region for label, region in regions.items() if by_region[label].entropy.value < overall]
     counts_1MR = leave_one_out_sums(tokens.sums(np.ones_like(tokens.entropies_T)))

@@ -81,7 +81,7 @@ def build_tables(report: ProbeReport) -> list[Table]:
         noise = format_estimate(hide_noisy_ratio(rule.noise_ratio), 1)
         rules.append((rule.name, *gains, format_estimate(hide_noisy_cosine(rule.cosine), 2), noise))
     prompts = f"{report.prompts_per_step} prompt{'s' * (report.prompts_per_step > 1)}"
-    step = f"predicted improvement per step of {prompts}, compared with uniform weights"
+    step = f"predicted gain over uniform weights per step of {prompts}"
     parts = {
         "tokens": (("region", "tokens", "share %", "entropy (nats)", "p90", "1 - Σp²"), tokens),
         "signal": (("region", "|g|² %", "signal %", "SNR", "differs %", "AUC"), signal),
@@ -122,7 +122,7 @@ def describe_gradients(report: ProbeReport) -> str:
     part = "all" if report.coordinates == report.parameters else f"{report.coordinates:,} random entries of"
     return (
         f"Gradients of {part} {report.parameters:,} parameters at progress {report.progress:g}. One prompt has an SNR "
-        f"of {format_estimate(report.snr, 4)}; the largest contributes {report.heaviest:.0%} of the squared norm."
+        f"of {format_estimate(report.snr, 4)}; the largest one contributes {report.heaviest:.0%} of the squared norm."
     )
 
 

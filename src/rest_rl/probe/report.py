@@ -276,7 +276,7 @@ def recommend(probe: ProbeReport) -> Advice:
         return recommend_uniform("not measurable", f"{FORMAT_NEVER_MET}; {FORMAT_REMEDY}")
     if not probe.has_signal:
         return recommend_uniform(
-            "not measurable", f"{probe.sampled.prompts} prompts cannot distinguish the signal from noise; measure more"
+            "not measurable", f"{probe.sampled.prompts} prompts cannot distinguish the signal from noise; add more"
         )
     named = [rule for rule in probe.rules if rule.name in candidate_rules()]
     best = max(named, key=lambda rule: rule.adam_gain.value)
