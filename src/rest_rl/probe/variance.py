@@ -236,7 +236,7 @@ def compute_norm_scales(baseline_MN: Tensor, cap: float) -> Tensor:
     live_M = norms_M[norms_M > 0]
     if not len(live_M):
         return torch.ones_like(norms_M)
-    # `tiny` avoids 0 / 0 for a unit without gradient, whose factor is 1.
+    # `tiny` avoids a division by 0 for a unit without gradient, whose factor is 1.
     return (cap * live_M.median() / norms_M.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
 
 
