@@ -51,11 +51,8 @@ class Evaluation(NamedTuple):
 class Change:
     """The paired change of one group: accuracies and their difference as fractions, with a 95 % interval.
 
-    Attributes:
-        lost: Number of samples that only the base model got right.
-        gained: Number of samples that only the tuned model got right.
-        p: p-value of McNemar's exact test; None for an official average.
-        q: p adjusted for the number of groups (Benjamini-Hochberg); None for averages and for all samples.
+    Only the base model got `lost` samples right, only the tuned model `gained` ones. `p` is McNemar's exact test (None
+    for an official average), `q` its Benjamini-Hochberg value among the groups (None for averages and all samples).
     """
 
     group: str
@@ -104,11 +101,7 @@ class EvalComparison:
 
 
 def compare_evaluations(base: str | Path, tuned: str | Path) -> EvalComparison:
-    """Compare two evaluation folders.
-
-    Raises:
-        UserError: A folder contains no evaluation, or the two evaluations share no scored sample.
-    """
+    """Compare two evaluation folders; UserError if one contains no evaluation or they share no scored sample."""
     first, second = read_evaluation(base), read_evaluation(tuned)
     for key in ("benchmark", "version", "pin"):
         one, other = first.summary.get(key), second.summary.get(key)
@@ -160,11 +153,7 @@ def write_comparison(comparison: EvalComparison, folder: str | Path) -> list[Pat
 
 
 def read_evaluation(folder: str | Path) -> Evaluation:
-    """Read an evaluation folder; the last row of a sample counts.
-
-    Raises:
-        UserError: The folder contains no finished evaluation.
-    """
+    """Read the folder of a finished evaluation; if a sample has several rows, the last one counts."""
     path = Path(folder)
     summary, rows = read_json_object(path / SUMMARY), EvalLog(path).read_rows()
     if "benchmark" not in summary or not rows:

@@ -122,10 +122,7 @@ class Model(Protocol):
 class SingleTurn(Conversation):
     """A conversation with a single request.
 
-    Args:
-        sample: The prompt and its gold.
-        tool_format: The format in which responses are parsed.
-        judge: Maps the reply and its parsed form to the row fields: one boolean per metric, `reason`, and others.
+    `judge` maps the reply and its parsed form to the fields of the row: one boolean per metric, `reason`, and others.
     """
 
     def __init__(

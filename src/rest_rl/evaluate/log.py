@@ -32,11 +32,7 @@ class EvalLog:
 
     @classmethod
     def new(cls, folder: str | Path) -> EvalLog:
-        """Return the log of a folder that contains no evaluation yet; nothing is written.
-
-        Raises:
-            UserError: The folder already contains an evaluation.
-        """
+        """Return the log of a new evaluation without writing; UserError if the folder already contains one."""
         if any((Path(folder) / name).exists() for name in (SETTINGS, SAMPLES)):
             raise UserError(
                 f"{folder} already contains an evaluation",
@@ -53,11 +49,7 @@ class EvalLog:
 
     @classmethod
     def resume(cls, folder: str | Path, settings: Mapping[str, Any]) -> EvalLog:
-        """Continue an evaluation: drop failed samples and an incomplete last line.
-
-        Raises:
-            UserError: The folder contains no evaluation, or one with other settings.
-        """
+        """Continue an evaluation with the same settings: drop failed samples and an incomplete last line."""
         log = cls(folder)
         recorded = read_json_object(log.folder / SETTINGS)
         if not recorded:

@@ -38,14 +38,8 @@ class Origin(NamedTuple):
 def resolve_origin(path: str, option: str = "--model") -> Origin:
     """Resolve a run folder, a model folder or a name on the hub to its weights and its run.
 
-    A name on the hub is only looked up if its first part is also a local folder.
-
-    Args:
-        path: The folder or name.
-        option: The option that error messages mention.
-
-    Raises:
-        UserError: There is no model at `path`.
+    A name on the hub is only looked up if its first part is also a local folder. Raises UserError, which mentions
+    `option`, if there is no model at `path`.
     """
     path = os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
     folder = Path(path)

@@ -43,11 +43,7 @@ class Plan:
 
 
 def make_plan(request: EvalRequest) -> Plan:
-    """Resolve prompt and format.
-
-    Raises:
-        UserError: The options contradict each other or do not determine the format.
-    """
+    """Resolve prompt and format; UserError if the options contradict each other or leave the format open."""
     if request.source == "endpoint":
         return _server_plan(request)
     if request.source == "checkpoint":

@@ -55,9 +55,7 @@ class EvalRequest:
     oracle: bool = _option(False, MODEL_PANEL, "respond with the gold answers, as a self-test")
     changes: tuple[str, ...] = _option((), MODEL_PANEL, "override a key of [model]: model.dtype=bfloat16", "A.B=C")
     prompt: str | None = _option(None, PROMPT_PANEL, PROMPT_HELP, choices=("training", "native", "published"))
-    prompt_from: str | None = _option(
-        None, PROMPT_PANEL, "a file of ToolRL's published rows, such as rlla_sft.json", "FILE"
-    )
+    prompt_from: str | None = _option(None, PROMPT_PANEL, "ToolRL's published rows, such as rlla_sft.json", "FILE")
     format: str | None = _option(None, PROMPT_PANEL, "format of tool calls (default: from run or template)", "F")
     max_new_tokens: int | None = _option(None, PROMPT_PANEL, "tokens per response (default: 4096; tool world 160)", "N")
     context: int | None = _option(None, PROMPT_PANEL, "context length in tokens (default: the model's)", "N")
@@ -84,11 +82,7 @@ class EvalRequest:
     prompts: int = _option(256, BENCHMARK_PANEL, "prompts per split", "N", only_for="tool-world")
     seed: int = _option(20_000, BENCHMARK_PANEL, "seed of the prompts", "N", only_for="tool-world")
     decision: Literal["reasoning", "call"] = _option(
-        "reasoning",
-        BENCHMARK_PANEL,
-        "where the tool is chosen, as in [data]",
-        only_for="tool-world",
-        choices=("reasoning", "call"),
+        "reasoning", BENCHMARK_PANEL, "where the tool is chosen", only_for="tool-world", choices=("reasoning", "call")
     )
     command: tuple[str, ...] = field(default=(), repr=False)
     """The command line, recorded in environment.json."""

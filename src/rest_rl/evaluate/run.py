@@ -163,9 +163,6 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
     """Return the benchmark of a request: a built-in one, an object, or the user's `package.module:OBJECT`.
 
     A class or a factory function at OBJECT is called without arguments.
-
-    Raises:
-        UserError: The benchmark is unknown, incomplete or lacks its data.
     """
     name = request.benchmark
     if not isinstance(name, str):

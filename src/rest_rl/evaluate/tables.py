@@ -405,11 +405,8 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[TextTable]:
             else (group, n, *[DASH] * 5)
             for group, n, base, tuned, change, interval, lost, gained, p, q in rows
         ]
-        notes = [
-            *(f"warning: {warning}" for warning in comparison.get("warnings", [])),
-            SHORT_LEGEND,
-            *_averages_note(changes),
-        ]
+        notes = [f"warning: {warning}" for warning in comparison.get("warnings", [])]
+        notes += [SHORT_LEGEND, *_averages_note(changes)]
         tables.append(TextTable(title, ("", "n", "base", "tuned", "change", "flips", "p"), lines, notes))
     return tables
 
@@ -448,6 +445,6 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     notes += [f"**warning**: {warning}" for warning in comparison.get("warnings", [])]
     notes += [
         LONG_LEGEND,
-        *_averages_note([change for _, changes in _iterate_metrics(comparison) for change in changes]),
+        *_averages_note([change for changes in comparison["metrics"].values() for change in changes]),
     ]
     return "\n\n".join([*parts, "\n".join(f"- {text}" for text in notes)]) + "\n"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,14 +52,9 @@ class ApiBank(Benchmark):
     group_field = "level"
 
     def __init__(self, folder: str | Path, *, keep_prompts: bool) -> None:
-        """Read the samples.
+        """Read the samples; UserError if a file is missing or invalid.
 
-        Args:
-            folder: The folder of the three files.
-            keep_prompts: Whether to use the published prompt texts instead of rendering the prompts for the model.
-
-        Raises:
-            UserError: A file is missing or invalid.
+        With `keep_prompts` the model gets the published prompt texts; otherwise its chat template renders the prompts.
         """
         digest = hashlib.sha256()
         self.items: dict[str, ApiBankSample] = {}
@@ -73,9 +69,8 @@ class ApiBank(Benchmark):
     def start(self, identity: str, tool_format: ToolFormat) -> SingleTurn:
         item = self.items[identity]
         is_published = tool_format.name.removesuffix(THINK_SUFFIX) == FORMAT
-        return SingleTurn(
-            item.sample, tool_format, lambda reply, parsed: judge_response(reply, parsed, item, is_published)
-        )
+        judge = partial(judge_response, item=item, is_published=is_published)
+        return SingleTurn(item.sample, tool_format, judge)
 
     def extras(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return `ceilings`: the best score of correct responses per level, and the samples that limit it."""

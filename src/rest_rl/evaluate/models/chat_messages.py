@@ -81,13 +81,10 @@ def to_wire_message(message: Mapping[str, Any], names: Mapping[str, str]) -> dic
 
 
 def parse_chat_completion(data: bytes, sample: ToolSample, tool_format: ToolFormat) -> Reply:
-    """Parse the body of a chat completion.
+    """Parse the body of a chat completion; MalformedResponseError if it is none.
 
     Tool calls that the server parsed become the reply's calls. A call whose arguments are not a JSON object is
     appended to the text instead.
-
-    Raises:
-        MalformedResponseError: The body is not a chat completion.
     """
     body = parse_body(data)
     if isinstance(body, Reply):
@@ -110,11 +107,7 @@ def parse_chat_completion(data: bytes, sample: ToolSample, tool_format: ToolForm
 
 
 def parse_body(data: bytes) -> Any:
-    """Parse the JSON body of a response; a reported context overflow is returned as a `Reply`.
-
-    Raises:
-        MalformedResponseError: The body is not JSON, or it reports another error.
-    """
+    """Parse the JSON body of a response; return a reported context overflow as a `Reply`, raise other errors."""
     try:
         body = load_json(data.decode("utf-8"))
     except ValueError as error:

@@ -25,19 +25,10 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.data.reading import load_json
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Model, Reply, Request
-from rest_rl.evaluate.models.chat_messages import (
-    OVERFLOW_MESSAGE,
-    MalformedResponseError,
-    build_chat_body,
-    parse_chat_completion,
-)
-from rest_rl.evaluate.models.token_prompts import (
-    build_completion_body,
-    check_positive,
-    compute_context_usage,
-    parse_completion,
-    prepare_prompt,
-)
+from rest_rl.evaluate.models import chat_messages as chat
+from rest_rl.evaluate.models import token_prompts
+from rest_rl.evaluate.models.chat_messages import MalformedResponseError
+from rest_rl.evaluate.models.token_prompts import check_positive, compute_context_usage
 from rest_rl.formats import ToolFormat
 
 API_KEY = "OPENAI_API_KEY"
@@ -184,19 +175,11 @@ class Endpoint(Model):
         self._route = self._client.chat.completions if self._uses_chat else self._client.completions
 
     def check(self) -> None:
-        """Query the server's list of models. A server that does not list its models passes.
-
-        Raises:
-            UserError: The server does not respond, rejects the key or does not serve the model.
-        """
+        """Raise UserError if the server does not respond, rejects the key or lists other models only."""
         asyncio.run_coroutine_threadsafe(self._check(), self._loop).result()
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Return one reply per request, in order.
-
-        Raises:
-            UserError: A problem that every request would have: a wrong key, model name or URL.
-        """
+        """Return one reply per request, in order; UserError for a wrong key, model name or URL."""
         if not self._is_stopped:
             answers = asyncio.run_coroutine_threadsafe(self._respond_all(requests), self._loop)
             self._pending.add(answers)
@@ -248,9 +231,8 @@ class Endpoint(Model):
         async with self._slots:
             for attempt in range(self.retries + 1):
                 if attempt:
-                    await asyncio.sleep(
-                        min(FIRST_RETRY_DELAY * 2 ** (attempt - 1), MAX_RETRY_DELAY) * random.uniform(0.75, 1.0)
-                    )
+                    delay = min(FIRST_RETRY_DELAY * 2 ** (attempt - 1), MAX_RETRY_DELAY)
+                    await asyncio.sleep(delay * random.uniform(0.75, 1.0))
                 try:
                     reply = await self._send(body, read)
                     if reply.overflow and self._uses_chat and body.pop("max_tokens", None):
@@ -262,23 +244,22 @@ class Endpoint(Model):
         return Reply(error=self._redact(f"{problem}, {self._attempts_note}"))
 
     def _build_request(self, request: Request) -> tuple[dict[str, Any], Callable[[bytes], Reply]] | Reply:
-        # returns the request body and the parser of its response, or a reply if the prompt cannot be rendered or is too
-        # long
+        # (request body, parser of its response), or a reply if the prompt cannot be rendered or is too long
         extra = dict(self.extra_body)
         if self.layout is None or self._uses_chat:
             usage = self.context_usage(request)
             over = max(usage[0] - usage[1], 0) if usage else 0
-            body = build_chat_body(request.sample, self.tool_format, native=self.native)
+            body = chat.build_chat_body(request.sample, self.tool_format, native=self.native)
             body["max_tokens"] = max(self.max_new_tokens - over, 1)  # the server decides whether the prompt fits
-            read = functools.partial(parse_chat_completion, sample=request.sample, tool_format=self.tool_format)
+            read = functools.partial(chat.parse_chat_completion, sample=request.sample, tool_format=self.tool_format)
         else:
-            prompt = prepare_prompt(request, self.layout, self.max_new_tokens, self.context)
+            prompt = token_prompts.prepare_prompt(request, self.layout, self.max_new_tokens, self.context)
             if isinstance(prompt, Reply):
                 return prompt
-            body = build_completion_body(prompt, self.layout)
+            body = token_prompts.build_completion_body(prompt, self.layout)
             extra.pop("chat_template_kwargs", None)  # the layout has already applied them
             extra = {**body.pop("extra_body", {}), **extra}
-            read = functools.partial(parse_completion, prompt=prompt, layout=self.layout)
+            read = functools.partial(token_prompts.parse_completion, prompt=prompt, layout=self.layout)
         return {"model": self.model, **body, "temperature": 0, "extra_body": extra or None}, read
 
     def _flatten(self, request: Request) -> Request:
@@ -308,7 +289,7 @@ class Endpoint(Model):
         # A status of 400 or more: a prompt that is too long (a wrong sample), a mistake of the user (stops the
         # evaluation), a rejected request or a failing server (an unscored sample).
         status, message = error.status_code, str(error.message)
-        if status == 413 or (status in (400, 422) and OVERFLOW_MESSAGE.search(message)):
+        if status == 413 or (status in (400, 422) and chat.OVERFLOW_MESSAGE.search(message)):
             return Reply(overflow=self._redact(f"the server reports: {message:.400}"))
         if status in (401, 402, 403, 404, 405, 501) or getattr(error, "code", None) == "insufficient_quota":
             raise self._user_error(error)

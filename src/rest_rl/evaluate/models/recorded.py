@@ -75,11 +75,8 @@ class Oracle(Model):
 def read_responses(path: str, groups: Mapping[str, Any]) -> tuple[dict[str, Recording], list[str]]:
     """Read a JSONL file of `{"id", "response"}`, such as the samples.jsonl of an evaluation.
 
-    Returns:
-        The responses to samples of the benchmark, and the ids of all others.
-
-    Raises:
-        UserError: A row is invalid, an id occurs twice, or no response belongs to a sample.
+    Returns the responses to samples of the benchmark, and the ids of all others. Raises UserError if a row is invalid,
+    an id occurs twice, or no response belongs to a sample.
     """
     responses: dict[str, Recording] = {}
     for number, line in read_lines(path):

@@ -9,13 +9,7 @@ from typing import Any, NamedTuple
 from rest_rl.data.layout import PromptLayout
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Model, Reply, Request
-from rest_rl.evaluate.models.chat_messages import (
-    first_choice,
-    parse_body,
-    replace_surrogates,
-    require_field,
-    token_count,
-)
+from rest_rl.evaluate.models import chat_messages as chat
 
 
 class TokenPrompt(NamedTuple):
@@ -103,20 +97,16 @@ def build_completion_body(prompt: TokenPrompt, layout: PromptLayout) -> dict[str
 
 
 def parse_completion(data: bytes, prompt: TokenPrompt, layout: PromptLayout) -> Reply:
-    """Parse the body of a text completion.
-
-    Raises:
-        MalformedResponseError: The body is not a completion.
-    """
-    body = parse_body(data)
+    """Parse the body of a text completion; MalformedResponseError if it is none."""
+    body = chat.parse_body(data)
     if isinstance(body, Reply):
         return body
-    choice, usage = first_choice(body), body.get("usage")
-    text, prompt_tokens = require_field(choice, "text", str), token_count(usage, "prompt_tokens")
+    choice, usage = chat.first_choice(body), body.get("usage")
+    text, prompt_tokens = chat.require_field(choice, "text", str), chat.token_count(usage, "prompt_tokens")
     return Reply(
-        strip_end_tokens(replace_surrogates(text), layout),
+        strip_end_tokens(chat.replace_surrogates(text), layout),
         prompt_tokens=len(prompt.ids) if prompt_tokens is None else prompt_tokens,
-        tokens=token_count(usage, "completion_tokens"),
+        tokens=chat.token_count(usage, "completion_tokens"),
         is_truncated=choice.get("finish_reason") == "length",
     )
 

@@ -28,10 +28,7 @@ class VllmModel(TokenModel):
         """Start the engine.
 
         `context` is the context length that vLLM reserves memory for (`max_model_len`); `engine` contains further
-        arguments of `vllm.LLM`.
-
-        Raises:
-            UserError: vLLM is not installed, or `path` is an adapter.
+        arguments of `vllm.LLM`. Raises UserError if vLLM is not installed or `path` is an adapter.
         """
         check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens, context=context)
         if (Path(path) / "adapter_config.json").is_file():

@@ -87,16 +87,10 @@ class Bfcl(Benchmark):
         seconds: float = 20.0,
         memory_mb: int = 2048,
     ) -> None:
-        """Load the samples.
+        """Load the samples of the given categories or groups (non_live, live, multi_turn, all).
 
-        Args:
-            version: `v3` or `v4`.
-            categories: Names of categories or groups (non_live, live, multi_turn, all); None for all.
-            seconds: CPU time limit for the calls of a sample.
-            memory_mb: Memory limit for the calls of a sample.
-
-        Raises:
-            UserError: A category is unknown, or the bfcl-eval release is not installed.
+        `seconds` of CPU time and `memory_mb` limit the calls of a sample. Raises UserError for an unknown category, or
+        if the bfcl-eval release is not installed.
         """
         self.version: Version = version
         self.categories = select_categories(version, categories)

@@ -32,11 +32,7 @@ RELEVANCE = "live_relevance"
 
 
 def select_categories(version: Version, names: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the categories of the given category or group names, without duplicates, in official order.
-
-    Raises:
-        UserError: A name is unknown, or there are no names.
-    """
+    """Return the categories of the given category or group names, in official order; all of them for None."""
     parts = {"non_live": NON_LIVE[version], "live": LIVE, "multi_turn": MULTI_TURN}
     known = tuple(category for part in parts.values() for category in part)
     groups = {"all": known, **parts}
@@ -54,19 +50,12 @@ def select_categories(version: Version, names: Sequence[str] | None) -> tuple[st
 
 
 def official_averages(version: Version, complete: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, Any]]:
-    """Return the averages of the official table whose categories are all complete.
+    """Return the averages of the official table whose categories are all in `complete` (correct, number of samples).
 
-    Args:
-        version: `v3` or `v4`.
-        complete: (correct, number of samples) of each fully scored category.
-
-    Returns:
-        Per average its `accuracy`, the 95 % interval `low` and `high`, combined from the categories' Wilson intervals
-        by `weighted_mean`, its categories as `of`, and their `weights`.
+    Each has its `accuracy`, the 95 % interval `low` and `high`, combined from the categories' Wilson intervals by
+    `weighted_mean`, its categories as `of`, and their `weights`.
     """
-    shares = {
-        name: Interval(right / number, *wilson_interval(right, number)) for name, (right, number) in complete.items()
-    }
+    shares = {name: Interval(right / n, *wilson_interval(right, n)) for name, (right, n) in complete.items()}
     found: dict[str, dict[str, Any]] = {}
     for name, weights in average_weights(version, {name: number for name, (_, number) in complete.items()}).items():
         if complete.keys() >= weights.keys():
@@ -82,21 +71,14 @@ def average_weights(version: Version, numbers: Mapping[str, int]) -> dict[str, M
     v3: Non-Live is the mean of Simple (itself a mean of three), multiple, parallel, parallel_multiple and irrelevance.
     Live is the accuracy over all samples of its six categories, Multi-Turn the mean of its four categories, and Overall
     the mean of the three. v4 removes the relevance and irrelevance categories from Non-Live and Live and reports the
-    mean of the two irrelevance categories as a separate part.
-
-    Args:
-        version: `v3` or `v4`.
-        numbers: The number of samples of each category.
+    mean of the two irrelevance categories as a separate part. `numbers` is the number of samples of each category.
     """
     simple, plain = mean_weights(*NON_LIVE[version][:3]), NON_LIVE[version][3:]
     if version == "v4":
         parts = {"Non-Live": mean_weights(simple, *plain[:-1]), "Live": weights_by_samples(LIVE[:4], numbers)}
         return {**parts, "Irrelevance": mean_weights(*UNANSWERED), "Multi-Turn": mean_weights(*MULTI_TURN)}
-    parts = {
-        "Non-Live": mean_weights(simple, *plain),
-        "Live": weights_by_samples(LIVE, numbers),
-        "Multi-Turn": mean_weights(*MULTI_TURN),
-    }
+    parts = {"Non-Live": mean_weights(simple, *plain), "Live": weights_by_samples(LIVE, numbers)}
+    parts["Multi-Turn"] = mean_weights(*MULTI_TURN)
     return {**parts, "Overall": mean_weights(*parts.values())}
 
 

@@ -29,11 +29,7 @@ class BfclPackage(NamedTuple):
 
 
 def find_package(version: Version) -> BfclPackage:
-    """Find the release in $REST_RL_BFCL_V3 (or _V4), in the environment's share folder, or among installed packages.
-
-    Raises:
-        UserError: The release is not installed, or the variable names a folder without it.
-    """
+    """Find the release in $REST_RL_BFCL_V3 (or _V4), in the environment's share folder, or among its packages."""
     variable, share = f"REST_RL_BFCL_{version.upper()}", share_folder(version)
     if given := os.environ.get(variable):
         if (found := find_release(Path(given))) != PINS[version]:

@@ -92,9 +92,8 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         if problem := _find_json_problem(calls):
             return Verdict(False, "checker_error: ValueError", problem)
         self._end_session()
-        return Verdict(
-            *retry_if_ended(partial(self._ask_about_sample, category, "check_calls", identity, category, calls))
-        )
+        ask = partial(self._ask_about_sample, category, "check_calls", identity, category, calls)
+        return Verdict(*retry_if_ended(ask))
 
     def session(self, identity: str) -> Session:
         """Start a conversation with fresh backends; this ends the previous session."""
