@@ -14,7 +14,7 @@ from rest_rl.config import EMBEDDED, ModelTable, RunConfig
 from rest_rl.errors import UserError
 from rest_rl.evaluate.origin import STRIDE_BYTES, compute_digest, model_label, resolve_origin, weights_digest
 from rest_rl.evaluate.plan import make_plan
-from rest_rl.evaluate.request import BATCH_SIZE, BFCL_BATCH_SIZE, VLLM_BATCH_SIZE, EvalRequest
+from rest_rl.evaluate.request import BATCH_SIZE, BFCL_BATCH_SIZE, VLLM_BATCH_SIZE, EvalRequest, option_name
 from rest_rl.train.policy import embedded_model_dir, find_hub_commit
 from rest_rl.train.run import resolve_run
 
@@ -181,10 +181,10 @@ def test_options_without_effect_are_refused(
     monkeypatch.chdir(tmp_path)
     Path("r.jsonl").write_text('{"id": "1", "response": "hello"}\n', encoding="utf-8")
     make_plan(EvalRequest("tool-world", **who))
-    name = next(iter(option)).replace("_", "-").replace("changes", "set")
+    name = option_name(next(iter(option)))
     with pytest.raises(UserError) as caught:
         EvalRequest("tool-world", **who, **option)
-    assert caught.value.problem == f"--{name} has no effect {told}"
+    assert caught.value.problem == f"{name} has no effect {told}"
 
 
 @pytest.mark.parametrize(
