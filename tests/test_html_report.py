@@ -1,4 +1,4 @@
-"""The HTML report: what it holds of hand-made runs and, in a headless Chromium, what it does with hostile responses."""
+"""The HTML report: the data in the page, and in a headless Chromium its behaviour, also with hostile responses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HOSTILE = [
 
 
 def tokens(*pieces: tuple[str, Region], advantage: float = 0.5) -> dict[str, Any]:
-    """A row's tokens: weights w = 0.5, 1.0, 1.5, ..., entropies w / 10, log-probabilities -w^2 / 5."""
+    """The tokens of a row: weights w = 0.5, 1.0, 1.5, ..., entropies w / 10, log-probabilities -w^2 / 5."""
     numbers = [0.5 * (i + 1) for i in range(len(pieces))]
     return {
         "response": "".join(text for text, _ in pieces),
@@ -72,17 +72,17 @@ def token_rows(count: int, steps: int) -> list[dict[str, Any]]:
 
 
 def contents(page: Path) -> tuple[dict[str, Any], bytes]:
-    """The page's data as its script would read them."""
+    """The data of the page, decoded as its script does."""
     text = page.read_text(encoding="utf-8")
     parts = [re.search(rf'id="{name}">([^<]*)</script>', text) for name in ("data", "token-data")]
     data, columns = (gzip.decompress(base64.b64decode(part[1])) for part in parts if part)
     return json.loads(data), columns
 
 
-# What the page holds
+# The data in the page
 
 
-def test_tokens_stand_in_columns(tmp_path: Path) -> None:
+def test_tokens_are_stored_in_columns(tmp_path: Path) -> None:
     row = {"step": 1, "id": "a", **tokens(("ab", Region.NAME), ("", Region.FORMAT))}
     bare = {"step": 2, "id": "b", "response": "one two"}
     data, columns = contents(write_html_report([make_run(tmp_path / "run", [row, bare])]))
@@ -111,13 +111,13 @@ def test_tokens_stand_in_columns(tmp_path: Path) -> None:
         ("nothing", {"format", "missing"}),
     ],
 )
-def test_responses_can_be_filtered_by_what_went_wrong(tmp_path: Path, response: str, flags: set[str]) -> None:
+def test_responses_can_be_filtered_by_their_mistakes(tmp_path: Path, response: str, flags: set[str]) -> None:
     rows = [{"step": 1, "id": "a", "response": response}]
     data, _ = build_page_data([read_run(make_run(tmp_path / "run", rows))])
     assert set(data["responses"][0]["k"]) == flags
 
 
-def test_a_call_where_none_is_needed_is_extra_and_truncation_is_told(tmp_path: Path) -> None:
+def test_an_unneeded_call_is_extra_and_truncation_is_a_flag(tmp_path: Path) -> None:
     rows = [{"step": 1, "id": "a", "response": RIGHT, "gold": {"calls": [], "answer": "no"}, "truncated": True}]
     data, _ = build_page_data([read_run(make_run(tmp_path / "run", rows))])
     assert set(data["responses"][0]["k"]) == {"format", "extra", "truncated"}
@@ -135,7 +135,7 @@ def test_a_call_where_none_is_needed_is_extra_and_truncation_is_told(tmp_path: P
         {"lengths": [3, 4], "regions": [0, 0], "weights": [1], "entropies": ["a", None], "logps": {}},
     ],
 )
-def test_rows_that_do_not_fit_are_shown_as_far_as_they_go(tmp_path: Path, broken: dict[str, Any]) -> None:
+def test_malformed_rows_are_shown_as_far_as_possible(tmp_path: Path, broken: dict[str, Any]) -> None:
     rows = [{"step": 1, "id": "a", "response": "one two", **broken}, {"step": 1, "id": "b", "response": "next"}]
     data, columns = contents(write_html_report([make_run(tmp_path / "run", rows)]))
     assert len(data["responses"]) == 2
@@ -145,7 +145,7 @@ def test_rows_that_do_not_fit_are_shown_as_far_as_they_go(tmp_path: Path, broken
     assert shown == (broken.get("response", "one two") if isinstance(broken.get("response", ""), str) else "")
 
 
-def test_a_format_that_is_not_here_costs_the_scores_alone(tmp_path: Path) -> None:
+def test_an_unavailable_format_removes_only_the_scores(tmp_path: Path) -> None:
     rows = [{"step": 1, "id": "a", "response": RIGHT}]
     folder = make_run(tmp_path / "run", rows)
     config = folder / "config.toml"
@@ -154,7 +154,7 @@ def test_a_format_that_is_not_here_costs_the_scores_alone(tmp_path: Path) -> Non
     assert (data["responses"][0]["F"], data["responses"][0]["k"]) == (None, [])
 
 
-def test_prompts_are_kept_once_and_shared_by_their_group(tmp_path: Path) -> None:
+def test_prompts_are_stored_once_per_group(tmp_path: Path) -> None:
     rows = [{"step": step, "id": "a", "response": "r", **({"prompt": "P"} if i == 0 else {})}
             for step in (1, 2) for i in range(3)]  # fmt: skip
     rows.append({"step": 2, "id": "b", "response": "r"})
@@ -172,7 +172,7 @@ def test_too_many_responses_leave_evenly_spaced_steps() -> None:
     assert select_rows(rows, 0) == []
 
 
-def test_long_responses_are_cut_and_the_page_says_so(tmp_path: Path) -> None:
+def test_long_responses_are_shortened_and_marked(tmp_path: Path) -> None:
     row = {
         "step": 1,
         "id": "a",
@@ -224,7 +224,7 @@ def test_metrics_without_a_step_are_left_out(tmp_path: Path, row: dict[str, Any]
     assert "Loss" not in write_report([folder]).read_text()
 
 
-def test_findings_are_those_of_the_diagnosis(tmp_path: Path) -> None:
+def test_findings_equal_those_of_the_diagnosis(tmp_path: Path) -> None:
     run = read_run(truncated_run(tmp_path / "run"))
     data, _ = build_page_data([read_run(make_run(tmp_path / "well", [], **{"run.seed": 7})), run])
     expected = diagnose(run.metrics, run.evaluations, parse_toml(run.config, "run"))
@@ -234,7 +234,7 @@ def test_findings_are_those_of_the_diagnosis(tmp_path: Path) -> None:
     assert found == [{"run": at, **finding._asdict()} for finding in expected]
 
 
-def test_the_page_is_one_file_that_asks_nobody(tmp_path: Path) -> None:
+def test_the_page_is_one_file_without_network_access(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", [{"step": 1, "id": text, "response": text} for text in HOSTILE])
     page = write_html_report([folder])
     text = page.read_text(encoding="utf-8")
@@ -242,7 +242,7 @@ def test_the_page_is_one_file_that_asks_nobody(tmp_path: Path) -> None:
     assert not re.search(
         r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(|\bfetch\(|XMLHttpRequest|innerHTML|\beval\(", text
     )
-    assert "owned" not in text  # data are letters of base64
+    assert "owned" not in text  # the data are base64 text
     assert text.count("</script>") == 3
     script, style = (
         text[text.rindex("<script>") + 8 : text.rindex("</script>")],
@@ -259,7 +259,7 @@ def test_names_of_folders_are_escaped(tmp_path: Path) -> None:
     assert "<title>&lt;b&gt;&amp;&quot; · rest-rl report</title>" in page.read_text()
 
 
-def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_to_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "run", token_rows(8, 2))
     assert main(["report", str(folder), "--html", "--out", str(tmp_path / "new" / "x.html"), "--responses", "4"]) == 0
     page = Path(capsys.readouterr().out.strip())
@@ -271,7 +271,7 @@ def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys: pytest.Capt
         assert capsys.readouterr().err.startswith("error: ")
 
 
-# What it does in a browser
+# The page in a browser
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of 5,000 responses of two runs."""
+    """A page with 5,000 responses of two runs."""
     folder = tmp_path_factory.mktemp("many")
     rows = token_rows(2500, 50)
     for row in rows[::10]:
@@ -303,7 +303,7 @@ def selected_row(tab: Page) -> int:
     return tab.evaluate("Number(document.querySelector('[aria-selected=true]').getAttribute('aria-posinset'))")
 
 
-def test_hostile_text_is_text(tab: Page, tmp_path: Path) -> None:
+def test_hostile_text_is_only_displayed(tab: Page, tmp_path: Path) -> None:
     rows = [{"step": 1, "id": text, "prompt": text, **tokens(("<think>", Region.FORMAT), (text, Region.REASONING))}
             for text in HOSTILE]  # fmt: skip
     rows += [{"step": 2, "id": "old", "response": text} for text in HOSTILE]
@@ -330,7 +330,7 @@ def test_hostile_text_is_text(tab: Page, tmp_path: Path) -> None:
     assert shown[19] == "x" * 100_000
 
 
-def test_the_list_holds_only_the_rows_in_sight(tab: Page, many: Path) -> None:
+def test_the_list_contains_only_the_visible_rows(tab: Page, many: Path) -> None:
     tab.open(many)
     assert text_of(tab, "#count") == "5,000 of 5,000"
     assert 5 < count_of(tab, ".row") < 60
@@ -385,7 +385,7 @@ def test_search_and_filters_find_responses(tab: Page, many: Path) -> None:
     assert "No response matches the filters" in text_of(tab, "#detail")
 
 
-def test_the_address_keeps_the_view(tab: Page, many: Path) -> None:
+def test_the_address_restores_the_view(tab: Page, many: Path) -> None:
     tab.open(many, "#step=7&colour=entropy&only=truncated&order=worst&run=1&search=needle")
     assert text_of(tab, "#count") == "5 of 5,000 at step 7"
     assert text_of(tab, "#modes [aria-checked=true]") == "Entropy"
@@ -393,7 +393,7 @@ def test_the_address_keeps_the_view(tab: Page, many: Path) -> None:
     assert text_of(tab, "#count") == "5,000 of 5,000"
 
 
-def test_a_token_is_coloured_by_what_was_chosen(tab: Page, many: Path) -> None:
+def test_tokens_are_coloured_by_the_selected_mode(tab: Page, many: Path) -> None:
     colours = {}
     tab.open(many)
     for key, mode in enumerate(("region", "weight", "entropy", "surprise", "advantage"), start=1):
@@ -418,7 +418,7 @@ def test_the_theme_follows_the_system(tab: Page, many: Path, dark: bool) -> None
     assert abs(ink - paper) > 500  # of 765: far apart in both
 
 
-def test_findings_stand_at_the_top_and_lead_to_their_step(tab: Page, tmp_path: Path) -> None:
+def test_findings_are_at_the_top_and_link_to_their_step(tab: Page, tmp_path: Path) -> None:
     folder = truncated_run(tmp_path / "run")
     finding = build_page_data([read_run(folder)])[0]["findings"][0]
     tab.open(write_html_report([folder]))
@@ -442,7 +442,7 @@ def test_a_run_without_responses_has_its_curves(tab: Page, tmp_path: Path) -> No
 
 
 def legend_of(tab: Page, title: str) -> list[str]:
-    """A chart's legend: its lines with their values, and the step they are of."""
+    """The legend of a chart: its lines with their values, and the step of these values."""
     return tab.evaluate(f"""(() => {{
         const figures = [...document.querySelectorAll("figure")];
         const figure = figures.find((one) => one.querySelector("b").textContent === {json.dumps(title)});
@@ -472,7 +472,7 @@ def test_a_line_without_a_value_at_a_step_has_a_dash(tab: Page, tmp_path: Path) 
     assert tab.problems == []
 
 
-def test_a_run_that_was_killed_has_its_steps_of_how_many(tab: Page, tmp_path: Path) -> None:
+def test_a_killed_run_shows_its_planned_steps(tab: Page, tmp_path: Path) -> None:
     killed = make_run(tmp_path / "killed", [], 8, **{"trl.max_steps": 24})
     RunLog(killed).add_timing({"step": 9})
     for name in ("metrics.jsonl", "timing.jsonl"):

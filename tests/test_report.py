@@ -1,4 +1,4 @@
-"""Reports: groups of runs, curves with spread by hand-computed numbers, a page whose pictures exist."""
+"""Reports: groups of runs, curves with spread against numbers computed by hand, a page whose plots exist."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def make_run(folder: Path, seed: int, preset: str = "rest", steps: int = 20, str
     return folder
 
 
-def test_every_region_has_its_colour() -> None:
+def test_every_region_has_its_own_colour() -> None:
     assert list(REGION_COLOURS) == [region.label for region in Region]
     assert len(set(REGION_COLOURS.values())) == len(Region)
 
 
-def test_one_run_gives_a_page_in_its_folder(tmp_path: Path) -> None:
+def test_the_page_of_one_run_is_in_its_folder(tmp_path: Path) -> None:
     page = write_report([make_run(tmp_path / "run", seed=0)])
     text = page.read_text()
     assert page == tmp_path / "run" / "report.md"
@@ -55,7 +55,7 @@ def test_one_run_gives_a_page_in_its_folder(tmp_path: Path) -> None:
     assert "| sampled, T = 1 | 100 | 25.0 → 50.0 | +25.0 ± 5.0 | 50.0 → 50.0 | 100.0 → 100.0 |" in text
 
 
-def test_a_grid_in_place_of_its_runs_is_told(tmp_path: Path) -> None:
+def test_a_grid_folder_in_place_of_its_runs_is_explained(tmp_path: Path) -> None:
     make_run(tmp_path / "grid" / "runs" / "rest-0", seed=0, steps=1)
     with pytest.raises(ValueError, match=r"contains no config\.toml, .*; did you mean .*/grid/runs/\*\?"):
         write_report([tmp_path / "grid"])
@@ -65,7 +65,7 @@ def test_a_grid_in_place_of_its_runs_is_told(tmp_path: Path) -> None:
         write_report([tmp_path / "none"])
 
 
-def test_seeds_of_one_configuration_are_one_curve(tmp_path: Path) -> None:
+def test_seeds_of_one_configuration_are_one_group(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / f"rest-{seed}", seed) for seed in (0, 1, 2)]
     folders += [make_run(tmp_path / "grpo", 0, "grpo"), make_run(tmp_path / "weak", 0, strength=0.1)]
     groups = group_runs([read_run(folder) for folder in folders])
@@ -82,19 +82,19 @@ def test_seeds_of_one_configuration_are_one_curve(tmp_path: Path) -> None:
     assert "| rest strength=0.5 | 3 | 0.250 ± 0.000 | 0.500 ± 0.000 | 0.250 ± 0.000 |" in page.read_text()
 
 
-def test_a_run_twice_is_no_spread(tmp_path: Path) -> None:
+def test_the_same_run_twice_is_refused(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name, seed=1) for name in ("once", "twice")]
     with pytest.raises(ValueError, match=r"once and .*twice have the same configuration and the same seed"):
         write_report(folders, tmp_path / "report")
 
 
-def test_numbers_that_are_missing_are_left_out(tmp_path: Path) -> None:
+def test_missing_numbers_are_left_out(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", seed=0))
     assert metric_curve([run], "rest/entropy/other").steps == []
     assert metric_curve([run], "nonsense").steps == []
 
 
-def test_unfinished_runs_compare_to_nothing() -> None:
+def test_unfinished_runs_have_dashes() -> None:
     rows = before_after_rows({"before": {"exact_match": 0.25, "s_acc": 0.5, "s_format": 1.0, "n": 4}})
     assert rows[0] == ("sampled, T = 1", "4", "25.0 → –", "–", "50.0 → –", "100.0 → –")
 
@@ -105,7 +105,7 @@ def test_mean_spread_and_smoothing_by_hand() -> None:
     assert running_mean([0.0, 3.0, 6.0], 3) == [1.5, 3.0, 4.5]
 
 
-def test_missing_steps_are_gaps_and_not_lines() -> None:
+def test_missing_steps_are_gaps_in_the_line() -> None:
     steps = [1, 2, 4, 20, 21]  # every step but two, then sixteen without a number
     assert find_gaps(steps) == [3]
     assert [value for value in with_gaps(steps, find_gaps(steps)) if value == value] == steps
@@ -122,13 +122,13 @@ def test_folders_without_a_run_are_named(tmp_path: Path, make) -> None:
         write_report([make(tmp_path)])
 
 
-def test_a_response_with_a_fence_stands_unaltered_in_a_longer_one(tmp_path: Path) -> None:
+def test_a_response_with_a_fence_is_quoted_in_a_longer_fence(tmp_path: Path) -> None:
     row = {"step": 1, "reward": 1.0, "response": "a ``` b\n````\nc"}
     text = render_sample_responses(Run(tmp_path, "", {}, (), (row,), (), (), {}))
     assert text.count("`````text\na ``` b\n````\nc\n`````") == 2
 
 
-def test_a_run_of_an_older_version_is_of_the_same_group(tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_belongs_to_the_same_group(tmp_path: Path) -> None:
     old, new = (make_run(tmp_path / name, seed, steps=1) for seed, name in enumerate(("old", "new")))
     config = (old / "config.toml").read_text()
     (old / "config.toml").write_text(config.replace("recorded_responses", "responses_per_step"))

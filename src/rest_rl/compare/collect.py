@@ -127,7 +127,7 @@ class MethodResult:
     to_final: StepsToTarget | None
     to_best: StepsToTarget | None
     over_rest: Paired | None
-    """The primary metric minus that of `rest` from the same start; None for `rest` itself."""
+    """The primary metric minus that of `rest` from the same start; None for `rest`, and without it."""
     over_permuted: Paired | None
     """The same for `permuted`."""
 
@@ -289,6 +289,7 @@ def read_runs(folder: Path, grid: Grid | None, reference: str) -> tuple[list[Fin
             log = Path(LOGS_FOLDER) / f"{name}.log"
             is_begun = (folder / log).is_file() and (folder / log).stat().st_size > 0
             unfinished[name] = f"has no run folder (see {log})" if is_begun else "has not started"
+    # The baseline first, then methods of the grid file (0.5), then the package's methods in their own order.
     order = {name: index for index, name in enumerate((reference, *(name for name in METHODS if name != reference)))}
     runs.sort(key=lambda run: (run.name.start, order.get(run.name.method, 0.5), run.name))
     return runs, unfinished

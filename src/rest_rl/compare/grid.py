@@ -102,6 +102,7 @@ class Grid:
             names = ", ".join(self.methods)
             remedy = "add it, or choose another with --baseline or [grid] reference"
             raise UserError(f"the baseline {self.reference!r} is not among the methods {names}", remedy=remedy)
+        # Two names for one configuration would compare a method with itself and count its seeds twice.
         seen: dict[str, RunName] = {}
         for name, run in self.run_configs():
             twin = seen.setdefault(run.to_toml(), name)
@@ -191,7 +192,7 @@ class GridTable:
     """`[grid]` of a grid file."""
 
     methods: tuple[str, ...] = ()
-    """Names of the package's methods or of `[methods]`; by default those of `[methods]` and the baseline."""
+    """Names of methods; by default those of `[methods]` and the baseline, or all of the package but the ablations."""
     seeds: tuple[int, ...] = DEFAULT_SEEDS
     reference: str = DEFAULT_REFERENCE
     """The baseline, with which every method is compared."""
@@ -252,6 +253,7 @@ def read_grid(
     values = [
         value for table in (tables, *changes.values(), *file.starts.values()) for value in flatten(table).values()
     ]
+    # The folders are absolute, so recording them ties the grid to this machine: only do so if a run needs them.
     has_own_objects = any(isinstance(value, str) and OBJECT_PATTERN.fullmatch(value) for value in values)
     return Grid(
         base=tables,

@@ -170,7 +170,7 @@ def write_run_file(job: Job) -> None:
 
 
 def start_waiting_jobs(jobs: Sequence[Job], max_parallel: int, observer: Observer, stop: StopRequests) -> None:
-    # A run that another process is training uses one of the slots, because it uses the same machine.
+    # A run that another process is training uses one of the slots, because it usually runs on this machine.
     room = max_parallel - sum(job.state == "running" for job in jobs)
     for job in [job for job in jobs if job.state == "waiting"]:
         if room <= 0 or stop.count:
@@ -198,6 +198,8 @@ def start_job(job: Job, max_parallel: int) -> None:
     command = [sys.executable, "-m", "rest_rl", "train", str(job.log.with_suffix(".toml")), "--out", str(job.folder)]
     resumes = (job.folder / CONFIG).is_file()
     job.note = f"resumes after step {job.last_step()}" if resumes else "starts"
+    # Each run gets an equal share of the cores. By default torch would use all cores for every run, and runs that share
+    # cores slow each other down far more than fewer threads do.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // max_parallel))
     folders = [*filter(None, [os.environ.get("PYTHONPATH")]), *job.modules]
@@ -219,6 +221,7 @@ def record_exit(job: Job, observer: Observer, *, is_stopping: bool) -> None:
     code = job.process.poll()
     if code is None:
         return
+    # Exit code 0 alone does not count: the folder must contain the finished run.
     if code == 0 and job.is_complete:
         job.state, job.note = "done", "is finished"
         observer.say(f"{job.name} is finished{format_exact_match(job)}")
@@ -288,6 +291,7 @@ def catch_stop_signals(jobs: Sequence[Job]) -> Iterator[StopRequests]:
 
 
 def stop_jobs(jobs: Sequence[Job], *, at_once: bool = False) -> None:
+    # A second SIGINT would make `train` stop at once instead of after its step, so every run gets only one.
     for job in jobs:
         if job.state == "running" and job.process is not None and (at_once or not job.is_stopping):
             job.is_stopping = True

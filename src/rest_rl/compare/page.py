@@ -439,6 +439,7 @@ def draw_panels(report: ComparisonReport, curve_of_run: RunCurve, path: Path) ->
     def seed_curve(line: MethodResult) -> Curve:
         return average_curves([curve_of_run(run) for run in line.runs])
 
+    # One panel per method, because the bands of ten methods in one plot would hide each other.
     lines = [line for line in report.rivals() or report.lines if seed_curve(line).steps]
     if not lines:
         return None

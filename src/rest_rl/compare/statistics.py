@@ -82,7 +82,7 @@ def sample_sd(values: Sequence[float]) -> float:
 def compare_paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Paired:
     """Return the difference on the seeds that both methods have, with its interval and two tests."""
     # Both methods of a seed see the same prompts in the same order, so the seed shifts both scores alike. Subtracting
-    # seed by seed removes this shared part of the variance, which is most of it; unpaired means would be far noisier.
+    # seed by seed removes this shared part of the variance before the mean is taken.
     pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
     differences = [0.0 if math.isclose(a, b, rel_tol=ROUNDING_TOLERANCE) else a - b for a, b in pairs]
     return Paired(
@@ -207,5 +207,6 @@ def first_step_reaching(curve: Curve, target: float) -> int | None:
 
 
 def mean_on_shared_steps(curves: Sequence[Curve]) -> dict[int, float]:
+    # Only steps that all curves have: where a seed drops out, the mean would jump by the level of that seed.
     steps = set.intersection(*(set(curve) for curve in curves))
     return {step: statistics.fmean(curve[step] for curve in curves) for step in sorted(steps)}

@@ -135,13 +135,14 @@ def speed_statements(report: ComparisonReport, judged: list[MethodResult]) -> It
 def control_statements(
     report: ComparisonReport, judged: list[MethodResult], significant: list[MethodResult]
 ) -> Iterator[Statement]:
+    # A lead of a control or a rival says nothing about ResT's weights, so only methods and ablations are checked
+    # against `permuted`. If none of them leads but a control does, that is a result too: uneven weights helped, ResT's
+    # did not.
     leading = [line for line in significant if get_lead(report, line).value > 0]
     better = [line for line in leading if line.role in ("method", "ablation")]
     for line in better:
         if line.over_permuted is None:
-            text = (
-                "Without `permuted` runs it is open whether the regions explain the lead or any uneven weights would."
-            )
+            text = "Without `permuted` runs it is open whether the regions or any uneven weights explain the lead."
             yield Statement("no_control", text)
             return
         yield control_statement(line.label, line.over_permuted, get_lead(report, line).value)

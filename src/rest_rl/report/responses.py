@@ -124,6 +124,7 @@ def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
 
 def select_rows(rows: Sequence[Row], limit: int) -> list[Row]:
     """Return the rows of evenly spaced steps, including the first and the last, in whole steps if `limit` allows."""
+    # The steps are evenly spaced by their index. Each keeps the same number of rows, all if the limit allows.
     if len(rows) <= limit:
         return list(rows)
     steps = sorted({step_of(row) for row in rows})

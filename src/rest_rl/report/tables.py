@@ -110,6 +110,7 @@ def metric_curve(runs: Iterable[Run], key: str) -> Curve:
 
 def average_curves(curves: Iterable[Mapping[int, float]]) -> Curve:
     """Return the mean and standard deviation of several curves at every step that at least one of them has."""
+    # Runs may log or end at different steps: the spread at a step is over the runs that have a value there.
     by_step: dict[int, list[float]] = {}
     for one in curves:
         for step, value in one.items():
