@@ -180,7 +180,7 @@ def test_every_grid_of_configs_can_be_run(path: Path) -> None:
         ("[grid]\nseeds = [0, 0]", "each once"),
         ("[grid]\nseed = [0]", "did you mean seeds"),
         ("[grids]\n", "did you mean grid"),
-        ("[methods]\nmine = 3", "methods.mine = 3"),
+        ("[methods]\nmine = 3", "methods.mine is 3"),
         ("[methods.'a/b']\nrest.preset = 'rest'", "'a/b'"),
         ("[methods.mine]\nrest.weights.strenght = 0.1", "method mine.*did you mean strength"),
         ("[methods.mine]\nrest.preset = 'best'", "method mine.*'best'"),
