@@ -230,14 +230,14 @@ def main() -> int:
     with Sandbox(find_package(options.version)) as sandbox:
         entries = {name: drop_duplicate_ids(sandbox.entries(name)) for name in names}
         singles = [name for name in names if name not in MULTI_TURN]
-        asked = [rng.choice(entries[rng.choice(singles)]) for _ in range(options.single)]
-        samples = [mutate_single_turn(entry, build_gold(entry), rng) for entry in asked]
-        talks = []
+        drawn = [rng.choice(entries[rng.choice(singles)]) for _ in range(options.single)]
+        samples = [mutate_single_turn(entry, build_gold(entry), rng) for entry in drawn]
+        conversations = []
         for _ in range(options.multi):
             entry = rng.choice(entries[rng.choice(MULTI_TURN)])
-            talks.append(mutate_multi_turn(entry, sandbox.gold_calls(entry["id"]), rng))
+            conversations.append(mutate_multi_turn(entry, sandbox.gold_calls(entry["id"]), rng))
     unexplained = 0
-    for name, chosen in (("single turn", samples), ("multi-turn", talks)):
+    for name, chosen in (("single turn", samples), ("multi-turn", conversations)):
         if chosen:
             unexplained += compare(name, chosen, benchmark, options.version, options.official_python)
     benchmark.close()

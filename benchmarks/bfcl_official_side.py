@@ -135,20 +135,25 @@ class OfficialEvaluator:
         utils = import_bfcl("utils")
         config = import_bfcl("constants.eval_config")
         if self.version == "v4":
-            asked = utils.load_dataset_entry(category)
-            judged = utils.load_dataset_entry(category, include_prereq=False, include_language_specific_hint=False)
+            loop_samples = utils.load_dataset_entry(category)
+            runner_samples = utils.load_dataset_entry(
+                category, include_prereq=False, include_language_specific_hint=False
+            )
             answers = [] if category in RELEVANCE_CATEGORIES else utils.load_ground_truth_entry(category)
         else:
             path = utils.find_file_with_suffix(config.PROMPT_PATH, category)
-            asked, judged = utils.load_file(path, sort_by_id=True), utils.load_file(path, sort_by_id=True)
-            asked = import_bfcl("_llm_response_generation").process_multi_turn_test_case(asked)
+            loop_samples, runner_samples = (
+                utils.load_file(path, sort_by_id=True),
+                utils.load_file(path, sort_by_id=True),
+            )
+            loop_samples = import_bfcl("_llm_response_generation").process_multi_turn_test_case(loop_samples)
             answers = []
             if category not in RELEVANCE_CATEGORIES:
                 path = utils.find_file_with_suffix(config.POSSIBLE_ANSWER_PATH, category)
                 answers = utils.load_file(path, sort_by_id=True)
         # Reversed, so that the first sample of a duplicate id wins.
-        by_id = {row["id"]: row for row in reversed(asked)}, {row["id"]: row for row in reversed(judged)}
-        pairs = zip(reversed(judged), reversed(answers), strict=True) if answers else ()
+        by_id = {row["id"]: row for row in reversed(loop_samples)}, {row["id"]: row for row in reversed(runner_samples)}
+        pairs = zip(reversed(runner_samples), reversed(answers), strict=True) if answers else ()
         return *by_id, {row["id"]: answer for row, answer in pairs}
 
     def verdict(self, sample: dict[str, Any]) -> dict[str, Any]:
@@ -156,9 +161,9 @@ class OfficialEvaluator:
         category, identity = sample["category"], sample["id"].partition("#")[0]
         if category not in self.loaded:
             self.loaded[category] = self.load(category)
-        asked, judged, answers = self.loaded[category]
+        loop_samples, runner_samples, answers = self.loaded[category]
         start = time.perf_counter()
-        entry, checked = copy.deepcopy(asked[identity]), copy.deepcopy(judged[identity])
+        entry, checked = copy.deepcopy(loop_samples[identity]), copy.deepcopy(runner_samples[identity])
         self.handler.begin(sample)
         try:
             result, _ = self.handler.inference(entry, include_input_log=False, exclude_state_log=False)

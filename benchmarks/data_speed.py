@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# `ru_maxrss` never falls, so every size needs a process of its own.
+# `ru_maxrss` never falls, so every size needs a separate process.
 CHILD = """
 import resource, sys
 from rest_rl.cli.app import main

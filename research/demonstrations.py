@@ -84,7 +84,7 @@ def _draw_other_value(rng: random.Random, slot: str, value: str) -> str:
 
 def _break_markup(text: str, rng: random.Random) -> str:
     # Drop one tag, or the last bracket.
-    # The last bracket alone would also occur inside a call, hence the newline and the next tag.
+    # A bracket also occurs inside a call; the newline and the next tag identify the last one.
     parts = [part for part in ("</think>", "<tool_call>", "</tool_call>", "</response>", "}\n</") if part in text]
     part = rng.choice(parts)
     return text.replace(part, "\n</" if part.startswith("}") else "", 1)

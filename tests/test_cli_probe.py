@@ -1,4 +1,4 @@
-"""The verb `probe` as a user types it: a policy with spread, one without, formats side by side, what is refused."""
+"""The command `probe`: a policy with unequal rewards, one without, several formats, and refused options."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ def test_a_policy_with_spread(here: Path, policy: Path, dialogues: Path, capsys:
     assert set(uniform["weights"].values()) == {1.0}
     assert uniform["gain"] == [0.0, 0.0]
     assert "![](toolrl-shares.png)" in (here / "first" / "probe.md").read_text(encoding="utf-8")
-    assert run(*options, "--json") == 0  # into a folder of its own, the same figures again
+    assert run(*options, "--json") == 0  # into a new folder, with the same figures
     assert json.loads(capsys.readouterr().out) == found
     assert run(*options, "--out", "first") == 2
     assert "already contains a probe.json" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_user_s_own_rule_stands_beside_the_others(here: Path, policy: Path, dialogues: Path) -> None:
+def test_a_user_defined_rule_is_added(here: Path, policy: Path, dialogues: Path) -> None:
     (here / "my_rules.py").write_text(
         "def by_place(batch, statistics, progress):\n    return batch.mask_BT.cumsum(1)\n"
     )
@@ -116,12 +116,12 @@ def test_a_user_s_own_rule_stands_beside_the_others(here: Path, policy: Path, di
     *_, own = written(here / "out")[0]["rules"]
     assert own["name"] == "my_rules:by_place"
     assert own["bounds"] == [None, None]
-    assert own["weights"]["reasoning"] < own["weights"]["arguments"]  # which stands later
+    assert own["weights"]["reasoning"] < own["weights"]["arguments"]  # arguments come later
     assert own["adam_gain"][0] != 0
 
 
 @pytest.mark.slow
-def test_a_random_model_of_another_format(
+def test_a_random_model_in_two_formats(
     here: Path, tmp_path: Path, dialogues: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_family("qwen3", tmp_path / "model")
@@ -129,7 +129,7 @@ def test_a_random_model_of_another_format(
     assert run(*options, "--format", "auto", "--format", "toolrl", "--format", "hermes", "--out", "out") == 0
     found = written(here / "out")
     assert [one["format"] for one in found] == ["hermes", "toolrl"]  # auto is hermes, once
-    assert all(one["sampled"]["no_spread"] == 1 for one in found)  # nothing it says is worth anything
+    assert all(one["sampled"]["no_spread"] == 1 for one in found)  # no response is in the format
     assert all(one["signal"] == [0, 0] for one in found)
     assert all(one["recommendation"]["sureness"] == "not measurable" for one in found)
     shown = capsys.readouterr().out
@@ -157,7 +157,7 @@ def test_a_random_model_of_another_format(
         (("--set", "data.sampels=3"), "did you mean num_samples"),
     ],
 )
-def test_what_is_refused_leaves_nothing_behind(
+def test_refused_options_leave_no_files(
     here: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
 ) -> None:
     assert run(*options, "--out", "out") == 2
@@ -165,12 +165,12 @@ def test_what_is_refused_leaves_nothing_behind(
     assert list(here.iterdir()) == []
 
 
-def asked_of(policy: Path, dialogues: Path) -> tuple[object, ...]:
+def two_formats(policy: Path, dialogues: Path) -> tuple[object, ...]:
     return ("--model", policy, "--data", dialogues, "--format", "toolrl", "--format", "hermes", *SMALL)
 
 
-def given(monkeypatch: pytest.MonkeyPatch, *, formats: int) -> None:
-    """A measurement known beforehand, interrupted after so many formats."""
+def fake_measurement(monkeypatch: pytest.MonkeyPatch, *, formats: int) -> None:
+    """Replace the measurement by a fixed report; interrupt it after `formats` formats."""
     left = iter(range(formats))
 
     def measure(_model: Any, layout: PromptLayout, *_: Any) -> ProbeReport:
@@ -182,25 +182,25 @@ def given(monkeypatch: pytest.MonkeyPatch, *, formats: int) -> None:
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
-def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+def test_an_unwritable_folder_is_refused_before_the_measurement(
     here: Path, policy: Path, dialogues: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch, out: str,
 ) -> None:  # fmt: skip
     (here / "file").write_text("")
-    given(monkeypatch, formats=0)  # any work at all would be an interrupt
-    assert run(*asked_of(policy, dialogues), "--out", out) == 2
+    fake_measurement(monkeypatch, formats=0)  # any measurement would interrupt
+    assert run(*two_formats(policy, dialogues), "--out", out) == 2
     error = capsys.readouterr().err
     assert f"cannot write to --out {out} (" in error
     assert "pass another --out" in error
     assert "--resume" not in error
 
 
-def test_a_folder_that_is_full_at_the_end_costs_no_figures(
+def test_a_write_error_at_the_end_keeps_the_shown_results(
     here: Path, policy: Path, dialogues: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (here / "out" / "probe.md").mkdir(parents=True)  # in the way of the page
-    given(monkeypatch, formats=2)
-    assert run(*asked_of(policy, dialogues), "--out", "out") == 2
+    (here / "out" / "probe.md").mkdir(parents=True)  # blocks writing the page
+    fake_measurement(monkeypatch, formats=2)
+    assert run(*two_formats(policy, dialogues), "--out", "out") == 2
     shown = capsys.readouterr()
     assert shown.out.count("Recommendation") == 2
     assert "how sure" in shown.out
@@ -209,12 +209,12 @@ def test_a_folder_that_is_full_at_the_end_costs_no_figures(
 
 
 @pytest.mark.parametrize("json_lines", [False, True])
-def test_an_interrupt_in_the_second_format_leaves_the_first(
+def test_an_interrupt_in_the_second_format_keeps_the_first(
     here: Path, policy: Path, dialogues: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch, json_lines: bool,
 ) -> None:  # fmt: skip
-    given(monkeypatch, formats=1)
-    assert run(*asked_of(policy, dialogues), *["--json"] * json_lines, "--out", "out") == 130
+    fake_measurement(monkeypatch, formats=1)
+    assert run(*two_formats(policy, dialogues), *["--json"] * json_lines, "--out", "out") == 130
     shown = capsys.readouterr().out
     if json_lines:
         assert [json.loads(line)["format"] for line in shown.splitlines()] == ["toolrl"]
@@ -223,7 +223,7 @@ def test_an_interrupt_in_the_second_format_leaves_the_first(
         assert "Recommendation" in shown
 
 
-def test_too_little_data_asks_for_more_of_it(
+def test_too_little_data_is_an_error(
     here: Path, policy: Path, dialogues: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = here / "few.jsonl"
@@ -232,7 +232,7 @@ def test_too_little_data_asks_for_more_of_it(
     assert "the data has 5 usable samples, expected at least 8" in capsys.readouterr().err
 
 
-def test_the_least_numbers_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_names_the_minimums(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "--help"]) == 0
     assert "at least 8" in " ".join(capsys.readouterr().out.split())
 
@@ -245,14 +245,14 @@ class Listener(Observer):
         self.said.append(text)
 
 
-def test_few_prompts_predict_small_steps() -> None:
+def test_few_prompts_predict_only_small_steps() -> None:
     listener = Listener()
     assert resolve_prompts_per_step(read_run_file(None, []), 4, 8, listener) == 1
     assert "a step of at most 1, not 4" in listener.said[0]
 
 
 def test_from_python(here: Path, policy: Path, dialogues: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given(monkeypatch, formats=2)
+    fake_measurement(monkeypatch, formats=2)
     seen: list[str] = []
     probe: Any = rest_rl.probe
     found = probe(
@@ -265,7 +265,7 @@ def test_from_python(here: Path, policy: Path, dialogues: Path, monkeypatch: pyt
         probe(policy, dialogues, group=1)
 
 
-def test_the_run_that_goes_on_from_a_run_folder(here: Path) -> None:
+def test_a_supervised_run_folder_is_probed_with_the_preset_rest(here: Path) -> None:
     (here / "warm" / "model").mkdir(parents=True)
     supervised = RunConfig.from_toml(
         '[rest]\npreset = "tsft"\nformat = "hermes"\n[data]\npath = "a.jsonl"\nheld_out = "b.jsonl"\n[eval]\nevery = 5'
@@ -287,7 +287,7 @@ def sampled() -> tuple[Any, PromptLayout, list[SampledGroup]]:
 
 
 @pytest.mark.parametrize("preset", ["rest", "paper", "authors-code"])
-def test_responses_are_rewarded_as_the_run_would(preset: str) -> None:
+def test_responses_get_the_reward_of_the_run(preset: str) -> None:
     tokenizer = tiny_tokenizer()
     layout = PromptLayout(tokenizer, "toolrl")
     prompts = tiny_prompts(layout, 4)
@@ -302,7 +302,7 @@ def test_responses_are_rewarded_as_the_run_would(preset: str) -> None:
             assert 0 <= one.s_format <= 1  # and not the published code's own scores
 
 
-def test_rules_weigh_as_training_does(sampled: tuple[Any, PromptLayout, list[SampledGroup]]) -> None:
+def test_rules_give_the_weights_of_training(sampled: tuple[Any, PromptLayout, list[SampledGroup]]) -> None:
     model, layout, groups = sampled
     batch = SampledBatch.from_groups(groups, model, layout.tokenizer, "toolrl", 0.5)
     own = batch.tagged
@@ -315,7 +315,7 @@ def test_rules_weigh_as_training_does(sampled: tuple[Any, PromptLayout, list[Sam
         assert torch.allclose(found_BT, wanted_BT, atol=1e-6)
 
 
-def test_tokens_stay_with_their_prompts(sampled: tuple[Any, PromptLayout, list[SampledGroup]]) -> None:
+def test_tokens_keep_their_prompts(sampled: tuple[Any, PromptLayout, list[SampledGroup]]) -> None:
     model, layout, groups = sampled
     batch = SampledBatch.from_groups(groups, model, layout.tokenizer, "toolrl")
     found = batch.tokens

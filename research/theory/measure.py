@@ -314,7 +314,7 @@ def judge_rules(
         return vectors_KMN.mul_(math.sqrt(coordinates.scale))
 
     true_MN, uniform_MN = vectors(torch.stack([compute_region_and_true_weights(groups)[-1], own_BT]))
-    # The caps come from uniform weights and apply to all rules: a cap of its own would hide what a rule does to norms.
+    # The caps come from uniform weights and apply to all rules: a separate cap would hide what a rule does to norms.
     judge = RuleJudge(true_MN, (None, compute_norm_scales(uniform_MN, settings.cap)), settings)
     baseline = judge.series(uniform_MN)
     yield judge.figures(UNIFORM, sampled.mean_weights(torch.ones_like(own_BT)), uniform_MN, baseline)

@@ -180,18 +180,18 @@ class HalfStatistics(NamedTuple):
 # 2. Progress is the signals of one half times the scales of the other, averaged over both directions. If both came from
 #    the same units, a unit with a large gradient would raise them together and bias the estimate far below 0.
 # 3. Leaving a block out changes only its own half. The result is the average over log2(K) ways to split, and every
-#    figure comes from the block sums: K log2(K) passes over N coordinates, whatever M is.
+#    figure comes from the block sums: K log2(K) passes over N coordinates, independent of M.
 def compute_adam_progress(sums: Sequence[UnitSums], batch: int) -> np.ndarray:
     """Return `GradientSeries.adam_1K` from the sums of each block, cross-fitted between halves of the blocks."""
     splits = []
     for sides in generate_halvings(len(sums)):
-        halves = [add_sums([one for one, side in zip(sums, sides, strict=True) if side == own]) for own in (0, 1)]
+        halves = [add_sums([own for own, side in zip(sums, sides, strict=True) if side == half]) for half in (0, 1)]
         first, second = (HalfStatistics.from_sums(half, batch) for half in halves)
-        own = [first.progress(second)]
-        for one, side in zip(sums, sides, strict=True):
-            left = HalfStatistics.from_sums(halves[side].without(one), batch)
-            own.append(left.progress(first if side else second))
-        splits.append(own)
+        progress_1K = [first.progress(second)]
+        for block, side in zip(sums, sides, strict=True):
+            reduced = HalfStatistics.from_sums(halves[side].without(block), batch)
+            progress_1K.append(reduced.progress(first if side else second))
+        splits.append(progress_1K)
     return np.mean(splits, axis=0)
 
 
