@@ -305,10 +305,8 @@ class _MemoryModel:
         torch.cuda.reset_peak_memory_stats(device)
         try:
             resident, seconds = self.run_micro_step(device)
-            extra, how = (
-                torch.cuda.max_memory_allocated(device) - resident,
-                f"a forward and backward pass, {seconds:.2f} s",
-            )
+            how = f"a forward and backward pass, {seconds:.2f} s"
+            extra = torch.cuda.max_memory_allocated(device) - resident
         except torch.cuda.OutOfMemoryError:
             total = torch.cuda.get_device_properties(device).total_memory
             extra, how = total, "a forward and backward pass ran out of memory"
@@ -421,14 +419,9 @@ def judge_fit(estimate: Estimate) -> tuple[str, str]:
         few = f"{work.samples} prompts do not fill one batch of {work.prompts}, so nothing would be trained"
         return "no step", f"{few}; lower steps_per_generation or per_device_train_batch_size"
     if estimate.device is None:
-        return (
-            "no GPU",
-            f"needs about {format_bytes(estimate.total)} of memory; this machine has no GPU to compare with",
-        )
-    spare, where = (
-        estimate.device.bytes - estimate.total,
-        f"{estimate.device.name} ({format_bytes(estimate.device.bytes)})",
-    )
+        return "no GPU", f"needs about {format_bytes(estimate.total)}; this machine has no GPU to compare with"
+    device, spare = estimate.device, estimate.device.bytes - estimate.total
+    where = f"{device.name} ({format_bytes(device.bytes)})"
     if spare >= 0:
         return "fits", f"fits {where} with {format_bytes(spare)} to spare"
     changes = "train an adapter ([peft]), set trl.gradient_checkpointing, or lower trl.per_device_train_batch_size"

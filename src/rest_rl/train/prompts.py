@@ -179,9 +179,8 @@ def read_data(
         say(f"{data.path} is both data.path and data.held_out: the held-out scores are those of training samples")
     has_other_file = bool(data.held_out) and data.held_out != data.path
     report, training = DataReport(), TrainingData([], held_out)
-    for row, prepared in prepare_rows(
-        data.path, check, layout, test=data.held_out if has_other_file else None, observer=observer
-    ):
+    test = data.held_out if has_other_file else None
+    for row, prepared in prepare_rows(data.path, check, layout, test=test, observer=observer):
         report.add(row)
         training.prepared += select_turns(prepared, data)
         training.rejected += make_rejection_lines(row)

@@ -229,8 +229,6 @@ def count_planned_steps(recorded: RunConfig) -> int:
         with suppress(OSError, ValueError, LookupError, TypeError):  # torn when the process was killed
             totals.append(int(json.loads(path.read_text(encoding="utf-8"))["max_steps"]))
     if not totals:
-        raise UserError(
-            f"the run cannot be lengthened, because {folder} has no checkpoint",
-            remedy="start the longer run with another --out",
-        )
+        problem = f"the run cannot be lengthened, because {folder} has no checkpoint"
+        raise UserError(problem, remedy="start the longer run with another --out")
     return max(totals)

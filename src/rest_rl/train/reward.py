@@ -170,6 +170,5 @@ def parse_gold(value: Any) -> Gold:
     try:
         return gold_from_json(json.loads(value) if isinstance(value, str) else value)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"gold is {value!r} ({error})", "JSON", "build the dataset with build_training_dataset(samples, tokenizer)"
-        ) from None
+        remedy = "build the dataset with build_training_dataset(samples, tokenizer)"
+        raise UserError(f"gold is {value!r} ({error})", "JSON", remedy) from None

@@ -130,10 +130,8 @@ def train(
 
 def execute(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observer) -> RunResult:
     config, engine, data, folder = plan.config, plan.engine, plan.data, log.folder
-    details = (
-        f"preset {config.rest.preset}, {len(data.prepared)} training prompts, {len(data.held_out)} held-out prompts"
-    )
-    observer.say(f"run folder {folder}: {details}")
+    counts = f"{len(data.prepared)} training prompts, {len(data.held_out)} held-out prompts"
+    observer.say(f"run folder {folder}: preset {config.rest.preset}, {counts}")
     record_data(data, log, observer)
     engine.start(log)
     held_out = HeldOutEvaluator(engine, data.held_out, plan, log, observer)

@@ -27,11 +27,7 @@ if TYPE_CHECKING:
 
 
 class RegionSFTTrainer(SFTTrainer):
-    """`SFTTrainer` whose token losses are weighted by region; with weights of 1 it is the stock trainer.
-
-    Raises:
-        UserError: `args` pack several responses into a row, or the installed TRL computes its loss in another way.
-    """
+    """`SFTTrainer` whose token losses are weighted by region; with weights of 1 it is the stock trainer."""
 
     def __init__(
         self, *, layout: PromptLayout, region_weights: Mapping[str, float], args: SFTConfig, **kwargs: Any
@@ -76,10 +72,8 @@ def make_sft_trainer(
 ) -> SFTTrainer:
     """Return a trainer on a dataset of `build_demonstrations`; the stock one if all regions have weight 1.
 
-    `region_weights` maps region labels (`name`, `reasoning`, ...) to loss weights, 1 where absent.
-
-    Raises:
-        UserError: an unknown label or a negative weight.
+    `region_weights` maps region labels (`name`, `reasoning`, ...) to loss weights, 1 where absent; UserError for an
+    unknown label or a negative weight.
     """
     if set(make_region_weights(region_weights).tolist()) == {1.0}:
         return SFTTrainer(args=args, train_dataset=dataset, **settings)

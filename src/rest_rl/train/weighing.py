@@ -112,11 +112,7 @@ def compute_surprise_metrics(sums_4: Tensor) -> dict[str, float]:
 
 
 def check_weight_rule(rule: WeightRule, tool_format: str, entropy_decay: float, *, truncates: bool) -> None:
-    """Check a weight rule against the run's format and sampling; `truncates` means top-p, top-k or min-p sampling.
-
-    Raises:
-        UserError: the rule cannot be applied, or `entropy_decay` is out of range.
-    """
+    """Raise a UserError for a rule that does not suit the format or the sampling (`truncates`: top-p, top-k, min-p)."""
     if not 0 <= entropy_decay < 1:
         raise UserError(f"rest.entropy_decay is {entropy_decay}", "a number in [0, 1)", "change it")
     if check := getattr(rule, "check", None):
@@ -134,9 +130,8 @@ def try_weight_rule(rule: WeightRule, tokenizer: Any, tool_format: ToolFormat) -
     for statistics, progress in ((None, 0.0), (RegionStatistics(100 * halves_R, halves_R, halves_R), 1.0)):
         regions_BT, entropies_BT = weighter.tag(ids_BT, mask_BT), torch.full(ids_BT.shape, 0.5)
         known = {"entropies_BT": entropies_BT} if needs_entropies(rule) else {}
-        with wrap_user_errors(
-            f"weight rule {display_name(rule)}", "rule(batch, statistics, progress) -> weights (docs/method.md)"
-        ):
+        signature = "rule(batch, statistics, progress) -> weights (docs/method.md)"
+        with wrap_user_errors(f"weight rule {display_name(rule)}", signature):
             weights_R = weighter.weight(ids_BT, mask_BT, regions_BT, statistics, progress, 1, **known).rule_weights_R
         if weights_R is not None and tuple(weights_R.shape) != (NUM_REGIONS,):
             problem = f"the weight rule {display_name(rule)} has region_weights of shape {tuple(weights_R.shape)}"
@@ -182,9 +177,8 @@ class TokenWeighter:
         generation batch, from 1. Rules that need entropies get this batch's and, if it is a part of a global batch,
         those of all tokens of the global batch, `entropies_N`.
         """
-        batch = TaggedBatch(
-            ids_BT, mask_BT, regions_BT, self.tokenizer, self.format.name, step, entropies_BT, entropies_N
-        )
+        known = (self.tokenizer, self.format.name, step, entropies_BT, entropies_N)
+        batch = TaggedBatch(ids_BT, mask_BT, regions_BT, *known)
         weights_BT = apply_weight_rule(self.rule, batch, statistics, progress)
         return WeightedTokens(regions_BT, weights_BT, get_region_weights(self.rule, statistics, progress))
 

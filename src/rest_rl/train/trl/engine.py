@@ -146,9 +146,7 @@ class TrlEngine:
         self.trainer.remove_callback(PrinterCallback)  # the recorder shows the metrics
         self.model = self.trainer.model
         if self.is_sharded:
-            self.observer.say(
-                "the model is sharded: the run does not evaluate it; evaluate its model folder afterwards"
-            )
+            self.observer.say("the model is sharded: it is not evaluated in the run; evaluate its model folder later")
 
     def _make_reward(self, args: ResTConfig, record: ResponseRecord) -> Callable[..., list[float]]:
         tool_format, tokenizer = get_format(self.config.rest.format), self.layout.tokenizer

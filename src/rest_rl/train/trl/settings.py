@@ -167,7 +167,5 @@ def check_packages(table: Mapping[str, Any]) -> None:
 def check_trackers(names: Sequence[str]) -> None:
     missing = [name for name in names if name not in ("none", "all", *get_available_reporting_integrations())]
     if missing:
-        raise UserError(
-            f"trl.report_to is {list(names)}, but {missing[0]} is not installed",
-            remedy=f"pip install {missing[0]}, or remove it",
-        )
+        problem = f"trl.report_to is {list(names)}, but {missing[0]} is not installed"
+        raise UserError(problem, remedy=f"pip install {missing[0]}, or remove it")

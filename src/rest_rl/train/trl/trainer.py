@@ -91,6 +91,10 @@ TRL_SETTINGS: Mapping[AdvantageKind, Mapping[str, str]] = {
 }
 
 
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
 @dataclass
 class ResTConfig(GRPOConfig):
     """`GRPOConfig` with a ResT preset, which decides `loss_type`, `scale_rewards` and the clip range.
@@ -103,41 +107,23 @@ class ResTConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "weights", "reward"]  # noqa: RUF012, SLF001 - HF's own pattern
 
-    preset: str = field(
-        default="rest",
-        metadata={"help": "Training method: 'rest', 'paper', 'authors-code', 'grpo', 'dr_grpo' or 'dapo'."},
-    )
+    preset: str = field(default="rest", metadata=_help("A name from `rest_rl.PRESETS`, or a `Preset`."))
     tool_format: str = field(
-        default="toolrl",
-        metadata={
-            "help": "How the model writes tool calls: a name from `rest_rl.FORMATS`, 'module:OBJECT' or the object."
-        },
+        default="toolrl", metadata=_help("A name from `rest_rl.FORMATS`, 'module:OBJECT', or the object.")
     )
     weights: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Fields of `rest_rl.weights.WeightConfig` that replace the preset's: {'strength': 0.5}."},
+        default=None, metadata=_help("WeightConfig fields that replace the preset's.")
     )
     reward: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of `rest_rl.rewards.RewardConfig` that replace the preset's."}
+        default=None, metadata=_help("RewardConfig fields that replace the preset's.")
     )
-    advantage: str | None = field(
-        default=None,
-        metadata={"help": "Advantage to use instead of the preset's: 'grpo', 'dr_grpo' or 'dapo'."},
-    )
+    advantage: str | None = field(default=None, metadata=_help("Replaces the preset's: 'grpo', 'dr_grpo' or 'dapo'."))
     entropy_decay: float = field(
-        default=ENTROPY_DECAY,
-        metadata={"help": "Decay per step of the moving average of region entropies; 0 uses only the last step."},
+        default=ENTROPY_DECAY, metadata=_help("Decay per step of the average region entropies.")
     )
-    progress_steps: int = field(
-        default=0,
-        metadata={"help": "Steps in which progress goes from 0 to 1, where it stays; 0 for all steps of the run."},
-    )
-    loss_type: str = field(
-        default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) uses the preset's value."}
-    )
-    scale_rewards: str = field(
-        default=FROM_PRESET, metadata={"help": "As in `GRPOConfig`; 'preset' (default) uses the preset's value."}
-    )
+    progress_steps: int = field(default=0, metadata=_help("Steps in which progress goes from 0 to 1; 0 for all."))
+    loss_type: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
+    scale_rewards: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,12 +142,8 @@ class ResTConfig(GRPOConfig):
 
     def method(self) -> Preset:
         """Return the preset with the overrides applied."""
-        table: dict[str, Any] = {
-            "weights": self.weights or {},
-            "reward": self.reward or {},
-            "advantage": self.advantage,
-        }
-        return RestTable(preset=self.preset, **table).resolve()
+        table: dict[str, Any] = {"weights": self.weights or {}, "reward": self.reward or {}}
+        return RestTable(preset=self.preset, advantage=cast(Any, self.advantage), **table).resolve()
 
     # A checkpoint records the configuration as JSON: a preset object becomes its name and the fields that differ from
     # it.

@@ -47,15 +47,11 @@ DERIVED_TRL_KEYS = [name for names in KEY_TABLES["trl_counted"].values() for nam
 class VerlJob(NamedTuple):
     """What a run on verl needs in addition to its run file."""
 
-    # The run folder, absolute.
-    folder: Path
+    folder: Path  # the run folder, absolute
     model: str
-    # Rows of the training file.
-    num_train: int
-    # Of the longest prompt.
-    prompt_tokens: int
-    # The stop tokens.
-    ends: tuple[int, ...] = ()
+    num_train: int  # rows of the training file
+    prompt_tokens: int  # of the longest prompt
+    ends: tuple[int, ...] = ()  # the stop tokens
     has_held_out: bool = False
     resume_from: Path | None = None
 
@@ -225,13 +221,10 @@ def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, mega
 
 
 def compose_config(config: RunConfig, job: VerlJob) -> DictConfig:
-    """Compose verl's configuration and let verl validate it.
+    """Compose verl's configuration and let verl validate it; UserError for keys and values that it rejects.
 
     Its table `rest` is for our plugin: `rest.run` is the whole run file, `rest.folder` the run folder, `rest.ends` the
     stop tokens.
-
-    Raises:
-        UserError: a key that verl does not have, or a value that verl or this package rejects.
     """
     from hydra import compose, initialize_config_module
     from hydra.core.override_parser.overrides_parser import OverridesParser

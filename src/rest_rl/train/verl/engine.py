@@ -87,9 +87,8 @@ class VerlEngine:
     def prepare(self, data: TrainingData, log: RunLog, checkpoint: Checkpoint) -> Checkpoint:
         model, adapter = resolve_adapter(self.config.model)
         if adapter is not None:
-            raise UserError(
-                f"verl cannot train the adapter {adapter}", "a whole model", "merge it, or set run.engine = 'trl'"
-            )
+            remedy = "merge it, or set run.engine = 'trl'"
+            raise UserError(f"verl cannot train the adapter {adapter}", "a whole model", remedy)
         self.data = data
         self.job = VerlJob(
             folder=log.folder.absolute(),
@@ -202,11 +201,8 @@ def write_prompts(rows: Iterable[tuple[str, Prepared]], path: Path) -> None:
 
 def find_checkpoint(log: RunLog) -> tuple[Checkpoint, list[str]]:
     """Return a run's newest complete checkpoint (the beginning without one) and the names of newer incomplete ones."""
-    folders = {
-        int(match[1]): match.string
-        for path in log.checkpoints.glob("*")
-        if (match := re.fullmatch(r"global_step_(\d+)", path.name))
-    }
+    matches = (re.fullmatch(r"global_step_(\d+)", path.name) for path in log.checkpoints.glob("*"))
+    folders = {int(match[1]): match.string for match in matches if match}
     broken: list[str] = []
     for step, name in sorted(folders.items(), reverse=True):
         if is_complete(log.checkpoints / name):

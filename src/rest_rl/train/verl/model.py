@@ -33,10 +33,7 @@ def merge_model(
     """Write a checkpoint's model to `target`: its adapter (of the model `base`) or the whole model, and the tokenizer.
 
     An adapter keeps its dtype; verl's merger writes whole models in bfloat16. `target` appears only when it is
-    complete.
-
-    Raises:
-        UserError: the checkpoint cannot be merged, or the folder cannot be written.
+    complete; UserError if the checkpoint cannot be merged or the folder cannot be written.
     """
     actor, part = checkpoint / "actor", target.with_name(f".{target.name}.part")
     # Megatron saves models and adapters in Hugging Face's layout, unless configured to save its own shards.
@@ -49,10 +46,9 @@ def merge_model(
             tokenizer = actor / "huggingface"
         elif (exported / "adapter" / ADAPTER_CONFIG).is_file():
             shutil.copytree(exported / "adapter", part)
-            config = json.loads((part / ADAPTER_CONFIG).read_text(encoding="utf-8")) | {
-                "base_model_name_or_path": str(base)
-            }
-            (part / ADAPTER_CONFIG).write_text(as_json(config, indent=2), encoding="utf-8")
+            file, link = part / ADAPTER_CONFIG, {"base_model_name_or_path": str(base)}
+            config = json.loads(file.read_text(encoding="utf-8")) | link
+            file.write_text(as_json(config, indent=2), encoding="utf-8")
             tokenizer = exported
         elif any(exported.glob("*.safetensors")):
             shutil.copytree(exported, part)
@@ -98,9 +94,8 @@ def write_adapter(actor: Path, part: Path, base: str | Path) -> None:
         trained = json.loads((actor / LORA_META).read_text(encoding="utf-8"))
         shards = read_shards(actor)
         names = [name for name in shards[0] if ".lora_" in name]
-        weights = {
-            re.sub(r"(\.lora_\w+)\.default\b", r"\1", name): join_shards([s[name] for s in shards]) for name in names
-        }
+        plain = {name: re.sub(r"(\.lora_\w+)\.default\b", r"\1", name) for name in names}
+        weights = {plain[name]: join_shards([shard[name] for shard in shards]) for name in names}
         config = LoraConfig(
             base_model_name_or_path=str(base),
             r=trained["r"],

@@ -149,9 +149,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
     def _save_checkpoint(self) -> None:
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / DATA_STATE_FILE).unlink(
-            missing_ok=True
-        )  # of a run that was killed here before: not whole until the end
+        (folder / DATA_STATE_FILE).unlink(missing_ok=True)  # of a run that was killed here before
         replace_file(folder / STATISTICS_FILE, json.dumps(self.tracker.table))
         super()._save_checkpoint()
 

@@ -100,9 +100,8 @@ def weight_batch(
         advantages += [weighted_advantages_BT[row, :length] for row, length in enumerate(lengths)]
         kept = (weighted.regions_BT, weighted.weights_BT, entropies_BT, logps_BT, advantages_BT[:, 0])
         seen = WeightedBatch(torch.arange(first, first + len(lengths)), *kept)
-        recorded |= {
-            at: seen.token_fields(at - first, lengths[at - first]) for at in watched if 0 <= at - first < CHUNK_SIZE
-        }
+        local = {at: at - first for at in watched if first <= at < first + CHUNK_SIZE}
+        recorded |= {at: seen.token_fields(row, lengths[row]) for at, row in local.items()}
     tracker.update(sums_4R[:3])
     figures = compute_region_metrics(sums_4R, rule_weights_R) | compute_surprise_metrics(surprise_4)
     figures["entropy"] = float(sums_4R[1].sum() / sums_4R[0].sum())
@@ -193,11 +192,8 @@ class Responses:
 
 def make_metrics_row(step: int, metrics: Mapping[str, Any]) -> Row:
     """Return a step's metrics under TRL's names, without times and duplicates."""
-    kept = {
-        name: value
-        for name, value in select_scalars(metrics).items()
-        if not name.startswith(TIMING_PREFIXES + DUPLICATE_PREFIXES)
-    }
+    left_out = TIMING_PREFIXES + DUPLICATE_PREFIXES
+    kept = {name: value for name, value in select_scalars(metrics).items() if not name.startswith(left_out)}
     return {"step": step, **{TRL_METRIC_NAMES.get(name, name): value for name, value in kept.items()}}
 
 
