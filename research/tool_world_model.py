@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from research.demonstrations import render_demonstration
+from rest_rl.data.layout import PromptLayout
 from rest_rl.data.tool_world import (
     KEY_PARTS,
     SLOTS,
@@ -21,7 +22,6 @@ from rest_rl.data.tool_world import (
     draw_value,
     tool_world,
 )
-from rest_rl.train.prompts import render_prompt
 
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 _TURN = "<|im_start|>"
@@ -95,7 +95,7 @@ def _wrap_backend(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 def _build_corpus(tokenizer: Any, decision: Decision) -> list[str]:
     samples = [sample for split in SPLITS for sample in tool_world(0, 600, split, decision=decision)]
-    texts = [render_prompt(sample, tokenizer) for sample in samples] + [
+    texts = [PromptLayout(tokenizer).render(sample) for sample in samples] + [
         render_demonstration(sample) for sample in samples
     ]
     return [part for text in texts for part in text.replace(_TURN, EOS).split(EOS)]

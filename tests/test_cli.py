@@ -245,7 +245,7 @@ def test_run_without_metrics_resumes_and_is_reported(
     assert "| run | rest | 3 |" in text
     assert main(["train", "--resume", "--out", str(folder)]) == 0
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(ValueError, match=r"none there.* after 3 steps"):
+    with pytest.raises(ValueError, match=r"no complete checkpoint after 3 steps"):
         find_checkpoint(RunLog(folder), 2)
     (folder / "timing.jsonl").unlink()
     (folder / "responses.jsonl").unlink()
@@ -268,7 +268,7 @@ def test_processes_of_one_launch_need_a_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "2 processes without --out" in error_of(capsys, "train")
+    assert "2 processes were launched without --out" in error_of(capsys, "train")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_processes_of_one_launch_need_a_folder(
         ("trl.temperature=0.0", "trl.temperature is 0.0, expected more than 0"),
         ("trl.num_iterations=0", "trl.num_iterations is 0, expected at least 1"),
         ("trl.bf16=1", "trl.bf16 is 1, expected true or false"),
-        ("trl.save_only_model=true", "expected checkpoints that a run can go on from"),
+        ("trl.save_only_model=true", "expected false, because such checkpoints cannot be resumed"),
         ("trl.deepspeed=x.json", "pip install deepspeed"),
         ("eval.batch_size=0", "eval.batch_size is 0, expected at least 1"),
         ("model.path=nowhere/at/all", "model.path nowhere/at/all"),

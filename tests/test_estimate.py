@@ -294,12 +294,10 @@ def test_the_verdict_says_by_how_much_a_device_is_too_small_and_what_to_change()
     big = qwen3(4096, 12288, 36, 32, tied=False)
     settings = {"model": big, "device": H100, "prompt_tokens": [1000] * 64}
     full = guess(rl(bf16=True), **settings)
-    assert full.fits is False
     assert judge_fit(full)[0] == "does not fit"
     assert "[peft]" in judge_fit(full)[1]
     config = run("peft.r = 4\neval.prompts = 0")
     adapter = guess(rl(bf16=True, gradient_checkpointing=True), lora=LORA, config=config, **settings)
-    assert adapter.fits is True
     assert judge_fit(adapter)[0] == "fits"
 
 
@@ -331,7 +329,6 @@ def test_alternative_names_of_layer_widths() -> None:
 
 def test_without_a_device_there_is_no_verdict() -> None:
     guessed = guess()
-    assert guessed.fits is None
     assert judge_fit(guessed)[0] == "no GPU"
     assert (find_device(rl(use_cpu=False)) is None) == (not torch.cuda.is_available())
     here = find_device(rl(use_cpu=True))

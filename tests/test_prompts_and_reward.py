@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from rest_rl.data.layout import PromptLayout
 from rest_rl.presets import PRESETS
 from rest_rl.response import Gold, ToolCall
 from rest_rl.rewards import RewardConfig, random_rewards
-from rest_rl.train.prompts import build_training_dataset, render_prompt
+from rest_rl.train.prompts import build_training_dataset
 from rest_rl.train.reward import compute_progress, make_tool_reward
 from tests.tiny_policy import tiny_samples, tiny_tokenizer
 
@@ -45,7 +46,7 @@ def test_unpaired_surrogates_are_refused(tokenizer, part):
 def test_a_template_without_tools_gets_them_as_a_system_message():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    text = render_prompt(tiny_samples(1)[0], tokenizer, "hermes")
+    text = PromptLayout(tokenizer, "hermes").render(tiny_samples(1)[0])
     assert text.startswith("system: ")
     assert '"name": "f"' in text
     assert "<tool_call>" in text
@@ -148,7 +149,7 @@ def test_a_failing_chat_template_names_the_sample(tokenizer):
     broken = copy.deepcopy(tokenizer)
     broken.chat_template = template
     with pytest.raises(ValueError, match=r"sample .s0., on which the chat template failed"):
-        render_prompt(sample, broken)
+        PromptLayout(broken).render(sample)
 
 
 def test_the_published_schedule_counts_batches_and_not_optimizer_steps():

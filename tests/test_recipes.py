@@ -112,5 +112,4 @@ def estimated(path: Path, prompts: int = 3920, device: Device = A100) -> Estimat
 def test_fits_the_intended_gpu(path: Path) -> None:
     device = Device("NVIDIA GeForce RTX 3090", int(23.6 * GIB)) if path.stem == "own-tools" else A100
     guessed = estimated(path, device=device)
-    assert guessed.fits, judge_fit(guessed)
     assert device.bytes - guessed.total > device.bytes / 20, judge_fit(guessed)

@@ -24,7 +24,7 @@ from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids, tag_regions
 from rest_rl.response import Region
 from rest_rl.train.policy import embedded_model_dir
-from rest_rl.train.prompts import IGNORED_LABEL, render_prompt
+from rest_rl.train.prompts import IGNORED_LABEL
 from tests.scores import exact_match
 
 TOKENIZER: Any = build_tokenizer()
@@ -37,7 +37,7 @@ def test_the_tokenizer_is_deterministic() -> None:
 
 def test_tool_world_texts_round_trip_in_few_tokens() -> None:
     for sample in SAMPLES:
-        text = render_prompt(sample, TOKENIZER) + render_demonstration(sample) + TOKENIZER.eos_token
+        text = PromptLayout(TOKENIZER).render(sample) + render_demonstration(sample) + TOKENIZER.eos_token
         ids = TOKENIZER(text)["input_ids"]
         assert TOKENIZER.decode(ids) == text
         assert len(ids) <= 170
@@ -50,7 +50,7 @@ def test_any_text_round_trips(text: str) -> None:
 
 def test_names_and_values_have_the_same_ids_in_prompt_and_call() -> None:
     for sample in tool_world(9, 40, kinds=["single"]):
-        prompt, response = render_prompt(sample, TOKENIZER), render_demonstration(sample)
+        prompt, response = PromptLayout(TOKENIZER).render(sample), render_demonstration(sample)
         for call in sample.gold.calls:
             for text in (call.name, *call.arguments, *call.arguments.values()):
                 ids = TOKENIZER(text)["input_ids"]
@@ -60,7 +60,7 @@ def test_names_and_values_have_the_same_ids_in_prompt_and_call() -> None:
 
 
 def test_tools_are_described_before_they_are_named() -> None:
-    prompt = render_prompt(SAMPLES[0], TOKENIZER)
+    prompt = PromptLayout(TOKENIZER).render(SAMPLES[0])
     for tool in SAMPLES[0].tools:
         f = tool["function"]
         assert f'{f["description"]}: "{f["name"]}"' in prompt
@@ -69,7 +69,7 @@ def test_tools_are_described_before_they_are_named() -> None:
 
 def test_rendered_histories_omit_the_reasoning() -> None:
     second = tool_world(9, 2, kinds=["dependent"])[1]
-    prompt = render_prompt(second, TOKENIZER)
+    prompt = PromptLayout(TOKENIZER).render(second)
     assert "<think>" not in prompt
     assert '<tool_call>\n{"name": "' in prompt
     assert '<|im_start|>tool\n{"result": "' in prompt
@@ -120,7 +120,7 @@ def test_batches_label_only_the_response() -> None:
     for sample, ids, labels in zip(SAMPLES, batch.ids.tolist(), batch.labels.tolist(), strict=False):
         learnt = [label for label in labels if label != IGNORED_LABEL]
         assert TOKENIZER.decode(learnt) == render_demonstration(sample) + TOKENIZER.eos_token
-        assert TOKENIZER.decode(ids).startswith(render_prompt(sample, TOKENIZER))
+        assert TOKENIZER.decode(ids).startswith(PromptLayout(TOKENIZER).render(sample))
 
 
 def test_the_recipe_is_deterministic_and_its_folder_loads(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_shipped_model_calls_unseen_tools() -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert (model.generation_config.eos_token_id, model.dtype) == (tokenizer.eos_token_id, torch.float32)
     samples = list(islice(tool_world(8, 64, "unseen_tools"), 64))
-    prompts = [render_prompt(sample, tokenizer) for sample in samples]
+    prompts = [PromptLayout(tokenizer).render(sample) for sample in samples]
     responses = generate(model, tokenizer, prompts, max_new_tokens=80, batch_size=64, greedy=True)
     tool_format = get_format("toolrl")
     right = [

@@ -104,11 +104,6 @@ class Estimate:
         """The larger peak of the two phases."""
         return max(self.phase_bytes("update"), self.phase_bytes("generation"))
 
-    @property
-    def fits(self) -> bool | None:
-        """Whether the device has enough memory; None without a device."""
-        return None if self.device is None else self.total <= self.device.bytes
-
 
 def estimate_resources(
     config: RunConfig,

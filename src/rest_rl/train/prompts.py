@@ -88,16 +88,6 @@ def prepare_or_raise(sample: ToolSample, layout: PromptLayout) -> Prepared:
     return prepared
 
 
-def render_prompt(
-    sample: ToolSample,
-    tokenizer: Any,
-    tool_format: str | ToolFormat = "toolrl",
-    variables: Mapping[str, Any] | None = None,
-) -> str:
-    """Render the prompt of one sample up to the point where the response begins; see `PromptLayout`."""
-    return PromptLayout(tokenizer, tool_format, variables).render(sample)
-
-
 # Some turns say something before their calls. Where the format allows text outside its tags, it stays text; elsewhere
 # it becomes the thought, unless there is one. `thinks` is false for prompts that end in a closed think block, after
 # which the model was trained to answer directly.
