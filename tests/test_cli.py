@@ -297,7 +297,7 @@ def test_processes_of_one_launch_need_a_folder(
         ("trl.deepspeed=x.json", "pip install deepspeed"),
         ("eval.batch_size=0", "eval.batch_size is 0, expected at least 1"),
         ("model.path=nowhere/at/all", "model.path nowhere/at/all"),
-        ("data.path=nowhere.jsonl", "nowhere.jsonl, which does not exist"),
+        ("data.path=nowhere.jsonl", "nowhere.jsonl does not exist"),
     ],
 )
 def test_mistakes_in_a_run_are_found_before_its_folder_is_made(

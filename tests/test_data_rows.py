@@ -47,9 +47,9 @@ def with_bad(tmp_path: Path, bad: bytes) -> Path:
         (b"[" * 100_000, "too_deep", "deeper than 64"),
         (b'{"a": "' + b"x" * (10 * 2**20) + b'"}', "row_too_long", "10.0 MiB"),
         (b'{"question": 1}', "unknown_shape", "question"),
-        (b'{"messages": 3}', "bad_row", "messages of type int"),
+        (b'{"messages": 3}', "bad_row", "messages is of type int"),
         (b'{"messages": []}', "no_assistant_turn", "no messages"),
-        (b'{"messages": [{"role": "user", "content": "x"}]}', "no_assistant_turn", "none of the assistant"),
+        (b'{"messages": [{"role": "user", "content": "x"}]}', "no_assistant_turn", "none of the messages is an assistant turn"),
         (b'{"messages": [{"role": "user", "content": "x"}, {"role": "robot", "content": "y"}]}', "bad_turn", "'robot'"),
     ],
 )
@@ -275,8 +275,8 @@ def test_a_folder_of_datasets_is_read(tmp_path: Path) -> None:
         ("nowhere.jsonl", "does not exist"),
         ("data/nowhere.jsonl", "does not exist"),
         ("nowhere", "does not exist"),
-        ("rows.csv", "ending"),
-        ("empty", "a folder without"),
+        ("rows.csv", "unknown file type"),
+        ("empty", "the folder empty has no"),
     ],
 )
 def test_inputs_that_are_none(tmp_path: Path, name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +288,7 @@ def test_inputs_that_are_none(tmp_path: Path, name: str, told: str, monkeypatch:
 
 
 def test_a_dataset_that_cannot_be_reached_is_one_error() -> None:
-    with pytest.raises(ValueError, match="dataset nobody-at-all/nothing, split train"):
+    with pytest.raises(ValueError, match="the split train of dataset nobody-at-all/nothing cannot be read"):
         load_dataset("nobody-at-all/nothing")
 
 

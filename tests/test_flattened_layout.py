@@ -15,11 +15,11 @@ import pytest
 
 from rest_rl.cli.app import main
 from rest_rl.config import RunConfig
-from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of, history_text, tools_text
+from rest_rl.data.flattened_layout import FlattenedLayout, Frame, frame_of, render_history, render_tools
 from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample, to_json
 from rest_rl.data.shapes import RowContext, toolrl
-from rest_rl.data.shapes.toolrl import history_of, tools_of
+from rest_rl.data.shapes.toolrl import parse_history, parse_tools
 from rest_rl.evaluate.benchmarks.bfcl.benchmark import Bfcl
 from rest_rl.evaluate.conversation import Reply
 from rest_rl.formats import get_format
@@ -113,7 +113,7 @@ def rows_file(tmp_path: Path) -> Path:
 
 
 def with_thoughts(messages: list[dict[str, Any]], published_text: str) -> list[dict[str, Any]]:
-    """What `history_of` has read, with the thoughts that it leaves out; every published turn begins with one."""
+    """What `parse_history` has read, with the thoughts that it leaves out; every published turn begins with one."""
     thoughts = iter(re.findall(r"<think>(.*?)</think>", published_text, re.DOTALL))
     thinking = [
         {**message, "reasoning_content": next(thoughts)} if message["role"] == "assistant" else message
@@ -130,7 +130,7 @@ def test_the_prompt_of_a_sample() -> None:
     assert flat.messages[1]["content"] == PROMPT_USER
     assert (flat.tools_in_prompt, flat.tools, flat.gold) == (True, SAMPLE.tools, SAMPLE.gold)
     assert FRAME.flatten(flat) is flat
-    assert [tool["function"]["name"] for tool in tools_of(PROMPT_SYSTEM)] == ["disk.open", "clock"]
+    assert [tool["function"]["name"] for tool in parse_tools(PROMPT_SYSTEM)] == ["disk.open", "clock"]
 
 
 @pytest.mark.parametrize(
@@ -144,32 +144,32 @@ def test_the_template_adds_no_more_than_the_roles(family: str, tool_format: str)
     assert PROMPT_SYSTEM in layout.render(SAMPLE)
     assert layout.render(SAMPLE).count(PROMPT_USER) == 1
     assert layout.count_tokens(SAMPLE) == len(tokenizer(layout.render(SAMPLE), add_special_tokens=False)["input_ids"])
-    with pytest.raises(ValueError, match=r"format 'hermes' .* expected 'toolrl'"):
+    with pytest.raises(ValueError, match=r"format is 'hermes', expected 'toolrl'"):
         FlattenedLayout(tokenizer, FRAME, "hermes")
 
 
 def test_made_up_rows_come_out_as_they_went_in() -> None:
-    assert history_text(with_thoughts(history_of(HISTORY), HISTORY)) == HISTORY.rstrip()
-    assert "<think>  </think>\n<response> Hi" in history_text(history_of(HISTORY))
+    assert render_history(with_thoughts(parse_history(HISTORY), HISTORY)) == HISTORY.rstrip()
+    assert "<think>  </think>\n<response> Hi" in render_history(parse_history(HISTORY))
 
 
 def test_published_rows_come_out_as_they_went_in() -> None:
     path = published_file("toolrl/rlla_sft.json")
     rows, frame = json.loads(path.read_text(encoding="utf-8")), frame_of(str(path))
-    texts = {row["input"]: history_text(with_thoughts(history_of(row["input"]), row["input"])) for row in rows}
+    texts = {row["input"]: render_history(with_thoughts(parse_history(row["input"]), row["input"])) for row in rows}
     changed = [(text, written) for text, written in texts.items() if text != written]
     assert len(rows) == 400
     assert len(changed) == 1  # its result bears another name than the call, which is broken
     assert '<obs> [{"name": "Sending SMS OTP (Custom OTP' in changed[0][0]
-    # tools_of puts types in JSON's words and strips descriptions, so the lists are compared by published schemas
+    # parse_tools puts types in JSON's words and strips descriptions, so the lists are compared by published schemas
     different = 0
     for row in rows:
         schemas = [json.loads(line) for line in re.findall(r"^Parameters: (.*)$", row["instruction"], re.MULTILINE)]
         tools = [
             {**tool["function"], "parameters": {"properties": schema}}
-            for tool, schema in zip(tools_of(row["instruction"]), schemas, strict=True)
+            for tool, schema in zip(parse_tools(row["instruction"]), schemas, strict=True)
         ]
-        different += f"{frame.before}{tools_text(tools)}{frame.after}" != row["instruction"]
+        different += f"{frame.before}{render_tools(tools)}{frame.after}" != row["instruction"]
     assert different == 1  # a description with a space at its end
 
 
@@ -191,7 +191,7 @@ def test_published_rows_come_out_as_they_went_in() -> None:
     ],
 )  # fmt: skip
 def test_odd_histories(messages: list[dict[str, Any]], text: str) -> None:
-    assert history_text([QUESTION, *messages]).endswith(f"\n{text}")
+    assert render_history([QUESTION, *messages]).endswith(f"\n{text}")
 
 
 @pytest.mark.parametrize("shape", ["json", "jsonl", "parquet", "samples"])
@@ -216,7 +216,7 @@ def test_the_frame_is_read_from_the_first_row_that_has_it(tmp_path: Path, shape:
 def test_a_file_without_the_texts_is_refused(tmp_path: Path, row: Any) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"rows\.jsonl, no row of which .* expected .* such as rlla_sft\.json"):
+    with pytest.raises(ValueError, match=r"no row of .*rows\.jsonl has ToolRL's system text; pass .* such as rlla_sft\.json"):
         frame_of(str(path))
 
 
@@ -300,7 +300,7 @@ def test_a_run_that_kept_its_prompts_is_asked_by_them(
     assert "prompt training, format toolrl (as in mine; texts from rows.json)" in out
     assert "**Dialogue Records History**" in out
     assert run(*trained("toolrl", "gone.json")) == 2
-    assert "gone.json, which does not exist" in (told := capsys.readouterr().err)
+    assert "gone.json does not exist" in (told := capsys.readouterr().err)
     assert "--prompt-from" in told
     assert run(*trained("toolrl", "gone.json"), "--prompt-from", "rows.json") == 0
     assert "texts from rows.json" in shown(capsys)
@@ -315,7 +315,7 @@ def test_a_run_that_kept_its_prompts_is_asked_by_them(
         (("--prompt-from", "rows.json"), "--prompt-from with --prompt training"),
         (("--prompt", "native", "--prompt-from", "rows.json"), "--prompt-from with --prompt native"),
         ((*PUBLISHED, "rows.json", "--format", "hermes"), "--prompt published and format hermes, expected toolrl"),
-        ((*PUBLISHED, "nothing.json"), "nothing.json, which does not exist"),
+        ((*PUBLISHED, "nothing.json"), "nothing.json does not exist"),
     ],
 )
 def test_mistakes_are_told(

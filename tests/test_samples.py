@@ -86,19 +86,19 @@ def test_a_dialogue_without_assistant_turns_gives_no_sample() -> None:
     [
         ({"role": "robot", "content": "x"}, "role 'robot'"),
         ({"role": "user"}, "neither content nor tool_calls"),
-        ({"role": "user", "content": [{"type": "text"}]}, "content of type list"),
+        ({"role": "user", "content": [{"type": "text"}]}, "is of type list"),
         ({"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "{}"}}]}, "tool call"),
         (
             {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
-            "expected JSON",
+            "are not JSON",
         ),
         (
             {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]},
             "arguments object",
         ),
         ({"role": "assistant", "content": "", "tool_calls": 3}, "expected a list of calls"),
-        ({"role": "assistant", "content": "", "tool_calls": "f()"}, "tool_calls 'f()', expected a list of calls"),
-        ({"role": "user", "content": "hi", "tool_calls": ["f"]}, "expected role assistant"),
+        ({"role": "assistant", "content": "", "tool_calls": "f()"}, "tool_calls of message 1 is 'f()', expected a list of calls"),
+        ({"role": "user", "content": "hi", "tool_calls": ["f"]}, "expected the role assistant"),
     ],
 )
 def test_bad_messages_are_named(message: dict[str, Any], expected: str) -> None:
@@ -132,11 +132,11 @@ def test_json_of_a_sample_is_plain() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"messages": "hi"}, "messages = 'hi'"),
-        ({"gold": None}, "gold = None"),
+        ({"messages": "hi"}, "messages of sample 'd/0' is 'hi'"),
+        ({"gold": None}, "is None"),
         ({"gold": {"calls": [{"name": "f"}]}}, "gold"),
         ({"gold": {"calls": [], "answer": 3}}, "answer"),
-        ({"id": 3}, "id = 3"),
+        ({"id": 3}, "id of sample 3 is 3"),
         ({"thought": 1}, "thought"),
         ({"preamble": 1}, "preamble"),
         ({"messages": []}, "no messages"),

@@ -1,6 +1,6 @@
-"""Every row of a data file accounted for: kept, repaired or rejected, with its number and the reasons.
+"""Check every row of a data file: each is kept, repaired or rejected, with its number and the reasons.
 
-`check_rows` streams; memory holds one row and two numbers per sample seen, which find duplicates.
+`check_rows` streams: it keeps one row in memory, and two hashes per sample to detect duplicates.
 """
 
 from __future__ import annotations
@@ -34,47 +34,49 @@ Status = Literal["kept", "repaired", "rejected"]
 MAX_FINDINGS = 1000
 MAX_FIRST_ROWS = 5
 MAX_ANSWER_SHARE = 0.3
-"""Share of answer turns above which a warning says what it means."""
+"""Share of answer turns above which `warn_about_answers` warns."""
 ROWS_PER_PROGRESS = 256
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """How a file is read and checked; UserError for values that no run can use."""
+    """How a file is read and checked; raises UserError for invalid values."""
 
     source: str | RowShape = AUTO
-    """Shape of the rows: a name in `shapes.SHAPES` or `package.module:OBJECT`; `auto` tells it from the keys."""
+    """Shape of the rows: a name in `shapes.SHAPES`, `package.module:OBJECT`, or `auto` to detect it from the keys."""
     keep_prompts: bool = False
-    """Published prompts stay word for word, with the tools they describe (ToolRL, API-Bank, ToolACE)."""
+    """Keep published prompts word for word, including the tools they describe (ToolRL, API-Bank, ToolACE)."""
     allow: Sequence[str] = ()
-    """Reasons that are only noted: nothing is rejected or repaired for them."""
+    """Reasons that are only noted: they neither reject nor repair anything."""
     mask_names: float = 0.0
-    """Share of the samples whose tool and argument names become random strings (Hammer, arXiv 2410.04587)."""
+    """Share of samples whose tool and argument names are replaced by random strings (Hammer, arXiv 2410.04587)."""
     seed: int = 0
     """Seed of the masking."""
     max_prompt_tokens: int = 0
-    """Longer prompts are rejected where a model is known that counts (`prepare_row`); 0 for no limit."""
+    """Reject longer prompts; 0 for no limit. Needs a model, whose tokenizer counts (`prepare_row`)."""
     max_response_tokens: int = 1
-    """Prompts are rejected that leave less room for a response in the model's context, where it is known."""
+    """Reject prompts that leave fewer tokens for a response in the model's context length, if that is known."""
 
     def __post_init__(self) -> None:
         get_shapes(self.source)
         if unknown := [name for name in self.allow if name not in ALLOWABLE_REASONS]:
             raise UserError(
-                f"allow reason {unknown[0]!r}", f"one of {', '.join(ALLOWABLE_REASONS)}", "see rest-rl data check"
+                f"{unknown[0]!r} is not a reason that can be allowed", f"one of {', '.join(ALLOWABLE_REASONS)}"
             )
         if not 0 <= self.mask_names <= 1:
-            raise UserError(f"mask_names {self.mask_names}", "a share in [0, 1]", "0 masks nothing")
+            raise UserError(f"mask_names is {self.mask_names}", "a share between 0 and 1")
         if self.mask_names and self.keep_prompts:
-            raise UserError("mask_names with keep_prompts", "one of them", "kept texts hold the names")
+            raise UserError(
+                "mask_names and keep_prompts are both set, but kept prompts contain the names", remedy="use one of them"
+            )
         if self.max_prompt_tokens < 0:
-            raise UserError(f"max_prompt_tokens {self.max_prompt_tokens}", "a number >= 0", "0 is no limit")
+            raise UserError(f"max_prompt_tokens is {self.max_prompt_tokens}", "at least 0", "use 0 for no limit")
         if self.max_response_tokens < 1:
-            raise UserError(f"max_response_tokens {self.max_response_tokens}", "a number >= 1", "raise it")
+            raise UserError(f"max_response_tokens is {self.max_response_tokens}", "at least 1")
 
 
 class CheckedRow(NamedTuple):
-    """A row, the samples it gives and what was found; `raw` is the row as read, or the beginning of its text."""
+    """A row, its samples and its findings; `raw` is the row as read, or the start of its text if it is unreadable."""
 
     file: str
     number: int
@@ -85,31 +87,31 @@ class CheckedRow(NamedTuple):
 
     @property
     def status(self) -> Status:
-        """`rejected` without samples, `repaired` if something was changed or a turn of several left out, or `kept`."""
+        """`rejected` if no sample is left, `repaired` if a sample was changed or a turn was lost, otherwise `kept`."""
         is_changed = any(found.severity != "noted" for found in self.findings)
         return ("repaired" if is_changed else "kept") if self.samples else "rejected"
 
     def with_findings(self, found: Iterable[RowFinding]) -> CheckedRow:
-        """The row with more findings, without the samples that they reject."""
+        """Return the row with these findings added and the samples that they reject removed."""
         found = tuple(found)
         lost = {each.sample for each in found if each.severity == "rejected"}
         samples = tuple(sample for sample in self.samples if sample.id not in lost)
         return self._replace(samples=samples, findings=(*self.findings, *found))
 
     def reasons_to_allow(self, config: CheckConfig) -> Collection[str]:
-        """Reasons that are only noted in this row: those that are kept, and all in a benchmark."""
+        """Return the reasons that are only noted in this row: all of them if it belongs to a benchmark."""
         return ALLOWABLE_REASONS if self.source in BENCHMARKS else config.allow
 
 
 def describe_outcome(row: CheckedRow, found: RowFinding) -> str:
-    """What a finding did: `row rejected`, `turn rejected` (the row keeps others), `repaired` or `noted`."""
+    """Return the effect of a finding: `row rejected`, `turn rejected` (other turns remain), `repaired` or `noted`."""
     if found.severity != "rejected":
         return found.severity
     return "row rejected" if row.status == "rejected" else "turn rejected"
 
 
 class LocatedFinding(NamedTuple):
-    """A finding with its file and row."""
+    """A finding with its file and row number."""
 
     file: str
     row: int
@@ -118,7 +120,7 @@ class LocatedFinding(NamedTuple):
 
 @dataclass
 class DataReport:
-    """Counts over files; `reasons` counts rows, each once per reason, and rows == kept + repaired + rejected."""
+    """Counts over all files, with rows == kept + repaired + rejected; `reasons` counts each row once per reason."""
 
     rows: int = 0
     kept: int = 0
@@ -126,22 +128,22 @@ class DataReport:
     rejected: int = 0
     samples: int = 0
     turns: Counter[Turn] = field(default_factory=Counter)
-    """Samples whose gold calls, and samples whose gold answers without a call."""
+    """Number of samples whose gold calls a tool, and of those whose gold answers without a call."""
     lost_turns: int = 0
-    """Rows that give samples and lost a turn; they count as repaired."""
+    """Rows that lost a turn but still give samples; they count as repaired."""
     reasons: Counter[str] = field(default_factory=Counter)
     occurrences: Counter[str] = field(default_factory=Counter)
     first_rows: dict[str, list[int]] = field(default_factory=dict)
     outcomes: dict[str, set[str]] = field(default_factory=dict)
-    """What became of rows or turns for a reason, in the words of `outcome`."""
+    """For each reason, the effects it had, as `describe_outcome` names them."""
     sources: Counter[str] = field(default_factory=Counter)
     files: set[str] = field(default_factory=set)
     findings: list[LocatedFinding] = field(default_factory=list)
-    """The first `MAX_FINDINGS`."""
+    """The first `MAX_FINDINGS` findings."""
     findings_left_off: int = 0
 
     def add(self, row: CheckedRow) -> None:
-        """Count one row."""
+        """Add a row to the counts."""
         self.rows += 1
         setattr(self, row.status, getattr(self, row.status) + 1)
         self.samples += len(row.samples)
@@ -161,7 +163,7 @@ class DataReport:
             first += [row.number] if len(first) < MAX_FIRST_ROWS else []
 
     def to_json(self) -> dict[str, Any]:
-        """The report as one JSON object."""
+        """Return the report as a JSON object."""
         counts = ("rows", "kept", "repaired", "rejected", "samples", "lost_turns")
         by_reason = {name: getattr(self, name) for name in ("reasons", "occurrences", "first_rows")}
         return {
@@ -178,19 +180,19 @@ class DataReport:
 
 
 def format_turn_mix(turns: Mapping[Turn, int]) -> str:
-    """`453 call turns, 510 answer turns (53 %)`."""
+    """Return a line such as `453 call turns, 510 answer turns (53 %)`."""
     share = turns["answers"] / max(1, sum(turns.values()))
     return f"{turns['calls']} {TURNS['calls']}, {turns['answers']} {TURNS['answers']} ({share:.0%})"
 
 
 def warn_about_answers(turns: Mapping[Turn, int]) -> str | None:
-    """What many answer turns mean for a reward; None for at most `MAX_ANSWER_SHARE` of them."""
+    """Return a warning if more than `MAX_ANSWER_SHARE` of the samples are answer turns, otherwise None."""
     if turns["answers"] <= MAX_ANSWER_SHARE * sum(turns.values()):
         return None
     return (
-        f"{turns['answers'] / sum(turns.values()):.0%} of the samples are answer turns, for which the reward takes any "
-        'complete text without a call as right: set data.turns = "calls" to train on calls only, or rest.reward.answer '
-        "(docs/training.md)"
+        f"{turns['answers'] / sum(turns.values()):.0%} of the samples are answer turns, and the reward accepts any "
+        'complete text without a call for them; set data.turns = "calls" to train on calls only, or set '
+        "rest.reward.answer (docs/training.md)"
     )
 
 
@@ -202,10 +204,17 @@ def check_rows(
     limit: int = 0,
     observer: Observer = SILENT,
 ) -> Iterator[CheckedRow]:
-    """Each row of files, folders or hub names with its samples and findings, in order.
+    """Yield each row of files, folders or hub datasets with its samples and findings, in order.
 
-    Prompts that the file `test` has as well are rejected; `limit` is the number of rows to read, 0 for all. UserError
-    for an input that does not exist; a row that cannot be read is a finding.
+    Args:
+        paths: What to read.
+        config: How to read and check it.
+        test: A test file; prompts that it also contains are rejected.
+        limit: The number of rows to read, 0 for all.
+        observer: Receives the progress.
+
+    Raises:
+        UserError: An input does not exist. A row that cannot be read is a finding, not an error.
     """
     reader = RowReader(*([paths] if isinstance(paths, str) else paths))
     checker = _RowChecker(config or CheckConfig(), collect_prompt_digests(test, config) if test else frozenset())
@@ -219,8 +228,10 @@ def check_rows(
 
 
 def collect_prompt_digests(path: str, config: CheckConfig | None = None) -> set[int]:
-    """Digests of all prompts of a test file; its histories are repaired as the config says."""
+    """Return the digests of all prompts of a test file."""
     config = config or CheckConfig()
+    # Defects of the test file must not hide a leak, so nothing is rejected. Repairs stay on: they change histories, and
+    # the training prompts that are compared with these are repaired too.
     allow = tuple(
         reason for reason in ALLOWABLE_REASONS if reason in config.allow or REASONS[reason].severity != "repaired"
     )
@@ -252,12 +263,12 @@ class _RowChecker:
         except RowRejectedError as error:
             return checked.with_findings([make_finding(error.reason, error.detail)])
         if is_padded:
-            context.findings.insert(
-                0, make_finding("null_padding", "got null arguments or schema fields and left them out")
-            )
+            context.findings.insert(0, make_finding("null_padding", "null arguments or schema fields were left out"))
         self.first_source = self.first_source or shape.name
         if shape.name != self.first_source:
-            context.note("mixed_shapes", f"got shape {shape.name}, the first row has shape {self.first_source}")
+            context.note(
+                "mixed_shapes", f"the shape is {shape.name}, but the first row has the shape {self.first_source}"
+            )
         repaired: dict[int, Gold] = {}
         kept: list[ToolSample] = []
         for read in samples:
@@ -270,33 +281,36 @@ class _RowChecker:
         shape = find_shape(value, self.shapes)
         if shape is None:
             keys, known = ", ".join(map(str, value)) or "no keys", ", ".join(shape.name for shape in self.shapes)
-            raise RowRejectedError("unknown_shape", f"got the keys {keys:.200}, expected one of {known}")
+            raise RowRejectedError("unknown_shape", f"no shape matches the keys {keys:.200}; known shapes: {known}")
         return shape
 
     def _check_sample(
         self, sample: ToolSample, allow: Collection[str], repaired: dict[int, Gold]
     ) -> tuple[ToolSample, list[RowFinding]]:
-        """The sample, and what was found; `repaired` are the golds of its dialogue by the position of their turn."""
+        # `repaired` maps the position of a turn in its dialogue to its repaired gold. Later samples of the dialogue
+        # show that turn in their history, and must show it as repaired.
         published = sample.gold
         sample, found = check_against_tools(repair_history(sample, repaired), allow)
         if sample.gold != published:
             repaired[len(sample.messages)] = sample.gold
         if not sample.messages:
-            found.append(make_finding("empty_prompt", "got no message before the turn", sample.id))
+            found.append(make_finding("empty_prompt", "the turn has no message before it", sample.id))
         found += [make_finding(reason, detail, sample.id, allow) for reason, detail in self._among_others(sample)]
         return mask_names(sample, self.config.mask_names, self.config.seed), found
 
     def _among_others(self, sample: ToolSample) -> Iterator[tuple[str, str]]:
+        # Two digests per sample, of its prompt and of prompt and gold, share one set: they are 64-bit hashes of
+        # different structures, so they collide no more often than any two hashes.
         prompt = compute_digest([sample.messages, sample.tools])
         gold = [[(call.name, call.arguments) for call in sample.gold.calls], sample.gold.answer]
         whole = compute_digest([prompt, gold])
         if whole in self.seen:
-            yield "duplicate", "got a sample that has been there before"
+            yield "duplicate", "an earlier sample has the same prompt and gold"
         elif prompt in self.seen:
-            yield "other_gold", "got a prompt that has been there before with another gold"
+            yield "other_gold", "an earlier sample has the same prompt and another gold"
         self.seen |= {prompt, whole}
         if self.test_prompts and compute_leak_digest(sample) in self.test_prompts:
-            yield "leak", "got a prompt that the test file has as well"
+            yield "leak", "the test file contains the same prompt"
 
 
 def _read_samples(shape: RowShape, value: Mapping[str, Any], context: RowContext) -> list[ToolSample]:
@@ -309,9 +323,9 @@ def _read_samples(shape: RowShape, value: Mapping[str, Any], context: RowContext
             samples += [from_json(to_json(sample)) for sample in _split_dialogue(replace(each, tools=tools), context)]
     except RowRejectedError:
         raise
-    except Exception as error:  # the shape is the user's, and a row that it cannot read is no reason to stop
-        told = f"got {type(error).__name__}: {error} from the shape {shape.name}"
-        raise RowRejectedError("bad_row", told) from error
+    except Exception as error:  # user code: a bug in it for one row must not stop the whole file
+        problem = f"the shape {shape.name} raised {type(error).__name__}: {error}"
+        raise RowRejectedError("bad_row", problem) from error
     return samples
 
 
@@ -322,14 +336,14 @@ def _split_dialogue(read: Dialogue | ToolSample, context: RowContext) -> list[To
     for turn in bad:
         context.note(turn.reason, turn.problem)
     if not samples and not bad:
-        count = len(read.messages)
-        told = f"got {count} messages, none of the assistant to learn" if count else "got no messages"
-        raise RowRejectedError("no_assistant_turn", told)
+        problem = "none of the messages is an assistant turn to train on" if read.messages else "there are no messages"
+        raise RowRejectedError("no_assistant_turn", problem)
     return samples
 
 
 def _remove_padding(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The row without the nulls that Arrow gives to objects of different keys, and whether it held any in its calls."""
+    # Arrow stores a list of objects with the union of their keys and fills the missing ones with null. Returns the row
+    # without any nulls, and whether a null was inside a call or schema, where removing it is a repair to report.
     inside = ("messages", "conversations", "conversation", "tools", "functions", "gold", "answers")
     return _remove_nulls(row), any(_has_padded_call(row.get(key)) for key in inside)
 

@@ -1,7 +1,7 @@
-"""Prompts as ToolRL published them: a system text around numbered tools, and the history as one user message.
+"""Prompts in ToolRL's published form: a system text around numbered tools, and the history as one user message.
 
-A model that was trained on such prompts (`[data] keep_prompts`) is asked by them elsewhere too. The fixed texts are
-ToolRL's and no part of this package: they are read from a file that holds its rows.
+A model that was trained on such prompts (`[data] keep_prompts`) is evaluated with them too. The fixed texts belong to
+ToolRL and are not part of this package; they are read from a file with ToolRL's rows.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands before and after the list of tools in the published system text."""
+    """The published system text before and after the list of tools."""
 
     before: str
     after: str
 
     @property
     def digest(self) -> str:
-        """What tells these texts from others."""
+        """A digest that identifies these texts."""
         return hashlib.sha256(f"{self.before}\0{self.after}".encode()).hexdigest()[:12]
 
     def flatten(self, sample: ToolSample) -> ToolSample:
-        """The sample with its tools in the system message and its history in one user message.
+        """Return the sample with its tools in the system message and its history in one user message.
 
-        Two departures from ToolRL, which drops both: a system message of the sample's own stays, as a last paragraph,
-        and `tools_text` says which arguments are required. A sample with `tools_in_prompt` stays as it is.
+        This departs from ToolRL, which drops both, in two points: a system message of the sample stays as the last
+        paragraph, and `render_tools` lists the required arguments. A sample with `tools_in_prompt` stays as it is.
         """
         if sample.tools_in_prompt:
             return sample
         own_texts = [message["content"] for message in sample.messages if message["role"] == "system"]
-        system = "\n\n".join([f"{self.before}{tools_text(sample.tools)}{self.after}", *own_texts])
-        messages = ({"role": "system", "content": system}, {"role": "user", "content": history_text(sample.messages)})
+        system = "\n\n".join([f"{self.before}{render_tools(sample.tools)}{self.after}", *own_texts])
+        messages = ({"role": "system", "content": system}, {"role": "user", "content": render_history(sample.messages)})
         return replace(sample, messages=messages, tools_in_prompt=True)
 
 
 class FlattenedLayout(PromptLayout):
-    """Prompts of a frame, around which the model's chat template writes no more than the roles."""
+    """Renders prompts within a frame; the chat template adds only the roles."""
 
     def __init__(
         self,
@@ -63,17 +63,16 @@ class FlattenedLayout(PromptLayout):
         super().__init__(tokenizer, tool_format, variables)
         inner = self.format.inner if isinstance(self.format, OpenedThinkFormat) else self.format
         if inner.name != FORMAT:
-            got = f"format {self.format.name!r} for prompts as ToolRL published them"
-            raise UserError(got, f"{FORMAT!r}, which they ask for", "change the format")
+            raise UserError(f"the format is {self.format.name!r}", f"{FORMAT!r}, which ToolRL's prompts request")
         self.frame = frame
 
     def render(self, sample: ToolSample) -> str:
-        """The prompt text of the flattened sample, up to where the response begins."""
+        """Return the prompt of the flattened sample, up to the start of the response."""
         return super().render(self.frame.flatten(sample))
 
 
 def frame_of(path: str) -> Frame:
-    """The texts of the first row in a file that has ToolRL's: its own rows, or ours where prompts were kept."""
+    """Return the frame of the first row with ToolRL's system text, in ToolRL's or our own files with kept prompts."""
     for row in RowReader(path):
         if isinstance(row.value, RowError) or not (shape := find_shape(row.value, (own, toolrl))):
             continue
@@ -86,17 +85,16 @@ def frame_of(path: str) -> Frame:
         except RowRejectedError:
             continue
     raise UserError(
-        f"{path}, no row of which has ToolRL's system text",
-        "rows as ToolRL published them",
-        "name a file of them, such as rlla_sft.json or the Parquet of rlla_4k",
+        f"no row of {path} has ToolRL's system text",
+        remedy="pass a file that ToolRL published, such as rlla_sft.json or the Parquet file of rlla_4k",
     )
 
 
-def tools_text(tools: Sequence[Message]) -> str:
-    """The tools as ToolRL numbers them: name, description, and the schemas of the arguments as one line of JSON.
+def render_tools(tools: Sequence[Message]) -> str:
+    """Render tools as ToolRL numbers them: name, description, and the schemas of the arguments as one line of JSON.
 
-    Where a schema has `required`, a line `Required: ["city"]` follows, which ToolRL does not have. It leaves the JSON
-    as ToolRL writes it: there `required` would stand among the keys of an argument, which may have such a list itself.
+    If a schema has `required`, a line such as `Required: ["city"]` follows, which ToolRL lacks. It is a separate line
+    because the JSON lists arguments by name, and an argument may itself be called `required`.
     """
     lines = []
     for number, tool in enumerate(tools, 1):
@@ -108,10 +106,10 @@ def tools_text(tools: Sequence[Message]) -> str:
     return "\n".join(lines)
 
 
-def history_text(messages: Sequence[Message]) -> str:
-    """The history as ToolRL flattens it, thoughts (`reasoning_content`) included; system messages are left out.
+def render_history(messages: Sequence[Message]) -> str:
+    """Render a history as ToolRL flattens it, with reasoning (`reasoning_content`) and without system messages.
 
-    `rest_rl.data.shapes.toolrl.history_of` reads it back but for the thoughts. JSON is ASCII, as published.
+    `rest_rl.data.shapes.toolrl.parse_history` is the inverse, except for the reasoning. JSON is ASCII, as published.
     """
     paragraphs: list[list[str]] = []
     calls: Sequence[Message] = ()
@@ -136,7 +134,7 @@ def _block(tag: str, text: str | None) -> str:
 
 
 def _assistant_blocks(message: Message, calls: Sequence[Message]) -> list[str]:
-    """Without a thought with an empty think block, since all published turns have one."""
+    # A turn without reasoning gets an empty think block, because every published turn has one.
     blocks = [_block("think", message.get("reasoning_content"))]
     if calls:
         functions = [call["function"] for call in calls]
@@ -148,7 +146,7 @@ def _assistant_blocks(message: Message, calls: Sequence[Message]) -> list[str]:
 
 
 def _results_text(results: Sequence[Message], calls: Sequence[Message]) -> str:
-    """Results as a list of JSON objects; as they are where nothing tells which calls they belong to."""
+    # A JSON list that names the call of each result, or the plain texts if a call cannot be determined.
     by_id = {call["id"]: call["function"]["name"] for call in calls if call.get("id") is not None}
     in_order = [call["function"]["name"] for call in calls] if len(calls) == len(results) else [None] * len(results)
     named = [
@@ -161,7 +159,8 @@ def _results_text(results: Sequence[Message], calls: Sequence[Message]) -> str:
 
 
 def _result_value(content: str) -> Any:
-    """What a result's text spells in JSON, as published results are values; text that spells none is a value itself."""
+    # Published results are JSON values, not text. Scalars are converted only if JSON would write them the same way, so
+    # that "007" stays text.
     try:
         value = load_json(content)
     except ValueError:

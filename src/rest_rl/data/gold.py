@@ -1,7 +1,7 @@
-"""The gold of a sample against the schemas of its tools: what it breaks, and values stored as text put right.
+"""Check the gold calls of a sample against the schemas of its tools, and repair values that are stored as text.
 
-Types, enums and required arguments are checked here, because a null is an argument left out and a number in quotes is
-to be repaired, which no validator of JSON schema knows. jsonschema notes what a gold breaks beyond that.
+Types, enums and required arguments are checked here and not by jsonschema, because here a null means an omitted
+argument and a quoted number can be repaired. jsonschema checks the remaining keywords, and its findings are only notes.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _EXTRA_ARGUMENT_KEYWORDS = {
     "patternProperties", "propertyNames", "unevaluatedProperties", "dependentSchemas",
     "anyOf", "oneOf", "allOf", "if", "then", "else", "$ref", "$dynamicRef",
 }  # fmt: skip
-"""Words of JSON schema that may allow arguments beside `properties`."""
+"""Keywords that may allow arguments that `properties` does not list."""
 _VALIDATOR_KEYWORDS = {
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "not",
     "minLength", "maxLength", "minItems", "maxItems", "uniqueItems", "prefixItems", "contains",
     "minProperties", "maxProperties", "dependentRequired", "anyOf", "oneOf", "allOf", "if", "$ref",
 }  # fmt: skip
-"""Words of JSON schema that are jsonschema's to check."""
+"""Keywords that jsonschema checks."""
 _SKIPPED_KEYWORDS = ("pattern", "patternProperties", "$dynamicRef")
-"""Words that are left unchecked: somebody else's regular expression may take for ever."""
+"""Keywords that are not checked: a regular expression of a data set may backtrack without end."""
 _MAX_REFERENCES = 32
-"""Schemas with more of them are left unchecked: each that refers to the next one twice would take for ever."""
+"""Schemas with more references are not checked: a chain in which each refers to the next twice takes 2^n steps."""
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
-"""What a tool without parameters takes."""
+"""Schema of a tool without parameters."""
 _PYTHON_WORDS = {"True": True, "False": False}
 _PYTHON_TYPES: dict[str, Any] = {
     "string": str, "boolean": bool, "array": (list, tuple), "object": Mapping, "null": type(None)
@@ -42,29 +42,39 @@ Problems = Iterator[tuple[str, str]]
 
 
 def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tuple[ToolSample, list[RowFinding]]:
-    """The sample, its values of the schema's types where text spelt them exactly, and what was found.
+    """Check the gold calls against the schemas of the tools.
 
-    Reasons in `keep` are noted and change nothing.
+    Args:
+        sample: The sample to check.
+        allow: Reasons that are only noted and change nothing.
+
+    Returns:
+        The sample, in which text that spells a value of the schema's type is replaced by that value, and the findings.
     """
     functions = [tool.get("function", tool) for tool in sample.tools]
     by_name: dict[str, Any] = {}
     twice = {each["name"] for each in functions if by_name.setdefault(each["name"], each) != each}
-    uncalled = twice - {call.name for call in sample.gold.calls}  # which leaves the gold right
+    uncalled = twice - {call.name for call in sample.gold.calls}  # the gold does not depend on which one is meant
     found = [
         make_finding(
-            "duplicate_tool", f"got tool {name} twice", sample.id, ("duplicate_tool",) if name in uncalled else allow
+            "duplicate_tool",
+            f"the tool {name} is defined twice, differently",
+            sample.id,
+            ("duplicate_tool",) if name in uncalled else allow,
         )
         for name in sorted(twice)
     ]
     if not sample.gold.calls:
         is_empty = not sample.gold.answer
-        found += [make_finding("empty_turn", "got neither calls nor text", sample.id, allow)] if is_empty else []
+        found += (
+            [make_finding("empty_turn", "the turn has neither calls nor text", sample.id, allow)] if is_empty else []
+        )
         return sample, found
     schemas = {function["name"]: function.get("parameters", _NO_ARGUMENTS) or {} for function in functions}
     calls = []
     for call in sample.gold.calls:
         if call.name not in schemas:
-            detail = f"got {call.name!r}, offered are {', '.join(schemas) or 'none'}"
+            detail = f"{call.name!r} is not offered; offered tools: {', '.join(schemas) or 'none'}"
             found.append(make_finding("unknown_tool", detail, sample.id, allow))
         if call.name not in schemas or (call.name in twice and "duplicate_tool" not in allow):
             calls.append(call)
@@ -77,9 +87,13 @@ def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tupl
 
 
 def repair_history(sample: ToolSample, repaired: Mapping[int, Gold]) -> ToolSample:
-    """The sample with the repaired golds of earlier turns, by their position, in its history too.
+    """Return the sample with earlier turns of its history replaced by their repaired golds.
 
-    Otherwise its prompt would show calls in the form that was repaired.
+    Otherwise a prompt would show a call with the very defect that was repaired in the sample of that turn.
+
+    Args:
+        sample: The sample.
+        repaired: The repaired golds, by the position of their turn in the dialogue.
     """
     messages = list(sample.messages)
     for at, gold in repaired.items():
@@ -89,6 +103,9 @@ def repair_history(sample: ToolSample, repaired: Mapping[int, Gold]) -> ToolSamp
     return replace(sample, messages=tuple(messages)) if repaired else sample
 
 
+# Repairs `arguments` in place and yields (reason, detail) for everything wrong. Each argument is checked with its own
+# schema first. Then come the names of missing and undocumented arguments, and jsonschema last, so that it sees the
+# repaired values. At most one finding of jsonschema is reported.
 def _repair_arguments(arguments: dict[str, Any], schema: Mapping[str, Any], allow: Collection[str]) -> Problems:
     properties = schema.get("properties")
     if isinstance(properties, Mapping):
@@ -97,12 +114,15 @@ def _repair_arguments(arguments: dict[str, Any], schema: Mapping[str, Any], allo
                 arguments[name], problems = _repair_value(value, properties[name], name, allow)
                 yield from problems
             elif schema.get("additionalProperties") in (None, False) and not _EXTRA_ARGUMENT_KEYWORDS & set(schema):
-                yield "undocumented_argument", f"got {name!r}, documented are {', '.join(properties) or 'none'}"
+                yield (
+                    "undocumented_argument",
+                    f"{name!r} is not in the schema; documented arguments: {', '.join(properties) or 'none'}",
+                )
     for name in _as_list(schema.get("required")):
         if name not in arguments:
-            yield "missing_argument", f"got no {name!r}, which is required"
+            yield "missing_argument", f"the required argument {name!r} is missing"
     if not all(map(_is_finite, arguments.values())):
-        yield "not_a_number", "got NaN or an infinity as a value"
+        yield "not_a_number", "a value is NaN or an infinity"
     yield from _validate_rest(arguments, schema)
 
 
@@ -110,11 +130,14 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+# (value, problems). Text is repaired only if it spells a value of the schema's type exactly: "3" for an integer, but
+# not " 3" or "three". Text that begins like an array or object and cannot be parsed is a broken value; any other
+# mismatch is only a wrong type. A value that the enum contains is right whatever its type.
 def _repair_value(value: Any, schema: Any, name: str, allow: Collection[str]) -> tuple[Any, list[tuple[str, str]]]:
     schema = schema if isinstance(schema, Mapping) else {}
     if _has_type(value, schema) or value in _as_list(schema.get("enum")):
         return value, list(_check_enum(value, schema, name))
-    shown = f"got {name} = {value!r:.80}, the schema says {schema.get('type')}"
+    shown = f"{name} is {value!r:.80}, but its type in the schema is {schema.get('type')}"
     spelt = _parse_spelled_value(value) if isinstance(value, str) else None
     if spelt is None or not _has_type(spelt, schema):
         is_fragment = isinstance(value, str) and spelt is None and value.lstrip().startswith(("[", "{"))
@@ -124,7 +147,7 @@ def _repair_value(value: Any, schema: Any, name: str, allow: Collection[str]) ->
 
 
 def _has_type(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a value has one of the schema's types; a schema without types takes all, and so does null."""
+    # A schema without types accepts everything; null fits every schema because it means an omitted argument.
     names = schema.get("type")
     names = [names] if isinstance(names, str) else names
     return not names or value is None or any(_is_of_type(value, name) for name in names)
@@ -138,10 +161,9 @@ def _is_of_type(value: Any, name: str) -> bool:
 
 
 def _check_enum(value: Any, schema: Mapping[str, Any], name: str) -> Problems:
-    """For a value, and each one inside it, that its enum does not have; null is left out and fits every schema."""
     enum, items, properties = (schema.get(key) for key in ("enum", "items", "properties"))
     if value is not None and isinstance(enum, list) and enum and value not in enum:
-        yield "not_in_enum", f"got {name} = {value!r:.80}, the enum has {', '.join(map(str, enum))}"
+        yield "not_in_enum", f"{name} is {value!r:.80}, but the enum is {', '.join(map(str, enum))}"
     if isinstance(value, list | tuple) and isinstance(items, Mapping):
         for number, item in enumerate(value):
             yield from _check_enum(item, items, f"{name}[{number}]")
@@ -152,10 +174,8 @@ def _check_enum(value: Any, schema: Mapping[str, Any], name: str) -> Problems:
 
 
 def _parse_spelled_value(text: str) -> Any:
-    """The number, boolean, array or object that a text spells, with no white space around it; None for another.
-
-    Arrays and objects may be written as Python's.
-    """
+    # The number, boolean, array or object that the text spells without surrounding white space, otherwise None. Python
+    # spellings of booleans, lists, tuples and dicts count too.
     if text in _PYTHON_WORDS:
         return _PYTHON_WORDS[text]
     try:
@@ -174,22 +194,23 @@ def _is_finite(value: Any) -> bool:
 
 
 def _validate_rest(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> Problems:
-    """The first thing that arguments break in what a schema says beyond types, enums and required ones."""
+    # Building a validator takes far longer than the checks above, so schemas without its keywords skip it.
     words = list(_iter_keywords(schema))
     if _VALIDATOR_KEYWORDS.isdisjoint(words) or words.count("$ref") > _MAX_REFERENCES:
         return
     from referencing import Registry
 
     given = {name: value for name, value in arguments.items() if value is not None}
+    # What was checked above: keywords of the arguments as a whole (path length 0) and of a single argument (1).
     told_above = {0: ("required", "additionalProperties"), 1: ("type", "enum")}
     try:
-        validator = _validator_class()(schema, registry=Registry())  # a registry that fetches nothing
+        validator = _validator_class()(schema, registry=Registry())  # an empty registry never fetches a reference
         errors = (e for e in validator.iter_errors(given) if e.validator not in told_above.get(len(e.path), ()))
         error = next(errors, None)
-    except Exception:  # a schema is somebody else's and may hold anything
+    except Exception:  # schemas of a data set may contain anything, and jsonschema raises accordingly
         return
     if error is not None:
-        yield "breaks_schema", f"got {error.json_path}: {error.message}"
+        yield "breaks_schema", f"{error.json_path}: {error.message}"
 
 
 @cache

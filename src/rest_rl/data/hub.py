@@ -10,12 +10,12 @@ from huggingface_hub.utils import get_session
 
 @cache
 def has_hub() -> bool:
-    """Whether the hub can be reached; if not, only files that are here already will be used.
+    """Return whether the Hugging Face hub can be reached; if not, switch its client to offline mode.
 
-    Its client would try for a minute, aloud.
+    In offline mode only cached files are used. Otherwise the client would retry for a minute and warn each time.
     """
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # whatever the client's transport raises
+    except Exception:  # the HTTP backends raise unrelated exception types
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE

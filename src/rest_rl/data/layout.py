@@ -1,4 +1,4 @@
-"""How the prompts of a model are laid out: by its chat template, in the format that it writes calls in."""
+"""Render the prompts of a model with its chat template, in the model's tool-call format."""
 
 from __future__ import annotations
 
@@ -22,31 +22,35 @@ from rest_rl.formats import (
 from rest_rl.formats.opened_think import OPENING_TAGS, THINK_SUFFIX
 
 FALLBACK_FORMAT = "hermes"
-"""The format described in a system message to a model whose template shows no known one."""
+"""The format for models whose chat template uses no known one; a system message describes it."""
 PROBE_MESSAGE = {"role": "user", "content": "probe of the user message"}
 PROBE_SYSTEM_MESSAGE = {"role": "system", "content": "probe of the system message"}
 PROBE_TOOL = {
     "type": "function",
     "function": {"name": "probe", "description": "?", "parameters": {"type": "object", "properties": {}}},
 }
-DESCRIBED_IN_SYSTEM = "it is described in a system message, unless the prompts do so themselves"
+DESCRIBED_IN_SYSTEM = "a system message describes it, unless the prompts already do"
 RESULTS_NOTE = "\n\nThe results of calls follow in <tool_response> </tool_response>."
-"""Added to a format's instructions unless the format writes results in its own way."""
+"""Appended to the instructions of a format that has no notation for results."""
 TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, AttributeError, ValueError)
-"""What a chat template, a program of its own, may fail with."""
+"""Exceptions that a chat template can raise; templates are programs, and errors in them are not only TemplateErrors."""
 Messages = list[dict[str, Any]]
 
 
 class PromptLayout:
-    """How the prompts of one model are laid out: by its chat template, in one format.
+    """Renders the prompts of one model with its chat template, in one tool-call format.
 
-    A template that writes calls in the chosen format is given messages and tools as they are. For every other one
-    the tools and the format are described in a system message, and calls and results in the history become text.
-    `variables` are the template's, such as enable_thinking; `context` is how many tokens the model holds, None where
-    nobody knows.
+    A template that writes calls in the chosen format receives messages and tools as they are. For any other template, a
+    system message describes the tools and the format, and calls and results in the history become text.
+
+    Args:
+        tokenizer: The tokenizer of the model, with a chat template.
+        tool_format: A format or its name.
+        variables: Variables for the template, such as enable_thinking.
+        context: The context length of the model in tokens; None if it is unknown.
 
     Raises:
-        UserError: the tokenizer has no chat template, or one that leaves out the text of messages.
+        UserError: The tokenizer has no chat template, or one that ignores the text of messages.
     """
 
     def __init__(
@@ -59,25 +63,26 @@ class PromptLayout:
         self.context = context
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
-                "a tokenizer without a chat template",
-                "one that lays out tools and messages",
-                "use an instruct model, or set tokenizer.chat_template",
+                "the tokenizer has no chat template",
+                remedy="use an instruct model, or set tokenizer.chat_template",
             )
         self.tokenizer, self.format, self.variables = tokenizer, get_format(tool_format), dict(variables or {})
         self._probe = self._render_or_empty([PROBE_MESSAGE])
         if self._probe and PROBE_MESSAGE["content"] not in self._probe:
             raise UserError(
-                "a chat template that leaves the text of messages out (some of models for images do)",
-                "one that writes it",
-                "set tokenizer.chat_template to a template for text",
+                "the chat template ignores the text of messages, as some templates of vision models do",
+                remedy="set tokenizer.chat_template to a template for text",
             )
 
     def render(self, sample: ToolSample) -> str:
-        """The prompt text up to where the response begins; UserError when the template fails on the sample.
+        """Return the prompt up to the start of the response.
 
-        A beginning-of-sequence token that the tokenizer adds by itself stands in it, also where the template has none.
+        It starts with the beginning-of-sequence token if the tokenizer adds one, even if the template does not.
+
+        Raises:
+            UserError: The template fails on the sample.
         """
-        messages = [  # what was thought before is not shown again
+        messages = [  # prompts never contain the reasoning of earlier turns
             {key: value for key, value in message.items() if key != "reasoning_content"} for message in sample.messages
         ]
         tools = [] if sample.tools_in_prompt else list(sample.tools)
@@ -88,18 +93,17 @@ class PromptLayout:
         try:
             text = self._apply_template(messages, tools)
         except TEMPLATE_ERRORS as error:
-            try:  # a template may want calls to have ids of its own kind
+            try:  # Mistral's templates accept only ids of nine letters and digits
                 text = self._apply_template(assign_call_ids(messages), tools)
             except TEMPLATE_ERRORS:
                 raise UserError(
-                    f"sample {sample.id!r}, on which the chat template failed ({type(error).__name__}: {error})",
-                    "messages and tools that it can lay out",
-                    "complete the row (tools need name, description and parameters)",
+                    f"the chat template failed on sample {sample.id!r} ({type(error).__name__}: {error})",
+                    remedy="complete the row (tools need name, description and parameters)",
                 ) from error
         return self.bos_prefix + text.removeprefix(self.bos_prefix)
 
     def count_tokens(self, sample: ToolSample) -> int:
-        """How many tokens the prompt has; 0 where the template fails, which is found again when it is laid out."""
+        """Return the number of prompt tokens; 0 if the template fails, which `render` reports later."""
         try:
             return len(self.tokenizer(self.render(sample), add_special_tokens=False)["input_ids"])
         except ValueError:
@@ -107,9 +111,9 @@ class PromptLayout:
 
     @cached_property
     def is_native(self) -> bool:
-        """Whether the template itself describes tools and writes calls in this layout's format.
+        """Whether the template itself describes tools and writes calls in this format.
 
-        A format of your own says so by an attribute `is_native`.
+        Your own format can set an attribute `is_native` if the template uses it.
         """
         inner = self.format.inner if isinstance(self.format, OpenedThinkFormat) else self.format
         is_known = detect_tokenizer_format(self.tokenizer) == inner.name or getattr(inner, "is_native", False)
@@ -117,29 +121,29 @@ class PromptLayout:
 
     @cached_property
     def opens_think(self) -> bool:
-        """Whether a prompt ends in an open think block."""
+        """Whether a prompt ends with an open think block."""
         return self._probe.rstrip().endswith(OPENING_TAGS)
 
     @cached_property
     def closes_think(self) -> bool:
-        """Whether a prompt ends in a think block that is closed already: the model is not to think."""
+        """Whether a prompt ends with a closed think block, which means that the model should not think."""
         return self._probe.rstrip().endswith(("</think>", "[/THINK]"))
 
     @cached_property
     def bos_prefix(self) -> str:
-        """The beginning-of-sequence token where the tokenizer adds it by itself, else nothing."""
+        """The beginning-of-sequence token if the tokenizer adds it to every text, otherwise an empty string."""
         bos = self.tokenizer.bos_token
         return bos if bos and self.tokenizer("x")["input_ids"][:1] == [self.tokenizer.bos_token_id] else ""
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
-        """The tokenizer's special tokens: as text of a message they act all the same."""
+        """The special tokens of the tokenizer; it recognizes them in the text of messages too."""
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         return frozenset(filter(None, (*added, *self.tokenizer.all_special_tokens)))
 
     @cached_property
     def _supports_system(self) -> bool:
-        """Whether the template lays out system messages; Gemma's refuses them, others leave them out."""
+        # Gemma 2's template raises an error on system messages, and others ignore them.
         return PROBE_SYSTEM_MESSAGE["content"] in self._render_or_empty([PROBE_SYSTEM_MESSAGE, PROBE_MESSAGE])
 
     def _render_or_empty(self, messages: Messages, tools: Sequence[Any] = ()) -> str:
@@ -155,9 +159,9 @@ class PromptLayout:
 
 
 def messages_to_text(messages: Messages, tools: Sequence[Any], tool_format: ToolFormat) -> Messages:
-    """Messages without tool roles: tools described in the system message, calls and results written out.
+    """Return messages without tool roles: the system message describes the tools, and calls and results become text.
 
-    Neighbours of one role become one message, since some templates insist on alternation.
+    Consecutive messages of the same role are merged, because some templates require alternating roles.
     """
     needs_words = tools or not tool_format.parse("", spans=False).untagged_answer
     inner = tool_format.inner if isinstance(tool_format, OpenedThinkFormat) else tool_format
@@ -180,22 +184,22 @@ def messages_to_text(messages: Messages, tools: Sequence[Any], tool_format: Tool
 
 
 def wrap_tool_response(content: str) -> str:
-    """A tool's result in words as Hermes and Qwen are served."""
+    """Return the text of a tool result as the templates of Hermes and Qwen write it."""
     return f"<tool_response>\n{content}\n</tool_response>"
 
 
 def _render_assistant(message: Mapping[str, Any], tool_format: ToolFormat) -> str:
-    """An assistant message as the model would have written it, without reasoning; ValueError for unwritable calls."""
+    # The message as the model would have written it, without reasoning. Raises ValueError if the format cannot write
+    # the calls.
     calls, content = get_calls(message), message.get("content") or ""
     written = demonstration_format(tool_format.inner if isinstance(tool_format, OpenedThinkFormat) else tool_format)
     try:
         return written.render(None, calls, content or None)
-    except ValueError:  # a text with tags in it: it is left as it is, or out where there are calls
+    except ValueError:  # the text contains tags of the format
         return written.render(None, calls, None) if calls else content
 
 
 def _move_system_into_user(messages: Messages) -> Messages:
-    """Messages without a system message: what it says opens the first user message, or is one."""
     said = [message["content"] for message in messages if message["role"] == "system"]
     others = [message for message in messages if message["role"] != "system"]
     if not said:
@@ -206,7 +210,7 @@ def _move_system_into_user(messages: Messages) -> Messages:
 
 
 def assign_call_ids(messages: Messages) -> Messages:
-    """Messages whose calls have ids of nine letters and digits, as Mistral's templates demand; results name them."""
+    """Replace the ids of calls by ids of nine letters and digits, which Mistral's templates require; results follow."""
     named: Messages = []
     waiting: list[tuple[str, str]] = []  # (id as given, new id) of the calls without a result yet
     made = 0
@@ -226,9 +230,9 @@ def assign_call_ids(messages: Messages) -> Messages:
 
 
 def detect_tokenizer_format(tokenizer: Any) -> str | None:
-    """The name of the format in which a tokenizer's chat template writes calls; None for an unknown one."""
+    """Return the name of the format that the tokenizer's chat template uses for calls; None if it is unknown."""
     template = tokenizer.chat_template
-    if isinstance(template, Mapping):  # several by name, the one for tools among them
+    if isinstance(template, Mapping):  # named templates
         template = template.get("tool_use") or template.get("default") or ""
     return detect_template_format(template or "")
 
@@ -236,32 +240,35 @@ def detect_tokenizer_format(tokenizer: Any) -> str | None:
 def resolve_format(
     name: str, tokenizer: Any, variables: Mapping[str, Any] | None = None, *, keeps_prompts: bool = False
 ) -> tuple[str, str]:
-    """(name of the format, why) for a `[rest] format`: `auto` becomes what the chat template shows.
+    """Resolve the name of a format; `auto` becomes the format of the chat template.
 
-    `+think` is added where the template opens the think block. ValueError for `+think` where it does not, and for
-    `auto` with prompts that are kept as published, which ask for a format of their own.
+    Returns:
+        The name, with `+think` added if the template opens the think block, and the reason for the choice.
+
+    Raises:
+        UserError: The name has `+think` but the template opens no think block, or the name is `auto` and prompts are
+            kept as published, which request a format themselves.
     """
     if keeps_prompts and name == AUTO:
         raise UserError(
-            "kept prompts without a format",
-            "the one that they ask for",
-            "pass --format (rest.format): toolrl for ToolRL and API-Bank, pythonic for ToolACE",
+            "kept prompts need an explicit format, the one that they request",
+            remedy="pass --format (rest.format): toolrl for ToolRL and API-Bank, pythonic for ToolACE",
         )
     found = detect_tokenizer_format(tokenizer)
     base, asks_think = name.removesuffix(THINK_SUFFIX), name.endswith(THINK_SUFFIX)
     if base == AUTO:
         base = found or FALLBACK_FORMAT
-        why = "from the chat template" if found else f"the chat template shows no known one, so {DESCRIBED_IN_SYSTEM}"
+        why = "from the chat template" if found else f"the chat template uses no known one, so {DESCRIBED_IN_SYSTEM}"
     elif base in FORMATS and found != base:
-        shows = f"writes {found}" if found else "shows no known format"
+        shows = f"uses {found}" if found else "uses no known format"
         why = f"as set; the chat template {shows}, so {DESCRIBED_IN_SYSTEM}"
     else:
         why = "as set"
     opens = PromptLayout(tokenizer, base, variables).opens_think
     if asks_think and not opens:
         raise UserError(
-            f"format {name!r}, but the model's chat template does not open a think block",
+            f"the format is {name!r}, but the model's chat template does not open a think block",
             f"{base!r}",
-            "leave out +think, or set model.chat_template_kwargs so that it does",
+            "remove +think, or set model.chat_template_kwargs so that the template opens one",
         )
     return (base + THINK_SUFFIX, f"{why}; it opens the think block") if opens else (base, why)

@@ -1,4 +1,4 @@
-"""Data files from Python: `check_data` and `load_dataset`, which `rest-rl data check` and training call."""
+"""Read data files from Python: `check_data` and `load_dataset`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class LoadedData(NamedTuple):
-    """The samples of data files, and what became of their rows."""
+    """The samples of data files, and the report on their rows."""
 
     samples: list[ToolSample]
     report: DataReport
 
 
 def check_data(*paths: str, **settings: Any) -> DataReport:
-    """What training would make of every row of files, folders or hub names; the settings are those of `read_rows`.
+    """Check every row of files, folders or hub datasets as training would; `settings` are those of `read_rows`.
 
     Example: `check_data("dialogues.jsonl", source="messages", allow=["duplicate"]).rejected`.
 
     Raises:
-        UserError: there is no such input, or a setting that no run can use. A row that cannot be read is a finding.
+        UserError: An input does not exist, or a setting is invalid. An unreadable row is a finding, not an error.
     """
     report = DataReport()
     for row in read_rows(paths, **settings):
@@ -37,7 +37,7 @@ def check_data(*paths: str, **settings: Any) -> DataReport:
 
 
 def load_dataset(*paths: str, **settings: Any) -> LoadedData:
-    """All samples of files, folders or hub names, and the report; settings and errors as of `check_data`."""
+    """Return all samples and the report; arguments and errors are those of `check_data`."""
     loaded = LoadedData([], DataReport())
     for row in read_rows(paths, **settings):
         loaded.report.add(row)
@@ -54,22 +54,29 @@ def read_rows(
     observer: Observer = SILENT,
     **settings: Any,
 ) -> Iterator[CheckedRow]:
-    """Each row of data files with its samples and findings, in order.
+    """Yield each row of data files with its samples and findings, in order.
 
-    With the `layout` of a model, samples that it cannot hold are rejected. Prompts that the file `test` has as well
-    are rejected. `limit` is the number of rows to read, 0 for all. The other settings are those of `CheckConfig`.
+    Args:
+        paths: Files, folders or hub datasets.
+        layout: How a model's prompts are rendered; samples that the model cannot represent are rejected.
+        test: A test file; prompts that it also contains are rejected.
+        limit: The number of rows to read, 0 for all.
+        observer: Receives the progress.
+        **settings: The fields of `CheckConfig`.
     """
     if "keep" in settings:
         warnings.warn("keep is now allow", RenamedWarning, stacklevel=3)
         settings["allow"] = settings.pop("keep")
     config = CheckConfig(**settings)
     if config.max_prompt_tokens and layout is None:
-        raise UserError("max_prompt_tokens without a model", "both", "name the model that counts")
+        raise UserError(
+            "max_prompt_tokens needs a tokenizer to count with", remedy="pass layout, or --model on the command line"
+        )
     if limit < 0:
-        raise UserError(f"limit {limit}", "a number of rows >= 0", "0 reads all")
+        raise UserError(f"limit is {limit}", "at least 0", "use 0 to read all rows")
     rows = check_rows(paths, config, test=test, limit=limit, observer=observer)
     if layout is None:
         return rows
-    from rest_rl.data.prepare import prepare_row  # which takes a while to import
+    from rest_rl.data.prepare import prepare_row  # imports transformers
 
     return (prepare_row(row, layout, config)[0] for row in rows)

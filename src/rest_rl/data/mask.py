@@ -1,7 +1,7 @@
-"""Function masking (Hammer, arXiv 2410.04587): random names, so that a model must read the descriptions.
+"""Function masking (Hammer, arXiv 2410.04587): random tool and argument names force a model to read the descriptions.
 
-A share of the samples gets its tool and argument names replaced, the same everywhere in the sample: tools, history,
-gold, and what is thought and said beside calls. Descriptions and other texts of the dialogue stay.
+In a share of the samples, every name is replaced consistently: in tools, history, gold, reasoning, and the text next to
+calls. Descriptions and all other texts stay.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ _IDENTIFIER_LIKE = re.compile(r"\w[_.]\w|[a-z0-9][A-Z]")
 
 
 class NameMap(NamedTuple):
-    """New names: of tools, and of each tool's arguments under its old name."""
+    """New names of the tools, and of the arguments of each tool; keys are the old names."""
 
     tools: dict[str, str]
     arguments: dict[str, dict[str, str]]
 
 
 def mask_names(sample: ToolSample, share: float, seed: int) -> ToolSample:
-    """The sample, masked if its id falls into the share; the same for the same seed and id, whatever stands around it.
+    """Return the sample, with masked names if it belongs to the share.
 
-    A sample whose messages describe its tools is left as it is.
+    The outcome depends only on the seed and the id of the sample, not on other rows. A sample whose messages describe
+    its tools stays as it is.
     """
     if not share or sample.tools_in_prompt:
         return sample
@@ -40,7 +41,7 @@ def mask_names(sample: ToolSample, share: float, seed: int) -> ToolSample:
 
 
 def draw_names(sample: ToolSample, rng: random.Random) -> NameMap:
-    """Random names for all tools and arguments, unlike each other and unlike any that the sample has."""
+    """Draw a random name for each tool and argument, different from each other and from all names in the sample."""
     functions = [tool.get("function", tool) for tool in sample.tools]
     arguments = {function["name"]: list(_get_properties(function)) for function in functions}
     for call in [*sample.gold.calls, *(call for message in sample.messages for call in get_calls(message))]:
@@ -60,7 +61,7 @@ def draw_names(sample: ToolSample, rng: random.Random) -> NameMap:
 
 
 def rename_sample(sample: ToolSample, names: NameMap) -> ToolSample:
-    """The sample under other names; a name that the map does not have stays."""
+    """Return the sample with its names replaced; a name that the map does not contain stays."""
     called = [call.name for call in sample.gold.calls]
     thought, preamble = sample.thought, sample.preamble
     return replace(
@@ -118,12 +119,10 @@ def _get_properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rename_text(text: str, called: Iterable[str], names: NameMap) -> str:
-    """Free text under new names, where a name cannot be taken for a word and has one new name only.
-
-    A name is one in quotes or backticks, or one that no word is written like (`get_weather`, `api.get`, `getWeather`).
-    The tools that are called come first: `city` is theirs, whatever another tool calls `city`; a name of several of
-    them stays.
-    """
+    # Text may use a name as an ordinary word ("city"). Therefore only names in quotes or backticks are replaced, and
+    # names that no word is spelled like (`get_weather`, `api.get`, `getWeather`). An argument name that several tools
+    # share has several new names: the called tools decide, and if they disagree the name stays. Longer names come first
+    # in the pattern, because a regular expression takes the first alternative that matches.
     own = [names.arguments.get(tool, {}) for tool in called]
     clear = _find_unambiguous(names.tools, *own)
     new = _find_unambiguous(names.tools, *names.arguments.values()) | clear

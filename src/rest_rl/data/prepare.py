@@ -1,4 +1,4 @@
-"""A sample as one model is given it: gold checked and prompt rendered once, for everyone who reads it afterwards."""
+"""Prepare samples for one model: check once that its format can express the gold, and render the prompt once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rest_rl.rewards import judge
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample and the text that the model goes on from."""
+    """A sample and its rendered prompt, which the model continues."""
 
     sample: ToolSample
     prompt_text: str
@@ -28,18 +28,19 @@ class Prepared:
 
     @cached_property
     def prompt_ids(self) -> Sequence[int]:
-        """The prompt's tokens, made when they are first asked for."""
+        """The token ids of the prompt, computed on first use."""
         return array("I", self.tokenizer(self.prompt_text, add_special_tokens=False)["input_ids"])
 
     def tokens_if_over(self, limit: int) -> int:
-        """The tokens of a prompt of more than `limit`, else 0; a token has a byte, so short prompts need no count."""
+        """Return the number of prompt tokens if it exceeds `limit`, otherwise 0."""
+        # Every token covers at least one byte, so the number of bytes bounds the number of tokens.
         if len(self.prompt_text) <= limit and len(self.prompt_text.encode(errors="replace")) <= limit:
             return 0
         return tokens if (tokens := len(self.prompt_ids)) > limit else 0
 
 
 class Rejected(NamedTuple):
-    """A sample that a model cannot be given, and why."""
+    """A sample that the model cannot represent, and the reason."""
 
     sample: ToolSample
     reason: str
@@ -47,9 +48,10 @@ class Rejected(NamedTuple):
 
 
 def prepare(sample: ToolSample, layout: PromptLayout) -> Prepared | Rejected:
-    """The sample with its prompt; rejected if no response could match its gold or the chat template fails on it.
+    """Return the sample with its rendered prompt.
 
-    So is text that no tokenizer takes, with half of a surrogate pair.
+    It is rejected if no response in the format can match its gold, if the chat template fails on it, or if it contains
+    a lone surrogate, which no tokenizer accepts.
     """
     try:
         check_gold(sample, layout.format)
@@ -57,31 +59,33 @@ def prepare(sample: ToolSample, layout: PromptLayout) -> Prepared | Rejected:
         json.dumps([prompt, to_json(sample)["gold"], sample.preamble, sample.thought], ensure_ascii=False).encode()
         return Prepared(sample, prompt, layout.tokenizer)
     except UnicodeEncodeError:
-        return Rejected(sample, f"sample {sample.id!r}, with half of a surrogate pair, which no tokenizer takes")
+        return Rejected(sample, f"sample {sample.id!r} contains a lone surrogate, which no tokenizer accepts")
     except ValueError as error:
         return Rejected(sample, str(error))
 
 
 def check_gold(sample: ToolSample, tool_format: ToolFormat) -> None:
-    """UserError for gold that no response in the format could match."""
+    """Raise UserError if no response in the format can match the gold."""
     try:
         text = tool_format.render(None, sample.gold.calls, sample.gold.answer)
     except ValueError as error:
-        got = f"sample {sample.id!r}, whose gold has no response in the format ({error})"
-        raise UserError(got, "one that can be written", "fix the row, or take another format") from None
+        problem = f"the format {tool_format.name!r} cannot express the gold of sample {sample.id!r} ({error})"
+        raise UserError(problem, remedy="fix the row, or choose another format") from None
     if not judge(text, sample.gold, tool_format).exact_match:
         raise UserError(
-            f"sample {sample.id!r}, whose gold does not score full marks when written in format "
-            f"{tool_format.name!r} ({text!r:.200})",
+            f"the gold of sample {sample.id!r}, written in the format {tool_format.name!r}, is not an exact match of "
+            f"itself ({text!r:.200})",
             "JSON within the limits of rest_rl.json_spans",
             "fix the row",
         )
 
 
 def prepare_row(row: CheckedRow, layout: PromptLayout, config: CheckConfig) -> tuple[CheckedRow, list[Prepared]]:
-    """A checked row without the samples that the model cannot hold or sample, or that exceed a limit of the config.
+    """Prepare the samples of a checked row.
 
-    Each of them is a finding. Also returns the row's prepared samples, in the same order.
+    Returns:
+        The row without the samples that the model cannot represent or generate, or that exceed a limit of the config;
+        each is a finding. Also the prepared samples, in the order of the row.
     """
     kept: list[Prepared] = []
     found: list[RowFinding] = []
@@ -100,19 +104,22 @@ def prepare_row(row: CheckedRow, layout: PromptLayout, config: CheckConfig) -> t
 
 
 def find_refusals(prepared: Prepared, layout: PromptLayout, config: CheckConfig) -> Iterator[tuple[str, str]]:
-    """(reason, detail) of what speaks against a sample that can be laid out."""
+    """Yield (reason, detail) for each objection to a sample whose prompt could be rendered."""
     sample, room = prepared.sample, config.max_response_tokens
     if layout.context and (tokens := prepared.tokens_if_over(layout.context - room)):
-        yield "beyond_context", f"got {tokens} tokens and {room} for the response, the model holds {layout.context}"
+        yield (
+            "beyond_context",
+            f"the prompt has {tokens} tokens, the response needs {room}, and the context length is {layout.context}",
+        )
     elif config.max_prompt_tokens and (tokens := prepared.tokens_if_over(config.max_prompt_tokens)):
-        yield "prompt_too_long", f"got {tokens} tokens, the limit is {config.max_prompt_tokens}"
+        yield "prompt_too_long", f"the prompt has {tokens} tokens, the limit is {config.max_prompt_tokens}"
     gold = [to_json(sample)["gold"], sample.preamble, sample.thought]
     for where, value in (("gold", gold), ("prompt", [sample.messages, sample.tools])):
         if tokens := find_control_tokens(value, layout):
-            yield f"control_token_in_{where}", f"got {', '.join(tokens)}"
+            yield f"control_token_in_{where}", f"found {', '.join(tokens)}"
 
 
 def find_control_tokens(value: Any, layout: PromptLayout) -> list[str]:
-    """The special tokens, but for tags of the format, that texts of a JSON value spell."""
+    """Return the special tokens that appear in the texts of a JSON value, except tags of the format."""
     text = json.dumps(value, ensure_ascii=False)
     return sorted(token for token in layout.special_tokens - {*layout.format.tags} if len(token) > 2 and token in text)

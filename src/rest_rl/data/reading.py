@@ -1,7 +1,7 @@
-"""Numbered raw rows of a data file, streamed: JSONL, JSON, Parquet, a folder of them, a dataset of the hub.
+"""Stream the raw rows of data files, with their numbers: JSONL, JSON, Parquet, folders of these, hub datasets.
 
-A row that cannot be read is a `RowError` with its number; the lines after it are read all the same. At most one row (up
-to `MAX_ROW_BYTES`) or one batch is held in memory.
+A row that cannot be read becomes a `RowError` with its number, and reading continues. Memory holds at most one row (up
+to `MAX_ROW_BYTES`) or one batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rest_rl.json_spans import MAX_DEPTH, decode_at
 from rest_rl.jsonl import describe_os_error
 
 MAX_ROW_BYTES = 8 * 2**20
-"""A longer row is no training sample: 8 MiB are about two million tokens."""
+"""Longer rows are rejected: 8 MiB are about two million tokens."""
 CHUNK_BYTES = 2**18
 BATCH_ROWS = 256
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -31,11 +31,11 @@ _BETWEEN_ROWS = re.compile(r"[\s,]*")
 
 
 class TooDeepError(ValueError):
-    """JSON that is nested deeper than a response may be."""
+    """The JSON is nested deeper than responses may be."""
 
 
 def load_json(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """`json.loads`; TooDeepError for what is nested deeper than a response may be (and than recursion bears)."""
+    """Parse JSON; raise TooDeepError if it is nested deeper than responses may be, and ValueError if it is not JSON."""
     try:
         value = json.loads(text, parse_constant=parse_constant)
     except RecursionError:
@@ -45,6 +45,7 @@ def load_json(text: str, parse_constant: Callable[[str], Any] | None = None) -> 
     return value
 
 
+# Goes down level by level instead of recursing, because the depth is the very thing that is in doubt.
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
@@ -59,19 +60,19 @@ def _is_deep(value: Any) -> bool:
 
 
 def read_literal(text: str) -> Any:
-    """JSON, or else a Python literal (never executed); None for neither."""
+    """Parse JSON or a Python literal, which is never executed; return None if the text is neither."""
     try:
         return load_json(text)
     except ValueError:
         pass
-    try:  # by way of JSON: tuples become lists, and sets, bytes and the like are refused
+    try:  # the detour through JSON turns tuples into lists and refuses sets and bytes
         return load_json(json.dumps(ast.literal_eval(text.strip())))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
 
 
 def read_literals(text: str) -> list[Any] | None:
-    """All values of a text: one literal, JSON values in a row, or a literal per line; None for anything else."""
+    """Parse one literal, consecutive JSON values, or one literal per line; return None for any other text."""
     if not text.lstrip().startswith(("{", "[")):
         return None
     if (value := read_literal(text)) is not None:
@@ -93,7 +94,7 @@ def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:
 
 
 class RowError(NamedTuple):
-    """Why a row cannot be read: a key of `rest_rl.data.reasons.REASONS` and what was got; `raw` is its beginning."""
+    """Why a row cannot be read: a key of `rest_rl.data.reasons.REASONS` and a detail; `raw` is the start of the row."""
 
     reason: str
     detail: str
@@ -101,19 +102,22 @@ class RowError(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row by its file and its number there, counted from 1."""
+    """A row with its file and its number in the file, counted from 1."""
 
     file: str
     number: int
     value: Mapping[str, Any] | RowError
     is_columnar: bool = False
-    """Read from Arrow, which gives every object the keys of all others, with nulls."""
+    """Whether the row comes from Arrow, which pads objects with nulls to the same keys."""
 
 
 class RowReader:
-    """The rows of inputs; `read_bytes` of `total_bytes` tell how far it is (both 0 where nobody knows).
+    """Iterates over the rows of one or more inputs.
 
-    Reading starts with the iteration. UserError if there is no such input.
+    `read_bytes` and `total_bytes` give the progress; both are 0 for hub datasets, whose size is unknown.
+
+    Raises:
+        UserError: An input does not exist.
     """
 
     def __init__(self, *paths: str) -> None:
@@ -124,7 +128,7 @@ class RowReader:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of the inputs that have been read."""
+        """The number of bytes read so far."""
         is_open = self._file is not None and not self._file.closed
         return self._done_bytes + (self._file.tell() if is_open and self._file else 0)
 
@@ -146,7 +150,7 @@ class RowReader:
                 self._file = file
                 yield from _read_parquet(file) if _data_suffix(path) == ".parquet" else _read_text_rows(file, path)
         except OSError as error:
-            raise UserError(f"{path} ({describe_os_error(error)})", "a readable data file", "check the path") from error
+            raise UserError(f"{path} cannot be read ({describe_os_error(error)})", remedy="check the file") from error
 
 
 class _Input(NamedTuple):
@@ -156,7 +160,7 @@ class _Input(NamedTuple):
 
 
 def _find_input(path: str) -> _Input:
-    """`name:split` names a split unless such a file exists."""
+    # A file whose name contains a colon wins over NAME:SPLIT.
     if Path(path).exists():
         return _Input(path, "train", _find_files(Path(path), ""))
     name, _, split = path.partition(":")
@@ -165,18 +169,19 @@ def _find_input(path: str) -> _Input:
     if _HUB.fullmatch(name) and Path(name).suffix not in (*SUFFIXES, ".gz"):
         return _Input(name, split or "train", [])
     raise UserError(
-        f"{path}, which does not exist",
+        f"{path} does not exist",
         f"a file ({', '.join(SUFFIXES)}, .gz), a folder, or a dataset of the hub as OWNER/NAME or OWNER/NAME:SPLIT",
         "check the path",
     )
 
 
 def _find_files(path: Path, split: str) -> list[Path]:
-    """The data files of a path; none for a folder that `datasets` has saved."""
     endings = ", ".join(SUFFIXES)
     if path.is_file():
         if _data_suffix(path) not in SUFFIXES:
-            raise UserError(f"{path}, whose ending says nothing", f"one of {endings} (or with .gz)", "rename it")
+            raise UserError(
+                f"{path} has an unknown file type", f"{endings}, or one of them with .gz", "rename or convert it"
+            )
         return [path]
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return []
@@ -186,7 +191,7 @@ def _find_files(path: Path, split: str) -> list[Path]:
         files = [file for file in files if word.search(file.relative_to(path).as_posix())]
     if not files:
         named = f" that name the split {split}" if split else ""
-        raise UserError(f"{path}, a folder without {endings} files{named}", "some", "name the folder that has them")
+        raise UserError(f"the folder {path} has no {endings} files{named}", remedy="pass the folder that contains them")
     return files
 
 
@@ -199,30 +204,31 @@ def _read_text_rows(file: IO[bytes], path: Path) -> Iterator[Mapping[str, Any] |
     try:
         head = text.read(4)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):  # or UTF-32's other one
-            yield RowError("encoding", "got a file in UTF-16 or UTF-32, expected UTF-8")
+            yield RowError("encoding", "the file is in UTF-16 or UTF-32, expected UTF-8")
             return
         text.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
         yield from _read_json_array(text) if _data_suffix(path) == ".json" else _read_jsonl(text)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield RowError("truncated", f"got a compressed file that breaks off or is damaged ({error})")
+        yield RowError("truncated", f"the compressed file is incomplete or damaged ({error})")
 
 
 def _read_jsonl(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
-    """The non-blank lines; a line beyond the limit is passed over in pieces."""
+    # Blank lines count but are skipped. A line over the limit is discarded piece by piece, never held as a whole.
     while line := file.readline(MAX_ROW_BYTES + 1):
         if len(line) > MAX_ROW_BYTES:
             head, size = line[:200].decode(errors="replace"), len(line)
             while not line.endswith(b"\n") and (line := file.readline(MAX_ROW_BYTES)):
                 size += len(line)
-            yield RowError("row_too_long", f"got a row of {size / 2**20:.1f} MiB", head)
+            yield RowError("row_too_long", f"the row has {size / 2**20:.1f} MiB", head)
         elif line.strip():
             yield _decode_row(line)
 
 
 def _decode_row(text: bytes | str) -> Mapping[str, Any] | RowError:
-    """One JSON object, or why it is none; bytes that are not UTF-8 may stand in a text as lone surrogates."""
+    # Text from `_read_json_array` was decoded with surrogateescape, so invalid UTF-8 arrives as lone surrogates.
+    # Encoding it back recovers the bytes and reports the invalid one.
     if len(text) > MAX_ROW_BYTES:
-        return RowError("row_too_long", f"got a row of over {MAX_ROW_BYTES / 2**20:.0f} MiB", str(text[:200]))
+        return RowError("row_too_long", f"the row has more than {MAX_ROW_BYTES / 2**20:.0f} MiB", str(text[:200]))
     shown = text[:200].decode(errors="replace") if isinstance(text, bytes) else text[:200]
     try:
         if isinstance(text, bytes):
@@ -231,21 +237,21 @@ def _decode_row(text: bytes | str) -> Mapping[str, Any] | RowError:
             text = text.encode(errors="surrogateescape").decode()
         row = load_json(text, _refuse_constant)
     except UnicodeDecodeError as error:
-        found = f"got byte 0x{error.object[error.start]:02x} at position {error.start}, which is not UTF-8"
+        found = f"byte 0x{error.object[error.start]:02x} at position {error.start} is not UTF-8"
         return RowError("encoding", found, error.object[:200].decode("latin-1"))
     except _ConstantError as error:
-        return RowError("not_a_number", f"got {error}, which JSON does not have", shown)
+        return RowError("not_a_number", f"the row contains {error}, which JSON does not have", shown)
     except TooDeepError as error:
-        return RowError("too_deep", f"got JSON {error}", shown)
+        return RowError("too_deep", f"the JSON is {error}", shown)
     except ValueError as error:
-        return RowError("not_json", f"got text that is not JSON ({error})", shown)
+        return RowError("not_json", f"the text is not JSON ({error})", shown)
     if not isinstance(row, Mapping):
-        return RowError("not_an_object", f"got {type(row).__name__}, expected an object", shown)
+        return RowError("not_an_object", f"the row is of type {type(row).__name__}, expected an object", shown)
     return row
 
 
 class _ConstantError(ValueError):
-    """NaN or an infinity, which Python's reader would accept."""
+    pass
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -253,11 +259,11 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _read_json_array(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
-    """The elements of an array, or objects one after the other; a broken or overlong one ends the file.
-
-    The standard decoder tells where an element ends, and more is read as long as it may go on. (ijson would be no
-    better: it takes all memory for a deeply nested element and turns lone surrogates into question marks.)
-    """
+    # Streams the elements of an array, or of consecutive objects, with the standard decoder. The buffer `text[at:]`
+    # starts at an element; `raw_decode` finds its end, and if it fails near the end of the buffer, more is read and the
+    # scan repeats. The buffer doubles, so each element is scanned O(log size) times. Without its end, a broken or
+    # overlong element hides where the next one starts, so it ends the file. (ijson 3 needs unbounded memory for deeply
+    # nested elements and replaces lone surrogates by question marks.)
     scan = json.JSONDecoder().raw_decode
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     text, at, is_ended, is_array = "", 0, False, None
@@ -274,6 +280,7 @@ def _read_json_array(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
             try:
                 end = scan(text, at)[1]
             except json.JSONDecodeError as error:
+                # An unterminated string, or an error within one escape or literal of the end, may just need more text.
                 is_broken = not (error.msg.startswith("Unterminated") or error.pos >= len(text) - 16)
             except (ValueError, RecursionError):
                 is_broken = True
@@ -286,7 +293,7 @@ def _read_json_array(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
             yield _explain_broken_element(text[at:])
             return
         else:
-            data = file.read(max(CHUNK_BYTES, len(text) - at))  # doubling: no element is scanned too often
+            data = file.read(max(CHUNK_BYTES, len(text) - at))  # doubles the buffer
             text, at, is_ended = text[at:] + decoder.decode(data, final=not data), 0, not data
 
 
@@ -304,7 +311,7 @@ def _read_parquet(file: IO[bytes]) -> Iterator[Mapping[str, Any] | RowError]:
         for batch in ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
             yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
-        yield RowError("truncated", f"got a Parquet file that cannot be read on ({' '.join(str(error).split())})")
+        yield RowError("truncated", f"the Parquet file cannot be read any further ({' '.join(str(error).split())})")
 
 
 def _read_dataset(name: str, split: str) -> Iterator[Any]:
@@ -316,15 +323,15 @@ def _read_dataset(name: str, split: str) -> Iterator[Any]:
             saved: Any = datasets.load_from_disk(name)
             yield from saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
-            from rest_rl.data.hub import has_hub  # only here: a file needs no client
+            from rest_rl.data.hub import has_hub  # imports the hub client, which files do not need
 
-            datasets.config.HF_HUB_OFFLINE |= not has_hub()  # or it would be tried for a minute
+            datasets.config.HF_HUB_OFFLINE |= not has_hub()  # otherwise it retries for a minute
             config, _, part = split.rpartition("/")
             yield from datasets.load_dataset(name, config or None, split=part, streaming=True)
-    except Exception as error:  # the hub, its file systems and its readers raise whatever they like
-        told = " ".join(str(error).split())[:300]
+    except Exception as error:  # the hub client, fsspec and the file readers share no base class
+        message = " ".join(str(error).split())[:300]
         raise UserError(
-            f"dataset {name}, split {split} ({type(error).__name__}: {told})",
-            "a folder written by save_to_disk, or a dataset of the hub that can be reached",
-            "check the name, the split (NAME:SPLIT, NAME:CONFIG/SPLIT) and the network, or download the file",
+            f"the split {split} of dataset {name} cannot be read ({type(error).__name__}: {message})",
+            "a folder written by save_to_disk, or a dataset on the hub",
+            "check the name, the split (NAME:SPLIT or NAME:CONFIG/SPLIT) and the network, or download the file",
         ) from error

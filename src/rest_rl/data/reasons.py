@@ -1,4 +1,4 @@
-"""Everything that can be said of a row: one table of reasons, each with what it does to the row and what to do."""
+"""The reasons why a row is rejected, repaired or noted: one table with the meaning and the remedy of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Severity = Literal["rejected", "repaired", "noted"]
 
 
 class Reason(NamedTuple):
-    """What a finding means: `rejected` costs a sample, `repaired` has changed one, `noted` leaves it as it is."""
+    """A kind of finding: `rejected` removes a sample, `repaired` changes one, `noted` leaves it unchanged."""
 
     severity: Severity
     meaning: str
@@ -20,113 +20,119 @@ class Reason(NamedTuple):
 
 
 REASONS: dict[str, Reason] = {
-    # the row itself
-    "not_json": Reason("rejected", "text that is not JSON", "correct the row; JSONL holds one whole object per line"),
-    "not_an_object": Reason("rejected", "JSON that is no object", "write each row as an object"),
-    "not_a_number": Reason("rejected", "NaN or an infinity", "write null or a number"),
-    "encoding": Reason("rejected", "bytes that are not UTF-8", "convert the file: iconv -f ENCODING -t UTF-8 FILE"),
-    "too_deep": Reason("rejected", "JSON nested deeper than 64 levels", "flatten it; no response may be deeper either"),
-    "row_too_long": Reason("rejected", "a row of over 8 MiB", "shorten or split the row"),
-    "truncated": Reason("rejected", "a file that breaks off or is damaged", "download or write the file again"),
-    "unknown_shape": Reason("rejected", "a row of no known shape", "rename the keys, or name the shape with --source"),
+    # problems of the row itself
+    "not_json": Reason("rejected", "the text is not JSON", "fix the row; in JSONL, every line is one complete object"),
+    "not_an_object": Reason("rejected", "the JSON is not an object", "write each row as a JSON object"),
+    "not_a_number": Reason("rejected", "the row contains NaN or an infinity", "write null or a finite number"),
+    "encoding": Reason("rejected", "the bytes are not UTF-8", "convert the file: iconv -f ENCODING -t UTF-8 FILE"),
+    "too_deep": Reason(
+        "rejected", "JSON nested deeper than 64 levels", "flatten it; the same limit applies to model responses"
+    ),
+    "row_too_long": Reason("rejected", "the row is longer than 8 MiB", "shorten or split the row"),
+    "truncated": Reason("rejected", "the file is incomplete or damaged", "download or write the file again"),
+    "unknown_shape": Reason(
+        "rejected", "the row has no known shape", "rename its keys, or name the shape with --source"
+    ),
     "mixed_shapes": Reason(
-        "noted", "a row of another shape than the first one", "name one shape with --source if the row is a stray"
+        "noted", "the shape differs from that of the first row", "if this is a mistake, set the shape with --source"
     ),
     "null_padding": Reason(
-        "repaired", "nulls that a columnar file adds to every object", "keep arguments and tools as JSON text columns"
+        "repaired",
+        "a columnar file added null fields to objects",
+        "nothing to do; to avoid it, store arguments and tools as JSON text",
     ),
-    # what a loader reads in it
-    "bad_row": Reason("rejected", "a field that is missing or of the wrong type", "correct the field"),
+    # problems found while a row shape reads the row
+    "bad_row": Reason("rejected", "a field is missing or has the wrong type", "fix the field"),
     "bad_tool_schema": Reason(
         "rejected",
-        "a tool schema that is no schema",
+        "a tool has no valid schema",
         'write {"name", "description", "parameters": {"type": "object", "properties": {...}}}',
     ),
-    "bad_gold": Reason(
-        "rejected", "a demonstration whose calls cannot be read", "correct the calls of the demonstration"
-    ),
-    "bad_history": Reason(
-        "rejected", "earlier turns that cannot be told apart", "correct the turns, or --keep-prompts"
-    ),
-    "bad_turn": Reason("rejected", "a message that cannot be read", "correct the message"),
-    "broken_history": Reason("rejected", "a turn after a message that cannot be read", "correct the earlier message"),
-    "no_assistant_turn": Reason("rejected", "a dialogue without an assistant turn", "add the turn to learn"),
-    "empty_prompt": Reason("rejected", "an assistant turn with nothing before it", "start with a user message"),
-    "empty_turn": Reason("rejected", "an assistant turn with neither calls nor text", "add what should be said"),
+    "bad_gold": Reason("rejected", "the calls of the demonstration cannot be read", "fix the calls"),
+    "bad_history": Reason("rejected", "the earlier turns cannot be separated", "fix the turns, or pass --keep-prompts"),
+    "bad_turn": Reason("rejected", "a message cannot be read", "fix the message"),
+    "broken_history": Reason("rejected", "an earlier message cannot be read", "fix the earlier message"),
+    "no_assistant_turn": Reason("rejected", "the dialogue has no assistant turn", "add the turn to train on"),
+    "empty_prompt": Reason("rejected", "nothing comes before the assistant turn", "start with a user message"),
+    "empty_turn": Reason("rejected", "the assistant turn has neither calls nor text", "add the calls or the answer"),
     "arguments_as_python": Reason(
-        "repaired", "arguments written as a Python dict", "write them as JSON; single quotes and True are no JSON"
+        "repaired", "arguments are written as a Python dict", "write JSON: double quotes, true, false and null"
     ),
     "call_as_text": Reason(
-        "repaired", "a turn that writes its calls into its text", "write calls as tool_calls, and only text as content"
+        "repaired", "calls are written into the text of a turn", "move them to tool_calls; keep only text in content"
     ),
     "tools_in_system": Reason(
-        "repaired", "a system text that describes the tools as Hermes or Qwen do", "leave it to the chat template"
+        "repaired",
+        "the system message describes the tools (Hermes or Qwen style)",
+        "remove the description; the chat template adds its own",
     ),
     "tools_twice": Reason(
-        "noted", "a system text that lists tools in <tools> besides the tools of the row", "take one of them out"
+        "noted", "tools are listed both in the row and in <tools> of the system message", "remove one of the two lists"
     ),
     "results_reordered": Reason(
-        "repaired", "tool results whose ids show another order than their calls", "write them in the order of the calls"
+        "repaired", "tool results come in another order than their calls", "sort them into the order of the calls"
     ),
-    "orphan_result": Reason("noted", "a tool result that answers no call of the turn before it", "correct its id"),
-    "missing_result": Reason("noted", "a call without a result in a dialogue that goes on", "add the result"),
-    "weight_zero": Reason("noted", "an assistant turn of weight 0, which is not to be learnt", "raise its weight"),
-    "unquoted_value": Reason("repaired", "a call whose values stand without quotes", "quote the values"),
+    "orphan_result": Reason("noted", "a tool result belongs to no call of the turn before it", "fix its tool_call_id"),
+    "missing_result": Reason("noted", "a call has no result although the dialogue continues", "add the result"),
+    "weight_zero": Reason(
+        "noted", "the assistant turn has weight 0 and is not trained on", "to train on it, set its weight to 1"
+    ),
+    "unquoted_value": Reason("repaired", "values of a call are not quoted", "quote the values"),
     "thought_quotes_tags": Reason(
-        "noted", "a thought that quotes the tags of the format", "rephrase it before supervised fine-tuning"
+        "noted", "the reasoning quotes tags of the format", "rephrase it before supervised fine-tuning"
     ),
     "not_laid_out": Reason(
         "rejected",
-        "a sample that the model's chat template or format cannot hold",
-        "correct the row, or take a model or format that can",
+        "the chat template or the format cannot represent the sample",
+        "fix the row, or choose a model or format that can represent it",
     ),
     "beyond_context": Reason(
         "rejected",
-        "a prompt that leaves no room for a response in the model's context",
-        "shorten the prompt, lower trl.max_completion_length, or take a model with a longer context",
+        "the prompt leaves too little of the context length for a response",
+        "shorten the prompt, lower trl.max_completion_length, or use a model with a longer context",
     ),
     "control_token_in_gold": Reason(
-        "rejected", "a gold with a special token of the tokenizer, which no response can have", "take it out"
+        "rejected", "the gold contains a special token, which no response can contain", "remove the token"
     ),
-    # the gold against the tools
-    "unknown_tool": Reason("rejected", "a call of a tool that is not offered", "add the tool or correct the name"),
+    # problems of the gold, compared with the tools
+    "unknown_tool": Reason("rejected", "the gold calls a tool that is not offered", "add the tool or fix the name"),
     "undocumented_argument": Reason(
-        "rejected", "an argument that the tool's schema does not have", "add it to the schema or correct its name"
+        "rejected", "the gold has an argument that the schema lacks", "add it to the schema or fix its name"
     ),
     "missing_argument": Reason(
-        "rejected", "a required argument that the call leaves out", "add it, or take it off the required ones"
+        "rejected", "the gold leaves out a required argument", "add the argument, or remove it from required"
     ),
     "number_as_string": Reason(
-        "repaired", "a number or boolean stored as text against the schema", "store it as the schema says"
+        "repaired", "a number or boolean is stored as text", "store it with the type that the schema gives"
     ),
     "json_as_string": Reason(
-        "repaired", "an array or object stored as text against the schema", "store it as the schema says"
+        "repaired", "an array or object is stored as text", "store it with the type that the schema gives"
     ),
-    "broken_value": Reason(
-        "rejected", "the beginning of an array or object as text, where one is due", "complete the value"
-    ),
-    "wrong_type": Reason("noted", "a value of another type than the schema's", "correct the value or the schema"),
-    "not_in_enum": Reason("rejected", "a value that the schema's enum does not have", "correct the value or the enum"),
-    "breaks_schema": Reason("noted", "a value that breaks another rule of the schema", "correct one of them"),
-    "duplicate_tool": Reason("rejected", "two different tools of one name", "rename or remove one of them"),
+    "broken_value": Reason("rejected", "the text of an array or object is incomplete", "complete the value"),
+    "wrong_type": Reason("noted", "the type of a value differs from the schema", "fix the value or the schema"),
+    "not_in_enum": Reason("rejected", "a value is not in the enum of the schema", "fix the value or the enum"),
+    "breaks_schema": Reason("noted", "a value breaks another rule of the schema", "fix the value or the schema"),
+    "duplicate_tool": Reason("rejected", "two different tools have the same name", "rename or remove one of them"),
     "control_token_in_prompt": Reason(
         "rejected",
-        "a text that spells a special token of the tokenizer, which would act as one",
-        "take it out, or --allow it if it is meant",
+        "the text spells a special token, which the tokenizer would treat as one",
+        "remove it, or pass --allow control_token_in_prompt if you want it",
     ),
-    # the sample among the others
-    "duplicate": Reason("rejected", "the same prompt and gold as an earlier sample", "remove one of them"),
-    "other_gold": Reason("noted", "the same prompt as an earlier sample with another gold", "decide for one of them"),
-    "leak": Reason("rejected", "a prompt that the test file holds as well", "take it out of one of the files"),
-    "prompt_too_long": Reason("rejected", "a prompt over the limit", "raise --max-prompt-tokens or shorten the prompt"),
+    # problems of the sample, compared with other samples and with limits
+    "duplicate": Reason("rejected", "an earlier sample has the same prompt and gold", "remove one of them"),
+    "other_gold": Reason("noted", "an earlier sample has the same prompt and another gold", "keep only the right one"),
+    "leak": Reason("rejected", "the test file contains the same prompt", "remove it from one of the two files"),
+    "prompt_too_long": Reason(
+        "rejected", "the prompt is longer than the limit", "shorten the prompt or raise --max-prompt-tokens"
+    ),
 }
 
 ALLOWABLE_REASONS = tuple(REASONS)[tuple(REASONS).index("unknown_tool") :]
-"""Reasons about a sample that exists: these can be kept."""
+"""Reasons about a sample that could be read, from `unknown_tool` on; `--allow` turns them into notes."""
 
 
 class RowFinding(NamedTuple):
-    """One thing found in a row; `sample` is the id of the sample that it concerns, if it concerns one."""
+    """One thing found in a row; `sample` is the id of the affected sample, or None if it is about the whole row."""
 
     reason: str
     detail: str
@@ -135,17 +141,17 @@ class RowFinding(NamedTuple):
 
 
 def make_finding(reason: str, detail: str, sample: str | None = None, allow: Iterable[str] = ()) -> RowFinding:
-    """A finding with the severity of its reason, or `noted` for a reason in `keep`."""
+    """Return a finding with the severity of its reason, or `noted` if `allow` contains the reason."""
     severity: Severity = "noted" if reason in allow else REASONS[reason].severity
     shown = " ".join(detail.split())[:400].encode(errors="replace").decode()  # lone surrogates cannot be printed
     return RowFinding(reason, shown, severity, sample)
 
 
 class RowRejectedError(UserError):
-    """No sample can be read from a row; `reason` is a key of REASONS."""
+    """Raised by a row shape for a row that gives no sample; `reason` is a key of REASONS."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail, "a row of its shape", REASONS[reason].remedy)
+        super().__init__(detail, remedy=REASONS[reason].remedy)
         self.reason, self.detail = reason, detail
 
     def __str__(self) -> str:
@@ -154,12 +160,12 @@ class RowRejectedError(UserError):
 
 @dataclass
 class RowContext:
-    """What a row shape gets with the row, and where it records its findings."""
+    """The context of a row, passed to its row shape, which also reports its findings here."""
 
     id: str
-    """The id of the row's sample, or the beginning of its samples' ids."""
+    """Id of the row's sample, or the prefix of the ids of its samples."""
     keep_prompts: bool = False
-    """Published prompts stay word for word."""
+    """Whether published prompts stay word for word."""
     findings: list[RowFinding] = field(default_factory=list)
 
     def note(self, reason: str, detail: str, sample: str | None = None) -> None:

@@ -1,8 +1,8 @@
 """Training samples: a dialogue becomes one single-turn sample per assistant turn.
 
-A `Dialogue` is what public data sets hold (OpenAI messages with `tool_calls` and tool results, tools as JSON schemas).
-`decompose` cuts it into `ToolSample`s: the full history before one assistant turn, and that turn's gold. ResT trains
-on single turns; a multi-turn task enters it through its histories.
+A `Dialogue` has the form of public data sets: OpenAI messages with `tool_calls` and tool results, and tools as JSON
+schemas. `decompose` splits it into `ToolSample`s, each with the full history before one assistant turn and the gold of
+that turn. ResT trains on single turns; multi-turn tasks are covered by the histories.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ THINK = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A whole conversation in OpenAI shape; assistant turns carry `content`, `tool_calls`, `reasoning_content`.
+    """A conversation in OpenAI's form; assistant turns have `content`, `tool_calls` and `reasoning_content`.
 
-    A turn of `weight` 0 (OpenAI's fine-tuning shape) is not to be learnt: it gives no sample and stays in histories.
-    With `tools_in_prompt` the messages describe the tools in their own words.
+    A turn of `weight` 0 (as in OpenAI's fine-tuning format) gives no sample but stays in histories. With
+    `tools_in_prompt`, the messages already describe the tools.
     """
 
     id: str
@@ -40,12 +40,18 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class ToolSample:
-    """One assistant turn to learn: the history before it, the tools on offer and what the turn should contain.
+    """One assistant turn to train on: the history before it, the offered tools, and the gold of the turn.
 
-    `messages` never hold the turn itself. `thought` is the demonstration's reasoning, if it has one. `kind` names the
-    sort of task and is the row of every result table. With `tools_in_prompt` the messages describe the tools in their
-    own words: `tools` then serve the checks and are not given to a chat template. `preamble` is what the turn says
-    before its calls; it is no answer, since the turn waits for results.
+    Attributes:
+        id: Unique name of the sample.
+        messages: The history; it does not contain the turn itself.
+        tools: The offered tools as JSON schemas.
+        gold: The expected calls, or the expected answer.
+        thought: The reasoning of the demonstration, if it has one.
+        kind: The kind of task; result tables group by it.
+        tools_in_prompt: Whether the messages already describe the tools. `tools` are then used for checks only, and
+            not passed to the chat template.
+        preamble: The text before the calls. It is not an answer, because the turn waits for results.
     """
 
     id: str
@@ -59,7 +65,7 @@ class ToolSample:
 
 
 class BadTurn(NamedTuple):
-    """A message that cannot be read, or an assistant turn that comes after one; `reason` is a key of REASONS."""
+    """A message that cannot be read, or an assistant turn after such a message; `reason` is a key of REASONS."""
 
     position: int
     problem: str
@@ -67,28 +73,32 @@ class BadTurn(NamedTuple):
 
 
 def decompose(dialogue: Dialogue) -> list[ToolSample]:
-    """One sample per assistant turn, each with the full history before it; K assistant turns give K samples.
+    """Split a dialogue into one sample per assistant turn, each with the full history before it.
 
-    Text beside tool calls is that turn's preamble and no answer: a turn that calls tools waits for their results.
-    Reasoning (`reasoning_content` or a leading `<think>` block) is left out of the histories, as Qwen3's chat template
-    does; what was said stays. A dialogue without assistant turns gives no sample.
+    Text next to tool calls becomes the preamble of the turn and not its answer, because the turn waits for results.
+    Histories contain what was said but no reasoning (`reasoning_content` or a leading `<think>` block), as with Qwen3's
+    chat template. A dialogue without assistant turns gives no sample.
 
     Raises:
-        UserError: the messages are not a dialogue.
+        UserError: A message cannot be read, or there is none.
     """
     if not dialogue.messages:
-        raise UserError(f"dialogue {dialogue.id!r} with no messages", "at least a user message", "remove the row")
+        raise UserError(f"dialogue {dialogue.id!r} has no messages", "at least a user message", "remove the row")
     samples, bad = decompose_readable(dialogue)
     if bad:
-        raise UserError(f"dialogue {dialogue.id!r} ({bad[0].problem})", "messages as OpenAI writes them", "fix the row")
+        raise UserError(f"dialogue {dialogue.id!r}: {bad[0].problem}")
     return samples
 
 
 def decompose_readable(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTurn]]:
-    """`decompose` that stops at a message it cannot read: (samples of the turns before it, what gave none).
+    """Split a dialogue as `decompose` does, but stop at the first message that cannot be read.
 
-    The history of every later turn would have a hole, so each of them is named as well.
+    Returns:
+        The samples of the turns before that message, and the message together with every assistant turn after it.
+        Those turns are lost too, because their history would have a gap.
     """
+    # One pass with a growing history: a sample takes the history as it is before its turn, and then the turn itself is
+    # appended without its reasoning. Tuples share the message objects, so K turns cost O(K * messages) references.
     history: list[dict[str, Any]] = []
     samples: list[ToolSample] = []
     for index, raw in enumerate(dialogue.messages):
@@ -122,34 +132,36 @@ def decompose_readable(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTu
 def _report_turns_after(dialogue: Dialogue, index: int) -> Iterator[BadTurn]:
     for at, raw in enumerate(dialogue.messages):
         if at > index and isinstance(raw, Mapping) and raw.get("role") == "assistant" and raw.get("weight", 1) != 0:
-            told = f"got message {at}, a turn after message {index}, which cannot be read"
-            yield BadTurn(at, told, "broken_history")
+            problem = f"message {at} comes after message {index}, which cannot be read"
+            yield BadTurn(at, problem, "broken_history")
 
 
 def _read_message(raw: Any, where: str) -> dict[str, Any]:
     role = raw.get("role") if isinstance(raw, Mapping) else None
     if role not in ROLES:
-        raise UserError(f"{where} of role {role!r}", f"one of {', '.join(ROLES)}", "rename the role")
+        raise UserError(f"{where} has the role {role!r}", f"one of {', '.join(ROLES)}", "rename the role")
     message = dict(raw)
     content, calls = message.get("content"), message.get("tool_calls")
     if not isinstance(content, str | None):
-        got = f"{where} with content of type {type(content).__name__}"
-        raise UserError(got, "text", "join the text parts into one string")
+        problem = f"the content of {where} is of type {type(content).__name__}"
+        raise UserError(problem, "text", "join the text parts into one string")
     if calls is not None and (isinstance(calls, str) or not isinstance(calls, Sequence)):
-        raise UserError(f"{where} with tool_calls {calls!r}", "a list of calls", "write each call as an object")
+        raise UserError(f"tool_calls of {where} is {calls!r}", "a list of calls", "write each call as an object")
     if calls and role != "assistant":
-        raise UserError(f"{where} with tool_calls and role {role}", "role assistant", "correct the role")
+        raise UserError(f"{where} has tool_calls but the role {role}", "the role assistant", "fix the role")
     if calls:
         message["tool_calls"] = [_read_call(call, where) for call in calls]
     else:
         message.pop("tool_calls", None)
         if content is None:
-            raise UserError(f"{where} with neither content nor tool_calls", "one of them", "remove the message")
+            raise UserError(
+                f"{where} has neither content nor tool_calls", remedy="add one of them or remove the message"
+            )
     return message
 
 
 def _read_call(raw: Any, where: str) -> dict[str, Any]:
-    """The call in OpenAI shape with its arguments as an object (chat templates want objects, not JSON text)."""
+    # OpenAI stores arguments as JSON text, but chat templates expect an object.
     function = raw.get("function", raw) if isinstance(raw, Mapping) else None
     function = function if isinstance(function, Mapping) else {}
     name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
@@ -157,19 +169,18 @@ def _read_call(raw: Any, where: str) -> dict[str, Any]:
         try:
             arguments = load_json(arguments) if arguments.strip() else {}
         except ValueError as error:
-            got = f"{where} with arguments {arguments!r:.200} ({error})"
-            raise UserError(got, "JSON", "repair the row") from error
+            problem = f"the arguments {arguments!r:.200} in {where} are not JSON ({error})"
+            raise UserError(problem, remedy="fix the row") from error
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise UserError(
-            f"{where} with tool call {raw!r}",
+            f"{where} has the tool call {raw!r}",
             "{'function': {'name': text, 'arguments': object}}",
-            "give every call a name and an arguments object ({} if it takes none)",
+            "give every call a name and an arguments object ({} if it has none)",
         )
     return to_message_call(ToolCall(name, arguments), **({"id": raw["id"]} if "id" in raw else {}))
 
 
 def _read_assistant(message: Mapping[str, Any]) -> tuple[str | None, str | None, tuple[ToolCall, ...]]:
-    """(thought, text, calls) of an assistant message; the text is its answer, or stands beside its calls."""
     text = (message.get("content") or "").strip()
     thought = (message.get("reasoning_content") or "").strip()
     if match := THINK.match(text):
@@ -178,18 +189,18 @@ def _read_assistant(message: Mapping[str, Any]) -> tuple[str | None, str | None,
 
 
 def get_calls(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
-    """The calls of a message that was read."""
+    """Return the calls of a message in OpenAI's form."""
     functions = [call["function"] for call in message.get("tool_calls") or ()]
     return tuple(ToolCall(function["name"], function["arguments"]) for function in functions)
 
 
 def to_message_call(call: ToolCall, **extra: Any) -> dict[str, Any]:
-    """A call as an entry of `tool_calls`; `extra` goes before it, such as its id."""
+    """Return a call as an entry of `tool_calls`; `extra` fields such as its id come first."""
     return {**extra, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
 
 
 def to_json(sample: ToolSample) -> dict[str, Any]:
-    """The sample as a JSON object, one row of a JSONL file; `from_json` is its inverse."""
+    """Return the sample as a JSON object, one row of a JSONL file; `from_json` is the inverse."""
     calls = [{"name": call.name, "arguments": dict(call.arguments)} for call in sample.gold.calls]
     row = {
         "id": sample.id,
@@ -204,11 +215,11 @@ def to_json(sample: ToolSample) -> dict[str, Any]:
 
 
 def from_json(row: Mapping[str, Any]) -> ToolSample:
-    """The sample of one JSONL row; UserError names the field that is missing or of the wrong type."""
+    """Return the sample of a JSONL row; raise UserError if a field is missing or has the wrong type."""
     where = f"sample {row.get('id')!r}" if isinstance(row, Mapping) else "sample"
     messages, tools = _require_field(row, "messages", list, where), _require_field(row, "tools", list, where)
     if not messages:
-        raise UserError(f"{where} with no messages", "at least a user message", "remove the row")
+        raise UserError(f"{where} has no messages", "at least a user message", "remove the row")
     gold = _require_field(row, "gold", Mapping, where)
     calls = [_read_call(call, f"{where}, gold") for call in _require_field(gold, "calls", list, f"{where}, gold")]
     answer = _require_field(gold, "answer", str | None, f"{where}, gold")
@@ -228,7 +239,7 @@ def _read_tool(raw: Any, where: str) -> dict[str, Any]:
     function = raw.get("function", raw) if isinstance(raw, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UserError(
-            f"{where} = {repr(raw)[:80]}",
+            f"{where} is {repr(raw)[:80]}",
             "{'type': 'function', 'function': {'name': text, 'description': text, 'parameters': JSON schema}}",
             "write each tool as an object",
         )
@@ -239,21 +250,23 @@ def _require_field(row: Any, name: str, kind: Any, where: str) -> Any:
     value = row.get(name) if isinstance(row, Mapping) else row
     if not isinstance(value, kind):
         expected = getattr(kind, "__name__", str(kind))
-        raise UserError(f"{where} with {name} = {value!r}", expected, "write rows with rest_rl.data.samples.to_json")
+        raise UserError(
+            f"{name} of {where} is {value!r:.200}", expected, "write rows with rest_rl.data.samples.to_json"
+        )
     return value
 
 
 def compute_digest(value: Any) -> int:
-    """64 bits of a JSON value; the order of keys does not count. Of a million, two share one with probability 3e-8."""
+    """Return a 64-bit digest of a JSON value that ignores key order; a million values collide with p = 3e-8."""
     text = json.dumps(value, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def compute_leak_digest(sample: ToolSample) -> int:
-    """Digest of what a prompt asks, for finding it in another file.
+    """Return a digest of a prompt that is equal in other copies of the same data set.
 
-    Roles, texts without their white space, calls, and the names of the tools; not the system text, the ids and the
-    layout of the schemas, which another copy of the same data set may write in another way.
+    It covers roles, texts without white space, calls, and tool names. System messages, ids and schemas are left out,
+    because copies of a data set format them differently.
     """
     said = [
         [

@@ -1,4 +1,4 @@
-"""Tools as published in many ways -> the one way chat templates and checks read: OpenAI functions with JSON schemas."""
+"""Convert tools from the many published forms to the form of chat templates: OpenAI functions with JSON schemas."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ def _bad(detail: str) -> RowRejectedError:
 
 
 def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """The tools of a row: a list, JSON text of one, one tool or none; RowRejectedError `bad_tool_schema` otherwise."""
+    """Return the tools of a row, given as a list, as JSON text, as a single tool, or None.
+
+    Raises:
+        RowRejectedError: A tool has no valid schema (`bad_tool_schema`).
+    """
     value = _json_text(value, "tools")
     if value is None:
         return ()
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise _bad(f"got tools of type {type(value).__name__}, expected a list")
+        raise _bad(f"tools is of type {type(value).__name__}, expected a list")
     return tuple(read_tool(_json_text(tool, f"tool {n}"), f"tool {n}") for n, tool in enumerate(value, 1))
 
 
@@ -40,22 +44,22 @@ def _json_text(value: Any, where: str) -> Any:
     try:
         return load_json(value) if value.strip() else None
     except ValueError as error:
-        raise _bad(f"got {where} as text {value[:80]!r} that is not JSON ({error})") from error
+        raise _bad(f"{where} is the text {value[:80]!r}, which is not JSON ({error})") from error
 
 
 def read_tool(raw: Any, where: str) -> dict[str, Any]:
-    """One tool, bare or wrapped in {"type": "function"}, its types in JSON schema's words.
+    """Return a tool, given bare or wrapped in {"type": "function"}, with the type names of JSON schema.
 
-    What needs no translation stays as it is, key order and missing descriptions included: a chat template shows it as
-    it stands, and serving will show it so.
+    Everything else stays as it is, including the order of keys and missing descriptions. A chat template renders the
+    tool as given, and so will the server that uses the trained model.
     """
     function = raw.get("function", raw) if isinstance(raw, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name.strip():
-        raise _bad(f"got {where} = {repr(raw)[:80]}, expected an object with a name")
+        raise _bad(f"{where} is {repr(raw)[:80]}, expected an object with a name")
     description = function.get("description") or ""
     if not isinstance(description, str):
-        raise _bad(f"got a description of type {type(description).__name__} in {where}")
+        raise _bad(f"the description of {where} is of type {type(description).__name__}, expected text")
     if function is raw:
         function = {key: value for key, value in raw.items() if (key, value) != ("type", "function")}
         return {"type": "function", "function": _read_function(function, f"tool {name!r}")}
@@ -80,13 +84,13 @@ def _read_function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _parameters(value: Any, where: str, required: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping | None):
-        raise _bad(f"got parameters of type {type(value).__name__} in {where}")
+        raise _bad(f"the parameters of {where} are of type {type(value).__name__}, expected an object")
     if not value:
         return {}
     if not isinstance(value.get("properties"), Mapping) and value.get("type") not in ("object", "dict"):
         if all(isinstance(argument, Mapping) for argument in value.values()):
             return argument_table(value, where)
-        raise _bad(f"got parameters {repr(dict(value))[:80]} in {where}")
+        raise _bad(f"the parameters of {where} are {repr(dict(value))[:80]}, expected a schema")
     schema = _schema(value, where)
     if "required" not in schema and isinstance(required, Sequence) and not isinstance(required, str) and required:
         schema["required"] = [name for name in required if isinstance(name, str)]
@@ -94,16 +98,16 @@ def _parameters(value: Any, where: str, required: Any) -> dict[str, Any]:
 
 
 def argument_table(arguments: Mapping[str, Any], where: str, *, required: bool = True) -> dict[str, Any]:
-    """{name: {"type": "str, optional", "description", "default"?}} as a schema.
+    """Convert a table {name: {"type": "str, optional", "description", "default"?}} to a schema.
 
-    With `required`, arguments that are neither optional nor have a default are. ToolRL gives every argument a default
-    and API-Bank none, so there nothing tells which are required.
+    With `required`, arguments count as required if they are neither optional nor have a default. ToolRL (a default for
+    every argument) and API-Bank (none at all) do not say which arguments are required.
     """
     properties: dict[str, Any] = {}
     needed: list[str] = []
     for name, argument in arguments.items():
         if not isinstance(argument, Mapping):
-            raise _bad(f"got {argument!r:.80} as argument {name!r} in {where}")
+            raise _bad(f"argument {name!r} of {where} is {argument!r:.80}, expected an object")
         properties[name] = _schema(argument, f"{where}, argument {name!r}")
         is_optional = "optional" in str(argument.get("type", "")).lower() or "default" in argument
         needed += [] if is_optional or argument.get("required") is False else [name]
@@ -112,7 +116,9 @@ def argument_table(arguments: Mapping[str, Any], where: str, *, required: bool =
 
 
 def _schema(value: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A (nested) schema with its types in JSON schema's words and all else as it stands, in its order of keys."""
+    # Copies a schema in its order of keys and goes down into `properties` and `items`. Only type names change, for
+    # example "dict" to "object". A name without a counterpart in JSON schema moves into the description, so that the
+    # model still sees it. Keys that a type implies (the `items` of "List[int]") never replace keys of the schema.
     schema: dict[str, Any] = {}
     for key, item in value.items():
         if key == "type":
@@ -120,7 +126,7 @@ def _schema(value: Mapping[str, Any], where: str) -> dict[str, Any]:
             schema |= {name: part for name, part in found.items() if name == "type" or name not in value}
         elif key == "properties" and item is not None:
             if not isinstance(item, Mapping) or not all(isinstance(each, Mapping) for each in item.values()):
-                raise _bad(f"got properties {item!r:.80} in {where}, expected schemas by name")
+                raise _bad(f"the properties of {where} are {item!r:.80}, expected schemas by name")
             schema[key] = {name: _schema(each, f"{where}.{name}") for name, each in item.items()}
         elif key == "items" and isinstance(item, Mapping):
             schema[key] = _schema(item, f"{where}[]")
@@ -129,19 +135,19 @@ def _schema(value: Mapping[str, Any], where: str) -> dict[str, Any]:
         else:
             schema[key] = item
     kind = value.get("type")
-    if isinstance(kind, str) and "type" not in schema:  # JSON has no such type: say it in words
+    if isinstance(kind, str) and "type" not in schema:
         schema["description"] = f"{value.get('description') or ''} ({kind})".strip()
     return schema
 
 
 def _names_or_values(key: str, value: Any, where: str) -> dict[str, Any]:
-    """The list of a `required` or `enum`; nothing for null, and for the `required` of an argument that is a boolean."""
+    # Some data sets mark a single argument with `required: true`; JSON schema lists names in the parent instead.
     is_list = isinstance(value, list | tuple)
     if is_list and (key == "enum" or all(isinstance(name, str) for name in value)):
         return {key: list(value)}
     if value is None or (key == "required" and isinstance(value, bool)):
         return {}
-    raise _bad(f"got {key} = {value!r:.80} in {where}, expected a list")
+    raise _bad(f"{key} of {where} is {value!r:.80}, expected a list")
 
 
 def _types(value: Any, where: str) -> dict[str, Any]:
@@ -151,11 +157,11 @@ def _types(value: Any, where: str) -> dict[str, Any]:
         return {"type": [_TYPE_NAMES.get(item.lower(), item) for item in value]}
     if value is None:
         return {}
-    raise _bad(f"got type = {value!r:.80} in {where}, expected the name of a type")
+    raise _bad(f"the type of {where} is {value!r:.80}, expected the name of a type")
 
 
 def json_type(text: str) -> dict[str, Any]:
-    """The schema of a type as people write it (`str, optional`, `List[int]`, `list(str)`); {} for one JSON lacks.
+    """Return the schema of an informal type such as `str, optional`, `List[int]` or `list(str)`; {} if unknown.
 
     >>> json_type("List[Union[int, float]], optional")
     {'type': 'array', 'items': {'type': 'number'}}
@@ -166,7 +172,7 @@ def json_type(text: str) -> dict[str, Any]:
     if name.lower() in _TYPE_NAMES:
         return {"type": _TYPE_NAMES[name.lower()]}
     generic = _GENERIC.match(name)
-    if generic is None or len(name) > 500:  # a text that nests deeper than recursion bears is no type
+    if generic is None or len(name) > 500:  # long text is no type, and could nest deeper than the recursion limit
         return {}
     outer, inner = generic[1].lower(), generic[2]
     if outer == "optional":
@@ -180,6 +186,7 @@ def json_type(text: str) -> dict[str, Any]:
     return {"type": _TYPE_NAMES[outer], **({"items": items} if items else {})}
 
 
+# Splits at the commas outside brackets.
 def _parts(text: str) -> list[str]:
     parts, depth = [""], 0
     for character in text:
@@ -192,7 +199,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _union(kinds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One schema for all; an integer is a number."""
+    # Integer and number merge into number; {} accepts anything, so any {} makes the union {}.
     distinct = [dict(kind) for index, kind in enumerate(kinds) if kind not in kinds[:index]]
     if not all(distinct):
         return {}

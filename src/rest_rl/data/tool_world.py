@@ -1,14 +1,17 @@
-"""A small world of executable tools: seeded requests, gold calls and results for learning on a laptop.
+"""A small world of executable tools with seeded requests, gold calls and results, for training on a laptop.
 
-A tool is a template (verb, noun, slots) under a random name with random argument names, drawn anew for every dialogue,
-so a model cannot remember names and must read them in its prompt (name masking as in Hammer, arXiv 2410.04587).
+A tool is a template (verb, noun, slots) with a random name and random argument names, drawn anew for every dialogue.
+Therefore a model cannot memorize names and must read them in the prompt (name masking as in Hammer, arXiv 2410.04587).
 
-Kinds: `single` one call · `parallel` two calls in one turn · `dependent` two turns, the second call takes a value from
-the first call's result · `none` no tool serves and the turn should answer.
-Decisions: in the `reasoning`, which spells out the tools, keys and values that the calls repeat · in the `call`, after
-reasoning of random filler. Names are then the template's own: for masked ones so small a model needs the reasoning.
-Splits: `train` · `unseen_tools` templates and tool names that `train` never uses · `unseen_values` argument values
-that `train` never uses. Each held-out split differs from `train` in that one respect only.
+Kinds:
+    `single`: one call. `parallel`: two calls in one turn. `dependent`: two turns; the second call uses a value from the
+    result of the first. `none`: no tool fits, and the turn should answer.
+Decisions (where the model decides what to call):
+    `reasoning`: the reasoning spells out the tools, keys and values that the calls repeat. `call`: the reasoning is
+    random filler. Names are then those of the template, because a small model needs the reasoning for masked names.
+Splits:
+    `train`. `unseen_tools`: templates and tool names that `train` never uses. `unseen_values`: argument values that
+    `train` never uses. Each held-out split differs from `train` only in this respect.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ YIELDS = {
     "paint": "color", "shirt": "color", "furniture": "item", "catalog": "item", "meeting": "date", "contact": "person",
     "doctor": "person", "lesson": "music", "museum": "city", "garden": "color", "laptop": "item", "menu": "dish",
 }  # fmt: skip
-"""Every noun with the slot that its tool's result fills."""
+"""For each noun, the slot whose values the tool returns."""
 SLOTS = {
     "city": ("lima", "oslo", "rome", "cairo", "tokyo", "paris", "delhi", "quito"),
     "person": ("anna", "boris", "carla", "david", "elena", "felix", "greta", "hugo"),
@@ -57,9 +60,9 @@ FILLER = (
     "still", "yet", "now", "back", "over", "under", "about", "into", "from", "with", "what", "which", "how", "why",
     "when", "where", "who", "could", "be", "is", "it", "we", "you", "they", "all", "any",
 )  # fmt: skip
-"""Words of a thought that decides nothing."""
+"""Words of filler reasoning."""
 FILLER_LENGTHS = range(24, 41)
-"""Numbers of words of such a thought."""
+"""Possible numbers of words of filler reasoning."""
 OPENING_TAGS = ("please", "kindly", "now", "hello")
 NAME_PARTS = tuple(c + v for c in "kstnmrvbdg" for v in "aeio")
 KEY_PARTS = tuple(c + v for c in "pzfljhwc" for v in "aeio")
@@ -67,11 +70,11 @@ _NOUNS = tuple(YIELDS)
 _FIFTH = 5
 """Every fifth combination is held out."""
 _CYCLE = ("single",) * 4 + ("parallel",) * 2 + ("none",) * 2 + ("dependent",)
-"""Kinds of nine dialogues = ten samples; a balanced order keeps the share of refusals exact."""
+"""Kinds of nine dialogues, which give ten samples; each cycle is shuffled, so the share of refusals is exact."""
 
 
 class WorldTool(NamedTuple):
-    """A template under its masked names: `keys[i]` is the argument name of `slots[i]`."""
+    """A tool template with its masked names: `keys[i]` is the argument name of `slots[i]`."""
 
     verb: str
     noun: str
@@ -81,11 +84,11 @@ class WorldTool(NamedTuple):
 
     @property
     def description(self) -> str:
-        """What the tool does, the words of a request for it."""
+        """What the tool does, in the words of a request for it."""
         return f"{self.verb} {self.noun}"
 
     def schema(self) -> dict[str, Any]:
-        """The OpenAI JSON schema of the tool."""
+        """Return the JSON schema of the tool in OpenAI's form."""
         properties = {k: {"type": "string", "description": s} for k, s in zip(self.keys, self.slots, strict=True)}
         parameters = {"type": "object", "properties": properties, "required": list(self.keys)}
         function = {"name": self.name, "description": self.description, "parameters": parameters}
@@ -93,18 +96,18 @@ class WorldTool(NamedTuple):
 
 
 def is_held_out_template(verb: str, noun: str) -> bool:
-    """Whether the pair belongs to `unseen_tools`; every verb and every noun occurs in `train` in other pairs."""
+    """Return whether the pair belongs to `unseen_tools`; `train` uses its verb and noun in other pairs."""
     return (VERBS.index(verb) + 2 * _NOUNS.index(noun)) % _FIFTH == 0
 
 
 def is_held_out_name(name: str) -> bool:
-    """Whether the two-part tool name belongs to `unseen_tools`; both parts occur in `train` in other names."""
+    """Return whether the two-part tool name belongs to `unseen_tools`; `train` uses both parts in other names."""
     first, second = name.split("_")
     return (NAME_PARTS.index(first) + 3 * NAME_PARTS.index(second)) % _FIFTH == 0
 
 
 def is_held_out_value(value: str) -> bool:
-    """Whether the value belongs to `unseen_values`; word and number occur in `train` in other values."""
+    """Return whether the value belongs to `unseen_values`; `train` uses its word and number in other values."""
     word, number = value.rsplit("-", 1)
     words = next(words for words in SLOTS.values() if word in words)
     return (words.index(word) + int(number)) % _FIFTH == 0
@@ -119,10 +122,16 @@ def tool_world(
     kinds: Sequence[str] | None = None,
     decision: Decision = "reasoning",
 ) -> list[ToolSample]:
-    """The first `n` samples of the endless sequence of that seed and split (so a shorter list is a prefix).
+    """Return the first `n` samples of the endless sequence of a seed and split; a smaller `n` gives a prefix.
 
-    `kinds` keeps only the dialogues of those kinds. Shares are .4 single, .2 each of parallel, dependent (both turns)
-    and none. UserError for an unknown split or kind, or fewer than two tools per prompt.
+    Args:
+        seed: The seed of the sequence.
+        n: The number of samples.
+        split: The split.
+        num_tools: The number of tools in each prompt, at least 2.
+        kinds: Keep only dialogues of these kinds. Among all samples, 40 % are single, and parallel, dependent (both
+            turns) and none are 20 % each.
+        decision: Where the model decides what to call.
     """
     samples: list[ToolSample] = []
     if n <= 0:
@@ -142,14 +151,14 @@ def dialogues(
     kinds: Sequence[str] | None = None,
     decision: Decision = "reasoning",
 ) -> Iterator[Dialogue]:
-    """The endless sequence of dialogues of that seed and split; arguments and errors as of `tool_world`."""
+    """Yield the endless sequence of dialogues of a seed and split; the arguments are those of `tool_world`."""
     for what, given, known in (("split", split, SPLITS), ("decision", decision, get_args(Decision))):
         if given not in known:
-            raise UserError(f"{what} {given!r}", f"one of {', '.join(known)}", f"correct the {what}")
+            raise UserError(f"{what} is {given!r}", f"one of {', '.join(known)}")
     if not set(kinds or KINDS) <= set(KINDS):
-        raise UserError(f"kinds {kinds!r}", f"some of {', '.join(KINDS)}", "correct the kinds")
+        raise UserError(f"kinds is {kinds!r}", f"some of {', '.join(KINDS)}")
     if not 2 <= num_tools <= len(_NOUNS) - 2:
-        raise UserError(f"num_tools {num_tools}", f"2 to {len(_NOUNS) - 2}", "change it")
+        raise UserError(f"num_tools is {num_tools}", f"2 to {len(_NOUNS) - 2}")
     rng, index = random.Random(f"{split} {seed}"), 0
     while True:
         for kind in rng.sample(_CYCLE, len(_CYCLE)):
@@ -198,7 +207,8 @@ def _dialogue(
 
 
 def _draw_tools(rng: random.Random, kind: str, split: Split, count: int) -> list[WorldTool]:
-    """Tools with pairwise different nouns, names and keys; for `dependent` the first one's result fits the second."""
+    # Nouns, names and keys are pairwise different. For `dependent`, the result of the first tool fits a slot of the
+    # second.
     nouns = rng.sample(_NOUNS, count)
     limit = 1 if kind == "parallel" else 2
     tools: list[WorldTool] = []
@@ -215,7 +225,7 @@ def _draw_tools(rng: random.Random, kind: str, split: Split, count: int) -> list
 
 
 def draw_name(rng: random.Random, split: Split, taken: Sequence[str] = ()) -> str:
-    """A random tool name of the split that is not taken."""
+    """Draw a tool name of the split that is not in `taken`."""
     while True:
         name = f"{rng.choice(NAME_PARTS)}_{rng.choice(NAME_PARTS)}"
         if name not in taken and is_held_out_name(name) == (split == "unseen_tools"):
@@ -223,7 +233,7 @@ def draw_name(rng: random.Random, split: Split, taken: Sequence[str] = ()) -> st
 
 
 def draw_value(rng: random.Random, slot: str, split: Split) -> str:
-    """A random value of the slot that the split may use."""
+    """Draw a value of the slot that the split may use."""
     while True:
         value = f"{rng.choice(SLOTS[slot])}-{rng.choice(NUMBERS)}"
         if is_held_out_value(value) == (split == "unseen_values"):
@@ -231,7 +241,7 @@ def draw_value(rng: random.Random, slot: str, split: Split) -> str:
 
 
 def _wish(rng: random.Random, tool: WorldTool, values: Sequence[str], reference: int | None = None) -> str:
-    """The request for one call; the slots stand in random order and `reference` is asked for as `it`."""
+    # The slots come in random order. The slot `reference` refers to an earlier result and is called "it".
     parts = [f'{slot} "{value}"' for slot, value in zip(tool.slots, values, strict=True)]
     if reference is not None:
         parts[reference] = f"{tool.slots[reference]} it"
@@ -244,9 +254,9 @@ def _turn(calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]]) -> dict
 
 
 def explain(calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]]) -> str:
-    """The demonstration's reasoning: for each call its tool's description and name, then slot, key and value.
+    """Return the reasoning of a demonstration: for each call the tool's description and name, then slot, key and value.
 
-    A name or key that no tool has is written down as it stands, so defective calls have a reasoning as well.
+    Names and keys that no tool has are written as given, so that defective calls have reasoning too.
     """
     by_name = {tool["function"]["name"]: tool["function"] for tool in tools}
     slots = {k: p["description"] for f in by_name.values() for k, p in f["parameters"]["properties"].items()}
@@ -259,18 +269,21 @@ def explain(calls: Sequence[ToolCall], tools: Sequence[Mapping[str, Any]]) -> st
 
 
 def execute(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str:
-    """Run a call and return its result as JSON text, `{"result": "oslo-17"}`; the same call has the same result.
+    """Execute a call and return its result as JSON text, such as `{"result": "oslo-17"}`.
 
-    The result depends on the template and the values, not on the masked names; it is held out exactly if one of the
-    argument values is. ValueError for an unknown tool, a missing or unknown argument, or a value that is not text.
+    The result is a function of the template and the values, not of the masked names. It is a held-out value if and only
+    if one of the arguments is.
+
+    Raises:
+        ValueError: The tool is unknown, an argument is missing or unknown, or a value is not text.
     """
     function = next((tool["function"] for tool in tools if tool["function"]["name"] == call.name), None)
     if function is None:
         offered = ", ".join(tool["function"]["name"] for tool in tools)
-        raise ValueError(f"got a call of {call.name!r}; expected one of {offered}")
+        raise ValueError(f"tool {call.name!r} is unknown, expected one of {offered}")
     properties = function["parameters"]["properties"]
     if set(call.arguments) != set(properties) or not all(isinstance(v, str) for v in call.arguments.values()):
-        raise ValueError(f"got arguments {dict(call.arguments)!r}; expected texts for {', '.join(properties)}")
+        raise ValueError(f"the arguments are {dict(call.arguments)!r}, expected texts for {', '.join(properties)}")
     values = {properties[key]["description"]: value for key, value in call.arguments.items()}
     text = json.dumps([function["description"], values], sort_keys=True)
     slot = YIELDS[function["description"].split()[1]]
@@ -282,5 +295,5 @@ def execute(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str:
 def _is_held_out_text(value: str) -> bool:
     try:
         return is_held_out_value(value)
-    except (ValueError, StopIteration):  # no value of this world
+    except (ValueError, StopIteration):  # not a value of this world
         return False

@@ -1,4 +1,4 @@
-"""Files of samples, written whole or not at all: JSONL, or Parquet with the nested fields as JSON text."""
+"""Write files of samples atomically: JSONL, or Parquet with nested fields as JSON text."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ Write = Callable[[Mapping[str, Any]], None]
 
 
 def rejected_path(out: Path) -> Path:
-    """Where the rows go that give no sample or lose a turn: beside the samples."""
+    """Return the path, next to `out`, for the rows that give no sample or lose a turn."""
     return out.with_name(f"{out.name}.rejected.jsonl")
 
 
 def check_output(out: Path, inputs: Iterable[str]) -> None:
-    """UserError if an output has a strange ending or would overwrite an input."""
+    """Raise UserError if the output has an unknown ending or would overwrite an input."""
     if out.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"--out {out}", "a name that ends in .jsonl or .parquet", "rename it")
+        raise UserError(f"--out is {out}", "a name that ends in .jsonl or .parquet")
     outputs = {out.resolve(), rejected_path(out).resolve()}
     if taken := [path for path in inputs if Path(path).resolve() in outputs]:
-        got = f"--out {out}, which would overwrite the input {taken[0]}"
-        raise UserError(got, "a file of its own", "choose another name")
+        raise UserError(f"--out {out} would overwrite the input {taken[0]}", remedy="choose another name")
 
 
 @contextmanager
 def sample_writer(out: Path) -> Iterator[Callable[[ToolSample], None]]:
-    """Write samples to a file that stands in its place once all is well; its ending chooses the kind."""
+    """Write samples to a file that appears only if no error occurs; its ending selects the format."""
     kind = _parquet_writer if out.suffix == ".parquet" else _jsonl_writer
     with _replacing(out) as part, kind(part) as write:
         yield lambda sample: write(to_json(sample))
@@ -42,9 +41,9 @@ def sample_writer(out: Path) -> Iterator[Callable[[ToolSample], None]]:
 
 @contextmanager
 def rejected_writer(out: Path) -> Iterator[Callable[[CheckedRow], None]]:
-    """Write rows that lose samples beside `out`, each with its number, the reasons and the row as it was read.
+    """Write the rows that lose samples next to `out`, each with its number, the reasons and the row as read.
 
-    No file remains if there are none.
+    If there are none, no file remains.
     """
 
     def write_lost(row: CheckedRow) -> None:
@@ -69,10 +68,10 @@ def _replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     except OSError as error:
         raise UserError(
-            f"{path} ({describe_os_error(error)})", "a place to write to", "choose another --out"
+            f"{path} cannot be written ({describe_os_error(error)})", "a place to write to", "choose another --out"
         ) from error
     finally:
-        with suppress(OSError):  # where the folder is a file there is no part either
+        with suppress(OSError):  # the parent may be a file, and then there is no part file
             part.unlink(missing_ok=True)
 
 
@@ -90,7 +89,7 @@ def _jsonl_writer(path: Path) -> Iterator[Write]:
 
 @contextmanager
 def _parquet_writer(path: Path) -> Iterator[Write]:
-    """Nested fields are JSON text: Arrow would give every call the argument names of all others."""
+    # Nested fields are JSON text, because Arrow structs would pad every call with the argument names of all others.
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -115,5 +114,5 @@ def _parquet_writer(path: Path) -> Iterator[Write]:
 
 
 def _encodable(text: str | None) -> str | None:
-    """The text with lone surrogates as question marks: Arrow holds UTF-8 only."""
+    # Arrow stores UTF-8, which has no lone surrogates.
     return None if text is None else text.encode(errors="replace").decode()

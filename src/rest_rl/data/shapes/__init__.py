@@ -1,15 +1,15 @@
-"""The shapes of rows: how each published data set, and one of your own, becomes dialogues or samples.
+"""Row shapes: how the rows of each published data set, and of your own, become dialogues or samples.
 
-A shape is an object (or a module, as all of ours are) with three parts:
+A shape is an object (the built-in ones are modules) with three parts:
 
-* `name`: how `--source` and reports call it;
-* `matches(row) -> bool`: whether a row has this shape, told by its keys;
-* `read(row, context) -> dialogues or samples` of the row. A `Dialogue` becomes one sample per assistant turn. What is
-  odd about the row goes to `context.note(reason, detail)`; `RowRejectedError(reason, detail)` says that it gives
-  nothing. `context.id` is the id for its sample, and `context.keep_prompts` that published prompts stay as they are.
+* `name`: its name in `--source` and in reports;
+* `matches(row) -> bool`: whether a row has this shape, judged by its keys;
+* `read(row, context) -> dialogues or samples`. A `Dialogue` becomes one sample per assistant turn. Report anything odd
+  with `context.note(reason, detail)`, and raise `RowRejectedError(reason, detail)` if the row gives no sample.
+  `context.id` is the id for its sample; `context.keep_prompts` means that published prompts stay as they are.
 
-`SHAPES` is the only table of them. A shape of your own is named `package.module:OBJECT` wherever a source is: rows that
-it matches are read by it, and the others as under `auto`.
+`SHAPES` is the table of all built-in shapes. Pass your own as `package.module:OBJECT` wherever a source is expected: it
+reads the rows that it matches, and all others are read as under `auto`.
 """
 
 from __future__ import annotations
@@ -28,36 +28,38 @@ AUTO = "auto"
 
 
 class RowShape(Protocol):
-    """How the rows of one data set become dialogues or samples."""
+    """Converts the rows of one data set to dialogues or samples."""
 
     @property
     def name(self) -> str:
-        """How `--source` and reports call it."""
+        """Name of the shape in `--source` and in reports."""
         ...
 
     def matches(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row has this shape."""
+        """Return whether a row has this shape."""
         ...
 
     def read(self, row: Mapping[str, Any], context: RowContext) -> Iterable[Dialogue | ToolSample]:
-        """The dialogues or samples of a row; RowRejectedError for a row that gives none."""
+        """Return the dialogues or samples of a row; raise RowRejectedError if it gives none."""
         ...
 
 
 _ALL: tuple[RowShape, ...] = (own, toolace, chat, xlam, api_bank, api_bank_train, toolrl)
 SHAPES: dict[str, RowShape] = {shape.name: shape for shape in _ALL}
-"""The built-in shapes by name; the first that matches a row reads it."""
+"""The built-in shapes by name; the first one that matches a row reads it."""
 BENCHMARKS = (api_bank.name,)
-"""Test sets: their defects are told and left as they are, for every published figure includes them."""
+"""Shapes of benchmarks: their defects are reported but never repaired, because published results include them."""
 
 
 def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
-    """The shapes that a row may have: `source` is `auto`, a name in SHAPES, `package.module:OBJECT` or an object.
+    """Return the shapes to try for each row, in order.
 
-    A built-in shape that is named is the only one, a shape of your own stands before all built-in ones.
+    Args:
+        source: `auto`, a name in SHAPES, `package.module:OBJECT`, or an object. A built-in shape is then the only one;
+            your own shape comes before all built-in ones.
 
     Raises:
-        UserError: there is no such shape, or the object is none.
+        UserError: There is no such shape, or the object is not a shape.
     """
     if source == AUTO:
         return _ALL
@@ -66,17 +68,17 @@ def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
             return (SHAPES[source],)
         if ":" not in source:
             names = f"{AUTO}, one of {', '.join(SHAPES)}, or package.module:OBJECT"
-            raise UserError(f"source {source!r}", names, "name one of them")
+            raise UserError(f"source is {source!r}", names)
     shape: Any = load_object(source, "row shape") if isinstance(source, str) else source
     missing = [part for part in ("name", "matches", "read") if not hasattr(shape, part)]
     if missing or isinstance(shape, type):
-        got = "a class" if isinstance(shape, type) else f"an object without {', '.join(missing)}"
-        raise UserError(f"row shape {source!r}, {got}", "an object with name, matches and read", "see docs/data.md")
+        found = "is a class" if isinstance(shape, type) else f"has no {', '.join(missing)}"
+        raise UserError(f"row shape {source!r} {found}", "an object with name, matches and read", "see docs/data.md")
     check_signature(shape.matches, f"matches of row shape {source!r}", "row")
     check_signature(shape.read, f"read of row shape {source!r}", "row", "context")
     return (shape, *_ALL)
 
 
 def find_shape(row: Mapping[str, Any], shapes: tuple[RowShape, ...]) -> RowShape | None:
-    """The only shape, or the first that matches a row."""
+    """Return the first shape that matches a row; a single shape is not asked."""
     return shapes[0] if len(shapes) == 1 else next((shape for shape in shapes if shape.matches(row)), None)

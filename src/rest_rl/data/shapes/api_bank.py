@@ -1,4 +1,4 @@
-"""API-Bank's test samples as ToolRL processed them, in its layout; `answer` is a call or a list of them."""
+"""API-Bank's test samples in ToolRL's flattened form; `answer` is a call or a list of calls."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ def matches(row: Mapping[str, Any]) -> bool:
 
 
 def read(row: Mapping[str, Any], context: RowContext) -> list[ToolSample]:
-    """All values are text, as published."""
+    # Argument values stay text, as published.
     system, user, answers = text_of(row, "system"), text_of(row, "user"), row.get("answer")
     answers = [answers] if isinstance(answers, Mapping) else answers
     if not isinstance(answers, list) or not all(isinstance(answer, Mapping) for answer in answers):
-        raise RowRejectedError("bad_gold", f"got answer = {answers!r:.80}, expected a call or a list of calls")
+        raise RowRejectedError("bad_gold", f"answer is {answers!r:.80}, expected a call or a list of calls")
     calls = []
     for answer in answers:
         called, arguments = answer.get("name"), answer.get("parameters")
         if not isinstance(called, str) or not isinstance(arguments, Mapping):
-            told = f"got a call of {called!r} with {arguments!r:.80}, expected name and parameters"
-            raise RowRejectedError("bad_gold", told)
+            problem = (
+                f"a call has the name {called!r} and the parameters {arguments!r:.80}, expected text and an object"
+            )
+            raise RowRejectedError("bad_gold", problem)
         calls.append(ToolCall(called, dict(arguments)))
-    user = user.removeprefix("*") if user.startswith("***") else user  # a slip in level 2
+    user = user.removeprefix("*") if user.startswith("***") else user  # a stray asterisk in level 2
     return [flattened_sample(context, system, user, Gold(tuple(calls)), kind="api_bank")]

@@ -1,4 +1,4 @@
-"""API-Bank's training rows (DAMO-ConvAI): {instruction, input, output}, calls as `API-Request: [Name(k='v')]`."""
+"""API-Bank's training rows (DAMO-ConvAI): {instruction, input, output}; calls are `API-Request: [Name(k='v')]`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def matches(row: Mapping[str, Any]) -> bool:
 
 
 def read(row: Mapping[str, Any], context: RowContext) -> list[ToolSample]:
-    """Tools that a `ToolSearcher` result describes are on offer from then on."""
+    # The result of `ToolSearcher` describes further tools, which are offered from then on.
     texts = [row.get("instruction"), row.get("input"), row.get("output", row.get("expected_output"))]
     if not all(isinstance(text, str) for text in texts):
-        raise RowRejectedError("bad_row", "got an instruction, input or output that is no text")
+        raise RowRejectedError("bad_row", "instruction, input and output must be text")
     instruction, given, output = map(str, texts)
     tools: Tools = {}
     for line in f"{instruction[instruction.rfind('API descriptions:') :]}\n{given}".split("\n"):
@@ -77,28 +77,28 @@ def _read_history(text: str, tools: Tools, context: RowContext) -> list[dict[str
         elif not speaker.startswith("Generate"):
             messages.append({"role": "user" if speaker == "User" else "assistant", "content": said})
     if not messages:
-        told = f"got {text[:80]!r}, expected lines that begin with User:, AI: or API-Request:"
-        raise RowRejectedError("bad_history", told)
+        problem = f"the input is {text[:80]!r}, expected lines that begin with User:, AI: or API-Request:"
+        raise RowRejectedError("bad_history", problem)
     return messages
 
 
 def _read_request(text: str, context: RowContext, reason: str) -> ToolCall:
-    """`[Name(key='value', ...)]`; values that stand without quotes are text, and that is a repair."""
+    # Many rows leave values unquoted (`date=2023-01-01`), which no Python parser reads. Then the text is cut at each
+    # `key=` that follows a comma, and every value that is not a literal is taken as text, with one finding per row.
     parsed = get_format("pythonic").parse(text, spans=False)
     if len(parsed.calls) == 1 and not parsed.unreadable_calls:
         return parsed.calls[0]
     match = _REQUEST.fullmatch(text.strip())
     parts = _KEY.split(match[2])[1:] if match else []
     if match is None or (match[2].strip() and not parts):
-        raise RowRejectedError(reason, f"got the request {text[:120]!r}, expected [Name(key='value', ...)]")
+        raise RowRejectedError(reason, f"the request is {text[:120]!r}, expected [Name(key='value', ...)]")
     if not any(found.reason == "unquoted_value" for found in context.findings):
-        context.note("unquoted_value", f"got the request {text[:120]!r}", context.id)
+        context.note("unquoted_value", f"the request is {text[:120]!r}", context.id)
     values = [_read_value(part.strip().removesuffix(",").strip()) for part in parts[1::2]]
     return ToolCall(match[1], dict(zip(parts[::2], values, strict=True)))
 
 
 def _read_value(text: str) -> Any:
-    """A literal, or else the text without the quotes around it."""
     value = read_literal(text)
     if value is not None or text == "None":
         return value

@@ -1,4 +1,4 @@
-"""Calls that stand in an assistant's text, in the notation of any format."""
+"""Find calls that are written into an assistant's text, in the notation of any format."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rest_rl.formats import get_format
 from rest_rl.response import ParsedResponse, ToolCall
 
 _OBJECT_TAGS = (("<tool_call>", "</tool_call>"), ("<functioncall>", "</functioncall>"), ("<|python_tag|>", None))
-"""Tags around calls written as objects: of Hermes and Qwen, Glaive, Llama 3."""
+"""Tags around calls written as objects: Hermes and Qwen, Glaive, Llama 3."""
 _MARKED = re.compile(
     r"""(?<![`'"])(?:<tool_call>\s*(?:[\[{<]|\Z)|<functioncall>|<\|python_(?:tag|start)\|>|<function=[^<>\s]+>"""
     r"""|\[TOOL_CALLS\]\s*(?:[\[{]|[\w.-]{1,200}\s*(?:\[|\{)))"""
 )
-"""Text that only a call begins with; a tag in quotes is spoken of."""
+"""Text that can only start a call; a tag in quotes is only mentioned."""
 _STOPS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>")
 _OBJECT_BEGINS = re.compile(r"""\A(?=[\[{])|^[ \t]*(?=(?:\[\s*)?\{\s*["'](?:name|type)["']\s*:)""", re.MULTILINE)
 _BEGUN = re.compile(
@@ -29,18 +29,25 @@ _CALL_KEYS = {"name", "arguments", "parameters", "id", "type", "function"}
 
 
 class WrittenCalls(NamedTuple):
-    """The calls that stand in a text, and the text beside them."""
+    """The calls found in a text, and the remaining text."""
 
     said: str
     calls: tuple[ToolCall, ...]
 
 
 def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> WrittenCalls | None:
-    """The calls of an assistant's text (without its think block); None for a plain answer.
+    """Return the calls in an assistant's text (without its think block), or None if the text is a plain answer.
 
-    Behind a tag of a format any call counts; without one, calls of the tools on offer that end the text. Other JSON,
-    code and lists in brackets are answers. ValueError for what begins as a call and cannot be read as one.
+    Args:
+        text: The text.
+        tools: The offered tools.
+
+    Raises:
+        ValueError: The text begins like a call but cannot be read as one.
     """
+    # An answer must never become a call by accident. After a tag of a format, any call counts. Without a tag, only
+    # calls of offered tools at the end of the text count; other JSON, code and bracketed lists are answers. The
+    # notations are tried from the most to the least specific.
     body = text.strip()
     while stop := next((stop for stop in _STOPS if body.endswith(stop)), None):
         body = body.removesuffix(stop).rstrip()
@@ -54,7 +61,7 @@ def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> WrittenCalls | 
             found = _if_offered(_if_clean(get_format("pythonic").parse(body, spans=False)), schemas)
         is_call = found is None and _has_begun(body, schemas)
     if found is None and is_call:
-        raise ValueError(f"got a call as text that cannot be read: {body[:120]!r}")
+        raise ValueError(f"the call cannot be read: {body[:120]!r}")
     return found
 
 
@@ -68,7 +75,7 @@ def _read_tagged(body: str) -> WrittenCalls | None:
 
 
 def _read_llama_functions(body: str) -> WrittenCalls | None:
-    """`<function=name>{"key": value}</function>`, the custom calls of Llama 3.1."""
+    # `<function=name>{"key": value}</function>`, the custom calls of Llama 3.1
     said, inside = _cut(body, "<function=", "</function>")
     pairs = [
         (name.strip(), read_literal(arguments)) for name, _, arguments in (inner.partition(">") for inner in inside)
@@ -78,6 +85,7 @@ def _read_llama_functions(body: str) -> WrittenCalls | None:
     return WrittenCalls(said, tuple(ToolCall(name, arguments) for name, arguments in pairs))
 
 
+# (the text outside the tags, each text inside); an unclosed tag extends to the end.
 def _cut(body: str, opening: str, closing: str | None) -> tuple[str, list[str]]:
     outside, *pieces = body.split(opening)
     cut = [piece.partition(closing) if closing else (piece, "", "") for piece in pieces]
@@ -86,7 +94,7 @@ def _cut(body: str, opening: str, closing: str | None) -> tuple[str, list[str]]:
 
 
 def _read_by_format(body: str, schemas: Mapping[str, Any]) -> WrittenCalls | None:
-    if "<tool_call>" not in body:  # qwen3_coder wants its functions in blocks
+    if "<tool_call>" not in body:  # the parser of qwen3_coder requires the outer block, which some rows omit
         body = body.replace("<function=", "<tool_call>\n<function=")
         body = body.replace("</function>", "</function>\n</tool_call>")
     for name in ("mistral", "qwen3_coder", "pythonic"):
@@ -106,7 +114,8 @@ def _if_offered(found: WrittenCalls | None, offered: Collection[str]) -> Written
 
 
 def _with_texts(found: WrittenCalls, body: str, schemas: Mapping[str, Any]) -> WrittenCalls:
-    """Values written as text stay text where the schema says string: `0450` and `12` may be a number there, or not."""
+    # The notation of qwen3_coder has no quotes, so the parser guesses types. Where the schema says string, the original
+    # text replaces the guess: "0450" must not become 450.
     texts = _PARAMETER.findall(body)
     if len(texts) != sum(len(call.arguments) for call in found.calls):
         return found
@@ -128,7 +137,8 @@ def _read_bare_objects(body: str, schemas: Mapping[str, Any]) -> WrittenCalls | 
 
 
 def _has_begun(body: str, offered: Collection[str]) -> bool:
-    """Whether a text begins as a call of a tool on offer does, and is no description of one."""
+    # True if the text begins like a call of an offered tool and is not complete JSON for something else, for example
+    # the description of a tool.
     begun = _BEGUN.match(body)
     is_offered = begun is not None and (begun["object"] or begun["pythonic"].rstrip()) in offered
     return is_offered and (read_literals(body) is None or _read_objects(body, needs_arguments=True) is not None)
@@ -145,7 +155,6 @@ def _read_objects(text: str, *, needs_arguments: bool) -> tuple[ToolCall, ...] |
 
 
 def _read_object(value: Any, needs_arguments: bool) -> ToolCall | None:
-    """The call that an object is; None for other objects, such as the description of a tool."""
     if not isinstance(value, Mapping) or not set(value) <= _CALL_KEYS:
         return None
     function = value["function"] if isinstance(value.get("function"), Mapping) else value

@@ -1,4 +1,4 @@
-"""Chat rows as OpenAI, Hugging Face and ShareGPT write them: `messages` (or `conversations`) and `tools`."""
+"""Chat rows in the forms of OpenAI, Hugging Face and ShareGPT: `messages` (or `conversations`) and `tools`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROLE_NAMES = {
     "tool": "tool", "function": "tool", "ipython": "tool", "observation": "tool", "tool_response": "tool",
     "function_response": "tool", "function_call": "call", "tool_call": "call",
 }  # fmt: skip
-"""Roles as they are written; `call` is an assistant turn whose text is the call."""
+"""Role names of other data sets and ours; `call` is an assistant turn whose text is the call."""
 _MESSAGES = ("messages", "conversations", "conversation")
 _TOOLS = ("tools", "functions")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -38,7 +38,7 @@ def read(row: Mapping[str, Any], context: RowContext) -> list[Dialogue]:
     raw = next((row[key] for key in _MESSAGES if row.get(key) is not None), None)
     raw = read_literal(raw) if isinstance(raw, str) else raw
     if not isinstance(raw, Sequence) or isinstance(raw, str):
-        raise RowRejectedError("bad_row", f"got messages of type {type(raw).__name__}, expected a list")
+        raise RowRejectedError("bad_row", f"messages is of type {type(raw).__name__}, expected a list")
     tools = read_tools(next((row[key] for key in _TOOLS if row.get(key) is not None), None))
     messages = [read_message(message, context) for message in raw]
     system = row.get("system")
@@ -50,7 +50,7 @@ def read(row: Mapping[str, Any], context: RowContext) -> list[Dialogue]:
 
 
 def read_message(raw: Any, context: RowContext) -> dict[str, Any]:
-    """One message under our names; what cannot be read is left for `decompose_readable` to name."""
+    """Return a message under our names; anything unreadable stays, and `decompose_readable` reports it."""
     if not isinstance(raw, Mapping):
         return {"role": None}
     given = raw.get("role", raw.get("from"))
@@ -62,7 +62,7 @@ def read_message(raw: Any, context: RowContext) -> dict[str, Any]:
     if role != "assistant":
         message |= _identity(raw, "tool_call_id")
     if role in ("call", "assistant") and raw.get("weight") == 0:
-        context.note("weight_zero", f"got an assistant turn of weight 0: {content!r:.80}")
+        context.note("weight_zero", f"the turn has weight 0: {content!r:.80}")
         message["weight"] = 0
     if role == "call":
         return {**message, "role": "assistant", "content": "", "tool_calls": _read_calls(content, context)}
@@ -109,25 +109,23 @@ def _read_call(call: Any, context: RowContext) -> Any:
 
 
 def _identity(raw: Mapping[str, Any], key: str) -> dict[str, str]:
-    """An id as text: a number is the same id on both sides; nothing for none."""
+    # Ids become text, because some data sets write a number on one side and its text on the other.
     value = raw.get(key)
     return {key: str(value)} if isinstance(value, str | int) and not isinstance(value, bool) else {}
 
 
 def _read_text(text: str, context: RowContext) -> Any:
-    """The value of a text; a Python literal is a repair, and what is neither stays text."""
     try:
         return load_json(text)
     except ValueError:
         value = read_literal(text)
     if not isinstance(value, Mapping | list):
         return text
-    context.note("arguments_as_python", f"got {text[:80]!r}")
+    context.note("arguments_as_python", f"the arguments are {text[:80]!r}")
     return value
 
 
 def _read_calls_in_text(message: dict[str, Any], tools: Sequence[Any], context: RowContext) -> dict[str, Any]:
-    """An assistant's message with the calls that its text writes out; what cannot be read is left to be refused."""
     content = message.get("content")
     if message["role"] != "assistant" or message.get("tool_calls") or not isinstance(content, str):
         return message
@@ -137,10 +135,10 @@ def _read_calls_in_text(message: dict[str, Any], tools: Sequence[Any], context: 
     try:
         written = find_calls(body, tools)
     except ValueError:
-        return {**message, "tool_calls": body[:200]}
+        return {**message, "tool_calls": body[:200]}  # not a list, so `decompose_readable` rejects the turn
     if written is None:
         return message
-    context.note("call_as_text", f"got {body!r:.120}")
+    context.note("call_as_text", f"the text is {body!r:.120}")
     calls = [to_message_call(call) for call in written.calls]
     return {**message, "content": head + written.said, "tool_calls": calls}
 
@@ -151,30 +149,29 @@ def _read_calls_in_text(message: dict[str, Any], tools: Sequence[Any], context: 
 def _cut_tool_text(
     messages: list[dict[str, Any]], tools: tuple[dict[str, Any], ...], context: RowContext
 ) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], ...], bool]:
-    """(messages, tools, whether a message describes them): tools are described once, by the chat template.
-
-    With kept prompts the system text stays and is the one that describes them.
-    """
+    # (messages, tools, whether a message describes them). Tools must be described once, by the chat template, or a
+    # model would see them twice. With kept prompts, the system text stays and is the one that describes them.
     first: dict[str, Any] = messages[0] if messages else {"role": None}
     system = first["content"] if first["role"] == "system" else None
     rest, listed = split_tool_text(system) if isinstance(system, str) else (system, None)
     if rest is None or rest == system:
         if listed and tools:
-            context.note("tools_twice", f"got the system text {system!r:.120}")
+            context.note("tools_twice", f"the system message is {system!r:.120}")
         return messages, tools, False
     if not (tools or listed):
         return messages, tools, False
     tools = tools or read_tools(listed)
     if context.keep_prompts:
         return messages, tools, True
-    context.note("tools_in_system", f"got the system text {system!r:.120}")
+    context.note("tools_in_system", f"the system message is {system!r:.120}")
     return [*([{**first, "content": rest}] if rest else []), *messages[1:]], tools, False
 
 
 def split_tool_text(system: str) -> tuple[str, list[Any] | None]:
-    """(what a system text says besides tools, the tools that it lists).
+    """Split a system text into the text without the description of tools, and the tools that it lists.
 
-    Only the known texts are cut, which open as Hermes' or Qwen's do and end with the last `</tools>` or `</tool_call>`.
+    Only known descriptions are removed: they begin like those of Hermes or Qwen and end with the last `</tools>` or
+    `</tool_call>`.
     """
     opening = _TOOL_TEXT_BEGINS.search(system)
     if opening is None or "</tools>" not in system[opening.start() :]:
@@ -198,40 +195,43 @@ def _listed_tools(system: str) -> list[Any] | None:
 
 
 def order_results(messages: Sequence[dict[str, Any]], context: RowContext) -> list[dict[str, Any]]:
-    """The messages with the results behind each turn in the order of its calls, where ids show another.
+    """Return the messages with the results after each turn sorted into the order of its calls.
 
-    Results are matched by id, several calls of one id in their order, and results without an id in the order of the
-    calls that are left. Results of no call and calls without a result are noted and stay where they are. One result
-    without an id may answer all calls of its turn, and the last turn of a dialogue waits for its results.
+    Results are matched by id; calls that share an id, and results without an id, are matched in order. Results without
+    a call and calls without a result are noted and stay where they are. A single result without an id may answer all
+    calls of its turn, and the last turn of a dialogue needs no results.
     """
+    # Chat templates without ids pair the n-th result with the n-th call, so the order in the file decides what a model
+    # sees. Only matched results move, and only among their own positions: unmatched ones keep their place.
     ordered = list(messages)
     for at, end in _blocks(messages):
         calls = messages[at].get("tool_calls") or [] if at >= 0 else []
         if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
-            continue  # calls that cannot be read, which is said elsewhere
+            continue  # unreadable calls are reported elsewhere
         results = messages[at + 1 : end]
         matched = _match_results(calls, results)
         slots = [slot for slot, call in enumerate(matched) if call is not None]
         by_call = sorted(slots, key=lambda slot: matched[slot] or 0)
         if by_call != slots:
             shown = ", ".join(str(results[slot].get("tool_call_id")) for slot in slots)
-            context.note("results_reordered", f"got the results of message {at} in the order {shown}")
+            context.note("results_reordered", f"the results of message {at} have the order {shown}")
             for slot, taken in zip(slots, by_call, strict=True):
                 ordered[at + 1 + slot] = results[taken]
         for slot, result in enumerate(results):
             if matched[slot] is None:
                 shown = f"{result.get('tool_call_id')}: {result.get('content')!r:.80}"
-                context.note("orphan_result", f"got message {at + 1 + slot}, a result that answers no call: {shown}")
+                context.note("orphan_result", f"message {at + 1 + slot} is a result without a call: {shown}")
         answers_all = any(result.get("tool_call_id") is None for result in results)
         missing = [str(call.get("id")) for number, call in enumerate(calls) if number not in matched]
         if missing and not answers_all and (results or end < len(messages)):
-            shown = f"{len(missing)} calls of message {at} ({', '.join(missing)})"
-            context.note("missing_result", f"got no result for {shown}")
+            calls_of_message = f"{len(missing)} call{'s' * (len(missing) > 1)} of message {at}"
+            context.note("missing_result", f"no result for {calls_of_message} ({', '.join(missing)})")
     return ordered
 
 
 def _blocks(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int]]:
-    """(position of a turn with calls, or -1 or of another message before stray results; end of the results behind)."""
+    # (position of a message, end of the results that follow it). The message is a turn with calls, or whatever precedes
+    # results that belong to no call; -1 if the dialogue starts with them.
     at = -1
     while at < len(messages):
         end = at + 1
@@ -242,6 +242,8 @@ def _blocks(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int]]:
         at = end
 
 
+# For each result the number of its call, or None. Results with ids go first, so that one without an id does not take
+# the call of another.
 def _match_results(calls: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[int | None]:
     left = list(range(len(calls)))
     have_ids = any(call.get("id") is not None for call in calls)

@@ -1,4 +1,4 @@
-"""Our own rows, as `rest-rl data convert` writes them; in Parquet their nested fields are JSON text."""
+"""Our own rows, as written by `rest-rl data convert`; in Parquet files, nested fields are JSON text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read(row: Mapping[str, Any], context: RowContext) -> list[ToolSample]:
             try:
                 row[key] = load_json(row[key])
             except ValueError as error:
-                raise RowRejectedError("bad_row", f"got {key} as text that is not JSON ({error})") from error
+                raise RowRejectedError("bad_row", f"{key} is text that is not JSON ({error})") from error
     read_tools(row.get("tools"))
     try:
         sample = from_json(row)

@@ -1,4 +1,4 @@
-"""ToolACE: {system, conversations}, tools as a JSON list in the system text, calls as `[f(a=1)]`."""
+"""ToolACE: {system, conversations}; tools are a JSON list in the system text, calls are `[f(a=1)]`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def matches(row: Mapping[str, Any]) -> bool:
 def read(row: Mapping[str, Any], context: RowContext) -> list[Dialogue]:
     system, turns = row.get("system"), row.get("conversations")
     if not isinstance(system, str) or not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise RowRejectedError("bad_row", "got a row without system text and conversations, expected both")
+        raise RowRejectedError("bad_row", "the row needs a system text and a list of conversations")
     messages: list[dict[str, Any]] = []
     for turn in turns:
         message = read_message(turn, context)
@@ -38,18 +38,18 @@ def read(row: Mapping[str, Any], context: RowContext) -> list[Dialogue]:
         messages += split_results(message["content"], last) if is_result else [message]
     tools = _listed_tools(system)
     if tools is None:
-        told = f"got a system text without a JSON list of tools ({system[-80:]!r})"
-        raise RowRejectedError("bad_tool_schema", told)
+        problem = f"the system text contains no JSON list of tools ({system[-80:]!r})"
+        raise RowRejectedError("bad_tool_schema", problem)
     if context.keep_prompts:
         messages.insert(0, {"role": "system", "content": system})
     return [Dialogue(context.id, tuple(messages), read_tools(tools), tools_in_prompt=context.keep_prompts)]
 
 
 def _read_calls(text: str, count: int) -> dict[str, Any]:
-    """The calls of a turn, numbered over the dialogue; text that is none stays text of `tool_calls`, to be refused."""
+    # Unreadable calls stay text under `tool_calls`, which `decompose_readable` rejects.
     parsed = get_format("pythonic").parse(text.strip(), spans=False)
     is_call = parsed.calls or parsed.attempted_call or parsed.unreadable_calls
-    if not is_call:  # a text may begin with a bracket and call nothing
+    if not is_call:  # an answer may begin with a bracket
         return {}
     if not parsed.calls or parsed.unreadable_calls or not parsed.well_formed:
         return {"tool_calls": text}

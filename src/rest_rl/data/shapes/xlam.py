@@ -1,4 +1,4 @@
-"""xLAM-function-calling-60k: {query, tools, answers}, the last two as JSON text, argument types as Python's."""
+"""xLAM-function-calling-60k: {query, tools, answers}; the last two are JSON text, with Python's type names."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def read(row: Mapping[str, Any], context: RowContext) -> list[ToolSample]:
     query, answers = text_of(row, "query"), row.get("answers")
     answers = read_literal(answers) if isinstance(answers, str) else answers
     if not isinstance(answers, list):
-        raise RowRejectedError("bad_gold", f"got answers {row.get('answers')!r:.80}, expected a JSON list of calls")
+        raise RowRejectedError("bad_gold", f"answers is {row.get('answers')!r:.80}, expected a JSON list of calls")
     calls = []
     for answer in answers:
         arguments = answer.get("arguments", {}) if isinstance(answer, Mapping) else None
         if not isinstance(arguments, Mapping) or not isinstance(answer.get("name"), str):
-            raise RowRejectedError("bad_gold", f"got the call {answer!r:.80}, expected name and arguments")
+            raise RowRejectedError("bad_gold", f"a call is {answer!r:.80}, expected an object with name and arguments")
         calls.append(ToolCall(answer["name"], dict(arguments)))
     gold = Gold(tuple(calls))
     message = {"role": "user", "content": query}
