@@ -49,7 +49,11 @@ def with_bad(tmp_path: Path, bad: bytes) -> Path:
         (b'{"question": 1}', "unknown_shape", "question"),
         (b'{"messages": 3}', "bad_row", "messages is of type int"),
         (b'{"messages": []}', "no_assistant_turn", "no messages"),
-        (b'{"messages": [{"role": "user", "content": "x"}]}', "no_assistant_turn", "none of the messages is an assistant turn"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}]}',
+            "no_assistant_turn",
+            "none of the messages is an assistant turn",
+        ),
         (b'{"messages": [{"role": "user", "content": "x"}, {"role": "robot", "content": "y"}]}', "bad_turn", "'robot'"),
     ],
 )

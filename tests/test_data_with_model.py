@@ -83,7 +83,7 @@ def test_check_with_a_model_tells_what_it_cannot_be_given(
     # with the format in words every call is text, so all can be laid out
     told = json.loads(run(capsys, "check", path, "--json", "--model", llama, "--format", "hermes")[1])
     assert told["samples"] == 6
-    assert "expected the one that" in error_of(capsys, "check", path, "--model", llama, "--keep-prompts")
+    assert "need an explicit format" in error_of(capsys, "check", path, "--model", llama, "--keep-prompts")
 
 
 def test_show_what_supervised_training_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -216,7 +216,9 @@ def test_the_frame_is_read_from_the_first_row_that_has_it(tmp_path: Path, shape:
 def test_a_file_without_the_texts_is_refused(tmp_path: Path, row: Any) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"no row of .*rows\.jsonl has ToolRL's system text; pass .* such as rlla_sft\.json"):
+    with pytest.raises(
+        ValueError, match=r"no row of .*rows\.jsonl has ToolRL's system text; pass .* such as rlla_sft\.json"
+    ):
         frame_of(str(path))
 
 
@@ -311,10 +313,10 @@ def test_a_run_that_kept_its_prompts_is_asked_by_them(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--prompt", "published"), "--prompt published without --prompt-from"),
-        (("--prompt-from", "rows.json"), "--prompt-from with --prompt training"),
-        (("--prompt", "native", "--prompt-from", "rows.json"), "--prompt-from with --prompt native"),
-        ((*PUBLISHED, "rows.json", "--format", "hermes"), "--prompt published and format hermes, expected toolrl"),
+        (("--prompt", "published"), "--prompt published needs --prompt-from"),
+        (("--prompt-from", "rows.json"), "--prompt-from has no effect with --prompt training"),
+        (("--prompt", "native", "--prompt-from", "rows.json"), "--prompt-from has no effect with --prompt native"),
+        ((*PUBLISHED, "rows.json", "--format", "hermes"), "--prompt published with format hermes, expected toolrl"),
         ((*PUBLISHED, "nothing.json"), "nothing.json does not exist"),
     ],
 )

@@ -97,7 +97,10 @@ def test_a_dialogue_without_assistant_turns_gives_no_sample() -> None:
             "arguments object",
         ),
         ({"role": "assistant", "content": "", "tool_calls": 3}, "expected a list of calls"),
-        ({"role": "assistant", "content": "", "tool_calls": "f()"}, "tool_calls of message 1 is 'f()', expected a list of calls"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": "f()"},
+            "tool_calls of message 1 is 'f()', expected a list of calls",
+        ),
         ({"role": "user", "content": "hi", "tool_calls": ["f"]}, "expected the role assistant"),
     ],
 )

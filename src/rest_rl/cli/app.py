@@ -1,7 +1,7 @@
-"""The command `rest-rl`: one verb per job; a verb's heavy imports happen when it is called.
+"""The command line `rest-rl`; each command imports heavy libraries only when it runs.
 
-A user's mistake (`UserError`) is one line, `error: got ..., expected ..., what to do`, and exit code 2; `--debug` shows
-where it was found. Any other exception is a bug: it keeps its traceback, and the exit code is 1.
+A mistake of the user (`UserError`) is printed as one line, with exit code 2; `--debug` shows the traceback. Any other
+exception is a bug: it keeps its traceback, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from rest_rl.errors import RenamedWarning, UserError
 
 EPILOG = """\
 examples:
-  rest-rl train                                      the embedded small model in its tool world
+  rest-rl train                              train the embedded model (minutes on a CPU)
   rest-rl train run.toml --set rest.preset=grpo --set run.seed=1 --out runs/grpo-1
-  rest-rl train --resume --out runs/grpo-1           go on after Ctrl-C, a crash or kill -9
-  rest-rl report runs/grpo-* runs/rest-*             curves with mean and spread over seeds
+  rest-rl train --resume --out runs/grpo-1   resume after Ctrl-C, a crash or kill -9
+  rest-rl report runs/grpo-* runs/rest-*     learning curves, averaged over seeds
 """
 TAKE_SETTINGS_AFTER_DASHES = ("train", "sft")
 
@@ -35,10 +35,10 @@ app = verb_group(context_settings={"help_option_names": ["-h", "--help"]}, invok
 def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of errors")] = False,
 ) -> None:
-    """Train language models to call tools with ResT: token-level policy gradients, reshaped by region."""
-    del debug  # read by `main` and `is_debug`
+    """Train language models to call tools with ResT, which weights each token by its region."""
+    del debug  # `run_command` and `is_debug` read it from the context
     if version:
         from rest_rl import __version__
 
@@ -52,36 +52,34 @@ def root(
 
 
 def add(verb: Callable[..., Any], short_help: str, epilog: str | None = None) -> None:
-    """Add a verb: its name and options are the function's, its help is the docstring."""
+    """Add a function as a command; name, options and help come from the function."""
     app.command(verb.__name__, cls=Verb, short_help=short_help, epilog=epilog)(verb)
 
 
-add(train.train, "train a model with ResT or a baseline", train.TRAIN_EPILOG)
+add(train.train, "train a model with ResT or a baseline method", train.TRAIN_EPILOG)
 app.command(
     "sft",
     cls=Verb,
-    short_help="fine-tune a model on demonstrations",
-    help="Supervised fine-tuning: the same as train --preset sft.",
+    short_help="fine-tune a model on demonstrations (supervised)",
+    help="Fine-tune a model on demonstrations; the same as train --preset sft.",
     epilog=train.SFT_EPILOG,
 )(train.train)
-add(report.report, "a page from run folders: Markdown and plots, or one HTML file")
+add(report.report, "summarize run folders as Markdown and plots, or as one HTML file")
 add(
     compare.compare,
-    "methods x seeds on the same data: which of them learns better, beyond seed noise?",
+    "train several methods with several seeds and test which learns better",
     epilog=compare.EPILOG,
 )
-add(probe.probe, "before training: where the reward signal lies, and whether weights would help", probe.EPILOG)
-app.add_typer(data.group, name="data", short_help="check, convert, show, split or make training data")
-app.add_typer(
-    eval_app, name="eval", short_help="evaluate on BFCL, API-Bank, the tool world or your own; compare, tabulate"
-)
-add(inspect.inspect, "show each token of a response with its region and weight")
-add(score.score, "score responses against gold calls, with the reasons")
-add(inspect.presets, "the presets; presets NAME prints one as TOML")
+add(probe.probe, "estimate before training whether token weights would help", probe.EPILOG)
+app.add_typer(data.group, name="data", short_help="check, convert, show, split or generate training data")
+app.add_typer(eval_app, name="eval", short_help="evaluate on a benchmark; compare and tabulate evaluations")
+add(inspect.inspect, "show the region and weight of each token of a response")
+add(score.score, "score responses against gold calls, with explanations")
+add(inspect.presets, "list the presets, or print one as TOML")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command line and return its exit code."""
     with warnings.catch_warnings():
         warnings.showwarning = warning_printer()
         return run_command(*split_overrides(sys.argv[1:] if argv is None else argv))
@@ -124,18 +122,18 @@ def run_command(given: list[str], after_dashes: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`); Python would complain once more when it closes stdout.
+        # The reader of our output has exited (`| head`). Python flushes stdout at exit and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(what stands before `--`, what stands after it); a parser would mix the two."""
+    """Return the arguments before and after `--`, which a parser would merge."""
     given = list(argv)
     at = given.index("--") if "--" in given else len(given)
     return given[:at], given[at + 1 :]
 
 
 def one_line(text: str) -> str:
-    """A message without its line breaks."""
+    """Replace all white space, including line breaks, by single spaces."""
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""The verb `data`: check, convert, show, split and make training data; heavy libraries load only when asked for."""
+"""The command `data`: check, convert, show, split and generate training data."""
 
 from __future__ import annotations
 
@@ -25,66 +25,72 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 examples:
-  rest-rl data check my.jsonl                        every row kept, repaired or rejected, and why
+  rest-rl data check my.jsonl
   rest-rl data check train.parquet --test test.jsonl --json --strict
   rest-rl data convert rlla_sft.json --out train.jsonl
   rest-rl data convert OWNER/NAME:train --out train.parquet --source messages
-  rest-rl data show my.jsonl 17 --model Qwen/Qwen3-0.6B    (without 17 the first row)
+  rest-rl data show my.jsonl 17 --model Qwen/Qwen3-0.6B
   rest-rl data split train.jsonl --test 0.1 --seed 0
   rest-rl data world --out world.jsonl -n 1000
-files: .jsonl .ndjson .json .parquet (text also as .gz), a folder of them, a folder of datasets.save_to_disk, or
-OWNER/NAME:SPLIT or OWNER/NAME:CONFIG/SPLIT of the hub
+
+A FILE is one of: a .jsonl, .ndjson, .json or .parquet file (text files also
+with .gz), a folder of such files, a folder written by datasets.save_to_disk,
+or a hub dataset, as OWNER/NAME, OWNER/NAME:SPLIT or OWNER/NAME:CONFIG/SPLIT.
 """
 SHAPES = "auto, samples, messages, toolace, xlam, api_bank, api_bank_train, toolrl, or package.module:OBJECT"
 SHOWN_PER_REASON = 10
 STYLES = {"rejected": "red", "repaired": "yellow", "noted": "dim"}
 
-group = verb_group(epilog=EPILOG, help="Every row of a data file accounted for, and what training makes of it.")
-Files = Annotated[list[str], typer.Argument(metavar="FILE", help="data files, folders or hub names")]
-File = Annotated[str, typer.Argument(metavar="FILE", help="the data file")]
-OutFile = Annotated[str, typer.Option("--out", metavar="OUT", help="the samples: NAME.jsonl or NAME.parquet")]
-Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 if anything is rejected, or without samples")]
-TestFile = Annotated[str | None, typer.Option("--test", metavar="FILE", help="reject prompts that it has as well")]
+group = verb_group(epilog=EPILOG, help="Check data files, and prepare them for training.")
+Files = Annotated[list[str], typer.Argument(metavar="FILE", help="data files, folders or hub datasets")]
+File = Annotated[str, typer.Argument(metavar="FILE", help="a data file, a folder or a hub dataset")]
+OutFile = Annotated[str, typer.Option("--out", metavar="OUT", help="file to write: NAME.jsonl or NAME.parquet")]
+Strict = Annotated[bool, typer.Option("--strict", help="exit with 1 if anything is rejected or no sample is left")]
+TestFile = Annotated[
+    str | None, typer.Option("--test", metavar="FILE", help="test file; reject prompts that it also contains")
+]
 Option = partial(typer.Option, rich_help_panel="Reading")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read: the options that four of the verbs share."""
+    """Options for reading files, shared by four of the commands."""
 
-    source: Annotated[str, Option(metavar="S", help=f"shape of the rows: {SHAPES}")] = "auto"
+    source: Annotated[str, Option(metavar="S", help=f"row shape: {SHAPES}")] = "auto"
     keep_prompts: Annotated[bool, Option("--keep-prompts", help="keep published prompts word for word")] = False
-    allow: Annotated[list[str] | None, Option(metavar="REASON", help="only note it; see docs/data.md, Reasons")] = None
+    allow: Annotated[
+        list[str] | None, Option(metavar="REASON", help="note this reason instead of rejecting or repairing")
+    ] = None
     max_prompt_tokens: Annotated[
-        int, Option("--max-prompt-tokens", metavar="N", help="reject longer prompts, in tokens")
+        int, Option("--max-prompt-tokens", metavar="N", help="reject prompts with more than N tokens (0: no limit)")
     ] = 0
     max_response_tokens: Annotated[
         int | None,
         Option(
             "--max-completion-length",
             metavar="N",
-            help="reject prompts without room for N tokens (default: as train does)",
+            help="reject prompts that leave fewer than N tokens for the response (default: as train)",
         ),
     ] = None
     model: Annotated[
-        str | None, Option("--model", "--tokenizer", metavar="DIR", help="reject what its chat template cannot lay out")
+        str | None, Option("--model", "--tokenizer", metavar="DIR", help="also check the samples for this model")
     ] = None
-    format: Annotated[str, Option(metavar="F", help="format of the calls (auto: the template's)")] = "auto"
-    limit: Annotated[int, Option(metavar="N", help="read the first N rows only")] = 0
-    mask_names: Annotated[float, Option("--mask-names", metavar="SHARE", help="share of samples with random names")] = (
-        0.0
-    )
-    seed: Annotated[int, Option(metavar="S", help="seed")] = 0
+    format: Annotated[str, Option(metavar="F", help="tool-call format (auto: from the chat template)")] = "auto"
+    limit: Annotated[int, Option(metavar="N", help="read only the first N rows (0: all)")] = 0
+    mask_names: Annotated[
+        float, Option("--mask-names", metavar="SHARE", help="share of samples to give random tool names")
+    ] = 0.0
+    seed: Annotated[int, Option(metavar="S", help="seed of masking and splitting")] = 0
 
     def layout(self) -> PromptLayout | None:
-        """How the model that was named lays out prompts, in the format that a run would take; None without a model."""
+        """Return the prompt layout of --model, in the format that training would use; None without --model."""
         from rest_rl.formats import get_format
 
         if self.model is None:
             limits = {"prompt-tokens": self.max_prompt_tokens, "completion-length": self.max_response_tokens}
             for option, is_given in limits.items():
                 if is_given:
-                    raise UserError(f"--max-{option} without --model", "the model that counts", "add --model DIR")
+                    raise UserError(f"--max-{option} needs a tokenizer to count with", remedy="pass --model")
             if self.format != "auto":
                 get_format(self.format)
             return None
@@ -101,7 +107,7 @@ class Reading:
         return PromptLayout(tokenizer, name, context=policy_context_length(ModelTable(path=path), tokenizer))
 
     def settings(self, layout: PromptLayout | None, test: str | None = None) -> dict[str, Any]:
-        """As `check_data` and `read_rows` take them, with a progress bar on a terminal."""
+        """Return the arguments of `check_data` and `read_rows`, with a progress bar on a terminal."""
         settings = {**vars(self), "allow": self.allow or (), "layout": layout, "test": test}
         del settings["model"], settings["format"]
         if self.max_response_tokens is None:
@@ -118,7 +124,9 @@ class Reading:
 
 
 def add(example: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add a verb of `data`; where it takes `reading`, the command has the options of `Reading`."""
+    """Return a decorator that adds a subcommand of `data`; a parameter `reading` adds the options of `Reading`."""
+    # Typer builds options from signatures and has no way to share them. `call` therefore pretends to have the
+    # parameters of the function and the fields of `Reading`, and packs the latter into one object.
 
     def add_verb(verb: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(verb, eval_str=True, globals=globals()).parameters
@@ -146,10 +154,10 @@ def check(
     as_json: AsJson = False,
     strict: Strict = False,
     list_all: Annotated[
-        bool, typer.Option("--all", help="list every finding, not the first ten of each reason")
+        bool, typer.Option("--all", help="list all findings instead of the first ten per reason")
     ] = False,
 ) -> int:
-    """Account for every row: kept, repaired or rejected."""
+    """Check every row, and report which are kept, repaired or rejected, and why."""
     from rest_rl.data.load import check_data
 
     report = check_data(*files, **reading.settings(reading.layout(), test))
@@ -163,7 +171,7 @@ def check(
 def convert(
     files: Files, reading: Reading, out: OutFile, test: TestFile = None, as_json: AsJson = False, strict: Strict = False
 ) -> int:
-    """Write the samples of a file as JSONL or Parquet, and the rejected rows beside it."""
+    """Convert files to samples in JSONL or Parquet; rejected rows go to a file next to it."""
     from rest_rl.data.check import DataReport
     from rest_rl.data.load import read_rows
     from rest_rl.data.write import check_output, rejected_path, rejected_writer, sample_writer
@@ -177,7 +185,7 @@ def convert(
             for sample in row.samples:
                 write(sample)
             write_rejected(row)
-        require_rows(report, files)  # here, so that no empty file is left
+        require_rows(report, files)  # inside the block, so that no empty file remains
     if not as_json:
         show_report(report, 0)
         rejected = rejected_path(path)
@@ -189,10 +197,10 @@ def convert(
 def show(
     file: File,
     reading: Reading,
-    number: Annotated[int, typer.Argument(metavar="[N]", help="the row, counted from 1")] = 1,
+    number: Annotated[int, typer.Argument(metavar="N", help="number of the row, counted from 1")] = 1,
     test: TestFile = None,
 ) -> None:
-    """Show the prompts and gold of a row."""
+    """Show the prompts and the gold of one row."""
     from rest_rl.data.load import read_rows
 
     layout, count = reading.layout(), 0
@@ -200,17 +208,19 @@ def show(
         if count == number:
             show_row(row, layout, reading.format)
             return
-    raise UserError(f"row {number} of {file}, which has {count}", "a number from 1 to that", "choose another")
+    raise UserError(f"{file} has no row {number}", f"a number from 1 to {count}")
 
 
 @add("train.jsonl --test 0.1 --seed 0")
 def split(
     file: File,
     reading: Reading,
-    test: Annotated[float, typer.Option(metavar="SHARE", help="share of the test side, as 0.1")],
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="folder of the two files (default: FILE's)")] = None,
+    test: Annotated[float, typer.Option(metavar="SHARE", help="share of samples for the test file, such as 0.1")],
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="folder for the two files (default: that of FILE)")
+    ] = None,
 ) -> None:
-    """Write train and test files; a dialogue and equal prompts stay on one side."""
+    """Split a file into train and test; dialogues and equal prompts stay together."""
     from rest_rl.data.check import DataReport
     from rest_rl.data.load import read_rows
     from rest_rl.data.split import Split
@@ -233,61 +243,70 @@ def split(
                 writers[side](sample)
                 samples[side] += 1
     for side, path in outs.items():
-        print(f"{path}: {samples[side]} samples")
-    print(counts(report) + (f"; see why with: rest-rl data check {file}" if report.kept < report.rows else ""))
+        print(f"{path}: {count_of(samples[side], 'sample')}")
+    print(
+        format_counts(report)
+        + (f"; for the reasons, run: rest-rl data check {file}" if report.kept < report.rows else "")
+    )
 
 
 @add("--out world.jsonl -n 1000 --split unseen_tools")
 def world(
     out: OutFile,
-    n: Annotated[int, typer.Option("-n", metavar="N", help="samples")] = 1000,
-    seed: Annotated[int, typer.Option(metavar="S", help="seed")] = 0,
-    split: Annotated[Literal["train", "unseen_tools", "unseen_values"], typer.Option(help="split")] = "train",
+    n: Annotated[int, typer.Option("-n", metavar="N", help="number of samples")] = 1000,
+    seed: Annotated[int, typer.Option(metavar="S", help="seed of the sequence")] = 0,
+    split: Annotated[
+        Literal["train", "unseen_tools", "unseen_values"], typer.Option(help="split of the tool world")
+    ] = "train",
     decision: Annotated[
-        Literal["reasoning", "call"], typer.Option(help="where it is decided what to call")
+        Literal["reasoning", "call"], typer.Option(help="where the model decides what to call")
     ] = "reasoning",
 ) -> None:
-    """Write data of the tool world."""
+    """Generate samples of the embedded tool world."""
     from rest_rl.data.samples import decompose
     from rest_rl.data.tool_world import dialogues
     from rest_rl.data.write import check_output, sample_writer
 
     check_output(Path(out), [])
     if n < 1:
-        raise UserError(f"-n {n}", "a number of samples from 1", "raise it")
+        raise UserError(f"-n is {n}", "at least 1")
     drawn = dialogues(seed, split, decision=decision)
     with sample_writer(Path(out)) as write:
         for sample in islice((sample for dialogue in drawn for sample in decompose(dialogue)), n):
             write(sample)
-    print(f"wrote {out}: {n} samples, split {split}, seed {seed}")
+    print(f"wrote {out}: {count_of(n, 'sample')}, split {split}, seed {seed}")
 
 
 def require_rows(report: DataReport, files: Sequence[str]) -> None:
-    """UserError for input that has no row at all: a mistyped path or a torn file should not pass."""
+    """Raise UserError if the input has no rows, which is most likely a wrong path or an incomplete file."""
     if not report.rows:
-        raise UserError(f"{', '.join(files)} without a row", "at least one", "check that it is the file you mean")
+        raise UserError(f"{', '.join(files)} has no rows", remedy="check that it is the right file")
 
 
 def finish(report: DataReport, printed: Mapping[str, Any] | None, strict: bool) -> int:
-    """Print the report as JSON with `printed` in it, unless that is None; the exit code."""
+    """Print the report as JSON, merged with `printed`, unless that is None; return the exit code."""
     from rest_rl.jsonl import as_json
 
     if printed is not None:
         print(as_json({**report.to_json(), **printed}, indent=2))
     if strict and not report.samples:
-        print(f"{report.rows} rows give no sample", file=sys.stderr)
+        print(f"no sample is left of {count_of(report.rows, 'row')}", file=sys.stderr)
     return int(strict and (not report.samples or bool(report.rejected or report.lost_turns)))
 
 
-def counts(report: DataReport) -> str:
-    """The rows and samples of a report in one line."""
+def format_counts(report: DataReport) -> str:
+    """Return the numbers of rows and samples in one line."""
     lost = f" ({report.lost_turns} of them lost turns)" if report.lost_turns else ""
-    rows = f"{report.rows} rows: {report.kept} kept, {report.repaired} repaired{lost}, {report.rejected} rejected"
-    return f"{rows}; {report.samples} samples"
+    shapes = ", ".join(f"{name} ({count_of(n, 'row')})" for name, n in report.sources.items()) or "unknown"
+    return f"{rows}; {count_of(report.samples, 'sample')}"
+
+
+def count_of(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def show_report(report: DataReport, per_reason: int) -> None:
-    """Counts, the table of reasons, and the first findings of each."""
+    """Show the counts, a table of the reasons, and the first findings of each."""
     from rich.console import Console
     from rich.table import Table
 
@@ -296,9 +315,9 @@ def show_report(report: DataReport, per_reason: int) -> None:
     from rest_rl.data.reasons import REASONS
 
     console = Console()
-    shapes = ", ".join(f"{name} ({count} rows)" for name, count in report.sources.items()) or "unknown"
+    shapes = ", ".join(f"{name} ({count_of(count, 'row')})" for name, count in report.sources.items()) or "unknown"
     mix = f": {format_turn_mix(report.turns)}" if report.samples else ""
-    say(console, f"shape: {shapes}\n{counts(report)}{mix}")
+    say(console, f"shape: {shapes}\n{format_counts(report)}{mix}")
     if warning := warn_about_answers(report.turns):
         say(console, f"warning: {warning}", style="yellow")
     known = [reason for reason in REASONS if reason in report.reasons]
@@ -318,18 +337,18 @@ def show_report(report: DataReport, per_reason: int) -> None:
             name = f"{file}, row {row}" if len(report.files) > 1 else f"row {row}"
             say(console, f"  {name}: {found.detail}")
         if (left := report.occurrences[reason] - len(shown)) > 0:
-            say(console, f"  and {left} more; --all or --json list them")
+            say(console, f"  and {left} more; list them with --all or --json")
 
 
 def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> None:
-    """A row: what was found, then for each sample its prompt and its demonstration in colours.
+    """Show the findings of a row, then the prompt and the coloured demonstration of each sample.
 
-    Without a layout, which a model gives, tools and messages stand there as they are.
+    Without a layout, tools and messages are shown as they are.
     """
     from rich.console import Console
     from rich.markup import escape
 
-    from rest_rl.cli.terminal import legend, pieces, say, show_coloured
+    from rest_rl.cli.terminal import legend, say, show_coloured, split_at_spans
     from rest_rl.data.check import describe_outcome
     from rest_rl.data.reasons import REASONS
     from rest_rl.data.samples import to_json
@@ -346,20 +365,24 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
         say(console, row.raw if is_text else json.dumps(row.raw, ensure_ascii=False, indent=2, default=str))
         return
     chosen = layout.format if layout else get_format("hermes" if tool_format == "auto" else tool_format)
-    how = "" if layout or tool_format != "auto" else " (no model named)"
+    how = "" if layout or tool_format != "auto" else " (the default, as there is no --model)"
     for sample in row.samples:
         console.rule(escape(f"{sample.id} ({sample.kind}): prompt"), align="left", style="dim")
         say(console, layout.render(sample) if layout else plain_prompt(sample))
-        console.rule(f"demonstration in format {chosen.name}{how}", align="left", style="dim")
+        console.rule(f"demonstration in the format {chosen.name}{how}", align="left", style="dim")
         try:
             text = render_demonstration(sample, chosen, thinks=not (layout and layout.closes_think))
         except ValueError as error:
-            say(console, f"not for supervised training, whose format cannot write it: {error}", style="dim")
+            say(
+                console,
+                f"this format cannot write the demonstration, so supervised training skips it: {error}",
+                style="dim",
+            )
             say(console, json.dumps(to_json(sample)["gold"], ensure_ascii=False))
             continue
         if sample.preamble and sample.preamble not in text:
-            say(console, f"left out, for the format has no room for it: {sample.preamble}")
-        show_coloured(pieces(text, chosen.parse(text).spans), console)
+            say(console, f"left out, because the format allows no text next to calls: {sample.preamble}")
+        show_coloured(split_at_spans(text, chosen.parse(text).spans), console)
     console.print(legend())
 
 

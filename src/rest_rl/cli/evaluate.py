@@ -1,4 +1,4 @@
-"""The verb `eval`: one command per benchmark and one for a user's own; comparing and tabulating what they gave."""
+"""The command `eval`: one subcommand per benchmark, and others to compare and tabulate evaluations."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ examples:
   rest-rl eval api-bank --data DIR --model runs/mine
   rest-rl eval bfcl --version v3 --model Qwen/Qwen3-1.7B --format hermes --out runs/eval-base
   rest-rl eval bfcl --version v3 --endpoint http://localhost:8000/v1 --model NAME --prompt native
-  rest-rl eval bfcl --oracle                          the gold through the whole path: does everything work here?
+  rest-rl eval bfcl --oracle                          self-test with the gold responses
   rest-rl eval tool-world --model runs/tool-world
   rest-rl eval run my_bench:BENCH --model runs/mine   your own benchmark
-  rest-rl eval diff runs/eval-base runs/eval-mine  differences with intervals, McNemar's test, what flipped
-  rest-rl eval table runs/eval-*                      Markdown, CSV, LaTeX and a radar figure
-a killed evaluation goes on with --resume; --responses FILE scores recorded responses without a model
+  rest-rl eval diff runs/eval-base runs/eval-mine     paired differences and flipped samples
+  rest-rl eval table runs/eval-*                      Markdown, CSV, LaTeX and a radar plot
+
+To resume an interrupted evaluation, pass --resume. To score recorded responses
+without a model, pass --responses FILE.
 """
 SHOWN_FLIPS = 10
 
-eval_app = verb_group(epilog=EPILOG)
+eval_app = verb_group(epilog=EPILOG, help="Evaluate a model on a benchmark, or compare and tabulate evaluations.")
 
 
 def _parameter(name: str, default: Any, about: Mapping[str, Any]) -> inspect.Parameter:
-    """A field of `EvalRequest` as an option; lists are texts with commas, but for --set."""
+    # Typer options are generated from the fields of `EvalRequest`, so that Python and the command line share one list
+    # of settings. Lists are comma-separated texts, except for --set, which repeats.
     text, kind = about["help"], type(default)
     if about.get("choices"):
         kind: Any = Literal[about["choices"]]
@@ -70,23 +73,23 @@ def _add_benchmark(name: str, help: str, example: str, *arguments: inspect.Param
 
 _add_benchmark(
     "api-bank",
-    "API-Bank: 597 prompts as ToolRL processed them, by the published metric and by a strict one.",
+    "Evaluate on API-Bank: 597 prompts as processed by ToolRL, with the published and a strict metric.",
     "api-bank --data DIR --model runs/mine",
 )
 _add_benchmark(
     "bfcl",
-    "BFCL: non-live, live and multi-turn, by bfcl-eval's own data, executors and checkers.",
+    "Evaluate on BFCL: non-live, live and multi-turn, with the data, executors and checkers of bfcl-eval.",
     "bfcl --version v3 --categories multi_turn --model runs/mine",
 )
 _add_benchmark(
     "tool-world",
-    "Tool world: exact match on unseen tools and unseen values.",
+    "Evaluate on the tool world: exact match on unseen tools and unseen values.",
     "tool-world --model runs/tool-world",
 )
-ADDRESS = typer.Argument(metavar="MODULE:OBJECT", help="a rest_rl.Benchmark, or what makes one: my_bench:BENCH")
+ADDRESS = typer.Argument(metavar="MODULE:OBJECT", help="a rest_rl.Benchmark, or a function that returns one")
 _add_benchmark(
     "run",
-    "Your own benchmark, a Python object of a module here or on the Python path. docs/evaluation.md has an example.",
+    "Evaluate on your own benchmark, a Python object in an importable module. See docs/evaluation.md.",
     "run my_bench:BENCH --model runs/mine",
     inspect.Parameter("benchmark", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, ADDRESS]),
 )
@@ -124,18 +127,18 @@ def _evaluate(values: dict[str, Any]) -> int:
     result = run_request(request, Screen(console))
     _show_summary(result.summary)
     for row in result.failed[:10]:
-        say(console, f"no response to {row['id']}: {row['error']}")
+        say(console, f"no response for {row['id']}: {row['error']}")
     if result.failed:
-        again = f"ask for them again with --resume --out {result.folder}"
-        say(console, f"{len(result.failed)} samples are not scored; {again}")
-    say(console, f"written to {result.folder}")
+        count = "1 sample has" if len(result.failed) == 1 else f"{len(result.failed)} samples have"
+        say(console, f"{count} no score; to retry, pass --resume --out {result.folder}")
+    say(console, f"results: {result.folder}")
     return 1 if result.failed else 0
 
 
 def _parts(name: str, text: str | None) -> tuple[str, ...]:
     parts = tuple(part.strip() for part in (text or "").split(",") if part.strip())
     if text is not None and not parts:
-        raise UserError(f"--{name} without a name", "some with commas between them", "leave it out for all")
+        raise UserError(f"--{name} is empty", "names separated by commas", "leave the option out to select all")
     return parts
 
 
@@ -147,8 +150,8 @@ def _extra_body(text: str) -> dict[str, Any]:
     except ValueError as error:
         body = str(error)
     if not isinstance(body, dict) or not isinstance(body.get("chat_template_kwargs", {}), dict):
-        expected, remedy = "a JSON object (and so its chat_template_kwargs)", '{"repetition_penalty": 1.0}'
-        raise UserError(f"--extra-body {text:.80}", expected, f"write --extra-body '{remedy}'")
+        expected, remedy = "a JSON object, whose chat_template_kwargs is one too", '{"repetition_penalty": 1.0}'
+        raise UserError(f"--extra-body is {text:.80}", expected, f"write it as --extra-body '{remedy}'")
     return body
 
 
@@ -170,14 +173,16 @@ def _show(table: Any) -> None:
         console.print(note, highlight=False, markup=False)
 
 
-@eval_app.command("diff", cls=Verb, short_help="two evaluations: paired differences, McNemar's test, what flipped")
+@eval_app.command("diff", cls=Verb, short_help="compare two evaluations sample by sample")
 def diff(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="an evaluation's folder")],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="another one's")],
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="write comparison.md, .json and flips.jsonl")] = None,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="folder of the baseline evaluation")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="folder of the evaluation to compare with it")],
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="folder for comparison.md, comparison.json and flips.jsonl")
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Compare two evaluations: paired differences, McNemar's test, the samples that flipped."""
+    """Compare two evaluations sample by sample: paired differences, McNemar's test, flipped samples."""
     from rich.console import Console
 
     from rest_rl.cli.terminal import say
@@ -201,16 +206,14 @@ def diff(
         say(console, f"{len(found.flips)} samples flipped in all; --out DIR writes them to {FLIPS}")
 
 
-@eval_app.command(
-    "table", cls=Verb, short_help="evaluations as Markdown, CSV, LaTeX in the paper's layout, a radar figure"
-)
+@eval_app.command("table", cls=Verb, short_help="tabulate evaluations as Markdown, CSV, LaTeX and a radar plot")
 def table(
-    folders: Annotated[list[str], typer.Argument(metavar="DIR", help="evaluations' folders")],
+    folders: Annotated[list[str], typer.Argument(metavar="DIR", help="folders of evaluations")],
     out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="where to (default: the folder of a single one, else ./tables)")
+        str | None, typer.Option(metavar="DIR", help="output folder (default: DIR if there is one, else ./tables)")
     ] = None,
 ) -> None:
-    """Tabulate evaluations: Markdown, CSV, LaTeX in the paper's layout, a radar figure for each benchmark."""
+    """Tabulate evaluations as Markdown, CSV, LaTeX (in the paper's layout), and a radar plot per benchmark."""
     from rich.console import Console
 
     from rest_rl.cli.terminal import say

@@ -1,4 +1,4 @@
-"""The verbs `inspect` and `presets`: what the method does to given tokens, and with which settings."""
+"""The commands `inspect` and `presets`: regions and weights of given tokens, and the settings of presets."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ import typer
 from rest_rl.cli.options import AUTO, AsJson, FormatName, PresetName, Progress, RowsFile
 from rest_rl.errors import UserError
 
-ENTROPIES = 'nats by region, {"name": 0.3, ...}, or a file that holds them; without them no region is known better'
+ENTROPIES = 'entropy in nats by region, {"name": 0.3, ...}, inline or in a file (default: equal for all regions)'
 
 
 PRESETS_IN_WORDS = {
-    "rest": "weights that follow the entropy by region, gently (strength 0.25), and no schedule; the default",
-    "paper": "the paper's: full strength, the curriculum from structure to reasoning, a reward that moves to accuracy",
-    "authors-code": "the published code's, number for number: fixed weights on its schedule of 150 steps, its reward",
-    "grpo": "GRPO: all tokens weigh alike, the reward of rest",
-    "dr_grpo": "Dr. GRPO: as grpo, advantages not divided by the standard deviation",
-    "dapo": "DAPO: as grpo, a token mean over the batch and a wider clip upwards",
-    "sft": "supervised: all tokens of the demonstrations alike",
-    "tsft": "supervised: calls weigh twice",
-    "rsft": "supervised: reasoning weighs twice",
+    "rest": "the default: weights from region entropies, at strength 0.25 and without a schedule",
+    "paper": "as in the paper: full strength, a curriculum from structure to reasoning, and its reward",
+    "authors-code": "exactly the published code: fixed weights, a schedule of 150 steps, and its reward",
+    "grpo": "GRPO: equal weights, with the reward of rest",
+    "dr_grpo": "Dr. GRPO: like grpo, but advantages are not divided by the standard deviation",
+    "dapo": "DAPO: like grpo, with a token mean over the batch and a higher upper clip bound",
+    "sft": "supervised: equal weights on all tokens of the demonstration",
+    "tsft": "supervised: weight 2 on calls",
+    "rsft": "supervised: weight 2 on the reasoning",
 }
 
 
 class Inspected(NamedTuple):
-    """A response as training would see it: its ids and, by token, what it spells, its region and its weight."""
+    """A response as training reads it: the ids, and for each token its bytes, region and weight."""
 
     ids: list[int]
     pieces: list[bytes]
@@ -42,19 +42,19 @@ class Inspected(NamedTuple):
     weights: list[float]
 
 
-def presets(name: Annotated[str | None, typer.Argument(metavar="NAME", help="print this one as TOML")] = None) -> None:
-    """List the presets, or print one as the tables of a run file, with every setting."""
+def presets(name: Annotated[str | None, typer.Argument(metavar="NAME", help="preset to print as TOML")] = None) -> None:
+    """List the presets, or print all settings of one as tables of a run file."""
     import tomli_w
 
     if name is None:
         print("\n".join(f"{preset:13} {meaning}" for preset, meaning in PRESETS_IN_WORDS.items()))
-        print("rest-rl presets NAME prints one as the tables of a run file; rest-rl train --preset NAME uses it")
+        print("rest-rl presets NAME prints the settings of one; rest-rl train --preset NAME uses it")
     else:
         print(tomli_w.dumps(run_tables(name)).rstrip())
 
 
 def run_tables(name: str) -> dict[str, Any]:
-    """A preset as tables of a run file; the clip range is the trainer's."""
+    """Return a preset as tables of a run file; the clip range belongs to [trl]."""
     from rest_rl.config import preset_to_table
     from rest_rl.presets import SUPERVISED, get_preset
 
@@ -68,17 +68,20 @@ def run_tables(name: str) -> dict[str, Any]:
 
 def inspect(
     file: RowsFile,
-    tokenizer: Annotated[str, typer.Option(metavar="DIR", help="directory or hub name of the tokenizer")],
+    tokenizer: Annotated[str, typer.Option(metavar="DIR", help="folder or hub name of the tokenizer")],
     tool_format: FormatName = AUTO,
     preset: PresetName = "rest",
     progress: Progress = 0.0,
     entropies: Annotated[str | None, typer.Option(metavar="JSON", help=ENTROPIES)] = None,
     json: AsJson = False,
 ) -> None:
-    """Show the tokens of rows {"response": text} or {"ids": [...]} with region and weight."""
+    """Show the tokens of responses with their region and weight.
+
+    A row is {"response": text} or {"ids": [...]}. Regions and weights are those that training would use.
+    """
     from rest_rl.evaluate.origin import resolve_origin
 
-    tokenizer = resolve_origin(tokenizer, "--tokenizer").path  # before anything heavy is loaded
+    tokenizer = resolve_origin(tokenizer, "--tokenizer").path  # before torch is loaded
     from rich.console import Console
 
     from rest_rl.cli.score import format_of_rows
@@ -111,12 +114,12 @@ def inspect(
         if json:
             print(tokens_as_json(response, is_cut))
         else:
-            title = f"row {number}, cut off before its end" if is_cut else f"row {number}"
+            title = f"row {number}, truncated" if is_cut else f"row {number}"
             show_tokens(title, runs(response), response.regions, response.weights, console)
 
 
 def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> Inspected:
-    """The tokens of one response with the region and weight that training would give them."""
+    """Return the tokens of one response with the regions and weights that training would use."""
     import torch
 
     from rest_rl.presets import compute_token_weights
@@ -130,17 +133,17 @@ def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> 
     weights_BT = compute_token_weights(ids_BT, mask_BT, tokenizer, **settings, regions_BT=regions_BT)
     pieces = get_token_bytes(tokenizer).to_bytes(ids)
     for at in (at for at, piece in enumerate(pieces) if not piece):
-        # the end of a sequence carries no text of its own: show its name
+        # Special tokens have no bytes; show their name instead.
         pieces[at] = tokenizer.decode([ids[at]]).encode("utf-8", errors="replace")
     return Inspected(ids, pieces, regions_BT[0].tolist(), weights_BT[0].tolist())
 
 
 def tokens_as_json(response: Inspected, is_cut: bool | None) -> str:
-    """{"tokens": [{"id", "text", "region", "weight"}, ...], "truncated"} on one line, the latter where it is known."""
+    """Return {"tokens": [{"id", "text", "region", "weight"}, ...], "truncated"}, the latter only if known, on one line."""
     from rest_rl.jsonl import as_json
     from rest_rl.response import Region
 
-    @cache  # equal tokens are written once
+    @cache  # formats equal tokens only once
     def token(i: int, piece: bytes, region: int, weight: float) -> str:
         text = piece.decode("utf-8", errors="replace")
         return as_json({"id": i, "text": text, "region": Region(region).label, "weight": weight})
@@ -150,7 +153,7 @@ def tokens_as_json(response: Inspected, is_cut: bool | None) -> str:
 
 
 def runs(response: Inspected) -> Iterator[tuple[str, str]]:
-    """(text, region) of neighbours of one region; a character that is cut into tokens stands at its last one."""
+    """Yield (text, region) for each run of tokens in one region; a character split over tokens goes to the last one."""
     from rest_rl.response import Region
 
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -162,23 +165,25 @@ def runs(response: Inspected) -> Iterator[tuple[str, str]]:
 
 
 def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    """The token ids of a row to inspect: its `ids`, else its `response` as the tokenizer reads it."""
+    """Return the token ids of a row: its `ids`, or its tokenized `response`."""
     from rest_rl.jsonl import require_text
 
     ids = row.get("ids")
     if ids is None:
-        text = require_text(row, "response").encode("utf-8", "replace").decode("utf-8")  # JSON can hold lone surrogates
+        text = require_text(row, "response").encode("utf-8", "replace").decode("utf-8")  # removes lone surrogates
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise UserError(f"ids {ids!r:.80}", "a list of integers", "correct the row")
+        raise UserError(f"ids is {ids!r:.80}", "a list of integers", "fix the row")
     bad = [i for i in ids if not 0 <= i < len(tokenizer)]
     if bad:
-        raise UserError(f"id {bad[0]}", f"ids below {len(tokenizer)}", "pass the tokenizer that made them")
+        raise UserError(
+            f"ids contains {bad[0]}", f"ids from 0 to {len(tokenizer) - 1}", "pass the tokenizer that produced them"
+        )
     return ids
 
 
 def read_entropies(source: str | None) -> dict[str, float]:
-    """Nats by region from inline JSON or a file; without a source nothing is known of any region."""
+    """Return the entropy in nats by region from inline JSON or a file; empty without a source."""
     from rest_rl.response import Region
 
     if source is None:
@@ -187,11 +192,11 @@ def read_entropies(source: str | None) -> dict[str, float]:
         entropies = json.loads(source if source.lstrip().startswith("{") else Path(source).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--entropies {source!r:.80} ({error})", "a JSON object or a file", "write '{\"name\": 0.3}'"
+            f"--entropies is {source!r:.80} ({error})", "a JSON object or a file", "write '{\"name\": 0.3}'"
         ) from error
     labels = [region.label for region in Region]
     if not isinstance(entropies, dict) or not all(
         label in labels and isinstance(value, (int, float)) and value >= 0 for label, value in entropies.items()
     ):
-        raise UserError(f"--entropies {source!r:.80}", f"nats >= 0 for some of {', '.join(labels)}", "correct it")
+        raise UserError(f"--entropies is {source!r:.80}", f"numbers of at least 0 for some of {', '.join(labels)}")
     return {label: float(value) for label, value in entropies.items()}

@@ -1,4 +1,4 @@
-"""What the verbs of the command share: common options, help pages in plain text, the settings after `--`."""
+"""Shared parts of the commands: common options, plain-text help, renamed options, the settings after `--`."""
 
 from __future__ import annotations
 
@@ -26,27 +26,31 @@ RENAMED = {
 """Old names of options and subcommands by command; they still work, with a warning."""
 AUTO = "auto"  # as in rest_rl.config, which takes a while to import
 
-RowsFile = Annotated[str, typer.Argument(metavar="FILE.jsonl", help="the rows; - for standard input")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="set one key; C is a TOML value")]
-OutFolder = Annotated[str | None, typer.Option("--out", metavar="DIR", help="where to write")]
+RowsFile = Annotated[str, typer.Argument(metavar="FILE.jsonl", help="file of rows, or - for standard input")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="A.B=C", help="set a key of the run file; C is a TOML value")
+]
+OutFolder = Annotated[str | None, typer.Option("--out", metavar="DIR", help="output folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-FormatName = Annotated[str, typer.Option("--format", metavar="F", help="tool-call format; auto: found out")]
-PresetName = Annotated[str, typer.Option("--preset", metavar="P", help="see rest-rl presets")]
+FormatName = Annotated[str, typer.Option("--format", metavar="F", help="tool-call format")]
+PresetName = Annotated[str, typer.Option("--preset", metavar="P", help="preset; rest-rl presets lists them")]
 
 
 def check_share(value: float) -> float:
     if math.isnan(value) or not 0 <= value <= 1:
-        raise typer.BadParameter(f"got {value}, expected a number in [0, 1]")
+        raise typer.BadParameter(f"the value is {value}, expected a number between 0 and 1")
     return value
 
 
 Progress = Annotated[
-    float, typer.Option("--progress", metavar="X", help="training progress in [0, 1]", callback=check_share)
+    float,
+    typer.Option("--progress", metavar="X", help="training progress, from 0 (start) to 1 (end)", callback=check_share),
 ]
 
 
 class _Help:
-    """Help in plain text: options under their panel's title (`rich_help_panel`), the epilog as it is written."""
+    # Typer's rich help draws boxes and reflows the epilog, which breaks the examples. This prints plain text, with
+    # options grouped by `rich_help_panel` and the epilog verbatim.
 
     def collect_usage_pieces(self: Any, ctx: Any) -> list[str]:
         pieces = super().collect_usage_pieces(ctx)  # pyright: ignore[reportAttributeAccessIssue]
@@ -58,7 +62,7 @@ class _Help:
             if record := parameter.get_help_record(ctx):
                 is_argument = parameter.param_type_name == "argument"
                 panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Options"
-                name = record[0].partition(" <")[0] if is_argument else record[0]  # without its type
+                name = record[0].partition(" <")[0] if is_argument else record[0]  # without the type
                 sections.setdefault(panel, []).append((name, record[1]))
         for title, records in sections.items():
             if records:
@@ -71,11 +75,11 @@ class _Help:
 
 
 class Verb(_Help, TyperCommand):
-    """A verb; `app.add` makes it from a function. In a group: `group.command("check", cls=Verb, epilog=...)(check)`."""
+    """A command with plain-text help."""
 
 
 class VerbGroup(_Help, TyperGroup):
-    """Verbs of a verb, such as `data check`."""
+    """A group of subcommands, such as `data`, with plain-text help."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         super().format_options(ctx, formatter)
@@ -83,7 +87,7 @@ class VerbGroup(_Help, TyperGroup):
 
 
 def verb_group(**settings: Any) -> typer.Typer:
-    """A Typer application in the style of this command; `app.add_typer(group, name="data")` adds it as a verb."""
+    """Return a Typer application for a group of commands with plain-text help."""
     return typer.Typer(cls=VerbGroup, rich_markup_mode=None, add_completion=False, **settings)
 
 
@@ -101,10 +105,10 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
 
 
 def is_debug(context: typer.Context) -> bool:
-    """Whether the command was called with `--debug`."""
+    """Return whether the user passed `--debug`."""
     return bool(context.find_root().params["debug"])
 
 
 def settings_after_dashes(context: typer.Context) -> list[str]:
-    """The settings of verl's own, which stand after `--`."""
+    """Return verl's own settings, which follow `--`."""
     return list(context.find_root().obj)

@@ -1,4 +1,4 @@
-"""The verb `probe`: where the reward signal of a model lies and whether weights would help, without training."""
+"""The command `probe`: estimate, without training, whether token weights would help a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 examples:
-  rest-rl probe                                                      the embedded model in its tool world
+  rest-rl probe                                    the embedded model
   rest-rl probe --model Qwen/Qwen3-0.6B --data dialogues.jsonl --prompts 128 --out probes/base
-  rest-rl probe --model runs/mine --progress 0.5                     a trained model on its run's own data
+  rest-rl probe --model runs/mine --progress 0.5   a trained model, with the data of its run
   rest-rl probe --model DIR --data FILE --format hermes --format toolrl
 """
 
@@ -26,34 +26,39 @@ examples:
 def probe(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Option(metavar="DIR_OR_ID", help="a run folder, a model, an adapter or a hub name")
+        str | None, typer.Option(metavar="DIR_OR_ID", help="run folder, model or adapter folder, or hub name")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="dialogues, as in train (default: the model's run's own)")
+        str | None, typer.Option(metavar="FILE", help="dialogues (default: those of the model's run)")
     ] = None,
     formats: Annotated[
-        list[str], typer.Option("--format", metavar="F", help="tool-call format, once for each section (auto)")
+        list[str],
+        typer.Option("--format", metavar="F", help="tool-call format; repeat it to compare formats (default: auto)"),
     ] = [],
-    prompts: Annotated[int, typer.Option(metavar="N", help="prompts, at least 8")] = 96,
+    prompts: Annotated[int, typer.Option(metavar="N", help="number of prompts, at least 8")] = 96,
     group_size: Annotated[int, typer.Option(metavar="G", help="responses per prompt")] = 8,
-    seed: Annotated[int, typer.Option(metavar="S", help="of prompts and sampling")] = 0,
+    seed: Annotated[int, typer.Option(metavar="S", help="seed of prompts and sampling")] = 0,
     progress: Progress = 0.0,
     prompts_per_step: Annotated[
-        int | None, typer.Option(metavar="P", help="prompts of the step to predict (the run's)")
+        int | None, typer.Option(metavar="P", help="prompts in the step to predict (default: as in the run)")
     ] = None,
     norm_cap: Annotated[
-        float, typer.Option(metavar="C", help="scale prompts above C median gradient norms down; 0: off")
+        float, typer.Option(metavar="C", help="scale down prompts whose gradient norm exceeds C medians (0: off)")
     ] = 0.0,
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="per response (the run's)")] = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="N", help="responses in one pass (eval.batch_size)")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="tokens per response (default: as in the run)")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="responses per forward pass (default: eval.batch_size)")
+    ] = None,
     overrides: Overrides = [],
     out: OutFolder = None,
     json: AsJson = False,
 ) -> None:
-    """Measure, without training, what each region of sampled responses means for reward and gradient.
+    """Estimate, without training, how much each region contributes to reward and gradient.
 
-    And what each weight rule would do to the next step; ends with a recommendation. Writes to --out, by default
-    runs/probe-MODEL. With --json it prints a line of JSON per format instead of tables.
+    The report predicts the effect of each weight rule on the next step and ends with a recommendation. It is written to
+    --out, by default runs/probe-MODEL. With --json, the command prints one JSON object per format instead of tables.
     """
     check(model, overrides, formats)
     from rich.console import Console
@@ -85,7 +90,7 @@ def probe(
 
 
 def check(model: str | None, overrides: Sequence[str], formats: Sequence[str]) -> None:
-    """UserError for what can be found before torch is loaded."""
+    """Raise UserError for mistakes that can be found before torch is loaded."""
     from rest_rl.config import RunConfig, read_run_file
     from rest_rl.evaluate.origin import resolve_origin
     from rest_rl.train.request import check_names
@@ -96,7 +101,7 @@ def check(model: str | None, overrides: Sequence[str], formats: Sequence[str]) -
 
 
 def show_report(report: ProbeReport, screen: Screen) -> None:
-    """Tables, the verdict and the recommendation of a format."""
+    """Show the tables, the verdict and the recommendation for one format."""
     from rest_rl.cli.terminal import say
     from rest_rl.probe.page import build_tables, describe_gradients, describe_samples, format_advice
 

@@ -1,4 +1,4 @@
-"""The verb `report`: a page from run folders."""
+"""The command `report`: summarize run folders."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from rest_rl.cli.options import OutFolder
 def report(
     folders: Annotated[list[str], typer.Argument(metavar="DIR", help="run folders")],
     out: OutFolder = None,
-    html: Annotated[bool, typer.Option("--html", help="one HTML file; --out may name it")] = False,
+    html: Annotated[bool, typer.Option("--html", help="write one HTML file; --out can name it")] = False,
     responses: Annotated[
-        int, typer.Option(metavar="N", help="with --html: about how many responses, of evenly spaced steps")
+        int,
+        typer.Option(metavar="N", help="with --html: about how many responses to include, from evenly spaced steps"),
     ] = 5000,
 ) -> None:
-    """Write report.md and plots from run folders; runs that differ only in their seed are one curve with its spread.
+    """Summarize run folders in report.md with plots.
 
-    With --html it is one file report.html instead: curves, and every recorded response with its tokens in colours; it
-    opens from disk and needs no network. Without --out the page of one run goes to its folder, any other to ./report.
+    Runs that differ only in their seed share one curve, with the spread over seeds. With --html, the report is a single
+    file, report.html, with the curves and the recorded responses, whose tokens are coloured by region. It needs no
+    network. Without --out, the report of one run goes to its folder, and any other to ./report.
     """
     if html:
         from rest_rl.report.html import write_html_report

@@ -1,4 +1,4 @@
-"""The verb `score`: rewards of recorded responses; imports no torch."""
+"""The command `score`: rewards of recorded responses; imports no torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rest_rl.cli.options import AUTO, FormatName, PresetName, Progress, RowsFile
 def score(
     file: RowsFile, tool_format: FormatName = AUTO, preset: PresetName = "rest", progress: Progress = 0.0
 ) -> None:
-    """Score rows {"response", "gold": {"calls": [{"name", "arguments"}], "answer"}, "step"?, "truncated"?}, one JSON
-    line per row.
+    """Score recorded responses against gold calls, and print one JSON object per row.
 
-    A row that cannot be scored becomes a line with its number and an error. The format in use is printed on stderr.
+    A row is {"response": text, "gold": {"calls": [{"name", "arguments"}], "answer"}}; "step" and "truncated" are
+    optional. A row that cannot be scored gives an object with its number and the error. stderr names the format in use.
     """
     from rest_rl.errors import UserError
     from rest_rl.jsonl import as_json, parse_row
@@ -33,7 +33,7 @@ def score(
 
 
 def format_of_rows(name: str, file: str) -> tuple[str, Iterator[tuple[int, bytes]]]:
-    """The format of that name, or for `auto` the one that the first responses show, said on stderr; and all rows."""
+    """Return the name of the format and all rows; `auto` detects the format from the first responses."""
     from rest_rl.formats import get_format
     from rest_rl.formats.detect import MAX_RESPONSES, choose_format
     from rest_rl.jsonl import read_lines, response_texts
@@ -48,7 +48,7 @@ def format_of_rows(name: str, file: str) -> tuple[str, Iterator[tuple[int, bytes
 
 
 def score_row(row: Mapping[str, Any], tool_format: str, preset: str, progress: float) -> dict[str, Any]:
-    """The score of one row; its `step` goes before `progress`: step 150 of the paper's schedule is progress 1."""
+    """Return the score of one row; its `step` overrides `progress` (step 150 of the paper's schedule is progress 1)."""
     from rest_rl.authors_code import SCHEDULE_STEPS
     from rest_rl.errors import UserError
     from rest_rl.jsonl import require_text
@@ -58,10 +58,10 @@ def score_row(row: Mapping[str, Any], tool_format: str, preset: str, progress: f
     step = row.get("step")
     if step is not None:
         if isinstance(step, bool) or not isinstance(step, (int, float)) or not 0 <= step < math.inf:
-            raise UserError(f"step {step!r}", "a number >= 0", "correct or leave out the step")
+            raise UserError(f"step is {step!r}", "a number of at least 0", "fix or remove it")
         progress = min(1.0, step / SCHEDULE_STEPS)
     if not isinstance(is_cut := row.get("truncated", False), bool):
-        raise UserError(f"truncated {is_cut!r:.80}", "true or false", "correct or leave it out")
+        raise UserError(f"truncated is {is_cut!r:.80}", "true or false", "fix or remove it")
     text, gold = require_text(row, "response"), gold_from_json(row.get("gold"))
     settings = {"preset": preset, "progress": progress, "step": step, "truncated": is_cut}
     reward = score_response(text, gold, format=tool_format, **settings)

@@ -1,4 +1,4 @@
-"""What the command shows: progress, tables, responses coloured by region."""
+"""Terminal output: progress, tables, and responses coloured by region."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ from rest_rl.report.tables import is_number
 from rest_rl.response import Region, Span
 from rest_rl.runlog import Advance, Observer
 
-LINE_EVERY = (5.0, 60.0)
-"""Seconds between two lines of progress where there is no terminal: at first, and later a twentieth of what has passed,
-at most the second number."""
-MANY = 100_000
-"""A total from which on it counts bytes, which a bar shows better than their number."""
+LINE_PAUSES = (5.0, 60.0)
+"""Minimum and maximum seconds between two progress lines without a terminal; in between, a twentieth of the elapsed
+time."""
+MIN_BYTE_TOTAL = 100_000
+"""Larger totals are byte counts, which are shown as a bar and not as a number."""
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Controls but line feed and tab, which a terminal would obey, and lone surrogates, which no output takes."""
+"""Control characters except line feed and tab, which a terminal would execute, and lone surrogates, which cannot be
+encoded."""
 
 
 def printable(text: str) -> str:
-    """The text with a picture of each control in its place, such as ␛: what a model wrote commands no terminal."""
-    return UNPRINTABLE.sub(lambda found: pictured(ord(found[0])), text)
+    """Replace control characters by symbols such as ␛, so that model output cannot send commands to the terminal."""
+    return UNPRINTABLE.sub(lambda found: to_symbol(ord(found[0])), text)
 
 
-def pictured(code: int) -> str:
-    """The picture of a control, or the mark of what has none."""
+def to_symbol(code: int) -> str:
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """A line as it stands: no markup, no colours of its own, not wrapped."""
+    """Print a line verbatim: no markup, no highlighting, no wrapping."""
     console.print(printable(text), highlight=False, markup=False, soft_wrap=True, style=style)
 
 
 def show_coloured(tokens: Iterable[tuple[str, str]], console: Console) -> None:
-    """Pieces of text, each in the colour of its region, as they stand: not wrapped, and not measured either."""
+    """Print pieces of text, each in the colour of its region."""
+    # Segments bypass rich's Text, whose wrapping measures every character and takes seconds for long responses.
     segments = [
         Segment(printable("".join(piece for piece, _ in group)), Style.parse(REGION_COLOURS[region]))
         for region, group in groupby(tokens, key=itemgetter(1))
@@ -60,7 +61,7 @@ def show_coloured(tokens: Iterable[tuple[str, str]], console: Console) -> None:
 
 
 def legend(weights: Mapping[str, float] | None = None) -> Text:
-    """The regions in their colours, with their weights if given; one line of 80 columns."""
+    """Return the regions in their colours, with their weights if given, in one line of 80 columns."""
     text = Text()
     for label, colour in REGION_COLOURS.items():
         weight = (weights or {}).get(label)
@@ -76,7 +77,7 @@ def show_tokens(
     weights: Sequence[float],
     console: Console,
 ) -> None:
-    """A response in colours, then a table of its regions; `regions` and `weights` are those of its tokens."""
+    """Show a coloured response and a table of its regions; `regions` and `weights` have one entry per token."""
     console.rule(title, align="left", style="dim")
     show_coloured(runs, console)
     table = Table("region", "tokens", "share", "mean weight", box=None, header_style="dim")
@@ -92,7 +93,7 @@ def show_tokens(
 
 
 def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]], console: Console) -> None:
-    """A table whose first column is text, which folds where room is short, and whose others are numbers."""
+    """Show a table whose first column is text, folded if necessary, and whose other columns are numbers."""
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
@@ -101,8 +102,8 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]],
     console.print(table)
 
 
-def pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, str]]:
-    """The text cut at its spans, each piece with the label of its region."""
+def split_at_spans(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, str]]:
+    """Split a text at its spans; yield each piece with the label of its region."""
     end = 0
     for span in spans:
         yield text[end : span.start], Region.OTHER.label
@@ -111,8 +112,8 @@ def pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, str]]:
     yield text[end:], Region.OTHER.label
 
 
-def recorded_pieces(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """A recorded response token by token, each with the label of its region."""
+def split_recorded(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the tokens of a recorded response, each with the label of its region."""
     start = 0
     for length, region in zip(row["lengths"], row.get("regions") or [Region.OTHER] * len(row["lengths"]), strict=True):
         yield row["response"][start : start + length], Region(region).label
@@ -120,7 +121,7 @@ def recorded_pieces(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Console) -> None:
-    """Quantities, their values and how each was estimated; the last column wraps on a terminal."""
+    """Show quantities, their values and how each was estimated; on a terminal, the last column wraps."""
     rows = list(rows)
     if not console.is_terminal:
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -137,14 +138,14 @@ def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Con
 
 
 class Screen(Observer):
-    """The observer of the command: lines, tables and bars; without a terminal, a line every few seconds."""
+    """The observer of the command line: text, tables and progress bars, or progress lines without a terminal."""
 
     def __init__(self, console: Console | None = None, show_every: int = 0) -> None:
-        """`show_every`: steps between two sample responses, 0 for none."""
+        """Show a sample response every `show_every` steps, 0 for none."""
         self.console, self.show_every = console or Console(), show_every
-        self.console.file = self.console.file  # a workflow that redirects sys.stdout does not catch what is shown
+        self.console.file = self.console.file  # binds today's sys.stdout, which a workflow may redirect later
         self._weights: dict[str, float] = {}
-        self._told = time.monotonic()
+        self._last_line = time.monotonic()
         self._tracks: list[Advance] = []
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -164,17 +165,17 @@ class Screen(Observer):
     @contextmanager
     def track(self, what: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
         task = self._bars.add_task(what, total=total, completed=done, note="")
-        begin, begun, known = time.monotonic(), done, total
+        begin, done_before, known = time.monotonic(), done, total
 
         def advance(done: int, total: int | None = None, note: str = "") -> None:
             nonlocal known
             known = total = total or known
-            amount = f"{done}/{total}" if total and total < MANY else ""
+            amount = f"{done}/{total}" if total and total < MIN_BYTE_TOTAL else ""
             self._bars.update(task, completed=done, total=total, note=f"{amount} {note}")
             now = time.monotonic()
-            pause = min(max(LINE_EVERY[0], (now - begin) / 20), LINE_EVERY[1])
-            if not self.console.is_terminal and (done == total or now - self._told >= pause):
-                self._told, rate = now, (done - begun) / max(now - begin, 1e-9)
+            pause = min(max(LINE_PAUSES[0], (now - begin) / 20), LINE_PAUSES[1])
+            if not self.console.is_terminal and (done == total or now - self._last_line >= pause):
+                self._last_line, rate = now, (done - done_before) / max(now - begin, 1e-9)
                 speed = f"{rate:{'.0f' if rate >= 100 else '.3g'}}/s" if amount and rate > 0 else ""
                 left = f"{timedelta(seconds=round((total - done) / rate))} left" if total and rate > 0 else ""
                 self.say(" ".join(part for part in (what, amount, note, speed, left) if part))
@@ -184,7 +185,7 @@ class Screen(Observer):
             self._bars.start()
         elif len(self._tracks) == 1:
             self.say(f"{what} ...")
-            self._told = begin
+            self._last_line = begin
         try:
             yield advance
         finally:
@@ -197,32 +198,32 @@ class Screen(Observer):
         weights = {label: metrics.get(f"rest/weight/{label}") for label in REGION_COLOURS}
         self._weights = {label: float(weight) for label, weight in weights.items() if is_number(weight)}
         if self._tracks:
-            note = " ".join(f"{name} {metrics[key]:.3f}" for key, name in shown_names(metrics).items())
+            note = " ".join(f"{name} {metrics[key]:.3f}" for key, name in select_metrics(metrics).items())
             self._tracks[-1](step, total, note)
 
     def on_responses(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show the first response of a step now and then."""
+        """Show the first response of every `show_every`-th step."""
         if not self.show_every or (step - 1) % self.show_every or not rows:
             return
         row = rows[0]
         self.console.rule(f"step {step}, reward {row['reward']:.2f}", align="left", style="dim")
-        show_coloured(recorded_pieces(row), self.console)
+        show_coloured(split_recorded(row), self.console)
         self.console.print(legend(self._weights))
 
     def on_finding(self, finding: Finding) -> None:
-        """A warning: the figure, then cause and remedy."""
+        """Show a finding of the diagnosis: the figure, then cause and remedy."""
         say(self.console, f"step {finding.step}: {finding.figure}", style="yellow")
         say(self.console, f"  likely cause: {finding.cause}\n  remedy: {finding.remedy}")
 
 
-REINFORCED = {"reward": "reward", "rest/accuracy": "S_acc", "rest/format": "S_format"}
-SUPERVISED = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
-APART = {"reward": "reward", "rest/accuracy_calls": "S_acc calls", "rest/accuracy_answers": "answers"}
-"""Metrics beside the bar, which fit 80 columns: the last where a step has call turns and answer turns."""
+RL_METRICS = {"reward": "reward", "rest/accuracy": "S_acc", "rest/format": "S_format"}
+SFT_METRICS = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
+SPLIT_METRICS = {"reward": "reward", "rest/accuracy_calls": "S_acc calls", "rest/accuracy_answers": "answers"}
+"""Metrics next to the progress bar that fit into 80 columns; the last table is for steps with both kinds of turns."""
 
 
-def shown_names(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """The metrics of a step that stand beside the bar, and their names."""
-    apart = APART.keys() <= metrics.keys()
-    shown = APART if apart else REINFORCED if "reward" in metrics else SUPERVISED
+def select_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metrics to show next to the progress bar, with their labels."""
+    is_split = SPLIT_METRICS.keys() <= metrics.keys()
+    shown = SPLIT_METRICS if is_split else RL_METRICS if "reward" in metrics else SFT_METRICS
     return {key: name for key, name in shown.items() if key in metrics}

@@ -1,4 +1,4 @@
-"""The verbs `train` and `sft`: options of a run, what it would need, and the run itself."""
+"""The commands `train` and `sft`: resolve the options of a run, estimate its needs, and train."""
 
 from __future__ import annotations
 
@@ -25,40 +25,44 @@ examples:
   rest-rl train --model Qwen/Qwen3-1.7B --data dialogues.jsonl --lora 16 --dry-run
   rest-rl train --model Qwen/Qwen3-1.7B --data d.train.jsonl --held-out d.test.jsonl --lora 16 --out runs/mine
   rest-rl train run.toml --set rest.preset=grpo --set run.seed=1 --out runs/grpo-1
-  rest-rl train --preset tsft --model DIR --data dialogues.jsonl     supervised, calls weighed twice
-  rest-rl train --resume --out runs/mine                             go on after Ctrl-C, a crash or kill -9
+  rest-rl train --preset tsft --model DIR --data dialogues.jsonl   supervised, 2x weight on calls
+  rest-rl train --resume --out runs/mine                           resume after Ctrl-C, a crash or kill -9
   accelerate launch --num_processes 8 -m rest_rl train run.toml --out runs/mine
   rest-rl train run.toml --engine verl --nodes 2 --gpus-per-node 8 --out runs/mine
-rest-rl data check FILE says what a run would make of each row
+
+To see how training reads each row of a file, run: rest-rl data check FILE
 """
 SFT_EPILOG = """\
-examples:
-  rest-rl sft --model DIR_OR_HUB_NAME --data dialogues.jsonl         a given model on given dialogues
+example: rest-rl sft --model Qwen/Qwen3-1.7B --data dialogues.jsonl --out runs/sft
 """
-CLUSTER = "On a cluster (docs/cluster.md; settings of verl's own stand after --)"
+CLUSTER = "On a cluster (see docs/cluster.md; verl's own settings follow --)"
 
 
-def of_run(name: str, metavar: str | None, text: str, panel: str | None = None) -> Any:
+def run_option(name: str, metavar: str | None, text: str, panel: str | None = None) -> Any:
     return typer.Option(name, metavar=metavar, help=text, rich_help_panel=panel)
 
 
-RunFile = Annotated[str | None, typer.Argument(metavar="RUN.toml", help="the run; without it the embedded one")]
-Model = Annotated[
-    str | None, of_run("--model", "DIR_OR_ID", "model.path: a directory, an adapter's folder, a hub name")
-]
-Data = Annotated[str | None, of_run("--data", "FILE", "data.path: dialogues in a file, a folder or a hub dataset")]
-HeldOut = Annotated[str | None, of_run("--held-out", "FILE", "data.held_out: dialogues to measure on")]
+RunFile = Annotated[str | None, typer.Argument(metavar="RUN.toml", help="run file (default: the embedded run)")]
+Model = Annotated[str | None, run_option("--model", "DIR_OR_ID", "model.path: model or adapter folder, or hub name")]
+Data = Annotated[str | None, run_option("--data", "FILE", "data.path: dialogues as a file, a folder or a hub dataset")]
+HeldOut = Annotated[str | None, run_option("--held-out", "FILE", "data.held_out: dialogues to evaluate on")]
 Preset = Annotated[
-    str | None, of_run("--preset", "P", "rest.preset: rest, paper, grpo, ..., sft, tsft, rsft; see presets")
+    str | None, run_option("--preset", "P", "rest.preset: rest, paper, grpo, sft, ...; rest-rl presets lists all")
 ]
-Format = Annotated[str | None, of_run("--format", "F", "rest.format (default: auto, from the model's chat template)")]
-Lora = Annotated[int | None, of_run("--lora", "R", "peft.r: train adapters of rank R instead of all weights")]
-Resume = Annotated[bool, of_run("--resume", None, "go on with the run in the folder --out")]
-DryRun = Annotated[bool, of_run("--dry-run", None, "print memory and size of the run, train nothing")]
-Engine = Annotated[Literal["trl", "verl"] | None, of_run("--engine", None, "run.engine (default: trl)", CLUSTER)]
-Nodes = Annotated[int | None, of_run("--nodes", "N", "machines of the Ray cluster, with the engine verl", CLUSTER)]
-Gpus = Annotated[int | None, of_run("--gpus-per-node", "K", "GPUs of each of them", CLUSTER)]
-PrintConfig = Annotated[bool, of_run("--print-config", None, "print what verl will get, train nothing", CLUSTER)]
+Format = Annotated[
+    str | None, run_option("--format", "F", "rest.format: tool-call format (default: auto, from the chat template)")
+]
+Lora = Annotated[int | None, run_option("--lora", "R", "peft.r: train LoRA adapters of rank R")]
+Resume = Annotated[bool, run_option("--resume", None, "resume the run in the folder --out")]
+DryRun = Annotated[bool, run_option("--dry-run", None, "train nothing; print the memory and size of the run")]
+Engine = Annotated[
+    Literal["trl", "verl"] | None, run_option("--engine", None, "run.engine: training engine (default: trl)", CLUSTER)
+]
+Nodes = Annotated[int | None, run_option("--nodes", "N", "number of machines in the Ray cluster (verl)", CLUSTER)]
+Gpus = Annotated[int | None, run_option("--gpus-per-node", "K", "GPUs per machine (verl)", CLUSTER)]
+PrintConfig = Annotated[
+    bool, run_option("--print-config", None, "train nothing; print the settings passed to verl", CLUSTER)
+]
 
 
 def train(
@@ -79,12 +83,12 @@ def train(
     gpus_per_node: Gpus = None,
     print_config: PrintConfig = False,
 ) -> int:
-    """Train a model: your own on your own dialogues, or the embedded one in its tool world."""
+    """Train a model: your own on your dialogues, or the embedded one in its tool world."""
     from rest_rl.evaluate.origin import resolve_origin
-    from rest_rl.train.request import resolve_run  # without torch: a mistake in the run is found at once
+    from rest_rl.train.request import resolve_run  # imports no torch, so mistakes show at once
 
     if model:
-        resolve_origin(model)  # where a mistake is named by the option
+        resolve_origin(model)  # here, so that an error names --model and not model.path
     settings = settings_after_dashes(context)
     of_verl = any((nodes, gpus_per_node, settings, print_config))
     if context.info_name == "sft":
@@ -99,9 +103,8 @@ def train(
     is_verl = config.run.engine == "verl"
     if of_verl and not is_verl:
         raise UserError(
-            "--nodes, --gpus-per-node, --print-config or settings after -- with the engine trl",
-            "--engine verl with them",
-            "on several GPUs TRL runs under accelerate launch (docs/training.md)",
+            "--nodes, --gpus-per-node, --print-config and settings after -- need the engine verl",
+            remedy="pass --engine verl; to run TRL on several GPUs, use accelerate launch (docs/training.md)",
         )
     from rich.console import Console
 
@@ -112,37 +115,39 @@ def train(
 
     if not is_debug(context):
         silence_libraries()
-    screen = Screen(Console(stderr=print_config), config.run.show_every)  # the YAML has the output to itself
+    screen = Screen(Console(stderr=print_config), config.run.show_every)  # keeps stdout free for the YAML
     if print_config:
         print(verl_settings(make_plan(**source, observer=screen, is_dry=True), resume=resume))
     elif is_dry:
         del source["resume"]
-        show_estimate("what the run needs", make_estimate_rows(estimate_run(**source, observer=screen)), screen.console)
+        show_estimate(
+            "estimated needs of the run", make_estimate_rows(estimate_run(**source, observer=screen)), screen.console
+        )
     elif run_training(**source, observer=screen).is_interrupted:
         return EXIT_INTERRUPTED
     return 0
 
 
 def supervised_preset(run: str | None, overrides: Sequence[str], *, resume: bool, is_given: bool) -> str | None:
-    """The preset of `rest-rl sft` where none is named: that of a supervised or resumed run, else `sft`."""
+    """Return the preset of `rest-rl sft` without --preset: None for a supervised or resumed run, otherwise `sft`."""
     from rest_rl.config import read_run_file
 
     if not is_given:
         raise UserError(
-            "sft without anything to train",
-            "--model, --data or a run file",
-            "the embedded model is made by `python -m research.warm_start` in a checkout of the repository",
+            "sft has nothing to train",
+            remedy="pass --model and --data, or a run file; to rebuild the embedded model, run "
+            "`python -m research.warm_start` in a checkout of the repository",
         )
     return None if resume or (run and read_run_file(run, overrides).rest.is_supervised) else "sft"
 
 
 def shorthands(keys: Mapping[str, str | None]) -> list[str]:
-    """The options that stand for a `--set`, by its key."""
+    """Return the options that abbreviate a `--set`, as such changes."""
     return [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
 
 
 def lora_overrides(rank: int | None, preset: str | None, *, is_own: bool) -> list[str]:
-    """`--lora`; adapters take ten times the learning rate of full fine-tuning, for which our run files are made."""
+    """Return the changes for `--lora`; adapters need ten times the learning rate of full fine-tuning."""
     from rest_rl.presets import SUPERVISED
 
     if rank is None:
@@ -152,14 +157,14 @@ def lora_overrides(rank: int | None, preset: str | None, *, is_own: bool) -> lis
 
 
 def verl_overrides(nodes: int | None, gpus_per_node: int | None, settings: Sequence[str]) -> list[str]:
-    """`--nodes`, `--gpus-per-node` and what stands after `--`, as changes of `[verl]`."""
+    """Return `--nodes`, `--gpus-per-node` and the settings after `--` as changes of `[verl]`."""
     sizes = {"nnodes": nodes, "n_gpus_per_node": gpus_per_node}
     texts = [f"verl.trainer.{key}={value}" for key, value in sizes.items() if value is not None]
     return texts + ([f"verl.overrides={json.dumps(list(settings))}"] if settings else [])
 
 
 def verl_settings(plan: RunPlan, *, resume: bool) -> str:
-    """What verl would get, as YAML."""
+    """Return the settings passed to verl, as YAML."""
     from rest_rl.runlog import RunLog
     from rest_rl.train.checkpoints import Checkpoint
     from rest_rl.train.verl.engine import VerlEngine

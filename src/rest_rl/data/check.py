@@ -182,7 +182,8 @@ class DataReport:
 def format_turn_mix(turns: Mapping[Turn, int]) -> str:
     """Return a line such as `453 call turns, 510 answer turns (53 %)`."""
     share = turns["answers"] / max(1, sum(turns.values()))
-    return f"{turns['calls']} {TURNS['calls']}, {turns['answers']} {TURNS['answers']} ({share:.0%})"
+    names = {turn: name.removesuffix("s") if turns[turn] == 1 else name for turn, name in TURNS.items()}
+    return f"{turns['calls']} {names['calls']}, {turns['answers']} {names['answers']} ({share:.0%})"
 
 
 def warn_about_answers(turns: Mapping[Turn, int]) -> str | None:
