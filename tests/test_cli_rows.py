@@ -130,7 +130,7 @@ def test_score_turns_bad_rows_into_lines(tmp_path: Path, capsys: pytest.CaptureF
     good = {"response": "\ud800 \u2028" + RIGHT, "gold": GOLD}
     scored = score(capsys, tmp_path / "rows.jsonl", [*BAD_ROWS, good])
     assert [row["row"] for row in scored[:-1]] == list(range(1, len(BAD_ROWS) + 1))
-    assert all(row["error"].startswith("got ") for row in scored[:-1])
+    assert all(row["error"] for row in scored[:-1])
     assert scored[-1]["accuracy"] == 1.0
 
 
@@ -145,7 +145,7 @@ def test_score_reads_bytes_that_are_no_text(tmp_path: Path, capsys: pytest.Captu
     [
         (["--preset", "best"], "preset 'best'"),
         (["--format", "xml"], "format 'xml'"),
-        (["--progress", "2"], "'--progress': got 2.0"),
+        (["--progress", "2"], "'--progress': the value is 2.0"),
         ([], "nowhere.jsonl (No such file or directory)"),
     ],
 )
@@ -176,7 +176,7 @@ def test_inspect_gives_every_token_region_and_weight(
     assert weight["name"] > weight["reasoning"]
     assert sum(token["weight"] for token in by_text["tokens"]) == pytest.approx(len(ids), rel=1e-5)
     assert ended["tokens"][-1] == {"id": end, "text": "<|im_end|>", "region": "format", "weight": 1.0}
-    assert "expected ids below" in unknown["error"]
+    assert "expected ids from 0 to" in unknown["error"]
     assert wrong["row"] == 4
     assert empty == {"tokens": []}
     assert main(arguments) == 0

@@ -297,7 +297,8 @@ def finish(report: DataReport, printed: Mapping[str, Any] | None, strict: bool) 
 def format_counts(report: DataReport) -> str:
     """Return the numbers of rows and samples in one line."""
     lost = f" ({report.lost_turns} of them lost turns)" if report.lost_turns else ""
-    shapes = ", ".join(f"{name} ({count_of(n, 'row')})" for name, n in report.sources.items()) or "unknown"
+    repaired = f"{report.repaired} repaired{lost}"
+    rows = f"{count_of(report.rows, 'row')}: {report.kept} kept, {repaired}, {report.rejected} rejected"
     return f"{rows}; {count_of(report.samples, 'sample')}"
 
 

@@ -139,7 +139,7 @@ def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> 
 
 
 def tokens_as_json(response: Inspected, is_cut: bool | None) -> str:
-    """Return {"tokens": [{"id", "text", "region", "weight"}, ...], "truncated"}, the latter only if known, on one line."""
+    """Return {"tokens": [{"id", "text", "region", "weight"}, ...]} on one line, with "truncated" if it is known."""
     from rest_rl.jsonl import as_json
     from rest_rl.response import Region
 
