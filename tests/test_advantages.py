@@ -17,7 +17,7 @@ def test_grpo_by_hand():
     assert group_advantages(rewards_B, 3, "dr_grpo").tolist() == pytest.approx([-1, 0, 1, 0, 0, 0])
 
 
-def test_groups_without_spread_have_no_advantage_and_are_marked():
+def test_groups_without_spread_have_advantage_zero_and_are_marked():
     rewards_B = torch.tensor([0.3, 0.3, 0.3, 0.0, 1.0, 0.0])
     assert group_advantages(rewards_B, 3)[:3].tolist() == [0, 0, 0]
     assert zero_spread_mask(rewards_B, 3).tolist() == [True] * 3 + [False] * 3
@@ -33,12 +33,12 @@ def test_permuting_a_group_permutes_its_advantages():
     assert torch.allclose(group_advantages(rewards_B[order], 4), group_advantages(rewards_B, 4)[order])
 
 
-def test_reshaping_spreads_an_advantage_over_its_tokens():
+def test_an_advantage_is_distributed_over_its_tokens():
     weights_BT = torch.tensor([[1.5, 0.5, 0.0], [1.0, 1.0, 1.0]])
     assert weight_advantages(torch.tensor([2.0, -1.0]), weights_BT).tolist() == [[3.0, 1.0, 0.0], [-1.0, -1.0, -1.0]]
 
 
-def test_bad_shapes_and_kinds_are_refused():
+def test_invalid_shapes_and_kinds_are_errors():
     with pytest.raises(ValueError, match="multiple of 3"):
         group_advantages(torch.zeros(4), 3)
     with pytest.raises(ValueError, match="dr_grpo"):

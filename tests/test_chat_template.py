@@ -34,11 +34,11 @@ WRITES = {
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
-def test_the_templates_that_trl_ships(name):
+def test_the_formats_of_trls_templates(name):
     assert detect_template_format(TEMPLATES[name]) == WRITES.get(name.removesuffix("_training"))
 
 
-def test_the_families_named_here_are_there():
+def test_the_families_in_the_table_exist():
     assert {name for name in WRITES if name in TEMPLATES} >= {"qwen2_5", "qwen3", "llama3_1", "llama3_2"}
     assert {"llama3", "glm4moe", "gptoss", "deepseekv3"} <= set(TEMPLATES)  # these must not be told as one of ours
 
@@ -77,7 +77,7 @@ def test_a_short_template_of_each_format(name):
         "",
     ],
 )
-def test_other_shapes_are_not_told_as_one_of_ours(marks):
+def test_other_formats_are_not_detected_as_ours(marks):
     assert detect_template_format(TOOLS + marks) is None
 
 
@@ -85,7 +85,7 @@ def test_other_shapes_are_not_told_as_one_of_ours(marks):
     ("template", "tool_format"),
     [("qwen2_5", "hermes"), ("qwen3", "hermes"), ("qwen3_5_nothink", "qwen3_coder"), ("qwen3_6", "qwen3_coder")],
 )
-def test_what_the_template_writes_is_read(template, tool_format):
+def test_calls_rendered_by_the_template_can_be_parsed(template, tool_format):
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     calls = [ToolCall("f", {"a": 1, "s": "x", "b": True, "n": None, "l": [1, "y"]}), ToolCall("g", {})]

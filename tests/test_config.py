@@ -25,7 +25,7 @@ from rest_rl.errors import RenamedWarning, UserError
 from rest_rl.presets import PRESETS
 
 
-def test_embedded_run_reads_and_writes_back_the_same() -> None:
+def test_the_embedded_run_survives_a_round_trip() -> None:
     config = read_run_file(None)
     again = RunConfig.from_toml(config.to_toml())
     assert again.to_toml() == config.to_toml()
@@ -34,7 +34,7 @@ def test_embedded_run_reads_and_writes_back_the_same() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_resolved_run_of_every_preset_reads_back(preset: str) -> None:
+def test_the_resolved_run_of_every_preset_survives_a_round_trip(preset: str) -> None:
     config = RunConfig.from_toml("", [f"rest.preset={preset}"])
     again = RunConfig.from_toml(config.to_toml())
     assert again.rest.resolve() == config.rest.resolve() == PRESETS[preset]
@@ -48,7 +48,7 @@ def test_set_takes_toml_values_and_bare_words() -> None:
     assert config.rest.resolve().weights.strength == 0.25
 
 
-def test_one_constant_is_changed_and_the_others_stay() -> None:
+def test_changing_one_constant_keeps_the_others() -> None:
     weights = (
         RunConfig.from_toml("", ["rest.weights.rule=constant", "rest.weights.constants.name=2"]).rest.resolve().weights
     )
@@ -86,7 +86,7 @@ def test_one_constant_is_changed_and_the_others_stay() -> None:
         ("[run", r"is not valid TOML .*; correct the syntax"),
     ],
 )
-def test_mistakes_say_what_was_expected(text: str, message: str) -> None:
+def test_a_mistake_in_a_file_states_the_problem_and_what_was_expected(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RunConfig.from_toml(text).rest.resolve()
 
@@ -102,7 +102,7 @@ def test_mistakes_say_what_was_expected(text: str, message: str) -> None:
         ("run.out=a b", "quote strings"),
     ],
 )
-def test_mistakes_in_set_say_what_was_expected(override: str, message: str) -> None:
+def test_a_mistake_in_an_override_states_the_problem(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         RunConfig.from_toml("[run]\nseed = 0", [override])
 
@@ -120,7 +120,7 @@ def test_mistakes_in_set_say_what_was_expected(override: str, message: str) -> N
         ("eval.max_new_tokens=-1", 0),
     ],
 )
-def test_numbers_have_a_least_value(override: str, least: int) -> None:
+def test_numbers_have_a_lower_bound(override: str, least: int) -> None:
     key, _, value = override.partition("=")
     with pytest.raises(ValueError, match=rf"{key} is {value}, expected at least {least}"):
         RunConfig.from_toml("", [override])
@@ -132,13 +132,13 @@ def test_seed_has_32_bits() -> None:
         RunConfig.from_toml("", [f"run.seed={2**32}"])
 
 
-def test_held_out_file_beside_the_tool_world_is_refused() -> None:
+def test_a_held_out_file_for_the_tool_world_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"data\.held_out is 'a\.jsonl', but data\.path 'embedded' has its own"):
         RunConfig.from_toml("", ["data.held_out=a.jsonl"])
     RunConfig.from_toml("", ["data.held_out=a.jsonl", "data.path=b.jsonl"])
 
 
-def test_a_table_made_in_python_is_checked_as_one_in_a_file() -> None:
+def test_a_table_built_in_python_is_validated() -> None:
     with pytest.raises(UserError, match=r"eval\.samples_per_prompt is 0, expected at least 1"):
         EvalTable(samples_per_prompt=0)
     with pytest.raises(UserError, match=r"run\.seed is 'a', expected a whole number"):
@@ -191,7 +191,7 @@ def test_an_override_with_either_name_changes_a_file_with_either_name() -> None:
             assert config == RunConfig.from_toml(f"{new} = {RENAMED[old]}")
 
 
-def test_a_file_with_the_old_and_the_new_name_is_refused() -> None:
+def test_a_file_with_the_old_and_the_new_name_is_an_error() -> None:
     with pytest.raises(
         UserError, match=r"eval\.samples and eval\.samples_per_prompt are both set, .*; remove eval\.samples$"
     ):

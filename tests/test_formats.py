@@ -61,7 +61,7 @@ def writable(name: str, answer: str | None) -> bool:
 
 @pytest.mark.parametrize("name", ALL)
 @given(data=st.data(), thought=plain_text, answer=st.none() | plain_text)
-def test_parse_reads_back_what_render_wrote(name, data, thought, answer):
+def test_render_and_parse_round_trip(name, data, thought, answer):
     tool_format, made = get_format(name), data.draw(calls_for(name))
     assume(writable(name, answer))
     text = tool_format.render(thought, made, answer)
@@ -144,7 +144,7 @@ ORDINARY = {
 
 @pytest.mark.parametrize("title", ORDINARY)
 @pytest.mark.parametrize("name", ALL)
-def test_gold_as_it_is_ordinarily_written_scores_full_marks(name, title):
+def test_gold_in_its_usual_form_scores_full_marks(name, title):
     tool_format, gold = get_format(name), ORDINARY[title]
     for thought in ("I think.", None):
         parsed = tool_format.parse(tool_format.render(thought, gold.calls, gold.answer))
@@ -155,7 +155,7 @@ def test_gold_as_it_is_ordinarily_written_scores_full_marks(name, title):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_format_is_a_tool_format_by_its_own_name(name):
+def test_each_format_has_its_name_and_the_protocol(name):
     tool_format: ToolFormat = get_format(name)
     assert tool_format.name == name
     assert hash(tool_format) == hash(get_format(name))
@@ -180,14 +180,14 @@ def test_a_tag_inside_an_argument_cannot_close_the_block():
         '<think>x</think>\n<tool_call>\n<tool_call>\n{"name": "f", "parameters": {}}\n</tool_call>',
     ],
 )
-def test_a_tag_more_than_the_blocks_have_is_a_violation(text):
+def test_an_extra_tag_is_a_violation(text):
     parsed = FORMATS["toolrl"].parse(text)
     assert not parsed.well_formed
     assert any("inside a block" in problem for problem in parsed.problems)
     assert parsed.attempted_call is ("</tool_call>" in text)
 
 
-def test_text_that_cannot_be_written_is_refused_by_name():
+def test_text_with_tags_and_values_that_are_not_json_cannot_be_rendered():
     with pytest.raises(UserError, match=r"the thought contains '</think>'"):
         FORMATS["toolrl"].render("a </think> b", [], None)
     with pytest.raises(UserError, match=r"the answer contains '<tool_call>'"):
@@ -208,7 +208,7 @@ UNWRITABLE = [
 
 
 @pytest.mark.parametrize(("name", "call", "words"), UNWRITABLE)
-def test_a_name_that_the_grammar_cannot_write_is_refused(name, call, words):
+def test_a_name_that_the_format_cannot_represent_is_an_error(name, call, words):
     with pytest.raises(UserError, match=words) as refused:
         FORMATS[name].render("x", [call], None)
     assert f"format '{name}'" in refused.value.problem
@@ -218,14 +218,14 @@ def test_a_name_that_the_grammar_cannot_write_is_refused(name, call, words):
     ("name", "answer"),
     [("llama3", '{"a": 1}'), ("llama3", 'so:\n{"name": "f"}'), ("pythonic", "[f(a=1)]"), ("pythonic", "so\n[f (x) y]")],
 )
-def test_an_answer_that_would_be_read_as_a_call_is_refused(name, answer):
+def test_an_answer_that_looks_like_a_call_is_an_error(name, answer):
     for made in ([], [ToolCall("f", {})]):
         with pytest.raises(UserError, match="looks like a call"):
             FORMATS[name].render(None, made, answer)
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "mistral_v11", "qwen3_coder", "pythonic"])
-def test_values_that_would_not_be_read_back_are_refused(name):
+def test_values_that_cannot_be_parsed_again_are_an_error(name):
     deep: object = 1
     for _ in range(70):
         deep = [deep]
@@ -234,7 +234,7 @@ def test_values_that_would_not_be_read_back_are_refused(name):
             FORMATS[name].render(None, [ToolCall("f", {"a": value})], None)
 
 
-def test_problems_are_bounded_however_broken_the_text():
+def test_the_number_of_problems_is_bounded():
     parsed = FORMATS["toolrl"].parse("<think>x</think><tool_call>\n" + "junk\n" * 5_000 + "</tool_call>")
     assert parsed.unreadable_calls == 5_000
     assert len(parsed.problems) <= 20

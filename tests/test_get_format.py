@@ -14,7 +14,7 @@ from rest_rl.response import Region, ToolCall
 THINKS = {name: "[THINK]" if name == "mistral_v11" else "<think>" for name in FORMATS}
 
 
-def test_a_name_an_object_and_an_address_give_a_format(monkeypatch):
+def test_get_format_accepts_names_objects_and_addresses(monkeypatch):
     mine = HermesFormat(name="mine")
     module = types.ModuleType("someones_formats")
     module.MINE, module.Class, module.empty = mine, HermesFormat, object()
@@ -28,34 +28,34 @@ def test_a_name_an_object_and_an_address_give_a_format(monkeypatch):
         get_format("someones_formats:empty")
     with pytest.raises(ValueError, match=r"is a class, expected an object; create one with HermesFormat\(\)"):
         get_format("someones_formats:Class")
-    with pytest.raises(ValueError, match="cannot import format .someones_formats:absent"):
+    with pytest.raises(ValueError, match=r"cannot import format .someones_formats:absent"):
         get_format("someones_formats:absent")
 
 
 @pytest.mark.parametrize("address", ["no_such_module:X", ":X", "json:", "os.path:no.such", ".:X"])
-def test_what_cannot_be_imported_is_refused(address):
+def test_an_address_that_cannot_be_imported_is_an_error(address):
     with pytest.raises(UserError, match=r"expected package\.module:OBJECT|cannot import format"):
         get_format(address)
 
 
 @pytest.mark.parametrize("name", ["xml", "xml+think", "", "+think", "hermes+thinking"])
-def test_an_unknown_name_is_refused_with_the_known_ones(name):
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(name):
     with pytest.raises(ValueError, match="toolrl, hermes, llama3, mistral, mistral_v11, qwen3_coder, pythonic"):
         get_format(name)
 
 
-def test_an_object_that_is_no_format_is_refused():
+def test_an_object_that_is_not_a_format_is_an_error():
     with pytest.raises(ValueError, match="format object int has no name, tags"):
         get_format(3)  # type: ignore[arg-type]
 
 
-def test_a_format_without_think_tags_has_no_opened_block():
+def test_a_format_without_think_tags_cannot_start_in_a_think_block():
     with pytest.raises(ValueError, match="has no think tags"):
         OpenedThinkFormat(HermesFormat(name="bare", tags=("<tool_call>", "</tool_call>")))
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_response_goes_on_where_the_prompt_opened_the_block(name):
+def test_a_response_can_start_inside_the_think_block(name):
     inner, opened, call = FORMATS[name], get_format(name + "+think"), ToolCall("f", {"a": 1})
     assert opened.tags == inner.tags
     assert opened.opening == THINKS[name]
@@ -71,7 +71,7 @@ def test_the_response_goes_on_where_the_prompt_opened_the_block(name):
     assert opened.instructions([{"name": "g"}]) == inner.instructions([{"name": "g"}])
 
 
-def test_the_block_is_closed_also_without_a_thought():
+def test_the_think_block_is_closed_even_without_a_thought():
     # nothing is thought: what stands before the closing tag is white space
     assert get_format("hermes+think").render(None, [], "ok") == "</think>\n\nok"
     assert get_format("hermes+think").parse("</think>\n\nok").thought == ""

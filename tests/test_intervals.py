@@ -26,12 +26,12 @@ def test_wilson_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("n", "points"), [(200, 6.9), (1053, 3.0), (16, 22.0)])
-def test_half_widths_that_the_documents_name(n: int, points: float) -> None:
+def test_half_widths_given_in_the_docs(n: int, points: float) -> None:
     low, high = wilson_interval(n // 2, n)
     assert round(50 * (high - low), 1) == points
 
 
-def test_nothing_is_known_of_no_samples() -> None:
+def test_without_samples_the_interval_is_the_whole_range() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert mcnemar_p_value(0, 0) == 1.0
     assert paired_difference(0, 0, 0) == (0.0, -1.0, 1.0)
@@ -77,7 +77,7 @@ def test_a_weighted_mean_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.05, 0.02), (0.5, 0.5), (0.9, 0.3), (0.97, 0.6), (0.99, 0.99)])
-def test_a_weighted_mean_covers_the_truth_as_often_as_it_says(first: float, second: float) -> None:
+def test_the_interval_of_a_weighted_mean_has_its_nominal_coverage(first: float, second: float) -> None:
     # Over all outcomes of two groups of 40 and 16 samples, weighed as an official average weighs its categories.
     truth = 0.5 * (first + second)
     covered = 0.0
@@ -99,13 +99,13 @@ def test_a_weighted_mean_covers_the_truth_as_often_as_it_says(first: float, seco
         lambda: paired_difference(0, -1, 3),
     ],
 )
-def test_impossible_counts_are_refused(call) -> None:
+def test_impossible_counts_are_errors(call) -> None:
     with pytest.raises(ValueError, match="expected 0 <= count <= total"):
         call()
 
 
 @given(COUNTS)
-def test_wilson_holds_the_share_and_mirrors(counts: tuple[int, int]) -> None:
+def test_wilson_contains_the_fraction_and_is_symmetric(counts: tuple[int, int]) -> None:
     correct, n = counts
     low, high = wilson_interval(correct, n)
     assert 0 <= low <= high <= 1
@@ -126,7 +126,7 @@ def test_a_weighted_mean_stays_between_the_means_of_the_limits(parts: list[tuple
 
 
 @given(FLIPS)
-def test_a_difference_holds_its_estimate_and_changes_sign(flips: tuple[int, int, int]) -> None:
+def test_a_difference_is_in_its_interval_and_changes_sign(flips: tuple[int, int, int]) -> None:
     lost, gained, n = flips
     value, low, high = paired_difference(lost, gained, n)
     assert -1 <= low <= value <= high <= 1
@@ -135,7 +135,7 @@ def test_a_difference_holds_its_estimate_and_changes_sign(flips: tuple[int, int,
 
 
 @given(st.integers(0, 400), st.integers(0, 400))
-def test_mcnemar_is_a_probability_of_either_order(lost: int, gained: int) -> None:
+def test_mcnemar_is_a_probability_and_symmetric(lost: int, gained: int) -> None:
     p = mcnemar_p_value(lost, gained)
     assert 0 <= p <= 1 + 1e-12
     assert p == pytest.approx(mcnemar_p_value(gained, lost))

@@ -31,7 +31,7 @@ def test_valid_objects_agree_with_the_standard_library(value, indent, ensure_asc
 
 
 @given(st.text(alphabet='{}[]":,\\ntf01eE.-+ \u00e9\ud800\n', max_size=40))
-def test_any_text_gives_entries_that_slice_back(text):
+def test_entries_of_any_text_are_slices_of_it(text):
     text = "{" + text
     scan = scan_object(text)
     for entry in scan.entries:
@@ -68,7 +68,7 @@ def test_a_broken_value_ends_where_its_brackets_close():
         '{"a": ' + "[" * 100_000,
     ],
 )
-def test_what_is_not_json_is_an_error_and_never_raises(text):
+def test_invalid_json_is_reported_and_never_raises(text):
     assert scan_object(text).error is not None
 
 
@@ -107,5 +107,5 @@ def test_an_unclosed_string_full_of_quotes_is_linear():
         ("9" * 500, "9" * 500),
     ],
 )
-def test_what_a_text_without_quotes_spells(text, value):
+def test_bare_values(text, value):
     assert repr(parse_bare_value(text)) == repr(value)

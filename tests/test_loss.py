@@ -46,7 +46,7 @@ def test_the_gradient_is_that_of_the_formula():
     )
 
 
-def test_masked_tokens_may_hold_anything():
+def test_masked_tokens_can_have_any_value():
     nan_BT = torch.tensor([[0.0, float("nan")]], requires_grad=True)
     loss = clipped_surrogate(nan_BT, torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([[1, 0]]))
     assert loss.item() == -1.0
@@ -66,7 +66,7 @@ def test_collision_mass_is_bounded_by_one_minus_exp_of_minus_entropy(logits, tem
     assert collision_mass(logits_BTV, temperature).item() <= bound + 1e-9
 
 
-def test_bad_input_is_refused():
+def test_invalid_input_is_an_error():
     with pytest.raises(ValueError, match=r"\(B, T\)"):
         clipped_surrogate(torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.zeros(2))
     ones = torch.ones(1, 1)

@@ -41,7 +41,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("row", AUTHORS)
-def test_authors_code_gives_the_published_numbers(row):
+def test_authors_code_reproduces_the_published_numbers(row):
     """Recorded from the published files at d6c29b5 (https://github.com/1229095296/ResT_Tool_use_LLM), Apache-2.0."""
     reward = score_response(row["text"], gold_from_json(row["gold"]), preset="authors-code", step=row["step"])
     assert reward[:3] == (row["reward"], row["format"], row["correctness"])
@@ -54,7 +54,7 @@ def test_authors_code_gives_the_published_numbers(row):
     assert weights.tolist() == row["weights"]
 
 
-def test_authors_code_in_one_call_leaves_the_published_gaps():
+def test_authors_code_has_the_gaps_of_the_published_code():
     ids_BT, mask_BT = batch(TEXTS[0], TEXTS[2], eos=True)
     weights_BT = compute_token_weights(ids_BT, mask_BT, TOKENIZER, preset="authors-code", progress=0.5)
     assert torch.equal(weights_BT, compute_token_weights(ids_BT, mask_BT, TOKENIZER, preset="authors-code", step=75))
@@ -67,7 +67,7 @@ def test_authors_code_in_one_call_leaves_the_published_gaps():
     assert weights_BT[1].sum() == 0  # nor for an unparsable response
 
 
-def test_authors_code_finds_its_weights_turn_by_turn():
+def test_authors_code_finds_its_weights_per_turn():
     turns = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in (TEXTS[0], TEXTS[2], TEXTS[1])]
     result = TOKENIZER("Rome</think><think><tool_call>", add_special_tokens=False)["input_ids"]
     ids = [*turns[0], *result, *turns[1], *result, *turns[2]]
@@ -86,7 +86,7 @@ def test_authors_code_finds_its_weights_turn_by_turn():
 
 
 @pytest.mark.parametrize("preset", ["rest", "paper"])
-def test_our_presets_do_not_repeat_the_published_gaps(preset):
+def test_our_presets_do_not_have_the_gaps_of_the_published_code(preset):
     ids_BT, mask_BT = batch(*TEXTS, eos=True)
     weights_BT = compute_token_weights(
         ids_BT, mask_BT, TOKENIZER, preset=preset, entropies=torch.rand(ids_BT.shape) + 0.1
@@ -110,12 +110,12 @@ def test_weights_have_mean_one_and_are_zero_where_masked(kind, preset):
 
 
 @pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "dapo"])
-def test_the_baselines_weigh_all_tokens_alike(preset):
+def test_the_baselines_give_all_tokens_the_same_weight(preset):
     ids_BT, mask_BT = batch(*TEXTS)
     assert torch.equal(compute_token_weights(ids_BT, mask_BT, TOKENIZER, preset=preset, progress=0.7), mask_BT.float())
 
 
-def test_region_means_may_stand_in_for_token_entropies():
+def test_region_means_can_replace_token_entropies():
     ids_BT, mask_BT = batch(*TEXTS[:2])
     entropies_BT = torch.rand(ids_BT.shape)
     regions_BT = tag_regions(ids_BT, mask_BT, TOKENIZER, TOOLRL)
@@ -127,7 +127,7 @@ def test_region_means_may_stand_in_for_token_entropies():
     assert torch.allclose(from_tokens, from_means, atol=1e-6)
 
 
-def test_statistics_of_the_global_batch_weigh_every_micro_batch_alike():
+def test_statistics_of_the_global_batch_give_every_micro_batch_the_same_weights():
     ids_BT, mask_BT = batch(*TEXTS, eos=True)
     measured = RegionStatistics(torch.ones(6), torch.tensor([0.1, 0.2, 0.5, 2.0, 1.0, 1.5]))
     whole = compute_token_weights(ids_BT, mask_BT, TOKENIZER, entropies=measured)
@@ -136,7 +136,7 @@ def test_statistics_of_the_global_batch_weigh_every_micro_batch_alike():
         assert torch.equal(part[0], whole[row])
 
 
-def test_structure_outweighs_reasoning_and_reasoning_gains_with_progress_or_as_it_becomes_sure():
+def test_reasoning_gains_weight_with_progress_or_as_its_entropy_falls():
     ids_BT, mask_BT = batch(TEXTS[0])
     regions_T = tag_regions(ids_BT, mask_BT, TOKENIZER, TOOLRL)[0]
     measured = {"format": 0.1, "name": 0.2, "arguments": 0.5, "reasoning": 2.0, "other": 1.0}
@@ -157,7 +157,7 @@ def test_structure_outweighs_reasoning_and_reasoning_gains_with_progress_or_as_i
     assert weight(Region.FORMAT, 1, "paper") < weight(Region.FORMAT, 0, "paper")
 
 
-def test_top_entropy_and_collision_through_the_one_call():
+def test_top_entropy_and_collision_with_compute_token_weights():
     ids_BT, mask_BT = batch(*TEXTS[:2])
     values_BT = torch.rand(ids_BT.shape)
     top = replace(PRESETS["rest"], weights=WeightConfig(rule="top_entropy", quantile=0.25))
@@ -169,7 +169,7 @@ def test_top_entropy_and_collision_through_the_one_call():
         compute_token_weights(ids_BT, mask_BT, TOKENIZER, preset=top, entropies={"name": 1.0})
 
 
-def test_missing_or_wrong_entropies_and_names_are_refused():
+def test_missing_or_invalid_entropies_and_names_are_errors():
     ids_BT, mask_BT = batch(TEXTS[0])
     with pytest.raises(ValueError, match="entropies"):
         compute_token_weights(ids_BT, mask_BT, TOKENIZER)

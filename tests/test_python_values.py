@@ -20,12 +20,12 @@ def read(text):
 
 
 @given(json_values)
-def test_what_repr_writes_is_read(value):
+def test_the_output_of_repr_can_be_parsed(value):
     assert read(f"(a={value!r})") == {"a": value}
 
 
 @given(st.dictionaries(st.text(), json_values, max_size=4))
-def test_what_is_written_is_read_by_us_and_by_python(arguments):
+def test_written_arguments_can_be_parsed_by_us_and_by_python(arguments):
     text = write_arguments(arguments)
     assert read(text) == arguments
     keywords = ast.parse("f" + text, mode="eval").body.keywords
@@ -38,7 +38,7 @@ def test_what_is_written_is_read_by_us_and_by_python(arguments):
 
 
 @given(st.text(alphabet="'\"\\\n\tabnrxuU01234567{}é😀", max_size=20))
-def test_strings_are_read_as_python_reads_them(inner):
+def test_strings_are_parsed_as_in_python(inner):
     for quote in ("'", '"', "'''", '"""'):
         literal = f"{quote}{inner}{quote}"
         try:
@@ -117,12 +117,12 @@ def test_literals_by_hand(text, value):
         "(a=1a)",
     ],
 )
-def test_what_is_no_keyword_argument_with_a_literal_is_refused(text):
+def test_anything_but_keyword_arguments_with_literals_is_an_error(text):
     with pytest.raises(NotLiteralError):
         read_arguments(text, 0)
 
 
-def test_depth_and_digits_at_their_limits_are_read():
+def test_depth_and_digits_at_their_limits_are_accepted():
     assert read("(a=" + "[" * 64 + "]" * 64 + ")")
     assert read("(a=" + "9" * 400 + ")") == {"a": 10**400 - 1}
 

@@ -72,7 +72,7 @@ def test_golden_responses_agree_with_a_naive_tagger(row):
 
 @pytest.mark.parametrize("kind", ["byte_level", "special_tags", "byte_fallback", "metaspace"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_each_character_of_a_response_lies_in_a_token_of_its_region(kind, name):
+def test_each_character_is_in_a_token_of_its_region(kind, name):
     tokenizer, tool_format = TOKENIZERS[kind], FORMATS[name]
     text = tool_format.render(
         "find 東京 and 😀 there", [ToolCall("get_weather", {"city": "東京"}), ToolCall("f", {"n": 1})], "ok Zürich"
@@ -92,7 +92,7 @@ def test_each_character_of_a_response_lies_in_a_token_of_its_region(kind, name):
     assert Region.OTHER not in regions
 
 
-def test_a_plain_word_level_tokenizer_goes_through_the_incremental_decoder():
+def test_a_word_level_tokenizer_uses_the_incremental_decoder():
     tokenizer = TOKENIZERS["word_level"]
     assert get_token_bytes(tokenizer).pieces_V == ()
     # <think> I should call </think>  ->  one token per word; the space before a word belongs to the word
@@ -184,13 +184,13 @@ def test_a_marker_of_llama_at_the_end_is_text_and_the_end_of_the_message_is_not(
     assert tag(ids, tokenizer, FORMATS["llama3"]) == [Region.OTHER, Region.FORMAT]  # the tag opens no call
 
 
-def test_ids_that_are_not_the_canonical_tokenisation_keep_their_own_offsets():
+def test_ids_of_another_tokenization_keep_their_offsets():
     letters = [ids_of(char)[0] for char in "<think>ab</think>"]
     assert len(letters) > len(ids_of("<think>ab</think>"))
     assert tag(letters) == [0] * 7 + [3, 3] + [0] * 8
 
 
-def test_a_token_over_two_regions_takes_the_one_that_owns_most_bytes_and_the_more_specific_on_a_tie():
+def test_a_token_over_two_regions_gets_the_one_with_most_bytes_and_the_more_specific_on_a_tie():
     vocabulary = {"ab": 0, "cd": 1, "abc": 2, "d": 3}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="d"))
     backend.decoder = decoders.Fuse()
@@ -239,7 +239,7 @@ def joined(parts, results):
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=60)
 @given(data=st.data())
-def test_a_row_of_several_turns_is_tagged_as_each_turn_by_itself(name, data):
+def test_the_turns_of_a_row_are_tagged_separately(name, data):
     tool_format = get_format(name)
     tokenizer = data.draw(st.sampled_from([*TOKENIZERS.values(), SPECIAL]))
     ends = [[], [tokenizer.eos_token_id], [*tokenizer.all_special_ids[-2:], tokenizer.eos_token_id]]
@@ -301,7 +301,7 @@ def test_rows_of_a_batch_do_not_touch_each_other():
         assert regions[: len(row)] == (tag(row) if row else [])
 
 
-def test_adding_tokens_later_renews_the_table():
+def test_adding_tokens_rebuilds_the_byte_table():
     tokenizer = byte_level()
     before = get_token_bytes(tokenizer)
     tokenizer.add_tokens(["<new>"])
@@ -321,7 +321,7 @@ def test_sums_and_means_by_region():
     assert means[2:].isnan().all()
 
 
-def test_wrong_shapes_and_wrong_tokenizers_are_refused():
+def test_invalid_shapes_and_tokenizers_are_errors():
     with pytest.raises(ValueError, match=r"expected \(B, T\) for both"):
         tag_regions(torch.zeros(1, 2), torch.zeros(1, 3), BYTE_LEVEL, lambda text: ())
     with pytest.raises(ValueError, match=r"expected \(B, T\) for all"):

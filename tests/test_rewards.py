@@ -48,7 +48,7 @@ def test_accuracy_by_hand():
     assert accuracy(gold, []) == 0.0
 
 
-def test_the_best_assignment_is_taken_where_a_greedy_one_loses():
+def test_the_assignment_is_optimal_where_a_greedy_one_is_not():
     gold = [call("f", a=1, b=2), call("f", a=1, b=3)]
     made = [call("f", a=1, b=3), call("f", a=5, b=2)]
     # greedy pairs gold 1 with made 1 (value a) on a tie with made 2 (value b), leaving gold 2 with made 2: no value
@@ -78,7 +78,7 @@ def test_assignment_equals_the_best_of_all_permutations(gold, data):
     assert accuracy(gold, made) == pytest.approx((names + best) / points)
 
 
-def test_lines_that_are_no_call_count_as_extra_calls():
+def test_unreadable_lines_count_as_extra_calls():
     text = '<think> a </think>\n<tool_call>\n{"name": "f", "parameters": {}}\n{"name": "f", "para\n</tool_call>'
     # names 1 / (1 + 1 + 1 - 1) = 1/2, keys 1, points 2 -> 3/4
     value, findings = accuracy_score(TOOLRL.parse(text), Gold((call("f"),)))
@@ -86,7 +86,7 @@ def test_lines_that_are_no_call_count_as_extra_calls():
     assert "1 unreadable" in findings[0].message
 
 
-def test_without_gold_calls_only_silence_is_right():
+def test_without_gold_calls_any_call_is_wrong():
     no_calls = Gold((), "sorry")
     assert accuracy_score(respond(answer="sorry"), no_calls)[0] == 1.0
     assert accuracy_score(respond(call("f")), no_calls)[0] == 0.0
@@ -111,7 +111,7 @@ def test_without_gold_calls_only_silence_is_right():
         ("<think>a</think><response>b", Gold((), "c"), 0),
     ],
 )
-def test_format_score_wants_the_blocks_of_gold_once_complete_and_in_order(text, gold, expected):
+def test_format_score_requires_the_blocks_of_gold_complete_and_in_order(text, gold, expected):
     assert format_score(TOOLRL.parse(text), gold)[0] == expected
 
 
@@ -157,7 +157,7 @@ def test_gold_scores_full_marks_in_every_format(name, data, thought, answer, pro
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(data=st.data(), wanted=calls, answer=st.none() | plain_text, progress=st.floats(0, 1))
-def test_scores_stay_in_their_bounds_and_explain_what_they_lost(name, data, wanted, answer, progress):
+def test_scores_stay_in_their_bounds_and_costs_add_up(name, data, wanted, answer, progress):
     made = data.draw(calls_for(name))
     assume(writable(name, answer))
     tool_format = FORMATS[name]
@@ -211,20 +211,20 @@ def test_a_value_written_as_text_equals_the_string_and_the_value_that_it_spells(
     assert exact_match(parsed, wanted) is equal
 
 
-def test_texts_are_equal_to_what_they_spell_only_where_values_are_text():
+def test_strings_equal_the_values_that_they_spell_only_in_formats_with_text_values():
     gold = Gold((call("f", a="5"),))
     made = FORMATS["hermes"].parse('<tool_call>\n{"name": "f", "arguments": {"a": 5}}\n</tool_call>')
     assert accuracy_score(made, gold)[0] == pytest.approx(2 / 3)
 
 
-def test_the_assignment_knows_that_values_are_text():
+def test_the_assignment_compares_values_as_text():
     gold = Gold((call("f", a="1", b="2"), call("f", a="1", b="3")))
     text = "".join(QWEN.render(None, [call("f", a=1, b=b)], None) for b in (3, 2))
     # written in the other order and without quotes; points 1 + 2 calls + 4 keys, nothing is lost
     assert accuracy_score(QWEN.parse(text), gold)[0] == 1.0
 
 
-def test_an_explanation_names_what_cost_what():
+def test_the_explanation_lists_each_mistake():
     gold = Gold((call("f", city="Paris", n=1), call("g")))
     reward = score(respond(call("f", city="Rome", m=1), call("h"), answer="x"), gold)
     messages = {finding.kind: finding.message for finding in reward.explanation}
@@ -275,12 +275,12 @@ def test_json_equality_is_reflexive(value):
         ({"calls": [], "answer": 3}, "string or null"),
     ],
 )
-def test_gold_that_cannot_be_read_is_refused(value, message):
+def test_invalid_gold_is_an_error(value, message):
     with pytest.raises(ValueError, match=message):
         gold_from_json(value)
 
 
-def test_gold_reads_its_json_form():
+def test_gold_from_json():
     assert gold_from_json({"calls": [{"name": "f", "arguments": {"a": 1}}]}) == Gold((call("f", a=1),), None)
     assert gold_from_json({"answer": "x"}) == Gold((), "x")
     assert gold_from_json({"calls": [], "answer": " "}) == Gold()  # no format can tell a blank answer from none
@@ -288,7 +288,7 @@ def test_gold_reads_its_json_form():
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, "high", None])
 @pytest.mark.parametrize("wrap", [lambda number: number, lambda number: Reward(number, 1.0, 1.0, ())])
-def test_a_reward_that_is_no_finite_number_is_refused(number, wrap):
+def test_a_reward_must_be_a_finite_number(number, wrap):
     def own(judgement, progress, step=None):
         return wrap(number)
 
@@ -296,7 +296,7 @@ def test_a_reward_that_is_no_finite_number_is_refused(number, wrap):
         apply_reward(own, judge("", Gold((), "b")), 0.0)
 
 
-def test_bad_reward_settings_and_progress_are_refused():
+def test_invalid_reward_settings_and_progress_are_errors():
     with pytest.raises(ValueError, match="start <= end"):
         RewardConfig(accuracy_share_start=0.9, accuracy_share_end=0.1)
     with pytest.raises(ValueError, match="format_scale -1"):

@@ -26,7 +26,7 @@ def start(folder: Path, steps: int = 0) -> RunLog:
     return log
 
 
-def test_folder_holds_what_was_written(tmp_path: Path) -> None:
+def test_a_folder_is_read_back_as_written(tmp_path: Path) -> None:
     log = start(tmp_path / "run", steps=3)
     log.update_summary(before={"exact_match": 0.25})
     log.update_summary(after={"exact_match": 0.5})
@@ -72,19 +72,19 @@ def test_resume_before_the_end_drops_the_evaluation_after_it(tmp_path: Path, is_
     assert log.read_summary() == (whole if is_last else {"before": {"n": 1}})
 
 
-def test_summary_that_is_no_object_is_named(tmp_path: Path) -> None:
+def test_a_summary_that_is_not_an_object_is_an_error(tmp_path: Path) -> None:
     start(tmp_path)
     (tmp_path / SUMMARY).write_text("[]")
     with pytest.raises(ValueError, match=r"summary\.json contains a list, expected an object"):
         read_run(tmp_path)
 
 
-def test_resume_of_nothing_is_refused(tmp_path: Path) -> None:
+def test_resuming_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"contains no run.*without --resume"):
         RunLog.resume(tmp_path, 0)
 
 
-def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+def test_a_file_instead_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(ValueError, match="is a file"):
         start(tmp_path / "run")
@@ -105,7 +105,7 @@ except ValueError as error:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX")
-def test_no_room_leaves_what_was_written_whole(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_earlier_rows_intact(tmp_path: Path) -> None:
     start(tmp_path, steps=2)
     before = (tmp_path / RESPONSES).read_bytes()
     done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True)
@@ -114,7 +114,7 @@ def test_no_room_leaves_what_was_written_whole(tmp_path: Path) -> None:
     assert (tmp_path / RESPONSES).read_bytes() == before
 
 
-def test_a_model_that_was_cut_short_is_kept_anew_and_a_whole_one_stays(tmp_path: Path) -> None:
+def test_an_incomplete_model_is_copied_again_and_a_complete_one_stays(tmp_path: Path) -> None:
     log, checkpoint = start(tmp_path / "run"), tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_text("whole")
@@ -141,7 +141,7 @@ def test_a_model_that_was_cut_short_is_kept_anew_and_a_whole_one_stays(tmp_path:
         (RuntimeError("Some tensors share memory"), False),
     ],
 )
-def test_only_what_the_folder_refuses_is_an_error_of_the_folder(tmp_path: Path, error: Exception, is_the_folder: bool):
+def test_only_errors_of_the_folder_are_reported_as_such(tmp_path: Path, error: Exception, is_the_folder: bool):
     from rest_rl.train.trl.engine import explain_write_errors
 
     (tmp_path / "optimizer.pt").write_bytes(b"torn")
@@ -170,7 +170,7 @@ with explain_write_errors(folder):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX")
 @pytest.mark.parametrize("writer", WRITERS)
-def test_no_room_for_a_checkpoint_is_an_error_of_the_folder_whoever_writes_it(tmp_path: Path, writer: str) -> None:
+def test_a_full_disk_is_an_error_of_the_folder_for_every_checkpoint_writer(tmp_path: Path, writer: str) -> None:
     command = [sys.executable, "-c", SAVE, tmp_path, WRITERS[writer]]
     done = subprocess.run(command, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
@@ -187,7 +187,7 @@ def test_summary_survives_a_failed_update(tmp_path: Path) -> None:
     assert log.read_summary() == {"before": {"exact_match": 0.25}}
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     replace_file(path, "é")
     replace_file(path, "new")
@@ -211,11 +211,11 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["é", "\u2028\x85\n", "\ud800", "\x00", "😀"])
-def test_any_text_is_one_line_that_reads_back(tmp_path: Path, value: str) -> None:
+def test_any_text_is_one_line_and_is_read_back(tmp_path: Path, value: str) -> None:
     log = start(tmp_path)
     log.add_responses([{"step": 1, "response": value}, {"step": 1, "response": "next"}])
     assert [row["response"] for row in read_run(tmp_path).responses] == [value, "next"]
 
 
-def test_numbers_that_json_lacks_become_null() -> None:
+def test_nan_and_infinity_become_null() -> None:
     assert json.loads(as_json({"a": math.nan, "b": [math.inf, 1.5]})) == {"a": None, "b": [None, 1.5]}

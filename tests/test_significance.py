@@ -9,7 +9,7 @@ import pytest
 from rest_rl.statistics import Interval, q_values
 
 
-def test_an_interval_that_is_not_known_excludes_nothing() -> None:
+def test_an_unknown_interval_excludes_nothing() -> None:
     assert Interval(1.0, 0.5, 1.5).excludes_zero
     assert Interval(-1.0, -1.5, -0.5).excludes_zero
     assert not Interval(1.0, -0.5, 2.5).excludes_zero

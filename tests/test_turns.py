@@ -67,7 +67,7 @@ def test_a_cut_off_response_is_never_exact_and_has_no_format_score(text: str, go
     )
 
 
-def test_training_knows_a_cut_off_response_by_its_last_id_and_tells_turns_apart() -> None:
+def test_training_detects_cut_off_responses_by_their_last_id_and_separates_turns() -> None:
     tokenizer = tiny_tokenizer()
     call, answer = (tokenizer(text)["input_ids"] for text in (CALL, ANSWER))
     ids = [[*call, tokenizer.eos_token_id], call, [*answer, tokenizer.pad_token_id], answer, [*call, 7]]
@@ -92,7 +92,7 @@ def test_training_knows_a_cut_off_response_by_its_last_id_and_tells_turns_apart(
     assert own(completion_ids=ids[:2], gold=golds[:2]) == pytest.approx([0.3, 1.0])
 
 
-def test_held_out_prompts_and_the_probe_know_a_cut_off_response() -> None:
+def test_held_out_evaluation_and_the_probe_detect_cut_off_responses() -> None:
     tokenizer = tiny_tokenizer()
     layout, ends = PromptLayout(tokenizer, "toolrl"), [tokenizer.eos_token_id]
     call, answer = (tokenizer(text)["input_ids"] for text in (CALL, ANSWER))
@@ -122,7 +122,7 @@ def test_scored_rows_and_recorded_responses_can_be_cut_off(tmp_path: Path, capsy
     assert "truncated" in bad["error"]
 
 
-def test_the_tool_world_tells_turns_apart_and_counts_no_cut_off_response(
+def test_the_tool_world_separates_turns_and_counts_no_cut_off_response(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -165,12 +165,12 @@ def test_overlap_by_hand(text: str, expected: float) -> None:
 
 
 @given(st.text(), st.text())
-def test_overlap_is_symmetric_and_a_share(one: str, other: str) -> None:
+def test_overlap_is_symmetric_and_in_0_to_1(one: str, other: str) -> None:
     assert 0 <= token_overlap(one, other) == token_overlap(other, one) <= 1
     assert token_overlap(one, one) == 1
 
 
-def test_an_answers_reward_is_presence_overlap_or_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answers_reward_is_presence_overlap_or_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "answer_rules.py").write_text(
         "def length(text, gold):\n    return len(gold.answer) / 100\ndef far(text, gold):\n    return 2\n"
         "def one(text):\n    return 1\n"
@@ -231,7 +231,7 @@ def test_the_table_has_call_turns_first_and_a_single_kind_once() -> None:
     assert figures == ["20.0 → 40.0", "80.0 → 100.0", "50.0 → 70.0"] * 2
     several = before_after_rows({"before": told_apart(0.2, 0.8, ("one", "two"))})
     assert [row[0] for row in several][3:5] == ["  one", "  two"]
-    # an old run knows of no turns, and one of its sides in a resumed run neither: never call turns beside all turns
+    # Old runs have no turns, nor has one side of a run resumed from them: call turns are never compared with all turns.
     old = {**means_of(0.5, 20), "greedy": means_of(0.6, 20)}
     for summary in ({"before": old, "after": old}, {"before": old, "after": told_apart(0.4, 1.0)}):
         assert [row[0] for row in before_after_rows(summary)] == ["sampled, T = 1", "greedy"]
@@ -257,7 +257,7 @@ def make_run(folder: Path, *, is_old: bool = False) -> Path:
     return folder
 
 
-def test_a_report_is_over_call_turns_unless_one_of_its_runs_cannot_tell(tmp_path: Path) -> None:
+def test_a_report_covers_call_turns_unless_a_run_does_not_separate_them(tmp_path: Path) -> None:
     new, old = make_run(tmp_path / "new"), make_run(tmp_path / "old", is_old=True)
     run, other = read_run(new), read_run(old)
     assert headline_key([run], "rest/exact_match") == "rest/exact_match_calls"
@@ -288,7 +288,7 @@ def tell_apart(folder: Path) -> None:
         (place / "summary.json").write_text(json.dumps(summary))
 
 
-def test_a_comparison_is_about_call_turns_and_never_mixes(tmp_path: Path) -> None:
+def test_a_comparison_covers_call_turns_and_never_mixes(tmp_path: Path) -> None:
     grid = make_grid(tmp_path, {"grpo": Effect(), "rest": Effect(0.05)}, seeds=3)
     assert collect(tmp_path, grid, "grpo").primary == "exact"
     tell_apart(tmp_path)
@@ -343,7 +343,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("preset", ["rest", "sft"])
-def test_data_turns_trains_on_call_turns_and_measures_all(run_file: Path, preset: str) -> None:
+def test_data_turns_trains_on_call_turns_and_evaluates_all(run_file: Path, preset: str) -> None:
     held_out = f"data.held_out={run_file.parent / 'd.test.jsonl'}"
     plan = make_plan(run_file, overrides=[f"rest.preset={preset}", held_out, "data.turns=calls"], is_dry=True)
     assert {sample.gold.turn for sample in plan.data.samples} == {"calls"}
@@ -358,7 +358,7 @@ def test_data_turns_trains_on_call_turns_and_measures_all(run_file: Path, preset
     assert len(calls) < len(whole)
 
 
-def test_the_mix_is_printed_and_many_answers_are_warned_of(
+def test_the_mix_is_printed_with_a_warning_about_many_answers(
     run_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -380,7 +380,7 @@ def test_the_mix_is_printed_and_many_answers_are_warned_of(
         assert "warning: 50%" not in capsys.readouterr().out, override
 
 
-def test_held_out_is_an_option_and_the_other_part_of_a_split_is_told(
+def test_held_out_is_an_option_and_the_other_part_of_a_split_is_suggested(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     test = str(run_file.parent / "d.test.jsonl")

@@ -63,7 +63,7 @@ def batch(rows: int = 2, width: int = 4) -> TaggedBatch:
     return TaggedBatch(torch.zeros_like(mask_BT), mask_BT, regions_BT, None, "toolrl")
 
 
-def test_a_function_weighs_and_the_mean_is_one(rules):
+def test_a_function_can_be_a_rule_and_its_mean_is_one(rules):
     rule = RestTable(weights={"rule": f"{rules}:later"}).resolve().weights
     weights_BT = apply_weight_rule(rule, batch(), None, 0.0)
     # 1.25, 1.5, 1.75, 2 have mean 1.625; 1.25, 1.5, 1.75 have mean 1.5
@@ -80,7 +80,7 @@ def test_a_class_takes_its_options_from_the_table(rules):
 
 
 @pytest.mark.parametrize("name", ["wrong_shape", "negative"])
-def test_weights_that_are_none_are_refused_by_the_rule_s_name(rules, name):
+def test_invalid_weights_are_an_error_that_names_the_rule(rules, name):
     rule = RestTable(weights={"rule": f"{rules}:{name}"}).resolve().weights
     with pytest.raises(UserError) as error:
         apply_weight_rule(rule, batch(), None, 0.0)
@@ -100,13 +100,13 @@ def test_weights_that_are_none_are_refused_by_the_rule_s_name(rules, name):
         {"rule": "uniform", "strenght": 0.5},
     ],
 )
-def test_a_rule_that_cannot_be_had_is_a_user_error(rules, table):
+def test_a_rule_that_cannot_be_loaded_is_a_user_error(rules, table):
     table = {key: value.format(rules) if isinstance(value, str) else value for key, value in table.items()}
-    with pytest.raises(ValueError, match="weight rule|expected"):
+    with pytest.raises(ValueError, match=r"weight rule|expected"):
         RestTable(weights=table).resolve()
 
 
-def test_a_rule_of_ones_own_is_written_down_and_read_back(rules):
+def test_your_own_rule_is_recorded_and_loaded_again(rules):
     config = RunConfig.from_toml(f"[rest.weights]\nrule = '{rules}:Arguments'\nfactor = 3.0")
     again = RunConfig.from_toml(config.to_toml())
     assert again.to_toml() == config.to_toml()
@@ -115,7 +115,7 @@ def test_a_rule_of_ones_own_is_written_down_and_read_back(rules):
 
 
 @pytest.mark.parametrize("name", WEIGHT_RULES)
-def test_every_rule_of_the_package_is_an_object_of_the_protocol(name):
+def test_every_built_in_rule_follows_the_protocol(name):
     rule = RestTable(weights={"rule": name}).resolve().weights
     measured = RegionStatistics(torch.ones(6), torch.linspace(0.1, 2.0, 6), torch.linspace(0.1, 0.9, 6))
     ids_BT = torch.zeros(2, 4, dtype=torch.long)
@@ -130,7 +130,7 @@ def test_every_rule_of_the_package_is_an_object_of_the_protocol(name):
     assert (get_region_weights(rule, measured, 0.5) is not None) is (name not in ("constant", "uniform", "top_entropy"))
 
 
-def test_the_top_of_a_part_is_that_of_the_whole_batch():
+def test_a_micro_batch_uses_the_threshold_of_the_global_batch():
     rule = WeightConfig(rule="top_entropy", quantile=0.25)
     entropies_BT = torch.tensor([[4.0, 3.0, 1.0, 1.0], [2.0, 1.0, 1.0, 0.5]]).double()
     mask_BT = torch.ones(2, 4, dtype=torch.long)
@@ -144,7 +144,7 @@ def test_the_top_of_a_part_is_that_of_the_whole_batch():
     assert whole_BT.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]  # the second row keeps its own most uncertain token
 
 
-def test_a_reward_of_ones_own_is_read_from_the_run_file(rules, tmp_path):
+def test_your_own_reward_is_read_from_the_run_file(rules, tmp_path):
     (tmp_path / f"{rules}_reward.py").write_text(
         "def short(judgement, progress, step):\n    return judgement.accuracy - 0.001 * len(judgement.text)\n"
     )
@@ -153,7 +153,7 @@ def test_a_reward_of_ones_own_is_read_from_the_run_file(rules, tmp_path):
     assert reward(judgement, 0.0, 1) == pytest.approx(1.0 - 0.001 * len(judgement.text))
 
 
-def test_the_trainer_trains_by_a_rule_of_ones_own_with_regions_tagged_once(tokenizer, tmp_path, rules):  # noqa: F811
+def test_the_trainer_uses_your_own_rule_and_tags_regions_once(tokenizer, tmp_path, rules):  # noqa: F811
     args = ResTConfig(**tiny_settings(tmp_path / "out", weights={"rule": f"{rules}:Arguments", "factor": 4.0}))
     trainer = ResTTrainer(
         tiny_model(tokenizer),
@@ -176,7 +176,7 @@ def test_the_trainer_trains_by_a_rule_of_ones_own_with_regions_tagged_once(token
     json.loads(args.to_json_string())
 
 
-def test_two_modules_of_one_name_are_told_apart(tmp_path):
+def test_two_modules_of_the_same_name_are_an_error(tmp_path):
     for name, constant in (("first", 1.0), ("second", 2.0)):
         (tmp_path / name).mkdir()
         code = f"def rule(batch, statistics, progress):\n    return {constant} * batch.mask_BT\n"
@@ -188,7 +188,7 @@ def test_two_modules_of_one_name_are_told_apart(tmp_path):
         load_object("rule_in_two_folders:rule", "weight rule")
 
 
-def test_a_recorded_run_finds_the_rule_beside_its_run_file_whoever_reads_it(tmp_path):
+def test_every_reader_of_a_run_folder_finds_the_rule_next_to_its_run_file(tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "rule_of_a_recorded_run.py").write_text("def rule(batch, statistics, progress):\n    pass\n")
     config = "[rest.weights]\nrule = 'rule_of_a_recorded_run:rule'\n"
@@ -199,7 +199,7 @@ def test_a_recorded_run_finds_the_rule_beside_its_run_file_whoever_reads_it(tmp_
     assert callable(run.rest.resolve().weights)
 
 
-def test_the_diagnosis_takes_a_rule_of_ones_own_for_none_of_the_package(rules, tmp_path):
+def test_the_diagnosis_does_not_take_your_own_rule_for_a_built_in_one(rules, tmp_path):
     (tmp_path / f"{rules}_fields.py").write_text(
         "class Own:\n    w_min, w_max, strength = 'a', 'b', 'high'\n    def __call__(self, *_): ...\n"
     )

@@ -76,12 +76,12 @@ def test_strength_interpolates_geometrically_down_to_grpo():
         assert weights_R.tolist() == [1.0] * 6, rule
 
 
-def test_constants_are_taken_as_they_are():
+def test_constants_are_used_unchanged():
     weights_R = region_weights(None, WeightConfig(rule="constant"))
     assert weights_R.tolist() == [1.0, 1.2, 0.6, 0.6, 0.6, 0.6]
 
 
-def test_permuted_deals_the_same_weights_to_shuffled_regions_by_seed():
+def test_permuted_permutes_the_weights_by_seed():
     seen = statistics([0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
     ordered = region_weights(seen, WIDE)
     first, again = (region_weights(seen, replace(WIDE, rule="permuted", seed=1)) for _ in range(2))
@@ -93,7 +93,7 @@ def test_permuted_deals_the_same_weights_to_shuffled_regions_by_seed():
     assert {way[4:] for way in ways} == {tuple(ordered.tolist()[4:])}
 
 
-def test_permuted_deals_the_curriculum_with_the_weights():
+def test_permuted_permutes_the_curriculum_with_the_weights():
     config = WeightConfig(decay_format=0.4, gain_arguments=0.3, gain_reasoning=0.2, rule="permuted", seed=1)
     dealing = [2, 3, 0, 1, 4, 5]  # the fifth of the nine: FORMAT gets what ARGUMENTS would have, NAME that of REASONING
     plain_R = apply_curriculum(torch.ones(6, dtype=torch.float64), 1.0, replace(config, rule="one_minus_exp"))
@@ -106,7 +106,7 @@ def test_permuted_deals_the_curriculum_with_the_weights():
     assert whole_dealt_R.tolist() == pytest.approx(whole_R[dealing].tolist())
 
 
-def test_dropped_regions_weigh_nothing_and_the_mean_stays_one():
+def test_dropped_regions_have_weight_zero_and_the_mean_stays_one():
     config = WeightConfig(rule="uniform", dropped=("reasoning",), gain_reasoning=0.5)
     weights_R = apply_curriculum(region_weights(None, config), 1.0, config)
     assert weights_R.tolist() == [1.0, 1.0, 1.0, 0.0, 1.5, 1.0]
@@ -117,7 +117,7 @@ def test_dropped_regions_weigh_nothing_and_the_mean_stays_one():
     assert WeightConfig(dropped=["name"]) == WeightConfig(dropped=("name",))  # as TOML has it
 
 
-def test_regions_out_of_scope_weigh_one():
+def test_regions_out_of_scope_have_weight_one():
     config = WeightConfig(rule="inverse", scope=("format", "name"))
     weights_R = region_weights(statistics([1.0, 0.5, 9, 9, 9, 9]), config)
     # 1/1 and 1/0.5 over one token each: mean 1.5
@@ -131,7 +131,7 @@ def test_weights_are_clipped_after_division_by_the_token_mean():
     assert weights_R.max() == 2.0
 
 
-def test_nothing_measured_yet_means_equal_weights():
+def test_weights_are_equal_before_the_first_measurement():
     assert region_weights(None, WeightConfig()).tolist() == [1.0] * 6
     assert region_weights(statistics([NAN] * 6, [0] * 6), WeightConfig()).tolist() == [1.0] * 6
     overflown = statistics([math.inf, 1.0, 0.5, 1.0, 1.0, 1.0], [1] * 6)
@@ -148,7 +148,7 @@ def test_curriculum_by_hand():
     assert apply_curriculum(ones_R, 0.0, config).tolist() == [1.0] * 6
 
 
-def test_tokens_get_their_regions_weight_with_mean_one_per_response():
+def test_tokens_get_the_weight_of_their_region_with_mean_one_per_response():
     # response 1: weights 2, 2, 1 -> mean 5/3 -> 1.2, 1.2, 0.6; response 2: one token; response 3: nothing unmasked
     weights_R = torch.tensor([2.0, 1.0, 1, 1, 1, 5], dtype=torch.float64)
     regions_BT = torch.tensor([[0, 0, 1], [5, 5, 5], [0, 1, 2]])
@@ -170,7 +170,7 @@ entropies = st.one_of(st.floats(0, 20), st.just(0.0), st.just(NAN), st.just(math
     st.floats(0, 1),
     st.lists(st.lists(st.integers(0, 5), min_size=7, max_size=7), min_size=1, max_size=4),
 )
-def test_weights_are_finite_non_negative_and_of_mean_one_whatever_was_measured(rule, h, counts, strength, nu, rows):
+def test_weights_are_finite_non_negative_and_have_mean_one(rule, h, counts, strength, nu, rows):
     config = WeightConfig(rule=rule, strength=strength, decay_format=0.9, gain_arguments=3.0, gain_reasoning=9.0)
     weights_R = apply_curriculum(region_weights(statistics(h, counts, h), config), nu, config)
     regions_BT = torch.tensor(rows)
@@ -210,11 +210,11 @@ def test_top_entropy_keeps_the_most_uncertain_tokens_and_one_of_every_response()
         ({"constants": dict.fromkeys(WeightConfig().constants, 0.0)}, "and not all 0"),
     ],
 )
-def test_bad_settings_are_refused_with_what_is_expected(settings, message):
+def test_invalid_settings_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         WeightConfig(**settings)
 
 
-def test_progress_outside_zero_to_one_is_refused():
+def test_progress_outside_zero_to_one_is_an_error():
     with pytest.raises(ValueError, match="progress"):
         apply_curriculum(torch.ones(6), 1.01, WeightConfig())

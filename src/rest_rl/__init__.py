@@ -59,8 +59,8 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _RENAMED = {"token_weights": "compute_token_weights", "training_dataset": "build_training_dataset"}
+# Packages that can be called like functions (`rest_rl.objects.make_package_callable`).
 _WORKFLOWS = ("compare", "evaluate", "probe", "train")
-"""Packages that can be called like functions (`rest_rl.objects.make_package_callable`)."""
 
 __all__ = [
     "FORMATS",

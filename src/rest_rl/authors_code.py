@@ -18,8 +18,8 @@ import numpy as np
 
 from rest_rl.response import Gold, check_progress
 
+# Length of the published schedule in steps; progress 1 corresponds to the last one.
 SCHEDULE_STEPS = 150
-"""Length of the published schedule in steps; progress 1 corresponds to the last one."""
 
 
 def authors_step(progress: float) -> float:

@@ -34,16 +34,17 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+# Value of `model.path` and `data.path` for the model and the tool world that ship with the package.
 EMBEDDED = "embedded"
-"""Value of `model.path` and `data.path` for the model and the tool world that ship with the package."""
+# Value of `rest.format` and `data.source` for detection from the chat template and from the rows.
 AUTO = "auto"
-"""Value of `rest.format` and `data.source` for detection from the chat template and from the rows."""
+# Maximum response length in tokens if neither the run nor the model's context length limits it.
 DEFAULT_RESPONSE_LIMIT = 1024
-"""Maximum response length in tokens if neither the run nor the model's context length limits it."""
 
+# Default of `rest.entropy_decay`: close to the best value in every run we measured (docs/results.md).
 ENTROPY_DECAY = 0.7
-"""Default of `rest.entropy_decay`: close to the best value in every run we measured (docs/results.md)."""
 
+# Deprecated keys and the keys of the same table that replace them.
 RENAMED_KEYS = {
     "run.responses_per_step": "run.recorded_responses",
     "data.keep": "data.allow",
@@ -51,7 +52,6 @@ RENAMED_KEYS = {
     "eval.samples": "eval.samples_per_prompt",
     "eval.slice": "eval.interim_prompts",
 }
-"""Deprecated keys and the keys of the same table that replace them."""
 
 T = TypeVar("T")
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -182,6 +182,7 @@ class RestTable(Table):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # A field that the preset ignores must keep its default: the user would believe that it has an effect.
         rl_fields: dict[str, Any] = {"weights": {}, "reward": {}, "advantage": None, "entropy_decay": ENTROPY_DECAY}
         rl_fields["progress_steps"] = 0
         supervised_fields: dict[str, Any] = {"region_weights": {}}
@@ -333,6 +334,7 @@ def read_run_file(path: str | Path | None, overrides: Iterable[str] = ()) -> Run
     if path is None:
         overrides = list(overrides)
         requested = apply_overrides({}, overrides)
+        # The tool world's settings do not suit your own model or data, so these start from other defaults.
         is_own = any("path" in requested.get(table, {}) for table in ("model", "data"))
         is_supervised = requested.get("rest", {}).get("preset") in SUPERVISED
         name = "own_model_sft.toml" if is_supervised else "own_model.toml" if is_own else "tool_world.toml"
@@ -457,6 +459,7 @@ def validate_value(value: Any, hint: Any, path: str) -> Any:
         return from_mapping(kind, value, path) if isinstance(value, Mapping) else value
     if typing.get_origin(hint) is tuple and isinstance(value, list):  # TOML has lists only
         value = tuple(value)
+    # Strict, because pydantic would otherwise accept "1" as a number and 1 as true.
     try:
         return type_adapter(hint).validate_python(value, strict=True)
     except ValidationError as error:
@@ -473,6 +476,7 @@ def validate_value(value: Any, hint: Any, path: str) -> Any:
     raise UserError(f"{path} is {value!r}", " or ".join(expected), "change the value")
 
 
+# Wording for pydantic's error types; other types keep pydantic's message.
 EXPECTED_TEXTS = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -489,7 +493,6 @@ EXPECTED_TEXTS = {
     "less_than_equal": "at most {le}",
     "less_than": "less than {lt}",
 }
-"""Wording for pydantic's error types; other types keep pydantic's message."""
 
 
 type_adapter = cache(TypeAdapter)

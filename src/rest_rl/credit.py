@@ -12,8 +12,8 @@ if TYPE_CHECKING:  # torch is imported inside the function: run files are read w
 
 AdvantageKind = Literal["grpo", "dr_grpo", "dapo"]
 
+# Added to a group's standard deviation, as in TRL.
 STD_EPSILON = 1e-4
-"""Added to a group's standard deviation, as in TRL."""
 
 
 def group_advantages(rewards_B: Tensor, group_size: int, kind: AdvantageKind = "grpo") -> Tensor:

@@ -114,13 +114,8 @@ def _is_too_deep(text: str, start: int, end: int) -> bool:
 
 
 def find_bracket_end(text: str, start: int, pattern: re.Pattern[str] = _BRACKET_OR_STRING) -> int:
-    """Return the position after the bracket that closes the one at `start`, or -1.
-
-    Args:
-        text: The text.
-        start: Position of an opening bracket.
-        pattern: Matches brackets and whole strings, so that brackets in strings do not count; JSON's by default.
-    """
+    """Return the position after the bracket that closes the one at `start`, or -1."""
+    # `pattern` matches brackets and whole strings, so that brackets in strings do not count.
     # Bracket types are not compared: `[}` counts as closed. The text is known to be broken, and the position only
     # has to be plausible.
     opening = pattern.match(text, start)

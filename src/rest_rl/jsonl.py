@@ -25,7 +25,6 @@ def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def enumerate_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number, line) for the non-blank lines of an open file, counted from 1."""
     for number, line in enumerate(file, start=1):
         if line.strip():
             yield number, line
@@ -61,6 +60,8 @@ def response_texts(lines: Iterable[bytes]) -> Iterator[str]:
 
 def as_json(value: Any, indent: int | None = None) -> str:
     """Return JSON that every parser accepts: NaN and infinities become null, lone surrogates are escaped."""
+    # Readable text is written as it is. A response can contain lone surrogates, which cannot be written as UTF-8; then
+    # all characters beyond ASCII are escaped.
     text = json.dumps(replace_non_finite(value), ensure_ascii=False, indent=indent)
     return text if text.isascii() or not has_surrogates(text) else json.dumps(replace_non_finite(value), indent=indent)
 
@@ -75,7 +76,6 @@ def replace_non_finite(value: Any) -> Any:
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether the text contains lone surrogates, which UTF-8 cannot encode."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 

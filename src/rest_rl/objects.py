@@ -70,6 +70,7 @@ def _find_conflicting_file(module: str, file: str | None) -> Path | None:
 
 def find_address(found: object) -> str | None:
     """Return the `package.module:OBJECT` of an object in a loaded module other than `__main__`, or None."""
+    # We iterate over copies, because an import in another thread can add modules. Entries of sys.modules can be None.
     for module in [name for name in sys.modules if name != "__main__"]:
         for name, value in list(vars(sys.modules[module] or object).items()):
             if value is found and not name.startswith("_"):

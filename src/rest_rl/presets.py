@@ -41,10 +41,10 @@ class Preset:
     epsilon_high: float = 0.2
 
 
+# The package's weight rules by name: `rule` in `[rest.weights]`.
 WEIGHT_RULES: Mapping[str, type] = {**dict.fromkeys(get_args(RuleName), WeightConfig), "authors-code": AuthorsWeights}
-"""The package's weight rules by name: `rule` in `[rest.weights]`."""
+# The package's rewards by name: `rule` in `[rest.reward]`.
 REWARD_RULES: Mapping[str, type] = {"rescaled": RewardConfig, "authors-code": AuthorsReward}
-"""The package's rewards by name: `rule` in `[rest.reward]`."""
 
 _UNIFORM = WeightConfig(rule="uniform")
 # No schedule: the weights follow the moving averages of the entropies. The strength is low because twice as much costs
@@ -67,16 +67,14 @@ PRESETS: dict[str, Preset] = {
     )
 }
 
+# The supervised baselines: loss weight by region (default 1), normalised to mean 1 over each response.
+# tsft's factor is that of ms-swift's loss scale `hermes` for call blocks (https://github.com/modelscope/ms-swift),
+# which the published code includes. rsft's factor is ours.
 SUPERVISED: dict[str, dict[str, float]] = {
     "sft": {},
     "tsft": {"format": 2.0, "name": 2.0, "arguments": 2.0},
     "rsft": {"reasoning": 2.0},
 }
-"""The supervised baselines: loss weight by region (default 1), normalised to mean 1 over each response.
-
-tsft's factor is that of ms-swift's loss scale `hermes` for call blocks (https://github.com/modelscope/ms-swift), which
-the published code includes. rsft's factor is ours.
-"""
 
 
 def get_preset(preset: str | Preset) -> Preset:
@@ -102,16 +100,10 @@ def score_response(
     step: float | None = None,
     truncated: bool = False,
 ) -> Reward:
-    """Return the preset's reward for a response; malformed text scores low and never raises.
+    """Return the preset's reward for a response at a progress in [0, 1]; malformed text scores low and never raises.
 
-    Args:
-        text: The response.
-        gold: The expected calls and answer.
-        format: A format's name or a `ToolFormat`.
-        preset: A preset's name or a `Preset`.
-        progress: Curriculum progress in [0, 1].
-        step: Absolute training step, for `authors-code` only; by default progress * 150.
-        truncated: Whether the response was cut off; S_format is then 0.
+    `step` is the absolute training step for `authors-code`, by default progress * 150. S_format is 0 for `truncated`
+    responses, which were cut off.
     """
     judgement = judge(text, gold, format, truncated=truncated)
     return apply_reward(get_preset(preset).reward, judgement, progress, step)

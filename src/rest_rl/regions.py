@@ -30,8 +30,8 @@ from rest_rl.errors import UserError
 from rest_rl.formats import ToolFormat, get_format
 from rest_rl.response import NUM_REGIONS, Region, Span
 
+# If a token has equally many bytes in several regions, the first of them in this order wins.
 TIE_ORDER = (Region.NAME, Region.ARGUMENTS, Region.FORMAT, Region.REASONING, Region.ANSWER, Region.OTHER)
-"""If a token has equally many bytes in several regions, the first of them in this order wins."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -231,6 +231,7 @@ def token_char_lengths(ids: Sequence[int], tokenizer: Any, tags: Sequence[str] =
     return lengths + [0] * (len(ids) - num_text)
 
 
+# A tokenizer can make a format's tags special tokens. At the end of a response these are text, unlike end-of-sequence.
 def _tag_ids(table: TokenBytes, tags: Sequence[str]) -> frozenset[int]:
     ids = (table.tokenizer.token_to_id(tag) for tag in tags)
     return frozenset(i for i in ids if i is not None)

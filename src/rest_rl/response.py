@@ -39,8 +39,8 @@ class Region(IntEnum):
 
 NUM_REGIONS = len(Region)
 Turn = Literal["calls", "answers"]
+# Kinds of turns and their labels. Their scores are reported separately, because answers are not compared with gold.
 TURNS: Mapping[Turn, str] = {"calls": "call turns", "answers": "answer turns"}
-"""Kinds of turns and their labels. Their scores are reported separately, because answers are not compared with gold."""
 
 
 class Span(NamedTuple):

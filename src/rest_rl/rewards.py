@@ -115,6 +115,7 @@ class RewardConfig:
         check_progress(progress)
         share = self.accuracy_share_start + (self.accuracy_share_end - self.accuracy_share_start) * progress
         accuracy, explanation = judgement.accuracy, judgement.explanation
+        # Only an answer where an answer was expected; the extra finding keeps the sum of the costs at 1 - S_acc.
         if judgement.gold.turn == "answers" and judgement.gold.answer is not None and accuracy == 1:
             accuracy = self._answer_score(judgement, judgement.gold.answer)
             if accuracy < 1:
@@ -191,12 +192,8 @@ def judge(
 ) -> Judgement:
     """Parse a response and score it against gold; malformed text scores low and never raises.
 
-    Args:
-        text: The response.
-        gold: The expected calls and answer.
-        format: A format's name or a `ToolFormat`.
-        spans: Also locate the regions (`judgement.parsed.spans`), which takes longer.
-        truncated: Whether the response was cut off; S_format is then 0.
+    `spans` also locates the regions (`judgement.parsed.spans`), which takes longer. S_format is 0 for `truncated`
+    responses, which were cut off.
     """
     parsed = get_format(format).parse(text, spans=spans)
     return judge_parsed(parsed, gold, text, truncated=truncated)
@@ -290,6 +287,7 @@ def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Sco
         if not parsed.attempted_call:
             return 1.0, ()
         return 0.0, (ScoreFinding("unneeded_call", "a tool was called, but no call was expected", 1.0),)
+    # The maximum: 1 point for the tool names; for each gold call 1 for its argument names and 1 per value.
     points = 1 + len(gold.calls) + sum(len(call.arguments) for call in gold.calls)
     findings: list[ScoreFinding] = []
     names = _name_score(parsed, gold, points, findings)
@@ -305,6 +303,7 @@ def accuracy_score(parsed: ParsedResponse, gold: Gold) -> tuple[float, tuple[Sco
 
 
 def _name_score(parsed: ParsedResponse, gold: Gold, points: int, findings: list[ScoreFinding]) -> float:
+    # Jaccard index of two multisets. Sorting two short lists is faster than counting, and usually they are equal.
     wanted, made = [call.name for call in gold.calls], [call.name for call in parsed.calls]
     if not parsed.unreadable_calls and sorted(wanted) == sorted(made):
         return 1.0

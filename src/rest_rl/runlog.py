@@ -45,8 +45,8 @@ EVALUATIONS = "evaluations.jsonl"
 REJECTED = "rejected.jsonl"
 CHECKPOINTS, PLOTS, MODEL = "checkpoints", "plots", "model"
 LOCK = ".lock"
+# Checkpoint files that only the trainer needs; they are not copied to model/.
 TRAINER_FILES = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "global_step*", "optimizer_*")
-"""Checkpoint files that only the trainer needs; they are not copied to model/."""
 LIBRARIES = ("rest-rl", "torch", "transformers", "trl", "accelerate", "tokenizers", "numpy", "peft")
 LIBRARIES += ("vllm", "verl", "ray")
 

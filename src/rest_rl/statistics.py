@@ -103,6 +103,7 @@ def weighted_mean(parts: Iterable[tuple[float, Interval]]) -> Interval:
     if not total > 0 or any(weight < 0 for weight, _ in pairs):
         weights = [weight for weight, _ in pairs]
         raise UserError(f"weights are {weights}", "none below 0 and some above", "correct the weights")
+    # Index 0 of an estimate is its value, 1 and 2 are its limits; hypot is the root of the sum of squares.
     value, least, most = (math.fsum(weight * part[i] for weight, part in pairs) / total for i in range(3))
     below, above = (math.hypot(*(weight * (part[i] - part.value) for weight, part in pairs)) / total for i in (1, 2))
     # In exact arithmetic the mean of the limits bounds the interval anyway; here rounding could pass 0 or 1.

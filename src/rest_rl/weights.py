@@ -23,6 +23,7 @@ RuleName = Literal[
 ]
 
 REGION_LABELS = tuple(region.label for region in Region)
+# The published code's weights at step 0. It gives `answer` and `other` no weight; we use its lowest one.
 AUTHORS_CONSTANTS: Mapping[str, float] = {
     "format": 1.0,
     "name": 1.2,
@@ -31,7 +32,6 @@ AUTHORS_CONSTANTS: Mapping[str, float] = {
     "answer": 0.6,
     "other": 0.6,
 }
-"""The published code's weights at step 0. It gives `answer` and `other` no weight; we use its lowest one."""
 
 
 @dataclass(frozen=True)
@@ -389,16 +389,9 @@ def normalise_weights(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def top_entropy_mask(
     entropies_BT: Tensor, mask_BT: Tensor, quantile: float, entropies_N: Tensor | None = None
 ) -> Tensor:
-    """Return 1 for the most uncertain tokens of the batch and 0 for the others (arXiv 2506.01939): float64 (B, T).
-
-    If no token of a response is among them, its most uncertain one is kept, so that the response has a gradient.
-
-    Args:
-        entropies_BT: Entropy of each token in nats.
-        mask_BT: 1 for tokens that count.
-        quantile: Fraction of tokens to keep.
-        entropies_N: Entropies of all unmasked tokens of the global batch, if this is only a part of it.
-    """
+    # 1 for the most uncertain tokens of the batch and 0 for the others (arXiv 2506.01939): float64 (B, T). The
+    # threshold is that of the global batch (`entropies_N`) if this is a part of it. A response without any such token
+    # keeps its most uncertain one, so that it has a gradient. Masked tokens get -1, which is below every entropy.
     import torch
 
     mask_BT = mask_BT.bool()

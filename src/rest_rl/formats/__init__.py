@@ -43,8 +43,8 @@ _ALL: tuple[ToolFormat, ...] = (
     *(ToolRLFormat(), HermesFormat(), Llama3Format(), MistralFormat(), MistralV11Format()),
     *(Qwen3CoderFormat(), PythonicFormat()),
 )
+# The built-in formats by name.
 FORMATS: dict[str, ToolFormat] = {tool_format.name: tool_format for tool_format in _ALL}
-"""The built-in formats by name."""
 
 
 def get_format(tool_format: str | ToolFormat) -> ToolFormat:
@@ -102,8 +102,8 @@ def format_name(tool_format: str | ToolFormat) -> str:
     )
 
 
+# Objects that passed validation, by id. Keeping a reference ensures that no other object gets the same id.
 _validated: dict[int, Any] = {}
-"""Objects that passed validation, by id. Keeping a reference ensures that no other object gets the same id."""
 _TOOL = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 
 

@@ -6,12 +6,13 @@ import re
 
 _TOOLS = re.compile(r"\btools\b")
 
+# Marks of formats that we do not support; some of them share a tag with one that we do.
 _OTHER_FORMATS = re.compile(
     r"""<arg_key>|<tool_calls>|<function_calls>|<\|tool_call|tool▁call|<\|channel\|>|\A(?!.*<parameter=).*<function=""",
     re.DOTALL,
 )
-"""Marks of formats that we do not support; some of them share a tag with one that we do."""
 
+# Marks of our formats. The first match wins, so a format must precede those whose marks are a part of its own.
 _MARKS = (
     ("qwen3_coder", r"<tool_call>.*<function=.*<parameter="),
     ("hermes", r'<tool_call>.*\\?"arguments\\?"\s*:'),
@@ -21,7 +22,6 @@ _MARKS = (
     ("pythonic", r"\[\w+\(\w+=\w+"),
     ("llama3", r'<\|(?:start_header_id|header_start)\|>.*\\?"parameters\\?"\s*:'),
 )
-"""Marks of our formats. The first match wins, so a format must precede those whose marks are a part of its own."""
 
 
 def detect_template_format(template: str) -> str | None:

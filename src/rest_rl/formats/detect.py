@@ -10,10 +10,10 @@ from rest_rl.formats import FORMATS, OpenedThinkFormat, ToolFormat, get_format
 from rest_rl.formats.opened_think import OPENING_TAGS
 
 AUTO = "auto"
+# Number of responses to parse, the first ones.
 MAX_RESPONSES = 200
-"""Number of responses to parse, the first ones."""
+# Characters of each response to parse.
 MAX_CHARACTERS = 10_000
-"""Characters of each response to parse."""
 
 
 class FormatReading(NamedTuple):
@@ -35,7 +35,7 @@ def choose_format(name: str, texts: Iterable[str]) -> tuple[str, str]:
     """
     looked_at = [text[:MAX_CHARACTERS] for text in islice(texts, MAX_RESPONSES)]
     readings = {found.name: measure_format(found, looked_at) for found in candidate_formats()}
-    best = max(readings, key=lambda other: readings[other])  # the first of equal ones
+    best = max(readings, key=lambda other: readings[other])  # max returns the first of equal readings
     reads = f"it reads the calls of {readings[best].calls} of {len(looked_at)} responses"
     if name == AUTO:
         return best, reads

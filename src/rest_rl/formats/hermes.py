@@ -25,12 +25,12 @@ class HermesFormat:
     _pattern = re.compile(r"<(/?)(think|tool_call)>")
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Parse a response; never raises."""
         blocks, strays, nested = find_blocks(text, self._pattern)
         first_stray = strays[0].position if strays else len(text)
         builder = ResponseBuilder(wants_spans=spans)
         answers: list[str] = []
         at = 0
+        # An empty block at the end makes the loop read the text after the last block, too.
         for block in [*blocks, Block("end", len(text), len(text), len(text), len(text))]:
             answers.append(self._read_gap(builder, text, at, block.start, first_stray))
             builder.mark(block.start, block.inner_start, Region.FORMAT)
@@ -86,7 +86,6 @@ class HermesFormat:
         return head + "\n".join(text + blocks)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these tools:\n<tools>\n{describe_tools(tools)}\n</tools>\n\n"
             "For each call write one JSON object in a block of its own:\n"

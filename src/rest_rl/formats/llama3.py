@@ -30,7 +30,6 @@ class Llama3Format:
     _between = re.compile(r"[ \t\n\r]*(?:;[ \t\n\r]*)?(?:<\|python_tag\|>[ \t\n\r]*)?")
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Parse a response; never raises."""
         builder = PlainResponseBuilder(wants_spans=spans, tags=self._pattern)
         at = builder.read_thought(text)
         start = self._calls_start(text, at)
@@ -47,6 +46,7 @@ class Llama3Format:
         return begin.start() if begin else len(text)
 
     def _read_calls(self, builder: PlainResponseBuilder, text: str, start: int) -> None:
+        # Separator and tag between calls are optional. Whatever stops the loop is text after the calls, a violation.
         builder.attempted_call = True
         at, count = start, 0
         while (between := self._between.match(text, at)) and text.startswith("{", between.end()):
@@ -68,7 +68,6 @@ class Llama3Format:
         return render_plain(self, thought, calls, answer, written)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these functions, one JSON description per line:\n{describe_tools(tools)}\n\n"
             "To call a function, respond with one JSON object and nothing else:\n"

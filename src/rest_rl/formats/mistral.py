@@ -17,8 +17,8 @@ _MARKER = "[TOOL_CALLS]"
 _BRACKET_THINK = ("[THINK]", "[/THINK]")
 _TAGS = ("<think>", "</think>", "[THINK]", "[/THINK]", _MARKER, "[ARGS]", "[CALL_ID]")
 _PATTERN = re.compile("|".join(map(re.escape, _TAGS)))
+# A tool name or a call id.
 _WORD = re.compile(r"[^\[{\n]*")
-"""A tool name or a call id."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class MistralFormat:
     tags: tuple[str, ...] = _TAGS
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Parse a response; never raises."""
         builder = PlainResponseBuilder(wants_spans=spans, tags=_PATTERN)
         at = builder.read_thought(text, (THINK_TAGS, _BRACKET_THINK))
         start = text.find(_MARKER, at)
@@ -59,12 +58,10 @@ class MistralFormat:
         return builder.response()
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """Return think block, answer and calls, if present."""
         objects = ", ".join(dump_call(call, "arguments", _PATTERN) for call in calls)
         return render_plain(self, thought, calls, answer, f"{_MARKER} [{objects}]" if calls else "")
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these tools, one JSON description per line:\n{describe_tools(tools)}\n\n"
             "To call tools, write one JSON list of all calls:\n"
@@ -96,7 +93,6 @@ class MistralV11Format(MistralFormat):
         return render_plain(self, thought, calls, answer, written, _BRACKET_THINK)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these tools, one JSON description per line:\n{describe_tools(tools)}\n\n"
             f'Write each call as {_MARKER}tool name[ARGS]{{"argument": "value"}}\n'

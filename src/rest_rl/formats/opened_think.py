@@ -44,7 +44,6 @@ class OpenedThinkFormat:
         return next(tag for tag in self.inner.tags if tag in OPENING_TAGS)
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Parse a response; never raises."""
         # We prepend the tag and shift everything back by its length: spans, of which the tag's own disappears, and the
         # positions inside the messages of `problems`, which are text by then.
         shift = len(self.opening)
@@ -63,5 +62,5 @@ class OpenedThinkFormat:
         return self.inner.instructions(tools)
 
 
+# Tags that open a think block.
 OPENING_TAGS = ("<think>", "[THINK]")
-"""Tags that open a think block."""

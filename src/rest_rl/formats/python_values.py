@@ -22,6 +22,9 @@ _STRING = re.compile(
     r"|'(?P<single>[^'\\\n]*(?:\\.[^'\\\n]*)*)'",
     re.DOTALL,
 )
+# Python's brackets and strings, for `find_bracket_end`.
+# An unclosed string matches up to the end of its line. If it did not match, the search would start again at each
+# following quote and take quadratic time.
 BRACKET_OR_STRING = re.compile(
     r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*(?:"""|\\?\Z)'
     r"|'''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*(?:'''|\\?\Z)"
@@ -30,11 +33,6 @@ BRACKET_OR_STRING = re.compile(
     r"|[()\[\]{}]",
     re.DOTALL,
 )
-"""Python's brackets and strings, for `find_bracket_end`.
-
-An unclosed string matches up to the end of its line. If it did not match, the search would start again at each
-following quote and take quadratic time.
-"""
 _NUMBER = re.compile(r"[+-]?(?:(?P<integer>\d+)(?![\d.eE])|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
 _WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
 _WORD = re.compile(r"[^\W\d]\w*")
@@ -84,7 +82,6 @@ def write_arguments(arguments: Mapping[str, Any]) -> str:
 
 
 def write_value(value: Any) -> str:
-    """Return a JSON value as a Python literal; ValueError for anything else."""
     if value is None or isinstance(value, bool):
         return str(value)
     if isinstance(value, Mapping):

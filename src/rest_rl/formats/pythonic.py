@@ -37,7 +37,6 @@ class PythonicFormat:
     _written_name = re.compile(_NAME)
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Parse a response; never raises."""
         builder = PlainResponseBuilder(wants_spans=spans, tags=self._pattern)
         at = builder.read_thought(text)
         begin = self._on_line.match(text, at) or self._begin.search(text, at)
@@ -112,7 +111,6 @@ class PythonicFormat:
         return call.name + escape_tags(write_arguments(call.arguments), self._pattern)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these functions, one JSON description per line:\n{describe_tools(tools)}\n\n"
             "To call functions, respond with a Python list of calls with keyword arguments and nothing else:\n"

@@ -18,8 +18,8 @@ _PATTERN = re.compile(r"</?(?:tool_call|think|function|parameter)>|<(?:function|
 _KINDS = {"<tool_call>": "T", "</tool_call>": "t", "</function>": "f", "</parameter>": "p"}
 _CALL = re.compile("F(?:Pp)*f")
 _BLOCK = re.compile("TF(?:Pp)*ft")
+# Valid names of tools and arguments.
 _NAME = re.compile(r"[^\s<>](?:[^<>\n]*[^\s<>])?")
-"""Valid names of tools and arguments."""
 
 
 class _Mark(NamedTuple):
@@ -50,7 +50,6 @@ class Qwen3CoderFormat:
     )
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Parse a response; never raises."""
         # The tags are found with one regular expression and reduced to a string with a letter per tag. Whether a call
         # is complete is then a match against that string, such as "F(?:Pp)*f", instead of a parser with a state.
         builder = PlainResponseBuilder(wants_spans=spans, tags=_PATTERN)
@@ -66,7 +65,6 @@ class Qwen3CoderFormat:
         return builder.response(text_values=True)
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:
-        """Return think block, answer and calls, if present."""
         written = "\n".join(map(self._write_call, calls))
         if self.quotes_strings:
             return render_plain(self, thought, calls, answer, written)
@@ -98,7 +96,6 @@ class Qwen3CoderFormat:
         return line.replace("<", "\\u003c") if _PATTERN.search(line) else line
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Return a system message that describes the tools and the format."""
         return (
             f"You can call these functions:\n<tools>\n{describe_tools(tools)}\n</tools>\n\n"
             "Write each call in a block of its own, strings as they are and other values as JSON:\n"
@@ -207,6 +204,8 @@ def _read_value(raw: str) -> Any:
 
 
 def _parse_value_text(text: str) -> Any:
+    # Inverse of `_write_value`. Quotes around a string are only removed if the string needs them, so that a model can
+    # write a text in quotes. The two functions call each other; each round removes a pair of quotes, so this ends.
     value = parse_bare_value(text)
     stripped = text.strip(" \t\n\r")
     if stripped.startswith('"'):

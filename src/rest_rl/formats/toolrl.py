@@ -26,7 +26,6 @@ class ToolRLFormat:
     _layouts = (("think",), ("think", "tool_call"), ("think", "response"), ("think", "tool_call", "response"))
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Parse a response; never raises."""
         blocks, strays, nested = find_blocks(text, self._pattern)
         builder = ResponseBuilder(wants_spans=spans)
         at = 0
@@ -44,6 +43,7 @@ class ToolRLFormat:
             builder.add_problem(
                 f"expected the blocks think, tool_call, response once and in order, got {list(layout)[:9]}"
             )
+        # Of repeated blocks the first one counts, so it is inserted last.
         inner = {block.tag: text[block.inner_start : block.inner_end].strip() for block in reversed(blocks)}
         return ParsedResponse(
             thought=inner.get("think"),
@@ -90,7 +90,6 @@ class ToolRLFormat:
         return "\n".join(parts)
 
     def instructions(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Return a system message that describes the tools and the format."""
         return (
             "You can call these tools, one JSON description per line:\n"
             f"{describe_tools(tools)}\n\n"
