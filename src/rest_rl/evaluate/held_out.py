@@ -74,8 +74,8 @@ def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> i
 
 # Sampling at even distances: the prompts are dealt round-robin over the (split, kind) groups until `number` are placed,
 # which gives each group its quota (equal, as far as the group has enough prompts). A group of size n with quota q then
-# contributes its indices 0, n/q, 2n/q, ...: neighbours often come from the same dialogue, so a prefix would be less
-# diverse. No randomness: every evaluation of a run uses the same prompts.
+# contributes its indices 0, n/q, 2n/q, ... (rounded down). A prefix would be less diverse, since neighbours often come
+# from the same dialogue. There is no randomness: every evaluation of a run uses the same prompts.
 def select_interim_prompts(prompts: Sequence[HeldOutPrompt], number: int) -> list[HeldOutPrompt]:
     """Select at most `number` prompts, balanced over splits and kinds; deterministic, in the original order."""
     groups: dict[tuple[str, str], list[int]] = {}

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -48,9 +49,8 @@ def resolve_origin(path: str, option: str = "--model") -> Origin:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UserError(
-            f"{option} {path} cannot be read ({describe_os_error(error)})", remedy="check the path"
-        ) from error
+        problem = f"{option} {path} cannot be read ({describe_os_error(error)})"
+        raise UserError(problem, remedy="check the path") from error
     if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
         return Origin(str(folder / MODEL), read_run_file(folder / CONFIG), display_path(folder))
     if (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir():
@@ -60,8 +60,8 @@ def resolve_origin(path: str, option: str = "--model") -> Origin:
         )
     # a model inside of a run folder, such as runs/x/model or runs/x/checkpoints/checkpoint-20
     for home, _ in find_enclosing_runs(path):
-        if run := read_run_or_none(home):
-            return Origin(path, run, display_path(home))
+        with suppress(UserError):  # a config.toml of another program
+            return Origin(path, read_run_file(home / CONFIG), display_path(home))
     if path != EMBEDDED:
         check_model_path(path, option)
     return Origin(path)
@@ -87,11 +87,8 @@ def check_model_path(path: str, option: str) -> None:
     here = folder.parent if folder.parent.is_dir() else Path()
     folders = sorted(each.name for each in here.iterdir() if each.is_dir() and not each.name.startswith("."))
     near = difflib.get_close_matches(folder.name if here == folder.parent else first, folders, n=1)
-    remedy = (
-        f"did you mean {here / near[0]}?"
-        if near
-        else f"check the path; the folders in {here.absolute()} are {', '.join(folders[:5]) or 'none'}"
-    )
+    contents = f"{here.absolute()} contains {', '.join(folders[:5]) or 'no folders'}"
+    remedy = f"did you mean {here / near[0]}?" if near else f"check the path ({contents})"
     raise UserError(problem, "a folder or a name on the hub", remedy)
 
 
@@ -120,13 +117,6 @@ def find_enclosing_runs(path: str) -> Iterator[tuple[Path, Path]]:
             yield place.parent, place
         if place.parent.name == CHECKPOINTS and (place.parent.parent / CONFIG).is_file():
             yield place.parent.parent, place
-
-
-def read_run_or_none(folder: Path) -> RunConfig | None:
-    try:
-        return read_run_file(folder / CONFIG)
-    except UserError:  # a config.toml of another program
-        return None
 
 
 def display_path(folder: Path) -> Path:

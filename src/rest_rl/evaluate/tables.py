@@ -105,7 +105,6 @@ class TextTable(NamedTuple):
 
 def results_frame(summaries: Sequence[Summary]) -> pd.DataFrame:
     """Return all results, one row per table, model and column. Shares are in [0, 1], missing values None."""
-    # dtype=object keeps counts with missing values as int and None; pandas would convert them to float and NaN
     frames = [table.frame for table in build_tables(summaries)]
     frames = frames or [pd.DataFrame(columns=COLUMNS, dtype=object)]
     return pd.concat(frames, ignore_index=True).reindex(columns=COLUMNS)
@@ -209,6 +208,7 @@ def build_table(section: Section, models: Models) -> ResultTable:
             issues = {key: to_count(group[key]) if key in group else None for key in ISSUE_LABELS}
             place = {"table": section.title, "column": column.label, "group": column.group}
             records.append({**about, **place, **column_scores(summary, column, section.metric), **issues})
+    # dtype=object keeps counts with missing values as int and None; pandas would convert them to float and NaN
     frame = pd.DataFrame(records, columns=[*COLUMNS, "group"], dtype=object)
     first, prompts = models[0][1], {describe_prompt(summary) for _, summary in models}
     benchmark = str(first.get("benchmark"))
