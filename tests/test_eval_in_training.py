@@ -186,7 +186,7 @@ def test_resume_gives_the_same_curve(last: int, watched: Path, run_file: Path, t
 @pytest.mark.parametrize("change", ["eval.every=2", "eval.interim_prompts=3"])
 def test_resume_refuses_a_different_curve(change: str, watched: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", "--set", change, "--out", str(watched)]) == 2
-    assert f"another {change.partition('=')[0]}, expected the run as it was recorded" in capsys.readouterr().err
+    assert f"--resume cannot change {change.partition('=')[0]}" in capsys.readouterr().err
 
 
 def start(run_file: Path, folder: Path, *launcher: str) -> subprocess.Popen[bytes]:
@@ -245,7 +245,7 @@ def test_an_interval_longer_than_the_run_is_reported(
 ) -> None:
     run = read_run(train(run_file, tmp_path / "run", "--set", "trl.max_steps=2", every=3))
     assert run.evaluations == ()
-    assert "eval.every = 3 is more than the run's 2 steps" in " ".join(capsys.readouterr().out.split())
+    assert "eval.every is 3, but the run has 2 steps" in " ".join(capsys.readouterr().out.split())
 
 
 def test_nothing_is_evaluated_by_default() -> None:
@@ -260,7 +260,7 @@ def test_an_unwritable_curve_is_a_user_error(
     (tmp_path / "run" / EVALUATIONS).mkdir(parents=True)
     assert main(["train", str(run_file), "--set", "eval.every=2", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: got run folder ")
+    assert error.startswith("error: cannot write to run folder ")
     assert "Is a directory" in error
     assert error.count("\n") == 1
     assert [row["step"] for row in read_run_metrics(tmp_path / "run")] == [1]
@@ -304,7 +304,7 @@ def test_evaluation_settings_do_not_distinguish_runs(tmp_path: Path) -> None:
     (group,) = group_runs(runs)
     assert len(group.runs) == 2
     assert evaluation_curve(group.runs, greedy=False).high[0] == pytest.approx(0.25)  # the one measured run's error
-    with pytest.raises(ValueError, match="the same configuration with the same seed"):
+    with pytest.raises(ValueError, match="the same configuration and the same seed"):
         group_runs([runs[0], read_run(watched_run(tmp_path / "2", 0, (), every=0))])
 
 
