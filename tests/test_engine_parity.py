@@ -1,4 +1,4 @@
-"""What the two engines train with by default, and that neither has a default of its own. Needs no verl."""
+"""Both engines train with the same defaults, and neither defines one. Needs no verl."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PLUGIN = Path(inspect.getfile(parse_run)).with_name("plugin.py")
 
 
 def run(out: Path, *overrides: str) -> RunConfig:
-    """A run with nothing set but where it writes; the command resolves the format before either engine sees it."""
+    """A run that sets only its folder; the command resolves the format before an engine gets it."""
     config = with_machine_defaults(RunConfig.from_toml("", [f'run.out="{out}"', *overrides]))
     return replace(config, rest=replace(config.rest, format="toolrl"))
 
 
 def on_trl(config: RunConfig) -> dict[str, Any]:
-    """What the trainer on TRL holds once it is built."""
+    """The settings of a built TRL trainer."""
     args, tokenizer = make_trainer_config(config), tiny_tokenizer()
     assert isinstance(args, ResTConfig)
     trainer = ResTTrainer(
@@ -53,7 +53,7 @@ def on_trl(config: RunConfig) -> dict[str, Any]:
 
 
 def on_verl(config: RunConfig) -> dict[str, Any]:
-    """What the plugin reads from verl's configuration, and what verl itself is told."""
+    """The settings that the plugin reads from verl's configuration, and those passed to verl."""
     table, method, tool_format, tracker = parse_run(config.to_toml())
     told = make_initial_values(config, BIG)
     return {

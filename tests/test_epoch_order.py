@@ -1,4 +1,4 @@
-"""Every epoch's order is the stock sampler's, whichever epoch a process begins with."""
+"""The order of every epoch equals the stock sampler's, whichever epoch a process starts with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory and work estimate: parameters as published, sums by hand, and what each setting moves."""
+"""The memory and work estimate: published parameter counts, sums by hand, and the effect of each setting."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_prefill_includes_a_mask_of_all_pairs_of_tokens(attention: str, bytes_of
 
 
 def test_very_long_prompts_exceed_the_memory() -> None:
-    """The embedded model's sizes and 64 responses to prompts of 15,096 tokens: most of it is the mask, 73 GB."""
+    """The embedded model's sizes and 64 responses to prompts of 15,096 tokens; the mask of 73 GB dominates."""
     sizes = {"vocab_size": 559, "hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256, "head_dim": 32}
     model = tiny(**sizes, num_key_value_heads=4)
     args = rl(per_device_train_batch_size=8, gradient_accumulation_steps=8, num_generations=8)
@@ -214,7 +214,7 @@ def test_very_long_prompts_exceed_the_memory() -> None:
 
 
 def test_the_bound_exceeds_a_measured_run() -> None:
-    """MiB of peak resident memory above what a process with its model has: prompts of 3,060 tokens, torch 2.13, CPU."""
+    """MiB of peak resident memory beyond a process with the loaded model: prompts of 3,060 tokens, torch 2.13, CPU."""
     sizes = {"vocab_size": 559, "hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256, "head_dim": 32}
     model = tiny(**sizes, num_key_value_heads=4)
     for checkpointing, generation, update in ((False, 2051, 2365), (True, 1198, 1235)):
@@ -227,7 +227,7 @@ def test_the_bound_exceeds_a_measured_run() -> None:
 
 
 def test_a_micro_step_uses_the_head_of_trl() -> None:
-    """On a GPU its peak memory is read; here only the bytes of weights and gradients."""
+    """On a GPU the peak memory is read; here only the bytes of weights and gradients are checked."""
     for lora, checkpointing in ((None, False), (LORA, True)):
         model = _MemoryModel(
             run(),

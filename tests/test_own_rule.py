@@ -1,4 +1,4 @@
-"""What users bring along, as the pages print it: a weight rule, rewards, a format; and what is wrong with some."""
+"""User objects as the docs show them: a weight rule, rewards, a format; and errors for wrong ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every recipe in configs/ parses, is accepted by the trainer, names its sources, has the right batches, and fits."""
+"""Every recipe in configs/ parses, is accepted by the trainer, names its sources, adds up, and fits its GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run folder keeps of each response: the loss's own numbers, and nothing that would change the run."""
+"""The responses in a run folder: the loss's own numbers, recorded without changing the run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tokenizer():
 
 
 def run(tokenizer: Any, folder: Any, limit: int | None, **changes: Any) -> tuple[ResTTrainer, list[dict[str, Any]]]:
-    """A short run that keeps `limit` responses of a batch; None for one without a record."""
+    """A short run that records `limit` responses per batch; None for no record."""
     kept: list[dict[str, Any]] = []
     args = ResTConfig(**tiny_settings(folder, **changes))
     reward = make_tool_reward(tokenizer, "toolrl", args.method())

@@ -1,4 +1,4 @@
-"""What ends a run or is refused before it: divergence, a full disk, rewards and rules of one's own; longer runs."""
+"""Failures that stop a run or are found before it starts: divergence, full disk, bad rewards and rules; longer runs."""
 
 from __future__ import annotations
 

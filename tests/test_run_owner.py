@@ -1,4 +1,4 @@
-"""A run folder has one owner: a second process is refused, and a dead one holds nothing."""
+"""A run folder has one owner: a second process is refused, and a dead process owns nothing."""
 
 from __future__ import annotations
 

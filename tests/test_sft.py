@@ -1,4 +1,4 @@
-"""Supervised baselines in the harness of the RL presets: loss weights by region, run folder, resume, SFT then RL."""
+"""Supervised baselines with the workflow of the RL presets: loss weights by region, run folder, resume, SFT then RL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Excess surprise: sums by hand, none for tokens drawn from the scored distribution, found for any other."""
+"""Excess surprise: sums by hand, zero for tokens drawn from the scored distribution, nonzero for any other."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def test_no_tokens_give_no_metrics() -> None:
 
 
 def sampled(temperature: float, top: int | None = None, responses: int = 4000) -> dict[str, float]:
-    """Responses of up to 8 tokens out of 16, drawn at a temperature from the `top` likeliest, scored at 1 from all.
+    """Responses of up to 8 tokens from 16, sampled at a temperature from the `top` likeliest, scored at temperature 1.
 
-    Token 0 ends a response, so its length depends on what was drawn.
+    Token 0 ends a response, so its length depends on the samples.
     """
     generator = torch.Generator().manual_seed(0)
     logits_BTV = 1.5 * torch.randn(responses, 8, 16, generator=generator)

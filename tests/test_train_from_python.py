@@ -1,4 +1,4 @@
-"""`rest_rl.train(run)`: a run from Python, in any thread, with your own rule beside the run file."""
+"""`rest_rl.train(run)`: a run from Python, in any thread, with a rule next to the run file."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def tokenizer():
 
 
 def rest_trainer(tokenizer, folder, samples=8, **changes):
-    """A trainer whose model starts the same every time; the seed is set when it is built."""
+    """A trainer whose model has the same initial weights every time."""
     return ResTTrainer(
         tiny_model(tokenizer),
         args=ResTConfig(**tiny_settings(folder, **changes)),

@@ -1,4 +1,4 @@
-"""What a run file becomes on verl: every number by hand, every refusal. Needs no verl (tests/verl_cpu composes)."""
+"""verl's configuration for a run file: every number by hand, every refusal. Needs no verl (tests/verl_cpu composes)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ save_steps = 10
 
 
 def values_of(config: RunConfig, job: VerlJob = SMALL) -> dict[str, Any]:
-    """verl's values as far as they are known without verl: where a run starts from, `[verl]`, batches and steps."""
+    """verl's values that can be computed without verl: initial values, `[verl]`, batches and steps."""
     start = make_initial_values(config, job)
     given = {path.replace("+", ""): value for path, value in iter_leaves(config.verl)}
     values = {verl_config.NODES: 1, verl_config.GPUS: 8, **start, **given}

@@ -1,4 +1,4 @@
-"""What the verl engine computes from a batch in verl's own layout, without verl."""
+"""Computations on a batch in verl's layout, without verl."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_advantages_do_not_depend_on_the_order_of_the_batch(order):
 
 @pytest.mark.parametrize("preset", ["rest", "paper", "authors-code", "grpo"])
 def test_weights_and_metrics_equal_those_of_trl_on_the_same_responses(tmp_path, monkeypatch, preset):
-    """Three steps on TRL, each of its batches replayed in another order and with a padding row."""
+    """Replays the batches of three TRL steps in another order and with a padding row."""
     tokenizer, seen = tiny_tokenizer(), []
     trainer = ResTTrainer(
         tiny_model(tokenizer),
@@ -98,7 +98,7 @@ def test_weights_and_metrics_equal_those_of_trl_on_the_same_responses(tmp_path, 
 
 
 def recorded_batches(trainer):
-    """(ids, mask) of each batch that the trainer's loss sees, filled while it trains."""
+    """(ids, mask) of each batch that the trainer's loss gets, filled during training."""
     batches, compute_loss = [], trainer.compute_loss
 
     def recording(model, inputs, *args, **kwargs):

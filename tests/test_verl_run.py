@@ -1,4 +1,4 @@
-"""The command's side of a run on verl, without verl: files, checkpoints, what it shows, what it refuses."""
+"""The engine's side of a run on verl, without verl: files, checkpoints, output, refusals."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_evaluations_before_during_and_after_training(tmp_path):
 
 
 class Listener:
-    """An observer that writes down what it is told."""
+    """An observer that records its calls."""
 
     def __init__(self) -> None:
         self.steps, self.responses, self.findings, self.said = [], [], [], []

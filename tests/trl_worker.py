@@ -1,4 +1,4 @@
-"""Runs that tests start in separate processes: one that is killed, and one on one or two processes."""
+"""Runs that the tests start in separate processes: one that is killed, one on one or two processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verl on a CPU: the platform `cpu`, which verl reaches through VERL_USE_EXTERNAL_MODULES and VERL_PLATFORM=cpu."""
+"""verl on a CPU: the platform `cpu`, loaded through VERL_USE_EXTERNAL_MODULES and VERL_PLATFORM=cpu."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ init_process_group = torch.distributed.init_process_group
 
 
 def init_each_backend_once(backend: str | None = None, **settings: Any) -> None:
-    """verl asks for `cpu:gloo,<device>:<its backend>`, and torch refuses a device that is named twice."""
+    """verl requests `cpu:gloo,<device>:<its backend>`, and torch refuses a device that is listed twice."""
     init_process_group(backend and ",".join(dict.fromkeys(backend.split(","))), **settings)
 
 
@@ -21,7 +21,7 @@ torch.distributed.init_process_group = init_each_backend_once
 
 
 class CpuModule(ModuleType):
-    """`torch.cpu` with what verl asks of `torch.cuda` besides; memory counts as 0 bytes."""
+    """`torch.cpu` with the functions of `torch.cuda` that verl also calls; memory counts as 0 bytes."""
 
     is_available = staticmethod(torch.cpu.is_available)
     set_device = staticmethod(torch.cpu.set_device)
@@ -36,7 +36,7 @@ class CpuModule(ModuleType):
 
 @PlatformRegistry.register(platform="cpu")
 class CpuPlatform(PlatformBase):
-    """One CPU, whose ranks Ray places as if they were GPUs: verl's resource pools know nothing else."""
+    """One CPU, whose ranks Ray schedules like GPUs, the only resource that verl's pools support."""
 
     device_name = "cpu"
     vendor_name = "cpu"

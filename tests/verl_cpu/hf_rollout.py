@@ -18,17 +18,17 @@ from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
 GREEDY = 1e-6
-"""A temperature at which the likeliest token has all the probability, for verl's temperature 0."""
+"""A temperature at which the likeliest token has probability 1, for verl's temperature 0."""
 
 
 def server_name(replica_rank: int) -> str:
-    """The name under which Ray knows the server of a replica."""
+    """The name of a replica's server in Ray."""
     return f"hf_server_{replica_rank}"
 
 
 @ray.remote
 class HfServer:
-    """The model of one replica. Requests run one after the other, in the order of their arrival."""
+    """The model of one replica; it serves requests one by one, in the order of arrival."""
 
     def __init__(self, path: str, attention: str, seed: int, response_length: int):
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
@@ -40,7 +40,7 @@ class HfServer:
         self.asked: Counter[tuple[int, ...]] = Counter()
 
     def load(self, weights: dict[str, torch.Tensor], global_steps: int | None) -> None:
-        """Sample from these weights from now on; RuntimeError for weights that the model does not have."""
+        """Load these weights; RuntimeError for weights that the model does not have."""
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
         self.model.tie_weights()
         left_out = set(missing) - set(self.model.all_tied_weights_keys)
@@ -50,7 +50,7 @@ class HfServer:
         self.asked.clear()
 
     def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any) -> TokenOutput:
-        """One response: the n-th of this server to a prompt under the same weights is the same in every run."""
+        """One response; the n-th response to a prompt with the same weights is the same in every run."""
         prompt = tuple(prompt_ids)
         key = repr((self.seed, self.global_steps, prompt, self.asked[prompt]))
         self.asked[prompt] += 1
@@ -72,7 +72,7 @@ class HfServer:
     def sampled(
         self, prompt: tuple[int, ...], sampling_params: dict[str, Any], generator: torch.Generator
     ) -> Iterator[tuple[int, float]]:
-        """Tokens without end, each with its log-probability at the temperature asked for."""
+        """Yield tokens endlessly, each with its log-probability at the requested temperature."""
         if sampling_params["top_p"] != 1 or sampling_params["top_k"] > 0:
             raise ValueError(f"got {sampling_params}, expected top_p 1 and no top_k; this rollout knows a temperature")
         temperature = sampling_params["temperature"] or GREEDY
@@ -87,7 +87,7 @@ class HfServer:
 
 
 class HfAdapter(BaseRollout):
-    """What a rank of the trainer hands its weights to: the server of its own replica."""
+    """Sends the weights of a trainer rank to the server of its replica."""
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -102,15 +102,15 @@ class HfAdapter(BaseRollout):
     async def update_weights(
         self, weights: Iterator[tuple[str, torch.Tensor]], global_steps: int | None = None, **_: Any
     ) -> None:
-        """Every rank gathers all weights, for the gathering is a collective one, and sends them to its replica."""
+        """Every rank gathers all weights (a collective operation) and sends them to its replica."""
         await ray.get_actor(server_name(self.replica_rank)).load.remote(dict(weights), global_steps)
 
 
 class HfReplica(RolloutReplica):
-    """One server beside one rank of the trainer."""
+    """One server next to one rank of the trainer."""
 
     async def launch_servers(self) -> None:
-        """Start the server, whose weights come before the first request."""
+        """Start the server; its weights arrive before the first request."""
         assert self.world_size == 1, "hf has no parallelism within a replica: tensor_model_parallel_size=1"
         self._server_address = server_name(self.replica_rank)
         self._server_handle = HfServer.options(name=self._server_address).remote(

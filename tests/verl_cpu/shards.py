@@ -1,4 +1,4 @@
-"""Checkpoints as verl's FSDP engine saves them, of a small model, without an engine."""
+"""Checkpoints of a small model in the layout of verl's FSDP engine, made without an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEP = Path("checkpoints", "global_step_1")
 
 
 def drawn_model(lora: dict[str, Any] | None) -> Any:
-    """The embedded model with weights moved at random, or with an adapter drawn at random."""
+    """The embedded model with randomly changed weights, or with a random adapter."""
     generator = torch.Generator().manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32, attn_implementation="eager")
     if lora:
@@ -33,7 +33,7 @@ def drawn_model(lora: dict[str, Any] | None) -> Any:
 
 
 def save_as_verl(rank: int, folder: Path, shape: tuple[int, ...], lora: dict[str, Any] | None) -> None:
-    """One rank of a mesh over which the model is sharded: the fastest axis shards it, the other repeats it."""
+    """One rank of a device mesh: the last axis shards the model, the other replicates it."""
     from omegaconf import OmegaConf
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -53,7 +53,7 @@ def save_as_verl(rank: int, folder: Path, shape: tuple[int, ...], lora: dict[str
 
 
 def save_checkpoint(folder: Path, shape: tuple[int, ...] = (1,), lora: dict[str, Any] | None = None) -> Path:
-    """A checkpoint of a run in this folder."""
+    """Save a checkpoint of a run in this folder."""
     if math.prod(shape) == 1:
         save_as_verl(0, folder, shape, lora)
     else:

@@ -1,4 +1,4 @@
-"""The composed configuration: verl's own check takes it, every key of ours is one of verl's."""
+"""The composed configuration: verl's own validation accepts it, and each of our keys is one of verl's."""
 
 from __future__ import annotations
 

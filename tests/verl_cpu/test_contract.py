@@ -1,4 +1,4 @@
-"""What the plugin takes for granted about verl's private code; a failure here names what upstream has moved."""
+"""verl's private code that the plugin relies on; a failure here names what has moved upstream."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHODS = {
     "_save_checkpoint": ["self"],
     "_load_checkpoint": ["self"],
 }
-"""Methods of verl's trainer that ours extends, with the parameters that it names."""
+"""Methods of verl's trainer that ours overrides, with the parameters that it names."""
 
 
 def trainer():
@@ -109,7 +109,7 @@ def test_the_reward_manager_gets_one_response_at_a_time():
 
 @pytest.mark.parametrize("clip_c", [3.0, 1e9])
 def test_weighting_the_advantage_weights_the_surrogate_in_verl_s_loss(clip_c):
-    """Also where its dual clip binds; the gradients with respect to the log-probabilities."""
+    """Compares gradients with respect to the log-probabilities, also where verl's dual clip is active."""
     from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What is left of a run on verl: the whole model or its adapter, put together from the shards that verl writes."""
+"""The model of a run on verl: the whole model or its adapter, merged from the shards that verl writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ResT on verl, whole runs on a CPU: from a run file to a model, killed and resumed, and beside stock verl and TRL."""
+"""ResT on verl, whole runs on a CPU: from run file to model, killed and resumed, compared with stock verl and TRL."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROMPTS, GROUP = 4, 4
 
 
 def run_file(folder: Path, steps: int, ranks: int = 1, **tables: dict[str, Any]) -> Path:
-    """A run of `steps` batches of 4 prompts x 4 responses, learnt from at once, that sees every prompt once."""
+    """A run of `steps` batches of 4 prompts x 4 responses, with one optimizer step per batch and every prompt once."""
     run = {
         "run": {"engine": "verl", "out": str(folder / "run"), "recorded_responses": PROMPTS * GROUP, "show_every": 0},
         "data": {"num_samples": PROMPTS * steps},
@@ -70,7 +70,7 @@ def train(path: Path, *options: str) -> list[str]:
 def test_a_killed_run_on_two_ranks_resumes(tmp_path):
     path = run_file(tmp_path, 4, ranks=2, trl={"save_steps": 2}, eval={"prompts": 4, "max_new_tokens": 64})
     folder = tmp_path / "run"
-    with started(train(path), tmp_path) as run:  # its Ray, too, ends without notice
+    with started(train(path), tmp_path) as run:  # its Ray is killed as well
         while len(read_rows(folder / "metrics.jsonl")) < 3:
             assert run.poll() is None, (tmp_path / LOG).read_text(encoding="utf-8")[-5000:]
             time.sleep(0.1)
@@ -86,12 +86,12 @@ def test_a_killed_run_on_two_ranks_resumes(tmp_path):
     assert sorted(ids) == sorted(sample.id for sample in tool_world(0, 4 * PROMPTS, "train") for _ in range(GROUP))
     assert all(row["grad_norm"] > 0 for row in whole.metrics)
     assert all(row["training/rollout_probs_diff_max"] < 1e-4 for row in whole.metrics)
-    # The third step is weighed by what was measured in the two before it.
+    # The third step is weighted by the statistics of the two steps before it.
     rest = RunConfig.from_toml(whole.config).rest
     tracker = EntropyTracker(rest.entropy_decay)
     tracker.table = json.loads((folder / "checkpoints" / "global_step_2" / "rest.json").read_text(encoding="utf-8"))
     weights_R = region_weights(tracker.statistics(), rest.resolve().weights)
-    recorded = whole.metrics[2]["rest/rule_weight/name"]  # which the curriculum leaves alone
+    recorded = whole.metrics[2]["rest/rule_weight/name"]  # which the curriculum does not change
     assert recorded == pytest.approx(float(weights_R[Region.NAME]), rel=1e-9)
     assert whole.summary["before"]["n"] == whole.summary["after"]["n"] == 8
     assert whole.summary["before"] == half.summary["before"]
@@ -102,7 +102,7 @@ def test_a_killed_run_on_two_ranks_resumes(tmp_path):
 
 
 def test_weights_of_zero_give_no_gradient(tmp_path):
-    """By a rule of the user's, in a file beside the run file."""
+    """With a user's rule in a file next to the run file."""
     rule = "def silent(batch, statistics, progress):\n    return 0.0 * batch.mask_BT\n"
     (tmp_path / "own_rule.py").write_text(rule, encoding="utf-8")
     run_cpu(train(run_file(tmp_path, 1, rest={"weights": {"rule": "own_rule:silent"}})), tmp_path)
@@ -163,10 +163,10 @@ def test_trl_computes_the_same_update_from_the_same_responses(tmp_path, monkeypa
 def trl_on(
     batches: list[dict[str, Any]], config: RunConfig, out: Path, patch: pytest.MonkeyPatch
 ) -> tuple[Any, dict[str, list[Any]]]:
-    """A trainer on TRL that is given verl's responses and entropies, and what it makes of them.
+    """A trainer on TRL that gets verl's responses and entropies, and the values that it computes.
 
-    `rows` are the places of the responses on verl. A weight can be a thousand times as sensitive as an entropy, so the
-    rounding of two forward passes is kept out of it and looked at by itself.
+    `rows` are the row numbers of the responses on verl. A weight can be a thousand times as sensitive as an entropy: the
+    rounding differences between the two forward passes are kept out of the comparison and checked separately.
     """
     model, tokenizer = load_policy(RunConfig().model)
     samples = {sample.id: sample for sample in tool_world(0, len(batches) * PROMPTS, "train")}
@@ -209,7 +209,7 @@ def trl_on(
 
 
 def in_groups(batch: dict[str, Any]) -> list[list[int]]:
-    """The places of each group's responses."""
+    """The row numbers of each group's responses."""
     groups: dict[str, list[int]] = {}
     for row, uid in enumerate(batch["uid"]):
         groups.setdefault(str(uid), []).append(row)
@@ -217,7 +217,7 @@ def in_groups(batch: dict[str, Any]) -> list[list[int]]:
 
 
 def in_order(trainer: Any) -> Any:
-    """TRL shuffles a batch of responses before it learns from it; the places undo that."""
+    """TRL shuffles a generation batch before it trains on it; the response numbers undo that."""
     prepare = trainer._prepare_inputs
 
     def prepared(inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Stock verl on the CPU test-bed: whatever our own trainer does there is then its own doing."""
+"""Stock verl in the CPU test environment: what works here and fails with our trainer is our trainer's fault."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CITIES = ("lima", "oslo", "rome", "cairo", "tokyo", "paris", "delhi", "quito")
 
 
 def length(data_source, solution_str, ground_truth, extra_info):
-    """The reward: the model does not answer alike, so groups have spread."""
+    """A reward for which the responses of a group differ."""
     return len(solution_str) / 100
 
 
 def stock(folder: Path, ranks: int, steps: int) -> list[str]:
-    """Arguments of a stock run: 4 prompts and 16 responses a step, learnt from in 2 optimizer steps."""
+    """Arguments of a stock run: 4 prompts and 16 responses per step, in 2 optimizer steps."""
     prompts = folder / "prompts.parquet"
     rows = [{"prompt": [{"role": "user", "content": f"check weather {city}"}], **UNUSED} for city in CITIES]
     pq.write_table(pa.Table.from_pylist(rows), prompts)
@@ -61,7 +61,7 @@ def stock(folder: Path, ranks: int, steps: int) -> list[str]:
 
 
 UNUSED = {"data_source": "cities", "reward_model": {"style": "rule", "ground_truth": ""}, "extra_info": {"index": 0}}
-"""Columns that verl wants."""
+"""Columns that verl requires."""
 
 
 def check(folder: Path, steps: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""A run of verl on two cores, with the small model that this package ships, and nothing of verl changed on disk.
+"""Run verl on two cores with the embedded model, without changing verl on disk.
 
     run_cpu(["-m", "verl.trainer.main_ppo", *hydra_overrides(CPU_SETTINGS), f"data.train_files={file}", ...], folder)
     [row["actor/grad_norm"] for row in logged_metrics(folder)]  # needs trainer.logger=[file]
@@ -24,7 +24,7 @@ import psutil
 ROOT = Path(__file__).parents[2]
 LOG, METRICS = "log.txt", "verl.jsonl"
 TIMEOUT = 900.0
-"""Seconds: fifteen times what a run takes on two idle cores."""
+"""Seconds: fifteen times the duration of a run on two idle cores."""
 
 CPU_SETTINGS: dict[str, Any] = {
     "actor_rollout_ref": {
@@ -45,11 +45,11 @@ CPU_SETTINGS: dict[str, Any] = {
     "trainer": {"device": "cpu", "n_gpus_per_node": 1},
     "transfer_queue": {"backend": {"SimpleStorage": {"num_data_storage_units": 1}}},
 }
-"""verl's settings for a CPU; `+` is Hydra's sign for a key that its files do not have. One rank: two are the most."""
+"""verl's settings for a CPU; `+` is Hydra's prefix for a key that its files lack. One rank; at most two work."""
 
 
 def cpu_environment(folder: Path) -> dict[str, str]:
-    """The environment of a run, which the processes of the Ray that it starts inherit; metrics go to the folder."""
+    """The environment of a run, inherited by the Ray processes that it starts; metrics go to the folder."""
     return {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -67,7 +67,7 @@ def cpu_environment(folder: Path) -> dict[str, str]:
 
 
 def hydra_overrides(settings: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Nested tables as arguments of Hydra: `a.b=1`, and `+a.b=1` for a key `+b`."""
+    """Nested tables as Hydra arguments: `a.b=1`, and `+a.b=1` for a key `+b`."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from hydra_overrides(value, f"{path}{key}.")
@@ -78,7 +78,7 @@ def hydra_overrides(settings: Mapping[str, Any], path: str = "") -> Iterator[str
 
 @contextmanager
 def started(arguments: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`python ARGUMENTS` in the folder, its log there; ended with all that it has started."""
+    """Run `python ARGUMENTS` in the folder with its log there; afterwards it and its children are killed."""
     with (folder / LOG).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=folder, env=cpu_environment(folder), stdout=log, stderr=subprocess.STDOUT
@@ -90,7 +90,7 @@ def started(arguments: Sequence[str], folder: Path) -> Iterator[subprocess.Popen
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a run without notice, and the Ray that it has started; nothing happens to one that has ended by itself."""
+    """Kill a run and the Ray that it started; does nothing if the run has ended."""
     if process.poll() is None:
         family = [*psutil.Process(process.pid).children(recursive=True), process]
         for member in reversed(family):
@@ -106,6 +106,6 @@ def run_cpu(arguments: Sequence[str], folder: Path, timeout: float = TIMEOUT) ->
 
 
 def logged_metrics(folder: Path) -> list[dict[str, Any]]:
-    """What verl's logger `file` wrote of each step of the last run in this folder."""
+    """The metrics that verl's logger `file` wrote for each step of the last run in this folder."""
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["data"] for line in lines]

@@ -1,4 +1,4 @@
-"""Runs that the command does not offer: a run file on verl's own trainer, or on ours with its batches written down.
+"""Runs that the command does not offer: a run file on verl's own trainer, or on ours with its batches recorded.
 
 python -m tests.verl_cpu.variants stock RUN.toml
 python -m tests.verl_cpu.variants recording RUN.toml
@@ -22,13 +22,13 @@ from rest_rl.train.verl.engine import VerlEngine, run_on_ray
 from rest_rl.train.verl.plugin import ReSTPPOTrainer, to_list
 from rest_rl.train.verl.responses import PER_TOKEN
 
+# Trainer and advantage estimator of each variant.
 MODES = {"stock": ("sync", "grpo"), "recording": ("recording", "rest_group")}
-"""Of each variant the trainer and the advantage estimator."""
 
 
 @register_trainer("recording")
 class RecordingTrainer(ReSTPPOTrainer):
-    """Ours, which writes down what every batch was made of and what became of its advantages."""
+    """Our trainer, which records every batch and its weighted advantages."""
 
     def _compute_advantage(self, batch, metrics):
         batch = super()._compute_advantage(batch, metrics)

@@ -64,10 +64,10 @@ def read_complete_state(folder: Path) -> dict[str, Any] | None:
             with safe_open(weights, framework="pt"):
                 pass
         tensors = [*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]
-        whole = has_all_parts(folder) and all(zipfile.is_zipfile(path) for path in tensors)
+        is_complete = has_all_parts(folder) and all(zipfile.is_zipfile(path) for path in tensors)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError):
         return None
-    if not whole or not isinstance(state, dict) or not isinstance(state.get("max_steps"), int):
+    if not is_complete or not isinstance(state, dict) or not isinstance(state.get("max_steps"), int):
         return None
     return state if state.get("global_step") == checkpoint_step(folder) else None
 

@@ -73,7 +73,7 @@ def build_dataset(rows: Iterable[Mapping[str, Any]]) -> Dataset:
     from datasets import Dataset  # slow to import, and rendering a prompt does not need it
 
     if not (records := [dict(row) for row in rows]):
-        raise UserError("the data has no samples", "at least one", "check the data file")
+        raise UserError("the data has no samples", remedy="check the data file")
     return Dataset.from_list(records)
 
 
@@ -93,11 +93,11 @@ def prepare_or_raise(sample: ToolSample, layout: PromptLayout) -> Prepared:
 # which the model was trained to answer directly.
 def render_demonstration(sample: ToolSample, tool_format: ToolFormat, *, thinks: bool = True) -> str:
     """Render the response that supervised training demonstrates; ValueError if the format cannot express it."""
-    thought, said = (sample.thought if thinks else None), sample.gold.answer
-    if sample.preamble and said is None:
+    thought, text = (sample.thought if thinks else None), sample.gold.answer
+    if sample.preamble and text is None:
         has_room = tool_format.parse("", spans=False).untagged_answer
-        said, thought = (sample.preamble, thought) if has_room else (said, thought or sample.preamble)
-    return demonstration_format(tool_format).render(thought, sample.gold.calls, said)
+        text, thought = (sample.preamble, thought) if has_room else (text, thought or sample.preamble)
+    return demonstration_format(tool_format).render(thought, sample.gold.calls, text)
 
 
 def render_gold(sample: ToolSample, layout: PromptLayout) -> str:

@@ -96,8 +96,8 @@ class ReSTPPOTrainer(PPOTrainerSync):
         weighter = TokenWeighter(self.tokenizer, self.format, self.method.weights)
         step, progress = self.global_steps, progress_of_step(self.global_steps, self.total_training_steps)
         advantages, figures, tokens = weight_batch(data, weighter, self.tracker, progress, step, watched)
-        asked = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
-        metrics |= figures | responses.compute_metrics() | {FAILED_METRIC: asked - len(responses.indices)}
+        requested = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        metrics |= figures | responses.compute_metrics() | {FAILED_METRIC: requested - len(responses.indices)}
         self.log.add_responses(responses.make_rows(chosen, tokens, step, progress))
         return tq.kv_batch_put(**where, fields=TensorDict({"advantages": advantages}, batch_size=len(batch.keys)))
 

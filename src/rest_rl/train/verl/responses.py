@@ -99,9 +99,9 @@ def weight_batch(
         weighted_advantages_BT = advantages_BT * weighted.weights_BT
         advantages += [weighted_advantages_BT[row, :length] for row, length in enumerate(lengths)]
         kept = (weighted.regions_BT, weighted.weights_BT, entropies_BT, logps_BT, advantages_BT[:, 0])
-        seen = WeightedBatch(torch.arange(first, first + len(lengths)), *kept)
+        chunk = WeightedBatch(torch.arange(first, first + len(lengths)), *kept)
         local = {at: at - first for at in watched if first <= at < first + CHUNK_SIZE}
-        recorded |= {at: seen.token_fields(row, lengths[row]) for at, row in local.items()}
+        recorded |= {at: chunk.token_fields(row, lengths[row]) for at, row in local.items()}
     tracker.update(sums_4R[:3])
     figures = compute_region_metrics(sums_4R, rule_weights_R) | compute_surprise_metrics(surprise_4)
     figures["entropy"] = float(sums_4R[1].sum() / sums_4R[0].sum())
