@@ -14,15 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import tomli_w
 
-from rest_rl.config import (
-    RunConfig,
-    apply_overrides,
-    from_mapping,
-    parse_toml,
-    read_asset,
-    rename_keys,
-    without_none,
-)
+from rest_rl.config import RunConfig, apply_overrides, from_mapping, parse_toml, read_asset, rename_keys, without_none
 from rest_rl.errors import UserError
 from rest_rl.jsonl import describe_os_error
 from rest_rl.objects import add_search_folder
@@ -93,9 +85,7 @@ class Grid:
     def __post_init__(self) -> None:
         for name in (*self.methods, *self.starts):
             if not NAME_PATTERN.fullmatch(name):
-                raise UserError(
-                    f"the name {name!r} cannot be part of a folder name", "letters, digits and _ . + -", "rename it"
-                )
+                raise UserError(f"{name!r} cannot name a folder", "letters, digits and _ . + -", "rename it")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise UserError(f"seeds are {list(self.seeds)}", "one or more, each once", "change the seeds")
         if self.reference not in self.methods:

@@ -54,14 +54,9 @@ def compare(
         return write_report(folder, saved, reference or (saved.reference if saved else DEFAULT_REFERENCE))
     if jobs < 1:
         raise UserError(f"--jobs is {jobs}", "1 or more", "pass a larger number")
+    is_resumed = file == folder / GRID_FILE
     wanted = read_grid(
-        file,
-        methods=methods,
-        seeds=seeds,
-        base=base,
-        overrides=overrides,
-        reference=reference,
-        is_recorded=file == folder / GRID_FILE,
+        file, methods=methods, seeds=seeds, base=base, overrides=overrides, reference=reference, is_recorded=is_resumed
     )
     planned = make_jobs(wanted, folder)
     check_startable(planned)
@@ -86,11 +81,7 @@ def write_report(folder: Path, grid: Grid | None, reference: str) -> ComparisonR
 
     found = with_verdict(collect_report(folder, grid, reference))
     if not found.lines:
-        raise UserError(
-            f"{folder} has no finished run",
-            f"run folders {RUNS_FOLDER}/METHOD-SEED",
-            "train the grid first",
-        )
+        raise UserError(f"{folder} has no finished run", f"folders {RUNS_FOLDER}/METHOD-SEED", "train the grid first")
     if all(line.method != reference for line in found.lines):
         methods = ", ".join(dict.fromkeys(line.method for line in found.lines))
         raise UserError(

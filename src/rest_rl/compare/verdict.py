@@ -44,7 +44,7 @@ def unfinished_statements(report: ComparisonReport) -> Iterator[Statement]:
 
 def start_statements(report: ComparisonReport, reference: MethodResult) -> Iterator[Statement]:
     judged = report.judged(reference.start)
-    significant = [line for line in judged if is_significant(report, line)]
+    significant = [line for line in judged if q_value(report, line) <= SIGNIFICANCE_LEVEL]
     if judged:
         yield nothing_learnt_statement(report, [reference, *judged]) or main_statement(report, judged, significant)
     for line in significant:
@@ -68,10 +68,6 @@ def q_value(report: ComparisonReport, line: MethodResult) -> float:
 def get_lead(report: ComparisonReport, line: MethodResult) -> Interval:
     test = line.metrics[report.primary].paired
     return test.difference if test else Interval(math.nan, math.nan, math.nan)
-
-
-def is_significant(report: ComparisonReport, line: MethodResult) -> bool:
-    return q_value(report, line) <= SIGNIFICANCE_LEVEL
 
 
 def nothing_learnt_statement(report: ComparisonReport, lines: list[MethodResult]) -> Statement | None:
