@@ -285,10 +285,8 @@ def markdown_cell(row: Any) -> str:
 def latex_cell(row: Any) -> str:
     if row.accuracy is None:
         return "--"
-    number, interval = (
-        format_percent(row.accuracy) + ("$^{*}$" if is_partial(row) else ""),
-        interval_text(row.low, row.high),
-    )
+    number = format_percent(row.accuracy) + ("$^{*}$" if is_partial(row) else "")
+    interval = interval_text(row.low, row.high)
     return rf"\withinterval{{{number}}}{{{interval}}}" if interval else number
 
 
