@@ -178,7 +178,7 @@ def test_a_dry_run_shows_the_prompt_and_writes_nothing(here: Path, capsys: pytes
         (("tool-world", "--ids", "unseen_tools/0", "--categories", "unseen_values"), "no sample matches"),
         (("tool-world", "--limit", "0"), "--limit is 0, expected a number above 0"),
         (("tool-world", "--retries", "-1"), "--retries is -1, expected 0 or more"),
-        (("tool-world", "--categories", ","), "--categories without a name"),
+        (("tool-world", "--categories", ","), "--categories is empty"),
         (("tool-world", "--oracle", "--model", "x"), "--oracle and --model"),
         (("tool-world", "--oracle", "--responses", "x"), "--oracle and --responses"),
         (("tool-world", "--model", "no/such/folder"), "no/such/folder"),
