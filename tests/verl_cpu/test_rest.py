@@ -165,8 +165,8 @@ def trl_on(
 ) -> tuple[Any, dict[str, list[Any]]]:
     """A trainer on TRL that gets verl's responses and entropies, and the values that it computes.
 
-    `rows` are the row numbers of the responses on verl. A weight can be a thousand times as sensitive as an entropy: the
-    rounding differences between the two forward passes are kept out of the comparison and checked separately.
+    `rows` are the row numbers of the responses on verl. A weight can be a thousand times as sensitive as an entropy:
+    the rounding differences between the two forward passes are kept out of the comparison and checked separately.
     """
     model, tokenizer = load_policy(RunConfig().model)
     samples = {sample.id: sample for sample in tool_world(0, len(batches) * PROMPTS, "train")}

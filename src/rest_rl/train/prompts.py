@@ -199,6 +199,7 @@ def refuse_too_long(data: DataTable, path: str, report: DataReport) -> None:
         raise UserError(f"{path} has prompts that are too long ({', '.join(long)})", remedy=remedy)
 
 
+# The prompt budget: a prompt may use the context minus the response limit, or the context would cut responses off.
 def check_response_limit(key: str, response_tokens: int, layout: PromptLayout) -> None:
     if layout.context and response_tokens >= layout.context:
         expected = f"less than the model's context length of {layout.context} tokens, which includes the prompt"

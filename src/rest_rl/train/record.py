@@ -25,7 +25,7 @@ from rest_rl.train.reward import compute_progress, get_stop_ids
 
 # Key of the response numbers in TRL's batch; TRL shuffles and splits every tensor of the batch by its first axis.
 RESPONSE_INDEX = "response_index"
-# Of weights, entropies, log-probabilities and advantages in responses.jsonl.
+# Decimal places of weights, entropies, log-probabilities and advantages in responses.jsonl.
 DECIMALS = 4
 
 
@@ -38,8 +38,7 @@ class WeightedBatch:
     weights_BT: Tensor
     entropies_BT: Tensor
     logps_BT: Tensor
-    # Before weighting.
-    advantages_B: Tensor
+    advantages_B: Tensor  # before weighting
 
     def token_fields(self, row: int, length: int) -> Row:
         """Return the recorded fields of one response of `length` tokens."""
@@ -67,11 +66,11 @@ class ResponseRecord:
 
     def add_token_fields(self, batch: WeightedBatch) -> None:
         """Add the token values of a micro-batch; with num_iterations > 1 the first pass over a response counts."""
-        for index, place in enumerate(batch.indices_B.tolist()):
-            if place in self._waiting:
-                row = self._rows[place]
-                row.update(batch.token_fields(index, len(row["ids"])))
-                self._waiting.remove(place)
+        for row_number, index in enumerate(batch.indices_B.tolist()):
+            if index in self._waiting:
+                row = self._rows[index]
+                row.update(batch.token_fields(row_number, len(row["ids"])))
+                self._waiting.remove(index)
         if not self._waiting:
             self.flush()
 

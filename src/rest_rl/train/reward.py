@@ -31,6 +31,7 @@ class ResponseScore(NamedTuple):
     call_rate: float
 
 
+SCORE_METRICS = ResponseScore._fields[1:]
 # Metrics that are also logged separately for call turns and answer turns, with their field of `ResponseScore`.
 METRICS_BY_TURN = {"reward": "total", "accuracy": "accuracy", "exact_match": "exact_match"}
 
@@ -85,6 +86,8 @@ def make_tool_reward(
     chosen_format, reward = get_format(tool_format), get_preset(preset).reward
     ends = get_stop_ids(tokenizer) if ends is None else ends
 
+    # TRL generates at the first of the `steps_per_batch` steps that train on a batch: all of its responses get that
+    # step's progress, and `step // steps_per_batch + 1` counts generation batches.
     def tool_reward(
         completion_ids: list[list[int]],
         gold: list[Any],
@@ -104,7 +107,7 @@ def make_tool_reward(
             except UserError as error:
                 raise with_sample_id(error, id[at] if id else None) from error
         if log_metric is not None:
-            for name in ResponseScore._fields[1:]:
+            for name in SCORE_METRICS:
                 log_metric(f"rest/{name}", sum(getattr(row, name) for row in rows) / len(rows))
             for name, values in collect_by_turn(zip((target.turn for target in golds), rows, strict=True)).items():
                 for value in values:  # not their mean: TRL averages over processes, which have different counts

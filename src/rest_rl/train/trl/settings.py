@@ -80,7 +80,7 @@ def make_trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfi
     if "steps" == args.save_strategy == args.logging_strategy and args.save_steps % args.logging_steps:
         raise UserError(
             f"trl.save_steps is {args.save_steps} and trl.logging_steps is {args.logging_steps}",
-            "save_steps to be a multiple of logging_steps",
+            "a save_steps that is a multiple of logging_steps",
             "change one of them; TRL averages metrics since the last line, which a resumed run would not know",
         )
     check_trackers(cast(list[str], args.report_to))

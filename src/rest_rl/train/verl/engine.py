@@ -126,13 +126,13 @@ class VerlEngine:
         """Run verl to the last step, or only the evaluation that is missing; UserError if verl stops early."""
         if self.checkpoint.is_last and not self.verl.trainer.val_before_train:
             return StopPoint(self.total)
-        look = make_follower(self.log, self.observer, parse_toml(self.config.to_toml(), "the run"), self.total)
+        poll = make_follower(self.log, self.observer, parse_toml(self.config.to_toml(), "the run"), self.total)
         path = self.log.folder / LOG_FILE
         remedy = f"see {path}; to continue: rest-rl train --resume --out {self.log.folder}"
         try:
             with (
                 self.observer.track("training", self.total, self.checkpoint.step),
-                call_repeatedly(look),
+                call_repeatedly(poll),
                 path.open("a", encoding="utf-8", errors="replace") as file,
                 redirect_stdout(file),  # the observer keeps its own handle of the terminal
                 redirect_stderr(file),
@@ -235,8 +235,8 @@ def needs_evaluation(log: RunLog, trainer: Any, checkpoint: Checkpoint) -> bool:
         return bool(trainer.val_before_train) and "before" not in summary
     if checkpoint.is_last:
         return "after" not in summary
-    measured = {row.get("step") for row in read_rows(log.folder / EVALUATIONS)}
-    return checkpoint.step % every == 0 and checkpoint.step not in measured
+    evaluated = {row.get("step") for row in read_rows(log.folder / EVALUATIONS)}
+    return checkpoint.step % every == 0 and checkpoint.step not in evaluated
 
 
 # The run
@@ -277,13 +277,13 @@ def refuse_second_run() -> None:
 def tail_jsonl(path: Path) -> Iterator[list[Row]]:
     at = path.stat().st_size if path.exists() else 0
     while True:
-        whole = b""
+        complete = b""
         if path.exists():
             with path.open("rb") as file:
                 file.seek(at)
-                whole = b"".join(file.read().rpartition(b"\n")[:2])
-        at += len(whole)
-        yield [json.loads(line) for line in whole.split(b"\n") if line]
+                complete = b"".join(file.read().rpartition(b"\n")[:2])
+        at += len(complete)
+        yield [json.loads(line) for line in complete.split(b"\n") if line]
 
 
 # Returns a function that reports what verl's driver has written since the last call; `table` is the run file.
@@ -291,7 +291,7 @@ def make_follower(log: RunLog, observer: Observer, table: Mapping[str, Any], tot
     diagnosis = Diagnosis(table)
     tails = [tail_jsonl(log.folder / name) for name in (METRICS, RESPONSES, EVALUATIONS)]
 
-    def look() -> None:
+    def poll() -> None:
         metrics, responses, evaluations = map(next, tails)
         for row in evaluations:
             diagnosis.add_evaluation(row)
@@ -306,16 +306,16 @@ def make_follower(log: RunLog, observer: Observer, table: Mapping[str, Any], tot
 
     for rows in tails:  # skip what an earlier process has reported
         next(rows)
-    return look
+    return poll
 
 
 @contextmanager
-def call_repeatedly(look: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
+def call_repeatedly(poll: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(seconds):
-            look()
+            poll()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -324,4 +324,4 @@ def call_repeatedly(look: Callable[[], None], seconds: float = 0.5) -> Iterator[
     finally:
         done.set()
         thread.join()
-        look()
+        poll()

@@ -32,7 +32,7 @@ from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import RunLog, replace_file
 from rest_rl.statistics import Outcome, summarise
-from rest_rl.train.reward import ResponseScore, parse_gold, score_response
+from rest_rl.train.reward import SCORE_METRICS, parse_gold, score_response
 from rest_rl.train.verl.responses import (
     DATA_STATE_FILE,
     ESTIMATOR,
@@ -186,7 +186,7 @@ class ReSTRewardManager(RewardManagerBase):
         gold = parse_gold(columns["reward_model"]["ground_truth"])
         progress = progress_of_step(step, self.total)
         scored = score_response(text, gold, self.format, self.method.reward, progress, max(1, step), truncated=is_cut)
-        extra = {name: getattr(scored, name) for name in ResponseScore._fields[1:]}
+        extra = {name: getattr(scored, name) for name in SCORE_METRICS}
         kind = {"kind": columns["extra_info"]["kind"], "turn": gold.turn}
         return {"reward_score": scored.total, "reward_extra_info": {**extra, **kind}}
 

@@ -23,7 +23,7 @@ from rest_rl.presets import Preset
 from rest_rl.response import NUM_REGIONS, Turn
 from rest_rl.runlog import Row, RunLog
 from rest_rl.train.record import WeightedBatch, make_response_row
-from rest_rl.train.reward import ResponseScore, collect_by_turn, parse_gold
+from rest_rl.train.reward import SCORE_METRICS, ResponseScore, collect_by_turn, parse_gold
 from rest_rl.train.weighing import (
     NUM_SURPRISE_SUMS,
     EntropyTracker,
@@ -158,10 +158,10 @@ class Responses:
             "frac_reward_zero_std": sum(alike) / len(alike),
             "completions/clipped_ratio": 1 - float(ended_B.double().mean()),
         }
-        for name in ResponseScore._fields[1:]:
+        for name in SCORE_METRICS:
             figures[f"rest/{name}"] = sum(float(row[name]) for row in self.scores) / len(self.scores)
         turns: list[Turn] = [parse_gold(gold).turn for gold in self.golds]
-        scored = (ResponseScore(reward, *(float(row[name]) for name in ResponseScore._fields[1:]))
+        scored = (ResponseScore(reward, *(float(row[name]) for name in SCORE_METRICS))
                   for reward, row in zip(rewards_B.tolist(), self.scores, strict=True))  # fmt: skip
         for name, values in collect_by_turn(zip(turns, scored, strict=True)).items():
             figures[name] = sum(values) / len(values)
