@@ -55,15 +55,15 @@ def on_trl(config: RunConfig) -> dict[str, Any]:
 def on_verl(config: RunConfig) -> dict[str, Any]:
     """The settings that the plugin reads from verl's configuration, and those passed to verl."""
     table, method, tool_format, tracker = parse_run(config.to_toml())
-    told = make_initial_values(config, BIG)
+    composed = make_initial_values(config, BIG)
     return {
         "entropy_decay": tracker.decay,
         "method": method,
         "format": tool_format.name,
-        "clip": (told[f"{ACTOR}.clip_ratio_low"], told[f"{ACTOR}.clip_ratio_high"]),
-        "by spread": told["algorithm.norm_adv_by_std_in_grpo"],
-        "kl": float(told.get(f"{ACTOR}.use_kl_loss", False)),  # verl's own YAML has it off
-        "temperature": told[f"{ROLLOUT}.temperature"],
+        "clip": (composed[f"{ACTOR}.clip_ratio_low"], composed[f"{ACTOR}.clip_ratio_high"]),
+        "by spread": composed["algorithm.norm_adv_by_std_in_grpo"],
+        "kl": float(composed.get(f"{ACTOR}.use_kl_loss", False)),  # verl's own YAML has it off
+        "temperature": composed[f"{ROLLOUT}.temperature"],
         "seed": table.seed,
     }
 

@@ -254,7 +254,7 @@ def test_generation_needs_a_cache_for_every_response() -> None:
 def test_work_of_reinforcement_learning() -> None:
     args = rl(steps_per_generation=8, num_train_epochs=3)
     work = guess(args, prompt_tokens=[10] * 100, processes=2).work
-    # 4 x 2 processes x 8 micro-batches = 64 responses of 16 prompts, learnt from in 4 steps; 6 whole batches of 100
+    # 4 x 2 processes x 8 micro-batches = 64 responses of 16 prompts, trained on in 4 steps; 6 complete batches of 100
     assert (work.responses, work.prompts, work.per_step, work.steps) == (64, 16, 16, 3 * 6 * 4)
     assert guess(rl(max_steps=7)).work.steps == 7
 

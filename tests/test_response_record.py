@@ -123,7 +123,7 @@ def test_rows_wait_for_the_loss_and_none_is_lost():
     record = ResponseRecord(lambda step, rows: kept.append((step, list(rows))))
     record.start_batch([{"step": 1, "ids": [7]}, {"step": 1, "ids": [8, 9]}])
     record.add_token_fields(weighed([1], 2.0))
-    record.add_token_fields(weighed([1], 3.0))  # seen again: the first numbers stay
+    record.add_token_fields(weighed([1], 3.0))  # a second pass: the first values stay
     record.add_token_fields(weighed([5], 3.0))  # not recorded
     assert kept == []
     record.add_token_fields(weighed([0], 4.0))

@@ -76,19 +76,19 @@ def shown(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_keeps_the_published_batch(path: Path) -> None:
-    told = values_of(read_run_file(path, [*gpus_of(path), *shown(path)]), BIG)
+    composed = values_of(read_run_file(path, [*gpus_of(path), *shown(path)]), BIG)
     if path.stem == "own-tools":  # 8 GPUs x 2 responses x 32 steps / 8 a prompt: several batches a step are one batch
-        assert (told["data.train_batch_size"], told[f"{ACTOR}.ppo_mini_batch_size"]) == (64, 64)
+        assert (composed["data.train_batch_size"], composed[f"{ACTOR}.ppo_mini_batch_size"]) == (64, 64)
         return
     # 2,048 responses / 4 a prompt; 256 / 4; 3,920 // 512 = 7 batches an epoch, 15 epochs; every 120 / 8 = 15 batches
-    assert (told["data.train_batch_size"], told[f"{ACTOR}.ppo_mini_batch_size"]) == (512, 64)
-    assert (told["trainer.total_training_steps"], told["trainer.total_epochs"]) == (105, 15)
-    assert (told["trainer.save_freq"], told["trainer.max_actor_ckpt_to_keep"]) == (15, 2)
-    assert (told[f"{ACTOR}.loss_agg_mode"], told[f"{ACTOR}.clip_ratio_c"]) == ("seq-mean-token-mean", 3.0)
-    assert told[f"{ACTOR}.optim.lr"] in (1e-6, 1e-5)
+    assert (composed["data.train_batch_size"], composed[f"{ACTOR}.ppo_mini_batch_size"]) == (512, 64)
+    assert (composed["trainer.total_training_steps"], composed["trainer.total_epochs"]) == (105, 15)
+    assert (composed["trainer.save_freq"], composed["trainer.max_actor_ckpt_to_keep"]) == (15, 2)
+    assert (composed[f"{ACTOR}.loss_agg_mode"], composed[f"{ACTOR}.clip_ratio_c"]) == ("seq-mean-token-mean", 3.0)
+    assert composed[f"{ACTOR}.optim.lr"] in (1e-6, 1e-5)
     if "1gpu" not in path.stem:  # what a forward pass takes on TRL
         per_device = read_run_file(path).trl["per_device_train_batch_size"]
-        assert told[f"{ACTOR}.ppo_max_token_len_per_gpu"] == per_device * (2048 + 2048)
+        assert composed[f"{ACTOR}.ppo_max_token_len_per_gpu"] == per_device * (2048 + 2048)
 
 
 def test_fifteen_keys_are_fixed() -> None:
@@ -111,12 +111,12 @@ def test_the_tables_of_the_documentation_name_every_key() -> None:
 
 
 def test_batches_and_schedule_count_as_verl_does() -> None:
-    told = values()
-    assert (told["data.train_batch_size"], told[f"{ACTOR}.ppo_mini_batch_size"]) == (32, 16)
+    composed = values()
+    assert (composed["data.train_batch_size"], composed[f"{ACTOR}.ppo_mini_batch_size"]) == (32, 16)
     # 100 prompts // 32 = 3 batches an epoch, so 10 batches take 4 epochs
-    assert (told["trainer.total_training_steps"], told["trainer.total_epochs"]) == (10, 4)
-    assert (told["trainer.save_freq"], told["trainer.test_freq"]) == (5, 10)
-    assert told["data.max_prompt_length"] == 50
+    assert (composed["trainer.total_training_steps"], composed["trainer.total_epochs"]) == (10, 4)
+    assert (composed["trainer.save_freq"], composed["trainer.test_freq"]) == (5, 10)
+    assert composed["data.max_prompt_length"] == 50
 
 
 def test_a_run_always_has_a_checkpoint_at_its_end() -> None:
@@ -134,31 +134,35 @@ def test_a_complete_checkpoint_is_kept_while_the_next_is_written(limit: str, kep
 
 def test_epochs_without_max_steps() -> None:
     # 2.5 epochs of 100 // 32 = 3 batches: 7.5, so 8, in the third epoch
-    told = values("trl.max_steps=-1", "trl.num_train_epochs=2.5")
-    assert (told["trainer.total_training_steps"], told["trainer.total_epochs"]) == (8, 3)
+    composed = values("trl.max_steps=-1", "trl.num_train_epochs=2.5")
+    assert (composed["trainer.total_training_steps"], composed["trainer.total_epochs"]) == (8, 3)
 
 
 def test_num_iterations_multiplies_the_optimizer_steps() -> None:
     # two passes: 4 optimizer steps a batch, so 20 steps are 5 batches and 10 steps, rounded up, 3
-    told = values("trl.num_iterations=2")
-    assert (told[f"{ACTOR}.ppo_epochs"], told["trainer.total_training_steps"], told["trainer.save_freq"]) == (2, 5, 3)
+    composed = values("trl.num_iterations=2")
+    assert (
+        composed[f"{ACTOR}.ppo_epochs"],
+        composed["trainer.total_training_steps"],
+        composed["trainer.save_freq"],
+    ) == (2, 5, 3)
 
 
 def test_several_batches_per_step_become_one() -> None:
-    # steps_per_generation 1 below 2: nothing is learnt between the two, which are 4 x 8 x 2 / 4 = 16 prompts
-    told = values("trl.steps_per_generation=1")
-    assert (told["data.train_batch_size"], told[f"{ACTOR}.ppo_mini_batch_size"]) == (16, 16)
-    assert told["trainer.total_training_steps"] == 20
+    # steps_per_generation 1 below 2: there is no update between the two, which are 4 x 8 x 2 / 4 = 16 prompts
+    composed = values("trl.steps_per_generation=1")
+    assert (composed["data.train_batch_size"], composed[f"{ACTOR}.ppo_mini_batch_size"]) == (16, 16)
+    assert composed["trainer.total_training_steps"] == 20
 
 
 def test_verl_keys_set_gpus_and_batches() -> None:
     # 2 x 4 GPUs are the same 8; 16 GPUs are twice the prompts; a batch of [verl] is the batch
     assert values("verl.trainer.nnodes=2", "verl.trainer.n_gpus_per_node=4")["data.train_batch_size"] == 32
     assert values("verl.trainer.nnodes=2")["data.train_batch_size"] == 64
-    told = values("verl.data.train_batch_size=40", f"verl.{ACTOR}.ppo_mini_batch_size=8")
+    composed = values("verl.data.train_batch_size=40", f"verl.{ACTOR}.ppo_mini_batch_size=8")
     # 40 / 8 = 5 steps a batch, so 20 steps are 4 batches, of which an epoch has 100 // 40 = 2
-    assert (told["trainer.total_training_steps"], told["trainer.total_epochs"]) == (4, 2)
-    assert told["trainer.save_freq"] == 2
+    assert (composed["trainer.total_training_steps"], composed["trainer.total_epochs"]) == (4, 2)
+    assert composed["trainer.save_freq"] == 2
 
 
 @pytest.mark.parametrize(
@@ -170,14 +174,14 @@ def test_verl_keys_set_gpus_and_batches() -> None:
     ],
 )
 def test_verl_keys_set_the_length(overrides: tuple[str, ...], expected: tuple[int, int]) -> None:
-    told = values(*overrides)
-    assert (told["trainer.total_training_steps"], told["trainer.total_epochs"]) == expected
+    composed = values(*overrides)
+    assert (composed["trainer.total_training_steps"], composed["trainer.total_epochs"]) == expected
 
 
 def test_evaluation() -> None:
-    told = values("data.held_out=h.jsonl", "eval.every=3", "eval.samples_per_prompt=3")
-    assert told["trainer.test_freq"] == 2  # 3 optimizer steps, rounded up
-    assert (told[f"{ROLLOUT}.val_kwargs.n"], told[f"{ROLLOUT}.val_kwargs.temperature"]) == (3, 1.0)
+    composed = values("data.held_out=h.jsonl", "eval.every=3", "eval.samples_per_prompt=3")
+    assert composed["trainer.test_freq"] == 2  # 3 optimizer steps, rounded up
+    assert (composed[f"{ROLLOUT}.val_kwargs.n"], composed[f"{ROLLOUT}.val_kwargs.temperature"]) == (3, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -192,45 +196,45 @@ def test_evaluation() -> None:
     ],
 )
 def test_loss_of_each_preset(preset: str, mode: str, scale: str | None, by_spread: bool, high: float) -> None:
-    told = values(f"rest.preset={preset}", "rest.format=hermes")
-    assert (told[f"{ACTOR}.loss_agg_mode"], told[f"{ACTOR}.loss_scale_factor"]) == (mode, scale)
-    assert told["algorithm.norm_adv_by_std_in_grpo"] is by_spread
-    assert (told[f"{ACTOR}.clip_ratio_low"], told[f"{ACTOR}.clip_ratio_high"]) == (0.2, high)
-    assert told[f"{ACTOR}.clip_ratio_c"] == 1e9  # verl's dual clip is off
+    composed = values(f"rest.preset={preset}", "rest.format=hermes")
+    assert (composed[f"{ACTOR}.loss_agg_mode"], composed[f"{ACTOR}.loss_scale_factor"]) == (mode, scale)
+    assert composed["algorithm.norm_adv_by_std_in_grpo"] is by_spread
+    assert (composed[f"{ACTOR}.clip_ratio_low"], composed[f"{ACTOR}.clip_ratio_high"]) == (0.2, high)
+    assert composed[f"{ACTOR}.clip_ratio_c"] == 1e9  # verl's dual clip is off
 
 
 def test_keys_that_both_engines_have() -> None:
-    told = values(
+    composed = values(
         *("trl.epsilon=0.1", "trl.epsilon_high=0.3", "trl.delta=2.5", "trl.top_k=0", "trl.temperature=0.8"),
         *("trl.weight_decay=0.1", "trl.gradient_checkpointing=false", "trl.vllm_max_model_length=300"),
     )
-    assert (told[f"{ACTOR}.clip_ratio_low"], told[f"{ACTOR}.clip_ratio_high"]) == (0.1, 0.3)
-    assert told[f"{ACTOR}.clip_ratio_c"] == 2.5
-    assert (told[f"{ROLLOUT}.top_k"], told[f"{ROLLOUT}.temperature"]) == (-1, 0.8)
-    assert (told[f"{ACTOR}.optim.weight_decay"], told[f"{MODEL}.enable_gradient_checkpointing"]) == (0.1, False)
-    assert (told["data.max_response_length"], told[f"{ROLLOUT}.max_model_len"]) == (100, 300)
+    assert (composed[f"{ACTOR}.clip_ratio_low"], composed[f"{ACTOR}.clip_ratio_high"]) == (0.1, 0.3)
+    assert composed[f"{ACTOR}.clip_ratio_c"] == 2.5
+    assert (composed[f"{ROLLOUT}.top_k"], composed[f"{ROLLOUT}.temperature"]) == (-1, 0.8)
+    assert (composed[f"{ACTOR}.optim.weight_decay"], composed[f"{MODEL}.enable_gradient_checkpointing"]) == (0.1, False)
+    assert (composed["data.max_response_length"], composed[f"{ROLLOUT}.max_model_len"]) == (100, 300)
 
 
 def test_defaults_of_shared_keys_are_those_of_trl() -> None:
-    told = values()
-    assert told[f"{ACTOR}.optim.weight_decay"] == 0.0  # verl 0.01
-    assert told[f"{ROLLOUT}.tensor_model_parallel_size"] == 1  # verl 2
+    composed = values()
+    assert composed[f"{ACTOR}.optim.weight_decay"] == 0.0  # verl 0.01
+    assert composed[f"{ROLLOUT}.tensor_model_parallel_size"] == 1  # verl 2
     seeds = ("data.seed", f"{ROLLOUT}.seed", f"{ACTOR}.fsdp_config.seed", f"{ACTOR}.data_loader_seed")
-    assert [told[key] for key in seeds] == [7, 7, 7, 7]
+    assert [composed[key] for key in seeds] == [7, 7, 7, 7]
 
 
 def test_adapters() -> None:
-    told = values("peft.r=8")
-    assert (told[f"{MODEL}.lora_rank"], told[f"{MODEL}.lora_alpha"]) == (8, 16)  # twice the rank
-    assert told[f"{MODEL}.target_modules"] == "all-linear"
+    composed = values("peft.r=8")
+    assert (composed[f"{MODEL}.lora_rank"], composed[f"{MODEL}.lora_alpha"]) == (8, 16)  # twice the rank
+    assert composed[f"{MODEL}.target_modules"] == "all-linear"
     assert f"{MODEL}.lora_rank" not in values()
 
 
 def test_megatron_has_different_keys() -> None:
     config = RunConfig.from_toml(RUN)
-    told = make_initial_values(config, SMALL, megatron=True)
-    assert told[f"{ACTOR}.megatron.seed"] == 7
-    assert not any("fsdp" in key for key in told)
+    composed = make_initial_values(config, SMALL, megatron=True)
+    assert composed[f"{ACTOR}.megatron.seed"] == 7
+    assert not any("fsdp" in key for key in composed)
     with pytest.raises(UserError, match=r"\[peft\]"):
         make_initial_values(RunConfig.from_toml(RUN, ["peft.r=8"]), SMALL, megatron=True)
 

@@ -33,7 +33,7 @@ from tests.tiny_policy import tiny_model, tiny_samples, tiny_settings, tiny_toke
 
 
 def test_advantages_of_scattered_groups_by_hand():
-    # Group a: 0, 1, mean 0.5, unbiased deviation sqrt(0.5) = 0.70711; b: 1, 2, 3, mean 2, deviation 1; c alone: 0.
+    # Group a: 0, 1, mean 0.5, unbiased deviation sqrt(0.5) = 0.70711; b: 1, 2, 3, mean 2, deviation 1; only c: 0.
     rewards_B = torch.tensor([0.0, 1.0, 5.0, 1.0, 2.0, 3.0])
     groups = ["a", "b", "c", "a", "b", "b"]
     half = 0.5 / (math.sqrt(0.5) + 1e-4)
@@ -85,7 +85,7 @@ def test_weights_and_metrics_equal_those_of_trl_on_the_same_responses(tmp_path, 
             )
         )
         padded = {name: torch.cat([values[order], torch.zeros_like(values[:1])]) for name, values in columns.items()}
-        monkeypatch.setattr(verl_responses, "CHUNK_SIZE", 3)  # weighed in parts
+        monkeypatch.setattr(verl_responses, "CHUNK_SIZE", 3)  # weighted in chunks
         replayed, ours, _ = weight_batch(padded, weigher, tracker, (step - 1) / 2, step)
         expected_BT = weighed.advantages_B[order, None] * weighed.weights_BT[order]
         assert expected_BT.abs().sum() > 0 or not weighed.advantages_B.any()

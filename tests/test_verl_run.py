@@ -180,32 +180,32 @@ class Listener:
 def test_a_follower_reports_each_row_once_and_waits_for_complete_lines(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     log.add_metrics({"step": 1, "reward": 0.1})
-    told = Listener()
-    look = make_follower(log, told, {}, total=3)  # what is there when it begins was told before
+    listener = Listener()
+    look = make_follower(log, listener, {}, total=3)  # existing rows have been reported before
     log.add_metrics({"step": 2, "reward": 0.2, "completions/failed": 4.0})
     log.add_responses([{"step": 2, "id": "a"}, {"step": 2, "id": "b"}, {"step": 3, "id": "c"}])
     metrics = log.folder / "metrics.jsonl"
     with metrics.open("a") as file:
         file.write('{"step": 3, "rew')
     look()
-    assert told.steps == [(2, 3, 0.2)]
-    assert told.responses == [(2, ["a", "b"]), (3, ["c"])]
-    assert told.said == ["step 2: 4 responses failed and were left out"]
+    assert listener.steps == [(2, 3, 0.2)]
+    assert listener.responses == [(2, ["a", "b"]), (3, ["c"])]
+    assert listener.said == ["step 2: 4 responses failed and were left out"]
     with metrics.open("a") as file:
         file.write('ard": 0.3}\n')
     with call_repeatedly(look):
         pass
-    assert told.steps == [(2, 3, 0.2), (3, 3, 0.3)]
+    assert listener.steps == [(2, 3, 0.2), (3, 3, 0.3)]
 
 
 def test_a_follower_reports_findings(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
-    told = Listener()
-    look = make_follower(log, told, {}, total=100)
+    listener = Listener()
+    look = make_follower(log, listener, {}, total=100)
     for step in range(1, 40):
         log.add_metrics({"step": step, "reward": 0.1, "frac_reward_zero_std": 1.0})
     look()
-    assert "spread" in " ".join(told.findings)
+    assert "spread" in " ".join(listener.findings)
 
 
 # The command

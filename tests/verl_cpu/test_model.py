@@ -60,7 +60,7 @@ def test_the_whole_model(tmp_path, shape):
     check_tokenizer(tokenizer)
     for (name, weight), ours in zip(model.named_parameters(), trained.parameters(), strict=True):
         assert torch.equal(weight, ours.bfloat16().float()), name  # verl's merger rounds weights, and nothing else
-    # 8 bits: a weight is off by up to 2^-9 of itself at random, and a few dozen such sums lie between in and out.
+    # 8 bits: a weight is off by up to 2^-9 of itself at random, and a few dozen such sums separate input from output.
     size = logits_of(trained).std()
     assert 0 < (logits_of(model) - logits_of(trained)).abs().max() < 2**-4 * size
     assert not (target / "adapter_config.json").exists()
@@ -200,7 +200,8 @@ def test_an_adapter_that_megatron_exports_gets_its_base(tmp_path):
 
 
 def test_a_run_leaves_its_adapter(tmp_path):
-    model = {**CPU_SETTINGS["actor_rollout_ref"]["model"], "lora": {"merge": True}}  # the rollout takes whole models
+    # The rollout accepts only whole models.
+    model = {**CPU_SETTINGS["actor_rollout_ref"]["model"], "lora": {"merge": True}}
     settings = {**CPU_SETTINGS, "actor_rollout_ref": {**CPU_SETTINGS["actor_rollout_ref"], "model": model}}
     path = run_file(tmp_path, 1, verl=settings)
     path.write_text(path.read_text(encoding="utf-8") + "\n[peft]\nr = 4\n", encoding="utf-8")

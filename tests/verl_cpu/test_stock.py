@@ -69,7 +69,7 @@ def check(folder: Path, steps: list[int]) -> None:
     assert [row["training/global_step"] for row in rows] == steps
     for row in rows:
         assert row["actor/grad_norm"] > 0
-        # Rounding is worth 5e-6; a replica that misses the update of one step, 0.15 (measured).
+        # Rounding changes it by 5e-6, a replica that misses the update of one step by 0.15 (measured).
         assert row["training/rollout_probs_diff_max"] < 1e-4
 
 
