@@ -164,10 +164,10 @@ def build_charts(groups: Sequence[RunGroup]) -> Iterator[Row]:
     for greedy, how in ((False, "sampled"), (True, "greedy")):
         lines = [evaluation_curve(group.runs, turn, greedy=greedy) for group in groups]
         yield from build_chart(Chart("", f"Exact match, held out, {how}{over}", "%"), enumerate(lines), dots=True)
-    headlines = [one._replace(key=headline_key(runs, one.key)) for one in CHARTS]
-    for one in headlines:
-        title = f"{one.title}, {TURNS['calls']}" if one.key.endswith("_calls") else one.title
-        yield from build_chart(one._replace(title=title), group_curves(groups, one.key))
+    headlines = [chart._replace(key=headline_key(runs, chart.key)) for chart in CHARTS]
+    for chart in headlines:
+        title = f"{chart.title}, {TURNS['calls']}" if chart.key.endswith("_calls") else chart.title
+        yield from build_chart(chart._replace(title=title), group_curves(groups, chart.key))
     for quantity, (title, unit) in REGION_QUANTITIES.items():
         series = (
             (at, region, metric_curve(group.runs, f"rest/{quantity}/{region}"))
@@ -183,7 +183,7 @@ def build_charts(groups: Sequence[RunGroup]) -> Iterator[Row]:
 
 def find_other_keys(groups: Sequence[RunGroup], shown: Iterable[Chart]) -> list[str]:
     keys = {key for group in groups for run in group.runs for row in run.metrics for key in row}
-    keys -= {"step", "epoch", *(one.key for one in shown)}
+    keys -= {"step", "epoch", *(chart.key for chart in shown)}
     by_region = tuple(f"rest/{quantity}/" for quantity in REGION_QUANTITIES)
     return sorted(key for key in keys if not key.startswith(by_region))
 

@@ -110,14 +110,14 @@ def pack_responses(runs: Sequence[Run], limit: int) -> tuple[Row, bytes]:
     packed: list[Row] = []
     for index, run in enumerate(runs):
         tool_format = find_format(run)
-        asked: dict[tuple[Any, Any], int] = {}
+        prompt_indices: dict[tuple[Any, Any], int] = {}
         for row in select_rows(run.responses, limit // len(runs)):
             key = (row.get("step"), str(row.get("id")))
             if isinstance(prompt := row.get("prompt"), str):
-                asked[key] = prompts.index_of(shorten(prompt, MAX_PROMPT_CHARACTERS))
-            one = {"r": index, "p": asked.get(key, -1)}
+                prompt_indices[key] = prompts.index_of(shorten(prompt, MAX_PROMPT_CHARACTERS))
+            head = {"r": index, "p": prompt_indices.get(key, -1)}
             facts, pieces = pack_response(row, tool_format, golds)
-            packed.append(one | facts | {"o": columns.add(pieces, words)})
+            packed.append(head | facts | {"o": columns.add(pieces, words)})
     tables = {"words": words.texts, "prompts": prompts.texts, "golds": golds.texts}
     return {"responses": packed, **tables}, columns.as_bytes()
 

@@ -48,14 +48,16 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
     # that of a run. Groups keep the order of their first runs, so the result depends only on the order of `runs`.
     settings: dict[str, dict[str, str]] = {}
     members: dict[str, list[Run]] = {}
-    seen: dict[str, Run] = {}
+    by_identity: dict[str, Run] = {}
     for run in runs:
         table = flatten(parse_recorded_run(run.config, str(run.folder)))
         flat = {key: str(value) for key, value in table.items() if key not in MONITORING_KEYS}
-        twin = seen.setdefault(str(sorted((key, value) for key, value in flat.items() if key != "run.out")), run)
-        if twin is not run:
+        duplicate = by_identity.setdefault(
+            str(sorted((key, value) for key, value in flat.items() if key != "run.out")), run
+        )
+        if duplicate is not run:
             raise UserError(
-                f"{twin.folder} and {run.folder} have the same configuration and the same seed",
+                f"{duplicate.folder} and {run.folder} have the same configuration and the same seed",
                 "runs that differ in their settings or seeds",
                 "leave one of them out",
             )
@@ -112,8 +114,8 @@ def average_curves(curves: Iterable[Mapping[int, float]]) -> Curve:
     """Return the mean and standard deviation of several curves at every step that at least one of them has."""
     # Runs may log or end at different steps: the spread at a step is over the runs that have a value there.
     by_step: dict[int, list[float]] = {}
-    for one in curves:
-        for step, value in one.items():
+    for curve in curves:
+        for step, value in curve.items():
             by_step.setdefault(step, []).append(value)
     return build_curve({step: mean_and_sd(values) for step, values in by_step.items()})
 

@@ -316,21 +316,21 @@ def held_out_falls(history: History, settings: DiagnosisSettings) -> Symptom | N
 def format_alone(history: History, settings: DiagnosisSettings) -> Symptom | None:
     # Early in a run the format is meant to lead. It is a standstill once most groups are free of format errors and
     # S_acc, at its upper limit, gained less than half of what the format gained.
-    reward, paid = history.first_window("reward"), history.newest_window("reward")
-    rough, formed = history.first_window("rest/format"), history.newest_window("rest/format")
+    reward_before, reward = history.first_window("reward"), history.newest_window("reward")
+    format_before, well_formed = history.first_window("rest/format"), history.newest_window("rest/format")
     before, accuracy = history.first_window("rest/accuracy"), history.newest_window("rest/accuracy")
-    if not (reward and paid and rough and formed and before and accuracy):
+    if not (reward_before and reward and format_before and well_formed and before and accuracy):
         return None
-    rose = paid.is_above(reward, history.threshold) and formed.is_above(rough, history.threshold)
-    if not rose or formed.value < 1 - settings.most_groups_threshold:
+    rose = reward.is_above(reward_before, history.threshold) and well_formed.is_above(format_before, history.threshold)
+    if not rose or well_formed.value < 1 - settings.most_groups_threshold:
         return None
     gain, error = accuracy.value - before.value, math.hypot(accuracy.error, before.error)
-    if gain + history.threshold * error > (formed.value - rough.value) / 2:
+    if gain + history.threshold * error > (well_formed.value - format_before.value) / 2:
         return None
     return Symptom(
-        f"the reward rose {reward.value:.3f} → {paid.value:.3f} only through the format ({format_percent(rough)} → "
-        f"{format_percent(formed)}); S_acc changed by {100 * gain:+.1f} ± {100 * error:.1f} points "
-        f"({format_steps(before)} → {format_steps(accuracy)})",
+        f"the reward rose {reward_before.value:.3f} → {reward.value:.3f} only through the format "
+        f"({format_percent(format_before)} → {format_percent(well_formed)}); S_acc changed by {100 * gain:+.1f} ± "
+        f"{100 * error:.1f} points ({format_steps(before)} → {format_steps(accuracy)})",
         "the format is learned and no longer separates responses; accuracy has too small a share of the reward",
         "raise rest.reward.accuracy_share_start; if S_acc is near 0, start with supervised fine-tuning (rest-rl sft)",
     )
