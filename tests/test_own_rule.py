@@ -24,7 +24,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "method.md").read_text(encoding=
 SECTION = PAGE[PAGE.index("### A weight rule or reward of your own") :]
 RULE, REWARD, REWARD_FUNCS = re.findall("```python\n(.*?)```", SECTION, re.DOTALL)[:3]
 TRAINING = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
-(FORMAT,) = re.findall("### A format of your own.*?```python\n(.*?)```", TRAINING, re.DOTALL)
+(FORMAT,) = re.findall("### Custom formats.*?```python\n(.*?)```", TRAINING, re.DOTALL)
 SHORT = [
     *("--set", "eval.prompts=0", "--set", "trl.max_steps=1", "--set", "trl.per_device_train_batch_size=8"),
     *("--set", "data.num_samples=16", "--set", "trl.steps_per_generation=1"),
