@@ -85,7 +85,7 @@ def test_failures_are_excluded_and_retried(server: Server, capsys: pytest.Captur
     server.steps = itertools.repeat(step)
     assert evaluate(server, "--format", "toolrl", "--timeout", "1") == 1
     out = capsys.readouterr().out
-    assert "4 samples are not scored" in out
+    assert "4 samples have no score" in out
     assert "the server returns 503" in out
     assert {row["id"] for row in rows() if "error" in row} == broken
     assert {row["id"] for row in rows() if row["correct"]} == {*identities} - broken - {garbled}
@@ -141,7 +141,7 @@ def test_extra_fields_are_sent_and_recorded(server: Server, capsys: pytest.Captu
 @pytest.mark.parametrize("text", ["[]", "3", "{", '{"chat_template_kwargs": 1}'])
 def test_an_extra_body_is_an_object(server: Server, capsys: pytest.CaptureFixture[str], text: str) -> None:
     assert evaluate(server, "--format", "toolrl", "--extra-body", text) == 2
-    assert f"--extra-body {text}, expected a JSON object" in capsys.readouterr().err
+    assert f"--extra-body is {text}, expected a JSON object" in capsys.readouterr().err
     assert server.requests == []
 
 
