@@ -111,7 +111,7 @@ def test_strict_wants_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     empty.write_text("{}\n")
     for action in (["check", empty], ["convert", empty, "--out", tmp_path / "out.jsonl"]):
         assert main(["data", *map(str, action), "--strict"]) == 1
-        assert "no sample is left of 1 row" in capsys.readouterr().err
+        assert "no samples are left (1 row read)" in capsys.readouterr().err
         assert main(["data", *map(str, action)]) == 0
 
 
@@ -146,7 +146,7 @@ def test_two_tools_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path.write_text(json.dumps({**row, "tools": [{"name": "w", "parameters": {}}, TOOL]}))
     told = json.loads(run(capsys, "check", path, "--json")[1])
     assert (told["reasons"], told["samples"]) == ({"duplicate_tool": 1}, 1)  # the turn that calls none of them stays
-    assert told["findings"][0]["detail"] == "the tool w is defined twice, differently"
+    assert told["findings"][0]["detail"] == "two different tools are called w"
     assert [found["severity"] for found in told["findings"]] == ["rejected", "noted"]
     assert json.loads(run(capsys, "check", path, "--json", "--allow", "duplicate_tool")[1])["samples"] == 2
     path.write_text(json.dumps({**row, "tools": [TOOL, TOOL]}))

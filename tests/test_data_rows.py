@@ -280,7 +280,7 @@ def test_a_folder_of_datasets_is_read(tmp_path: Path) -> None:
         ("data/nowhere.jsonl", "does not exist"),
         ("nowhere", "does not exist"),
         ("rows.csv", "unknown file type"),
-        ("empty", "the folder empty has no"),
+        ("empty", "the folder empty has no data files"),
     ],
 )
 def test_inputs_that_are_none(tmp_path: Path, name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:

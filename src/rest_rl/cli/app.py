@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def warning_printer() -> Callable[..., None]:
-    """Show renamed names as one line, each once, and other warnings as Python does."""
+    # Show renamed names as one line, each once, and other warnings as Python does.
+    # A run file is read more than once per command, so the same warning would repeat.
     show_other, printed = warnings.showwarning, set[str]()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
@@ -135,5 +136,4 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def one_line(text: str) -> str:
-    """Replace all white space, including line breaks, by single spaces."""
     return " ".join(text.split())

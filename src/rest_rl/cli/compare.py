@@ -94,7 +94,6 @@ def parse_seed(text: str) -> int:
 
 
 def show_report(report: ComparisonReport, console: Console) -> None:
-    """Show the main table, the verdict, and the path of the report."""
     from rest_rl.cli.terminal import say, show_table
     from rest_rl.compare.page import terminal_table
 

@@ -83,7 +83,7 @@ class Reading:
     seed: Annotated[int, Option(metavar="S", help="seed of masking and splitting")] = 0
 
     def layout(self) -> PromptLayout | None:
-        """Return the prompt layout of --model, in the format that training would use; None without --model."""
+        # The prompt layout of --model, in the format that training would use; None without --model.
         from rest_rl.formats import get_format
 
         if self.model is None:
@@ -97,7 +97,7 @@ class Reading:
         from rest_rl.data.layout import PromptLayout, resolve_format
         from rest_rl.evaluate.origin import resolve_origin
 
-        path = resolve_origin(self.model).path
+        path = resolve_origin(self.model).path  # before the slow imports below, so that a wrong --model fails at once
         from rest_rl.config import ModelTable
         from rest_rl.train.policy import load_policy_tokenizer, policy_context_length
 
@@ -107,7 +107,7 @@ class Reading:
         return PromptLayout(tokenizer, name, context=policy_context_length(ModelTable(path=path), tokenizer))
 
     def settings(self, layout: PromptLayout | None, test: str | None = None) -> dict[str, Any]:
-        """Return the arguments of `check_data` and `read_rows`, with a progress bar on a terminal."""
+        # The arguments of `check_data` and `read_rows`, with a progress bar on a terminal.
         settings = {**vars(self), "allow": self.allow or (), "layout": layout, "test": test}
         del settings["model"], settings["format"]
         if self.max_response_tokens is None:
@@ -233,6 +233,7 @@ def split(
     for path in outs.values():
         check_output(path, [file])
     settings, report, samples = reading.settings(reading.layout()), DataReport(), dict.fromkeys(outs, 0)
+    # First pass: groups and sides, from digests. Second pass: the samples. Neither keeps the file in memory.
     sides = Split(read_rows(file, **settings), test, reading.seed)
     with ExitStack() as stack:
         writers = {side: stack.enter_context(sample_writer(path)) for side, path in outs.items()}
@@ -278,24 +279,23 @@ def world(
 
 
 def require_rows(report: DataReport, files: Sequence[str]) -> None:
-    """Raise UserError if the input has no rows, which is most likely a wrong path or an incomplete file."""
+    # Raise UserError if the input has no rows, which is most likely a wrong path or an incomplete file.
     if not report.rows:
         raise UserError(f"{', '.join(files)} has no rows", remedy="check that it is the right file")
 
 
 def finish(report: DataReport, printed: Mapping[str, Any] | None, strict: bool) -> int:
-    """Print the report as JSON, merged with `printed`, unless that is None; return the exit code."""
+    # Print the report as JSON, merged with `printed`, unless that is None; return the exit code.
     from rest_rl.jsonl import as_json
 
     if printed is not None:
         print(as_json({**report.to_json(), **printed}, indent=2))
     if strict and not report.samples:
-        print(f"no sample is left of {count_of(report.rows, 'row')}", file=sys.stderr)
+        print(f"no samples are left ({count_of(report.rows, 'row')} read)", file=sys.stderr)
     return int(strict and (not report.samples or bool(report.rejected or report.lost_turns)))
 
 
 def format_counts(report: DataReport) -> str:
-    """Return the numbers of rows and samples in one line."""
     lost = f" ({report.lost_turns} of them lost turns)" if report.lost_turns else ""
     repaired = f"{report.repaired} repaired{lost}"
     rows = f"{count_of(report.rows, 'row')}: {report.kept} kept, {repaired}, {report.rejected} rejected"
@@ -307,7 +307,6 @@ def count_of(number: int, noun: str) -> str:
 
 
 def show_report(report: DataReport, per_reason: int) -> None:
-    """Show the counts, a table of the reasons, and the first findings of each."""
     from rich.console import Console
     from rich.table import Table
 
@@ -342,10 +341,8 @@ def show_report(report: DataReport, per_reason: int) -> None:
 
 
 def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> None:
-    """Show the findings of a row, then the prompt and the coloured demonstration of each sample.
-
-    Without a layout, tools and messages are shown as they are.
-    """
+    # Show the findings of a row, then the prompt and the coloured demonstration of each sample. Without a layout, tools
+    # and messages are shown as they are.
     from rich.console import Console
     from rich.markup import escape
 

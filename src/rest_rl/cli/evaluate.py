@@ -61,6 +61,7 @@ def _add_benchmark(name: str, help: str, example: str, *arguments: inspect.Param
         return _evaluate({"benchmark": name, **values})
 
     options = [own for own in fields(EvalRequest) if own.metadata.get("only_for", name) == name and own.metadata]
+    # Options of this benchmark first, then the shared ones; the sort is stable.
     options.sort(key=lambda own: "only_for" not in own.metadata)
     parameters = [*arguments, *(_parameter(own.name, own.default, own.metadata) for own in options)]
     parameters.append(_parameter("dry_run", False, DRY_RUN))
@@ -101,6 +102,7 @@ def _evaluate(values: dict[str, Any]) -> int:
     values |= {name: _parts(name, values[name]) for name in ("categories", "ids")}
     if values["extra_body"] is not None:
         values["extra_body"] = _extra_body(values["extra_body"])
+    # All checks that need no model come first: a mistake must not cost the minutes of loading one.
     request = EvalRequest(**values, command=tuple(sys.argv))
     if request.source == "checkpoint":
         from rest_rl.evaluate.origin import resolve_origin

@@ -54,7 +54,7 @@ def presets(name: Annotated[str | None, typer.Argument(metavar="NAME", help="pre
 
 
 def run_tables(name: str) -> dict[str, Any]:
-    """Return a preset as tables of a run file; the clip range belongs to [trl]."""
+    # A preset as tables of a run file; the clip range belongs to [trl].
     from rest_rl.config import preset_to_table
     from rest_rl.presets import SUPERVISED, get_preset
 
@@ -119,7 +119,7 @@ def inspect(
 
 
 def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> Inspected:
-    """Return the tokens of one response with the regions and weights that training would use."""
+    # The tokens of one response with the regions and weights that training would use.
     import torch
 
     from rest_rl.presets import compute_token_weights
@@ -127,6 +127,7 @@ def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> 
 
     if not ids:
         return Inspected([], [], [], [])
+    # A batch of one sequence: shapes are (1, T). The code is the one that training runs, not a second implementation.
     ids_BT = torch.tensor([ids])
     mask_BT = torch.ones_like(ids_BT)
     regions_BT = tag_regions(ids_BT, mask_BT, tokenizer, settings["format"])
@@ -139,7 +140,7 @@ def inspect_ids(ids: list[int], tokenizer: Any, settings: Mapping[str, Any]) -> 
 
 
 def tokens_as_json(response: Inspected, is_cut: bool | None) -> str:
-    """Return {"tokens": [{"id", "text", "region", "weight"}, ...]} on one line, with "truncated" if it is known."""
+    # {"tokens": [{"id", "text", "region", "weight"}, ...]} on one line, with "truncated" if it is known.
     from rest_rl.jsonl import as_json
     from rest_rl.response import Region
 
@@ -153,7 +154,7 @@ def tokens_as_json(response: Inspected, is_cut: bool | None) -> str:
 
 
 def runs(response: Inspected) -> Iterator[tuple[str, str]]:
-    """Yield (text, region) for each run of tokens in one region; a character split over tokens goes to the last one."""
+    # Yield (text, region) for each run of tokens in one region; a character split over tokens goes to the last one.
     from rest_rl.response import Region
 
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -165,7 +166,7 @@ def runs(response: Inspected) -> Iterator[tuple[str, str]]:
 
 
 def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    """Return the token ids of a row: its `ids`, or its tokenized `response`."""
+    # The token ids of a row: its `ids`, or its tokenized `response`.
     from rest_rl.jsonl import require_text
 
     ids = row.get("ids")
@@ -183,7 +184,7 @@ def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
 
 
 def read_entropies(source: str | None) -> dict[str, float]:
-    """Return the entropy in nats by region from inline JSON or a file; empty without a source."""
+    # The entropy in nats by region from inline JSON or a file; empty without a source.
     from rest_rl.response import Region
 
     if source is None:

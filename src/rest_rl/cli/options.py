@@ -93,6 +93,8 @@ def verb_group(**settings: Any) -> typer.Typer:
 
 def with_new_names(arguments: Sequence[str]) -> list[str]:
     """Return the command line with renamed options and subcommands under their new names; warn about each on stderr."""
+    # Runs before the parser, so that help pages and error messages know only the new names. A subcommand is replaced
+    # only directly after its command: in `eval bfcl --out compare`, "compare" is a value.
     command_at = next((at for at, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     renamed = RENAMED.get(arguments[command_at], {}) if command_at < len(arguments) else {}
     changed = list(arguments)

@@ -72,7 +72,7 @@ def probe(
 
     if not is_debug(context):
         silence_transformers()
-    screen = Screen(Console(stderr=json))
+    screen = Screen(Console(stderr=json))  # with --json, stdout carries only JSON
 
     def show(report: ProbeReport) -> None:
         if json:
@@ -90,7 +90,7 @@ def probe(
 
 
 def check(model: str | None, overrides: Sequence[str], formats: Sequence[str]) -> None:
-    """Raise UserError for mistakes that can be found before torch is loaded."""
+    # Raise UserError for mistakes that can be found before torch is loaded.
     from rest_rl.config import RunConfig, read_run_file
     from rest_rl.evaluate.origin import resolve_origin
     from rest_rl.train.request import check_names
@@ -101,7 +101,6 @@ def check(model: str | None, overrides: Sequence[str], formats: Sequence[str]) -
 
 
 def show_report(report: ProbeReport, screen: Screen) -> None:
-    """Show the tables, the verdict and the recommendation for one format."""
     from rest_rl.cli.terminal import say
     from rest_rl.probe.page import build_tables, describe_gradients, describe_samples, format_advice
 

@@ -40,6 +40,7 @@ def format_of_rows(name: str, file: str) -> tuple[str, Iterator[tuple[int, bytes
 
     if name != AUTO:
         get_format(name)
+    # The rows may come from a pipe, which cannot be read twice: those that decide the format are put back in front.
     rows = read_lines(file)
     first = list(islice(rows, MAX_RESPONSES))
     name, why = choose_format(name, response_texts(line for _, line in first))
@@ -48,7 +49,7 @@ def format_of_rows(name: str, file: str) -> tuple[str, Iterator[tuple[int, bytes
 
 
 def score_row(row: Mapping[str, Any], tool_format: str, preset: str, progress: float) -> dict[str, Any]:
-    """Return the score of one row; its `step` overrides `progress` (step 150 of the paper's schedule is progress 1)."""
+    # The score of one row; its `step` overrides `progress` (step 150 of the paper's schedule is progress 1).
     from rest_rl.authors_code import SCHEDULE_STEPS
     from rest_rl.errors import UserError
     from rest_rl.jsonl import require_text

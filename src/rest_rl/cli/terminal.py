@@ -113,7 +113,7 @@ def split_at_spans(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, str]
 
 
 def split_recorded(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the tokens of a recorded response, each with the label of its region."""
+    # Yield the tokens of a recorded response, each with the label of its region.
     start = 0
     for length, region in zip(row["lengths"], row.get("regions") or [Region.OTHER] * len(row["lengths"]), strict=True):
         yield row["response"][start : start + length], Region(region).label
@@ -172,14 +172,18 @@ class Screen(Observer):
             known = total = total or known
             amount = f"{done}/{total}" if total and total < MIN_BYTE_TOTAL else ""
             self._bars.update(task, completed=done, total=total, note=f"{amount} {note}")
+            # Without a terminal (a log file), lines get rarer as the run gets longer: after 20 minutes, one per minute.
             now = time.monotonic()
             pause = min(max(LINE_PAUSES[0], (now - begin) / 20), LINE_PAUSES[1])
             if not self.console.is_terminal and (done == total or now - self._last_line >= pause):
+                # The rate leaves out what a resumed run had done before.
                 self._last_line, rate = now, (done - done_before) / max(now - begin, 1e-9)
                 speed = f"{rate:{'.0f' if rate >= 100 else '.3g'}}/s" if amount and rate > 0 else ""
                 left = f"{timedelta(seconds=round((total - done) / rate))} left" if total and rate > 0 else ""
                 self.say(" ".join(part for part in (what, amount, note, speed, left) if part))
 
+        # Tracks nest (a step within training), but rich allows one live display per console: the outermost track starts
+        # and stops it, and without a terminal only the outermost track announces itself.
         self._tracks.append(advance)
         if self.console.is_terminal:
             self._bars.start()
@@ -223,7 +227,7 @@ SPLIT_METRICS = {"reward": "reward", "rest/accuracy_calls": "S_acc calls", "rest
 
 
 def select_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metrics to show next to the progress bar, with their labels."""
+    # The metrics to show next to the progress bar, with their labels.
     is_split = SPLIT_METRICS.keys() <= metrics.keys()
     shown = SPLIT_METRICS if is_split else RL_METRICS if "reward" in metrics else SFT_METRICS
     return {key: name for key, name in shown.items() if key in metrics}

@@ -95,6 +95,7 @@ def train(
         given = any((run, model, data, held_out, preset, tool_format, lora, engine, of_verl, resume, is_dry))
         preset = preset or supervised_preset(run, overrides, resume=resume, is_given=given)
     keys = {"model.path": model, "data.path": data, "data.held_out": held_out, "rest.preset": preset}
+    # Later changes win: shorthands, then verl and LoRA, then --set, so that --set can override everything.
     changes = shorthands({**keys, "rest.format": tool_format, "run.engine": engine})
     changes += verl_overrides(nodes, gpus_per_node, settings)
     changes += lora_overrides(lora, preset, is_own=bool(model or data) and not (run or resume))
@@ -129,7 +130,7 @@ def train(
 
 
 def supervised_preset(run: str | None, overrides: Sequence[str], *, resume: bool, is_given: bool) -> str | None:
-    """Return the preset of `rest-rl sft` without --preset: None for a supervised or resumed run, otherwise `sft`."""
+    # The preset of `rest-rl sft` without --preset: None for a supervised or resumed run, otherwise `sft`.
     from rest_rl.config import read_run_file
 
     if not is_given:
@@ -142,29 +143,29 @@ def supervised_preset(run: str | None, overrides: Sequence[str], *, resume: bool
 
 
 def shorthands(keys: Mapping[str, str | None]) -> list[str]:
-    """Return the options that abbreviate a `--set`, as such changes."""
+    # The options that abbreviate a `--set`, as such changes.
     return [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
 
 
 def lora_overrides(rank: int | None, preset: str | None, *, is_own: bool) -> list[str]:
-    """Return the changes for `--lora`; adapters need ten times the learning rate of full fine-tuning."""
+    # The changes for `--lora`; adapters need ten times the learning rate of full fine-tuning.
     from rest_rl.presets import SUPERVISED
 
     if rank is None:
         return []
+    # Only for your own model without a run file: a run file, or a resumed run, already says which rate it wants.
     rate = "1e-4" if preset in SUPERVISED else "1e-5"
     return [f"peft.r={rank}", *([f"trl.learning_rate={rate}"] if is_own else [])]
 
 
 def verl_overrides(nodes: int | None, gpus_per_node: int | None, settings: Sequence[str]) -> list[str]:
-    """Return `--nodes`, `--gpus-per-node` and the settings after `--` as changes of `[verl]`."""
+    # `--nodes`, `--gpus-per-node` and the settings after `--` as changes of `[verl]`.
     sizes = {"nnodes": nodes, "n_gpus_per_node": gpus_per_node}
     texts = [f"verl.trainer.{key}={value}" for key, value in sizes.items() if value is not None]
     return texts + ([f"verl.overrides={json.dumps(list(settings))}"] if settings else [])
 
 
 def verl_settings(plan: RunPlan, *, resume: bool) -> str:
-    """Return the settings passed to verl, as YAML."""
     from rest_rl.runlog import RunLog
     from rest_rl.train.checkpoints import Checkpoint
     from rest_rl.train.verl.engine import VerlEngine

@@ -157,6 +157,7 @@ class DataReport:
         del self.findings[MAX_FINDINGS:]
         for found in row.findings:
             self.outcomes.setdefault(found.reason, set()).add(describe_outcome(row, found))
+        # A reason may occur several times in a row but counts the row once; `occurrences` counts every finding.
         for reason in {found.reason for found in row.findings}:
             self.reasons[reason] += 1
             first = self.first_rows.setdefault(reason, [])
@@ -315,6 +316,8 @@ class _RowChecker:
 
 
 def _read_samples(shape: RowShape, value: Mapping[str, Any], context: RowContext) -> list[ToolSample]:
+    # Built-in shapes raise RowRejectedError for bad rows, and any other exception of theirs is a bug of ours. The
+    # output of a user's shape is validated like a file: converted to JSON and back.
     if shape in SHAPES.values():
         return [sample for each in shape.read(value, context) for sample in _split_dialogue(each, context)]
     samples: list[ToolSample] = []

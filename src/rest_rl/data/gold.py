@@ -51,6 +51,7 @@ def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tupl
     Returns:
         The sample, in which text that spells a value of the schema's type is replaced by that value, and the findings.
     """
+    # Two tools of one name are a problem only if they differ. A turn that calls neither keeps its sample.
     functions = [tool.get("function", tool) for tool in sample.tools]
     by_name: dict[str, Any] = {}
     twice = {each["name"] for each in functions if by_name.setdefault(each["name"], each) != each}
@@ -58,7 +59,7 @@ def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tupl
     found = [
         make_finding(
             "duplicate_tool",
-            f"the tool {name} is defined twice, differently",
+            f"two different tools are called {name}",
             sample.id,
             ("duplicate_tool",) if name in uncalled else allow,
         )
@@ -163,7 +164,7 @@ def _is_of_type(value: Any, name: str) -> bool:
 def _check_enum(value: Any, schema: Mapping[str, Any], name: str) -> Problems:
     enum, items, properties = (schema.get(key) for key in ("enum", "items", "properties"))
     if value is not None and isinstance(enum, list) and enum and value not in enum:
-        yield "not_in_enum", f"{name} is {value!r:.80}, but the enum is {', '.join(map(str, enum))}"
+        yield "not_in_enum", f"{name} is {value!r:.80}, but the enum has only {', '.join(map(str, enum))}"
     if isinstance(value, list | tuple) and isinstance(items, Mapping):
         for number, item in enumerate(value):
             yield from _check_enum(item, items, f"{name}[{number}]")

@@ -67,6 +67,8 @@ class PromptLayout:
                 remedy="use an instruct model, or set tokenizer.chat_template",
             )
         self.tokenizer, self.format, self.variables = tokenizer, get_format(tool_format), dict(variables or {})
+        # Templates have no metadata, so everything is found out by rendering probes: whether text, tools and system
+        # messages appear in the prompt, and how the prompt ends. A template that fails on a probe renders as "".
         self._probe = self._render_or_empty([PROBE_MESSAGE])
         if self._probe and PROBE_MESSAGE["content"] not in self._probe:
             raise UserError(
@@ -100,6 +102,7 @@ class PromptLayout:
                     f"the chat template failed on sample {sample.id!r} ({type(error).__name__}: {error})",
                     remedy="complete the row (tools need name, description and parameters)",
                 ) from error
+        # The prompt is tokenized with add_special_tokens=False, so it must contain BOS exactly once.
         return self.bos_prefix + text.removeprefix(self.bos_prefix)
 
     def count_tokens(self, sample: ToolSample) -> int:
@@ -200,6 +203,7 @@ def _render_assistant(message: Mapping[str, Any], tool_format: ToolFormat) -> st
 
 
 def _move_system_into_user(messages: Messages) -> Messages:
+    # All system messages move to the front of the first user message, or become one.
     said = [message["content"] for message in messages if message["role"] == "system"]
     others = [message for message in messages if message["role"] != "system"]
     if not said:
@@ -211,6 +215,7 @@ def _move_system_into_user(messages: Messages) -> Messages:
 
 def assign_call_ids(messages: Messages) -> Messages:
     """Replace the ids of calls by ids of nine letters and digits, which Mistral's templates require; results follow."""
+    # A result takes the new id of the waiting call with its old id, or of the first waiting call if there is none.
     named: Messages = []
     waiting: list[tuple[str, str]] = []  # (id as given, new id) of the calls without a result yet
     made = 0

@@ -36,12 +36,15 @@ def mask_names(sample: ToolSample, share: float, seed: int) -> ToolSample:
     """
     if not share or sample.tools_in_prompt:
         return sample
+    # One generator per sample: the result does not change when rows are added, removed or reordered.
     rng = random.Random(compute_digest([seed, sample.id]))
     return rename_sample(sample, draw_names(sample, rng)) if rng.random() < share else sample
 
 
 def draw_names(sample: ToolSample, rng: random.Random) -> NameMap:
     """Draw a random name for each tool and argument, different from each other and from all names in the sample."""
+    # Calls may use names that no tool defines (defective golds, old histories); those are masked as well, or they would
+    # stand out. Names are unique over all tools and arguments, so that text replacement stays unambiguous.
     functions = [tool.get("function", tool) for tool in sample.tools]
     arguments = {function["name"]: list(_get_properties(function)) for function in functions}
     for call in [*sample.gold.calls, *(call for message in sample.messages for call in get_calls(message))]:

@@ -71,6 +71,8 @@ def check_gold(sample: ToolSample, tool_format: ToolFormat) -> None:
     except ValueError as error:
         problem = f"the format {tool_format.name!r} cannot express the gold of sample {sample.id!r} ({error})"
         raise UserError(problem, remedy="fix the row, or choose another format") from None
+    # The gold written in the format must score as an exact match of itself; otherwise no response can, for example when
+    # the JSON exceeds the limits of the parser.
     if not judge(text, sample.gold, tool_format).exact_match:
         raise UserError(
             f"the gold of sample {sample.id!r}, written in the format {tool_format.name!r}, is not an exact match of "
@@ -122,4 +124,5 @@ def find_refusals(prepared: Prepared, layout: PromptLayout, config: CheckConfig)
 def find_control_tokens(value: Any, layout: PromptLayout) -> list[str]:
     """Return the special tokens that appear in the texts of a JSON value, except tags of the format."""
     text = json.dumps(value, ensure_ascii=False)
+    # Special tokens of one or two characters are ordinary text in most prompts, so they are ignored.
     return sorted(token for token in layout.special_tokens - {*layout.format.tags} if len(token) > 2 and token in text)

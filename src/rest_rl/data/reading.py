@@ -129,6 +129,7 @@ class RowReader:
     @property
     def read_bytes(self) -> int:
         """The number of bytes read so far."""
+        # The position in the file on disk: for .gz, progress counts compressed bytes, as does `total_bytes`.
         is_open = self._file is not None and not self._file.closed
         return self._done_bytes + (self._file.tell() if is_open and self._file else 0)
 
@@ -187,11 +188,14 @@ def _find_files(path: Path, split: str) -> list[Path]:
         return []
     files = sorted(file for file in path.rglob("*") if file.is_file() and _data_suffix(file) in SUFFIXES)
     if split:
+        # The split must be a whole word of the path: "test" matches data/test-0.jsonl but not latest.jsonl.
         word = re.compile(rf"(?<![^\W_]){re.escape(split)}(?![^\W_])")
         files = [file for file in files if word.search(file.relative_to(path).as_posix())]
     if not files:
-        named = f" that name the split {split}" if split else ""
-        raise UserError(f"the folder {path} has no {endings} files{named}", remedy="pass the folder that contains them")
+        named = f" of the split {split}" if split else ""
+        raise UserError(
+            f"the folder {path} has no data files ({endings}){named}", remedy="pass the folder that contains them"
+        )
     return files
 
 

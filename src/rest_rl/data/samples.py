@@ -107,10 +107,10 @@ def decompose_readable(dialogue: Dialogue) -> tuple[list[ToolSample], list[BadTu
         except UserError as error:
             reason = "too_deep" if isinstance(error.__cause__, TooDeepError) else "bad_turn"
             return samples, [BadTurn(index, str(error), reason), *_report_turns_after(dialogue, index)]
-        is_learnt = message.pop("weight", 1) != 0
+        is_trained = message.pop("weight", 1) != 0
         if message["role"] == "assistant":
             thought, said, calls = _read_assistant(message)
-            if is_learnt:
+            if is_trained:
                 samples.append(
                     ToolSample(
                         id=f"{dialogue.id}/{len(samples)}",

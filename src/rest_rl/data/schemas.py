@@ -166,6 +166,8 @@ def json_type(text: str) -> dict[str, Any]:
     >>> json_type("List[Union[int, float]], optional")
     {'type': 'array', 'items': {'type': 'number'}}
     """
+    # Recursive descent over `Outer[Inner, ...]` or `outer(inner)`. An unknown name gives {}, which accepts anything: a
+    # schema that is too loose only misses findings, and one that is wrong would reject good rows.
     name = re.sub(r",?\s*optional\s*$", "", text.strip(), flags=re.IGNORECASE).strip()
     if name.startswith("[") and (names := re.findall(r"'(\w+)'", name)):
         return {"type": [_TYPE_NAMES.get(one.lower(), one) for one in names]}

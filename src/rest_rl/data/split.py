@@ -60,12 +60,10 @@ class Split:
 
 
 def _opening_of(row: CheckedRow, sample: ToolSample) -> tuple[int | None, int]:
-    """Digests of how a dialogue begins: (its first user message, what precedes any user).
-
-    All turns of a dialogue and all equal prompts share the first user message. Turns before it are told by their
-    dialogue: the row, or in a file of samples the id up to its last `/` together with what precedes the first turn of
-    the assistant. The second digest is 0 where the user speaks first.
-    """
+    # (digest of the first user message, digest of what comes before any user message). All turns of a dialogue and all
+    # equal prompts share the first user message. If the assistant speaks first, the turns before that message are
+    # identified by their dialogue: by the row, or in a file of samples by the id up to its last `/` and the messages
+    # before the first assistant turn. The second digest is 0 if the user speaks first.
     roles = [message["role"] for message in sample.messages]
     asked = roles.index("user") if "user" in roles else None
     spoke = roles.index("assistant") if "assistant" in roles else len(roles)

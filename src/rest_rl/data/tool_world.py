@@ -97,6 +97,8 @@ class WorldTool(NamedTuple):
 
 def is_held_out_template(verb: str, noun: str) -> bool:
     """Return whether the pair belongs to `unseen_tools`; `train` uses its verb and noun in other pairs."""
+    # A Latin-square rule: the sum modulo 5 holds out one fifth of the pairs, spread evenly over verbs and nouns. The
+    # same idea splits names and values below.
     return (VERBS.index(verb) + 2 * _NOUNS.index(noun)) % _FIFTH == 0
 
 
@@ -185,6 +187,7 @@ def _dialogue(
         tools = [tool._replace(name=f"{tool.verb}_{tool.noun}", keys=tool.slots) for tool in tools]
     asked = tools[:2] if kind in ("parallel", "dependent") else tools[:1]
     values = [[draw_value(rng, slot, split) for slot in tool.slots] for tool in asked]
+    # For `none`, the request fits a tool that is drawn like the others but not offered.
     offered = tools[1:] if kind == "none" else tools
     schemas = [tool.schema() for tool in rng.sample(offered, len(offered))]
     calls = [ToolCall(t.name, dict(zip(t.keys, v, strict=True))) for t, v in zip(asked, values, strict=True)]
@@ -288,6 +291,7 @@ def execute(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> str:
     text = json.dumps([function["description"], values], sort_keys=True)
     slot = YIELDS[function["description"].split()[1]]
     split: Split = "unseen_values" if any(map(_is_held_out_text, values.values())) else "train"
+    # A hash seeds the draw: equal calls have equal results in every process (`hash()` would be salted per process).
     result = draw_value(random.Random(hashlib.sha256(text.encode()).hexdigest()), slot, split)
     return json.dumps({"result": result})
 

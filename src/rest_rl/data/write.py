@@ -61,6 +61,7 @@ def rejected_writer(out: Path) -> Iterator[Callable[[CheckedRow], None]]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
+    # The part file is in the same folder, so that the final rename is atomic and never crosses file systems.
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({describe_os_error(error)})", "a place to write to", "choose another --out"
+            f"{path} cannot be written ({describe_os_error(error)})", remedy="choose another --out"
         ) from error
     finally:
         with suppress(OSError):  # the parent may be a file, and then there is no part file

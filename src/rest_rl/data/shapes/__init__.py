@@ -67,7 +67,7 @@ def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
         if source in SHAPES:
             return (SHAPES[source],)
         if ":" not in source:
-            names = f"{AUTO}, one of {', '.join(SHAPES)}, or package.module:OBJECT"
+            names = f"{AUTO}, {', '.join(SHAPES)} or package.module:OBJECT"
             raise UserError(f"source is {source!r}", names)
     shape: Any = load_object(source, "row shape") if isinstance(source, str) else source
     missing = [part for part in ("name", "matches", "read") if not hasattr(shape, part)]
@@ -80,5 +80,5 @@ def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
 
 
 def find_shape(row: Mapping[str, Any], shapes: tuple[RowShape, ...]) -> RowShape | None:
-    """Return the first shape that matches a row; a single shape is not asked."""
+    """Return the first shape that matches a row; a single shape is taken without a check."""
     return shapes[0] if len(shapes) == 1 else next((shape for shape in shapes if shape.matches(row)), None)

@@ -219,13 +219,13 @@ def order_results(messages: Sequence[dict[str, Any]], context: RowContext) -> li
                 ordered[at + 1 + slot] = results[taken]
         for slot, result in enumerate(results):
             if matched[slot] is None:
-                shown = f"{result.get('tool_call_id')}: {result.get('content')!r:.80}"
-                context.note("orphan_result", f"message {at + 1 + slot} is a result without a call: {shown}")
+                shown = f"id {result.get('tool_call_id')}, content {result.get('content')!r:.80}"
+                context.note("orphan_result", f"message {at + 1 + slot} is a result without a call ({shown})")
         answers_all = any(result.get("tool_call_id") is None for result in results)
         missing = [str(call.get("id")) for number, call in enumerate(calls) if number not in matched]
         if missing and not answers_all and (results or end < len(messages)):
-            calls_of_message = f"{len(missing)} call{'s' * (len(missing) > 1)} of message {at}"
-            context.note("missing_result", f"no result for {calls_of_message} ({', '.join(missing)})")
+            found = f"message {at} has {len(missing)} call{'s' * (len(missing) > 1)} without a result"
+            context.note("missing_result", f"{found} (id {', '.join(missing)})")
     return ordered
 
 
