@@ -542,7 +542,7 @@ def test_wheel_in_an_empty_environment_trains(tmp_path: Path) -> None:
         (["compare", "missing.toml", "--reference", "grpo"], "--reference is now --baseline"),
         (["compare", "missing", "--only-report"], "--only-report is now --report-only"),
         (["eval", "bfcl", "--oracle", "--context", "9"], "--context is now --context-length"),
-        (["eval", "compare", "missing", "missing"], "compare is now diff"),
+        (["eval", "compare", "missing", "missing"], "eval compare is now eval diff"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )

@@ -79,7 +79,7 @@ def test_a_grid_is_trained_once_and_kept(base: Path, tmp_path: Path, capsys: pyt
     error = error_of(capsys, *grid(base, out, steps=3))
     assert "runs/grpo-0 contains a run with other settings (trl.max_steps was 2, now 3)" in error
     assert main(["compare", str(out), "--report-only"]) == 0
-    assert "page: " in capsys.readouterr().out
+    assert "report: " in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_only_report_reads_folders_that_another_loop_trained(
     ("arguments", "words"),
     [
         (["compare"], "no folder for the grid"),
-        (["compare", "--out", "x", "--seeds", "0,a"], "the seed 'a'"),
+        (["compare", "--out", "x", "--seeds", "0,a"], "the seed is 'a'"),
         (["compare", "--out", "x", "--jobs", "0"], "--jobs is 0"),
         (["compare", "--out", "x", "--methods", "rest"], "the baseline 'grpo' is not among the methods rest"),
         (["compare", "--out", "x", "--methods", "grpo,best"], "'best'"),
@@ -202,7 +202,7 @@ def test_names_in_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureF
     out = tmp_path / "[v2]"
     make_grid(out, {"grpo": Effect(noise=0.02), "rest": Effect(noise=0.02)}, seeds=2)
     assert main(["compare", str(out), "--report-only"]) == 0
-    assert f"page: {out / 'compare.md'}" in capsys.readouterr().out
+    assert f"report: {out / 'compare.md'}" in capsys.readouterr().out
 
 
 class Listener(Observer):
@@ -349,7 +349,7 @@ def test_ctrl_c_stops_every_run_after_its_step(base: Path, whole: Path, tmp_path
     text = log.read_text()
     assert "stopping every run after its current step" in text
     assert "rest-0 stopped after step" in text
-    assert f"go on with: rest-rl compare {out}" in text
+    assert f"to resume, run: rest-rl compare {out}" in text
     assert main(["compare", str(out)]) == 0
     assert recorded(out, "grpo-0", "rest-0") == recorded(whole, "grpo-0", "rest-0")
 

@@ -152,7 +152,7 @@ def _extra_body(text: str) -> dict[str, Any]:
     except ValueError as error:
         body = str(error)
     if not isinstance(body, dict) or not isinstance(body.get("chat_template_kwargs", {}), dict):
-        expected, remedy = "a JSON object, whose chat_template_kwargs is one too", '{"repetition_penalty": 1.0}'
+        expected, remedy = "a JSON object (with another one as chat_template_kwargs, if given)", '{"repetition_penalty": 1.0}'
         raise UserError(f"--extra-body is {text:.80}", expected, f"write it as --extra-body '{remedy}'")
     return body
 

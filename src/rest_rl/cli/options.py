@@ -101,7 +101,8 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
     for at, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name in renamed and (name.startswith("--") or at == command_at + 1):
-            print(f"warning: {name} is now {renamed[name]}", file=sys.stderr)
+            prefix = "" if name.startswith("--") else f"{arguments[command_at]} "
+            print(f"warning: {prefix}{name} is now {prefix}{renamed[name]}", file=sys.stderr)
             changed[at] = f"{renamed[name]}{equals}{value}"
     return changed
 
