@@ -1,4 +1,4 @@
-"""The command as its users meet it: every verb end to end on a tiny policy, and every mistake as one line."""
+"""The command line end to end with a tiny policy; every mistake is one line."""
 
 from __future__ import annotations
 
@@ -562,7 +562,7 @@ def test_old_names_of_options_and_commands_still_work(
     assert not any("No such" in line for line in others)
 
 
-def test_an_old_name_in_another_place_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_names_elsewhere_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert with_new_names(["eval", "tool-world", "--out", "compare"]) == ["eval", "tool-world", "--out", "compare"]
     assert with_new_names(["train", "--keep", "x"]) == ["train", "--keep", "x"]
     assert with_new_names([]) == []

@@ -1,4 +1,4 @@
-"""The verb `data` as a user types it."""
+"""The command `data` end to end."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_check_prints_one_json_object(rows: Path, capsys: pytest.CaptureFixture[
     assert all(found["remedy"] and found["detail"] for found in told["findings"])
 
 
-def test_check_tells_it_to_people(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_counts_and_reasons(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = run(capsys, "check", rows)
     assert code == 0
     assert "shape: messages (4 rows)" in out
@@ -106,7 +106,7 @@ def test_strict_is_an_exit_status(rows: Path, tmp_path: Path, capsys: pytest.Cap
     assert run(capsys, "convert", rows, "--strict", "--out", tmp_path / "out.jsonl")[0] == 1
 
 
-def test_strict_wants_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_strict_requires_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("{}\n")
     for action in (["check", empty], ["convert", empty, "--out", tmp_path / "out.jsonl"]):
@@ -125,9 +125,7 @@ def test_input_without_rows_is_an_error(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("as_text", [True, False])
-def test_deep_nesting_has_a_reason_of_its_own(
-    as_text: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_deep_nesting_has_its_own_reason(as_text: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, value = tmp_path / "rows.jsonl", 1
     for _ in range(70):
         value = {"n": value}
@@ -153,7 +151,7 @@ def test_two_tools_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(run(capsys, "check", path, "--json")[1])["kept"] == 1
 
 
-def test_a_row_that_lost_a_turn_is_told_from_a_rejected_one(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_with_lost_turns_differ_from_rejected_rows(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(capsys, "check", rows)[1]
     assert "2 repaired (1 of them lost turns), 2 rejected" in out
     lines = {line.split()[0]: line for line in out.splitlines() if line.split()}
@@ -186,7 +184,7 @@ def test_check_against_a_test_file(rows: Path, capsys: pytest.CaptureFixture[str
     assert (told["samples"], told["reasons"]["leak"]) == (0, 4)
 
 
-def test_keep_turns_a_rejection_into_a_note(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_allow_turns_a_rejection_into_a_note(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(run(capsys, "check", rows, "--allow", "unknown_tool", "--allow", "number_as_string", "--json")[1])
     assert (told["kept"], told["repaired"], told["samples"], told["reasons"]) == (4, 0, 8, REASONS)
 
@@ -295,7 +293,7 @@ def test_show_shows_the_first_row(rows: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(("number", "expected"), [(0, "from 1"), (7, "has no row 7, expected a number from 1 to 6")])
-def test_show_a_row_that_is_none(rows: Path, number: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_refuses_a_missing_row(rows: Path, number: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in error_of(capsys, "show", rows, number)
 
 
@@ -393,7 +391,7 @@ def test_world_writes_the_tool_world(tmp_path: Path, ending: str, capsys: pytest
     assert load_dataset(str(out))[0] == tool_world(0, 20, decision="call")
 
 
-def test_the_command_is_quick_and_torch_free(rows: Path) -> None:
+def test_the_command_is_fast_and_imports_no_torch(rows: Path) -> None:
     code = """
 import sys
 from rest_rl.cli import app
@@ -437,7 +435,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < 110
 
 
-def test_a_dataset_is_not_tried_for_long_where_there_is_no_hub(tmp_path: Path) -> None:
+def test_without_a_hub_a_dataset_fails_quickly(tmp_path: Path) -> None:
     nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
     command = [sys.executable, "-m", "rest_rl", "data", "check", "no/where"]
     told = subprocess.run(command, env={**os.environ, **nobody}, cwd=tmp_path, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The verbs that train nothing: score, inspect and presets; every bad row is one line."""
+"""The commands score, inspect and presets; every bad row is one line."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_score_turns_bad_rows_into_lines(tmp_path: Path, capsys: pytest.CaptureF
     assert scored[-1]["accuracy"] == 1.0
 
 
-def test_score_reads_bytes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_reads_invalid_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'{"response": "\xff"}\n\n')
     assert main(["score", str(tmp_path / "rows.jsonl")]) == 0
     assert lines(capsys.readouterr().out)[0]["row"] == 1

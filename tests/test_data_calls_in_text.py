@@ -1,4 +1,4 @@
-"""Calls written into an assistant's text become calls, what only begins as one is refused, answers stay answers."""
+"""Calls written into text become calls, broken ones are rejected, and answers stay answers."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ PLAIN = [
 
 @pytest.mark.parametrize("beside", ["", "I look it up."])
 @pytest.mark.parametrize("kind", WRITTEN)
-def test_a_call_in_the_text_is_a_call(kind: str, beside: str) -> None:
+def test_calls_in_text_become_calls(kind: str, beside: str) -> None:
     found = find_calls(f"{beside}\n{WRITTEN[kind]}\n", TOOLS)
     assert found is not None
     assert (found.calls, found.said) == ((CALL,), beside)
@@ -108,19 +108,19 @@ def test_several_calls_in_the_text(kind: str) -> None:
 
 
 @pytest.mark.parametrize("text", BROKEN)
-def test_a_call_that_cannot_be_read_is_refused(text: str) -> None:
+def test_an_unreadable_call_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         find_calls(text, TOOLS)
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_an_answer_is_no_call(text: str) -> None:
+def test_answers_stay_answers(text: str) -> None:
     assert find_calls(text, TOOLS) is None
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "toolrl"])
 @given(st.dictionaries(st.sampled_from(["city", "days"]), st.text() | st.integers() | st.lists(st.none())))
-def test_what_a_format_writes_is_read(name: str, arguments: dict[str, Any]) -> None:
+def test_calls_written_by_a_format_are_read(name: str, arguments: dict[str, Any]) -> None:
     free = read_tools([{"name": "get_weather", "parameters": {"type": "object"}}])
     call = ToolCall("get_weather", arguments)
     found = find_calls(FORMATS[name].render(None, [call, call], None), free)
@@ -131,7 +131,7 @@ def test_what_a_format_writes_is_read(name: str, arguments: dict[str, Any]) -> N
 @given(
     st.text(st.sampled_from("[]{}()<>\"=:,;'` \nae|_")) | st.lists(st.sampled_from([*BROKEN, *PLAIN])).map("\n".join)
 )
-def test_any_text_is_calls_an_attempt_or_an_answer(text: str) -> None:
+def test_any_text_gives_calls_an_error_or_an_answer(text: str) -> None:
     try:
         found = find_calls(text, TOOLS)
     except ValueError:
@@ -161,7 +161,7 @@ def turns(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sharegpt", [False, True])
-def test_gold_and_history_hold_the_calls(tmp_path: Path, sharegpt: bool) -> None:
+def test_gold_and_history_contain_the_calls(tmp_path: Path, sharegpt: bool) -> None:
     row = turns(f"I look.\n{LLAMA}")
     if sharegpt:
         names = {"user": "human", "assistant": "gpt", "tool": "observation"}
@@ -174,7 +174,7 @@ def test_gold_and_history_hold_the_calls(tmp_path: Path, sharegpt: bool) -> None
     assert (told["content"], told["tool_calls"][0]["function"]["arguments"]) == ("I look.", CALL.arguments)
 
 
-def test_a_turn_that_cannot_be_read_costs_itself_and_what_follows(tmp_path: Path) -> None:
+def test_an_unreadable_turn_rejects_itself_and_later_turns(tmp_path: Path) -> None:
     samples, report = load_rows(tmp_path, turns('{"name": "get_weather", "parameters": {"city'))
     assert (samples, report.reasons) == ([], {"bad_turn": 1, "broken_history": 1})
 

@@ -1,4 +1,4 @@
-"""Chat rows: tools, calls, roles, contents and reasoning as they are written."""
+"""Chat rows in all their spellings: tools, calls, roles, contents and reasoning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.made_up_rows import ARGUMENTS, CALL, QUESTION, TURNS, WEATHER, WRAPPE
 
 @pytest.mark.parametrize("tools", [[WRAPPED], [WEATHER], json.dumps([WEATHER]), [json.dumps(WRAPPED)], WRAPPED])
 @pytest.mark.parametrize("key", ["tools", "functions"])
-def test_tools_as_they_are_written(tmp_path: Path, tools: Any, key: str) -> None:
+def test_spellings_of_tools(tmp_path: Path, tools: Any, key: str) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": ARGUMENTS}}
     row = {"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}], key: tools}
     sample = load_one(tmp_path, row)
@@ -23,7 +23,7 @@ def test_tools_as_they_are_written(tmp_path: Path, tools: Any, key: str) -> None
 
 
 @pytest.mark.parametrize("kind", TURNS)
-def test_calls_as_they_are_written(tmp_path: Path, kind: str) -> None:
+def test_spellings_of_calls(tmp_path: Path, kind: str) -> None:
     (sample,), report = load_rows(
         tmp_path, {"messages": [QUESTION, {"role": "assistant", **TURNS[kind]}], "tools": [WEATHER]}
     )
@@ -48,7 +48,7 @@ def test_sharegpt_roles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given_role", "role"), [("developer", "system"), ("function", "tool"), ("ipython", "tool"), ("human", "user")]
 )
-def test_roles_have_one_name(tmp_path: Path, given_role: str, role: str) -> None:
+def test_role_names_are_unified(tmp_path: Path, given_role: str, role: str) -> None:
     first = {"role": given_role, "content": "x", "name": "n", "tool_call_id": "c"}
     (sample,), _ = load_rows(tmp_path, {"messages": [first, {"role": "assistant", "content": "y"}]})
     assert sample.messages == ({"role": role, "content": "x", "name": "n", "tool_call_id": "c"},)

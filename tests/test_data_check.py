@@ -1,4 +1,4 @@
-"""What is said of a row: the gold against the tools, duplicates, leaks, lengths, and the sums."""
+"""Findings of the check: gold and tools, duplicates, leaks, lengths, and the counts."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_good_call_is_kept(tmp_path: Path, name: str, arguments: dict[str, Any
         odd({"z": 1}, additionalProperties={}),
     ],
 )
-def test_what_a_schema_allows_in_other_ways_is_kept(tmp_path: Path, good: ToolSample) -> None:
+def test_arguments_allowed_by_other_keywords_are_kept(tmp_path: Path, good: ToolSample) -> None:
     (read,), report = check(tmp_path, good)
     assert (read, report.kept, report.reasons) == (good, 1, {})
 
@@ -111,7 +111,7 @@ def test_what_a_schema_allows_in_other_ways_is_kept(tmp_path: Path, good: ToolSa
         (odd({"deep": {"e": "b"}}), "deep.e is 'b'"),
     ],
 )
-def test_values_inside_values_are_in_their_enum(tmp_path: Path, bad: ToolSample, expected: str) -> None:
+def test_enums_are_checked_in_nested_values(tmp_path: Path, bad: ToolSample, expected: str) -> None:
     samples, report = check(tmp_path, bad)
     assert (samples, report.reasons.get("not_in_enum")) == ([], 1)
     assert any(expected in located.finding.detail for located in report.findings)
@@ -133,7 +133,7 @@ def test_a_number_stored_as_text_may_be_in_the_enum(tmp_path: Path) -> None:
         ("f", {"o": '{"a": [1'}, "broken_value"),
     ],
 )
-def test_gold_that_no_answer_could_match_is_rejected(
+def test_gold_that_no_response_can_match_is_rejected(
     tmp_path: Path, name: str, arguments: dict[str, Any], reason: str
 ) -> None:
     bad, good = sample(name, arguments), sample("f", {}, "t", "other")
@@ -195,12 +195,12 @@ def test_other_values_of_the_wrong_type_are_noted(tmp_path: Path, key: str, valu
     assert (report.kept, report.reasons) == (1, {"wrong_type": 1})
 
 
-def test_a_value_that_is_no_number_is_rejected(tmp_path: Path) -> None:
+def test_nan_is_rejected(tmp_path: Path) -> None:
     _, found = check_against_tools(sample("f", {"x": {"deep": [float("nan")]}}))
     assert [each.reason for each in found if each.severity == "rejected"] == ["not_a_number"]
 
 
-def test_turns_that_say_nothing_or_follow_nothing(tmp_path: Path) -> None:
+def test_empty_turns_and_empty_prompts(tmp_path: Path) -> None:
     turns = [
         {"role": "assistant", "content": "Hello!"},
         {"role": "user", "content": "?"},
@@ -225,7 +225,7 @@ def test_duplicates_and_other_golds(tmp_path: Path) -> None:
     assert check(tmp_path, *rows, allow=("duplicate",))[1].kept == 4
 
 
-def test_prompts_that_the_test_file_has_are_leaks(tmp_path: Path) -> None:
+def test_prompts_of_the_test_file_are_leaks(tmp_path: Path) -> None:
     test = save_samples(tool_world(1, 10), tmp_path / "test.jsonl")
     train = save_samples([*tool_world(0, 10), *tool_world(1, 4)], tmp_path / "train.jsonl")
     samples, report = load_dataset(str(train), test=str(test))
@@ -298,7 +298,7 @@ def test_rows_of_several_shapes_are_noted(tmp_path: Path) -> None:
         {"max_prompt_tokens": -1},
     ],
 )
-def test_settings_that_no_run_can_use(settings: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r" is .*(expected|use one)|not a reason|both set"):
         CheckConfig(**settings)
 
@@ -308,7 +308,7 @@ def test_every_reason_has_a_remedy() -> None:
     assert all(reason.meaning and reason.remedy for reason in REASONS.values())
 
 
-def test_a_sample_that_the_format_cannot_write_costs_itself_only(tmp_path: Path) -> None:
+def test_a_sample_that_the_format_cannot_write_rejects_only_itself(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "!"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "?"}]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"id": "x", "messages": [*turns, {"role": "assistant", "content": "<think> b"}]}))

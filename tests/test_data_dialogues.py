@@ -1,4 +1,4 @@
-"""A dialogue of K assistant turns: K samples or findings, and no turn in its own prompt."""
+"""A dialogue of K assistant turns gives K samples or findings, and no turn is in its own prompt."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def dialogues(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 
 @given(dialogues(), st.integers(0, 12))
-def test_k_turns_are_k_samples(
+def test_k_turns_give_k_samples(
     tmp_path_factory: pytest.TempPathFactory, messages: list[dict[str, Any]], broken_at: int
 ) -> None:
     """Each turn gives its sample or its finding; no prompt has its own turn, and each is the beginning of the next."""
@@ -63,7 +63,7 @@ def test_k_turns_are_k_samples(
             assert calls == [call["function"]["arguments"] for call in message.get("tool_calls") or ()]
 
 
-def test_a_turn_that_is_wrong_as_gold_is_still_history(tmp_path: Path) -> None:
+def test_a_turn_with_a_wrong_gold_stays_in_the_history(tmp_path: Path) -> None:
     call = {"function": {"name": "no_such_tool", "arguments": "{}"}}
     turns = [
         QUESTION,
@@ -77,7 +77,7 @@ def test_a_turn_that_is_wrong_as_gold_is_still_history(tmp_path: Path) -> None:
     assert report.findings[0].finding.sample == "rows-1/0"
 
 
-def test_a_turn_of_weight_zero_is_history_only(tmp_path: Path) -> None:
+def test_a_turn_of_weight_zero_is_only_history(tmp_path: Path) -> None:
     turns = [
         QUESTION,
         {"role": "assistant", "content": "Perhaps.", "weight": 0},

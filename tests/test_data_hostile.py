@@ -1,4 +1,4 @@
-"""Whatever stands in a row, checking it never raises, and every row is kept, repaired or rejected."""
+"""Checking never raises, whatever a row contains, and every row is kept, repaired or rejected."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_no_row_crashes_a_command(tmp_path_factory: pytest.TempPathFactory, sour
         assert not told or (told.startswith("error: ") and told.count("\n") == 1)
 
 
-def test_the_rows_are_good_before_they_are_spoiled(tmp_path: Path) -> None:
+def test_rows_are_valid_before_they_are_corrupted(tmp_path: Path) -> None:
     for source, row in ROWS_OF.items():
         path = tmp_path / f"{source}.jsonl"
         path.write_text(json.dumps(row))

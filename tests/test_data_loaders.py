@@ -1,4 +1,4 @@
-"""Every loader of a published shape on rows that its data set documents; the rows are made up."""
+"""Every row shape reads made-up rows in the documented form of its data set."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_our_own_rows(tmp_path: Path) -> None:
     assert (read_back, report.sources) == (samples, {"samples": 5})
 
 
-def test_a_source_that_is_named_is_used(tmp_path: Path) -> None:
+def test_a_named_source_is_used(tmp_path: Path) -> None:
     assert (
         load_one(
             tmp_path,
@@ -202,7 +202,7 @@ def test_a_source_that_is_named_is_used(tmp_path: Path) -> None:
         CheckConfig(source="csv")
 
 
-def test_shapes_are_told_by_their_keys() -> None:
+def test_shapes_are_recognized_by_their_keys() -> None:
     assert set(SHAPES) == {"samples", "messages", "toolrl", "toolace", "xlam", "api_bank", "api_bank_train"}
     assert source_of({"question": 1}) is None
     assert source_of({"messages": []}) == "messages"

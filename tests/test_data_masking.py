@@ -1,4 +1,4 @@
-"""Random names in place of the real ones: the same everywhere in a sample, and reversible."""
+"""Masked names are consistent within a sample and reversible."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_inverse_map_restores(sample: ToolSample, seed: int) -> None:
 
 
 @given(samples(), st.integers())
-def test_a_masked_sample_is_as_good_as_before(sample: ToolSample, seed: int) -> None:
+def test_a_masked_sample_stays_valid(sample: ToolSample, seed: int) -> None:
     """Its gold fits its tools as it did, and nothing but names has changed."""
     new = mask_names(sample, 1.0, seed)
     assert [found.reason for found in check_against_tools(new)[1]] == [
@@ -103,7 +103,7 @@ def test_the_share_is_kept_and_drawn_by_seed_and_id() -> None:
     assert all(a != b for a, b in zip(world, (mask_names(sample, 1.0, 0) for sample in world), strict=True))
 
 
-def test_the_thought_names_the_tools_by_their_new_names() -> None:
+def test_the_reasoning_uses_the_new_names() -> None:
     sample = next(each for each in tool_world(0, 20) if each.gold.calls and each.thought)
     new = mask_names(sample, 1.0, 0)
     (call, *_), (old, *_) = new.gold.calls, sample.gold.calls
@@ -113,7 +113,7 @@ def test_the_thought_names_the_tools_by_their_new_names() -> None:
     assert old.name not in json.dumps([new.thought, new.tools])
 
 
-def test_what_is_said_before_the_calls_names_the_tools_by_their_new_names() -> None:
+def test_the_preamble_uses_the_new_names() -> None:
     sample = next(each for each in tool_world(0, 20) if each.gold.calls)
     new = mask_names(replace(sample, thought=None, preamble=f"I use `{sample.gold.calls[0].name}`."), 1.0, 0)
     assert (new.thought, new.preamble) == (None, f"I use `{new.gold.calls[0].name}`.")
@@ -156,7 +156,7 @@ def thought_of(text: str, *called: str) -> str | None:
         (["weather"], 'The "trains" tool.', 'The "T2" tool.'),
     ],
 )
-def test_an_argument_is_renamed_as_the_called_tool_names_it(called: list[str], old: str, new: str) -> None:
+def test_an_argument_takes_the_new_name_of_the_called_tool(called: list[str], old: str, new: str) -> None:
     assert thought_of(old, *called) == new
 
 
@@ -169,23 +169,23 @@ def test_an_argument_is_renamed_as_the_called_tool_names_it(called: list[str], o
         ("First from_time. Then `weather`.", "First B2. Then `T1`."),
     ],
 )
-def test_words_of_the_prose_stay(old: str, new: str | None) -> None:
+def test_ordinary_words_stay(old: str, new: str | None) -> None:
     assert thought_of(old, "trains") == (new or old)
 
 
 @pytest.mark.parametrize("name", ["getWeather", "get_weather", "api.get", "GetWeather2"])
-def test_names_like_no_word_are_renamed_without_quotes(name: str) -> None:
+def test_identifiers_are_renamed_without_quotes(name: str) -> None:
     sample = ToolSample("s", ({"role": "user", "content": "?"},), (tool(name),), Gold(), f"I use {name}.")
     assert rename_sample(sample, NameMap({name: "T"}, {name: {}})).thought == "I use T."
 
 
 @pytest.mark.parametrize("name", ["weather", "Weather", "API", "get weather", "get-weather", "a."])
-def test_names_like_words_are_not(name: str) -> None:
+def test_names_that_look_like_words_need_quotes(name: str) -> None:
     sample = ToolSample("s", ({"role": "user", "content": "?"},), (tool(name),), Gold(), f"I use {name} and `{name}`.")
     assert rename_sample(sample, NameMap({name: "T"}, {name: {}})).thought == f"I use {name} and `T`."
 
 
-def test_what_was_said_beside_earlier_calls_is_renamed() -> None:
+def test_text_next_to_earlier_calls_is_renamed() -> None:
     call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
     said = {"role": "assistant", "content": "I give `city` to `weather`.", "tool_calls": [call]}
     answer = {"role": "assistant", "content": "The `city` is wet."}
@@ -193,6 +193,6 @@ def test_what_was_said_beside_earlier_calls_is_renamed() -> None:
     assert [message["content"] for message in new.messages] == ["I give `A1` to `T1`.", "The `city` is wet."]
 
 
-def test_a_prompt_that_holds_the_names_is_left_as_it_is() -> None:
+def test_a_prompt_that_describes_its_tools_is_not_masked() -> None:
     sample = replace(tool_world(0, 1)[0], tools_in_prompt=True)
     assert mask_names(sample, 1.0, 0) == sample

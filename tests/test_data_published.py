@@ -1,4 +1,4 @@
-"""The published files, each count against one made here by other means: regular expressions on the raw text."""
+"""Published files: each count equals one made independently, with regular expressions on the raw text."""
 
 from __future__ import annotations
 

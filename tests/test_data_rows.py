@@ -1,4 +1,4 @@
-"""Bad input costs the row it stands in, with number, reason and remedy, and nothing else."""
+"""Bad input rejects only its own row, with number, reason and remedy."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def with_bad(tmp_path: Path, bad: bytes) -> Path:
         (b'{"messages": [{"role": "user", "content": "x"}, {"role": "robot", "content": "y"}]}', "bad_turn", "'robot'"),
     ],
 )
-def test_a_bad_line_costs_itself(tmp_path: Path, bad: bytes, reason: str, detail: str) -> None:
+def test_a_bad_line_rejects_only_itself(tmp_path: Path, bad: bytes, reason: str, detail: str) -> None:
     samples, report = load_dataset(str(with_bad(tmp_path, bad)))
     assert (report.rows, report.kept, report.rejected, len(samples)) == (5, 4, 1, 4)
     assert report.reasons == {reason: 1}
@@ -67,7 +67,7 @@ def test_a_bad_line_costs_itself(tmp_path: Path, bad: bytes, reason: str, detail
     assert report.to_json()["findings"][0]["remedy"] == REASONS[reason].remedy
 
 
-def test_blank_lines_are_no_rows_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_blank_lines_and_byte_order_marks_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\n\n".join(LINES) + b"\n \n")
     assert values(path) == GOOD
@@ -82,7 +82,7 @@ def test_a_file_in_a_wide_encoding_is_one_error(tmp_path: Path, encoding: str, o
     assert [each.reason for each in values(path)] == ["encoding"]
 
 
-def test_compressed_files_are_read_as_far_as_they_go(tmp_path: Path) -> None:
+def test_truncated_compressed_files_give_their_first_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     whole = gzip.compress(b"\n".join(LINES) + b"\n" + b"\n".join(LINES))
     path.write_bytes(whole)
@@ -142,7 +142,7 @@ def test_a_broken_element_ends_the_file(tmp_path: Path, kind: str, chunk: int, m
 
 
 @pytest.mark.parametrize("rows", range(4))
-def test_a_file_that_breaks_off_keeps_the_rows_before(tmp_path: Path, rows: int) -> None:
+def test_a_truncated_file_gives_the_rows_before(tmp_path: Path, rows: int) -> None:
     texts = [json.dumps(row, ensure_ascii=False) for row in GOOD]
     path = tmp_path / "rows.json"
     path.write_text("[" + ", ".join([*texts[:rows], texts[rows][:-9]]), encoding="utf-8")
@@ -150,7 +150,7 @@ def test_a_file_that_breaks_off_keeps_the_rows_before(tmp_path: Path, rows: int)
     assert (before, last.reason) == (GOOD[:rows], "not_json")
 
 
-def test_an_array_without_its_bracket_is_whole(tmp_path: Path) -> None:
+def test_an_array_without_its_closing_bracket_is_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(GOOD)[:-1])
     assert values(path) == GOOD
@@ -170,7 +170,7 @@ def test_a_deep_element_is_an_error(tmp_path: Path) -> None:
     assert [getattr(value, "reason", value) for value in values(path)] == [GOOD[0], "too_deep"]
 
 
-def test_bytes_that_are_no_text_cost_their_element(tmp_path: Path) -> None:
+def test_invalid_utf8_rejects_its_element(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(b"[" + LINES[0] + b',{"messages": "\xff"},' + LINES[1] + b"]")
     assert [getattr(value, "reason", value) for value in values(path)] == [GOOD[0], "encoding", GOOD[1]]
@@ -190,7 +190,7 @@ JSON = st.recursive(
 
 
 @given(st.lists(st.dictionaries(st.text(), JSON, min_size=1)), st.integers(1, 40), st.sampled_from([None, 1]))
-def test_any_array_comes_back(
+def test_any_array_round_trips(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Any], chunk: int, indent: int | None
 ) -> None:
     path = tmp_path_factory.mktemp("array") / "rows.json"
@@ -207,7 +207,7 @@ def test_any_array_comes_back(
 # Parquet, folders, datasets
 
 
-def test_parquet_in_the_ecosystems_own_shape(tmp_path: Path) -> None:
+def test_parquet_with_nested_columns(tmp_path: Path) -> None:
     """Arrow gives every call the arguments of all others; the nulls are no arguments."""
     tools = [
         {"name": name, "parameters": {"type": "object", "properties": {key: {"type": "string"}}}}
@@ -226,7 +226,7 @@ def test_parquet_in_the_ecosystems_own_shape(tmp_path: Path) -> None:
     assert report.reasons == {"null_padding": 1}
 
 
-def test_a_truncated_parquet_is_named(tmp_path: Path) -> None:
+def test_a_truncated_parquet_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     parquet.write_table(pa.Table.from_pylist([{"a": 1}]), path)
     path.write_bytes(path.read_bytes()[:-20])
@@ -234,7 +234,7 @@ def test_a_truncated_parquet_is_named(tmp_path: Path) -> None:
     assert (report.rows, report.rejected, report.reasons) == (1, 1, {"truncated": 1})
 
 
-def test_a_parquet_of_another_schema_is_named(tmp_path: Path) -> None:
+def test_a_parquet_file_of_another_schema_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     parquet.write_table(pa.Table.from_pylist([{"question": "?", "answer": 1}] * 3), path)
     _, report = load_dataset(str(path))
@@ -283,7 +283,7 @@ def test_a_folder_of_datasets_is_read(tmp_path: Path) -> None:
         ("empty", "the folder empty has no data files"),
     ],
 )
-def test_inputs_that_are_none(tmp_path: Path, name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_inputs_are_refused(tmp_path: Path, name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""Row shapes of your own: the example of the docs, in Python and from the command, and whatever such a shape may do."""
+"""Your own row shapes: the example of the docs, from Python and the command line, and shapes that misbehave."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def rejecting(row: Any, context: Any) -> Any:
         (lambda row, context: context.note("no such reason", "x"), "bad_row"),
     ],
 )
-def test_a_row_that_a_shape_cannot_read_costs_itself(tmp_path: Path, read: Any, reason: str) -> None:
+def test_a_row_that_a_shape_cannot_read_rejects_only_itself(tmp_path: Path, read: Any, reason: str) -> None:
     report = check_data(str(save(tmp_path / "rows.jsonl", {"x": 1}, CHAT)), source=shape(read))
     assert (report.rejected, report.samples, report.reasons[reason]) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("source", ["csv", "no_such_module:SHAPE", "json:loads", ":", 3, object(), SimpleNamespace])
-def test_what_is_no_shape_is_refused(source: Any) -> None:
+def test_invalid_shapes_are_refused(source: Any) -> None:
     with pytest.raises(UserError):
         get_shapes(source)
 

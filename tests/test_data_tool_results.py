@@ -1,4 +1,4 @@
-"""Histories that chat templates can lay out: results in the order of their calls, repaired calls in every prompt."""
+"""Histories that chat templates can render: results in the order of their calls, repaired calls in every prompt."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ def test_any_order_becomes_that_of_the_calls(order: list[int]) -> None:
     [({"days": "2"}, "number_as_string"), ("{'city': 'Oslo', 'days': 2}", "arguments_as_python")],
 )
 @pytest.mark.parametrize("mask", [0.0, 1.0])
-def test_a_repair_stands_in_the_prompts_of_later_turns(
-    tmp_path: Path, arguments: Any, reason: str, mask: float
-) -> None:
+def test_repairs_appear_in_the_prompts_of_later_turns(tmp_path: Path, arguments: Any, reason: str, mask: float) -> None:
     first = calling("a", **arguments) if isinstance(arguments, dict) else calling("a")
     if isinstance(arguments, str):
         first["tool_calls"][0]["function"]["arguments"] = arguments
@@ -101,7 +99,7 @@ def test_a_repair_stands_in_the_prompts_of_later_turns(
         assert sample.messages[1]["tool_calls"][0]["id"] == "a"
 
 
-def test_what_is_kept_as_published_stays_in_histories_too(tmp_path: Path) -> None:
+def test_allowed_defects_stay_in_histories(tmp_path: Path) -> None:
     row = {"messages": [QUESTION, calling("a", days="2"), result("a"), SAID], "tools": [WEATHER]}
     samples, _ = load_rows(tmp_path, row, allow=("number_as_string",))
     assert samples[1].messages[1]["tool_calls"][0]["function"]["arguments"]["days"] == "2"

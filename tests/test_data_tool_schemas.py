@@ -1,4 +1,4 @@
-"""Tool schemas and types as people write them."""
+"""Tool schemas and types in informal spellings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.made_up_rows import QUESTION, load_rows
         [{"name": "f", "parameters": {"type": "object", "properties": {"c": {"enum": "ab"}}}}],
     ],
 )
-def test_a_tool_schema_that_is_no_schema(tmp_path: Path, tools: Any) -> None:
+def test_invalid_tool_schemas(tmp_path: Path, tools: Any) -> None:
     turns = [QUESTION, {"role": "assistant", "content": "y"}]
     samples, report = load_rows(tmp_path, {"messages": turns}, {"messages": turns, "tools": tools})
     assert (len(samples), report.kept, report.reasons) == (1, 1, {"bad_tool_schema": 1})
@@ -54,11 +54,11 @@ def test_a_tool_schema_that_is_no_schema(tmp_path: Path, tools: Any) -> None:
         ("", {}),
     ],
 )
-def test_types_as_people_write_them(text: str, schema: dict[str, Any]) -> None:
+def test_informal_types(text: str, schema: dict[str, Any]) -> None:
     assert json_type(text) == schema
 
 
-def test_a_type_that_json_lacks_is_said_in_words() -> None:
+def test_an_unknown_type_moves_into_the_description() -> None:
     (tool,) = read_tools([{"name": "f", "parameters": {"g": {"type": "Callable", "description": "a function"}}}])
     assert tool["function"]["parameters"]["properties"]["g"] == {"description": "a function (Callable)"}
 
@@ -77,7 +77,7 @@ ENUM = {"description": "kind", "enum": ["b", "a"], "type": ["string", "null"], "
         {"name": "f", "parameters": {"$defs": {"x": {"type": "int"}}, "type": "object", "additionalProperties": False}},
     ],
 )
-def test_a_schema_that_needs_no_translation_stays_byte_for_byte(function: dict[str, Any]) -> None:
+def test_a_valid_schema_is_unchanged(function: dict[str, Any]) -> None:
     written = json.dumps({"type": "function", "function": function})
     assert json.dumps(read_tools([json.loads(written)])[0]) == written
     assert json.dumps(read_tools([function])[0]) == written
@@ -86,7 +86,7 @@ def test_a_schema_that_needs_no_translation_stays_byte_for_byte(function: dict[s
     assert json.dumps(read_tools([turned])[0]) == json.dumps(turned)
 
 
-def test_a_translation_leaves_the_order_as_it_is() -> None:
+def test_conversion_keeps_the_order_of_keys() -> None:
     """Only the words for types change, and the place where a list of required names stands."""
     given = {"input_schema": {"properties": {"a": {"items": {"type": "int"}, "type": "list"}}, "type": "dict"}}
     read_one = read_tools([{**given, "name": "f", "required": ["a"], "description": None}])[0]["function"]

@@ -1,4 +1,4 @@
-"""System texts that describe the tools themselves: cut where they are Hermes' or Qwen's, else told."""
+"""System texts that describe tools: removed if they are in Hermes' or Qwen's form, otherwise noted."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_kept_prompt_describes_its_tools(tmp_path: Path, column: dict[str, Any
     assert (sample.tools, sample.tools_in_prompt, report.reasons) == ((WRAPPED,), True, {"call_as_text": 1})
 
 
-def test_a_text_of_unknown_build_stays_and_is_told(tmp_path: Path) -> None:
+def test_an_unknown_tool_description_stays_and_is_noted(tmp_path: Path) -> None:
     (sample,), report = load_rows(tmp_path, row(OWN, tools=[WEATHER]))
     assert sample.messages[0]["content"] == OWN
     assert report.reasons == {"call_as_text": 1, "tools_twice": 1}

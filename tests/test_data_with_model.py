@@ -1,4 +1,4 @@
-"""The verb `data` with a model: what it can be given, how long its prompts are, and what training writes."""
+"""The command `data` with a model: representable samples, prompt lengths, and what training writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.test_cli_data import ASKED, error_of, run
 from tests.tiny_policy import tiny_tokenizer
 
 
-def test_show_a_row_as_a_model_sees_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_renders_a_row_for_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = save_dialogues(tmp_path / "rows.jsonl")
     tiny_tokenizer().save_pretrained(tmp_path / "policy")
     _, out = run(capsys, "show", rows, 1, "--model", tmp_path / "policy", "--format", "toolrl")
@@ -57,7 +57,7 @@ def two_calls_at_once(path: Path) -> Path:
     return path
 
 
-def test_check_with_a_model_tells_what_it_cannot_be_given(
+def test_check_with_a_model_rejects_what_it_cannot_represent(
     tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first turn stays: its calls are the gold, which the format can write; the later two have it as history."""
@@ -145,7 +145,7 @@ def test_prompts_beyond_the_context_are_rejected(
         ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 12}, 10**30, 100),
     ],
 )
-def test_what_a_model_holds(rope: dict[str, Any], stated: int, context: int) -> None:
+def test_context_length_of_a_model(rope: dict[str, Any], stated: int, context: int) -> None:
     config = AutoConfig.for_model("qwen3", max_position_embeddings=100)
     config.rope_parameters = {"rope_theta": 1e4, **rope}
     tokenizer = tiny_tokenizer()
@@ -154,7 +154,7 @@ def test_what_a_model_holds(rope: dict[str, Any], stated: int, context: int) -> 
     assert context_length(None, tokenizer) == (stated if stated < 10**9 else None)
 
 
-def test_a_run_leaves_out_what_its_model_does_not_hold(
+def test_training_skips_prompts_beyond_the_context(
     small: tuple[Path, list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Counted before any engine sees them; refused where asked, or where nothing would be left."""
@@ -208,9 +208,7 @@ def test_a_response_may_fill_half_of_a_small_context_by_default(
     assert resolve_run(again, out="run", resume=True, overrides=()).trl == config.trl
 
 
-def test_supervised_training_leaves_out_what_its_model_does_not_hold(
-    small: tuple[Path, list[int]], tmp_path: Path
-) -> None:
+def test_supervised_training_skips_samples_beyond_the_context(small: tuple[Path, list[int]], tmp_path: Path) -> None:
     folder, rows = small[0], tmp_path / "rows.jsonl"
     layout = PromptLayout(family_tokenizer("qwen3"), "hermes")
     lengths = sorted(len(row) for row in labelled_dataset(load_dataset(str(rows))[0], layout)["input_ids"])

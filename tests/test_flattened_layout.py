@@ -136,7 +136,7 @@ def test_the_prompt_of_a_sample() -> None:
 @pytest.mark.parametrize(
     ("family", "tool_format"), [("qwen3", "toolrl"), ("mistral", "toolrl"), ("qwen3_5", "toolrl+think")]
 )
-def test_the_template_adds_no_more_than_the_roles(family: str, tool_format: str) -> None:
+def test_the_template_adds_only_the_roles(family: str, tool_format: str) -> None:
     tokenizer = family_tokenizer(family)
     layout = FlattenedLayout(tokenizer, FRAME, tool_format)
     kept = replace(SAMPLE, messages=FRAME.flatten(SAMPLE).messages, tools_in_prompt=True)
@@ -148,12 +148,12 @@ def test_the_template_adds_no_more_than_the_roles(family: str, tool_format: str)
         FlattenedLayout(tokenizer, FRAME, "hermes")
 
 
-def test_made_up_rows_come_out_as_they_went_in() -> None:
+def test_made_up_rows_round_trip() -> None:
     assert render_history(with_thoughts(parse_history(HISTORY), HISTORY)) == HISTORY.rstrip()
     assert "<think>  </think>\n<response> Hi" in render_history(parse_history(HISTORY))
 
 
-def test_published_rows_come_out_as_they_went_in() -> None:
+def test_published_rows_round_trip() -> None:
     path = published_file("toolrl/rlla_sft.json")
     rows, frame = json.loads(path.read_text(encoding="utf-8")), frame_of(str(path))
     texts = {row["input"]: render_history(with_thoughts(parse_history(row["input"]), row["input"])) for row in rows}
@@ -284,7 +284,7 @@ def test_a_dry_run_shows_the_published_prompt(rows_file: Path, capsys: pytest.Ca
     assert "**Dialogue Records History**\n<user> " in shown(capsys)
 
 
-def test_a_run_that_kept_its_prompts_is_asked_by_them(
+def test_a_run_with_kept_prompts_is_evaluated_with_them(
     rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -320,7 +320,7 @@ def test_a_run_that_kept_its_prompts_is_asked_by_them(
         ((*PUBLISHED, "nothing.json"), "nothing.json does not exist"),
     ],
 )
-def test_mistakes_are_told(
+def test_mistakes_are_reported(
     rows_file: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

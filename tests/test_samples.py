@@ -46,7 +46,7 @@ def test_no_turn_leaks_into_its_own_history() -> None:
         assert sample.thought is None or sample.thought not in history
 
 
-def test_histories_hold_calls_as_objects_and_no_reasoning() -> None:
+def test_histories_contain_calls_as_objects_and_no_reasoning() -> None:
     last = decompose(DIALOGUE)[-1]
     assert last.messages[2]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": [2, "é"]}
     assert last.messages[4]["content"] == "Three."
@@ -62,7 +62,7 @@ def test_histories_hold_calls_as_objects_and_no_reasoning() -> None:
         ({"content": " ", "reasoning_content": "A sum."}, "A sum.", None),
     ],
 )
-def test_text_beside_calls_is_said_before_them(turn: dict[str, Any], thought: str | None, preamble: str | None) -> None:
+def test_text_next_to_calls_is_the_preamble(turn: dict[str, Any], thought: str | None, preamble: str | None) -> None:
     """No reasoning and no answer; later histories have it, as the user saw it."""
     result = {"role": "tool", "content": "3", "tool_call_id": "c1"}
     turns = (MESSAGES[1], {"role": "assistant", **turn, "tool_calls": [CALL]}, result, MESSAGES[-1])
@@ -104,7 +104,7 @@ def test_a_dialogue_without_assistant_turns_gives_no_sample() -> None:
         ({"role": "user", "content": "hi", "tool_calls": ["f"]}, "expected the role assistant"),
     ],
 )
-def test_bad_messages_are_named(message: dict[str, Any], expected: str) -> None:
+def test_bad_messages_are_reported(message: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match="message 1") as error:
         decompose(Dialogue("d", (MESSAGES[1], message), ()))
     assert expected in str(error.value)
@@ -147,7 +147,7 @@ def test_json_of_a_sample_is_plain() -> None:
         ({"gold": {"calls": [{"function": None}], "answer": None}}, "tool call"),
     ],
 )
-def test_bad_rows_are_named(change: dict[str, Any], expected: str) -> None:
+def test_bad_rows_are_reported(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match="sample") as error:
         from_json({**to_json(decompose(DIALOGUE)[0]), **change})
     assert expected in str(error.value)

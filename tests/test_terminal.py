@@ -1,4 +1,4 @@
-"""What is shown in the terminal: text of a model is text there, whatever it holds."""
+"""Terminal output: text of a model stays text, whatever it contains."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rest_rl.response import Region
 TITLE_AND_CLEAR = "\x1b]0;owned\x07\x1b[2J"
 
 
-def test_controls_become_pictures() -> None:
+def test_control_characters_become_symbols() -> None:
     assert printable(TITLE_AND_CLEAR) == "␛]0;owned␇␛[2J"
     assert printable("a\tb\nc") == "a\tb\nc"
     assert printable("\x00\r\x7f\x9b\ud800é") == "␀␍␡\ufffd\ufffdé"
 
 
-def test_a_coloured_response_commands_no_terminal() -> None:
+def test_a_coloured_response_cannot_control_the_terminal() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system=None, width=20)
     show_coloured([(TITLE_AND_CLEAR, Region.NAME.label), ("\ud800", Region.OTHER.label)], console)
@@ -33,7 +33,7 @@ def test_a_response_is_coloured_in_one_piece_per_region_and_not_wrapped() -> Non
     assert out.getvalue() == f"\x1b[38;2;214;64;31m{'a' * 30}b\n\x1b[0m\x1b[38;2;26;158;108mc\x1b[0m\n"
 
 
-def test_a_line_is_said_as_it_stands() -> None:
+def test_a_line_is_printed_verbatim() -> None:
     out = io.StringIO()
     console = Console(file=out, width=20)
     say(console, "runs/[v2]/a-name-longer-than-the-line" + TITLE_AND_CLEAR)
@@ -41,7 +41,7 @@ def test_a_line_is_said_as_it_stands() -> None:
     assert out.getvalue() == "runs/[v2]/a-name-longer-than-the-line␛]0;owned␇␛[2J\nin [v2]\n"
 
 
-def test_progress_is_a_line_every_few_seconds_where_there_is_no_terminal(monkeypatch) -> None:
+def test_without_a_terminal_progress_is_a_line_every_few_seconds(monkeypatch) -> None:
     out, clock = io.StringIO(), [0.0]
     monkeypatch.setattr("rest_rl.cli.terminal.time.monotonic", lambda: clock[0])
     with Screen(Console(file=out, width=80)).track("evaluating", 90_000) as advance:

@@ -126,7 +126,7 @@ def test_no_tool_fits_where_the_turn_should_answer() -> None:
 @pytest.mark.parametrize(
     "settings", [{"split": "test"}, {"kinds": ["triple"]}, {"num_tools": 1}, {"num_tools": 99}, {"decision": "x"}]
 )
-def test_wrong_settings_are_named(settings: dict[str, Any]) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         tool_world(0, 1, **settings)
 

@@ -59,7 +59,7 @@ class Reading:
     source: Annotated[str, Option(metavar="S", help=f"row shape: {SHAPES}")] = "auto"
     keep_prompts: Annotated[bool, Option("--keep-prompts", help="keep published prompts word for word")] = False
     allow: Annotated[
-        list[str] | None, Option(metavar="REASON", help="note this reason instead of rejecting or repairing")
+        list[str] | None, Option(metavar="REASON", help="only note findings with this reason; repeat it for more")
     ] = None
     max_prompt_tokens: Annotated[
         int, Option("--max-prompt-tokens", metavar="N", help="reject prompts with more than N tokens (0: no limit)")
@@ -69,7 +69,7 @@ class Reading:
         Option(
             "--max-completion-length",
             metavar="N",
-            help="reject prompts that leave fewer than N tokens for the response (default: as train)",
+            help="reject prompts that leave fewer than N tokens for the response (default: as in training)",
         ),
     ] = None
     model: Annotated[
@@ -78,7 +78,7 @@ class Reading:
     format: Annotated[str, Option(metavar="F", help="tool-call format (auto: from the chat template)")] = "auto"
     limit: Annotated[int, Option(metavar="N", help="read only the first N rows (0: all)")] = 0
     mask_names: Annotated[
-        float, Option("--mask-names", metavar="SHARE", help="share of samples to give random tool names")
+        float, Option("--mask-names", metavar="SHARE", help="share of samples whose tool names are randomized")
     ] = 0.0
     seed: Annotated[int, Option(metavar="S", help="seed of masking and splitting")] = 0
 

@@ -152,7 +152,10 @@ def _extra_body(text: str) -> dict[str, Any]:
     except ValueError as error:
         body = str(error)
     if not isinstance(body, dict) or not isinstance(body.get("chat_template_kwargs", {}), dict):
-        expected, remedy = "a JSON object (with another one as chat_template_kwargs, if given)", '{"repetition_penalty": 1.0}'
+        expected, remedy = (
+            "a JSON object (with another one as chat_template_kwargs, if given)",
+            '{"repetition_penalty": 1.0}',
+        )
         raise UserError(f"--extra-body is {text:.80}", expected, f"write it as --extra-body '{remedy}'")
     return body
 
@@ -175,7 +178,7 @@ def _show(table: Any) -> None:
         console.print(note, highlight=False, markup=False)
 
 
-@eval_app.command("diff", cls=Verb, short_help="compare two evaluations sample by sample")
+@eval_app.command("diff", cls=Verb, short_help="Compare two evaluations sample by sample")
 def diff(
     base: Annotated[str, typer.Argument(metavar="BASE", help="folder of the baseline evaluation")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="folder of the evaluation to compare with it")],
@@ -208,7 +211,7 @@ def diff(
         say(console, f"{len(found.flips)} samples flipped in all; --out DIR writes them to {FLIPS}")
 
 
-@eval_app.command("table", cls=Verb, short_help="tabulate evaluations as Markdown, CSV, LaTeX and a radar plot")
+@eval_app.command("table", cls=Verb, short_help="Tabulate evaluations as Markdown, CSV, LaTeX and a radar plot")
 def table(
     folders: Annotated[list[str], typer.Argument(metavar="DIR", help="folders of evaluations")],
     out: Annotated[
