@@ -260,7 +260,7 @@ def test_a_split_of_a_folder_is_the_files_that_name_it(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(LINES[0])
     for split, names in (("train", ["train-0.jsonl", "train_1.jsonl"]), ("test", ["a.jsonl"])):
         assert [Path(row.file).name for row in RowReader(f"{tmp_path}:{split}")] == names
-    with pytest.raises(ValueError, match="that name the split dev"):
+    with pytest.raises(ValueError, match="of the split dev"):
         RowReader(f"{tmp_path}:dev")
 
 
