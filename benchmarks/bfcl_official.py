@@ -156,8 +156,8 @@ class Tally:
         if not why.startswith("parsed") or "UNEXPLAINED" in why:
             print_difference(why, sample, ours, theirs, on_ours, results)
 
+    # Return why the verdicts may differ although those on the executed calls agree; empty if they must agree.
     def reason(self, sample: Sample, ours: Sample, theirs: Sample) -> str:
-        """Return why the verdicts may differ although those on the executed calls agree; empty if they must agree."""
         mine, other = (json.dumps(read, sort_keys=True) for read in (parse_recording(sample), theirs["decoded"]))
         if mine != other:
             return f"parsed differently ({', '.join(explain_parsing(sample['response'])) or 'UNEXPLAINED'})"
@@ -165,8 +165,8 @@ class Tally:
             return "a relevance sample answered by a tool that it does not have"
         return "not executed" if any(result.endswith(NOT_EXECUTED) for result in ours["results"]) else ""
 
+    # Count a sample with equal verdicts, and note if both sides give different reasons for an error.
     def same_verdict(self, why: str, ours: Sample, theirs: Sample) -> None:
-        """Count a sample with equal verdicts, and note if both sides give different reasons for an error."""
         self.counts["equal results of all tools"] += bool(ours["results"]) and not why
         error = ours["reason"].partition(": ")[0]
         if not why and not theirs["raised"] and error != theirs["error"]:

@@ -130,8 +130,8 @@ class OfficialEvaluator:
         # Called instead of writing a score file, which has a header row and then the failed samples.
         self.written = data
 
+    # Load a category as the package does; return samples for the loop, samples for the runner, answers, by id.
     def load(self, category: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Load a category as the package does; return samples for the loop, samples for the runner, answers, by id."""
         utils = import_bfcl("utils")
         config = import_bfcl("constants.eval_config")
         if self.version == "v4":
@@ -156,8 +156,8 @@ class OfficialEvaluator:
         pairs = zip(reversed(runner_samples), reversed(answers), strict=True) if answers else ()
         return *by_id, {row["id"]: answer for row, answer in pairs}
 
+    # Run the loop and the category's runner on one recording.
     def verdict(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Run the loop and the category's runner on one recording."""
         category, identity = sample["category"], sample["id"].partition("#")[0]
         if category not in self.loaded:
             self.loaded[category] = self.load(category)
@@ -179,8 +179,8 @@ class OfficialEvaluator:
             del executor[name]  # otherwise the next recording of this sample continues with this state
         return {**found, "results": self.handler.results, "seconds": seconds}
 
+    # Run the runner that `evaluate_task` selects for the category on one sample.
     def run(self, category: str, result: dict[str, Any], prompt: Any, answer: Any) -> None:
-        """Run the runner that `evaluate_task` selects for the category on one sample."""
         results, prompts, answers, folder = [result], [prompt], [answer], Path()
         if category in RELEVANCE_CATEGORIES:
             self.runner.relevance_file_runner(self.handler, results, prompts, MODEL_NAME, category, folder)

@@ -41,19 +41,19 @@ class ModelShape:
     tensor_parallel: int
     kv: int = 2 * 8 * 128
 
+    # Parameters of one layer.
     @property
     def layer(self) -> int:
-        """Parameters of one layer."""
         return self.hidden * (2 * self.queries + self.kv + 3 * self.inner)
 
+    # Parameters of the model, without norms.
     @property
     def parameters(self) -> int:
-        """Parameters of the model, without norms."""
         return self.layers * self.layer + VOCABULARY * self.hidden * (1 if self.tied else 2)
 
+    # Bytes of the key-value cache per token in bfloat16.
     @property
     def cache(self) -> int:
-        """Bytes of the key-value cache per token in bfloat16."""
         return 2 * self.layers * self.kv
 
 

@@ -52,6 +52,7 @@ def make_batch(size: int, tokenizer: Any) -> dict[str, Any]:
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     texts = [make_response(rng) for _ in range(DISTINCT)]
     ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    # Repeated texts only save tokenizing time here: the hook parses every response anew.
     rows = [torch.tensor(ids[i % DISTINCT]) for i in range(size)]
     rewards_B = torch.rand(size, generator=generator)
     entropies = [torch.rand(len(row), generator=generator) for row in rows]
@@ -68,6 +69,7 @@ def run_stock(batch: dict[str, Any], tokenizer: Any) -> None:
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
     from verl.workers.utils.padding import response_to_nested
 
+    # The stock trainer pads the jagged tensors, computes advantages, and makes them jagged again.
     mask_BT = batch["response_mask"].to_padded_tensor(0)
     rewards_BT = torch.zeros(mask_BT.shape)
     rewards_BT[:, 0] = batch["rewards"]

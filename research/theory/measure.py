@@ -124,6 +124,7 @@ def measure(
     Theorem 1 and the region optimum of Theorem 2 are left out if the pilot's rewards have too little spread.
     """
     coordinates = Coordinates.choose(model, settings.coordinates, settings.seed)
+    # Region statistics come from the pilot, because the rules must not see the prompts that they are judged on.
     statistics, lemma = measure_pilot(model, pilot)
     prompts = []
     tokens: list[ResponseTokens] = []

@@ -52,6 +52,7 @@ def draw_regions(theory: Theory) -> Figure:
     rows = [row for row in theory.regions if row.square_per_bound.value > 0]
     figure, axes = new_axes(5.6, 3.0)
     values = [row.square_per_bound.value for row in rows]
+    # On a logarithmic axis a lower error bar must not reach 0.
     errors = [[min(row.square_per_bound.error, 0.9 * row.square_per_bound.value) for row in rows],
               [row.square_per_bound.error for row in rows]]  # fmt: skip
     axes.bar(range(len(rows)), values, 0.6, color=[REGION_COLOURS[row.region] for row in rows], yerr=errors,
