@@ -243,16 +243,10 @@ class RunConfig:
     def from_toml(
         cls, text: str, overrides: Iterable[str] = (), *, origin: str = "run file", is_recorded: bool = False
     ) -> RunConfig:
-        """Parse TOML text and `table.key=value` overrides.
+        """Parse TOML text and `table.key=value` overrides; UserError for an unknown key or an invalid value.
 
-        Args:
-            text: The TOML text.
-            overrides: Changes such as "trl.max_steps=10".
-            origin: Name of the text in error messages.
-            is_recorded: Whether the text comes from a run folder; deprecated keys then cause no warning.
-
-        Raises:
-            UserError: An unknown key, or a value of the wrong type or out of range.
+        `origin` names the text in error messages. With `is_recorded`, for the config.toml of a run folder, deprecated
+        keys cause no warning.
         """
         tables = rename_keys(parse_toml(text, origin), warn=not is_recorded)
         return from_mapping(cls, apply_overrides(tables, overrides), "")

@@ -140,10 +140,6 @@ def compute_token_weights(
             missing get weight 1), or `RegionStatistics`, such as those of the global batch for each micro-batch.
         collisions: 1 - sum_v p_v^2 per token or per region, for the rule `collision`.
         regions_BT: Result of `tag_regions`, if you already have it.
-
-    Raises:
-        UserError: An unknown name, a progress out of range, or missing entropies.
-        ValueError: Shapes that do not match.
     """
     import torch
 

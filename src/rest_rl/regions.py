@@ -261,13 +261,8 @@ def tag_regions(
     Each run of ones in a row of the mask is a turn and is parsed separately; for rows with tool results pass
     `completion_mask * tool_mask`. A token that overlaps several regions gets the one with most of its bytes (ties:
     `TIE_ORDER`). The special tokens at the end of a turn are FORMAT. A token without bytes, such as the first part of a
-    character under an incremental decoder, gets the region at its position.
-
-    Args:
-        ids_BT: Sampled token ids.
-        mask_BT: 1 for tokens to tag, 0 for padding and tool results.
-        tokenizer: A transformers fast tokenizer or a `tokenizers.Tokenizer`.
-        format: A format's name, a `ToolFormat`, or a function that returns the spans of a turn's text.
+    character under an incremental decoder, gets the region at its position. `format` can also be a function that
+    returns the spans of a turn's text.
     """
     if ids_BT.shape != mask_BT.shape or ids_BT.ndim != 2:
         raise ValueError(

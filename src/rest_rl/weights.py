@@ -217,8 +217,8 @@ class WeightConfig:
     @property
     def is_uniform(self) -> bool:
         moves = self.decay_format != 0 or self.gain_arguments != 0 or self.gain_reasoning != 0
-        weighs = self.strength > 0 and (self.rule != "uniform" or moves)
-        return not (weighs or self.dropped or self.needs_entropies)
+        has_weights = self.strength > 0 and (self.rule != "uniform" or moves)
+        return not (has_weights or self.dropped or self.needs_entropies)
 
     def check(self, format: str, truncates: bool) -> None:
         if self.rule == "collision" and truncates:
