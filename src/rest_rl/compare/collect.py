@@ -262,7 +262,7 @@ def collect(folder: Path, grid: Grid | None, reference: str) -> ComparisonReport
 def headline_metric(runs: Sequence[FinishedRun], key: str) -> str:
     # The same rule as `headline_turn`: call turns only if every run has them, so that unlike scores never mix.
     known = [run.values for run in runs if key in run.values]
-    is_split = known and all(f"{key}_calls" in own for own in known) and any(f"{key}_answers" in own for own in known)
+    is_split = known and all(f"{key}_calls" in run for run in known) and any(f"{key}_answers" in run for run in known)
     return f"{key}_calls" if is_split else key
 
 
@@ -369,7 +369,7 @@ def compare_methods(
 
     def steps(group: tuple[str, str], *, best: bool) -> StepsToTarget | None:
         pair = (groups[group], groups.get((group[0], reference), []))
-        ours, theirs = ({run.name.seed: curves[run.name] for run in own} for own in pair)
+        ours, theirs = ({run.name.seed: curves[run.name] for run in members} for members in pair)
         return steps_to_target(ours, theirs, best=best)
 
     metrics: dict[tuple[str, str], dict[str, MetricResult]] = {group: {} for group in groups}
@@ -386,17 +386,17 @@ def compare_methods(
                 metrics[group][metric] = MetricResult(values, mean, tests.get(group), q.get(group, NAN))
     return tuple(
         MethodResult(
-            label=own[0].name.label,
+            label=members[0].name.label,
             method=group[1],
             start=group[0],
-            runs=tuple(own),
+            runs=tuple(members),
             metrics=metrics[group],
             to_final=steps(group, best=False),
             to_best=steps(group, best=True),
             over_rest=over(group, REST, primary),
             over_permuted=over(group, PERMUTED, primary),
         )
-        for group, own in groups.items()
+        for group, members in groups.items()
     )
 
 
@@ -406,17 +406,17 @@ def find_unequal_settings(runs: Sequence[FinishedRun]) -> list[str]:
     found = []
     free = (*SEED_KEYS, *MONITORING_KEYS)
     for start in dict.fromkeys(run.name.start for run in runs):
-        own = [run for run in runs if run.name.start == start]
-        shared = {str(run.name): {"steps": run.run.summary.get("steps")} for run in own}
-        for run in own:
+        peers = [run for run in runs if run.name.start == start]
+        shared = {str(run.name): {"steps": run.run.summary.get("steps")} for run in peers}
+        for run in peers:
             shared[str(run.name)] |= {
                 key: value
                 for key, value in run.settings.items()
                 if not key.startswith(("rest.", "run.")) and key not in free
             }
         found += find_differing_keys(shared)
-        for seed in dict.fromkeys(run.name.seed for run in own):
-            digests = {str(run.name): (run.run.summary.get("data") or {}).get("digest") for run in own
+        for seed in dict.fromkeys(run.name.seed for run in peers):
+            digests = {str(run.name): (run.run.summary.get("data") or {}).get("digest") for run in peers
                        if run.name.seed == seed}  # fmt: skip
             found += find_differing_keys({name: {"samples trained on": digest} for name, digest in digests.items()})
     for label in dict.fromkeys(run.name.label for run in runs):

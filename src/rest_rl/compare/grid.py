@@ -255,12 +255,12 @@ def read_grid(
     )
 
 
-def find_changes(name: str, own: Mapping[str, Tables]) -> Tables:
+def find_changes(name: str, file_methods: Mapping[str, Tables]) -> Tables:
     # Methods of the grid file take precedence over those of the package.
-    if name in own:
-        return own[name]
+    if name in file_methods:
+        return file_methods[name]
     if name not in METHODS:
-        known = ", ".join((*own, *METHODS))
+        known = ", ".join((*file_methods, *METHODS))
         raise UserError(
             f"unknown method {name!r}", f"one of {known}", f"choose one, or define [methods.{name}] in the grid file"
         )
@@ -281,16 +281,16 @@ def build_base_tables(
 
 
 def drop_foreign_overrides(base: Tables, changes: Tables) -> Tables:
-    # `[rest] weights` and `advantage` of the base run belong to its own preset: with them, GRPO would no longer be
-    # GRPO. The reward settings stay if both presets use the same reward.
+    # `[rest] weights` and `advantage` of the base run belong to its own preset: with them, GRPO would no longer
+    # be GRPO. The reward settings stay if both presets use the same reward.
     rest = base.get("rest") or {}
-    own = rest.get("preset", "rest")
-    preset = (changes.get("rest") or {}).get("preset", own)
-    if preset == own:
+    base_preset = rest.get("preset", "rest")
+    preset = (changes.get("rest") or {}).get("preset", base_preset)
+    if preset == base_preset:
         return base
     foreign = {"weights", "advantage"}
     rewards = {name: known.reward for name, known in PRESETS.items()}
-    if rewards.get(preset) != rewards.get(own):
+    if rewards.get(preset) != rewards.get(base_preset):
         foreign.add("reward")
     return {**base, "rest": {key: value for key, value in rest.items() if key not in foreign}}
 
