@@ -317,10 +317,9 @@ class HeldOutEvaluator:
         golds = (render_gold(sample.sample, layout) for _, sample in samples)
         limit = response_limit(config, golds, layout.tokenizer)
         self.every = config.eval.every
-        context = layout.context or sys.maxsize
+        room = layout.context or sys.maxsize
         self.prompts = [
-            HeldOutPrompt(s.prompt_text, s.sample, split, min(limit, context - len(s.prompt_ids)))
-            for split, s in samples
+            HeldOutPrompt(s.prompt_text, s.sample, split, min(limit, room - len(s.prompt_ids))) for split, s in samples
         ]
         self.slice = select_interim_prompts(self.prompts, config.eval.interim_prompts)
         steps = config.trl.get("max_steps", 0)

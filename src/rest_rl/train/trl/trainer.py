@@ -108,19 +108,15 @@ class ResTConfig(GRPOConfig):
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "weights", "reward"]  # noqa: RUF012, SLF001 - HF's own pattern
 
     preset: str = field(default="rest", metadata=_help("A name from `rest_rl.PRESETS`, or a `Preset`."))
-    tool_format: str = field(
-        default="toolrl", metadata=_help("A name from `rest_rl.FORMATS`, 'module:OBJECT', or the object.")
-    )
+    tool_format: str = field(default="toolrl", metadata=_help("A name from `FORMATS`, 'module:OBJECT', or the object."))
     weights: dict[str, Any] | str | None = field(
-        default=None, metadata=_help("WeightConfig fields that replace the preset's.")
+        default=None, metadata=_help("Fields that replace the preset's, or a rule.")
     )
     reward: dict[str, Any] | str | None = field(
-        default=None, metadata=_help("RewardConfig fields that replace the preset's.")
+        default=None, metadata=_help("Fields that replace the preset's, or a rule.")
     )
     advantage: str | None = field(default=None, metadata=_help("Replaces the preset's: 'grpo', 'dr_grpo' or 'dapo'."))
-    entropy_decay: float = field(
-        default=ENTROPY_DECAY, metadata=_help("Decay per step of the average region entropies.")
-    )
+    entropy_decay: float = field(default=ENTROPY_DECAY, metadata=_help("Decay per step of the region averages."))
     progress_steps: int = field(default=0, metadata=_help("Steps in which progress goes from 0 to 1; 0 for all."))
     loss_type: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
     scale_rewards: str = field(default=FROM_PRESET, metadata=_help("As in `GRPOConfig`; by default the preset's."))
