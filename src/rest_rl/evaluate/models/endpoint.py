@@ -14,7 +14,6 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
 from dataclasses import replace
 from threading import Thread
 from typing import Any
@@ -186,8 +185,13 @@ class Endpoint(Model):
             answers.add_done_callback(self._pending.discard)
             if self._is_stopped:  # stop() may have run before the future was registered
                 answers.cancel()
-            with suppress(CancelledError):
+            try:
                 return answers.result()
+            except CancelledError:
+                pass
+            except RuntimeError:  # httpx's, if stop() closed the client just before the request was sent
+                if not self._is_stopped:
+                    raise
         return [STOPPED_REPLY] * len(requests)
 
     def context_usage(self, request: Request) -> tuple[int, int] | None:
