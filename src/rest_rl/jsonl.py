@@ -37,7 +37,7 @@ def parse_row(line: bytes) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"the line is not JSON ({error})", "an object", "correct the row") from error
     if not isinstance(row, Mapping):
-        raise UserError(f"the line is a {type(row).__name__}", "an object", "correct the row")
+        raise UserError(f"the line is of type {type(row).__name__}", "an object", "correct the row")
     return row
 
 
@@ -45,7 +45,7 @@ def require_text(row: Mapping[str, Any], name: str) -> str:
     """Return a field of a row; UserError unless it is a string."""
     value = row.get(name)
     if not isinstance(value, str):
-        problem = f"{name!r} is a {type(value).__name__}" if name in row else f"the row has no {name!r}"
+        problem = f"{name!r} is of type {type(value).__name__}" if name in row else f"the row has no {name!r}"
         raise UserError(problem, "text", "correct the row" if name in row else "add it")
     return value
 

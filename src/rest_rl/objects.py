@@ -123,7 +123,7 @@ class UserObject:
             problem = f"{what} {address!r} is not a class and takes no options, but {', '.join(options)} is set"
             raise UserError(problem, remedy="remove the options, or name a class")
         if not callable(target):
-            raise UserError(f"{what} {address!r} is a {type(target).__name__}", "a callable", "name a function")
+            raise UserError(f"{what} {address!r} is of type {type(target).__name__}", "a callable", "name a function")
         self.target = target
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

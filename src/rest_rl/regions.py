@@ -109,7 +109,7 @@ def get_token_bytes(tokenizer: Any) -> TokenBytes:
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UserError(
-            f"the tokenizer is a {type(tokenizer).__name__}",
+            f"the tokenizer is of type {type(tokenizer).__name__}",
             "one that is backed by the tokenizers library",
             "load it with AutoTokenizer.from_pretrained(..., use_fast=True)",
         )

@@ -108,15 +108,15 @@ def gold_from_json(value: Any) -> Gold:
         UserError: The value has another structure.
     """
     if not isinstance(value, Mapping):
-        raise UserError(f"gold is a {type(value).__name__}", '{"calls": [...], "answer": ...}', ROW_REMEDY)
+        raise UserError(f"gold is of type {type(value).__name__}", '{"calls": [...], "answer": ...}', ROW_REMEDY)
     unknown = set(value) - {"calls", "answer"}
     if unknown or not value:
         raise UserError(f"gold has the keys {sorted(map(str, value))}", "calls, answer or both", ROW_REMEDY)
     calls, answer = value.get("calls", []), value.get("answer")
     if not isinstance(calls, (list, tuple)):
-        raise UserError(f"gold calls is a {type(calls).__name__}", "a list", ROW_REMEDY)
+        raise UserError(f"the list of gold calls is of type {type(calls).__name__}", "a list", ROW_REMEDY)
     if answer is not None and not isinstance(answer, str):
-        raise UserError(f"the gold answer is a {type(answer).__name__}", "a string or null", ROW_REMEDY)
+        raise UserError(f"the gold answer is of type {type(answer).__name__}", "a string or null", ROW_REMEDY)
     return Gold(
         tuple(_call_from_json(call, number) for number, call in enumerate(calls, 1)), (answer or "").strip() or None
     )
@@ -135,7 +135,7 @@ def _call_from_json(call: Any, number: int) -> ToolCall:
         raise UserError(problem, '{"name": str, "arguments": object}', ROW_REMEDY)
     arguments = call.get("arguments")
     if not isinstance(arguments, Mapping):
-        problem = f"arguments of gold call {number} ({call['name']!r}) is a {type(arguments).__name__}"
+        problem = f"arguments of gold call {number} ({call['name']!r}) is of type {type(arguments).__name__}"
         raise UserError(problem, "an object", ROW_REMEDY)
     return ToolCall(call["name"], arguments)
 

@@ -216,7 +216,7 @@ def apply_reward(rule: RewardRule, judgement: Judgement, progress: float, step: 
     try:
         number = float(total)
     except (TypeError, ValueError):
-        problem = f"the reward {display_name(rule)} returned a {type(total).__name__}"
+        problem = f"the reward {display_name(rule)} returned a value of type {type(total).__name__}"
         raise UserError(problem, "a number", "return a float") from None
     if not math.isfinite(number):  # TRL 1.x adds up rewards with nansum: NaN would silently be 0
         problem = f"the reward {display_name(rule)} returned {number}"

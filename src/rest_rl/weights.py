@@ -100,7 +100,7 @@ def apply_weight_rule(
     weights_BT = rule(batch, statistics, progress)
     if not isinstance(weights_BT, torch.Tensor) or weights_BT.shape != batch.mask_BT.shape:
         is_tensor = isinstance(weights_BT, torch.Tensor)
-        returned = f"shape {tuple(weights_BT.shape)}" if is_tensor else f"a {type(weights_BT).__name__}"
+        returned = f"shape {tuple(weights_BT.shape)}" if is_tensor else f"a value of type {type(weights_BT).__name__}"
         raise UserError(
             f"the weight rule {display_name(rule)} returned {returned}",
             f"a tensor of the shape of batch.mask_BT, {tuple(batch.mask_BT.shape)}",

@@ -115,7 +115,7 @@ def _validate_object(found: Any, what: str) -> ToolFormat:
     if isinstance(found, type):
         raise UserError(f"{what} is a class", "an object", f"create one with {found.__name__}()")
     if missing:
-        raise UserError(f"{what} has no {', '.join(missing)}", f"the attributes {', '.join(parts)}", "add them")
+        raise UserError(f"{what} has no {', '.join(missing)}", remedy="add them")
     with wrap_user_errors(what, "the methods of rest_rl.ToolFormat"):
         _check_round_trip(found, what)
     _validated[id(found)] = found
@@ -135,7 +135,7 @@ def _check_round_trip(found: ToolFormat, what: str) -> None:
         ("instructions(...)", found.instructions([_TOOL]), str),
     ):
         if not isinstance(value, kind):
-            raise UserError(f"{part} of {what} is a {type(value).__name__}", f"a {kind.__name__}", "correct it")
+            raise UserError(f"{part} of {what} is of type {type(value).__name__}", f"a {kind.__name__}", "correct it")
     if read.calls != (call,) or not read.well_formed:
         result = f"{list(read.calls)}, well_formed {read.well_formed} {'; '.join(read.problems)}".rstrip()
         raise UserError(f"{what} renders {call} as {text!r} and parses that as {result}", "the same call", "correct it")

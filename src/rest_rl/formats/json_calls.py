@@ -129,7 +129,7 @@ def dump_json(call: ToolCall, value: object) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"the call of {call.name!r} is not JSON ({error})", "JSON values", "change them") from None
+        raise UserError(f"the call of {call.name!r} is not JSON ({error})", remedy="use JSON values") from None
 
 
 def escape_tags(line: str, tags: re.Pattern[str]) -> str:

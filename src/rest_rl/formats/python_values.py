@@ -93,7 +93,7 @@ def write_value(value: Any) -> str:
 
 def _write_key(key: Any) -> str:
     if not isinstance(key, str):
-        raise ValueError(f"a key is a {type(key).__name__}, expected a string")
+        raise ValueError(f"a key is of type {type(key).__name__}, expected a string")
     return json.dumps(key, ensure_ascii=False)
 
 
