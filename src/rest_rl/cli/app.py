@@ -115,6 +115,7 @@ def run_command(given: list[str], after_dashes: list[str]) -> int:
         print(f"error: {one_line(error.format_message()).rstrip('.')}; see {page}", file=sys.stderr)
         return EXIT_USER_ERROR
     except UserError as error:
+        # Without a context, the mistake is in the definition of the command line, not in its use.
         if context is None or context.params["debug"]:
             raise
         print(f"error: {one_line(str(error))}", file=sys.stderr)

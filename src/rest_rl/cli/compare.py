@@ -73,6 +73,7 @@ def compare(
         dry_run=dry_run,
         observer=Screen(console),
     )
+    # No page means that no run of the baseline is finished, so there is nothing to compare with.
     if report.page:
         show_report(report, console)
     for name, what in report.failed.items():

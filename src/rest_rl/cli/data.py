@@ -362,6 +362,7 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
         is_text = isinstance(row.raw, str)
         say(console, row.raw if is_text else json.dumps(row.raw, ensure_ascii=False, indent=2, default=str))
         return
+    # Without a model there is no chat template to follow; the demonstration then uses a default format.
     chosen = layout.format if layout else get_format("hermes" if tool_format == "auto" else tool_format)
     how = "" if layout or tool_format != "auto" else " (the default, as there is no --model)"
     for sample in row.samples:

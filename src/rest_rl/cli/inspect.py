@@ -96,6 +96,7 @@ def inspect(
 
     settings = {"preset": get_preset(preset), "progress": progress, "entropies": read_entropies(entropies)}
     loaded, console = load_tokenizer(tokenizer), Console()
+    # The chat template decides, as in training. Only without one are the responses themselves the evidence.
     if tool_format == AUTO and getattr(loaded, "chat_template", None):
         tool_format, why = resolve_format(AUTO, loaded)
         print(f"format {tool_format}: {why}", file=sys.stderr)

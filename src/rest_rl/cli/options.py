@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+# Old names of options and subcommands by command; they still work, with a warning.
 RENAMED = {
     "compare": {"--reference": "--baseline", "--only-report": "--report-only"},
     "data": {
@@ -23,7 +24,6 @@ RENAMED = {
     "eval": {"compare": "diff", "--context": "--context-length"},
     "probe": {"--group": "--group-size", "--step": "--prompts-per-step"},
 }
-"""Old names of options and subcommands by command; they still work, with a warning."""
 AUTO = "auto"  # as in rest_rl.config, which takes a while to import
 
 RowsFile = Annotated[str, typer.Argument(metavar="FILE.jsonl", help="file of rows, or - for standard input")]

@@ -26,14 +26,14 @@ from rest_rl.report.tables import is_number
 from rest_rl.response import Region, Span
 from rest_rl.runlog import Advance, Observer
 
+# Minimum and maximum seconds between two progress lines without a terminal; in between, a twentieth of the elapsed
+# time.
 LINE_PAUSES = (5.0, 60.0)
-"""Minimum and maximum seconds between two progress lines without a terminal; in between, a twentieth of the elapsed
-time."""
+# Larger totals are byte counts, which are shown as a bar and not as a number.
 MIN_BYTE_TOTAL = 100_000
-"""Larger totals are byte counts, which are shown as a bar and not as a number."""
+# Control characters except line feed and tab, which a terminal would execute, and lone surrogates, which cannot be
+# encoded.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters except line feed and tab, which a terminal would execute, and lone surrogates, which cannot be
-encoded."""
 
 
 def printable(text: str) -> str:
@@ -97,6 +97,7 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]],
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
+    # Rows that start with a space are parts of the row above and are not bold.
     for row in rows:
         table.add_row(*map(str, row), style=None if str(row[0]).startswith(" ") else "bold")
     console.print(table)
@@ -222,8 +223,8 @@ class Screen(Observer):
 
 RL_METRICS = {"reward": "reward", "rest/accuracy": "S_acc", "rest/format": "S_format"}
 SFT_METRICS = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
+# Metrics next to the progress bar that fit into 80 columns; the last table is for steps with both kinds of turns.
 SPLIT_METRICS = {"reward": "reward", "rest/accuracy_calls": "S_acc calls", "rest/accuracy_answers": "answers"}
-"""Metrics next to the progress bar that fit into 80 columns; the last table is for steps with both kinds of turns."""
 
 
 def select_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:

@@ -90,6 +90,7 @@ def train(
     if model:
         resolve_origin(model)  # here, so that an error names --model and not model.path
     settings = settings_after_dashes(context)
+    # These have an effect only with verl; TRL would ignore them without a word.
     of_verl = any((nodes, gpus_per_node, settings, print_config))
     if context.info_name == "sft":
         given = any((run, model, data, held_out, preset, tool_format, lora, engine, of_verl, resume, is_dry))

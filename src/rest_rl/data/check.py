@@ -208,12 +208,7 @@ def check_rows(
 ) -> Iterator[CheckedRow]:
     """Yield each row of files, folders or hub datasets with its samples and findings, in order.
 
-    Args:
-        paths: What to read.
-        config: How to read and check it.
-        test: A test file; prompts that it also contains are rejected.
-        limit: The number of rows to read, 0 for all.
-        observer: Receives the progress.
+    Prompts that the file `test` also contains are rejected. `limit` is the number of rows to read, 0 for all.
 
     Raises:
         UserError: An input does not exist. A row that cannot be read is a finding, not an error.

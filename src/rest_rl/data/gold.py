@@ -17,23 +17,23 @@ from rest_rl.data.reasons import RowFinding, make_finding
 from rest_rl.data.samples import ToolSample, to_message_call
 from rest_rl.response import Gold, ToolCall
 
+# Keywords that may allow arguments that `properties` does not list.
 _EXTRA_ARGUMENT_KEYWORDS = {
     "patternProperties", "propertyNames", "unevaluatedProperties", "dependentSchemas",
     "anyOf", "oneOf", "allOf", "if", "then", "else", "$ref", "$dynamicRef",
 }  # fmt: skip
-"""Keywords that may allow arguments that `properties` does not list."""
+# Keywords that jsonschema checks.
 _VALIDATOR_KEYWORDS = {
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "not",
     "minLength", "maxLength", "minItems", "maxItems", "uniqueItems", "prefixItems", "contains",
     "minProperties", "maxProperties", "dependentRequired", "anyOf", "oneOf", "allOf", "if", "$ref",
 }  # fmt: skip
-"""Keywords that jsonschema checks."""
+# Keywords that are not checked: a regular expression of a data set may backtrack without end.
 _SKIPPED_KEYWORDS = ("pattern", "patternProperties", "$dynamicRef")
-"""Keywords that are not checked: a regular expression of a data set may backtrack without end."""
+# Schemas with more references are not checked: a chain in which each refers to the next twice takes 2^n steps.
 _MAX_REFERENCES = 32
-"""Schemas with more references are not checked: a chain in which each refers to the next twice takes 2^n steps."""
+# Schema of a tool without parameters.
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
-"""Schema of a tool without parameters."""
 _PYTHON_WORDS = {"True": True, "False": False}
 _PYTHON_TYPES: dict[str, Any] = {
     "string": str, "boolean": bool, "array": (list, tuple), "object": Mapping, "null": type(None)
@@ -42,14 +42,9 @@ Problems = Iterator[tuple[str, str]]
 
 
 def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tuple[ToolSample, list[RowFinding]]:
-    """Check the gold calls against the schemas of the tools.
+    """Check the gold calls against the schemas of the tools; return the repaired sample and the findings.
 
-    Args:
-        sample: The sample to check.
-        allow: Reasons that are only noted and change nothing.
-
-    Returns:
-        The sample, in which text that spells a value of the schema's type is replaced by that value, and the findings.
+    Text that spells a value of the schema's type is replaced by the value. Reasons in `allow` are only noted.
     """
     # Two tools of one name are a problem only if they differ. A turn that calls neither keeps its sample.
     functions = [tool.get("function", tool) for tool in sample.tools]
@@ -90,11 +85,8 @@ def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tupl
 def repair_history(sample: ToolSample, repaired: Mapping[int, Gold]) -> ToolSample:
     """Return the sample with earlier turns of its history replaced by their repaired golds.
 
-    Otherwise a prompt would show a call with the very defect that was repaired in the sample of that turn.
-
-    Args:
-        sample: The sample.
-        repaired: The repaired golds, by the position of their turn in the dialogue.
+    `repaired` maps the positions of turns to their golds. Otherwise a prompt would show a call with the very defect that
+    was repaired in the sample of that turn.
     """
     messages = list(sample.messages)
     for at, gold in repaired.items():

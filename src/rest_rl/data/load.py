@@ -56,13 +56,9 @@ def read_rows(
 ) -> Iterator[CheckedRow]:
     """Yield each row of data files with its samples and findings, in order.
 
-    Args:
-        paths: Files, folders or hub datasets.
-        layout: How a model's prompts are rendered; samples that the model cannot represent are rejected.
-        test: A test file; prompts that it also contains are rejected.
-        limit: The number of rows to read, 0 for all.
-        observer: Receives the progress.
-        **settings: The fields of `CheckConfig`.
+    With the `layout` of a model, samples that it cannot represent are rejected. Prompts that the file `test` also
+    contains are rejected. `limit` is the number of rows to read, 0 for all. The other settings are the fields of
+    `CheckConfig`.
     """
     if "keep" in settings:
         warnings.warn("keep is now allow", RenamedWarning, stacklevel=3)

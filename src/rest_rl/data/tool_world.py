@@ -67,10 +67,10 @@ OPENING_TAGS = ("please", "kindly", "now", "hello")
 NAME_PARTS = tuple(c + v for c in "kstnmrvbdg" for v in "aeio")
 KEY_PARTS = tuple(c + v for c in "pzfljhwc" for v in "aeio")
 _NOUNS = tuple(YIELDS)
+# Every fifth combination is held out.
 _FIFTH = 5
-"""Every fifth combination is held out."""
+# Kinds of nine dialogues, which give ten samples; each cycle is shuffled, so the share of refusals is exact.
 _CYCLE = ("single",) * 4 + ("parallel",) * 2 + ("none",) * 2 + ("dependent",)
-"""Kinds of nine dialogues, which give ten samples; each cycle is shuffled, so the share of refusals is exact."""
 
 
 class WorldTool(NamedTuple):

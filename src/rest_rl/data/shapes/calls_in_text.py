@@ -10,13 +10,13 @@ from rest_rl.data.reading import read_literal, read_literals
 from rest_rl.formats import get_format
 from rest_rl.response import ParsedResponse, ToolCall
 
+# Tags around calls written as objects: Hermes and Qwen, Glaive, Llama 3.
 _OBJECT_TAGS = (("<tool_call>", "</tool_call>"), ("<functioncall>", "</functioncall>"), ("<|python_tag|>", None))
-"""Tags around calls written as objects: Hermes and Qwen, Glaive, Llama 3."""
+# Text that can only start a call; a tag in quotes is only mentioned.
 _MARKED = re.compile(
     r"""(?<![`'"])(?:<tool_call>\s*(?:[\[{<]|\Z)|<functioncall>|<\|python_(?:tag|start)\|>|<function=[^<>\s]+>"""
     r"""|\[TOOL_CALLS\]\s*(?:[\[{]|[\w.-]{1,200}\s*(?:\[|\{)))"""
 )
-"""Text that can only start a call; a tag in quotes is only mentioned."""
 _STOPS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>")
 _OBJECT_BEGINS = re.compile(r"""\A(?=[\[{])|^[ \t]*(?=(?:\[\s*)?\{\s*["'](?:name|type)["']\s*:)""", re.MULTILINE)
 _BEGUN = re.compile(
@@ -37,10 +37,6 @@ class WrittenCalls(NamedTuple):
 
 def find_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> WrittenCalls | None:
     """Return the calls in an assistant's text (without its think block), or None if the text is a plain answer.
-
-    Args:
-        text: The text.
-        tools: The offered tools.
 
     Raises:
         ValueError: The text begins like a call but cannot be read as one.

@@ -14,13 +14,13 @@ from rest_rl.data.schemas import read_tools
 from rest_rl.data.shapes.calls_in_text import find_calls
 
 name = "messages"
+# Role names of other data sets and ours; `call` is an assistant turn whose text is the call.
 _ROLE_NAMES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
     "tool": "tool", "function": "tool", "ipython": "tool", "observation": "tool", "tool_response": "tool",
     "function_response": "tool", "function_call": "call", "tool_call": "call",
 }  # fmt: skip
-"""Role names of other data sets and ours; `call` is an assistant turn whose text is the call."""
 _MESSAGES = ("messages", "conversations", "conversation")
 _TOOLS = ("tools", "functions")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
