@@ -85,8 +85,8 @@ def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tupl
 def repair_history(sample: ToolSample, repaired: Mapping[int, Gold]) -> ToolSample:
     """Return the sample with earlier turns of its history replaced by their repaired golds.
 
-    `repaired` maps the positions of turns to their golds. Otherwise a prompt would show a call with the very defect that
-    was repaired in the sample of that turn.
+    `repaired` maps the positions of turns to their golds. Otherwise a prompt would show a call with the very defect
+    that was repaired in the sample of that turn.
     """
     messages = list(sample.messages)
     for at, gold in repaired.items():
