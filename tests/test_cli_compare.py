@@ -255,7 +255,7 @@ def test_the_tail_of_a_log_cannot_control_the_terminal(tmp_path: Path, capsys: p
 def test_the_help_refers_to_the_other_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "Train every method under every seed" in text
+    assert "Train every method with every seed" in text
     assert "rest-rl eval diff" in text
 
 
