@@ -188,7 +188,7 @@ def test_a_template_error_is_a_refusal() -> None:
     )
     model = LocalModel(tiny_model(tokenizer).eval(), PromptLayout(tokenizer), batch_size=4, max_new_tokens=30)
     refused, answered = model.respond([asked("bad", "s7"), asked("good")])
-    assert refused.refusal.startswith("sample 's7', on which the chat template failed")
+    assert refused.refusal.startswith("the chat template failed on sample 's7'")
     assert answered.text
     assert not refused.overflow
     assert not answered.refusal

@@ -55,7 +55,7 @@ def test_a_template_without_tools_gets_them_as_a_system_message():
 def test_a_tokenizer_without_a_template_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"without a chat template.*instruct"):
+    with pytest.raises(ValueError, match=r"has no chat template.*instruct"):
         build_training_dataset(tiny_samples(1), tokenizer)
 
 
@@ -132,7 +132,7 @@ def test_random_rewards_ignore_the_responses_and_the_scores_are_still_logged(tok
     ("gold", "words"),
     [
         (Gold((ToolCall("f", {"x": float("nan")}),)), "is not JSON"),
-        (Gold((ToolCall("f", {"x": 10**500}),)), "full marks"),
+        (Gold((ToolCall("f", {"x": 10**500}),)), "is not an exact match of itself"),
         (Gold((), "see <tool_call>"), "the answer contains '<tool_call>'"),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_failing_chat_template_names_the_sample(tokenizer):
     template = "{{ tools[0].function.parameters.properties.items() }}"
     broken = copy.deepcopy(tokenizer)
     broken.chat_template = template
-    with pytest.raises(ValueError, match=r"sample .s0., on which the chat template failed"):
+    with pytest.raises(ValueError, match=r"the chat template failed on sample .s0."):
         PromptLayout(broken).render(sample)
 
 
