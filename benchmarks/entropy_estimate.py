@@ -78,7 +78,7 @@ def estimate_errors(
     for step, exact_3R in enumerate(sums):
         estimate = tracker.statistics()
         if estimate is not None and step >= first:
-            exact = EntropyTracker()
+            exact = EntropyTracker(0.0)
             exact.update(exact_3R)
             truth = exact.statistics()
             assert truth is not None
@@ -122,7 +122,7 @@ def main() -> None:
     # The yardstick: the error of equal weights, which need no estimate at all.
     flat = torch.zeros(6, dtype=torch.float64)
     for table in sums[1:]:
-        exact = EntropyTracker()
+        exact = EntropyTracker(0.0)
         exact.update(table)
         shares_R = table[COUNTS] / table[COUNTS].sum()
         flat += region_weights(exact.statistics(), config).log().square() * shares_R

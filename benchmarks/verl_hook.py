@@ -100,6 +100,7 @@ def run_ours(batch: dict[str, Any], tokenizer: Any) -> None:
         prompts=["p"] * size,
         tokenizer=tokenizer,
         tool_format=tool_format,
+        ends={tokenizer.eos_token_id},
     )
     chosen, weigher = responses.select_first(8), TokenWeighter(tokenizer, tool_format, PRESETS["paper"].weights)
     _, _, tokens = weight_batch(batch, weigher, tracker, 0.5, 10, chosen)
