@@ -16,7 +16,7 @@ from rest_rl.weights import (
     WeightConfig,
     apply_curriculum,
     assign_weights,
-    normalise_weights,
+    normalize_weights,
     region_weights,
     top_entropy_mask,
 )
@@ -186,7 +186,7 @@ def test_top_entropy_keeps_the_most_uncertain_tokens_and_one_of_every_response()
     # 6 unmasked tokens, 1/3 of them kept: 5 and 4; the second response has none of these and keeps its own 0.3
     kept_BT = top_entropy_mask(entropies_BT, mask_BT, 1 / 3)
     assert kept_BT.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0]]
-    assert normalise_weights(kept_BT, mask_BT)[0].tolist() == [1.5, 1.5, 0, 0]
+    assert normalize_weights(kept_BT, mask_BT)[0].tolist() == [1.5, 1.5, 0, 0]
     assert top_entropy_mask(entropies_BT, torch.zeros_like(mask_BT), 0.2).sum() == 0
     assert top_entropy_mask(entropies_BT * NAN, mask_BT, 0.2).sum(-1).min() >= 1
     with pytest.raises(ValueError, match="have shapes"):

@@ -115,7 +115,7 @@ def apply_weight_rule(
         )
     if getattr(rule, "is_normalised", False):
         return weights_BT.float()
-    return normalise_weights(weights_BT, batch.mask_BT)
+    return normalize_weights(weights_BT, batch.mask_BT)
 
 
 def get_region_weights(rule: WeightRule, statistics: RegionStatistics | None, progress: float) -> Tensor | None:
@@ -366,10 +366,10 @@ def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -
 
 def assign_weights(weights_R: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return each token's region weight, normalised to mean 1 over its response: float32 (B, T), 0 where masked."""
-    return normalise_weights(weights_R.to(regions_BT.device)[regions_BT], mask_BT)
+    return normalize_weights(weights_R.to(regions_BT.device)[regions_BT], mask_BT)
 
 
-def normalise_weights(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def normalize_weights(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Divide each response's weights by their mean over its unmasked tokens: float32 (B, T), 0 where masked.
 
     This is ResT's normalisation, w_t / mean_t w_t. Responses without unmasked tokens or positive weights stay 0.
