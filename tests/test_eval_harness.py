@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rest_rl.data.tool_world import tool_world
 from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
 from rest_rl.evaluate.conversation import Reply, Request
-from rest_rl.evaluate.harness import evaluate_all, split_batches, summarise
+from rest_rl.evaluate.harness import evaluate_all, split_batches, summarize
 from rest_rl.evaluate.log import SAMPLES, EvalLog
 from rest_rl.evaluate.models.recorded import Oracle, Recorded, Recording, read_responses
 from rest_rl.formats import get_format
@@ -78,7 +78,7 @@ def test_oracle_scores_100_percent(tmp_path: Path) -> None:
     rows = evaluate_all(TASKS, Oracle(FORMAT), FORMAT, IDS, log)
     assert [row["id"] for row in rows] == IDS
     assert all(row["correct"] and not row["reason"] for row in rows)
-    summary = summarise(TASKS, rows)
+    summary = summarize(TASKS, rows)
     assert {name: (group["n"], group["of"], group["correct"]) for name, group in summary["groups"].items()} == {
         "unseen_tools": (9, 9, 9),
         "unseen_values": (9, 9, 9),
@@ -93,7 +93,7 @@ def test_oracle_scores_100_percent(tmp_path: Path) -> None:
 def test_missing_responses_are_reported_and_retried(tmp_path: Path) -> None:
     log = new_log(tmp_path / "a")
     faulty = Faulty(frozenset({IDS[2]}), frozenset({IDS[3]}), frozenset({IDS[4]}), refusals=frozenset({IDS[5]}))
-    summary = summarise(TASKS, evaluate_all(TASKS, faulty, FORMAT, IDS, log))
+    summary = summarize(TASKS, evaluate_all(TASKS, faulty, FORMAT, IDS, log))
     group = summary["groups"]["unseen_tools"]
     assert (group["n"], group["correct"], group["errors"]) == (8, 5, [IDS[2]])
     assert (group["overflow"], group["truncated"], group["refused"]) == (1, 1, 1)

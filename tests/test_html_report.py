@@ -1,4 +1,4 @@
-"""The HTML report: the data in the page, and in a headless Chromium its behaviour, also with hostile responses."""
+"""The HTML report: the data in the page, and in a headless Chromium its behavior, also with hostile responses."""
 
 from __future__ import annotations
 
@@ -386,23 +386,23 @@ def test_search_and_filters_find_responses(tab: Page, many: Path) -> None:
 
 
 def test_the_address_restores_the_view(tab: Page, many: Path) -> None:
-    tab.open(many, "#step=7&colour=entropy&only=truncated&order=worst&run=1&search=needle")
+    tab.open(many, "#step=7&color=entropy&only=truncated&order=worst&run=1&search=needle")
     assert text_of(tab, "#count") == "5 of 5,000 at step 7"
     assert text_of(tab, "#modes [aria-checked=true]") == "Entropy"
-    tab.open(many, "#step=999&colour=__proto__&only=nonsense,__proto__&order=constructor&run=9&response=99999999")
+    tab.open(many, "#step=999&color=__proto__&only=nonsense,__proto__&order=constructor&run=9&response=99999999")
     assert text_of(tab, "#count") == "5,000 of 5,000"
 
 
-def test_tokens_are_coloured_by_the_selected_mode(tab: Page, many: Path) -> None:
-    colours = {}
+def test_tokens_are_colored_by_the_selected_mode(tab: Page, many: Path) -> None:
+    colors = {}
     tab.open(many)
     for key, mode in enumerate(("region", "weight", "entropy", "surprise", "advantage"), start=1):
         tab.press(str(key))
-        colours[mode] = tab.evaluate("[...document.querySelectorAll('.t')].map((e) => e.style.backgroundColor)")
+        colors[mode] = tab.evaluate("[...document.querySelectorAll('.t')].map((e) => e.style.backgroundColor)")
         assert tab.evaluate("document.querySelector('.strip').style.backgroundImage").startswith("linear-gradient")
-    assert colours["region"][0] == colours["region"][2] != colours["region"][1]  # format, reasoning, format
-    assert len(set(colours["weight"])) == 4  # 0.5, 1.0, 1.5, 2.0
-    assert len({tuple(values) for values in colours.values()}) == 5
+    assert colors["region"][0] == colors["region"][2] != colors["region"][1]  # format, reasoning, format
+    assert len(set(colors["weight"])) == 4  # 0.5, 1.0, 1.5, 2.0
+    assert len({tuple(values) for values in colors.values()}) == 5
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rest_rl.authors_code import authors_normalise, authors_step, authors_weights
+from rest_rl.authors_code import authors_normalize, authors_step, authors_weights
 from rest_rl.formats import FORMATS
 from rest_rl.presets import PRESETS, compute_token_weights, get_preset, score_response
 from rest_rl.regions import get_token_bytes, region_means, tag_regions
@@ -50,7 +50,7 @@ def test_authors_code_reproduces_the_published_numbers(row):
     )
     assert by_progress.total == row["reward"]
     pieces = [bytes.fromhex(piece) for piece in row["token_bytes"]]
-    weights = authors_normalise(authors_weights(pieces, row["step"]), np.ones(len(pieces)))
+    weights = authors_normalize(authors_weights(pieces, row["step"]), np.ones(len(pieces)))
     assert weights.tolist() == row["weights"]
 
 
@@ -76,7 +76,7 @@ def test_authors_code_finds_its_weights_per_turn():
     split = get_token_bytes(TOKENIZER).text_pieces
     raw = np.zeros(len(ids), dtype=np.float32)
     raw[mask == 1] = np.concatenate([authors_weights(split(turn), 75) for turn in turns])
-    expected = authors_normalise(raw, mask)
+    expected = authors_normalize(raw, mask)
     weights_BT = compute_token_weights(
         torch.tensor([ids]), torch.from_numpy(mask)[None], TOKENIZER, preset="authors-code", step=75
     )

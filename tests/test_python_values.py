@@ -33,7 +33,7 @@ def test_written_arguments_can_be_parsed_by_us_and_by_python(arguments):
     for keyword in keywords:
         value = ast.literal_eval(keyword.value)
         from_python.update(value if keyword.arg is None else {keyword.arg: value})
-    if all(key.isascii() for key in arguments):  # Python normalises other identifiers
+    if all(key.isascii() for key in arguments):  # Python normalizes other identifiers
         assert from_python == arguments
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from rest_rl.config import RunConfig
 from rest_rl.report.page import render_sample_responses, write_report
-from rest_rl.report.palette import REGION_COLOURS
+from rest_rl.report.palette import REGION_COLORS
 from rest_rl.report.plots import find_gaps, with_gaps
 from rest_rl.report.tables import before_after_rows, group_runs, markdown_table, mean_and_sd, metric_curve, running_mean
 from rest_rl.response import Region
@@ -37,9 +37,9 @@ def make_run(folder: Path, seed: int, preset: str = "rest", steps: int = 20, str
     return folder
 
 
-def test_every_region_has_its_own_colour() -> None:
-    assert list(REGION_COLOURS) == [region.label for region in Region]
-    assert len(set(REGION_COLOURS.values())) == len(Region)
+def test_every_region_has_its_own_color() -> None:
+    assert list(REGION_COLORS) == [region.label for region in Region]
+    assert len(set(REGION_COLORS.values())) == len(Region)
 
 
 def test_the_page_of_one_run_is_in_its_folder(tmp_path: Path) -> None:

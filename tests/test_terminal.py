@@ -7,7 +7,7 @@ import re
 
 from rich.console import Console
 
-from rest_rl.cli.terminal import Screen, printable, say, show_coloured
+from rest_rl.cli.terminal import Screen, printable, say, show_colored
 from rest_rl.response import Region
 
 TITLE_AND_CLEAR = "\x1b]0;owned\x07\x1b[2J"
@@ -19,17 +19,17 @@ def test_control_characters_become_symbols() -> None:
     assert printable("\x00\r\x7f\x9b\ud800é") == "␀␍␡\ufffd\ufffdé"
 
 
-def test_a_coloured_response_cannot_control_the_terminal() -> None:
+def test_a_colored_response_cannot_control_the_terminal() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system=None, width=20)
-    show_coloured([(TITLE_AND_CLEAR, Region.NAME.label), ("\ud800", Region.OTHER.label)], console)
+    show_colored([(TITLE_AND_CLEAR, Region.NAME.label), ("\ud800", Region.OTHER.label)], console)
     assert out.getvalue() == "␛]0;owned␇␛[2J\ufffd\n"
 
 
-def test_a_response_is_coloured_in_one_piece_per_region_and_not_wrapped() -> None:
+def test_a_response_is_colored_in_one_piece_per_region_and_not_wrapped() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system="truecolor", width=20)
-    show_coloured([("a" * 30, "name"), ("b\n", "name"), ("c", "answer")], console)
+    show_colored([("a" * 30, "name"), ("b\n", "name"), ("c", "answer")], console)
     assert out.getvalue() == f"\x1b[38;2;214;64;31m{'a' * 30}b\n\x1b[0m\x1b[38;2;26;158;108mc\x1b[0m\n"
 
 

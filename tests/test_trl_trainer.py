@@ -314,7 +314,7 @@ def test_every_preset_trains(tokenizer, tmp_path, preset):
     trainer.train()
     assert any(not torch.equal(before[name], value) for name, value in copy_parameters(trainer.model).items())
     first = logged_steps(trainer)[0]
-    if preset == "authors-code":  # step 1: arguments 0.602 against name 1.2, before normalisation
+    if preset == "authors-code":  # step 1: arguments 0.602 against name 1.2, before normalization
         assert first["rest/weight/arguments"] < first["rest/weight/name"]
     elif preset in ("rest", "paper"):  # nothing has been measured before step 0, and nu is 0
         assert first["rest/weight/name"] == pytest.approx(1.0)

@@ -29,7 +29,7 @@ from rest_rl.report.tables import before_after_rows, evaluation_curve, headline_
 from rest_rl.response import Gold, ToolCall
 from rest_rl.rewards import RewardConfig, apply_reward, judge, token_overlap
 from rest_rl.runlog import RunLog, read_run
-from rest_rl.statistics import summarise
+from rest_rl.statistics import summarize
 from rest_rl.train.reward import make_tool_reward
 from rest_rl.train.run import make_plan
 from tests.made_up_grid import Effect, make_grid
@@ -101,10 +101,10 @@ def test_held_out_evaluation_and_the_probe_detect_cut_off_responses() -> None:
     ids = [[*call, *ends], call, [*answer, *ends], answer]
     outcomes = score_responses(ids, prompts, tokenizer, FORMATS["toolrl"], ends)
     assert [(row.exact_match, row.s_format) for row in outcomes] == [(1, 1), (0, 0), (1, 1), (0, 0)]
-    summary = summarise(outcomes)
+    summary = summarize(outcomes)
     assert (summary["exact_match"], summary["n"]) == (0.5, 4)
     assert [(summary[turn]["exact_match"], summary[turn]["n"]) for turn in ("calls", "answers")] == [(0.5, 2)] * 2
-    assert summarise(outcomes[:2])["answers"] == {"n": 0}
+    assert summarize(outcomes[:2])["answers"] == {"n": 0}
     for own, exact in zip(ids, (True, False, True, False), strict=True):
         gold = CALL_GOLD if own[: len(call)] == call else Gold((), "ok")
         assert tag_and_score(own, gold, layout, Sampling(), ends).is_exact is exact

@@ -19,7 +19,7 @@ from rest_rl.data.layout import PromptLayout
 from rest_rl.data.samples import ToolSample
 from rest_rl.errors import UserError
 from rest_rl.runlog import Observer, RunLog, read_run
-from rest_rl.statistics import Outcome, summarise
+from rest_rl.statistics import Outcome, summarize
 from rest_rl.train.checkpoints import Checkpoint
 from rest_rl.train.policy import load_tokenizer
 from rest_rl.train.prompts import TrainingData, prepare_or_raise
@@ -151,7 +151,7 @@ def test_evaluations_before_during_and_after_training(tmp_path):
     log = RunLog.create(tmp_path / "run", "", [])
     for step, exact in ((0, 0.0), (5, 0.5), (10, 1.0)):
         outcomes = [Outcome("single", "held out", prompt, exact, exact, 1.0, "calls") for prompt in range(2)]
-        write_outcomes(log, step, 10, summarise(outcomes))
+        write_outcomes(log, step, 10, summarize(outcomes))
     run = read_run(tmp_path / "run")
     assert run.summary["before"]["exact_match"] == 0.0
     assert run.summary["after"]["exact_match"] == 1.0

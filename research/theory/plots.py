@@ -10,7 +10,7 @@ from matplotlib.ticker import NullLocator
 
 from research.theory.measure import Theory
 from rest_rl.probe.rules import UNIFORM
-from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
+from rest_rl.report.palette import REGION_COLORS, SERIES_COLORS
 from rest_rl.report.plots import FAINT, INK, legend_style, new_axes, save_figure, style_bare_axes
 
 
@@ -27,12 +27,12 @@ def draw_theory(theory: Theory, folder: Path) -> list[Path]:
 
 def draw_group_size(theory: Theory) -> Figure:
     figure, axes = new_axes(5.6, 3.2)
-    for curve, colour in zip(theory.group_size, SERIES_COLOURS, strict=False):
+    for curve, color in zip(theory.group_size, SERIES_COLORS, strict=False):
         first = curve.variances[0].value
         if first > 0:  # advantages that are 0 in every group have no curve
             values = [one.value / first for one in curve.variances]
             label = f"{curve.advantage}, slope {curve.slope.value:.2f}"
-            axes.plot(curve.sizes, values, marker="o", markersize=4, color=colour, label=label)
+            axes.plot(curve.sizes, values, marker="o", markersize=4, color=color, label=label)
     sizes = theory.group_size[0].sizes
     axes.plot(
         sizes, [sizes[0] / size for size in sizes], color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label="1 / G"
@@ -55,7 +55,7 @@ def draw_regions(theory: Theory) -> Figure:
     # On a logarithmic axis a lower error bar must not reach 0.
     errors = [[min(row.square_per_bound.error, 0.9 * row.square_per_bound.value) for row in rows],
               [row.square_per_bound.error for row in rows]]  # fmt: skip
-    axes.bar(range(len(rows)), values, 0.6, color=[REGION_COLOURS[row.region] for row in rows], yerr=errors,
+    axes.bar(range(len(rows)), values, 0.6, color=[REGION_COLORS[row.region] for row in rows], yerr=errors,
              ecolor=INK, error_kw={"elinewidth": 0.9, "capsize": 2})  # fmt: skip
     axes.set_yscale("log")
     axes.set_xticks(range(len(rows)), [f"{row.region}\n{row.tokens:,}" for row in rows])
@@ -69,8 +69,8 @@ def draw_bound(theory: Theory) -> Figure:
     measured = [chain.measured.value for chain in theory.bounds.values()]
     bounds = [chain.bound.value for chain in theory.bounds.values()]
     axes.hlines(places, measured, bounds, color=FAINT, linewidth=2, zorder=1)
-    for name, values, colour in (("measured", measured, SERIES_COLOURS[0]), ("bound", bounds, SERIES_COLOURS[1])):
-        axes.plot(values, places, "o", color=colour, label=name, markersize=5)
+    for name, values, color in (("measured", measured, SERIES_COLORS[0]), ("bound", bounds, SERIES_COLORS[1])):
+        axes.plot(values, places, "o", color=color, label=name, markersize=5)
     axes.set_xscale("log")
     axes.set_yticks(places, list(theory.bounds))
     axes.invert_yaxis()
@@ -84,15 +84,15 @@ def draw_rules(theory: Theory) -> Figure:
     figure, axes = new_axes(6.8, 1.2 + 0.3 * len(rules))
     axes.axvspan(-2, 2, color=FAINT, alpha=0.5, linewidth=0)
     kinds = (
-        ("under Adam", SERIES_COLOURS[0], "o", [rule.plain.adam_lead for rule in rules]),
-        ("under Adam, norms capped", SERIES_COLOURS[0], "x", [rule.capped.adam_lead for rule in rules]),
-        ("plain", SERIES_COLOURS[3], "o", [rule.plain.lead for rule in rules]),
-        ("plain, norms capped", SERIES_COLOURS[3], "x", [rule.capped.lead for rule in rules]),
+        ("under Adam", SERIES_COLORS[0], "o", [rule.plain.adam_lead for rule in rules]),
+        ("under Adam, norms capped", SERIES_COLORS[0], "x", [rule.capped.adam_lead for rule in rules]),
+        ("plain", SERIES_COLORS[3], "o", [rule.plain.lead for rule in rules]),
+        ("plain, norms capped", SERIES_COLORS[3], "x", [rule.capped.lead for rule in rules]),
     )
-    for row, (name, colour, marker, leads) in enumerate(kinds):
+    for row, (name, color, marker, leads) in enumerate(kinds):
         values = [one.value / one.error if one.error > 0 else math.nan for one in leads]
         places = [at + 0.15 * (row - 1.5) for at in range(len(rules))]
-        axes.plot(values, places, marker, color=colour, label=name, markersize=4)
+        axes.plot(values, places, marker, color=color, label=name, markersize=4)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(rules)), [rule.name for rule in rules])
     axes.invert_yaxis()

@@ -233,7 +233,7 @@ def measure_bound_chain(
     responses: Sequence[ResponseTokens], weights: Sequence[np.ndarray], group_size: int
 ) -> BoundChain:
     """Compute the bound of Theorem 1 and the cost of each of its assumptions on measured gradients."""
-    # Each term relaxes the one before by one assumption, so the ratios of neighbours multiply to bound / measured. L is
+    # Each term relaxes the one before by one assumption, so the ratios of neighbors multiply to bound / measured. L is
     # the largest gain among the prompts of the other half (even or odd index): a response does not set its own bound.
     # The errors treat L as fixed, because the jackknife does not work for a maximum.
     halves = [max_gain_square([one for one in responses if one.prompt % 2 != parity]) for parity in (0, 1)]

@@ -182,7 +182,7 @@ def _character_offsets(text: str, pieces: Sequence[bytes], trim_spaces: bool) ->
     return starts, ends
 
 
-def authors_normalise(weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def authors_normalize(weights: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Clip the positive weights of unmasked tokens and divide them by their mean; others become 0: float32 (T,)."""
     import torch  # NumPy's float32 mean differs in the last bits; the rewards above must not need torch
 

@@ -28,12 +28,12 @@ def group_advantages(rewards_B: Tensor, group_size: int, kind: AdvantageKind = "
     if kind not in get_args(AdvantageKind):
         raise ValueError(f"unknown advantage {kind!r}, expected one of {', '.join(get_args(AdvantageKind))}")
     rewards_PG = _to_groups(rewards_B, group_size)
-    centred_PG = rewards_PG - rewards_PG.mean(-1, keepdim=True)
+    centered_PG = rewards_PG - rewards_PG.mean(-1, keepdim=True)
     # The mean of equal rewards is rounded (3 x 0.1 is not 0.3), and division by a std near 0 would inflate the error.
-    centred_PG = torch.where(_has_no_spread(rewards_PG)[:, None], 0.0, centred_PG)
+    centered_PG = torch.where(_has_no_spread(rewards_PG)[:, None], 0.0, centered_PG)
     if kind != "dr_grpo" and group_size > 1:
-        centred_PG = centred_PG / (rewards_PG.std(-1, keepdim=True) + STD_EPSILON)
-    return centred_PG.reshape(-1)
+        centered_PG = centered_PG / (rewards_PG.std(-1, keepdim=True) + STD_EPSILON)
+    return centered_PG.reshape(-1)
 
 
 def zero_spread_mask(rewards_B: Tensor, group_size: int) -> Tensor:

@@ -67,7 +67,7 @@ PRESETS: dict[str, Preset] = {
     )
 }
 
-# The supervised baselines: loss weight by region (default 1), normalised to mean 1 over each response.
+# The supervised baselines: loss weight by region (default 1), normalized to mean 1 over each response.
 # tsft's factor is that of ms-swift's loss scale `hermes` for call blocks (https://github.com/modelscope/ms-swift),
 # which the published code includes. rsft's factor is ours.
 SUPERVISED: dict[str, dict[str, float]] = {

@@ -2,7 +2,7 @@
 
 Text is never tokenized again, because that could give other ids than were sampled. Instead the bytes of the sampled ids
 are joined and parsed, and each token covers exactly its own bytes. For byte-level BPE and SentencePiece tokenizers the
-bytes of an id come from a table. If the decoder depends on neighbouring tokens (a word-level tokenizer joins words with
+bytes of an id come from a table. If the decoder depends on neighboring tokens (a word-level tokenizer joins words with
 spaces), the tokenizers library's incremental decoder is used.
 
 Shapes: B responses, T completion tokens, R regions, V token ids, N unmasked tokens.
@@ -41,7 +41,7 @@ class TokenBytes:
     """The bytes of every token id of a tokenizer.
 
     `pieces_V[i]` are the bytes of id i. The end-of-sequence id has none, and neither has the last entry, which all
-    unknown ids share. `pieces_V` is empty if the bytes of an id depend on its neighbours.
+    unknown ids share. `pieces_V` is empty if the bytes of an id depend on its neighbors.
     """
 
     tokenizer: Tokenizer

@@ -127,7 +127,7 @@ class Outcome(NamedTuple):
     turn: Turn
 
 
-def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return mean scores over all responses, by kind of turn, by kind of task and by split."""
     return {
         **mean_scores(outcomes),

@@ -77,8 +77,8 @@ class WeightRule(Protocol):
 
     * `needs_entropies` (False): the rule reads `batch.entropies_BT` and therefore runs after the forward pass.
     * `is_uniform` (False): the weights of all tokens of a response are always equal.
-    * `is_normalised` (False): the weights are used as returned.
-    * `region_weights(statistics, progress)`: the weight of each region before normalisation, float64 (R,), for logs and
+    * `is_normalized` (False): the weights are used as returned.
+    * `region_weights(statistics, progress)`: the weight of each region before normalization, float64 (R,), for logs and
       plots; None if the rule does not weight regions by measured statistics.
     * `check(format, truncates)`: raises `UserError` if the rule does not support this format, or responses sampled with
       top-p, top-k or min-p (`truncates`).
@@ -90,7 +90,7 @@ class WeightRule(Protocol):
 def apply_weight_rule(
     rule: WeightRule, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float
 ) -> Tensor:
-    """Return the rule's weights, normalised to mean 1 over each response's unmasked tokens: float32 (B, T), else 0.
+    """Return the rule's weights, normalized to mean 1 over each response's unmasked tokens: float32 (B, T), else 0.
 
     Raises:
         UserError: The rule did not return finite weights >= 0 of shape (B, T).
@@ -113,7 +113,7 @@ def apply_weight_rule(
             "finite numbers, at least 0",
             "handle regions without tokens (NaN statistics) and the first step (statistics is None)",
         )
-    if getattr(rule, "is_normalised", False):
+    if getattr(rule, "is_normalized", False):
         return weights_BT.float()
     return normalize_weights(weights_BT, batch.mask_BT)
 
@@ -248,11 +248,11 @@ class WeightConfig:
 class AuthorsWeights:
     """The token weights of the authors' published code, which supports the tags of two formats.
 
-    Reproduced with the code's own normalisation and with the tokens that it leaves without a weight.
+    Reproduced with the code's own normalization and with the tokens that it leaves without a weight.
     """
 
     rule: Literal["authors-code"] = "authors-code"
-    is_normalised = True
+    is_normalized = True
 
     def check(self, format: str, truncates: bool) -> None:
         if format not in ("toolrl", "hermes"):
@@ -263,11 +263,11 @@ class AuthorsWeights:
             )
 
     def __call__(self, batch: TaggedBatch, statistics: RegionStatistics | None, progress: float) -> Tensor:
-        """Return the published code's weights at step `batch.step`, found per turn and normalised per response."""
+        """Return the published code's weights at step `batch.step`, found per turn and normalized per response."""
         import numpy as np
         import torch
 
-        from rest_rl.authors_code import authors_normalise, authors_weights
+        from rest_rl.authors_code import authors_normalize, authors_weights
         from rest_rl.regions import find_turns, get_token_bytes
 
         self.check(batch.format, truncates=False)
@@ -277,7 +277,7 @@ class AuthorsWeights:
             pieces = table.text_pieces(batch.ids_BT[row, start:end].tolist())
             weights[row, start:end] = authors_weights(pieces, batch.step, trim_spaces=table.trims_offsets)
         for row in range(len(weights)):
-            weights[row] = authors_normalise(weights[row], mask[row])
+            weights[row] = authors_normalize(weights[row], mask[row])
         return torch.from_numpy(weights)
 
 
@@ -365,14 +365,14 @@ def apply_curriculum(weights_R: Tensor, progress: float, config: WeightConfig) -
 
 
 def assign_weights(weights_R: Tensor, regions_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return each token's region weight, normalised to mean 1 over its response: float32 (B, T), 0 where masked."""
+    """Return each token's region weight, normalized to mean 1 over its response: float32 (B, T), 0 where masked."""
     return normalize_weights(weights_R.to(regions_BT.device)[regions_BT], mask_BT)
 
 
 def normalize_weights(weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Divide each response's weights by their mean over its unmasked tokens: float32 (B, T), 0 where masked.
 
-    This is ResT's normalisation, w_t / mean_t w_t. Responses without unmasked tokens or positive weights stay 0.
+    This is ResT's normalization, w_t / mean_t w_t. Responses without unmasked tokens or positive weights stay 0.
     """
     # Summed in float64, so that long responses lose no accuracy; the result is rounded to float32 once.
     import torch

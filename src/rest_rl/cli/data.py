@@ -341,12 +341,12 @@ def show_report(report: DataReport, per_reason: int) -> None:
 
 
 def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> None:
-    # Show the findings of a row, then the prompt and the coloured demonstration of each sample. Without a layout, tools
+    # Show the findings of a row, then the prompt and the colored demonstration of each sample. Without a layout, tools
     # and messages are shown as they are.
     from rich.console import Console
     from rich.markup import escape
 
-    from rest_rl.cli.terminal import legend, say, show_coloured, split_at_spans
+    from rest_rl.cli.terminal import legend, say, show_colored, split_at_spans
     from rest_rl.data.check import describe_outcome
     from rest_rl.data.reasons import REASONS
     from rest_rl.data.samples import to_json
@@ -381,7 +381,7 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
             continue
         if sample.preamble and sample.preamble not in text:
             say(console, f"left out, because the format allows no text next to calls: {sample.preamble}")
-        show_coloured(split_at_spans(text, chosen.parse(text).spans), console)
+        show_colored(split_at_spans(text, chosen.parse(text).spans), console)
     console.print(legend())
 
 

@@ -21,7 +21,7 @@ def report(
     """Summarize run folders in report.md with plots.
 
     Runs that differ only in their seed share one curve, with the spread over seeds. With --html, the report is a single
-    file, report.html, with the curves and the recorded responses, whose tokens are coloured by region. It needs no
+    file, report.html, with the curves and the recorded responses, whose tokens are colored by region. It needs no
     network. Without --out, the report of one run goes to its folder, and any other to ./report.
     """
     if html:

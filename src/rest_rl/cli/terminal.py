@@ -1,4 +1,4 @@
-"""Terminal output: progress, tables, and responses coloured by region."""
+"""Terminal output: progress, tables, and responses colored by region."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rest_rl.report.diagnosis import Finding
-from rest_rl.report.palette import REGION_COLOURS
+from rest_rl.report.palette import REGION_COLORS
 from rest_rl.report.tables import is_number
 from rest_rl.response import Region, Span
 from rest_rl.runlog import Advance, Observer
@@ -50,22 +50,22 @@ def say(console: Console, text: str, style: str | None = None) -> None:
     console.print(printable(text), highlight=False, markup=False, soft_wrap=True, style=style)
 
 
-def show_coloured(tokens: Iterable[tuple[str, str]], console: Console) -> None:
-    """Print pieces of text, each in the colour of its region."""
+def show_colored(tokens: Iterable[tuple[str, str]], console: Console) -> None:
+    """Print pieces of text, each in the color of its region."""
     # Segments bypass rich's Text, whose wrapping measures every character and takes seconds for long responses.
     segments = [
-        Segment(printable("".join(piece for piece, _ in group)), Style.parse(REGION_COLOURS[region]))
+        Segment(printable("".join(piece for piece, _ in group)), Style.parse(REGION_COLORS[region]))
         for region, group in groupby(tokens, key=itemgetter(1))
     ]
     console.print(Segments([*segments, Segment.line()]), soft_wrap=True)
 
 
 def legend(weights: Mapping[str, float] | None = None) -> Text:
-    """Return the regions in their colours, with their weights if given, in one line of 80 columns."""
+    """Return the regions in their colors, with their weights if given, in one line of 80 columns."""
     text = Text()
-    for label, colour in REGION_COLOURS.items():
+    for label, color in REGION_COLORS.items():
         weight = (weights or {}).get(label)
-        text.append(" ■" if text else "■", style=colour)
+        text.append(" ■" if text else "■", style=color)
         text.append(label + (f" {weight:.2f}" if weight is not None else ""))
     return text
 
@@ -77,18 +77,18 @@ def show_tokens(
     weights: Sequence[float],
     console: Console,
 ) -> None:
-    """Show a coloured response and a table of its regions; `regions` and `weights` have one entry per token."""
+    """Show a colored response and a table of its regions; `regions` and `weights` have one entry per token."""
     console.rule(title, align="left", style="dim")
-    show_coloured(runs, console)
+    show_colored(runs, console)
     table = Table("region", "tokens", "share", "mean weight", box=None, header_style="dim")
     tokens, sums = Counter(regions), [0.0] * len(Region)
     for region, weight in zip(regions, weights, strict=True):
         sums[region] += weight
-    for label, colour in REGION_COLOURS.items():
+    for label, color in REGION_COLORS.items():
         region = Region[label.upper()]
         if count := tokens[region]:
             row = str(count), f"{count / len(regions):.0%}", f"{sums[region] / count:.3f}"
-            table.add_row(Text(label, style=colour), *row)
+            table.add_row(Text(label, style=color), *row)
     console.print(table)
 
 
@@ -200,7 +200,7 @@ class Screen(Observer):
                 self._bars.stop()
 
     def on_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
-        weights = {label: metrics.get(f"rest/weight/{label}") for label in REGION_COLOURS}
+        weights = {label: metrics.get(f"rest/weight/{label}") for label in REGION_COLORS}
         self._weights = {label: float(weight) for label, weight in weights.items() if is_number(weight)}
         if self._tracks:
             note = " ".join(f"{name} {metrics[key]:.3f}" for key, name in select_metrics(metrics).items())
@@ -212,7 +212,7 @@ class Screen(Observer):
             return
         row = rows[0]
         self.console.rule(f"step {step}, reward {row['reward']:.2f}", align="left", style="dim")
-        show_coloured(split_recorded(row), self.console)
+        show_colored(split_recorded(row), self.console)
         self.console.print(legend(self._weights))
 
     def on_finding(self, finding: Finding) -> None:

@@ -26,7 +26,7 @@ from rest_rl.compare.grid import METHODS, TUNED_CURRICULUM
 from rest_rl.compare.statistics import StepsToTarget
 from rest_rl.compare.verdict import format_interval, format_p, format_points, p_or_q
 from rest_rl.jsonl import as_json
-from rest_rl.report.palette import SERIES_COLOURS
+from rest_rl.report.palette import SERIES_COLORS
 from rest_rl.report.plots import (
     FAINT,
     INK,
@@ -35,7 +35,7 @@ from rest_rl.report.plots import (
     new_axes,
     new_figure,
     save_figure,
-    series_colours,
+    series_colors,
     style_axes,
     white_figure,
 )
@@ -56,14 +56,14 @@ PAGE_FILE, FIGURES_FILE = "compare.md", "compare.json"
 FINAL_METRICS = ("exact", "exact_greedy", "s_acc")
 TRAINING_METRICS = ("train_exact", "train_exact_end", "train_s_acc", "slice_exact")
 RUN_METRICS = ("exact", "gain", "exact_greedy", "s_acc", "train_exact", "train_exact_end", "train_s_acc", "tokens")
-ROLE_COLOURS: Mapping[str, str] = {
-    "method": SERIES_COLOURS[0],
-    "ablation": SERIES_COLOURS[4],
-    "baseline": SERIES_COLOURS[2],
-    "rival": SERIES_COLOURS[3],
-    "control": SERIES_COLOURS[1],
+ROLE_COLORS: Mapping[str, str] = {
+    "method": SERIES_COLORS[0],
+    "ablation": SERIES_COLORS[4],
+    "baseline": SERIES_COLORS[2],
+    "rival": SERIES_COLORS[3],
+    "control": SERIES_COLORS[1],
 }
-REFERENCE_COLOUR = "#9a9a9a"
+REFERENCE_COLOR = "#9a9a9a"
 PANELS_PER_ROW = 4
 DYNAMICS_METRICS = {"entropy": "policy entropy (nats)", "grad_norm": "gradient norm"}
 
@@ -414,7 +414,7 @@ def draw_differences(report: ComparisonReport, path: Path) -> Path | None:
     axes.grid(axis="y", visible=False)
     roles = dict.fromkeys(line.role for line in lines)
     for role in roles:
-        axes.plot([], [], color=ROLE_COLOURS[role], linewidth=2.2, label=role)
+        axes.plot([], [], color=ROLE_COLORS[role], linewidth=2.2, label=role)
     if len(roles) > 1:
         axes.legend(**legend_style(), bbox_to_anchor=(1.01, 1.0))
     return save_figure(figure, path)
@@ -425,13 +425,13 @@ def draw_difference(axes: Axes, row: int, report: ComparisonReport, line: Method
     assert reference is not None
     assert result.paired is not None
     theirs, difference = reference.metrics[report.primary].by_seed, result.paired.difference
-    colour = ROLE_COLOURS[line.role]
+    color = ROLE_COLORS[line.role]
     if not math.isnan(difference.low):
-        axes.plot([100 * difference.low, 100 * difference.high], [row, row], color=colour, linewidth=2.2, zorder=2,
+        axes.plot([100 * difference.low, 100 * difference.high], [row, row], color=color, linewidth=2.2, zorder=2,
                   solid_capstyle="butt")  # fmt: skip
     dots = [100 * (value - theirs[seed]) for seed, value in result.by_seed.items() if seed in theirs]
-    axes.plot(dots, [row - 0.22] * len(dots), "o", markersize=3, color=colour, alpha=0.55, zorder=3)
-    axes.plot([100 * difference.value], [row], "D", markersize=6, color=colour, zorder=4, markeredgecolor="white")
+    axes.plot(dots, [row - 0.22] * len(dots), "o", markersize=3, color=color, alpha=0.55, zorder=3)
+    axes.plot([100 * difference.value], [row], "D", markersize=6, color=color, zorder=4, markeredgecolor="white")
 
 
 def draw_panels(report: ComparisonReport, curve_of_run: RunCurve, path: Path) -> Path | None:
@@ -450,8 +450,8 @@ def draw_panels(report: ComparisonReport, curve_of_run: RunCurve, path: Path) ->
         axes = panels[index]
         reference = report.line(report.reference, line.start)
         if reference is not None:
-            draw_curve(axes, seed_curve(reference), REFERENCE_COLOUR, reference.label)
-        draw_curve(axes, seed_curve(line), ROLE_COLOURS[line.role], line.label)
+            draw_curve(axes, seed_curve(reference), REFERENCE_COLOR, reference.label)
+        draw_curve(axes, seed_curve(line), ROLE_COLORS[line.role], line.label)
         style_axes(axes, line.label)
         is_lowest = index >= len(lines) - across
         axes.tick_params(labelbottom=is_lowest)
@@ -473,15 +473,15 @@ def draw_dynamics(report: ComparisonReport, path: Path) -> Path | None:
     figure.set_size_inches(4.2 * len(keys) + 1.8, 3.4)
     is_pair = len(report.lines) == 2
     for axes, key in zip(panels, keys, strict=True):
-        for index, (line, own) in enumerate(zip(report.lines, series_colours(len(report.lines)), strict=True)):
-            colour = ROLE_COLOURS[line.role] if is_pair else own
-            colour = REFERENCE_COLOUR if line.method == report.reference else colour
+        for index, (line, own) in enumerate(zip(report.lines, series_colors(len(report.lines)), strict=True)):
+            color = ROLE_COLORS[line.role] if is_pair else own
+            color = REFERENCE_COLOR if line.method == report.reference else color
             whole = metric_curve([run.run for run in line.runs], key)
             if not is_pair:  # the bands of ten methods would hide each other, so draw only the means
                 whole = Curve(whole.steps, whole.mean, whole.mean, whole.mean)
-            draw_curve(axes, whole, colour, line.label)
+            draw_curve(axes, whole, color, line.label)
             if axes.lines:
-                axes.lines[-1].set_linestyle(("-", (0, (4, 2)), (0, (1, 1.5)))[index // len(SERIES_COLOURS) % 3])
+                axes.lines[-1].set_linestyle(("-", (0, (4, 2)), (0, (1, 1.5)))[index // len(SERIES_COLORS) % 3])
         style_axes(axes, DYNAMICS_METRICS[key])
         for drawn in axes.lines:
             if drawn.get_linewidth() < 1:  # the unsmoothed means of ten methods would hide the smoothed ones

@@ -176,7 +176,7 @@ def steps_to_target(ours: Mapping[int, Curve], theirs: Mapping[int, Curve], *, b
     """
     # Both counts are first crossings of the same target, so the baseline compared with itself has exactly 1. The mean
     # over seeds is geometric, because ratios are multiplicative. It is NaN as soon as one seed never reaches its
-    # target: dropping that seed would favour the method that fails.
+    # target: dropping that seed would favor the method that fails.
     seeds = sorted(seed for seed in ours.keys() & theirs.keys() if ours[seed] and theirs[seed])
     if not seeds:
         return None

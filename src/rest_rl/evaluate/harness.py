@@ -138,7 +138,7 @@ class ActiveConversation:
             self.conversation.close()
 
 
-def summarise(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
     """Return the contents of summary.json.
 
     `groups` contains the scores by group, plus `overall` unless the benchmark defines official averages.

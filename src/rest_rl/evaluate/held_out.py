@@ -18,7 +18,7 @@ from rest_rl.formats import ToolFormat
 from rest_rl.regions import decode_ids
 from rest_rl.rewards import judge
 from rest_rl.runlog import SILENT, Observer
-from rest_rl.statistics import Outcome, summarise
+from rest_rl.statistics import Outcome, summarize
 
 REASONING_ALLOWANCE = 256
 """Tokens in addition to twice the longest gold, for a model that reasons although the gold contains no thoughts."""
@@ -58,7 +58,7 @@ def evaluate_held_out(
                 on_token=lambda done, kind=kind, before=number * steps: advance(before + done, note=kind),
             )
             outcomes[kind] += score_responses(ids, prompts, tokenizer, tool_format, ends)
-    return {**summarise(outcomes["sampled"]), "greedy": summarise(outcomes["greedy"])}
+    return {**summarize(outcomes["sampled"]), "greedy": summarize(outcomes["greedy"])}
 
 
 def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> int:
@@ -74,7 +74,7 @@ def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> i
 
 # Sampling at even distances: the prompts are dealt round-robin over the (split, kind) groups until `number` are placed,
 # which gives each group its quota (equal, as far as the group has enough prompts). A group of size n with quota q then
-# contributes its indices 0, n/q, 2n/q, ... (rounded down). A prefix would be less diverse, since neighbours often come
+# contributes its indices 0, n/q, 2n/q, ... (rounded down). A prefix would be less diverse, since neighbors often come
 # from the same dialogue. There is no randomness: every evaluation of a run uses the same prompts.
 def select_interim_prompts(prompts: Sequence[HeldOutPrompt], number: int) -> list[HeldOutPrompt]:
     """Select at most `number` prompts, balanced over splits and kinds; deterministic, in the original order."""

@@ -17,7 +17,7 @@ from rest_rl.errors import UserError
 from rest_rl.evaluate.harness import OVERALL
 from rest_rl.evaluate.tables import Column, Summary, build_sections, column_scores, describe_prompt, group_by_edition
 from rest_rl.jsonl import describe_os_error
-from rest_rl.report.plots import FAINT, INK, save_figure, series_colours
+from rest_rl.report.plots import FAINT, INK, save_figure, series_colors
 
 MIN_AXES = 3
 """Fewer groups are drawn as bars."""
@@ -100,11 +100,11 @@ def draw_polygons(figure: Figure, labels: Sequence[str], models: Mapping[str, Se
     angles = [2 * math.pi * i / len(labels) for i in range(len(labels))]
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
-    for (name, own), colour in zip(models.items(), series_colours(len(models)), strict=True):
+    for (name, own), color in zip(models.items(), series_colors(len(models)), strict=True):
         values = [100 * share.accuracy for share in own]
-        style = {"color": colour, "linewidth": 1.6, "marker": "."}
+        style = {"color": color, "linewidth": 1.6, "marker": "."}
         axes.plot([*angles, angles[0]], [*values, values[0]], label=escape_label(name), **style)
-        axes.fill(angles, values, color=colour, alpha=0.16 / len(models))
+        axes.fill(angles, values, color=color, alpha=0.16 / len(models))
     axes.set_ylim(0, 100)
     axes.set_yticks(TICKS, [str(tick) if tick < 100 else "" for tick in TICKS], fontsize=7, color=INK)
     axes.set_rlabel_position(180 / len(labels))
@@ -122,11 +122,11 @@ def draw_bars(figure: Figure, labels: Sequence[str], models: Mapping[str, Sequen
     """Draw one bar per model in each group, with its interval."""
     axes = figure.add_subplot()
     width = 0.8 / len(models)
-    for index, ((name, own), colour) in enumerate(zip(models.items(), series_colours(len(models)), strict=True)):
+    for index, ((name, own), color) in enumerate(zip(models.items(), series_colors(len(models)), strict=True)):
         places = [i + (index - (len(models) - 1) / 2) * width for i in range(len(labels))]
         below = [max(0.0, 100 * (share.accuracy - share.low)) for share in own]
         above = [max(0.0, 100 * (share.high - share.accuracy)) for share in own]
-        style = {"color": colour, "label": escape_label(name), "ecolor": INK, "capsize": 3}
+        style = {"color": color, "label": escape_label(name), "ecolor": INK, "capsize": 3}
         axes.bar(places, [100 * share.accuracy for share in own], 0.9 * width, yerr=[below, above], **style)
     axes.set_xticks(range(len(labels)), labels, fontsize=9, color=INK)
     axes.set_xlim(-0.8, len(labels) - 0.2)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rest_rl.config import AUTO
 from rest_rl.errors import UserError
 from rest_rl.evaluate.conversation import Benchmark, Model, Request
-from rest_rl.evaluate.harness import evaluate_all, group_label, summarise
+from rest_rl.evaluate.harness import evaluate_all, group_label, summarize
 from rest_rl.evaluate.log import SUMMARY, EvalLog, Row
 from rest_rl.evaluate.models.recorded import Oracle, Recorded, read_responses
 from rest_rl.evaluate.models.token_prompts import compute_context_usage
@@ -400,7 +400,7 @@ def _write_results(
     model = str(settings["model"])
     name = request.name or (model_label(model) if Path(model).is_dir() else model)
     about = {"model": name, "prompt": plan.prompt, "format": plan.format, "settings": settings}
-    summary = {**summarise(benchmark, rows), **about}
+    summary = {**summarize(benchmark, rows), **about}
     log.write(SUMMARY, as_json(summary, indent=2) + "\n")
     write_tables([summary], log.folder)
     return EvalResult(log.folder, summary, tuple(rows))

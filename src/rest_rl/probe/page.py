@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from rest_rl.probe.report import Advice, ProbeReport
 from rest_rl.probe.variance import Estimate
-from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
+from rest_rl.report.palette import REGION_COLORS, SERIES_COLORS
 from rest_rl.report.plots import INK, legend_style, new_axes, save_figure, style_bare_axes
 from rest_rl.report.tables import markdown_table
 from rest_rl.response import Region
@@ -210,11 +210,11 @@ def draw_entropies(report: ProbeReport) -> Figure:
         # Every k-th of the sorted entropies keeps the shape of the distribution.
         drawn_T = own_T[:: math.ceil(len(own_T) / MAX_VIOLIN_TOKENS)]
         if np.ptp(drawn_T) == 0:  # the kernel density of equal values is singular
-            axes.plot([at - 0.35, at + 0.35], [drawn_T[0]] * 2, color=REGION_COLOURS[label], linewidth=2)
+            axes.plot([at - 0.35, at + 0.35], [drawn_T[0]] * 2, color=REGION_COLORS[label], linewidth=2)
         else:
             violin = axes.violinplot(drawn_T, positions=[at], widths=0.8, showextrema=False, points=200, bw_method=0.15)
             for body in cast(list[Any], violin["bodies"]):
-                body.set(facecolor=REGION_COLOURS[label], alpha=0.75, edgecolor="none")
+                body.set(facecolor=REGION_COLORS[label], alpha=0.75, edgecolor="none")
         axes.plot([at], [facts.tokens.entropy.value], marker="o", color=INK, markersize=4, zorder=4)
         axes.plot([at], [np.quantile(own_T, 0.9)], marker="_", color=INK, markersize=10, zorder=4)
     names = [f"{label}\n{facts.tokens.number:,}" for label, facts in report.regions.items()]
@@ -234,7 +234,7 @@ def draw_estimates(
         places = np.arange(len(names)) + 0.24 * (index - (len(series) - 1) / 2)
         axes.errorbar(
             percents_X2[:, 0], places, xerr=errors * percents_X2[:, 1], fmt="o", label=label, markersize=4,
-            color=SERIES_COLOURS[3 * index % len(SERIES_COLOURS)], elinewidth=1.4,
+            color=SERIES_COLORS[3 * index % len(SERIES_COLORS)], elinewidth=1.4,
         )  # fmt: skip
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(names)), names)

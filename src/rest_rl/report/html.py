@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from rest_rl.config import parse_recorded_run
 from rest_rl.errors import UserError
 from rest_rl.jsonl import replace_non_finite
-from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
+from rest_rl.report.palette import REGION_COLORS, SERIES_COLORS
 from rest_rl.report.responses import FLAG_LABELS, pack_responses
 from rest_rl.report.tables import (
     Curve,
@@ -45,7 +45,7 @@ PAGE_FILE = "report.html"
 MAX_RESPONSES = 5000
 MAX_POINTS = 1500
 """Longer curves are reduced to the means of equal intervals, with a band from the smallest to the largest value."""
-SCRIPTS = ("data.js", "colours.js", "charts.js", "list.js", "detail.js", "page.js")
+SCRIPTS = ("data.js", "colors.js", "charts.js", "list.js", "detail.js", "page.js")
 REGION_QUANTITIES = {
     "entropy": ("Entropy by region", "nats"),
     "weight": ("Weight by region", ""),
@@ -113,8 +113,8 @@ def build_page_data(runs: Sequence[Run], limit: int = MAX_RESPONSES) -> tuple[Ro
     turn = headline_turn_of_runs(order)
     packed, tokens = pack_responses(order, limit)
     data = {
-        "regions": dict(REGION_COLOURS),
-        "series": list(SERIES_COLOURS),
+        "regions": dict(REGION_COLORS),
+        "series": list(SERIES_COLORS),
         "flags": dict(FLAG_LABELS),
         "groups": [group.label for group in groups],
         "turns": TURNS[turn] if turn else "prompts",
@@ -172,7 +172,7 @@ def build_charts(groups: Sequence[RunGroup]) -> Iterator[Row]:
         series = (
             (at, region, metric_curve(group.runs, f"rest/{quantity}/{region}"))
             for at, group in enumerate(groups)
-            for region in REGION_COLOURS
+            for region in REGION_COLORS
         )
         drawn = [build_series(line, at) | {"region": region} for at, region, line in series if line.steps]
         if drawn:

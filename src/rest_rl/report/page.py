@@ -11,7 +11,7 @@ from typing import Any
 from rest_rl.errors import UserError
 from rest_rl.report.diagnosis import Finding
 from rest_rl.report.diagnosis.history import step_of
-from rest_rl.report.palette import REGION_COLOURS
+from rest_rl.report.palette import REGION_COLORS
 from rest_rl.report.plots import REGION_METRIC, draw_all
 from rest_rl.report.tables import (
     BEFORE_AFTER_HEADER,
@@ -130,7 +130,7 @@ def has_exact_match(*evaluations: Mapping[str, Any] | None) -> bool:
 def build_region_rows(groups: Sequence[RunGroup]) -> list[tuple[str, ...]]:
     rows = []
     for group in groups:
-        for region in REGION_COLOURS:
+        for region in REGION_COLORS:
             cells = [format_early_to_late(group, quantity, region) for quantity in ("entropy", "weight", "share")]
             if any(cell != "–" for cell in cells):
                 rows.append((f"{group.label}: {region}" if len(groups) > 1 else region, *cells))

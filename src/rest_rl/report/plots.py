@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rest_rl.report.palette import REGION_COLOURS, SERIES_COLOURS
+from rest_rl.report.palette import REGION_COLORS, SERIES_COLORS
 from rest_rl.report.tables import (
     Curve,
     RunGroup,
@@ -36,12 +36,12 @@ LEARNING_METRICS = {
     "rest/exact_match_answers": "exact match, answer turns",
 }
 REWARD_METRICS = {
-    "reward": ("reward", SERIES_COLOURS[0]),
-    "rest/accuracy": ("S_acc", SERIES_COLOURS[1]),
-    "rest/format": ("S_format", SERIES_COLOURS[2]),
-    "frac_reward_zero_std": ("groups with equal rewards", SERIES_COLOURS[3]),
-    "completions/clipped_ratio": ("truncated", SERIES_COLOURS[4]),
-    "rest/call_rate": ("responses with a call", SERIES_COLOURS[5]),
+    "reward": ("reward", SERIES_COLORS[0]),
+    "rest/accuracy": ("S_acc", SERIES_COLORS[1]),
+    "rest/format": ("S_format", SERIES_COLORS[2]),
+    "frac_reward_zero_std": ("groups with equal rewards", SERIES_COLORS[3]),
+    "completions/clipped_ratio": ("truncated", SERIES_COLORS[4]),
+    "rest/call_rate": ("responses with a call", SERIES_COLORS[5]),
 }
 """Metrics that limit learning: the spread of rewards within groups, truncation, the call rate."""
 MAX_PANELS = 4
@@ -68,8 +68,8 @@ def draw_all(groups: Sequence[RunGroup], folder: Path) -> dict[str, Path]:
 
 def region_keys(quantity: str) -> dict[str, tuple[str, str]]:
     return {
-        REGION_METRIC.format(quantity=quantity, region=region): (region, colour)
-        for region, colour in REGION_COLOURS.items()
+        REGION_METRIC.format(quantity=quantity, region=region): (region, color)
+        for region, color in REGION_COLORS.items()
     }
 
 
@@ -84,8 +84,8 @@ def draw_learning(groups: Sequence[RunGroup], path: Path) -> Path | None:
         return None
     figure, panels = new_figure(len(keys))
     for axes, (key, title) in zip(panels, keys.items(), strict=True):
-        for group, colour in zip(groups, series_colours(len(groups)), strict=True):
-            draw_curve(axes, metric_curve(group.runs, key), colour, group.label)
+        for group, color in zip(groups, series_colors(len(groups)), strict=True):
+            draw_curve(axes, metric_curve(group.runs, key), color, group.label)
         style_axes(axes, f"{title}, call turns" if key.endswith("_calls") else title)
     if len(groups) > 1:
         panels[0].legend(**legend_style())
@@ -99,8 +99,8 @@ def draw_evaluations(groups: Sequence[RunGroup], path: Path) -> Path | None:
     figure, panels = new_figure(2, share=True)
     turn = headline_turn(row for group in groups for run in group.runs for row in run.evaluations)
     for axes, greedy in zip(panels, (False, True), strict=True):
-        for group, colour in zip(groups, series_colours(len(groups)), strict=True):
-            draw_curve(axes, evaluation_curve(group.runs, turn, greedy=greedy), colour, group.label, smooth=False)
+        for group, color in zip(groups, series_colors(len(groups)), strict=True):
+            draw_curve(axes, evaluation_curve(group.runs, turn, greedy=greedy), color, group.label, smooth=False)
         what = "exact match, call turns" if turn else "exact match"
         style_axes(axes, f"{what}, {'greedy' if greedy else 'sampled at T = 1'}")
     if len(groups) > 1:
@@ -123,8 +123,8 @@ def draw_panels(
     figure, panels = new_figure(len(drawable), share=True)
     for axes, (group, lines) in zip(panels, drawable, strict=True):
         for key, line in lines.items():
-            label, colour = keys[key]
-            draw_curve(axes, line, colour, label)
+            label, color = keys[key]
+            draw_curve(axes, line, color, label)
         if level is not None:
             axes.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         style_axes(axes, f"{title}: {group.label}" if len(groups) > 1 else title)
@@ -150,7 +150,7 @@ def white_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def draw_curve(axes: Axes, line: Curve, colour: str, label: str, *, smooth: bool = True) -> None:
+def draw_curve(axes: Axes, line: Curve, color: str, label: str, *, smooth: bool = True) -> None:
     """Draw the smoothed mean over the raw mean, with a band for the spread over runs.
 
     Missing steps leave a gap in the line. Without smoothing, every step has a marker.
@@ -161,13 +161,13 @@ def draw_curve(axes: Axes, line: Curve, colour: str, label: str, *, smooth: bool
     breaks = find_gaps(line.steps)
     steps = with_gaps(line.steps, breaks)
     if window > 1:
-        axes.plot(steps, with_gaps(line.mean, breaks), color=colour, linewidth=0.7, alpha=0.25)
+        axes.plot(steps, with_gaps(line.mean, breaks), color=color, linewidth=0.7, alpha=0.25)
     mean = with_gaps(running_mean(line.mean, window), breaks)
     marker = "." if len(line.steps) == 1 or not smooth else ""
-    axes.plot(steps, mean, color=colour, linewidth=1.8, label=label, marker=marker)
+    axes.plot(steps, mean, color=color, linewidth=1.8, label=label, marker=marker)
     if line.low != line.high:
         low, high = (with_gaps(running_mean(side, window), breaks) for side in (line.low, line.high))
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def find_gaps(steps: Sequence[int]) -> list[int]:
@@ -204,8 +204,8 @@ def legend_style() -> Mapping[str, Any]:
     return {"fontsize": 8, "frameon": False, "labelcolor": INK, "handlelength": 1.4, "loc": "upper left"}
 
 
-def series_colours(count: int) -> list[str]:
-    return [SERIES_COLOURS[i % len(SERIES_COLOURS)] for i in range(count)]
+def series_colors(count: int) -> list[str]:
+    return [SERIES_COLORS[i % len(SERIES_COLORS)] for i in range(count)]
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -1,6 +1,6 @@
 """Recorded responses for the HTML report: tokens with their regions and numbers, scores, and the mistakes.
 
-If a run recorded no tokens, the page shows words, coloured by the regions into which the text parses. A field of a row
+If a run recorded no tokens, the page shows words, colored by the regions into which the text parses. A field of a row
 that has the wrong type or length counts as missing. The tokens of all responses are stored in shared columns, one
 response after the other, because creating thousands of small arrays is slow in a browser.
 """

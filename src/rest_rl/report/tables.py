@@ -177,7 +177,7 @@ def evaluation_curve(runs: Sequence[Run], turn: Turn | None = None, *, greedy: b
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the centred running mean; windows are shorter at both ends."""
+    """Return the centered running mean; windows are shorter at both ends."""
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]

@@ -145,7 +145,7 @@ class WeightedTokens(NamedTuple):
     weights_BT: Tensor
     """float32, mean 1 over each response's unmasked tokens."""
     rule_weights_R: Tensor | None
-    """Region weights before responses are normalised; None where the rule measures nothing."""
+    """Region weights before responses are normalized; None where the rule measures nothing."""
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ function niceTicks(low, high, count) {
 
 const tickText = (value, unit) => (unit === "%" ? String(+(100 * value).toPrecision(4)) : Math.abs(value) >= 10000 || (value && Math.abs(value) < 0.001) ? value.toExponential(0) : String(+value.toPrecision(4)));
 
-// The colour and the name of a line.
+// The color and the name of a line.
 function lineOf(chart, series) {
-  if (chart.kind === "region") return { colour: data.regions[series.region], name: series.region };
-  return { colour: data.series[series.group % data.series.length], name: data.groups[series.group] };
+  if (chart.kind === "region") return { color: data.regions[series.region], name: series.region };
+  return { color: data.series[series.group % data.series.length], name: data.groups[series.group] };
 }
 
 const seriesOf = (chart) => (chart.kind === "region" ? chart.series.filter((series) => series.group === state.group) : chart.series);
@@ -119,17 +119,17 @@ function pathOf(one, xs, ys) {
 }
 
 function drawLine(one, svg, line) {
-  const { colour } = lineOf(one.chart, line);
+  const { color } = lineOf(one.chart, line);
   if (line.low) {
     const back = line.x.map((x, i) => `L${one.toX(x).toFixed(1)} ${one.toY(line.low[i]).toFixed(1)}`).reverse().join("");
     const there = line.x.map((x, i) => `${i ? "L" : "M"}${one.toX(x).toFixed(1)} ${one.toY(line.high[i]).toFixed(1)}`).join("");
-    draw("path", { d: `${there}${back}Z`, fill: colour, "fill-opacity": 0.15 }, svg);
+    draw("path", { d: `${there}${back}Z`, fill: color, "fill-opacity": 0.15 }, svg);
   }
   const isSmooth = smoothing > 1 && !one.chart.dots && line.y.length > 2;
-  if (isSmooth) draw("path", { d: pathOf(one, line.x, line.y), stroke: colour, "stroke-opacity": 0.25, class: "raw" }, svg);
-  draw("path", { d: pathOf(one, line.x, isSmooth ? smoothed(line.y) : line.y), stroke: colour, class: "curve" }, svg);
+  if (isSmooth) draw("path", { d: pathOf(one, line.x, line.y), stroke: color, "stroke-opacity": 0.25, class: "raw" }, svg);
+  draw("path", { d: pathOf(one, line.x, isSmooth ? smoothed(line.y) : line.y), stroke: color, class: "curve" }, svg);
   if (one.chart.dots || line.x.length < 3) {
-    line.x.forEach((x, i) => draw("circle", { cx: one.toX(x), cy: one.toY(line.y[i]), r: 2.6, fill: colour }, svg));
+    line.x.forEach((x, i) => draw("circle", { cx: one.toX(x), cy: one.toY(line.y[i]), r: 2.6, fill: color }, svg));
   }
 }
 
@@ -162,11 +162,11 @@ function markChart(one) {
   const step = pointed ?? state.step;
   const lines = seriesOf(one.chart);
   const entries = lines.map((line) => {
-    const { colour, name } = lineOf(one.chart, line);
+    const { color, name } = lineOf(one.chart, line);
     const at = placeOf(one.chart, line, step);
     const key = make("span", { className: "key" }, make("i", { className: "swatch" }), `${name} `, make("b", {}, shown(line.y[at], one.chart.unit === "%" ? "%" : "")));
-    key.firstChild.style.backgroundColor = colour;
-    return { key, line, at, colour };
+    key.firstChild.style.backgroundColor = color;
+    return { key, line, at, color };
   });
   const when = step === null ? "at the end" : `at step ${step}`, nothing = entries.some(({ at }) => at < 0) ? " (–: no value)" : "";
   one.legend.replaceChildren(...entries.map(({ key }) => key), make("span", { className: "faint" }, when + nothing));
@@ -176,8 +176,8 @@ function markChart(one) {
   if (step === null) return;
   one.marker.setAttribute("x1", one.toX(step));
   one.marker.setAttribute("x2", one.toX(step));
-  for (const { line, at, colour } of entries.filter((entry) => entry.at >= 0)) {
-    draw("circle", { cx: one.toX(line.x[at]), cy: one.toY(line.y[at]), r: 3.2, fill: colour, class: "point" }, one.points);
+  for (const { line, at, color } of entries.filter((entry) => entry.at >= 0)) {
+    draw("circle", { cx: one.toX(line.x[at]), cy: one.toY(line.y[at]), r: 3.2, fill: color, class: "point" }, one.points);
   }
 }
 

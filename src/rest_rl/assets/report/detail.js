@@ -1,4 +1,4 @@
-// The selected response: its coloured tokens, its mistakes and their costs, the gold turn, the prompt, its group.
+// The selected response: its colored tokens, its mistakes and their costs, the gold turn, the prompt, its group.
 
 const FIRST_TOKENS = 3000, LONG_TOKEN = 4000;
 let cursor = -1;
@@ -81,8 +81,8 @@ function tokenElement(response, tokens, i, isHit) {
   if (!text) element.append(make("span", { className: "unseen", title: "token without characters" }, isEnd ? "end" : "·"));
   else element.append(...seen(text.slice(0, LONG_TOKEN)));
   if (text.length > LONG_TOKEN) element.append(make("span", { className: "unseen" }, `… ${(text.length - LONG_TOKEN).toLocaleString("en")} more characters`));
-  element.style.backgroundColor = css(colourOf(state.mode, response, tokens, i), state.mode === "region" ? 0.45 : 0.75);
-  element.style.borderBottomColor = css([...(regionColours[tokens.regions[i]] ?? GREY), 1]);
+  element.style.backgroundColor = css(colorOf(state.mode, response, tokens, i), state.mode === "region" ? 0.45 : 0.75);
+  element.style.borderBottomColor = css([...(regionColors[tokens.regions[i]] ?? GREY), 1]);
   if (tokens.weights[i] === 0) element.classList.add("dropped");
   return element;
 }
@@ -174,7 +174,7 @@ function regionTable(response) {
     const mean = (values) => own.reduce((sum, i) => sum + values[i], 0) / own.length;
     const weight = own.reduce((sum, i) => sum + tokens.weights[i], 0), all = tokens.weights.reduce((sum, value) => sum + value, 0);
     const cells = [String(own.length), shown(own.length / tokens.regions.length, "%"), shown(mean(tokens.weights)), shown(weight / all, "%"), shown(mean(tokens.entropies))];
-    return make("tr", {}, make("th", { scope: "row" }, swatch([...regionColours[region], 0.9]), name), ...cells.map((cell) => make("td", { className: "number" }, cell)));
+    return make("tr", {}, make("th", { scope: "row" }, swatch([...regionColors[region], 0.9]), name), ...cells.map((cell) => make("td", { className: "number" }, cell)));
   });
   const head = ["region", "tokens", "share of tokens", "mean weight", "share of weight", "mean entropy"];
   return make("div", { className: "wide" }, make("table", {}, make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rows.filter(Boolean))));

@@ -1,4 +1,4 @@
-// The list of responses. Only the visible rows exist; each shows its tokens as a strip of colours.
+// The list of responses. Only the visible rows exist; each shows its tokens as a strip of colors.
 
 const ROW = 46, SPARE = 4, MOST_STRIPES = 300;
 const MOST_PIXELS = 8_000_000; // Browsers limit the height of an element. Beyond this limit, one pixel of the scroll bar moves the list by more than one.
@@ -62,22 +62,22 @@ function rowParts(response) {
 const badges = (response) => response.k.map((flag) => make("span", { className: `badge ${flag === "exact" ? "good" : "bad"}` }, data.flags[flag]));
 
 // One stripe per token, equally wide in all rows, so that lengths are comparable. A response that is too long for its row
-// is compressed, and beyond MOST_STRIPES tokens some are left out. Equal neighbours are one stripe. A gradient as
+// is compressed, and beyond MOST_STRIPES tokens some are left out. Equal neighbors are one stripe. A gradient as
 // background is far cheaper for the browser than a canvas in each row.
 function paint(strip, response) {
   const tokens = tokensOf(response), stride = Math.max(1, Math.ceil(response.m / MOST_STRIPES));
   const stops = [];
-  let colour = "";
+  let color = "";
   for (let i = 0; i < response.m; i += stride) {
-    const next = css(colourOf(state.mode, response, tokens, i));
-    if (next === colour) continue;
+    const next = css(colorOf(state.mode, response, tokens, i));
+    if (next === color) continue;
     const at = `${((100 * i) / response.m).toFixed(2)}%`;
-    stops.push(colour ? `${colour} ${at},${next} ${at}` : next);
-    colour = next;
+    stops.push(color ? `${color} ${at},${next} ${at}` : next);
+    color = next;
   }
   strip.style.width = `${(100 * Math.min(1, response.m / usualLength)).toFixed(2)}%`;
   strip.style.backgroundImage = stops.length > 1 ? `linear-gradient(90deg,${stops.join(",")})` : "none";
-  strip.style.backgroundColor = stops.length === 1 ? colour : "transparent";
+  strip.style.backgroundColor = stops.length === 1 ? color : "transparent";
 }
 
 function repaint() {

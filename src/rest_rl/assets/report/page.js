@@ -77,7 +77,7 @@ function keepAddress() {
     const parts = new URLSearchParams();
     if (state.step !== null) parts.set("step", state.step);
     if (state.run >= 0) parts.set("run", state.run);
-    if (state.mode !== "region") parts.set("colour", state.mode);
+    if (state.mode !== "region") parts.set("color", state.mode);
     if (state.order !== "step") parts.set("order", state.order);
     if (state.flags.size) parts.set("only", [...state.flags].join(","));
     if (state.query) parts.set("search", state.query);
@@ -94,7 +94,7 @@ function readAddress() {
   const parts = new URLSearchParams(location.hash.slice(1));
   const whole = (name, below) => (/^\d+$/.test(parts.get(name) ?? "") && Number(parts.get(name)) < below ? Number(parts.get(name)) : null);
   state.run = whole("run", data.runs.length) ?? -1;
-  if (Object.hasOwn(MODES, parts.get("colour") ?? "")) state.mode = parts.get("colour");
+  if (Object.hasOwn(MODES, parts.get("color") ?? "")) state.mode = parts.get("color");
   if (Object.hasOwn(ORDERS, parts.get("order") ?? "")) state.order = parts.get("order");
   state.query = parts.get("search") ?? "";
   state.flags = new Set((parts.get("only") ?? "").split(",").filter((flag) => Object.hasOwn(data.flags, flag)));

@@ -31,7 +31,7 @@ from rest_rl.evaluate.generate import has_ended
 from rest_rl.formats import get_format
 from rest_rl.regions import decode_ids
 from rest_rl.runlog import RunLog, replace_file
-from rest_rl.statistics import Outcome, summarise
+from rest_rl.statistics import Outcome, summarize
 from rest_rl.train.reward import SCORE_METRICS, parse_gold, score_response
 from rest_rl.train.verl.responses import (
     DATA_STATE_FILE,
@@ -142,7 +142,7 @@ class ReSTPPOTrainer(PPOTrainerSync):
         outcomes = [
             Outcome(kind, str(split), prompts[uid], *scores) for split, uid, kind, *scores in rows if kind is not None
         ]
-        write_outcomes(self.log, self.global_steps, self.total_training_steps, summarise(outcomes))
+        write_outcomes(self.log, self.global_steps, self.total_training_steps, summarize(outcomes))
         return super()._val_metrics_update(data_sources, sample_uids, reward_extra_infos_dict, *args, **kwargs)
 
     # The region statistics must be in the checkpoint before verl writes DATA_STATE_FILE, which marks it as complete.

@@ -1,4 +1,4 @@
-// The colours of tokens: one hue per region, or a scale. A colour is [red, green, blue, strength from 0 to 1].
+// The colors of tokens: one hue per region, or a scale. A color is [red, green, blue, strength from 0 to 1].
 
 const ORANGE = [224, 112, 16], BLUE = [43, 123, 186], VIOLET = [136, 84, 184], RED = [214, 64, 31], TEAL = [18, 148, 128], GREY = [128, 128, 128];
 const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
@@ -9,13 +9,13 @@ const MODES = {
   surprise: { title: "Surprise", needs: "surprises" },
   advantage: { title: "Advantage", needs: "weights" },
 };
-let regionNames = [], regionColours = [];
+let regionNames = [], regionColors = [];
 const scale = { weight: 1, entropy: 1, surprise: 1, advantage: 1 };
 
 // Each scale ends at the 99th percentile over a sample of the tokens, so that one outlier does not make the others pale.
 function setScales(responses) {
   regionNames = Object.keys(data.regions);
-  regionColours = Object.values(data.regions).map(rgb);
+  regionColors = Object.values(data.regions).map(rgb);
   const found = { weight: [], entropy: [], surprise: [], advantage: [] };
   const stride = Math.max(1, Math.floor(responses.length / 300));
   for (let at = 0; at < responses.length; at += stride) {
@@ -39,8 +39,8 @@ const credit = (response, tokens, i) => (response.A === null ? NaN : tokens.weig
 
 const blended = (hue, strength) => [...hue, Math.min(1, Math.max(0, strength))];
 
-function colourOf(mode, response, tokens, i) {
-  if (mode === "region") return [...(regionColours[tokens.regions[i]] ?? GREY), 0.8];
+function colorOf(mode, response, tokens, i) {
+  if (mode === "region") return [...(regionColors[tokens.regions[i]] ?? GREY), 0.8];
   if (mode === "weight") {
     const weight = tokens.weights[i];
     if (!isNumber(weight)) return [...GREY, 0.1];
@@ -60,7 +60,7 @@ const css = ([red, green, blue, strength], most = 1) => `rgb(${red} ${green} ${b
 // The legend of a mode: one swatch per region, or a ramp with the values at its ends.
 function legendOf(mode) {
   if (mode === "region") {
-    return regionNames.map((name, at) => make("span", { className: "key" }, swatch([...regionColours[at], 0.8]), name));
+    return regionNames.map((name, at) => make("span", { className: "key" }, swatch([...regionColors[at], 0.8]), name));
   }
   const ends = {
     weight: [(-scale.weight), scale.weight, `${(2 ** -scale.weight).toFixed(2)}×`, `${(2 ** scale.weight).toFixed(2)}×`, "gradient weight relative to the mean of 1 over the response"],
@@ -78,8 +78,8 @@ function legendOf(mode) {
   return [make("span", { className: "key" }, ends[2], ramp, ends[3]), make("span", { className: "faint" }, ends[4])];
 }
 
-function swatch(colour) {
+function swatch(color) {
   const element = make("i", { className: "swatch" });
-  element.style.backgroundColor = css(colour);
+  element.style.backgroundColor = css(color);
   return element;
 }
