@@ -362,7 +362,7 @@ def parse_recorded_run(text: str, origin: str) -> dict[str, Any]:
 def rename_keys(tables: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
     """Replace the deprecated keys of a run's tables; UserError if a table has both names."""
     result = dict(tables)
-    # Tables are rebuilt rather than edited: the caller's are left alone, and the key keeps its position.
+    # Tables are rebuilt rather than edited: the caller's are not modified, and the key keeps its position.
     for old, new in RENAMED_KEYS.items():
         (name, old_key), new_key = old.split("."), new.split(".")[1]
         table = result.get(name)

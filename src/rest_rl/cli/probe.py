@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rest_rl.cli.terminal import Screen
     from rest_rl.probe.report import ProbeReport
 
+MaxNewTokens = Annotated[int | None, typer.Option(metavar="N", help="tokens per response (default: as in the run)")]
+BatchSize = Annotated[int | None, typer.Option(metavar="N", help="responses in one pass (default: eval.batch_size)")]
+
 EPILOG = """\
 examples:
   rest-rl probe                                    the embedded model
@@ -45,12 +48,8 @@ def probe(
     norm_cap: Annotated[
         float, typer.Option(metavar="C", help="scale down prompts whose gradient norm exceeds C medians (0: off)")
     ] = 0.0,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="tokens per response (default: as in the run)")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(metavar="N", help="responses per forward pass (default: eval.batch_size)")
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = None,
     overrides: Overrides = [],
     out: OutFolder = None,
     json: AsJson = False,

@@ -90,8 +90,7 @@ def train(
     if model:
         resolve_origin(model)  # here, so that an error names --model and not model.path
     settings = settings_after_dashes(context)
-    # These have an effect only with verl; TRL would ignore them without a word.
-    of_verl = any((nodes, gpus_per_node, settings, print_config))
+    of_verl = any((nodes, gpus_per_node, settings, print_config))  # TRL would ignore these silently
     if context.info_name == "sft":
         given = any((run, model, data, held_out, preset, tool_format, lora, engine, of_verl, resume, is_dry))
         preset = preset or supervised_preset(run, overrides, resume=resume, is_given=given)
@@ -102,8 +101,7 @@ def train(
     changes += lora_overrides(lora, preset, is_own=bool(model or data) and not (run or resume))
     source: dict[str, Any] = {"run": run, "out": out, "resume": resume, "overrides": [*changes, *overrides]}
     config = resolve_run(**source, is_dry=is_dry or print_config)
-    is_verl = config.run.engine == "verl"
-    if of_verl and not is_verl:
+    if of_verl and config.run.engine != "verl":
         raise UserError(
             "--nodes, --gpus-per-node, --print-config and settings after -- need the engine verl",
             remedy="pass --engine verl; to run TRL on several GPUs, use accelerate launch (docs/training.md)",
@@ -122,9 +120,8 @@ def train(
         print(verl_settings(make_plan(**source, observer=screen, is_dry=True), resume=resume))
     elif is_dry:
         del source["resume"]
-        show_estimate(
-            "estimated needs of the run", make_estimate_rows(estimate_run(**source, observer=screen)), screen.console
-        )
+        rows = make_estimate_rows(estimate_run(**source, observer=screen))
+        show_estimate("estimated needs of the run", rows, screen.console)
     elif run_training(**source, observer=screen).is_interrupted:
         return EXIT_INTERRUPTED
     return 0

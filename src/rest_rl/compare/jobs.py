@@ -221,7 +221,7 @@ def record_exit(job: Job, observer: Observer, *, is_stopping: bool) -> None:
     code = job.process.poll()
     if code is None:
         return
-    # Exit code 0 alone does not count: the folder must contain the finished run.
+    # Exit code 0 is not enough: the folder must contain the finished run.
     if code == 0 and job.is_complete:
         job.state, job.note = "done", "is finished"
         observer.say(f"{job.name} is finished{format_exact_match(job)}")

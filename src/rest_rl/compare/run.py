@@ -134,7 +134,7 @@ def plan_rows(jobs: Sequence[Job]) -> list[tuple[str, int, int, Any]]:
 
 
 def save_grid(grid: Grid, folder: Path) -> Grid:
-    # The folder alone must be enough to resume. A grid grows: methods and seeds of earlier calls stay in it.
+    # The folder must contain all that resuming needs. A grid grows: methods and seeds of earlier calls stay in it.
     if (folder / GRID_FILE).is_file():
         grid = grid.merge(read_grid(folder / GRID_FILE, is_recorded=True))
     try:

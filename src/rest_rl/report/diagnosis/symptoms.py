@@ -244,7 +244,7 @@ def find_clipped_weights(history: History, settings: DiagnosisSettings) -> list[
 
 def explain_push(history: History, settings: DiagnosisSettings, region: str, end: str) -> tuple[str, str] | None:
     # The curriculum is the cause if it moves the weight towards this bound and the weight was inside the clip before.
-    # Clipped weights hide what the entropy alone would give; the last unclipped row minus its shift shows it.
+    # Clipped weights hide what the entropy by itself would give; the last unclipped row minus its shift shows it.
     series = history.current_series(f"rest/rule_weight/{region}")
     shift = settings.curriculum_shift(region, history.step)
     if series is None or settings.weight_clip is None or shift * (1 if end == "w_max" else -1) <= 0:
@@ -255,7 +255,7 @@ def explain_push(history: History, settings: DiagnosisSettings, region: str, end
         return None
     step = series.steps[inside[-1]]
     ruled = series.values[inside[-1]] - settings.curriculum_shift(region, step)
-    return region, f"{region} by {shift:+.2f} so far (its entropy alone gave {ruled:.2f} at step {step})"
+    return region, f"{region} by {shift:+.2f} so far (its entropy by itself gave {ruled:.2f} at step {step})"
 
 
 def gradient_spike(history: History, settings: DiagnosisSettings) -> Symptom | None:
