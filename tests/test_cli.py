@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -569,4 +570,5 @@ def test_old_names_elsewhere_are_left_alone(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err == ""
     for name in RENAMED:
         main([name, "--help"])
-        assert not {old for old in RENAMED[name] if f"{old} " in capsys.readouterr().out}
+        shown = capsys.readouterr().out
+        assert not {old for old in RENAMED[name] if re.search(rf"^  {re.escape(old)}\s", shown, re.MULTILINE)}

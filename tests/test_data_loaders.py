@@ -198,7 +198,7 @@ def test_a_named_source_is_used(tmp_path: Path) -> None:
     )
     _, report = load_rows(tmp_path, RAW, source="xlam")
     assert report.reasons == {"bad_row": 1}
-    with pytest.raises(ValueError, match="expected auto, one of samples"):
+    with pytest.raises(ValueError, match="expected auto, samples"):
         CheckConfig(source="csv")
 
 

@@ -326,11 +326,11 @@ def test_a_weight_at_its_clip_is_due_to_the_curriculum_or_to_the_entropy() -> No
     pushed = find("reasoning", lambda step: min(4.0, 3.9 + 0.3 * (step - 1) / 59))
     assert (
         pushed.cause
-        == "the curriculum moved it there: reasoning by +0.30 so far (its entropy alone gave 3.90 at step 20)"
+        == "the curriculum moved it there: reasoning by +0.30 so far (its entropy by itself gave 3.90 at step 20)"
     )
     assert pushed.remedy.startswith("lower rest.weights.gain_reasoning, or widen")
     down = find("format", lambda step: max(0.25, 0.3 - 0.3 * (step - 1) / 59))
-    assert "format by -0.30 so far (its entropy alone gave 0.30" in down.cause
+    assert "format by -0.30 so far (its entropy by itself gave 0.30" in down.cause
     # at the clip from the first row, before the curriculum moved anything; moved the other way; or permuted
     for region, weight in (("reasoning", 4.0), ("reasoning", 0.25), ("format", 4.0)):
         assert find(region, constant(weight)).cause.startswith("its entropy is so far")

@@ -259,7 +259,7 @@ def test_recordings_are_indexed_by_turn_and_step() -> None:
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        ([{"id": 3, "response": "a"}], "line 1: 'id' is a"),
+        ([{"id": 3, "response": "a"}], "line 1: 'id' is of type int"),
         ([{"id": IDS[0], "response": 3}], "response has type int"),
         ([{"id": IDS[0], "response": [["a"], "b"]}], "response has type list"),
         ([{"id": IDS[0]}], "response has type NoneType"),
