@@ -21,7 +21,7 @@ from tests.test_cli import error_of
 from tests.tiny_policy import tiny_model, tiny_samples, tiny_tokenizer
 
 PAGE = (Path(__file__).parent.parent / "docs" / "method.md").read_text(encoding="utf-8")
-SECTION = PAGE[PAGE.index("### A weight rule or reward of your own") :]
+SECTION = PAGE[PAGE.index("### Custom weight rules and rewards") :]
 RULE, REWARD, REWARD_FUNCS = re.findall("```python\n(.*?)```", SECTION, re.DOTALL)[:3]
 TRAINING = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
 (FORMAT,) = re.findall("### Custom formats.*?```python\n(.*?)```", TRAINING, re.DOTALL)
