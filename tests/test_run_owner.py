@@ -116,4 +116,4 @@ def test_a_report_warns_of_mixed_rows(tmp_path: Path) -> None:
     for step in (28, 29, 30, 29, 31, 30, 32):
         log.add_metrics({"step": step, "reward": 0.5})
     page = write_report([tmp_path / "run"]).read_text()
-    assert "go back: 2, the first step 29 after 30" in page
+    assert "out of order: 2; the first is step 29 after step 30" in page
