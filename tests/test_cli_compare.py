@@ -131,7 +131,7 @@ def test_a_method_that_cannot_start_is_refused_before_any_run(
     (tmp_path / "grid.toml").write_text(f"[methods.broken]\n{change}\n")
     out = tmp_path / "out"
     error = error_of(capsys, "compare", str(tmp_path / "grid.toml"), "--base", str(base), *more, "--out", str(out))
-    assert "method broken" in error
+    assert "method 'broken'" in error
     assert words in error
     assert not out.exists()
 
@@ -164,10 +164,10 @@ def test_only_report_reads_folders_that_another_loop_trained(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["compare"], "no folder for the grid"),
+        (["compare"], "compare needs a folder for its runs"),
         (["compare", "--out", "x", "--seeds", "0,a"], "the seed is 'a'"),
         (["compare", "--out", "x", "--jobs", "0"], "--jobs is 0"),
-        (["compare", "--out", "x", "--methods", "rest"], "the baseline 'grpo' is not among the methods rest"),
+        (["compare", "--out", "x", "--methods", "rest"], "the baseline 'grpo' is not among the methods ('rest')"),
         (["compare", "--out", "x", "--methods", "grpo,best"], "'best'"),
         (["compare", "--out", "x", "--set", "trl.max_stepz"], "--set trl.max_stepz"),
         (["compare", "absent.toml", "--out", "x"], "absent.toml"),

@@ -144,7 +144,7 @@ def test_two_tools_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path.write_text(json.dumps({**row, "tools": [{"name": "w", "parameters": {}}, TOOL]}))
     told = json.loads(run(capsys, "check", path, "--json")[1])
     assert (told["reasons"], told["samples"]) == ({"duplicate_tool": 1}, 1)  # the turn that calls none of them stays
-    assert told["findings"][0]["detail"] == "two different tools are called w"
+    assert told["findings"][0]["detail"] == "two different tools have the name 'w'"
     assert [found["severity"] for found in told["findings"]] == ["rejected", "noted"]
     assert json.loads(run(capsys, "check", path, "--json", "--allow", "duplicate_tool")[1])["samples"] == 2
     path.write_text(json.dumps({**row, "tools": [TOOL, TOOL]}))
@@ -292,7 +292,7 @@ def test_show_shows_the_first_row(rows: Path, capsys: pytest.CaptureFixture[str]
     assert run(capsys, "show", rows) == run(capsys, "show", rows, 1)
 
 
-@pytest.mark.parametrize(("number", "expected"), [(0, "from 1"), (7, "has no row 7, expected a number from 1 to 6")])
+@pytest.mark.parametrize(("number", "expected"), [(0, "has no row 0"), (7, "has no row 7, only 6 rows")])
 def test_show_refuses_a_missing_row(rows: Path, number: int, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in error_of(capsys, "show", rows, number)
 
@@ -369,12 +369,12 @@ def test_split_of_samples_whose_ids_name_a_source(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("share", [0, 1, -1])
 def test_split_needs_a_share(rows: Path, share: float, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "share" in error_of(capsys, "split", rows, "--test", share)
+    assert "a fraction" in error_of(capsys, "split", rows, "--test", share)
 
 
 def test_split_of_too_little(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(dialogue(1)))
-    assert "use a larger file" in error_of(capsys, "split", tmp_path / "rows.jsonl", "--test", 0.5)
+    assert "use a file with more dialogues" in error_of(capsys, "split", tmp_path / "rows.jsonl", "--test", 0.5)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
@@ -440,7 +440,7 @@ def test_without_a_hub_a_dataset_fails_quickly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rest_rl", "data", "check", "no/where"]
     told = subprocess.run(command, env={**os.environ, **nobody}, cwd=tmp_path, capture_output=True, text=True)
     assert told.returncode == 2
-    assert told.stderr.startswith("error: the split train of dataset no/where cannot be read")
+    assert told.stderr.startswith("error: the split 'train' of the dataset 'no/where' cannot be read")
 
 
 def test_the_embedded_model_checks_too(tmp_path: Path) -> None:

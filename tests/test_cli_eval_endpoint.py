@@ -141,7 +141,7 @@ def test_extra_fields_are_sent_and_recorded(server: Server, capsys: pytest.Captu
 @pytest.mark.parametrize("text", ["[]", "3", "{", '{"chat_template_kwargs": 1}'])
 def test_an_extra_body_is_an_object(server: Server, capsys: pytest.CaptureFixture[str], text: str) -> None:
     assert evaluate(server, "--format", "toolrl", "--extra-body", text) == 2
-    assert f"--extra-body is {text}, expected a JSON object" in capsys.readouterr().err
+    assert f"--extra-body is {text!r}, expected a JSON object" in capsys.readouterr().err
     assert server.requests == []
 
 
@@ -149,7 +149,7 @@ def test_an_extra_body_needs_a_server(server: Server, capsys: pytest.CaptureFixt
     assert main(["eval", "tool-world", "--extra-body", "{}"]) == 2
     assert "--extra-body has no effect without --endpoint" in capsys.readouterr().err
     assert main(["eval", "tool-world", "--context-length", "0", "--prompts", "2"]) == 2
-    assert "context is 0" in capsys.readouterr().err
+    assert "the context length is 0" in capsys.readouterr().err
     assert server.requests == []
 
 

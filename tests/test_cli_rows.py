@@ -107,7 +107,7 @@ def test_a_format_that_reads_fewer_calls_is_kept_and_another_named(
         assert main([*verb, "--format", "toolrl"]) == 0
         assert "--format hermes" in capsys.readouterr().err
         assert main([*verb, "--format", "hermes"]) == 0
-        assert capsys.readouterr().err == "format hermes: as set\n"
+        assert capsys.readouterr().err == "format hermes: as specified\n"
 
 
 BAD_ROWS = [
@@ -145,7 +145,7 @@ def test_score_reads_invalid_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["--preset", "best"], "preset 'best'"),
         (["--format", "xml"], "format 'xml'"),
-        (["--progress", "2"], "'--progress': the value is 2.0"),
+        (["--progress", "2"], "--progress is 2.0, expected a number"),
         ([], "nowhere.jsonl (No such file or directory)"),
     ],
 )

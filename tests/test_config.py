@@ -177,7 +177,7 @@ def test_an_old_key_works_and_the_warning_names_the_new_one(old: str, way: str) 
         "override": lambda: RunConfig.from_toml("", [f"{old}={value}"]),
         "table override": lambda: RunConfig.from_toml("", [f"{table}={{{key} = {value}}}"]),
     }
-    with pytest.warns(RenamedWarning, match=f"{re.escape(old)} is now {re.escape(new)}$"):
+    with pytest.warns(RenamedWarning, match=f"{re.escape(old)} has been renamed to {re.escape(new)};"):
         config = ways[way]()
     assert config == expected != RunConfig()
 
@@ -219,8 +219,8 @@ def test_the_command_prints_an_old_key_in_one_line(tmp_path: Path, capsys: pytes
     main(["train", str(run_file), "--dry-run", "--set", "data.samples=50"])
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith("warning")] == [
-        "warning: eval.slice is now eval.interim_prompts",
-        "warning: data.samples is now data.num_samples",
+        "warning: eval.slice has been renamed to eval.interim_prompts; the old name still works",
+        "warning: data.samples has been renamed to data.num_samples; the old name still works",
     ]
 
 
@@ -228,7 +228,7 @@ def test_the_command_prints_an_old_key_in_one_line(tmp_path: Path, capsys: pytes
     ("old", "new"), [("token_weights", "compute_token_weights"), ("training_dataset", "build_training_dataset")]
 )
 def test_an_old_name_of_the_package_works_and_warns(old: str, new: str) -> None:
-    with pytest.warns(FutureWarning, match=f"^rest_rl.{old} is now rest_rl.{new}$") as caught:
+    with pytest.warns(FutureWarning, match=f"^rest_rl.{old} has been renamed to rest_rl.{new};") as caught:
         assert getattr(rest_rl, old) is getattr(rest_rl, new)
     assert caught[0].filename == __file__
     assert old not in dir(rest_rl)

@@ -287,7 +287,7 @@ def test_work_of_supervised_training() -> None:
 
 def test_too_few_prompts_are_reported() -> None:
     word, text = judge_fit(guess(rl(steps_per_generation=8), prompt_tokens=[10] * 7))
-    assert (word, "7 prompts" in text, "one batch of 8" in text) == ("no step", True, True)
+    assert (word, "7 prompts" in text, "one batch of 8" in text) == ("cannot train", True, True)
 
 
 def test_the_verdict_says_by_how_much_a_device_is_too_small_and_what_to_change() -> None:

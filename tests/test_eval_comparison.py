@@ -200,7 +200,9 @@ def test_folders_without_an_evaluation_are_refused(tmp_path: Path) -> None:
     run.mkdir()
     (run / "summary.json").write_text('{"before": {}}', encoding="utf-8")
     for other in (run, tmp_path / "nothing"):
-        with pytest.raises(ValueError, match=r"contains no summary.json of an evaluation, expected .* --resume"):
+        with pytest.raises(
+            ValueError, match=r"(contains no summary.json of an evaluation|does not exist), expected .* --resume"
+        ):
             compare_evaluations(base, other)
     with pytest.raises(ValueError, match=r"contains no samples.jsonl"):
         compare_evaluations(write_folder(tmp_path / "empty", []), base)

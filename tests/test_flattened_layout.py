@@ -313,7 +313,7 @@ def test_a_run_with_kept_prompts_is_evaluated_with_them(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--prompt", "published"), "--prompt published needs --prompt-from"),
+        (("--prompt", "published"), "--prompt published needs a file with ToolRL's rows"),
         (("--prompt-from", "rows.json"), "--prompt-from has no effect with --prompt training"),
         (("--prompt", "native", "--prompt-from", "rows.json"), "--prompt-from has no effect with --prompt native"),
         ((*PUBLISHED, "rows.json", "--format", "hermes"), "--prompt published with format hermes, expected toolrl"),

@@ -24,7 +24,10 @@ def test_get_format_accepts_names_objects_and_addresses(monkeypatch):
     assert get_format("someones_formats:MINE") is mine
     assert get_format("someones_formats:MINE+think") == OpenedThinkFormat(mine)
     assert get_format("someones_formats:MINE+think").name == "mine+think"
-    with pytest.raises(ValueError, match=r"someones_formats:empty' has no name, tags, parse, render, instructions"):
+    with pytest.raises(
+        ValueError,
+        match=r"someones_formats:empty' lacks the attributes 'name', 'tags', 'parse', 'render', 'instructions'",
+    ):
         get_format("someones_formats:empty")
     with pytest.raises(ValueError, match=r"is a class, expected an object; create one with HermesFormat\(\)"):
         get_format("someones_formats:Class")
@@ -45,7 +48,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(name):
 
 
 def test_an_object_that_is_not_a_format_is_an_error():
-    with pytest.raises(ValueError, match="format object int has no name, tags"):
+    with pytest.raises(ValueError, match="format object int lacks the attributes 'name', 'tags'"):
         get_format(3)  # type: ignore[arg-type]
 
 

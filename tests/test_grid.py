@@ -174,7 +174,7 @@ def test_every_grid_of_configs_can_be_run(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[grid]\nmethods = ['rest']", "the baseline 'grpo' is not among the methods rest"),
+        ("[grid]\nmethods = ['rest']", r"the baseline 'grpo' is not among the methods \('rest'\)"),
         ("[grid]\nmethods = ['grpo', 'best']", r"method 'best'.*\[methods.best\]"),
         ("[grid]\nmethods = 'grpo'", "grid.methods"),
         ("[grid]\nseeds = [0, 0]", "each once"),
@@ -182,8 +182,8 @@ def test_every_grid_of_configs_can_be_run(path: Path) -> None:
         ("[grids]\n", "did you mean grid"),
         ("[methods]\nmine = 3", "methods.mine is 3"),
         ("[methods.'a/b']\nrest.preset = 'rest'", "'a/b'"),
-        ("[methods.mine]\nrest.weights.strenght = 0.1", "method mine.*did you mean strength"),
-        ("[methods.mine]\nrest.preset = 'best'", "method mine.*'best'"),
+        ("[methods.mine]\nrest.weights.strenght = 0.1", "method 'mine'.*did you mean strength"),
+        ("[methods.mine]\nrest.preset = 'best'", "method 'mine'.*'best'"),
         ("[methods.mine]\nrest.preset = 'grpo'", "grpo and mine are the same run"),
         ("[grid]\nbase = 'absent.toml'", "absent.toml"),
         ("[base]\ntrl = 3", "trl"),

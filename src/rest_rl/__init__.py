@@ -110,9 +110,9 @@ def __getattr__(name: str) -> Any:
     if name in _WORKFLOWS:
         return importlib.import_module(f"rest_rl.{name}")
     if name in _RENAMED:
-        from rest_rl.errors import RenamedWarning
+        from rest_rl.errors import RenamedWarning, describe_renaming
 
-        warnings.warn(f"rest_rl.{name} is now rest_rl.{_RENAMED[name]}", RenamedWarning, stacklevel=2)
+        warnings.warn(describe_renaming(f"rest_rl.{name}", f"rest_rl.{_RENAMED[name]}"), RenamedWarning, stacklevel=2)
         return __getattr__(_RENAMED[name])
     raise AttributeError(f"module 'rest_rl' has no attribute {name!r}")
 

@@ -23,7 +23,7 @@ import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rest_rl.credit import AdvantageKind
-from rest_rl.errors import RenamedWarning, UserError
+from rest_rl.errors import RenamedWarning, UserError, describe_renaming
 from rest_rl.objects import UserObject, add_search_folder
 from rest_rl.presets import REWARD_RULES, SUPERVISED, WEIGHT_RULES, Preset, get_preset
 from rest_rl.rewards import try_reward
@@ -371,7 +371,7 @@ def rename_keys(tables: Mapping[str, Any], *, warn: bool = True) -> dict[str, An
         if new_key in table:
             raise UserError(f"{old} and {new} are both set, but {old} is only the old name", remedy=f"remove {old}")
         if warn:
-            warnings.warn(f"{old} is now {new}", RenamedWarning, stacklevel=2)
+            warnings.warn(describe_renaming(old, new), RenamedWarning, stacklevel=2)
         result[name] = {new_key if key == old_key else key: value for key, value in table.items()}
     return result
 
@@ -432,6 +432,12 @@ def validate_fields(cls: type, values: Mapping[str, Any], where: str) -> dict[st
     known = [f.name for f in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
+            table, _, key = name.partition(".")  # a dotted key in quotes: report an unknown key of its table as such
+            if key and dataclasses.is_dataclass(kind := hints.get(table)):
+                validate_fields(cast(type, kind), {key: values[name]}, f"{where}.{table}".lstrip("."))
+                raise UserError(
+                    f"unknown key {name!r}", remedy=f"write {name} without quotes, or use a table [{table}]"
+                )
             raise unknown_key_error(f"{where}.{name}".lstrip("."), name, known)
     return {name: validate_value(value, hints[name], f"{where}.{name}".lstrip(".")) for name, value in values.items()}
 
@@ -440,7 +446,8 @@ def unknown_key_error(path: str, name: str, known: Iterable[str]) -> UserError:
     """Return the error for an unknown key, with the closest known key as a hint."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
-    expected = f"one of {', '.join(known)}" if len(known) <= 40 else f"one of the library's {len(known)} keys"
+    library = {"trl": "TRL", "peft": "PEFT"}.get(path.partition(".")[0], "the library")
+    expected = f"one of {', '.join(known)}" if len(known) <= 40 else f"one of {library}'s {len(known)} keys"
     return UserError(f"unknown key {path}", expected, f"did you mean {near[0]}?" if near else "remove or rename it")
 
 
@@ -467,7 +474,9 @@ def validate_value(value: Any, hint: Any, path: str) -> Any:
         else fault["msg"].removeprefix("Input should be ")
         for fault in faults
     )
-    raise UserError(f"{path} is {value!r}", " or ".join(expected), "change the value")
+    is_rule = path in ("rest.weights", "rest.reward")
+    remedy = f"to use your own rule, set {path}.rule" if is_rule else "change the value"
+    raise UserError(f"{path} is {value!r}", " or ".join(expected), remedy)
 
 
 # Wording for pydantic's error types; other types keep pydantic's message.

@@ -9,6 +9,11 @@ class RenamedWarning(FutureWarning):
     """Warns about a deprecated name; the message names its replacement. The command prints it as one line."""
 
 
+def describe_renaming(old: str, new: str) -> str:
+    """Return the text of the warning about a deprecated name."""
+    return f"{old} has been renamed to {new}; the old name still works"
+
+
 class UserError(ValueError):
     """A mistake that the user can fix.
 
@@ -30,5 +35,5 @@ class UserError(ValueError):
     @property
     def got(self) -> str:
         """Deprecated name of `problem`."""
-        warnings.warn("UserError.got is now UserError.problem", RenamedWarning, stacklevel=2)
+        warnings.warn(describe_renaming("UserError.got", "UserError.problem"), RenamedWarning, stacklevel=2)
         return self.problem

@@ -149,7 +149,7 @@ def display_name(found: object) -> str:
 def make_package_callable(package: str, workflow: str) -> None:
     """Make a package callable: `rest_rl.train(...)` calls `workflow` ("rest_rl.train.run:train"), imported lazily.
 
-    The package stays a package, and its modules are imported as usual.
+    It can still be used as a package: its modules are imported as usual.
     """
     # Python looks up __call__ on the type, and a module's __class__ may be assigned, so the module gets a subclass.
 

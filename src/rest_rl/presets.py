@@ -5,6 +5,7 @@ Shapes: B responses, T completion tokens, R regions.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -82,11 +83,10 @@ def get_preset(preset: str | Preset) -> Preset:
     if isinstance(preset, Preset):
         return preset
     if preset not in PRESETS:
-        raise UserError(
-            f"unknown preset {preset!r}",
-            f"one of {', '.join(PRESETS)} (for training also {', '.join(SUPERVISED)})",
-            "choose one of them, or pass a Preset object",
-        )
+        expected = f"one of {', '.join(PRESETS)} (for training also {', '.join(SUPERVISED)})"
+        near = difflib.get_close_matches(preset, [*PRESETS, *SUPERVISED], n=1)
+        remedy = f"did you mean {near[0]}?" if near else "choose one of them"
+        raise UserError(f"unknown preset {preset!r}", expected, remedy)
     return PRESETS[preset]
 
 

@@ -54,7 +54,7 @@ class TokenBytes:
     """Whether the tokenizer's character offsets exclude the spaces around a token."""
 
     def to_known_ids(self, ids_BT: np.ndarray) -> np.ndarray:
-        """Map ids outside the vocabulary, which a padded embedding can sample, to the shared unknown id."""
+        """Map ids outside the vocabulary, which can be sampled if the embedding is padded, to the unknown id."""
         unknown = len(self.pieces_V) - 1 if self.pieces_V else self.tokenizer.get_vocab_size()
         return np.where((ids_BT >= 0) & (ids_BT < unknown), ids_BT, unknown)
 

@@ -282,7 +282,8 @@ def read_run(folder: str | Path) -> Run:
     if not (path / CONFIG).is_file():
         inside = [pattern for pattern in ("*", "runs/*") if any(path.glob(f"{pattern}/{CONFIG}"))]  # runs/*: a grid
         remedy = f"did you mean {path / inside[0]}?" if inside else "pass the --out of a run"
-        raise UserError(f"{folder} contains no {CONFIG}", "a run folder", remedy)
+        problem = f"{folder} contains no {CONFIG}" if path.exists() else f"{folder} does not exist"
+        raise UserError(problem, "a run folder", remedy)
     add_module_folders(path)
     return Run(
         folder=path,
@@ -329,7 +330,7 @@ def read_json_object(path: Path) -> Row:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})", "an object", "restore or delete it") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} contains a {type(value).__name__}", "an object", "restore or delete it")
+        raise UserError(f"{path} contains JSON of type {type(value).__name__}", "an object", "restore or delete it")
     return value
 
 
@@ -359,7 +360,7 @@ def existing_run_error(folder: str | Path) -> UserError:
 def lock_run_folder(folder: Path, observer: Observer = SILENT, *, enabled: bool = True) -> Iterator[None]:
     """Lock a run folder until the block ends or this process dies; UserError if another process has locked it.
 
-    If the system or the file system has no locks, the observer gets a warning and the block runs without a lock.
+    If the operating or file system does not support locks, the observer gets a warning and the block runs without one.
     """
     # The lock is an flock on the open file `.lock`. The kernel releases it when the process ends, even after kill -9,
     # so there are no stale locks to detect. The text in the file is only for the error message.

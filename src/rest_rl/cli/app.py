@@ -7,6 +7,7 @@ exception is a bug: it keeps its traceback, and the exit code is 1.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ examples:
   rest-rl train --resume --out runs/grpo-1   resume after Ctrl-C, a crash or kill -9
   rest-rl report runs/grpo-* runs/rest-*     learning curves, averaged over seeds
 """
+EXPECTED_NUMBERS = {"int_parsing": "a whole number", "float_parsing": "a number"}
 TAKE_SETTINGS_AFTER_DASHES = ("train", "sft")
 
 app = verb_group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True, epilog=EPILOG)
@@ -65,11 +67,7 @@ app.command(
     epilog=train.SFT_EPILOG,
 )(train.train)
 add(report.report, "summarize run folders as Markdown and plots, or as one HTML file")
-add(
-    compare.compare,
-    "train several methods with several seeds and test which learns better",
-    epilog=compare.EPILOG,
-)
+add(compare.compare, "train several methods with several seeds and test which learns better", epilog=compare.EPILOG)
 add(probe.probe, "estimate before training whether token weights would help", probe.EPILOG)
 app.add_typer(data.group, name="data", short_help="check, convert, show, split or generate training data")
 app.add_typer(eval_app, name="eval", short_help="evaluate on a benchmark; compare and tabulate evaluations")
@@ -112,7 +110,7 @@ def run_command(given: list[str], after_dashes: list[str]) -> int:
     except typer.TyperException as error:
         where = getattr(error, "ctx", None)
         page = f"{where.command_path if where else 'rest-rl'} --help"
-        print(f"error: {one_line(error.format_message()).rstrip('.')}; see {page}", file=sys.stderr)
+        print(f"error: {describe_usage_error(error)}; see {page}", file=sys.stderr)
         return EXIT_USER_ERROR
     except UserError as error:
         # Without a context, the mistake is in the definition of the command line, not in its use.
@@ -127,6 +125,17 @@ def run_command(given: list[str], after_dashes: list[str]) -> int:
         # The reader of our output has exited (`| head`). Python flushes stdout at exit and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def describe_usage_error(error: typer.TyperException) -> str:
+    # Typer 0.29 explains a value of the wrong type in pydantic's words, which say neither the value nor what is right.
+    text = one_line(error.format_message()).rstrip(".")
+    option, faults = re.match(r"Invalid value for '(\S+)'", text), getattr(error.__cause__, "errors", list)()
+    if not option or not faults:
+        return text
+    choices = faults[0]["msg"].partition(" is not one of ")[2].rstrip(".").replace("'", "")
+    expected = EXPECTED_NUMBERS.get(faults[0]["type"]) or (choices and f"one of {choices}")
+    return f"{option[1]} is {faults[0]['input']!r}, expected {expected}" if expected else text
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

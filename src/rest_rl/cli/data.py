@@ -171,7 +171,7 @@ def check(
 def convert(
     files: Files, reading: Reading, out: OutFile, test: TestFile = None, as_json: AsJson = False, strict: Strict = False
 ) -> int:
-    """Convert files to samples in JSONL or Parquet; rejected rows go to a file next to it."""
+    """Convert files to samples in JSONL or Parquet; rejected rows go to a file next to the output."""
     from rest_rl.data.check import DataReport
     from rest_rl.data.load import read_rows
     from rest_rl.data.write import check_output, rejected_path, rejected_writer, sample_writer
@@ -208,7 +208,7 @@ def show(
         if count == number:
             show_row(row, layout, reading.format)
             return
-    raise UserError(f"{file} has no row {number}", f"a number from 1 to {count}")
+    raise UserError(f"{file} has no row {number}, only {count} {'row' if count == 1 else 'rows'}")
 
 
 @add("train.jsonl --test 0.1 --seed 0")
@@ -364,11 +364,11 @@ def show_row(row: CheckedRow, layout: PromptLayout | None, tool_format: str) -> 
         return
     # Without a model there is no chat template to follow; the demonstration then uses a default format.
     chosen = layout.format if layout else get_format("hermes" if tool_format == "auto" else tool_format)
-    how = "" if layout or tool_format != "auto" else " (the default, as there is no --model)"
+    how = "" if layout or tool_format != "auto" else " (the default without --model)"
     for sample in row.samples:
         console.rule(escape(f"{sample.id} ({sample.kind}): prompt"), align="left", style="dim")
         say(console, layout.render(sample) if layout else plain_prompt(sample))
-        console.rule(f"demonstration in the format {chosen.name}{how}", align="left", style="dim")
+        console.rule(f"demonstration in {chosen.name} format{how}", align="left", style="dim")
         try:
             text = render_demonstration(sample, chosen, thinks=not (layout and layout.closes_think))
         except ValueError as error:

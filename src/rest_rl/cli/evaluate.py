@@ -153,10 +153,10 @@ def _extra_body(text: str) -> dict[str, Any]:
         body = str(error)
     if not isinstance(body, dict) or not isinstance(body.get("chat_template_kwargs", {}), dict):
         expected, remedy = (
-            "a JSON object (with another one as chat_template_kwargs, if given)",
+            "a JSON object (chat_template_kwargs, if present, must be an object too)",
             '{"repetition_penalty": 1.0}',
         )
-        raise UserError(f"--extra-body is {text:.80}", expected, f"write it as --extra-body '{remedy}'")
+        raise UserError(f"--extra-body is {text!r:.80}", expected, f"write it as --extra-body '{remedy}'")
     return body
 
 

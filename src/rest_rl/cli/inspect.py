@@ -79,6 +79,7 @@ def inspect(
 
     A row is {"response": text} or {"ids": [...]}. Regions and weights are those that training would use.
     """
+    from rest_rl.config import EMBEDDED
     from rest_rl.evaluate.origin import resolve_origin
 
     tokenizer = resolve_origin(tokenizer, "--tokenizer").path  # before torch is loaded
@@ -91,11 +92,11 @@ def inspect(
     from rest_rl.formats import get_format
     from rest_rl.jsonl import as_json, parse_row, read_lines
     from rest_rl.presets import get_preset
-    from rest_rl.train.policy import load_tokenizer
+    from rest_rl.train.policy import embedded_model_dir, load_tokenizer
     from rest_rl.train.reward import get_stop_ids
 
     settings = {"preset": get_preset(preset), "progress": progress, "entropies": read_entropies(entropies)}
-    loaded, console = load_tokenizer(tokenizer), Console()
+    loaded, console = load_tokenizer(embedded_model_dir() if tokenizer == EMBEDDED else tokenizer), Console()
     # The chat template decides, as in training. Only without one are the responses themselves the evidence.
     if tool_format == AUTO and getattr(loaded, "chat_template", None):
         tool_format, why = resolve_format(AUTO, loaded)
@@ -186,6 +187,7 @@ def row_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
 
 def read_entropies(source: str | None) -> dict[str, float]:
     # The entropy in nats by region from inline JSON or a file; empty without a source.
+    from rest_rl.jsonl import describe_os_error
     from rest_rl.response import Region
 
     if source is None:
@@ -193,12 +195,15 @@ def read_entropies(source: str | None) -> dict[str, float]:
     try:
         entropies = json.loads(source if source.lstrip().startswith("{") else Path(source).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--entropies is {source!r:.80} ({error})", "a JSON object or a file", "write '{\"name\": 0.3}'"
-        ) from error
+        why = describe_os_error(error) if isinstance(error, OSError) else error
+        remedy = "write '{\"name\": 0.3}', or check the path"
+        raise UserError(f"--entropies is {source!r:.80} ({why})", "a JSON object or a file", remedy) from error
+    if not isinstance(entropies, dict):
+        raise UserError(f"--entropies is {source!r:.80}", "a JSON object")
     labels = [region.label for region in Region]
-    if not isinstance(entropies, dict) or not all(
-        label in labels and isinstance(value, (int, float)) and value >= 0 for label, value in entropies.items()
-    ):
-        raise UserError(f"--entropies is {source!r:.80}", f"numbers of at least 0 for some of {', '.join(labels)}")
+    for label, value in entropies.items():
+        if label not in labels:
+            raise UserError(f"--entropies has the unknown key {label!r}", f"one of {', '.join(labels)}")
+        if not isinstance(value, (int, float)) or not value >= 0:
+            raise UserError(f"--entropies has {value!r:.80} for {label!r}", "a number of at least 0")
     return {label: float(value) for label, value in entropies.items()}

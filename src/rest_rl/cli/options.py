@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from rest_rl.errors import UserError, describe_renaming
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 # Old names of options and subcommands by command; they still work, with a warning.
@@ -38,7 +40,7 @@ PresetName = Annotated[str, typer.Option("--preset", metavar="P", help="preset; 
 
 def check_share(value: float) -> float:
     if math.isnan(value) or not 0 <= value <= 1:
-        raise typer.BadParameter(f"the value is {value}, expected a number between 0 and 1")
+        raise UserError(f"--progress is {value}", "a number between 0 and 1")
     return value
 
 
@@ -102,7 +104,7 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
         name, equals, value = argument.partition("=")
         if name in renamed and (name.startswith("--") or at == command_at + 1):
             prefix = "" if name.startswith("--") else f"{arguments[command_at]} "
-            print(f"warning: {prefix}{name} is now {prefix}{renamed[name]}", file=sys.stderr)
+            print(f"warning: {describe_renaming(prefix + name, prefix + renamed[name])}", file=sys.stderr)
             changed[at] = f"{renamed[name]}{equals}{value}"
     return changed
 

@@ -37,7 +37,7 @@ UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Replace control characters by symbols such as ␛, so that model output cannot send commands to the terminal."""
+    """Replace control characters with symbols such as ␛, so that model output cannot send commands to the terminal."""
     return UNPRINTABLE.sub(lambda found: to_symbol(ord(found[0])), text)
 
 
@@ -71,11 +71,7 @@ def legend(weights: Mapping[str, float] | None = None) -> Text:
 
 
 def show_tokens(
-    title: str,
-    runs: Iterable[tuple[str, str]],
-    regions: Sequence[int],
-    weights: Sequence[float],
-    console: Console,
+    title: str, runs: Iterable[tuple[str, str]], regions: Sequence[int], weights: Sequence[float], console: Console
 ) -> None:
     """Show a colored response and a table of its regions; `regions` and `weights` have one entry per token."""
     console.rule(title, align="left", style="dim")
@@ -139,7 +135,7 @@ def show_estimate(title: str, rows: Iterable[tuple[str, str, str]], console: Con
 
 
 class Screen(Observer):
-    """The observer of the command line: text, tables and progress bars, or progress lines without a terminal."""
+    """The observer of the command line: text, tables and progress bars (plain lines without a terminal)."""
 
     def __init__(self, console: Console | None = None, show_every: int = 0) -> None:
         """Show a sample response every `show_every` steps, 0 for none."""

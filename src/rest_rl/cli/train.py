@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from rest_rl.cli.options import (
-    EXIT_INTERRUPTED,
-    OutFolder,
-    Overrides,
-    is_debug,
-    settings_after_dashes,
-)
+from rest_rl.cli.options import EXIT_INTERRUPTED, OutFolder, Overrides, is_debug, settings_after_dashes
 from rest_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +84,7 @@ def train(
     if model:
         resolve_origin(model)  # here, so that an error names --model and not model.path
     settings = settings_after_dashes(context)
-    of_verl = any((nodes, gpus_per_node, settings, print_config))  # TRL would ignore these silently
+    of_verl = name_verl_options(nodes, gpus_per_node, print_config, settings)  # TRL would ignore these silently
     if context.info_name == "sft":
         given = any((run, model, data, held_out, preset, tool_format, lora, engine, of_verl, resume, is_dry))
         preset = preset or supervised_preset(run, overrides, resume=resume, is_given=given)
@@ -103,8 +97,8 @@ def train(
     config = resolve_run(**source, is_dry=is_dry or print_config)
     if of_verl and config.run.engine != "verl":
         raise UserError(
-            "--nodes, --gpus-per-node, --print-config and settings after -- need the engine verl",
-            remedy="pass --engine verl; to run TRL on several GPUs, use accelerate launch (docs/training.md)",
+            f"only the verl engine supports {' and '.join(of_verl)}",
+            remedy="add --engine verl; to run TRL on several GPUs, use accelerate launch (docs/training.md)",
         )
     from rich.console import Console
 
@@ -121,7 +115,7 @@ def train(
     elif is_dry:
         del source["resume"]
         rows = make_estimate_rows(estimate_run(**source, observer=screen))
-        show_estimate("estimated needs of the run", rows, screen.console)
+        show_estimate("estimated memory and size of the run", rows, screen.console)
     elif run_training(**source, observer=screen).is_interrupted:
         return EXIT_INTERRUPTED
     return 0
@@ -154,6 +148,11 @@ def lora_overrides(rank: int | None, preset: str | None, *, is_own: bool) -> lis
     # Only for your own model without a run file: a run file, or a resumed run, already says which rate it wants.
     rate = "1e-4" if preset in SUPERVISED else "1e-5"
     return [f"peft.r={rank}", *([f"trl.learning_rate={rate}"] if is_own else [])]
+
+
+def name_verl_options(*values: object) -> list[str]:
+    names = ("--nodes", "--gpus-per-node", "--print-config", "the settings after --")
+    return [name for name, value in zip(names, values, strict=True) if value]
 
 
 def verl_overrides(nodes: int | None, gpus_per_node: int | None, settings: Sequence[str]) -> list[str]:

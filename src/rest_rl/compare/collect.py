@@ -52,7 +52,7 @@ MIN_EVALUATIONS = 4
 
 
 class Metric(NamedTuple):
-    """A number that describes a finished run: its label in tables, and what it measures."""
+    """Definition of a metric of finished runs: its label in tables, and what it measures."""
 
     label: str
     text: str

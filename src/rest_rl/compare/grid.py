@@ -89,9 +89,9 @@ class Grid:
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise UserError(f"seeds are {list(self.seeds)}", "one or more, each once", "change the seeds")
         if self.reference not in self.methods:
-            names = ", ".join(self.methods)
-            remedy = "add it, or choose another with --baseline or [grid] reference"
-            raise UserError(f"the baseline {self.reference!r} is not among the methods {names}", remedy=remedy)
+            names = ", ".join(map(repr, self.methods))
+            remedy = "add it to the methods, or choose another with --baseline (in the grid file: grid.reference)"
+            raise UserError(f"the baseline {self.reference!r} is not among the methods ({names})", remedy=remedy)
         # Two names for one configuration would compare a method with itself and count its seeds twice.
         seen: dict[str, RunName] = {}
         for name, run in self.run_configs():
@@ -170,9 +170,9 @@ class Grid:
 
 def wrap_method_error(label: str, error: ValueError) -> UserError:
     if isinstance(error, UserError):
-        return UserError(f"method {label}: {error.problem}", error.expected, error.remedy)
+        return UserError(f"method {label!r}: {error.problem}", error.expected, error.remedy)
     return UserError(
-        f"method {label}: the trainer refuses its settings ({str(error).rstrip('.')})",
+        f"method {label!r}: the trainer rejects its settings ({str(error).rstrip('.')})",
         remedy="change them in the grid file, the base run or --set",
     )
 

@@ -115,11 +115,11 @@ def locate_grid(grid: str | Path | None, out: str | Path | None, *, only_report:
             raise UserError(
                 f"the folder {given} has no {GRID_FILE}",
                 "the folder of an existing grid",
-                "pass a grid file or --methods, or --report-only for a page about the finished runs in it",
+                "pass a grid file or --methods, or --report-only to report on the finished runs in it",
             )
         return given / GRID_FILE, given
     if not out:
-        raise UserError("no folder for the grid", remedy="pass --out DIR")
+        raise UserError("compare needs a folder for its runs", remedy="pass --out DIR")
     return given, Path(out)
 
 

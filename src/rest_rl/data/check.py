@@ -64,7 +64,7 @@ class CheckConfig:
                 f"{unknown[0]!r} is not a reason that can be allowed", f"one of {', '.join(ALLOWABLE_REASONS)}"
             )
         if not 0 <= self.mask_names <= 1:
-            raise UserError(f"mask_names is {self.mask_names}", "a share between 0 and 1")
+            raise UserError(f"the fraction mask_names is {self.mask_names}", "a number between 0 and 1")
         if self.mask_names and self.keep_prompts:
             raise UserError(
                 "mask_names and keep_prompts are both set, but kept prompts contain the names", remedy="use one of them"
@@ -192,9 +192,9 @@ def warn_about_answers(turns: Mapping[Turn, int]) -> str | None:
     if turns["answers"] <= MAX_ANSWER_SHARE * sum(turns.values()):
         return None
     return (
-        f"{turns['answers'] / sum(turns.values()):.0%} of the samples are answer turns, and the reward accepts any "
-        'complete text without a call for them; set data.turns = "calls" to train on calls only, or set '
-        "rest.reward.answer (docs/training.md)"
+        f"{turns['answers'] / sum(turns.values()):.0%} of the samples are answer turns, for which any complete text "
+        'without a tool call gets the full reward; set data.turns = "calls" to train only on calls, or set '
+        "rest.reward.answer to a function that scores answers (docs/training.md)"
     )
 
 
@@ -277,8 +277,8 @@ class _RowChecker:
     def _shape_of(self, value: Mapping[str, Any]) -> RowShape:
         shape = find_shape(value, self.shapes)
         if shape is None:
-            keys, known = ", ".join(map(str, value)) or "no keys", ", ".join(shape.name for shape in self.shapes)
-            raise RowRejectedError("unknown_shape", f"no shape matches the keys {keys:.200}; known shapes: {known}")
+            keys, known = ", ".join(map(repr, value)) or "none", ", ".join(shape.name for shape in self.shapes)
+            raise RowRejectedError("unknown_shape", f"no shape matches the row's keys ({keys:.200}); shapes: {known}")
         return shape
 
     def _check_sample(
@@ -304,7 +304,7 @@ class _RowChecker:
         if whole in self.seen:
             yield "duplicate", "an earlier sample has the same prompt and gold"
         elif prompt in self.seen:
-            yield "other_gold", "an earlier sample has the same prompt and another gold"
+            yield "other_gold", "an earlier sample has this prompt but another gold turn"
         self.seen |= {prompt, whole}
         if self.test_prompts and compute_leak_digest(sample) in self.test_prompts:
             yield "leak", "the test file contains the same prompt"

@@ -54,7 +54,7 @@ def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tupl
     found = [
         make_finding(
             "duplicate_tool",
-            f"two different tools are called {name}",
+            f"two different tools have the name {name!r}",
             sample.id,
             ("duplicate_tool",) if name in uncalled else allow,
         )
@@ -83,10 +83,10 @@ def check_against_tools(sample: ToolSample, allow: Collection[str] = ()) -> tupl
 
 
 def repair_history(sample: ToolSample, repaired: Mapping[int, Gold]) -> ToolSample:
-    """Return the sample with earlier turns of its history replaced by their repaired golds.
+    """Return the sample with earlier turns of its history replaced by their repaired gold turns.
 
-    `repaired` maps the positions of turns to their golds. Otherwise a prompt would show a call with the very defect
-    that was repaired in the sample of that turn.
+    Without this, the prompt would still show the defect that was repaired in the sample of that turn. `repaired` maps
+    the positions of turns to their gold.
     """
     messages = list(sample.messages)
     for at, gold in repaired.items():
@@ -156,7 +156,7 @@ def _is_of_type(value: Any, name: str) -> bool:
 def _check_enum(value: Any, schema: Mapping[str, Any], name: str) -> Problems:
     enum, items, properties = (schema.get(key) for key in ("enum", "items", "properties"))
     if value is not None and isinstance(enum, list) and enum and value not in enum:
-        yield "not_in_enum", f"{name} is {value!r:.80}, but the enum has only {', '.join(map(str, enum))}"
+        yield "not_in_enum", f"{name} is {value!r:.80}, but its enum allows only {', '.join(map(repr, enum))}"
     if isinstance(value, list | tuple) and isinstance(items, Mapping):
         for number, item in enumerate(value):
             yield from _check_enum(item, items, f"{name}[{number}]")

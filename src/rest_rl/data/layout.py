@@ -29,6 +29,7 @@ PROBE_TOOL = {
     "type": "function",
     "function": {"name": "probe", "description": "?", "parameters": {"type": "object", "properties": {}}},
 }
+SPECIFIED = "set by --format or rest.format"
 DESCRIBED_IN_SYSTEM = "a system message describes it, unless the prompts already do"
 RESULTS_NOTE = "\n\nThe results of calls follow in <tool_response> </tool_response>."
 """Appended to the instructions of a format that has no notation for results."""
@@ -263,12 +264,12 @@ def resolve_format(
     base, asks_think = name.removesuffix(THINK_SUFFIX), name.endswith(THINK_SUFFIX)
     if base == AUTO:
         base = found or FALLBACK_FORMAT
-        why = "from the chat template" if found else f"the chat template uses no known one, so {DESCRIBED_IN_SYSTEM}"
+        why = "from the chat template" if found else f"the chat template uses no known format, so {DESCRIBED_IN_SYSTEM}"
     elif base in FORMATS and found != base:
         shows = f"uses {found}" if found else "uses no known format"
-        why = f"as set; the chat template {shows}, so {DESCRIBED_IN_SYSTEM}"
+        why = f"{SPECIFIED}; the chat template {shows}, so {DESCRIBED_IN_SYSTEM}"
     else:
-        why = "as set"
+        why = SPECIFIED
     opens = PromptLayout(tokenizer, base, variables).opens_think
     if asks_think and not opens:
         raise UserError(

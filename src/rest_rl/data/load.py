@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rest_rl.data.check import CheckConfig, CheckedRow, DataReport, check_rows
 from rest_rl.data.samples import ToolSample
-from rest_rl.errors import RenamedWarning, UserError
+from rest_rl.errors import RenamedWarning, UserError, describe_renaming
 from rest_rl.runlog import SILENT, Observer
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def read_rows(
     `CheckConfig`.
     """
     if "keep" in settings:
-        warnings.warn("keep is now allow", RenamedWarning, stacklevel=3)
+        warnings.warn(describe_renaming("keep", "allow"), RenamedWarning, stacklevel=3)
         settings["allow"] = settings.pop("keep")
     config = CheckConfig(**settings)
     if config.max_prompt_tokens and layout is None:
@@ -69,7 +69,7 @@ def read_rows(
             "max_prompt_tokens needs a tokenizer to count with", remedy="pass layout, or --model on the command line"
         )
     if limit < 0:
-        raise UserError(f"limit is {limit}", "at least 0", "use 0 to read all rows")
+        raise UserError(f"the limit of rows is {limit}", "at least 0", "use 0 to read all rows")
     rows = check_rows(paths, config, test=test, limit=limit, observer=observer)
     if layout is None:
         return rows

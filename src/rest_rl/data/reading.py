@@ -171,7 +171,7 @@ def _find_input(path: str) -> _Input:
         return _Input(name, split or "train", [])
     raise UserError(
         f"{path} does not exist",
-        f"a file ({', '.join(SUFFIXES)}, .gz), a folder, or a dataset of the hub as OWNER/NAME or OWNER/NAME:SPLIT",
+        f"a file ({', '.join(SUFFIXES)}, .gz), a folder, or a Hub dataset (OWNER/NAME or OWNER/NAME:SPLIT)",
         "check the path",
     )
 
@@ -244,7 +244,7 @@ def _decode_row(text: bytes | str) -> Mapping[str, Any] | RowError:
         found = f"byte 0x{error.object[error.start]:02x} at position {error.start} is not UTF-8"
         return RowError("encoding", found, error.object[:200].decode("latin-1"))
     except _ConstantError as error:
-        return RowError("not_a_number", f"the row contains {error}, which JSON does not have", shown)
+        return RowError("not_a_number", f"the row contains {error}, which is not valid JSON", shown)
     except TooDeepError as error:
         return RowError("too_deep", f"the JSON is {error}", shown)
     except ValueError as error:
@@ -335,7 +335,7 @@ def _read_dataset(name: str, split: str) -> Iterator[Any]:
     except Exception as error:  # the hub client, fsspec and the file readers share no base class
         message = " ".join(str(error).split())[:300]
         raise UserError(
-            f"the split {split} of dataset {name} cannot be read ({type(error).__name__}: {message})",
-            "a folder written by save_to_disk, or a dataset on the hub",
+            f"the split {split!r} of the dataset {name!r} cannot be read ({type(error).__name__}: {message})",
+            "a folder written by save_to_disk, or a Hub dataset",
             "check the name, the split (NAME:SPLIT or NAME:CONFIG/SPLIT) and the network, or download the file",
         ) from error

@@ -48,7 +48,7 @@ REASONS: dict[str, Reason] = {
         "a tool has no valid schema",
         'write {"name", "description", "parameters": {"type": "object", "properties": {...}}}',
     ),
-    "bad_gold": Reason("rejected", "the calls of the demonstration cannot be read", "fix the calls"),
+    "bad_gold": Reason("rejected", "the calls of the demonstration cannot be read", "fix the calls or the markup"),
     "bad_history": Reason("rejected", "the earlier turns cannot be separated", "fix the turns, or pass --keep-prompts"),
     "bad_turn": Reason("rejected", "a message cannot be read", "fix the message"),
     "broken_history": Reason("rejected", "an earlier message cannot be read", "fix the earlier message"),
@@ -72,7 +72,7 @@ REASONS: dict[str, Reason] = {
     "results_reordered": Reason(
         "repaired", "tool results come in another order than their calls", "sort them into the order of the calls"
     ),
-    "orphan_result": Reason("noted", "a tool result belongs to no call of the turn before it", "fix its tool_call_id"),
+    "orphan_result": Reason("noted", "a tool result matches no call of the preceding turn", "fix its tool_call_id"),
     "missing_result": Reason("noted", "a call has no result although the dialogue continues", "add the result"),
     "weight_zero": Reason(
         "noted", "the assistant turn has weight 0 and is not trained on", "to train on it, set its weight to 1"
@@ -95,12 +95,12 @@ REASONS: dict[str, Reason] = {
         "rejected", "the gold contains a special token, which no response can contain", "remove the token"
     ),
     # problems of the gold, compared with the tools
-    "unknown_tool": Reason("rejected", "the gold calls a tool that is not offered", "add the tool or fix the name"),
+    "unknown_tool": Reason("rejected", "the gold turn calls an unknown tool", "add the tool or fix the name"),
     "undocumented_argument": Reason(
-        "rejected", "the gold has an argument that the schema lacks", "add it to the schema or fix its name"
+        "rejected", "a gold call has an argument that the schema lacks", "add it to the schema or fix its name"
     ),
     "missing_argument": Reason(
-        "rejected", "the gold leaves out a required argument", "add the argument, or remove it from required"
+        "rejected", "a gold call leaves out a required argument", "add the argument, or remove it from required"
     ),
     "number_as_string": Reason(
         "repaired", "a number or boolean is stored as text", "store it with the type that the schema gives"
@@ -120,7 +120,7 @@ REASONS: dict[str, Reason] = {
     ),
     # problems of the sample, compared with other samples and with limits
     "duplicate": Reason("rejected", "an earlier sample has the same prompt and gold", "remove one of them"),
-    "other_gold": Reason("noted", "an earlier sample has the same prompt and another gold", "keep only the right one"),
+    "other_gold": Reason("noted", "an earlier sample has this prompt but another gold turn", "keep only the right one"),
     "leak": Reason("rejected", "the test file contains the same prompt", "remove it from one of the two files"),
     "prompt_too_long": Reason(
         "rejected", "the prompt is longer than the limit", "shorten the prompt or raise --max-prompt-tokens"
@@ -141,7 +141,7 @@ class RowFinding(NamedTuple):
 
 
 def make_finding(reason: str, detail: str, sample: str | None = None, allow: Iterable[str] = ()) -> RowFinding:
-    """Return a finding with the severity of its reason, or `noted` if `allow` contains the reason."""
+    """Return a finding. Its severity is that of its reason, or `noted` if `allow` contains the reason."""
     severity: Severity = "noted" if reason in allow else REASONS[reason].severity
     shown = " ".join(detail.split())[:400].encode(errors="replace").decode()  # lone surrogates cannot be printed
     return RowFinding(reason, shown, severity, sample)

@@ -47,7 +47,7 @@ class ToolSample:
         messages: The history; it does not contain the turn itself.
         tools: The offered tools as JSON schemas.
         gold: The expected calls, or the expected answer.
-        thought: The reasoning of the demonstration, if it has one.
+        thought: The reasoning in the demonstration, if any.
         kind: The kind of task; result tables group by it.
         tools_in_prompt: Whether the messages already describe the tools. `tools` are then used for checks only, and
             not passed to the chat template.

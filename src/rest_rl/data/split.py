@@ -30,15 +30,16 @@ class Split:
 
     def __init__(self, rows: Iterable[CheckedRow], share: float, seed: int) -> None:
         if not 0 < share < 1:
-            raise UserError(f"--test is {share}", "a share between 0 and 1, such as 0.1")
+            raise UserError(f"--test is {share}", "a fraction between 0 and 1, such as 0.1")
         self._joined: dict[int, int] = {}
         opening = array("Q", (self._join_opening(row, sample) for row in rows for sample in row.samples))
         sizes = Counter(self._root(group) for group in opening)
         self._test = _first_groups(sizes, seed, share * len(opening))
         if len(opening) < 2 or not self._test or len(self._test) == len(sizes):
-            groups = "1 group" if len(sizes) == 1 else f"{len(sizes)} groups"
-            problem = f"the samples form {groups} that cannot be divided over two sides"
-            raise UserError(problem, remedy="use a larger file or another --test")
+            questions = "1 distinct first question" if len(sizes) == 1 else f"{len(sizes)} distinct first questions"
+            problem = f"the dialogues have only {questions}, too few for --test {share}"
+            remedy = "use a file with more dialogues" + (" or another --test" if len(sizes) > 1 else "")
+            raise UserError(problem, remedy=remedy)
 
     def is_test(self, row: CheckedRow, sample: ToolSample) -> bool:
         """Return whether a sample of a row belongs to the test side."""

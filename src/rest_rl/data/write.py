@@ -68,9 +68,9 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({describe_os_error(error)})", remedy="choose another --out"
-        ) from error
+        files = [str(folder) for folder in path.parents if folder.is_file()]
+        reason = f"{files[0]} is a file, not a folder" if files else describe_os_error(error)
+        raise UserError(f"{path} cannot be written ({reason})", remedy="choose another --out") from error
     finally:
         with suppress(OSError):  # the parent may be a file, and then there is no part file
             part.unlink(missing_ok=True)

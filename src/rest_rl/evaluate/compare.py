@@ -1,8 +1,8 @@
 """`rest-rl eval diff`: compare two evaluations of the same benchmark, sample by sample.
 
 Only samples that both evaluations scored are used, so all differences are paired. The test over all samples is one
-hypothesis; the tests of the groups form a family and get q-values as well. Official averages whose categories were
-fully scored on both sides get a difference with an interval, but no test.
+hypothesis; the tests of the groups form a family and get q-values in addition to p-values. Official averages whose
+categories were fully scored on both sides get a difference with an interval, but no test.
 """
 
 from __future__ import annotations
@@ -158,8 +158,9 @@ def read_evaluation(folder: str | Path) -> Evaluation:
     summary, rows = read_json_object(path / SUMMARY), EvalLog(path).read_rows()
     if "benchmark" not in summary or not rows:
         missing = SAMPLES if "benchmark" in summary else f"{SUMMARY} of an evaluation"
+        problem = f"{folder} contains no {missing}" if path.exists() else f"{folder} does not exist"
         expected, remedy = "the folder of a finished `rest-rl eval`", "pass its --out, or finish it with --resume"
-        raise UserError(f"{folder} contains no {missing}", expected, remedy)
+        raise UserError(problem, expected, remedy)
     return Evaluation(str(folder), summary, {row["id"]: row for row in rows})
 
 

@@ -126,10 +126,7 @@ class SingleTurn(Conversation):
     """
 
     def __init__(
-        self,
-        sample: ToolSample,
-        tool_format: ToolFormat,
-        judge: Callable[[Reply, ParsedResponse], Mapping[str, Any]],
+        self, sample: ToolSample, tool_format: ToolFormat, judge: Callable[[Reply, ParsedResponse], Mapping[str, Any]]
     ) -> None:
         self.sample, self.format, self.judge = sample, tool_format, judge
         self._reply: Reply | None = None

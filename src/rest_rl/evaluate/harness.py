@@ -129,7 +129,7 @@ class ActiveConversation:
         return {**self.row_start, **record, **verdicts, **why, **self.reply_fields}
 
     def finish(self) -> Row:
-        """Return the row of a finished conversation and close it."""
+        """Close a finished conversation and return its row."""
         try:
             outcome = self.conversation.outcome()
             verdicts = dict.fromkeys(self.metrics) if "error" in outcome else {}

@@ -53,7 +53,8 @@ class EvalLog:
         log = cls(folder)
         recorded = read_json_object(log.folder / SETTINGS)
         if not recorded:
-            raise UserError(f"{folder} contains no evaluation to resume", remedy="remove --resume")
+            remedy = "check --out, or remove --resume to start a new evaluation"
+            raise UserError(f"{folder} contains no evaluation to resume", remedy=remedy)
         asked = json.loads(as_json(settings))
         if changed := sorted(key for key in {*asked, *recorded} if asked.get(key) != recorded.get(key)):
             old = ", ".join(f"{key} = {recorded.get(key)!r:.80}" for key in changed)

@@ -73,23 +73,24 @@ def check_model_path(path: str, option: str) -> None:
         if not any((folder / part).exists() for part in MODEL_FILES):
             inside = [each.parent for part in MODEL_FILES for each in folder.glob(f"*/{part}")]
             near = f"did you mean {inside[0]}?" if inside else "check the path"
-            raise UserError(f"{option} {path} contains no model", "a folder with config.json", near)
+            raise UserError(f"{option} is {path!r}, a folder without a model", "a folder with config.json", near)
         return
     first, *others = folder.parts or (path,)
-    problem = f"{option} {path} does not exist"
+    problem, advice = f"{option} is {path!r}, which does not exist", "check the spelling"
     if not path.startswith(("/", ".")) and not folder.is_file() and is_hub_name(path):
         if any(isinstance(try_to_load_from_cache(path, part), str) for part in MODEL_FILES):
             return
         if not has_hub():
-            problem = f"{option} {path} is not a local folder, and the hub cannot be reached"
+            problem = f"{option} is {path!r}, which is not a local folder (the Hub cannot be reached)"
+            advice = "check the spelling and the network"
         elif not (others and Path(first).is_dir()) or exists_on_hub(path):  # not `runs/mine` with a local folder `runs`
             return
     here = folder.parent if folder.parent.is_dir() else Path()
     folders = sorted(each.name for each in here.iterdir() if each.is_dir() and not each.name.startswith("."))
     near = difflib.get_close_matches(folder.name if here == folder.parent else first, folders, n=1)
-    contents = f"{here.absolute()} contains {', '.join(folders[:5]) or 'no folders'}"
-    remedy = f"did you mean {here / near[0]}?" if near else f"check the path ({contents})"
-    raise UserError(problem, "a folder or a name on the hub", remedy)
+    contents = f"folders in {here.absolute()}: {', '.join(folders[:5]) or 'none'}"
+    remedy = f"did you mean {here / near[0]}?" if near else f"{advice} ({contents})"
+    raise UserError(problem, "a folder or a Hub model name", remedy)
 
 
 def is_hub_name(path: str) -> bool:
@@ -166,7 +167,7 @@ def read_sample_blocks(file: BinaryIO) -> Iterator[bytes]:
 
 
 def compute_digest(path: Path, pieces: Callable[[BinaryIO], Iterable[bytes]] | None = None) -> str:
-    """Return the first 12 hex digits of the SHA-256 of a file, or of the `pieces` of it."""
+    """Return the first 12 hex digits of the SHA-256 of a file, or of the chunks that `pieces` reads from it."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

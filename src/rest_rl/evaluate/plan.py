@@ -57,7 +57,7 @@ def make_plan(request: EvalRequest) -> Plan:
 
 def _format_without_tokenizer(request: EvalRequest) -> tuple[str, str]:
     if request.format and request.format != AUTO:
-        return request.format, "as set"
+        return request.format, "as specified"
     if request.responses:
         recorded = read_json_object(Path(request.responses).with_name(SETTINGS))
         if isinstance(recorded.get("format"), str):
@@ -74,7 +74,7 @@ def _checkpoint_plan(request: EvalRequest) -> Plan:
     recorded = {"path": path, "chat_template_kwargs": dict(run.model.chat_template_kwargs) if run else {}}
     tables = apply_overrides({"model": recorded}, request.changes)
     if others := sorted(set(tables) - {"model"}):
-        raise UserError(f"--set changes {', '.join(others)}", "only keys of [model]", "remove the others")
+        raise UserError(f"--set changes {', '.join(others)}", "only keys of [model]", "remove it, or write model.KEY")
     table = from_mapping(ModelTable, tables["model"], "model")
     tokenizer = load_policy_tokenizer(table)
     is_training = request.prompt_mode == "training"
@@ -99,7 +99,7 @@ def _server_plan(request: EvalRequest) -> Plan:
         default = FORMAT if request.prompt == "published" else AUTO
         name, reason = resolve_format(request.format or default, tokenizer, variables)
     elif request.format or request.prompt == "native":
-        name, reason = request.format or "hermes", "as set" if request.format else "if the server parses no calls"
+        name, reason = request.format or "hermes", "as specified" if request.format else "if the server parses no calls"
         get_format(name)
     elif request.prompt == "published":
         name, reason = FORMAT, "required by the published texts"
@@ -141,17 +141,17 @@ def _resolve_published_frame(
     if request.benchmark == "api-bank" or not is_asked:
         if given:
             raise UserError(
-                f"--prompt-from has no effect with --prompt {request.prompt_mode}",
-                f"--prompt published, or a run that kept its prompts in {FORMAT}",
-                "remove it",
+                f"--prompt-from has no effect with --prompt {request.prompt_mode}"
+                + ("" if request.prompt else " (the default), unless the run was trained on published prompts"),
+                remedy="add --prompt published, or remove --prompt-from",
             )
         return None, reason
     if not is_toolrl:
         expected = f"{FORMAT}, which these prompts describe"
         raise UserError(f"--prompt published with format {name}", expected, "remove --format")
     if not (path := given or kept):
-        expected = "a file of ToolRL's rows (its texts are not part of this package)"
-        raise UserError("--prompt published needs --prompt-from", expected, "pass --prompt-from rlla_sft.json")
+        problem = "--prompt published needs a file with ToolRL's rows, whose texts are not part of this package"
+        raise UserError(problem, remedy="download rlla_sft.json and pass it as --prompt-from")
     try:
         return frame_of(path), f"{reason}; texts from {path}"
     except UserError as error:

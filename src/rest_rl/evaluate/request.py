@@ -144,7 +144,7 @@ class EvalRequest:
         chosen = [name for name in ("oracle", "responses", "endpoint") if getattr(self, name)]
         if len(chosen) > 1 or (self.model and chosen not in ([], ["endpoint"])):
             given = " and ".join(f"--{name}" for name in [*chosen, *(["model"] if self.model else [])])
-            raise UserError(f"{given} exclude each other", remedy="pass only one of them")
+            raise UserError(f"{given} cannot be combined", remedy="pass only one of them")
         if not chosen and not self.model and self.benchmark != "tool-world":
             raise UserError("no model given", remedy="pass --model, --endpoint, --responses or --oracle")
         if chosen == ["endpoint"] and not isinstance(self.model, str):
@@ -154,15 +154,15 @@ class EvalRequest:
         # An option for another kind of model would have no effect, and the user would not notice.
         if self.source in ("oracle", "responses", "object"):
             unused = (*CHECKPOINT_OPTIONS, *MODEL_OPTIONS)
-            where = "a model object" if self.source == "object" else f"--{self.source}"
-            found, expected = f"has no effect with {where}", "a checkpoint or a server"
+            where = "a model object" if self.source == "object" else f"--{self.source}, which loads no model"
+            found, remedy = f"has no effect with {where}", "remove"
         elif self.source == "endpoint":
-            unused, found, expected = CHECKPOINT_OPTIONS, "has no effect with --endpoint", "a checkpoint as --model"
+            unused, found, remedy = CHECKPOINT_OPTIONS, "has no effect with --endpoint", "remove"
         else:
-            unused, found, expected = SERVER_OPTIONS, "has no effect without --endpoint", "a server"
+            unused, found, remedy = SERVER_OPTIONS, "has no effect without --endpoint", "add --endpoint URL, or remove"
         for name in unused:
             if getattr(self, name) not in (None, False, ()):
-                raise UserError(f"{option_name(name)} {found}", expected, "remove it")
+                raise UserError(f"{option_name(name)} {found}", remedy=f"{remedy} {option_name(name)}")
 
 
 def option_name(name: str) -> str:

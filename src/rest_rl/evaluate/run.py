@@ -171,7 +171,8 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
         from rest_rl.evaluate.benchmarks.api_bank import ApiBank
 
         if not request.data:
-            raise UserError("api-bank needs its data", remedy="pass --data with the folder of its files")
+            remedy = "pass the folder with ToolRL's level-1-, level-2- and level-3-api_processed.json as --data"
+            raise UserError("api-bank needs its data", remedy=remedy)
         return ApiBank(request.data, keep_prompts=plan.keep_prompts)
     if name == "tool-world":
         from rest_rl.evaluate.benchmarks.tool_world import ToolWorldTasks
@@ -191,7 +192,9 @@ def open_benchmark(request: EvalRequest, plan: Plan) -> Benchmark:
         part for part in ("name", "pin", "metrics", "group_field", "groups", "start") if not hasattr(benchmark, part)
     ]:
         raise UserError(
-            f"benchmark {name!r} has no {', '.join(missing)}", "a rest_rl.Benchmark", "add the missing attributes"
+            f"benchmark {name!r} lacks the attributes {', '.join(map(repr, missing))}",
+            "a rest_rl.Benchmark",
+            "add them",
         )
     check_signature(benchmark.start, f"start of benchmark {name!r}", "identity", "tool_format")
     return benchmark

@@ -277,7 +277,7 @@ def interval_text(low: Any, high: Any) -> str:
 
 
 def markdown_cell(row: Any) -> str:
-    """Return, for example, `95.0 [92.4, 96.7]`; a partial group is marked with its number of samples."""
+    """Return, for example, `95.0 [92.4, 96.7]`; a partly scored group also shows how many samples were scored."""
     mark, part = ("*", f"(n = {row.n} of {row.of})") if is_partial(row) else ("", "")
     return " ".join(filter(None, (format_percent(row.accuracy) + mark, interval_text(row.low, row.high), part)))
 

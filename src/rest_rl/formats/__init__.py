@@ -64,7 +64,7 @@ def get_format(tool_format: str | ToolFormat) -> ToolFormat:
         raise UserError(
             f"unknown format {tool_format!r}",
             f"one of {', '.join(FORMATS)}, or package.module:OBJECT",
-            f"change it, or append {THINK_SUFFIX} to a name if the prompt ends with the opening think tag",
+            f"choose one, with {THINK_SUFFIX} appended if the chat template opens the think block",
         )
     return found if name == tool_format else OpenedThinkFormat(found)
 
@@ -115,7 +115,7 @@ def _validate_object(found: Any, what: str) -> ToolFormat:
     if isinstance(found, type):
         raise UserError(f"{what} is a class", "an object", f"create one with {found.__name__}()")
     if missing:
-        raise UserError(f"{what} has no {', '.join(missing)}", remedy="add them")
+        raise UserError(f"{what} lacks the attributes {', '.join(map(repr, missing))}", remedy="add them")
     with wrap_user_errors(what, "the methods of rest_rl.ToolFormat"):
         _check_round_trip(found, what)
     _validated[id(found)] = found

@@ -36,13 +36,13 @@ def choose_format(name: str, texts: Iterable[str]) -> tuple[str, str]:
     looked_at = [text[:MAX_CHARACTERS] for text in islice(texts, MAX_RESPONSES)]
     readings = {found.name: measure_format(found, looked_at) for found in candidate_formats()}
     best = max(readings, key=lambda other: readings[other])  # max returns the first of equal readings
-    reads = f"it reads the calls of {readings[best].calls} of {len(looked_at)} responses"
+    reads = f"parses the calls of {readings[best].calls} of {len(looked_at)} responses"
     if name == AUTO:
-        return best, reads
+        return best, reads if looked_at else "the default, because there are no responses"
     own = readings.get(name) or measure_format(get_format(name), looked_at)
     if readings[best].calls <= 2 * own.calls:
-        return name, "as set"
-    return name, f"as set, but {best} reads more ({reads}, {name} those of {own.calls}); try --format {best}"
+        return name, "as specified"
+    return name, f"as specified, but {best} {reads}, {name} only those of {own.calls}; try --format {best}"
 
 
 def candidate_formats() -> list[ToolFormat]:

@@ -26,7 +26,7 @@ class ToolFormat(Protocol):
         ...
 
     def parse(self, text: str, *, spans: bool = True) -> ParsedResponse:
-        """Parse a response; never raises. `spans=False` leaves the spans empty, which is faster and enough to score."""
+        """Parse a response; never raises. `spans=False` leaves out the spans, which is faster and suffices to score."""
         ...
 
     def render(self, thought: str | None, calls: Sequence[ToolCall], answer: str | None) -> str:

@@ -28,7 +28,7 @@ _NO_SPAN = Span(-1, -1, Region.OTHER)
 
 
 class Tag(NamedTuple):
-    """A tag that does not open or close a block."""
+    """A stand-alone tag, which neither opens nor closes a block."""
 
     position: int
     text: str

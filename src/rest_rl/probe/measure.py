@@ -206,12 +206,7 @@ def compute_region_and_true_weights(groups: Sequence[SampledGroup]) -> Tensor:
 
 
 def compute_gradients(
-    model: Any,
-    sampled: SampledBatch,
-    weights_KBT: Tensor,
-    coordinates: Coordinates,
-    batch_size: int,
-    advance: Advance,
+    model: Any, sampled: SampledBatch, weights_KBT: Tensor, coordinates: Coordinates, batch_size: int, advance: Advance
 ) -> Tensor:
     """Return the gradient of each weighting and group: float32 (K, M, N)."""
     vectors_KMN = torch.zeros(len(weights_KBT), len(sampled.groups), coordinates.size)

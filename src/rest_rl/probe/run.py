@@ -79,9 +79,9 @@ def probe(
     Raises:
         UserError: For a wrong argument before anything is sampled, or if the folder cannot be written at the end.
     """
-    check_minimums(prompts=(prompts, MIN_PROMPTS), prompts_per_step=(step, 1))
+    check_minimums(number_of_prompts=(prompts, MIN_PROMPTS), number_of_prompts_per_step=(step, 1))
     if not 0 <= norm_cap < float("inf"):
-        raise UserError(f"norm cap is {norm_cap}", "a multiple of the median norm, or 0 for none", "change it")
+        raise UserError(f"the norm cap is {norm_cap}", "0 (no cap) or a positive multiple of the median norm")
     config = resolve_run(model, data, overrides)  # mistakes surface up here, before minutes of loading and sampling
     layouts = build_layouts(config, formats)
     limited = config.with_response_limit(layouts[0].context)

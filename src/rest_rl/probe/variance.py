@@ -241,7 +241,7 @@ def compute_norm_scales(baseline_MN: Tensor, cap: float) -> Tensor:
 
 
 def sum_by_block(gradients_MN: Tensor, true_MN: Tensor, blocks: int, scales_M: Tensor | None = None) -> list[UnitSums]:
-    """Sum over `blocks` runs of consecutive units, whose sizes differ by at most 1."""
+    """Return the sums of `blocks` contiguous blocks of the M units; the sizes of the blocks differ by at most 1."""
     if gradients_MN.ndim != 2 or gradients_MN.shape != true_MN.shape:
         shapes = tuple(gradients_MN.shape), tuple(true_MN.shape)
         raise ValueError(f"gradients are {shapes[0]} and true gradients {shapes[1]}, expected the same (M, N) for both")

@@ -53,13 +53,13 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, prompts: Sequence[HeldOutPrompt]) -> Mapping[str, Any] | None:
-        """Return the scores of the current policy; None if the engine evaluates by itself or cannot evaluate here."""
+        """Return the scores of the current policy; None if the engine runs its own evaluation or cannot do so here."""
         ...
 
     def run(self, after_step: AfterStep) -> StopPoint:
-        """Train from the checkpoint to the last step; return at once if the checkpoint is that of the last step.
+        """Train from the checkpoint to the last step; return at once if the checkpoint is already at it.
 
-        An engine that evaluates by itself does not call `after_step`.
+        An engine that runs its own evaluation does not call `after_step`.
         """
         ...
 

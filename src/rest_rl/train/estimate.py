@@ -274,7 +274,7 @@ class _MemoryModel:
             parts.append(MemoryPart("reference model", "always", weights, "exact: a copy, because beta is not 0"))
         if self.device:
             allowance = DEVICE_ALLOWANCE[self.is_gpu]
-            parts.append(MemoryPart("context", "always", allowance, "bound: allowance for device and libraries"))
+            parts.append(MemoryPart("context", "always", allowance, "bound: libraries and device context"))
         return parts
 
     # Peak of forward and backward pass beyond weights and gradients. Without checkpointing every layer's activations
@@ -363,7 +363,7 @@ class _MemoryModel:
 
 
 def count_cache_bytes(text: Any, tokens: int, value_bytes: int) -> int:
-    """Return the KV cache size of one sequence; sliding windows have a fixed length, linear attention a fixed state."""
+    """Return the KV cache bytes of one sequence; layers with a sliding window or linear attention need a fixed size."""
     kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     kept = {"sliding_attention": min(tokens, getattr(text, "sliding_window", None) or tokens), "linear_attention": 0}
@@ -389,19 +389,19 @@ def make_estimate_rows(estimate: Estimate) -> list[tuple[str, str, str]]:
     size, work = estimate.size, estimate.work
     tokens = work.per_step * (work.median_tokens + work.max_response)
     return [
-        ("parameters", f"{size.base:,}", "exact: counted on the model, tied weights once"),
+        ("parameters", f"{size.base:,}", "exact: counted in the model; tied weights count once"),
         ("trained", f"{size.trained:,}", f"exact: {size.trained / size.base:.2%} of them"),
         *((f"{name} ({phase})", format_bytes(number), how) for name, phase, number, how in estimate.parts),
-        ("peak memory, update", format_bytes(estimate.phase_bytes("update")), "with the parts always in use"),
-        ("peak memory, generation", format_bytes(estimate.phase_bytes("generation")), "with the parts always in use"),
+        ("peak memory, update", format_bytes(estimate.phase_bytes("update")), "with all (always) parts"),
+        ("peak memory, generation", format_bytes(estimate.phase_bytes("generation")), "with all (always) parts"),
         ("peak memory of one device", format_bytes(estimate.total), "the larger of the two"),
         (
             "prompt tokens",
             f"{work.median_tokens:,} / {work.longest_tokens:,}",
             f"median and longest of {work.samples:,} prompts",
         ),
-        ("responses per batch", f"{work.responses:,}", f"to {work.prompts:,} prompts; {work.per_step:,} in one step"),
-        ("tokens per step", f"{tokens:,}", "upper bound: median prompts, longest responses"),
+        ("responses per batch", f"{work.responses:,}", f"for {work.prompts:,} prompts; {work.per_step:,} per step"),
+        ("tokens per step", f"{tokens:,}", "estimate: median prompt and longest response"),
         ("steps", f"{work.steps:,}", "optimizer steps of the run"),
         ("verdict", *judge_fit(estimate)),
     ]
@@ -412,7 +412,7 @@ def judge_fit(estimate: Estimate) -> tuple[str, str]:
     if not estimate.work.steps:
         work = estimate.work
         few = f"{work.samples} prompts do not fill one batch of {work.prompts}, so nothing would be trained"
-        return "no step", f"{few}; lower steps_per_generation or per_device_train_batch_size"
+        return "cannot train", f"{few}; lower trl.steps_per_generation or trl.per_device_train_batch_size"
     if estimate.device is None:
         return "no GPU", f"needs about {format_bytes(estimate.total)}; this machine has no GPU to compare with"
     device, spare = estimate.device, estimate.device.bytes - estimate.total

@@ -215,7 +215,7 @@ def four_bit_config() -> BitsAndBytesConfig:
 
 
 def new_adapter_config(config: RunConfig) -> Any | None:
-    """Return the LoraConfig of the adapter that a run adds; None without `[peft]` or if the model is an adapter."""
+    """Return the LoraConfig of a run's new adapter; None without a [peft] table or if the model is an adapter."""
     requested = lora_config(config.peft)
     recorded = None if config.model.path == EMBEDDED or requested is None else read_adapter_config(config.model.path)
     if recorded is None:
@@ -245,7 +245,7 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
             raise unknown_key_error(f"peft.{name}", name, fields)
     rank = table.get("r", 16)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise UserError(f"peft.r is {rank!r}", "an integer of at least 1", "change it")
+        raise UserError(f"peft.r is {rank!r}", "a whole number of at least 1", "change it")
     given = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **table}
     try:
         return LoraConfig(**given)
@@ -267,6 +267,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+LOADED_FILES = {"model": "config.json and model.safetensors", "tokenizer": "tokenizer.json"}
+
+
 # The loaders of transformers raise about a dozen types for a model that is missing or damaged.
 @contextmanager
 def explain_load_errors(what: str, path: str | Path) -> Iterator[None]:
@@ -278,9 +281,9 @@ def explain_load_errors(what: str, path: str | Path) -> Iterator[None]:
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         raise UserError(
-            f"the {what} {path} cannot be loaded ({type(error).__name__}: {first_line:.200})",
-            "a folder with config.json, model.safetensors and tokenizer.json, or a hub name",
-            "check the path",
+            f"the {what} '{path}' cannot be loaded ({type(error).__name__}: {first_line:.200})",
+            f"a folder with {LOADED_FILES[what]}, or a Hub name",
+            "check the name and the network",
         ) from error
 
 

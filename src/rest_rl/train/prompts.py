@@ -150,10 +150,11 @@ def read_data(
 ) -> TrainingData:
     """Read the data of a run and report to the observer what was left out.
 
-    A training prompt must leave `response_tokens` of the model's context, a held-out prompt `eval.max_new_tokens`.
+    Each prompt must leave room for the response in the model's context: `response_tokens` tokens in training,
+    `eval.max_new_tokens` on the held-out set.
 
     Raises:
-        UserError: a file gives no samples, or a prompt is too long and `data.too_long` is "refuse".
+        UserError: a file yields no samples, or a prompt is too long and `data.too_long` is "refuse".
     """
     data, say = config.data, observer.say
     check_response_limit("trl.max_completion_length", response_tokens, layout)
@@ -319,6 +320,7 @@ def make_rejection_lines(row: CheckedRow) -> list[dict[str, Any]]:
 
 def summarize_file(path: str, report: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{report[name]} {name}" for name in ("kept", "repaired", "rejected"))
-    reasons = ", ".join(f"{reason} {count}" for reason, count in report["reasons"].items())
-    samples = f"{report['samples']} samples: {format_turn_mix(report['turns'])}" if report["samples"] else "0 samples"
-    return f"{path}: {report['rows']} rows, {counts}, {samples}" + (f" ({reasons})" if reasons else "")
+    rows, samples = (f"{report[name]} {name.removesuffix('s' * (report[name] == 1))}" for name in ("rows", "samples"))
+    mix = f": {format_turn_mix(report['turns'])}" if report["samples"] else ""
+    hint = f"; for the reasons, run rest-rl data check {path}" if report["reasons"] else ""
+    return f"{path}: {rows}: {counts}; {samples}{mix}{hint}"

@@ -1,4 +1,4 @@
-"""Record responses for responses.jsonl: text, score, and the loss's values for each token.
+"""Record responses for responses.jsonl: text, score, and the values computed in the loss for each token.
 
 A response is scored before the loss is computed, so its row waits for the token values. `RESPONSE_INDEX` numbers the
 responses of one generation batch: TRL shuffles and splits the batch, and the number travels along.

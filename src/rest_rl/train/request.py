@@ -1,4 +1,4 @@
-"""Resolve which run is requested: a run file with overrides, a resumed run or the embedded run. Imports no torch."""
+"""Resolve which run is requested: a run file with overrides, a resumed run or the embedded run, without torch."""
 
 from __future__ import annotations
 
@@ -129,13 +129,13 @@ def check_ranges(table: Mapping[str, Any]) -> None:
             validate_value(value, hint, f"trl.{name}")
     steps = table.get("max_steps", -1)
     if isinstance(steps, int) and steps < 1 and steps != -1:
-        expected = "at least 1, or -1 for the steps of trl.num_train_epochs"
+        expected = "at least 1, or -1 to train for trl.num_train_epochs"
         raise UserError(f"trl.max_steps is {steps}", expected, "change it")
 
 
 def find_run_file(folder: Path) -> Path:
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} contains no run to resume", remedy="pass the run folder with --out")
+        raise UserError(f"{folder} contains no run to resume", remedy="pass an existing run folder with --out")
     return folder / CONFIG
 
 
@@ -171,7 +171,8 @@ def resolve_resumed_run(requested: RunConfig) -> RunConfig:
         return recorded
     if not set(changed) <= {f"trl.{key}" for key in LENGTH_KEYS}:
         remedy = "omit RUN.toml and --set to resume it, or pass another --out to start the changed run"
-        raise UserError(f"--resume cannot change {', '.join(changed)} of the recorded run", remedy=remedy)
+        parts = [f"{key} (recorded {old!r:.80}, now {new!r:.80})" for key, (old, new) in changed.items()]
+        raise UserError(f"--resume cannot change {', '.join(parts)}", remedy=remedy)
     return lengthen_run(recorded, {key: requested.trl[key] for key in LENGTH_KEYS if key in requested.trl})
 
 

@@ -231,11 +231,7 @@ def make_engine(config: RunConfig, layout: PromptLayout, observer: Observer, *, 
 
 
 def estimate_run(
-    run: RunSource = None,
-    *,
-    out: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    observer: Observer = SILENT,
+    run: RunSource = None, *, out: str | Path | None = None, overrides: Sequence[str] = (), observer: Observer = SILENT
 ) -> Estimate:
     """Estimate the memory and work of `train` with these arguments; writes nothing and loads no weights.
 
@@ -305,12 +301,7 @@ class HeldOutEvaluator:
     """Evaluates the policy on held-out prompts: before, after and, with `[eval] every`, during training."""
 
     def __init__(
-        self,
-        engine: Engine,
-        samples: Sequence[tuple[str, Prepared]],
-        plan: RunPlan,
-        log: RunLog,
-        observer: Observer,
+        self, engine: Engine, samples: Sequence[tuple[str, Prepared]], plan: RunPlan, log: RunLog, observer: Observer
     ) -> None:
         config, layout = plan.config, plan.layout
         self.engine, self.log, self.observer = engine, log, observer

@@ -112,7 +112,7 @@ def compute_surprise_metrics(sums_4: Tensor) -> dict[str, float]:
 
 
 def check_weight_rule(rule: WeightRule, tool_format: str, entropy_decay: float, *, truncates: bool) -> None:
-    """Raise a UserError for a rule that does not suit the format or the sampling (`truncates`: top-p, top-k, min-p)."""
+    """Raise UserError for a rule that does not suit the format or the sampling; `truncates`: top-p, top-k or min-p."""
     if not 0 <= entropy_decay < 1:
         raise UserError(f"rest.entropy_decay is {entropy_decay}", "a number in [0, 1)", "change it")
     if check := getattr(rule, "check", None):

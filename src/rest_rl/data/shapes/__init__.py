@@ -72,7 +72,7 @@ def get_shapes(source: str | RowShape) -> tuple[RowShape, ...]:
     shape: Any = load_object(source, "row shape") if isinstance(source, str) else source
     missing = [part for part in ("name", "matches", "read") if not hasattr(shape, part)]
     if missing or isinstance(shape, type):
-        found = "is a class" if isinstance(shape, type) else f"has no {', '.join(missing)}"
+        found = "is a class" if isinstance(shape, type) else f"lacks the attributes {', '.join(map(repr, missing))}"
         raise UserError(f"row shape {source!r} {found}", "an object with name, matches and read", "see docs/data.md")
     check_signature(shape.matches, f"matches of row shape {source!r}", "row")
     check_signature(shape.read, f"read of row shape {source!r}", "row", "context")

@@ -50,7 +50,7 @@ def read(row: Mapping[str, Any], context: RowContext) -> list[Dialogue]:
 
 
 def read_message(raw: Any, context: RowContext) -> dict[str, Any]:
-    """Return a message under our names; anything unreadable stays, and `decompose_readable` reports it."""
+    """Return a message with our key names; unreadable values are kept, and `decompose_readable` reports them."""
     if not isinstance(raw, Mapping):
         return {"role": None}
     given = raw.get("role", raw.get("from"))

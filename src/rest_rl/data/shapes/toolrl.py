@@ -85,7 +85,7 @@ def _read_gold(output: str) -> tuple[str | None, Gold]:
     # are not gold. Every line of the calls must be readable: a partly read gold would reject correct responses.
     before, end, after = output.rpartition(_END)
     if not output.lstrip().startswith(_THINK) or not end:
-        raise RowRejectedError("bad_gold", f"the output begins with {output[:60]!r}, expected a think block")
+        raise RowRejectedError("bad_gold", f"the output begins with {output[:60]!r}, expected a <think> block")
     parsed = get_format(FORMAT).parse(f"{_THINK}{_END}{after}", spans=False)
     if not parsed.well_formed or parsed.unreadable_calls:
         raise RowRejectedError("bad_gold", "; ".join(parsed.problems) or "the demonstration is not well formed")

@@ -81,7 +81,7 @@ def to_wire_message(message: Mapping[str, Any], names: Mapping[str, str]) -> dic
 
 
 def parse_chat_completion(data: bytes, sample: ToolSample, tool_format: ToolFormat) -> Reply:
-    """Parse the body of a chat completion; MalformedResponseError if it is none.
+    """Parse the body of a chat completion. Raises MalformedResponseError if it is not one.
 
     Tool calls that the server parsed become the reply's calls. A call whose arguments are not a JSON object is
     appended to the text instead.

@@ -143,7 +143,7 @@ class Endpoint(Model):
             import openai
         except ImportError:
             raise UserError("--endpoint needs the package openai", remedy="pip install 'openai>=2,<4'") from None
-        check_positive(max_new_tokens=max_new_tokens, concurrency=concurrency, context=context)
+        check_positive(max_new_tokens=max_new_tokens, concurrency=concurrency, context_length=context)
         check_positive(requests_per_minute=requests_per_minute)
         if retries < 0 or not timeout > 0:
             wrong = f"retries is {retries}" if retries < 0 else f"timeout is {timeout}"
@@ -178,7 +178,7 @@ class Endpoint(Model):
         asyncio.run_coroutine_threadsafe(self._check(), self._loop).result()
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        """Return one reply per request, in order; UserError for a wrong key, model name or URL."""
+        """Return one reply per request, in order. Raises UserError if the key, model name or URL is wrong."""
         if not self._is_stopped:
             answers = asyncio.run_coroutine_threadsafe(self._respond_all(requests), self._loop)
             self._pending.add(answers)

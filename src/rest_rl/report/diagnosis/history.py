@@ -72,7 +72,7 @@ class MetricSeries:
         return math.sqrt(math.fsum(self._squares) / (2 * len(self._squares))) if self._squares else 0.0
 
     def best_window(self) -> WindowMean | None:
-        """Return the highest window that does not overlap the newest, or `first_window` while there is none."""
+        """Return the highest window that does not overlap the newest, or `first_window` if there is none yet."""
         return self.window_mean(self._best) if self._best else self.first_window()
 
     def first_window(self) -> WindowMean | None:

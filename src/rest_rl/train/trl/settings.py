@@ -68,7 +68,10 @@ def make_trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfi
     except UserError:
         raise
     except (TypeError, ValueError) as error:  # the trainer's own checks of its fields
-        raise UserError(f"{kind.__name__} rejects [trl] = {table} ({error})", remedy="correct it") from error
+        if "bf16" in str(error):
+            remedy = "set trl.use_cpu = true to train on the CPU, or trl.bf16 = false"
+            raise UserError("trl.bf16 is on, but this machine has no GPU that supports it", remedy=remedy) from error
+        raise UserError(f"{kind.__name__} rejects the settings of [trl] ({error})", remedy="change them") from error
     # TRL does not save the buffered generation batch. A run resumed in the middle of one would generate it again with
     # the newer policy, and so differ from an uninterrupted run.
     if args.save_strategy == "steps" and args.save_steps % optimizer_steps_per_batch(args) != 0:

@@ -1,17 +1,17 @@
 """ResT on TRL's `GRPOTrainer`: the advantages are multiplied by token weights; everything else is TRL.
 
 Shapes: B responses, T completion tokens, R regions. TRL's loss accepts advantages of shape (B, T), and for w >= 0
-min(r w A, clip(r) w A) = w min(r A, clip(r) A): weighting the advantage weights the clipped surrogate.
+min(r w A, clip(r) w A) = w min(r A, clip(r) A), so scaling the advantage by w scales the clipped surrogate by w.
 
-Region statistics: the weights of optimizer step k come from a moving average, over the steps before k, of the global
-sums of entropies by region (all micro-batches and processes; `EntropyTracker`). They cost no extra forward pass and are
-the same in every micro-batch and process, so gradient accumulation equals the full batch and two processes equal one.
-In step 0 no entropy has been measured and all regions count as equally uncertain. With num_iterations > 1 every
-optimizer step updates the average, also a second step on the same responses.
+Region statistics: the weights of step k are computed from a moving average of the entropy sums per region, taken over
+all steps before k, all micro-batches and all processes (`EntropyTracker`). The statistics need no extra forward pass
+and are the same everywhere, so gradient accumulation gives the same result as the full batch, and two processes the
+same as one. In step 0 no entropy has been measured and all regions count as equally uncertain. With num_iterations > 1
+every optimizer step updates the average, including a second step on the same responses.
 
 The lag costs little. In three runs of 60 steps on the tool world (batches of 32 and 64, learning rates 3e-4 and 1e-3)
-the average at decay 0.7 was 0.07 to 0.12 nats (RMS over tokens) from the exact mean of the step that it weighted,
-within 2 % of the best decay in each run; with the last step only it was 0.09 to 0.16 nats
+the average with decay 0.7 differed from the mean entropy of the weighted step by 0.07 to 0.12 nats (RMS over tokens),
+at most 2% more than with the best decay of each run. Using only the previous step, the difference was 0.09 to 0.16 nats
 (benchmarks/entropy_estimate.py).
 """
 
@@ -259,7 +259,7 @@ class ResTTrainer(GRPOTrainer):
         """Create a trainer like `GRPOTrainer`; `weight_rule`, your own object, replaces the preset's rule."""
         args = args if args is not None else ResTConfig("rest-output")
         if not isinstance(args, ResTConfig):
-            raise UserError(f"args is a {type(args).__name__}", "a ResTConfig", "pass the same settings to ResTConfig")
+            raise UserError(f"args has type {type(args).__name__}", "a ResTConfig", "pass the settings to ResTConfig")
         if processing_class is None:
             processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)  # noqa: SLF001
             processing_class.padding_side = processing_class.truncation_side = "left"

@@ -71,8 +71,8 @@ class VerlEngine:
 
     def __init__(self, config: RunConfig, layout: PromptLayout, observer: Observer) -> None:
         if missing := [name for name in ("verl", "transfer_queue") if importlib.util.find_spec(name) is None]:
-            remedy = "pip install 'verl[verl-core]>=0.9,<0.10' in a separate environment (docs/cluster.md)"
-            raise UserError(f"the engine verl requires the package {missing[0]}, which is not installed", remedy=remedy)
+            remedy = "in a separate environment, run pip install 'verl[verl-core]>=0.9,<0.10' (docs/cluster.md)"
+            raise UserError(f"the verl engine requires the package {missing[0]}, which is not installed", remedy=remedy)
         self.config, self.layout, self.observer = config, layout, observer
         if unread := find_unread_keys(config):
             observer.say(f"the engine verl ignores {', '.join(unread)}; [verl] has its own keys for them")

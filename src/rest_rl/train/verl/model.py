@@ -30,10 +30,10 @@ LORA_META = "lora_train_meta.json"
 def merge_model(
     checkpoint: Path, strategy: str, target: Path, *, base: str | Path, trust_remote_code: bool = False
 ) -> None:
-    """Write a checkpoint's model to `target`: its adapter (of the model `base`) or the whole model, and the tokenizer.
+    """Write the tokenizer and model of a checkpoint to `target`: only the adapter if one was trained on top of `base`.
 
     An adapter keeps its dtype; verl's merger writes whole models in bfloat16. `target` appears only when it is
-    complete; UserError if the checkpoint cannot be merged or the folder cannot be written.
+    complete. Raises UserError if the checkpoint cannot be merged or the folder cannot be written.
     """
     actor, part = checkpoint / "actor", target.with_name(f".{target.name}.part")
     # Megatron saves models and adapters in Hugging Face's layout, unless configured to save its own shards.

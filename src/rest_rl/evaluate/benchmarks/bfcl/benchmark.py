@@ -80,12 +80,7 @@ class Bfcl(Benchmark):
     name = "bfcl"
 
     def __init__(
-        self,
-        version: Version,
-        categories: Sequence[str] | None = None,
-        *,
-        seconds: float = 20.0,
-        memory_mb: int = 2048,
+        self, version: Version, categories: Sequence[str] | None = None, *, seconds: float = 20.0, memory_mb: int = 2048
     ) -> None:
         """Load the samples of the given categories or groups (non_live, live, multi_turn, all).
 
