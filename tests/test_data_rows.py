@@ -292,7 +292,7 @@ def test_missing_inputs_are_refused(tmp_path: Path, name: str, told: str, monkey
 
 
 def test_a_dataset_that_cannot_be_reached_is_one_error() -> None:
-    with pytest.raises(ValueError, match="the split train of dataset nobody-at-all/nothing cannot be read"):
+    with pytest.raises(ValueError, match="the split 'train' of the dataset 'nobody-at-all/nothing' cannot be read"):
         load_dataset("nobody-at-all/nothing")
 
 

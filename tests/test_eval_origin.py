@@ -163,11 +163,20 @@ ORACLE, SERVER = {"oracle": True}, {"endpoint": "http://h", "model": "m", "forma
 @pytest.mark.parametrize(
     ("who", "option", "told"),
     [
-        *((ORACLE, option, "with --oracle") for option in ({"vllm": True}, {"batch_size": 2}, {"tokenizer": "x"})),
-        *((ORACLE, option, "with --oracle") for option in ({"changes": ("model.dtype=float32",)}, {"context": 9})),
-        *((ORACLE, option, "with --oracle") for option in ({"max_new_tokens": 9}, {"requests_per_minute": 9})),
-        (ORACLE, {"extra_body": {}}, "with --oracle"),
-        ({"responses": "r.jsonl"}, {"vllm": True}, "with --responses"),
+        *(
+            (ORACLE, option, "with --oracle, which loads no model")
+            for option in ({"vllm": True}, {"batch_size": 2}, {"tokenizer": "x"})
+        ),
+        *(
+            (ORACLE, option, "with --oracle, which loads no model")
+            for option in ({"changes": ("model.dtype=float32",)}, {"context": 9})
+        ),
+        *(
+            (ORACLE, option, "with --oracle, which loads no model")
+            for option in ({"max_new_tokens": 9}, {"requests_per_minute": 9})
+        ),
+        (ORACLE, {"extra_body": {}}, "with --oracle, which loads no model"),
+        ({"responses": "r.jsonl"}, {"vllm": True}, "with --responses, which loads no model"),
         (SERVER, {"vllm": True}, "with --endpoint"),
         (SERVER, {"batch_size": 2}, "with --endpoint"),
         ({}, {"tokenizer": "x"}, "without --endpoint"),
@@ -222,7 +231,7 @@ def test_a_path_without_a_model_is_refused_offline(run_folder: Path, path: str, 
     Path("rows.jsonl").touch()
     with pytest.raises(UserError) as refused:
         resolve_origin(path, "--tokenizer")
-    assert refused.value.problem.startswith(f"--tokenizer {path}")
+    assert refused.value.problem.startswith(f"--tokenizer is {path!r}")
     assert near is None or f"did you mean {near}?" in refused.value.remedy
 
 
@@ -253,4 +262,4 @@ def test_a_run_folder_is_a_model_for_data_inspect_and_train(
         option = "--tokenizer" if command[0] == "inspect" else "--model"
         capsys.readouterr()
         assert main([*command, option, "runs/mnie"]) == 2
-        assert capsys.readouterr().err.startswith(f"error: {option} runs/mnie ")
+        assert capsys.readouterr().err.startswith(f"error: {option} is 'runs/mnie'")

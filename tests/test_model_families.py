@@ -278,7 +278,7 @@ def test_held_out_samples_are_accounted_for(
     command += ["--set", f"data.held_out={str(held_out)!r}"]
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "2 rows, 0 kept, 1 repaired, 1 rejected" in shown
+    assert "2 rows: 0 kept, 1 repaired, 1 rejected" in shown
     assert "not_laid_out 1" in shown  # a row whose turns after the two calls are left out
     assert read_run(tmp_path / "run").summary["after"]["n"] == 1
     held_out.write_text("{torn\n")
@@ -345,7 +345,7 @@ def test_a_template_of_no_known_format_gets_one_in_words(samples: list[ToolSampl
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
     name, why = resolve_format("auto", tokenizer)
     assert name == "hermes"
-    assert "uses no known one" in why
+    assert "uses no known format" in why
     text = PromptLayout(tokenizer, name).render(samples[0])
     assert text.startswith("system: You can call these tools")
     assert "You help with travel." in text

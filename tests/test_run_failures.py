@@ -130,7 +130,7 @@ def test_a_lengthened_run_equals_one_of_that_length(tables: dict[str, Any], tmp_
     longer = {**tables, "trl": {**tables["trl"], "max_steps": 10}}
     assert train(longer, out=folder, resume=True).steps == 10
     assert steps_of(folder) == [*range(1, 11)]
-    with pytest.raises(UserError, match="more than the run.s 10 steps"):
+    with pytest.raises(UserError, match=r"more than the run.s 10 steps"):
         train(tables, out=folder, resume=True)
     assert train(out=folder, resume=True).steps == 10
 
@@ -142,7 +142,7 @@ def test_a_run_of_epochs_is_lengthened_by_epochs(tables: dict[str, Any], tmp_pat
     assert train(out=folder, resume=True, overrides=["trl.num_train_epochs=1.5"]).steps == 6
     assert steps_of(folder) == [*range(1, 7)]
     assert parse_toml(read_run(folder).config, "the run")["rest"]["progress_steps"] == 4
-    with pytest.raises(UserError, match="more than the run.s 6 steps"):
+    with pytest.raises(UserError, match=r"more than the run.s 6 steps"):
         train(out=folder, resume=True, overrides=["trl.num_train_epochs=1.5", "trl.max_steps=6"])
 
 

@@ -75,7 +75,7 @@ def test_resume_before_the_end_drops_the_evaluation_after_it(tmp_path: Path, is_
 def test_a_summary_that_is_not_an_object_is_an_error(tmp_path: Path) -> None:
     start(tmp_path)
     (tmp_path / SUMMARY).write_text("[]")
-    with pytest.raises(ValueError, match=r"summary\.json contains a list, expected an object"):
+    with pytest.raises(ValueError, match=r"summary\.json contains JSON of type list, expected an object"):
         read_run(tmp_path)
 
 

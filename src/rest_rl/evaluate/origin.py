@@ -49,7 +49,7 @@ def resolve_origin(path: str, option: str = "--model") -> Origin:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        problem = f"{option} {path} cannot be read ({describe_os_error(error)})"
+        problem = f"{option} is {path!r}, which cannot be read ({describe_os_error(error)})"
         raise UserError(problem, remedy="check the path") from error
     if (folder / CONFIG).is_file() and (folder / MODEL).is_dir():
         return Origin(str(folder / MODEL), read_run_file(folder / CONFIG), display_path(folder))

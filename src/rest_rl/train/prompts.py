@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -322,5 +323,6 @@ def summarize_file(path: str, report: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{report[name]} {name}" for name in ("kept", "repaired", "rejected"))
     rows, samples = (f"{report[name]} {name.removesuffix('s' * (report[name] == 1))}" for name in ("rows", "samples"))
     mix = f": {format_turn_mix(report['turns'])}" if report["samples"] else ""
-    hint = f"; for the reasons, run rest-rl data check {path}" if report["reasons"] else ""
+    reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(report["reasons"]).most_common(3))
+    hint = f"; most frequent reasons: {reasons}; for all, run rest-rl data check {path} --model DIR" if reasons else ""
     return f"{path}: {rows}: {counts}; {samples}{mix}{hint}"
