@@ -157,7 +157,9 @@ def run_theory(arguments: argparse.Namespace) -> None:
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     least = {"prompts": MIN_PROMPTS, "pilot": MIN_PILOT, "pilot_group": MIN_PILOT_GROUP, "seed": 0, "step": 1}
-    check_minimums(**{name: (getattr(arguments, name), number) for name, number in least.items()})
+    check_minimums(
+        **{f"--{name.replace('_', '-')}": (getattr(arguments, name), number) for name, number in least.items()}
+    )
     if len(arguments.format) > 1:
         raise UserError(
             f"--format is given {len(arguments.format)} times", "one format", "measure the formats one by one"

@@ -202,7 +202,7 @@ def test_the_folder_is_checked_before_the_measurement(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--prompts", "2"), "prompts is 2, expected at least 8"),
+        (("--prompts", "2"), "--prompts is 2, expected at least 8"),
         (("--pilot-group", "8", "--group", "9"), "expected at least the --group of 9"),
         (("--step", "-3"), "step is -3, expected at least 1"),
         (("--format", "toolrl", "--format", "hermes"), "--format is given 2 times"),

@@ -1,7 +1,7 @@
 """Collects the run folders of a grid into a frozen `ComparisonReport`, which the renderers only format.
 
-The run folders are `DIR/runs/METHOD-SEED`, or `METHOD@START-SEED` with several warm starts. A metric that a run did not
-record is missing, never 0.
+The run folders are `DIR/runs/METHOD-SEED`, or `METHOD@START-SEED` if the grid has several starting models. A metric
+that a run did not record is missing, never 0.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class ComparisonReport:
         return list(dict.fromkeys(name.label for name in self.unfinished_runs if name.label not in present))
 
     def headline(self, key: str) -> str:
-        """Return the metric to show for `key`; see `headlines`."""
+        """Return the metric to show for `key`: that over call turns if answer turns were measured too."""
         return self.headlines.get(key, key)
 
     def line(self, method: str, start: str = "") -> MethodResult | None:

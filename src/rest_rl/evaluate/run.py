@@ -80,7 +80,7 @@ def evaluate(
 
     Args:
         benchmark: `bfcl`, `api-bank`, `tool-world`, a `package.module:OBJECT`, or a `Benchmark`.
-        model: A run folder, a model or adapter folder, a name on the hub, or a `Model`.
+        model: A run folder, model or adapter folder, Hub name or `Model`; None with `responses=` or `oracle=`.
         observer: Receives progress and notes.
         options: The other fields of `EvalRequest`: `data=`, `endpoint=`, `format=`, `limit=`, `out=`, `resume=`, ...
 

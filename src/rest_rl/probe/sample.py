@@ -70,7 +70,8 @@ def check_minimums(**values: tuple[int | None, int]) -> None:
     """Raise UserError for the first (value, minimum) whose value is too small; None always passes."""
     for name, (value, minimum) in values.items():
         if value is not None and value < minimum:
-            raise UserError(f"the {name.replace('_', ' ')} is {value}", f"at least {minimum}", "raise it")
+            what = name if name.startswith("--") else f"the {name.replace('_', ' ')}"
+            raise UserError(f"{what} is {value}", f"at least {minimum}", "raise it")
 
 
 def sample_groups(
