@@ -28,7 +28,7 @@ _NO_SPAN = Span(-1, -1, Region.OTHER)
 
 
 class Tag(NamedTuple):
-    """A stand-alone tag, which neither opens nor closes a block."""
+    """A self-closing tag, which neither opens nor closes a block."""
 
     position: int
     text: str
