@@ -98,7 +98,7 @@ def train(
     if of_verl and config.run.engine != "verl":
         raise UserError(
             f"only the verl engine supports {' and '.join(of_verl)}",
-            remedy="add --engine verl; to run TRL on several GPUs, use accelerate launch (docs/training.md)",
+            remedy="add --engine verl, or omit it (with TRL, several GPUs need accelerate launch: docs/training.md)",
         )
     from rich.console import Console
 

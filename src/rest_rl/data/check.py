@@ -67,7 +67,8 @@ class CheckConfig:
             raise UserError(f"the fraction mask_names is {self.mask_names}", "a number between 0 and 1")
         if self.mask_names and self.keep_prompts:
             raise UserError(
-                "mask_names and keep_prompts are both set, but kept prompts contain the names", remedy="use one of them"
+                "mask_names and keep_prompts cannot be combined: kept prompts still show the tools' names",
+                remedy="remove one of the two settings",
             )
         if self.max_prompt_tokens < 0:
             raise UserError(f"max_prompt_tokens is {self.max_prompt_tokens}", "at least 0", "use 0 for no limit")

@@ -29,7 +29,7 @@ PROBE_TOOL = {
     "type": "function",
     "function": {"name": "probe", "description": "?", "parameters": {"type": "object", "properties": {}}},
 }
-SPECIFIED = "set by --format or rest.format"
+SPECIFIED = "set by rest.format"
 DESCRIBED_IN_SYSTEM = "a system message describes it, unless the prompts already do"
 RESULTS_NOTE = "\n\nThe results of calls follow in <tool_response> </tool_response>."
 """Appended to the instructions of a format that has no notation for results."""

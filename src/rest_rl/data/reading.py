@@ -248,7 +248,8 @@ def _decode_row(text: bytes | str) -> Mapping[str, Any] | RowError:
     except TooDeepError as error:
         return RowError("too_deep", f"the JSON is {error}", shown)
     except ValueError as error:
-        return RowError("not_json", f"the text is not JSON ({error})", shown)
+        where = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+        return RowError("not_json", f"the text is not JSON ({where})", shown)
     if not isinstance(row, Mapping):
         return RowError("not_an_object", f"the row is of type {type(row).__name__}, expected an object", shown)
     return row

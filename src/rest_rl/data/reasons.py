@@ -48,7 +48,7 @@ REASONS: dict[str, Reason] = {
         "a tool has no valid schema",
         'write {"name", "description", "parameters": {"type": "object", "properties": {...}}}',
     ),
-    "bad_gold": Reason("rejected", "the calls of the demonstration cannot be read", "fix the calls or the markup"),
+    "bad_gold": Reason("rejected", "the calls of the gold turn cannot be read", "fix the calls or the markup"),
     "bad_history": Reason("rejected", "the earlier turns cannot be separated", "fix the turns, or pass --keep-prompts"),
     "bad_turn": Reason("rejected", "a message cannot be read", "fix the message"),
     "broken_history": Reason("rejected", "an earlier message cannot be read", "fix the earlier message"),
