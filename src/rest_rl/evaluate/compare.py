@@ -51,8 +51,8 @@ class Evaluation(NamedTuple):
 class Change:
     """The paired change of one group: accuracies and their difference as fractions, with a 95 % interval.
 
-    Only the base model got `lost` samples right, only the tuned model `gained` ones. `p` is McNemar's exact test (None
-    for an official average), `q` its Benjamini-Hochberg value among the groups (None for averages and all samples).
+    `lost` counts samples that only the base model got right, `gained` those of only the tuned model. `p` is
+    McNemar's exact test, `q` its Benjamini-Hochberg value among the groups (None for averages; `q` for all samples).
     """
 
     group: str
@@ -209,7 +209,7 @@ def compute_turn_changes(first: Evaluation, second: Evaluation, metric: str, ids
 # McNemar's exact test: samples with equal verdicts carry no information about the difference. Under the null hypothesis
 # a flipped sample is lost or gained with probability 1/2, so `lost` is binomial(lost + gained, 1/2); two-sided p.
 def compute_change(group: str, pairs: Sequence[tuple[bool, bool]]) -> Change:
-    """Return the change over pairs of (base, tuned) verdicts; without pairs it is 0 with interval [-1, 1]."""
+    """Return the change over pairs of (base, tuned) verdicts; without pairs the change is 0 with interval [-1, 1]."""
     n, lost = len(pairs), sum(old and not new for old, new in pairs)
     gained = sum(new and not old for old, new in pairs)
     base, tuned = (sum(pair[side] for pair in pairs) / n if n else 0.0 for side in (0, 1))

@@ -1,7 +1,7 @@
 """Exact match, S_acc and S_format on held-out prompts, sampled at temperature 1 and greedy.
 
-Scores are reported in total, per kind, per split, and separately for call turns and answer turns. Each comes with its
-number of responses `n` and the standard error of exact match over prompts.
+Scores are reported in total, per kind of sample, per split of the held-out set, and for call turns and answer turns.
+Each comes with its number of responses `n` and the standard error of exact match over prompts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rest_rl.runlog import SILENT, Observer
 from rest_rl.statistics import Outcome, summarize
 
 REASONING_ALLOWANCE = 256
-"""Tokens in addition to twice the longest gold, for a model that reasons although the gold contains no thoughts."""
+"""Tokens that `response_limit` adds to twice the longest gold, for models that reason where the gold does not."""
 
 
 class HeldOutPrompt(NamedTuple):
@@ -41,7 +41,7 @@ def evaluate_held_out(
     config: EvalTable,
     observer: Observer = SILENT,
 ) -> dict[str, Any]:
-    """Return the sampled scores with `calls`, `answers`, `kinds` and `splits`; the greedy ones are under `greedy`."""
+    """Return the sampled scores, also by `calls`, `answers`, `kinds` and `splits`; the greedy ones under `greedy`."""
     texts, limits = [prompt.text for prompt in prompts], [prompt.limit for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": limits, "batch_size": config.batch_size}
     steps = decoding_steps(texts, limits, config.batch_size)
@@ -72,7 +72,7 @@ def response_limit(config: RunConfig, golds: Iterable[str], tokenizer: Any) -> i
     return min(config.max_response_tokens, 2 * longest + REASONING_ALLOWANCE)
 
 
-# Sampling at even distances: the prompts are dealt round-robin over the (split, kind) groups until `number` are placed,
+# Sampling at even distances: prompts are dealt round-robin to the (split, kind) groups until `number` are dealt,
 # which gives each group its quota (equal, as far as the group has enough prompts). A group of size n with quota q then
 # contributes its indices 0, n/q, 2n/q, ... (rounded down). A prefix would be less diverse, since neighbors often come
 # from the same dialogue. There is no randomness: every evaluation of a run uses the same prompts.

@@ -3,8 +3,8 @@
     settings.json   model, prompt and selection          summary.json    scores by group, with 95 % Wilson intervals
     samples.jsonl   one object per sample                environment.json  versions, platform, command
 
-Each line of samples.jsonl is written as a whole when its sample finishes. A killed evaluation only loses the samples
-in flight; `--resume` evaluates these and the failed ones again.
+Each line of samples.jsonl is written as a whole when its sample finishes. A killed evaluation loses only unfinished
+samples; `--resume` evaluates these and the failed ones again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class EvalLog:
         return log
 
     def read_rows(self) -> list[Row]:
-        """Return the samples so far. Incomplete or damaged lines are skipped; resuming repeats their samples."""
+        """Return the rows written so far. Incomplete or damaged lines are skipped; resuming repeats their samples."""
         path, rows = self.folder / SAMPLES, []
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
             with suppress(ValueError):

@@ -32,10 +32,10 @@ class Plan:
     keep_prompts: bool = False
     """Whether to use API-Bank's published prompts."""
     table: ModelTable | None = None
-    """Only for a checkpoint."""
+    """The `[model]` table of a checkpoint; None for other kinds of model."""
     layout: PromptLayout | None = None
     frame: Frame | None = None
-    """ToolRL's texts, if the model gets ToolRL's published prompts."""
+    """The fixed wording of ToolRL's published prompts, if the model gets these prompts."""
 
     @property
     def tool_format(self) -> ToolFormat:

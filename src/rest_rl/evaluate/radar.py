@@ -31,7 +31,7 @@ class Accuracy(NamedTuple):
 
 
 def draw_radars(summaries: Sequence[Summary], folder: str | Path) -> Iterator[str]:
-    """Draw one figure per benchmark and pin; yield its path, or the reason why there is none."""
+    """Draw one figure per benchmark and pin (version of data and checker); yield its path, or why there is none."""
     editions = [[summary for _, summary in models] for models in group_by_edition(summaries)]
     for edition in editions:
         slug = "-".join(re.findall(r"[a-z0-9]+", str(edition[0].get("pin")).lower()))[:60]

@@ -1,8 +1,8 @@
 """Result tables in the paper's layout (rows are models, columns are groups), and the tables of a comparison.
 
 The input is plain mappings: summaries of evaluations, and a comparison's `to_json()`. Evaluations with different pins
-never share a table, a partially evaluated group is marked, and an average is shown only if the summary contains it,
-that is, if none of its categories is incomplete.
+(versions of data and checker) never share a table, a partially evaluated group is marked, and an average is shown
+only if the summary contains it, that is, if none of its categories is incomplete.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ISSUE_LABELS = {
     "truncated": "truncated",
     "errors": "not scored",
 }
-"""What a group counts besides verdicts, and its label in tables."""
+"""Counts of a group in addition to its verdicts, with their labels in tables."""
 MODEL_COLUMNS = ("benchmark", "version", "pin", "model", "prompt", "format")
 SCORE_FIELDS = ("n", "of", "correct", "accuracy", "low", "high")
 COLUMNS = [*MODEL_COLUMNS, "metric", "table", "column", *SCORE_FIELDS, *ISSUE_LABELS]
@@ -118,7 +118,7 @@ def build_tables(summaries: Sequence[Summary]) -> list[ResultTable]:
 
 
 def group_by_edition(summaries: Sequence[Summary]) -> list[Models]:
-    """Group the evaluations by benchmark, version and pin, each with its model's name."""
+    """Group the evaluations, each with its model's name, by edition: benchmark, version and pin."""
     found: dict[str, list[tuple[str, Summary]]] = {}
     for name, summary in zip(model_names(summaries), summaries, strict=True):
         found.setdefault(edition_key(summary), []).append((name, summary))
@@ -146,9 +146,9 @@ def describe_prompt(summary: Summary) -> str:
 
 
 def build_sections(models: Models) -> list[Section]:
-    """Return the non-empty tables of one edition.
+    """Return the non-empty tables of one benchmark, version and pin.
 
-    BFCL has several: the official averages, each part with an evaluated category, and categories of no part.
+    BFCL has one for the official averages, one for each part, and one for the categories that belong to no part.
     """
     first = models[0][1]
     groups = list(dict.fromkeys(str(name) for _, summary in models for name in scored_groups(summary)))

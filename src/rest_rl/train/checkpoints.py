@@ -14,7 +14,7 @@ from rest_rl.runlog import METRICS, RESPONSES, TIMING, RunLog, read_rows
 
 
 class Checkpoint(NamedTuple):
-    """The point from which a run resumes; without a folder, its beginning."""
+    """The point from which a run resumes: the beginning of the run if `folder` is None."""
 
     step: int
     folder: Path | None = None
@@ -25,7 +25,7 @@ class Checkpoint(NamedTuple):
 def find_checkpoint(log: RunLog, save_steps: float) -> tuple[Checkpoint, list[str]]:
     """Return the newest complete checkpoint of a run folder and the names of newer incomplete ones.
 
-    A run that was killed before its first checkpoint resumes from the beginning; UserError if it should have one.
+    Without a checkpoint the run resumes from the beginning; UserError if more than `save_steps` steps are finished.
     """
     broken: list[str] = []
     for folder in sorted(log.checkpoints.glob("checkpoint-*"), key=checkpoint_step, reverse=True):
@@ -56,7 +56,7 @@ def checkpoint_step(folder: Path) -> int:
 
 # A killed process leaves a torn checkpoint: a file is missing or cut short. Every file is therefore opened:
 # safetensors compares its header with the file's length, and a zip archive (torch.save) has its directory at the end.
-# None unless all parts are there and the trainer's state belongs to the step in the folder's name.
+# Returns None unless all parts are there and the trainer's state belongs to the step in the folder's name.
 def read_complete_state(folder: Path) -> dict[str, Any] | None:
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
@@ -72,8 +72,8 @@ def read_complete_state(folder: Path) -> dict[str, Any] | None:
     return state if state.get("global_step") == checkpoint_step(folder) else None
 
 
-# transformers loads the files that it finds: without its file, the optimizer would silently start from zero. This
-# therefore requires weights, optimizer, learning rate schedule and random state, whole or sharded.
+# transformers loads only the files that it finds: without its file, the optimizer would silently start from zero.
+# Weights, optimizer, learning rate schedule and random state are therefore all required, whole or sharded.
 def has_all_parts(folder: Path) -> bool:
     is_deepspeed = any(folder.glob("global_step*/*"))  # weights, optimizer and schedule; not opened
     indices = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.safetensors.index.json")]

@@ -20,8 +20,8 @@ class StopPoint(NamedTuple):
     is_interrupted: bool = False
 
 
-# Called with the number of finished steps before that step is logged and saved; returns the evaluation that it made.
-# It must change neither the model nor the random state, or a resumed run would differ.
+# Called with the number of finished steps before the last of them is logged and saved; returns the evaluation that it
+# made. It must change neither the model nor the random state, or a resumed run would differ.
 AfterStep = Callable[[int], "Row | None"]
 
 
@@ -57,7 +57,7 @@ class Engine(Protocol):
         ...
 
     def run(self, after_step: AfterStep) -> StopPoint:
-        """Train from the checkpoint to the last step; return at once if the checkpoint is already at it.
+        """Train from the checkpoint to the last step; return at once if the checkpoint is of the last step.
 
         An engine that runs its own evaluation does not call `after_step`.
         """

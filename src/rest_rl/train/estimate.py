@@ -57,7 +57,7 @@ class Device(NamedTuple):
 
 
 class ParameterCounts(NamedTuple):
-    """Numbers of parameters: all, trained (with an adapter, only its own), and those that 4-bit loading shrinks."""
+    """Numbers of parameters: all, trained (the adapter's if there is one), and those that 4-bit loading shrinks."""
 
     base: int
     trained: int
@@ -65,7 +65,7 @@ class ParameterCounts(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """A run in numbers over all processes; in supervised training a prompt includes its demonstration."""
+    """The work of a run over all processes; in supervised training a prompt includes its demonstration."""
 
     samples: int
     median_tokens: int  # of the prompts
@@ -145,7 +145,7 @@ def estimate_resources(
 
 
 def find_device(args: Any) -> Device | None:
-    """Return this process's GPU, or this machine's memory if it trains on the CPU; None for another machine's run."""
+    """Return this process's GPU, or this machine's memory if it trains on the CPU; None if another machine trains."""
     if args.use_cpu and not getattr(args, "use_vllm", False):
         limit = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
         text = limit.read_text().strip() if limit.exists() else ""
@@ -408,7 +408,7 @@ def make_estimate_rows(estimate: Estimate) -> list[tuple[str, str, str]]:
 
 
 def judge_fit(estimate: Estimate) -> tuple[str, str]:
-    """Return the verdict in a word or two, and a sentence with what to change."""
+    """Return whether the run fits, in a word or two, and a sentence that says what to change."""
     if not estimate.work.steps:
         work = estimate.work
         few = f"{work.samples} prompts do not fill one batch of {work.prompts}, so nothing would be trained"

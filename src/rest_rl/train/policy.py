@@ -91,7 +91,7 @@ def load_policy(config: ModelTable, peft: Mapping[str, Any] | None = None) -> tu
 
 
 def load_policy_tokenizer(config: ModelTable) -> Any:
-    """Return a policy's tokenizer, or an adapter's base model's: fast and left-padded.
+    """Return the fast tokenizer of a policy, or of an adapter's base model; it pads on the left.
 
     UserError if it cannot be read, or has no chat template or end-of-sequence token.
     """
@@ -124,8 +124,8 @@ def load_policy_config(config: ModelTable) -> Any:
 def context_length(config: Any, tokenizer: Any) -> int | None:
     """Return a model's context length in tokens, None if unlimited.
 
-    It is the smaller of the model's positions and its tokenizer's limit. Positions that YaRN, linear or dynamic scaling
-    extends count extended; models with other kinds of scaling publish the extended number.
+    The result is the smaller of the model's number of positions and its tokenizer's limit. YaRN, linear and dynamic
+    scaling count with the extended number; with other kinds of scaling the model publishes the extended number itself.
     """
     text = config.get_text_config() if config else None
     positions, rope = (getattr(text, name, None) for name in ("max_position_embeddings", "rope_parameters"))
@@ -138,7 +138,7 @@ def context_length(config: Any, tokenizer: Any) -> int | None:
 
 
 def policy_context_length(config: ModelTable, tokenizer: Any) -> int | None:
-    """Return the `context_length` of a policy; a folder with only a tokenizer has no model configuration."""
+    """Return the `context_length` of a policy, or its tokenizer's limit if the model's configuration cannot be read."""
     try:
         return context_length(load_policy_config(config), tokenizer)
     except UserError:
@@ -147,7 +147,7 @@ def policy_context_length(config: ModelTable, tokenizer: Any) -> int | None:
 
 
 def load_generation_config(model: str | Path) -> Any:
-    """Return an object with a model's generation_config, which has more stop tokens; None without the file."""
+    """Return an object with a model's `generation_config`, which may list more stop tokens; None without that file."""
     try:
         return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(str(model)))
     except OSError:
@@ -155,7 +155,7 @@ def load_generation_config(model: str | Path) -> Any:
 
 
 def resolve_adapter(config: ModelTable) -> tuple[str | Path, str | None]:
-    """Return where the base weights are and the adapter on top of them, None for a whole model."""
+    """Return the locations of the base weights and of the adapter on top; the latter is None for a whole model."""
     if config.path == EMBEDDED:
         return embedded_model_dir(), None
     recorded = read_adapter_config(config.path)
@@ -254,7 +254,7 @@ def lora_config(table: Mapping[str, Any]) -> Any | None:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Load a fast tokenizer from a folder or the hub; tokenizer.json is enough. UserError if there is none."""
+    """Load a fast tokenizer from a folder or the hub; a lone tokenizer.json is enough. UserError without one."""
     file = Path(path) / "tokenizer.json"
     if not Path(path).is_dir():
         has_hub()

@@ -89,9 +89,9 @@ def prepare_or_raise(sample: ToolSample, layout: PromptLayout) -> Prepared:
     return prepared
 
 
-# Some turns say something before their calls. Where the format allows text outside its tags, it stays text; elsewhere
-# it becomes the thought, unless there is one. `thinks` is false for prompts that end in a closed think block, after
-# which the model was trained to answer directly.
+# Some gold turns have text before their calls, the preamble. Where the format allows text outside its tags, the
+# preamble stays text; elsewhere it becomes the thought, unless the turn has one. `thinks` is false for prompts
+# that end in a closed think block, after which the model was trained to answer directly.
 def render_demonstration(sample: ToolSample, tool_format: ToolFormat, *, thinks: bool = True) -> str:
     """Render the response that supervised training demonstrates; ValueError if the format cannot express it."""
     thought, text = (sample.thought if thinks else None), sample.gold.answer

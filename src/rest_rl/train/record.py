@@ -51,7 +51,7 @@ class WeightedBatch:
 
 
 class ResponseRecord:
-    """The rows of one generation batch; `keep` receives the step they were generated in (from 1) and all of them."""
+    """The rows of one generation batch; `keep` is called with the step that generated them (from 1) and the rows."""
 
     def __init__(self, keep: Callable[[int, Sequence[Row]], None]) -> None:
         self.keep = keep
@@ -59,13 +59,13 @@ class ResponseRecord:
         self._waiting: set[int] = set()
 
     def start_batch(self, rows: Iterable[Row]) -> None:
-        """Take the rows of a new batch in the order of their numbers; hand over what is left of the previous batch."""
+        """Take the rows of a new batch in the order of their numbers; pass what is left of the last batch to `keep`."""
         self.flush()
         self._rows = list(rows)
         self._waiting = set(range(len(self._rows)))
 
     def add_token_fields(self, batch: WeightedBatch) -> None:
-        """Add the token values of a micro-batch; with num_iterations > 1 the first pass over a response counts."""
+        """Add the token values of a micro-batch; with num_iterations > 1 only the first pass is recorded."""
         for row_number, index in enumerate(batch.indices_B.tolist()):
             if index in self._waiting:
                 row = self._rows[index]
@@ -75,14 +75,14 @@ class ResponseRecord:
             self.flush()
 
     def flush(self) -> None:
-        """Hand over the rows, complete or not."""
+        """Pass the rows to `keep`, even if some have no token values yet."""
         rows, self._rows, self._waiting = self._rows, [], set()
         if rows:
             self.keep(rows[0]["step"], rows)
 
 
 class FlushAtEnd(TrainerCallback):
-    """Hands over the rows of the last batch if training ends before the loss has seen all of its responses."""
+    """Flushes the record if training ends before the loss was computed for all responses of the last batch."""
 
     def __init__(self, record: ResponseRecord) -> None:
         self.record = record

@@ -67,7 +67,7 @@ def is_main_process() -> bool:
 def resolve_run(
     run: RunSource, *, out: str | Path | None, resume: bool, overrides: Sequence[str], is_dry: bool = False
 ) -> RunConfig:
-    """Return the requested run; with `resume` the recorded one, which `run` and `overrides` may repeat."""
+    """Return the requested run; with `resume` the recorded run, of which only the length may be increased."""
     if resume and run is None:  # then the overrides apply to the recorded run
         folder = Path(read_run_source(None, overrides).run.out if out is None else out)
         requested = with_out_dir(read_run_file(find_run_file(folder), overrides), folder)
@@ -108,7 +108,7 @@ def check_names(config: RunConfig, formats: Sequence[str] = ()) -> None:
 
 # A misspelt key is reported before torch and TRL are imported, which is slow: the libraries' sources are parsed
 # instead. This accepts the keys of both trainers; the chosen trainer's configuration checks again.
-# Empty, which skips the check, if a source file is not where it is in transformers 5.23, TRL 1.16 and peft 0.21.
+# Returns an empty set, which skips the check, if a source file moved since transformers 5.23, TRL 1.16 or peft 0.21.
 def read_declared_keys(table: str) -> set[str]:
     keys: set[str] = set()
     for name in CONFIG_SOURCES[table]:
@@ -153,7 +153,7 @@ def with_out_dir(config: RunConfig, out: str | Path) -> RunConfig:
     return replace(config, run=replace(config.run, out=str(out)))
 
 
-# For runs without a chosen folder. The processes of a launch would race for the number, so they must be given one.
+# For runs without a chosen folder. The processes of a launch might choose different folders, so they require --out.
 def find_free_dir(out: str) -> str:
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UserError(f"{processes} processes were launched without --out", "one folder for all", "pass --out DIR")
@@ -191,7 +191,7 @@ def with_recorded_defaults(requested: RunConfig, recorded: RunConfig) -> RunConf
 
 
 def find_changed_keys(requested: RunConfig, recorded: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Return (recorded, requested) for every key in which two runs differ but the folder; None if it is not set."""
+    """Return (recorded, requested) for every key but the folder in which two runs differ; None for an unset value."""
     new, old = (flatten(parse_toml(config.to_toml(), "the run")) for config in (requested, recorded))
     pairs = {key: (old.get(key), new.get(key)) for key in sorted({*new, *old} - {"run.out"})}
     return {key: (before, after) for key, (before, after) in pairs.items() if before != after}

@@ -77,7 +77,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run after every check that does not load its model."""
+    """A run that has passed every check for which its model need not be loaded."""
 
     config: RunConfig
     layout: PromptLayout
@@ -147,7 +147,7 @@ def execute(plan: RunPlan, log: RunLog, checkpoint: Checkpoint, observer: Observ
         if log.enabled:
             write_plots(log, observer)
     summary, table = log.read_summary(), parse_toml(config.to_toml(), "the run")
-    # On the other machines of a launch both are empty.
+    # Both are empty on the other machines of a launch, which do not write to the run folder.
     metrics, evaluations = read_rows(folder / METRICS), read_rows(folder / EVALUATIONS)
     return RunResult(
         folder=folder,
@@ -318,7 +318,7 @@ class HeldOutEvaluator:
             observer.say(f"eval.every is {self.every}, but the run has {steps} steps: no interim evaluation")
 
     def measure(self, when: str) -> None:
-        """Write the scores to the summary as `when`, unless a run that is now resumed has done so."""
+        """Evaluate, and write the scores to the summary under the key `when`, unless a resumed run already has them."""
         if not self.prompts or when in self.log.read_summary():
             return
         scores = self.engine.evaluate(self.prompts)
@@ -326,7 +326,7 @@ class HeldOutEvaluator:
             self.log.update_summary(**{when: scores})
 
     def after_step(self, step: int) -> Row | None:
-        """Evaluate the interim prompts if the step is due; return the row that was added to the run folder."""
+        """Evaluate the interim prompts if `[eval] every` divides the step; return the row added to the run folder."""
         if not self.every or step % self.every or not self.slice:
             return None
         begin = perf_counter()

@@ -46,7 +46,7 @@ class RegionSFTTrainer(SFTTrainer):
         model.register_forward_hook(self._weight_log_probs)
 
     # TRL 1.16 computes the labels' log-probabilities inside the model's patched head, tile by tile, and the loss from
-    # the head's output. A forward hook multiplies them on their way out: the loss stays TRL's own and no (B, T, V)
+    # the head's output. A forward hook weights these log-probabilities: the loss stays TRL's own and no (B, T, V)
     # logits are built. The labels travel to the hook in `_labels_BT`; if it is still set afterwards, the hook never saw
     # them.
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -97,9 +97,8 @@ def sum_surprise(logps_BT: Tensor, entropies_BT: Tensor, mask_BT: Tensor) -> Ten
 def compute_surprise_metrics(sums_4: Tensor) -> dict[str, float]:
     """Return the mean excess surprise per token, its standard error and the total entropy; empty without tokens.
 
-    If sampler and loss agree, the excess D_i of a response has expectation 0 and the standard error of the mean is
-    sqrt(sum_i D_i^2) / tokens. `nats` is the entropy that was sampled: with 10 nats, few tokens could have been
-    surprising.
+    If sampler and loss use equal probabilities, the excess D_i of a response has expectation 0 and the standard error
+    of the mean is sqrt(sum_i D_i^2) / tokens. With a total entropy of only 10 `nats`, few tokens could be surprising.
     """
     tokens, nats, excess, squares = sums_4.tolist()
     if tokens == 0:
@@ -112,7 +111,7 @@ def compute_surprise_metrics(sums_4: Tensor) -> dict[str, float]:
 
 
 def check_weight_rule(rule: WeightRule, tool_format: str, entropy_decay: float, *, truncates: bool) -> None:
-    """Raise UserError for a rule that does not suit the format or the sampling; `truncates`: top-p, top-k or min-p."""
+    """Raise UserError for a rule that does not suit the format or the sampling (`truncates`: top-p, top-k or min-p)."""
     if not 0 <= entropy_decay < 1:
         raise UserError(f"rest.entropy_decay is {entropy_decay}", "a number in [0, 1)", "change it")
     if check := getattr(rule, "check", None):
@@ -145,7 +144,7 @@ class WeightedTokens(NamedTuple):
     weights_BT: Tensor
     """float32, mean 1 over each response's unmasked tokens."""
     rule_weights_R: Tensor | None
-    """Region weights before responses are normalized; None where the rule measures nothing."""
+    """Region weights before responses are normalized; None if the rule has no region weights."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class TokenWeighter:
     ) -> WeightedTokens:
         """Weight the tokens of a batch.
 
-        `statistics` are the region statistics of the steps before, None in the first step; `step` is the number of the
+        `statistics` are the region statistics of earlier steps, None in the first step; `step` is the number of the
         generation batch, from 1. Rules that need entropies get this batch's and, if it is a part of a global batch,
         those of all tokens of the global batch, `entropies_N`.
         """

@@ -32,7 +32,7 @@ from rest_rl.rewards import json_equal
 LEVELS = {1: 399, 2: 67, 3: 131}
 """Published number of samples per level; ten samples of level 1 are exact duplicates of others."""
 UNSATISFIABLE = ("unknown_tool", "undocumented_argument")
-"""Defects of a gold call that no correct use of the prompt's tools can match."""
+"""Defects of a gold call; no correct use of the prompt's tools can match a call with one of them."""
 
 
 class ApiBankSample(NamedTuple):

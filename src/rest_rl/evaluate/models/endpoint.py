@@ -137,7 +137,7 @@ class Endpoint(Model):
 
         `retries` is how often the client repeats a request after a failed connection, 408, 409, 429 or 5xx, after the
         delay of the server's `Retry-After`. `context` is the context length, if the server does not report it;
-        `context_usage` needs it and a `layout`. `frame` contains ToolRL's texts, which flatten a prompt to one message.
+        `context_usage` needs it and a `layout`. With a `frame`, tools and history are sent as text in ToolRL's wording.
         """
         try:
             import openai

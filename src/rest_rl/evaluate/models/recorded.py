@@ -57,7 +57,7 @@ def select_step(nested: Sequence[Sequence[Any]] | None, request: Request) -> Any
 
 
 class Oracle(Model):
-    """Respond with the gold. A sample that still fails is either impossible or reveals a bug in the evaluation."""
+    """A model that responds with the gold. A sample that fails is impossible or reveals a bug in the evaluation."""
 
     def __init__(self, tool_format: ToolFormat) -> None:
         self.format = tool_format

@@ -13,7 +13,7 @@ from rest_rl.regions import decode_ids
 
 
 class VllmModel(TokenModel):
-    """A vLLM engine in this process with greedy decoding; prompts, texts and limits are those of `LocalModel`."""
+    """A vLLM engine in this process, with greedy decoding and the same prompts and limits as `LocalModel`."""
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ from rest_rl.train.trl.trainer import ResTConfig, ResTTrainer, optimizer_steps_p
 TIMING_KEYS = ("step_time", "runtime", "per_second", "profiling/", "num_tokens")
 # The divergence check computes the logits of this many prompt tokens.
 PROBE_TOKENS = 64
-# The squares of larger float32 weights overflow, and with them every norm.
+# The square of a larger float32 weight overflows, and so does every norm that contains it.
 MAX_WEIGHT = 1e19
 # The errors of the operating system for a folder that cannot be written.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -143,7 +143,7 @@ class TrlEngine:
             weights = self.config.rest.loss_weights()
             self.trainer = make_sft_trainer(self.args, self.layout, self.dataset, weights, **shared)
         guard_saving(self.trainer, log.folder)
-        self.trainer.remove_callback(PrinterCallback)  # the recorder shows the metrics
+        self.trainer.remove_callback(PrinterCallback)  # `Recorder` shows the metrics instead
         self.model = self.trainer.model
         if self.is_sharded:
             self.observer.say("the model is sharded: it is not evaluated in the run; evaluate its model folder later")
@@ -259,8 +259,8 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
 
 
 # Returns the errno if the folder is why a model was not written, else None: the exception may be a bug. An OSError has
-# it; safetensors writes it into its message; torch's zip writer has none. For the latter, the newest file is extended
-# by 1 MiB, which fails with the errno if the disk is full, and then truncated to its size.
+# an errno; safetensors writes it into its message; torch's zip writer reports none. For torch, the newest
+# file is extended by 1 MiB, which fails with the errno if the disk is full, and then truncated to its size.
 def find_write_error(folder: Path, error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno if error.errno in WRITE_ERRORS else None
@@ -315,7 +315,7 @@ class Recorder(TrainerCallback):
         self._diagnosis = Diagnosis(table)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Replay the metrics of a resumed run, so that its findings are not reported twice."""
+        """Replay the recorded metrics of a resumed run, so that the diagnosis does not report problems twice."""
         rows = read_rows(self.log.folder / METRICS) if self.log.enabled else []
         evaluations = read_rows(self.log.folder / EVALUATIONS) if rows else []
         for row in rows:

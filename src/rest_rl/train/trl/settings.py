@@ -63,11 +63,11 @@ def make_trainer_config(config: RunConfig, *, is_dry: bool = False) -> ResTConfi
     }
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # about TRL's own plans for its fields
+            warnings.simplefilter("ignore", FutureWarning)  # TRL announces changes of its fields
             args = kind(**given)
     except UserError:
         raise
-    except (TypeError, ValueError) as error:  # the trainer's own checks of its fields
+    except (TypeError, ValueError) as error:  # raised by the trainer's own checks
         if "bf16" in str(error):
             remedy = "set trl.use_cpu = true to train on the CPU, or trl.bf16 = false"
             raise UserError("trl.bf16 is on, but this machine has no GPU that supports it", remedy=remedy) from error
@@ -101,7 +101,7 @@ def method_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def find_unread_keys(config: RunConfig) -> list[str]:
-    """Return the keys of `[trl]` for the other kind of training; ignoring them lets one run file serve all presets."""
+    """Return the keys of `[trl]` that only the other trainer reads; ignored, so that one run file fits all presets."""
     reinforced, supervised = get_field_names(GRPOConfig), get_field_names(SFTConfig)
     only = reinforced - supervised if config.rest.is_supervised else supervised - reinforced
     return [name for name in config.trl if name in only]

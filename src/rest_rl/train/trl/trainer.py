@@ -230,11 +230,12 @@ class ResTTrainer(GRPOTrainer):
     Without `reward_funcs` it uses the preset's rule reward, which reads the dataset's `gold` column
     (`build_training_dataset`). In addition to TRL's metrics it logs, from the first step on:
 
-    - rest/entropy/<region>, rest/collision/<region>, rest/weight/<region>: means over the region's tokens, None
-    without; - rest/share/<region>: the region's share of all tokens; - rest/rule_weight/<region>: the weight before
-    normalization per response, if the rule uses statistics; - rest/surprise/<figure>: see `train/weighing.py`; in the
-    first step on a generation batch; - rest/format, rest/accuracy, rest/exact_match, rest/call_rate: from the reward; -
-    rest/reward_calls, rest/reward_answers, rest/accuracy_calls, ...: for turns with and without gold calls.
+    - rest/entropy/<region>, rest/collision/<region>, rest/weight/<region>: means over the region's tokens (or None)
+    - rest/share/<region>: the region's share of all tokens
+    - rest/rule_weight/<region>: the weight before normalization per response, if the rule uses statistics
+    - rest/surprise/<figure>: only in the first step on a generation batch; see `compute_surprise_metrics`
+    - rest/format, rest/accuracy, rest/exact_match, rest/call_rate: from the reward
+    - rest/reward_calls, rest/reward_answers, rest/accuracy_calls, ...: for turns with and without gold calls
     """
 
     _tag_names = ["trl", "grpo", "rest"]  # noqa: RUF012 - HF's own pattern
@@ -412,7 +413,7 @@ class ResTTrainer(GRPOTrainer):
         if self._training:
             self.tracker.update(sums_4R[:3])
 
-    # The surprise check compares sampler and loss. It holds only for the policy that sampled, in the first step on a
+    # The surprise check compares sampler and loss. It is valid only for the policy that sampled, in the first step on a
     # batch, and only if no response was masked for its length, which depends on the sampled tokens.
     @property
     def _is_on_policy(self) -> bool:

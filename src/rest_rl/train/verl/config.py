@@ -146,8 +146,8 @@ def compute_schedule(given: Mapping[str, Any], config: RunConfig, num_train: int
 
     TRL counts responses per device and optimizer steps; verl counts prompts, and batches of responses as steps.
     Example: 8 responses x 8 GPUs x steps_per_generation 32 / num_generations 4 = 512 prompts per batch; with
-    gradient_accumulation_steps 4, 64 prompts per optimizer step, so 8 optimizer steps train on a batch. `given` are
-    verl's values; those of SCHEDULE_KEYS are kept unless None.
+    gradient_accumulation_steps 4, 64 prompts per optimizer step, so 8 optimizer steps train on a batch. `given` has
+    verl's values; a key of SCHEDULE_KEYS is computed only if it is None there.
     """
     trl, group, devices = with_trl_defaults(config), given[N], given[NODES] * given[GPUS]
     together, accumulated = trl["per_device_train_batch_size"] * devices, trl["gradient_accumulation_steps"]
@@ -194,9 +194,9 @@ def check_allowed_values(values: Mapping[str, Any], fixed: Mapping[str, Any], *,
             raise UserError(f"verl.{key} is {value!r}", " or ".join(map(repr, choices)), remedy)
 
 
-# Refused because verl would do something else: it scores each response separately (random rewards need the batch), its
-# progress spans the run, its KL term has its own key, Megatron would train all weights despite [peft], and verl expands
-# the run folder as a file pattern.
+# Refuses settings that verl would not follow: random rewards need the batch, but verl scores each response separately;
+# progress on verl always spans the whole run; verl has its own key for the KL term; Megatron would train all weights
+# despite [peft]; and verl expands the name of the run folder as a file pattern.
 def check_run(config: RunConfig, trl: Mapping[str, Any], method: Preset, *, megatron: bool) -> None:
     if uses_random_rewards(method.reward):
         problem = "rest.reward.random is true, but verl scores each response separately"

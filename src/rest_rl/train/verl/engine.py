@@ -264,7 +264,7 @@ def run_on_ray(config: Any, plugin: str = PLUGIN) -> None:
 def refuse_second_run() -> None:
     import ray
 
-    for _ in range(SHUTDOWN_SECONDS):  # a run that was just killed may still be there
+    for _ in range(SHUTDOWN_SECONDS):  # the queue of a run that was just killed may still exist
         try:
             ray.get_actor("TransferQueueController", namespace="transfer_queue")
         except ValueError:

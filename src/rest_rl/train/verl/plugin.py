@@ -2,8 +2,8 @@
 
 `ReSTPPOTrainer` lets verl compute its advantages and multiplies them by the token weights, which for w >= 0 weights the
 clipped surrogate. The driver does this once per generation batch, whatever backend trains and samples. A step is
-verl's: one batch, however many optimizer steps train on it. `ReSTRewardManager` scores responses with the step's
-progress. `RenderedPromptLoop` samples from prompts that this package has rendered.
+a step of verl: one batch, however many optimizer steps train on it. `ReSTRewardManager` scores responses with the
+step's progress. `RenderedPromptLoop` samples from prompts that this package has rendered.
 
 Shapes: B responses, T completion tokens.
 """
@@ -63,7 +63,7 @@ def progress_of_step(step: int, total: int) -> float:
 def group_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, config: Any = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return advantages (B, T) within a group as `rest_rl.credit` and TRL compute them, and equal returns; 0 if masked.
+    """Return advantages (B, T) within a group as `rest_rl.credit` and TRL do (0 where masked), and equal returns.
 
     (R - mean) / (std + 1e-4), or R - mean without `algorithm.norm_adv_by_std_in_grpo`; verl's `grpo` adds 1e-6 instead.
     """

@@ -36,7 +36,7 @@ from rest_rl.train.weighing import (
 
 # The module that registers the trainer and the advantage estimator.
 PLUGIN = "rest_rl.train.verl.plugin"
-# Their registered names, and that of the agent loop.
+# The names under which trainer, advantage estimator and agent loop are registered.
 TRAINER, ESTIMATOR, LOOP = "rest", "rest_group", "rendered_prompt"
 # Files of a checkpoint: the moving sums of the region statistics, and the position in the data, which verl writes last.
 STATISTICS_FILE, DATA_STATE_FILE = "rest.json", "data.pt"
@@ -44,9 +44,9 @@ STATISTICS_FILE, DATA_STATE_FILE = "rest.json", "data.pt"
 FAILED_METRIC = "completions/failed"
 # verl's names of the per-token fields that are known before a batch is trained on.
 PER_TOKEN = ("responses", "response_mask", "entropy", "old_log_probs", "advantages")
-# Responses that are weighted at a time, to bound memory. The weights do not depend on it.
+# The number of responses that are weighted at a time, to bound memory. The weights do not depend on this number.
 CHUNK_SIZE = 4096
-# TRL's names of verl's metrics; others keep verl's name.
+# TRL's name for each of these verl metrics; all others keep verl's name.
 TRL_METRIC_NAMES: Mapping[str, str] = {
     "actor/pg_loss": "loss",
     "actor/grad_norm": "grad_norm",
@@ -60,7 +60,7 @@ TIMING_PREFIXES = ("timing", "perf/", "throughput")
 
 
 def parse_run(text: str) -> tuple[RunTable, Preset, ToolFormat, EntropyTracker]:
-    """Return what verl's trainer needs of the run file in its configuration."""
+    """Parse a run file and return the parts that verl's trainer needs."""
     config = RunConfig.from_toml(text)
     rest = config.rest
     return config.run, rest.resolve(), get_format(rest.format), EntropyTracker(rest.entropy_decay)
@@ -74,7 +74,7 @@ def weight_batch(
     step: int,
     watched: Collection[int] = (),
 ) -> tuple[Tensor, dict[str, float], dict[int, Row]]:
-    """Weight a batch's advantages with the statistics of the steps before, then add this step's to `tracker`.
+    """Weight a batch's advantages with the statistics of earlier steps, then add this step's sums to `tracker`.
 
     `data` has verl's fields `PER_TOKEN`, jagged or dense; `step` counts from 1. Returns the weighted advantages of all
     tokens (jagged, with the batch's row lengths), the step's metrics, and the recorded token fields of the responses
@@ -202,7 +202,7 @@ def make_timing_row(step: int, metrics: Mapping[str, Any]) -> Row:
     return {"step": step, **{k: value for k, value in select_scalars(metrics).items() if k.startswith(TIMING_PREFIXES)}}
 
 
-# Python's, NumPy's or torch's numbers.
+# Returns the metrics whose value is a single number, whether Python's, NumPy's or torch's.
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, value in metrics.items():

@@ -43,7 +43,7 @@ Calls = list[dict[str, Any]]
 
 
 class SandboxPool:
-    """A pool of sandboxes with one user at a time each; it grows when all are in use. Thread-safe."""
+    """Lends each sandbox to one user at a time, and creates another when all are in use. Thread-safe."""
 
     def __init__(self, package: BfclPackage, seconds: float, memory_mb: int) -> None:
         self._make = lambda: Sandbox(package, seconds=seconds, memory_mb=memory_mb)

@@ -90,7 +90,7 @@ def to_record(call: ToolCall) -> dict[str, Any]:
 
 
 def find_call_problem(call: ToolCall, tools: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return why a call cannot be executed, or an empty text. The model sees it: do not change the wording."""
+    """Return why a call cannot be executed, or an empty text. The model sees the text: do not reword it."""
     if call.name not in tools:
         return f"there is no tool named {call.name[:80]!r}"
     known = tools[call.name]

@@ -68,9 +68,9 @@ def first_given(choices: Sequence[Any]) -> Any:
 
 
 def choose_value(value: Any) -> Any:
-    """Resolve alternatives inside a value: those of an object's values, also in a list of objects.
+    """Choose the first alternative of every field of an object, or of the objects in a list; omit optional fields.
 
-    They are only one level deep; the checker compares deeper values literally.
+    Alternatives are nested only one level deep; the checker compares deeper values literally.
     """
     if isinstance(value, list):
         return [choose_value(item) if isinstance(item, Mapping) else item for item in value]

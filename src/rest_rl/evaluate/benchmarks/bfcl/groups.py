@@ -50,10 +50,10 @@ def select_categories(version: Version, names: Sequence[str] | None) -> tuple[st
 
 
 def official_averages(version: Version, complete: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, Any]]:
-    """Return the averages of the official table whose categories are all in `complete` (correct, number of samples).
+    """Return the averages of the official table whose categories are all in `complete`.
 
-    Each has its `accuracy`, the 95 % interval `low` and `high`, combined from the categories' Wilson intervals by
-    `weighted_mean`, its categories as `of`, and their `weights`.
+    `complete` maps categories to (correct, number of samples). Each average has `accuracy`, a 95 % interval from `low`
+    to `high` (`weighted_mean` of the Wilson intervals of its categories), the categories (`of`) and their `weights`.
     """
     shares = {name: Interval(right / n, *wilson_interval(right, n)) for name, (right, n) in complete.items()}
     found: dict[str, dict[str, Any]] = {}

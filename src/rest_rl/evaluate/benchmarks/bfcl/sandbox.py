@@ -76,11 +76,11 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         self.close()
 
     def entries(self, category: str) -> list[dict[str, Any]]:
-        """Return the samples of a category: `function` for the model, `checked` without hints, `ground_truth`."""
+        """Return samples with `ground_truth` and the tools for the model (`function`) and the checker (`checked`)."""
         return self._look_up("entries", category)
 
     def constants(self) -> dict[str, Any]:
-        """Return the text that announces held-out functions, the step limit of a turn, and the map of types."""
+        """Return the text that announces held-out functions, a turn's step limit, and JSON types for BFCL's types."""
         return self._look_up("constants")
 
     def gold_calls(self, identity: str) -> list[list[dict[str, Any]]]:
@@ -186,7 +186,7 @@ class Session(contextlib.AbstractContextManager["Session"]):
     def __init__(self, ask: Callable[..., Any], identity: str) -> None:
         self._ask, self._sample = ask, (identity, identity.rpartition("_")[0])
         self.is_open = self.is_over = False
-        """Whether the backends exist (the first `execute` creates them); whether they or their process are gone."""
+        """Whether the backends exist (created by the first `execute`); whether they or their process have ended."""
 
     def __exit__(self, *raised: object) -> None:
         self.close()

@@ -80,7 +80,7 @@ def is_below(path: Any, folders: tuple[str, ...]) -> bool:
 
 
 def describe_exit(status: int) -> tuple[str, bool]:
-    """Return why a process ended, and whether it caused that itself: only SIGKILL comes from outside."""
+    """Return why a process ended, and whether the process itself was the cause (always, except for SIGKILL)."""
     code = os.waitstatus_to_exitcode(status)
     if -code in (signal.SIGXCPU, signal.SIGPROF):
         return "it ran out of processor time", True
