@@ -299,7 +299,7 @@ def test_rows_of_several_shapes_are_noted(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=" is .*expected|not a reason|cannot be combined"):
+    with pytest.raises(ValueError, match=r" is .*expected|not a reason|cannot be combined"):
         CheckConfig(**settings)
 
 
